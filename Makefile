@@ -1,0 +1,55 @@
+# Each target sets up what it needs in .venv on first use.
+#
+#   make picture PROMPT="a red apple"    a picture in picture.png; OUT= and ARGS= may be set
+#   make test                            the test suite
+#   make lint                            formatting, lint and types
+#
+# On Linux the package index has PyTorch built for CUDA, which is several GB. To get the build for
+# CPUs alone, name PyTorch's index of those:  make picture TORCH_INDEX=<its address>
+
+PYTHON ?= python3
+PROMPT ?= a red apple
+OUT ?= picture.png
+ARGS ?=
+TORCH_INDEX ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+# The pip of PYTHON installs into .venv, so that Debian's split-off python3-venv is not needed.
+# Without build isolation the constraints hold for what builds packages, too.
+INSTALL := $(PYTHON) -m pip --python $(BIN)/python install --constraint constraints.txt
+
+.PHONY: picture test lint format clean
+.DELETE_ON_ERROR:
+
+export PROMPT OUT
+picture: $(VENV)/.ready
+	@$(BIN)/safelight generate --out "$$OUT" --overwrite $(ARGS) -- "$$PROMPT"
+
+test: $(VENV)/.ready-dev
+	$(BIN)/pytest
+
+lint: $(VENV)/.ready-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: $(VENV)/.ready-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Safelight needs Python 3.11 or later: make PYTHON=python3.11 …" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv --without-pip $(VENV)
+	$(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(INSTALL) setuptools
+	$(INSTALL) --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(INSTALL) --no-build-isolation --editable '.[dev,train]'
+	@touch $@

@@ -1,0 +1,44 @@
+"""Safelight: words into pictures with Stable Diffusion class models.
+
+    import safelight
+
+    model = safelight.load()
+    result = model.generate("a red apple", steps=20, sampler="dpmpp_2m", seed=7)
+    result.save("apple.png")
+
+Names are fetched when they are first used, so that importing the package costs nothing: PyTorch
+is loaded with the first model.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from safelight.errors import SafelightError
+    from safelight.model import Model
+    from safelight.request import Request, Result
+    from safelight.weights import load_model as load
+
+__all__ = ["Model", "Request", "Result", "SafelightError", "__version__", "load"]
+
+_HOMES = {
+    "Model": ("safelight.model", "Model"),
+    "Request": ("safelight.request", "Request"),
+    "Result": ("safelight.request", "Result"),
+    "SafelightError": ("safelight.errors", "SafelightError"),
+    "load": ("safelight.weights", "load_model"),
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    value = globals()[name] = getattr(import_module(module), attribute)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,5 @@
+"""`python -m safelight` is the `safelight` command."""
+
+from safelight.cli import main
+
+main()

@@ -1,0 +1,65 @@
+"""The command line. Paths and JSON go to stdout, everything meant for a person to stderr.
+
+Only Typer is imported here: each command imports what it needs when it runs, so that help
+answers at once.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from safelight import __version__
+from safelight.cli import generate, tools
+from safelight.cli.output import fail, note, say
+from safelight.errors import SafelightError
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="safelight",
+    help="Words into pictures with Stable Diffusion class models, on the machine you have.",
+    invoke_without_command=True,
+    rich_markup_mode=None,  # plain help comes twice as fast
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(generate.generate)
+app.command()(tools.samplers)
+app.command()(tools.models)
+app.command()(tools.inspect)
+app.command()(tools.verify)
+
+
+@app.callback()
+def _options(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    if version:
+        say(f"safelight {__version__}")
+    elif context.invoked_subcommand is None:
+        say(context.get_help())
+
+
+def main() -> None:
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command and returns its exit code: 2 for bad input, 130 after Ctrl-C."""
+    try:
+        code = app(arguments, prog_name="safelight", standalone_mode=False) or 0
+    except SafelightError as error:
+        fail(str(error))
+        return BAD_INPUT
+    except typer.TyperException as error:
+        fail(error.format_message())
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        note("stopped")
+    return code

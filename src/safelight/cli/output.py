@@ -1,0 +1,115 @@
+"""What the commands print."""
+
+import os
+import sys
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import typer
+
+from safelight.errors import SafelightError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+
+def printable(text: object) -> str:
+    """text on one line, with the control characters that could drive a terminal spelled out."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def say(text: object) -> None:
+    """A line on stdout; a reader that went away ends the command, quietly, with exit code 1."""
+    try:
+        typer.echo(text)
+    except OSError as error:
+        # What is left in the buffer must not be tried again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise typer.Exit(1) from None
+        raise SafelightError(f"stdout cannot be written: {error.strerror}") from None
+
+
+def note(text: str) -> None:
+    typer.echo(printable(text), err=True)
+
+
+def warn(text: str) -> None:
+    note(f"warning: {text}")
+
+
+def fail(text: str) -> None:
+    note(f"error: {text}")
+
+
+def pairs(values: dict[str, Any], prefix: str = "") -> list[str]:
+    """`key: value` lines; nested dictionaries get dotted keys, None is left out."""
+    lines: list[str] = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            lines += pairs(value, f"{prefix}{key}.")
+        elif isinstance(value, list | tuple):
+            lines.append(printable(f"{prefix}{key}: {', '.join(map(str, value))}"))
+        elif value is not None:
+            lines.append(printable(f"{prefix}{key}: {value}"))
+    return lines
+
+
+def table(rows: list[tuple[str, ...]]) -> list[str]:
+    """Lines of left-aligned columns."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+class StepBar:
+    """A bar on stderr that `Model.generate(on_step=…)` moves; nothing where no one would see it."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+            )
+
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._task = self._progress.add_task("loading", total=None)
+            self._progress.start()
+        return self
+
+    def __call__(self, event: Any) -> None:
+        if self._progress is not None and self._task is not None:
+            which = f"picture {event.image_index + 1} of {self._count}, " if self._count > 1 else ""
+            self._progress.update(
+                self._task,
+                description=f"{which}step {event.step}",
+                total=event.steps * self._count,
+                advance=1,
+            )
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()

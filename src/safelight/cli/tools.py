@@ -1,0 +1,160 @@
+"""The commands that look at things: samplers, models, inspect, verify."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer import Argument, Option
+
+from safelight.cli.output import StepBar, pairs, say, table
+from safelight.errors import SafelightError
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+Json = Annotated[bool, Option("--json", help="Print JSON.")]
+
+
+def samplers(as_json: Json = False) -> None:
+    """List the samplers, with the names they have elsewhere."""
+    from safelight.samplers import SAMPLERS
+
+    if as_json:
+        known = [
+            {
+                "name": sampler.name,
+                "steps": sampler.steps,
+                "a1111": sampler.a1111,
+                "diffusers": sampler.diffusers,
+                "schedules": sampler.schedules,
+                "spacings": sampler.spacings,
+                "eta": sampler.eta,
+                "summary": sampler.summary,
+            }
+            for sampler in SAMPLERS.values()
+        ]
+        say(json.dumps(known, ensure_ascii=False))
+        return
+    rows = [(s.name, str(s.steps), s.a1111 or "", s.summary) for s in SAMPLERS.values()]
+    for line in table([("NAME", "STEPS", "IN WEB UIS", "WHAT IT IS"), *rows]):
+        say(line)
+
+
+def models(as_json: Json = False) -> None:
+    """List the models on this machine, shipped or cached."""
+    from safelight.weights.find import BUILT_IN
+
+    known = [{"name": name, "where": "ships with Safelight"} for name in BUILT_IN]
+    known += [{"name": name, "where": "hub cache"} for name in _cached()]
+    if as_json:
+        say(json.dumps(known))
+        return
+    rows = [(entry["name"], entry["where"]) for entry in known]
+    for line in table([("NAME", "WHERE"), *rows]):
+        say(line)
+
+
+def _cached() -> list[str]:
+    from huggingface_hub import CacheNotFound, scan_cache_dir
+
+    try:
+        repos = scan_cache_dir().repos
+    except CacheNotFound:
+        return []
+    return sorted(
+        repo.repo_id
+        for repo in repos
+        if repo.repo_type == "model"
+        and any(f.file_name == "model_index.json" for r in repo.revisions for f in r.files)
+    )
+
+
+def inspect(
+    file: Annotated[str, Argument(help="A PNG, a checkpoint, a model's folder or name.")],
+    as_json: Json = False,
+) -> None:
+    """Show a PNG's recipe, or what a checkpoint holds.
+
+    Of a checkpoint, its family, size and precision; it is not loaded for this.
+    """
+    found = _recipe_or_checkpoint(file)
+    if as_json:
+        say(json.dumps(found, ensure_ascii=False))
+        return
+    for line in pairs(found):
+        say(line)
+
+
+def _recipe_or_checkpoint(file: str) -> dict[str, Any]:
+    if _is_png(file):
+        from safelight.recipe import read_recipe
+
+        return read_recipe(file)
+    from safelight import weights
+
+    return weights.inspect(file)
+
+
+def _is_png(file: str) -> bool:
+    try:
+        if not Path(file).is_file():
+            return False
+        with Path(file).open("rb") as opened:
+            return opened.read(len(PNG_SIGNATURE)) == PNG_SIGNATURE
+    except (OSError, ValueError):
+        return False  # no name of a file: a model's, or weights.inspect says what is wrong
+
+
+def verify(
+    png: Annotated[str, Argument(help="A PNG that Safelight made.")],
+    model: Annotated[
+        str | None, Option(help="Where the model is [its name in the recipe].", show_default=False)
+    ] = None,
+    image: Annotated[
+        str | None, Option(help="The picture it started from, if any.", show_default=False)
+    ] = None,
+    mask: Annotated[
+        str | None, Option(help="The mask it was made with, if any.", show_default=False)
+    ] = None,
+    device: Annotated[
+        str | None, Option(help="Another device than the recipe's.", show_default=False)
+    ] = None,
+    dtype: Annotated[
+        str | None, Option(help="Another precision than the recipe's.", show_default=False)
+    ] = None,
+) -> None:
+    """Make a picture again from its recipe.
+
+    Prints the largest difference of any pixel, 0 to 255; the exit code is 0 if that is 0, else 1.
+    """
+    import safelight
+    from safelight.picture import largest_difference, open_mask, open_picture
+    from safelight.recipe import read_recipe
+
+    recipe = read_recipe(png)
+    if "safelight" not in recipe:
+        raise SafelightError(
+            f"{png[-100:]!r} has another program's recipe: only Safelight's own can be made again"
+        )
+    picture = open_picture(png)
+    request = safelight.Request.from_dict(
+        recipe["settings"],
+        image=None if image is None else open_picture(image, "image"),
+        mask=None if mask is None else open_mask(mask),
+    )
+    name, sha256 = recipe["model"]["name"], recipe["model"]["sha256"]
+    with StepBar(count=1) as on_step:
+        loaded = safelight.load(
+            model or name,
+            device=device or recipe.get("device", "auto"),
+            dtype=dtype or recipe.get("dtype", "auto"),
+        )
+        if loaded.sha256 != sha256:
+            raise SafelightError(
+                f"model must be {name} of SHA-256 {sha256[:10]}…, not {loaded.sha256[:10]}…: "
+                "give the one that made the picture with --model"
+            )
+        result = loaded.generate(request, on_step=on_step)
+    difference = largest_difference(picture, result.images[0])
+    say(difference)
+    raise typer.Exit(0 if difference == 0 else 1)

@@ -1,0 +1,207 @@
+"""From a request to its pictures, a step at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from safelight.denoiser import Condition
+from safelight.errors import SafelightError
+from safelight.job import Job, advance, decode, finish, prepare
+from safelight.model import Model
+from safelight.request import Request, Result
+from safelight.samplers import SAMPLERS, table
+from safelight.words import unknown_words
+
+STRENGTH = 0.8
+"""How much of a picture is changed if the request does not say; with a mask, all of it."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of one picture, just taken.
+
+    image_index: which picture of the request; step: 1 to steps.
+    clean: the network's estimate of the clean latents, float32 [1, channels, h, w].
+    """
+
+    image_index: int
+    step: int
+    steps: int
+    clean: Tensor
+    model: Model
+
+    def preview(self) -> Image.Image:
+        """The clean estimate as a picture."""
+        with torch.inference_mode():
+            return decode(self.model, self.clean)
+
+
+class Run:
+    """The making of a request's pictures: iterate for its steps, then read `result`."""
+
+    def __init__(self, model: Model, request: Request) -> None:
+        self._model, self._request = model, request
+        self._result: Result | None = None
+
+    @property
+    def result(self) -> Result:
+        """The pictures; the steps that nobody iterated over are taken first."""
+        if self._result is None:
+            for _ in self:
+                pass
+        assert self._result is not None
+        return self._result
+
+    def __iter__(self) -> Iterator[Step]:
+        model = self._model
+        with torch.inference_mode():
+            began = time.perf_counter()
+            settled = settle(model, self._request)
+            conditions, warnings = condition(model, settled)
+            timings = {"text": time.perf_counter() - began, "denoise": 0.0, "decode": 0.0}
+            result = Result(
+                images=[],
+                seeds=[settled.seed + i for i in range(settled.count)],
+                settings={**settled.to_dict(), "strength": settled.strength},
+                model=model.name,
+                sha256=model.sha256,
+                device=str(model.device),
+                dtype=str(model.dtype).removeprefix("torch."),
+                warnings=model.warnings + warnings,
+                timings=timings,
+            )
+        for i, seed in enumerate(result.seeds):
+            mark = time.perf_counter()
+            with torch.inference_mode():
+                job = admit(model, settled, conditions, seed)
+            while not job.done:
+                with torch.inference_mode():
+                    advance(model, [job])
+                assert job.clean is not None
+                # The clock stops while the caller looks at the step.
+                timings["denoise"] += time.perf_counter() - mark
+                yield Step(i, job.cursor, len(job.table.rows), job.clean, model)
+                mark = time.perf_counter()
+            with torch.inference_mode():
+                result.images.append(finish(model, job))
+            timings["decode"] += time.perf_counter() - mark
+        timings["total"] = sum(timings.values())
+        self._result = result
+
+
+def settle(model: Model, request: Request) -> Request:
+    """The request with the model's and the sampler's defaults filled in.
+
+    Raises SafelightError when model and request do not fit.
+    """
+    if request.unconditional and model.kind == "text":
+        raise SafelightError(
+            f"{model.name} draws from words: leave out unconditional, or load "
+            "embedded-unconditional"
+        )
+    if model.kind == "pixels" and (request.prompt or request.image is not None):
+        raise SafelightError(
+            f"{model.name} draws from noise alone: ask for unconditional, without prompt or picture"
+        )
+    filled: dict[str, object] = {}
+    if request.steps is None:
+        filled["steps"] = SAMPLERS[request.sampler].steps
+    if model.kind == "pixels":
+        if (request.width, request.height) not in ((None, None), model.native_size):
+            width, height = model.native_size
+            raise SafelightError(f"{model.name} draws {width}x{height}: leave out width and height")
+    else:
+        size = model.native_size if request.image is None else request.image.size
+        filled["width"] = request.width or size[0]
+        filled["height"] = request.height or size[1]
+    if request.image is not None:
+        if request.strength is None:
+            filled["strength"] = STRENGTH if request.mask is None else 1.0
+        filled |= _fitted(request, (filled["width"], filled["height"]))
+    elif request.strength is not None:
+        filled["strength"] = None
+    return request.replace(**filled)
+
+
+def _fitted(request: Request, size: tuple[object, object]) -> dict[str, Image.Image]:
+    """Picture and mask at the asked size."""
+    assert request.image is not None
+    width, height = (side for side in size if isinstance(side, int))
+    if request.image.size == (width, height):
+        if width % 8 or height % 8 or not (64 <= min(width, height) <= max(width, height) <= 2048):
+            near = [min(max(round(side / 8) * 8, 64), 2048) for side in (width, height)]
+            raise SafelightError(
+                f"image is {width}x{height}; sides must be multiples of 8 from 64 to 2048: "
+                f"ask for width {near[0]} and height {near[1]} to have it resized"
+            )
+        return {}
+    fitted = {"image": request.image.resize((width, height), Image.Resampling.LANCZOS)}
+    if request.mask is not None:
+        fitted["mask"] = request.mask.resize((width, height), Image.Resampling.NEAREST)
+    return fitted
+
+
+def condition(model: Model, request: Request) -> tuple[Condition, list[str]]:
+    """What the pictures are drawn to, and what the person should know about it."""
+    warnings = request.idle()
+    chosen = SAMPLERS[request.sampler]
+    if request.eta and not chosen.eta:
+        takes = ", ".join(name for name, s in SAMPLERS.items() if s.eta)
+        warnings.append(f"eta does nothing with {request.sampler}; it is for {takes}")
+    if model.tokenizer is None or model.text_encoder is None:
+        return Condition(None), warnings
+    size = (request.width, request.height)
+    if size != model.native_size:
+        width, height = model.native_size
+        warnings.append(
+            f"{model.name} was trained on {width}x{height}; "
+            f"at {size[0]}x{size[1]} it may repeat itself or fall apart"
+        )
+    distilled = getattr(model.unet.config, "time_cond_proj_dim", None) is not None
+    guided = request.guidance_scale > 1 and not distilled
+    ids = []
+    for name in ("negative_prompt", "prompt") if guided else ("prompt",):
+        text = getattr(request, name)
+        encoded = model.tokenizer.encode(text)
+        ids.append(encoded.ids)
+        if encoded.cut is not None:
+            warnings.append(
+                f"{name} was cut at {model.tokenizer.max_length} tokens; left out: {encoded.cut!r}"
+            )
+        if model.words is not None and (new := unknown_words(text, model.words)):
+            warnings.append(f"{model.name} was never taught: {', '.join(new)}")
+    context = model.text_encoder(torch.tensor(ids, device=model.device))
+    return Condition(context, request.guidance_scale), warnings
+
+
+def admit(model: Model, request: Request, condition: Condition, seed: int) -> Job:
+    """The job of one picture of a settled request."""
+    assert request.steps is not None
+    strength = 1.0 if request.strength is None else request.strength
+    rows = table(
+        request.sampler,
+        model.scheduler,
+        request.steps,
+        schedule=request.schedule,
+        spacing=request.spacing,
+        eta=request.eta,
+        strength=strength,
+    )
+    width, height = request.width, request.height
+    size = model.native_size if width is None or height is None else (width, height)
+    return prepare(
+        model,
+        rows,
+        condition,
+        seed,
+        size,
+        image=request.image,
+        mask=request.mask,
+        strength=strength,
+    )

@@ -1,0 +1,125 @@
+"""CLIPTextModel: words to the states that the UNet attends to (arXiv:2103.00020)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from safelight.nets.config import NetConfig
+from safelight.nets.layers import ACTIVATIONS
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig(NetConfig):
+    """The keys of text_encoder/config.json that we build from. Defaults are transformers'."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    _inert: ClassVar = {"model_type": ("clip_text_model",)}
+
+    def _validate(self) -> None:
+        if self.hidden_act not in ACTIVATIONS:
+            self._refuse(f"hidden_act={self.hidden_act!r:.60}; expected one of {list(ACTIVATIONS)}")
+        if self.hidden_size % (self.num_attention_heads or 1) or not self.num_attention_heads:
+            self._refuse(f"{self.hidden_size} channels do not divide into heads")
+
+
+class Embeddings(nn.Module):
+    def __init__(self, cfg: CLIPTextConfig) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.position_embedding = nn.Embedding(cfg.max_position_embeddings, cfg.hidden_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(dim, dim)
+        self.k_proj = nn.Linear(dim, dim)
+        self.v_proj = nn.Linear(dim, dim)
+        self.out_proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for t in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        )
+        # Causal: a word sees those before it, as CLIP was trained.
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg: CLIPTextConfig) -> None:
+        super().__init__()
+        self.act = ACTIVATIONS[cfg.hidden_act]
+        self.fc1 = nn.Linear(cfg.hidden_size, cfg.intermediate_size)
+        self.fc2 = nn.Linear(cfg.intermediate_size, cfg.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Layer(nn.Module):
+    def __init__(self, cfg: CLIPTextConfig) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(cfg.hidden_size, cfg.num_attention_heads)
+        self.layer_norm1 = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
+        self.mlp = MLP(cfg)
+        self.layer_norm2 = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nn.Module):
+    def __init__(self, cfg: CLIPTextConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.num_hidden_layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class TextTransformer(nn.Module):
+    def __init__(self, cfg: CLIPTextConfig) -> None:
+        super().__init__()
+        self.embeddings = Embeddings(cfg)
+        self.encoder = Encoder(cfg)
+        self.final_layer_norm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.final_layer_norm(self.encoder(self.embeddings(ids)))
+
+
+class CLIPTextModel(nn.Module):
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.text_model = TextTransformer(config)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: int64 [batch, length ≤ max_position_embeddings]. Returns the last layer's
+        states after the final norm, [batch, length, hidden_size].
+
+        SD 2.x reads the layer before OpenCLIP's last: its folders hold one layer less, so the
+        last that is there is the one that is meant.
+        """
+        return self.text_model(ids)

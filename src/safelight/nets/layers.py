@@ -1,0 +1,236 @@
+"""The layers that the networks share.
+
+Names are those of the diffusers folders' keys (`to_out.0`, `ff.net.2`, ...): a state dict loads
+with no map. Pictures and latents are [batch, channels, height, width]; token sequences are
+[batch, length, width].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x·sigmoid(1.702·x): the approximation that OpenAI's CLIP was trained with."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "quick_gelu": quick_gelu,
+    "silu": F.silu,
+    "swish": F.silu,
+}
+
+
+def timestep_embedding(timestep: Tensor, dim: int, flip: bool, freq_shift: float) -> Tensor:
+    """Sines and cosines of a timestep at `dim`/2 frequencies (arXiv:1706.03762, section 3.5).
+
+    timestep: [batch], may be fractional. Returns float32 [batch, dim]: sines first, or cosines
+    first where `flip` is set.
+    """
+    half = dim // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=timestep.device)
+    frequency = torch.exp(-math.log(10000) * exponent / (half - freq_shift))
+    angle = timestep.float()[:, None] * frequency[None]
+    parts = (angle.cos(), angle.sin()) if flip else (angle.sin(), angle.cos())
+    embedding = torch.cat(parts, dim=-1)
+    return F.pad(embedding, (0, 1)) if dim % 2 else embedding
+
+
+class TimestepEmbedding(nn.Module):
+    """Two linear layers that turn the sines of a timestep into what the blocks listen to."""
+
+    def __init__(self, in_dim: int, dim: int, cond_dim: int | None = None) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_dim, dim)
+        # Guidance-distilled networks (LCM) are told the guidance scale here.
+        self.cond_proj = None if cond_dim is None else nn.Linear(cond_dim, in_dim, bias=False)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        if self.cond_proj is not None and cond is not None:
+            x = x + self.cond_proj(cond)
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class ResnetBlock2D(nn.Module):
+    """norm, SiLU, conv, twice, around a shortcut; the timestep is added between the halves."""
+
+    def __init__(
+        self, in_ch: int, out_ch: int, *, temb: int | None, groups: int, eps: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_ch, eps=eps)
+        self.conv1 = nn.Conv2d(in_ch, out_ch, 3, padding=1)
+        self.time_emb_proj = None if temb is None else nn.Linear(temb, out_ch)
+        self.norm2 = nn.GroupNorm(groups, out_ch, eps=eps)
+        self.conv2 = nn.Conv2d(out_ch, out_ch, 3, padding=1)
+        self.conv_shortcut = None if in_ch == out_ch else nn.Conv2d(in_ch, out_ch, 1)
+
+    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        if self.time_emb_proj is not None and temb is not None:
+            h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Downsample2D(nn.Module):
+    """Half the height and width by a strided convolution.
+
+    padding 0 pads one row and column at the far sides only, as the autoencoder was trained.
+    """
+
+    def __init__(self, channels: int, padding: int = 1) -> None:
+        super().__init__()
+        self.padding = padding
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.padding == 0 else x)
+
+
+class Upsample2D(nn.Module):
+    """Nearest-neighbour enlargement, then a convolution.
+
+    `size` is that of the skip connection to be met, which for odd sides is not the double.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        size = size or (2 * x.shape[-2], 2 * x.shape[-1])
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q·kᵀ/√d)·v for q, k, v of [batch, heads, length, d] (arXiv:1706.03762)."""
+    if q.device.type == "cpu" and q.shape[-2] * k.shape[-2] <= 2**18:
+        # torch's fused CPU kernel is several times slower than two products at these lengths.
+        return torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of `x` to `context` (to itself where none is given)."""
+
+    def __init__(
+        self, dim: int, heads: int, *, context: int | None = None, qkv_bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.to_k = nn.Linear(context or dim, dim, bias=qkv_bias)
+        self.to_v = nn.Linear(context or dim, dim, bias=qkv_bias)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        q, k, v = (
+            t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for t in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        out = attend(q, k, v)
+        return self.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+class SpatialAttention(Attention):
+    """Self-attention over the positions of a picture, with its own norm and shortcut."""
+
+    def __init__(self, channels: int, heads: int, *, groups: int, eps: float) -> None:
+        super().__init__(channels, heads, qkv_bias=True)
+        self.group_norm = nn.GroupNorm(groups, channels, eps=eps)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)
+        return x + super().forward(tokens, context).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class GEGLU(nn.Module):
+    """A linear layer whose one half, through GELU, gates the other (arXiv:2002.05202)."""
+
+    def __init__(self, dim: int, inner: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        # Index 1 is dropout in the checkpoints' layout; it holds no weights and does nothing here.
+        self.net = nn.ModuleList([GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, attention to the text, feed-forward: each behind its norm and shortcut."""
+
+    def __init__(self, dim: int, heads: int, context: int, *, only_cross: bool = False) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = Attention(dim, heads, context=context if only_cross else None)
+        self.norm2 = nn.LayerNorm(dim)
+        self.attn2 = Attention(dim, heads, context=context)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = FeedForward(dim)
+        self.only_cross = only_cross
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x), context if self.only_cross else None)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2DModel(nn.Module):
+    """Transformer blocks over the positions of a feature map.
+
+    SD 1.x projects in and out by 1×1 convolutions, SD 2.x by linear layers: the same
+    arithmetic, two shapes of weight.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        context: int,
+        *,
+        depth: int,
+        linear: bool,
+        groups: int,
+        only_cross: bool = False,
+    ) -> None:
+        super().__init__()
+        self.linear = linear
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        make = nn.Linear if linear else lambda i, o: nn.Conv2d(i, o, 1)
+        self.proj_in = make(channels, channels)
+        self.transformer_blocks = nn.ModuleList(
+            BasicTransformerBlock(channels, heads, context, only_cross=only_cross)
+            for _ in range(depth)
+        )
+        self.proj_out = make(channels, channels)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        h = self.norm(x)
+        h = h if self.linear else self.proj_in(h)
+        h = h.flatten(2).transpose(1, 2)
+        h = self.proj_in(h) if self.linear else h
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        h = self.proj_out(h) if self.linear else h
+        h = h.transpose(1, 2).unflatten(2, x.shape[2:])
+        return x + (h if self.linear else self.proj_out(h))

@@ -1,0 +1,165 @@
+"""AutoencoderKL: pictures to latents and back (arXiv:2112.10752, section 3.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from safelight.nets.config import NetConfig
+from safelight.nets.layers import Downsample2D, ResnetBlock2D, SpatialAttention, Upsample2D
+
+
+@dataclass(frozen=True)
+class VAEConfig(NetConfig):
+    """The keys of vae/config.json that we build from. Defaults are diffusers'."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215
+    mid_block_add_attention: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+
+    _inert: ClassVar = {
+        "act_fn": ("silu", "swish"),
+        "latents_mean": (None,),
+        "latents_std": (None,),
+        "shift_factor": (None,),
+    }
+
+    @property
+    def factor(self) -> int:
+        """Sides of a picture over sides of its latents."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    def _validate(self) -> None:
+        if any(c % (self.norm_num_groups or 1) for c in self.block_out_channels):
+            self._refuse("channels do not divide into norm groups")
+
+
+def resnet(cfg: VAEConfig, in_ch: int, out_ch: int) -> ResnetBlock2D:
+    return ResnetBlock2D(in_ch, out_ch, temb=None, groups=cfg.norm_num_groups, eps=1e-6)
+
+
+class MidBlock(nn.Module):
+    def __init__(self, cfg: VAEConfig) -> None:
+        super().__init__()
+        ch = cfg.block_out_channels[-1]
+        self.resnets = nn.ModuleList(resnet(cfg, ch, ch) for _ in range(2))
+        self.attentions = None
+        if cfg.mid_block_add_attention:
+            self.attentions = nn.ModuleList(
+                [SpatialAttention(ch, 1, groups=cfg.norm_num_groups, eps=1e-6)]
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.resnets[0](x)
+        if self.attentions is not None:
+            x = self.attentions[0](x)
+        return self.resnets[1](x)
+
+
+class DownBlock(nn.Module):
+    def __init__(self, cfg: VAEConfig, i: int) -> None:
+        super().__init__()
+        out_ch, in_ch = cfg.block_out_channels[i], cfg.block_out_channels[max(i - 1, 0)]
+        self.resnets = nn.ModuleList(
+            resnet(cfg, in_ch if j == 0 else out_ch, out_ch) for j in range(cfg.layers_per_block)
+        )
+        self.downsamplers = None
+        if i < len(cfg.block_out_channels) - 1:
+            self.downsamplers = nn.ModuleList([Downsample2D(out_ch, padding=0)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.resnets:
+            x = block(x)
+        return x if self.downsamplers is None else self.downsamplers[0](x)
+
+
+class UpBlock(nn.Module):
+    def __init__(self, cfg: VAEConfig, i: int) -> None:
+        super().__init__()
+        widths = cfg.block_out_channels[::-1]
+        out_ch, in_ch = widths[i], widths[max(i - 1, 0)]
+        self.resnets = nn.ModuleList(
+            resnet(cfg, in_ch if j == 0 else out_ch, out_ch)
+            for j in range(cfg.layers_per_block + 1)
+        )
+        self.upsamplers = None
+        if i < len(widths) - 1:
+            self.upsamplers = nn.ModuleList([Upsample2D(out_ch)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.resnets:
+            x = block(x)
+        return x if self.upsamplers is None else self.upsamplers[0](x)
+
+
+class Encoder(nn.Module):
+    def __init__(self, cfg: VAEConfig) -> None:
+        super().__init__()
+        widths = cfg.block_out_channels
+        self.conv_in = nn.Conv2d(cfg.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(DownBlock(cfg, i) for i in range(len(widths)))
+        self.mid_block = MidBlock(cfg)
+        self.conv_norm_out = nn.GroupNorm(cfg.norm_num_groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * cfg.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, cfg: VAEConfig) -> None:
+        super().__init__()
+        widths = cfg.block_out_channels[::-1]
+        self.conv_in = nn.Conv2d(cfg.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = MidBlock(cfg)
+        self.up_blocks = nn.ModuleList(UpBlock(cfg, i) for i in range(len(widths)))
+        self.conv_norm_out = nn.GroupNorm(cfg.norm_num_groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], cfg.out_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class AutoencoderKL(nn.Module):
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        z = config.latent_channels
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1) if config.use_quant_conv else None
+        self.post_quant_conv = nn.Conv2d(z, z, 1) if config.use_post_quant_conv else None
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """pixels: [batch, 3, h, w] in −1..1. Returns mean and standard deviation of the
+        latents, each [batch, latent_channels, h/factor, w/factor], not yet scaled.
+        """
+        moments = self.encoder(pixels)
+        if self.quant_conv is not None:
+            moments = self.quant_conv(moments)
+        mean, logvar = moments.chunk(2, dim=1)
+        # The bound is part of the trained model's definition, not only a guard.
+        return mean, torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents: [batch, latent_channels, h, w], unscaled. Returns pixels around −1..1."""
+        if self.post_quant_conv is not None:
+            latents = self.post_quant_conv(latents)
+        return self.decoder(latents)

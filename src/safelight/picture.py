@@ -1,0 +1,330 @@
+"""Pictures in and out: files to PIL and back, tensors to PIL and back.
+
+Files come from strangers. Only PNG, JPEG and WebP are opened, told apart by their bytes, and
+nothing is decoded before its size is known to be reasonable.
+"""
+
+import contextlib
+import hashlib
+import io
+import os
+import secrets
+import shutil
+import stat
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image, ImageChops, ImageOps, PngImagePlugin
+
+from safelight.errors import SafelightError
+
+if TYPE_CHECKING:
+    import torch
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+MOST_PIXELS = 64_000_000
+MOST_BYTES = 256 * 2**20
+LEAST_SIDE = 8
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def open_picture(source: str | Path | bytes, what: str = "picture") -> Image.Image:
+    """Reads a PNG, JPEG or WebP from a file or from bytes; the first frame if it moves.
+
+    Returns RGB, upright as its EXIF says, transparency laid on white, 16 bits cut to 8; colours
+    are taken as sRGB. Raises SafelightError for anything else, a broken or cut-off file, and a
+    picture of more than 64 million pixels (before it is decoded) or with a side under 8.
+    """
+    name = name_of(source, what)
+    with opened(source, name) as image:
+        try:
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            return as_rgb(upright)
+        except Exception as error:  # decoders of broken files raise anything
+            raise SafelightError(
+                f"{name} is damaged or cut off ({reason(error)}): save or download it again"
+            ) from None
+
+
+def open_mask(source: str | Path | bytes, what: str = "mask") -> Image.Image:
+    """Reads a mask like `open_picture`; returns mode L, 255 where to repaint and 0 elsewhere."""
+    return as_mask(open_picture(source, what))
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A new RGB picture of the same size: transparency on white, 16 bits cut to 8, no metadata."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray(_high_byte(image))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    rgb = image.convert("RGB")
+    rgb.info = {}
+    return rgb
+
+
+def as_mask(image: Image.Image) -> Image.Image:
+    """A new mode L picture of 0 and 255 alone: 255 where image is half white or more."""
+    return as_rgb(image).convert("L").point([0] * 128 + [255] * 128)
+
+
+def picture_sha256(image: Image.Image) -> str:
+    """SHA-256 of what is seen: mode, width, height and the bytes of the pixels."""
+    head = f"{image.mode} {image.width}x{image.height}\n".encode()
+    return hashlib.sha256(head + image.tobytes()).hexdigest()
+
+
+def _high_byte(image: Image.Image) -> Any:
+    """Pillow has no rule for 16-bit gray; its 16-bit colour keeps the high byte, so this does."""
+    import numpy as np
+
+    return (np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)
+
+
+def opened(source: str | Path | bytes, name: str) -> Image.Image:
+    """The picture with its header read and its size checked, not yet decoded."""
+    if not isinstance(source, bytes):
+        source = _read(Path(source), name)
+    try:
+        with warnings.catch_warnings():
+            # Our own limit is lower than the one Pillow warns at.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(source), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise SafelightError(
+            f"{name} must have at most 64 million pixels: make it smaller"
+        ) from None
+    except Image.UnidentifiedImageError:
+        raise SafelightError(f"{name} must be a PNG, JPEG or WebP picture; it is not") from None
+    except Exception as error:  # decoders of broken files raise anything
+        raise SafelightError(f"{name} has a damaged header ({reason(error)})") from None
+    if image.width * image.height > MOST_PIXELS:
+        raise SafelightError(
+            f"{name} must have at most 64 million pixels, not {image.width}x{image.height}: "
+            "make it smaller"
+        )
+    if min(image.size) < LEAST_SIDE:
+        raise SafelightError(
+            f"{name} must be at least {LEAST_SIDE}x{LEAST_SIDE} pixels, "
+            f"not {image.width}x{image.height}"
+        )
+    return image
+
+
+def _read(path: Path, name: str) -> bytes:
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise SafelightError(f"{name} must be an ordinary file")
+            if status.st_size > MOST_BYTES:
+                raise SafelightError(f"{name} must have at most {MOST_BYTES >> 20} MiB")
+            return file.read(MOST_BYTES)
+    except IsADirectoryError:
+        raise SafelightError(f"{name} is a folder: give the picture's file") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, SafelightError):
+            raise
+        raise SafelightError(f"{name} cannot be read: {reason(error)}") from None
+
+
+def name_of(source: str | Path | bytes, what: str) -> str:
+    return f"the {what}" if isinstance(source, bytes) else f"{what} {_short(source)}"
+
+
+def _short(path: str | Path) -> str:
+    text = str(path)
+    return repr(text if len(text) <= 100 else f"…{text[-100:]}")
+
+
+def reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = str(error).splitlines()
+    return lines[0][:80] if lines else type(error).__name__
+
+
+# --- tensors -------------------------------------------------------------------------------------
+
+
+def to_tensor(image: Image.Image) -> "torch.Tensor":
+    """float32 of shape [1, C, H, W] in -1…1; C is 3, or 1 for a gray picture."""
+    import numpy as np
+    import torch
+
+    pixels = np.asarray(image, dtype=np.float32) / 255
+    pixels = pixels.reshape(image.height, image.width, -1).transpose(2, 0, 1)
+    return torch.from_numpy(np.ascontiguousarray(pixels))[None] * 2 - 1
+
+
+def from_tensor(tensor: "torch.Tensor") -> Image.Image:
+    """The picture of a tensor [1, C, H, W] or [C, H, W] in -1…1; C is 3 (RGB) or 1 (L).
+
+    Values outside are clipped and the rest rounded half to even, as diffusers does. Raises
+    SafelightError if a value is NaN or infinite: that is never shown as a black picture.
+    """
+    import torch
+
+    values = tensor.detach().to("cpu", torch.float32)
+    values = values[0] if values.ndim == 4 else values
+    if not torch.isfinite(values).all():
+        raise SafelightError(
+            "the picture has values that are no numbers (NaN): try dtype float32, "
+            "or a lower guidance_scale"
+        )
+    pixels = ((values / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    pixels = pixels.permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+
+
+def lay_back(original: Image.Image, painted: Image.Image, mask: Image.Image) -> Image.Image:
+    """painted where mask is 255 and original, to the byte, where it is 0; all of one size."""
+    return Image.composite(painted, original, mask)
+
+
+def largest_difference(one: Image.Image, other: Image.Image) -> int:
+    """The most that any channel of any pixel differs, 0 to 255; the sizes must be equal."""
+    if one.size != other.size:
+        raise SafelightError(
+            f"the pictures have different sizes: {one.width}x{one.height} "
+            f"and {other.width}x{other.height}"
+        )
+    return max(ImageChops.difference(one.convert("RGB"), other.convert("RGB")).tobytes())
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def output_paths(out: str | Path, seeds: Sequence[int], *, overwrite: bool = False) -> list[Path]:
+    """Where the pictures of these seeds go.
+
+    out: `name.png`, which for several pictures becomes name-1.png, name-2.png…; or a folder (one
+    that exists, or a name without a suffix), for safelight-<seed>.png. A name that Safelight
+    chooses itself gets the next free number rather than meet a file that exists.
+    """
+    path = Path(out)
+    # Path.is_dir raises for a name that is too long.
+    folder = os.path.isdir(path)  # noqa: PTH112
+    if path.suffix.lower() == ".png" and not folder:
+        if len(seeds) == 1:
+            return [path]
+        return [path.with_stem(f"{path.stem}-{i + 1}") for i in range(len(seeds))]
+    if path.suffix and not folder:
+        raise SafelightError(f"out must end in .png or be a folder, not {_short(out)}")
+    paths = [path / f"safelight-{seed}.png" for seed in seeds]
+    return paths if overwrite else [_free(path) for path in paths]
+
+
+def _free(path: Path) -> Path:
+    free, number = path, 2
+    while os.path.lexists(free):
+        free, number = path.with_stem(f"{path.stem}-{number}"), number + 1
+    return free
+
+
+def check_writable(path: str | Path, *, overwrite: bool = False, need: int = 2**20) -> None:
+    """Raises SafelightError if a file of `need` bytes could not be written at path.
+
+    To be called before the work that makes it. Leaves no trace; folders that are missing are
+    made by `save_png` alone.
+    """
+    path = Path(path)
+    try:
+        # Unlike exists(), this raises for names that no disk takes.
+        with contextlib.suppress(FileNotFoundError):
+            path.lstat()
+            if path.is_dir():
+                raise SafelightError(f"{_short(path)} is a folder: give the name of a file in it")
+            if not overwrite:
+                raise _exists(path)
+        folder = path.parent
+        while not folder.exists():
+            folder = folder.parent
+        # Trying is the only test that a read-only disk, a quota and root all answer truly.
+        probe = _temporary(folder / "probe")
+        try:
+            probe.touch(exist_ok=False)
+        finally:
+            probe.unlink(missing_ok=True)
+        free = shutil.disk_usage(folder).free
+    except (OSError, ValueError) as error:
+        if isinstance(error, SafelightError):
+            raise
+        raise _unwritable(path, error) from None
+    if free < need:
+        raise SafelightError(
+            f"{_short(path)} cannot be written: its disk has {free >> 20} MiB free "
+            f"and {-(-need >> 20)} are needed"
+        )
+
+
+def save_png(
+    image: Image.Image, path: str | Path, texts: Mapping[str, str], *, overwrite: bool = False
+) -> None:
+    """Writes picture and texts as a PNG, whole or not at all; the same input, the same bytes.
+
+    The file gets its name only when all of it is on the disk. Raises SafelightError if path
+    exists and overwrite is false, even if it came to exist a moment ago, or cannot be written.
+    """
+    path = Path(path)
+    chunks = PngImagePlugin.PngInfo()
+    for key, text in texts.items():
+        chunks.add_text(key, text)  # tEXt if it is Latin-1, else iTXt, which is UTF-8
+    temporary = _temporary(path)
+    try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("xb") as file:
+                image.save(file, "PNG", pnginfo=chunks, compress_level=6)
+                file.flush()
+                os.fsync(file.fileno())
+            if overwrite:
+                temporary.replace(path)
+            else:
+                _place_new(temporary, path)
+            _sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except FileExistsError:
+        raise _exists(path) from None
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _place_new(temporary: Path, path: Path) -> None:
+    try:
+        path.hardlink_to(temporary)
+    except FileExistsError:
+        raise
+    except OSError:
+        # No hard links here (FAT, some network drives): hold the name with an empty file first.
+        path.touch(exist_ok=False)
+        temporary.replace(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # a folder cannot be opened there
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".safelight-{secrets.token_hex(8)}.part")
+
+
+def _exists(path: Path) -> SafelightError:
+    return SafelightError(f"{_short(path)} exists: give another name, or overwrite")
+
+
+def _unwritable(path: Path, error: Exception) -> SafelightError:
+    return SafelightError(f"{_short(path)} cannot be written: {reason(error)}")

@@ -1,0 +1,129 @@
+"""The recipe of a picture: all it takes to make it again, inside its PNG.
+
+It is there twice: as JSON of our own in the text `safelight`, which is exact, and in the text
+`parameters` the way AUTOMATIC1111's web UI writes it, which other programs read.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import PngImagePlugin
+
+from safelight.errors import SafelightError
+from safelight.picture import name_of, opened, reason
+
+LONGEST_RECIPE = 256 * 1024
+
+
+def png_texts(recipe: dict[str, Any]) -> dict[str, str]:
+    """The PNG texts, by keyword, for a recipe as `Result.recipe` makes it."""
+    return {
+        "parameters": recipe_text(recipe),
+        "safelight": json.dumps(recipe, ensure_ascii=False),
+    }
+
+
+def recipe_text(recipe: dict[str, Any]) -> str:
+    """The recipe (`Result.recipe`) in the PNG text `parameters`, as AUTOMATIC1111's web UI has it.
+
+    The prompt, a line with the negative prompt if there is one, and a line of `Key: value` pairs.
+    """
+    from safelight.samplers import SAMPLERS
+
+    settings, model = recipe["settings"], recipe["model"]
+    sampler = settings["sampler"]
+    pairs = {
+        "Steps": settings["steps"],
+        "Sampler": SAMPLERS[sampler].a1111 or sampler,
+        "Schedule type": (settings["schedule"] or "").capitalize(),
+        "CFG scale": settings["guidance_scale"],
+        "Seed": settings["seed"],
+        "Size": "{}x{}".format(*recipe["size"]),
+        "Model hash": model["sha256"][:10],
+        "Model": model["name"],
+        "Denoising strength": settings["strength"],
+        "Eta": settings["eta"] or None,
+        "Version": f"Safelight {recipe['safelight']}",
+    }
+    lines = [settings["prompt"]]
+    if settings["negative_prompt"]:
+        lines.append(f"Negative prompt: {settings['negative_prompt']}")
+    lines.append(
+        ", ".join(
+            f"{key}: {_quoted(value)}" for key, value in pairs.items() if value not in (None, "")
+        )
+    )
+    return "\n".join(lines)
+
+
+def _quoted(value: object) -> str:
+    text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    return json.dumps(text, ensure_ascii=False) if any(c in text for c in ',:\n"') else text
+
+
+def parse_recipe_text(text: str) -> dict[str, Any]:
+    """The parts of a `parameters` text: prompt, negative_prompt, and the pairs as strings.
+
+    Takes time linear in the text, whatever it holds. Raises SafelightError if there is no line
+    of pairs at its end.
+    """
+    body, _, last = text.strip("\n").rpartition("\n")
+    pairs: dict[str, str] = {}
+    at = 0
+    while (colon := last.find(": ", at)) >= 0:
+        key, at = last[at:colon].strip(" ,"), colon + 2
+        if last.startswith('"', at):
+            try:
+                value, at = json.JSONDecoder().raw_decode(last, at)
+            except ValueError:
+                break
+        else:
+            comma = last.find(",", at)
+            end = comma if comma >= 0 else len(last)
+            value, at = last[at:end].strip(), end
+        pairs[key] = value
+    if "Steps" not in pairs:
+        raise SafelightError("its text `parameters` has no line that begins with 'Steps: '")
+    prompt, _, negative = f"\n{body}".partition("\nNegative prompt: ")
+    return {"prompt": prompt.removeprefix("\n"), "negative_prompt": negative, "parameters": pairs}
+
+
+def read_recipe(source: str | Path | bytes) -> dict[str, Any]:
+    """The recipe inside a PNG: ours as `Result.recipe` made it, else what the web UI's text says.
+
+    The second kind is what `parse_recipe_text` returns, and has no key `safelight`. Raises
+    SafelightError if the file is no PNG, is broken, or carries neither.
+    """
+    name = name_of(source, "picture")
+    with opened(source, name) as image:
+        if not isinstance(image, PngImagePlugin.PngImageFile):
+            raise SafelightError(f"{name} must be a PNG to carry a recipe, not {image.format}")
+        try:
+            texts = image.text
+        except Exception as error:  # decoders of broken files raise anything
+            raise SafelightError(f"{name} is damaged or cut off ({reason(error)})") from None
+    ours, theirs = texts.get("safelight"), texts.get("parameters")
+    if len(ours or theirs or "") > LONGEST_RECIPE:
+        raise SafelightError(f"{name} has a recipe of more than {LONGEST_RECIPE >> 10} KiB")
+    if ours is not None:
+        return _parse_ours(ours, name)
+    if theirs is None:
+        raise SafelightError(f"{name} carries no recipe: neither Safelight's own nor `parameters`")
+    try:
+        return parse_recipe_text(theirs)
+    except SafelightError as error:
+        raise SafelightError(f"{name} carries no recipe: {error}") from None
+
+
+def _parse_ours(text: str, name: str) -> dict[str, Any]:
+    try:
+        recipe = json.loads(text)
+        if not isinstance(recipe["settings"], dict) or not isinstance(recipe["model"], dict):
+            raise TypeError
+        for value in (recipe["safelight"], recipe["model"]["name"], recipe["model"]["sha256"]):
+            if not isinstance(value, str):
+                raise TypeError
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise SafelightError(f"{name} has a recipe that Safelight did not write") from None
+    return recipe

@@ -1,0 +1,39 @@
+"""Precision and first weights for training."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+
+def autocast(device: str = "cpu") -> AbstractContextManager[None]:
+    """bfloat16 for the products where the processor multiplies it natively; else float32."""
+    fast = device != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=fast)
+
+
+Net = TypeVar("Net", bound=nn.Module)
+
+
+def initialise(net: Net) -> Net:
+    """Zero the last layer of every residual branch and of the net.
+
+    Each block then begins as the identity, and the net by predicting its mean: training starts
+    smoothly (arXiv:2105.05233, appendix).
+    """
+    for name, parameter in net.named_parameters():
+        module = name.rsplit(".", 1)[0]
+        if module == "conv_out" or module.endswith((".conv2", ".proj_out")):
+            nn.init.zeros_(parameter)
+    return net
+
+
+def compiled(net: nn.Module, wanted: bool) -> Any:
+    """The net as torch.compile makes it: a third faster to train, after minutes of compiling.
+
+    It needs a C++ compiler on the machine, so it is asked for, never assumed.
+    """
+    return torch.compile(net, dynamic=False) if wanted else net

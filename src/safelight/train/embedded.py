@@ -1,0 +1,147 @@
+"""Make the two models that ship, from the data recipe to the folders."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from safelight.errors import SafelightError
+from safelight.schedule import SchedulerConfig
+from safelight.train import shipped
+from safelight.train.autoencoder import latent_spread, train_autoencoder
+from safelight.train.denoiser import (
+    TextToImage,
+    encode_scenes,
+    train_text_to_image,
+    train_unconditional,
+)
+from safelight.train.export import export_text_to_image, export_unconditional
+from safelight.train.loop import Draw
+from safelight.train.recipe import Scenes
+from safelight.train.tokens import train_vocabulary
+from safelight.weights.folder import Folder
+from safelight.weights.tokenizer import folder_tokenizer
+
+SCENES = 40_000
+"""Captioned scenes that are composed and encoded once, to learn from."""
+
+SHEET = (
+    "a red apple", "a cat", "a dog", "a rocket on a blue background",
+    "a banana on a pink background", "a flat icon of a car", "a 3d render of a penguin",
+    "a cartoon of a lion", "a guitar", "a hamburger", "a house on a green background",
+    "a smiling face on a black background",
+)  # fmt: skip
+"""Prompts whose pictures are drawn at every checkpoint, so that progress can be seen."""
+
+
+def train_embedded(data: Path, out: Path, *, compile: bool = False) -> Path:
+    """Train autoencoder, text encoder and UNet, and write the folder out/embedded.
+
+    data: the folder that the data recipe was built in. Every stage keeps its checkpoint under
+    `out` and goes on from there when it is called again.
+    """
+    scenes = _scenes(data, shipped.SIZE)
+    model = out / "embedded"
+    train_vocabulary(
+        scenes.captions_corpus(), shipped.VOCABULARY, model / "tokenizer", shipped.TOKENS
+    )
+    vae = train_autoencoder(
+        shipped.VAE, scenes, shipped.VAE_PLAN, out / "autoencoder", compile=compile
+    )
+    spread = latent_spread(vae, scenes, Draw.of(shipped.VAE_PLAN.seed, -1 % 2**31))
+    vae.config = replace(vae.config, scaling_factor=round(1 / spread, 5))
+
+    tokenizer = folder_tokenizer(Folder(model), shipped.VOCABULARY, shipped.TOKENS)
+    latents, captions = encode_scenes(
+        vae, scenes, SCENES, shipped.UNET_PLAN.seed, vae.config.scaling_factor
+    )
+    ids = torch.tensor([tokenizer.encode(text).ids for text in captions], dtype=torch.int16)
+    notes = _notes(data) | {"words": sorted(scenes.words()), "prompts": list(SHEET)}
+
+    def export(net: nn.Module) -> None:
+        assert isinstance(net, TextToImage)
+        export_text_to_image(model, vae, net.text_encoder, net.unet, shipped.SCHEDULER, notes)
+
+    def show(net: nn.Module, step: int) -> None:
+        export(net)
+        _sheet(model, out / f"embedded-{step:06}.png")
+
+    net = train_text_to_image(
+        shipped.TEXT,
+        shipped.UNET,
+        SchedulerConfig.from_dict(shipped.SCHEDULER),
+        latents,
+        ids,
+        torch.tensor(tokenizer.encode("").ids, dtype=torch.int16),
+        shipped.UNET_PLAN,
+        out / "text-to-image",
+        compile=compile,
+        on_checkpoint=show,
+    )
+    export(net)
+    return model
+
+
+def train_embedded_unconditional(data: Path, out: Path, *, compile: bool = False) -> Path:
+    """Train the pixel model and write the folder out/embedded-unconditional."""
+    side = shipped.PIXELS.sample_size or 32
+    scenes = _scenes(data, side)
+    model = out / "embedded-unconditional"
+    notes = _notes(data)
+
+    def export(net: Any) -> None:
+        export_unconditional(model, net, shipped.PIXELS_SCHEDULER, notes)
+
+    def show(net: nn.Module, step: int) -> None:
+        export(net)
+        _sheet(model, out / f"embedded-unconditional-{step:06}.png")
+
+    net = train_unconditional(
+        shipped.PIXELS,
+        SchedulerConfig.from_dict(shipped.PIXELS_SCHEDULER),
+        lambda rng, n: scenes.plain(n, rng, side),
+        shipped.PIXELS_PLAN,
+        out / "unconditional",
+        compile=compile,
+        on_checkpoint=show,
+    )
+    export(net)
+    return model
+
+
+def _scenes(data: Path, side: int) -> Scenes:
+    path = data / "cutouts.npz"
+    if not path.exists():
+        raise SafelightError(f"{path} is not there: build it with `safelight train data {data}`")
+    return Scenes(path, size=side)
+
+
+def _notes(data: Path) -> dict[str, Any]:
+    about = json.loads((data / "cutouts.json").read_text())
+    return {"data_sha256": about["sha256"]}
+
+
+def _sheet(model: Path, path: Path) -> None:
+    """Twelve pictures of the model as it stands, in one."""
+    from safelight.weights import load_model
+
+    loaded = load_model(str(model), device="cpu")
+    settings: dict[str, Any] = {"steps": 20, "seed": 1}
+    if loaded.kind == "text":
+        settings |= {"sampler": "dpmpp_2m", "guidance_scale": 4.0}
+        pictures = [loaded.generate(text, **settings).images[0] for text in SHEET]
+    else:
+        settings |= {"sampler": "ddim", "count": len(SHEET), "unconditional": True}
+        pictures = loaded.generate(**settings).images
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", (6 * width, 2 * height))
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % 6 * width, i // 6 * height))
+    sheet.save(path)
+

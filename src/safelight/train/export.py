@@ -1,0 +1,132 @@
+"""Write trained networks as a folder that Safelight and diffusers both load."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from safelight.nets.clip import CLIPTextModel
+from safelight.nets.unet import UNet2DConditionModel
+from safelight.nets.unet2d import UNet2DModel
+from safelight.nets.vae import AutoencoderKL
+
+DIFFUSERS = "0.42.0"
+"""The version of diffusers whose layout is written and tested against."""
+
+
+def export_text_to_image(
+    folder: Path,
+    vae: AutoencoderKL,
+    text: CLIPTextModel,
+    unet: UNet2DConditionModel,
+    scheduler: Mapping[str, Any],
+    notes: Mapping[str, Any],
+) -> None:
+    """Write a StableDiffusionPipeline folder; its tokenizer/ must have been written before.
+
+    notes become safelight.json: the words it was trained on, and what made it.
+    """
+    depth = len(vae.config.block_out_channels)
+    _network(
+        folder / "vae",
+        vae,
+        "diffusion_pytorch_model",
+        {
+            "_class_name": "AutoencoderKL",
+            **asdict(vae.config),
+            "down_block_types": ["DownEncoderBlock2D"] * depth,
+            "up_block_types": ["UpDecoderBlock2D"] * depth,
+            "sample_size": (unet.config.sample_size or 0) * vae.config.factor,
+            "act_fn": "silu",
+        },
+    )
+    _network(
+        folder / "unet",
+        unet,
+        "diffusion_pytorch_model",
+        {
+            "_class_name": "UNet2DConditionModel",
+            **asdict(unet.config),
+        },
+    )
+    vocabulary = json.loads((folder / "tokenizer" / "vocab.json").read_text())
+    _network(
+        folder / "text_encoder",
+        text,
+        "model",
+        {
+            "architectures": ["CLIPTextModel"],
+            "model_type": "clip_text_model",
+            **asdict(text.config),
+            "bos_token_id": vocabulary["<|startoftext|>"],
+            "eos_token_id": vocabulary["<|endoftext|>"],
+            "pad_token_id": vocabulary["<|endoftext|>"],
+            "projection_dim": text.config.hidden_size,
+        },
+    )
+    _json(folder / "scheduler" / "scheduler_config.json", dict(scheduler))
+    _json(
+        folder / "model_index.json",
+        {
+            "_class_name": "StableDiffusionPipeline",
+            "_diffusers_version": DIFFUSERS,
+            "feature_extractor": [None, None],
+            "image_encoder": [None, None],
+            "requires_safety_checker": False,
+            "safety_checker": [None, None],
+            "scheduler": ["diffusers", scheduler["_class_name"]],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        },
+    )
+    _json(folder / "safelight.json", dict(notes))
+
+
+def export_unconditional(
+    folder: Path, unet: UNet2DModel, scheduler: Mapping[str, Any], notes: Mapping[str, Any]
+) -> None:
+    """Write a DDPMPipeline folder."""
+    _network(
+        folder / "unet",
+        unet,
+        "diffusion_pytorch_model",
+        {
+            "_class_name": "UNet2DModel",
+            **asdict(unet.config),
+        },
+    )
+    _json(folder / "scheduler" / "scheduler_config.json", dict(scheduler))
+    _json(
+        folder / "model_index.json",
+        {
+            "_class_name": "DDPMPipeline",
+            "_diffusers_version": DIFFUSERS,
+            "scheduler": ["diffusers", scheduler["_class_name"]],
+            "unet": ["diffusers", "UNet2DModel"],
+        },
+    )
+    _json(folder / "safelight.json", dict(notes))
+
+
+def _network(folder: Path, net: nn.Module, stem: str, config: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    # float16 halves what ships; the networks are run in float32 all the same.
+    weights = {
+        name: t.detach().to(torch.float16).contiguous() for name, t in net.state_dict().items()
+    }
+    save_file(weights, folder / f"{stem}.safetensors", metadata={"format": "pt"})
+    _json(folder / "config.json", config)
+
+
+def _json(path: Path, value: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

@@ -1,0 +1,86 @@
+"""The models that ship: their sizes, their noise schedules, their plans of training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from safelight.nets.clip import CLIPTextConfig
+from safelight.nets.unet import UNetConfig
+from safelight.nets.unet2d import UNet2DConfig
+from safelight.nets.vae import VAEConfig
+from safelight.train.loop import Plan
+
+SIZE = 64
+"""Side of the pictures of `embedded`, in pixels."""
+
+TOKENS = 32
+"""Length of a prompt in tokens: the longest caption of the recipe has 13 words."""
+
+VOCABULARY = 1280
+"""Byte-pair tokens: 512 for bytes, the rest for what the captions say."""
+
+# Factor 4, not 8: at 64 pixels a factor of 8 leaves 8x8 latents, too few to draw with.
+VAE = VAEConfig(
+    block_out_channels=(16, 32, 64),
+    layers_per_block=1,
+    latent_channels=4,
+    norm_num_groups=8,
+    mid_block_add_attention=False,
+)
+VAE_PLAN = Plan(steps=3500, batch=16, learning_rate=2e-3, weight_decay=0.0)
+
+TEXT = CLIPTextConfig(
+    vocab_size=VOCABULARY,
+    hidden_size=128,
+    intermediate_size=512,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=TOKENS,
+)
+UNET = UNetConfig(
+    sample_size=SIZE // VAE.factor,
+    block_out_channels=(64, 96, 144),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    layers_per_block=1,
+    attention_head_dim=4,
+    cross_attention_dim=TEXT.hidden_size,
+    norm_num_groups=16,
+)
+UNET_PLAN = Plan(steps=9000, batch=32, learning_rate=1e-3)
+
+# More noise at the end than Stable Diffusion's 0.012: with 16x16 latents less of it is averaged
+# away, and a background colour must be decided by the words alone.
+SCHEDULER: dict[str, Any] = {
+    "_class_name": "PNDMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.02,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction",
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "clip_sample": False,
+}
+
+PIXELS = UNet2DConfig(
+    sample_size=32,
+    block_out_channels=(32, 64, 96),
+    down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+    layers_per_block=1,
+    attention_head_dim=32,
+    norm_num_groups=16,
+)
+PIXELS_PLAN = Plan(steps=8000, batch=32, learning_rate=1e-3)
+PIXELS_SCHEDULER: dict[str, Any] = {
+    "_class_name": "DDPMScheduler",
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "variance_type": "fixed_small",
+    "clip_sample": True,
+}

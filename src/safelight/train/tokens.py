@@ -1,0 +1,60 @@
+"""A byte-pair vocabulary of our own, in the two files that CLIP's tokenizer reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+WORD_END = "</w>"
+# What CLIP calls a word (arXiv:2103.00020, section 2.4): runs of letters, single digits, runs of
+# other marks, and the English contractions.
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+def train_vocabulary(captions: Iterable[str], size: int, folder: Path, length: int) -> None:
+    """Write vocab.json, merges.txt and tokenizer_config.json of at most `size` tokens.
+
+    Every byte has a token, alone and as the end of a word, so no text is ever out of the
+    vocabulary; the merges are learned from the captions.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    symbols = alphabet + [letter + WORD_END for letter in alphabet]
+    learner = Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
+    learner.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    learner.train_from_iterator(
+        captions,
+        trainers.BpeTrainer(
+            vocab_size=size - 2,
+            end_of_word_suffix=WORD_END,
+            initial_alphabet=symbols,
+            show_progress=False,
+        ),
+    )
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    merges = merges[: size - len(symbols) - 2]
+    tokens = symbols + ["".join(pair) for pair in merges] + [START, END]
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
+    (folder / "merges.txt").write_text(
+        "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges)
+    )
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "bos_token": START,
+        "eos_token": END,
+        "pad_token": END,
+        "unk_token": END,
+        "model_max_length": length,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,116 @@
+"""From the name that a user gives to files on this machine: built in, a path, or the hub."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from safelight.errors import SafelightError
+from safelight.weights.check import printable, read_json
+from safelight.weights.folder import files_of
+
+BUILT_IN = ("embedded", "embedded-unconditional")
+_MODELS = Path(__file__).parent.parent / "models"
+# "org/name", or "org/name@revision" with a branch, a tag or a commit.
+_HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w.-]*))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a model's files are: a single file, or a folder in diffusers' layout."""
+
+    name: str
+    path: Path
+
+
+def find(name: str) -> Source:
+    """Find a model by name.
+
+    name: a built-in model ("embedded"), the path of a folder or of a single .safetensors file,
+      or a hub id ("org/name", "org/name@revision"). A hub model is taken from the cache if it
+      is complete there, and downloaded if not, unless HF_HUB_OFFLINE is set.
+
+    Raises SafelightError, one line that says what is missing and how to get it.
+    """
+    if name in BUILT_IN:
+        if not (_MODELS / name).is_dir():
+            raise SafelightError(f"the built-in model {name!r} is not part of this installation")
+        return Source(name, _MODELS / name)
+    try:
+        path = Path(name).expanduser()
+        if name and path.exists():
+            return Source(path.resolve().stem if path.is_file() else path.resolve().name, path)
+    except (OSError, RuntimeError, ValueError):
+        pass  # too long, a NUL in it, no home: not a path
+    hub_id = _HUB_ID.fullmatch(name)
+    # "models/sd15.safetensors" is a file that is not there, not a repository.
+    if hub_id is None or name.endswith((".safetensors", ".ckpt")) or ".." in name:
+        raise SafelightError(
+            f"no model {printable(repr(name), 60)}: not built in ({', '.join(BUILT_IN)}), "
+            'not a file or folder here, not a hub id ("org/name")'
+        )
+    return Source(name, _from_hub(hub_id[1], hub_id[2]))
+
+
+def _from_hub(repo: str, revision: str | None) -> Path:
+    # Takes a quarter of a second to import, and most models need no hub.
+    import huggingface_hub as hub
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HFValidationError
+
+    at = f" --revision {revision}" if revision else ""
+    get = f'hf download {repo}{at} --include "*.json" "*/*.safetensors" "tokenizer/*"'
+    try:
+        index = hub.try_to_load_from_cache(repo, "model_index.json", revision=revision)
+    except HFValidationError as e:
+        raise SafelightError(printable(f"{repo} is not a hub id: {e}", 200)) from None
+    if isinstance(index, str):
+        folder = Path(index).parent
+        if constants.HF_HUB_OFFLINE or _complete(folder, repo):
+            return folder
+    if constants.HF_HUB_OFFLINE:
+        raise _missing(repo, "is not in the hub cache and HF_HUB_OFFLINE is set", get)
+    try:
+        info = hub.HfApi().model_info(repo, revision=revision)
+        names = [f.rfilename for f in info.siblings or []]
+        if "model_index.json" not in names:
+            raise SafelightError(
+                f"{repo}: no model_index.json; download its file and give its path"
+            )
+        path = hub.hf_hub_download(repo, "model_index.json", revision=revision)
+        wanted = files_of(read_json(Path(path)), names, repo)
+        return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=wanted))
+    except SafelightError:
+        raise
+    except Exception as e:  # the hub's client raises what its transport raises
+        raise _missing(repo, _reason(e), get) from e
+
+
+def _complete(folder: Path, repo: str) -> bool:
+    """Whether a cached snapshot has all the files that its model is read from; a download that
+    was cut short leaves a part."""
+    names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+    try:
+        files_of(read_json(folder / "model_index.json"), names, repo)
+    except SafelightError:
+        return False
+    return True
+
+
+def _reason(error: Exception) -> str:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return "asks for its terms to be accepted on the hub, and a login (hf auth login)"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "has no such revision"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "is not on the hub, or is private (hf auth login)"
+    if isinstance(error, OSError) and not isinstance(error, errors.HfHubHTTPError):
+        return f"is not in the hub cache and could not be downloaded ({type(error).__name__})"
+    return f"could not be downloaded ({type(error).__name__})"
+
+
+def _missing(repo: str, why: str, get: str) -> SafelightError:
+    return SafelightError(printable(f"{repo} {why}; to get it: {get}", 200))

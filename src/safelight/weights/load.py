@@ -1,0 +1,193 @@
+"""From a name to a model that is ready to draw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from safelight.errors import SafelightError
+from safelight.model import Model
+from safelight.weights.check import DTYPES, Header, refusal
+from safelight.weights.digest import model_digest
+from safelight.weights.find import find
+from safelight.weights.ldm import Weight, some
+from safelight.weights.plan import NETS, Plan, read_plan
+from safelight.weights.tokenizer import Tokenizer, clip_tokenizer, folder_tokenizer
+
+_FLOATS = ("F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2")
+_COMPUTE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def load_model(
+    name: str,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    prediction_type: str | None = None,
+) -> Model:
+    """Load a model by name (see `find`).
+
+    device: "auto" (CUDA, else MPS, else the CPU) or the name of one.
+    dtype: "float32", "float16", "bfloat16", or "auto": float32 on the CPU, else float16. Weights
+      that are stored in it stay in the mapped file; others are converted one by one.
+    prediction_type: "epsilon", "v_prediction" or "sample", in place of what the checkpoint says.
+
+    Raises SafelightError, one line, if the model is not found or not usable: a missing,
+    left-over or misshapen weight is named, and so is one that is not finite.
+    """
+    where = pick_device(device)
+    precision = pick_dtype(dtype, where)
+    plan = read_plan(find(name), prediction_type)
+    tokenizer = _tokenizer(plan)
+    # After all files are found, and before any weight of a damaged download is used.
+    sha256 = model_digest(plan.files)
+    nets = {part: _network(plan, part, where, precision) for part in plan.weights}
+    return Model(
+        name=plan.source.name,
+        path=str(plan.source.path),
+        sha256=sha256,
+        kind=plan.kind,
+        family=plan.family,
+        tokenizer=tokenizer,
+        text_encoder=nets.get("text_encoder"),
+        unet=nets["unet"],
+        vae=nets.get("vae"),
+        scheduler=plan.scheduler,
+        words=plan.words,
+        notes=plan.notes,
+        native_size=plan.native_size,
+        device=where,
+        dtype=precision,
+        warnings=list(plan.warnings),
+    )
+
+
+def inspect(name: str) -> dict[str, Any]:
+    """What a checkpoint is, without reading its weights.
+
+    Returns name, path, kind, family, components (parameters, stored dtypes and bytes of each
+    network), parameters and dtypes of all, size_on_disk (bytes), prediction_type, native_size
+    (width, height), and warnings. Raises SafelightError as `load_model` does for a malformed one.
+    """
+    plan = read_plan(find(name))
+    components = {part: _summary(weights) for part, weights in plan.weights.items()}
+    return {
+        "name": plan.source.name,
+        "path": str(plan.source.path),
+        "kind": plan.kind,
+        "family": plan.family,
+        "components": components,
+        "parameters": sum(c["parameters"] for c in components.values()),
+        "dtypes": sorted({d for c in components.values() for d in c["dtypes"]}),
+        "size_on_disk": sum(path.stat().st_size for path in plan.files.values()),
+        "prediction_type": plan.scheduler.prediction_type,
+        "native_size": plan.native_size,
+        "warnings": list(plan.warnings),
+    }
+
+
+def _summary(weights: Mapping[str, Weight]) -> dict[str, Any]:
+    sizes = [(math.prod(w.shape), w.dtype) for w in weights.values()]
+    return {
+        "parameters": sum(n for n, _ in sizes),
+        "dtypes": sorted({d for _, d in sizes}),
+        "bytes": sum(n * DTYPES[d] for n, d in sizes),
+    }
+
+
+def pick_device(name: str | torch.device) -> torch.device:
+    """The device of this name; SafelightError names those that are there if it is not."""
+    there = ["cpu"]
+    if torch.backends.mps.is_available():
+        there.insert(0, "mps")
+    if torch.cuda.is_available():
+        there[:0] = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if str(name) == "auto":
+        return torch.device(there[0])
+    if str(name) not in there:
+        raise SafelightError(f"device {str(name)!r:.40} is not there; there are {', '.join(there)}")
+    return torch.device(name)
+
+
+def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of this name; SafelightError if it is none that a network computes in."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.float16
+    found = _COMPUTE.get(str(name).removeprefix("torch."))
+    if found is None:
+        raise SafelightError(f"dtype {str(name)!r:.40}; expected auto, {', '.join(_COMPUTE)}")
+    return found
+
+
+def _tokenizer(plan: Plan) -> Tokenizer | None:
+    if plan.kind != "text":
+        return None
+    config = plan.configs["text_encoder"]
+    if plan.folder is None:
+        assert plan.pad is not None
+        return clip_tokenizer(plan.pad, config.max_position_embeddings)
+    return folder_tokenizer(plan.folder, config.vocab_size, config.max_position_embeddings)
+
+
+def _network(plan: Plan, part: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """One network, built without memory of its own and then given its weights."""
+    _, network_class = NETS[plan.kind][part]
+    with torch.device("meta"):
+        network = network_class(plan.configs[part])
+    weights = plan.weights[part]
+    _check_fit(plan.source.name, part, network, weights)
+    state: dict[str, Tensor] = {}
+    for header in {id(w.header): w.header for w in weights.values()}.values():
+        here = {name: w for name, w in weights.items() if w.header is header}
+        state |= _read(header, here, device, dtype)
+    network.load_state_dict(state, strict=True, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def _check_fit(model: str, part: str, network: nn.Module, weights: Mapping[str, Weight]) -> None:
+    """Whether the weights are those of the network, by name, shape and kind of number."""
+    wanted = {name: tuple(t.shape) for name, t in network.state_dict().items()}
+    for what, names in (
+        ("are missing", wanted.keys() - weights.keys()),
+        ("belong to nothing", weights.keys() - wanted.keys()),
+    ):
+        if names:
+            raise refusal(model, f"{len(names)} weights of {part} {what}: {some(names)}")
+    for name, weight in weights.items():
+        if weight.shape != wanted[name]:
+            shapes = f"{weight.shape} in the file, {wanted[name]} by the config"
+            raise refusal(model, f"{part} {name}: {shapes}")
+        if weight.dtype not in _FLOATS:
+            raise refusal(model, f"{part} {name}: stored as {weight.dtype}; floats are needed")
+
+
+def _read(
+    header: Header, weights: Mapping[str, Weight], device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    try:
+        with safe_open(header.path, framework="pt") as file:
+            for name, weight in weights.items():
+                tensor = file.get_tensor(weight.key)
+                if weight.third is not None:
+                    tensor = tensor.chunk(3)[weight.third]
+                if tensor.data_ptr() % tensor.element_size():
+                    tensor = tensor.clone()  # the file need not align it, our kernels do
+                # Checked as it will be used: a large float32 is no longer finite as float16.
+                tensor = tensor.reshape(weight.shape).to(device, dtype)
+                if not _finite(tensor):
+                    raise refusal(header.name, f"{weight.key} holds NaN or Inf as {dtype}")
+                state[name] = tensor
+    except (SafetensorError, OSError) as e:
+        raise refusal(header.name, f"cannot be read: {e}") from None
+    return state
+
+
+def _finite(tensor: Tensor) -> bool:
+    # A sum is one pass with no mask to store. It may overflow where no element does.
+    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())

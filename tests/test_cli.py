@@ -1,0 +1,463 @@
+"""The command line, on a model that draws one plain colour for each seed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+import safelight
+from safelight import cli
+from safelight.errors import SafelightError
+from safelight.recipe import read_recipe
+from safelight.request import Request, Result
+from safelight.samplers import SAMPLERS
+
+DIGEST = "ab" * 32
+
+
+class PlainModel:
+    """Stands in for a loaded model, and remembers what it was asked."""
+
+    def __init__(self):
+        self.sha256 = DIGEST
+        self.loaded = []
+        self.requests = []
+        self.warnings = []
+        self.before_step = lambda: None
+        self.shift = 0
+
+    def load(self, name, device, dtype):
+        self.loaded.append((name, device, dtype))
+        return self
+
+    def generate(self, request, on_step):
+        self.requests.append(request)
+        seeds = list(range(request.seed, request.seed + request.count))
+        steps = request.steps or 4
+        for i in range(request.count):
+            for step in range(1, steps + 1):
+                self.before_step()
+                on_step(SimpleNamespace(image_index=i, step=step, steps=steps))
+        size = (request.width or 64, request.height or 64)
+        colours = [((seed + self.shift) % 256, 9, 9) for seed in seeds]
+        return Result(
+            images=[Image.new("RGB", size, colour) for colour in colours],
+            seeds=seeds,
+            settings={**request.to_dict(), "steps": steps},
+            model=self.loaded[-1][0],
+            sha256=self.sha256,
+            device="cpu",
+            dtype="float32",
+            warnings=list(self.warnings),
+            timings={"total": 0.25},
+        )
+
+
+@pytest.fixture
+def model(monkeypatch, tmp_path):
+    plain = PlainModel()
+    monkeypatch.setitem(vars(safelight), "load", plain.load)
+    monkeypatch.chdir(tmp_path)
+    return plain
+
+
+@pytest.fixture
+def run(capsys):
+    def run(*arguments):
+        code = cli.run(arguments)
+        return SimpleNamespace(code=code, **capsys.readouterr()._asdict())
+
+    return run
+
+
+def refused(done, *parts):
+    """Whether a run ended with one line of error and nothing else."""
+    assert done.code == 2
+    assert done.out == ""
+    assert done.err.startswith("error: ")
+    assert done.err.count("\n") == 1
+    for part in parts:
+        assert part in done.err
+    return True
+
+
+class TestGenerate:
+    def test_prints_the_path_and_nothing_else(self, run, model, tmp_path):
+        done = run("generate", "a red apple", "--seed", "7")
+        assert (done.code, done.out, done.err) == (0, "safelight-7.png\n", "")
+        assert model.loaded == [("embedded", "auto", "auto")]
+        assert read_recipe(tmp_path / "safelight-7.png")["settings"]["prompt"] == "a red apple"
+
+    def test_every_option_arrives(self, run, model, tmp_path):
+        Image.new("RGB", (64, 72), "red").save("in.png")
+        Image.new("L", (64, 72), 255).save("mask.png")
+        done = run(
+            *("generate", "a cat", "--negative-prompt", "dog", "--width", "64", "--height", "72"),
+            *("--steps", "3", "--guidance-scale", "5.5", "--seed", "9", "--count", "2"),
+            *("--sampler", "ddim", "--schedule", "karras", "--spacing", "trailing"),
+            *("--model", "some/model", "--image", "in.png", "--mask", "mask.png"),
+            *("--strength", "0.5", "--eta", "0.25", "--device", "cpu", "--dtype", "float32"),
+            *("--out", "new/b.png"),
+        )
+        assert (done.code, done.err) == (0, "")
+        assert done.out.splitlines() == [str(Path("new") / f"b-{i}.png") for i in (1, 2)]
+        assert model.loaded == [("some/model", "cpu", "float32")]
+        with Image.open("in.png") as image, Image.open("mask.png") as mask:
+            assert model.requests == [
+                Request(
+                    prompt="a cat",
+                    negative_prompt="dog",
+                    width=64,
+                    height=72,
+                    steps=3,
+                    guidance_scale=5.5,
+                    seed=9,
+                    count=2,
+                    sampler="ddim",
+                    schedule="karras",
+                    spacing="trailing",
+                    image=image,
+                    mask=mask,
+                    strength=0.5,
+                    eta=0.25,
+                )
+            ]
+
+    def test_unconditional_has_a_model_of_its_own(self, run, model):
+        assert run("generate", "--unconditional", "--seed", "1").code == 0
+        assert model.loaded[0][0] == "embedded-unconditional"
+        assert model.requests[0].unconditional
+
+    def test_json(self, run, model):
+        model.warnings = ["the prompt was cut"]
+        done = run("generate", "a", "--seed", "3", "--count", "2", "--json")
+        told = json.loads(done.out)
+        assert told["paths"] == ["safelight-3.png", "safelight-4.png"]
+        assert told["seeds"] == [3, 4]
+        assert told["settings"]["prompt"] == "a"
+        assert told["warnings"] == ["the prompt was cut"]
+        assert told["timings"] == {"total": 0.25}
+        assert done.err == "warning: the prompt was cut\n"
+
+    def test_the_same_command_twice_gives_the_same_bytes_under_two_names(
+        self, run, tmp_path, model
+    ):
+        for _ in range(2):
+            run("generate", "a", "--seed", "3")
+        one, two = tmp_path / "safelight-3.png", tmp_path / "safelight-3-2.png"
+        assert one.read_bytes() == two.read_bytes()
+
+    def test_a_file_that_exists_is_kept_unless_asked(self, run, model, tmp_path):
+        path = tmp_path / "a.png"
+        path.write_text("mine")
+        assert refused(run("generate", "a", "--out", "a.png"), "'a.png' exists")
+        assert path.read_text() == "mine"
+        assert model.loaded == []
+        assert run("generate", "a", "--out", "a.png", "--overwrite").code == 0
+        assert read_recipe(path)
+
+    def test_show(self, run, model, monkeypatch):
+        shown = []
+        monkeypatch.setattr("typer.launch", lambda path: shown.append(path) or 0)
+        run("generate", "a", "--seed", "3", "--count", "2", "--show")
+        assert shown == ["safelight-3.png", "safelight-4.png"]
+
+    def test_show_without_a_viewer_is_a_warning(self, run, model, monkeypatch):
+        monkeypatch.setattr("typer.launch", lambda path: 3)
+        done = run("generate", "a", "--seed", "3", "--show")
+        assert (done.code, done.out) == (0, "safelight-3.png\n")
+        assert done.err.startswith("warning: no viewer")
+
+    def test_what_is_printed_cannot_drive_the_terminal(self, run, model):
+        model.warnings = ["a\x1b[2Jb\nc"]
+        assert run("generate", "a").err == "warning: a\\x1b[2Jb\\nc\n"
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("arguments", "named"),
+        [
+            ([], "PROMPT"),
+            (["a", "--sampler", "eulr"], "euler"),
+            (["a", "--width", "100"], "multiple of 8"),
+            (["a", "--height", "2056"], "2048"),
+            (["a", "--steps", "0"], "1 to 1000"),
+            (["a", "--steps", "1001"], "1 to 1000"),
+            (["a", "--steps", "3.5"], "--steps"),
+            (["a", "--count", "65"], "1 to 64"),
+            (["a", "--seed", "-1"], "seed"),
+            (["a", "--seed", "9" * 30], "seed"),
+            (["a", "--strength", "0"], "strength"),
+            (["a", "--strength", "nan"], "strength"),
+            (["a", "--guidance-scale", "nan"], "guidance_scale"),
+            (["a", "--guidance-scale", "inf"], "guidance_scale"),
+            (["a", "--eta", "nan"], "eta"),
+            (["a", "--schedule", "linear"], "karras"),
+            (["a", "--spacing", "even"], "trailing"),
+            (["a", "--image", "none.png"], "none.png"),
+            (["a", "--image", "text.png"], "PNG, JPEG or WebP"),
+            (["a", "--image", "."], "folder"),
+            (["a", "--image", "red.png", "--mask", "text.png"], "mask"),
+            (["a", "--image", "red.png", "--mask", "small.png"], "64x64, not 8x8"),
+            (["a", "--mask", "red.png"], "picture"),
+            (["a", "--unconditional"], "prompt"),
+            (["--unconditional", "--image", "red.png"], "image"),
+            (["x" * 16385], "16 KiB"),
+            (["a", "--out", "a.jpg"], ".png"),
+            (["a", "--out", "text.png/a.png"], "cannot be written"),
+            (["a", "--out", "a" * 300 + ".png"], "cannot be written"),
+            (["a", "--bogus"], "--bogus"),
+            (["a", "b"], "b"),
+        ],
+    )
+    def test_is_one_line_and_nothing_written(self, run, model, tmp_path, arguments, named):
+        Image.new("RGB", (64, 64), "red").save("red.png")
+        Image.new("RGB", (8, 8), "red").save("small.png")
+        (tmp_path / "text.png").write_text("no picture")
+        before = sorted(tmp_path.rglob("*"))
+        assert refused(run("generate", *arguments), named)
+        assert sorted(tmp_path.rglob("*")) == before
+        assert model.loaded == []
+
+    def test_a_full_disk_is_known_before_the_work(self, run, model, monkeypatch):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
+        assert refused(run("generate", "a", "--count", "64"), "1 MiB free and 64 are needed")
+        assert model.loaded == []
+
+    def test_a_disk_that_fills_during_the_work(self, run, model, monkeypatch, tmp_path):
+        def full(_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        assert refused(run("generate", "a"), "No space left on device")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_an_error_of_the_model(self, run, model):
+        def fail():
+            raise SafelightError("the picture has a NaN")
+
+        model.before_step = fail
+        assert refused(run("generate", "a"), "the picture has a NaN")
+
+    def test_a_fault_of_ours_keeps_its_traceback(self, model):
+        def fail():
+            raise ZeroDivisionError
+
+        model.before_step = fail
+        with pytest.raises(ZeroDivisionError):
+            cli.run(["generate", "a"])
+
+    def test_an_unknown_command(self, run):
+        assert refused(run("paint"), "paint")
+
+
+class TestInterrupted:
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    def test_during_a_step(self, run, model, tmp_path):
+        model.before_step = self.interrupt
+        done = run("generate", "a")
+        assert (done.code, done.out, done.err) == (130, "", "stopped\n")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_during_saving(self, run, model, tmp_path, monkeypatch):
+        monkeypatch.setattr(os, "fsync", lambda _: self.interrupt())
+        (tmp_path / "a.png").write_text("mine")
+        done = run("generate", "a", "--out", "a.png", "--overwrite")
+        assert (done.code, done.out, done.err) == (130, "", "stopped\n")
+        assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+    @pytest.mark.skipif(os.name == "nt", reason="signals")
+    def test_by_a_real_signal(self, tmp_path):
+        driver = (
+            "import time, safelight; from safelight import cli\n"
+            "class Slow:\n"
+            "    def generate(self, request, on_step):\n"
+            "        print('started', flush=True); time.sleep(60)\n"
+            "safelight.load = lambda *a, **k: Slow()\n"
+            "cli.main()"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", driver, "generate", "a"],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+        assert (process.returncode, out, err) == (130, "", "stopped\n")
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestProgress:
+    def test_on_a_terminal(self, model, capsys, monkeypatch):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        monkeypatch.setenv("TERM", "xterm-256color")
+        monkeypatch.setenv("COLUMNS", "80")
+        model.before_step = lambda: time.sleep(0.15)
+        assert cli.run(["generate", "a", "--seed", "1", "--count", "2"]) == 0
+        told = capsys.readouterr()
+        assert told.out == "safelight-1.png\nsafelight-2.png\n"
+        assert "picture 2 of 2, step" in told.err
+        assert "/8" in told.err
+        assert "0:00:0" in told.err
+
+
+class TestTools:
+    def test_samplers(self, run):
+        done = run("samplers")
+        assert [line.split()[0] for line in done.out.splitlines()] == ["NAME", *SAMPLERS]
+        assert "DPM++ 2M" in done.out
+
+    def test_samplers_json(self, run):
+        told = {entry["name"]: entry for entry in json.loads(run("samplers", "--json").out)}
+        assert list(told) == list(SAMPLERS)
+        assert told["ddim"]["eta"] is True
+        assert told["euler_a"]["a1111"] == "Euler a"
+
+    def test_models(self, run, tmp_path, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        names = [line.split()[0] for line in run("models").out.splitlines()]
+        assert names == ["NAME", "embedded", "embedded-unconditional"]
+        assert len(json.loads(run("models", "--json").out)) == 2
+
+    def test_inspect_a_picture(self, run, model):
+        run("generate", "a \x1b[31mred\x1b[0m apple", "--seed", "3")
+        lines = run("inspect", "safelight-3.png").out.splitlines()
+        assert "settings.prompt: a \\x1b[31mred\\x1b[0m apple" in lines
+        assert "model.sha256: " + DIGEST in lines
+        told = json.loads(run("inspect", "safelight-3.png", "--json").out)
+        assert told == read_recipe("safelight-3.png")
+
+    def test_inspect_a_checkpoint(self, run, monkeypatch):
+        asked = []
+        found = {"family": "sd1", "components": {"unet": {"bytes": 7}}, "native_size": (64, 64)}
+        monkeypatch.setattr("safelight.weights.load.inspect", lambda f: asked.append(f) or found)
+        lines = run("inspect", "some/model").out.splitlines()
+        assert lines == ["family: sd1", "components.unet.bytes: 7", "native_size: 64, 64"]
+        assert asked == ["some/model"]
+
+    def test_inspect_nothing(self, run, model):
+        assert refused(run("inspect", "none.safetensors"))
+        assert refused(run("inspect", "a\0b"))
+
+    def test_verify(self, run, model):
+        run("generate", "a", "--seed", "3", "--count", "2", "--out", "a.png")
+        for name in ("a-1.png", "a-2.png"):
+            done = run("verify", name)
+            assert (done.code, done.out, done.err) == (0, "0\n", "")
+        assert model.requests[-1].seed == 4
+        assert model.loaded[-1] == ("embedded", "cpu", "float32")
+
+    def test_verify_tells_the_largest_difference(self, run, model):
+        run("generate", "a", "--seed", "3", "--out", "a.png")
+        model.shift = 5
+        done = run("verify", "a.png")
+        assert (done.code, done.out, done.err) == (1, "5\n", "")
+
+    def test_verify_with_another_model(self, run, model):
+        run("generate", "a", "--out", "a.png")
+        model.sha256 = "cd" * 32
+        done = run("verify", "a.png", "--model", "other", "--device", "cuda", "--dtype", "float16")
+        assert refused(done, "abababab", "cdcdcdcd", "--model")
+        assert model.loaded[-1] == ("other", "cuda", "float16")
+
+    def test_verify_needs_the_picture_it_started_from(self, run, model):
+        Image.new("RGB", (64, 64), "red").save("in.png")
+        Image.new("RGB", (64, 64), "blue").save("other.png")
+        run("generate", "a", "--image", "in.png", "--out", "a.png")
+        assert refused(run("verify", "a.png"), "image is needed again")
+        assert refused(run("verify", "a.png", "--image", "other.png"), "image must be the one")
+        assert run("verify", "a.png", "--image", "in.png").out == "0\n"
+
+    def test_verify_a_picture_of_other_programs(self, run, model):
+        Image.new("RGB", (64, 64), "red").save("in.png")
+        assert refused(run("verify", "in.png"), "no recipe")
+
+
+class TestHelp:
+    def command(self, *arguments):
+        return [sys.executable, "-m", "safelight", *arguments]
+
+    def test_without_a_command(self, run):
+        assert run().out == run("--help").out
+        assert run("--version").out == f"safelight {safelight.__version__}\n"
+
+    @pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["--version"]])
+    def test_imports_nothing_heavy(self, arguments):
+        code = (
+            "import sys; from safelight import cli; cli.run(sys.argv[1:])\n"
+            "print([m for m in ('torch', 'numpy', 'PIL', 'diffusers', 'huggingface_hub',"
+            " 'safelight.request') if m in sys.modules])"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True
+        )
+        assert done.stdout.splitlines()[-1] == "[]"
+
+    def test_answers_in_a_third_of_a_second(self):
+        # Processor time, for others may be using the machine; Windows does not tell it.
+        def seconds():
+            before = os.times()
+            subprocess.run(self.command("--help"), check=True, stdout=subprocess.DEVNULL)
+            after = os.times()
+            return sum(after[2:4]) - sum(before[2:4])
+
+        assert min(seconds() for _ in range(5)) <= 0.3
+
+    def test_names_the_defaults_of_a_request(self, run):
+        text = " ".join(run("generate", "--help").out.split())
+        assert f"[{Request().guidance_scale}]" in text
+        assert f"[{Request().sampler}]" in text
+        assert f"[{Request().count}]" in text
+
+    def test_every_setting_is_an_option(self, run):
+        text = run("generate", "--help").out
+        for name in Request.model_fields:
+            assert name == "prompt" or f"--{name.replace('_', '-')} " in text
+
+    @pytest.mark.skipif(shutil.which("head") is None, reason="needs head")
+    def test_a_reader_that_goes_away(self):
+        code = f"{sys.executable} -m safelight samplers --json | head -c 1"
+        for command in (code, code.replace("--json", "")):
+            done = subprocess.run(command, shell=True, capture_output=True, text=True)
+            assert done.stderr == ""
+            assert len(done.stdout) == 1
+
+    @pytest.mark.skipif(os.name == "nt", reason="pipes")
+    def test_a_reader_that_was_never_there(self):
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run(
+            self.command("samplers"), stdout=writer, stderr=subprocess.PIPE, text=True
+        )
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (1, "")
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+    def test_a_full_disk_behind_stdout(self):
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(
+                self.command("samplers"), stdout=full, stderr=subprocess.PIPE, text=True
+            )
+        assert done.returncode == 2
+        assert done.stderr == "error: stdout cannot be written: No space left on device\n"
+
+    def test_the_console_script(self):
+        script = Path(sys.executable).with_name("safelight")
+        if not script.exists():
+            pytest.skip("the package is not installed")
+        done = subprocess.run([script, "--version"], capture_output=True, text=True)
+        assert done.stdout == f"safelight {safelight.__version__}\n"

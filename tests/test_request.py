@@ -1,0 +1,316 @@
+import inspect
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import safelight
+from safelight.errors import SafelightError
+from safelight.picture import open_picture, picture_sha256
+from safelight.recipe import read_recipe
+from safelight.request import LAST_SEED, Request, Result
+
+PICTURE = Image.new("RGB", (64, 64), "red")
+MASK = Image.new("L", (64, 64), 255)
+NAN, INF = float("nan"), float("inf")
+
+
+def refusal(**settings):
+    with pytest.raises(SafelightError) as caught:
+        Request(**settings)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    assert len(message) <= 250
+    assert message.isprintable()
+    return message
+
+
+class TestDefaults:
+    def test_are_those_of_stable_diffusion(self):
+        request = Request(prompt="a red apple")
+        assert request.guidance_scale == 7.5
+        assert request.sampler == "pndm"
+        assert request.count == 1
+        assert request.eta == 0
+        assert request.steps is request.width is request.height is request.strength is None
+        assert request.idle() == []
+
+    def test_a_seed_is_drawn_and_recorded(self):
+        seeds = {Request().seed for _ in range(8)} | {Request(seed=None).seed for _ in range(8)}
+        assert len(seeds) == 16
+        assert all(0 <= seed < 2**32 for seed in seeds)
+
+    def test_it_is_frozen(self):
+        with pytest.raises(ValueError, match="frozen"):
+            Request().steps = 3
+
+
+class TestLimits:
+    @pytest.mark.parametrize(
+        ("name", "good", "bad"),
+        [
+            ("width", [64, 72, 2048], [0, 8, 56, 63, 65, 100, 2049, 2056, -64]),
+            ("height", [64, 72, 2048], [0, 8, 56, 63, 65, 100, 2049, 2056, -64]),
+            ("steps", [1, 1000], [0, 1001, -1]),
+            ("count", [1, 64], [0, 65, -1, None]),
+            ("seed", [0, LAST_SEED], [-1, LAST_SEED + 1]),
+            ("guidance_scale", [0, 1, 100.0], [-0.001, 100.001, None, -INF]),
+            ("strength", [0.001, 1, 1.0], [0, 0.0, 1.001, -1]),
+            ("eta", [0, 1, 0.5], [-0.001, 1.001, None]),
+            ("schedule", [None, "karras", "exponential", "beta"], ["", "Karras", "linear"]),
+            ("spacing", [None, "leading", "linspace", "trailing"], ["", "Leading", "even"]),
+            ("sampler", ["pndm", "euler_a"], ["", "Euler a", None]),
+            ("unconditional", [True, False], [0, 1, None, "true"]),
+            (
+                "prompt",
+                ["", "é" * 8192, "\n\t\U0001f34e"],
+                ["é" * 8193, "a\0b", "\ud800", None, b"a"],
+            ),
+            ("negative_prompt", ["", "x" * 16384], ["x" * 16385, "\0", "\udfff", ["a"]]),
+        ],
+    )
+    def test_of_each_setting(self, name, good, bad):
+        for value in good:
+            assert getattr(Request(**{name: value}), name) == value
+        for value in bad:
+            assert name in refusal(**{name: value})
+
+    @pytest.mark.parametrize(
+        "name", ["width", "height", "steps", "count", "seed", "guidance_scale", "strength", "eta"]
+    )
+    @pytest.mark.parametrize(
+        "value",
+        [NAN, INF, 1e308, -(10**400), 10**5000, True, False, "20", b"20", [20], {}, 1j, 64.5 + NAN],
+        ids=range(13),
+    )
+    def test_what_is_no_number_in_range(self, name, value):
+        assert refusal(**{name: value}).startswith(f"{name} must be a ")
+
+    def test_a_fraction_is_no_whole_number(self):
+        assert refusal(steps=20.0) == (
+            "steps must be a whole number from 1 to 1000 (left out: the sampler's), not 20.0"
+        )
+
+    def test_numpys_numbers_are_numbers(self):
+        request = Request(
+            width=np.int64(64), seed=np.uint64(7), guidance_scale=np.float32(3), eta=np.float64(1)
+        )
+        assert (request.width, request.seed, request.guidance_scale) == (64, 7, 3.0)
+        assert type(request.seed) is int
+        json.loads(request.to_json())
+        assert "steps" in refusal(steps=np.float64(3))
+        assert "steps" in refusal(steps=np.bool_(True))
+
+    def test_the_nearest_sampler_is_named(self):
+        assert "dpmpp_2m" in refusal(sampler="dpmp_2m")
+        assert "euler" in refusal(sampler="eulr")
+
+    def test_the_nearest_setting_is_named(self):
+        assert refusal(step=3) == "there is no setting 'step': did you mean steps?"
+
+    def test_seeds_of_all_pictures_have_room(self):
+        assert Request(seed=LAST_SEED - 2, count=3).count == 3
+        assert str(LAST_SEED - 2) in refusal(seed=LAST_SEED - 1, count=3)
+
+    @settings(max_examples=300)
+    @given(
+        st.dictionaries(
+            st.sampled_from(sorted(Request.model_fields)) | st.text(max_size=5),
+            st.none()
+            | st.booleans()
+            | st.integers()
+            | st.floats()
+            | st.text()
+            | st.binary()
+            | st.lists(st.integers(), max_size=2),
+            max_size=4,
+        )
+    )
+    def test_anything_is_a_request_or_one_line(self, given):
+        try:
+            request = Request(**given)
+        except SafelightError as error:
+            message = str(error)
+        else:
+            message = "none"
+            assert Request.from_json(request.to_json()) == request
+        assert message
+        assert message.isprintable()
+
+
+class TestPictures:
+    def test_any_mode_becomes_rgb_and_a_mask_black_and_white(self):
+        mask = Image.new("LA", (64, 64), (200, 255))
+        request = Request(image=Image.new("RGBA", (64, 64), (0, 0, 0, 0)), mask=mask)
+        assert request.image is not None
+        assert request.mask is not None
+        assert (request.image.mode, request.image.getpixel((0, 0))) == ("RGB", (255, 255, 255))
+        assert (request.mask.mode, request.mask.getextrema()) == ("L", (255, 255))
+
+    def test_the_request_has_its_own_copy(self):
+        picture = PICTURE.copy()
+        request = Request(image=picture)
+        picture.putpixel((0, 0), (1, 2, 3))
+        assert request.image is not None
+        assert request.image.getpixel((0, 0)) == (255, 0, 0)
+
+    def test_mask_without_picture(self):
+        assert refusal(mask=MASK) == "mask needs a picture to repaint: give image as well"
+
+    def test_mask_of_another_size(self):
+        message = refusal(image=PICTURE, mask=Image.new("L", (64, 72)))
+        assert message == "mask must have the picture's size, 64x64, not 64x72"
+
+    @pytest.mark.parametrize("value", ["cat.png", b"\x89PNG", 3, np.zeros((64, 64, 3), np.uint8)])
+    def test_what_is_no_picture(self, value):
+        assert "image must be a PIL picture" in refusal(image=value)
+
+    def test_a_picture_that_does_not_decode(self, tmp_path):
+        path = tmp_path / "cut.png"
+        Image.effect_noise((64, 64), 50).save(path)
+        path.write_bytes(path.read_bytes()[:1000])
+        with Image.open(path) as picture:
+            assert "image cannot be decoded" in refusal(image=picture)
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [("prompt", "a cat"), ("negative_prompt", "a"), ("image", PICTURE)],
+    )
+    def test_unconditional_takes_none_of_these(self, name, value):
+        message = refusal(unconditional=True, **{name: value})
+        assert message.startswith(f"{name} cannot be used with unconditional")
+        assert Request(**{name: value})
+
+
+class TestIdle:
+    @pytest.mark.parametrize(
+        ("given", "named"),
+        [
+            ({"negative_prompt": "dog", "guidance_scale": 1}, "negative_prompt"),
+            ({"strength": 0.5}, "strength"),
+            ({"unconditional": True, "guidance_scale": 3}, "guidance_scale"),
+            ({"sampler": "euler", "eta": 0.5}, "eta"),
+            ({"image": PICTURE, "mask": Image.new("L", (64, 64))}, "mask"),
+        ],
+    )
+    def test_a_setting_without_effect_is_named(self, given, named):
+        (warning,) = Request(**given).idle()
+        assert warning.startswith(named)
+
+    @pytest.mark.parametrize(
+        "given",
+        [
+            {"negative_prompt": "dog", "guidance_scale": 1.01},
+            {"strength": 0.5, "image": PICTURE, "mask": MASK},
+            {"unconditional": True},
+            {"sampler": "ddim", "eta": 0.5},
+        ],
+    )
+    def test_others_are_not(self, given):
+        assert Request(**given).idle() == []
+
+
+class TestJson:
+    def test_there_and_back(self):
+        request = Request(prompt="猫 \U0001f34e", steps=3, seed=7, guidance_scale=2, width=64)
+        assert Request.from_json(request.to_json()) == request
+        assert json.loads(request.to_json())["guidance_scale"] == 2.0
+
+    def test_pictures_are_named_by_digest_alone(self):
+        request = Request(image=PICTURE, mask=MASK)
+        settings = json.loads(request.to_json())
+        assert settings["image_sha256"] == picture_sha256(PICTURE)
+        assert settings["mask_sha256"] == picture_sha256(MASK)
+        assert not {"image", "mask"} & set(settings)
+        again = Request.from_dict(settings, image=PICTURE, mask=MASK)
+        assert again.to_dict() == settings
+
+    def test_the_same_pictures_are_needed_again(self):
+        settings = Request(image=PICTURE).to_dict()
+        digest = settings["image_sha256"]
+        with pytest.raises(SafelightError, match=f"image is needed again: .* {digest}"):
+            Request.from_dict(settings)
+        with pytest.raises(SafelightError, match=f"image must be the one of SHA-256 {digest}"):
+            Request.from_dict(settings, image=Image.new("RGB", (64, 64)))
+        with pytest.raises(SafelightError, match="mask was not part of this request"):
+            Request.from_dict(settings, image=PICTURE, mask=MASK)
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", "3", "[" * 100_000, b"\xff", '{"a": 1}'])
+    def test_what_is_no_request(self, text):
+        with pytest.raises(SafelightError):
+            Request.from_json(text)
+
+
+def result(count=2):
+    request = Request(prompt="a red apple", seed=5, count=count, steps=3)
+    return Result(
+        images=[Image.new("RGB", (64, 64), (i, 0, 0)) for i in range(count)],
+        seeds=[5 + i for i in range(count)],
+        settings=request.to_dict(),
+        model="embedded",
+        sha256="ab" * 32,
+        device="cpu",
+        dtype="float32",
+        warnings=["a warning"],
+        timings={"denoise": 1.5},
+    )
+
+
+class TestResult:
+    def test_every_picture_carries_its_own_recipe(self, tmp_path):
+        made = result()
+        paths = made.save(tmp_path / "a.png")
+        assert paths == made.paths == [tmp_path / "a-1.png", tmp_path / "a-2.png"]
+        for i, path in enumerate(paths):
+            recipe = read_recipe(path)
+            assert recipe["settings"] == {**made.settings, "seed": 5 + i, "count": 1}
+            assert recipe["model"] == {"name": "embedded", "sha256": "ab" * 32}
+            assert recipe["warnings"] == ["a warning"]
+            assert Request.from_dict(recipe["settings"]).seed == 5 + i
+            assert open_picture(path).getpixel((0, 0)) == (i, 0, 0)
+
+    def test_none_is_written_if_one_exists(self, tmp_path):
+        (tmp_path / "a-2.png").touch()
+        with pytest.raises(SafelightError, match="exists"):
+            result().save(tmp_path / "a.png")
+        assert [path.name for path in tmp_path.iterdir()] == ["a-2.png"]
+
+    def test_json(self, tmp_path):
+        made = result()
+        made.save(tmp_path)
+        told = json.loads(made.to_json())
+        assert told["paths"] == [str(tmp_path / f"safelight-{seed}.png") for seed in (5, 6)]
+        assert told["seeds"] == [5, 6]
+        assert told["settings"]["steps"] == 3
+        assert told["timings"] == {"denoise": 1.5}
+        assert told["warnings"] == ["a warning"]
+
+
+class TestPackage:
+    def test_exported_names(self):
+        assert safelight.__all__ == sorted(
+            ["Model", "Request", "Result", "SafelightError", "__version__", "load"]
+        )
+        for name in safelight.__all__:
+            assert getattr(safelight, name) is not None
+        assert set(safelight.__all__) <= set(dir(safelight))
+        assert safelight.Request is Request
+        assert safelight.SafelightError is SafelightError
+        assert next(iter(inspect.signature(safelight.load).parameters)) == "name"
+
+    def test_an_unknown_name_is_an_attribute_error(self):
+        with pytest.raises(AttributeError, match="no attribute 'lod'"):
+            safelight.lod  # noqa: B018
+
+    def test_a_request_needs_no_torch(self):
+        code = (
+            "import sys, safelight; safelight.Request(prompt='a', sampler='euler').idle();"
+            "print([m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules])"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert (done.stdout, done.stderr) == ("[]\n", "")

@@ -1,0 +1,358 @@
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants, errors
+
+from safelight.errors import SafelightError
+from safelight.weights import find as module
+from safelight.weights.digest import cache_folder, file_digest, model_digest
+from safelight.weights.find import find
+from safelight.weights.folder import Folder, choose_weights, files_of, kind_of
+from weights_tiny import change, pixel_folder, raw_file, text_folder, write
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def refused(call, *words):
+    with pytest.raises(SafelightError) as error:
+        call()
+    line = str(error.value)
+    assert len(line) <= 200
+    assert line.isprintable()
+    for word in words:
+        assert word in line
+    return line
+
+
+def cached(cache, folder, repo="org/tiny"):
+    """`folder` as the hub's cache holds it: blobs by hash, a snapshot of links to them."""
+    base = cache / f"models--{repo.replace('/', '--')}"
+    write(base / "refs/main", COMMIT)
+    for path in folder.rglob("*"):
+        if not path.is_file():
+            continue
+        content = path.read_bytes()
+        name = hashlib.sha256(content).hexdigest()
+        if path.suffix != ".safetensors":
+            name = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        blob = base / "blobs" / name
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_bytes(content)
+        link = base / "snapshots" / COMMIT / path.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return base / "snapshots" / COMMIT
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty hub cache, and a hub that cannot be reached."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+    def no_network(*args, **kwargs):
+        raise ConnectionError("no network in a test")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", no_network)
+    return cache
+
+
+def test_paths_are_found(tmp_path, monkeypatch):
+    folder = text_folder(tmp_path / "my model")
+    found = find(str(folder))
+    assert (found.name, found.path) == ("my model", folder)
+    file = raw_file(tmp_path / "a.b.safetensors", {})
+    assert find(str(file)).name == "a.b"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find("~/my model").path == folder
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "nope", "a/b/c", "../x", "org/..", "org/x.safetensors", "org/x.ckpt", "a\0b", "x" * 9999,
+     "https://example.com/org/name", "/absent/folder", "org/na me", "org/name@", "--help", "a\nb"],
+)  # fmt: skip
+def test_what_is_no_name_is_refused(name, hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(lambda: find(name), "no model", "embedded", "org/name")
+
+
+def test_built_in_models_are_in_the_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_MODELS", tmp_path)
+    refused(lambda: find("embedded"), "not part of this installation")
+    pixel_folder(tmp_path / "embedded")
+    assert find("embedded").path == tmp_path / "embedded"
+
+
+def test_a_cached_model_is_found_without_network(hub, tmp_path):
+    snapshot = cached(hub, text_folder(tmp_path / "model"))
+    for name in ("org/tiny", "org/tiny@main", f"org/tiny@{COMMIT}"):
+        assert find(name).path == snapshot
+    assert Folder(snapshot, "org/tiny").part_headers("unet")[0].tensors
+
+
+def test_a_cached_model_is_found_offline_in_a_fresh_process(tmp_path):
+    cached(tmp_path / "home/hub", text_folder(tmp_path / "model"))
+    code = "from safelight.weights.find import find; print(find('org/tiny').path)"
+    env = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    env.pop("HF_HUB_CACHE", None)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout.strip().endswith(f"models--org--tiny/snapshots/{COMMIT}"), done.stderr
+
+
+def test_an_absent_model_says_how_to_get_it(hub, monkeypatch):
+    refused(lambda: find("org/tiny"), "could not be downloaded", "hf download org/tiny --include")
+    refused(lambda: find("org/tiny@v1"), "hf download org/tiny --revision v1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    refused(lambda: find("org/tiny"), "HF_HUB_OFFLINE is set", "hf download org/tiny --include")
+
+
+def test_the_hubs_own_refusals_are_told(hub, monkeypatch):
+    response = SimpleNamespace(headers={}, status_code=404, request=SimpleNamespace(url=""))
+    for error, word in (
+        (errors.GatedRepoError, "terms"),
+        (errors.RevisionNotFoundError, "no such revision"),
+        (errors.RepositoryNotFoundError, "not on the hub"),
+    ):
+
+        def refuse(*args, error=error, **kwargs):
+            raise error("x\ny", response=response)
+
+        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+        refused(lambda: find("org/tiny"), word, "hf download")
+
+
+def test_what_is_missing_is_downloaded_and_no_more(hub, tmp_path, monkeypatch):
+    folder = text_folder(tmp_path / "model")
+    for extra in (
+        "v1-5-pruned.safetensors",
+        "v1-5-pruned.ckpt",
+        "unet/diffusion_pytorch_model.bin",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+        "safety_checker/model.safetensors",
+        "README.md",
+    ):
+        write(folder / extra, "x")
+    names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+    # A download that was cut short: the index is there, the weights are not.
+    part = tmp_path / "part"
+    write(part / "model_index.json", (folder / "model_index.json").read_text())
+    snapshot = cached(hub, part)
+    info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=n) for n in names])
+    asked = []
+
+    def download(repo, revision, allow_patterns):
+        asked.extend(allow_patterns)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *a, **k: info)
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda *a, **k: str(folder / "model_index.json")
+    )
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert find("org/tiny").path == snapshot
+    assert asked == [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "tokenizer/merges.txt",
+        "tokenizer/tokenizer_config.json",
+        "tokenizer/vocab.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
+    info.siblings = []
+    refused(lambda: find("org/tiny"), "no model_index.json")
+
+
+@pytest.mark.parametrize("file", ["unet/diffusion_pytorch_model.safetensors", "vae/config.json"])
+def test_a_damaged_download_is_found(file, hub, tmp_path):
+    snapshot = cached(hub, text_folder(tmp_path / "model"))
+    model_digest({file: snapshot / file})
+    blob = (snapshot / file).resolve()
+    content = bytearray(blob.read_bytes())
+    content[len(content) // 2] ^= 1
+    blob.write_bytes(content)
+    refused(lambda: model_digest({file: snapshot / file}), "damaged")
+
+
+def test_digests(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    big, small = tmp_path / "big", tmp_path / "small"
+    big.write_bytes(b"x" * 17 * 2**20)
+    small.write_bytes(b"y")
+    sha = {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in (big, small)}
+    assert model_digest({"big": big}) == sha[big]
+    lines = f"a {sha[small]}\nb {sha[big]}\n"
+    assert model_digest({"b": big, "a": small}) == hashlib.sha256(lines.encode()).hexdigest()
+    (note,) = cache_folder().iterdir()
+    remembered = json.loads(note.read_text())
+    note.write_text(json.dumps([*remembered[:-1], "from the cache"]))
+    assert file_digest(big) == "from the cache"
+    assert file_digest(small) == sha[small]
+    os.utime(big, ns=(1, 1))
+    assert file_digest(big) == sha[big]
+    note.write_text("{")
+    assert file_digest(big) == sha[big]
+
+
+def test_a_digest_needs_no_cache(tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("a file where the folder would be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "big").write_bytes(b"x" * 17 * 2**20)
+    assert len(file_digest(tmp_path / "big")) == 64
+
+
+INDEX = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+
+
+@pytest.mark.parametrize(
+    ("index", "word"),
+    [
+        ({}, "None is not supported"),
+        ({"_class_name": 5}, "5 is not supported"),
+        ({"_class_name": ["DDPMPipeline"]}, "is not supported"),
+        ({"_class_name": "StableDiffusionXLPipeline"}, "'StableDiffusionXLPipeline' is not supp"),
+        ({"_class_name": "FluxPipeline"}, "Stable Diffusion 1.x and 2.x"),
+        ({"_class_name": "os.system"}, "is not supported"),
+        ({**INDEX, "unet": ["diffusers", "SomethingElse"]}, "expected UNet2DConditionModel"),
+        ({**INDEX, "unet": []}, "expected UNet2DConditionModel"),
+        ({**INDEX, "unet": ["os", ["system"]]}, "expected UNet2DConditionModel"),
+        ({**INDEX, "controlnet": ["diffusers", "ControlNetModel"]}, "'controlnet'"),
+        ({**INDEX, "../../etc": ["diffusers", "UNet2DConditionModel"]}, "'../../etc'"),
+        ({**INDEX, "/etc": ["diffusers", "UNet2DConditionModel"]}, "'/etc'"),
+        ({**INDEX, "x" * 500: ["a", "b"]}, "is not supported"),
+    ],
+)
+def test_a_pipeline_of_another_kind_is_refused(index, word, tmp_path):
+    write(tmp_path / "model_index.json", index)
+    refused(lambda: Folder(tmp_path, "x"), word)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "kind"),
+    [
+        ("StableDiffusionPipeline", "text"),
+        ("StableDiffusionImg2ImgPipeline", "text"),
+        ("StableDiffusionInpaintPipeline", "text"),
+        ("DDPMPipeline", "pixels"),
+        ("DDIMPipeline", "pixels"),
+    ],
+)
+def test_supported_pipelines(pipeline, kind):
+    assert kind_of({"_class_name": pipeline, "safety_checker": ["a", "B"]}, "x") == kind
+
+
+def test_a_folder_without_an_index_is_refused(tmp_path):
+    refused(lambda: Folder(tmp_path, "x"), "no model_index.json")
+
+
+def test_the_plain_weights_come_before_the_fp16_variant():
+    stem = "unet/diffusion_pytorch_model"
+    names = [
+        f"{stem}.safetensors",
+        f"{stem}.safetensors.index.json",
+        f"{stem}.fp16.safetensors",
+        f"{stem}.safetensors.index.fp16.json",
+    ]
+    while names:
+        assert choose_weights("unet", names[::-1], "x") == names[0]
+        del names[0]
+    refused(lambda: choose_weights("unet", [f"{stem}.bin"], "x"), "pickled", "safetensors")
+    refused(lambda: choose_weights("unet", [], "x"), f"{stem}.safetensors is missing")
+
+
+def test_shards_of_the_chosen_variant_are_downloaded():
+    def shards(ending):
+        return [f"unet/diffusion_pytorch_model{ending.format(i)}" for i in (1, 2)]
+
+    index = {"_class_name": "DDPMPipeline"}
+    plain = ["unet/diffusion_pytorch_model.safetensors.index.json"]
+    plain += shards("-0000{}-of-00002.safetensors")
+    half = ["unet/diffusion_pytorch_model.safetensors.index.fp16.json"]
+    half += shards(".fp16-0000{}-of-00002.safetensors")
+    assert files_of(index, plain + half, "x") == sorted(plain)
+    assert files_of(index, half, "x") == sorted(half)
+
+
+def test_a_small_model_may_lie_in_the_root(tmp_path):
+    folder = pixel_folder(tmp_path / "model")
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        (folder / "unet" / name).rename(folder / name)
+    (folder / "scheduler/scheduler_config.json").rename(folder / "scheduler_config.json")
+    found = Folder(folder, "x")
+    assert found.part_json("unet", "config.json")["sample_size"] == 8
+    assert found.part_headers("unet")[0].tensors
+
+
+@pytest.mark.parametrize("target", ["/etc/hostname", "../outside.json", "../model-evil/c.json"])
+def test_a_link_out_of_the_folder_is_refused(target, tmp_path):
+    folder = text_folder(tmp_path / "model")
+    write(tmp_path / "outside.json", "{}")
+    write(tmp_path / "model-evil/c.json", "{}")
+    config = folder / "config.json"
+    config.symlink_to(target if target.startswith("/") else Path(target))
+    if config.exists():
+        refused(lambda: Folder(folder, "x").file("config.json"), "link out of the folder")
+
+
+def test_a_linked_part_is_refused_and_a_link_inside_is_not(tmp_path):
+    folder = text_folder(tmp_path / "model")
+    (folder / "unet").rename(tmp_path / "elsewhere")
+    (folder / "unet").symlink_to(tmp_path / "elsewhere")
+    refused(lambda: Folder(folder, "x").part_json("unet", "config.json"), "link out")
+    (folder / "vae/config.json").rename(folder / "vae/real.json")
+    (folder / "vae/config.json").symlink_to("real.json")
+    assert Folder(folder, "x").part_json("vae", "config.json")
+    (tmp_path / "alias").symlink_to(folder)
+    assert Folder(tmp_path / "alias", "x").part_json("vae", "config.json")
+
+
+def test_a_dangling_link_is_told(tmp_path):
+    folder = text_folder(tmp_path / "model")
+    (folder / "safelight.json").symlink_to("absent")
+    refused(lambda: Folder(folder, "x").json("safelight.json"), "link to a file that is not there")
+
+
+@pytest.mark.parametrize(
+    "shard",
+    ["../evil.safetensors", "/etc/passwd", "a/b.safetensors", "..", ".safetensors", "x.bin",
+     "a\\b.safetensors", "x.safetensors\n", 5, None, ["x.safetensors"]],
+)  # fmt: skip
+def test_an_index_that_names_other_places_is_refused(shard, tmp_path):
+    folder = pixel_folder(tmp_path / "model")
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    weights.rename(folder / "unet/x.safetensors")
+    index = weights.with_name(weights.name + ".index.json")
+    write(index, {"weight_map": {"conv_in.weight": shard}})
+    refused(lambda: Folder(folder, "x").part_headers("unet"), "not the name of a file beside it")
+
+
+@pytest.mark.parametrize("content", [{}, {"weight_map": []}, {"weight_map": {}}, "[]", "{"])
+def test_an_index_without_a_map_is_refused(content, tmp_path):
+    folder = pixel_folder(tmp_path / "model")
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    weights.unlink()
+    write(weights.with_name(weights.name + ".index.json"), content)
+    refused(lambda: Folder(folder, "x").part_headers("unet"))
+
+
+def test_a_part_that_is_missing_is_named(tmp_path):
+    folder = text_folder(tmp_path / "model")
+    (folder / "vae/config.json").unlink()
+    refused(lambda: Folder(folder, "x").part_json("vae", "config.json"), "vae/config.json")
+    change(folder / "model_index.json", "vae", None)
+    (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
+    refused(lambda: Folder(folder, "x").part_headers("unet"), "unet/diffusion_pytorch_model.safet")
