@@ -50,6 +50,19 @@ class TestDefaults:
             Request().steps = 3
 
 
+class TestReplace:
+    def test_changes_a_copy(self):
+        request = Request(prompt="a cat", seed=7, image=PICTURE, mask=MASK)
+        changed = request.replace(steps=3, width=72)
+        assert (changed.steps, changed.width, request.steps) == (3, 72, None)
+        expected = {**request.to_dict(), "steps": 3, "width": 72}
+        assert changed.to_dict() == expected
+
+    def test_is_checked(self):
+        with pytest.raises(SafelightError, match="steps must be"):
+            Request().replace(steps=0)
+
+
 class TestLimits:
     @pytest.mark.parametrize(
         ("name", "good", "bad"),

@@ -184,9 +184,14 @@ def admit(model: Model, request: Request, condition: Condition, seed: int) -> Jo
     """The job of one picture of a settled request."""
     assert request.steps is not None
     strength = 1.0 if request.strength is None else request.strength
+    config = model.scheduler
+    if model.kind == "text":
+        # What diffusers' pipelines hold every Stable Diffusion checkpoint to, whatever its file
+        # says: timesteps begin at 1, and latents have no range to be clipped to.
+        config = config.override(steps_offset=1, clip_sample=False)
     rows = table(
         request.sampler,
-        model.scheduler,
+        config,
         request.steps,
         schedule=request.schedule,
         spacing=request.spacing,

@@ -147,9 +147,9 @@ class Request(BaseModel):
     @field_validator("sampler")
     @classmethod
     def _check_sampler(cls, value: str) -> str:
-        from safelight import samplers
+        from safelight.samplers import find
 
-        samplers.find(value)
+        find(value)
         return value
 
     @field_validator("image", "mask")
@@ -189,7 +189,7 @@ class Request(BaseModel):
 
     def idle(self) -> list[str]:
         """Warnings about settings that were given and can change nothing."""
-        from safelight import samplers
+        from safelight.samplers import SAMPLERS
 
         found: list[str] = []
         if self.negative_prompt and self.guidance_scale <= 1:
@@ -198,8 +198,9 @@ class Request(BaseModel):
             found.append("strength does nothing without a picture: give image, or leave it out")
         if self.unconditional and self.guidance_scale not in (1, 7.5):
             found.append("guidance_scale does nothing with unconditional: leave it out")
-        if self.eta and not samplers.find(self.sampler).eta:
-            found.append(f"eta does nothing with {self.sampler}: leave it out, or use ddim")
+        if self.eta and not SAMPLERS[self.sampler].eta:
+            takes = ", ".join(name for name, sampler in SAMPLERS.items() if sampler.eta)
+            found.append(f"eta does nothing with {self.sampler}; it is for {takes}")
         if self.mask is not None and self.mask.getbbox() is None:
             found.append("mask has no white: nothing of the picture is repainted")
         return found

@@ -43,14 +43,14 @@ def fail(text: str) -> None:
 
 
 def pairs(values: dict[str, Any], prefix: str = "") -> list[str]:
-    """`key: value` lines; nested dictionaries get dotted keys, None is left out."""
+    """`key: value` lines; nested dictionaries get dotted keys, what is empty is left out."""
     lines: list[str] = []
     for key, value in values.items():
         if isinstance(value, dict):
             lines += pairs(value, f"{prefix}{key}.")
-        elif isinstance(value, list | tuple):
+        elif isinstance(value, list | tuple) and value:
             lines.append(printable(f"{prefix}{key}: {', '.join(map(str, value))}"))
-        elif value is not None:
+        elif value not in (None, "", [], ()):
             lines.append(printable(f"{prefix}{key}: {value}"))
     return lines
 

@@ -26,13 +26,14 @@ def train_autoencoder(
     plan: Plan,
     folder: Path,
     *,
-    compile: bool = False,
+    native: bool = False,
     on_checkpoint: Callable[[nn.Module, int], None] | None = None,
 ) -> AutoencoderKL:
     """Train on composed scenes, then set scaling_factor so that latents have unit variance.
 
     The loss is the absolute and squared error of pixels, the absolute error of their differences
-    to the neighbours (which keeps the outlines crisp), and the KL term of arXiv:2112.10752 at its tiny weight.
+    to the neighbours (which keeps the outlines crisp), and the KL term of arXiv:2112.10752 at
+    its tiny weight. With `native` the network is compiled first.
     """
     torch.manual_seed(plan.seed)
     vae = AutoencoderKL(config)
@@ -41,7 +42,7 @@ def train_autoencoder(
         # training settles on one gray picture for all.
         with torch.no_grad():
             vae.quant_conv.bias[config.latent_channels :] -= 6  # type: ignore[index]
-    run = compiled(_Pass(vae), compile)
+    run = compiled(_Pass(vae), native)
 
     def loss_of(draw: Draw) -> Tensor:
         pictures = to_pixels(scenes.batch(plan.batch, draw.data)[0])

@@ -81,7 +81,7 @@ def train_text_to_image(
     plan: Plan,
     folder: Path,
     *,
-    compile: bool = False,
+    native: bool = False,
     on_checkpoint: Callable[[nn.Module, int], None] | None = None,
 ) -> TextToImage:
     """latents: [n, 4, h, w], scaled to unit variance; ids: [n, length] tokens of each one's
@@ -89,7 +89,7 @@ def train_text_to_image(
     """
     torch.manual_seed(plan.seed)
     net = TextToImage(text, unet)
-    run = compiled(net, compile)
+    run = compiled(net, native)
     noising = Noising(schedule)
 
     def loss_of(draw: Draw) -> Tensor:
@@ -128,13 +128,13 @@ def train_unconditional(
     plan: Plan,
     folder: Path,
     *,
-    compile: bool = False,
+    native: bool = False,
     on_checkpoint: Callable[[nn.Module, int], None] | None = None,
 ) -> UNet2DModel:
     """pictures_of(rng, n) draws uint8 pictures [n, side, side, 3]."""
     torch.manual_seed(plan.seed)
     net = initialise(UNet2DModel(config))
-    run: Any = compiled(net, compile)
+    run: Any = compiled(net, native)
     noising = Noising(schedule)
 
     def loss_of(draw: Draw) -> Tensor:

@@ -25,8 +25,6 @@ from safelight.train.export import export_text_to_image, export_unconditional
 from safelight.train.loop import Draw
 from safelight.train.recipe import Scenes
 from safelight.train.tokens import train_vocabulary
-from safelight.weights.folder import Folder
-from safelight.weights.tokenizer import folder_tokenizer
 
 SCENES = 40_000
 """Captioned scenes that are composed and encoded once, to learn from."""
@@ -40,7 +38,7 @@ SHEET = (
 """Prompts whose pictures are drawn at every checkpoint, so that progress can be seen."""
 
 
-def train_embedded(data: Path, out: Path, *, compile: bool = False) -> Path:
+def train_embedded(data: Path, out: Path, *, native: bool = False) -> Path:
     """Train autoencoder, text encoder and UNet, and write the folder out/embedded.
 
     data: the folder that the data recipe was built in. Every stage keeps its checkpoint under
@@ -48,16 +46,15 @@ def train_embedded(data: Path, out: Path, *, compile: bool = False) -> Path:
     """
     scenes = _scenes(data, shipped.SIZE)
     model = out / "embedded"
-    train_vocabulary(
+    tokenizer = train_vocabulary(
         scenes.captions_corpus(), shipped.VOCABULARY, model / "tokenizer", shipped.TOKENS
     )
     vae = train_autoencoder(
-        shipped.VAE, scenes, shipped.VAE_PLAN, out / "autoencoder", compile=compile
+        shipped.VAE, scenes, shipped.VAE_PLAN, out / "autoencoder", native=native
     )
-    spread = latent_spread(vae, scenes, Draw.of(shipped.VAE_PLAN.seed, -1 % 2**31))
+    spread = latent_spread(vae, scenes, Draw.of(shipped.VAE_PLAN.seed, shipped.VAE_PLAN.steps))
     vae.config = replace(vae.config, scaling_factor=round(1 / spread, 5))
 
-    tokenizer = folder_tokenizer(Folder(model), shipped.VOCABULARY, shipped.TOKENS)
     latents, captions = encode_scenes(
         vae, scenes, SCENES, shipped.UNET_PLAN.seed, vae.config.scaling_factor
     )
@@ -81,14 +78,14 @@ def train_embedded(data: Path, out: Path, *, compile: bool = False) -> Path:
         torch.tensor(tokenizer.encode("").ids, dtype=torch.int16),
         shipped.UNET_PLAN,
         out / "text-to-image",
-        compile=compile,
+        native=native,
         on_checkpoint=show,
     )
     export(net)
     return model
 
 
-def train_embedded_unconditional(data: Path, out: Path, *, compile: bool = False) -> Path:
+def train_embedded_unconditional(data: Path, out: Path, *, native: bool = False) -> Path:
     """Train the pixel model and write the folder out/embedded-unconditional."""
     side = shipped.PIXELS.sample_size or 32
     scenes = _scenes(data, side)
@@ -108,7 +105,7 @@ def train_embedded_unconditional(data: Path, out: Path, *, compile: bool = False
         lambda rng, n: scenes.plain(n, rng, side),
         shipped.PIXELS_PLAN,
         out / "unconditional",
-        compile=compile,
+        native=native,
         on_checkpoint=show,
     )
     export(net)
@@ -144,4 +141,3 @@ def _sheet(model: Path, path: Path) -> None:
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (i % 6 * width, i // 6 * height))
     sheet.save(path)
-

@@ -10,7 +10,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -113,24 +114,15 @@ def fit(
     return dict(zip(names, average, strict=True))
 
 
-class _averaged:
+@contextmanager
+def _averaged(params: list[nn.Parameter], average: list[Tensor]) -> Iterator[None]:
     """Within it, the parameters hold their averages."""
-
-    def __init__(self, params: list[nn.Parameter], average: list[Tensor]) -> None:
-        self.params, self.average = params, average
-
-    def __enter__(self) -> None:
-        self._swap()
-
-    def __exit__(self, *_: object) -> None:
-        self._swap()
-
-    def _swap(self) -> None:
-        with torch.no_grad():
-            for p, a in zip(self.params, self.average, strict=True):
-                held = p.detach().clone()
-                p.copy_(a)
-                a.copy_(held)
+    held = [p.detach().clone() for p in params]
+    with torch.no_grad():
+        torch._foreach_copy_(params, average)
+    yield
+    with torch.no_grad():
+        torch._foreach_copy_(params, held)
 
 
 def _save(

@@ -8,15 +8,21 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-START, END = "<|startoftext|>", "<|endoftext|>"
+from safelight.weights.tokenizer import BOS, EOS
+from safelight.weights.tokenizer import Tokenizer as CLIPTokenizer
+
 WORD_END = "</w>"
 # What CLIP calls a word (arXiv:2103.00020, section 2.4): runs of letters, single digits, runs of
 # other marks, and the English contractions.
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
-def train_vocabulary(captions: Iterable[str], size: int, folder: Path, length: int) -> None:
-    """Write vocab.json, merges.txt and tokenizer_config.json of at most `size` tokens.
+def train_vocabulary(
+    captions: Iterable[str], size: int, folder: Path, length: int
+) -> CLIPTokenizer:
+    """The tokenizer of at most `size` tokens and prompts of `length` that suits the captions.
+
+    Writes vocab.json, merges.txt and tokenizer_config.json into the folder.
 
     Every byte has a token, alone and as the end of a word, so no text is ever out of the
     vocabulary; the merges are learned from the captions.
@@ -42,7 +48,7 @@ def train_vocabulary(captions: Iterable[str], size: int, folder: Path, length: i
     )
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     merges = merges[: size - len(symbols) - 2]
-    tokens = symbols + ["".join(pair) for pair in merges] + [START, END]
+    tokens = symbols + ["".join(pair) for pair in merges] + [BOS, EOS]
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {token: i for i, token in enumerate(tokens)}
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
@@ -51,10 +57,11 @@ def train_vocabulary(captions: Iterable[str], size: int, folder: Path, length: i
     )
     config = {
         "tokenizer_class": "CLIPTokenizer",
-        "bos_token": START,
-        "eos_token": END,
-        "pad_token": END,
-        "unk_token": END,
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": EOS,
+        "unk_token": EOS,
         "model_max_length": length,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return CLIPTokenizer(vocabulary, merges, max_length=length)

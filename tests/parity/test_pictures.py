@@ -1,0 +1,210 @@
+"""Whole pictures against diffusers: the same checkpoint, prompt, seed and settings.
+
+Every sampler, on tiny random models of both families and on the model that ships; picture to
+picture; both kinds of inpainting; models of pixels. Latents may differ by 1e-4 relative, pixels
+by 2 of 255.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import safelight
+import torch
+from PIL import Image
+from safelight import engine, job
+from safelight.model import Model
+from safelight.request import Request
+from safelight.samplers import SAMPLERS
+from safelight.weights import load_model
+
+LATENTS, PIXELS = 1e-4, 2
+EXTRA: dict[str, dict[str, Any]] = {
+    "dpmpp_2m_sde": {"algorithm_type": "sde-dpmsolver++"},
+}
+BUILT_IN = Path(safelight.__file__).parent / "models"
+
+
+@cache
+def ours(folder: Path) -> Model:
+    return load_model(str(folder), device="cpu", dtype="float32")
+
+
+@cache
+def theirs(folder: Path, task: str) -> Any:
+    pipe = getattr(diffusers, task).from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def scheduler(pipe: Any, sampler: str, schedule: str | None) -> Any:
+    extra = dict(EXTRA.get(sampler, {}))
+    if schedule is not None:
+        extra[f"use_{schedule}_sigmas"] = True
+    kind = getattr(diffusers, SAMPLERS[sampler].diffusers)
+    return kind.from_config(pipe.scheduler.config, **extra)
+
+
+def draw(model: Model, **settings: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Our final latents and picture, before anything is laid back outside a mask."""
+    request = engine.settle(model, Request(**settings))
+    with torch.inference_mode():
+        condition, _ = engine.condition(model, request)
+        made = engine.admit(model, request, condition, request.seed)
+        while not made.done:
+            job.advance(model, [made])
+        latents = job.final_latents(made)
+        return latents.numpy(), np.asarray(job.decode(model, latents))
+
+
+def compare(model: Model, pipe: Any, kwargs: dict[str, Any], **settings: Any) -> None:
+    latents, picture = draw(model, **settings)
+
+    def call(output: str) -> Any:
+        generator = torch.Generator().manual_seed(settings["seed"])
+        return pipe(generator=generator, output_type=output, **kwargs).images
+
+    expected = call("latent").numpy()
+    error = np.linalg.norm(latents - expected) / np.linalg.norm(expected)
+    assert error <= LATENTS
+    shown = np.asarray(call("pil")[0]).astype(int)
+    assert np.abs(picture.astype(int) - shown).max() <= PIXELS
+
+
+def cases() -> list[tuple[str, str | None]]:
+    found: list[tuple[str, str | None]] = []
+    for name, sampler in SAMPLERS.items():
+        found.append((name, None))
+        if "karras" in sampler.schedules:
+            found.append((name, "karras"))
+    return found
+
+
+PROMPT, NEGATIVE = "a red apple on a table", "a dog"
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+@pytest.mark.parametrize(("sampler", "schedule"), cases())
+def test_text_to_image(
+    folders: dict[str, Path], family: str, sampler: str, schedule: str | None
+) -> None:
+    pipe = theirs(folders[family], "StableDiffusionPipeline")
+    pipe.scheduler, held = scheduler(pipe, sampler, schedule), pipe.scheduler
+    asked = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "guidance_scale": 5.0}
+    try:
+        compare(
+            ours(folders[family]),
+            pipe,
+            {**asked, "num_inference_steps": 7, "height": 64, "width": 64},
+            **asked,
+            sampler=sampler,
+            schedule=schedule,
+            steps=7,
+            seed=11,
+        )
+    finally:
+        pipe.scheduler = held
+
+
+@pytest.mark.parametrize(("sampler", "schedule"), cases())
+def test_embedded(sampler: str, schedule: str | None) -> None:
+    folder = BUILT_IN / "embedded"
+    pipe = theirs(folder, "StableDiffusionPipeline")
+    pipe.scheduler, held = scheduler(pipe, sampler, schedule), pipe.scheduler
+    try:
+        compare(
+            ours(folder),
+            pipe,
+            {"prompt": "a red apple", "num_inference_steps": 8},
+            prompt="a red apple",
+            sampler=sampler,
+            schedule=schedule,
+            steps=8,
+            seed=3,
+        )
+    finally:
+        pipe.scheduler = held
+
+
+def picture(size: int = 64) -> Image.Image:
+    rng = np.random.default_rng(5)
+    small = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def left_half(size: int = 64) -> Image.Image:
+    mask = np.zeros((size, size), np.uint8)
+    mask[:, : size // 2] = 255
+    return Image.fromarray(mask)
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.8, 1.0])
+@pytest.mark.parametrize("sampler", [n for n in SAMPLERS if n not in ("lcm", "tcd")])
+def test_image_to_image(folders: dict[str, Path], sampler: str, strength: float) -> None:
+    pipe = theirs(folders["sd1"], "StableDiffusionImg2ImgPipeline")
+    pipe.scheduler, held = scheduler(pipe, sampler, None), pipe.scheduler
+    asked = {"prompt": PROMPT, "image": picture(), "strength": strength, "guidance_scale": 3.0}
+    try:
+        compare(
+            ours(folders["sd1"]),
+            pipe,
+            {**asked, "num_inference_steps": 10},
+            **asked,
+            sampler=sampler,
+            steps=10,
+            seed=2,
+        )
+    finally:
+        pipe.scheduler = held
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+@pytest.mark.parametrize("sampler", [n for n in SAMPLERS if n not in ("lcm", "tcd")])
+@pytest.mark.parametrize("family", ["sd1", "inpainting"])
+def test_inpainting(
+    folders: dict[str, Path], family: str, sampler: str, strength: float
+) -> None:
+    pipe = theirs(folders[family], "StableDiffusionInpaintPipeline")
+    pipe.scheduler, held = scheduler(pipe, sampler, None), pipe.scheduler
+    asked = {"prompt": PROMPT, "image": picture(), "strength": strength, "guidance_scale": 3.0}
+    try:
+        compare(
+            ours(folders[family]),
+            pipe,
+            {
+                **asked,
+                "mask_image": left_half(),
+                "num_inference_steps": 10,
+                "height": 64,
+                "width": 64,
+            },
+            **asked,
+            mask=left_half(),
+            sampler=sampler,
+            steps=10,
+            seed=2,
+        )
+    finally:
+        pipe.scheduler = held
+
+
+@pytest.mark.parametrize("folder", ["pixels", "embedded-unconditional"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_unconditional(folders: dict[str, Path], folder: str, sampler: str) -> None:
+    path = folders.get(folder, BUILT_IN / folder)
+    kind = {"ddpm": "DDPMPipeline", "ddim": "DDIMPipeline"}[sampler]
+    made = theirs(path, "DDPMPipeline")
+    pipe = getattr(diffusers, kind)(made.unet, made.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(
+        num_inference_steps=25,
+        generator=torch.Generator().manual_seed(4),
+        output_type="np",
+    ).images[0]
+    latents, _ = draw(ours(path), unconditional=True, sampler=sampler, steps=25, seed=4)
+    found = (latents[0].transpose(1, 2, 0) / 2 + 0.5).clip(0, 1)
+    assert np.abs(found - expected).max() * 255 <= PIXELS
+    assert np.linalg.norm(found - expected) / np.linalg.norm(expected) <= LATENTS
