@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -68,7 +69,7 @@ class Run:
             result = Result(
                 images=[],
                 seeds=[settled.seed + i for i in range(settled.count)],
-                settings={**settled.to_dict(), "strength": settled.strength},
+                settings=_recorded(self._request, settled),
                 model=model.name,
                 sha256=model.sha256,
                 device=str(model.device),
@@ -95,6 +96,12 @@ class Run:
         self._result = result
 
 
+def _recorded(asked: Request, settled: Request) -> dict[str, Any]:
+    """The settings for the recipe. Pictures are named as they were given, before any resizing."""
+    given = {name: v for name, v in asked.to_dict().items() if name.endswith("_sha256")}
+    return settled.to_dict() | given
+
+
 def settle(model: Model, request: Request) -> Request:
     """The request with the model's and the sampler's defaults filled in.
 
@@ -109,7 +116,7 @@ def settle(model: Model, request: Request) -> Request:
         raise SafelightError(
             f"{model.name} draws from noise alone: ask for unconditional, without prompt or picture"
         )
-    filled: dict[str, object] = {}
+    filled: dict[str, Any] = {}
     if request.steps is None:
         filled["steps"] = SAMPLERS[request.sampler].steps
     if model.kind == "pixels":
@@ -129,10 +136,10 @@ def settle(model: Model, request: Request) -> Request:
     return request.replace(**filled)
 
 
-def _fitted(request: Request, size: tuple[object, object]) -> dict[str, Image.Image]:
+def _fitted(request: Request, size: tuple[int, int]) -> dict[str, Image.Image]:
     """Picture and mask at the asked size."""
     assert request.image is not None
-    width, height = (side for side in size if isinstance(side, int))
+    width, height = size
     if request.image.size == (width, height):
         if width % 8 or height % 8 or not (64 <= min(width, height) <= max(width, height) <= 2048):
             near = [min(max(round(side / 8) * 8, 64), 2048) for side in (width, height)]
@@ -150,10 +157,6 @@ def _fitted(request: Request, size: tuple[object, object]) -> dict[str, Image.Im
 def condition(model: Model, request: Request) -> tuple[Condition, list[str]]:
     """What the pictures are drawn to, and what the person should know about it."""
     warnings = request.idle()
-    chosen = SAMPLERS[request.sampler]
-    if request.eta and not chosen.eta:
-        takes = ", ".join(name for name, s in SAMPLERS.items() if s.eta)
-        warnings.append(f"eta does nothing with {request.sampler}; it is for {takes}")
     if model.tokenizer is None or model.text_encoder is None:
         return Condition(None), warnings
     size = (request.width, request.height)

@@ -81,6 +81,7 @@ def _stable_diffusion(folder: Path, *, in_channels: int = 4, v2: bool = False) -
     vae.save_pretrained(folder / "vae")
     transformers.CLIPTextModel(text).save_pretrained(folder / "text_encoder")
     parts = {
+        "_diffusers_version": diffusers.__version__,
         "scheduler": ["diffusers", "PNDMScheduler"],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],

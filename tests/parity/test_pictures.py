@@ -12,9 +12,10 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
-import safelight
 import torch
 from PIL import Image
+
+import safelight
 from safelight import engine, job
 from safelight.model import Model
 from safelight.request import Request
@@ -164,9 +165,7 @@ def test_image_to_image(folders: dict[str, Path], sampler: str, strength: float)
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 @pytest.mark.parametrize("sampler", [n for n in SAMPLERS if n not in ("lcm", "tcd")])
 @pytest.mark.parametrize("family", ["sd1", "inpainting"])
-def test_inpainting(
-    folders: dict[str, Path], family: str, sampler: str, strength: float
-) -> None:
+def test_inpainting(folders: dict[str, Path], family: str, sampler: str, strength: float) -> None:
     pipe = theirs(folders[family], "StableDiffusionInpaintPipeline")
     pipe.scheduler, held = scheduler(pipe, sampler, None), pipe.scheduler
     asked = {"prompt": PROMPT, "image": picture(), "strength": strength, "guidance_scale": 3.0}
@@ -200,11 +199,12 @@ def test_unconditional(folders: dict[str, Path], folder: str, sampler: str) -> N
     pipe = getattr(diffusers, kind)(made.unet, made.scheduler)
     pipe.set_progress_bar_config(disable=True)
     expected = pipe(
-        num_inference_steps=25,
+        # With the random network every DDIM step doubles whatever rounding left before it.
+        num_inference_steps=10,
         generator=torch.Generator().manual_seed(4),
         output_type="np",
     ).images[0]
-    latents, _ = draw(ours(path), unconditional=True, sampler=sampler, steps=25, seed=4)
+    latents, _ = draw(ours(path), unconditional=True, sampler=sampler, steps=10, seed=4)
     found = (latents[0].transpose(1, 2, 0) / 2 + 0.5).clip(0, 1)
     assert np.abs(found - expected).max() * 255 <= PIXELS
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) <= LATENTS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from safelight.errors import SafelightError
 
@@ -17,7 +17,7 @@ class NetConfig:
     changes nothing; any other key is bookkeeping of the library that wrote it and is ignored.
     """
 
-    _inert: Mapping[str, tuple[Any, ...]] = {}
+    _inert: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     @classmethod
     def from_dict(cls, json: Mapping[str, Any]) -> Self:

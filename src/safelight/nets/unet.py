@@ -139,7 +139,7 @@ class DownBlock2D(nn.Module):
 
 
 class UpBlock2D(nn.Module):
-    """Resnets that read a skip each, with transformers where the block has them, then a doubling."""
+    """Resnets that read a skip each, transformers where the block has them, then a doubling."""
 
     def __init__(self, cfg: UNetConfig, i: int) -> None:
         super().__init__()

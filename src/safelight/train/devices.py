@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 
-def autocast(device: str = "cpu") -> AbstractContextManager[None]:
+def autocast(device: str = "cpu") -> torch.autocast:
     """bfloat16 for the products where the processor multiplies it natively; else float32."""
     fast = device != "cpu" or torch.cpu._is_avx512_bf16_supported()
     return torch.autocast(device, dtype=torch.bfloat16, enabled=fast)

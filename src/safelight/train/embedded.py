@@ -26,8 +26,11 @@ from safelight.train.loop import Draw
 from safelight.train.recipe import Scenes
 from safelight.train.tokens import train_vocabulary
 
-SCENES = 40_000
+SCENES = 24_000
 """Captioned scenes that are composed and encoded once, to learn from."""
+
+SHEET_EVERY = 1000
+"""Training steps between two sheets of samples."""
 
 SHEET = (
     "a red apple", "a cat", "a dog", "a rocket on a blue background",
@@ -67,7 +70,8 @@ def train_embedded(data: Path, out: Path, *, native: bool = False) -> Path:
 
     def show(net: nn.Module, step: int) -> None:
         export(net)
-        _sheet(model, out / f"embedded-{step:06}.png")
+        if step % SHEET_EVERY == 0:
+            _sheet(model, out / f"embedded-{step:06}.png")
 
     net = train_text_to_image(
         shipped.TEXT,
@@ -97,7 +101,8 @@ def train_embedded_unconditional(data: Path, out: Path, *, native: bool = False)
 
     def show(net: nn.Module, step: int) -> None:
         export(net)
-        _sheet(model, out / f"embedded-unconditional-{step:06}.png")
+        if step % SHEET_EVERY == 0:
+            _sheet(model, out / f"embedded-unconditional-{step:06}.png")
 
     net = train_unconditional(
         shipped.PIXELS,

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -90,7 +90,9 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         # Early on the average follows closely, or it would keep the random start for long.
         keep = min(plan.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(average, [p.detach() for p in params], 1 - keep)
+        with torch.no_grad():
+            for held, p in zip(average, params, strict=True):
+                held.lerp_(p, 1 - keep)
         total, seen = total + float(loss.detach()), seen + 1
         if not math.isfinite(total):
             raise SafelightError(
@@ -118,11 +120,15 @@ def fit(
 def _averaged(params: list[nn.Parameter], average: list[Tensor]) -> Iterator[None]:
     """Within it, the parameters hold their averages."""
     held = [p.detach().clone() for p in params]
-    with torch.no_grad():
-        torch._foreach_copy_(params, average)
+    _copy(average, params)
     yield
-    with torch.no_grad():
-        torch._foreach_copy_(params, held)
+    _copy(held, params)
+
+
+@torch.no_grad()
+def _copy(values: Iterable[Tensor], into: Iterable[Tensor]) -> None:
+    for target, value in zip(into, values, strict=True):
+        target.copy_(value)
 
 
 def _save(
@@ -161,8 +167,7 @@ def _resume(
             f"{path} was made by another plan ({state['plan']}): give another folder, "
             "or the same settings to go on"
         )
-    with torch.no_grad():
-        for mine, saved in zip(params + average, state["params"] + state["average"], strict=True):
-            mine.copy_(saved)
+    _copy(state["params"], params)
+    _copy(state["average"], average)
     optimizer.load_state_dict(state["optimizer"])
     return int(state["step"])
