@@ -3,6 +3,7 @@
 #   make picture PROMPT="a red apple"    a picture in picture.png; OUT= and ARGS= may be set
 #   make test                            the test suite
 #   make lint                            formatting, lint and types
+#   make train                           the models that ship, from packages alone: hours, resumable
 #
 # On Linux the package index has PyTorch built for CUDA, which is several GB. To get the build for
 # CPUs alone, name PyTorch's index of those:  make picture TORCH_INDEX=<its address>
@@ -19,7 +20,7 @@ BIN := $(VENV)/bin
 # Without build isolation the constraints hold for what builds packages, too.
 INSTALL := $(PYTHON) -m pip --python $(BIN)/python install --constraint constraints.txt
 
-.PHONY: picture test lint format clean
+.PHONY: picture test lint format train clean
 .DELETE_ON_ERROR:
 
 export PROMPT OUT
@@ -37,6 +38,11 @@ lint: $(VENV)/.ready-dev
 format: $(VENV)/.ready-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+train: $(VENV)/.ready-dev
+	test -e data/cutouts.npz || $(BIN)/safelight train data data
+	$(BIN)/safelight train embedded --data data --out runs
+	$(BIN)/safelight train embedded-unconditional --data data --out runs
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -74,7 +74,7 @@ class Run:
                 sha256=model.sha256,
                 device=str(model.device),
                 dtype=str(model.dtype).removeprefix("torch."),
-                warnings=model.warnings + warnings,
+                warnings=model.warnings + self._request.idle() + warnings,
                 timings=timings,
             )
         for i, seed in enumerate(result.seeds):
@@ -156,7 +156,7 @@ def _fitted(request: Request, size: tuple[int, int]) -> dict[str, Image.Image]:
 
 def condition(model: Model, request: Request) -> tuple[Condition, list[str]]:
     """What the pictures are drawn to, and what the person should know about it."""
-    warnings = request.idle()
+    warnings: list[str] = []
     if model.tokenizer is None or model.text_encoder is None:
         return Condition(None), warnings
     size = (request.width, request.height)

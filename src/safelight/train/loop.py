@@ -75,7 +75,11 @@ def fit(
     params = list(net.parameters())
     average = [p.detach().clone() for p in params]
     optimizer = torch.optim.AdamW(
-        params, lr=plan.learning_rate, betas=(0.9, 0.99), weight_decay=plan.weight_decay
+        params,
+        lr=plan.learning_rate,
+        betas=(0.9, 0.99),
+        weight_decay=plan.weight_decay,
+        fused=True,
     )
     path = folder / "checkpoint.pt"
     start = _resume(path, plan, params, average, optimizer) if path.exists() else 0

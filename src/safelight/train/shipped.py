@@ -47,7 +47,7 @@ UNET = UNetConfig(
     cross_attention_dim=TEXT.hidden_size,
     norm_num_groups=16,
 )
-UNET_PLAN = Plan(steps=7000, batch=16, learning_rate=1e-3)
+UNET_PLAN = Plan(steps=5200, batch=16, learning_rate=1e-3)
 
 # More noise at the end than Stable Diffusion's 0.012: with 16x16 latents less of it is averaged
 # away, and a background colour must be decided by the words alone.

@@ -24,13 +24,13 @@ _COMPUTE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torc
 
 
 def load_model(
-    name: str,
+    name: str = "embedded",
     *,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     prediction_type: str | None = None,
 ) -> Model:
-    """Load a model by name (see `find`).
+    """Load a model by name (see `find`); without one, the model that ships.
 
     device: "auto" (CUDA, else MPS, else the CPU) or the name of one.
     dtype: "float32", "float16", "bfloat16", or "auto": float32 on the CPU, else float16. Weights

@@ -1,0 +1,282 @@
+"""A full-size Stable Diffusion 1.5 of random weights, from one file to a 512x512 picture.
+
+    python benchmarks/full_size.py [--dtype float32] [--dtype bfloat16] [--json]
+
+Writes the checkpoint (LDM layout, float16, 2.1 GB) to a temporary folder, and for each precision
+starts a fresh process that loads it and draws one picture in 2 steps with guidance. Meanwhile
+the memory of that process is read from the kernel. The folder is removed afterwards.
+"""
+
+import argparse
+import json
+import math
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+STEPS = 2
+SIDE = 512
+SAMPLER = "dpmpp_2m"  # one evaluation of the network a step
+GB = 1e9
+ROWS = {
+    "load_s": ("load", "s"),
+    "text_s": ("text encoder", "s"),
+    "step_s": ("a guided step", "s"),
+    "decode_s": ("decode", "s"),
+    "weights_gb": ("weights in this precision", "GB"),
+    "peak_gb": ("peak resident memory, all of it", "GB"),
+    "peak_load_gb": ("— while loading, pages of the mapped file included", "GB"),
+    "peak_denoise_gb": ("— in the steps", "GB"),
+    "peak_decode_gb": ("— in decoding", "GB"),
+    "peak_load_own_gb": ("peak of its own memory while loading", "GB"),
+}
+
+
+# --- the checkpoint ------------------------------------------------------------------------------
+
+
+def shapes_by_key() -> dict[str, tuple[int, ...]]:
+    """The tensors of an SD 1.5 checkpoint, by their names in a single file."""
+    import torch
+
+    from safelight.nets.clip import CLIPTextConfig, CLIPTextModel
+    from safelight.nets.unet import UNet2DConditionModel, UNetConfig
+    from safelight.nets.vae import AutoencoderKL, VAEConfig
+    from safelight.weights import ldm
+    from safelight.weights.families import FAMILIES
+
+    configs = next(f for f in FAMILIES if f.name == "sd1").configs
+    with torch.device("meta"):
+        nets = (
+            (ldm.UNET, UNet2DConditionModel(UNetConfig.from_dict(configs["unet"]))),
+            (ldm.VAE, AutoencoderKL(VAEConfig.from_dict(configs["vae"]))),
+            (ldm.CLIP, CLIPTextModel(CLIPTextConfig.from_dict(configs["text_encoder"]))),
+        )
+    names = {ldm.UNET: ldm.unet_names(configs["unet"]), ldm.VAE: ldm.vae_names(configs["vae"])}
+    found: dict[str, tuple[int, ...]] = {}
+    for prefix, net in nets:
+        theirs = {ours: key for key, ours in names.get(prefix, {}).items()}
+        for name, tensor in net.state_dict().items():
+            found[prefix + _original(name, theirs)] = tuple(tensor.shape)
+    return found
+
+
+def _original(name: str, theirs: Mapping[str, str]) -> str:
+    """The single file's name of a weight: that of the innermost module the table knows."""
+    module, rest = name, ""
+    while module:
+        if module in theirs:
+            return theirs[module] + rest
+        module, dot, leaf = module.rpartition(".")
+        rest = dot + leaf + rest
+    return name
+
+
+def write_checkpoint(path: Path) -> int:
+    """Writes random weights tensor by tensor, and returns the number of parameters."""
+    shapes = shapes_by_key()
+    header: dict[str, Any] = {}
+    end = 0
+    for key, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[key] = {"dtype": "F16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    random = np.random.default_rng(0)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for key, shape in shapes.items():
+            _write_weight(file, key, shape, random)
+    return end // 2
+
+
+def _write_weight(
+    file: BinaryIO, key: str, shape: tuple[int, ...], random: np.random.Generator
+) -> None:
+    """Weights that keep the size of what passes through, so that no precision overflows."""
+    if len(shape) == 1:  # a bias, or the scale of a norm
+        values = np.full(shape, 1.0 if "norm" in key and key.endswith("weight") else 0.0)
+    else:
+        values = random.standard_normal(shape, np.float32) / math.sqrt(math.prod(shape[1:]))
+    file.write(values.astype("<f2").tobytes())
+
+
+# --- one run, in a process of its own ------------------------------------------------------------
+
+
+def draw(checkpoint: str, dtype: str) -> None:
+    """Loads and draws, names each phase as it begins, and ends with what it took as JSON."""
+    import safelight
+
+    began = time.perf_counter()
+    model = safelight.load(checkpoint, device="cpu", dtype=dtype)
+    load = time.perf_counter() - began
+    mark("denoise")
+    steps: list[float] = []
+    last = time.perf_counter()
+
+    def on_step(_: object) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        steps.append(now - last)
+        last = now
+        if len(steps) == STEPS:
+            mark("decode")
+
+    result = model.generate(
+        "a red apple",
+        negative_prompt="blurry",
+        steps=STEPS,
+        sampler=SAMPLER,
+        seed=1,
+        width=SIDE,
+        height=SIDE,
+        on_step=on_step,
+    )
+    nets = (model.unet, model.vae, model.text_encoder)
+    picture = np.asarray(result.images[0])
+    mark(
+        json.dumps(
+            {
+                "load_s": load,
+                "text_s": result.timings["text"],
+                # The first step's clock also holds the text encoder.
+                "step_s": result.timings["denoise"] / STEPS,
+                "steps_s": [steps[0] - result.timings["text"], *steps[1:]],
+                "decode_s": result.timings["decode"],
+                "weights_gb": sum(
+                    p.numel() * p.element_size()
+                    for net in nets
+                    if net is not None
+                    for p in net.parameters()
+                )
+                / GB,
+                "size": list(result.images[0].size),
+                "spread": float(picture.std()),
+                "peak_gb": peak_resident() / GB,
+            }
+        )
+    )
+
+
+def mark(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def peak_resident() -> int:
+    """The most bytes that this process ever had resident, pages of mapped files included."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # ru_maxrss would begin with what the parent had when it started this process.
+        return memory(status)["VmHWM"]
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def memory(status: Path) -> dict[str, int]:
+    """The kernel's account of a process, in bytes."""
+    lines = (line.partition(":") for line in status.read_text().splitlines())
+    return {key: int(value.split()[0]) * 1024 for key, _, value in lines if value.endswith(" kB")}
+
+
+# --- the parent ----------------------------------------------------------------------------------
+
+
+class Watch(threading.Thread):
+    """Reads a process's memory 50 times a second, and keeps the peaks of each phase.
+
+    Own memory is that of no file. Pages of the mapped checkpoint count as resident too, while it
+    is open, but the kernel drops them where memory is short.
+    """
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self.status = Path(f"/proc/{pid}/status")
+        self.phase = "load"
+        self.peaks: dict[str, float] = {}
+
+    def run(self) -> None:
+        while True:
+            try:
+                now = memory(self.status)
+            except OSError:
+                return
+            if "VmRSS" not in now:  # it has ended
+                return
+            self._keep(f"peak_{self.phase}_gb", now["VmRSS"])
+            self._keep(f"peak_{self.phase}_own_gb", now["RssAnon"])
+            time.sleep(0.02)
+
+    def _keep(self, name: str, value: int) -> None:
+        self.peaks[name] = max(self.peaks.get(name, 0.0), value / GB)
+
+
+def measure(checkpoint: Path, dtype: str, cache: Path) -> dict[str, Any]:
+    # A model's SHA-256 is remembered between runs; a first load is what is measured here.
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache / dtype)}
+    command = [sys.executable, __file__, "--draw", str(checkpoint), "--dtype", dtype]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
+        watch = Watch(child.pid)
+        watch.start()
+        assert child.stdout is not None
+        line = ""
+        for line in child.stdout:
+            if not line.startswith("{"):
+                watch.phase = line.strip()
+    if child.returncode:
+        sys.exit(f"{dtype}: exit code {child.returncode}")
+    found = json.loads(line)
+    if found["size"] != [SIDE, SIDE] or not found["spread"] > 0:
+        sys.exit(f"{dtype}: no picture, {found}")
+    return {"dtype": dtype, **found, **watch.peaks}
+
+
+def table(runs: list[dict[str, Any]]) -> Iterator[str]:
+    yield "| | " + " | ".join(run["dtype"] for run in runs) + " |"
+    yield "|---|" + "---:|" * len(runs)
+    for key, (label, unit) in ROWS.items():
+        values = (f"{run[key]:.2f} {unit}" if key in run else "–" for run in runs)
+        yield f"| {label} | " + " | ".join(values) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--dtype", action="append", help="float32, bfloat16 or float16 [the first]")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--draw", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    dtypes = options.dtype or ["float32"]
+    if options.draw:
+        draw(options.draw, dtypes[0])
+        return
+    with tempfile.TemporaryDirectory(prefix="safelight-") as folder:
+        checkpoint = Path(folder) / "sd15-random.safetensors"
+        parameters = write_checkpoint(checkpoint)
+        runs = [measure(checkpoint, dtype, Path(folder)) for dtype in dtypes]
+        found = {
+            "checkpoint": {"parameters": parameters, "bytes": checkpoint.stat().st_size},
+            "threads": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+            "runs": runs,
+        }
+    if options.json:
+        mark(json.dumps(found, indent=2))
+        return
+    mark(f"{parameters / 1e6:.0f} million parameters, a file of {found['checkpoint']['bytes'] / GB:.2f} GB")
+    for line in table(runs):
+        mark(line)
+
+
+if __name__ == "__main__":
+    main()

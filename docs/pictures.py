@@ -1,0 +1,131 @@
+"""Make the pictures of README.md from the models that ship, a minute on one core.
+
+    python docs/pictures.py [--model DIR] [--unconditional DIR] [--out docs/pictures]
+
+Every picture here is a command of the README: the same prompt, sampler and seed.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+import safelight
+
+GAP, WHITE, BLACK = 6, (255, 255, 255), (0, 0, 0)
+FRAME = (208, 208, 208)
+
+HERO = (
+    "a red apple",
+    "a cat",
+    "a rocket on a blue background",
+    "a 3d render of a penguin",
+    "a flat icon of a car",
+    "a cartoon of a lion on a green background",
+    "a house",
+    "a guitar on a pink background",
+    "a hamburger",
+    "a smiling face on a black background",
+    "a butterfly on a light blue background",
+    "a 3d render of a teddy bear",
+)
+HERO_SEED = 1
+SAMPLERS = ("euler", "euler_a", "heun", "dpmpp_2m", "unipc", "lms", "pndm", "ddim")
+STEPS = (5, 10, 20)
+
+
+def main() -> None:
+    here = Path(__file__).parent
+    parser = argparse.ArgumentParser(description="Make the pictures of README.md.")
+    parser.add_argument("--model", default="embedded", help="the text-to-image model")
+    parser.add_argument("--unconditional", default="embedded-unconditional")
+    parser.add_argument("--out", type=Path, default=here / "pictures")
+    given = parser.parse_args()
+
+    model = safelight.load(given.model, device="cpu")
+    pixels = safelight.load(given.unconditional, device="cpu")
+    given.out.mkdir(parents=True, exist_ok=True)
+    for name, picture in {
+        "hero": hero(model),
+        "text-to-image": text_to_image(model),
+        "image-to-image": image_to_image(model),
+        "inpainting": inpainting(model),
+        "unconditional": unconditional(pixels),
+        "samplers": samplers(model),
+    }.items():
+        picture.save(given.out / f"{name}.png", optimize=True)
+
+
+def hero(model: safelight.Model) -> Image.Image:
+    pictures = [draw(model, prompt, seed=HERO_SEED) for prompt in HERO]
+    return sheet(pictures, columns=6, scale=2)
+
+
+def text_to_image(model: safelight.Model) -> Image.Image:
+    return sheet([draw(model, "a rocket on a blue background", seed=1)])
+
+
+def image_to_image(model: safelight.Model) -> Image.Image:
+    apple = draw(model, "a red apple", seed=3)
+    orange = draw(model, "an orange", seed=3, image=apple, strength=0.6)
+    return sheet([apple, orange])
+
+
+def inpainting(model: safelight.Model) -> Image.Image:
+    cat = draw(model, "a cat", seed=2)
+    mask = Image.new("L", cat.size)
+    # All but the bottom, which stays the cat's.
+    width, height = cat.size
+    ImageDraw.Draw(mask).rectangle((0, 0, width - 1, height * 2 // 3), fill=255)
+    dog = draw(model, "a dog", seed=2, image=cat, mask=mask)
+    return sheet([cat, mask.convert("RGB"), dog])
+
+
+def unconditional(model: safelight.Model) -> Image.Image:
+    made = model.generate(unconditional=True, sampler="ddim", count=12, seed=1)
+    return sheet(made.images, columns=6)
+
+
+def samplers(model: safelight.Model) -> Image.Image:
+    """One row for each number of steps, one column for each sampler."""
+    settings = {"prompt": "a cat on a light blue background", "seed": 1}
+    pictures = [
+        draw(model, sampler=sampler, steps=steps, **settings)
+        for steps in STEPS
+        for sampler in SAMPLERS
+    ]
+    grid = sheet(pictures, columns=len(SAMPLERS), scale=2)
+    left, top = 36, 28
+    page = Image.new("RGB", (left + grid.width, top + grid.height), WHITE)
+    page.paste(grid, (left, top))
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(20)
+    across, down = (grid.width + GAP) / len(SAMPLERS), (grid.height + GAP) / len(STEPS)
+    for i, sampler in enumerate(SAMPLERS):
+        pen.text((left + (i + 0.5) * across, top / 2), sampler, BLACK, font, anchor="mm")
+    for i, steps in enumerate(STEPS):
+        pen.text((left / 2, top + (i + 0.5) * down), str(steps), BLACK, font, anchor="mm")
+    return page
+
+
+def draw(model: safelight.Model, prompt: str, **settings: Any) -> Image.Image:
+    return model.generate(prompt, **{"sampler": "dpmpp_2m", **settings}).images[0]
+
+
+def sheet(pictures: Sequence[Image.Image], *, columns: int = 3, scale: int = 3) -> Image.Image:
+    """Pictures of one size in rows, framed, every pixel shown `scale` times as large."""
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    width, height = (side * scale for side in pictures[0].size)
+    made = Image.new("RGB", (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP), WHITE)
+    for i, picture in enumerate(pictures):
+        x, y = i % columns * (width + GAP), i // columns * (height + GAP)
+        made.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, y))
+        # A picture on white would have no edge on a white page.
+        ImageDraw.Draw(made).rectangle((x, y, x + width - 1, y + height - 1), outline=FRAME)
+    return made
+
+
+if __name__ == "__main__":
+    main()

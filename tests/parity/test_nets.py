@@ -1,0 +1,153 @@
+"""Each network against diffusers' and transformers' own, weights shared, float32."""
+
+import json
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from safelight.nets.clip import CLIPTextConfig, CLIPTextModel
+from safelight.nets.unet import UNet2DConditionModel, UNetConfig, guidance_embedding
+from safelight.nets.unet2d import UNet2DConfig, UNet2DModel
+from safelight.nets.vae import AutoencoderKL, VAEConfig
+
+TIMES = torch.tensor([3.5, 991.0])
+
+
+def error(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def twin(ours: nn.Module, theirs: nn.Module) -> None:
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    ours.eval()
+    theirs.eval()
+
+
+def plain(config: Any) -> dict[str, Any]:
+    return json.loads(json.dumps(dict(config)))
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"attention_head_dim": 2},
+        {"attention_head_dim": [1, 2, 4], "use_linear_projection": True},
+        {"time_cond_proj_dim": 32, "in_channels": 9},
+        {"flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0},
+        {"only_cross_attention": True},
+    ],
+    ids=["sd1", "sd2", "lcm-inpainting", "other-padding", "only-cross"],
+)
+@torch.inference_mode()
+def test_unet(extra: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    theirs = diffusers.UNet2DConditionModel(
+        block_out_channels=(32, 64, 64),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        norm_num_groups=16,
+        **extra,
+    )
+    ours = UNet2DConditionModel(UNetConfig.from_dict(plain(theirs.config)))
+    twin(ours, theirs)
+    # Odd sides: the way up must meet skips that are not twice its own size.
+    x = torch.randn(2, extra.get("in_channels", 4), 17, 20)
+    context = torch.randn(2, 7, 32)
+    guidance = None
+    if "time_cond_proj_dim" in extra:
+        guidance = guidance_embedding([7.5, 2.0], 32)
+    found = ours(x, TIMES, context, guidance)
+    expected = theirs(x, TIMES, context, timestep_cond=guidance).sample
+    assert error(found, expected) < 1e-5
+
+
+def test_guidance_embedding() -> None:
+    from diffusers import LatentConsistencyModelPipeline
+
+    expected = LatentConsistencyModelPipeline.get_guidance_scale_embedding(
+        None,  # it uses nothing of itself
+        torch.tensor([6.5, 1.0]),
+        embedding_dim=32,
+    )
+    # The angles go to 6,500 radians, where float32 has four digits left behind the point.
+    assert error(guidance_embedding([7.5, 2.0], 32), expected) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {
+            "attention_head_dim": None,
+            "norm_eps": 1e-6,
+            "downsample_padding": 0,
+            "flip_sin_to_cos": False,
+            "freq_shift": 1,
+        },
+    ],
+    ids=["defaults", "ddpm"],
+)
+@torch.inference_mode()
+def test_unet2d(extra: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    theirs = diffusers.UNet2DModel(
+        block_out_channels=(32, 64, 64),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        **extra,
+    )
+    ours = UNet2DModel(UNet2DConfig.from_dict(plain(theirs.config)))
+    twin(ours, theirs)
+    x = torch.randn(2, 3, 16, 20)
+    assert error(ours(x, TIMES), theirs(x, TIMES).sample) < 1e-5
+
+
+@torch.inference_mode()
+def test_autoencoder() -> None:
+    torch.manual_seed(0)
+    theirs = diffusers.AutoencoderKL(
+        block_out_channels=(32, 64, 64),
+        layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+    )
+    ours = AutoencoderKL(VAEConfig.from_dict(plain(theirs.config)))
+    twin(ours, theirs)
+    pixels = torch.randn(1, 3, 48, 64)
+    mean, std = ours.encode(pixels)
+    expected = theirs.encode(pixels).latent_dist
+    assert error(mean, expected.mean) < 1e-5
+    assert error(std, expected.std) < 1e-5
+    assert error(ours.decode(mean), theirs.decode(expected.mean).sample) < 1e-5
+
+
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
+@torch.inference_mode()
+def test_text_encoder(act: str) -> None:
+    torch.manual_seed(0)
+    config = transformers.CLIPTextConfig(
+        vocab_size=99,
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        hidden_act=act,
+        bos_token_id=97,
+        eos_token_id=98,
+    )
+    theirs = transformers.CLIPTextModel(config).eval()
+    ours = CLIPTextModel(CLIPTextConfig.from_dict(json.loads(config.to_json_string()))).eval()
+    # transformers 5 leaves out the prefix that the checkpoints have.
+    weights = {
+        name if name.startswith("text_model.") else f"text_model.{name}": value
+        for name, value in theirs.state_dict().items()
+        if "position_ids" not in name
+    }
+    ours.load_state_dict(weights, strict=True)
+    ids = torch.randint(0, 97, (2, 77))
+    assert error(ours(ids), theirs(ids).last_hidden_state) < 1e-5

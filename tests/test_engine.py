@@ -1,0 +1,244 @@
+"""Requests to pictures, on the models that ship."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import safelight
+from safelight import SafelightError, engine, job
+from safelight.model import Model
+from safelight.request import Request
+
+FEW = {"steps": 3, "sampler": "euler"}
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return safelight.load(device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def pixels() -> Model:
+    return safelight.load("embedded-unconditional", device="cpu", dtype="float32")
+
+
+def photo(width: int = 64, height: int = 64) -> Image.Image:
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def spot(width: int = 64, height: int = 64) -> Image.Image:
+    mask = Image.new("L", (width, height))
+    mask.paste(255, (20, 20, 40, 44))
+    return mask
+
+
+def test_same_request_same_bytes(model: Model) -> None:
+    one, two = (model.generate("a cat", seed=1, **FEW).images[0] for _ in range(2))
+    assert one.tobytes() == two.tobytes()
+    assert one.tobytes() != model.generate("a cat", seed=2, **FEW).images[0].tobytes()
+    assert one.tobytes() != model.generate("a dog", seed=1, **FEW).images[0].tobytes()
+
+
+def test_picture_i_of_several_is_that_of_seed_plus_i(model: Model) -> None:
+    settings = {"sampler": "euler_a", "steps": 3}
+    several = model.generate("a cat", seed=5, count=3, **settings)
+    assert several.seeds == [5, 6, 7]
+    for seed, image in zip(several.seeds, several.images, strict=True):
+        alone = model.generate("a cat", seed=seed, **settings).images[0]
+        assert image.tobytes() == alone.tobytes()
+
+
+def test_jobs_of_all_kinds_advance_together(model: Model) -> None:
+    """Samplers, steps, tasks and guidance may differ; each state is what it is alone."""
+    requests = [
+        Request(prompt="a cat", seed=1, sampler="euler_a", steps=6),
+        Request(prompt="a dog", seed=2, sampler="dpmpp_2m", steps=4, guidance_scale=1.0),
+        Request(prompt="a cat", seed=3, sampler="pndm", steps=5, image=photo(), strength=0.9),
+        Request(prompt="a dog", seed=4, sampler="heun", steps=3, image=photo(), mask=spot()),
+    ]
+
+    def admit() -> list[job.Job]:
+        jobs = []
+        for request in requests:
+            settled = engine.settle(model, request)
+            condition, _ = engine.condition(model, settled)
+            jobs.append(engine.admit(model, settled, condition, settled.seed))
+        return jobs
+
+    with torch.inference_mode():
+        together, alone = admit(), admit()
+        while live := [j for j in together if not j.done]:
+            job.advance(model, live)
+        for lone in alone:
+            while not lone.done:
+                job.advance(model, [lone])
+        for a, b in zip(together, alone, strict=True):
+            assert torch.allclose(a.state, b.state, rtol=1e-3, atol=1e-3)
+            assert torch.equal(a.generator.get_state(), b.generator.get_state())
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler_a", "pndm"])
+def test_outside_the_mask_nothing_changes(model: Model, sampler: str) -> None:
+    original, mask = photo(), spot()
+    result = model.generate(
+        "a dog", image=original, mask=mask, seed=1, sampler=sampler, steps=4
+    )
+    keep = np.asarray(mask) == 0
+    made, given = np.asarray(result.images[0]), np.asarray(original)
+    assert (made[keep] == given[keep]).all()
+    assert (made[~keep] != given[~keep]).any()
+
+
+def test_strength_says_how_much_changes(model: Model) -> None:
+    original = model.generate("a cat", seed=1, sampler="dpmpp_2m", steps=8).images[0]
+
+    def moved(strength: float) -> float:
+        made = model.generate(
+            "a dog", image=original, strength=strength, seed=3, sampler="dpmpp_2m", steps=10
+        )
+        difference = np.asarray(made.images[0], float) - np.asarray(original, float)
+        return float(np.abs(difference).mean())
+
+    assert moved(0.1) < moved(0.5) < moved(1.0)
+
+
+def test_guidance_one_asks_the_network_once(model: Model, monkeypatch) -> None:
+    rows = []
+    forward = model.unet.forward
+
+    def counted(x, *rest):
+        rows.append(len(x))
+        return forward(x, *rest)
+
+    monkeypatch.setattr(model.unet, "forward", counted)
+    model.generate("a cat", guidance_scale=1.0, seed=1, **FEW)
+    model.generate("a cat", guidance_scale=7.5, seed=1, **FEW)
+    assert rows == [1, 1, 1, 2, 2, 2]
+
+
+def test_stream_yields_every_step_with_a_preview(model: Model) -> None:
+    run = model.stream("a cat", seed=1, count=2, **FEW)
+    seen = [(s.image_index, s.step, s.steps, s.preview().size) for s in run]
+    assert seen == [(i, s, 3, (64, 64)) for i in range(2) for s in (1, 2, 3)]
+    assert len(run.result.images) == 2
+    assert set(run.result.timings) == {"text", "denoise", "decode", "total"}
+
+
+def test_the_last_preview_is_the_picture(model: Model) -> None:
+    run = model.stream("a cat", seed=1, **FEW)
+    last = [step.preview() for step in run][-1]
+    assert last.tobytes() == run.result.images[0].tobytes()
+
+
+def test_unconditional(pixels: Model) -> None:
+    result = pixels.generate(unconditional=True, sampler="ddim", steps=3, seed=1, count=2)
+    assert [image.size for image in result.images] == [pixels.native_size] * 2
+    assert result.images[0].tobytes() != result.images[1].tobytes()
+
+
+def test_nan_is_an_error_and_never_a_black_picture(model: Model, monkeypatch) -> None:
+    def broken(x, *_):
+        return torch.full_like(x, float("nan"))
+
+    monkeypatch.setattr(model.unet, "forward", broken)
+    with pytest.raises(SafelightError, match="NaN at step 1 of 3"):
+        model.generate("a cat", seed=1, **FEW)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"prompt": "a cat " * 40}, "prompt was cut at 32 tokens"),
+        ({"prompt": "a zeppelin"}, "never taught: zeppelin"),
+        ({"prompt": "a cat", "width": 96}, "trained on 64x64"),
+        (
+            {"prompt": "a cat", "negative_prompt": "a dog", "guidance_scale": 1.0},
+            "negative_prompt does nothing",
+        ),
+        ({"prompt": "a cat", "strength": 0.5}, "strength does nothing"),
+    ],
+)
+def test_what_a_person_should_know_is_a_warning(model: Model, settings, said: str) -> None:
+    result = model.generate(seed=1, **FEW, **settings)
+    assert any(said in warning for warning in result.warnings), result.warnings
+
+
+def test_a_plain_request_has_no_warnings(model: Model) -> None:
+    assert model.generate("a red apple on a blue background", seed=1, **FEW).warnings == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"unconditional": True}, "draws from words"),
+        ({"prompt": "a cat", "image": photo(100, 64)}, "ask for width 96 and height 64"),
+        ({"prompt": "a cat", "sampler": "ddim", "schedule": "karras"}, "karras"),
+    ],
+)
+def test_what_cannot_be_is_refused(model: Model, settings, said: str) -> None:
+    with pytest.raises(SafelightError, match=said):
+        model.generate(seed=1, steps=3, **settings)
+
+
+def test_pixel_models_take_no_words(pixels: Model) -> None:
+    with pytest.raises(SafelightError, match="from noise alone"):
+        pixels.generate("a cat", seed=1)
+    with pytest.raises(SafelightError, match="leave out width"):
+        pixels.generate(unconditional=True, width=64, seed=1)
+
+
+def test_a_picture_of_another_size_is_fitted(model: Model) -> None:
+    result = model.generate(
+        "a cat", image=photo(100, 80), mask=spot(100, 80), width=64, height=64, seed=1, **FEW
+    )
+    assert result.images[0].size == (64, 64)
+    # The recipe names the pictures that were given, not what they were resized to.
+    again = Request.from_dict(result.settings, image=photo(100, 80), mask=spot(100, 80))
+    assert model.generate(again).images[0].tobytes() == result.images[0].tobytes()
+
+
+def test_history_is_only_as_long_as_the_rows_look_back(model: Model) -> None:
+    settled = engine.settle(model, Request(prompt="a cat", sampler="pndm", steps=10, seed=1))
+    with torch.inference_mode():
+        condition, _ = engine.condition(model, settled)
+        made = engine.admit(model, settled, condition, 1)
+        longest = 0
+        while not made.done:
+            job.advance(model, [made])
+            longest = max(longest, len(made.past_cleans), len(made.past_states))
+    assert longest <= 4
+    assert not made.past_cleans
+    assert not made.past_states
+
+
+def test_v_prediction_and_epsilon_agree(model: Model) -> None:
+    """The same network output read as noise or as velocity gives estimates that differ; each
+    inverts its own definition."""
+    from safelight.denoiser import _clean
+
+    clean, noise, sigma = torch.randn(1, 4, 2, 2), torch.randn(1, 4, 2, 2), 3.0
+    alpha = 1 / (1 + sigma**2) ** 0.5
+    state = clean + sigma * noise
+    velocity = alpha * noise - alpha * sigma * clean
+    for output, kind in ((noise, "epsilon"), (velocity, "v_prediction"), (clean, "sample")):
+        assert torch.allclose(_clean(state, sigma, output, kind), clean, atol=1e-5)
+
+
+def test_nine_channels_keep_outside_too(model: Model) -> None:
+    """A job remembers its original whatever network paints it."""
+    settled = engine.settle(
+        model, Request(prompt="a cat", image=photo(), mask=spot(), seed=1, **FEW)
+    )
+    with torch.inference_mode():
+        condition, _ = engine.condition(model, settled)
+        made = engine.admit(model, settled, condition, 1)
+        made = replace(made, known=None)
+        while not made.done:
+            job.advance(model, [made])
+        keep = np.asarray(spot()) == 0
+        found = np.asarray(job.finish(model, made))
+    assert (found[keep] == np.asarray(photo())[keep]).all()

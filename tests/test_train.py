@@ -1,0 +1,180 @@
+"""Training: noise added and taken away, checkpoints, the folder that comes out."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from safelight import SafelightError
+from safelight.nets.clip import CLIPTextConfig
+from safelight.nets.unet import UNetConfig
+from safelight.nets.unet2d import UNet2DConfig
+from safelight.nets.vae import AutoencoderKL, VAEConfig
+from safelight.schedule import SchedulerConfig
+from safelight.train import shipped
+from safelight.train.denoiser import Noising, train_text_to_image, train_unconditional
+from safelight.train.export import export_text_to_image, export_unconditional
+from safelight.train.loop import Draw, Plan, fit
+from safelight.train.tokens import train_vocabulary
+from safelight.weights import load_model
+
+PLAN = Plan(steps=12, batch=4, learning_rate=1e-2, warmup=2)
+
+
+class Line(torch.nn.Module):
+    """y = w·x, to be found from noisy points."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros(3))
+
+    def loss(self, draw: Draw) -> torch.Tensor:
+        x = torch.from_numpy(draw.data.standard_normal((4, 3))).float()
+        noise = torch.randn(4, generator=draw.noise)
+        return (x @ (self.w - torch.tensor([1.0, 2.0, 3.0])) + 0.1 * noise).square().mean()
+
+
+def train_line(folder: Path, plan: Plan = PLAN, stop_at: int | None = None) -> torch.Tensor:
+    line, steps = Line(), 0
+
+    def loss_of(draw: Draw) -> torch.Tensor:
+        nonlocal steps
+        if stop_at is not None and steps == stop_at:
+            raise KeyboardInterrupt
+        steps += 1
+        return line.loss(draw)
+
+    return fit(line, loss_of, plan, folder, every=5, log=lambda _: None)["w"]
+
+
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    whole = train_line(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train_line(tmp_path / "broken", stop_at=8)
+    assert torch.equal(train_line(tmp_path / "broken"), whole)
+
+
+def test_a_finished_run_gives_its_weights_again(tmp_path: Path) -> None:
+    first = train_line(tmp_path)
+    assert torch.equal(train_line(tmp_path, stop_at=0), first)
+
+
+def test_training_finds_the_line(tmp_path: Path) -> None:
+    plan = Plan(steps=400, batch=4, learning_rate=5e-2, warmup=5, ema=0.9, weight_decay=0.0)
+    found = train_line(tmp_path, plan)
+    assert torch.allclose(found, torch.tensor([1.0, 2.0, 3.0]), atol=0.1)
+
+
+def test_another_plan_does_not_resume(tmp_path: Path) -> None:
+    train_line(tmp_path)
+    with pytest.raises(SafelightError, match="another plan"):
+        train_line(tmp_path, Plan(steps=13, batch=4, learning_rate=1e-2, warmup=2))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    line = Line()
+    with pytest.raises(SafelightError, match="not finite at step 0"):
+        fit(line, lambda draw: line.loss(draw) * math.nan, PLAN, tmp_path, log=lambda _: None)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_a_network_that_knows_the_answer_has_no_loss(kind: str) -> None:
+    noising = Noising(SchedulerConfig.from_dict({"prediction_type": kind}))
+    clean = torch.randn(8, 1, 4, 4)
+
+    def oracle(noisy: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        bar = noising.bars[steps][:, None, None, None]
+        noise = (noisy - bar.sqrt() * clean) / (1 - bar).sqrt()
+        velocity = bar.sqrt() * noise - (1 - bar).sqrt() * clean
+        return {"epsilon": noise, "v_prediction": velocity, "sample": clean}[kind]
+
+    assert float(noising.loss(clean, Draw.of(0, 0), oracle)) < 1e-4
+    guess = noising.loss(clean, Draw.of(0, 0), lambda x, t: torch.zeros_like(x))
+    assert float(guess) > 0.1
+
+
+UNET = UNetConfig(
+    sample_size=8,
+    block_out_channels=(16, 16),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    layers_per_block=1,
+    attention_head_dim=2,
+    cross_attention_dim=16,
+    norm_num_groups=4,
+)
+VAE = VAEConfig(block_out_channels=(8, 8, 8, 8), norm_num_groups=4)
+
+
+def test_text_to_image_learns_and_its_folder_draws(tmp_path: Path) -> None:
+    tokenizer = train_vocabulary(
+        ["a cat", "a dog"] * 10, 540, tmp_path / "model" / "tokenizer", 8
+    )
+    text = CLIPTextConfig(
+        vocab_size=540,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+    )
+    # A cat is all +1, a dog all −1.
+    ids = torch.tensor([tokenizer.encode(t).ids for t in ("a cat", "a dog")], dtype=torch.int16)
+    latents = torch.stack([torch.ones(4, 8, 8), -torch.ones(4, 8, 8)]).half()
+    plan = Plan(steps=300, batch=8, learning_rate=5e-3, warmup=20, ema=0.95)
+    net = train_text_to_image(
+        text,
+        UNET,
+        SchedulerConfig.from_dict(shipped.SCHEDULER),
+        latents,
+        ids,
+        torch.tensor(tokenizer.encode("").ids, dtype=torch.int16),
+        plan,
+        tmp_path / "run",
+    )
+    torch.manual_seed(0)
+    notes = {"words": ["a", "cat", "dog"]}
+    export_text_to_image(
+        tmp_path / "model",
+        AutoencoderKL(VAE),
+        net.text_encoder,
+        net.unet,
+        shipped.SCHEDULER,
+        notes,
+    )
+    model = load_model(str(tmp_path / "model"))
+    assert model.words == {"a", "cat", "dog"}
+    means = {}
+    for prompt in ("a cat", "a dog"):
+        run = model.stream(prompt, sampler="ddim", steps=10, guidance_scale=1.0, seed=0)
+        means[prompt] = float([step.clean for step in run][-1].mean())
+    assert means["a cat"] > 0.5
+    assert means["a dog"] < -0.5
+
+
+def test_unconditional_learns_and_its_folder_draws(tmp_path: Path) -> None:
+    config = UNet2DConfig(
+        sample_size=8,
+        block_out_channels=(16, 16),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    green = np.full((1, 8, 8, 3), (0, 255, 0), np.uint8)
+    net = train_unconditional(
+        config,
+        SchedulerConfig.from_dict(shipped.PIXELS_SCHEDULER),
+        lambda rng, n: green.repeat(n, axis=0),
+        Plan(steps=300, batch=8, learning_rate=5e-3, warmup=20, ema=0.95),
+        tmp_path / "run",
+    )
+    export_unconditional(tmp_path / "model", net, shipped.PIXELS_SCHEDULER, {})
+    model = load_model(str(tmp_path / "model"))
+    image = model.generate(unconditional=True, sampler="ddim", steps=10, seed=0).images[0]
+    red, green_mean, blue = np.asarray(image).reshape(-1, 3).mean(axis=0)
+    assert green_mean > 200
+    assert red < 60
+    assert blue < 60
