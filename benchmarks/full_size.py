@@ -273,7 +273,8 @@ def main() -> None:
     if options.json:
         mark(json.dumps(found, indent=2))
         return
-    mark(f"{parameters / 1e6:.0f} million parameters, a file of {found['checkpoint']['bytes'] / GB:.2f} GB")
+    size = found["checkpoint"]["bytes"] / GB
+    mark(f"{parameters / 1e6:.0f} million parameters, a file of {size:.2f} GB")
     for line in table(runs):
         mark(line)
 

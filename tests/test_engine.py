@@ -84,9 +84,7 @@ def test_jobs_of_all_kinds_advance_together(model: Model) -> None:
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a", "pndm"])
 def test_outside_the_mask_nothing_changes(model: Model, sampler: str) -> None:
     original, mask = photo(), spot()
-    result = model.generate(
-        "a dog", image=original, mask=mask, seed=1, sampler=sampler, steps=4
-    )
+    result = model.generate("a dog", image=original, mask=mask, seed=1, sampler=sampler, steps=4)
     keep = np.asarray(mask) == 0
     made, given = np.asarray(result.images[0]), np.asarray(original)
     assert (made[keep] == given[keep]).all()

@@ -311,7 +311,7 @@ class TestOutputPaths:
         assert output_paths(tmp_path / "a.png", [7]) == [tmp_path / "a.png" / "safelight-7.png"]
 
     def test_another_format(self, tmp_path):
-        with pytest.raises(SafelightError, match=r"must end in \.png or be a folder"):
+        with pytest.raises(SafelightError, match=r"must be name\.png or a folder"):
             output_paths(tmp_path / "a.jpg", [7])
 
 

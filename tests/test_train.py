@@ -1,6 +1,7 @@
 """Training: noise added and taken away, checkpoints, the folder that comes out."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,18 @@ def test_another_plan_does_not_resume(tmp_path: Path) -> None:
         train_line(tmp_path, Plan(steps=13, batch=4, learning_rate=1e-2, warmup=2))
 
 
+def test_a_plan_with_a_cooldown_may_change_its_length(tmp_path: Path) -> None:
+    long = replace(PLAN, steps=40, cooldown=4)
+    short = replace(PLAN, steps=12, cooldown=4)
+    with pytest.raises(KeyboardInterrupt):
+        train_line(tmp_path / "a", long, stop_at=7)
+    train_line(tmp_path / "b", short)
+    assert torch.equal(train_line(tmp_path / "a", short), train_line(tmp_path / "b", short))
+    # Its learning rate has fallen: what a longer run would have done is lost.
+    with pytest.raises(SafelightError, match="another plan"):
+        train_line(tmp_path / "a", long)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     line = Line()
     with pytest.raises(SafelightError, match="not finite at step 0"):
@@ -109,9 +122,7 @@ VAE = VAEConfig(block_out_channels=(8, 8, 8, 8), norm_num_groups=4)
 
 
 def test_text_to_image_learns_and_its_folder_draws(tmp_path: Path) -> None:
-    tokenizer = train_vocabulary(
-        ["a cat", "a dog"] * 10, 540, tmp_path / "model" / "tokenizer", 8
-    )
+    tokenizer = train_vocabulary(["a cat", "a dog"] * 10, 540, tmp_path / "model" / "tokenizer", 8)
     text = CLIPTextConfig(
         vocab_size=540,
         hidden_size=16,

@@ -175,12 +175,17 @@ def condition(model: Model, request: Request) -> tuple[Condition, list[str]]:
         ids.append(encoded.ids)
         if encoded.cut is not None:
             warnings.append(
-                f"{name} was cut at {model.tokenizer.max_length} tokens; left out: {encoded.cut!r}"
+                f"{name} was cut at {model.tokenizer.max_length} tokens; "
+                f"left out: {_beginning(encoded.cut)}"
             )
         if model.words is not None and (new := unknown_words(text, model.words)):
             warnings.append(f"{model.name} was never taught: {', '.join(new)}")
     context = model.text_encoder(torch.tensor(ids, device=model.device))
     return Condition(context, request.guidance_scale), warnings
+
+
+def _beginning(text: str) -> str:
+    return repr(text) if len(text) <= 100 else f"{text[:100]!r}… of {len(text)} characters"
 
 
 def admit(model: Model, request: Request, condition: Condition, seed: int) -> Job:

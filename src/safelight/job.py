@@ -167,13 +167,14 @@ def _step(job: Job, raw: Tensor) -> None:
     if row.c is not None:
         fresh = torch.randn(job.state.shape, generator=job.generator)
         state = state + row.c * fresh.to(state.device)
-    if job.known is not None:
-        state = job.known.put_back(state, row.next_sigma if not _last(job) else 0.0)
+    # Before the known part is put back, which would hide what the network said there.
     if not torch.isfinite(state).all():
         raise SafelightError(
             f"NaN at step {job.cursor + 1} of {len(table.rows)}: try dtype float32, or a lower "
             "guidance_scale"
         )
+    if job.known is not None:
+        state = job.known.put_back(state, row.next_sigma if not _last(job) else 0.0)
     job.state = state
     job.cursor += 1
     _forget(job)

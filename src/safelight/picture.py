@@ -119,15 +119,15 @@ def opened(source: str | Path | bytes, name: str) -> Image.Image:
 
 def _read(path: Path, name: str) -> bytes:
     try:
+        status = path.stat()  # before it is opened, which for a pipe waits for someone to write
+        if stat.S_ISDIR(status.st_mode):
+            raise SafelightError(f"{name} is a folder: give the picture's file")
+        if not stat.S_ISREG(status.st_mode):
+            raise SafelightError(f"{name} must be an ordinary file")
+        if status.st_size > MOST_BYTES:
+            raise SafelightError(f"{name} must have at most {MOST_BYTES >> 20} MiB")
         with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise SafelightError(f"{name} must be an ordinary file")
-            if status.st_size > MOST_BYTES:
-                raise SafelightError(f"{name} must have at most {MOST_BYTES >> 20} MiB")
             return file.read(MOST_BYTES)
-    except IsADirectoryError:
-        raise SafelightError(f"{name} is a folder: give the picture's file") from None
     except (OSError, ValueError) as error:
         if isinstance(error, SafelightError):
             raise
@@ -215,8 +215,8 @@ def output_paths(out: str | Path, seeds: Sequence[int], *, overwrite: bool = Fal
         if len(seeds) == 1:
             return [path]
         return [path.with_stem(f"{path.stem}-{i + 1}") for i in range(len(seeds))]
-    if path.suffix and not folder:
-        raise SafelightError(f"out must end in .png or be a folder, not {_short(out)}")
+    if (path.suffix or path.name.lower() == ".png") and not folder:
+        raise SafelightError(f"out must be name.png or a folder, not {_short(out)}")
     paths = [path / f"safelight-{seed}.png" for seed in seeds]
     return paths if overwrite else [_free(path) for path in paths]
 

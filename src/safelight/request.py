@@ -222,11 +222,11 @@ class Request(BaseModel):
         cls, settings: dict[str, Any], *, image: Image | None = None, mask: Image | None = None
     ) -> Self:
         """The request that `to_dict` wrote; needs its picture and mask again, pixel for pixel."""
-        settings = dict(settings)
+        settings = {str(name): value for name, value in settings.items()}
         digests = {name: settings.pop(f"{name}_sha256", None) for name in ("image", "mask")}
-        request = cls(
-            **{str(name): value for name, value in settings.items()}, image=image, mask=mask
-        )
+        for name in digests.keys() & settings.keys():
+            raise SafelightError(f"{name} stands in a request as {name}_sha256 alone, its digest")
+        request = cls(**settings, image=image, mask=mask)
         for name, picture in (("image", request.image), ("mask", request.mask)):
             digest = digests[name]
             if digest is None and picture is not None:
@@ -323,8 +323,9 @@ def _explain(error: ValidationError) -> str:
         return str(first["ctx"]["error"]) if "ctx" in first else first["msg"]
     name = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(name[:40], Request.model_fields, n=1, cutoff=0)[0]
-        return f"there is no setting {_shown(name)}: did you mean {close}?"
+        close = difflib.get_close_matches(name[:40], Request.model_fields, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(Request.model_fields)}"
+        return f"there is no setting {_shown(name)}: {hint}"
     if isinstance(own := first.get("ctx", {}).get("error"), SafelightError):
         return str(own)
     return f"{name} must be {Request.model_fields[name].description}, not {_shown(first['input'])}"

@@ -110,11 +110,11 @@ class SchedulerConfig:
         Keys that mean nothing here are ignored.
         """
         if not isinstance(values, Mapping):
-            raise SafelightError("The scheduler's config should be a JSON object of settings.")
+            raise SafelightError("the scheduler's config should be a JSON object of settings")
         for key, only in _ONLY.items():
             if values.get(key) not in (None, only):
                 raise SafelightError(
-                    f"Scheduler setting {key} is {values[key]!r:.40}; only {only!r} is supported."
+                    f"scheduler setting {key} is {values[key]!r:.40}; only {only!r} is supported"
                 )
         known = {f.name for f in fields(cls)} - {"given"}
         given = {k: _checked(k, v) for k, v in values.items() if k in known and v is not None}
@@ -144,11 +144,11 @@ class SchedulerConfig:
 def _checked(key: str, value: Any) -> Any:
     """One setting of a config file, converted to its type; SafelightError if it is not usable."""
     default = getattr(SchedulerConfig, key)
-    wrong = SafelightError(f"Scheduler setting {key} is {value!r:.40}, which is not usable.")
+    wrong = SafelightError(f"scheduler setting {key} is {value!r:.40}, which is not usable")
     if key in _CHOICES:
         if value not in _CHOICES[key]:
             choices = ", ".join(_CHOICES[key])
-            raise SafelightError(f"Scheduler setting {key} is {value!r:.40}; known: {choices}.")
+            raise SafelightError(f"scheduler setting {key} is {value!r:.40}; known: {choices}")
         return value
     if key in ("trained_betas", "disable_corrector"):
         kind = float if key == "trained_betas" else int
@@ -164,7 +164,7 @@ def _checked(key: str, value: Any) -> Any:
     if type(value) not in ((int,) if whole else (int, float)) or not low <= value <= high:
         kind = "a whole number" if whole else "a number"
         raise SafelightError(
-            f"Scheduler setting {key} is {value!r:.40}; it should be {kind} from {low} to {high}."
+            f"scheduler setting {key} is {value!r:.40}; it should be {kind} from {low} to {high}"
         )
     return value if whole else float(value)
 
@@ -176,11 +176,11 @@ def _check_together(config: SchedulerConfig) -> None:
         len(betas) != config.num_train_timesteps or not all(0 < b < 1 for b in betas)
     ):
         raise SafelightError(
-            f"trained_betas should be {config.num_train_timesteps} numbers between 0 and 1."
+            f"trained_betas should be {config.num_train_timesteps} numbers between 0 and 1"
         )
     if sum(getattr(config, f"use_{name}_sigmas") for name in SCHEDULES) > 1:
         raise SafelightError(
-            "Of use_karras_sigmas, use_exponential_sigmas and use_beta_sigmas one can be true."
+            "of use_karras_sigmas, use_exponential_sigmas and use_beta_sigmas one can be true"
         )
 
 

@@ -139,7 +139,7 @@ def generate(
 
     default = "embedded-unconditional" if unconditional else "embedded"
     with StepBar(request.count) as on_step:
-        loaded = safelight.load(model or default, device=device, dtype=dtype)
+        loaded = safelight.load(default if model is None else model, device=device, dtype=dtype)
         result = loaded.generate(request, on_step=on_step)
     result.save(out, overwrite=overwrite)
     _report(result, as_json=as_json, show=show)

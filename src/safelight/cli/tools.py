@@ -144,11 +144,16 @@ def verify(
     )
     name, sha256 = recipe["model"]["name"], recipe["model"]["sha256"]
     with StepBar(count=1) as on_step:
-        loaded = safelight.load(
-            model or name,
-            device=device or recipe.get("device", "auto"),
-            dtype=dtype or recipe.get("dtype", "auto"),
-        )
+        try:
+            loaded = safelight.load(
+                name if model is None else model,
+                device=device or recipe.get("device", "auto"),
+                dtype=dtype or recipe.get("dtype", "auto"),
+            )
+        except SafelightError as error:
+            raise SafelightError(
+                f"{error}; --model, --device and --dtype take the place of the recipe's"
+            ) from None
         if loaded.sha256 != sha256:
             raise SafelightError(
                 f"model must be {name} of SHA-256 {sha256[:10]}…, not {loaded.sha256[:10]}…: "

@@ -32,9 +32,7 @@ def data(
 
 
 @app.command()
-def embedded(
-    data: Data = Path("data"), out: Out = Path("runs"), native: Native = False
-) -> None:
+def embedded(data: Data = Path("data"), out: Out = Path("runs"), native: Native = False) -> None:
     """Train autoencoder, text encoder and UNet; goes on where it was stopped."""
     from safelight.train.embedded import train_embedded
 

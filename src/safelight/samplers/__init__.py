@@ -275,7 +275,7 @@ def find(name: str) -> Sampler:
         return SAMPLERS[name]
     near = difflib.get_close_matches(name, SAMPLERS, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(SAMPLERS)}."
-    raise SafelightError(f"There is no sampler {name!r:.40}; {hint}")
+    raise SafelightError(f"there is no sampler {name!r:.40}; {hint}")
 
 
 def table(
@@ -306,9 +306,9 @@ def table(
     settings = config.resolved(chosen.defaults)
     trained = settings.num_train_timesteps
     if steps > trained:
-        raise SafelightError(f"steps should be at most {trained} with this model, not {steps}.")
+        raise SafelightError(f"steps should be at most {trained} with this model, not {steps}")
     skip = steps - min(int(steps * strength), steps)
-    fault = f"{sampler} has no finite {steps} steps with these settings; ask for fewer."
+    fault = f"{sampler} has no finite {steps} steps with these settings; ask for fewer"
     try:
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             made = chosen.build(settings, steps, skip, eta)
@@ -318,7 +318,7 @@ def table(
     if not made.rows:
         raise SafelightError(
             f"strength {strength:g} leaves none of {steps} steps; "
-            f"it should be at least {1 / steps:.2g}, or steps more."
+            f"it should be at least {1 / steps:.2g}, or steps more"
         )
     numbers = [n for r in made.rows for n in (r.sigma, r.next_sigma, *r.a, *r.b, r.c or 0.0, r.raw)]
     if not all(map(math.isfinite, numbers)):
@@ -335,11 +335,11 @@ def _check(
     strength: float,
 ) -> None:
     if type(steps) is not int or steps < 1:
-        raise SafelightError(f"steps should be a whole number from 1, not {steps!r:.40}.")
+        raise SafelightError(f"steps should be a whole number from 1, not {steps!r:.40}")
     if not 0 < strength <= 1:
-        raise SafelightError(f"strength should be above 0 and at most 1, not {strength!r:.40}.")
+        raise SafelightError(f"strength should be above 0 and at most 1, not {strength!r:.40}")
     if not 0 <= eta <= 1:
-        raise SafelightError(f"eta should be from 0 to 1, not {eta!r:.40}.")
+        raise SafelightError(f"eta should be from 0 to 1, not {eta!r:.40}")
     for kind, value, choices, own in (
         ("schedule", schedule, SCHEDULES, "schedules"),
         ("spacing", spacing, SPACINGS, "spacings"),
@@ -348,9 +348,9 @@ def _check(
             continue
         if value not in choices:
             raise SafelightError(
-                f"There is no {kind} {value!r:.40}; known: {', '.join(choices)}, "
-                "or none for the model's own."
+                f"there is no {kind} {value!r:.40}; known: {', '.join(choices)}, "
+                "or none for the model's own"
             )
         if value not in getattr(chosen, own):
             able = ", ".join(s.name for s in SAMPLERS.values() if value in getattr(s, own))
-            raise SafelightError(f"{chosen.name} has no {kind} {value}; samplers that do: {able}.")
+            raise SafelightError(f"{chosen.name} has no {kind} {value}; samplers that do: {able}")

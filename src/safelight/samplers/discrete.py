@@ -38,8 +38,8 @@ class _Walk:
         self.times = [int(t) for t in times][skip:]
         if self.times and max(self.times) >= len(self.bars):
             raise SafelightError(
-                f"With this spacing and steps_offset {config.steps_offset} the first timestep is "
-                f"{max(self.times)} of {len(self.bars)}; ask for fewer steps."
+                f"with this spacing and steps_offset {config.steps_offset} the first timestep is "
+                f"{max(self.times)} of {len(self.bars)}; ask for fewer steps"
             )
         self.rows: list[Row] = []
 
@@ -131,7 +131,7 @@ def pndm(config: SchedulerConfig, steps: int, skip: int, eta: float) -> Table:
     lead = 0 if config.skip_prk_steps else 12
     if lead:
         if steps < 4:
-            raise SafelightError(f"pndm needs at least 4 steps with this model, not {steps}.")
+            raise SafelightError(f"pndm needs at least 4 steps with this model, not {steps}")
         times: list[int] = []
         for high, low in itertools.pairwise(descending[:4]):
             times += [high, low + stride // 2, low + stride // 2, low]
@@ -190,12 +190,12 @@ def _distilled_times(name: str, config: SchedulerConfig, steps: int) -> list[int
     """Timesteps out of those that a consistency model was distilled on."""
     trained = config.original_inference_steps
     if steps > trained:
-        raise SafelightError(f"{name} takes at most {trained} steps with this model, not {steps}.")
+        raise SafelightError(f"{name} takes at most {trained} steps with this model, not {steps}")
     stride = config.num_train_timesteps // trained
     if stride < 1:
         raise SafelightError(
             f"original_inference_steps is {trained}, more than the model's "
-            f"{config.num_train_timesteps} timesteps."
+            f"{config.num_train_timesteps} timesteps"
         )
     picked = np.floor(np.linspace(0, trained, steps, endpoint=False)).astype(int)
     return [(trained - int(i)) * stride - 1 for i in picked]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -24,8 +25,6 @@ from safelight.train.recipe import Scenes
 DROP_CAPTION = 0.1
 """Share of captions left empty, so that guidance has something to guide away from."""
 
-GAMMA = 5.0
-
 
 class Noising:
     """Adds noise as the schedule says, and scores what the network made of it."""
@@ -33,11 +32,6 @@ class Noising:
     def __init__(self, schedule: SchedulerConfig) -> None:
         self.kind = schedule.prediction_type
         self.bars = torch.from_numpy(alphas_cumprod(schedule)).float()
-        snr = self.bars / (1 - self.bars)
-        # min-SNR weighting (arXiv:2303.09556, section 3.4): without it the many nearly clean
-        # and nearly pure-noise steps take most of a small network's attention.
-        over = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
-        self.weights = snr.clamp(max=GAMMA) / over[self.kind]
 
     def loss(self, clean: Tensor, draw: Draw, net: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """clean: [n, channels, h, w]; net maps (noisy, timestep [n]) to its prediction."""
@@ -55,8 +49,9 @@ class Noising:
         }[self.kind]
         with autocast():
             predicted = net(noisy, steps)
-        error = (predicted.float() - target).square().mean(dim=(1, 2, 3))
-        return (error * self.weights[steps]).mean()
+        # No weights by noise level: velocity has unit variance at every level, and min-SNR
+        # (arXiv:2303.09556) all but leaves out the noisy levels, where words decide the most.
+        return F.mse_loss(predicted.float(), target)
 
 
 class TextToImage(nn.Module):

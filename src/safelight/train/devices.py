@@ -31,7 +31,8 @@ def initialise(net: Net) -> Net:
 
 
 def compiled(net: nn.Module, wanted: bool) -> Any:
-    """The net as torch.compile makes it: a third faster to train, after minutes of compiling.
+    """The net as torch.compile makes it, after minutes of compiling: on two quiet cores a third
+    faster to train, on one no faster.
 
     It needs a C++ compiler on the machine, so it is asked for, never assumed.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safelight.errors import SafelightError
 from safelight.schedule import SchedulerConfig
 from safelight.train import shipped
 from safelight.train.autoencoder import latent_spread, train_autoencoder
+from safelight.train.cutouts import LOCK, notice
 from safelight.train.denoiser import (
     TextToImage,
     encode_scenes,
@@ -23,7 +25,7 @@ from safelight.train.denoiser import (
 )
 from safelight.train.export import export_text_to_image, export_unconditional
 from safelight.train.loop import Draw
-from safelight.train.recipe import Scenes
+from safelight.train.recipe import STYLES, Scenes
 from safelight.train.tokens import train_vocabulary
 
 SCENES = 24_000
@@ -35,7 +37,7 @@ SHEET_EVERY = 1000
 SHEET = (
     "a red apple", "a cat", "a dog", "a rocket on a blue background",
     "a banana on a pink background", "a flat icon of a car", "a 3d render of a penguin",
-    "a cartoon of a lion", "a guitar", "a hamburger", "a house on a green background",
+    "a flat icon of a lion", "a guitar", "a hamburger", "a house on a green background",
     "a smiling face on a black background",
 )  # fmt: skip
 """Prompts whose pictures are drawn at every checkpoint, so that progress can be seen."""
@@ -49,8 +51,9 @@ def train_embedded(data: Path, out: Path, *, native: bool = False) -> Path:
     """
     scenes = _scenes(data, shipped.SIZE)
     model = out / "embedded"
+    spoken = _scenes(data, shipped.SIZE, shipped.STYLES)
     tokenizer = train_vocabulary(
-        scenes.captions_corpus(), shipped.VOCABULARY, model / "tokenizer", shipped.TOKENS
+        spoken.captions_corpus(), shipped.VOCABULARY, model / "tokenizer", shipped.TOKENS
     )
     vae = train_autoencoder(
         shipped.VAE, scenes, shipped.VAE_PLAN, out / "autoencoder", native=native
@@ -59,10 +62,10 @@ def train_embedded(data: Path, out: Path, *, native: bool = False) -> Path:
     vae.config = replace(vae.config, scaling_factor=round(1 / spread, 5))
 
     latents, captions = encode_scenes(
-        vae, scenes, SCENES, shipped.UNET_PLAN.seed, vae.config.scaling_factor
+        vae, spoken, SCENES, shipped.UNET_PLAN.seed, vae.config.scaling_factor
     )
     ids = torch.tensor([tokenizer.encode(text).ids for text in captions], dtype=torch.int16)
-    notes = _notes(data) | {"words": sorted(scenes.words()), "prompts": list(SHEET)}
+    notes = _notes(data) | {"words": sorted(spoken.words()), "prompts": list(SHEET)}
 
     def export(net: nn.Module) -> None:
         assert isinstance(net, TextToImage)
@@ -73,6 +76,7 @@ def train_embedded(data: Path, out: Path, *, native: bool = False) -> Path:
         if step % SHEET_EVERY == 0:
             _sheet(model, out / f"embedded-{step:06}.png")
 
+    _credit(model)
     net = train_text_to_image(
         shipped.TEXT,
         shipped.UNET,
@@ -104,6 +108,7 @@ def train_embedded_unconditional(data: Path, out: Path, *, native: bool = False)
         if step % SHEET_EVERY == 0:
             _sheet(model, out / f"embedded-unconditional-{step:06}.png")
 
+    _credit(model)
     net = train_unconditional(
         shipped.PIXELS,
         SchedulerConfig.from_dict(shipped.PIXELS_SCHEDULER),
@@ -117,11 +122,17 @@ def train_embedded_unconditional(data: Path, out: Path, *, native: bool = False)
     return model
 
 
-def _scenes(data: Path, side: int) -> Scenes:
+def _scenes(data: Path, side: int, styles: Collection[str] = tuple(STYLES)) -> Scenes:
     path = data / "cutouts.npz"
     if not path.exists():
         raise SafelightError(f"{path} is not there: build it with `safelight train data {data}`")
-    return Scenes(path, size=side)
+    return Scenes(path, size=side, styles=styles)
+
+
+def _credit(model: Path) -> None:
+    """Name the sources beside the weights: the folder may be passed on alone."""
+    model.mkdir(parents=True, exist_ok=True)
+    (model / "NOTICE").write_text(notice(json.loads(LOCK.read_text())))
 
 
 def _notes(data: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +25,36 @@ from safelight.errors import SafelightError
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run does: a checkpoint is resumed only by the same plan."""
+    """What a run does. A checkpoint is resumed only by the same plan; its steps may change as
+    long as the learning rate has not begun to fall.
+    """
 
     steps: int
     batch: int
     learning_rate: float
     warmup: int = 200
+    cooldown: int | None = None
     weight_decay: float = 0.01
     ema: float = 0.999
     seed: int = 0
 
     def rate(self, step: int) -> float:
-        """Learning rate: linear warm-up, then half a cosine down to zero."""
-        ramp = min(1.0, (step + 1) / self.warmup)
-        return self.learning_rate * ramp * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        """Learning rate: linear warm-up, then half a cosine down to zero; or, with `cooldown`,
+        constant and then linear down to zero over that many steps, so that a run may be made
+        longer or shorter on the way (arXiv:2405.18392).
+        """
+        rise = min(1.0, (step + 1) / self.warmup)
+        if self.cooldown is None:
+            return self.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return self.learning_rate * min(rise, (self.steps - step) / self.cooldown)
+
+    def agrees(self, other: Plan, step: int) -> bool:
+        """Whether a run of `other` has done, by this step, what this plan would have."""
+        if replace(other, steps=self.steps) != self:
+            return False
+        if self.steps == other.steps:
+            return True
+        return self.cooldown is not None and step <= min(self.steps, other.steps) - self.cooldown
 
 
 @dataclass
@@ -166,7 +182,8 @@ def _resume(
     optimizer: torch.optim.Optimizer,
 ) -> int:
     state: dict[str, Any] = torch.load(path, weights_only=True)
-    if state["plan"] != json.dumps(asdict(plan)):
+    step = int(state["step"])
+    if not plan.agrees(Plan(**json.loads(state["plan"])), step):
         raise SafelightError(
             f"{path} was made by another plan ({state['plan']}): give another folder, "
             "or the same settings to go on"
@@ -174,4 +191,4 @@ def _resume(
     _copy(state["params"], params)
     _copy(state["average"], average)
     optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"])
+    return step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -74,10 +74,16 @@ class Scenes:
     """Captioned pictures of one object on a plain background, endless and reproducible.
 
     Every method that draws takes a NumPy generator; without one, the generator made from `seed`
-    is used and moves on. Pictures are uint8 RGB [size, size, 3].
+    is used and moves on. Pictures are uint8 RGB [size, size, 3]. `styles` are those to draw from.
     """
 
-    def __init__(self, cutouts_path: str | Path, size: int = 64, seed: int = 0) -> None:
+    def __init__(
+        self,
+        cutouts_path: str | Path,
+        size: int = 64,
+        seed: int = 0,
+        styles: Collection[str] = tuple(STYLES),
+    ) -> None:
         pictures, about = load(cutouts_path)
         self.size = size
         self.rng = np.random.default_rng(seed)
@@ -88,7 +94,7 @@ class Scenes:
         self._index = {(row["concept"], row["style"]): i for i, row in enumerate(self.rows)}
         self._concepts = list(self.names)
         self._styles = {
-            name: [style for concept, style in self._index if concept == name]
+            name: [style for concept, style in self._index if concept == name and style in styles]
             for name in self._concepts
         }
         self._concept_of = {
@@ -97,6 +103,7 @@ class Scenes:
             for name in names
             for said in (name, bare(name))
         }
+        self._spoken = [style for style in STYLES if style in styles]
         self._scaled: dict[tuple[int, int], tuple[Pixels, Pixels]] = {}
         self.allowed = [backgrounds(picture) for picture in pictures]
         """For each picture, the backgrounds that it stands out from."""
@@ -149,7 +156,7 @@ class Scenes:
         found = set()
         for names in self.names.values():
             for name in names:
-                for style in STYLES:
+                for style in self._spoken:
                     found.update(_say(template, name, style) for template in (*PLAIN, *STYLED))
         first = self._concepts[0]
         found.update(_say("{a}{bg}", first, "flat", ground) for ground in grounds)

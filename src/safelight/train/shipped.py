@@ -10,6 +10,9 @@ from safelight.nets.unet2d import UNet2DConfig
 from safelight.nets.vae import VAEConfig
 from safelight.train.loop import Plan
 
+STYLES = ("flat", "3d")
+"""The two that share their outlines: a small model learns one set of shapes, not two."""
+
 SIZE = 64
 """Side of the pictures of `embedded`, in pixels."""
 
@@ -47,7 +50,7 @@ UNET = UNetConfig(
     cross_attention_dim=TEXT.hidden_size,
     norm_num_groups=16,
 )
-UNET_PLAN = Plan(steps=5200, batch=16, learning_rate=1e-3)
+UNET_PLAN = Plan(steps=6000, batch=16, learning_rate=1e-3, cooldown=1000)
 
 # More noise at the end than Stable Diffusion's 0.012: with 16x16 latents less of it is averaged
 # away, and a background colour must be decided by the words alone.

@@ -8,13 +8,10 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from safelight.weights.tokenizer import BOS, EOS
+from safelight.weights.tokenizer import BOS, EOS, WORDS
 from safelight.weights.tokenizer import Tokenizer as CLIPTokenizer
 
 WORD_END = "</w>"
-# What CLIP calls a word (arXiv:2103.00020, section 2.4): runs of letters, single digits, runs of
-# other marks, and the English contractions.
-WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def train_vocabulary(

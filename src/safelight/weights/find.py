@@ -24,7 +24,7 @@ class Source:
     path: Path
 
 
-def find(name: str) -> Source:
+def find(name: str | Path) -> Source:
     """Find a model by name.
 
     name: a built-in model ("embedded"), the path of a folder or of a single .safetensors file,
@@ -33,6 +33,7 @@ def find(name: str) -> Source:
 
     Raises SafelightError, one line that says what is missing and how to get it.
     """
+    name = str(name)
     if name in BUILT_IN:
         if not (_MODELS / name).is_dir():
             raise SafelightError(f"the built-in model {name!r} is not part of this installation")
@@ -113,4 +114,5 @@ def _reason(error: Exception) -> str:
 
 
 def _missing(repo: str, why: str, get: str) -> SafelightError:
-    return SafelightError(printable(f"{repo} {why}; to get it: {get}", 200))
+    # Longer than other errors may be: the command is of no use without its end.
+    return SafelightError(printable(f"{repo} {why}; to get it: {get}", 500))

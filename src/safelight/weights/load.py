@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ _COMPUTE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torc
 
 
 def load_model(
-    name: str = "embedded",
+    name: str | Path = "embedded",
     *,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
@@ -67,7 +68,7 @@ def load_model(
     )
 
 
-def inspect(name: str) -> dict[str, Any]:
+def inspect(name: str | Path) -> dict[str, Any]:
     """What a checkpoint is, without reading its weights.
 
     Returns name, path, kind, family, components (parameters, stored dtypes and bytes of each

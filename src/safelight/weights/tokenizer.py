@@ -23,7 +23,9 @@ from safelight.weights.check import read_bytes, refusal
 from safelight.weights.folder import Folder
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-_WORDS = (
+# What CLIP calls a word: the two marks, runs of letters, single digits, runs of other marks, and
+# the English contractions.
+WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
 _LARGE = 2**23
@@ -90,7 +92,7 @@ class Tokenizer:
         )
         self._backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
+                pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
                 pre_tokenizers.ByteLevel(add_prefix_space=False),
             ]
         )

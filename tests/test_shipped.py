@@ -1,0 +1,68 @@
+"""The models that ship: small enough, and they draw what they are told to."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import safelight
+from safelight.model import Model
+
+MODELS = Path(safelight.__file__).parent / "models"
+MIB = 2**20
+
+
+@pytest.mark.parametrize(("name", "most"), [("embedded", 16), ("embedded-unconditional", 4)])
+def test_size(name: str, most: int) -> None:
+    files = [path for path in (MODELS / name).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= most * MIB
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return safelight.load(device="cpu", dtype="float32")
+
+
+def draw(model: Model, prompt: str) -> np.ndarray:
+    """Mean of three pictures, float [64, 64, 3]: one seed may be unlucky, three are not."""
+    result = model.generate(prompt, seed=1, count=3, steps=12, sampler="dpmpp_2m")
+    assert result.warnings == []
+    return np.mean([np.asarray(image, float) for image in result.images], axis=0)
+
+
+def test_a_red_apple_is_red_on_white(model: Model) -> None:
+    picture = draw(model, "a red apple")
+    red, green, blue = picture[24:44, 22:42].mean(axis=(0, 1))
+    assert red > green + 60
+    assert red > blue + 60
+    assert picture[:3].mean() > 240
+
+
+@pytest.mark.parametrize(("colour", "channel"), [("blue", 2), ("red", 0), ("green", 1)])
+def test_the_background_has_the_colour_that_was_asked_for(
+    model: Model, colour: str, channel: int
+) -> None:
+    corners = draw(model, f"a rocket on a {colour} background")[:4, :4].mean(axis=(0, 1))
+    assert corners.argmax() == channel
+    assert corners[channel] - np.delete(corners, channel).max() > 50
+
+
+def test_words_change_the_picture(model: Model) -> None:
+    """Banana is yellow, a frog is green, coal-black a bomb: middle by middle."""
+    banana, frog, bomb = (
+        draw(model, f"a {thing}")[16:48, 16:48].mean(axis=(0, 1))
+        for thing in ("banana", "frog", "bomb")
+    )
+    assert min(banana[0], banana[1]) > banana[2] + 30
+    assert frog[1] > frog[0]
+    assert bomb.mean() < min(banana.mean(), frog.mean())
+
+
+def test_without_words(model: Model) -> None:
+    pixels = safelight.load("embedded-unconditional", device="cpu", dtype="float32")
+    result = pixels.generate(unconditional=True, sampler="ddim", steps=20, seed=1, count=4)
+    pictures = np.stack([np.asarray(image, float) for image in result.images])
+    # An object in the middle of white: the rim is bright, what is inside is not.
+    rim = np.concatenate([pictures[:, 0].ravel(), pictures[:, :, 0].ravel()])
+    assert rim.mean() > 200
+    assert pictures[:, 8:24, 8:24].mean() < rim.mean() - 30
