@@ -23,7 +23,7 @@ HERO = (
     "a rocket on a blue background",
     "a 3d render of a penguin",
     "a flat icon of a car",
-    "a cartoon of a lion on a green background",
+    "a lion on a green background",
     "a house",
     "a guitar on a pink background",
     "a hamburger",

@@ -34,7 +34,7 @@ class PlainModel:
         self.before_step = lambda: None
         self.shift = 0
 
-    def load(self, name, device, dtype):
+    def load(self, name, device, dtype, download=True):
         self.loaded.append((name, device, dtype))
         return self
 
@@ -279,12 +279,12 @@ class TestInterrupted:
     @pytest.mark.skipif(os.name == "nt", reason="signals")
     def test_by_a_real_signal(self, tmp_path):
         driver = (
-            "import time, safelight; from safelight import cli\n"
+            "import time, safelight; from safelight.__main__ import main\n"
             "class Slow:\n"
             "    def generate(self, request, on_step):\n"
             "        print('started', flush=True); time.sleep(60)\n"
             "safelight.load = lambda *a, **k: Slow()\n"
-            "cli.main()"
+            "main()"
         )
         process = subprocess.Popen(
             [sys.executable, "-c", driver, "generate", "a"],

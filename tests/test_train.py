@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from safelight import SafelightError
-from safelight.nets.clip import CLIPTextConfig
+from safelight.nets.clip import CLIPTextConfig, CLIPTextModel
 from safelight.nets.unet import UNetConfig
 from safelight.nets.unet2d import UNet2DConfig
 from safelight.nets.vae import AutoencoderKL, VAEConfig
 from safelight.schedule import SchedulerConfig
 from safelight.train import shipped
-from safelight.train.denoiser import Noising, train_text_to_image, train_unconditional
+from safelight.train.denoiser import Noising, teach_words, train_text_to_image, train_unconditional
 from safelight.train.export import export_text_to_image, export_unconditional
 from safelight.train.loop import Draw, Plan, fit
 from safelight.train.tokens import train_vocabulary
@@ -134,9 +134,16 @@ def test_text_to_image_learns_and_its_folder_draws(tmp_path: Path) -> None:
     # A cat is all +1, a dog all −1.
     ids = torch.tensor([tokenizer.encode(t).ids for t in ("a cat", "a dog")], dtype=torch.int16)
     latents = torch.stack([torch.ones(4, 8, 8), -torch.ones(4, 8, 8)]).half()
-    plan = Plan(steps=300, batch=8, learning_rate=5e-3, warmup=20, ema=0.95)
+    plan = Plan(steps=150, batch=8, learning_rate=5e-3, warmup=20, ema=0.95)
+    torch.manual_seed(0)
+    encoder = CLIPTextModel(text)
+    words = Plan(steps=60, batch=8, learning_rate=1e-2, warmup=5, ema=0.9)
+    teach_words(encoder, latents, ids, tokenizer.eos, words, tmp_path / "words")
+    with torch.no_grad():
+        cat, dog = encoder(ids.long())
+    assert float((cat[-1] - dog[-1]).norm()) > 1.0  # far apart even in the padding
     net = train_text_to_image(
-        text,
+        encoder,
         UNET,
         SchedulerConfig.from_dict(shipped.SCHEDULER),
         latents,

@@ -86,7 +86,7 @@ def test_what_is_no_name_is_refused(name, hub, tmp_path, monkeypatch):
 
 
 def test_built_in_models_are_in_the_package(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_MODELS", tmp_path)
+    monkeypatch.setattr(module, "MODELS", tmp_path)
     refused(lambda: find("embedded"), "not part of this installation")
     pixel_folder(tmp_path / "embedded")
     assert find("embedded").path == tmp_path / "embedded"
@@ -113,6 +113,15 @@ def test_an_absent_model_says_how_to_get_it(hub, monkeypatch):
     refused(lambda: find("org/tiny@v1"), "hf download org/tiny --revision v1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     refused(lambda: find("org/tiny"), "HF_HUB_OFFLINE is set", "hf download org/tiny --include")
+
+
+def test_without_download_the_hub_is_not_asked(hub, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *a, **k: asked.append(a))
+    refused(lambda: find("org/tiny", download=False), "not in the hub cache", "hf download")
+    snapshot = cached(hub, text_folder(tmp_path / "model"))
+    assert find("org/tiny", download=False).path == snapshot
+    assert asked == []
 
 
 def test_the_hubs_own_refusals_are_told(hub, monkeypatch):

@@ -1,5 +1,16 @@
-"""`python -m safelight` is the `safelight` command."""
+"""The `safelight` command, also as `python -m safelight`."""
 
-from safelight.cli import main
+import sys
 
-main()
+
+def main() -> None:
+    """Run the command line; Ctrl-C is quiet even while it is still being imported."""
+    try:
+        from safelight.cli import run
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

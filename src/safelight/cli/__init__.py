@@ -4,7 +4,6 @@ Only Typer is imported here: each command imports what it needs when it runs, so
 answers at once.
 """
 
-import sys
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -43,10 +42,6 @@ def _options(
         say(f"safelight {__version__}")
     elif context.invoked_subcommand is None:
         say(context.get_help())
-
-
-def main() -> None:
-    sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -42,9 +42,13 @@ def samplers(as_json: Json = False) -> None:
 
 def models(as_json: Json = False) -> None:
     """List the models on this machine, shipped or cached."""
-    from safelight.weights.find import BUILT_IN
+    from safelight.weights.find import BUILT_IN, MODELS
 
-    known = [{"name": name, "where": "ships with Safelight"} for name in BUILT_IN]
+    known = [
+        {"name": name, "where": "ships with Safelight"}
+        for name in BUILT_IN
+        if (MODELS / name).is_dir()
+    ]
     known += [{"name": name, "where": "hub cache"} for name in _cached()]
     if as_json:
         say(json.dumps(known))
@@ -149,6 +153,8 @@ def verify(
                 name if model is None else model,
                 device=device or recipe.get("device", "auto"),
                 dtype=dtype or recipe.get("dtype", "auto"),
+                # A picture from a stranger does not get to fetch gigabytes of its choice.
+                download=model is not None,
             )
         except SafelightError as error:
             raise SafelightError(

@@ -318,7 +318,7 @@ def table(
     if not made.rows:
         raise SafelightError(
             f"strength {strength:g} leaves none of {steps} steps; "
-            f"it should be at least {1 / steps:.2g}, or steps more"
+            f"it should be at least {math.ceil(1000 / steps) / 1000:g}, or steps more"
         )
     numbers = [n for r in made.rows for n in (r.sigma, r.next_sigma, *r.a, *r.b, r.c or 0.0, r.raw)]
     if not all(map(math.isfinite, numbers)):

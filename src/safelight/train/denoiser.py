@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from safelight.nets.clip import CLIPTextConfig, CLIPTextModel
+from safelight.nets.clip import CLIPTextModel
 from safelight.nets.unet import UNet2DConditionModel, UNetConfig
 from safelight.nets.unet2d import UNet2DConfig, UNet2DModel
 from safelight.nets.vae import AutoencoderKL
@@ -54,12 +54,50 @@ class Noising:
         return F.mse_loss(predicted.float(), target)
 
 
+class Sketch(nn.Module):
+    """A text encoder, and what a coarse picture looks like from each of its states."""
+
+    def __init__(self, text: CLIPTextModel, values: int) -> None:
+        super().__init__()
+        self.text_encoder = text
+        self.picture = nn.Linear(text.config.hidden_size, values)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.picture(self.text_encoder(ids))
+
+
+def teach_words(
+    text: CLIPTextModel, latents: Tensor, ids: Tensor, end: int, plan: Plan, folder: Path
+) -> None:
+    """Teach the text encoder, alone, what its captions look like.
+
+    From every state at and after the end mark a linear layer tells the latents, halved in size.
+    It costs a few minutes. Without it the one word that matters is one state among `length`,
+    which the UNet's attention has to find first: after a thousand steps it still drew the same
+    thing for every prompt.
+
+    latents: [n, 4, h, w]; ids: [n, length]; end: the id of the end mark, which also pads.
+    """
+    coarse = F.avg_pool2d(latents.float(), 2).flatten(1)
+    sketch = Sketch(text, coarse.shape[1])
+
+    def loss_of(draw: Draw) -> Tensor:
+        pick = torch.from_numpy(draw.data.integers(len(ids), size=plan.batch))
+        words = ids[pick].long()
+        with autocast():
+            told = sketch(words)
+        error = (told.float() - coarse[pick][:, None]).square().mean(dim=-1)
+        return error[words == end].mean()
+
+    sketch.load_state_dict(fit(sketch, loss_of, plan, folder))
+
+
 class TextToImage(nn.Module):
     """Text encoder and UNet, trained together."""
 
-    def __init__(self, text: CLIPTextConfig, unet: UNetConfig) -> None:
+    def __init__(self, text: CLIPTextModel, unet: UNetConfig) -> None:
         super().__init__()
-        self.text_encoder = CLIPTextModel(text)
+        self.text_encoder = text
         self.unet = initialise(UNet2DConditionModel(unet))
 
     def forward(self, noisy: Tensor, steps: Tensor, ids: Tensor) -> Tensor:
@@ -67,7 +105,7 @@ class TextToImage(nn.Module):
 
 
 def train_text_to_image(
-    text: CLIPTextConfig,
+    text: CLIPTextModel,
     unet: UNetConfig,
     schedule: SchedulerConfig,
     latents: Tensor,

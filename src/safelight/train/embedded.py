@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 from safelight.errors import SafelightError
+from safelight.nets.clip import CLIPTextModel
 from safelight.schedule import SchedulerConfig
 from safelight.train import shipped
 from safelight.train.autoencoder import latent_spread, train_autoencoder
@@ -20,6 +21,7 @@ from safelight.train.cutouts import LOCK, notice
 from safelight.train.denoiser import (
     TextToImage,
     encode_scenes,
+    teach_words,
     train_text_to_image,
     train_unconditional,
 )
@@ -77,8 +79,11 @@ def train_embedded(data: Path, out: Path, *, native: bool = False) -> Path:
             _sheet(model, out / f"embedded-{step:06}.png")
 
     _credit(model)
+    torch.manual_seed(shipped.TEXT_PLAN.seed)
+    text = CLIPTextModel(shipped.TEXT)
+    teach_words(text, latents, ids, tokenizer.eos, shipped.TEXT_PLAN, out / "words")
     net = train_text_to_image(
-        shipped.TEXT,
+        text,
         shipped.UNET,
         SchedulerConfig.from_dict(shipped.SCHEDULER),
         latents,

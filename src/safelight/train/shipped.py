@@ -40,6 +40,7 @@ TEXT = CLIPTextConfig(
     num_attention_heads=4,
     max_position_embeddings=TOKENS,
 )
+TEXT_PLAN = Plan(steps=600, batch=128, learning_rate=2e-3, warmup=50)
 UNET = UNetConfig(
     sample_size=SIZE // VAE.factor,
     block_out_channels=(64, 96, 144),
@@ -50,7 +51,7 @@ UNET = UNetConfig(
     cross_attention_dim=TEXT.hidden_size,
     norm_num_groups=16,
 )
-UNET_PLAN = Plan(steps=6000, batch=16, learning_rate=1e-3, cooldown=1000)
+UNET_PLAN = Plan(steps=3200, batch=16, learning_rate=1e-3, cooldown=800)
 
 # More noise at the end than Stable Diffusion's 0.012: with 16x16 latents less of it is averaged
 # away, and a background colour must be decided by the words alone.

@@ -11,7 +11,7 @@ from safelight.weights.check import printable, read_json
 from safelight.weights.folder import files_of
 
 BUILT_IN = ("embedded", "embedded-unconditional")
-_MODELS = Path(__file__).parent.parent / "models"
+MODELS = Path(__file__).parent.parent / "models"
 # "org/name", or "org/name@revision" with a branch, a tag or a commit.
 _HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w.-]*))?")
 
@@ -24,20 +24,21 @@ class Source:
     path: Path
 
 
-def find(name: str | Path) -> Source:
+def find(name: str | Path, *, download: bool = True) -> Source:
     """Find a model by name.
 
     name: a built-in model ("embedded"), the path of a folder or of a single .safetensors file,
       or a hub id ("org/name", "org/name@revision"). A hub model is taken from the cache if it
       is complete there, and downloaded if not, unless HF_HUB_OFFLINE is set.
+    download: False takes a hub model from the cache alone.
 
     Raises SafelightError, one line that says what is missing and how to get it.
     """
     name = str(name)
     if name in BUILT_IN:
-        if not (_MODELS / name).is_dir():
+        if not (MODELS / name).is_dir():
             raise SafelightError(f"the built-in model {name!r} is not part of this installation")
-        return Source(name, _MODELS / name)
+        return Source(name, MODELS / name)
     try:
         path = Path(name).expanduser()
         if name and path.exists():
@@ -51,10 +52,10 @@ def find(name: str | Path) -> Source:
             f"no model {printable(repr(name), 60)}: not built in ({', '.join(BUILT_IN)}), "
             'not a file or folder here, not a hub id ("org/name")'
         )
-    return Source(name, _from_hub(hub_id[1], hub_id[2]))
+    return Source(name, _from_hub(hub_id[1], hub_id[2], download))
 
 
-def _from_hub(repo: str, revision: str | None) -> Path:
+def _from_hub(repo: str, revision: str | None, download: bool) -> Path:
     # Takes a quarter of a second to import, and most models need no hub.
     import huggingface_hub as hub
     from huggingface_hub import constants
@@ -68,8 +69,10 @@ def _from_hub(repo: str, revision: str | None) -> Path:
         raise SafelightError(printable(f"{repo} is not a hub id: {e}", 200)) from None
     if isinstance(index, str):
         folder = Path(index).parent
-        if constants.HF_HUB_OFFLINE or _complete(folder, repo):
+        if constants.HF_HUB_OFFLINE or not download or _complete(folder, repo):
             return folder
+    if not download:
+        raise _missing(repo, "is not in the hub cache", get)
     if constants.HF_HUB_OFFLINE:
         raise _missing(repo, "is not in the hub cache and HF_HUB_OFFLINE is set", get)
     try:

@@ -30,6 +30,7 @@ def load_model(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     prediction_type: str | None = None,
+    download: bool = True,
 ) -> Model:
     """Load a model by name (see `find`); without one, the model that ships.
 
@@ -38,12 +39,14 @@ def load_model(
       that are stored in it stay in the mapped file; others are converted one by one.
     prediction_type: "epsilon", "v_prediction" or "sample", in place of what the checkpoint says.
 
+    download: False takes a hub model from the cache alone.
+
     Raises SafelightError, one line, if the model is not found or not usable: a missing,
     left-over or misshapen weight is named, and so is one that is not finite.
     """
     where = pick_device(device)
     precision = pick_dtype(dtype, where)
-    plan = read_plan(find(name), prediction_type)
+    plan = read_plan(find(name, download=download), prediction_type)
     tokenizer = _tokenizer(plan)
     # After all files are found, and before any weight of a damaged download is used.
     sha256 = model_digest(plan.files)
