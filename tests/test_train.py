@@ -15,7 +15,13 @@ from safelight.nets.unet2d import UNet2DConfig
 from safelight.nets.vae import AutoencoderKL, VAEConfig
 from safelight.schedule import SchedulerConfig
 from safelight.train import shipped
-from safelight.train.denoiser import Noising, teach_words, train_text_to_image, train_unconditional
+from safelight.train.denoiser import (
+    Noising,
+    TextToImage,
+    teach_words,
+    train_text_to_image,
+    train_unconditional,
+)
 from safelight.train.export import export_text_to_image, export_unconditional
 from safelight.train.loop import Draw, Plan, fit
 from safelight.train.tokens import train_vocabulary
@@ -142,9 +148,10 @@ def test_text_to_image_learns_and_its_folder_draws(tmp_path: Path) -> None:
     with torch.no_grad():
         cat, dog = encoder(ids.long())
     assert float((cat[-1] - dog[-1]).norm()) > 1.0  # far apart even in the padding
-    net = train_text_to_image(
-        encoder,
-        UNET,
+    torch.manual_seed(0)
+    net = TextToImage(encoder, UNET)
+    train_text_to_image(
+        net,
         SchedulerConfig.from_dict(shipped.SCHEDULER),
         latents,
         ids,

@@ -105,8 +105,7 @@ class TextToImage(nn.Module):
 
 
 def train_text_to_image(
-    text: CLIPTextModel,
-    unet: UNetConfig,
+    net: TextToImage,
     schedule: SchedulerConfig,
     latents: Tensor,
     ids: Tensor,
@@ -116,12 +115,12 @@ def train_text_to_image(
     *,
     native: bool = False,
     on_checkpoint: Callable[[nn.Module, int], None] | None = None,
-) -> TextToImage:
-    """latents: [n, 4, h, w], scaled to unit variance; ids: [n, length] tokens of each one's
+) -> None:
+    """Train both networks of `net`, in place.
+
+    latents: [n, 4, h, w], scaled to unit variance; ids: [n, length] tokens of each one's
     caption; empty: [length] tokens of the empty caption.
     """
-    torch.manual_seed(plan.seed)
-    net = TextToImage(text, unet)
     run = compiled(net, native)
     noising = Noising(schedule)
 
@@ -132,7 +131,6 @@ def train_text_to_image(
         return noising.loss(latents[pick].float(), draw, lambda x, t: run(x, t, words))
 
     net.load_state_dict(fit(net, loss_of, plan, folder, on_checkpoint=on_checkpoint))
-    return net.eval().requires_grad_(False)
 
 
 @torch.inference_mode()

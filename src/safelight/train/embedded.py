@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from safelight.errors import SafelightError
 from safelight.nets.clip import CLIPTextModel
@@ -26,7 +26,7 @@ from safelight.train.denoiser import (
     train_unconditional,
 )
 from safelight.train.export import export_text_to_image, export_unconditional
-from safelight.train.loop import Draw
+from safelight.train.loop import Draw, Plan
 from safelight.train.recipe import STYLES, Scenes
 from safelight.train.tokens import train_vocabulary
 
@@ -63,10 +63,13 @@ def train_embedded(data: Path, out: Path, *, native: bool = False) -> Path:
     spread = latent_spread(vae, scenes, Draw.of(shipped.VAE_PLAN.seed, shipped.VAE_PLAN.steps))
     vae.config = replace(vae.config, scaling_factor=round(1 / spread, 5))
 
-    latents, captions = encode_scenes(
-        vae, spoken, SCENES, shipped.UNET_PLAN.seed, vae.config.scaling_factor
-    )
-    ids = torch.tensor([tokenizer.encode(text).ids for text in captions], dtype=torch.int16)
+    def encoded(from_scenes: Scenes) -> tuple[Tensor, Tensor]:
+        latents, captions = encode_scenes(
+            vae, from_scenes, SCENES, shipped.UNET_PLAN.seed, vae.config.scaling_factor
+        )
+        ids = [tokenizer.encode(text).ids for text in captions]
+        return latents, torch.tensor(ids, dtype=torch.int16)
+
     notes = _notes(data) | {"words": sorted(spoken.words()), "prompts": list(SHEET)}
 
     def export(net: nn.Module) -> None:
@@ -79,21 +82,30 @@ def train_embedded(data: Path, out: Path, *, native: bool = False) -> Path:
             _sheet(model, out / f"embedded-{step:06}.png")
 
     _credit(model)
+    latents, ids = encoded(spoken)
     torch.manual_seed(shipped.TEXT_PLAN.seed)
     text = CLIPTextModel(shipped.TEXT)
     teach_words(text, latents, ids, tokenizer.eos, shipped.TEXT_PLAN, out / "words")
-    net = train_text_to_image(
-        text,
-        shipped.UNET,
-        SchedulerConfig.from_dict(shipped.SCHEDULER),
-        latents,
-        ids,
-        torch.tensor(tokenizer.encode("").ids, dtype=torch.int16),
-        shipped.UNET_PLAN,
-        out / "text-to-image",
-        native=native,
-        on_checkpoint=show,
-    )
+    torch.manual_seed(shipped.UNET_PLAN.seed)
+    net = TextToImage(text, shipped.UNET)
+
+    def train(latents: Tensor, ids: Tensor, plan: Plan, folder: Path) -> None:
+        train_text_to_image(
+            net,
+            SchedulerConfig.from_dict(shipped.SCHEDULER),
+            latents,
+            ids,
+            torch.tensor(tokenizer.encode("").ids, dtype=torch.int16),
+            plan,
+            folder,
+            native=native,
+            on_checkpoint=show,
+        )
+
+    train(latents, ids, shipped.UNET_PLAN, out / "varied")
+    latents, ids = encoded(_scenes(data, shipped.SIZE, shipped.STYLES, steady=True))
+    train(latents, ids, shipped.STEADY_PLAN, out / "steady")
+    train(latents, ids, shipped.FINE_PLAN, out / "fine")
     export(net)
     return model
 
@@ -127,11 +139,13 @@ def train_embedded_unconditional(data: Path, out: Path, *, native: bool = False)
     return model
 
 
-def _scenes(data: Path, side: int, styles: Collection[str] = tuple(STYLES)) -> Scenes:
+def _scenes(
+    data: Path, side: int, styles: Collection[str] = tuple(STYLES), *, steady: bool = False
+) -> Scenes:
     path = data / "cutouts.npz"
     if not path.exists():
         raise SafelightError(f"{path} is not there: build it with `safelight train data {data}`")
-    return Scenes(path, size=side, styles=styles)
+    return Scenes(path, size=side, styles=styles, steady=steady)
 
 
 def _credit(model: Path) -> None:

@@ -74,7 +74,8 @@ class Scenes:
     """Captioned pictures of one object on a plain background, endless and reproducible.
 
     Every method that draws takes a NumPy generator; without one, the generator made from `seed`
-    is used and moves on. Pictures are uint8 RGB [size, size, 3]. `styles` are those to draw from.
+    is used and moves on. Pictures are uint8 RGB [size, size, 3]. `styles` are those to draw from;
+    with `steady` an object has one size and place, upright in the middle, and is not mirrored.
     """
 
     def __init__(
@@ -83,9 +84,11 @@ class Scenes:
         size: int = 64,
         seed: int = 0,
         styles: Collection[str] = tuple(STYLES),
+        steady: bool = False,
     ) -> None:
         pictures, about = load(cutouts_path)
         self.size = size
+        self.steady = steady
         self.rng = np.random.default_rng(seed)
         self.rows: list[dict[str, str]] = about["pictures"]
         self.names: dict[str, list[str]] = {c["names"][0]: c["names"] for c in about["concepts"]}
@@ -190,17 +193,20 @@ class Scenes:
         return _say(_weighted(rng, templates), name, style, ground)
 
     def _compose(self, rng: np.random.Generator, index: int, background: str, size: int) -> Pixels:
-        side = _choose(rng, _sides(size))
-        angle = float(rng.uniform(-15, 15)) if rng.random() < TURNED else 0.0
+        side = _choose(rng, _sides(size)[-4:-3] if self.steady else _sides(size))
+        turned = not self.steady and rng.random() < TURNED
+        angle = float(rng.uniform(-15, 15)) if turned else 0.0
         colours, light = self._turned(index, side, angle) if angle else self._upright(index, side)
-        if rng.random() < 0.5 and self._flips[self.rows[index]["concept"]]:
+        mirrored = not self.steady and rng.random() < 0.5
+        if mirrored and self._flips[self.rows[index]["concept"]]:
             colours, light = colours[:, ::-1], light[:, ::-1]
         colour = np.array(COLOURS[background])
         if background != WHITE:
             colour = np.clip(colour + rng.integers(-6, 7, 3), 0, 255)
         height, width = colours.shape[:2]
+        shift = 0.0 if self.steady else 0.5
         top, left = (
-            round((size - extent) / 2 + rng.uniform(-0.5, 0.5) * min(size - extent, size / 10))
+            round((size - extent) / 2 + rng.uniform(-shift, shift) * min(size - extent, size / 10))
             for extent in (height, width)
         )
         out = np.empty((size, size, 3), np.uint8)

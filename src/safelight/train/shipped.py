@@ -51,7 +51,11 @@ UNET = UNetConfig(
     cross_attention_dim=TEXT.hidden_size,
     norm_num_groups=16,
 )
-UNET_PLAN = Plan(steps=3200, batch=16, learning_rate=1e-3, cooldown=800)
+UNET_PLAN = Plan(steps=2500, batch=16, learning_rate=1e-3, cooldown=1)
+# Then one size and place for each thing: in the hours that there were, a small model drew blobs
+# where things vary, and drew things where they do not.
+STEADY_PLAN = Plan(steps=2500, batch=16, learning_rate=1e-3, warmup=100, cooldown=1000)
+FINE_PLAN = Plan(steps=1200, batch=16, learning_rate=5e-4, warmup=20, cooldown=1200)
 
 # More noise at the end than Stable Diffusion's 0.012: with 16x16 latents less of it is averaged
 # away, and a background colour must be decided by the words alone.
