@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -209,8 +210,15 @@ def test_ctrl_c_at_any_moment_leaves_no_file(folders, tmp_path):
     out.mkdir()
     command = [sys.executable, "-m", "safelight", "generate", "a", "--model", folders["text"]]
     command += ["--steps", "1000", "--sampler", "euler", "--count", "64", "--out", str(out)]
+    command += ["--width", "64", "--height", "64"]
     for seconds in (1.0, 4.0):
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        with subprocess.Popen(
+            # A suite that was started in the background ignores Ctrl-C, and so would its children.
+            command,
+            stdout=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        ) as child:
             time.sleep(seconds)
             child.send_signal(2)
             said, _ = child.communicate(timeout=60)

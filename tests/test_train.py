@@ -193,7 +193,7 @@ def test_unconditional_learns_and_its_folder_draws(tmp_path: Path) -> None:
         config,
         SchedulerConfig.from_dict(shipped.PIXELS_SCHEDULER),
         lambda rng, n: green.repeat(n, axis=0),
-        Plan(steps=300, batch=8, learning_rate=5e-3, warmup=20, ema=0.95),
+        Plan(steps=500, batch=8, learning_rate=5e-3, warmup=20, ema=0.95),
         tmp_path / "run",
     )
     export_unconditional(tmp_path / "model", net, shipped.PIXELS_SCHEDULER, {})
