@@ -69,6 +69,8 @@ def export_text_to_image(
             "eos_token_id": vocabulary["<|endoftext|>"],
             "pad_token_id": vocabulary["<|endoftext|>"],
             "projection_dim": text.config.hidden_size,
+            # Else transformers computes in the stored precision, and the UNet in another.
+            "dtype": "float32",
         },
     )
     _json(folder / "scheduler" / "scheduler_config.json", dict(scheduler))
