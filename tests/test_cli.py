@@ -409,15 +409,20 @@ class TestHelp:
         )
         assert done.stdout.splitlines()[-1] == "[]"
 
-    def test_answers_in_a_third_of_a_second(self):
-        # Processor time, for others may be using the machine; Windows does not tell it.
-        def seconds():
-            before = os.times()
-            subprocess.run(self.command("--help"), check=True, stdout=subprocess.DEVNULL)
-            after = os.times()
-            return sum(after[2:4]) - sum(before[2:4])
-
-        assert min(seconds() for _ in range(5)) <= 0.3
+    def test_a_picture_needs_no_compiler(self, tmp_path):
+        code = (
+            "import sys; from safelight import cli\n"
+            "try: cli.run(sys.argv[1:])\n"
+            "except SystemExit: pass\n"
+            "print([m for m in ('torch._dynamo', 'sympy', 'diffusers', 'transformers',"
+            " 'huggingface_hub') if m in sys.modules])"
+        )
+        arguments = ["generate", "a red apple", "--steps", "2", "--out", str(tmp_path / "a.png")]
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True
+        )
+        assert (tmp_path / "a.png").exists()
+        assert done.stdout.splitlines()[-1] == "[]"
 
     def test_names_the_defaults_of_a_request(self, run):
         text = " ".join(run("generate", "--help").out.split())

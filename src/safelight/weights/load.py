@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from safelight.errors import SafelightError
 from safelight.model import Model
@@ -138,10 +139,25 @@ def _tokenizer(plan: Plan) -> Tokenizer | None:
     return folder_tokenizer(plan.folder, config.vocab_size, config.max_position_embeddings)
 
 
+class _Unfilled(TorchFunctionMode):
+    """Within it, a network is built without drawing the random weights it would train from.
+
+    The file's take their place; and to draw normal numbers on the meta device, torch first
+    imports its compiler, which takes longer than all else in the making of a small picture.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def _network(plan: Plan, part: str, device: torch.device, dtype: torch.dtype) -> Any:
     """One network, built without memory of its own and then given its weights."""
     _, network_class = NETS[plan.kind][part]
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         network = network_class(plan.configs[part])
     weights = plan.weights[part]
     _check_fit(plan.source.name, part, network, weights)
