@@ -108,9 +108,10 @@ def test_guidance_one_asks_the_network_once(model: Model, monkeypatch) -> None:
     rows = []
     forward = model.unet.forward
 
-    def counted(x, *rest):
-        rows.append(len(x))
-        return forward(x, *rest)
+    def counted(x, timestep, context, *rest):
+        assert len(x) == 1
+        rows.append(len(context))
+        return forward(x, timestep, context, *rest)
 
     monkeypatch.setattr(model.unet, "forward", counted)
     model.generate("a cat", guidance_scale=1.0, seed=1, **FEW)

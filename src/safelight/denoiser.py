@@ -46,16 +46,22 @@ def estimate(
     states: x̃ of each picture, float32 [1, channels, h, w] of one shape; sigmas and timesteps:
     the level and the network's timestep of each. Returns float32 tensors of the states' shape.
     """
-    inputs, times = [], []
+    inputs, times, scales = [], [], []
+    # Both evaluations of a guided picture read one row, unless pictures without guidance are
+    # among them: the network wants as many texts for each row as for any other.
+    shared = len({condition.evaluations for condition in conditions}) == 1
     for state, sigma, timestep, condition in zip(
         states, sigmas, timesteps, conditions, strict=True
     ):
         noisy = state / (1 + sigma**2) ** 0.5
         if condition.extra is not None:
             noisy = torch.cat([noisy, condition.extra], dim=1)
-        inputs += [noisy] * condition.evaluations
-        times += [timestep] * condition.evaluations
-    outputs = _call(model, torch.cat(inputs), torch.tensor(times), conditions)
+        rows = 1 if shared else condition.evaluations
+        inputs += [noisy] * rows
+        times += [timestep] * rows
+        scales += [condition.guidance] * rows
+    contexts = [c.context for c in conditions if c.context is not None]
+    outputs = _call(model, torch.cat(inputs), torch.tensor(times), contexts, scales)
 
     found, start = [], 0
     for state, sigma, condition in zip(states, sigmas, conditions, strict=True):
@@ -69,14 +75,17 @@ def estimate(
     return found
 
 
-def _call(model: Model, x: Tensor, times: Tensor, conditions: list[Condition]) -> Tensor:
+def _call(
+    model: Model, x: Tensor, times: Tensor, contexts: list[Tensor], scales: list[float]
+) -> Tensor:
     x, times = x.to(model.dtype), times.to(x.device, torch.float32)
     if not isinstance(model.unet, UNet2DConditionModel):
         return model.unet(x, times).float()
-    context = torch.cat([c.context for c in conditions if c.context is not None])
+    # One picture's text stays the same tensor from step to step, so that what is computed from
+    # it alone can be kept.
+    context = contexts[0] if len(contexts) == 1 else torch.cat(contexts)
     embedded = None
     if model.unet.config.time_cond_proj_dim is not None:
-        scales = [c.guidance for c in conditions for _ in range(c.evaluations)]
         embedded = guidance_embedding(scales, model.unet.config.time_cond_proj_dim)
         embedded = embedded.to(x.device, x.dtype)
     return model.unet(x, times, context.to(x.dtype), embedded).float()

@@ -43,6 +43,18 @@ def timestep_embedding(timestep: Tensor, dim: int, flip: bool, freq_shift: float
     return F.pad(embedding, (0, 1)) if dim % 2 else embedding
 
 
+def rows(x: Tensor, n: int) -> Tensor:
+    """`x` with each of its rows repeated in place, to make n of them.
+
+    Both halves of guidance are equal until the text is first attended to; until then they are
+    one row, and cost as much.
+    """
+    if len(x) == n:
+        return x
+    # Unlike repeat_interleave, this keeps a map's order in memory.
+    return torch.cat([row for row in x.split(1) for _ in range(n // len(x))])
+
+
 class TimestepEmbedding(nn.Module):
     """Two linear layers that turn the sines of a timestep into what the blocks listen to."""
 
@@ -76,7 +88,7 @@ class ResnetBlock2D(nn.Module):
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         if self.time_emb_proj is not None and temb is not None:
-            h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
+            h = h + rows(self.time_emb_proj(F.silu(temb)), len(h))[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
@@ -190,7 +202,10 @@ class BasicTransformerBlock(nn.Module):
         self.only_cross = only_cross
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        if self.only_cross:
+            x = rows(x, len(context))
         x = x + self.attn1(self.norm1(x), context if self.only_cross else None)
+        x = rows(x, len(context))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
@@ -233,4 +248,4 @@ class Transformer2DModel(nn.Module):
             h = block(h, context)
         h = self.proj_out(h) if self.linear else h
         h = h.transpose(1, 2).unflatten(2, x.shape[2:])
-        return x + (h if self.linear else self.proj_out(h))
+        return rows(x, len(h)) + (h if self.linear else self.proj_out(h))

@@ -22,6 +22,7 @@ from safelight.nets.layers import (
     TimestepEmbedding,
     Transformer2DModel,
     Upsample2D,
+    rows,
     timestep_embedding,
 )
 
@@ -166,7 +167,7 @@ class UpBlock2D(nn.Module):
 
     def forward(self, x: Tensor, skips: list[Tensor], temb: Tensor, context: Tensor) -> Tensor:
         for j, block in enumerate(self.resnets):
-            x = block(torch.cat([x, skips.pop()], dim=1), temb)
+            x = block(torch.cat([x, rows(skips.pop(), len(x))], dim=1), temb)
             if self.attentions is not None:
                 x = self.attentions[j](x, context)
         if self.upsamplers is not None:
@@ -208,9 +209,10 @@ class UNet2DConditionModel(nn.Module):
         guidance: Tensor | None = None,
     ) -> Tensor:
         """x: [batch, in_channels, h, w]; timestep: [batch], may be fractional and differ by row;
-        context: text states [batch, tokens, cross_attention_dim]; guidance: [batch,
-        time_cond_proj_dim] embedded guidance scale, for networks distilled with it.
-        Returns [batch, out_channels, h, w]: noise, velocity or clean latents, as trained.
+        context: text states [k·batch, tokens, cross_attention_dim], k in turn for each row of x;
+        guidance: [batch, time_cond_proj_dim] embedded guidance scale, for networks distilled
+        with it. Returns [k·batch, out_channels, h, w]: noise, velocity or clean latents, as
+        trained.
         """
         cfg = self.config
         sines = timestep_embedding(

@@ -113,7 +113,7 @@ def train_embedded(data: Path, out: Path, *, native: bool = False) -> Path:
 def train_embedded_unconditional(data: Path, out: Path, *, native: bool = False) -> Path:
     """Train the pixel model and write the folder out/embedded-unconditional."""
     side = shipped.PIXELS.sample_size or 32
-    scenes = _scenes(data, side)
+    scenes = _scenes(data, side, shipped.STYLES, steady=True)
     model = out / "embedded-unconditional"
     notes = _notes(data)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from safelight.errors import SafelightError
+from safelight.fast import accelerate, native_bfloat16
 from safelight.model import Model
 from safelight.weights.check import DTYPES, Header, refusal
 from safelight.weights.digest import model_digest
@@ -36,8 +37,9 @@ def load_model(
     """Load a model by name (see `find`); without one, the model that ships.
 
     device: "auto" (CUDA, else MPS, else the CPU) or the name of one.
-    dtype: "float32", "float16", "bfloat16", or "auto": float32 on the CPU, else float16. Weights
-      that are stored in it stay in the mapped file; others are converted one by one.
+    dtype: "float32", "float16", "bfloat16", or "auto": float16 on a GPU; on the CPU bfloat16 if
+      it multiplies that natively, else float32. Weights that are stored in it stay in the mapped
+      file until they are first used; others are converted one by one.
     prediction_type: "epsilon", "v_prediction" or "sample", in place of what the checkpoint says.
 
     download: False takes a hub model from the cache alone.
@@ -122,7 +124,9 @@ def pick_device(name: str | torch.device) -> torch.device:
 def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype of this name; SafelightError if it is none that a network computes in."""
     if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.float16
+        if device.type != "cpu":
+            return torch.float16
+        return torch.bfloat16 if native_bfloat16() else torch.float32
     found = _COMPUTE.get(str(name).removeprefix("torch."))
     if found is None:
         raise SafelightError(f"dtype {str(name)!r:.40}; expected auto, {', '.join(_COMPUTE)}")
@@ -166,7 +170,10 @@ def _network(plan: Plan, part: str, device: torch.device, dtype: torch.dtype) ->
         here = {name: w for name, w in weights.items() if w.header is header}
         state |= _read(header, here, device, dtype)
     network.load_state_dict(state, strict=True, assign=True)
-    return network.eval().requires_grad_(False)
+    network.eval().requires_grad_(False)
+    if part != "text_encoder":  # it runs once for a prompt: packing it would take longer
+        accelerate(network, device, dtype)
+    return network
 
 
 def _check_fit(model: str, part: str, network: nn.Module, weights: Mapping[str, Weight]) -> None:

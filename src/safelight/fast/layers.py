@@ -1,0 +1,247 @@
+"""The networks' layers, with another `forward`: the same names, the same weights.
+
+A layer packs its weights at its first use, and lets go of those that were loaded. Maps are
+channels-last in memory, so that a map's positions are tokens with no copy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from safelight.fast import memory, onednn, tiles
+from safelight.nets.layers import (
+    Attention,
+    BasicTransformerBlock,
+    FeedForward,
+    ResnetBlock2D,
+    SpatialAttention,
+    Transformer2DModel,
+    Upsample2D,
+    attend,
+    rows,
+)
+
+
+LARGE = 1 << 22
+"""Numbers in a weight whose memory is worth returning at once."""
+
+
+def _count(x: Tensor) -> int:
+    return x.numel() // x.shape[-1]
+
+
+def _let_go(*layers: nn.Module) -> None:
+    """Of the weights that were loaded, once they are packed."""
+    large = any(layer.weight.numel() >= LARGE for layer in layers)
+    for layer in layers:
+        layer.weight = None  # type: ignore[assignment]
+    if large:
+        memory.give_back()
+
+
+class FastLinear(nn.Linear):
+    _packed: Any = None
+
+    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """plus: added to the result."""
+        if self._packed is None:
+            self._packed = onednn.Matrix(self.weight, self.bias, _count(x))
+            _let_go(self)
+        return self._packed(x, plus)
+
+
+class FastConv2d(nn.Conv2d):
+    _packed: Any = None
+
+    def forward(  # type: ignore[override]
+        self, x: Any, plus: Tensor | None = None, shift: Tensor | None = None
+    ) -> Tensor:
+        """plus: added to the result; shift: [1 or batch, out_channels], too."""
+        if self._packed is None:
+            kind = tiles if tiles.fits_conv(self) else onednn
+            self._packed = kind.Convolution(self, x.shape)
+            _let_go(self)
+        return self._packed(x, plus, shift)
+
+    def padded(self) -> bool:
+        """Whether it reads what FastGroupNorm.silu gives with a border."""
+        return isinstance(self._packed, tiles.Convolution) or (
+            self._packed is None and tiles.fits_conv(self)
+        )
+
+
+class FastPointwise(nn.Conv2d):
+    """A 1×1 convolution is a product of the tokens."""
+
+    _packed: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _map(self.tokens(_tokens(x)), x)
+
+    def tokens(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        if self._packed is None:
+            self._packed = onednn.Matrix(self.weight.flatten(1), self.bias, _count(x))
+            _let_go(self)
+        return self._packed(x, plus)
+
+
+class FastGroupNorm(nn.GroupNorm):
+    _float: tuple[Tensor, Tensor] | None = None
+
+    def _affine(self) -> tuple[Tensor, Tensor]:
+        if self._float is None:
+            self._float = self.weight.float(), self.bias.float()
+        return self._float
+
+    def forward(self, x: Tensor) -> Tensor:
+        if tiles.fits_norm(self, x):
+            return tiles.group_norm(self, x, *self._affine())
+        return super().forward(x)
+
+    def silu(self, x: Tensor, conv: FastConv2d) -> Any:
+        """Norm and SiLU, as `conv` wants to read it."""
+        if conv.padded() and tiles.fits_norm(self, x):
+            return tiles.group_norm_silu(self, x, *self._affine())
+        return F.silu(self(x), inplace=True)
+
+
+class FastResnetBlock2D(ResnetBlock2D):
+    """What comes after a convolution is added by it."""
+
+    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+        shift = None
+        if self.time_emb_proj is not None and temb is not None:
+            shift = self.time_emb_proj(F.silu(temb))
+            shift = shift if len(shift) == 1 else rows(shift, len(x))
+        h = self.conv1(self.norm1.silu(x, self.conv1), shift=shift)
+        short = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return self.conv2(self.norm2.silu(h, self.conv2), plus=short)
+
+
+class FastUpsample2D(Upsample2D):
+    _packed: Any = None
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        if size is not None and size != (2 * x.shape[-2], 2 * x.shape[-1]):
+            return super().forward(x, size)
+        if self._packed is None:
+            kind = tiles if tiles.fits_conv(self.conv) else onednn
+            self._packed = kind.Doubling(self.conv, x.shape)
+        return self._packed(x)
+
+
+class FastAttention(Attention):
+    """Queries, keys and values of a map's own positions come from one product; the keys and values
+    of a text are kept for as long as the text is the same tensor.
+    """
+
+    _own: Any = None
+    _text: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, context: Tensor | None = None, plus: Tensor | None = None
+    ) -> Tensor:
+        if context is None:
+            q, k, v = (self._heads(t) for t in self._project(x).chunk(3, dim=-1))
+        else:
+            if self._text is None or self._text[0] is not context:
+                k, v = self._heads(self.to_k(context)), self._heads(self.to_v(context))
+                self._text = (context, k, v)
+            _, k, v = self._text
+            q = self._heads(self.to_q(x))
+        if tiles.available(q.dtype):
+            out = tiles.attend(q, k, v)
+        else:
+            out = attend(q, k, v).transpose(1, 2).flatten(2)
+        return self.to_out[0](out, plus)
+
+    def _heads(self, t: Tensor) -> Tensor:
+        return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def _project(self, x: Tensor) -> Tensor:
+        if self._own is None:
+            layers = (self.to_q, self.to_k, self.to_v)
+            bias = None if self.to_q.bias is None else torch.cat([layer.bias for layer in layers])
+            self._own = onednn.Matrix(torch.cat([layer.weight for layer in layers]), bias, _count(x))
+            _let_go(*layers)
+        return self._own(x)
+
+
+class FastSpatialAttention(FastAttention):
+    group_norm: nn.GroupNorm
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, context: Tensor | None = None, plus: Tensor | None = None
+    ) -> Tensor:
+        return _map(super().forward(_tokens(self.group_norm(x)), context, _tokens(x)), x)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """A map as tokens [batch, h·w, channels]."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def _map(tokens: Tensor, like: Tensor) -> Tensor:
+    return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
+
+
+class FastFeedForward(FeedForward):
+    _gated: Any = None
+
+    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        if self._gated is None:
+            proj = self.net[0].proj
+            self._gated = onednn.Gated(proj.weight, proj.bias, _count(x))
+            _let_go(proj)
+        return self.net[2](self._gated(x), plus)
+
+
+class FastTransformerBlock(BasicTransformerBlock):
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        if self.only_cross:
+            x = rows(x, len(context))
+        x = self.attn1(self.norm1(x), context if self.only_cross else None, plus=x)
+        x = rows(x, len(context))
+        x = self.attn2(self.norm2(x), context, plus=x)
+        return self.ff(self.norm3(x), plus=x)
+
+
+class FastTransformer2DModel(Transformer2DModel):
+    """Both ways to project in and out are one product of the tokens."""
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        h = _tokens(self.norm(x))
+        h = self.proj_in(h) if self.linear else self.proj_in.tokens(h)
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        x = rows(x, len(h))
+        project = self.proj_out if self.linear else self.proj_out.tokens
+        return _map(project(h, _tokens(x)), x)
+
+
+_FAST: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: FastLinear,
+    nn.GroupNorm: FastGroupNorm,
+    ResnetBlock2D: FastResnetBlock2D,
+    Upsample2D: FastUpsample2D,
+    Attention: FastAttention,
+    SpatialAttention: FastSpatialAttention,
+    FeedForward: FastFeedForward,
+    BasicTransformerBlock: FastTransformerBlock,
+    Transformer2DModel: FastTransformer2DModel,
+}
+
+
+def swap(net: nn.Module) -> None:
+    """Give the layers of `net`, in place, their fast classes."""
+    # The convolution of an enlargement stays as it is, for sides that are not doubled.
+    plain = {module.conv for module in net.modules() if isinstance(module, Upsample2D)}
+    for module in set(net.modules()) - plain:
+        if type(module) is nn.Conv2d:
+            module.__class__ = FastPointwise if module.kernel_size == (1, 1) else FastConv2d
+        else:
+            module.__class__ = _FAST.get(type(module), type(module))

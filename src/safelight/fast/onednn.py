@@ -1,0 +1,117 @@
+"""Products on any CPU: oneDNN's, with weights packed once into the order that they want."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_mkldnn: Any = torch.ops.mkldnn
+
+
+def available() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(_mkldnn, "_linear_pointwise")
+
+
+class Matrix:
+    """A weight [out, in] and its bias [out]."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, count: int) -> None:
+        """count: the rows that it will most often multiply."""
+        self.packed = _mkldnn._reorder_linear_weight(weight.contiguous(), count)
+        self.bias = bias
+
+    def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        """x: [..., in]; plus, of the result's shape, is added to it."""
+        if plus is None:
+            return _mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "none")
+        return _mkldnn._linear_pointwise.binary(x, plus, self.packed, self.bias, "add")
+
+
+class Gated:
+    """GEGLU's layer: the product with the one half of the weight is gated by GELU of the other's."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, count: int) -> None:
+        value, gate = weight.chunk(2)
+        self.value = _mkldnn._reorder_linear_weight(value.clone(), count)
+        self.gate = _mkldnn._reorder_linear_weight(gate.clone(), count)
+        self.value_bias, self.gate_bias = (half.clone() for half in bias.chunk(2))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate = _mkldnn._linear_pointwise(x, self.gate, self.gate_bias, "gelu", [], "none")
+        return _mkldnn._linear_pointwise.binary(x, gate, self.value, self.value_bias, "mul")
+
+
+class Convolution:
+    """A convolution's weight [out, in, side, side] and bias."""
+
+    def __init__(self, conv: nn.Conv2d, shape: torch.Size) -> None:
+        """shape: that of the map which it will most often read."""
+        self.how = (conv.padding, conv.stride, conv.dilation, 1)
+        self.packed = self._pack(conv.weight, shape)
+        self.bias = conv.bias
+
+    def _pack(self, weight: Tensor, shape: torch.Size) -> Tensor:
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        return _mkldnn._reorder_convolution_weight(weight, *self.how, list(shape))
+
+    def __call__(
+        self, x: Tensor, plus: Tensor | None = None, shift: Tensor | None = None
+    ) -> Tensor:
+        """x: [batch, in, h, w]; shift: [1 or batch, out], added to the bias; plus: added."""
+        bias = self.bias
+        if shift is not None and len(shift) == 1:
+            bias, shift = shift[0] if bias is None else bias + shift[0], None
+        out = self._convolve(x, self.packed, bias, plus)
+        return out if shift is None else out.add_(shift[:, :, None, None])
+
+    def _convolve(
+        self, x: Tensor, packed: Tensor, bias: Tensor | None, plus: Tensor | None
+    ) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        if plus is None:
+            return _mkldnn._convolution_pointwise(x, packed, bias, *self.how, "none", [], "")
+        plus = plus.contiguous(memory_format=torch.channels_last)
+        return _mkldnn._convolution_pointwise.binary(
+            x, plus, packed, bias, *self.how, "add", 1.0, None, [], None
+        )
+
+
+class Doubling(Convolution):
+    """Nearest-neighbour doubling and a 3×3 convolution, as four 2×2 ones of the small map.
+
+    Of the nine products around a pixel of the doubled map, several read the same pixel of the
+    small one: their weights are summed.
+    """
+
+    def __init__(self, conv: nn.Conv2d, shape: torch.Size) -> None:
+        self.how = (conv.padding, conv.stride, conv.dilation, 1)
+        self.bias = conv.bias
+        self.out_channels = conv.out_channels
+        self.parts = [[self._pack(part, shape) for part in row] for row in quarters(conv.weight)]
+
+    def __call__(
+        self, x: Tensor, plus: Tensor | None = None, shift: Tensor | None = None
+    ) -> Tensor:
+        batch, _, height, width = x.shape
+        out = x.new_empty(batch, height, 2, width, 2, self.out_channels)
+        for down in (0, 1):
+            for right in (0, 1):
+                # Padded by one, a 2×2 convolution gives one row and column too many.
+                part = self._convolve(x, self.parts[down][right], self.bias, None)
+                part = part.permute(0, 2, 3, 1)
+                out[:, :, down, :, right] = part[:, down : down + height, right : right + width]
+        return out.view(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
+
+
+def quarters(weight: Tensor) -> list[list[Tensor]]:
+    """Of a 3×3 weight, the 2×2 ones for even and odd rows, and in them even and odd columns."""
+
+    def halves(w: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        first, middle, last = w.unbind(dim)
+        return torch.stack([first, middle + last], dim), torch.stack([first + middle, last], dim)
+
+    return [
+        [part.to(weight.dtype) for part in halves(half, 3)] for half in halves(weight.float(), 2)
+    ]

@@ -1,0 +1,579 @@
+// Convolutions of bfloat16 matrices on AMX tiles: linear layers, convolutions, attention, and the
+// group norm before a convolution. Float32 sums throughout; results are rounded once.
+//
+// A tile holds 16 rows of 64 bytes. One instruction multiplies 16 rows of 32 numbers with 32x16
+// packed weights. Every product here is made of blocks of 32 rows by 32 columns: two tiles of
+// rows and two of weights give four tiles of sums, one load for each product.
+//
+// Plain C interface: pointers and sizes, no Python and no torch headers.
+
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <omp.h>
+
+typedef uint16_t bf16;
+
+namespace {
+
+struct alignas(64) Config {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+
+// oneDNN has a tile configuration of its own in each thread; it is put back.
+struct Tiles {
+    Config before;
+    Tiles() {
+        _tile_storeconfig(&before);
+        Config ours;
+        for (int i = 0; i < 8; i++) ours.bytes[i] = 64, ours.rows[i] = 16;
+        _tile_loadconfig(&ours);
+    }
+    ~Tiles() {
+        if (before.palette) _tile_loadconfig(&before);
+        else _tile_release();
+    }
+};
+
+inline __m512 widen(__m256i x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+inline __m512 load(const bf16* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
+inline void store(bf16* p, __m512 x) {
+    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x));
+}
+
+// 2^x. The polynomial's relative error is below 2e-6 for the fraction in -0.5..0.5.
+inline __m512 exp2(__m512 x) {
+    x = _mm512_max_ps(x, _mm512_set1_ps(-126.f));
+    __m512 whole = _mm512_roundscale_ps(x, 0);
+    __m512 f = _mm512_sub_ps(x, whole);
+    __m512 y = _mm512_set1_ps(1.33335581e-3f);
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(9.61812911e-3f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(5.55041087e-2f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.40226507e-1f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.93147182e-1f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.f));
+    return _mm512_scalef_ps(y, whole);
+}
+// The same for what is rounded to bfloat16 afterwards: relative error 1e-4, and 0 far below zero.
+inline __m512 exp2_rough(__m512 x) {
+    __m512 whole = _mm512_roundscale_ps(x, 0);
+    __m512 f = _mm512_sub_ps(x, whole);
+    __m512 y = _mm512_set1_ps(5.51714e-2f);
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.42605e-1f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.93287e-1f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(9.99928e-1f));
+    return _mm512_scalef_ps(y, whole);
+}
+const float LOG2E = 1.44269504f;
+
+inline __m512 silu(__m512 x) {
+    __m512 e = exp2(_mm512_mul_ps(x, _mm512_set1_ps(-LOG2E)));
+    return _mm512_div_ps(x, _mm512_add_ps(e, _mm512_set1_ps(1.f)));
+}
+
+// 32 numbers of each of 16 rows, `stride` apart, into one tile of weights: pairs of k side by side.
+inline void pack_tile(const bf16* rows, long stride, long valid, bf16* out) {
+    uint32_t* pairs = (uint32_t*)out;
+    for (int n = 0; n < 16; n++)
+        for (int r = 0; r < 16; r++) {
+            uint32_t pair = 0;
+            if (n < valid) memcpy(&pair, rows + n * stride + 2 * r, 4);
+            pairs[r * 16 + n] = pair;
+        }
+}
+
+void* scratch(size_t bytes) {
+    static thread_local void* held = nullptr;
+    static thread_local size_t size = 0;
+    if (size < bytes) {
+        free(held);
+        size = (bytes + 4095) & ~size_t(4095);
+        held = aligned_alloc(4096, size);
+    }
+    return held;
+}
+
+// Where the rows of a product are read and written. A row is a position of the output map; 16
+// rows one after the other lie `step` numbers apart in the input.
+struct Rows {
+    long count;                 // rows, those that are not written among them
+    long height, width;         // of the output map; 0 for a plain matrix
+    long padded_h, padded_w;    // of the input map
+    long channels, step;
+    bool narrow;                // the map's rows are no multiple of 16: walk the padded map
+    long each;                  // rows of one image
+    long spread, down, right;   // the output is every `spread`-th pixel, from there on
+
+    long input(long m) const {
+        if (!height) return m * step;
+        long image = m / each, p = m % each;
+        long at = narrow ? p : p / width * padded_w + p % width;
+        return (image * padded_h * padded_w + at) * channels;
+    }
+    long output(long m) const {  // -1 for a position that is none
+        if (!narrow && spread == 1) return m;
+        long wide = narrow ? padded_w : width;
+        long image = m / each, p = m % each, y = p / wide, x = p % wide;
+        if (y >= height || x >= width) return -1;
+        return ((image * height + y) * spread + down) * width * spread + x * spread + right;
+    }
+};
+
+struct Convolution {
+    const bf16* in;
+    Rows rows;
+    const bf16* weights;    // [columns/32][taps][blocks][1024]
+    const long* offsets;    // of each tap, in numbers from a row's beginning
+    int taps;
+    long blocks;            // of 32 numbers, in each tap
+    long columns;
+    const float* bias;      // [columns], or [images][columns]
+    long bias_step;
+    const bf16* plus;       // added, as wide as the output; or null
+    bf16* out;
+};
+
+// The compiler does not know that tile instructions read and write memory.
+inline void fence() { __asm__ volatile("" ::: "memory"); }
+
+inline void clear() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+inline void take(const float* sums) {
+    fence();
+    _tile_loadd(0, sums, 64);
+    _tile_loadd(1, sums + 256, 64);
+    _tile_loadd(2, sums + 512, 64);
+    _tile_loadd(3, sums + 768, 64);
+}
+inline void give(float* sums) {
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + 256, 64);
+    _tile_stored(2, sums + 512, 64);
+    _tile_stored(3, sums + 768, 64);
+    fence();
+}
+
+// 32 rows by a panel of 32 columns. Meanwhile `ahead` lines of `next`, what will be read later,
+// are fetched for every block of 32 numbers.
+inline void multiply(const bf16* top, const bf16* low, long step, const long* offsets, int taps,
+                     long blocks, const bf16* w, const char* next = nullptr, long ahead = 0) {
+    for (int t = 0; t < taps; t++) {
+        const bf16 *a = top + offsets[t], *b = low + offsets[t];
+        for (long k = 0; k < blocks; k++, a += 32, b += 32, w += 1024) {
+            _tile_loadd(4, a, step);
+            _tile_loadd(6, w, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, w + 512, 64);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(5, b, step);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+            for (long i = 0; i < ahead; i++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+        }
+    }
+}
+
+// Four tiles of sums [2][2][16][16] become 32 rows of the output.
+void finish(const Convolution& p, const float* sums, long m, long m_end, long n) {
+    for (int half = 0; half < 2; half++, m += 16, sums += 512) {
+        if (m >= m_end) return;
+        // Sixteen rows are of one image.
+        const float* bias = p.bias ? p.bias + m / p.rows.each * p.bias_step + n : nullptr;
+        __m512 bias_left = bias ? _mm512_loadu_ps(bias) : _mm512_setzero_ps();
+        __m512 bias_right = bias ? _mm512_loadu_ps(bias + 16) : _mm512_setzero_ps();
+        for (long r = 0; r < 16 && m + r < m_end; r++) {
+            long row = p.rows.output(m + r);
+            if (row < 0) continue;
+            bf16* out = p.out + row * p.columns + n;
+            __m512 left = _mm512_add_ps(_mm512_load_ps(sums + r * 16), bias_left);
+            __m512 right = _mm512_add_ps(_mm512_load_ps(sums + 256 + r * 16), bias_right);
+            if (p.plus) {
+                const bf16* plus = p.plus + row * p.columns + n;
+                left = _mm512_add_ps(left, load(plus));
+                right = _mm512_add_ps(right, load(plus + 16));
+            }
+            _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(right, left));
+        }
+    }
+}
+
+// Numbers of a map that stay in the second-level cache, and blocks of 1024 weights.
+const long INPUT = 1 << 18, PANEL = 96;
+
+// Rows m0..m1 by columns n0..n1. Of each panel of 32 columns, a few taps' weights stay in the
+// cache while the rows pass; the rows' sums wait for the next taps.
+void region(const Convolution& p, long m0, long m1, long n0, long n1) {
+    long tall = (m1 - m0 + 31) / 32;
+    long* at = (long*)scratch((2 * tall + 8) * 8 + (tall + 1) * 4096);
+    float* held = (float*)(at + (2 * tall + 7) / 8 * 8);
+    for (long i = 0; i < 2 * tall; i++) {
+        long m = m0 + 16 * i;
+        at[i] = m < p.rows.count ? p.rows.input(m) : at[i - 1];
+    }
+    int most = p.blocks < PANEL ? PANEL / p.blocks : 1;
+    long step = p.rows.step * 2;
+    const bf16* w = p.weights + n0 * p.taps * p.blocks * 32;
+    // A block's sums are finished while the next block's are made: what tiles have stored cannot
+    // be read at once.
+    const float* ready = nullptr;
+    long ready_m = 0, ready_n = 0, turn = 0;
+    for (long n = n0; n < n1; n += 32)
+        for (int first = 0; first < p.taps; first += most) {
+            int taps = p.taps - first < most ? p.taps - first : most;
+            long size = taps * p.blocks * 1024;
+            bool last = first + taps == p.taps;
+            long ahead = (32 + tall - 1) / tall;  // of the next weights' lines, by each block
+            for (long i = 0; i < tall; i++) {
+                float* sums = held + (taps == p.taps ? turn++ & 1 : i) * 1024;
+                if (first == 0) clear();
+                else take(sums);
+                multiply(p.in + at[2 * i], p.in + at[2 * i + 1], step, p.offsets + first, taps,
+                         p.blocks, w, (const char*)(w + size) + i * ahead * size / 16,
+                         i * ahead < 32 && (n + 32 < n1 || !last) ? ahead : 0);
+                if (ready) finish(p, ready, ready_m, m1, ready_n);
+                give(sums);
+                ready = last ? sums : nullptr, ready_m = m0 + 32 * i, ready_n = n;
+            }
+            w += size;
+        }
+    if (ready) finish(p, ready, ready_m, m1, ready_n);
+}
+
+void run(const Convolution& p) {
+    long threads = omp_get_max_threads(), panels = p.columns / 32;
+    long width = p.rows.height ? p.rows.channels : p.rows.step;
+    long tall = INPUT / width / 32 * 32;
+    if (tall < 128) tall = 128;
+    long chunks = (p.rows.count + tall - 1) / tall;
+    if (chunks < 2 * threads && p.rows.count >= 64 * threads) {
+        chunks = (chunks + threads - 1) / threads * threads;
+        tall = ((p.rows.count + chunks - 1) / chunks + 31) / 32 * 32;
+        chunks = (p.rows.count + tall - 1) / tall;
+    }
+    long splits = 1;
+    if (chunks % threads || tall * chunks - p.rows.count >= tall / 4) splits = threads;
+    if (splits > panels) splits = panels;
+#pragma omp parallel
+    {
+        Tiles tiles;
+#pragma omp for schedule(static) collapse(2)
+        for (long s = 0; s < splits; s++)
+            for (long c = 0; c < chunks; c++) {
+                long m0 = c * tall, m1 = m0 + tall;
+                if (m1 > p.rows.count) m1 = p.rows.count;
+                region(p, m0, m1, s * panels / splits * 32, (s + 1) * panels / splits * 32);
+            }
+    }
+}
+
+// --- attention ----------------------------------------------------------------------------------
+
+const long KEYS = 256;            // of one pass: their scores stay in the first-level cache
+const long WEIGHTS_STEP = KEYS + 32;
+
+// A place in [batch, length, heads, size]: numbers between neighbours; the last lie side by side.
+struct Steps {
+    long batch, row, head;
+};
+
+struct Attend {
+    const bf16 *q, *k, *v;
+    bf16* out;
+    Steps qs, ks, vs, os;
+    long heads, queries, keys, size;
+    float scale;
+    long inner() const { return (size + 31) / 32; }   // tiles of a query
+    long outer() const { return (size + 15) / 16; }   // tiles of a value
+    long padded() const { return (keys + 31) / 32 * 32; }
+};
+
+struct Head {
+    bf16 *keys, *values, *query, *weights;
+    float *scores, *sums, *result;
+};
+
+// Cuts one thread's scratch into what a head needs.
+Head cut(const Attend& a) {
+    size_t keys = a.padded() * a.inner() * 32 * 2, values = a.padded() * a.outer() * 16 * 2;
+    size_t query = 32 * a.inner() * 64, weights = 32 * WEIGHTS_STEP * 2;
+    size_t scores = 32 * KEYS * 4, result = 32 * a.outer() * 16 * 4;
+    size_t sums = (a.outer() + 1) / 2 * 4096;
+    char* at = (char*)scratch(keys + values + query + weights + scores + sums + result);
+    Head h;
+    h.keys = (bf16*)at, at += keys;
+    h.values = (bf16*)at, at += values;
+    h.query = (bf16*)at, at += query;
+    h.weights = (bf16*)at, at += weights;
+    h.scores = (float*)at, at += scores;
+    h.sums = (float*)at, at += sums;
+    h.result = (float*)at;
+    return h;
+}
+
+// Keys as the weights of queries·keysᵀ, values as those of weights·values; zeros to whole tiles.
+void pack_head(const Attend& a, const Head& h, long b, long head) {
+    const bf16* k = a.k + b * a.ks.batch + head * a.ks.head;
+    const bf16* v = a.v + b * a.vs.batch + head * a.vs.head;
+    alignas(64) bf16 row[16 * 32];
+    for (long n = 0; n < a.padded(); n += 16)
+        for (long t = 0; t < a.inner(); t++) {
+            memset(row, 0, sizeof row);
+            long width = a.size - 32 * t < 32 ? a.size - 32 * t : 32;
+            for (long i = 0; i < 16 && n + i < a.keys; i++)
+                memcpy(row + 32 * i, k + (n + i) * a.ks.row + 32 * t, width * 2);
+            pack_tile(row, 32, 16, h.keys + n / 32 * a.inner() * 1024 + t * 1024 + n % 32 * 32);
+        }
+    for (long n = 0; n < a.padded(); n += 32)
+        for (long t = 0; t < a.outer(); t++) {
+            bf16* to = h.values + n * a.outer() * 16 + t * 512;
+            long width = a.size - 16 * t < 16 ? a.size - 16 * t : 16;
+            for (long i = 0; i < 32; i++)
+                for (long c = 0; c < 16; c++)
+                    to[i / 2 * 32 + 2 * c + i % 2] =
+                        c < width && n + i < a.keys ? v[(n + i) * a.vs.row + 16 * t + c] : 0;
+        }
+}
+
+// One pass: 32 queries by up to KEYS keys, in whole groups of 32.
+struct Pass {
+    long begin, count;
+};
+
+void score(const Attend& a, const Head& h, const Pass& p, long j) {
+    const long zero = 0;
+    clear();
+    multiply(h.query, h.query + 16 * a.inner() * 32, a.inner() * 64, &zero, 1, a.inner(),
+             h.keys + (p.begin / 32 + j) * a.inner() * 1024);
+}
+
+// The product of weights and two of the value's tiles, into h.sums.
+void weigh(const Attend& a, const Head& h, const Pass& p, long t) {
+    const bf16* v = h.values + p.begin * a.outer() * 16 + t * 512;
+    bool two = t + 1 < a.outer();
+    clear();
+    for (long j = 0; j < p.count / 32; j++, v += a.outer() * 512) {
+        _tile_loadd(4, h.weights + 32 * j, WEIGHTS_STEP * 2);
+        _tile_loadd(6, v, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(5, h.weights + 32 * j + 16 * WEIGHTS_STEP, WEIGHTS_STEP * 2);
+        _tile_dpbf16ps(2, 5, 6);
+        if (!two) continue;
+        _tile_loadd(7, v + 512, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+}
+
+// exp(score - most so far) of one query, as the weights of its values. Returns by how much what
+// was weighed before is now too large.
+float soften(const Attend& a, const Head& h, const Pass& p, int i, float& most, float& total) {
+    const __m512 factor = _mm512_set1_ps(a.scale * LOG2E);
+    float* s = h.scores + i / 16 * 512 + i % 16 * 16;
+    long groups = p.count / 32, beyond = p.begin + p.count - a.keys;
+    if (beyond > 0) {
+        float* last = s + (groups - 1) * 1024;
+        for (long c = 32 - beyond; c < 32; c++) last[c / 16 * 256 + c % 16] = -1e30f;
+    }
+    __m512 top = _mm512_load_ps(s);
+    for (long j = 0; j < groups; j++) {
+        top = _mm512_max_ps(top, _mm512_load_ps(s + j * 1024));
+        top = _mm512_max_ps(top, _mm512_load_ps(s + j * 1024 + 256));
+    }
+    float now = _mm512_reduce_max_ps(top) * a.scale * LOG2E;
+    if (now < most) now = most;
+    __m512 shift = _mm512_set1_ps(-now), sum = _mm512_setzero_ps();
+    bf16* w = h.weights + i * WEIGHTS_STEP;
+    for (long j = 0; j < groups; j++, w += 32) {
+        __m512 x = exp2_rough(_mm512_fmadd_ps(_mm512_load_ps(s + j * 1024), factor, shift));
+        __m512 y = exp2_rough(_mm512_fmadd_ps(_mm512_load_ps(s + j * 1024 + 256), factor, shift));
+        sum = _mm512_add_ps(sum, _mm512_add_ps(x, y));
+        _mm512_storeu_si512(w, (__m512i)_mm512_cvtne2ps_pbh(y, x));
+    }
+    float keep = most == now ? 1.f : exp2f(most - now);
+    total = total * keep + _mm512_reduce_add_ps(sum);
+    most = now;
+    return keep;
+}
+
+// Up to 32 queries of one head, over all keys: softmax as it goes (arXiv:2112.05682).
+void attend_rows(const Attend& a, const Head& h, const bf16* q, bf16* out, long count) {
+    memset(h.query, 0, 32 * a.inner() * 64);
+    for (long i = 0; i < count; i++)
+        memcpy(h.query + i * a.inner() * 32, q + i * a.qs.row, a.size * 2);
+    memset(h.result, 0, 32 * a.outer() * 64);
+    float most[32], total[32], keep[32];
+    for (int i = 0; i < 32; i++) most[i] = -1e30f, total[i] = 0;
+    long outer = a.outer();
+    for (long begin = 0; begin < a.padded(); begin += KEYS) {
+        Pass p{begin, a.padded() - begin < KEYS ? a.padded() - begin : KEYS};
+        for (long j = 0; j < p.count / 32; j++) {
+            score(a, h, p, j);
+            give(h.scores + j * 1024);
+        }
+        for (int i = 0; i < 32; i++) keep[i] = soften(a, h, p, i, most[i], total[i]);
+        fence();
+        for (long t = 0; t < outer; t += 2) {
+            weigh(a, h, p, t);
+            give(h.sums + t * 512);
+        }
+        for (int i = 0; i < 32; i++)
+            for (long t = 0; t < outer; t++) {
+                const float* s = h.sums + t / 2 * 1024 + t % 2 * 256 + i / 16 * 512 + i % 16 * 16;
+                float* r = h.result + (i * outer + t) * 16;
+                _mm512_store_ps(r, _mm512_fmadd_ps(_mm512_load_ps(r), _mm512_set1_ps(keep[i]),
+                                                   _mm512_load_ps(s)));
+            }
+    }
+    for (long i = 0; i < count; i++)
+        for (long c = 0; c < a.size; c += 16) {
+            long width = a.size - c < 16 ? a.size - c : 16;
+            __m512 x = _mm512_mul_ps(_mm512_load_ps(h.result + i * outer * 16 + c),
+                                     _mm512_set1_ps(1.f / total[i]));
+            _mm256_mask_storeu_epi16(out + i * a.os.row + c, (1u << width) - 1,
+                                     (__m256i)_mm512_cvtneps_pbh(x));
+        }
+}
+
+}  // namespace
+
+extern "C" {
+
+// softmax(q·kᵀ·scale)·v of [batch, length, heads, size], each at its own steps.
+void safelight_attend(const bf16* q, const bf16* k, const bf16* v, bf16* out, const long* steps,
+                      long batch, long heads, long queries, long keys, long size, float scale) {
+    Attend a{q, k, v, out, {steps[0], steps[1], steps[2]}, {steps[3], steps[4], steps[5]},
+             {steps[6], steps[7], steps[8]}, {steps[9], steps[10], steps[11]}, heads, queries, keys,
+             size, scale};
+    long parts = batch * heads % omp_get_max_threads() ? omp_get_max_threads() : 1;
+#pragma omp parallel
+    {
+        Tiles tiles;
+#pragma omp for schedule(static)
+        for (long task = 0; task < batch * heads * parts; task++) {
+            long part = task % parts, head = task / parts % heads, b = task / parts / heads;
+            Head h = cut(a);
+            pack_head(a, h, b, head);
+            long blocks = (queries + 31) / 32;
+            for (long i = blocks * part / parts; i < blocks * (part + 1) / parts; i++)
+                attend_rows(a, h, q + b * a.qs.batch + head * a.qs.head + 32 * i * a.qs.row,
+                            out + b * a.os.batch + head * a.os.head + 32 * i * a.os.row,
+                            queries - 32 * i < 32 ? queries - 32 * i : 32);
+        }
+    }
+}
+
+// Asks the kernel for the tiles' registers: 1 if this process may use them.
+int safelight_init() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
+
+// weights [columns][blocks·32] into the order that products want.
+void safelight_pack(const bf16* w, bf16* out, long columns, long blocks) {
+#pragma omp parallel for
+    for (long n = 0; n < columns / 16; n++)
+        for (long k = 0; k < blocks; k++)
+            pack_tile(w + (n * 16 * blocks + k) * 32, blocks * 32, 16,
+                      out + (n / 2 * blocks + k) * 1024 + n % 2 * 512);
+}
+
+// A side by side convolution of a map [images, height + border, width + border, channels] whose
+// border is there already; `in` is readable for 16 + side·(width + border) positions beyond its
+// end. Where `spread` is 2, the result is one of the four pixels (down, right) that each pixel of
+// an output twice as large is made of, and taps begin there, too.
+void safelight_conv(const bf16* in, const bf16* weights, const float* bias, long bias_step,
+                    const bf16* plus, bf16* out, long images, long height, long width, long border,
+                    long channels, long columns, int side, long spread, long down,
+                    long right) {
+    long padded_w = width + border, padded_h = height + border, offsets[25];
+    for (int y = 0; y < side; y++)
+        for (int x = 0; x < side; x++)
+            offsets[y * side + x] = ((y + down) * padded_w + x + right) * channels;
+    bool narrow = width % 16;
+    long each = narrow ? (height * padded_w + 15) / 16 * 16 : height * width;
+    Rows rows{images * each, height, width, padded_h, padded_w, channels, channels, narrow, each,
+              spread, down, right};
+    run(Convolution{in, rows, weights, offsets, side * side, channels / 32, columns, bias,
+                bias_step, plus, out});
+}
+
+// Group norm, and SiLU where asked, of a map [images, height, width, channels], into the middle of
+// one with a border of `pad` zeros. scale, shift: [channels].
+void safelight_norm(const bf16* in, const float* scale, const float* shift, bf16* out, long images,
+                    long height, long width, long channels, long groups, float eps, int pad,
+                    int with_silu) {
+    long positions = height * width, wide = width + 2 * pad, tall = height + 2 * pad;
+    long threads = omp_get_max_threads();
+    float* sums = (float*)aligned_alloc(64, (threads + 1) * images * channels * 2 * 4);
+    memset(sums, 0, threads * images * channels * 2 * 4);
+#pragma omp parallel num_threads(threads)
+    {
+        float* mine = sums + omp_get_thread_num() * images * channels * 2;
+#pragma omp for schedule(static)
+        for (long r = 0; r < images * height; r++) {
+            float *sum = mine + r / height * channels * 2, *square = sum + channels;
+            for (long c = 0; c < channels; c += 16) {
+                __m512 s = _mm512_loadu_ps(sum + c), q = _mm512_loadu_ps(square + c);
+                const bf16* x = in + r * width * channels + c;
+                for (long i = 0; i < width; i++, x += channels) {
+                    __m512 v = load(x);
+                    s = _mm512_add_ps(s, v);
+                    q = _mm512_fmadd_ps(v, v, q);
+                }
+                _mm512_storeu_ps(sum + c, s);
+                _mm512_storeu_ps(square + c, q);
+            }
+        }
+    }
+    // Each channel's factor and addend.
+    float* apply = sums + threads * images * channels * 2;
+    long size = channels / groups;
+    for (long i = 0; i < images; i++)
+        for (long g = 0; g < groups; g++) {
+            double s = 0, q = 0;
+            for (long t = 0; t < threads; t++)
+                for (long c = g * size; c < (g + 1) * size; c++) {
+                    s += sums[((t * images + i) * 2) * channels + c];
+                    q += sums[((t * images + i) * 2 + 1) * channels + c];
+                }
+            double n = double(size) * positions, mean = s / n, var = q / n - mean * mean;
+            double factor = 1 / sqrt((var > 0 ? var : 0) + eps);
+            for (long c = g * size; c < (g + 1) * size; c++) {
+                apply[i * 2 * channels + c] = float(factor * scale[c]);
+                apply[(i * 2 + 1) * channels + c] = float(shift[c] - mean * factor * scale[c]);
+            }
+        }
+#pragma omp parallel for schedule(static)
+    for (long r = 0; r < images * tall; r++) {
+        long i = r / tall, y = r % tall - pad;
+        bf16* to = out + r * wide * channels;
+        if (y < 0 || y >= height) {
+            memset(to, 0, wide * channels * 2);
+            continue;
+        }
+        memset(to, 0, pad * channels * 2);
+        memset(to + (pad + width) * channels, 0, pad * channels * 2);
+        const float *factor = apply + i * 2 * channels, *addend = factor + channels;
+        const bf16* from = in + (i * height + y) * width * channels;
+        to += pad * channels;
+        for (long x = 0; x < width; x++)
+            for (long c = 0; c < channels; c += 16) {
+                __m512 v = load(from + x * channels + c);
+                v = _mm512_fmadd_ps(v, _mm512_loadu_ps(factor + c), _mm512_loadu_ps(addend + c));
+                store(to + x * channels + c, with_silu ? silu(v) : v);
+            }
+    }
+    free(sums);
+}
+
+}  // extern "C"
