@@ -120,6 +120,10 @@ def draw(checkpoint: str, dtype: str) -> None:
     began = time.perf_counter()
     model = safelight.load(checkpoint, device="cpu", dtype=dtype)
     load = time.perf_counter() - began
+    nets = (model.unet, model.vae, model.text_encoder)
+    weights = sum(
+        p.numel() * p.element_size() for net in nets if net is not None for p in net.parameters()
+    )
     mark("denoise")
     steps: list[float] = []
     last = time.perf_counter()
@@ -142,7 +146,6 @@ def draw(checkpoint: str, dtype: str) -> None:
         height=SIDE,
         on_step=on_step,
     )
-    nets = (model.unet, model.vae, model.text_encoder)
     picture = np.asarray(result.images[0])
     mark(
         json.dumps(
@@ -153,13 +156,7 @@ def draw(checkpoint: str, dtype: str) -> None:
                 "step_s": result.timings["denoise"] / STEPS,
                 "steps_s": [steps[0] - result.timings["text"], *steps[1:]],
                 "decode_s": result.timings["decode"],
-                "weights_gb": sum(
-                    p.numel() * p.element_size()
-                    for net in nets
-                    if net is not None
-                    for p in net.parameters()
-                )
-                / GB,
+                "weights_gb": weights / GB,
                 "size": list(result.images[0].size),
                 "spread": float(picture.std()),
                 "peak_gb": peak_resident() / GB,

@@ -140,8 +140,8 @@ def test_unconditional(pixels: Model) -> None:
 
 
 def test_nan_is_an_error_and_never_a_black_picture(model: Model, monkeypatch) -> None:
-    def broken(x, *_):
-        return torch.full_like(x, float("nan"))
+    def broken(x, timestep, context, *_):
+        return x.new_full((len(context), *x.shape[1:]), float("nan"))
 
     monkeypatch.setattr(model.unet, "forward", broken)
     with pytest.raises(SafelightError, match="NaN at step 1 of 3"):

@@ -52,7 +52,7 @@ def unet_file(folder):
 
 def test_a_folder_loads(folder):
     write(folder / "safelight.json", {"words": ["apple", "red"], "made_by": "us"})
-    model = load_model(str(folder), device="cpu")
+    model = load_model(str(folder), device="cpu", dtype="float32")
     assert (model.name, model.kind, model.family) == ("tiny", "text", "custom")
     assert model.native_size == (16, 16)
     assert model.words == {"apple", "red"}
@@ -108,10 +108,13 @@ def test_the_digest_is_of_all_that_was_read(folder):
 def test_weights_are_converted(folder, stored, asked):
     edit(unet_file(folder), lambda t: {k: v.to(stored) for k, v in t.items()})
     model = load_model(str(folder), device="cpu", dtype=asked)
-    wanted = load_file(unet_file(folder))
+    wanted, dtype = load_file(unet_file(folder)), getattr(torch, asked)
     for name, tensor in model.unet.state_dict().items():
-        assert tensor.dtype == getattr(torch, asked)
-        assert torch.equal(tensor, wanted[name].to(tensor.dtype))
+        assert torch.equal(tensor.to(dtype), wanted[name].to(dtype))
+    out = model.unet(
+        torch.ones(1, 4, 8, 8, dtype=dtype), torch.ones(1), torch.ones(1, 5, 24, dtype=dtype)
+    )
+    assert out.dtype == dtype
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux what is mapped")
@@ -227,7 +230,7 @@ def test_shards_load(folder):
         weight_map |= dict.fromkeys(some, shard)
     index = folder / "unet/diffusion_pytorch_model.safetensors.index.json"
     write(index, {"metadata": {}, "weight_map": weight_map})
-    model = load_model(str(folder), device="cpu")
+    model = load_model(str(folder), device="cpu", dtype="float32")
     assert all(torch.equal(t, tensors[n]) for n, t in model.unet.state_dict().items())
     write(index, {"weight_map": {**weight_map, names[0]: weight_map[names[1]]}})
     refused(lambda: load_model(str(folder), device="cpu"), "does not list what its files hold")
@@ -303,7 +306,10 @@ def test_devices_and_dtypes(monkeypatch):
     refused(lambda: pick_device("cuda:2"), "cuda:0, cuda:1, mps, cpu")
     assert pick_device(torch.device("cpu")) == torch.device("cpu")
     assert pick_dtype("auto", torch.device("cuda")) == torch.float16
+    monkeypatch.setattr("safelight.weights.load.native_bfloat16", lambda: False)
     assert pick_dtype("auto", torch.device("cpu")) == torch.float32
+    monkeypatch.setattr("safelight.weights.load.native_bfloat16", lambda: True)
+    assert pick_dtype("auto", torch.device("cpu")) == torch.bfloat16
     assert pick_dtype(torch.bfloat16, torch.device("cpu")) == torch.bfloat16
 
 
@@ -381,7 +387,7 @@ def tiny_family(monkeypatch):
 
 def test_a_single_file_loads(tiny_family, tmp_path):
     file = single_file(tmp_path / "model.safetensors", FAMILY, extra=IGNORED)
-    model = load_model(str(file), device="cpu")
+    model = load_model(str(file), device="cpu", dtype="float32")
     assert (model.name, model.family, model.native_size) == ("model", "tiny", (16, 16))
     for part in ("unet", "vae", "text_encoder"):
         state = getattr(model, part).state_dict()

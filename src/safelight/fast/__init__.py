@@ -19,17 +19,22 @@ from torch import nn
 from safelight.fast import memory, onednn
 from safelight.fast.layers import swap
 
-__all__ = ["accelerate", "native_bfloat16"]
+__all__ = ["accelerate", "helps", "native_bfloat16"]
 
 
-def accelerate(net: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Make `net` faster, in place, if there is a faster way on this device in this precision.
+def helps(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there is a faster way on this device in this precision."""
+    return device.type == "cpu" and dtype != torch.float16 and onednn.available()
 
-    It can then no longer be trained, and its state dict loses what is packed at the first call.
+
+def accelerate(net: nn.Module, dtype: torch.dtype) -> None:
+    """Make `net`, on the CPU, compute faster and in `dtype`, whatever precision it was loaded in.
+
+    In place. It can then no longer be trained, and its state dict loses what is packed at the
+    first call.
     """
-    if device.type == "cpu" and dtype != torch.float16 and onednn.available():
-        memory.keep_freed()
-        swap(net)
+    memory.keep_freed()
+    swap(net, dtype)
 
 
 def native_bfloat16() -> bool:

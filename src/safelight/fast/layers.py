@@ -25,36 +25,39 @@ from safelight.nets.layers import (
     rows,
 )
 
-
 LARGE = 1 << 22
-"""Numbers in a weight whose memory is worth returning at once."""
+"""Numbers in a weight whose memory is worth giving back at once."""
 
 
 def _count(x: Tensor) -> int:
     return x.numel() // x.shape[-1]
 
 
-def _let_go(*layers: nn.Module) -> None:
-    """Of the weights that were loaded, once they are packed."""
-    large = any(layer.weight.numel() >= LARGE for layer in layers)
-    for layer in layers:
-        layer.weight = None  # type: ignore[assignment]
-    if large:
+def _take(layer: Any, precision: torch.dtype) -> Tensor:
+    """A layer's weight in this precision, to be packed; the layer lets go of the one it loaded."""
+    loaded: Tensor = layer.weight
+    layer.weight = None
+    weight = loaded.to(precision)
+    if weight is not loaded:
+        memory.page_out(loaded)
+    elif weight.numel() >= LARGE:
         memory.give_back()
+    return weight
 
 
 class FastLinear(nn.Linear):
+    precision: torch.dtype
     _packed: Any = None
 
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """plus: added to the result."""
         if self._packed is None:
-            self._packed = onednn.Matrix(self.weight, self.bias, _count(x))
-            _let_go(self)
+            self._packed = onednn.Matrix(_take(self, self.precision), self.bias, _count(x))
         return self._packed(x, plus)
 
 
 class FastConv2d(nn.Conv2d):
+    precision: torch.dtype
     _packed: Any = None
 
     def forward(  # type: ignore[override]
@@ -62,21 +65,21 @@ class FastConv2d(nn.Conv2d):
     ) -> Tensor:
         """plus: added to the result; shift: [1 or batch, out_channels], too."""
         if self._packed is None:
-            kind = tiles if tiles.fits_conv(self) else onednn
-            self._packed = kind.Convolution(self, x.shape)
-            _let_go(self)
+            kind = tiles if tiles.fits_conv(self, self.precision) else onednn
+            self._packed = kind.Convolution(_take(self, self.precision), self, x.shape)
         return self._packed(x, plus, shift)
 
     def padded(self) -> bool:
         """Whether it reads what FastGroupNorm.silu gives with a border."""
         return isinstance(self._packed, tiles.Convolution) or (
-            self._packed is None and tiles.fits_conv(self)
+            self._packed is None and tiles.fits_conv(self, self.precision)
         )
 
 
 class FastPointwise(nn.Conv2d):
     """A 1×1 convolution is a product of the tokens."""
 
+    precision: torch.dtype
     _packed: Any = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,8 +87,8 @@ class FastPointwise(nn.Conv2d):
 
     def tokens(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         if self._packed is None:
-            self._packed = onednn.Matrix(self.weight.flatten(1), self.bias, _count(x))
-            _let_go(self)
+            weight = _take(self, self.precision).flatten(1)
+            self._packed = onednn.Matrix(weight, self.bias, _count(x))
         return self._packed(x, plus)
 
 
@@ -123,14 +126,20 @@ class FastResnetBlock2D(ResnetBlock2D):
 
 
 class FastUpsample2D(Upsample2D):
+    """Keeps the weight as it was loaded, too, for sides that are not doubled."""
+
+    precision: torch.dtype
     _packed: Any = None
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        weight, bias = self.conv.weight, self.conv.bias
         if size is not None and size != (2 * x.shape[-2], 2 * x.shape[-1]):
-            return super().forward(x, size)
+            large = F.interpolate(x, size=size, mode="nearest")
+            return F.conv2d(large, weight.to(self.precision), bias, padding=1)
         if self._packed is None:
-            kind = tiles if tiles.fits_conv(self.conv) else onednn
-            self._packed = kind.Doubling(self.conv, x.shape)
+            kind = tiles if tiles.fits_conv(self.conv, self.precision) else onednn
+            self._packed = kind.Doubling(weight.to(self.precision), self.conv, x.shape)
+            memory.page_out(weight)
         return self._packed(x)
 
 
@@ -166,8 +175,8 @@ class FastAttention(Attention):
         if self._own is None:
             layers = (self.to_q, self.to_k, self.to_v)
             bias = None if self.to_q.bias is None else torch.cat([layer.bias for layer in layers])
-            self._own = onednn.Matrix(torch.cat([layer.weight for layer in layers]), bias, _count(x))
-            _let_go(*layers)
+            weight = torch.cat([_take(layer, layer.precision) for layer in layers])
+            self._own = onednn.Matrix(weight, bias, _count(x))
         return self._own(x)
 
 
@@ -195,8 +204,7 @@ class FastFeedForward(FeedForward):
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:  # type: ignore[override]
         if self._gated is None:
             proj = self.net[0].proj
-            self._gated = onednn.Gated(proj.weight, proj.bias, _count(x))
-            _let_go(proj)
+            self._gated = onednn.Gated(_take(proj, proj.precision), proj.bias, _count(x))
         return self.net[2](self._gated(x), plus)
 
 
@@ -236,12 +244,22 @@ _FAST: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def swap(net: nn.Module) -> None:
-    """Give the layers of `net`, in place, their fast classes."""
-    # The convolution of an enlargement stays as it is, for sides that are not doubled.
-    plain = {module.conv for module in net.modules() if isinstance(module, Upsample2D)}
-    for module in set(net.modules()) - plain:
-        if type(module) is nn.Conv2d:
+def swap(net: nn.Module, precision: torch.dtype) -> None:
+    """Give the layers of `net`, in place, their fast classes.
+
+    Weights that will be packed stay as they were loaded until then, in whatever precision; all
+    else is converted.
+    """
+    enlarging = {module.conv for module in net.modules() if isinstance(module, Upsample2D)}
+    for module in net.modules():
+        if type(module) is nn.Conv2d and module not in enlarging:
             module.__class__ = FastPointwise if module.kernel_size == (1, 1) else FastConv2d
         else:
             module.__class__ = _FAST.get(type(module), type(module))
+        packed = isinstance(module, FastLinear | FastConv2d | FastPointwise) or module in enlarging
+        if packed or isinstance(module, FastUpsample2D):
+            module.precision = precision  # type: ignore[assignment]
+        for name, parameter in module.named_parameters(recurse=False):
+            if not (packed and name == "weight"):
+                converted = nn.Parameter(parameter.to(precision), requires_grad=False)
+                setattr(module, name, converted)

@@ -1,14 +1,18 @@
-"""What glibc's allocator does with the memory of activations and of packed weights."""
+"""What becomes of the memory of activations, and of weights once they are packed."""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 from functools import cache
 from typing import Any
 
+from torch import Tensor
+
 # The names of <malloc.h>.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+_MADV_PAGEOUT = 21
 _MB = 1 << 20
 
 
@@ -18,7 +22,10 @@ def _libc() -> Any:
     if not sys.platform.startswith("linux"):
         return None
     library = ctypes.CDLL(None)
-    return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
+    if not all(hasattr(library, name) for name in ("mallopt", "malloc_trim", "madvise")):
+        return None
+    library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return library
 
 
 @cache
@@ -38,3 +45,17 @@ def give_back() -> None:
     """Return what is free after all: loaded weights, once they are packed."""
     if (libc := _libc()) is not None:
         libc.malloc_trim(0)
+
+
+def page_out(tensor: Tensor) -> None:
+    """Let the kernel take the pages of a tensor in a mapped file: they are read again if asked for.
+
+    Unlike MADV_DONTNEED this can lose nothing, whatever the tensor's memory turns out to be.
+    """
+    if (libc := _libc()) is None:
+        return
+    begin, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+    first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (begin + size) // mmap.PAGESIZE * mmap.PAGESIZE
+    if last > first:
+        libc.madvise(first, last - first, _MADV_PAGEOUT)

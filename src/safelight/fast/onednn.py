@@ -30,7 +30,7 @@ class Matrix:
 
 
 class Gated:
-    """GEGLU's layer: the product with the one half of the weight is gated by GELU of the other's."""
+    """GEGLU's layer: the product with half of the weight is gated by GELU of the other half's."""
 
     def __init__(self, weight: Tensor, bias: Tensor, count: int) -> None:
         value, gate = weight.chunk(2)
@@ -46,10 +46,10 @@ class Gated:
 class Convolution:
     """A convolution's weight [out, in, side, side] and bias."""
 
-    def __init__(self, conv: nn.Conv2d, shape: torch.Size) -> None:
-        """shape: that of the map which it will most often read."""
+    def __init__(self, weight: Tensor, conv: nn.Conv2d, shape: torch.Size) -> None:
+        """conv: says all but the weight; shape: of the map which it will most often read."""
         self.how = (conv.padding, conv.stride, conv.dilation, 1)
-        self.packed = self._pack(conv.weight, shape)
+        self.packed = self._pack(weight, shape)
         self.bias = conv.bias
 
     def _pack(self, weight: Tensor, shape: torch.Size) -> Tensor:
@@ -85,11 +85,11 @@ class Doubling(Convolution):
     small one: their weights are summed.
     """
 
-    def __init__(self, conv: nn.Conv2d, shape: torch.Size) -> None:
+    def __init__(self, weight: Tensor, conv: nn.Conv2d, shape: torch.Size) -> None:
         self.how = (conv.padding, conv.stride, conv.dilation, 1)
         self.bias = conv.bias
         self.out_channels = conv.out_channels
-        self.parts = [[self._pack(part, shape) for part in row] for row in quarters(conv.weight)]
+        self.parts = [[self._pack(part, shape) for part in row] for row in quarters(weight)]
 
     def __call__(
         self, x: Tensor, plus: Tensor | None = None, shift: Tensor | None = None

@@ -120,9 +120,9 @@ class Padded:
         return padded
 
 
-def fits_conv(conv: nn.Conv2d) -> bool:
+def fits_conv(conv: nn.Conv2d, dtype: torch.dtype) -> bool:
     return (
-        available(conv.weight.dtype)
+        available(dtype)
         and not (conv.in_channels % 32 or conv.out_channels % 32)
         and conv.kernel_size == (3, 3)
         and conv.padding == (1, 1)
@@ -133,8 +133,8 @@ def fits_conv(conv: nn.Conv2d) -> bool:
 class Convolution:
     """As onednn.Convolution, for 3×3 with a border of one."""
 
-    def __init__(self, conv: nn.Conv2d, shape: torch.Size) -> None:
-        self.weights = _Weights(conv.weight.permute(0, 2, 3, 1).flatten(1), 9)
+    def __init__(self, weight: Tensor, conv: nn.Conv2d, shape: torch.Size) -> None:
+        self.weights = _Weights(weight.permute(0, 2, 3, 1).flatten(1), 9)
         self.bias = None if conv.bias is None else conv.bias.float()
 
     def __call__(
@@ -184,11 +184,11 @@ def _convolve(
 class Doubling:
     """As onednn.Doubling: the four convolutions write where their pixels belong."""
 
-    def __init__(self, conv: nn.Conv2d, shape: torch.Size) -> None:
+    def __init__(self, weight: Tensor, conv: nn.Conv2d, shape: torch.Size) -> None:
         self.bias = None if conv.bias is None else conv.bias.float()
         self.parts = [
             [_Weights(part.permute(0, 2, 3, 1).flatten(1), 4) for part in row]
-            for row in quarters(conv.weight)
+            for row in quarters(weight)
         ]
 
     def __call__(self, x: Tensor) -> Tensor:

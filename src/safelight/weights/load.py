@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from safelight.errors import SafelightError
-from safelight.fast import accelerate, native_bfloat16
+from safelight.fast import accelerate, helps, memory, native_bfloat16
 from safelight.model import Model
 from safelight.weights.check import DTYPES, Header, refusal
 from safelight.weights.digest import model_digest
@@ -164,15 +164,17 @@ def _network(plan: Plan, part: str, device: torch.device, dtype: torch.dtype) ->
     with torch.device("meta"), _Unfilled():
         network = network_class(plan.configs[part])
     weights = plan.weights[part]
+    # The text encoder runs once for a prompt: to pack it would take longer.
+    fast = part != "text_encoder" and helps(device, dtype)
     _check_fit(plan.source.name, part, network, weights)
     state: dict[str, Tensor] = {}
     for header in {id(w.header): w.header for w in weights.values()}.values():
         here = {name: w for name, w in weights.items() if w.header is header}
-        state |= _read(header, here, device, dtype)
+        state |= _read(header, here, device, dtype, keep=fast)
     network.load_state_dict(state, strict=True, assign=True)
     network.eval().requires_grad_(False)
-    if part != "text_encoder":  # it runs once for a prompt: packing it would take longer
-        accelerate(network, device, dtype)
+    if fast:
+        accelerate(network, dtype)
     return network
 
 
@@ -194,8 +196,13 @@ def _check_fit(model: str, part: str, network: nn.Module, weights: Mapping[str, 
 
 
 def _read(
-    header: Header, weights: Mapping[str, Weight], device: torch.device, dtype: torch.dtype
+    header: Header,
+    weights: Mapping[str, Weight],
+    device: torch.device,
+    dtype: torch.dtype,
+    keep: bool,
 ) -> dict[str, Tensor]:
+    """keep: leave them in the mapped file, in the precision that they are stored in."""
     state: dict[str, Tensor] = {}
     try:
         with safe_open(header.path, framework="pt") as file:
@@ -206,10 +213,13 @@ def _read(
                 if tensor.data_ptr() % tensor.element_size():
                     tensor = tensor.clone()  # the file need not align it, our kernels do
                 # Checked as it will be used: a large float32 is no longer finite as float16.
-                tensor = tensor.reshape(weight.shape).to(device, dtype)
-                if not _finite(tensor):
+                tensor = tensor.reshape(weight.shape)
+                used = tensor.to(device, dtype)
+                if not _finite(used):
                     raise refusal(header.name, f"{weight.key} holds NaN or Inf as {dtype}")
-                state[name] = tensor
+                state[name] = tensor if keep else used
+                if keep:
+                    memory.page_out(tensor)
     except (SafetensorError, OSError) as e:
         raise refusal(header.name, f"cannot be read: {e}") from None
     return state

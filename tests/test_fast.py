@@ -1,0 +1,268 @@
+"""The fast layers against the plain ones: the same names, the same weights, the same result."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from safelight.fast import accelerate, helps, tiles
+from safelight.fast.onednn import Doubling
+from safelight.nets.layers import Upsample2D
+from safelight.nets.unet import UNet2DConditionModel, UNetConfig
+from safelight.nets.unet2d import UNet2DConfig, UNet2DModel
+from safelight.nets.vae import AutoencoderKL, VAEConfig
+
+SD1 = UNetConfig(
+    sample_size=16,
+    block_out_channels=(32, 64, 64, 64),
+    cross_attention_dim=48,
+    attention_head_dim=4,
+)
+SD2 = UNetConfig(
+    sample_size=16,
+    block_out_channels=(64, 96),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    cross_attention_dim=48,
+    attention_head_dim=(2, 3),
+    use_linear_projection=True,
+    only_cross_attention=True,
+    norm_num_groups=16,
+)
+PIXELS = UNet2DConfig(
+    sample_size=16,
+    block_out_channels=(32, 64),
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    norm_num_groups=16,
+    attention_head_dim=16,
+)
+
+needs_tiles = pytest.mark.skipif(
+    not tiles.available(torch.bfloat16), reason="no AMX here, or the kernels were not built"
+)
+
+
+@pytest.fixture(autouse=True)
+def inference() -> Any:
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        yield
+
+
+def distance(found: Tensor, wanted: Tensor) -> float:
+    return float((found.float() - wanted.float()).norm() / wanted.float().norm())
+
+
+def fast(net: nn.Module) -> Any:
+    net = copy.deepcopy(net)
+    accelerate(net, next(net.parameters()).dtype)
+    return net
+
+
+def text(config: UNetConfig, rows: int) -> Tensor:
+    return torch.randn(rows, 7, config.cross_attention_dim)
+
+
+@pytest.mark.parametrize("config", [SD1, SD2], ids=["sd1", "sd2"])
+@pytest.mark.parametrize("sides", [(16, 16), (8, 24), (12, 20)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_unet_in_float32(config: UNetConfig, sides: tuple[int, int], batch: int) -> None:
+    net = UNet2DConditionModel(config).eval()
+    x, context = torch.randn(batch, 4, *sides), text(config, 2 * batch)
+    t = torch.tensor([500.0, 30.5])[:batch]
+    swapped = fast(net)
+    for _ in range(2):  # the first call packs
+        assert distance(swapped(x, t, context), net(x, t, context)) < 1e-5
+
+
+@pytest.mark.parametrize("config", [SD1, SD2], ids=["sd1", "sd2"])
+def test_one_row_for_both_halves_of_guidance(config: UNetConfig) -> None:
+    net = UNet2DConditionModel(config).eval()
+    x, t, context = torch.randn(2, 4, 16, 16), torch.tensor([500.0, 30.0]), text(config, 4)
+    each = net(x.repeat_interleave(2, 0), t.repeat_interleave(2), context)
+    assert distance(net(x, t, context), each) < 1e-5
+
+
+@pytest.mark.parametrize("config", [SD1, SD2], ids=["sd1", "sd2"])
+def test_bfloat16_is_no_further_from_float32_than_plain_bfloat16(config: UNetConfig) -> None:
+    net = UNet2DConditionModel(config).eval()
+    x, t, context = torch.randn(1, 4, 16, 16), torch.tensor([500.0]), text(config, 2)
+    true = net(x, t, context)
+    half = copy.deepcopy(net).bfloat16()
+    plain = distance(half(x.bfloat16(), t, context.bfloat16()), true)
+    assert distance(fast(half)(x.bfloat16(), t, context.bfloat16()), true) < 1.1 * plain
+
+
+def test_another_prompt_is_not_answered_with_the_last_one() -> None:
+    net = UNet2DConditionModel(SD1).eval()
+    swapped = fast(net)
+    x, t = torch.randn(1, 4, 16, 16), torch.tensor([500.0])
+    for _ in range(3):
+        context = text(SD1, 2)
+        assert distance(swapped(x, t, context), net(x, t, context)) < 1e-5
+
+
+def test_size_and_batch_may_change_between_calls() -> None:
+    net = UNet2DConditionModel(SD1).eval()
+    swapped, half = fast(net), copy.deepcopy(net).bfloat16()
+    swapped_half = fast(half)
+    for batch, sides in ((1, (16, 16)), (3, (8, 8)), (1, (32, 16)), (2, (9, 20)), (1, (16, 16))):
+        x, t, context = torch.randn(batch, 4, *sides), torch.full((batch,), 9.0), text(SD1, batch)
+        true = net(x, t, context)
+        # On the smallest map the norms divide by the spread of a few numbers.
+        assert distance(swapped(x, t, context), true) < 1e-4
+        low = (x.bfloat16(), t, context.bfloat16())
+        assert distance(swapped_half(*low), true) < 1.5 * distance(half(*low), true)
+
+
+def test_pixel_model() -> None:
+    net = UNet2DModel(PIXELS).eval()
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([500.0, 30.0])
+    true = net(x, t)
+    assert distance(fast(net)(x, t), true) < 1e-5
+    half = copy.deepcopy(net).bfloat16()
+    plain = distance(half(x.bfloat16(), t), true)
+    assert distance(fast(half)(x.bfloat16(), t), true) < 1.1 * plain
+
+
+def test_autoencoder() -> None:
+    net = AutoencoderKL(VAEConfig(block_out_channels=(32, 64), latent_channels=4)).eval()
+    z = torch.randn(1, 4, 16, 16)
+    true, swapped = net.decode(z), fast(net)
+    assert distance(swapped.decode(z), true) < 1e-5
+    for found, wanted in zip(swapped.encode(true), net.encode(true), strict=True):
+        assert distance(found, wanted) < 1e-5
+    half = copy.deepcopy(net).bfloat16()
+    plain = distance(half.decode(z.bfloat16()), true)
+    assert distance(fast(half).decode(z.bfloat16()), true) < 1.1 * plain
+
+
+def test_loaded_weights_are_let_go_once_packed() -> None:
+    net = fast(UNet2DConditionModel(SD1).eval())
+    before = sum(p.numel() for p in net.parameters())
+    net(torch.randn(1, 4, 16, 16), torch.tensor([1.0]), text(SD1, 1))
+    assert sum(p.numel() for p in net.parameters()) < before / 5
+
+
+def test_doubling_is_enlarging_and_convolving() -> None:
+    plain = Upsample2D(32).eval()
+    x = torch.randn(2, 32, 5, 7)
+    assert distance(Doubling(plain.conv.weight, plain.conv, x.shape)(x), plain(x)) < 1e-6
+
+
+def test_float16_and_other_devices_are_left_alone() -> None:
+    assert helps(torch.device("cpu"), torch.float32)
+    assert not helps(torch.device("cpu"), torch.float16)
+    assert not helps(torch.device("meta"), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_loaded_in_float16_are_converted_as_they_are_packed(dtype: torch.dtype) -> None:
+    loaded = UNet2DConditionModel(SD1).eval().half()
+    other = copy.deepcopy(loaded).to(dtype)
+    accelerate(loaded, dtype)
+    assert loaded.conv_in.weight.dtype == torch.float16
+    for sides in ((16, 16), (9, 20)):  # the second enlarges by other than two
+        x, t = torch.randn(1, 4, *sides).to(dtype), torch.tensor([1.0])
+        context = text(SD1, 1).to(dtype)
+        found = loaded(x, t, context)
+        assert found.dtype == dtype
+        assert distance(found, other(x, t, context)) < (1e-4 if dtype == torch.float32 else 0.02)
+
+
+# --- the kernels ---------------------------------------------------------------------------------
+
+
+@needs_tiles
+@pytest.mark.parametrize(
+    ("queries", "keys", "size"),
+    [(64, 64, 40), (100, 77, 40), (33, 300, 80), (256, 1, 160), (1, 513, 64), (50, 33, 24)],
+)
+def test_attention(queries: int, keys: int, size: int) -> None:
+    q, k, v = (torch.randn(2, n, 3, size).bfloat16() for n in (queries, keys, keys))
+    q, k, v = (t.transpose(1, 2) for t in (3 * q, k, v))
+    true = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).transpose(1, 2)
+    assert distance(tiles.attend(q, k, v), true.flatten(2)) < 5e-3
+
+
+@needs_tiles
+def test_attention_of_scores_far_apart() -> None:
+    # Most weights underflow, and the largest score comes late: what was summed before shrinks.
+    q = torch.full((1, 1, 32, 32), 4.0).bfloat16()
+    k = torch.linspace(-40, 40, 600)[None, None, :, None].expand(1, 1, 600, 32).bfloat16()
+    v = torch.randn(1, 1, 600, 32).bfloat16()
+    true = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).transpose(1, 2)
+    found = tiles.attend(q, k.contiguous(), v)
+    assert found.isfinite().all()
+    assert distance(found, true.flatten(2)) < 5e-3
+
+
+@needs_tiles
+@pytest.mark.parametrize("sides", [(16, 16), (8, 8), (1, 1), (9, 20), (5, 48), (40, 3)])
+@pytest.mark.parametrize("channels", [(32, 32), (96, 64), (320, 96)])
+def test_convolution(sides: tuple[int, int], channels: tuple[int, int]) -> None:
+    conv = nn.Conv2d(*channels, 3, padding=1).bfloat16()
+    x = torch.randn(2, channels[0], *sides).bfloat16()
+    plus = torch.randn(2, channels[1], *sides).bfloat16()
+    shift = torch.randn(2, channels[1]).bfloat16()
+    kernel = tiles.Convolution(conv.weight, conv, x.shape)
+    weight, bias = conv.weight.float(), conv.bias.float()
+    true = F.conv2d(x.float(), weight, bias, padding=1)
+    assert distance(kernel(x), true) < 3e-3
+    everything = true + plus.float() + shift.float()[:, :, None, None]
+    assert distance(kernel(x, plus, shift), everything) < 3e-3
+    assert distance(kernel(x, plus, shift[:1])[:1], everything[:1]) < 3e-3
+
+
+@needs_tiles
+@pytest.mark.parametrize("sides", [(16, 16), (8, 8), (3, 17)])
+def test_doubling(sides: tuple[int, int]) -> None:
+    plain = Upsample2D(64).eval()
+    x = torch.randn(2, 64, *sides).bfloat16()
+    true = plain(x.float())
+    conv = plain.conv.bfloat16()
+    assert distance(tiles.Doubling(conv.weight, conv, x.shape)(x), true) < 5e-3
+
+
+@needs_tiles
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+def test_group_norm(mean: float) -> None:
+    norm = nn.GroupNorm(8, 48)
+    norm.weight.copy_(torch.randn(48))
+    norm.bias.copy_(torch.randn(48))
+    x = (torch.randn(2, 48, 5, 7) + mean).bfloat16()
+    true = norm(x.float())
+    found = tiles.group_norm(norm, x, norm.weight, norm.bias)
+    assert distance(found, true) < 5e-3
+    padded = tiles.group_norm_silu(norm, x, norm.weight, norm.bias)
+    inside = padded.memory[: 2 * 7 * 9 * 48].view(2, 7, 9, 48)
+    assert distance(inside[:, 1:-1, 1:-1].permute(0, 3, 1, 2), F.silu(true)) < 5e-3
+    assert not inside[:, 0].any()
+    assert not inside[:, :, -1].any()
+
+
+@needs_tiles
+def test_a_nan_is_not_hidden() -> None:
+    q = torch.randn(1, 1, 32, 32).bfloat16()
+    q[0, 0, 3] = float("nan")
+    assert tiles.attend(q, q, q).isnan().any()
+    norm = nn.GroupNorm(8, 32)
+    x = torch.randn(1, 32, 4, 4).bfloat16()
+    x[0, 0, 0, 0] = float("nan")
+    assert tiles.group_norm(norm, x, norm.weight, norm.bias).isnan().any()
+
+
+@needs_tiles
+def test_the_kernels_are_used() -> None:
+    net = UNet2DConditionModel(SD1).eval().bfloat16()
+    accelerate(net, torch.bfloat16)
+    low = torch.randn(1, 4, 16, 16).bfloat16()
+    net(low, torch.tensor([1.0]), text(SD1, 1).bfloat16())
+    kinds = {type(module._packed) for module in net.modules() if hasattr(module, "_packed")}
+    assert {tiles.Convolution, tiles.Doubling} <= kinds
