@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from safelight.fast import accelerate, helps, tiles
+from safelight.fast import accelerate, helps, leave_mapped, tiles
 from safelight.fast.onednn import Doubling
+from safelight.nets.clip import CLIPTextConfig, CLIPTextModel
 from safelight.nets.layers import Upsample2D
 from safelight.nets.unet import UNet2DConditionModel, UNetConfig
 from safelight.nets.unet2d import UNet2DConfig, UNet2DModel
@@ -176,6 +177,24 @@ def test_weights_loaded_in_float16_are_converted_as_they_are_packed(dtype: torch
         assert distance(found, other(x, t, context)) < (1e-4 if dtype == torch.float32 else 0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_text_encoder_in_float16_computes_in_what_is_asked(dtype: torch.dtype) -> None:
+    net = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=100,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=9,
+        )
+    )
+    net = net.eval().half()
+    other, ids = copy.deepcopy(net).to(dtype), torch.randint(100, (2, 9))
+    leave_mapped(net, dtype)
+    assert torch.equal(net(ids), other(ids))
+
+
 # --- the kernels ---------------------------------------------------------------------------------
 
 
@@ -231,6 +250,26 @@ def test_doubling(sides: tuple[int, int]) -> None:
 
 
 @needs_tiles
+def test_a_large_map_is_convolved_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm = nn.GroupNorm(8, 32)
+    conv = nn.Conv2d(32, 64, 3, padding=1).bfloat16()
+    x, shift = torch.randn(2, 32, 13, 18).bfloat16(), torch.randn(2, 64)
+    plus = torch.randn(2, 64, 13, 18).bfloat16()
+    double = tiles.Doubling(conv.weight, conv, x.shape)
+    kernel = tiles.Convolution(conv.weight, conv, x.shape)
+
+    def outputs() -> list[Tensor]:
+        normed = tiles.group_norm_silu(norm, x, norm.weight, norm.bias)
+        return [kernel(x, plus, shift), kernel(normed), double(x)]
+
+    whole = outputs()
+    monkeypatch.setattr(tiles, "STRIP", 5 * 20 * 32)
+    assert len(tiles.Map(x).strips()) == 10
+    for found, wanted in zip(outputs(), whole, strict=True):
+        assert torch.equal(found, wanted)
+
+
+@needs_tiles
 @pytest.mark.parametrize("mean", [0.0, 30.0])
 def test_group_norm(mean: float) -> None:
     norm = nn.GroupNorm(8, 48)
@@ -240,8 +279,8 @@ def test_group_norm(mean: float) -> None:
     true = norm(x.float())
     found = tiles.group_norm(norm, x, norm.weight, norm.bias)
     assert distance(found, true) < 5e-3
-    padded = tiles.group_norm_silu(norm, x, norm.weight, norm.bias)
-    inside = padded.memory[: 2 * 7 * 9 * 48].view(2, 7, 9, 48)
+    map_ = tiles.group_norm_silu(norm, x, norm.weight, norm.bias)
+    inside = map_.padded(slice(0, 2), 0, 5)[: 2 * 7 * 9 * 48].view(2, 7, 9, 48)
     assert distance(inside[:, 1:-1, 1:-1].permute(0, 3, 1, 2), F.silu(true)) < 5e-3
     assert not inside[:, 0].any()
     assert not inside[:, :, -1].any()

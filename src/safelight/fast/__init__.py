@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from safelight.fast import memory, onednn
-from safelight.fast.layers import swap
+from safelight.fast.layers import leave_mapped, swap
 
-__all__ = ["accelerate", "helps", "native_bfloat16"]
+__all__ = ["accelerate", "helps", "leave_mapped", "native_bfloat16"]
 
 
 def helps(device: torch.device, dtype: torch.dtype) -> bool:

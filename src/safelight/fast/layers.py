@@ -40,8 +40,8 @@ def _take(layer: Any, precision: torch.dtype) -> Tensor:
     weight = loaded.to(precision)
     if weight is not loaded:
         memory.page_out(loaded)
-    elif weight.numel() >= LARGE:
-        memory.give_back()
+    if weight.numel() >= LARGE:
+        memory.give_back()  # of the layer before, by now packed
     return weight
 
 
@@ -69,8 +69,8 @@ class FastConv2d(nn.Conv2d):
             self._packed = kind.Convolution(_take(self, self.precision), self, x.shape)
         return self._packed(x, plus, shift)
 
-    def padded(self) -> bool:
-        """Whether it reads what FastGroupNorm.silu gives with a border."""
+    def reads_maps(self) -> bool:
+        """Whether it takes a tiles.Map, normed on the way."""
         return isinstance(self._packed, tiles.Convolution) or (
             self._packed is None and tiles.fits_conv(self, self.precision)
         )
@@ -107,7 +107,7 @@ class FastGroupNorm(nn.GroupNorm):
 
     def silu(self, x: Tensor, conv: FastConv2d) -> Any:
         """Norm and SiLU, as `conv` wants to read it."""
-        if conv.padded() and tiles.fits_norm(self, x):
+        if conv.reads_maps() and tiles.fits_norm(self, x):
             return tiles.group_norm_silu(self, x, *self._affine())
         return F.silu(self(x), inplace=True)
 
@@ -231,6 +231,28 @@ class FastTransformer2DModel(Transformer2DModel):
         return _map(project(h, _tokens(x)), x)
 
 
+class MappedLinear(nn.Linear):
+    """For what runs once for a prompt: to pack it would take longer, and to hold it, memory."""
+
+    precision: torch.dtype
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        out = F.linear(x, self.weight.to(self.precision), self.bias)
+        memory.page_out(self.weight)
+        return out
+
+
+class MappedEmbedding(nn.Embedding):
+    precision: torch.dtype
+
+    def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(ids).to(self.precision)
+
+
+_MAPPED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: MappedLinear,
+    nn.Embedding: MappedEmbedding,
+}
 _FAST: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: FastLinear,
     nn.GroupNorm: FastGroupNorm,
@@ -256,10 +278,21 @@ def swap(net: nn.Module, precision: torch.dtype) -> None:
             module.__class__ = FastPointwise if module.kernel_size == (1, 1) else FastConv2d
         else:
             module.__class__ = _FAST.get(type(module), type(module))
-        packed = isinstance(module, FastLinear | FastConv2d | FastPointwise) or module in enlarging
-        if packed or isinstance(module, FastUpsample2D):
-            module.precision = precision  # type: ignore[assignment]
-        for name, parameter in module.named_parameters(recurse=False):
-            if not (packed and name == "weight"):
-                converted = nn.Parameter(parameter.to(precision), requires_grad=False)
-                setattr(module, name, converted)
+        kinds = FastLinear | FastConv2d | FastPointwise | FastUpsample2D
+        _settle(module, precision, waits=isinstance(module, kinds) or module in enlarging)
+
+
+def leave_mapped(net: nn.Module, precision: torch.dtype) -> None:
+    """Let the matrices of `net` stay in the mapped file, to be converted at each use."""
+    for module in net.modules():
+        module.__class__ = _MAPPED.get(type(module), type(module))
+        _settle(module, precision, waits=isinstance(module, MappedLinear | MappedEmbedding))
+
+
+def _settle(module: nn.Module, precision: torch.dtype, waits: bool) -> None:
+    """Convert a layer's parameters, save a weight that waits to be used."""
+    if waits:
+        module.precision = precision  # type: ignore[assignment]
+    for name, parameter in module.named_parameters(recurse=False):
+        if not (waits and name == "weight"):
+            setattr(module, name, nn.Parameter(parameter.to(precision), requires_grad=False))

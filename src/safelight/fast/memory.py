@@ -37,7 +37,7 @@ def keep_freed() -> None:
     """
     if (libc := _libc()) is not None:
         libc.mallopt(_M_MMAP_THRESHOLD, 32 * _MB)  # the most that it takes
-        libc.mallopt(_M_TRIM_THRESHOLD, 512 * _MB)
+        libc.mallopt(_M_TRIM_THRESHOLD, 128 * _MB)
         libc.mallopt(_M_TOP_PAD, 64 * _MB)
 
 

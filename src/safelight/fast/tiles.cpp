@@ -507,55 +507,64 @@ void safelight_conv(const bf16* in, const bf16* weights, const float* bias, long
                 bias_step, plus, out});
 }
 
-// Group norm, and SiLU where asked, of a map [images, height, width, channels], into the middle of
-// one with a border of `pad` zeros. scale, shift: [channels].
-void safelight_norm(const bf16* in, const float* scale, const float* shift, bf16* out, long images,
-                    long height, long width, long channels, long groups, float eps, int pad,
-                    int with_silu) {
-    long positions = height * width, wide = width + 2 * pad, tall = height + 2 * pad;
-    long threads = omp_get_max_threads();
-    float* sums = (float*)aligned_alloc(64, (threads + 1) * images * channels * 2 * 4);
-    memset(sums, 0, threads * images * channels * 2 * 4);
+// Of a group norm of a map [images, positions, channels]: each channel's factor and addend, as
+// [images][2][channels]. scale, shift: [channels].
+void safelight_moments(const bf16* in, const float* scale, const float* shift, float* factors,
+                       long images, long positions, long channels, long groups, float eps) {
+    long threads = omp_get_max_threads(), row = images * 2 * channels;
+    float* sums = (float*)aligned_alloc(64, (threads * row * 4 + 63) / 64 * 64);
+    memset(sums, 0, threads * row * 4);
 #pragma omp parallel num_threads(threads)
     {
-        float* mine = sums + omp_get_thread_num() * images * channels * 2;
-#pragma omp for schedule(static)
-        for (long r = 0; r < images * height; r++) {
-            float *sum = mine + r / height * channels * 2, *square = sum + channels;
-            for (long c = 0; c < channels; c += 16) {
-                __m512 s = _mm512_loadu_ps(sum + c), q = _mm512_loadu_ps(square + c);
-                const bf16* x = in + r * width * channels + c;
-                for (long i = 0; i < width; i++, x += channels) {
-                    __m512 v = load(x);
-                    s = _mm512_add_ps(s, v);
-                    q = _mm512_fmadd_ps(v, v, q);
+        long t = omp_get_thread_num(), team = omp_get_num_threads();
+        for (long i = 0; i < images; i++) {
+            float *sum = sums + t * row + i * 2 * channels, *square = sum + channels;
+            long begin = positions * t / team, end = positions * (t + 1) / team;
+            // A few positions at a time, so that their lines are still there for the next channels.
+            for (long p = begin; p < end; p += 16) {
+                long last = p + 16 < end ? p + 16 : end;
+                for (long c = 0; c < channels; c += 16) {
+                    __m512 s = _mm512_loadu_ps(sum + c), q = _mm512_loadu_ps(square + c);
+                    for (long n = p; n < last; n++) {
+                        __m512 v = load(in + (i * positions + n) * channels + c);
+                        s = _mm512_add_ps(s, v);
+                        q = _mm512_fmadd_ps(v, v, q);
+                    }
+                    _mm512_storeu_ps(sum + c, s);
+                    _mm512_storeu_ps(square + c, q);
                 }
-                _mm512_storeu_ps(sum + c, s);
-                _mm512_storeu_ps(square + c, q);
             }
         }
     }
-    // Each channel's factor and addend.
-    float* apply = sums + threads * images * channels * 2;
     long size = channels / groups;
     for (long i = 0; i < images; i++)
         for (long g = 0; g < groups; g++) {
             double s = 0, q = 0;
             for (long t = 0; t < threads; t++)
                 for (long c = g * size; c < (g + 1) * size; c++) {
-                    s += sums[((t * images + i) * 2) * channels + c];
-                    q += sums[((t * images + i) * 2 + 1) * channels + c];
+                    s += sums[t * row + i * 2 * channels + c];
+                    q += sums[t * row + (i * 2 + 1) * channels + c];
                 }
             double n = double(size) * positions, mean = s / n, var = q / n - mean * mean;
             double factor = 1 / sqrt((var > 0 ? var : 0) + eps);
             for (long c = g * size; c < (g + 1) * size; c++) {
-                apply[i * 2 * channels + c] = float(factor * scale[c]);
-                apply[(i * 2 + 1) * channels + c] = float(shift[c] - mean * factor * scale[c]);
+                factors[i * 2 * channels + c] = float(factor * scale[c]);
+                factors[(i * 2 + 1) * channels + c] = float(shift[c] - mean * factor * scale[c]);
             }
         }
+    free(sums);
+}
+
+// in · factor + addend, and SiLU where asked, of the rows first..last of a map [images, height,
+// width, channels]. With a border of `pad`, what lies outside the map is zero, and a row more is
+// made at both ends.
+void safelight_normalise(const bf16* in, const float* factors, bf16* out, long images, long height,
+                         long width, long channels, long first, long last, int pad,
+                         int with_silu) {
+    long wide = width + 2 * pad, tall = last - first + 2 * pad;
 #pragma omp parallel for schedule(static)
     for (long r = 0; r < images * tall; r++) {
-        long i = r / tall, y = r % tall - pad;
+        long i = r / tall, y = first + r % tall - pad;
         bf16* to = out + r * wide * channels;
         if (y < 0 || y >= height) {
             memset(to, 0, wide * channels * 2);
@@ -563,7 +572,7 @@ void safelight_norm(const bf16* in, const float* scale, const float* shift, bf16
         }
         memset(to, 0, pad * channels * 2);
         memset(to + (pad + width) * channels, 0, pad * channels * 2);
-        const float *factor = apply + i * 2 * channels, *addend = factor + channels;
+        const float *factor = factors + i * 2 * channels, *addend = factor + channels;
         const bf16* from = in + (i * height + y) * width * channels;
         to += pad * channels;
         for (long x = 0; x < width; x++)
@@ -573,7 +582,6 @@ void safelight_norm(const bf16* in, const float* scale, const float* shift, bf16
                 store(to + x * channels + c, with_silu ? silu(v) : v);
             }
     }
-    free(sums);
 }
 
 }  // extern "C"

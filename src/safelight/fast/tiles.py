@@ -26,7 +26,8 @@ _ARGUMENTS = {
     + [c_long] * 6
     + [c_int]
     + [c_long] * 3,
-    "safelight_norm": [c_void_p] * 4 + [c_long] * 5 + [c_float, c_int, c_int],
+    "safelight_moments": [c_void_p] * 4 + [c_long] * 4 + [c_float],
+    "safelight_normalise": [c_void_p] * 3 + [c_long] * 6 + [c_int, c_int],
     "safelight_attend": [c_void_p] * 5 + [c_long] * 5 + [c_float],
 }
 
@@ -99,25 +100,51 @@ class _Weights:
         )
 
 
-class Padded:
-    """A map [batch, channels, h, w] with a border of zeros one wide, as the kernels read it."""
+STRIP = 1 << 23
+"""Numbers of a map's padded copy: larger maps are convolved strip by strip of their rows."""
 
-    def __init__(self, batch: int, channels: int, height: int, width: int) -> None:
-        self.shape = (batch, channels, height, width)
-        positions = batch * (height + 2) * (width + 2)
-        beyond = 16 + 3 * (width + 2)  # read, for whole tiles, but not used
-        self.memory = torch.empty((positions + beyond) * channels, dtype=torch.bfloat16)
-        # Zeros beyond the end: what is read there is multiplied, though never kept.
-        self.memory[positions * channels :] = 0
 
-    @classmethod
-    def of(cls, x: Tensor) -> Padded:
+class Map:
+    """A map [batch, channels, h, w] as a convolution reads it: with a border of zeros one wide, and
+    normed on the way where it comes from a norm. It is made a strip of rows at a time, so that of
+    a large picture there is never a second copy.
+    """
+
+    def __init__(self, x: Tensor, factors: Tensor | None = None) -> None:
+        """factors: float32 [batch, 2, channels], for norm and SiLU."""
+        self.x = x.contiguous(memory_format=torch.channels_last)
+        self.shape = x.shape
+        self.factors = factors
+
+    def strips(self) -> list[tuple[slice, int, int]]:
+        """Which pictures, and from which row to which."""
+        batch, channels, height, width = self.shape
+        row = (width + 2) * channels
+        if batch * (height + 2) * row <= STRIP:
+            return [(slice(0, batch), 0, height)]
+        tall = max(STRIP // row - 2, 1)
+        return [
+            (slice(i, i + 1), y, min(y + tall, height))
+            for i in range(batch)
+            for y in range(0, height, tall)
+        ]
+
+    def padded(self, pictures: slice, first: int, last: int) -> Tensor:
+        x = self.x[pictures]
         batch, channels, height, width = x.shape
-        padded = cls(batch, channels, height, width)
-        inside = padded.memory[: batch * (height + 2) * (width + 2) * channels]
-        inside = inside.zero_().view(batch, height + 2, width + 2, channels)
-        inside[:, 1:-1, 1:-1] = x.permute(0, 2, 3, 1)
-        return padded
+        positions = batch * (last - first + 2) * (width + 2)
+        # Beyond the end, numbers are read for whole tiles, multiplied, and not kept.
+        memory = torch.empty((positions + 16 + 3 * (width + 2)) * channels, dtype=x.dtype)
+        memory[positions * channels :] = 0
+        if self.factors is not None:
+            _normalise(x, self.factors[pictures], memory, first, last, pad=1, silu=1)
+            return memory
+        inside = memory[: positions * channels].zero_()
+        inside = inside.view(batch, last - first + 2, width + 2, channels)
+        top, end = max(first - 1, 0), min(last + 1, height)
+        at = top - first + 1
+        inside[:, at : at + end - top, 1:-1] = x[:, :, top:end].permute(0, 2, 3, 1)
+        return memory
 
 
 def fits_conv(conv: nn.Conv2d, dtype: torch.dtype) -> bool:
@@ -138,43 +165,52 @@ class Convolution:
         self.bias = None if conv.bias is None else conv.bias.float()
 
     def __call__(
-        self, x: Tensor | Padded, plus: Tensor | None = None, shift: Tensor | None = None
+        self, x: Tensor | Map, plus: Tensor | None = None, shift: Tensor | None = None
     ) -> Tensor:
-        x = x if isinstance(x, Padded) else Padded.of(x)
+        x = x if isinstance(x, Map) else Map(x)
         bias = self.bias
         if shift is not None:
             bias = shift.float() if bias is None else bias + shift.float()
-        if plus is not None:
-            plus = plus.contiguous(memory_format=torch.channels_last)
         batch, _, height, width = x.shape
         out = torch.empty(batch, height, width, self.weights.columns, dtype=torch.bfloat16)
-        _convolve(x, self.weights, bias, plus, out, 3, (1, 0, 0))
+        if plus is not None:
+            plus = plus.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        for pictures, first, last in x.strips():
+            rows = (pictures, slice(first, last))
+            _convolve(
+                x.padded(pictures, first, last),
+                self.weights,
+                bias if bias is None or bias.dim() == 1 or len(bias) == 1 else bias[pictures],
+                None if plus is None else plus[rows],
+                out[rows],
+                3,
+            )
         return out.permute(0, 3, 1, 2)
 
 
 def _convolve(
-    x: Padded,
+    memory: Tensor,
     w: _Weights,
     bias: Tensor | None,
     plus: Tensor | None,
     out: Tensor,
     side: int,
-    spread: tuple[int, int, int],
+    spread: tuple[int, int, int] = (1, 0, 0),
 ) -> None:
-    batch, channels, height, width = x.shape
-    per_image = bias is not None and bias.dim() == 2 and len(bias) > 1
+    """out: [batch, h, w, columns], h and w those of the map times the first of spread."""
+    per_picture = bias is not None and bias.dim() == 2 and len(bias) > 1
     library().safelight_conv(
-        x.memory.data_ptr(),
+        memory.data_ptr(),
         w.packed.data_ptr(),
         _at(bias),
-        w.columns if per_image else 0,
+        w.columns if per_picture else 0,
         _at(plus),
         out.data_ptr(),
-        batch,
-        height,
-        width,
+        out.shape[0],
+        out.shape[1] // spread[0],
+        out.shape[2] // spread[0],
         2,
-        channels,
+        w.blocks * 32,
         w.columns,
         side,
         *spread,
@@ -192,14 +228,17 @@ class Doubling:
         ]
 
     def __call__(self, x: Tensor) -> Tensor:
-        padded = Padded.of(x)
         batch, _, height, width = x.shape
         columns = self.parts[0][0].columns
         out = torch.empty(batch, 2 * height, 2 * width, columns, dtype=torch.bfloat16)
-        for down in (0, 1):
-            for right in (0, 1):
-                part = self.parts[down][right]
-                _convolve(padded, part, self.bias, None, out, 2, (2, down, right))
+        map_ = Map(x)
+        for pictures, first, last in map_.strips():
+            memory = map_.padded(pictures, first, last)
+            rows = out[pictures, 2 * first : 2 * last]
+            for down in (0, 1):
+                for right in (0, 1):
+                    part = self.parts[down][right]
+                    _convolve(memory, part, self.bias, None, rows, 2, (2, down, right))
         return out.permute(0, 3, 1, 2)
 
 
@@ -211,34 +250,47 @@ def group_norm(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> T
     """The norm of a map; scale and shift are its weight and bias in float32."""
     x = x.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(x)
-    _norm(norm, x, scale, shift, out, pad=0, silu=0)
+    _normalise(x, _moments(norm, x, scale, shift), out, 0, x.shape[2], pad=0, silu=0)
     return out
 
 
-def group_norm_silu(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Padded:
-    """Norm and SiLU, ready for a convolution."""
-    batch, channels, height, width = x.shape
-    padded = Padded(batch, channels, height, width)
+def group_norm_silu(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Map:
+    """Norm and SiLU, for a convolution."""
     x = x.contiguous(memory_format=torch.channels_last)
-    _norm(norm, x, scale, shift, padded.memory, pad=1, silu=1)
-    return padded
+    return Map(x, _moments(norm, x, scale, shift))
 
 
-def _norm(
-    norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor, out: Tensor, pad: int, silu: int
-) -> None:
+def _moments(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     batch, channels, height, width = x.shape
-    library().safelight_norm(
+    factors = torch.empty(batch, 2, channels)
+    library().safelight_moments(
         x.data_ptr(),
         scale.data_ptr(),
         shift.data_ptr(),
+        factors.data_ptr(),
+        batch,
+        height * width,
+        channels,
+        norm.num_groups,
+        norm.eps,
+    )
+    return factors
+
+
+def _normalise(
+    x: Tensor, factors: Tensor, out: Tensor, first: int, last: int, pad: int, silu: int
+) -> None:
+    batch, channels, height, width = x.shape
+    library().safelight_normalise(
+        x.data_ptr(),
+        factors.data_ptr(),
         out.data_ptr(),
         batch,
         height,
         width,
         channels,
-        norm.num_groups,
-        norm.eps,
+        first,
+        last,
         pad,
         silu,
     )

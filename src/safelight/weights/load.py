@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from safelight.errors import SafelightError
-from safelight.fast import accelerate, helps, memory, native_bfloat16
+from safelight.fast import accelerate, helps, leave_mapped, memory, native_bfloat16
 from safelight.model import Model
 from safelight.weights.check import DTYPES, Header, refusal
 from safelight.weights.digest import model_digest
@@ -164,8 +164,7 @@ def _network(plan: Plan, part: str, device: torch.device, dtype: torch.dtype) ->
     with torch.device("meta"), _Unfilled():
         network = network_class(plan.configs[part])
     weights = plan.weights[part]
-    # The text encoder runs once for a prompt: to pack it would take longer.
-    fast = part != "text_encoder" and helps(device, dtype)
+    fast = helps(device, dtype)
     _check_fit(plan.source.name, part, network, weights)
     state: dict[str, Tensor] = {}
     for header in {id(w.header): w.header for w in weights.values()}.values():
@@ -174,7 +173,8 @@ def _network(plan: Plan, part: str, device: torch.device, dtype: torch.dtype) ->
     network.load_state_dict(state, strict=True, assign=True)
     network.eval().requires_grad_(False)
     if fast:
-        accelerate(network, dtype)
+        # The text encoder runs once for a prompt: to pack it would take longer.
+        (leave_mapped if part == "text_encoder" else accelerate)(network, dtype)
     return network
 
 
@@ -200,7 +200,7 @@ def _read(
     weights: Mapping[str, Weight],
     device: torch.device,
     dtype: torch.dtype,
-    keep: bool,
+    keep: bool = False,
 ) -> dict[str, Tensor]:
     """keep: leave them in the mapped file, in the precision that they are stored in."""
     state: dict[str, Tensor] = {}
