@@ -82,7 +82,7 @@ class FastPointwise(nn.Conv2d):
     precision: torch.dtype
     _packed: Any = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return _map(self.tokens(_tokens(x)), x)
 
     def tokens(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
@@ -100,7 +100,7 @@ class FastGroupNorm(nn.GroupNorm):
             self._float = self.weight.float(), self.bias.float()
         return self._float
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         if tiles.fits_norm(self, x):
             return tiles.group_norm(self, x, *self._affine())
         return super().forward(x)
@@ -114,6 +114,11 @@ class FastGroupNorm(nn.GroupNorm):
 
 class FastResnetBlock2D(ResnetBlock2D):
     """What comes after a convolution is added by it."""
+
+    norm1: Any
+    norm2: Any
+    conv1: Any
+    conv2: Any
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         shift = None
@@ -148,10 +153,14 @@ class FastAttention(Attention):
     of a text are kept for as long as the text is the same tensor.
     """
 
+    to_q: Any
+    to_k: Any
+    to_v: Any
+    to_out: Any
     _own: Any = None
     _text: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, x: Tensor, context: Tensor | None = None, plus: Tensor | None = None
     ) -> Tensor:
         if context is None:
@@ -183,7 +192,7 @@ class FastAttention(Attention):
 class FastSpatialAttention(FastAttention):
     group_norm: nn.GroupNorm
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, x: Tensor, context: Tensor | None = None, plus: Tensor | None = None
     ) -> Tensor:
         return _map(super().forward(_tokens(self.group_norm(x)), context, _tokens(x)), x)
@@ -199,9 +208,10 @@ def _map(tokens: Tensor, like: Tensor) -> Tensor:
 
 
 class FastFeedForward(FeedForward):
+    net: Any
     _gated: Any = None
 
-    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         if self._gated is None:
             proj = self.net[0].proj
             self._gated = onednn.Gated(_take(proj, proj.precision), proj.bias, _count(x))
@@ -209,6 +219,10 @@ class FastFeedForward(FeedForward):
 
 
 class FastTransformerBlock(BasicTransformerBlock):
+    attn1: Any
+    attn2: Any
+    ff: Any
+
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         if self.only_cross:
             x = rows(x, len(context))
@@ -220,6 +234,9 @@ class FastTransformerBlock(BasicTransformerBlock):
 
 class FastTransformer2DModel(Transformer2DModel):
     """Both ways to project in and out are one product of the tokens."""
+
+    proj_in: Any
+    proj_out: Any
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         h = _tokens(self.norm(x))
@@ -255,6 +272,7 @@ _MAPPED: dict[type[nn.Module], type[nn.Module]] = {
 }
 _FAST: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: FastLinear,
+    nn.Conv2d: FastConv2d,
     nn.GroupNorm: FastGroupNorm,
     ResnetBlock2D: FastResnetBlock2D,
     Upsample2D: FastUpsample2D,
@@ -273,11 +291,12 @@ def swap(net: nn.Module, precision: torch.dtype) -> None:
     else is converted.
     """
     enlarging = {module.conv for module in net.modules() if isinstance(module, Upsample2D)}
+    module: Any
     for module in net.modules():
-        if type(module) is nn.Conv2d and module not in enlarging:
-            module.__class__ = FastPointwise if module.kernel_size == (1, 1) else FastConv2d
-        else:
-            module.__class__ = _FAST.get(type(module), type(module))
+        kind = type(module) if module in enlarging else _FAST.get(type(module), type(module))
+        if kind is FastConv2d and module.kernel_size == (1, 1):
+            kind = FastPointwise
+        module.__class__ = kind
         kinds = FastLinear | FastConv2d | FastPointwise | FastUpsample2D
         _settle(module, precision, waits=isinstance(module, kinds) or module in enlarging)
 
@@ -289,10 +308,10 @@ def leave_mapped(net: nn.Module, precision: torch.dtype) -> None:
         _settle(module, precision, waits=isinstance(module, MappedLinear | MappedEmbedding))
 
 
-def _settle(module: nn.Module, precision: torch.dtype, waits: bool) -> None:
+def _settle(module: Any, precision: torch.dtype, waits: bool) -> None:
     """Convert a layer's parameters, save a weight that waits to be used."""
     if waits:
-        module.precision = precision  # type: ignore[assignment]
+        module.precision = precision
     for name, parameter in module.named_parameters(recurse=False):
         if not (waits and name == "weight"):
             setattr(module, name, nn.Parameter(parameter.to(precision), requires_grad=False))
