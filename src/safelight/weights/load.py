@@ -212,19 +212,24 @@ def _read(
                     tensor = tensor.chunk(3)[weight.third]
                 if tensor.data_ptr() % tensor.element_size():
                     tensor = tensor.clone()  # the file need not align it, our kernels do
-                # Checked as it will be used: a large float32 is no longer finite as float16.
                 tensor = tensor.reshape(weight.shape)
-                used = tensor.to(device, dtype)
-                if not _finite(used):
+                if not keep:
+                    tensor = tensor.to(device, dtype)
+                if not _finite(tensor, dtype):
                     raise refusal(header.name, f"{weight.key} holds NaN or Inf as {dtype}")
-                state[name] = tensor if keep else used
                 if keep:
                     memory.page_out(tensor)
+                state[name] = tensor
     except (SafetensorError, OSError) as e:
         raise refusal(header.name, f"cannot be read: {e}") from None
     return state
 
 
-def _finite(tensor: Tensor) -> bool:
-    # A sum is one pass with no mask to store. It may overflow where no element does.
-    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+def _finite(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether all is finite as it will be used: a large float32 is no longer so as float16."""
+    for part in tensor.flatten().split(1 << 22):
+        used = part.to(dtype)
+        # A sum is one pass with no mask to store. It may overflow where no element does.
+        if not used.sum(dtype=torch.float32).isfinite() and not used.isfinite().all():
+            return False
+    return True
