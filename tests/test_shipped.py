@@ -66,3 +66,15 @@ def test_without_words(model: Model) -> None:
     rim = np.concatenate([pictures[:, 0].ravel(), pictures[:, :, 0].ravel()])
     assert rim.mean() > 200
     assert pictures[:, 8:24, 8:24].mean() < rim.mean() - 30
+
+
+def test_in_bfloat16_the_pictures_are_the_same_but_for_rounding(model: Model) -> None:
+    low = safelight.load(device="cpu", dtype="bfloat16")
+    errors = []
+    for prompt in ("a red apple", "a cat", "a rocket on a blue background", "a guitar"):
+        settings = {"seed": 1, "steps": 12, "sampler": "dpmpp_2m"}
+        pictures = [m.generate(prompt, **settings).images[0] for m in (model, low)]
+        exact, rounded = (np.asarray(picture, float) for picture in pictures)
+        errors.append(((exact - rounded) ** 2).mean())
+    psnr = 10 * np.log10(255**2 / np.mean(errors))
+    assert psnr >= 40
