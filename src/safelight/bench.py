@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,11 @@ def _matmul_gflops(n: int = 4096) -> float:
 # --- the networks --------------------------------------------------------------------------------
 
 
+def _meta(network: Any, config: Any) -> Any:
+    with torch.device("meta"):
+        return network(config)
+
+
 def _weights(net: nn.Module) -> State:
     """Random weights that keep the size of what passes through."""
     generator = torch.Generator().manual_seed(0)
@@ -162,9 +168,8 @@ def _theirs(kind: str, config: dict[str, Any], state: State, dtype: torch.dtype)
     """diffusers' network of the same config; in bfloat16 channels-last, which is its best."""
     import diffusers
 
-    with torch.device("meta"):
-        net = getattr(diffusers, kind).from_config(config)
-    net = _filled(net, state, dtype)
+    network = getattr(diffusers, kind)  # imported by this: not where "meta" is the default
+    net = _filled(_meta(network.from_config, config), state, dtype)
     return net.to(memory_format=torch.channels_last) if dtype == torch.bfloat16 else net
 
 
@@ -178,7 +183,9 @@ def _compiled(net: nn.Module, inputs: tuple[Tensor, ...], name: str) -> Any:
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }
-    converted = openvino.convert_model(net, example_input=inputs)
+    with warnings.catch_warnings():  # of tracing: the shapes are fixed here
+        warnings.simplefilter("ignore")
+        converted = openvino.convert_model(net, example_input=inputs)
     return openvino.Core().compile_model(converted, "CPU", settings)
 
 
@@ -206,8 +213,7 @@ def _config(part: str) -> dict[str, Any]:
 
 def _steps(names: list[str], log: Callable[[str], None]) -> dict[str, Run]:
     config = _config("unet")
-    with torch.device("meta"):
-        state = _weights(UNet2DConditionModel(UNetConfig.from_dict(config)))
+    state = _weights(_meta(UNet2DConditionModel, UNetConfig.from_dict(config)))
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(1, 4, 64, 64, generator=generator)
     context = torch.randn(2, 77, 768, generator=generator)
@@ -215,9 +221,7 @@ def _steps(names: list[str], log: Callable[[str], None]) -> dict[str, Run]:
     def build(name: str) -> Run:
         dtype = _dtype(name)
         if name.startswith("safelight"):
-            with torch.device("meta"):
-                net = UNet2DConditionModel(UNetConfig.from_dict(config))
-            net = _ours(net, state, dtype)
+            net = _ours(_meta(UNet2DConditionModel, UNetConfig.from_dict(config)), state, dtype)
             mine, text, t = x.to(dtype), context.to(dtype), torch.tensor([500.0])
             return lambda: net(mine, t, text)
         both, t = x.repeat(2, 1, 1, 1), torch.tensor([500.0, 500.0])
@@ -234,16 +238,13 @@ def _steps(names: list[str], log: Callable[[str], None]) -> dict[str, Run]:
 
 def _decodes(names: list[str], log: Callable[[str], None]) -> dict[str, Run]:
     config = _config("vae")
-    with torch.device("meta"):
-        state = _weights(AutoencoderKL(VAEConfig.from_dict(config)))
+    state = _weights(_meta(AutoencoderKL, VAEConfig.from_dict(config)))
     z = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(1))
 
     def build(name: str) -> Run:
         dtype = _dtype(name)
         if name.startswith("safelight"):
-            with torch.device("meta"):
-                net = AutoencoderKL(VAEConfig.from_dict(config))
-            net = _ours(net, state, dtype)
+            net = _ours(_meta(AutoencoderKL, VAEConfig.from_dict(config)), state, dtype)
             return lambda: net.decode(z.to(dtype))
         if name.startswith("diffusers"):
             net = _theirs("AutoencoderKL", config, state, dtype)

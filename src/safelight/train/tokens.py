@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -26,24 +26,36 @@ def train_vocabulary(
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     symbols = alphabet + [letter + WORD_END for letter in alphabet]
-    learner = Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
-    learner.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    learner.pre_tokenizer = pre_tokenizers.Sequence(
+    # Given the word's end as a suffix, the trainer numbers the marked letters as a hash map happens
+    # to order the words, and breaks ties by number. As letters of their own they are in order, and
+    # the same captions give the same merges.
+    marked = {letter: chr(0xE000 + i) for i, letter in enumerate(alphabet)}
+    suffixed = {mark: letter + WORD_END for letter, mark in marked.items()}
+    lower = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    split = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
+
+    def words() -> Iterator[str]:
+        for caption in captions:
+            for word, _ in split.pre_tokenize_str(lower.normalize_str(caption)):
+                yield word[:-1] + marked[word[-1]]
+
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     learner.train_from_iterator(
-        captions,
+        words(),
         trainers.BpeTrainer(
             vocab_size=size - 2,
-            end_of_word_suffix=WORD_END,
-            initial_alphabet=symbols,
+            initial_alphabet=[*alphabet, *suffixed],
             show_progress=False,
         ),
     )
-    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    found = json.loads(learner.to_str())["model"]["merges"]
+    merges = [tuple(p[:-1] + suffixed.get(p[-1], p[-1]) for p in pair) for pair in found]
     merges = merges[: size - len(symbols) - 2]
     tokens = symbols + ["".join(pair) for pair in merges] + [BOS, EOS]
     folder.mkdir(parents=True, exist_ok=True)
