@@ -8,6 +8,7 @@ median of the ratios within a round.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 import os
@@ -175,8 +176,7 @@ def _theirs(kind: str, config: dict[str, Any], state: State, dtype: torch.dtype)
 
 def _compiled(net: nn.Module, inputs: tuple[Tensor, ...], name: str) -> Any:
     """`net`, in float32, as OpenVINO runs it."""
-    import openvino
-
+    openvino: Any = importlib.import_module("openvino")
     precision = "bf16" if name.endswith("bfloat16") else "f32"
     settings = {
         "INFERENCE_PRECISION_HINT": precision,
