@@ -177,7 +177,7 @@ def _theirs(kind: str, config: dict[str, Any], state: State, dtype: torch.dtype)
 def _compiled(net: nn.Module, inputs: tuple[Tensor, ...], name: str) -> Any:
     """`net`, in float32, as OpenVINO runs it."""
     openvino: Any = importlib.import_module("openvino")
-    precision = "bf16" if name.endswith("bfloat16") else "f32"
+    precision = "bf16" if _dtype(name) == torch.bfloat16 else "f32"
     settings = {
         "INFERENCE_PRECISION_HINT": precision,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),

@@ -1,5 +1,5 @@
-// Convolutions of bfloat16 matrices on AMX tiles: linear layers, convolutions, attention, and the
-// group norm before a convolution. Float32 sums throughout; results are rounded once.
+// Convolutions and attention in bfloat16 on AMX tiles, and the group norm before a convolution.
+// Float32 sums throughout; results are rounded once.
 //
 // A tile holds 16 rows of 64 bytes. One instruction multiplies 16 rows of 32 numbers with 32x16
 // packed weights. Every product here is made of blocks of 32 rows by 32 columns: two tiles of
@@ -81,13 +81,11 @@ inline __m512 silu(__m512 x) {
 }
 
 // 32 numbers of each of 16 rows, `stride` apart, into one tile of weights: pairs of k side by side.
-inline void pack_tile(const bf16* rows, long stride, long valid, bf16* out) {
+inline void pack_tile(const bf16* rows, long stride, bf16* out) {
     uint32_t* pairs = (uint32_t*)out;
     for (int n = 0; n < 16; n++)
         for (int r = 0; r < 16; r++) {
-            uint32_t pair = 0;
-            if (n < valid) memcpy(&pair, rows + n * stride + 2 * r, 4);
-            pairs[r * 16 + n] = pair;
+            memcpy(pairs + r * 16 + n, rows + n * stride + 2 * r, 4);
         }
 }
 
@@ -102,19 +100,18 @@ void* scratch(size_t bytes) {
     return held;
 }
 
-// Where the rows of a product are read and written. A row is a position of the output map; 16
-// rows one after the other lie `step` numbers apart in the input.
+// Where the rows of a convolution are read and written. A row is a position of the output map; 16
+// rows one after the other lie `channels` numbers apart in the input.
 struct Rows {
     long count;                 // rows, those that are not written among them
-    long height, width;         // of the output map; 0 for a plain matrix
-    long padded_h, padded_w;    // of the input map
-    long channels, step;
+    long height, width;         // of the map that is read, without its border
+    long padded_h, padded_w;    // with it
+    long channels;
     bool narrow;                // the map's rows are no multiple of 16: walk the padded map
     long each;                  // rows of one image
     long spread, down, right;   // the output is every `spread`-th pixel, from there on
 
     long input(long m) const {
-        if (!height) return m * step;
         long image = m / each, p = m % each;
         long at = narrow ? p : p / width * padded_w + p % width;
         return (image * padded_h * padded_w + at) * channels;
@@ -224,7 +221,7 @@ void region(const Convolution& p, long m0, long m1, long n0, long n1) {
         at[i] = m < p.rows.count ? p.rows.input(m) : at[i - 1];
     }
     int most = p.blocks < PANEL ? PANEL / p.blocks : 1;
-    long step = p.rows.step * 2;
+    long step = p.rows.channels * 2;
     const bf16* w = p.weights + n0 * p.taps * p.blocks * 32;
     // A block's sums are finished while the next block's are made: what tiles have stored cannot
     // be read at once.
@@ -254,8 +251,7 @@ void region(const Convolution& p, long m0, long m1, long n0, long n1) {
 
 void run(const Convolution& p) {
     long threads = omp_get_max_threads(), panels = p.columns / 32;
-    long width = p.rows.height ? p.rows.channels : p.rows.step;
-    long tall = INPUT / width / 32 * 32;
+    long tall = INPUT / p.rows.channels / 32 * 32;
     if (tall < 128) tall = 128;
     long chunks = (p.rows.count + tall - 1) / tall;
     if (chunks < 2 * threads && p.rows.count >= 64 * threads) {
@@ -334,7 +330,7 @@ void pack_head(const Attend& a, const Head& h, long b, long head) {
             long width = a.size - 32 * t < 32 ? a.size - 32 * t : 32;
             for (long i = 0; i < 16 && n + i < a.keys; i++)
                 memcpy(row + 32 * i, k + (n + i) * a.ks.row + 32 * t, width * 2);
-            pack_tile(row, 32, 16, h.keys + n / 32 * a.inner() * 1024 + t * 1024 + n % 32 * 32);
+            pack_tile(row, 32, h.keys + n / 32 * a.inner() * 1024 + t * 1024 + n % 32 * 32);
         }
     for (long n = 0; n < a.padded(); n += 32)
         for (long t = 0; t < a.outer(); t++) {
@@ -483,7 +479,7 @@ void safelight_pack(const bf16* w, bf16* out, long columns, long blocks) {
 #pragma omp parallel for
     for (long n = 0; n < columns / 16; n++)
         for (long k = 0; k < blocks; k++)
-            pack_tile(w + (n * 16 * blocks + k) * 32, blocks * 32, 16,
+            pack_tile(w + (n * 16 * blocks + k) * 32, blocks * 32,
                       out + (n / 2 * blocks + k) * 1024 + n % 2 * 512);
 }
 
@@ -501,7 +497,7 @@ void safelight_conv(const bf16* in, const bf16* weights, const float* bias, long
             offsets[y * side + x] = ((y + down) * padded_w + x + right) * channels;
     bool narrow = width % 16;
     long each = narrow ? (height * padded_w + 15) / 16 * 16 : height * width;
-    Rows rows{images * each, height, width, padded_h, padded_w, channels, channels, narrow, each,
+    Rows rows{images * each, height, width, padded_h, padded_w, channels, narrow, each,
               spread, down, right};
     run(Convolution{in, rows, weights, offsets, side * side, channels / 32, columns, bias,
                 bias_step, plus, out});

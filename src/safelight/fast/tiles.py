@@ -92,7 +92,7 @@ class _Weights:
     def __init__(self, weight: Tensor, taps: int) -> None:
         """weight: bfloat16 [columns, taps·blocks·32], both sides multiples of 32."""
         weight = weight.contiguous()
-        self.columns, self.taps = len(weight), taps
+        self.columns = len(weight)
         self.blocks = weight.shape[1] // taps // 32
         self.packed = _arena.take(weight.numel())
         library().safelight_pack(
