@@ -11,10 +11,13 @@ import tarfile
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from scipy import ndimage
 
 from safelight.errors import SafelightError
 from safelight.train import cutouts
-from safelight.train.recipe import COLOURS, STYLES, Scenes, backgrounds, split_words
+from safelight.train.captions import PLACES, RELATIONS, STYLES, split_words
+from safelight.train.colours import COLOURS, backgrounds, oklab, paint, srgb
+from safelight.train.recipe import MIXED, Scenes, kept_back
 
 RED, YELLOW, BLUE = (214, 40, 40), (250, 216, 50), (40, 92, 212)
 CONCEPTS = [
@@ -48,6 +51,11 @@ def path(tmp_path_factory):
 @pytest.fixture(scope="module")
 def scenes(path):
     return Scenes(path)
+
+
+@pytest.fixture(scope="module")
+def mixed(path):
+    return Scenes(path, kinds=MIXED)
 
 
 def close(pixel, colour):
@@ -98,7 +106,8 @@ class TestScenes:
         colours = sorted(COLOURS, key=len, reverse=True)
         for style in STYLES:
             for _ in range(200):
-                picture, caption = scenes.sample(rng, concept="apple", style=style)
+                picture, scene = scenes.sample(rng, concept="apple", style=style)
+                caption = scene.said
                 assert caption == caption.lower()
                 assert "apple" in caption
                 others = [kind for name, kind in STYLES.items() if name != style]
@@ -108,13 +117,13 @@ class TestScenes:
                 assert close(picture[0, 0], COLOURS[said[0] if said else "white"])
                 assert ("background" in caption) == bool(said)
 
-    def test_words_cover_the_captions(self, scenes):
-        captions = scenes.batch(1500, np.random.default_rng(6))[1]
+    def test_words_cover_the_captions(self, scenes, mixed):
+        captions = mixed.batch(1500, np.random.default_rng(6))[1]
         assert {word for text in captions for word in split_words(text)} <= scenes.words()
         assert {"grey", "light", "3d", "icon", "pair", "white", "the"} <= scenes.words()
 
-    def test_articles(self, scenes):
-        captions = scenes.batch(1500, np.random.default_rng(7))[1]
+    def test_articles(self, mixed):
+        captions = mixed.batch(1500, np.random.default_rng(7))[1]
         for before, after in (
             p for text in captions for p in itertools.pairwise(split_words(text))
         ):
@@ -127,7 +136,7 @@ class TestScenes:
         drawn = [scenes.sample(rng, concept="an owl", style="flat") for _ in range(1500)]
         white = [close(picture[0, 0], COLOURS["white"]) for picture, _ in drawn]
         assert np.mean(white) == pytest.approx(0.55, abs=0.05)
-        assert np.mean(["flat" in text for _, text in drawn]) == pytest.approx(0.5, abs=0.05)
+        assert np.mean(["flat" in scene.said for _, scene in drawn]) == pytest.approx(0.5, abs=0.05)
 
     def test_nothing_vanishes(self, scenes):
         rng = np.random.default_rng(9)
@@ -154,10 +163,118 @@ class TestScenes:
             picture, _ = scenes.sample(rng, concept="scissors", background="white")
             assert picture[:, :32].mean() < picture[:, 32:].mean()
 
-    @pytest.mark.parametrize("wrong", [{"concept": "x"}, {"style": "x"}, {"background": "x"}])
+    @pytest.mark.parametrize(
+        "wrong", [{"concept": "x"}, {"style": "x"}, {"background": "x"}, {"kind": "x"}]
+    )
     def test_unknown_words(self, scenes, wrong):
         with pytest.raises(SafelightError, match=r"no .* 'x'"):
             scenes.sample(**wrong)
+
+
+def middles(picture, background):
+    """The centres (x, y) of the things on a picture, as shares of its side."""
+    apart = np.abs(picture.astype(int) - np.array(COLOURS[background])).max(axis=-1) > 24
+    labels, count = ndimage.label(apart)
+    found = ndimage.center_of_mass(apart, labels, range(1, count + 1))
+    return [(x / len(picture), y / len(picture)) for y, x in found]
+
+
+class TestKinds:
+    def test_all_are_drawn(self, mixed):
+        rng = np.random.default_rng(20)
+        kinds = [mixed.invent(rng).kind for _ in range(2000)]
+        for kind, share in MIXED.items():
+            assert kinds.count(kind) / 2000 == pytest.approx(share / 100, abs=0.04)
+
+    def test_several(self, mixed):
+        rng = np.random.default_rng(21)
+        for _ in range(60):
+            picture, scene = mixed.sample(rng, kind="several", concept="an owl", background="blue")
+            assert len(middles(picture, "blue")) == scene.count
+            number = {2: "two", 3: "three", 4: "four"}[scene.count]
+            assert f"{number} owls" in scene.said
+
+    def test_what_has_no_article_is_not_counted(self, mixed):
+        with pytest.raises(SafelightError, match="'scissors' cannot be shown as 'several'"):
+            mixed.invent(np.random.default_rng(0), kind="several", concept="scissors")
+
+    def test_placed(self, mixed):
+        rng = np.random.default_rng(22)
+        seen = set()
+        for _ in range(80):
+            picture, scene = mixed.sample(rng, kind="placed", concept="apple", background="black")
+            [(x, y)] = middles(picture, "black")
+            wanted = PLACES[scene.where] if scene.where else (0.5, 0.5)
+            assert (x, y) == pytest.approx(wanted, abs=0.06)
+            assert ("small" in scene.said) or scene.where
+            seen.add(scene.where)
+        assert seen == {None, *PLACES}
+
+    def test_pairs(self, mixed):
+        rng = np.random.default_rng(23)
+        seen = set()
+        for _ in range(80):
+            picture, scene = mixed.sample(rng, kind="pair", concept="apple", background="black")
+            # The apple is red, the owl yellow, the scissors blue and white.
+            red = (picture[..., 0] > 150) & (picture[..., 1] < 90)
+            other = (picture.max(axis=-1) > 150) & ~red
+            apple, second = (np.argwhere(mask).mean(axis=0)[::-1] / 64 for mask in (red, other))
+            right, down = RELATIONS[scene.where]
+            apart = apple - second
+            if scene.where == "next to":
+                assert abs(apart[0]) > 0.3
+            else:
+                assert apart[0] * right + apart[1] * down > 0.3
+            first = scene.said.index("apple")
+            assert first < scene.said.index(f" {scene.where} ", first)
+            seen.add(scene.where)
+        assert seen == set(RELATIONS)
+
+    def test_coloured(self, mixed):
+        rng = np.random.default_rng(24)
+        for _ in range(60):
+            picture, scene = mixed.sample(rng, kind="coloured", concept="an owl")
+            assert not kept_back(scene.colour, "an owl")
+            assert f"{scene.colour} owl" in scene.said
+            near = min(COLOURS, key=lambda name: distance(picture[32, 32], COLOURS[name]))
+            assert near == scene.colour
+        for _ in range(60):
+            scene = mixed.invent(rng, kind="coloured", held_out=True)
+            assert kept_back(scene.colour, scene.concepts[0])
+
+    def test_a_name_that_says_a_colour_is_not_painted(self, mixed):
+        rng = np.random.default_rng(25)
+        said = {mixed.invent(rng, kind="coloured", concept="a red apple").said for _ in range(50)}
+        assert not any("red apple" in text for text in said)
+
+
+def distance(a, b):
+    return np.linalg.norm(oklab(np.array(a)) - oklab(np.array(b)))
+
+
+class TestPaint:
+    def test_shading_and_other_colours_stay(self):
+        picture = np.array(disc(RED, lopsided=True))
+        picture[40:72, 20:40, :3] = (150, 20, 20)  # a shade of it
+        painted = paint(picture, "blue")
+        assert painted.shape == picture.shape
+        assert np.array_equal(painted[..., 3], picture[..., 3])
+        assert np.array_equal(painted[56, 90], picture[56, 90])  # white stays white
+        plain, shade = painted[90, 40, :3], painted[56, 30, :3]
+        assert distance(plain, BLUE) < 0.05
+        assert oklab(shade)[0] < oklab(plain)[0] - 0.05
+
+    def test_what_has_no_main_colour_or_has_it_already(self):
+        gray = np.array(disc((128, 128, 128)))
+        assert paint(gray, "red") is None
+        assert paint(np.array(disc(RED)), "red") is None
+        half = np.array(disc(RED))
+        half[:, :70, :3] = (250, 250, 250)  # too little of it is red
+        assert paint(half, "blue") is None
+
+    def test_oklab_and_back(self):
+        colours = np.random.default_rng(0).integers(0, 256, (1000, 3), dtype=np.uint8)
+        assert np.abs(srgb(oklab(colours)).astype(int) - colours).max() <= 1
 
 
 class TestCutouts:

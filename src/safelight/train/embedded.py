@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,11 @@ from safelight.train.denoiser import (
 )
 from safelight.train.export import export_text_to_image, export_unconditional
 from safelight.train.loop import Draw, Plan
-from safelight.train.recipe import STYLES, Scenes
+from safelight.train.recipe import MIXED, SIMPLE, STYLES, Scenes
 from safelight.train.tokens import train_vocabulary
 
 SCENES = 24_000
+MIXED_SCENES = 72_000
 """Captioned scenes that are composed and encoded once, to learn from."""
 
 SHEET_EVERY = 1000
@@ -38,9 +39,10 @@ SHEET_EVERY = 1000
 
 SHEET = (
     "a red apple", "a cat", "a dog", "a rocket on a blue background",
-    "a banana on a pink background", "a flat icon of a car", "a 3d render of a penguin",
-    "a flat icon of a lion", "a guitar", "a hamburger", "a house on a green background",
-    "a smiling face on a black background",
+    "a flat icon of a car", "a 3d render of a penguin", "a blue cat on a yellow background",
+    "a purple guitar", "a small house at the bottom on the left",
+    "three teddy bears on a yellow background", "a dog to the left of a pizza",
+    "a lion above a car on a green background",
 )  # fmt: skip
 """Prompts whose pictures are drawn at every checkpoint, so that progress can be seen."""
 
@@ -63,9 +65,9 @@ def train_embedded(data: Path, out: Path, *, native: bool = False) -> Path:
     spread = latent_spread(vae, scenes, Draw.of(shipped.VAE_PLAN.seed, shipped.VAE_PLAN.steps))
     vae.config = replace(vae.config, scaling_factor=round(1 / spread, 5))
 
-    def encoded(from_scenes: Scenes) -> tuple[Tensor, Tensor]:
+    def encoded(from_scenes: Scenes, count: int = SCENES) -> tuple[Tensor, Tensor]:
         latents, captions = encode_scenes(
-            vae, from_scenes, SCENES, shipped.UNET_PLAN.seed, vae.config.scaling_factor
+            vae, from_scenes, count, shipped.UNET_PLAN.seed, vae.config.scaling_factor
         )
         ids = [tokenizer.encode(text).ids for text in captions]
         return latents, torch.tensor(ids, dtype=torch.int16)
@@ -106,6 +108,8 @@ def train_embedded(data: Path, out: Path, *, native: bool = False) -> Path:
     latents, ids = encoded(_scenes(data, shipped.SIZE, shipped.STYLES, steady=True))
     train(latents, ids, shipped.STEADY_PLAN, out / "steady")
     train(latents, ids, shipped.FINE_PLAN, out / "fine")
+    latents, ids = encoded(_scenes(data, shipped.SIZE, shipped.STYLES, kinds=MIXED), MIXED_SCENES)
+    train(latents, ids, shipped.MIXED_PLAN, out / "mixed")
     export(net)
     return model
 
@@ -140,12 +144,17 @@ def train_embedded_unconditional(data: Path, out: Path, *, native: bool = False)
 
 
 def _scenes(
-    data: Path, side: int, styles: Collection[str] = tuple(STYLES), *, steady: bool = False
+    data: Path,
+    side: int,
+    styles: Collection[str] = tuple(STYLES),
+    *,
+    kinds: Mapping[str, int] = SIMPLE,
+    steady: bool = False,
 ) -> Scenes:
     path = data / "cutouts.npz"
     if not path.exists():
         raise SafelightError(f"{path} is not there: build it with `safelight train data {data}`")
-    return Scenes(path, size=side, styles=styles, steady=steady)
+    return Scenes(path, size=side, styles=styles, kinds=kinds, steady=steady)
 
 
 def _credit(model: Path) -> None:

@@ -1,81 +1,77 @@
-"""What the small models learn from: captioned pictures of one object on a plain background."""
+"""What the small models learn from: captioned scenes, composed of cut-outs on plain backgrounds."""
 
 from __future__ import annotations
 
-import re
-from bisect import bisect
+import hashlib
 from collections.abc import Collection, Mapping
-from functools import cache
-from itertools import accumulate
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from safelight.errors import SafelightError
-from safelight.train.cutouts import Pixels, above, build, load, notice
+from safelight.train.captions import (
+    PLACES,
+    RELATIONS,
+    STYLES,
+    bare,
+    caption,
+    coloured,
+    corpus,
+    ground,
+    long_caption,
+    several,
+    small,
+    split_words,
+)
+from safelight.train.colours import COLOURS, PAINTS, WHITE, backgrounds, paint
+from safelight.train.cutouts import Pixels, load
 
-__all__ = ["COLOURS", "STYLES", "Scenes", "backgrounds", "bare", "build", "notice", "split_words"]
-
-WHITE = "white"
-COLOURS: dict[str, tuple[int, int, int]] = {
-    WHITE: (255, 255, 255),
-    "red": (214, 40, 40),
-    "orange": (247, 140, 30),
-    "yellow": (250, 216, 50),
-    "green": (72, 180, 80),
-    "dark green": (20, 84, 50),
-    "light blue": (150, 212, 246),
-    "blue": (40, 92, 212),
-    "purple": (130, 64, 176),
-    "pink": (250, 160, 200),
-    "brown": (122, 76, 44),
-    "gray": (140, 140, 140),
-    "black": (14, 14, 14),
-    "beige": (232, 214, 176),
-}
-ALSO_SPELT = {"gray": "grey"}
-
-STYLES = {"cartoon": "cartoon", "flat": "flat icon", "3d": "3d render"}
-
-# {a} is the name with its article, {n} without, {bg} the background. Values are weights.
-PLAIN = {
-    "{a}{bg}": 70,
-    "{n}{bg}": 12,
-    "the {n}{bg}": 6,
-    "a picture of {a}{bg}": 8,
-    "an image of {a}{bg}": 4,
-}
-STYLED = {
-    "a {kind} of {a}{bg}": 40,
-    "{a}{bg}, {kind}": 38,
-    "{art}{style} {n}{bg}": 12,
-    "{n}{bg}, {kind}": 6,
-    "{kind} of {a}{bg}": 4,
-}
-BACKGROUND = {" on {c} background": 76, " with {c} background": 12, ", {b} background": 12}
+SIMPLE = {"one": 100}
+MIXED = {"one": 45, "coloured": 20, "placed": 8, "pair": 17, "several": 10}
+"""Kinds of scenes and their weights: one thing; in another colour; small, at a place; two things;
+one thing two to four times."""
 
 WHITE_SHARE = 0.55
 WHITE_NAMED = 0.2
 STYLE_NAMED = 0.5
 SYNONYM = 0.25
 TURNED = 0.12
-LARGE = (0.72, 0.92)  # the object's longer side as a share of the frame
-# Smallest mean Oklab distance between an object's edge and the background.
-CONTRAST = 0.14
-CONTRAST_WHITE = 0.06  # lower: a bare "a ghost" should stand on white like every other object
+HELD_OUT = 20
+"""One in so many combinations is never trained on."""
+
+# The object's longer side as a share of the frame.
+LARGE = (0.72, 0.92)
+SMALL = (0.36, 0.43)
 
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Scene:
+    """What is on a picture. `said` tells it in words."""
+
+    kind: str
+    concepts: tuple[str, ...]
+    style: str
+    background: str = WHITE
+    colour: str | None = None
+    """Of a thing that does not have its own."""
+    count: int = 1
+    where: str | None = None
+    """A place, or what the first thing is to the second."""
+    said: str = ""
+
+
 class Scenes:
-    """Captioned pictures of one object on a plain background, endless and reproducible.
+    """Captioned pictures of things on a plain background, endless and reproducible.
 
     Every method that draws takes a NumPy generator; without one, the generator made from `seed`
-    is used and moves on. Pictures are uint8 RGB [size, size, 3]. `styles` are those to draw from;
-    with `steady` an object has one size and place, upright in the middle, and is not mirrored.
+    is used and moves on. Pictures are uint8 RGB [size, size, 3]. `styles` are those to draw from,
+    `kinds` the weights of kinds of scenes; with `steady` an object has one size and place, upright
+    in the middle, and is not mirrored.
     """
 
     def __init__(
@@ -84,6 +80,7 @@ class Scenes:
         size: int = 64,
         seed: int = 0,
         styles: Collection[str] = tuple(STYLES),
+        kinds: Mapping[str, int] = SIMPLE,
         steady: bool = False,
     ) -> None:
         pictures, about = load(cutouts_path)
@@ -92,143 +89,266 @@ class Scenes:
         self.rng = np.random.default_rng(seed)
         self.rows: list[dict[str, str]] = about["pictures"]
         self.names: dict[str, list[str]] = {c["names"][0]: c["names"] for c in about["concepts"]}
-        self._images = [Image.fromarray(picture) for picture in pictures]
         self._flips = {c["names"][0]: c.get("flip", True) for c in about["concepts"]}
         self._index = {(row["concept"], row["style"]): i for i, row in enumerate(self.rows)}
-        self._concepts = list(self.names)
-        self._styles = {
-            name: [style for concept, style in self._index if concept == name and style in styles]
-            for name in self._concepts
-        }
+        self.styles = [style for style in STYLES if style in styles]
         self._concept_of = {
             said: first
             for first, names in self.names.items()
             for name in names
             for said in (name, bare(name))
         }
-        self._spoken = [style for style in STYLES if style in styles]
-        self._scaled: dict[tuple[int, int], tuple[Pixels, Pixels]] = {}
-        self.allowed = [backgrounds(picture) for picture in pictures]
-        """For each picture, the backgrounds that it stands out from."""
-        self._on_white = [i for i, names in enumerate(self.allowed) if WHITE in names]
+        self._kinds = list(kinds)
+        self._chances = np.array(list(kinds.values())) / sum(kinds.values())
+        self._cutouts = _Cutouts(pictures)
 
     def batch(self, n: int, rng: np.random.Generator | None = None) -> tuple[Pixels, list[str]]:
         """`n` pictures, uint8 [n, size, size, 3], and their captions."""
         samples = [self.sample(rng) for _ in range(n)]
-        return np.stack([picture for picture, _ in samples]), [caption for _, caption in samples]
+        return np.stack([picture for picture, _ in samples]), [scene.said for _, scene in samples]
 
-    def sample(
-        self,
-        rng: np.random.Generator | None = None,
-        concept: str | None = None,
-        style: str | None = None,
-        background: str | None = None,
-    ) -> tuple[Pixels, str]:
-        """One picture, uint8 [size, size, 3], and its caption; what is not given is drawn.
-
-        `concept` is any name or synonym, with or without article. A background that is asked for
-        is used even if the object hardly stands out from it.
-        """
+    def sample(self, rng: np.random.Generator | None = None, **given: Any) -> tuple[Pixels, Scene]:
+        """One picture, uint8 [size, size, 3], and what is on it; `given` is as for `invent`."""
         rng = rng or self.rng
-        concept = _choose(rng, self._concepts) if concept is None else self._find(concept)
-        style = _choose(rng, self._styles[concept]) if style is None else style
-        if (concept, style) not in self._index:
-            raise SafelightError(f"no style {style!r}: the styles are {', '.join(STYLES)}")
-        index = self._index[concept, style]
-        if background is None:
-            background = self._background(rng, index)
-        elif background not in COLOURS:
-            raise SafelightError(f"no background {background!r}: there are {', '.join(COLOURS)}")
-        caption = self._caption(rng, concept, style, background)
-        return self._compose(rng, index, background, self.size), caption
+        scene = self.invent(rng, **given)
+        return self.compose(rng, scene), scene
 
     def plain(self, n: int, rng: np.random.Generator | None = None, size: int = 32) -> Pixels:
         """`n` objects on white without captions, uint8 [n, size, size, 3]."""
         rng = rng or self.rng
-        picked = [_choose(rng, self._on_white) for _ in range(n)]
-        return np.stack([self._compose(rng, index, WHITE, size) for index in picked])
+        fit = [
+            (concept, style)
+            for concept in self.names
+            for style in self.styles
+            if WHITE in self.allowed(concept, style)
+        ]
+        scenes = [Scene("one", (c,), style) for c, style in (_choose(rng, fit) for _ in range(n))]
+        return np.stack([self.compose(rng, scene, size) for scene in scenes])
 
     def captions_corpus(self) -> list[str]:
         """Captions, sorted, that together hold every word that a caption can hold."""
-        grounds = [
-            ground
-            for colour in COLOURS
-            for word in {colour, ALSO_SPELT.get(colour, colour)}
-            for ground in (_ground(template, word) for template in BACKGROUND)
-        ]
-        found = set()
-        for names in self.names.values():
-            for name in names:
-                for style in self._spoken:
-                    found.update(_say(template, name, style) for template in (*PLAIN, *STYLED))
-        first = self._concepts[0]
-        found.update(_say("{a}{bg}", first, "flat", ground) for ground in grounds)
-        return sorted(found)
+        return corpus([name for names in self.names.values() for name in names], self.styles)
 
     def words(self) -> frozenset[str]:
         """Every word that a caption can hold."""
         return frozenset(word for text in self.captions_corpus() for word in split_words(text))
+
+    def allowed(self, concept: str, style: str, colour: str | None = None) -> tuple[str, ...]:
+        """The backgrounds that a thing stands out from."""
+        return self._cutouts.allowed(self._index[concept, style], colour)
+
+    def paints(self, concept: str, style: str) -> list[str]:
+        """The colours that a thing can be given, of a name that does not say another."""
+        if self._colourless(concept) is None:
+            return []
+        index = self._index[concept, style]
+        return [colour for colour in PAINTS if self._cutouts.picture(index, colour) is not None]
+
+    def invent(
+        self,
+        rng: np.random.Generator,
+        kind: str | None = None,
+        concept: str | None = None,
+        style: str | None = None,
+        background: str | None = None,
+        *,
+        held_out: bool = False,
+    ) -> Scene:
+        """A scene to be composed; what is not given is drawn.
+
+        `concept` is any name or synonym, with or without article. A background that is asked for
+        is used even if the object hardly stands out from it. With `held_out` a coloured thing is
+        of the combinations that are otherwise never drawn.
+
+        Raises SafelightError for names that there are not.
+        """
+        if style is not None and style not in self.styles:
+            raise SafelightError(f"no style {style!r}: the styles are {', '.join(self.styles)}")
+        if background is not None and background not in COLOURS:
+            raise SafelightError(f"no background {background!r}: there are {', '.join(COLOURS)}")
+        kind = kind or self._kinds[int(rng.choice(len(self._kinds), p=self._chances))]
+        while True:
+            first = _choose(rng, list(self.names)) if concept is None else self._find(concept)
+            chosen = style or _choose(rng, self.styles)
+            scene = self._one(rng, kind, first, chosen, held_out)
+            if scene is not None:
+                break
+            if concept is not None:
+                raise SafelightError(f"{concept!r} cannot be shown as {kind!r}")
+        if background is None:
+            background = self._background(rng, scene)
+        return self._said(rng, replace(scene, background=background))
+
+    def _one(
+        self, rng: np.random.Generator, kind: str, first: str, style: str, held_out: bool
+    ) -> Scene | None:
+        """A scene of this kind, yet without background and words; None if the thing is not fit."""
+        scene = Scene(kind, (first,), style)
+        if kind == "one":
+            return scene
+        if kind == "coloured":
+            paints = [c for c in self.paints(first, style) if kept_back(c, first) == held_out]
+            return replace(scene, colour=_choose(rng, paints)) if paints else None
+        if kind == "placed":
+            # A third is small in the middle.
+            where = _choose(rng, list(PLACES)) if rng.random() < 0.67 else None
+            return replace(scene, where=where) if bare(first) != first else None
+        if kind == "several":
+            return replace(scene, count=int(rng.integers(2, 5))) if bare(first) != first else None
+        if kind == "pair":
+            other = _choose(rng, [name for name in self.names if name != first])
+            return replace(scene, concepts=(first, other), where=_choose(rng, list(RELATIONS)))
+        raise SafelightError(f"no kind {kind!r}: there are {', '.join(MIXED)}")
 
     def _find(self, said: str) -> str:
         if said not in self._concept_of:
             raise SafelightError(f"no concept {said!r}: see concepts.json for those there are")
         return self._concept_of[said]
 
-    def _background(self, rng: np.random.Generator, index: int) -> str:
-        colours = [name for name in self.allowed[index] if name != WHITE]
-        if not colours or (WHITE in self.allowed[index] and rng.random() < WHITE_SHARE):
+    def _background(self, rng: np.random.Generator, scene: Scene) -> str:
+        each = [set(self.allowed(c, scene.style, scene.colour)) for c in scene.concepts]
+        fit = [name for name in COLOURS if all(name in names for names in each)]
+        colours = [name for name in fit if name != WHITE]
+        if not colours or (WHITE in fit and rng.random() < WHITE_SHARE):
             return WHITE
         return _choose(rng, colours)
 
-    def _caption(self, rng: np.random.Generator, concept: str, style: str, background: str) -> str:
-        names = self.names[concept]
-        synonym = len(names) > 1 and rng.random() < SYNONYM
-        name = _choose(rng, names[1:]) if synonym else concept
-        ground = ""
-        if background != WHITE or rng.random() < WHITE_NAMED:
-            other = background in ALSO_SPELT and rng.random() < 0.3
-            word = ALSO_SPELT[background] if other else background
-            ground = _ground(_weighted(rng, BACKGROUND), word)
-        templates = STYLED if rng.random() < STYLE_NAMED else PLAIN
-        return _say(_weighted(rng, templates), name, style, ground)
+    def _said(self, rng: np.random.Generator, scene: Scene) -> Scene:
+        first = self._name(rng, scene.concepts[0])
+        named = scene.background != WHITE or rng.random() < WHITE_NAMED
+        behind = ground(rng, scene.background) if named else ""
+        style = scene.style if rng.random() < STYLE_NAMED else None
+        if scene.kind == "one":
+            return replace(scene, said=caption(rng, first, style, behind))
+        if scene.kind == "coloured":
+            assert scene.colour is not None
+            name = self._colourless(scene.concepts[0])
+            assert name is not None
+            return replace(scene, said=caption(rng, coloured(name, scene.colour), style, behind))
+        if scene.kind == "placed":
+            things = f"{small(first)} {scene.where}" if scene.where else small(first)
+            if scene.where and rng.random() < 0.5:
+                things = f"{first} {scene.where}"
+        elif scene.kind == "several":
+            things = several(first, scene.count)
+        else:
+            things = f"{first} {scene.where} {self._name(rng, scene.concepts[1])}"
+        return replace(scene, said=long_caption(rng, things, style, behind))
 
-    def _compose(self, rng: np.random.Generator, index: int, background: str, size: int) -> Pixels:
-        side = _choose(rng, _sides(size)[-4:-3] if self.steady else _sides(size))
-        turned = not self.steady and rng.random() < TURNED
-        angle = float(rng.uniform(-15, 15)) if turned else 0.0
-        colours, light = self._turned(index, side, angle) if angle else self._upright(index, side)
-        mirrored = not self.steady and rng.random() < 0.5
-        if mirrored and self._flips[self.rows[index]["concept"]]:
-            colours, light = colours[:, ::-1], light[:, ::-1]
-        colour = np.array(COLOURS[background])
-        if background != WHITE:
+    def _name(self, rng: np.random.Generator, concept: str) -> str:
+        names = self.names[concept]
+        # A name without an article cannot be counted.
+        others = [n for n in names[1:] if (bare(n) == n) == (bare(concept) == concept)]
+        return _choose(rng, others) if others and rng.random() < SYNONYM else concept
+
+    def _colourless(self, concept: str) -> str | None:
+        """The first of its names that says no colour."""
+        said = {word for colour in COLOURS for word in colour.split()}
+        return next((n for n in self.names[concept] if not said & set(split_words(n))), None)
+
+    def compose(self, rng: np.random.Generator, scene: Scene, size: int | None = None) -> Pixels:
+        """A picture of a scene, uint8 [size, size, 3]."""
+        size = size or self.size
+        colour = np.array(COLOURS[scene.background])
+        if scene.background != WHITE:
             colour = np.clip(colour + rng.integers(-6, 7, 3), 0, 255)
-        height, width = colours.shape[:2]
-        shift = 0.0 if self.steady else 0.5
-        top, left = (
-            round((size - extent) / 2 + rng.uniform(-shift, shift) * min(size - extent, size / 10))
-            for extent in (height, width)
-        )
         out = np.empty((size, size, 3), np.uint8)
         out[:] = colour
-        under = (light.astype(np.uint16) * colour.astype(np.uint16) + 127) // 255
-        out[top : top + height, left : left + width] = np.minimum(under + colours, 255)
+        places = self._places(rng, scene)
+        # Things that come several times are alike.
+        share = _choose(rng, _shares(LARGE if scene.kind in ("one", "coloured") else SMALL))
+        mirrored = not self.steady and rng.random() < 0.5
+        for i, (x, y) in enumerate(places):
+            concept = scene.concepts[i % len(scene.concepts)]
+            turned = not self.steady and rng.random() < TURNED
+            colours, light = self._cutouts.scaled(
+                self._index[concept, scene.style],
+                scene.colour,
+                round((_shares(LARGE)[-4] if self.steady else share) * size),
+                float(rng.uniform(-15, 15)) if turned else 0.0,
+            )
+            if mirrored and self._flips[concept]:
+                colours, light = colours[:, ::-1], light[:, ::-1]
+            _paste(out, colours, light, x, y)
         return out
 
-    def _upright(self, index: int, side: int) -> tuple[Pixels, Pixels]:
-        if (index, side) not in self._scaled:
-            self._scaled[index, side] = _shrink(self._images[index], side)
-        return self._scaled[index, side]
+    def _places(self, rng: np.random.Generator, scene: Scene) -> list[tuple[float, float]]:
+        """The centres of its things, as shares of the picture's sides."""
+        if self.steady:
+            return [(0.5, 0.5)]
+        if scene.kind == "several":
+            around = {
+                2: [(0.27, 0.5), (0.73, 0.5)],
+                3: [(0.27, 0.28), (0.73, 0.28), (0.5, 0.74)],
+                4: [(0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73)],
+            }[scene.count]
+        elif scene.kind == "pair":
+            assert scene.where is not None
+            right, down = RELATIONS[scene.where]
+            if scene.where == "next to" and rng.random() < 0.5:
+                right = -right
+            around = [(0.5 + 0.24 * s * right, 0.5 + 0.24 * s * down) for s in (1, -1)]
+        else:
+            around = [PLACES[scene.where] if scene.where else (0.5, 0.5)]
+        reach = 0.05 if scene.kind in ("one", "coloured") else 0.025
+        # All are moved alike: two that stand close must not touch.
+        right, down = rng.uniform(-reach, reach), rng.uniform(-reach, reach)
+        return [(x + right, y + down) for x, y in around]
 
-    def _turned(self, index: int, side: int, angle: float) -> tuple[Pixels, Pixels]:
-        turned = self._images[index].rotate(angle, Image.Resampling.BILINEAR, expand=True)
-        return _shrink(turned.crop(turned.getbbox()), side)
+
+def kept_back(colour: str, concept: str) -> bool:
+    """Whether a coloured thing is held out from training."""
+    digest = hashlib.sha256(f"{colour} {concept}".encode()).digest()
+    return digest[0] % HELD_OUT == 0
 
 
-@cache
-def _sides(size: int) -> list[int]:
+class _Cutouts:
+    """The drawings: painted, turned and scaled, each made once."""
+
+    def __init__(self, pictures: Pixels) -> None:
+        self._pictures = pictures
+        self._painted: dict[tuple[int, str], Pixels | None] = {}
+        self._allowed: dict[tuple[int, str | None], tuple[str, ...]] = {}
+        self._scaled: dict[tuple[int, str | None, int], tuple[Pixels, Pixels]] = {}
+
+    def picture(self, index: int, colour: str | None) -> Pixels | None:
+        """uint8 [side, side, 4]; None if it cannot have this colour."""
+        if colour is None:
+            return self._pictures[index]
+        if (index, colour) not in self._painted:
+            self._painted[index, colour] = paint(self._pictures[index], colour)
+        return self._painted[index, colour]
+
+    def allowed(self, index: int, colour: str | None) -> tuple[str, ...]:
+        if (index, colour) not in self._allowed:
+            picture = self.picture(index, colour)
+            assert picture is not None
+            self._allowed[index, colour] = backgrounds(picture)
+        return self._allowed[index, colour]
+
+    def scaled(
+        self, index: int, colour: str | None, side: int, angle: float
+    ) -> tuple[Pixels, Pixels]:
+        """As `_shrink` returns it."""
+        if angle:
+            turned = self._image(index, colour).rotate(
+                angle, Image.Resampling.BILINEAR, expand=True
+            )
+            return _shrink(turned.crop(turned.getbbox()), side)
+        key = (index, colour, side)
+        if key not in self._scaled:
+            self._scaled[key] = _shrink(self._image(index, colour), side)
+        return self._scaled[key]
+
+    def _image(self, index: int, colour: str | None) -> Image.Image:
+        picture = self.picture(index, colour)
+        assert picture is not None
+        return Image.fromarray(picture)
+
+
+def _shares(of: tuple[float, float]) -> list[float]:
     # A dozen sizes look continuous and keep the scaled cut-outs in memory small.
-    return np.unique(np.linspace(LARGE[0] * size, LARGE[1] * size, 12).round().astype(int)).tolist()
+    return np.linspace(*of, 12).tolist()
 
 
 def _shrink(image: Image.Image, side: int) -> tuple[Pixels, Pixels]:
@@ -240,70 +360,18 @@ def _shrink(image: Image.Image, side: int) -> tuple[Pixels, Pixels]:
     return small[..., :3], 255 - small[..., 3:]
 
 
-def backgrounds(picture: Pixels) -> tuple[str, ...]:
-    """The colours from which the edge of a cut-out, uint8 [h, w, 4], stands out on average."""
-    alpha = Image.fromarray(picture[..., 3])
-    solid = above(alpha, 127)
-    edge = (np.asarray(solid) > 0) & (np.asarray(solid.filter(ImageFilter.MinFilter(5))) == 0)
-    if not edge.any():
-        return tuple(COLOURS)
-    seen = _oklab(picture[edge][:, :3])
-    wanted = {name: CONTRAST_WHITE if name == WHITE else CONTRAST for name in COLOURS}
-    return tuple(
-        name
-        for name, colour in COLOURS.items()
-        if np.linalg.norm(seen - _oklab(np.array(colour)), axis=-1).mean() >= wanted[name]
+def _paste(out: Pixels, colours: Pixels, light: Pixels, x: float, y: float) -> None:
+    """Put a thing onto a picture, its middle at (x, y), but wholly inside."""
+    size = len(out)
+    height, width = colours.shape[:2]
+    top, left = (
+        int(np.clip(round(size * middle - extent / 2), 0, size - extent))
+        for middle, extent in ((y, height), (x, width))
     )
-
-
-def _oklab(rgb: NDArray[Any]) -> NDArray[np.float64]:
-    """sRGB bytes [..., 3] in Oklab, where distances match the eye (B. Ottosson, 2020)."""
-    value = rgb / 255
-    linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
-    return np.cbrt(linear @ _TO_CONES.T) @ _TO_LAB.T
-
-
-_TO_CONES = np.array(
-    [
-        [0.4122214708, 0.5363325363, 0.0514459929],
-        [0.2119034982, 0.6806995451, 0.1073969566],
-        [0.0883024619, 0.2817188376, 0.6299787005],
-    ]
-)
-_TO_LAB = np.array(
-    [
-        [0.2104542553, 0.7936177850, -0.0040720468],
-        [1.9779984951, -2.4285922050, 0.4505937099],
-        [0.0259040371, 0.7827717662, -0.8086757660],
-    ]
-)
-
-
-def bare(name: str) -> str:
-    """A name without its article: "a cat" is "cat"."""
-    return re.sub(r"^(a|an|the) ", "", name)
-
-
-def split_words(text: str) -> list[str]:
-    """The words of a caption, without punctuation."""
-    return re.findall(r"[a-z0-9]+", text.lower())
-
-
-def _say(template: str, name: str, style: str, ground: str = "") -> str:
-    noun = bare(name)
-    article = "" if noun == name else "a "
-    return template.format(a=name, n=noun, art=article, style=style, kind=STYLES[style], bg=ground)
-
-
-def _ground(template: str, colour: str) -> str:
-    article = "an" if colour[0] in "aeiou" else "a"
-    return template.format(c=f"{article} {colour}", b=colour)
+    under = out[top : top + height, left : left + width]
+    mixed = (light.astype(np.uint16) * under + 127) // 255 + colours
+    out[top : top + height, left : left + width] = np.minimum(mixed, 255)
 
 
 def _choose(rng: np.random.Generator, items: list[T]) -> T:
     return items[int(rng.integers(len(items)))]
-
-
-def _weighted(rng: np.random.Generator, weights: Mapping[str, int]) -> str:
-    totals = list(accumulate(weights.values()))
-    return list(weights)[bisect(totals, rng.random() * totals[-1])]

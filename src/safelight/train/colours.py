@@ -1,0 +1,129 @@
+"""Colours by name: of backgrounds, and of objects that are given another colour."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
+
+from safelight.train.cutouts import Pixels, above
+
+WHITE = "white"
+COLOURS: dict[str, tuple[int, int, int]] = {
+    WHITE: (255, 255, 255),
+    "red": (214, 40, 40),
+    "orange": (247, 140, 30),
+    "yellow": (250, 216, 50),
+    "green": (72, 180, 80),
+    "dark green": (20, 84, 50),
+    "light blue": (150, 212, 246),
+    "blue": (40, 92, 212),
+    "purple": (130, 64, 176),
+    "pink": (250, 160, 200),
+    "brown": (122, 76, 44),
+    "gray": (140, 140, 140),
+    "black": (14, 14, 14),
+    "beige": (232, 214, 176),
+}
+ALSO_SPELT = {"gray": "grey"}
+
+PAINTS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "white", "gray", "black")
+"""Colours that an object may be given."""
+
+# Smallest mean Oklab distance between an object's edge and the background.
+CONTRAST = 0.14
+CONTRAST_WHITE = 0.06  # lower: a bare "a ghost" should stand on white like every other object
+
+PAINTED = 0.5  # smallest share of an object's pixels that must take the colour
+ALREADY = 0.15  # an object nearer to a colour than this, in Oklab, has it
+
+
+def backgrounds(picture: Pixels) -> tuple[str, ...]:
+    """The colours from which the edge of a cut-out, uint8 [h, w, 4], stands out on average."""
+    alpha = Image.fromarray(picture[..., 3])
+    solid = above(alpha, 127)
+    edge = (np.asarray(solid) > 0) & (np.asarray(solid.filter(ImageFilter.MinFilter(5))) == 0)
+    if not edge.any():
+        return tuple(COLOURS)
+    seen = oklab(picture[edge][:, :3])
+    wanted = {name: CONTRAST_WHITE if name == WHITE else CONTRAST for name in COLOURS}
+    return tuple(
+        name
+        for name, colour in COLOURS.items()
+        if np.linalg.norm(seen - oklab(np.array(colour)), axis=-1).mean() >= wanted[name]
+    )
+
+
+def paint(picture: Pixels, colour: str) -> Pixels | None:
+    """A cut-out, uint8 [h, w, 4], with its main colour turned into another; None if it has none.
+
+    The main hue is the one most of the coloured pixels have. They, and the pixels of like hue,
+    turn by the same angle, and their lightness and chroma move by as much as the main colour's
+    have to: shading and highlights stay.
+    """
+    solid = picture[..., 3] > 127
+    seen = oklab(picture[..., :3])
+    light, chroma = seen[..., 0], np.hypot(seen[..., 1], seen[..., 2])
+    hue = np.arctan2(seen[..., 2], seen[..., 1])
+    strong = solid & (chroma > 0.05)
+    if not strong.any():
+        return None
+    counts, edges = np.histogram(hue[strong], bins=36, range=(-np.pi, np.pi))
+    wide = counts + np.roll(counts, 1) + np.roll(counts, -1)
+    main = edges[wide.argmax()] + np.pi / 36
+    away = np.abs(np.angle(np.exp(1j * (hue - main))))
+    share = np.clip((1.2 - away) / 0.4, 0, 1) * np.clip((chroma - 0.02) / 0.04, 0, 1)
+    of_main = solid & (share > 0.5)
+    if of_main.sum() < PAINTED * solid.sum():
+        return None
+    mean = seen[of_main].mean(axis=0)
+    target = oklab(np.array(COLOURS[colour]))
+    if np.linalg.norm(mean - target) < ALREADY:
+        return None
+    wanted = np.hypot(target[1], target[2])
+    scale = wanted / max(np.hypot(mean[1], mean[2]), 1e-6)
+    turn = 0.0 if wanted < 0.02 else np.arctan2(target[2], target[1]) - np.arctan2(mean[2], mean[1])
+    new = np.stack(
+        [
+            # A little of the old contrast is lost, so that highlights do not all end at white.
+            target[0] + 0.7 * (light - mean[0]),
+            scale * chroma * np.cos(hue + turn),
+            scale * chroma * np.sin(hue + turn),
+        ],
+        axis=-1,
+    )
+    mixed = seen + share[..., None] * (new - seen)
+    return np.concatenate([srgb(mixed), picture[..., 3:]], axis=-1)
+
+
+def oklab(rgb: NDArray[Any]) -> NDArray[np.float64]:
+    """sRGB bytes [..., 3] in Oklab, where distances match the eye (B. Ottosson, 2020)."""
+    value = rgb / 255
+    linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+    return np.cbrt(linear @ _TO_CONES.T) @ _TO_LAB.T
+
+
+def srgb(lab: NDArray[Any]) -> Pixels:
+    """Oklab [..., 3] as sRGB bytes, cut to what they can show."""
+    linear = (lab @ np.linalg.inv(_TO_LAB).T) ** 3 @ np.linalg.inv(_TO_CONES).T
+    linear = np.clip(linear, 0, 1)
+    value = np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return np.rint(value * 255).astype(np.uint8)
+
+
+_TO_CONES = np.array(
+    [
+        [0.4122214708, 0.5363325363, 0.0514459929],
+        [0.2119034982, 0.6806995451, 0.1073969566],
+        [0.0883024619, 0.2817188376, 0.6299787005],
+    ]
+)
+_TO_LAB = np.array(
+    [
+        [0.2104542553, 0.7936177850, -0.0040720468],
+        [1.9779984951, -2.4285922050, 0.4505937099],
+        [0.0259040371, 0.7827717662, -0.8086757660],
+    ]
+)
