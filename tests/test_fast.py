@@ -279,11 +279,58 @@ def test_group_norm(mean: float) -> None:
     true = norm(x.float())
     found = tiles.group_norm(norm, x, norm.weight, norm.bias)
     assert distance(found, true) < 5e-3
-    map_ = tiles.group_norm_silu(norm, x, norm.weight, norm.bias)
-    inside = map_.padded(slice(0, 2), 0, 5)[: 2 * 7 * 9 * 48].view(2, 7, 9, 48)
-    assert distance(inside[:, 1:-1, 1:-1].permute(0, 3, 1, 2), F.silu(true)) < 5e-3
-    assert not inside[:, 0].any()
-    assert not inside[:, :, -1].any()
+
+
+@needs_tiles
+def test_layer_norm() -> None:
+    norm = nn.LayerNorm(48)
+    norm.weight.copy_(torch.randn(48))
+    norm.bias.copy_(torch.randn(48))
+    x, plus = (torch.randn(2, 37, 48) * 3 + 20).bfloat16(), torch.randn(2, 37, 48).bfloat16()
+    for more in (None, plus):
+        total, found = tiles.layer_norm(norm, x, norm.weight, norm.bias, more)
+        assert torch.equal(total, x if more is None else x + more)
+        assert distance(found, norm(total.float())) < 5e-3
+
+
+@needs_tiles
+def test_gate() -> None:
+    x = torch.randn(3, 5, 64) * 4
+    x[0, 0, 32:] = torch.linspace(-30, 30, 32)
+    x = x.bfloat16()
+    value, gate = x.chunk(2, dim=-1)
+    true = value.float() * F.gelu(gate.float())
+    found = tiles.gate(value, gate)
+    assert (found - true).abs().max() <= 2**-8 * true.abs().max()
+    assert distance(found, true) < 3e-3
+
+
+@needs_tiles
+def test_a_map_is_laid_in_planes_with_a_border() -> None:
+    norm = nn.GroupNorm(8, 64)
+    x = (torch.randn(2, 64, 5, 7)).bfloat16()
+    for map_, true in (
+        (tiles.Map(x), x.float()),
+        (tiles.group_norm_silu(norm, x, norm.weight, norm.bias), F.silu(norm(x.float()))),
+    ):
+        memory, plane = map_.laid(slice(0, 2), 0, 5)
+        assert plane == 2 * 7 * 9 * 32
+        laid = memory[: 2 * plane].view(2, 2, 7, 9, 32)  # plane, picture, row, place, channel
+        found = laid.permute(1, 0, 4, 2, 3).flatten(1, 2)
+        assert distance(found[:, :, 1:-1, 1:-1], true) < 5e-3
+        assert not found[:, :, 0].any()
+        assert not found[:, :, :, -1].any()
+
+
+@needs_tiles
+@pytest.mark.parametrize("size", [40, 64])
+def test_scores_far_above_those_of_the_first_keys(size: int) -> None:
+    q, k, v = (torch.randn(1, 2, n, size).bfloat16() for n in (70, 600, 600))
+    k[:, :, 500] *= 200  # the first pass ends at 256
+    true = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    assert (q.float() @ k.float().mT).max() * size**-0.5 > 200
+    found = tiles.attend(q, k, v).unflatten(-1, (2, size)).transpose(1, 2)
+    assert distance(found, true) < 1e-2
 
 
 @needs_tiles

@@ -28,6 +28,9 @@ from safelight.nets.layers import (
 LARGE = 1 << 22
 """Numbers in a weight whose memory is worth giving back at once."""
 
+PART = 1024
+"""Tokens that pass a feed-forward at once, if there are many times as many."""
+
 
 def _count(x: Tensor) -> int:
     return x.numel() // x.shape[-1]
@@ -208,17 +211,57 @@ def _map(tokens: Tensor, like: Tensor) -> Tensor:
 
 
 class FastFeedForward(FeedForward):
+    """Of many tokens a part at a time, so that what is between the products stays in the cache."""
+
     net: Any
     _gated: Any = None
 
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        count = _count(x)
+        if count < 4 * PART:
+            return self._part(x, plus)
+        out = torch.empty_like(x)
+        for i in range(0, count, PART):
+            here = slice(i, i + PART)
+            more = None if plus is None else plus.flatten(0, -2)[here]
+            out.flatten(0, -2)[here] = self._part(x.flatten(0, -2)[here], more)
+        return out
+
+    def _part(self, x: Tensor, plus: Tensor | None) -> Tensor:
         if self._gated is None:
             proj = self.net[0].proj
-            self._gated = onednn.Gated(_take(proj, proj.precision), proj.bias, _count(x))
-        return self.net[2](self._gated(x), plus)
+            halves = _take(proj, proj.precision).chunk(2), proj.bias.chunk(2)
+            # Two products: one of twice the width would not stay in the cache.
+            self._gated = [
+                onednn.Matrix(w.clone(), b, _count(x)) for w, b in zip(*halves, strict=True)
+            ]
+        value, gate = (half(x) for half in self._gated)
+        if tiles.available(x.dtype) and value.shape[-1] % 16 == 0:
+            return self.net[2](tiles.gate(value, gate), plus)
+        return self.net[2](F.gelu(gate).mul_(value), plus)
+
+
+class FastLayerNorm(nn.LayerNorm):
+    _float: tuple[Tensor, Tensor] | None = None
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, plus: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x, or with `plus` the sum of both, and its norm."""
+        if tiles.fits_layer_norm(self, x):
+            if self._float is None:
+                self._float = self.weight.float(), self.bias.float()
+            return tiles.layer_norm(self, x, *self._float, plus)
+        total = x if plus is None else x.add_(plus)
+        return total, super().forward(total)
 
 
 class FastTransformerBlock(BasicTransformerBlock):
+    """A block's norms also make the sums before them."""
+
+    norm1: Any
+    norm2: Any
+    norm3: Any
     attn1: Any
     attn2: Any
     ff: Any
@@ -226,10 +269,11 @@ class FastTransformerBlock(BasicTransformerBlock):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         if self.only_cross:
             x = rows(x, len(context))
-        x = self.attn1(self.norm1(x), context if self.only_cross else None, plus=x)
-        x = rows(x, len(context))
-        x = self.attn2(self.norm2(x), context, plus=x)
-        return self.ff(self.norm3(x), plus=x)
+        _, normed = self.norm1(x)
+        own = self.attn1(normed, context if self.only_cross else None)
+        x, normed = (rows(t, len(context)) for t in self.norm2(own, plus=x))
+        x, normed = self.norm3(self.attn2(normed, context), plus=x)
+        return self.ff(normed, plus=x)
 
 
 class FastTransformer2DModel(Transformer2DModel):
@@ -274,6 +318,7 @@ _FAST: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: FastLinear,
     nn.Conv2d: FastConv2d,
     nn.GroupNorm: FastGroupNorm,
+    nn.LayerNorm: FastLayerNorm,
     ResnetBlock2D: FastResnetBlock2D,
     Upsample2D: FastUpsample2D,
     Attention: FastAttention,

@@ -29,20 +29,6 @@ class Matrix:
         return _mkldnn._linear_pointwise.binary(x, plus, self.packed, self.bias, "add")
 
 
-class Gated:
-    """GEGLU's layer: the product with half of the weight is gated by GELU of the other half's."""
-
-    def __init__(self, weight: Tensor, bias: Tensor, count: int) -> None:
-        value, gate = weight.chunk(2)
-        self.value = _mkldnn._reorder_linear_weight(value.clone(), count)
-        self.gate = _mkldnn._reorder_linear_weight(gate.clone(), count)
-        self.value_bias, self.gate_bias = (half.clone() for half in bias.chunk(2))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        gate = _mkldnn._linear_pointwise(x, self.gate, self.gate_bias, "gelu", [], "none")
-        return _mkldnn._linear_pointwise.binary(x, gate, self.value, self.value_bias, "mul")
-
-
 class Convolution:
     """A convolution's weight [out, in, side, side] and bias."""
 

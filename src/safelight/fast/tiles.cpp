@@ -1,5 +1,5 @@
-// Convolutions and attention in bfloat16 on AMX tiles, and the group norm before a convolution.
-// Float32 sums throughout; results are rounded once.
+// Convolutions and attention in bfloat16 on AMX tiles, and the norms and gates beside them. Float32
+// sums throughout; results are rounded once.
 //
 // A tile holds 16 rows of 64 bytes. One instruction multiplies 16 rows of 32 numbers with 32x16
 // packed weights. Every product here is made of blocks of 32 rows by 32 columns: two tiles of
@@ -63,21 +63,27 @@ inline __m512 exp2(__m512 x) {
     y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.f));
     return _mm512_scalef_ps(y, whole);
 }
-// The same for what is rounded to bfloat16 afterwards: relative error 1e-4, and 0 far below zero.
-inline __m512 exp2_rough(__m512 x) {
-    __m512 whole = _mm512_roundscale_ps(x, 0);
-    __m512 f = _mm512_sub_ps(x, whole);
-    __m512 y = _mm512_set1_ps(5.51714e-2f);
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.42605e-1f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.93287e-1f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(9.99928e-1f));
-    return _mm512_scalef_ps(y, whole);
-}
 const float LOG2E = 1.44269504f;
 
 inline __m512 silu(__m512 x) {
     __m512 e = exp2(_mm512_mul_ps(x, _mm512_set1_ps(-LOG2E)));
     return _mm512_div_ps(x, _mm512_add_ps(e, _mm512_set1_ps(1.f)));
+}
+
+// x·Phi(x): erfc by Abramowitz and Stegun 7.1.26.
+inline __m512 gelu(__m512 x) {
+    const __m512 one = _mm512_set1_ps(1.f);
+    __m512 z = _mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(0.70710678f));
+    __m512 t = _mm512_rcp14_ps(_mm512_fmadd_ps(z, _mm512_set1_ps(0.3275911f), one));
+    __m512 y = _mm512_set1_ps(1.061405429f);
+    y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(-1.453152027f));
+    y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(1.421413741f));
+    y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(-0.284496736f));
+    y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(0.254829592f));
+    __m512 fall = exp2(_mm512_mul_ps(_mm512_mul_ps(z, z), _mm512_set1_ps(-LOG2E)));
+    __m512 tail = _mm512_mul_ps(_mm512_mul_ps(y, t), _mm512_mul_ps(fall, _mm512_set1_ps(0.5f)));
+    __mmask16 up = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ);
+    return _mm512_mul_ps(x, _mm512_mask_sub_ps(tail, up, one, tail));
 }
 
 // 32 numbers of each of 16 rows, `stride` apart, into one tile of weights: pairs of k side by side.
@@ -100,13 +106,13 @@ void* scratch(size_t bytes) {
     return held;
 }
 
-// Where the rows of a convolution are read and written. A row is a position of the output map; 16
-// rows one after the other lie `channels` numbers apart in the input.
+// Where the rows of a convolution are read and written. A row is a position of the output map. The
+// map that is read is cut into planes of 32 channels, so that 16 positions one after the other
+// are one tile, and what the taps of a plane read lies close together.
 struct Rows {
     long count;                 // rows, those that are not written among them
     long height, width;         // of the map that is read, without its border
     long padded_h, padded_w;    // with it
-    long channels;
     bool narrow;                // the map's rows are no multiple of 16: walk the padded map
     long each;                  // rows of one image
     long spread, down, right;   // the output is every `spread`-th pixel, from there on
@@ -114,7 +120,7 @@ struct Rows {
     long input(long m) const {
         long image = m / each, p = m % each;
         long at = narrow ? p : p / width * padded_w + p % width;
-        return (image * padded_h * padded_w + at) * channels;
+        return (image * padded_h * padded_w + at) * 32;
     }
     long output(long m) const {  // -1 for a position that is none
         if (!narrow && spread == 1) return m;
@@ -128,10 +134,10 @@ struct Rows {
 struct Convolution {
     const bf16* in;
     Rows rows;
-    const bf16* weights;    // [columns/32][taps][blocks][1024]
-    const long* offsets;    // of each tap, in numbers from a row's beginning
+    const bf16* weights;    // [columns/32][planes][taps][1024]
+    const long* offsets;    // of each tap, in numbers from a row's place
     int taps;
-    long blocks;            // of 32 numbers, in each tap
+    long planes, plane;     // how many, and numbers from one to the next
     long columns;
     const float* bias;      // [columns], or [images][columns]
     long bias_step;
@@ -163,24 +169,23 @@ inline void give(float* sums) {
     fence();
 }
 
-// 32 rows by a panel of 32 columns. Meanwhile `ahead` lines of `next`, what will be read later,
-// are fetched for every block of 32 numbers.
-inline void multiply(const bf16* top, const bf16* low, long step, const long* offsets, int taps,
-                     long blocks, const bf16* w, const char* next = nullptr, long ahead = 0) {
-    for (int t = 0; t < taps; t++) {
-        const bf16 *a = top + offsets[t], *b = low + offsets[t];
-        for (long k = 0; k < blocks; k++, a += 32, b += 32, w += 1024) {
-            _tile_loadd(4, a, step);
+// 32 rows by a panel of 32 columns: of each of `planes`, all taps. Meanwhile `ahead` lines of
+// `next`, what will be read later, are fetched for every tile of a row.
+inline void multiply(const bf16* top, const bf16* low, long step, long planes, long plane,
+                     const long* offsets, int taps, const bf16* w, const char* next = nullptr,
+                     long ahead = 0) {
+    for (long k = 0; k < planes; k++, top += plane, low += plane)
+        for (int t = 0; t < taps; t++, w += 1024) {
+            _tile_loadd(4, top + offsets[t], step);
             _tile_loadd(6, w, 64);
             _tile_dpbf16ps(0, 4, 6);
             _tile_loadd(7, w + 512, 64);
             _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, b, step);
+            _tile_loadd(5, low + offsets[t], step);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
             for (long i = 0; i < ahead; i++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
         }
-    }
 }
 
 // Four tiles of sums [2][2][16][16] become 32 rows of the output.
@@ -207,11 +212,16 @@ void finish(const Convolution& p, const float* sums, long m, long m_end, long n)
     }
 }
 
-// Numbers of a map that stay in the second-level cache, and blocks of 1024 weights.
+// Numbers of a map that stay in the second-level cache, and tiles of weights.
 const long INPUT = 1 << 18, PANEL = 96;
 
-// Rows m0..m1 by columns n0..n1. Of each panel of 32 columns, a few taps' weights stay in the
-// cache while the rows pass; the rows' sums wait for the next taps.
+long planes_at_once(const Convolution& p) {
+    long most = PANEL / p.taps;
+    return most < 1 ? 1 : most < p.planes ? most : p.planes;
+}
+
+// Rows m0..m1 by columns n0..n1. Of each panel of 32 columns, the weights for a few planes stay in
+// the cache while the rows pass; the rows' sums wait for the next planes.
 void region(const Convolution& p, long m0, long m1, long n0, long n1) {
     long tall = (m1 - m0 + 31) / 32;
     long* at = (long*)scratch((2 * tall + 8) * 8 + (tall + 1) * 4096);
@@ -220,39 +230,38 @@ void region(const Convolution& p, long m0, long m1, long n0, long n1) {
         long m = m0 + 16 * i;
         at[i] = m < p.rows.count ? p.rows.input(m) : at[i - 1];
     }
-    int most = p.blocks < PANEL ? PANEL / p.blocks : 1;
-    long step = p.rows.channels * 2;
-    const bf16* w = p.weights + n0 * p.taps * p.blocks * 32;
+    long most = planes_at_once(p);
+    const bf16* w = p.weights + n0 * p.planes * p.taps * 32;
     // A block's sums are finished while the next block's are made: what tiles have stored cannot
     // be read at once.
     const float* ready = nullptr;
     long ready_m = 0, ready_n = 0, turn = 0;
     for (long n = n0; n < n1; n += 32)
-        for (int first = 0; first < p.taps; first += most) {
-            int taps = p.taps - first < most ? p.taps - first : most;
-            long size = taps * p.blocks * 1024;
-            bool last = first + taps == p.taps;
+        for (long first = 0; first < p.planes; first += most) {
+            long planes = p.planes - first < most ? p.planes - first : most;
+            long tiles = planes * p.taps;
+            bool last = first + planes == p.planes;
             long ahead = (32 + tall - 1) / tall;  // of the next weights' lines, by each block
+            const bf16* in = p.in + first * p.plane;
             for (long i = 0; i < tall; i++) {
-                float* sums = held + (taps == p.taps ? turn++ & 1 : i) * 1024;
+                float* sums = held + (planes == p.planes ? turn++ & 1 : i) * 1024;
                 if (first == 0) clear();
                 else take(sums);
-                multiply(p.in + at[2 * i], p.in + at[2 * i + 1], step, p.offsets + first, taps,
-                         p.blocks, w, (const char*)(w + size) + i * ahead * size / 16,
+                multiply(in + at[2 * i], in + at[2 * i + 1], 64, planes, p.plane, p.offsets,
+                         p.taps, w, (const char*)(w + tiles * 1024) + i * ahead * tiles * 64,
                          i * ahead < 32 && (n + 32 < n1 || !last) ? ahead : 0);
                 if (ready) finish(p, ready, ready_m, m1, ready_n);
                 give(sums);
                 ready = last ? sums : nullptr, ready_m = m0 + 32 * i, ready_n = n;
             }
-            w += size;
+            w += tiles * 1024;
         }
     if (ready) finish(p, ready, ready_m, m1, ready_n);
 }
 
 void run(const Convolution& p) {
     long threads = omp_get_max_threads(), panels = p.columns / 32;
-    long tall = INPUT / p.rows.channels / 32 * 32;
-    if (tall < 128) tall = 128;
+    long tall = INPUT / (planes_at_once(p) * 32) / 32 * 32;
     long chunks = (p.rows.count + tall - 1) / tall;
     if (chunks < 2 * threads && p.rows.count >= 64 * threads) {
         chunks = (chunks + threads - 1) / threads * threads;
@@ -279,6 +288,7 @@ void run(const Convolution& p) {
 
 const long KEYS = 256;            // of one pass: their scores stay in the first-level cache
 const long WEIGHTS_STEP = KEYS + 32;
+const bf16 ONE = 0x3f80;
 
 // A place in [batch, length, heads, size]: numbers between neighbours; the last lie side by side.
 struct Steps {
@@ -294,32 +304,36 @@ struct Attend {
     long inner() const { return (size + 31) / 32; }   // tiles of a query
     long outer() const { return (size + 15) / 16; }   // tiles of a value
     long padded() const { return (keys + 31) / 32 * 32; }
+    bool counted() const { return size % 16; }         // the weights' sum is beside the values'
 };
 
 struct Head {
     bf16 *keys, *values, *query, *weights;
-    float *scores, *sums, *result;
+    float *scores, *sums;
 };
 
 // Cuts one thread's scratch into what a head needs.
 Head cut(const Attend& a) {
     size_t keys = a.padded() * a.inner() * 32 * 2, values = a.padded() * a.outer() * 16 * 2;
     size_t query = 32 * a.inner() * 64, weights = 32 * WEIGHTS_STEP * 2;
-    size_t scores = 32 * KEYS * 4, result = 32 * a.outer() * 16 * 4;
-    size_t sums = (a.outer() + 1) / 2 * 4096;
-    char* at = (char*)scratch(keys + values + query + weights + scores + sums + result);
+    size_t scores = 32 * KEYS * 4, sums = (a.outer() + 1) / 2 * 4096;
+    char* at = (char*)scratch(keys + values + query + weights + scores + sums);
     Head h;
     h.keys = (bf16*)at, at += keys;
     h.values = (bf16*)at, at += values;
     h.query = (bf16*)at, at += query;
     h.weights = (bf16*)at, at += weights;
     h.scores = (float*)at, at += scores;
-    h.sums = (float*)at, at += sums;
-    h.result = (float*)at;
+    h.sums = (float*)at;
     return h;
 }
 
+// The weights lie in the order in which two registers of scores are packed into one: which of 32
+// keys is at a place.
+inline long key_at(long place) { return place % 8 / 4 * 16 + place / 8 * 4 + place % 4; }
+
 // Keys as the weights of queries·keysᵀ, values as those of weights·values; zeros to whole tiles.
+// If that leaves room beside the values, a column of ones there sums up the weights.
 void pack_head(const Attend& a, const Head& h, long b, long head) {
     const bf16* k = a.k + b * a.ks.batch + head * a.ks.head;
     const bf16* v = a.v + b * a.vs.batch + head * a.vs.head;
@@ -337,9 +351,12 @@ void pack_head(const Attend& a, const Head& h, long b, long head) {
             bf16* to = h.values + n * a.outer() * 16 + t * 512;
             long width = a.size - 16 * t < 16 ? a.size - 16 * t : 16;
             for (long i = 0; i < 32; i++)
-                for (long c = 0; c < 16; c++)
+                for (long c = 0, key = n + key_at(i); c < 16; c++)
                     to[i / 2 * 32 + 2 * c + i % 2] =
-                        c < width && n + i < a.keys ? v[(n + i) * a.vs.row + 16 * t + c] : 0;
+                        key >= a.keys ? 0
+                        : c < width   ? v[key * a.vs.row + 16 * t + c]
+                        : c == width  ? ONE
+                                      : 0;
         }
 }
 
@@ -348,18 +365,78 @@ struct Pass {
     long begin, count;
 };
 
-void score(const Attend& a, const Head& h, const Pass& p, long j) {
+// How far f, of 128, is above 128·(2^(f/128) - 1).
+struct Fractions {
+    uint8_t apart[128];
+    Fractions() {
+        for (int f = 0; f < 128; f++) apart[f] = f - lround(128 * (pow(2, f / 128.0) - 1));
+    }
+};
+
+// The scores of all its keys; those beyond the last key are as low as can be.
+void score(const Attend& a, const Head& h, const Pass& p) {
     const long zero = 0;
-    clear();
-    multiply(h.query, h.query + 16 * a.inner() * 32, a.inner() * 64, &zero, 1, a.inner(),
-             h.keys + (p.begin / 32 + j) * a.inner() * 1024);
+    for (long j = 0; j < p.count / 32; j++) {
+        clear();
+        multiply(h.query, h.query + 16 * a.inner() * 32, a.inner() * 64, a.inner(), 32, &zero, 1,
+                 h.keys + (p.begin / 32 + j) * a.inner() * 1024);
+        give(h.scores + j * 1024);
+    }
+    long beyond = p.begin + p.count - a.keys;
+    float* last = h.scores + (p.count / 32 - 1) * 1024;
+    for (long c = 32 - beyond; c < 32; c++)
+        for (long i = 0; i < 32; i++) last[i / 16 * 512 + i % 16 * 16 + c / 16 * 256 + c % 16] = -1e30f;
 }
 
-// The product of weights and two of the value's tiles, into h.sums.
+// The largest score of each query, or what it was before.
+void peaks(const Head& h, const Pass& p, float* most) {
+    for (int i = 0; i < 32; i++) {
+        const float* s = h.scores + i / 16 * 512 + i % 16 * 16;
+        __m512 top = _mm512_set1_ps(most[i]);
+        for (long j = 0; j < p.count / 32; j++) {
+            top = _mm512_max_ps(top, _mm512_load_ps(s + j * 1024));
+            top = _mm512_max_ps(top, _mm512_load_ps(s + j * 1024 + 256));
+        }
+        most[i] = _mm512_reduce_max_ps(top);
+    }
+}
+
+// exp(score - most) of each query, as the weights of its values, and unless `counted` their sum.
+//
+// In bfloat16 2^x needs no polynomial (N. Schraudolph, 1999, with a table in place of his constant):
+// as an integer of 1/128ths, x has its whole part where a float has its exponent, and beside it
+// the fraction f where 2^f - 1 belongs. A table of 128 tells how far apart these are.
+template <bool counted>
+void soften(const Attend& a, const Head& h, const Pass& p, const float* most, float* total) {
+    alignas(64) static const Fractions table;
+    const __m512i low = _mm512_load_si512(table.apart), high = _mm512_load_si512(table.apart + 64);
+    const __m512 factor = _mm512_set1_ps(128 * a.scale * LOG2E);
+    const __m512bh ones = (__m512bh)_mm512_set1_epi16(ONE);
+    for (int i = 0; i < 32; i++) {
+        const float* s = h.scores + i / 16 * 512 + i % 16 * 16;
+        __m512 shift = _mm512_set1_ps(128 * (127 - most[i] * a.scale * LOG2E));
+        __m512 sum = _mm512_setzero_ps();
+        bf16* w = h.weights + i * WEIGHTS_STEP;
+        for (long j = 0; j < p.count / 32; j++, s += 1024, w += 32) {
+            __m512i x = _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_load_ps(s), factor, shift));
+            __m512i y = _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_load_ps(s + 256), factor, shift));
+            __m512i both = _mm512_packs_epi32(x, y);
+            both = _mm512_max_epi16(both, _mm512_setzero_si512());
+            __m512i apart = _mm512_maskz_permutex2var_epi8(0x5555555555555555, low, both, high);
+            both = _mm512_sub_epi16(both, apart);
+            if (!counted) sum = _mm512_dpbf16_ps(sum, (__m512bh)both, ones);
+            _mm512_storeu_si512(w, both);
+        }
+        if (!counted) total[i] += _mm512_reduce_add_ps(sum);
+    }
+}
+
+// Adds the product of weights and two of the value's tiles to h.sums.
 void weigh(const Attend& a, const Head& h, const Pass& p, long t) {
     const bf16* v = h.values + p.begin * a.outer() * 16 + t * 512;
     bool two = t + 1 < a.outer();
-    clear();
+    if (p.begin) take(h.sums + t * 512);
+    else clear();
     for (long j = 0; j < p.count / 32; j++, v += a.outer() * 512) {
         _tile_loadd(4, h.weights + 32 * j, WEIGHTS_STEP * 2);
         _tile_loadd(6, v, 64);
@@ -371,74 +448,56 @@ void weigh(const Attend& a, const Head& h, const Pass& p, long t) {
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(3, 5, 7);
     }
+    give(h.sums + t * 512);
 }
 
-// exp(score - most so far) of one query, as the weights of its values. Returns by how much what
-// was weighed before is now too large.
-float soften(const Attend& a, const Head& h, const Pass& p, int i, float& most, float& total) {
-    const __m512 factor = _mm512_set1_ps(a.scale * LOG2E);
-    float* s = h.scores + i / 16 * 512 + i % 16 * 16;
-    long groups = p.count / 32, beyond = p.begin + p.count - a.keys;
-    if (beyond > 0) {
-        float* last = s + (groups - 1) * 1024;
-        for (long c = 32 - beyond; c < 32; c++) last[c / 16 * 256 + c % 16] = -1e30f;
-    }
-    __m512 top = _mm512_load_ps(s);
-    for (long j = 0; j < groups; j++) {
-        top = _mm512_max_ps(top, _mm512_load_ps(s + j * 1024));
-        top = _mm512_max_ps(top, _mm512_load_ps(s + j * 1024 + 256));
-    }
-    float now = _mm512_reduce_max_ps(top) * a.scale * LOG2E;
-    if (now < most) now = most;
-    __m512 shift = _mm512_set1_ps(-now), sum = _mm512_setzero_ps();
-    bf16* w = h.weights + i * WEIGHTS_STEP;
-    for (long j = 0; j < groups; j++, w += 32) {
-        __m512 x = exp2_rough(_mm512_fmadd_ps(_mm512_load_ps(s + j * 1024), factor, shift));
-        __m512 y = exp2_rough(_mm512_fmadd_ps(_mm512_load_ps(s + j * 1024 + 256), factor, shift));
-        sum = _mm512_add_ps(sum, _mm512_add_ps(x, y));
-        _mm512_storeu_si512(w, (__m512i)_mm512_cvtne2ps_pbh(y, x));
-    }
-    float keep = most == now ? 1.f : exp2f(most - now);
-    total = total * keep + _mm512_reduce_add_ps(sum);
-    most = now;
-    return keep;
+// Where h.sums holds 16 of the values of a query, from tile t on.
+const float* summed(const Head& h, int i, long t) {
+    return h.sums + t / 2 * 1024 + t % 2 * 256 + i / 16 * 512 + i % 16 * 16;
 }
 
-// Up to 32 queries of one head, over all keys: softmax as it goes (arXiv:2112.05682).
+// Up to 32 queries of one head, over all keys, a pass at a time (arXiv:2112.05682). exp is taken
+// of a score's distance to the largest of the first pass. Any number not far below the largest of
+// all does: floats lose nothing by a factor. False if that one was too far below.
+bool attend_by(const Attend& a, const Head& h, float* most, float* total) {
+    for (int i = 0; i < 32; i++) total[i] = 0;
+    for (long begin = 0; begin < a.padded(); begin += KEYS) {
+        Pass p{begin, a.padded() - begin < KEYS ? a.padded() - begin : KEYS};
+        score(a, h, p);
+        if (begin == 0) peaks(h, p, most);
+        if (a.counted()) soften<true>(a, h, p, most, total);
+        else soften<false>(a, h, p, most, total);
+        fence();
+        for (long t = 0; t < a.outer(); t += 2) weigh(a, h, p, t);
+    }
+    bool fine = true;
+    for (int i = 0; i < 32; i++) {
+        if (a.counted()) total[i] = summed(h, i, a.outer() - 1)[a.size % 16];
+        fine = fine && total[i] < 1e30f;
+    }
+    return fine;
+}
+
 void attend_rows(const Attend& a, const Head& h, const bf16* q, bf16* out, long count) {
     memset(h.query, 0, 32 * a.inner() * 64);
     for (long i = 0; i < count; i++)
         memcpy(h.query + i * a.inner() * 32, q + i * a.qs.row, a.size * 2);
-    memset(h.result, 0, 32 * a.outer() * 64);
-    float most[32], total[32], keep[32];
-    for (int i = 0; i < 32; i++) most[i] = -1e30f, total[i] = 0;
-    long outer = a.outer();
-    for (long begin = 0; begin < a.padded(); begin += KEYS) {
-        Pass p{begin, a.padded() - begin < KEYS ? a.padded() - begin : KEYS};
-        for (long j = 0; j < p.count / 32; j++) {
-            score(a, h, p, j);
-            give(h.scores + j * 1024);
+    float most[32], total[32];
+    for (int i = 0; i < 32; i++) most[i] = -1e30f;
+    if (!attend_by(a, h, most, total)) {
+        for (long begin = 0; begin < a.padded(); begin += KEYS) {
+            Pass p{begin, a.padded() - begin < KEYS ? a.padded() - begin : KEYS};
+            score(a, h, p);
+            peaks(h, p, most);
         }
-        for (int i = 0; i < 32; i++) keep[i] = soften(a, h, p, i, most[i], total[i]);
-        fence();
-        for (long t = 0; t < outer; t += 2) {
-            weigh(a, h, p, t);
-            give(h.sums + t * 512);
-        }
-        for (int i = 0; i < 32; i++)
-            for (long t = 0; t < outer; t++) {
-                const float* s = h.sums + t / 2 * 1024 + t % 2 * 256 + i / 16 * 512 + i % 16 * 16;
-                float* r = h.result + (i * outer + t) * 16;
-                _mm512_store_ps(r, _mm512_fmadd_ps(_mm512_load_ps(r), _mm512_set1_ps(keep[i]),
-                                                   _mm512_load_ps(s)));
-            }
+        attend_by(a, h, most, total);
     }
     for (long i = 0; i < count; i++)
-        for (long c = 0; c < a.size; c += 16) {
-            long width = a.size - c < 16 ? a.size - c : 16;
-            __m512 x = _mm512_mul_ps(_mm512_load_ps(h.result + i * outer * 16 + c),
+        for (long t = 0; t < a.outer(); t++) {
+            long width = a.size - 16 * t < 16 ? a.size - 16 * t : 16;
+            __m512 x = _mm512_mul_ps(_mm512_load_ps(summed(h, i, t)),
                                      _mm512_set1_ps(1.f / total[i]));
-            _mm256_mask_storeu_epi16(out + i * a.os.row + c, (1u << width) - 1,
+            _mm256_mask_storeu_epi16(out + i * a.os.row + 16 * t, (1u << width) - 1,
                                      (__m256i)_mm512_cvtneps_pbh(x));
         }
 }
@@ -483,23 +542,24 @@ void safelight_pack(const bf16* w, bf16* out, long columns, long blocks) {
                       out + (n / 2 * blocks + k) * 1024 + n % 2 * 512);
 }
 
-// A side by side convolution of a map [images, height + border, width + border, channels] whose
-// border is there already; `in` is readable for 16 + side·(width + border) positions beyond its
-// end. Where `spread` is 2, the result is one of the four pixels (down, right) that each pixel of
-// an output twice as large is made of, and taps begin there, too.
-void safelight_conv(const bf16* in, const bf16* weights, const float* bias, long bias_step,
-                    const bf16* plus, bf16* out, long images, long height, long width, long border,
-                    long channels, long columns, int side, long spread, long down,
-                    long right) {
+// A side by side convolution of what safelight_lay wrote, a map with a border of `border` positions
+// in all between its rows; `plane` numbers lie between its planes, and `in` is readable for 16 +
+// side·(width + border) positions beyond the last. Where `spread` is 2, the result is one of the
+// four pixels (down, right) that each pixel of an output twice as large is made of, and taps begin
+// there, too.
+void safelight_conv(const bf16* in, long plane, const bf16* weights, const float* bias,
+                    long bias_step, const bf16* plus, bf16* out, long images, long height,
+                    long width, long border, long channels, long columns, int side, long spread,
+                    long down, long right) {
     long padded_w = width + border, padded_h = height + border, offsets[25];
     for (int y = 0; y < side; y++)
         for (int x = 0; x < side; x++)
-            offsets[y * side + x] = ((y + down) * padded_w + x + right) * channels;
+            offsets[y * side + x] = ((y + down) * padded_w + x + right) * 32;
     bool narrow = width % 16;
     long each = narrow ? (height * padded_w + 15) / 16 * 16 : height * width;
-    Rows rows{images * each, height, width, padded_h, padded_w, channels, narrow, each,
+    Rows rows{images * each, height, width, padded_h, padded_w, narrow, each,
               spread, down, right};
-    run(Convolution{in, rows, weights, offsets, side * side, channels / 32, columns, bias,
+    run(Convolution{in, rows, weights, offsets, side * side, channels / 32, plane, columns, bias,
                 bias_step, plus, out});
 }
 
@@ -551,32 +611,96 @@ void safelight_moments(const bf16* in, const float* scale, const float* shift, f
     free(sums);
 }
 
-// in · factor + addend, and SiLU where asked, of the rows first..last of a map [images, height,
-// width, channels]. With a border of `pad`, what lies outside the map is zero, and a row more is
-// made at both ends.
-void safelight_normalise(const bf16* in, const float* factors, bf16* out, long images, long height,
-                         long width, long channels, long first, long last, int pad,
-                         int with_silu) {
-    long wide = width + 2 * pad, tall = last - first + 2 * pad;
+// in · factor + addend of a map [images, positions, channels].
+void safelight_normalise(const bf16* in, const float* factors, bf16* out, long images,
+                         long positions, long channels) {
+#pragma omp parallel for schedule(static)
+    for (long p = 0; p < images * positions; p++) {
+        const float *factor = factors + p / positions * 2 * channels, *addend = factor + channels;
+        for (long c = 0; c < channels; c += 16)
+            store(out + p * channels + c,
+                  _mm512_fmadd_ps(load(in + p * channels + c), _mm512_loadu_ps(factor + c),
+                                  _mm512_loadu_ps(addend + c)));
+    }
+}
+
+// Layer norm of rows of `channels`, a multiple of 16. With `plus`, of the sum of both, which goes
+// to `sum`.
+void safelight_layer_norm(const bf16* in, const bf16* plus, bf16* sum, const float* scale,
+                          const float* shift, bf16* out, long rows, long channels, float eps) {
+#pragma omp parallel
+    {
+        float* row = (float*)scratch(channels * 4);
+#pragma omp for schedule(static)
+        for (long r = 0; r < rows; r++) {
+            __m512 total = _mm512_setzero_ps(), square = _mm512_setzero_ps();
+            for (long c = 0; c < channels; c += 16) {
+                __m512 v = load(in + r * channels + c);
+                if (plus) {
+                    bf16* to = sum + r * channels + c;
+                    store(to, _mm512_add_ps(v, load(plus + r * channels + c)));
+                    v = load(to);
+                }
+                _mm512_store_ps(row + c, v);
+                total = _mm512_add_ps(total, v);
+            }
+            __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(total) / channels);
+            for (long c = 0; c < channels; c += 16) {
+                __m512 v = _mm512_sub_ps(_mm512_load_ps(row + c), mean);
+                _mm512_store_ps(row + c, v);
+                square = _mm512_fmadd_ps(v, v, square);
+            }
+            float var = _mm512_reduce_add_ps(square) / channels;
+            __m512 factor = _mm512_set1_ps(1 / sqrtf(var + eps));
+            for (long c = 0; c < channels; c += 16)
+                store(out + r * channels + c,
+                      _mm512_fmadd_ps(_mm512_mul_ps(_mm512_load_ps(row + c), factor),
+                                      _mm512_loadu_ps(scale + c), _mm512_loadu_ps(shift + c)));
+        }
+    }
+}
+
+// value · gelu(gate), of `count` numbers, a multiple of 16 of them.
+void safelight_gate(const bf16* value, const bf16* gate, bf16* out, long count) {
+#pragma omp parallel for schedule(static)
+    for (long i = 0; i < count; i += 16)
+        store(out + i, _mm512_mul_ps(load(value + i), gelu(load(gate + i))));
+}
+
+// The rows first..last of a map [images, height, width, channels], as a convolution reads them: in
+// planes [channels/32][images][rows][width + 2][32] that are `plane` numbers apart, with a border
+// of zeros and a row more at both ends. With factors, normed by them and through SiLU.
+void safelight_lay(const bf16* in, const float* factors, bf16* out, long plane, long images,
+                   long height, long width, long channels, long first, long last) {
+    long wide = width + 2, tall = last - first + 2;
 #pragma omp parallel for schedule(static)
     for (long r = 0; r < images * tall; r++) {
-        long i = r / tall, y = first + r % tall - pad;
-        bf16* to = out + r * wide * channels;
-        if (y < 0 || y >= height) {
-            memset(to, 0, wide * channels * 2);
-            continue;
-        }
-        memset(to, 0, pad * channels * 2);
-        memset(to + (pad + width) * channels, 0, pad * channels * 2);
-        const float *factor = factors + i * 2 * channels, *addend = factor + channels;
+        long i = r / tall, y = first + r % tall - 1;
         const bf16* from = in + (i * height + y) * width * channels;
-        to += pad * channels;
-        for (long x = 0; x < width; x++)
-            for (long c = 0; c < channels; c += 16) {
-                __m512 v = load(from + x * channels + c);
-                v = _mm512_fmadd_ps(v, _mm512_loadu_ps(factor + c), _mm512_loadu_ps(addend + c));
-                store(to + x * channels + c, with_silu ? silu(v) : v);
+        for (long c = 0; c < channels; c += 32) {
+            bf16* to = out + c / 32 * plane + r * wide * 32;
+            if (y < 0 || y >= height) {
+                memset(to, 0, wide * 64);
+                continue;
             }
+            memset(to, 0, 64);
+            to += 32;
+            if (factors) {
+                const float *factor = factors + i * 2 * channels + c, *addend = factor + channels;
+                __m512 f0 = _mm512_loadu_ps(factor), f1 = _mm512_loadu_ps(factor + 16);
+                __m512 a0 = _mm512_loadu_ps(addend), a1 = _mm512_loadu_ps(addend + 16);
+                for (long x = 0; x < width; x++, to += 32) {
+                    const bf16* v = from + x * channels + c;
+                    __m512 low = silu(_mm512_fmadd_ps(load(v), f0, a0));
+                    __m512 high = silu(_mm512_fmadd_ps(load(v + 16), f1, a1));
+                    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+                }
+            } else {
+                for (long x = 0; x < width; x++, to += 32)
+                    _mm512_storeu_si512(to, _mm512_loadu_si512(from + x * channels + c));
+            }
+            memset(to, 0, 64);
+        }
     }
 }
 

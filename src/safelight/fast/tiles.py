@@ -21,13 +21,15 @@ from safelight.fast.onednn import quarters
 
 _ARGUMENTS = {
     "safelight_pack": [c_void_p, c_void_p, c_long, c_long],
-    "safelight_conv": [c_void_p] * 3
-    + [c_long, c_void_p, c_void_p]
+    "safelight_conv": [c_void_p, c_long, c_void_p, c_void_p, c_long, c_void_p, c_void_p]
     + [c_long] * 6
     + [c_int]
     + [c_long] * 3,
     "safelight_moments": [c_void_p] * 4 + [c_long] * 4 + [c_float],
-    "safelight_normalise": [c_void_p] * 3 + [c_long] * 6 + [c_int, c_int],
+    "safelight_normalise": [c_void_p] * 3 + [c_long] * 3,
+    "safelight_layer_norm": [c_void_p] * 6 + [c_long] * 2 + [c_float],
+    "safelight_gate": [c_void_p] * 3 + [c_long],
+    "safelight_lay": [c_void_p] * 3 + [c_long] * 7,
     "safelight_attend": [c_void_p] * 5 + [c_long] * 5 + [c_float],
 }
 
@@ -76,7 +78,8 @@ class _Arena:
         return taken
 
     def _block(self, size: int) -> Tensor:
-        memory = mmap.mmap(-1, size + self.PAGE)
+        # Private: shared memory has large pages only where the administrator allows it.
+        memory = mmap.mmap(-1, size + self.PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         block = torch.frombuffer(memory, dtype=torch.bfloat16)
@@ -87,16 +90,19 @@ _arena = _Arena()
 
 
 class _Weights:
-    """Rows of taps·blocks·32 numbers for each column, in the order of the kernels."""
+    """A convolution's weights in the order of the kernel: of 32 columns, plane by plane of 32
+    channels, all taps.
+    """
 
-    def __init__(self, weight: Tensor, taps: int) -> None:
-        """weight: bfloat16 [columns, taps·blocks·32], both sides multiples of 32."""
-        weight = weight.contiguous()
-        self.columns = len(weight)
-        self.blocks = weight.shape[1] // taps // 32
+    def __init__(self, weight: Tensor) -> None:
+        """weight: bfloat16 [columns, channels, h, w], columns and channels multiples of 32."""
+        self.columns, self.channels = weight.shape[:2]
+        self.side = weight.shape[2]
+        taps = self.side**2
+        weight = weight.reshape(self.columns, -1, 32, taps).transpose(2, 3).contiguous()
         self.packed = _arena.take(weight.numel())
         library().safelight_pack(
-            weight.data_ptr(), self.packed.data_ptr(), self.columns, taps * self.blocks
+            weight.data_ptr(), self.packed.data_ptr(), self.columns, self.channels // 32 * taps
         )
 
 
@@ -105,9 +111,9 @@ STRIP = 1 << 23
 
 
 class Map:
-    """A map [batch, channels, h, w] as a convolution reads it: with a border of zeros one wide, and
-    normed on the way where it comes from a norm. It is made a strip of rows at a time, so that of
-    a large picture there is never a second copy.
+    """A map [batch, channels, h, w] as a convolution reads it: in planes of 32 channels with a
+    border of zeros one wide, and normed on the way where it comes from a norm. It is made a strip
+    of rows at a time, so that of a large picture there is never a second copy.
     """
 
     def __init__(self, x: Tensor, factors: Tensor | None = None) -> None:
@@ -129,22 +135,27 @@ class Map:
             for y in range(0, height, tall)
         ]
 
-    def padded(self, pictures: slice, first: int, last: int) -> Tensor:
+    def laid(self, pictures: slice, first: int, last: int) -> tuple[Tensor, int]:
+        """These rows in planes of 32 channels, and how far one is from the next."""
         x = self.x[pictures]
         batch, channels, height, width = x.shape
-        positions = batch * (last - first + 2) * (width + 2)
+        plane = batch * (last - first + 2) * (width + 2) * 32
         # Beyond the end, numbers are read for whole tiles, multiplied, and not kept.
-        memory = torch.empty((positions + 16 + 3 * (width + 2)) * channels, dtype=x.dtype)
-        memory[positions * channels :] = 0
-        if self.factors is not None:
-            _normalise(x, self.factors[pictures], memory, first, last, pad=1, silu=1)
-            return memory
-        inside = memory[: positions * channels].zero_()
-        inside = inside.view(batch, last - first + 2, width + 2, channels)
-        top, end = max(first - 1, 0), min(last + 1, height)
-        at = top - first + 1
-        inside[:, at : at + end - top, 1:-1] = x[:, :, top:end].permute(0, 2, 3, 1)
-        return memory
+        memory = torch.empty(channels // 32 * plane + (16 + 3 * (width + 2)) * 32, dtype=x.dtype)
+        memory[channels // 32 * plane :] = 0
+        library().safelight_lay(
+            x.data_ptr(),
+            None if self.factors is None else self.factors[pictures].data_ptr(),
+            memory.data_ptr(),
+            plane,
+            batch,
+            height,
+            width,
+            channels,
+            first,
+            last,
+        )
+        return memory, plane
 
 
 def fits_conv(conv: nn.Conv2d, dtype: torch.dtype) -> bool:
@@ -161,7 +172,7 @@ class Convolution:
     """As onednn.Convolution, for 3×3 with a border of one."""
 
     def __init__(self, weight: Tensor, conv: nn.Conv2d, shape: torch.Size) -> None:
-        self.weights = _Weights(weight.permute(0, 2, 3, 1).flatten(1), 9)
+        self.weights = _Weights(weight)
         self.bias = None if conv.bias is None else conv.bias.float()
 
     def __call__(
@@ -178,29 +189,29 @@ class Convolution:
         for pictures, first, last in x.strips():
             rows = (pictures, slice(first, last))
             _convolve(
-                x.padded(pictures, first, last),
+                *x.laid(pictures, first, last),
                 self.weights,
                 bias if bias is None or bias.dim() == 1 or len(bias) == 1 else bias[pictures],
                 None if plus is None else plus[rows],
                 out[rows],
-                3,
             )
         return out.permute(0, 3, 1, 2)
 
 
 def _convolve(
     memory: Tensor,
+    plane: int,
     w: _Weights,
     bias: Tensor | None,
     plus: Tensor | None,
     out: Tensor,
-    side: int,
     spread: tuple[int, int, int] = (1, 0, 0),
 ) -> None:
     """out: [batch, h, w, columns], h and w those of the map times the first of spread."""
     per_picture = bias is not None and bias.dim() == 2 and len(bias) > 1
     library().safelight_conv(
         memory.data_ptr(),
+        plane,
         w.packed.data_ptr(),
         _at(bias),
         w.columns if per_picture else 0,
@@ -210,9 +221,9 @@ def _convolve(
         out.shape[1] // spread[0],
         out.shape[2] // spread[0],
         2,
-        w.blocks * 32,
+        w.channels,
         w.columns,
-        side,
+        w.side,
         *spread,
     )
 
@@ -222,10 +233,7 @@ class Doubling:
 
     def __init__(self, weight: Tensor, conv: nn.Conv2d, shape: torch.Size) -> None:
         self.bias = None if conv.bias is None else conv.bias.float()
-        self.parts = [
-            [_Weights(part.permute(0, 2, 3, 1).flatten(1), 4) for part in row]
-            for row in quarters(weight)
-        ]
+        self.parts = [[_Weights(part) for part in row] for row in quarters(weight)]
 
     def __call__(self, x: Tensor) -> Tensor:
         batch, _, height, width = x.shape
@@ -233,12 +241,12 @@ class Doubling:
         out = torch.empty(batch, 2 * height, 2 * width, columns, dtype=torch.bfloat16)
         map_ = Map(x)
         for pictures, first, last in map_.strips():
-            memory = map_.padded(pictures, first, last)
+            laid = map_.laid(pictures, first, last)
             rows = out[pictures, 2 * first : 2 * last]
             for down in (0, 1):
                 for right in (0, 1):
                     part = self.parts[down][right]
-                    _convolve(memory, part, self.bias, None, rows, 2, (2, down, right))
+                    _convolve(*laid, part, self.bias, None, rows, (2, down, right))
         return out.permute(0, 3, 1, 2)
 
 
@@ -250,7 +258,16 @@ def group_norm(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> T
     """The norm of a map; scale and shift are its weight and bias in float32."""
     x = x.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(x)
-    _normalise(x, _moments(norm, x, scale, shift), out, 0, x.shape[2], pad=0, silu=0)
+    factors = _moments(norm, x, scale, shift)
+    batch, channels, height, width = x.shape
+    library().safelight_normalise(
+        x.data_ptr(),
+        factors.data_ptr(),
+        out.data_ptr(),
+        batch,
+        height * width,
+        channels,
+    )
     return out
 
 
@@ -277,23 +294,38 @@ def _moments(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Ten
     return factors
 
 
-def _normalise(
-    x: Tensor, factors: Tensor, out: Tensor, first: int, last: int, pad: int, silu: int
-) -> None:
-    batch, channels, height, width = x.shape
-    library().safelight_normalise(
+def fits_layer_norm(norm: nn.LayerNorm, x: Tensor) -> bool:
+    return available(x.dtype) and x.shape[-1] % 16 == 0 and len(norm.normalized_shape) == 1
+
+
+def layer_norm(
+    norm: nn.LayerNorm, x: Tensor, scale: Tensor, shift: Tensor, plus: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x, or with `plus` the sum of both, and its norm; scale, shift: weight and bias in float32."""
+    x = x.contiguous()
+    out, total = torch.empty_like(x), x
+    if plus is not None:
+        plus, total = plus.contiguous(), torch.empty_like(x)
+    library().safelight_layer_norm(
         x.data_ptr(),
-        factors.data_ptr(),
+        _at(plus),
+        total.data_ptr(),
+        scale.data_ptr(),
+        shift.data_ptr(),
         out.data_ptr(),
-        batch,
-        height,
-        width,
-        channels,
-        first,
-        last,
-        pad,
-        silu,
+        x.numel() // x.shape[-1],
+        x.shape[-1],
+        norm.eps,
     )
+    return total, out
+
+
+def gate(value: Tensor, by: Tensor) -> Tensor:
+    """value · GELU(by), both [..., width] with a width of a multiple of 16."""
+    value, by = value.contiguous(), by.contiguous()
+    out = torch.empty_like(value)
+    library().safelight_gate(value.data_ptr(), by.data_ptr(), out.data_ptr(), out.numel())
+    return out
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
