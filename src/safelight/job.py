@@ -16,6 +16,7 @@ from torch import Tensor
 
 from safelight.denoiser import Condition, bounded, estimate
 from safelight.errors import SafelightError
+from safelight.fast import memory
 from safelight.model import Model
 from safelight.picture import from_tensor, lay_back, to_tensor
 from safelight.samplers import Row, Table
@@ -197,6 +198,8 @@ def _forget(job: Job) -> None:
 
 def finish(model: Model, job: Job) -> Image.Image:
     """The picture of a job that is done; outside a mask it is the original, to the byte."""
+    if model.device.type == "cpu":
+        memory.give_back()  # the steps' activations: those of the decoder are the largest
     painted = decode(model, final_latents(job))
     if job.mask is None or job.original is None:
         return painted

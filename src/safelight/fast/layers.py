@@ -28,6 +28,9 @@ from safelight.nets.layers import (
 LARGE = 1 << 22
 """Numbers in a weight whose memory is worth giving back at once."""
 
+HUGE = 1 << 24
+"""Numbers in a map that does not fit where smaller ones were."""
+
 PART = 1024
 """Tokens that pass a feed-forward at once, if there are many times as many."""
 
@@ -48,6 +51,12 @@ def _take(layer: Any, precision: torch.dtype) -> Tensor:
     return weight
 
 
+def _make_room(x: Tensor) -> None:
+    """Give back the memory of maps that are done with: such as the decoder's last find no other."""
+    if x.numel() >= HUGE:
+        memory.give_back()
+
+
 class FastLinear(nn.Linear):
     precision: torch.dtype
     _packed: Any = None
@@ -64,13 +73,19 @@ class FastConv2d(nn.Conv2d):
     _packed: Any = None
 
     def forward(  # type: ignore[override]
-        self, x: Any, plus: Tensor | None = None, shift: Tensor | None = None
+        self,
+        x: Any,
+        plus: Tensor | None = None,
+        shift: Tensor | None = None,
+        consume: bool = False,
     ) -> Tensor:
-        """plus: added to the result; shift: [1 or batch, out_channels], too."""
+        """plus: added to the result, which with `consume` may take its memory; shift: [1 or batch,
+        out_channels], added, too.
+        """
         if self._packed is None:
             kind = tiles if tiles.fits_conv(self, self.precision) else onednn
             self._packed = kind.Convolution(_take(self, self.precision), self, x.shape)
-        return self._packed(x, plus, shift)
+        return self._packed(x, plus, shift, consume)
 
     def reads_maps(self) -> bool:
         """Whether it takes a tiles.Map, normed on the way."""
@@ -124,13 +139,16 @@ class FastResnetBlock2D(ResnetBlock2D):
     conv2: Any
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+        _make_room(x)
         shift = None
         if self.time_emb_proj is not None and temb is not None:
             shift = self.time_emb_proj(F.silu(temb))
             shift = shift if len(shift) == 1 else rows(shift, len(x))
         h = self.conv1(self.norm1.silu(x, self.conv1), shift=shift)
-        short = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return self.conv2(self.norm2.silu(h, self.conv2), plus=short)
+        if self.conv_shortcut is None:
+            return self.conv2(self.norm2.silu(h, self.conv2), plus=x)
+        short = self.conv_shortcut(x)
+        return self.conv2(self.norm2.silu(h, self.conv2), plus=short, consume=True)
 
 
 class FastUpsample2D(Upsample2D):
@@ -144,6 +162,7 @@ class FastUpsample2D(Upsample2D):
         if size is not None and size != (2 * x.shape[-2], 2 * x.shape[-1]):
             large = F.interpolate(x, size=size, mode="nearest")
             return F.conv2d(large, weight.to(self.precision), bias, padding=1)
+        _make_room(x)
         if self._packed is None:
             kind = tiles if tiles.fits_conv(self.conv, self.precision) else onednn
             self._packed = kind.Doubling(weight.to(self.precision), self.conv, x.shape)

@@ -35,36 +35,35 @@ class Convolution:
     def __init__(self, weight: Tensor, conv: nn.Conv2d, shape: torch.Size) -> None:
         """conv: says all but the weight; shape: of the map which it will most often read."""
         self.how = (conv.padding, conv.stride, conv.dilation, 1)
-        self.packed = self._pack(weight, shape)
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        self.packed = _mkldnn._reorder_convolution_weight(weight, *self.how, list(shape))
         self.bias = conv.bias
 
-    def _pack(self, weight: Tensor, shape: torch.Size) -> Tensor:
-        weight = weight.contiguous(memory_format=torch.channels_last)
-        return _mkldnn._reorder_convolution_weight(weight, *self.how, list(shape))
-
     def __call__(
-        self, x: Tensor, plus: Tensor | None = None, shift: Tensor | None = None
+        self,
+        x: Tensor,
+        plus: Tensor | None = None,
+        shift: Tensor | None = None,
+        consume: bool = False,
     ) -> Tensor:
-        """x: [batch, in, h, w]; shift: [1 or batch, out], added to the bias; plus: added."""
+        """x: [batch, in, h, w]; shift: [1 or batch, out], added to the bias; plus: added, and with
+        `consume` nobody's afterwards.
+        """
         bias = self.bias
         if shift is not None and len(shift) == 1:
             bias, shift = shift[0] if bias is None else bias + shift[0], None
-        out = self._convolve(x, self.packed, bias, plus)
-        return out if shift is None else out.add_(shift[:, :, None, None])
-
-    def _convolve(
-        self, x: Tensor, packed: Tensor, bias: Tensor | None, plus: Tensor | None
-    ) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         if plus is None:
-            return _mkldnn._convolution_pointwise(x, packed, bias, *self.how, "none", [], "")
-        plus = plus.contiguous(memory_format=torch.channels_last)
-        return _mkldnn._convolution_pointwise.binary(
-            x, plus, packed, bias, *self.how, "add", 1.0, None, [], None
-        )
+            out = _mkldnn._convolution_pointwise(x, self.packed, bias, *self.how, "none", [], "")
+        else:
+            plus = plus.contiguous(memory_format=torch.channels_last)
+            out = _mkldnn._convolution_pointwise.binary(
+                x, plus, self.packed, bias, *self.how, "add", 1.0, None, [], None
+            )
+        return out if shift is None else out.add_(shift[:, :, None, None])
 
 
-class Doubling(Convolution):
+class Doubling:
     """Nearest-neighbour doubling and a 3×3 convolution, as four 2×2 ones of the small map.
 
     Of the nine products around a pixel of the doubled map, several read the same pixel of the
@@ -72,21 +71,16 @@ class Doubling(Convolution):
     """
 
     def __init__(self, weight: Tensor, conv: nn.Conv2d, shape: torch.Size) -> None:
-        self.how = (conv.padding, conv.stride, conv.dilation, 1)
-        self.bias = conv.bias
         self.out_channels = conv.out_channels
-        self.parts = [[self._pack(part, shape) for part in row] for row in quarters(weight)]
+        self.parts = [[Convolution(part, conv, shape) for part in row] for row in quarters(weight)]
 
-    def __call__(
-        self, x: Tensor, plus: Tensor | None = None, shift: Tensor | None = None
-    ) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         batch, _, height, width = x.shape
         out = x.new_empty(batch, height, 2, width, 2, self.out_channels)
         for down in (0, 1):
             for right in (0, 1):
                 # Padded by one, a 2×2 convolution gives one row and column too many.
-                part = self._convolve(x, self.parts[down][right], self.bias, None)
-                part = part.permute(0, 2, 3, 1)
+                part = self.parts[down][right](x).permute(0, 2, 3, 1)
                 out[:, :, down, :, right] = part[:, down : down + height, right : right + width]
         return out.view(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
 

@@ -64,7 +64,7 @@ class _Arena:
     looking up pages of 4 KB costs a fifth of the time.
     """
 
-    BLOCK = 64 << 20
+    BLOCK = 256 << 20  # only what is used of it takes memory
     PAGE = 2 << 20
 
     def __init__(self) -> None:
@@ -106,7 +106,7 @@ class _Weights:
         )
 
 
-STRIP = 1 << 23
+STRIP = 1 << 22
 """Numbers of a map's padded copy: larger maps are convolved strip by strip of their rows."""
 
 
@@ -176,16 +176,23 @@ class Convolution:
         self.bias = None if conv.bias is None else conv.bias.float()
 
     def __call__(
-        self, x: Tensor | Map, plus: Tensor | None = None, shift: Tensor | None = None
+        self,
+        x: Tensor | Map,
+        plus: Tensor | None = None,
+        shift: Tensor | None = None,
+        consume: bool = False,
     ) -> Tensor:
         x = x if isinstance(x, Map) else Map(x)
         bias = self.bias
         if shift is not None:
             bias = shift.float() if bias is None else bias + shift.float()
         batch, _, height, width = x.shape
-        out = torch.empty(batch, height, width, self.weights.columns, dtype=torch.bfloat16)
         if plus is not None:
             plus = plus.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        # The kernel reads each number of `plus` just before it writes there.
+        out = plus if consume else None
+        if out is None:
+            out = torch.empty(batch, height, width, self.weights.columns, dtype=torch.bfloat16)
         for pictures, first, last in x.strips():
             rows = (pictures, slice(first, last))
             _convolve(

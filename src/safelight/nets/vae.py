@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -97,10 +98,13 @@ class UpBlock(nn.Module):
         if i < len(widths) - 1:
             self.upsamplers = nn.ModuleList([Upsample2D(out_ch)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.resnets:
-            x = block(x)
-        return x if self.upsamplers is None else self.upsamplers[0](x)
+    def layers(self) -> Iterator[nn.Module]:
+        """In the order in which they run. The decoder runs them, so that no one else holds on to a
+        map: the last are the largest of all.
+        """
+        yield from self.resnets
+        if self.upsamplers is not None:
+            yield from self.upsamplers
 
 
 class Encoder(nn.Module):
@@ -126,14 +130,15 @@ class Decoder(nn.Module):
         widths = cfg.block_out_channels[::-1]
         self.conv_in = nn.Conv2d(cfg.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(cfg)
-        self.up_blocks = nn.ModuleList(UpBlock(cfg, i) for i in range(len(widths)))
+        self.up_blocks: Any = nn.ModuleList(UpBlock(cfg, i) for i in range(len(widths)))
         self.conv_norm_out = nn.GroupNorm(cfg.norm_num_groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], cfg.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
-            x = block(x)
+            for layer in block.layers():
+                x = layer(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 

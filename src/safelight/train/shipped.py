@@ -58,7 +58,7 @@ STEADY_PLAN = Plan(steps=2500, batch=16, learning_rate=1e-3, warmup=100, cooldow
 # Shapes come while the rate falls: at a constant 1e-3 the loss stayed where it was.
 FINE_PLAN = Plan(steps=10_000, batch=16, learning_rate=6e-4, warmup=100, cooldown=7000)
 # Last, all that captions can ask for: sizes, places, colours, numbers, pairs.
-MIXED_PLAN = Plan(steps=8000, batch=16, learning_rate=5e-4, warmup=200, cooldown=5500)
+MIXED_PLAN = Plan(steps=6500, batch=16, learning_rate=5e-4, warmup=200, cooldown=4000)
 
 # More noise at the end than Stable Diffusion's 0.012: with 16x16 latents less of it is averaged
 # away, and a background colour must be decided by the words alone.
