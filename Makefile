@@ -3,6 +3,7 @@
 #   make picture PROMPT="a red apple"    a picture in picture.png; OUT= and ARGS= may be set
 #   make test                            the test suite
 #   make lint                            formatting, lint and types
+#   make bench                           this machine, beside diffusers and OpenVINO: a quarter of an hour
 #   make train                           the models that ship, from packages alone: hours, resumable
 #
 # On Linux the package index has PyTorch built for CUDA, which is several GB. To get the build for
@@ -20,7 +21,7 @@ BIN := $(VENV)/bin
 # Without build isolation the constraints hold for what builds packages, too.
 INSTALL := $(PYTHON) -m pip --python $(BIN)/python install --constraint constraints.txt
 
-.PHONY: picture test lint format train clean
+.PHONY: picture test lint format bench train clean
 .DELETE_ON_ERROR:
 
 export PROMPT OUT
@@ -38,6 +39,11 @@ lint: $(VENV)/.ready-dev
 format: $(VENV)/.ready-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.ready-dev
+	$(INSTALL) --no-build-isolation --editable '.[bench]'
+	$(BIN)/safelight bench $(ARGS)
+	$(BIN)/python benchmarks/full_size.py --dtype bfloat16
 
 train: $(VENV)/.ready-dev
 	test -e data/cutouts.npz || $(BIN)/safelight train data data

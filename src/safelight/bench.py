@@ -25,14 +25,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from safelight.denoiser import Condition
 from safelight.errors import SafelightError
 from safelight.fast import accelerate, native_bfloat16
+from safelight.job import advance, finish, prepare
+from safelight.model import Model
 from safelight.nets.unet import UNet2DConditionModel, UNetConfig
 from safelight.nets.vae import AutoencoderKL, VAEConfig
+from safelight.picture import from_tensor, to_tensor
+from safelight.samplers import table
+from safelight.schedule import SchedulerConfig
 from safelight.weights.families import FAMILIES
 
 STEP_FLOP = 1.607e12
 """Of one guided step at 512×512 as it is usually computed, attention counted."""
+
+SIDE = 64
+"""Of the latents: the pictures have 512 pixels a side."""
 
 State = dict[str, Tensor]
 Run = Callable[[], Any]
@@ -46,22 +55,35 @@ def contenders() -> list[str]:
     return [name for name in found if importlib.util.find_spec(name.split()[0])]
 
 
-def run(
-    names: Iterable[str], *, repeat: int = 5, log: Callable[[str], None] = lambda _: None
-) -> dict[str, Any]:
-    """Steps, decodes and cold starts of the contenders named, `repeat` rounds each.
+PARTS = ("step", "decode", "picture", "start")
 
-    Returns, for each of "step", "decode" and "start": "seconds" (the median of each contender),
-    "times" (all of them), and "ratio" (how many times as long each took as each Safelight, the
-    median over the rounds); and "matmul_gflops" and "error" (relative to diffusers, or Safelight,
-    in float32) beside them.
+
+def run(
+    names: Iterable[str],
+    *,
+    parts: Iterable[str] = PARTS,
+    repeat: int = 5,
+    log: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Steps, decodes, pictures and cold starts of the contenders named, `repeat` rounds each.
+
+    Returns, for each of `parts`: "seconds" (the median of each contender), "times" (all of them),
+    and "ratio" (how many times as long each took as each Safelight, the median over the rounds);
+    beside them, but for "start", "matmul_gflops" and "error" (relative to diffusers, or Safelight,
+    in float32). A picture takes 20 steps of dpmpp_2m and a decode, its text encoded before;
+    OpenVINO, which brings no sampler, draws none.
+
+    Raises SafelightError for names of contenders or parts that there are not.
     """
-    names = list(names)
+    names, parts = list(names), list(parts)
     unknown = [name for name in names if name not in contenders()]
     if unknown:
         raise SafelightError(
             f"{unknown[0]!r:.40} cannot run here; there are {', '.join(contenders())}"
         )
+    strange = [part for part in parts if part not in PARTS]
+    if strange:
+        raise SafelightError(f"no part {strange[0]!r:.40}; there are {', '.join(PARTS)}")
     found: dict[str, Any] = {
         "cpu": torch.cpu.get_capabilities().get("architecture", ""),
         "threads": torch.get_num_threads(),
@@ -69,12 +91,18 @@ def run(
         "step_flop": STEP_FLOP,
     }
     with torch.inference_mode():
-        log("a guided step of SD 1.5 at 512x512")
-        found["step"] = _compare(_steps(names, log), repeat, log)
-        log("a decode to 512x512")
-        found["decode"] = _compare(_decodes(names, log), repeat, log)
-    log("a first picture of embedded, from process start")
-    found["start"] = _starts(names, repeat, log)
+        if "step" in parts:
+            log("a guided step of SD 1.5 at 512x512")
+            found["step"] = _compare(_steps(names, log), repeat, log)
+        if "decode" in parts:
+            log("a decode to 512x512")
+            found["decode"] = _compare(_decodes(names, log), repeat, log)
+        if "picture" in parts:
+            log("a picture of 512x512 in 20 steps")
+            found["picture"] = _compare(_pictures(names, log), repeat, log)
+    if "start" in parts:
+        log("a first picture of embedded, from process start")
+        found["start"] = _starts(names, repeat, log)
     return found
 
 
@@ -207,6 +235,10 @@ class _Decode(nn.Module):
         return self.vae.decode(z).sample
 
 
+def _seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
+
+
 def _config(part: str) -> dict[str, Any]:
     return dict(next(f for f in FAMILIES if f.name == "sd1").configs[part])
 
@@ -214,9 +246,9 @@ def _config(part: str) -> dict[str, Any]:
 def _steps(names: list[str], log: Callable[[str], None]) -> dict[str, Run]:
     config = _config("unet")
     state = _weights(_meta(UNet2DConditionModel, UNetConfig.from_dict(config)))
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(1, 4, 64, 64, generator=generator)
-    context = torch.randn(2, 77, 768, generator=generator)
+    generator = _seeded()
+    x = torch.randn(1, 4, SIDE, SIDE, generator=generator)
+    context = torch.randn(2, 77, config["cross_attention_dim"], generator=generator)
 
     def build(name: str) -> Run:
         dtype = _dtype(name)
@@ -239,7 +271,7 @@ def _steps(names: list[str], log: Callable[[str], None]) -> dict[str, Run]:
 def _decodes(names: list[str], log: Callable[[str], None]) -> dict[str, Run]:
     config = _config("vae")
     state = _weights(_meta(AutoencoderKL, VAEConfig.from_dict(config)))
-    z = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(1))
+    z = torch.randn(1, 4, SIDE, SIDE, generator=_seeded())
 
     def build(name: str) -> Run:
         dtype = _dtype(name)
@@ -254,6 +286,65 @@ def _decodes(names: list[str], log: Callable[[str], None]) -> dict[str, Run]:
         return lambda: compiled((z.numpy(),))[0]
 
     return _build(names, build, log)
+
+
+def _pictures(names: list[str], log: Callable[[str], None]) -> dict[str, Run]:
+    """Whole pictures, of the same noise; the two networks are those of the parts above."""
+    family = next(f for f in FAMILIES if f.name == "sd1")
+    unet, vae = _config("unet"), _config("vae")
+    state = _weights(_meta(UNet2DConditionModel, UNetConfig.from_dict(unet)))
+    vae_state = _weights(_meta(AutoencoderKL, VAEConfig.from_dict(vae)))
+    context = torch.randn(2, 77, unet["cross_attention_dim"], generator=_seeded())
+
+    def build(name: str) -> Run:
+        dtype = _dtype(name)
+        if name.startswith("safelight"):
+            model = Model(
+                name="random",
+                path="",
+                sha256="",
+                kind="text",
+                family="sd1",
+                tokenizer=None,
+                text_encoder=None,
+                unet=_ours(_meta(UNet2DConditionModel, UNetConfig.from_dict(unet)), state, dtype),
+                vae=_ours(_meta(AutoencoderKL, VAEConfig.from_dict(vae)), vae_state, dtype),
+                scheduler=SchedulerConfig.from_dict(family.scheduler),
+                words=None,
+                native_size=(512, 512),
+                device=torch.device("cpu"),
+                dtype=dtype,
+            )
+            return lambda: _our_picture(model, context.to(dtype))
+        nets = (
+            _theirs("UNet2DConditionModel", unet, state, dtype),
+            _theirs("AutoencoderKL", vae, vae_state, dtype),
+        )
+        return lambda: _their_picture(*nets, family.scheduler, context.to(dtype))
+
+    return _build([name for name in names if not name.startswith("openvino")], build, log)
+
+
+def _our_picture(model: Model, context: Tensor) -> Tensor:
+    rows = table("dpmpp_2m", model.scheduler, 20)
+    side = SIDE * model.vae.config.factor if model.vae else SIDE
+    job = prepare(model, rows, Condition(context, 7.5), 1, (side, side))
+    while not job.done:
+        advance(model, [job])
+    return to_tensor(finish(model, job))
+
+
+def _their_picture(unet: Any, vae: Any, config: dict[str, Any], context: Tensor) -> Tensor:
+    """As diffusers' pipeline goes about it, with the text encoded before."""
+    diffusers: Any = importlib.import_module("diffusers")
+    scheduler = diffusers.DPMSolverMultistepScheduler.from_config(config)
+    scheduler.set_timesteps(20)
+    x = torch.randn(1, 4, SIDE, SIDE, generator=_seeded()).to(context.dtype)
+    for t in scheduler.timesteps:
+        plain, told = unet(torch.cat([x, x]), t, context).sample.chunk(2)
+        x = scheduler.step(plain + 7.5 * (told - plain), t, x).prev_sample
+    pixels = vae.decode(x / vae.config.scaling_factor).sample.float()
+    return to_tensor(from_tensor(pixels))
 
 
 def _build(

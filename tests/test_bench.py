@@ -1,0 +1,50 @@
+"""What the benchmark compares is the same work: seen on small networks."""
+
+from typing import Any
+
+import pytest
+
+from safelight import bench
+from safelight.errors import SafelightError
+
+pytest.importorskip("diffusers")
+
+UNET = {
+    "block_out_channels": [32, 64],
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "layers_per_block": 1,
+    "cross_attention_dim": 32,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+    "sample_size": 8,
+}
+VAE = {
+    "block_out_channels": [32, 64],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 8,
+}
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of diffusers' scheduler
+def test_step_decode_and_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    small: dict[str, Any] = {"unet": UNET, "vae": VAE}
+    monkeypatch.setattr(bench, "_config", lambda part: dict(small[part]))
+    monkeypatch.setattr(bench, "SIDE", 8)
+    monkeypatch.setattr(bench, "_matmul_gflops", lambda: 1.0)
+    names = ["safelight float32", "diffusers float32"]
+    found = bench.run(names, parts=["step", "decode", "picture"], repeat=2)
+    for part in ("step", "decode", "picture"):
+        assert found[part]["error"]["safelight float32"] < 1e-3
+        assert [len(times) for times in found[part]["times"].values()] == [2, 2]
+        assert found[part]["ratio"]["safelight float32"].keys() == {"diffusers float32"}
+    assert "start" not in found
+
+
+@pytest.mark.parametrize("wrong", [{"names": ["x"]}, {"names": [], "parts": ["x"]}])
+def test_unknown_names(wrong: dict[str, Any]) -> None:
+    with pytest.raises(SafelightError, match="'x'"):
+        bench.run(**wrong)
