@@ -44,20 +44,24 @@ class Step:
 
 
 class Run:
-    """The making of a request's pictures: iterate for its steps, then read `result`."""
+    """The making of a request's pictures: iterate for its steps, then read `result`.
+
+    made: what there is so far. A picture is in it when the next one takes its first step.
+    """
 
     def __init__(self, model: Model, request: Request) -> None:
         self._model, self._request = model, request
-        self._result: Result | None = None
+        self._done = False
+        self.made: Result | None = None
 
     @property
     def result(self) -> Result:
         """The pictures; the steps that nobody iterated over are taken first."""
-        if self._result is None:
+        if not self._done:
             for _ in self:
                 pass
-        assert self._result is not None
-        return self._result
+        assert self.made is not None
+        return self.made
 
     def __iter__(self) -> Iterator[Step]:
         model = self._model
@@ -77,6 +81,7 @@ class Run:
                 warnings=model.warnings + self._request.idle() + warnings,
                 timings=timings,
             )
+        self.made = result
         for i, seed in enumerate(result.seeds):
             mark = time.perf_counter()
             with torch.inference_mode():
@@ -93,7 +98,7 @@ class Run:
                 result.images.append(finish(model, job))
             timings["decode"] += time.perf_counter() - mark
         timings["total"] = sum(timings.values())
-        self._result = result
+        self._done = True
 
 
 def _recorded(asked: Request, settled: Request) -> dict[str, Any]:

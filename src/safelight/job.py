@@ -149,10 +149,10 @@ def advance(model: Model, jobs: list[Job]) -> None:
         [job.condition for job in jobs],
     )
     for job, clean in zip(jobs, cleans, strict=True):
-        _step(job, clean)
+        _step(model, job, clean)
 
 
-def _step(job: Job, raw: Tensor) -> None:
+def _step(model: Model, job: Job, raw: Tensor) -> None:
     row, table = job.row, job.table
     clean = bounded(raw, table.clip, table.threshold)
     job.clean = clean
@@ -170,9 +170,9 @@ def _step(job: Job, raw: Tensor) -> None:
         state = state + row.c * fresh.to(state.device)
     # Before the known part is put back, which would hide what the network said there.
     if not torch.isfinite(state).all():
+        advice = "" if model.dtype == torch.float32 else "dtype float32, or "
         raise SafelightError(
-            f"NaN at step {job.cursor + 1} of {len(table.rows)}: try dtype float32, or a lower "
-            "guidance_scale"
+            f"NaN at step {job.cursor + 1} of {len(table.rows)}: try {advice}a lower guidance_scale"
         )
     if job.known is not None:
         state = job.known.put_back(state, row.next_sigma if not _last(job) else 0.0)

@@ -296,9 +296,13 @@ class Result:
         for path in paths:
             check_writable(path, overwrite=overwrite)
         for i, path in enumerate(paths):
-            save_png(self.images[i], path, png_texts(self.recipe(i)), overwrite=overwrite)
-            self.paths.append(path)
+            self.save_one(i, path, overwrite=overwrite)
         return paths
+
+    def save_one(self, i: int, path: Path, *, overwrite: bool = False) -> None:
+        """Writes picture i as PNG with its recipe; raises as `save` does."""
+        save_png(self.images[i], path, png_texts(self.recipe(i)), overwrite=overwrite)
+        self.paths.append(path)
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -9,6 +9,8 @@ from safelight.cli.output import StepBar, say, warn
 from safelight.errors import SafelightError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from safelight.request import Result
 
 Model = Annotated[
@@ -134,15 +136,32 @@ def generate(
 
     seeds = range(request.seed, request.seed + request.count)
     need = (request.width or 512) * (request.height or 512) * 4 * request.count
-    for path in output_paths(out, seeds, overwrite=overwrite):
+    paths = output_paths(out, seeds, overwrite=overwrite)
+    for path in paths:
         check_writable(path, overwrite=overwrite, need=need)
 
     default = "embedded-unconditional" if unconditional else "embedded"
     with StepBar(request.count) as on_step:
         loaded = safelight.load(default if model is None else model, device=device, dtype=dtype)
-        result = loaded.generate(request, on_step=on_step)
-    result.save(out, overwrite=overwrite)
-    _report(result, as_json=as_json, show=show)
+        run = loaded.stream(request)
+        try:
+            for step in run:
+                # Each as it is made: Ctrl-C loses the one that is not.
+                _save(run.made, paths, overwrite=overwrite)
+                on_step(step)
+        except KeyboardInterrupt:
+            for path in run.made.paths if run.made else ():
+                say(path)
+            raise
+    _save(run.result, paths, overwrite=overwrite)
+    _report(run.result, as_json=as_json, show=show)
+
+
+def _save(result: "Result | None", paths: "list[Path]", *, overwrite: bool) -> None:
+    """Write the pictures that have been added."""
+    if result is not None:
+        for i in range(len(result.paths), len(result.images)):
+            result.save_one(i, paths[i], overwrite=overwrite)
 
 
 def _report(result: "Result", *, as_json: bool, show: bool) -> None:
