@@ -38,27 +38,50 @@ class PlainModel:
         self.loaded.append((name, device, dtype))
         return self
 
-    def generate(self, request, on_step):
+    def stream(self, request):
         self.requests.append(request)
+        return PlainRun(self, request)
+
+    def generate(self, request, on_step):
+        run = self.stream(request)
+        for step in run:
+            on_step(step)
+        return run.result
+
+
+class PlainRun:
+    """Stands in for an engine's run: pictures of one colour."""
+
+    def __init__(self, model, request):
+        self.model, self.request = model, request
+        self.made = None
+
+    def __iter__(self):
+        model, request = self.model, self.request
         seeds = list(range(request.seed, request.seed + request.count))
         steps = request.steps or 4
-        for i in range(request.count):
-            for step in range(1, steps + 1):
-                self.before_step()
-                on_step(SimpleNamespace(image_index=i, step=step, steps=steps))
-        size = (request.width or 64, request.height or 64)
-        colours = [((seed + self.shift) % 256, 9, 9) for seed in seeds]
-        return Result(
-            images=[Image.new("RGB", size, colour) for colour in colours],
+        self.made = Result(
+            images=[],
             seeds=seeds,
             settings={**request.to_dict(), "steps": steps},
-            model=self.loaded[-1][0],
-            sha256=self.sha256,
+            model=model.loaded[-1][0],
+            sha256=model.sha256,
             device="cpu",
             dtype="float32",
-            warnings=list(self.warnings),
+            warnings=list(model.warnings),
             timings={"total": 0.25},
         )
+        for i, seed in enumerate(seeds):
+            for step in range(1, steps + 1):
+                model.before_step()
+                yield SimpleNamespace(image_index=i, step=step, steps=steps)
+            size = (request.width or 64, request.height or 64)
+            colour = ((seed + model.shift) % 256, 9, 9)
+            self.made.images.append(Image.new("RGB", size, colour))
+
+    @property
+    def result(self):
+        return self.made
 
 
 @pytest.fixture
@@ -269,6 +292,20 @@ class TestInterrupted:
         assert (done.code, done.out, done.err) == (130, "", "stopped\n")
         assert list(tmp_path.iterdir()) == []
 
+    def test_what_is_made_stays(self, run, model, tmp_path):
+        taken = []
+
+        def at_the_second_picture():
+            taken.append(1)
+            if len(taken) == 6:
+                self.interrupt()
+
+        model.before_step = at_the_second_picture
+        done = run("generate", "a", "--count", "3", "--steps", "4", "--seed", "1")
+        assert (done.code, done.out, done.err) == (130, "safelight-1.png\n", "stopped\n")
+        assert [path.name for path in tmp_path.iterdir()] == ["safelight-1.png"]
+        assert read_recipe(tmp_path / "safelight-1.png")["settings"]["seed"] == 1
+
     def test_during_saving(self, run, model, tmp_path, monkeypatch):
         monkeypatch.setattr(os, "fsync", lambda _: self.interrupt())
         (tmp_path / "a.png").write_text("mine")
@@ -281,7 +318,7 @@ class TestInterrupted:
         driver = (
             "import time, safelight; from safelight.__main__ import main\n"
             "class Slow:\n"
-            "    def generate(self, request, on_step):\n"
+            "    def stream(self, request):\n"
             "        print('started', flush=True); time.sleep(60)\n"
             "safelight.load = lambda *a, **k: Slow()\n"
             "main()"

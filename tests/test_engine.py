@@ -202,6 +202,24 @@ def test_a_picture_of_another_size_is_fitted(model: Model) -> None:
     assert model.generate(again).images[0].tobytes() == result.images[0].tobytes()
 
 
+@pytest.mark.parametrize(
+    ("asked", "size"),
+    [
+        ({"width": 128}, (128, 64)),
+        ({"height": 128}, (256, 128)),
+        ({"height": 2048}, (2048, 2048)),
+        ({"width": 64, "height": 72}, (64, 72)),
+    ],
+)
+def test_one_side_decides_the_other(
+    model: Model, asked: dict[str, int], size: tuple[int, int]
+) -> None:
+    settled = engine.settle(model, Request(prompt="a cat", image=photo(200, 100), seed=1, **asked))
+    assert (settled.width, settled.height) == size
+    assert settled.image is not None
+    assert settled.image.size == size
+
+
 def test_history_is_only_as_long_as_the_rows_look_back(model: Model) -> None:
     settled = engine.settle(model, Request(prompt="a cat", sampler="pndm", steps=10, seed=1))
     with torch.inference_mode():

@@ -129,9 +129,7 @@ def settle(model: Model, request: Request) -> Request:
             width, height = model.native_size
             raise SafelightError(f"{model.name} draws {width}x{height}: leave out width and height")
     else:
-        size = model.native_size if request.image is None else request.image.size
-        filled["width"] = request.width or size[0]
-        filled["height"] = request.height or size[1]
+        filled["width"], filled["height"] = _size(model, request)
     if request.image is not None:
         if request.strength is None:
             filled["strength"] = STRENGTH if request.mask is None else 1.0
@@ -139,6 +137,15 @@ def settle(model: Model, request: Request) -> Request:
     elif request.strength is not None:
         filled["strength"] = None
     return request.replace(**filled)
+
+
+def _size(model: Model, request: Request) -> tuple[int, int]:
+    """Of a picture to start from, one side that is asked for decides the other: no stretching."""
+    width, height = model.native_size if request.image is None else request.image.size
+    if request.image is not None and (request.width is None) != (request.height is None):
+        scale = request.width / width if request.width else (request.height or height) / height
+        width, height = (min(max(round(n * scale / 8) * 8, 64), 2048) for n in (width, height))
+    return request.width or width, request.height or height
 
 
 def _fitted(request: Request, size: tuple[int, int]) -> dict[str, Image.Image]:

@@ -35,7 +35,7 @@ def generate(
     width: Annotated[
         int | None,
         Option(
-            help="64 to 2048 pixels, a multiple of 8 [the model's or the picture's].",
+            help="64 to 2048 pixels, a multiple of 8 [the model's; with --image its own].",
             show_default=False,
         ),
     ] = None,
