@@ -221,7 +221,7 @@ def test_ctrl_c_at_any_moment_leaves_whole_pictures_alone(folders, tmp_path, sec
     ) as child:
         if seconds is None:
             deadline = time.monotonic() + 60
-            while not any(out.iterdir()) and time.monotonic() < deadline:
+            while not any(out.glob("safelight-*.png")) and time.monotonic() < deadline:
                 time.sleep(0.01)
         else:
             time.sleep(seconds)
