@@ -15,6 +15,7 @@ from PIL import Image
 
 import safelight
 from safelight import cli
+from safelight.cli.loading import ctrl_c_waits
 from safelight.errors import SafelightError
 from safelight.recipe import read_recipe
 from safelight.request import Request, Result
@@ -291,6 +292,23 @@ class TestInterrupted:
         done = run("generate", "a")
         assert (done.code, done.out, done.err) == (130, "", "stopped\n")
         assert list(tmp_path.iterdir()) == []
+
+    def test_ctrl_c_waits_where_it_must(self):
+        reached = False
+        with pytest.raises(KeyboardInterrupt), ctrl_c_waits():  # noqa: PT012
+            signal.raise_signal(signal.SIGINT)
+            reached = True
+        assert reached
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    def test_an_ignored_ctrl_c_stays_ignored(self):
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            with ctrl_c_waits():
+                signal.raise_signal(signal.SIGINT)
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def test_what_is_made_stays(self, run, model, tmp_path):
         taken = []

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
+from safelight.cli.loading import load
 from safelight.cli.output import StepBar, say, warn
 from safelight.errors import SafelightError
 
@@ -142,7 +143,7 @@ def generate(
 
     default = "embedded-unconditional" if unconditional else "embedded"
     with StepBar(request.count) as on_step:
-        loaded = safelight.load(default if model is None else model, device=device, dtype=dtype)
+        loaded = load(default if model is None else model, device=device, dtype=dtype)
         run = loaded.stream(request)
         try:
             for step in run:

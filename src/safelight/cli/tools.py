@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
+from safelight.cli.loading import load
 from safelight.cli.output import StepBar, pairs, say, table
 from safelight.errors import SafelightError
 
@@ -149,7 +150,7 @@ def verify(
     name, sha256 = recipe["model"]["name"], recipe["model"]["sha256"]
     with StepBar(count=1) as on_step:
         try:
-            loaded = safelight.load(
+            loaded = load(
                 name if model is None else model,
                 device=device or recipe.get("device", "auto"),
                 dtype=dtype or recipe.get("dtype", "auto"),
