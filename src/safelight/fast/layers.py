@@ -110,23 +110,25 @@ class FastPointwise(nn.Conv2d):
         return self._packed(x, plus)
 
 
+def _affine(norm: FastGroupNorm | FastLayerNorm) -> tuple[Tensor, Tensor]:
+    """A norm's weight and bias in float32, as the kernels read them, made once."""
+    if norm._float is None:
+        norm._float = norm.weight.float(), norm.bias.float()
+    return norm._float
+
+
 class FastGroupNorm(nn.GroupNorm):
     _float: tuple[Tensor, Tensor] | None = None
 
-    def _affine(self) -> tuple[Tensor, Tensor]:
-        if self._float is None:
-            self._float = self.weight.float(), self.bias.float()
-        return self._float
-
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         if tiles.fits_norm(self, x):
-            return tiles.group_norm(self, x, *self._affine())
+            return tiles.group_norm(self, x, *_affine(self))
         return super().forward(x)
 
     def silu(self, x: Tensor, conv: FastConv2d) -> Any:
         """Norm and SiLU, as `conv` wants to read it."""
         if conv.reads_maps() and tiles.fits_norm(self, x):
-            return tiles.group_norm_silu(self, x, *self._affine())
+            return tiles.group_norm_silu(self, x, *_affine(self))
         return F.silu(self(x), inplace=True)
 
 
@@ -268,9 +270,7 @@ class FastLayerNorm(nn.LayerNorm):
     ) -> tuple[Tensor, Tensor]:
         """x, or with `plus` the sum of both, and its norm."""
         if tiles.fits_layer_norm(self, x):
-            if self._float is None:
-                self._float = self.weight.float(), self.bias.float()
-            return tiles.layer_norm(self, x, *self._float, plus)
+            return tiles.layer_norm(self, x, *_affine(self), plus)
         total = x if plus is None else x.add_(plus)
         return total, super().forward(total)
 
