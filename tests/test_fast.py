@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from safelight.fast import accelerate, helps, leave_mapped, tiles
+from safelight.errors import SafelightError
+from safelight.fast import accelerate, helps, layers, leave_mapped, tiles
 from safelight.fast.onednn import Doubling
 from safelight.nets.clip import CLIPTextConfig, CLIPTextModel
 from safelight.nets.layers import Upsample2D
@@ -342,6 +344,41 @@ def test_a_nan_is_not_hidden() -> None:
     x = torch.randn(1, 32, 4, 4).bfloat16()
     x[0, 0, 0, 0] = float("nan")
     assert tiles.group_norm(norm, x, norm.weight, norm.bias).isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_memory_changes_no_picture(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(layers, "LARGE", 1)
+    net = UNet2DConditionModel(SD1).eval().to(dtype)
+    arguments = (
+        torch.randn(1, 4, 16, 16).to(dtype),
+        torch.tensor([500.0]),
+        text(SD1, 2).to(dtype),
+    )
+    wanted, low = fast(net)(*arguments), copy.deepcopy(net)
+    accelerate(low, dtype, low_memory=True)
+    for _ in range(2):  # when weights are put away, and when they are fetched
+        found = low(*arguments)
+        assert distance(found, wanted) < (1e-5 if dtype == torch.float32 else 1e-2)
+        if tiles.available(dtype):
+            assert found.equal(wanted)
+
+
+@needs_tiles
+def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(layers, "LARGE", 1)
+    monkeypatch.setattr("os.pwrite", full)
+    net = UNet2DConditionModel(SD1).eval().bfloat16()
+    accelerate(net, torch.bfloat16, low_memory=True)
+    with pytest.raises(SafelightError, match="No space left on device; name another folder in TMP"):
+        net(
+            torch.randn(1, 4, 16, 16).bfloat16(),
+            torch.tensor([1.0]),
+            text(SD1, 1).bfloat16(),
+        )
 
 
 @needs_tiles

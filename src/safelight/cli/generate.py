@@ -90,6 +90,9 @@ def generate(
     ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    low_memory: Annotated[
+        bool, Option("--low-memory", help="On the CPU: large weights in a file, not in memory.")
+    ] = False,
     out: Annotated[
         str,
         Option(
@@ -143,7 +146,12 @@ def generate(
 
     default = "embedded-unconditional" if unconditional else "embedded"
     with StepBar(request.count) as on_step:
-        loaded = load(default if model is None else model, device=device, dtype=dtype)
+        loaded = load(
+            default if model is None else model,
+            device=device,
+            dtype=dtype,
+            low_memory=low_memory,
+        )
         run = loaded.stream(request)
         try:
             for step in run:

@@ -18,6 +18,7 @@ from torch import nn
 
 from safelight.fast import memory, onednn
 from safelight.fast.layers import leave_mapped, swap
+from safelight.fast.store import Shelf
 
 __all__ = ["accelerate", "helps", "leave_mapped", "native_bfloat16"]
 
@@ -27,14 +28,14 @@ def helps(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype != torch.float16 and onednn.available()
 
 
-def accelerate(net: nn.Module, dtype: torch.dtype) -> None:
+def accelerate(net: nn.Module, dtype: torch.dtype, low_memory: bool = False) -> None:
     """Make `net`, on the CPU, compute faster and in `dtype`, whatever precision it was loaded in.
 
     In place. It can then no longer be trained, and its state dict loses what is packed at the
-    first call.
+    first call. low_memory: large convolutions' weights are kept in files between their uses.
     """
     memory.keep_freed()
-    swap(net, dtype)
+    swap(net, dtype, Shelf() if low_memory else None)
 
 
 def native_bfloat16() -> bool:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from safelight.fast import memory, onednn, tiles
+from safelight.fast.store import ARENA, Shelf, Store
 from safelight.nets.layers import (
     Attention,
     BasicTransformerBlock,
@@ -51,6 +52,10 @@ def _take(layer: Any, precision: torch.dtype) -> Tensor:
     return weight
 
 
+def _store(conv: Any) -> Store:
+    return conv.shelf if conv.shelf is not None and conv.weight.numel() >= LARGE else ARENA
+
+
 def _make_room(x: Tensor) -> None:
     """Give back the memory of maps that are done with: such as the decoder's last find no other."""
     if x.numel() >= HUGE:
@@ -69,7 +74,10 @@ class FastLinear(nn.Linear):
 
 
 class FastConv2d(nn.Conv2d):
+    """shelf: where large weights are kept, if not in memory."""
+
     precision: torch.dtype
+    shelf: Shelf | None = None
     _packed: Any = None
 
     def forward(  # type: ignore[override]
@@ -83,9 +91,16 @@ class FastConv2d(nn.Conv2d):
         out_channels], added, too.
         """
         if self._packed is None:
-            kind = tiles if tiles.fits_conv(self, self.precision) else onednn
-            self._packed = kind.Convolution(_take(self, self.precision), self, x.shape)
+            self._packed = self._pack(x.shape)
         return self._packed(x, plus, shift, consume)
+
+    def _pack(self, shape: torch.Size) -> Any:
+        store = _store(self)
+        if tiles.fits_conv(self, self.precision):
+            return tiles.Convolution(_take(self, self.precision), self, shape, store)
+        if store is not ARENA:
+            return onednn.Unpacked(self)
+        return onednn.Convolution(_take(self, self.precision), self, shape)
 
     def reads_maps(self) -> bool:
         """Whether it takes a tiles.Map, normed on the way."""
@@ -148,7 +163,7 @@ class FastResnetBlock2D(ResnetBlock2D):
             shift = shift if len(shift) == 1 else rows(shift, len(x))
         h = self.conv1(self.norm1.silu(x, self.conv1), shift=shift)
         if self.conv_shortcut is None:
-            return self.conv2(self.norm2.silu(h, self.conv2), plus=x)
+            return self.conv2(self.norm2.silu(h, self.conv2), plus=x, consume=self.consumes)
         short = self.conv_shortcut(x)
         return self.conv2(self.norm2.silu(h, self.conv2), plus=short, consume=True)
 
@@ -166,8 +181,13 @@ class FastUpsample2D(Upsample2D):
             return F.conv2d(large, weight.to(self.precision), bias, padding=1)
         _make_room(x)
         if self._packed is None:
-            kind = tiles if tiles.fits_conv(self.conv, self.precision) else onednn
-            self._packed = kind.Doubling(weight.to(self.precision), self.conv, x.shape)
+            fits = tiles.fits_conv(self.conv, self.precision)
+            converted = weight.to(self.precision)
+            self._packed = (
+                tiles.Doubling(converted, self.conv, x.shape, _store(self.conv))
+                if fits
+                else onednn.Doubling(converted, self.conv, x.shape)
+            )
             memory.page_out(weight)
         return self._packed(x)
 
@@ -348,7 +368,7 @@ _FAST: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def swap(net: nn.Module, precision: torch.dtype) -> None:
+def swap(net: nn.Module, precision: torch.dtype, shelf: Shelf | None = None) -> None:
     """Give the layers of `net`, in place, their fast classes.
 
     Weights that will be packed stay as they were loaded until then, in whatever precision; all
@@ -361,6 +381,8 @@ def swap(net: nn.Module, precision: torch.dtype) -> None:
         if kind is FastConv2d and module.kernel_size == (1, 1):
             kind = FastPointwise
         module.__class__ = kind
+        if kind is FastConv2d or module in enlarging:
+            module.shelf = shelf
         kinds = FastLinear | FastConv2d | FastPointwise | FastUpsample2D
         _settle(module, precision, waits=isinstance(module, kinds) or module in enlarging)
 

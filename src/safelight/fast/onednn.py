@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 _mkldnn: Any = torch.ops.mkldnn
@@ -61,6 +62,26 @@ class Convolution:
                 x, plus, self.packed, bias, *self.how, "add", 1.0, None, [], None
             )
         return out if shift is None else out.add_(shift[:, :, None, None])
+
+
+class Unpacked:
+    """As Convolution, whose weight stays in the mapped file and is converted at each use."""
+
+    def __init__(self, conv: Any) -> None:
+        self.conv = conv
+
+    def __call__(
+        self,
+        x: Tensor,
+        plus: Tensor | None = None,
+        shift: Tensor | None = None,
+        consume: bool = False,
+    ) -> Tensor:
+        conv = self.conv
+        how = (conv.stride, conv.padding, conv.dilation)
+        out = F.conv2d(x, conv.weight.to(conv.precision), conv.bias, *how)
+        out = out if shift is None else out.add_(shift[:, :, None, None])
+        return out if plus is None else out.add_(plus)
 
 
 class Doubling:

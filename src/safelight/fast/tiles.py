@@ -7,7 +7,6 @@ they do not take, and every other CPU, is oneDNN's.
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 from ctypes import c_float, c_int, c_long, c_void_p
 from functools import cache
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from safelight.fast.onednn import quarters
+from safelight.fast.store import ARENA, Store
 
 _ARGUMENTS = {
     "safelight_pack": [c_void_p, c_void_p, c_long, c_long],
@@ -59,51 +59,22 @@ def _at(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-class _Arena:
-    """Memory for packed weights in large pages: the kernels read gigabytes of it in each step, and
-    looking up pages of 4 KB costs a fifth of the time.
-    """
-
-    BLOCK = 256 << 20  # only what is used of it takes memory
-    PAGE = 2 << 20
-
-    def __init__(self) -> None:
-        self.rest = torch.empty(0, dtype=torch.bfloat16)
-
-    def take(self, count: int) -> Tensor:
-        count = -(-count // 32) * 32
-        if len(self.rest) < count:
-            self.rest = self._block(max(self.BLOCK, 2 * count))
-        taken, self.rest = self.rest[:count], self.rest[count:]
-        return taken
-
-    def _block(self, size: int) -> Tensor:
-        # Private: shared memory has large pages only where the administrator allows it.
-        memory = mmap.mmap(-1, size + self.PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        block = torch.frombuffer(memory, dtype=torch.bfloat16)
-        return block[-block.data_ptr() % self.PAGE // 2 :][: size // 2]
-
-
-_arena = _Arena()
-
-
 class _Weights:
     """A convolution's weights in the order of the kernel: of 32 columns, plane by plane of 32
     channels, all taps.
     """
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, store: Store) -> None:
         """weight: bfloat16 [columns, channels, h, w], columns and channels multiples of 32."""
         self.columns, self.channels = weight.shape[:2]
         self.side = weight.shape[2]
         taps = self.side**2
         weight = weight.reshape(self.columns, -1, 32, taps).transpose(2, 3).contiguous()
-        self.packed = _arena.take(weight.numel())
+        packed = store.room(weight.numel())
         library().safelight_pack(
-            weight.data_ptr(), self.packed.data_ptr(), self.columns, self.channels // 32 * taps
+            weight.data_ptr(), packed.data_ptr(), self.columns, self.channels // 32 * taps
         )
+        self.packed = store.keep(packed)
 
 
 STRIP = 1 << 22
@@ -171,8 +142,10 @@ def fits_conv(conv: nn.Conv2d, dtype: torch.dtype) -> bool:
 class Convolution:
     """As onednn.Convolution, for 3×3 with a border of one."""
 
-    def __init__(self, weight: Tensor, conv: nn.Conv2d, shape: torch.Size) -> None:
-        self.weights = _Weights(weight)
+    def __init__(
+        self, weight: Tensor, conv: nn.Conv2d, shape: torch.Size, store: Store = ARENA
+    ) -> None:
+        self.weights = _Weights(weight, store)
         self.bias = None if conv.bias is None else conv.bias.float()
 
     def __call__(
@@ -219,7 +192,7 @@ def _convolve(
     library().safelight_conv(
         memory.data_ptr(),
         plane,
-        w.packed.data_ptr(),
+        w.packed().data_ptr(),
         _at(bias),
         w.columns if per_picture else 0,
         _at(plus),
@@ -238,9 +211,11 @@ def _convolve(
 class Doubling:
     """As onednn.Doubling: the four convolutions write where their pixels belong."""
 
-    def __init__(self, weight: Tensor, conv: nn.Conv2d, shape: torch.Size) -> None:
+    def __init__(
+        self, weight: Tensor, conv: nn.Conv2d, shape: torch.Size, store: Store = ARENA
+    ) -> None:
         self.bias = None if conv.bias is None else conv.bias.float()
-        self.parts = [[_Weights(part) for part in row] for row in quarters(weight)]
+        self.parts = [[_Weights(part, store) for part in row] for row in quarters(weight)]
 
     def __call__(self, x: Tensor) -> Tensor:
         batch, _, height, width = x.shape

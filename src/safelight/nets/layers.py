@@ -72,12 +72,23 @@ class TimestepEmbedding(nn.Module):
 
 
 class ResnetBlock2D(nn.Module):
-    """norm, SiLU, conv, twice, around a shortcut; the timestep is added between the halves."""
+    """norm, SiLU, conv, twice, around a shortcut; the timestep is added between the halves.
+
+    consumes: nobody looks at the input afterwards, and the output may take its memory.
+    """
 
     def __init__(
-        self, in_ch: int, out_ch: int, *, temb: int | None, groups: int, eps: float
+        self,
+        in_ch: int,
+        out_ch: int,
+        *,
+        temb: int | None,
+        groups: int,
+        eps: float,
+        consumes: bool = False,
     ) -> None:
         super().__init__()
+        self.consumes = consumes
         self.norm1 = nn.GroupNorm(groups, in_ch, eps=eps)
         self.conv1 = nn.Conv2d(in_ch, out_ch, 3, padding=1)
         self.time_emb_proj = None if temb is None else nn.Linear(temb, out_ch)

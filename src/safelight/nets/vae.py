@@ -47,7 +47,9 @@ class VAEConfig(NetConfig):
 
 
 def resnet(cfg: VAEConfig, in_ch: int, out_ch: int) -> ResnetBlock2D:
-    return ResnetBlock2D(in_ch, out_ch, temb=None, groups=cfg.norm_num_groups, eps=1e-6)
+    return ResnetBlock2D(
+        in_ch, out_ch, temb=None, groups=cfg.norm_num_groups, eps=1e-6, consumes=True
+    )
 
 
 class MidBlock(nn.Module):

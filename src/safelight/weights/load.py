@@ -32,6 +32,7 @@ def load_model(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     prediction_type: str | None = None,
+    low_memory: bool = False,
     download: bool = True,
 ) -> Model:
     """Load a model by name (see `find`); without one, the model that ships.
@@ -41,7 +42,8 @@ def load_model(
       it multiplies that natively, else float32. Weights that are stored in it stay in the mapped
       file until they are first used; others are converted one by one.
     prediction_type: "epsilon", "v_prediction" or "sample", in place of what the checkpoint says.
-
+    low_memory: on the CPU, keep large weights in a file between their uses: the same pictures, a
+      little later.
     download: False takes a hub model from the cache alone.
 
     Raises SafelightError, one line, if the model is not found or not usable: a missing,
@@ -53,7 +55,10 @@ def load_model(
     tokenizer = _tokenizer(plan)
     # After all files are found, and before any weight of a damaged download is used.
     sha256 = model_digest(plan.files)
-    nets = {part: _network(plan, part, where, precision) for part in plan.weights}
+    nets = {part: _network(plan, part, where, precision, low_memory) for part in plan.weights}
+    warnings = list(plan.warnings)
+    if low_memory and not helps(where, precision):
+        warnings.append(f"low_memory does nothing on {where.type} in {str(precision)[6:]}")
     return Model(
         name=plan.source.name,
         path=str(plan.source.path),
@@ -70,7 +75,7 @@ def load_model(
         native_size=plan.native_size,
         device=where,
         dtype=precision,
-        warnings=list(plan.warnings),
+        warnings=warnings,
     )
 
 
@@ -158,7 +163,9 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _network(plan: Plan, part: str, device: torch.device, dtype: torch.dtype) -> Any:
+def _network(
+    plan: Plan, part: str, device: torch.device, dtype: torch.dtype, low_memory: bool
+) -> Any:
     """One network, built without memory of its own and then given its weights."""
     _, network_class = NETS[plan.kind][part]
     with torch.device("meta"), _Unfilled():
@@ -174,7 +181,10 @@ def _network(plan: Plan, part: str, device: torch.device, dtype: torch.dtype) ->
     network.eval().requires_grad_(False)
     if fast:
         # The text encoder runs once for a prompt: to pack it would take longer.
-        (leave_mapped if part == "text_encoder" else accelerate)(network, dtype)
+        if part == "text_encoder":
+            leave_mapped(network, dtype)
+        else:
+            accelerate(network, dtype, low_memory)
     return network
 
 

@@ -1,0 +1,118 @@
+"""Where packed weights are kept between their uses: in memory, or in a file where that is short."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from safelight.errors import SafelightError
+
+_PAGE = 2 << 20
+
+
+class Store(Protocol):
+    def room(self, count: int) -> Tensor:
+        """Memory for so many numbers in bfloat16, to pack weights into, before they are kept."""
+        ...
+
+    def keep(self, packed: Tensor) -> Callable[[], Tensor]:
+        """What gives these weights back, until others are asked for."""
+        ...
+
+
+def _large_pages(size: int) -> Tensor:
+    """Memory of `size` bytes in large pages: the kernels read gigabytes of weights in each step,
+    and looking up pages of 4 KB costs a fifth of the time. Only what is used of it is taken.
+    """
+    # Private: shared memory has large pages only where the administrator allows it.
+    memory = mmap.mmap(-1, size + _PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    block = torch.frombuffer(memory, dtype=torch.bfloat16)
+    return block[-block.data_ptr() % _PAGE // 2 :][: size // 2]
+
+
+class Arena:
+    """Memory, in few blocks."""
+
+    BLOCK = 256 << 20
+
+    def __init__(self) -> None:
+        self._rest = torch.empty(0, dtype=torch.bfloat16)
+
+    def room(self, count: int) -> Tensor:
+        count = -(-count // 32) * 32
+        if len(self._rest) < count:
+            self._rest = _large_pages(max(self.BLOCK, 2 * count))
+        taken, self._rest = self._rest[:count], self._rest[count:]
+        return taken
+
+    def keep(self, packed: Tensor) -> Callable[[], Tensor]:
+        return lambda: packed
+
+
+ARENA = Arena()
+
+
+class Shelf:
+    """A file without a name, that ends with its reader. What is fetched lies where the last did.
+
+    The kernel keeps as much of the file in its cache as there is room for.
+    """
+
+    def __init__(self) -> None:
+        self._desk = torch.empty(0, dtype=torch.bfloat16)
+        self._file, self._end = -1, 0
+
+    def room(self, count: int) -> Tensor:
+        if len(self._desk) < count:
+            self._desk = _large_pages(2 * count)
+        return self._desk[:count]
+
+    def keep(self, packed: Tensor) -> Callable[[], Tensor]:
+        try:
+            if self._file < 0:
+                self._file, name = tempfile.mkstemp(prefix="safelight-", dir=_disk())
+                Path(name).unlink()
+                weakref.finalize(self, os.close, self._file)
+            place, count, left = self._end, len(packed), _bytes(packed)
+            while left:
+                written = os.pwrite(self._file, left, self._end)
+                self._end, left = self._end + written, left[written:]
+        except OSError as e:
+            raise SafelightError(
+                f"low_memory could not write weights to {_disk()}: {e.strerror}; "
+                "name another folder in TMPDIR"
+            ) from None
+
+        def fetch() -> Tensor:
+            weights, at = self.room(count), place
+            left = _bytes(weights)
+            while left:
+                got = os.preadv(self._file, [left], at)
+                if not got:
+                    raise OSError("the file of packed weights ends early")
+                at, left = at + got, left[got:]
+            return weights
+
+        return fetch
+
+
+def _bytes(numbers: Tensor) -> memoryview:
+    return numbers.view(torch.uint8).numpy().data
+
+
+def _disk() -> str:
+    """A folder that is not itself in memory, as /tmp often is."""
+    lasting = Path("/var/tmp")
+    if "TMPDIR" not in os.environ and os.access(lasting, os.W_OK):
+        return str(lasting)
+    return tempfile.gettempdir()
