@@ -4,6 +4,7 @@
 #   make test                            the test suite
 #   make lint                            formatting, lint and types
 #   make bench                           this machine, beside diffusers and OpenVINO: a quarter of an hour
+#   make evaluate                       the model that ships, judged: half an hour
 #   make train                           the models that ship, from packages alone: hours, resumable
 #
 # On Linux the package index has PyTorch built for CUDA, which is several GB. To get the build for
@@ -21,7 +22,7 @@ BIN := $(VENV)/bin
 # Without build isolation the constraints hold for what builds packages, too.
 INSTALL := $(PYTHON) -m pip --python $(BIN)/python install --constraint constraints.txt
 
-.PHONY: picture test lint format bench train clean
+.PHONY: picture test lint format bench evaluate train clean
 .DELETE_ON_ERROR:
 
 export PROMPT OUT
@@ -45,8 +46,14 @@ bench: $(VENV)/.ready-dev
 	$(BIN)/safelight bench $(ARGS)
 	$(BIN)/python benchmarks/full_size.py --dtype bfloat16
 
-train: $(VENV)/.ready-dev
-	test -e data/cutouts.npz || $(BIN)/safelight train data data
+evaluate: data/cutouts.npz
+	$(INSTALL) --no-build-isolation --editable '.[evaluate]'
+	$(BIN)/safelight train evaluate --data data --out runs/evaluation
+
+data/cutouts.npz: | $(VENV)/.ready-dev
+	$(BIN)/safelight train data data
+
+train: data/cutouts.npz
 	$(BIN)/safelight train embedded --data data --out runs
 	$(BIN)/safelight train embedded-unconditional --data data --out runs
 

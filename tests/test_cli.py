@@ -15,8 +15,8 @@ from PIL import Image
 
 import safelight
 from safelight import cli
-from safelight.cli.loading import ctrl_c_waits
 from safelight.errors import SafelightError
+from safelight.interrupt import ctrl_c_waits
 from safelight.recipe import read_recipe
 from safelight.request import Request, Result
 from safelight.samplers import SAMPLERS

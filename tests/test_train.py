@@ -1,8 +1,11 @@
 """Training: noise added and taken away, checkpoints, the folder that comes out."""
 
+import errno
 import math
+import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +33,10 @@ from safelight.weights import load_model
 PLAN = Plan(steps=12, batch=4, learning_rate=1e-2, warmup=2)
 
 
+class KilledError(Exception):
+    """Stands for what leaves no time to save."""
+
+
 class Line(torch.nn.Module):
     """y = w·x, to be found from noisy points."""
 
@@ -37,7 +44,7 @@ class Line(torch.nn.Module):
         super().__init__()
         self.w = torch.nn.Parameter(torch.zeros(3))
 
-    def loss(self, draw: Draw) -> torch.Tensor:
+    def forward(self, draw: Draw) -> torch.Tensor:
         x = torch.from_numpy(draw.data.standard_normal((4, 3))).float()
         noise = torch.randn(4, generator=draw.noise)
         return (x @ (self.w - torch.tensor([1.0, 2.0, 3.0])) + 0.1 * noise).square().mean()
@@ -46,19 +53,19 @@ class Line(torch.nn.Module):
 def train_line(folder: Path, plan: Plan = PLAN, stop_at: int | None = None) -> torch.Tensor:
     line, steps = Line(), 0
 
-    def loss_of(draw: Draw) -> torch.Tensor:
+    def loss_of(run: torch.nn.Module, draw: Draw) -> torch.Tensor:
         nonlocal steps
         if stop_at is not None and steps == stop_at:
-            raise KeyboardInterrupt
+            raise KilledError
         steps += 1
-        return line.loss(draw)
+        return run(draw)
 
     return fit(line, loss_of, plan, folder, every=5, log=lambda _: None)["w"]
 
 
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path) -> None:
     whole = train_line(tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KilledError):
         train_line(tmp_path / "broken", stop_at=8)
     assert torch.equal(train_line(tmp_path / "broken"), whole)
 
@@ -83,7 +90,7 @@ def test_another_plan_does_not_resume(tmp_path: Path) -> None:
 def test_a_plan_with_a_cooldown_may_change_its_length(tmp_path: Path) -> None:
     long = replace(PLAN, steps=40, cooldown=4)
     short = replace(PLAN, steps=12, cooldown=4)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KilledError):
         train_line(tmp_path / "a", long, stop_at=7)
     train_line(tmp_path / "b", short)
     assert torch.equal(train_line(tmp_path / "a", short), train_line(tmp_path / "b", short))
@@ -92,10 +99,73 @@ def test_a_plan_with_a_cooldown_may_change_its_length(tmp_path: Path) -> None:
         train_line(tmp_path / "a", long)
 
 
+def test_ctrl_c_loses_no_step(tmp_path: Path) -> None:
+    steps = 0
+
+    def loss_of(run: torch.nn.Module, draw: Draw) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        if steps == 8:
+            signal.raise_signal(signal.SIGINT)
+        return run(draw)
+
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        fit(Line(), loss_of, PLAN, tmp_path / "a", every=5, log=said.append)
+    assert said == ["stopped after step 8: the same command goes on from there"]
+    assert torch.load(tmp_path / "a" / "checkpoint.pt")["step"] == 8
+    assert torch.equal(train_line(tmp_path / "a"), train_line(tmp_path / "b"))
+
+
+def test_another_recipe_does_not_resume(tmp_path: Path) -> None:
+    train_line(tmp_path, replace(PLAN, recipe="cats"))
+    with pytest.raises(SafelightError, match="recipe was cats, now dogs"):
+        train_line(tmp_path, replace(PLAN, recipe="dogs"))
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    train_line(tmp_path)
+    whole = (tmp_path / "checkpoint.pt").read_bytes()
+    (tmp_path / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(SafelightError, match="not a checkpoint of ours"):
+        train_line(tmp_path)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, saved = torch.save, 0
+
+    def full(state: object, file: Any) -> None:
+        nonlocal saved
+        saved += 1
+        if saved == 2:
+            file.write(b"a part of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(state, file)
+
+    monkeypatch.setattr("torch.save", full)
+    message = r"step 10 could not be written .*No space left.*that of step 5 is kept: make room"
+    with pytest.raises(SafelightError, match=message):
+        train_line(tmp_path / "a")
+    monkeypatch.undo()
+    assert not list((tmp_path / "a").glob("*.part"))
+    assert torch.equal(train_line(tmp_path / "a"), train_line(tmp_path / "b"))
+
+
+def test_min_snr_weighs_clean_levels_less() -> None:
+    """Table and formula of arXiv:2303.09556: min(SNR, γ) over SNR, for velocity over SNR + 1."""
+    bars = torch.tensor([0.99, 0.5, 0.01])
+    snr = bars / (1 - bars)
+    for kind, over in (("epsilon", snr), ("v_prediction", snr + 1), ("sample", torch.ones(3))):
+        noising = Noising(SchedulerConfig.from_dict({"prediction_type": kind}), min_snr=5.0)
+        assert torch.allclose(torch.as_tensor(noising._weight(bars)), snr.clamp(max=5) / over)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     line = Line()
     with pytest.raises(SafelightError, match="not finite at step 0"):
-        fit(line, lambda draw: line.loss(draw) * math.nan, PLAN, tmp_path, log=lambda _: None)
+        fit(line, lambda run, draw: run(draw) * math.nan, PLAN, tmp_path, log=lambda _: None)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])

@@ -122,6 +122,11 @@ class SchedulerConfig:
         _check_together(config)
         return config
 
+    def to_dict(self) -> dict[str, Any]:
+        """What a `scheduler_config.json` of it holds."""
+        given = {key: getattr(self, key) for key in sorted(self.given)}
+        return {"_class_name": "PNDMScheduler", "skip_prk_steps": True, **given}
+
     def override(self, **values: Any) -> SchedulerConfig:
         """A copy in which these settings count as named by the file."""
         return SchedulerConfig.from_dict({**{k: getattr(self, k) for k in self.given}, **values})

@@ -1,4 +1,4 @@
-"""`safelight train`: make the models that ship, from packages alone."""
+"""`safelight train`: models from pictures, one's own or those of the recipe."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,10 +6,12 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from safelight.cli.output import say
+from safelight.cli.loading import import_torch
+from safelight.cli.output import note, say
+from safelight.errors import SafelightError
 
 app = typer.Typer(
-    help="Make the models that ship: first the data, then a model from it.",
+    help="Teach a model your own pictures, or make the models that ship.",
     rich_markup_mode=None,
     no_args_is_help=True,
 )
@@ -19,6 +21,74 @@ Out = Annotated[Path, Option(help="Where checkpoints, samples and the model go."
 Native = Annotated[
     bool, Option("--native", help="Compile the networks first; needs a C++ compiler.")
 ]
+Batch = Annotated[int, Option(help="Pictures a step.")]
+Rate = Annotated[float, Option(help="The learning rate at its highest.")]
+Seed = Annotated[int, Option(help="Of first weights, order and noise.")]
+
+
+@app.command()
+def fine_tune(
+    folder: Annotated[
+        Path, Argument(help="Pictures, each with its caption in a .txt, or metadata.jsonl.")
+    ],
+    out: Out,
+    model: Annotated[str, Option(help="As `generate --model`: what to begin from.")] = "embedded",
+    steps: Annotated[int, Option(help="How long.")] = 1000,
+    batch: Batch = 8,
+    learning_rate: Rate = 2e-4,
+    size: Annotated[
+        int | None, Option(help="Pictures are cut to squares of it [the model's].")
+    ] = None,
+    min_snr: Annotated[
+        float | None, Option(help="Gamma of min-SNR weighting, 5 as a rule [equal weights].")
+    ] = None,
+    seed: Seed = 0,
+    native: Native = False,
+) -> None:
+    """Teach a model your pictures; goes on where it was stopped. The result is OUT/model."""
+    _numbers(steps, batch, learning_rate)
+    import_torch()
+    from safelight.train.finetune import finetune
+    from safelight.train.loop import Plan
+
+    plan = Plan(
+        steps=steps,
+        batch=batch,
+        learning_rate=learning_rate,
+        warmup=max(1, min(50, steps // 10)),
+        ema=0.99,
+        seed=seed,
+    )
+    say(finetune(folder, out, plan, model=model, size=size, min_snr=min_snr, native=native))
+
+
+@app.command()
+def unconditional(
+    source: Annotated[str, Argument(help='A folder of pictures, or "digits".')],
+    out: Out,
+    size: Annotated[int, Option(help="Pictures are cut to squares of it.")] = 32,
+    steps: Annotated[int, Option(help="How long.")] = 3000,
+    batch: Batch = 32,
+    learning_rate: Rate = 1e-3,
+    seed: Seed = 0,
+    native: Native = False,
+) -> None:
+    """Train a model that draws from noise alone; goes on where it was stopped."""
+    _numbers(steps, batch, learning_rate)
+    import_torch()
+    from safelight.train.loop import Plan
+    from safelight.train.unconditional import unconditional as train
+
+    plan = Plan(
+        steps=steps,
+        batch=batch,
+        learning_rate=learning_rate,
+        warmup=max(1, min(200, steps // 10)),
+        seed=seed,
+    )
+    made = train(source, out, plan, size=size, native=native)
+    say(made)
+    note(f"draw with: safelight generate --unconditional --sampler ddim --model {made}")
 
 
 @app.command()
@@ -33,7 +103,7 @@ def data(
 
 @app.command()
 def embedded(data: Data = Path("data"), out: Out = Path("runs"), native: Native = False) -> None:
-    """Train autoencoder, text encoder and UNet; goes on where it was stopped."""
+    """Make the model that ships: autoencoder, text encoder, UNet; goes on where it was stopped."""
     from safelight.train.embedded import train_embedded
 
     say(str(train_embedded(data, out, native=native)))
@@ -43,7 +113,29 @@ def embedded(data: Data = Path("data"), out: Out = Path("runs"), native: Native 
 def embedded_unconditional(
     data: Data = Path("data"), out: Out = Path("runs"), native: Native = False
 ) -> None:
-    """Train the pixel model; goes on where it was stopped."""
+    """Make the pixel model that ships; goes on where it was stopped."""
     from safelight.train.embedded import train_embedded_unconditional
 
     say(str(train_embedded_unconditional(data, out, native=native)))
+
+
+@app.command()
+def evaluate(
+    data: Data = Path("data"),
+    out: Out = Path("runs/evaluation"),
+    model: Annotated[str, Option(help="The model to judge.")] = "embedded",
+    share: Annotated[float, Option(help="Of the thousand prompts.")] = 1.0,
+) -> None:
+    """Train a judge, and let it look at what the model draws for a thousand prompts."""
+    import_torch()
+    from safelight.evaluate.figures import evaluate as run
+
+    say(run(data, out, model, share=share))
+
+
+def _numbers(steps: int, batch: int, learning_rate: float) -> None:
+    for name, value in (("steps", steps), ("batch", batch)):
+        if not 1 <= value <= 10_000_000:
+            raise SafelightError(f"--{name} {value}: expected 1 or more")
+    if not 0 < learning_rate < 1:
+        raise SafelightError(f"--learning-rate {learning_rate}: expected above 0 and below 1")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from safelight.nets.vae import AutoencoderKL, VAEConfig
-from safelight.train.devices import autocast, compiled
-from safelight.train.loop import Draw, Plan, fit
+from safelight.train.devices import autocast
+from safelight.train.loop import Draw, Plan, Show, fit
 from safelight.train.recipe import Scenes
 
 KL_WEIGHT = 1e-6
@@ -27,7 +27,7 @@ def train_autoencoder(
     folder: Path,
     *,
     native: bool = False,
-    on_checkpoint: Callable[[nn.Module, int], None] | None = None,
+    on_checkpoint: Show | None = None,
 ) -> AutoencoderKL:
     """Train on composed scenes, then set scaling_factor so that latents have unit variance.
 
@@ -42,13 +42,12 @@ def train_autoencoder(
         # training settles on one gray picture for all.
         with torch.no_grad():
             vae.quant_conv.bias[config.latent_channels :] -= 6  # type: ignore[index]
-    run = compiled(_Pass(vae), native)
 
-    def loss_of(draw: Draw) -> Tensor:
-        pictures = to_pixels(scenes.batch(plan.batch, draw.data)[0])
+    def loss_of(run: Any, draw: Draw) -> Tensor:
+        pictures = to_pixels(scenes.batch(plan.batch, draw.data)[0]).to(draw.device)
         side = pictures.shape[-1] // config.factor
-        noise = torch.randn(plan.batch, config.latent_channels, side, side, generator=draw.noise)
-        with autocast():
+        noise = draw.normal((plan.batch, config.latent_channels, side, side))
+        with autocast(draw.device):
             drawn, mean, std = run(pictures, noise)
         drawn, mean, std = drawn.float(), mean.float(), std.float()
         kl = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean()
@@ -56,8 +55,9 @@ def train_autoencoder(
             F.l1_loss(drawn, pictures) + EDGE_WEIGHT * _edge_error(drawn, pictures) + KL_WEIGHT * kl
         )
 
-    weights = fit(vae, loss_of, plan, folder, on_checkpoint=on_checkpoint)
-    vae.load_state_dict(weights)
+    net = _Pass(vae)
+    net.load_state_dict(fit(net, loss_of, plan, folder, native=native, on_checkpoint=on_checkpoint))
+    vae = vae.cpu()
     return vae.eval().requires_grad_(False)
 
 

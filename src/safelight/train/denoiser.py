@@ -18,8 +18,8 @@ from safelight.nets.unet2d import UNet2DConfig, UNet2DModel
 from safelight.nets.vae import AutoencoderKL
 from safelight.schedule import SchedulerConfig, alphas_cumprod
 from safelight.train.autoencoder import to_pixels
-from safelight.train.devices import autocast, compiled, initialise
-from safelight.train.loop import Draw, Plan, fit
+from safelight.train.devices import autocast, initialise
+from safelight.train.loop import Draw, Plan, Show, fit
 from safelight.train.recipe import Scenes
 
 DROP_CAPTION = 0.1
@@ -27,10 +27,15 @@ DROP_CAPTION = 0.1
 
 
 class Noising:
-    """Adds noise as the schedule says, and scores what the network made of it."""
+    """Adds noise as the schedule says, and scores what the network made of it.
 
-    def __init__(self, schedule: SchedulerConfig) -> None:
-        self.kind = schedule.prediction_type
+    min_snr: γ of min-SNR weighting, None for equal weights. A network of velocity that learns
+    from words does better with equal ones: its target has unit variance at every level, and
+    min-SNR all but leaves out the noisy levels, where words decide the most.
+    """
+
+    def __init__(self, schedule: SchedulerConfig, min_snr: float | None = None) -> None:
+        self.kind, self.min_snr = schedule.prediction_type, min_snr
         self.bars = torch.from_numpy(alphas_cumprod(schedule)).float()
 
     def loss(self, clean: Tensor, draw: Draw, net: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -39,19 +44,26 @@ class Noising:
         # One timestep from each n-th of the range: the same expectation, less variance.
         where = (torch.arange(n) + torch.rand(n, generator=draw.noise)) / n
         steps = (where * len(self.bars)).long()
-        bar = self.bars[steps][:, None, None, None]
-        noise = torch.randn(clean.shape, generator=draw.noise)
+        bar = self.bars[steps][:, None, None, None].to(draw.device)
+        noise = draw.normal(clean.shape)
         noisy = bar.sqrt() * clean + (1 - bar).sqrt() * noise
         target = {
             "epsilon": noise,
             "v_prediction": bar.sqrt() * noise - (1 - bar).sqrt() * clean,
             "sample": clean,
         }[self.kind]
-        with autocast():
-            predicted = net(noisy, steps)
-        # No weights by noise level: velocity has unit variance at every level, and min-SNR
-        # (arXiv:2303.09556) all but leaves out the noisy levels, where words decide the most.
-        return F.mse_loss(predicted.float(), target)
+        with autocast(draw.device):
+            predicted = net(noisy, steps.to(draw.device))
+        error = (predicted.float() - target).square()
+        return (error * self._weight(bar)).mean()
+
+    def _weight(self, bar: Tensor) -> Tensor | float:
+        """By noise level: min-SNR-γ (arXiv:2303.09556), or all alike."""
+        if self.min_snr is None:
+            return 1.0
+        snr = bar / (1 - bar)
+        kept = snr.clamp(max=self.min_snr)
+        return {"epsilon": kept / snr, "v_prediction": kept / (snr + 1), "sample": kept}[self.kind]
 
 
 class Sketch(nn.Module):
@@ -81,15 +93,16 @@ def teach_words(
     coarse = F.avg_pool2d(latents.float(), 2).flatten(1)
     sketch = Sketch(text, coarse.shape[1])
 
-    def loss_of(draw: Draw) -> Tensor:
+    def loss_of(run: Any, draw: Draw) -> Tensor:
         pick = torch.from_numpy(draw.data.integers(len(ids), size=plan.batch))
-        words = ids[pick].long()
-        with autocast():
-            told = sketch(words)
-        error = (told.float() - coarse[pick][:, None]).square().mean(dim=-1)
+        words = ids[pick].long().to(draw.device)
+        with autocast(draw.device):
+            told = run(words)
+        error = (told.float() - coarse[pick][:, None].to(draw.device)).square().mean(dim=-1)
         return error[words == end].mean()
 
     sketch.load_state_dict(fit(sketch, loss_of, plan, folder))
+    sketch.cpu()
 
 
 class TextToImage(nn.Module):
@@ -113,24 +126,29 @@ def train_text_to_image(
     plan: Plan,
     folder: Path,
     *,
+    every: int = 500,
     native: bool = False,
-    on_checkpoint: Callable[[nn.Module, int], None] | None = None,
+    min_snr: float | None = None,
+    on_checkpoint: Show | None = None,
 ) -> None:
     """Train both networks of `net`, in place.
 
     latents: [n, 4, h, w], scaled to unit variance; ids: [n, length] tokens of each one's
     caption; empty: [length] tokens of the empty caption.
     """
-    run = compiled(net, native)
-    noising = Noising(schedule)
+    noising = Noising(schedule, min_snr)
 
-    def loss_of(draw: Draw) -> Tensor:
+    def loss_of(run: Any, draw: Draw) -> Tensor:
         pick = torch.from_numpy(draw.data.integers(len(latents), size=plan.batch))
         drop = torch.from_numpy(draw.data.random(plan.batch) < DROP_CAPTION)
-        words = torch.where(drop[:, None], empty, ids[pick]).long()
-        return noising.loss(latents[pick].float(), draw, lambda x, t: run(x, t, words))
+        words = torch.where(drop[:, None], empty, ids[pick]).long().to(draw.device)
+        clean = latents[pick].float().to(draw.device)
+        return noising.loss(clean, draw, lambda x, t: run(x, t, words))
 
-    net.load_state_dict(fit(net, loss_of, plan, folder, on_checkpoint=on_checkpoint))
+    net.load_state_dict(
+        fit(net, loss_of, plan, folder, every=every, native=native, on_checkpoint=on_checkpoint)
+    )
+    net.cpu()
 
 
 @torch.inference_mode()
@@ -159,18 +177,21 @@ def train_unconditional(
     plan: Plan,
     folder: Path,
     *,
+    every: int = 500,
     native: bool = False,
-    on_checkpoint: Callable[[nn.Module, int], None] | None = None,
+    on_checkpoint: Show | None = None,
 ) -> UNet2DModel:
     """pictures_of(rng, n) draws uint8 pictures [n, side, side, 3]."""
     torch.manual_seed(plan.seed)
     net = initialise(UNet2DModel(config))
-    run: Any = compiled(net, native)
     noising = Noising(schedule)
 
-    def loss_of(draw: Draw) -> Tensor:
-        clean = to_pixels(pictures_of(draw.data, plan.batch))
+    def loss_of(run: Any, draw: Draw) -> Tensor:
+        clean = to_pixels(pictures_of(draw.data, plan.batch)).to(draw.device)
         return noising.loss(clean, draw, run)
 
-    net.load_state_dict(fit(net, loss_of, plan, folder, on_checkpoint=on_checkpoint))
+    net.load_state_dict(
+        fit(net, loss_of, plan, folder, every=every, native=native, on_checkpoint=on_checkpoint)
+    )
+    net.cpu()
     return net.eval().requires_grad_(False)

@@ -1,17 +1,31 @@
-"""Precision and first weights for training."""
+"""Devices, precision and first weights for training."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from safelight.errors import SafelightError
 
-def autocast(device: str = "cpu") -> torch.autocast:
+
+@cache
+def accelerator() -> Any:
+    """accelerate's, which knows the devices, and the other processes that train along."""
+    try:
+        from accelerate import Accelerator
+    except ImportError:
+        raise SafelightError("training needs more: pip install 'safelight[train]'") from None
+    return Accelerator()
+
+
+def autocast(device: torch.device | str = "cpu") -> torch.autocast:
     """bfloat16 for the products where the processor multiplies it natively; else float32."""
-    fast = device != "cpu" or torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(device, dtype=torch.bfloat16, enabled=fast)
+    kind = torch.device(device).type
+    fast = kind == "cuda" or (kind == "cpu" and torch.cpu._is_avx512_bf16_supported())
+    return torch.autocast(kind, dtype=torch.bfloat16, enabled=fast)
 
 
 Net = TypeVar("Net", bound=nn.Module)

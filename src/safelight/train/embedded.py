@@ -28,6 +28,7 @@ from safelight.train.denoiser import (
 from safelight.train.export import export_text_to_image, export_unconditional
 from safelight.train.loop import Draw, Plan
 from safelight.train.recipe import MIXED, SIMPLE, STYLES, Scenes
+from safelight.train.sheet import draw_sheet
 from safelight.train.tokens import train_vocabulary
 
 SCENES = 24_000
@@ -78,10 +79,11 @@ def train_embedded(data: Path, out: Path, *, native: bool = False) -> Path:
         assert isinstance(net, TextToImage)
         export_text_to_image(model, vae, net.text_encoder, net.unet, shipped.SCHEDULER, notes)
 
-    def show(net: nn.Module, step: int) -> None:
+    def show(net: nn.Module, step: int) -> Image.Image | None:
         export(net)
-        if step % SHEET_EVERY == 0:
-            _sheet(model, out / f"embedded-{step:06}.png")
+        if step % SHEET_EVERY:
+            return None
+        return draw_sheet(model, out / f"embedded-{step:06}.png", SHEET)
 
     _credit(model)
     latents, ids = encoded(spoken)
@@ -108,8 +110,13 @@ def train_embedded(data: Path, out: Path, *, native: bool = False) -> Path:
     latents, ids = encoded(_scenes(data, shipped.SIZE, shipped.STYLES, steady=True))
     train(latents, ids, shipped.STEADY_PLAN, out / "steady")
     train(latents, ids, shipped.FINE_PLAN, out / "fine")
-    latents, ids = encoded(_scenes(data, shipped.SIZE, shipped.STYLES, kinds=MIXED), MIXED_SCENES)
-    train(latents, ids, shipped.MIXED_PLAN, out / "mixed")
+    for steady, plan, folder in (
+        (False, shipped.MIXED_PLAN, "mixed"),
+        (True, shipped.SETTLED_PLAN, "settled"),
+    ):
+        mixed = _scenes(data, shipped.SIZE, shipped.STYLES, kinds=MIXED, steady=steady)
+        latents, ids = encoded(mixed, MIXED_SCENES)
+        train(latents, ids, plan, out / folder)
     export(net)
     return model
 
@@ -124,10 +131,11 @@ def train_embedded_unconditional(data: Path, out: Path, *, native: bool = False)
     def export(net: Any) -> None:
         export_unconditional(model, net, shipped.PIXELS_SCHEDULER, notes)
 
-    def show(net: nn.Module, step: int) -> None:
+    def show(net: nn.Module, step: int) -> Image.Image | None:
         export(net)
-        if step % SHEET_EVERY == 0:
-            _sheet(model, out / f"embedded-unconditional-{step:06}.png")
+        if step % SHEET_EVERY:
+            return None
+        return draw_sheet(model, out / f"embedded-unconditional-{step:06}.png")
 
     _credit(model)
     net = train_unconditional(
@@ -166,22 +174,3 @@ def _credit(model: Path) -> None:
 def _notes(data: Path) -> dict[str, Any]:
     about = json.loads((data / "cutouts.json").read_text())
     return {"data_sha256": about["sha256"]}
-
-
-def _sheet(model: Path, path: Path) -> None:
-    """Twelve pictures of the model as it stands, in one."""
-    from safelight.weights import load_model
-
-    loaded = load_model(str(model), device="cpu")
-    settings: dict[str, Any] = {"steps": 20, "seed": 1}
-    if loaded.kind == "text":
-        settings |= {"sampler": "dpmpp_2m", "guidance_scale": 4.0}
-        pictures = [loaded.generate(text, **settings).images[0] for text in SHEET]
-    else:
-        settings |= {"sampler": "ddim", "count": len(SHEET), "unconditional": True}
-        pictures = loaded.generate(**settings).images
-    width, height = pictures[0].size
-    sheet = Image.new("RGB", (6 * width, 2 * height))
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % 6 * width, i // 6 * height))
-    sheet.save(path)

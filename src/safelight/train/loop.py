@@ -1,7 +1,9 @@
-"""The training loop: one for the autoencoder and for both denoisers.
+"""The training loop: one for the autoencoder and for all denoisers.
 
 A step's data and noise depend on the seed and the step's number alone, so a run that was killed
 and goes on from its last checkpoint sees what an undisturbed run sees.
+
+Devices, and several of them, are accelerate's: `accelerate launch -m safelight train …`.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,15 +21,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from safelight.errors import SafelightError
+from safelight.interrupt import ctrl_c_waits
+from safelight.picture import reason
+from safelight.train.devices import accelerator, compiled
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a run does. A checkpoint is resumed only by the same plan; its steps may change as
     long as the learning rate has not begun to fall.
+
+    recipe: what is learned from what, by digest: another data set is another run.
     """
 
     steps: int
@@ -37,6 +46,7 @@ class Plan:
     weight_decay: float = 0.01
     ema: float = 0.999
     seed: int = 0
+    recipe: str = ""
 
     def rate(self, step: int) -> float:
         """Learning rate: linear warm-up, then half a cosine down to zero; or, with `cooldown`,
@@ -59,35 +69,60 @@ class Plan:
 
 @dataclass
 class Draw:
-    """The randomness of one step: numpy's for the data, torch's for the noise."""
+    """The randomness of one step: numpy's for the data, torch's for the noise; and where to
+    compute. Noise is drawn on the CPU, so that a seed means the same on every device.
+    """
 
     data: np.random.Generator
     noise: torch.Generator
+    device: torch.device | str = "cpu"
 
     @classmethod
-    def of(cls, seed: int, step: int) -> Draw:
-        torch_seed = int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
-        return cls(np.random.default_rng([seed, step]), torch.Generator().manual_seed(torch_seed))
+    def of(cls, seed: int, step: int, rank: int = 0, device: str | torch.device = "cpu") -> Draw:
+        """rank: of several processes that train together, each with its own share of the data."""
+        key = [seed, step, rank] if rank else [seed, step]
+        torch_seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+        noise = torch.Generator().manual_seed(torch_seed)
+        return cls(np.random.default_rng(key), noise, device)
+
+    def normal(self, shape: Iterable[int]) -> Tensor:
+        return torch.randn(tuple(shape), generator=self.noise).to(self.device)
+
+
+Loss = Callable[[Any, Draw], Tensor]
+"""Runs the network on data that it draws itself, and returns a scalar."""
+
+Show = Callable[[Any, int], Image.Image | None]
+"""Is given the network with its averaged weights, and the step; may draw a sheet of samples."""
+
+
+def progress(line: str) -> None:
+    """stdout is for results."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
 
 
 def fit(
     net: nn.Module,
-    loss_of: Callable[[Draw], Tensor],
+    loss_of: Loss,
     plan: Plan,
     folder: Path,
     *,
     every: int = 500,
-    log: Callable[[str], None] = print,
-    on_checkpoint: Callable[[nn.Module, int], None] | None = None,
+    native: bool = False,
+    log: Callable[[str], None] = progress,
+    on_checkpoint: Show | None = None,
 ) -> dict[str, Tensor]:
-    """Train `net` and return its averaged (EMA) weights.
+    """Train `net`, in place, and return its averaged (EMA) weights.
 
-    loss_of runs the network on data that it draws itself and returns a scalar. Every `every`
-    steps the state goes to folder/checkpoint.pt, by a rename, and on_checkpoint(net holding the
-    averaged weights, step) may draw samples. Raises SafelightError when the folder holds the
-    checkpoint of another plan, or when the loss is no longer finite.
+    Every `every` steps, and at Ctrl-C, the state goes to folder/checkpoint.pt, by a rename; loss,
+    learning rate and what on_checkpoint drew go to folder/tensorboard. With `native` the network
+    is compiled first. Raises SafelightError when the folder holds the checkpoint of another plan,
+    when the loss is no longer finite, or when a checkpoint cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    machine = accelerator()
+    net.to(machine.device)
     params = list(net.parameters())
     average = [p.detach().clone() for p in params]
     optimizer = torch.optim.AdamW(
@@ -98,42 +133,90 @@ def fit(
         fused=True,
     )
     path = folder / "checkpoint.pt"
-    start = _resume(path, plan, params, average, optimizer) if path.exists() else 0
-    began, seen, total = time.monotonic(), 0, 0.0
-    for step in range(start, plan.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = plan.rate(step)
-        loss = loss_of(Draw.of(plan.seed, step))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        # Early on the average follows closely, or it would keep the random start for long.
-        keep = min(plan.ema, (1 + step) / (10 + step))
-        with torch.no_grad():
-            for held, p in zip(average, params, strict=True):
-                held.lerp_(p, 1 - keep)
-        total, seen = total + float(loss.detach()), seen + 1
-        if not math.isfinite(total):
-            raise SafelightError(
-                f"the loss is not finite at step {step}: a lower learning rate than "
-                f"{plan.learning_rate:g} would help; the last checkpoint is {path}"
-            )
-        if (step + 1) % 100 == 0 or step + 1 == plan.steps:
-            pace = (time.monotonic() - began) / (step + 1 - start)
-            left = pace * (plan.steps - step - 1) / 60
-            log(
-                f"step {step + 1}/{plan.steps}  loss {total / seen:.4f}  "
-                f"{plan.batch / pace:.0f} samples/s  {left:.1f} min left"
-            )
-            seen, total = 0, 0.0
-        if (step + 1) % every == 0 or step + 1 == plan.steps:
-            _save(path, plan, step + 1, params, average, optimizer)
-            if on_checkpoint is not None:
-                with _averaged(params, average):
-                    on_checkpoint(net, step + 1)
+    start, seen, total = 0, 0, 0.0
+    if path.exists():
+        start, seen, total = _resume(path, plan, params, average, optimizer)
+    run, optimizer = machine.prepare(compiled(net, native), optimizer)
     names = [name for name, _ in net.named_parameters()]
+    if start >= plan.steps:
+        return dict(zip(names, average, strict=True))
+    chief = machine.is_main_process
+    board = _board(folder, start) if chief else None
+    began, saved = time.monotonic(), start
+
+    def save(step: int) -> None:
+        nonlocal saved
+        if board is not None and step > saved:
+            board.flush()
+            state = {
+                "plan": json.dumps(asdict(plan)),
+                "step": step,
+                "window": (seen, total),
+                "params": [p.detach() for p in params],
+                "average": average,
+                "optimizer": optimizer.state_dict(),
+            }
+            _save(path, state, saved)
+            saved = step
+
+    step = start
+    try:
+        while step < plan.steps:
+            # Between two steps all is as a checkpoint needs it.
+            with ctrl_c_waits():
+                for group in optimizer.param_groups:
+                    group["lr"] = plan.rate(step)
+                draw = Draw.of(plan.seed, step, machine.process_index, machine.device)
+                loss = loss_of(run, draw)
+                machine.backward(loss)
+                machine.clip_grad_norm_(params, 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                # Early on the average follows closely, or it would keep the random start for long.
+                keep = min(plan.ema, (1 + step) / (10 + step))
+                with torch.no_grad():
+                    for held, p in zip(average, params, strict=True):
+                        held.lerp_(p, 1 - keep)
+                total, seen = total + float(loss.detach()), seen + 1
+                if not math.isfinite(total):
+                    raise SafelightError(
+                        f"the loss is not finite at step {step}: a lower learning rate than "
+                        f"{plan.learning_rate:g} would help; the last checkpoint is {path}"
+                    )
+                step += 1
+            if board is not None and (step % 100 == 0 or step == plan.steps):
+                pace = (time.monotonic() - began) / (step - start)
+                left = pace * (plan.steps - step) / 60
+                log(
+                    f"step {step}/{plan.steps}  loss {total / seen:.4f}  "
+                    f"{plan.batch / pace:.0f} samples/s  {left:.1f} min left"
+                )
+                board.add_scalar("loss", total / seen, step)
+                board.add_scalar("learning rate", plan.rate(step - 1), step)
+                seen, total = 0, 0.0
+            if step % every == 0 or step == plan.steps:
+                save(step)
+                if board is not None and on_checkpoint is not None:
+                    with _averaged(params, average):
+                        sheet = on_checkpoint(net, step)
+                    if sheet is not None:
+                        board.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
+    except KeyboardInterrupt:
+        save(step)
+        if chief:
+            log(f"stopped after step {step}: the same command goes on from there")
+        raise
+    finally:
+        if board is not None:
+            board.close()
     return dict(zip(names, average, strict=True))
+
+
+def _board(folder: Path, start: int) -> Any:
+    """TensorBoard's writer; of a run that goes on it hides what comes after the checkpoint."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
 
 @contextmanager
@@ -151,27 +234,22 @@ def _copy(values: Iterable[Tensor], into: Iterable[Tensor]) -> None:
         target.copy_(value)
 
 
-def _save(
-    path: Path,
-    plan: Plan,
-    step: int,
-    params: list[nn.Parameter],
-    average: list[Tensor],
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    state = {
-        "plan": json.dumps(asdict(plan)),
-        "step": step,
-        "params": [p.detach() for p in params],
-        "average": average,
-        "optimizer": optimizer.state_dict(),
-    }
+def _save(path: Path, state: dict[str, Any], before: int) -> None:
+    """before: the step of the checkpoint that this one replaces, 0 if there is none."""
     beside = path.with_suffix(".part")
-    with beside.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
+        beside.unlink(missing_ok=True)
+        kept = f"that of step {before} is kept" if before else "there is none yet"
+        raise SafelightError(
+            f"the checkpoint of step {state['step']} could not be written to {path.parent} "
+            f"({reason(error)}); {kept}: make room and start the same command again"
+        ) from None
 
 
 def _resume(
@@ -180,15 +258,29 @@ def _resume(
     params: list[nn.Parameter],
     average: list[Tensor],
     optimizer: torch.optim.Optimizer,
-) -> int:
-    state: dict[str, Any] = torch.load(path, weights_only=True)
-    step = int(state["step"])
-    if not plan.agrees(Plan(**json.loads(state["plan"])), step):
+) -> tuple[int, int, float]:
+    """The step to go on from; and of the line of the log that it is in, steps and sum of losses."""
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        step, made_by = int(state["step"]), Plan(**json.loads(state["plan"]))
+    except Exception as error:  # of a damaged file it raises anything
         raise SafelightError(
-            f"{path} was made by another plan ({state['plan']}): give another folder, "
-            "or the same settings to go on"
+            f"{path} is not a checkpoint of ours ({reason(error)}): remove it to begin anew"
+        ) from None
+    if not plan.agrees(made_by, step):
+        raise SafelightError(
+            f"{path} was made by another plan ({_difference(made_by, plan)}): give another "
+            "folder, or the same settings to go on"
         )
     _copy(state["params"], params)
     _copy(state["average"], average)
     optimizer.load_state_dict(state["optimizer"])
-    return step
+    seen, total = state.get("window", (0, 0.0))
+    return step, seen, total
+
+
+def _difference(old: Plan, new: Plan) -> str:
+    was, wanted = asdict(old), asdict(new)
+    return ", ".join(
+        f"{name} was {was[name]}, now {wanted[name]}" for name in was if was[name] != wanted[name]
+    )

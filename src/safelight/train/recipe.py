@@ -70,8 +70,8 @@ class Scenes:
 
     Every method that draws takes a NumPy generator; without one, the generator made from `seed`
     is used and moves on. Pictures are uint8 RGB [size, size, 3]. `styles` are those to draw from,
-    `kinds` the weights of kinds of scenes; with `steady` an object has one size and place, upright
-    in the middle, and is not mirrored.
+    `kinds` the weights of kinds of scenes; with `steady` things are upright, not mirrored, and of
+    one size and place for what is said of them.
     """
 
     def __init__(
@@ -256,7 +256,8 @@ class Scenes:
         out[:] = colour
         places = self._places(rng, scene)
         # Things that come several times are alike.
-        share = _choose(rng, _shares(LARGE if scene.kind in ("one", "coloured") else SMALL))
+        shares = _shares(LARGE if scene.kind in ("one", "coloured") else SMALL)
+        share = shares[-4] if self.steady else _choose(rng, shares)
         mirrored = not self.steady and rng.random() < 0.5
         for i, (x, y) in enumerate(places):
             concept = scene.concepts[i % len(scene.concepts)]
@@ -264,7 +265,7 @@ class Scenes:
             colours, light = self._cutouts.scaled(
                 self._index[concept, scene.style],
                 scene.colour,
-                round((_shares(LARGE)[-4] if self.steady else share) * size),
+                round(share * size),
                 float(rng.uniform(-15, 15)) if turned else 0.0,
             )
             if mirrored and self._flips[concept]:
@@ -274,8 +275,6 @@ class Scenes:
 
     def _places(self, rng: np.random.Generator, scene: Scene) -> list[tuple[float, float]]:
         """The centres of its things, as shares of the picture's sides."""
-        if self.steady:
-            return [(0.5, 0.5)]
         if scene.kind == "several":
             around = {
                 2: [(0.27, 0.5), (0.73, 0.5)],
@@ -291,6 +290,8 @@ class Scenes:
         else:
             around = [PLACES[scene.where] if scene.where else (0.5, 0.5)]
         reach = 0.05 if scene.kind in ("one", "coloured") else 0.025
+        if self.steady:
+            return around
         # All are moved alike: two that stand close must not touch.
         right, down = rng.uniform(-reach, reach), rng.uniform(-reach, reach)
         return [(x + right, y + down) for x, y in around]

@@ -54,23 +54,10 @@ def train_vocabulary(
             show_progress=False,
         ),
     )
-    found = json.loads(learner.to_str())["model"]["merges"]
-    merges = [tuple(p[:-1] + suffixed.get(p[-1], p[-1]) for p in pair) for pair in found]
+    learned = json.loads(learner.to_str())["model"]["merges"]
+    merges = [tuple(p[:-1] + suffixed.get(p[-1], p[-1]) for p in pair) for pair in learned]
     merges = merges[: size - len(symbols) - 2]
     tokens = symbols + ["".join(pair) for pair in merges] + [BOS, EOS]
-    folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
-    (folder / "merges.txt").write_text(
-        "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges)
-    )
-    config = {
-        "tokenizer_class": "CLIPTokenizer",
-        "bos_token": BOS,
-        "eos_token": EOS,
-        "pad_token": EOS,
-        "unk_token": EOS,
-        "model_max_length": length,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return CLIPTokenizer(vocabulary, merges, max_length=length)
+    found = CLIPTokenizer({t: i for i, t in enumerate(tokens)}, merges, max_length=length)
+    found.save(folder)
+    return found

@@ -33,6 +33,7 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     prediction_type: str | None = None,
     low_memory: bool = False,
+    plain: bool = False,
     download: bool = True,
 ) -> Model:
     """Load a model by name (see `find`); without one, the model that ships.
@@ -44,6 +45,7 @@ def load_model(
     prediction_type: "epsilon", "v_prediction" or "sample", in place of what the checkpoint says.
     low_memory: on the CPU, keep large weights in a file between their uses: the same pictures, a
       little later.
+    plain: without the fast layers, which cannot be trained.
     download: False takes a hub model from the cache alone.
 
     Raises SafelightError, one line, if the model is not found or not usable: a missing,
@@ -55,9 +57,16 @@ def load_model(
     tokenizer = _tokenizer(plan)
     # After all files are found, and before any weight of a damaged download is used.
     sha256 = model_digest(plan.files)
-    nets = {part: _network(plan, part, where, precision, low_memory) for part in plan.weights}
+    fast = helps(where, precision) and not plain
+    nets = {part: _network(plan, part, where, precision, fast) for part in plan.weights}
+    for part, net in nets.items() if fast else ():
+        # The text encoder runs once for a prompt: to pack it would take longer.
+        if part == "text_encoder":
+            leave_mapped(net, precision)
+        else:
+            accelerate(net, precision, low_memory)
     warnings = list(plan.warnings)
-    if low_memory and not helps(where, precision):
+    if low_memory and not fast:
         warnings.append(f"low_memory does nothing on {where.type} in {str(precision)[6:]}")
     return Model(
         name=plan.source.name,
@@ -163,28 +172,22 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _network(
-    plan: Plan, part: str, device: torch.device, dtype: torch.dtype, low_memory: bool
-) -> Any:
-    """One network, built without memory of its own and then given its weights."""
+def _network(plan: Plan, part: str, device: torch.device, dtype: torch.dtype, mapped: bool) -> Any:
+    """One network, built without memory of its own and then given its weights.
+
+    mapped: they stay in the file, in the precision that they are stored in.
+    """
     _, network_class = NETS[plan.kind][part]
     with torch.device("meta"), _Unfilled():
         network = network_class(plan.configs[part])
     weights = plan.weights[part]
-    fast = helps(device, dtype)
     _check_fit(plan.source.name, part, network, weights)
     state: dict[str, Tensor] = {}
     for header in {id(w.header): w.header for w in weights.values()}.values():
         here = {name: w for name, w in weights.items() if w.header is header}
-        state |= _read(header, here, device, dtype, keep=fast)
+        state |= _read(header, here, device, dtype, keep=mapped)
     network.load_state_dict(state, strict=True, assign=True)
     network.eval().requires_grad_(False)
-    if fast:
-        # The text encoder runs once for a prompt: to pack it would take longer.
-        if part == "text_encoder":
-            leave_mapped(network, dtype)
-        else:
-            accelerate(network, dtype, low_memory)
     return network
 
 

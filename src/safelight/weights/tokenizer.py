@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import importlib.util
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,8 @@ class Tokenizer:
             raise SafelightError(f"the tokenizer's merges do not fit its vocabulary: {e}") from None
         self.bos, self.eos, self.pad = vocab[bos], vocab[eos], vocab[pad]
         self.max_length = max_length
+        self._marks = {"bos_token": bos, "eos_token": eos, "pad_token": pad, "unk_token": eos}
+        self._vocab, self._merges = vocab, merges
         self._backend = Backend(model)
         self._backend.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -117,6 +120,20 @@ class Tokenizer:
         ids += [self.pad] * (self.max_length - len(ids))
         cut = text[found.offsets[room][0] :].strip() if len(found.ids) > room else None
         return Encoded(ids, cut, len(found.ids))
+
+    def save(self, folder: Path) -> None:
+        """Write the three files of a model folder's tokenizer."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "vocab.json").write_text(json.dumps(dict(self._vocab), ensure_ascii=False))
+        (folder / "merges.txt").write_text(
+            "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in self._merges)
+        )
+        config = {
+            "tokenizer_class": "CLIPTokenizer",
+            **self._marks,
+            "model_max_length": self.max_length,
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def clip_tokenizer(pad: str, max_length: int) -> Tokenizer:

@@ -1,0 +1,1 @@
+"""Whether the model that ships draws what it is told: a judge, figures and sheets."""

@@ -1,0 +1,153 @@
+"""Teach a model that is there something new, from a folder of captioned pictures."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from safelight.errors import SafelightError
+from safelight.model import Model
+from safelight.nets.clip import CLIPTextModel
+from safelight.nets.unet import UNet2DConditionModel
+from safelight.train.autoencoder import to_pixels
+from safelight.train.captions import split_words
+from safelight.train.denoiser import TextToImage, train_text_to_image
+from safelight.train.export import export_text_to_image
+from safelight.train.folder import captioned, digest, read
+from safelight.train.loop import Plan
+from safelight.train.sheet import draw_sheet, grid
+from safelight.weights import load_model
+
+CHECKPOINT_EVERY = 100
+SHEET_PROMPTS = 6
+
+
+def finetune(
+    folder: Path,
+    out: Path,
+    plan: Plan,
+    *,
+    model: str = "embedded",
+    size: int | None = None,
+    min_snr: float | None = None,
+    native: bool = False,
+) -> Path:
+    """Train UNet and text encoder of `model` further on the pictures of `folder` (see
+    `train.folder.captioned`), and write the folder out/model.
+
+    size: side of the squares that pictures are cut to, the model's own if None. Beside it
+    out/sheet.png has pictures of the first captions, drawn before and after. Goes on where it
+    was stopped. Raises SafelightError if there is nothing to learn from or the model is of a
+    kind that cannot be trained further.
+    """
+    base = load_model(model, device="cpu", dtype="float32", plain=True)
+    _check(base)
+    vae, tokenizer = base.vae, base.tokenizer
+    assert vae is not None
+    assert tokenizer is not None
+    side = size or min(base.native_size)
+    if side % 8 or side < 64:
+        raise SafelightError(f"size {side}: expected a multiple of 8, 64 or more")
+    examples = captioned(folder)
+    captions = [example.caption for example in examples]
+    squares = read([example.path for example in examples], side)
+    plan = replace(plan, recipe=digest(squares, [base.sha256, *captions]))
+    made = out / "model"
+    made.mkdir(parents=True, exist_ok=True)
+    prompts = list(dict.fromkeys(captions))[:SHEET_PROMPTS]
+    if not (out / "before.png").exists():
+        _draw(model, prompts).save(out / "before.png")
+
+    latents = _encode(base, squares)
+    ids = torch.tensor([tokenizer.encode(text).ids for text in captions], dtype=torch.int32)
+    empty = torch.tensor(tokenizer.encode("").ids, dtype=torch.int32)
+    net = _trainable(base)
+    tokenizer.save(made / "tokenizer")
+    notes = _notes(base, captions)
+
+    def show(trained: Any, step: int) -> Image.Image:
+        text_encoder, unet = trained.text_encoder, trained.unet
+        export_text_to_image(made, vae, text_encoder, unet, base.scheduler.to_dict(), notes)
+        return draw_sheet(made, out / f"step-{step:06}.png", prompts)
+
+    train_text_to_image(
+        net,
+        base.scheduler,
+        latents,
+        ids,
+        empty,
+        plan,
+        out,
+        every=CHECKPOINT_EVERY,
+        native=native,
+        min_snr=min_snr,
+        on_checkpoint=show,
+    )
+    after = show(net, plan.steps)
+    with Image.open(out / "before.png") as before:
+        grid([before.convert("RGB"), after], 1).save(out / "sheet.png")
+    _credit(base, made)
+    return made
+
+
+def _check(base: Model) -> None:
+    if base.kind != "text":
+        raise SafelightError(
+            f"{base.name} draws from noise alone: `safelight train unconditional` makes such a one"
+        )
+    if base.unet.config.in_channels != base.unet.config.out_channels:
+        raise SafelightError(
+            f"{base.name} reads a mask beside the picture: such models cannot be trained further "
+            "yet; take the one it was made from"
+        )
+
+
+@torch.inference_mode()
+def _encode(base: Model, squares: Any) -> Tensor:
+    """float16 latents [n, channels, h, w], scaled."""
+    assert base.vae is not None
+    scale = base.vae.config.scaling_factor
+    parts = [base.vae.encode(to_pixels(squares[i : i + 1]))[0] for i in range(len(squares))]
+    return (torch.cat(parts) * scale).half()
+
+
+def _trainable(base: Model) -> TextToImage:
+    """Its two networks in memory of their own: what was loaded lies in the mapped file."""
+    assert isinstance(base.text_encoder, CLIPTextModel)
+    assert isinstance(base.unet, UNet2DConditionModel)
+    net = TextToImage.__new__(TextToImage)
+    nn.Module.__init__(net)
+    net.text_encoder, net.unet = base.text_encoder, base.unet
+    for module in net.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(parameter.detach().clone()))
+    return net.train()
+
+
+def _notes(base: Model, captions: list[str]) -> dict[str, Any]:
+    words = {word for caption in captions for word in split_words(caption)}
+    notes: dict[str, Any] = {"made_from": f"{base.name}, sha256 {base.sha256}"}
+    if base.words is not None:
+        notes["words"] = sorted(base.words | words)
+    return notes
+
+
+def _credit(base: Model, made: Path) -> None:
+    """What the weights were made from is still to be named."""
+    notice = Path(base.path) / "NOTICE"
+    if notice.is_file():
+        shutil.copyfile(notice, made / "NOTICE")
+
+
+def _draw(model: str, prompts: list[str]) -> Image.Image:
+    loaded = load_model(model)
+    settings: dict[str, Any] = {"steps": 20, "seed": 1, "sampler": "dpmpp_2m"}
+    return grid(
+        [loaded.generate(text, guidance_scale=4.0, **settings).images[0] for text in prompts], 6
+    )

@@ -1,0 +1,147 @@
+"""A folder of a user's own pictures, with or without captions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from safelight.errors import SafelightError
+from safelight.picture import open_picture
+from safelight.train.cutouts import Pixels
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+METADATA = "metadata.jsonl"
+
+
+@dataclass(frozen=True)
+class Example:
+    path: Path
+    caption: str = ""
+
+
+def captioned(folder: Path) -> list[Example]:
+    """The pictures of a folder and its subfolders with their captions, in the order of names.
+
+    A caption is the text file of a picture's name beside it (cat.png, cat.txt), or the line of
+    metadata.jsonl, {"file_name": "cat.png", "text": "a cat"}, as Hugging Face's image folders
+    have it. Raises SafelightError if pictures are missing, or captions, or if there is nothing.
+    """
+    paths = pictures(folder)
+    listed = _metadata(folder)
+    examples, silent = [], []
+    for path in paths:
+        beside = path.with_suffix(".txt")
+        caption = listed.get(path.relative_to(folder).as_posix())
+        if caption is None and beside.is_file():
+            caption = _text(beside)
+        if not (caption or "").strip():
+            silent.append(path.name)
+        examples.append(Example(path, " ".join((caption or "").split())))
+    if silent:
+        raise SafelightError(
+            f"{len(silent)} of {len(paths)} pictures have no caption ({_some(silent)}): write it "
+            f"into a .txt of the picture's name, or a line of {METADATA}"
+        )
+    missing = sorted(listed.keys() - {p.relative_to(folder).as_posix() for p in paths})
+    if missing:
+        raise SafelightError(f"{METADATA} names pictures that are not there: {_some(missing)}")
+    return examples
+
+
+def pictures(folder: Path) -> list[Path]:
+    """All pictures of a folder and its subfolders. Raises SafelightError if there are none."""
+    if not folder.is_dir():
+        raise SafelightError(f"{folder} is not a folder")
+    found = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    )
+    if not found:
+        raise SafelightError(f"there is no picture in {folder}: PNG, JPEG and WebP are read")
+    return found
+
+
+def read(paths: Sequence[Path], size: int) -> Pixels:
+    """uint8 [n, size, size, 3]: the middle square of each, resized.
+
+    Raises SafelightError that names those that cannot be read.
+    """
+    squares, bad = [], []
+    for path in paths:
+        try:
+            image = open_picture(path)
+        except SafelightError as error:
+            bad.append(str(error))
+            continue
+        square = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+        squares.append(np.asarray(square))
+    if bad:
+        raise SafelightError(
+            f"{len(bad)} of {len(paths)} pictures cannot be read: {_some(bad, 2)}; "
+            "repair them or take them out"
+        )
+    return np.stack(squares)
+
+
+def digest(squares: Pixels, captions: Sequence[str]) -> str:
+    """SHA-256 of what is learned from."""
+    words = json.dumps([list(captions), squares.shape]).encode()
+    return hashlib.sha256(words + np.ascontiguousarray(squares).tobytes()).hexdigest()
+
+
+def digits(size: int) -> Pixels:
+    """scikit-learn's 1,797 handwritten digits, ink on white, uint8 [n, size, size, 3]."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise SafelightError("the digits are scikit-learn's: pip install scikit-learn") from None
+    drawn: Any = load_digits()
+    gray = (255 - drawn.images * (255 / 16)).round().astype(np.uint8)
+    shape = (size, size)
+    return np.stack(
+        [
+            np.asarray(Image.fromarray(one).convert("RGB").resize(shape, Image.Resampling.BICUBIC))
+            for one in gray
+        ]
+    )
+
+
+def _metadata(folder: Path) -> dict[str, str]:
+    path = folder / METADATA
+    if not path.is_file():
+        return {}
+    listed: dict[str, str] = {}
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            name, text = row["file_name"], row["text"]
+        except (ValueError, KeyError, TypeError):
+            name = text = None
+        if not (isinstance(name, str) and isinstance(text, str)):
+            raise SafelightError(
+                f'{METADATA}, line {number}: expected {{"file_name": "cat.png", "text": "a cat"}}'
+            )
+        listed[name] = text
+    return listed
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError):
+        raise SafelightError(f"{path.name} cannot be read as UTF-8 text") from None
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,36 @@
+"""Sheets of samples: what a model draws, in one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+
+def draw_sheet(model: Path, path: Path, prompts: Sequence[str] = ()) -> Image.Image:
+    """Twelve pictures of the model in this folder, or one of each prompt; saved and returned."""
+    from safelight.weights import load_model
+
+    loaded = load_model(str(model))
+    settings: dict[str, Any] = {"steps": 20, "seed": 1}
+    if loaded.kind == "text":
+        settings |= {"sampler": "dpmpp_2m", "guidance_scale": 4.0}
+        pictures = [loaded.generate(text, **settings).images[0] for text in prompts]
+    else:
+        settings |= {"sampler": "ddim", "count": 12, "unconditional": True}
+        pictures = loaded.generate(**settings).images
+    sheet = grid(pictures, 6)
+    sheet.save(path)
+    return sheet
+
+
+def grid(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Pictures of one size, row by row."""
+    width, height = pictures[0].size
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (min(columns, len(pictures)) * width, rows * height), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * width, i // columns * height))
+    return sheet

@@ -1,0 +1,65 @@
+"""Train a model that draws from noise alone, on a folder of pictures or on the digits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from safelight.errors import SafelightError
+from safelight.nets.unet2d import UNet2DConfig
+from safelight.schedule import SchedulerConfig
+from safelight.train import shipped
+from safelight.train.denoiser import train_unconditional
+from safelight.train.export import export_unconditional
+from safelight.train.folder import digest, digits, pictures, read
+from safelight.train.loop import Plan
+from safelight.train.sheet import draw_sheet
+
+DIGITS = "digits"
+CHECKPOINT_EVERY = 500
+
+
+def unconditional(source: str, out: Path, plan: Plan, *, size: int, native: bool = False) -> Path:
+    """Train on the pictures of a folder, or on "digits", and write the folder out/model.
+
+    size: side of the squares that pictures are cut to. Goes on where it was stopped. Raises
+    SafelightError if there is nothing to learn from.
+    """
+    if size % 8 or not 16 <= size <= 256:
+        raise SafelightError(f"size {size}: expected a multiple of 8 from 16 to 256")
+    squares = digits(size) if source == DIGITS else read(pictures(Path(source)), size)
+    plan = replace(plan, recipe=digest(squares, []))
+    made = out / "model"
+
+    def show(net: Any, step: int) -> Image.Image:
+        export_unconditional(made, net, shipped.PIXELS_SCHEDULER, {})
+        return draw_sheet(made, out / f"step-{step:06}.png")
+
+    train_unconditional(
+        network(size),
+        SchedulerConfig.from_dict(shipped.PIXELS_SCHEDULER),
+        lambda rng, n: squares[rng.integers(len(squares), size=n)],
+        plan,
+        out,
+        every=CHECKPOINT_EVERY,
+        native=native,
+        on_checkpoint=show,
+    )
+    return made
+
+
+def network(size: int) -> UNet2DConfig:
+    """Three levels, the last with attention; a fourth for pictures of more than 64 pixels."""
+    shapes = shipped.PIXELS
+    if size <= 64:
+        return replace(shapes, sample_size=size)
+    return replace(
+        shapes,
+        sample_size=size,
+        block_out_channels=(32, *shapes.block_out_channels),
+        down_block_types=("DownBlock2D", *shapes.down_block_types),
+        up_block_types=(*shapes.up_block_types, "UpBlock2D"),
+    )
