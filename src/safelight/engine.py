@@ -73,7 +73,7 @@ class Run:
             result = Result(
                 images=[],
                 seeds=[settled.seed + i for i in range(settled.count)],
-                settings=_recorded(self._request, settled),
+                settings=recorded(self._request, settled),
                 model=model.name,
                 sha256=model.sha256,
                 device=str(model.device),
@@ -101,7 +101,7 @@ class Run:
         self._done = True
 
 
-def _recorded(asked: Request, settled: Request) -> dict[str, Any]:
+def recorded(asked: Request, settled: Request) -> dict[str, Any]:
     """The settings for the recipe. Pictures are named as they were given, before any resizing."""
     given = {name: v for name, v in asked.to_dict().items() if name.endswith("_sha256")}
     return settled.to_dict() | given

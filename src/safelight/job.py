@@ -22,6 +22,14 @@ from safelight.picture import from_tensor, lay_back, to_tensor
 from safelight.samplers import Row, Table
 
 
+class NotFiniteError(SafelightError):
+    """The network said NaN or infinity for these jobs."""
+
+    def __init__(self, message: str, jobs: list[Job]) -> None:
+        super().__init__(message)
+        self.jobs = jobs
+
+
 @dataclass
 class Known:
     """The part of a picture that stays, while the rest is painted anew.
@@ -139,7 +147,7 @@ def advance(model: Model, jobs: list[Job]) -> None:
     """Take each job one row further, with one call of the network for all.
 
     The jobs' latents have one shape; their samplers, steps, tasks and guidance may differ.
-    Raises SafelightError when a state is no longer finite.
+    Raises NotFiniteError, after all have taken the step, for those whose state is no longer finite.
     """
     cleans = estimate(
         model,
@@ -148,11 +156,18 @@ def advance(model: Model, jobs: list[Job]) -> None:
         [job.row.timestep for job in jobs],
         [job.condition for job in jobs],
     )
-    for job, clean in zip(jobs, cleans, strict=True):
-        _step(model, job, clean)
+    lost = [job for job, clean in zip(jobs, cleans, strict=True) if not _step(job, clean)]
+    if lost:
+        advice = "" if model.dtype == torch.float32 else "dtype float32, or "
+        raise NotFiniteError(
+            f"NaN at step {lost[0].cursor + 1} of {len(lost[0].table.rows)}: "
+            f"try {advice}a lower guidance_scale",
+            lost,
+        )
 
 
-def _step(model: Model, job: Job, raw: Tensor) -> None:
+def _step(job: Job, raw: Tensor) -> bool:
+    """Whether the new state is finite; if not, the job stays where it was."""
     row, table = job.row, job.table
     clean = bounded(raw, table.clip, table.threshold)
     job.clean = clean
@@ -170,15 +185,13 @@ def _step(model: Model, job: Job, raw: Tensor) -> None:
         state = state + row.c * fresh.to(state.device)
     # Before the known part is put back, which would hide what the network said there.
     if not torch.isfinite(state).all():
-        advice = "" if model.dtype == torch.float32 else "dtype float32, or "
-        raise SafelightError(
-            f"NaN at step {job.cursor + 1} of {len(table.rows)}: try {advice}a lower guidance_scale"
-        )
+        return False
     if job.known is not None:
         state = job.known.put_back(state, row.next_sigma if not _last(job) else 0.0)
     job.state = state
     job.cursor += 1
     _forget(job)
+    return True
 
 
 def _last(job: Job) -> bool:

@@ -1,0 +1,239 @@
+"""Many pictures at once: each is what it is alone, and the short ones do not wait for the long."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import safelight
+from safelight import Request, SafelightError, batch
+from safelight.batch import Engine, Ticket, worthwhile_rows
+from safelight.job import Job, advance
+from safelight.model import Model
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return safelight.load(device="cpu", dtype="float32")
+
+
+def photo() -> Image.Image:
+    values = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def drain(engine: Engine) -> list[Ticket]:
+    finished: list[Ticket] = []
+    while engine.busy:
+        finished += engine.step()[1]
+    return finished
+
+
+def mixed(n: int) -> list[Request]:
+    """Samplers, steps, tasks and guidance of chance."""
+    chance = random.Random(0)
+    requests = []
+    for i in range(n):
+        settings: dict[str, Any] = {
+            "prompt": chance.choice(["a cat", "a red apple", "a dog"]),
+            "sampler": chance.choice(["euler_a", "dpmpp_2m", "heun", "pndm"]),
+            "steps": chance.randint(2, 6),
+            "guidance_scale": chance.choice([1.0, 4.0, 7.5]),
+            "seed": i,
+        }
+        if chance.random() < 0.3:
+            settings |= {"image": photo(), "strength": 0.7}
+        requests.append(Request(**settings))
+    return requests
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_pictures_are_what_they_are_alone(model: Model, exact: bool) -> None:
+    """They join and leave at steps of chance."""
+    requests = mixed(8)
+    alone = [np.asarray(model.generate(r).images[0]).astype(int) for r in requests]
+    chance = random.Random(1)
+    engine = Engine(model, rows=7, exact=exact)
+    finished: list[Ticket] = []
+    coming = list(enumerate(requests))
+    while coming or engine.busy:
+        while coming and chance.random() < 0.5:
+            i, request = coming.pop(0)
+            engine.add(request, i)
+        finished += engine.step()[1]
+    assert sorted(ticket.tag for ticket in finished) == list(range(8))
+    for ticket in finished:
+        assert ticket.image is not None
+        apart = np.abs(np.asarray(ticket.image).astype(int) - alone[ticket.tag]).max()
+        assert apart <= (0 if exact else 1)
+
+
+def test_noise_is_the_same_in_any_company(model: Model) -> None:
+    def noise(neighbours: int) -> torch.Tensor:
+        engine = Engine(model, rows=4)
+        for i in range(neighbours):
+            engine.add(Request(prompt="a dog", seed=i), "other")
+        engine.add(Request(prompt="a cat", seed=9), "mine")
+        return engine.tickets[-1].job.state
+
+    assert torch.equal(noise(0), noise(3))
+
+
+def test_several_pictures_of_one_request(model: Model) -> None:
+    request = Request(prompt="a cat", seed=5, count=3, steps=2, sampler="euler")
+    engine = Engine(model, rows=6)
+    result = engine.add(request, "job", done=[1])
+    assert result.seeds == [5, 6, 7]
+    assert sorted((t.index, t.seed) for t in drain(engine)) == [(0, 5), (2, 7)]
+
+
+def test_a_short_one_does_not_wait_for_a_long_one(model: Model) -> None:
+    engine = Engine(model, rows=2)
+    engine.add(Request(prompt="a cat", steps=30, sampler="euler"), "long")
+    for _ in range(3):
+        engine.step()
+    engine.add(Request(prompt="a cat", steps=3, sampler="euler"), "short")
+    order = [ticket.tag for ticket in drain(engine)]
+    assert order == ["short", "long"]
+
+
+def test_a_long_one_has_its_turn(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "AGEING", 5.0)
+    engine = Engine(model, rows=2)
+    engine.add(Request(prompt="a cat", steps=10, sampler="euler"), "long")
+    done: list[Any] = []
+    for i in range(60):  # there is always a shorter one
+        engine.add(Request(prompt="a cat", steps=3, sampler="euler"), i)
+        done += [ticket.tag for ticket in engine.step()[1]]
+    assert "long" in done
+
+
+def test_no_call_has_more_rows_than_asked_for(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def counted(model: Model, jobs: list[Job]) -> None:
+        calls.append(sum(job.condition.evaluations for job in jobs))
+        advance(model, jobs)
+
+    monkeypatch.setattr(batch, "advance", counted)
+    engine = Engine(model, rows=5)
+    for i in range(4):
+        scale = 1.0 if i == 3 else 7.5
+        engine.add(Request(prompt="a cat", steps=2, sampler="euler", guidance_scale=scale), i)
+    drain(engine)
+    assert max(calls) == 5
+
+
+def test_only_pictures_of_one_size_share_a_call(model: Model) -> None:
+    engine = Engine(model, rows=8)
+    engine.add(Request(prompt="a cat", steps=2, sampler="euler", width=64, height=64), "small")
+    engine.add(Request(prompt="a cat", steps=2, sampler="euler", width=128, height=64), "wide")
+    sizes = {t.tag: t.image.size for t in drain(engine) if t.image is not None}
+    assert sizes == {"small": (64, 64), "wide": (128, 64)}
+
+
+def test_dropped_within_a_step(model: Model) -> None:
+    engine = Engine(model, rows=4)
+    engine.add(Request(prompt="a cat", steps=30), "a")
+    engine.add(Request(prompt="a cat", steps=2, sampler="euler"), "b")
+    engine.step()
+    engine.drop("a")
+    assert [ticket.tag for ticket in drain(engine)] == ["b"]
+
+
+def test_one_prompt_is_encoded_once(model: Model) -> None:
+    engine = Engine(model, rows=4)
+    for seed in (1, 2):
+        engine.add(Request(prompt="a cat", seed=seed), seed)
+    engine.add(Request(prompt="a dog"), 3)
+    contexts = [ticket.job.condition.context for ticket in engine.tickets]
+    assert contexts[0] is contexts[1]
+    assert contexts[2] is not contexts[0]
+
+
+def test_a_nan_fails_its_own_picture_alone(model: Model) -> None:
+    engine = Engine(model, rows=8)
+    for tag in ("good", "bad", "fine"):
+        engine.add(Request(prompt="a cat", steps=3, sampler="euler", seed=1), tag)
+    engine.step()
+    state = engine.tickets[1].job.state.clone()
+    state[0, 0, 0, 0] = float("nan")
+    engine.tickets[1].job.state = state
+    finished = {ticket.tag: ticket for ticket in drain(engine)}
+    assert "NaN at step 2 of 3" in str(finished["bad"].error)
+    assert finished["bad"].image is None
+    alone = model.generate("a cat", steps=3, sampler="euler", seed=1).images[0]
+    for tag in ("good", "fine"):
+        image = finished[tag].image
+        assert image is not None
+        assert safelight.picture.largest_difference(image, alone) <= 1
+
+
+def test_a_nan_in_the_decoder_fails_its_own_picture_alone(model: Model) -> None:
+    engine = Engine(model, rows=8)
+    for tag in ("good", "bad"):
+        engine.add(Request(prompt="a cat", steps=1, sampler="euler"), tag)
+    finish = engine._finish
+
+    def poisoned(job: Job) -> Image.Image:
+        if job is bad:
+            job.state = job.state * float("inf")
+        return finish(job)
+
+    bad = next(t.job for t in engine.tickets if t.tag == "bad")
+    engine._finish = poisoned  # type: ignore[method-assign]
+    finished = {ticket.tag: ticket for ticket in drain(engine)}
+    assert "NaN" in str(finished["bad"].error)
+    assert finished["good"].image is not None
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: you ...")])
+def test_out_of_memory_splits_the_batch_and_then_fails_that_job_alone(
+    model: Model, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def short_of_memory(model: Model, jobs: list[Job]) -> None:
+        if len(jobs) > 2 or jobs[0].state.shape[-1] > 16:
+            raise error
+        advance(model, jobs)
+
+    monkeypatch.setattr(batch, "advance", short_of_memory)
+    engine = Engine(model, rows=16)
+    for i in range(5):
+        engine.add(Request(prompt="a cat", steps=2, sampler="euler", seed=i), i)
+    engine.add(Request(prompt="a cat", steps=2, sampler="euler", width=512), "large")
+    finished = {ticket.tag: ticket for ticket in drain(engine)}
+    assert "out of memory: ask for a smaller picture" in str(finished.pop("large").error)
+    assert len(finished) == 5
+    assert all(ticket.image is not None for ticket in finished.values())
+
+
+def test_other_faults_are_not_hidden(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(batch, "advance", broken)
+    engine = Engine(model, rows=2)
+    engine.add(Request(prompt="a cat"), 1)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        engine.step()
+
+
+def test_what_does_not_fit_the_model_is_refused_at_once(model: Model) -> None:
+    engine = Engine(model, rows=2)
+    with pytest.raises(SafelightError, match="leave out unconditional"):
+        engine.add(Request(unconditional=True), 1)
+    assert not engine.busy
+
+
+def test_rows_are_measured(model: Model) -> None:
+    rows = worthwhile_rows(model)
+    assert rows in (2, 4, 8, 16, 32, 64)
+    assert Engine(model, exact=True).rows == 1
+    assert Engine(model, rows=2).check()
