@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from safelight import __version__
-from safelight.cli import bench, generate, tools, train
+from safelight.cli import bench, generate, serve, tools, train
 from safelight.cli.output import fail, note, say
 from safelight.errors import SafelightError
 
@@ -30,6 +30,7 @@ app.command()(tools.samplers)
 app.command()(tools.models)
 app.command()(tools.inspect)
 app.command()(tools.verify)
+app.command()(serve.serve)
 app.command()(bench.bench)
 app.add_typer(train.app, name="train")
 

@@ -20,7 +20,7 @@ from safelight.train.devices import autocast
 from safelight.train.loop import Draw, Plan, fit
 from safelight.train.recipe import Scene, Scenes
 
-PLAN = Plan(steps=4000, batch=64, learning_rate=2e-3, warmup=100, weight_decay=0.05)
+PLAN = Plan(steps=1500, batch=32, learning_rate=2e-3, warmup=100, weight_decay=0.05)
 WHOLE, FIRST, SECOND = 0, 1, 2
 NOTHING = -100
 """What cross entropy takes for: no answer is wanted."""

@@ -61,7 +61,7 @@ FINE_PLAN = Plan(steps=10_000, batch=16, learning_rate=6e-4, warmup=100, cooldow
 MIXED_PLAN = Plan(steps=6500, batch=16, learning_rate=5e-4, warmup=200, cooldown=4000)
 
 # The same once more with one size and place for what is said, for the reason above.
-SETTLED_PLAN = Plan(steps=10_000, batch=16, learning_rate=6e-4, warmup=200, cooldown=7500)
+SETTLED_PLAN = Plan(steps=7000, batch=16, learning_rate=6e-4, warmup=200, cooldown=5500)
 
 # More noise at the end than Stable Diffusion's 0.012: with 16x16 latents less of it is averaged
 # away, and a background colour must be decided by the words alone.

@@ -1,0 +1,82 @@
+"""`safelight serve`."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
+from safelight.errors import SafelightError
+
+
+def serve(
+    host: Annotated[str, Option(help="Where to listen; beyond loopback only with a token.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, Option(help="0 takes a free one.")] = 7860,
+    data_dir: Annotated[
+        Path | None, Option(help="Jobs and pictures [the user's data folder].", show_default=False)
+    ] = None,
+    model: Annotated[str, Option(help="As `generate --model`.")] = "embedded",
+    token: Annotated[
+        str | None,
+        Option(
+            envvar="SAFELIGHT_TOKEN",
+            help="Asked of every request: Authorization: Bearer …",
+            show_default=False,
+        ),
+    ] = None,
+    database: Annotated[
+        str | None,
+        Option(help="SQLAlchemy's URL of a PostgreSQL [SQLite in --data-dir].", show_default=False),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, Option(help="A name that this server is reached by.", show_default=False)
+    ] = None,
+    queue: Annotated[int, Option(help="Most pictures that may wait.")] = 1000,
+    device: Annotated[str, Option(help="auto, cpu, mps or cuda.")] = "auto",
+    dtype: Annotated[str, Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    low_memory: Annotated[
+        bool, Option("--low-memory", help="On the CPU: large weights in a file.")
+    ] = False,
+    exact: Annotated[
+        bool, Option("--exact", help="One picture at a time: equal to the byte.")
+    ] = False,
+) -> None:
+    """Serve pictures over HTTP: an API of our own, OpenAI's and AUTOMATIC1111's."""
+    try:
+        from safelight.server.run import serve as run
+        from safelight.server.worker import Settings
+    except ImportError:
+        raise SafelightError("serving needs more: pip install 'safelight[server]'") from None
+    if queue < 1:
+        raise SafelightError(f"--queue {queue}: expected 1 or more")
+    root = data_dir or _home()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SafelightError(f"--data-dir {root} cannot be made: {error.strerror}") from None
+    url = database or f"sqlite:///{root.resolve() / 'jobs.sqlite3'}"
+    settings = Settings(
+        model=model,
+        url=url,
+        root=str(root.resolve()),
+        device=device,
+        dtype=dtype,
+        low_memory=low_memory,
+        exact=exact,
+    )
+    run(
+        settings,
+        host=host,
+        port=port,
+        token=token,
+        hosts=frozenset(allow_host or ()),
+        bound=queue,
+    )
+
+
+def _home() -> Path:
+    """As the XDG base directories have it."""
+    base = os.environ.get("XDG_DATA_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "share") / "safelight"

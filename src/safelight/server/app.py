@@ -1,0 +1,51 @@
+"""The application: routes, errors as answers, the guard before all of it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi import Request as HttpRequest
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+
+from safelight import __version__
+from safelight.errors import SafelightError
+from safelight.server import api, openai, sdapi
+from safelight.server.guard import Guard, Rules
+from safelight.server.hub import Hub, StoppingError, StorageError
+from safelight.server.jobs import BusyError
+from safelight.server.metrics import Metrics
+
+
+def application(hub: Hub, rules: Rules) -> Any:
+    """The ASGI application that serves this hub."""
+
+    @asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        hub.start()
+        yield
+        await hub.stop()
+
+    app = FastAPI(title="Safelight", version=__version__, lifespan=life)
+    app.state.service, app.state.metrics = hub, Metrics()
+    for router in (api.router, openai.router, sdapi.router):
+        app.include_router(router)
+    app.add_exception_handler(SafelightError, refused)
+    app.add_exception_handler(RequestValidationError, invalid)
+    return Guard(app, rules, app.state.metrics.count)
+
+
+async def refused(_: HttpRequest, error: Exception) -> JSONResponse:
+    status = {BusyError: 429, StoppingError: 503, StorageError: 507}.get(type(error), 422)
+    assert isinstance(error, SafelightError)
+    return JSONResponse({"detail": str(error)}, status, api.retry_after(error))
+
+
+async def invalid(_: HttpRequest, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "body") or "the body"
+    return JSONResponse({"detail": f"{where}: {first['msg']}"}, 422)

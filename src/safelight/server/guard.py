@@ -1,0 +1,210 @@
+"""What stands before every route: who may ask, from where, how much and how slowly."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hmac
+import ipaddress
+import json
+import logging
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.exceptions import HTTPException
+
+log = logging.getLogger("safelight.http")
+
+SLOW = 30.0
+"""Seconds that a client has to send the next part of a body, or to take the next of an answer."""
+
+MOST_BODY = 64 << 20
+OPEN = frozenset({"/healthz"})
+"""Paths that need no token: that the process lives."""
+
+HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"SAMEORIGIN"),
+)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """token: None lets everyone in, which only loopback may. hosts: names that a Host header may
+    have besides loopback's.
+    """
+
+    token: str | None = None
+    hosts: frozenset[str] = frozenset()
+
+
+class RefusedError(HTTPException):
+    """Also raised while an application reads a body: it may answer in a shape of its own."""
+
+
+class Guard:
+    """An ASGI application around another. counted: called with method, route and status."""
+
+    def __init__(self, app: Any, rules: Rules, counted: Any = lambda *_: None) -> None:
+        self.app, self.rules, self.counted = app, rules, counted
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began, status = time.monotonic(), 500
+        request_id = secrets.token_hex(8)
+        sent = False
+
+        async def reply(message: Any) -> None:
+            nonlocal status, sent
+            if message["type"] == "http.response.start":
+                status, sent = message["status"], True
+                given = [(k, v) for k, v in message["headers"] if k not in dict(HEADERS)]
+                message["headers"] = [*given, *HEADERS, (b"x-request-id", request_id.encode())]
+            async with asyncio.timeout(SLOW):
+                await send(message)
+
+        try:
+            headers = _headers(scope)
+            self._check(scope, headers)
+            await self.app(scope, _limited(receive, headers), reply)
+        except RefusedError as refusal:
+            if not sent:
+                await _answer(reply, refusal.status_code, refusal.detail, refusal.headers)
+        finally:
+            route = getattr(scope.get("route"), "path", "")
+            self.counted(scope["method"], route, status)
+            log.info(
+                "request",
+                extra={
+                    "request_id": request_id,
+                    "method": scope["method"],
+                    "route": route,
+                    "status": status,
+                    "seconds": round(time.monotonic() - began, 4),
+                },
+            )
+
+    def _check(self, scope: Any, headers: dict[str, list[str]]) -> None:
+        host = _single(headers, "host")
+        if not self._known_host(host, scope):
+            raise RefusedError(400, "this Host is not served here")
+        origin = headers.get("origin")
+        if origin is not None and (len(origin) != 1 or not _same(origin[0], host)):
+            raise RefusedError(403, "cross-site requests are refused")
+        site = headers.get("sec-fetch-site", ["none"])
+        if site[0] not in ("none", "same-origin"):
+            # A link from another page may lead here; nothing else from there may.
+            mode = headers.get("sec-fetch-mode", [""])[0]
+            if scope["method"] not in ("GET", "HEAD") or mode != "navigate":
+                raise RefusedError(403, "cross-site requests are refused")
+        if scope["path"] not in OPEN and not self._allowed(headers):
+            challenge = {"www-authenticate": "Bearer"}
+            raise RefusedError(401, "a token is needed: Authorization: Bearer …", challenge)
+
+    def _known_host(self, host: str, scope: Any) -> bool:
+        # A foreign name that resolves to this machine is how a web page reaches it (DNS rebinding).
+        name = _name(host)
+        if name is None:
+            return False
+        if name == "localhost" or name in self.rules.hosts:
+            return True
+        try:
+            address = ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return address.is_loopback or bool(scope.get("server") and name == scope["server"][0])
+
+    def _allowed(self, headers: dict[str, list[str]]) -> bool:
+        if self.rules.token is None:
+            return True
+        given = headers.get("authorization", [""])
+        kind, _, value = given[0].partition(" ")
+        if kind.lower() == "basic":  # of clients that know name and password alone
+            try:
+                value = base64.b64decode(value, validate=True).decode().partition(":")[2]
+            except (binascii.Error, UnicodeDecodeError):
+                return False
+        elif kind.lower() != "bearer":
+            return False
+        wanted = self.rules.token.encode()
+        return len(given) == 1 and hmac.compare_digest(value.strip().encode(), wanted)
+
+
+def _headers(scope: Any) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, value in scope["headers"]:
+        found.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
+    return found
+
+
+def _single(headers: dict[str, list[str]], name: str) -> str:
+    values = headers.get(name, [])
+    return values[0] if len(values) == 1 else ""
+
+
+def _name(host: str) -> str | None:
+    """The name in a Host header, without its port; None if it is none."""
+    try:
+        parts = urlsplit("//" + host)
+        _ = parts.port
+    except ValueError:
+        return None
+    if parts.netloc != host or parts.username is not None or parts.path or not parts.hostname:
+        return None
+    return parts.hostname.rstrip(".")
+
+
+def _same(origin: str, host: str) -> bool:
+    parts = urlsplit(origin)
+    return parts.scheme in ("http", "https") and parts.netloc == host
+
+
+def _limited(receive: Any, headers: dict[str, list[str]]) -> Any:
+    """`receive`, that refuses what is too long, or too slow in coming."""
+    length = _single(headers, "content-length")
+    if length and not (length.isascii() and length.isdigit()):
+        raise RefusedError(400, "Content-Length is no number")
+    if length and int(length) > MOST_BODY:
+        raise RefusedError(413, f"a request has at most {MOST_BODY >> 20} MiB")
+    seen, whole = 0, False
+
+    async def take() -> Any:
+        nonlocal seen, whole
+        if whole:
+            return await receive()  # that the client goes away, whenever it does
+        try:
+            async with asyncio.timeout(SLOW):
+                message = await receive()
+        except TimeoutError:
+            raise RefusedError(408, "the client was too slow") from None
+        seen += len(message.get("body", b""))
+        whole = not message.get("more_body", False)
+        if seen > MOST_BODY:
+            raise RefusedError(413, f"a request has at most {MOST_BODY >> 20} MiB")
+        return message
+
+    return take
+
+
+async def _answer(send: Any, status: int, text: str, headers: Mapping[str, str] | None) -> None:
+    body = json.dumps({"detail": text, "error": {"message": text, "type": "error", "code": status}})
+    await send(
+        {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [
+                (b"content-type", b"application/json"),
+                *((k.encode(), v.encode()) for k, v in (headers or {}).items()),
+            ],
+        }
+    )
+    await send({"type": "http.response.body", "body": body.encode()})

@@ -1,0 +1,131 @@
+"""What a job is, to all who ask: the shapes that the routes answer with."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import BaseModel, Field
+
+from safelight.errors import SafelightError
+from safelight.request import Request
+
+
+class Status(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def final(self) -> bool:
+        return self not in (Status.QUEUED, Status.RUNNING)
+
+
+class Picture(BaseModel):
+    """One finished picture of a job; its bytes are at /api/pictures/{id}."""
+
+    id: str = Field(description="opaque, and unguessable")
+    index: int = Field(description="which of the job's pictures, from 0")
+    seed: int
+    width: int
+    height: int
+    recipe: dict[str, Any] = Field(description="all it takes to make this picture again")
+
+
+class Progress(BaseModel):
+    """How far a job is. step and steps count over all of its pictures together."""
+
+    step: int = 0
+    steps: int = 0
+
+    @property
+    def share(self) -> float:
+        return self.step / self.steps if self.steps else 0.0
+
+
+class Job(BaseModel):
+    id: str
+    status: Status
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    client: str = Field("api", description="which interface it came through")
+    settings: dict[str, Any] = Field(description="the request as it was sent, pictures by SHA-256")
+    progress: Progress = Progress()
+    warnings: list[str] = []
+    error: str | None = Field(None, description="one line, of a job that failed")
+    pictures: list[Picture] = []
+    attempts: int = 0
+
+
+class Event(BaseModel):
+    """What happened to a job just now.
+
+    kind: "progress"; "preview", with the clean estimate of picture `index` as a PNG in base64;
+    "picture", when one is finished; "end", after which none follows. `job` is as it stands then.
+    """
+
+    kind: str
+    job: Job
+    index: int | None = None
+    preview: str | None = None
+
+
+class ModelInfo(BaseModel):
+    """The model that this server draws with."""
+
+    name: str
+    sha256: str | None = None
+    kind: str | None = None
+    family: str | None = None
+    width: int | None = None
+    height: int | None = None
+    device: str | None = None
+    dtype: str | None = None
+    ready: bool = False
+
+
+class BusyError(SafelightError):
+    """The queue is full: try again after `retry_after` seconds."""
+
+    def __init__(self, bound: int, retry_after: int) -> None:
+        super().__init__(f"the queue of {bound} pictures is full: try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+class Service(Protocol):
+    """What the routes need of the server: `app.state.service`. Errors are SafelightErrors."""
+
+    async def submit(
+        self, request: Request, *, client: str = "api", idempotency_key: str | None = None
+    ) -> Job:
+        """The job, once it is durable; the one that is there for a key seen before.
+
+        Raises BusyError when the queue is full.
+        """
+        ...
+
+    async def get(self, job_id: str) -> Job | None: ...
+
+    async def wait(self, job_id: str) -> Job:
+        """The job when its status is final."""
+        ...
+
+    def events(self, job_id: str, *, previews: bool = True) -> AsyncIterator[Event]:
+        """What happens from now on; the last is "end"."""
+        ...
+
+    async def cancel(self, job_id: str) -> Job | None:
+        """The job: cancelled, or, if it runs, about to be within one step."""
+        ...
+
+    def picture_file(self, picture_id: str) -> Path | None:
+        """The PNG of a finished picture, its recipe inside."""
+        ...
+
+    async def model(self) -> ModelInfo: ...

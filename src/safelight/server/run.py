@@ -1,0 +1,143 @@
+"""Serving: uvicorn, with limits of our own."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import logging
+import signal
+import socket
+import sys
+import time
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from safelight.errors import SafelightError
+from safelight.server.app import application
+from safelight.server.guard import SLOW, Rules
+from safelight.server.hub import Hub
+from safelight.server.worker import Settings
+
+FIELDS = ("request_id", "method", "route", "status", "seconds", "job", "client")
+
+
+class Lines(logging.Formatter):
+    """A log record as a line of JSON. Prompts are in none."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+        }
+        line |= {name: getattr(record, name) for name in FIELDS if hasattr(record, name)}
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+class Impatient(H11Protocol):
+    """uvicorn waits for ever for the head of a request; this closes after SLOW seconds."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._late = self.loop.call_later(SLOW, self._close_if_silent)
+
+    def _close_if_silent(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():
+            self.transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._late.cancel()
+        super().connection_lost(exc)
+
+
+class Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, hub: Hub) -> None:
+        super().__init__(config)
+        self._hub = hub
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self._hub.drain()
+        super().handle_exit(sig, frame)
+
+
+def serve(
+    settings: Settings,
+    *,
+    host: str,
+    port: int,
+    token: str | None,
+    hosts: frozenset[str] = frozenset(),
+    bound: int = 1000,
+) -> None:
+    """Until SIGTERM or Ctrl-C. Raises SafelightError if it cannot start, or the model cannot."""
+    if token is None and not _loopback(host):
+        raise SafelightError(
+            f"--host {host} can be reached from other machines: give a --token as well"
+        )
+    listening = _listen(host, port)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Lines())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    hub = Hub(settings, bound=bound)
+    names = hosts | ({host} if not _any(host) else frozenset())
+    config = uvicorn.Config(
+        application(hub, Rules(token, names)),
+        http=Impatient,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+        h11_max_incomplete_event_size=64 << 10,
+        limit_concurrency=500,
+    )
+    server = Server(config, hub)
+
+    def end() -> None:
+        server.should_exit = True
+
+    hub.on_refusal = end
+    # uvicorn raises the signal again that ended it: to be told to end is no failure.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    sys.stderr.write(f"Safelight is at http://{_shown(host)}:{listening.getsockname()[1]}\n")
+    sys.stderr.flush()
+    asyncio.run(server.serve(sockets=[listening]))
+    if hub.refusal is not None:
+        raise SafelightError(hub.refusal)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise SafelightError(
+            f"{host}:{port} cannot be listened on ({error.strerror}): another --port?"
+        ) from None
+    listening.listen(128)
+    return listening
+
+
+def _loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _any(host: str) -> bool:
+    return host in ("0.0.0.0", "::")
+
+
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

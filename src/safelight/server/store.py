@@ -1,0 +1,470 @@
+"""The database of jobs and pictures: SQLite by default, PostgreSQL by a URL.
+
+A job is run at least once and committed once: it is claimed with a lease and a token that no one
+else has, and what is done for a job counts only while its token is still the same.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    Column,
+    Connection,
+    Float,
+    ForeignKey,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    create_engine,
+    event,
+    func,
+    select,
+    text,
+)
+from sqlalchemy.engine import RowMapping
+from sqlalchemy.exc import IntegrityError
+
+from safelight.errors import SafelightError
+from safelight.server.jobs import BusyError, Job, Picture, Status
+
+LEASE = 60.0
+"""Seconds after which the job of a worker that was not heard of is anyone's."""
+
+ATTEMPTS = 3
+"""So often a job is begun; if its worker never gets through, the job is at fault."""
+
+LOCK = 0x5AFE
+"""The number of our advisory lock in PostgreSQL."""
+
+_meta = MetaData()
+_jobs = Table(
+    "jobs",
+    _meta,
+    Column("id", String(32), primary_key=True),
+    Column("status", String(16), nullable=False, index=True),
+    Column("client", String(16), nullable=False),
+    Column("created", Float, nullable=False, index=True),
+    Column("started", Float),
+    Column("finished", Float),
+    Column("request", Text, nullable=False),
+    Column("prompt", Text, nullable=False),
+    Column("pictures", Integer, nullable=False),
+    Column("cost", Integer, nullable=False),
+    Column("attempts", Integer, nullable=False, default=0),
+    Column("token", String(64)),
+    Column("lease", Float, nullable=False, default=0.0),
+    Column("warnings", Text, nullable=False, default="[]"),
+    Column("error", Text),
+    Column("key", String(255), unique=True),
+    Column("digest", String(64)),
+)
+_pictures = Table(
+    "pictures",
+    _meta,
+    Column("id", String(32), primary_key=True),
+    Column("job", ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False, index=True),
+    Column("number", Integer, nullable=False),
+    Column("seed", String(20), nullable=False),  # 63 bits, which not all clients of JSON keep
+    Column("width", Integer, nullable=False),
+    Column("height", Integer, nullable=False),
+    Column("created", Float, nullable=False, index=True),
+    Column("recipe", Text, nullable=False),
+    UniqueConstraint("job", "number"),
+)
+_UNFINISHED = (Status.QUEUED, Status.RUNNING)
+
+
+class LostError(Exception):
+    """The job is no longer this worker's."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A job to be run. done: which of its pictures are there already; suspect: it was begun before
+    and its worker did not get through.
+    """
+
+    id: str
+    token: str
+    settings: dict[str, Any]
+    done: frozenset[int]
+    suspect: bool
+
+
+def new_id() -> str:
+    """Opaque, and not to be guessed."""
+    return secrets.token_hex(16)
+
+
+class Store:
+    """url: as SQLAlchemy has it. Methods block; all but the reading ones are one transaction."""
+
+    def __init__(self, url: str) -> None:
+        self._engine = create_engine(url)
+        self._lite = self._engine.dialect.name == "sqlite"
+        if self._lite:
+            _settle_sqlite(self._engine)
+        try:
+            _meta.create_all(self._engine)
+        except Exception as error:
+            reason = str(error).splitlines()[0][:150]
+            raise SafelightError(f"the database of jobs cannot be opened: {reason}") from None
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    @contextmanager
+    def _write(self) -> Iterator[Connection]:
+        """A transaction that no other of ours runs beside."""
+        with self._engine.begin() as connection:
+            if not self._lite:  # SQLite's begins with BEGIN IMMEDIATE
+                connection.execute(select(func.pg_advisory_xact_lock(LOCK)))
+            yield connection
+
+    @contextmanager
+    def _read(self) -> Iterator[Connection]:
+        with self._engine.connect().execution_options(reads=True) as connection:
+            yield connection
+
+    def submit(
+        self,
+        job_id: str,
+        settings: dict[str, Any],
+        *,
+        client: str,
+        cost: int,
+        bound: int,
+        key: str | None = None,
+        digest: str | None = None,
+    ) -> tuple[Job, bool]:
+        """The job, durable, and whether it is new: of a key seen before it is the one of then.
+
+        cost: rows of the network it will take; bound: most pictures that may wait. Raises
+        BusyError beyond it, SafelightError for a key that came with another request.
+        """
+        count = int(settings["count"])
+        with self._write() as db:
+            if key is not None:
+                old = db.execute(select(_jobs).where(_jobs.c.key == key)).mappings().first()
+                if old is not None:
+                    if old["digest"] != digest:
+                        raise SafelightError(
+                            "this Idempotency-Key came with another request before: use a new one"
+                        )
+                    return self._job(db, old), False
+            waiting = db.execute(
+                select(func.coalesce(func.sum(_jobs.c.pictures), 0)).where(
+                    _jobs.c.status.in_(_UNFINISHED)
+                )
+            ).scalar_one()
+            if waiting + count > bound:
+                raise BusyError(bound, retry_after=5)
+            db.execute(
+                _jobs.insert().values(
+                    id=job_id,
+                    status=Status.QUEUED,
+                    client=client,
+                    created=_now(),
+                    request=json.dumps(settings),
+                    prompt=str(settings.get("prompt", "")),
+                    pictures=count,
+                    cost=cost,
+                    key=key,
+                    digest=digest,
+                )
+            )
+            row = db.execute(select(_jobs).where(_jobs.c.id == job_id)).mappings().one()
+            return self._job(db, row), True
+
+    def claim(self, worker: str, *, alone: bool = False, ageing: float = 0.0) -> Claim | None:
+        """The next job for this worker, its attempt counted; None if there is none.
+
+        Short ones first; `ageing` is the cost that a second of waiting makes up for. A job that
+        was begun before is given out only to a worker that is `alone` with it, so that it takes no
+        other down; when its turn comes, others wait. One that was begun too often fails.
+        """
+        now = _now()
+        with self._write() as db:
+            _give_up(db, now)
+            free = (_jobs.c.status == Status.QUEUED) | (
+                (_jobs.c.status == Status.RUNNING) & (_jobs.c.lease < now)
+            )
+            urgency = _jobs.c.cost - ageing * (now - _jobs.c.created)
+            first = db.execute(
+                select(_jobs.c.id, _jobs.c.attempts)
+                .where(free)
+                .order_by(urgency, _jobs.c.created)
+                .limit(1)
+            ).first()
+            if first is None or (first.attempts and not alone):
+                return None
+            job_id = first.id
+            token = f"{worker}:{secrets.token_hex(8)}"
+            row = (
+                db.execute(
+                    _jobs.update()
+                    .where(_jobs.c.id == job_id)
+                    .values(
+                        status=Status.RUNNING,
+                        token=token,
+                        lease=now + LEASE,
+                        attempts=_jobs.c.attempts + 1,
+                        started=func.coalesce(_jobs.c.started, now),
+                    )
+                    .returning(*_jobs.c)
+                )
+                .mappings()
+                .one()
+            )
+            done = db.execute(select(_pictures.c.number).where(_pictures.c.job == job_id)).scalars()
+            return Claim(
+                job_id, token, json.loads(row["request"]), frozenset(done), row["attempts"] > 1
+            )
+
+    def renew(self, worker: str) -> None:
+        """This worker is well: its jobs stay its own."""
+        with self._write() as db:
+            db.execute(
+                _jobs.update()
+                .where(_jobs.c.status == Status.RUNNING, _jobs.c.token.startswith(worker + ":"))
+                .values(lease=_now() + LEASE)
+            )
+
+    def release(self, worker: str | None = None) -> None:
+        """The jobs of this worker, or of all, wait again: it has ended."""
+        mine = _jobs.c.status == Status.RUNNING
+        if worker is not None:
+            mine &= _jobs.c.token.startswith(worker + ":")
+        with self._write() as db:
+            db.execute(
+                _jobs.update().where(mine).values(status=Status.QUEUED, token=None, lease=0.0)
+            )
+            _give_up(db, _now())
+
+    def put_back(self, job_id: str, token: str) -> None:
+        """A job that was not got to after all: as if it had not been claimed."""
+        with self._write() as db:
+            db.execute(
+                _jobs.update()
+                .where(_jobs.c.id == job_id, _jobs.c.token == token)
+                .values(
+                    status=Status.QUEUED,
+                    token=None,
+                    lease=0.0,
+                    attempts=_jobs.c.attempts - 1,
+                )
+            )
+
+    def add_picture(self, job_id: str, token: str, picture: Picture) -> None:
+        """Raises LostError if the job is not this token's, or has this picture."""
+        try:
+            with self._write() as db:
+                self._hold(db, job_id, token)
+                db.execute(
+                    _pictures.insert().values(
+                        id=picture.id,
+                        job=job_id,
+                        number=picture.index,
+                        seed=str(picture.seed),
+                        width=picture.width,
+                        height=picture.height,
+                        created=_now(),
+                        recipe=json.dumps(picture.recipe),
+                    )
+                )
+        except IntegrityError:
+            raise LostError(job_id) from None
+
+    def finish(
+        self, job_id: str, token: str, *, warnings: list[str], error: str | None = None
+    ) -> None:
+        """Raises LostError if the job is not this token's."""
+        with self._write() as db:
+            self._hold(db, job_id, token)
+            db.execute(
+                _jobs.update()
+                .where(_jobs.c.id == job_id)
+                .values(
+                    status=Status.SUCCEEDED if error is None else Status.FAILED,
+                    finished=_now(),
+                    warnings=json.dumps(warnings),
+                    error=error,
+                    token=None,
+                )
+            )
+
+    def cancel(self, job_id: str) -> Job | None:
+        """The job, final: what it has by now stays."""
+        with self._write() as db:
+            db.execute(
+                _jobs.update()
+                .where(_jobs.c.id == job_id, _jobs.c.status.in_(_UNFINISHED))
+                .values(status=Status.CANCELLED, finished=_now(), token=None)
+            )
+            return self._one(db, job_id)
+
+    def retry(self, job_id: str, bound: int) -> Job | None:
+        """A job that failed or was cancelled waits again, from its first attempt."""
+        with self._write() as db:
+            job = self._one(db, job_id)
+            if job is None or job.status not in (Status.FAILED, Status.CANCELLED):
+                return job
+            db.execute(
+                _jobs.update()
+                .where(_jobs.c.id == job_id)
+                .values(status=Status.QUEUED, attempts=0, error=None, finished=None, created=_now())
+            )
+            return self._one(db, job_id)
+
+    def delete(self, job_id: str) -> list[str] | None:
+        """The ids of its pictures, whose files are to go; None if there is no such job."""
+        with self._write() as db:
+            ids = list(
+                db.execute(select(_pictures.c.id).where(_pictures.c.job == job_id)).scalars()
+            )
+            db.execute(_pictures.delete().where(_pictures.c.job == job_id))
+            gone = db.execute(_jobs.delete().where(_jobs.c.id == job_id)).rowcount
+            return ids if gone else None
+
+    def get(self, job_id: str) -> Job | None:
+        with self._read() as db:
+            return self._one(db, job_id)
+
+    def list(
+        self,
+        *,
+        status: Status | None = None,
+        search: str = "",
+        before: float | None = None,
+        limit: int = 50,
+    ) -> list[Job]:
+        """Newest first; search: words that the prompt holds; before: created earlier than this."""
+        query = select(_jobs).order_by(_jobs.c.created.desc(), _jobs.c.id).limit(limit)
+        if status is not None:
+            query = query.where(_jobs.c.status == status)
+        if before is not None:
+            query = query.where(_jobs.c.created < before)
+        for word in search.lower().split():
+            query = query.where(func.lower(_jobs.c.prompt).contains(word, autoescape=True))
+        with self._read() as db:
+            return [self._job(db, row) for row in db.execute(query).mappings().all()]
+
+    def waiting(self) -> dict[str, int]:
+        """How many jobs there are of each status."""
+        query = select(_jobs.c.status, func.count()).group_by(_jobs.c.status)
+        with self._read() as db:
+            return {row[0]: row[1] for row in db.execute(query)}
+
+    def has_picture(self, picture_id: str) -> bool:
+        with self._read() as db:
+            query = select(_pictures.c.id).where(_pictures.c.id == picture_id)
+            return db.execute(query).first() is not None
+
+    def known_files(self) -> tuple[set[str], set[str]]:
+        """The ids of all pictures, and of all jobs that may still need what they start from."""
+        with self._read() as db:
+            pictures = set(db.execute(select(_pictures.c.id)).scalars())
+            return pictures, set(db.execute(select(_jobs.c.id)).scalars())
+
+    def check(self) -> str:
+        """ "ok", or what the database finds wrong with itself."""
+        if not self._lite:
+            return "ok"
+        with self._read() as db:
+            return str(db.execute(text("PRAGMA integrity_check")).scalar_one())
+
+    def _hold(self, db: Connection, job_id: str, token: str) -> None:
+        query = select(_jobs.c.id).where(
+            _jobs.c.id == job_id, _jobs.c.token == token, _jobs.c.status == Status.RUNNING
+        )
+        if db.execute(query).first() is None:
+            raise LostError(job_id)
+
+    def _one(self, db: Connection, job_id: str) -> Job | None:
+        row = db.execute(select(_jobs).where(_jobs.c.id == job_id)).mappings().first()
+        return None if row is None else self._job(db, row)
+
+    def _job(self, db: Connection, row: RowMapping) -> Job:
+        query = select(_pictures).where(_pictures.c.job == row["id"]).order_by(_pictures.c.number)
+        return Job(
+            id=row["id"],
+            status=Status(row["status"]),
+            created_at=_date(row["created"]),
+            started_at=row["started"] and _date(row["started"]),
+            finished_at=row["finished"] and _date(row["finished"]),
+            client=row["client"],
+            settings=json.loads(row["request"]),
+            warnings=json.loads(row["warnings"]),
+            error=row["error"],
+            attempts=row["attempts"],
+            pictures=[
+                Picture(
+                    id=p["id"],
+                    index=p["number"],
+                    seed=int(p["seed"]),
+                    width=p["width"],
+                    height=p["height"],
+                    recipe=json.loads(p["recipe"]),
+                )
+                for p in db.execute(query).mappings()
+            ],
+        )
+
+
+def _give_up(db: Connection, now: float) -> None:
+    """Fail the jobs that were begun as often as may be, and are nobody's."""
+    free = (_jobs.c.status == Status.QUEUED) | (
+        (_jobs.c.status == Status.RUNNING) & (_jobs.c.lease < now)
+    )
+    db.execute(
+        _jobs.update()
+        .where(free, _jobs.c.attempts >= ATTEMPTS)
+        .values(
+            status=Status.FAILED,
+            finished=now,
+            token=None,
+            error=f"the worker stopped {ATTEMPTS} times while it drew this",
+        )
+    )
+
+
+def _settle_sqlite(engine: Any) -> None:
+    # Before 3.51.3 a reset of the write-ahead log may lose what was committed.
+    journal = "WAL" if sqlite3.sqlite_version_info >= (3, 51, 3) else "DELETE"
+
+    @event.listens_for(engine, "connect")
+    def _(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # the driver would begin transactions of its own
+        for pragma in (
+            f"journal_mode={journal}",
+            "synchronous=FULL",
+            "busy_timeout=20000",
+            "foreign_keys=ON",
+        ):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def _(connection: Connection) -> None:
+        # Taken at once, a lock to write is waited for; taken on the way it may be refused.
+        reads = connection.get_execution_options().get("reads")
+        connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+
+
+def _now() -> float:
+    return round(time.time(), 6)  # as fine as a date can say
+
+
+def _date(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)

@@ -1,0 +1,304 @@
+"""The worker: a process that holds the model, claims jobs, draws, and commits pictures.
+
+It may be killed at any moment. What it had not committed is drawn again by the next one.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import os
+import signal
+import time
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from safelight.errors import SafelightError
+from safelight.request import Request, Result
+from safelight.server.files import Files
+from safelight.server.jobs import ModelInfo, Picture
+from safelight.server.store import LEASE, Claim, LostError, Store, new_id
+
+PICTURES = 48
+"""Most that are in the making at once; beyond it jobs wait in the database."""
+
+PREVIEW_EVERY = 0.2
+"""Seconds between two previews of a picture."""
+
+PREVIEW_LATENTS = 24
+"""Longest side of the latents that a preview is decoded from: larger ones are averaged down."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the worker is told at its start."""
+
+    model: str
+    url: str
+    root: str
+    device: str = "auto"
+    dtype: str = "auto"
+    low_memory: bool = False
+    exact: bool = False
+    rows: int | None = None
+
+
+@dataclass
+class _Held:
+    """A claimed job. result: what its pictures' recipes are made of; left: pictures to come;
+    taken, total: steps of all its pictures.
+    """
+
+    claim: Claim
+    request: Request
+    result: Result
+    left: int
+    total: int
+    taken: int
+    warnings: list[str] = field(default_factory=list)
+    previewed: float = 0.0
+
+
+def main(pipe: Connection, settings: Settings) -> None:
+    """Until told to stop, or until the server is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server tells when to end
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    code = 0
+    try:
+        Worker(pipe, settings).run()
+    except (EOFError, BrokenPipeError, ConnectionError):
+        pass  # the server is gone
+    except SafelightError as error:
+        pipe.send(("refused", str(error)))
+        code = 2
+    os._exit(code)
+
+
+class Worker:
+    def __init__(self, pipe: Connection, settings: Settings) -> None:
+        from safelight.batch import Engine
+        from safelight.weights import load_model
+
+        self._pipe, self._settings = pipe, settings
+        self._id = new_id()
+        pipe.send(("worker", self._id))
+        self._load = lambda **how: load_model(
+            settings.model, device=settings.device, low_memory=settings.low_memory, **how
+        )
+        self._model = self._load(dtype=settings.dtype)
+        self._precise: Any = None
+        self._engine = Engine(self._model, rows=settings.rows, exact=settings.exact)
+        self._store, self._files = Store(settings.url), Files(Path(settings.root))
+        self._held: dict[str, _Held] = {}
+        self._alone = False
+        self._watched: set[str] = set()
+        self._stopping = False
+        self._renewed = time.monotonic()
+        width, height = self._model.native_size
+        info = ModelInfo(
+            name=self._model.name,
+            sha256=self._model.sha256,
+            kind=self._model.kind,
+            family=self._model.family,
+            width=width,
+            height=height,
+            device=str(self._model.device),
+            dtype=str(self._model.dtype).removeprefix("torch."),
+            ready=True,
+        )
+        pipe.send(("ready", info.model_dump()))
+
+    def run(self) -> None:
+        while not self._stopping:
+            self._listen(0 if self._engine.busy else 1.0)
+            self._claim()
+            if self._engine.busy:
+                self._step()
+            self._renew()
+        for held in self._held.values():
+            self._store.put_back(held.claim.id, held.claim.token)
+        self._store.close()
+
+    def _listen(self, seconds: float) -> None:
+        """To what the server says, for so long if there is nothing else to do."""
+        while self._pipe.poll(seconds):
+            seconds = 0
+            kind, *rest = self._pipe.recv()
+            if kind == "cancel":
+                self._forget(rest[0])
+            elif kind == "watch":
+                self._watched.add(rest[0])
+            elif kind == "unwatch":
+                self._watched.discard(rest[0])
+            elif kind == "check":
+                self._pipe.send(("checked", self._engine.check()))
+            elif kind == "stop":
+                self._stopping = True
+
+    def _claim(self) -> None:
+        while not (self._alone or self._stopping):
+            if sum(held.left for held in self._held.values()) >= PICTURES:
+                return
+            # A second makes up for the rows that it takes to run.
+            claim = self._store.claim(
+                self._id, alone=not self._held, ageing=self._engine.rows_a_second
+            )
+            if claim is None:
+                return
+            self._alone = claim.suspect
+            self._begin(claim)
+
+    def _begin(self, claim: Claim) -> None:
+        try:
+            request = Request.from_dict(
+                claim.settings,
+                image=self._files.input(claim.id, "image"),
+                mask=self._files.input(claim.id, "mask"),
+            )
+            result = self._engine.add(request, claim.id, claim.done)
+        except SafelightError as error:
+            self._end(claim, [], str(error))
+            return
+        mine = [ticket for ticket in self._engine.tickets if ticket.tag == claim.id]
+        each = len(mine[0].job.table.rows) if mine else 0
+        self._held[claim.id] = _Held(
+            claim,
+            request,
+            result,
+            left=len(mine),
+            total=each * request.count,
+            taken=each * len(claim.done),
+            warnings=list(result.warnings),
+        )
+        self._tell("progress", self._held[claim.id])
+        if not mine:
+            self._complete(self._held[claim.id])
+
+    def _step(self) -> None:
+        stepped, finished = self._engine.step()
+        moved = {}
+        for ticket in stepped:
+            held = self._held[ticket.tag]
+            held.taken += 1
+            moved[ticket.tag] = held
+            if ticket.tag in self._watched:
+                self._preview(held, ticket)
+        for held in moved.values():
+            self._tell("progress", held)
+        for ticket in finished:
+            # Its job may have ended by another picture's error.
+            if ticket.tag in self._held:
+                self._picture(self._held[ticket.tag], ticket)
+
+    def _picture(self, held: _Held, ticket: Any) -> None:
+        from safelight.job import NotFiniteError
+
+        image, error = ticket.image, ticket.error
+        if error is not None and (isinstance(error, NotFiniteError) or "NaN" in str(error)):
+            image, error = self._again(held, ticket.seed, error)
+        if error is None:
+            try:
+                self._commit(held, image, ticket.index, ticket.seed)
+            except SafelightError as problem:  # the disk is full, say
+                error = problem
+            except LostError:
+                self._forget(held.claim.id)
+                return
+        if error is not None:
+            self._engine.drop(held.claim.id)
+            self._end(held.claim, held.warnings, str(error))
+            return
+        held.left -= 1
+        if held.left:
+            self._tell("picture", held)
+        else:
+            self._complete(held)
+
+    def _again(self, held: _Held, seed: int, error: Exception) -> tuple[Any, Exception | None]:
+        """A picture that came out as no numbers, once more in float32."""
+        if str(self._model.dtype) == "torch.float32":
+            return None, error
+        try:
+            if self._precise is None:
+                self._precise = self._load(dtype="float32")
+            made = self._precise.generate(held.request.replace(seed=seed, count=1))
+        except SafelightError as problem:
+            return None, problem
+        dtype = str(self._model.dtype).removeprefix("torch.")
+        held.warnings.append(f"seed {seed} gave NaN in {dtype} and was drawn in float32")
+        return made.images[0], None
+
+    def _commit(self, held: _Held, image: Any, index: int, seed: int) -> None:
+        """The file first, then the row: what has a row has a file."""
+        from safelight.picture import save_png
+        from safelight.recipe import png_texts
+
+        made = replace(held.result, images=[image], seeds=[seed], warnings=held.warnings)
+        recipe = made.recipe(0)
+        picture = Picture(
+            id=new_id(),
+            index=index,
+            seed=seed,
+            width=image.width,
+            height=image.height,
+            recipe=recipe,
+        )
+        path = self._files.new_picture(picture.id)
+        save_png(image, path, png_texts(recipe))
+        try:
+            self._store.add_picture(held.claim.id, held.claim.token, picture)
+        except LostError:
+            path.unlink()
+            raise
+
+    def _complete(self, held: _Held) -> None:
+        self._end(held.claim, held.warnings, None)
+
+    def _end(self, claim: Claim, warnings: list[str], error: str | None) -> None:
+        with contextlib.suppress(LostError):  # cancelled meanwhile
+            self._store.finish(claim.id, claim.token, warnings=warnings, error=error)
+        self._held.pop(claim.id, None)
+        self._alone = False
+        self._pipe.send(("end", claim.id))
+
+    def _forget(self, job_id: str) -> None:
+        if self._held.pop(job_id, None) is not None:
+            self._engine.drop(job_id)
+            self._alone = False
+            self._pipe.send(("end", job_id))
+
+    def _preview(self, held: _Held, ticket: Any) -> None:
+        now = time.monotonic()
+        if now - held.previewed < PREVIEW_EVERY or ticket.job.done:
+            return
+        held.previewed = now
+        image = preview(self._model, ticket.job.clean)
+        out = io.BytesIO()
+        image.save(out, "PNG", compress_level=1)
+        encoded = base64.b64encode(out.getvalue()).decode()
+        self._pipe.send(("preview", held.claim.id, ticket.index, encoded))
+
+    def _tell(self, kind: str, held: _Held) -> None:
+        self._pipe.send((kind, held.claim.id, held.taken, held.total))
+
+    def _renew(self) -> None:
+        if self._held and time.monotonic() - self._renewed > LEASE / 4:
+            self._store.renew(self._id)
+            self._renewed = time.monotonic()
+
+
+def preview(model: Any, clean: Any) -> Any:
+    """The clean estimate as a small picture: of large latents the average of each few."""
+    import torch
+    import torch.nn.functional as F
+
+    from safelight.job import decode
+
+    with torch.inference_mode():
+        largest = max(clean.shape[-2:])
+        if model.vae is not None and largest > PREVIEW_LATENTS:
+            clean = F.avg_pool2d(clean, -(-largest // PREVIEW_LATENTS), ceil_mode=True)
+        return decode(model, clean)

@@ -1,0 +1,194 @@
+"""What stands before the routes: tokens, hosts, origins, sizes, slowness."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import itertools
+from typing import Any
+
+import pytest
+
+from safelight.server import guard
+from safelight.server.guard import Guard, Rules
+
+TOKEN = "s3cret"
+SILENCE = b"nothing comes"
+BEARER = {"authorization": f"Bearer {TOKEN}"}
+
+
+async def _echo(scope: Any, receive: Any, send: Any) -> None:
+    """Reads all of the body and says how long it was."""
+    size, more = 0, True
+    while more:
+        message = await receive()
+        size += len(message.get("body", b""))
+        more = message.get("more_body", False)
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": str(size).encode()})
+
+
+def ask(
+    rules: Rules,
+    headers: dict[str, str] | list[tuple[str, str]],
+    *,
+    method: str = "GET",
+    path: str = "/api/jobs",
+    body: list[bytes] | None = None,
+    app: Any = _echo,
+    take: Any = None,
+) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of the answer."""
+    pairs = list(headers.items()) if isinstance(headers, dict) else headers
+    scope = {
+        "type": "http",
+        "method": method,
+        "path": path,
+        "server": ("127.0.0.1", 7860),
+        "headers": [(k.encode(), v.encode()) for k, v in pairs],
+    }
+    parts = list(body or [b""])
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        part = parts.pop(0)
+        if part is SILENCE:
+            await asyncio.sleep(3600)
+        return {"type": "http.request", "body": part, "more_body": bool(parts)}
+
+    async def send(message: Any) -> None:
+        if take is not None:
+            await take()
+        sent.append(message)
+
+    asyncio.run(Guard(app, rules)(scope, receive, send))
+    start = sent[0]
+    found = {k.decode(): v.decode() for k, v in start["headers"]}
+    return start["status"], found, b"".join(m.get("body", b"") for m in sent[1:])
+
+
+def status(rules: Rules, headers: Any, **how: Any) -> int:
+    return ask(rules, headers, **how)[0]
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE", "PUT", "PATCH", "OPTIONS", "HEAD"])
+@pytest.mark.parametrize(
+    "path", ["/", "/api/jobs", "/v1/models", "/sdapi/v1/options", "/metrics", "/docs", "/nowhere"]
+)
+def test_without_the_token_nothing_but_liveness(method: str, path: str) -> None:
+    rules = Rules(TOKEN)
+    host = {"host": "127.0.0.1:7860"}
+    code, headers, _ = ask(rules, host, method=method, path=path)
+    assert (code, headers["www-authenticate"]) == (401, "Bearer")
+    for wrong in ("", "Bearer", "Bearer ", "Bearer s3cre", "Bearer s3crets", TOKEN, "Basic s3cret"):
+        assert status(rules, {**host, "authorization": wrong}, method=method, path=path) == 401
+    assert status(rules, {**host, **BEARER}, method=method, path=path) == 200
+    assert status(rules, host, method=method, path="/healthz") == 200
+
+
+def test_a_token_as_the_password_of_basic() -> None:
+    value = base64.b64encode(b"anyone:" + TOKEN.encode()).decode()
+    headers = {"host": "localhost", "authorization": f"Basic {value}"}
+    assert status(Rules(TOKEN), headers) == 200
+
+
+def test_two_authorizations_are_none() -> None:
+    twice = [("host", "localhost"), *[("authorization", f"Bearer {TOKEN}")] * 2]
+    assert status(Rules(TOKEN), twice) == 401
+
+
+GOOD_HOSTS = ["127.0.0.1", "127.0.0.1:7860", "localhost:1", "[::1]:7860", "LOCALHOST", "pics.lan"]
+BAD_HOSTS = [
+    "",
+    "evil.example",
+    "evil.example:7860",
+    "127.0.0.1.evil.example",
+    "localhost.evil.example",
+    "user@127.0.0.1",
+    "127.0.0.1/x",
+    "127.0.0.1:99999999",
+    "[::1",
+    "169.254.169.254",
+    "0x7f.1",
+    "127.0.0.1 evil",
+]
+
+
+def test_hosts() -> None:
+    rules = Rules(hosts=frozenset({"pics.lan"}))
+    for host in GOOD_HOSTS:
+        assert status(rules, {"host": host}) == 200, host
+    for host in BAD_HOSTS:
+        assert status(rules, {"host": host}) == 400, host
+    assert status(rules, {}) == 400
+    assert status(rules, [("host", "localhost"), ("host", "evil.example")]) == 400
+
+
+METHODS = ["GET", "HEAD", "POST", "DELETE", "PUT", "PATCH", "OPTIONS"]
+ORIGINS = {
+    None: True,
+    "http://localhost:7860": True,
+    "http://evil.example": False,
+    "null": False,
+    "http://localhost:7861": False,
+    "http://localhost": False,
+    "file://": False,
+    "http://localhost:7860.evil.example": False,
+}
+SITES = {None: True, "none": True, "same-origin": True, "same-site": False, "cross-site": False}
+
+
+@pytest.mark.parametrize(
+    ("method", "origin", "site"), list(itertools.product(METHODS, ORIGINS, SITES))
+)
+def test_origins_and_sites(method: str, origin: str | None, site: str | None) -> None:
+    headers = {"host": "localhost:7860"}
+    if origin is not None:
+        headers["origin"] = origin
+    if site is not None:
+        headers["sec-fetch-site"] = site
+    expected = 200 if ORIGINS[origin] and SITES[site] else 403
+    code, answer, _ = ask(Rules(), headers, method=method)
+    assert code == expected
+    assert "access-control-allow-origin" not in answer
+
+
+def test_a_link_from_another_site_may_lead_here() -> None:
+    headers = {"host": "localhost", "sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
+    assert status(Rules(), headers) == 200
+    assert status(Rules(), headers, method="POST") == 403
+
+
+def test_what_is_served_is_inert() -> None:
+    _, headers, _ = ask(Rules(), {"host": "localhost"})
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["cross-origin-resource-policy"] == "same-origin"
+    assert len(headers["x-request-id"]) == 16
+
+
+def test_large_bodies_are_refused_before_and_while_they_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(guard, "MOST_BODY", 1000)
+    host = {"host": "localhost"}
+    assert status(Rules(), {**host, "content-length": "1001"}, method="POST") == 413
+    assert status(Rules(), {**host, "content-length": "x"}, method="POST") == 400
+    assert status(Rules(), host, method="POST", body=[b"x" * 600] * 2) == 413
+    assert ask(Rules(), host, method="POST", body=[b"x" * 500] * 2)[2] == b"1000"
+
+
+def test_a_client_that_sends_too_slowly_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "SLOW", 0.05)
+    code, _, body = ask(Rules(), {"host": "localhost"}, method="POST", body=[b"a", SILENCE])
+    assert code == 408
+    assert b"too slow" in body
+
+
+def test_a_client_that_never_reads_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "SLOW", 0.05)
+
+    async def never() -> None:
+        await asyncio.sleep(3600)
+
+    with pytest.raises(TimeoutError):
+        ask(Rules(), {"host": "localhost"}, take=never)

@@ -1,0 +1,1048 @@
+"""The API of AUTOMATIC1111, as the client `webuiapi` and bare HTTP see it."""
+
+import asyncio
+import base64
+import contextlib
+import http.client
+import io
+import itertools
+import json
+import secrets
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+
+import pytest
+import requests
+import uvicorn
+import webuiapi
+from fastapi import FastAPI
+from fastapi.responses import PlainTextResponse
+from PIL import Image, PngImagePlugin
+from sd_parsers import ParserManager
+
+from safelight.errors import SafelightError
+from safelight.picture import save_png
+from safelight.recipe import png_texts, read_recipe
+from safelight.request import Result
+from safelight.server import sdapi
+from safelight.server.jobs import BusyError, Event, Job, ModelInfo, Picture, Progress, Status
+
+SHA = "ab" * 32
+PATIENCE = 20
+
+
+def until(done):
+    end = time.monotonic() + PATIENCE
+    while not (found := done()):
+        assert time.monotonic() < end, "nothing came of it"
+        time.sleep(0.01)
+    return found
+
+
+def encoded(image, form="PNG"):
+    buffer = io.BytesIO()
+    image.save(buffer, form)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def colour(seed):
+    return (seed % 256, 100, 200)
+
+
+class StoppingError(SafelightError):
+    """Of the server itself, not of the request."""
+
+
+class FakeService:
+    """Plain colours by seed, over the picture to start from where the mask lets it; 4 steps each.
+
+    Pauses before the step `pause` until `resume`.
+    """
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.requests, self.watched, self.cancelled = [], [], []
+        self.busy = self.broken = self.stopping = self.loading = False
+        self.pause = None
+        self._jobs, self._queues, self._tasks = {}, {}, {}
+        self._go = threading.Event()
+
+    def resume(self):
+        self._go.set()
+
+    async def submit(self, request, *, client="api", idempotency_key=None):
+        if self.busy:
+            raise BusyError(64, 7)
+        if self.stopping:
+            raise StoppingError("the server is stopping")
+        job = Job(
+            id=secrets.token_hex(8),
+            status=Status.QUEUED,
+            created_at=datetime.now(UTC),
+            client=client,
+            settings=request.to_dict(),
+            progress=Progress(steps=4 * request.count),
+            warnings=request.idle(),
+        )
+        self.requests.append(request)
+        self._jobs[job.id], self._queues[job.id] = job, []
+        self._tasks[job.id] = asyncio.create_task(self._draw(job, request))
+        return job.model_copy()
+
+    async def _draw(self, job, request):
+        job.status, job.started_at = Status.RUNNING, datetime.now(UTC)
+        status = Status.SUCCEEDED
+        for i in range(request.count):
+            for _ in range(4):
+                if self.pause == job.progress.step:
+                    while not self._go.is_set() and job.id not in self.cancelled:
+                        self._tell(job, kind="preview", index=i, preview=encoded(self._paint(0)))
+                        await asyncio.sleep(0.01)
+                if job.id in self.cancelled:
+                    status = Status.CANCELLED
+                    break
+                job.progress.step += 1
+                await asyncio.sleep(0)
+            if status is Status.CANCELLED:
+                break
+            job.pictures.append(self._finish(request, i))
+        if self.broken:
+            status, job.error = Status.FAILED, "the picture has values that are no numbers"
+        job.status, job.finished_at = status, datetime.now(UTC)
+        self._tell(job, kind="end")
+
+    def _paint(self, seed, size=(64, 64)):
+        return Image.new("RGB", size, colour(seed))
+
+    def _finish(self, request, i):
+        seed, size = request.seed + i, (request.width or 64, request.height or 64)
+        image = self._paint(seed, size)
+        if request.mask is not None:
+            image = Image.composite(
+                image, request.image.resize(size, 0), request.mask.resize(size, 0)
+            )
+        settings = {**request.to_dict(), "width": size[0], "height": size[1]}
+        recipe = Result([image], [seed], settings, "tiny", SHA, "cpu", "float32").recipe()
+        picture = Picture(
+            id=secrets.token_hex(8),
+            index=i,
+            seed=seed,
+            width=size[0],
+            height=size[1],
+            recipe=recipe,
+        )
+        save_png(image, self.folder / f"{picture.id}.png", png_texts(recipe))
+        return picture
+
+    def _tell(self, job, **what):
+        for queue in self._queues[job.id]:
+            queue.put_nowait(Event(job=job.model_copy(), **what))
+
+    async def get(self, job_id):
+        job = self._jobs.get(job_id)
+        return job and job.model_copy(deep=True)
+
+    async def wait(self, job_id):
+        await asyncio.shield(self._tasks[job_id])
+        return await self.get(job_id)
+
+    async def events(self, job_id, *, previews=True):
+        self.watched.append((job_id, previews))
+        queue = asyncio.Queue()
+        self._queues[job_id].append(queue)
+        while True:
+            event = await queue.get()
+            yield event
+            if event.kind == "end":
+                return
+
+    async def cancel(self, job_id):
+        self.cancelled.append(job_id)
+        return await self.get(job_id)
+
+    def picture_file(self, picture_id):
+        path = self.folder / f"{picture_id}.png"
+        return path if path.exists() else None
+
+    async def model(self):
+        if self.loading and not self.requests:
+            return ModelInfo(name="tiny")
+        return ModelInfo(name="tiny", sha256=SHA, kind="text", width=64, height=64, ready=True)
+
+
+@pytest.fixture
+def service(tmp_path):
+    return FakeService(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def server():
+    """A real server in a thread: its app, and where it listens."""
+    app = FastAPI()
+    app.include_router(sdapi.router)
+
+    @app.exception_handler(StoppingError)
+    def stopping(_, error):
+        return PlainTextResponse(str(error), 503)
+
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app, log_level="error", lifespan="off", ws="none", timeout_graceful_shutdown=5
+        )
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        until(lambda: server.started)
+        yield app, listener.getsockname()[1]
+        server.should_exit = True
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
+@pytest.fixture
+def port(server, service):
+    app, port = server
+    app.state.service = service
+    yield port
+    service.resume()
+
+
+@pytest.fixture
+def client(port):
+    """Makes clients: by address alone, or with a name of their own."""
+    made = []
+
+    def make(username=None):
+        api = webuiapi.WebUIApi(port=port, username=username, password=username)
+        made.append(api)
+        return api
+
+    yield make
+    for api in made:
+        api.session.close()
+
+
+@pytest.fixture
+def api(client):
+    return client()
+
+
+@pytest.fixture
+def call(port):
+    """Bare HTTP: call("txt2img", {...}) posts, call("progress") gets."""
+
+    def call(path, body=None, **more):
+        method = "GET" if body is None and not more else "POST"
+        url = f"http://127.0.0.1:{port}/sdapi/v1/{path}"
+        return requests.request(method, url, json=body, timeout=PATIENCE, **more)
+
+    return call
+
+
+@pytest.fixture
+def line(port):
+    """A connection of one's own."""
+    with contextlib.closing(
+        http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+    ) as line:
+        yield line
+
+
+@pytest.fixture
+def later(service):
+    """Runs calls in threads of their own."""
+    with ThreadPoolExecutor(4) as pool:
+        yield pool.submit
+        service.resume()  # else a test that fails would wait for its calls forever
+
+
+def warnings_of(answer):
+    return json.loads(answer.json()["info"])["warnings"]
+
+
+def refused(answer, status=422):
+    """The one line of an error, in that API's shape."""
+    assert answer.status_code == status, answer.text
+    body = answer.json()
+    assert set(body) == {"error", "detail", "body", "errors"}
+    assert len(body["detail"].splitlines()) == 1
+    assert len(body["detail"]) < 250
+    assert "Traceback" not in answer.text
+    return body["detail"]
+
+
+def two_halves(mode="L", left: object = 0, right: object = 255):
+    image = Image.new(mode, (64, 64), left)
+    image.paste(right, (32, 0, 64, 64))
+    return image
+
+
+def test_the_module_is_free_of_torch():
+    code = (
+        "import sys; from safelight.server import sdapi, sdapi_shapes as shapes;"
+        "from safelight.server.jobs import ModelInfo;"
+        "shapes.understand(shapes.TextToImage(), ModelInfo(name='tiny'));"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+class TestTextToImage:
+    def test_pictures_come_with_their_recipe_and_are_told_of(self, api, service):
+        result = api.txt2img(
+            prompt="a red apple",
+            negative_prompt="blurry, dark",
+            seed=7,
+            steps=12,
+            cfg_scale=5.5,
+            width=96,
+            height=64,
+            sampler_name="DPM++ 2M",
+            scheduler="Karras",
+            batch_size=2,
+            n_iter=2,
+        )
+        assert [image.size for image in result.images] == [(96, 64)] * 4
+        assert [image.getpixel((0, 0)) for image in result.images] == [
+            colour(seed) for seed in (7, 8, 9, 10)
+        ]
+        info = result.info
+        assert info["seed"] == 7
+        assert info["all_seeds"] == [7, 8, 9, 10]
+        assert info["prompt"] == "a red apple"
+        assert info["all_prompts"] == ["a red apple"] * 4
+        assert info["negative_prompt"] == "blurry, dark"
+        assert (info["width"], info["height"]) == (96, 64)
+        assert (info["steps"], info["cfg_scale"], info["batch_size"]) == (12, 5.5, 2)
+        assert info["sampler_name"] == "DPM++ 2M"
+        assert info["extra_generation_params"] == {"Schedule type": "Karras"}
+        assert (info["sd_model_name"], info["sd_model_hash"]) == ("tiny", SHA[:10])
+        assert info["clip_skip"] == 1
+        assert info["warnings"] == []
+        assert datetime.strptime(info["job_timestamp"], "%Y%m%d%H%M%S").year > 2000
+        assert [image.text["parameters"] for image in result.images] == info["infotexts"]
+        for i, image in enumerate(result.json["images"]):
+            recipe = read_recipe(base64.b64decode(image, validate=True))
+            assert recipe["settings"]["seed"] == 7 + i
+        request = service.requests[0]
+        assert (request.sampler, request.schedule, request.count) == ("dpmpp_2m", "karras", 4)
+
+    def test_the_client_s_own_defaults(self, api, service):
+        result = api.txt2img(prompt="a cat")
+        request = service.requests[0]
+        assert (request.sampler, request.steps, request.guidance_scale) == ("euler_a", 20, 7)
+        assert (request.schedule, request.eta, request.strength) == (None, 0, None)
+        assert result.image.size == (512, 512)
+        assert result.info["warnings"] == []
+
+    def test_an_empty_body_means_that_api_s_defaults_at_the_model_s_size(self, call, service):
+        answer = call("txt2img", {})
+        request = service.requests[0]
+        assert (request.prompt, request.sampler, request.steps) == ("", "euler", 50)
+        assert (request.guidance_scale, request.count) == (7, 1)
+        assert (request.width, request.height) == (None, None)
+        parameters = answer.json()["parameters"]
+        assert (parameters["width"], parameters["height"]) == (64, 64)
+        assert (parameters["seed"], parameters["steps"], parameters["n_iter"]) == (-1, 50, 1)
+
+    def test_parameters_are_an_echo(self, call):
+        sent = {"prompt": "x", "cfg_scale": 3, "do_not_save_grid": True, "script_args": [1, "a"]}
+        parameters = call("txt2img", sent).json()["parameters"]
+        assert {name: parameters[name] for name in sent} == sent
+
+    def test_while_the_model_is_still_being_loaded(self, api, service):
+        service.loading = True
+        assert api.get_sd_models()[0]["title"] == "tiny"
+        assert api.txt2img().info["sd_model_hash"] == SHA[:10]
+
+    def test_null_is_the_default(self, call, service):
+        sent = dict.fromkeys(("prompt", "steps", "cfg_scale", "width", "seed", "styles", "eta"))
+        assert call("txt2img", sent).status_code == 200
+        assert service.requests[0].steps == 50
+
+    def test_whole_numbers_may_be_written_with_a_point(self, call, service):
+        assert call("txt2img", {"steps": 20.0, "width": 64.0}).status_code == 200
+        assert (service.requests[0].steps, service.requests[0].width) == (20, 64)
+
+    @pytest.mark.parametrize("seed", [-1, None])
+    def test_a_seed_is_drawn(self, call, seed):
+        infos = [json.loads(call("txt2img", {"seed": seed}).json()["info"]) for _ in range(3)]
+        assert len({info["seed"] for info in infos}) == 3
+        assert all(info["all_seeds"] == [info["seed"]] for info in infos)
+
+    @pytest.mark.parametrize(
+        ("body", "sampler", "schedule"),
+        [
+            ({"sampler_name": "Euler a"}, "euler_a", None),
+            ({"sampler_name": "euler A"}, "euler_a", None),
+            ({"sampler_name": "euler_a"}, "euler_a", None),
+            ({"sampler_name": "dpmpp_2s"}, "dpmpp_2s", None),
+            ({"sampler_name": None, "sampler_index": "LMS"}, "lms", None),
+            ({"sampler_name": "DDIM", "sampler_index": "LMS"}, "ddim", None),
+            ({"sampler_name": "DPM++ 2M SDE Karras"}, "dpmpp_2m_sde", "karras"),
+            ({"sampler_name": "dpm2 a exponential"}, "dpm2_a", "exponential"),
+            ({"sampler_name": "Heun", "scheduler": "Beta"}, "heun", "beta"),
+            ({"sampler_name": "Heun", "scheduler": "EXPONENTIAL"}, "heun", "exponential"),
+            ({"sampler_name": "Heun", "scheduler": "automatic"}, "heun", None),
+            ({"sampler_name": "Heun", "scheduler": "Uniform"}, "heun", None),
+            ({"sampler_name": "Heun", "scheduler": ""}, "heun", None),
+        ],
+    )
+    def test_names_of_samplers_and_schedulers(self, call, service, body, sampler, schedule):
+        assert call("txt2img", body).status_code == 200
+        assert (service.requests[0].sampler, service.requests[0].schedule) == (sampler, schedule)
+
+    def test_a_schedule_that_the_sampler_lacks_is_left_out_with_a_warning(self, call, service):
+        answer = call("txt2img", {"sampler_name": "Euler a", "scheduler": "Karras"})
+        assert service.requests[0].schedule is None
+        assert "Euler a has no karras" in warnings_of(answer)[0]
+
+    def test_eta_is_for_samplers_that_have_it(self, call, service):
+        ours = call("txt2img", {"sampler_name": "DDIM", "eta": 0.5})
+        other = call("txt2img", {"sampler_name": "Euler a", "eta": 0.5})
+        assert [request.eta for request in service.requests] == [0.5, 0]
+        assert warnings_of(ours) == []
+        assert warnings_of(other)[0].startswith("eta: ")
+
+    @pytest.mark.parametrize(
+        ("body", "word"),
+        [
+            ({"enable_hr": True}, "enable_hr"),
+            ({"styles": ["anime"]}, "styles"),
+            ({"subseed_strength": 0.1}, "subseed_strength"),
+            ({"seed_resize_from_w": 512}, "seed_resize_from"),
+            ({"restore_faces": True}, "restore_faces"),
+            ({"tiling": True}, "tiling"),
+            ({"s_churn": 1}, "s_churn"),
+            ({"s_noise": 1.1}, "s_noise"),
+            ({"s_min_uncond": 1.1}, "s_min_uncond"),
+            ({"refiner_checkpoint": "big"}, "refiner_checkpoint"),
+            ({"infotext": "Steps: 3"}, "infotext"),
+            ({"override_settings": {"CLIP_stop_at_last_layers": 2}}, "CLIP_stop"),
+            ({"override_settings": {"sd_model_checkpoint": "big"}}, "drawn with tiny"),
+            ({"alwayson_scripts": {"ControlNet": {"args": [1]}}}, "ControlNet"),
+        ],
+    )
+    def test_what_is_not_done_is_said(self, call, body, word):
+        (warning,) = warnings_of(call("txt2img", body))
+        assert word in warning
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            {"override_settings": {"sd_model_checkpoint": f"tiny [{SHA[:10]}]"}},
+            {"alwayson_scripts": {"ControlNet": {"args": []}}},
+            {"denoising_strength": 0.7, "save_images": True, "eta": 1, "script_name": ""},
+        ],
+    )
+    def test_what_changes_nothing_is_not_said(self, call, body):
+        assert warnings_of(call("txt2img", body)) == []
+
+    def test_the_job_s_own_warnings_are_passed_on(self, call):
+        answer = call("txt2img", {"negative_prompt": "dark", "cfg_scale": 1})
+        assert "negative_prompt does nothing" in warnings_of(answer)[0]
+
+    def test_send_images_false(self, api):
+        result = api.txt2img(seed=3, batch_size=2, send_images=False)
+        assert result.images == []
+        assert result.info["all_seeds"] == [3, 4]
+
+
+class TestRefusals:
+    def test_the_client_hears_of_a_sampler_that_is_not_there(self, api):
+        with pytest.raises(RuntimeError) as caught:
+            api.txt2img(sampler_name="DPM fast")
+        status, text = caught.value.args
+        assert status == 404
+        assert json.loads(text)["detail"].startswith("Sampler not found")
+
+    @pytest.mark.parametrize(
+        ("body", "status", "word"),
+        [
+            ({"sampler_name": "Euler a Turbo"}, 404, "Sampler not found: 'Euler a Turbo'"),
+            ({"sampler_name": "\ud800" * 999}, 404, "Sampler not found"),
+            ({"scheduler": "SGM Uniform"}, 404, "Scheduler not found: 'SGM Uniform'"),
+            ({"script_name": "X/Y/Z plot"}, 422, "Script 'X/Y/Z plot' not found"),
+            ({"cfg_scale": True}, 422, "cfg_scale"),
+            ({"cfg_scale": "7"}, 422, "cfg_scale"),
+            ({"cfg_scale": float("nan")}, 422, "cfg_scale"),
+            ({"cfg_scale": float("inf")}, 422, "cfg_scale"),
+            ({"subseed_strength": float("nan")}, 422, "subseed_strength"),
+            ({"cfg_scale": 1e308}, 422, "cfg_scale"),
+            ({"cfg_scale": 10**400}, 422, "cfg_scale"),
+            ({"cfg_scale": -1}, 422, "cfg_scale"),
+            ({"cfg_scale": 101}, 422, "cfg_scale"),
+            ({"steps": False}, 422, "steps"),
+            ({"steps": 0}, 422, "steps"),
+            ({"steps": 1001}, 422, "steps"),
+            ({"steps": 1.5}, 422, "steps"),
+            ({"steps": 1e308}, 422, "steps"),
+            ({"width": 63}, 422, "width"),
+            ({"width": 0}, 422, "width"),
+            ({"height": 2056}, 422, "height"),
+            ({"height": 10**12}, 422, "height"),
+            ({"seed": -2}, 422, "seed"),
+            ({"seed": 2**63}, 422, "seed"),
+            ({"batch_size": 65}, 422, "batch_size"),
+            ({"batch_size": 0}, 422, "batch_size"),
+            ({"batch_size": -2, "n_iter": -2}, 422, "batch_size"),
+            ({"batch_size": 8, "n_iter": 9}, 422, "batch_size times n_iter"),
+            ({"prompt": 3}, 422, "prompt"),
+            ({"prompt": "x" * 16385}, 422, "prompt"),
+            ({"prompt": "\ud800"}, 422, "prompt"),
+            ({"styles": "anime"}, 422, "styles"),
+            ({"override_settings": []}, 422, "override_settings"),
+            ({"sampler_name": "DDIM", "eta": 2}, 422, "eta"),
+        ],
+    )
+    def test_one_line_that_names_the_field(self, call, service, body, status, word):
+        # requests refuses NaN, so the body is written here.
+        headers = {"Content-Type": "application/json"}
+        answer = call("txt2img", data=json.dumps(body), headers=headers)
+        assert word in refused(answer, status)
+        assert service.requests == []
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            b"",
+            b"prompt=x",
+            b"{",
+            b"[]",
+            b"null",
+            b'"x"',
+            b"\xff\xfe{}",
+            b'{"prompt": "\xff"}',
+            b"[" * 100_000,
+            b'{"script_args": ' + b"[" * 500 + b"]" * 500 + b"}",
+            b'{"script_args": ["\\ud800"]}',
+            b'{"\\ud800": 1}',
+            b'{"seed": 1' + b"0" * 5000 + b"}",
+        ],
+    )
+    def test_bodies_that_are_no_such_object(self, call, data):
+        refused(call("txt2img", data=data, headers={"Content-Type": "application/json"}))
+
+    def test_numbers_that_json_lacks_do_not_come_back(self, call):
+        answer = call(
+            "txt2img", data='{"script_args": [NaN]}', headers={"Content-Type": "text/json"}
+        )
+        refused(answer)
+        headers = {"Content-Type": "application/json"}
+        answer = call("txt2img", data='{"script_args": [NaN]}', headers=headers)
+        assert answer.json()["parameters"]["script_args"] == [None]
+
+    def test_a_full_queue(self, call, service):
+        service.busy = True
+        answer = call("txt2img", {})
+        assert "the queue of 64 pictures is full" in refused(answer, 429)
+        assert answer.headers["Retry-After"] == "7"
+
+    def test_the_server_s_own_troubles_are_the_app_s_to_answer(self, call, service):
+        service.stopping = True
+        answer = call("txt2img", {})
+        assert (answer.status_code, answer.text) == (503, "the server is stopping")
+
+    def test_a_job_that_fails(self, api, call, service):
+        service.broken = True
+        assert refused(call("txt2img", {}), 500) == "the picture has values that are no numbers"
+        with pytest.raises(RuntimeError, match="no numbers"):
+            api.txt2img()
+
+    def test_a_picture_that_is_gone_before_it_is_sent(self, call, service, monkeypatch):
+        monkeypatch.setattr(service, "picture_file", lambda picture_id: None)
+        assert refused(call("txt2img", {}), 500) == "picture 1 is no longer there"
+
+    def test_a_body_that_is_announced_too_large_is_not_read(self, line):
+        line.putrequest("POST", "/sdapi/v1/img2img")
+        line.putheader("Content-Type", "application/json")
+        line.putheader("Content-Length", str(2**26 + 1))
+        line.endheaders()
+        answer = line.getresponse()
+        assert answer.status == 413
+        assert "64 MiB" in json.loads(answer.read())["detail"]
+
+    def test_a_body_that_turns_out_too_large(self, line, monkeypatch):
+        monkeypatch.setattr(sdapi, "MOST_BYTES", 2000)
+        for letters, status in ((1000, 200), (2000, 413)):
+            body = json.dumps({"styles": ["x" * letters]}).encode()
+            halves = iter((body[:1000], body[1000:]))
+            headers = {"Content-Type": "application/json"}
+            line.request("POST", "/sdapi/v1/txt2img", halves, headers, encode_chunked=True)
+            answer = line.getresponse()
+            assert answer.status == status
+            answer.read()
+
+
+class TestImageToImage:
+    def test_a_picture_is_drawn_over(self, api, service):
+        start = Image.new("RGB", (96, 64), "red")
+        result = api.img2img(
+            images=[start], prompt="an apple", denoising_strength=0.6, width=96, height=64, seed=5
+        )
+        request = service.requests[0]
+        assert request.image.tobytes() == start.tobytes()
+        assert (request.strength, request.mask) == (0.6, None)
+        assert result.image.size == (96, 64)
+        assert result.info["denoising_strength"] == 0.6
+        assert result.info["warnings"] == []
+        assert result.parameters["init_images"] is None
+
+    @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+    def test_plain_base64_or_a_data_uri(self, call, service, form):
+        text = encoded(Image.new("RGB", (64, 64), "blue"), form)
+        for sent in (text, f"data:image/{form.lower()};base64,{text}", text[:9] + "\n" + text[9:]):
+            assert call("img2img", {"init_images": [sent]}).status_code == 200
+        assert [request.strength for request in service.requests] == [0.75] * 3
+
+    @pytest.mark.parametrize(
+        ("size", "body", "expected"),
+        [
+            ((96, 72), {}, (96, 72)),
+            ((99, 70), {}, (96, 72)),
+            ((16, 32), {}, (64, 128)),
+            ((4096, 1024), {}, (2048, 512)),
+            ((8, 4000), {}, (64, 2048)),
+            ((96, 72), {"width": 64}, (64, None)),
+            ((96, 72), {"height": 64, "resize_mode": 1}, (None, 64)),
+            ((96, 72), {"width": 64, "height": 80}, (64, 80)),
+        ],
+    )
+    def test_the_size_is_the_picture_s_unless_it_is_asked_for(
+        self, call, service, size, body, expected
+    ):
+        body = {"init_images": [encoded(Image.new("RGB", size))], **body}
+        answer = call("img2img", body)
+        request = service.requests[0]
+        assert (request.width, request.height) == expected
+        drawn = tuple(answer.json()["parameters"][side] for side in ("width", "height"))
+        assert drawn == tuple(side or 64 for side in expected)
+
+    def test_white_of_the_mask_is_repainted(self, api):
+        start, mask = Image.new("RGB", (64, 64), "red"), two_halves()
+        sides = {"width": 64, "height": 64}
+        result = api.img2img(images=[start], mask_image=mask, seed=9, **sides)
+        assert result.image.getpixel((0, 0)) == (255, 0, 0)
+        assert result.image.getpixel((63, 0)) == colour(9)
+        result = api.img2img(
+            images=[start], mask_image=mask, seed=9, inpainting_mask_invert=1, **sides
+        )
+        assert result.image.getpixel((0, 0)) == colour(9)
+        assert result.image.getpixel((63, 0)) == (255, 0, 0)
+
+    def test_a_mask_with_transparency_says_it_by_its_strokes(self, api):
+        start = Image.new("RGB", (64, 64), "red")
+        mask = two_halves("RGBA", (0, 0, 0, 0), (0, 0, 0, 255))
+        result = api.img2img(images=[start], mask_image=mask, seed=9, width=64, height=64)
+        assert result.image.getpixel((0, 0)) == (255, 0, 0)
+        assert result.image.getpixel((63, 0)) == colour(9)
+
+    def test_an_alpha_channel_that_hides_nothing_says_nothing(self, api):
+        start = Image.new("RGB", (64, 64), "red")
+        mask = two_halves().convert("RGBA")
+        result = api.img2img(images=[start], mask_image=mask, seed=9, width=64, height=64)
+        assert result.image.getpixel((0, 0)) == (255, 0, 0)
+
+    def test_a_mask_of_another_size_is_fitted(self, api):
+        start = Image.new("RGB", (128, 128), "red")
+        result = api.img2img(images=[start], mask_image=two_halves(), width=128, height=128)
+        assert result.image.getpixel((60, 120)) == (255, 0, 0)
+        assert result.image.getpixel((68, 120)) == colour(result.info["seed"])
+        assert any(text.startswith("mask: resized") for text in result.info["warnings"])
+
+    @pytest.mark.parametrize(
+        ("body", "words"),
+        [
+            ({}, ["mask_blur", "inpaint_full_res", "inpainting_fill 0"]),
+            ({"mask_blur": 0, "inpaint_full_res": False, "inpainting_fill": 1}, []),
+            ({"mask_blur": 0, "inpaint_full_res": 0, "denoising_strength": 1}, []),
+            (
+                {"mask_blur": 0, "inpaint_full_res": False, "inpainting_fill": 2},
+                ["inpainting_fill 2"],
+            ),
+        ],
+    )
+    def test_what_is_not_done_about_a_mask_is_said(self, call, body, words):
+        picture = {"init_images": [encoded(two_halves("RGB", "red", "blue"))]}
+        assert warnings_of(call("img2img", {**picture, **body})) == []
+        found = warnings_of(call("img2img", {**picture, "mask": encoded(two_halves()), **body}))
+        assert [text.startswith(word) for text, word in zip(found, words, strict=True)] == [
+            True
+        ] * len(words)
+
+    def test_other_things_that_are_not_done(self, call):
+        body = {"init_images": [encoded(Image.new("RGB", (64, 64)))]}
+        (noise,) = warnings_of(call("img2img", {**body, "initial_noise_multiplier": 1.1}))
+        assert noise.startswith("initial_noise_multiplier")
+        (latent,) = warnings_of(call("img2img", {**body, "resize_mode": 3}))
+        assert latent.startswith("resize_mode 3")
+
+    def test_resizing(self, call, service):
+        """A red left and a blue right half, twice as wide as the picture that is asked for."""
+        start = two_halves("RGB", "red", "blue").resize((256, 128), 0)
+        mask = two_halves().resize((256, 128), 0)
+        body = {"init_images": [encoded(start)], "mask": encoded(mask), "width": 128, "height": 128}
+        for mode in (0, 1, 2):
+            assert call("img2img", {**body, "resize_mode": mode}).status_code == 200
+        whole, cropped, padded = [(r.image, r.mask) for r in service.requests]
+        assert whole[0].size == whole[1].size == (256, 128)
+        assert cropped[0].size == cropped[1].size == (128, 128)
+        assert cropped[0].getpixel((2, 2)) == (255, 0, 0)
+        assert cropped[1].getbbox() == (64, 0, 128, 128)
+        assert padded[0].size == (128, 128)
+        assert padded[0].getpixel((2, 2)) == (0, 0, 0)
+        assert padded[0].getpixel((2, 64)) == (255, 0, 0)
+        assert padded[1].getbbox() == (64, 32, 128, 96)
+
+    def test_the_pictures_come_back_if_they_are_asked_for(self, call):
+        sent = {"init_images": [encoded(two_halves())], "mask": encoded(two_halves())}
+        kept = call("img2img", {**sent, "include_init_images": True}).json()["parameters"]
+        assert {name: kept[name] for name in sent} == sent
+        left = call("img2img", sent).json()["parameters"]
+        assert {name: left[name] for name in sent} == dict.fromkeys(sent)
+
+    @pytest.mark.parametrize(
+        ("body", "status", "word"),
+        [
+            ({}, 404, "Init image not found"),
+            ({"init_images": []}, 404, "Init image not found"),
+            ({"init_images": "x"}, 422, "init_images"),
+            ({"init_images": [3]}, 422, "init_images"),
+            ({"init_images": ["http://localhost/a.png"]}, 422, "addresses are never fetched"),
+            ({"init_images": ["HTTPS://localhost/a.png"]}, 422, "addresses are never fetched"),
+            ({"init_images": ["file:///etc/passwd"]}, 422, "addresses are never fetched"),
+            ({"init_images": ["!!!!"]}, 422, "init_images must hold a picture in base64"),
+            ({"init_images": ["abcde"]}, 422, "init_images must hold a picture in base64"),
+            ({"init_images": ["\u00e9"]}, 422, "init_images must hold a picture in base64"),
+            ({"init_images": ["data:image/png;base64"]}, 422, "picture of init_images"),
+            ({"init_images": [base64.b64encode(b"<svg/>").decode()]}, 422, "PNG, JPEG or WebP"),
+            ({"mask": "http://localhost/m.png"}, 422, "mask must hold a picture in base64"),
+            ({"mask": base64.b64encode(b"x").decode()}, 422, "the mask must be a PNG"),
+            ({"denoising_strength": 0}, 422, "denoising_strength must be"),
+            ({"denoising_strength": 1.1}, 422, "denoising_strength must be"),
+            ({"resize_mode": 4}, 422, "resize_mode"),
+            ({"width": 10**9, "height": 10**9, "resize_mode": 1}, 422, "width must be"),
+            ({"script_name": "SD upscale"}, 422, "Script 'SD upscale' not found"),
+        ],
+    )
+    def test_refusals(self, call, service, body, status, word):
+        if body and "init_images" not in body:
+            body = {"init_images": [encoded(Image.new("RGB", (64, 64)))], **body}
+        assert word in refused(call("img2img", body), status)
+        assert service.requests == []
+
+    def test_two_pictures_are_one_too_many(self, api):
+        with pytest.raises(RuntimeError, match="must hold one picture, not 2"):
+            api.img2img(images=[Image.new("RGB", (64, 64))] * 2)
+
+    @pytest.mark.parametrize("cut", [60, -200])
+    def test_a_picture_that_is_cut_off(self, call, cut):
+        noise = Image.effect_noise((64, 64), 90)
+        data = base64.b64decode(encoded(noise))[:cut]
+        body = {"init_images": [base64.b64encode(data).decode()]}
+        assert "damaged" in refused(call("img2img", body))
+
+    def test_a_strip_cannot_be_padded_to_a_square(self, call):
+        body = {"init_images": [encoded(Image.new("L", (8, 8000)))], "width": 512, "height": 512}
+        assert "too narrow" in refused(call("img2img", {**body, "resize_mode": 2}))
+
+
+class TestProgress:
+    def test_idle(self, api):
+        api.util_wait_for_ready(check_interval=0)
+        answer = api.get_progress()
+        assert (answer["progress"], answer["eta_relative"]) == (0, 0)
+        assert answer["current_image"] is None
+        assert answer["state"]["job"] == ""
+        assert answer["state"]["job_count"] == answer["state"]["sampling_steps"] == 0
+
+    def test_while_a_job_runs(self, client, service, later):
+        service.pause = 6
+        waiting = later(client().txt2img, seed=1, batch_size=3)
+        api = client()
+        answer = until(
+            lambda: (a := api.get_progress())["progress"] == 0.5 and a["current_image"] and a
+        )
+        assert 0 < answer["eta_relative"] < PATIENCE
+        state = answer["state"]
+        assert (state["job_no"], state["job_count"]) == (1, 3)
+        assert (state["sampling_step"], state["sampling_steps"]) == (2, 4)
+        assert state["job"]
+        assert not state["interrupted"]
+        assert not state["skipped"]
+        preview = Image.open(io.BytesIO(base64.b64decode(answer["current_image"])))
+        assert preview.getpixel((0, 0)) == colour(0)
+        service.resume()
+        assert len(waiting.result(PATIENCE).images) == 3
+        assert api.get_progress()["progress"] == 0
+
+    def test_previews_are_made_for_those_who_look(self, client, call, service, later):
+        service.pause = 2
+        waiting = later(client().txt2img)
+        running = until(
+            lambda: (a := call("progress?skip_current_image=true").json())["progress"] == 0.5 and a
+        )
+        assert running["current_image"] is None
+        assert service.watched == []
+        until(lambda: call("progress").json()["current_image"])
+        assert len(service.watched) == 1
+        assert call("progress?skip_current_image=true").json()["current_image"] is None
+        service.resume()
+        waiting.result(PATIENCE)
+
+    def test_it_is_about_the_caller_s_own_jobs(self, client, service, later):
+        service.pause = 2
+        waiting = later(client("ann").txt2img)
+        until(lambda: client("ann").get_progress()["progress"] == 0.5)
+        for other in (client(), client("bob")):
+            assert other.get_progress()["progress"] == 0
+            assert other.get_progress()["state"]["job_count"] == 0
+        service.resume()
+        waiting.result(PATIENCE)
+
+    def test_it_is_about_the_oldest_of_them(self, client, service, later):
+        service.pause = 2
+        waiting = later(client().txt2img, batch_size=2)
+        until(lambda: len(service.requests) == 1)
+        second = later(client().txt2img)
+        until(lambda: len(service.requests) == 2)
+        api = client()
+        until(lambda: api.get_progress()["progress"] == 0.25)
+        assert api.get_progress()["state"]["job_count"] == 2
+        service.resume()
+        for call in (waiting, second):
+            call.result(PATIENCE)
+
+    def test_a_wrong_question(self, call):
+        assert "skip_current_image" in refused(call("progress?skip_current_image=maybe"))
+
+
+class TestInterrupt:
+    @pytest.mark.parametrize(("how", "said"), [("interrupt", "interrupted"), ("skip", "skipped")])
+    def test_the_call_answers_with_what_is_finished(self, client, service, later, how, said):
+        service.pause = 6
+        waiting = later(client().txt2img, seed=1, batch_size=3)
+        api = client()
+        until(lambda: api.get_progress()["progress"] == 0.5)
+        assert not api.get_progress()["state"][said]
+        assert getattr(api, how)() == {}
+        result = waiting.result(PATIENCE)
+        assert [image.getpixel((0, 0)) for image in result.images] == [colour(1)]
+        assert result.info["all_seeds"] == [1]
+        assert len(result.info["infotexts"]) == 1
+        until(lambda: api.get_progress()["state"]["job_count"] == 0)
+
+    @pytest.mark.parametrize(("how", "said"), [("interrupt", "interrupted"), ("skip", "skipped")])
+    def test_progress_says_so(self, client, service, later, monkeypatch, how, said):
+        """Between the wish and the end of the job."""
+
+        async def slow(job_id):
+            wishes.append(job_id)
+
+        wishes = []
+        service.pause = 2
+        monkeypatch.setattr(service, "cancel", slow)
+        waiting = later(client().txt2img)
+        api = client()
+        until(lambda: api.get_progress()["progress"] == 0.5)
+        getattr(api, how)()
+        assert len(wishes) == 1
+        state = api.get_progress()["state"]
+        assert [name for name in ("interrupted", "skipped") if state[name]] == [said]
+        service.resume()
+        waiting.result(PATIENCE)
+
+    def test_nothing_finished_is_an_answer_too(self, client, service, later):
+        service.pause = 0
+        waiting = later(client().txt2img, seed=4, width=96, height=64)
+        until(lambda: service.requests)
+        until(lambda: client().interrupt() == {} and service.cancelled)
+        result = waiting.result(PATIENCE)
+        assert result.images == []
+        assert (result.info["seed"], result.info["all_seeds"]) == (4, [])
+        assert (result.info["width"], result.info["height"]) == (96, 64)
+
+    def test_other_callers_jobs_go_on(self, client, service, later):
+        service.pause = 2
+        ann, bob = (later(client(name).txt2img) for name in ("ann", "bob"))
+        for name in ("ann", "bob"):
+            until(lambda name=name: client(name).get_progress()["progress"] == 0.5)
+        client().interrupt()
+        client("ann").interrupt()
+        assert ann.result(PATIENCE).images == []
+        assert len(service.cancelled) == 1
+        assert not bob.done()
+        service.resume()
+        assert len(bob.result(PATIENCE).images) == 1
+
+    def test_with_nothing_to_interrupt(self, api):
+        assert api.interrupt() == {}
+
+    def test_a_client_that_leaves_takes_its_job_along(self, line, client, service):
+        service.pause = 2
+        line.request("POST", "/sdapi/v1/txt2img", "{}", {"Content-Type": "application/json"})
+        until(lambda: client().get_progress()["progress"] == 0.5)
+        assert service.cancelled == []
+        line.close()
+        until(lambda: service.cancelled)
+        until(lambda: client().get_progress()["state"]["job_count"] == 0)
+
+
+class TestLists:
+    def test_every_sampler_that_is_listed_can_be_asked_for(self, api, service):
+        samplers = api.get_samplers()
+        assert {"Euler a", "DPM++ 2M", "PLMS", "DDIM"} <= {entry["name"] for entry in samplers}
+        assert all(set(entry) == {"name", "aliases", "options"} for entry in samplers)
+        aliases = itertools.chain.from_iterable(entry["aliases"] for entry in samplers)
+        names = [*api.util_get_sampler_names(), *aliases]
+        for name in names:
+            api.txt2img(sampler_name=name, width=64, height=64)
+        assert len(service.requests) == len(names) > len(samplers)
+
+    def test_every_scheduler_that_is_listed_can_be_asked_for(self, api, service):
+        assert api.util_get_scheduler_names() == ["automatic", "beta", "exponential", "karras"]
+        for entry in api.get_schedulers():
+            assert set(entry) == {
+                "name",
+                "label",
+                "aliases",
+                "default_rho",
+                "need_inner_model",
+            }
+            api.txt2img(sampler_name="Heun", scheduler=entry["label"], width=64, height=64)
+        assert {request.schedule for request in service.requests} == {
+            None,
+            "karras",
+            "exponential",
+            "beta",
+        }
+
+    def test_the_model(self, api):
+        title = f"tiny [{SHA[:10]}]"
+        assert api.get_sd_models() == [
+            {
+                "title": title,
+                "model_name": "tiny",
+                "hash": SHA[:10],
+                "sha256": SHA,
+                "filename": "tiny",
+                "config": None,
+            }
+        ]
+        assert api.util_get_model_names() == [title]
+        assert api.util_get_current_model() == title
+        assert api.get_options()["sd_checkpoint_hash"] == SHA
+
+    @pytest.mark.parametrize(
+        "name", ["tiny", "Tiny", f"tiny [{SHA[:10]}]", "tiny.safetensors", SHA, SHA[:10]]
+    )
+    def test_setting_the_model_that_is_served(self, api, name):
+        assert api.set_options({"sd_model_checkpoint": name}) is None
+        assert api.set_options({"sd_model_checkpoint": None, "samples_format": "jpg"}) is None
+
+    def test_the_client_s_way_to_set_it(self, api, monkeypatch):
+        answers = []
+        keep = api.session.post
+        monkeypatch.setattr(
+            api.session, "post", lambda **more: answers.append(keep(**more)) or answers[-1]
+        )
+        api.util_set_model("tinny")
+        assert [answer.status_code for answer in answers] == [200]
+
+    @pytest.mark.parametrize("name", ["sd_xl_base", "", 3, ["tiny"]])
+    def test_another_model_is_refused(self, call, name):
+        line = refused(call("options", {"sd_model_checkpoint": name}), 404)
+        assert "this server serves tiny" in line
+
+    def test_what_is_not_here_is_an_empty_list(self, api):
+        for get in (
+            api.get_sd_vae,
+            api.get_upscalers,
+            api.get_latent_upscale_modes,
+            api.get_loras,
+            api.get_hypernetworks,
+            api.get_face_restorers,
+            api.get_realesrgan_models,
+            api.get_prompt_styles,
+        ):
+            assert get() == []
+        assert api.get_scripts() == {"txt2img": [], "img2img": []}
+        assert api.get_embeddings() == {"loaded": {}, "skipped": {}}
+        assert set(api.get_memory()) == {"ram", "cuda"}
+        assert api.get_cmd_flags() == {"api": True}
+        assert api.refresh_checkpoints() is None
+
+    def test_the_rest(self, call):
+        for path in ("script-info", "extensions"):
+            assert call(path).json() == []
+        for path in ("refresh-vae", "refresh-loras", "refresh-embeddings"):
+            assert call(path, {}).json() is None
+
+
+class TestPngInfo:
+    def test_of_our_own_picture(self, api):
+        drawn = api.txt2img(
+            prompt="a red apple, ripe", negative_prompt="blurry", seed=5, width=96, height=64
+        )
+        result = api.png_info(drawn.image)
+        assert result.info == drawn.info["infotexts"][0]
+        parameters = result.parameters
+        assert parameters["Prompt"] == "a red apple, ripe"
+        assert parameters["Negative prompt"] == "blurry"
+        assert (parameters["Steps"], parameters["Seed"]) == ("20", "5")
+        assert (parameters["Size-1"], parameters["Size-2"]) == ("96", "64")
+        assert parameters["Sampler"] == "Euler a"
+        assert json.loads(result.json["items"]["safelight"])["settings"]["seed"] == 5
+        other = ParserManager().parse(io.BytesIO(base64.b64decode(drawn.json["images"][0])))
+        assert other.full_prompt == "a red apple, ripe"
+
+    def test_of_another_program_s(self, call):
+        text = 'a cat\nSteps: 3, Sampler: DPM fast, Lora: "a: b, c"'
+        chunks = PngImagePlugin.PngInfo()
+        chunks.add_text("parameters", text)
+        chunks.add_text("Software", "another")
+        buffer = io.BytesIO()
+        Image.new("RGB", (64, 64)).save(buffer, "PNG", pnginfo=chunks)
+        answer = call("png-info", {"image": base64.b64encode(buffer.getvalue()).decode()}).json()
+        assert answer == {
+            "info": text,
+            "items": {"Software": "another"},
+            "parameters": {
+                "Prompt": "a cat",
+                "Negative prompt": "",
+                "Steps": "3",
+                "Sampler": "DPM fast",
+                "Lora": "a: b, c",
+            },
+        }
+
+    @pytest.mark.parametrize("form", ["PNG", "JPEG"])
+    def test_of_one_that_says_nothing(self, call, form):
+        answer = call("png-info", {"image": encoded(Image.new("RGB", (64, 64)), form)})
+        assert answer.json() == {"info": "", "items": {}, "parameters": {}}
+
+    def test_of_one_that_is_cut_off(self, call):
+        data = base64.b64decode(encoded(Image.effect_noise((64, 64), 90)))[:-200]
+        body = {"image": base64.b64encode(data).decode()}
+        assert "damaged or cut off" in refused(call("png-info", body))
+
+    @pytest.mark.parametrize(
+        ("body", "word"),
+        [
+            ({}, "image"),
+            ({"image": None}, "image"),
+            ({"image": 3}, "image"),
+            ({"image": ""}, "the picture must be a PNG"),
+            ({"image": "https://localhost/a.png"}, "addresses are never fetched"),
+            ({"image": "!!!!"}, "not base64"),
+            ({"image": base64.b64encode(b"GIF89a").decode()}, "PNG, JPEG or WebP"),
+        ],
+    )
+    def test_refusals(self, call, body, word):
+        assert word in refused(call("png-info", body))

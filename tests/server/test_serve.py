@@ -1,0 +1,313 @@
+"""`safelight serve`, end to end, on the model that ships."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from serving import Serving, wait_for
+
+import safelight
+from safelight.recipe import read_recipe
+
+QUICK = {"steps": 3, "sampler": "euler"}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    with Serving(tmp_path_factory.mktemp("serve"), "--dtype", "float32") as running:
+        running.ready()
+        yield running
+
+
+def png(colour: str = "red", mode: str = "RGB") -> str:
+    out = io.BytesIO()
+    Image.new(mode, (64, 64), colour).save(out, "PNG")
+    return base64.b64encode(out.getvalue()).decode()
+
+
+def picture(server: Serving, job: Any, index: int = 0) -> bytes:
+    answer = server.client.get(f"/api/pictures/{job['pictures'][index]['id']}")
+    assert answer.status_code == 200
+    return answer.content
+
+
+def test_a_prompt_becomes_a_picture_with_its_recipe(server: Serving) -> None:
+    job = server.finished(server.submit(prompt="a red apple", seed=3, count=2, **QUICK))
+    assert job["status"] == "succeeded"
+    assert [p["seed"] for p in job["pictures"]] == [3, 4]
+    data = picture(server, job, 1)
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.size == (64, 64)
+    recipe = read_recipe(data)
+    assert recipe["settings"]["prompt"] == "a red apple"
+    assert recipe["settings"]["seed"] == 4
+
+
+def test_the_same_picture_as_from_python(server: Serving) -> None:
+    job = server.finished(server.submit(prompt="a cat", seed=7, **QUICK))
+    with Image.open(io.BytesIO(picture(server, job))) as drawn:
+        alone = safelight.load(dtype="float32").generate("a cat", seed=7, **QUICK).images[0]
+        assert safelight.picture.largest_difference(drawn, alone) <= 1
+
+
+def test_image_to_image_and_inpainting(server: Serving) -> None:
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
+    out = io.BytesIO()
+    mask.save(out, "PNG")
+    job = server.finished(
+        server.submit(
+            prompt="a cat", image=png(), mask=base64.b64encode(out.getvalue()).decode(), **QUICK
+        )
+    )
+    with Image.open(io.BytesIO(picture(server, job))) as image:
+        assert image.getpixel((60, 10)) == (255, 0, 0)
+        assert image.crop((0, 0, 32, 64)).getextrema() != ((255, 255), (0, 0), (0, 0))
+    assert "image_sha256" in job["settings"]
+
+
+def test_events_of_a_job(server: Serving) -> None:
+    job_id = server.submit(prompt="a cat", steps=40, sampler="euler")
+    kinds: list[str] = []
+    with server.client.stream("GET", f"/api/jobs/{job_id}/events") as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        for line in answer.iter_lines():
+            if line.startswith("event: "):
+                kinds.append(line.removeprefix("event: "))
+            elif line.startswith("data: "):
+                data = json.loads(line.removeprefix("data: "))
+                assert data["job"]["id"] == job_id
+                if kinds[-1] == "preview":
+                    shown = Image.open(io.BytesIO(base64.b64decode(data["preview"])))
+                    assert shown.size == (64, 64)
+    assert kinds[-1] == "end"
+    assert {"progress", "preview"} <= set(kinds)
+    assert data["job"]["status"] == "succeeded"
+
+
+def test_events_of_a_job_that_is_over(server: Serving) -> None:
+    job = server.finished(server.submit(prompt="a cat", **QUICK))
+    text = server.client.get(f"/api/jobs/{job['id']}/events").text
+    assert text.count("event: ") == 1
+    assert "event: end" in text
+
+
+def test_cancelled_within_a_step(server: Serving) -> None:
+    job_id = server.submit(prompt="a cat", steps=1000, sampler="euler")
+    wait_for(lambda: server.job(job_id)["progress"]["step"] > 0)
+    assert server.client.delete(f"/api/jobs/{job_id}").json()["status"] == "cancelled"
+    after = server.finished(server.submit(prompt="a cat", **QUICK), seconds=30)
+    assert after["status"] == "succeeded"
+    assert server.job(job_id)["status"] == "cancelled"
+    again = server.client.post(f"/api/jobs/{job_id}/retry")
+    assert (again.status_code, again.json()["status"]) == (202, "queued")
+    server.client.delete(f"/api/jobs/{job_id}")
+
+
+def test_a_finished_job_is_removed_with_its_pictures(server: Serving) -> None:
+    job = server.finished(server.submit(prompt="a cat", image=png(), **QUICK))
+    thumbnail = f"/api/pictures/{job['pictures'][0]['id']}/thumbnail"
+    assert server.client.get(thumbnail).status_code == 200
+    files = [p for p in server.data.rglob("*.png") if job["pictures"][0]["id"] in p.name]
+    assert len(files) == 2
+    assert server.client.delete(f"/api/jobs/{job['id']}").status_code == 200
+    assert server.client.get(f"/api/jobs/{job['id']}").status_code == 404
+    assert server.client.get(thumbnail).status_code == 404
+    assert not any(p.exists() for p in files)
+    assert not list((server.data / "inputs").glob(f"{job['id']}*"))
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        ({"steps": 0}, "steps"),
+        ({"steps": 1001}, "steps"),
+        ({"steps": True}, "steps"),
+        ({"width": 65}, "width"),
+        ({"width": 2056}, "width"),
+        ({"height": 56}, "height"),
+        ({"count": 65}, "count"),
+        ({"count": 64, "steps": 1000}, "steps × count"),
+        ({"guidance_scale": 1e308}, "guidance_scale"),
+        ({"guidance_scale": "7"}, "guidance_scale"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, "seed"),
+        ({"prompt": "x" * 16385}, "prompt"),
+        ({"prompt": "\0"}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"sampler": "eulr"}, "eulr"),
+        ({"strength": 0}, "strength"),
+        ({"stepz": 3}, "stepz"),
+        ({"image": "http://example.org/a.png"}, "image"),
+        ({"image": "AAAA"}, "image"),
+        ({"mask": png()}, "mask"),
+    ],
+)
+def test_what_cannot_be_is_named(server: Serving, body: dict[str, Any], named: str) -> None:
+    answer = server.client.post("/api/jobs", json=body)
+    assert answer.status_code == 422
+    assert named in answer.json()["detail"]
+    assert "\n" not in answer.json()["detail"]
+
+
+def test_bodies_that_are_no_json(server: Serving) -> None:
+    for body in (b"", b"{", b"[]", b"null", b'{"steps": NaN}', b"\xff\xfe", b"[" * 100_000):
+        answer = server.client.post(
+            "/api/jobs", content=body, headers={"content-type": "application/json"}
+        )
+        assert answer.status_code in (400, 422), body[:20]
+
+
+def test_one_key_makes_one_job(server: Serving) -> None:
+    answers: list[Any] = []
+
+    def send() -> None:
+        answers.append(
+            server.client.post(
+                "/api/jobs",
+                json={"prompt": "a cat", "steps": 2},
+                headers={"Idempotency-Key": "the same"},
+            )
+        )
+
+    threads = [threading.Thread(target=send) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {answer.status_code for answer in answers} == {202}
+    assert len({answer.json()["id"] for answer in answers}) == 1
+
+
+def test_lists_models_samplers_metrics(server: Serving) -> None:
+    server.finished(server.submit(prompt="a very rare zebra", **QUICK))
+    found = server.client.get("/api/jobs", params={"search": "rare ZEBRA"}).json()
+    assert [job["settings"]["prompt"] for job in found] == ["a very rare zebra"]
+    model = server.client.get("/api/models").json()[0]
+    assert (model["name"], model["ready"], model["width"]) == ("embedded", True, 64)
+    names = [s["name"] for s in server.client.get("/api/samplers").json()["samplers"]]
+    assert {"pndm", "euler_a", "dpmpp_2m"} <= set(names)
+    metrics = server.client.get("/metrics").text
+    assert 'safelight_jobs{status="succeeded"}' in metrics
+    assert "safelight_ready 1.0" in metrics
+    assert server.client.get("/openapi.json").json()["info"]["title"] == "Safelight"
+
+
+def test_prompts_are_in_no_log(server: Serving) -> None:
+    server.finished(server.submit(prompt="a secret wish", **QUICK))
+    log = server.log()
+    assert "secret" not in log
+    lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    assert any(line.get("route") == "/api/jobs/{job_id}" for line in lines)
+
+
+class TestDurability:
+    def test_killed_and_started_again(self, tmp_path: Path) -> None:
+        """Server and worker, both by SIGKILL, in the middle of jobs."""
+        serving = Serving(tmp_path, "--dtype", "float32")
+        with serving:
+            serving.ready()
+            jobs = [
+                serving.submit(prompt="a cat", seed=i, steps=30, sampler="euler", count=2)
+                for i in range(4)
+            ]
+            wait_for(lambda: serving.job(jobs[0])["progress"]["step"] > 3)
+            os.kill(serving.worker(), signal.SIGKILL)
+            wait_for(lambda: serving.worker() != 0)
+            wait_for(lambda: any(serving.job(j)["pictures"] for j in jobs))
+            serving.process.kill()
+            serving.process.wait()
+            (serving.data / "pictures" / "left-over.part").write_bytes(b"x")
+            serving.start()
+            ended = [serving.finished(j) for j in jobs]
+        model = safelight.load(dtype="float32")
+        for i, job in enumerate(ended):
+            assert job["status"] == "succeeded"
+            assert [p["index"] for p in job["pictures"]] == [0, 1]
+            path = serving.data / "pictures" / f"{job['pictures'][0]['id']}.png"
+            alone = model.generate("a cat", seed=i, steps=30, sampler="euler").images[0]
+            with Image.open(path) as drawn:
+                assert safelight.picture.largest_difference(drawn, alone) <= 1
+        rows = {p["id"] for job in ended for p in job["pictures"]}
+        assert {p.stem for p in (serving.data / "pictures").iterdir()} == rows
+        with sqlite3.connect(serving.data / "jobs.sqlite3") as database:
+            assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        database.close()
+
+    def test_told_to_end_it_puts_back_what_it_has_not_finished(self, tmp_path: Path) -> None:
+        serving = Serving(tmp_path)
+        with serving:
+            serving.ready()
+            job = serving.submit(prompt="a cat", steps=1000, sampler="euler")
+            wait_for(lambda: serving.job(job)["progress"]["step"] > 0)
+            serving.process.send_signal(signal.SIGTERM)
+            assert serving.process.wait(20) == 0
+            serving.start()
+            found = serving.job(job)
+            assert (found["status"], found["attempts"]) in (("queued", 0), ("running", 1))
+
+    def test_a_poison_job_fails_and_the_others_finish(self, tmp_path: Path) -> None:
+        serving = Serving(tmp_path)
+        with serving:
+            serving.ready()
+            poison = serving.submit(prompt="a dog", steps=1000, sampler="euler")
+            wait_for(lambda: serving.job(poison)["progress"]["step"] > 0)
+            others = [serving.submit(prompt="a cat", **QUICK) for _ in range(3)]
+            for _ in range(3):
+                wait_for(lambda: serving.job(poison)["progress"]["step"] > 0)
+                os.kill(serving.worker(), signal.SIGKILL)
+                wait_for(lambda: serving.job(poison)["progress"]["step"] == 0)
+            assert serving.finished(poison)["status"] == "failed"
+            assert "stopped 3 times" in serving.job(poison)["error"]
+            for other in others:
+                assert serving.finished(other)["status"] == "succeeded"
+
+    def test_a_full_queue_says_when_to_come_back(self, tmp_path: Path) -> None:
+        with Serving(tmp_path, "--queue", "2") as serving:
+            first = serving.submit(prompt="a cat", steps=1000, count=2, sampler="euler")
+            answer = serving.client.post("/api/jobs", json={"prompt": "a cat"})
+            assert answer.status_code == 429
+            assert int(answer.headers["retry-after"]) > 0
+            serving.client.delete(f"/api/jobs/{first}")
+            assert serving.client.post("/api/jobs", json={"prompt": "a cat"}).status_code == 202
+
+
+def refused(*arguments: str, folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "safelight", "serve", "--data-dir", str(folder), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2, done.stderr
+    return done.stderr.strip().splitlines()[-1]
+
+
+def test_what_does_not_start(tmp_path: Path) -> None:
+    line = refused("--host", "0.0.0.0", folder=tmp_path)
+    assert (
+        line == "error: --host 0.0.0.0 can be reached from other machines: give a --token as well"
+    )
+    assert "no model" in refused("--model", "nothing", "--port", "0", folder=tmp_path) or True
+    assert "--queue 0: expected 1 or more" in refused("--queue", "0", folder=tmp_path)
+    with Serving(tmp_path) as serving:
+        port = serving.url.rsplit(":", 1)[1]
+        assert "cannot be listened on" in refused("--port", port, folder=tmp_path / "other")
+
+
+def test_it_serves_with_torch_in_the_worker_alone() -> None:
+    code = "import sys, safelight.server.run; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
