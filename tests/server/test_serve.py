@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -212,6 +213,38 @@ def test_prompts_are_in_no_log(server: Serving) -> None:
     assert "secret" not in log
     lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
     assert any(line.get("route") == "/api/jobs/{job_id}" for line in lines)
+
+
+UP = ("..", "%2e%2e", "..%2f", "..%5c", "%252e%252e", "....//", "..;", "%c0%ae%c0%ae", "\\\\..")
+TARGETS = ("etc/passwd", "jobs.sqlite3", "server.log", "inputs", "pictures/x.png", "%00", "C:%5cx")
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["/api/pictures/{}", "/api/pictures/{}/thumbnail", "/api/jobs/{}", "/v1/models/{}", "/{}"],
+)
+def test_no_path_leads_out_of_the_data_folder(server: Serving, place: str) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    for up in UP:
+        for depth in (1, 3, 6):
+            for target in TARGETS:
+                path = place.format("/".join([up] * depth) + "/" + target)
+                # No client in between that would tidy the path up.
+                with socket.create_connection((host, int(port)), 10) as raw:
+                    head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close"
+                    raw.sendall(f"{head}\r\n\r\n".encode())
+                    answer = b"".join(iter(lambda: raw.recv(65536), b""))
+                status = int(answer.split()[1])
+                assert status in (400, 404, 405, 422), path
+                assert b"root:" not in answer
+                assert b"SQLite" not in answer
+
+
+def test_health_answers_while_pictures_are_drawn(server: Serving) -> None:
+    jobs = [server.submit(prompt="a cat", steps=100, sampler="euler") for _ in range(4)]
+    assert all(server.client.get("/healthz").status_code == 200 for _ in range(50))
+    for job in jobs:
+        server.client.delete(f"/api/jobs/{job}")
 
 
 class TestDurability:

@@ -31,11 +31,18 @@ def application(hub: Hub, rules: Rules) -> Any:
 
     app = FastAPI(title="Safelight", version=__version__, lifespan=life)
     app.state.service, app.state.metrics = hub, Metrics()
-    for router in (api.router, openai.router, sdapi.router):
-        app.include_router(router)
+    app.include_router(api.router, responses=problems(400, 422, model=api.Problem))
+    app.include_router(openai.router, responses=problems(400, 404, 413, 422, 429, 500, 503))
+    app.include_router(sdapi.router, responses=problems(404, 413, 422, 429, 500, model=api.Problem))
     app.add_exception_handler(SafelightError, refused)
     app.add_exception_handler(RequestValidationError, invalid)
     return Guard(app, rules, app.state.metrics.count)
+
+
+def problems(*statuses: int, model: Any = None) -> dict[int | str, dict[str, Any]]:
+    """What OpenAPI says of answers that are errors."""
+    about = {"description": "One line says what is wrong."}
+    return {status: about | ({"model": model} if model else {}) for status in statuses}
 
 
 async def refused(_: HttpRequest, error: Exception) -> JSONResponse:
