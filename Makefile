@@ -4,6 +4,7 @@
 #   make test                            the test suite
 #   make lint                            formatting, lint and types
 #   make bench                           this machine, beside diffusers and OpenVINO: a quarter of an hour
+#   make soak                           the server under kills, at full size: an hour
 #   make evaluate                       the model that ships, judged: half an hour
 #   make train                           the models that ship, from packages alone: hours, resumable
 #
@@ -22,7 +23,7 @@ BIN := $(VENV)/bin
 # Without build isolation the constraints hold for what builds packages, too.
 INSTALL := $(PYTHON) -m pip --python $(BIN)/python install --constraint constraints.txt
 
-.PHONY: picture test lint format bench evaluate train clean
+.PHONY: picture test lint format bench soak evaluate train clean
 .DELETE_ON_ERROR:
 
 export PROMPT OUT
@@ -45,6 +46,10 @@ bench: $(VENV)/.ready-dev
 	$(INSTALL) --no-build-isolation --editable '.[bench]'
 	$(BIN)/safelight bench $(ARGS)
 	$(BIN)/python benchmarks/full_size.py --dtype bfloat16
+	$(BIN)/python benchmarks/batching.py
+
+soak: $(VENV)/.ready-dev
+	$(BIN)/python tests/soak/kills.py $(ARGS)
 
 evaluate: data/cutouts.npz
 	$(INSTALL) --no-build-isolation --editable '.[evaluate]'

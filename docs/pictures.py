@@ -1,6 +1,9 @@
 """Make the pictures of README.md from the models that ship, a minute on one core.
 
-    python docs/pictures.py [--model DIR] [--unconditional DIR] [--out docs/pictures]
+    python docs/pictures.py [--model DIR] [--unconditional DIR] [--digits DIR] [--out docs/pictures]
+
+With --digits, a model that `safelight train unconditional digits` made, those of
+docs/train-your-own.md, too.
 
 Those of the four tasks are what the README's commands make: change prompt, sampler or seed in both.
 """
@@ -34,6 +37,8 @@ HERO = (
 HERO_SEED = 1
 SAMPLERS = ("euler", "euler_a", "heun", "dpmpp_2m", "unipc", "lms", "pndm", "ddim")
 STEPS = (5, 10, 20)
+NOISE_AT = (0, 100, 200, 350, 500, 700, 999)  # timesteps
+TAKEN_AT = (1, 10, 20, 30, 40, 45, 50)  # steps of fifty
 BORDER = 6  # pixels of the cat's picture that the mask keeps
 
 
@@ -43,6 +48,7 @@ def main() -> None:
     parser.add_argument("--model", default="embedded", help="the text-to-image model")
     parser.add_argument("--unconditional", default="embedded-unconditional")
     parser.add_argument("--out", type=Path, default=here / "pictures")
+    parser.add_argument("--digits", type=Path, help="a model of the digits")
     given = parser.parse_args()
 
     model = safelight.load(given.model, device="cpu")
@@ -57,6 +63,40 @@ def main() -> None:
         "samplers": samplers(model),
     }.items():
         picture.save(given.out / f"{name}.png", optimize=True)
+    if given.digits is not None:
+        numbers = safelight.load(str(given.digits), device="cpu")
+        noise_added(numbers).save(given.out / "noise-added.png", optimize=True)
+        noise_taken(numbers).save(given.out / "noise-taken.png", optimize=True)
+
+
+def noise_added(model: safelight.Model) -> Image.Image:
+    """A digit, and what its noise schedule makes of it: one row a digit, one column a timestep."""
+    import torch
+
+    from safelight.picture import from_tensor, to_tensor
+    from safelight.schedule import alphas_cumprod
+    from safelight.train.folder import digits
+
+    bars = alphas_cumprod(model.scheduler)
+    generator = torch.Generator().manual_seed(0)
+    pictures = []
+    for squares in digits(model.native_size[0])[:2]:
+        clean = to_tensor(Image.fromarray(squares))
+        noise = torch.randn(clean.shape, generator=generator)
+        for t in NOISE_AT:
+            bar = float(bars[t])
+            pictures.append(from_tensor(bar**0.5 * clean + (1 - bar) ** 0.5 * noise))
+    return sheet(pictures, columns=len(NOISE_AT), scale=4)
+
+
+def noise_taken(model: safelight.Model) -> Image.Image:
+    """What the model takes to be under the noise, as it takes it away: one row a seed."""
+    pictures = []
+    for seed in (1, 2):
+        run = model.stream(unconditional=True, sampler="ddim", steps=50, seed=seed)
+        seen = {step.step: step.preview() for step in run}
+        pictures += [seen[step] for step in TAKEN_AT]
+    return sheet(pictures, columns=len(TAKEN_AT), scale=4)
 
 
 def hero(model: safelight.Model) -> Image.Image:
