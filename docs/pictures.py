@@ -27,10 +27,10 @@ HERO = (
     "a 3d render of a penguin",
     "a flat icon of a car",
     "a lion on a green background",
-    "a house",
-    "a guitar on a pink background",
+    "a blue cat",
+    "three strawberries on a yellow background",
     "a hamburger",
-    "a smiling face on a black background",
+    "a dog to the left of a pizza",
     "a butterfly on a light blue background",
     "a 3d render of a teddy bear",
 )

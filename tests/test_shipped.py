@@ -1,5 +1,6 @@
 """The models that ship: small enough, and they draw what they are told to."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -78,3 +79,45 @@ def test_in_bfloat16_the_pictures_are_the_same_but_for_rounding(model: Model) ->
         errors.append(((exact - rounded) ** 2).mean())
     psnr = 10 * np.log10(255**2 / np.mean(errors))
     assert psnr >= 40
+
+
+def test_the_model_card_names_the_weights() -> None:
+    card = (Path(__file__).parent.parent / "docs" / "model-card.md").read_text()
+    files = sorted(MODELS.rglob("*.safetensors"))
+    assert len(files) == 4
+    for path in files:
+        row = (
+            f"| `{path.relative_to(MODELS)}` | `{hashlib.sha256(path.read_bytes()).hexdigest()}` |"
+        )
+        assert row in card
+
+
+def middle(picture: np.ndarray) -> np.ndarray:
+    return picture[20:44, 20:44].mean(axis=(0, 1))
+
+
+def test_a_thing_takes_another_colour(model: Model) -> None:
+    cat, blue = middle(draw(model, "a cat")), middle(draw(model, "a blue cat"))
+    assert cat[0] > cat[2] + 60
+    assert blue[2] > blue[0] + 60
+
+
+def test_two_things_stand_where_they_are_told_to(model: Model) -> None:
+    """A banana is yellow, a frog green."""
+    for prompt, first in (
+        ("a banana to the left of a frog", np.s_[:, :32]),
+        ("a frog to the right of a banana", np.s_[:, :32]),
+    ):
+        picture = draw(model, prompt)
+        other = np.s_[:, 32:]
+        banana, frog = ((255 - picture[half]).reshape(-1, 3).sum(axis=0) for half in (first, other))
+        # Of what is not white: a banana lacks blue alone, a frog lacks red as well.
+        assert banana[0] / banana[2] < frog[0] / frog[2]
+
+
+def test_counts(model: Model) -> None:
+    """Four fill the corners of a square, two its sides."""
+    ink = [255 - draw(model, f"{n} strawberries").mean(axis=2) for n in ("two", "four")]
+    corners = [i[8:24, 8:24].mean() + i[40:56, 8:24].mean() for i in ink]
+    assert corners[1] > corners[0]
+    assert ink[0][26:38, 8:24].mean() > ink[1][26:38, 8:24].mean()
