@@ -35,7 +35,7 @@ class PlainModel:
         self.before_step = lambda: None
         self.shift = 0
 
-    def load(self, name, device, dtype, download=True):
+    def load(self, name, device, dtype, low_memory=False, download=True):
         self.loaded.append((name, device, dtype))
         return self
 
