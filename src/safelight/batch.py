@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from safelight.denoiser import Condition
-from safelight.engine import admit, condition, recorded, settle
+from safelight.engine import admit, begun, condition, settle
 from safelight.errors import SafelightError
 from safelight.job import Job, NotFiniteError, advance, finish
 from safelight.model import Model
@@ -96,22 +96,13 @@ class Engine:
         with torch.inference_mode():
             settled = settle(model, request)
             conditioned, warnings = self._condition(settled)
-            seeds = [settled.seed + i for i in range(settled.count)]
+            result = begun(model, request, settled, warnings)
             self.tickets += [
                 Ticket(admit(model, settled, conditioned, seed), i, seed, tag)
-                for i, seed in enumerate(seeds)
+                for i, seed in enumerate(result.seeds)
                 if i not in done
             ]
-        return Result(
-            images=[],
-            seeds=seeds,
-            settings=recorded(request, settled),
-            model=model.name,
-            sha256=model.sha256,
-            device=str(model.device),
-            dtype=str(model.dtype).removeprefix("torch."),
-            warnings=model.warnings + request.idle() + warnings,
-        )
+        return result
 
     def drop(self, tag: Any) -> None:
         """Forget the pictures of this tag: cancelled."""

@@ -15,7 +15,7 @@ from safelight.denoiser import Condition
 from safelight.errors import SafelightError
 from safelight.job import Job, advance, decode, finish, prepare
 from safelight.model import Model
-from safelight.request import Request, Result
+from safelight.request import Request, Result, allowed_side
 from safelight.samplers import SAMPLERS, table
 from safelight.words import unknown_words
 
@@ -70,17 +70,8 @@ class Run:
             settled = settle(model, self._request)
             conditions, warnings = condition(model, settled)
             timings = {"text": time.perf_counter() - began, "denoise": 0.0, "decode": 0.0}
-            result = Result(
-                images=[],
-                seeds=[settled.seed + i for i in range(settled.count)],
-                settings=recorded(self._request, settled),
-                model=model.name,
-                sha256=model.sha256,
-                device=str(model.device),
-                dtype=str(model.dtype).removeprefix("torch."),
-                warnings=model.warnings + self._request.idle() + warnings,
-                timings=timings,
-            )
+            result = begun(model, self._request, settled, warnings)
+            result.timings = timings
         self.made = result
         for i, seed in enumerate(result.seeds):
             mark = time.perf_counter()
@@ -101,7 +92,21 @@ class Run:
         self._done = True
 
 
-def recorded(asked: Request, settled: Request) -> dict[str, Any]:
+def begun(model: Model, asked: Request, settled: Request, warnings: list[str]) -> Result:
+    """The result of a request, yet without pictures; warnings: those of its words."""
+    return Result(
+        images=[],
+        seeds=[settled.seed + i for i in range(settled.count)],
+        settings=_recorded(asked, settled),
+        model=model.name,
+        sha256=model.sha256,
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        warnings=model.warnings + asked.idle() + warnings,
+    )
+
+
+def _recorded(asked: Request, settled: Request) -> dict[str, Any]:
     """The settings for the recipe. Pictures are named as they were given, before any resizing."""
     given = {name: v for name, v in asked.to_dict().items() if name.endswith("_sha256")}
     return settled.to_dict() | given
@@ -144,7 +149,7 @@ def _size(model: Model, request: Request) -> tuple[int, int]:
     width, height = model.native_size if request.image is None else request.image.size
     if request.image is not None and (request.width is None) != (request.height is None):
         scale = request.width / width if request.width else (request.height or height) / height
-        width, height = (min(max(round(n * scale / 8) * 8, 64), 2048) for n in (width, height))
+        width, height = (allowed_side(n * scale) for n in (width, height))
     return request.width or width, request.height or height
 
 
@@ -154,7 +159,7 @@ def _fitted(request: Request, size: tuple[int, int]) -> dict[str, Image.Image]:
     width, height = size
     if request.image.size == (width, height):
         if width % 8 or height % 8 or not (64 <= min(width, height) <= max(width, height) <= 2048):
-            near = [min(max(round(side / 8) * 8, 64), 2048) for side in (width, height)]
+            near = [allowed_side(side) for side in (width, height)]
             raise SafelightError(
                 f"image is {width}x{height}; sides must be multiples of 8 from 64 to 2048: "
                 f"ask for width {near[0]} and height {near[1]} to have it resized"

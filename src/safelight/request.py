@@ -45,6 +45,17 @@ def draw_seed() -> int:
     return secrets.randbelow(2**32)
 
 
+def allowed_side(pixels: float) -> int:
+    """The nearest side that a picture may have."""
+    return min(max(round(pixels / 8) * 8, 64), 2048)
+
+
+def allowed_size(size: tuple[int, int]) -> tuple[int, int]:
+    """A size itself, or in its proportions the nearest that a picture may have."""
+    scale = max(min(1.0, 2048 / max(size)), 64 / min(size))
+    return allowed_side(size[0] * scale), allowed_side(size[1] * scale)
+
+
 def _plain_number(value: object) -> object:
     """numpy's scalars are numbers too; booleans are left for the strict check to refuse."""
     if isinstance(value, bool | int | float):

@@ -304,7 +304,7 @@ class Hub:
     async def retry(self, job_id: str) -> Job | None:
         if self.stopping:
             raise StoppingError
-        job = await self._in_database(self.store.retry, job_id, self._bound)
+        job = await self._in_database(self.store.retry, job_id)
         self._say("wake")
         return job
 

@@ -26,7 +26,7 @@ from starlette.types import Message, Receive, Scope, Send
 from safelight.errors import SafelightError
 from safelight.picture import name_of, open_picture, opened, reason
 from safelight.recipe import recipe_text
-from safelight.request import Request
+from safelight.request import Request, allowed_size
 from safelight.server.jobs import BusyError, Job, ModelInfo, Picture, Service, Status
 
 MOST_UPLOAD = 64 * 2**20
@@ -126,8 +126,7 @@ def _with_pictures(settings: dict[str, Any], image: bytes, mask: bytes | None) -
         if holes is not None and holes.getbbox() is None:
             holes = None
     if "width" not in settings:
-        scale = max(min(1.0, 2048 / max(picture.size)), 64 / min(picture.size))
-        width, height = (min(max(round(n * scale / 8) * 8, 64), 2048) for n in picture.size)
+        width, height = allowed_size(picture.size)
         settings = {**settings, "width": width, "height": height}
     return Request(**settings, image=picture, mask=holes)
 

@@ -27,7 +27,7 @@ from pydantic import (
 from safelight.errors import SafelightError
 from safelight.picture import as_mask, open_mask, open_picture, opened
 from safelight.recipe import parse_recipe_text
-from safelight.request import Request
+from safelight.request import Request, allowed_size
 from safelight.samplers import SAMPLERS
 from safelight.schedule import SCHEDULES
 from safelight.server.jobs import ModelInfo
@@ -333,8 +333,7 @@ def _pictures(body: ImageToImage, request: Request) -> tuple[dict[str, Any], lis
         warnings += _inpainting(body)
     width, height = request.width, request.height
     if width is None and height is None:
-        scale = max(min(1.0, 2048 / max(image.size)), 64 / min(image.size))
-        width, height = (min(max(round(side * scale / 8) * 8, 64), 2048) for side in image.size)
+        width, height = allowed_size(image.size)
     elif width is not None and height is not None and body.resize_mode in (1, 2):
         # Plain resizing, mode 0, is the engine's work, and so is a single side.
         fit = ImageOps.fit if body.resize_mode == 1 else ImageOps.pad

@@ -315,7 +315,7 @@ class Store:
             )
             return self._one(db, job_id)
 
-    def retry(self, job_id: str, bound: int) -> Job | None:
+    def retry(self, job_id: str) -> Job | None:
         """A job that failed or was cancelled waits again, from its first attempt."""
         with self._write() as db:
             job = self._one(db, job_id)

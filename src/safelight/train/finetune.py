@@ -62,7 +62,7 @@ def finetune(
     made.mkdir(parents=True, exist_ok=True)
     prompts = list(dict.fromkeys(captions))[:SHEET_PROMPTS]
     if not (out / "before.png").exists():
-        _draw(model, prompts).save(out / "before.png")
+        draw_sheet(model, out / "before.png", prompts)
 
     latents = _encode(base, squares)
     ids = torch.tensor([tokenizer.encode(text).ids for text in captions], dtype=torch.int32)
@@ -143,11 +143,3 @@ def _credit(base: Model, made: Path) -> None:
     notice = Path(base.path) / "NOTICE"
     if notice.is_file():
         shutil.copyfile(notice, made / "NOTICE")
-
-
-def _draw(model: str, prompts: list[str]) -> Image.Image:
-    loaded = load_model(model)
-    settings: dict[str, Any] = {"steps": 20, "seed": 1, "sampler": "dpmpp_2m"}
-    return grid(
-        [loaded.generate(text, guidance_scale=4.0, **settings).images[0] for text in prompts], 6
-    )

@@ -9,8 +9,8 @@ from typing import Any
 from PIL import Image
 
 
-def draw_sheet(model: Path, path: Path, prompts: Sequence[str] = ()) -> Image.Image:
-    """Twelve pictures of the model in this folder, or one of each prompt; saved and returned."""
+def draw_sheet(model: str | Path, path: Path, prompts: Sequence[str] = ()) -> Image.Image:
+    """Twelve pictures of a model, by name or folder, or one of each prompt; saved and returned."""
     from safelight.weights import load_model
 
     loaded = load_model(str(model))
