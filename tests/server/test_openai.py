@@ -26,6 +26,7 @@ from safelight.request import Request
 from safelight.server.jobs import BusyError, Event, Job, ModelInfo, Picture, Progress, Status
 from safelight.server.openai import router
 
+pytestmark = pytest.mark.xdist_group("openai")  # one server for them all
 STEPS = 8
 
 

@@ -32,6 +32,7 @@ from safelight.request import Result
 from safelight.server import sdapi
 from safelight.server.jobs import BusyError, Event, Job, ModelInfo, Picture, Progress, Status
 
+pytestmark = pytest.mark.xdist_group("sdapi")  # one server for them all
 SHA = "ab" * 32
 PATIENCE = 20
 

@@ -23,6 +23,7 @@ from serving import Serving, wait_for
 import safelight
 from safelight.recipe import read_recipe
 
+pytestmark = pytest.mark.xdist_group("serve")  # one server for them all
 QUICK = {"steps": 3, "sampler": "euler"}
 
 

@@ -1,12 +1,16 @@
 """`safelight serve`."""
 
+import gc
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 from typer import Option
 
 from safelight.errors import SafelightError
+from safelight.server.listening import listen
+from safelight.server.process import Settings, spawn
 
 
 def serve(
@@ -44,11 +48,8 @@ def serve(
     ] = False,
 ) -> None:
     """Serve pictures over HTTP: an API of our own, OpenAI's and AUTOMATIC1111's."""
-    try:
-        from safelight.server.run import serve as run
-        from safelight.server.worker import Settings
-    except ImportError:
-        raise SafelightError("serving needs more: pip install 'safelight[server]'") from None
+    if find_spec("fastapi") is None or find_spec("sqlalchemy") is None:
+        raise SafelightError("serving needs more: pip install 'safelight[server]'")
     if queue < 1:
         raise SafelightError(f"--queue {queue}: expected 1 or more")
     root = data_dir or _home()
@@ -56,20 +57,27 @@ def serve(
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SafelightError(f"--data-dir {root} cannot be made: {error.strerror}") from None
-    url = database or f"sqlite:///{root.resolve() / 'jobs.sqlite3'}"
     settings = Settings(
         model=model,
-        url=url,
+        url=database or f"sqlite:///{root.resolve() / 'jobs.sqlite3'}",
         root=str(root.resolve()),
         device=device,
         dtype=dtype,
         low_memory=low_memory,
         exact=exact,
     )
+    listening = listen(host, port, token)
+    child = spawn(settings)  # loads its model while the imports below go on
+    gc.disable()  # a tenth of the time that they take: what they make stays
+    from safelight.server.run import serve as run
+
+    gc.freeze()
+    gc.enable()
     run(
         settings,
+        child,
+        listening,
         host=host,
-        port=port,
         token=token,
         hosts=frozenset(allow_host or ()),
         bound=queue,

@@ -20,7 +20,7 @@ from safelight.train.devices import autocast
 from safelight.train.loop import Draw, Plan, fit
 from safelight.train.recipe import Scene, Scenes
 
-PLAN = Plan(steps=1500, batch=32, learning_rate=2e-3, warmup=100, weight_decay=0.05)
+PLAN = Plan(steps=6000, batch=64, learning_rate=2e-3, warmup=200, weight_decay=0.05)
 WHOLE, FIRST, SECOND = 0, 1, 2
 NOTHING = -100
 """What cross entropy takes for: no answer is wanted."""
@@ -113,7 +113,9 @@ def train_judge(scenes: Scenes, folder: Path, plan: Plan = PLAN) -> Judge:
     it was stopped.
     """
     torch.manual_seed(plan.seed)
+    # A third faster in bfloat16 on a CPU.
     judge = Judge(len(scenes.names))
+    judge.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     number = {name: i for i, name in enumerate(scenes.names)}
 
     def loss_of(run: Any, draw: Draw) -> Tensor:

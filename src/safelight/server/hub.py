@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import multiprocessing
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -21,9 +20,9 @@ from sqlalchemy.exc import OperationalError
 from safelight.errors import SafelightError
 from safelight.request import Request
 from safelight.samplers import SAMPLERS
-from safelight.server import worker
 from safelight.server.files import Files
 from safelight.server.jobs import Event, Job, ModelInfo, Progress, Status
+from safelight.server.process import Child, Settings, spawn
 from safelight.server.store import Store, new_id
 
 log = logging.getLogger("safelight.server")
@@ -52,25 +51,23 @@ class StoppingError(SafelightError):
 
 
 class Hub:
-    """See jobs.Service. bound: most pictures that may wait."""
+    """See jobs.Service. child: the first worker; bound: most pictures that may wait."""
 
-    def __init__(self, settings: worker.Settings, *, bound: int = 1000) -> None:
-        self._settings, self._bound = settings, bound
+    def __init__(self, settings: Settings, child: Child, *, bound: int = 1000) -> None:
+        self._settings, self._child, self._bound = settings, child, bound
         self.files = Files(Path(settings.root))
         self.store = Store(settings.url)
         self.store.release()  # what an earlier server left running
         self.files.sweep(*self.store.known_files())
         self.info = ModelInfo(name=settings.model)
         self.refusal: str | None = None
-        self.restarts = -1
+        self.restarts = 0
         self.stopping = False
         self.on_refusal: Callable[[], None] = lambda: None
         self._progress: dict[str, Progress] = {}
         self._listeners: dict[str, set[asyncio.Queue[tuple[str, Any]]]] = {}
         self._watchers: dict[str, int] = {}
         self._checks: list[asyncio.Future[bool]] = []
-        self._pipe: Any = None
-        self._process: Any = None
         self._database = ThreadPoolExecutor(4, thread_name_prefix="database")
 
     # --- the worker ------------------------------------------------------------------------------
@@ -82,21 +79,15 @@ class Hub:
         self._keeper.start()
 
     def _keep_worker(self) -> None:
-        """Start the worker, listen to it, and start it again when it ends."""
-        context = multiprocessing.get_context("spawn")
+        """Listen to the worker, and start another when it ends."""
         pause = 0.0
-        while not self.stopping:
-            time.sleep(pause)
+        while True:
             began = time.monotonic()
-            self._pipe, theirs = context.Pipe()
-            self._process = context.Process(
-                target=worker.main, args=(theirs, self._settings), name="safelight-worker"
-            )
-            self._process.start()
-            theirs.close()
-            self.restarts += 1
-            name = self._listen(self._pipe)
-            self._process.join()
+            child = self._child
+            with contextlib.suppress(OSError):  # it may be dead already
+                child.pipe.send("start")
+            name = self._listen(child.pipe)
+            child.process.join()
             self.info.ready = False
             if name is not None:
                 self.store.release(name)
@@ -105,9 +96,14 @@ class Hub:
                 self._loop.call_soon_threadsafe(self.on_refusal)
                 return
             if not self.stopping:
-                log.warning("the worker ended (%s): starting it again", self._process.exitcode)
-            # One that dies at once is given more and more time.
-            pause = 0.0 if time.monotonic() - began > 10 else min(pause * 2 + 0.2, 5.0)
+                log.warning("the worker ended (%s): starting it again", child.process.exitcode)
+                # One that dies at once is given more and more time.
+                pause = 0.0 if time.monotonic() - began > 10 else min(pause * 2 + 0.2, 5.0)
+                time.sleep(pause)
+            if self.stopping:
+                return
+            self._child = spawn(self._settings)
+            self.restarts += 1
 
     def _listen(self, pipe: Any) -> str | None:
         """Pass on what the worker says until it ends; returns its name."""
@@ -146,8 +142,8 @@ class Hub:
 
     def _say(self, *message: Any) -> None:
         # A worker that is not there asks the database when it comes.
-        with contextlib.suppress(OSError, AttributeError, ValueError):
-            self._pipe.send(message)
+        with contextlib.suppress(OSError, ValueError):
+            self._child.pipe.send(message)
 
     def _forget_worker(self) -> None:
         self._progress.clear()
@@ -160,12 +156,11 @@ class Hub:
         """Let the worker put back what it has not finished, and end."""
         self.drain()
         self._say("stop")
-        process = self._process
-        if process is not None:
-            await asyncio.to_thread(process.join, GRACE)
-            if process.is_alive():
-                process.kill()
-                await asyncio.to_thread(process.join)
+        process = self._child.process
+        await asyncio.to_thread(process.join, GRACE)
+        if process.is_alive():
+            process.kill()
+            await asyncio.to_thread(process.join)
         await self._in_database(self.store.release)
         self._database.shutdown()
         self.store.close()

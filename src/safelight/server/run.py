@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 import logging
 import signal
@@ -19,7 +18,8 @@ from safelight.errors import SafelightError
 from safelight.server.app import application
 from safelight.server.guard import SLOW, Rules
 from safelight.server.hub import Hub
-from safelight.server.worker import Settings
+from safelight.server.listening import everywhere, shown
+from safelight.server.process import Child, Settings
 
 FIELDS = ("request_id", "method", "route", "status", "seconds", "job", "client")
 
@@ -67,24 +67,20 @@ class Server(uvicorn.Server):
 
 def serve(
     settings: Settings,
+    child: Child,
+    listening: socket.socket,
     *,
     host: str,
-    port: int,
     token: str | None,
     hosts: frozenset[str] = frozenset(),
     bound: int = 1000,
 ) -> None:
     """Until SIGTERM or Ctrl-C. Raises SafelightError if it cannot start, or the model cannot."""
-    if token is None and not _loopback(host):
-        raise SafelightError(
-            f"--host {host} can be reached from other machines: give a --token as well"
-        )
-    listening = _listen(host, port)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Lines())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    hub = Hub(settings, bound=bound)
-    names = hosts | ({host} if not _any(host) else frozenset())
+    hub = Hub(settings, child, bound=bound)
+    names = hosts | ({host} if not everywhere(host) else frozenset())
     config = uvicorn.Config(
         application(hub, Rules(token, names)),
         http=Impatient,
@@ -104,40 +100,8 @@ def serve(
     hub.on_refusal = end
     # uvicorn raises the signal again that ended it: to be told to end is no failure.
     signal.signal(signal.SIGTERM, lambda *_: None)
-    sys.stderr.write(f"Safelight is at http://{_shown(host)}:{listening.getsockname()[1]}\n")
+    sys.stderr.write(f"Safelight is at {shown(listening)}\n")
     sys.stderr.flush()
     asyncio.run(server.serve(sockets=[listening]))
     if hub.refusal is not None:
         raise SafelightError(hub.refusal)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((host, port))
-    except OSError as error:
-        listening.close()
-        raise SafelightError(
-            f"{host}:{port} cannot be listened on ({error.strerror}): another --port?"
-        ) from None
-    listening.listen(128)
-    return listening
-
-
-def _loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _any(host: str) -> bool:
-    return host in ("0.0.0.0", "::")
-
-
-def _shown(host: str) -> str:
-    return f"[{host}]" if ":" in host else host

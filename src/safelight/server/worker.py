@@ -20,6 +20,7 @@ from safelight.errors import SafelightError
 from safelight.request import Request, Result
 from safelight.server.files import Files
 from safelight.server.jobs import ModelInfo, Picture
+from safelight.server.process import Settings
 from safelight.server.store import LEASE, Claim, LostError, Store, new_id
 
 PICTURES = 48
@@ -30,20 +31,6 @@ PREVIEW_EVERY = 0.2
 
 PREVIEW_LATENTS = 24
 """Longest side of the latents that a preview is decoded from: larger ones are averaged down."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the worker is told at its start."""
-
-    model: str
-    url: str
-    root: str
-    device: str = "auto"
-    dtype: str = "auto"
-    low_memory: bool = False
-    exact: bool = False
-    rows: int | None = None
 
 
 @dataclass
@@ -112,6 +99,7 @@ class Worker:
         pipe.send(("ready", info.model_dump()))
 
     def run(self) -> None:
+        self._pipe.recv()  # the server has tidied up, and listens
         while not self._stopping:
             self._listen(0 if self._engine.busy else 1.0)
             self._claim()

@@ -1,0 +1,48 @@
+"""Where the server listens, settled before anything heavy is imported."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+
+from safelight.errors import SafelightError
+
+
+def listen(host: str, port: int, token: str | None) -> socket.socket:
+    """Raises SafelightError if it cannot be, or if it must not be without a token."""
+    if token is None and not _loopback(host):
+        raise SafelightError(
+            f"--host {host} can be reached from other machines: give a --token as well"
+        )
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise SafelightError(
+            f"{host}:{port} cannot be listened on ({error.strerror}): another --port?"
+        ) from None
+    listening.listen(128)
+    return listening
+
+
+def shown(listening: socket.socket) -> str:
+    """The address that a person types."""
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def everywhere(host: str) -> bool:
+    """Whether that is all of this machine's addresses, and no name of it."""
+    return host in ("0.0.0.0", "::")
+
+
+def _loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
