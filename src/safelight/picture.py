@@ -12,9 +12,9 @@ import secrets
 import shutil
 import stat
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from PIL import Image, ImageChops, ImageOps, PngImagePlugin
 
@@ -267,21 +267,32 @@ def check_writable(path: str | Path, *, overwrite: bool = False, need: int = 2**
 def save_png(
     image: Image.Image, path: str | Path, texts: Mapping[str, str], *, overwrite: bool = False
 ) -> None:
-    """Writes picture and texts as a PNG, whole or not at all; the same input, the same bytes.
+    """Writes picture and texts as a PNG; the same input, the same bytes. As `save_whole`."""
+    chunks = PngImagePlugin.PngInfo()
+    for key, text in texts.items():
+        chunks.add_text(key, text)  # tEXt if it is Latin-1, else iTXt, which is UTF-8
+
+    def write(file: BinaryIO) -> None:
+        image.save(file, "PNG", pnginfo=chunks, compress_level=6)
+
+    save_whole(path, write, overwrite=overwrite)
+
+
+def save_whole(
+    path: str | Path, write: Callable[[BinaryIO], object], *, overwrite: bool = False
+) -> None:
+    """Writes a file, whole or not at all; `write` is given it, opened.
 
     The file gets its name only when all of it is on the disk. Raises SafelightError if path
     exists and overwrite is false, even if it came to exist a moment ago, or cannot be written.
     """
     path = Path(path)
-    chunks = PngImagePlugin.PngInfo()
-    for key, text in texts.items():
-        chunks.add_text(key, text)  # tEXt if it is Latin-1, else iTXt, which is UTF-8
     temporary = _temporary(path)
     try:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("xb") as file:
-                image.save(file, "PNG", pnginfo=chunks, compress_level=6)
+                write(file)
                 file.flush()
                 os.fsync(file.fileno())
             if overwrite:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from safelight import __version__
-from safelight.cli import bench, generate, serve, tools, train
+from safelight.cli import bench, compare, explain, generate, serve, tools, train
 from safelight.cli.output import fail, note, say
 from safelight.errors import SafelightError
 
@@ -26,6 +26,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(generate.generate)
+app.command()(compare.compare)
+app.command()(explain.explain)
 app.command()(tools.samplers)
 app.command()(tools.models)
 app.command()(tools.inspect)

@@ -1,10 +1,11 @@
 """`safelight generate`: words, and perhaps a picture, into pictures."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer import Argument, Option
+from typer import Option
 
+from safelight.cli import options
 from safelight.cli.loading import load
 from safelight.cli.output import StepBar, say, warn
 from safelight.errors import SafelightError
@@ -14,85 +15,31 @@ if TYPE_CHECKING:
 
     from safelight.request import Result
 
-Model = Annotated[
-    str | None,
-    Option(
-        help="A model's name, a diffusers folder, a .safetensors file or a hub id "
-        "[embedded; with --unconditional embedded-unconditional].",
-        show_default=False,
-    ),
-]
-Device = Annotated[str, Option(help="Where to compute: auto, cpu, mps or cuda.")]
-Dtype = Annotated[str, Option(help="Precision: auto, float32, bfloat16 or float16.")]
-
 
 def generate(
-    prompt: Annotated[
-        str | None, Argument(help='What to draw, as in "a red apple".', show_default=False)
-    ] = None,
-    negative_prompt: Annotated[
-        str | None, Option(help="What to keep out of the picture.", show_default=False)
-    ] = None,
-    width: Annotated[
-        int | None,
-        Option(
-            help="64 to 2048 pixels, a multiple of 8 [the model's; with --image its own].",
-            show_default=False,
-        ),
-    ] = None,
-    height: Annotated[int | None, Option(help="As --width.", show_default=False)] = None,
-    steps: Annotated[
-        int | None, Option(help="1 to 1000 [as many as the sampler needs].", show_default=False)
-    ] = None,
-    guidance_scale: Annotated[
-        float | None,
-        Option(help="How closely to follow the words, 0 to 100 [7.5].", show_default=False),
-    ] = None,
-    seed: Annotated[
-        int | None,
-        Option(help="The same seed gives the same picture [drawn at random].", show_default=False),
-    ] = None,
+    prompt: options.Prompt = None,
+    negative_prompt: options.NegativePrompt = None,
+    width: options.Width = None,
+    height: options.Height = None,
+    steps: options.Steps = None,
+    guidance_scale: options.GuidanceScale = None,
+    seed: options.Seed = None,
     count: Annotated[
         int | None,
         Option(help="1 to 64 pictures, of seed, seed + 1, … [1].", show_default=False),
     ] = None,
-    sampler: Annotated[
-        str | None, Option(help="One of `safelight samplers` [pndm].", show_default=False)
-    ] = None,
-    schedule: Annotated[
-        str | None,
-        Option(help="karras, exponential or beta [the model's own].", show_default=False),
-    ] = None,
-    spacing: Annotated[
-        str | None,
-        Option(help="leading, linspace or trailing [the model's own].", show_default=False),
-    ] = None,
-    model: Model = None,
-    image: Annotated[
-        str | None, Option(help="A picture to start from.", show_default=False)
-    ] = None,
-    mask: Annotated[
-        str | None,
-        Option(help="With --image: white where to repaint, black to keep.", show_default=False),
-    ] = None,
-    strength: Annotated[
-        float | None,
-        Option(
-            help="With --image: how much to change, above 0 up to 1 [0.8; 1 with --mask].",
-            show_default=False,
-        ),
-    ] = None,
-    eta: Annotated[
-        float | None, Option(help="Fresh noise in ddim, 0 to 1 [0].", show_default=False)
-    ] = None,
-    unconditional: Annotated[
-        bool, Option("--unconditional", help="Draw from noise alone, without words.")
-    ] = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    low_memory: Annotated[
-        bool, Option("--low-memory", help="On the CPU: large weights in a file, not in memory.")
-    ] = False,
+    sampler: options.Sampler = None,
+    schedule: options.Schedule = None,
+    spacing: options.Spacing = None,
+    model: options.Model = None,
+    image: options.Picture = None,
+    mask: options.Mask = None,
+    strength: options.Strength = None,
+    eta: options.Eta = None,
+    unconditional: options.Unconditional = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    low_memory: options.LowMemory = False,
     out: Annotated[
         str,
         Option(
@@ -100,7 +47,7 @@ def generate(
             "safelight-<seed>.png.",
         ),
     ] = ".",
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace files that exist.")] = False,
+    overwrite: options.Overwrite = False,
     show: Annotated[
         bool, Option("--show", help="Open the pictures in the system's viewer.")
     ] = False,
@@ -115,28 +62,26 @@ def generate(
     if prompt is None and not unconditional:
         raise SafelightError('PROMPT is missing: try safelight generate "a red apple"')
 
-    import safelight
-    from safelight.picture import check_writable, open_mask, open_picture, output_paths
+    from safelight.picture import check_writable, output_paths
 
-    given: dict[str, Any] = {
-        "prompt": prompt,
-        "negative_prompt": negative_prompt,
-        "width": width,
-        "height": height,
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "seed": seed,
-        "count": count,
-        "sampler": sampler,
-        "schedule": schedule,
-        "spacing": spacing,
-        "strength": strength,
-        "eta": eta,
-        "unconditional": unconditional,
-        "image": None if image is None else open_picture(image, "image"),
-        "mask": None if mask is None else open_mask(mask),
-    }
-    request = safelight.Request(**{k: v for k, v in given.items() if v is not None})
+    request = options.request(
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        width=width,
+        height=height,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        count=count,
+        sampler=sampler,
+        schedule=schedule,
+        spacing=spacing,
+        strength=strength,
+        eta=eta,
+        unconditional=unconditional,
+        image=image,
+        mask=mask,
+    )
 
     seeds = range(request.seed, request.seed + request.count)
     need = (request.width or 512) * (request.height or 512) * 4 * request.count
@@ -144,10 +89,9 @@ def generate(
     for path in paths:
         check_writable(path, overwrite=overwrite, need=need)
 
-    default = "embedded-unconditional" if unconditional else "embedded"
     with StepBar(request.count) as on_step:
         loaded = load(
-            default if model is None else model,
+            options.model_for(request, model),
             device=device,
             dtype=dtype,
             low_memory=low_memory,

@@ -1,0 +1,100 @@
+"""`safelight compare`: a grid over two settings."""
+
+from types import SimpleNamespace
+from typing import Annotated
+
+from typer import Option
+
+from safelight.cli import options
+from safelight.cli.loading import load
+from safelight.cli.output import StepBar, say, warn
+from safelight.errors import SafelightError
+
+
+def compare(
+    x: Annotated[
+        str,
+        Option(
+            help="What changes from column to column, as in sampler=ddim,euler_a; "
+            "of prompts, as in 'prompt=a cat|a dog'."
+        ),
+    ],
+    prompt: options.Prompt = None,
+    y: Annotated[
+        str | None,
+        Option(
+            help="What changes from row to row, as in steps=5,10,20 [one row].", show_default=False
+        ),
+    ] = None,
+    negative_prompt: options.NegativePrompt = None,
+    width: options.Width = None,
+    height: options.Height = None,
+    steps: options.Steps = None,
+    guidance_scale: options.GuidanceScale = None,
+    seed: options.Seed = None,
+    sampler: options.Sampler = None,
+    schedule: options.Schedule = None,
+    spacing: options.Spacing = None,
+    model: options.Model = None,
+    image: options.Picture = None,
+    mask: options.Mask = None,
+    strength: options.Strength = None,
+    eta: options.Eta = None,
+    unconditional: options.Unconditional = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    low_memory: options.LowMemory = False,
+    out: Annotated[str, Option(help="The .png file to write.")] = "grid.png",
+    overwrite: options.Overwrite = False,
+) -> None:
+    """Make a labelled grid of pictures over one or two settings, from the same noise.
+
+    Prints the path of the grid; its recipe is inside the file.
+    """
+    from safelight.compare import Axis, grid, requests
+    from safelight.picture import check_writable
+
+    across = Axis.parse(x)
+    down = None if y is None else Axis.parse(y)
+    given = {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "width": width,
+        "height": height,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "seed": seed,
+        "sampler": sampler,
+        "schedule": schedule,
+        "spacing": spacing,
+        "strength": strength,
+        "eta": eta,
+    }
+    axes = [axis.name for axis in (across, down) if axis is not None]
+    for name in axes:
+        if given[name] is not None:
+            raise SafelightError(f"{name} is an axis of the grid: leave it out as an option")
+    if prompt is None and "prompt" not in axes and not unconditional:
+        raise SafelightError(
+            'PROMPT is missing: try safelight compare "a cat" --x sampler=ddim,euler_a'
+        )
+    base = options.request(**given, unconditional=unconditional, image=image, mask=mask)
+    requests(base, across, down)
+    if not out.lower().endswith(".png"):
+        raise SafelightError(f"out must be name.png, not {out[-100:]!r}")
+    check_writable(out, overwrite=overwrite, need=2**24)
+
+    with StepBar(1) as on_step:
+        made = grid(
+            load(options.model_for(base, model), device=device, dtype=dtype, low_memory=low_memory),
+            base,
+            across,
+            down,
+            on_step=lambda step, steps: on_step(
+                SimpleNamespace(image_index=0, step=step, steps=steps)
+            ),
+        )
+    made.save(out, overwrite=overwrite)
+    for warning in made.warnings:
+        warn(warning)
+    say(out)

@@ -1,0 +1,50 @@
+"""The forward way: what the noise schedule makes of a picture, as it did in training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from safelight.job import decode
+from safelight.model import Model
+from safelight.schedule import alphas_cumprod, sigmas_of
+
+SHARES = (0.05, 0.15, 0.3, 0.45, 0.65, 1.0)
+"""Which of the model's timesteps are shown, as shares of them all."""
+
+
+@dataclass(frozen=True)
+class Noised:
+    """The picture at one level of noise.
+
+    sigma: of the noise beside a picture that keeps its strength; timestep: the model's name for
+    the level. At sigma 0, which no timestep has, it is the picture itself.
+    """
+
+    sigma: float
+    timestep: int | None
+    picture: Image.Image
+
+
+def forward(model: Model, latents: Tensor, seed: int) -> list[Noised]:
+    """A picture at growing levels of one and the same noise, clean first.
+
+    latents: the finished picture's, float32 [1, channels, h, w] (pixels for a model without
+    autoencoder); seed: of the noise. What is shown is what the network is given,
+    x = √ᾱ·z + √(1 − ᾱ)·ε (arXiv:2006.11239, equation 4), decoded.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    bars = alphas_cumprod(model.scheduler)
+    sigmas = sigmas_of(bars)
+    with torch.inference_mode():
+        made = [Noised(0.0, None, decode(model, latents))]
+        for share in SHARES:
+            t = round(share * (len(bars) - 1))
+            bar = float(bars[t])
+            noisy = bar**0.5 * latents + (1 - bar) ** 0.5 * noise
+            made.append(Noised(float(sigmas[t]), t, decode(model, noisy)))
+    return made

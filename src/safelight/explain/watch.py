@@ -1,0 +1,212 @@
+"""One picture drawn under observation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from PIL import Image, ImageChops
+from torch import Tensor
+
+from safelight.denoiser import bounded, estimate
+from safelight.engine import Step, admit, begun, condition, settle
+from safelight.errors import SafelightError
+from safelight.explain.attention import Word, recorded, telling_layers, word_maps, words_of
+from safelight.explain.forward import Noised, forward
+from safelight.job import Job, advance, decode, final_latents, finish
+from safelight.model import Model
+from safelight.nets.unet import UNet2DConditionModel
+from safelight.picture import from_tensor, to_tensor
+from safelight.request import Request, Result
+from safelight.samplers import Row
+
+MOST_MOMENTS = 50
+"""Steps that are looked at: of more, this many, evenly apart, the first and last among them."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One step, seen.
+
+    step: 1 to steps. sigma, timestep: how noisy the state was, and what the network was told.
+    noisy: the state as the network was given it, decoded. latents: the same in latents, each
+    shown as a colour by `Story.colours`; None for a model of pixels. clean: what the network took
+    to be under the noise. unguided: the same without guidance, by the prompt alone; None where
+    guidance is off. attention: float32 [words, h, w], see `explain.attention.word_maps`; None
+    without words.
+    """
+
+    step: int
+    steps: int
+    sigma: float
+    timestep: float
+    noisy: Image.Image
+    latents: Image.Image | None
+    clean: Image.Image
+    unguided: Image.Image | None
+    attention: Tensor | None
+
+    @property
+    def guidance(self) -> Image.Image | None:
+        """What guidance added: half the difference to the unguided estimate, on middle gray."""
+        if self.unguided is None:
+            return None
+        return ImageChops.subtract(self.clean, self.unguided, scale=2, offset=128)
+
+
+@dataclass(frozen=True)
+class Story:
+    """How a picture came to be. result: the picture, as `Model.generate` returns it.
+
+    sigmas: the noise level before each step and after the last. shape: of the latents, channels,
+    height, width. colours: float32 [channels + 1, 3], see `fit_colours`; None without autoencoder.
+    forward: the picture turned to noise.
+    """
+
+    result: Result
+    sigmas: list[float]
+    shape: tuple[int, int, int]
+    words: list[Word]
+    moments: list[Moment]
+    colours: Tensor | None
+    forward: list[Noised]
+
+    @property
+    def picture(self) -> Image.Image:
+        return self.result.images[0]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A step as tensors: the state as the network was given it, and its clean estimates."""
+
+    step: int
+    row: Row
+    noisy: Tensor
+    clean: Tensor
+    unguided: Tensor | None
+    attention: Tensor | None
+
+
+def watch(model: Model, request: Request, on_step: Callable[[Step], object] | None = None) -> Story:
+    """Draws the picture of a request, and keeps what is to be seen on the way.
+
+    The picture is that of `model.generate(request)`, to the byte: it is drawn untouched, and
+    after each step the network is asked once more, with the prompt alone, while its attention is
+    recorded. on_step is called as `Model.generate` does. Raises SafelightError for settings that
+    cannot be, and for a count other than 1.
+    """
+    if request.count != 1:
+        raise SafelightError(f"count must be 1, not {request.count}: one picture is watched")
+    with torch.inference_mode():
+        settled = settle(model, request)
+        conditions, warnings = condition(model, settled)
+        result = begun(model, request, settled, warnings)
+        job = admit(model, settled, conditions, settled.seed)
+        rows = job.table.rows
+        words = [] if model.tokenizer is None else words_of(model.tokenizer, settled.prompt)
+        wanted = _evenly(len(rows))
+        seen: list[_Seen] = []
+        while not job.done:
+            cursor, state = job.cursor, job.state
+            advance(model, [job])
+            assert job.clean is not None
+            if cursor in wanted:
+                seen.append(_look(model, job, cursor, state, job.clean, words))
+            if on_step is not None:
+                on_step(Step(0, job.cursor, len(rows), job.clean, model))
+        result.images.append(finish(model, job))
+        latents = final_latents(job)
+        moments, colours = _pictures(model, seen, len(rows))
+        channels, height, width = latents.shape[1:]
+        return Story(
+            result=result,
+            sigmas=[*(row.sigma for row in rows), rows[-1].next_sigma],
+            shape=(channels, height, width),
+            words=words,
+            moments=moments,
+            colours=colours,
+            forward=forward(model, latents, settled.seed),
+        )
+
+
+def _evenly(count: int) -> set[int]:
+    most = min(count, MOST_MOMENTS)
+    return {round(i * (count - 1) / max(most - 1, 1)) for i in range(most)}
+
+
+def _look(
+    model: Model, job: Job, cursor: int, state: Tensor, clean: Tensor, words: list[Word]
+) -> _Seen:
+    """Ask again about the state before the step, for what the step itself does not tell."""
+    row, asked = job.table.rows[cursor], job.condition
+    noisy = state / (1 + row.sigma**2) ** 0.5
+    if asked.context is None or not isinstance(model.unet, UNet2DConditionModel):
+        return _Seen(cursor + 1, row, noisy, clean, None, None)
+    with recorded(telling_layers(model.unet)) as weights:
+        alone = replace(asked, context=asked.context[-1:])
+        [raw] = estimate(model, [state], [row.sigma], [row.timestep], [alone])
+    unguided = bounded(raw, job.table.clip, job.table.threshold)
+    height, width = state.shape[-2:]
+    return _Seen(
+        step=cursor + 1,
+        row=row,
+        noisy=noisy,
+        clean=clean,
+        unguided=unguided if asked.evaluations == 2 else None,
+        attention=word_maps(weights, words, (height, width)),
+    )
+
+
+def _pictures(model: Model, seen: list[_Seen], steps: int) -> tuple[list[Moment], Tensor | None]:
+    """The moments, and the colours of their latents."""
+    noisy = [decode(model, one.noisy) for one in seen]
+    clean = [decode(model, one.clean) for one in seen]
+    colours = None
+    if model.vae is not None:
+        latents = [tensor for one in seen for tensor in (one.noisy, one.clean)]
+        shown = [picture for both in zip(noisy, clean, strict=True) for picture in both]
+        colours = fit_colours(latents, shown)
+    moments = [
+        Moment(
+            step=one.step,
+            steps=steps,
+            sigma=one.row.sigma,
+            timestep=one.row.timestep,
+            noisy=noisy[i],
+            latents=None if colours is None else in_colours(one.noisy, colours),
+            clean=clean[i],
+            unguided=None if one.unguided is None else decode(model, one.unguided),
+            attention=one.attention,
+        )
+        for i, one in enumerate(seen)
+    ]
+    return moments, colours
+
+
+def fit_colours(latents: list[Tensor], pictures: list[Image.Image]) -> Tensor:
+    """The map from a latent's channels to the colour that it stands for: float32 [channels+1, 3].
+
+    A least-squares fit of latents ([1, channels, h, w] each) to what they decode to, reduced to
+    their size; the last row is what is added. Unlike the axes of a PCA it gives colours that can
+    be compared with the picture's. Fitted to noisy and clean ones, as in a plain picture some
+    directions of the latents never show.
+    """
+    inputs, targets = [], []
+    for latent, picture in zip(latents, pictures, strict=True):
+        flat = latent[0].flatten(1).T.float().cpu()
+        small = picture.convert("RGB").resize(
+            (latent.shape[-1], latent.shape[-2]), Image.Resampling.BOX
+        )
+        inputs.append(torch.cat([flat, torch.ones(len(flat), 1)], dim=1))
+        targets.append(to_tensor(small)[0].flatten(1).T)
+    return torch.linalg.lstsq(torch.cat(inputs), torch.cat(targets)).solution
+
+
+def in_colours(latents: Tensor, colours: Tensor) -> Image.Image:
+    """Latents [1, channels, h, w], each as one pixel of its colour."""
+    channels = latents.shape[1]
+    weight, bias = colours[:channels].T, colours[channels]
+    flat = weight @ latents[0].flatten(1).float().cpu() + bias[:, None]
+    return from_tensor(flat.unflatten(1, latents.shape[-2:]))

@@ -1,0 +1,354 @@
+"""A picture watched, and the page about it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import safelight
+from safelight import Request, SafelightError, cli
+from safelight.explain import texts
+from safelight.explain.attention import recorded, telling_layers, word_maps, words_of
+from safelight.explain.forward import forward
+from safelight.explain.page import page
+from safelight.explain.watch import MOST_MOMENTS, Story, fit_colours, in_colours, watch
+from safelight.model import Model
+from safelight.nets.layers import Attention
+from safelight.nets.unet import UNet2DConditionModel, UNetConfig
+
+PAIR = Request(
+    prompt="a cat above a pizza", seed=1, steps=6, sampler="dpmpp_2m", guidance_scale=4.0
+)
+SCRIPT = "<script>alert(1)</script></script><img src=x onerror=alert(2)>"
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return safelight.load(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def story(model: Model) -> Story:
+    return watch(model, PAIR)
+
+
+def photo() -> Image.Image:
+    values = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+class TestWatch:
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {},
+            {"guidance_scale": 1.0, "sampler": "heun"},
+            {"sampler": "euler_a", "negative_prompt": "a dog"},
+            {"image": photo(), "strength": 0.7},
+            {"image": photo(), "mask": Image.new("L", (64, 64), 255)},
+        ],
+        ids=["plain", "unguided", "noisy", "from a picture", "painted over"],
+    )
+    def test_the_picture_is_that_of_generate(self, dtype: str, settings: dict[str, Any]) -> None:
+        loaded = safelight.load(device="cpu", dtype=dtype)
+        request = PAIR.replace(steps=3, **settings)
+        # Watched first: what it leaves behind must not change the next picture either.
+        watched, drawn = watch(loaded, request).result, loaded.generate(request)
+        assert watched.images[0].tobytes() == drawn.images[0].tobytes()
+        assert watched.recipe() == drawn.recipe()
+
+    def test_what_is_seen(self, story: Story) -> None:
+        assert [moment.step for moment in story.moments] == [1, 2, 3, 4, 5, 6]
+        assert story.sigmas[:-1] == [moment.sigma for moment in story.moments]
+        assert story.sigmas == sorted(story.sigmas, reverse=True)
+        assert story.shape == (4, 16, 16)
+        for moment in story.moments:
+            assert moment.noisy.size == moment.clean.size == (64, 64)
+            assert moment.latents is not None
+            assert moment.latents.size == (16, 16)
+            assert moment.unguided is not None
+            assert moment.attention is not None
+            assert moment.attention.shape == (5, 8, 8)
+        assert story.moments[-1].clean.tobytes() == story.picture.tobytes()
+
+    def test_guidance_is_half_the_difference_on_gray(self, story: Story) -> None:
+        moment = story.moments[2]
+        assert moment.guidance is not None
+        clean, unguided = (np.asarray(p).astype(int) for p in (moment.clean, moment.unguided))
+        expected = 128 + (clean - unguided) / 2
+        assert np.abs(np.asarray(moment.guidance) - expected).max() <= 1
+        assert np.abs(clean - unguided).max() > 20
+
+    def test_without_guidance_there_is_none(self, model: Model) -> None:
+        moment = watch(model, PAIR.replace(steps=1, guidance_scale=1.0)).moments[0]
+        assert moment.guidance is None
+        assert moment.attention is not None
+
+    def test_without_words(self) -> None:
+        pixels = safelight.load("embedded-unconditional", device="cpu")
+        request = Request(unconditional=True, sampler="ddim", steps=3, seed=1)
+        story = watch(pixels, request)
+        assert story.picture.tobytes() == pixels.generate(request).images[0].tobytes()
+        assert (story.words, story.colours) == ([], None)
+        assert all(m.latents is m.unguided is m.attention is None for m in story.moments)
+        assert "lights up" not in page(story)
+
+    def test_an_empty_prompt(self, model: Model) -> None:
+        story = watch(model, PAIR.replace(prompt="", steps=1))
+        assert story.words == []
+        assert "A picture from noise alone" in page(story)
+
+    def test_many_steps_are_thinned(self, model: Model) -> None:
+        steps: list[int] = []
+        request = PAIR.replace(steps=60, guidance_scale=1.0, sampler="euler")
+        story = watch(model, request, on_step=lambda step: steps.append(step.step))
+        assert steps == list(range(1, 61))
+        seen = [moment.step for moment in story.moments]
+        assert len(seen) == len(set(seen)) == MOST_MOMENTS
+        assert (seen[0], seen[-1]) == (1, 60)
+
+    def test_one_picture(self, model: Model) -> None:
+        with pytest.raises(SafelightError, match="count must be 1"):
+            watch(model, PAIR.replace(count=2))
+
+
+class TestAttention:
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+    def test_sums_to_one_over_the_tokens(self, dtype: str) -> None:
+        """With the fast layers (float32, bfloat16) and the plain ones (float16)."""
+        loaded = safelight.load(device="cpu", dtype=dtype)
+        layers = telling_layers(unet_of(loaded))
+        with recorded(layers) as weights:
+            loaded.generate(PAIR.replace(steps=2))
+        assert len(weights) == 2 * len(layers) == 2
+        for one in weights:
+            assert one.shape == (2, 4, 64, 32)  # guided, heads, 8×8, tokens
+            assert one.dtype == torch.float32
+            assert torch.allclose(one.sum(-1), torch.ones(2, 4, 64), atol=1e-5)
+
+    def test_it_is_what_the_layer_computes(self) -> None:
+        torch.manual_seed(0)
+        layer = Attention(32, 4, context=24)
+        x, context = torch.randn(1, 9, 32), torch.randn(1, 5, 24)
+        with recorded([layer]) as weights:
+            answer = layer(x, context)
+        values = layer.to_v(context).unflatten(-1, (4, -1)).transpose(1, 2)
+        again = layer.to_out[0]((weights[0] @ values).transpose(1, 2).flatten(2))
+        assert torch.allclose(answer, again, atol=1e-6)
+
+    def test_nothing_is_left_of_it(self, model: Model) -> None:
+        layers = telling_layers(unet_of(model))
+
+        def fail() -> None:
+            with recorded(layers):
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            fail()
+        assert not any(layer._forward_pre_hooks for layer in layers)
+
+    def test_things_light_up_where_they_were_asked_for(self, story: Story) -> None:
+        maps = torch.stack([m.attention for m in story.moments if m.attention is not None])
+        cat, pizza = (maps[:, i].mean(0) for i in (1, 4))
+        assert cat[:4].sum() > 0.65 * cat.sum()
+        assert pizza[4:].sum() > 0.65 * pizza.sum()
+
+    def test_words_are_put_together_from_tokens(self, model: Model) -> None:
+        assert model.tokenizer is not None
+        words = words_of(model.tokenizer, "A Cat,  above\na zeppelin!")
+        assert [word.text for word in words] == ["a", "cat", ",", "above", "a", "zeppelin", "!"]
+        assert words[0].tokens == slice(1, 2)
+        assert all(a.tokens.stop == b.tokens.start for a, b in pairwise(words))
+        zeppelin = words[5].tokens
+        assert zeppelin.stop - zeppelin.start > 1
+
+    @pytest.mark.parametrize(
+        "text", ["", "...", "it's 1985", "Ελλάδα café 猫", "a" * 500, "a " * 99]
+    )
+    def test_words_cover_the_prompt_up_to_its_cut(self, model: Model, text: str) -> None:
+        assert model.tokenizer is not None
+        room = model.tokenizer.max_length - 2
+        words = words_of(model.tokenizer, text)
+        covered = [i for word in words for i in range(word.tokens.start, word.tokens.stop)]
+        count = min(model.tokenizer.encode(text).count, room)
+        assert covered == list(range(1, 1 + count))
+
+    def test_maps_of_odd_sides(self, model: Model) -> None:
+        """Latents of 9×14 have maps of 5×7."""
+        assert model.tokenizer is not None
+        weights = [torch.rand(1, 2, 35, 32).softmax(-1)]
+        maps = word_maps(weights, words_of(model.tokenizer, "a cat"), (9, 14))
+        assert maps is not None
+        assert maps.shape == (2, 5, 7)
+        assert torch.allclose(maps[1, 2, 3], weights[0][0, :, 2 * 7 + 3, 2].mean())
+
+    def test_layers_of_other_networks(self) -> None:
+        down, up = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
+        sizes = {"block_out_channels": (32, 32), "cross_attention_dim": 8, "norm_num_groups": 8}
+        with torch.device("meta"):
+            one = UNet2DConditionModel(
+                UNetConfig(down_block_types=down, up_block_types=up, **sizes)
+            )
+            none = UNet2DConditionModel(
+                UNetConfig(down_block_types=down, up_block_types=up[1:] * 2, **sizes)
+            )
+        deepest: Any = one.up_blocks[0]
+        assert telling_layers(one) == [deepest.attentions[-1].transformer_blocks[0].attn2]
+        assert telling_layers(none) == []
+
+
+class TestColours:
+    def test_a_linear_decoder_is_found(self) -> None:
+        truth = torch.tensor([[0.3, -0.1, 0.1], [0.1, 0.2, -0.3], [0.0, 0.1, -0.1]])
+        latents = [
+            torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(i)) for i in (0, 1)
+        ]
+        pictures = [in_colours(one, truth) for one in latents]
+        assert torch.allclose(fit_colours(latents, pictures), truth, atol=5e-3)
+
+
+class TestForward:
+    def test_noise_grows(self, story: Story) -> None:
+        sigmas = [noised.sigma for noised in story.forward]
+        assert sigmas == sorted(sigmas)
+        assert story.forward[0].picture.tobytes() == story.picture.tobytes()
+
+    def test_the_same_seed_is_the_same_noise(self, model: Model) -> None:
+        latents = torch.zeros(1, 4, 16, 16)
+        one, two, other = (forward(model, latents, seed)[-1].picture for seed in (1, 1, 2))
+        assert one.tobytes() == two.tobytes() != other.tobytes()
+
+
+class Reader(HTMLParser):
+    """What a browser makes of a page, as far as it matters: elements, attributes, text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def tags(self) -> list[str]:
+        return [tag for tag, _ in self.elements]
+
+
+class TestPage:
+    def test_it_is_small(self, model: Model) -> None:
+        html = page(watch(model, PAIR.replace(steps=20)))
+        assert len(html.encode()) < 5 * 2**20
+
+    def test_it_fetches_nothing(self, story: Story) -> None:
+        html = page(story)
+        read = Reader(html)
+        for tag, attributes in read.elements:
+            assert tag not in {"link", "iframe", "object", "embed", "base", "form"}
+            for name in ("src", "href", "action", "srcset"):
+                value = attributes.get(name) or "data:"
+                assert value.startswith(("data:image/", "data:", "#")), value
+        assert "://" not in html
+        assert "@import" not in html
+        policy = dict(read.elements)["meta"]
+        assert (policy["content"] or "").startswith("default-src 'none'; img-src data:;")
+
+    def test_no_prompt_adds_a_tag_or_a_script(self, model: Model, story: Story) -> None:
+        hostile = PAIR.replace(prompt=SCRIPT, negative_prompt=SCRIPT + "'\" $title &amp;")
+        read, plain = Reader(page(watch(model, hostile))), Reader(page(story))
+        assert read.tags().count("script") == plain.tags().count("script") == 2
+        assert set(read.tags()) == set(plain.tags())
+        assert not any("onerror" in attributes for _, attributes in read.elements)
+        assert SCRIPT in read.text
+        assert "$title" in read.text
+
+    def test_the_data_is_whole(self, story: Story) -> None:
+        data = re.search(r'id="story">(.*?)</script>', page(story))
+        assert data is not None
+        told = json.loads(data[1])
+        assert set(told["views"]) == {"noisy", "latents", "clean", "guidance", "unguided"}
+        assert all(len(view) == 6 for view in told["views"].values())
+        assert [moment["step"] for moment in told["moments"]] == list("123456")
+        assert all(len(moment["masks"]) == 5 for moment in told["moments"])
+
+    def test_every_text_is_there(self, story: Story) -> None:
+        shown = Reader(page(story)).text
+        for text in (*texts.PARTS.values(), *texts.SETTINGS.values(), *texts.VIEWS.values()):
+            assert text.title in shown
+            assert text.body in shown
+        known = {*Request.model_fields, "size"}
+        assert set(texts.SETTINGS) <= known
+
+    def test_texts_and_axes_need_no_torch(self) -> None:
+        """The server, which shows the one and reads the other, never imports it."""
+        code = (
+            "import sys, safelight.compare, safelight.explain.texts; print('torch' in sys.modules)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.stdout == "False\n"
+
+    def test_from_a_picture(self, model: Model) -> None:
+        html = page(watch(model, PAIR.replace(image=photo(), strength=0.5)))
+        assert "where it began" in html
+        assert "from noise alone" not in html
+
+
+class TestCommand:
+    def test_explain(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = tmp_path / "explain.html"
+        arguments = ["explain", "a cat", "--steps", "2", "--seed", "1", "--out", str(path)]
+        assert cli.run(arguments) == 0
+        assert capsys.readouterr().out == f"{path}\n"
+        assert path.read_text(encoding="utf-8").startswith("<!doctype html>")
+        assert cli.run(arguments) == 2
+        assert "exists" in capsys.readouterr().err
+        assert cli.run([*arguments, "--overwrite"]) == 0
+
+    def test_unconditional(self, tmp_path: Path) -> None:
+        path = tmp_path / "explain.html"
+        steps = ["--sampler", "ddim", "--steps", "2"]
+        assert cli.run(["explain", "--unconditional", *steps, "--out", str(path)]) == 0
+        assert path.is_file()
+
+    @pytest.mark.parametrize(
+        ("arguments", "named"),
+        [
+            ([], "PROMPT is missing"),
+            (["a cat", "--out", "a.png"], "name.html"),
+            (["a cat", "--steps", "0"], "1 to 1000"),
+        ],
+    )
+    def test_refuses(
+        self,
+        arguments: list[str],
+        named: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert cli.run(["explain", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert named in error
+        assert list(tmp_path.iterdir()) == []
+
+
+def unet_of(model: Model) -> UNet2DConditionModel:
+    assert isinstance(model.unet, UNet2DConditionModel)
+    return model.unet
