@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from safelight import __version__
-from safelight.cli import bench, compare, explain, generate, serve, tools, train
+from safelight.cli import bench, compare, explain, generate, serve, studio, tools, train
 from safelight.cli.output import fail, note, say
 from safelight.errors import SafelightError
 
@@ -33,6 +33,7 @@ app.command()(tools.models)
 app.command()(tools.inspect)
 app.command()(tools.verify)
 app.command()(serve.serve)
+app.command()(studio.studio)
 app.command()(bench.bench)
 app.add_typer(train.app, name="train")
 

@@ -4,7 +4,8 @@ import gc
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from socket import socket
+from typing import Annotated, Any
 
 from typer import Option
 
@@ -48,35 +49,21 @@ def serve(
     ] = False,
 ) -> None:
     """Serve pictures over HTTP: an API of our own, OpenAI's and AUTOMATIC1111's."""
-    if find_spec("fastapi") is None or find_spec("sqlalchemy") is None:
-        raise SafelightError("serving needs more: pip install 'safelight[server]'")
     if queue < 1:
         raise SafelightError(f"--queue {queue}: expected 1 or more")
-    root = data_dir or _home()
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SafelightError(f"--data-dir {root} cannot be made: {error.strerror}") from None
+    root = data_folder(data_dir)
     settings = Settings(
         model=model,
-        url=database or f"sqlite:///{root.resolve() / 'jobs.sqlite3'}",
-        root=str(root.resolve()),
+        url=database or f"sqlite:///{root / 'jobs.sqlite3'}",
+        root=str(root),
         device=device,
         dtype=dtype,
         low_memory=low_memory,
         exact=exact,
     )
-    listening = listen(host, port, token)
-    child = spawn(settings)  # loads its model while the imports below go on
-    gc.disable()  # a tenth of the time that they take: what they make stays
-    from safelight.server.run import serve as run
-
-    gc.freeze()
-    gc.enable()
-    run(
+    start(
         settings,
-        child,
-        listening,
+        listen(host, port, token),
         host=host,
         token=token,
         hosts=frozenset(allow_host or ()),
@@ -84,7 +71,27 @@ def serve(
     )
 
 
-def _home() -> Path:
-    """As the XDG base directories have it."""
+def start(settings: Settings, listening: socket, **how: Any) -> None:
+    """Serve until told to end. how: as `server.run.serve` has it."""
+    missing = [name for name in ("fastapi", "sqlalchemy", "uvicorn") if find_spec(name) is None]
+    if missing:
+        raise SafelightError("serving needs more: pip install 'safelight[server]'")
+    child = spawn(settings)  # loads its model while the imports below go on
+    gc.disable()  # a tenth of the time that they take: what they make stays
+    from safelight.server.run import serve as run
+
+    gc.freeze()
+    gc.enable()
+    run(settings, child, listening, **how)
+
+
+def data_folder(given: Path | None) -> Path:
+    """The folder that was named, or the user's own as the XDG base directories have it; made."""
     base = os.environ.get("XDG_DATA_HOME")
-    return (Path(base) if base else Path.home() / ".local" / "share") / "safelight"
+    own = (Path(base) if base else Path.home() / ".local" / "share") / "safelight"
+    root = (given or own).resolve()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SafelightError(f"--data-dir {root} cannot be made: {error.strerror}") from None
+    return root

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from safelight.server.guard import Guard, Rules
 from safelight.server.hub import Hub, StoppingError, StorageError
 from safelight.server.jobs import BusyError
 from safelight.server.metrics import Metrics
+from safelight.studio.mount import Studio
 
 
 def application(hub: Hub, rules: Rules) -> Any:
@@ -26,7 +28,10 @@ def application(hub: Hub, rules: Rules) -> Any:
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
         hub.start()
+        warming = asyncio.create_task(studio.warm())
         yield
+        warming.cancel()
+        await studio.close()
         await hub.stop()
 
     app = FastAPI(title="Safelight", version=__version__, lifespan=life)
@@ -36,7 +41,8 @@ def application(hub: Hub, rules: Rules) -> Any:
     app.include_router(sdapi.router, responses=problems(404, 413, 422, 429, 500, model=api.Problem))
     app.add_exception_handler(SafelightError, refused)
     app.add_exception_handler(RequestValidationError, invalid)
-    return Guard(app, rules, app.state.metrics.count)
+    studio = Studio(app, hub)
+    return Guard(studio, rules, app.state.metrics.count)
 
 
 def problems(*statuses: int, model: Any = None) -> dict[int | str, dict[str, Any]]:

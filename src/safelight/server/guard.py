@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 
 from starlette.exceptions import HTTPException
 
+from safelight.server import entrance
+
 log = logging.getLogger("safelight.http")
 
 SLOW = 30.0
@@ -74,8 +76,17 @@ class Guard:
 
         try:
             headers = _headers(scope)
-            self._check(scope, headers)
-            await self.app(scope, _limited(receive, headers), reply)
+            self._check_site(scope, headers)
+            receive = _limited(receive, headers)
+            if scope["path"] == entrance.ENTER and scope["method"] == "POST":
+                await self._enter(receive, reply)
+            elif scope["path"] in OPEN or self._allowed(headers):
+                await self.app(scope, receive, reply)
+            elif scope["method"] == "GET" and scope["path"].startswith("/studio"):
+                await _page(reply, 401, entrance.page())
+            else:
+                challenge = {"www-authenticate": "Bearer"}
+                raise RefusedError(401, "a token is needed: Authorization: Bearer …", challenge)
         except RefusedError as refusal:
             if not sent:
                 await _answer(reply, refusal.status_code, refusal.detail, refusal.headers)
@@ -93,7 +104,7 @@ class Guard:
                 },
             )
 
-    def _check(self, scope: Any, headers: dict[str, list[str]]) -> None:
+    def _check_site(self, scope: Any, headers: dict[str, list[str]]) -> None:
         host = _single(headers, "host")
         if not self._known_host(host, scope):
             raise RefusedError(400, "this Host is not served here")
@@ -106,9 +117,20 @@ class Guard:
             mode = headers.get("sec-fetch-mode", [""])[0]
             if scope["method"] not in ("GET", "HEAD") or mode != "navigate":
                 raise RefusedError(403, "cross-site requests are refused")
-        if scope["path"] not in OPEN and not self._allowed(headers):
-            challenge = {"www-authenticate": "Bearer"}
-            raise RefusedError(401, "a token is needed: Authorization: Bearer …", challenge)
+
+    async def _enter(self, receive: Any, reply: Any) -> None:
+        """A browser's form with the token in it: given a cookie, and sent to the page."""
+        form, more = b"", True
+        while more and len(form) <= entrance.LONGEST_FORM:
+            message = await receive()
+            form += message.get("body", b"")
+            more = message.get("more_body", False)
+        token = self.rules.token
+        if token is not None and not _equal(entrance.token_in(form), token):
+            await _page(reply, 401, entrance.page("That is not this server's token."))
+            return
+        cookie = [] if token is None else [(b"set-cookie", entrance.set_cookie(token))]
+        await _page(reply, 303, b"", [(b"location", b"/studio"), *cookie])
 
     def _known_host(self, host: str, scope: Any) -> bool:
         # A foreign name that resolves to this machine is how a web page reaches it (DNS rebinding).
@@ -126,6 +148,8 @@ class Guard:
     def _allowed(self, headers: dict[str, list[str]]) -> bool:
         if self.rules.token is None:
             return True
+        if "cookie" in headers and entrance.has_cookie(headers["cookie"], self.rules.token):
+            return True
         given = headers.get("authorization", [""])
         kind, _, value = given[0].partition(" ")
         if kind.lower() == "basic":  # of clients that know name and password alone
@@ -135,8 +159,12 @@ class Guard:
                 return False
         elif kind.lower() != "bearer":
             return False
-        wanted = self.rules.token.encode()
-        return len(given) == 1 and hmac.compare_digest(value.strip().encode(), wanted)
+        return len(given) == 1 and _equal(value.strip(), self.rules.token)
+
+
+def _equal(given: str, token: str) -> bool:
+    """In a time that tells nothing."""
+    return hmac.compare_digest(given.encode(), token.encode())
 
 
 def _headers(scope: Any) -> dict[str, list[str]]:
@@ -208,3 +236,12 @@ async def _answer(send: Any, status: int, text: str, headers: Mapping[str, str] 
         }
     )
     await send({"type": "http.response.body", "body": body.encode()})
+
+
+async def _page(
+    send: Any, status: int, body: bytes, headers: list[tuple[bytes, bytes]] | None = None
+) -> None:
+    kind = (b"content-type", b"text/html; charset=utf-8")
+    start = {"type": "http.response.start", "status": status, "headers": [kind, *(headers or [])]}
+    await send(start)
+    await send({"type": "http.response.body", "body": body})

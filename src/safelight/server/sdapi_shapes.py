@@ -163,7 +163,7 @@ def sampler_label(name: str) -> str:
     return SAMPLERS[name].a1111 or name
 
 
-def find_sampler(label: str) -> tuple[str, str | None]:
+def known_sampler(label: str) -> tuple[str, str | None] | None:
     """Sampler and schedule of a name like "DPM++ 2M" or, as it was once, "DPM++ 2M Karras"."""
     wanted = label.strip().lower()
     if wanted in _SAMPLERS:
@@ -171,7 +171,14 @@ def find_sampler(label: str) -> tuple[str, str | None]:
     joined, _, schedule = wanted.rpartition(" ")
     if joined in _SAMPLERS and schedule in SCHEDULES:
         return _SAMPLERS[joined], schedule
-    raise HTTPException(404, f"Sampler not found: {label!r:.60}; GET samplers lists them")
+    return None
+
+
+def find_sampler(label: str) -> tuple[str, str | None]:
+    known = known_sampler(label)
+    if known is None:
+        raise HTTPException(404, f"Sampler not found: {label!r:.60}; GET samplers lists them")
+    return known
 
 
 def find_scheduler(label: str | None) -> str | None:

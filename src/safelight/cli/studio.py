@@ -1,0 +1,53 @@
+"""`safelight studio`: the server, and its page in the browser."""
+
+import threading
+import webbrowser
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
+from safelight.cli import options
+from safelight.cli.serve import data_folder, start
+from safelight.errors import SafelightError
+from safelight.server.listening import listen, shown
+from safelight.server.process import Settings
+
+
+def studio(
+    port: Annotated[
+        int | None, Option(help="[7860, or if that is taken a free one].", show_default=False)
+    ] = None,
+    data_dir: Annotated[
+        Path | None, Option(help="Jobs and pictures [the user's data folder].", show_default=False)
+    ] = None,
+    model: Annotated[str, Option(help="As `generate --model`.")] = "embedded",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    low_memory: options.LowMemory = False,
+    browser: Annotated[bool, Option(help="Open it in the browser.")] = True,
+) -> None:
+    """Open the page: make pictures and watch them develop, find, compare, look inside."""
+    if find_spec("gradio") is None:
+        raise SafelightError("the studio needs more: pip install 'safelight[studio]'")
+    root = data_folder(data_dir)
+    host = "127.0.0.1"
+    try:
+        listening = listen(host, 7860 if port is None else port, None)
+    except SafelightError:
+        if port is not None:
+            raise
+        listening = listen(host, 0, None)
+    settings = Settings(
+        model=model,
+        url=f"sqlite:///{root / 'jobs.sqlite3'}",
+        root=str(root),
+        device=device,
+        dtype=dtype,
+        low_memory=low_memory,
+    )
+    if browser:  # in a thread: some browsers are waited for
+        address = f"{shown(listening)}/studio"
+        threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+    start(settings, listening, host=host, token=None)

@@ -1,0 +1,67 @@
+"""How a browser gets in: it cannot send a bearer token by itself, so it is given a cookie for it.
+
+A person types the token once; the cookie holds what only the token gives, and not the token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from http.cookies import CookieError, SimpleCookie
+from urllib.parse import parse_qs
+
+COOKIE = "safelight"
+ENTER = "/studio/enter"
+LONGEST_FORM = 4096
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Safelight</title>
+<meta name="viewport" content="width=device-width">
+<meta name="color-scheme" content="light dark">
+<style>
+body {{ font: 1.1rem/1.6 system-ui, sans-serif; max-width: 24rem; margin: 18vh auto;
+  padding: 1rem }}
+input, button {{ font: inherit; padding: .5rem .7rem; width: 100%; box-sizing: border-box;
+  margin-top: .6rem }}
+</style></head>
+<body><main><h1>Safelight</h1>
+<form method="post" action="{action}">
+<label>This server's token <input name="token" type="password" required autofocus
+autocomplete="current-password"></label><button>Enter</button></form>
+<p role="alert">{problem}</p></main></body></html>
+"""
+
+
+def page(problem: str = "") -> bytes:
+    """The form that asks for the token. problem: a sentence of ours."""
+    return _PAGE.format(action=ENTER, problem=problem).encode()
+
+
+def token_in(form: bytes) -> str:
+    """The token in a form as a browser sends it; empty if there is none."""
+    fields = parse_qs(form.decode("latin-1"), max_num_fields=4)
+    return fields.get("token", [""])[0].strip()
+
+
+def set_cookie(token: str) -> bytes:
+    """The header's value. Strict: no request that another site starts carries it."""
+    month = 30 * 24 * 3600
+    value = f"{COOKIE}={_derived(token)}; Path=/; HttpOnly; SameSite=Strict; Max-Age={month}"
+    return value.encode()
+
+
+def has_cookie(headers: list[str], token: str) -> bool:
+    """Whether these Cookie headers hold what `set_cookie` gave out."""
+    jar = SimpleCookie()
+    try:
+        for header in headers:
+            jar.load(header)
+    except CookieError:
+        return False
+    return COOKIE in jar and hmac.compare_digest(
+        jar[COOKIE].value.encode(), _derived(token).encode()
+    )
+
+
+def _derived(token: str) -> str:
+    return hmac.new(token.encode(), b"safelight studio", hashlib.sha256).hexdigest()

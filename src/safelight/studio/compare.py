@@ -1,0 +1,122 @@
+"""Compare: a grid over two settings, drawn by jobs of the server, on one labelled picture."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import gradio as gr
+
+from safelight.compare import SETTINGS, Axis, Grid, requests
+from safelight.errors import SafelightError
+from safelight.picture import open_picture
+from safelight.request import Result
+from safelight.server.hub import Hub
+from safelight.server.jobs import Job, Status
+from safelight.server.store import new_id
+from safelight.studio import form as forms
+from safelight.studio.parts import problem, progress
+
+NOTHING = "nothing"
+
+
+def compare(hub: Hub, form: forms.Form) -> None:
+    """Made within a tab. form: where the settings that all cells share are."""
+    gr.HTML(
+        "<p>Every cell is drawn from the same noise, with the settings under Make. Values are "
+        "parted by commas, prompts by |.</p>"
+    )
+    with gr.Row():
+        x = gr.Dropdown(list(SETTINGS), value="sampler", label="Columns")
+        across = gr.Textbox("ddim, euler_a, dpmpp_2m", label="Values of the columns", scale=2)
+    with gr.Row():
+        y = gr.Dropdown([NOTHING, *SETTINGS], value="steps", label="Rows")
+        down = gr.Textbox("5, 10, 20", label="Values of the rows", scale=2)
+    with gr.Row():
+        start = gr.Button("Compare", variant="primary", elem_id="compare")
+        stop = gr.Button("Stop")
+    told, bar = problem("compare"), progress("compare")
+    sheet = gr.Image(
+        label="The grid", type="filepath", format="png", interactive=False, visible=False
+    )
+    running = gr.State([])
+
+    async def draw(
+        x: str, across: str, y: str, down: str, *values: Any
+    ) -> AsyncIterator[tuple[Any, ...]]:
+        """Yields problem, bar, sheet and the ids of the jobs."""
+        jobs: list[Job] = []
+        try:
+            base = forms.request(*values, native=hub.native_size).replace(count=1)
+            axes = [Axis.parse(f"{x}={across}")]
+            if y != NOTHING:
+                axes.append(Axis.parse(f"{y}={down}"))
+            cells = requests(base, *axes)
+            for row in cells:
+                jobs += [await hub.submit(request, client="compare") for request in row]
+        except SafelightError as error:
+            for job in jobs:  # all of a grid, or nothing
+                await hub.cancel(job.id)
+            yield str(error), "", gr.skip(), []
+            return
+        ids = [job.id for job in jobs]
+        waits = [asyncio.ensure_future(hub.wait(job_id)) for job_id in ids]
+        pending = set(waits)
+        while pending:
+            yield "", 1 - len(pending) / len(waits) or 0.001, gr.skip(), ids
+            _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        try:
+            made = [wait.result() for wait in waits]
+            path = await asyncio.to_thread(_sheet, hub, made, axes)
+        except SafelightError as error:
+            yield str(error), "", gr.skip(), []
+            return
+        yield "", "", gr.Image(path, visible=True), []
+
+    async def cancel(ids: list[str]) -> None:
+        for job_id in ids:
+            await hub.cancel(job_id)
+
+    start.click(
+        draw,
+        [x, across, y, down, *form.fields],
+        [told, bar, sheet, running],
+        show_progress="hidden",
+    )
+    stop.click(cancel, running, show_progress="hidden")
+
+
+def _sheet(hub: Hub, jobs: list[Job], axes: list[Axis]) -> str:
+    """The path of the page of all cells; raises SafelightError for one that was not drawn."""
+    for job in jobs:
+        if job.status != Status.SUCCEEDED:
+            why = job.error or "it was cancelled"
+            raise SafelightError(f"a cell of the grid was not drawn: {why}")
+    columns = len(axes[0].values)
+    results = [_result(hub, job) for job in jobs]
+    rows = [results[i : i + columns] for i in range(0, len(results), columns)]
+    folder = hub.files.root / "grids"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{new_id()}.png"
+    Grid(axes[0], axes[1] if len(axes) > 1 else None, rows).save(path)
+    return str(path)
+
+
+def _result(hub: Hub, job: Job) -> Result:
+    """What the cell's one job made, as if it had been made here."""
+    picture = job.pictures[0]
+    path = hub.picture_file(picture.id)
+    if path is None:
+        raise SafelightError("a cell of the grid was deleted before all were there")
+    recipe = picture.recipe
+    return Result(
+        images=[open_picture(path)],
+        seeds=[picture.seed],
+        settings=recipe["settings"],
+        model=recipe["model"]["name"],
+        sha256=recipe["model"]["sha256"],
+        device=recipe["device"],
+        dtype=recipe["dtype"],
+        warnings=recipe["warnings"],
+    )

@@ -1,0 +1,146 @@
+"""The page at /studio of a server that runs already."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, Response
+
+from safelight.server.hub import Hub
+
+PATH = "/studio"
+INSIDE = "/studio/inside/"
+
+# Nothing on the page may ask another host, whatever a prompt or a picture's text tries.
+_POLICY = (
+    b"default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
+    b"style-src 'self' 'unsafe-inline'; base-uri 'self'; form-action 'self'; object-src 'none'; "
+    b"frame-ancestors 'self'"
+)
+_MISSING = "The studio needs more: pip install 'safelight[studio]'\n"
+_ICON = (
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><rect width="16" height="16" '
+    'rx="4" fill="#231f1c"/><circle cx="8" cy="8" r="4.2" fill="#e0531f"/></svg>'
+)
+_COMING = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Safelight</title>
+<meta http-equiv="refresh" content="1"><meta name="color-scheme" content="light dark"></head>
+<body style="font: 1.1rem/1.6 system-ui, sans-serif; margin: 18vh auto; max-width: 24rem">
+<main><h1>Safelight</h1><p>The studio is coming up: some seconds.</p></main></body></html>
+"""
+
+
+def available() -> bool:
+    return find_spec("gradio") is not None
+
+
+class Studio:
+    """An ASGI application around another: /studio is Gradio's, all else the other's.
+
+    Gradio takes seconds to import, so that is done behind a server that answers already.
+    """
+
+    def __init__(self, app: Any, hub: Hub) -> None:
+        self.app, self._hub = app, hub
+        self._page: asyncio.Future[Any] | None = None
+        self._keeper: asyncio.Task[None] | None = None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        path = scope.get("path", "")
+        if path == "/favicon.ico":
+            await Response(_ICON, media_type="image/svg+xml")(scope, receive, send)
+            return
+        if scope["type"] != "http" or not (path == PATH or path.startswith(PATH + "/")):
+            await self.app(scope, receive, send)
+            return
+        if not available():
+            await PlainTextResponse(_MISSING, 404)(scope, receive, send)
+            return
+        if path.startswith(INSIDE):
+            await _page_of_inside(self._hub.files.root, path.removeprefix(INSIDE))(
+                scope, receive, send
+            )
+            return
+        if self._page is None or not self._page.done():
+            self.begin()
+            await HTMLResponse(_COMING, 503, {"retry-after": "1"})(scope, receive, send)
+            return
+        page = self._page.result()
+        await page(scope, receive, _with_policy(send))
+
+    async def warm(self) -> None:
+        """Make the page when the worker is ready, and no longer needs the processors."""
+        while available() and not self._hub.info.ready:
+            await asyncio.sleep(0.2)
+        if available():
+            self.begin()
+
+    def begin(self) -> None:
+        """Make Gradio's application, in a thread, unless that was begun before."""
+        if self._page is None:
+            self._page = asyncio.get_running_loop().create_future()
+            self._keeper = asyncio.create_task(self._keep(self._page))
+
+    async def close(self) -> None:
+        if self._keeper is not None:
+            self._keeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._keeper
+
+    async def _keep(self, ready: asyncio.Future[Any]) -> None:
+        try:
+            app = await asyncio.to_thread(_build, self._hub)
+            async with app.router.lifespan_context(app):
+                ready.set_result(app)
+                await asyncio.Event().wait()
+        except Exception as error:
+            if ready.done():
+                raise
+            ready.set_exception(error)
+
+
+def _build(hub: Hub) -> Any:
+    # Read when it is imported: it would tell its makers that it is used.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    from fastapi import FastAPI
+    from gradio import mount_gradio_app
+
+    from safelight.studio.page import LOOK, blocks
+
+    return mount_gradio_app(
+        FastAPI(openapi_url=None),
+        blocks(hub),
+        path=PATH,
+        ssr_mode=False,
+        footer_links=[],
+        run_history=False,
+        max_file_size="64mb",
+        allowed_paths=[str(hub.files.root / name) for name in ("grids", "training")],
+        **LOOK,
+    )
+
+
+def _page_of_inside(root: Path, name: str) -> Response:
+    """A page of `safelight explain`, which brings a policy of its own."""
+    path = root / "inside" / f"{name}.html"
+    if not re.fullmatch("[0-9a-f]{32}", name) or not path.is_file():
+        return PlainTextResponse("there is no such page\n", 404)
+    return FileResponse(path, headers={"content-security-policy": "sandbox allow-scripts"})
+
+
+def _with_policy(send: Any) -> Any:
+    async def reply(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [
+                *message["headers"],
+                (b"content-security-policy", _POLICY),
+            ]
+        await send(message)
+
+    return reply

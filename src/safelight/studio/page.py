@@ -1,0 +1,176 @@
+"""The page: its tabs, and what leads from one to another."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import gradio as gr
+from gradio.themes import Base
+
+from safelight.errors import SafelightError
+from safelight.picture import open_picture
+from safelight.request import draw_seed
+from safelight.server.hub import Hub
+from safelight.studio import form as forms
+from safelight.studio.compare import compare
+from safelight.studio.inside import Inside
+from safelight.studio.parts import HEAD, STYLE, gallery, now, problem
+from safelight.studio.recipes import recipe_settings
+from safelight.studio.train import Train
+
+_THEME = Base(
+    primary_hue="orange",
+    neutral_hue="stone",
+    font=["system-ui", "sans-serif"],
+    font_mono=["ui-monospace", "monospace"],
+).set(
+    # Gradio's own orange and grey are too pale to be read by everyone (WCAG 2.2, 1.4.3).
+    color_accent="#b23c0b",
+    button_primary_background_fill="#b23c0b",
+    button_primary_background_fill_dark="#b23c0b",
+    button_primary_background_fill_hover="#93310a",
+    button_primary_background_fill_hover_dark="#93310a",
+    body_text_color_subdued="#57534e",
+    body_text_color_subdued_dark="#d6d3d1",
+    block_info_text_color="#57534e",
+    block_info_text_color_dark="#d6d3d1",
+    block_label_text_color="#44403c",
+    block_label_text_color_dark="#e7e5e4",
+    block_title_text_color="#44403c",
+    block_title_text_color_dark="#e7e5e4",
+    input_placeholder_color="#6b6560",
+    input_placeholder_color_dark="#bdb7b1",
+)
+LOOK: dict[str, Any] = {"theme": _THEME, "css": STYLE, "head": HEAD}
+
+
+def blocks(hub: Hub) -> gr.Blocks:
+    """The page of this server."""
+    with gr.Blocks(title="Safelight", analytics_enabled=False, fill_width=True) as page:
+        gr.HTML("<h1>Safelight</h1>")
+        with gr.Tabs() as tabs:
+            with gr.Tab("Make", id="make"):
+                form, drawn = _make(hub)
+            with gr.Tab("Find", id="find") as find:
+                found, dropped, find_told = _find()
+            with gr.Tab("Compare", id="compare"):
+                compare(hub, form)
+            with gr.Tab("Inside", id="inside"):
+                inside = Inside(hub)
+            with gr.Tab("Train", id="train") as training:
+                train = Train(hub)
+
+        async def recall(event: gr.EventData) -> list[Any]:
+            """All settings of a picture, and what it started from."""
+            job, picture = await _picture(hub, event)
+            values = forms.shown(picture.recipe["settings"])
+            image = hub.files.input(job.id, "image")
+            easel = None
+            if image is not None:
+                easel = forms.on_easel(image, hub.files.input(job.id, "mask"))
+            return [gr.Tabs(selected="make"), "", True, *values[:-1], easel]
+
+        async def use(event: gr.EventData) -> list[Any]:
+            """A picture to start from, with its prompt and size."""
+            _, picture = await _picture(hub, event)
+            path = hub.picture_file(picture.id)
+            if path is None:
+                raise gr.Error("This picture was deleted.")
+            return [
+                gr.Tabs(selected="make"),
+                gr.Accordion(open=True),
+                picture.recipe["settings"].get("prompt", ""),
+                picture.width,
+                picture.height,
+                forms.on_easel(open_picture(path)),
+            ]
+
+        async def look(event: gr.EventData) -> AsyncIterator[list[Any]]:
+            job, picture = await _picture(hub, event)
+            settings = dict(picture.recipe["settings"])
+            prompt = settings.pop("prompt", "")
+            for name in ("image", "mask"):
+                if settings.pop(f"{name}_sha256", None) is not None:
+                    settings[name] = hub.files.input_path(job.id, name)
+            settings.pop("count", None)
+            async for update in inside.show(prompt, settings):
+                yield [gr.Tabs(selected="inside"), *update]
+
+        def read(path: str | None) -> list[Any]:
+            """A dropped picture's recipe into the form."""
+            if path is None:
+                return [gr.skip(), "", gr.skip(), *[gr.skip()] * len(form.fields)]
+            try:
+                values = forms.shown(recipe_settings(path))
+            except SafelightError as error:
+                return [gr.skip(), str(error), gr.skip(), *[gr.skip()] * len(form.fields)]
+            return [gr.Tabs(selected="make"), "", True, *values]
+
+        quiet: dict[str, Any] = {"show_progress": "hidden"}
+        for shown in (drawn, found):
+            shown.recall(recall, None, [tabs, form.problem, form.keep, *form.fields], **quiet)
+            easel = [tabs, form.change, form.prompt, form.width, form.height, form.picture]
+            shown.use(use, None, easel, **quiet)
+            shown.inside(look, None, [tabs, *inside.outputs], **quiet)
+        dropped.change(
+            read, dropped, [tabs, find_told, form.keep, *form.fields], show_progress="hidden"
+        )
+        find.select(lambda: str(draw_seed()), None, found, show_progress="hidden")
+        training.select(train.look, None, train.outputs, show_progress="hidden")
+    return page
+
+
+def _make(hub: Hub) -> tuple[forms.Form, Any]:
+    """The form, and what is drawn just now."""
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=5, min_width=320):
+            form = forms.Form()
+        with gr.Column(scale=5, min_width=320):
+            drawn = now()
+
+    async def submit(keep: bool, *values: Any) -> tuple[Any, Any, str]:
+        """The new job's id, the next seed, the problem."""
+        try:
+            request = await asyncio.to_thread(forms.request, *values, native=hub.native_size)
+            job = await hub.submit(request, client="studio")
+        except SafelightError as error:
+            return gr.skip(), gr.skip(), str(error)
+        return job.id, gr.skip() if keep else str(draw_seed()), ""
+
+    for event in (form.draw.click, form.prompt.submit):
+        event(
+            submit,
+            [form.keep, *form.fields],
+            [drawn, form.seed, form.problem],
+            show_progress="hidden",
+            concurrency_limit=None,
+        )
+    return form, drawn
+
+
+def _find() -> tuple[Any, Any, Any]:
+    """The gallery, where a picture is dropped for its recipe, and where problems are told."""
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=7, min_width=320):
+            found = gallery()
+        with gr.Column(scale=3, min_width=260):
+            dropped = gr.File(
+                label="Drop a PNG to read its recipe",
+                file_types=["image"],
+                type="filepath",
+                height=160,
+                elem_id="recipe",
+            )
+            told = problem("find")
+    return found, dropped, told
+
+
+async def _picture(hub: Hub, event: gr.EventData) -> tuple[Any, Any]:
+    """The job and the picture that an event of the page speaks of."""
+    picture_id = str(event._data.get("id", ""))
+    job = await hub.job_of(picture_id)
+    if job is None:
+        raise gr.Error("This picture was deleted.")
+    return job, next(picture for picture in job.pictures if picture.id == picture_id)

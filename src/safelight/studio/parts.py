@@ -1,0 +1,53 @@
+"""Pieces that several tabs have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+_HERE = Path(__file__).parent
+HEAD = f"<script>{(_HERE / 'studio.js').read_text('utf-8')}</script>"
+STYLE = (_HERE / "studio.css").read_text("utf-8")
+
+# Each name in quotes is an event that Python can listen to, with the picture's id as `event.id`.
+_CALL = "safelight.%s(element, {trigger, watch}, ['use', 'recall', 'inside'])"
+
+
+def problem(name: str) -> gr.HTML:
+    """Where a tab says what went wrong, as a sentence; its text is escaped."""
+    return gr.HTML(
+        "",
+        html_template='<p class="problem" role="alert">{{value}}</p>',
+        js_on_load=None,
+        elem_id=f"{name}-problem",
+    )
+
+
+def now() -> Any:
+    """What the server draws just now, and what it made last. Its value is a new job's id."""
+    return gr.HTML(
+        "",
+        html_template='<div class="now"></div>',
+        js_on_load=_CALL % "now",
+        elem_id="now",
+    )
+
+
+def gallery() -> Any:
+    """All that was made, with a field to search it."""
+    return gr.HTML(
+        "", html_template='<div class="find"></div>', js_on_load=_CALL % "find", elem_id="find"
+    )
+
+
+def progress(name: str) -> gr.HTML:
+    """A bar; its value is a share of 1, or empty."""
+    return gr.HTML(
+        "",
+        html_template='{{#if value}}<progress max="1" value="{{value}}" aria-label="progress">'
+        "</progress>{{/if}}",
+        js_on_load=None,
+        elem_id=f"{name}-progress",
+    )

@@ -1,0 +1,83 @@
+"""The recipe in a dropped picture, ours or another maker's, as settings of ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safelight.errors import SafelightError
+from safelight.recipe import read_recipe
+from safelight.server.sdapi_shapes import known_sampler
+
+
+def recipe_settings(path: str | Path) -> dict[str, Any]:
+    """Settings of a Request, as far as the picture tells them and they can be had here.
+
+    Reads Safelight's own recipes, AUTOMATIC1111's text and ComfyUI's graph. Raises SafelightError
+    for a picture that has none of them.
+    """
+    try:
+        recipe = read_recipe(path)
+    except SafelightError as error:
+        found = _graph(path)
+        if found is None:
+            raise error
+        return found
+    if "safelight" in recipe:
+        return recipe["settings"]
+    pairs = recipe["parameters"]
+    return _settings(
+        recipe["prompt"],
+        recipe["negative_prompt"],
+        {
+            "sampler": pairs.get("Sampler", ""),
+            "schedule": pairs.get("Schedule type", ""),
+            "steps": pairs.get("Steps"),
+            "guidance_scale": pairs.get("CFG scale"),
+            "seed": pairs.get("Seed"),
+            "size": pairs.get("Size", ""),
+        },
+    )
+
+
+def _graph(path: str | Path) -> dict[str, Any] | None:
+    """What sd-parsers finds, which follows ComfyUI's graph to its samplers."""
+    from sd_parsers import ParserManager
+
+    try:
+        info = ParserManager().parse(path)
+    except Exception:  # parsers of broken files raise anything
+        return None
+    if info is None or not info.samplers:
+        return None
+    sampler = info.samplers[0]
+    given = sampler.parameters
+    return _settings(
+        info.full_prompt,
+        info.full_negative_prompt,
+        {
+            "sampler": sampler.name,
+            "schedule": given.get("scheduler", ""),
+            "steps": given.get("steps"),
+            "guidance_scale": given.get("cfg_scale"),
+            "seed": given.get("seed"),
+        },
+    )
+
+
+def _settings(prompt: str, negative_prompt: str, given: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative_prompt}
+    known = known_sampler(str(given["sampler"]))
+    if known is not None:
+        found["sampler"], joined = known
+        schedule = str(given["schedule"]).lower() or joined
+        found["schedule"] = schedule if schedule in ("karras", "exponential", "beta") else None
+    for name, kind in (("steps", int), ("guidance_scale", float), ("seed", int)):
+        try:
+            found[name] = kind(given[name])
+        except (TypeError, ValueError, OverflowError):
+            continue
+    width, _, height = str(given.get("size", "")).partition("x")
+    if width.isdecimal() and height.isdecimal():
+        found |= {"width": int(width), "height": int(height)}
+    return found

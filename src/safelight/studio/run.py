@@ -1,0 +1,88 @@
+"""Safelight's own command line, run beside the server for what is no job of it."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from safelight.server.process import Settings
+
+
+class Command:
+    """One run of `python -m safelight …`; its standard error is read as it comes."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+        self.lines: list[str] = []
+        self._reader = asyncio.create_task(self._read())
+
+    @classmethod
+    async def start(cls, *arguments: str) -> Command:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "safelight", *arguments),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        return cls(process)
+
+    @property
+    def running(self) -> bool:
+        return self._process.returncode is None
+
+    @property
+    def failed(self) -> bool:
+        return bool(self._process.returncode)
+
+    @property
+    def last(self) -> str:
+        """The last line that it said: of one that failed, why."""
+        return self.lines[-1].removeprefix("safelight: ") if self.lines else "it said nothing"
+
+    async def ended(self) -> bool:
+        """Waits; whether it did what it was to do."""
+        await self._process.wait()
+        await self._reader
+        return self._process.returncode == 0
+
+    def stop(self) -> None:
+        """As Ctrl-C does: it saves what it has."""
+        if self.running:
+            self._process.send_signal(signal.SIGINT)
+
+    def kill(self) -> None:
+        if self.running:
+            self._process.kill()
+
+    async def _read(self) -> None:
+        assert self._process.stderr is not None
+        async for line in self._process.stderr:
+            text = line.decode(errors="replace").strip()
+            if text:
+                self.lines = [*self.lines[-499:], text]
+
+
+def options(settings: Mapping[str, Any]) -> list[str]:
+    """Settings of a Request as options of the command line; None and False are left out."""
+    found: list[str] = []
+    for name, value in settings.items():
+        if value is None or value is False:
+            continue
+        option = f"--{name.replace('_', '-')}"
+        found += [option] if value is True else [f"{option}={value}"]
+    return found
+
+
+def model_options(settings: Settings) -> list[str]:
+    """The server's own model, on its device."""
+    return options(
+        {
+            "model": settings.model,
+            "device": settings.device,
+            "dtype": settings.dtype,
+            "low_memory": settings.low_memory,
+        }
+    )

@@ -1,0 +1,120 @@
+"""Train: the unconditional example, with its loss and its samples as they come."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from safelight.server.hub import Hub
+from safelight.studio.parts import problem, progress
+from safelight.studio.run import Command
+
+_STEP = re.compile(r"step (\d+)/(\d+)\s+loss ([0-9.]+)")
+
+
+class Train:
+    """Made within a tab. The training goes on when the page is closed, and ends with the server;
+    started again, it goes on where it was.
+    """
+
+    def __init__(self, hub: Hub) -> None:
+        self._out = hub.files.root / "training" / "digits"
+        self._command: Command | None = None
+        self._problem = ""
+        gr.HTML(
+            "<p>A small model learns to draw digits from noise alone, on the 1,797 pictures of "
+            "handwritten digits that scikit-learn brings: noise is added to them, and the network "
+            "learns to tell it. It takes some minutes. Stop it when you like: it goes on from "
+            "there.</p>"
+        )
+        with gr.Row():
+            steps = gr.Slider(20, 3000, 800, step=20, label="Training steps", elem_id="train-steps")
+            start = gr.Button("Start", variant="primary", elem_id="train-start")
+            stop = gr.Button("Stop", elem_id="train-stop")
+        told, bar = problem("train"), progress("train")
+        status = gr.HTML(
+            "", html_template='<p class="status" role="status">{{value}}</p>', js_on_load=None
+        )
+        with gr.Row():
+            plot = gr.HTML("", elem_id="loss", js_on_load=None)
+            samples = gr.Image(
+                label="Samples", type="filepath", format="png", interactive=False, visible=False
+            )
+        timer = gr.Timer(2.0, active=False)
+        outputs = [told, status, bar, plot, samples, timer]
+
+        async def begin(steps: float) -> tuple[Any, ...]:
+            if self._command is None or not self._command.running:
+                self._out.mkdir(parents=True, exist_ok=True)
+                self._command = await Command.start(
+                    "train",
+                    "unconditional",
+                    "digits",
+                    f"--out={self._out}",
+                    f"--steps={int(steps)}",
+                )
+            return self._look()
+
+        def end() -> tuple[Any, ...]:
+            if self._command is not None:
+                self._command.stop()
+            return self._look()
+
+        start.click(begin, steps, outputs, show_progress="hidden")
+        stop.click(end, None, outputs, show_progress="hidden")
+        timer.tick(self._look, None, outputs, show_progress="hidden")
+        self.outputs, self.look = outputs, self._look
+
+    def _look(self) -> tuple[Any, ...]:
+        """Problem, status, bar, plot, samples, and whether to look again."""
+        command = self._command
+        if command is None:
+            return "", "", "", gr.skip(), gr.skip(), gr.Timer(active=False)
+        found = [
+            (int(match[1]), int(match[2]), float(match[3]))
+            for line in command.lines
+            if (match := _STEP.search(line))
+        ]
+        told, status = "", command.lines[-1] if command.lines else "Starting: some seconds."
+        if not command.running:
+            stopped = command.failed and "Ctrl-C" not in status
+            told, status = (status, "") if stopped else ("", f"Ended. {status}")
+        share = found[-1][0] / found[-1][1] if found else 0.001
+        return (
+            told,
+            status,
+            share if command.running else "",
+            curve([(step, loss) for step, _, loss in found]) if found else "",
+            _samples(self._out),
+            gr.Timer(active=command.running),
+        )
+
+
+def curve(points: list[tuple[int, float]]) -> str:
+    """Loss over training steps as SVG. Gradio's LinePlot draws marks that have no name, which
+    readers of the screen stumble over.
+    """
+    width, height, left = 480, 240, 44
+    last, most = max(points[-1][0], 1), max(loss for _, loss in points) or 1.0
+    path = " ".join(
+        f"{'L' if i else 'M'}{left + (width - left) * step / last:.1f},"
+        f"{height - 20 - (height - 30) * loss / most:.1f}"
+        for i, (step, loss) in enumerate(points)
+    )
+    title = f"Loss: {points[0][1]:.3f} at step {points[0][0]}, {points[-1][1]:.3f} at step {last}"
+    return (
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{title}">'
+        f'<text x="0" y="16">{most:.3f}</text><text x="0" y="{height - 20}">0</text>'
+        f'<text x="{left}" y="{height - 4}">step 0</text>'
+        f'<text x="{width}" y="{height - 4}" text-anchor="end">{last}</text>'
+        f'<path d="{path}"/></svg><p>{title}</p>'
+    )
+
+
+def _samples(folder: Path) -> Any:
+    """The newest sheet."""
+    sheets = sorted(folder.glob("step-*.png"))
+    return gr.Image(str(sheets[-1]), visible=True) if sheets else gr.skip()
