@@ -28,6 +28,7 @@ from safelight.request import Request, Result
 AGEING = 0.5
 """Rows of credit for each row's time of waiting: what is long comes to its turn, too."""
 
+TOO_LARGE = "out of memory: ask for a smaller picture"
 MEASURE_SECONDS = 1.5
 TEXTS = 64
 """Prompts whose encoding is kept."""
@@ -93,15 +94,21 @@ class Engine:
         SafelightError if the request does not fit the model.
         """
         model = self.model
-        with torch.inference_mode():
-            settled = settle(model, request)
-            conditioned, warnings = self._condition(settled)
-            result = begun(model, request, settled, warnings)
-            self.tickets += [
-                Ticket(admit(model, settled, conditioned, seed), i, seed, tag)
-                for i, seed in enumerate(result.seeds)
-                if i not in done
-            ]
+        try:
+            with torch.inference_mode():
+                settled = settle(model, request)
+                conditioned, warnings = self._condition(settled)
+                result = begun(model, request, settled, warnings)
+                self.tickets += [
+                    Ticket(admit(model, settled, conditioned, seed), i, seed, tag)
+                    for i, seed in enumerate(result.seeds)
+                    if i not in done
+                ]
+        except (MemoryError, RuntimeError) as error:  # of a large picture to start from
+            if not out_of_memory(error):
+                raise
+            _free(model.device)
+            raise SafelightError(TOO_LARGE) from None
         return result
 
     def drop(self, tag: Any) -> None:
@@ -159,8 +166,7 @@ class Engine:
                 raise
             _free(self.model.device)
             if len(tickets) == 1:
-                problem = SafelightError("out of memory: ask for a smaller picture")
-                return [], self._fail(tickets, problem)
+                return [], self._fail(tickets, SafelightError(TOO_LARGE))
             # None has moved: half of them now, and no more at once from here on.
             self.rows = max(1, sum(ticket.rows for ticket in tickets) // 2)
             return self._advance(tickets[: len(tickets) // 2])
@@ -188,7 +194,7 @@ class Engine:
                 ticket.error = error
             elif out_of_memory(error):
                 _free(self.model.device)
-                ticket.error = SafelightError("out of memory: ask for a smaller picture")
+                ticket.error = SafelightError(TOO_LARGE)
             else:
                 raise error
             yield ticket
@@ -203,7 +209,10 @@ class Engine:
             settled.height,
         )
         if key not in self._texts:
-            self._texts[key] = condition(self.model, settled)
+            made = condition(self.model, settled)
+            if made[0].context is not None and not made[0].context.isfinite().all():
+                return made  # what went wrong once may go well the next time
+            self._texts[key] = made
             while len(self._texts) > TEXTS:
                 self._texts.popitem(last=False)
         self._texts.move_to_end(key)

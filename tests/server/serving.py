@@ -14,11 +14,13 @@ import httpx2 as httpx
 
 
 class Serving:
-    """`safelight serve` on a free port, with `arguments` more; its log is in folder/server.log."""
+    """`safelight serve` on a free port, with `arguments` more. log: [folder/server.log]"""
 
-    def __init__(self, folder: Path, *arguments: str, token: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, *arguments: str, token: str | None = None, log: Path | None = None
+    ) -> None:
         self.data = folder / "data"
-        self._log = folder / "server.log"
+        self._log = log or folder / "server.log"
         self._arguments = [*arguments, *(("--token", token) if token else ())]
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.process: Any = None
@@ -39,12 +41,12 @@ class Serving:
                 raise
         self.client.close()
 
-    def start(self) -> None:
+    def start(self, port: str = "0") -> None:
         before = len(self.log())
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "safelight", "serve", "--port", "0"),
+                    *(sys.executable, "-m", "safelight", "serve", "--port", port),
                     *("--data-dir", str(self.data), *self._arguments),
                 ],
                 stdout=log,

@@ -187,7 +187,7 @@ def test_cancel_retry_delete(store: Store) -> None:
     assert cancelled.status == Status.CANCELLED
     with pytest.raises(LostError):
         store.add_picture(job.id, mine.token, picture())
-    again = store.retry(job.id)
+    again = store.retry(job.id, 1)
     assert again is not None
     assert (again.status, again.attempts, again.finished_at) == (Status.QUEUED, 0, None)
     mine = claim(store)

@@ -145,11 +145,13 @@ async def cancel(request: HttpRequest, job_id: JobId) -> Any:
     "/api/jobs/{job_id}/retry",
     status_code=202,
     response_model=Job,
-    responses={404: {}, 503: {}},
+    responses={404: {}, 429: {"model": Problem}, 503: {"model": Problem}, 507: {"model": Problem}},
     tags=["jobs"],
 )
 async def retry(request: HttpRequest, job_id: JobId) -> Any:
-    """Let a job that failed or was cancelled wait again; others stay as they are."""
+    """Let a job that failed or was cancelled wait again, if the queue has room for it; others stay
+    as they are.
+    """
     return await hub(request).retry(job_id) or _missing("job")
 
 

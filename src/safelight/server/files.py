@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from PIL import Image
 
-from safelight.picture import open_picture, save_png
+from safelight.errors import SafelightError
+from safelight.picture import open_picture, reason, save_png
+from safelight.server.jobs import StorageError
 
 THUMBNAIL = 256
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
 class Files:
+    """What cannot be written or read raises StorageError."""
+
     def __init__(self, root: Path) -> None:
         self.root = root
         for name in ("pictures", "inputs", "thumbnails"):
@@ -23,11 +29,8 @@ class Files:
         """Where the picture of this id lies; None for what is no id or no file."""
         if not _ID.fullmatch(picture_id):
             return None
-        path = self.root / "pictures" / f"{picture_id}.png"
+        path = self._picture(picture_id)
         return path if path.is_file() else None
-
-    def new_picture(self, picture_id: str) -> Path:
-        return self.root / "pictures" / f"{picture_id}.png"
 
     def thumbnail(self, picture_id: str) -> Path | None:
         """A picture of at most 256 pixels a side, made when it is first asked for."""
@@ -38,23 +41,30 @@ class Files:
         if not path.is_file():
             image = open_picture(whole)
             image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-            save_png(image, path, {}, overwrite=True)
+            self._save(image, path, {}, overwrite=True)
         return path
 
     def keep_input(self, job_id: str, name: str, image: Image.Image) -> None:
-        save_png(image, self._input(job_id, name), {})
+        self._save(image, self.input_path(job_id, name), {})
 
     def input(self, job_id: str, name: str) -> Image.Image | None:
-        path = self._input(job_id, name)
+        path = self.input_path(job_id, name)
         if not path.is_file():
             return None
-        with Image.open(path) as image:  # our own, as it was written
-            image.load()
-            return image
+        try:
+            with Image.open(path) as image:  # our own, as it was written
+                image.load()
+                return image
+        except (OSError, SyntaxError) as error:
+            raise StorageError(f"the {name} cannot be read again: {reason(error)}") from None
+
+    def keep(self, image: Image.Image, picture_id: str, texts: Mapping[str, str]) -> None:
+        """A finished picture, under its name only when all of it is on the disk."""
+        self._save(image, self._picture(picture_id), texts)
 
     def remove(self, job_id: str, picture_ids: list[str]) -> None:
         for name in ("image", "mask"):
-            self._input(job_id, name).unlink(missing_ok=True)
+            self.input_path(job_id, name).unlink(missing_ok=True)
         for picture_id in picture_ids:
             for folder in ("pictures", "thumbnails"):
                 (self.root / folder / f"{picture_id}.png").unlink(missing_ok=True)
@@ -74,5 +84,18 @@ class Files:
                     removed += 1
         return removed
 
-    def _input(self, job_id: str, name: str) -> Path:
+    def _picture(self, picture_id: str) -> Path:
+        return self.root / "pictures" / f"{picture_id}.png"
+
+    def input_path(self, job_id: str, name: str) -> Path:
         return self.root / "inputs" / f"{job_id}-{name}.png"
+
+    def _save(
+        self, image: Image.Image, path: Path, texts: Mapping[str, str], *, overwrite: bool = False
+    ) -> None:
+        try:
+            save_png(image, path, texts, overwrite=overwrite)
+        except SafelightError as error:
+            with contextlib.suppress(OSError):  # it may have its name, and not be on the disk
+                path.unlink(missing_ok=True)
+            raise StorageError(str(error)) from None

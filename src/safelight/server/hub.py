@@ -13,15 +13,22 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, TypeVar
-
-from sqlalchemy.exc import OperationalError
 
 from safelight.errors import SafelightError
 from safelight.request import Request
 from safelight.samplers import SAMPLERS
 from safelight.server.files import Files
-from safelight.server.jobs import Event, Job, ModelInfo, Progress, Status
+from safelight.server.jobs import (
+    Event,
+    Job,
+    ModelInfo,
+    Progress,
+    Status,
+    StoppingError,
+    StorageError,
+)
 from safelight.server.process import Child, Settings, spawn
 from safelight.server.store import Store, new_id
 
@@ -39,22 +46,11 @@ LOOK_AGAIN = 2.0
 T = TypeVar("T")
 
 
-class StorageError(SafelightError):
-    """A job could not be kept: the disk is full, or the database does not answer."""
-
-
-class StoppingError(SafelightError):
-    """The server is about to end."""
-
-    def __init__(self) -> None:
-        super().__init__("the server is stopping: try again when it is back")
-
-
 class Hub:
     """See jobs.Service. child: the first worker; bound: most pictures that may wait."""
 
     def __init__(self, settings: Settings, child: Child, *, bound: int = 1000) -> None:
-        self._settings, self._child, self._bound = settings, child, bound
+        self.settings, self._child, self._bound = settings, child, bound
         self.files = Files(Path(settings.root))
         self.store = Store(settings.url)
         self.store.release()  # what an earlier server left running
@@ -68,6 +64,7 @@ class Hub:
         self._listeners: dict[str, set[asyncio.Queue[tuple[str, Any]]]] = {}
         self._watchers: dict[str, int] = {}
         self._checks: list[asyncio.Future[bool]] = []
+        self._unsaid: SimpleQueue[Any] = SimpleQueue()
         self._database = ThreadPoolExecutor(4, thread_name_prefix="database")
 
     # --- the worker ------------------------------------------------------------------------------
@@ -77,6 +74,7 @@ class Hub:
         self._loop = asyncio.get_running_loop()
         self._keeper = threading.Thread(target=self._keep_worker, name="worker", daemon=True)
         self._keeper.start()
+        threading.Thread(target=self._speak, name="to the worker", daemon=True).start()
 
     def _keep_worker(self) -> None:
         """Listen to the worker, and start another when it ends."""
@@ -84,13 +82,12 @@ class Hub:
         while True:
             began = time.monotonic()
             child = self._child
-            with contextlib.suppress(OSError):  # it may be dead already
-                child.pipe.send("start")
+            self._say("start")
             name = self._listen(child.pipe)
             child.process.join()
             self.info.ready = False
             if name is not None:
-                self.store.release(name)
+                self._release(name)
             self._loop.call_soon_threadsafe(self._forget_worker)
             if self.refusal is not None:
                 self._loop.call_soon_threadsafe(self.on_refusal)
@@ -102,8 +99,28 @@ class Hub:
                 time.sleep(pause)
             if self.stopping:
                 return
-            self._child = spawn(self._settings)
+            self._child = self._another()
             self.restarts += 1
+
+    def _release(self, worker: str) -> None:
+        """Put its jobs back, as soon as the database takes that."""
+        while True:
+            try:
+                self.store.release(worker, told_to=self.stopping)
+                return
+            except StorageError as error:
+                log.warning("%s", error)
+                if self.stopping:  # the next start does it
+                    return
+                time.sleep(1)
+
+    def _another(self) -> Child:
+        while True:
+            try:
+                return spawn(self.settings)
+            except OSError as error:  # no memory for a process, say
+                log.warning("a worker cannot be started: %s", error.strerror)
+                time.sleep(1)
 
     def _listen(self, pipe: Any) -> str | None:
         """Pass on what the worker says until it ends; returns its name."""
@@ -124,6 +141,8 @@ class Hub:
         if kind == "ready":
             self.info = ModelInfo(**rest[0])
             log.info("ready: %s on %s", self.info.name, self.info.device)
+            for job_id in self._watchers:  # by whom, it does not know
+                self._say("watch", job_id)
             return
         if kind == "checked":
             for future in self._checks:
@@ -141,9 +160,15 @@ class Hub:
                 queue.put_nowait((kind, rest[1:]))
 
     def _say(self, *message: Any) -> None:
-        # A worker that is not there asks the database when it comes.
-        with contextlib.suppress(OSError, ValueError):
-            self._child.pipe.send(message)
+        self._unsaid.put(message)
+
+    def _speak(self) -> None:
+        """In a thread: the pipe holds a few hundred messages, and a step may take minutes."""
+        while True:
+            message = self._unsaid.get()
+            # A worker that is not there asks the database when it comes.
+            with contextlib.suppress(OSError, ValueError):
+                self._child.pipe.send(message)
 
     def _forget_worker(self) -> None:
         self._progress.clear()
@@ -161,7 +186,8 @@ class Hub:
         if process.is_alive():
             process.kill()
             await asyncio.to_thread(process.join)
-        await self._in_database(self.store.release)
+        with contextlib.suppress(StorageError):  # the next start does it
+            await self._in_database(partial(self.store.release, told_to=True))
         self._database.shutdown()
         self.store.close()
 
@@ -177,12 +203,16 @@ class Hub:
         if not self.info.ready or self.stopping:
             return False
         future = asyncio.get_running_loop().create_future()
+        if not self._checks:  # one step answers all who wait for it
+            self._say("check")
         self._checks.append(future)
-        self._say("check")
         try:
             return await asyncio.wait_for(future, seconds)
         except TimeoutError:
             return False
+        finally:
+            if future in self._checks:
+                self._checks.remove(future)
 
     # --- jobs ------------------------------------------------------------------------------------
 
@@ -263,7 +293,7 @@ class Hub:
                     return
                 job = await self._seen(job, kind)
                 if kind == "preview":
-                    yield Event(kind=kind, job=job, index=rest[0], preview=rest[1])
+                    yield Event(kind=kind, job=job, index=rest[0], preview=rest[1], noisy=rest[2])
                 elif kind in ("progress", "picture") and not job.status.final:
                     yield Event(kind=kind, job=job)
             yield Event(kind="end", job=job)
@@ -299,7 +329,7 @@ class Hub:
     async def retry(self, job_id: str) -> Job | None:
         if self.stopping:
             raise StoppingError
-        job = await self._in_database(self.store.retry, job_id)
+        job = await self._in_database(self.store.retry, job_id, self._bound)
         self._say("wake")
         return job
 
@@ -322,6 +352,15 @@ class Hub:
     def picture_file(self, picture_id: str) -> Path | None:
         return self.files.picture(picture_id)
 
+    async def job_of(self, picture_id: str) -> Job | None:
+        """The job that a picture is of."""
+        return await self._in_database(self.store.job_of, picture_id)
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """The model's own width and height; Stable Diffusion's until it is known."""
+        return self.info.width or 512, self.info.height or 512
+
     async def model(self) -> ModelInfo:
         return self.info
 
@@ -333,6 +372,5 @@ class Hub:
         """In a thread: the database may wait for a lock."""
         try:
             return await self._loop.run_in_executor(self._database, call, *given)
-        except OperationalError as error:
-            reason = str(error.orig).splitlines()[0][:100]
-            raise StorageError(f"the job could not be kept: {reason}") from None
+        except OSError as error:
+            raise StorageError(f"the data folder does not take it: {error.strerror}") from None

@@ -66,14 +66,16 @@ class Job(BaseModel):
 class Event(BaseModel):
     """What happened to a job just now.
 
-    kind: "progress"; "preview", with the clean estimate of picture `index` as a PNG in base64;
-    "picture", when one is finished; "end", after which none follows. `job` is as it stands then.
+    kind: "progress"; "preview", with the clean estimate of picture `index` and its noisy state,
+    each a PNG in base64; "picture", when one is finished; "end", after which none follows. `job`
+    is as it stands then.
     """
 
     kind: str
     job: Job
     index: int | None = None
     preview: str | None = None
+    noisy: str | None = None
 
 
 class ModelInfo(BaseModel):
@@ -96,6 +98,17 @@ class BusyError(SafelightError):
     def __init__(self, bound: int, retry_after: int) -> None:
         super().__init__(f"the queue of {bound} pictures is full: try again in {retry_after} s")
         self.retry_after = retry_after
+
+
+class StorageError(SafelightError):
+    """Something could not be kept or read: the disk is full, or the database does not answer."""
+
+
+class StoppingError(SafelightError):
+    """The server is about to end."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is stopping: try again when it is back")
 
 
 class Service(Protocol):

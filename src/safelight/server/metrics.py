@@ -7,6 +7,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from safelight.server.hub import Hub
 from safelight.server.jobs import Status
 
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
 
 class Metrics:
     def __init__(self) -> None:
@@ -28,8 +30,9 @@ class Metrics:
         )
 
     def count(self, method: str, route: str, status: int) -> None:
-        # By the route's pattern: paths have ids, and strangers could fill the memory with others.
-        self._requests.labels(method if method.isalpha() else "other", route, str(status)).inc()
+        # By the route's pattern: paths have ids. Strangers could fill the memory with names of
+        # their own for either.
+        self._requests.labels(method if method in METHODS else "other", route, str(status)).inc()
 
     async def text(self, hub: Hub) -> str:
         counts = await hub.counts()

@@ -27,7 +27,16 @@ from safelight.errors import SafelightError
 from safelight.picture import name_of, open_picture, opened, reason
 from safelight.recipe import recipe_text
 from safelight.request import Request, allowed_size
-from safelight.server.jobs import BusyError, Job, ModelInfo, Picture, Service, Status
+from safelight.server.jobs import (
+    BusyError,
+    Job,
+    ModelInfo,
+    Picture,
+    Service,
+    Status,
+    StoppingError,
+    StorageError,
+)
 
 MOST_UPLOAD = 64 * 2**20
 MOST_JSON = 2**20
@@ -226,6 +235,9 @@ def _refused(error: SafelightError | ApiError) -> ApiError:
         after = {"Retry-After": str(error.retry_after)}
         kind, code = "rate_limit_error", "rate_limit_exceeded"
         return ApiError(429, message, kind=kind, code=code, headers=after)
+    if isinstance(error, StoppingError | StorageError):
+        status = 503 if isinstance(error, StoppingError) else 507
+        return ApiError(status, message, kind="server_error")
     # The first setting that a message names is the one at fault; values stand in quotes.
     named = next((word for word in message.split() if word in Request.model_fields), None)
     return ApiError(400, message, "size" if named in ("width", "height") else named)

@@ -34,10 +34,10 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.engine import RowMapping
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, OperationalError
 
 from safelight.errors import SafelightError
-from safelight.server.jobs import BusyError, Job, Picture, Status
+from safelight.server.jobs import BusyError, Job, Picture, Status, StorageError
 
 LEASE = 60.0
 """Seconds after which the job of a worker that was not heard of is anyone's."""
@@ -109,7 +109,9 @@ def new_id() -> str:
 
 
 class Store:
-    """url: as SQLAlchemy has it. Methods block; all but the reading ones are one transaction."""
+    """url: as SQLAlchemy has it. Methods block; all but the reading ones are one transaction, and
+    raise StorageError if it could not be.
+    """
 
     def __init__(self, url: str) -> None:
         self._engine = create_engine(url)
@@ -120,7 +122,7 @@ class Store:
             _meta.create_all(self._engine)
         except Exception as error:
             reason = str(error).splitlines()[0][:150]
-            raise SafelightError(f"the database of jobs cannot be opened: {reason}") from None
+            raise StorageError(f"the database of jobs cannot be opened: {reason}") from None
 
     def close(self) -> None:
         self._engine.dispose()
@@ -128,15 +130,15 @@ class Store:
     @contextmanager
     def _write(self) -> Iterator[Connection]:
         """A transaction that no other of ours runs beside."""
-        with self._engine.begin() as connection:
+        with _answering(), self._engine.begin() as connection:
             if not self._lite:  # SQLite's begins with BEGIN IMMEDIATE
                 connection.execute(select(func.pg_advisory_xact_lock(LOCK)))
             yield connection
 
     @contextmanager
     def _read(self) -> Iterator[Connection]:
-        with self._engine.connect().execution_options(reads=True) as connection:
-            yield connection
+        with _answering(), self._engine.connect() as connection:
+            yield connection.execution_options(reads=True)
 
     def submit(
         self,
@@ -164,13 +166,7 @@ class Store:
                             "this Idempotency-Key came with another request before: use a new one"
                         )
                     return self._job(db, old), False
-            waiting = db.execute(
-                select(func.coalesce(func.sum(_jobs.c.pictures), 0)).where(
-                    _jobs.c.status.in_(_UNFINISHED)
-                )
-            ).scalar_one()
-            if waiting + count > bound:
-                raise BusyError(bound, retry_after=5)
+            _make_sure_of_room(db, count, bound)
             db.execute(
                 _jobs.insert().values(
                     id=job_id,
@@ -242,14 +238,24 @@ class Store:
                 .values(lease=_now() + LEASE)
             )
 
-    def release(self, worker: str | None = None) -> None:
-        """The jobs of this worker, or of all, wait again: it has ended."""
+    def release(self, worker: str | None = None, *, told_to: bool = False) -> None:
+        """The jobs of this worker, or of all, wait again: it has ended.
+
+        told_to: by us, so that this was no attempt.
+        """
         mine = _jobs.c.status == Status.RUNNING
         if worker is not None:
             mine &= _jobs.c.token.startswith(worker + ":")
         with self._write() as db:
             db.execute(
-                _jobs.update().where(mine).values(status=Status.QUEUED, token=None, lease=0.0)
+                _jobs.update()
+                .where(mine)
+                .values(
+                    status=Status.QUEUED,
+                    token=None,
+                    lease=0.0,
+                    attempts=_jobs.c.attempts - int(told_to),
+                )
             )
             _give_up(db, _now())
 
@@ -315,12 +321,16 @@ class Store:
             )
             return self._one(db, job_id)
 
-    def retry(self, job_id: str) -> Job | None:
-        """A job that failed or was cancelled waits again, from its first attempt."""
+    def retry(self, job_id: str, bound: int) -> Job | None:
+        """A job that failed or was cancelled waits again, from its first attempt.
+
+        Raises BusyError if more than `bound` pictures would wait.
+        """
         with self._write() as db:
             job = self._one(db, job_id)
             if job is None or job.status not in (Status.FAILED, Status.CANCELLED):
                 return job
+            _make_sure_of_room(db, int(job.settings["count"]), bound)
             db.execute(
                 _jobs.update()
                 .where(_jobs.c.id == job_id)
@@ -341,6 +351,11 @@ class Store:
     def get(self, job_id: str) -> Job | None:
         with self._read() as db:
             return self._one(db, job_id)
+
+    def job_of(self, picture_id: str) -> Job | None:
+        with self._read() as db:
+            found = db.scalar(select(_pictures.c.job).where(_pictures.c.id == picture_id))
+            return None if found is None else self._one(db, found)
 
     def list(
         self,
@@ -421,6 +436,22 @@ class Store:
                 for p in db.execute(query).mappings()
             ],
         )
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    try:
+        yield
+    except OperationalError as error:
+        reason = str(error.orig).splitlines()[0][:100]
+        raise StorageError(f"the database of jobs does not take it: {reason}") from None
+
+
+def _make_sure_of_room(db: Connection, count: int, bound: int) -> None:
+    query = select(func.coalesce(func.sum(_jobs.c.pictures), 0))
+    waiting = db.execute(query.where(_jobs.c.status.in_(_UNFINISHED))).scalar_one()
+    if waiting + count > bound:
+        raise BusyError(bound, retry_after=5)
 
 
 def _give_up(db: Connection, now: float) -> None:

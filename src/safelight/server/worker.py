@@ -19,7 +19,7 @@ from typing import Any
 from safelight.errors import SafelightError
 from safelight.request import Request, Result
 from safelight.server.files import Files
-from safelight.server.jobs import ModelInfo, Picture
+from safelight.server.jobs import ModelInfo, Picture, StorageError
 from safelight.server.process import Settings
 from safelight.server.store import LEASE, Claim, LostError, Store, new_id
 
@@ -55,13 +55,25 @@ def main(pipe: Connection, settings: Settings) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     code = 0
     try:
-        Worker(pipe, settings).run()
+        worker = _begun(pipe, settings)
+        if worker is None:
+            code = 2
+        else:
+            worker.run()
     except (EOFError, BrokenPipeError, ConnectionError):
         pass  # the server is gone
+    os._exit(code)
+
+
+def _begun(pipe: Connection, settings: Settings) -> Worker | None:
+    """None if no worker could draw with these settings, which ends the server."""
+    try:
+        return Worker(pipe, settings)
+    except StorageError:
+        raise  # another one may have more luck
     except SafelightError as error:
         pipe.send(("refused", str(error)))
-        code = 2
-    os._exit(code)
+        return None
 
 
 class Worker:
@@ -106,8 +118,9 @@ class Worker:
             if self._engine.busy:
                 self._step()
             self._renew()
-        for held in self._held.values():
-            self._store.put_back(held.claim.id, held.claim.token)
+        with contextlib.suppress(StorageError):  # the server does it, now or when it starts again
+            for held in self._held.values():
+                self._store.put_back(held.claim.id, held.claim.token)
         self._store.close()
 
     def _listen(self, seconds: float) -> None:
@@ -131,9 +144,12 @@ class Worker:
             if sum(held.left for held in self._held.values()) >= PICTURES:
                 return
             # A second makes up for the rows that it takes to run.
-            claim = self._store.claim(
-                self._id, alone=not self._held, ageing=self._engine.rows_a_second
-            )
+            try:
+                claim = self._store.claim(
+                    self._id, alone=not self._held, ageing=self._engine.rows_a_second
+                )
+            except StorageError:  # tried again after the next step, or in a second
+                return
             if claim is None:
                 return
             self._alone = claim.suspect
@@ -190,7 +206,7 @@ class Worker:
         if error is None:
             try:
                 self._commit(held, image, ticket.index, ticket.seed)
-            except SafelightError as problem:  # the disk is full, say
+            except StorageError as problem:
                 error = problem
             except LostError:
                 self._forget(held.claim.id)
@@ -207,6 +223,8 @@ class Worker:
 
     def _again(self, held: _Held, seed: int, error: Exception) -> tuple[Any, Exception | None]:
         """A picture that came out as no numbers, once more in float32."""
+        from safelight.batch import out_of_memory
+
         if str(self._model.dtype) == "torch.float32":
             return None, error
         try:
@@ -215,13 +233,16 @@ class Worker:
             made = self._precise.generate(held.request.replace(seed=seed, count=1))
         except SafelightError as problem:
             return None, problem
+        except (MemoryError, RuntimeError) as problem:
+            if not out_of_memory(problem):
+                raise
+            return None, error
         dtype = str(self._model.dtype).removeprefix("torch.")
         held.warnings.append(f"seed {seed} gave NaN in {dtype} and was drawn in float32")
         return made.images[0], None
 
     def _commit(self, held: _Held, image: Any, index: int, seed: int) -> None:
         """The file first, then the row: what has a row has a file."""
-        from safelight.picture import save_png
         from safelight.recipe import png_texts
 
         made = replace(held.result, images=[image], seeds=[seed], warnings=held.warnings)
@@ -234,12 +255,14 @@ class Worker:
             height=image.height,
             recipe=recipe,
         )
-        path = self._files.new_picture(picture.id)
-        save_png(image, path, png_texts(recipe))
+        self._files.keep(image, picture.id, png_texts(recipe))
         try:
             self._store.add_picture(held.claim.id, held.claim.token, picture)
-        except LostError:
-            path.unlink()
+        except (LostError, StorageError):
+            # A database that went away in the middle may have it nevertheless.
+            with contextlib.suppress(StorageError):
+                if not self._store.has_picture(picture.id):
+                    self._files.remove(held.claim.id, [picture.id])
             raise
 
     def _complete(self, held: _Held) -> None:
@@ -247,10 +270,20 @@ class Worker:
 
     def _end(self, claim: Claim, warnings: list[str], error: str | None) -> None:
         with contextlib.suppress(LostError):  # cancelled meanwhile
-            self._store.finish(claim.id, claim.token, warnings=warnings, error=error)
+            self._finish(claim, warnings, error)
         self._held.pop(claim.id, None)
         self._alone = False
         self._pipe.send(("end", claim.id))
+
+    def _finish(self, claim: Claim, warnings: list[str], error: str | None) -> None:
+        while True:
+            try:
+                self._store.finish(claim.id, claim.token, warnings=warnings, error=error)
+                return
+            except StorageError:  # nothing else could be kept either: wait for space
+                if self._stopping:
+                    return
+                self._listen(1.0)
 
     def _forget(self, job_id: str) -> None:
         if self._held.pop(job_id, None) is not None:
@@ -263,30 +296,39 @@ class Worker:
         if now - held.previewed < PREVIEW_EVERY or ticket.job.done:
             return
         held.previewed = now
-        image = preview(self._model, ticket.job.clean)
-        out = io.BytesIO()
-        image.save(out, "PNG", compress_level=1)
-        encoded = base64.b64encode(out.getvalue()).decode()
-        self._pipe.send(("preview", held.claim.id, ticket.index, encoded))
+        job = ticket.job
+        noisy = job.state / (1 + job.row.sigma**2) ** 0.5
+        try:
+            shown = [_encoded(preview(self._model, latents)) for latents in (job.clean, noisy)]
+        except (SafelightError, MemoryError, RuntimeError):
+            return  # NaN, or too large: whether there is a picture is seen in the end
+        self._pipe.send(("preview", held.claim.id, ticket.index, *shown))
 
     def _tell(self, kind: str, held: _Held) -> None:
         self._pipe.send((kind, held.claim.id, held.taken, held.total))
 
     def _renew(self) -> None:
         if self._held and time.monotonic() - self._renewed > LEASE / 4:
-            self._store.renew(self._id)
+            with contextlib.suppress(StorageError):
+                self._store.renew(self._id)
             self._renewed = time.monotonic()
 
 
-def preview(model: Any, clean: Any) -> Any:
-    """The clean estimate as a small picture: of large latents the average of each few."""
+def _encoded(image: Any) -> str:
+    out = io.BytesIO()
+    image.save(out, "PNG", compress_level=1)
+    return base64.b64encode(out.getvalue()).decode()
+
+
+def preview(model: Any, latents: Any) -> Any:
+    """Latents as a small picture: of large ones the average of each few."""
     import torch
     import torch.nn.functional as F
 
     from safelight.job import decode
 
     with torch.inference_mode():
-        largest = max(clean.shape[-2:])
+        largest = max(latents.shape[-2:])
         if model.vae is not None and largest > PREVIEW_LATENTS:
-            clean = F.avg_pool2d(clean, -(-largest // PREVIEW_LATENTS), ceil_mode=True)
-        return decode(model, clean)
+            latents = F.avg_pool2d(latents, -(-largest // PREVIEW_LATENTS), ceil_mode=True)
+        return decode(model, latents)

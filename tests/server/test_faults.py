@@ -1,0 +1,215 @@
+"""The network says what is no number, or there is no memory for it: that job alone is hurt."""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from inside import Inside, figure, size
+from PIL import Image
+
+from safelight import batch
+from safelight.job import Job, advance
+from safelight.model import Model
+
+pytestmark = pytest.mark.xdist_group("faults")  # one server for them all
+SAMPLERS = ("euler", "euler_a", "dpmpp_2m", "heun", "ddim")
+VALUES = {"NaN": float("nan"), "Inf": float("inf"), "-Inf": -float("inf")}
+NO_MEMORY = (
+    "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"
+)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Inside]:
+    with Inside(tmp_path_factory.mktemp("faults"), dtype="bfloat16", rows=8) as running:
+        yield running
+
+
+def model_of(server: Inside) -> Model:
+    assert server.worker is not None
+    return server.worker._model
+
+
+def poison(patch: pytest.MonkeyPatch, model: Any, place: str, call: int, value: float) -> list[int]:
+    """Puts the value into the answer to this call, at a place of chance. Returns the calls."""
+    owner, name = {
+        "text": (model.text_encoder, "forward"),
+        "unet": (model.unet, "forward"),
+        "vae": (model.vae, "decode"),
+    }[place]
+    real, calls = getattr(owner, name), []
+
+    def answer(*given: Any, **how: Any) -> Any:
+        made = real(*given, **how).contiguous().clone()
+        calls.append(1)
+        if len(calls) == call:
+            made.view(-1)[torch.randint(made.numel(), ())] = value
+        return made
+
+    patch.setattr(owner, name, answer)
+    return calls
+
+
+PLACES = [
+    *(("text", 1) for _ in range(4)),
+    *(("unet", step) for step in (1, 2, 3, 4)),
+    *(("vae", 1) for _ in range(4)),
+]
+CASES = list(itertools.product(PLACES, VALUES, SAMPLERS))
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_what_is_no_number_is_never_a_picture(
+    server: Inside, monkeypatch: pytest.MonkeyPatch, part: int
+) -> None:
+    """180 cases in all; each has one retry in float32, and a warning that says so."""
+    assert server.worker is not None
+    cases = CASES[part :: size(60, 4)]
+    for i, ((place, call), value, sampler) in enumerate(cases):
+        with monkeypatch.context() as patch:
+            server.worker._engine._texts.clear()  # those that came before are not encoded again
+            calls = poison(patch, model_of(server), place, call, VALUES[value])
+            job = server.finished(
+                server.submit(
+                    prompt="a cat",
+                    seed=i,
+                    steps=4,
+                    sampler=sampler,
+                    guidance_scale=4.0,
+                )
+            )
+        assert len(calls) >= call
+        assert job["status"] == "succeeded", (place, call, value, sampler, job["error"])
+        assert job["warnings"] == [f"seed {i} gave NaN in bfloat16 and was drawn in float32"]
+        recipe = job["pictures"][0]["recipe"]
+        assert recipe["warnings"] == job["warnings"]
+        assert_is_that_of_float32(server, job)
+    figure(f"13: {len(cases)} of {len(CASES)} poisoned calls, each drawn in float32 with a warning")
+
+
+def assert_is_that_of_float32(server: Inside, job: Any) -> None:
+    assert server.worker is not None
+    settings = {k: v for k, v in job["settings"].items() if v is not None}
+    alone = server.worker._precise.generate(**settings).images[0]
+    with Image.open(io.BytesIO(server.picture(job["id"]))) as drawn:
+        assert drawn.tobytes() == alone.tobytes()
+
+
+def test_no_numbers_in_float32_either(server: Inside, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.finished(server.submit(prompt="a dog", steps=2, sampler="euler"))
+    for model in (model_of(server), server.worker and server.worker._load(dtype="float32")):
+        poison(monkeypatch, model, "unet", 2, VALUES["NaN"])
+    assert server.worker is not None
+    monkeypatch.setattr(server.worker, "_precise", model)
+    job = server.finished(server.submit(prompt="a cat", steps=4, sampler="euler"))
+    assert (job["status"], job["pictures"]) == ("failed", [])
+    assert "NaN at step 2 of 4" in job["error"]
+
+
+def test_a_preview_of_no_numbers_is_left_out(
+    server: Inside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server goes on: a decoder that fails half-way may not fail in the end."""
+    from safelight.server import worker
+
+    def refuse(*_: Any) -> None:
+        raise worker.SafelightError("the picture has values that are no numbers (NaN)")
+
+    monkeypatch.setattr(worker, "preview", refuse)
+    job_id = server.submit(prompt="a cat", steps=20, sampler="euler")
+    assert server.ask("GET", f"/api/jobs/{job_id}/events").body.endswith(b"\n\n")
+    assert server.job(job_id)["status"] == "succeeded"
+
+
+def test_to_look_for_them_costs_nothing(server: Inside) -> None:
+    """At most a hundredth of a step."""
+    model = model_of(server)
+    state = torch.randn(1, 4, 8, 8)
+
+    def seconds(call: Any, times: int) -> float:
+        best = []
+        for _ in range(5):
+            began = time.perf_counter()
+            for _ in range(times):
+                call()
+            best.append((time.perf_counter() - began) / times)
+        return min(best)
+
+    with torch.inference_mode():
+        step = seconds(lambda: batch._probe(model, 2), 3)
+        look = seconds(lambda: bool(torch.isfinite(state).all()), 1000)
+    figure(f"13: to look for NaN takes {100 * look / step:.3f} % of a step of `embedded`")
+    assert look < 0.01 * step
+
+
+def short_of_memory(patch: pytest.MonkeyPatch) -> list[int]:
+    """Room for two rows, of small pictures. Returns how often it ran out."""
+    ran_out: list[int] = []
+
+    def step(model: Model, jobs: list[Job]) -> None:
+        if sum(job.condition.evaluations for job in jobs) > 2 or jobs[0].state.shape[-1] > 16:
+            ran_out.append(len(jobs))
+            raise RuntimeError(NO_MEMORY)
+        advance(model, jobs)
+
+    patch.setattr(batch, "advance", step)
+    return ran_out
+
+
+def test_out_of_memory_fails_one_job_alone(server: Inside, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran_out = short_of_memory(monkeypatch)
+    times, good = size(5, 100), 0
+    for i in range(times):
+        assert server.worker is not None
+        server.worker._engine.rows = 8  # as if it had not learned
+        settings = {"prompt": "a cat", "steps": 1, "sampler": "euler", "seed": i}
+        large = server.submit(**settings, width=256)
+        together = server.submit(**settings, count=4)
+        failed = server.finished(large)
+        assert failed["status"] == "failed"
+        assert failed["error"] == "out of memory: ask for a smaller picture"
+        assert server.finished(together)["status"] == "succeeded"
+        good += server.finished(server.submit(**settings))["status"] == "succeeded"
+    assert good == times
+    assert any(rows > 1 for rows in ran_out)
+    figure(f"8: {good} of {times} small jobs good after one that ran out of memory")
+
+
+@pytest.mark.parametrize("part", ["encode", "decode"])
+def test_out_of_memory_in_the_autoencoder(
+    server: Inside, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    model = model_of(server)
+    real = getattr(model.vae, part)
+
+    def autoencoder(x: Any) -> Any:
+        if x.shape[-1] in (32, 128):
+            raise RuntimeError(NO_MEMORY)
+        return real(x)
+
+    monkeypatch.setattr(model.vae, part, autoencoder)
+    settings = {"prompt": "a cat", "steps": 2, "sampler": "euler"}
+    large = server.finished(server.submit(**settings, width=128, height=128, image=png(128)))
+    assert large["error"] == "out of memory: ask for a smaller picture"
+    assert server.finished(server.submit(**settings, image=png(64)))["status"] == "succeeded"
+
+
+def png(side: int) -> str:
+    out = io.BytesIO()
+    Image.new("RGB", (side, side), "red").save(out, "PNG")
+    return base64.b64encode(out.getvalue()).decode()
+
+
+def test_nothing_was_left_of_all_that(server: Inside) -> None:
+    rows = {p["id"] for j in server.ask("GET", "/api/jobs?limit=200").json() for p in j["pictures"]}
+    names = {path.name for path in Path(server.data / "pictures").iterdir()}
+    assert {f"{row}.png" for row in rows} <= names
+    assert not [name for name in names if name.endswith(".part")]
