@@ -107,7 +107,7 @@ class Inside:
 
     def within(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Done in the server's event loop."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(300)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
 
     def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
         """path: decoded, as an application gets it; body: bytes, or what becomes JSON."""

@@ -22,9 +22,7 @@ from safelight.model import Model
 pytestmark = pytest.mark.xdist_group("faults")  # one server for them all
 SAMPLERS = ("euler", "euler_a", "dpmpp_2m", "heun", "ddim")
 VALUES = {"NaN": float("nan"), "Inf": float("inf"), "-Inf": -float("inf")}
-NO_MEMORY = (
-    "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"
-)
+NO_MEMORY = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"
 
 
 @pytest.fixture(scope="module")
