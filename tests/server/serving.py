@@ -12,14 +12,30 @@ from typing import Any, Self
 
 import httpx2 as httpx
 
+IMPATIENT = """
+from safelight.server import guard
+guard.SLOW = {}
+from safelight.__main__ import main
+main()
+"""
+
 
 class Serving:
-    """`safelight serve` on a free port, with `arguments` more. log: [folder/server.log]"""
+    """`safelight serve` on a free port, with `arguments` more.
+
+    log: [folder/server.log]; slow: seconds of a guard that has less patience.
+    """
 
     def __init__(
-        self, folder: Path, *arguments: str, token: str | None = None, log: Path | None = None
+        self,
+        folder: Path,
+        *arguments: str,
+        token: str | None = None,
+        log: Path | None = None,
+        slow: float | None = None,
     ) -> None:
         self.data = folder / "data"
+        self._command = ["-m", "safelight"] if slow is None else ["-c", IMPATIENT.format(slow)]
         self._log = log or folder / "server.log"
         self._arguments = [*arguments, *(("--token", token) if token else ())]
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -46,7 +62,7 @@ class Serving:
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "safelight", "serve", "--port", port),
+                    *(sys.executable, *self._command, "serve", "--port", port),
                     *("--data-dir", str(self.data), *self._arguments),
                 ],
                 stdout=log,

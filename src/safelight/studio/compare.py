@@ -16,7 +16,7 @@ from safelight.server.hub import Hub
 from safelight.server.jobs import Job, Status
 from safelight.server.store import new_id
 from safelight.studio import form as forms
-from safelight.studio.parts import problem, progress
+from safelight.studio.parts import kept, problem, progress
 
 NOTHING = "nothing"
 
@@ -37,9 +37,7 @@ def compare(hub: Hub, form: forms.Form) -> None:
         start = gr.Button("Compare", variant="primary", elem_id="compare")
         stop = gr.Button("Stop")
     told, bar = problem("compare"), progress("compare")
-    sheet = gr.Image(
-        label="The grid", type="filepath", format="png", interactive=False, visible=False
-    )
+    sheet = kept("compare", "The grid")
     running = gr.State([])
 
     async def draw(
@@ -68,11 +66,11 @@ def compare(hub: Hub, form: forms.Form) -> None:
             _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
         try:
             made = [wait.result() for wait in waits]
-            path = await asyncio.to_thread(_sheet, hub, made, axes)
+            grid = await asyncio.to_thread(_sheet, hub, made, axes)
         except SafelightError as error:
             yield str(error), "", gr.skip(), []
             return
-        yield "", "", gr.Image(path, visible=True), []
+        yield "", "", grid, []
 
     async def cancel(ids: list[str]) -> None:
         for job_id in ids:
@@ -88,7 +86,7 @@ def compare(hub: Hub, form: forms.Form) -> None:
 
 
 def _sheet(hub: Hub, jobs: list[Job], axes: list[Axis]) -> str:
-    """The path of the page of all cells; raises SafelightError for one that was not drawn."""
+    """The page of all cells, in the data folder. Raises SafelightError for one not drawn."""
     for job in jobs:
         if job.status != Status.SUCCEEDED:
             why = job.error or "it was cancelled"
@@ -100,7 +98,7 @@ def _sheet(hub: Hub, jobs: list[Job], axes: list[Axis]) -> str:
     folder.mkdir(exist_ok=True)
     path = folder / f"{new_id()}.png"
     Grid(axes[0], axes[1] if len(axes) > 1 else None, rows).save(path)
-    return str(path)
+    return f"grids/{path.name}"
 
 
 def _result(hub: Hub, job: Job) -> Result:

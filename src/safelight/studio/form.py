@@ -15,6 +15,7 @@ from safelight.schedule import SCHEDULES
 from safelight.studio.parts import problem
 
 OWN = "the model's own"
+NATIVE = "0 is the model's own"
 EASEL = 512
 """Pixels: smaller pictures are shown enlarged, so that a brush can hit something."""
 
@@ -48,9 +49,11 @@ class Form:
             self.keep = gr.Checkbox(False, label="Keep it", scale=1, min_width=100)
             self.die = gr.Button("New seed", scale=1, min_width=100)
         with gr.Accordion("Size and schedule", open=False), gr.Row():
-            self.width = gr.Number(None, label="Width", precision=0, min_width=100)
-            self.height = gr.Number(None, label="Height", precision=0, min_width=100)
-            self.schedule = gr.Dropdown([OWN, *SCHEDULES], value=OWN, label="Schedule")
+            self.width = gr.Number(0, label="Width", info=NATIVE, precision=0, min_width=100)
+            self.height = gr.Number(0, label="Height", info=NATIVE, precision=0, min_width=100)
+            self.schedule = gr.Dropdown(
+                [OWN, *SCHEDULES], value=OWN, label="Schedule", info="where the steps stop"
+            )
         with gr.Accordion("Change a picture", open=False) as self.change:
             gr.HTML(
                 "<p>Drop a picture in to start from it. Paint over a part, and only that part is "
@@ -169,8 +172,8 @@ def shown(settings: dict[str, Any], *, keep: bool = True) -> list[Any]:
         of("guidance_scale"),
         1,
         str(settings.get("seed", "") if keep else draw_seed()),
-        settings.get("width"),
-        settings.get("height"),
+        settings.get("width") or 0,
+        settings.get("height") or 0,
         of("schedule") or OWN,
         of("strength") or 0.7,
         gr.skip(),

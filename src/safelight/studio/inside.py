@@ -7,7 +7,6 @@ from typing import Any
 
 import gradio as gr
 
-from safelight.explain.texts import PARTS
 from safelight.server.hub import Hub
 from safelight.server.store import new_id
 from safelight.studio.parts import problem
@@ -23,22 +22,23 @@ class Inside:
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
         self._command: Command | None = None
-        diffusion = PARTS["diffusion"]
-        gr.HTML(f"<h2>{diffusion.title}</h2><p>{diffusion.body}</p>")
         with gr.Row():
             self.prompt = gr.Textbox(
                 "a cat above a pizza", label="Prompt to look into", max_length=16384, scale=4
             )
             self.steps = gr.Slider(1, 50, 20, step=1, label="Steps", scale=2)
             self.look = gr.Button("Look inside", variant="primary", scale=1, elem_id="look")
-        gr.HTML("<p>Or open a picture under Make or Find, and choose “Look inside” there.</p>")
+        gr.HTML(
+            "<p>A picture is drawn, and every step of its way is kept. Or open one under Make or "
+            "Find, and choose “Look inside” there.</p>"
+        )
         self.status = gr.HTML(
             "", html_template='<p class="status" role="status">{{value}}</p>', js_on_load=None
         )
         self.problem = problem("inside")
         self.frame = gr.HTML(
             "",
-            html_template='{{#if value}}<iframe src="/studio/inside/{{value}}" '
+            html_template='{{#if value}}<iframe src="/studio/kept/inside/{{value}}.html" '
             'title="How the picture came to be" sandbox="allow-scripts"></iframe>{{/if}}',
             js_on_load=None,
             elem_id="inside-frame",

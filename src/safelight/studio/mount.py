@@ -15,13 +15,16 @@ from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, R
 from safelight.server.hub import Hub
 
 PATH = "/studio"
-INSIDE = "/studio/inside/"
+KEPT = "kept"
 
 # Nothing on the page may ask another host, whatever a prompt or a picture's text tries.
 _POLICY = (
     b"default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
     b"style-src 'self' 'unsafe-inline'; base-uri 'self'; form-action 'self'; object-src 'none'; "
     b"frame-ancestors 'self'"
+)
+_SHOWN = re.compile(
+    r"inside/[0-9a-f]{32}\.html|grids/[0-9a-f]{32}\.png|training/digits/step-\d{6}\.png"
 )
 _MISSING = "The studio needs more: pip install 'safelight[studio]'\n"
 _ICON = (
@@ -62,10 +65,8 @@ class Studio:
         if not available():
             await PlainTextResponse(_MISSING, 404)(scope, receive, send)
             return
-        if path.startswith(INSIDE):
-            await _page_of_inside(self._hub.files.root, path.removeprefix(INSIDE))(
-                scope, receive, send
-            )
+        if path.startswith(f"{PATH}/{KEPT}/"):
+            await _kept(self._hub.files.root, path)(scope, receive, send)
             return
         if self._page is None or not self._page.done():
             self.begin()
@@ -121,17 +122,17 @@ def _build(hub: Hub) -> Any:
         footer_links=[],
         run_history=False,
         max_file_size="64mb",
-        allowed_paths=[str(hub.files.root / name) for name in ("grids", "training")],
         **LOOK,
     )
 
 
-def _page_of_inside(root: Path, name: str) -> Response:
-    """A page of `safelight explain`, which brings a policy of its own."""
-    path = root / "inside" / f"{name}.html"
-    if not re.fullmatch("[0-9a-f]{32}", name) or not path.is_file():
-        return PlainTextResponse("there is no such page\n", 404)
-    return FileResponse(path, headers={"content-security-policy": "sandbox allow-scripts"})
+def _kept(root: Path, path: str) -> Response:
+    """A file that the page shows: of explain, of compare, of the training."""
+    name = path.removeprefix(f"{PATH}/{KEPT}/")
+    if not _SHOWN.fullmatch(name) or not (root / name).is_file():
+        return PlainTextResponse("there is no such file\n", 404)
+    # A page of explain brings a policy of its own; this one takes it out of our origin.
+    return FileResponse(root / name, headers={"content-security-policy": "sandbox allow-scripts"})
 
 
 def _with_policy(send: Any) -> Any:

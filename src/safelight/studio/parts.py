@@ -12,7 +12,7 @@ HEAD = f"<script>{(_HERE / 'studio.js').read_text('utf-8')}</script>"
 STYLE = (_HERE / "studio.css").read_text("utf-8")
 
 # Each name in quotes is an event that Python can listen to, with the picture's id as `event.id`.
-_CALL = "safelight.%s(element, {trigger, watch}, ['use', 'recall', 'inside'])"
+_CALL = "safelight.%s(element, {trigger, watch, props}, ['use', 'recall', 'inside'])"
 
 
 def problem(name: str) -> gr.HTML:
@@ -50,4 +50,18 @@ def progress(name: str) -> gr.HTML:
         "</progress>{{/if}}",
         js_on_load=None,
         elem_id=f"{name}-progress",
+    )
+
+
+def kept(name: str, alt: str) -> gr.HTML:
+    """A picture of the data folder, with a link to save it; its value is the path there, or empty.
+
+    Gradio's Image would copy it first, and has a button without a name.
+    """
+    return gr.HTML(
+        "",
+        html_template='{{#if value}}<a href="/studio/kept/{{value}}" download class="kept">'
+        f'<img src="/studio/kept/{{{{value}}}}" alt="{alt}"></a>{{{{/if}}}}',
+        js_on_load=None,
+        elem_id=f"{name}-picture",
     )

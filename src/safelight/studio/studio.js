@@ -89,7 +89,7 @@ const safelight = (() => {
 
   // --- what is drawn just now ------------------------------------------------------------------
 
-  const now = (element, {trigger, watch}) => {
+  const now = (element, {trigger, watch, props}) => {
     const events = {trigger};
     const figure = label => {
       const image = make("img", {alt: label});
@@ -196,7 +196,14 @@ const safelight = (() => {
       timer = setTimeout(refresh, busy ? 1000 : 4000);
     };
 
-    watch("value", refresh);
+    watch("value", async () => {
+      element.scrollIntoView({block: "nearest"});  // on a phone it is below the form
+      try {
+        const job = await ask(`/api/jobs/${props.value}`);
+        if (final(job)) told(job);  // a quick one is done already
+      } catch { /* the next look tells */ }
+      refresh();
+    });
     refresh();
   };
 

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from safelight.server.hub import Hub
-from safelight.studio.parts import problem, progress
+from safelight.studio.parts import kept, problem, progress
 from safelight.studio.run import Command
 
 _STEP = re.compile(r"step (\d+)/(\d+)\s+loss ([0-9.]+)")
@@ -40,9 +40,7 @@ class Train:
         )
         with gr.Row():
             plot = gr.HTML("", elem_id="loss", js_on_load=None)
-            samples = gr.Image(
-                label="Samples", type="filepath", format="png", interactive=False, visible=False
-            )
+            samples = kept("train", "Samples of the model as it is now")
         timer = gr.Timer(2.0, active=False)
         outputs = [told, status, bar, plot, samples, timer]
 
@@ -114,7 +112,7 @@ def curve(points: list[tuple[int, float]]) -> str:
     )
 
 
-def _samples(folder: Path) -> Any:
-    """The newest sheet."""
+def _samples(folder: Path) -> str:
+    """The newest sheet, in the data folder."""
     sheets = sorted(folder.glob("step-*.png"))
-    return gr.Image(str(sheets[-1]), visible=True) if sheets else gr.skip()
+    return f"training/digits/{sheets[-1].name}" if sheets else ""

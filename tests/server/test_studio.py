@@ -1,0 +1,435 @@
+"""The studio in a real browser, against a real server on the model that ships."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from PIL import Image, ImageFilter, PngImagePlugin
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+from serving import Serving, wait_for
+
+import safelight
+from safelight.recipe import read_recipe
+
+pytestmark = pytest.mark.xdist_group("studio")  # one server for them all
+
+expect.set_options(timeout=30_000)
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+ARTEFACTS = os.environ.get("SAFELIGHT_SCREENSHOTS")
+"""A folder where each test leaves what the page looked like in the end."""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed")
+    with Serving(tmp_path_factory.mktemp("studio"), "--dtype", "float32") as running:
+        running.ready()
+        wait_for(lambda: running.client.get("/studio/").status_code == 200)
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed")
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+class Watched:
+    """A page, and what it must not do."""
+
+    def __init__(self, browser: Browser, url: str, **how: Any) -> None:
+        self.context = browser.new_context(viewport={"width": 1280, "height": 950}, **how)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(30_000)
+        self.url, self.hosts, self.errors = url, set[str](), list[str]()
+        self.page.on("request", lambda request: self.hosts.add(urlsplit(request.url).netloc))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", self._said)
+
+    def _said(self, message: Any) -> None:
+        if message.type == "error":
+            self.errors.append(f"{message.text} {message.location}")
+
+    def open(self) -> Page:
+        self.page.goto(f"{self.url}/studio")
+        expect(self.page.get_by_label("Prompt", exact=True)).to_be_visible()
+        return self.page
+
+    def check(self) -> None:
+        assert self.hosts <= {urlsplit(self.url).netloc, ""}
+        assert self.errors == []
+
+
+@pytest.fixture
+def page(server: Serving, browser: Browser, request: pytest.FixtureRequest) -> Iterator[Page]:
+    watched = Watched(browser, server.url)
+    yield watched.open()
+    if ARTEFACTS:
+        name = request.node.name
+        watched.page.screenshot(path=f"{ARTEFACTS}/{name}.png", full_page=True)
+    watched.context.close()
+    watched.check()
+
+
+def draw(page: Page, prompt: str, **fields: int) -> None:
+    """Ask for a picture, and wait for it."""
+    ask(page, prompt, **fields)
+    expect(page.locator(".now .status")).to_have_text(f"“{prompt}” is done.")
+
+
+def ask(page: Page, prompt: str, **fields: int) -> None:
+    page.get_by_label("Prompt", exact=True).fill(prompt)
+    for label, value in fields.items():
+        page.get_by_label(f"number input for {label}").fill(str(value))
+    page.get_by_role("button", name="Draw").click()
+
+
+def newest(server: Serving) -> Any:
+    return server.client.get("/api/jobs", params={"limit": 1}).json()[0]
+
+
+def tab(page: Page, name: str) -> None:
+    page.get_by_role("tab", name=name).click()
+
+
+def choose(page: Page, action: str, where: str = ".now") -> None:
+    """What can be done with the first picture there."""
+    page.locator(f"{where} .grid button").first.click()
+    page.locator("#picture").get_by_role("button", name=action).click()
+
+
+def test_a_picture_develops_before_ones_eyes(server: Serving, page: Page) -> None:
+    ask(page, "a red apple", Steps=150)
+    live = page.locator(".now .live")
+    expect(live).to_be_visible()
+    for label in ("Clean estimate", "Noisy state"):
+        expect(live.get_by_alt_text(label)).to_have_attribute("src", re.compile("^data:image/png"))
+    expect(live.locator(".left")).to_have_text(re.compile(r"Step \d+ of 150, \d+ s left"))
+    expect(page.locator(".now .status")).to_have_text("“a red apple” is done.")
+    expect(page.locator(".now .grid img").first).to_have_attribute("alt", "a red apple")
+    assert newest(server)["client"] == "studio"
+
+
+def test_several_wait_and_one_is_cancelled(server: Serving, page: Page) -> None:
+    ask(page, "a cat", Steps=150, Pictures=16)
+    expect(page.locator(".now .live .prompt")).to_have_text("a cat")
+    ask(page, "a dog", Steps=150, Pictures=16)
+    expect(page.locator(".now .waiting li")).to_have_count(1)
+    page.get_by_role("button", name="Cancel a dog").click()
+    expect(page.locator(".now .waiting li")).to_have_count(0)
+    page.locator(".now .live").get_by_role("button", name="Cancel").click()
+    expect(page.locator(".now .status")).to_have_text("“a cat” was cancelled.")
+    jobs = server.client.get("/api/jobs", params={"limit": 2}).json()
+    assert [job["status"] for job in jobs] == ["cancelled", "cancelled"]
+
+
+def test_what_cannot_be_is_told_in_a_sentence(page: Page) -> None:
+    page.get_by_label("Seed", exact=True).fill("many")
+    page.get_by_role("button", name="Draw").click()
+    expect(page.locator("#make-problem")).to_contain_text("seed must be a whole number")
+    page.get_by_label("Seed", exact=True).fill("5")
+    page.get_by_role("button", name="Size and schedule").click()
+    page.get_by_label("Width").fill("65")
+    page.get_by_role("button", name="Draw").click()
+    expect(page.locator("#make-problem")).to_contain_text("width must be a multiple of 8")
+
+
+def test_the_seed_is_kept_when_it_is_locked(server: Serving, page: Page) -> None:
+    seed = page.get_by_label("Seed", exact=True)
+    before = seed.input_value()
+    page.get_by_role("button", name="New seed").click()
+    expect(seed).not_to_have_value(before)
+    page.get_by_label("Keep it").check()
+    kept = seed.input_value()
+    draw(page, "a banana", Steps=3)
+    expect(seed).to_have_value(kept)
+    assert str(newest(server)["pictures"][0]["seed"]) == kept
+
+
+def test_a_picture_is_changed_and_then_a_part_of_it(server: Serving, page: Page) -> None:
+    draw(page, "a red apple", Steps=10)
+    choose(page, "Use this one")
+    expect(page.locator("#easel canvas").first).to_be_visible()
+    page.wait_for_timeout(1500)  # the editor takes the picture in
+    draw(page, "a green apple", Steps=10)
+    first = newest(server)
+    assert first["settings"]["image_sha256"]
+    assert "mask_sha256" not in first["settings"]
+    page.get_by_role("button", name="Brush").first.click()
+    page.locator("#easel canvas").first.scroll_into_view_if_needed()
+    box = page.locator("#easel canvas").first.bounding_box()
+    assert box is not None
+    middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(*middle)
+    page.mouse.down()
+    page.mouse.move(middle[0] + 60, middle[1] + 40, steps=8)
+    page.mouse.up()
+    page.wait_for_timeout(800)
+    draw(page, "a star", Steps=10)
+    second = newest(server)
+    assert "mask_sha256" in second["settings"]
+    picture = server.client.get(f"/api/pictures/{second['pictures'][0]['id']}").content
+    with (
+        Image.open(io.BytesIO(picture)) as image,
+        Image.open(server.data / "inputs" / f"{second['id']}-image.png") as before,
+        Image.open(server.data / "inputs" / f"{second['id']}-mask.png") as mask,
+    ):
+        painted = mask.convert("L").resize((64, 64)).filter(ImageFilter.MaxFilter(5))
+        black = Image.new("RGB", (64, 64))
+        now = Image.composite(black, image, painted)
+        then = Image.composite(black, before.resize((64, 64), Image.Resampling.LANCZOS), painted)
+        assert 0.005 < mask.convert("L").histogram()[255] / (mask.width * mask.height) < 0.5
+        assert safelight.picture.largest_difference(now, then) == 0  # but for what was painted
+
+
+def test_found_by_words_and_all_settings_brought_back(server: Serving, page: Page) -> None:
+    server.finished(
+        server.submit(
+            prompt="a purple guitar", negative_prompt="blue", steps=7, seed=11, sampler="ddim"
+        )
+    )
+    server.finished(server.submit(prompt="a pizza", steps=3))
+    tab(page, "Find")
+    page.get_by_label("Search").fill("purple")
+    expect(page.locator(".find .status")).to_have_text("1 picture")
+    choose(page, "All its settings", ".find")
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("a purple guitar")
+    expect(page.get_by_label("Negative prompt")).to_have_value("blue")
+    expect(page.get_by_label("number input for Steps")).to_have_value("7")
+    expect(page.get_by_label("Seed", exact=True)).to_have_value("11")
+    page.get_by_role("button", name="Draw").click()
+    wanted = {"search": "purple", "status": "succeeded"}
+    wait_for(lambda: len(server.client.get("/api/jobs", params=wanted).json()) == 2)
+    first, again = server.client.get("/api/jobs", params=wanted).json()
+    pixels = []
+    for job in (first, again):
+        data = server.client.get(f"/api/pictures/{job['pictures'][0]['id']}").content
+        with Image.open(io.BytesIO(data)) as image:
+            pixels.append(image.tobytes())
+    assert pixels[0] == pixels[1]
+
+
+def test_downloaded_and_deleted(server: Serving, page: Page, tmp_path: Path) -> None:
+    draw(page, "a lemon", Steps=3)
+    page.locator(".now .grid button").first.click()
+    with page.expect_download() as download:
+        page.locator("#picture").get_by_role("link", name="Download").click()
+    download.value.save_as(tmp_path / "lemon.png")
+    assert read_recipe(tmp_path / "lemon.png")["settings"]["prompt"] == "a lemon"
+    job = newest(server)
+    page.locator("#picture").get_by_role("button", name="Delete").click()
+    page.locator("#picture").get_by_role("button", name="Delete for good?").click()
+    expect(page.locator("#picture")).not_to_be_visible()
+    wait_for(lambda: server.client.get(f"/api/jobs/{job['id']}").status_code == 404)
+
+
+def graph() -> dict[str, str]:
+    """A picture's texts as ComfyUI writes them."""
+    nodes = {
+        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "a.safetensors"}},
+        "2": {"class_type": "CLIPTextEncode", "inputs": {"text": "a violin", "clip": ["1", 1]}},
+        "3": {"class_type": "CLIPTextEncode", "inputs": {"text": "grey", "clip": ["1", 1]}},
+        "4": {
+            "class_type": "EmptyLatentImage",
+            "inputs": {"width": 64, "height": 64, "batch_size": 1},
+        },
+        "5": {
+            "class_type": "KSampler",
+            "inputs": {
+                "seed": 77,
+                "steps": 9,
+                "cfg": 6.5,
+                "sampler_name": "dpmpp_2m",
+                "scheduler": "karras",
+                "denoise": 1,
+                "model": ["1", 0],
+                "positive": ["2", 0],
+                "negative": ["3", 0],
+                "latent_image": ["4", 0],
+            },
+        },
+    }
+    links = [
+        [1, 1, 0, 5, 0, "MODEL"],
+        [2, 1, 1, 2, 0, "CLIP"],
+        [3, 1, 1, 3, 0, "CLIP"],
+        [4, 2, 0, 5, 1, "CONDITIONING"],
+        [5, 3, 0, 5, 2, "CONDITIONING"],
+        [6, 4, 0, 5, 3, "LATENT"],
+    ]
+    return {"prompt": json.dumps(nodes), "workflow": json.dumps({"links": links})}
+
+
+THEIRS = {
+    "parameters": "a violin\nNegative prompt: grey\nSteps: 9, Sampler: DPM++ 2M Karras, "
+    "CFG scale: 6.5, Seed: 77, Size: 64x64"
+}
+
+
+@pytest.mark.parametrize("texts", [THEIRS, graph()], ids=["AUTOMATIC1111", "ComfyUI"])
+def test_a_dropped_recipe_fills_the_form(page: Page, texts: dict[str, str], tmp_path: Path) -> None:
+    written = PngImagePlugin.PngInfo()
+    for name, text in texts.items():
+        written.add_text(name, text)
+    Image.new("RGB", (64, 64)).save(tmp_path / "theirs.png", pnginfo=written)
+    tab(page, "Find")
+    page.locator("#recipe input[type=file]").set_input_files(tmp_path / "theirs.png")
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("a violin")
+    expect(page.get_by_label("Negative prompt")).to_have_value("grey")
+    expect(page.get_by_label("number input for Steps")).to_have_value("9")
+    expect(page.get_by_label("number input for Guidance")).to_have_value("6.5")
+    expect(page.get_by_label("Seed", exact=True)).to_have_value("77")
+    page.get_by_role("button", name="Size and schedule").click()
+    expect(page.get_by_label("Schedule")).to_have_value("karras")
+
+
+def test_a_picture_without_a_recipe_is_told(page: Page, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "plain.png")
+    tab(page, "Find")
+    page.locator("#recipe input[type=file]").set_input_files(tmp_path / "plain.png")
+    expect(page.locator("#find-problem")).to_contain_text("carries no recipe")
+
+
+def test_settings_compared_on_one_picture(server: Serving, page: Page) -> None:
+    page.get_by_label("Prompt", exact=True).fill("a cat")
+    tab(page, "Compare")
+    page.get_by_label("Values of the columns").fill("ddim, euler")
+    page.get_by_label("Values of the rows").fill("2, 3")
+    page.get_by_role("button", name="Compare").click()
+    expect(page.get_by_alt_text("The grid")).to_be_visible(timeout=60_000)
+    grids = list((server.data / "grids").iterdir())
+    assert read_recipe(grids[0])["grid"] == {"sampler": ["ddim", "euler"], "steps": [2, 3]}
+    page.get_by_label("Values of the columns").fill("ddim, brush")
+    page.get_by_role("button", name="Compare").click()
+    expect(page.locator("#compare-problem")).to_contain_text("no sampler 'brush'")
+
+
+def test_one_picture_is_looked_into(page: Page) -> None:
+    draw(page, "a cat above a pizza", Steps=5)
+    choose(page, "Look inside")
+    frame = page.frame_locator("#inside-frame iframe")
+    expect(frame.get_by_role("heading", name="a cat above a pizza").first).to_be_visible(
+        timeout=90_000
+    )
+    expect(frame.locator("input[type=range]").first).to_be_visible()
+
+
+def test_the_example_is_trained(page: Page) -> None:
+    tab(page, "Train")
+    page.get_by_label("number input for Training steps").fill("20")
+    page.get_by_role("button", name="Start").click()
+    expect(page.get_by_role("img", name=re.compile("^Loss: "))).to_be_visible(timeout=120_000)
+    expect(page.get_by_alt_text("Samples of the model")).to_be_visible(timeout=60_000)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nobody_is_kept_out(server: Serving, browser: Browser, scheme: Any) -> None:
+    """axe-core finds no serious fault, and on a phone nothing is wider than the screen."""
+    watched = Watched(browser, server.url, color_scheme=scheme)
+    page = watched.open()
+    for name in ("Make", "Find", "Compare", "Inside", "Train"):
+        tab(page, name)
+        if name == "Make":
+            page.get_by_role("button", name="Change a picture").click()
+        page.wait_for_timeout(300)
+        found = Axe().run(page).response["violations"]
+        assert [v["id"] for v in found if v["impact"] in ("serious", "critical")] == []
+    page.set_viewport_size({"width": 390, "height": 844})
+    tab(page, "Make")
+    page.wait_for_timeout(500)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    watched.context.close()
+    watched.check()
+
+
+def test_by_keyboard_alone(server: Serving, page: Page) -> None:
+    page.get_by_label("Prompt", exact=True).focus()
+    page.keyboard.type("a key")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(page.locator(".now .status")).to_have_text("“a key” is done.")
+    page.locator(".now .grid button").first.focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#picture")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("#picture")).not_to_be_visible()
+
+
+SCRIPTS = [
+    f"{before}<{tag} {handler}=\"document.title='owned'\">{after}"
+    for before in ("", "'\">", "</p>", "{{value}}", "${1}")
+    for tag in ("img src=x", "svg", "script>document.title='owned'</script", "iframe", "details")
+    for handler in ("onerror", "onload")
+    for after in ("", "</svg>")
+]
+
+
+def test_no_script_in_a_prompt_runs(server: Serving, page: Page) -> None:
+    """In the live view, the gallery, the recipe, and a problem's sentence."""
+    assert len(SCRIPTS) == 100
+    for start in range(0, 100, 25):
+        jobs = [server.submit(prompt=p, steps=1) for p in SCRIPTS[start : start + 25]]
+        for job in jobs:
+            server.finished(job)
+    tab(page, "Find")
+    expect(page.locator(".find .grid button").nth(55)).to_be_visible()
+    for i in range(0, 56, 8):
+        page.locator(".find .grid button").nth(i).click()
+        page.keyboard.press("Escape")
+    choose(page, "All its settings", ".find")
+    page.get_by_label("Seed", exact=True).fill("<img src=x onerror=document.title=1>")
+    page.get_by_role("button", name="Draw").click()
+    expect(page.locator("#make-problem")).to_contain_text("seed must be")
+    assert page.title() == "Safelight"
+
+
+def test_it_goes_on_after_a_restart(server: Serving, browser: Browser) -> None:
+    port = server.url.rsplit(":", 1)[1]
+    watched = Watched(browser, server.url)
+    page = watched.open()
+    ask(page, "a train", Steps=150, Pictures=4)
+    expect(page.locator(".now .live")).to_be_visible()
+    server.process.send_signal(signal.SIGTERM)
+    server.process.wait(30)
+    expect(page.locator(".now .status")).to_contain_text("does not answer")
+    server.start(port=port)
+    expect(page.locator(".now .status")).to_have_text("“a train” is done.", timeout=120_000)
+    assert newest(server)["status"] == "succeeded"
+    wait_for(lambda: server.client.get("/studio/").status_code == 200)
+    draw(page, "a bus", Steps=3)
+    watched.context.close()
+
+
+class TestToken:
+    def test_the_page_asks_for_it_once(self, tmp_path: Path, browser: Browser) -> None:
+        with Serving(tmp_path, token="open sesame") as server:
+            wait_for(lambda: server.client.get("/studio/").status_code == 200)
+            watched = Watched(browser, server.url)
+            watched.page.goto(f"{server.url}/studio")
+            watched.page.get_by_label("token").fill("wrong")
+            watched.page.get_by_role("button", name="Enter").click()
+            expect(watched.page.get_by_role("alert")).to_contain_text("not this server's token")
+            watched.page.get_by_label("token").fill("open sesame")
+            watched.page.get_by_role("button", name="Enter").click()
+            expect(watched.page.get_by_label("Prompt", exact=True)).to_be_visible()
+            cookie = watched.context.cookies()[0]
+            assert (cookie["httpOnly"], cookie["sameSite"]) == (True, "Strict")
+            assert "sesame" not in cookie["value"]
+            draw(watched.page, "a red apple", Steps=3)
