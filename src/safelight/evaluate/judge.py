@@ -20,7 +20,10 @@ from safelight.train.devices import autocast
 from safelight.train.loop import Draw, Plan, fit
 from safelight.train.recipe import Scene, Scenes
 
-PLAN = Plan(steps=6000, batch=64, learning_rate=2e-3, warmup=200, weight_decay=0.05)
+PLAN = Plan(steps=3000, batch=64, learning_rate=2e-3, warmup=200, weight_decay=0.05)
+POOL = 30_000
+"""Scenes that it learns from: to compose one takes as long as to learn from it."""
+
 WHOLE, FIRST, SECOND = 0, 1, 2
 NOTHING = -100
 """What cross entropy takes for: no answer is wanted."""
@@ -117,12 +120,16 @@ def train_judge(scenes: Scenes, folder: Path, plan: Plan = PLAN) -> Judge:
     judge = Judge(len(scenes.names))
     judge.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     number = {name: i for i, name in enumerate(scenes.names)}
+    pool: list[tuple[Any, Scene]] = []
 
     def loss_of(run: Any, draw: Draw) -> Tensor:
-        drawn = [
-            scenes.sample(draw.data, held_out=bool(draw.data.random() < 0.1))
-            for _ in range(plan.batch)
-        ]
+        if not pool:  # one that has learned all needs none
+            chance = np.random.default_rng(plan.seed)
+            pool.extend(
+                scenes.sample(chance, held_out=bool(chance.random() < 0.1))
+                for _ in range(min(POOL, plan.steps * plan.batch))
+            )
+        drawn = [pool[i] for i in draw.data.integers(len(pool), size=plan.batch)]
         asked = [scene for _, scene in drawn]
         pixels = to_pixels(np.stack([picture for picture, _ in drawn])).to(draw.device)
         where = torch.stack([places(scene) for scene in asked]).to(draw.device)
