@@ -20,6 +20,7 @@ from inside import Answer, Inside, figure, size
 from PIL import Image
 from starlette.routing import Route
 
+from safelight.errors import SafelightError
 from safelight.request import Request
 
 pytestmark = pytest.mark.xdist_group("strangers")  # one server for them all
@@ -126,7 +127,7 @@ def test_bad_pictures_are_refused_at_once(server: Inside, name: str) -> None:
         assert len(answer.body) < 1000
         assert b"root:" not in answer.body
     figure(f"3: {name} refused in {1000 * slowest:.0f} ms at most")
-    assert slowest < 0.5 or not size(0, 1)  # a suite shares its processors
+    assert slowest < size(5, 1)  # a suite shares its processors
 
 
 def multipart(**fields: bytes) -> tuple[bytes, str]:
@@ -167,32 +168,35 @@ def prompts(n: int) -> Iterator[str]:
 
 
 def test_prompts_are_parsed_in_linear_time() -> None:
-    """By the words' own encoder; those of 16 KiB in 20 ms, on a machine that does nothing else."""
+    """What the processor does for them is timed: a suite shares it."""
     from safelight.weights import load_model
     from safelight.words import unknown_words
 
     model = load_model("embedded", device="cpu")
     assert model.tokenizer is not None
-    n, slowest, total = size(1500, 100_000), 0.0, 0
+    n, seconds = size(1500, 100_000), list[float]()
     for text in prompts(n):
         try:
             Request(prompt=text)
-        except Exception as error:
+        except SafelightError as error:
             assert "16 KiB" in str(error)  # noqa: PT017
             continue
-        began = time.perf_counter()
+        began = time.thread_time()
         model.tokenizer.encode(text)
         unknown_words(text, model.words or set())
-        slowest = max(slowest, time.perf_counter() - began)
-        total += 1
-    figure(f"14: {total} of {n} fuzzed prompts parsed, the slowest in {1000 * slowest:.1f} ms")
-    assert slowest < 1
+        seconds.append(time.thread_time() - began)
+    seconds.sort()
+    figure(
+        f"14: {len(seconds)} of {n} fuzzed prompts parsed, the slowest of them in "
+        f"{1000 * seconds[-1]:.1f} ms, 99 of 100 in {1000 * seconds[-len(seconds) // 100]:.1f} ms"
+    )
+    assert seconds[-1] < 0.2
     for bracket in "([{<":
         times = []
         for length in (4000, 16_000):
-            began = time.perf_counter()
+            began = time.thread_time()
             model.tokenizer.encode(bracket * length)
-            times.append(time.perf_counter() - began)
+            times.append(time.thread_time() - began)
         assert times[1] < 16 * times[0] + 0.05
 
 
@@ -373,9 +377,9 @@ def test_no_name_leads_out_of_the_data_folder(
         for method in ("GET", "DELETE") if "jobs" in place else ("GET",):
             path = place.format(name)
             answer = server.ask(method, path)
-            assert answer.status in (400, 404, 405, 422, 503) or path in (
-                *("/", "/docs", "/docs/", "/api/jobs", "/api/jobs/"),
-            ), (path, answer)
+            # Redirected is what ends in a slash, to itself without it.
+            known = path.rstrip("/") in ("", "/docs", "/api/jobs")
+            assert known or answer.status in (307, 400, 404, 405, 422, 503), (path, answer)
             assert b"a secret" not in answer.body
             assert b"root:" not in answer.body
             assert b"SQLite" not in answer.body
