@@ -4,7 +4,7 @@
 #   make test                            the test suite
 #   make lint                            formatting, lint and types
 #   make bench                           this machine, beside diffusers and OpenVINO: a quarter of an hour
-#   make soak                           the server under kills, at full size: an hour
+#   make soak                            what the server promises, at full size: an hour
 #   make evaluate                       the model that ships, judged: half an hour
 #   make train                           the models that ship, from packages alone: hours, resumable
 #
@@ -48,7 +48,11 @@ bench: $(VENV)/.ready-dev
 	$(BIN)/python benchmarks/full_size.py --dtype bfloat16
 	$(BIN)/python benchmarks/batching.py
 
+# The suite's own tests of the promises, with their full numbers; their figures: runs/soak.txt.
+SOAK := faults killed overload same storage strangers
 soak: $(VENV)/.ready-dev
+	mkdir -p runs
+	SAFELIGHT_SOAK=$(CURDIR)/runs/soak.txt $(BIN)/pytest -n0 $(SOAK:%=tests/server/test_%.py)
 	$(BIN)/python tests/soak/kills.py $(ARGS)
 
 evaluate: data/cutouts.npz

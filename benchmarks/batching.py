@@ -1,6 +1,7 @@
 """What batching by the step gives: 32 mixed requests at once, beside the same one by one.
 
-    python benchmarks/batching.py [--model embedded] [--rounds 5] [--requests 32]
+    python benchmarks/batching.py [--model embedded] [--rounds 5] [--requests 32] [--longest 50]
+    python benchmarks/batching.py --model sd15.safetensors --rounds 3 --requests 4 --longest 6
 
 Each round takes both ways, so that what else the machine does meets them alike. Throughput is
 requests a second; latency is from the moment that all are there to that of a picture.
@@ -32,9 +33,10 @@ def main() -> None:
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--longest", type=int, default=50, help="steps of a request at most")
     given = parser.parse_args()
     model = safelight.load(given.model)
-    requests = mixed(given.requests, model.native_size)
+    requests = mixed(given.requests, model.native_size, given.longest)
     engine = Engine(model)
     rounds = []
     for i in range(given.rounds + 1):
@@ -60,8 +62,8 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def mixed(n: int, size: tuple[int, int]) -> list[Request]:
-    """4 to 50 steps, three samplers, two tasks; a third of them short, spread among the others."""
+def mixed(n: int, size: tuple[int, int], longest: int) -> list[Request]:
+    """4 to `longest` steps, three samplers, two tasks; a third are short, spread among the others."""
     chance = random.Random(0)
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     photo = Image.fromarray(noise)
@@ -70,7 +72,7 @@ def mixed(n: int, size: tuple[int, int]) -> list[Request]:
         settings: dict[str, Any] = {
             "prompt": chance.choice(["a cat", "a red apple on a blue background", "a dog"]),
             "sampler": ("euler_a", "dpmpp_2m", "ddim")[i % 3],
-            "steps": SHORT if i % 3 == 2 else chance.randint(10, 50),
+            "steps": SHORT if i % 3 == 2 else chance.randint(min(10, longest), longest),
             "seed": i,
         }
         if i % 4 == 1:

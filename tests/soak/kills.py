@@ -124,6 +124,8 @@ def check(serving: Serving, report: dict[str, Any]) -> None:
         assert count == SETTINGS["count"] or status == "failed", "a picture was lost"
     files = {path.name for path in (serving.data / "pictures").iterdir()}
     assert files == {f"{row[2]}.png" for row in rows}, "files and rows differ"
+    for name in ("*.part", "*-journal", "*-wal"):
+        assert not list(serving.data.rglob(name)), "a temporary file stays"
     model = safelight.load(dtype="float32")
     for job, _, picture, seed in rows[:: max(1, len(rows) // 50)]:
         alone = model.generate("a cat", seed=int(seed), steps=2, sampler="euler").images[0]
