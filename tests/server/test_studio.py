@@ -27,7 +27,7 @@ pytestmark = pytest.mark.xdist_group("studio")  # one server for them all
 expect.set_options(timeout=30_000)
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 ARTEFACTS = os.environ.get("SAFELIGHT_SCREENSHOTS")
-"""A folder where each test leaves what the page looked like in the end."""
+"""A folder for what the page looked like; those of docs/studio.md are from here."""
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +80,14 @@ class Watched:
 def page(server: Serving, browser: Browser, request: pytest.FixtureRequest) -> Iterator[Page]:
     watched = Watched(browser, server.url)
     yield watched.open()
-    if ARTEFACTS:
-        name = request.node.name
-        watched.page.screenshot(path=f"{ARTEFACTS}/{name}.png", full_page=True)
+    shot(watched.page, request.node.name)
     watched.context.close()
     watched.check()
+
+
+def shot(page: Page, name: str) -> None:
+    if ARTEFACTS:
+        page.screenshot(path=f"{ARTEFACTS}/{name}.png")
 
 
 def draw(page: Page, prompt: str, **fields: int) -> None:
@@ -120,7 +123,8 @@ def test_a_picture_develops_before_ones_eyes(server: Serving, page: Page) -> Non
     expect(live).to_be_visible()
     for label in ("Clean estimate", "Noisy state"):
         expect(live.get_by_alt_text(label)).to_have_attribute("src", re.compile("^data:image/png"))
-    expect(live.locator(".left")).to_have_text(re.compile(r"Step \d+ of 150, \d+ s left"))
+    expect(live.locator(".left")).to_have_text(re.compile(r"Step \d\d of 150, \d+ s left"))
+    shot(page, "live")
     expect(page.locator(".now .status")).to_have_text("“a red apple” is done.")
     expect(page.locator(".now .grid img").first).to_have_attribute("alt", "a red apple")
     assert newest(server)["client"] == "studio"
@@ -208,6 +212,7 @@ def test_found_by_words_and_all_settings_brought_back(server: Serving, page: Pag
     tab(page, "Find")
     page.get_by_label("Search").fill("purple")
     expect(page.locator(".find .status")).to_have_text("1 picture")
+    shot(page, "find")
     choose(page, "All its settings", ".find")
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("a purple guitar")
     expect(page.get_by_label("Negative prompt")).to_have_value("blue")

@@ -293,7 +293,10 @@ class Hub:
                     return
                 job = await self._seen(job, kind)
                 if kind == "preview":
-                    yield Event(kind=kind, job=job, index=rest[0], preview=rest[1], noisy=rest[2])
+                    index, preview, noisy, at = rest
+                    yield Event(
+                        kind=kind, job=job, index=index, preview=preview, noisy=noisy, at=at
+                    )
                 elif kind in ("progress", "picture") and not job.status.final:
                     yield Event(kind=kind, job=job)
             yield Event(kind="end", job=job)

@@ -76,6 +76,9 @@ class Event(BaseModel):
     index: int | None = None
     preview: str | None = None
     noisy: str | None = None
+    at: float | None = Field(
+        default=None, description="when the previewed step ended, seconds since 1970"
+    )
 
 
 class ModelInfo(BaseModel):

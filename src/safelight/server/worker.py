@@ -296,13 +296,13 @@ class Worker:
         if now - held.previewed < PREVIEW_EVERY or ticket.job.done:
             return
         held.previewed = now
-        job = ticket.job
+        job, ended = ticket.job, time.time()
         noisy = job.state / (1 + job.row.sigma**2) ** 0.5
         try:
             shown = [_encoded(preview(self._model, latents)) for latents in (job.clean, noisy)]
         except (SafelightError, MemoryError, RuntimeError):
             return  # NaN, or too large: whether there is a picture is seen in the end
-        self._pipe.send(("preview", held.claim.id, ticket.index, *shown))
+        self._pipe.send(("preview", held.claim.id, ticket.index, *shown, ended))
 
     def _tell(self, kind: str, held: _Held) -> None:
         self._pipe.send((kind, held.claim.id, held.taken, held.total))

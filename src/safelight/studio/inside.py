@@ -9,7 +9,7 @@ import gradio as gr
 
 from safelight.server.hub import Hub
 from safelight.server.store import new_id
-from safelight.studio.parts import problem
+from safelight.studio.parts import problem, said
 from safelight.studio.run import Command, model_options, options
 
 KEPT = 20
@@ -32,9 +32,7 @@ class Inside:
             "<p>A picture is drawn, and every step of its way is kept. Or open one under Make or "
             "Find, and choose “Look inside” there.</p>"
         )
-        self.status = gr.HTML(
-            "", html_template='<p class="status" role="status">{{value}}</p>', js_on_load=None
-        )
+        self.status = said("inside")
         self.problem = problem("inside")
         self.frame = gr.HTML(
             "",

@@ -25,6 +25,16 @@ def problem(name: str) -> gr.HTML:
     )
 
 
+def said(name: str) -> gr.HTML:
+    """Where a tab says what it does."""
+    return gr.HTML(
+        "",
+        html_template='<p class="status" role="status">{{value}}</p>',
+        js_on_load=None,
+        elem_id=f"{name}-status",
+    )
+
+
 def now() -> Any:
     """What the server draws just now, and what it made last. Its value is a new job's id."""
     return gr.HTML(

@@ -146,7 +146,7 @@ const safelight = (() => {
       on("preview", event => {
         clean.src = png(event.preview);
         noisy.src = png(event.noisy);
-        live.dataset.shown = performance.timeOrigin + performance.now();
+        live.dataset.late = performance.timeOrigin + performance.now() - 1000 * event.at;
         progress(event.job);
       });
       on("end", event => { source.close(); told(event.job); refresh(); });

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from safelight.server.hub import Hub
-from safelight.studio.parts import kept, problem, progress
+from safelight.studio.parts import kept, problem, progress, said
 from safelight.studio.run import Command
 
 _STEP = re.compile(r"step (\d+)/(\d+)\s+loss ([0-9.]+)")
@@ -31,13 +31,11 @@ class Train:
             "there.</p>"
         )
         with gr.Row():
-            steps = gr.Slider(20, 3000, 800, step=20, label="Training steps", elem_id="train-steps")
+            steps = gr.Slider(20, 3000, 800, step=20, label="Training steps", scale=3)
             start = gr.Button("Start", variant="primary", elem_id="train-start")
             stop = gr.Button("Stop", elem_id="train-stop")
         told, bar = problem("train"), progress("train")
-        status = gr.HTML(
-            "", html_template='<p class="status" role="status">{{value}}</p>', js_on_load=None
-        )
+        status = said("train")
         with gr.Row():
             plot = gr.HTML("", elem_id="loss", js_on_load=None)
             samples = kept("train", "Samples of the model as it is now")
@@ -102,13 +100,14 @@ def curve(points: list[tuple[int, float]]) -> str:
         f"{height - 20 - (height - 30) * loss / most:.1f}"
         for i, (step, loss) in enumerate(points)
     )
+    x, y = path.rpartition(" ")[2].lstrip("ML").split(",")
     title = f"Loss: {points[0][1]:.3f} at step {points[0][0]}, {points[-1][1]:.3f} at step {last}"
     return (
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{title}">'
         f'<text x="0" y="16">{most:.3f}</text><text x="0" y="{height - 20}">0</text>'
         f'<text x="{left}" y="{height - 4}">step 0</text>'
         f'<text x="{width}" y="{height - 4}" text-anchor="end">{last}</text>'
-        f'<path d="{path}"/></svg><p>{title}</p>'
+        f'<path d="{path}"/><circle cx="{x}" cy="{y}" r="4"/></svg><p>{title}</p>'
     )
 
 
