@@ -94,7 +94,7 @@ class Worker:
         self._held: dict[str, _Held] = {}
         self._alone = False
         self._watched: set[str] = set()
-        self._stopping = False
+        self._started = self._stopping = False
         self._renewed = time.monotonic()
         width, height = self._model.native_size
         info = ModelInfo(
@@ -111,7 +111,8 @@ class Worker:
         pipe.send(("ready", info.model_dump()))
 
     def run(self) -> None:
-        self._pipe.recv()  # the server has tidied up, and listens
+        while not (self._started or self._stopping):  # until the server has tidied up
+            self._listen(None)
         while not self._stopping:
             self._listen(0 if self._engine.busy else 1.0)
             self._claim()
@@ -123,8 +124,8 @@ class Worker:
                 self._store.put_back(held.claim.id, held.claim.token)
         self._store.close()
 
-    def _listen(self, seconds: float) -> None:
-        """To what the server says, for so long if there is nothing else to do."""
+    def _listen(self, seconds: float | None) -> None:
+        """To what the server says, for so long, or for ever, if there is nothing else to do."""
         while self._pipe.poll(seconds):
             seconds = 0
             kind, *rest = self._pipe.recv()
@@ -136,6 +137,8 @@ class Worker:
                 self._watched.discard(rest[0])
             elif kind == "check":
                 self._pipe.send(("checked", self._engine.check()))
+            elif kind == "start":
+                self._started = True
             elif kind == "stop":
                 self._stopping = True
 
