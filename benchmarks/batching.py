@@ -63,7 +63,7 @@ def say(line: str) -> None:
 
 
 def mixed(n: int, size: tuple[int, int], longest: int) -> list[Request]:
-    """4 to `longest` steps, three samplers, two tasks; a third are short, spread among the others."""
+    """4 to `longest` steps, three samplers, two tasks; a third are short, spread among them."""
     chance = random.Random(0)
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     photo = Image.fromarray(noise)

@@ -209,7 +209,7 @@ def test_killed_and_resumed_ends_as_undisturbed(tmp_path: Path) -> None:
         "torch.set_num_threads(1)\n"
         "u.CHECKPOINT_EVERY = 10\n"
         "u.draw_sheet = lambda *_: None\n"
-        "plan = Plan(steps=200, batch=2, learning_rate=1e-3, warmup=5)\n"
+        "plan = Plan(steps=110, batch=2, learning_rate=1e-3, warmup=5)\n"
         "print('go', flush=True)\n"
         "u.unconditional('digits', Path(sys.argv[1]), plan, size=16)\n"
     )

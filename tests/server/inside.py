@@ -81,7 +81,8 @@ class Inside:
         self.hub = Hub(settings, child, bound=bound)
         self.app = application(self.hub, Rules(token))
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self._runs = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._runs.start()
         thread.start()
 
     def _draw(self, pipe: Any) -> None:
@@ -104,6 +105,8 @@ class Inside:
     def __exit__(self, *_: object) -> None:
         self.within(self.hub.stop())
         self._loop.call_soon_threadsafe(self._loop.stop)
+        self._runs.join()
+        self._loop.close()
 
     def within(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Done in the server's event loop."""

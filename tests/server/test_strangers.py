@@ -190,7 +190,7 @@ def test_prompts_are_parsed_in_linear_time() -> None:
         f"14: {len(seconds)} of {n} fuzzed prompts parsed, the slowest of them in "
         f"{1000 * seconds[-1]:.1f} ms, 99 of 100 in {1000 * seconds[-len(seconds) // 100]:.1f} ms"
     )
-    assert seconds[-1] < 0.2
+    assert seconds[-1] < 1  # on processors that others use, too
     for bracket in "([{<":
         times = []
         for length in (4000, 16_000):
@@ -344,6 +344,12 @@ def names(n: int, root: Path) -> Iterator[str]:
         )
 
 
+IMPORTING = {
+    *("/etc/mime.types", "/proc/stat", "/proc/sys/kernel/random/boot_id"),
+    "/usr/share/zoneinfo/UTC",
+}
+"""What Python and Gradio read besides their own modules."""
+
 listens = False
 opened: list[str] | None = None
 
@@ -387,7 +393,7 @@ def test_no_name_leads_out_of_the_data_folder(
     # A module may be imported on the way; none of them is a name of ours.
     outside = {
         path
-        for path in all_opened
+        for path in set(all_opened) - IMPORTING
         if not path.startswith((inside, sys.prefix, sys.base_prefix, "/proc/self/fd"))
         and not path.endswith((".py", ".pyc"))
     }
