@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -28,9 +27,7 @@ def application(hub: Hub, rules: Rules) -> Any:
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
         hub.start()
-        warming = asyncio.create_task(studio.warm())
         yield
-        warming.cancel()
         await studio.close()
         await hub.stop()
 

@@ -23,7 +23,10 @@ from safelight.server import entrance
 log = logging.getLogger("safelight.http")
 
 SLOW = 30.0
-"""Seconds that a client has to send the next part of a body, or to take the next of an answer."""
+LEAST = 16 << 10
+"""In so many seconds a client sends so many bytes of a body, or all of it; and takes so many of an
+answer. One byte now and then would hold a connection for ever.
+"""
 
 MOST_BODY = 64 << 20
 OPEN = frozenset({"/healthz"})
@@ -58,9 +61,10 @@ class Guard:
         self.app, self.rules, self.counted = app, rules, counted
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
+        assert scope["type"] == "http"  # websockets are off
         began, status = time.monotonic(), 500
         request_id = secrets.token_hex(8)
         sent = False
@@ -70,6 +74,8 @@ class Guard:
             if message["type"] == "http.response.start":
                 status, sent = message["status"], True
                 given = [(k, v) for k, v in message["headers"] if k not in dict(HEADERS)]
+                if status in (408, 413):  # the rest of the body is not waited for
+                    given.append((b"connection", b"close"))
                 message["headers"] = [*given, *HEADERS, (b"x-request-id", request_id.encode())]
             async with asyncio.timeout(SLOW):
                 await send(message)
@@ -204,18 +210,21 @@ def _limited(receive: Any, headers: dict[str, list[str]]) -> Any:
     if length and int(length) > MOST_BODY:
         raise RefusedError(413, f"a request has at most {MOST_BODY >> 20} MiB")
     seen, whole = 0, False
+    due, until = LEAST, time.monotonic() + SLOW
 
     async def take() -> Any:
-        nonlocal seen, whole
+        nonlocal seen, whole, due, until
         if whole:
             return await receive()  # that the client goes away, whenever it does
         try:
-            async with asyncio.timeout(SLOW):
+            async with asyncio.timeout(until - time.monotonic()):
                 message = await receive()
         except TimeoutError:
             raise RefusedError(408, "the client was too slow") from None
         seen += len(message.get("body", b""))
         whole = not message.get("more_body", False)
+        if seen >= due:
+            due, until = seen + LEAST, time.monotonic() + SLOW
         if seen > MOST_BODY:
             raise RefusedError(413, f"a request has at most {MOST_BODY >> 20} MiB")
         return message

@@ -16,7 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from safelight.errors import SafelightError
 from safelight.server.app import application
-from safelight.server.guard import SLOW, Rules
+from safelight.server.guard import LEAST, SLOW, Rules
 from safelight.server.hub import Hub
 from safelight.server.listening import everywhere, shown
 from safelight.server.process import Child, Settings
@@ -40,18 +40,48 @@ class Lines(logging.Formatter):
 
 
 class Impatient(H11Protocol):
-    """uvicorn waits for ever for the head of a request; this closes after SLOW seconds."""
+    """uvicorn waits for ever for the head of a request, and for one who does not read; this is
+    patient for SLOW seconds.
+    """
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._late = self.loop.call_later(SLOW, self._close_if_silent)
+        self._stuck: asyncio.TimerHandle | None = None
+
+    def on_response_complete(self) -> None:
+        self._late.cancel()
+        self._late = self.loop.call_later(SLOW, self._close_if_silent)
+        super().on_response_complete()
 
     def _close_if_silent(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if not answering and not self.transport.is_closing():
             self.transport.close()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._look_again(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stuck is not None:
+            self._stuck.cancel()
+
+    def _look_again(self, unsent: int) -> None:
+        self._stuck = self.loop.call_later(SLOW, self._abort_if_stuck, unsent)
+
+    def _abort_if_stuck(self, unsent: int) -> None:
+        now = self.transport.get_write_buffer_size()
+        if now > unsent - LEAST:
+            self.transport.abort()  # to close would wait until all of it is taken
+        else:
+            self._look_again(now)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._late.cancel()
+        if self._stuck is not None:
+            self._stuck.cancel()
         super().connection_lost(exc)
 
 

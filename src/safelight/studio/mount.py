@@ -6,12 +6,15 @@ import asyncio
 import contextlib
 import os
 import re
+import shutil
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, Response
 
+from safelight.errors import SafelightError
 from safelight.server.hub import Hub
 
 PATH = "/studio"
@@ -24,8 +27,17 @@ _POLICY = (
     b"frame-ancestors 'self'"
 )
 _SHOWN = re.compile(
-    r"inside/[0-9a-f]{32}\.html|grids/[0-9a-f]{32}\.png|training/digits/step-\d{6}\.png"
+    r"inside/[0-9a-f]{32}\.html|grids/[0-9a-f]{32}\.png|training/digits-\d{1,5}/step-\d{6}\.png"
 )
+# What the page asks Gradio for; its other routes (a proxy, an editor of code …) are not served.
+_ASKED = re.compile(
+    r"/studio(/(theme\.css|config|(assets|static)/.+|gradio_api/(queue/(join|data)|upload"
+    r"|upload_progress|heartbeat/\w+|startup-events|app_id|file=(?!http).+))?)?"
+)
+UPLOADS = "uploads"
+OLD = 7 * 24 * 3600
+"""Seconds after which an uploaded picture is forgotten; what was drawn from it has a copy."""
+
 _MISSING = "The studio needs more: pip install 'safelight[studio]'\n"
 _ICON = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><rect width="16" height="16" '
@@ -46,7 +58,7 @@ def available() -> bool:
 class Studio:
     """An ASGI application around another: /studio is Gradio's, all else the other's.
 
-    Gradio takes seconds to import, so that is done behind a server that answers already.
+    Gradio takes seconds to import, and memory: that is done when the page is first asked for.
     """
 
     def __init__(self, app: Any, hub: Hub) -> None:
@@ -68,19 +80,15 @@ class Studio:
         if path.startswith(f"{PATH}/{KEPT}/"):
             await _kept(self._hub.files.root, path)(scope, receive, send)
             return
+        if not _ASKED.fullmatch(path):
+            await PlainTextResponse("there is no such page\n", 404)(scope, receive, send)
+            return
         if self._page is None or not self._page.done():
             self.begin()
             await HTMLResponse(_COMING, 503, {"retry-after": "1"})(scope, receive, send)
             return
         page = self._page.result()
         await page(scope, receive, _with_policy(send))
-
-    async def warm(self) -> None:
-        """Make the page when the worker is ready, and no longer needs the processors."""
-        while available() and not self._hub.info.ready:
-            await asyncio.sleep(0.2)
-        if available():
-            self.begin()
 
     def begin(self) -> None:
         """Make Gradio's application, in a thread, unless that was begun before."""
@@ -99,7 +107,9 @@ class Studio:
             app = await asyncio.to_thread(_build, self._hub)
             async with app.router.lifespan_context(app):
                 ready.set_result(app)
-                await asyncio.Event().wait()
+                while True:
+                    await asyncio.to_thread(_forget, self._hub.files.root / UPLOADS)
+                    await asyncio.sleep(3600)
         except Exception as error:
             if ready.done():
                 raise
@@ -109,14 +119,22 @@ class Studio:
 def _build(hub: Hub) -> Any:
     # Read when it is imported: it would tell its makers that it is used.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    # Else in /tmp, for ever, and under a name that another user of this machine may have taken.
+    os.environ["GRADIO_TEMP_DIR"] = str(hub.files.root / UPLOADS)
     from fastapi import FastAPI
-    from gradio import mount_gradio_app
+    from gradio import mount_gradio_app, processing_utils
 
     from safelight.studio.page import LOOK, blocks
 
+    # An event may name a file in place of a value. Gradio would fetch one that is an address, and
+    # take any file of this machine: of an application that was mounted, not launched, it does not
+    # check that the file was uploaded.
+    processing_utils.async_ssrf_protected_download = _not_fetched
+    page = blocks(hub)
+    page.has_launched = True
     return mount_gradio_app(
         FastAPI(openapi_url=None),
-        blocks(hub),
+        page,
         path=PATH,
         ssr_mode=False,
         footer_links=[],
@@ -124,6 +142,19 @@ def _build(hub: Hub) -> Any:
         max_file_size="64mb",
         **LOOK,
     )
+
+
+async def _not_fetched(url: str, *_: Any, **__: Any) -> str:
+    raise SafelightError("addresses are not fetched")
+
+
+def _forget(uploads: Path) -> None:
+    """Remove what was uploaded long ago. Gradio itself would only at the end of the server, when
+    a page may still show it.
+    """
+    for folder in uploads.iterdir() if uploads.is_dir() else ():
+        if time.time() - folder.stat().st_mtime > OLD:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _kept(root: Path, path: str) -> Response:
