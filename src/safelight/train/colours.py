@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -56,35 +57,56 @@ def backgrounds(picture: Pixels) -> tuple[str, ...]:
     )
 
 
-def paint(picture: Pixels, colour: str) -> Pixels | None:
-    """A cut-out, uint8 [h, w, 4], with its main colour turned into another; None if it has none.
+@dataclass(frozen=True)
+class Main:
+    """The main colour of a cut-out: its hue in radians, and its mean in Oklab."""
 
-    The main hue is the one most of the coloured pixels have. They, and the pixels of like hue,
-    turn by the same angle, and their lightness and chroma move by as much as the main colour's
-    have to: shading and highlights stay.
+    hue: float
+    mean: tuple[float, float, float]
+
+    def lacks(self, colour: str) -> bool:
+        """Whether another colour would change it."""
+        return bool(np.linalg.norm(self.mean - oklab(np.array(COLOURS[colour]))) >= ALREADY)
+
+
+def main_colour(picture: Pixels) -> Main | None:
+    """Of a cut-out, uint8 [h, w, 4]: the hue that most of the coloured pixels have, and the mean
+    of those of like hue; None if they are too few.
     """
     solid = picture[..., 3] > 127
     seen = oklab(picture[..., :3])
-    light, chroma = seen[..., 0], np.hypot(seen[..., 1], seen[..., 2])
-    hue = np.arctan2(seen[..., 2], seen[..., 1])
+    chroma = np.hypot(seen[..., 1], seen[..., 2])
     strong = solid & (chroma > 0.05)
     if not strong.any():
         return None
+    hue = np.arctan2(seen[..., 2], seen[..., 1])
     counts, edges = np.histogram(hue[strong], bins=36, range=(-np.pi, np.pi))
     wide = counts + np.roll(counts, 1) + np.roll(counts, -1)
-    main = edges[wide.argmax()] + np.pi / 36
-    away = np.abs(np.angle(np.exp(1j * (hue - main))))
-    share = np.clip((1.2 - away) / 0.4, 0, 1) * np.clip((chroma - 0.02) / 0.04, 0, 1)
-    of_main = solid & (share > 0.5)
+    main = float(edges[wide.argmax()] + np.pi / 36)
+    of_main = solid & (_share(hue, chroma, main) > 0.5)
     if of_main.sum() < PAINTED * solid.sum():
         return None
-    mean = seen[of_main].mean(axis=0)
-    target = oklab(np.array(COLOURS[colour]))
-    if np.linalg.norm(mean - target) < ALREADY:
+    light, a, b = seen[of_main].mean(axis=0).tolist()
+    return Main(main, (light, a, b))
+
+
+def paint(picture: Pixels, colour: str, main: Main | None = None) -> Pixels | None:
+    """A cut-out, uint8 [h, w, 4], with its main colour turned into another; None if it has none.
+    `main` is it, where it is known.
+
+    The pixels of like hue turn by the same angle, and their lightness and chroma move by as much
+    as the main colour's have to: shading and highlights stay.
+    """
+    main = main or main_colour(picture)
+    if main is None or not main.lacks(colour):
         return None
-    wanted = np.hypot(target[1], target[2])
-    scale = wanted / max(np.hypot(mean[1], mean[2]), 1e-6)
-    turn = 0.0 if wanted < 0.02 else np.arctan2(target[2], target[1]) - np.arctan2(mean[2], mean[1])
+    mean = np.array(main.mean)
+    seen = oklab(picture[..., :3])
+    light, chroma = seen[..., 0], np.hypot(seen[..., 1], seen[..., 2])
+    hue = np.arctan2(seen[..., 2], seen[..., 1])
+    share = _share(hue, chroma, main.hue)
+    target = oklab(np.array(COLOURS[colour]))
+    scale, turn = towards(mean, target)
     new = np.stack(
         [
             # A little of the old contrast is lost, so that highlights do not all end at white.
@@ -98,29 +120,43 @@ def paint(picture: Pixels, colour: str) -> Pixels | None:
     return np.concatenate([srgb(mixed), picture[..., 3:]], axis=-1)
 
 
+def towards(mean: NDArray[Any], target: NDArray[Any]) -> tuple[float, float]:
+    """By how much chroma grows and hue turns on the way from a main colour to another."""
+    wanted = np.hypot(target[1], target[2])
+    scale = wanted / max(np.hypot(mean[1], mean[2]), 1e-6)
+    turn = 0.0 if wanted < 0.02 else np.arctan2(target[2], target[1]) - np.arctan2(mean[2], mean[1])
+    return float(scale), float(turn)
+
+
+def _share(hue: NDArray[Any], chroma: NDArray[Any], main: float) -> NDArray[Any]:
+    """How much each pixel is of the main colour."""
+    away = np.abs(np.angle(np.exp(1j * (hue - main))))
+    return np.clip((1.2 - away) / 0.4, 0, 1) * np.clip((chroma - 0.02) / 0.04, 0, 1)
+
+
 def oklab(rgb: NDArray[Any]) -> NDArray[np.float64]:
     """sRGB bytes [..., 3] in Oklab, where distances match the eye (B. Ottosson, 2020)."""
     value = rgb / 255
     linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
-    return np.cbrt(linear @ _TO_CONES.T) @ _TO_LAB.T
+    return np.cbrt(linear @ TO_CONES.T) @ TO_LAB.T
 
 
 def srgb(lab: NDArray[Any]) -> Pixels:
     """Oklab [..., 3] as sRGB bytes, cut to what they can show."""
-    linear = (lab @ np.linalg.inv(_TO_LAB).T) ** 3 @ np.linalg.inv(_TO_CONES).T
+    linear = (lab @ np.linalg.inv(TO_LAB).T) ** 3 @ np.linalg.inv(TO_CONES).T
     linear = np.clip(linear, 0, 1)
     value = np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
     return np.rint(value * 255).astype(np.uint8)
 
 
-_TO_CONES = np.array(
+TO_CONES = np.array(
     [
         [0.4122214708, 0.5363325363, 0.0514459929],
         [0.2119034982, 0.6806995451, 0.1073969566],
         [0.0883024619, 0.2817188376, 0.6299787005],
     ]
 )
-_TO_LAB = np.array(
+TO_LAB = np.array(
     [
         [0.2104542553, 0.7936177850, -0.0040720468],
         [1.9779984951, -2.4285922050, 0.4505937099],

@@ -1,7 +1,8 @@
 """Cut-outs: emoji from pinned packages, on transparent ground, one size, three styles.
 
 `build` fetches the packages with npm, checks them against packages.lock.json and draws the
-concepts of concepts.json. The same packages and libraries give the same bytes.
+concepts of concepts.json, or the whole vocabulary. The same packages and libraries give the same
+bytes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Collection, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from PIL import Image
 from safelight.errors import SafelightError
 
 SIDE = 112  # pixels of a cut-out's longer side: enough for 64 px pictures, nearly so for 128
+WHOLE_SIDE = 240  # for 256 px: what the 3D pictures, of 256, have
 CONCEPTS = Path(__file__).with_name("concepts.json")
 LOCK = Path(__file__).with_name("packages.lock.json")
 # Code points that are text by default carry a variation selector in file names.
@@ -33,24 +36,32 @@ TAILS = ("", "-fe0f")
 Pixels = NDArray[np.uint8]
 
 
-def build(out_dir: str | Path) -> Path:
+def build(out_dir: str | Path, *, whole: bool = False) -> Path:
     """Fetch the pinned packages and write ``cutouts.npz`` and ``cutouts.json`` into `out_dir`.
 
     The archive holds ``pictures``, uint8 [n, SIDE, SIDE, 4], straight-alpha RGBA, each object
     centred with its longer side filling the square; the JSON names the concept and style of each
     and keeps a SHA-256 of pictures and names. Returns the path of ``cutouts.npz``.
 
+    With `whole` they are all things that every style draws, about 1,300, of side WHOLE_SIDE; see
+    `save` for how they are kept.
+
     Raises SafelightError if npm is missing or fails, if a package is not the pinned one, or if a
-    style lacks a concept.
+    style lacks a concept of concepts.json.
     """
-    packages = _read_json(LOCK)["packages"]
+    lock = _read_json(LOCK)
     concepts = _read_json(CONCEPTS)
-    codes = [concept["code"] for concept in concepts]
+    side = WHOLE_SIDE if whole else SIDE
     with tempfile.TemporaryDirectory() as folder:
+        if whole:
+            concepts = _whole(npm_pack(lock["names"], Path(folder)), concepts)
+        codes = [concept["code"] for concept in concepts]
         drawn = {
-            package["style"]: _draw_all(package, npm_pack(package, Path(folder)), codes)
-            for package in packages
+            package["style"]: _draw_all(package, npm_pack(package, Path(folder)), codes, side)
+            for package in lock["packages"]
         }
+    if whole:
+        concepts = [c for c in concepts if all(c["code"] in by_code for by_code in drawn.values())]
     pictures, rows = [], []
     for concept in concepts:
         missing = [style for style in drawn if concept["code"] not in drawn[style]]
@@ -62,20 +73,35 @@ def build(out_dir: str | Path) -> Path:
         for style, by_code in drawn.items():
             pictures.append(by_code[concept["code"]])
             rows.append({"concept": concept["names"][0], "style": style})
-    return save(out_dir, np.stack(pictures), rows, concepts)
+    return save(out_dir, np.stack(pictures), rows, concepts, packed=whole)
 
 
 def save(
     out_dir: str | Path,
     pictures: Pixels,
-    rows: list[dict[str, str]],
+    rows: list[dict[str, Any]],
     concepts: list[dict[str, Any]],
+    *,
+    packed: bool = False,
 ) -> Path:
-    """Write cut-outs, uint8 [n, SIDE, SIDE, 4], with one row (concept, style) for each."""
+    """Write cut-outs, uint8 [n, side, side, 4], with one row (concept, style) for each.
+
+    Packed, they are WebP pictures of quality 90, a third of the size without loss, so that those
+    of the whole vocabulary can be sent to a machine that has a GPU and no network; and each row
+    tells what `drawing.look` finds, which takes minutes for thousands.
+    """
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "cutouts.npz"
-    np.savez_compressed(path, pictures=pictures)
+    if packed:
+        from safelight.train.drawing import look
+
+        files = [_webp(picture) for picture in pictures]
+        rows = [row | look(picture) for row, picture in zip(rows, pictures, strict=True)]
+        pictures = np.frombuffer(b"".join(files), np.uint8)
+        np.savez(path, webp=pictures, ends=np.cumsum([len(file) for file in files]))
+    else:
+        np.savez_compressed(path, pictures=pictures)
     digest = _digest(pictures, rows, concepts)
     text = json.dumps({"sha256": digest, "pictures": rows, "concepts": concepts}, indent=1)
     path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
@@ -84,7 +110,7 @@ def save(
 
 
 def load(path: str | Path) -> tuple[Pixels, dict[str, Any]]:
-    """What `save` wrote: pictures, uint8 [n, SIDE, SIDE, 4], and "pictures" and "concepts".
+    """What `save` wrote: pictures, uint8 [n, side, side, 4], and "pictures" and "concepts".
 
     Raises SafelightError if a file is missing or the two do not belong together.
     """
@@ -93,11 +119,32 @@ def load(path: str | Path) -> tuple[Pixels, dict[str, Any]]:
     if not (path.exists() and names.exists()):
         raise SafelightError(f"{path} and {names.name} must both be there: build them first")
     with np.load(path) as archive:
-        pictures: Pixels = archive["pictures"]
+        packed = "webp" in archive
+        pictures: Pixels = archive["webp" if packed else "pictures"]
+        ends = archive["ends"].tolist() if packed else []
     about = _read_json(names)
     if _digest(pictures, about["pictures"], about["concepts"]) != about["sha256"]:
         raise SafelightError(f"{path} and {names.name} do not belong together: build them again")
+    if packed:
+        files = (pictures[a:b].tobytes() for a, b in pairwise([0, *ends]))
+        pictures = np.stack([np.array(Image.open(io.BytesIO(f)).convert("RGBA")) for f in files])
     return pictures, about
+
+
+def _webp(picture: Pixels) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "WEBP", quality=90, alpha_quality=100)
+    return file.getvalue()
+
+
+def _whole(names: bytes, by_hand: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    from safelight.train.vocabulary import whole
+
+    paths = [f"package/en/shortcodes/{table}.json" for table in ("emojibase", "github", "iamcal")]
+    paths.append("package/en/data.json")
+    files = members(names, paths)
+    *tables, emoji = (json.loads(files[path]) for path in paths)
+    return whole(emoji, tables, by_hand)
 
 
 def npm_pack(package: Mapping[str, str], folder: Path) -> bytes:
@@ -152,10 +199,13 @@ def members(data: bytes, wanted: Collection[str]) -> dict[str, bytes]:
     return found
 
 
-def notice(lock: Mapping[str, Any]) -> str:
-    """The text that credits the drawings: what, by whom, under which licence, packaged by whom."""
+def notice(lock: Mapping[str, Any], *, whole: bool = False) -> str:
+    """The text that credits the drawings: what, by whom, under which licence, packaged by whom.
+
+    Of the whole vocabulary its names are credited, too.
+    """
     lines = ["The pictures that the model learned from were made from these packages:", ""]
-    for package in lock["packages"]:
+    for package in [*lock["packages"], *([lock["names"]] if whole else [])]:
         lines += [
             f"{package['name']} {package['version']}, packaged by {package['packager']}",
             f"  {package['work']}, copyright {package['author']}, licence {package['licence']}",
@@ -165,16 +215,20 @@ def notice(lock: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _draw_all(package: Mapping[str, str], data: bytes, codes: list[str]) -> dict[str, Pixels]:
+def _draw_all(
+    package: Mapping[str, str], data: bytes, codes: list[str], side: int
+) -> dict[str, Pixels]:
     if package["style"] == "3d":
         names = {f"package/assets/{code}{tail}.webp": code for code in codes for tail in TAILS}
         files = members(data, names.keys())
-        return {names[name]: cut_out(Image.open(io.BytesIO(file))) for name, file in files.items()}
+        return {
+            names[name]: cut_out(Image.open(io.BytesIO(file)), side) for name, file in files.items()
+        }
     files = members(data, ("package/icons.json", "package/chars.json"))
     icons = json.loads(files["package/icons.json"])
     chars = json.loads(files["package/chars.json"])
     return {
-        code: cut_out(_rasterise(icons, chars[code]))
+        code: cut_out(_rasterise(icons, chars[code]), side)
         for code in codes
         if chars.get(code) in icons["icons"]
     }
@@ -197,20 +251,20 @@ def _rasterise(icons: dict[str, Any], name: str) -> Image.Image:
     return Image.open(io.BytesIO(bytes(png)))
 
 
-def cut_out(image: Image.Image) -> Pixels:
-    """Crop an RGBA picture to what it shows and fit that into uint8 [SIDE, SIDE, 4], centred."""
+def cut_out(image: Image.Image, side: int = SIDE) -> Pixels:
+    """Crop an RGBA picture to what it shows and fit that into uint8 [side, side, 4], centred."""
     image = image.convert("RGBA")
     # Faint shadows do not count as part of the object.
     box = above(image.getchannel("A"), 8).getbbox()
     if box is None:
         raise SafelightError("a picture is fully transparent: drop its concept")
     width, height = box[2] - box[0], box[3] - box[1]
-    scale = SIDE / max(width, height)
+    scale = side / max(width, height)
     shape = (max(1, round(width * scale)), max(1, round(height * scale)))
     # Pillow resizes RGBA with colours premultiplied, so hidden colours do not bleed into edges.
     small = image.resize(shape, Image.Resampling.LANCZOS, box=box)
-    square = Image.new("RGBA", (SIDE, SIDE))
-    square.paste(small, ((SIDE - shape[0]) // 2, (SIDE - shape[1]) // 2))
+    square = Image.new("RGBA", (side, side))
+    square.paste(small, ((side - shape[0]) // 2, (side - shape[1]) // 2))
     return np.array(square)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image
+from numpy.typing import NDArray
 
 from safelight.errors import SafelightError
 from safelight.train.captions import (
@@ -26,8 +26,9 @@ from safelight.train.captions import (
     small,
     split_words,
 )
-from safelight.train.colours import COLOURS, PAINTS, WHITE, backgrounds, paint
+from safelight.train.colours import COLOURS, PAINTS, WHITE
 from safelight.train.cutouts import Pixels, load
+from safelight.train.drawing import Cutouts, Thing, paste
 
 SIMPLE = {"one": 100}
 MIXED = {"one": 45, "coloured": 20, "placed": 8, "pair": 17, "several": 10}
@@ -87,7 +88,7 @@ class Scenes:
         self.size = size
         self.steady = steady
         self.rng = np.random.default_rng(seed)
-        self.rows: list[dict[str, str]] = about["pictures"]
+        self.rows: list[dict[str, Any]] = about["pictures"]
         self.names: dict[str, list[str]] = {c["names"][0]: c["names"] for c in about["concepts"]}
         self._flips = {c["names"][0]: c.get("flip", True) for c in about["concepts"]}
         self._index = {(row["concept"], row["style"]): i for i, row in enumerate(self.rows)}
@@ -100,7 +101,7 @@ class Scenes:
         }
         self._kinds = list(kinds)
         self._chances = np.array(list(kinds.values())) / sum(kinds.values())
-        self._cutouts = _Cutouts(pictures)
+        self.cutouts = Cutouts(pictures, about["pictures"])
 
     def batch(self, n: int, rng: np.random.Generator | None = None) -> tuple[Pixels, list[str]]:
         """`n` pictures, uint8 [n, size, size, 3], and their captions."""
@@ -135,14 +136,14 @@ class Scenes:
 
     def allowed(self, concept: str, style: str, colour: str | None = None) -> tuple[str, ...]:
         """The backgrounds that a thing stands out from."""
-        return self._cutouts.allowed(self._index[concept, style], colour)
+        return self.cutouts.allowed(self._index[concept, style], colour)
 
     def paints(self, concept: str, style: str) -> list[str]:
         """The colours that a thing can be given, of a name that does not say another."""
         if self._colourless(concept) is None:
             return []
         index = self._index[concept, style]
-        return [colour for colour in PAINTS if self._cutouts.picture(index, colour) is not None]
+        return [colour for colour in PAINTS if self.cutouts.paintable(index, colour)]
 
     def invent(
         self,
@@ -249,29 +250,39 @@ class Scenes:
     def compose(self, rng: np.random.Generator, scene: Scene, size: int | None = None) -> Pixels:
         """A picture of a scene, uint8 [size, size, 3]."""
         size = size or self.size
+        colour, things = self.arrange(rng, scene)
+        out = np.empty((size, size, 3), np.uint8)
+        out[:] = colour
+        for thing in things:
+            colours, light = self.cutouts.scaled(
+                thing.index, thing.colour, round(thing.share * size), thing.angle
+            )
+            if thing.mirrored:
+                colours, light = colours[:, ::-1], light[:, ::-1]
+            paste(out, colours, light, thing.x, thing.y)
+        return out
+
+    def arrange(
+        self, rng: np.random.Generator, scene: Scene
+    ) -> tuple[NDArray[np.int64], list[Thing]]:
+        """A scene in numbers: the background's colour, and its things, those behind first."""
         colour = np.array(COLOURS[scene.background])
         if scene.background != WHITE:
             colour = np.clip(colour + rng.integers(-6, 7, 3), 0, 255)
-        out = np.empty((size, size, 3), np.uint8)
-        out[:] = colour
         places = self._places(rng, scene)
         # Things that come several times are alike.
         shares = _shares(LARGE if scene.kind in ("one", "coloured") else SMALL)
         share = shares[-4] if self.steady else _choose(rng, shares)
         mirrored = not self.steady and rng.random() < 0.5
+        things = []
         for i, (x, y) in enumerate(places):
             concept = scene.concepts[i % len(scene.concepts)]
             turned = not self.steady and rng.random() < TURNED
-            colours, light = self._cutouts.scaled(
-                self._index[concept, scene.style],
-                scene.colour,
-                round(share * size),
-                float(rng.uniform(-15, 15)) if turned else 0.0,
-            )
-            if mirrored and self._flips[concept]:
-                colours, light = colours[:, ::-1], light[:, ::-1]
-            _paste(out, colours, light, x, y)
-        return out
+            angle = float(rng.uniform(-15, 15)) if turned else 0.0
+            flip = mirrored and self._flips[concept]
+            index = self._index[concept, scene.style]
+            things.append(Thing(index, scene.colour, x, y, share, angle, flip))
+        return colour, things
 
     def _places(self, rng: np.random.Generator, scene: Scene) -> list[tuple[float, float]]:
         """The centres of its things, as shares of the picture's sides."""
@@ -303,75 +314,9 @@ def kept_back(colour: str, concept: str) -> bool:
     return digest[0] % HELD_OUT == 0
 
 
-class _Cutouts:
-    """The drawings: painted, turned and scaled, each made once."""
-
-    def __init__(self, pictures: Pixels) -> None:
-        self._pictures = pictures
-        self._painted: dict[tuple[int, str], Pixels | None] = {}
-        self._allowed: dict[tuple[int, str | None], tuple[str, ...]] = {}
-        self._scaled: dict[tuple[int, str | None, int], tuple[Pixels, Pixels]] = {}
-
-    def picture(self, index: int, colour: str | None) -> Pixels | None:
-        """uint8 [side, side, 4]; None if it cannot have this colour."""
-        if colour is None:
-            return self._pictures[index]
-        if (index, colour) not in self._painted:
-            self._painted[index, colour] = paint(self._pictures[index], colour)
-        return self._painted[index, colour]
-
-    def allowed(self, index: int, colour: str | None) -> tuple[str, ...]:
-        if (index, colour) not in self._allowed:
-            picture = self.picture(index, colour)
-            assert picture is not None
-            self._allowed[index, colour] = backgrounds(picture)
-        return self._allowed[index, colour]
-
-    def scaled(
-        self, index: int, colour: str | None, side: int, angle: float
-    ) -> tuple[Pixels, Pixels]:
-        """As `_shrink` returns it."""
-        if angle:
-            turned = self._image(index, colour).rotate(
-                angle, Image.Resampling.BILINEAR, expand=True
-            )
-            return _shrink(turned.crop(turned.getbbox()), side)
-        key = (index, colour, side)
-        if key not in self._scaled:
-            self._scaled[key] = _shrink(self._image(index, colour), side)
-        return self._scaled[key]
-
-    def _image(self, index: int, colour: str | None) -> Image.Image:
-        picture = self.picture(index, colour)
-        assert picture is not None
-        return Image.fromarray(picture)
-
-
 def _shares(of: tuple[float, float]) -> list[float]:
     # A dozen sizes look continuous and keep the scaled cut-outs in memory small.
     return np.linspace(*of, 12).tolist()
-
-
-def _shrink(image: Image.Image, side: int) -> tuple[Pixels, Pixels]:
-    """Premultiplied colours [h, w, 3] and transparency [h, w, 1], longer side `side` pixels."""
-    scale = side / max(image.size)
-    shape = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    # Hamming averages like a box but without its steps, and does not ring like Lanczos.
-    small = np.asarray(image.convert("RGBa").resize(shape, Image.Resampling.HAMMING))
-    return small[..., :3], 255 - small[..., 3:]
-
-
-def _paste(out: Pixels, colours: Pixels, light: Pixels, x: float, y: float) -> None:
-    """Put a thing onto a picture, its middle at (x, y), but wholly inside."""
-    size = len(out)
-    height, width = colours.shape[:2]
-    top, left = (
-        int(np.clip(round(size * middle - extent / 2), 0, size - extent))
-        for middle, extent in ((y, height), (x, width))
-    )
-    under = out[top : top + height, left : left + width]
-    mixed = (light.astype(np.uint16) * under + 127) // 255 + colours
-    out[top : top + height, left : left + width] = np.minimum(mixed, 255)
 
 
 def _choose(rng: np.random.Generator, items: list[T]) -> T:
