@@ -94,11 +94,14 @@ def unconditional(
 @app.command()
 def data(
     folder: Annotated[Path, Argument(help="Where the cut-outs and captions go.")] = Path("data"),
+    whole: Annotated[
+        bool, Option("--whole", help="All of the vocabulary, for pictures of 256; minutes.")
+    ] = False,
 ) -> None:
     """Fetch the pinned npm packages and draw the captioned cut-outs."""
     from safelight.train.cutouts import build
 
-    say(str(build(folder)))
+    say(str(build(folder, whole=whole)))
 
 
 @app.command()
@@ -107,6 +110,28 @@ def embedded(data: Data = Path("data"), out: Out = Path("runs"), native: Native 
     from safelight.train.embedded import train_embedded
 
     say(str(train_embedded(data, out, native=native)))
+
+
+@app.command(name="embedded-256")
+def embedded_256(
+    data: Annotated[Path, Option(help="What `safelight train data --whole` wrote.")] = Path(
+        "data-256"
+    ),
+    out: Out = Path("runs/256"),
+    minutes: Annotated[float, Option(help="Of a GPU, over all calls.")] = 25.0,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Tiny networks, 64 pixels: to see that all of it works.")
+    ] = False,
+    native: Native = False,
+) -> None:
+    """Make the model of the whole vocabulary at 256; goes on where it was stopped."""
+    if not 0.05 <= minutes <= 1440:
+        raise SafelightError(f"--minutes {minutes:g}: expected 0.05 to 1440")
+    import_torch()
+    from safelight.train.large import DRY, WHOLE, train_large
+
+    sizes = DRY if dry_run else WHOLE
+    say(str(train_large(data, out, minutes=minutes, sizes=sizes, native=native)))
 
 
 @app.command()

@@ -15,6 +15,7 @@ from safelight.nets.vae import AutoencoderKL, VAEConfig
 from safelight.train.devices import autocast
 from safelight.train.loop import Draw, Plan, Show, fit
 from safelight.train.recipe import Scenes
+from safelight.train.stage import Stage
 
 KL_WEIGHT = 1e-6
 EDGE_WEIGHT = 1.0
@@ -22,7 +23,7 @@ EDGE_WEIGHT = 1.0
 
 def train_autoencoder(
     config: VAEConfig,
-    scenes: Scenes,
+    scenes: Scenes | Stage,
     plan: Plan,
     folder: Path,
     *,
@@ -79,13 +80,16 @@ def _edge_error(a: Tensor, b: Tensor) -> Tensor:
     return down + right
 
 
-def to_pixels(pictures: NDArray[np.uint8]) -> Tensor:
-    """uint8 [n, h, w, 3] to float32 [n, 3, h, w] in −1..1."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+def to_pixels(pictures: NDArray[np.uint8] | Tensor) -> Tensor:
+    """uint8 [n, h, w, 3] to float32 [n, 3, h, w] in −1..1, where they are."""
+    return torch.as_tensor(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 @torch.inference_mode()
-def latent_spread(vae: AutoencoderKL, scenes: Scenes, draw: Draw, count: int = 1024) -> float:
+def latent_spread(
+    vae: AutoencoderKL, scenes: Scenes | Stage, draw: Draw, count: int = 1024
+) -> float:
     """Standard deviation of the latents over `count` scenes; its inverse is scaling_factor."""
     pictures = to_pixels(scenes.batch(count, draw.data)[0])
+    vae.to(pictures.device)
     return float(torch.cat([vae.encode(part)[0] for part in pictures.split(64)]).std())

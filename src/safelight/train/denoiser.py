@@ -21,6 +21,7 @@ from safelight.train.autoencoder import to_pixels
 from safelight.train.devices import autocast, initialise
 from safelight.train.loop import Draw, Plan, Show, fit
 from safelight.train.recipe import Scenes
+from safelight.train.stage import Stage
 
 DROP_CAPTION = 0.1
 """Share of captions left empty, so that guidance has something to guide away from."""
@@ -153,7 +154,7 @@ def train_text_to_image(
 
 @torch.inference_mode()
 def encode_scenes(
-    vae: AutoencoderKL, scenes: Scenes, count: int, seed: int, scale: float
+    vae: AutoencoderKL, scenes: Scenes | Stage, count: int, seed: int, scale: float
 ) -> tuple[Tensor, list[str]]:
     """Compose `count` scenes and encode them once: float16 latents [count, 4, h, w], captions.
 
@@ -163,9 +164,11 @@ def encode_scenes(
     latents, captions = [], []
     for start in range(0, count, 128):
         pictures, said = scenes.batch(min(128, count - start), np.random.default_rng([seed, start]))
-        with autocast():
-            mean = vae.encode(to_pixels(pictures))[0]
-        latents.append((mean.float() * scale).half())
+        pixels = to_pixels(pictures)
+        vae.to(pixels.device)
+        with autocast(pixels.device):
+            mean = vae.encode(pixels)[0]
+        latents.append((mean.float() * scale).half().cpu())
         captions += said
     return torch.cat(latents), captions
 

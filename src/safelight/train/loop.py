@@ -36,6 +36,8 @@ class Plan:
     long as the learning rate has not begun to fall.
 
     recipe: what is learned from what, by digest: another data set is another run.
+    seconds: how long, in place of `steps`, which is then 0 until the first steps have told the
+    pace. It is kept beside the checkpoint, so that a run that goes on has the same steps.
     """
 
     steps: int
@@ -47,6 +49,7 @@ class Plan:
     ema: float = 0.999
     seed: int = 0
     recipe: str = ""
+    seconds: float | None = None
 
     def rate(self, step: int) -> float:
         """Learning rate: linear warm-up, then half a cosine down to zero; or, with `cooldown`,
@@ -54,17 +57,35 @@ class Plan:
         longer or shorter on the way (arXiv:2405.18392).
         """
         rise = min(1.0, (step + 1) / self.warmup)
+        if not self.steps:
+            return self.learning_rate * rise
         if self.cooldown is None:
             return self.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * step / self.steps))
         return self.learning_rate * min(rise, (self.steps - step) / self.cooldown)
 
     def agrees(self, other: Plan, step: int) -> bool:
         """Whether a run of `other` has done, by this step, what this plan would have."""
+        if self.seconds is not None and not other.steps:
+            # It was stopped before its pace was known.
+            return replace(other, steps=self.steps, cooldown=self.cooldown) == self
         if replace(other, steps=self.steps) != self:
             return False
         if self.steps == other.steps:
             return True
         return self.cooldown is not None and step <= min(self.steps, other.steps) - self.cooldown
+
+    def paced(self, steps: int) -> Plan:
+        """A plan of seconds, now that it is known how many steps they are."""
+        # It must not begin to fall before that is known, or a run that goes on would differ.
+        fall = min(round(steps * COOLDOWN), steps - 2 * PACE[1])
+        return replace(self, steps=steps, cooldown=max(1, fall))
+
+
+PACE = (10, 40)
+"""Steps of a plan of seconds between which its pace is taken: the first ones are slow."""
+
+COOLDOWN = 0.5
+"""Share of the steps of such a plan in which the learning rate falls."""
 
 
 @dataclass
@@ -132,17 +153,19 @@ def fit(
         weight_decay=plan.weight_decay,
         fused=True,
     )
-    path = folder / "checkpoint.pt"
+    path, pace_path = folder / "checkpoint.pt", folder / "steps"
+    if plan.seconds is not None and pace_path.exists():
+        plan = plan.paced(int(pace_path.read_text()))
     start, seen, total = 0, 0, 0.0
     if path.exists():
         start, seen, total = _resume(path, plan, params, average, optimizer)
     run, optimizer = machine.prepare(compiled(net, native), optimizer)
     names = [name for name, _ in net.named_parameters()]
-    if start >= plan.steps:
+    if plan.steps and start >= plan.steps:
         return dict(zip(names, average, strict=True))
     chief = machine.is_main_process
     board = _board(folder, start) if chief else None
-    began, saved = time.monotonic(), start
+    began, saved, marked = time.monotonic(), start, 0.0
 
     def save(step: int) -> None:
         nonlocal saved
@@ -161,7 +184,7 @@ def fit(
 
     step = start
     try:
-        while step < plan.steps:
+        while not plan.steps or step < plan.steps:
             # Between two steps all is as a checkpoint needs it.
             with ctrl_c_waits():
                 for group in optimizer.param_groups:
@@ -184,6 +207,14 @@ def fit(
                         f"{plan.learning_rate:g} would help; the last checkpoint is {path}"
                     )
                 step += 1
+            if not plan.steps and step - start == PACE[0]:
+                marked = time.monotonic()
+            if not plan.steps and step - start == PACE[1]:
+                assert plan.seconds is not None
+                now = time.monotonic()
+                pace = (now - marked) / (PACE[1] - PACE[0])
+                plan = plan.paced(step + max(1, round((plan.seconds - (now - began)) / pace)))
+                pace_path.write_text(str(plan.steps))
             if board is not None and (step % 100 == 0 or step == plan.steps):
                 pace = (time.monotonic() - began) / (step - start)
                 left = pace * (plan.steps - step) / 60
