@@ -192,6 +192,7 @@ class TestMinutes:
 def test_dry_run_draws_what_diffusers_draws(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(loop, "PACE", (2, 6))
     monkeypatch.setattr(large, "SHARES", {"autoencoder": 1, "scenes": 1, "words": 1, "denoiser": 1})
     made = large.train_large(data, tmp_path, minutes=0.02, sizes=large.DRY)
     weights = sorted(made.rglob("*.safetensors"))
@@ -245,7 +246,7 @@ def test_the_real_one_fits_in_what_may_ship() -> None:
 def test_commands_without_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for arguments, message in (
-        (["embedded-256"], "build it with `safelight train data data-256 --whole`"),
+        (["embedded-256"], "build it with `safelight train data data/256 --whole`"),
         (["embedded-256", "--minutes", "0"], "--minutes 0: expected 0.05 to 1440"),
     ):
         result = CliRunner().invoke(app, ["train", *arguments])

@@ -115,7 +115,7 @@ def embedded(data: Data = Path("data"), out: Out = Path("runs"), native: Native 
 @app.command(name="embedded-256")
 def embedded_256(
     data: Annotated[Path, Option(help="What `safelight train data --whole` wrote.")] = Path(
-        "data-256"
+        "data/256"
     ),
     out: Out = Path("runs/256"),
     minutes: Annotated[float, Option(help="Of a GPU, over all calls.")] = 25.0,

@@ -106,8 +106,8 @@ _DRY_TEXT = replace(
 DRY = replace(
     WHOLE,
     size=64,
-    scenes=256,
-    part=64,
+    scenes=64,
+    part=32,
     vocabulary=_DRY_TEXT.vocab_size,
     vae=replace(_VAE, block_out_channels=(8, 8, 16, 16)),
     text=_DRY_TEXT,
@@ -163,7 +163,7 @@ def train_large(
 
     plan = timed(sizes.vae_plan, "autoencoder")
     vae = train_autoencoder(sizes.vae, seen, plan, out / "autoencoder", native=native)
-    spread = latent_spread(vae, seen, Draw.of(sizes.seed, 0), 512)
+    spread = latent_spread(vae, seen, Draw.of(sizes.seed, 0), min(512, sizes.scenes))
     vae.config = replace(vae.config, scaling_factor=round(1 / spread, 5))
     seconds = 60 * minutes * SHARES["scenes"]
     latents, ids = _encoded(vae, Stage(spoken, device), tokenizer, sizes, seconds, out / "scenes")
