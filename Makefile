@@ -55,6 +55,7 @@ soak: $(VENV)/.ready-dev
 	mkdir -p runs
 	SAFELIGHT_SOAK=$(CURDIR)/runs/soak.txt $(BIN)/pytest -n0 $(SOAK:%=tests/server/test_%.py)
 	$(BIN)/python tests/soak/kills.py $(ARGS)
+	$(BIN)/python tests/soak/training.py --steps 200
 
 evaluate: data/cutouts.npz
 	$(INSTALL) --no-build-isolation --editable '.[evaluate]'
