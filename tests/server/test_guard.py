@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from safelight.server import guard
+from safelight.server import entrance, guard
 from safelight.server.guard import Guard, Rules
 
 TOKEN = "s3cret"
@@ -90,6 +90,32 @@ def test_a_token_as_the_password_of_basic() -> None:
     value = base64.b64encode(b"anyone:" + TOKEN.encode()).decode()
     headers = {"host": "localhost", "authorization": f"Basic {value}"}
     assert status(Rules(TOKEN), headers) == 200
+
+
+def test_the_cookie_among_others() -> None:
+    """Cookies know no ports: those of every server of this machine come along."""
+    mine = entrance.set_cookie(TOKEN).decode().partition(";")[0]
+    rules, host = Rules(TOKEN), {"host": "localhost"}
+    for others in ("", 'j={"a": 1}; ', "a[]=1; ", "expires=1; ", "safelight=of another; "):
+        assert status(rules, {**host, "cookie": others + mine}) == 200
+    for wrong in ("", "safelight=", mine[:-1], f"{mine}0", f"x{mine}", mine.replace("=", "=%")):
+        assert status(rules, {**host, "cookie": wrong}) == 401
+
+
+def test_the_form_that_asks_for_the_token() -> None:
+    for body in (b"", b"token=", b"token=wrong", b"a&" * 99, b"token=%ff", b"x" * 9999, b"=" * 99):
+        code, headers, _ = ask(
+            Rules(TOKEN), {"host": "localhost"}, method="POST", path=entrance.ENTER, body=[body]
+        )
+        assert (code, "set-cookie" in headers) == (401, False)
+    code, headers, _ = ask(
+        Rules(TOKEN),
+        {"host": "localhost"},
+        method="POST",
+        path=entrance.ENTER,
+        body=[b"token=s3cret"],
+    )
+    assert (code, headers["location"]) == (303, "/studio")
 
 
 def test_two_authorizations_are_none() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,9 @@ from serving import Serving, wait_for
 
 import safelight
 from safelight.recipe import read_recipe
+from safelight.request import Request
+from safelight.studio import form
+from safelight.studio.recipes import recipe_settings
 
 pytestmark = pytest.mark.xdist_group("studio")  # one server for them all
 
@@ -88,6 +94,49 @@ def page(server: Serving, browser: Browser, request: pytest.FixtureRequest) -> I
 def shot(page: Page, name: str) -> None:
     if ARTEFACTS:
         page.screenshot(path=f"{ARTEFACTS}/{name}.png")
+
+
+def event(server: Serving, name: str, *data: Any) -> dict[str, Any]:
+    """What an event of Gradio's answers to a client that is no browser: `data`, or `error`."""
+    known = server.client.get("/studio/config").json()["dependencies"]
+    body = {
+        "data": data,
+        "fn_index": next(one["id"] for one in known if one["api_name"] == name),
+        "session_hash": secrets.token_hex(5),
+    }
+    sent = {"content": json.dumps(body), "headers": {"content-type": "application/json"}}
+    assert server.client.post("/studio/gradio_api/queue/join", **sent).status_code == 200
+    data_of = f"/studio/gradio_api/queue/data?session_hash={body['session_hash']}"
+    with server.client.stream("GET", data_of) as stream:
+        for line in stream.iter_lines():
+            said = json.loads(line.removeprefix("data:")) if line else {}
+            if said.get("msg") == "process_completed":
+                return said["output"]
+    raise AssertionError("it did not end")
+
+
+def submitted(server: Serving, **fields: Any) -> str:
+    """The problem that Make tells of these fields; empty if it drew."""
+    usual = {
+        "prompt": "a cat",
+        "negative_prompt": "",
+        "sampler": "ddim",
+        "steps": 2,
+        "guidance_scale": 7.5,
+        "count": 1,
+        "seed": "5",
+        "width": 0,
+        "height": 0,
+        "schedule": form.OWN,
+        "spacing": form.OWN,
+        "eta": 0,
+        "strength": 0.7,
+        "picture": None,
+        "enlarged": None,
+    }
+    assert fields.keys() <= usual.keys()
+    output = event(server, "submit", True, *(usual | fields).values())
+    return str(output["data"][2] if "data" in output else output["error"])
 
 
 def draw(page: Page, prompt: str, **fields: int) -> None:
@@ -343,6 +392,20 @@ def test_the_example_is_trained(page: Page) -> None:
     expect(page.get_by_alt_text("Samples of the model")).to_be_visible(timeout=60_000)
 
 
+def test_training_with_other_steps_is_another_training(server: Serving, page: Page) -> None:
+    """It cannot go on from a plan of other steps, and nobody on this page could give a folder."""
+    tab(page, "Train")
+    for wrong in (None, "x", 10**9):
+        assert event(server, "begin", wrong)["data"][0] == "Training steps must be 1 to 3000."
+    page.get_by_label("number input for Training steps").fill("40")
+    page.get_by_role("button", name="Start").click()
+    expect(page.locator("#train-status")).to_contain_text(re.compile("Starting|step"))
+    page.get_by_role("button", name="Stop").click()
+    expect(page.locator("#train-status")).to_contain_text("Ended.", timeout=60_000)
+    expect(page.locator("#train-problem")).to_have_text("")
+    assert (server.data / "training" / "digits-40").is_dir()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nobody_is_kept_out(server: Serving, browser: Browser, scheme: Any) -> None:
     """axe-core finds no serious fault, and on a phone nothing is wider than the screen."""
@@ -403,6 +466,210 @@ def test_no_script_in_a_prompt_runs(server: Serving, page: Page) -> None:
     page.get_by_role("button", name="Draw").click()
     expect(page.locator("#make-problem")).to_contain_text("seed must be")
     assert page.title() == "Safelight"
+
+
+def test_a_request_names_no_file_and_no_address(server: Serving, tmp_path: Path) -> None:
+    """Gradio's events take files by their paths: those alone that the page uploaded."""
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "private.png")
+    theirs = [tmp_path / "private.png", server.data / "uploads" / ".." / "jobs.sqlite3"]
+    for path in (*map(str, theirs), "/etc/hostname", "http://127.0.0.1:1/x.png"):
+        named = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        editor = {"background": named, "layers": [], "composite": None}
+        for problem in (
+            submitted(server, picture=editor),
+            submitted(server, prompt=named),
+            event(server, "read", named)["error"],
+            event(server, "of_prompt", named, 2)["error"],
+        ):
+            assert "not uploaded" in problem or "not fetched" in problem
+    assert not [p for p in (server.data / "uploads").rglob("*") if p.name in ("hostname",)]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "gradio_api/file=http://127.0.0.1:1/x",
+        "gradio_api/file=%68ttp://127.0.0.1:1/x",
+        "gradio_api/file=/etc/passwd",
+        "gradio_api/proxy=http://127.0.0.1:1/x",
+        "gradio_api/dev/reload",
+        "gradio_api/vibe-code/",
+        "gradio_api/component_server",
+        "gradio_api/call/submit",
+        "gradio_api/info",
+        "monitoring/summary",
+        "kept/../jobs.sqlite3",
+        "kept/training/digits-20/checkpoint.pt",
+    ],
+)
+def test_of_gradio_only_what_the_page_needs(server: Serving, path: str) -> None:
+    assert server.client.get(f"/studio/{path}").status_code in (403, 404)
+    assert server.client.post(f"/studio/{path}").status_code in (403, 404, 405)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"steps": "x"}, "steps must be"),
+        ({"steps": 10**30}, "steps must be"),
+        ({"count": None}, "count must be"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be"),
+        ({"seed": "9" * 5000}, "seed must be"),
+        ({"seed": str(2**63)}, "seed must be"),
+        ({"seed": None}, "seed must be"),
+        ({"sampler": [1]}, "sampler must be"),
+        ({"width": 64.5}, "width must be"),
+        ({"width": -8}, "width must be"),
+        ({"prompt": "a\0b"}, "prompt must be"),
+        ({"prompt": "\ud800"}, "prompt must be"),
+        ({"prompt": {"a": 1}}, "prompt must be"),
+        ({"steps": None, "width": None, "prompt": "שלום 🦊"}, ""),
+    ],
+)
+def test_anything_in_a_field_is_told_in_a_sentence(
+    server: Serving, fields: dict[str, Any], told: str
+) -> None:
+    problem = submitted(server, **fields)
+    assert problem.startswith(told)
+    assert bool(problem) == bool(told)
+
+
+def test_a_recipe_of_anything_at_all() -> None:
+    """Files come from strangers: what can be had is taken, and the rest is told."""
+    values, told = form.shown({"prompt": "a cat", "seed": {}, "steps": -1, "sampler": [], "z": 1})
+    assert values[0] == "a cat"
+    assert [sentence.split()[0] for sentence in told] == ["seed", "steps", "sampler", "there"]
+    values, told = form.shown(Request(sampler="ddim", eta=0.5, spacing="trailing").to_dict())
+    assert {0.5, "trailing"} <= set(values)
+    assert told == []
+
+
+def test_a_sampler_that_is_not_had_is_told(tmp_path: Path) -> None:
+    written = PngImagePlugin.PngInfo()
+    written.add_text("parameters", "a cat\nSteps: 9, Sampler: Magic, Schedule type: Simple")
+    Image.new("RGB", (64, 64)).save(tmp_path / "theirs.png", pnginfo=written)
+    _, told = form.shown(recipe_settings(tmp_path / "theirs.png"))
+    assert told[0].startswith("there is no sampler 'Magic'")
+    assert told[1].startswith("schedule must be")
+
+
+def test_a_changed_picture_is_made_again(server: Serving, page: Page) -> None:
+    """Picture, mask, strength, and settings that are out of the way, all brought back."""
+    square, mask = Image.new("RGB", (64, 64), "navy"), Image.new("L", (64, 64))
+    for image, colour, box in ((square, "gold", (7, 9, 40, 33)), (mask, 255, (10, 0, 51, 37))):
+        image.paste(colour, box)
+    given = {}
+    for name, image in (("image", square), ("mask", mask)):
+        image.save(buffer := io.BytesIO(), "PNG")
+        given[name] = base64.b64encode(buffer.getvalue()).decode()
+    how = {"steps": 4, "seed": 3, "sampler": "ddim", "eta": 0.4, "spacing": "trailing"}
+    first = server.finished(server.submit(prompt="a moon", strength=0.6, **how, **given))
+    page.get_by_role("button", name="Change a picture").click()
+    tab(page, "Find")
+    page.get_by_label("Search").fill("moon")
+    choose(page, "All its settings", ".find")
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("a moon")
+    expect(page.locator("#easel canvas").first).to_be_visible()
+    page.wait_for_timeout(2500)  # the editor takes the picture in
+    page.get_by_role("button", name="Draw").click()
+    wait_for(lambda: newest(server)["id"] != first["id"])
+    again = server.finished(newest(server)["id"])
+    settings = [{**job["settings"], "width": 64, "height": 64} for job in (first, again)]
+    assert settings[0] == settings[1]
+    pixels = [
+        server.client.get(f"/api/pictures/{job['pictures'][0]['id']}").content
+        for job in (first, again)
+    ]
+    one, other = (Image.open(io.BytesIO(data)) for data in pixels)
+    assert safelight.picture.largest_difference(one, other) <= 1
+
+
+def test_what_is_no_picture_is_told_and_a_large_one_made_fit(
+    server: Serving, page: Page, tmp_path: Path
+) -> None:
+    (tmp_path / "notes.png").write_text("no picture")
+    Image.new("RGB", (4096, 2048), "teal").save(tmp_path / "large.jpg")
+    page.get_by_role("button", name="Change a picture").click()
+    chosen = page.locator("#easel input[type=file]").first
+    chosen.set_input_files(tmp_path / "notes.png")
+    expect(
+        page.get_by_text("“notes.png” is no picture that this browser can read.")
+    ).to_be_visible()
+    chosen.set_input_files(tmp_path / "large.jpg")
+    expect(page.locator("#easel canvas").first).to_be_visible()
+    page.wait_for_timeout(4000)  # the editor takes the picture in
+    draw(page, "a teal sea", Steps=2)
+    kept = server.data / "inputs" / f"{newest(server)['id']}-image.png"
+    with Image.open(kept) as image:
+        assert image.size == (2048, 1024)
+
+
+def test_each_page_shows_its_own_first(server: Serving, browser: Browser, page: Page) -> None:
+    other = Watched(browser, server.url)
+    theirs = other.open()
+    ask(theirs, "a cow", Steps=150, Pictures=16)
+    expect(page.locator(".now .live .prompt")).to_have_text("a cow")
+    ask(page, "a pig", Steps=150, Pictures=16)
+    expect(page.locator(".now .live .prompt")).to_have_text("a pig")
+    expect(theirs.locator(".now .live .prompt")).to_have_text("a cow")
+    for shown in (page, theirs):
+        shown.locator(".now .live").get_by_role("button", name="Cancel").click()
+    expect(theirs.locator(".now .status")).to_have_text(re.compile("was cancelled"))
+    other.context.close()
+    other.check()
+
+
+def test_a_failure_is_told_though_another_is_shown(server: Serving, page: Page) -> None:
+    ask(page, "a slow one", Steps=150, Pictures=16)
+    expect(page.locator(".now .live .prompt")).to_have_text("a slow one")
+    ask(page, "a bad one", Steps=150)
+    expect(page.locator(".now .waiting")).to_contain_text("a bad one")
+
+    def failed(route: Any) -> None:
+        jobs = route.fetch().json()
+        for job in jobs:
+            if job["settings"]["prompt"] == "a bad one":
+                job |= {"status": "failed", "error": "the picture has values that are no numbers"}
+        route.fulfill(json=jobs)
+
+    page.route("**/api/jobs?limit=60", failed)
+    expect(page.get_by_role("alert").get_by_text("“a bad one” failed: the picture")).to_be_visible()
+    expect(page.locator(".now .live .prompt")).to_have_text("a slow one")
+    page.unroute_all()
+    server.client.delete(f"/api/jobs/{newest(server)['id']}")
+    page.locator(".now .live").get_by_role("button", name="Cancel").click()
+
+
+def test_two_pages_look_inside(server: Serving) -> None:
+    """One after the other, since each loads the model; neither ends the other's."""
+    shown: list[Any] = []
+
+    def look() -> None:
+        shown.append(event(server, "of_prompt", "a cat", 2)["data"])
+
+    pages = [threading.Thread(target=look) for _ in range(2)]
+    for one in pages:
+        one.start()
+    for one in pages:
+        one.join(120)
+    assert [data[:2] for data in shown] == [["", ""]] * 2
+    for data in shown:
+        assert server.client.get(f"/studio/kept/inside/{data[2]}.html").status_code == 200
+
+
+def test_a_model_without_words(tmp_path: Path) -> None:
+    with Serving(tmp_path, "--model", "embedded-unconditional") as server:
+        server.ready()
+        wait_for(lambda: server.client.get("/studio/").status_code == 200)
+        assert "from noise alone: leave both prompts" in submitted(server)
+        assert submitted(server, prompt="") == ""
+        assert server.finished(newest(server)["id"])["status"] == "succeeded"
+
+
+def test_what_was_typed_outlives_a_reload(page: Page) -> None:
+    page.get_by_label("Prompt", exact=True).fill("words that took me long")
+    page.reload()
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("words that took me long")
 
 
 def test_it_goes_on_after_a_restart(server: Serving, browser: Browser) -> None:

@@ -46,7 +46,7 @@ def compare(hub: Hub, form: forms.Form) -> None:
         """Yields problem, bar, sheet and the ids of the jobs."""
         jobs: list[Job] = []
         try:
-            base = forms.request(*values, native=hub.native_size).replace(count=1)
+            base = (await asyncio.to_thread(forms.request, *values, hub=hub)).replace(count=1)
             axes = [Axis.parse(f"{x}={across}")]
             if y != NOTHING:
                 axes.append(Axis.parse(f"{y}={down}"))
@@ -81,6 +81,7 @@ def compare(hub: Hub, form: forms.Form) -> None:
         [x, across, y, down, *form.fields],
         [told, bar, sheet, running],
         show_progress="hidden",
+        concurrency_limit=None,  # another browser need not wait
     )
     stop.click(cancel, running, show_progress="hidden")
 

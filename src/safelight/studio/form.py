@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from safelight.errors import SafelightError
+from safelight.picture import as_rgb, opened, reason
 from safelight.request import Request, allowed_size, draw_seed
 from safelight.samplers import SAMPLERS
 from safelight.schedule import SCHEDULES
-from safelight.studio.parts import problem
+from safelight.server.hub import Hub
+from safelight.studio.parts import plain, problem
 
 OWN = "the model's own"
 NATIVE = "0 is the model's own"
 EASEL = 512
 """Pixels: smaller pictures are shown enlarged, so that a brush can hit something."""
+
+_WHOLE = Image.Resampling.NEAREST
+
+SPACINGS = ("leading", "linspace", "trailing")
 
 
 class Form:
@@ -48,11 +55,19 @@ class Form:
             )
             self.keep = gr.Checkbox(False, label="Keep it", scale=1, min_width=100)
             self.die = gr.Button("New seed", scale=1, min_width=100)
-        with gr.Accordion("Size and schedule", open=False), gr.Row():
-            self.width = gr.Number(0, label="Width", info=NATIVE, precision=0, min_width=100)
-            self.height = gr.Number(0, label="Height", info=NATIVE, precision=0, min_width=100)
-            self.schedule = gr.Dropdown(
-                [OWN, *SCHEDULES], value=OWN, label="Schedule", info="where the steps stop"
+        with gr.Accordion("Size and schedule", open=False):
+            with gr.Row():
+                self.width = gr.Number(0, label="Width", info=NATIVE, min_width=100)
+                self.height = gr.Number(0, label="Height", info=NATIVE, min_width=100)
+            with gr.Row():
+                self.schedule = gr.Dropdown(
+                    [OWN, *SCHEDULES], value=OWN, label="Schedule", info="where the steps stop"
+                )
+                self.spacing = gr.Dropdown(
+                    [OWN, *SPACINGS], value=OWN, label="Spacing", info="how they are spread"
+                )
+            self.eta = gr.Slider(
+                0, 1, 0, step=0.05, label="Eta", info="noise that ddim and tcd add at each step"
             )
         with gr.Accordion("Change a picture", open=False) as self.change:
             gr.HTML(
@@ -74,6 +89,8 @@ class Form:
             self.strength = gr.Slider(
                 0.05, 1, 0.7, step=0.05, label="Strength", info="1 keeps nothing of the picture"
             )
+        self.enlarged = gr.State(1)
+        plain(*self.fields[:-1])
         self.die.click(lambda: str(draw_seed()), outputs=self.seed, show_progress="hidden")
 
     @property
@@ -90,8 +107,11 @@ class Form:
             self.width,
             self.height,
             self.schedule,
+            self.spacing,
+            self.eta,
             self.strength,
             self.picture,
+            self.enlarged,
         ]
 
 
@@ -99,95 +119,139 @@ def request(
     prompt: str,
     negative_prompt: str,
     sampler: str,
-    steps: int,
+    steps: int | None,
     guidance_scale: float,
     count: int,
     seed: str,
     width: int | None,
     height: int | None,
     schedule: str,
+    spacing: str,
+    eta: float,
     strength: float,
     picture: Any,
+    enlarged: int,
     *,
-    native: tuple[int, int] = (512, 512),
+    hub: Hub,
 ) -> Request:
-    """native: the model's own size, which a picture to start from is brought near to if width and
-    height are empty. Raises SafelightError, with a sentence, for what cannot be.
+    """What to ask of the hub's model: a picture to start from is brought near to its own size if
+    width and height are empty. Raises SafelightError, with a sentence, for what cannot be.
     """
-    if not seed.strip().isdecimal():
-        raise SafelightError(f"seed must be a whole number, not {seed[:20]!r}: see “New seed”")
+    if not (isinstance(seed, str) and seed.strip().isdecimal() and len(seed) < 100):
+        raise SafelightError(f"seed must be a whole number, not {str(seed)[:20]!r}: see “New seed”")
     settings: dict[str, Any] = {
         "prompt": prompt,
         "negative_prompt": negative_prompt,
         "sampler": sampler,
-        "steps": int(steps),
-        "guidance_scale": float(guidance_scale),
-        "count": int(count),
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "count": count,
         "seed": int(seed),
-        "width": int(width) if width else None,
-        "height": int(height) if height else None,
+        "width": width or None,
+        "height": height or None,
         "schedule": None if schedule == OWN else schedule,
+        "spacing": None if spacing == OWN else spacing,
+        "eta": eta,
     }
-    image, mask = _painted(picture)
+    image, mask = _painted(picture, enlarged)
+    if hub.info.kind == "pixels":
+        if prompt or negative_prompt or image is not None:
+            raise SafelightError(
+                "this model draws from noise alone: leave both prompts and the picture empty"
+            )
+        settings["unconditional"] = True
     if image is not None:
-        settings |= {"image": image, "mask": mask, "strength": float(strength)}
+        settings |= {"image": image, "mask": mask, "strength": strength}
         if not (width or height):
+            native = hub.native_size
             scale = ((native[0] * native[1]) / (image.width * image.height)) ** 0.5
             near = allowed_size((round(image.width * scale), round(image.height * scale)))
             settings |= {"width": near[0], "height": near[1]}
     return Request(**settings)
 
 
-def _painted(picture: Any) -> tuple[Image.Image | None, Image.Image | None]:
-    """What the editor holds: the picture, and the mask, if anything is painted."""
-    if picture is None or picture["background"] is None:
+def _painted(picture: Any, enlarged: int) -> tuple[Image.Image | None, Image.Image | None]:
+    """What the editor holds: the picture, and the mask, if anything is painted. What `on_easel`
+    enlarged is made small again, so that it is the same picture to the last pixel.
+    """
+    if picture is None or picture.background is None:
         return None, None
-    background = picture["background"]
-    if background.getextrema()[-1] == (0, 0):  # an empty canvas is transparent
+    image, alpha = _opened(picture.background.path)
+    if alpha is not None and alpha.getbbox() is None:  # an empty canvas is transparent
         return None, None
-    painted = np.zeros((background.height, background.width), bool)
-    for layer in picture["layers"]:
-        alpha = layer.convert("RGBA").getchannel("A").resize(background.size)
-        painted |= np.asarray(alpha) > 127
+    painted = np.zeros((image.height, image.width), bool)
+    for layer in picture.layers or ():
+        _, alpha = _opened(layer.path)
+        if alpha is not None:
+            painted |= np.asarray(alpha.resize(image.size)) > 127
     mask = Image.fromarray(painted.astype(np.uint8) * 255) if painted.any() else None
-    return background.convert("RGB"), mask
+    small = image.resize((image.width // enlarged, image.height // enlarged), _WHOLE)
+    if small.resize(image.size, _WHOLE).tobytes() != image.tobytes():  # another picture since then
+        return image, mask
+    return small, mask and mask.resize(small.size, _WHOLE)
 
 
-def shown(settings: dict[str, Any], *, keep: bool = True) -> list[Any]:
-    """The values of a Form's fields for the settings of a recipe, but for its picture."""
-    default = Request.model_fields
+def _opened(path: str | Path) -> tuple[Image.Image, Image.Image | None]:
+    """A picture as RGB, transparency on white, and how opaque it is."""
+    try:
+        with opened(path, "the picture") as image:
+            upright = ImageOps.exif_transpose(image)
+            clear = upright.has_transparency_data
+            return as_rgb(upright), upright.convert("RGBA").getchannel("A") if clear else None
+    except SafelightError:
+        raise
+    except Exception as error:  # decoders of broken files raise anything
+        raise SafelightError(f"the picture is damaged or cut off ({reason(error)})") from None
 
-    def of(name: str) -> Any:
-        value = settings.get(name)
-        return default[name].get_default() if value is None else value
 
-    sampler = of("sampler")
-    if sampler not in SAMPLERS:
-        raise SafelightError(f"there is no sampler {sampler!r:.40} here")
-    return [
-        of("prompt"),
-        of("negative_prompt"),
-        sampler,
-        of("steps") or SAMPLERS[sampler].steps,
-        of("guidance_scale"),
+def shown(settings: dict[str, Any]) -> tuple[list[Any], list[str]]:
+    """The values of a Form's fields for the settings of a recipe, but for the picture that it began
+    with (see `on_easel`), and what of them cannot be had, each in a sentence. settings may be
+    anything: files come from strangers.
+    """
+    known: dict[str, Any] = {}
+    told: list[str] = []
+    for name, value in settings.items():
+        if name in ("image_sha256", "mask_sha256") or value is None:
+            continue
+        try:
+            Request(**{str(name): value})
+            known[name] = value
+        except SafelightError as error:
+            told.append(str(error))
+    for name in ("unconditional", "count"):  # as this server's model is; and it is of one picture
+        known.pop(name, None)
+    asked = Request(**known)
+    values = [
+        asked.prompt,
+        asked.negative_prompt,
+        asked.sampler,
+        asked.steps or SAMPLERS[asked.sampler].steps,
+        asked.guidance_scale,
         1,
-        str(settings.get("seed", "") if keep else draw_seed()),
-        settings.get("width") or 0,
-        settings.get("height") or 0,
-        of("schedule") or OWN,
-        of("strength") or 0.7,
-        gr.skip(),
+        str(asked.seed),
+        asked.width or 0,
+        asked.height or 0,
+        asked.schedule or OWN,
+        asked.spacing or OWN,
+        asked.eta,
+        asked.strength or 0.7,
     ]
+    return values, told
 
 
-def on_easel(image: Image.Image, mask: Image.Image | None = None) -> dict[str, Any]:
-    """The value of the editor for a picture, and what was painted on it."""
+def on_easel(
+    image: Image.Image | None, mask: Image.Image | None = None
+) -> tuple[dict[str, Any] | None, int]:
+    """The editor's value for a picture and what was painted on it, and how often it is enlarged."""
+    if image is None:
+        return None, 1
     times = max(1, EASEL // max(image.size))
     size = (image.width * times, image.height * times)
-    background = image.convert("RGBA").resize(size, Image.Resampling.NEAREST)
     layers = []
     if mask is not None:
         layer = Image.new("RGBA", size, (255, 90, 54, 0))
-        layer.putalpha(mask.convert("L").resize(size, Image.Resampling.NEAREST))
+        layer.putalpha(mask.convert("L").resize(size, _WHOLE))
         layers.append(layer)
-    return {"background": background, "layers": layers, "composite": None}
+    background = image.convert("RGBA").resize(size, _WHOLE)
+    return {"background": background, "layers": layers, "composite": None}, times

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
 import gradio as gr
 
+from safelight.errors import SafelightError
+from safelight.request import Request
 from safelight.server.hub import Hub
 from safelight.server.store import new_id
-from safelight.studio.parts import problem, said
+from safelight.studio.parts import plain, problem, said
 from safelight.studio.run import Command, model_options, options
 
 KEPT = 20
 """Pages that stay; older ones can be made again."""
+
+PICTURES = ("image", "mask")
 
 
 class Inside:
@@ -21,13 +26,15 @@ class Inside:
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
-        self._command: Command | None = None
+        self._turn = asyncio.Lock()
+        self._mine: tuple[str | None, Command] | None = None
         with gr.Row():
             self.prompt = gr.Textbox(
                 "a cat above a pizza", label="Prompt to look into", max_length=16384, scale=4
             )
             self.steps = gr.Slider(1, 50, 20, step=1, label="Steps", scale=2)
             self.look = gr.Button("Look inside", variant="primary", scale=1, elem_id="look")
+        plain(self.prompt, self.steps)
         gr.HTML(
             "<p>A picture is drawn, and every step of its way is kept. Or open one under Make or "
             "Find, and choose “Look inside” there.</p>"
@@ -41,27 +48,53 @@ class Inside:
             js_on_load=None,
             elem_id="inside-frame",
         )
-        self.outputs = [self.status, self.problem, self.frame]
+        self.outputs: list[Any] = [self.status, self.problem, self.frame]
 
-        async def of_prompt(prompt: str, steps: int) -> AsyncIterator[tuple[Any, ...]]:
-            wanted = {"steps": int(steps), "sampler": "dpmpp_2m", "seed": 0}
-            async for update in self.show(prompt, wanted):
+        async def of_prompt(
+            prompt: str, steps: int, by: gr.Request
+        ) -> AsyncIterator[tuple[Any, ...]]:
+            wanted = {"steps": steps, "sampler": "dpmpp_2m", "seed": 0}
+            if hub.info.kind == "pixels":
+                wanted["unconditional"] = True
+            async for update in self.show(prompt, wanted, by):
                 yield update
 
         for event in (self.look.click, self.prompt.submit):
-            event(of_prompt, [self.prompt, self.steps], self.outputs, show_progress="hidden")
+            event(
+                of_prompt,
+                [self.prompt, self.steps],
+                self.outputs,
+                show_progress="hidden",
+                concurrency_limit=None,
+            )
 
     async def show(
-        self, prompt: str, settings: dict[str, Any]
+        self, prompt: str, settings: dict[str, Any], by: gr.Request
     ) -> AsyncIterator[tuple[Any, Any, Any]]:
-        """Yields status, problem and frame. settings: of a Request; pictures as paths."""
-        if self._command is not None:
-            self._command.kill()  # whoever asks anew does not want the old one
+        """Yields status, problem and frame. settings: of a Request; pictures as paths; by: whose
+        page asks.
+        """
+        try:
+            Request(prompt=prompt, **{k: v for k, v in settings.items() if k not in PICTURES})
+        except SafelightError as error:
+            yield "", str(error), gr.skip()
+            return
+        if self._turn.locked():
+            if self._mine is not None and self._mine[0] == by.session_hash:
+                self._mine[1].kill()  # who asks anew does not want the old one
+            yield "Another page looks inside just now: this is next.", "", gr.skip()
+        async with self._turn:  # each loads the model once more
+            async for update in self._explained(prompt, settings, by):
+                yield update
+
+    async def _explained(
+        self, prompt: str, settings: dict[str, Any], by: gr.Request
+    ) -> AsyncIterator[tuple[Any, Any, Any]]:
         folder = self._hub.files.root / "inside"
         folder.mkdir(exist_ok=True)
         name = new_id()
         yield "It is drawn once more, and every step is kept: some seconds.", "", gr.skip()
-        command = self._command = await Command.start(
+        command = await Command.start(
             "explain",
             f"--out={folder / name}.html",
             *model_options(self._hub.settings),
@@ -69,9 +102,11 @@ class Inside:
             "--",
             prompt,
         )
-        done = await command.ended()
-        if self._command is not command:
-            return
+        self._mine = by.session_hash, command
+        try:
+            done = await command.ended()
+        finally:
+            command.kill()  # if the page was closed
         if not done:
             yield "", f"It cannot be shown: {command.last}", gr.skip()
             return

@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 from gradio.themes import Base
+from PIL import Image
 
 from safelight.errors import SafelightError
 from safelight.picture import open_picture
@@ -15,7 +16,7 @@ from safelight.request import draw_seed
 from safelight.server.hub import Hub
 from safelight.studio import form as forms
 from safelight.studio.compare import compare
-from safelight.studio.inside import Inside
+from safelight.studio.inside import PICTURES, Inside
 from safelight.studio.parts import HEAD, STYLE, gallery, now, problem
 from safelight.studio.recipes import recipe_settings
 from safelight.studio.train import Train
@@ -43,6 +44,7 @@ _THEME = Base(
     input_placeholder_color="#6b6560",
     input_placeholder_color_dark="#bdb7b1",
 )
+DELETED = "This picture was deleted."
 LOOK: dict[str, Any] = {"theme": _THEME, "css": STYLE, "head": HEAD}
 
 
@@ -62,61 +64,72 @@ def blocks(hub: Hub) -> gr.Blocks:
             with gr.Tab("Train", id="train") as training:
                 train = Train(hub)
 
+        settled = [tabs, form.problem, form.keep, form.change, *form.fields]
+
+        def settle(
+            settings: dict[str, Any], image: Image.Image | None, mask: Image.Image | None = None
+        ) -> list[Any]:
+            """A recipe in the form, and what of it cannot be had."""
+            values, told = forms.shown(settings)
+            if image is None and settings.get("image_sha256") is not None:
+                told.append("it began with a picture, which is not here: put that in below")
+            return [
+                gr.Tabs(selected="make"),
+                f"Of this recipe: {'; '.join(told[:3])}" if told else "",
+                True,
+                gr.Accordion(open=True) if "image_sha256" in settings else gr.skip(),
+                *values,
+                *forms.on_easel(image, mask),
+            ]
+
         async def recall(event: gr.EventData) -> list[Any]:
             """All settings of a picture, and what it started from."""
             job, picture = await _picture(hub, event)
-            values = forms.shown(picture.recipe["settings"])
-            image = hub.files.input(job.id, "image")
-            easel = None
-            if image is not None:
-                easel = forms.on_easel(image, hub.files.input(job.id, "mask"))
-            return [gr.Tabs(selected="make"), "", True, *values[:-1], easel]
+            start = [await asyncio.to_thread(hub.files.input, job.id, n) for n in PICTURES]
+            return settle(picture.recipe["settings"], *start)
 
         async def use(event: gr.EventData) -> list[Any]:
             """A picture to start from, with its prompt and size."""
             _, picture = await _picture(hub, event)
             path = hub.picture_file(picture.id)
             if path is None:
-                raise gr.Error("This picture was deleted.")
+                raise gr.Error(DELETED, print_exception=False)
             return [
                 gr.Tabs(selected="make"),
                 gr.Accordion(open=True),
                 picture.recipe["settings"].get("prompt", ""),
                 picture.width,
                 picture.height,
-                forms.on_easel(open_picture(path)),
+                *forms.on_easel(await asyncio.to_thread(open_picture, path)),
             ]
 
-        async def look(event: gr.EventData) -> AsyncIterator[list[Any]]:
+        async def look(event: gr.EventData, by: gr.Request) -> AsyncIterator[list[Any]]:
             job, picture = await _picture(hub, event)
             settings = dict(picture.recipe["settings"])
             prompt = settings.pop("prompt", "")
-            for name in ("image", "mask"):
+            for name in PICTURES:
                 if settings.pop(f"{name}_sha256", None) is not None:
                     settings[name] = hub.files.input_path(job.id, name)
             settings.pop("count", None)
-            async for update in inside.show(prompt, settings):
+            async for update in inside.show(prompt, settings, by):
                 yield [gr.Tabs(selected="inside"), *update]
 
         def read(path: str | None) -> list[Any]:
             """A dropped picture's recipe into the form."""
             if path is None:
-                return [gr.skip(), "", gr.skip(), *[gr.skip()] * len(form.fields)]
+                return ["", *[gr.skip()] * len(settled)]
             try:
-                values = forms.shown(recipe_settings(path))
+                return ["", *settle(recipe_settings(path), None)]
             except SafelightError as error:
-                return [gr.skip(), str(error), gr.skip(), *[gr.skip()] * len(form.fields)]
-            return [gr.Tabs(selected="make"), "", True, *values]
+                return [str(error), *[gr.skip()] * len(settled)]
 
         quiet: dict[str, Any] = {"show_progress": "hidden"}
         for shown in (drawn, found):
-            shown.recall(recall, None, [tabs, form.problem, form.keep, *form.fields], **quiet)
-            easel = [tabs, form.change, form.prompt, form.width, form.height, form.picture]
+            shown.recall(recall, None, settled, **quiet)
+            easel = [tabs, form.change, form.prompt, form.width, form.height, *form.fields[-2:]]
             shown.use(use, None, easel, **quiet)
-            shown.inside(look, None, [tabs, *inside.outputs], **quiet)
-        dropped.change(
-            read, dropped, [tabs, find_told, form.keep, *form.fields], show_progress="hidden"
-        )
+            shown.inside(look, None, [tabs, *inside.outputs], concurrency_limit=None, **quiet)
+        dropped.change(read, dropped, [find_told, *settled], **quiet)
         find.select(lambda: str(draw_seed()), None, found, show_progress="hidden")
         training.select(train.look, None, train.outputs, show_progress="hidden")
     return page
@@ -133,7 +146,7 @@ def _make(hub: Hub) -> tuple[forms.Form, Any]:
     async def submit(keep: bool, *values: Any) -> tuple[Any, Any, str]:
         """The new job's id, the next seed, the problem."""
         try:
-            request = await asyncio.to_thread(forms.request, *values, native=hub.native_size)
+            request = await asyncio.to_thread(forms.request, *values, hub=hub)
             job = await hub.submit(request, client="studio")
         except SafelightError as error:
             return gr.skip(), gr.skip(), str(error)
@@ -169,8 +182,9 @@ def _find() -> tuple[Any, Any, Any]:
 
 async def _picture(hub: Hub, event: gr.EventData) -> tuple[Any, Any]:
     """The job and the picture that an event of the page speaks of."""
-    picture_id = str(event._data.get("id", ""))
+    given = event._data
+    picture_id = str(given.get("id", "")) if isinstance(given, dict) else ""
     job = await hub.job_of(picture_id)
     if job is None:
-        raise gr.Error("This picture was deleted.")
+        raise gr.Error(DELETED, print_exception=False)
     return job, next(picture for picture in job.pictures if picture.id == picture_id)

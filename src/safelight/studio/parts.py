@@ -15,6 +15,18 @@ STYLE = (_HERE / "studio.css").read_text("utf-8")
 _CALL = "safelight.%s(element, {trigger, watch, props}, ['use', 'recall', 'inside'])"
 
 
+def plain(*fields: Any) -> None:
+    """Give the function of an event what the page sends: Request says what is wrong with a value
+    in a sentence, Gradio in terms of its own.
+    """
+    for field in fields:
+        field.preprocess = _as_it_is
+
+
+def _as_it_is(payload: Any) -> Any:
+    return payload
+
+
 def problem(name: str) -> gr.HTML:
     """Where a tab says what went wrong, as a sentence; its text is escaped."""
     return gr.HTML(

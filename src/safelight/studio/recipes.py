@@ -9,6 +9,9 @@ from safelight.errors import SafelightError
 from safelight.recipe import read_recipe
 from safelight.server.sdapi_shapes import known_sampler
 
+_PLAIN = ("", "normal", "automatic", "uniform")
+"""What others call a model's own schedule."""
+
 
 def recipe_settings(path: str | Path) -> dict[str, Any]:
     """Settings of a Request, as far as the picture tells them and they can be had here.
@@ -17,7 +20,7 @@ def recipe_settings(path: str | Path) -> dict[str, Any]:
     for a picture that has none of them.
     """
     try:
-        recipe = read_recipe(path)
+        recipe = read_recipe(Path(path).read_bytes())  # its name here says nothing to a person
     except SafelightError as error:
         found = _graph(path)
         if found is None:
@@ -68,10 +71,10 @@ def _graph(path: str | Path) -> dict[str, Any] | None:
 def _settings(prompt: str, negative_prompt: str, given: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative_prompt}
     known = known_sampler(str(given["sampler"]))
-    if known is not None:
-        found["sampler"], joined = known
-        schedule = str(given["schedule"]).lower() or joined
-        found["schedule"] = schedule if schedule in ("karras", "exponential", "beta") else None
+    # One that is not had here stays in, for the form to tell.
+    found["sampler"], joined = known or (given["sampler"] or None, "")
+    schedule = str(given["schedule"]).lower() or joined
+    found["schedule"] = None if schedule in _PLAIN else schedule
     for name, kind in (("steps", int), ("guidance_scale", float), ("seed", int)):
         try:
             found[name] = kind(given[name])

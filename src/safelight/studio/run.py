@@ -16,6 +16,7 @@ class Command:
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
+        self.stopped = False
         self.lines: list[str] = []
         self._reader = asyncio.create_task(self._read())
 
@@ -35,12 +36,12 @@ class Command:
 
     @property
     def failed(self) -> bool:
-        return bool(self._process.returncode)
+        return bool(self._process.returncode) and not self.stopped
 
     @property
     def last(self) -> str:
         """The last line that it said: of one that failed, why."""
-        return self.lines[-1].removeprefix("safelight: ") if self.lines else "it said nothing"
+        return self.lines[-1].removeprefix("safelight: ") if self.lines else "it was ended"
 
     async def ended(self) -> bool:
         """Waits; whether it did what it was to do."""
@@ -50,6 +51,7 @@ class Command:
 
     def stop(self) -> None:
         """As Ctrl-C does: it saves what it has."""
+        self.stopped = True
         if self.running:
             self._process.send_signal(signal.SIGINT)
 

@@ -9,6 +9,7 @@ const safelight = (() => {
   const ask = async (path, options) => {
     const answer = await fetch(path, options);
     const body = await answer.json();
+    if (answer.status === 401) throw new Error("it wants its token again: reload this page");
     if (!answer.ok) throw new Error(body.detail || `the server said ${answer.status}`);
     return body;
   };
@@ -87,6 +88,66 @@ const safelight = (() => {
       make("img", {src: `/api/pictures/${picture.id}/thumbnail`, alt: words(job), loading: "lazy"})))));
   };
 
+  // --- a picture on its way into the editor ---------------------------------------------------
+
+  const MOST_SIDE = 2048;  // that can be drawn: a photo of a phone would take its browser a minute
+
+  const fitting = async file => {
+    const whole = await createImageBitmap(file);
+    const scale = MOST_SIDE / Math.max(whole.width, whole.height);
+    if (scale >= 1) return file;
+    const canvas = new OffscreenCanvas(Math.round(whole.width * scale), Math.round(whole.height * scale));
+    canvas.getContext("2d").drawImage(whole, 0, 0, canvas.width, canvas.height);
+    return new File([await canvas.convertToBlob()], "picture.png", {type: "image/png"});
+  };
+
+  const hand = async (input, file) => {
+    const easel = input.closest("#easel");
+    easel.parentElement.querySelector(".unread")?.remove();
+    try {
+      const files = new DataTransfer();
+      files.items.add(await fitting(file));
+      input.files = files.files;
+      input.dataset.fits = "yes";
+      input.dispatchEvent(new Event("change", {bubbles: true}));
+    } catch {
+      easel.before(make("p", {className: "problem unread", role: "alert",
+                              textContent: `“${file.name}” is no picture that this browser can read.`}));
+    }
+  };
+
+  addEventListener("change", event => {
+    const input = event.target;
+    if (!input.matches?.("#easel input[type=file]") || !input.files.length) return;
+    if (input.dataset.fits) { delete input.dataset.fits; return; }
+    event.stopImmediatePropagation();
+    hand(input, input.files[0]);
+  }, true);
+
+  addEventListener("drop", event => {
+    const input = event.target.closest?.("#easel")?.querySelector("input[type=file]");
+    const file = event.dataTransfer?.files[0];
+    if (!input || !file) return;
+    event.preventDefault();
+    event.stopImmediatePropagation();
+    event.target.dispatchEvent(new DragEvent("dragleave", {bubbles: true}));
+    hand(input, file);
+  }, true);
+
+  // --- what was typed --------------------------------------------------------------------------
+
+  // Gradio loads the page anew when a server that was away is back.
+  const typed = () => {
+    const prompt = document.querySelector("#prompt textarea");
+    if (!prompt) { setTimeout(typed, 50); return; }
+    if (!prompt.value) {
+      prompt.value = sessionStorage.getItem("prompt") ?? "";
+      prompt.dispatchEvent(new Event("input", {bubbles: true}));
+    }
+    prompt.addEventListener("input", () => sessionStorage.setItem("prompt", prompt.value));
+  };
+  typed();
+
   // --- what is drawn just now ------------------------------------------------------------------
 
   const now = (element, {trigger, watch, props}) => {
@@ -108,9 +169,12 @@ const safelight = (() => {
     const waiting = make("ul", {className: "waiting"});
     const status = make("p", {className: "status", role: "status"});
     const newest = make("div", {className: "grid newest"});
-    element.querySelector(".now").replaceChildren(status, live, waiting, newest);
+    const failures = make("div", {className: "problem", role: "alert"});
+    element.querySelector(".now").replaceChildren(failures, status, live, waiting, newest);
 
     let source = null, followed = null, began = null, timer = null, down = false;
+    const mine = new Set();  // asked for on this page: shown before what others ask for
+    const seen = new Set();  // that were to be drawn when this page last looked
 
     const progress = job => {
       const {step, steps} = job.progress;
@@ -153,9 +217,8 @@ const safelight = (() => {
     };
 
     const told = job => {
-      followed = null;
-      live.hidden = true;
-      if (job.status === "failed") status.textContent = `“${words(job)}” failed: ${job.error}.`;
+      if (followed === job.id) { followed = null; live.hidden = true; }
+      if (job.status === "failed") status.textContent = "";  // `failures` tells
       else if (job.status === "cancelled") status.textContent = `“${words(job)}” was cancelled.`;
       else status.textContent = `“${words(job)}” is done.`;
     };
@@ -168,8 +231,15 @@ const safelight = (() => {
         if (down) status.textContent = "The server is back.";
         down = false;
         const open = jobs.filter(job => !final(job)).reverse();
-        const first = open.find(job => job.id === followed)
-          || open.find(job => job.status === "running") || open[0];
+        for (const job of jobs) {
+          if (!final(job)) seen.add(job.id);
+          else if (seen.delete(job.id) && job.status === "failed") {
+            failures.append(make("p", {textContent: `“${words(job)}” failed: ${job.error}`}));
+          } else if (mine.delete(job.id)) told(job);  // a quick one, that was never followed
+        }
+        const ours = open.filter(job => mine.has(job.id)), theirs = ours.length ? ours : open;
+        const first = theirs.find(job => job.id === followed)
+          || theirs.find(job => job.status === "running") || theirs[0];
         if (first) follow(first);
         else if (followed) {
           const ended = jobs.find(job => job.id === followed);
@@ -196,12 +266,11 @@ const safelight = (() => {
       timer = setTimeout(refresh, busy ? 1000 : 4000);
     };
 
-    watch("value", async () => {
+    watch("value", () => {
+      mine.add(props.value);
+      seen.add(props.value);
+      failures.replaceChildren();
       element.scrollIntoView({block: "nearest"});  // on a phone it is below the form
-      try {
-        const job = await ask(`/api/jobs/${props.value}`);
-        if (final(job)) told(job);  // a quick one is done already
-      } catch { /* the next look tells */ }
       refresh();
     });
     refresh();
@@ -229,6 +298,7 @@ const safelight = (() => {
         jobs = [...(before ? jobs : []), ...page];
         more.hidden = page.length < 60;
         const made = jobs.filter(job => job.pictures.length);
+        if (!made.length && !more.hidden) return load(jobs.at(-1).created_at);  // all cancelled
         const count = made.reduce((sum, job) => sum + job.pictures.length, 0);
         status.textContent = count ? `${count} ${count === 1 ? "picture" : "pictures"}`
           : field.value ? "No picture has these words in its prompt." : "Nothing has been made yet.";

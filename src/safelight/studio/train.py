@@ -9,10 +9,11 @@ from typing import Any
 import gradio as gr
 
 from safelight.server.hub import Hub
-from safelight.studio.parts import kept, problem, progress, said
+from safelight.studio.parts import kept, plain, problem, progress, said
 from safelight.studio.run import Command
 
 _STEP = re.compile(r"step (\d+)/(\d+)\s+loss ([0-9.]+)")
+MOST_STEPS = 3000
 
 
 class Train:
@@ -21,19 +22,21 @@ class Train:
     """
 
     def __init__(self, hub: Hub) -> None:
-        self._out = hub.files.root / "training" / "digits"
+        folder = hub.files.root / "training"
+        earlier = sorted(folder.glob("digits-*"), key=lambda path: path.stat().st_mtime)
+        self._out = earlier[-1] if earlier else folder
         self._command: Command | None = None
-        self._problem = ""
         gr.HTML(
             "<p>A small model learns to draw digits from noise alone, on the 1,797 pictures of "
             "handwritten digits that scikit-learn brings: noise is added to them, and the network "
-            "learns to tell it. It takes some minutes. Stop it when you like: it goes on from "
-            "there.</p>"
+            "learns to tell it. It takes some minutes. Stop it when you like: started again with "
+            "as many steps, it goes on from there.</p>"
         )
         with gr.Row():
-            steps = gr.Slider(20, 3000, 800, step=20, label="Training steps", scale=3)
+            steps = gr.Slider(20, MOST_STEPS, 800, step=20, label="Training steps", scale=3)
             start = gr.Button("Start", variant="primary", elem_id="train-start")
             stop = gr.Button("Stop", elem_id="train-stop")
+        plain(steps)
         told, bar = problem("train"), progress("train")
         status = said("train")
         with gr.Row():
@@ -42,15 +45,19 @@ class Train:
         timer = gr.Timer(2.0, active=False)
         outputs = [told, status, bar, plot, samples, timer]
 
-        async def begin(steps: float) -> tuple[Any, ...]:
+        async def begin(steps: Any) -> tuple[Any, ...]:
+            if not isinstance(steps, int) or not 1 <= steps <= MOST_STEPS:
+                return f"Training steps must be 1 to {MOST_STEPS}.", *self._look()[1:]
             if self._command is None or not self._command.running:
+                # A plan of other steps is another training: it cannot go on from this one's state.
+                self._out = folder / f"digits-{steps}"
                 self._out.mkdir(parents=True, exist_ok=True)
                 self._command = await Command.start(
                     "train",
                     "unconditional",
                     "digits",
                     f"--out={self._out}",
-                    f"--steps={int(steps)}",
+                    f"--steps={steps}",
                 )
             return self._look()
 
@@ -68,7 +75,9 @@ class Train:
         """Problem, status, bar, plot, samples, and whether to look again."""
         command = self._command
         if command is None:
-            return "", "", "", gr.skip(), gr.skip(), gr.Timer(active=False)
+            sheet = _samples(self._out)
+            status = "Of an earlier training: with as many steps it goes on." if sheet else ""
+            return "", status, "", "", sheet, gr.Timer(active=False)
         found = [
             (int(match[1]), int(match[2]), float(match[3]))
             for line in command.lines
@@ -76,8 +85,7 @@ class Train:
         ]
         told, status = "", command.lines[-1] if command.lines else "Starting: some seconds."
         if not command.running:
-            stopped = command.failed and "Ctrl-C" not in status
-            told, status = (status, "") if stopped else ("", f"Ended. {status}")
+            told, status = (command.last, "") if command.failed else ("", f"Ended. {status}")
         share = found[-1][0] / found[-1][1] if found else 0.001
         return (
             told,
@@ -114,4 +122,4 @@ def curve(points: list[tuple[int, float]]) -> str:
 def _samples(folder: Path) -> str:
     """The newest sheet, in the data folder."""
     sheets = sorted(folder.glob("step-*.png"))
-    return f"training/digits/{sheets[-1].name}" if sheets else ""
+    return f"training/{folder.name}/{sheets[-1].name}" if sheets else ""
