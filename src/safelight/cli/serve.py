@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from typer import Option
 
 from safelight.errors import SafelightError
-from safelight.server.listening import listen
+from safelight.server.listening import hold, listen
 from safelight.server.process import Settings, spawn
 
 
@@ -61,9 +61,11 @@ def serve(
         low_memory=low_memory,
         exact=exact,
     )
+    listening = listen(host, port, token)
+    hold(root, listening)
     start(
         settings,
-        listen(host, port, token),
+        listening,
         host=host,
         token=token,
         hosts=frozenset(allow_host or ()),

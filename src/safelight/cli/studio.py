@@ -9,9 +9,10 @@ from typing import Annotated
 from typer import Option
 
 from safelight.cli import options
+from safelight.cli.output import note
 from safelight.cli.serve import data_folder, start
 from safelight.errors import SafelightError
-from safelight.server.listening import listen, shown
+from safelight.server.listening import ServedError, hold, listen, shown
 from safelight.server.process import Settings
 
 
@@ -47,6 +48,13 @@ def studio(
         dtype=dtype,
         low_memory=low_memory,
     )
+    try:
+        hold(root, listening)
+    except ServedError as served:
+        note(str(served))
+        if browser:
+            webbrowser.open(f"{served.address}/studio")
+        return
     if browser:  # in a thread: some browsers are waited for
         address = f"{shown(listening)}/studio"
         threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()

@@ -2,10 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import socket
+from pathlib import Path
+from typing import Any
 
 from safelight.errors import SafelightError
+
+_HELD: list[Any] = []
+"""What is locked for as long as this process lives."""
+
+
+class ServedError(SafelightError):
+    """Another server has this data folder, at `address`."""
+
+    def __init__(self, root: Path, address: str) -> None:
+        super().__init__(f"{root} is served already, at {address}: another --data-dir?")
+        self.address = address
+
+
+def hold(root: Path, listening: socket.socket) -> None:
+    """Keep every other server from this data folder: it would take what this one draws for left
+    over, and draw it again. Raises ServedError if another one holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    address = root / "server.address"
+    lock = FileLock(root / "server.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        told = address.read_text().strip() if address.is_file() else ""
+        raise ServedError(root, told or "another address") from None
+    except OSError:
+        return  # who comes to write there says it better
+    _HELD.append(lock)
+    with contextlib.suppress(OSError):  # a full disk: it is held nevertheless
+        address.write_text(shown(listening))
 
 
 def listen(host: str, port: int, token: str | None) -> socket.socket:
