@@ -10,6 +10,8 @@ import re
 import secrets
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -420,8 +422,10 @@ def test_nobody_is_kept_out(server: Serving, browser: Browser, scheme: Any) -> N
         assert [v["id"] for v in found if v["impact"] in ("serious", "critical")] == []
     page.set_viewport_size({"width": 390, "height": 844})
     tab(page, "Make")
-    page.wait_for_timeout(500)
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    draw(page, "W" * 160)
+    page.locator(".now .grid button").first.click()
+    for wide in ("document.documentElement", "document.querySelector('#picture')"):
+        assert page.evaluate(f"{wide}.scrollWidth <= {wide}.clientWidth"), wide
     watched.context.close()
     watched.check()
 
@@ -664,6 +668,20 @@ def test_a_model_without_words(tmp_path: Path) -> None:
         assert "from noise alone: leave both prompts" in submitted(server)
         assert submitted(server, prompt="") == ""
         assert server.finished(newest(server)["id"])["status"] == "succeeded"
+
+
+@pytest.mark.parametrize(("command", "code"), [("studio", 0), ("serve", 2)])
+def test_one_server_to_a_data_folder(server: Serving, command: str, code: int) -> None:
+    """A second one would take what the first draws for left over. The studio leads to the first."""
+    arguments = ["--data-dir", str(server.data), *(["--no-browser"] if code == 0 else ["--port=0"])]
+    done = subprocess.run(
+        [sys.executable, "-m", "safelight", command, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == code
+    assert f"is served already, at {server.url}" in done.stderr
 
 
 def test_what_was_typed_outlives_a_reload(page: Page) -> None:

@@ -83,6 +83,7 @@ class Form:
                 transforms=(),
                 layers=False,
                 brush=gr.Brush(default_size=40, colors=["#ff5a36"], color_mode="fixed"),
+                eraser=gr.Eraser(default_size=40),  # its own is a fiftieth of the picture
                 height=460,
                 elem_id="easel",
             )

@@ -165,7 +165,7 @@ def _make(hub: Hub) -> tuple[forms.Form, Any]:
 
 def _find() -> tuple[Any, Any, Any]:
     """The gallery, where a picture is dropped for its recipe, and where problems are told."""
-    with gr.Row(equal_height=False):
+    with gr.Row(equal_height=False, elem_id="finding"):
         with gr.Column(scale=7, min_width=320):
             found = gallery()
         with gr.Column(scale=3, min_width=260):

@@ -15,7 +15,10 @@ const safelight = (() => {
   };
 
   const final = job => !["queued", "running"].includes(job.status);
-  const words = job => job.settings.prompt || "(no prompt)";
+  const words = job => {  // a prompt may have 16,384 letters; all of them are in the recipe
+    const letters = [...job.settings.prompt || "(no prompt)"];
+    return letters.length > 160 ? `${letters.slice(0, 160).join("")}…` : letters.join("");
+  };
   const png = data => `data:image/png;base64,${data}`;
 
   // --- one picture, with its recipe and what can be done with it ---------------------------------
@@ -25,7 +28,7 @@ const safelight = (() => {
     if (!box) {
       box = make("dialog", {id: "picture"});
       box.addEventListener("click", event => { if (event.target === box) box.close(); });
-      document.querySelector(".gradio-container").append(box);
+      document.querySelector(".gradio-container .contain").append(box);
     }
     return box;
   };
@@ -41,7 +44,8 @@ const safelight = (() => {
     const recipe = make("dl");
     for (const [name, value] of Object.entries(settings)) {
       if ([null, "", false].includes(value)) continue;
-      if (["prompt", "width", "height", "count"].includes(name)) continue;
+      if (["width", "height", "count"].includes(name)) continue;
+      if (name === "prompt" && value === words(job)) continue;  // it is the title
       if (name === "eta" && !value) continue;
       recipe.append(make("dt", {textContent: name.replaceAll("_", " ")}),
                     make("dd", {textContent: String(value)}));
