@@ -200,7 +200,10 @@ def test_what_cannot_be_is_told_in_a_sentence(page: Page) -> None:
     expect(page.locator("#make-problem")).to_contain_text("seed must be a whole number")
     page.get_by_label("Seed", exact=True).fill("5")
     page.get_by_role("button", name="Size and schedule").click()
+    page.wait_for_timeout(500)  # it unfolds
     page.get_by_label("Width").fill("65")
+    page.keyboard.press("Tab")
+    page.wait_for_timeout(500)  # Gradio takes a field a moment after it is left
     page.get_by_role("button", name="Draw").click()
     expect(page.locator("#make-problem")).to_contain_text("width must be a multiple of 8")
 
