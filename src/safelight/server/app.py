@@ -15,8 +15,8 @@ from safelight import __version__
 from safelight.errors import SafelightError
 from safelight.server import api, openai, sdapi
 from safelight.server.guard import Guard, Rules
-from safelight.server.hub import Hub, StoppingError, StorageError
-from safelight.server.jobs import BusyError
+from safelight.server.hub import Hub
+from safelight.server.jobs import BusyError, StoppingError, StorageError
 from safelight.server.metrics import Metrics
 from safelight.studio.mount import Studio
 

@@ -11,9 +11,9 @@ from PIL import Image, ImageOps
 
 from safelight.errors import SafelightError
 from safelight.picture import as_rgb, opened, reason
-from safelight.request import Request, allowed_size, draw_seed
+from safelight.request import LONGEST_PROMPT, Request, allowed_size, draw_seed
 from safelight.samplers import SAMPLERS
-from safelight.schedule import SCHEDULES
+from safelight.schedule import SCHEDULES, SPACINGS
 from safelight.server.hub import Hub
 from safelight.studio.parts import plain, problem
 
@@ -24,8 +24,6 @@ EASEL = 512
 
 _WHOLE = Image.Resampling.NEAREST
 
-SPACINGS = ("leading", "linspace", "trailing")
-
 
 class Form:
     """Made within a gr.Blocks, where its fields are to stand."""
@@ -35,11 +33,11 @@ class Form:
             label="Prompt",
             placeholder="three teddy bears on a yellow background",
             lines=2,
-            max_length=16384,
+            max_length=LONGEST_PROMPT,
             elem_id="prompt",
         )
         self.negative_prompt = gr.Textbox(
-            label="Negative prompt", info="what to keep away from", max_length=16384
+            label="Negative prompt", info="what to keep away from", max_length=LONGEST_PROMPT
         )
         self.draw = gr.Button("Draw", variant="primary", elem_id="draw")
         self.problem = problem("make")

@@ -9,9 +9,10 @@ from typing import Any
 import gradio as gr
 
 from safelight.errors import SafelightError
-from safelight.request import Request
+from safelight.request import LONGEST_PROMPT, Request
 from safelight.server.hub import Hub
 from safelight.server.store import new_id
+from safelight.studio.mount import KEPT_AT
 from safelight.studio.parts import plain, problem, said
 from safelight.studio.run import Command, model_options, options
 
@@ -30,7 +31,10 @@ class Inside:
         self._mine: tuple[str | None, Command] | None = None
         with gr.Row():
             self.prompt = gr.Textbox(
-                "a cat above a pizza", label="Prompt to look into", max_length=16384, scale=4
+                "a cat above a pizza",
+                label="Prompt to look into",
+                max_length=LONGEST_PROMPT,
+                scale=4,
             )
             self.steps = gr.Slider(1, 50, 20, step=1, label="Steps", scale=2)
             self.look = gr.Button("Look inside", variant="primary", scale=1, elem_id="look")
@@ -43,7 +47,7 @@ class Inside:
         self.problem = problem("inside")
         self.frame = gr.HTML(
             "",
-            html_template='{{#if value}}<iframe src="/studio/kept/inside/{{value}}.html" '
+            html_template='{{#if value}}<iframe src="' + KEPT_AT + 'inside/{{value}}.html" '
             'title="How the picture came to be" sandbox="allow-scripts"></iframe>{{/if}}',
             js_on_load=None,
             elem_id="inside-frame",

@@ -18,7 +18,7 @@ from safelight.errors import SafelightError
 from safelight.server.hub import Hub
 
 PATH = "/studio"
-KEPT = "kept"
+KEPT_AT = f"{PATH}/kept/"
 
 # Nothing on the page may ask another host, whatever a prompt or a picture's text tries.
 _POLICY = (
@@ -74,10 +74,10 @@ class Studio:
         if scope["type"] != "http" or not (path == PATH or path.startswith(PATH + "/")):
             await self.app(scope, receive, send)
             return
-        if not available():
+        if self._page is None and not available():  # looked for on the disk
             await PlainTextResponse(_MISSING, 404)(scope, receive, send)
             return
-        if path.startswith(f"{PATH}/{KEPT}/"):
+        if path.startswith(KEPT_AT):
             await _kept(self._hub.files.root, path)(scope, receive, send)
             return
         if not _ASKED.fullmatch(path):
@@ -159,7 +159,7 @@ def _forget(uploads: Path) -> None:
 
 def _kept(root: Path, path: str) -> Response:
     """A file that the page shows: of explain, of compare, of the training."""
-    name = path.removeprefix(f"{PATH}/{KEPT}/")
+    name = path.removeprefix(KEPT_AT)
     if not _SHOWN.fullmatch(name) or not (root / name).is_file():
         return PlainTextResponse("there is no such file\n", 404)
     # A page of explain brings a policy of its own; this one takes it out of our origin.

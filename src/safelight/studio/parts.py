@@ -7,6 +7,8 @@ from typing import Any
 
 import gradio as gr
 
+from safelight.studio.mount import KEPT_AT
+
 _HERE = Path(__file__).parent
 HEAD = f"<script>{(_HERE / 'studio.js').read_text('utf-8')}</script>"
 STYLE = (_HERE / "studio.css").read_text("utf-8")
@@ -29,21 +31,20 @@ def _as_it_is(payload: Any) -> Any:
 
 def problem(name: str) -> gr.HTML:
     """Where a tab says what went wrong, as a sentence; its text is escaped."""
-    return gr.HTML(
-        "",
-        html_template='<p class="problem" role="alert">{{value}}</p>',
-        js_on_load=None,
-        elem_id=f"{name}-problem",
-    )
+    return _sentence(name, "problem", "alert")
 
 
 def said(name: str) -> gr.HTML:
     """Where a tab says what it does."""
+    return _sentence(name, "status", "status")
+
+
+def _sentence(name: str, kind: str, role: str) -> gr.HTML:
     return gr.HTML(
         "",
-        html_template='<p class="status" role="status">{{value}}</p>',
+        html_template=f'<p class="{kind}" role="{role}">{{{{value}}}}</p>',
         js_on_load=None,
-        elem_id=f"{name}-status",
+        elem_id=f"{name}-{kind}",
     )
 
 
@@ -82,8 +83,8 @@ def kept(name: str, alt: str) -> gr.HTML:
     """
     return gr.HTML(
         "",
-        html_template='{{#if value}}<a href="/studio/kept/{{value}}" download class="kept">'
-        f'<img src="/studio/kept/{{{{value}}}}" alt="{alt}"></a>{{{{/if}}}}',
+        html_template=f'{{{{#if value}}}}<a href="{KEPT_AT}{{{{value}}}}" download class="kept">'
+        f'<img src="{KEPT_AT}{{{{value}}}}" alt="{alt}"></a>{{{{/if}}}}',
         js_on_load=None,
         elem_id=f"{name}-picture",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ class Command:
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
         self.stopped = False
-        self.lines: list[str] = []
+        self.lines = deque[str](maxlen=500)
         self._reader = asyncio.create_task(self._read())
 
     @classmethod
@@ -64,7 +65,7 @@ class Command:
         async for line in self._process.stderr:
             text = line.decode(errors="replace").strip()
             if text:
-                self.lines = [*self.lines[-499:], text]
+                self.lines.append(text)
 
 
 def options(settings: Mapping[str, Any]) -> list[str]:

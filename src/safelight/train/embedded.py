@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from safelight.errors import SafelightError
@@ -28,7 +27,7 @@ from safelight.train.denoiser import (
 from safelight.train.export import export_text_to_image, export_unconditional
 from safelight.train.loop import Draw, Plan
 from safelight.train.recipe import MIXED, SIMPLE, STYLES, Scenes
-from safelight.train.sheet import draw_sheet
+from safelight.train.sheet import sheets
 from safelight.train.tokens import train_vocabulary
 
 SCENES = 24_000
@@ -79,13 +78,7 @@ def train_embedded(data: Path, out: Path, *, native: bool = False) -> Path:
         assert isinstance(net, TextToImage)
         export_text_to_image(model, vae, net.text_encoder, net.unet, shipped.SCHEDULER, notes)
 
-    def show(net: nn.Module, step: int) -> Image.Image | None:
-        export(net)
-        if step % SHEET_EVERY:
-            return None
-        return draw_sheet(model, out / f"embedded-{step:06}.png", SHEET)
-
-    _credit(model)
+    credit(model)
     latents, ids = encoded(spoken)
     torch.manual_seed(shipped.TEXT_PLAN.seed)
     text = CLIPTextModel(shipped.TEXT)
@@ -103,7 +96,7 @@ def train_embedded(data: Path, out: Path, *, native: bool = False) -> Path:
             plan,
             folder,
             native=native,
-            on_checkpoint=show,
+            on_checkpoint=sheets(model, export, SHEET_EVERY, SHEET),
         )
 
     train(latents, ids, shipped.UNET_PLAN, out / "varied")
@@ -131,13 +124,7 @@ def train_embedded_unconditional(data: Path, out: Path, *, native: bool = False)
     def export(net: Any) -> None:
         export_unconditional(model, net, shipped.PIXELS_SCHEDULER, notes)
 
-    def show(net: nn.Module, step: int) -> Image.Image | None:
-        export(net)
-        if step % SHEET_EVERY:
-            return None
-        return draw_sheet(model, out / f"embedded-unconditional-{step:06}.png")
-
-    _credit(model)
+    credit(model)
     net = train_unconditional(
         shipped.PIXELS,
         SchedulerConfig.from_dict(shipped.PIXELS_SCHEDULER),
@@ -145,7 +132,7 @@ def train_embedded_unconditional(data: Path, out: Path, *, native: bool = False)
         shipped.PIXELS_PLAN,
         out / "unconditional",
         native=native,
-        on_checkpoint=show,
+        on_checkpoint=sheets(model, export, SHEET_EVERY),
     )
     export(net)
     return model
@@ -165,10 +152,10 @@ def _scenes(
     return Scenes(path, size=side, styles=styles, kinds=kinds, steady=steady)
 
 
-def _credit(model: Path) -> None:
+def credit(model: Path, *, whole: bool = False) -> None:
     """Name the sources beside the weights: the folder may be passed on alone."""
     model.mkdir(parents=True, exist_ok=True)
-    (model / "NOTICE").write_text(notice(json.loads(LOCK.read_text())))
+    (model / "NOTICE").write_text(notice(json.loads(LOCK.read_text()), whole=whole))
 
 
 def _notes(data: Path) -> dict[str, Any]:

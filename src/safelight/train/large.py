@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -25,14 +24,13 @@ from safelight.nets.vae import AutoencoderKL, VAEConfig
 from safelight.schedule import SchedulerConfig
 from safelight.train import shipped
 from safelight.train.autoencoder import latent_spread, train_autoencoder
-from safelight.train.cutouts import LOCK, notice
 from safelight.train.denoiser import TextToImage, encode_scenes, teach_words, train_text_to_image
 from safelight.train.devices import accelerator
-from safelight.train.embedded import SHEET
+from safelight.train.embedded import SHEET, credit
 from safelight.train.export import export_text_to_image
 from safelight.train.loop import Draw, Plan, progress
 from safelight.train.recipe import MIXED, SIMPLE, Scenes
-from safelight.train.sheet import draw_sheet
+from safelight.train.sheet import sheets
 from safelight.train.stage import Stage
 from safelight.train.tokens import train_vocabulary
 from safelight.weights.tokenizer import Tokenizer
@@ -148,8 +146,7 @@ def train_large(
     about = json.loads(path.with_suffix(".json").read_text())["sha256"]
     digest = hashlib.sha256(f"{about} {sizes} {minutes}".encode()).hexdigest()
     model = out / "embedded-256"
-    model.mkdir(parents=True, exist_ok=True)
-    (model / "NOTICE").write_text(notice(json.loads(LOCK.read_text()), whole=True))
+    credit(model, whole=True)
     tokenizer = train_vocabulary(
         spoken.captions_corpus(),
         sizes.vocabulary,
@@ -180,12 +177,6 @@ def train_large(
         assert isinstance(net, TextToImage)
         export_text_to_image(model, vae, net.text_encoder, net.unet, shipped.SCHEDULER, notes)
 
-    def show(net: nn.Module, step: int) -> Image.Image | None:
-        export(net)
-        if step % SHEET_EVERY:
-            return None
-        return draw_sheet(model, out / f"embedded-256-{step:06}.png", SHEET)
-
     train_text_to_image(
         net,
         SchedulerConfig.from_dict(shipped.SCHEDULER),
@@ -196,7 +187,7 @@ def train_large(
         out / "denoiser",
         every=EVERY,
         native=native,
-        on_checkpoint=show,
+        on_checkpoint=sheets(model, export, SHEET_EVERY, SHEET),
     )
     export(net)
     return model

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+
+def sheets(
+    model: Path, export: Callable[[Any], None], every: int, prompts: Sequence[str] = ()
+) -> Callable[[Any, int], Image.Image | None]:
+    """What `loop.fit` calls at a checkpoint: writes the model's folder, and beside it each `every`
+    steps a sheet of what it draws.
+    """
+
+    def show(net: Any, step: int) -> Image.Image | None:
+        export(net)
+        if step % every:
+            return None
+        return draw_sheet(model, model.parent / f"{model.name}-{step:06}.png", prompts)
+
+    return show
 
 
 def draw_sheet(model: str | Path, path: Path, prompts: Sequence[str] = ()) -> Image.Image:
