@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from safelight.errors import SafelightError
-from safelight.fast import accelerate, helps, layers, leave_mapped, tiles
+from safelight.fast import accelerate, helps, layers, leave_mapped, memory, tiles, winograd
 from safelight.fast.onednn import Doubling
 from safelight.nets.clip import CLIPTextConfig, CLIPTextModel
 from safelight.nets.layers import Upsample2D
@@ -389,3 +389,99 @@ def test_the_kernels_are_used() -> None:
     net(low, torch.tensor([1.0]), text(SD1, 1).bfloat16())
     kinds = {type(module._packed) for module in net.modules() if hasattr(module, "_packed")}
     assert {tiles.Convolution, tiles.Doubling} <= kinds
+
+
+# --- Winograd's products -------------------------------------------------------------------------
+
+needs_winograd = pytest.mark.skipif(
+    winograd.library() is None, reason="no AVX2 here, or the kernel was not built"
+)
+
+
+@pytest.fixture(params=[2, 4])
+def side(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Of a tile's results."""
+    monkeypatch.setattr(winograd, "MANY", 0 if request.param == 2 else 1 << 40)
+    return int(request.param)
+
+
+@needs_winograd
+@pytest.mark.parametrize("shape", [(1, 8, 8), (2, 16, 12), (3, 7, 9), (1, 1, 1), (2, 5, 30)])
+@pytest.mark.parametrize("scale", [1, 2])
+def test_winograd(
+    shape: tuple[int, int, int], scale: int, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, height, width = shape
+    conv = nn.Conv2d(48, 32, 3, padding=1)
+    x = torch.randn(batch, 48, height, width)
+    large = F.interpolate(x, scale_factor=scale, mode="nearest")
+    true = F.conv2d(large.double(), conv.weight.double(), conv.bias.double(), padding=1)
+    kernel = winograd.Convolution(conv.weight, conv, x.shape, scale)
+    assert kernel.side == side
+    assert distance(kernel(x), true) < 5e-6
+    whole = kernel(x)
+    monkeypatch.setattr(winograd.Convolution, "_strip", lambda _: 5)
+    assert distance(kernel(x), whole) < 1e-6
+
+
+@needs_winograd
+def test_winograd_adds_what_follows(side: int) -> None:
+    conv = nn.Conv2d(32, 64, 3, padding=1)
+    x, plus = torch.randn(2, 32, 9, 6), torch.randn(2, 64, 9, 6)
+    kernel = winograd.Convolution(conv.weight, conv, x.shape)
+    for rows in (1, 2):
+        shift = torch.randn(rows, 64)
+        true = conv(x) + shift[:, :, None, None] + plus
+        assert distance(kernel(x, plus, shift), true) < 5e-6
+    own = plus.contiguous(memory_format=torch.channels_last)
+    kept = own.clone()
+    assert distance(kernel(x, own), conv(x) + kept) < 5e-6
+    assert torch.equal(own, kept)
+    consumed = kernel(x, own, consume=True)
+    assert consumed.data_ptr() == own.data_ptr()
+    assert distance(consumed, conv(x) + kept) < 5e-6
+    conv.bias = None
+    assert distance(winograd.Convolution(conv.weight, conv, x.shape)(x), conv(x)) < 5e-6
+
+
+@needs_winograd
+def test_winograd_lets_nan_through(side: int) -> None:
+    conv = nn.Conv2d(16, 16, 3, padding=1)
+    x = torch.randn(1, 16, 8, 8)
+    x[0, 3, 4, 5] = torch.nan
+    assert winograd.Convolution(conv.weight, conv, x.shape)(x)[:, :, 3:6, 4:7].isnan().all()
+
+
+@needs_winograd
+def test_winograd_takes_the_large_convolutions_of_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory, "total", lambda: 16 << 30)
+    net = AutoencoderKL(VAEConfig(block_out_channels=(256, 256), latent_channels=4)).eval()
+    z = torch.randn(1, 4, 8, 12)
+    true, swapped = net.decode(z), fast(net)
+    assert distance(swapped.decode(z), true) < 1e-5
+    found: Any = list(swapped.decoder.modules())
+    packed = [type(m._packed) for m in found if hasattr(m, "_packed")]
+    assert packed.count(winograd.Convolution) > 10
+
+
+@needs_winograd
+@pytest.mark.parametrize("asked", [True, False])
+def test_winograd_is_left_alone_where_memory_is_short(
+    asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """asked: for little memory, for the machine has enough."""
+    monkeypatch.setattr(layers, "LARGE", 1)
+    monkeypatch.setattr(memory, "total", lambda: 16 << 30 if asked else 8 << 30)
+    net = AutoencoderKL(VAEConfig(block_out_channels=(256,), latent_channels=4)).eval()
+    z = torch.randn(1, 4, 8, 8)
+    swapped = copy.deepcopy(net)
+    accelerate(swapped, torch.float32, low_memory=asked)
+    assert distance(swapped.decode(z), net.decode(z)) < 1e-5
+    found: Any = list(swapped.modules())
+    assert not any(isinstance(getattr(m, "_packed", 0), winograd.Convolution) for m in found)
+
+
+def test_memory_is_counted() -> None:
+    assert memory.total() > 1 << 28

@@ -92,6 +92,54 @@ def unconditional(
 
 
 @app.command()
+def distil(
+    prompts: Annotated[Path, Argument(help="A text file, one prompt a line; thousands are good.")],
+    out: Out,
+    model: Annotated[str, Option(help="As `generate --model`: the teacher.")] = "embedded",
+    drawing_steps: Annotated[int, Option(help="Steps that the student draws in.")] = 4,
+    guidance: Annotated[float, Option(help="The teacher's; the student draws without.")] = 4.0,
+    steps: Annotated[int, Option(help="How long.")] = 2000,
+    batch: Batch = 32,
+    learning_rate: Rate = 2e-4,
+    seed: Seed = 0,
+    native: Native = False,
+) -> None:
+    """Teach a copy of a model to draw in few steps; goes on where it was stopped."""
+    _numbers(steps, batch, learning_rate)
+    if not 1 <= drawing_steps <= 50:
+        raise SafelightError(f"--drawing-steps {drawing_steps}: expected 1 to 50")
+    if not 1 <= guidance <= 100:
+        raise SafelightError(f"--guidance {guidance:g}: expected 1 to 100")
+    import_torch()
+    from safelight.train.distil import distil as train
+    from safelight.train.loop import Plan
+
+    plan = Plan(
+        steps=steps,
+        batch=batch,
+        learning_rate=learning_rate,
+        warmup=max(1, min(100, steps // 10)),
+        weight_decay=0.0,
+        ema=0.99,
+        seed=seed,
+    )
+    made = train(
+        prompts,
+        out,
+        plan,
+        model=model,
+        drawing_steps=drawing_steps,
+        guidance_scale=guidance,
+        native=native,
+    )
+    say(made)
+    note(
+        f"draw with: safelight generate --sampler ddim --steps {drawing_steps} --guidance 1 "
+        f"--model {made}"
+    )
+
+
+@app.command()
 def data(
     folder: Annotated[Path, Argument(help="Where the cut-outs and captions go.")] = Path("data"),
     whole: Annotated[
@@ -110,6 +158,19 @@ def embedded(data: Data = Path("data"), out: Out = Path("runs"), native: Native 
     from safelight.train.embedded import train_embedded
 
     say(str(train_embedded(data, out, native=native)))
+
+
+@app.command()
+def embedded_fast(
+    data: Data = Path("data"),
+    out: Out = Path("runs"),
+    model: Annotated[str, Option(help="The teacher.")] = "embedded",
+    native: Native = False,
+) -> None:
+    """Distil the copy of the model that ships which draws in four steps."""
+    from safelight.train.embedded import train_embedded_fast
+
+    say(str(train_embedded_fast(data, out, model=model, native=native)))
 
 
 @app.command(name="embedded-256")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from safelight.fast import memory, onednn, tiles
+from safelight.fast import memory, onednn, tiles, winograd
 from safelight.fast.store import ARENA, Shelf, Store
 from safelight.nets.layers import (
     Attention,
@@ -100,6 +100,8 @@ class FastConv2d(nn.Conv2d):
             return tiles.Convolution(_take(self, self.precision), self, shape, store)
         if store is not ARENA:
             return onednn.Unpacked(self)
+        if winograd.fits_conv(self, self.precision):
+            return winograd.Convolution(_take(self, self.precision), self, shape)
         return onednn.Convolution(_take(self, self.precision), self, shape)
 
     def reads_maps(self) -> bool:
@@ -181,15 +183,17 @@ class FastUpsample2D(Upsample2D):
             return F.conv2d(large, weight.to(self.precision), bias, padding=1)
         _make_room(x)
         if self._packed is None:
-            fits = tiles.fits_conv(self.conv, self.precision)
-            converted = weight.to(self.precision)
-            self._packed = (
-                tiles.Doubling(converted, self.conv, x.shape, _store(self.conv))
-                if fits
-                else onednn.Doubling(converted, self.conv, x.shape)
-            )
+            self._packed = self._pack(weight.to(self.precision), x.shape)
             memory.page_out(weight)
         return self._packed(x)
+
+    def _pack(self, weight: Tensor, shape: torch.Size) -> Any:
+        store = _store(self.conv)
+        if tiles.fits_conv(self.conv, self.precision):
+            return tiles.Doubling(weight, self.conv, shape, store)
+        if store is ARENA and winograd.fits_conv(self.conv, self.precision):
+            return winograd.Convolution(weight, self.conv, shape, scale=2)
+        return onednn.Doubling(weight, self.conv, shape)
 
 
 class FastAttention(Attention):

@@ -1,11 +1,13 @@
-"""What becomes of the memory of activations, and of weights once they are packed."""
+"""How much memory there is, and what becomes of that of activations and of packed weights."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import sys
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +28,21 @@ def _libc() -> Any:
         return None
     library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return library
+
+
+@cache
+def total() -> int:
+    """Bytes of memory that this machine has, or that this container may use of it; 0 if it does
+    not tell.
+    """
+    try:
+        most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return 0
+    try:
+        return min(most, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # none, or "max"
+        return most
 
 
 @cache

@@ -1,21 +1,16 @@
-"""Products on CPUs with AMX tiles, bfloat16 alone: our own kernels, in tiles.cpp.
-
-They are compiled when the package is built, where a compiler is at hand, and are not needed: what
-they do not take, and every other CPU, is oneDNN's.
-"""
+"""Products on CPUs with AMX tiles, bfloat16 alone: our own kernels, in tiles.cpp."""
 
 from __future__ import annotations
 
-import ctypes
-import os
 from ctypes import c_float, c_int, c_long, c_void_p
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from safelight.fast import kernels
+from safelight.fast.kernels import at
 from safelight.fast.onednn import quarters
 from safelight.fast.store import ARENA, Store
 
@@ -36,27 +31,15 @@ _ARGUMENTS = {
 
 @cache
 def library() -> Any:
-    """The compiled kernels, or None: not built, not this processor, or switched off with
-    SAFELIGHT_TILES=0.
-    """
-    built = sorted(Path(__file__).parent.glob("_tiles*.so"))
-    if not built or os.environ.get("SAFELIGHT_TILES") == "0":
-        return None
+    """The compiled kernels, or None: not built, switched off, or not this processor."""
     if not (torch.cpu._is_amx_tile_supported() and torch.cpu._is_avx512_bf16_supported()):
         return None
-    found = ctypes.CDLL(str(built[0]))
-    for name, arguments in _ARGUMENTS.items():
-        getattr(found, name).argtypes = arguments
-        getattr(found, name).restype = None
-    return found if found.safelight_init() else None
+    found = kernels.load("tiles", _ARGUMENTS)
+    return found if found is not None and found.safelight_init() else None
 
 
 def available(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and library() is not None
-
-
-def _at(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 class _Weights:
@@ -193,9 +176,9 @@ def _convolve(
         memory.data_ptr(),
         plane,
         w.packed().data_ptr(),
-        _at(bias),
+        at(bias),
         w.columns if per_picture else 0,
-        _at(plus),
+        at(plus),
         out.data_ptr(),
         out.shape[0],
         out.shape[1] // spread[0],
@@ -290,7 +273,7 @@ def layer_norm(
         plus, total = plus.contiguous(), torch.empty_like(x)
     library().safelight_layer_norm(
         x.data_ptr(),
-        _at(plus),
+        at(plus),
         total.data_ptr(),
         scale.data_ptr(),
         shift.data_ptr(),

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from safelight.train.denoiser import (
     train_text_to_image,
     train_unconditional,
 )
+from safelight.train.distil import distil
 from safelight.train.export import export_text_to_image, export_unconditional
 from safelight.train.loop import Draw, Plan
 from safelight.train.recipe import MIXED, SIMPLE, STYLES, Scenes
@@ -112,6 +114,28 @@ def train_embedded(data: Path, out: Path, *, native: bool = False) -> Path:
         train(latents, ids, plan, out / folder)
     export(net)
     return model
+
+
+def train_embedded_fast(
+    data: Path, out: Path, *, model: str = "embedded", native: bool = False
+) -> Path:
+    """Distil a copy of `model` that draws the recipe's scenes in four steps."""
+    scenes = _scenes(data, shipped.SIZE, shipped.STYLES, kinds=MIXED, steady=True)
+    rng = np.random.default_rng(shipped.FAST_PLAN.seed)
+    folder = out / "embedded-fast"
+    folder.mkdir(parents=True, exist_ok=True)
+    prompts = folder / "prompts.txt"
+    said = [scenes.invent(rng).said for _ in range(shipped.FAST_PROMPTS)]
+    prompts.write_text("\n".join(said) + "\n")
+    return distil(
+        prompts,
+        folder,
+        shipped.FAST_PLAN,
+        model=model,
+        drawing_steps=shipped.FAST_STEPS,
+        guidance_scale=shipped.FAST_GUIDANCE,
+        native=native,
+    )
 
 
 def train_embedded_unconditional(data: Path, out: Path, *, native: bool = False) -> Path:

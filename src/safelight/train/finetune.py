@@ -18,6 +18,7 @@ from safelight.nets.unet import UNet2DConditionModel
 from safelight.train.autoencoder import to_pixels
 from safelight.train.captions import split_words
 from safelight.train.denoiser import TextToImage, train_text_to_image
+from safelight.train.devices import Net
 from safelight.train.export import export_text_to_image
 from safelight.train.folder import captioned, digest, read
 from safelight.train.loop import Plan
@@ -92,7 +93,7 @@ def finetune(
     after = show(net, plan.steps)
     with Image.open(out / "before.png") as before:
         grid([before.convert("RGB"), after], 1).save(out / "sheet.png")
-    _credit(base, made)
+    credit(base, made)
     return made
 
 
@@ -118,16 +119,20 @@ def _encode(base: Model, squares: Any) -> Tensor:
 
 
 def _trainable(base: Model) -> TextToImage:
-    """Its two networks in memory of their own: what was loaded lies in the mapped file."""
     assert isinstance(base.text_encoder, CLIPTextModel)
     assert isinstance(base.unet, UNet2DConditionModel)
     net = TextToImage.__new__(TextToImage)
     nn.Module.__init__(net)
     net.text_encoder, net.unet = base.text_encoder, base.unet
+    return own_memory(net).train()
+
+
+def own_memory(net: Net) -> Net:
+    """Its weights, to be trained, in memory of their own: those loaded lie in the mapped file."""
     for module in net.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(parameter.detach().clone()))
-    return net.train()
+    return net
 
 
 def _notes(base: Model, captions: list[str]) -> dict[str, Any]:
@@ -138,8 +143,8 @@ def _notes(base: Model, captions: list[str]) -> dict[str, Any]:
     return notes
 
 
-def _credit(base: Model, made: Path) -> None:
-    """What the weights were made from is still to be named."""
+def credit(base: Model, made: Path) -> None:
+    """Name in the folder `made` what the weights were made from."""
     notice = Path(base.path) / "NOTICE"
     if notice.is_file():
         shutil.copyfile(notice, made / "NOTICE")

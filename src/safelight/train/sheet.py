@@ -25,17 +25,22 @@ def sheets(
     return show
 
 
-def draw_sheet(model: str | Path, path: Path, prompts: Sequence[str] = ()) -> Image.Image:
-    """Twelve pictures of a model, by name or folder, or one of each prompt; saved and returned."""
+def draw_sheet(
+    model: str | Path, path: Path, prompts: Sequence[str] = (), **other: Any
+) -> Image.Image:
+    """Twelve pictures of a model, by name or folder, or one of each prompt; saved and returned.
+
+    other: settings of `Model.generate` in place of ours.
+    """
     from safelight.weights import load_model
 
     loaded = load_model(str(model))
     settings: dict[str, Any] = {"steps": 20, "seed": 1}
     if loaded.kind == "text":
-        settings |= {"sampler": "dpmpp_2m", "guidance_scale": 4.0}
+        settings |= {"sampler": "dpmpp_2m", "guidance_scale": 4.0} | other
         pictures = [loaded.generate(text, **settings).images[0] for text in prompts]
     else:
-        settings |= {"sampler": "ddim", "count": 12, "unconditional": True}
+        settings |= {"sampler": "ddim", "count": 12, "unconditional": True} | other
         pictures = loaded.generate(**settings).images
     sheet = grid(pictures, 6)
     sheet.save(path)

@@ -1,0 +1,157 @@
+"""3×3 convolutions in float32 by Winograd's products (Lavin and Gray, arXiv:1509.09308).
+
+A tile of 6×6 positions and the nine taps are each brought into a form in which 36 products give
+4×4 results, which by definition take 144. All tiles' products at one of the 36 places are a matrix
+product, and that is oneDNN's; our own kernel, in winograd.cpp, lays out the tiles and sums up.
+"""
+
+from __future__ import annotations
+
+from ctypes import c_long, c_void_p
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safelight.fast import kernels, memory, onednn
+from safelight.fast.kernels import at
+
+_ARGUMENTS = {
+    "safelight_spread": [c_void_p] * 2 + [c_long] * 8,
+    "safelight_gather": [c_void_p] * 2 + [c_long] + [c_void_p] * 2 + [c_long] * 6,
+}
+
+_TAPS = {
+    2: [[1, 0, 0], [1 / 2, 1 / 2, 1 / 2], [1 / 2, -1 / 2, 1 / 2], [0, 0, 1]],
+    4: [
+        [1 / 4, 0, 0],
+        [-1 / 6, -1 / 6, -1 / 6],
+        [-1 / 6, 1 / 6, -1 / 6],
+        [1 / 24, 1 / 12, 1 / 6],
+        [1 / 24, -1 / 12, 1 / 6],
+        [0, 0, 1],
+    ],
+}
+"""What three taps become, where a tile has 2×2 results and where it has 4×4."""
+
+FEW, MANY = 1 << 16, 3 << 19
+"""Input times output channels: with fewer there is nothing to gain, with more the tiles are small.
+36 products a tile need four times the memory of nine weights, 16 products less than twice; and
+where channels are many, maps are small, and have few tiles to read those weights for."""
+
+ENOUGH = 12 << 30
+"""Bytes of a machine's memory that this is for: Stable Diffusion 1.5 takes 3 GB more by it. Not of
+what is free just now: a picture's last bits would hang on that."""
+
+STRIP = 1 << 22
+"""Numbers that are laid out at once."""
+
+
+@cache
+def library() -> Any:
+    """The compiled kernel, or None: not built, switched off, or not this processor."""
+    return kernels.load("winograd", _ARGUMENTS) if torch.cpu._is_avx2_supported() else None
+
+
+def fits_conv(conv: nn.Conv2d, dtype: torch.dtype) -> bool:
+    return (
+        dtype == torch.float32
+        and library() is not None
+        and memory.total() >= ENOUGH
+        and not (conv.in_channels % 16 or conv.out_channels % 16)
+        and conv.in_channels * conv.out_channels >= FEW
+        and conv.kernel_size == (3, 3)
+        and conv.padding == (1, 1)
+        and conv.stride == conv.dilation == (1, 1)
+    )
+
+
+class Convolution:
+    """As onednn.Convolution, for 3×3 with a border of one."""
+
+    def __init__(self, weight: Tensor, conv: nn.Conv2d, shape: torch.Size, scale: int = 1) -> None:
+        """scale: how often each row and column of the map is repeated before."""
+        self.out_channels, self.in_channels = weight.shape[:2]
+        self.bias, self.scale = conv.bias, scale
+        # Not by the map's size: a picture's last bits would hang on which size came first.
+        many = self.out_channels * self.in_channels > MANY * scale**2
+        self.side = 2 if many else 4
+        taps = torch.tensor(_TAPS[self.side], dtype=weight.dtype)
+        places = torch.kron(taps, taps) @ weight.reshape(-1, 9).T
+        tiles = self._tiles(shape[0], shape[2] * scale, shape[3] * scale)
+        self.places = [
+            onednn.Matrix(place.view(weight.shape[:2]), None, min(tiles, self._strip()))
+            for place in places
+        ]
+
+    def __call__(
+        self,
+        x: Tensor,
+        plus: Tensor | None = None,
+        shift: Tensor | None = None,
+        consume: bool = False,
+    ) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        batch, _, height, width = x.shape
+        height, width = height * self.scale, width * self.scale
+        bias = self.bias
+        if shift is not None:
+            bias = shift if bias is None else bias + shift
+        if plus is not None:
+            plus = plus.contiguous(memory_format=torch.channels_last)
+        # The kernel reads each number of `plus` just before it writes there.
+        out = plus if consume else None
+        if out is None:
+            out = x.new_empty(batch, height, width, self.out_channels).permute(0, 3, 1, 2)
+        bias_step = (
+            self.out_channels if bias is not None and bias.dim() > 1 and len(bias) > 1 else 0
+        )
+        tiles, strip = self._tiles(batch, height, width), self._strip()
+        for first in range(0, tiles, strip):
+            last = min(first + strip, tiles)
+            sums = self._products(x, height, width, first, last)
+            library().safelight_gather(
+                (c_void_p * len(sums))(*[at(one) for one in sums]),
+                at(bias),
+                bias_step,
+                at(plus),
+                at(out),
+                height,
+                width,
+                self.out_channels,
+                self.side,
+                first,
+                last,
+            )
+        return out
+
+    def _tiles(self, batch: int, height: int, width: int) -> int:
+        return batch * -(-height // self.side) * -(-width // self.side)
+
+    def _strip(self) -> int:
+        """Tiles that are laid out at once."""
+        return max(STRIP // ((self.side + 2) ** 2 * self.in_channels), 128)
+
+    def _products(self, x: Tensor, height: int, width: int, first: int, last: int) -> list[Tensor]:
+        """Of these tiles, at each place: [tiles, out_channels]."""
+        count = (last - first) * self.in_channels
+        # Some lines between the planes: at a large power of two they would share places in the
+        # cache.
+        plane = count + 272
+        laid = torch.empty(len(self.places), plane)
+        library().safelight_spread(
+            at(x),
+            at(laid),
+            plane,
+            height,
+            width,
+            self.in_channels,
+            self.scale,
+            self.side,
+            first,
+            last,
+        )
+        return [
+            place(laid[i, :count].view(-1, self.in_channels)) for i, place in enumerate(self.places)
+        ]
