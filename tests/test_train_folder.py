@@ -23,6 +23,8 @@ from safelight.cli import app
 from safelight.train import folder as folders
 from safelight.train.finetune import finetune
 from safelight.train.loop import Plan
+from safelight.train.scratch import networks as scratch_networks
+from safelight.train.scratch import text_to_image
 from safelight.train.unconditional import network
 
 
@@ -162,6 +164,40 @@ def test_fine_tuning_teaches_a_colour_and_diffusers_draws_the_same(
     assert apart.max() <= 1
 
 
+def test_from_nothing_to_a_model_that_draws(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("safelight.train.scratch.CHECKPOINT_EVERY", 8)
+    plan = Plan(steps=8, batch=4, learning_rate=2e-3, warmup=3, ema=0.8)
+    made = text_to_image(pictures, tmp_path / "out", plan, autoencoder_steps=8)
+    model = safelight.load(str(made), dtype="float32")
+    assert model.words is not None
+    assert "flag" in model.words
+    assert model.native_size == (64, 64)
+    drawn = model.generate("a blue flag", steps=8, seed=3, guidance_scale=3.0)
+    assert drawn.warnings == []
+    with Image.open(tmp_path / "out" / "step-000008.png") as sheet:
+        assert sheet.height == 64
+    # It ended: called again it draws no step anew, and of other pictures it is refused.
+    before = (made / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    text_to_image(pictures, tmp_path / "out", plan, autoencoder_steps=8)
+    assert (made / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+    square(pictures / "more.png", "green")
+    (pictures / "more.txt").write_text("a green flag")
+    with pytest.raises(SafelightError, match="made by another plan"):
+        text_to_image(pictures, tmp_path / "out", plan, autoencoder_steps=8)
+
+
+@pytest.mark.parametrize("size", [64, 96, 128, 256])
+def test_networks_from_nothing_fit_together(size: int) -> None:
+    vae, text, unet = scratch_networks(size)
+    assert unet.sample_size == size // vae.factor
+    assert unet.cross_attention_dim == text.hidden_size
+    assert unet.in_channels == vae.latent_channels
+    # The UNet halves its maps at each level but the last.
+    assert unet.sample_size % 2 ** (len(unet.block_out_channels) - 1) == 0
+
+
 def test_what_cannot_be_trained_further(pictures: Path, tmp_path: Path) -> None:
     plan = Plan(steps=1, batch=1, learning_rate=1e-4)
     with pytest.raises(SafelightError, match=r"safelight train unconditional"):
@@ -178,6 +214,13 @@ def test_what_cannot_be_trained_further(pictures: Path, tmp_path: Path) -> None:
         (["unconditional", "digits", "--out", "o", "--size", "20"], "size 20: expected a multiple"),
         (["unconditional", "digits", "--out", "o", "--steps", "0"], "--steps 0: expected 1"),
         (["fine-tune", ".", "--out", "o", "--learning-rate", "2"], "expected above 0 and below 1"),
+        (["text-to-image", "nowhere", "--out", "o"], "nowhere is not a folder"),
+        (
+            ["text-to-image", ".", "--out", "o", "--size", "72"],
+            "size 72: expected a multiple of 32",
+        ),
+        (["distil", "nowhere.txt", "--out", "o"], "nowhere.txt cannot be read as text"),
+        (["distil", "p", "--out", "o", "--drawing-steps", "0"], "--drawing-steps 0: expected 1"),
     ],
 )
 def test_bad_commands(
@@ -219,7 +262,7 @@ def test_killed_and_resumed_ends_as_undisturbed(tmp_path: Path) -> None:
 
     killed = 0
     checkpoint = tmp_path / "b" / "checkpoint.pt"
-    for after in (1, 3):  # checkpoints; `make soak-train` does it five times
+    for after in (1, 3):  # checkpoints; tests/soak/training.py does it five times
         process = start("b")
         until = time.monotonic() + 120
         steps, last = 0, checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0

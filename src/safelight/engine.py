@@ -183,6 +183,7 @@ def condition(model: Model, request: Request) -> tuple[Condition, list[str]]:
             f"{model.name} was trained on {width}x{height}; "
             f"at {size[0]}x{size[1]} it may repeat itself or fall apart"
         )
+    warnings += _unsuited(model, request)
     distilled = getattr(model.unet.config, "time_cond_proj_dim", None) is not None
     guided = request.guidance_scale > 1 and not distilled
     ids = []
@@ -199,6 +200,18 @@ def condition(model: Model, request: Request) -> tuple[Condition, list[str]]:
             warnings.append(f"{model.name} was never taught: {', '.join(new)}")
     context = model.text_encoder(torch.tensor(ids, device=model.device))
     return Condition(context, request.guidance_scale), warnings
+
+
+def _unsuited(model: Model, request: Request) -> list[str]:
+    """Of settings that a distilled model was not taught."""
+    taught = model.notes.get("draw_with")
+    names = ("sampler", "steps", "guidance_scale")
+    if not isinstance(taught, dict) or any(name not in taught for name in names):
+        return []
+    if all(getattr(request, name) == taught[name] for name in names):
+        return []
+    told = ", ".join(f"{name} {taught[name]!s:.20}" for name in names)
+    return [f"{model.name} was taught to draw with {told}; with other settings it draws worse"]
 
 
 def _beginning(text: str) -> str:

@@ -63,6 +63,40 @@ def fine_tune(
 
 
 @app.command()
+def text_to_image(
+    folder: Annotated[
+        Path, Argument(help="Pictures, each with its caption in a .txt, or metadata.jsonl.")
+    ],
+    out: Out,
+    size: Annotated[int, Option(help="Pictures are cut to squares of it.")] = 64,
+    steps: Annotated[int, Option(help="How long, of the UNet.")] = 10_000,
+    autoencoder_steps: Annotated[int, Option(help="How long, of the autoencoder before.")] = 3500,
+    batch: Batch = 16,
+    learning_rate: Rate = 6e-4,
+    seed: Seed = 0,
+    native: Native = False,
+) -> None:
+    """Train a model of words from nothing; goes on where it was stopped. It wants thousands of
+    pictures, and hours: `fine-tune` wants few.
+    """
+    _numbers(steps, batch, learning_rate)
+    _numbers(autoencoder_steps, batch, learning_rate)
+    import_torch()
+    from safelight.train.loop import Plan
+    from safelight.train.scratch import text_to_image as train
+
+    plan = Plan(
+        steps=steps,
+        batch=batch,
+        learning_rate=learning_rate,
+        warmup=max(1, min(100, steps // 10)),
+        cooldown=max(1, steps * 2 // 3),
+        seed=seed,
+    )
+    say(train(folder, out, plan, size=size, autoencoder_steps=autoencoder_steps, native=native))
+
+
+@app.command()
 def unconditional(
     source: Annotated[str, Argument(help='A folder of pictures, or "digits".')],
     out: Out,
@@ -97,7 +131,9 @@ def distil(
     out: Out,
     model: Annotated[str, Option(help="As `generate --model`: the teacher.")] = "embedded",
     drawing_steps: Annotated[int, Option(help="Steps that the student draws in.")] = 4,
-    guidance: Annotated[float, Option(help="The teacher's; the student draws without.")] = 4.0,
+    guidance_scale: Annotated[
+        float, Option(help="The teacher's; the student draws without.")
+    ] = 4.0,
     steps: Annotated[int, Option(help="How long.")] = 2000,
     batch: Batch = 32,
     learning_rate: Rate = 2e-4,
@@ -108,8 +144,8 @@ def distil(
     _numbers(steps, batch, learning_rate)
     if not 1 <= drawing_steps <= 50:
         raise SafelightError(f"--drawing-steps {drawing_steps}: expected 1 to 50")
-    if not 1 <= guidance <= 100:
-        raise SafelightError(f"--guidance {guidance:g}: expected 1 to 100")
+    if not 1 <= guidance_scale <= 100:
+        raise SafelightError(f"--guidance-scale {guidance_scale:g}: expected 1 to 100")
     import_torch()
     from safelight.train.distil import distil as train
     from safelight.train.loop import Plan
@@ -129,12 +165,12 @@ def distil(
         plan,
         model=model,
         drawing_steps=drawing_steps,
-        guidance_scale=guidance,
+        guidance_scale=guidance_scale,
         native=native,
     )
     say(made)
     note(
-        f"draw with: safelight generate --sampler ddim --steps {drawing_steps} --guidance 1 "
+        f"draw with: safelight generate --sampler ddim --steps {drawing_steps} --guidance-scale 1 "
         f"--model {made}"
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,16 +14,25 @@ from torch import Tensor, nn
 from safelight.nets.vae import AutoencoderKL, VAEConfig
 from safelight.train.devices import autocast
 from safelight.train.loop import Draw, Plan, Show, fit
-from safelight.train.recipe import Scenes
-from safelight.train.stage import Stage
 
 KL_WEIGHT = 1e-6
 EDGE_WEIGHT = 1.0
 
+AT_ONCE = 1 << 21
+"""Pixels that are encoded in one call."""
+
+
+class Pictures(Protocol):
+    def batch(
+        self, n: int, rng: np.random.Generator
+    ) -> tuple[NDArray[np.uint8] | Tensor, list[str]]:
+        """`n` pictures, uint8 [n, size, size, 3], and their captions."""
+        ...
+
 
 def train_autoencoder(
     config: VAEConfig,
-    scenes: Scenes | Stage,
+    scenes: Pictures,
     plan: Plan,
     folder: Path,
     *,
@@ -86,9 +95,20 @@ def to_pixels(pictures: NDArray[np.uint8] | Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def latent_spread(
-    vae: AutoencoderKL, scenes: Scenes | Stage, draw: Draw, count: int = 1024
-) -> float:
+def encode(vae: AutoencoderKL, pictures: NDArray[np.uint8] | Tensor) -> Tensor:
+    """uint8 [n, size, size, 3] to float16 latents [n, 4, h, w] on the CPU, scaled."""
+    pixels = to_pixels(pictures)
+    vae.to(pixels.device)
+    parts = []
+    for part in pixels.split(max(1, AT_ONCE // pixels[0, 0].numel())):
+        with autocast(part.device):
+            mean = vae.encode(part)[0]
+        parts.append((mean.float() * vae.config.scaling_factor).half().cpu())
+    return torch.cat(parts)
+
+
+@torch.inference_mode()
+def latent_spread(vae: AutoencoderKL, scenes: Pictures, draw: Draw, count: int = 1024) -> float:
     """Standard deviation of the latents over `count` scenes; its inverse is scaling_factor."""
     pictures = to_pixels(scenes.batch(count, draw.data)[0])
     vae.to(pictures.device)

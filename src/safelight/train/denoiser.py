@@ -17,11 +17,9 @@ from safelight.nets.unet import UNet2DConditionModel, UNetConfig
 from safelight.nets.unet2d import UNet2DConfig, UNet2DModel
 from safelight.nets.vae import AutoencoderKL
 from safelight.schedule import SchedulerConfig, alphas_cumprod
-from safelight.train.autoencoder import to_pixels
+from safelight.train.autoencoder import Pictures, encode, to_pixels
 from safelight.train.devices import autocast, initialise
 from safelight.train.loop import Draw, Plan, Show, fit
-from safelight.train.recipe import Scenes
-from safelight.train.stage import Stage
 
 DROP_CAPTION = 0.1
 """Share of captions left empty, so that guidance has something to guide away from."""
@@ -152,9 +150,8 @@ def train_text_to_image(
     net.cpu()
 
 
-@torch.inference_mode()
 def encode_scenes(
-    vae: AutoencoderKL, scenes: Scenes | Stage, count: int, seed: int, scale: float
+    vae: AutoencoderKL, scenes: Pictures, count: int, seed: int
 ) -> tuple[Tensor, list[str]]:
     """Compose `count` scenes and encode them once: float16 latents [count, 4, h, w], captions.
 
@@ -164,11 +161,7 @@ def encode_scenes(
     latents, captions = [], []
     for start in range(0, count, 128):
         pictures, said = scenes.batch(min(128, count - start), np.random.default_rng([seed, start]))
-        pixels = to_pixels(pictures)
-        vae.to(pixels.device)
-        with autocast(pixels.device):
-            mean = vae.encode(pixels)[0]
-        latents.append((mean.float() * scale).half().cpu())
+        latents.append(encode(vae, pictures))
         captions += said
     return torch.cat(latents), captions
 

@@ -95,7 +95,8 @@ def distil(
     made.mkdir(exist_ok=True)
     base.tokenizer.save(made / "tokenizer")
     credit(base, made)
-    settings = {
+    draw_with = {"sampler": "ddim", "steps": drawing_steps, "guidance_scale": 1.0}
+    scheduler = {
         **base.scheduler.to_dict(),
         "_class_name": "DDIMScheduler",
         "timestep_spacing": "trailing",
@@ -103,7 +104,7 @@ def distil(
     notes = {
         **base.notes,
         "made_from": f"{base.name}, sha256 {base.sha256}",
-        "distilled": {"steps": drawing_steps, "guidance_scale": 1.0},
+        "draw_with": draw_with,
     }
     if base.words is not None:
         notes["words"] = sorted(base.words)
@@ -122,15 +123,8 @@ def distil(
         return (predicted.float() - target.to(draw.device)).square().mean()
 
     def show(trained: Any, step: int) -> Image.Image:
-        export_text_to_image(made, vae, text, trained, settings, notes)
-        return draw_sheet(
-            made,
-            out / f"step-{step:06}.png",
-            shown,
-            steps=drawing_steps,
-            sampler="ddim",
-            guidance_scale=1.0,
-        )
+        export_text_to_image(made, vae, text, trained, scheduler, notes)
+        return draw_sheet(made, out / f"step-{step:06}.png", shown, **draw_with)
 
     student.load_state_dict(
         fit(student, loss_of, plan, out, every=250, native=native, on_checkpoint=show)

@@ -68,9 +68,7 @@ def train_embedded(data: Path, out: Path, *, native: bool = False) -> Path:
     vae.config = replace(vae.config, scaling_factor=round(1 / spread, 5))
 
     def encoded(from_scenes: Scenes, count: int = SCENES) -> tuple[Tensor, Tensor]:
-        latents, captions = encode_scenes(
-            vae, from_scenes, count, shipped.UNET_PLAN.seed, vae.config.scaling_factor
-        )
+        latents, captions = encode_scenes(vae, from_scenes, count, shipped.UNET_PLAN.seed)
         ids = [tokenizer.encode(text).ids for text in captions]
         return latents, torch.tensor(ids, dtype=torch.int16)
 

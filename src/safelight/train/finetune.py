@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from safelight.errors import SafelightError
 from safelight.model import Model
 from safelight.nets.clip import CLIPTextModel
 from safelight.nets.unet import UNet2DConditionModel
-from safelight.train.autoencoder import to_pixels
+from safelight.train.autoencoder import encode
 from safelight.train.captions import split_words
 from safelight.train.denoiser import TextToImage, train_text_to_image
 from safelight.train.devices import Net
@@ -65,7 +65,7 @@ def finetune(
     if not (out / "before.png").exists():
         draw_sheet(model, out / "before.png", prompts)
 
-    latents = _encode(base, squares)
+    latents = encode(vae, squares)
     ids = torch.tensor([tokenizer.encode(text).ids for text in captions], dtype=torch.int32)
     empty = torch.tensor(tokenizer.encode("").ids, dtype=torch.int32)
     net = _trainable(base)
@@ -107,15 +107,6 @@ def _check(base: Model) -> None:
             f"{base.name} reads a mask beside the picture: such models cannot be trained further "
             "yet; take the one it was made from"
         )
-
-
-@torch.inference_mode()
-def _encode(base: Model, squares: Any) -> Tensor:
-    """float16 latents [n, channels, h, w], scaled."""
-    assert base.vae is not None
-    scale = base.vae.config.scaling_factor
-    parts = [base.vae.encode(to_pixels(squares[i : i + 1]))[0] for i in range(len(squares))]
-    return (torch.cat(parts) * scale).half()
 
 
 def _trainable(base: Model) -> TextToImage:

@@ -213,8 +213,7 @@ def _encoded(
         if not path.exists():
             if parts and not done.exists() and time.monotonic() - began > seconds:
                 break
-            scale = vae.config.scaling_factor
-            latents, captions = encode_scenes(vae, stage, sizes.part, number, scale)
+            latents, captions = encode_scenes(vae, stage, sizes.part, number)
             ids = torch.tensor([tokenizer.encode(t).ids for t in captions], dtype=torch.int16)
             save_file({"latents": latents, "ids": ids}, path.with_suffix(".part"))
             path.with_suffix(".part").replace(path)

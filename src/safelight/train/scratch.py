@@ -1,0 +1,130 @@
+"""Train a text-to-image model from nothing, on a user's own captioned pictures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from safelight.errors import SafelightError
+from safelight.nets.clip import CLIPTextConfig, CLIPTextModel
+from safelight.nets.unet import UNetConfig
+from safelight.nets.vae import VAEConfig
+from safelight.schedule import SchedulerConfig
+from safelight.train import large, shipped
+from safelight.train.autoencoder import encode, latent_spread, train_autoencoder
+from safelight.train.captions import split_words
+from safelight.train.cutouts import Pixels
+from safelight.train.denoiser import TextToImage, teach_words, train_text_to_image
+from safelight.train.export import export_text_to_image
+from safelight.train.folder import captioned, digest, read
+from safelight.train.loop import Draw, Plan
+from safelight.train.sheet import draw_sheet
+from safelight.train.tokens import train_vocabulary
+
+CHECKPOINT_EVERY = 500
+SHEET_PROMPTS = 12
+SMALL = 96
+"""Side up to which the networks are those of `embedded`; above, those of `embedded-256`."""
+
+
+class Album:
+    """Pictures, uint8 [n, size, size, 3], and their captions."""
+
+    def __init__(self, squares: Pixels, captions: list[str]) -> None:
+        self.squares, self.captions = squares, captions
+
+    def batch(self, n: int, rng: np.random.Generator) -> tuple[Pixels, list[str]]:
+        """`n` of them, drawn with replacement."""
+        pick = rng.integers(len(self.captions), size=n)
+        return self.squares[pick], [self.captions[i] for i in pick]
+
+
+def text_to_image(
+    folder: Path,
+    out: Path,
+    plan: Plan,
+    *,
+    size: int = shipped.SIZE,
+    autoencoder_steps: int = shipped.VAE_PLAN.steps,
+    native: bool = False,
+) -> Path:
+    """Train autoencoder, text encoder and UNet on the pictures of `folder` (see
+    `train.folder.captioned`), and write the folder out/model.
+
+    plan: of the UNet; size: side of the squares that pictures are cut to. Each stage goes on where
+    it was stopped. Raises SafelightError if there is nothing to learn from.
+    """
+    if size % 32 or not 64 <= size <= 512:
+        raise SafelightError(f"size {size}: expected a multiple of 32 from 64 to 512")
+    vae_config, text_config, unet_config = networks(size)
+    examples = captioned(folder)
+    captions = [example.caption for example in examples]
+    squares = read([example.path for example in examples], size)
+    album = Album(squares, captions)
+    recipe = digest(squares, captions)
+    plan = replace(plan, recipe=recipe)
+    made = out / "model"
+    tokenizer = train_vocabulary(
+        captions,
+        text_config.vocab_size,
+        made / "tokenizer",
+        text_config.max_position_embeddings,
+    )
+    first = replace(
+        shipped.VAE_PLAN,
+        steps=autoencoder_steps,
+        warmup=min(shipped.VAE_PLAN.warmup, max(1, autoencoder_steps // 10)),
+        seed=plan.seed,
+        recipe=recipe,
+    )
+    vae = train_autoencoder(vae_config, album, first, out / "autoencoder", native=native)
+    spread = latent_spread(vae, album, Draw.of(plan.seed, 0))
+    vae.config = replace(vae.config, scaling_factor=round(1 / spread, 5))
+    latents = encode(vae, squares)
+    ids = torch.tensor([tokenizer.encode(caption).ids for caption in captions], dtype=torch.int32)
+
+    torch.manual_seed(plan.seed)
+    text = CLIPTextModel(text_config)
+    second = replace(
+        shipped.TEXT_PLAN,
+        steps=min(shipped.TEXT_PLAN.steps, plan.steps),
+        seed=plan.seed,
+        recipe=recipe,
+    )
+    teach_words(text, latents, ids, tokenizer.eos, second, out / "words")
+    net = TextToImage(text, unet_config)
+    prompts = list(dict.fromkeys(captions))[:SHEET_PROMPTS]
+    notes = {"words": sorted({word for caption in captions for word in split_words(caption)})}
+
+    def show(trained: Any, step: int) -> Image.Image:
+        parts = vae, trained.text_encoder, trained.unet
+        export_text_to_image(made, *parts, shipped.SCHEDULER, notes)
+        return draw_sheet(made, out / f"step-{step:06}.png", prompts)
+
+    train_text_to_image(
+        net,
+        SchedulerConfig.from_dict(shipped.SCHEDULER),
+        latents,
+        ids,
+        torch.tensor(tokenizer.encode("").ids, dtype=torch.int32),
+        plan,
+        out,
+        every=CHECKPOINT_EVERY,
+        native=native,
+        on_checkpoint=show,
+    )
+    return made
+
+
+def networks(size: int) -> tuple[VAEConfig, CLIPTextConfig, UNetConfig]:
+    """For pictures of this side: those of the models that ship, which were tried."""
+    small = size <= SMALL
+    vae = shipped.VAE if small else large.WHOLE.vae
+    unet = shipped.UNET if small else large.WHOLE.unet
+    text = shipped.TEXT if small else large.WHOLE.text
+    return vae, text, replace(unet, sample_size=size // vae.factor)

@@ -1,0 +1,138 @@
+"""A student that draws in a few steps what its teacher draws in many."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import safelight
+from safelight.errors import SafelightError
+from safelight.schedule import SchedulerConfig, alphas_cumprod, sigmas_of
+from safelight.train import distil
+from safelight.train.distil import Ways, lesson, read_prompts, teachers_ways
+from safelight.train.loop import Plan
+
+PLAN = Plan(steps=40, batch=8, learning_rate=5e-4, warmup=4, weight_decay=0.0, ema=0.8)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_who_says_the_target_comes_where_the_teacher_came(kind: str) -> None:
+    """By diffusers' DDIM, from the state that the network reads."""
+    from diffusers import DDIMScheduler
+
+    config = {
+        "beta_start": 0.00085,
+        "beta_end": 0.02,
+        "beta_schedule": "scaled_linear",
+        "prediction_type": kind,
+        "timestep_spacing": "trailing",
+        "clip_sample": False,
+    }
+    ours = SchedulerConfig.from_dict(config)
+    theirs = DDIMScheduler(**config)
+    theirs.set_timesteps(4)
+    times = theirs.timesteps
+    sigmas = torch.from_numpy(sigmas_of(alphas_cumprod(ours)))[times].float()
+    states = torch.randn(3, 5, 4, 8, 8)
+    ways = Ways(states, sigmas, times.float())
+    pick = torch.tensor([2, 0, 1, 2])
+    step = torch.arange(4)
+    seen, target = lesson(ways, pick, step, ours)
+    assert torch.equal(seen, states[pick, step])
+    for i in range(4):
+        found = theirs.step(target[i], times[i], seen[i], return_dict=False)[0]
+        assert torch.allclose(found, states[pick[i], i + 1], atol=1e-4)
+
+
+def test_the_teachers_ways_are_its_pictures(tmp_path: Path) -> None:
+    """They end where ddim of as many steps ends, and are not drawn again."""
+    teacher = safelight.load("embedded", dtype="float32")
+    plan = replace(PLAN, recipe="0123456789abcdef", seed=5)
+    ways = teachers_ways(teacher, ["a cat"], 2, 4.0, tmp_path, plan)
+    assert ways.states.shape == (1, 3, 4, 16, 16)
+    drawn: list[torch.Tensor] = []
+    teacher.generate(
+        "a cat",
+        steps=2 * distil.SUBSTEPS,
+        sampler="ddim",
+        spacing="trailing",
+        guidance_scale=4.0,
+        seed=5,
+        on_step=lambda step: drawn.append(step.clean),
+    )
+    assert (ways.states[0, -1].float() - drawn[-1][0]).abs().max() < 0.05
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert torch.equal(
+        teachers_ways(teacher, ["a cat"], 2, 4.0, tmp_path, plan).states, ways.states
+    )
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == kept
+
+
+def test_a_student_comes_nearer_and_diffusers_draws_the_same(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n\n  a red apple \n")
+    made = distil.distil(prompts, tmp_path / "out", PLAN)
+    student = safelight.load(str(made), dtype="float32")
+    teacher = safelight.load("embedded", dtype="float32")
+    assert student.words == teacher.words
+    fast: dict[str, Any] = {"sampler": "ddim", "steps": 4, "guidance_scale": 1.0}
+    states = torch.load(next((tmp_path / "out" / "ways").iterdir()), weights_only=True)
+
+    def error(model: Any) -> float:
+        """To the picture that the teacher made of this noise."""
+        noise = torch.randn((2, 4, 16, 16), generator=torch.Generator().manual_seed(PLAN.seed))
+        assert torch.allclose(states[:, 0].float(), noise, atol=1e-2)
+        job = model.generate(
+            "a cat", **fast, spacing="trailing", seed=PLAN.seed, on_step=last.append
+        )
+        assert len(job.images) == 1
+        return float((last[-1].clean[0] - states[0, -1].float()).square().mean())
+
+    last: list[Any] = []
+    assert error(student) < 0.5 * error(teacher)
+    assert (made / "NOTICE").is_file()
+    assert (tmp_path / "out" / "sheet.png").is_file()
+
+    import diffusers
+    import numpy as np
+
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(made, dtype=torch.float32)
+    assert isinstance(pipe.scheduler, diffusers.DDIMScheduler)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(
+        "a cat",
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        generator=torch.Generator().manual_seed(3),
+        height=64,
+        width=64,
+    ).images[0]
+    ours = student.generate("a cat", **fast, seed=3)
+    assert ours.warnings == []
+    (warning,) = student.generate("a cat", steps=8).warnings
+    assert "was taught to draw with sampler ddim, steps 4, guidance_scale 1.0;" in warning
+    apart = np.abs(np.asarray(ours.images[0]).astype(int) - np.asarray(theirs).astype(int))
+    assert apart.max() <= 1
+
+
+def test_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    path.write_text("\n  a cat\n\na dog  \n")
+    assert read_prompts(path) == ["a cat", "a dog"]
+    path.write_text(" \n")
+    with pytest.raises(SafelightError, match="has no prompts: expected one a line"):
+        read_prompts(path)
+    path.write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(SafelightError, match="cannot be read as text"):
+        read_prompts(path)
+
+
+def test_what_cannot_be_a_teacher(tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    path.write_text("a cat")
+    with pytest.raises(SafelightError, match="draws from noise alone"):
+        distil.distil(path, tmp_path / "out", PLAN, model="embedded-unconditional")
