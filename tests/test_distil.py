@@ -127,8 +127,20 @@ def test_prompts(tmp_path: Path) -> None:
     with pytest.raises(SafelightError, match="has no prompts: expected one a line"):
         read_prompts(path)
     path.write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(SafelightError, match="cannot be read as text"):
+    with pytest.raises(SafelightError, match="is no UTF-8 text"):
         read_prompts(path)
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: Any, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise RuntimeError("write failed: No space left on device")
+
+    teacher = safelight.load("embedded", dtype="float32")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SafelightError, match=r"could not be written .* make room"):
+        teachers_ways(teacher, ["a cat"], 1, 1.0, tmp_path, PLAN)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_a_teacher(tmp_path: Path) -> None:

@@ -289,6 +289,7 @@ def places(app: Any) -> set[str]:
         *app.openapi()["paths"],
         *("/", "/nowhere", "/favicon.ico", "/studio", "/studio/", "/studio/enter"),
         *("/studio/gradio_api/file=/etc/passwd", "/studio/inside/" + "0" * 32),
+        "/static-offline-docs/swagger-ui.css",
     }
 
 
@@ -328,6 +329,7 @@ PLACES = (
     "/v1/models/{}",
     "/{}",
     "/docs/{}",
+    "/static-offline-docs/{}",
     "/studio/inside/{}",
 )
 

@@ -379,6 +379,14 @@ def test_settings_compared_on_one_picture(server: Serving, page: Page) -> None:
     expect(page.locator("#compare-problem")).to_contain_text("no sampler 'brush'")
 
 
+def test_the_apis_page_asks_nobody_else(server: Serving, browser: Browser) -> None:
+    watched = Watched(browser, server.url)
+    watched.page.goto(f"{server.url}/docs")
+    expect(watched.page.get_by_text("/api/jobs", exact=True).first).to_be_visible()
+    watched.context.close()
+    watched.check()
+
+
 def test_one_picture_is_looked_into(page: Page) -> None:
     draw(page, "a cat above a pizza", Steps=5)
     choose(page, "Look inside")

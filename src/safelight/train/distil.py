@@ -21,6 +21,7 @@ from safelight.denoiser import Condition, estimate
 from safelight.errors import SafelightError
 from safelight.model import Model
 from safelight.nets.unet import UNet2DConditionModel
+from safelight.picture import reason
 from safelight.schedule import SchedulerConfig, alphas_cumprod, sigmas_of, spaced
 from safelight.train.devices import autocast
 from safelight.train.export import export_text_to_image
@@ -139,10 +140,10 @@ def read_prompts(path: Path) -> list[str]:
     """The lines of a text file that are not empty."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SafelightError(
-            f"{path} cannot be read as text ({error}): expected one prompt a line"
-        ) from None
+    except OSError as error:
+        raise SafelightError(f"{path} cannot be read: {reason(error)}") from None
+    except UnicodeDecodeError:
+        raise SafelightError(f"{path} is no UTF-8 text: expected one prompt a line") from None
     found = [line.strip() for line in lines if line.strip()]
     if not found:
         raise SafelightError(f"{path} has no prompts: expected one a line")
@@ -167,9 +168,7 @@ def teachers_ways(
             states = _draw(
                 teacher, captions[first : first + ROWS], sigmas, times, guidance, plan.seed + first
             )
-            beside = path.with_suffix(".part")
-            torch.save(states, beside)
-            beside.replace(path)
+            _keep(states, path)
             progress(f"the teacher drew {min(first + ROWS, len(captions))}/{len(captions)}")
         parts.append(torch.load(path, weights_only=True))
     return Ways(
@@ -177,6 +176,19 @@ def teachers_ways(
         torch.tensor(sigmas[:-1:SUBSTEPS], dtype=torch.float32),
         torch.tensor(times[::SUBSTEPS], dtype=torch.float32),
     )
+
+
+def _keep(states: Tensor, path: Path) -> None:
+    beside = path.with_suffix(".part")
+    try:
+        torch.save(states, beside)
+        beside.replace(path)
+    except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
+        beside.unlink(missing_ok=True)
+        raise SafelightError(
+            f"what the teacher drew could not be written to {path.parent} ({reason(error)}); the "
+            "parts before it are kept: make room and start the same command again"
+        ) from None
 
 
 @torch.inference_mode()
