@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import safelight
+from safelight.engine import taught
 from safelight.errors import SafelightError
 from safelight.schedule import SchedulerConfig, alphas_cumprod, sigmas_of
 from safelight.train import distil
@@ -113,6 +114,8 @@ def test_a_student_comes_nearer_and_diffusers_draws_the_same(tmp_path: Path) -> 
     ).images[0]
     ours = student.generate("a cat", **fast, seed=3)
     assert ours.warnings == []
+    # What is not asked for is what it was taught.
+    assert student.generate("a cat", seed=3).images[0].tobytes() == ours.images[0].tobytes()
     (warning,) = student.generate("a cat", steps=8).warnings
     assert "was taught to draw with sampler ddim, steps 4, guidance_scale 1.0;" in warning
     apart = np.abs(np.asarray(ours.images[0]).astype(int) - np.asarray(theirs).astype(int))
@@ -129,6 +132,15 @@ def test_prompts(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\xff")
     with pytest.raises(SafelightError, match="is no UTF-8 text"):
         read_prompts(path)
+
+
+@pytest.mark.parametrize(
+    "said", [None, [], {"steps": 4}, {"sampler": "x", "steps": 4, "guidance_scale": 1.0}]
+)
+def test_what_a_model_says_wrongly_is_no_default(said: Any) -> None:
+    model = safelight.load("embedded", dtype="float32")
+    model.notes["draw_with"] = said
+    assert taught(model) == {}
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,9 +126,9 @@ def settle(model: Model, request: Request) -> Request:
         raise SafelightError(
             f"{model.name} draws from noise alone: ask for unconditional, without prompt or picture"
         )
-    filled: dict[str, Any] = {}
-    if request.steps is None:
-        filled["steps"] = SAMPLERS[request.sampler].steps
+    filled = {k: v for k, v in taught(model).items() if k not in request.model_fields_set}
+    if request.steps is None and "steps" not in filled:
+        filled["steps"] = SAMPLERS[filled.get("sampler", request.sampler)].steps
     if model.kind == "pixels":
         if (request.width, request.height) not in ((None, None), model.native_size):
             width, height = model.native_size
@@ -142,6 +142,19 @@ def settle(model: Model, request: Request) -> Request:
     elif request.strength is not None:
         filled["strength"] = None
     return request.replace(**filled)
+
+
+def taught(model: Model) -> dict[str, Any]:
+    """Sampler, steps and guidance scale that a distilled model draws with; empty for any other."""
+    said = model.notes.get("draw_with")
+    names = ("sampler", "steps", "guidance_scale")
+    if not isinstance(said, dict):
+        return {}
+    try:
+        asked = Request(prompt="-", **{name: said[name] for name in names})
+    except (KeyError, SafelightError):
+        return {}  # a file of someone else's
+    return {name: getattr(asked, name) for name in names}
 
 
 def _size(model: Model, request: Request) -> tuple[int, int]:
@@ -204,13 +217,10 @@ def condition(model: Model, request: Request) -> tuple[Condition, list[str]]:
 
 def _unsuited(model: Model, request: Request) -> list[str]:
     """Of settings that a distilled model was not taught."""
-    taught = model.notes.get("draw_with")
-    names = ("sampler", "steps", "guidance_scale")
-    if not isinstance(taught, dict) or any(name not in taught for name in names):
+    wanted = taught(model)
+    if all(getattr(request, name) == value for name, value in wanted.items()):
         return []
-    if all(getattr(request, name) == taught[name] for name in names):
-        return []
-    told = ", ".join(f"{name} {taught[name]!s:.20}" for name in names)
+    told = ", ".join(f"{name} {value}" for name, value in wanted.items())
     return [f"{model.name} was taught to draw with {told}; with other settings it draws worse"]
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from safelight.engine import admit, condition, settle
+from safelight.engine import admit, condition, settle, taught
 from safelight.errors import SafelightError
 from safelight.evaluate.judge import FIRST, SECOND, WHOLE, Verdict, train_judge
 from safelight.job import advance, finish
@@ -68,16 +68,22 @@ def invent(scenes: Scenes, seed: int = 0, share: float = 1.0) -> list[Asked]:
     return asked
 
 
+def settings_of(model: Model) -> dict[str, Any]:
+    """What is asked of it: ours, or what a distilled one was taught."""
+    return SETTINGS | taught(model)
+
+
 def draw(
     model: Model, prompts: list[str], seed: int = 0, log: Callable[[str], None] = lambda _: None
 ) -> Pixels:
     """Pictures, uint8 [n, side, side, 3], of seeds `seed`, `seed` + 1…; many share each step."""
     pictures = []
+    settings = settings_of(model)
     with torch.inference_mode():
         for start in range(0, len(prompts), BATCH):
             jobs = []
             for i, prompt in enumerate(prompts[start : start + BATCH]):
-                request = settle(model, Request(prompt=prompt, **SETTINGS))
+                request = settle(model, Request(prompt=prompt, **settings))
                 jobs.append(admit(model, request, condition(model, request)[0], seed + start + i))
             while not jobs[0].done:
                 advance(model, jobs)
@@ -147,7 +153,7 @@ def evaluate(
     found = {
         "model_sha256": loaded.sha256,
         "prompts": len(asked),
-        "settings": SETTINGS,
+        "settings": settings_of(loaded),
         "drawn": score(asked, judge.look(drawn, wanted), names),
         "composed": score(asked, judge.look(composed, wanted), names),
         "frechet": {
