@@ -180,12 +180,13 @@ class Hub:
     async def stop(self) -> None:
         """Let the worker put back what it has not finished, and end."""
         self.drain()
-        self._say("stop")
-        process = self._child.process
-        await asyncio.to_thread(process.join, GRACE)
-        if process.is_alive():
-            process.kill()
-            await asyncio.to_thread(process.join)
+        while self._keeper.is_alive():  # it may have begun another worker just before
+            self._say("stop")
+            process = self._child.process
+            await asyncio.to_thread(process.join, GRACE)
+            if process.is_alive():
+                process.kill()
+            await asyncio.to_thread(self._keeper.join, GRACE)
         with contextlib.suppress(StorageError):  # the next start does it
             await self._in_database(partial(self.store.release, told_to=True))
         self._database.shutdown()

@@ -68,7 +68,7 @@ FAST_PROMPTS = 9600
 FAST_STEPS = 4
 FAST_GUIDANCE = 4.0
 FAST_PLAN = Plan(
-    steps=3000, batch=32, learning_rate=4e-4, warmup=100, cooldown=2000, weight_decay=0.0, ema=0.99
+    steps=2000, batch=32, learning_rate=4e-4, warmup=100, cooldown=1400, weight_decay=0.0, ema=0.99
 )
 
 # More noise at the end than Stable Diffusion's 0.012: with 16x16 latents less of it is averaged
