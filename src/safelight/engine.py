@@ -15,7 +15,7 @@ from safelight.denoiser import Condition
 from safelight.errors import SafelightError
 from safelight.job import Job, advance, decode, finish, prepare
 from safelight.model import Model
-from safelight.request import Request, Result, allowed_side
+from safelight.request import Request, Result, allowed_side, taught
 from safelight.samplers import SAMPLERS, table
 from safelight.words import unknown_words
 
@@ -126,9 +126,10 @@ def settle(model: Model, request: Request) -> Request:
         raise SafelightError(
             f"{model.name} draws from noise alone: ask for unconditional, without prompt or picture"
         )
-    filled = {k: v for k, v in taught(model).items() if k not in request.model_fields_set}
-    if request.steps is None and "steps" not in filled:
-        filled["steps"] = SAMPLERS[filled.get("sampler", request.sampler)].steps
+    request = request.where_silent(taught(model.notes))
+    filled: dict[str, Any] = {}
+    if request.steps is None:
+        filled["steps"] = SAMPLERS[request.sampler].steps
     if model.kind == "pixels":
         if (request.width, request.height) not in ((None, None), model.native_size):
             width, height = model.native_size
@@ -142,19 +143,6 @@ def settle(model: Model, request: Request) -> Request:
     elif request.strength is not None:
         filled["strength"] = None
     return request.replace(**filled)
-
-
-def taught(model: Model) -> dict[str, Any]:
-    """Sampler, steps and guidance scale that a distilled model draws with; empty for any other."""
-    said = model.notes.get("draw_with")
-    names = ("sampler", "steps", "guidance_scale")
-    if not isinstance(said, dict):
-        return {}
-    try:
-        asked = Request(prompt="-", **{name: said[name] for name in names})
-    except (KeyError, SafelightError):
-        return {}  # a file of someone else's
-    return {name: getattr(asked, name) for name in names}
 
 
 def _size(model: Model, request: Request) -> tuple[int, int]:
@@ -217,7 +205,7 @@ def condition(model: Model, request: Request) -> tuple[Condition, list[str]]:
 
 def _unsuited(model: Model, request: Request) -> list[str]:
     """Of settings that a distilled model was not taught."""
-    wanted = taught(model)
+    wanted = taught(model.notes)
     if all(getattr(request, name) == value for name, value in wanted.items()):
         return []
     told = ", ".join(f"{name} {value}" for name, value in wanted.items())

@@ -8,6 +8,7 @@ import difflib
 import json
 import numbers
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -220,6 +221,12 @@ class Request(BaseModel):
         """The same request with these settings changed, checked anew."""
         return type(self)(**{**dict(self), **changes})
 
+    def where_silent(self, settings: Mapping[str, Any]) -> Self:
+        """The same request with these settings, checked before, where it was asked for nothing."""
+        return self.model_copy(
+            update={k: v for k, v in settings.items() if k not in self.model_fields_set}
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON has them; a picture or mask is named by its SHA-256 alone."""
         settings = self.model_dump()
@@ -361,3 +368,18 @@ def _shown(value: object) -> str:
 
 def _size(image: Image) -> str:
     return f"{image.width}x{image.height}"
+
+
+def taught(notes: Mapping[str, Any]) -> dict[str, Any]:
+    """Sampler, steps and guidance scale that a distilled model draws with, by the notes in its
+    safelight.json; empty for any other.
+    """
+    said = notes.get("draw_with")
+    names = ("sampler", "steps", "guidance_scale")
+    if not isinstance(said, dict):
+        return {}
+    try:
+        asked = Request(prompt="-", **{name: said[name] for name in names})
+    except (KeyError, SafelightError):
+        return {}  # a file of someone else's
+    return {name: getattr(asked, name) for name in names}

@@ -65,6 +65,7 @@ class Inside:
         folder: Path,
         *,
         draws: bool = True,
+        model: str = "embedded",
         bound: int = 1000,
         token: str | None = None,
         **how: Any,
@@ -72,7 +73,7 @@ class Inside:
         folder.mkdir(exist_ok=True)
         self.data = folder
         settings = Settings(
-            "embedded", f"sqlite:///{folder / 'jobs.sqlite3'}", str(folder), device="cpu", **how
+            model, f"sqlite:///{folder / 'jobs.sqlite3'}", str(folder), device="cpu", **how
         )
         ours, theirs = Pipe()
         self.worker = Worker(theirs, settings) if draws else None

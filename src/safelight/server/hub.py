@@ -17,7 +17,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from safelight.errors import SafelightError
-from safelight.request import Request
+from safelight.request import Request, taught
 from safelight.samplers import SAMPLERS
 from safelight.server.files import Files
 from safelight.server.jobs import (
@@ -31,6 +31,7 @@ from safelight.server.jobs import (
 )
 from safelight.server.process import Child, Settings, spawn
 from safelight.server.store import Store, new_id
+from safelight.weights.find import notes_of
 
 log = logging.getLogger("safelight.server")
 
@@ -56,6 +57,7 @@ class Hub:
         self.store.release()  # what an earlier server left running
         self.files.sweep(*self.store.known_files())
         self.info = ModelInfo(name=settings.model)
+        self._taught: dict[str, Any] | None = None
         self.refusal: str | None = None
         self.restarts = 0
         self.stopping = False
@@ -222,6 +224,7 @@ class Hub:
     ) -> Job:
         if self.stopping:
             raise StoppingError
+        request = request.where_silent(await self.taught())
         steps = request.steps or SAMPLERS[request.sampler].steps
         if steps * request.count > MOST_STEPS:
             raise SafelightError(
@@ -367,6 +370,12 @@ class Hub:
 
     async def model(self) -> ModelInfo:
         return self.info
+
+    async def taught(self) -> dict[str, Any]:
+        """The settings that a distilled model draws with, where nothing else is asked for."""
+        if self._taught is None:  # looked up once, but not before somebody asks: it takes a while
+            self._taught = taught(await self._in_database(notes_of, self.settings.model))
+        return self._taught
 
     def _with_progress(self, job: Job) -> Job:
         progress = self._progress.get(job.id)

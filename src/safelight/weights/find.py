@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safelight.errors import SafelightError
 from safelight.weights.check import printable, read_json
-from safelight.weights.folder import files_of
+from safelight.weights.folder import Folder, files_of
 
 BUILT_IN = ("embedded", "embedded-unconditional")
 MODELS = Path(__file__).parent.parent / "models"
@@ -53,6 +54,15 @@ def find(name: str | Path, *, download: bool = True) -> Source:
             'not a file or folder here, not a hub id ("org/name")'
         )
     return Source(name, _from_hub(hub_id[1], hub_id[2], download))
+
+
+def notes_of(name: str | Path) -> dict[str, Any]:
+    """What stands in a model's safelight.json; nothing if it has none, or is not here."""
+    try:
+        path = find(name, download=False).path
+        return (Folder(path, str(name)).json("safelight.json") or {}) if path.is_dir() else {}
+    except SafelightError:
+        return {}  # said when it is loaded
 
 
 def _from_hub(repo: str, revision: str | None, download: bool) -> Path:
