@@ -66,6 +66,7 @@ data/cutouts.npz: | $(VENV)/.ready-dev
 
 train: data/cutouts.npz
 	$(BIN)/safelight train embedded --data data --out runs
+	$(BIN)/safelight train embedded-fast --data data --out runs --model runs/embedded
 	$(BIN)/safelight train embedded-unconditional --data data --out runs
 
 data/256/cutouts.npz: | $(VENV)/.ready-dev

@@ -387,8 +387,8 @@ class TestTools:
     def test_models(self, run, tmp_path, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
         names = [line.split()[0] for line in run("models").out.splitlines()]
-        assert names == ["NAME", "embedded", "embedded-unconditional"]
-        assert len(json.loads(run("models", "--json").out)) == 2
+        assert names == ["NAME", "embedded", "embedded-fast", "embedded-unconditional"]
+        assert len(json.loads(run("models", "--json").out)) == 3
 
     def test_inspect_a_picture(self, run, model):
         run("generate", "a \x1b[31mred\x1b[0m apple", "--seed", "3")

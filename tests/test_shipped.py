@@ -13,7 +13,9 @@ MODELS = Path(safelight.__file__).parent / "models"
 MIB = 2**20
 
 
-@pytest.mark.parametrize(("name", "most"), [("embedded", 16), ("embedded-unconditional", 4)])
+@pytest.mark.parametrize(
+    ("name", "most"), [("embedded", 16), ("embedded-fast", 16), ("embedded-unconditional", 4)]
+)
 def test_size(name: str, most: int) -> None:
     files = [path for path in (MODELS / name).rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= most * MIB
@@ -59,6 +61,22 @@ def test_words_change_the_picture(model: Model) -> None:
     assert bomb.mean() < min(banana.mean(), frog.mean())
 
 
+def test_in_four_steps_it_is_the_same_thing(model: Model) -> None:
+    """Of the same noise; other things are further away."""
+    fast = safelight.load("embedded-fast", device="cpu", dtype="float32")
+    things = ["a red apple", "a cat", "a rocket on a blue background", "a frog"]
+    teacher = [
+        np.asarray(model.generate(thing, seed=2, steps=16, guidance_scale=4.0).images[0], float)
+        for thing in things
+    ]
+    for i, thing in enumerate(things):
+        drawn = fast.generate(thing, seed=2)
+        assert drawn.warnings == []
+        assert drawn.settings["steps"] == 4
+        apart = [np.abs(np.asarray(drawn.images[0], float) - other).mean() for other in teacher]
+        assert np.argmin(apart) == i
+
+
 def test_without_words(model: Model) -> None:
     pixels = safelight.load("embedded-unconditional", device="cpu", dtype="float32")
     result = pixels.generate(unconditional=True, sampler="ddim", steps=20, seed=1, count=4)
@@ -84,7 +102,7 @@ def test_in_bfloat16_the_pictures_are_the_same_but_for_rounding(model: Model) ->
 def test_the_model_card_names_the_weights() -> None:
     card = (Path(__file__).parent.parent / "docs" / "model-card.md").read_text()
     files = sorted(MODELS.rglob("*.safetensors"))
-    assert len(files) == 4
+    assert len(files) == 7
     for path in files:
         row = (
             f"| `{path.relative_to(MODELS)}` | `{hashlib.sha256(path.read_bytes()).hexdigest()}` |"

@@ -141,6 +141,14 @@ def test_embedded(worst: Worst, sampler: str, schedule: str | None) -> None:
         pipe.scheduler = held
 
 
+def test_embedded_fast(worst: Worst) -> None:
+    """With the settings that it was taught, which nobody has to ask for."""
+    folder = BUILT_IN / "embedded-fast"
+    pipe = theirs(folder, "StableDiffusionPipeline")
+    said = {"prompt": "a red apple", "num_inference_steps": 4, "guidance_scale": 1.0}
+    compare(worst, ours(folder), pipe, said, prompt="a red apple", seed=3)
+
+
 NEAR = 40.0
 """Decibels: how near pictures in bfloat16 are to diffusers' in float32, at least."""
 

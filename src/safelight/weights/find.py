@@ -11,7 +11,7 @@ from safelight.errors import SafelightError
 from safelight.weights.check import printable, read_json
 from safelight.weights.folder import Folder, files_of
 
-BUILT_IN = ("embedded", "embedded-unconditional")
+BUILT_IN = ("embedded", "embedded-fast", "embedded-unconditional")
 MODELS = Path(__file__).parent.parent / "models"
 # "org/name", or "org/name@revision" with a branch, a tag or a commit.
 _HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w.-]*))?")
