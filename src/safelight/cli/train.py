@@ -1,7 +1,7 @@
 """`safelight train`: models from pictures, one's own or those of the recipe."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -9,6 +9,9 @@ from typer import Argument, Option
 from safelight.cli.loading import import_torch
 from safelight.cli.output import note, say
 from safelight.errors import SafelightError
+
+if TYPE_CHECKING:
+    from safelight.train.loop import Plan
 
 app = typer.Typer(
     help="Teach a model your own pictures, or make the models that ship.",
@@ -47,18 +50,9 @@ def fine_tune(
 ) -> None:
     """Teach a model your pictures; goes on where it was stopped. The result is OUT/model."""
     _numbers(steps, batch, learning_rate)
-    import_torch()
+    plan = _plan(steps, batch, learning_rate, seed, warmup=50, ema=0.99)
     from safelight.train.finetune import finetune
-    from safelight.train.loop import Plan
 
-    plan = Plan(
-        steps=steps,
-        batch=batch,
-        learning_rate=learning_rate,
-        warmup=max(1, min(50, steps // 10)),
-        ema=0.99,
-        seed=seed,
-    )
     say(finetune(folder, out, plan, model=model, size=size, min_snr=min_snr, native=native))
 
 
@@ -81,18 +75,10 @@ def text_to_image(
     """
     _numbers(steps, batch, learning_rate)
     _numbers(autoencoder_steps, batch, learning_rate)
-    import_torch()
-    from safelight.train.loop import Plan
+    cooldown = max(1, steps * 2 // 3)
+    plan = _plan(steps, batch, learning_rate, seed, warmup=100, cooldown=cooldown)
     from safelight.train.scratch import text_to_image as train
 
-    plan = Plan(
-        steps=steps,
-        batch=batch,
-        learning_rate=learning_rate,
-        warmup=max(1, min(100, steps // 10)),
-        cooldown=max(1, steps * 2 // 3),
-        seed=seed,
-    )
     say(train(folder, out, plan, size=size, autoencoder_steps=autoencoder_steps, native=native))
 
 
@@ -109,17 +95,9 @@ def unconditional(
 ) -> None:
     """Train a model that draws from noise alone; goes on where it was stopped."""
     _numbers(steps, batch, learning_rate)
-    import_torch()
-    from safelight.train.loop import Plan
+    plan = _plan(steps, batch, learning_rate, seed, warmup=200)
     from safelight.train.unconditional import unconditional as train
 
-    plan = Plan(
-        steps=steps,
-        batch=batch,
-        learning_rate=learning_rate,
-        warmup=max(1, min(200, steps // 10)),
-        seed=seed,
-    )
     made = train(source, out, plan, size=size, native=native)
     say(made)
     note(f"draw with: safelight generate --unconditional --sampler ddim --model {made}")
@@ -146,19 +124,9 @@ def distil(
         raise SafelightError(f"--drawing-steps {drawing_steps}: expected 1 to 50")
     if not 1 <= guidance_scale <= 100:
         raise SafelightError(f"--guidance-scale {guidance_scale:g}: expected 1 to 100")
-    import_torch()
+    plan = _plan(steps, batch, learning_rate, seed, warmup=100, weight_decay=0.0, ema=0.99)
     from safelight.train.distil import distil as train
-    from safelight.train.loop import Plan
 
-    plan = Plan(
-        steps=steps,
-        batch=batch,
-        learning_rate=learning_rate,
-        warmup=max(1, min(100, steps // 10)),
-        weight_decay=0.0,
-        ema=0.99,
-        seed=seed,
-    )
     made = train(
         prompts,
         out,
@@ -253,6 +221,23 @@ def evaluate(
     from safelight.evaluate.figures import evaluate as run
 
     say(run(data, out, model, share=share))
+
+
+def _plan(
+    steps: int, batch: int, learning_rate: float, seed: int, *, warmup: int, **other: Any
+) -> "Plan":
+    """warmup: steps, fewer in a short run."""
+    import_torch()
+    from safelight.train.loop import Plan
+
+    return Plan(
+        steps=steps,
+        batch=batch,
+        learning_rate=learning_rate,
+        warmup=max(1, min(warmup, steps // 10)),
+        seed=seed,
+        **other,
+    )
 
 
 def _numbers(steps: int, batch: int, learning_rate: float) -> None:

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def load(name: str, arguments: dict[str, list[Any]]) -> Any:
@@ -25,6 +25,16 @@ def load(name: str, arguments: dict[str, list[Any]]) -> Any:
         getattr(found, function).argtypes = types
         getattr(found, function).restype = None
     return found
+
+
+def plain_3x3(conv: nn.Conv2d, lanes: int) -> bool:
+    """Whether it is a 3×3 convolution with a border of one, of whole `lanes` of channels."""
+    return (
+        not (conv.in_channels % lanes or conv.out_channels % lanes)
+        and conv.kernel_size == (3, 3)
+        and conv.padding == (1, 1)
+        and conv.stride == conv.dilation == (1, 1)
+    )
 
 
 def at(tensor: Tensor | None) -> int | None:

@@ -113,13 +113,7 @@ class Map:
 
 
 def fits_conv(conv: nn.Conv2d, dtype: torch.dtype) -> bool:
-    return (
-        available(dtype)
-        and not (conv.in_channels % 32 or conv.out_channels % 32)
-        and conv.kernel_size == (3, 3)
-        and conv.padding == (1, 1)
-        and conv.stride == conv.dilation == (1, 1)
-    )
+    return available(dtype) and kernels.plain_3x3(conv, 32)
 
 
 class Convolution:

@@ -59,11 +59,8 @@ def fits_conv(conv: nn.Conv2d, dtype: torch.dtype) -> bool:
         dtype == torch.float32
         and library() is not None
         and memory.total() >= ENOUGH
-        and not (conv.in_channels % 16 or conv.out_channels % 16)
+        and kernels.plain_3x3(conv, 16)
         and conv.in_channels * conv.out_channels >= FEW
-        and conv.kernel_size == (3, 3)
-        and conv.padding == (1, 1)
-        and conv.stride == conv.dilation == (1, 1)
     )
 
 

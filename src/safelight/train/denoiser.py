@@ -46,11 +46,7 @@ class Noising:
         bar = self.bars[steps][:, None, None, None].to(draw.device)
         noise = draw.normal(clean.shape)
         noisy = bar.sqrt() * clean + (1 - bar).sqrt() * noise
-        target = {
-            "epsilon": noise,
-            "v_prediction": bar.sqrt() * noise - (1 - bar).sqrt() * clean,
-            "sample": clean,
-        }[self.kind]
+        target = wanted(self.kind, clean, noise, bar)
         with autocast(draw.device):
             predicted = net(noisy, steps.to(draw.device))
         error = (predicted.float() - target).square()
@@ -63,6 +59,15 @@ class Noising:
         snr = bar / (1 - bar)
         kept = snr.clamp(max=self.min_snr)
         return {"epsilon": kept / snr, "v_prediction": kept / (snr + 1), "sample": kept}[self.kind]
+
+
+def wanted(kind: str, clean: Tensor, noise: Tensor, bar: Tensor) -> Tensor:
+    """What a network of this prediction type is to say of √ᾱ·clean + √(1 − ᾱ)·noise; bar: ᾱ."""
+    if kind == "epsilon":
+        return noise
+    if kind == "sample":
+        return clean
+    return bar.sqrt() * noise - (1 - bar).sqrt() * clean
 
 
 class Sketch(nn.Module):

@@ -23,12 +23,13 @@ from safelight.model import Model
 from safelight.nets.unet import UNet2DConditionModel
 from safelight.picture import reason
 from safelight.schedule import SchedulerConfig, alphas_cumprod, sigmas_of, spaced
+from safelight.train.denoiser import wanted
 from safelight.train.devices import autocast
 from safelight.train.export import export_text_to_image
 from safelight.train.finetune import credit, own_memory
 from safelight.train.folder import digest
-from safelight.train.loop import Draw, Plan, fit, progress
-from safelight.train.sheet import draw_sheet, grid
+from safelight.train.loop import Draw, Plan, fit, progress, save_whole
+from safelight.train.sheet import draw_sheet, under
 from safelight.weights import load_model
 
 SUBSTEPS = 4
@@ -131,8 +132,7 @@ def distil(
         fit(student, loss_of, plan, out, every=250, native=native, on_checkpoint=show)
     )
     after = show(student.cpu(), plan.steps)
-    with Image.open(out / "teacher.png") as before:
-        grid([before.convert("RGB"), after], 1).save(out / "sheet.png")
+    under(out / "teacher.png", after).save(out / "sheet.png")
     return made
 
 
@@ -168,7 +168,7 @@ def teachers_ways(
             states = _draw(
                 teacher, captions[first : first + ROWS], sigmas, times, guidance, plan.seed + first
             )
-            _keep(states, path)
+            save_whole(path, states, "what the teacher drew", "the parts before it are kept")
             progress(f"the teacher drew {min(first + ROWS, len(captions))}/{len(captions)}")
         parts.append(torch.load(path, weights_only=True))
     return Ways(
@@ -176,19 +176,6 @@ def teachers_ways(
         torch.tensor(sigmas[:-1:SUBSTEPS], dtype=torch.float32),
         torch.tensor(times[::SUBSTEPS], dtype=torch.float32),
     )
-
-
-def _keep(states: Tensor, path: Path) -> None:
-    beside = path.with_suffix(".part")
-    try:
-        torch.save(states, beside)
-        beside.replace(path)
-    except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
-        beside.unlink(missing_ok=True)
-        raise SafelightError(
-            f"what the teacher drew could not be written to {path.parent} ({reason(error)}); the "
-            "parts before it are kept: make room and start the same command again"
-        ) from None
 
 
 @torch.inference_mode()
@@ -240,9 +227,4 @@ def lesson(
     kept = ends / sigma
     clean = (after - kept * state) / (1 - kept)
     noise = (state - clean) / sigma
-    target = {
-        "epsilon": noise,
-        "v_prediction": (noise - sigma * clean) / scale,
-        "sample": clean,
-    }[schedule.prediction_type]
-    return seen, target
+    return seen, wanted(schedule.prediction_type, clean, noise, 1 / scale.square())

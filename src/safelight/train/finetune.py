@@ -22,7 +22,7 @@ from safelight.train.devices import Net
 from safelight.train.export import export_text_to_image
 from safelight.train.folder import captioned, digest, read
 from safelight.train.loop import Plan
-from safelight.train.sheet import draw_sheet, grid
+from safelight.train.sheet import draw_sheet, under
 from safelight.weights import load_model
 
 CHECKPOINT_EVERY = 100
@@ -91,8 +91,7 @@ def finetune(
         on_checkpoint=show,
     )
     after = show(net, plan.steps)
-    with Image.open(out / "before.png") as before:
-        grid([before.convert("RGB"), after], 1).save(out / "sheet.png")
+    under(out / "before.png", after).save(out / "sheet.png")
     credit(base, made)
     return made
 

@@ -179,7 +179,8 @@ def fit(
                 "average": average,
                 "optimizer": optimizer.state_dict(),
             }
-            _save(path, state, saved)
+            kept = f"that of step {saved} is kept" if saved else "there is none yet"
+            save_whole(path, state, f"the checkpoint of step {step}", kept)
             saved = step
 
     step = start
@@ -265,21 +266,20 @@ def _copy(values: Iterable[Tensor], into: Iterable[Tensor]) -> None:
         target.copy_(value)
 
 
-def _save(path: Path, state: dict[str, Any], before: int) -> None:
-    """before: the step of the checkpoint that this one replaces, 0 if there is none."""
+def save_whole(path: Path, value: Any, what: str, kept: str) -> None:
+    """Write by a rename. Raises SafelightError if it fails, with what it was and what is kept."""
     beside = path.with_suffix(".part")
     try:
         with beside.open("wb") as file:
-            torch.save(state, file)
+            torch.save(value, file)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
     except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
         beside.unlink(missing_ok=True)
-        kept = f"that of step {before} is kept" if before else "there is none yet"
         raise SafelightError(
-            f"the checkpoint of step {state['step']} could not be written to {path.parent} "
-            f"({reason(error)}); {kept}: make room and start the same command again"
+            f"{what} could not be written to {path.parent} ({reason(error)}); {kept}: make room "
+            "and start the same command again"
         ) from None
 
 

@@ -47,6 +47,12 @@ def draw_sheet(
     return sheet
 
 
+def under(first: Path, second: Image.Image) -> Image.Image:
+    """A sheet that was saved, and another below it."""
+    with Image.open(first) as saved:
+        return grid([saved.convert("RGB"), second], 1)
+
+
 def grid(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
     """Pictures of one size, row by row."""
     width, height = pictures[0].size
