@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from safelight.fast import memory, onednn, tiles, winograd
+from safelight.fast import memory, onednn, split, tiles, winograd
 from safelight.fast.store import ARENA, Shelf, Store
 from safelight.nets.layers import (
     Attention,
@@ -69,7 +69,9 @@ class FastLinear(nn.Linear):
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """plus: added to the result."""
         if self._packed is None:
-            self._packed = onednn.Matrix(_take(self, self.precision), self.bias, _count(x))
+            # What has no tokens, the time's embedding, has but a row for each picture.
+            pack = split.matrix if x.dim() > 2 else onednn.Matrix
+            self._packed = pack(_take(self, self.precision), self.bias, _count(x))
         return self._packed(x, plus)
 
 
@@ -123,7 +125,7 @@ class FastPointwise(nn.Conv2d):
     def tokens(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         if self._packed is None:
             weight = _take(self, self.precision).flatten(1)
-            self._packed = onednn.Matrix(weight, self.bias, _count(x))
+            self._packed = split.matrix(weight, self.bias, _count(x))
         return self._packed(x, plus)
 
 
@@ -219,11 +221,7 @@ class FastAttention(Attention):
                 self._text = (context, k, v)
             _, k, v = self._text
             q = self._heads(self.to_q(x))
-        if tiles.available(q.dtype):
-            out = tiles.attend(q, k, v)
-        else:
-            out = attend(q, k, v).transpose(1, 2).flatten(2)
-        return self.to_out[0](out, plus)
+        return self.to_out[0](_attended(q, k, v), plus)
 
     def _heads(self, t: Tensor) -> Tensor:
         return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -233,7 +231,7 @@ class FastAttention(Attention):
             layers = (self.to_q, self.to_k, self.to_v)
             bias = None if self.to_q.bias is None else torch.cat([layer.bias for layer in layers])
             weight = torch.cat([_take(layer, layer.precision) for layer in layers])
-            self._own = onednn.Matrix(weight, bias, _count(x))
+            self._own = split.matrix(weight, bias, _count(x))
         return self._own(x)
 
 
@@ -244,6 +242,14 @@ class FastSpatialAttention(FastAttention):
         self, x: Tensor, context: Tensor | None = None, plus: Tensor | None = None
     ) -> Tensor:
         return _map(super().forward(_tokens(self.group_norm(x)), context, _tokens(x)), x)
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """All heads' values side by side: [batch, length, heads·d]."""
+    for kernels in (tiles, split):
+        if kernels.available(q.dtype):
+            return kernels.attend(q, k, v)
+    return attend(q, k, v).transpose(1, 2).flatten(2)
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -278,11 +284,13 @@ class FastFeedForward(FeedForward):
             halves = _take(proj, proj.precision).chunk(2), proj.bias.chunk(2)
             # Two products: one of twice the width would not stay in the cache.
             self._gated = [
-                onednn.Matrix(w.clone(), b, _count(x)) for w, b in zip(*halves, strict=True)
+                split.matrix(w.clone(), b, _count(x)) for w, b in zip(*halves, strict=True)
             ]
         value, gate = (half(x) for half in self._gated)
-        if tiles.available(x.dtype) and value.shape[-1] % 16 == 0:
-            return self.net[2](tiles.gate(value, gate), plus)
+        if value.shape[-1] % 16 == 0:
+            for kernels in (tiles, split):
+                if kernels.available(x.dtype):
+                    return self.net[2](kernels.gate(value, gate), plus)
         return self.net[2](F.gelu(gate).mul_(value), plus)
 
 

@@ -7,103 +7,13 @@
 //
 // Plain C interface: pointers and sizes, no Python and no torch headers.
 
-#include <immintrin.h>
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
-#include <omp.h>
-
-typedef uint16_t bf16;
+#include "amx.h"
 
 namespace {
-
-struct alignas(64) Config {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {};
-    uint8_t rows[16] = {};
-};
-
-// oneDNN has a tile configuration of its own in each thread; it is put back.
-struct Tiles {
-    Config before;
-    Tiles() {
-        _tile_storeconfig(&before);
-        Config ours;
-        for (int i = 0; i < 8; i++) ours.bytes[i] = 64, ours.rows[i] = 16;
-        _tile_loadconfig(&ours);
-    }
-    ~Tiles() {
-        if (before.palette) _tile_loadconfig(&before);
-        else _tile_release();
-    }
-};
-
-inline __m512 widen(__m256i x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
-}
-inline __m512 load(const bf16* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
-inline void store(bf16* p, __m512 x) {
-    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x));
-}
-
-// 2^x. The polynomial's relative error is below 2e-6 for the fraction in -0.5..0.5.
-inline __m512 exp2(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-126.f));
-    __m512 whole = _mm512_roundscale_ps(x, 0);
-    __m512 f = _mm512_sub_ps(x, whole);
-    __m512 y = _mm512_set1_ps(1.33335581e-3f);
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(9.61812911e-3f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(5.55041087e-2f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.40226507e-1f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.93147182e-1f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.f));
-    return _mm512_scalef_ps(y, whole);
-}
-const float LOG2E = 1.44269504f;
 
 inline __m512 silu(__m512 x) {
     __m512 e = exp2(_mm512_mul_ps(x, _mm512_set1_ps(-LOG2E)));
     return _mm512_div_ps(x, _mm512_add_ps(e, _mm512_set1_ps(1.f)));
-}
-
-// x·Phi(x): erfc by Abramowitz and Stegun 7.1.26.
-inline __m512 gelu(__m512 x) {
-    const __m512 one = _mm512_set1_ps(1.f);
-    __m512 z = _mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(0.70710678f));
-    __m512 t = _mm512_rcp14_ps(_mm512_fmadd_ps(z, _mm512_set1_ps(0.3275911f), one));
-    __m512 y = _mm512_set1_ps(1.061405429f);
-    y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(-1.453152027f));
-    y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(1.421413741f));
-    y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(-0.284496736f));
-    y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(0.254829592f));
-    __m512 fall = exp2(_mm512_mul_ps(_mm512_mul_ps(z, z), _mm512_set1_ps(-LOG2E)));
-    __m512 tail = _mm512_mul_ps(_mm512_mul_ps(y, t), _mm512_mul_ps(fall, _mm512_set1_ps(0.5f)));
-    __mmask16 up = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ);
-    return _mm512_mul_ps(x, _mm512_mask_sub_ps(tail, up, one, tail));
-}
-
-// 32 numbers of each of 16 rows, `stride` apart, into one tile of weights: pairs of k side by side.
-inline void pack_tile(const bf16* rows, long stride, bf16* out) {
-    uint32_t* pairs = (uint32_t*)out;
-    for (int n = 0; n < 16; n++)
-        for (int r = 0; r < 16; r++) {
-            memcpy(pairs + r * 16 + n, rows + n * stride + 2 * r, 4);
-        }
-}
-
-void* scratch(size_t bytes) {
-    static thread_local void* held = nullptr;
-    static thread_local size_t size = 0;
-    if (size < bytes) {
-        free(held);
-        size = (bytes + 4095) & ~size_t(4095);
-        held = aligned_alloc(4096, size);
-    }
-    return held;
 }
 
 // Where the rows of a convolution are read and written. A row is a position of the output map. The
@@ -144,30 +54,6 @@ struct Convolution {
     const bf16* plus;       // added, as wide as the output; or null
     bf16* out;
 };
-
-// The compiler does not know that tile instructions read and write memory.
-inline void fence() { __asm__ volatile("" ::: "memory"); }
-
-inline void clear() {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-}
-inline void take(const float* sums) {
-    fence();
-    _tile_loadd(0, sums, 64);
-    _tile_loadd(1, sums + 256, 64);
-    _tile_loadd(2, sums + 512, 64);
-    _tile_loadd(3, sums + 768, 64);
-}
-inline void give(float* sums) {
-    _tile_stored(0, sums, 64);
-    _tile_stored(1, sums + 256, 64);
-    _tile_stored(2, sums + 512, 64);
-    _tile_stored(3, sums + 768, 64);
-    fence();
-}
 
 // 32 rows by a panel of 32 columns: of each of `planes`, all taps. Meanwhile `ahead` lines of
 // `next`, what will be read later, are fetched for every tile of a row.
@@ -664,7 +550,7 @@ void safelight_layer_norm(const bf16* in, const bf16* plus, bf16* sum, const flo
 void safelight_gate(const bf16* value, const bf16* gate, bf16* out, long count) {
 #pragma omp parallel for schedule(static)
     for (long i = 0; i < count; i += 16)
-        store(out + i, _mm512_mul_ps(load(value + i), gelu(load(gate + i))));
+        store(out + i, _mm512_mul_ps(load(value + i), gelu<false>(load(gate + i))));
 }
 
 // The rows first..last of a map [images, height, width, channels], as a convolution reads them: in

@@ -26,6 +26,10 @@ _ARGUMENTS = {
     "safelight_gate": [c_void_p] * 3 + [c_long],
     "safelight_lay": [c_void_p] * 3 + [c_long] * 7,
     "safelight_attend": [c_void_p] * 5 + [c_long] * 5 + [c_float],
+    "safelight_split_pack": [c_void_p] * 2 + [c_long] * 2,
+    "safelight_split_linear": [c_void_p] * 5 + [c_long] * 3,
+    "safelight_split_gate": [c_void_p] * 3 + [c_long],
+    "safelight_split_attend": [c_void_p] * 5 + [c_long] * 5 + [c_float],
 }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from safelight.fast import kernels, memory, onednn
+from safelight.fast import kernels, memory, onednn, split
 from safelight.fast.kernels import at
 
 _ARGUMENTS = {
@@ -77,9 +77,9 @@ class Convolution:
         taps = torch.tensor(_TAPS[self.side], dtype=weight.dtype)
         places = torch.kron(taps, taps) @ weight.reshape(-1, 9).T
         tiles = self._tiles(shape[0], shape[2] * scale, shape[3] * scale)
+        pack = split.matrix if self.side == 2 else onednn.Matrix
         self.places = [
-            onednn.Matrix(place.view(weight.shape[:2]), None, min(tiles, self._strip()))
-            for place in places
+            pack(place.view(weight.shape[:2]), None, min(tiles, self._strip())) for place in places
         ]
 
     def __call__(
