@@ -15,11 +15,7 @@ import numpy as np
 import pytest
 
 from safelight.errors import SafelightError
-from safelight.samplers import SAMPLERS, Row, Table, find, table
-from safelight.schedule import (
-    SCHEDULES,
-    SPACINGS,
-    SchedulerConfig,
+from safelight.levels import (
     alphas_cumprod,
     beta_quantile,
     exponential,
@@ -28,6 +24,8 @@ from safelight.schedule import (
     sigmas_of,
     spaced,
 )
+from safelight.samplers import SAMPLERS, Row, Table, find, table
+from safelight.schedule import SCHEDULES, SPACINGS, SchedulerConfig
 
 LATENT = {
     "beta_start": 0.00085,

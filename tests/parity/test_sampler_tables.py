@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from safelight.errors import SafelightError
+from safelight.levels import alphas_cumprod
 from safelight.samplers import SAMPLERS, Table, table
-from safelight.schedule import SCHEDULES, SchedulerConfig, alphas_cumprod
+from safelight.schedule import SCHEDULES, SchedulerConfig
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -8,7 +8,8 @@
 - make an enlargement and the convolution after it four small convolutions of the small map.
 
 Their products are oneDNN's (`onednn`), or, where the CPU has AMX and the kernels were built, our
-own (`tiles`); in float32 large convolutions are made of fewer of them (`winograd`).
+own (`tiles`, and `split` for float32); in float32 large convolutions are made of fewer of them
+(`winograd`).
 docs/performance.md tells what each of these bought.
 """
 

@@ -13,12 +13,10 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
-import numpy as np
-
 from safelight.errors import SafelightError
-from safelight.samplers import discrete, euler, exponential
 from safelight.samplers.rows import Build, Row, Table
 from safelight.schedule import SCHEDULES, SPACINGS, SchedulerConfig
 
@@ -38,7 +36,8 @@ class Sampler:
     """What AUTOMATIC1111 calls it, if it has it."""
     steps: int
     """How many steps are taken if the request does not say."""
-    build: Build
+    module: str
+    """Which one here has the function of this name that lays out the table."""
     defaults: Mapping[str, Any]
     """The settings of a scheduler_config.json that the class knows, and what it takes for each
     that the file leaves out."""
@@ -48,6 +47,13 @@ class Sampler:
     """Evaluations of the network a step (with 2, the last step takes one)."""
     eta: bool = False
     """Whether the setting eta means anything."""
+
+    @property
+    def build(self) -> Build:
+        """Lays out the table. It is imported now: with it comes NumPy, which takes a tenth of a
+        second that a server or a help text does not have.
+        """
+        return getattr(import_module(f"{__name__}.{self.module}"), self.name)
 
     @property
     def schedules(self) -> tuple[str, ...]:
@@ -101,7 +107,7 @@ SAMPLERS: dict[str, Sampler] = {
             "PNDMScheduler",
             "PLMS",
             50,
-            discrete.pndm,
+            "discrete",
             _TRAINED | _LEADING | {"skip_prk_steps": False, "set_alpha_to_one": False},
         ),
         Sampler(
@@ -110,7 +116,7 @@ SAMPLERS: dict[str, Sampler] = {
             "DDIMScheduler",
             "DDIM",
             50,
-            discrete.ddim,
+            "discrete",
             _TRAINED
             | _LEADING
             | _CLIP
@@ -126,7 +132,7 @@ SAMPLERS: dict[str, Sampler] = {
             None,
             # Where respaced ancestral sampling levels off, arXiv 2102.09672, section 4.
             250,
-            discrete.ddpm,
+            "discrete",
             _TRAINED
             | _LEADING
             | _CLIP
@@ -141,7 +147,7 @@ SAMPLERS: dict[str, Sampler] = {
             "LMSDiscreteScheduler",
             "LMS",
             25,
-            euler.lms,
+            "euler",
             _TRAINED | _LINSPACE | _WARPED,
         ),
         Sampler(
@@ -150,7 +156,7 @@ SAMPLERS: dict[str, Sampler] = {
             "EulerDiscreteScheduler",
             "Euler",
             25,
-            euler.euler,
+            "euler",
             _TRAINED | _LINSPACE | _WARPED | _ZERO_SNR | _FINAL,
         ),
         Sampler(
@@ -159,7 +165,7 @@ SAMPLERS: dict[str, Sampler] = {
             "EulerAncestralDiscreteScheduler",
             "Euler a",
             25,
-            euler.euler_a,
+            "euler",
             _TRAINED | _LINSPACE | _ZERO_SNR,
             noisy=True,
         ),
@@ -169,7 +175,7 @@ SAMPLERS: dict[str, Sampler] = {
             "HeunDiscreteScheduler",
             "Heun",
             20,
-            euler.heun,
+            "euler",
             _LATENT | _LINSPACE | _WARPED | _CLIP,
             evaluations=2,
         ),
@@ -179,7 +185,7 @@ SAMPLERS: dict[str, Sampler] = {
             "KDPM2DiscreteScheduler",
             "DPM2",
             20,
-            euler.dpm2,
+            "euler",
             _LATENT | _LINSPACE | _WARPED,
             evaluations=2,
         ),
@@ -189,7 +195,7 @@ SAMPLERS: dict[str, Sampler] = {
             "KDPM2AncestralDiscreteScheduler",
             "DPM2 a",
             20,
-            euler.dpm2_a,
+            "euler",
             _LATENT | _LINSPACE | _WARPED,
             noisy=True,
             evaluations=2,
@@ -200,7 +206,7 @@ SAMPLERS: dict[str, Sampler] = {
             "DPMSolverMultistepScheduler",
             "DPM++ 2M",
             20,
-            exponential.dpmpp_2m,
+            "exponential",
             _MULTISTEP,
         ),
         Sampler(
@@ -209,7 +215,7 @@ SAMPLERS: dict[str, Sampler] = {
             "DPMSolverMultistepScheduler",
             "DPM++ 2M SDE",
             25,
-            exponential.dpmpp_2m_sde,
+            "exponential",
             _MULTISTEP,
             noisy=True,
         ),
@@ -219,7 +225,7 @@ SAMPLERS: dict[str, Sampler] = {
             "DPMSolverSinglestepScheduler",
             None,
             20,
-            exponential.dpmpp_2s,
+            "exponential",
             _DPM | {"lower_order_final": False},
         ),
         Sampler(
@@ -228,7 +234,7 @@ SAMPLERS: dict[str, Sampler] = {
             "UniPCMultistepScheduler",
             "UniPC",
             20,
-            exponential.unipc,
+            "exponential",
             _TRAINED
             | _LINSPACE
             | _SOLVER
@@ -242,7 +248,7 @@ SAMPLERS: dict[str, Sampler] = {
             "DEISMultistepScheduler",
             None,
             20,
-            exponential.deis,
+            "exponential",
             _TRAINED | _LINSPACE | _SOLVER,
         ),
         Sampler(
@@ -251,7 +257,7 @@ SAMPLERS: dict[str, Sampler] = {
             "LCMScheduler",
             "LCM",
             4,
-            discrete.lcm,
+            "discrete",
             _DISTILLED | _CLIP | _THRESHOLD | {"timestep_scaling": 10.0},
             noisy=True,
         ),
@@ -261,7 +267,7 @@ SAMPLERS: dict[str, Sampler] = {
             "TCDScheduler",
             None,
             4,
-            discrete.tcd,
+            "discrete",
             _DISTILLED,
             eta=True,
         ),
@@ -308,6 +314,8 @@ def table(
     if steps > trained:
         raise SafelightError(f"steps should be at most {trained} with this model, not {steps}")
     skip = steps - min(int(steps * strength), steps)
+    import numpy as np
+
     fault = f"{sampler} has no finite {steps} steps with these settings; ask for fewer"
     try:
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):

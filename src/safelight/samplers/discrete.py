@@ -15,8 +15,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from safelight.errors import SafelightError
+from safelight.levels import alphas_cumprod, spaced
 from safelight.samplers.rows import D, Mix, Row, Table, make_row, noise, x
-from safelight.schedule import SchedulerConfig, alphas_cumprod, spaced
+from safelight.schedule import SchedulerConfig
 
 # ᾱ of a level that was trained as pure noise, where these samplers need ᾱ = 0. With it x̃ is
 # finite, and what it adds to a step is below float32's grain.

@@ -7,16 +7,16 @@ from dataclasses import replace
 
 import numpy as np
 
-from safelight.samplers.rows import D, Row, Table, make_row, noise, x
-from safelight.schedule import (
+from safelight.levels import (
     Floats,
     Grid,
-    SchedulerConfig,
     alphas_cumprod,
     sigma_grid,
     sigma_to_timestep,
     sigmas_of,
 )
+from safelight.samplers.rows import D, Row, Table, make_row, noise, x
+from safelight.schedule import SchedulerConfig
 
 
 def _table(rows: list[Row], grid: Grid, clip: float | None = None) -> Table:

@@ -12,8 +12,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from safelight.levels import Floats, Grid, sigma_grid
 from safelight.samplers.rows import D, Mix, Row, Table, make_row, noise, x
-from safelight.schedule import Floats, Grid, SchedulerConfig, sigma_grid
+from safelight.schedule import SchedulerConfig
 
 
 def _table(config: SchedulerConfig, grid: Grid, skip: int, rows: list[Row]) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,13 @@ _WHOLE = Image.Resampling.NEAREST
 
 
 class Form:
-    """Made within a gr.Blocks, where its fields are to stand."""
+    """Made within a gr.Blocks, where its fields are to stand.
 
-    def __init__(self) -> None:
+    taught: sampler, steps and guidance scale that a distilled model draws with; empty for others.
+    """
+
+    def __init__(self, taught: Mapping[str, Any]) -> None:
+        first = Request(**{"sampler": "dpmpp_2m", **taught})
         self.prompt = gr.Textbox(
             label="Prompt",
             placeholder="three teddy bears on a yellow background",
@@ -42,10 +47,12 @@ class Form:
         self.draw = gr.Button("Draw", variant="primary", elem_id="draw")
         self.problem = problem("make")
         with gr.Row():
-            self.sampler = gr.Dropdown(list(SAMPLERS), value="dpmpp_2m", label="Sampler")
-            self.steps = gr.Slider(1, 150, 20, step=1, label="Steps")
+            self.sampler = gr.Dropdown(list(SAMPLERS), value=first.sampler, label="Sampler")
+            steps = first.steps or SAMPLERS[first.sampler].steps
+            self.steps = gr.Slider(1, 150, steps, step=1, label="Steps")
         with gr.Row():
-            self.guidance_scale = gr.Slider(0, 30, 7.5, step=0.5, label="Guidance scale")
+            scale = first.guidance_scale
+            self.guidance_scale = gr.Slider(0, 30, scale, step=0.5, label="Guidance scale")
             self.count = gr.Slider(1, 16, 1, step=1, label="Pictures")
         with gr.Row():
             self.seed = gr.Textbox(

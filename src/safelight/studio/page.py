@@ -48,13 +48,13 @@ DELETED = "This picture was deleted."
 LOOK: dict[str, Any] = {"theme": _THEME, "css": STYLE, "head": HEAD}
 
 
-def blocks(hub: Hub) -> gr.Blocks:
-    """The page of this server."""
+def blocks(hub: Hub, taught: dict[str, Any]) -> gr.Blocks:
+    """The page of this server. taught: what its model draws with if nothing else is asked for."""
     with gr.Blocks(title="Safelight", analytics_enabled=False, fill_width=True) as page:
         gr.HTML("<h1>Safelight</h1>")
         with gr.Tabs() as tabs:
             with gr.Tab("Make", id="make"):
-                form, drawn = _make(hub)
+                form, drawn = _make(hub, taught)
             with gr.Tab("Find", id="find") as find:
                 found, dropped, find_told = _find()
             with gr.Tab("Compare", id="compare"):
@@ -135,11 +135,11 @@ def blocks(hub: Hub) -> gr.Blocks:
     return page
 
 
-def _make(hub: Hub) -> tuple[forms.Form, Any]:
+def _make(hub: Hub, taught: dict[str, Any]) -> tuple[forms.Form, Any]:
     """The form, and what is drawn just now."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
-            form = forms.Form()
+            form = forms.Form(taught)
         with gr.Column(scale=5, min_width=320):
             drawn = now()
 

@@ -1,8 +1,13 @@
-"""Safelight's own command line, run beside the server for what is no job of it."""
+"""Safelight's own command line, run beside the server for what is no job of it.
+
+Its arguments, which have prompts in them, go by standard input: those that a process is started
+with may be read by every user of the machine.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import sys
 from collections import deque
@@ -13,7 +18,7 @@ from safelight.server.process import Settings
 
 
 class Command:
-    """One run of `python -m safelight …`; its standard error is read as it comes."""
+    """One run of `safelight …`; its standard error is read as it comes."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
@@ -24,11 +29,14 @@ class Command:
     @classmethod
     async def start(cls, *arguments: str) -> Command:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "safelight", *arguments),
-            stdin=asyncio.subprocess.DEVNULL,
+            *(sys.executable, "-m", "safelight.studio.run"),
+            stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
         )
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(arguments).encode())
+        process.stdin.close()
         return cls(process)
 
     @property
@@ -89,3 +97,10 @@ def model_options(settings: Settings) -> list[str]:
             "low_memory": settings.low_memory,
         }
     )
+
+
+if __name__ == "__main__":
+    from safelight.__main__ import main
+
+    sys.argv[1:] = json.load(sys.stdin)
+    main()

@@ -1,0 +1,217 @@
+"""The noise levels a model was trained on, and grids of levels to walk down.
+
+A level is told in one of three ways, all for the same picture z and unit noise ε:
+
+- the timestep t, the index that the network was trained with, 0 … num_train_timesteps − 1;
+- ᾱ, as in x = √ᾱ·z + √(1 − ᾱ)·ε, the state that the network sees;
+- sigma = √((1 − ᾱ)/ᾱ), as in x̃ = x/√ᾱ = z + sigma·ε, the state that the sampler tables speak of.
+
+The levels are rounded to float32 where training code rounds them: these are the very numbers the
+network has seen. All that follows is float64. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from safelight.schedule import SchedulerConfig
+
+Floats = NDArray[np.float64]
+
+
+def alphas_cumprod(config: SchedulerConfig, floor: float = 2.0**-24) -> Floats:
+    """ᾱ for each timestep, shape (num_train_timesteps,), falling.
+
+    With zero-terminal-SNR rescaling (arXiv 2305.08891, algorithm 1) the last level is pure noise,
+    ᾱ = 0 and sigma infinite; `floor` stands in for that ᾱ.
+    """
+    alphas = np.float32(1) - _betas(config)
+    if config.rescale_betas_zero_snr:
+        roots = np.sqrt(_cumprod(alphas))
+        first, last = roots[0], roots[-1]
+        squares = ((roots - last) * (first / (first - last))) ** 2
+        # Training goes through betas, and each turn rounds.
+        ratios = np.concatenate([squares[:1], squares[1:] / squares[:-1]])
+        alphas = np.float32(1) - (np.float32(1) - ratios)
+    bars = _cumprod(alphas).astype(np.float64)
+    if config.rescale_betas_zero_snr:
+        bars[-1] = floor
+    return bars
+
+
+def _betas(config: SchedulerConfig) -> NDArray[np.float32]:
+    count = config.num_train_timesteps
+    if config.trained_betas is not None:
+        return np.array(config.trained_betas, dtype=np.float32)
+    if config.beta_schedule == "squaredcos_cap_v2":
+
+        def bar(t: float) -> float:
+            return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+
+        return np.array(
+            [min(1 - bar((i + 1) / count) / bar(i / count), 0.999) for i in range(count)],
+            dtype=np.float32,
+        )
+    if config.beta_schedule == "scaled_linear":
+        return _linspace32(config.beta_start**0.5, config.beta_end**0.5, count) ** 2
+    return _linspace32(config.beta_start, config.beta_end, count)
+
+
+def _linspace32(start: float, end: float, count: int) -> NDArray[np.float32]:
+    """Evenly spaced float32 numbers, bit for bit as torch has them.
+
+    It walks from both ends to the middle, with a step that is rounded to float32 and one rounding
+    for each product and sum.
+    """
+    first, last = np.float32(start), np.float32(end)
+    if count == 1:
+        return np.array([first])
+    step = np.float64((last - first) / np.float32(count - 1))
+    i = np.arange(count)
+    walked = np.where(i < count // 2, first + step * i, last - step * (count - 1 - i))
+    return walked.astype(np.float32)
+
+
+def _cumprod(alphas: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Running products; torch keeps them in float64 and rounds each."""
+    return np.cumprod(alphas.astype(np.float64)).astype(np.float32)
+
+
+def sigmas_of(bars: Floats) -> Floats:
+    """sigma for each ᾱ, rounded to float32 at each turn as the training schedule is."""
+    bars32 = bars.astype(np.float32)
+    return np.sqrt((np.float32(1) - bars32) / bars32).astype(np.float64)
+
+
+def spaced(
+    config: SchedulerConfig, steps: int, *, fractional: bool = False, spare: bool = False
+) -> Floats:
+    """`steps` timesteps, falling, spaced as config.timestep_spacing says (2305.08891, table 2).
+
+    fractional: linspace keeps its fractions. spare: leading and linspace lay out one timestep
+    more and leave out the last, as solvers do that land on the end of the schedule by themselves.
+    """
+    total = config.num_train_timesteps
+    # Solvers can be told to leave out the levels noisier than lambda = −log sigma.
+    loudest = math.exp(min(-config.lambda_min_clipped, 700.0))
+    top = int(np.searchsorted(sigmas_of(alphas_cumprod(config)), loudest, side="right"))
+    count = steps + spare
+    if config.timestep_spacing == "trailing":
+        # An end of the range that rounding lets in would be timestep −1.
+        times = np.round(np.arange(top, 0, -total / steps))[:steps] - 1
+    else:
+        if config.timestep_spacing == "linspace":
+            times = np.linspace(0, top - 1, count)
+            times = times.astype(np.float32).astype(np.float64) if fractional else np.round(times)
+        else:
+            times = np.arange(count, dtype=np.float64) * (top // count)
+        times = times[::-1][:steps]
+        if config.timestep_spacing == "leading":
+            times = times + config.steps_offset
+    return times
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Levels to walk down: sigmas, shape (n + 1,), ends on the level to land on; timesteps, (n,).
+
+    initial_sigma is the standard deviation of x̃ that sampling from pure noise starts with.
+    """
+
+    sigmas: Floats
+    timesteps: Floats
+    initial_sigma: float
+
+
+def sigma_grid(
+    config: SchedulerConfig,
+    steps: int,
+    *,
+    whole: bool = False,
+    rounded: tuple[str, ...] = (),
+    repeat_last: bool = False,
+) -> Grid:
+    """The grid of a sampler that works on sigmas.
+
+    whole: the timesteps given to the network are whole numbers, and karras, exponential and beta
+    span all the levels of the schedule; else they are fractional and span the chosen timesteps.
+    rounded: schedules whose timesteps are rounded to the nearest, the others' are cut off.
+    repeat_last: final_sigmas_type sigma_min means the grid's last sigma, not the model's.
+    """
+    trained = sigmas_of(alphas_cumprod(config))
+    times = spaced(config, steps, fractional=not whole, spare=whole)
+    sigmas = np.interp(times, np.arange(len(trained)), trained)
+    if config.schedule is not None:
+        span = trained[::-1] if whole else sigmas
+        high = float(span[0]) if config.sigma_max is None else config.sigma_max
+        low = float(span[-1]) if config.sigma_min is None else config.sigma_min
+        sigmas = _WARPS[config.schedule](high, low, steps)
+        times = sigma_to_timestep(sigmas, trained)
+        if config.schedule in rounded:
+            times = np.round(times)
+    if whole:
+        times = np.trunc(times)
+    last = 0.0
+    if config.final_sigmas_type == "sigma_min":
+        last = sigmas[-1] if repeat_last and config.schedule else trained[0]
+    sigmas = np.append(sigmas, last).astype(np.float32).astype(np.float64)
+    largest = float(sigmas.max())
+    if not whole and config.timestep_spacing == "leading":
+        largest = math.hypot(largest, 1.0)
+    return Grid(sigmas, times, largest)
+
+
+def sigma_to_timestep(sigmas: Floats, trained: Floats) -> Floats:
+    """The fractional timestep of each sigma: linear in log sigma between the trained levels."""
+    logs = np.log(trained.astype(np.float32))
+    wanted = np.log(np.maximum(sigmas, 1e-10))
+    low = np.clip(np.searchsorted(logs, wanted, side="right") - 1, 0, len(logs) - 2)
+    part = np.clip((logs[low] - wanted) / (logs[low] - logs[low + 1]), 0, 1)
+    return (1 - part) * low + part * (low + 1)
+
+
+def karras(high: float, low: float, count: int) -> Floats:
+    """`count` sigmas from high to low, even in sigma^(1/7) (arXiv 2206.00364, equation 5)."""
+    inverse = 1 / 7
+    ramp = np.linspace(0, 1, count)
+    return (high**inverse + ramp * (low**inverse - high**inverse)) ** 7.0
+
+
+def exponential(high: float, low: float, count: int) -> Floats:
+    """`count` sigmas from high to low, even in log sigma."""
+    return np.exp(np.linspace(math.log(high), math.log(low), count))
+
+
+def beta(high: float, low: float, count: int) -> Floats:
+    """`count` sigmas at even quantiles of Beta(0.6, 0.6) from high to low (arXiv 2407.12173)."""
+    return low + beta_quantile(1 - np.linspace(0, 1, count), 0.6) * (high - low)
+
+
+_WARPS = {"karras": karras, "exponential": exponential, "beta": beta}
+
+
+def beta_quantile(q: Floats, a: float) -> Floats:
+    """The quantiles q, in 0 … 1, of the symmetric distribution Beta(a, a), 0 < a < 1.
+
+    With u = x^a the distribution function is a power series with rising terms (DLMF 8.17.7), so
+    Newton's method falls on the root from above. Past the middle, symmetry keeps x ≤ ½, where the
+    series gains a bit per term.
+    """
+    n = np.arange(60)
+    # (1 − a)ₙ / n! / (a + n), the weights of xⁿ
+    weights = np.cumprod(np.append(1.0, (n[1:] - a) / n[1:]))
+    series = weights / (a + n)
+    complete = math.gamma(a) ** 2 / math.gamma(2 * a)
+    tail = np.minimum(q, 1 - q)
+    u = tail * a * complete
+    for _ in range(20):
+        x = np.minimum(u ** (1 / a), 0.5)
+        powers = np.vander(x, len(n), increasing=True)
+        excess = x**a * (powers @ series) / complete - tail
+        u = np.maximum(x**a - excess * a * complete / (powers @ weights), 0.0)
+    x = u ** (1 / a)
+    return np.where(q <= 0.5, x, 1 - x)
