@@ -38,7 +38,9 @@ def test_step_decode_and_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["safelight float32", "diffusers float32"]
     found = bench.run(names, parts=["step", "decode", "picture"], repeat=2)
     for part in ("step", "decode", "picture"):
-        assert found[part]["error"]["safelight float32"] < 1e-3
+        # Twenty guided steps of random networks enlarge what one step rounds.
+        most = 1e-2 if part == "picture" else 1e-4
+        assert found[part]["error"]["safelight float32"] < most
         assert [len(times) for times in found[part]["times"].values()] == [2, 2]
         assert found[part]["ratio"]["safelight float32"].keys() == {"diffusers float32"}
     assert "start" not in found

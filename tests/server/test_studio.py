@@ -755,7 +755,7 @@ def test_what_was_typed_outlives_a_reload(page: Page) -> None:
 def test_it_goes_on_after_a_restart(server: Serving, context: BrowserContext) -> None:
     port = server.url.rsplit(":", 1)[1]
     page = Watched(context, server.url).open()  # whose requests fail while it is away
-    ask(page, "a train", Steps=100, Pictures=2)
+    ask(page, "a train", Steps=100)
     expect(page.locator(".now .live")).to_be_visible()
     server.process.send_signal(signal.SIGTERM)
     server.process.wait(30)
@@ -765,7 +765,7 @@ def test_it_goes_on_after_a_restart(server: Serving, context: BrowserContext) ->
     assert newest(server)["status"] == "succeeded"
     wait_for(lambda: server.client.get("/studio/").status_code == 200)
     # A worker that dies is replaced, and its job drawn once more.
-    ask(page, "a bus", Steps=150, Pictures=4)
+    ask(page, "a bus", Steps=150, Pictures=2)
     expect(page.locator(".now .live")).to_be_visible()
     os.kill(server.worker(), signal.SIGKILL)
     expect(page.locator(".now .status")).to_have_text("“a bus” is done.", timeout=120_000)
