@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import errno
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -362,11 +364,15 @@ def test_scores_far_above_those_of_the_first_keys(size: int) -> None:
 
 @needs_tiles
 def test_a_nan_is_not_hidden() -> None:
-    q = torch.randn(1, 1, 32, 32).bfloat16()
-    q[0, 0, 3] = float("nan")
-    assert tiles.attend(q, q, q).isnan().any()
-    assert split.attend(*[q.float()] * 3).isnan().any()
-    assert split.Matrix(torch.randn(32, 32), None)(q.float())[0, 0, 3].isnan().all()
+    for kernel, dtype in ((tiles, torch.bfloat16), (split, torch.float32)):
+        for place in range(3):  # in queries, keys or values alone
+            for wrong in (torch.nan, torch.inf, -torch.inf):
+                qkv = [torch.randn(1, 1, 64, 40).to(dtype) for _ in range(3)]
+                qkv[place][0, 0, 3, 5] = wrong
+                assert not kernel.attend(*qkv).isfinite().all(), (kernel, place, wrong)
+    q = torch.randn(1, 1, 32, 32)
+    q[0, 0, 3] = torch.nan
+    assert split.Matrix(torch.randn(32, 32), None)(q)[0, 0, 3].isnan().all()
     norm = nn.GroupNorm(8, 32)
     x = torch.randn(1, 32, 4, 4).bfloat16()
     x[0, 0, 0, 0] = float("nan")
@@ -433,6 +439,43 @@ def test_linear_of_split_numbers(rows: int, inner: int, columns: int) -> None:
         true = F.linear(x.double(), weight.double(), None if b is None else b.double())
         true = true if p is None else true + p
         assert distance(split.Matrix(weight, b)(x, p), true) < 5e-6
+
+
+@needs_tiles
+def test_what_does_not_fit_is_refused() -> None:
+    """Before a kernel reads beyond its end."""
+    matrix = split.Matrix(torch.randn(64, 32), None)
+    for x in (torch.randn(1, 3, 64), torch.randn(1, 3, 32).double(), torch.randn(1, 3, 16)):
+        with pytest.raises(ValueError, match="by a matrix of 32 rows"):
+            matrix(x)
+    with pytest.raises(RuntimeError):
+        matrix(torch.randn(1, 3, 32), torch.randn(1, 2, 64))
+    q = torch.randn(2, 3, 5, 40)
+    for k, v in ((q[:1], q[:1]), (q, q[:, :2]), (q, q[:, :, :4]), (q[..., :8], q), (q, q.double())):
+        with pytest.raises(ValueError, match="attention of"):
+            split.attend(q, k, v)
+    turned = torch.randn(2, 3, 40, 5).mT
+    true = F.scaled_dot_product_attention(turned, q, q).transpose(1, 2).flatten(2)
+    assert distance(split.attend(turned, q, q), true) < 3e-5
+
+
+@needs_tiles
+def test_memory_of_threads_that_ended_is_given_back() -> None:
+    q = torch.randn(1, 2, 1024, 512)
+
+    def own() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    def once() -> None:
+        thread = threading.Thread(target=split.attend, args=(q, q, q))
+        thread.start()
+        thread.join()
+
+    once()
+    before = own()
+    for _ in range(12):
+        once()
+    assert own() - before < 50 << 20  # each takes ten megabytes
 
 
 @needs_tiles

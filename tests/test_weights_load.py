@@ -219,6 +219,22 @@ def test_one_weight_under_two_names_is_refused(folder):
     refused(lambda: load_model(str(folder), device="cpu"), "are the same weight")
 
 
+@pytest.mark.parametrize(
+    ("part", "key", "value", "told"),
+    [
+        ("text_encoder", "hidden_size", 48, "gives 48 numbers for a word, and its unet reads 24"),
+        ("vae", "latent_channels", 8, "decodes 8 channels, and its unet gives 4"),
+    ],
+)
+def test_networks_that_do_not_fit_one_another(folder, part, key, value, told):
+    """Each with its own weights, as if two checkpoints had been mixed up."""
+    change(folder / part / "config.json", key, value)
+    config = json.loads((folder / part / "config.json").read_text())
+    (file,) = (folder / part).glob("*.safetensors")
+    save_file(part_weights(part, config), file)
+    refused(lambda: load_model(str(folder), device="cpu"), told)
+
+
 def test_shards_load(folder):
     tensors = load_file(unet_file(folder))
     names = sorted(tensors)

@@ -13,6 +13,22 @@
 
 typedef uint16_t bf16;
 
+// Memory of this thread, until it asks for more or ends.
+struct Scratch {
+    void* held = nullptr;
+    size_t size = 0;
+    ~Scratch() { free(held); }
+};
+inline void* scratch(size_t bytes) {
+    static thread_local Scratch mine;
+    if (mine.size < bytes) {
+        free(mine.held);
+        mine.size = (bytes + 4095) & ~size_t(4095);
+        mine.held = aligned_alloc(4096, mine.size);
+    }
+    return mine.held;
+}
+
 namespace {
 
 // The compiler does not know that tile instructions read and write memory.
@@ -50,7 +66,7 @@ inline void store(bf16* p, __m512 x) {
 
 // 2^x. The polynomial's relative error is below 2e-7 for the fraction in -0.5..0.5.
 inline __m512 exp2(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-126.f));
+    x = _mm512_max_ps(_mm512_set1_ps(-126.f), x);  // NaN, if x is: it gives its second one
     __m512 whole = _mm512_roundscale_ps(x, 0);
     __m512 f = _mm512_sub_ps(x, whole);
     __m512 y = _mm512_set1_ps(1.54035304e-4f);
@@ -89,17 +105,6 @@ inline void pack_tile(const bf16* rows, long stride, bf16* out) {
         for (int r = 0; r < 16; r++) {
             memcpy(pairs + r * 16 + n, rows + n * stride + 2 * r, 4);
         }
-}
-
-void* scratch(size_t bytes) {
-    static thread_local void* held = nullptr;
-    static thread_local size_t size = 0;
-    if (size < bytes) {
-        free(held);
-        size = (bytes + 4095) & ~size_t(4095);
-        held = aligned_alloc(4096, size);
-    }
-    return held;
 }
 
 inline void clear() {

@@ -4,7 +4,7 @@
 //
 // Plain C interface: pointers and sizes, no Python and no torch headers.
 
-#include "amx.h"
+#include "attention.h"
 
 namespace {
 
@@ -122,240 +122,135 @@ void region(const Linear& p, long m0, long m1, long n0, long n1) {
 
 // --- attention ----------------------------------------------------------------------------------
 
-const long KEYS = 256;    // of one pass
-const long STEP = KEYS + 32;
-
-// A place in [batch, length, heads, size]: numbers between neighbours; the last lie side by side.
-struct Steps {
-    long batch, row, head;
-};
-
-struct Attend {
-    const float *q, *k, *v;
-    float* out;
-    Steps qs, ks, vs, os;
-    long heads, queries, keys, size;
-    float scale;
-    long inner() const { return (3 * size + 31) / 32; }   // tiles of a query, three times as long
-    long outer() const { return (size + 15) / 16; }       // tiles of a value
-    long padded() const { return (keys + 31) / 32 * 32; }
-};
-
 // Scores are one product: of (head, rest, head) of a query and (head, head, rest) of a key. Of the
 // weights and the values, heads and rests lie apart.
-struct Head {
-    bf16 *keys, *values, *rests, *query, *weights, *left;
-    float *scores, *sums;
-};
+struct Split : Head<float> {
+    bf16 *values, *value_rests, *weights, *weight_rests;
 
-// Cuts one thread's scratch into what a head needs.
-Head cut(const Attend& a) {
-    size_t keys = a.padded() * a.inner() * 64, values = a.padded() * a.outer() * 32;
-    size_t query = 32 * a.inner() * 64, weights = 32 * STEP * 2;
-    size_t scores = 32 * KEYS * 4, sums = (a.outer() + 1) / 2 * 4096;
-    char* at = (char*)scratch(keys + 2 * values + query + 2 * weights + scores + sums);
-    Head h;
-    h.keys = (bf16*)at, at += keys;
-    h.values = (bf16*)at, at += values;
-    h.rests = (bf16*)at, at += values;
-    h.query = (bf16*)at, at += query;
-    h.weights = (bf16*)at, at += weights;
-    h.left = (bf16*)at, at += weights;
-    h.scores = (float*)at, at += scores;
-    h.sums = (float*)at;
-    return h;
-}
-
-// Which of 16 numbers from c on are less than `size`.
-inline __mmask16 within(long c, long size) {
-    return size - c >= 16 ? 0xffff : (1u << (size - c)) - 1;
-}
-
-// The numbers of a query as heads, rests and heads, or of a key as heads, heads and rests.
-void lay(const Attend& a, const float* from, bf16* to, bool query) {
-    for (long c = 0; c < a.size; c += 16) {
-        __mmask16 mask = within(c, a.size);
-        __m512 x = _mm512_maskz_loadu_ps(mask, from + c);
-        __m256i head = (__m256i)_mm512_cvtneps_pbh(x);
-        __m256i rest = (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(x, widen(head)));
-        _mm256_mask_storeu_epi16(to + c, mask, head);
-        _mm256_mask_storeu_epi16(to + a.size + c, mask, query ? rest : head);
-        _mm256_mask_storeu_epi16(to + 2 * a.size + c, mask, query ? head : rest);
+    explicit Split(const Attend<float>& a)
+        : Head(a, (3 * a.size + 31) / 32, 2 * (a.padded() * a.outer() * 32 + 32 * STEP * 2)) {
+        values = take_room<bf16>(a.padded() * a.outer() * 32);
+        value_rests = take_room<bf16>(a.padded() * a.outer() * 32);
+        weights = take_room<bf16>(32 * STEP * 2);
+        weight_rests = take_room<bf16>(32 * STEP * 2);
     }
-}
 
-void pack_head(const Attend& a, const Head& h, long b, long head) {
-    const float* k = a.k + b * a.ks.batch + head * a.ks.head;
-    const float* v = a.v + b * a.vs.batch + head * a.vs.head;
-    long row = a.inner() * 32;
-    bf16* rows = h.query;  // not needed yet: 16 keys
-    for (long n = 0; n < a.padded(); n += 16) {
-        memset(rows, 0, 16 * row * 2);
-        for (long i = 0; i < 16 && n + i < a.keys; i++)
-            lay(a, k + (n + i) * a.ks.row, rows + i * row, false);
-        for (long t = 0; t < a.inner(); t++)
-            pack_tile(rows + t * 32, row, h.keys + (n / 32 * a.inner() + t) * 1024 + n % 32 * 32);
-    }
-    for (long n = 0; n < a.padded(); n++)
+    // A query or a key: its heads, and its rests in the second or the third place.
+    void lay_out(const float* from, bf16* to, bool is_query) const {
         for (long c = 0; c < a.size; c += 16) {
-            __mmask16 mask = n < a.keys ? within(c, a.size) : 0;
-            __m512 x = _mm512_maskz_loadu_ps(mask, v + n * a.vs.row + c);
-            alignas(64) bf16 heads[16], rests[16];
-            __m256i high = (__m256i)_mm512_cvtneps_pbh(x);
-            _mm256_store_si256((__m256i*)heads, high);
-            store(rests, _mm512_sub_ps(x, widen(high)));
-            long at = (n / 32 * a.outer() + c / 16) * 512 + n % 32 / 2 * 32 + n % 2;
-            for (int i = 0; i < 16; i++) h.values[at + 2 * i] = heads[i], h.rests[at + 2 * i] = rests[i];
-        }
-}
-
-// One pass: 32 queries by up to KEYS keys, in whole groups of 32.
-struct Pass {
-    long begin, count;
-};
-
-// The scores of all its keys; those beyond the last key are as low as can be.
-void score(const Attend& a, const Head& h, const Pass& p) {
-    for (long j = 0; j < p.count / 32; j++) {
-        const bf16* q = h.query;
-        const bf16* k = h.keys + (p.begin / 32 + j) * a.inner() * 1024;
-        clear();
-        for (long t = 0; t < a.inner(); t++, q += 32, k += 1024) {
-            _tile_loadd(4, q, a.inner() * 64);
-            _tile_loadd(6, k, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, k + 512, 64);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, q + 16 * a.inner() * 32, a.inner() * 64);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-        give(h.scores + j * 1024);
-    }
-    long beyond = p.begin + p.count - a.keys;
-    float* last = h.scores + (p.count / 32 - 1) * 1024;
-    for (long c = 32 - beyond; c < 32; c++)
-        for (long i = 0; i < 32; i++)
-            last[i / 16 * 512 + i % 16 * 16 + c / 16 * 256 + c % 16] = -1e30f;
-}
-
-// The largest score of each query, or what it was before.
-void peaks(const Head& h, const Pass& p, float* most) {
-    for (int i = 0; i < 32; i++) {
-        const float* s = h.scores + i / 16 * 512 + i % 16 * 16;
-        __m512 top = _mm512_set1_ps(most[i]);
-        for (long j = 0; j < p.count / 32; j++, s += 1024) {
-            top = _mm512_max_ps(top, _mm512_load_ps(s));
-            top = _mm512_max_ps(top, _mm512_load_ps(s + 256));
-        }
-        most[i] = _mm512_reduce_max_ps(top);
-    }
-}
-
-// exp(score - most) of each query as the weights of its values, and their sum.
-void soften(const Attend& a, const Head& h, const Pass& p, const float* most, float* total) {
-    const __m512 factor = _mm512_set1_ps(a.scale * LOG2E);
-    for (int i = 0; i < 32; i++) {
-        const float* s = h.scores + i / 16 * 512 + i % 16 * 16;
-        const __m512 shift = _mm512_set1_ps(-most[i] * a.scale * LOG2E);
-        __m512 sum = _mm512_setzero_ps();
-        for (long j = 0; j < p.count; j += 32, s += 1024) {
-            __m512 low = exp2(_mm512_fmadd_ps(_mm512_load_ps(s), factor, shift));
-            __m512 high = exp2(_mm512_fmadd_ps(_mm512_load_ps(s + 256), factor, shift));
-            sum = _mm512_add_ps(sum, _mm512_add_ps(low, high));
-            halve(low, high, h.weights + i * STEP + j, h.left + i * STEP + j);
-        }
-        total[i] += _mm512_reduce_add_ps(sum);
-    }
-}
-
-// Adds the product of weights and two of the value's tiles to h.sums. Of the last one of an odd
-// number, what the weights' rests give goes where the second one's sums would be: sums of two tiles
-// alone would wait for one another.
-template <bool two>
-void weigh(const Attend& a, const Head& h, const Pass& p, long t) {
-    const bf16 *w = h.weights, *left = h.left;
-    long at = p.begin * a.outer() * 16 + t * 512;
-    if (p.begin) take(h.sums + t * 512);
-    else clear();
-    for (long j = 0; j < p.count; j += 32, w += 32, left += 32, at += a.outer() * 512) {
-        _tile_loadd(4, w, STEP * 2);
-        _tile_loadd(6, h.rests + at, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(5, w + 16 * STEP, STEP * 2);
-        _tile_dpbf16ps(2, 5, 6);
-        if (two) {
-            _tile_loadd(7, h.rests + at + 512, 64);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-        _tile_loadd(6, h.values + at, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(2, 5, 6);
-        if (two) {
-            _tile_loadd(7, h.values + at + 512, 64);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-        _tile_loadd(4, left, STEP * 2);
-        _tile_loadd(5, left + 16 * STEP, STEP * 2);
-        if (two) {
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_dpbf16ps(3, 5, 7);
-        } else {
-            _tile_dpbf16ps(1, 4, 6);
-            _tile_dpbf16ps(3, 5, 6);
+            __mmask16 mask = within(c, a.size);
+            __m512 x = _mm512_maskz_loadu_ps(mask, from + c);
+            __m256i head = (__m256i)_mm512_cvtneps_pbh(x);
+            __m256i rest = (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(x, widen(head)));
+            _mm256_mask_storeu_epi16(to + c, mask, head);
+            _mm256_mask_storeu_epi16(to + a.size + c, mask, is_query ? rest : head);
+            _mm256_mask_storeu_epi16(to + 2 * a.size + c, mask, is_query ? head : rest);
         }
     }
-    give(h.sums + t * 512);
-}
+    void lay(long i, const float* from) const { lay_out(from, query + i * inner * 32, true); }
 
-// Up to 32 queries of one head, over all keys, a pass at a time (arXiv:2112.05682). exp is taken of
-// a score's distance to the largest of the first pass: any number not far below the largest of all
-// does. False if that one was too far below.
-bool attend_by(const Attend& a, const Head& h, float* most, float* total) {
-    for (int i = 0; i < 32; i++) total[i] = 0;
-    for (long begin = 0; begin < a.padded(); begin += KEYS) {
-        Pass p{begin, a.padded() - begin < KEYS ? a.padded() - begin : KEYS};
-        score(a, h, p);
-        if (begin == 0) peaks(h, p, most);
-        soften(a, h, p, most, total);
-        fence();
+    void pack(long b, long head) const {
+        const float* k = a.k + b * a.ks.batch + head * a.ks.head;
+        const float* v = a.v + b * a.vs.batch + head * a.vs.head;
+        bf16* rows = query;  // not needed yet: 16 keys
+        for (long n = 0; n < a.padded(); n += 16) {
+            memset(rows, 0, 16 * inner * 64);
+            for (long i = 0; i < 16 && n + i < a.keys; i++)
+                lay_out(k + (n + i) * a.ks.row, rows + i * inner * 32, false);
+            for (long t = 0; t < inner; t++)
+                pack_tile(rows + t * 32, inner * 32,
+                          keys + (n / 32 * inner + t) * 1024 + n % 32 * 32);
+        }
+        for (long n = 0; n < a.padded(); n++)
+            for (long c = 0; c < a.size; c += 16) {
+                __mmask16 mask = n < a.keys ? within(c, a.size) : 0;
+                __m512 x = _mm512_maskz_loadu_ps(mask, v + n * a.vs.row + c);
+                alignas(64) bf16 heads[16], rests[16];
+                __m256i rounded = (__m256i)_mm512_cvtneps_pbh(x);
+                _mm256_store_si256((__m256i*)heads, rounded);
+                store(rests, _mm512_sub_ps(x, widen(rounded)));
+                long at = (n / 32 * a.outer() + c / 16) * 512 + n % 32 / 2 * 32 + n % 2;
+                for (int i = 0; i < 16; i++) {
+                    values[at + 2 * i] = heads[i];
+                    value_rests[at + 2 * i] = rests[i];
+                }
+            }
+    }
+
+    void soften(const Pass& p, const float* most, float* total) const {
+        const __m512 factor = _mm512_set1_ps(a.scale * LOG2E);
+        for (int i = 0; i < 32; i++) {
+            const float* s = scores + row(i);
+            const __m512 shift = _mm512_set1_ps(-most[i] * a.scale * LOG2E);
+            __m512 sum = _mm512_setzero_ps();
+            for (long j = 0; j < p.count; j += 32, s += 1024) {
+                __m512 low = exp2(_mm512_fmadd_ps(_mm512_load_ps(s), factor, shift));
+                __m512 high = exp2(_mm512_fmadd_ps(_mm512_load_ps(s + 256), factor, shift));
+                sum = _mm512_add_ps(sum, _mm512_add_ps(low, high));
+                halve(low, high, weights + i * STEP + j, weight_rests + i * STEP + j);
+            }
+            total[i] += _mm512_reduce_add_ps(sum);
+        }
+    }
+
+    void weigh(const Pass& p) const {
         for (long t = 0; t < a.outer(); t += 2) {
-            if (t + 1 < a.outer()) weigh<true>(a, h, p, t);
-            else weigh<false>(a, h, p, t);
+            if (t + 1 < a.outer()) weigh_tiles<true>(p, t);
+            else weigh_tiles<false>(p, t);
         }
     }
-    bool fine = true;
-    for (int i = 0; i < 32; i++) fine = fine && total[i] < 1e30f;
-    return fine;
-}
+    // Two of the value's tiles, or the last one of an odd number: what the weights' rests give then
+    // goes where the second one's sums would be, for sums of two tiles alone wait for one another.
+    template <bool two> void weigh_tiles(const Pass& p, long t) const {
+        const bf16 *w = weights, *rests = weight_rests;
+        long at = p.begin * a.outer() * 16 + t * 512;
+        if (p.begin) take(sums + t * 512);
+        else clear();
+        for (long j = 0; j < p.count; j += 32, w += 32, rests += 32, at += a.outer() * 512) {
+            _tile_loadd(4, w, STEP * 2);
+            _tile_loadd(6, value_rests + at, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(5, w + 16 * STEP, STEP * 2);
+            _tile_dpbf16ps(2, 5, 6);
+            if (two) {
+                _tile_loadd(7, value_rests + at + 512, 64);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+            _tile_loadd(6, values + at, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(2, 5, 6);
+            if (two) {
+                _tile_loadd(7, values + at + 512, 64);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+            _tile_loadd(4, rests, STEP * 2);
+            _tile_loadd(5, rests + 16 * STEP, STEP * 2);
+            if (two) {
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(3, 5, 7);
+            } else {
+                _tile_dpbf16ps(1, 4, 6);
+                _tile_dpbf16ps(3, 5, 6);
+            }
+        }
+        give(sums + t * 512);
+    }
 
-void attend_rows(const Attend& a, const Head& h, const float* q, float* out, long count) {
-    memset(h.query, 0, 32 * a.inner() * 64);
-    for (long i = 0; i < count; i++) lay(a, q + i * a.qs.row, h.query + i * a.inner() * 32, true);
-    fence();
-    float most[32], total[32];
-    for (int i = 0; i < 32; i++) most[i] = -1e30f;
-    if (!attend_by(a, h, most, total)) {
-        for (long begin = 0; begin < a.padded(); begin += KEYS) {
-            Pass p{begin, a.padded() - begin < KEYS ? a.padded() - begin : KEYS};
-            score(a, h, p);
-            peaks(h, p, most);
-        }
-        attend_by(a, h, most, total);
-    }
-    for (long i = 0; i < count; i++)
+    void write(long i, float* out, float factor) const {
         for (long c = 0; c < a.size; c += 16) {
-            const float* sums = h.sums + c / 32 * 1024 + c % 32 * 16 + i / 16 * 512 + i % 16 * 16;
-            __m512 x = _mm512_load_ps(sums);
-            if (c % 32 == 0 && c + 16 >= a.size) x = _mm512_add_ps(x, _mm512_load_ps(sums + 256));
-            x = _mm512_mul_ps(x, _mm512_set1_ps(1.f / total[i]));
-            _mm512_mask_storeu_ps(out + i * a.os.row + c, within(c, a.size), x);
+            const float* found = summed(i, c / 16);
+            __m512 x = _mm512_load_ps(found);
+            bool alone = c % 32 == 0 && c + 16 >= a.size;
+            if (alone) x = _mm512_add_ps(x, _mm512_load_ps(found + 256));
+            x = _mm512_mul_ps(x, _mm512_set1_ps(factor));
+            _mm512_mask_storeu_ps(out + c, within(c, a.size), x);
         }
-}
+    }
+};
 
 }  // namespace
 
@@ -406,25 +301,7 @@ void safelight_split_gate(const float* value, const float* gate, float* out, lon
 void safelight_split_attend(const float* q, const float* k, const float* v, float* out,
                             const long* steps, long batch, long heads, long queries, long keys,
                             long size, float scale) {
-    Attend a{q, k, v, out, {steps[0], steps[1], steps[2]}, {steps[3], steps[4], steps[5]},
-             {steps[6], steps[7], steps[8]}, {steps[9], steps[10], steps[11]}, heads, queries, keys,
-             size, scale};
-    long parts = batch * heads % omp_get_max_threads() ? omp_get_max_threads() : 1;
-#pragma omp parallel
-    {
-        Tiles tiles;
-#pragma omp for schedule(static)
-        for (long task = 0; task < batch * heads * parts; task++) {
-            long part = task % parts, head = task / parts % heads, b = task / parts / heads;
-            Head h = cut(a);
-            pack_head(a, h, b, head);
-            long blocks = (queries + 31) / 32;
-            for (long i = blocks * part / parts; i < blocks * (part + 1) / parts; i++)
-                attend_rows(a, h, q + b * a.qs.batch + head * a.qs.head + 32 * i * a.qs.row,
-                            out + b * a.os.batch + head * a.os.head + 32 * i * a.os.row,
-                            queries - 32 * i < 32 ? queries - 32 * i : 32);
-        }
-    }
+    attend<Split>(attention(q, k, v, out, steps, batch, heads, queries, keys, size, scale));
 }
 
 }  // extern "C"

@@ -6,8 +6,6 @@ relative error is 3e-6, where float32's own is 3e-7, and bfloat16's 3e-3.
 
 from __future__ import annotations
 
-from ctypes import c_long
-
 import torch
 from torch import Tensor
 
@@ -37,13 +35,15 @@ class Matrix:
             at(weight.contiguous()), at(packed), self.columns, self.inner
         )
         self.packed = ARENA.keep(packed)
-        self.bias = bias
+        self.bias = None if bias is None else bias.float().contiguous()
 
     def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        if x.dtype != torch.float32 or x.shape[-1] != self.inner:
+            raise ValueError(f"{x.dtype} of {tuple(x.shape)} by a matrix of {self.inner} rows")
         x = x.contiguous()
-        if plus is not None:
-            plus = plus.contiguous()
         out = x.new_empty(*x.shape[:-1], self.columns)
+        if plus is not None:
+            plus = plus.to(out).expand_as(out).contiguous()
         tiles.library().safelight_split_linear(
             at(x),
             at(self.packed()),
@@ -67,11 +67,4 @@ def gate(value: Tensor, by: Tensor) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """As tiles.attend, in float32."""
-    batch, heads, queries, size = q.shape
-    out = q.new_empty(batch, queries, heads, size)
-    tensors = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), out)
-    steps = (c_long * 12)(*[s for t in tensors for s in t.stride()[:3]])
-    tiles.library().safelight_split_attend(
-        at(q), at(k), at(v), at(out), steps, batch, heads, queries, k.shape[2], size, size**-0.5
-    )
-    return out.flatten(2)
+    return tiles.attend_by(tiles.library().safelight_split_attend, torch.float32, q, k, v)

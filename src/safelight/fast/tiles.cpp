@@ -7,7 +7,7 @@
 //
 // Plain C interface: pointers and sizes, no Python and no torch headers.
 
-#include "amx.h"
+#include "attention.h"
 
 namespace {
 
@@ -172,84 +172,7 @@ void run(const Convolution& p) {
 
 // --- attention ----------------------------------------------------------------------------------
 
-const long KEYS = 256;            // of one pass: their scores stay in the first-level cache
-const long WEIGHTS_STEP = KEYS + 32;
-const bf16 ONE = 0x3f80;
-
-// A place in [batch, length, heads, size]: numbers between neighbours; the last lie side by side.
-struct Steps {
-    long batch, row, head;
-};
-
-struct Attend {
-    const bf16 *q, *k, *v;
-    bf16* out;
-    Steps qs, ks, vs, os;
-    long heads, queries, keys, size;
-    float scale;
-    long inner() const { return (size + 31) / 32; }   // tiles of a query
-    long outer() const { return (size + 15) / 16; }   // tiles of a value
-    long padded() const { return (keys + 31) / 32 * 32; }
-    bool counted() const { return size % 16; }         // the weights' sum is beside the values'
-};
-
-struct Head {
-    bf16 *keys, *values, *query, *weights;
-    float *scores, *sums;
-};
-
-// Cuts one thread's scratch into what a head needs.
-Head cut(const Attend& a) {
-    size_t keys = a.padded() * a.inner() * 32 * 2, values = a.padded() * a.outer() * 16 * 2;
-    size_t query = 32 * a.inner() * 64, weights = 32 * WEIGHTS_STEP * 2;
-    size_t scores = 32 * KEYS * 4, sums = (a.outer() + 1) / 2 * 4096;
-    char* at = (char*)scratch(keys + values + query + weights + scores + sums);
-    Head h;
-    h.keys = (bf16*)at, at += keys;
-    h.values = (bf16*)at, at += values;
-    h.query = (bf16*)at, at += query;
-    h.weights = (bf16*)at, at += weights;
-    h.scores = (float*)at, at += scores;
-    h.sums = (float*)at;
-    return h;
-}
-
-// The weights lie in the order in which two registers of scores are packed into one: which of 32
-// keys is at a place.
-inline long key_at(long place) { return place % 8 / 4 * 16 + place / 8 * 4 + place % 4; }
-
-// Keys as the weights of queries·keysᵀ, values as those of weights·values; zeros to whole tiles.
-// If that leaves room beside the values, a column of ones there sums up the weights.
-void pack_head(const Attend& a, const Head& h, long b, long head) {
-    const bf16* k = a.k + b * a.ks.batch + head * a.ks.head;
-    const bf16* v = a.v + b * a.vs.batch + head * a.vs.head;
-    alignas(64) bf16 row[16 * 32];
-    for (long n = 0; n < a.padded(); n += 16)
-        for (long t = 0; t < a.inner(); t++) {
-            memset(row, 0, sizeof row);
-            long width = a.size - 32 * t < 32 ? a.size - 32 * t : 32;
-            for (long i = 0; i < 16 && n + i < a.keys; i++)
-                memcpy(row + 32 * i, k + (n + i) * a.ks.row + 32 * t, width * 2);
-            pack_tile(row, 32, h.keys + n / 32 * a.inner() * 1024 + t * 1024 + n % 32 * 32);
-        }
-    for (long n = 0; n < a.padded(); n += 32)
-        for (long t = 0; t < a.outer(); t++) {
-            bf16* to = h.values + n * a.outer() * 16 + t * 512;
-            long width = a.size - 16 * t < 16 ? a.size - 16 * t : 16;
-            for (long i = 0; i < 32; i++)
-                for (long c = 0, key = n + key_at(i); c < 16; c++)
-                    to[i / 2 * 32 + 2 * c + i % 2] =
-                        key >= a.keys ? 0
-                        : c < width   ? v[key * a.vs.row + 16 * t + c]
-                        : c == width  ? ONE
-                                      : 0;
-        }
-}
-
-// One pass: 32 queries by up to KEYS keys, in whole groups of 32.
-struct Pass {
-    long begin, count;
-};
+const bf16 ONE = 0x3f80, NOT_A_NUMBER = 0x7fc0;
 
 // How far f, of 128, is above 128·(2^(f/128) - 1).
 struct Fractions {
@@ -259,134 +182,124 @@ struct Fractions {
     }
 };
 
-// The scores of all its keys; those beyond the last key are as low as can be.
-void score(const Attend& a, const Head& h, const Pass& p) {
-    const long zero = 0;
-    for (long j = 0; j < p.count / 32; j++) {
-        clear();
-        multiply(h.query, h.query + 16 * a.inner() * 32, a.inner() * 64, a.inner(), 32, &zero, 1,
-                 h.keys + (p.begin / 32 + j) * a.inner() * 1024);
-        give(h.scores + j * 1024);
-    }
-    long beyond = p.begin + p.count - a.keys;
-    float* last = h.scores + (p.count / 32 - 1) * 1024;
-    for (long c = 32 - beyond; c < 32; c++)
-        for (long i = 0; i < 32; i++) last[i / 16 * 512 + i % 16 * 16 + c / 16 * 256 + c % 16] = -1e30f;
-}
+// The weights lie in the order in which two registers of scores are packed into one: which of 32
+// keys is at a place.
+inline long key_at(long place) { return place % 8 / 4 * 16 + place / 8 * 4 + place % 4; }
 
-// The largest score of each query, or what it was before.
-void peaks(const Head& h, const Pass& p, float* most) {
-    for (int i = 0; i < 32; i++) {
-        const float* s = h.scores + i / 16 * 512 + i % 16 * 16;
-        __m512 top = _mm512_set1_ps(most[i]);
-        for (long j = 0; j < p.count / 32; j++) {
-            top = _mm512_max_ps(top, _mm512_load_ps(s + j * 1024));
-            top = _mm512_max_ps(top, _mm512_load_ps(s + j * 1024 + 256));
+struct Rounded : Head<bf16> {
+    bf16 *values, *weights;
+    const bool counted;    // a column of ones beside the values sums up the weights
+
+    explicit Rounded(const Attend<bf16>& a)
+        : Head(a, (a.size + 31) / 32, a.padded() * a.outer() * 32 + 32 * STEP * 2),
+          counted(a.size % 16) {
+        values = take_room<bf16>(a.padded() * a.outer() * 32);
+        weights = take_room<bf16>(32 * STEP * 2);
+    }
+
+    // What is no number in a key would become a weight of 0, as 2^x is made here: then the value is
+    // none either.
+    bool finite(const bf16* key) const {
+        bool found = true;
+        for (long c = 0; c < a.size; c++) found &= (key[c] & 0x7f80) != 0x7f80;
+        return found;
+    }
+
+    void pack(long b, long head) const {
+        const bf16* k = a.k + b * a.ks.batch + head * a.ks.head;
+        const bf16* v = a.v + b * a.vs.batch + head * a.vs.head;
+        alignas(64) bf16 row[16 * 32];
+        for (long n = 0; n < a.padded(); n += 16)
+            for (long t = 0; t < inner; t++) {
+                memset(row, 0, sizeof row);
+                long width = a.size - 32 * t < 32 ? a.size - 32 * t : 32;
+                for (long i = 0; i < 16 && n + i < a.keys; i++)
+                    memcpy(row + 32 * i, k + (n + i) * a.ks.row + 32 * t, width * 2);
+                pack_tile(row, 32, keys + (n / 32 * inner + t) * 1024 + n % 32 * 32);
+            }
+        for (long n = 0; n < a.padded(); n += 32)
+            for (long t = 0; t < a.outer(); t++) {
+                bf16* to = values + n * a.outer() * 16 + t * 512;
+                long width = a.size - 16 * t < 16 ? a.size - 16 * t : 16;
+                for (long i = 0; i < 32; i++) {
+                    long key = n + key_at(i);
+                    bool good = key >= a.keys || finite(k + key * a.ks.row);
+                    for (long c = 0; c < 16; c++)
+                        to[i / 2 * 32 + 2 * c + i % 2] =
+                            !good           ? NOT_A_NUMBER
+                            : key >= a.keys ? 0
+                            : c < width     ? v[key * a.vs.row + 16 * t + c]
+                            : c == width    ? ONE
+                                            : 0;
+                }
+            }
+    }
+
+    void lay(long i, const bf16* from) const { memcpy(query + i * inner * 32, from, a.size * 2); }
+
+    // In bfloat16 2^x needs no polynomial (N. Schraudolph, 1999, with a table in place of his
+    // constant): as an integer of 1/128ths, x has its whole part where a float has its exponent,
+    // and beside it the fraction f where 2^f - 1 belongs. A table tells how far apart these are.
+    template <bool sum_them> void soften_by(const Pass& p, const float* most, float* total) const {
+        alignas(64) static const Fractions table;
+        const __m512i low = _mm512_load_si512(table.apart);
+        const __m512i high = _mm512_load_si512(table.apart + 64);
+        const __m512 factor = _mm512_set1_ps(128 * a.scale * LOG2E);
+        const __m512bh ones = (__m512bh)_mm512_set1_epi16(ONE);
+        for (int i = 0; i < 32; i++) {
+            const float* s = scores + row(i);
+            __m512 shift = _mm512_set1_ps(128 * (127 - most[i] * a.scale * LOG2E));
+            __m512 sum = _mm512_setzero_ps();
+            bf16* w = weights + i * STEP;
+            for (long j = 0; j < p.count / 32; j++, s += 1024, w += 32) {
+                __m512 x = _mm512_fmadd_ps(_mm512_load_ps(s), factor, shift);
+                __m512 y = _mm512_fmadd_ps(_mm512_load_ps(s + 256), factor, shift);
+                __m512i both = _mm512_packs_epi32(_mm512_cvtps_epi32(x), _mm512_cvtps_epi32(y));
+                both = _mm512_max_epi16(both, _mm512_setzero_si512());
+                __m512i apart = _mm512_maskz_permutex2var_epi8(0x5555555555555555, low, both, high);
+                both = _mm512_sub_epi16(both, apart);
+                if (sum_them) sum = _mm512_dpbf16_ps(sum, (__m512bh)both, ones);
+                _mm512_storeu_si512(w, both);
+            }
+            if (sum_them) total[i] += _mm512_reduce_add_ps(sum);
         }
-        most[i] = _mm512_reduce_max_ps(top);
     }
-}
+    void soften(const Pass& p, const float* most, float* total) const {
+        if (counted) soften_by<false>(p, most, total);
+        else soften_by<true>(p, most, total);
+    }
+    void sum_up(float* total) const {
+        for (int i = 0; counted && i < 32; i++) total[i] = summed(i, a.outer() - 1)[a.size % 16];
+    }
 
-// exp(score - most) of each query, as the weights of its values, and unless `counted` their sum.
-//
-// In bfloat16 2^x needs no polynomial (N. Schraudolph, 1999, with a table in place of his constant):
-// as an integer of 1/128ths, x has its whole part where a float has its exponent, and beside it
-// the fraction f where 2^f - 1 belongs. A table of 128 tells how far apart these are.
-template <bool counted>
-void soften(const Attend& a, const Head& h, const Pass& p, const float* most, float* total) {
-    alignas(64) static const Fractions table;
-    const __m512i low = _mm512_load_si512(table.apart), high = _mm512_load_si512(table.apart + 64);
-    const __m512 factor = _mm512_set1_ps(128 * a.scale * LOG2E);
-    const __m512bh ones = (__m512bh)_mm512_set1_epi16(ONE);
-    for (int i = 0; i < 32; i++) {
-        const float* s = h.scores + i / 16 * 512 + i % 16 * 16;
-        __m512 shift = _mm512_set1_ps(128 * (127 - most[i] * a.scale * LOG2E));
-        __m512 sum = _mm512_setzero_ps();
-        bf16* w = h.weights + i * WEIGHTS_STEP;
-        for (long j = 0; j < p.count / 32; j++, s += 1024, w += 32) {
-            __m512i x = _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_load_ps(s), factor, shift));
-            __m512i y = _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_load_ps(s + 256), factor, shift));
-            __m512i both = _mm512_packs_epi32(x, y);
-            both = _mm512_max_epi16(both, _mm512_setzero_si512());
-            __m512i apart = _mm512_maskz_permutex2var_epi8(0x5555555555555555, low, both, high);
-            both = _mm512_sub_epi16(both, apart);
-            if (!counted) sum = _mm512_dpbf16_ps(sum, (__m512bh)both, ones);
-            _mm512_storeu_si512(w, both);
+    void weigh(const Pass& p) const {
+        for (long t = 0; t < a.outer(); t += 2) {
+            const bf16* v = values + p.begin * a.outer() * 16 + t * 512;
+            bool two = t + 1 < a.outer();
+            if (p.begin) take(sums + t * 512);
+            else clear();
+            for (long j = 0; j < p.count / 32; j++, v += a.outer() * 512) {
+                _tile_loadd(4, weights + 32 * j, STEP * 2);
+                _tile_loadd(6, v, 64);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_loadd(5, weights + 32 * j + 16 * STEP, STEP * 2);
+                _tile_dpbf16ps(2, 5, 6);
+                if (!two) continue;
+                _tile_loadd(7, v + 512, 64);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+            give(sums + t * 512);
         }
-        if (!counted) total[i] += _mm512_reduce_add_ps(sum);
     }
-}
 
-// Adds the product of weights and two of the value's tiles to h.sums.
-void weigh(const Attend& a, const Head& h, const Pass& p, long t) {
-    const bf16* v = h.values + p.begin * a.outer() * 16 + t * 512;
-    bool two = t + 1 < a.outer();
-    if (p.begin) take(h.sums + t * 512);
-    else clear();
-    for (long j = 0; j < p.count / 32; j++, v += a.outer() * 512) {
-        _tile_loadd(4, h.weights + 32 * j, WEIGHTS_STEP * 2);
-        _tile_loadd(6, v, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(5, h.weights + 32 * j + 16 * WEIGHTS_STEP, WEIGHTS_STEP * 2);
-        _tile_dpbf16ps(2, 5, 6);
-        if (!two) continue;
-        _tile_loadd(7, v + 512, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    give(h.sums + t * 512);
-}
-
-// Where h.sums holds 16 of the values of a query, from tile t on.
-const float* summed(const Head& h, int i, long t) {
-    return h.sums + t / 2 * 1024 + t % 2 * 256 + i / 16 * 512 + i % 16 * 16;
-}
-
-// Up to 32 queries of one head, over all keys, a pass at a time (arXiv:2112.05682). exp is taken
-// of a score's distance to the largest of the first pass. Any number not far below the largest of
-// all does: floats lose nothing by a factor. False if that one was too far below.
-bool attend_by(const Attend& a, const Head& h, float* most, float* total) {
-    for (int i = 0; i < 32; i++) total[i] = 0;
-    for (long begin = 0; begin < a.padded(); begin += KEYS) {
-        Pass p{begin, a.padded() - begin < KEYS ? a.padded() - begin : KEYS};
-        score(a, h, p);
-        if (begin == 0) peaks(h, p, most);
-        if (a.counted()) soften<true>(a, h, p, most, total);
-        else soften<false>(a, h, p, most, total);
-        fence();
-        for (long t = 0; t < a.outer(); t += 2) weigh(a, h, p, t);
-    }
-    bool fine = true;
-    for (int i = 0; i < 32; i++) {
-        if (a.counted()) total[i] = summed(h, i, a.outer() - 1)[a.size % 16];
-        fine = fine && total[i] < 1e30f;
-    }
-    return fine;
-}
-
-void attend_rows(const Attend& a, const Head& h, const bf16* q, bf16* out, long count) {
-    memset(h.query, 0, 32 * a.inner() * 64);
-    for (long i = 0; i < count; i++)
-        memcpy(h.query + i * a.inner() * 32, q + i * a.qs.row, a.size * 2);
-    float most[32], total[32];
-    for (int i = 0; i < 32; i++) most[i] = -1e30f;
-    if (!attend_by(a, h, most, total)) {
-        for (long begin = 0; begin < a.padded(); begin += KEYS) {
-            Pass p{begin, a.padded() - begin < KEYS ? a.padded() - begin : KEYS};
-            score(a, h, p);
-            peaks(h, p, most);
+    void write(long i, bf16* out, float factor) const {
+        for (long c = 0; c < a.size; c += 16) {
+            __m512 x = _mm512_mul_ps(_mm512_load_ps(summed(i, c / 16)), _mm512_set1_ps(factor));
+            _mm256_mask_storeu_epi16(out + c, within(c, a.size), (__m256i)_mm512_cvtneps_pbh(x));
         }
-        attend_by(a, h, most, total);
     }
-    for (long i = 0; i < count; i++)
-        for (long t = 0; t < a.outer(); t++) {
-            long width = a.size - 16 * t < 16 ? a.size - 16 * t : 16;
-            __m512 x = _mm512_mul_ps(_mm512_load_ps(summed(h, i, t)),
-                                     _mm512_set1_ps(1.f / total[i]));
-            _mm256_mask_storeu_epi16(out + i * a.os.row + 16 * t, (1u << width) - 1,
-                                     (__m256i)_mm512_cvtneps_pbh(x));
-        }
-}
+};
 
 }  // namespace
 
@@ -395,25 +308,8 @@ extern "C" {
 // softmax(q·kᵀ·scale)·v of [batch, length, heads, size], each at its own steps.
 void safelight_attend(const bf16* q, const bf16* k, const bf16* v, bf16* out, const long* steps,
                       long batch, long heads, long queries, long keys, long size, float scale) {
-    Attend a{q, k, v, out, {steps[0], steps[1], steps[2]}, {steps[3], steps[4], steps[5]},
-             {steps[6], steps[7], steps[8]}, {steps[9], steps[10], steps[11]}, heads, queries, keys,
-             size, scale};
-    long parts = batch * heads % omp_get_max_threads() ? omp_get_max_threads() : 1;
-#pragma omp parallel
-    {
-        Tiles tiles;
-#pragma omp for schedule(static)
-        for (long task = 0; task < batch * heads * parts; task++) {
-            long part = task % parts, head = task / parts % heads, b = task / parts / heads;
-            Head h = cut(a);
-            pack_head(a, h, b, head);
-            long blocks = (queries + 31) / 32;
-            for (long i = blocks * part / parts; i < blocks * (part + 1) / parts; i++)
-                attend_rows(a, h, q + b * a.qs.batch + head * a.qs.head + 32 * i * a.qs.row,
-                            out + b * a.os.batch + head * a.os.head + 32 * i * a.os.row,
-                            queries - 32 * i < 32 ? queries - 32 * i : 32);
-        }
-    }
+    attend<Rounded>(
+        attention(q, k, v, out, steps, batch, heads, queries, keys, size, scale));
 }
 
 // Asks the kernel for the tiles' registers: 1 if this process may use them.

@@ -296,21 +296,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     Returns [batch, length, heads·d].
     """
+    return attend_by(library().safelight_attend, torch.bfloat16, q, k, v)
+
+
+def attend_by(kernel: Any, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attend` by a kernel for numbers of this dtype. ValueError if these do not fit together."""
     batch, heads, queries, size = q.shape
+    if {q.dtype, k.dtype, v.dtype} != {dtype} or not (
+        k.shape == v.shape == (batch, heads, k.shape[2], size)
+    ):
+        raise ValueError(
+            f"attention of {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} in {q.dtype}"
+        )
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     out = q.new_empty(batch, queries, heads, size)
     tensors = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), out)
     steps = (c_long * 12)(*[s for t in tensors for s in t.stride()[:3]])
-    library().safelight_attend(
-        q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
-        out.data_ptr(),
-        steps,
-        batch,
-        heads,
-        queries,
-        k.shape[2],
-        size,
-        size**-0.5,
-    )
+    sizes = batch, heads, queries, k.shape[2], size
+    kernel(at(q), at(k), at(v), at(out), steps, *sizes, size**-0.5)
     return out.flatten(2)

@@ -161,7 +161,26 @@ def _configs(
         if depth > len(weights[part]):
             raise refusal(source.name, f"{part}/config.json has more layers than its file tensors")
         configs[part] = config
+    if kind == "text":
+        _check_together(source, configs)
     return configs
+
+
+def _check_together(source: Source, configs: Mapping[str, Any]) -> None:
+    """Refuses networks that are fine alone and do not fit one another."""
+    unet = configs["unet"]
+    words, channels = configs["text_encoder"].hidden_size, configs["vae"].latent_channels
+    if words != unet.cross_attention_dim:
+        raise refusal(
+            source.name,
+            f"its text encoder gives {words} numbers for a word, "
+            f"and its unet reads {unet.cross_attention_dim}",
+        )
+    if channels != unet.out_channels:
+        raise refusal(
+            source.name,
+            f"its vae decodes {channels} channels, and its unet gives {unet.out_channels}",
+        )
 
 
 def _scheduler(
