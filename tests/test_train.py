@@ -112,7 +112,7 @@ def test_ctrl_c_loses_no_step(tmp_path: Path) -> None:
     said: list[str] = []
     with pytest.raises(KeyboardInterrupt):
         fit(Line(), loss_of, PLAN, tmp_path / "a", every=5, log=said.append)
-    assert said == ["stopped after step 8: the same command goes on from there"]
+    assert said[-1] == "stopped after step 8: the same command goes on from there"
     assert torch.load(tmp_path / "a" / "checkpoint.pt")["step"] == 8
     assert torch.equal(train_line(tmp_path / "a"), train_line(tmp_path / "b"))
 

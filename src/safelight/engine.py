@@ -102,7 +102,7 @@ def begun(model: Model, asked: Request, settled: Request, warnings: list[str]) -
         sha256=model.sha256,
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
-        warnings=model.warnings + asked.idle() + warnings,
+        warnings=model.warnings + asked.where_silent(taught(model.notes)).idle() + warnings,
     )
 
 

@@ -218,8 +218,11 @@ class Request(BaseModel):
         return found
 
     def replace(self, **changes: Any) -> Self:
-        """The same request with these settings changed, checked anew."""
-        return type(self)(**{**dict(self), **changes})
+        """The same request with these settings changed, checked anew. What it was not asked for
+        stays so, but for the seed.
+        """
+        asked = {name: getattr(self, name) for name in (*self.model_fields_set, "seed")}
+        return type(self)(**{**asked, **changes})
 
     def where_silent(self, settings: Mapping[str, Any]) -> Self:
         """The same request with these settings, checked before, where it was asked for nothing."""

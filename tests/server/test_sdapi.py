@@ -175,6 +175,9 @@ class FakeService:
             return ModelInfo(name="tiny")
         return ModelInfo(name="tiny", sha256=SHA, kind="text", width=64, height=64, ready=True)
 
+    async def taught(self):
+        return {}
+
 
 @pytest.fixture
 def service(tmp_path):
@@ -288,7 +291,7 @@ def test_the_module_is_free_of_torch():
     code = (
         "import sys; from safelight.server import sdapi, sdapi_shapes as shapes;"
         "from safelight.server.jobs import ModelInfo;"
-        "shapes.understand(shapes.TextToImage(), ModelInfo(name='tiny'));"
+        "shapes.understand(shapes.TextToImage(), ModelInfo(name='tiny'), {});"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

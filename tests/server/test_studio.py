@@ -714,6 +714,28 @@ def test_a_prompt_is_not_in_the_list_of_processes() -> None:
     assert "none" in last  # it came to read the arguments
 
 
+def test_what_runs_beside_the_server_ends_with_it(tmp_path: Path) -> None:
+    """However the server ends: here by SIGKILL."""
+    arguments = ["train", "unconditional", "digits", f"--out={tmp_path / 'out'}", "--steps=3000"]
+    server = (
+        "import asyncio, sys\nfrom safelight.studio.run import Command\n"
+        "async def run():\n"
+        "    command = await Command.start(*sys.argv[1:])\n"
+        "    print(command._process.pid, flush=True)\n"
+        "    await command.ended()\n"
+        "asyncio.run(run())"
+    )
+    running = subprocess.Popen([sys.executable, "-c", server, *arguments], stdout=subprocess.PIPE)
+    assert running.stdout is not None
+    command = Path(f"/proc/{int(running.stdout.readline())}")
+    wait_for(lambda: (tmp_path / "out" / "tensorboard").exists())
+    running.kill()
+    running.wait()
+    running.stdout.close()
+    wait_for(lambda: not command.exists() or "State:\tZ" in (command / "status").read_text())
+    assert (tmp_path / "out" / "checkpoint.pt").exists()
+
+
 def test_the_form_begins_with_what_a_model_was_taught(tmp_path: Path) -> None:
     with Serving(tmp_path, "--model", "embedded-fast") as server:
         wait_for(lambda: server.client.get("/studio/").status_code == 200)

@@ -6,9 +6,16 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 from inside import Inside
 
 import safelight
+from safelight.cli.tools import verify
+from safelight.compare import Axis, grid
+from safelight.errors import SafelightError
+from safelight.request import Request
+from safelight.server.jobs import ModelInfo
+from safelight.server.sdapi_shapes import TextToImage, understand
 
 
 def test_a_server_fills_in_what_a_model_was_taught(tmp_path: Path) -> None:
@@ -24,3 +31,32 @@ def test_a_server_fills_in_what_a_model_was_taught(tmp_path: Path) -> None:
             asked = {"prompt": "a cat", "steps": 8, "sampler": "euler"}
             job = server.ask("POST", "/api/jobs", asked).json()
             assert job["settings"].items() >= asked.items()
+            # ddim has no karras, and nor has pndm.
+            refused = server.ask("POST", "/api/jobs", {"prompt": "a cat", "schedule": "karras"})
+            assert refused.status == 422
+            assert "has no schedule karras" in refused.json()["detail"]
+
+
+def test_automatic1111s_clients_too() -> None:
+    wanted = {"sampler": "ddim", "steps": 4, "guidance_scale": 1.0}
+    said = {"sampler_name": "Euler a", "steps": 9, "cfg_scale": 3}
+    for taught, body, found in (
+        (wanted, {}, ("ddim", 4, 1.0)),
+        (wanted, said, ("euler_a", 9, 3.0)),
+        ({}, {}, ("euler", 50, 7.0)),
+    ):
+        asked = understand(TextToImage(**body), ModelInfo(name="tiny"), taught).request
+        assert (asked.sampler, asked.steps, asked.guidance_scale) == found
+
+
+def test_a_grid_and_a_warning_too(tmp_path: Path) -> None:
+    """What is neither an axis nor an option is what the model was taught."""
+    model = safelight.load("embedded-fast")
+    made = grid(model, Request(prompt="a cat", seed=1, eta=0.5), Axis.parse("seed=1,2"))
+    for result in made.results[0]:
+        assert result.settings["sampler"] == "ddim"
+        assert (result.settings["steps"], result.settings["guidance_scale"]) == (4, 1.0)
+        assert result.warnings == []
+    made.save(tmp_path / "grid.png")
+    with pytest.raises(SafelightError, match="is a grid of several pictures"):
+        verify(str(tmp_path / "grid.png"))

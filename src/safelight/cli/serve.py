@@ -18,7 +18,7 @@ def serve(
     host: Annotated[str, Option(help="Where to listen; beyond loopback only with a token.")] = (
         "127.0.0.1"
     ),
-    port: Annotated[int, Option(help="0 takes a free one.")] = 7860,
+    port: Annotated[int, Option(min=0, max=65535, help="0 takes a free one.")] = 7860,
     data_dir: Annotated[
         Path | None, Option(help="Jobs and pictures [the user's data folder].", show_default=False)
     ] = None,

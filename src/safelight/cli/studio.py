@@ -18,7 +18,10 @@ from safelight.server.process import Settings
 
 def studio(
     port: Annotated[
-        int | None, Option(help="[7860, or if that is taken a free one].", show_default=False)
+        int | None,
+        Option(
+            min=0, max=65535, help="[7860, or if that is taken a free one].", show_default=False
+        ),
     ] = None,
     data_dir: Annotated[
         Path | None, Option(help="Jobs and pictures [the user's data folder].", show_default=False)

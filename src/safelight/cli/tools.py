@@ -141,6 +141,10 @@ def verify(
         raise SafelightError(
             f"{png[-100:]!r} has another program's recipe: only Safelight's own can be made again"
         )
+    if "grid" in recipe:
+        raise SafelightError(
+            f"{png[-100:]!r} is a grid of several pictures: verify takes one picture"
+        )
     picture = open_picture(png)
     request = safelight.Request.from_dict(
         recipe["settings"],

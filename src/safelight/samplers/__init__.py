@@ -20,7 +20,7 @@ from safelight.errors import SafelightError
 from safelight.samplers.rows import Build, Row, Table
 from safelight.schedule import SCHEDULES, SPACINGS, SchedulerConfig
 
-__all__ = ["SAMPLERS", "Row", "Sampler", "Table", "find", "table"]
+__all__ = ["SAMPLERS", "Row", "Sampler", "Table", "check", "find", "table"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,7 +304,7 @@ def table(
     Raises SafelightError for settings that the sampler or the model cannot take.
     """
     chosen = find(sampler)
-    _check(chosen, steps, schedule, spacing, eta, strength)
+    check(chosen, steps, schedule, spacing, eta, strength)
     if schedule is not None:
         config = config.override(**{f"use_{name}_sigmas": name == schedule for name in SCHEDULES})
     if spacing is not None:
@@ -334,14 +334,15 @@ def table(
     return made
 
 
-def _check(
+def check(
     chosen: Sampler,
     steps: int,
-    schedule: str | None,
-    spacing: str | None,
-    eta: float,
-    strength: float,
+    schedule: str | None = None,
+    spacing: str | None = None,
+    eta: float = 0.0,
+    strength: float = 1.0,
 ) -> None:
+    """Raises SafelightError for settings that a sampler cannot take, whatever the model."""
     if type(steps) is not int or steps < 1:
         raise SafelightError(f"steps should be a whole number from 1, not {steps!r:.40}")
     if not 0 < strength <= 1:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from safelight.errors import SafelightError
 from safelight.request import Request, taught
-from safelight.samplers import SAMPLERS
+from safelight.samplers import SAMPLERS, check
 from safelight.server.files import Files
 from safelight.server.jobs import (
     Event,
@@ -225,7 +225,9 @@ class Hub:
         if self.stopping:
             raise StoppingError
         request = request.where_silent(await self.taught())
-        steps = request.steps or SAMPLERS[request.sampler].steps
+        sampler = SAMPLERS[request.sampler]
+        steps = request.steps or sampler.steps
+        check(sampler, steps, request.schedule, request.spacing)
         if steps * request.count > MOST_STEPS:
             raise SafelightError(
                 f"steps × count must be at most {MOST_STEPS}, not {steps * request.count}"

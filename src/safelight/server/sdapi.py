@@ -183,7 +183,8 @@ async def img2img(http: HttpRequest, body: ImageToImage) -> dict[str, Any]:
 
 async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str, Any]:
     """The answer to a call; one that was interrupted has the pictures that were finished."""
-    asked = await asyncio.to_thread(understand, body, await _service(http).model())
+    service = _service(http)
+    asked = await asyncio.to_thread(understand, body, await service.model(), await service.taught())
     job = await _finished(http, asked)
     model = await _service(http).model()  # by now it is loaded, and has its hash
     if job.status is Status.FAILED:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, cast
 
@@ -124,14 +125,19 @@ class Asked:
     parameters: dict[str, Any]
 
 
-def understand(body: TextToImage | ImageToImage, model: ModelInfo) -> Asked:
+def understand(
+    body: TextToImage | ImageToImage, model: ModelInfo, taught: Mapping[str, Any]
+) -> Asked:
     """The request of a body. Decodes pictures, so it is for a thread of its own.
+
+    taught: what a distilled model draws with, in place of the usual where the body is silent.
 
     Raises SafelightError, or HTTPException with AUTOMATIC1111's status for names it does not find.
     """
     if body.script_name not in (None, "", "None"):
         raise HTTPException(422, f"Script {body.script_name!r:.60} not found")
     settings, warnings = _settings(body)
+    settings |= {k: v for k, v in taught.items() if not body.model_fields_set & _SAID_BY[k]}
     warnings += _ignored(body, model)
     request = _request(settings)
     if isinstance(body, ImageToImage):
@@ -151,6 +157,11 @@ _SAMPLERS = {
     if label
 }
 _SCHEDULERS = {"automatic": None, "uniform": None} | {name: name for name in SCHEDULES}
+_SAID_BY = {
+    "sampler": {"sampler_name", "sampler_index"},
+    "steps": {"steps"},
+    "guidance_scale": {"cfg_scale"},
+}
 _THEIRS = {
     "guidance_scale": "cfg_scale",
     "strength": "denoising_strength",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import gradio as gr
@@ -25,8 +25,10 @@ PICTURES = ("image", "mask")
 class Inside:
     """Made within a tab."""
 
-    def __init__(self, hub: Hub) -> None:
+    def __init__(self, hub: Hub, taught: Mapping[str, Any]) -> None:
+        """taught: what the model draws with where nothing else is asked for."""
         self._hub = hub
+        first = {"steps": 20, "sampler": "dpmpp_2m", **taught}
         self._turn = asyncio.Lock()
         self._mine: tuple[str | None, Command] | None = None
         with gr.Row():
@@ -36,7 +38,7 @@ class Inside:
                 max_length=LONGEST_PROMPT,
                 scale=4,
             )
-            self.steps = gr.Slider(1, 50, 20, step=1, label="Steps", scale=2)
+            self.steps = gr.Slider(1, 50, first["steps"], step=1, label="Steps", scale=2)
             self.look = gr.Button("Look inside", variant="primary", scale=1, elem_id="look")
         plain(self.prompt, self.steps)
         gr.HTML(
@@ -57,7 +59,7 @@ class Inside:
         async def of_prompt(
             prompt: str, steps: int, by: gr.Request
         ) -> AsyncIterator[tuple[Any, ...]]:
-            wanted = {"steps": steps, "sampler": "dpmpp_2m", "seed": 0}
+            wanted = {**first, "steps": steps, "seed": 0}
             if hub.info.kind == "pixels":
                 wanted["unconditional"] = True
             async for update in self.show(prompt, wanted, by):

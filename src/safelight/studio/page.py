@@ -60,7 +60,7 @@ def blocks(hub: Hub, taught: dict[str, Any]) -> gr.Blocks:
             with gr.Tab("Compare", id="compare"):
                 compare(hub, form)
             with gr.Tab("Inside", id="inside"):
-                inside = Inside(hub)
+                inside = Inside(hub, taught)
             with gr.Tab("Train", id="train") as training:
                 train = Train(hub)
 

@@ -1,15 +1,17 @@
 """Safelight's own command line, run beside the server for what is no job of it.
 
 Its arguments, which have prompts in them, go by standard input: those that a process is started
-with may be read by every user of the machine.
+with may be read by every user of the machine. That stays open, and its end is the server's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -35,8 +37,7 @@ class Command:
             stderr=asyncio.subprocess.PIPE,
         )
         assert process.stdin is not None
-        process.stdin.write(json.dumps(arguments).encode())
-        process.stdin.close()
+        process.stdin.write(json.dumps(arguments).encode() + b"\n")
         return cls(process)
 
     @property
@@ -99,8 +100,15 @@ def model_options(settings: Settings) -> list[str]:
     )
 
 
+def _end_with_the_server() -> None:
+    """However it ended: what is trained is saved, as by Ctrl-C."""
+    sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 if __name__ == "__main__":
     from safelight.__main__ import main
 
-    sys.argv[1:] = json.load(sys.stdin)
+    sys.argv[1:] = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_the_server, daemon=True).start()
     main()

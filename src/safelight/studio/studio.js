@@ -183,7 +183,7 @@ const safelight = (() => {
     const progress = job => {
       const {step, steps} = job.progress;
       if (!steps) { left.textContent = "Waiting for its turn"; bar.removeAttribute("value"); return; }
-      began ??= {at: performance.now(), step};
+      if (!began || step < began.step) began = {at: performance.now(), step};  // or begun anew
       const pace = (performance.now() - began.at) / (step - began.step);
       const seconds = Math.ceil(pace * (steps - step) / 1000);
       const rest = step > began.step ? `, ${seconds} s left` : "";

@@ -48,6 +48,8 @@ class Train:
         async def begin(steps: Any) -> tuple[Any, ...]:
             if not isinstance(steps, int) or not 1 <= steps <= MOST_STEPS:
                 return f"Training steps must be 1 to {MOST_STEPS}.", *self._look()[1:]
+            if self._command is not None and self._command.stopped:
+                await self._command.ended()  # it saves what it has
             if self._command is None or not self._command.running:
                 # A plan of other steps is another training: it cannot go on from this one's state.
                 self._out = folder / f"digits-{steps}"

@@ -141,7 +141,10 @@ def fit(
     is compiled first. Raises SafelightError when the folder holds the checkpoint of another plan,
     when the loss is no longer finite, or when a checkpoint cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SafelightError(f"out {folder} cannot be a folder: {error.strerror}") from None
     machine = accelerator()
     net.to(machine.device)
     params = list(net.parameters())
@@ -166,6 +169,8 @@ def fit(
     chief = machine.is_main_process
     board = _board(folder, start) if chief else None
     began, saved, marked = time.monotonic(), start, 0.0
+    # Steps of one figure of the loss: of a short training there are twenty, too.
+    window = 100 if plan.seconds is not None else min(100, max(1, plan.steps // 20))
 
     def save(step: int) -> None:
         nonlocal saved
@@ -216,7 +221,7 @@ def fit(
                 pace = (now - marked) / (PACE[1] - PACE[0])
                 plan = plan.paced(step + max(1, round((plan.seconds - (now - began)) / pace)))
                 pace_path.write_text(str(plan.steps))
-            if board is not None and (step % 100 == 0 or step == plan.steps):
+            if board is not None and (step % window == 0 or step == plan.steps):
                 pace = (time.monotonic() - began) / (step - start)
                 left = pace * (plan.steps - step) / 60
                 log(

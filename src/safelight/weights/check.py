@@ -111,6 +111,8 @@ def _header_length(name: str, head: bytes, size: int) -> int:
         for magic, kind in _MAGIC:
             if head.startswith(magic):
                 raise refusal(name, f"this is {kind}; only safetensors is read, convert it first")
+    if head.startswith(b"\xff\xd8\xff"):
+        raise refusal(name, "this is a JPEG picture, and no model")
     if size < 8:
         raise refusal(name, f"only {size} bytes long; a .safetensors file is needed")
     length = int.from_bytes(head[:8], "little")
