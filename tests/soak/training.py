@@ -52,7 +52,7 @@ def main() -> None:
             assert torch.equal(ours, theirs), "the weights differ"
         for ours, theirs in zip(one["params"], other["params"], strict=True):
             assert torch.equal(ours, theirs), "the weights differ before averaging"
-        assert len(curve(whole)) == given.steps // 100
+        assert len(curve(whole)) >= given.steps // 100
         assert curve(whole) == curve(disturbed), "the loss curves differ"
         points = ", ".join(f"{step}: {loss:.6f}" for step, loss in curve(disturbed))
     sys.stdout.write(f"kills: {given.kills}, checkpoints they left: {reached}\n")
