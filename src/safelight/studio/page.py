@@ -130,7 +130,9 @@ def blocks(hub: Hub, taught: dict[str, Any]) -> gr.Blocks:
             shown.use(use, None, easel, **quiet)
             shown.inside(look, None, [tabs, *inside.outputs], concurrency_limit=None, **quiet)
         dropped.change(read, dropped, [find_told, *settled], **quiet)
-        find.select(lambda: str(draw_seed()), None, found, show_progress="hidden")
+        # Any new value loads the gallery. In the page alone: of two events that begin at once, the
+        # answer to the second may be lost by Gradio's client, which closes their one stream.
+        find.select(None, None, found, js="() => String(Math.random())")
         training.select(train.look, None, train.outputs, show_progress="hidden")
     return page
 
