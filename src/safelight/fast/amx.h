@@ -128,4 +128,19 @@ inline void give(float* sums) {
     fence();
 }
 
+// act(m0, m1, n0, n1) by all threads: rows in chunks of `tall`, panels of columns in `splits` parts.
+template <class Do> void regions(long rows, long tall, long panels, long splits, Do act) {
+    long chunks = (rows + tall - 1) / tall;
+    if (splits > panels) splits = panels;
+#pragma omp parallel
+    {
+        Tiles tiles;
+#pragma omp for schedule(static) collapse(2)
+        for (long s = 0; s < splits; s++)
+            for (long c = 0; c < chunks; c++)
+                act(c * tall, (c + 1) * tall < rows ? (c + 1) * tall : rows, s * panels / splits,
+                    (s + 1) * panels / splits);
+    }
+}
+
 }  // namespace

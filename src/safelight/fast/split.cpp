@@ -276,17 +276,9 @@ void safelight_split_linear(const float* x, const bf16* weights, const float* bi
     long threads = omp_get_max_threads(), panels = columns / 32, chunks = (rows + TALL - 1) / TALL;
     // Of few rows each thread takes them all, and some of the columns.
     long splits = chunks % threads && chunks < 2 * threads ? threads : 1;
-    if (splits > panels) splits = panels;
-#pragma omp parallel
-    {
-        Tiles tiles;
-#pragma omp for schedule(static) collapse(2)
-        for (long s = 0; s < splits; s++)
-            for (long c = 0; c < chunks; c++) {
-                long end = (c + 1) * TALL < rows ? (c + 1) * TALL : rows;
-                region(p, c * TALL, end, s * panels / splits, (s + 1) * panels / splits);
-            }
-    }
+    regions(rows, TALL, panels, splits, [&](long m0, long m1, long n0, long n1) {
+        region(p, m0, m1, n0, n1);
+    });
 }
 
 // value · gelu(gate), of `count` numbers, a multiple of 16 of them.

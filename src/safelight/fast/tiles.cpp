@@ -57,17 +57,16 @@ struct Convolution {
 
 // 32 rows by a panel of 32 columns: of each of `planes`, all taps. Meanwhile `ahead` lines of
 // `next`, what will be read later, are fetched for every tile of a row.
-inline void multiply(const bf16* top, const bf16* low, long step, long planes, long plane,
-                     const long* offsets, int taps, const bf16* w, const char* next = nullptr,
-                     long ahead = 0) {
+inline void multiply(const bf16* top, const bf16* low, long planes, long plane,
+                     const long* offsets, int taps, const bf16* w, const char* next, long ahead) {
     for (long k = 0; k < planes; k++, top += plane, low += plane)
         for (int t = 0; t < taps; t++, w += 1024) {
-            _tile_loadd(4, top + offsets[t], step);
+            _tile_loadd(4, top + offsets[t], 64);
             _tile_loadd(6, w, 64);
             _tile_dpbf16ps(0, 4, 6);
             _tile_loadd(7, w + 512, 64);
             _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, low + offsets[t], step);
+            _tile_loadd(5, low + offsets[t], 64);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
             for (long i = 0; i < ahead; i++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
@@ -133,7 +132,7 @@ void region(const Convolution& p, long m0, long m1, long n0, long n1) {
                 float* sums = held + (planes == p.planes ? turn++ & 1 : i) * 1024;
                 if (first == 0) clear();
                 else take(sums);
-                multiply(in + at[2 * i], in + at[2 * i + 1], 64, planes, p.plane, p.offsets,
+                multiply(in + at[2 * i], in + at[2 * i + 1], planes, p.plane, p.offsets,
                          p.taps, w, (const char*)(w + tiles * 1024) + i * ahead * tiles * 64,
                          i * ahead < 32 && (n + 32 < n1 || !last) ? ahead : 0);
                 if (ready) finish(p, ready, ready_m, m1, ready_n);
@@ -156,18 +155,9 @@ void run(const Convolution& p) {
     }
     long splits = 1;
     if (chunks % threads || tall * chunks - p.rows.count >= tall / 4) splits = threads;
-    if (splits > panels) splits = panels;
-#pragma omp parallel
-    {
-        Tiles tiles;
-#pragma omp for schedule(static) collapse(2)
-        for (long s = 0; s < splits; s++)
-            for (long c = 0; c < chunks; c++) {
-                long m0 = c * tall, m1 = m0 + tall;
-                if (m1 > p.rows.count) m1 = p.rows.count;
-                region(p, m0, m1, s * panels / splits * 32, (s + 1) * panels / splits * 32);
-            }
-    }
+    regions(p.rows.count, tall, panels, splits, [&](long m0, long m1, long n0, long n1) {
+        region(p, m0, m1, n0 * 32, n1 * 32);
+    });
 }
 
 // --- attention ----------------------------------------------------------------------------------
