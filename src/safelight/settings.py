@@ -126,7 +126,9 @@ class Setting:
             return "none"
         if self.kind is bool:
             return "on" if self.default else "off"
-        return "empty" if self.default == "" else f"{self.default}"
+        if self.kind is float:
+            return f"{self.default:g}"
+        return f"{self.default}" or "empty"
 
     @property
     def must_be(self) -> str:
