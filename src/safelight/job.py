@@ -26,7 +26,7 @@ class NotFiniteError(SafelightError):
     """The network said NaN or infinity for these jobs."""
 
     def __init__(self, message: str, jobs: list[Job]) -> None:
-        super().__init__(message)
+        super().__init__(message, code="not_finite")
         self.jobs = jobs
 
 
