@@ -72,10 +72,10 @@ class RequestCommand(TyperCommand):
         return self._built.params
 
     @params.setter
-    def params(self, _: Any) -> None:
+    def params(self, _: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         pass  # those of the stand-in: none
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse arguments, with other programs' names for options replaced by ours."""
         from safelight.request import Request
         from safelight.settings import settings_of
@@ -87,7 +87,7 @@ class RequestCommand(TyperCommand):
         }
         return super().parse_args(ctx, _renamed(args, names))
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         return ctx.invoke(self._built.callback, **ctx.params)
 
@@ -110,7 +110,7 @@ def command_of(
         for parameter in list(inspect.signature(function).parameters.values())[1:]
     ]
     parameters = sorted([*derived, *own], key=lambda p: p.name not in ("x", "prompt"))
-    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__signature__ = inspect.Signature(parameters)
     call.__annotations__ = {p.name: p.annotation for p in parameters}
     call.__doc__ = function.__doc__
     app = typer.Typer(rich_markup_mode=None, add_completion=False)
