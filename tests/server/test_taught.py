@@ -14,8 +14,8 @@ from safelight.cli.tools import verify
 from safelight.compare import Axis, grid
 from safelight.errors import SafelightError
 from safelight.request import Request
+from safelight.server.apis.sdapi_shapes import TextToImage, understand
 from safelight.server.jobs import ModelInfo
-from safelight.server.sdapi_shapes import TextToImage, understand
 
 
 def test_a_server_fills_in_what_a_model_was_taught(tmp_path: Path) -> None:
