@@ -19,7 +19,7 @@ from safelight.errors import SafelightError
 from safelight.interrupt import ctrl_c_waits
 from safelight.recipe import read_recipe
 from safelight.request import Request, Result
-from safelight.samplers import SAMPLERS
+from safelight.sampling import SAMPLERS
 
 DIGEST = "ab" * 32
 

@@ -11,9 +11,9 @@ import torch
 
 import safelight
 from safelight.errors import SafelightError
-from safelight.levels import alphas_cumprod, sigmas_of
+from safelight.sampling.levels import alphas_cumprod, sigmas_of
 from safelight.request import taught
-from safelight.schedule import SchedulerConfig
+from safelight.sampling.schedule import SchedulerConfig
 from safelight.train import distil
 from safelight.train.distil import Ways, lesson, read_prompts, teachers_ways
 from safelight.train.loop import Plan

@@ -33,8 +33,8 @@ from safelight.model import Model
 from safelight.nets.unet import UNet2DConditionModel, UNetConfig
 from safelight.nets.vae import AutoencoderKL, VAEConfig
 from safelight.picture import from_tensor, to_tensor
-from safelight.samplers import table
-from safelight.schedule import SchedulerConfig
+from safelight.sampling import table
+from safelight.sampling.schedule import SchedulerConfig
 from safelight.weights.families import FAMILIES
 
 STEP_FLOP = 1.607e12

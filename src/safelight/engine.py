@@ -16,7 +16,7 @@ from safelight.errors import SafelightError
 from safelight.job import Job, advance, decode, finish, prepare
 from safelight.model import Model
 from safelight.request import Request, Result, allowed_side, taught
-from safelight.samplers import SAMPLERS, table
+from safelight.sampling import SAMPLERS, table
 from safelight.words import unknown_words
 
 STRENGTH = 0.8

@@ -19,7 +19,7 @@ from safelight.errors import SafelightError
 from safelight.fast import memory
 from safelight.model import Model
 from safelight.picture import from_tensor, lay_back, to_tensor
-from safelight.samplers import Row, Table
+from safelight.sampling import Row, Table
 
 
 class NotFiniteError(SafelightError):
@@ -110,7 +110,7 @@ def prepare(
     if from_noise or latents is None:
         state = noise * table.noise_scale
     else:
-        state = latents + table.rows[0].sigma * noise
+        state = latents + table.rows[0].level.sigma * noise
     if mask is None:
         return Job(table, condition, generator, state)
 
@@ -152,7 +152,7 @@ def advance(model: Model, jobs: list[Job]) -> None:
     cleans = estimate(
         model,
         [job.state for job in jobs],
-        [job.row.sigma for job in jobs],
+        [job.row.level.sigma for job in jobs],
         [job.row.timestep for job in jobs],
         [job.condition for job in jobs],
     )
@@ -178,8 +178,8 @@ def _step(job: Job, raw: Tensor) -> bool:
         state = state + weight * past
     for weight, past in zip(row.b, job.past_cleans, strict=False):
         state = state + weight * past
-    if row.raw:
-        state = state + row.raw * (clean - raw)
+    if row.clip_correction:
+        state = state + row.clip_correction * (clean - raw)
     if row.c is not None:
         fresh = torch.randn(job.state.shape, generator=job.generator)
         state = state + row.c * fresh.to(state.device)
@@ -187,7 +187,7 @@ def _step(job: Job, raw: Tensor) -> bool:
     if not torch.isfinite(state).all():
         return False
     if job.known is not None:
-        state = job.known.put_back(state, row.next_sigma if not _last(job) else 0.0)
+        state = job.known.put_back(state, row.lands.sigma if not _last(job) else 0.0)
     job.state = state
     job.cursor += 1
     _forget(job)
@@ -223,6 +223,6 @@ def final_latents(job: Job) -> Tensor:
     """The last state, out of sigma space: some samplers end a little above sigma 0."""
     if job.known is not None:
         # put_back laid the known part down clean; only what was painted is at the last level.
-        scale = 1 / (1 + job.table.rows[-1].next_sigma ** 2) ** 0.5
+        scale = 1 / (1 + job.table.rows[-1].lands.sigma ** 2) ** 0.5
         return torch.where(job.known.mask > 0.5, job.state * scale, job.state)
-    return job.state / (1 + job.table.rows[-1].next_sigma ** 2) ** 0.5
+    return job.state / (1 + job.table.rows[-1].lands.sigma ** 2) ** 0.5

@@ -13,7 +13,7 @@ from safelight.nets.clip import CLIPTextModel
 from safelight.nets.unet import UNet2DConditionModel
 from safelight.nets.unet2d import UNet2DModel
 from safelight.nets.vae import AutoencoderKL
-from safelight.schedule import SchedulerConfig
+from safelight.sampling.schedule import SchedulerConfig
 from safelight.weights.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ def recipe_text(recipe: dict[str, Any]) -> str:
 
     The prompt, a line with the negative prompt if there is one, and a line of `Key: value` pairs.
     """
-    from safelight.samplers import SAMPLERS
+    from safelight.sampling import SAMPLERS
 
     settings, model = recipe["settings"], recipe["model"]
     sampler = settings["sampler"]

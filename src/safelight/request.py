@@ -159,7 +159,7 @@ class Request(BaseModel):
     @field_validator("sampler")
     @classmethod
     def _check_sampler(cls, value: str) -> str:
-        from safelight.samplers import find
+        from safelight.sampling import find
 
         find(value)
         return value
@@ -201,7 +201,7 @@ class Request(BaseModel):
 
     def idle(self) -> list[str]:
         """Warnings about settings that were given and can change nothing."""
-        from safelight.samplers import SAMPLERS
+        from safelight.sampling import SAMPLERS
 
         found: list[str] = []
         if self.negative_prompt and self.guidance_scale <= 1:

@@ -19,7 +19,7 @@ import safelight
 from safelight import engine, job
 from safelight.model import Model
 from safelight.request import Request
-from safelight.samplers import SAMPLERS
+from safelight.sampling import SAMPLERS
 from safelight.weights import load_model
 
 LATENTS, PIXELS = 1e-4, 2

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from safelight.job import decode
-from safelight.levels import alphas_cumprod, sigmas_of
+from safelight.sampling.levels import alphas_cumprod, sigmas_of
 from safelight.model import Model
 
 SHARES = (0.05, 0.15, 0.3, 0.45, 0.65, 1.0)

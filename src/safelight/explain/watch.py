@@ -19,7 +19,7 @@ from safelight.model import Model
 from safelight.nets.unet import UNet2DConditionModel
 from safelight.picture import from_tensor, to_tensor
 from safelight.request import Request, Result
-from safelight.samplers import Row
+from safelight.sampling import Row
 
 MOST_MOMENTS = 50
 """Steps that are looked at: of more, this many, evenly apart, the first and last among them."""
@@ -122,7 +122,7 @@ def watch(model: Model, request: Request, on_step: Callable[[Step], object] | No
         channels, height, width = latents.shape[1:]
         return Story(
             result=result,
-            sigmas=[*(row.sigma for row in rows), rows[-1].next_sigma],
+            sigmas=[*(row.level.sigma for row in rows), rows[-1].lands.sigma],
             shape=(channels, height, width),
             words=words,
             moments=moments,
@@ -141,12 +141,12 @@ def _look(
 ) -> _Seen:
     """Ask again about the state before the step, for what the step itself does not tell."""
     row, asked = job.table.rows[cursor], job.condition
-    noisy = state / (1 + row.sigma**2) ** 0.5
+    noisy = state / (1 + row.level.sigma**2) ** 0.5
     if asked.context is None or not isinstance(model.unet, UNet2DConditionModel):
         return _Seen(cursor + 1, row, noisy, clean, None, None)
     with recorded(telling_layers(model.unet)) as weights:
         alone = replace(asked, context=asked.context[-1:])
-        [raw] = estimate(model, [state], [row.sigma], [row.timestep], [alone])
+        [raw] = estimate(model, [state], [row.level.sigma], [row.timestep], [alone])
     unguided = bounded(raw, job.table.clip, job.table.threshold)
     height, width = state.shape[-2:]
     return _Seen(
@@ -172,7 +172,7 @@ def _pictures(model: Model, seen: list[_Seen], steps: int) -> tuple[list[Moment]
         Moment(
             step=one.step,
             steps=steps,
-            sigma=one.row.sigma,
+            sigma=one.row.level.sigma,
             timestep=one.row.timestep,
             noisy=noisy[i],
             latents=None if colours is None else in_colours(one.noisy, colours),

@@ -19,8 +19,8 @@ from safelight import Request
 from safelight.errors import SafelightError
 from safelight.picture import open_mask, open_picture
 from safelight.request import Request as _Request
-from safelight.samplers import SAMPLERS
-from safelight.schedule import SCHEDULES
+from safelight.sampling import SAMPLERS
+from safelight.sampling.schedule import SCHEDULES
 from safelight.server.hub import Hub
 from safelight.server.jobs import BusyError, Event, Job, ModelInfo, Status
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from safelight.errors import SafelightError
 from safelight.request import Request, taught
-from safelight.samplers import SAMPLERS, check
+from safelight.sampling import SAMPLERS, check
 from safelight.server.files import Files
 from safelight.server.jobs import (
     Event,

@@ -24,8 +24,8 @@ from starlette.types import Message, Receive
 
 from safelight.errors import SafelightError
 from safelight.recipe import recipe_text
-from safelight.samplers import SAMPLERS
-from safelight.schedule import SCHEDULES
+from safelight.sampling import SAMPLERS
+from safelight.sampling.schedule import SCHEDULES
 from safelight.server.jobs import BusyError, Job, Service, Status
 from safelight.server.sdapi_shapes import (
     Asked,

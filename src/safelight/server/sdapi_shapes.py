@@ -29,8 +29,8 @@ from safelight.errors import SafelightError
 from safelight.picture import as_mask, open_mask, open_picture, opened
 from safelight.recipe import parse_recipe_text
 from safelight.request import Request, allowed_size
-from safelight.samplers import SAMPLERS
-from safelight.schedule import SCHEDULES
+from safelight.sampling import SAMPLERS
+from safelight.sampling.schedule import SCHEDULES
 from safelight.server.jobs import ModelInfo
 
 

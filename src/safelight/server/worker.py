@@ -300,7 +300,7 @@ class Worker:
             return
         held.previewed = now
         job, ended = ticket.job, time.time()
-        noisy = job.state / (1 + job.row.sigma**2) ** 0.5
+        noisy = job.state / (1 + job.row.level.sigma**2) ** 0.5
         try:
             shown = [_encoded(preview(self._model, latents)) for latents in (job.clean, noisy)]
         except (SafelightError, MemoryError, RuntimeError):

@@ -13,8 +13,8 @@ from PIL import Image, ImageOps
 from safelight.errors import SafelightError
 from safelight.picture import as_rgb, opened, reason
 from safelight.request import LONGEST_PROMPT, Request, allowed_size, draw_seed
-from safelight.samplers import SAMPLERS
-from safelight.schedule import SCHEDULES, SPACINGS
+from safelight.sampling import SAMPLERS
+from safelight.sampling.schedule import SCHEDULES, SPACINGS
 from safelight.server.hub import Hub
 from safelight.studio.parts import plain, problem
 

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from safelight.denoiser import Condition, estimate
 from safelight.errors import SafelightError
-from safelight.levels import alphas_cumprod, sigmas_of, spaced
+from safelight.sampling.levels import alphas_cumprod, sigmas_of, spaced
 from safelight.model import Model
 from safelight.nets.unet import UNet2DConditionModel
 from safelight.picture import reason
-from safelight.schedule import SchedulerConfig
+from safelight.sampling.schedule import SchedulerConfig
 from safelight.train.denoiser import wanted
 from safelight.train.devices import autocast
 from safelight.train.export import export_text_to_image

@@ -21,7 +21,7 @@ from safelight.errors import SafelightError
 from safelight.nets.clip import CLIPTextConfig, CLIPTextModel
 from safelight.nets.unet import UNetConfig
 from safelight.nets.vae import AutoencoderKL, VAEConfig
-from safelight.schedule import SchedulerConfig
+from safelight.sampling.schedule import SchedulerConfig
 from safelight.train import shipped
 from safelight.train.autoencoder import latent_spread, train_autoencoder
 from safelight.train.denoiser import TextToImage, encode_scenes, teach_words, train_text_to_image

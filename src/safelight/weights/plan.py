@@ -17,7 +17,7 @@ from safelight.nets.config import NetConfig
 from safelight.nets.unet import UNet2DConditionModel, UNetConfig
 from safelight.nets.unet2d import UNet2DConfig, UNet2DModel
 from safelight.nets.vae import AutoencoderKL, VAEConfig
-from safelight.schedule import SchedulerConfig
+from safelight.sampling.schedule import SchedulerConfig
 from safelight.weights.check import Header, printable, read_header, refusal
 from safelight.weights.families import Family, family_by_shape
 from safelight.weights.find import Source

@@ -1,40 +1,39 @@
-"""The noise levels a model was trained on, and grids of levels to walk down.
+"""The noise levels a model was trained on, and curves of sigmas to walk down.
 
-A level is told in one of three ways, all for the same picture z and unit noise ε:
+A trained level has three names, for a picture z and unit noise ε:
 
 - the timestep t, the index that the network was trained with, 0 … num_train_timesteps − 1;
-- ᾱ, as in x = √ᾱ·z + √(1 − ᾱ)·ε, the state that the network sees;
-- sigma = √((1 − ᾱ)/ᾱ), as in x̃ = x/√ᾱ = z + sigma·ε, the state that the sampler tables speak of.
+- ᾱ, as in √ᾱ·z + √(1 − ᾱ)·ε, what the network sees (variance preserving);
+- sigma = √((1 − ᾱ)/ᾱ), as in z + sigma·ε, the state of the samplers (variance exploding).
 
-The levels are rounded to float32 where training code rounds them: these are the very numbers the
+Levels are rounded to float32 where training code rounds them, so these are the numbers that the
 network has seen. All that follows is float64. Nothing here needs torch.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from safelight.schedule import SchedulerConfig
+from safelight.sampling.schedule import SchedulerConfig
 
 Floats = NDArray[np.float64]
 
 
 def alphas_cumprod(config: SchedulerConfig, floor: float = 2.0**-24) -> Floats:
-    """ᾱ for each timestep, shape (num_train_timesteps,), falling.
+    """Return ᾱ of each timestep, shape (num_train_timesteps,), falling.
 
-    With zero-terminal-SNR rescaling (arXiv 2305.08891, algorithm 1) the last level is pure noise,
-    ᾱ = 0 and sigma infinite; `floor` stands in for that ᾱ.
+    With zero-terminal-SNR rescaling (arXiv:2305.08891, algorithm 1) the last level is pure noise,
+    ᾱ = 0 and sigma infinite; `floor` takes the place of that ᾱ.
     """
     alphas = np.float32(1) - _betas(config)
     if config.rescale_betas_zero_snr:
         roots = np.sqrt(_cumprod(alphas))
         first, last = roots[0], roots[-1]
         squares = ((roots - last) * (first / (first - last))) ** 2
-        # Training goes through betas, and each turn rounds.
+        # Training code goes through betas, and each conversion rounds.
         ratios = np.concatenate([squares[:1], squares[1:] / squares[:-1]])
         alphas = np.float32(1) - (np.float32(1) - ratios)
     bars = _cumprod(alphas).astype(np.float64)
@@ -62,10 +61,10 @@ def _betas(config: SchedulerConfig) -> NDArray[np.float32]:
 
 
 def _linspace32(start: float, end: float, count: int) -> NDArray[np.float32]:
-    """Evenly spaced float32 numbers, bit for bit as torch has them.
+    """Return evenly spaced float32 numbers, bit for bit those of torch.linspace.
 
-    It walks from both ends to the middle, with a step that is rounded to float32 and one rounding
-    for each product and sum.
+    torch counts from both ends to the middle, with a step rounded to float32 and one rounding for
+    each product and sum.
     """
     first, last = np.float32(start), np.float32(end)
     if count == 1:
@@ -77,12 +76,12 @@ def _linspace32(start: float, end: float, count: int) -> NDArray[np.float32]:
 
 
 def _cumprod(alphas: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Running products; torch keeps them in float64 and rounds each."""
+    """Return running products as torch computes them: in float64, each rounded to float32."""
     return np.cumprod(alphas.astype(np.float64)).astype(np.float32)
 
 
 def sigmas_of(bars: Floats) -> Floats:
-    """sigma for each ᾱ, rounded to float32 at each turn as the training schedule is."""
+    """Return sigma of each ᾱ, rounded to float32 as the training schedule is."""
     bars32 = bars.astype(np.float32)
     return np.sqrt((np.float32(1) - bars32) / bars32).astype(np.float64)
 
@@ -90,13 +89,13 @@ def sigmas_of(bars: Floats) -> Floats:
 def spaced(
     config: SchedulerConfig, steps: int, *, fractional: bool = False, spare: bool = False
 ) -> Floats:
-    """`steps` timesteps, falling, spaced as config.timestep_spacing says (2305.08891, table 2).
+    """Return `steps` falling timesteps, spaced by config.timestep_spacing (2305.08891, table 2).
 
-    fractional: linspace keeps its fractions. spare: leading and linspace lay out one timestep
-    more and leave out the last, as solvers do that land on the end of the schedule by themselves.
+    fractional: linspace keeps its fractions. spare: leading and linspace count one timestep more
+    and leave out the last, for solvers that step to the end of the schedule by themselves.
     """
     total = config.num_train_timesteps
-    # Solvers can be told to leave out the levels noisier than lambda = −log sigma.
+    # Solvers can leave out the levels that are noisier than lambda = −log sigma.
     loudest = math.exp(min(-config.lambda_min_clipped, 700.0))
     top = int(np.searchsorted(sigmas_of(alphas_cumprod(config)), loudest, side="right"))
     count = steps + spare
@@ -115,58 +114,8 @@ def spaced(
     return times
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Levels to walk down: sigmas, shape (n + 1,), ends on the level to land on; timesteps, (n,).
-
-    initial_sigma is the standard deviation of x̃ that sampling from pure noise starts with.
-    """
-
-    sigmas: Floats
-    timesteps: Floats
-    initial_sigma: float
-
-
-def sigma_grid(
-    config: SchedulerConfig,
-    steps: int,
-    *,
-    whole: bool = False,
-    rounded: tuple[str, ...] = (),
-    repeat_last: bool = False,
-) -> Grid:
-    """The grid of a sampler that works on sigmas.
-
-    whole: the timesteps given to the network are whole numbers, and karras, exponential and beta
-    span all the levels of the schedule; else they are fractional and span the chosen timesteps.
-    rounded: schedules whose timesteps are rounded to the nearest, the others' are cut off.
-    repeat_last: final_sigmas_type sigma_min means the grid's last sigma, not the model's.
-    """
-    trained = sigmas_of(alphas_cumprod(config))
-    times = spaced(config, steps, fractional=not whole, spare=whole)
-    sigmas = np.interp(times, np.arange(len(trained)), trained)
-    if config.schedule is not None:
-        span = trained[::-1] if whole else sigmas
-        high = float(span[0]) if config.sigma_max is None else config.sigma_max
-        low = float(span[-1]) if config.sigma_min is None else config.sigma_min
-        sigmas = _WARPS[config.schedule](high, low, steps)
-        times = sigma_to_timestep(sigmas, trained)
-        if config.schedule in rounded:
-            times = np.round(times)
-    if whole:
-        times = np.trunc(times)
-    last = 0.0
-    if config.final_sigmas_type == "sigma_min":
-        last = sigmas[-1] if repeat_last and config.schedule else trained[0]
-    sigmas = np.append(sigmas, last).astype(np.float32).astype(np.float64)
-    largest = float(sigmas.max())
-    if not whole and config.timestep_spacing == "leading":
-        largest = math.hypot(largest, 1.0)
-    return Grid(sigmas, times, largest)
-
-
 def sigma_to_timestep(sigmas: Floats, trained: Floats) -> Floats:
-    """The fractional timestep of each sigma: linear in log sigma between the trained levels."""
+    """Return the fractional timestep of each sigma: linear in log sigma between trained levels."""
     logs = np.log(trained.astype(np.float32))
     wanted = np.log(np.maximum(sigmas, 1e-10))
     low = np.clip(np.searchsorted(logs, wanted, side="right") - 1, 0, len(logs) - 2)
@@ -175,27 +124,27 @@ def sigma_to_timestep(sigmas: Floats, trained: Floats) -> Floats:
 
 
 def karras(high: float, low: float, count: int) -> Floats:
-    """`count` sigmas from high to low, even in sigma^(1/7) (arXiv 2206.00364, equation 5)."""
+    """Return `count` sigmas from high to low, even in sigma^(1/7) (arXiv:2206.00364, eq. 5)."""
     inverse = 1 / 7
     ramp = np.linspace(0, 1, count)
     return (high**inverse + ramp * (low**inverse - high**inverse)) ** 7.0
 
 
 def exponential(high: float, low: float, count: int) -> Floats:
-    """`count` sigmas from high to low, even in log sigma."""
+    """Return `count` sigmas from high to low, even in log sigma."""
     return np.exp(np.linspace(math.log(high), math.log(low), count))
 
 
 def beta(high: float, low: float, count: int) -> Floats:
-    """`count` sigmas at even quantiles of Beta(0.6, 0.6) from high to low (arXiv 2407.12173)."""
+    """Return `count` sigmas at even quantiles of Beta(0.6, 0.6), arXiv:2407.12173."""
     return low + beta_quantile(1 - np.linspace(0, 1, count), 0.6) * (high - low)
 
 
-_WARPS = {"karras": karras, "exponential": exponential, "beta": beta}
+CURVES = {"karras": karras, "exponential": exponential, "beta": beta}
 
 
 def beta_quantile(q: Floats, a: float) -> Floats:
-    """The quantiles q, in 0 … 1, of the symmetric distribution Beta(a, a), 0 < a < 1.
+    """Return the quantiles q, in 0 … 1, of the symmetric distribution Beta(a, a), 0 < a < 1.
 
     With u = x^a the distribution function is a power series with rising terms (DLMF 8.17.7), so
     Newton's method falls on the root from above. Past the middle, symmetry keeps x ≤ ½, where the
