@@ -18,7 +18,8 @@ from safelight import cli
 from safelight.errors import SafelightError
 from safelight.interrupt import ctrl_c_waits
 from safelight.recipe import read_recipe
-from safelight.request import Request, Result
+from safelight.request import Request
+from safelight.result import Result
 from safelight.sampling import SAMPLERS
 
 DIGEST = "ab" * 32

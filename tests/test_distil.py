@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import safelight
+from safelight.defaults import model_defaults
 from safelight.errors import SafelightError
 from safelight.sampling.levels import alphas_cumprod, sigmas_of
-from safelight.request import taught
 from safelight.sampling.schedule import SchedulerConfig
 from safelight.train import distil
 from safelight.train.distil import Ways, lesson, read_prompts, teachers_ways
@@ -142,7 +142,7 @@ def test_prompts(tmp_path: Path) -> None:
     "said", [None, [], {"steps": 4}, {"sampler": "x", "steps": 4, "guidance_scale": 1.0}]
 )
 def test_what_a_model_says_wrongly_is_no_default(said: Any) -> None:
-    assert taught({"draw_with": said}) == {}
+    assert model_defaults({"draw_with": said}) == {}
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,8 @@ from safelight.errors import SafelightError
 from safelight.job import Job, NotFiniteError, advance, finish
 from safelight.model import Model
 from safelight.nets.unet import UNet2DConditionModel
-from safelight.request import Request, Result
+from safelight.request import Request
+from safelight.result import Result
 
 AGEING = 0.5
 """Rows of credit for each row's time of waiting: what is long comes to its turn, too."""

@@ -11,12 +11,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from safelight.defaults import is_distilled, model_defaults
 from safelight.denoiser import Condition
 from safelight.errors import SafelightError
 from safelight.job import Job, advance, decode, finish, prepare
 from safelight.model import Model
-from safelight.request import Request, Result, allowed_side, taught
+from safelight.request import Request
+from safelight.result import Result
 from safelight.sampling import SAMPLERS, table
+from safelight.sizes import allowed_side
 from safelight.words import unknown_words
 
 STRENGTH = 0.8
@@ -102,7 +105,9 @@ def begun(model: Model, asked: Request, settled: Request, warnings: list[str]) -
         sha256=model.sha256,
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
-        warnings=model.warnings + asked.where_silent(taught(model.notes)).idle() + warnings,
+        warnings=model.warnings
+        + asked.with_defaults(model_defaults(model.notes)).unused_settings()
+        + warnings,
     )
 
 
@@ -126,7 +131,7 @@ def settle(model: Model, request: Request) -> Request:
         raise SafelightError(
             f"{model.name} draws from noise alone: ask for unconditional, without prompt or picture"
         )
-    request = request.where_silent(taught(model.notes))
+    request = request.with_defaults(model_defaults(model.notes))
     filled: dict[str, Any] = {}
     if request.steps is None:
         filled["steps"] = SAMPLERS[request.sampler].steps
@@ -204,9 +209,11 @@ def condition(model: Model, request: Request) -> tuple[Condition, list[str]]:
 
 
 def _unsuited(model: Model, request: Request) -> list[str]:
-    """Of settings that a distilled model was not taught."""
-    wanted = taught(model.notes)
-    if all(getattr(request, name) == value for name, value in wanted.items()):
+    """Warn of settings that a distilled model was not made for."""
+    wanted = model_defaults(model.notes)
+    if not is_distilled(model.notes) or all(
+        getattr(request, name) == value for name, value in wanted.items()
+    ):
         return []
     told = ", ".join(f"{name} {value}" for name, value in wanted.items())
     return [f"{model.name} was taught to draw with {told}; with other settings it draws worse"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
@@ -18,7 +18,8 @@ from safelight.weights.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from safelight.engine import Run, Step
-    from safelight.request import Request, Result
+    from safelight.request import GenerateSettings, Request
+    from safelight.result import Result
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Model:
         prompt: Request | str = "",
         *,
         on_step: Callable[[Step], object] | None = None,
-        **settings: Any,
+        **settings: Unpack[GenerateSettings],
     ) -> Result:
         """The pictures of a request, or of a prompt and the settings that a Request takes.
 
@@ -70,7 +71,7 @@ class Model:
                 on_step(step)
         return run.result
 
-    def stream(self, prompt: Request | str = "", **settings: Any) -> Run:
+    def stream(self, prompt: Request | str = "", **settings: Unpack[GenerateSettings]) -> Run:
         """As `generate`, to iterate over:
 
         run = model.stream("a red apple", seed=7)

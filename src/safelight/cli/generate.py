@@ -13,7 +13,7 @@ from safelight.errors import SafelightError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from safelight.request import Result
+    from safelight.result import Result
 
 
 def generate(

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from safelight.defaults import model_defaults
 from safelight.engine import admit, condition, settle
 from safelight.errors import SafelightError
 from safelight.evaluate.judge import FIRST, SECOND, WHOLE, Verdict, train_judge
 from safelight.job import advance, finish
 from safelight.model import Model
-from safelight.request import Request, taught
+from safelight.request import Request
 from safelight.train import shipped
 from safelight.train.colours import COLOURS, PAINTS, WHITE
 from safelight.train.cutouts import Pixels
@@ -70,7 +71,7 @@ def invent(scenes: Scenes, seed: int = 0, share: float = 1.0) -> list[Asked]:
 
 def settings_of(model: Model) -> dict[str, Any]:
     """What is asked of it: ours, or what a distilled one was taught."""
-    return SETTINGS | taught(model.notes)
+    return SETTINGS | model_defaults(model.notes)
 
 
 def draw(

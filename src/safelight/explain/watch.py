@@ -18,7 +18,8 @@ from safelight.job import Job, advance, decode, final_latents, finish
 from safelight.model import Model
 from safelight.nets.unet import UNet2DConditionModel
 from safelight.picture import from_tensor, to_tensor
-from safelight.request import Request, Result
+from safelight.request import Request
+from safelight.result import Result
 from safelight.sampling import Row
 
 MOST_MOMENTS = 50
