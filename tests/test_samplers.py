@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from safelight.errors import SafelightError
+from safelight.sampling import SAMPLERS, Row, Table, find, table
 from safelight.sampling.levels import (
     alphas_cumprod,
     beta_quantile,
@@ -24,7 +25,6 @@ from safelight.sampling.levels import (
     sigmas_of,
     spaced,
 )
-from safelight.sampling import SAMPLERS, Row, Table, find, table
 from safelight.sampling.schedule import SCHEDULES, SPACINGS, SchedulerConfig
 
 LATENT = {

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from safelight.errors import SafelightError
-from safelight.sampling.levels import alphas_cumprod
 from safelight.sampling import SAMPLERS, Table, table
+from safelight.sampling.levels import alphas_cumprod
 from safelight.sampling.schedule import SCHEDULES, SchedulerConfig
 
 torch = pytest.importorskip("torch")
@@ -247,7 +247,11 @@ def walk_table(
         xs.insert(0, x)
         ds.insert(0, d)
         x = sum(w * s for w, s in zip(row.a, xs, strict=False))
-        x = x + sum(w * s for w, s in zip(row.b, ds, strict=False)) + row.clip_correction * (d - unclipped)
+        x = (
+            x
+            + sum(w * s for w, s in zip(row.b, ds, strict=False))
+            + row.clip_correction * (d - unclipped)
+        )
         if row.c is not None:
             dtype = torch.float32 if sampler == "dpmpp_2m_sde" else torch.float64
             x = x + row.c * torch.randn(SHAPE, generator=generator, dtype=dtype).double()
@@ -287,7 +291,9 @@ def compare(
     assert ours.timesteps == pytest.approx(theirs.timesteps, abs=2e-3)
     assert torch.equal(ours.generator.get_state(), theirs.generator.get_state())
     if strength == 1:
-        in_theirs = made.noise_scale / (1 if in_sigma else math.hypot(1.0, made.rows[0].level.sigma))
+        in_theirs = made.noise_scale / (
+            1 if in_sigma else math.hypot(1.0, made.rows[0].level.sigma)
+        )
         assert in_theirs == pytest.approx(float(scheduler.init_noise_sigma), rel=1e-6)
     for row, level in zip(made.rows, levels, strict=False):
         assert row.lands.sigma == pytest.approx(level, rel=1e-5)

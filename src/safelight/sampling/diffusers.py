@@ -6,6 +6,7 @@ number for number. A sampler without a twin has its formula called on `sigma_gri
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -255,7 +256,7 @@ def _pndm(formula: Formula, config: SchedulerConfig, steps: int, skip: int, eta:
                 f"pndm needs at least 4 steps with this model, not {steps}", field="steps"
             )
         times = []
-        for high, low in zip(descending[:3], descending[1:4], strict=True):
+        for high, low in itertools.pairwise(descending[:4]):
             times += [high, low + stride // 2, low + stride // 2, low]
         times += descending[3:]
     walk = _walk(config, times, skip, ends_clean=config.set_alpha_to_one)
@@ -360,8 +361,6 @@ TWINS: dict[str, Twin] = {
     ),
     "unipc": Twin("UniPCMultistepScheduler", _UNIPC, _unipc),
     "deis": Twin("DEISMultistepScheduler", _TRAINED | _LINSPACE | _SOLVER, _deis),
-    "lcm": Twin(
-        "LCMScheduler", _DISTILLED | _CLIP | _THRESHOLD | {"timestep_scaling": 10.0}, _lcm
-    ),
+    "lcm": Twin("LCMScheduler", _DISTILLED | _CLIP | _THRESHOLD | {"timestep_scaling": 10.0}, _lcm),
     "tcd": Twin("TCDScheduler", _DISTILLED, _tcd),
 }

@@ -78,7 +78,7 @@ def _begun(pipe: Connection, settings: Settings) -> Worker | None:
 
 class Worker:
     def __init__(self, pipe: Connection, settings: Settings) -> None:
-        from safelight.batch import Engine
+        from safelight.engine import Engine
         from safelight.weights import load_model
 
         self._pipe, self._settings = pipe, settings
@@ -89,7 +89,9 @@ class Worker:
         )
         self._model = self._load(dtype=settings.dtype)
         self._precise: Any = None
-        self._engine = Engine(self._model, rows=settings.rows, exact=settings.exact)
+        self._engine = Engine(
+            self._model, exact=settings.exact, rows=settings.rows, background=True
+        )
         self._store, self._files = Store(settings.url), Files(Path(settings.root))
         self._held: dict[str, _Held] = {}
         self._alone = False
@@ -101,7 +103,7 @@ class Worker:
             name=self._model.name,
             sha256=self._model.sha256,
             kind=self._model.kind,
-            family=self._model.family,
+            family=self._model.family.name,
             width=width,
             height=height,
             device=str(self._model.device),
@@ -170,7 +172,7 @@ class Worker:
             self._end(claim, [], str(error))
             return
         mine = [ticket for ticket in self._engine.tickets if ticket.tag == claim.id]
-        each = len(mine[0].job.table.rows) if mine else 0
+        each = mine[0].steps if mine else 0
         self._held[claim.id] = _Held(
             claim,
             request,
@@ -201,7 +203,7 @@ class Worker:
                 self._picture(self._held[ticket.tag], ticket)
 
     def _picture(self, held: _Held, ticket: Any) -> None:
-        from safelight.job import NotFiniteError
+        from safelight.engine import NotFiniteError
 
         image, error = ticket.image, ticket.error
         if error is not None and (isinstance(error, NotFiniteError) or "NaN" in str(error)):
@@ -226,7 +228,7 @@ class Worker:
 
     def _again(self, held: _Held, seed: int, error: Exception) -> tuple[Any, Exception | None]:
         """A picture that came out as no numbers, once more in float32."""
-        from safelight.batch import out_of_memory
+        from safelight.engine.capacity import out_of_memory
 
         if str(self._model.dtype) == "torch.float32":
             return None, error
@@ -300,9 +302,8 @@ class Worker:
             return
         held.previewed = now
         job, ended = ticket.job, time.time()
-        noisy = job.state / (1 + job.row.level.sigma**2) ** 0.5
         try:
-            shown = [_encoded(preview(self._model, latents)) for latents in (job.clean, noisy)]
+            shown = [_encoded(preview(self._model, latents)) for latents in (job.clean, job.view)]
         except (SafelightError, MemoryError, RuntimeError):
             return  # NaN, or too large: whether there is a picture is seen in the end
         self._pipe.send(("preview", held.claim.id, ticket.index, *shown, ended))
@@ -328,7 +329,7 @@ def preview(model: Any, latents: Any) -> Any:
     import torch
     import torch.nn.functional as F
 
-    from safelight.job import decode
+    from safelight.engine.job import decode
 
     with torch.inference_mode():
         largest = max(latents.shape[-2:])

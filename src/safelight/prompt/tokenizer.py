@@ -137,23 +137,25 @@ class Tokenizer:
 
 
 def clip_tokenizer(pad: str, max_length: int) -> Tokenizer:
-    """The tokenizer of single-file checkpoints, which hold no vocabulary: CLIP's own."""
+    """Return CLIP's own tokenizer, for single-file checkpoints, which hold no vocabulary."""
     return Tokenizer(*_clip_tables(), pad=pad, max_length=max_length)
 
 
-def folder_tokenizer(folder: Folder, vocab_size: int, positions: int) -> Tokenizer:
-    """The tokenizer of a model folder: vocab.json and merges.txt, or the same two tables out of
-    tokenizer.json.
+def folder_tokenizer(
+    folder: Folder, vocab_size: int, positions: int, part: str = "tokenizer"
+) -> Tokenizer:
+    """Return the tokenizer in a part of a model folder.
 
-    vocab_size, positions: how many ids, and how long a text, the text encoder knows.
+    Its tables are vocab.json and merges.txt, or the same two out of tokenizer.json. vocab_size,
+    positions: how many ids, and how long a text, the text encoder knows.
     """
-    config = folder.json("tokenizer/tokenizer_config.json") or {}
-    marks = {**(folder.json("tokenizer/special_tokens_map.json") or {}), **config}
-    vocab = folder.json("tokenizer/vocab.json", _LARGE)
+    config = folder.json(f"{part}/tokenizer_config.json") or {}
+    marks = {**(folder.json(f"{part}/special_tokens_map.json") or {}), **config}
+    vocab = folder.json(f"{part}/vocab.json", _LARGE)
     if vocab is not None:
-        merges = _merges(folder)
+        merges = _merges(folder, f"{part}/merges.txt")
     else:
-        vocab, merges = _tokenizer_json(folder)
+        vocab, merges = _tokenizer_json(folder, part)
     for number in vocab.values():
         if type(number) is not int or not 0 <= number < vocab_size:
             raise refusal(
@@ -161,14 +163,14 @@ def folder_tokenizer(folder: Folder, vocab_size: int, positions: int) -> Tokeniz
             )
     length = config.get("model_max_length", positions)
     if isinstance(length, bool) or not isinstance(length, int | float):
-        raise refusal("tokenizer/tokenizer_config.json", f"model_max_length is {length!r:.40}")
+        raise refusal(f"{part}/tokenizer_config.json", f"model_max_length is {length!r:.40}")
     try:
         return Tokenizer(
             vocab,
             merges,
-            bos=_mark(marks, "bos_token", BOS),
-            eos=_mark(marks, "eos_token", EOS),
-            pad=_mark(marks, "pad_token", EOS),
+            bos=_mark(marks, "bos_token", BOS, part),
+            eos=_mark(marks, "eos_token", EOS, part),
+            pad=_mark(marks, "pad_token", EOS, part),
             # Some configs give a length beyond all numbers when they mean none.
             max_length=int(min(length, positions)),
         )
@@ -176,16 +178,15 @@ def folder_tokenizer(folder: Folder, vocab_size: int, positions: int) -> Tokeniz
         raise refusal(folder.label, str(e)) from None
 
 
-def _mark(marks: Mapping[str, Any], name: str, default: str) -> str:
+def _mark(marks: Mapping[str, Any], name: str, default: str, part: str) -> str:
     mark = marks.get(name, default)
     mark = mark.get("content") if isinstance(mark, dict) else mark
     if not isinstance(mark, str) or not mark:
-        raise refusal("tokenizer/tokenizer_config.json", f"{name} is {mark!r:.40}")
+        raise refusal(f"{part}/tokenizer_config.json", f"{name} is {mark!r:.40}")
     return mark
 
 
-def _merges(folder: Folder) -> list[tuple[str, str]]:
-    name = "tokenizer/merges.txt"
+def _merges(folder: Folder, name: str) -> list[tuple[str, str]]:
     path = folder.file(name)
     if path is None:
         raise refusal(folder.label, f"{name} is missing")
@@ -196,11 +197,11 @@ def _merges(folder: Folder) -> list[tuple[str, str]]:
     return _pairs((line for line in lines if line and not line.startswith("#version")), name)
 
 
-def _tokenizer_json(folder: Folder) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    name = "tokenizer/tokenizer.json"
+def _tokenizer_json(folder: Folder, part: str) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    name = f"{part}/tokenizer.json"
     content = folder.json(name, _LARGE)
     if content is None:
-        raise refusal(folder.label, "tokenizer/vocab.json is missing, and tokenizer.json too")
+        raise refusal(folder.label, f"{part}/vocab.json is missing, and tokenizer.json too")
     model = content.get("model")
     if not isinstance(model, dict) or model.get("end_of_word_suffix") != "</w>":
         raise refusal(name, "not a byte-pair tokenizer of CLIP's kind")

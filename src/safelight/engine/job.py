@@ -1,32 +1,36 @@
 """One picture in the making: prepare, advance, finish.
 
-A job is plain data: a table of rows, a cursor, a few tensors, a generator. Which task it is
-(text, picture, mask, or nothing to start from) is known to `prepare` alone.
+A job is plain data: a table of rows, a cursor, a few tensors, a generator. Only `prepare` knows
+which task it is (text, picture, mask, or nothing to start from).
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from safelight.denoiser import Condition, bounded, estimate
+from safelight.engine.denoiser import clip_or_threshold, estimate
 from safelight.errors import SafelightError
+from safelight.families.base import Conditioning
 from safelight.fast import memory
-from safelight.model import Model
 from safelight.picture import from_tensor, lay_back, to_tensor
-from safelight.sampling import Row, Table
+from safelight.sampling import Level, Row, Table
+
+if TYPE_CHECKING:
+    from safelight.model import Model
 
 
 class NotFiniteError(SafelightError):
-    """The network said NaN or infinity for these jobs."""
+    """The network returned NaN or infinity for these jobs."""
 
     def __init__(self, message: str, jobs: list[Job]) -> None:
-        super().__init__(message)
+        super().__init__(message, code="not_finite")
         self.jobs = jobs
 
 
@@ -41,17 +45,20 @@ class Known:
     noise: Tensor
     mask: Tensor
 
-    def put_back(self, state: Tensor, sigma: float) -> Tensor:
-        """The state with its known part at noise level sigma."""
-        return torch.where(self.mask > 0.5, state, self.latents + sigma * self.noise)
+    def put_back(self, state: Tensor, level: Level) -> Tensor:
+        """Return the state with its known part at this level."""
+        return torch.where(self.mask > 0.5, state, level.mix(self.latents, self.noise))
 
 
 @dataclass
 class Job:
-    """state: x̃ in sigma space, float32 [1, channels, h, w]; cursor: the next row."""
+    """state: float32 [1, channels, h, w], at `level`; cursor: the next row.
+
+    clean: the clean estimate of the last row taken, None before the first.
+    """
 
     table: Table
-    condition: Condition
+    conditioning: Conditioning
     generator: torch.Generator
     state: Tensor
     known: Known | None = None
@@ -70,11 +77,20 @@ class Job:
     def done(self) -> bool:
         return self.cursor == len(self.table.rows)
 
+    @property
+    def level(self) -> Level:
+        return self.table.rows[-1].lands if self.done else self.row.level
+
+    @property
+    def view(self) -> Tensor:
+        """The state as the network sees it."""
+        return self.level.view(self.state)
+
 
 def prepare(
     model: Model,
     table: Table,
-    condition: Condition,
+    conditioning: Conditioning,
     seed: int,
     size: tuple[int, int],
     *,
@@ -82,79 +98,66 @@ def prepare(
     mask: Image.Image | None = None,
     strength: float = 1.0,
 ) -> Job:
-    """A job at its first row.
+    """Return a job at its first row.
 
-    size: width and height in pixels; image (RGB) and mask (L, 0 or 255) have that size. Noise
-    is drawn by a CPU generator of this picture's own, in diffusers' order for the task, so the
-    seed means the same picture there; batch and neighbours never change it.
+    size: width and height in pixels; image (RGB) and mask (L, 0 or 255) have that size. Noise is
+    drawn by a CPU generator of this picture's own, in diffusers' order for the task. So a seed
+    means the same picture there, and batch and neighbours never change it.
     """
+    family = model.family
     generator = torch.Generator().manual_seed(seed)
-    factor = 1 if model.vae is None else model.vae.config.factor
-    channels = model.unet.config.out_channels
-    shape = (1, channels, size[1] // factor, size[0] // factor)
+    shape = family.latent_shape(model, size)
 
     def draw() -> Tensor:
         return torch.randn(shape, generator=generator).to(model.device)
 
     if image is None:
-        return Job(table, condition, generator, draw() * table.noise_scale)
+        return Job(table, conditioning, generator, draw() * table.noise_scale)
 
-    reads_mask = model.unet.config.in_channels > channels
+    reads_mask = model.network.config.in_channels > shape[1]
     # Full strength with a mask starts from noise alone; without one, from the noised picture.
     from_noise = mask is not None and strength == 1.0
     pixels = to_tensor(image).to(model.device)
     latents = None
     if not (reads_mask and from_noise):
-        latents = encode(model, pixels, draw())
+        latents = family.encode_picture(model, pixels, draw())
     noise = draw()
     if from_noise or latents is None:
         state = noise * table.noise_scale
     else:
-        state = latents + table.rows[0].level.sigma * noise
+        state = table.rows[0].level.mix(latents, noise)
     if mask is None:
-        return Job(table, condition, generator, state)
+        return Job(table, conditioning, generator, state)
 
     painted = to_tensor(mask).add(1).div(2).round().to(model.device)
     small = F.interpolate(painted, size=shape[2:])  # nearest, as the networks were trained
     masked_noise = draw()  # diffusers draws it for both kinds of network
     known = None
     if reads_mask:
-        around = encode(model, pixels * (painted < 0.5), masked_noise)
-        condition = Condition(
-            condition.context, condition.guidance, torch.cat([small, around], dim=1)
-        )
+        around = family.encode_picture(model, pixels * (painted < 0.5), masked_noise)
+        conditioning = replace(conditioning, extra=torch.cat([small, around], dim=1))
     elif latents is not None:
         known = Known(latents, noise, small)
-    return Job(table, condition, generator, state, known, image, mask)
-
-
-def encode(model: Model, pixels: Tensor, noise: Tensor) -> Tensor:
-    """Latents of a picture: [1, 3, H, W] in −1..1 to float32 [1, channels, h, w], scaled."""
-    assert model.vae is not None
-    mean, std = model.vae.encode(pixels.to(model.dtype))
-    return (mean.float() + std.float() * noise) * model.vae.config.scaling_factor
+    return Job(table, conditioning, generator, state, known, image, mask)
 
 
 def decode(model: Model, latents: Tensor) -> Image.Image:
-    """The picture of clean latents, or of pixels for a model without autoencoder."""
-    if model.vae is not None:
-        scaled = latents / model.vae.config.scaling_factor
-        latents = model.vae.decode(scaled.to(model.dtype)).float()
-    return from_tensor(latents)
+    """Return the picture of clean latents, float32 [1, channels, h, w]."""
+    return from_tensor(model.family.decode_latents(model, latents))
 
 
 def advance(model: Model, jobs: list[Job]) -> None:
     """Take each job one row further, with one call of the network for all.
 
-    The jobs' latents have one shape; their samplers, steps, tasks and guidance may differ.
-    Raises NotFiniteError, after all have taken the step, for those whose state is no longer finite.
+    The jobs' states have one shape, their conditionings one `call_key`; samplers, steps, tasks and
+    guidance may differ. Raises NotFiniteError, after all have taken the step, for those whose
+    state is no longer finite; they stay where they were.
     """
     cleans = estimate(
         model,
         [job.state for job in jobs],
-        [job.row.level.sigma for job in jobs],
-        [job.row.timestep for job in jobs],
-        [job.condition for job in jobs],
+        [job.row for job in jobs],
+        [job.conditioning for job in jobs],
     )
     lost = [job for job, clean in zip(jobs, cleans, strict=True) if not _step(job, clean)]
     if lost:
@@ -166,10 +169,10 @@ def advance(model: Model, jobs: list[Job]) -> None:
         )
 
 
-def _step(job: Job, raw: Tensor) -> bool:
-    """Whether the new state is finite; if not, the job stays where it was."""
+def _step(job: Job, unclipped: Tensor) -> bool:
+    """Take the step of a row; return False, with the job where it was, if it is not finite."""
     row, table = job.row, job.table
-    clean = bounded(raw, table.clip, table.threshold)
+    clean = clip_or_threshold(unclipped, table.clip, table.threshold)
     job.clean = clean
     job.past_states.appendleft(job.state)
     job.past_cleans.appendleft(clean)
@@ -179,27 +182,24 @@ def _step(job: Job, raw: Tensor) -> bool:
     for weight, past in zip(row.b, job.past_cleans, strict=False):
         state = state + weight * past
     if row.clip_correction:
-        state = state + row.clip_correction * (clean - raw)
+        state = state + row.clip_correction * (clean - unclipped)
     if row.c is not None:
         fresh = torch.randn(job.state.shape, generator=job.generator)
         state = state + row.c * fresh.to(state.device)
-    # Before the known part is put back, which would hide what the network said there.
+    # Before the known part is put back, which would hide what the network returned there.
     if not torch.isfinite(state).all():
         return False
     if job.known is not None:
-        state = job.known.put_back(state, row.lands.sigma if not _last(job) else 0.0)
+        last = job.cursor == len(table.rows) - 1
+        state = job.known.put_back(state, Level(1.0, 0.0) if last else row.lands)
     job.state = state
     job.cursor += 1
     _forget(job)
     return True
 
 
-def _last(job: Job) -> bool:
-    return job.cursor == len(job.table.rows) - 1
-
-
 def _forget(job: Job) -> None:
-    """Let go of past states that no row to come looks at."""
+    """Drop the past states that no row to come looks at."""
     rest = job.table.rows[job.cursor :]
     states = max((len(row.a) for row in rest), default=1) - 1
     cleans = max((len(row.b) for row in rest), default=1) - 1
@@ -210,7 +210,10 @@ def _forget(job: Job) -> None:
 
 
 def finish(model: Model, job: Job) -> Image.Image:
-    """The picture of a job that is done; outside a mask it is the original, to the byte."""
+    """Return the picture of a job that is done; outside a mask it is the original, to the byte.
+
+    Raises SafelightError if the picture is not finite.
+    """
     if model.device.type == "cpu":
         memory.give_back()  # the steps' activations: those of the decoder are the largest
     painted = decode(model, final_latents(job))
@@ -220,9 +223,8 @@ def finish(model: Model, job: Job) -> Image.Image:
 
 
 def final_latents(job: Job) -> Tensor:
-    """The last state, out of sigma space: some samplers end a little above sigma 0."""
-    if job.known is not None:
-        # put_back laid the known part down clean; only what was painted is at the last level.
-        scale = 1 / (1 + job.table.rows[-1].lands.sigma ** 2) ** 0.5
-        return torch.where(job.known.mask > 0.5, job.state * scale, job.state)
-    return job.state / (1 + job.table.rows[-1].lands.sigma ** 2) ** 0.5
+    """Return the last state as the network would see it: some samplers end above sigma 0."""
+    if job.known is None:
+        return job.view
+    # put_back laid the known part down clean; only what was painted is at the last level.
+    return torch.where(job.known.mask > 0.5, job.view, job.state)
