@@ -57,9 +57,7 @@ def setting() -> str:
     said = os.environ.get("SAFELIGHT_KERNELS", "") or "auto"
     said = {"0": "off", "1": "auto"}.get(said, said)
     if said not in SETTINGS:
-        raise SafelightError(
-            f"SAFELIGHT_KERNELS is {said!r:.40}; it may be {', '.join(SETTINGS)}"
-        )
+        raise SafelightError(f"SAFELIGHT_KERNELS is {said!r:.40}; it may be {', '.join(SETTINGS)}")
     return said
 
 

@@ -8,7 +8,6 @@ product, and that is oneDNN's; our own kernel, in winograd.cpp, lays out the til
 from __future__ import annotations
 
 from ctypes import c_void_p
-from typing import Any
 
 import torch
 from torch import Tensor, nn
