@@ -99,7 +99,6 @@ class Part:
       PyTorch is imported when the network is built.
     classes: what model_index.json may call it; none means `network`.
     stem: the name of its weight files in a folder.
-    packed: whether it runs so often that packing its weights pays off.
     rename: from a key of a folder's file to our name, None for a key that is not used.
     reshape: from name and stored shape to the shape that is read.
     """
@@ -109,7 +108,6 @@ class Part:
     config: str
     classes: tuple[str, ...] = ()
     stem: str = "diffusion_pytorch_model"
-    packed: bool = True
     rename: Callable[[str], str | None] = lambda key: key
     reshape: Callable[[str, tuple[int, ...]], tuple[int, ...]] = lambda name, shape: shape
 

@@ -150,7 +150,6 @@ class StableDiffusion(Family):
             "CLIPTextModel",
             "CLIPTextConfig",
             stem="model",
-            packed=False,  # it runs once for a prompt: to pack it would take longer
             rename=names.text_folder_name,
         ),
     }

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from safelight.errors import SafelightError
-from safelight.fast import accelerate, helps, leave_mapped, memory, native_bfloat16
+from safelight.fast import accelerate, helps, memory, native_bfloat16, remark
 from safelight.model import Model
 from safelight.weights.check import DTYPES, Header, refusal
 from safelight.weights.digest import model_digest
@@ -58,12 +58,11 @@ def load_model(
     sha256 = model_digest(plan.files)
     fast = helps(where, precision) and not plain
     nets = {part: _network(plan, part, where, precision, fast) for part in plan.weights}
-    for part, net in nets.items() if fast else ():
-        if plan.family.parts[part].packed:
-            accelerate(net, precision, low_memory)
-        else:
-            leave_mapped(net, precision)
+    for net in nets.values() if fast else ():
+        accelerate(net, precision, low_memory)
     warnings = list(plan.warnings)
+    if slow := remark(where, precision):
+        warnings.append(slow)
     if low_memory and not fast:
         warnings.append(f"low_memory does nothing on {where.type} in {str(precision)[6:]}")
     return Model(

@@ -2,7 +2,7 @@
 // (arXiv:2112.05682): what bfloat16 and split float32 share.
 #pragma once
 
-#include "amx.h"
+#include "kernel.h"
 
 namespace {
 
@@ -37,11 +37,6 @@ Attend<T> attention(const T* q, const T* k, const T* v, T* out, const long* s, l
 struct Pass {
     long begin, count;
 };
-
-// Which of 16 numbers from c on are less than `size`.
-inline __mmask16 within(long c, long size) {
-    return size - c >= 16 ? 0xffff : (1u << (size - c)) - 1;
-}
 
 // One head's numbers, in a thread's scratch. A kernel is made of it by adding
 //   void pack(b, head)               keys and values, into tiles
@@ -101,12 +96,12 @@ template <class T> struct Head {
     void peaks(const Pass& p, float* most) const {
         for (int i = 0; i < 32; i++) {
             const float* s = scores + row(i);
-            __m512 top = _mm512_set1_ps(most[i]);
+            vec peak = splat(most[i]);
             for (long j = 0; j < p.count / 32; j++, s += 1024) {
-                top = _mm512_max_ps(top, _mm512_load_ps(s));
-                top = _mm512_max_ps(top, _mm512_load_ps(s + 256));
+                peak = larger(peak, floats(s));
+                peak = larger(peak, floats(s + 256));
             }
-            most[i] = _mm512_reduce_max_ps(top);
+            most[i] = top(peak);
         }
     }
 
