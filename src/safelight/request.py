@@ -128,7 +128,15 @@ class Request(BaseModel, metaclass=_Listed):
             slider=(0, 30, 0.5),
         ),
     ] = Field(7.5, description="how closely to follow the prompt; 1 turns guidance off")
-    seed: Annotated[Seed, About(default="random", short="-s", infotext="Seed")] = Field(
+    seed: Annotated[
+        Seed,
+        About(
+            default="random",
+            accepts="a whole number from 0 to 2**63 - 1",
+            short="-s",
+            infotext="Seed",
+        ),
+    ] = Field(
         default_factory=draw_seed, description="start of the random numbers; picture i has seed + i"
     )
     count: Annotated[
@@ -199,23 +207,11 @@ class Request(BaseModel, metaclass=_Listed):
     @classmethod
     def _resolve_sampler_name(cls, given: Any) -> Any:
         """Replace another program's name of a sampler, and the schedule that it includes."""
-        if not isinstance(given, dict) or not isinstance(given.get("sampler"), str):
-            return given
-        from safelight.sampler_names import sampler_and_schedule
+        if isinstance(given, dict) and isinstance(given.get("sampler"), str):
+            from safelight.sampler_names import in_our_names
 
-        found = sampler_and_schedule(given["sampler"])
-        if found is None:
-            return given
-        name, schedule = found
-        if schedule is None:
-            return {**given, "sampler": name}
-        if given.get("schedule") not in (None, schedule):
-            raise SafelightError(
-                f"schedule must be left out, or {schedule}, with the sampler "
-                f"{shown(given['sampler'])}, not {shown(given['schedule'])}",
-                field="schedule",
-            )
-        return {**given, "sampler": name, "schedule": schedule}
+            return in_our_names(given)
+        return given
 
     @field_validator("seed", mode="before")
     @classmethod
@@ -344,16 +340,14 @@ class Request(BaseModel, metaclass=_Listed):
         for name, picture in (("image", request.image), ("mask", request.mask)):
             digest = digests[name]
             if digest is None and picture is not None:
-                raise SafelightError(
-                    f"{name} was not part of this request: leave it out", field=name
-                )
-            if digest is not None and picture is None:
-                raise SafelightError(f"{name} is needed again: of SHA-256 {digest}", field=name)
-            if picture is not None and picture_sha256(picture) != digest:
-                raise SafelightError(
-                    f"{name} must be the one of SHA-256 {digest}, not {picture_sha256(picture)}",
-                    field=name,
-                )
+                problem = "was not part of this request: leave it out"
+            elif digest is not None and picture is None:
+                problem = f"is needed again: the one of SHA-256 {digest}"
+            elif picture is not None and picture_sha256(picture) != digest:
+                problem = f"must be the one of SHA-256 {digest}, not {picture_sha256(picture)}"
+            else:
+                continue
+            raise SafelightError(f"{name} {problem}", field=name)
         return request
 
     def to_json(self) -> str:

@@ -1,9 +1,12 @@
 """The names that other programs have for the samplers."""
 
 from functools import cache
+from typing import Any
 
+from safelight.errors import SafelightError
 from safelight.sampling import SAMPLERS
 from safelight.sampling.schedule import SCHEDULES
+from safelight.settings import shown
 
 _COMFYUI = {
     "euler_ancestral": "euler_a",
@@ -38,3 +41,24 @@ def sampler_and_schedule(name: str) -> tuple[str, str | None] | None:
     if joined in names and schedule in SCHEDULES:
         return names[joined], schedule
     return None
+
+
+def in_our_names(given: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with our name of their sampler, and the schedule that its name includes.
+
+    A name that nobody knows stays. Raises SafelightError for another schedule beside one in the
+    sampler's name.
+    """
+    found = sampler_and_schedule(given["sampler"])
+    if found is None:
+        return given
+    name, schedule = found
+    if schedule is None:
+        return {**given, "sampler": name}
+    if given.get("schedule") not in (None, schedule):
+        raise SafelightError(
+            f"schedule must be left out, or {schedule}, with the sampler "
+            f"{shown(given['sampler'])}, not {shown(given['schedule'])}",
+            field="schedule",
+        )
+    return {**given, "sampler": name, "schedule": schedule}

@@ -12,7 +12,6 @@ import numbers
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -126,7 +125,9 @@ class Setting:
             return "none"
         if self.kind is bool:
             return "on" if self.default else "off"
-        return "empty" if self.default == "" else f"{self.default}"
+        if self.kind is float:
+            return f"{self.default:g}"
+        return f"{self.default}" or "empty"
 
     @property
     def must_be(self) -> str:
@@ -182,16 +183,21 @@ class Setting:
         return plain
 
 
-@cache
+_READ: dict[Any, dict[str, Setting]] = {}
+
+
 def settings_of(request_type: type[Request]) -> dict[str, Setting]:
-    """All settings of a Request class by name, in their order."""
-    return {name: _setting(name, field) for name, field in request_type.model_fields.items()}
+    """Return all settings of a Request class by name, in their order."""
+    if request_type not in _READ:
+        fields = request_type.model_fields
+        _READ[request_type] = {name: _setting(name, field) for name, field in fields.items()}
+    return _READ[request_type]
 
 
 def json_schema(
     request_type: type[Request], *, example: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The schema of a JSON object that holds a request's settings."""
+    """Return the schema of a JSON object that holds a request's settings."""
     schema = {
         "type": "object",
         "title": request_type.__name__,
@@ -203,7 +209,7 @@ def json_schema(
 
 
 def markdown(request_type: type[Request]) -> str:
-    """The table of docs/settings.md."""
+    """Return the table of docs/settings.md."""
     lines = [
         "| setting | option | what it does | values | if left out |",
         "|---|---|---|---|---|",
@@ -226,7 +232,7 @@ def document(request_type: type[Request], keywords: type) -> None:
     settings = settings_of(request_type)
     lines = [f"{s.name}: {s.description}; {s.must_be}." for s in settings.values()]
     request_type.__doc__ = "\n    ".join([f"{request_type.__doc__}", *lines, ""])
-    request_type.__signature__ = inspect.Signature(  # type: ignore[assignment]
+    request_type.__signature__ = inspect.Signature(
         [
             inspect.Parameter(
                 name,
@@ -242,7 +248,7 @@ def document(request_type: type[Request], keywords: type) -> None:
 
 
 def unknown_setting(name: str, known: Mapping[str, Any]) -> SafelightError:
-    """The error for a name that is no setting; it suggests the nearest known one."""
+    """Return the error for a name that is no setting; it suggests the nearest known one."""
     close = difflib.get_close_matches(name[:40], known, n=1)
     hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
     return SafelightError(
@@ -251,7 +257,7 @@ def unknown_setting(name: str, known: Mapping[str, Any]) -> SafelightError:
 
 
 def shown(value: object) -> str:
-    """A value as an error message shows it: short, on one line, printable."""
+    """Return a value as an error message shows it: short, on one line, printable."""
     if isinstance(value, str):
         return repr(value) if len(value) <= 40 else f"{value[:40]!r}… of {len(value)} characters"
     if isinstance(value, float) or value is None:

@@ -1,13 +1,11 @@
-"""What clients of AUTOMATIC1111's web UI send, and the Request that it means.
+"""The bodies that clients of AUTOMATIC1111's web UI send, and the Request that each means.
 
-Ranges are Request's to check; here are types, their names for things, and pictures in base64.
-Warnings say what was asked for and is not done: a client that always sends a field should get a
-picture without it rather than none.
+Request checks ranges; here are types, that API's names, and pictures in base64. What was asked for
+and is not done becomes a warning, not an error: clients send fields that they do not need.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,10 +26,19 @@ from pydantic import (
 from safelight.errors import SafelightError
 from safelight.picture import as_mask, open_mask, open_picture, opened
 from safelight.recipe import parse_recipe_text
-from safelight.request import Request, allowed_size
+from safelight.request import Request
 from safelight.sampling import SAMPLERS
-from safelight.sampling.schedule import SCHEDULES
+from safelight.server.apis.sdapi_names import (
+    find_sampler,
+    find_scheduler,
+    is_model,
+    sampler_label,
+)
+from safelight.server.bodies import decode_base64
 from safelight.server.jobs import ModelInfo
+from safelight.server.sizes import enlarging_note, fit_to_model
+from safelight.settings import settings_of
+from safelight.sizes import allowed_size
 
 
 def _whole(value: object) -> object:
@@ -118,26 +125,31 @@ class PngInfo(BaseModel):
 
 @dataclass(frozen=True)
 class Asked:
-    """A body that was understood; parameters is its echo, as JSON has it."""
+    """A body that was understood.
+
+    parameters: its echo, as JSON has it. size: what the pictures are enlarged to, None to keep
+    them as they are drawn.
+    """
 
     request: Request
+    size: tuple[int, int] | None
     warnings: list[str]
     parameters: dict[str, Any]
 
 
 def understand(
-    body: TextToImage | ImageToImage, model: ModelInfo, taught: Mapping[str, Any]
+    body: TextToImage | ImageToImage, model: ModelInfo, defaults: Mapping[str, Any]
 ) -> Asked:
-    """The request of a body. Decodes pictures, so it is for a thread of its own.
+    """Return the request of a body. Decodes pictures, so it is for a thread.
 
-    taught: what a distilled model draws with, in place of the usual where the body is silent.
+    defaults: what the model says it draws best with (`model_defaults`), in place of that API's
+    defaults where the body says nothing.
 
     Raises SafelightError, or HTTPException with AUTOMATIC1111's status for names it does not find.
     """
     if body.script_name not in (None, "", "None"):
         raise HTTPException(422, f"Script {body.script_name!r:.60} not found")
-    settings, warnings = _settings(body)
-    settings |= {k: v for k, v in taught.items() if not body.model_fields_set & _SAID_BY[k]}
+    settings, warnings = _settings(body, defaults)
     warnings += _ignored(body, model)
     request = _request(settings)
     if isinstance(body, ImageToImage):
@@ -145,81 +157,22 @@ def understand(
         pictures, more = _pictures(body, request)
         request = request.replace(**pictures)
         warnings += more
-    return Asked(request, warnings, _echo(body))
-
-
-# --- names ---------------------------------------------------------------------------------------
-
-_SAMPLERS = {
-    label.lower(): name
-    for name, sampler in SAMPLERS.items()
-    for label in (name, sampler.a1111)
-    if label
-}
-_SCHEDULERS = {"automatic": None, "uniform": None} | {name: name for name in SCHEDULES}
-_SAID_BY = {
-    "sampler": {"sampler_name", "sampler_index"},
-    "steps": {"steps"},
-    "guidance_scale": {"cfg_scale"},
-}
-_THEIRS = {
-    "guidance_scale": "cfg_scale",
-    "strength": "denoising_strength",
-    "count": "batch_size times n_iter",
-}
-
-
-def sampler_label(name: str) -> str:
-    """What AUTOMATIC1111 calls this sampler, or our name if it has none."""
-    return SAMPLERS[name].a1111 or name
-
-
-def known_sampler(label: str) -> tuple[str, str | None] | None:
-    """Sampler and schedule of a name like "DPM++ 2M" or, as it was once, "DPM++ 2M Karras"."""
-    wanted = label.strip().lower()
-    if wanted in _SAMPLERS:
-        return _SAMPLERS[wanted], None
-    joined, _, schedule = wanted.rpartition(" ")
-    if joined in _SAMPLERS and schedule in SCHEDULES:
-        return _SAMPLERS[joined], schedule
-    return None
-
-
-def find_sampler(label: str) -> tuple[str, str | None]:
-    known = known_sampler(label)
-    if known is None:
-        raise HTTPException(404, f"Sampler not found: {label!r:.60}; GET samplers lists them")
-    return known
-
-
-def find_scheduler(label: str | None) -> str | None:
-    wanted = (label or "automatic").strip().lower()
-    if wanted not in _SCHEDULERS:
-        raise HTTPException(404, f"Scheduler not found: {label!r:.60}; GET schedulers lists them")
-    return _SCHEDULERS[wanted]
-
-
-def model_hash(model: ModelInfo) -> str | None:
-    return model.sha256[:10] if model.sha256 else None
-
-
-def model_title(model: ModelInfo) -> str:
-    short = model_hash(model)
-    return f"{model.name} [{short}]" if short else model.name
-
-
-def is_model(label: object, model: ModelInfo) -> bool:
-    """Whether a client that says this means the model that is served."""
-    known = (model.name, model_title(model), model_hash(model), model.sha256)
-    wanted = str(label).strip().lower().removesuffix(".safetensors")
-    return wanted in [name.lower() for name in known if name]
+    request, size = fit_to_model(request, model)
+    warnings += enlarging_note(request, size, model)
+    return Asked(request, size, warnings, _echo(body, request))
 
 
 # --- settings ------------------------------------------------------------------------------------
 
 
-def _settings(body: TextToImage | ImageToImage) -> tuple[dict[str, Any], list[str]]:
-    name, joined = find_sampler(body.sampler_name or body.sampler_index)
+def _settings(
+    body: TextToImage | ImageToImage, defaults: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    said = body.model_fields_set
+    if said & {"sampler_name", "sampler_index"} or "sampler" not in defaults:
+        name, joined = find_sampler(body.sampler_name or body.sampler_index)
+    else:
+        name, joined = defaults["sampler"], None
     schedule = joined or find_scheduler(body.scheduler)
     sampler, warnings = SAMPLERS[name], list[str]()
     if schedule is not None and schedule not in sampler.schedules:
@@ -232,8 +185,6 @@ def _settings(body: TextToImage | ImageToImage) -> tuple[dict[str, Any], list[st
         "negative_prompt": body.negative_prompt,
         "width": body.width,
         "height": body.height,
-        "steps": body.steps,
-        "guidance_scale": body.cfg_scale,
         "seed": None if body.seed == -1 else body.seed,
         "count": body.batch_size * body.n_iter,
         "sampler": name,
@@ -241,18 +192,33 @@ def _settings(body: TextToImage | ImageToImage) -> tuple[dict[str, Any], list[st
         # Clients send eta 1 with every sampler; only those that have it should see it.
         "eta": (body.eta or 0.0) if sampler.eta else 0.0,
     }
+    for ours, theirs in (("steps", "steps"), ("guidance_scale", "cfg_scale")):
+        silent = ours in defaults and theirs not in said
+        settings[ours] = defaults[ours] if silent else getattr(body, theirs)
     if isinstance(body, ImageToImage):
         settings["strength"] = body.denoising_strength
-    return settings, warnings
+    return settings | _own(body, settings), warnings
+
+
+def _own(body: TextToImage | ImageToImage, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings that this API has no field for, under Safelight's names."""
+    extra = body.model_extra or {}
+    return {
+        name: extra[name]
+        for name, setting in settings_of(Request).items()
+        if name in extra and name not in settings and setting.kind and not setting.about.a1111
+    }
 
 
 def _request(settings: dict[str, Any]) -> Request:
-    """The Request; what it refuses is told by the name that the client knows."""
+    """Return the Request; what it refuses is told by that API's name."""
     try:
         return Request(**settings)
     except SafelightError as error:
-        name, space, rest = str(error).partition(" ")
-        raise SafelightError(_THEIRS.get(name, name) + space + rest) from None
+        setting = settings_of(Request).get(error.field or "")
+        if setting is None or not setting.about.a1111:
+            raise
+        raise error.renamed(setting.about.a1111) from None
 
 
 def _ignored(body: TextToImage | ImageToImage, model: ModelInfo) -> list[str]:
@@ -298,20 +264,8 @@ def _listed(names: list[str]) -> str:
 # --- pictures ------------------------------------------------------------------------------------
 
 
-def picture_bytes(text: str, name: str) -> bytes:
-    """The file in a field `name`: base64, or a data URI. An address is refused, never fetched."""
-    if text.startswith("data:"):
-        text = text.partition(",")[2]
-    if "://" in text[:16]:
-        raise SafelightError(f"{name} must hold a picture in base64: addresses are never fetched")
-    try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except ValueError:
-        raise SafelightError(f"{name} must hold a picture in base64; this is not base64") from None
-
-
 def describe(data: bytes) -> dict[str, Any]:
-    """The answer to png-info. A picture that says nothing of itself is described too."""
+    """Return the answer to png-info, also for a picture that carries no recipe."""
     open_picture(data)  # raises for a picture that is broken anywhere
     with opened(data, "the picture") as image:
         texts = dict(image.text) if isinstance(image, PngImagePlugin.PngImageFile) else {}
@@ -338,11 +292,11 @@ def _pictures(body: ImageToImage, request: Request) -> tuple[dict[str, Any], lis
     if len(body.init_images) > 1:
         raise SafelightError(f"init_images must hold one picture, not {len(body.init_images)}")
     image = open_picture(
-        picture_bytes(body.init_images[0], "init_images"), "picture of init_images"
+        decode_base64(body.init_images[0], "init_images"), "picture of init_images"
     )
     mask, warnings = None, list[str]()
     if body.mask:
-        mask = _mask(picture_bytes(body.mask, "mask"))
+        mask = _mask(decode_base64(body.mask, "mask"))
         if body.inpainting_mask_invert:
             mask = ImageOps.invert(mask)
         if mask.size != image.size:
@@ -401,13 +355,15 @@ def _inpainting(body: ImageToImage) -> list[str]:
     return [text for asked, text in found if asked]
 
 
-def _echo(body: TextToImage | ImageToImage) -> dict[str, Any]:
-    """The body with its defaults. NaN in fields that nobody reads becomes null."""
+def _echo(body: TextToImage | ImageToImage, request: Request) -> dict[str, Any]:
+    """Return the body with the defaults that hold. NaN in fields that nobody reads becomes null."""
     pictures = {"init_images", "mask"}
     hidden = pictures if isinstance(body, ImageToImage) and not body.include_init_images else None
+    drawn = {"steps": request.steps, "cfg_scale": request.guidance_scale}
     try:
-        return json.loads(body.model_dump_json(exclude=hidden)) | dict.fromkeys(hidden or ())
+        echo = json.loads(body.model_dump_json(exclude=hidden)) | dict.fromkeys(hidden or ())
     except ValueError:
         raise SafelightError(
             "the body must have text without lone surrogates, nested at most 200 deep"
         ) from None
+    return echo | {k: v for k, v in drawn.items() if k not in body.model_fields_set}

@@ -3,64 +3,62 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import json
 from collections.abc import AsyncIterator
 from datetime import datetime
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Path, Query
+from fastapi import APIRouter, Header, Path, Query, Response
 from fastapi import Request as HttpRequest
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, Field
 
-from safelight import Request
 from safelight.errors import SafelightError
 from safelight.picture import open_mask, open_picture
-from safelight.request import Request as _Request
+from safelight.request import Request
 from safelight.sampling import SAMPLERS
 from safelight.sampling.schedule import SCHEDULES
+from safelight.server.bodies import decode_base64, open_upload, read_json
 from safelight.server.hub import Hub
-from safelight.server.jobs import BusyError, Event, Job, ModelInfo, Status
+from safelight.server.jobs import Event, Job, ModelInfo, Status
+from safelight.server.sizes import enlarged_png
+from safelight.settings import json_schema
+from safelight.sizes import MAX_SIDE, MIN_SIDE
 
 router = APIRouter()
 
 KEEP_ALIVE = 15.0
 """Seconds after which a stream without events says that it is still there."""
 
-_PICTURE = "a PNG, JPEG or WebP in base64"
-_SETTINGS: dict[str, Any] = {
-    name: (field.annotation, field)
-    for name, field in _Request.model_fields.items()
-    if name not in ("image", "mask", "seed")
-}
-JobRequest = create_model(
-    "JobRequest",
-    __config__=ConfigDict(extra="forbid", strict=True),
-    __doc__="What to draw: the settings of a Safelight Request, as JSON.",
-    **_SETTINGS,
-    seed=(
-        int | None,
-        Field(None, ge=0, le=2**63 - 1, description="left out: drawn at random"),
-    ),
-    image=(str | None, Field(None, description=f"{_PICTURE}: a picture to start from")),
-    mask=(str | None, Field(None, description=f"{_PICTURE}: white where to repaint")),
-)
+EXAMPLE = {"prompt": "a red apple", "steps": 20, "sampler": "dpmpp_2m", "seed": 7}
 
 JobId = Annotated[str, Path(pattern="^[0-9a-f]{32}$")]
 
 
 class Problem(BaseModel):
-    detail: str
+    """An answer that is an error."""
+
+    detail: str = Field(description="one line: what is wrong, and what would be right")
+    code: str | None = Field(None, description="for programs")
+    field: str | None = Field(None, description="the setting at fault, if it is one")
 
 
 class Sampler(BaseModel):
+    """A sampler by its own name."""
+
     name: str
-    steps: int = Field(description="taken if a request does not say")
+    steps: int = Field(description="taken if neither request nor model says")
+
+
+def body_of(request_type: type[Request]) -> dict[str, Any]:
+    """Return what OpenAPI says of a body with a request's settings, and an example that works."""
+    schema = json_schema(request_type)
+    content = {"application/json": {"schema": schema, "example": EXAMPLE}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def hub(request: HttpRequest) -> Hub:
+    """Return the service behind the routes."""
     return request.app.state.service
 
 
@@ -74,21 +72,21 @@ def hub(request: HttpRequest) -> Hub:
         503: {"model": Problem},
         507: {"model": Problem},
     },
+    openapi_extra=body_of(Request),
     tags=["jobs"],
 )
 async def submit(
     request: HttpRequest,
-    body: JobRequest,  # type: ignore[valid-type]
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> Job:
-    """Take a request in. The answer comes once the job is durable; follow it by its id."""
-    settings: dict[str, Any] = body.model_dump(exclude_unset=True)
+    """Accept a job. The answer comes once the job is durable; follow it by its id."""
+    if not request.headers.get("content-type", "").startswith("application/json"):
+        raise SafelightError("the body must be JSON: send content-type application/json")
+    settings = await read_json(request)
     for name, read in (("image", open_picture), ("mask", open_mask)):
         if settings.get(name) is not None:
-            data = decoded(settings[name], name)
-            settings[name] = await asyncio.to_thread(read, data, name)
-    if settings.get("seed", 0) is None:
-        del settings["seed"]
+            data = decode_base64(settings[name], name)
+            settings[name] = await asyncio.to_thread(open_upload, read, data, name)
     return await hub(request).submit(Request(**settings), idempotency_key=idempotency_key)
 
 
@@ -161,9 +159,20 @@ async def retry(request: HttpRequest, job_id: JobId) -> Any:
     responses={200: {"content": {"image/png": {}}}, 404: {}},
     tags=["pictures"],
 )
-async def picture(request: HttpRequest, picture_id: JobId) -> Any:
+async def picture(
+    request: HttpRequest,
+    picture_id: JobId,
+    width: Annotated[int | None, Query(ge=MIN_SIDE, le=MAX_SIDE)] = None,
+    height: Annotated[int | None, Query(ge=MIN_SIDE, le=MAX_SIDE)] = None,
+) -> Any:
+    """The PNG, its recipe inside. With width and height: resized to them, by Lanczos."""
     path = hub(request).picture_file(picture_id)
-    return _missing("picture") if path is None else FileResponse(path, media_type="image/png")
+    if path is None:
+        return _missing("picture")
+    if width is None or height is None:
+        return FileResponse(path, media_type="image/png")
+    data = await asyncio.to_thread(lambda: enlarged_png(path.read_bytes(), (width, height)))
+    return Response(data, media_type="image/png")
 
 
 @router.get(
@@ -180,7 +189,7 @@ async def thumbnail(request: HttpRequest, picture_id: JobId) -> Any:
 
 @router.get("/api/models", response_model=list[ModelInfo], tags=["models"])
 async def models(request: HttpRequest) -> list[ModelInfo]:
-    return [await hub(request).model()]
+    return await hub(request).models()
 
 
 @router.get("/api/samplers", tags=["models"])
@@ -202,7 +211,9 @@ async def readyz(request: HttpRequest) -> Any:
     """Whether the worker takes a step right now."""
     if await hub(request).check():
         return {"status": "ready"}
-    return JSONResponse({"detail": "the worker is not ready"}, 503)
+    return JSONResponse(
+        {"detail": "the worker is not ready", "code": "not_ready", "field": None}, 503
+    )
 
 
 @router.get("/metrics", response_class=PlainTextResponse, tags=["server"])
@@ -234,19 +245,6 @@ async def _stream(service: Hub, job_id: str) -> AsyncIterator[str]:
             coming.cancel()
 
 
-def decoded(text: str, name: str) -> bytes:
-    """The bytes of base64, with or without a data URI's prefix."""
-    if text.startswith("data:"):
-        text = text.partition(",")[2]
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        raise SafelightError(f"{name} must be {_PICTURE}; addresses are not fetched") from None
-
-
 def _missing(what: str) -> JSONResponse:
-    return JSONResponse({"detail": f"there is no such {what}"}, 404)
-
-
-def retry_after(error: SafelightError) -> dict[str, str]:
-    return {"Retry-After": str(error.retry_after)} if isinstance(error, BusyError) else {}
+    body = {"detail": f"there is no such {what}", "code": "not_found", "field": None}
+    return JSONResponse(body, 404)

@@ -1,7 +1,7 @@
 """AUTOMATIC1111's API, /sdapi/v1, for the clients that speak it.
 
-A call is answered when its pictures are drawn. Where that API speaks of *the* job there are many
-here: progress, interrupt and skip are about the jobs that this very caller waits for.
+A call is answered when its pictures are drawn. That API knows one job at a time: here progress,
+interrupt and skip are about the jobs that the same caller waits for.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Response
@@ -20,66 +21,44 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
-from starlette.types import Message, Receive
+from starlette.requests import ClientDisconnect
 
 from safelight.errors import SafelightError
 from safelight.recipe import recipe_text
 from safelight.sampling import SAMPLERS
 from safelight.sampling.schedule import SCHEDULES
-from safelight.server.jobs import BusyError, Job, Service, Status
-from safelight.server.sdapi_shapes import (
+from safelight.server.apis.sdapi_names import is_model, model_hash, model_title, sampler_label
+from safelight.server.apis.sdapi_shapes import (
     Asked,
     ImageToImage,
     PngInfo,
     TextToImage,
     describe,
-    is_model,
-    model_hash,
-    model_title,
-    picture_bytes,
-    sampler_label,
     understand,
 )
-
-MOST_BYTES = 64 * 2**20
-_ANSWERED = (SafelightError, BusyError)
-
+from safelight.server.bodies import decode_base64
+from safelight.server.disconnects import attended
+from safelight.server.jobs import Job, Service, Status, retry_after, status_of
+from safelight.server.sizes import enlarged_png
 
 # --- refusals ------------------------------------------------------------------------------------
 
 
 class _Route(APIRoute):
-    """Bounds what is read of a body, and answers errors in AUTOMATIC1111's shape."""
+    """Answers errors in AUTOMATIC1111's shape."""
 
     def get_route_handler(self) -> Callable[[HttpRequest], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
 
         async def handle(http: HttpRequest) -> Response:
             try:
-                return await handler(HttpRequest(http.scope, _bounded(http)))
+                return await handler(http)
             except (SafelightError, RequestValidationError, HTTPException) as error:
-                if isinstance(error, SafelightError) and type(error) not in _ANSWERED:
-                    raise  # the server's own troubles, whose status the app knows
                 return _refusal(error)
+            except ClientDisconnect:
+                return Response(status_code=499)  # nobody is there to read it
 
         return handle
-
-
-def _bounded(http: HttpRequest) -> Receive:
-    """Receives until the body is longer than MOST_BYTES, or was announced to be."""
-    length = http.headers.get("content-length", "")
-    announced, taken = int(length) if length.isdecimal() else 0, 0
-
-    async def receive() -> Message:
-        nonlocal taken
-        if announced <= MOST_BYTES:
-            message = await http.receive()
-            taken += len(message.get("body", b""))
-            if taken <= MOST_BYTES:
-                return message
-        raise HTTPException(413, f"the body must have at most {MOST_BYTES >> 20} MiB")
-
-    return receive
 
 
 def _refusal(error: SafelightError | RequestValidationError | HTTPException) -> JSONResponse:
@@ -92,8 +71,8 @@ def _refusal(error: SafelightError | RequestValidationError | HTTPException) -> 
         first = error.errors()[0]
         field = next((part for part in first["loc"][1:] if isinstance(part, str)), "the body")
         detail = f"{field}: {first['msg']}"
-    elif isinstance(error, BusyError):
-        status, headers = 429, {"Retry-After": str(error.retry_after)}
+    else:
+        status, headers = status_of(error), retry_after(error)
     # That API sends the whole body back; ours may hold megabytes of pictures.
     content = {"error": type(error).__name__, "detail": detail, "body": "", "errors": detail}
     return JSONResponse(content, status, headers)
@@ -139,28 +118,17 @@ def _own_calls(http: HttpRequest) -> list[_Call]:
 
 
 async def _finished(http: HttpRequest, asked: Asked) -> Job:
-    """The job of this request when it has ended, by itself or because nobody waits any more."""
+    """Return the job of a request when it has ended. It is cancelled if the client leaves."""
     service, calls = _service(http), _calls(http)
     job = await service.submit(asked.request, client="sdapi")
     call = _Call(caller(http), job.id, asked.request.count)
     calls.append(call)
-    end = asyncio.ensure_future(service.wait(job.id))
-    gone = asyncio.ensure_future(_disconnected(http))
     try:
-        await asyncio.wait((end, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not end.done():
-            await service.cancel(job.id)
-        return await end
+        return await attended(http.receive, service, job.id, service.wait(job.id))
     finally:
         calls.remove(call)
-        for task in (end, gone, call.watcher):
-            if task is not None:
-                task.cancel()
-
-
-async def _disconnected(http: HttpRequest) -> None:
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
+        if call.watcher is not None:
+            call.watcher.cancel()
 
 
 async def _watch(service: Service, call: _Call) -> None:
@@ -182,24 +150,28 @@ async def img2img(http: HttpRequest, body: ImageToImage) -> dict[str, Any]:
 
 
 async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str, Any]:
-    """The answer to a call; one that was interrupted has the pictures that were finished."""
+    """Return the answer to a call; one that was interrupted has the pictures that were finished."""
     service = _service(http)
-    asked = await asyncio.to_thread(understand, body, await service.model(), await service.taught())
+    model = await service.loaded()
+    asked = await asyncio.to_thread(understand, body, model, await service.defaults())
     job = await _finished(http, asked)
-    model = await _service(http).model()  # by now it is loaded, and has its hash
     if job.status is Status.FAILED:
         raise HTTPException(500, job.error or "the job failed")
     pictures = sorted(job.pictures, key=lambda picture: picture.index)
     images: list[str] = []
     for picture in pictures if body.send_images else ():
-        path = _service(http).picture_file(picture.id)
+        path = service.picture_file(picture.id)
         if path is None:
             raise HTTPException(500, f"picture {picture.index + 1} is no longer there")
-        data = await asyncio.to_thread(path.read_bytes)
+        data = await asyncio.to_thread(_picture, path, asked.size)
         images.append(base64.b64encode(data).decode())
+    enlarged = {} if asked.size is None else {"enlarged": list(asked.size)}
     request, seeds = asked.request, [picture.seed for picture in pictures]
-    width = pictures[0].width if pictures else request.width or model.width
-    height = pictures[0].height if pictures else request.height or model.height
+    width, height = asked.size or (
+        (pictures[0].width, pictures[0].height)
+        if pictures
+        else (request.width or model.width, request.height or model.height)
+    )
     extra = {"Schedule type": (request.schedule or "").capitalize(), "Eta": request.eta}
     info = {
         "prompt": request.prompt,
@@ -222,7 +194,7 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
         "denoising_strength": request.strength,
         "extra_generation_params": {name: value for name, value in extra.items() if value},
         "index_of_first_image": 0,
-        "infotexts": [recipe_text(picture.recipe) for picture in pictures],
+        "infotexts": [recipe_text({**picture.recipe, **enlarged}) for picture in pictures],
         "styles": [],
         "job_timestamp": _timestamp(job),
         "clip_skip": 1,
@@ -234,13 +206,17 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
     return {"images": images, "parameters": parameters, "info": json.dumps(info)}
 
 
+def _picture(path: Path, size: tuple[int, int] | None) -> bytes:
+    return enlarged_png(path.read_bytes(), size)
+
+
 def _timestamp(job: Job) -> str:
     return job.created_at.strftime("%Y%m%d%H%M%S")
 
 
 @router.post("/png-info")
 def png_info(body: PngInfo) -> dict[str, Any]:
-    return describe(picture_bytes(body.image, "image"))
+    return describe(decode_base64(body.image, "image"))
 
 
 # --- progress ------------------------------------------------------------------------------------
@@ -350,7 +326,6 @@ async def schedulers() -> list[dict[str, Any]]:
 
 @router.get("/sd-models")
 async def sd_models(http: HttpRequest) -> list[dict[str, Any]]:
-    model = await _service(http).model()
     return [
         {
             "title": model_title(model),
@@ -360,12 +335,13 @@ async def sd_models(http: HttpRequest) -> list[dict[str, Any]]:
             "filename": model.name,
             "config": None,
         }
+        for model in await _service(http).models()
     ]
 
 
 @router.get("/options")
 async def get_options(http: HttpRequest) -> dict[str, Any]:
-    model = await _service(http).model()
+    model = (await _service(http).models())[0]
     return {
         "sd_model_checkpoint": model_title(model),
         "sd_checkpoint_hash": model.sha256,
@@ -377,12 +353,11 @@ async def get_options(http: HttpRequest) -> dict[str, Any]:
 
 @router.post("/options")
 async def set_options(http: HttpRequest, options: dict[str, Any]) -> None:
-    """Nothing can be set. Only a wish for another model matters enough to be refused."""
-    model, wanted = await _service(http).model(), options.get("sd_model_checkpoint")
-    if wanted is not None and not is_model(wanted, model):
-        raise HTTPException(
-            404, f"Model not found: {wanted!r:.80}; this server serves {model_title(model)}"
-        )
+    """Accept options, and change nothing. A model that is not served is refused."""
+    models, wanted = await _service(http).models(), options.get("sd_model_checkpoint")
+    if wanted is not None and not any(is_model(wanted, model) for model in models):
+        served = ", ".join(model_title(model) for model in models)
+        raise HTTPException(404, f"Model not found: {wanted!r:.80}; this server serves {served}")
 
 
 _UNKNOWN = {"error": "not measured by this server"}
