@@ -97,6 +97,8 @@ def dpmpp_2s(
     for row, (s, t, time) in enumerate(steps_of(grid, skip)):
         i = skip + row
         order = min(orders[i], row + 1)
+        if levels[i - order + 1].ratio == math.inf:
+            order = 1
         base, origin = row - order + 1, levels[i - order + 1]
         r, h = t.ratio / origin.ratio, _gap(origin, t)
         clean = (1 - r) * D(base)
