@@ -21,7 +21,7 @@ from safelight.picture import save_png
 from safelight.recipe import enlarge, png_texts, read_recipe
 from safelight.request import Request
 from safelight.result import Result
-from safelight.samplers import SAMPLERS
+from safelight.sampling import SAMPLERS
 
 DIGEST = "ab" * 32
 

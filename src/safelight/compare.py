@@ -174,15 +174,15 @@ def grid(
     each step of each cell with the steps taken and those of all cells. Raises SafelightError
     before the first step if any cell cannot be, later if one turns to NaN.
     """
-    from safelight.batch import Engine
+    from safelight.engine import Engine
 
     asked = requests(base, x, y)
-    engine = Engine(model)
+    engine = Engine(model, exact=False)
     results = [
         [engine.add(request, (column, row)) for column, request in enumerate(cells)]
         for row, cells in enumerate(asked)
     ]
-    taken, steps = 0, sum(len(ticket.job.table.rows) for ticket in engine.tickets)
+    taken, steps = 0, sum(ticket.steps for ticket in engine.tickets)
     while engine.busy:
         stepped, finished = engine.step()
         for _ in stepped:

@@ -33,7 +33,7 @@ def recipe_text(recipe: dict[str, Any]) -> str:
     `Key: value` pairs. Settings other than steps, scale and seed stand there where they differ
     from their defaults.
     """
-    from safelight.samplers import SAMPLERS
+    from safelight.sampling import SAMPLERS
 
     settings, model = recipe["settings"], recipe["model"]
     sampler = settings["sampler"]

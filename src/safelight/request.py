@@ -36,7 +36,7 @@ def draw_seed() -> int:
 
 
 def _samplers() -> tuple[str, ...]:
-    from safelight.samplers import SAMPLERS
+    from safelight.sampling import SAMPLERS
 
     return tuple(SAMPLERS)
 
@@ -232,7 +232,7 @@ class Request(BaseModel, metaclass=_Listed):
     @field_validator("sampler")
     @classmethod
     def _check_sampler(cls, value: str) -> str:
-        from safelight.samplers import find
+        from safelight.sampling import find
 
         try:
             find(value)
@@ -284,7 +284,7 @@ class Request(BaseModel, metaclass=_Listed):
 
     def unused_settings(self) -> list[str]:
         """Return warnings about settings that were given and change nothing."""
-        from safelight.samplers import SAMPLERS
+        from safelight.sampling import SAMPLERS
 
         found: list[str] = []
         if self.negative_prompt and self.guidance_scale <= 1:

@@ -4,8 +4,8 @@ from functools import cache
 from typing import Any
 
 from safelight.errors import SafelightError
-from safelight.samplers import SAMPLERS
-from safelight.schedule import SCHEDULES
+from safelight.sampling import SAMPLERS
+from safelight.sampling.schedule import SCHEDULES
 from safelight.settings import shown
 
 _COMFYUI = {

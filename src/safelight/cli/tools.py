@@ -18,7 +18,7 @@ Json = Annotated[bool, Option("--json", help="Print JSON.")]
 
 def samplers(as_json: Json = False) -> None:
     """List the samplers, with the names they have elsewhere."""
-    from safelight.samplers import SAMPLERS
+    from safelight.sampling import SAMPLERS
 
     if as_json:
         known = [

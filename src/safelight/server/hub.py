@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from safelight.defaults import model_defaults
 from safelight.errors import SafelightError
 from safelight.request import Request
-from safelight.samplers import SAMPLERS, check
+from safelight.sampling import SAMPLERS, check
 from safelight.server.events import Events
 from safelight.server.files import Files
 from safelight.server.jobs import (

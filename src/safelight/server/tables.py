@@ -28,7 +28,7 @@ from sqlalchemy import (
 from sqlalchemy.engine import RowMapping
 from sqlalchemy.exc import OperationalError
 
-from safelight.samplers import SAMPLERS
+from safelight.sampling import SAMPLERS
 from safelight.server.jobs import Job, Picture, Progress, Status, StorageError
 
 meta = MetaData()

@@ -79,7 +79,7 @@ def _new_worker(pipe: Connection, settings: Settings) -> Worker | None:
 
 class Worker:
     def __init__(self, pipe: Connection, settings: Settings) -> None:
-        from safelight.batch import Engine
+        from safelight.engine import Engine
         from safelight.weights import load_model
 
         self._pipe, self._settings = pipe, settings
@@ -90,7 +90,9 @@ class Worker:
         )
         self._model = self._load(dtype=settings.dtype)
         self._precise: Any = None
-        self._engine = Engine(self._model, rows=settings.rows, exact=settings.exact)
+        self._engine = Engine(
+            self._model, exact=settings.exact, rows=settings.rows, background=True
+        )
         self._store, self._files = Store(settings.url), Files(Path(settings.root))
         self._held: dict[str, _Held] = {}
         self._alone = False
@@ -102,11 +104,11 @@ class Worker:
             name=self._model.name,
             sha256=self._model.sha256,
             kind=self._model.kind,
-            family=self._model.family,
+            family=self._model.family.name,
             width=width,
             height=height,
             device=str(self._model.device),
-            dtype=str(self._model.dtype).removeprefix("torch."),
+            dtype=self._model.precision,
             ready=True,
         )
         pipe.send(("ready", info.model_dump()))
@@ -171,7 +173,7 @@ class Worker:
             self._end(claim, [], error)
             return
         mine = [ticket for ticket in self._engine.tickets if ticket.tag == claim.id]
-        each = len(mine[0].job.table.rows) if mine else 0
+        each = mine[0].steps if mine else 0
         self._held[claim.id] = _Held(
             claim,
             request,
@@ -202,7 +204,7 @@ class Worker:
                 self._picture(self._held[ticket.tag], ticket)
 
     def _picture(self, held: _Held, ticket: Any) -> None:
-        image, error, dtype = ticket.image, ticket.error, held.result.dtype
+        image, error, dtype = ticket.image, ticket.error, ticket.dtype
         if getattr(error, "code", None) == "not_finite":
             image, error = self._again(held, ticket.seed, error)
             dtype = "float32"
@@ -225,22 +227,23 @@ class Worker:
 
     def _again(self, held: _Held, seed: int, error: Exception) -> tuple[Any, Exception | None]:
         """Draw a picture that came out as NaN once more, in float32."""
-        from safelight.batch import out_of_memory
+        from safelight.engine.capacity import out_of_memory
 
-        if str(self._model.dtype) == "torch.float32":
+        if self._model.precision == "float32":
             return None, error
         try:
             if self._precise is None:
                 self._precise = self._load(dtype="float32")
             made = self._precise.generate(held.request.replace(seed=seed, count=1))
         except SafelightError as problem:
-            return None, problem
-        except (MemoryError, RuntimeError) as problem:
+            return None, error if problem.code == "out_of_memory" else problem
+        except (MemoryError, RuntimeError) as problem:  # of loading
             if not out_of_memory(problem):
                 raise
             return None, error
-        dtype = str(self._model.dtype).removeprefix("torch.")
-        held.warnings.append(f"seed {seed} gave NaN in {dtype} and was drawn in float32")
+        held.warnings.append(
+            f"seed {seed} gave NaN in {self._model.precision} and was drawn in float32"
+        )
         return made.images[0], None
 
     def _commit(self, held: _Held, image: Any, index: int, seed: int, dtype: str) -> None:
@@ -304,9 +307,8 @@ class Worker:
             return
         held.previewed = now
         job, ended = ticket.job, time.time()
-        noisy = job.state / (1 + job.row.sigma**2) ** 0.5
         try:
-            shown = [_encoded(preview(self._model, latents)) for latents in (job.clean, noisy)]
+            shown = [_encoded(preview(self._model, latents)) for latents in (job.clean, job.view)]
         except (SafelightError, MemoryError, RuntimeError):
             return  # NaN, or too large: whether there is a picture is seen in the end
         self._pipe.send(("preview", held.claim.id, ticket.index, *shown, ended))
@@ -332,7 +334,7 @@ def preview(model: Any, latents: Any) -> Any:
     import torch
     import torch.nn.functional as F
 
-    from safelight.job import decode
+    from safelight.engine.job import decode
 
     with torch.inference_mode():
         largest = max(latents.shape[-2:])

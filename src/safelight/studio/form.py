@@ -13,8 +13,8 @@ from PIL import Image, ImageOps
 from safelight.errors import SafelightError
 from safelight.picture import as_rgb, opened, reason
 from safelight.request import MAX_PROMPT, Request, draw_seed
-from safelight.samplers import SAMPLERS
-from safelight.schedule import SCHEDULES, SPACINGS
+from safelight.sampling import SAMPLERS
+from safelight.sampling.schedule import SCHEDULES, SPACINGS
 from safelight.server.hub import Hub
 from safelight.sizes import allowed_size
 from safelight.studio.parts import plain, problem

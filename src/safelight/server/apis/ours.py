@@ -16,8 +16,8 @@ from pydantic import BaseModel, Field
 from safelight.errors import SafelightError
 from safelight.picture import open_mask, open_picture
 from safelight.request import Request
-from safelight.samplers import SAMPLERS
-from safelight.schedule import SCHEDULES
+from safelight.sampling import SAMPLERS
+from safelight.sampling.schedule import SCHEDULES
 from safelight.server.bodies import decode_base64, open_upload, read_json
 from safelight.server.hub import Hub
 from safelight.server.jobs import Event, Job, ModelInfo, Status

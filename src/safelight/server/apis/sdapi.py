@@ -25,8 +25,8 @@ from starlette.requests import ClientDisconnect
 
 from safelight.errors import SafelightError
 from safelight.recipe import recipe_text
-from safelight.samplers import SAMPLERS
-from safelight.schedule import SCHEDULES
+from safelight.sampling import SAMPLERS
+from safelight.sampling.schedule import SCHEDULES
 from safelight.server.apis.sdapi_names import is_model, model_hash, model_title, sampler_label
 from safelight.server.apis.sdapi_shapes import (
     Asked,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from fastapi import HTTPException
 
 from safelight.sampler_names import sampler_and_schedule
-from safelight.samplers import SAMPLERS
-from safelight.schedule import SCHEDULES
+from safelight.sampling import SAMPLERS
+from safelight.sampling.schedule import SCHEDULES
 from safelight.server.jobs import ModelInfo
 
 _SCHEDULERS = {"automatic": None, "uniform": None} | {name: name for name in SCHEDULES}

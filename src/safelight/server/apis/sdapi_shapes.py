@@ -27,7 +27,7 @@ from safelight.errors import SafelightError
 from safelight.picture import as_mask, open_mask, open_picture, opened
 from safelight.recipe import parse_recipe_text
 from safelight.request import Request
-from safelight.samplers import SAMPLERS
+from safelight.sampling import SAMPLERS
 from safelight.server.apis.sdapi_names import (
     find_sampler,
     find_scheduler,
