@@ -62,7 +62,9 @@ class Form:
         self.draw = gr.Button("Draw", variant="primary", elem_id="draw")
         self.problem, self.status = problem("make"), status("make")
         with gr.Row():
-            self.sampler = gr.Dropdown(sampler_choices(), value=first.sampler, label="Sampler")
+            self.sampler = gr.Dropdown(
+                sampler_choices(), value=first.sampler, label="Sampler", min_width=220
+            )
             steps = first.steps or SAMPLERS[first.sampler].steps
             self.steps = gr.Slider(1, 150, steps, step=1, label="Steps")
         with gr.Row():
