@@ -251,7 +251,7 @@ const safelight = (() => {
     element.querySelector(".now").replaceChildren(failures, status, live, waiting, nothing, newest);
     const lead = leader(element);
 
-    let source = null, followed = null, began = null, timer = null, down = false;
+    let source = null, followed = null, began = null, timer = null, down = false, turns = 0;
     const mine = new Set();  // jobs of this page, which are shown before those of others
     const seen = new Set();  // jobs that were unfinished at the last look
 
@@ -292,7 +292,7 @@ const safelight = (() => {
         live.dataset.late = performance.timeOrigin + performance.now() - 1000 * event.at;
         progress(event.job);
       });
-      on("end", event => { source.close(); told(event.job); refresh(); });
+      on("end", () => { source.close(); refresh(); });
     };
 
     const told = job => {
@@ -304,12 +304,17 @@ const safelight = (() => {
 
     const refresh = async () => {
       clearTimeout(timer);
+      const turn = ++turns;
       let busy = true;
       try {
         const jobs = await ask("/api/jobs?limit=60");
+        if (turn !== turns) return;  // a newer look has started
         if (down) status.textContent = "The server is back.";
         down = false;
         const open = jobs.filter(job => !final(job)).reverse();
+        const made = jobs.filter(job => job.pictures.length).slice(0, 8);
+        newestFirst(newest, made, events, refresh);  // before `told` says that one is done
+        nothing.hidden = made.length > 0 || open.length > 0;
         for (const job of jobs) {
           if (!final(job)) seen.add(job.id);
           else if (seen.delete(job.id) && job.status === "failed") {
@@ -319,12 +324,10 @@ const safelight = (() => {
         const ours = open.filter(job => mine.has(job.id)), theirs = ours.length ? ours : open;
         const first = theirs.find(job => job.id === followed)
           || theirs.find(job => job.status === "running") || theirs[0];
+        const ended = jobs.find(job => job.id === followed && final(job));
+        if (ended) { source?.close(); told(ended); }
         if (first) follow(first);
-        else if (followed) {
-          const ended = jobs.find(job => job.id === followed);
-          source?.close();
-          if (ended) told(ended); else live.hidden = true;
-        }
+        else if (followed) { source?.close(); live.hidden = true; }
         waiting.replaceChildren(...open.filter(job => job !== first).map(job => make("li", {},
           make("span", {textContent: words(job)}),
           make("span", {textContent: job.progress.steps
@@ -334,11 +337,9 @@ const safelight = (() => {
               await ask(`/api/jobs/${job.id}`, {method: "DELETE"}).catch(() => {});
               refresh();
             }}))));
-        const made = jobs.filter(job => job.pictures.length).slice(0, 8);
-        newestFirst(newest, made, events, refresh);
-        nothing.hidden = made.length > 0 || open.length > 0;
         busy = open.length > 0;
       } catch (error) {
+        if (turn !== turns) return;
         down = true;
         status.textContent = error instanceof TypeError || error instanceof SyntaxError
           ? "The server does not answer. This page continues when it does."

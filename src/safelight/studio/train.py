@@ -13,7 +13,7 @@ from safelight.studio.parts import kept, plain, problem, progress, status
 from safelight.studio.run import Command
 
 _STEP = re.compile(r"step (\d+)/(\d+)\s+loss ([0-9.]+)(?:.*?([0-9.]+) min left)?")
-MOST_STEPS = 3000
+MAX_STEPS = 3000
 
 
 class Train:
@@ -34,7 +34,7 @@ class Train:
             "number of steps, the training resumes.</p>"
         )
         with gr.Row():
-            steps = gr.Slider(20, MOST_STEPS, 800, step=20, label="Training steps", scale=3)
+            steps = gr.Slider(1, MAX_STEPS, 800, step=1, label="Training steps", scale=3)
             start = gr.Button("Start", variant="primary", elem_id="train-start")
             stop = gr.Button("Stop", elem_id="train-stop")
         plain(steps)
@@ -47,8 +47,8 @@ class Train:
         outputs = [told, doing, bar, plot, samples, timer]
 
         async def begin(steps: Any) -> tuple[Any, ...]:
-            if not isinstance(steps, int) or not 1 <= steps <= MOST_STEPS:
-                return f"Training steps must be 1 to {MOST_STEPS}.", *self._look()[1:]
+            if not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
+                return f"Training steps must be 1 to {MAX_STEPS}.", *self._look()[1:]
             if self._command is not None and self._command.stopped:
                 await self._command.ended()  # it saves its state
             if self._command is None or not self._command.running:
