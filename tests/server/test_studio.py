@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import io
 import json
 import os
@@ -33,7 +32,7 @@ import safelight
 from safelight.recipe import read_recipe
 from safelight.request import Request
 from safelight.studio import form
-from safelight.studio.mount import Studio
+from safelight.studio.page import blocks
 from safelight.studio.recipes import recipe_settings
 from safelight.studio.run import Command
 
@@ -174,58 +173,27 @@ def shot(page: Page, name: str) -> None:
         page.screenshot(path=f"{ARTEFACTS}/{name}.png")
 
 
-def event(server: Serving | Inside, name: str, *data: Any) -> dict[str, Any]:
+def event(server: Serving, name: str, *data: Any) -> dict[str, Any]:
     """What an event of Gradio's answers to a client that is no browser: `data`, or `error`."""
-    known = asked(server, "/studio/config")["dependencies"]
+    known = server.client.get("/studio/config").json()["dependencies"]
     body = {
         "data": data,
         "fn_index": next(one["id"] for one in known if one["api_name"] == name),
         "session_hash": secrets.token_hex(5),
     }
-    asked(server, "/studio/gradio_api/queue/join", body)
-    for line in lines(server, f"/studio/gradio_api/queue/data?session_hash={body['session_hash']}"):
-        said = json.loads(line.removeprefix("data:")) if line else {}
-        if said.get("msg") == "process_completed":
-            return said["output"]
+    sent = {"content": json.dumps(body), "headers": {"content-type": "application/json"}}
+    assert server.client.post("/studio/gradio_api/queue/join", **sent).status_code == 200
+    data_of = f"/studio/gradio_api/queue/data?session_hash={body['session_hash']}"
+    with server.client.stream("GET", data_of) as stream:
+        for line in stream.iter_lines():
+            said = json.loads(line.removeprefix("data:")) if line else {}
+            if said.get("msg") == "process_completed":
+                return said["output"]
     raise AssertionError("it did not end")
 
 
-def asked(server: Serving | Inside, path: str, body: Any = None) -> Any:
-    """The JSON that a GET, or with a body a POST, answers."""
-    method = "GET" if body is None else "POST"
-    if isinstance(server, Inside):
-        answer = server.ask(method, path, body)
-        assert answer.status == 200
-        return answer.json()
-    sent = {} if body is None else {"content": json.dumps(body)}
-    found = server.client.request(
-        method, path, headers={"content-type": "application/json"}, **sent
-    )
-    assert found.status_code == 200
-    return found.json()
-
-
-def lines(server: Serving | Inside, path: str) -> Iterator[str]:
-    if isinstance(server, Inside):
-        yield from server.ask("GET", path).body.decode().splitlines()
-    else:
-        with server.client.stream("GET", path) as stream:
-            yield from stream.iter_lines()
-
-
-@contextlib.contextmanager
-def studio_of(folder: Path, model: str, **how: Any) -> Iterator[Inside]:
-    """The studio of another model, in this process."""
-    with Inside(folder, model=model, **how) as server:
-        studio = Studio(server.app, server.hub)
-        server.app = studio
-        wait_for(lambda: server.ask("GET", "/studio/").status == 200)
-        yield server
-        server.within(studio.close())
-
-
-def submitted(server: Serving | Inside, **fields: Any) -> str:
-    """The problem that Make reports for these fields; empty if it draws."""
+def values(**fields: Any) -> dict[str, Any]:
+    """The values of all fields of the form, some of them given."""
     usual = {
         "prompt": "a cat",
         "negative_prompt": "",
@@ -241,10 +209,15 @@ def submitted(server: Serving | Inside, **fields: Any) -> str:
         "eta": 0,
         "strength": 0.7,
         "picture": None,
-        "enlarged": None,
+        "enlarged": 1,
     }
     assert fields.keys() <= usual.keys()
-    output = event(server, "submit", True, None, *(usual | fields).values())
+    return usual | fields
+
+
+def submitted(server: Serving, **fields: Any) -> str:
+    """The problem that Make reports for these fields; empty if it draws."""
+    output = event(server, "submit", True, None, *values(**fields).values())
     return str(output["data"][3] if "data" in output else output["error"])
 
 
@@ -261,8 +234,8 @@ def ask(page: Page, prompt: str, **fields: int) -> None:
     page.get_by_role("button", name="Draw").click()
 
 
-def newest(server: Serving | Inside) -> Any:
-    return asked(server, "/api/jobs?limit=1")[0]
+def newest(server: Serving) -> Any:
+    return server.client.get("/api/jobs", params={"limit": 1}).json()[0]
 
 
 def tab(page: Page, name: str) -> None:
@@ -821,7 +794,7 @@ def test_what_is_no_picture_is_told_and_a_large_one_made_fit(
 ) -> None:
     page = fresh
     (tmp_path / "notes.png").write_text("no picture")
-    Image.new("RGB", (4096, 2048), "teal").save(tmp_path / "large.jpg")
+    Image.new("RGB", (4096, 512), "teal").save(tmp_path / "large.jpg")
     page.get_by_role("button", name="Change a picture").click()
     chosen = page.locator("#easel input[type=file]").first
     chosen.set_input_files(tmp_path / "notes.png")
@@ -832,7 +805,7 @@ def test_what_is_no_picture_is_told_and_a_large_one_made_fit(
     draw(page, "a teal sea", Steps=2)
     kept = server.data / "inputs" / f"{newest(server)['id']}-image.png"
     with Image.open(kept) as image:
-        assert image.size == (2048, 1024)
+        assert image.size == (2048, 256)
 
 
 def test_each_page_shows_its_own_first(
@@ -929,18 +902,21 @@ def test_what_runs_beside_the_server_ends_with_it(tmp_path: Path) -> None:
 
 
 def test_the_form_begins_with_what_a_model_was_taught(tmp_path: Path) -> None:
-    with studio_of(tmp_path, "embedded-fast", draws=False) as server:
-        fields = dict[str, Any]()
-        for one in asked(server, "/studio/config")["components"]:
-            fields.setdefault(one["props"].get("label"), one["props"].get("value"))
+    with Inside(tmp_path, draws=False, model="embedded-fast") as server:
+        made = blocks(server.hub, server.within(server.hub.taught()))
+    fields = dict[str, Any]()
+    for one in made.get_config_file()["components"]:
+        fields.setdefault(one["props"].get("label"), one["props"].get("value"))
     assert (fields["Sampler"], fields["Steps"], fields["Guidance scale"]) == ("ddim", 4, 1.0)
 
 
 def test_a_model_without_words(tmp_path: Path) -> None:
-    with studio_of(tmp_path, "embedded-unconditional") as server:
-        assert "takes no prompt: leave both prompts" in submitted(server)
-        assert submitted(server, prompt="") == ""
-        assert server.finished(newest(server)["id"])["status"] == "succeeded"
+    with Inside(tmp_path, model="embedded-unconditional") as server:
+        with pytest.raises(safelight.SafelightError, match="takes no prompt: leave both prompts"):
+            form.request(*values().values(), hub=server.hub)
+        asked = form.request(*values(prompt="").values(), hub=server.hub)
+        job = server.within(server.hub.submit(asked, client="studio"))
+        assert server.finished(job.id)["status"] == "succeeded"
 
 
 @pytest.mark.parametrize(("command", "code"), [("studio", 0), ("serve", 2)])
@@ -963,9 +939,13 @@ def test_what_was_typed_outlives_a_reload(page: Page) -> None:
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("words that took me long")
 
 
-def test_it_goes_on_after_a_restart(server: Serving, context: BrowserContext) -> None:
+def test_it_goes_on_after_a_restart(
+    server: Serving, context: BrowserContext, kept_open: list[Watched]
+) -> None:
     port = server.url.rsplit(":", 1)[1]
-    page = Watched(context, server.url).open()  # whose requests fail while it is away
+    # A page whose requests fail while the server is away.
+    watched = kept_open.pop() if kept_open else Watched(context, server.url)
+    page = watched.open()
     ask(page, "a train", Steps=100)
     expect(page.locator(".now .live")).to_be_visible()
     server.process.send_signal(signal.SIGTERM)
