@@ -903,7 +903,7 @@ def test_what_runs_beside_the_server_ends_with_it(tmp_path: Path) -> None:
 
 def test_the_form_begins_with_what_a_model_was_taught(tmp_path: Path) -> None:
     with Inside(tmp_path, draws=False, model="embedded-fast") as server:
-        made = blocks(server.hub, server.within(server.hub.taught()))
+        made = blocks(server.hub, server.within(server.hub.defaults()))
     fields = dict[str, Any]()
     for one in made.get_config_file()["components"]:
         fields.setdefault(one["props"].get("label"), one["props"].get("value"))

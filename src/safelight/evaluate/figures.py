@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from safelight.engine import admit, condition, settle
+from safelight.defaults import model_defaults
+from safelight.engine import Engine
 from safelight.errors import SafelightError
 from safelight.evaluate.judge import FIRST, SECOND, WHOLE, Verdict, train_judge
-from safelight.job import advance, finish
 from safelight.model import Model
-from safelight.request import Request, taught
+from safelight.request import Request
 from safelight.train import shipped
 from safelight.train.colours import COLOURS, PAINTS, WHITE
 from safelight.train.cutouts import Pixels
@@ -70,26 +70,25 @@ def invent(scenes: Scenes, seed: int = 0, share: float = 1.0) -> list[Asked]:
 
 def settings_of(model: Model) -> dict[str, Any]:
     """What is asked of it: ours, or what a distilled one was taught."""
-    return SETTINGS | taught(model.notes)
+    return SETTINGS | model_defaults(model.notes)
 
 
 def draw(
     model: Model, prompts: list[str], seed: int = 0, log: Callable[[str], None] = lambda _: None
 ) -> Pixels:
     """Pictures, uint8 [n, side, side, 3], of seeds `seed`, `seed` + 1…; many share each step."""
-    pictures = []
-    settings = settings_of(model)
-    with torch.inference_mode():
-        for start in range(0, len(prompts), BATCH):
-            jobs = []
-            for i, prompt in enumerate(prompts[start : start + BATCH]):
-                request = settle(model, Request(prompt=prompt, **settings))
-                jobs.append(admit(model, request, condition(model, request)[0], seed + start + i))
-            while not jobs[0].done:
-                advance(model, jobs)
-            pictures += [np.asarray(finish(model, job)) for job in jobs]
-            log(f"  {len(pictures)} of {len(prompts)} pictures")
-    return np.stack(pictures)
+    pictures: dict[int, Any] = {}
+    engine, settings = Engine(model, exact=False, rows=2 * BATCH), settings_of(model)
+    for start in range(0, len(prompts), BATCH):
+        for i in range(start, min(start + BATCH, len(prompts))):
+            engine.add(Request(prompt=prompts[i], seed=seed + i, **settings), i)
+        while engine.busy:
+            for ticket in engine.step()[1]:
+                if ticket.image is None:
+                    raise SafelightError(f"{prompts[ticket.tag]}: {ticket.error}")
+                pictures[ticket.tag] = np.asarray(ticket.image)
+        log(f"  {len(pictures)} of {len(prompts)} pictures")
+    return np.stack([pictures[i] for i in range(len(prompts))])
 
 
 def score(asked: list[Asked], verdict: Verdict, names: list[str]) -> dict[str, dict[str, Any]]:

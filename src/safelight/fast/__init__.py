@@ -1,6 +1,6 @@
 """The same networks, faster on a CPU.
 
-`accelerate` gives the layers of a loaded network the classes of `layers`, which
+`accelerate` gives the leaves of a loaded network the classes of `layers`, which
 
 - pack each weight once into the order in which it is multiplied;
 - leave additions, GELU and its gate to the products that they follow;
@@ -9,20 +9,22 @@
 
 Their products are oneDNN's (`onednn`), or, where the CPU has AMX and the kernels were built, our
 own (`tiles`, and `split` for float32); in float32 large convolutions are made of fewer of them
-(`winograd`).
-docs/performance.md tells what each of these bought.
+(`winograd`). Where oneDNN does not multiply bfloat16, weights are kept in bfloat16 and multiplied
+in float32. docs/performance.md tells what each of these brings.
 """
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import nn
 
-from safelight.fast import memory, onednn
+from safelight.fast import kernels, memory, onednn
 from safelight.fast.layers import leave_mapped, swap
 from safelight.fast.store import Shelf
 
-__all__ = ["accelerate", "helps", "leave_mapped", "native_bfloat16"]
+__all__ = ["accelerate", "helps", "native_bfloat16", "remark"]
 
 
 def helps(device: torch.device, dtype: torch.dtype) -> bool:
@@ -34,12 +36,50 @@ def accelerate(net: nn.Module, dtype: torch.dtype, low_memory: bool = False) -> 
     """Make `net`, on the CPU, compute faster and in `dtype`, whatever precision it was loaded in.
 
     In place. It can then no longer be trained, and its state dict loses what is packed at the
-    first call. low_memory: large convolutions' weights are kept in files between their uses.
+    first call. A network whose class says `runs_once` is not packed: its weights stay in their
+    file. low_memory: large convolutions' weights are kept in files between their uses; results
+    are the same to the byte.
     """
     memory.keep_freed()
-    swap(net, dtype, Shelf() if low_memory else None)
+    if getattr(net, "runs_once", False):
+        leave_mapped(net, dtype)
+    else:
+        swap(net, dtype, Shelf() if low_memory else None)
 
 
 def native_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 faster than float32."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    """Whether this CPU multiplies bfloat16 faster than float32.
+
+    That is so with AMX, with AMD's AVX512-BF16, and with ARM's bf16 outside Apple. Intel's
+    AVX512-BF16 without AMX has no higher rate than its float32.
+    """
+    return not bfloat16_doubt()
+
+
+def bfloat16_doubt() -> str:
+    """Why bfloat16 is not the faster precision here; empty if it is."""
+    if not (onednn.available() and onednn.takes(torch.bfloat16)):
+        return "no instructions for bfloat16 that oneDNN uses"
+    below = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in below:
+        return "ONEDNN_MAX_CPU_ISA forbids instructions for bfloat16"
+    has = torch.cpu.get_capabilities()
+    if kernels.has_amx() or (has.get("avx512_bf16") and "AMD" in str(has.get("cpu_name"))):
+        return ""
+    if has.get("bf16") and not torch.backends.mps.is_built():  # an ARM processor, not Apple's
+        return ""
+    return "bfloat16 has no higher rate than float32 on this processor"
+
+
+def remark(device: torch.device, dtype: torch.dtype) -> str:
+    """One sentence about a precision that saves memory and no time here; else empty."""
+    if device.type != "cpu" or dtype == torch.float32:
+        return ""
+    if dtype == torch.float16:
+        return "float16 is slow on a CPU: --dtype float32 draws the same picture sooner"
+    if helps(device, dtype) and not onednn.takes(dtype):
+        return (
+            "this processor has no instructions for bfloat16: weights are kept in it, which saves "
+            "memory, and multiplied in float32"
+        )
+    return ""

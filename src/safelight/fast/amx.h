@@ -1,35 +1,18 @@
-// What all kernels on AMX tiles share: the tiles' registers, bfloat16 in vectors, memory of a thread.
+// The vectors and tiles that the kernels are written in, for CPUs with AMX and AVX512-BF16.
+// portable.h has the same interface for every other processor; keep the two alike.
+//
+// A tile holds 16 rows of 64 bytes. _tile_dpbf16ps multiplies 16 rows of 32 numbers by 16 columns
+// of weights, which pack_tile lays out.
 #pragma once
 
 #include <immintrin.h>
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <omp.h>
-
-typedef uint16_t bf16;
-
-// Memory of this thread, until it asks for more or ends.
-struct Scratch {
-    void* held = nullptr;
-    size_t size = 0;
-    ~Scratch() { free(held); }
-};
-inline void* scratch(size_t bytes) {
-    static thread_local Scratch mine;
-    if (mine.size < bytes) {
-        free(mine.held);
-        mine.size = (bytes + 4095) & ~size_t(4095);
-        mine.held = aligned_alloc(4096, mine.size);
-    }
-    return mine.held;
-}
-
 namespace {
+
+// Asks the operating system for the tiles' registers: true if this process may use them.
+inline bool permitted() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 
 // The compiler does not know that tile instructions read and write memory.
 inline void fence() { __asm__ volatile("" ::: "memory"); }
@@ -40,7 +23,7 @@ struct alignas(64) Config {
     uint8_t rows[16] = {};
 };
 
-// oneDNN has a tile configuration of its own in each thread; it is put back.
+// Configures this thread's tiles. oneDNN has a configuration of its own, which is put back.
 struct Tiles {
     Config before;
     Tiles() {
@@ -56,91 +39,58 @@ struct Tiles {
     }
 };
 
-inline __m512 widen(__m256i x) {
+typedef __m512 vec;      // 16 numbers in float32
+typedef __m256i halves;  // 16 numbers in bfloat16
+
+inline vec splat(float x) { return _mm512_set1_ps(x); }
+inline vec floats(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, vec x) { _mm512_storeu_ps(p, x); }
+inline vec fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline vec larger(vec a, vec b) { return _mm512_max_ps(a, b); }  // b, if either is NaN
+inline vec magnitude(vec x) { return _mm512_abs_ps(x); }
+inline vec whole(vec x) { return _mm512_roundscale_ps(x, 0); }
+inline vec scale(vec x, vec by) { return _mm512_scalef_ps(x, by); }  // x * 2^by
+inline vec inverse(vec x) { return _mm512_rcp14_ps(x); }             // to 6e-5
+inline vec complement(vec x, vec y) {  // 1 - y where x is positive, else y
+    __mmask16 up = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ);
+    return _mm512_mask_sub_ps(y, up, splat(1.f), y);
+}
+inline float sum(vec x) { return _mm512_reduce_add_ps(x); }
+inline float top(vec x) { return _mm512_reduce_max_ps(x); }
+
+inline halves narrow(vec x) { return (halves)_mm512_cvtneps_pbh(x); }
+inline vec widen(halves x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
 }
-inline __m512 load(const bf16* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
-inline void store(bf16* p, __m512 x) {
-    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x));
+inline vec load(const bf16* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
+inline void store(bf16* p, halves x) { _mm256_storeu_si256((__m256i*)p, x); }
+inline void store(bf16* p, vec x) { store(p, narrow(x)); }
+inline void store(bf16* p, vec low, vec high) {
+    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(high, low));
 }
 
-// 2^x. The polynomial's relative error is below 2e-7 for the fraction in -0.5..0.5.
-inline __m512 exp2(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-126.f), x);  // NaN, if x is: it gives its second one
-    __m512 whole = _mm512_roundscale_ps(x, 0);
-    __m512 f = _mm512_sub_ps(x, whole);
-    __m512 y = _mm512_set1_ps(1.54035304e-4f);
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.33335581e-3f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(9.61812911e-3f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(5.55041087e-2f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.40226507e-1f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.93147182e-1f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.f));
-    return _mm512_scalef_ps(y, whole);
+// The first `count` numbers; at most 16.
+inline __mmask16 first(long count) { return count >= 16 ? 0xffff : (1u << count) - 1; }
+inline vec load_first(const float* p, long count) {  // the others are 0
+    return count <= 0 ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(first(count), p);
 }
-const float LOG2E = 1.44269504f;
-
-// x·Phi(x): erfc by Abramowitz and Stegun 7.1.26, to 2e-7; unless `fine`, to the 6e-5 of a quick
-// reciprocal, of which bfloat16 sees nothing.
-template <bool fine> inline __m512 gelu(__m512 x) {
-    const __m512 one = _mm512_set1_ps(1.f);
-    __m512 z = _mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(0.70710678f));
-    __m512 t = _mm512_fmadd_ps(z, _mm512_set1_ps(0.3275911f), one);
-    t = fine ? _mm512_div_ps(one, t) : _mm512_rcp14_ps(t);
-    __m512 y = _mm512_set1_ps(1.061405429f);
-    y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(-1.453152027f));
-    y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(1.421413741f));
-    y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(-0.284496736f));
-    y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(0.254829592f));
-    __m512 fall = exp2(_mm512_mul_ps(_mm512_mul_ps(z, z), _mm512_set1_ps(-LOG2E)));
-    __m512 tail = _mm512_mul_ps(_mm512_mul_ps(y, t), _mm512_mul_ps(fall, _mm512_set1_ps(0.5f)));
-    __mmask16 up = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ);
-    return _mm512_mul_ps(x, _mm512_mask_sub_ps(tail, up, one, tail));
+inline void store_first(float* p, vec x, long count) { _mm512_mask_storeu_ps(p, first(count), x); }
+inline void store_first(bf16* p, halves x, long count) {
+    _mm256_mask_storeu_epi16(p, first(count), x);
 }
 
-// 32 numbers of each of 16 rows, `stride` apart, into one tile of weights: pairs of k side by side.
-inline void pack_tile(const bf16* rows, long stride, bf16* out) {
-    uint32_t* pairs = (uint32_t*)out;
-    for (int n = 0; n < 16; n++)
-        for (int r = 0; r < 16; r++) {
-            memcpy(pairs + r * 16 + n, rows + n * stride + 2 * r, 4);
-        }
-}
-
-inline void clear() {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-}
-inline void take(const float* sums) {
-    fence();
-    _tile_loadd(0, sums, 64);
-    _tile_loadd(1, sums + 256, 64);
-    _tile_loadd(2, sums + 512, 64);
-    _tile_loadd(3, sums + 768, 64);
-}
-inline void give(float* sums) {
-    _tile_stored(0, sums, 64);
-    _tile_stored(1, sums + 256, 64);
-    _tile_stored(2, sums + 512, 64);
-    _tile_stored(3, sums + 768, 64);
-    fence();
-}
-
-// act(m0, m1, n0, n1) by all threads: rows in chunks of `tall`, panels of columns in `splits` parts.
-template <class Do> void regions(long rows, long tall, long panels, long splits, Do act) {
-    long chunks = (rows + tall - 1) / tall;
-    if (splits > panels) splits = panels;
-#pragma omp parallel
-    {
-        Tiles tiles;
-#pragma omp for schedule(static) collapse(2)
-        for (long s = 0; s < splits; s++)
-            for (long c = 0; c < chunks; c++)
-                act(c * tall, (c + 1) * tall < rows ? (c + 1) * tall : rows, s * panels / splits,
-                    (s + 1) * panels / splits);
-    }
+// 2^(x/128 - 127) of 32 numbers x as bfloat16, by integers: attention.cpp says how. The order of
+// the results is that of key_at. `apart` is a table of 128. Adds the results to `total`.
+template <bool add>
+inline vec powers(vec x, vec y, const uint8_t* apart, bf16* out, vec total) {
+    __m512i both = _mm512_packs_epi32(_mm512_cvtps_epi32(x), _mm512_cvtps_epi32(y));
+    both = _mm512_max_epi16(both, _mm512_setzero_si512());
+    __m512i less = _mm512_maskz_permutex2var_epi8(0x5555555555555555, _mm512_load_si512(apart),
+                                                  both, _mm512_load_si512(apart + 64));
+    both = _mm512_sub_epi16(both, less);
+    _mm512_storeu_si512(out, both);
+    if (!add) return total;
+    return _mm512_dpbf16_ps(total, (__m512bh)both, (__m512bh)_mm512_set1_epi16(0x3f80));
 }
 
 }  // namespace

@@ -1,11 +1,12 @@
-"""Products on any CPU: oneDNN's, with weights packed once into the order that they want."""
+"""Products on any CPU: oneDNN's, with weights packed into the order that it multiplies them in."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 _mkldnn: Any = torch.ops.mkldnn
@@ -15,13 +16,28 @@ def available() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(_mkldnn, "_linear_pointwise")
 
 
+@cache
+def takes(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies this dtype here. bfloat16 needs AVX512 or AVX-NE-CONVERT."""
+    try:
+        _mkldnn._reorder_linear_weight(torch.zeros(1, 1, dtype=dtype), 1)
+    except RuntimeError:
+        return False
+    return True
+
+
+def computes(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that weights of this dtype are multiplied in: itself, or float32."""
+    return dtype if takes(dtype) else torch.float32
+
+
 class Matrix:
     """A weight [out, in] and its bias [out]."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, count: int) -> None:
         """count: the rows that it will most often multiply."""
         self.packed = _mkldnn._reorder_linear_weight(weight.contiguous(), count)
-        self.bias = bias
+        self.bias = None if bias is None else bias.to(weight.dtype)
 
     def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         """x: [..., in]; plus, of the result's shape, is added to it."""
@@ -38,7 +54,7 @@ class Convolution:
         self.how = (conv.padding, conv.stride, conv.dilation, 1)
         weight = weight.contiguous(memory_format=torch.channels_last)
         self.packed = _mkldnn._reorder_convolution_weight(weight, *self.how, list(shape))
-        self.bias = conv.bias
+        self.bias = None if conv.bias is None else conv.bias.to(weight.dtype)
 
     def __call__(
         self,
@@ -62,26 +78,6 @@ class Convolution:
                 x, plus, self.packed, bias, *self.how, "add", 1.0, None, [], None
             )
         return out if shift is None else out.add_(shift[:, :, None, None])
-
-
-class Unpacked:
-    """As Convolution, whose weight stays in the mapped file and is converted at each use."""
-
-    def __init__(self, conv: Any) -> None:
-        self.conv = conv
-
-    def __call__(
-        self,
-        x: Tensor,
-        plus: Tensor | None = None,
-        shift: Tensor | None = None,
-        consume: bool = False,
-    ) -> Tensor:
-        conv = self.conv
-        how = (conv.stride, conv.padding, conv.dilation)
-        out = F.conv2d(x, conv.weight.to(conv.precision), conv.bias, *how)
-        out = out if shift is None else out.add_(shift[:, :, None, None])
-        return out if plus is None else out.add_(plus)
 
 
 class Doubling:
@@ -116,3 +112,23 @@ def quarters(weight: Tensor) -> list[list[Tensor]]:
     return [
         [part.to(weight.dtype) for part in halves(half, 3)] for half in halves(weight.float(), 2)
     ]
+
+
+class Held:
+    """Weights that are packed at each use: they lie in a file, or in a dtype that oneDNN does not
+    multiply here, and then they are multiplied in float32. Results have the dtype of the weights.
+
+    fetch: gives the weights back; pack: makes one of the classes above of them.
+    """
+
+    def __init__(
+        self, fetch: Callable[[], Tensor], dtype: torch.dtype, pack: Callable[[Tensor], Any]
+    ) -> None:
+        self._fetch, self._dtype, self._pack = fetch, dtype, pack
+        self._computed = computes(dtype)
+
+    def __call__(self, *inputs: Any) -> Tensor:
+        """As the class that `pack` makes, whose arguments these are."""
+        layer = self._pack(self._fetch().to(self._computed))
+        cast = [x.to(self._computed) if isinstance(x, Tensor) else x for x in inputs]
+        return layer(*cast).to(self._dtype)

@@ -4,20 +4,17 @@
 //
 // Plain C interface: pointers and sizes, no Python and no torch headers.
 
-#include "attention.h"
+#include "heads.h"
 
 namespace {
 
 // 32 numbers as 32 heads and 32 times what is left.
-inline void halve(__m512 low, __m512 high, bf16* heads, bf16* lefts) {
-    __m512i head = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-    low = _mm512_sub_ps(low, widen(_mm512_castsi512_si256(head)));
-    high = _mm512_sub_ps(high, widen(_mm512_extracti64x4_epi64(head, 1)));
-    _mm512_storeu_si512(heads, head);
-    _mm512_storeu_si512(lefts, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+inline void halve(vec low, vec high, bf16* heads, bf16* lefts) {
+    store(heads, low, high);
+    store(lefts, low - load(heads), high - load(heads + 16));
 }
 inline void halve(const float* from, bf16* heads, bf16* lefts) {
-    halve(_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16), heads, lefts);
+    halve(floats(from), floats(from + 16), heads, lefts);
 }
 
 // --- linear layers ------------------------------------------------------------------------------
@@ -61,7 +58,7 @@ inline void multiply(const bf16* x, const bf16* w, long blocks, const char* next
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
         if (next)
-            for (int i = 0; i < 8; i++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+            for (int i = 0; i < 8; i++, next += 64) fetch(next);
     }
 }
 
@@ -76,11 +73,11 @@ void finish(const Linear& p, const Done& d, bool first) {
         const float* sums = d.sums + i / 16 * 512 + i % 16 * 16;
         long at = (d.row + i) * p.columns + d.column;
         for (int half = 0; half < 32; half += 16, sums += 256) {
-            __m512 sum = _mm512_load_ps(sums);
-            if (!first) sum = _mm512_add_ps(sum, _mm512_loadu_ps(p.out + at + half));
-            else if (p.bias) sum = _mm512_add_ps(sum, _mm512_loadu_ps(p.bias + d.column + half));
-            if (first && p.plus) sum = _mm512_add_ps(sum, _mm512_loadu_ps(p.plus + at + half));
-            _mm512_storeu_ps(p.out + at + half, sum);
+            vec total = floats(sums);
+            if (!first) total = total + floats(p.out + at + half);
+            else if (p.bias) total = total + floats(p.bias + d.column + half);
+            if (first && p.plus) total = total + floats(p.plus + at + half);
+            store(p.out + at + half, total);
         }
     }
 }
@@ -138,13 +135,11 @@ struct Split : Head<float> {
     // A query or a key: its heads, and its rests in the second or the third place.
     void lay_out(const float* from, bf16* to, bool is_query) const {
         for (long c = 0; c < a.size; c += 16) {
-            __mmask16 mask = within(c, a.size);
-            __m512 x = _mm512_maskz_loadu_ps(mask, from + c);
-            __m256i head = (__m256i)_mm512_cvtneps_pbh(x);
-            __m256i rest = (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(x, widen(head)));
-            _mm256_mask_storeu_epi16(to + c, mask, head);
-            _mm256_mask_storeu_epi16(to + a.size + c, mask, is_query ? rest : head);
-            _mm256_mask_storeu_epi16(to + 2 * a.size + c, mask, is_query ? head : rest);
+            vec x = load_first(from + c, a.size - c);
+            halves head = narrow(x), rest = narrow(x - widen(head));
+            store_first(to + c, head, a.size - c);
+            store_first(to + a.size + c, is_query ? rest : head, a.size - c);
+            store_first(to + 2 * a.size + c, is_query ? head : rest, a.size - c);
         }
     }
     void lay(long i, const float* from) const { lay_out(from, query + i * inner * 32, true); }
@@ -163,12 +158,10 @@ struct Split : Head<float> {
         }
         for (long n = 0; n < a.padded(); n++)
             for (long c = 0; c < a.size; c += 16) {
-                __mmask16 mask = n < a.keys ? within(c, a.size) : 0;
-                __m512 x = _mm512_maskz_loadu_ps(mask, v + n * a.vs.row + c);
+                vec x = load_first(v + n * a.vs.row + c, n < a.keys ? a.size - c : 0);
                 alignas(64) bf16 heads[16], rests[16];
-                __m256i rounded = (__m256i)_mm512_cvtneps_pbh(x);
-                _mm256_store_si256((__m256i*)heads, rounded);
-                store(rests, _mm512_sub_ps(x, widen(rounded)));
+                store(heads, x);
+                store(rests, x - load(heads));
                 long at = (n / 32 * a.outer() + c / 16) * 512 + n % 32 / 2 * 32 + n % 2;
                 for (int i = 0; i < 16; i++) {
                     values[at + 2 * i] = heads[i];
@@ -178,18 +171,18 @@ struct Split : Head<float> {
     }
 
     void soften(const Pass& p, const float* most, float* total) const {
-        const __m512 factor = _mm512_set1_ps(a.scale * LOG2E);
+        const vec factor = splat(a.scale * LOG2E);
         for (int i = 0; i < 32; i++) {
             const float* s = scores + row(i);
-            const __m512 shift = _mm512_set1_ps(-most[i] * a.scale * LOG2E);
-            __m512 sum = _mm512_setzero_ps();
+            const vec shift = splat(-most[i] * a.scale * LOG2E);
+            vec all = splat(0);
             for (long j = 0; j < p.count; j += 32, s += 1024) {
-                __m512 low = exp2(_mm512_fmadd_ps(_mm512_load_ps(s), factor, shift));
-                __m512 high = exp2(_mm512_fmadd_ps(_mm512_load_ps(s + 256), factor, shift));
-                sum = _mm512_add_ps(sum, _mm512_add_ps(low, high));
+                vec low = exp2(fma(floats(s), factor, shift));
+                vec high = exp2(fma(floats(s + 256), factor, shift));
+                all = all + (low + high);
                 halve(low, high, weights + i * STEP + j, weight_rests + i * STEP + j);
             }
-            total[i] += _mm512_reduce_add_ps(sum);
+            total[i] += sum(all);
         }
     }
 
@@ -243,11 +236,11 @@ struct Split : Head<float> {
     void write(long i, float* out, float factor) const {
         for (long c = 0; c < a.size; c += 16) {
             const float* found = summed(i, c / 16);
-            __m512 x = _mm512_load_ps(found);
+            vec x = floats(found);
             bool alone = c % 32 == 0 && c + 16 >= a.size;
-            if (alone) x = _mm512_add_ps(x, _mm512_load_ps(found + 256));
-            x = _mm512_mul_ps(x, _mm512_set1_ps(factor));
-            _mm512_mask_storeu_ps(out + c, within(c, a.size), x);
+            if (alone) x = x + floats(found + 256);
+            x = x * splat(factor);
+            store_first(out + c, x, a.size - c);
         }
     }
 };
@@ -285,8 +278,7 @@ void safelight_split_linear(const float* x, const bf16* weights, const float* bi
 void safelight_split_gate(const float* value, const float* gate, float* out, long count) {
 #pragma omp parallel for schedule(static)
     for (long i = 0; i < count; i += 16)
-        _mm512_storeu_ps(out + i, _mm512_mul_ps(_mm512_loadu_ps(value + i),
-                                                gelu<true>(_mm512_loadu_ps(gate + i))));
+        store(out + i, floats(value + i) * gelu<true>(floats(gate + i)));
 }
 
 // softmax(q·kᵀ·scale)·v of [batch, length, heads, size], each at its own steps.

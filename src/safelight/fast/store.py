@@ -23,7 +23,7 @@ class Store(Protocol):
         """Memory for so many numbers in bfloat16, to pack weights into, before they are kept."""
         ...
 
-    def keep(self, packed: Tensor) -> Callable[[], Tensor]:
+    def keep(self, weights: Tensor) -> Callable[[], Tensor]:
         """What gives these weights back, until others are asked for."""
         ...
 
@@ -55,15 +55,15 @@ class Arena:
         taken, self._rest = self._rest[:count], self._rest[count:]
         return taken
 
-    def keep(self, packed: Tensor) -> Callable[[], Tensor]:
-        return lambda: packed
+    def keep(self, weights: Tensor) -> Callable[[], Tensor]:
+        return lambda: weights
 
 
 ARENA = Arena()
 
 
 class Shelf:
-    """A file without a name, that ends with its reader. What is fetched lies where the last did.
+    """A nameless file, gone with the process. What is fetched overwrites what was fetched before.
 
     The kernel keeps as much of the file in its cache as there is room for.
     """
@@ -77,13 +77,15 @@ class Shelf:
             self._desk = _large_pages(2 * count)
         return self._desk[:count]
 
-    def keep(self, packed: Tensor) -> Callable[[], Tensor]:
+    def keep(self, weights: Tensor) -> Callable[[], Tensor]:
+        dtype, shape, weights = weights.dtype, weights.shape, weights.contiguous()
         try:
             if self._file < 0:
                 self._file, name = tempfile.mkstemp(prefix="safelight-", dir=_disk())
                 Path(name).unlink()
                 weakref.finalize(self, os.close, self._file)
-            place, count, left = self._end, len(packed), _bytes(packed)
+            place, left = self._end, _bytes(weights)
+            size = len(left)
             while left:
                 written = os.pwrite(self._file, left, self._end)
                 self._end, left = self._end + written, left[written:]
@@ -94,20 +96,20 @@ class Shelf:
             ) from None
 
         def fetch() -> Tensor:
-            weights, at = self.room(count), place
+            weights, at = self.room(-(-size // 2)).view(torch.uint8)[:size], place
             left = _bytes(weights)
             while left:
                 got = os.preadv(self._file, [left], at)
                 if not got:
                     raise OSError("the file of packed weights ends early")
                 at, left = at + got, left[got:]
-            return weights
+            return weights.view(dtype).view(shape)
 
         return fetch
 
 
 def _bytes(numbers: Tensor) -> memoryview:
-    return numbers.view(torch.uint8).numpy().data
+    return numbers.flatten().view(torch.uint8).numpy().data
 
 
 def _disk() -> str:

@@ -1,9 +1,11 @@
-"""Products on CPUs with AMX tiles, bfloat16 alone: our own kernels, in tiles.cpp."""
+"""Convolutions, attention, norms and gates in bfloat16 by tiles: our own kernels.
+
+They are in convolution.cpp, attention.cpp and norms.cpp.
+"""
 
 from __future__ import annotations
 
-from ctypes import c_float, c_int, c_long, c_void_p
-from functools import cache
+from ctypes import c_long
 from typing import Any
 
 import torch
@@ -14,32 +16,7 @@ from safelight.fast.kernels import at
 from safelight.fast.onednn import quarters
 from safelight.fast.store import ARENA, Store
 
-_ARGUMENTS = {
-    "safelight_pack": [c_void_p, c_void_p, c_long, c_long],
-    "safelight_conv": [c_void_p, c_long, c_void_p, c_void_p, c_long, c_void_p, c_void_p]
-    + [c_long] * 6
-    + [c_int]
-    + [c_long] * 3,
-    "safelight_moments": [c_void_p] * 4 + [c_long] * 4 + [c_float],
-    "safelight_normalise": [c_void_p] * 3 + [c_long] * 3,
-    "safelight_layer_norm": [c_void_p] * 6 + [c_long] * 2 + [c_float],
-    "safelight_gate": [c_void_p] * 3 + [c_long],
-    "safelight_lay": [c_void_p] * 3 + [c_long] * 7,
-    "safelight_attend": [c_void_p] * 5 + [c_long] * 5 + [c_float],
-    "safelight_split_pack": [c_void_p] * 2 + [c_long] * 2,
-    "safelight_split_linear": [c_void_p] * 5 + [c_long] * 3,
-    "safelight_split_gate": [c_void_p] * 3 + [c_long],
-    "safelight_split_attend": [c_void_p] * 5 + [c_long] * 5 + [c_float],
-}
-
-
-@cache
-def library() -> Any:
-    """The compiled kernels, or None: not built, switched off, or not this processor."""
-    if not (torch.cpu._is_amx_tile_supported() and torch.cpu._is_avx512_bf16_supported()):
-        return None
-    found = kernels.load("tiles", _ARGUMENTS)
-    return found if found is not None and found.safelight_init() else None
+library = kernels.tiles
 
 
 def available(dtype: torch.dtype) -> bool:

@@ -7,20 +7,13 @@ product, and that is oneDNN's; our own kernel, in winograd.cpp, lays out the til
 
 from __future__ import annotations
 
-from ctypes import c_long, c_void_p
-from functools import cache
-from typing import Any
+from ctypes import c_void_p
 
 import torch
 from torch import Tensor, nn
 
 from safelight.fast import kernels, memory, onednn, split
 from safelight.fast.kernels import at
-
-_ARGUMENTS = {
-    "safelight_spread": [c_void_p] * 2 + [c_long] * 8,
-    "safelight_gather": [c_void_p] * 2 + [c_long] + [c_void_p] * 2 + [c_long] * 6,
-}
 
 _TAPS = {
     2: [[1, 0, 0], [1 / 2, 1 / 2, 1 / 2], [1 / 2, -1 / 2, 1 / 2], [0, 0, 1]],
@@ -48,10 +41,7 @@ STRIP = 1 << 22
 """Numbers that are laid out at once."""
 
 
-@cache
-def library() -> Any:
-    """The compiled kernel, or None: not built, switched off, or not this processor."""
-    return kernels.load("winograd", _ARGUMENTS) if torch.cpu._is_avx2_supported() else None
+library = kernels.winograd
 
 
 def fits_conv(conv: nn.Conv2d, dtype: torch.dtype) -> bool:

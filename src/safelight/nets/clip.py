@@ -112,6 +112,9 @@ class TextTransformer(nn.Module):
 
 
 class CLIPTextModel(nn.Module):
+    runs_once = True
+    """Once for a prompt: to pack its weights for speed would take longer than that."""
+
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
         self.config = config

@@ -3,12 +3,17 @@
 Names are those of the diffusers folders' keys (`to_out.0`, `ff.net.2`, ...): a state dict loads
 with no map. Pictures and latents are [batch, channels, height, width]; token sequences are
 [batch, length, width].
+
+`safelight.fast` replaces leaves: linear layers, convolutions, norms, gates, enlargements and the
+product of attention. A leaf takes what follows it (`plus`, `shift`) as an argument, so that a
+faster one can do both at once. No block is written a second time.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +60,73 @@ def rows(x: Tensor, n: int) -> Tensor:
     return torch.cat([row for row in x.split(1) for _ in range(n // len(x))])
 
 
+def as_tokens(x: Tensor) -> Tensor:
+    """A map [batch, channels, h, w] as tokens [batch, h·w, channels]."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def as_map(tokens: Tensor, like: Tensor) -> Tensor:
+    """Tokens [batch, h·w, channels] as a map of the height and width of `like`."""
+    return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
+
+
+class Linear(nn.Linear):
+    """A linear layer that can add `plus`, of its result's shape, to the result."""
+
+    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        out = super().forward(x)
+        return out if plus is None else plus + out
+
+    def tokens(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        """The same: see Pointwise."""
+        return self(x, plus)
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution that can add to its result.
+
+    shift: [1 or batch, out_channels]; plus: of the result's shape. consume: nobody reads `plus`
+    afterwards, and the result may take its memory.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        plus: Tensor | None = None,
+        shift: Tensor | None = None,
+        consume: bool = False,
+    ) -> Tensor:
+        out = super().forward(x)
+        if shift is not None:
+            out = out + shift[:, :, None, None]
+        return out if plus is None else out + plus
+
+
+class Pointwise(nn.Conv2d):
+    """A 1×1 convolution, which is a linear layer of a map's positions."""
+
+    def __init__(self, in_ch: int, out_ch: int) -> None:
+        super().__init__(in_ch, out_ch, 1)
+
+    def tokens(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        """x: [batch, h·w, in_ch]; plus, of the result's shape, is added to it."""
+        out = F.linear(x, self.weight.flatten(1), self.bias)
+        return out if plus is None else plus + out
+
+
+class GroupNorm(nn.GroupNorm):
+    def silu(self, x: Tensor, conv: nn.Conv2d) -> Any:
+        """Return silu(norm(x)) in a form that `conv`, which alone reads it, takes."""
+        return F.silu(self(x))
+
+
+class LayerNorm(nn.LayerNorm):
+    def add(self, x: Tensor, plus: Tensor) -> tuple[Tensor, Tensor]:
+        """Return plus + x, and the norm of it. Nobody reads x afterwards."""
+        total = plus + x
+        return total, self(total)
+
+
 class TimestepEmbedding(nn.Module):
     """Two linear layers that turn the sines of a timestep into what the blocks listen to."""
 
@@ -89,19 +161,23 @@ class ResnetBlock2D(nn.Module):
     ) -> None:
         super().__init__()
         self.consumes = consumes
-        self.norm1 = nn.GroupNorm(groups, in_ch, eps=eps)
-        self.conv1 = nn.Conv2d(in_ch, out_ch, 3, padding=1)
+        self.norm1 = GroupNorm(groups, in_ch, eps=eps)
+        self.conv1 = Conv2d(in_ch, out_ch, 3, padding=1)
         self.time_emb_proj = None if temb is None else nn.Linear(temb, out_ch)
-        self.norm2 = nn.GroupNorm(groups, out_ch, eps=eps)
-        self.conv2 = nn.Conv2d(out_ch, out_ch, 3, padding=1)
-        self.conv_shortcut = None if in_ch == out_ch else nn.Conv2d(in_ch, out_ch, 1)
+        self.norm2 = GroupNorm(groups, out_ch, eps=eps)
+        self.conv2 = Conv2d(out_ch, out_ch, 3, padding=1)
+        self.conv_shortcut = None if in_ch == out_ch else Pointwise(in_ch, out_ch)
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        shift = None
         if self.time_emb_proj is not None and temb is not None:
-            h = h + rows(self.time_emb_proj(F.silu(temb)), len(h))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+            shift = self.time_emb_proj(F.silu(temb))
+            shift = shift if len(shift) == 1 else rows(shift, len(x))
+        h = self.conv1(self.norm1.silu(x, self.conv1), shift=shift)
+        if self.conv_shortcut is None:
+            return self.conv2(self.norm2.silu(h, self.conv2), plus=x, consume=self.consumes)
+        short = self.conv_shortcut(x)
+        return self.conv2(self.norm2.silu(h, self.conv2), plus=short, consume=True)
 
 
 class Downsample2D(nn.Module):
@@ -130,8 +206,14 @@ class Upsample2D(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        size = size or (2 * x.shape[-2], 2 * x.shape[-1])
+        double = (2 * x.shape[-2], 2 * x.shape[-1])
+        if size is None or size == double:
+            return self.doubled(x)
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+    def doubled(self, x: Tensor) -> Tensor:
+        """The usual case: each side becomes twice as long."""
+        return self.conv(F.interpolate(x, size=(2 * x.shape[-2], 2 * x.shape[-1]), mode="nearest"))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -153,16 +235,29 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(dim, dim, bias=qkv_bias)
         self.to_k = nn.Linear(context or dim, dim, bias=qkv_bias)
         self.to_v = nn.Linear(context or dim, dim, bias=qkv_bias)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.to_out = nn.ModuleList([Linear(dim, dim)])
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, plus: Tensor | None = None
+    ) -> Tensor:
+        """plus: of the shape of x, added to the result."""
+        return self.to_out[0](self.product(*self.project(x, context)), plus)
+
+    def project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of x, keys and values of what it attends to: each [batch, heads, length, d]."""
         context = x if context is None else context
-        q, k, v = (
-            t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for t in (self.to_q(x), self.to_k(context), self.to_v(context))
+        return (
+            self.split_heads(self.to_q(x)),
+            self.split_heads(self.to_k(context)),
+            self.split_heads(self.to_v(context)),
         )
-        out = attend(q, k, v)
-        return self.to_out[0](out.transpose(1, 2).flatten(2))
+
+    def product(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What `attend` gives, with the heads side by side: [batch, length, heads·d]."""
+        return attend(q, k, v).transpose(1, 2).flatten(2)
+
+    def split_heads(self, t: Tensor) -> Tensor:
+        return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class SpatialAttention(Attention):
@@ -172,9 +267,11 @@ class SpatialAttention(Attention):
         super().__init__(channels, heads, qkv_bias=True)
         self.group_norm = nn.GroupNorm(groups, channels, eps=eps)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2)
-        return x + super().forward(tokens, context).transpose(1, 2).unflatten(2, x.shape[2:])
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, plus: Tensor | None = None
+    ) -> Tensor:
+        tokens = as_tokens(self.group_norm(x))
+        return as_map(super().forward(tokens, context, as_tokens(x)), x)
 
 
 class GEGLU(nn.Module):
@@ -193,10 +290,11 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         # Index 1 is dropout in the checkpoints' layout; it holds no weights and does nothing here.
-        self.net = nn.ModuleList([GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)])
+        self.net = nn.ModuleList([GEGLU(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](self.net[0](x))
+    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        """plus: of the shape of x, added to the result."""
+        return self.net[2](self.net[0](x), plus)
 
 
 class BasicTransformerBlock(nn.Module):
@@ -204,21 +302,21 @@ class BasicTransformerBlock(nn.Module):
 
     def __init__(self, dim: int, heads: int, context: int, *, only_cross: bool = False) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.attn1 = Attention(dim, heads, context=context if only_cross else None)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
         self.attn2 = Attention(dim, heads, context=context)
-        self.norm3 = nn.LayerNorm(dim)
+        self.norm3 = LayerNorm(dim)
         self.ff = FeedForward(dim)
         self.only_cross = only_cross
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         if self.only_cross:
             x = rows(x, len(context))
-        x = x + self.attn1(self.norm1(x), context if self.only_cross else None)
-        x = rows(x, len(context))
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        own = self.attn1(self.norm1(x), context if self.only_cross else None)
+        x, normed = (rows(t, len(context)) for t in self.norm2.add(own, x))
+        x, normed = self.norm3.add(self.attn2(normed, context), x)
+        return self.ff(normed, x)
 
 
 class Transformer2DModel(nn.Module):
@@ -240,9 +338,8 @@ class Transformer2DModel(nn.Module):
         only_cross: bool = False,
     ) -> None:
         super().__init__()
-        self.linear = linear
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        make = nn.Linear if linear else lambda i, o: nn.Conv2d(i, o, 1)
+        make = Linear if linear else Pointwise
         self.proj_in = make(channels, channels)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(channels, heads, context, only_cross=only_cross)
@@ -251,12 +348,8 @@ class Transformer2DModel(nn.Module):
         self.proj_out = make(channels, channels)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        h = self.norm(x)
-        h = h if self.linear else self.proj_in(h)
-        h = h.flatten(2).transpose(1, 2)
-        h = self.proj_in(h) if self.linear else h
+        h = self.proj_in.tokens(as_tokens(self.norm(x)))
         for block in self.transformer_blocks:
             h = block(h, context)
-        h = self.proj_out(h) if self.linear else h
-        h = h.transpose(1, 2).unflatten(2, x.shape[2:])
-        return rows(x, len(h)) + (h if self.linear else self.proj_out(h))
+        x = rows(x, len(h))
+        return as_map(self.proj_out.tokens(h, as_tokens(x)), x)

@@ -104,7 +104,7 @@ class Studio:
 
     async def _keep(self, ready: asyncio.Future[Any]) -> None:
         try:
-            app = await asyncio.to_thread(_build, self._hub, await self._hub.taught())
+            app = await asyncio.to_thread(_build, self._hub, await self._hub.defaults())
             async with app.router.lifespan_context(app):
                 ready.set_result(app)
                 while True:
@@ -116,7 +116,7 @@ class Studio:
             ready.set_exception(error)
 
 
-def _build(hub: Hub, taught: dict[str, Any]) -> Any:
+def _build(hub: Hub, defaults: dict[str, Any]) -> Any:
     # Gradio reads this when it is imported; it switches off its telemetry.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     # The default is in /tmp: for ever, under a name that another user may have taken.
@@ -130,7 +130,7 @@ def _build(hub: Hub, taught: dict[str, Any]) -> Any:
     # the application was mounted instead of launched, Gradio opens any file of the machine without
     # checking that it was uploaded.
     processing_utils.async_ssrf_protected_download = _not_fetched
-    page = blocks(hub, taught)
+    page = blocks(hub, defaults)
     page.has_launched = True
     return mount_gradio_app(
         FastAPI(openapi_url=None),

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from safelight.levels import alphas_cumprod
 from safelight.nets.clip import CLIPTextModel
 from safelight.nets.unet import UNet2DConditionModel, UNetConfig
 from safelight.nets.unet2d import UNet2DConfig, UNet2DModel
 from safelight.nets.vae import AutoencoderKL
-from safelight.schedule import SchedulerConfig
+from safelight.sampling.levels import alphas_cumprod
+from safelight.sampling.schedule import SchedulerConfig
 from safelight.train.autoencoder import Pictures, encode, to_pixels
 from safelight.train.devices import autocast, initialise
 from safelight.train.loop import Draw, Plan, Show, fit

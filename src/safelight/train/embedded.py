@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from safelight.errors import SafelightError
 from safelight.nets.clip import CLIPTextModel
-from safelight.schedule import SchedulerConfig
+from safelight.sampling.schedule import SchedulerConfig
 from safelight.train import shipped
 from safelight.train.autoencoder import latent_spread, train_autoencoder
 from safelight.train.cutouts import LOCK, notice

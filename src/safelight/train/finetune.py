@@ -97,7 +97,7 @@ def finetune(
 
 
 def _check(base: Model) -> None:
-    if base.kind != "text":
+    if not base.uses_prompt:
         raise SafelightError(
             f"{base.name} draws from noise alone: `safelight train unconditional` makes such a one"
         )

@@ -21,7 +21,8 @@ from safelight.errors import SafelightError
 from safelight.nets.clip import CLIPTextConfig, CLIPTextModel
 from safelight.nets.unet import UNetConfig
 from safelight.nets.vae import AutoencoderKL, VAEConfig
-from safelight.schedule import SchedulerConfig
+from safelight.prompt.tokenizer import Tokenizer
+from safelight.sampling.schedule import SchedulerConfig
 from safelight.train import shipped
 from safelight.train.autoencoder import latent_spread, train_autoencoder
 from safelight.train.denoiser import TextToImage, encode_scenes, teach_words, train_text_to_image
@@ -33,7 +34,6 @@ from safelight.train.recipe import MIXED, SIMPLE, Scenes
 from safelight.train.sheet import sheets
 from safelight.train.stage import Stage
 from safelight.train.tokens import train_vocabulary
-from safelight.weights.tokenizer import Tokenizer
 
 MINUTES = 25.0
 SHARES = {"autoencoder": 0.24, "scenes": 0.09, "words": 0.03, "denoiser": 0.57}

@@ -14,7 +14,7 @@ from safelight.errors import SafelightError
 from safelight.nets.clip import CLIPTextConfig, CLIPTextModel
 from safelight.nets.unet import UNetConfig
 from safelight.nets.vae import VAEConfig
-from safelight.schedule import SchedulerConfig
+from safelight.sampling.schedule import SchedulerConfig
 from safelight.train import large, shipped
 from safelight.train.autoencoder import encode, latent_spread, train_autoencoder
 from safelight.train.captions import split_words

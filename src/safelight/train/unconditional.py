@@ -10,7 +10,7 @@ from PIL import Image
 
 from safelight.errors import SafelightError
 from safelight.nets.unet2d import UNet2DConfig
-from safelight.schedule import SchedulerConfig
+from safelight.sampling.schedule import SchedulerConfig
 from safelight.train import shipped
 from safelight.train.denoiser import train_unconditional
 from safelight.train.export import export_unconditional

@@ -1,0 +1,137 @@
+// Attention in bfloat16 by tiles. Sums are float32 throughout; results are rounded once.
+//
+// Plain C interface: pointers and sizes, no Python and no torch headers.
+
+#include "heads.h"
+
+namespace {
+
+const bf16 ONE = 0x3f80, NOT_A_NUMBER = 0x7fc0;
+
+// How far f, of 128, is above 128·(2^(f/128) - 1).
+struct Fractions {
+    uint8_t apart[128];
+    Fractions() {
+        for (int f = 0; f < 128; f++) apart[f] = f - lround(128 * (pow(2, f / 128.0) - 1));
+    }
+};
+
+// Which of 32 keys is at a place: the order in which `powers` packs two vectors of scores.
+inline long key_at(long place) { return place % 8 / 4 * 16 + place / 8 * 4 + place % 4; }
+
+struct Rounded : Head<bf16> {
+    bf16 *values, *weights;
+    const bool counted;    // a column of ones beside the values sums up the weights
+
+    explicit Rounded(const Attend<bf16>& a)
+        : Head(a, (a.size + 31) / 32, a.padded() * a.outer() * 32 + 32 * STEP * 2),
+          counted(a.size % 16) {
+        values = take_room<bf16>(a.padded() * a.outer() * 32);
+        weights = take_room<bf16>(32 * STEP * 2);
+    }
+
+    // What is no number in a key would become a weight of 0, as 2^x is made here: then the value is
+    // none either.
+    bool finite(const bf16* key) const {
+        bool found = true;
+        for (long c = 0; c < a.size; c++) found &= (key[c] & 0x7f80) != 0x7f80;
+        return found;
+    }
+
+    void pack(long b, long head) const {
+        const bf16* k = a.k + b * a.ks.batch + head * a.ks.head;
+        const bf16* v = a.v + b * a.vs.batch + head * a.vs.head;
+        alignas(64) bf16 row[16 * 32];
+        for (long n = 0; n < a.padded(); n += 16)
+            for (long t = 0; t < inner; t++) {
+                memset(row, 0, sizeof row);
+                long width = a.size - 32 * t < 32 ? a.size - 32 * t : 32;
+                for (long i = 0; i < 16 && n + i < a.keys; i++)
+                    memcpy(row + 32 * i, k + (n + i) * a.ks.row + 32 * t, width * 2);
+                pack_tile(row, 32, keys + (n / 32 * inner + t) * 1024 + n % 32 * 32);
+            }
+        for (long n = 0; n < a.padded(); n += 32)
+            for (long t = 0; t < a.outer(); t++) {
+                bf16* to = values + n * a.outer() * 16 + t * 512;
+                long width = a.size - 16 * t < 16 ? a.size - 16 * t : 16;
+                for (long i = 0; i < 32; i++) {
+                    long key = n + key_at(i);
+                    bool good = key >= a.keys || finite(k + key * a.ks.row);
+                    for (long c = 0; c < 16; c++)
+                        to[i / 2 * 32 + 2 * c + i % 2] =
+                            !good           ? NOT_A_NUMBER
+                            : key >= a.keys ? 0
+                            : c < width     ? v[key * a.vs.row + 16 * t + c]
+                            : c == width    ? ONE
+                                            : 0;
+                }
+            }
+    }
+
+    void lay(long i, const bf16* from) const { memcpy(query + i * inner * 32, from, a.size * 2); }
+
+    // In bfloat16 2^x needs no polynomial (N. Schraudolph, 1999, with a table in place of his
+    // constant): as an integer of 1/128ths, x has its whole part where a float has its exponent,
+    // and beside it the fraction f where 2^f - 1 belongs. A table tells how far apart these are.
+    template <bool sum_them> void soften_by(const Pass& p, const float* most, float* total) const {
+        alignas(64) static const Fractions table;
+        const vec factor = splat(128 * a.scale * LOG2E);
+        for (int i = 0; i < 32; i++) {
+            const float* s = scores + row(i);
+            vec shift = splat(128 * (127 - most[i] * a.scale * LOG2E)), all = splat(0);
+            bf16* w = weights + i * STEP;
+            for (long j = 0; j < p.count / 32; j++, s += 1024, w += 32)
+                all = powers<sum_them>(fma(floats(s), factor, shift),
+                                       fma(floats(s + 256), factor, shift), table.apart, w, all);
+            if (sum_them) total[i] += sum(all);
+        }
+    }
+    void soften(const Pass& p, const float* most, float* total) const {
+        if (counted) soften_by<false>(p, most, total);
+        else soften_by<true>(p, most, total);
+    }
+    void sum_up(float* total) const {
+        for (int i = 0; counted && i < 32; i++) total[i] = summed(i, a.outer() - 1)[a.size % 16];
+    }
+
+    void weigh(const Pass& p) const {
+        for (long t = 0; t < a.outer(); t += 2) {
+            const bf16* v = values + p.begin * a.outer() * 16 + t * 512;
+            bool two = t + 1 < a.outer();
+            if (p.begin) take(sums + t * 512);
+            else clear();
+            for (long j = 0; j < p.count / 32; j++, v += a.outer() * 512) {
+                _tile_loadd(4, weights + 32 * j, STEP * 2);
+                _tile_loadd(6, v, 64);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_loadd(5, weights + 32 * j + 16 * STEP, STEP * 2);
+                _tile_dpbf16ps(2, 5, 6);
+                if (!two) continue;
+                _tile_loadd(7, v + 512, 64);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+            give(sums + t * 512);
+        }
+    }
+
+    void write(long i, bf16* out, float factor) const {
+        for (long c = 0; c < a.size; c += 16) {
+            vec x = floats(summed(i, c / 16)) * splat(factor);
+            store_first(out + c, narrow(x), a.size - c);
+        }
+    }
+};
+
+}  // namespace
+
+extern "C" {
+
+// softmax(q·kᵀ·scale)·v of [batch, length, heads, size], each at its own steps.
+void safelight_attend(const bf16* q, const bf16* k, const bf16* v, bf16* out, const long* steps,
+                      long batch, long heads, long queries, long keys, long size, float scale) {
+    attend<Rounded>(
+        attention(q, k, v, out, steps, batch, heads, queries, keys, size, scale));
+}
+
+}  // extern "C"

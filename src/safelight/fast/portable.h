@@ -1,0 +1,132 @@
+// The interface of amx.h in plain C++ with vectors of 16 that the compiler breaks up, for any
+// processor. Results are those of amx.h up to the order of sums and the rounding of products.
+#pragma once
+
+namespace {
+
+typedef float vec __attribute__((vector_size(64)));
+typedef int32_t ints __attribute__((vector_size(64)));
+typedef bf16 halves __attribute__((vector_size(32)));
+
+inline bool permitted() { return true; }
+inline void fence() {}
+struct Tiles {
+    Tiles() {}
+};
+
+// By value in registers that a processor may lack: GCC remarks on the calling convention.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+template <class To, class From> inline To as(From x) {
+    To to;
+    memcpy(&to, &x, sizeof to);
+    return to;
+}
+template <class T, class From> inline T read(const From* p) {
+    T x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+template <class Do> inline vec each(Do value) {
+    vec out;
+    for (int i = 0; i < 16; i++) out[i] = value(i);
+    return out;
+}
+
+inline vec splat(float x) { return x - vec{}; }
+inline vec floats(const float* p) { return read<vec>(p); }
+inline void store(float* p, vec x) { memcpy(p, &x, sizeof x); }
+inline vec fma(vec a, vec b, vec c) { return a * b + c; }
+inline vec larger(vec a, vec b) { return a > b ? a : b; }
+inline vec magnitude(vec x) { return as<vec>(as<ints>(x) & 0x7fffffff); }
+inline vec whole(vec x) {
+    return each([&](int i) { return rintf(x[i]); });
+}
+inline vec scale(vec x, vec by) {
+    return each([&](int i) { return by[i] == by[i] ? ldexpf(x[i], int(by[i])) : by[i]; });
+}
+inline vec inverse(vec x) { return 1.f / x; }
+inline vec complement(vec x, vec y) { return x > 0.f ? 1.f - y : y; }
+inline float sum(vec x) {
+    float total = 0;
+    for (int i = 0; i < 16; i++) total += x[i];
+    return total;
+}
+inline float top(vec x) {
+    float most = x[0];
+    for (int i = 1; i < 16; i++) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
+inline halves narrow(vec x) {  // to the nearest, ties to even
+    ints bits = as<ints>(x);
+    ints rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    rounded = x == x ? rounded : (bits >> 16) | 0x40;
+    return __builtin_convertvector(rounded, halves);
+}
+inline vec widen(halves x) { return as<vec>(__builtin_convertvector(x, ints) << 16); }
+inline vec load(const bf16* p) { return widen(read<halves>(p)); }
+inline void store(bf16* p, halves x) { memcpy(p, &x, sizeof x); }
+inline void store(bf16* p, vec x) { store(p, narrow(x)); }
+inline void store(bf16* p, vec low, vec high) {
+    store(p, low);
+    store(p + 16, high);
+}
+
+inline vec load_first(const float* p, long count) {
+    vec x = {};
+    if (count > 0) memcpy(&x, p, (count < 16 ? count : 16) * sizeof *p);
+    return x;
+}
+inline void store_first(float* p, vec x, long count) {
+    memcpy(p, &x, (count < 16 ? count : 16) * sizeof *p);
+}
+inline void store_first(bf16* p, halves x, long count) {
+    memcpy(p, &x, (count < 16 ? count : 16) * sizeof *p);
+}
+
+template <bool add>
+inline vec powers(vec x, vec y, const uint8_t* apart, bf16* out, vec total) {
+    for (int i = 0; i < 32; i++) {
+        // As _mm512_packs_epi32 lays them: four of x, four of y.
+        float value = i % 8 < 4 ? x[i / 8 * 4 + i % 4] : y[i / 8 * 4 + i % 4];
+        int bits = value > 0 ? value < 32767 ? int(lrintf(value)) : 32767 : 0;  // 0 if NaN
+        out[i] = bits - apart[bits % 128];
+    }
+    if (!add) return total;
+    return each([&](int i) {
+        vec low = load(out), high = load(out + 16);
+        int at = i % 8 * 2;
+        return total[i] + (i < 8 ? low[at] + low[at + 1] : high[at] + high[at + 1]);
+    });
+}
+
+// Eight tiles of a thread, 16 rows of 64 bytes each.
+struct alignas(64) Tile {
+    char row[16][64];
+};
+thread_local Tile tiles_of_thread[8];
+
+inline void _tile_zero(int t) { tiles_of_thread[t] = {}; }
+inline void _tile_loadd(int t, const void* from, long stride) {
+    for (int i = 0; i < 16; i++) memcpy(tiles_of_thread[t].row[i], (const char*)from + i * stride, 64);
+}
+inline void _tile_stored(int t, void* to, long stride) {
+    for (int i = 0; i < 16; i++) memcpy((char*)to + i * stride, tiles_of_thread[t].row[i], 64);
+}
+inline void _tile_dpbf16ps(int to, int a, int b) {
+    Tile *sums = tiles_of_thread + to, *rows = tiles_of_thread + a, *columns = tiles_of_thread + b;
+    for (int k = 0; k < 16; k++) {
+        ints pairs = read<ints>(columns->row[k]);
+        vec even = as<vec>(pairs << 16), odd = as<vec>((pairs >> 16) << 16);
+        for (int m = 0; m < 16; m++) {
+            vec row = read<vec>(sums->row[m]);
+            uint32_t pair = read<uint32_t>(rows->row[m] + 4 * k);
+            row += as<float>(pair << 16) * even;
+            row += as<float>(pair & 0xffff0000) * odd;
+            memcpy(sums->row[m], &row, 64);
+        }
+    }
+}
+
+}  // namespace
