@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import typer
+from pydantic import Field
 
 from safelight.cli import app
 from safelight.request import Request
 from safelight.sampling import SAMPLERS
+from safelight.settings import markdown, settings_of
 from safelight.train.cutouts import LOCK, notice
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +37,7 @@ def rows(text: str) -> dict[str, list[str]]:
     return {name: row for row in cells for name in re.findall(r"`([^`]+)`", row[0])}
 
 
-SETTINGS = rows(read(DOCS / "settings.md"))
+SETTINGS = rows(markdown(Request))
 _PAGE, _, _GENERATE = read(DOCS / "cli.md").partition("\n## `safelight generate`\n")
 GENERATE = rows(_GENERATE)
 
@@ -58,8 +60,24 @@ def test_the_readme_is_short():
     assert len(read(ROOT / "README.md").splitlines()) <= README_LINES
 
 
-def test_every_setting_is_documented():
+def test_every_setting_is_documented_as_its_field_describes_it():
+    assert markdown(Request) in read(DOCS / "settings.md")
     assert set(SETTINGS) == set(Request.model_fields)
+
+
+def test_a_new_setting_is_in_the_table():
+    class Wider(Request):
+        tiling: bool = Field(False, description="whether the edges fit together")
+
+    row = "| `tiling` | `--tiling` | whether the edges fit together | true or false | off |"
+    assert row in markdown(Wider).splitlines()
+
+
+def test_every_alias_of_an_option_is_documented():
+    text = read(DOCS / "settings.md")
+    for setting in settings_of(Request).values():
+        aliases = ", ".join(f"`{alias}`" for alias in setting.about.aliases)
+        assert not aliases or f"| {setting.name} | {aliases} |" in text
 
 
 def test_every_option_of_generate_is_documented():
