@@ -105,7 +105,9 @@ def test_each_picture_has_an_event(server: Serving) -> None:
     job_id = server.submit(prompt="a cat", count=3, **QUICK)
     with server.client.stream("GET", f"/api/jobs/{job_id}/events") as answer:
         lines = list(answer.iter_lines())
-    told = [json.loads(lines[i + 1][6:]) for i, l in enumerate(lines) if l == "event: picture"]
+    told = [
+        json.loads(lines[i + 1][6:]) for i, line in enumerate(lines) if line == "event: picture"
+    ]
     assert sorted(event["index"] for event in told) == [0, 1, 2]
 
 
