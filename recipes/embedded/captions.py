@@ -189,11 +189,6 @@ def bare(name: str) -> str:
     return re.sub(r"^(a|an|the) ", "", name)
 
 
-def split_words(text: str) -> list[str]:
-    """Return the words of a caption, without punctuation."""
-    return re.findall(r"[a-z0-9]+", text.lower())
-
-
 def article(word: str) -> str:
     """Return "an" before a vowel, else "a"."""
     return "an" if word[0] in "aeiou" else "a"

@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from recipes.embedded.captions import corpus, split_words
+from recipes.embedded.captions import corpus
 from recipes.embedded.colours import Pixels, above, look
 from safelight.errors import SafelightError
+from safelight.words import split_words
 
 SIDE = 240
 """Pixels of a cut-out's longer side: what the 3D pictures, of 256 pixels, have."""

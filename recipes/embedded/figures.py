@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
-from recipes.embedded.captions import EITHER_SIDE, SCENES, split_words
+from recipes.embedded.captions import EITHER_SIDE, SCENES
 from recipes.embedded.colours import PAINTS, WHITE, Pixels
 from recipes.embedded.disturb import disturb
 from recipes.embedded.judge import FIRST, GROUNDS, SECOND, WHOLE, Judge, Verdict
@@ -28,6 +28,7 @@ from safelight.request import Request
 from safelight.train.autoencoder import to_pixels
 from safelight.train.loop import progress
 from safelight.train.sheet import grid
+from safelight.words import split_words
 
 GROUPS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (200, {"kind": "one", "ground": WHITE}),

@@ -17,6 +17,7 @@ from recipes.embedded.colours import COLOURS, OWN, PAINTS, WHITE
 from recipes.embedded.cutouts import load
 from recipes.embedded.disturb import disturb
 from safelight.errors import SafelightError
+from safelight.words import split_words
 
 KINDS = {"one": 40, "coloured": 17, "sized": 9, "pair": 21, "several": 13}
 """Kinds of scenes and their weights: one thing; in another colour; big, small or at a place; two
@@ -141,7 +142,7 @@ class Scenes:
 
     def words(self) -> frozenset[str]:
         """Return every word with a meaning."""
-        return frozenset(w for text in self.captions_corpus() for w in captions.split_words(text))
+        return frozenset(w for text in self.captions_corpus() for w in split_words(text))
 
     def invent(
         self,
@@ -287,9 +288,7 @@ class Scenes:
     def _colourless(self, concept: str) -> str | None:
         """Return the first of its names that says no colour."""
         said = {word for colour in COLOURS for word in colour.split()}
-        return next(
-            (n for n in self.names[concept] if not said & set(captions.split_words(n))), None
-        )
+        return next((n for n in self.names[concept] if not said & set(split_words(n))), None)
 
     def arrange(self, rng: np.random.Generator, scene: Scene) -> list[Thing]:
         """Return the scene's things and their places, those behind first."""

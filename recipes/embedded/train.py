@@ -24,7 +24,7 @@ from safelight.errors import SafelightError
 from safelight.nets.clip import CLIPTextModel
 from safelight.nets.unet2d import UNet2DConfig
 from safelight.nets.vae import AutoencoderKL
-from safelight.schedule import SchedulerConfig
+from safelight.sampling.schedule import SchedulerConfig
 from safelight.train import networks
 from safelight.train.autoencoder import encode, latent_spread, to_pixels, train_autoencoder
 from safelight.train.denoiser import (

@@ -176,7 +176,7 @@ def encode_scenes(
 def train_unconditional(
     config: UNet2DConfig,
     schedule: SchedulerConfig,
-    pictures_of: Callable[[np.random.Generator, int], NDArray[np.uint8]],
+    pictures_of: Callable[[np.random.Generator, int], NDArray[np.uint8] | Tensor],
     plan: Plan,
     folder: Path,
     *,

@@ -213,7 +213,7 @@ def fit(
                 # Early on the average follows closely, or it would keep the random start for long.
                 keep = min(plan.ema, (1 + step) / (10 + step))
                 with torch.no_grad():
-                    torch._foreach_lerp_(average, params, 1 - keep)
+                    _towards(average, params, 1 - keep)
                     total += loss.detach()
                 seen += 1
                 # To look at a number of a GPU is to wait for it.
@@ -277,6 +277,12 @@ def _averaged(params: list[nn.Parameter], average: list[Tensor]) -> Iterator[Non
     _copy(average, params)
     yield
     _copy(held, params)
+
+
+def _towards(held: list[Tensor], values: list[nn.Parameter], share: float) -> None:
+    """Move `held` by a share of the way to `values`, in few calls of the device."""
+    torch._foreach_mul_(held, 1 - share)  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_add_(held, list[Tensor](values), alpha=share)  # pyright: ignore[reportPrivateImportUsage]
 
 
 @torch.no_grad()
