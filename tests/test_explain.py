@@ -304,8 +304,8 @@ class TestPage:
 
     def test_from_a_picture(self, model: Model) -> None:
         html = page(watch(model, PAIR.replace(image=photo(), strength=0.5)))
-        assert "where it began" in html
-        assert "from noise alone" not in html
+        assert "the start at" not in html
+        assert "no picture" not in html
 
 
 class TestCommand:

@@ -36,11 +36,18 @@ const safelight = (() => {
   const warnings = job => job.warnings.map(text =>
     make("p", {className: "warning", textContent: `Note: ${text}`}));
 
+  const show = name => [...document.querySelectorAll("button[role=tab]")]
+    .find(one => one.textContent.trim() === name)?.click();
+
   const open = (job, picture, events, changed) => {
     const box = dialog();
     const act = (label, name) => make("button", {
       type: "button", textContent: label,
-      onclick: () => { box.close(); events.trigger(name, {id: picture.id}); },
+      onclick: () => {
+        box.close();
+        show(name === "inside" ? "Inside" : "Make");  // at once; the answer fills the tab
+        events.trigger(name, {id: picture.id});
+      },
     });
     const size = `${picture.width}×${picture.height}`;
     const settings = {...job.settings, seed: picture.seed, size};
