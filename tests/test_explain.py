@@ -304,7 +304,7 @@ class TestPage:
 
     def test_from_a_picture(self, model: Model) -> None:
         html = page(watch(model, PAIR.replace(image=photo(), strength=0.5)))
-        assert "the start at" not in html
+        assert html.count("<small>the start</small>") == 2  # beside the seed and the strength
         assert "no picture" not in html
 
 
