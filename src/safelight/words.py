@@ -1,9 +1,14 @@
-"""The words of a prompt that a model was not trained on."""
+"""Words of captions and prompts."""
 
 import re
 from collections.abc import Set
 
 MAX_NAMED = 5
+
+
+def split_words(text: str) -> list[str]:
+    """Return the words of a caption, in lower case and without punctuation."""
+    return re.findall(r"[a-z0-9]+", text.lower())
 
 
 def unknown_words(text: str, known: Set[str]) -> list[str]:

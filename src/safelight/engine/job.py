@@ -114,7 +114,7 @@ def prepare(
     if image is None:
         return Job(table, conditioning, generator, draw() * table.noise_scale)
 
-    reads_mask = model.network.config.in_channels > shape[1]
+    reads_mask = family.reads_mask(model)
     # Full strength with a mask starts from noise alone; without one, from the noised picture.
     from_noise = mask is not None and strength == 1.0
     pixels = to_tensor(image).to(model.device)

@@ -253,6 +253,10 @@ class Family:
         width, height = (side // self.factor(model) for side in size)
         return 1, model.network.config.out_channels, height, width
 
+    def reads_mask(self, model: Model) -> bool:
+        """Return whether the network reads a mask and the picture around it as extra channels."""
+        return False
+
     def encode_picture(self, model: Model, pixels: Tensor, noise: Tensor) -> Tensor:
         """Return the latents of a picture, float32 [1, channels, h, w].
 

@@ -339,7 +339,7 @@ class StableDiffusion(Family):
         length = 77 if model.tokenizer is None else model.tokenizer.max_length
         like = {"device": model.device, "dtype": model.dtype}
         extra = None
-        if config.in_channels > config.out_channels:
+        if self.reads_mask(model):
             f = self.factor(model)
             channels = config.in_channels - config.out_channels
             extra = torch.ones(1, channels, height // f, width // f, **like)
@@ -349,6 +349,9 @@ class StableDiffusion(Family):
 
     def factor(self, model: Model) -> int:
         return model.vae.config.factor
+
+    def reads_mask(self, model: Model) -> bool:
+        return model.network.config.in_channels > model.network.config.out_channels
 
     def encode_picture(self, model: Model, pixels: Tensor, noise: Tensor) -> Tensor:
         mean, std = model.vae.encode(pixels.to(model.dtype))

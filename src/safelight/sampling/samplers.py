@@ -10,12 +10,13 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 from safelight.errors import SafelightError
 from safelight.sampling.diffusers import PLAIN, TWINS, Formula, Twin, sigma_grid
-from safelight.sampling.rows import Row, Table
+from safelight.sampling.rows import Table
 from safelight.sampling.schedule import SCHEDULES, SPACINGS, SchedulerConfig
 
 
@@ -64,23 +65,23 @@ class Sampler:
         """The spacings that it takes in place of the model's own."""
         return SPACINGS if "timestep_spacing" in self.defaults else ()
 
-    def build(self, config: SchedulerConfig, steps: int, skip: int, eta: float) -> Table:
-        """Return the table; config has this sampler's defaults filled in.
+    @property
+    def function(self) -> Formula:
+        """The formula with its options, from a grid to rows.
 
-        The formula is imported now, as NumPy comes with it: that takes 0.1 s, which a server or a
-        help text does not need.
+        It is imported now, as NumPy comes with it: that takes 0.1 s, which a server or a help
+        text does not need.
         """
-        module, function = self.formula.split(".")
-        made: Formula = getattr(import_module(f"safelight.sampling.{module}"), function)
-        options = self.options or {}
+        module, name = self.formula.split(".")
+        formula: Formula = getattr(import_module(f"safelight.sampling.{module}"), name)
+        return partial(formula, **(self.options or {}))
 
-        def formula(*args: Any, **keywords: Any) -> list[Row]:
-            return made(*args, **options, **keywords)
-
+    def build(self, config: SchedulerConfig, steps: int, skip: int, eta: float) -> Table:
+        """Return the table; config has this sampler's defaults filled in."""
         if self.twin is not None:
-            return self.twin.build(formula, config, steps, skip, eta)
+            return self.twin.build(self.function, config, steps, skip, eta)
         grid = sigma_grid(config, steps)
-        rows = formula(grid, skip, **({"eta": eta} if self.eta else {}))
+        rows = self.function(grid, skip, **({"eta": eta} if self.eta else {}))
         return Table(tuple(rows), grid.noise_scale)
 
 

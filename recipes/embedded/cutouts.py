@@ -1,8 +1,7 @@
-"""Cut-outs: emoji from pinned packages, on transparent ground, one size, three styles.
+"""Draw the cut-outs that scenes are composed of: emoji from pinned packages, in three styles.
 
 `build` fetches the packages with npm, checks them against packages.lock.json and draws the
-concepts of concepts.json, or the whole vocabulary. The same packages and libraries give the same
-bytes.
+concepts of concepts.json. The same packages and libraries give the same bytes.
 """
 
 from __future__ import annotations
@@ -11,69 +10,88 @@ import base64
 import hashlib
 import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
 import tempfile
 from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
+from recipes.embedded.captions import corpus
+from recipes.embedded.colours import Pixels, above, look
 from safelight.errors import SafelightError
+from safelight.words import split_words
 
-SIDE = 112  # pixels of a cut-out's longer side: enough for 64 px pictures, nearly so for 128
-WHOLE_SIDE = 240  # for 256 px: what the 3D pictures, of 256, have
-CONCEPTS = Path(__file__).with_name("concepts.json")
-LOCK = Path(__file__).with_name("packages.lock.json")
+SIDE = 240
+"""Pixels of a cut-out's longer side: what the 3D pictures, of 256 pixels, have."""
+
+FOLDER = Path(__file__).parent
+CONCEPTS = FOLDER / "concepts.json"
+LOCK = FOLDER / "packages.lock.json"
 # Code points that are text by default carry a variation selector in file names.
 TAILS = ("", "-fe0f")
 
-Pixels = NDArray[np.uint8]
 
-
-def build(out_dir: str | Path, *, whole: bool = False) -> Path:
+def build(out_dir: str | Path) -> Path:
     """Fetch the pinned packages and write ``cutouts.npz`` and ``cutouts.json`` into `out_dir`.
 
-    The archive holds ``pictures``, uint8 [n, SIDE, SIDE, 4], straight-alpha RGBA, each object
-    centred with its longer side filling the square; the JSON names the concept and style of each
-    and keeps a SHA-256 of pictures and names. Returns the path of ``cutouts.npz``.
-
-    With `whole` they are all things that every style draws, about 1,300, of side WHOLE_SIDE; see
-    `save` for how they are kept.
-
-    Raises SafelightError if npm is missing or fails, if a package is not the pinned one, or if a
-    style lacks a concept of concepts.json.
+    Returns the path of ``cutouts.npz``. Raises SafelightError if npm is missing or fails, if a
+    package is not the pinned one, or if a style lacks a concept of concepts.json.
     """
-    lock = _read_json(LOCK)
-    concepts = _read_json(CONCEPTS)
-    side = WHOLE_SIDE if whole else SIDE
+    lock = json.loads(LOCK.read_text(encoding="utf-8"))
+    concepts = json.loads(CONCEPTS.read_text(encoding="utf-8"))
+    codes = [code for concept in concepts for code in codes_of(concept)]
     with tempfile.TemporaryDirectory() as folder:
-        if whole:
-            concepts = _whole(npm_pack(lock["names"], Path(folder)), concepts)
-        codes = [concept["code"] for concept in concepts]
         drawn = {
-            package["style"]: _draw_all(package, npm_pack(package, Path(folder)), codes, side)
+            package["style"]: _draw_all(package, npm_pack(package, Path(folder)), codes)
             for package in lock["packages"]
         }
-    if whole:
-        concepts = [c for c in concepts if all(c["code"] in by_code for by_code in drawn.values())]
+        names = npm_pack(lock["names"], Path(folder))
+    known = corpus([name for concept in concepts for name in concept["names"]])
+    words = unknown_words(names, {word for text in known for word in split_words(text)})
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "words.json").write_text(json.dumps(words) + "\n", encoding="utf-8")
     pictures, rows = [], []
     for concept in concepts:
-        missing = [style for style in drawn if concept["code"] not in drawn[style]]
-        if missing:
-            raise SafelightError(
-                f"{concept['names'][0]!r} has no picture in style {missing[0]!r}: "
-                "drop it from concepts.json"
-            )
-        for style, by_code in drawn.items():
-            pictures.append(by_code[concept["code"]])
-            rows.append({"concept": concept["names"][0], "style": style})
-    return save(out_dir, np.stack(pictures), rows, concepts, packed=whole)
+        for code in codes_of(concept):
+            for style, by_code in drawn.items():
+                if code not in by_code:
+                    raise SafelightError(
+                        f"{concept['names'][0]!r} has no picture {code} in style {style!r}: "
+                        "drop it from concepts.json"
+                    )
+                pictures.append(by_code[code])
+                rows.append({"concept": concept["names"][0], "style": style})
+    return save(out_dir, np.stack(pictures), rows, concepts)
+
+
+def unknown_words(names: bytes, known: Collection[str]) -> dict[str, list[str]]:
+    """Return words of emojibase's labels and tags that mean nothing to the recipe: "shown" are
+    mixed into captions, "held_out", one in five, are never seen in training.
+
+    names: the tarball of emojibase-data.
+    """
+    path = "package/en/data.json"
+    found: set[str] = set()
+    for emoji in json.loads(members(names, [path])[path]):
+        for text in (emoji["label"], *emoji.get("tags", [])):
+            found.update(re.findall(r"[a-z]{3,12}", text.lower()))
+    words = sorted(found - set(known))
+    held = [w for w in words if hashlib.sha256(w.encode()).digest()[0] % 5 == 0]
+    return {"shown": [w for w in words if w not in set(held)], "held_out": held}
+
+
+def codes_of(concept: Mapping[str, Any]) -> list[str]:
+    """Return the code points of a concept's drawings, the main one first."""
+    return [concept["code"], *concept.get("also", [])]
 
 
 def save(
@@ -81,28 +99,21 @@ def save(
     pictures: Pixels,
     rows: list[dict[str, Any]],
     concepts: list[dict[str, Any]],
-    *,
-    packed: bool = False,
 ) -> Path:
     """Write cut-outs, uint8 [n, side, side, 4], with one row (concept, style) for each.
 
-    Packed, they are WebP pictures of quality 90, a third of the size without loss, so that those
-    of the whole vocabulary can be sent to a machine that has a GPU and no network; and each row
-    tells what `drawing.look` finds, which takes minutes for thousands.
+    The pictures are kept as WebP of quality 90, a third of the size without loss, so that they
+    can be sent to a machine that has a GPU and no network. Each row also says what `colours.look`
+    finds, which takes minutes for thousands. The JSON has a SHA-256 of pictures and rows.
     """
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "cutouts.npz"
-    if packed:
-        from safelight.train.drawing import look
-
-        files = [_webp(picture) for picture in pictures]
-        rows = [row | look(picture) for row, picture in zip(rows, pictures, strict=True)]
-        pictures = np.frombuffer(b"".join(files), np.uint8)
-        np.savez(path, webp=pictures, ends=np.cumsum([len(file) for file in files]))
-    else:
-        np.savez_compressed(path, pictures=pictures)
-    digest = _digest(pictures, rows, concepts)
+    files = [_webp(picture) for picture in pictures]
+    rows = [row | look(picture) for row, picture in zip(rows, pictures, strict=True)]
+    packed = np.frombuffer(b"".join(files), np.uint8)
+    np.savez(path, webp=packed, ends=np.cumsum([len(file) for file in files]))
+    digest = _digest(packed, rows, concepts)
     text = json.dumps({"sha256": digest, "pictures": rows, "concepts": concepts}, indent=1)
     path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
     sys.stdout.write(f"{len(rows)} cut-outs of {len(concepts)} concepts, sha256 {digest}\n")
@@ -110,25 +121,26 @@ def save(
 
 
 def load(path: str | Path) -> tuple[Pixels, dict[str, Any]]:
-    """What `save` wrote: pictures, uint8 [n, side, side, 4], and "pictures" and "concepts".
+    """Return the pictures, uint8 [n, side, side, 4], and what `save` wrote beside them.
 
     Raises SafelightError if a file is missing or the two do not belong together.
     """
     path = Path(path)
     names = path.with_suffix(".json")
     if not (path.exists() and names.exists()):
-        raise SafelightError(f"{path} and {names.name} must both be there: build them first")
+        raise SafelightError(f"{path} and {names.name} must both be there: run the data stage")
     with np.load(path) as archive:
-        packed = "webp" in archive
-        pictures: Pixels = archive["webp" if packed else "pictures"]
-        ends = archive["ends"].tolist() if packed else []
-    about = _read_json(names)
-    if _digest(pictures, about["pictures"], about["concepts"]) != about["sha256"]:
+        packed, ends = archive["webp"], archive["ends"].tolist()
+    about = json.loads(names.read_text(encoding="utf-8"))
+    if _digest(packed, about["pictures"], about["concepts"]) != about["sha256"]:
         raise SafelightError(f"{path} and {names.name} do not belong together: build them again")
-    if packed:
-        files = (pictures[a:b].tobytes() for a, b in pairwise([0, *ends]))
-        pictures = np.stack([np.array(Image.open(io.BytesIO(f)).convert("RGBA")) for f in files])
-    return pictures, about
+    files = [packed[a:b].tobytes() for a, b in pairwise([0, *ends])]
+    with ThreadPoolExecutor() as pool:
+        return np.stack(list(pool.map(_opened, files))), about
+
+
+def _opened(file: bytes) -> Pixels:
+    return np.array(Image.open(io.BytesIO(file)).convert("RGBA"))
 
 
 def _webp(picture: Pixels) -> bytes:
@@ -137,18 +149,8 @@ def _webp(picture: Pixels) -> bytes:
     return file.getvalue()
 
 
-def _whole(names: bytes, by_hand: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    from safelight.train.vocabulary import whole
-
-    paths = [f"package/en/shortcodes/{table}.json" for table in ("emojibase", "github", "iamcal")]
-    paths.append("package/en/data.json")
-    files = members(names, paths)
-    *tables, emoji = (json.loads(files[path]) for path in paths)
-    return whole(emoji, tables, by_hand)
-
-
 def npm_pack(package: Mapping[str, str], folder: Path) -> bytes:
-    """The tarball of a locked package, fetched with npm and checked against the lock."""
+    """Return the tarball of a locked package, fetched with npm and checked against the lock."""
     name = f"{package['name']}@{package['version']}"
     target = folder / package["style"]
     target.mkdir()
@@ -181,7 +183,7 @@ def verify(package: Mapping[str, str], data: bytes) -> None:
 
 
 def members(data: bytes, wanted: Collection[str]) -> dict[str, bytes]:
-    """The wanted files of a gzipped tarball, read in memory: nothing is written to disk.
+    """Return the wanted files of a gzipped tarball, read in memory; nothing is written to disk.
 
     Raises SafelightError if any member points outside the package or a wanted one is no file.
     """
@@ -199,13 +201,10 @@ def members(data: bytes, wanted: Collection[str]) -> dict[str, bytes]:
     return found
 
 
-def notice(lock: Mapping[str, Any], *, whole: bool = False) -> str:
-    """The text that credits the drawings: what, by whom, under which licence, packaged by whom.
-
-    Of the whole vocabulary its names are credited, too.
-    """
+def notice(lock: Mapping[str, Any]) -> str:
+    """Return the text that credits the drawings: what, by whom, licence, packaged by whom."""
     lines = ["The pictures that the model learned from were made from these packages:", ""]
-    for package in [*lock["packages"], *([lock["names"]] if whole else [])]:
+    for package in [*lock["packages"], lock["names"]]:
         lines += [
             f"{package['name']} {package['version']}, packaged by {package['packager']}",
             f"  {package['work']}, copyright {package['author']}, licence {package['licence']}",
@@ -215,20 +214,16 @@ def notice(lock: Mapping[str, Any], *, whole: bool = False) -> str:
     return "\n".join(lines)
 
 
-def _draw_all(
-    package: Mapping[str, str], data: bytes, codes: list[str], side: int
-) -> dict[str, Pixels]:
+def _draw_all(package: Mapping[str, str], data: bytes, codes: list[str]) -> dict[str, Pixels]:
     if package["style"] == "3d":
         names = {f"package/assets/{code}{tail}.webp": code for code in codes for tail in TAILS}
         files = members(data, names.keys())
-        return {
-            names[name]: cut_out(Image.open(io.BytesIO(file)), side) for name, file in files.items()
-        }
+        return {names[name]: cut_out(Image.open(io.BytesIO(file))) for name, file in files.items()}
     files = members(data, ("package/icons.json", "package/chars.json"))
     icons = json.loads(files["package/icons.json"])
     chars = json.loads(files["package/chars.json"])
     return {
-        code: cut_out(_rasterise(icons, chars[code]), side)
+        code: cut_out(_rasterise(icons, chars[code]))
         for code in codes
         if chars.get(code) in icons["icons"]
     }
@@ -251,32 +246,23 @@ def _rasterise(icons: dict[str, Any], name: str) -> Image.Image:
     return Image.open(io.BytesIO(bytes(png)))
 
 
-def cut_out(image: Image.Image, side: int = SIDE) -> Pixels:
-    """Crop an RGBA picture to what it shows and fit that into uint8 [side, side, 4], centred."""
+def cut_out(image: Image.Image) -> Pixels:
+    """Crop an RGBA picture to what it shows and fit that into uint8 [SIDE, SIDE, 4], centred."""
     image = image.convert("RGBA")
     # Faint shadows do not count as part of the object.
     box = above(image.getchannel("A"), 8).getbbox()
     if box is None:
         raise SafelightError("a picture is fully transparent: drop its concept")
     width, height = box[2] - box[0], box[3] - box[1]
-    scale = side / max(width, height)
+    scale = SIDE / max(width, height)
     shape = (max(1, round(width * scale)), max(1, round(height * scale)))
     # Pillow resizes RGBA with colours premultiplied, so hidden colours do not bleed into edges.
     small = image.resize(shape, Image.Resampling.LANCZOS, box=box)
-    square = Image.new("RGBA", (side, side))
-    square.paste(small, ((side - shape[0]) // 2, (side - shape[1]) // 2))
+    square = Image.new("RGBA", (SIDE, SIDE))
+    square.paste(small, ((SIDE - shape[0]) // 2, (SIDE - shape[1]) // 2))
     return np.array(square)
-
-
-def above(alpha: Image.Image, level: int) -> Image.Image:
-    """A mask, mode L, that is 255 where `alpha` is above `level` and 0 elsewhere."""
-    return alpha.point([255 * (value > level) for value in range(256)])
 
 
 def _digest(pictures: Pixels, rows: list[Any], concepts: list[Any]) -> str:
     names = json.dumps([rows, concepts], sort_keys=True).encode()
     return hashlib.sha256(names + np.ascontiguousarray(pictures).tobytes()).hexdigest()
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

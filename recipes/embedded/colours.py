@@ -1,4 +1,4 @@
-"""Colours by name: of backgrounds, and of objects that are given another colour."""
+"""Colours by name, of backgrounds and of objects that are given another colour."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from safelight.train.cutouts import Pixels, above
+Pixels = NDArray[np.uint8]
 
 WHITE = "white"
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -28,9 +28,11 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (14, 14, 14),
     "beige": (232, 214, 176),
 }
-ALSO_SPELT = {"gray": "grey"}
+ALSO_SPELT = {"gray": "grey", "purple": "violet"}
 
-PAINTS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "white", "gray", "black")
+PAINTS = (
+    "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "white", "gray", "black",
+)  # fmt: skip
 """Colours that an object may be given."""
 
 # Smallest mean Oklab distance between an object's edge and the background.
@@ -39,6 +41,32 @@ CONTRAST_WHITE = 0.06  # lower: a bare "a ghost" should stand on white like ever
 
 PAINTED = 0.5  # smallest share of an object's pixels that must take the colour
 ALREADY = 0.15  # an object nearer to a colour than this, in Oklab, has it
+
+
+OWN = "own"
+LOOKED_AT = 80
+"""Pixels a side that `look` sees: colours need no more."""
+
+
+def look(picture: Pixels) -> dict[str, Any]:
+    """Return what composing needs to know of a cut-out, uint8 [h, w, 4]: its main colour, and, for
+    its own colours and each that it can be given, the backgrounds that it would vanish on.
+    """
+    step = max(1, len(picture) // LOOKED_AT)
+    picture = np.ascontiguousarray(picture[::step, ::step])
+    main = main_colour(picture)
+    clashes = {}
+    for name in (OWN, *PAINTS):
+        painted = picture if name == OWN else paint(picture, name, main)
+        if painted is not None:
+            fit = backgrounds(painted)
+            clashes[name] = [ground for ground in COLOURS if ground not in fit]
+    return {"main": [main.hue, *main.mean] if main else None, "clashes": clashes}
+
+
+def above(alpha: Image.Image, level: int) -> Image.Image:
+    """Return a mask, mode L, that is 255 where `alpha` is above `level` and 0 elsewhere."""
+    return alpha.point([255 * (value > level) for value in range(256)])
 
 
 def backgrounds(picture: Pixels) -> tuple[str, ...]:
