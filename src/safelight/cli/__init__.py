@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from safelight import __version__
-from safelight.cli import bench, compare, explain, generate, serve, studio, tools, train
+from safelight.cli import bench, compare, doctor, explain, generate, serve, studio, tools, train
 from safelight.cli.output import fail, note, say
 from safelight.errors import SafelightError
 
@@ -35,6 +35,7 @@ app.command()(tools.verify)
 app.command()(serve.serve)
 app.command()(studio.studio)
 app.command()(bench.bench)
+app.command()(doctor.doctor)
 app.add_typer(train.app, name="train")
 
 
