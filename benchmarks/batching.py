@@ -22,7 +22,7 @@ from PIL import Image
 
 import safelight
 from safelight import Request
-from safelight.batch import Engine
+from safelight.engine import Engine
 
 SHORT = 4
 """Steps of the requests whose latency is looked at."""
@@ -37,7 +37,7 @@ def main() -> None:
     given = parser.parse_args()
     model = safelight.load(given.model)
     requests = mixed(given.requests, model.native_size, given.longest)
-    engine = Engine(model)
+    engine = Engine(model, exact=False)
     rounds = []
     for i in range(given.rounds + 1):
         one = one_by_one(model, requests)

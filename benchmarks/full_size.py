@@ -48,20 +48,20 @@ def shapes_by_key() -> dict[str, tuple[int, ...]]:
     """The tensors of an SD 1.5 checkpoint, by their names in a single file."""
     import torch
 
+    from safelight.families import sd
     from safelight.nets.clip import CLIPTextConfig, CLIPTextModel
     from safelight.nets.unet import UNet2DConditionModel, UNetConfig
     from safelight.nets.vae import AutoencoderKL, VAEConfig
-    from safelight.weights import ldm
-    from safelight.weights.families import FAMILIES
+    from safelight.weights import names as ldm
 
-    configs = next(f for f in FAMILIES if f.name == "sd1").configs
+    configs = sd.VARIANTS[0].configs
     with torch.device("meta"):
         nets = (
-            (ldm.UNET, UNet2DConditionModel(UNetConfig.from_dict(configs["unet"]))),
-            (ldm.VAE, AutoencoderKL(VAEConfig.from_dict(configs["vae"]))),
-            (ldm.CLIP, CLIPTextModel(CLIPTextConfig.from_dict(configs["text_encoder"]))),
+            (sd.UNET, UNet2DConditionModel(UNetConfig.from_dict(configs["unet"]))),
+            (sd.VAE, AutoencoderKL(VAEConfig.from_dict(configs["vae"]))),
+            (sd.CLIP, CLIPTextModel(CLIPTextConfig.from_dict(configs["text_encoder"]))),
         )
-    names = {ldm.UNET: ldm.unet_names(configs["unet"]), ldm.VAE: ldm.vae_names(configs["vae"])}
+    names = {sd.UNET: ldm.unet_names(configs["unet"]), sd.VAE: ldm.vae_names(configs["vae"])}
     found: dict[str, tuple[int, ...]] = {}
     for prefix, net in nets:
         theirs = {ours: key for key, ours in names.get(prefix, {}).items()}

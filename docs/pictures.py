@@ -73,8 +73,8 @@ def noise_added(model: safelight.Model) -> Image.Image:
     """A digit, and what its noise schedule makes of it: one row a digit, one column a timestep."""
     import torch
 
-    from safelight.levels import alphas_cumprod
     from safelight.picture import from_tensor, to_tensor
+    from safelight.sampling.levels import alphas_cumprod
     from safelight.train.folder import digits
 
     bars = alphas_cumprod(model.scheduler)

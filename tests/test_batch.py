@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 import safelight
-from safelight import Request, SafelightError, batch
-from safelight.batch import Engine, Ticket, worthwhile_rows
-from safelight.job import Job, advance
+from safelight import Request, SafelightError
+from safelight.engine import Engine, Job, Ticket, core
+from safelight.engine.capacity import largest_useful_batch
+from safelight.engine.job import advance
 from safelight.model import Model
 
 
@@ -75,7 +76,7 @@ def test_pictures_are_what_they_are_alone(model: Model, exact: bool) -> None:
 
 def test_noise_is_the_same_in_any_company(model: Model) -> None:
     def noise(neighbours: int) -> torch.Tensor:
-        engine = Engine(model, rows=4)
+        engine = Engine(model, exact=False, rows=4)
         for i in range(neighbours):
             engine.add(Request(prompt="a dog", seed=i), "other")
         engine.add(Request(prompt="a cat", seed=9), "mine")
@@ -86,14 +87,14 @@ def test_noise_is_the_same_in_any_company(model: Model) -> None:
 
 def test_several_pictures_of_one_request(model: Model) -> None:
     request = Request(prompt="a cat", seed=5, count=3, steps=2, sampler="euler")
-    engine = Engine(model, rows=6)
+    engine = Engine(model, exact=False, rows=6)
     result = engine.add(request, "job", done=[1])
     assert result.seeds == [5, 6, 7]
     assert sorted((t.index, t.seed) for t in drain(engine)) == [(0, 5), (2, 7)]
 
 
 def test_a_short_one_does_not_wait_for_a_long_one(model: Model) -> None:
-    engine = Engine(model, rows=2)
+    engine = Engine(model, exact=False, rows=2)
     engine.add(Request(prompt="a cat", steps=30, sampler="euler"), "long")
     for _ in range(3):
         engine.step()
@@ -103,8 +104,8 @@ def test_a_short_one_does_not_wait_for_a_long_one(model: Model) -> None:
 
 
 def test_a_long_one_has_its_turn(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "AGEING", 5.0)
-    engine = Engine(model, rows=2)
+    monkeypatch.setattr(core, "AGEING", 5.0)
+    engine = Engine(model, exact=False, rows=2)
     engine.add(Request(prompt="a cat", steps=10, sampler="euler"), "long")
     done: list[Any] = []
     for i in range(60):  # there is always a shorter one
@@ -119,11 +120,11 @@ def test_no_call_has_more_rows_than_asked_for(
     calls: list[int] = []
 
     def counted(model: Model, jobs: list[Job]) -> None:
-        calls.append(sum(job.condition.evaluations for job in jobs))
+        calls.append(sum(job.conditioning.evaluations for job in jobs))
         advance(model, jobs)
 
-    monkeypatch.setattr(batch, "advance", counted)
-    engine = Engine(model, rows=5)
+    monkeypatch.setattr(core, "advance", counted)
+    engine = Engine(model, exact=False, rows=5)
     for i in range(4):
         scale = 1.0 if i == 3 else 7.5
         engine.add(Request(prompt="a cat", steps=2, sampler="euler", guidance_scale=scale), i)
@@ -132,7 +133,7 @@ def test_no_call_has_more_rows_than_asked_for(
 
 
 def test_only_pictures_of_one_size_share_a_call(model: Model) -> None:
-    engine = Engine(model, rows=8)
+    engine = Engine(model, exact=False, rows=8)
     engine.add(Request(prompt="a cat", steps=2, sampler="euler", width=64, height=64), "small")
     engine.add(Request(prompt="a cat", steps=2, sampler="euler", width=128, height=64), "wide")
     sizes = {t.tag: t.image.size for t in drain(engine) if t.image is not None}
@@ -140,7 +141,7 @@ def test_only_pictures_of_one_size_share_a_call(model: Model) -> None:
 
 
 def test_dropped_within_a_step(model: Model) -> None:
-    engine = Engine(model, rows=4)
+    engine = Engine(model, exact=False, rows=4)
     engine.add(Request(prompt="a cat", steps=30), "a")
     engine.add(Request(prompt="a cat", steps=2, sampler="euler"), "b")
     engine.step()
@@ -149,17 +150,17 @@ def test_dropped_within_a_step(model: Model) -> None:
 
 
 def test_one_prompt_is_encoded_once(model: Model) -> None:
-    engine = Engine(model, rows=4)
+    engine = Engine(model, exact=False, rows=4)
     for seed in (1, 2):
         engine.add(Request(prompt="a cat", seed=seed), seed)
     engine.add(Request(prompt="a dog"), 3)
-    contexts = [ticket.job.condition.context for ticket in engine.tickets]
+    contexts = [ticket.job.conditioning.tokens for ticket in engine.tickets]
     assert contexts[0] is contexts[1]
     assert contexts[2] is not contexts[0]
 
 
 def test_a_nan_fails_its_own_picture_alone(model: Model) -> None:
-    engine = Engine(model, rows=8)
+    engine = Engine(model, exact=False, rows=8)
     for tag in ("good", "bad", "fine"):
         engine.add(Request(prompt="a cat", steps=3, sampler="euler", seed=1), tag)
     engine.step()
@@ -177,7 +178,7 @@ def test_a_nan_fails_its_own_picture_alone(model: Model) -> None:
 
 
 def test_a_nan_in_the_decoder_fails_its_own_picture_alone(model: Model) -> None:
-    engine = Engine(model, rows=8)
+    engine = Engine(model, exact=False, rows=8)
     for tag in ("good", "bad"):
         engine.add(Request(prompt="a cat", steps=1, sampler="euler"), tag)
     finish = engine._finish
@@ -203,8 +204,8 @@ def test_out_of_memory_splits_the_batch_and_then_fails_that_job_alone(
             raise error
         advance(model, jobs)
 
-    monkeypatch.setattr(batch, "advance", short_of_memory)
-    engine = Engine(model, rows=16)
+    monkeypatch.setattr(core, "advance", short_of_memory)
+    engine = Engine(model, exact=False, rows=16)
     for i in range(5):
         engine.add(Request(prompt="a cat", steps=2, sampler="euler", seed=i), i)
     engine.add(Request(prompt="a cat", steps=2, sampler="euler", width=512), "large")
@@ -218,22 +219,22 @@ def test_other_faults_are_not_hidden(model: Model, monkeypatch: pytest.MonkeyPat
     def broken(*_: Any) -> None:
         raise RuntimeError("a fault of ours")
 
-    monkeypatch.setattr(batch, "advance", broken)
-    engine = Engine(model, rows=2)
+    monkeypatch.setattr(core, "advance", broken)
+    engine = Engine(model, exact=False, rows=2)
     engine.add(Request(prompt="a cat"), 1)
     with pytest.raises(RuntimeError, match="a fault of ours"):
         engine.step()
 
 
 def test_what_does_not_fit_the_model_is_refused_at_once(model: Model) -> None:
-    engine = Engine(model, rows=2)
+    engine = Engine(model, exact=False, rows=2)
     with pytest.raises(SafelightError, match="leave out unconditional"):
         engine.add(Request(unconditional=True), 1)
     assert not engine.busy
 
 
 def test_rows_are_measured(model: Model) -> None:
-    rows = worthwhile_rows(model)
+    rows = largest_useful_batch(model)
     assert rows in (2, 4, 8, 16, 32, 64)
     assert Engine(model, exact=True).rows == 1
-    assert Engine(model, rows=2).check()
+    assert Engine(model, exact=False, rows=2).check()

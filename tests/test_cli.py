@@ -17,9 +17,11 @@ import safelight
 from safelight import cli
 from safelight.errors import SafelightError
 from safelight.interrupt import ctrl_c_waits
-from safelight.recipe import read_recipe
-from safelight.request import Request, Result
-from safelight.samplers import SAMPLERS
+from safelight.picture import save_png
+from safelight.recipe import enlarge, png_texts, read_recipe
+from safelight.request import Request
+from safelight.result import Result
+from safelight.sampling import SAMPLERS
 
 DIGEST = "ab" * 32
 
@@ -29,6 +31,7 @@ class PlainModel:
 
     def __init__(self):
         self.sha256 = DIGEST
+        self.name, self.native_size = "plain", (64, 64)
         self.loaded = []
         self.requests = []
         self.warnings = []
@@ -155,6 +158,55 @@ class TestGenerate:
                 )
             ]
 
+    @pytest.mark.parametrize(
+        ("arguments", "name", "value"),
+        [
+            (["-s", "7"], "seed", 7),
+            (["-n", "2"], "count", 2),
+            (["-W", "72"], "width", 72),
+            (["-H", "72"], "height", 72),
+            (["--cfg-scale", "3"], "guidance_scale", 3),
+            (["--cfg-scale=3"], "guidance_scale", 3),
+            (["--num-inference-steps", "9"], "steps", 9),
+            (["--sampler", "Euler a"], "sampler", "euler_a"),
+            (["--sampler", "DPM++ 2M Karras"], "schedule", "karras"),
+            (["--sampler", "DPMSolverMultistepScheduler"], "sampler", "dpmpp_2m"),
+        ],
+    )
+    def test_short_options_and_those_of_other_programs(self, run, model, arguments, name, value):
+        done = run("generate", "a", *arguments)
+        assert (done.code, done.err) == (0, "")
+        assert getattr(model.requests[0], name) == value
+
+    def test_what_follows_two_dashes_is_no_option(self, run, model):
+        assert run("generate", "--", "--cfg-scale").code == 0
+        assert model.requests[0].prompt == "--cfg-scale"
+
+    def test_a_seed_of_minus_one_is_random(self, run, model):
+        for _ in range(2):
+            assert run("generate", "a", "--seed", "-1").code == 0
+        one, two = (request.seed for request in model.requests)
+        assert one != two
+
+    @pytest.mark.parametrize("end", ["png", "jpg", "webp"])
+    def test_the_seed_and_the_format_in_the_name(self, run, model, end):
+        done = run("generate", "a", "-n", "2", "-s", "5", "-o", f"cat-{{seed}}.{end}")
+        assert done.out.split() == [f"cat-5.{end}", f"cat-6.{end}"]
+        with Image.open(f"cat-5.{end}") as image:
+            assert image.format == {"jpg": "JPEG"}.get(end, end.upper())
+
+    @pytest.mark.parametrize("size", [["-W", "512"], ["-W", "256", "-H", "256"]])
+    def test_a_size_far_from_the_model_s_own_is_told_before_the_work(self, run, model, size):
+        said = []
+        model.before_step = lambda: said.append(1) or (_ for _ in ()).throw(SafelightError("end"))
+        done = run("generate", "a", *size)
+        assert done.err.startswith("warning: plain was trained on 64x64: ")
+        assert "times as long; leave out --width and --height" in done.err
+
+    @pytest.mark.parametrize("size", [["-W", "128"], ["-W", "128", "-H", "128"], []])
+    def test_a_size_near_it_is_not(self, run, model, size):
+        assert run("generate", "a", *size).err == ""
+
     def test_unconditional_has_a_model_of_its_own(self, run, model):
         assert run("generate", "--unconditional", "--seed", "1").code == 0
         assert model.loaded[0][0] == "embedded-unconditional"
@@ -217,7 +269,7 @@ class TestBadInput:
             (["a", "--steps", "1001"], "1 to 1000"),
             (["a", "--steps", "3.5"], "--steps"),
             (["a", "--count", "65"], "1 to 64"),
-            (["a", "--seed", "-1"], "seed"),
+            (["a", "--seed", "-2"], "seed"),
             (["a", "--seed", "9" * 30], "seed"),
             (["a", "--strength", "0"], "strength"),
             (["a", "--strength", "nan"], "strength"),
@@ -235,7 +287,10 @@ class TestBadInput:
             (["a", "--unconditional"], "prompt"),
             (["--unconditional", "--image", "red.png"], "image"),
             (["x" * 16385], "16 KiB"),
-            (["a", "--out", "a.jpg"], ".png"),
+            (["a", "--out", "a.gif"], ".png, .jpg, .jpeg, .webp"),
+            (["a", "--out", "-"], "must be a folder or a name"),
+            (["a", "--sampler", "DPM++ 2M Karras", "--schedule", "beta"], "schedule"),
+            (["a", "--cfgscale", "3"], "--guidance-scale"),
             (["a", "--out", "text.png/a.png"], "cannot be written"),
             (["a", "--out", "a" * 300 + ".png"], "cannot be written"),
             (["a", "--bogus"], "--bogus"),
@@ -336,6 +391,7 @@ class TestInterrupted:
         driver = (
             "import time, safelight; from safelight.__main__ import main\n"
             "class Slow:\n"
+            "    name, native_size = 'slow', (64, 64)\n"
             "    def stream(self, request):\n"
             "        print('started', flush=True); time.sleep(60)\n"
             "safelight.load = lambda *a, **k: Slow()\n"
@@ -439,6 +495,16 @@ class TestTools:
         assert refused(run("verify", "a.png", "--image", "other.png"), "image must be the one")
         assert run("verify", "a.png", "--image", "in.png").out == "0\n"
 
+    def test_verify_a_picture_that_was_enlarged(self, run, model):
+        run("generate", "a", "--seed", "3", "--out", "a.png")
+        recipe = read_recipe("a.png")
+        with Image.open("a.png") as image:
+            large, told = enlarge(image, recipe, (160, 96))
+        save_png(large, "large.png", png_texts(told))
+        assert run("verify", "large.png").out == "0\n"
+        save_png(large, "untold.png", png_texts(recipe))
+        assert refused(run("verify", "untold.png"), "different sizes")
+
     def test_verify_a_picture_of_other_programs(self, run, model):
         Image.new("RGB", (64, 64), "red").save("in.png")
         assert refused(run("verify", "in.png"), "no recipe")
@@ -452,12 +518,21 @@ class TestHelp:
         assert run().out == run("--help").out
         assert run("--version").out == f"safelight {safelight.__version__}\n"
 
-    @pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["--version"]])
-    def test_imports_nothing_heavy(self, arguments):
+    @pytest.mark.parametrize(
+        ("arguments", "needed"),
+        [
+            (["--help"], []),
+            (["--version"], []),
+            (["serve", "--help"], []),
+            # Its options are made from Request, whose pictures are PIL's.
+            (["generate", "--help"], ["PIL", "safelight.request"]),
+        ],
+    )
+    def test_imports_nothing_heavy(self, arguments, needed):
         code = (
             "import sys; from safelight import cli; cli.run(sys.argv[1:])\n"
-            "print([m for m in ('torch', 'numpy', 'PIL', 'diffusers', 'huggingface_hub',"
-            " 'safelight.request') if m in sys.modules])"
+            "print([m for m in ('torch', 'numpy', 'diffusers', 'huggingface_hub', 'PIL',"
+            f" 'safelight.request') if m in sys.modules and m not in {needed}])"
         )
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments], capture_output=True, text=True

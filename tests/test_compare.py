@@ -8,7 +8,7 @@ from PIL import Image
 
 import safelight
 from safelight import Request, SafelightError, cli
-from safelight.compare import MOST_CELLS, Axis, Grid, grid, requests, sheet
+from safelight.compare import MAX_CELLS, Axis, Grid, grid, requests, sheet
 from safelight.model import Model
 from safelight.picture import largest_difference
 from safelight.recipe import parse_recipe_text, read_recipe
@@ -105,7 +105,7 @@ class TestRequests:
 
     def test_the_most(self) -> None:
         tens = Axis("seed", tuple(range(10))), Axis("steps", tuple(range(1, 11)))
-        assert sum(map(len, requests(BASE, *tens))) == MOST_CELLS
+        assert sum(map(len, requests(BASE, *tens))) == MAX_CELLS
 
     def test_one_picture_a_cell(self) -> None:
         with pytest.raises(SafelightError, match="count must be 1"):

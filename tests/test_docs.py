@@ -10,7 +10,7 @@ import typer
 
 from safelight.cli import app
 from safelight.request import Request
-from safelight.samplers import SAMPLERS
+from safelight.sampling import SAMPLERS
 from safelight.train.cutouts import LOCK, notice
 
 ROOT = Path(__file__).parent.parent

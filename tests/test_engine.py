@@ -8,9 +8,13 @@ import torch
 from PIL import Image
 
 import safelight
-from safelight import SafelightError, engine, job
+from safelight import SafelightError
+from safelight.engine import job
+from safelight.engine.requests import create_job, resolve_request
+from safelight.families.base import clean_estimate
 from safelight.model import Model
 from safelight.request import Request
+from safelight.sampling import Level
 
 FEW = {"steps": 3, "sampler": "euler"}
 
@@ -64,9 +68,9 @@ def test_jobs_of_all_kinds_advance_together(model: Model) -> None:
     def admit() -> list[job.Job]:
         jobs = []
         for request in requests:
-            settled = engine.settle(model, request)
-            condition, _ = engine.condition(model, settled)
-            jobs.append(engine.admit(model, settled, condition, settled.seed))
+            resolved = resolve_request(model, request)
+            conditioning = model.family.encode(model, resolved)
+            jobs.append(create_job(model, resolved, conditioning, resolved.seed))
         return jobs
 
     with torch.inference_mode():
@@ -214,17 +218,18 @@ def test_a_picture_of_another_size_is_fitted(model: Model) -> None:
 def test_one_side_decides_the_other(
     model: Model, asked: dict[str, int], size: tuple[int, int]
 ) -> None:
-    settled = engine.settle(model, Request(prompt="a cat", image=photo(200, 100), seed=1, **asked))
-    assert (settled.width, settled.height) == size
-    assert settled.image is not None
-    assert settled.image.size == size
+    resolved = resolve_request(
+        model, Request(prompt="a cat", image=photo(200, 100), seed=1, **asked)
+    )
+    assert (resolved.width, resolved.height) == size
+    assert resolved.image is not None
+    assert resolved.image.size == size
 
 
 def test_history_is_only_as_long_as_the_rows_look_back(model: Model) -> None:
-    settled = engine.settle(model, Request(prompt="a cat", sampler="pndm", steps=10, seed=1))
+    resolved = resolve_request(model, Request(prompt="a cat", sampler="pndm", steps=10, seed=1))
     with torch.inference_mode():
-        condition, _ = engine.condition(model, settled)
-        made = engine.admit(model, settled, condition, 1)
+        made = create_job(model, resolved, model.family.encode(model, resolved), 1)
         longest = 0
         while not made.done:
             job.advance(model, [made])
@@ -237,24 +242,22 @@ def test_history_is_only_as_long_as_the_rows_look_back(model: Model) -> None:
 def test_v_prediction_and_epsilon_agree(model: Model) -> None:
     """The same network output read as noise or as velocity gives estimates that differ; each
     inverts its own definition."""
-    from safelight.denoiser import _clean
-
     clean, noise, sigma = torch.randn(1, 4, 2, 2), torch.randn(1, 4, 2, 2), 3.0
     alpha = 1 / (1 + sigma**2) ** 0.5
     state = clean + sigma * noise
     velocity = alpha * noise - alpha * sigma * clean
+    level = Level.exploding(sigma)
     for output, kind in ((noise, "epsilon"), (velocity, "v_prediction"), (clean, "sample")):
-        assert torch.allclose(_clean(state, sigma, output, kind), clean, atol=1e-5)
+        assert torch.allclose(clean_estimate(state, level, output, kind), clean, atol=1e-5)
 
 
 def test_nine_channels_keep_outside_too(model: Model) -> None:
     """A job remembers its original whatever network paints it."""
-    settled = engine.settle(
+    resolved = resolve_request(
         model, Request(prompt="a cat", image=photo(), mask=spot(), seed=1, **FEW)
     )
     with torch.inference_mode():
-        condition, _ = engine.condition(model, settled)
-        made = engine.admit(model, settled, condition, 1)
+        made = create_job(model, resolved, model.family.encode(model, resolved), 1)
         made = replace(made, known=None)
         while not made.done:
             job.advance(model, [made])

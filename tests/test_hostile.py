@@ -19,7 +19,7 @@ from safelight.cli.output import StepBar
 from safelight.picture import open_picture, output_paths
 from safelight.recipe import read_recipe
 from safelight.request import Request
-from safelight.samplers import SAMPLERS
+from safelight.sampling import SAMPLERS
 from weights_tiny import NETS, UNET, part_weights, pixel_folder, text_folder, write
 
 FEW = ("--steps", "2", "--sampler", "euler", "--width", "64", "--height", "64")

@@ -10,12 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 
 from safelight.errors import SafelightError
 from safelight.picture import (
     as_rgb,
     check_writable,
+    encode,
     from_tensor,
     largest_difference,
     lay_back,
@@ -23,6 +24,7 @@ from safelight.picture import (
     open_picture,
     output_paths,
     picture_sha256,
+    save_picture,
     save_png,
     to_tensor,
 )
@@ -310,9 +312,42 @@ class TestOutputPaths:
         (tmp_path / "a.png").mkdir()
         assert output_paths(tmp_path / "a.png", [7]) == [tmp_path / "a.png" / "safelight-7.png"]
 
-    def test_another_format(self, tmp_path):
-        with pytest.raises(SafelightError, match=r"must be name\.png or a folder"):
-            output_paths(tmp_path / "a.jpg", [7])
+    @pytest.mark.parametrize("name", ["a.gif", "a.png.txt", "a{n}", ".webp", "{seed}"])
+    def test_another_format(self, tmp_path, name):
+        with pytest.raises(SafelightError, match=r"must be a folder or .* in \.png, \.jpg, .*webp"):
+            output_paths(tmp_path / name, [7])
+
+    def test_standard_output(self):
+        with pytest.raises(SafelightError, match=r"must be a folder or .* not '-'"):
+            output_paths("-", [7])
+
+    @pytest.mark.parametrize("end", [".jpg", ".JPEG", ".webp"])
+    def test_other_formats(self, tmp_path, end):
+        assert output_paths(tmp_path / f"a{end}", [7]) == [tmp_path / f"a{end}"]
+
+    def test_the_seed_in_the_name(self, tmp_path):
+        paths = output_paths(tmp_path / "cat {seed}.png", [7, 8])
+        assert [path.name for path in paths] == ["cat 7.png", "cat 8.png"]
+
+
+class TestSavePicture:
+    @pytest.mark.parametrize(
+        ("end", "form"), [(".png", "PNG"), (".JPG", "JPEG"), (".webp", "WEBP")]
+    )
+    def test_the_format_follows_the_name(self, tmp_path, end, form):
+        path = tmp_path / f"a{end}"
+        save_picture(Image.new("RGB", (16, 16), "teal"), path, {"parameters": "ä cat\nSteps: 1"})
+        with Image.open(path) as image:
+            assert (image.format, image.size) == (form, (16, 16))
+            if form == "PNG":
+                assert image.text["parameters"] == "ä cat\nSteps: 1"
+            else:
+                comment = image.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
+                assert comment[8:].decode("utf-16-be") == "ä cat\nSteps: 1"
+
+    def test_a_text_that_a_jpeg_cannot_hold_is_left_out(self):
+        data = encode(Image.new("RGB", (16, 16)), "JPEG", {"parameters": "a" * 40_000})
+        assert len(data) < 1000
 
 
 class TestCheckWritable:

@@ -13,7 +13,8 @@ import safelight
 from safelight.errors import SafelightError
 from safelight.picture import open_picture, picture_sha256
 from safelight.recipe import read_recipe
-from safelight.request import LAST_SEED, Request, Result
+from safelight.request import MAX_SEED, Request
+from safelight.result import Result
 
 PICTURE = Image.new("RGB", (64, 64), "red")
 MASK = Image.new("L", (64, 64), 255)
@@ -38,7 +39,7 @@ class TestDefaults:
         assert request.count == 1
         assert request.eta == 0
         assert request.steps is request.width is request.height is request.strength is None
-        assert request.idle() == []
+        assert request.unused_settings() == []
 
     def test_a_seed_is_drawn_and_recorded(self):
         seeds = {Request().seed for _ in range(8)} | {Request(seed=None).seed for _ in range(8)}
@@ -71,13 +72,13 @@ class TestLimits:
             ("height", [64, 72, 2048], [0, 8, 56, 63, 65, 100, 2049, 2056, -64]),
             ("steps", [1, 1000], [0, 1001, -1]),
             ("count", [1, 64], [0, 65, -1, None]),
-            ("seed", [0, LAST_SEED], [-1, LAST_SEED + 1]),
+            ("seed", [0, MAX_SEED], [-1, MAX_SEED + 1]),
             ("guidance_scale", [0, 1, 100.0], [-0.001, 100.001, None, -INF]),
             ("strength", [0.001, 1, 1.0], [0, 0.0, 1.001, -1]),
             ("eta", [0, 1, 0.5], [-0.001, 1.001, None]),
             ("schedule", [None, "karras", "exponential", "beta"], ["", "Karras", "linear"]),
             ("spacing", [None, "leading", "linspace", "trailing"], ["", "Leading", "even"]),
-            ("sampler", ["pndm", "euler_a"], ["", "Euler a", None]),
+            ("sampler", ["pndm", "euler_a"], ["", "Euler b", None]),
             ("unconditional", [True, False], [0, 1, None, "true"]),
             (
                 "prompt",
@@ -127,8 +128,8 @@ class TestLimits:
         assert refusal(step=3) == "there is no setting 'step': did you mean steps?"
 
     def test_seeds_of_all_pictures_have_room(self):
-        assert Request(seed=LAST_SEED - 2, count=3).count == 3
-        assert str(LAST_SEED - 2) in refusal(seed=LAST_SEED - 1, count=3)
+        assert Request(seed=MAX_SEED - 2, count=3).count == 3
+        assert str(MAX_SEED - 2) in refusal(seed=MAX_SEED - 1, count=3)
 
     @settings(max_examples=300)
     @given(
@@ -212,7 +213,7 @@ class TestIdle:
         ],
     )
     def test_a_setting_without_effect_is_named(self, given, named):
-        (warning,) = Request(**given).idle()
+        (warning,) = Request(**given).unused_settings()
         assert warning.startswith(named)
 
     @pytest.mark.parametrize(
@@ -225,7 +226,7 @@ class TestIdle:
         ],
     )
     def test_others_are_not(self, given):
-        assert Request(**given).idle() == []
+        assert Request(**given).unused_settings() == []
 
 
 class TestJson:
@@ -322,7 +323,8 @@ class TestPackage:
 
     def test_a_request_needs_no_torch(self):
         code = (
-            "import sys, safelight; safelight.Request(prompt='a', sampler='euler').idle();"
+            "import sys, safelight;"
+            "safelight.Request(prompt='a', sampler='euler').unused_settings();"
             "print([m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules])"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from safelight.errors import SafelightError
-from safelight.levels import (
+from safelight.sampling import SAMPLERS, Row, Table, find, table
+from safelight.sampling.levels import (
     alphas_cumprod,
     beta_quantile,
     exponential,
@@ -24,8 +25,7 @@ from safelight.levels import (
     sigmas_of,
     spaced,
 )
-from safelight.samplers import SAMPLERS, Row, Table, find, table
-from safelight.schedule import SCHEDULES, SPACINGS, SchedulerConfig
+from safelight.sampling.schedule import SCHEDULES, SPACINGS, SchedulerConfig
 
 LATENT = {
     "beta_start": 0.00085,
@@ -68,7 +68,7 @@ def tables(sampler: str) -> list[tuple[str, dict[str, Any], Table]]:
 
 
 def lands_elsewhere(sampler: str, config: str, setting: dict[str, Any]) -> bool:
-    """Whether states are handed on between levels: see safelight.samplers.discrete.
+    """Whether states are handed on between levels: see safelight.sampling.discrete.
 
     ddim and pndm go down by a whole number of timesteps, which only leading spacing does too;
     pndm started part of the way is a step behind.
@@ -92,7 +92,7 @@ def test_a_finished_picture_stays(sampler: str) -> None:
             total = sum(row.a) + sum(row.b)
             if sampler == "lcm":
                 scaled = (row.timestep * 10) ** 2
-                kept = 0.25 / (scaled + 0.25) / math.hypot(1.0, row.sigma)
+                kept = 0.25 / (scaled + 0.25) / math.hypot(1.0, row.level.sigma)
                 assert total == pytest.approx(math.sqrt(scaled / (scaled + 0.25)) + kept)
             elif not lands_elsewhere(sampler, config, setting) and not (
                 sampler == "pndm" and CONFIGS[config].prediction_type == "v_prediction"
@@ -136,7 +136,7 @@ def walk(rows: tuple[Row, ...], start: np.ndarray, clean: Any) -> list[np.ndarra
     """
     xs, ds, states = [start], [], [start]
     for i, row in enumerate(rows):
-        ds.insert(0, clean(xs[0], row.sigma))
+        ds.insert(0, clean(xs[0], row.level.sigma))
         after = np.zeros_like(start)
         for weight, vector in [*zip(row.a, xs, strict=False), *zip(row.b, ds, strict=False)]:
             after += weight * vector
@@ -169,11 +169,11 @@ def test_noise_lands_on_the_next_level(sampler: str) -> None:
         ):
             continue
         rows = made.rows
-        states = walk(rows, noise_only(rows, rows[0].sigma), lambda x, sigma: 0 * x)
+        states = walk(rows, noise_only(rows, rows[0].level.sigma), lambda x, sigma: 0 * x)
         for i, (row, state) in enumerate(zip(rows, states[1:], strict=True)):
-            level = row.next_sigma
+            level = row.lands.sigma
             if sampler in ("dpm2", "dpm2_a") and i + 1 < len(rows):
-                level = rows[i + 1].sigma
+                level = rows[i + 1].level.sigma
             assert np.linalg.norm(state) == pytest.approx(level, rel=2e-5, abs=1e-4), (
                 config,
                 setting,
@@ -186,7 +186,7 @@ def test_large_variance_adds_more_noise_than_it_took() -> None:
     config = SchedulerConfig.from_dict(PIXELS | {"variance_type": "fixed_large"})
     for row in table("ddpm", config, 20).rows[:-1]:
         assert row.c is not None
-        bar, next_bar = 1 / (1 + row.sigma**2), 1 / (1 + row.next_sigma**2)
+        bar, next_bar = 1 / (1 + row.level.sigma**2), 1 / (1 + row.lands.sigma**2)
         assert (row.c**2) * next_bar == pytest.approx(1 - bar / next_bar)
 
 
@@ -195,16 +195,16 @@ def test_levels_fall_and_follow_each_other(sampler: str) -> None:
     for _, _, made in tables(sampler):
         for row, after in itertools.pairwise(made.rows):
             # dpm2_a's midpoint is as far down as its end, but for a difference in float32.
-            assert row.next_sigma <= row.sigma * (1.05 if sampler == "dpm2_a" else 1.0)
+            assert row.lands.sigma <= row.level.sigma * (1.05 if sampler == "dpm2_a" else 1.0)
             if sampler not in ("dpm2", "dpm2_a"):
-                assert row.next_sigma == after.sigma
+                assert row.lands.sigma == after.level.sigma
             # karras rounds the timesteps of dpm2, and not those of its midpoints.
             assert after.timestep <= row.timestep + 0.5
         # deis repeats the last level of a schedule of its own choice; pndm, given two rows, uses
         # them to improve one step that ends where the second began.
         if not (sampler == "pndm" and len(made.rows) == 2):
-            assert made.rows[-1].next_sigma < 0.03
-        assert made.noise_scale >= made.rows[0].sigma * (1 - 1e-9)
+            assert made.rows[-1].lands.sigma < 0.03
+        assert made.noise_scale >= made.rows[0].level.sigma * (1 - 1e-9)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -236,9 +236,9 @@ def path_error(sampler: str, steps: int, **settings: Any) -> float:
     """
     rows = table(sampler, CONFIGS["latent"], steps, **settings).rows
     start = np.zeros(len(rows) + 2)
-    start[0], high = rows[0].sigma, rows[0].sigma
+    start[0], high = rows[0].level.sigma, rows[0].level.sigma
     state = walk(rows, start, ideal)[-2]
-    low = rows[-1].sigma
+    low = rows[-1].level.sigma
     exact = MEAN + (high - MEAN) * math.sqrt((DEVIATION**2 + low**2) / (DEVIATION**2 + high**2))
     return abs(state[0] - exact)
 
@@ -291,10 +291,10 @@ def test_a_gaussian_comes_out_as_it_is(
     errors = []
     for count in (steps, 2 * steps):
         rows = table(sampler, CONFIGS["latent"], count, **settings).rows
-        start = noise_only(rows, math.hypot(rows[0].sigma, DEVIATION))
+        start = noise_only(rows, math.hypot(rows[0].level.sigma, DEVIATION))
         state = walk(rows, start, ideal)[-2]
         assert state[0] == pytest.approx(MEAN, abs=0.01)
-        expected = math.hypot(DEVIATION, rows[-1].sigma)
+        expected = math.hypot(DEVIATION, rows[-1].level.sigma)
         errors.append(abs(np.linalg.norm(state[1:]) / expected - 1))
     assert errors[0] < coarse
     assert errors[1] < 0.7 * errors[0]
@@ -404,8 +404,8 @@ def test_override_counts_as_named() -> None:
     config = CONFIGS["latent"].override(clip_sample=True, clip_sample_range=2.0)
     assert config.beta_end == 0.012
     assert table("ddim", config, 4).clip == 2.0
-    assert all(row.raw > 0 for row in table("ddim", config, 4).rows[:-1])
-    assert all(row.raw == 0 for row in table("ddim", CONFIGS["latent"], 4).rows)
+    assert all(row.clip_correction > 0 for row in table("ddim", config, 4).rows[:-1])
+    assert all(row.clip_correction == 0 for row in table("ddim", CONFIGS["latent"], 4).rows)
 
 
 def test_spacings() -> None:
@@ -434,13 +434,13 @@ def test_zero_terminal_snr() -> None:
     assert rescaled[-1] == 1e-9
     assert rescaled[0] == pytest.approx(plain[0], rel=1e-6)
     assert np.all(np.diff(rescaled) < 0)
-    assert table("ddim", CONFIGS["zero-snr"], 10).rows[0].sigma > 1e6
+    assert table("ddim", CONFIGS["zero-snr"], 10).rows[0].level.sigma > 1e6
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_walk_from_the_first_level_to_the_last(name: str) -> None:
     made = table("dpmpp_2m", CONFIGS["latent"], 12, schedule=name)
-    sigmas = [row.sigma for row in made.rows]
+    sigmas = [row.level.sigma for row in made.rows]
     trained = sigmas_of(alphas_cumprod(CONFIGS["latent"]))
     assert sigmas[0] == pytest.approx(trained[-1], rel=1e-6)
     assert sigmas[-1] == pytest.approx(trained[0], rel=1e-6)

@@ -16,7 +16,7 @@ from safelight.nets.clip import CLIPTextConfig, CLIPTextModel
 from safelight.nets.unet import UNetConfig
 from safelight.nets.unet2d import UNet2DConfig
 from safelight.nets.vae import AutoencoderKL, VAEConfig
-from safelight.schedule import SchedulerConfig
+from safelight.sampling.schedule import SchedulerConfig
 from safelight.train import shipped
 from safelight.train.denoiser import (
     Noising,

@@ -11,10 +11,11 @@ import pytest
 from huggingface_hub import constants, errors
 
 from safelight.errors import SafelightError
+from safelight.families import family_of_folder
 from safelight.weights import find as module
 from safelight.weights.digest import cache_folder, file_digest, model_digest
-from safelight.weights.find import find
-from safelight.weights.folder import Folder, choose_weights, files_of, kind_of
+from safelight.weights.find import files_of, find
+from safelight.weights.folder import Folder, choose_weights
 from weights_tiny import change, pixel_folder, raw_file, text_folder, write
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -247,7 +248,7 @@ INDEX = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2D
 )
 def test_a_pipeline_of_another_kind_is_refused(index, word, tmp_path):
     write(tmp_path / "model_index.json", index)
-    refused(lambda: Folder(tmp_path, "x"), word)
+    refused(lambda: family_of_folder(Folder(tmp_path, "x").index, "x"), word)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +262,8 @@ def test_a_pipeline_of_another_kind_is_refused(index, word, tmp_path):
     ],
 )
 def test_supported_pipelines(pipeline, kind):
-    assert kind_of({"_class_name": pipeline, "safety_checker": ["a", "B"]}, "x") == kind
+    index = {"_class_name": pipeline, "safety_checker": ["a", "B"]}
+    assert family_of_folder(index, "x").kind == kind
 
 
 def test_a_folder_without_an_index_is_refused(tmp_path):
@@ -302,6 +304,7 @@ def test_a_small_model_may_lie_in_the_root(tmp_path):
         (folder / "unet" / name).rename(folder / name)
     (folder / "scheduler/scheduler_config.json").rename(folder / "scheduler_config.json")
     found = Folder(folder, "x")
+    found.flat = family_of_folder(found.index, "x").flat
     assert found.part_json("unet", "config.json")["sample_size"] == 8
     assert found.part_headers("unet")[0].tensors
 

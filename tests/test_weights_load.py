@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from safelight.errors import SafelightError
+from safelight.families import sd
 from safelight.nets.clip import CLIPTextModel
 from safelight.nets.unet import UNet2DConditionModel
 from safelight.nets.unet2d import UNet2DModel
-from safelight.weights import families, inspect, load_model
-from safelight.weights.ldm import open_clip_names, unet_names, vae_names
+from safelight.weights import inspect, load_model
 from safelight.weights.load import pick_device, pick_dtype
+from safelight.weights.names import open_clip_names, unet_names, vae_names
 from weights_tiny import (
     FAMILY,
     change,
@@ -53,7 +54,7 @@ def unet_file(folder):
 def test_a_folder_loads(folder):
     write(folder / "safelight.json", {"words": ["apple", "red"], "made_by": "us"})
     model = load_model(str(folder), device="cpu", dtype="float32")
-    assert (model.name, model.kind, model.family) == ("tiny", "text", "custom")
+    assert (model.name, model.kind, model.family.name) == ("tiny", "text", "custom")
     assert model.native_size == (16, 16)
     assert model.words == {"apple", "red"}
     assert model.notes == {"made_by": "us"}
@@ -80,7 +81,7 @@ def test_a_folder_loads(folder):
 
 def test_a_model_of_pixels_loads(tmp_path):
     model = load_model(str(pixel_folder(tmp_path / "p")), device="cpu")
-    assert (model.kind, model.family, model.native_size) == ("pixels", "pixels", (8, 8))
+    assert (model.kind, model.family.name, model.native_size) == ("pixels", "pixels", (8, 8))
     assert isinstance(model.unet, UNet2DModel)
     assert (model.tokenizer, model.text_encoder, model.vae) == (None, None, None)
 
@@ -398,13 +399,13 @@ IGNORED = {
 
 @pytest.fixture
 def tiny_family(monkeypatch):
-    monkeypatch.setattr(families, "FAMILIES", (FAMILY,))
+    monkeypatch.setattr(sd, "VARIANTS", (FAMILY,))
 
 
 def test_a_single_file_loads(tiny_family, tmp_path):
     file = single_file(tmp_path / "model.safetensors", FAMILY, extra=IGNORED)
     model = load_model(str(file), device="cpu", dtype="float32")
-    assert (model.name, model.family, model.native_size) == ("model", "tiny", (16, 16))
+    assert (model.name, model.family.name, model.native_size) == ("model", "tiny", (16, 16))
     for part in ("unet", "vae", "text_encoder"):
         state = getattr(model, part).state_dict()
         wanted = part_weights(part, FAMILY.configs[part])
@@ -474,5 +475,5 @@ def test_other_files_are_told_what_they_are(keys, word, tmp_path):
 def test_a_unet_of_another_shape_is_refused(tmp_path, monkeypatch):
     family = replace(FAMILY, in_channels=5)
     file = single_file(tmp_path / "x.safetensors", family)
-    monkeypatch.setattr(families, "FAMILIES", (FAMILY,))
+    monkeypatch.setattr(sd, "VARIANTS", (FAMILY,))
     refused(lambda: inspect(str(file)), "5 input channels")

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
 from safelight.errors import SafelightError
-from safelight.weights import tokenizer as module
+from safelight.prompt import tokenizer as module
+from safelight.prompt.tokenizer import Tokenizer, clip_tokenizer, folder_tokenizer
 from safelight.weights.folder import Folder
-from safelight.weights.tokenizer import Tokenizer, clip_tokenizer, folder_tokenizer
 from weights_tiny import BOS, EOS, MERGES, change, letters, text_folder, write
 
 PROMPTS = [

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from safelight.families.sd import StableDiffusion
 from safelight.nets.clip import CLIPTextConfig, CLIPTextModel
 from safelight.nets.unet import UNet2DConditionModel, UNetConfig
 from safelight.nets.unet2d import UNet2DConfig, UNet2DModel
 from safelight.nets.vae import AutoencoderKL, VAEConfig
-from safelight.weights.families import Family
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 UNET = {
@@ -49,7 +49,7 @@ PIXELS = {
     "norm_num_groups": 8,
 }
 SCHEDULER = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear"}
-FAMILY = Family(
+FAMILY = StableDiffusion(
     "tiny",
     width=32,
     context=24,
@@ -60,7 +60,7 @@ FAMILY = Family(
     unet=UNET,
     vae=VAE,
     text_encoder={**TEXT, "vocab_size": 49408},
-    scheduler=SCHEDULER,
+    scheduler_config=SCHEDULER,
 )
 NETS = {
     "unet": (UNetConfig, UNet2DConditionModel, UNET, "diffusion_pytorch_model"),

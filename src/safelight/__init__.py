@@ -18,7 +18,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from safelight.errors import SafelightError
     from safelight.model import Model
-    from safelight.request import Request, Result
+    from safelight.request import Request
+    from safelight.result import Result
     from safelight.weights import load_model as load
 
 __all__ = ["Model", "Request", "Result", "SafelightError", "__version__", "load"]
@@ -26,7 +27,7 @@ __all__ = ["Model", "Request", "Result", "SafelightError", "__version__", "load"
 _HOMES = {
     "Model": ("safelight.model", "Model"),
     "Request": ("safelight.request", "Request"),
-    "Result": ("safelight.request", "Result"),
+    "Result": ("safelight.result", "Result"),
     "SafelightError": ("safelight.errors", "SafelightError"),
     "load": ("safelight.weights", "load_model"),
 }

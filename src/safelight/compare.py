@@ -18,28 +18,21 @@ from PIL import Image, ImageDraw, ImageFont
 from safelight.errors import SafelightError
 from safelight.picture import save_png
 from safelight.recipe import png_texts
-from safelight.request import Request, Result
+from safelight.request import Request
+from safelight.result import Result
+from safelight.settings import Setting, settings_of
 
 if TYPE_CHECKING:
     from safelight.model import Model
 
-MOST_CELLS = 100
+MAX_CELLS = 100
 
-SETTINGS: dict[str, Callable[[str], Any]] = {
-    "prompt": str,
-    "negative_prompt": str,
-    "sampler": str,
-    "steps": int,
-    "guidance_scale": float,
-    "seed": int,
-    "schedule": str,
-    "spacing": str,
-    "strength": float,
-    "eta": float,
-    "width": int,
-    "height": int,
+SETTINGS = {
+    name: setting
+    for name, setting in settings_of(Request).items()
+    if setting.kind not in (None, bool) and name != "count"
 }
-"""The settings of a Request that an axis can be, and what its values are made of."""
+"""The settings that an axis can be: all but pictures, switches and the count."""
 
 TEXTS = ("prompt", "negative_prompt")
 
@@ -47,7 +40,7 @@ PAPER, INK, MUTED, FRAME = "#fbfaf8", "#211e1b", "#7d756c", "#d9d3ca"
 SMALLEST_CELL = 192
 """Pixels: smaller pictures are enlarged, each pixel whole, until their labels can be read."""
 
-MOST_PIXELS = 32_000_000
+MAX_PIXELS = 32_000_000
 """Of all cells together; larger ones are shrunk."""
 
 
@@ -78,7 +71,7 @@ class Axis:
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(SETTINGS)}"
             raise SafelightError(f"{name!r:.40} cannot be an axis; {hint}")
         parts = values.split("|" if name in TEXTS else ",")
-        return cls(name, tuple(_value(name, part.strip()) for part in parts))
+        return cls(name, tuple(_value(SETTINGS[name], part.strip()) for part in parts))
 
     @property
     def title(self) -> str:
@@ -90,13 +83,8 @@ class Axis:
         return [_shown(value) for value in self.values]
 
 
-def _value(name: str, text: str) -> Any:
-    if text == "none" and Request.model_fields[name].default is None:
-        return None
-    try:
-        return SETTINGS[name](text)
-    except ValueError:
-        return text  # Request says what would be right
+def _value(setting: Setting, text: str) -> Any:
+    return None if text == "none" and setting.optional else setting.parse(text)
 
 
 def _shown(value: object) -> str:
@@ -116,8 +104,8 @@ def requests(base: Request, x: Axis, y: Axis | None = None) -> list[list[Request
     if base.count != 1:
         raise SafelightError(f"count must be 1 in a grid, not {base.count}: a cell is one picture")
     cells = len(x.values) * (1 if y is None else len(y.values))
-    if cells > MOST_CELLS:
-        raise SafelightError(f"a grid must have at most {MOST_CELLS} cells, not {cells}")
+    if cells > MAX_CELLS:
+        raise SafelightError(f"a grid must have at most {MAX_CELLS} cells, not {cells}")
     rows = [{}] if y is None else [{y.name: value} for value in y.values]
     return [[base.replace(**row, **{x.name: value}) for value in x.values] for row in rows]
 
@@ -186,15 +174,15 @@ def grid(
     each step of each cell with the steps taken and those of all cells. Raises SafelightError
     before the first step if any cell cannot be, later if one turns to NaN.
     """
-    from safelight.batch import Engine
+    from safelight.engine import Engine
 
     asked = requests(base, x, y)
-    engine = Engine(model)
+    engine = Engine(model, exact=False)
     results = [
         [engine.add(request, (column, row)) for column, request in enumerate(cells)]
         for row, cells in enumerate(asked)
     ]
-    taken, steps = 0, sum(len(ticket.job.table.rows) for ticket in engine.tickets)
+    taken, steps = 0, sum(ticket.steps for ticket in engine.tickets)
     while engine.busy:
         stepped, finished = engine.step()
         for _ in stepped:
@@ -231,7 +219,7 @@ def sheet(
     width, height = (max(picture.size[i] for row in pictures for picture in row) for i in (0, 1))
     count = len(pictures) * len(pictures[0])
     scale: float = max(1, -(-SMALLEST_CELL // min(width, height)))
-    scale = min(scale, (MOST_PIXELS / (count * width * height)) ** 0.5)
+    scale = min(scale, (MAX_PIXELS / (count * width * height)) ** 0.5)
     width, height = round(width * scale), round(height * scale)
     size = max(15, width // 16)
     heading, text, small = (_Text(size * n // 20) for n in (25, 20, 16))

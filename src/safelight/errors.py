@@ -1,9 +1,34 @@
 """The one error that users are meant to read."""
 
+from typing import Self
+
 
 class SafelightError(ValueError):
     """A setting, file or device is not usable.
 
-    The message is one line: what is wrong and what would be right. The command line prints it
-    and exits with 2; anything else that is raised is a fault of ours and keeps its traceback.
+    The message is one line for a person: what is wrong and what would be right. The command line
+    prints it and exits with 2. Any other exception is a fault of ours and keeps its traceback.
+
+    code: for programs; "invalid", or a narrower word that the raising module documents, as
+      "unknown_setting", "not_finite" or "queue_full".
+    field: the setting at fault by its name in `Request`, None if it is none of them.
     """
+
+    def __init__(self, message: str, *, code: str = "invalid", field: str | None = None) -> None:
+        super().__init__(message)
+        self.code, self.field = code, field
+
+    def renamed(self, field: str) -> Self:
+        """Return the same error with its setting under another interface's name.
+
+        A message about a setting begins with the setting's name, which is replaced as well.
+        """
+        own = self.field or ""
+        error = SafelightError.__new__(type(self))
+        SafelightError.__init__(
+            error,
+            f"{field}{str(self)[len(own) :]}" if own and str(self).startswith(own) else str(self),
+            code=self.code,
+            field=field,
+        )
+        return error

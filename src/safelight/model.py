@@ -4,33 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
+from safelight.defaults import model_defaults
 from safelight.errors import SafelightError
-from safelight.nets.clip import CLIPTextModel
-from safelight.nets.unet import UNet2DConditionModel
-from safelight.nets.unet2d import UNet2DModel
-from safelight.nets.vae import AutoencoderKL
-from safelight.schedule import SchedulerConfig
-from safelight.weights.tokenizer import Tokenizer
+from safelight.families import Family
+from safelight.sampling import SchedulerConfig
 
 if TYPE_CHECKING:
     from safelight.engine import Run, Step
-    from safelight.request import Request, Result
+    from safelight.request import GenerateSettings, Request
+    from safelight.result import Result
 
 
-@dataclass
+@dataclass(repr=False)
 class Model:
-    """A model that is ready to draw, as `safelight.weights.load.load_model` returns it.
+    """A model that is ready to draw, as `safelight.load` returns it.
 
     name, path: as it was asked for, and where it was found.
     sha256: of a single file, its own; of a folder, of the names and digests of all its files.
-    kind: "text" draws what a prompt says, and has tokenizer, text_encoder and vae; "pixels" has
-      a UNet2DModel alone.
-    family: "sd1", "sd1-inpainting", "sd2", "sd2-inpainting", "custom" or "pixels".
-    words: those the model was taught, None if it does not say.
+    family: what it is and how it draws; its name is "sd1", "sd1-inpainting", "sd2",
+      "sd2-inpainting", "pixels", or "custom" for other shapes of Stable Diffusion.
+    parts: its networks and tokenizers by the names of their folders.
+    words: those it was trained on, None if it does not say.
     notes: what else stands in the folder's safelight.json.
     native_size: width and height, in pixels, of the pictures it was trained on.
     warnings: what the user should know about how it was loaded.
@@ -39,12 +37,8 @@ class Model:
     name: str
     path: str
     sha256: str
-    kind: str
-    family: str
-    tokenizer: Tokenizer | None
-    text_encoder: CLIPTextModel | None
-    unet: UNet2DConditionModel | UNet2DModel
-    vae: AutoencoderKL | None
+    family: Family
+    parts: dict[str, Any]
     scheduler: SchedulerConfig
     words: frozenset[str] | None
     native_size: tuple[int, int]
@@ -53,16 +47,68 @@ class Model:
     notes: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        width, height = self.native_size
+        return (
+            f"<safelight.Model {self.name}: {self.family}, {width}x{height}, "
+            f"{self.precision} on {self.device}>"
+        )
+
+    @property
+    def kind(self) -> str:
+        """ "text" draws what a prompt says, "pixels" from noise alone."""
+        return self.family.kind
+
+    @property
+    def uses_prompt(self) -> bool:
+        """Whether it draws what a prompt says."""
+        return self.family.uses_prompt
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Settings that it draws best with, where a request asks for nothing."""
+        return {**self.family.defaults, **model_defaults(self.notes)}
+
+    @property
+    def precision(self) -> str:
+        """The name of its dtype: "float32", "bfloat16" or "float16"."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def network(self) -> Any:
+        """The network that denoises."""
+        return self.parts[self.family.network]
+
+    @property
+    def unet(self) -> Any:
+        return self.parts.get("unet")
+
+    @property
+    def vae(self) -> Any:
+        """The autoencoder, None if the model draws pixels."""
+        return self.parts.get("vae")
+
+    @property
+    def text_encoder(self) -> Any:
+        """The text encoder, None if the model reads no text."""
+        return self.parts.get("text_encoder")
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, None if the model reads no text."""
+        return self.parts.get("tokenizer")
+
     def generate(
         self,
         prompt: Request | str = "",
         *,
         on_step: Callable[[Step], object] | None = None,
-        **settings: Any,
+        **settings: Unpack[GenerateSettings],
     ) -> Result:
-        """The pictures of a request, or of a prompt and the settings that a Request takes.
+        """Return the pictures of a request, or of a prompt and the settings of a Request.
 
-        on_step is called after every step. Raises SafelightError for settings that cannot be.
+        on_step is called after every step. Raises SafelightError for settings that the model
+        cannot draw with.
         """
         run = self.stream(prompt, **settings)
         for step in run:
@@ -70,8 +116,8 @@ class Model:
                 on_step(step)
         return run.result
 
-    def stream(self, prompt: Request | str = "", **settings: Any) -> Run:
-        """As `generate`, to iterate over:
+    def stream(self, prompt: Request | str = "", **settings: Unpack[GenerateSettings]) -> Run:
+        """Return the same as `generate`, to iterate over:
 
         run = model.stream("a red apple", seed=7)
         for step in run:

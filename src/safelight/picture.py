@@ -1,7 +1,7 @@
-"""Pictures in and out: files to PIL and back, tensors to PIL and back.
+"""Read, convert and write pictures: files to PIL and back, tensors to PIL and back.
 
-Files come from strangers. Only PNG, JPEG and WebP are opened, told apart by their bytes, and
-nothing is decoded before its size is known to be reasonable.
+Files come from strangers. Only PNG, JPEG and WebP are opened, recognised by their bytes. The size
+is checked before anything is decoded.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from PIL import Image, ImageChops, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, ImageChops, ImageOps, PngImagePlugin
 
 from safelight.errors import SafelightError
 
@@ -24,20 +24,26 @@ if TYPE_CHECKING:
     import torch
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-MOST_PIXELS = 64_000_000
-MOST_BYTES = 256 * 2**20
-LEAST_SIDE = 8
+SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+"""The formats that pictures are written in, by the end of a file's name."""
+
+MAX_PIXELS = 64_000_000
+MAX_BYTES = 256 * 2**20
+MIN_SIDE = 8
+MAX_COMMENT = 65_000
+"""Bytes of text in a JPEG, which holds EXIF in one segment of 64 KiB, other tags included."""
 
 
 # --- reading -------------------------------------------------------------------------------------
 
 
 def open_picture(source: str | Path | bytes, what: str = "picture") -> Image.Image:
-    """Reads a PNG, JPEG or WebP from a file or from bytes; the first frame if it moves.
+    """Return a PNG, JPEG or WebP from a file or from bytes; the first frame of an animation.
 
-    Returns RGB, upright as its EXIF says, transparency laid on white, 16 bits cut to 8; colours
-    are taken as sRGB. Raises SafelightError for anything else, a broken or cut-off file, and a
-    picture of more than 64 million pixels (before it is decoded) or with a side under 8.
+    The picture is RGB, upright as its EXIF says, transparency laid on white, 16 bits cut to 8;
+    colours are taken as sRGB. Raises SafelightError for anything else, for a broken or cut-off
+    file, and for a picture of more than 64 million pixels (before it is decoded) or with a side
+    under 8.
     """
     name = name_of(source, what)
     with opened(source, name) as image:
@@ -52,12 +58,12 @@ def open_picture(source: str | Path | bytes, what: str = "picture") -> Image.Ima
 
 
 def open_mask(source: str | Path | bytes, what: str = "mask") -> Image.Image:
-    """Reads a mask like `open_picture`; returns mode L, 255 where to repaint and 0 elsewhere."""
+    """Return a mask, read like `open_picture`: mode L, 255 where to repaint and 0 elsewhere."""
     return as_mask(open_picture(source, what))
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """A new RGB picture of the same size: transparency on white, 16 bits cut to 8, no metadata."""
+    """Return a new RGB picture: transparency on white, 16 bits cut to 8, no metadata."""
     if image.mode.startswith("I"):
         image = Image.fromarray(_high_byte(image))
     if image.has_transparency_data:
@@ -70,25 +76,25 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def as_mask(image: Image.Image) -> Image.Image:
-    """A new mode L picture of 0 and 255 alone: 255 where image is half white or more."""
+    """Return a new mode L picture of 0 and 255 alone: 255 where image is half white or more."""
     return as_rgb(image).convert("L").point([0] * 128 + [255] * 128)
 
 
 def picture_sha256(image: Image.Image) -> str:
-    """SHA-256 of what is seen: mode, width, height and the bytes of the pixels."""
+    """Return the SHA-256 of mode, width, height and the bytes of the pixels."""
     head = f"{image.mode} {image.width}x{image.height}\n".encode()
     return hashlib.sha256(head + image.tobytes()).hexdigest()
 
 
 def _high_byte(image: Image.Image) -> Any:
-    """Pillow has no rule for 16-bit gray; its 16-bit colour keeps the high byte, so this does."""
+    """Return the high byte of 16-bit gray, as Pillow does for 16-bit colour."""
     import numpy as np
 
     return (np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)
 
 
 def opened(source: str | Path | bytes, name: str) -> Image.Image:
-    """The picture with its header read and its size checked, not yet decoded."""
+    """Return the picture with its header read and its size checked, not yet decoded."""
     if not isinstance(source, bytes):
         source = _read(Path(source), name)
     try:
@@ -104,14 +110,14 @@ def opened(source: str | Path | bytes, name: str) -> Image.Image:
         raise SafelightError(f"{name} must be a PNG, JPEG or WebP picture; it is not") from None
     except Exception as error:  # decoders of broken files raise anything
         raise SafelightError(f"{name} has a damaged header ({reason(error)})") from None
-    if image.width * image.height > MOST_PIXELS:
+    if image.width * image.height > MAX_PIXELS:
         raise SafelightError(
             f"{name} must have at most 64 million pixels, not {image.width}x{image.height}: "
             "make it smaller"
         )
-    if min(image.size) < LEAST_SIDE:
+    if min(image.size) < MIN_SIDE:
         raise SafelightError(
-            f"{name} must be at least {LEAST_SIDE}x{LEAST_SIDE} pixels, "
+            f"{name} must be at least {MIN_SIDE}x{MIN_SIDE} pixels, "
             f"not {image.width}x{image.height}"
         )
     return image
@@ -124,10 +130,10 @@ def _read(path: Path, name: str) -> bytes:
             raise SafelightError(f"{name} is a folder: give the picture's file")
         if not stat.S_ISREG(status.st_mode):
             raise SafelightError(f"{name} must be an ordinary file")
-        if status.st_size > MOST_BYTES:
-            raise SafelightError(f"{name} must have at most {MOST_BYTES >> 20} MiB")
+        if status.st_size > MAX_BYTES:
+            raise SafelightError(f"{name} must have at most {MAX_BYTES >> 20} MiB")
         with path.open("rb") as file:
-            return file.read(MOST_BYTES)
+            return file.read(MAX_BYTES)
     except (OSError, ValueError) as error:
         if isinstance(error, SafelightError):
             raise
@@ -154,7 +160,7 @@ def reason(error: Exception) -> str:
 
 
 def to_tensor(image: Image.Image) -> "torch.Tensor":
-    """float32 of shape [1, C, H, W] in -1…1; C is 3, or 1 for a gray picture."""
+    """Return a picture as float32 [1, C, H, W] in -1…1; C is 3, or 1 for a gray picture."""
     import numpy as np
     import torch
 
@@ -164,7 +170,7 @@ def to_tensor(image: Image.Image) -> "torch.Tensor":
 
 
 def from_tensor(tensor: "torch.Tensor") -> Image.Image:
-    """The picture of a tensor [1, C, H, W] or [C, H, W] in -1…1; C is 3 (RGB) or 1 (L).
+    """Return the picture of a tensor [1, C, H, W] or [C, H, W] in -1…1; C is 3 (RGB) or 1 (L).
 
     Values outside are clipped and the rest rounded half to even, as diffusers does. Raises
     SafelightError if a value is NaN or infinite: that is never shown as a black picture.
@@ -176,7 +182,8 @@ def from_tensor(tensor: "torch.Tensor") -> Image.Image:
     if not torch.isfinite(values).all():
         raise SafelightError(
             "the picture has values that are no numbers (NaN): try dtype float32, "
-            "or a lower guidance_scale"
+            "or a lower guidance_scale",
+            code="not_finite",
         )
     pixels = ((values / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     pixels = pixels.permute(1, 2, 0).numpy()
@@ -184,12 +191,12 @@ def from_tensor(tensor: "torch.Tensor") -> Image.Image:
 
 
 def lay_back(original: Image.Image, painted: Image.Image, mask: Image.Image) -> Image.Image:
-    """painted where mask is 255 and original, to the byte, where it is 0; all of one size."""
+    """Return painted where mask is 255, and original where it is 0; all have one size."""
     return Image.composite(painted, original, mask)
 
 
 def largest_difference(one: Image.Image, other: Image.Image) -> int:
-    """The most that any channel of any pixel differs, 0 to 255; the sizes must be equal."""
+    """Return the largest difference of any channel of any pixel, 0 to 255. Sizes must be equal."""
     if one.size != other.size:
         raise SafelightError(
             f"the pictures have different sizes: {one.width}x{one.height} "
@@ -202,21 +209,28 @@ def largest_difference(one: Image.Image, other: Image.Image) -> int:
 
 
 def output_paths(out: str | Path, seeds: Sequence[int], *, overwrite: bool = False) -> list[Path]:
-    """Where the pictures of these seeds go.
+    """Return where the pictures of these seeds go.
 
-    out: `name.png`, which for several pictures becomes name-1.png, name-2.png…; or a folder (one
-    that exists, or a name without a suffix), for safelight-<seed>.png. A name that Safelight
-    chooses itself gets the next free number rather than meet a file that exists.
+    out: a name that ends in .png, .jpg, .jpeg or .webp, or a folder (one that exists, or a name
+    without such an end), for safelight-<seed>.png. Several pictures become name-1.png,
+    name-2.png…; `{seed}` in the name is replaced by each picture's seed instead. A name that
+    Safelight chooses itself gets the next free number rather than meet a file that exists.
     """
     path = Path(out)
     # Path.is_dir raises for a name that is too long.
     folder = os.path.isdir(path)  # noqa: PTH112
-    if path.suffix.lower() == ".png" and not folder:
+    if path.suffix.lower() in SUFFIXES and not folder:
+        if "{seed}" in path.name:
+            return [path.with_name(path.name.replace("{seed}", str(seed))) for seed in seeds]
         if len(seeds) == 1:
             return [path]
         return [path.with_stem(f"{path.stem}-{i + 1}") for i in range(len(seeds))]
-    if (path.suffix or path.name.lower() == ".png") and not folder:
-        raise SafelightError(f"out must be name.png or a folder, not {_short(out)}")
+    if (path.suffix or path.name.lower() in SUFFIXES or "{" in path.name or str(out) == "-") and (
+        not folder
+    ):
+        raise SafelightError(
+            f"out must be a folder or a name that ends in {', '.join(SUFFIXES)}, not {_short(out)}"
+        )
     paths = [path / f"safelight-{seed}.png" for seed in seeds]
     return paths if overwrite else [_free(path) for path in paths]
 
@@ -229,10 +243,10 @@ def _free(path: Path) -> Path:
 
 
 def check_writable(path: str | Path, *, overwrite: bool = False, need: int = 2**20) -> None:
-    """Raises SafelightError if a file of `need` bytes could not be written at path.
+    """Raise SafelightError if a file of `need` bytes could not be written at path.
 
-    To be called before the work that makes it. Leaves no trace; folders that are missing are
-    made by `save_png` alone.
+    Call it before the work that makes the file. It leaves no trace: missing folders are made by
+    `save_whole` alone.
     """
     path = Path(path)
     try:
@@ -264,24 +278,54 @@ def check_writable(path: str | Path, *, overwrite: bool = False, need: int = 2**
         )
 
 
+def encode(
+    image: Image.Image, form: str, texts: Mapping[str, str], *, quality: int | None = None
+) -> bytes:
+    """Return a picture as a file; the same input gives the same bytes.
+
+    form: "PNG", "JPEG" or "WEBP". A PNG holds all texts. The others hold the text `parameters`
+    alone, as the EXIF comment, and none that is too long for it. quality: of JPEG and WebP, 0 to
+    100; None is 95 for JPEG and 90 for WebP.
+    """
+    buffer = io.BytesIO()
+    if form == "PNG":
+        chunks = PngImagePlugin.PngInfo()
+        for key, text in texts.items():
+            chunks.add_text(key, text)  # tEXt if it is Latin-1, else iTXt, which is UTF-8
+        image.save(buffer, "PNG", pnginfo=chunks, compress_level=6)
+        return buffer.getvalue()
+    exif = Image.Exif()
+    comment = b"UNICODE\0" + texts.get("parameters", "").encode("utf-16-be")
+    if "parameters" in texts and len(comment) <= MAX_COMMENT:
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+    usual = {"JPEG": 95, "WEBP": 90}
+    image.save(buffer, form, quality=usual[form] if quality is None else quality, exif=exif)
+    return buffer.getvalue()
+
+
+def save_picture(
+    image: Image.Image, path: str | Path, texts: Mapping[str, str], *, overwrite: bool = False
+) -> None:
+    """Write a picture and its texts in the format of the name's end (`SUFFIXES`).
+
+    Raises as `save_whole`.
+    """
+    data = encode(image, SUFFIXES[Path(path).suffix.lower()], texts)
+    save_whole(path, lambda file: file.write(data), overwrite=overwrite)
+
+
 def save_png(
     image: Image.Image, path: str | Path, texts: Mapping[str, str], *, overwrite: bool = False
 ) -> None:
-    """Writes picture and texts as a PNG; the same input, the same bytes. As `save_whole`."""
-    chunks = PngImagePlugin.PngInfo()
-    for key, text in texts.items():
-        chunks.add_text(key, text)  # tEXt if it is Latin-1, else iTXt, which is UTF-8
-
-    def write(file: BinaryIO) -> None:
-        image.save(file, "PNG", pnginfo=chunks, compress_level=6)
-
-    save_whole(path, write, overwrite=overwrite)
+    """Write a picture and its texts as a PNG. Raises as `save_whole`."""
+    data = encode(image, "PNG", texts)
+    save_whole(path, lambda file: file.write(data), overwrite=overwrite)
 
 
 def save_whole(
     path: str | Path, write: Callable[[BinaryIO], object], *, overwrite: bool = False
 ) -> None:
-    """Writes a file, whole or not at all; `write` is given it, opened.
+    """Write a file, whole or not at all. `write` is called with the opened file.
 
     The file gets its name only when all of it is on the disk. Raises SafelightError if path
     exists and overwrite is false, even if it came to exist a moment ago, or cannot be written.

@@ -1,23 +1,25 @@
-"""The recipe of a picture: all it takes to make it again, inside its PNG.
+"""Recipes: the settings that make a picture again, stored inside its PNG.
 
-It is there twice: as JSON of our own in the text `safelight`, which is exact, and in the text
-`parameters` the way AUTOMATIC1111's web UI writes it, which other programs read.
+A PNG holds two of them: exact JSON of our own in the text `safelight`, and AUTOMATIC1111's text
+`parameters`, which other programs read.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-from PIL import PngImagePlugin
+from PIL import Image, PngImagePlugin
 
 from safelight.errors import SafelightError
 from safelight.picture import name_of, opened, reason
+from safelight.request import Request
+from safelight.settings import settings_of
 
-LONGEST_RECIPE = 256 * 1024
+MAX_RECIPE = 256 * 1024
 
 
 def png_texts(recipe: dict[str, Any]) -> dict[str, str]:
-    """The PNG texts, by keyword, for a recipe as `Result.recipe` makes it."""
+    """Return the PNG texts, by keyword, of a recipe (`Result.recipe`)."""
     return {
         "parameters": recipe_text(recipe),
         "safelight": json.dumps(recipe, ensure_ascii=False),
@@ -25,14 +27,21 @@ def png_texts(recipe: dict[str, Any]) -> dict[str, str]:
 
 
 def recipe_text(recipe: dict[str, Any]) -> str:
-    """The recipe (`Result.recipe`) in the PNG text `parameters`, as AUTOMATIC1111's web UI has it.
+    """Return a recipe (`Result.recipe`) in AUTOMATIC1111's text `parameters`.
 
-    The prompt, a line with the negative prompt if there is one, and a line of `Key: value` pairs.
+    It has the prompt, a line with the negative prompt if there is one, and a line of
+    `Key: value` pairs. Settings other than steps, scale and seed stand there where they differ
+    from their defaults.
     """
-    from safelight.samplers import SAMPLERS
+    from safelight.sampling import SAMPLERS
 
     settings, model = recipe["settings"], recipe["model"]
     sampler = settings["sampler"]
+    told = {
+        s.about.infotext: settings.get(s.name)
+        for s in settings_of(Request).values()
+        if s.about.infotext and settings.get(s.name) != (s.default if s.kind else None)
+    }
     pairs = {
         "Steps": settings["steps"],
         "Sampler": SAMPLERS[sampler].a1111 or sampler,
@@ -42,10 +51,12 @@ def recipe_text(recipe: dict[str, Any]) -> str:
         "Size": "{}x{}".format(*recipe["size"]),
         "Model hash": model["sha256"][:10],
         "Model": model["name"],
-        "Denoising strength": settings["strength"],
-        "Eta": settings["eta"] or None,
-        "Version": f"Safelight {recipe['safelight']}",
     }
+    pairs |= {name: value for name, value in told.items() if name not in pairs}
+    if "enlarged" in recipe:
+        pairs["Hires resize"] = "{}x{}".format(*recipe["enlarged"])
+        pairs["Hires upscaler"] = "Lanczos"
+    pairs["Version"] = f"Safelight {recipe['safelight']}"
     lines = [settings["prompt"]]
     if settings["negative_prompt"]:
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
@@ -57,13 +68,22 @@ def recipe_text(recipe: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def enlarge(
+    image: Image.Image, recipe: dict[str, Any], size: tuple[int, int]
+) -> tuple[Image.Image, dict[str, Any]]:
+    """Return a picture at another size, by Lanczos, and its recipe with that size noted."""
+    if image.size == size:
+        return image, recipe
+    return image.resize(size, Image.Resampling.LANCZOS), {**recipe, "enlarged": list(size)}
+
+
 def _quoted(value: object) -> str:
     text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
     return json.dumps(text, ensure_ascii=False) if any(c in text for c in ',:\n"') else text
 
 
 def parse_recipe_text(text: str) -> dict[str, Any]:
-    """The parts of a `parameters` text: prompt, negative_prompt, and the pairs as strings.
+    """Return the parts of a `parameters` text: prompt, negative_prompt, and the pairs as strings.
 
     Takes time linear in the text, whatever it holds. Raises SafelightError if there is no line
     of pairs at its end.
@@ -90,7 +110,7 @@ def parse_recipe_text(text: str) -> dict[str, Any]:
 
 
 def read_recipe(source: str | Path | bytes) -> dict[str, Any]:
-    """The recipe inside a PNG: ours as `Result.recipe` made it, else what the web UI's text says.
+    """Return the recipe inside a PNG: ours (`Result.recipe`), else that of the web UI's text.
 
     The second kind is what `parse_recipe_text` returns, and has no key `safelight`. Raises
     SafelightError if the file is no PNG, is broken, or carries neither.
@@ -104,8 +124,8 @@ def read_recipe(source: str | Path | bytes) -> dict[str, Any]:
         except Exception as error:  # decoders of broken files raise anything
             raise SafelightError(f"{name} is damaged or cut off ({reason(error)})") from None
     ours, theirs = texts.get("safelight"), texts.get("parameters")
-    if len(ours or theirs or "") > LONGEST_RECIPE:
-        raise SafelightError(f"{name} has a recipe of more than {LONGEST_RECIPE >> 10} KiB")
+    if len(ours or theirs or "") > MAX_RECIPE:
+        raise SafelightError(f"{name} has a recipe of more than {MAX_RECIPE >> 10} KiB")
     if ours is not None:
         return _parse_ours(ours, name)
     if theirs is None:

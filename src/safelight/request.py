@@ -1,22 +1,18 @@
-"""What a person asks for (Request) and what they get (Result).
+"""The settings of a picture, each described and checked in one place, without PyTorch.
 
-Every setting of a picture is checked here and nowhere else, before any work starts and without
-importing PyTorch. A setting that is not usable raises SafelightError with one line.
+The command line, the three APIs, the page's form, grids, recipes and docs/settings.md are derived
+from the fields of `Request` (see `safelight.settings`): a new setting is one new field here.
 """
 
-import difflib
 import json
-import numbers
 import secrets
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypedDict, Unpack
 
 from PIL.Image import Image
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -25,124 +21,201 @@ from pydantic import (
     model_validator,
 )
 
-from safelight import __version__
 from safelight.errors import SafelightError
-from safelight.picture import (
-    as_mask,
-    as_rgb,
-    check_writable,
-    output_paths,
-    picture_sha256,
-    save_png,
-)
-from safelight.recipe import png_texts
+from safelight.picture import as_mask, as_rgb, picture_sha256
+from safelight.settings import About, Number, Whole, document, settings_of, shown, unknown_setting
+from safelight.sizes import MAX_SIDE, MIN_SIDE, SIDE_STEP
 
-LAST_SEED = 2**63 - 1
-LONGEST_PROMPT = 16 * 1024
+MAX_SEED = 2**63 - 1
+MAX_PROMPT = 16 * 1024
 
 
 def draw_seed() -> int:
-    """A seed nobody chose: 32 random bits, few enough digits to read out to someone."""
+    """Return a random seed of 32 bits: few enough digits to read out to someone."""
     return secrets.randbelow(2**32)
 
 
-def allowed_side(pixels: float) -> int:
-    """The nearest side that a picture may have."""
-    return min(max(round(pixels / 8) * 8, 64), 2048)
+def _samplers() -> tuple[str, ...]:
+    from safelight.sampling import SAMPLERS
+
+    return tuple(SAMPLERS)
 
 
-def allowed_size(size: tuple[int, int]) -> tuple[int, int]:
-    """A size itself, or in its proportions the nearest that a picture may have."""
-    scale = max(min(1.0, 2048 / max(size)), 64 / min(size))
-    return allowed_side(size[0] * scale), allowed_side(size[1] * scale)
+Side = Annotated[Whole, Field(ge=MIN_SIDE, le=MAX_SIDE, multiple_of=SIDE_STEP)]
+Steps = Annotated[Whole, Field(ge=1, le=1000)]
+# Above 100 the two estimates are pulled so far apart that half precision overflows.
+Guidance = Annotated[Number, Field(ge=0, le=100)]
+Seed = Annotated[Whole, Field(ge=0, le=MAX_SEED)]
+Count = Annotated[Whole, Field(ge=1, le=64)]
+Strength = Annotated[Number, Field(gt=0, le=1)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+_OWN = "the model's own"
+_OWN_SIZE = "the model's own, or the picture's"
+Schedule = Literal["karras", "exponential", "beta"]
+Spacing = Literal["leading", "linspace", "trailing"]
 
 
-def _plain_number(value: object) -> object:
-    """numpy's scalars are numbers too; booleans are left for the strict check to refuse."""
-    if isinstance(value, bool | int | float):
-        return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real):
-        return float(value)
-    return value
+class GenerateSettings(TypedDict, total=False):
+    """The keywords of `Model.generate`, for editors and type checkers."""
+
+    negative_prompt: str
+    width: int | None
+    height: int | None
+    steps: int | None
+    guidance_scale: float
+    seed: int | None
+    count: int
+    sampler: str
+    schedule: Schedule | None
+    spacing: Spacing | None
+    strength: float | None
+    eta: float
+    image: Image | None
+    mask: Image | None
+    unconditional: bool
 
 
-Whole = Annotated[int, BeforeValidator(_plain_number)]
-Number = Annotated[float, BeforeValidator(_plain_number), Field(allow_inf_nan=False)]
-Side = Annotated[Whole, Field(ge=64, le=2048, multiple_of=8)]
+class RequestSettings(GenerateSettings, total=False):
+    """The keywords of `Request`."""
 
-_TEXT = "text of at most 16 KiB without NUL characters or lone surrogates"
-_SIDE = "a multiple of 8 from 64 to 2048 (left out: the model's own, or the picture's)"
+    prompt: str
 
 
-class Request(BaseModel):
-    """One wish, of one or more pictures. Frozen; every field is valid once it exists.
+class _Listed(type(BaseModel)):
+    """Lists what is Safelight's own in `dir` and `help`, which pydantic's methods would bury."""
 
-    The description of a field says what it accepts, and is the text of its error message too.
-    `Request(...)` and `Request.from_dict` raise SafelightError; `model_validate` raises
-    pydantic's own ValidationError, for frameworks that expect that.
+    def __dir__(cls) -> list[str]:
+        own = [base for base in cls.__mro__ if base.__module__.partition(".")[0] == "safelight"]
+        return sorted({name for base in own for name in vars(base) if not name.startswith("_")})
+
+
+class Request(BaseModel, metaclass=_Listed):
+    """Settings of one generation of `count` images. Frozen, and valid once it exists.
+
+    `Request(...)` and `Request.from_dict` raise SafelightError with the setting as its `field`;
+    `model_validate` raises pydantic's ValidationError.
     """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True
     )
 
-    prompt: str = Field("", description=_TEXT)
-    negative_prompt: str = Field("", description=_TEXT)
-    width: Side | None = Field(None, description=_SIDE)
-    height: Side | None = Field(None, description=_SIDE)
-    steps: Whole | None = Field(
-        None, ge=1, le=1000, description="a whole number from 1 to 1000 (left out: the sampler's)"
+    prompt: str = Field("", description="what to draw")
+    negative_prompt: Annotated[str, About(aliases=("--negative",))] = Field(
+        "", description="what to keep out of the picture"
     )
-    # Above 100 the two estimates are pulled so far apart that half precision overflows.
-    guidance_scale: Number = Field(
-        7.5,
-        ge=0,
-        le=100,
-        description="a number from 0 to 100 (1 is off, 7.5 usual, above 30 colours burn out)",
+    width: Annotated[Side | None, About(default=_OWN_SIZE, short="-W")] = Field(
+        None, description="width in pixels"
     )
-    seed: Whole = Field(
-        default_factory=draw_seed,
-        ge=0,
-        le=LAST_SEED,
-        description="a whole number from 0 to 2**63 - 1 (left out: drawn at random)",
+    height: Annotated[Side | None, About(default=_OWN_SIZE, short="-H")] = Field(
+        None, description="height in pixels"
     )
-    count: Whole = Field(1, ge=1, le=64, description="a whole number from 1 to 64")
-    sampler: str = Field("pndm", description="the name of a sampler")
-    schedule: Literal["karras", "exponential", "beta"] | None = Field(
-        None, description="karras, exponential or beta (left out: the model's own)"
+    steps: Annotated[
+        Steps | None,
+        About(
+            default="the sampler's",
+            aliases=("--num-inference-steps", "--num-steps"),
+            infotext="Steps",
+            slider=(1, 150, 1),
+        ),
+    ] = Field(None, description="number of denoising steps")
+    guidance_scale: Annotated[
+        Guidance,
+        About(
+            aliases=("--cfg-scale", "--cfg", "--scale", "--guidance"),
+            a1111="cfg_scale",
+            infotext="CFG scale",
+            slider=(0, 30, 0.5),
+        ),
+    ] = Field(7.5, description="how closely to follow the prompt; 1 turns guidance off")
+    seed: Annotated[
+        Seed,
+        About(
+            default="random",
+            accepts="a whole number from 0 to 2**63 - 1",
+            short="-s",
+            infotext="Seed",
+        ),
+    ] = Field(
+        default_factory=draw_seed, description="start of the random numbers; picture i has seed + i"
     )
-    spacing: Literal["leading", "linspace", "trailing"] | None = Field(
-        None, description="leading, linspace or trailing (left out: the model's own)"
+    count: Annotated[
+        Count,
+        About(
+            short="-n",
+            aliases=("--num-images", "--num-images-per-prompt", "--batch-size", "--n-iter"),
+            a1111="batch_size times n_iter",
+            slider=(1, 16, 1),
+        ),
+    ] = Field(1, description="number of pictures")
+    sampler: Annotated[
+        str,
+        About(
+            accepts="a name of `safelight samplers`, or a web UI's or diffusers' name for it",
+            aliases=("--sampler-name", "--sampling-method", "--scheduler"),
+            a1111="sampler_name",
+            choices=_samplers,
+        ),
+    ] = Field("pndm", description="method that removes the noise")
+    schedule: Annotated[
+        Schedule | None,
+        About(default=_OWN, aliases=("--schedule-type",), a1111="scheduler"),
+    ] = Field(None, description="noise levels of the steps")
+    spacing: Annotated[Spacing | None, About(default=_OWN, aliases=("--timestep-spacing",))] = (
+        Field(None, description="distribution of the timesteps")
     )
-    strength: Number | None = Field(
-        None, gt=0, le=1, description="a number above 0, up to 1 (1 keeps nothing of the picture)"
+    strength: Annotated[
+        Strength | None,
+        About(
+            default="0.8; 1 with a mask",
+            aliases=("--denoising-strength", "--denoise"),
+            a1111="denoising_strength",
+            infotext="Denoising strength",
+            slider=(0.05, 1, 0.05),
+        ),
+    ] = Field(None, description="how much of `image` to change; 1 keeps nothing")
+    eta: Annotated[Share, About(infotext="Eta", slider=(0, 1, 0.05))] = Field(
+        0.0, description="fresh noise at each step, in ddim and tcd"
     )
-    eta: Number = Field(0.0, ge=0, le=1, description="a number from 0 to 1")
-    image: Image | None = Field(
-        None,
-        exclude=True,
-        repr=False,
-        description="a PIL picture (safelight.picture.open_picture reads one from a file)",
+    image: Annotated[
+        Image | None,
+        About(
+            accepts="a PIL picture (safelight.picture.open_picture reads one from a file)",
+            aliases=("--init-image", "--init-img", "--input"),
+        ),
+    ] = Field(None, exclude=True, repr=False, description="picture to start from")
+    mask: Annotated[
+        Image | None,
+        About(
+            accepts="a PIL picture of the size of `image` (safelight.picture.open_mask)",
+            aliases=("--mask-image",),
+        ),
+    ] = Field(
+        None, exclude=True, repr=False, description="where to repaint `image`: white, black to keep"
     )
-    mask: Image | None = Field(
-        None,
-        exclude=True,
-        repr=False,
-        description="a PIL picture, white where to repaint (safelight.picture.open_mask)",
+    unconditional: bool = Field(
+        False, description="draw from noise alone, with a model that takes no prompt"
     )
-    unconditional: bool = Field(False, description="true or false")
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, **settings: Unpack[RequestSettings]) -> None:
         try:
             super().__init__(**settings)
         except ValidationError as error:
-            raise SafelightError(_explain(error)) from None
+            raise _explained(type(self), error) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_sampler_name(cls, given: Any) -> Any:
+        """Replace another program's name of a sampler, and the schedule that it includes."""
+        if isinstance(given, dict) and isinstance(given.get("sampler"), str):
+            from safelight.sampler_names import in_our_names
+
+            return in_our_names(given)
+        return given
 
     @field_validator("seed", mode="before")
     @classmethod
-    def _seed_for_none(cls, value: object) -> object:
+    def _draw_seed_for_none(cls, value: object) -> object:
         return draw_seed() if value is None else value
 
     @field_validator("prompt", "negative_prompt")
@@ -152,28 +225,32 @@ class Request(BaseModel):
             size = len(value.encode())
         except UnicodeEncodeError:
             raise ValueError("lone surrogate") from None
-        if size > LONGEST_PROMPT or "\0" in value:
+        if size > MAX_PROMPT or "\0" in value:
             raise ValueError("too long, or a NUL")
         return value
 
     @field_validator("sampler")
     @classmethod
     def _check_sampler(cls, value: str) -> str:
-        from safelight.samplers import find
+        from safelight.sampling import find
 
-        find(value)
+        try:
+            find(value)
+        except SafelightError as error:
+            raise SafelightError(str(error), code="unknown_sampler", field="sampler") from None
         return value
 
     @field_validator("image", "mask")
     @classmethod
-    def _own_picture(cls, value: Image | None, info: ValidationInfo) -> Image | None:
-        """A converted copy: what the caller does to theirs later is theirs."""
+    def _copy_picture(cls, value: Image | None, info: ValidationInfo) -> Image | None:
+        """Convert a copy: what the caller does to theirs later does not change the request."""
         if value is None:
             return None
+        name = info.field_name
         try:
-            return as_rgb(value) if info.field_name == "image" else as_mask(value)
+            return as_rgb(value) if name == "image" else as_mask(value)
         except (OSError, SyntaxError) as error:  # PIL decodes a file when it is first used
-            raise SafelightError(f"{info.field_name} cannot be decoded: {error}") from None
+            raise SafelightError(f"{name} cannot be decoded: {error}", field=name) from None
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -182,26 +259,32 @@ class Request(BaseModel):
                 if getattr(self, name):
                     raise SafelightError(
                         f"{name} cannot be used with unconditional: such a model draws from "
-                        f"noise alone; leave out one of the two"
+                        f"noise alone; leave out one of the two",
+                        field=name,
                     )
         if self.mask is not None:
             if self.image is None:
-                raise SafelightError("mask needs a picture to repaint: give image as well")
+                raise SafelightError(
+                    "mask needs a picture to repaint: give image as well", field="mask"
+                )
             if self.mask.size != self.image.size:
                 raise SafelightError(
-                    f"mask must have the picture's size, {_size(self.image)}, "
-                    f"not {_size(self.mask)}"
+                    "mask must have the picture's size, {}x{}, not {}x{}".format(
+                        *self.image.size, *self.mask.size
+                    ),
+                    field="mask",
                 )
-        if self.seed + self.count - 1 > LAST_SEED:
+        if self.seed + self.count - 1 > MAX_SEED:
             raise SafelightError(
                 f"seed must leave room for {self.count} pictures: "
-                f"at most {LAST_SEED - self.count + 1}, not {self.seed}"
+                f"at most {MAX_SEED - self.count + 1}, not {self.seed}",
+                field="seed",
             )
         return self
 
-    def idle(self) -> list[str]:
-        """Warnings about settings that were given and can change nothing."""
-        from safelight.samplers import SAMPLERS
+    def unused_settings(self) -> list[str]:
+        """Return warnings about settings that were given and change nothing."""
+        from safelight.sampling import SAMPLERS
 
         found: list[str] = []
         if self.negative_prompt and self.guidance_scale <= 1:
@@ -217,21 +300,25 @@ class Request(BaseModel):
             found.append("mask has no white: nothing of the picture is repainted")
         return found
 
+    def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
+        """Return the same request with these values where it asks for nothing.
+
+        defaults: valid settings, as `model_defaults` returns them.
+        """
+        return self.model_copy(
+            update={k: v for k, v in defaults.items() if k not in self.model_fields_set}
+        )
+
     def replace(self, **changes: Any) -> Self:
-        """The same request with these settings changed, checked anew. What it was not asked for
-        stays so, but for the seed.
+        """Return the same request with these settings changed, checked anew.
+
+        The seed stays; other settings that were left out stay left out.
         """
         asked = {name: getattr(self, name) for name in (*self.model_fields_set, "seed")}
         return type(self)(**{**asked, **changes})
 
-    def where_silent(self, settings: Mapping[str, Any]) -> Self:
-        """The same request with these settings, checked before, where it was asked for nothing."""
-        return self.model_copy(
-            update={k: v for k, v in settings.items() if k not in self.model_fields_set}
-        )
-
     def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON has them; a picture or mask is named by its SHA-256 alone."""
+        """Return the settings as JSON has them; a picture or mask by its SHA-256 alone."""
         settings = self.model_dump()
         for name, picture in (("image", self.image), ("mask", self.mask)):
             if picture is not None:
@@ -242,147 +329,67 @@ class Request(BaseModel):
     def from_dict(
         cls, settings: dict[str, Any], *, image: Image | None = None, mask: Image | None = None
     ) -> Self:
-        """The request that `to_dict` wrote; needs its picture and mask again, pixel for pixel."""
+        """Return the request that `to_dict` wrote, given its picture and mask pixel for pixel."""
         settings = {str(name): value for name, value in settings.items()}
         digests = {name: settings.pop(f"{name}_sha256", None) for name in ("image", "mask")}
         for name in digests.keys() & settings.keys():
-            raise SafelightError(f"{name} stands in a request as {name}_sha256 alone, its digest")
+            raise SafelightError(
+                f"{name} stands in a request as {name}_sha256 alone, its digest", field=name
+            )
         request = cls(**settings, image=image, mask=mask)
         for name, picture in (("image", request.image), ("mask", request.mask)):
             digest = digests[name]
             if digest is None and picture is not None:
-                raise SafelightError(f"{name} was not part of this request: leave it out")
-            if digest is not None and picture is None:
-                raise SafelightError(f"{name} is needed again: the one of SHA-256 {digest}")
-            if picture is not None and picture_sha256(picture) != digest:
-                raise SafelightError(
-                    f"{name} must be the one of SHA-256 {digest}, not {picture_sha256(picture)}"
-                )
+                problem = "was not part of this request: leave it out"
+            elif digest is not None and picture is None:
+                problem = f"is needed again: the one of SHA-256 {digest}"
+            elif picture is not None and picture_sha256(picture) != digest:
+                problem = f"must be the one of SHA-256 {digest}, not {picture_sha256(picture)}"
+            else:
+                continue
+            raise SafelightError(f"{name} {problem}", field=name)
         return request
 
     def to_json(self) -> str:
+        """Return `to_dict` as JSON."""
         return json.dumps(self.to_dict(), ensure_ascii=False)
 
     @classmethod
     def from_json(
         cls, text: str | bytes, *, image: Image | None = None, mask: Image | None = None
     ) -> Self:
+        """Return the request that `to_json` wrote; see `from_dict`."""
         try:
             settings = json.loads(text)
         except (ValueError, RecursionError):
             raise SafelightError("a request must be a JSON object; this is not JSON") from None
         if not isinstance(settings, dict):
-            raise SafelightError(f"a request must be a JSON object, not {_shown(settings)}")
+            raise SafelightError(f"a request must be a JSON object, not {shown(settings)}")
         return cls.from_dict(settings, image=image, mask=mask)
 
+    def idle(self) -> list[str]:
+        """Deprecated: `unused_settings`."""
+        warnings.warn("Request.idle is now unused_settings", DeprecationWarning, stacklevel=2)
+        return self.unused_settings()
 
-@dataclass
-class Result:
-    """The pictures of one request, and all that was done to make them.
-
-    settings are those of `Request.to_dict` with the model's defaults filled in; seeds[i] made
-    images[i]; timings are in seconds.
-    """
-
-    images: list[Image]
-    seeds: list[int]
-    settings: dict[str, Any]
-    model: str
-    sha256: str
-    device: str
-    dtype: str
-    warnings: list[str] = field(default_factory=list)
-    timings: dict[str, float] = field(default_factory=dict)
-    paths: list[Path] = field(default_factory=list)
-
-    def recipe(self, i: int = 0) -> dict[str, Any]:
-        """All it takes to make picture i again, alone: what is written into its PNG."""
-        return {
-            "safelight": __version__,
-            "model": {"name": self.model, "sha256": self.sha256},
-            "device": self.device,
-            "dtype": self.dtype,
-            "size": list(self.images[i].size),
-            "settings": {**self.settings, "seed": self.seeds[i], "count": 1},
-            "warnings": self.warnings,
-        }
-
-    def save(self, out: str | Path, *, overwrite: bool = False) -> list[Path]:
-        """Writes every picture as PNG with its recipe and returns the paths, in order.
-
-        out: `name.png` or a folder, see `safelight.picture.output_paths`. Raises SafelightError
-        if a file exists or cannot be written; those before it stay written.
-        """
-        paths = output_paths(out, self.seeds, overwrite=overwrite)
-        for path in paths:
-            check_writable(path, overwrite=overwrite)
-        for i, path in enumerate(paths):
-            self.save_one(i, path, overwrite=overwrite)
-        return paths
-
-    def save_one(self, i: int, path: Path, *, overwrite: bool = False) -> None:
-        """Writes picture i as PNG with its recipe; raises as `save` does."""
-        save_png(self.images[i], path, png_texts(self.recipe(i)), overwrite=overwrite)
-        self.paths.append(path)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "paths": [str(path) for path in self.paths],
-            "seeds": self.seeds,
-            "model": {"name": self.model, "sha256": self.sha256},
-            "device": self.device,
-            "dtype": self.dtype,
-            "settings": self.settings,
-            "warnings": self.warnings,
-            "timings": self.timings,
-        }
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), ensure_ascii=False)
+    def where_silent(self, settings: Mapping[str, Any]) -> Self:
+        """Deprecated: `with_defaults`."""
+        warnings.warn("Request.where_silent is now with_defaults", DeprecationWarning, stacklevel=2)
+        return self.with_defaults(settings)
 
 
-def _explain(error: ValidationError) -> str:
-    """One line for the first of pydantic's findings."""
+def _explained(request_type: type[Request], error: ValidationError) -> SafelightError:
+    """Return one line for the first of pydantic's findings."""
     first = error.errors(include_url=False)[0]
+    if isinstance(own := first.get("ctx", {}).get("error"), SafelightError):
+        return own
     if not first["loc"]:
-        return str(first["ctx"]["error"]) if "ctx" in first else first["msg"]
+        return SafelightError(first["msg"])
     name = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(name[:40], Request.model_fields, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(Request.model_fields)}"
-        return f"there is no setting {_shown(name)}: {hint}"
-    if isinstance(own := first.get("ctx", {}).get("error"), SafelightError):
-        return str(own)
-    return f"{name} must be {Request.model_fields[name].description}, not {_shown(first['input'])}"
+        return unknown_setting(name, request_type.model_fields)
+    must_be = settings_of(request_type)[name].must_be
+    return SafelightError(f"{name} must be {must_be}, not {shown(first['input'])}", field=name)
 
 
-def _shown(value: object) -> str:
-    """A value as an error message can show it: short, on one line, printable."""
-    if isinstance(value, str):
-        return repr(value) if len(value) <= 40 else f"{value[:40]!r}… of {len(value)} characters"
-    if isinstance(value, float) or value is None:
-        return repr(value)
-    if isinstance(value, bool):
-        return repr(value).lower()
-    if isinstance(value, int):
-        return repr(value) if value.bit_length() <= 128 else "a number that long"
-    return f"something of type {type(value).__name__}"
-
-
-def _size(image: Image) -> str:
-    return f"{image.width}x{image.height}"
-
-
-def taught(notes: Mapping[str, Any]) -> dict[str, Any]:
-    """Sampler, steps and guidance scale that a distilled model draws with, by the notes in its
-    safelight.json; empty for any other.
-    """
-    said = notes.get("draw_with")
-    names = ("sampler", "steps", "guidance_scale")
-    if not isinstance(said, dict):
-        return {}
-    try:
-        asked = Request(prompt="-", **{name: said[name] for name in names})
-    except (KeyError, SafelightError):
-        return {}  # a file of someone else's
-    return {name: getattr(asked, name) for name in names}
+document(Request, RequestSettings)

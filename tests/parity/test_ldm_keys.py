@@ -17,22 +17,16 @@ from diffusers.loaders.single_file_utils import (
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from safelight.families import family_of_file
+from safelight.families.sd import CLIP, OPEN_CLIP, SD, UNET, VAE, VARIANTS
 from safelight.weights.check import read_header
-from safelight.weights.families import FAMILIES
-from safelight.weights.ldm import (
-    CLIP,
-    OPEN_CLIP,
-    UNET,
-    VAE,
-    family_of,
+from safelight.weights.load import _check_fit, _read
+from safelight.weights.names import (
     from_folder,
-    from_single_file,
     open_clip_names,
     unet_names,
     vae_names,
 )
-from safelight.weights.load import _check_fit, _read
-from safelight.weights.plan import NETS
 
 # Parameters of the published checkpoints: UNet, VAE, text encoder.
 PARAMETERS = {
@@ -41,11 +35,11 @@ PARAMETERS = {
     "sd2": (865_910_724, 83_653_863, 340_387_840),
     "sd2-inpainting": (865_925_124, 83_653_863, 340_387_840),
 }
-FAMILY = {f.name: f for f in FAMILIES}
+FAMILY = {f.name: f for f in VARIANTS}
 
 
 def ours(family, part):
-    config_class, network_class = NETS["text"][part]
+    config_class, network_class = family.parts[part].load_classes()
     with torch.device("meta"):
         return network_class(config_class.from_dict(family.configs[part]))
 
@@ -200,7 +194,7 @@ def small(request, tmp_path_factory):
 def test_single_files_convert_as_diffusers_converts_them(small):
     family, file, path = small
     header = read_header(path)
-    found = from_single_file(header, family)
+    found = family.single_file(header).weights
     unet = {**family.configs["unet"], "class_embed_type": None}
     wanted = {
         "unet": convert_ldm_unet_checkpoint(dict(file), unet),
@@ -221,11 +215,11 @@ def test_single_files_convert_as_diffusers_converts_them(small):
 
 def test_folders_that_diffusers_writes_fit(small, tmp_path):
     family, _, _ = small
-    for part in NETS["text"]:
+    for part in SD.parts:
         network = theirs(family, part).to_empty(device="cpu")
         network.save_pretrained(tmp_path / part)
         headers = [read_header(p) for p in (tmp_path / part).glob("*.safetensors")]
-        _check_fit("small", part, ours(family, part), from_folder(part, headers))
+        _check_fit("small", part, ours(family, part), from_folder(SD.parts[part], headers))
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -241,7 +235,7 @@ def test_the_family_is_told_by_shapes(name, tmp_path):
         f.write(struct.pack("<Q", len(text)) + text)
         f.truncate(8 + len(text) + end)
     read = read_header(path)
-    family = family_of(read)
+    family = family_of_file(read)
     assert family.name == name
-    for part, weights in from_single_file(read, family).items():
+    for part, weights in family.single_file(read).weights.items():
         _check_fit(name, part, ours(family, part), weights)

@@ -16,10 +16,11 @@ import torch
 from PIL import Image
 
 import safelight
-from safelight import engine, job
+from safelight.engine import job
+from safelight.engine.requests import create_job, resolve_request
 from safelight.model import Model
 from safelight.request import Request
-from safelight.samplers import SAMPLERS
+from safelight.sampling import SAMPLERS
 from safelight.weights import load_model
 
 LATENTS, PIXELS = 1e-4, 2
@@ -51,10 +52,10 @@ def scheduler(pipe: Any, sampler: str, schedule: str | None) -> Any:
 
 def draw(model: Model, **settings: Any) -> tuple[np.ndarray, np.ndarray]:
     """Our final latents and picture, before anything is laid back outside a mask."""
-    request = engine.settle(model, Request(**settings))
+    request = resolve_request(model, Request(**settings))
     with torch.inference_mode():
-        condition, _ = engine.condition(model, request)
-        made = engine.admit(model, request, condition, request.seed)
+        conditioning = model.family.encode(model, request)
+        made = create_job(model, request, conditioning, request.seed)
         while not made.done:
             job.advance(model, [made])
         latents = job.final_latents(made)

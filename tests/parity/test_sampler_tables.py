@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from safelight.errors import SafelightError
-from safelight.levels import alphas_cumprod
-from safelight.samplers import SAMPLERS, Table, table
-from safelight.schedule import SCHEDULES, SchedulerConfig
+from safelight.sampling import SAMPLERS, Table, table
+from safelight.sampling.levels import alphas_cumprod
+from safelight.sampling.schedule import SCHEDULES, SchedulerConfig
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -272,16 +272,16 @@ def walk_table(
 ) -> Walk:
     """Walks a table; in_sigma: the scheduler keeps x̃, else x = x̃/√(1 + sigma²)."""
     generator, noise, picture = start_of(sampler)
-    first = made.rows[0].sigma
+    first = made.rows[0].level.sigma
     x = made.noise_scale * noise if strength == 1 else picture + first * noise
     xs, ds, states = [], [], []
     for i, row in enumerate(made.rows):
-        alpha = 1 / math.hypot(1.0, row.sigma)
+        alpha = 1 / math.hypot(1.0, row.level.sigma)
         out = network(alpha * x, row.timestep)
         if prediction == "epsilon":
-            unclipped = x - row.sigma * out
+            unclipped = x - row.level.sigma * out
         elif prediction == "v_prediction":
-            unclipped = alpha * (alpha * x) - row.sigma * alpha * out
+            unclipped = alpha * (alpha * x) - row.level.sigma * alpha * out
         else:
             unclipped = out
         d = unclipped if made.clip is None else unclipped.clamp(-made.clip, made.clip)
@@ -292,12 +292,16 @@ def walk_table(
         xs.insert(0, x)
         ds.insert(0, d)
         x = sum(w * s for w, s in zip(row.a, xs, strict=False))
-        x = x + sum(w * s for w, s in zip(row.b, ds, strict=False)) + row.raw * (d - unclipped)
+        x = (
+            x
+            + sum(w * s for w, s in zip(row.b, ds, strict=False))
+            + row.clip_correction * (d - unclipped)
+        )
         if row.c is not None:
             dtype = torch.float32 if sampler == "dpmpp_2m_sde" else torch.float64
             x = x + row.c * torch.randn(SHAPE, generator=generator, dtype=dtype).double()
         last = i + 1 == len(made.rows)
-        level = row.next_sigma if last else made.rows[i + 1].sigma
+        level = row.lands.sigma if last else made.rows[i + 1].level.sigma
         states.append(x if in_sigma and not last else x / math.hypot(1.0, level))
     return Walk(states, [row.timestep for row in made.rows], generator)
 
@@ -365,10 +369,12 @@ def compare(
         assert mine == pytest.approx(their, abs=2e-3 + slack)
     assert torch.equal(ours.generator.get_state(), theirs.generator.get_state())
     if strength == 1:
-        in_theirs = made.noise_scale / (1 if in_sigma else math.hypot(1.0, made.rows[0].sigma))
+        in_theirs = made.noise_scale / (
+            1 if in_sigma else math.hypot(1.0, made.rows[0].level.sigma)
+        )
         assert in_theirs == pytest.approx(float(scheduler.init_noise_sigma), rel=1e-6)
     for row, level in zip(made.rows, levels, strict=False):
-        assert row.next_sigma == pytest.approx(level, rel=1e-5)
+        assert row.lands.sigma == pytest.approx(level, rel=1e-5)
     return Compared(distance(ours, theirs), own, state_slack(sampler, scheduler), shaken)
 
 

@@ -15,8 +15,9 @@ import torch
 from inside import Inside, figure, size
 from PIL import Image
 
-from safelight import batch
-from safelight.job import Job, advance
+from safelight.engine import Job, core
+from safelight.engine.capacity import probe
+from safelight.engine.job import advance
 from safelight.model import Model
 
 pytestmark = pytest.mark.xdist_group("faults")  # one server for them all
@@ -73,7 +74,7 @@ def test_what_is_no_number_is_never_a_picture(
     cases = CASES[part :: size(60, 4)]
     for i, ((place, call), value, sampler) in enumerate(cases):
         with monkeypatch.context() as patch:
-            server.worker._engine._texts.clear()  # those that came before are not encoded again
+            server.worker._engine._prompts.clear()  # those that came before are not encoded again
             calls = poison(patch, model_of(server), place, call, VALUES[value])
             job = server.finished(
                 server.submit(
@@ -142,7 +143,7 @@ def test_to_look_for_them_costs_nothing(server: Inside) -> None:
         return min(best)
 
     with torch.inference_mode():
-        step = seconds(lambda: batch._probe(model, 2), 3)
+        step = seconds(lambda: probe(model, 2), 3)
         look = seconds(lambda: bool(torch.isfinite(state).all()), 1000)
     figure(f"13: to look for NaN takes {100 * look / step:.3f} % of a step of `embedded`")
     assert look < 0.01 * step
@@ -153,12 +154,12 @@ def short_of_memory(patch: pytest.MonkeyPatch) -> list[int]:
     ran_out: list[int] = []
 
     def step(model: Model, jobs: list[Job]) -> None:
-        if sum(job.condition.evaluations for job in jobs) > 2 or jobs[0].state.shape[-1] > 16:
+        if sum(job.conditioning.evaluations for job in jobs) > 2 or jobs[0].state.shape[-1] > 16:
             ran_out.append(len(jobs))
             raise RuntimeError(NO_MEMORY)
         advance(model, jobs)
 
-    patch.setattr(batch, "advance", step)
+    patch.setattr(core, "advance", step)
     return ran_out
 
 

@@ -1,219 +1,49 @@
 """The API of AUTOMATIC1111, as the client `webuiapi` and bare HTTP see it."""
 
-import asyncio
 import base64
 import contextlib
 import http.client
 import io
 import itertools
 import json
-import secrets
-import socket
 import subprocess
 import sys
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from datetime import datetime
 
 import pytest
 import requests
-import uvicorn
 import webuiapi
-from fastapi import FastAPI
-from fastapi.responses import PlainTextResponse
+from fake import PATIENCE, FakeService, colour, encoded, running, until
 from PIL import Image, PngImagePlugin
 from sd_parsers import ParserManager
 
-from safelight.errors import SafelightError
-from safelight.picture import save_png
-from safelight.recipe import png_texts, read_recipe
-from safelight.request import Result
-from safelight.server import sdapi
-from safelight.server.jobs import BusyError, Event, Job, ModelInfo, Picture, Progress, Status
+from safelight.recipe import read_recipe
+from safelight.server import bodies
+from safelight.server.jobs import ModelInfo
 
 pytestmark = pytest.mark.xdist_group("sdapi")  # one server for them all
 SHA = "ab" * 32
-PATIENCE = 20
-
-
-def until(done):
-    end = time.monotonic() + PATIENCE
-    while not (found := done()):
-        assert time.monotonic() < end, "nothing came of it"
-        time.sleep(0.01)
-    return found
-
-
-def encoded(image, form="PNG"):
-    buffer = io.BytesIO()
-    image.save(buffer, form)
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def colour(seed):
-    return (seed % 256, 100, 200)
-
-
-class StoppingError(SafelightError):
-    """Of the server itself, not of the request."""
-
-
-class FakeService:
-    """Plain colours by seed, over the picture to start from where the mask lets it; 4 steps each.
-
-    Pauses before the step `pause` until `resume`.
-    """
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.requests, self.watched, self.cancelled = [], [], []
-        self.busy = self.broken = self.stopping = self.loading = False
-        self.pause = None
-        self._jobs, self._queues, self._tasks = {}, {}, {}
-        self._go = threading.Event()
-
-    def resume(self):
-        self._go.set()
-
-    async def submit(self, request, *, client="api", idempotency_key=None):
-        if self.busy:
-            raise BusyError(64, 7)
-        if self.stopping:
-            raise StoppingError("the server is stopping")
-        job = Job(
-            id=secrets.token_hex(8),
-            status=Status.QUEUED,
-            created_at=datetime.now(UTC),
-            client=client,
-            settings=request.to_dict(),
-            progress=Progress(steps=4 * request.count),
-            warnings=request.idle(),
-        )
-        self.requests.append(request)
-        self._jobs[job.id], self._queues[job.id] = job, []
-        self._tasks[job.id] = asyncio.create_task(self._draw(job, request))
-        return job.model_copy()
-
-    async def _draw(self, job, request):
-        job.status, job.started_at = Status.RUNNING, datetime.now(UTC)
-        status = Status.SUCCEEDED
-        for i in range(request.count):
-            for _ in range(4):
-                if self.pause == job.progress.step:
-                    while not self._go.is_set() and job.id not in self.cancelled:
-                        self._tell(job, kind="preview", index=i, preview=encoded(self._paint(0)))
-                        await asyncio.sleep(0.01)
-                if job.id in self.cancelled:
-                    status = Status.CANCELLED
-                    break
-                job.progress.step += 1
-                await asyncio.sleep(0)
-            if status is Status.CANCELLED:
-                break
-            job.pictures.append(self._finish(request, i))
-        if self.broken:
-            status, job.error = Status.FAILED, "the picture has values that are no numbers"
-        job.status, job.finished_at = status, datetime.now(UTC)
-        self._tell(job, kind="end")
-
-    def _paint(self, seed, size=(64, 64)):
-        return Image.new("RGB", size, colour(seed))
-
-    def _finish(self, request, i):
-        seed, size = request.seed + i, (request.width or 64, request.height or 64)
-        image = self._paint(seed, size)
-        if request.mask is not None:
-            image = Image.composite(
-                image, request.image.resize(size, 0), request.mask.resize(size, 0)
-            )
-        settings = {**request.to_dict(), "width": size[0], "height": size[1]}
-        recipe = Result([image], [seed], settings, "tiny", SHA, "cpu", "float32").recipe()
-        picture = Picture(
-            id=secrets.token_hex(8),
-            index=i,
-            seed=seed,
-            width=size[0],
-            height=size[1],
-            recipe=recipe,
-        )
-        save_png(image, self.folder / f"{picture.id}.png", png_texts(recipe))
-        return picture
-
-    def _tell(self, job, **what):
-        for queue in self._queues[job.id]:
-            queue.put_nowait(Event(job=job.model_copy(), **what))
-
-    async def get(self, job_id):
-        job = self._jobs.get(job_id)
-        return job and job.model_copy(deep=True)
-
-    async def wait(self, job_id):
-        await asyncio.shield(self._tasks[job_id])
-        return await self.get(job_id)
-
-    async def events(self, job_id, *, previews=True):
-        self.watched.append((job_id, previews))
-        queue = asyncio.Queue()
-        self._queues[job_id].append(queue)
-        while True:
-            event = await queue.get()
-            yield event
-            if event.kind == "end":
-                return
-
-    async def cancel(self, job_id):
-        self.cancelled.append(job_id)
-        return await self.get(job_id)
-
-    def picture_file(self, picture_id):
-        path = self.folder / f"{picture_id}.png"
-        return path if path.exists() else None
-
-    async def model(self):
-        if self.loading and not self.requests:
-            return ModelInfo(name="tiny")
-        return ModelInfo(name="tiny", sha256=SHA, kind="text", width=64, height=64, ready=True)
-
-    async def taught(self):
-        return {}
+NOT_BASE64 = "must be a PNG, JPEG or WebP picture in base64"
 
 
 @pytest.fixture
 def service(tmp_path):
-    return FakeService(tmp_path)
+    info = ModelInfo(name="tiny", sha256=SHA, kind="text", width=64, height=64, ready=True)
+    return FakeService(tmp_path, info, 4)
 
 
 @pytest.fixture(scope="module")
 def server():
-    """A real server in a thread: its app, and where it listens."""
-    app = FastAPI()
-    app.include_router(sdapi.router)
-
-    @app.exception_handler(StoppingError)
-    def stopping(_, error):
-        return PlainTextResponse(str(error), 503)
-
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app, log_level="error", lifespan="off", ws="none", timeout_graceful_shutdown=5
-        )
-    )
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        until(lambda: server.started)
-        yield app, listener.getsockname()[1]
-        server.should_exit = True
-        thread.join(PATIENCE)
-        assert not thread.is_alive()
+    """The real application on the loopback."""
+    with running() as served:
+        yield served
 
 
 @pytest.fixture
 def port(server, service):
-    app, port = server
-    app.state.service = service
-    yield port
+    server.service = service
+    yield server.port
     service.resume()
 
 
@@ -289,7 +119,7 @@ def two_halves(mode="L", left: object = 0, right: object = 255):
 
 def test_the_module_is_free_of_torch():
     code = (
-        "import sys; from safelight.server import sdapi, sdapi_shapes as shapes;"
+        "import sys; from safelight.server.apis import sdapi, sdapi_shapes as shapes;"
         "from safelight.server.jobs import ModelInfo;"
         "shapes.understand(shapes.TextToImage(), ModelInfo(name='tiny'), {});"
         "assert 'torch' not in sys.modules"
@@ -545,16 +375,15 @@ class TestRefusals:
     def test_a_full_queue(self, call, service):
         service.busy = True
         answer = call("txt2img", {})
-        assert "the queue of 64 pictures is full" in refused(answer, 429)
+        assert "the queue of 4 pictures is full" in refused(answer, 429)
         assert answer.headers["Retry-After"] == "7"
 
-    def test_the_server_s_own_troubles_are_the_app_s_to_answer(self, call, service):
+    def test_a_server_that_is_stopping(self, call, service):
         service.stopping = True
-        answer = call("txt2img", {})
-        assert (answer.status_code, answer.text) == (503, "the server is stopping")
+        assert "the server is stopping" in refused(call("txt2img", {}), 503)
 
     def test_a_job_that_fails(self, api, call, service):
-        service.broken = True
+        service.error = "the picture has values that are no numbers"
         assert refused(call("txt2img", {}), 500) == "the picture has values that are no numbers"
         with pytest.raises(RuntimeError, match="no numbers"):
             api.txt2img()
@@ -573,7 +402,7 @@ class TestRefusals:
         assert "64 MiB" in json.loads(answer.read())["detail"]
 
     def test_a_body_that_turns_out_too_large(self, line, monkeypatch):
-        monkeypatch.setattr(sdapi, "MOST_BYTES", 2000)
+        monkeypatch.setattr(bodies, "MAX_BODY", 2000)
         for letters, status in ((1000, 200), (2000, 413)):
             body = json.dumps({"styles": ["x" * letters]}).encode()
             halves = iter((body[:1000], body[1000:]))
@@ -721,12 +550,28 @@ class TestImageToImage:
             ({"init_images": ["http://localhost/a.png"]}, 422, "addresses are never fetched"),
             ({"init_images": ["HTTPS://localhost/a.png"]}, 422, "addresses are never fetched"),
             ({"init_images": ["file:///etc/passwd"]}, 422, "addresses are never fetched"),
-            ({"init_images": ["!!!!"]}, 422, "init_images must hold a picture in base64"),
-            ({"init_images": ["abcde"]}, 422, "init_images must hold a picture in base64"),
-            ({"init_images": ["\u00e9"]}, 422, "init_images must hold a picture in base64"),
+            (
+                {"init_images": ["!!!!"]},
+                422,
+                f"init_images {NOT_BASE64}",
+            ),
+            (
+                {"init_images": ["abcde"]},
+                422,
+                f"init_images {NOT_BASE64}",
+            ),
+            (
+                {"init_images": ["\u00e9"]},
+                422,
+                f"init_images {NOT_BASE64}",
+            ),
             ({"init_images": ["data:image/png;base64"]}, 422, "picture of init_images"),
             ({"init_images": [base64.b64encode(b"<svg/>").decode()]}, 422, "PNG, JPEG or WebP"),
-            ({"mask": "http://localhost/m.png"}, 422, "mask must hold a picture in base64"),
+            (
+                {"mask": "http://localhost/m.png"},
+                422,
+                f"mask {NOT_BASE64}",
+            ),
             ({"mask": base64.b64encode(b"x").decode()}, 422, "the mask must be a PNG"),
             ({"denoising_strength": 0}, 422, "denoising_strength must be"),
             ({"denoising_strength": 1.1}, 422, "denoising_strength must be"),
@@ -781,7 +626,7 @@ class TestProgress:
         assert not state["interrupted"]
         assert not state["skipped"]
         preview = Image.open(io.BytesIO(base64.b64decode(answer["current_image"])))
-        assert preview.getpixel((0, 0)) == colour(0)
+        assert preview.getpixel((9, 9)) == colour(0)
         service.resume()
         assert len(waiting.result(PATIENCE).images) == 3
         assert api.get_progress()["progress"] == 0
@@ -795,7 +640,7 @@ class TestProgress:
         assert running["current_image"] is None
         assert service.watched == []
         until(lambda: call("progress").json()["current_image"])
-        assert len(service.watched) == 1
+        assert service.watched == ["job0"]
         assert call("progress?skip_current_image=true").json()["current_image"] is None
         service.resume()
         waiting.result(PATIENCE)

@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from safelight.denoiser import Condition
+from safelight.engine import Engine
+from safelight.engine.job import prepare
+from safelight.families import Conditioning
+from safelight.families.sd import VARIANTS
 from safelight.fast import accelerate
-from safelight.job import advance, finish, prepare
 from safelight.model import Model
 from safelight.nets.unet import UNet2DConditionModel, UNetConfig
 from safelight.nets.vae import AutoencoderKL, VAEConfig
 from safelight.picture import from_tensor, to_tensor
-from safelight.samplers import table
-from safelight.schedule import SchedulerConfig
-from safelight.weights.families import FAMILIES
+from safelight.sampling import table
+from safelight.sampling.schedule import SchedulerConfig
 
 SIDE = 64
 """Of the latents: the pictures have 512 pixels a side."""
@@ -110,7 +111,7 @@ def _seeded() -> torch.Generator:
 
 
 def _config(part: str) -> dict[str, Any]:
-    return dict(next(f for f in FAMILIES if f.name == "sd1").configs[part])
+    return dict(VARIANTS[0].configs[part])
 
 
 def steps(names: list[str], log: Callable[[str], None]) -> dict[str, Run]:
@@ -160,7 +161,7 @@ def decodes(names: list[str], log: Callable[[str], None]) -> dict[str, Run]:
 
 def pictures(names: list[str], log: Callable[[str], None]) -> dict[str, Run]:
     """Whole pictures, of the same noise; the two networks are those of the parts above."""
-    family = next(f for f in FAMILIES if f.name == "sd1")
+    family = VARIANTS[0]
     unet, vae = _config("unet"), _config("vae")
     state = _weights(_meta(UNet2DConditionModel, UNetConfig.from_dict(unet)))
     vae_state = _weights(_meta(AutoencoderKL, VAEConfig.from_dict(vae)))
@@ -173,13 +174,14 @@ def pictures(names: list[str], log: Callable[[str], None]) -> dict[str, Run]:
                 name="random",
                 path="",
                 sha256="",
-                kind="text",
-                family="sd1",
-                tokenizer=None,
-                text_encoder=None,
-                unet=_ours(_meta(UNet2DConditionModel, UNetConfig.from_dict(unet)), state, dtype),
-                vae=_ours(_meta(AutoencoderKL, VAEConfig.from_dict(vae)), vae_state, dtype),
-                scheduler=SchedulerConfig.from_dict(family.scheduler),
+                family=family,
+                parts={
+                    "unet": _ours(
+                        _meta(UNet2DConditionModel, UNetConfig.from_dict(unet)), state, dtype
+                    ),
+                    "vae": _ours(_meta(AutoencoderKL, VAEConfig.from_dict(vae)), vae_state, dtype),
+                },
+                scheduler=SchedulerConfig.from_dict(family.scheduler_config),
                 words=None,
                 native_size=(512, 512),
                 device=torch.device("cpu"),
@@ -190,18 +192,21 @@ def pictures(names: list[str], log: Callable[[str], None]) -> dict[str, Run]:
             _theirs("UNet2DConditionModel", unet, state, dtype),
             _theirs("AutoencoderKL", vae, vae_state, dtype),
         )
-        return lambda: _their_picture(*nets, family.scheduler, context.to(dtype))
+        return lambda: _their_picture(*nets, dict(family.scheduler_config), context.to(dtype))
 
     return _build([name for name in names if not name.startswith("openvino")], build, log)
 
 
 def _our_picture(model: Model, context: Tensor) -> Tensor:
     rows = table("dpmpp_2m", model.scheduler, 20)
-    side = SIDE * model.vae.config.factor if model.vae else SIDE
-    job = prepare(model, rows, Condition(context, 7.5), 1, (side, side))
-    while not job.done:
-        advance(model, [job])
-    return to_tensor(finish(model, job))
+    side = SIDE * model.vae.config.factor
+    engine = Engine(model)
+    conditioning = Conditioning(context, guidance=7.5)
+    ticket = engine.add_job(prepare(model, rows, conditioning, 1, (side, side)))
+    while engine.busy:
+        engine.step()
+    assert ticket.image is not None
+    return to_tensor(ticket.image)
 
 
 def _their_picture(unet: Any, vae: Any, config: dict[str, Any], context: Tensor) -> Tensor:

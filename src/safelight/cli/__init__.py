@@ -1,7 +1,7 @@
-"""The command line. Paths and JSON go to stdout, everything meant for a person to stderr.
+"""The command line. Paths and JSON go to stdout, messages for a person to stderr.
 
-Only Typer is imported here: each command imports what it needs when it runs, so that help
-answers at once.
+Only Typer is imported here. Each command imports what it needs when it runs, so that
+`safelight --help` answers at once.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,18 @@ from typing import Annotated
 import typer
 
 from safelight import __version__
-from safelight.cli import bench, compare, doctor, explain, generate, serve, studio, tools, train
+from safelight.cli import (
+    bench,
+    compare,
+    doctor,
+    explain,
+    generate,
+    options,
+    serve,
+    studio,
+    tools,
+    train,
+)
 from safelight.cli.output import fail, note, say
 from safelight.errors import SafelightError
 
@@ -25,9 +36,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(generate.generate)
-app.command()(compare.compare)
-app.command()(explain.explain)
+options.register(app, generate.generate)
+options.register(app, compare.compare, without=("count",))
+options.register(app, explain.explain, without=("count",))
 app.command()(tools.samplers)
 app.command()(tools.models)
 app.command()(tools.inspect)
@@ -51,7 +62,7 @@ def _options(
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs one command and returns its exit code: 2 for bad input, 130 after Ctrl-C."""
+    """Run one command and return its exit code: 2 for bad input, 130 after Ctrl-C."""
     try:
         code = app(arguments, prog_name="safelight", standalone_mode=False) or 0
     except SafelightError as error:

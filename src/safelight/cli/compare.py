@@ -1,7 +1,7 @@
-"""`safelight compare`: a grid over two settings."""
+"""`safelight compare`: a grid of pictures over one or two settings."""
 
 from types import SimpleNamespace
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Option
 
@@ -12,6 +12,7 @@ from safelight.errors import SafelightError
 
 
 def compare(
+    settings: dict[str, Any],
     x: Annotated[
         str,
         Option(
@@ -19,32 +20,17 @@ def compare(
             "of prompts, as in 'prompt=a cat|a dog'."
         ),
     ],
-    prompt: options.Prompt = None,
     y: Annotated[
         str | None,
         Option(
             help="What changes from row to row, as in steps=5,10,20 [one row].", show_default=False
         ),
     ] = None,
-    negative_prompt: options.NegativePrompt = None,
-    width: options.Width = None,
-    height: options.Height = None,
-    steps: options.Steps = None,
-    guidance_scale: options.GuidanceScale = None,
-    seed: options.Seed = None,
-    sampler: options.Sampler = None,
-    schedule: options.Schedule = None,
-    spacing: options.Spacing = None,
     model: options.Model = None,
-    image: options.Picture = None,
-    mask: options.Mask = None,
-    strength: options.Strength = None,
-    eta: options.Eta = None,
-    unconditional: options.Unconditional = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     low_memory: options.LowMemory = False,
-    out: Annotated[str, Option(help="The .png file to write.")] = "grid.png",
+    out: Annotated[str, Option("--out", "-o", help="The .png file to write.")] = "grid.png",
     overwrite: options.Overwrite = False,
 ) -> None:
     """Make a labelled grid of pictures over one or two settings, from the same noise.
@@ -56,29 +42,15 @@ def compare(
 
     across = Axis.parse(x)
     down = None if y is None else Axis.parse(y)
-    given = {
-        "prompt": prompt,
-        "negative_prompt": negative_prompt,
-        "width": width,
-        "height": height,
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "seed": seed,
-        "sampler": sampler,
-        "schedule": schedule,
-        "spacing": spacing,
-        "strength": strength,
-        "eta": eta,
-    }
     axes = [axis.name for axis in (across, down) if axis is not None]
     for name in axes:
-        if given[name] is not None:
-            raise SafelightError(f"{name} is an axis of the grid: leave it out as an option")
-    if prompt is None and "prompt" not in axes and not unconditional:
-        raise SafelightError(
-            'PROMPT is missing: try safelight compare "a cat" --x sampler=ddim,euler_a'
-        )
-    base = options.request(**given, unconditional=unconditional, image=image, mask=mask)
+        if name in settings:
+            raise SafelightError(
+                f"{name} is an axis of the grid: leave it out as an option", field=name
+            )
+    if "prompt" not in axes:
+        options.check_prompt(settings, 'compare "a cat" --x sampler=ddim,euler_a')
+    base = options.request_of(settings)
     requests(base, across, down)
     if not out.lower().endswith(".png"):
         raise SafelightError(f"out must be name.png, not {out[-100:]!r}")

@@ -1,6 +1,6 @@
-"""`safelight explain`: how one picture came to be, as a page."""
+"""`safelight explain`: a page that shows how one picture came to be."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Option
 
@@ -11,51 +11,20 @@ from safelight.errors import SafelightError
 
 
 def explain(
-    prompt: options.Prompt = None,
-    negative_prompt: options.NegativePrompt = None,
-    width: options.Width = None,
-    height: options.Height = None,
-    steps: options.Steps = None,
-    guidance_scale: options.GuidanceScale = None,
-    seed: options.Seed = None,
-    sampler: options.Sampler = None,
-    schedule: options.Schedule = None,
-    spacing: options.Spacing = None,
+    settings: dict[str, Any],
     model: options.Model = None,
-    image: options.Picture = None,
-    mask: options.Mask = None,
-    strength: options.Strength = None,
-    eta: options.Eta = None,
-    unconditional: options.Unconditional = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     low_memory: options.LowMemory = False,
-    out: Annotated[str, Option(help="The .html file to write.")] = "explain.html",
+    out: Annotated[str, Option("--out", "-o", help="The .html file to write.")] = "explain.html",
     overwrite: options.Overwrite = False,
 ) -> None:
     """Make one picture and a page that shows how it came to be, step by step.
 
-    Prints the path of the page: one file, to be opened in a browser, which fetches nothing.
+    Prints the path of the page: one file that a browser opens without fetching anything.
     """
-    if prompt is None and not unconditional:
-        raise SafelightError('PROMPT is missing: try safelight explain "a cat above a pizza"')
-    request = options.request(
-        prompt=prompt,
-        negative_prompt=negative_prompt,
-        width=width,
-        height=height,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        seed=seed,
-        sampler=sampler,
-        schedule=schedule,
-        spacing=spacing,
-        strength=strength,
-        eta=eta,
-        unconditional=unconditional,
-        image=image,
-        mask=mask,
-    )
+    options.check_prompt(settings, 'explain "a cat above a pizza"')
+    request = options.request_of(settings)
     from safelight.picture import check_writable, save_whole
 
     if not out.lower().endswith((".html", ".htm")):

@@ -1,6 +1,6 @@
-"""`safelight generate`: words, and perhaps a picture, into pictures."""
+"""`safelight generate`: make pictures from a prompt, and perhaps from a picture."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Option
@@ -8,43 +8,30 @@ from typer import Option
 from safelight.cli import options
 from safelight.cli.loading import load
 from safelight.cli.output import StepBar, say, warn
-from safelight.errors import SafelightError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from safelight.request import Result
+    from safelight.request import Request
+    from safelight.result import Result
+
+FAR = 4
+"""A size is far from a model's own when it has this many times as many pixels, or as few."""
 
 
 def generate(
-    prompt: options.Prompt = None,
-    negative_prompt: options.NegativePrompt = None,
-    width: options.Width = None,
-    height: options.Height = None,
-    steps: options.Steps = None,
-    guidance_scale: options.GuidanceScale = None,
-    seed: options.Seed = None,
-    count: Annotated[
-        int | None,
-        Option(help="1 to 64 pictures, of seed, seed + 1, … [1].", show_default=False),
-    ] = None,
-    sampler: options.Sampler = None,
-    schedule: options.Schedule = None,
-    spacing: options.Spacing = None,
+    settings: dict[str, Any],
     model: options.Model = None,
-    image: options.Picture = None,
-    mask: options.Mask = None,
-    strength: options.Strength = None,
-    eta: options.Eta = None,
-    unconditional: options.Unconditional = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     low_memory: options.LowMemory = False,
     out: Annotated[
         str,
         Option(
-            help="A .png file (name-1.png, name-2.png… for several), or a folder for "
-            "safelight-<seed>.png.",
+            "--out",
+            "-o",
+            help="A .png, .jpg or .webp file (name-1.png, name-2.png… for several; {seed} in it "
+            "is the seed), or a folder for safelight-<seed>.png.",
         ),
     ] = ".",
     overwrite: options.Overwrite = False,
@@ -55,34 +42,15 @@ def generate(
         bool, Option("--json", help="Print paths, seeds, settings, warnings and timings as JSON.")
     ] = False,
 ) -> None:
-    """Make pictures from words, and perhaps a picture.
+    """Make pictures from a prompt, and perhaps from a picture.
 
     Prints the path of each picture; its recipe is inside the file.
     """
-    if prompt is None and not unconditional:
-        raise SafelightError('PROMPT is missing: try safelight generate "a red apple"')
+    options.check_prompt(settings, 'generate "a red apple"')
 
     from safelight.picture import check_writable, output_paths
 
-    request = options.request(
-        prompt=prompt,
-        negative_prompt=negative_prompt,
-        width=width,
-        height=height,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        seed=seed,
-        count=count,
-        sampler=sampler,
-        schedule=schedule,
-        spacing=spacing,
-        strength=strength,
-        eta=eta,
-        unconditional=unconditional,
-        image=image,
-        mask=mask,
-    )
-
+    request = options.request_of(settings)
     seeds = range(request.seed, request.seed + request.count)
     need = (request.width or 512) * (request.height or 512) * 4 * request.count
     paths = output_paths(out, seeds, overwrite=overwrite)
@@ -96,10 +64,11 @@ def generate(
             dtype=dtype,
             low_memory=low_memory,
         )
+        _warn_of_size(request, loaded.name, loaded.native_size)
         run = loaded.stream(request)
         try:
             for step in run:
-                # Each as it is made: Ctrl-C loses the one that is not.
+                # Each picture is saved once it is made: Ctrl-C loses only the unfinished one.
                 _save(run.made, paths, overwrite=overwrite)
                 on_step(step)
         except KeyboardInterrupt:
@@ -108,6 +77,22 @@ def generate(
             raise
     _save(run.result, paths, overwrite=overwrite)
     _report(run.result, as_json=as_json, show=show)
+
+
+def _warn_of_size(request: "Request", model: str, native: tuple[int, int]) -> None:
+    """Warn before the work if the size is far from the model's own."""
+    if request.image is not None:
+        width, height = request.image.size
+    else:
+        width, height = native
+    width, height = request.width or width, request.height or height
+    times = width * height / (native[0] * native[1])
+    if times > FAR or times < 1 / FAR:
+        cost = f" and takes over {times:.0f} times as long" if times > 1 else ""
+        warn(
+            f"{model} was trained on {native[0]}x{native[1]}: {width}x{height} will hardly show "
+            f"what was asked for{cost}; leave out --width and --height, or enlarge the result"
+        )
 
 
 def _save(result: "Result | None", paths: "list[Path]", *, overwrite: bool) -> None:

@@ -1,15 +1,25 @@
-"""The options that several commands take, and the request that they make."""
+"""Options that several commands take; those of a request are derived from `Request`."""
 
+import inspect
+from collections.abc import Callable, Collection, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from typer import Argument, Option
+from typer.core import TyperCommand
+
+from safelight.errors import SafelightError
 
 if TYPE_CHECKING:
     from safelight.request import Request
+    from safelight.settings import Setting
 
 Model = Annotated[
     str | None,
     Option(
+        "--model",
+        "-m",
         help="A model's name, a diffusers folder, a .safetensors file or a hub id "
         "[embedded; with --unconditional embedded-unconditional].",
         show_default=False,
@@ -17,79 +27,161 @@ Model = Annotated[
 ]
 Device = Annotated[str, Option(help="Where to compute: auto, cpu, mps or cuda.")]
 Dtype = Annotated[str, Option(help="Precision: auto, float32, bfloat16 or float16.")]
-Prompt = Annotated[
-    str | None, Argument(help='What to draw, as in "a red apple".', show_default=False)
-]
-NegativePrompt = Annotated[
-    str | None, Option(help="What to keep out of the picture.", show_default=False)
-]
-Width = Annotated[
-    int | None,
-    Option(
-        help="64 to 2048 pixels, a multiple of 8 [the model's; with --image its own].",
-        show_default=False,
-    ),
-]
-Height = Annotated[int | None, Option(help="As --width.", show_default=False)]
-Steps = Annotated[
-    int | None, Option(help="1 to 1000 [as many as the sampler needs].", show_default=False)
-]
-GuidanceScale = Annotated[
-    float | None,
-    Option(help="How closely to follow the words, 0 to 100 [7.5].", show_default=False),
-]
-Seed = Annotated[
-    int | None,
-    Option(help="The same seed gives the same picture [drawn at random].", show_default=False),
-]
-Sampler = Annotated[
-    str | None, Option(help="One of `safelight samplers` [pndm].", show_default=False)
-]
-Schedule = Annotated[
-    str | None,
-    Option(help="karras, exponential or beta [the model's own].", show_default=False),
-]
-Spacing = Annotated[
-    str | None,
-    Option(help="leading, linspace or trailing [the model's own].", show_default=False),
-]
-Picture = Annotated[str | None, Option(help="A picture to start from.", show_default=False)]
-Mask = Annotated[
-    str | None,
-    Option(help="With --image: white where to repaint, black to keep.", show_default=False),
-]
-Strength = Annotated[
-    float | None,
-    Option(
-        help="With --image: how much to change, above 0 up to 1 [0.8; 1 with --mask].",
-        show_default=False,
-    ),
-]
-Eta = Annotated[float | None, Option(help="Fresh noise in ddim, 0 to 1 [0].", show_default=False)]
-Unconditional = Annotated[
-    bool, Option("--unconditional", help="Draw from noise alone, without words.")
-]
 LowMemory = Annotated[
     bool, Option("--low-memory", help="On the CPU: large weights in a file, not in memory.")
 ]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace files that exist.")]
 
 
-def request(*, image: str | None, mask: str | None, **settings: Any) -> "Request":
-    """The request of the options that were given; image and mask are the names of files."""
+def register(
+    app: typer.Typer, function: Callable[..., None], *, without: Collection[str] = ()
+) -> None:
+    """Add a command that takes the settings of a request besides its own options.
+
+    function: gets the settings that were given, as a dict, and its own options by name.
+    without: settings that this command does not take.
+    """
+
+    def stand_in() -> None: ...
+
+    stand_in.__doc__ = function.__doc__
+
+    class Command(RequestCommand):
+        def build(self) -> TyperCommand:
+            from safelight.request import Request
+
+            return command_of(function, Request, without=without)
+
+    app.command(function.__name__, cls=Command)(stand_in)
+
+
+class RequestCommand(TyperCommand):
+    """A command that imports `Request` when it is run or asked for its options, not before."""
+
+    def build(self) -> TyperCommand:
+        """Return the command with all of its options."""
+        raise NotImplementedError
+
+    @cached_property
+    def _built(self) -> TyperCommand:
+        return self.build()
+
+    @property
+    def params(self) -> list[Any]:
+        """The options and arguments."""
+        return self._built.params
+
+    @params.setter
+    def params(self, _: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        pass  # those of the stand-in: none
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse arguments, with other programs' names for options replaced by ours."""
+        from safelight.request import Request
+        from safelight.settings import settings_of
+
+        names = {
+            alias: setting.option
+            for setting in settings_of(Request).values()
+            for alias in setting.about.aliases
+        }
+        return super().parse_args(ctx, _renamed(args, names))
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        return ctx.invoke(self._built.callback, **ctx.params)
+
+
+def command_of(
+    function: Callable[..., None], request_type: "type[Request]", *, without: Collection[str] = ()
+) -> TyperCommand:
+    """Return the command of a function, with an option for each setting of a Request class."""
+    from safelight.settings import settings_of
+
+    settings = {n: s for n, s in settings_of(request_type).items() if n not in without}
+
+    def call(**given: Any) -> None:
+        asked = {name: given.pop(name) for name in settings}
+        function({name: value for name, value in asked.items() if value is not None}, **given)
+
+    derived = [_parameter(setting) for setting in settings.values()]
+    own = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in list(inspect.signature(function).parameters.values())[1:]
+    ]
+    parameters = sorted([*derived, *own], key=lambda p: p.name not in ("x", "prompt"))
+    call.__signature__ = inspect.Signature(parameters)
+    call.__annotations__ = {p.name: p.annotation for p in parameters}
+    call.__doc__ = function.__doc__
+    app = typer.Typer(rich_markup_mode=None, add_completion=False)
+    app.command(function.__name__)(call)
+    command = typer.main.get_command(app)
+    assert isinstance(command, TyperCommand)
+    return command
+
+
+def request_of(settings: dict[str, Any]) -> "Request":
+    """Return the request of the options that were given; image and mask are names of files."""
     from safelight.picture import open_mask, open_picture
     from safelight.request import Request
 
-    given = {name: value for name, value in settings.items() if value is not None}
-    if image is not None:
-        given["image"] = open_picture(image, "image")
-    if mask is not None:
-        given["mask"] = open_mask(mask)
+    given = dict(settings)
+    if "image" in given:
+        given["image"] = open_picture(given["image"], "image")
+    if "mask" in given:
+        given["mask"] = open_mask(given["mask"])
+    if given.get("seed") == -1:  # as web UIs have it
+        del given["seed"]
     return Request(**given)
 
 
 def model_for(request: "Request", name: str | None) -> str:
-    """The model that was named, or the one that ships for such a request."""
+    """Return the model that was named, or the one that ships for such a request."""
     if name is not None:
         return name
     return "embedded-unconditional" if request.unconditional else "embedded"
+
+
+def check_prompt(settings: dict[str, Any], example: str) -> None:
+    """Raise SafelightError if there is neither a prompt nor `unconditional`."""
+    if "prompt" not in settings and not settings.get("unconditional"):
+        raise SafelightError(f"PROMPT is missing: try safelight {example}", field="prompt")
+
+
+def _parameter(setting: "Setting") -> inspect.Parameter:
+    """The option of a setting, or the argument that the prompt is."""
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    if setting.name == "prompt":
+        argument = Argument(help='What to draw, as in "a red apple".', show_default=False)
+        return inspect.Parameter(
+            "prompt", keyword, default=None, annotation=Annotated[str | None, argument]
+        )
+    names = (setting.option, setting.about.short) if setting.about.short else (setting.option,)
+    what = setting.description[:1].upper() + setting.description[1:]
+    if setting.kind is bool:
+        option = Option(*names, help=f"{what}.", show_default=False)
+        return inspect.Parameter(
+            setting.name, keyword, default=None, annotation=Annotated[bool | None, option]
+        )
+    if setting.kind is None:
+        said = f"{what}: a PNG, JPEG or WebP file."
+    else:
+        left_out = f" [{setting.left_out}]" if setting.left_out not in ("empty", "none") else ""
+        accepts = "" if setting.kind is str and not setting.choices else f": {setting.accepts}"
+        said = f"{what}{accepts}{left_out}."
+    option = Option(*names, help=said, show_default=False)
+    kind = setting.kind or str
+    return inspect.Parameter(
+        setting.name, keyword, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+def _renamed(args: Sequence[str], names: dict[str, str]) -> list[str]:
+    """Replace option names, up to the `--` after which none are options."""
+    found: list[str] = []
+    for i, argument in enumerate(args):
+        if argument == "--":
+            return found + list(args[i:])
+        name, equals, value = argument.partition("=")
+        found.append(f"{names[name]}{equals}{value}" if name in names else argument)
+    return found

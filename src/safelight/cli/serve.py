@@ -74,21 +74,22 @@ def serve(
 
 
 def start(settings: Settings, listening: socket, **how: Any) -> None:
-    """Serve until told to end. how: as `server.run.serve` has it."""
+    """Serve with the studio's page until told to end. how: as `server.run.serve` takes it."""
     missing = [name for name in ("fastapi", "sqlalchemy", "uvicorn") if find_spec(name) is None]
     if missing:
         raise SafelightError("serving needs more: pip install 'safelight[server]'")
     child = spawn(settings)  # loads its model while the imports below go on
     gc.disable()  # a tenth of the time that they take: what they make stays
     from safelight.server.run import serve as run
+    from safelight.studio.mount import Studio
 
     gc.freeze()
     gc.enable()
-    run(settings, child, listening, **how)
+    run(settings, child, listening, page=Studio, **how)
 
 
 def data_folder(given: Path | None) -> Path:
-    """The folder that was named, or the user's own as the XDG base directories have it; made."""
+    """Return the folder that was named, or the user's own by the XDG base directories; made."""
     base = os.environ.get("XDG_DATA_HOME")
     own = (Path(base) if base else Path.home() / ".local" / "share") / "safelight"
     root = (given or own).resolve()

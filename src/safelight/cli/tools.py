@@ -18,7 +18,7 @@ Json = Annotated[bool, Option("--json", help="Print JSON.")]
 
 def samplers(as_json: Json = False) -> None:
     """List the samplers, with the names they have elsewhere."""
-    from safelight.samplers import SAMPLERS
+    from safelight.sampling import SAMPLERS
 
     if as_json:
         known = [
@@ -135,7 +135,7 @@ def verify(
     """
     import safelight
     from safelight.picture import largest_difference, open_mask, open_picture
-    from safelight.recipe import read_recipe
+    from safelight.recipe import enlarge, read_recipe
 
     recipe = read_recipe(png)
     if "safelight" not in recipe:
@@ -172,6 +172,9 @@ def verify(
                 "give the one that made the picture with --model"
             )
         result = loaded.generate(request, on_step=on_step)
-    difference = largest_difference(picture, result.images[0])
+    again = result.images[0]
+    if recipe.get("enlarged") == list(picture.size):
+        again, _ = enlarge(again, recipe, picture.size)
+    difference = largest_difference(picture, again)
     say(difference)
     raise typer.Exit(0 if difference == 0 else 1)

@@ -1,4 +1,4 @@
-"""`safelight train`: models from pictures, one's own or those of the recipe."""
+"""`safelight train`: models from your own pictures."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,12 +14,11 @@ if TYPE_CHECKING:
     from safelight.train.loop import Plan
 
 app = typer.Typer(
-    help="Teach a model your own pictures, or make the models that ship.",
+    help="Teach a model your own pictures, or make a new one from them.",
     rich_markup_mode=None,
     no_args_is_help=True,
 )
 
-Data = Annotated[Path, Option(help="The folder that `safelight train data` wrote.")]
 Out = Annotated[Path, Option(help="Where checkpoints, samples and the model go.")]
 Native = Annotated[
     bool, Option("--native", help="Compile the networks first; needs a C++ compiler.")
@@ -141,86 +140,6 @@ def distil(
         f"draw with: safelight generate --sampler ddim --steps {drawing_steps} --guidance-scale 1 "
         f"--model {made}"
     )
-
-
-@app.command()
-def data(
-    folder: Annotated[Path, Argument(help="Where the cut-outs and captions go.")] = Path("data"),
-    whole: Annotated[
-        bool, Option("--whole", help="All of the vocabulary, for pictures of 256; minutes.")
-    ] = False,
-) -> None:
-    """Fetch the pinned npm packages and draw the captioned cut-outs."""
-    from safelight.train.cutouts import build
-
-    say(str(build(folder, whole=whole)))
-
-
-@app.command()
-def embedded(data: Data = Path("data"), out: Out = Path("runs"), native: Native = False) -> None:
-    """Make the model that ships: autoencoder, text encoder, UNet; goes on where it was stopped."""
-    from safelight.train.embedded import train_embedded
-
-    say(str(train_embedded(data, out, native=native)))
-
-
-@app.command()
-def embedded_fast(
-    data: Data = Path("data"),
-    out: Out = Path("runs"),
-    model: Annotated[str, Option(help="The teacher.")] = "embedded",
-    native: Native = False,
-) -> None:
-    """Distil the copy of the model that ships which draws in four steps."""
-    from safelight.train.embedded import train_embedded_fast
-
-    say(str(train_embedded_fast(data, out, model=model, native=native)))
-
-
-@app.command(name="embedded-256")
-def embedded_256(
-    data: Annotated[Path, Option(help="What `safelight train data --whole` wrote.")] = Path(
-        "data/256"
-    ),
-    out: Out = Path("runs/256"),
-    minutes: Annotated[float, Option(help="Of a GPU, over all calls.")] = 25.0,
-    dry_run: Annotated[
-        bool, Option("--dry-run", help="Tiny networks, 64 pixels: to see that all of it works.")
-    ] = False,
-    native: Native = False,
-) -> None:
-    """Make the model of the whole vocabulary at 256; goes on where it was stopped."""
-    if not 0.05 <= minutes <= 1440:
-        raise SafelightError(f"--minutes {minutes:g}: expected 0.05 to 1440")
-    import_torch()
-    from safelight.train.large import DRY, WHOLE, train_large
-
-    sizes = DRY if dry_run else WHOLE
-    say(str(train_large(data, out, minutes=minutes, sizes=sizes, native=native)))
-
-
-@app.command()
-def embedded_unconditional(
-    data: Data = Path("data"), out: Out = Path("runs"), native: Native = False
-) -> None:
-    """Make the pixel model that ships; goes on where it was stopped."""
-    from safelight.train.embedded import train_embedded_unconditional
-
-    say(str(train_embedded_unconditional(data, out, native=native)))
-
-
-@app.command()
-def evaluate(
-    data: Data = Path("data"),
-    out: Out = Path("runs/evaluation"),
-    model: Annotated[str, Option(help="The model to judge.")] = "embedded",
-    share: Annotated[float, Option(help="Of the thousand prompts.")] = 1.0,
-) -> None:
-    """Train a judge, and let it look at what the model draws for a thousand prompts."""
-    import_torch()
-    from safelight.evaluate.figures import evaluate as run
-
-    say(run(data, out, model, share=share))
 
 
 def _plan(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from safelight.nets.layers import Attention
 from safelight.nets.unet import UNet2DConditionModel
-from safelight.weights.tokenizer import WORDS, Tokenizer
+from safelight.prompt.tokenizer import WORDS, Tokenizer
 
 
 @dataclass(frozen=True)

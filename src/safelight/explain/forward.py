@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from safelight.job import decode
-from safelight.levels import alphas_cumprod, sigmas_of
+from safelight.engine.job import decode
 from safelight.model import Model
+from safelight.sampling.levels import alphas_cumprod, sigmas_of
 
 SHARES = (0.05, 0.15, 0.3, 0.45, 0.65, 1.0)
 """Which of the model's timesteps are shown, as shares of them all."""

@@ -19,7 +19,7 @@ from safelight.explain.forward import SHARES
 from safelight.explain.texts import ATTENTION, PARTS, SETTINGS, VIEWS, Text
 from safelight.explain.watch import Moment, Story
 from safelight.picture import from_tensor
-from safelight.samplers import SAMPLERS
+from safelight.sampling import SAMPLERS
 
 LARGEST = 256
 """Side in pixels of a picture of a step; the finished one is twice that."""

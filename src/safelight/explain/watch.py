@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from PIL import Image, ImageChops
 from torch import Tensor
 
-from safelight.denoiser import bounded, estimate
-from safelight.engine import Step, admit, begun, condition, settle
+from safelight.engine import Engine, Job, Step
+from safelight.engine.denoiser import clip_or_threshold, estimate
+from safelight.engine.job import decode, final_latents
 from safelight.errors import SafelightError
 from safelight.explain.attention import Word, recorded, telling_layers, word_maps, words_of
 from safelight.explain.forward import Noised, forward
-from safelight.job import Job, advance, decode, final_latents, finish
 from safelight.model import Model
 from safelight.nets.unet import UNet2DConditionModel
 from safelight.picture import from_tensor, to_tensor
-from safelight.request import Request, Result
-from safelight.samplers import Row
+from safelight.request import Request
+from safelight.result import Result
+from safelight.sampling import Row
 
-MOST_MOMENTS = 50
+MAX_MOMENTS = 50
 """Steps that are looked at: of more, this many, evenly apart, the first and last among them."""
 
 
@@ -99,40 +100,45 @@ def watch(model: Model, request: Request, on_step: Callable[[Step], object] | No
     """
     if request.count != 1:
         raise SafelightError(f"count must be 1, not {request.count}: one picture is watched")
-    with torch.inference_mode():
-        settled = settle(model, request)
-        conditions, warnings = condition(model, settled)
-        result = begun(model, request, settled, warnings)
-        job = admit(model, settled, conditions, settled.seed)
-        rows = job.table.rows
-        words = [] if model.tokenizer is None else words_of(model.tokenizer, settled.prompt)
-        wanted = _evenly(len(rows))
-        seen: list[_Seen] = []
-        while not job.done:
-            cursor, state = job.cursor, job.state
-            advance(model, [job])
-            assert job.clean is not None
-            if cursor in wanted:
+    engine = Engine(model)
+    result = engine.add(request)
+    [ticket] = engine.tickets
+    job, rows = ticket.job, ticket.job.table.rows
+    words = [] if model.tokenizer is None else words_of(model.tokenizer, request.prompt)
+    wanted = _evenly(len(rows))
+    seen: list[_Seen] = []
+    while engine.busy:
+        cursor, state = job.cursor, job.state
+        stepped, _ = engine.step()
+        if ticket.error is not None:
+            raise ticket.error
+        if not stepped:
+            continue
+        assert job.clean is not None
+        if cursor in wanted:
+            with torch.inference_mode():
                 seen.append(_look(model, job, cursor, state, job.clean, words))
-            if on_step is not None:
-                on_step(Step(0, job.cursor, len(rows), job.clean, model))
-        result.images.append(finish(model, job))
+        if on_step is not None:
+            on_step(Step(0, job.cursor, len(rows), job.clean, model))
+    assert ticket.image is not None
+    result.images.append(ticket.image)
+    with torch.inference_mode():
         latents = final_latents(job)
         moments, colours = _pictures(model, seen, len(rows))
         channels, height, width = latents.shape[1:]
         return Story(
             result=result,
-            sigmas=[*(row.sigma for row in rows), rows[-1].next_sigma],
+            sigmas=[*(row.level.sigma for row in rows), rows[-1].lands.sigma],
             shape=(channels, height, width),
             words=words,
             moments=moments,
             colours=colours,
-            forward=forward(model, latents, settled.seed),
+            forward=forward(model, latents, ticket.seed),
         )
 
 
 def _evenly(count: int) -> set[int]:
-    most = min(count, MOST_MOMENTS)
+    most = min(count, MAX_MOMENTS)
     return {round(i * (count - 1) / max(most - 1, 1)) for i in range(most)}
 
 
@@ -140,14 +146,13 @@ def _look(
     model: Model, job: Job, cursor: int, state: Tensor, clean: Tensor, words: list[Word]
 ) -> _Seen:
     """Ask again about the state before the step, for what the step itself does not tell."""
-    row, asked = job.table.rows[cursor], job.condition
-    noisy = state / (1 + row.sigma**2) ** 0.5
-    if asked.context is None or not isinstance(model.unet, UNet2DConditionModel):
+    row, asked = job.table.rows[cursor], job.conditioning
+    noisy = row.level.view(state)
+    if asked.tokens is None or not isinstance(model.unet, UNet2DConditionModel):
         return _Seen(cursor + 1, row, noisy, clean, None, None)
     with recorded(telling_layers(model.unet)) as weights:
-        alone = replace(asked, context=asked.context[-1:])
-        [raw] = estimate(model, [state], [row.sigma], [row.timestep], [alone])
-    unguided = bounded(raw, job.table.clip, job.table.threshold)
+        [unclipped] = estimate(model, [state], [row], [asked.positive()])
+    unguided = clip_or_threshold(unclipped, job.table.clip, job.table.threshold)
     height, width = state.shape[-2:]
     return _Seen(
         step=cursor + 1,
@@ -172,7 +177,7 @@ def _pictures(model: Model, seen: list[_Seen], steps: int) -> tuple[list[Moment]
         Moment(
             step=one.step,
             steps=steps,
-            sigma=one.row.sigma,
+            sigma=one.row.level.sigma,
             timestep=one.row.timestep,
             noisy=noisy[i],
             latents=None if colours is None else in_colours(one.noisy, colours),

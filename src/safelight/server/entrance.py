@@ -11,7 +11,7 @@ from urllib.parse import parse_qs
 
 COOKIE = "safelight"
 ENTER = "/studio/enter"
-LONGEST_FORM = 4096
+MAX_FORM = 4096
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Safelight</title>

@@ -16,19 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from starlette.exceptions import HTTPException
-
-from safelight.server import entrance
+from safelight.server import bodies, entrance
+from safelight.server.bodies import RefusedError
 
 log = logging.getLogger("safelight.http")
 
-SLOW = 30.0
-LEAST = 16 << 10
-"""In so many seconds a client sends so many bytes of a body, or all of it; and takes so many of an
-answer. One byte now and then would hold a connection for ever.
-"""
-
-MOST_BODY = 64 << 20
 OPEN = frozenset({"/healthz"})
 """Paths that need no token: that the process lives."""
 
@@ -48,10 +40,6 @@ class Rules:
 
     token: str | None = None
     hosts: frozenset[str] = frozenset()
-
-
-class RefusedError(HTTPException):
-    """Also raised while an application reads a body: it may answer in a shape of its own."""
 
 
 class Guard:
@@ -77,13 +65,13 @@ class Guard:
                 if status in (408, 413):  # the rest of the body is not waited for
                     given.append((b"connection", b"close"))
                 message["headers"] = [*given, *HEADERS, (b"x-request-id", request_id.encode())]
-            async with asyncio.timeout(SLOW):
+            async with asyncio.timeout(bodies.SLOW):
                 await send(message)
 
         try:
             headers = _headers(scope)
             self._check_site(scope, headers)
-            receive = _limited(receive, headers)
+            receive = bodies.limited(receive, _single(headers, "content-length"))
             if scope["path"] == entrance.ENTER and scope["method"] == "POST":
                 await self._enter(receive, reply)
             elif scope["path"] in OPEN or self._allowed(headers):
@@ -127,7 +115,7 @@ class Guard:
     async def _enter(self, receive: Any, reply: Any) -> None:
         """A browser's form with the token in it: given a cookie, and sent to the page."""
         form, more = b"", True
-        while more and len(form) <= entrance.LONGEST_FORM:
+        while more and len(form) <= entrance.MAX_FORM:
             message = await receive()
             form += message.get("body", b"")
             more = message.get("more_body", False)
@@ -202,38 +190,10 @@ def _same(origin: str, host: str) -> bool:
     return parts.scheme in ("http", "https") and parts.netloc == host
 
 
-def _limited(receive: Any, headers: dict[str, list[str]]) -> Any:
-    """`receive`, that refuses what is too long, or too slow in coming."""
-    length = _single(headers, "content-length")
-    if length and not (length.isascii() and length.isdigit()):
-        raise RefusedError(400, "Content-Length is no number")
-    if length and int(length) > MOST_BODY:
-        raise RefusedError(413, f"a request has at most {MOST_BODY >> 20} MiB")
-    seen, whole = 0, False
-    due, until = LEAST, time.monotonic() + SLOW
-
-    async def take() -> Any:
-        nonlocal seen, whole, due, until
-        if whole:
-            return await receive()  # that the client goes away, whenever it does
-        try:
-            async with asyncio.timeout(until - time.monotonic()):
-                message = await receive()
-        except TimeoutError:
-            raise RefusedError(408, "the client was too slow") from None
-        seen += len(message.get("body", b""))
-        whole = not message.get("more_body", False)
-        if seen >= due:
-            due, until = seen + LEAST, time.monotonic() + SLOW
-        if seen > MOST_BODY:
-            raise RefusedError(413, f"a request has at most {MOST_BODY >> 20} MiB")
-        return message
-
-    return take
-
-
 async def _answer(send: Any, status: int, text: str, headers: Mapping[str, str] | None) -> None:
-    body = json.dumps({"detail": text, "error": {"message": text, "type": "error", "code": status}})
+    # In the shapes of all three APIs.
+    error = {"message": text, "type": "invalid_request_error", "param": None, "code": None}
+    body = json.dumps({"detail": text, "error": error})
     await send(
         {
             "type": "http.response.start",

@@ -38,7 +38,7 @@ class Picture(BaseModel):
 
 
 class Progress(BaseModel):
-    """How far a job is. step and steps count over all of its pictures together."""
+    """Steps taken and steps in all, over all pictures of a job together."""
 
     step: int = 0
     steps: int = 0
@@ -67,8 +67,8 @@ class Event(BaseModel):
     """What happened to a job just now.
 
     kind: "progress"; "preview", with the clean estimate of picture `index` and its noisy state,
-    each a PNG in base64; "picture", when one is finished; "end", after which none follows. `job`
-    is as it stands then.
+    each a PNG in base64; "picture", when picture `index` is finished; "end", the last one. `job`
+    is the job as it stood then.
     """
 
     kind: str
@@ -99,19 +99,38 @@ class BusyError(SafelightError):
     """The queue is full: try again after `retry_after` seconds."""
 
     def __init__(self, bound: int, retry_after: int) -> None:
-        super().__init__(f"the queue of {bound} pictures is full: try again in {retry_after} s")
+        super().__init__(
+            f"the queue of {bound} pictures is full: try again in {retry_after} s",
+            code="queue_full",
+        )
         self.retry_after = retry_after
 
 
 class StorageError(SafelightError):
     """Something could not be kept or read: the disk is full, or the database does not answer."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="storage")
+
 
 class StoppingError(SafelightError):
     """The server is about to end."""
 
     def __init__(self) -> None:
-        super().__init__("the server is stopping: try again when it is back")
+        super().__init__("the server is stopping: try again when it is back", code="stopping")
+
+
+_STATUS = {"queue_full": 429, "stopping": 503, "storage": 507, "not_found": 404}
+
+
+def status_of(error: SafelightError) -> int:
+    """Return the HTTP status of an error, by its code."""
+    return _STATUS.get(error.code, 422)
+
+
+def retry_after(error: SafelightError) -> dict[str, str]:
+    """Return the header that says when to try again, if the error knows."""
+    return {"Retry-After": str(error.retry_after)} if isinstance(error, BusyError) else {}
 
 
 class Service(Protocol):
@@ -120,30 +139,40 @@ class Service(Protocol):
     async def submit(
         self, request: Request, *, client: str = "api", idempotency_key: str | None = None
     ) -> Job:
-        """The job, once it is durable; the one that is there for a key seen before.
+        """Return the job once it is durable; for a key seen before, the job of then.
 
         Raises BusyError when the queue is full.
         """
         ...
 
-    async def get(self, job_id: str) -> Job | None: ...
+    async def get(self, job_id: str) -> Job | None:
+        """Return a job as it stands, None if there is none."""
+        ...
 
     async def wait(self, job_id: str) -> Job:
-        """The job when its status is final."""
+        """Return the job when its status is final."""
         ...
 
     def events(self, job_id: str, *, previews: bool = True) -> AsyncIterator[Event]:
-        """What happens from now on; the last is "end"."""
+        """Yield what happens to a job from now on; the last event is "end"."""
         ...
 
     async def cancel(self, job_id: str) -> Job | None:
-        """The job: cancelled, or, if it runs, about to be within one step."""
+        """Cancel a job; return it. One that runs ends within one step."""
         ...
 
     def picture_file(self, picture_id: str) -> Path | None:
-        """The PNG of a finished picture, its recipe inside."""
+        """Return the PNG of a finished picture, its recipe inside."""
         ...
 
-    async def model(self) -> ModelInfo: ...
+    async def models(self) -> list[ModelInfo]:
+        """Return the models that are served; one that is not loaded yet lacks its facts."""
+        ...
 
-    async def taught(self) -> dict[str, Any]: ...
+    async def loaded(self) -> ModelInfo:
+        """Return the served model once it is loaded, and its size known."""
+        ...
+
+    async def defaults(self) -> dict[str, Any]:
+        """Return what the served model says it draws best with (`model_defaults`)."""
+        ...

@@ -14,9 +14,9 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from safelight.errors import SafelightError
-from safelight.server.app import application
-from safelight.server.guard import LEAST, SLOW, Rules
+from safelight.server import bodies
+from safelight.server.app import PageOf, application
+from safelight.server.guard import Rules
 from safelight.server.hub import Hub
 from safelight.server.listening import everywhere, shown
 from safelight.server.process import Child, Settings
@@ -39,19 +39,20 @@ class Lines(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
-class Impatient(H11Protocol):
-    """uvicorn waits for ever for the head of a request, and for one who does not read; this is
-    patient for SLOW seconds.
+class H11WithTimeouts(H11Protocol):
+    """Closes a connection that sends no request, or reads no answer, for bodies.SLOW seconds.
+
+    uvicorn's own protocol waits for both for ever.
     """
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._late = self.loop.call_later(SLOW, self._close_if_silent)
+        self._late = self.loop.call_later(bodies.SLOW, self._close_if_silent)
         self._stuck: asyncio.TimerHandle | None = None
 
     def on_response_complete(self) -> None:
         self._late.cancel()
-        self._late = self.loop.call_later(SLOW, self._close_if_silent)
+        self._late = self.loop.call_later(bodies.SLOW, self._close_if_silent)
         super().on_response_complete()
 
     def _close_if_silent(self) -> None:
@@ -69,11 +70,11 @@ class Impatient(H11Protocol):
             self._stuck.cancel()
 
     def _look_again(self, unsent: int) -> None:
-        self._stuck = self.loop.call_later(SLOW, self._abort_if_stuck, unsent)
+        self._stuck = self.loop.call_later(bodies.SLOW, self._abort_if_stuck, unsent)
 
     def _abort_if_stuck(self, unsent: int) -> None:
         now = self.transport.get_write_buffer_size()
-        if now > unsent - LEAST:
+        if now > unsent - bodies.MIN_BYTES:
             self.transport.abort()  # to close would wait until all of it is taken
         else:
             self._look_again(now)
@@ -104,16 +105,20 @@ def serve(
     token: str | None,
     hosts: frozenset[str] = frozenset(),
     bound: int = 1000,
+    page: PageOf | None = None,
 ) -> None:
-    """Until SIGTERM or Ctrl-C. Raises SafelightError if it cannot start, or the model cannot."""
+    """Serve until SIGTERM or Ctrl-C. page: as `application` takes it.
+
+    Raises SafelightError if the server or the model cannot start.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Lines())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     hub = Hub(settings, child, bound=bound)
     names = hosts | ({host} if not everywhere(host) else frozenset())
     config = uvicorn.Config(
-        application(hub, Rules(token, names)),
-        http=Impatient,
+        application(hub, Rules(token, names), page=page),
+        http=H11WithTimeouts,
         ws="none",
         log_config=None,
         access_log=False,
@@ -134,4 +139,4 @@ def serve(
     sys.stderr.flush()
     asyncio.run(server.serve(sockets=[listening]))
     if hub.refusal is not None:
-        raise SafelightError(hub.refusal)
+        raise hub.refusal

@@ -8,36 +8,26 @@ from __future__ import annotations
 
 import json
 import secrets
-import sqlite3
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import (
-    Column,
-    Connection,
-    Float,
-    ForeignKey,
-    Integer,
-    MetaData,
-    String,
-    Table,
-    Text,
-    UniqueConstraint,
-    create_engine,
-    event,
-    func,
-    select,
-    text,
-)
+from sqlalchemy import Connection, func, select, text
 from sqlalchemy.engine import RowMapping
-from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.exc import IntegrityError
 
 from safelight.errors import SafelightError
-from safelight.server.jobs import BusyError, Job, Picture, Status, StorageError
+from safelight.server.jobs import BusyError, Job, Picture, Status
+from safelight.server.tables import (
+    UNFINISHED,
+    jobs,
+    open_engine,
+    pictures,
+    read_job,
+    storage_errors,
+    timestamp,
+)
 
 LEASE = 60.0
 """Seconds after which the job of a worker that was not heard of is anyone's."""
@@ -47,43 +37,6 @@ ATTEMPTS = 3
 
 LOCK = 0x5AFE
 """The number of our advisory lock in PostgreSQL."""
-
-_meta = MetaData()
-_jobs = Table(
-    "jobs",
-    _meta,
-    Column("id", String(32), primary_key=True),
-    Column("status", String(16), nullable=False, index=True),
-    Column("client", String(16), nullable=False),
-    Column("created", Float, nullable=False, index=True),
-    Column("started", Float),
-    Column("finished", Float),
-    Column("request", Text, nullable=False),
-    Column("prompt", Text, nullable=False),
-    Column("pictures", Integer, nullable=False),
-    Column("cost", Integer, nullable=False),
-    Column("attempts", Integer, nullable=False, default=0),
-    Column("token", String(64)),
-    Column("lease", Float, nullable=False, default=0.0),
-    Column("warnings", Text, nullable=False, default="[]"),
-    Column("error", Text),
-    Column("key", String(255), unique=True),
-    Column("digest", String(64)),
-)
-_pictures = Table(
-    "pictures",
-    _meta,
-    Column("id", String(32), primary_key=True),
-    Column("job", ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False, index=True),
-    Column("number", Integer, nullable=False),
-    Column("seed", String(20), nullable=False),  # 63 bits, which not all clients of JSON keep
-    Column("width", Integer, nullable=False),
-    Column("height", Integer, nullable=False),
-    Column("created", Float, nullable=False, index=True),
-    Column("recipe", Text, nullable=False),
-    UniqueConstraint("job", "number"),
-)
-_UNFINISHED = (Status.QUEUED, Status.RUNNING)
 
 
 class LostError(Exception):
@@ -114,15 +67,8 @@ class Store:
     """
 
     def __init__(self, url: str) -> None:
-        self._engine = create_engine(url)
+        self._engine = open_engine(url)
         self._lite = self._engine.dialect.name == "sqlite"
-        if self._lite:
-            _settle_sqlite(self._engine)
-        try:
-            _meta.create_all(self._engine)
-        except Exception as error:
-            reason = str(error).splitlines()[0][:150]
-            raise StorageError(f"the database of jobs cannot be opened: {reason}") from None
 
     def close(self) -> None:
         self._engine.dispose()
@@ -130,14 +76,14 @@ class Store:
     @contextmanager
     def _write(self) -> Iterator[Connection]:
         """A transaction that no other of ours runs beside."""
-        with _answering(), self._engine.begin() as connection:
+        with storage_errors(), self._engine.begin() as connection:
             if not self._lite:  # SQLite's begins with BEGIN IMMEDIATE
                 connection.execute(select(func.pg_advisory_xact_lock(LOCK)))
             yield connection
 
     @contextmanager
     def _read(self) -> Iterator[Connection]:
-        with _answering(), self._engine.connect() as connection:
+        with storage_errors(), self._engine.connect() as connection:
             yield connection.execution_options(reads=True)
 
     def submit(
@@ -159,7 +105,7 @@ class Store:
         count = int(settings["count"])
         with self._write() as db:
             if key is not None:
-                old = db.execute(select(_jobs).where(_jobs.c.key == key)).mappings().first()
+                old = db.execute(select(jobs).where(jobs.c.key == key)).mappings().first()
                 if old is not None:
                     if old["digest"] != digest:
                         raise SafelightError(
@@ -168,11 +114,11 @@ class Store:
                     return self._job(db, old), False
             _make_sure_of_room(db, count, bound)
             db.execute(
-                _jobs.insert().values(
+                jobs.insert().values(
                     id=job_id,
                     status=Status.QUEUED,
                     client=client,
-                    created=_now(),
+                    created=timestamp(),
                     request=json.dumps(settings),
                     prompt=str(settings.get("prompt", "")),
                     pictures=count,
@@ -181,7 +127,7 @@ class Store:
                     digest=digest,
                 )
             )
-            row = db.execute(select(_jobs).where(_jobs.c.id == job_id)).mappings().one()
+            row = db.execute(select(jobs).where(jobs.c.id == job_id)).mappings().one()
             return self._job(db, row), True
 
     def claim(self, worker: str, *, alone: bool = False, ageing: float = 0.0) -> Claim | None:
@@ -191,17 +137,17 @@ class Store:
         was begun before is given out only to a worker that is `alone` with it, so that it takes no
         other down; when its turn comes, others wait. One that was begun too often fails.
         """
-        now = _now()
+        now = timestamp()
         with self._write() as db:
             _give_up(db, now)
-            free = (_jobs.c.status == Status.QUEUED) | (
-                (_jobs.c.status == Status.RUNNING) & (_jobs.c.lease < now)
+            free = (jobs.c.status == Status.QUEUED) | (
+                (jobs.c.status == Status.RUNNING) & (jobs.c.lease < now)
             )
-            urgency = _jobs.c.cost - ageing * (now - _jobs.c.created)
+            urgency = jobs.c.cost - ageing * (now - jobs.c.created)
             first = db.execute(
-                select(_jobs.c.id, _jobs.c.attempts)
+                select(jobs.c.id, jobs.c.attempts)
                 .where(free)
-                .order_by(urgency, _jobs.c.created)
+                .order_by(urgency, jobs.c.created)
                 .limit(1)
             ).first()
             if first is None or (first.attempts and not alone):
@@ -210,21 +156,21 @@ class Store:
             token = f"{worker}:{secrets.token_hex(8)}"
             row = (
                 db.execute(
-                    _jobs.update()
-                    .where(_jobs.c.id == job_id)
+                    jobs.update()
+                    .where(jobs.c.id == job_id)
                     .values(
                         status=Status.RUNNING,
                         token=token,
                         lease=now + LEASE,
-                        attempts=_jobs.c.attempts + 1,
-                        started=func.coalesce(_jobs.c.started, now),
+                        attempts=jobs.c.attempts + 1,
+                        started=func.coalesce(jobs.c.started, now),
                     )
-                    .returning(*_jobs.c)
+                    .returning(*jobs.c)
                 )
                 .mappings()
                 .one()
             )
-            done = db.execute(select(_pictures.c.number).where(_pictures.c.job == job_id)).scalars()
+            done = db.execute(select(pictures.c.number).where(pictures.c.job == job_id)).scalars()
             return Claim(
                 job_id, token, json.loads(row["request"]), frozenset(done), row["attempts"] > 1
             )
@@ -233,9 +179,9 @@ class Store:
         """This worker is well: its jobs stay its own."""
         with self._write() as db:
             db.execute(
-                _jobs.update()
-                .where(_jobs.c.status == Status.RUNNING, _jobs.c.token.startswith(worker + ":"))
-                .values(lease=_now() + LEASE)
+                jobs.update()
+                .where(jobs.c.status == Status.RUNNING, jobs.c.token.startswith(worker + ":"))
+                .values(lease=timestamp() + LEASE)
             )
 
     def release(self, worker: str | None = None, *, told_to: bool = False) -> None:
@@ -243,33 +189,33 @@ class Store:
 
         told_to: by us, so that this was no attempt.
         """
-        mine = _jobs.c.status == Status.RUNNING
+        mine = jobs.c.status == Status.RUNNING
         if worker is not None:
-            mine &= _jobs.c.token.startswith(worker + ":")
+            mine &= jobs.c.token.startswith(worker + ":")
         with self._write() as db:
             db.execute(
-                _jobs.update()
+                jobs.update()
                 .where(mine)
                 .values(
                     status=Status.QUEUED,
                     token=None,
                     lease=0.0,
-                    attempts=_jobs.c.attempts - int(told_to),
+                    attempts=jobs.c.attempts - int(told_to),
                 )
             )
-            _give_up(db, _now())
+            _give_up(db, timestamp())
 
     def put_back(self, job_id: str, token: str) -> None:
         """A job that was not got to after all: as if it had not been claimed."""
         with self._write() as db:
             db.execute(
-                _jobs.update()
-                .where(_jobs.c.id == job_id, _jobs.c.token == token)
+                jobs.update()
+                .where(jobs.c.id == job_id, jobs.c.token == token)
                 .values(
                     status=Status.QUEUED,
                     token=None,
                     lease=0.0,
-                    attempts=_jobs.c.attempts - 1,
+                    attempts=jobs.c.attempts - 1,
                 )
             )
 
@@ -279,14 +225,14 @@ class Store:
             with self._write() as db:
                 self._hold(db, job_id, token)
                 db.execute(
-                    _pictures.insert().values(
+                    pictures.insert().values(
                         id=picture.id,
                         job=job_id,
                         number=picture.index,
                         seed=str(picture.seed),
                         width=picture.width,
                         height=picture.height,
-                        created=_now(),
+                        created=timestamp(),
                         recipe=json.dumps(picture.recipe),
                     )
                 )
@@ -300,11 +246,11 @@ class Store:
         with self._write() as db:
             self._hold(db, job_id, token)
             db.execute(
-                _jobs.update()
-                .where(_jobs.c.id == job_id)
+                jobs.update()
+                .where(jobs.c.id == job_id)
                 .values(
                     status=Status.SUCCEEDED if error is None else Status.FAILED,
-                    finished=_now(),
+                    finished=timestamp(),
                     warnings=json.dumps(warnings),
                     error=error,
                     token=None,
@@ -315,9 +261,9 @@ class Store:
         """The job, final: what it has by now stays."""
         with self._write() as db:
             db.execute(
-                _jobs.update()
-                .where(_jobs.c.id == job_id, _jobs.c.status.in_(_UNFINISHED))
-                .values(status=Status.CANCELLED, finished=_now(), token=None)
+                jobs.update()
+                .where(jobs.c.id == job_id, jobs.c.status.in_(UNFINISHED))
+                .values(status=Status.CANCELLED, finished=timestamp(), token=None)
             )
             return self._one(db, job_id)
 
@@ -332,20 +278,20 @@ class Store:
                 return job
             _make_sure_of_room(db, int(job.settings["count"]), bound)
             db.execute(
-                _jobs.update()
-                .where(_jobs.c.id == job_id)
-                .values(status=Status.QUEUED, attempts=0, error=None, finished=None, created=_now())
+                jobs.update()
+                .where(jobs.c.id == job_id)
+                .values(
+                    status=Status.QUEUED, attempts=0, error=None, finished=None, created=timestamp()
+                )
             )
             return self._one(db, job_id)
 
     def delete(self, job_id: str) -> list[str] | None:
         """The ids of its pictures, whose files are to go; None if there is no such job."""
         with self._write() as db:
-            ids = list(
-                db.execute(select(_pictures.c.id).where(_pictures.c.job == job_id)).scalars()
-            )
-            db.execute(_pictures.delete().where(_pictures.c.job == job_id))
-            gone = db.execute(_jobs.delete().where(_jobs.c.id == job_id)).rowcount
+            ids = list(db.execute(select(pictures.c.id).where(pictures.c.job == job_id)).scalars())
+            db.execute(pictures.delete().where(pictures.c.job == job_id))
+            gone = db.execute(jobs.delete().where(jobs.c.id == job_id)).rowcount
             return ids if gone else None
 
     def get(self, job_id: str) -> Job | None:
@@ -354,7 +300,7 @@ class Store:
 
     def job_of(self, picture_id: str) -> Job | None:
         with self._read() as db:
-            found = db.scalar(select(_pictures.c.job).where(_pictures.c.id == picture_id))
+            found = db.scalar(select(pictures.c.job).where(pictures.c.id == picture_id))
             return None if found is None else self._one(db, found)
 
     def list(
@@ -366,32 +312,32 @@ class Store:
         limit: int = 50,
     ) -> list[Job]:
         """Newest first; search: words that the prompt holds; before: created earlier than this."""
-        query = select(_jobs).order_by(_jobs.c.created.desc(), _jobs.c.id).limit(limit)
+        query = select(jobs).order_by(jobs.c.created.desc(), jobs.c.id).limit(limit)
         if status is not None:
-            query = query.where(_jobs.c.status == status)
+            query = query.where(jobs.c.status == status)
         if before is not None:
-            query = query.where(_jobs.c.created < before)
+            query = query.where(jobs.c.created < before)
         for word in search.lower().split():
-            query = query.where(func.lower(_jobs.c.prompt).contains(word, autoescape=True))
+            query = query.where(func.lower(jobs.c.prompt).contains(word, autoescape=True))
         with self._read() as db:
             return [self._job(db, row) for row in db.execute(query).mappings().all()]
 
-    def waiting(self) -> dict[str, int]:
-        """How many jobs there are of each status."""
-        query = select(_jobs.c.status, func.count()).group_by(_jobs.c.status)
+    def counts(self) -> dict[str, int]:
+        """Return how many jobs there are of each status."""
+        query = select(jobs.c.status, func.count()).group_by(jobs.c.status)
         with self._read() as db:
             return {row[0]: row[1] for row in db.execute(query)}
 
     def has_picture(self, picture_id: str) -> bool:
         with self._read() as db:
-            query = select(_pictures.c.id).where(_pictures.c.id == picture_id)
+            query = select(pictures.c.id).where(pictures.c.id == picture_id)
             return db.execute(query).first() is not None
 
     def known_files(self) -> tuple[set[str], set[str]]:
         """The ids of all pictures, and of all jobs that may still need what they start from."""
         with self._read() as db:
-            pictures = set(db.execute(select(_pictures.c.id)).scalars())
-            return pictures, set(db.execute(select(_jobs.c.id)).scalars())
+            known = set(db.execute(select(pictures.c.id)).scalars())
+            return known, set(db.execute(select(jobs.c.id)).scalars())
 
     def check(self) -> str:
         """ "ok", or what the database finds wrong with itself."""
@@ -401,67 +347,36 @@ class Store:
             return str(db.execute(text("PRAGMA integrity_check")).scalar_one())
 
     def _hold(self, db: Connection, job_id: str, token: str) -> None:
-        query = select(_jobs.c.id).where(
-            _jobs.c.id == job_id, _jobs.c.token == token, _jobs.c.status == Status.RUNNING
+        query = select(jobs.c.id).where(
+            jobs.c.id == job_id, jobs.c.token == token, jobs.c.status == Status.RUNNING
         )
         if db.execute(query).first() is None:
             raise LostError(job_id)
 
     def _one(self, db: Connection, job_id: str) -> Job | None:
-        row = db.execute(select(_jobs).where(_jobs.c.id == job_id)).mappings().first()
+        row = db.execute(select(jobs).where(jobs.c.id == job_id)).mappings().first()
         return None if row is None else self._job(db, row)
 
     def _job(self, db: Connection, row: RowMapping) -> Job:
-        query = select(_pictures).where(_pictures.c.job == row["id"]).order_by(_pictures.c.number)
-        return Job(
-            id=row["id"],
-            status=Status(row["status"]),
-            created_at=_date(row["created"]),
-            started_at=row["started"] and _date(row["started"]),
-            finished_at=row["finished"] and _date(row["finished"]),
-            client=row["client"],
-            settings=json.loads(row["request"]),
-            warnings=json.loads(row["warnings"]),
-            error=row["error"],
-            attempts=row["attempts"],
-            pictures=[
-                Picture(
-                    id=p["id"],
-                    index=p["number"],
-                    seed=int(p["seed"]),
-                    width=p["width"],
-                    height=p["height"],
-                    recipe=json.loads(p["recipe"]),
-                )
-                for p in db.execute(query).mappings()
-            ],
-        )
-
-
-@contextmanager
-def _answering() -> Iterator[None]:
-    try:
-        yield
-    except OperationalError as error:
-        reason = str(error.orig).splitlines()[0][:100]
-        raise StorageError(f"the database of jobs does not take it: {reason}") from None
+        query = select(pictures).where(pictures.c.job == row["id"]).order_by(pictures.c.number)
+        return read_job(row, db.execute(query).mappings().all())
 
 
 def _make_sure_of_room(db: Connection, count: int, bound: int) -> None:
-    query = select(func.coalesce(func.sum(_jobs.c.pictures), 0))
-    waiting = db.execute(query.where(_jobs.c.status.in_(_UNFINISHED))).scalar_one()
+    query = select(func.coalesce(func.sum(jobs.c.pictures), 0))
+    waiting = db.execute(query.where(jobs.c.status.in_(UNFINISHED))).scalar_one()
     if waiting + count > bound:
         raise BusyError(bound, retry_after=5)
 
 
 def _give_up(db: Connection, now: float) -> None:
     """Fail the jobs that were begun as often as may be, and are nobody's."""
-    free = (_jobs.c.status == Status.QUEUED) | (
-        (_jobs.c.status == Status.RUNNING) & (_jobs.c.lease < now)
+    free = (jobs.c.status == Status.QUEUED) | (
+        (jobs.c.status == Status.RUNNING) & (jobs.c.lease < now)
     )
     db.execute(
-        _jobs.update()
-        .where(free, _jobs.c.attempts >= ATTEMPTS)
+        jobs.update()
+        .where(free, jobs.c.attempts >= ATTEMPTS)
         .values(
             status=Status.FAILED,
             finished=now,
@@ -469,33 +384,3 @@ def _give_up(db: Connection, now: float) -> None:
             error=f"the worker stopped {ATTEMPTS} times while it drew this",
         )
     )
-
-
-def _settle_sqlite(engine: Any) -> None:
-    # Before 3.51.3 a reset of the write-ahead log may lose what was committed.
-    journal = "WAL" if sqlite3.sqlite_version_info >= (3, 51, 3) else "DELETE"
-
-    @event.listens_for(engine, "connect")
-    def _(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None  # the driver would begin transactions of its own
-        for pragma in (
-            f"journal_mode={journal}",
-            "synchronous=FULL",
-            "busy_timeout=20000",
-            "foreign_keys=ON",
-        ):
-            connection.execute(f"PRAGMA {pragma}")
-
-    @event.listens_for(engine, "begin")
-    def _(connection: Connection) -> None:
-        # Taken at once, a lock to write is waited for; taken on the way it may be refused.
-        reads = connection.get_execution_options().get("reads")
-        connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
-
-
-def _now() -> float:
-    return round(time.time(), 6)  # as fine as a date can say
-
-
-def _date(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, UTC)

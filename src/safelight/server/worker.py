@@ -1,6 +1,6 @@
 """The worker: a process that holds the model, claims jobs, draws, and commits pictures.
 
-It may be killed at any moment. What it had not committed is drawn again by the next one.
+It may be killed at any moment. The next one draws again what it had not committed.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from safelight.errors import SafelightError
-from safelight.request import Request, Result
+from safelight.request import Request
+from safelight.result import Result
 from safelight.server.files import Files
 from safelight.server.jobs import ModelInfo, Picture, StorageError
 from safelight.server.process import Settings
 from safelight.server.store import LEASE, Claim, LostError, Store, new_id
 
 PICTURES = 48
-"""Most that are in the making at once; beyond it jobs wait in the database."""
+"""The most pictures in the making at once; beyond it jobs wait in the database."""
 
 PREVIEW_EVERY = 0.2
 """Seconds between two previews of a picture."""
@@ -50,12 +51,12 @@ class _Held:
 
 
 def main(pipe: Connection, settings: Settings) -> None:
-    """Until told to stop, or until the server is gone."""
+    """Draw until told to stop, or until the server is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server tells when to end
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     code = 0
     try:
-        worker = _begun(pipe, settings)
+        worker = _new_worker(pipe, settings)
         if worker is None:
             code = 2
         else:
@@ -65,20 +66,20 @@ def main(pipe: Connection, settings: Settings) -> None:
     os._exit(code)
 
 
-def _begun(pipe: Connection, settings: Settings) -> Worker | None:
-    """None if no worker could draw with these settings, which ends the server."""
+def _new_worker(pipe: Connection, settings: Settings) -> Worker | None:
+    """Return a worker; None if none could draw with these settings, which ends the server."""
     try:
         return Worker(pipe, settings)
     except StorageError:
         raise  # another one may have more luck
     except SafelightError as error:
-        pipe.send(("refused", str(error)))
+        pipe.send(("refused", str(error), error.code))
         return None
 
 
 class Worker:
     def __init__(self, pipe: Connection, settings: Settings) -> None:
-        from safelight.batch import Engine
+        from safelight.engine import Engine
         from safelight.weights import load_model
 
         self._pipe, self._settings = pipe, settings
@@ -89,7 +90,9 @@ class Worker:
         )
         self._model = self._load(dtype=settings.dtype)
         self._precise: Any = None
-        self._engine = Engine(self._model, rows=settings.rows, exact=settings.exact)
+        self._engine = Engine(
+            self._model, exact=settings.exact, rows=settings.rows, background=True
+        )
         self._store, self._files = Store(settings.url), Files(Path(settings.root))
         self._held: dict[str, _Held] = {}
         self._alone = False
@@ -101,20 +104,20 @@ class Worker:
             name=self._model.name,
             sha256=self._model.sha256,
             kind=self._model.kind,
-            family=self._model.family,
+            family=self._model.family.name,
             width=width,
             height=height,
             device=str(self._model.device),
-            dtype=str(self._model.dtype).removeprefix("torch."),
+            dtype=self._model.precision,
             ready=True,
         )
         pipe.send(("ready", info.model_dump()))
 
     def run(self) -> None:
         while not (self._started or self._stopping):  # until the server has tidied up
-            self._listen(None)
+            self._on_messages(None)
         while not self._stopping:
-            self._listen(0 if self._engine.busy else 1.0)
+            self._on_messages(0 if self._engine.busy else 1.0)
             self._claim()
             if self._engine.busy:
                 self._step()
@@ -124,8 +127,8 @@ class Worker:
                 self._store.put_back(held.claim.id, held.claim.token)
         self._store.close()
 
-    def _listen(self, seconds: float | None) -> None:
-        """To what the server says, for so long, or for ever, if there is nothing else to do."""
+    def _on_messages(self, seconds: float | None) -> None:
+        """Act on the server's messages; wait for the first so long, or for ever for None."""
         while self._pipe.poll(seconds):
             seconds = 0
             kind, *rest = self._pipe.recv()
@@ -167,10 +170,10 @@ class Worker:
             )
             result = self._engine.add(request, claim.id, claim.done)
         except SafelightError as error:
-            self._end(claim, [], str(error))
+            self._end(claim, [], error)
             return
         mine = [ticket for ticket in self._engine.tickets if ticket.tag == claim.id]
-        each = len(mine[0].job.table.rows) if mine else 0
+        each = mine[0].steps if mine else 0
         self._held[claim.id] = _Held(
             claim,
             request,
@@ -201,14 +204,13 @@ class Worker:
                 self._picture(self._held[ticket.tag], ticket)
 
     def _picture(self, held: _Held, ticket: Any) -> None:
-        from safelight.job import NotFiniteError
-
-        image, error = ticket.image, ticket.error
-        if error is not None and (isinstance(error, NotFiniteError) or "NaN" in str(error)):
+        image, error, dtype = ticket.image, ticket.error, ticket.dtype
+        if getattr(error, "code", None) == "not_finite":
             image, error = self._again(held, ticket.seed, error)
+            dtype = "float32"
         if error is None:
             try:
-                self._commit(held, image, ticket.index, ticket.seed)
+                self._commit(held, image, ticket.index, ticket.seed, dtype)
             except StorageError as problem:
                 error = problem
             except LostError:
@@ -216,39 +218,44 @@ class Worker:
                 return
         if error is not None:
             self._engine.drop(held.claim.id)
-            self._end(held.claim, held.warnings, str(error))
+            self._end(held.claim, held.warnings, error)
             return
         held.left -= 1
-        if held.left:
-            self._tell("picture", held)
-        else:
+        self._tell("picture", held)
+        if not held.left:
             self._complete(held)
 
     def _again(self, held: _Held, seed: int, error: Exception) -> tuple[Any, Exception | None]:
-        """A picture that came out as no numbers, once more in float32."""
-        from safelight.batch import out_of_memory
+        """Draw a picture that came out as NaN once more, in float32."""
+        from safelight.engine.capacity import out_of_memory
 
-        if str(self._model.dtype) == "torch.float32":
+        if self._model.precision == "float32":
             return None, error
         try:
             if self._precise is None:
                 self._precise = self._load(dtype="float32")
             made = self._precise.generate(held.request.replace(seed=seed, count=1))
         except SafelightError as problem:
-            return None, problem
-        except (MemoryError, RuntimeError) as problem:
+            return None, error if problem.code == "out_of_memory" else problem
+        except (MemoryError, RuntimeError) as problem:  # of loading
             if not out_of_memory(problem):
                 raise
             return None, error
-        dtype = str(self._model.dtype).removeprefix("torch.")
-        held.warnings.append(f"seed {seed} gave NaN in {dtype} and was drawn in float32")
+        held.warnings.append(
+            f"seed {seed} gave NaN in {self._model.precision} and was drawn in float32"
+        )
         return made.images[0], None
 
-    def _commit(self, held: _Held, image: Any, index: int, seed: int) -> None:
-        """The file first, then the row: what has a row has a file."""
+    def _commit(self, held: _Held, image: Any, index: int, seed: int, dtype: str) -> None:
+        """Write the file first, then the row: what has a row has a file.
+
+        dtype: the precision that this picture was drawn in.
+        """
         from safelight.recipe import png_texts
 
-        made = replace(held.result, images=[image], seeds=[seed], warnings=held.warnings)
+        made = replace(
+            held.result, images=[image], seeds=[seed], warnings=held.warnings, dtype=dtype
+        )
         recipe = made.recipe(0)
         picture = Picture(
             id=new_id(),
@@ -271,12 +278,12 @@ class Worker:
     def _complete(self, held: _Held) -> None:
         self._end(held.claim, held.warnings, None)
 
-    def _end(self, claim: Claim, warnings: list[str], error: str | None) -> None:
+    def _end(self, claim: Claim, warnings: list[str], error: Exception | None) -> None:
         with contextlib.suppress(LostError):  # cancelled meanwhile
-            self._finish(claim, warnings, error)
+            self._finish(claim, warnings, None if error is None else str(error))
         self._held.pop(claim.id, None)
         self._alone = False
-        self._pipe.send(("end", claim.id))
+        self._pipe.send(("end", claim.id, getattr(error, "code", None)))
 
     def _finish(self, claim: Claim, warnings: list[str], error: str | None) -> None:
         while True:
@@ -286,13 +293,13 @@ class Worker:
             except StorageError:  # nothing else could be kept either: wait for space
                 if self._stopping:
                     return
-                self._listen(1.0)
+                self._on_messages(1.0)
 
     def _forget(self, job_id: str) -> None:
         if self._held.pop(job_id, None) is not None:
             self._engine.drop(job_id)
             self._alone = False
-            self._pipe.send(("end", job_id))
+            self._pipe.send(("end", job_id, None))
 
     def _preview(self, held: _Held, ticket: Any) -> None:
         now = time.monotonic()
@@ -300,9 +307,8 @@ class Worker:
             return
         held.previewed = now
         job, ended = ticket.job, time.time()
-        noisy = job.state / (1 + job.row.sigma**2) ** 0.5
         try:
-            shown = [_encoded(preview(self._model, latents)) for latents in (job.clean, noisy)]
+            shown = [_encoded(preview(self._model, latents)) for latents in (job.clean, job.view)]
         except (SafelightError, MemoryError, RuntimeError):
             return  # NaN, or too large: whether there is a picture is seen in the end
         self._pipe.send(("preview", held.claim.id, ticket.index, *shown, ended))
@@ -324,11 +330,11 @@ def _encoded(image: Any) -> str:
 
 
 def preview(model: Any, latents: Any) -> Any:
-    """Latents as a small picture: of large ones the average of each few."""
+    """Return latents as a small picture; large ones are averaged down first."""
     import torch
     import torch.nn.functional as F
 
-    from safelight.job import decode
+    from safelight.engine.job import decode
 
     with torch.inference_mode():
         largest = max(latents.shape[-2:])

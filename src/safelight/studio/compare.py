@@ -11,7 +11,7 @@ import gradio as gr
 from safelight.compare import SETTINGS, Axis, Grid, requests
 from safelight.errors import SafelightError
 from safelight.picture import open_picture
-from safelight.request import Result
+from safelight.result import Result
 from safelight.server.hub import Hub
 from safelight.server.jobs import Job, Status
 from safelight.server.store import new_id

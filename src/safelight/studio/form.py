@@ -12,10 +12,11 @@ from PIL import Image, ImageOps
 
 from safelight.errors import SafelightError
 from safelight.picture import as_rgb, opened, reason
-from safelight.request import LONGEST_PROMPT, Request, allowed_size, draw_seed
-from safelight.samplers import SAMPLERS
-from safelight.schedule import SCHEDULES, SPACINGS
+from safelight.request import MAX_PROMPT, Request, draw_seed
+from safelight.sampling import SAMPLERS
+from safelight.sampling.schedule import SCHEDULES, SPACINGS
 from safelight.server.hub import Hub
+from safelight.sizes import allowed_size
 from safelight.studio.parts import plain, problem
 
 OWN = "the model's own"
@@ -29,20 +30,20 @@ _WHOLE = Image.Resampling.NEAREST
 class Form:
     """Made within a gr.Blocks, where its fields are to stand.
 
-    taught: sampler, steps and guidance scale that a distilled model draws with; empty for others.
+    defaults: sampler, steps and guidance scale that the model draws best with, if it says.
     """
 
-    def __init__(self, taught: Mapping[str, Any]) -> None:
-        first = Request(**{"sampler": "dpmpp_2m", **taught})
+    def __init__(self, defaults: Mapping[str, Any]) -> None:
+        first = Request(sampler="dpmpp_2m").replace(**defaults)
         self.prompt = gr.Textbox(
             label="Prompt",
             placeholder="three teddy bears on a yellow background",
             lines=2,
-            max_length=LONGEST_PROMPT,
+            max_length=MAX_PROMPT,
             elem_id="prompt",
         )
         self.negative_prompt = gr.Textbox(
-            label="Negative prompt", info="what to keep away from", max_length=LONGEST_PROMPT
+            label="Negative prompt", info="what to keep away from", max_length=MAX_PROMPT
         )
         self.draw = gr.Button("Draw", variant="primary", elem_id="draw")
         self.problem = problem("make")

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from safelight.errors import SafelightError
-from safelight.request import LONGEST_PROMPT, Request
+from safelight.request import MAX_PROMPT, Request
 from safelight.server.hub import Hub
 from safelight.server.store import new_id
 from safelight.studio.mount import KEPT_AT
@@ -25,17 +25,17 @@ PICTURES = ("image", "mask")
 class Inside:
     """Made within a tab."""
 
-    def __init__(self, hub: Hub, taught: Mapping[str, Any]) -> None:
-        """taught: what the model draws with where nothing else is asked for."""
+    def __init__(self, hub: Hub, defaults: Mapping[str, Any]) -> None:
+        """defaults: what the model draws best with."""
         self._hub = hub
-        first = {"steps": 20, "sampler": "dpmpp_2m", **taught}
+        first = {"steps": 20, "sampler": "dpmpp_2m", **defaults}
         self._turn = asyncio.Lock()
         self._mine: tuple[str | None, Command] | None = None
         with gr.Row():
             self.prompt = gr.Textbox(
                 "a cat above a pizza",
                 label="Prompt to look into",
-                max_length=LONGEST_PROMPT,
+                max_length=MAX_PROMPT,
                 scale=4,
             )
             self.steps = gr.Slider(1, 50, first["steps"], step=1, label="Steps", scale=2)

@@ -104,7 +104,7 @@ class Studio:
 
     async def _keep(self, ready: asyncio.Future[Any]) -> None:
         try:
-            app = await asyncio.to_thread(_build, self._hub, await self._hub.taught())
+            app = await asyncio.to_thread(_build, self._hub, await self._hub.defaults())
             async with app.router.lifespan_context(app):
                 ready.set_result(app)
                 while True:
@@ -116,7 +116,7 @@ class Studio:
             ready.set_exception(error)
 
 
-def _build(hub: Hub, taught: dict[str, Any]) -> Any:
+def _build(hub: Hub, defaults: dict[str, Any]) -> Any:
     # Read when it is imported: it would tell its makers that it is used.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     # Else in /tmp, for ever, and under a name that another user of this machine may have taken.
@@ -130,7 +130,7 @@ def _build(hub: Hub, taught: dict[str, Any]) -> Any:
     # take any file of this machine: of an application that was mounted, not launched, it does not
     # check that the file was uploaded.
     processing_utils.async_ssrf_protected_download = _not_fetched
-    page = blocks(hub, taught)
+    page = blocks(hub, defaults)
     page.has_launched = True
     return mount_gradio_app(
         FastAPI(openapi_url=None),

@@ -48,19 +48,19 @@ DELETED = "This picture was deleted."
 LOOK: dict[str, Any] = {"theme": _THEME, "css": STYLE, "head": HEAD}
 
 
-def blocks(hub: Hub, taught: dict[str, Any]) -> gr.Blocks:
-    """The page of this server. taught: what its model draws with if nothing else is asked for."""
+def blocks(hub: Hub, defaults: dict[str, Any]) -> gr.Blocks:
+    """Return the page of a server. defaults: what its model draws best with."""
     with gr.Blocks(title="Safelight", analytics_enabled=False, fill_width=True) as page:
         gr.HTML("<h1>Safelight</h1>")
         with gr.Tabs() as tabs:
             with gr.Tab("Make", id="make"):
-                form, drawn = _make(hub, taught)
+                form, drawn = _make(hub, defaults)
             with gr.Tab("Find", id="find") as find:
                 found, dropped, find_told = _find()
             with gr.Tab("Compare", id="compare"):
                 compare(hub, form)
             with gr.Tab("Inside", id="inside"):
-                inside = Inside(hub, taught)
+                inside = Inside(hub, defaults)
             with gr.Tab("Train", id="train") as training:
                 train = Train(hub)
 
@@ -137,11 +137,11 @@ def blocks(hub: Hub, taught: dict[str, Any]) -> gr.Blocks:
     return page
 
 
-def _make(hub: Hub, taught: dict[str, Any]) -> tuple[forms.Form, Any]:
+def _make(hub: Hub, defaults: dict[str, Any]) -> tuple[forms.Form, Any]:
     """The form, and what is drawn just now."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
-            form = forms.Form(taught)
+            form = forms.Form(defaults)
         with gr.Column(scale=5, min_width=320):
             drawn = now()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from safelight.errors import SafelightError
 from safelight.recipe import read_recipe
-from safelight.server.sdapi_shapes import known_sampler
+from safelight.sampler_names import sampler_and_schedule
 
 _PLAIN = ("", "normal", "automatic", "uniform")
 """What others call a model's own schedule."""
@@ -70,7 +70,7 @@ def _graph(path: str | Path) -> dict[str, Any] | None:
 
 def _settings(prompt: str, negative_prompt: str, given: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative_prompt}
-    known = known_sampler(str(given["sampler"]))
+    known = sampler_and_schedule(str(given["sampler"]))
     # One that is not had here stays in, for the form to tell.
     found["sampler"], joined = known or (given["sampler"] or None, "")
     schedule = str(given["schedule"]).lower() or joined

@@ -62,7 +62,7 @@ def train_autoencoder(
         drawn, mean, std = drawn.float(), mean.float(), std.float()
         kl = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean()
         return (
-            F.l1_loss(drawn, pictures) + EDGE_WEIGHT * _edge_error(drawn, pictures) + KL_WEIGHT * kl
+            F.l1_loss(drawn, pictures) + EDGE_WEIGHT * edge_error(drawn, pictures) + KL_WEIGHT * kl
         )
 
     net = _Pass(vae)
@@ -83,7 +83,8 @@ class _Pass(nn.Module):
         return self.vae.decode(mean + std * noise), mean, std
 
 
-def _edge_error(a: Tensor, b: Tensor) -> Tensor:
+def edge_error(a: Tensor, b: Tensor) -> Tensor:
+    """Return the mean absolute error of the differences between neighbours."""
     down = (a.diff(dim=-2) - b.diff(dim=-2)).abs().mean()
     right = (a.diff(dim=-1) - b.diff(dim=-1)).abs().mean()
     return down + right
@@ -103,8 +104,8 @@ def encode(vae: AutoencoderKL, pictures: NDArray[np.uint8] | Tensor) -> Tensor:
     for part in pixels.split(max(1, AT_ONCE // pixels[0, 0].numel())):
         with autocast(part.device):
             mean = vae.encode(part)[0]
-        parts.append((mean.float() * vae.config.scaling_factor).half().cpu())
-    return torch.cat(parts)
+        parts.append((mean.float() * vae.config.scaling_factor).half())
+    return torch.cat(parts).cpu()
 
 
 @torch.inference_mode()

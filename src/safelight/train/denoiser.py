@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from safelight.levels import alphas_cumprod
 from safelight.nets.clip import CLIPTextModel
 from safelight.nets.unet import UNet2DConditionModel, UNetConfig
 from safelight.nets.unet2d import UNet2DConfig, UNet2DModel
 from safelight.nets.vae import AutoencoderKL
-from safelight.schedule import SchedulerConfig
+from safelight.sampling.levels import alphas_cumprod
+from safelight.sampling.schedule import SchedulerConfig
 from safelight.train.autoencoder import Pictures, encode, to_pixels
 from safelight.train.devices import autocast, initialise
 from safelight.train.loop import Draw, Plan, Show, fit
@@ -42,14 +42,14 @@ class Noising:
         """clean: [n, channels, h, w]; net maps (noisy, timestep [n]) to its prediction."""
         n = len(clean)
         # One timestep from each n-th of the range: the same expectation, less variance.
-        where = (torch.arange(n) + torch.rand(n, generator=draw.noise)) / n
+        where = (torch.arange(n, device=draw.device) + draw.uniform([n])) / n
         steps = (where * len(self.bars)).long()
-        bar = self.bars[steps][:, None, None, None].to(draw.device)
+        bar = self.bars.to(draw.device)[steps][:, None, None, None]
         noise = draw.normal(clean.shape)
         noisy = bar.sqrt() * clean + (1 - bar).sqrt() * noise
         target = wanted(self.kind, clean, noise, bar)
         with autocast(draw.device):
-            predicted = net(noisy, steps.to(draw.device))
+            predicted = net(noisy, steps)
         error = (predicted.float() - target).square()
         return (error * self._weight(bar)).mean()
 
@@ -95,15 +95,15 @@ def teach_words(
 
     latents: [n, 4, h, w]; ids: [n, length]; end: the id of the end mark, which also pads.
     """
-    coarse = F.avg_pool2d(latents.float(), 2).flatten(1)
-    sketch = Sketch(text, coarse.shape[1])
+    sketch = Sketch(text, latents[0].numel() // 4)
 
     def loss_of(run: Any, draw: Draw) -> Tensor:
-        pick = torch.from_numpy(draw.data.integers(len(ids), size=plan.batch))
+        pick = torch.from_numpy(draw.data.integers(len(ids), size=plan.batch)).to(ids.device)
         words = ids[pick].long().to(draw.device)
         with autocast(draw.device):
             told = run(words)
-        error = (told.float() - coarse[pick][:, None].to(draw.device)).square().mean(dim=-1)
+        shown = F.avg_pool2d(latents[pick].float(), 2).flatten(1)
+        error = (told.float() - shown[:, None].to(draw.device)).square().mean(dim=-1)
         return error[words == end].mean()
 
     sketch.load_state_dict(fit(sketch, loss_of, plan, folder))
@@ -145,8 +145,9 @@ def train_text_to_image(
 
     def loss_of(run: Any, draw: Draw) -> Tensor:
         pick = torch.from_numpy(draw.data.integers(len(latents), size=plan.batch))
-        drop = torch.from_numpy(draw.data.random(plan.batch) < DROP_CAPTION)
-        words = torch.where(drop[:, None], empty, ids[pick]).long().to(draw.device)
+        pick = pick.to(latents.device)
+        drop = torch.from_numpy(draw.data.random(plan.batch) < DROP_CAPTION).to(latents.device)
+        words = torch.where(drop[:, None], empty.to(ids.device), ids[pick]).long().to(draw.device)
         clean = latents[pick].float().to(draw.device)
         return noising.loss(clean, draw, lambda x, t: run(x, t, words))
 
@@ -175,7 +176,7 @@ def encode_scenes(
 def train_unconditional(
     config: UNet2DConfig,
     schedule: SchedulerConfig,
-    pictures_of: Callable[[np.random.Generator, int], NDArray[np.uint8]],
+    pictures_of: Callable[[np.random.Generator, int], NDArray[np.uint8] | Tensor],
     plan: Plan,
     folder: Path,
     *,

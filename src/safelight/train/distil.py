@@ -3,7 +3,7 @@
 The teacher draws pictures to captions in many small steps with guidance. The student learns to go
 as far in each of its few steps as the teacher went in several, guidance included (progressive
 distillation, arXiv:2202.00512, and that of guidance, arXiv:2210.03142). No pictures are needed:
-what is learned from are the teacher's own ways from noise to a picture.
+the student learns from the teacher's own trajectories from noise to a picture.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from safelight.denoiser import Condition, estimate
+from safelight.engine import Engine
+from safelight.engine.job import prepare
 from safelight.errors import SafelightError
-from safelight.levels import alphas_cumprod, sigmas_of, spaced
 from safelight.model import Model
 from safelight.nets.unet import UNet2DConditionModel
 from safelight.picture import reason
-from safelight.schedule import SchedulerConfig
+from safelight.request import Request
+from safelight.sampling import SCHEDULES, Level, SchedulerConfig, Table, table
 from safelight.train.denoiser import wanted
 from safelight.train.devices import autocast
 from safelight.train.export import export_text_to_image
@@ -36,23 +37,22 @@ from safelight.weights import load_model
 SUBSTEPS = 4
 """The teacher's steps for each of the student's."""
 
-ROWS = 64
-"""Pictures that the teacher draws at once; its ways are kept after so many."""
+BATCH = 64
+"""Pictures that the teacher draws at once; its trajectories are kept after so many."""
 
 SHEET_PROMPTS = 6
 
 
 @dataclass(frozen=True)
-class Ways:
-    """The teacher's ways from noise to pictures.
+class Trajectories:
+    """The teacher's states on its way from noise to pictures.
 
-    states: x̃ at each of the student's levels and at the end, float16 [n, steps + 1, channels, h,
-      w], each level's divided by √(1 + sigma²), so that float16 holds them.
-    sigmas, timesteps: of the student's steps, [steps].
+    states: at each of the student's levels and at the end, as the network sees them, float16
+    [n, steps + 1, channels, h, w]. levels, timesteps: of the student's steps, [steps].
     """
 
     states: Tensor
-    sigmas: Tensor
+    levels: list[Level]
     timesteps: Tensor
 
 
@@ -74,14 +74,14 @@ def distil(
     """
     captions = read_prompts(prompts)
     teacher = load_model(model)
-    if teacher.kind != "text" or teacher.tokenizer is None:
+    if not teacher.uses_prompt:
         raise SafelightError(f"{teacher.name} draws from noise alone: there is no guidance to save")
     if teacher.unet.config.in_channels != teacher.unet.config.out_channels:
         raise SafelightError(f"{teacher.name} reads a mask beside the picture: take another")
     told = f"{drawing_steps} steps, guidance {guidance_scale}"
     plan = replace(plan, recipe=digest(np.zeros(0, np.uint8), [teacher.sha256, told, *captions]))
     out.mkdir(parents=True, exist_ok=True)
-    ways = teachers_ways(teacher, captions, drawing_steps, guidance_scale, out / "ways", plan)
+    taken = trajectories(teacher, captions, drawing_steps, guidance_scale, out / "ways", plan)
     shown = captions[:SHEET_PROMPTS]
     if not (out / "teacher.png").exists():
         draw_sheet(model, out / "teacher.png", shown, guidance_scale=guidance_scale)
@@ -115,13 +115,13 @@ def distil(
     def loss_of(run: Any, draw: Draw) -> Tensor:
         pick = torch.from_numpy(draw.data.integers(len(captions), size=plan.batch))
         step = torch.from_numpy(draw.data.integers(drawing_steps, size=plan.batch))
-        state, target = lesson(ways, pick, step, base.scheduler)
+        state, target = training_pair(taken, pick, step, base.scheduler)
         text.to(draw.device)
         with autocast(draw.device):
             with torch.no_grad():
                 context = text(ids[pick].long().to(draw.device))
             predicted = run(
-                state.to(draw.device), ways.timesteps[step].float().to(draw.device), context
+                state.to(draw.device), taken.timesteps[step].float().to(draw.device), context
             )
         return (predicted.float() - target.to(draw.device)).square().mean()
 
@@ -151,81 +151,84 @@ def read_prompts(path: Path) -> list[str]:
     return found
 
 
-def teachers_ways(
+def trajectories(
     teacher: Model, captions: list[str], steps: int, guidance: float, folder: Path, plan: Plan
-) -> Ways:
-    """Let the teacher draw each caption once; what is drawn is kept in `folder`, by the part, and
-    is not drawn again when this is called again.
+) -> Trajectories:
+    """Let the teacher draw each caption once, with a seed of its own.
+
+    The states are kept in `folder`, BATCH captions a file, and are not drawn again when this is
+    called again.
     """
-    config = teacher.scheduler.override(timestep_spacing="trailing")
-    trained = sigmas_of(alphas_cumprod(config))
-    times = spaced(config, steps * SUBSTEPS)
-    sigmas = [*trained[times.astype(int)], 0.0]
+    # Euler's step is DDIM's, and lands on the level of the next row for any number of steps.
+    config = teacher.scheduler.override(
+        timestep_spacing="trailing",
+        final_sigmas_type="zero",
+        **{f"use_{name}_sigmas": False for name in SCHEDULES},
+    )
+    walk = table("euler", config, steps * SUBSTEPS)
+    walk = replace(walk, noise_scale=walk.rows[0].level.norm)
     folder.mkdir(exist_ok=True)
     parts = []
-    for first in range(0, len(captions), ROWS):
+    for first in range(0, len(captions), BATCH):
         path = folder / f"{plan.recipe[:12]}-{first:08}.pt"
         if not path.exists():
-            states = _draw(
-                teacher, captions[first : first + ROWS], sigmas, times, guidance, plan.seed + first
-            )
+            part = captions[first : first + BATCH]
+            states = _draw(teacher, walk, part, guidance, plan.seed + first)
             save_whole(path, states, "what the teacher drew", "the parts before it are kept")
-            progress(f"the teacher drew {min(first + ROWS, len(captions))}/{len(captions)}")
+            progress(f"the teacher drew {first + len(part)}/{len(captions)}")
         parts.append(torch.load(path, weights_only=True))
-    return Ways(
+    starts = walk.rows[::SUBSTEPS]
+    return Trajectories(
         torch.cat(parts),
-        torch.tensor(sigmas[:-1:SUBSTEPS], dtype=torch.float32),
-        torch.tensor(times[::SUBSTEPS], dtype=torch.float32),
+        [row.level for row in starts],
+        torch.tensor([row.timestep for row in starts], dtype=torch.float32),
     )
 
 
 @torch.inference_mode()
-def _draw(
-    teacher: Model,
-    captions: list[str],
-    sigmas: list[float],
-    times: Any,
-    guidance: float,
-    seed: int,
-) -> Tensor:
-    """What `Ways.states` holds, of these captions."""
-    assert teacher.tokenizer is not None
-    assert teacher.text_encoder is not None
-    ids = torch.tensor([teacher.tokenizer.encode(text).ids for text in ["", *captions]])
-    empty, *states = teacher.text_encoder(ids.to(teacher.device)).split(1)
-    conditions = [Condition(torch.cat([empty, one]), guidance) for one in states]
-    width, height = teacher.native_size
-    factor = 1 if teacher.vae is None else teacher.vae.config.factor
-    shape = len(captions), teacher.unet.config.out_channels, height // factor, width // factor
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    state = (noise * (1 + sigmas[0] ** 2) ** 0.5).to(teacher.device)
-    kept = []
-    for i, timestep in enumerate(times):
-        sigma, after = sigmas[i], sigmas[i + 1]
-        if i % SUBSTEPS == 0:
-            kept.append(state / (1 + sigma**2) ** 0.5)
-        n = len(captions)
-        clean = torch.cat(
-            estimate(teacher, list(state.split(1)), [sigma] * n, [float(timestep)] * n, conditions)
-        )
-        state = clean + after / sigma * (state - clean)
-    return torch.stack([*kept, state], dim=1).half().cpu()
+def _draw(teacher: Model, walk: Table, captions: list[str], guidance: float, seed: int) -> Tensor:
+    """Return `Trajectories.states` of these captions, the first with this seed."""
+    engine = Engine(teacher, exact=False, rows=2 * BATCH)
+    for i, caption in enumerate(captions):
+        request = Request(prompt=caption, guidance_scale=guidance)
+        conditioning = teacher.family.encode(teacher, request)
+        engine.add_job(prepare(teacher, walk, conditioning, seed + i, teacher.native_size), i)
+    states = {ticket.tag: [ticket.job.view] for ticket in engine.tickets}
+    while engine.tickets:  # the pictures themselves are not decoded
+        stepped, failed = engine.step()
+        for ticket in failed:
+            raise SafelightError(f"{captions[ticket.tag]}: {ticket.error}", code="not_finite")
+        for ticket in stepped:
+            if ticket.job.cursor % SUBSTEPS == 0:
+                states[ticket.tag].append(ticket.job.view)
+            if ticket.job.done:
+                engine.drop(ticket.tag)
+    return torch.stack([torch.cat(states[i]) for i in range(len(captions))]).half().cpu()
 
 
-def lesson(
-    ways: Ways, pick: Tensor, step: Tensor, schedule: SchedulerConfig
+def training_pair(
+    taken: Trajectories, pick: Tensor, step: Tensor, schedule: SchedulerConfig
 ) -> tuple[Tensor, Tensor]:
-    """Of these ways the states at these steps, as the network reads them, and what it must say
-    for one step of ddim to lead to where the teacher came. pick, step: [n].
+    """Return the network's input and the output that it must learn.
+
+    With that output one step of DDIM leads to where the teacher came. pick, step: [n], which
+    trajectories and which of the student's steps.
     """
-    sigma = ways.sigmas[step][:, None, None, None]
-    ends = torch.cat([ways.sigmas[1:], torch.zeros(1)])[step][:, None, None, None]
-    scale = (1 + sigma**2).sqrt()
-    seen = ways.states[pick, step].float()
-    state = seen * scale
-    after = ways.states[pick, step + 1].float() * (1 + ends**2).sqrt()
-    # The step's own formula, state' = clean + sigma'/sigma · (state − clean), for clean.
-    kept = ends / sigma
-    clean = (after - kept * state) / (1 - kept)
+    sigma, norm, after, after_norm = (
+        torch.tensor(values, dtype=torch.float32)[step][:, None, None, None]
+        for values in _numbers(taken.levels)
+    )
+    seen = taken.states[pick, step].float()
+    state = seen * norm
+    target = taken.states[pick, step + 1].float() * after_norm
+    # DDIM's step, target = clean + after/sigma · (state − clean), solved for clean.
+    kept = after / sigma
+    clean = (target - kept * state) / (1 - kept)
     noise = (state - clean) / sigma
-    return seen, wanted(schedule.prediction_type, clean, noise, 1 / scale.square())
+    return seen, wanted(schedule.prediction_type, clean, noise, 1 / norm.square())
+
+
+def _numbers(levels: list[Level]) -> list[list[float]]:
+    """Return sigma and norm of each step's level, and of the level on which it lands."""
+    after = [*levels[1:], Level.exploding(0.0)]
+    return [[getattr(o, name) for o in ls] for ls in (levels, after) for name in ("sigma", "norm")]

@@ -16,7 +16,6 @@ from safelight.model import Model
 from safelight.nets.clip import CLIPTextModel
 from safelight.nets.unet import UNet2DConditionModel
 from safelight.train.autoencoder import encode
-from safelight.train.captions import split_words
 from safelight.train.denoiser import TextToImage, train_text_to_image
 from safelight.train.devices import Net
 from safelight.train.export import export_text_to_image
@@ -24,6 +23,7 @@ from safelight.train.folder import captioned, digest, read
 from safelight.train.loop import Plan
 from safelight.train.sheet import draw_sheet, under
 from safelight.weights import load_model
+from safelight.words import split_words
 
 CHECKPOINT_EVERY = 100
 SHEET_PROMPTS = 6
@@ -97,7 +97,7 @@ def finetune(
 
 
 def _check(base: Model) -> None:
-    if base.kind != "text":
+    if not base.uses_prompt:
         raise SafelightError(
             f"{base.name} draws from noise alone: `safelight train unconditional` makes such a one"
         )

@@ -84,14 +84,17 @@ class Plan:
 PACE = (10, 40)
 """Steps of a plan of seconds between which its pace is taken: the first ones are slow."""
 
+LOOKS = 20
+"""Steps on a GPU between two looks at whether the loss is finite."""
+
 COOLDOWN = 0.5
 """Share of the steps of such a plan in which the learning rate falls."""
 
 
 @dataclass
 class Draw:
-    """The randomness of one step: numpy's for the data, torch's for the noise; and where to
-    compute. Noise is drawn on the CPU, so that a seed means the same on every device.
+    """The randomness of one step: numpy's for the data, torch's for the noise, drawn where it is
+    used, since a GPU would wait for the CPU's. A seed means the same on devices of one kind.
     """
 
     data: np.random.Generator
@@ -103,11 +106,14 @@ class Draw:
         """rank: of several processes that train together, each with its own share of the data."""
         key = [seed, step, rank] if rank else [seed, step]
         torch_seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-        noise = torch.Generator().manual_seed(torch_seed)
+        noise = torch.Generator(device).manual_seed(torch_seed)
         return cls(np.random.default_rng(key), noise, device)
 
     def normal(self, shape: Iterable[int]) -> Tensor:
-        return torch.randn(tuple(shape), generator=self.noise).to(self.device)
+        return torch.randn(tuple(shape), generator=self.noise, device=self.device)
+
+    def uniform(self, shape: Iterable[int]) -> Tensor:
+        return torch.rand(tuple(shape), generator=self.noise, device=self.device)
 
 
 Loss = Callable[[Any, Draw], Tensor]
@@ -147,6 +153,8 @@ def fit(
         raise SafelightError(f"out {folder} cannot be a folder: {error.strerror}") from None
     machine = accelerator()
     net.to(machine.device)
+    if machine.device.type == "cuda":
+        net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     params = list(net.parameters())
     average = [p.detach().clone() for p in params]
     optimizer = torch.optim.AdamW(
@@ -159,9 +167,10 @@ def fit(
     path, pace_path = folder / "checkpoint.pt", folder / "steps"
     if plan.seconds is not None and pace_path.exists():
         plan = plan.paced(int(pace_path.read_text()))
-    start, seen, total = 0, 0, 0.0
+    start, seen, total = 0, 0, torch.zeros((), device=machine.device)
     if path.exists():
-        start, seen, total = _resume(path, plan, params, average, optimizer)
+        start, seen, before = _resume(path, plan, params, average, optimizer)
+        total += before
     run, optimizer = machine.prepare(compiled(net, native), optimizer)
     names = [name for name, _ in net.named_parameters()]
     if plan.steps and start >= plan.steps:
@@ -179,7 +188,7 @@ def fit(
             state = {
                 "plan": json.dumps(asdict(plan)),
                 "step": step,
-                "window": (seen, total),
+                "window": (seen, float(total)),
                 "params": [p.detach() for p in params],
                 "average": average,
                 "optimizer": optimizer.state_dict(),
@@ -204,15 +213,19 @@ def fit(
                 # Early on the average follows closely, or it would keep the random start for long.
                 keep = min(plan.ema, (1 + step) / (10 + step))
                 with torch.no_grad():
-                    for held, p in zip(average, params, strict=True):
-                        held.lerp_(p, 1 - keep)
-                total, seen = total + float(loss.detach()), seen + 1
-                if not math.isfinite(total):
+                    _towards(average, params, 1 - keep)
+                    total += loss.detach()
+                seen += 1
+                # To look at a number of a GPU is to wait for it.
+                looks = machine.device.type == "cpu" or seen % LOOKS == 0
+                if looks and not math.isfinite(float(total)):
                     raise SafelightError(
                         f"the loss is not finite at step {step}: a lower learning rate than "
                         f"{plan.learning_rate:g} would help; the last checkpoint is {path}"
                     )
                 step += 1
+            if not plan.steps and step - start in PACE:
+                float(total)
             if not plan.steps and step - start == PACE[0]:
                 marked = time.monotonic()
             if not plan.steps and step - start == PACE[1]:
@@ -224,13 +237,14 @@ def fit(
             if board is not None and (step % window == 0 or step == plan.steps):
                 pace = (time.monotonic() - began) / (step - start)
                 left = pace * (plan.steps - step) / 60
+                mean = float(total) / seen
                 log(
-                    f"step {step}/{plan.steps}  loss {total / seen:.4f}  "
+                    f"step {step}/{plan.steps}  loss {mean:.4f}  "
                     f"{plan.batch / pace:.0f} samples/s  {left:.1f} min left"
                 )
-                board.add_scalar("loss", total / seen, step)
+                board.add_scalar("loss", mean, step)
                 board.add_scalar("learning rate", plan.rate(step - 1), step)
-                seen, total = 0, 0.0
+                seen, total = 0, torch.zeros_like(total)
             if step % every == 0 or step == plan.steps:
                 save(step)
                 if board is not None and on_checkpoint is not None:
@@ -263,6 +277,12 @@ def _averaged(params: list[nn.Parameter], average: list[Tensor]) -> Iterator[Non
     _copy(average, params)
     yield
     _copy(held, params)
+
+
+def _towards(held: list[Tensor], values: list[nn.Parameter], share: float) -> None:
+    """Move `held` by a share of the way to `values`, in few calls of the device."""
+    torch._foreach_mul_(held, 1 - share)  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_add_(held, list[Tensor](values), alpha=share)  # pyright: ignore[reportPrivateImportUsage]
 
 
 @torch.no_grad()

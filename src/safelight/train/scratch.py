@@ -11,25 +11,22 @@ import torch
 from PIL import Image
 
 from safelight.errors import SafelightError
-from safelight.nets.clip import CLIPTextConfig, CLIPTextModel
-from safelight.nets.unet import UNetConfig
-from safelight.nets.vae import VAEConfig
-from safelight.schedule import SchedulerConfig
-from safelight.train import large, shipped
+from safelight.nets.clip import CLIPTextModel
+from safelight.sampling.schedule import SchedulerConfig
 from safelight.train.autoencoder import encode, latent_spread, train_autoencoder
-from safelight.train.captions import split_words
-from safelight.train.cutouts import Pixels
 from safelight.train.denoiser import TextToImage, teach_words, train_text_to_image
 from safelight.train.export import export_text_to_image
-from safelight.train.folder import captioned, digest, read
+from safelight.train.folder import Pixels, captioned, digest, read
 from safelight.train.loop import Draw, Plan
+from safelight.train.networks import LARGE, SCHEDULER, SMALL, TEXT_PLAN, VAE_PLAN, Networks
 from safelight.train.sheet import draw_sheet
 from safelight.train.tokens import train_vocabulary
+from safelight.words import split_words
 
 CHECKPOINT_EVERY = 500
 SHEET_PROMPTS = 12
-SMALL = 96
-"""Side up to which the networks are those of `embedded`; above, those of `embedded-256`."""
+MAX_SMALL = 96
+"""Largest side in pixels for which the small networks are taken."""
 
 
 class Album:
@@ -49,8 +46,8 @@ def text_to_image(
     out: Path,
     plan: Plan,
     *,
-    size: int = shipped.SIZE,
-    autoencoder_steps: int = shipped.VAE_PLAN.steps,
+    size: int = 64,
+    autoencoder_steps: int = VAE_PLAN.steps,
     native: bool = False,
 ) -> Path:
     """Train autoencoder, text encoder and UNet on the pictures of `folder` (see
@@ -61,7 +58,8 @@ def text_to_image(
     """
     if size % 32 or not 64 <= size <= 512:
         raise SafelightError(f"size {size}: expected a multiple of 32 from 64 to 512")
-    vae_config, text_config, unet_config = networks(size)
+    net = networks(size)
+    vae_config, text_config, unet_config = net.vae, net.text, net.unet
     examples = captioned(folder)
     captions = [example.caption for example in examples]
     squares = read([example.path for example in examples], size)
@@ -76,9 +74,9 @@ def text_to_image(
         text_config.max_position_embeddings,
     )
     first = replace(
-        shipped.VAE_PLAN,
+        VAE_PLAN,
         steps=autoencoder_steps,
-        warmup=min(shipped.VAE_PLAN.warmup, max(1, autoencoder_steps // 10)),
+        warmup=min(VAE_PLAN.warmup, max(1, autoencoder_steps // 10)),
         seed=plan.seed,
         recipe=recipe,
     )
@@ -91,24 +89,24 @@ def text_to_image(
     torch.manual_seed(plan.seed)
     text = CLIPTextModel(text_config)
     second = replace(
-        shipped.TEXT_PLAN,
-        steps=min(shipped.TEXT_PLAN.steps, plan.steps),
+        TEXT_PLAN,
+        steps=min(TEXT_PLAN.steps, plan.steps),
         seed=plan.seed,
         recipe=recipe,
     )
     teach_words(text, latents, ids, tokenizer.eos, second, out / "words")
-    net = TextToImage(text, unet_config)
+    both = TextToImage(text, unet_config)
     prompts = list(dict.fromkeys(captions))[:SHEET_PROMPTS]
     notes = {"words": sorted({word for caption in captions for word in split_words(caption)})}
 
     def show(trained: Any, step: int) -> Image.Image:
         parts = vae, trained.text_encoder, trained.unet
-        export_text_to_image(made, *parts, shipped.SCHEDULER, notes)
+        export_text_to_image(made, *parts, SCHEDULER, notes)
         return draw_sheet(made, out / f"step-{step:06}.png", prompts)
 
     train_text_to_image(
-        net,
-        SchedulerConfig.from_dict(shipped.SCHEDULER),
+        both,
+        SchedulerConfig.from_dict(SCHEDULER),
         latents,
         ids,
         torch.tensor(tokenizer.encode("").ids, dtype=torch.int32),
@@ -121,10 +119,6 @@ def text_to_image(
     return made
 
 
-def networks(size: int) -> tuple[VAEConfig, CLIPTextConfig, UNetConfig]:
-    """For pictures of this side: those of the models that ship, which were tried."""
-    small = size <= SMALL
-    vae = shipped.VAE if small else large.WHOLE.vae
-    unet = shipped.UNET if small else large.WHOLE.unet
-    text = shipped.TEXT if small else large.WHOLE.text
-    return vae, text, replace(unet, sample_size=size // vae.factor)
+def networks(size: int) -> Networks:
+    """Return networks for pictures of `size` pixels a side."""
+    return (SMALL if size <= MAX_SMALL else LARGE).sized(size)

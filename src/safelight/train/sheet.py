@@ -36,7 +36,7 @@ def draw_sheet(
 
     loaded = load_model(str(model))
     settings: dict[str, Any] = {"steps": 20, "seed": 1}
-    if loaded.kind == "text":
+    if loaded.uses_prompt:
         settings |= {"sampler": "dpmpp_2m", "guidance_scale": 4.0} | other
         pictures = [loaded.generate(text, **settings).images[0] for text in prompts]
     else:

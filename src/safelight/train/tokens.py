@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from safelight.weights.tokenizer import BOS, EOS, WORDS
-from safelight.weights.tokenizer import Tokenizer as CLIPTokenizer
+from safelight.prompt.tokenizer import BOS, EOS, WORDS
+from safelight.prompt.tokenizer import Tokenizer as CLIPTokenizer
 
 WORD_END = "</w>"
 

@@ -10,12 +10,12 @@ from PIL import Image
 
 from safelight.errors import SafelightError
 from safelight.nets.unet2d import UNet2DConfig
-from safelight.schedule import SchedulerConfig
-from safelight.train import shipped
+from safelight.sampling.schedule import SchedulerConfig
 from safelight.train.denoiser import train_unconditional
 from safelight.train.export import export_unconditional
 from safelight.train.folder import digest, digits, pictures, read
 from safelight.train.loop import Plan
+from safelight.train.networks import PIXELS, PIXELS_SCHEDULER
 from safelight.train.sheet import draw_sheet
 
 DIGITS = "digits"
@@ -35,12 +35,12 @@ def unconditional(source: str, out: Path, plan: Plan, *, size: int, native: bool
     made = out / "model"
 
     def show(net: Any, step: int) -> Image.Image:
-        export_unconditional(made, net, shipped.PIXELS_SCHEDULER, {})
+        export_unconditional(made, net, PIXELS_SCHEDULER, {})
         return draw_sheet(made, out / f"step-{step:06}.png")
 
     train_unconditional(
         network(size),
-        SchedulerConfig.from_dict(shipped.PIXELS_SCHEDULER),
+        SchedulerConfig.from_dict(PIXELS_SCHEDULER),
         lambda rng, n: squares[rng.integers(len(squares), size=n)],
         plan,
         out,
@@ -53,7 +53,7 @@ def unconditional(source: str, out: Path, plan: Plan, *, size: int, native: bool
 
 def network(size: int) -> UNet2DConfig:
     """Three levels, the last with attention; a fourth for pictures of more than 64 pixels."""
-    shapes = shipped.PIXELS
+    shapes = PIXELS
     if size <= 64:
         return replace(shapes, sample_size=size)
     return replace(

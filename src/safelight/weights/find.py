@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safelight.errors import SafelightError
+from safelight.families import family_of_folder
 from safelight.weights.check import printable, read_json
-from safelight.weights.folder import Folder, files_of
+from safelight.weights.folder import Folder, choose_weights
 
 BUILT_IN = ("embedded", "embedded-fast", "embedded-unconditional")
 MODELS = Path(__file__).parent.parent / "models"
@@ -38,7 +40,9 @@ def find(name: str | Path, *, download: bool = True) -> Source:
     name = str(name)
     if name in BUILT_IN:
         if not (MODELS / name).is_dir():
-            raise SafelightError(f"the built-in model {name!r} is not part of this installation")
+            raise SafelightError(
+                f"the built-in model {name!r} is not part of this installation", code="no_model"
+            )
         return Source(name, MODELS / name)
     try:
         path = Path(name).expanduser()
@@ -51,13 +55,14 @@ def find(name: str | Path, *, download: bool = True) -> Source:
     if hub_id is None or name.endswith((".safetensors", ".ckpt")) or ".." in name:
         raise SafelightError(
             f"no model {printable(repr(name), 60)}: not built in ({', '.join(BUILT_IN)}), "
-            'not a file or folder here, not a hub id ("org/name")'
+            'not a file or folder here, not a hub id ("org/name")',
+            code="no_model",
         )
     return Source(name, _from_hub(hub_id[1], hub_id[2], download))
 
 
 def notes_of(name: str | Path) -> dict[str, Any]:
-    """What stands in a model's safelight.json; nothing if it has none, or is not here."""
+    """Return the content of a model's safelight.json; empty if it has none or is not here."""
     try:
         path = find(name, download=False).path
         return (Folder(path, str(name)).json("safelight.json") or {}) if path.is_dir() else {}
@@ -101,9 +106,38 @@ def _from_hub(repo: str, revision: str | None, download: bool) -> Path:
         raise _missing(repo, _reason(e), get) from e
 
 
+def files_of(index: Mapping[str, Any], names: Collection[str], where: str) -> list[str]:
+    """Return the files, of all that a repository has, that a model is read from.
+
+    Raises SafelightError that names what is missing.
+    """
+    family = family_of_folder(index, where)
+    nested = {n.partition("/")[0] for n in names if "/" in n}
+    files = {n for n in ("model_index.json", "safelight.json") if n in names}
+    for part in (*family.parts, *family.tokenizers, "scheduler"):
+        folder = f"{part}/" if part in nested or not family.flat else ""
+        here = [n for n in names if n.startswith(folder) and "/" not in n.removeprefix(folder)]
+        files |= {n for n in here if n.endswith(".json") and ".index." not in n}
+        if part in family.tokenizers:
+            files |= {n for n in here if n == f"{folder}merges.txt"}
+        if part in family.parts:
+            stem = family.parts[part].stem
+            weights = choose_weights(part, here, where, stem)
+            files.add(weights)
+            if weights.endswith(".json"):
+                fp16 = ".fp16" if weights.endswith(".fp16.json") else ""
+                shard = re.compile(
+                    re.escape(f"{folder}{stem}{fp16}") + r"-\d+-of-\d+(\.fp16)?\.safetensors"
+                )
+                files |= {n for n in here if shard.fullmatch(n)}
+    return sorted(files)
+
+
 def _complete(folder: Path, repo: str) -> bool:
-    """Whether a cached snapshot has all the files that its model is read from; a download that
-    was cut short leaves a part."""
+    """Return whether a cached snapshot has all files of its model.
+
+    A download that was cut short leaves a part of them.
+    """
     names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
     try:
         files_of(read_json(folder / "model_index.json"), names, repo)
@@ -128,4 +162,4 @@ def _reason(error: Exception) -> str:
 
 def _missing(repo: str, why: str, get: str) -> SafelightError:
     # Longer than other errors may be: the command is of no use without its end.
-    return SafelightError(printable(f"{repo} {why}; to get it: {get}", 500))
+    return SafelightError(printable(f"{repo} {why}; to get it: {get}", 500), code="no_model")

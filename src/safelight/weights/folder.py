@@ -9,54 +9,33 @@ from typing import Any
 
 from safelight.weights.check import Header, read_header, read_json, refusal
 
-# What a pipeline class of model_index.json makes; a config is data, so nothing is imported by
-# a name that stands in it.
-PIPELINES = {
-    "StableDiffusionPipeline": "text",
-    "StableDiffusionImg2ImgPipeline": "text",
-    "StableDiffusionInpaintPipeline": "text",
-    "DDPMPipeline": "pixels",
-    "DDIMPipeline": "pixels",
-}
-# The parts of each kind, and the classes they may be of. A scheduler's class is read with its
-# config.
-PARTS = {
-    "text": {
-        "unet": ("UNet2DConditionModel",),
-        "vae": ("AutoencoderKL",),
-        "text_encoder": ("CLIPTextModel",),
-        "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-        "scheduler": (),
-    },
-    "pixels": {"unet": ("UNet2DModel",), "scheduler": ()},
-}
-# Parts of diffusers' pipelines that no picture is made from.
-IGNORED = {"safety_checker", "feature_extractor", "image_encoder"}
-STEMS = {
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-}
 MAX_SHARDS = 256
+DIFFUSION = "diffusion_pytorch_model"
+"""What diffusers calls the weight files of its networks."""
 
 
 class Folder:
-    """A model folder whose index has been read. Every file is opened through `file`, which
-    keeps paths inside, and remembers what the model was made of in `files`. `label` is the name
-    of the model in errors."""
+    """A model folder.
+
+    Every file is opened through `file`, which keeps paths inside the folder and notes in `files`
+    what the model is made of. index: the content of model_index.json. label: the name of the
+    model in errors. flat: the files of a part may lie in the root, as small models of one
+    network have them.
+    """
 
     def __init__(self, path: Path, label: str) -> None:
         self.path = path
         self.label = label
         self.root = path.resolve()
         self.files: dict[str, Path] = {}
+        self.flat = False
         index = self.json("model_index.json")
         if index is None:
             raise refusal(label, "no model_index.json; a folder in diffusers' layout is needed")
-        self.kind = kind_of(index, label)
+        self.index = index
 
     def file(self, name: str) -> Path | None:
-        """The file `name` ("unet/config.json"), or None if it is not there.
+        """Return the path of `name` ("unet/config.json"), or None if it is not there.
 
         Raises SafelightError if it lies outside the folder. A hub cache is the one exception:
         its snapshots are links into the `blobs` folder beside them.
@@ -75,24 +54,27 @@ class Folder:
         return path
 
     def json(self, name: str, limit: int = 2**20) -> dict[str, Any] | None:
-        """The JSON object in a file, or None if the file is not there."""
+        """Return the JSON object in a file, or None if the file is not there."""
         path = self.file(name)
         if path is None:
             return None
         return read_json(path, limit, name)
 
     def part_json(self, part: str, name: str) -> dict[str, Any]:
-        """A part's config. Small models of one network may keep it in the root."""
+        """Return the config of a part."""
         found = self.json(f"{part}/{name}")
-        if found is None and self.kind == "pixels":
+        if found is None and self.flat:
             found = self.json(name)
         if found is None:
             raise refusal(self.label, f"{part}/{name} is missing")
         return found
 
-    def part_headers(self, part: str) -> list[Header]:
-        """The checked headers of a part's weight files: one, or as many as it has shards."""
-        name = choose_weights(part, self.names(part), self.label)
+    def part_headers(self, part: str, stem: str = DIFFUSION) -> list[Header]:
+        """Return the checked headers of a part's weight files, one of each shard.
+
+        stem: the name of the file, without its ending.
+        """
+        name = choose_weights(part, self.names(part), self.label, stem)
         if not name.endswith(".json"):
             return [self.header(name)]
         index = self.json(name, 2**22)
@@ -111,45 +93,20 @@ class Folder:
         return read_header(path, name)
 
     def names(self, part: str) -> list[str]:
-        """The names of the files of a part, as seen from the root."""
+        """Return the names of the files of a part, as seen from the root."""
         folder = self.path / part
         names = [f"{part}/{p.name}" for p in folder.iterdir()] if folder.is_dir() else []
-        if self.kind == "pixels":
+        if self.flat:
             names += [p.name for p in self.path.iterdir()]
         return names
 
 
-def kind_of(index: Mapping[str, Any], where: str) -> str:
-    """The kind ("text" or "pixels") of model that a model_index.json describes.
+def choose_weights(part: str, names: Collection[str], where: str, stem: str = DIFFUSION) -> str:
+    """Return which of `names` holds a part's weights.
 
-    Raises SafelightError if it is of another kind, or has a part that we do not build.
+    That is the plain file, or its index if it is in shards; a file of the fp16 variant only if
+    there is no plain one. Raises SafelightError if there is none.
     """
-    pipeline = index.get("_class_name")
-    if not isinstance(pipeline, str) or pipeline not in PIPELINES:
-        raise refusal(
-            where,
-            f"{pipeline!r:.40} is not supported; supported are Stable Diffusion 1.x and 2.x "
-            "(StableDiffusionPipeline) and DDPMPipeline",
-        )
-    kind = PIPELINES[pipeline]
-    for name, value in index.items():
-        if not isinstance(value, list) or value == [None, None] or name in IGNORED:
-            continue
-        if name not in PARTS[kind]:
-            raise refusal(where, f"the part {name!r:.60} of model_index.json is not supported")
-        classes = PARTS[kind][name]
-        if classes and value[-1:] not in [[c] for c in classes]:
-            raise refusal(where, f"{name} is a {value[-1:]!r:.60}; expected {classes[0]}")
-    return kind
-
-
-def choose_weights(part: str, names: Collection[str], where: str) -> str:
-    """Which of `names` holds a part's weights: the plain file, its index if it is in shards, and
-    a file of the fp16 variant only if there is no plain one.
-
-    Raises SafelightError if there is none.
-    """
-    stem = STEMS[part]
     for folder in (f"{part}/", ""):
         for ending in (
             ".safetensors",
@@ -166,34 +123,8 @@ def choose_weights(part: str, names: Collection[str], where: str) -> str:
     raise refusal(where, f"{part}/{stem}.safetensors is missing")
 
 
-def files_of(index: Mapping[str, Any], names: Collection[str], where: str) -> list[str]:
-    """The files, of all that a repository has, that a model is read from.
-
-    Raises SafelightError that names what is missing.
-    """
-    kind = kind_of(index, where)
-    nested = {n.partition("/")[0] for n in names if "/" in n}
-    files = {n for n in ("model_index.json", "safelight.json") if n in names}
-    for part in PARTS[kind]:
-        folder = f"{part}/" if part in nested or kind == "text" else ""
-        here = [n for n in names if n.startswith(folder) and "/" not in n.removeprefix(folder)]
-        files |= {n for n in here if n.endswith(".json") and ".index." not in n}
-        if part == "tokenizer":
-            files |= {n for n in here if n == f"{folder}merges.txt"}
-        if part in STEMS:
-            weights = choose_weights(part, here, where)
-            files.add(weights)
-            if weights.endswith(".json"):
-                fp16 = ".fp16" if weights.endswith(".fp16.json") else ""
-                shard = re.compile(
-                    re.escape(f"{folder}{STEMS[part]}{fp16}") + r"-\d+-of-\d+(\.fp16)?\.safetensors"
-                )
-                files |= {n for n in here if shard.fullmatch(n)}
-    return sorted(files)
-
-
 def _shards(index: Mapping[str, Any], name: str) -> dict[str, str]:
-    """Which file holds each tensor. The files must be plain names in the index's own folder."""
+    """Return which file holds each tensor; all must lie in the folder of the index."""
     shards = index.get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise refusal(name, "no weight_map in the index")

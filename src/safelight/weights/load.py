@@ -18,9 +18,8 @@ from safelight.model import Model
 from safelight.weights.check import DTYPES, Header, refusal
 from safelight.weights.digest import model_digest
 from safelight.weights.find import find
-from safelight.weights.ldm import Weight, some
-from safelight.weights.plan import NETS, Plan, read_plan
-from safelight.weights.tokenizer import Tokenizer, clip_tokenizer, folder_tokenizer
+from safelight.weights.names import Weight, some
+from safelight.weights.plan import Plan, read_plan
 
 _FLOATS = ("F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2")
 _COMPUTE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -54,7 +53,7 @@ def load_model(
     where = pick_device(device)
     precision = pick_dtype(dtype, where)
     plan = read_plan(find(name, download=download), prediction_type)
-    tokenizer = _tokenizer(plan)
+    tokenizers = plan.family.load_tokenizers(plan.folder, plan.configs)
     # After all files are found, and before any weight of a damaged download is used.
     sha256 = model_digest(plan.files)
     fast = helps(where, precision) and not plain
@@ -70,12 +69,8 @@ def load_model(
         name=plan.source.name,
         path=str(plan.source.path),
         sha256=sha256,
-        kind=plan.kind,
         family=plan.family,
-        tokenizer=tokenizer,
-        text_encoder=nets.get("text_encoder"),
-        unet=nets["unet"],
-        vae=nets.get("vae"),
+        parts={**tokenizers, **nets},
         scheduler=plan.scheduler,
         words=plan.words,
         notes=plan.notes,
@@ -98,8 +93,8 @@ def inspect(name: str | Path) -> dict[str, Any]:
     return {
         "name": plan.source.name,
         "path": str(plan.source.path),
-        "kind": plan.kind,
-        "family": plan.family,
+        "kind": plan.family.kind,
+        "family": plan.family.name,
         "components": components,
         "parameters": sum(c["parameters"] for c in components.values()),
         "dtypes": sorted({d for c in components.values() for d in c["dtypes"]}),
@@ -145,16 +140,6 @@ def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
     return found
 
 
-def _tokenizer(plan: Plan) -> Tokenizer | None:
-    if plan.kind != "text":
-        return None
-    config = plan.configs["text_encoder"]
-    if plan.folder is None:
-        assert plan.pad is not None
-        return clip_tokenizer(plan.pad, config.max_position_embeddings)
-    return folder_tokenizer(plan.folder, config.vocab_size, config.max_position_embeddings)
-
-
 class _Unfilled(TorchFunctionMode):
     """Within it, a network is built without drawing the random weights it would train from.
 
@@ -175,7 +160,7 @@ def _network(plan: Plan, part: str, device: torch.device, dtype: torch.dtype, ma
 
     mapped: they stay in the file, in the precision that they are stored in.
     """
-    _, network_class = NETS[plan.kind][part]
+    _, network_class = plan.family.parts[part].load_classes()
     with torch.device("meta"), _Unfilled():
         network = network_class(plan.configs[part])
     weights = plan.weights[part]

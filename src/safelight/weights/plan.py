@@ -9,29 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from safelight.errors import SafelightError
-from safelight.nets.clip import CLIPTextConfig, CLIPTextModel
-from safelight.nets.config import NetConfig
-from safelight.nets.unet import UNet2DConditionModel, UNetConfig
-from safelight.nets.unet2d import UNet2DConfig, UNet2DModel
-from safelight.nets.vae import AutoencoderKL, VAEConfig
-from safelight.schedule import SchedulerConfig
+from safelight.families import Family, family_of_file, family_of_folder
+from safelight.sampling import SchedulerConfig
 from safelight.weights.check import Header, printable, read_header, refusal
-from safelight.weights.families import Family, family_by_shape
 from safelight.weights.find import Source
 from safelight.weights.folder import Folder
-from safelight.weights.ldm import Weight, family_of, from_folder, from_single_file
+from safelight.weights.names import Weight, from_folder
 
-NETS: Mapping[str, Mapping[str, tuple[type[NetConfig], type[nn.Module]]]] = {
-    "text": {
-        "unet": (UNetConfig, UNet2DConditionModel),
-        "vae": (VAEConfig, AutoencoderKL),
-        "text_encoder": (CLIPTextConfig, CLIPTextModel),
-    },
-    "pixels": {"unet": (UNet2DConfig, UNet2DModel)},
-}
 _MAY_BE_ZERO = ("freq_shift", "downsample_padding")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
@@ -40,22 +25,18 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 class Plan:
     """A checkpoint, before any weight is read.
 
-    family: its name in families.FAMILIES, "custom" for another text model, "pixels" for a model
-      of pixels. configs and weights: of each network. files: what it is made of, names inside
-      the model to paths. folder: None for a single file. pad: the token that fills a prompt, for
-      a single file, which has no tokenizer of its own.
+    family: the variant. configs and weights: of each network. files: what it is made of, names
+    inside the model to paths. folder: None for a single file.
     """
 
     source: Source
-    kind: str
-    family: str
+    family: Family
     configs: dict[str, Any]
     weights: dict[str, dict[str, Weight]]
     scheduler: SchedulerConfig
     native_size: tuple[int, int]
     files: dict[str, Path]
     folder: Folder | None = None
-    pad: str | None = None
     words: frozenset[str] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -79,30 +60,28 @@ def read_plan(source: Source, prediction_type: str | None = None) -> Plan:
 
 def _folder_plan(source: Source, prediction_type: str | None) -> Plan:
     folder = Folder(source.path, source.name)
-    raw = {part: folder.part_json(part, "config.json") for part in NETS[folder.kind]}
-    weights = {part: from_folder(part, folder.part_headers(part)) for part in raw}
-    configs = _configs(source, folder.kind, raw, weights)
+    family = family_of_folder(folder.index, source.name)
+    folder.flat = family.flat
+    raw = {part: folder.part_json(part, "config.json") for part in family.parts}
+    weights = {
+        name: from_folder(part, folder.part_headers(name, part.stem))
+        for name, part in family.parts.items()
+    }
+    configs = _configs(source, family, raw, weights)
+    family = family.variant(configs)
     settings = folder.part_json("scheduler", "scheduler_config.json")
     notes = folder.json("safelight.json") or {}
-    unet = configs["unet"]
-    side = unet.sample_size
-    if folder.kind == "pixels":
-        family = "pixels"
-        if not side:
-            raise refusal(source.name, "unet/config.json needs a sample_size")
-    else:
-        shapes = unet.block_out_channels[0], unet.cross_attention_dim, unet.in_channels
-        known = family_by_shape(*shapes)
-        family = known.name if known else "custom"
-        side = (side or 64) * configs["vae"].factor
+    try:
+        native = family.native_size(configs)
+    except SafelightError as e:
+        raise refusal(source.name, str(e)) from None
     return Plan(
         source=source,
-        kind=folder.kind,
         family=family,
         configs=configs,
         weights=weights,
         scheduler=_scheduler(source, settings, prediction_type),
-        native_size=(side, side),
+        native_size=native,
         files=folder.files,
         folder=folder,
         words=_words(notes.pop("words", None)),
@@ -112,75 +91,63 @@ def _folder_plan(source: Source, prediction_type: str | None) -> Plan:
 
 def _file_plan(source: Source, prediction_type: str | None) -> Plan:
     header = read_header(source.path)
-    family = family_of(header)
-    weights = from_single_file(header, family)
+    family = family_of_file(header)
+    file = family.single_file(header)
     warnings: list[str] = []
     prediction_type = prediction_type or _stated_prediction(header)
-    if prediction_type is None and family.v_native:
+    if prediction_type is None and file.v_native:
         warnings.append(
             f"{printable(header.name, 60)} does not say what it predicts: epsilon is assumed; "
             'if pictures are noise, load it with prediction_type="v_prediction"'
         )
-    scheduler = _scheduler(source, family.scheduler, prediction_type)
+    scheduler = _scheduler(source, file.scheduler, prediction_type)
+    side = file.native
+    if file.v_native and scheduler.prediction_type == "v_prediction":
+        side = file.v_native
     return Plan(
         source=source,
-        kind="text",
-        family=family.name,
-        configs=_configs(source, "text", family.configs, weights),
-        weights=weights,
+        family=family,
+        configs=_configs(source, family, file.configs, file.weights),
+        weights=file.weights,
         scheduler=scheduler,
-        native_size=_native_size(header, family, scheduler),
+        native_size=_stated_size(header) or (side, side),
         files={source.path.name: source.path},
-        pad=family.pad,
         warnings=warnings,
     )
 
 
 def _configs(
     source: Source,
-    kind: str,
+    family: Family,
     raw: Mapping[str, Mapping[str, Any]],
     weights: Mapping[str, Mapping[str, Weight]],
 ) -> dict[str, Any]:
+    """Return the checked config of each network."""
     configs: dict[str, Any] = {}
-    for part, (config_class, _) in NETS[kind].items():
+    for name, part in family.parts.items():
+        config_class, _ = part.load_classes()
         try:
-            config = config_class.from_dict(raw[part])
+            config = config_class.from_dict(raw[name])
         except SafelightError as e:
-            raise refusal(source.name, f"{part}/config.json: {e}") from None
+            raise refusal(source.name, f"{name}/config.json: {e}") from None
         for key, value in vars(config).items():
             numbers = value if isinstance(value, tuple) else (value,)
             if 0 in [n for n in numbers if type(n) is int] and key not in _MAY_BE_ZERO:
-                raise refusal(source.name, f"{part}/config.json: {key}={value!r:.40}")
+                raise refusal(source.name, f"{name}/config.json: {key}={value!r:.40}")
         # A config could ask for millions of layers, and building them takes time even when
         # they take no memory. Each layer has tensors, so there are fewer layers than tensors.
         depth = math.prod(
-            getattr(config, name, 1)
-            for name in ("num_hidden_layers", "layers_per_block", "transformer_layers_per_block")
+            getattr(config, key, 1)
+            for key in ("num_hidden_layers", "layers_per_block", "transformer_layers_per_block")
         ) * len(getattr(config, "block_out_channels", (0,)))
-        if depth > len(weights[part]):
-            raise refusal(source.name, f"{part}/config.json has more layers than its file tensors")
-        configs[part] = config
-    if kind == "text":
-        _check_together(source, configs)
+        if depth > len(weights[name]):
+            raise refusal(source.name, f"{name}/config.json has more layers than its file tensors")
+        configs[name] = config
+    try:
+        family.check_configs(configs)
+    except SafelightError as e:
+        raise refusal(source.name, str(e)) from None
     return configs
-
-
-def _check_together(source: Source, configs: Mapping[str, Any]) -> None:
-    """Refuses networks that are fine alone and do not fit one another."""
-    unet = configs["unet"]
-    words, channels = configs["text_encoder"].hidden_size, configs["vae"].latent_channels
-    if words != unet.cross_attention_dim:
-        raise refusal(
-            source.name,
-            f"its text encoder gives {words} numbers for a word, "
-            f"and its unet reads {unet.cross_attention_dim}",
-        )
-    if channels != unet.out_channels:
-        raise refusal(
-            source.name,
-            f"its vae decodes {channels} channels, and its unet gives {unet.out_channels}",
-        )
 
 
 def _scheduler(
@@ -195,7 +162,7 @@ def _scheduler(
 
 
 def _stated_prediction(header: Header) -> str | None:
-    """What a file's ModelSpec metadata (github.com/Stability-AI/ModelSpec) says it predicts."""
+    """Return what a file's metadata says it predicts (github.com/Stability-AI/ModelSpec)."""
     stated = header.metadata.get("modelspec.prediction_type", "").lower()
     if stated:
         return {"v": "v_prediction", "epsilon": "epsilon"}.get(stated.removesuffix("_prediction"))
@@ -206,15 +173,13 @@ def _stated_prediction(header: Header) -> str | None:
     }.get(architecture)
 
 
-def _native_size(header: Header, family: Family, scheduler: SchedulerConfig) -> tuple[int, int]:
+def _stated_size(header: Header) -> tuple[int, int] | None:
+    """Return the width and height that a file's metadata says it was trained on."""
     stated = header.metadata.get("modelspec.resolution", "")
     match = re.fullmatch(r"([1-9]\d{1,3})x([1-9]\d{1,3})", stated)
     if match and not int(match[1]) % 8 and not int(match[2]) % 8:
         return int(match[1]), int(match[2])
-    side = family.native
-    if family.v_native and scheduler.prediction_type == "v_prediction":
-        side = family.v_native
-    return side, side
+    return None
 
 
 def _words(words: Any) -> frozenset[str] | None:

@@ -1,0 +1,92 @@
+"""Make the models that ship: python -m recipes.embedded STAGE …"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Option
+
+from safelight.errors import SafelightError
+
+app = typer.Typer(help=__doc__, rich_markup_mode=None, no_args_is_help=True)
+
+Data = Annotated[Path, Option(help="The folder of the cut-outs.")]
+Out = Annotated[Path, Option(help="Where checkpoints, samples and models go.")]
+Minutes = Annotated[float, Option(help="Of computing, over all stages.")]
+Dry = Annotated[bool, Option("--dry-run", help="Tiny networks: to see that all of it works.")]
+Native = Annotated[bool, Option("--native", help="Compile the networks first.")]
+
+
+@app.command()
+def data(folder: Data = Path("data")) -> None:
+    """Fetch the pinned npm packages and draw the cut-outs."""
+    from recipes.embedded.cutouts import build
+
+    typer.echo(build(folder))
+
+
+@app.command()
+def train(
+    stages: Annotated[list[str], typer.Argument(help="embedded, sharp, unconditional, prompts")],
+    data: Data = Path("data"),
+    out: Out = Path("runs"),
+    minutes: Minutes = 13.0,
+    dry_run: Dry = False,
+    native: Native = False,
+) -> None:
+    """Run stages of the training; each goes on where it was stopped."""
+    from recipes.embedded.train import DRY, FULL, Recipe
+
+    if not 0.05 <= minutes <= 100_000:
+        raise SafelightError(f"--minutes {minutes:g}: expected 0.05 to 100000")
+    recipe = Recipe(data, out, minutes, DRY if dry_run else FULL, native)
+    known = {
+        "embedded": recipe.embedded,
+        "sharp": recipe.sharp,
+        "unconditional": recipe.unconditional,
+        "prompts": lambda: recipe.prompts(64 if dry_run else 6144),
+    }
+    if unknown := [stage for stage in stages if stage not in known]:
+        raise SafelightError(f"no stage {unknown[0]!r}: the stages are {', '.join(known)}")
+    for stage in stages:
+        typer.echo(known[stage]())
+
+
+@app.command()
+def evaluate(
+    data: Data = Path("data"),
+    out: Out = Path("runs/evaluation"),
+    model: Annotated[str, Option(help="The model to judge.")] = "embedded",
+    share: Annotated[float, Option(help="Of the prompts.")] = 1.0,
+    steps: Annotated[int, Option(help="How long the judge learns.")] = 6000,
+) -> None:
+    """Train a judge unless OUT has one, and let it look at what the model draws."""
+    from dataclasses import replace
+
+    from recipes.embedded.figures import evaluate as run
+    from recipes.embedded.judge import PLAN, judge_of
+    from recipes.embedded.scenes import Scenes
+    from recipes.embedded.stage import Stage
+    from safelight.train.devices import accelerator
+    from safelight.weights import load_model
+
+    path = data / "cutouts.npz"
+    stage = Stage(Scenes(path), accelerator().device)
+    plan = replace(PLAN, steps=steps, warmup=min(PLAN.warmup, max(1, steps // 10)))
+    judge = judge_of(stage, path, out, plan)
+    typer.echo(run(load_model(model), judge, stage, out, share=share))
+
+
+def main() -> None:
+    """Run the command line; a SafelightError is one line, and exit code 2."""
+    try:
+        app()
+    except SafelightError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""The judge: a classifier, trained apart on composed scenes, that says what is on a picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from recipes.embedded.captions import EITHER_SIDE, RELATIONS, SCENES
+from recipes.embedded.colours import COLOURS, PAINTS
+from recipes.embedded.pool import Pool
+from recipes.embedded.scenes import Scene
+from recipes.embedded.stage import Stage
+from safelight.errors import SafelightError
+from safelight.train.autoencoder import to_pixels
+from safelight.train.devices import autocast
+from safelight.train.loop import Draw, Plan, fit
+
+PLAN = Plan(steps=6000, batch=64, learning_rate=2e-3, warmup=200, weight_decay=0.05)
+POOL = 40_000
+"""Scenes that it learns from."""
+
+LOOKED_AT = 128
+"""Pixels a side that it sees."""
+
+GROUNDS = (*COLOURS, *SCENES)
+CELLS = 8
+WHOLE, FIRST, SECOND = 0, 1, 2
+NOTHING = -100
+"""What cross entropy takes for "no answer is wanted"."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Answers on n pictures.
+
+    concepts: log-probabilities [n, 3, concepts] of what is on the whole picture, and, where two
+    things were asked for, of what is at the first's and the second's place. grounds, colours and
+    counts are the likeliest, as indices; the count starts from one.
+    """
+
+    concepts: Tensor
+    grounds: Tensor
+    colours: Tensor
+    counts: Tensor
+
+
+class Judge(nn.Module):
+    """Convolutions down to 8×8 positions; each question is a linear layer on their mean over the
+    whole picture or the half that it is about.
+    """
+
+    def __init__(self, concepts: int) -> None:
+        super().__init__()
+
+        def block(in_ch: int, out_ch: int, stride: int) -> nn.Sequential:
+            return nn.Sequential(
+                nn.Conv2d(in_ch, out_ch, 3, stride, 1, bias=False),
+                nn.BatchNorm2d(out_ch),
+                nn.ReLU(),
+            )
+
+        self.body = nn.Sequential(
+            block(3, 32, 2),
+            block(32, 64, 2),
+            block(64, 64, 1),
+            block(64, 128, 2),
+            block(128, 128, 1),
+            block(128, 256, 2),
+            block(256, 256, 1),
+            block(256, 256, 1),
+        )
+        self.concept = nn.Linear(256, concepts)
+        self.ground = nn.Linear(256, len(GROUNDS))
+        self.colour = nn.Linear(256, len(PAINTS))
+        self.count = nn.Linear(256, 4)
+
+    def forward(self, pixels: Tensor, where: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """pixels: [n, 3, 128, 128] in −1..1; where: [n, 3, 8, 8], the weights of positions for the
+        three places that `Verdict.concepts` speaks of.
+        """
+        seen = self.body(pixels)
+        at = torch.einsum("nchw,nphw->npc", seen, where)
+        whole = at[:, WHOLE]
+        return self.concept(at), self.ground(whole), self.colour(whole), self.count(whole)
+
+    @torch.inference_mode()
+    def look(self, pictures: np.ndarray[Any, Any] | Tensor, scenes: list[Scene]) -> Verdict:
+        """Return answers on pictures, uint8 [n, side, side, 3].
+
+        scenes: what was asked for; only the places of pairs are read.
+        """
+        parts = []
+        device = next(self.parameters()).device
+        for i in range(0, len(pictures), 100):
+            where = torch.stack([places(scene) for scene in scenes[i : i + 100]])
+            parts.append(self(seen(pictures[i : i + 100]).to(device), where.to(device)))
+        concepts, grounds, colours, counts = (
+            torch.cat(p).float().cpu() for p in zip(*parts, strict=True)
+        )
+        return Verdict(
+            concepts.log_softmax(-1), grounds.argmax(-1), colours.argmax(-1), counts.argmax(-1) + 1
+        )
+
+
+def seen(pictures: np.ndarray[Any, Any] | Tensor) -> Tensor:
+    """Return pictures, uint8 [n, side, side, 3], as the judge sees them: [n, 3, 128, 128]."""
+    pixels = to_pixels(pictures)
+    if pixels.shape[-1] >= 2 * LOOKED_AT:
+        return F.avg_pool2d(pixels, pixels.shape[-1] // LOOKED_AT)
+    return F.interpolate(pixels, size=(LOOKED_AT, LOOKED_AT), mode="bilinear")
+
+
+def places(scene: Scene) -> Tensor:
+    """Return weights [3, 8, 8]: all positions, then those at the places of a pair's two things."""
+    weights = torch.full((3, CELLS, CELLS), 1 / CELLS**2)
+    if scene.kind == "pair" and scene.where is not None:
+        right, down = RELATIONS[scene.where]
+        for which, sign in ((FIRST, 1), (SECOND, -1)):
+            half = torch.zeros(CELLS, CELLS)
+            near = slice(0, CELLS // 2) if (right or down) * sign < 0 else slice(CELLS // 2, CELLS)
+            half[(slice(None), near) if right else (near, slice(None))] = 2 / CELLS**2
+            weights[which] = half
+    return weights
+
+
+def judge_of(stage: Stage, path: Path, out: Path, plan: Plan = PLAN) -> Judge:
+    """Return the judge whose weights are out/judge.safetensors, or train it and write them.
+
+    Raises SafelightError if they are of another data set.
+    """
+    file = out / "judge.safetensors"
+    if file.exists():
+        judge = Judge(len(stage.scenes.names))
+        with safe_open(file, "pt") as opened:
+            made_from = (opened.metadata() or {}).get("data_sha256")
+        if made_from != stage.scenes.sha256:
+            raise SafelightError(f"{file} was trained on other data: remove it, or take that data")
+        judge.load_state_dict(load_file(file))
+        return judge.float().eval().requires_grad_(False)
+    out.mkdir(parents=True, exist_ok=True)
+    judge = train_judge(stage, path, out / "judge", plan)
+    weights = {name: t.contiguous() for name, t in judge.state_dict().items()}
+    save_file(weights, file, metadata={"data_sha256": stage.scenes.sha256})
+    return judge
+
+
+def train_judge(stage: Stage, path: Path, folder: Path, plan: Plan = PLAN) -> Judge:
+    """Return a judge that has learned from all that scenes can show, held-out combinations
+    included. Goes on where it was stopped.
+    """
+    torch.manual_seed(plan.seed)
+    judge = Judge(len(stage.scenes.names))
+    number = {name: i for i, name in enumerate(stage.scenes.names)}
+    whole = min(POOL, plan.steps * plan.batch) if plan.steps else POOL
+    pools = [
+        Pool(stage, path, round(share * whole), seed, **given)
+        for share, seed, given in (
+            (0.84, 11, {}),
+            (0.08, 12, {"kind": "one", "held_out": "style"}),
+            (0.08, 13, {"kind": "coloured", "held_out": "colour"}),
+        )
+    ]
+    scenes = [scene for pool in pools for scene in pool.scenes]
+    pixels = torch.cat([seen(some).half() for p in pools for some in p.pictures.split(512)])
+    where = torch.stack([places(scene) for scene in scenes]).to(pixels.device)
+    truth = torch.tensor([answers(scene, number) for scene in scenes]).to(pixels.device)
+    del pools
+
+    def loss_of(run: Any, draw: Draw) -> Tensor:
+        pick = torch.from_numpy(draw.data.integers(len(scenes), size=plan.batch))
+        pick = pick.to(pixels.device)
+        right = truth[pick]
+        with autocast(draw.device):
+            found = run(_worn(pixels[pick].float(), draw), where[pick])
+        concepts = found[0].float().flatten(0, 1)
+        loss = _error(concepts, right[:, :3].flatten())
+        for logits, answer in zip(found[1:], right[:, 3:].T, strict=True):
+            loss = loss + _error(logits.float(), answer)
+        return loss
+
+    weights = fit(judge, loss_of, plan, folder)
+    # The averaged weights have other statistics than those that trained: measured anew.
+    judge.load_state_dict(weights, strict=False)
+    judge.train()
+    for module in judge.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # the plain mean over what comes
+    with torch.no_grad():
+        for some in pixels[torch.randperm(len(pixels))[:2000]].split(100):
+            judge.body(some.float())
+    return judge.cpu().eval().requires_grad_(False)
+
+
+def _error(logits: Tensor, right: Tensor) -> Tensor:
+    """Return the cross entropy over the questions that were asked."""
+    asked = (right != NOTHING).sum().clamp(min=1)
+    return F.cross_entropy(logits, right, reduction="sum", ignore_index=NOTHING) / asked
+
+
+def answers(scene: Scene, number: dict[str, int]) -> tuple[int, ...]:
+    """Return concepts on the whole, at the first place and at the second; ground, colour and
+    count − 1. NOTHING stands where the question makes no sense.
+    """
+    first, *others = (number[concept] for concept in scene.concepts)
+    concepts = (NOTHING, first, others[0]) if others else (first, NOTHING, NOTHING)
+    if scene.kind == "pair" and scene.where in EITHER_SIDE - {"and"}:
+        concepts = (NOTHING,) * 3
+    ground = GROUNDS.index(scene.ground)
+    colour = NOTHING
+    if scene.colour is not None and not others:
+        colour = PAINTS.index(scene.colour)
+    return (*concepts, ground, colour, max(scene.count, len(scene.concepts)) - 1)
+
+
+def _worn(pixels: Tensor, draw: Draw) -> Tensor:
+    """Return them half of the time blurred, all with a little noise: as drawn, not composed."""
+    soft = F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    share = draw.uniform([len(pixels), 1, 1, 1])
+    share = (2 * share - 1).clamp(min=0)
+    return pixels + share * (soft - pixels) + 0.05 * draw.normal(pixels.shape)

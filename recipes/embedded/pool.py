@@ -1,0 +1,48 @@
+"""Keep composed pictures on the device, to learn from many times."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recipes.embedded.scenes import Scene
+from recipes.embedded.stage import Stage, parts
+
+
+class Pool:
+    """Pictures, uint8 [n, size, size, 3] on the stage's device, and their scenes.
+
+    They depend on count, seed and data alone. given: as for `Scenes.invent`.
+    """
+
+    def __init__(self, stage: Stage, path: Path, count: int, seed: int, **given: Any) -> None:
+        self.scenes: list[Scene] = []
+        size = stage.size
+        self.pictures = torch.empty(
+            count, size, size, 3, dtype=torch.uint8, device=stage.device
+        )  # fmt: skip
+        for scenes, things, rng in parts(stage.scenes, path, count, seed, **given):
+            at, some = len(self.scenes), min(len(scenes), count - len(self.scenes))
+            self.pictures[at : at + some] = stage.draw(scenes[:some], things[:some], rng)
+            self.scenes += scenes[:some]
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    @property
+    def captions(self) -> list[str]:
+        return [scene.said for scene in self.scenes]
+
+    def free(self) -> None:
+        """Let go of the pictures."""
+        self.pictures = self.pictures[:0].clone()
+
+    def batch(self, n: int, rng: np.random.Generator) -> tuple[Tensor, list[str]]:
+        """Return `n` pictures, drawn with replacement, and their captions."""
+        pick = rng.integers(len(self), size=n)
+        pictures = self.pictures[torch.from_numpy(pick).to(self.pictures.device)]
+        return pictures, [self.scenes[i].said for i in pick]

@@ -1,0 +1,108 @@
+"""Train a decoder to draw crisp pictures from latents that are not quite right.
+
+A denoiser's latents have errors, and a decoder that has seen only perfect ones draws them soft.
+Here the encoder is fixed, noise is added to the latents, and a small discriminator that looks at
+patches judges the pictures (arXiv:1611.07004, with the hinge loss of arXiv:1705.02894), weighed
+against the other losses by their gradients (arXiv:2012.09841).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recipes.embedded.pool import Pool
+from safelight.nets.vae import AutoencoderKL
+from safelight.train.autoencoder import edge_error, to_pixels
+from safelight.train.devices import autocast
+from safelight.train.loop import Draw, Plan, fit
+
+NOISE = 0.25
+"""Largest standard deviation of the noise that is added to latents of unit variance."""
+
+WEIGHT = 0.4
+"""Of the discriminator's gradient over that of the other losses."""
+
+RATE = 2e-4
+"""Learning rate of the discriminator."""
+
+BEGIN = 100
+"""Steps after which the decoder listens to the discriminator."""
+
+
+class Patches(nn.Module):
+    """Says of each patch how much it looks composed: [n, 3, h, w] to [n, 1, h/8, w/8]."""
+
+    def __init__(self, width: int = 48) -> None:
+        super().__init__()
+
+        def block(a: int, b: int, stride: int) -> nn.Sequential:
+            norm = nn.utils.spectral_norm
+            return nn.Sequential(norm(nn.Conv2d(a, b, 4, stride, 1)), nn.LeakyReLU(0.2))
+
+        self.layers = nn.Sequential(
+            block(3, width, 2),
+            block(width, 2 * width, 2),
+            block(2 * width, 4 * width, 2),
+            nn.Conv2d(4 * width, 1, 3, 1, 1),
+        )
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.layers(pixels)
+
+
+def sharpen(
+    vae: AutoencoderKL, pool: Pool, plan: Plan, folder: Path, *, native: bool = False
+) -> None:
+    """Train vae.decoder in place on the pictures of `pool`; the encoder stays as it is."""
+    device = pool.pictures.device
+    vae.to(device)
+    decoder = _Decode(vae)
+    for parameter in [*vae.encoder.parameters(), *vae.quant_conv.parameters()]:  # type: ignore[union-attr]
+        parameter.requires_grad_(False)
+    torch.manual_seed(plan.seed)
+    critic = Patches().to(device)
+    optimizer = torch.optim.Adam(critic.parameters(), lr=RATE, betas=(0.5, 0.99))
+    last = vae.decoder.conv_out.weight
+    step = 0
+
+    def loss_of(run: Any, draw: Draw) -> Tensor:
+        nonlocal step
+        step += 1
+        pictures = to_pixels(pool.batch(plan.batch, draw.data)[0]).to(draw.device)
+        with autocast(draw.device):
+            with torch.no_grad():
+                latents = vae.encode(pictures)[0].float()
+                spread = NOISE / vae.config.scaling_factor
+                size = spread * draw.uniform([plan.batch, 1, 1, 1])
+                latents = latents + size * draw.normal(latents.shape)
+            drawn = run(latents).float()
+            plain = F.l1_loss(drawn, pictures) + edge_error(drawn, pictures)
+            real, fake = critic(pictures).float(), critic(drawn.detach()).float()
+            wrong = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+        optimizer.zero_grad(set_to_none=True)
+        wrong.backward()
+        optimizer.step()
+        if step < BEGIN:
+            return plain
+        with autocast(draw.device):
+            fooled = -critic(drawn).float().mean()
+        of_plain = torch.autograd.grad(plain, last, retain_graph=True)[0].norm()
+        of_fooled = torch.autograd.grad(fooled, last, retain_graph=True)[0].norm()
+        return plain + (WEIGHT * of_plain / (of_fooled + 1e-4)).clamp(max=100).detach() * fooled
+
+    decoder.load_state_dict(fit(decoder, loss_of, plan, folder, native=native), strict=False)
+
+
+class _Decode(nn.Module):
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        assert vae.post_quant_conv is not None
+        self.decoder, self.post_quant_conv = vae.decoder, vae.post_quant_conv
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(latents))

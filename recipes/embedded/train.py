@@ -1,0 +1,294 @@
+"""Train the models that ship, from the cut-outs to the folders."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from recipes.embedded.cutouts import LOCK, notice
+from recipes.embedded.pool import Pool
+from recipes.embedded.scenes import Scenes
+from recipes.embedded.sharpen import sharpen
+from recipes.embedded.stage import Stage
+from safelight.errors import SafelightError
+from safelight.nets.clip import CLIPTextModel
+from safelight.nets.unet2d import UNet2DConfig
+from safelight.nets.vae import AutoencoderKL
+from safelight.sampling.schedule import SchedulerConfig
+from safelight.train import networks
+from safelight.train.autoencoder import encode, latent_spread, to_pixels, train_autoencoder
+from safelight.train.denoiser import (
+    TextToImage,
+    teach_words,
+    train_text_to_image,
+    train_unconditional,
+)
+from safelight.train.devices import accelerator
+from safelight.train.export import export_text_to_image, export_unconditional
+from safelight.train.loop import Draw, Plan, progress
+from safelight.train.tokens import train_vocabulary
+
+MINUTES = 13.0
+"""Of one H100, for all stages."""
+
+SHARES = {
+    "autoencoder": 0.147,
+    "words": 0.01,
+    "denoiser": 0.465,
+    "sharp": 0.055,
+    "unconditional": 0.07,
+}
+"""Of the minutes; the rest is for composing, starting, compiling and `embedded-fast`."""
+
+SHEET = (
+    "a red apple", "a cat", "a guitar", "three teddy bears on a yellow background",
+    "a penguin in the snow", "a rocket at night under the stars", "a purple octopus under water",
+    "a blue car on green grass", "a black bicycle", "a big snowman", "a lion next to a castle",
+    "a small house at the bottom on the left",
+)  # fmt: skip
+"""Prompts whose pictures are drawn while it trains, so that progress can be seen."""
+
+DRAW_WITH = {"sampler": "dpmpp_2m", "steps": 20, "guidance_scale": 4.0}
+"""What the model draws best with."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of networks, data and batches. The plans get their steps from the minutes."""
+
+    size: int
+    scenes: int
+    """Composed and encoded once."""
+    networks: networks.Networks
+    vae_plan: Plan
+    text_plan: Plan
+    unet_plan: Plan
+    sharp_plan: Plan
+    pixels: UNet2DConfig
+    pixels_plan: Plan
+    every: int = 2500
+    """Steps between two checkpoints."""
+
+
+FULL = Sizes(
+    size=256,
+    scenes=122_880,
+    networks=networks.LARGE,
+    vae_plan=Plan(steps=0, batch=32, learning_rate=1e-3, warmup=100, weight_decay=0.0),
+    text_plan=Plan(steps=0, batch=512, learning_rate=2e-3, warmup=50),
+    unet_plan=Plan(steps=0, batch=128, learning_rate=8e-4, warmup=300),
+    sharp_plan=Plan(steps=0, batch=32, learning_rate=2e-4, warmup=50, weight_decay=0.0, ema=0.99),
+    pixels=replace(networks.PIXELS, sample_size=64, block_out_channels=(64, 128, 192)),
+    pixels_plan=Plan(steps=0, batch=128, learning_rate=6e-4, warmup=200),
+)
+
+# The same way in small: to see on any machine, in two minutes, that all of it works.
+DRY = Sizes(
+    size=64,
+    scenes=128,
+    networks=networks.Networks(
+        vae=replace(networks.LARGE.vae, block_out_channels=(8, 8, 16, 16)),
+        text=replace(
+            networks.LARGE.text, hidden_size=32, intermediate_size=64, num_hidden_layers=1
+        ),
+        unet=replace(
+            networks.LARGE.unet,
+            sample_size=8,
+            block_out_channels=(16, 16, 32),
+            cross_attention_dim=32,
+        ),
+    ),
+    vae_plan=replace(FULL.vae_plan, batch=2, warmup=5),
+    text_plan=replace(FULL.text_plan, batch=16, warmup=5),
+    unet_plan=replace(FULL.unet_plan, batch=8, warmup=5),
+    sharp_plan=replace(FULL.sharp_plan, batch=2, warmup=5),
+    pixels=replace(networks.PIXELS, sample_size=16, block_out_channels=(32, 32, 32)),
+    pixels_plan=replace(FULL.pixels_plan, batch=4, warmup=5),
+)
+
+
+class Recipe:
+    """One run of the recipe: its data, its sizes, its folder.
+
+    Each stage keeps its checkpoint under `out` and goes on from there when it is called again.
+    """
+
+    def __init__(self, data: Path, out: Path, minutes: float, sizes: Sizes, native: bool) -> None:
+        self.path = data / "cutouts.npz"
+        if not self.path.exists():
+            raise SafelightError(f"{self.path} is missing: run the data stage first")
+        self.out, self.minutes, self.sizes, self.native = out, minutes, sizes, native
+        self.device = accelerator().device
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+        self.stage = Stage(Scenes(self.path), self.device, sizes.size)
+        self.scenes = self.stage.scenes
+        self.digest = hashlib.sha256(
+            f"{self.scenes.sha256} {sizes} {minutes}".encode()
+        ).hexdigest()  # fmt: skip
+        self.model = out / "embedded"
+        self.model.mkdir(parents=True, exist_ok=True)
+        credit(self.model)
+
+    def plan(self, plan: Plan, stage: str) -> Plan:
+        """Return the plan for its share of the minutes."""
+        return replace(plan, seconds=60 * self.minutes * SHARES[stage], recipe=self.digest)
+
+    def embedded(self) -> Path:
+        """Train autoencoder, text encoder and UNet, and write the folder out/embedded."""
+        net = self.sizes.networks
+        tokenizer = train_vocabulary(
+            [*self.scenes.captions_corpus(), *self.scenes.unknown],
+            net.text.vocab_size,
+            self.model / "tokenizer",
+            net.text.max_position_embeddings,
+        )
+        pool = self._timed("scenes", lambda: Pool(self.stage, self.path, self.sizes.scenes, 1))
+        plan = self.plan(self.sizes.vae_plan, "autoencoder")
+        vae = self._timed(
+            "autoencoder",
+            lambda: train_autoencoder(
+                net.vae, pool, plan, self.out / "autoencoder", native=self.native
+            ),
+        )
+        spread = latent_spread(vae, pool, Draw.of(0, 0), min(512, len(pool)))
+        vae.config = replace(vae.config, scaling_factor=round(1 / spread, 5))
+        _save(vae, self.out / "vae.safetensors")
+        (self.out / "scaling").write_text(str(vae.config.scaling_factor))
+        latents = self._timed("latents", lambda: self._encoded(vae, pool))
+        ids = torch.tensor([tokenizer.encode(t).ids for t in pool.captions], dtype=torch.int16)
+        ids = ids.to(self.device)
+        pool.free()
+        torch.manual_seed(0)
+        text = CLIPTextModel(net.text)
+        plan = self.plan(self.sizes.text_plan, "words")
+        teach_words(text, latents, ids, tokenizer.eos, plan, self.out / "words")
+        both = TextToImage(text, net.unet)
+
+        def export(trained: nn.Module, step: int) -> None:
+            assert isinstance(trained, TextToImage)
+            parts = vae, trained.text_encoder, trained.unet
+            export_text_to_image(self.model, *parts, networks.SCHEDULER, self.notes())
+
+        train_text_to_image(
+            both,
+            SchedulerConfig.from_dict(networks.SCHEDULER),
+            latents,
+            ids,
+            torch.tensor(tokenizer.encode("").ids, dtype=torch.int16),
+            self.plan(self.sizes.unet_plan, "denoiser"),
+            self.out / "denoiser",
+            every=self.sizes.every,
+            native=self.native,
+            on_checkpoint=export,
+        )
+        export(both, 0)
+        return self.model
+
+    def sharp(self) -> Path:
+        """Train the decoder further, on latents with errors, and write the folder anew."""
+        vae = self._autoencoder()
+        pool = Pool(self.stage, self.path, max(8, self.sizes.scenes // 6), 2)
+        plan = self.plan(self.sizes.sharp_plan, "sharp")
+        sharpen(vae, pool, plan, self.out / "sharp")
+        _save(vae, self.out / "vae-sharp.safetensors")
+        return self.out / "vae-sharp.safetensors"
+
+    def unconditional(self) -> Path:
+        """Train the model of pixels and write the folder out/embedded-unconditional."""
+        folder = self.out / "embedded-unconditional"
+        folder.mkdir(parents=True, exist_ok=True)
+        credit(folder)
+        side = self.sizes.pixels.sample_size or 64
+        stage = Stage(self.scenes, self.device, 2 * side)
+        rng = np.random.default_rng(3)
+        shown = [
+            self.scenes.invent(rng, "one", concept, style, "white", disturbed=False)
+            for concept in NAMEABLE
+            for style in ("flat", "3d")
+            for _ in range(24)
+        ]
+        pictures = to_pixels(stage.compose(shown, rng))
+        pictures = torch.nn.functional.avg_pool2d(pictures, 2)
+        small = ((pictures + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+        def some(rng: np.random.Generator, n: int) -> Tensor:
+            return small[torch.from_numpy(rng.integers(len(small), size=n)).to(small.device)]
+
+        net = train_unconditional(
+            self.sizes.pixels,
+            SchedulerConfig.from_dict(networks.PIXELS_SCHEDULER),
+            some,
+            self.plan(self.sizes.pixels_plan, "unconditional"),
+            self.out / "unconditional",
+            native=self.native,
+        )
+        notes = {"data_sha256": self.scenes.sha256}
+        export_unconditional(folder, net, networks.PIXELS_SCHEDULER, notes)
+        return folder
+
+    def prompts(self, count: int) -> Path:
+        """Write captions, one a line, for distillation; returns the file."""
+        rng = np.random.default_rng(4)
+        said = [self.scenes.invent(rng).said for _ in range(count)]
+        path = self.out / "prompts.txt"
+        path.write_text("\n".join(said) + "\n", encoding="utf-8")
+        return path
+
+    def notes(self) -> dict[str, Any]:
+        """Return what goes to safelight.json."""
+        return {
+            "data_sha256": self.scenes.sha256,
+            "words": sorted(self.scenes.words()),
+            "prompts": list(SHEET),
+            "draw_with": DRAW_WITH,
+        }
+
+    def _autoencoder(self) -> AutoencoderKL:
+        factor = float((self.out / "scaling").read_text())
+        vae = AutoencoderKL(replace(self.sizes.networks.vae, scaling_factor=factor))
+        vae.load_state_dict(load_file(self.out / "vae.safetensors"))
+        return vae
+
+    def _encoded(self, vae: AutoencoderKL, pool: Pool) -> Tensor:
+        """Return latents, float16 [n, 4, h, w] on the device."""
+        return torch.cat([encode(vae, some) for some in pool.pictures.split(512)]).to(self.device)
+
+    def _timed(self, what: str, do: Callable[[], Any]) -> Any:
+        began = time.monotonic()
+        made = do()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        progress(f"{what}: {time.monotonic() - began:.1f} s")
+        return made
+
+
+def credit(folder: Path) -> None:
+    """Name the sources beside the weights, since the folder may be passed on alone."""
+    (folder / "NOTICE").write_text(notice(json.loads(LOCK.read_text(encoding="utf-8"))))
+
+
+NAMEABLE = (
+    "a red apple", "a banana", "a strawberry", "a pizza", "a hamburger", "a birthday cake",
+    "a cat", "a dog", "a lion", "a fox", "a panda", "a pig", "an elephant", "a penguin", "an owl",
+    "a frog", "a turtle", "a fish", "a whale", "an octopus", "a butterfly", "a car", "a bus",
+    "a tractor", "a bicycle", "a rocket", "a sailboat", "a smiling face", "a robot", "a ghost",
+    "a pumpkin", "a key", "a light bulb", "a camera", "a guitar", "a balloon", "a gift", "a crown",
+    "an umbrella", "a teddy bear", "a soccer ball", "a tree", "a cactus", "a sunflower", "a star",
+    "a rainbow", "a snowman", "a house",
+)  # fmt: skip
+"""What the unconditional model draws: few things, that a person can name."""
+
+
+def _save(net: nn.Module, path: Path) -> None:
+    save_file({name: t.cpu().contiguous() for name, t in net.state_dict().items()}, path)

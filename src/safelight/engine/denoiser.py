@@ -1,0 +1,53 @@
+"""From a state to the network's estimate of the clean picture, with guidance."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from safelight.families.base import Conditioning
+from safelight.sampling import Row
+
+if TYPE_CHECKING:
+    from safelight.model import Model
+
+
+def estimate(
+    model: Model, states: list[Tensor], rows: list[Row], conditionings: list[Conditioning]
+) -> list[Tensor]:
+    """Return the clean estimate D of each picture, from one call of the network.
+
+    states: float32 [1, channels, h, w] of one shape. rows: the row that each is at.
+    conditionings: of one `call_key`. Returns float32 tensors of the states' shape.
+    """
+    family = model.family
+    inputs = [row.level.view(state) for state, row in zip(states, rows, strict=True)]
+    outputs = family.call(model, inputs, [row.timestep for row in rows], conditionings)
+    found, start = [], 0
+    for state, row, conditioning in zip(states, rows, conditionings, strict=True):
+        output = outputs[start : start + conditioning.evaluations]
+        start += conditioning.evaluations
+        if conditioning.evaluations == 2:
+            # Classifier-free guidance (arXiv:2207.12598): away from the negative prompt.
+            negative, positive = output.chunk(2)
+            output = negative + conditioning.guidance * (positive - negative)
+        found.append(family.clean(model, state, row.level, output))
+    return found
+
+
+def clip_or_threshold(
+    clean: Tensor, clip: float | None, threshold: tuple[float, float] | None
+) -> Tensor:
+    """Return D held to the range of pictures, as models of pixels are sampled.
+
+    clip: the largest absolute value. threshold: (ratio, maximum) of dynamic thresholding
+    (arXiv:2205.11487, section 2.3), which scales down what would otherwise be cut off.
+    """
+    if threshold is not None:
+        ratio, maximum = threshold
+        flat = clean.flatten(1).abs()
+        limit = torch.quantile(flat, ratio, dim=1).clamp(1, maximum)[:, None, None, None]
+        return clean.clamp(-limit, limit) / limit
+    return clean if clip is None else clean.clamp(-clip, clip)

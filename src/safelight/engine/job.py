@@ -1,0 +1,230 @@
+"""One picture in the making: prepare, advance, finish.
+
+A job is plain data: a table of rows, a cursor, a few tensors, a generator. Only `prepare` knows
+which task it is (text, picture, mask, or nothing to start from).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from safelight.engine.denoiser import clip_or_threshold, estimate
+from safelight.errors import SafelightError
+from safelight.families.base import Conditioning
+from safelight.fast import memory
+from safelight.picture import from_tensor, lay_back, to_tensor
+from safelight.sampling import Level, Row, Table
+
+if TYPE_CHECKING:
+    from safelight.model import Model
+
+
+class NotFiniteError(SafelightError):
+    """The network returned NaN or infinity for these jobs."""
+
+    def __init__(self, message: str, jobs: list[Job]) -> None:
+        super().__init__(message, code="not_finite")
+        self.jobs = jobs
+
+
+@dataclass
+class Known:
+    """The part of a picture that stays, while the rest is painted anew.
+
+    latents, noise: [1, channels, h, w]; mask: [1, 1, h, w], 1 where to paint.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    mask: Tensor
+
+    def put_back(self, state: Tensor, level: Level) -> Tensor:
+        """Return the state with its known part at this level."""
+        return torch.where(self.mask > 0.5, state, level.mix(self.latents, self.noise))
+
+
+@dataclass
+class Job:
+    """state: float32 [1, channels, h, w], at `level`; cursor: the next row.
+
+    clean: the clean estimate of the last row taken, None before the first.
+    """
+
+    table: Table
+    conditioning: Conditioning
+    generator: torch.Generator
+    state: Tensor
+    known: Known | None = None
+    original: Image.Image | None = None
+    mask: Image.Image | None = None
+    cursor: int = 0
+    clean: Tensor | None = None
+    past_states: deque[Tensor] = field(default_factory=deque)
+    past_cleans: deque[Tensor] = field(default_factory=deque)
+
+    @property
+    def row(self) -> Row:
+        return self.table.rows[self.cursor]
+
+    @property
+    def done(self) -> bool:
+        return self.cursor == len(self.table.rows)
+
+    @property
+    def level(self) -> Level:
+        return self.table.rows[-1].lands if self.done else self.row.level
+
+    @property
+    def view(self) -> Tensor:
+        """The state as the network sees it."""
+        return self.level.view(self.state)
+
+
+def prepare(
+    model: Model,
+    table: Table,
+    conditioning: Conditioning,
+    seed: int,
+    size: tuple[int, int],
+    *,
+    image: Image.Image | None = None,
+    mask: Image.Image | None = None,
+    strength: float = 1.0,
+) -> Job:
+    """Return a job at its first row.
+
+    size: width and height in pixels; image (RGB) and mask (L, 0 or 255) have that size. Noise is
+    drawn by a CPU generator of this picture's own, in diffusers' order for the task. So a seed
+    means the same picture there, and batch and neighbours never change it.
+    """
+    family = model.family
+    generator = torch.Generator().manual_seed(seed)
+    shape = family.latent_shape(model, size)
+
+    def draw() -> Tensor:
+        return torch.randn(shape, generator=generator).to(model.device)
+
+    if image is None:
+        return Job(table, conditioning, generator, draw() * table.noise_scale)
+
+    reads_mask = family.reads_mask(model)
+    # Full strength with a mask starts from noise alone; without one, from the noised picture.
+    from_noise = mask is not None and strength == 1.0
+    pixels = to_tensor(image).to(model.device)
+    latents = None
+    if not (reads_mask and from_noise):
+        latents = family.encode_picture(model, pixels, draw())
+    noise = draw()
+    if from_noise or latents is None:
+        state = noise * table.noise_scale
+    else:
+        state = table.rows[0].level.mix(latents, noise)
+    if mask is None:
+        return Job(table, conditioning, generator, state)
+
+    painted = to_tensor(mask).add(1).div(2).round().to(model.device)
+    small = F.interpolate(painted, size=shape[2:])  # nearest, as the networks were trained
+    masked_noise = draw()  # diffusers draws it for both kinds of network
+    known = None
+    if reads_mask:
+        around = family.encode_picture(model, pixels * (painted < 0.5), masked_noise)
+        conditioning = replace(conditioning, extra=torch.cat([small, around], dim=1))
+    elif latents is not None:
+        known = Known(latents, noise, small)
+    return Job(table, conditioning, generator, state, known, image, mask)
+
+
+def decode(model: Model, latents: Tensor) -> Image.Image:
+    """Return the picture of clean latents, float32 [1, channels, h, w]."""
+    return from_tensor(model.family.decode_latents(model, latents))
+
+
+def advance(model: Model, jobs: list[Job]) -> None:
+    """Take each job one row further, with one call of the network for all.
+
+    The jobs' states have one shape, their conditionings one `call_key`; samplers, steps, tasks and
+    guidance may differ. Raises NotFiniteError, after all have taken the step, for those whose
+    state is no longer finite; they stay where they were.
+    """
+    cleans = estimate(
+        model,
+        [job.state for job in jobs],
+        [job.row for job in jobs],
+        [job.conditioning for job in jobs],
+    )
+    lost = [job for job, clean in zip(jobs, cleans, strict=True) if not _step(job, clean)]
+    if lost:
+        advice = "" if model.dtype == torch.float32 else "dtype float32, or "
+        raise NotFiniteError(
+            f"NaN at step {lost[0].cursor + 1} of {len(lost[0].table.rows)}: "
+            f"try {advice}a lower guidance_scale",
+            lost,
+        )
+
+
+def _step(job: Job, unclipped: Tensor) -> bool:
+    """Take the step of a row; return False, with the job where it was, if it is not finite."""
+    row, table = job.row, job.table
+    clean = clip_or_threshold(unclipped, table.clip, table.threshold)
+    job.clean = clean
+    job.past_states.appendleft(job.state)
+    job.past_cleans.appendleft(clean)
+    state = torch.zeros_like(job.state)
+    for weight, past in zip(row.a, job.past_states, strict=False):
+        state = state + weight * past
+    for weight, past in zip(row.b, job.past_cleans, strict=False):
+        state = state + weight * past
+    if row.clip_correction:
+        state = state + row.clip_correction * (clean - unclipped)
+    if row.c is not None:
+        fresh = torch.randn(job.state.shape, generator=job.generator)
+        state = state + row.c * fresh.to(state.device)
+    # Before the known part is put back, which would hide what the network returned there.
+    if not torch.isfinite(state).all():
+        return False
+    if job.known is not None:
+        last = job.cursor == len(table.rows) - 1
+        state = job.known.put_back(state, Level(1.0, 0.0) if last else row.lands)
+    job.state = state
+    job.cursor += 1
+    _forget(job)
+    return True
+
+
+def _forget(job: Job) -> None:
+    """Drop the past states that no row to come looks at."""
+    rest = job.table.rows[job.cursor :]
+    states = max((len(row.a) for row in rest), default=1) - 1
+    cleans = max((len(row.b) for row in rest), default=1) - 1
+    while len(job.past_states) > states:
+        job.past_states.pop()
+    while len(job.past_cleans) > cleans:
+        job.past_cleans.pop()
+
+
+def finish(model: Model, job: Job) -> Image.Image:
+    """Return the picture of a job that is done; outside a mask it is the original, to the byte.
+
+    Raises SafelightError if the picture is not finite.
+    """
+    if model.device.type == "cpu":
+        memory.give_back()  # the steps' activations: those of the decoder are the largest
+    painted = decode(model, final_latents(job))
+    if job.mask is None or job.original is None:
+        return painted
+    return lay_back(job.original, painted, job.mask)
+
+
+def final_latents(job: Job) -> Tensor:
+    """Return the last state as the network would see it: some samplers end above sigma 0."""
+    if job.known is None:
+        return job.view
+    # put_back laid the known part down clean; only what was painted is at the last level.
+    return torch.where(job.known.mask > 0.5, job.view, job.state)

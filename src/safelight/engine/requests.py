@@ -1,0 +1,131 @@
+"""From a request to its jobs and its result."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from safelight.defaults import is_distilled
+from safelight.engine.job import Job, prepare
+from safelight.errors import SafelightError
+from safelight.families.base import Conditioning
+from safelight.request import Request
+from safelight.result import Result
+from safelight.sampling import SAMPLERS
+from safelight.sizes import MAX_SIDE, MIN_SIDE, SIDE_STEP, allowed_side
+
+if TYPE_CHECKING:
+    from safelight.model import Model
+
+STRENGTH = 0.8
+"""How much of a picture is changed if the request does not say; with a mask, all of it."""
+
+
+def resolve_request(model: Model, request: Request) -> Request:
+    """Return the request with the defaults of model and sampler filled in.
+
+    Raises SafelightError when model and request do not fit.
+    """
+    family = model.family
+    family.check_request(model, request)
+    request = request.with_defaults(model.defaults)
+    filled: dict[str, Any] = {}
+    if request.steps is None:
+        filled["steps"] = SAMPLERS[request.sampler].steps
+    size = _size(model, request)
+    if not family.fixed_size:
+        filled["width"], filled["height"] = size
+    if request.image is not None:
+        if request.strength is None:
+            filled["strength"] = STRENGTH if request.mask is None else 1.0
+        filled |= _resized(request, size)
+    elif request.strength is not None:
+        filled["strength"] = None
+    return request.replace(**filled)
+
+
+def _size(model: Model, request: Request) -> tuple[int, int]:
+    """Return the width and height to draw.
+
+    Where one side is asked for, the other keeps the proportions of a picture to start from.
+    """
+    width, height = model.native_size if request.image is None else request.image.size
+    if request.image is not None and (request.width is None) != (request.height is None):
+        scale = request.width / width if request.width else (request.height or height) / height
+        width, height = (allowed_side(side * scale) for side in (width, height))
+    return request.width or width, request.height or height
+
+
+def _resized(request: Request, size: tuple[int, int]) -> dict[str, Image.Image]:
+    """Return picture and mask at the size to draw, where they have another."""
+    assert request.image is not None
+    width, height = size
+    if request.image.size == size:
+        sides_fit = not (width % SIDE_STEP or height % SIDE_STEP)
+        if not sides_fit or not MIN_SIDE <= min(size) <= max(size) <= MAX_SIDE:
+            near = [allowed_side(side) for side in size]
+            raise SafelightError(
+                f"image is {width}x{height}; sides must be multiples of {SIDE_STEP} from "
+                f"{MIN_SIDE} to {MAX_SIDE}: ask for width {near[0]} and height {near[1]} to have "
+                "it resized",
+                field="image",
+            )
+        return {}
+    fitted = {"image": request.image.resize(size, Image.Resampling.LANCZOS)}
+    if request.mask is not None:
+        fitted["mask"] = request.mask.resize(size, Image.Resampling.NEAREST)
+    return fitted
+
+
+def new_result(model: Model, asked: Request, resolved: Request) -> Result:
+    """Return the result of a request, without pictures yet, with its warnings."""
+    # Pictures are named as they were given, before any resizing.
+    given = {name: v for name, v in asked.to_dict().items() if name.endswith("_sha256")}
+    return Result(
+        images=[],
+        seeds=[resolved.seed + i for i in range(resolved.count)],
+        settings=resolved.to_dict() | given,
+        model=model.name,
+        sha256=model.sha256,
+        device=str(model.device),
+        dtype=model.precision,
+        warnings=_warnings(model, asked, resolved),
+    )
+
+
+def _warnings(model: Model, asked: Request, resolved: Request) -> list[str]:
+    """Return what a person should know about a request: each line says one thing."""
+    found = list(model.warnings)
+    found += asked.with_defaults(model.defaults).unused_settings()
+    width, height = resolved.width, resolved.height
+    if None not in (width, height) and (width, height) != model.native_size:
+        trained = "{}x{}".format(*model.native_size)
+        found.append(
+            f"{model.name} was trained on {trained}; "
+            f"at {width}x{height} it may repeat itself or fall apart"
+        )
+    if is_distilled(model.notes):
+        wanted = model.defaults
+        if any(getattr(resolved, name) != value for name, value in wanted.items()):
+            told = ", ".join(f"{name} {value}" for name, value in wanted.items())
+            found.append(
+                f"{model.name} was taught to draw with {told}; with other settings it draws worse"
+            )
+    return found + model.family.warnings(model, resolved)
+
+
+def create_job(model: Model, request: Request, conditioning: Conditioning, seed: int) -> Job:
+    """Return the job of one picture of a resolved request."""
+    width, height = request.width, request.height
+    size = model.native_size if width is None or height is None else (width, height)
+    return prepare(
+        model,
+        model.family.table(model, request),
+        conditioning,
+        seed,
+        size,
+        image=request.image,
+        mask=request.mask,
+        strength=1.0 if request.strength is None else request.strength,
+    )

@@ -1,0 +1,91 @@
+"""The pictures of one request, made one after the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from safelight.engine.core import Engine
+from safelight.engine.job import decode
+from safelight.request import Request
+from safelight.result import Result
+
+if TYPE_CHECKING:
+    from safelight.model import Model
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of one picture, just taken.
+
+    image_index: which picture of the request. step: from 1 to steps. clean: the network's
+    estimate of the clean latents, float32 [1, channels, h, w].
+    """
+
+    image_index: int
+    step: int
+    steps: int
+    clean: Tensor
+    model: Model
+
+    def preview(self) -> Image.Image:
+        """Return the clean estimate as a picture."""
+        with torch.inference_mode():
+            return decode(self.model, self.clean)
+
+
+class Run:
+    """The making of a request's pictures: iterate for its steps, then read `result`.
+
+    made: the result so far. A picture is in it when the next one takes its first step.
+    """
+
+    def __init__(self, model: Model, request: Request) -> None:
+        self._model, self._request = model, request
+        self._done = False
+        self.made: Result | None = None
+
+    @property
+    def result(self) -> Result:
+        """The finished result. It takes the steps that nobody iterated over."""
+        if not self._done:
+            for _ in self:
+                pass
+        assert self.made is not None
+        return self.made
+
+    def __iter__(self) -> Iterator[Step]:
+        engine = Engine(self._model)
+        timings = {"text": 0.0, "denoise": 0.0, "decode": 0.0}
+        count = self._request.count
+        self.made = None
+        for i in range(count):
+            # One at a time: the first picture need not wait until all are prepared.
+            began = time.perf_counter()
+            others = [other for other in range(count) if other != i]
+            result = engine.add(self._request, done=others)
+            if self.made is None:
+                self.made, result.timings = result, timings
+            timings["text"] += time.perf_counter() - began
+            while engine.busy:
+                began = time.perf_counter()
+                stepped, finished = engine.step()
+                timings["denoise" if stepped else "decode"] += time.perf_counter() - began
+                for ticket in finished:
+                    if ticket.image is None:
+                        assert ticket.error is not None
+                        raise ticket.error
+                    self.made.images.append(ticket.image)
+                # The clock stops while the caller looks at the step.
+                for ticket in stepped:
+                    job = ticket.job
+                    assert job.clean is not None
+                    yield Step(i, job.cursor, ticket.steps, job.clean, self._model)
+        timings["total"] = sum(timings.values())
+        self._done = True

@@ -1,1 +1,0 @@
-"""Whether the model that ships draws what it is told: a judge, figures and sheets."""

@@ -1,0 +1,80 @@
+"""The families of models that can be loaded, one file each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from safelight.families.base import Conditioning, Family, Part, SingleFile
+from safelight.families.pixels import Pixels
+from safelight.families.sd import SD
+from safelight.weights.check import refusal
+
+if TYPE_CHECKING:
+    from safelight.weights.check import Header
+
+__all__ = [
+    "FAMILIES",
+    "Conditioning",
+    "Family",
+    "Part",
+    "SingleFile",
+    "family_of_file",
+    "family_of_folder",
+]
+
+FAMILIES: list[Family] = [SD, Pixels()]
+"""One of each family. Another one is added here, or by whoever brings it along."""
+
+# Parts of pipelines that no picture is made from.
+_IGNORED = {"safety_checker", "feature_extractor", "image_encoder"}
+_FOREIGN = (
+    ("conditioner.embedders.", "Stable Diffusion XL, which is not supported yet"),
+    ("control_model.", "a ControlNet, not a whole model"),
+    ("lora_", "a LoRA, not a whole model"),
+    ("down_blocks.", "one part of a model folder; give the folder's path"),
+    ("encoder.", "one part of a model; the whole model is needed"),
+    ("text_model.", "one part of a model folder; give the folder's path"),
+)
+
+
+def family_of_folder(index: Mapping[str, Any], where: str) -> Family:
+    """Return the family that a model_index.json describes.
+
+    Raises SafelightError if it is of another, or has a part that its family has not. A config is
+    data: nothing is imported by a name that stands in it.
+    """
+    pipeline = index.get("_class_name")
+    family = next((f for f in FAMILIES if pipeline in f.pipelines), None)
+    if not isinstance(pipeline, str) or family is None:
+        known = " and ".join(f"{f.title} ({f.pipelines[0]})" for f in FAMILIES)
+        raise refusal(where, f"{pipeline!r:.40} is not supported; supported are {known}")
+    for name, value in index.items():
+        if not isinstance(value, list) or value == [None, None] or name in _IGNORED:
+            continue
+        if name in family.parts:
+            classes = family.parts[name].classes or (family.parts[name].network,)
+        elif name in family.tokenizers:
+            classes = family.tokenizers[name]
+        elif name == "scheduler":  # its class is read with its config
+            continue
+        else:
+            raise refusal(where, f"the part {name!r:.60} of model_index.json is not supported")
+        if value[-1:] not in [[c] for c in classes]:
+            raise refusal(where, f"{name} is a {value[-1:]!r:.60}; expected {classes[0]}")
+    return family
+
+
+def family_of_file(header: Header) -> Family:
+    """Return the variant of a single-file checkpoint, by its keys and shapes.
+
+    Raises SafelightError that says what the file is instead, where its keys tell.
+    """
+    for family in FAMILIES:
+        variant = family.identify(header)
+        if variant is not None:
+            return variant
+    for prefix, what in _FOREIGN:
+        if any(key.startswith(prefix) for key in header.tensors):
+            raise refusal(header.name, f"this is {what}")
+    raise refusal(header.name, f"not a checkpoint of {SD.title}")

@@ -1,0 +1,285 @@
+"""What a family of models is: its parts, its files, and how it draws.
+
+Nothing here imports PyTorch when it is imported, so that a server or `safelight models` can ask a
+family about its files.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from safelight.sampling import Level, SchedulerConfig, Table, table
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from safelight.model import Model
+    from safelight.nets.config import NetConfig
+    from safelight.request import Request
+    from safelight.weights.check import Header
+    from safelight.weights.folder import Folder
+    from safelight.weights.names import Weight
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """What steers the network for one picture.
+
+    tokens: text states [n, tokens, width], one of each evaluation of the network: with guidance
+      two, those of the negative prompt first. None: the network reads no text.
+    pooled: states of a whole text, [n, width]; sizes: numbers about the picture, [n, numbers].
+    guidance: the scale; used with two evaluations, or by a network that was distilled with it.
+    extra: channels that the network reads beside the state, [1, channels, h, w].
+    controls: what else adds to the network's states, one object each.
+    """
+
+    tokens: Tensor | None = None
+    pooled: Tensor | None = None
+    sizes: Tensor | None = None
+    guidance: float = 1.0
+    extra: Tensor | None = None
+    controls: tuple[Any, ...] = ()
+
+    @property
+    def evaluations(self) -> int:
+        """How many outputs of the network one step takes."""
+        return 1 if self.tokens is None else len(self.tokens)
+
+    @property
+    def call_key(self) -> tuple[Any, ...]:
+        """Equal for two pictures of one size that can share a call of the network."""
+        tensors = (self.tokens, self.pooled, self.sizes, self.extra)
+        shapes = tuple(None if t is None else tuple(t.shape[1:]) for t in tensors)
+        return (*shapes, *map(id, self.controls))
+
+    @property
+    def is_finite(self) -> bool:
+        tensors = (self.tokens, self.pooled)
+        return all(t is None or bool(t.isfinite().all()) for t in tensors)
+
+    def positive(self) -> Conditioning:
+        """Return the prompt's own part, without the negative prompt and guidance."""
+
+        def last(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[-1:]
+
+        return Conditioning(
+            last(self.tokens),
+            last(self.pooled),
+            last(self.sizes),
+            self.guidance,
+            self.extra,
+            self.controls,
+        )
+
+
+def clean_estimate(state: Tensor, level: Level, output: Tensor, prediction_type: str) -> Tensor:
+    """Return the clean picture D that the network's output means, in the state's shape.
+
+    prediction_type: what it was trained to predict (arXiv:2202.00512): "sample" is the picture
+    itself, "epsilon" the noise, "v_prediction" the velocity alpha'·noise − sigma'·clean, where
+    alpha' and sigma' are those of the network's view, state / norm.
+    """
+    if prediction_type == "sample":
+        return output
+    if prediction_type == "epsilon":
+        return (state - level.sigma * output) / level.alpha
+    return state * level.alpha / level.norm**2 - output * (level.sigma / level.norm)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One network of a model.
+
+    module, network, config: where its class and that of its config are, as names, so that
+      PyTorch is imported when the network is built.
+    classes: what model_index.json may call it; none means `network`.
+    stem: the name of its weight files in a folder.
+    rename: from a key of a folder's file to our name, None for a key that is not used.
+    reshape: from name and stored shape to the shape that is read.
+    """
+
+    module: str
+    network: str
+    config: str
+    classes: tuple[str, ...] = ()
+    stem: str = "diffusion_pytorch_model"
+    rename: Callable[[str], str | None] = lambda key: key
+    reshape: Callable[[str, tuple[int, ...]], tuple[int, ...]] = lambda name, shape: shape
+
+    def load_classes(self) -> tuple[type[NetConfig], type[nn.Module]]:
+        """Return the classes of the config and of the network."""
+        module = import_module(self.module)
+        return getattr(module, self.config), getattr(module, self.network)
+
+
+class Family:
+    """A kind of model. One file holds one family; an instance is one variant of it.
+
+    name: of the variant, as `safelight inspect` shows it. kind: "text" or "pixels", as the APIs
+    have it. title: of the family, in messages. uses_prompt: whether it draws what a prompt says.
+    pipelines: classes in model_index.json. parts: its networks by their folder's names.
+    tokenizers: the same of tokenizers, with the classes that model_index.json may name.
+    flat: a folder may keep the files of the one network in its root. network: the part that
+    denoises. fixed_size: it draws its native size alone. conditioned_on: the settings of a
+    request that `encode` reads. defaults: settings that it draws best with.
+    """
+
+    name: str
+    kind: ClassVar[str] = "text"
+    title: ClassVar[str]
+    uses_prompt: ClassVar[bool] = True
+    pipelines: ClassVar[tuple[str, ...]]
+    parts: ClassVar[Mapping[str, Part]]
+    tokenizers: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    flat: ClassVar[bool] = False
+    network: ClassVar[str] = "unet"
+    fixed_size: ClassVar[bool] = False
+    conditioned_on: ClassVar[tuple[str, ...]] = ()
+    defaults: ClassVar[Mapping[str, Any]] = {}
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, str):
+            warnings.warn(
+                "Model.family is an object now; compare its name", DeprecationWarning, stacklevel=2
+            )
+            return self.name == other
+        return self is other
+
+    __hash__ = object.__hash__
+
+    # --- files -------------------------------------------------------------------------------
+
+    def variant(self, configs: Mapping[str, Any]) -> Family:
+        """Return the variant with these configs of networks; self by default."""
+        return self
+
+    def check_configs(self, configs: Mapping[str, Any]) -> None:
+        """Raise SafelightError if networks that are fine alone do not fit one another."""
+
+    def native_size(self, configs: Mapping[str, Any]) -> tuple[int, int]:
+        """Return width and height in pixels of the pictures that a folder was trained on.
+
+        Raises SafelightError if the configs do not say.
+        """
+        raise NotImplementedError
+
+    def load_tokenizers(self, folder: Folder | None, configs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the tokenizers by name. folder: None for a single file."""
+        return {}
+
+    def identify(self, header: Header) -> Family | None:
+        """Return the variant that a single file is of, by its keys and shapes, None if of none.
+
+        Raises SafelightError for a file of this family in an unknown variant.
+        """
+        return None
+
+    def single_file(self, header: Header) -> SingleFile:
+        """Return what a single file of this variant holds.
+
+        Raises SafelightError that names keys which belong to nothing.
+        """
+        raise NotImplementedError
+
+    # --- drawing -----------------------------------------------------------------------------
+
+    def check_request(self, model: Model, request: Request) -> None:
+        """Raise SafelightError if a request asks for what the family cannot draw."""
+
+    def warnings(self, model: Model, request: Request) -> list[str]:
+        """Return what a person should know about a resolved request."""
+        return []
+
+    def encode(self, model: Model, request: Request) -> Conditioning:
+        """Return the conditioning of a resolved request. Only `conditioned_on` may matter."""
+        return Conditioning()
+
+    def scheduler(self, config: SchedulerConfig) -> SchedulerConfig:
+        """Return the scheduler config that tables are made from."""
+        return config
+
+    def table(self, model: Model, request: Request) -> Table:
+        """Return the rows of a resolved request."""
+        assert request.steps is not None
+        return table(
+            request.sampler,
+            self.scheduler(model.scheduler),
+            request.steps,
+            schedule=request.schedule,
+            spacing=request.spacing,
+            eta=request.eta,
+            strength=1.0 if request.strength is None else request.strength,
+        )
+
+    def call(
+        self,
+        model: Model,
+        inputs: list[Tensor],
+        timesteps: list[float],
+        conditionings: list[Conditioning],
+    ) -> Tensor:
+        """Return the network's outputs, float32 [sum of evaluations, channels, h, w].
+
+        inputs: each picture's state as the network sees it, float32 [1, channels, h, w].
+        timesteps, conditionings: of each picture. All have one `Conditioning.call_key`. The
+        outputs of one picture follow each other, in the order of its conditioning.
+        """
+        raise NotImplementedError
+
+    def clean(self, model: Model, state: Tensor, level: Level, output: Tensor) -> Tensor:
+        """Return the clean estimate that an output means."""
+        return clean_estimate(state, level, output, model.scheduler.prediction_type)
+
+    def example(self, model: Model) -> Conditioning:
+        """Return any conditioning of one evaluation, to measure the network with."""
+        return Conditioning()
+
+    # --- pictures and latents ----------------------------------------------------------------
+
+    def factor(self, model: Model) -> int:
+        """Return how many pixels a latent is wide."""
+        return 1
+
+    def latent_shape(self, model: Model, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """Return the shape of the state for a width and height in pixels."""
+        width, height = (side // self.factor(model) for side in size)
+        return 1, model.network.config.out_channels, height, width
+
+    def reads_mask(self, model: Model) -> bool:
+        """Return whether the network reads a mask and the picture around it as extra channels."""
+        return False
+
+    def encode_picture(self, model: Model, pixels: Tensor, noise: Tensor) -> Tensor:
+        """Return the latents of a picture, float32 [1, channels, h, w].
+
+        pixels: [1, 3, H, W] from −1 to 1; noise: what the autoencoder draws with.
+        """
+        return pixels
+
+    def decode_latents(self, model: Model, latents: Tensor) -> Tensor:
+        """Return the pixels of clean latents, float32 [1, 3, H, W] from −1 to 1."""
+        return latents
+
+
+@dataclass(frozen=True, slots=True)
+class SingleFile:
+    """What a single file holds, and the facts that it does not carry.
+
+    configs: of each network, in diffusers' keys. weights: of each network, by our names.
+    scheduler: its config. native: side in pixels of the pictures it was trained on. v_native: the
+    same for v-prediction, None if there are no such checkpoints.
+    """
+
+    configs: Mapping[str, Mapping[str, Any]]
+    weights: dict[str, dict[str, Weight]]
+    scheduler: Mapping[str, Any]
+    native: int
+    v_native: int | None = None

@@ -1,0 +1,252 @@
+"""Words to CLIP's token ids, byte-pair encoding over lower-cased text (arXiv:2103.00020).
+
+The splitting itself is done by the `tokenizers` library. Only the tables of a model's tokenizer
+are read, vocabulary and merges; the pipeline around them is always CLIP's.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import BPE
+
+from safelight.errors import SafelightError
+from safelight.weights.check import read_bytes, refusal
+from safelight.weights.folder import Folder
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+# What CLIP calls a word: the two marks, runs of letters, single digits, runs of other marks, and
+# the English contractions.
+WORDS = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
+_LARGE = 2**23
+_CLIP_VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
+_CLIP_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+_CLIP_MERGES = 49408 - 2 * 256 - 2
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A prompt as the text encoder reads it.
+
+    ids: as many as the model's text length, begin and end marks and padding included.
+    cut: the end of the prompt that found no room, None if all of it did.
+    count: the prompt's own tokens, those that were cut included.
+    """
+
+    ids: list[int]
+    cut: str | None
+    count: int
+
+
+class Tokenizer:
+    """CLIP's tokenizer over a vocabulary of a model's own.
+
+    vocab: token to id. merges: pairs of tokens, the most frequent first. bos, eos, pad: the
+      tokens that begin, end and fill a prompt. max_length: ids per prompt, the marks included.
+
+    Raises SafelightError if the tables do not fit each other.
+    """
+
+    def __init__(
+        self,
+        vocab: Mapping[str, int],
+        merges: Sequence[tuple[str, str]],
+        *,
+        bos: str = BOS,
+        eos: str = EOS,
+        pad: str = EOS,
+        max_length: int = 77,
+    ) -> None:
+        for token in (bos, eos, pad):
+            if token not in vocab:
+                raise SafelightError(
+                    f"the token {token!r:.40} is not in the tokenizer's vocabulary"
+                )
+        if max_length < 3:
+            raise SafelightError(f"a text length of {max_length} leaves no room for a word")
+        try:
+            model = BPE(
+                vocab=dict(vocab),
+                merges=list(merges),
+                unk_token=eos,
+                continuing_subword_prefix="",
+                end_of_word_suffix="</w>",
+            )
+        except Exception as e:  # the library raises nothing more precise
+            raise SafelightError(f"the tokenizer's merges do not fit its vocabulary: {e}") from None
+        self.bos, self.eos, self.pad = vocab[bos], vocab[eos], vocab[pad]
+        self.max_length = max_length
+        self._marks = {"bos_token": bos, "eos_token": eos, "pad_token": pad, "unk_token": eos}
+        self._vocab, self._merges = vocab, merges
+        self._backend = Backend(model)
+        self._backend.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+        )
+        self._backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+        # A mark that a user types is that mark, as in diffusers. It is why "!" in a prompt for
+        # SD 2.x, which pads with "!", is id 0 and not the id of a "!" that ends a word.
+        self._backend.add_special_tokens(
+            [AddedToken(t, special=True, normalized=False) for t in dict.fromkeys((bos, eos, pad))]
+        )
+
+    def encode(self, text: str) -> Encoded:
+        """Token ids of a prompt: begin, at most max_length − 2 tokens, end, padding.
+
+        Raises SafelightError if `text` is not valid Unicode (a lone surrogate).
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise SafelightError("the prompt holds half of a character pair; send UTF-8") from None
+        found = self._backend.encode(text, add_special_tokens=False)
+        room = self.max_length - 2
+        ids = [self.bos, *found.ids[:room], self.eos]
+        ids += [self.pad] * (self.max_length - len(ids))
+        cut = text[found.offsets[room][0] :].strip() if len(found.ids) > room else None
+        return Encoded(ids, cut, len(found.ids))
+
+    def save(self, folder: Path) -> None:
+        """Write the three files of a model folder's tokenizer."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "vocab.json").write_text(json.dumps(dict(self._vocab), ensure_ascii=False))
+        (folder / "merges.txt").write_text(
+            "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in self._merges)
+        )
+        config = {
+            "tokenizer_class": "CLIPTokenizer",
+            **self._marks,
+            "model_max_length": self.max_length,
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def clip_tokenizer(pad: str, max_length: int) -> Tokenizer:
+    """Return CLIP's own tokenizer, for single-file checkpoints, which hold no vocabulary."""
+    return Tokenizer(*_clip_tables(), pad=pad, max_length=max_length)
+
+
+def folder_tokenizer(
+    folder: Folder, vocab_size: int, positions: int, part: str = "tokenizer"
+) -> Tokenizer:
+    """Return the tokenizer in a part of a model folder.
+
+    Its tables are vocab.json and merges.txt, or the same two out of tokenizer.json. vocab_size,
+    positions: how many ids, and how long a text, the text encoder knows.
+    """
+    config = folder.json(f"{part}/tokenizer_config.json") or {}
+    marks = {**(folder.json(f"{part}/special_tokens_map.json") or {}), **config}
+    vocab = folder.json(f"{part}/vocab.json", _LARGE)
+    if vocab is not None:
+        merges = _merges(folder, f"{part}/merges.txt")
+    else:
+        vocab, merges = _tokenizer_json(folder, part)
+    for number in vocab.values():
+        if type(number) is not int or not 0 <= number < vocab_size:
+            raise refusal(
+                folder.label, f"token id {number!r:.40}; the text encoder has {vocab_size}"
+            )
+    length = config.get("model_max_length", positions)
+    if isinstance(length, bool) or not isinstance(length, int | float):
+        raise refusal(f"{part}/tokenizer_config.json", f"model_max_length is {length!r:.40}")
+    try:
+        return Tokenizer(
+            vocab,
+            merges,
+            bos=_mark(marks, "bos_token", BOS, part),
+            eos=_mark(marks, "eos_token", EOS, part),
+            pad=_mark(marks, "pad_token", EOS, part),
+            # Some configs give a length beyond all numbers when they mean none.
+            max_length=int(min(length, positions)),
+        )
+    except SafelightError as e:
+        raise refusal(folder.label, str(e)) from None
+
+
+def _mark(marks: Mapping[str, Any], name: str, default: str, part: str) -> str:
+    mark = marks.get(name, default)
+    mark = mark.get("content") if isinstance(mark, dict) else mark
+    if not isinstance(mark, str) or not mark:
+        raise refusal(f"{part}/tokenizer_config.json", f"{name} is {mark!r:.40}")
+    return mark
+
+
+def _merges(folder: Folder, name: str) -> list[tuple[str, str]]:
+    path = folder.file(name)
+    if path is None:
+        raise refusal(folder.label, f"{name} is missing")
+    try:
+        lines = read_bytes(path, _LARGE, name).decode().splitlines()
+    except UnicodeDecodeError:
+        raise refusal(name, "not valid UTF-8") from None
+    return _pairs((line for line in lines if line and not line.startswith("#version")), name)
+
+
+def _tokenizer_json(folder: Folder, part: str) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    name = f"{part}/tokenizer.json"
+    content = folder.json(name, _LARGE)
+    if content is None:
+        raise refusal(folder.label, f"{part}/vocab.json is missing, and tokenizer.json too")
+    model = content.get("model")
+    if not isinstance(model, dict) or model.get("end_of_word_suffix") != "</w>":
+        raise refusal(name, "not a byte-pair tokenizer of CLIP's kind")
+    vocab, merges = model.get("vocab"), model.get("merges")
+    if not isinstance(vocab, dict) or not isinstance(merges, list):
+        raise refusal(name, "no vocabulary and merges in it")
+    return vocab, _pairs(merges, name)
+
+
+def _pairs(merges: Any, name: str) -> list[tuple[str, str]]:
+    """Pairs, each written "a b" or [a, b]."""
+    pairs: list[tuple[str, str]] = []
+    for merge in merges:
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if (
+            not isinstance(pair, list)
+            or len(pair) != 2
+            or not all(isinstance(p, str) for p in pair)
+        ):
+            raise refusal(name, f"{merge!r:.60} is not a pair of tokens")
+        pairs.append((pair[0], pair[1]))
+    return pairs
+
+
+def _clip_tables() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """CLIP's merges from the package that ships them, and the vocabulary that follows from them:
+    the 256 bytes, the same at a word's end, one token a merge, and the two marks."""
+    lines = _clip_file().decode().split("\n")[1 : 1 + _CLIP_MERGES]
+    merges = _pairs(lines, _CLIP_VOCABULARY)
+    # Bytes that print come first, as themselves; the rest stand in as characters from U+0100.
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*letters, *(c + "</w>" for c in letters), *(a + b for a, b in merges), BOS, EOS]
+    return {token: number for number, token in enumerate(tokens)}, merges
+
+
+def _clip_file() -> bytes:
+    for package in ("clip", "open_clip"):
+        spec = importlib.util.find_spec(package)
+        for folder in (spec and spec.submodule_search_locations) or ():
+            path = Path(folder) / _CLIP_VOCABULARY
+            if path.is_file():
+                raw = path.read_bytes()
+                if hashlib.sha256(raw).hexdigest() == _CLIP_SHA256:
+                    return gzip.decompress(raw)
+    raise SafelightError(
+        "a single-file checkpoint holds no vocabulary, and CLIP's is not installed; "
+        "run: pip install openai-clip"
+    )

@@ -1,0 +1,79 @@
+"""The pictures of a request, and everything that was done to make them."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL.Image import Image
+
+from safelight import __version__
+from safelight.picture import check_writable, output_paths, save_picture
+from safelight.recipe import png_texts
+
+
+@dataclass
+class Result:
+    """The pictures of one request, and everything that was done to make them.
+
+    settings: those of `Request.to_dict`, with the defaults of model and sampler filled in.
+    seeds: seeds[i] made images[i]. timings: in seconds. paths: where the pictures were saved.
+    """
+
+    images: list[Image]
+    seeds: list[int]
+    settings: dict[str, Any]
+    model: str
+    sha256: str
+    device: str
+    dtype: str
+    warnings: list[str] = field(default_factory=list)
+    timings: dict[str, float] = field(default_factory=dict)
+    paths: list[Path] = field(default_factory=list)
+
+    def recipe(self, i: int = 0) -> dict[str, Any]:
+        """Return everything that makes picture i again, alone. It is written into its PNG."""
+        return {
+            "safelight": __version__,
+            "model": {"name": self.model, "sha256": self.sha256},
+            "device": self.device,
+            "dtype": self.dtype,
+            "size": list(self.images[i].size),
+            "settings": {**self.settings, "seed": self.seeds[i], "count": 1},
+            "warnings": self.warnings,
+        }
+
+    def save(self, out: str | Path, *, overwrite: bool = False) -> list[Path]:
+        """Write every picture with its recipe; return the paths, in order.
+
+        out: a file name or a folder, see `safelight.picture.output_paths`. Raises SafelightError
+        if a file exists or cannot be written; pictures written before that stay.
+        """
+        paths = output_paths(out, self.seeds, overwrite=overwrite)
+        for path in paths:
+            check_writable(path, overwrite=overwrite)
+        for i, path in enumerate(paths):
+            self.save_one(i, path, overwrite=overwrite)
+        return paths
+
+    def save_one(self, i: int, path: Path, *, overwrite: bool = False) -> None:
+        """Write picture i with its recipe; raises as `save` does."""
+        save_picture(self.images[i], path, png_texts(self.recipe(i)), overwrite=overwrite)
+        self.paths.append(path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the pictures, as JSON has it."""
+        return {
+            "paths": [str(path) for path in self.paths],
+            "seeds": self.seeds,
+            "model": {"name": self.model, "sha256": self.sha256},
+            "device": self.device,
+            "dtype": self.dtype,
+            "settings": self.settings,
+            "warnings": self.warnings,
+            "timings": self.timings,
+        }
+
+    def to_json(self) -> str:
+        """Return `to_dict` as JSON."""
+        return json.dumps(self.to_dict(), ensure_ascii=False)

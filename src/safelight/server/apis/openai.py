@@ -1,0 +1,251 @@
+"""The images API of OpenAI, which many programs speak.
+
+What its models have and Stable Diffusion has not (quality, style, moderation…) is accepted and has
+no effect. What Safelight has beyond it (seed, steps, sampler…) are further fields of the body.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Response
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from safelight.errors import SafelightError
+from safelight.recipe import read_recipe, recipe_text
+from safelight.request import Request
+from safelight.server.apis.openai_shapes import (
+    ApiError,
+    ImagesBody,
+    about,
+    body_of,
+    edit_request,
+    encoded,
+    failed,
+    no_such_model,
+    read_form,
+    read_settings,
+    refused,
+)
+from safelight.server.bodies import MAX_JSON, read_json
+from safelight.server.disconnects import attended
+from safelight.server.jobs import Job, ModelInfo, Picture, Service, Status
+from safelight.server.sizes import enlarged_png, enlarging_note, fit_to_model
+
+OPENAI_MODELS = ("dall-e-", "gpt-image-", "chatgpt-image-")
+"""Names that begin so mean the served model: programs have one of OpenAI's written into them."""
+
+
+class _Route(APIRoute):
+    """Answers errors in OpenAI's shape, whatever the app makes of those of other routes."""
+
+    def get_route_handler(self) -> Callable[[HttpRequest], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def answer(http: HttpRequest) -> Response:
+            try:
+                return await handle(http)
+            except ApiError as raised:
+                error = raised
+            except SafelightError as raised:
+                error = refused(raised)
+            except HTTPException as raised:  # a form that cannot be parsed, or a body too long
+                error = ApiError(raised.status_code, str(raised.detail))
+            except ClientDisconnect:
+                return Response(status_code=499)  # nobody is there to read it
+            return JSONResponse(error.body, error.status, error.headers)
+
+        return answer
+
+
+# --- the answer ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A job and what its pictures become. size: what they are enlarged to, None to keep them."""
+
+    service: Service
+    body: ImagesBody
+    job: Job
+    size: tuple[int, int] | None
+    notes: list[str]
+
+    async def picture(self, picture: Picture) -> dict[str, Any]:
+        """Return a finished picture as the answer has it."""
+        path = self.service.picture_file(picture.id)
+        if path is None:
+            raise failed(f"picture {picture.index} was deleted before it could be sent")
+
+        def read() -> dict[str, Any]:
+            png = enlarged_png(path.read_bytes(), self.size)
+            text = "" if self.body.form == "png" else recipe_text(read_recipe(png))
+            return encoded(png, self.body, text)
+
+        return await asyncio.to_thread(read)
+
+    async def preview(self, png: bytes) -> dict[str, Any]:
+        """Return a preview as the answer has it."""
+        return await asyncio.to_thread(encoded, png, self.body)
+
+    def totals(self, job: Job) -> dict[str, Any]:
+        """Return usage and warnings. Nothing is charged for; clients need the fields."""
+        usage: dict[str, Any] = dict.fromkeys(("input_tokens", "output_tokens", "total_tokens"), 0)
+        usage["input_tokens_details"] = {"image_tokens": 0, "text_tokens": 0}
+        warnings = self.notes + job.warnings
+        return {"usage": usage} | ({"warnings": warnings} if warnings else {})
+
+
+def _check_succeeded(job: Job) -> None:
+    if job.status is not Status.SUCCEEDED:
+        raise failed(job.error or f"the job was {job.status}")
+
+
+async def _answer(http: HttpRequest, body: ImagesBody, request: Request, kind: str) -> Response:
+    """Answer with a request's pictures. kind: the first half of the names of a stream's events."""
+    service: Service = http.app.state.service
+    url = body.response_format == "url"
+    if url and body.stream:
+        raise ApiError(400, "response_format must be b64_json in a stream", "response_format")
+    if url and body.form != "png":
+        raise ApiError(400, "output_format must be png with response_format url", "output_format")
+    size, notes = None, list[str]()
+    if request.width is not None:
+        model = await service.loaded()
+        request, size = fit_to_model(request, model)
+        notes = enlarging_note(request, size, model)
+    job = await service.submit(request, client="openai")
+    call = _Call(service, body, job, size, notes)
+    if body.stream:
+        return _EventStream(call, _events(call, kind))
+    job = await attended(http.receive, service, job.id, service.wait(job.id))
+    _check_succeeded(job)
+    data: list[dict[str, Any]] = []
+    for picture in job.pictures:
+        if url:
+            query = f"?width={size[0]}&height={size[1]}" if size else ""
+            shown = {"url": f"{http.base_url}api/pictures/{picture.id}{query}"}
+        else:
+            shown = {"b64_json": (await call.picture(picture))["b64_json"]}
+        data.append({**shown, "revised_prompt": None})
+    created = int((job.finished_at or job.created_at).timestamp())
+    shown_size = size or (job.pictures[0].width, job.pictures[0].height)
+    return JSONResponse(
+        {"created": created, "data": data, **about(body, shown_size), **call.totals(job)}
+    )
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events about a job, which is cancelled if nobody is left to read them."""
+
+    def __init__(self, call: _Call, events: AsyncIterator[bytes]) -> None:
+        headers = {"Cache-Control": "no-store"}
+        super().__init__(events, headers=headers, media_type="text/event-stream")
+        self.call = call
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Stream until the end of the job, or until the client leaves."""
+        with contextlib.suppress(ClientDisconnect):
+            sending = self.stream_response(send)
+            await attended(receive, self.call.service, self.call.job.id, sending)
+
+
+async def _events(call: _Call, kind: str) -> AsyncIterator[bytes]:
+    """Yield previews, evenly over the steps, and each picture once it is finished."""
+    wanted = call.body.partial_images or 0
+    marks = [i / (wanted + 1) for i in range(1, wanted + 1)]
+    shown = 0
+    sent: set[str] = set()
+    try:
+        async for event in call.service.events(call.job.id, previews=wanted > 0):
+            share = event.job.progress.share
+            if event.preview is not None and marks and share >= marks[0]:
+                marks = [mark for mark in marks if mark > share]
+                preview = await call.preview(base64.b64decode(event.preview))
+                yield _event(f"{kind}.partial_image", {**preview, "partial_image_index": shown})
+                shown += 1
+            for picture in event.job.pictures:
+                if picture.id not in sent:
+                    sent.add(picture.id)
+                    finished = await call.picture(picture)
+                    yield _event(f"{kind}.completed", {**finished, **call.totals(event.job)})
+            if event.kind == "end":
+                _check_succeeded(event.job)
+    except ApiError as error:
+        yield _event("error", error.body)
+    except SafelightError as error:
+        yield _event("error", refused(error).body)
+
+
+def _event(name: str, data: dict[str, Any]) -> bytes:
+    told = json.dumps({"type": name, "created_at": int(time.time()), **data})
+    return f"event: {name}\ndata: {told}\n\n".encode()
+
+
+# --- the routes ----------------------------------------------------------------------------------
+
+router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=_Route)
+
+
+@router.post("/images/generations", openapi_extra=body_of(Request, "application/json"))
+async def generate(http: HttpRequest) -> Response:
+    """Pictures from words."""
+    body, settings = read_settings(await read_json(http, MAX_JSON), text=False)
+    await _check_model(http, body.model)
+    return await _answer(http, body, Request(**settings), "image_generation")
+
+
+@router.post(
+    "/images/edits", openapi_extra=body_of(Request, "multipart/form-data", "image", "mask")
+)
+async def edit(http: HttpRequest) -> Response:
+    """Pictures from a picture: all of it, or where the mask, or itself, is transparent."""
+    body, settings, image, mask = await read_form(http)
+    await _check_model(http, body.model)
+    request = await asyncio.to_thread(edit_request, settings, image, mask)
+    return await _answer(http, body, request, "image_edit")
+
+
+@router.get("/models")
+async def models(http: HttpRequest) -> dict[str, Any]:
+    """The models that are served."""
+    return {"object": "list", "data": [_entry(model) for model in await _served(http)]}
+
+
+@router.get("/models/{name:path}")
+async def model(http: HttpRequest, name: str) -> dict[str, Any]:
+    """A model that is served."""
+    served = await _served(http)
+    for one in served:
+        if one.name == name:
+            return _entry(one)
+    raise no_such_model(name, [one.name for one in served])
+
+
+def _entry(served: ModelInfo) -> dict[str, Any]:
+    # When a model was made is not known.
+    return {"id": served.name, "object": "model", "created": 0, "owned_by": "safelight"}
+
+
+async def _served(http: HttpRequest) -> list[ModelInfo]:
+    service: Service = http.app.state.service
+    return await service.models()
+
+
+async def _check_model(http: HttpRequest, name: str | None) -> None:
+    """Raise ApiError unless that is a served model's name, or one of OpenAI's."""
+    served = [one.name for one in await _served(http)]
+    if name is not None and name not in served and not name.startswith(OPENAI_MODELS):
+        raise no_such_model(name, served)

@@ -1,0 +1,260 @@
+"""The bodies, errors and pictures of OpenAI's images API."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any, Literal
+
+from fastapi import Request as HttpRequest
+from PIL import Image, ImageOps
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from safelight.errors import SafelightError
+from safelight.picture import encode, name_of, open_picture, opened, reason
+from safelight.request import Request
+from safelight.server.bodies import MAX_BODY, open_upload
+from safelight.server.jobs import retry_after, status_of
+from safelight.settings import Setting, settings_of
+from safelight.sizes import allowed_size
+
+# --- what is asked for ---------------------------------------------------------------------------
+
+
+def _field(description: str, **limits: Any) -> Any:
+    return Field(None, description=description, **limits)
+
+
+_UNUSED = "text; it has no effect"
+
+
+class ImagesBody(BaseModel):
+    """OpenAI's fields of both routes. A description is the text of the field's error message too.
+
+    Further fields of a body are Safelight's own settings (`own_settings`), which Request checks.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: str = Field(min_length=1, description="text of at most 16 KiB")
+    model: str | None = _field("the name of a served model, or any of OpenAI's")
+    n: int | None = _field("a whole number from 1 to 10", ge=1, le=10)
+    size: str | None = _field("WIDTHxHEIGHT or auto", pattern="^(auto|[0-9]{1,5}x[0-9]{1,5})$")
+    response_format: Literal["url", "b64_json"] | None = _field("url or b64_json, the default")
+    output_format: Literal["png", "jpeg", "webp"] | None = _field("png, the default, jpeg or webp")
+    output_compression: int | None = _field("a whole number from 0 to 100", ge=0, le=100)
+    stream: bool | None = _field("true or false")
+    partial_images: int | None = _field("a whole number from 0 to 3", ge=0, le=3)
+    quality: str | None = _field(_UNUSED)
+    complexity: str | None = _field(_UNUSED)
+    background: str | None = _field(_UNUSED)
+    style: str | None = _field(_UNUSED)
+    moderation: str | None = _field(_UNUSED)
+    input_fidelity: str | None = _field(_UNUSED)
+    user: str | None = _field(_UNUSED)
+    safety_identifier: str | None = _field(_UNUSED)
+
+    @property
+    def form(self) -> str:
+        """The format of the pictures: png, jpeg or webp."""
+        return self.output_format or "png"
+
+
+_THEIRS = {"width": "size", "height": "size", "count": "n"}
+"""Settings that OpenAI has another name for."""
+
+
+def own_settings(request_type: type[Request]) -> dict[str, Setting]:
+    """Return the settings of a Request that are further fields of a body."""
+    left_out = {"prompt", "image", "mask", "unconditional", *_THEIRS}
+    return {n: s for n, s in settings_of(request_type).items() if n not in left_out}
+
+
+def body_of(request_type: type[Request], media_type: str, *files: str) -> dict[str, Any]:
+    """Return what OpenAPI says of a body. files: names of pictures; the first is needed."""
+    schema = ImagesBody.model_json_schema()
+    schema["properties"] |= {n: s.schema() for n, s in own_settings(request_type).items()}
+    schema["properties"] |= {name: {"type": "string", "format": "binary"} for name in files}
+    schema["required"] += files[:1]
+    content: dict[str, Any] = {"schema": schema}
+    if not files:
+        content["example"] = {"prompt": "a red apple", "n": 1}
+    return {"requestBody": {"required": True, "content": {media_type: content}}}
+
+
+def read_settings(fields: dict[str, Any], *, text: bool) -> tuple[ImagesBody, dict[str, Any]]:
+    """Return OpenAI's fields of a body, and the settings of a Request, pictures apart.
+
+    text: whether all values are strings, as in a form.
+    """
+    own = own_settings(Request)
+    theirs = {name: value for name, value in fields.items() if name not in own}
+    try:
+        validate = ImagesBody.model_validate_strings if text else ImagesBody.model_validate
+        body = validate(theirs)
+    except ValidationError as error:
+        raise _explained(error) from None
+    settings = {
+        name: own[name].parse(value) if text else value
+        for name, value in fields.items()
+        if name in own and value is not None
+    }
+    settings |= {"prompt": body.prompt, "count": body.n or 1}
+    if body.size is not None and body.size != "auto":
+        settings["width"], settings["height"] = map(int, body.size.split("x"))
+    return body, settings
+
+
+async def read_form(http: HttpRequest) -> tuple[ImagesBody, dict[str, Any], bytes, bytes | None]:
+    """Return OpenAI's fields, the settings, the picture and the mask of a form."""
+    if not http.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise ApiError(400, "the body must be multipart/form-data, with the picture in it")
+    fields: dict[str, str] = {}
+    files: dict[str, bytes] = {}
+    # A picture sent as text is let in, to hear what is wrong with it.
+    form = http.form(max_files=32, max_fields=64, max_part_size=MAX_BODY)
+    async with form as parts:
+        for name, value in parts.multi_items():
+            plain = name.removesuffix("[]")
+            if plain not in ("image", "mask"):
+                if not isinstance(value, str):
+                    raise ApiError(400, f"there is no file {_quoted(name)}; known: image, mask")
+                if name in fields:
+                    raise ApiError(400, f"{_quoted(name)} is there more than once")
+                if value:  # empty is how forms, and the client, say null
+                    fields[name] = value
+            elif isinstance(value, str):
+                raise ApiError(400, f"{plain} must be uploaded: no address is fetched", plain)
+            elif plain in files:
+                raise ApiError(400, f"{plain} must be one picture, not several", plain)
+            else:
+                files[plain] = await value.read()
+    body, settings = read_settings(fields, text=True)
+    if "image" not in files:
+        raise ApiError(400, "image is needed: a PNG, JPEG or WebP picture", "image")
+    return body, settings, files["image"], files.get("mask")
+
+
+def edit_request(settings: dict[str, Any], image: bytes, mask: bytes | None) -> Request:
+    """Return the request to edit a picture. Decodes it, so it is for a thread.
+
+    Where no size is asked for, the picture keeps its own, or is brought in its proportions to the
+    nearest one that is allowed.
+    """
+    picture = open_upload(open_picture, image, "image")
+    if mask is not None:
+        holes = open_upload(_transparent, mask, "mask")
+        if holes is None:
+            raise SafelightError(
+                "mask must have an alpha channel: 0 where to repaint", field="mask"
+            )
+    else:
+        holes = open_upload(_transparent, image, "image")
+        if holes is not None and holes.getbbox() is None:
+            holes = None
+    if "width" not in settings:
+        width, height = allowed_size(picture.size)
+        settings = {**settings, "width": width, "height": height}
+    return Request(**settings, image=picture, mask=holes)
+
+
+def _transparent(data: bytes, what: str) -> Image.Image | None:
+    """Return white where a picture is wholly transparent, else black; None without alpha.
+
+    The mask is upright, as `open_picture` makes the picture itself.
+    """
+    name = name_of(data, what)
+    with opened(data, name) as image:
+        if not image.has_transparency_data:
+            return None
+        try:
+            alpha = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
+        except Exception as error:  # decoders of broken files raise anything
+            raise SafelightError(f"{name} is damaged or cut off ({reason(error)})") from None
+    return alpha.point([255] + [0] * 255)
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+class ApiError(Exception):
+    """An answer that is an error, in OpenAI's shape."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        *,
+        kind: str = "invalid_request_error",
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.headers = status, headers
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def failed(message: str) -> ApiError:
+    """Return the answer about a job that failed. The client does not have it drawn again."""
+    return ApiError(500, message, kind="server_error", headers={"x-should-retry": "false"})
+
+
+def refused(error: SafelightError) -> ApiError:
+    """Return the answer of a SafelightError."""
+    status = status_of(error)
+    if status == 429:
+        return ApiError(
+            429,
+            str(error),
+            kind="rate_limit_error",
+            code="rate_limit_exceeded",
+            headers=retry_after(error),
+        )
+    if status >= 500:
+        return ApiError(status, str(error), kind="server_error")
+    if error.code == "unknown_setting":
+        return ApiError(400, str(error), error.field, code="unknown_parameter")
+    return ApiError(400, str(error), _THEIRS.get(error.field or "", error.field))
+
+
+def _explained(error: ValidationError) -> ApiError:
+    """Return one line for the first of pydantic's findings."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    name = str(first["loc"][0]) if first["loc"] else "the body"
+    if first["type"] == "extra_forbidden":
+        known = ", ".join([*ImagesBody.model_fields, *own_settings(Request)])
+        message = f"there is no setting {_quoted(name)}; known: {known}"
+        return ApiError(400, message, name[:40], code="unknown_parameter")
+    verb = "is needed:" if first["type"] == "missing" else "must be"
+    return ApiError(400, f"{name} {verb} {ImagesBody.model_fields[name].description}", name)
+
+
+def _quoted(name: str) -> str:
+    return repr(name[:40])
+
+
+def no_such_model(name: str, served: list[str]) -> ApiError:
+    """Return the answer about a model that is not served; it lists those that are."""
+    message = f"there is no model {_quoted(name)}; served: {', '.join(served)}"
+    return ApiError(404, message, "model", code="model_not_found")
+
+
+# --- pictures ------------------------------------------------------------------------------------
+
+
+def about(body: ImagesBody, size: tuple[int, int]) -> dict[str, Any]:
+    """Return what is said of a picture. There is one quality, and no transparency."""
+    described = {"size": f"{size[0]}x{size[1]}", "output_format": body.form}
+    return {**described, "quality": "high", "background": "opaque"}
+
+
+def encoded(png: bytes, body: ImagesBody, text: str = "") -> dict[str, Any]:
+    """Return a PNG as it is, or as JPEG or WebP with the text in its EXIF."""
+    with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
+        size = image.size
+        if body.form != "png":
+            quality = 100 if body.output_compression is None else body.output_compression
+            texts = {"parameters": text} if text else {}
+            png = encode(image, body.form.upper(), texts, quality=quality)
+    return {"b64_json": base64.b64encode(png).decode(), **about(body, size)}

@@ -1,0 +1,250 @@
+"""Our own routes: jobs, events, pictures, models, samplers; and those that watch the server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from datetime import datetime
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Path, Query, Response
+from fastapi import Request as HttpRequest
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from pydantic import BaseModel, Field
+
+from safelight.errors import SafelightError
+from safelight.picture import open_mask, open_picture
+from safelight.request import Request
+from safelight.sampling import SAMPLERS
+from safelight.sampling.schedule import SCHEDULES
+from safelight.server.bodies import decode_base64, open_upload, read_json
+from safelight.server.hub import Hub
+from safelight.server.jobs import Event, Job, ModelInfo, Status
+from safelight.server.sizes import enlarged_png
+from safelight.settings import json_schema
+from safelight.sizes import MAX_SIDE, MIN_SIDE
+
+router = APIRouter()
+
+KEEP_ALIVE = 15.0
+"""Seconds after which a stream without events says that it is still there."""
+
+EXAMPLE = {"prompt": "a red apple", "steps": 20, "sampler": "dpmpp_2m", "seed": 7}
+
+JobId = Annotated[str, Path(pattern="^[0-9a-f]{32}$")]
+
+
+class Problem(BaseModel):
+    """An answer that is an error."""
+
+    detail: str = Field(description="one line: what is wrong, and what would be right")
+    code: str | None = Field(None, description="for programs")
+    field: str | None = Field(None, description="the setting at fault, if it is one")
+
+
+class Sampler(BaseModel):
+    """A sampler by its own name."""
+
+    name: str
+    steps: int = Field(description="taken if neither request nor model says")
+
+
+def body_of(request_type: type[Request]) -> dict[str, Any]:
+    """Return what OpenAPI says of a body with a request's settings, and an example that works."""
+    schema = json_schema(request_type)
+    content = {"application/json": {"schema": schema, "example": EXAMPLE}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def hub(request: HttpRequest) -> Hub:
+    """Return the service behind the routes."""
+    return request.app.state.service
+
+
+@router.post(
+    "/api/jobs",
+    status_code=202,
+    response_model=Job,
+    responses={
+        422: {"model": Problem},
+        429: {"model": Problem},
+        503: {"model": Problem},
+        507: {"model": Problem},
+    },
+    openapi_extra=body_of(Request),
+    tags=["jobs"],
+)
+async def submit(
+    request: HttpRequest,
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+) -> Job:
+    """Accept a job. The answer comes once the job is durable; follow it by its id."""
+    if not request.headers.get("content-type", "").startswith("application/json"):
+        raise SafelightError("the body must be JSON: send content-type application/json")
+    settings = await read_json(request)
+    for name, read in (("image", open_picture), ("mask", open_mask)):
+        if settings.get(name) is not None:
+            data = decode_base64(settings[name], name)
+            settings[name] = await asyncio.to_thread(open_upload, read, data, name)
+    return await hub(request).submit(Request(**settings), idempotency_key=idempotency_key)
+
+
+@router.get("/api/jobs", response_model=list[Job], tags=["jobs"])
+async def list_jobs(
+    request: HttpRequest,
+    status: Status | None = None,
+    search: Annotated[str, Query(max_length=200, description="words of the prompt")] = "",
+    before: Annotated[datetime | None, Query(description="created before this")] = None,
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+) -> list[Job]:
+    """Newest first."""
+    return await hub(request).list(
+        status=status,
+        search=search.replace("\0", ""),
+        before=None if before is None else before.timestamp(),
+        limit=limit,
+    )
+
+
+@router.get("/api/jobs/{job_id}", response_model=Job, responses={404: {}}, tags=["jobs"])
+async def get_job(request: HttpRequest, job_id: JobId) -> Any:
+    return await hub(request).get(job_id) or _missing("job")
+
+
+@router.get(
+    "/api/jobs/{job_id}/events",
+    response_class=StreamingResponse,
+    responses={200: {"content": {"text/event-stream": {}}}, 404: {}},
+    tags=["jobs"],
+)
+async def events(request: HttpRequest, job_id: JobId) -> Any:
+    """Server-sent events: progress, preview, picture, and at last end."""
+    service = hub(request)
+    if await service.get(job_id) is None:
+        return _missing("job")
+    return StreamingResponse(_stream(service, job_id), media_type="text/event-stream")
+
+
+@router.delete("/api/jobs/{job_id}", response_model=Job, responses={404: {}}, tags=["jobs"])
+async def cancel(request: HttpRequest, job_id: JobId) -> Any:
+    """Cancel a job, within one step; one that is final is removed, with its pictures."""
+    service = hub(request)
+    job = await service.get(job_id)
+    if job is None:
+        return _missing("job")
+    if not job.status.final:
+        return await service.cancel(job_id) or _missing("job")
+    await service.delete(job_id)
+    return job
+
+
+@router.post(
+    "/api/jobs/{job_id}/retry",
+    status_code=202,
+    response_model=Job,
+    responses={404: {}, 429: {"model": Problem}, 503: {"model": Problem}, 507: {"model": Problem}},
+    tags=["jobs"],
+)
+async def retry(request: HttpRequest, job_id: JobId) -> Any:
+    """Let a job that failed or was cancelled wait again, if the queue has room for it; others stay
+    as they are.
+    """
+    return await hub(request).retry(job_id) or _missing("job")
+
+
+@router.get(
+    "/api/pictures/{picture_id}",
+    response_class=FileResponse,
+    responses={200: {"content": {"image/png": {}}}, 404: {}},
+    tags=["pictures"],
+)
+async def picture(
+    request: HttpRequest,
+    picture_id: JobId,
+    width: Annotated[int | None, Query(ge=MIN_SIDE, le=MAX_SIDE)] = None,
+    height: Annotated[int | None, Query(ge=MIN_SIDE, le=MAX_SIDE)] = None,
+) -> Any:
+    """The PNG, its recipe inside. With width and height: resized to them, by Lanczos."""
+    path = hub(request).picture_file(picture_id)
+    if path is None:
+        return _missing("picture")
+    if width is None or height is None:
+        return FileResponse(path, media_type="image/png")
+    data = await asyncio.to_thread(lambda: enlarged_png(path.read_bytes(), (width, height)))
+    return Response(data, media_type="image/png")
+
+
+@router.get(
+    "/api/pictures/{picture_id}/thumbnail",
+    response_class=FileResponse,
+    responses={200: {"content": {"image/png": {}}}, 404: {}},
+    tags=["pictures"],
+)
+async def thumbnail(request: HttpRequest, picture_id: JobId) -> Any:
+    """The picture at no more than 256 pixels a side."""
+    path = await asyncio.to_thread(hub(request).files.thumbnail, picture_id)
+    return _missing("picture") if path is None else FileResponse(path, media_type="image/png")
+
+
+@router.get("/api/models", response_model=list[ModelInfo], tags=["models"])
+async def models(request: HttpRequest) -> list[ModelInfo]:
+    return await hub(request).models()
+
+
+@router.get("/api/samplers", tags=["models"])
+async def samplers() -> dict[str, Any]:
+    return {
+        "samplers": [Sampler(name=name, steps=s.steps) for name, s in SAMPLERS.items()],
+        "schedules": list(SCHEDULES),
+    }
+
+
+@router.get("/healthz", response_class=PlainTextResponse, tags=["server"])
+async def healthz() -> str:
+    """That the process lives; needs no token."""
+    return "ok\n"
+
+
+@router.get("/readyz", responses={503: {"model": Problem}}, tags=["server"])
+async def readyz(request: HttpRequest) -> Any:
+    """Whether the worker takes a step right now."""
+    if await hub(request).check():
+        return {"status": "ready"}
+    return JSONResponse(
+        {"detail": "the worker is not ready", "code": "not_ready", "field": None}, 503
+    )
+
+
+@router.get("/metrics", response_class=PlainTextResponse, tags=["server"])
+async def metrics(request: HttpRequest) -> PlainTextResponse:
+    """For Prometheus."""
+    text = await request.app.state.metrics.text(hub(request))
+    return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def _stream(service: Hub, job_id: str) -> AsyncIterator[str]:
+    source = service.events(job_id).__aiter__()
+    coming: asyncio.Task[Event] | None = None
+    try:
+        while True:
+            coming = coming or asyncio.ensure_future(anext(source))
+            done, _ = await asyncio.wait({coming}, timeout=KEEP_ALIVE)
+            if not done:
+                yield ": still here\n\n"
+                continue
+            try:
+                event = coming.result()
+            except StopAsyncIteration:
+                return
+            coming = None
+            data = json.dumps(event.model_dump(mode="json", exclude_none=True))
+            yield f"event: {event.kind}\ndata: {data}\n\n"
+    finally:
+        if coming is not None:
+            coming.cancel()
+
+
+def _missing(what: str) -> JSONResponse:
+    body = {"detail": f"there is no such {what}", "code": "not_found", "field": None}
+    return JSONResponse(body, 404)

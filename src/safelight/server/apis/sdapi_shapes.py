@@ -1,0 +1,369 @@
+"""The bodies that clients of AUTOMATIC1111's web UI send, and the Request that each means.
+
+Request checks ranges; here are types, that API's names, and pictures in base64. What was asked for
+and is not done becomes a warning, not an error: clients send fields that they do not need.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, cast
+
+from fastapi import HTTPException
+from PIL import Image, ImageOps, PngImagePlugin
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictFloat,
+    StrictInt,
+    model_validator,
+)
+
+from safelight.errors import SafelightError
+from safelight.picture import as_mask, open_mask, open_picture, opened
+from safelight.recipe import parse_recipe_text
+from safelight.request import Request
+from safelight.sampling import SAMPLERS
+from safelight.server.apis.sdapi_names import (
+    find_sampler,
+    find_scheduler,
+    is_model,
+    sampler_label,
+)
+from safelight.server.bodies import decode_base64
+from safelight.server.jobs import ModelInfo
+from safelight.server.sizes import enlarging_note, fit_to_model
+from safelight.settings import settings_of
+from safelight.sizes import allowed_size
+
+
+def _whole(value: object) -> object:
+    """Some languages write 20 as 20.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[StrictInt, BeforeValidator(_whole)]
+Number = Annotated[StrictFloat, Field(allow_inf_nan=False)]
+
+
+class Settings(BaseModel):
+    """The fields that both kinds of picture share, with AUTOMATIC1111's defaults.
+
+    Fields that are not named here are echoed and change nothing.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    styles: list[str] = []
+    seed: Whole = -1
+    subseed: Whole = -1
+    subseed_strength: Number = 0.0
+    seed_resize_from_h: Whole = -1
+    seed_resize_from_w: Whole = -1
+    sampler_name: str | None = None
+    sampler_index: str = "Euler"
+    scheduler: str | None = None
+    batch_size: Annotated[Whole, Field(ge=1)] = 1
+    n_iter: Annotated[Whole, Field(ge=1)] = 1
+    steps: Whole = 50
+    cfg_scale: Number = 7.0
+    # 512 there, where every model draws that. Left out, it is the model's own size, or the
+    # picture's: a model of 64 pixels makes nothing of 512.
+    width: Whole | None = None
+    height: Whole | None = None
+    restore_faces: bool = False
+    tiling: bool = False
+    eta: Number | None = None
+    s_churn: Number = 0.0
+    s_noise: Number = 1.0
+    s_min_uncond: Number = 0.0
+    refiner_checkpoint: str | None = None
+    override_settings: dict[str, Any] = {}
+    infotext: str | None = None
+    script_name: str | None = None
+    alwayson_scripts: dict[str, Any] = {}
+    send_images: bool = True
+    # Every picture is kept by the server anyway.
+    save_images: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, sent: Any) -> Any:
+        if not isinstance(sent, dict):
+            return sent
+        fields = cast("dict[str, Any]", sent)
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+class TextToImage(Settings):
+    enable_hr: bool = False
+    denoising_strength: Number | None = None
+
+
+class ImageToImage(Settings):
+    init_images: list[str] = []
+    resize_mode: Annotated[Whole, Field(ge=0, le=3)] = 0
+    denoising_strength: Number = 0.75
+    mask: str | None = None
+    mask_blur: Whole = 4
+    inpainting_fill: Annotated[Whole, Field(ge=0, le=3)] = 0
+    inpaint_full_res: bool = True
+    inpainting_mask_invert: bool = False
+    initial_noise_multiplier: Number = 1.0
+    include_init_images: bool = False
+
+
+class PngInfo(BaseModel):
+    image: str
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A body that was understood.
+
+    parameters: its echo, as JSON has it. size: what the pictures are enlarged to, None to keep
+    them as they are drawn.
+    """
+
+    request: Request
+    size: tuple[int, int] | None
+    warnings: list[str]
+    parameters: dict[str, Any]
+
+
+def understand(
+    body: TextToImage | ImageToImage, model: ModelInfo, defaults: Mapping[str, Any]
+) -> Asked:
+    """Return the request of a body. Decodes pictures, so it is for a thread.
+
+    defaults: what the model says it draws best with (`model_defaults`), in place of that API's
+    defaults where the body says nothing.
+
+    Raises SafelightError, or HTTPException with AUTOMATIC1111's status for names it does not find.
+    """
+    if body.script_name not in (None, "", "None"):
+        raise HTTPException(422, f"Script {body.script_name!r:.60} not found")
+    settings, warnings = _settings(body, defaults)
+    warnings += _ignored(body, model)
+    request = _request(settings)
+    if isinstance(body, ImageToImage):
+        # The sides are known to be sane by now: pictures get resized to them.
+        pictures, more = _pictures(body, request)
+        request = request.replace(**pictures)
+        warnings += more
+    request, size = fit_to_model(request, model)
+    warnings += enlarging_note(request, size, model)
+    return Asked(request, size, warnings, _echo(body, request))
+
+
+# --- settings ------------------------------------------------------------------------------------
+
+
+def _settings(
+    body: TextToImage | ImageToImage, defaults: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    said = body.model_fields_set
+    if said & {"sampler_name", "sampler_index"} or "sampler" not in defaults:
+        name, joined = find_sampler(body.sampler_name or body.sampler_index)
+    else:
+        name, joined = defaults["sampler"], None
+    schedule = joined or find_scheduler(body.scheduler)
+    sampler, warnings = SAMPLERS[name], list[str]()
+    if schedule is not None and schedule not in sampler.schedules:
+        warnings.append(f"scheduler: {sampler_label(name)} has no {schedule}; the model's is used")
+        schedule = None
+    if sampler.noisy and body.eta not in (None, 1):
+        warnings.append(f"eta: {sampler_label(name)} always draws all of its noise, as with 1")
+    settings = {
+        "prompt": body.prompt,
+        "negative_prompt": body.negative_prompt,
+        "width": body.width,
+        "height": body.height,
+        "seed": None if body.seed == -1 else body.seed,
+        "count": body.batch_size * body.n_iter,
+        "sampler": name,
+        "schedule": schedule,
+        # Clients send eta 1 with every sampler; only those that have it should see it.
+        "eta": (body.eta or 0.0) if sampler.eta else 0.0,
+    }
+    for ours, theirs in (("steps", "steps"), ("guidance_scale", "cfg_scale")):
+        silent = ours in defaults and theirs not in said
+        settings[ours] = defaults[ours] if silent else getattr(body, theirs)
+    if isinstance(body, ImageToImage):
+        settings["strength"] = body.denoising_strength
+    return settings | _own(body, settings), warnings
+
+
+def _own(body: TextToImage | ImageToImage, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings that this API has no field for, under Safelight's names."""
+    extra = body.model_extra or {}
+    return {
+        name: extra[name]
+        for name, setting in settings_of(Request).items()
+        if name in extra and name not in settings and setting.kind and not setting.about.a1111
+    }
+
+
+def _request(settings: dict[str, Any]) -> Request:
+    """Return the Request; what it refuses is told by that API's name."""
+    try:
+        return Request(**settings)
+    except SafelightError as error:
+        setting = settings_of(Request).get(error.field or "")
+        if setting is None or not setting.about.a1111:
+            raise
+        raise error.renamed(setting.about.a1111) from None
+
+
+def _ignored(body: TextToImage | ImageToImage, model: ModelInfo) -> list[str]:
+    checkpoint = body.override_settings.get("sd_model_checkpoint")
+    overrides = [name for name in body.override_settings if name != "sd_model_checkpoint"]
+    scripts = [
+        name
+        for name, script in body.alwayson_scripts.items()
+        if (cast("dict[str, Any]", script).get("args") if isinstance(script, dict) else script)
+    ]
+    found = [
+        (body.styles, "styles: none are kept here; write their words into the prompt"),
+        (body.subseed_strength > 0, "subseed_strength: a picture is drawn from its seed alone"),
+        (
+            body.seed_resize_from_h > 0 or body.seed_resize_from_w > 0,
+            "seed_resize_from: noise is drawn at the picture's own size",
+        ),
+        (body.restore_faces, "restore_faces: faces stay as they were drawn"),
+        (body.tiling, "tiling: the picture's edges will not meet"),
+        (body.s_churn > 0, "s_churn: no noise is added to samplers that have none"),
+        (body.s_noise != 1, "s_noise: noise has its usual strength, as with 1"),
+        (body.s_min_uncond > 0, "s_min_uncond: the negative prompt counts in every step"),
+        (body.refiner_checkpoint, "refiner_checkpoint: one model draws all steps"),
+        (body.infotext, "infotext: settings are read from the fields alone"),
+        (
+            checkpoint is not None and not is_model(checkpoint, model),
+            f"override_settings: drawn with {model.name}, the model served here",
+        ),
+        (overrides, f"override_settings: these do nothing here: {_listed(overrides)}"),
+        (scripts, f"alwayson_scripts: these are not here: {_listed(scripts)}"),
+    ]
+    if isinstance(body, TextToImage):
+        found.append((body.enable_hr, "enable_hr: drawn in one pass at width and height"))
+    elif body.initial_noise_multiplier != 1:
+        found.append((True, "initial_noise_multiplier: noise has its usual strength, as with 1"))
+    return [text for asked, text in found if asked]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"{name!r:.40}" for name in names[:10])
+
+
+# --- pictures ------------------------------------------------------------------------------------
+
+
+def describe(data: bytes) -> dict[str, Any]:
+    """Return the answer to png-info, also for a picture that carries no recipe."""
+    open_picture(data)  # raises for a picture that is broken anywhere
+    with opened(data, "the picture") as image:
+        texts = dict(image.text) if isinstance(image, PngImagePlugin.PngImageFile) else {}
+    text = texts.pop("parameters", "")
+    try:
+        read = parse_recipe_text(text)
+    except SafelightError:
+        return {"info": text, "items": texts, "parameters": {}}
+    pairs = {"Prompt": read["prompt"], "Negative prompt": read["negative_prompt"]}
+    pairs |= read["parameters"]
+    if "Size" in pairs:
+        pairs["Size-1"], _, pairs["Size-2"] = pairs.pop("Size").partition("x")
+    return {"info": text, "items": texts, "parameters": pairs}
+
+
+def _pictures(body: ImageToImage, request: Request) -> tuple[dict[str, Any], list[str]]:
+    """The settings image, mask, width and height, and warnings.
+
+    With no side asked for, the picture keeps its own size, or in its proportions the nearest that
+    can be drawn.
+    """
+    if not body.init_images:
+        raise HTTPException(404, "Init image not found")
+    if len(body.init_images) > 1:
+        raise SafelightError(f"init_images must hold one picture, not {len(body.init_images)}")
+    image = open_picture(
+        decode_base64(body.init_images[0], "init_images"), "picture of init_images"
+    )
+    mask, warnings = None, list[str]()
+    if body.mask:
+        mask = _mask(decode_base64(body.mask, "mask"))
+        if body.inpainting_mask_invert:
+            mask = ImageOps.invert(mask)
+        if mask.size != image.size:
+            warnings.append("mask: resized to the size of the picture")
+            mask = mask.resize(image.size, Image.Resampling.NEAREST)
+        warnings += _inpainting(body)
+    width, height = request.width, request.height
+    if width is None and height is None:
+        width, height = allowed_size(image.size)
+    elif width is not None and height is not None and body.resize_mode in (1, 2):
+        # Plain resizing, mode 0, is the engine's work, and so is a single side.
+        fit = ImageOps.fit if body.resize_mode == 1 else ImageOps.pad
+        if min(image.size) * min(width / image.width, height / image.height) < 1:
+            raise SafelightError(
+                f"init_images has a picture of {image.width}x{image.height}, too narrow to be "
+                f"brought to {width}x{height}: crop it first"
+            )
+        image = fit(image, (width, height), Image.Resampling.LANCZOS)
+        if mask is not None:
+            mask = fit(mask, (width, height), Image.Resampling.NEAREST)
+    if body.resize_mode == 3:
+        warnings.append("resize_mode 3: the picture is resized, not its latents, as with 0")
+    return {"image": image, "mask": mask, "width": width, "height": height}, warnings
+
+
+def _mask(data: bytes) -> Image.Image:
+    """White is repainted; in a mask with transparency, what is opaque, whatever its colour.
+
+    Drawing programs send their strokes on a transparent layer, and the web UI reads them so.
+    """
+    mask = open_mask(data)
+    with opened(data, "the mask") as raw:
+        if raw.has_transparency_data:
+            alpha = ImageOps.exif_transpose(raw).convert("RGBA").getchannel("A")
+            if alpha.histogram()[255] < alpha.width * alpha.height:
+                return as_mask(alpha)
+    return mask
+
+
+def _inpainting(body: ImageToImage) -> list[str]:
+    """Warnings about a mask.
+
+    Safelight repaints a hard-edged mask within the whole picture. At denoising_strength 1 it
+    begins from noise alone, and below from the picture's own content, which is
+    inpainting_fill 1.
+    """
+    found = [
+        (body.mask_blur > 0, "mask_blur: the mask's edge stays hard"),
+        (body.inpaint_full_res, "inpaint_full_res: repainted within the whole picture"),
+        (
+            body.inpainting_fill != 1 and body.denoising_strength < 1,
+            f"inpainting_fill {body.inpainting_fill}: begun from the picture's own content, as "
+            "with 1; denoising_strength 1 begins from noise",
+        ),
+    ]
+    return [text for asked, text in found if asked]
+
+
+def _echo(body: TextToImage | ImageToImage, request: Request) -> dict[str, Any]:
+    """Return the body with the defaults that hold. NaN in fields that nobody reads becomes null."""
+    pictures = {"init_images", "mask"}
+    hidden = pictures if isinstance(body, ImageToImage) and not body.include_init_images else None
+    drawn = {"steps": request.steps, "cfg_scale": request.guidance_scale}
+    try:
+        echo = json.loads(body.model_dump_json(exclude=hidden)) | dict.fromkeys(hidden or ())
+    except ValueError:
+        raise SafelightError(
+            "the body must have text without lone surrogates, nested at most 200 deep"
+        ) from None
+    return echo | {k: v for k, v in drawn.items() if k not in body.model_fields_set}

@@ -1,0 +1,39 @@
+"""Cancel the job of a client that goes away while it waits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import TypeVar
+
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
+
+from safelight.server.jobs import Service
+
+T = TypeVar("T")
+
+
+async def attended(receive: Receive, service: Service, job_id: str, work: Awaitable[T]) -> T:
+    """Return what `work` returns while the client stays.
+
+    If the client goes away, or `work` fails, the job is cancelled; ClientDisconnect or the
+    exception is raised. receive: of a request whose body has been read.
+    """
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    except BaseException:
+        await asyncio.shield(service.cancel(job_id))
+        raise
+    finally:
+        working.cancel()
+        leaving.cancel()

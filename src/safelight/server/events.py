@@ -1,0 +1,81 @@
+"""Pass on what happens to jobs to those who listen. Messages may be lost; the database may not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from safelight.server.jobs import Job, Progress
+
+MAX_WAITING = 100
+"""Messages kept for a listener that does not read; beyond it progress is dropped."""
+
+
+class Events:
+    """Listeners, previews asked for, and the progress of each running job. For the event loop.
+
+    send: sends a message to the workers: "watch" and "unwatch", as previews are asked for.
+    """
+
+    def __init__(self, send: Callable[..., None]) -> None:
+        self._send = send
+        self._progress: dict[str, Progress] = {}
+        self._listeners: dict[str, set[asyncio.Queue[tuple[str, Any]]]] = {}
+        self._watchers: dict[str, int] = {}
+
+    @property
+    def watched(self) -> list[str]:
+        """The jobs whose previews are asked for."""
+        return list(self._watchers)
+
+    def publish(self, kind: str, job_id: str, rest: list[Any]) -> None:
+        """Pass a worker's message about a job to its listeners."""
+        if kind in ("progress", "picture"):
+            self._progress[job_id] = Progress(step=rest[0], steps=rest[1])
+        if kind == "end":
+            self._progress.pop(job_id, None)
+        for queue in self._listeners.get(job_id, ()):
+            if kind == "end" or queue.qsize() < MAX_WAITING:
+                queue.put_nowait((kind, rest))
+
+    @contextmanager
+    def listen(self, job_id: str, *, previews: bool) -> Iterator[asyncio.Queue[tuple[str, Any]]]:
+        """A queue of what is published about a job from now on."""
+        queue: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
+        self._listeners.setdefault(job_id, set()).add(queue)
+        if previews:
+            self._watch(job_id, 1)
+        try:
+            yield queue
+        finally:
+            self._listeners[job_id].discard(queue)
+            if not self._listeners[job_id]:
+                del self._listeners[job_id]
+            if previews:
+                self._watch(job_id, -1)
+
+    def stop(self) -> None:
+        """Tell all listeners that the server ends."""
+        for queues in self._listeners.values():
+            for queue in queues:
+                queue.put_nowait(("stop", []))
+
+    def forget_progress(self) -> None:
+        """The worker ended: what it was drawing begins anew."""
+        self._progress.clear()
+
+    def with_progress(self, job: Job) -> Job:
+        """Return the job with its progress, where a worker has told of it."""
+        progress = self._progress.get(job.id)
+        return job if progress is None else job.model_copy(update={"progress": progress})
+
+    def _watch(self, job_id: str, more: int) -> None:
+        before = self._watchers.get(job_id, 0)
+        self._watchers[job_id] = before + more
+        if before + more == 0:
+            del self._watchers[job_id]
+            self._send("unwatch", job_id)
+        elif before == 0:
+            self._send("watch", job_id)

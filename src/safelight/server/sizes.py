@@ -1,0 +1,53 @@
+"""Draw at a size that the model can, and enlarge: for clients that ask every model for 512x512."""
+
+from __future__ import annotations
+
+import io
+
+from PIL import Image
+
+from safelight.picture import encode
+from safelight.recipe import enlarge, png_texts, read_recipe
+from safelight.request import Request
+from safelight.server.jobs import ModelInfo
+from safelight.sizes import drawable_size
+
+
+def fit_to_model(request: Request, model: ModelInfo) -> tuple[Request, tuple[int, int] | None]:
+    """Return a request that the model can draw, and the size to enlarge its pictures to.
+
+    The size is None, and the request the same, where the model draws what was asked for; see
+    `drawable_size`. A picture to start from without a size is asked for at its own.
+    """
+    if model.width is None or model.height is None:
+        return request, None
+    native = model.width, model.height
+    own = native if request.image is None else request.image.size
+    if request.image is not None and (request.width is None) != (request.height is None):
+        return request, None  # the engine keeps the picture's proportions
+    size = request.width or own[0], request.height or own[1]
+    drawn = drawable_size(size, native)
+    if drawn == size:
+        return request, None
+    return request.replace(width=drawn[0], height=drawn[1]), size
+
+
+def enlarging_note(request: Request, size: tuple[int, int] | None, model: ModelInfo) -> list[str]:
+    """Return the warning about a picture that is drawn smaller than it was asked for."""
+    if size is None:
+        return []
+    return [
+        f"{model.name} draws {model.width}x{model.height}: drawn at "
+        f"{request.width}x{request.height} and enlarged to {size[0]}x{size[1]}"
+    ]
+
+
+def enlarged_png(png: bytes, size: tuple[int, int] | None) -> bytes:
+    """Return a PNG of ours at another size, with its recipe; the same bytes for its own size."""
+    if size is None:
+        return png
+    with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
+        if image.size == size:
+            return png
+        picture, recipe = enlarge(image, read_recipe(png), size)
+        return encode(picture, "PNG", png_texts(recipe))

@@ -1,0 +1,313 @@
+"""The settings of a Request as every surface needs them: limits in words, names, parsing.
+
+`Request` describes each setting once. The command line, the three APIs, the page's form, grids,
+recipes and docs/settings.md are made from what the functions here read out of that description.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import numbers
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+from pydantic import BeforeValidator, Field
+
+from safelight.errors import SafelightError
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+    from safelight.request import Request
+
+TEXT = "text of at most 16 KiB without NUL characters or lone surrogates"
+
+
+def _plain_number(value: object) -> object:
+    """numpy's scalars are numbers too; booleans are left for the strict check to refuse."""
+    if isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_plain_number)]
+Number = Annotated[float, BeforeValidator(_plain_number), Field(allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class About:
+    """What surfaces need to know of a setting besides its type, limits and description.
+
+    default: what holds where the setting is left out, in words; empty if the field's default
+      says it.
+    accepts: the accepted values in words, where type and limits do not say them.
+    short: the one-letter option of the command line.
+    aliases: options of other programs that the command line takes for this one.
+    a1111: the field in AUTOMATIC1111's API; empty for the setting's own name.
+    infotext: the key in the PNG text `parameters`; empty if it has none.
+    slider: lowest value, highest value and step of the page's slider.
+    choices: returns the accepted values, where another module keeps them.
+    """
+
+    default: str = ""
+    accepts: str = ""
+    short: str = ""
+    aliases: tuple[str, ...] = ()
+    a1111: str = ""
+    infotext: str = ""
+    slider: tuple[float, float, float] | None = None
+    choices: Callable[[], tuple[str, ...]] | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting, read from a field of a Request class.
+
+    kind: str, int, float, bool, or None for a picture. description: what it does. lowest, highest:
+    limits, None without; above: whether `lowest` itself is excluded. choices: all values, empty if
+    they are not listed. optional: whether it may be None.
+    """
+
+    name: str
+    kind: type | None
+    description: str
+    default: Any
+    optional: bool
+    lowest: float | None
+    highest: float | None
+    above: bool
+    multiple: int | None
+    choices: tuple[str, ...]
+    about: About
+
+    @property
+    def accepts(self) -> str:
+        """The accepted values in words, as in "a whole number from 1 to 1000"."""
+        if self.about.accepts:
+            return self.about.accepts
+        if self.choices:
+            return f"{', '.join(self.choices[:-1])} or {self.choices[-1]}"
+        if self.kind is str:
+            return TEXT
+        if self.kind is bool:
+            return "true or false"
+        noun = "whole number" if self.kind is int else "number"
+        if self.multiple is not None:
+            noun = f"multiple of {self.multiple}"
+        if self.lowest is None or self.highest is None:
+            return f"a {noun}"
+        if self.above:
+            return f"a {noun} above {self.lowest:g}, up to {self.highest:g}"
+        return f"a {noun} from {self.lowest} to {self.highest}"
+
+    @property
+    def left_out(self) -> str:
+        """What holds where the setting is left out, in words."""
+        if self.about.default:
+            return self.about.default
+        if self.default is None:
+            return "none"
+        if self.kind is bool:
+            return "on" if self.default else "off"
+        if self.kind is float:
+            return f"{self.default:g}"
+        return f"{self.default}" or "empty"
+
+    @property
+    def must_be(self) -> str:
+        """`accepts`, and what leaving it out means where that is not a plain value."""
+        if self.optional and self.about.default:
+            return f"{self.accepts} (left out: {self.about.default})"
+        return self.accepts
+
+    @property
+    def option(self) -> str:
+        """The command line's option."""
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def label(self) -> str:
+        """The name as a person reads it."""
+        return self.name.replace("_", " ")
+
+    def parse(self, text: str) -> Any:
+        """Return the value that a text says; a text that cannot be one, unchanged.
+
+        `Request` checks the value, and says what would be right.
+        """
+        try:
+            if self.kind is int:
+                return int(text)
+            if self.kind is float:
+                return float(text)
+        except ValueError:
+            return text
+        if self.kind is bool:
+            return {"true": True, "false": False}.get(text.lower(), text)
+        return text
+
+    def schema(self) -> dict[str, Any]:
+        """The setting in JSON Schema's own keywords. A picture is a string of base64."""
+        kinds = {str: "string", int: "integer", float: "number", bool: "boolean", None: "string"}
+        plain: dict[str, Any] = {"type": kinds[self.kind]}
+        if self.choices:
+            plain["enum"] = list(self.choices)
+        if self.lowest is not None:
+            plain["exclusiveMinimum" if self.above else "minimum"] = self.lowest
+        if self.highest is not None:
+            plain["maximum"] = self.highest
+        if self.multiple is not None:
+            plain["multipleOf"] = self.multiple
+        if self.optional:
+            plain = {"anyOf": [plain, {"type": "null"}]}
+        accepts = self.accepts if self.kind else "a PNG, JPEG or WebP picture in base64"
+        plain["description"] = f"{self.description}: {accepts} (left out: {self.left_out})"
+        if self.default is not None and self.kind is not None and not callable(self.default):
+            plain["default"] = self.default
+        return plain
+
+
+_READ: dict[Any, dict[str, Setting]] = {}
+
+
+def settings_of(request_type: type[Request]) -> dict[str, Setting]:
+    """Return all settings of a Request class by name, in their order."""
+    if request_type not in _READ:
+        fields = request_type.model_fields
+        _READ[request_type] = {name: _setting(name, field) for name, field in fields.items()}
+    return _READ[request_type]
+
+
+def json_schema(
+    request_type: type[Request], *, example: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the schema of a JSON object that holds a request's settings."""
+    schema = {
+        "type": "object",
+        "title": request_type.__name__,
+        "description": "Settings of one generation of `count` images.",
+        "properties": {name: s.schema() for name, s in settings_of(request_type).items()},
+        "additionalProperties": False,
+    }
+    return schema | ({"example": dict(example)} if example is not None else {})
+
+
+def markdown(request_type: type[Request]) -> str:
+    """Return the table of docs/settings.md."""
+    lines = [
+        "| setting | option | what it does | values | if left out |",
+        "|---|---|---|---|---|",
+    ]
+    for setting in settings_of(request_type).values():
+        short = f"`{setting.about.short}`, " if setting.about.short else ""
+        option = "the argument" if setting.name == "prompt" else f"{short}`{setting.option}`"
+        lines.append(
+            f"| `{setting.name}` | {option} | {setting.description} | {setting.accepts} | "
+            f"{setting.left_out} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def document(request_type: type[Request], keywords: type) -> None:
+    """Give a Request class the docstring and the signature that `help` shows.
+
+    keywords: a TypedDict of its settings.
+    """
+    settings = settings_of(request_type)
+    lines = [f"{s.name}: {s.description}; {s.must_be}." for s in settings.values()]
+    request_type.__doc__ = "\n    ".join([f"{request_type.__doc__}", *lines, ""])
+    request_type.__signature__ = inspect.Signature(
+        [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=settings[name].default,
+                annotation=annotation,
+            )
+            for name, annotation in sorted(
+                get_type_hints(keywords).items(), key=lambda item: [*settings].index(item[0])
+            )
+        ]
+    )
+
+
+def unknown_setting(name: str, known: Mapping[str, Any]) -> SafelightError:
+    """Return the error for a name that is no setting; it suggests the nearest known one."""
+    close = difflib.get_close_matches(name[:40], known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+    return SafelightError(
+        f"there is no setting {shown(name)}: {hint}", code="unknown_setting", field=name[:40]
+    )
+
+
+def shown(value: object) -> str:
+    """Return a value as an error message shows it: short, on one line, printable."""
+    if isinstance(value, str):
+        return repr(value) if len(value) <= 40 else f"{value[:40]!r}… of {len(value)} characters"
+    if isinstance(value, float) or value is None:
+        return repr(value)
+    if isinstance(value, bool):
+        return repr(value).lower()
+    if isinstance(value, int):
+        return repr(value) if value.bit_length() <= 128 else "a number that long"
+    return f"something of type {type(value).__name__}"
+
+
+def _setting(name: str, field: FieldInfo) -> Setting:
+    types_, metadata = _flat(field.annotation)
+    metadata += field.metadata
+    kinds = [kind for kind in types_ if kind is not type(None)]
+    about = next((one for one in metadata if isinstance(one, About)), About())
+    literal = kinds and get_origin(kinds[0]) is Literal
+    if about.choices is not None:
+        choices = about.choices()
+    else:
+        choices = get_args(kinds[0]) if literal else ()
+    limits = {
+        key: getattr(one, key)
+        for one in metadata
+        for key in ("ge", "gt", "le", "multiple_of")
+        if getattr(one, key, None) is not None
+    }
+    return Setting(
+        name=name,
+        kind=str if literal else next((k for k in kinds if k in (str, int, float, bool)), None),
+        description=field.description or "",
+        default=None if field.default_factory is not None else field.default,
+        optional=type(None) in types_,
+        lowest=limits.get("ge", limits.get("gt")),
+        highest=limits.get("le"),
+        above="gt" in limits,
+        multiple=limits.get("multiple_of"),
+        choices=choices,
+        about=about,
+    )
+
+
+def _flat(annotation: Any) -> tuple[list[Any], list[Any]]:
+    """The types of an annotation and all that is annotated to them, unions and FieldInfo undone."""
+    if get_origin(annotation) is Annotated:
+        inner, *extra = get_args(annotation)
+        types_, metadata = _flat(inner)
+        unpacked = [one for each in extra for one in (each, *getattr(each, "metadata", ()))]
+        return types_, metadata + unpacked
+    if get_origin(annotation) in (Union, types.UnionType):
+        parts = [_flat(part) for part in get_args(annotation)]
+        return [k for kinds, _ in parts for k in kinds], [m for _, more in parts for m in more]
+    return [annotation], []

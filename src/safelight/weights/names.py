@@ -1,0 +1,219 @@
+"""Where each weight of our networks lies in a checkpoint.
+
+Our names are those of diffusers' folders, so a folder needs two rules for old names only. A
+single file has the names of the original code (CompVis latent-diffusion for UNet and VAE,
+OpenCLIP for the text encoder of SD 2.x). `unet_names`, `vae_names` and `open_clip_names` are the
+tables from those to ours; a family says which parts of a file they are for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from safelight.weights.check import Header, refusal
+
+if TYPE_CHECKING:
+    from safelight.families.base import Part
+
+_RESNET = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+_VAE_RESNET = {n: n for n in ("norm1", "conv1", "norm2", "conv2")} | {
+    "nin_shortcut": "conv_shortcut"
+}
+_VAE_ATTENTION = {
+    "norm": "group_norm",
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "proj_out": "to_out.0",
+}
+_OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_CLIP_LAYER = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A weight of one of our networks: tensor `key` of a file, read as `shape`.
+
+    third: OpenCLIP keeps the projections to q, k and v in one tensor; 0, 1 or 2 is the third of
+      its rows to take.
+    """
+
+    header: Header
+    key: str
+    shape: tuple[int, ...]
+    third: int | None = None
+
+    @property
+    def dtype(self) -> str:
+        return self.header.tensors[self.key].dtype
+
+
+def from_folder(part: Part, headers: Iterable[Header]) -> dict[str, Weight]:
+    """Return the weights of one part of a folder, by our names."""
+    found: dict[str, Weight] = {}
+    for header in headers:
+        for key, info in header.tensors.items():
+            name = part.rename(key)
+            if name is None:
+                continue
+            if name in found:
+                raise refusal(
+                    header.name, f"{key!r:.60} and {found[name].key!r:.60} are the same weight"
+                )
+            found[name] = Weight(header, key, part.reshape(name, info.shape))
+    return found
+
+
+def split_thirds(
+    header: Header, key: str, inner: str, clip: Mapping[str, str]
+) -> dict[str, Weight]:
+    """Return the three projections that OpenCLIP keeps in one tensor; empty if `key` is none.
+
+    inner: the key without the text encoder's prefix. clip: see `open_clip_names`.
+    """
+    joint = re.fullmatch(r"(.*)\.attn\.in_proj_(weight|bias)", inner)
+    shape = header.tensors[key].shape
+    if joint is None or joint[1] not in clip or not shape or shape[0] % 3:
+        return {}
+    third = (shape[0] // 3, *shape[1:])
+    return {
+        f"{clip[joint[1]]}.self_attn.{letter}_proj.{joint[2]}": Weight(header, key, third, i)
+        for i, letter in enumerate("qkv")
+    }
+
+
+def some(names: Iterable[str]) -> str:
+    """Return up to three of the names, for an error."""
+    names = sorted(names)
+    return ", ".join(f"{n:.48}" for n in names[:3]) + (" …" if len(names) > 3 else "")
+
+
+def unet_names(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the modules of a UNet, from the original names to ours.
+
+    The original numbers all blocks on one list, a downsampler being a block of its own, an
+    upsampler the last member of a block.
+    """
+    names = {
+        "time_embed.0": "time_embedding.linear_1",
+        "time_embed.2": "time_embedding.linear_2",
+        "input_blocks.0.0": "conv_in",
+        "middle_block.1": "mid_block.attentions.0",
+        "out.0": "conv_norm_out",
+        "out.2": "conv_out",
+    }
+    names |= _under("middle_block.0", "mid_block.resnets.0", _RESNET)
+    names |= _under("middle_block.2", "mid_block.resnets.1", _RESNET)
+    levels, layers = len(config["block_out_channels"]), config["layers_per_block"]
+    n = 1
+    for i, kind in enumerate(config["down_block_types"]):
+        for j in range(layers):
+            names |= _under(f"input_blocks.{n}.0", f"down_blocks.{i}.resnets.{j}", _RESNET)
+            if kind.startswith("CrossAttn"):
+                names[f"input_blocks.{n}.1"] = f"down_blocks.{i}.attentions.{j}"
+            n += 1
+        if i < levels - 1:
+            names[f"input_blocks.{n}.0.op"] = f"down_blocks.{i}.downsamplers.0.conv"
+            n += 1
+    n = 0
+    for i, kind in enumerate(config["up_block_types"]):
+        attends = kind.startswith("CrossAttn")
+        for j in range(layers + 1):
+            names |= _under(f"output_blocks.{n}.0", f"up_blocks.{i}.resnets.{j}", _RESNET)
+            if attends:
+                names[f"output_blocks.{n}.1"] = f"up_blocks.{i}.attentions.{j}"
+            n += 1
+        if i < levels - 1:
+            upsampler = f"output_blocks.{n - 1}.{2 if attends else 1}.conv"
+            names[upsampler] = f"up_blocks.{i}.upsamplers.0.conv"
+    return names
+
+
+def vae_names(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the modules of a VAE, from the original names to ours.
+
+    The original counts the decoder's levels from the picture's side, we count in the order in
+    which they run.
+    """
+    names = {n: n for n in ("quant_conv", "post_quant_conv")}
+    levels, layers = len(config["block_out_channels"]), config["layers_per_block"]
+    for half in ("encoder", "decoder"):
+        names |= {f"{half}.{n}": f"{half}.{n}" for n in ("conv_in", "conv_out")}
+        names[f"{half}.norm_out"] = f"{half}.conv_norm_out"
+        middle = f"{half}.mid_block"
+        names |= _under(f"{half}.mid.block_1", f"{middle}.resnets.0", _VAE_RESNET)
+        names |= _under(f"{half}.mid.block_2", f"{middle}.resnets.1", _VAE_RESNET)
+        names |= _under(f"{half}.mid.attn_1", f"{middle}.attentions.0", _VAE_ATTENTION)
+    for i in range(levels):
+        down, up = f"encoder.down_blocks.{i}", f"decoder.up_blocks.{levels - 1 - i}"
+        for j in range(layers):
+            names |= _under(f"encoder.down.{i}.block.{j}", f"{down}.resnets.{j}", _VAE_RESNET)
+        for j in range(layers + 1):
+            names |= _under(f"decoder.up.{i}.block.{j}", f"{up}.resnets.{j}", _VAE_RESNET)
+        names[f"encoder.down.{i}.downsample.conv"] = f"{down}.downsamplers.0.conv"
+        names[f"decoder.up.{i}.upsample.conv"] = f"{up}.upsamplers.0.conv"
+    return names
+
+
+def open_clip_names(layers: int) -> dict[str, str]:
+    """Return the modules of an OpenCLIP text encoder, from its names to ours."""
+    names = {
+        "token_embedding": "text_model.embeddings.token_embedding",
+        "positional_embedding": "text_model.embeddings.position_embedding.weight",
+        "ln_final": "text_model.final_layer_norm",
+    }
+    for i in range(layers):
+        theirs, ours = f"transformer.resblocks.{i}", f"text_model.encoder.layers.{i}"
+        names |= {theirs: ours} | _under(theirs, ours, _CLIP_LAYER)
+    return names
+
+
+def _under(theirs: str, ours: str, names: Mapping[str, str]) -> dict[str, str]:
+    return {f"{theirs}.{a}": f"{ours}.{b}" for a, b in names.items()}
+
+
+def renamed(key: str, names: Mapping[str, str]) -> str | None:
+    """Return our name of a key: that of the innermost module in `names`, and what follows it."""
+    module, rest = key, ""
+    while module:
+        if module in names:
+            return names[module] + rest
+        module, dot, leaf = module.rpartition(".")
+        rest = dot + leaf + rest
+    return None
+
+
+def text_folder_name(key: str) -> str | None:
+    """Return our name of a text encoder's key; newer writers leave out `text_model.`."""
+    name = key if key.startswith("text_model.") else f"text_model.{key}"
+    return None if name == "text_model.embeddings.position_ids" else name
+
+
+def vae_folder_name(key: str) -> str:
+    """Return our name of a VAE's key; older writers have other names in its attention."""
+    head, _, leaf = key.rpartition(".")
+    head, _, module = head.rpartition(".")
+    return f"{head}.{_OLD_VAE_ATTENTION.get(module, module)}.{leaf}" if head else key
+
+
+def vae_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape to read a tensor in: the VAE's attention was once of 1×1 convolutions."""
+    if ".attentions." in name and len(shape) > 2 and set(shape[2:]) == {1}:
+        return shape[:2]
+    return shape
