@@ -16,6 +16,7 @@ from safelight.request import MAX_PROMPT, Request, draw_seed
 from safelight.sampling import SAMPLERS
 from safelight.sampling.schedule import SCHEDULES, SPACINGS
 from safelight.server.hub import Hub
+from safelight.settings import Setting, settings_of
 from safelight.sizes import allowed_size
 from safelight.studio.parts import plain, problem, status
 
@@ -40,13 +41,50 @@ def sampler_choices() -> list[tuple[str, str]]:
     ]
 
 
+_PLACED = (
+    *("prompt", "negative_prompt", "sampler", "steps", "guidance_scale", "count", "seed"),
+    *("width", "height", "schedule", "spacing", "eta", "strength"),
+)
+"""The settings that have a place of their own on the form, in the order of its fields."""
+
+
+def further_settings(request_type: type[Request]) -> list[Setting]:
+    """Return the settings whose fields the form derives from their description."""
+    return [
+        setting
+        for name, setting in settings_of(request_type).items()
+        if name not in (*_PLACED, "unconditional") and setting.kind is not None
+    ]
+
+
+def control(setting: Setting) -> Any:
+    """Return the field of a setting: a list, a checkbox, a slider or a box, by its description."""
+    about: dict[str, Any] = {
+        "label": setting.label.capitalize(),
+        "info": setting.description,
+        "elem_id": setting.name,
+    }
+    if setting.choices:
+        choices = [OWN, *setting.choices] if setting.optional else list(setting.choices)
+        return gr.Dropdown(choices, value=setting.default or OWN, **about)
+    if setting.kind is bool:
+        return gr.Checkbox(setting.default, **about)
+    if setting.kind is str:
+        return gr.Textbox(setting.default, max_length=MAX_PROMPT, **about)
+    if setting.about.slider is not None and setting.default is not None:
+        low, high, step = setting.about.slider
+        return gr.Slider(low, high, setting.default, step=step, **about)
+    return gr.Number(setting.default, **about)
+
+
 class Form:
     """The fields; create it inside a gr.Blocks.
 
     defaults: sampler, steps and guidance scale that the model draws best with, if it says.
+    request_type: the class whose settings the form shows.
     """
 
-    def __init__(self, defaults: Mapping[str, Any]) -> None:
+    def __init__(self, defaults: Mapping[str, Any], request_type: type[Request] = Request) -> None:
         first = Request(sampler="dpmpp_2m").replace(**defaults)
         self.prompt = gr.Textbox(
             label="Prompt",
@@ -92,6 +130,7 @@ class Form:
             self.eta = gr.Slider(
                 0, 1, 0, step=0.05, label="Eta", info="fresh noise in each step of DDIM and TCD"
             )
+            self.further = [control(setting) for setting in further_settings(request_type)]
         with gr.Accordion("Change a picture", open=False) as self.change:
             gr.HTML(
                 "<p>Drop a picture to start from. Paint over a part of it to redraw only that "
@@ -134,6 +173,7 @@ class Form:
             self.spacing,
             self.eta,
             self.strength,
+            *self.further,
             self.picture,
             self.enlarged,
         ]
@@ -153,12 +193,12 @@ def request(
     spacing: str,
     eta: float,
     strength: float,
-    picture: Any,
-    enlarged: int,
-    *,
+    *rest: Any,
     hub: Hub,
 ) -> Request:
     """Return the Request of the form's values.
+
+    rest: the values of `Form.further`, the editor's picture and how often it is enlarged.
 
     Without width and height, a picture to start from is resized to about the model's own area. An
     empty prompt without such a picture becomes EXAMPLE. Raises SafelightError for invalid values.
@@ -179,6 +219,9 @@ def request(
         "spacing": None if spacing == OWN else spacing,
         "eta": eta,
     }
+    *more, picture, enlarged = rest
+    for setting, value in zip(further_settings(Request), more, strict=True):
+        settings[setting.name] = None if setting.optional and value in (OWN, "") else value
     image, mask = _painted(picture, enlarged)
     if hub.info.kind == "pixels":
         if prompt or negative_prompt or image is not None:
@@ -270,6 +313,7 @@ def shown(settings: dict[str, Any]) -> tuple[list[Any], list[str]]:
         asked.spacing or OWN,
         asked.eta,
         asked.strength or 0.7,
+        *(getattr(asked, setting.name) for setting in further_settings(Request)),
     ]
     return values, told
 
