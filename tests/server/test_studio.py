@@ -909,8 +909,11 @@ def test_what_runs_beside_the_server_ends_with_it(tmp_path: Path) -> None:
 
 
 def test_the_form_begins_with_what_a_model_was_taught(tmp_path: Path) -> None:
+    async def page() -> Any:
+        return blocks(server.hub, await server.hub.defaults())
+
     with Inside(tmp_path, draws=False, model="embedded-fast") as server:
-        made = blocks(server.hub, server.within(server.hub.defaults()))
+        made = server.within(page())
     fields = dict[str, Any]()
     for one in made.get_config_file()["components"]:
         fields.setdefault(one["props"].get("label"), one["props"].get("value"))
