@@ -2,6 +2,7 @@
 #
 #   make picture PROMPT="a red apple"    a picture in picture.png; OUT= and ARGS= may be set
 #   make test                            the test suite
+#   make levels                          the numerical tests as on lesser processors: minutes
 #   make lint                            formatting, lint and types
 #   make bench                           this machine, beside diffusers and OpenVINO: a quarter of an hour
 #   make soak                            what the server promises, at full size: an hour
@@ -24,7 +25,7 @@ BIN := $(VENV)/bin
 # Without build isolation the constraints hold for what builds packages, too.
 INSTALL := $(PYTHON) -m pip --python $(BIN)/python install --constraint constraints.txt
 
-.PHONY: picture test lint format bench soak evaluate train train-256 clean
+.PHONY: picture test levels lint format bench soak evaluate train train-256 clean
 .DELETE_ON_ERROR:
 
 export PROMPT OUT
@@ -33,6 +34,17 @@ picture: $(VENV)/.ready
 
 test: $(VENV)/.ready-dev
 	$(BIN)/pytest
+
+# The numerical tests at every level below this processor's that it can stand for: without AVX512,
+# without AVX and compiled kernels, and with the portable kernels in every picture.
+PICTURES := tests/test_engine.py tests/test_batch.py tests/test_shipped.py \
+	tests/parity/test_nets.py tests/parity/test_pictures.py
+levels: $(VENV)/.ready-dev
+	! grep -q avx512f /proc/cpuinfo || ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
+		SAFELIGHT_KERNELS=avx2 $(BIN)/pytest tests/test_fast.py $(PICTURES)
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 SAFELIGHT_KERNELS=off \
+		$(BIN)/pytest tests/test_fast.py $(PICTURES)
+	SAFELIGHT_KERNELS=portable $(BIN)/pytest $(PICTURES)
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .

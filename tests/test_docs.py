@@ -10,11 +10,11 @@ import pytest
 import typer
 from pydantic import Field
 
+from recipes.embedded.cutouts import LOCK, notice
 from safelight.cli import app
 from safelight.request import Request
 from safelight.sampling import SAMPLERS
 from safelight.settings import markdown, settings_of
-from safelight.train.cutouts import LOCK, notice
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -50,7 +50,7 @@ def models(as_json: Json = False) -> None:
         for name in BUILT_IN
         if (MODELS / name).is_dir()
     ]
-    known += [{"name": name, "where": "hub cache"} for name in _cached()]
+    known += [{"name": name, "where": "hub cache"} for name in cached()]
     if as_json:
         say(json.dumps(known))
         return
@@ -59,7 +59,8 @@ def models(as_json: Json = False) -> None:
         say(line)
 
 
-def _cached() -> list[str]:
+def cached() -> list[str]:
+    """The models in the hub's cache."""
     from huggingface_hub import CacheNotFound, scan_cache_dir
 
     try:

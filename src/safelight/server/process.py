@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
+from safelight.threads import wait_asleep
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -46,6 +48,7 @@ def spawn(settings: Settings) -> Child:
 
 
 def _run(pipe: Connection, settings: Settings) -> None:
+    wait_asleep()  # before the worker's import of PyTorch
     from safelight.server.worker import main
 
     main(pipe, settings)
