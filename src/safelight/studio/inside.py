@@ -12,8 +12,8 @@ from safelight.errors import SafelightError
 from safelight.request import MAX_PROMPT, Request
 from safelight.server.hub import Hub
 from safelight.server.store import new_id
-from safelight.studio.mount import KEPT_AT
 from safelight.studio.parts import plain, problem, status
+from safelight.studio.paths import KEPT_AT
 from safelight.studio.run import Command, model_options, options
 
 KEPT = 20
