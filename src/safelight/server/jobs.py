@@ -58,7 +58,7 @@ class Job(BaseModel):
     settings: dict[str, Any] = Field(description="the request as it was sent, pictures by SHA-256")
     progress: Progress = Progress()
     warnings: list[str] = []
-    error: str | None = Field(None, description="one line, of a job that failed")
+    error: str | None = Field(default=None, description="one line, of a job that failed")
     pictures: list[Picture] = []
     attempts: int = 0
 
