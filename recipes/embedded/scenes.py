@@ -180,7 +180,9 @@ class Scenes:
             if concept is not None:
                 raise SafelightError(f"{concept!r} cannot be shown as {kind!r}")
         else:
-            raise SafelightError(f"no thing of these can be shown as {kind!r}, held out: {held_out}")
+            raise SafelightError(
+                f"no thing of these can be shown as {kind!r}, held out: {held_out}"
+            )
         scene = replace(scene, ground=ground or self._ground(rng, scene))
         scene = replace(scene, said=self._said(rng, scene, named=held_out == "style"))
         if rng.random() < DISTURBED if disturbed is None else disturbed:

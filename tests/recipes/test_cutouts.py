@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from things import disc
 from PIL import Image
+from things import disc
 
 from recipes.embedded import cutouts
 from recipes.embedded.captions import STYLES, corpus

@@ -7,40 +7,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from things import HELD_OUT
 
-from safelight.evaluate import figures
-from safelight.evaluate.figures import Asked, frechet, invent, score
-from safelight.evaluate.judge import FIRST, SECOND, WHOLE, Verdict, answers, places, train_judge
-from safelight.train import cutouts
-from safelight.train.captions import STYLES
-from safelight.train.colours import COLOURS, PAINTS
+from recipes.embedded import figures
+from recipes.embedded.captions import SCENES
+from recipes.embedded.colours import PAINTS, WHITE
+from recipes.embedded.figures import Asked, different, edge_energy, frechet, invent, score
+from recipes.embedded.judge import (
+    FIRST,
+    GROUNDS,
+    NOTHING,
+    SECOND,
+    WHOLE,
+    Verdict,
+    answers,
+    judge_of,
+    places,
+)
+from recipes.embedded.scenes import Scene, Scenes, held_back
+from recipes.embedded.stage import Stage
+from safelight.errors import SafelightError
 from safelight.train.loop import Plan
-from safelight.train.recipe import MIXED, Scene, Scenes, kept_back
+from safelight.words import split_words
 
-NAMES = ["a red apple", "an owl", "a car"]
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> Scenes:
-    """A red disc, a yellow square and a blue triangle."""
-    rows, pictures = [], []
-    last = cutouts.SIDE - 1
-    for name, colour in zip(NAMES, ("#d62828", "#fad832", "#285cd4"), strict=True):
-        image = Image.new("RGBA", (cutouts.SIDE, cutouts.SIDE))
-        pen = ImageDraw.Draw(image)
-        if name == "a red apple":
-            pen.ellipse((0, 0, last, last), fill=colour)
-        elif name == "an owl":
-            pen.rectangle((0, 0, last, last), fill=colour)
-        else:
-            pen.polygon([(0, last), (last, last), (last // 2, 0)], fill=colour)
-        for style in STYLES:
-            rows.append({"concept": name, "style": style})
-            pictures.append(np.array(image))
-    concepts = [{"code": str(i), "names": [name]} for i, name in enumerate(NAMES)]
-    path = cutouts.save(tmp_path_factory.mktemp("data"), np.stack(pictures), rows, concepts)
-    return Scenes(path, kinds=MIXED)
+NAMES = ["a red apple", "an owl", "scissors"]
 
 
 def test_places_of_a_pair() -> None:
@@ -55,73 +45,99 @@ def test_places_of_a_pair() -> None:
 
 def test_what_the_judge_is_asked() -> None:
     number = {name: i for i, name in enumerate(NAMES)}
-    one = Scene("coloured", ("an owl",), "flat", "pink", colour="blue")
-    assert answers(one, number) == (
-        1,
-        -100,
-        -100,
-        list(COLOURS).index("pink"),
-        PAINTS.index("blue"),
-        0,
-    )
-    pair = Scene("pair", ("a car", "an owl"), "flat", where="above")
-    assert answers(pair, number) == (-100, 2, 1, 0, -100, 1)
-    several = Scene("several", ("a car",), "flat", count=4)
+    one = Scene("coloured", ("an owl",), "flat", "pink", ("blue",))
+    ground, blue = GROUNDS.index("pink"), PAINTS.index("blue")
+    assert answers(one, number) == (1, NOTHING, NOTHING, ground, blue, 0)
+    pair = Scene("pair", ("scissors", "an owl"), "flat", "snow", where="above")
+    assert answers(pair, number) == (NOTHING, 2, 1, GROUNDS.index("snow"), NOTHING, 1)
+    either = Scene("pair", ("scissors", "an owl"), "flat", where="next to")
+    assert answers(either, number)[:3] == (NOTHING,) * 3
+    several = Scene("several", ("scissors",), "flat", count=4)
     assert answers(several, number)[-1] == 3
 
 
-def test_the_judge_learns_to_tell(scenes: Scenes, tmp_path: Path) -> None:
-    plan = Plan(steps=60, batch=16, learning_rate=2e-3, warmup=5, ema=0.9)
-    judge = train_judge(scenes, tmp_path, plan)
-    asked = [Asked("one", scenes.invent(np.random.default_rng(i), "one")) for i in range(60)]
-    wanted = [a.scene for a in asked]
-    rng = np.random.default_rng(0)
-    pictures = np.stack([scenes.compose(rng, scene) for scene in wanted])
-    found = score(asked, judge.look(pictures, wanted), NAMES)
-    assert found["concept, one"]["of"] == 60
-    assert found["concept, one"]["right"] > 0.9
+def test_the_judge_learns_to_tell(
+    stage: Stage, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recipes.embedded.judge.POOL", 300)
+    plan = Plan(steps=40, batch=16, learning_rate=2e-3, warmup=5, ema=0.9)
+    judge = judge_of(stage, path, tmp_path, plan)
+    pictures, wanted = stage.batch(40, np.random.default_rng(1), kind="one", ground=WHITE)
+    asked = [Asked("one", scene) for scene in wanted]
+    verdict = judge.look(pictures, wanted)
+    found = score(asked, verdict, NAMES)
+    assert found["thing, one"]["of"] == 40
+    assert found["thing, one"]["right"] > 0.9
+    # It is kept, and refused for other data.
+    again = judge_of(stage, path, tmp_path, plan).look(pictures, wanted)
+    assert torch.equal(again.concepts, verdict.concepts)
+    monkeypatch.setattr(stage.scenes, "sha256", "another")
+    with pytest.raises(SafelightError, match="trained on other data"):
+        judge_of(stage, path, tmp_path, plan)
 
 
 def test_prompts_of_all_groups(scenes: Scenes) -> None:
-    asked = invent(scenes, share=0.1)
-    assert len(asked) == 100
-    again = invent(scenes, share=0.1)
+    asked = invent(scenes, None, HELD_OUT, share=0.1)
+    assert len(asked) == 120
+    again = invent(scenes, None, HELD_OUT, share=0.1)
     assert [a.scene.said for a in asked] == [a.scene.said for a in again]
     for a in asked:
-        held = a.scene.colour is not None and kept_back(a.scene.colour, a.scene.concepts[0])
+        scene = a.scene
+        held = scene.colour is not None and held_back(scene.colour, scene.concepts[0])
         assert held == (a.group == "coloured, held out")
-        assert a.group != "background" or a.scene.background in a.scene.said
+        assert held_back(scene.style, scene.concepts[0]) == (a.group == "style, held out")
+        assert a.group != "background" or scene.ground in scene.said
+        assert (a.group == "unknown word") == (
+            not set(HELD_OUT).isdisjoint(split_words(scene.said))
+        )
+    one, other = ([a.scene for a in asked if a.group == group] for group in ("one", "unknown word"))
+    assert [s.concepts for s in one] == [s.concepts for s in other]
+    # Where nothing is unknown, or a word was never taught, there are none.
+    assert not [a for a in invent(scenes, None, [], share=0.1) if a.group == "unknown word"]
+
+
+def test_prompts_hold_what_a_model_was_taught(
+    scenes: Scenes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "TRIES", 20)
+    known = frozenset(scenes.words() - {word for p in SCENES["snow"] for word in split_words(p)})
+    asked = invent(scenes, known, [], share=0.1)
+    assert asked
+    assert all(known.issuperset(split_words(a.scene.said)) for a in asked)
 
 
 def test_scores() -> None:
     scenes = [
         Asked("one", Scene("one", ("an owl",), "flat")),
         Asked("background", Scene("one", ("an owl",), "flat", "pink")),
-        Asked("coloured", Scene("coloured", ("a car",), "flat", colour="blue")),
-        Asked("several", Scene("several", ("a car",), "flat", count=3)),
-        Asked("pair", Scene("pair", ("a car", "an owl"), "flat", where="above")),
-        Asked("pair", Scene("pair", ("a car", "an owl"), "flat", where="above")),
+        Asked("scene", Scene("one", ("an owl",), "flat", "snow")),
+        Asked("coloured", Scene("coloured", ("scissors",), "flat", paints=("blue",))),
+        Asked("several", Scene("several", ("scissors",), "flat", count=3)),
+        Asked("pair", Scene("pair", ("scissors", "an owl"), "flat", where="above")),
+        Asked("pair", Scene("pair", ("scissors", "an owl"), "flat", where="above")),
     ]
-    concepts = torch.full((6, 3, 3), -9.0)
-    for i, right in enumerate((1, 0, 2, 2)):
+    concepts = torch.full((7, 3, 3), -9.0)
+    for i, right in enumerate((1, 0, 1, 2, 2)):
         concepts[i, WHOLE, right] = 0.0
-    concepts[4, FIRST, 2] = concepts[4, SECOND, 1] = 0.0
-    concepts[5, FIRST, 1] = concepts[5, SECOND, 2] = 0.0
+    concepts[5, FIRST, 2] = concepts[5, SECOND, 1] = 0.0
+    concepts[6, FIRST, 1] = concepts[6, SECOND, 2] = 0.0
     verdict = Verdict(
         concepts,
-        torch.tensor([0, list(COLOURS).index("pink"), 0, 0, 0, 0]),
-        torch.tensor([0, 0, PAINTS.index("blue"), 0, 0, 0]),
-        torch.tensor([1, 1, 1, 2, 2, 2]),
+        torch.tensor([0, GROUNDS.index("pink"), GROUNDS.index("rain"), 0, 0, 0, 0]),
+        torch.tensor([0, 0, 0, PAINTS.index("blue"), 0, 0, 0]),
+        torch.tensor([1, 1, 1, 1, 2, 2, 2]),
     )
     assert score(scenes, verdict, NAMES) == {
-        "concept, one": {"right": 1.0, "of": 1},
-        "concept, background": {"right": 0.0, "of": 1},
+        "thing, one": {"right": 1.0, "of": 1},
+        "thing, background": {"right": 0.0, "of": 1},
         "background": {"right": 1.0, "of": 1},
-        "colour": {"right": 1.0, "of": 1},
-        "concept, coloured": {"right": 1.0, "of": 1},
-        "concept, several": {"right": 1.0, "of": 1},
+        "thing, scene": {"right": 1.0, "of": 1},
+        "scene": {"right": 0.0, "of": 1},
+        "thing, coloured": {"right": 1.0, "of": 1},
+        "colour, coloured": {"right": 1.0, "of": 1},
+        "thing, several": {"right": 1.0, "of": 1},
         "count": {"right": 0.0, "of": 1},
-        "pair, both right": {"right": 0.5, "of": 2},
+        "both of a pair": {"right": 0.5, "of": 2},
         "relation": {"right": 0.5, "of": 2},
     }
 
@@ -135,12 +151,26 @@ def test_frechet_distance_of_two_normal_clouds() -> None:
     assert frechet(one, one) == pytest.approx(0.0, abs=1e-6)
 
 
-def test_nearest_finds_a_copy(scenes: Scenes, tmp_path: Path) -> None:
-    wanted = [scenes.invent(np.random.default_rng(i), "one", background="pink") for i in range(3)]
-    fresh = Scenes.__new__(Scenes)
-    fresh.__dict__ = {**scenes.__dict__, "steady": True}
+def test_pictures_that_differ_and_edges() -> None:
+    gray = np.full((3, 64, 64, 3), 100, np.uint8)
+    assert different(gray) == 1
+    gray[1] += 15  # less than is visible by APART
+    gray[2] += 40
+    assert different(gray) == 2
+    striped = np.zeros((1, 64, 64, 3), np.uint8)
+    striped[:, :, ::2] = 255
+    # Each pixel differs from its neighbour in the row by 2 of −1..1.
+    assert edge_energy(striped) == pytest.approx(4.0)
+
+
+def test_nearest_finds_a_copy(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recipes.embedded.scenes.LARGE_SHARE", (0.8, 0.8))
     rng = np.random.default_rng(0)
-    drawn = np.stack([fresh.compose(rng, scene) for scene in wanted])
-    found = figures._nearest(drawn, wanted, scenes, tmp_path / "nearest.png")
-    assert found["smallest"] < 5  # backgrounds vary a little
+    drawn, wanted = stage.batch(3, rng, kind="one", concept="an apple", ground=WHITE)
+    found = figures._nearest(drawn.numpy(), wanted, stage, tmp_path / "nearest.png")
+    # Of one size; its place still varies, by 0.08 of a side. Another thing is 40 away or more.
+    assert found["smallest"] < 20
     assert (tmp_path / "nearest.png").is_file()
+    assert figures._nearest(drawn.numpy(), [], stage, tmp_path / "none.png") == {}

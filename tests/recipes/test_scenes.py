@@ -40,6 +40,8 @@ def distance(a, b):
 def middles(picture, background):
     """The centres (x, y) of the things on a picture, as shares of its side."""
     apart = np.abs(picture.astype(int) - np.array(COLOURS[background])).max(axis=-1) > 24
+    # Things may touch: a pixel less all around takes them apart.
+    apart = ndimage.binary_erosion(apart)
     labels, count = ndimage.label(apart)
     found = ndimage.center_of_mass(apart, labels, range(1, count + 1))
     return [(x / len(picture), y / len(picture)) for y, x in found]
@@ -158,13 +160,13 @@ class TestKinds:
 
     def test_several(self, stage):
         rng = np.random.default_rng(21)
-        given = {"kind": "several", "concept": "an owl", "style": "flat", "ground": "black"}
+        given = {"kind": "several", "concept": "an apple", "style": "flat", "ground": "black"}
         for _ in range(40):
             picture, scene = drawn(stage, rng, **given)
             assert len(middles(picture, "black")) == scene.count
             numbers = {2: ("two", "2", "a couple of", "a pair of"), 4: ("four", "4", "a group of")}
             numbers[3] = ("three", "3", "several", "some")
-            assert "owls" in scene.said
+            assert "apples" in scene.said
             assert any(number in scene.said for number in numbers[scene.count])
 
     def test_what_has_no_article_is_not_counted(self, scenes):

@@ -10,7 +10,7 @@ from things import HELD_OUT, SHOWN
 
 from recipes.embedded import cutouts, grounds
 from recipes.embedded.captions import SCENES, bare, corpus
-from recipes.embedded.colours import COLOURS, PAINTS, paint
+from recipes.embedded.colours import COLOURS, PAINTS, Main, paint
 from recipes.embedded.disturb import ADJECTIVES, OPENINGS, TAGS, VERBS, disturb
 from recipes.embedded.scenes import Scene, Thing
 from safelight.words import split_words
@@ -76,7 +76,8 @@ class TestStage:
         scenes = stage.scenes
         for index in (0, 3):  # the apple and the owl
             for colour in PAINTS:
-                wanted = paint(scenes.pictures[index], colour)
+                hue, *mean = scenes.rows[index]["main"]
+                wanted = paint(scenes.pictures[index], colour, Main(hue, tuple(mean)))
                 if wanted is None:
                     continue
                 painted = torch.from_numpy(scenes.pictures[index : index + 1]).float()
