@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import typer
 
+from recipes.embedded.cutouts import LOCK, notice
 from safelight.cli import app
 from safelight.request import Request
 from safelight.sampling import SAMPLERS
-from safelight.train.cutouts import LOCK, notice
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -97,6 +97,6 @@ def test_every_decision_is_in_the_index():
 def test_the_notice_credits_every_package_of_the_lock():
     text = (ROOT / "NOTICE").read_text(encoding="utf-8")
     lock = json.loads(LOCK.read_text(encoding="utf-8"))
-    assert notice(lock).strip() in text
-    for package in lock["packages"]:
+    assert notice(lock["packages"]).strip() in text
+    for package in [*lock["packages"], lock["names"]]:
         assert f"{package['name']} {package['version']}" in text
