@@ -25,8 +25,7 @@ BIN := $(VENV)/bin
 # Without build isolation the constraints hold for what builds packages, too.
 INSTALL := $(PYTHON) -m pip --python $(BIN)/python install --constraint constraints.txt
 
-.PHONY: picture test levels lint format bench soak evaluate train train-256 clean
-.PHONY: picture test lint format bench soak evaluate train clean
+.PHONY: picture test levels lint format bench soak evaluate train clean
 .DELETE_ON_ERROR:
 
 export PROMPT OUT
