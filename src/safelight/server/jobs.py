@@ -87,6 +87,7 @@ class ModelInfo(BaseModel):
     name: str
     sha256: str | None = None
     kind: str | None = None
+    uses_prompt: bool = True
     family: str | None = None
     width: int | None = None
     height: int | None = None

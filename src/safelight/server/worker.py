@@ -104,6 +104,7 @@ class Worker:
             name=self._model.name,
             sha256=self._model.sha256,
             kind=self._model.kind,
+            uses_prompt=self._model.family.uses_prompt,
             family=self._model.family.name,
             width=width,
             height=height,
