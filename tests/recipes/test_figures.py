@@ -60,6 +60,9 @@ def test_the_judge_learns_to_tell(
     stage: Stage, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("recipes.embedded.judge.POOL", 300)
+    # A quarter of its pixels, so that it learns in a quarter of the time.
+    monkeypatch.setattr("recipes.embedded.judge.LOOKED_AT", 64)
+    monkeypatch.setattr("recipes.embedded.judge.CELLS", 4)
     plan = Plan(steps=40, batch=16, learning_rate=2e-3, warmup=5, ema=0.9)
     judge = judge_of(stage, path, tmp_path, plan)
     pictures, wanted = stage.batch(40, np.random.default_rng(1), kind="one", ground=WHITE)
@@ -86,7 +89,8 @@ def test_prompts_of_all_groups(scenes: Scenes) -> None:
         held = scene.colour is not None and held_back(scene.colour, scene.concepts[0])
         assert held == (a.group == "coloured, held out")
         assert held_back(scene.style, scene.concepts[0]) == (a.group == "style, held out")
-        assert a.group != "background" or scene.ground in scene.said
+        said = scene.said.replace("grey", "gray").replace("violet", "purple")
+        assert a.group != "background" or scene.ground in said
         assert (a.group == "unknown word") == (
             not set(HELD_OUT).isdisjoint(split_words(scene.said))
         )
