@@ -60,9 +60,6 @@ def test_the_judge_learns_to_tell(
     stage: Stage, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("recipes.embedded.judge.POOL", 300)
-    # A quarter of its pixels, so that it learns in a quarter of the time.
-    monkeypatch.setattr("recipes.embedded.judge.LOOKED_AT", 64)
-    monkeypatch.setattr("recipes.embedded.judge.CELLS", 4)
     plan = Plan(steps=40, batch=16, learning_rate=2e-3, warmup=5, ema=0.9)
     judge = judge_of(stage, path, tmp_path, plan)
     pictures, wanted = stage.batch(40, np.random.default_rng(1), kind="one", ground=WHITE)
