@@ -45,8 +45,8 @@ _OTHERS = (0, 2**24)
 MAX_LEVELS = 12
 """The most values in a list: one for each level of a network, which halve the side."""
 
-MAX_LAYERS = 512
-"""The most layers of a network. Building one takes about a millisecond, even without weights."""
+MAX_LAYERS = 128
+"""The most layers of a network. Building one takes milliseconds, even without weights."""
 
 
 class NetConfig:

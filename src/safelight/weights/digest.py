@@ -92,6 +92,16 @@ class Original:
     def __deepcopy__(self, memo: object) -> Self:
         return self
 
+    @property
+    def openable(self) -> str:
+        """A path of the file for libraries that take UTF-8 alone."""
+        path = str(self._digest.path)
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            return f"/dev/fd/{self._file}"
+        return path
+
     def check(self, *_: object) -> None:
         """Raise SafelightError if the file no longer holds what was hashed.
 

@@ -203,7 +203,7 @@ def _fill(
     for header in {id(w.header): w.header for w in weights.values()}.values():
         here = {name: w for name, w in weights.items() if w.header is header}
         file = originals[header.path.resolve()]
-        state |= _read(header, here, device, dtype, keep=mapped)
+        state |= _read(header, here, file.openable, device, dtype, keep=mapped)
         file.check()
         files.append(file)
     network.load_state_dict(state, strict=True, assign=True)
@@ -238,17 +238,19 @@ def _check_fit(model: str, part: str, network: nn.Module, weights: Mapping[str, 
 def _read(
     header: Header,
     weights: Mapping[str, Weight],
+    path: str,
     device: torch.device,
     dtype: torch.dtype,
-    keep: bool = False,
+    keep: bool,
 ) -> dict[str, Tensor]:
     """Return weights by our names.
 
-    keep: leave them in the mapped file, in the precision that they are stored in.
+    path: where the file is opened. keep: leave them in the mapped file, in the precision that
+    they are stored in.
     """
     state: dict[str, Tensor] = {}
     try:
-        with safe_open(header.path, framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             for name, weight in weights.items():
                 tensor = file.get_tensor(weight.key)
                 if weight.dtype in _SMALL:
