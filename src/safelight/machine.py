@@ -23,14 +23,14 @@ Measured by `tests/soak/company.py`; docs/reliability.md has the figures.
 """
 
 _WORDS = {
-    "safelight": "the version of Safelight",
-    "device": "the device",
-    "dtype": "the precision",
-    "instructions": "the instruction set",
-    "processor": "the processor",
-    "threads": "the number of threads",
-    "torch": "the version of PyTorch",
-    "kernels": "the kernels",
+    "safelight": "the version of Safelight was",
+    "device": "the device was",
+    "dtype": "the precision was",
+    "instructions": "the instruction set was",
+    "processor": "the processor was",
+    "threads": "the number of threads was",
+    "torch": "the version of PyTorch was",
+    "kernels": "the kernels were",
 }
 
 
@@ -74,7 +74,11 @@ def recorded_machine(recipe: Mapping[str, Any]) -> dict[str, Any]:
     drawn = recipe.get("drawn")
     kinds = {**dict.fromkeys(_WORDS, str), "threads": int, "exact": bool}
     found = {k: v for k, v in drawn.items() if k in kinds} if isinstance(drawn, dict) else {}
-    return {k: v for k, v in found.items() if type(v) is kinds[k] and len(str(v)) <= 200}
+    return {k: v for k, v in found.items() if type(v) is kinds[k] and _short(v)}
+
+
+def _short(value: Any) -> bool:
+    return len(value) <= 200 if isinstance(value, str) else -1 <= value < 2**31
 
 
 @contextlib.contextmanager
@@ -90,9 +94,9 @@ def threads_of(recorded: Mapping[str, Any]) -> Iterator[None]:
 
 
 def differences(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Return what differs between two machines, one phrase each: "… was X, and is Y here"."""
+    """Return what differs between two machines, one phrase each: "… was X, and Y here"."""
     return [
-        f"{word} was {recorded[key]}, and is {here[key]} here"
+        f"{word} {recorded[key]}, and {here[key]} here"
         for key, word in _WORDS.items()
         if key in recorded and key in here and recorded[key] != here[key]
     ]
@@ -111,7 +115,7 @@ def expected_difference(
     if apart:
         return None, f"another machine rounds differently: {'; '.join(apart)}"
     if recorded.get("exact", True):
-        return 0, ""
+        return 0, "nothing in the recipe explains a difference"
     bound = COMPANY.get(dtype)
     told = "no bound is known" if bound is None else f"at most {bound} of 255 apart"
     return bound, f"it was drawn in company with others in {dtype}, {told}; --exact has none"

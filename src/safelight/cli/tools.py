@@ -186,6 +186,5 @@ def verify(
     here = {**result.drawn, **{key: result.recipe()[key] for key in others}}
     before = {**recorded, **{key: recipe.get(key) for key in others}} if recorded else {}
     bound, why = machine.expected_difference(before, here, result.dtype)
-    if why:
-        note(why)
+    note(why)
     raise typer.Exit(0 if bound is not None and difference <= bound else 1)
