@@ -106,24 +106,37 @@ def test_nothing_explains_that_a_picture_drawn_alone_differs(here, verify):
     assert verify("alone.png") == (1, "1\n", "nothing in the recipe explains a difference\n")
 
 
+def test_a_difference_of_machine_is_named(here, verify):
+    rewrite("alone.png", with_drawn(processor="arm64 Chip", torch="2.10.0"), shift=50)
+    code, said, why = verify("alone.png")
+    assert (code, said) == (1, "50\n")
+    assert "the processor was arm64 Chip, and " in why
+    assert f"the version of PyTorch was 2.10.0, and {torch.__version__} here" in why
+    assert why.count("\n") == 1
+
+
+@pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize(
     ("change", "told"),
     [
+        ({"safelight": "0.0.1"}, "the version of Safelight was 0.0.1, and"),
         ({"instructions": "AVX512 amx_bf16"}, "the instruction set was AVX512 amx_bf16, and"),
         ({"processor": "arm64 Chip"}, "the processor was arm64 Chip, and"),
         ({"threads": 4096}, "the number of threads was 4096, and"),
         ({"torch": "2.10.0"}, "the version of PyTorch was 2.10.0, and"),
         ({"kernels": "torch"}, "the kernels were torch, and"),
+        ({"dtype": "float16"}, "the precision was float16, and"),
+        ({"device": "cuda"}, "the device was cuda, and"),
     ],
 )
-def test_a_difference_of_machine_is_named(here, verify, change, told):
-    rewrite("alone.png", with_drawn(**change), shift=50)
-    code, _, why = verify("alone.png")
-    assert code == 1
+def test_whatever_differs_has_a_name_and_no_bound(change, told, exact):
+    same = {"safelight": "0.1.0", "device": "cpu", "dtype": "bfloat16"}
+    same |= machine.describe_machine(torch.device("cpu"))
+    bound, why = machine.expected_difference({**same, "exact": exact, **change}, same, "bfloat16")
+    assert bound is None
     assert told in why
-    assert why.count("\n") == 1
-    rewrite("company.png", with_drawn(**change), shift=50)
-    assert told in verify("company.png")[2]
+    bound, why = machine.expected_difference({**same, "exact": exact}, same, "bfloat16")
+    assert bound == (0 if exact else machine.COMPANY["bfloat16"])
 
 
 def test_a_picture_that_is_equal_needs_no_explanation(here, verify):
@@ -136,11 +149,6 @@ def test_a_recipe_that_does_not_say_is_told_so(here, verify):
     code, _, why = verify("alone.png")
     assert code == 1
     assert "does not say what machine" in why
-
-
-def test_another_version_of_safelight_is_named(here, verify):
-    rewrite("alone.png", lambda r: {**r, "safelight": "0.0.1"}, shift=9)
-    assert "the version of Safelight was 0.0.1, and" in verify("alone.png")[2]
 
 
 def test_it_draws_with_as_many_threads_as_were_recorded(monkeypatch):
@@ -170,9 +178,10 @@ def test_it_draws_with_as_many_threads_as_were_recorded(monkeypatch):
         {"unknown": {"deep": [[[]]]}},
     ],
 )
-def test_a_strangers_recipe_may_say_anything(here, verify, drawn):
-    rewrite("alone.png", lambda recipe: {**recipe, "drawn": drawn}, shift=9)
-    code, said, why = verify("alone.png")
-    assert (code, said) in ((1, "9\n"), (0, "9\n"))
-    assert why.strip().isprintable()
+def test_a_strangers_recipe_may_say_anything(drawn):
+    recorded = machine.recorded_machine({"drawn": drawn})
+    with machine.threads_of(recorded):
+        pass
+    here = machine.describe_machine(torch.device("cpu"))
+    _, why = machine.expected_difference(recorded, here, "float32")
     assert len(why) < 1000

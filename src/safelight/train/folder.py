@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from safelight.errors import SafelightError
 from safelight.picture import open_picture
-from safelight.weights.check import printable, read_bytes, refusal
+from safelight.weights.check import printable, read_bytes
 
 Pixels = NDArray[np.uint8]
 
@@ -152,7 +152,7 @@ def _text(path: Path, limit: int) -> str:
     try:
         return read_bytes(path, limit).decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise refusal(path.name, "cannot be read as UTF-8 text") from None
+        raise SafelightError(f"{printable(path.name, 120)} cannot be read as UTF-8 text") from None
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:
