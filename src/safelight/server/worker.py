@@ -21,7 +21,7 @@ from safelight.request import Request
 from safelight.result import Result
 from safelight.server.files import Files
 from safelight.server.jobs import ModelInfo, Picture, StorageError
-from safelight.server.process import Settings
+from safelight.server.settings import Settings
 from safelight.server.store import LEASE, Claim, LostError, Store, new_id
 
 PICTURES = 48

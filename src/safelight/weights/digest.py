@@ -1,4 +1,4 @@
-"""A model's SHA-256: what a picture's recipe names it by, and how a broken download is found."""
+"""The SHA-256 of a model. A recipe names its model by it, and it finds a damaged download."""
 
 from __future__ import annotations
 
@@ -112,10 +112,12 @@ class Original:
         if stamp == self._seen:
             return
         if stamp[0] == self._seen[0]:
-            with os.fdopen(os.dup(self._file), "rb") as file:
-                file.seek(0)
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if digest == self._digest.sha256:
+            digest, at = hashlib.sha256(), 0
+            # Each piece by its place: another thread may be reading, too.
+            while piece := os.pread(self._file, 2**20, at):
+                digest.update(piece)
+                at += len(piece)
+            if digest.hexdigest() == self._digest.sha256:
                 self._seen = stamp
                 return
         raise refusal(
@@ -129,7 +131,7 @@ def _stamp(descriptor: int) -> tuple[int, ...]:
 
 
 def cache_folder() -> Path:
-    """Where Safelight keeps what it can work out again: $XDG_CACHE_HOME/safelight."""
+    """Return the folder for what can be computed again: $XDG_CACHE_HOME/safelight."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(home).expanduser() / "safelight"
 
