@@ -127,7 +127,8 @@ def _check(label: str, name: str, value: Any, kind: str) -> None:
     if value is None and kind.endswith(" | None"):
         return
     options = [k.strip() for k in kind.removesuffix(" | None").split("|")]
-    members, single = value if isinstance(value, tuple) else (value,), not isinstance(value, tuple)
+    single = not isinstance(value, tuple)
+    members: tuple[Any, ...] = (value,) if single else value
     for option in options:
         inner = option.removeprefix("tuple[").removesuffix(", ...]")
         if single == (inner == option) and members and all(_is(v, inner) for v in members):

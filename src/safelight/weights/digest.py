@@ -11,8 +11,9 @@ import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Self
+from typing import Self
 
 from safelight.weights.check import refusal
 
@@ -136,7 +137,7 @@ def cache_folder() -> Path:
     return Path(home).expanduser() / "safelight"
 
 
-def _verified(path: Path, file: IO[bytes], size: int) -> str:
+def _verified(path: Path, file: BufferedReader, size: int) -> str:
     digest = hashlib.file_digest(file, "sha256").hexdigest()
     # The hub names a large file by its SHA-256 and a small one as git names a blob.
     if path.parent.name != "blobs" or not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", path.name):
