@@ -77,6 +77,8 @@ def fuzz(name, examples, strategy, try_it, capfd):
         @seed(run)
         @given(strategy)
         def examined(example):
+            if run and time.monotonic() > end:
+                return  # the time is up in the middle of a round
             figures.one(lambda: try_it(example))
 
         examined()
@@ -84,10 +86,13 @@ def fuzz(name, examples, strategy, try_it, capfd):
     once(examples)
     while time.monotonic() < end:
         run += 1
-        once(1000)
+        once(10 * examples)
     if SECONDS:
+        took = time.monotonic() - end + SECONDS
         with capfd.disabled():
-            print(f"\nfuzz {name}: {dict(figures.ended)}, slowest {figures.slowest:.2f} s")  # noqa: T201
+            print(
+                f"\nfuzz {name}: {dict(figures.ended)}, slowest {figures.slowest:.2f} s; {took:.0f} s"
+            )  # noqa: T201
     assert sum(figures.ended.values()) >= examples
 
 
