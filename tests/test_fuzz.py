@@ -90,9 +90,8 @@ def fuzz(name, examples, strategy, try_it, capfd):
     if SECONDS:
         took = time.monotonic() - end + SECONDS
         with capfd.disabled():
-            print(
-                f"\nfuzz {name}: {dict(figures.ended)}, slowest {figures.slowest:.2f} s; {took:.0f} s"
-            )  # noqa: T201
+            counts = ", ".join(f"{n} {how}" for how, n in figures.ended.items())
+            print(f"\nfuzz {name}, {took:.0f} s: {counts}; slowest {figures.slowest:.2f} s")  # noqa: T201
     assert sum(figures.ended.values()) >= examples
 
 
