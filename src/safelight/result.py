@@ -18,6 +18,7 @@ class Result:
 
     settings: those of `Request.to_dict`, with the defaults of model and sampler filled in.
     seeds: seeds[i] made images[i]. timings: in seconds. paths: where the pictures were saved.
+    drawn: what their last bits depend on besides: see `safelight.machine`.
     """
 
     images: list[Image]
@@ -30,6 +31,7 @@ class Result:
     warnings: list[str] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     paths: list[Path] = field(default_factory=list)
+    drawn: dict[str, Any] = field(default_factory=dict)
 
     def recipe(self, i: int = 0) -> dict[str, Any]:
         """Return everything that makes picture i again, alone. It is written into its PNG."""
@@ -38,6 +40,7 @@ class Result:
             "model": {"name": self.model, "sha256": self.sha256},
             "device": self.device,
             "dtype": self.dtype,
+            "drawn": self.drawn,
             "size": list(self.images[i].size),
             "settings": {**self.settings, "seed": self.seeds[i], "count": 1},
             "warnings": self.warnings,
@@ -69,6 +72,7 @@ class Result:
             "model": {"name": self.model, "sha256": self.sha256},
             "device": self.device,
             "dtype": self.dtype,
+            "drawn": self.drawn,
             "settings": self.settings,
             "warnings": self.warnings,
             "timings": self.timings,

@@ -124,7 +124,7 @@ class Engine:
             with torch.inference_mode():
                 resolved = resolve_request(model, request)
                 conditioning = self._conditioning(resolved)
-                result = new_result(model, request, resolved)
+                result = new_result(model, request, resolved, self.exact)
                 for i, seed in enumerate(result.seeds):
                     if i not in done:
                         job = create_job(model, resolved, conditioning, seed)

@@ -10,6 +10,7 @@ from safelight.defaults import is_distilled
 from safelight.engine.job import Job, prepare
 from safelight.errors import SafelightError
 from safelight.families.base import Conditioning
+from safelight.machine import describe_machine
 from safelight.request import Request
 from safelight.result import Result
 from safelight.sampling import SAMPLERS
@@ -78,8 +79,11 @@ def _resized(request: Request, size: tuple[int, int]) -> dict[str, Image.Image]:
     return fitted
 
 
-def new_result(model: Model, asked: Request, resolved: Request) -> Result:
-    """Return the result of a request, without pictures yet, with its warnings."""
+def new_result(model: Model, asked: Request, resolved: Request, exact: bool = True) -> Result:
+    """Return the result of a request, without pictures yet, with its warnings.
+
+    exact: each picture has the calls of the network for itself.
+    """
     # Pictures are named as they were given, before any resizing.
     given = {name: v for name, v in asked.to_dict().items() if name.endswith("_sha256")}
     return Result(
@@ -91,6 +95,7 @@ def new_result(model: Model, asked: Request, resolved: Request) -> Result:
         device=str(model.device),
         dtype=model.precision,
         warnings=_warnings(model, asked, resolved),
+        drawn={"exact": exact, **describe_machine(model.device)},
     )
 
 

@@ -171,8 +171,8 @@ class StableDiffusion(Family):
         return _variant(*shapes) or self
 
     def check_configs(self, configs: Mapping[str, Any]) -> None:
-        unet = configs["unet"]
-        words, channels = configs["text_encoder"].hidden_size, configs["vae"].latent_channels
+        unet, vae = configs["unet"], configs["vae"]
+        words, channels = configs["text_encoder"].hidden_size, vae.latent_channels
         if words != unet.cross_attention_dim:
             raise SafelightError(
                 f"its text encoder gives {words} numbers for a word, "
@@ -182,6 +182,14 @@ class StableDiffusion(Family):
             raise SafelightError(
                 f"its vae decodes {channels} channels, and its unet gives {unet.out_channels}"
             )
+        # The state alone; or beside it a mask and the picture around it.
+        if unet.in_channels not in (channels, 2 * channels + 1):
+            raise SafelightError(
+                f"its unet reads {unet.in_channels} channels; expected {channels}, "
+                f"or {2 * channels + 1} with a mask"
+            )
+        if (vae.in_channels, vae.out_channels) != (3, 3):
+            raise SafelightError("its vae is not one of pictures, which have 3 channels")
 
     def native_size(self, configs: Mapping[str, Any]) -> tuple[int, int]:
         side = (configs["unet"].sample_size or 64) * configs["vae"].factor
