@@ -171,7 +171,11 @@ def test_configs(folders, kind, tmp_path, capfd):
         path.write_text(json.dumps(changed(files[name], change)))
         try:
             model = load_model(folder, device="cpu", dtype="float32")
-            asked = {"unconditional": True} if kind else {"prompt": "an apple", "width": 64}
+            asked = (
+                {"unconditional": True}
+                if kind
+                else {"prompt": "an apple", "width": 64, "height": 64}
+            )
             model.generate(Request(steps=1, sampler="euler", seed=1, **asked))
         finally:
             path.unlink() if before is None else path.write_bytes(before)
