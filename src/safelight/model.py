@@ -15,7 +15,8 @@ from safelight.sampling import SchedulerConfig
 
 if TYPE_CHECKING:
     from safelight.engine import Run, Step
-    from safelight.request import GenerateSettings, Request
+    from safelight.keywords import GenerateSettings
+    from safelight.request import Request
     from safelight.result import Result
 
 

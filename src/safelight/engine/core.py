@@ -251,7 +251,7 @@ class Engine:
     def _conditioning(self, request: Request) -> Conditioning:
         """Return the cached conditioning of a resolved request."""
         family = self.model.family
-        key = tuple(getattr(request, name) for name in family.conditioned_on)
+        key = family.conditioning_key(request)
         if key not in self._prompts:
             made = family.encode(self.model, request)
             if not made.is_finite:

@@ -119,7 +119,7 @@ def create_job(model: Model, request: Request, conditioning: Conditioning, seed:
     """Return the job of one picture of a resolved request."""
     width, height = request.width, request.height
     size = model.native_size if width is None or height is None else (width, height)
-    return prepare(
+    job = prepare(
         model,
         model.family.table(model, request),
         conditioning,
@@ -129,3 +129,5 @@ def create_job(model: Model, request: Request, conditioning: Conditioning, seed:
         mask=request.mask,
         strength=1.0 if request.strength is None else request.strength,
     )
+    job.steps = request.steps_taken
+    return job

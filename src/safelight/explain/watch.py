@@ -146,7 +146,7 @@ def _look(
     model: Model, job: Job, cursor: int, state: Tensor, clean: Tensor, words: list[Word]
 ) -> _Seen:
     """Ask again about the state before the step, for what the step itself does not tell."""
-    row, asked = job.table.rows[cursor], job.conditioning
+    row, asked = job.table.rows[cursor], job.asked_at(cursor)
     noisy = row.level.view(state)
     if asked.tokens is None or not isinstance(model.unet, UNet2DConditionModel):
         return _Seen(cursor + 1, row, noisy, clean, None, None)
@@ -159,7 +159,7 @@ def _look(
         row=row,
         noisy=noisy,
         clean=clean,
-        unguided=unguided if asked.evaluations == 2 else None,
+        unguided=unguided if asked.evaluations > 1 else None,
         attention=word_maps(weights, words, (height, width)),
     )
 
