@@ -52,6 +52,8 @@ def read(text: str) -> tuple[tuple[Section, ...], tuple[str, ...]]:
 
     for match in _TOKEN.finditer(text):
         token, at = match[0], match.start()
+        if at == literal:
+            pieces.append((flush(), inside[-1][0]))
         means_something = not literal <= at < closing
         if token == "(" and means_something:
             depth += 1
