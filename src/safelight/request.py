@@ -89,7 +89,6 @@ class Request(BaseModel, metaclass=_Listed):
         ClipSkip | None,
         About(
             default="1, the last layer",
-            a1111="override_settings CLIP_stop_at_last_layers",
             infotext="Clip skip",
             slider=(1, 12, 1),
         ),
