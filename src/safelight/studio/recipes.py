@@ -76,12 +76,8 @@ def _settings(prompt: str, negative_prompt: str, given: dict[str, Any]) -> dict[
     found["sampler"], joined = known or (given["sampler"] or None, "")
     schedule = str(given["schedule"]).lower() or joined
     found["schedule"] = None if schedule in _PLAIN else schedule
-    for name, kind in (
-        ("steps", int),
-        ("guidance_scale", float),
-        ("seed", int),
-        ("clip_skip", int),
-    ):
+    numbers = {"steps": int, "guidance_scale": float, "seed": int, "clip_skip": int}
+    for name, kind in numbers.items():
         try:
             found[name] = kind(given[name])
         except (KeyError, TypeError, ValueError, OverflowError):
