@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 _TOKEN = re.compile(r"\\.|[\[\]():|]|[^\\\[\]():|]++|\\", re.DOTALL)
 _WHEN = re.compile(r"\s*+([+-]?(?:\d++\.?\d*+|\.\d++)(?:[eE][+-]?\d++)?)\s*+")
@@ -35,18 +35,19 @@ class _Turns:
 _Node = str | list["_Node"] | _Switch | _Turns
 
 
-@dataclass
 class _Open:
     """A bracket that was opened. parts: what stands between its separators, `marks`."""
 
-    bracket: str
-    parts: list[list[_Node]] = field(default_factory=lambda: [[]])
-    marks: list[str] = field(default_factory=list)
+    __slots__ = ("bracket", "marks", "parts")
+
+    def __init__(self, bracket: str) -> None:
+        self.bracket, self.marks = bracket, ""
+        self.parts: list[list[_Node]] = [[]]
 
     def as_text(self) -> Iterator[_Node]:
         """What it is when it is no bracket."""
         yield self.bracket
-        for part, mark in zip(self.parts, [*self.marks, ""], strict=True):
+        for part, mark in zip(self.parts, (*self.marks, ""), strict=True):
             yield from part
             yield mark
 
@@ -97,7 +98,7 @@ def _parse(text: str) -> tuple[list[_Node], bool]:
             stack.append(_Open(token))
         elif token in ":|" and stack:
             stack[-1].parts.append([])
-            stack[-1].marks.append(token)
+            stack[-1].marks += token
         elif token in ")]" and stack and stack[-1].bracket == _CLOSES[token]:
             node = _closed(stack[-1], token)
             if node is None:
