@@ -53,7 +53,7 @@ bench: $(VENV)/.ready-dev
 SOAK := faults killed overload same storage strangers
 soak: $(VENV)/.ready-dev
 	mkdir -p runs
-	SAFELIGHT_SOAK=$(CURDIR)/runs/soak.txt $(BIN)/pytest -n0 $(SOAK:%=tests/server/test_%.py)
+	SAFELIGHT_SOAK=$(CURDIR)/runs/soak.txt $(BIN)/pytest -n0 $(SOAK:%=tests/server/test_%.py) tests/prompt/test_reading.py
 	$(BIN)/python tests/soak/kills.py $(ARGS)
 	$(BIN)/python tests/soak/training.py --steps 200
 
