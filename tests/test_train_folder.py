@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -18,11 +19,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import safelight
+from recipes.embedded.train import DRY
 from safelight import SafelightError
 from safelight.cli import app
 from safelight.train import folder as folders
 from safelight.train.finetune import finetune
-from safelight.train.large import DRY
 from safelight.train.loop import Plan
 from safelight.train.scratch import networks as scratch_networks
 from safelight.train.scratch import text_to_image
@@ -101,6 +102,46 @@ class TestFolder:
         with pytest.raises(SafelightError, match=r"a.txt cannot be read as UTF-8 text"):
             folders.captioned(pictures)
 
+    @pytest.mark.parametrize(
+        "line",
+        [
+            "[" * 100_000,
+            '{"a":' * 100_000,
+            '{"file_name": "c.webp", "text": ' + "[" * 100_000 + "]" * 100_000 + "}",
+            '{"file_name": "c.webp", "text": ' + "9" * 100_000 + "}",
+            '{"file_name": "c.webp", "text": "\\ud800"}',
+            json.dumps({"file_name": "c.webp", "text": "x" * 2**20}),
+        ],
+    )
+    def test_metadata_of_a_stranger(self, pictures: Path, line: str) -> None:
+        (pictures / "metadata.jsonl").write_text(line + "\n")
+        with pytest.raises(SafelightError, match=r"metadata.jsonl, line 1: expected \{") as error:
+            folders.captioned(pictures)
+        assert len(str(error.value)) < 200
+
+    def test_metadata_may_hold_every_end_of_a_line_that_json_may(self, pictures: Path) -> None:
+        rows = [
+            {"file_name": "c.webp", "text": "a\u2028green\u0085flag"},
+            {"file_name": "d.PNG", "text": "a white flag"},
+        ]
+        lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        (pictures / "metadata.jsonl").write_bytes(lines.encode())
+        said = {e.path.name: e.caption for e in folders.captioned(pictures)}
+        assert said["c.webp"] == "a green flag"
+
+    @pytest.mark.parametrize(
+        ("name", "size"), [("a.txt", 2**30), ("metadata.jsonl", 2**36), ("deep/b.txt", 2**16 + 1)]
+    )
+    def test_files_that_are_too_large_are_not_read(
+        self, pictures: Path, name: str, size: int
+    ) -> None:
+        with (pictures / name).open("wb") as file:
+            file.truncate(size)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(SafelightError, match=r"over \d+ bytes, too large for what it is"):
+            folders.captioned(pictures)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 2**10
+
     def test_unreadable_pictures_are_named(self, pictures: Path) -> None:
         (pictures / "a.png").write_bytes(b"no picture")
         paths = folders.pictures(pictures)
@@ -171,7 +212,7 @@ def test_from_nothing_to_a_model_that_draws(
 ) -> None:
     monkeypatch.setattr("safelight.train.scratch.CHECKPOINT_EVERY", 8)
     monkeypatch.setattr("safelight.train.scratch.SHEET_PROMPTS", 1)
-    tiny = DRY.vae, DRY.text, DRY.unet
+    tiny = DRY.networks
     monkeypatch.setattr("safelight.train.scratch.networks", lambda _: tiny)
     plan = Plan(steps=8, batch=4, learning_rate=2e-3, warmup=3, ema=0.8)
     made = text_to_image(pictures, tmp_path / "out", plan, autoencoder_steps=8)
@@ -195,7 +236,8 @@ def test_from_nothing_to_a_model_that_draws(
 
 @pytest.mark.parametrize("size", [64, 96, 128, 256])
 def test_networks_from_nothing_fit_together(size: int) -> None:
-    vae, text, unet = scratch_networks(size)
+    net = scratch_networks(size)
+    vae, text, unet = net.vae, net.text, net.unet
     assert unet.sample_size == size // vae.factor
     assert unet.cross_attention_dim == text.hidden_size
     assert unet.in_channels == vae.latent_channels

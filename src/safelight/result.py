@@ -18,7 +18,8 @@ class Result:
 
     settings: those of `Request.to_dict`, with the defaults of model and sampler filled in.
     seeds: seeds[i] made images[i]. timings: in seconds. paths: where the pictures were saved.
-    drawn: with dynamic prompts, the prompt and negative prompt that each seed drew.
+    drawn: what their last bits depend on besides: see `safelight.machine`.
+    words: with dynamic prompts, the prompt and negative prompt that each seed drew.
     """
 
     images: list[Image]
@@ -31,7 +32,8 @@ class Result:
     warnings: list[str] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     paths: list[Path] = field(default_factory=list)
-    drawn: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    drawn: dict[str, Any] = field(default_factory=dict)
+    words: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
     def recipe(self, i: int = 0) -> dict[str, Any]:
         """Return everything that makes picture i again, alone. It is written into its PNG.
@@ -41,16 +43,17 @@ class Result:
         """
         seed = self.seeds[i]
         settings, template = {**self.settings, "seed": seed, "count": 1}, {}
-        if seed in self.drawn:
+        if seed in self.words:
             names = ("prompt", "negative_prompt")
             template = {"template": {name: settings[name] for name in names}}
-            settings |= dict(zip(names, self.drawn[seed], strict=True))
+            settings |= dict(zip(names, self.words[seed], strict=True))
             settings["dynamic_prompts"] = False
         return {
             "safelight": __version__,
             "model": {"name": self.model, "sha256": self.sha256},
             "device": self.device,
             "dtype": self.dtype,
+            "drawn": self.drawn,
             "size": list(self.images[i].size),
             "settings": settings,
             "warnings": self.warnings,
@@ -83,6 +86,7 @@ class Result:
             "model": {"name": self.model, "sha256": self.sha256},
             "device": self.device,
             "dtype": self.dtype,
+            "drawn": self.drawn,
             "settings": self.settings,
             "warnings": self.warnings,
             "timings": self.timings,

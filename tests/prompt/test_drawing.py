@@ -17,7 +17,8 @@ from tests.weights_tiny import text_folder
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     text_folder(folder)
-    return safelight.load(folder, device="cpu", dtype="float32")
+    loaded = safelight.load(folder, device="cpu", dtype="float32")
+    return dataclasses.replace(loaded, native_size=(64, 64))
 
 
 def job_of(model, prompt, **settings):
@@ -83,7 +84,7 @@ def test_and_composes_by_weight(model):
 def test_prompts_of_any_length(model):
     long = "apple ale " * 20  # the tiny model has 14 tokens in a chunk
     job = job_of(model, long, negative_prompt="ale")
-    assert job.conditioning.tokens.shape[1] % 32 == 0
+    assert job.conditioning.tokens.shape[1] in (64, 80, 96, 112, 128, 144)
     for syntax in ("a1111", "comfy", "compel"):
         assert model.generate(long, prompt_syntax=syntax, steps=1, sampler="ddim").warnings == []
     [said] = [w for w in model.generate(long, steps=1, sampler="ddim").warnings if "cut" in w]

@@ -123,7 +123,7 @@ class Engine:
         try:
             with torch.inference_mode():
                 resolved = resolve_request(model, request)
-                result = new_result(model, request, resolved)
+                result = new_result(model, request, resolved, self.exact)
                 for i, seed in enumerate(result.seeds):
                     if i not in done:
                         one = with_drawn(resolved, result, seed)

@@ -10,6 +10,7 @@ from safelight.defaults import is_distilled
 from safelight.engine.job import Job, prepare
 from safelight.errors import SafelightError
 from safelight.families.base import Conditioning
+from safelight.machine import describe_machine
 from safelight.prompt.dynamic import draw
 from safelight.request import Request
 from safelight.result import Result
@@ -79,8 +80,11 @@ def _resized(request: Request, size: tuple[int, int]) -> dict[str, Image.Image]:
     return fitted
 
 
-def new_result(model: Model, asked: Request, resolved: Request) -> Result:
-    """Return the result of a request, without pictures yet, with its warnings."""
+def new_result(model: Model, asked: Request, resolved: Request, exact: bool = True) -> Result:
+    """Return the result of a request, without pictures yet, with its warnings.
+
+    exact: each picture has the calls of the network for itself.
+    """
     # Pictures are named as they were given, before any resizing.
     given = {name: v for name, v in asked.to_dict().items() if name.endswith("_sha256")}
     seeds = [resolved.seed + i for i in range(resolved.count)]
@@ -92,14 +96,15 @@ def new_result(model: Model, asked: Request, resolved: Request) -> Result:
         sha256=model.sha256,
         device=str(model.device),
         dtype=model.precision,
+        drawn={"exact": exact, **describe_machine(model.device)},
     )
     if resolved.dynamic_prompts:
         texts = [resolved.prompt, resolved.negative_prompt]
         for seed in seeds:
-            result.drawn[seed] = tuple(draw(texts, seed, model.wildcards_dir))
+            result.words[seed] = tuple(draw(texts, seed, model.wildcards_dir))
     result.warnings += _warnings(model, asked, resolved)
     # Each picture may have words of its own.
-    told = {result.drawn.get(seed): seed for seed in seeds}
+    told = {result.words.get(seed): seed for seed in seeds}
     for seed in told.values():
         result.warnings += model.family.warnings(model, with_drawn(resolved, result, seed))
     result.warnings[:] = dict.fromkeys(result.warnings)
@@ -108,9 +113,9 @@ def new_result(model: Model, asked: Request, resolved: Request) -> Result:
 
 def with_drawn(resolved: Request, result: Result, seed: int) -> Request:
     """Return the request of one picture, with its prompts as they were drawn."""
-    if seed not in result.drawn:
+    if seed not in result.words:
         return resolved
-    prompt, negative = result.drawn[seed]
+    prompt, negative = result.words[seed]
     return resolved.replace(prompt=prompt, negative_prompt=negative, dynamic_prompts=False)
 
 

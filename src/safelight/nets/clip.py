@@ -31,7 +31,7 @@ class CLIPTextConfig(NetConfig):
     def _validate(self) -> None:
         if self.hidden_act not in ACTIVATIONS:
             self._refuse(f"hidden_act={self.hidden_act!r:.60}; expected one of {list(ACTIVATIONS)}")
-        if self.hidden_size % (self.num_attention_heads or 1) or not self.num_attention_heads:
+        if self.hidden_size % self.num_attention_heads:
             self._refuse(f"{self.hidden_size} channels do not divide into heads")
 
 

@@ -1,10 +1,11 @@
-"""What stands before every route: who may ask, from where, how much and how slowly."""
+"""Check each request before its route: token, host, origin, size and speed."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
 import binascii
+import contextlib
 import hmac
 import ipaddress
 import json
@@ -21,6 +22,9 @@ from safelight.server.bodies import RefusedError
 
 log = logging.getLogger("safelight.http")
 
+LINGER = 5.0
+"""Seconds that a refused body is read on for, so that the client sees the answer."""
+
 OPEN = frozenset({"/healthz"})
 """Paths that need no token: that the process lives."""
 
@@ -34,8 +38,10 @@ HEADERS = (
 
 @dataclass(frozen=True)
 class Rules:
-    """token: None lets everyone in, which only loopback may. hosts: names that a Host header may
-    have besides loopback's.
+    """Who may ask.
+
+    token: None lets everyone in, for loopback alone. hosts: names that a Host header may have
+    besides loopback's.
     """
 
     token: str | None = None
@@ -68,8 +74,8 @@ class Guard:
             async with asyncio.timeout(bodies.SLOW):
                 await send(message)
 
+        unread, headers = receive, _headers(scope)
         try:
-            headers = _headers(scope)
             self._check_site(scope, headers)
             receive = bodies.limited(receive, _single(headers, "content-length"))
             if scope["path"] == entrance.ENTER and scope["method"] == "POST":
@@ -84,6 +90,9 @@ class Guard:
         except RefusedError as refusal:
             if not sent:
                 await _answer(reply, refusal.status_code, refusal.detail, refusal.headers)
+                if refusal.status_code == 413 and receive is unread and "expect" not in headers:
+                    await _discard(unread)
+                await reply({"type": "http.response.body"})
         finally:
             route = getattr(scope.get("route"), "path", "")
             self.counted(scope["method"], route, status)
@@ -113,7 +122,7 @@ class Guard:
                 raise RefusedError(403, "cross-site requests are refused")
 
     async def _enter(self, receive: Any, reply: Any) -> None:
-        """A browser's form with the token in it: given a cookie, and sent to the page."""
+        """Answer a browser's form with the token in it: set a cookie, and lead to the page."""
         form, more = b"", True
         while more and len(form) <= entrance.MAX_FORM:
             message = await receive()
@@ -157,7 +166,7 @@ class Guard:
 
 
 def _equal(given: str, token: str) -> bool:
-    """In a time that tells nothing."""
+    """Compare in constant time."""
     return hmac.compare_digest(given.encode(), token.encode())
 
 
@@ -174,7 +183,7 @@ def _single(headers: dict[str, list[str]], name: str) -> str:
 
 
 def _name(host: str) -> str | None:
-    """The name in a Host header, without its port; None if it is none."""
+    """Return the name in a Host header, without its port; None if it is invalid."""
     try:
         parts = urlsplit("//" + host)
         _ = parts.port
@@ -200,11 +209,27 @@ async def _answer(send: Any, status: int, text: str, headers: Mapping[str, str] 
             "status": status,
             "headers": [
                 (b"content-type", b"application/json"),
+                (b"content-length", str(len(body.encode())).encode()),
                 *((k.encode(), v.encode()) for k, v in (headers or {}).items()),
             ],
         }
     )
-    await send({"type": "http.response.body", "body": body.encode()})
+    await send({"type": "http.response.body", "body": body.encode(), "more_body": True})
+
+
+async def _discard(receive: Any) -> None:
+    """Read on for a moment after a body was refused unread.
+
+    To close a connection with bytes unread resets it, and the client may lose the answer.
+    """
+    seen = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER):
+            while seen < 2 * bodies.MAX_BODY:
+                message = await receive()
+                seen += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
 
 
 async def _page(

@@ -1,5 +1,6 @@
-"""The worker's process, started before anything heavy is imported: it loads its model while the
-server is still coming up.
+"""Start the worker's process before anything heavy is imported.
+
+It loads its model while the server is still starting.
 """
 
 from __future__ import annotations
@@ -9,19 +10,11 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
+from safelight.server.settings import Settings
 
-@dataclass(frozen=True)
-class Settings:
-    """What the worker is told at its start."""
+__all__ = ["Child", "Settings", "spawn"]
 
-    model: str
-    url: str
-    root: str
-    device: str = "auto"
-    dtype: str = "auto"
-    low_memory: bool = False
-    exact: bool = False
-    rows: int | None = None
+from safelight.threads import wait_asleep
 
 
 @dataclass(frozen=True)
@@ -45,6 +38,7 @@ def spawn(settings: Settings) -> Child:
 
 
 def _run(pipe: Connection, settings: Settings) -> None:
+    wait_asleep()  # before the worker's import of PyTorch
     from safelight.server.worker import main
 
     main(pipe, settings)

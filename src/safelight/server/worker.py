@@ -21,7 +21,7 @@ from safelight.request import Request
 from safelight.result import Result
 from safelight.server.files import Files
 from safelight.server.jobs import ModelInfo, Picture, StorageError
-from safelight.server.process import Settings
+from safelight.server.settings import Settings
 from safelight.server.store import LEASE, Claim, LostError, Store, new_id
 
 PICTURES = 48
@@ -104,6 +104,7 @@ class Worker:
             name=self._model.name,
             sha256=self._model.sha256,
             kind=self._model.kind,
+            uses_prompt=self._model.family.uses_prompt,
             family=self._model.family.name,
             width=width,
             height=height,

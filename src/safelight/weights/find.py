@@ -21,10 +21,17 @@ _HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w.-]*))?")
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a model's files are: a single file, or a folder in diffusers' layout."""
+    """Where a model's files are: a single file, or a folder in diffusers' layout.
+
+    name: what it is called, as text that can be written anywhere. path: may hold any bytes.
+    """
 
     name: str
     path: Path
+
+    def __post_init__(self) -> None:
+        # A name that is not UTF-8 comes as lone surrogates, which no recipe and no log can hold.
+        object.__setattr__(self, "name", self.name.encode(errors="replace").decode())
 
 
 def find(name: str | Path, *, download: bool = True) -> Source:
@@ -163,3 +170,19 @@ def _reason(error: Exception) -> str:
 def _missing(repo: str, why: str, get: str) -> SafelightError:
     # Longer than other errors may be: the command is of no use without its end.
     return SafelightError(printable(f"{repo} {why}; to get it: {get}", 500), code="no_model")
+
+
+def cached() -> list[str]:
+    """The models in the hub's cache."""
+    from huggingface_hub import CacheNotFound, scan_cache_dir
+
+    try:
+        repos = scan_cache_dir().repos
+    except CacheNotFound:
+        return []
+    return sorted(
+        repo.repo_id
+        for repo in repos
+        if repo.repo_type == "model"
+        and any(f.file_name == "model_index.json" for r in repo.revisions for f in r.files)
+    )

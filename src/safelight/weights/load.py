@@ -16,12 +16,14 @@ from safelight.errors import SafelightError
 from safelight.fast import accelerate, helps, memory, native_bfloat16, remark
 from safelight.model import Model
 from safelight.weights.check import DTYPES, Header, refusal
-from safelight.weights.digest import model_digest
+from safelight.weights.digest import Original, digest_files, model_digest
 from safelight.weights.find import find
 from safelight.weights.names import Weight, some
 from safelight.weights.plan import Plan, read_plan
 
-_FLOATS = ("F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2")
+_SMALL = ("F8_E4M3", "F8_E5M2")
+_FLOATS = ("F16", "BF16", "F32", "F64", *_SMALL)
+_STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _COMPUTE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -57,11 +59,17 @@ def load_model(
     where = pick_device(device)
     precision = pick_dtype(dtype, where)
     plan = read_plan(find(name, download=download), prediction_type)
+    # What headers and configs tell comes first: to hash or to read a large file takes long.
+    nets = {part: _frame(plan, part) for part in plan.weights}
+    if where.type == "cpu" and not low_memory:
+        _check_memory(plan, precision)
     tokenizers = plan.family.load_tokenizers(plan.folder, plan.configs)
     # After all files are found, and before any weight of a damaged download is used.
-    sha256 = model_digest(plan.files)
+    digests = digest_files(plan.files)
     fast = helps(where, precision) and not plain
-    nets = {part: _network(plan, part, where, precision, fast) for part in plan.weights}
+    originals = {found.path: Original(found) for found in digests.values()}
+    for part, net in nets.items():
+        _fill(net, plan.weights[part], originals, where, precision, fast)
     for net in nets.values() if fast else ():
         accelerate(net, precision, low_memory)
     warnings = list(plan.warnings)
@@ -72,7 +80,7 @@ def load_model(
     return Model(
         name=plan.source.name,
         path=str(plan.source.path),
-        sha256=sha256,
+        sha256=model_digest(digests),
         family=plan.family,
         parts={**tokenizers, **nets},
         scheduler=plan.scheduler,
@@ -87,7 +95,7 @@ def load_model(
 
 
 def inspect(name: str | Path) -> dict[str, Any]:
-    """What a checkpoint is, without reading its weights.
+    """Return what a checkpoint is, without reading its weights.
 
     Returns name, path, kind, family, components (parameters, stored dtypes and bytes of each
     network), parameters and dtypes of all, size_on_disk (bytes), prediction_type, native_size
@@ -120,7 +128,7 @@ def _summary(weights: Mapping[str, Weight]) -> dict[str, Any]:
 
 
 def pick_device(name: str | torch.device) -> torch.device:
-    """The device of this name; SafelightError names those that are there if it is not."""
+    """Return the device of this name; SafelightError names those that are there if it is not."""
     there = ["cpu"]
     if torch.backends.mps.is_available():
         there.insert(0, "mps")
@@ -134,7 +142,7 @@ def pick_device(name: str | torch.device) -> torch.device:
 
 
 def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of this name; SafelightError if it is none that a network computes in."""
+    """Return the dtype of this name; SafelightError if no network computes in it."""
     if name == "auto":
         if device.type != "cpu":
             return torch.float16
@@ -146,10 +154,10 @@ def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 
 class _Unfilled(TorchFunctionMode):
-    """Within it, a network is built without drawing the random weights it would train from.
+    """A context in which networks are built without drawing random weights.
 
-    The file's take their place; and to draw normal numbers on the meta device, torch first
-    imports its compiler, which takes longer than all else in the making of a small picture.
+    The file's weights take their place. To draw normal numbers on the meta device, torch first
+    imports its compiler, which takes longer than the rest of a small picture.
     """
 
     def __torch_function__(
@@ -160,27 +168,63 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _network(plan: Plan, part: str, device: torch.device, dtype: torch.dtype, mapped: bool) -> Any:
-    """One network, built without memory of its own and then given its weights.
-
-    mapped: they stay in the file, in the precision that they are stored in.
-    """
+def _frame(plan: Plan, part: str) -> Any:
+    """Return a network without weights, once those of its file are seen to fit it."""
     _, network_class = plan.family.parts[part].load_classes()
     with torch.device("meta"), _Unfilled():
         network = network_class(plan.configs[part])
-    weights = plan.weights[part]
-    _check_fit(plan.source.name, part, network, weights)
-    state: dict[str, Tensor] = {}
-    for header in {id(w.header): w.header for w in weights.values()}.values():
-        here = {name: w for name, w in weights.items() if w.header is header}
-        state |= _read(header, here, device, dtype, keep=mapped)
-    network.load_state_dict(state, strict=True, assign=True)
-    network.eval().requires_grad_(False)
+    _check_fit(plan.source.name, part, network, plan.weights[part])
     return network
 
 
+def _check_memory(plan: Plan, dtype: torch.dtype) -> None:
+    """Refuse a model whose weights alone are more than this machine has memory for."""
+    numbers = sum(math.prod(w.shape) for part in plan.weights.values() for w in part.values())
+    need, there = numbers * dtype.itemsize, memory.total()
+    if there and need > there:
+        raise refusal(
+            plan.source.name,
+            f"its weights take {need / 2**30:.1f} GB in {str(dtype)[6:]}, and this machine has "
+            f"{there / 2**30:.1f}: try low_memory",
+        )
+
+
+def _fill(
+    network: nn.Module,
+    weights: Mapping[str, Weight],
+    originals: Mapping[Path, Original],
+    device: torch.device,
+    dtype: torch.dtype,
+    mapped: bool,
+) -> None:
+    """Give a network its weights.
+
+    originals: its files, by their paths. mapped: weights stay in the file, in the precision that
+    they are stored in, until they are used; before and after each use it is seen that the file
+    still holds what was hashed.
+    """
+    state: dict[str, Tensor] = {}
+    files: list[Original] = []
+    for header in {id(w.header): w.header for w in weights.values()}.values():
+        here = {name: w for name, w in weights.items() if w.header is header}
+        file = originals[header.path.resolve()]
+        state |= _read(header, here, file.openable, device, dtype, keep=mapped)
+        file.check()
+        files.append(file)
+    network.load_state_dict(state, strict=True, assign=True)
+    network.eval().requires_grad_(False)
+    # Weights that were converted are not in the file any more.
+    if not mapped and all(w.dtype != _STORED[dtype] for w in weights.values()):
+        return
+    # The autoencoder is used by its parts.
+    for module in (network, *network.children()):
+        for file in files:
+            module.register_forward_pre_hook(file.check)
+            module.register_forward_hook(file.check)
+
+
 def _check_fit(model: str, part: str, network: nn.Module, weights: Mapping[str, Weight]) -> None:
-    """Whether the weights are those of the network, by name, shape and kind of number."""
+    """Raise SafelightError unless names, shapes and types of the weights fit the network."""
     wanted = {name: tuple(t.shape) for name, t in network.state_dict().items()}
     for what, names in (
         ("are missing", wanted.keys() - weights.keys()),
@@ -199,16 +243,23 @@ def _check_fit(model: str, part: str, network: nn.Module, weights: Mapping[str, 
 def _read(
     header: Header,
     weights: Mapping[str, Weight],
+    path: str,
     device: torch.device,
     dtype: torch.dtype,
-    keep: bool = False,
+    keep: bool,
 ) -> dict[str, Tensor]:
-    """keep: leave them in the mapped file, in the precision that they are stored in."""
+    """Return weights by our names.
+
+    path: where the file is opened. keep: leave them in the mapped file, in the precision that
+    they are stored in.
+    """
     state: dict[str, Tensor] = {}
     try:
-        with safe_open(header.path, framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             for name, weight in weights.items():
                 tensor = file.get_tensor(weight.key)
+                if weight.dtype in _SMALL:
+                    tensor = tensor.to(dtype)  # torch does not compute in 8 bits
                 if weight.third is not None:
                     tensor = tensor.chunk(3)[weight.third]
                 if tensor.data_ptr() % tensor.element_size():
@@ -227,6 +278,6 @@ def _read(
 
 
 def _finite(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether all is finite as it will be used: a large float32 is no longer so as float16."""
+    """Return whether all values are finite in `dtype`: a large float32 is not, as float16."""
     # NaN is passed on by both, and conversion keeps the order.
     return all(bool(end.to(dtype).isfinite()) for end in torch.aminmax(tensor))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, cast
 
 from fastapi import HTTPException
@@ -42,7 +42,7 @@ from safelight.sizes import allowed_size
 
 
 def _whole(value: object) -> object:
-    """Some languages write 20 as 20.0."""
+    """Return 20 for 20.0, which some languages write."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -157,9 +157,14 @@ def understand(
         pictures, more = _pictures(body, request)
         request = request.replace(**pictures)
         warnings += more
-    request, size = fit_to_model(request, model)
-    warnings += enlarging_note(request, size, model)
-    return Asked(request, size, warnings, _echo(body, request))
+    return Asked(request, None, warnings, _echo(body, request))
+
+
+def fitted(asked: Asked, model: ModelInfo) -> Asked:
+    """Return what was asked at a size that the model, once it is loaded, can draw."""
+    request, size = fit_to_model(asked.request, model)
+    warnings = asked.warnings + enlarging_note(request, size, model)
+    return replace(asked, request=request, size=size, warnings=warnings)
 
 
 # --- settings ------------------------------------------------------------------------------------
@@ -285,7 +290,7 @@ def describe(data: bytes) -> dict[str, Any]:
 
 
 def _pictures(body: ImageToImage, request: Request) -> tuple[dict[str, Any], list[str]]:
-    """The settings image, mask, width and height, and warnings.
+    """Return the settings image, mask, width and height, and warnings.
 
     With no side asked for, the picture keeps its own size, or in its proportions the nearest that
     can be drawn.
@@ -326,7 +331,7 @@ def _pictures(body: ImageToImage, request: Request) -> tuple[dict[str, Any], lis
 
 
 def _mask(data: bytes) -> Image.Image:
-    """White is repainted; in a mask with transparency, what is opaque, whatever its colour.
+    """Return a mask: white is repainted; with transparency, what is opaque, whatever its colour.
 
     Drawing programs send their strokes on a transparent layer, and the web UI reads them so.
     """
@@ -340,7 +345,7 @@ def _mask(data: bytes) -> Image.Image:
 
 
 def _inpainting(body: ImageToImage) -> list[str]:
-    """Warnings about a mask.
+    """Return warnings about a mask.
 
     Safelight repaints a hard-edged mask within the whole picture. At denoising_strength 1 it
     begins from noise alone, and below from the picture's own content, which is
