@@ -65,7 +65,7 @@ bench: $(VENV)/.ready-dev
 SOAK := faults killed overload same storage strangers
 soak: $(VENV)/.ready-dev
 	mkdir -p runs
-	SAFELIGHT_SOAK=$(CURDIR)/runs/soak.txt $(BIN)/pytest -n0 $(SOAK:%=tests/server/test_%.py)
+	SAFELIGHT_SOAK=$(CURDIR)/runs/soak.txt $(BIN)/pytest -n0 $(SOAK:%=tests/server/test_%.py) tests/prompt/test_reading.py
 	SAFELIGHT_FUZZ=480 $(BIN)/pytest -n0 -s tests/test_fuzz.py | tee runs/fuzz.txt
 	$(BIN)/python tests/soak/company.py
 	$(BIN)/python tests/soak/kills.py $(ARGS)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from safelight.engine.capacity import free_memory, largest_useful_batch, out_of_memory, probe
 from safelight.engine.job import Job, NotFiniteError, advance, finish
-from safelight.engine.requests import create_job, new_result, resolve_request
+from safelight.engine.requests import create_job, new_result, resolve_request, with_drawn
 from safelight.errors import SafelightError
 from safelight.families.base import Conditioning
 from safelight.request import Request
@@ -123,11 +123,11 @@ class Engine:
         try:
             with torch.inference_mode():
                 resolved = resolve_request(model, request)
-                conditioning = self._conditioning(resolved)
                 result = new_result(model, request, resolved, self.exact)
                 for i, seed in enumerate(result.seeds):
                     if i not in done:
-                        job = create_job(model, resolved, conditioning, seed)
+                        one = with_drawn(resolved, result, seed)
+                        job = create_job(model, one, self._conditioning(one), seed)
                         self.add_job(job, tag, index=i, seed=seed)
         except (MemoryError, RuntimeError) as error:  # of a large picture to start from
             if not out_of_memory(error):
@@ -251,7 +251,7 @@ class Engine:
     def _conditioning(self, request: Request) -> Conditioning:
         """Return the cached conditioning of a resolved request."""
         family = self.model.family
-        key = tuple(getattr(request, name) for name in family.conditioned_on)
+        key = family.conditioning_key(request)
         if key not in self._prompts:
             made = family.encode(self.model, request)
             if not made.is_finite:

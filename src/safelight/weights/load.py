@@ -36,6 +36,7 @@ def load_model(
     low_memory: bool = False,
     plain: bool = False,
     download: bool = True,
+    wildcards_dir: str | Path | None = None,
 ) -> Model:
     """Load a model by name (see `find`); without one, the model that ships.
 
@@ -48,10 +49,13 @@ def load_model(
       little later.
     plain: without the fast layers, which cannot be trained.
     download: False takes a hub model from the cache alone.
+    wildcards_dir: a folder of text files, whose lines `__name__` in a prompt is drawn from.
 
     Raises SafelightError, one line, if the model is not found or not usable: a missing,
     left-over or misshapen weight is named, and so is one that is not finite.
     """
+    if wildcards_dir is not None and not Path(wildcards_dir).is_dir():
+        raise SafelightError(f"there is no folder of wildcards {str(wildcards_dir)[-100:]!r}")
     where = pick_device(device)
     precision = pick_dtype(dtype, where)
     plan = read_plan(find(name, download=download), prediction_type)
@@ -86,6 +90,7 @@ def load_model(
         device=where,
         dtype=precision,
         warnings=warnings,
+        wildcards_dir=None if wildcards_dir is None else Path(wildcards_dir),
     )
 
 
