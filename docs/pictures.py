@@ -1,11 +1,11 @@
-"""Make the pictures of README.md from the models that ship, a minute on one core.
+"""Draw the pictures of the README and the docs with the bundled models, in a minute of one core.
 
     python docs/pictures.py [--model DIR] [--unconditional DIR] [--digits DIR] [--out docs/pictures]
 
-With --digits, a model that `safelight train unconditional digits` made, those of
+--digits takes a model of `safelight train unconditional digits` and draws the pictures of
 docs/train-your-own.md, too.
 
-Those of the four tasks are what the README's commands make: change prompt, sampler or seed in both.
+The pictures of docs/tasks.md are those of its commands: change prompt, sampler or seed in both.
 """
 
 import argparse
@@ -39,12 +39,12 @@ SAMPLERS = ("euler", "euler_a", "heun", "dpmpp_2m", "unipc", "lms", "pndm", "ddi
 STEPS = (5, 10, 20)
 NOISE_AT = (0, 100, 200, 350, 500, 700, 999)  # timesteps
 TAKEN_AT = (1, 10, 20, 30, 40, 45, 50)  # steps of fifty
-BORDER = 6  # pixels of the cat's picture that the mask keeps
+BORDER = 6 / 64  # share of the cat's picture that the mask keeps on each side
 
 
 def main() -> None:
     here = Path(__file__).parent
-    parser = argparse.ArgumentParser(description="Make the pictures of README.md.")
+    parser = argparse.ArgumentParser(description="Draw the pictures of the docs.")
     parser.add_argument("--model", default="embedded", help="the text-to-image model")
     parser.add_argument("--unconditional", default="embedded-unconditional")
     parser.add_argument("--out", type=Path, default=here / "pictures")
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def noise_added(model: safelight.Model) -> Image.Image:
-    """A digit, and what its noise schedule makes of it: one row a digit, one column a timestep."""
+    """Return two digits with more and more noise: one row for each digit, one column a timestep."""
     import torch
 
     from safelight.picture import from_tensor, to_tensor
@@ -86,22 +86,22 @@ def noise_added(model: safelight.Model) -> Image.Image:
         for t in NOISE_AT:
             bar = float(bars[t])
             pictures.append(from_tensor(bar**0.5 * clean + (1 - bar) ** 0.5 * noise))
-    return sheet(pictures, columns=len(NOISE_AT), scale=4)
+    return sheet(pictures, columns=len(NOISE_AT), side=64)
 
 
 def noise_taken(model: safelight.Model) -> Image.Image:
-    """What the model takes to be under the noise, as it takes it away: one row a seed."""
+    """Return the clean estimates of one picture in each row, one column for each step."""
     pictures = []
     for seed in (1, 2):
         run = model.stream(unconditional=True, sampler="ddim", steps=50, seed=seed)
         seen = {step.step: step.preview() for step in run}
         pictures += [seen[step] for step in TAKEN_AT]
-    return sheet(pictures, columns=len(TAKEN_AT), scale=4)
+    return sheet(pictures, columns=len(TAKEN_AT), side=64)
 
 
 def hero(model: safelight.Model) -> Image.Image:
     pictures = [draw(model, prompt, seed=HERO_SEED) for prompt in HERO]
-    return sheet(pictures, columns=6, scale=2)
+    return sheet(pictures, columns=6, side=128)
 
 
 def text_to_image(model: safelight.Model) -> Image.Image:
@@ -119,7 +119,8 @@ def inpainting(model: safelight.Model) -> Image.Image:
     cat = draw(model, "a cat on a light blue background", seed=2)
     width, height = cat.size
     mask = Image.new("L", cat.size)
-    mask.paste(255, (BORDER, BORDER, width - BORDER, height - BORDER))
+    x, y = round(BORDER * width), round(BORDER * height)
+    mask.paste(255, (x, y, width - x, height - y))
     dog = draw(model, "a dog on a light blue background", seed=2, image=cat, mask=mask)
     return sheet([cat, mask.convert("RGB"), dog])
 
@@ -130,14 +131,14 @@ def unconditional(model: safelight.Model) -> Image.Image:
 
 
 def samplers(model: safelight.Model) -> Image.Image:
-    """One row for each number of steps, one column for each sampler."""
+    """Return one row for each number of steps, one column for each sampler."""
     settings = {"prompt": "a cat on a light blue background", "seed": 1}
     pictures = [
         draw(model, sampler=sampler, steps=steps, **settings)
         for steps in STEPS
         for sampler in SAMPLERS
     ]
-    grid = sheet(pictures, columns=len(SAMPLERS), scale=2)
+    grid = sheet(pictures, columns=len(SAMPLERS), side=128)
     left, top = 36, 28
     page = Image.new("RGB", (left + grid.width, top + grid.height), WHITE)
     page.paste(grid, (left, top))
@@ -147,22 +148,27 @@ def samplers(model: safelight.Model) -> Image.Image:
         pen.text((left + (i + 0.5) * across, top / 2), sampler, BLACK, font, anchor="mm")
     for i, steps in enumerate(STEPS):
         pen.text((left / 2, top + (i + 0.5) * down), str(steps), BLACK, font, anchor="mm")
-    return page.quantize(256, dither=Image.Dither.NONE)  # half the file, and no one sees it
+    return page.quantize(
+        256, dither=Image.Dither.NONE
+    )  # half the size, without a visible difference
 
 
 def draw(model: safelight.Model, prompt: str, **settings: Any) -> Image.Image:
     return model.generate(prompt, **{"sampler": "dpmpp_2m", **settings}).images[0]
 
 
-def sheet(pictures: Sequence[Image.Image], *, columns: int = 3, scale: int = 3) -> Image.Image:
-    """Pictures of one size in rows, framed, every pixel shown `scale` times as large."""
+def sheet(pictures: Sequence[Image.Image], *, columns: int = 3, side: int = 192) -> Image.Image:
+    """Return pictures of one size in rows, framed, each resized to `side` pixels of width."""
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
-    width, height = (side * scale for side in pictures[0].size)
+    width, height = side, round(side * pictures[0].height / pictures[0].width)
+    # Whole multiples stay sharp; a larger picture is reduced smoothly.
+    smaller = pictures[0].width > side
+    how = Image.Resampling.LANCZOS if smaller else Image.Resampling.NEAREST
     made = Image.new("RGB", (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP), WHITE)
     for i, picture in enumerate(pictures):
         x, y = i % columns * (width + GAP), i // columns * (height + GAP)
-        made.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, y))
+        made.paste(picture.resize((width, height), how), (x, y))
         # A picture on white would have no edge on a white page.
         ImageDraw.Draw(made).rectangle((x, y, x + width - 1, y + height - 1), outline=FRAME)
     return made

@@ -1,64 +1,110 @@
-"""What the documents say is there is there, and what is there they say."""
+"""The README and the docs agree with the code, and with each other."""
 
 import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
+from pydantic import Field
 
 from safelight.cli import app
 from safelight.request import Request
 from safelight.sampling import SAMPLERS
+from safelight.settings import markdown, settings_of
 from safelight.train.cutouts import LOCK, notice
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = ROOT / "docs"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+COMMANDS = typer.main.get_command(app).commands
+README_LINES = 150
 
 
-def rows(heading: str) -> dict[str, list[str]]:
-    """The rows of the tables under a heading of the README, by each name in their first cell."""
-    _, _, after = README.partition(f"\n## {heading}\n")
-    section = after.partition("\n## ")[0]
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """Rows of the tables of a text, by each name in backticks in their first cell."""
     cells = [
         [cell.strip() for cell in line.strip("|").split("|")]
-        for line in section.splitlines()
+        for line in text.splitlines()
         if line.startswith("| `")
     ]
     return {name: row for row in cells for name in re.findall(r"`([^`]+)`", row[0])}
 
 
+SETTINGS = rows(markdown(Request))
+_PAGE, _, _GENERATE = read(DOCS / "cli.md").partition("\n## `safelight generate`\n")
+GENERATE = rows(_GENERATE)
+
+
 def commands(text: str) -> list[list[str]]:
-    """The arguments of each safelight command in the code blocks of a text."""
+    """Arguments of each safelight command in the code blocks of a text."""
     joined = text.replace("\\\n", " ")
-    lines = re.findall(r"^ {4}safelight (.*)$", joined, flags=re.MULTILINE)
+    lines = re.findall(r"^ {4}(?:.*&& )?safelight (.*)$", joined, flags=re.MULTILINE)
     return [shlex.split(line, comments=True) for line in lines]
 
 
-def test_every_setting_is_in_the_readme():
-    assert set(Request.model_fields) <= set(rows("Parameters"))
+WRITTEN = [
+    pytest.param(arguments, id=f"{document.name}: {' '.join(arguments)}")
+    for document in DOCUMENTS
+    for arguments in commands(read(document))
+]
 
 
-def test_every_option_of_generate_is_in_the_readme():
-    known = set(rows("Parameters"))
-    for parameter in typer.main.get_command(app).commands["generate"].params:
+def test_the_readme_is_short():
+    assert len(read(ROOT / "README.md").splitlines()) <= README_LINES
+
+
+def test_every_setting_is_documented_as_its_field_describes_it():
+    assert markdown(Request) in read(DOCS / "settings.md")
+    assert set(SETTINGS) == set(Request.model_fields)
+
+
+def test_a_new_setting_is_in_the_table():
+    class Wider(Request):
+        tiling: bool = Field(False, description="whether the edges fit together")
+
+    row = "| `tiling` | `--tiling` | whether the edges fit together | true or false | off |"
+    assert row in markdown(Wider).splitlines()
+
+
+def test_every_alias_of_an_option_is_documented():
+    text = read(DOCS / "settings.md")
+    for setting in settings_of(Request).values():
+        aliases = ", ".join(f"`{alias}`" for alias in setting.about.aliases)
+        assert not aliases or f"| {setting.name} | {aliases} |" in text
+
+
+def test_every_option_of_generate_is_documented():
+    for parameter in COMMANDS["generate"].params:
         option = next((o for o in parameter.opts if o.startswith("--")), None)
-        assert parameter.name in known or option in known, parameter.name
+        assert parameter.name in SETTINGS or option in GENERATE, parameter.name
 
 
-def test_the_readme_invents_no_setting():
-    options = {
-        option
-        for parameter in typer.main.get_command(app).commands["generate"].params
-        for option in parameter.opts
-    }
-    assert set(rows("Parameters")) <= options | set(Request.model_fields)
+def test_the_docs_invent_no_option():
+    assert set(GENERATE) <= {o for parameter in COMMANDS["generate"].params for o in parameter.opts}
 
 
-def test_every_sampler_is_in_the_readme_as_the_registry_has_it():
-    found = rows("Samplers")
+@pytest.mark.parametrize(("page", "command"), [("server.md", "serve"), ("studio.md", "studio")])
+def test_every_option_of_a_server_is_documented(page: str, command: str):
+    found = set(rows(read(DOCS / page)))
+    real = {o for parameter in COMMANDS[command].params for o in parameter.opts if o != "--help"}
+    real |= {o for parameter in COMMANDS[command].params for o in parameter.secondary_opts}
+    assert real - found <= {"-h", "--browser"}
+    assert found <= real
+
+
+def test_every_command_is_documented():
+    assert set(rows(_PAGE)) == set(COMMANDS)
+
+
+def test_every_sampler_is_documented_as_the_registry_has_it():
+    found = rows(read(DOCS / "samplers.md"))
     assert list(found) == list(SAMPLERS)
     for sampler in SAMPLERS.values():
         _, steps, schedules, web, _ = found[sampler.name]
@@ -66,37 +112,60 @@ def test_every_sampler_is_in_the_readme_as_the_registry_has_it():
         assert schedules == ("yes" if sampler.schedules else "")
 
 
-def test_there_are_commands_in_the_readme():
-    assert len(commands(README)) > 10
+def test_there_are_commands_in_the_documents():
+    assert len(WRITTEN) > 30
+    assert len(commands(read(ROOT / "README.md"))) >= 6
 
 
-@pytest.mark.parametrize("arguments", commands(README), ids=" ".join)
-def test_commands_of_the_readme_parse(arguments: list[str]):
-    group = typer.main.get_command(app)
-    command = group.commands[arguments[0]]
-    context = command.make_context(arguments[0], arguments[1:])
-    assert arguments[0] != "generate" or context.params["sampler"] in {None, *SAMPLERS}
+@pytest.mark.parametrize("arguments", WRITTEN)
+def test_written_commands_parse(arguments: list[str]):
+    command: Any = typer.main.get_command(app)
+    if arguments[0].startswith("-"):
+        arguments = ["generate", *arguments]  # options of the program itself, such as --help
+    name = "safelight"
+    while hasattr(command, "commands"):
+        name, *arguments = arguments
+        command = command.commands[name]
+    if "--help" in arguments:
+        return
+    context = command.make_context(name, arguments)
+    assert context.params.get("sampler") in {None, *SAMPLERS}
+
+
+def test_every_page_is_in_the_index():
+    index = read(DOCS / "README.md")
+    for page in DOCS.glob("*.md"):
+        assert page.name == "README.md" or f"]({page.name})" in index, page.name
+    assert "](decisions/README.md)" in index
+
+
+def test_the_readme_quotes_the_model_card():
+    """Figures of the bundled models stand in one table of the README, each as in the model card."""
+    _, _, after = read(ROOT / "README.md").partition("\n## The bundled models\n")
+    quoted = re.findall(r"\d+ %", after.partition("\n## ")[0])
+    assert len(quoted) >= 14
+    assert set(quoted) <= set(re.findall(r"\d+ %", read(DOCS / "model-card.md")))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_to_files(document: Path):
-    text = document.read_text(encoding="utf-8")
+    text = read(document)
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         if not target.startswith("https://"):
             assert (document.parent / target).is_file(), target
 
 
 def test_every_decision_is_in_the_index():
-    index = (ROOT / "docs" / "decisions" / "README.md").read_text(encoding="utf-8")
-    for note in (ROOT / "docs" / "decisions").glob("[0-9]*.md"):
-        title = note.read_text(encoding="utf-8").splitlines()[0].partition(": ")[2]
+    index = read(DOCS / "decisions" / "README.md")
+    for note in (DOCS / "decisions").glob("[0-9]*.md"):
+        title = read(note).splitlines()[0].partition(": ")[2]
         assert f"[{note.name[:4]}]({note.name})" in index
         assert title in " ".join(index.split())
 
 
 def test_the_notice_credits_every_package_of_the_lock():
-    text = (ROOT / "NOTICE").read_text(encoding="utf-8")
-    lock = json.loads(LOCK.read_text(encoding="utf-8"))
+    text = read(ROOT / "NOTICE")
+    lock = json.loads(read(LOCK))
     assert notice(lock).strip() in text
     for package in lock["packages"]:
         assert f"{package['name']} {package['version']}" in text

@@ -103,12 +103,12 @@ class TestWatch:
         assert story.picture.tobytes() == pixels.generate(request).images[0].tobytes()
         assert (story.words, story.colours) == ([], None)
         assert all(m.latents is m.unguided is m.attention is None for m in story.moments)
-        assert "lights up" not in page(story)
+        assert "Attention to each word" not in page(story)
 
     def test_an_empty_prompt(self, model: Model) -> None:
         story = watch(model, PAIR.replace(prompt="", steps=1))
         assert story.words == []
-        assert "A picture from noise alone" in page(story)
+        assert "A picture without a prompt" in page(story)
 
     def test_many_steps_are_thinned(self, model: Model) -> None:
         steps: list[int] = []

@@ -46,16 +46,16 @@ MAX_PIXELS = 32_000_000
 
 @dataclass(frozen=True)
 class Axis:
-    """A setting by its name in Request, and its values in their order; None leaves it out."""
+    """A setting by its name in Request, and its values in order; None leaves it out."""
 
     name: str
     values: tuple[Any, ...]
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """The axis that is written `setting=value,value`.
+        """Return the axis that is written `setting=value,value`.
 
-        Values of `prompt` and `negative_prompt`, which have commas of their own, are parted by |,
+        Values of `prompt` and `negative_prompt` contain commas, and are separated by |,
         as in `prompt=a cat|a dog, sitting`. `none` leaves out a setting that can be left out, as
         in `schedule=none,karras`. Raises SafelightError for anything else but values, which
         `requests` checks.
@@ -79,7 +79,7 @@ class Axis:
 
     @property
     def labels(self) -> list[str]:
-        """The values as a person reads them."""
+        """The values in words, for people."""
         return [_shown(value) for value in self.values]
 
 
@@ -94,7 +94,7 @@ def _shown(value: object) -> str:
 
 
 def requests(base: Request, x: Axis, y: Axis | None = None) -> list[list[Request]]:
-    """The request of every cell, row by row: base with x's values in the columns and y's in rows.
+    """Return the request of every cell, row by row: base with x's and y's values.
 
     All have base's seed, and so its noise, unless seed is an axis. Raises SafelightError for the
     first value that cannot be, and for a grid of more than 100 cells.
@@ -112,7 +112,7 @@ def requests(base: Request, x: Axis, y: Axis | None = None) -> list[list[Request
 
 @dataclass(frozen=True)
 class Grid:
-    """What came of a comparison. results: row by row, each of one picture."""
+    """The results of a comparison, row by row, each of one picture."""
 
     x: Axis
     y: Axis | None
@@ -120,12 +120,12 @@ class Grid:
 
     @property
     def warnings(self) -> list[str]:
-        """Those of all cells, each once."""
+        """The warnings of all cells, each once."""
         told = (warning for row in self.results for one in row for warning in one.warnings)
         return list(dict.fromkeys(told))
 
     def sheet(self) -> Image.Image:
-        """All cells on one labelled page."""
+        """Return all cells on one labelled page."""
         first, shared = self.results[0][0], self._shared()
         parts = [first.model, *(f"{k.replace('_', ' ')} {_shown(v)}" for k, v in shared.items())]
         return sheet(
@@ -137,7 +137,7 @@ class Grid:
         )
 
     def recipe(self) -> dict[str, Any]:
-        """The first cell's (`Result.recipe`), and under `grid` the axes that lead to the others."""
+        """Return the first cell's recipe (`Result.recipe`), with the axes under `grid`."""
         axes = [axis for axis in (self.x, self.y) if axis is not None]
         return {
             **self.results[0][0].recipe(),
@@ -146,14 +146,14 @@ class Grid:
         }
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Writes the sheet as a PNG with the recipe in it; raises as `picture.save_png`."""
+        """Write the sheet as a PNG with the recipe in it; raises as `picture.save_png`."""
         save_png(self.sheet(), path, png_texts(self.recipe()), overwrite=overwrite)
 
     def _same(self, name: str) -> bool:
         return len({result.settings[name] for row in self.results for result in row}) == 1
 
     def _shared(self) -> dict[str, Any]:
-        """What all cells have in common, as far as it is set."""
+        """Return the settings that all cells share, those that are empty left out."""
         names = [name for name in SETTINGS if name not in ("prompt", "width", "height")]
         first = self.results[0][0].settings
         return {name: first[name] for name in names if first[name] and self._same(name)}
@@ -168,7 +168,7 @@ def grid(
     on_cell: Callable[[int, int, Image.Image], object] | None = None,
     on_step: Callable[[int, int], object] | None = None,
 ) -> Grid:
-    """Draws every cell; many share a call of the network (decision 0005 has what that rounds).
+    """Draw every cell; many share a call of the network (decision 0005 has what that rounds).
 
     on_cell is called with column, row and picture of each cell, as it is finished; on_step after
     each step of each cell with the steps taken and those of all cells. Raises SafelightError
@@ -211,7 +211,7 @@ def sheet(
     title: str = "",
     note: str = "",
 ) -> Image.Image:
-    """Pictures, row by row, on one page: a label over each column and beside each row.
+    """Return pictures, row by row, on one page, with a label over each column and beside each row.
 
     title stands above all and note, in small, below. The font is Pillow's own, which has the
     letters of English; accents are left out, and other scripts are boxes.
@@ -272,7 +272,7 @@ def _scaled(picture: Image.Image, scale: float) -> Image.Image:
 
 
 class _Text:
-    """Lines of one size of Pillow's font."""
+    """Text in one size of Pillow's font."""
 
     def __init__(self, size: int) -> None:
         self.font = ImageFont.load_default(size)
@@ -285,7 +285,7 @@ class _Text:
         return max(map(self.width, lines))
 
     def wrapped(self, text: str, width: int, most: int = 3) -> list[str]:
-        """At most so many lines of so many pixels; what finds no room is … in the last."""
+        """Return at most `most` lines of `width` pixels; the last ends in … if text is left."""
         letters = unicodedata.normalize("NFKD", text)
         words = "".join(c for c in letters if not unicodedata.combining(c)).split()
         lines = [""]

@@ -311,7 +311,7 @@ def save_picture(
     Raises as `save_whole`.
     """
     data = encode(image, SUFFIXES[Path(path).suffix.lower()], texts)
-    save_whole(path, lambda file: file.write(data), overwrite=overwrite)
+    save_whole(path, lambda file: _write(file, data), overwrite=overwrite)
 
 
 def save_png(
@@ -319,7 +319,7 @@ def save_png(
 ) -> None:
     """Write a picture and its texts as a PNG. Raises as `save_whole`."""
     data = encode(image, "PNG", texts)
-    save_whole(path, lambda file: file.write(data), overwrite=overwrite)
+    save_whole(path, lambda file: _write(file, data), overwrite=overwrite)
 
 
 def save_whole(
@@ -350,6 +350,10 @@ def save_whole(
         raise _exists(path) from None
     except OSError as error:
         raise _unwritable(path, error) from None
+
+
+def _write(file: BinaryIO, data: bytes) -> None:
+    file.write(data)
 
 
 def _place_new(temporary: Path, path: Path) -> None:

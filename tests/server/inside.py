@@ -161,7 +161,7 @@ class Inside:
 
     def finished(self, job_id: str, seconds: float = 120) -> Any:
         def over() -> bool:
-            assert self.hub._child.process.is_alive(), "the worker died"
+            assert self.hub.supervisor.child.process.is_alive(), "the worker died"
             return self.job(job_id)["status"] not in ("queued", "running")
 
         wait_for(over, seconds=seconds)

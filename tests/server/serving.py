@@ -13,8 +13,8 @@ from typing import Any, Self
 import httpx2 as httpx
 
 IMPATIENT = """
-from safelight.server import guard
-guard.SLOW = {}
+from safelight.server import bodies
+bodies.SLOW = {}
 from safelight.__main__ import main
 main()
 """

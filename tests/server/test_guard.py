@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from safelight.server import entrance, guard
+from safelight.server import bodies, entrance
 from safelight.server.guard import Guard, Rules
 
 TOKEN = "s3cret"
@@ -195,7 +195,7 @@ def test_what_is_served_is_inert() -> None:
 def test_large_bodies_are_refused_before_and_while_they_come(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(guard, "MOST_BODY", 1000)
+    monkeypatch.setattr(bodies, "MAX_BODY", 1000)
     host = {"host": "localhost"}
     assert status(Rules(), {**host, "content-length": "1001"}, method="POST") == 413
     assert status(Rules(), {**host, "content-length": "x"}, method="POST") == 400
@@ -204,14 +204,14 @@ def test_large_bodies_are_refused_before_and_while_they_come(
 
 
 def test_a_client_that_sends_too_slowly_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "SLOW", 0.05)
+    monkeypatch.setattr(bodies, "SLOW", 0.05)
     code, _, body = ask(Rules(), {"host": "localhost"}, method="POST", body=[b"a", SILENCE])
     assert code == 408
     assert b"too slow" in body
 
 
 def test_a_client_that_never_reads_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "SLOW", 0.05)
+    monkeypatch.setattr(bodies, "SLOW", 0.05)
 
     async def never() -> None:
         await asyncio.sleep(3600)

@@ -21,6 +21,7 @@ from safelight.server.jobs import ModelInfo, Status
 
 pytestmark = pytest.mark.xdist_group("openai")  # one server for them all
 STEPS = 8
+SMALL = ModelInfo(name="tiny", width=64, height=64, ready=True)
 
 
 @pytest.fixture(scope="module")
@@ -136,10 +137,35 @@ class TestGenerate:
         assert client.images.generate(prompt="a", **size).size == "64x64"
         assert (service.requests[0].width, service.requests[0].height) == (None, None)
 
+    @pytest.mark.parametrize("form", ["png", "jpeg"])
+    def test_a_size_that_the_model_cannot_draw_is_enlarged(self, client, service, form):
+        service.info = SMALL
+        answer = client.images.generate(prompt="a", size="1024x1024", output_format=form)
+        assert (service.requests[0].width, service.requests[0].height) == (64, 64)
+        assert pixels(answer.data[0].b64_json).size == (1024, 1024)
+        assert answer.size == "1024x1024"
+        note = "tiny draws 64x64: drawn at 64x64 and enlarged to 1024x1024"
+        assert answer.warnings == [note]
+
+    def test_the_address_of_one_says_its_size(self, client, service, base):
+        service.info = SMALL
+        answer = client.images.generate(prompt="a", size="1024x512", response_format="url")
+        assert answer.data[0].url == f"{base}/api/pictures/job0-picture0?width=1024&height=512"
+
+    def test_a_picture_to_edit_too(self, client, service):
+        service.info = SMALL
+        answer = client.images.edit(image=file(plain((512, 512))), prompt="a")
+        assert (service.requests[0].width, service.requests[0].height) == (64, 64)
+        assert pixels(answer.data[0].b64_json).size == (512, 512)
+
     def test_what_has_no_effect(self, client, service):
         idle = {"quality": "hd", "background": "transparent", "style": "vivid", "user": "me"}
         client.images.generate(prompt="a", **idle, moderation="low", safety_identifier="x")
         assert service.requests[0].replace(seed=0) == Request(prompt="a", seed=0)
+
+    def test_names_of_other_programs_for_a_sampler(self, client, service):
+        client.images.generate(prompt="a", extra_body={"sampler": "DPM++ 2M Karras"})
+        assert (service.requests[0].sampler, service.requests[0].schedule) == ("dpmpp_2m", "karras")
 
     def test_settings_of_our_own(self, client, service):
         ours = {
@@ -495,6 +521,12 @@ class TestErrors:
         with pytest.raises(openai.NotFoundError, match="'flux'; served: acme/photo") as raised:
             client.images.generate(prompt="a", model="flux")
         assert (raised.value.code, raised.value.param) == ("model_not_found", "model")
+        assert service.requests == []
+
+    @pytest.mark.parametrize("name", ["embedded", "embedded-fast", "acme"])
+    def test_no_other_model_of_ours_is_drawn_with_in_its_place(self, client, service, name):
+        with pytest.raises(openai.NotFoundError, match="served: acme/photo"):
+            client.images.generate(prompt="a", model=name)
         assert service.requests == []
 
     def test_another_model_to_edit_with(self, client, service):

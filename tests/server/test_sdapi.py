@@ -172,8 +172,36 @@ class TestTextToImage:
         request = service.requests[0]
         assert (request.sampler, request.steps, request.guidance_scale) == ("euler_a", 20, 7)
         assert (request.schedule, request.eta, request.strength) == (None, 0, None)
+        assert (request.width, request.height) == (64, 64)
         assert result.image.size == (512, 512)
-        assert result.info["warnings"] == []
+        note = "tiny draws 64x64: drawn at 64x64 and enlarged to 512x512"
+        assert result.info["warnings"] == [note]
+
+    @pytest.mark.parametrize(
+        ("asked", "drawn"),
+        [
+            ((128, 128), (128, 128)),
+            ((136, 128), (64, 64)),
+            ((512, 512), (64, 64)),
+            ((1024, 1024), (64, 64)),
+            ((1024, 512), (128, 64)),
+            ((512, 768), (64, 96)),
+        ],
+    )
+    def test_sizes_that_the_model_cannot_draw_are_enlarged(self, api, service, asked, drawn):
+        result = api.txt2img(prompt="a cat", width=asked[0], height=asked[1])
+        assert (service.requests[0].width, service.requests[0].height) == drawn
+        assert result.image.size == asked == (result.info["width"], result.info["height"])
+        recipe = read_recipe(base64.b64decode(result.json["images"][0]))
+        assert recipe["size"] == list(drawn)
+        assert result.info["infotexts"] == [result.image.text["parameters"]]
+        if drawn == asked:
+            assert result.info["warnings"] == []
+            assert "enlarged" not in recipe
+        else:
+            assert "enlarged to" in result.info["warnings"][0]
+            assert recipe["enlarged"] == list(asked)
+            assert f"Hires resize: {asked[0]}x{asked[1]}" in result.info["infotexts"][0]
 
     def test_an_empty_body_means_that_api_s_defaults_at_the_model_s_size(self, call, service):
         answer = call("txt2img", {})
@@ -275,6 +303,18 @@ class TestTextToImage:
             {"denoising_strength": 0.7, "save_images": True, "eta": 1, "script_name": ""},
         ],
     )
+    def test_settings_without_a_field_there_have_their_own_names(self, call, service):
+        assert call("txt2img", {"spacing": "trailing"}).status_code == 200
+        assert service.requests[0].spacing == "trailing"
+        assert "spacing must be" in refused(call("txt2img", {"spacing": "even"}))
+
+    def test_what_the_model_draws_best_with_holds_where_the_body_says_nothing(self, call, service):
+        service.best = {"sampler": "dpmpp_2m", "steps": 20, "guidance_scale": 4.0}
+        assert call("txt2img", {}).json()["parameters"]["steps"] == 20
+        assert call("txt2img", {"steps": 9, "scheduler": "karras"}).status_code == 200
+        found = [(r.sampler, r.schedule, r.steps, r.guidance_scale) for r in service.requests]
+        assert found == [("dpmpp_2m", None, 20, 4.0), ("dpmpp_2m", "karras", 9, 4.0)]
+
     def test_what_changes_nothing_is_not_said(self, call, body):
         assert warnings_of(call("txt2img", body)) == []
 
@@ -440,7 +480,6 @@ class TestImageToImage:
             ((96, 72), {}, (96, 72)),
             ((99, 70), {}, (96, 72)),
             ((16, 32), {}, (64, 128)),
-            ((4096, 1024), {}, (2048, 512)),
             ((8, 4000), {}, (64, 2048)),
             ((96, 72), {"width": 64}, (64, None)),
             ((96, 72), {"height": 64, "resize_mode": 1}, (None, 64)),
@@ -456,6 +495,18 @@ class TestImageToImage:
         assert (request.width, request.height) == expected
         drawn = tuple(answer.json()["parameters"][side] for side in ("width", "height"))
         assert drawn == tuple(side or 64 for side in expected)
+
+    def test_a_large_picture_is_drawn_at_the_model_s_size(self, api, service):
+        start = Image.new("RGB", (4096, 1024), "red")
+        result = api.img2img(images=[start], mask_image=start, width=2048, height=512, seed=9)
+        assert (service.requests[0].width, service.requests[0].height) == (256, 64)
+        assert result.image.size == (2048, 512)
+
+    def test_without_a_size_too(self, call, service):
+        answer = call("img2img", {"init_images": [encoded(Image.new("RGB", (4096, 1024)))]})
+        assert (service.requests[0].width, service.requests[0].height) == (256, 64)
+        parameters = answer.json()["parameters"]
+        assert (parameters["width"], parameters["height"]) == (2048, 512)
 
     def test_white_of_the_mask_is_repainted(self, api):
         start, mask = Image.new("RGB", (64, 64), "red"), two_halves()

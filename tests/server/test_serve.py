@@ -95,9 +95,38 @@ def test_events_of_a_job(server: Serving) -> None:
                 if kinds[-1] == "preview":
                     shown = Image.open(io.BytesIO(base64.b64decode(data["preview"])))
                     assert shown.size == (64, 64)
-    assert kinds[-1] == "end"
+    assert kinds[-2:] == ["picture", "end"]  # of one picture, too
     assert {"progress", "preview"} <= set(kinds)
     assert data["job"]["status"] == "succeeded"
+    assert data["job"]["progress"] == {"step": 40, "steps": 40}
+
+
+def test_each_picture_has_an_event(server: Serving) -> None:
+    job_id = server.submit(prompt="a cat", count=3, **QUICK)
+    with server.client.stream("GET", f"/api/jobs/{job_id}/events") as answer:
+        lines = list(answer.iter_lines())
+    told = [
+        json.loads(lines[i + 1][6:]) for i, line in enumerate(lines) if line == "event: picture"
+    ]
+    assert sorted(event["index"] for event in told) == [0, 1, 2]
+
+
+def test_a_picture_at_another_size(server: Serving) -> None:
+    job = server.finished(server.submit(prompt="a cat", **QUICK))
+    path = f"/api/pictures/{job['pictures'][0]['id']}"
+    large = server.client.get(path, params={"width": 512, "height": 256}).content
+    with Image.open(io.BytesIO(large)) as image:
+        assert image.size == (512, 256)
+    assert read_recipe(large)["enlarged"] == [512, 256]
+    assert server.client.get(path, params={"width": 99999, "height": 64}).status_code == 422
+
+
+def test_the_example_of_the_documentation_works(server: Serving) -> None:
+    described = server.client.get("/openapi.json").json()["paths"]["/api/jobs"]["post"]
+    content = described["requestBody"]["content"]["application/json"]
+    job = server.finished(server.submit(**content["example"]))
+    assert job["status"] == "succeeded"
+    assert content["schema"]["properties"]["sampler"]["enum"][0] == "pndm"
 
 
 def test_events_of_a_job_that_is_over(server: Serving) -> None:
@@ -161,8 +190,19 @@ def test_a_finished_job_is_removed_with_its_pictures(server: Serving) -> None:
 def test_what_cannot_be_is_named(server: Serving, body: dict[str, Any], named: str) -> None:
     answer = server.client.post("/api/jobs", json=body)
     assert answer.status_code == 422
-    assert named in answer.json()["detail"]
-    assert "\n" not in answer.json()["detail"]
+    told = answer.json()
+    assert named in told["detail"]
+    assert "\n" not in told["detail"]
+    fields = {"steps × count": "steps", "eulr": "sampler"}
+    assert told["field"] == fields.get(named, named)
+    codes = {"stepz": "unknown_setting", "eulr": "unknown_sampler"}
+    assert told["code"] == codes.get(named, "invalid")
+
+
+def test_a_body_of_another_type(server: Serving) -> None:
+    """What a page of another site can send without asking first."""
+    answer = server.client.post("/api/jobs", content=b"{}", headers={"content-type": "text/plain"})
+    assert answer.status_code == 422
 
 
 def test_bodies_that_are_no_json(server: Serving) -> None:

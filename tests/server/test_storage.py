@@ -22,6 +22,7 @@ from PIL import Image
 from serving import Serving, wait_for
 from sqlalchemy.exc import OperationalError
 
+from safelight import picture
 from safelight.server.store import Store
 
 pytestmark = pytest.mark.xdist_group("storage")  # one server for them all
@@ -55,14 +56,14 @@ class Fault:
     def __init__(self, patch: pytest.MonkeyPatch, site: str, code: int) -> None:
         self.function, self.part = site.split(": ")
         self.code, self.met = code, False
-        real_save, real_sync, real_link = Image.Image.save, os.fsync, Path.hardlink_to
+        real_bytes, real_sync, real_link = picture._write, os.fsync, Path.hardlink_to
         real_write: Any = Store._write
 
-        def save(image: Any, to: Any, *given: Any, **how: Any) -> None:
-            if hasattr(to, "name") and self.here("write"):
-                to.write(b"\x89PNG, and then no more")
+        def write_bytes(file: Any, data: bytes) -> None:
+            if self.here("write"):
+                file.write(data[: len(data) // 2])
                 self.strike()
-            real_save(image, to, *given, **how)
+            real_bytes(file, data)
 
         def fsync(descriptor: int) -> None:
             folder = Path(f"/proc/self/fd/{descriptor}").resolve().is_dir()
@@ -87,7 +88,7 @@ class Fault:
                 if self.here("commit"):
                     self.strike_database()
 
-        patch.setattr(Image.Image, "save", save)
+        patch.setattr(picture, "_write", write_bytes)
         patch.setattr(os, "fsync", fsync)
         patch.setattr(Path, "hardlink_to", link)
         if self.part == "rename":
@@ -176,7 +177,7 @@ def test_jobs_of_a_dead_worker_are_put_back_when_the_database_takes_it_again(
 
     server_is_full = StorageError("full")
     monkeypatch.setattr(Store, "release", release)
-    server.hub._release("gone")
+    server.hub.supervisor.release("gone")
     assert calls == ["gone", "gone"]
 
 

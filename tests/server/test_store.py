@@ -127,7 +127,7 @@ def test_short_ones_first_until_they_have_waited(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [1000.0]
-    monkeypatch.setattr("safelight.server.store.time.time", lambda: now[0])
+    monkeypatch.setattr("safelight.server.tables.time.time", lambda: now[0])
     long = submit(store, cost=100)
     now[0] += 10
     short = submit(store, cost=10)
@@ -143,7 +143,7 @@ def test_the_queue_is_bounded_all_or_nothing(store: Store) -> None:
     with pytest.raises(BusyError, match="queue of 5 pictures is full: try again in 5 s"):
         submit(store, count=3, bound=5)
     submit(store, count=2, bound=5)
-    assert store.waiting() == {"queued": 2}
+    assert store.counts() == {"queued": 2}
 
 
 def test_many_at_once_stay_within_the_bound(store: Store) -> None:
@@ -161,7 +161,7 @@ def test_many_at_once_stay_within_the_bound(store: Store) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(one, range(40)))
     assert refused == 30
-    assert store.waiting() == {"queued": 10}
+    assert store.counts() == {"queued": 10}
 
 
 def test_one_key_is_one_job(store: Store) -> None:

@@ -1,4 +1,4 @@
-"""Loading a model for a command."""
+"""Load a model for a command."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def load(name: str, **how: Any) -> "Model":
-    """As `safelight.load`, with a Ctrl-C that waits until PyTorch has been imported."""
+    """Load a model as `safelight.load`; Ctrl-C waits until PyTorch has been imported."""
     import safelight
 
     import_torch()
@@ -18,6 +18,6 @@ def load(name: str, **how: Any) -> "Model":
 
 
 def import_torch() -> None:
-    """In the middle of it Ctrl-C can meet C++ that does not expect an exception, and aborts."""
+    """Import PyTorch while Ctrl-C waits: in the midst of it an exception can abort the process."""
     with ctrl_c_waits():
         importlib.import_module("torch")

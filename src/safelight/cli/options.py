@@ -149,7 +149,7 @@ def check_prompt(settings: dict[str, Any], example: str) -> None:
 
 
 def _parameter(setting: "Setting") -> inspect.Parameter:
-    """The option of a setting, or the argument that the prompt is."""
+    """Return the option of a setting; the prompt is an argument."""
     keyword = inspect.Parameter.KEYWORD_ONLY
     if setting.name == "prompt":
         argument = Argument(help='What to draw, as in "a red apple".', show_default=False)

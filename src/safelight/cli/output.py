@@ -1,4 +1,4 @@
-"""What the commands print."""
+"""Print for people and for programs: lines, tables, a progress bar."""
 
 import os
 import sys
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 def printable(text: object) -> str:
-    """text on one line, with the control characters that could drive a terminal spelled out."""
+    """Return text on one line, with control characters escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 def say(text: object) -> None:
-    """A line on stdout; a reader that went away ends the command, quietly, with exit code 1."""
+    """Print a line on stdout. If the reader is gone, end the command with exit code 1."""
     try:
         typer.echo(text)
     except OSError as error:
@@ -43,7 +43,7 @@ def fail(text: str) -> None:
 
 
 def pairs(values: dict[str, Any], prefix: str = "") -> list[str]:
-    """`key: value` lines; nested dictionaries get dotted keys, what is empty is left out."""
+    """Return `key: value` lines with dotted keys for nested dictionaries, without empty values."""
     lines: list[str] = []
     for key, value in values.items():
         if isinstance(value, dict):
@@ -56,7 +56,7 @@ def pairs(values: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def table(rows: list[tuple[str, ...]]) -> list[str]:
-    """Lines of left-aligned columns."""
+    """Return lines of left-aligned columns."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -65,7 +65,7 @@ def table(rows: list[tuple[str, ...]]) -> list[str]:
 
 
 class StepBar:
-    """A bar on stderr that `Model.generate(on_step=…)` moves; nothing where no one would see it."""
+    """A progress bar on stderr that `Model.generate(on_step=…)` moves, on terminals alone."""
 
     def __init__(self, count: int) -> None:
         self._count = count

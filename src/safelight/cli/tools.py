@@ -1,4 +1,4 @@
-"""The commands that look at things: samplers, models, inspect, verify."""
+"""The commands samplers, models, inspect and verify."""
 
 import json
 from pathlib import Path

@@ -51,7 +51,7 @@ button.addEventListener("click", () => {
 
 slider.addEventListener("input", () => show(Number(slider.value)));
 
-// The slider has these keys of its own; they should work wherever the reader is.
+// The arrow keys work everywhere on the page, not only on the slider.
 document.addEventListener("keydown", (event) => {
   const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
   if (by && event.target !== slider) go(Number(slider.value) + by);

@@ -1,4 +1,4 @@
-"""A story as a page: one HTML file that fetches nothing."""
+"""Write a story as one HTML page that loads nothing else."""
 
 from __future__ import annotations
 
@@ -22,27 +22,29 @@ from safelight.picture import from_tensor
 from safelight.sampling import SAMPLERS
 
 LARGEST = 256
-"""Side in pixels of a picture of a step; the finished one is twice that."""
+"""Side in pixels of a step's picture; the finished picture is twice as large."""
 
 SMALL = 128
-"""Up to this side a picture is shown pixel by pixel."""
+"""Pictures up to this side are stored without loss."""
 
 LONG = 100
-"""Letters of a prompt that is set smaller, or cut at four times as many."""
+"""Letters of a prompt. A longer one is set smaller; it is cut at four times as many."""
 
 MASK = 32
-"""Side of a map of attention, which the browser makes larger."""
+"""Side of an attention map, which the browser enlarges."""
 
 WIDTH, HEIGHT = 600, 150
-"""Of the chart, in its own units."""
+"""Size of the chart, in its own units."""
 
 BEGIN_AT = 1 / 3
-"""Where on the way the page opens: something can be told, and much is to come."""
+"""The step that the page opens at, as a share of all: a shape is visible, but not finished."""
 
 
 def page(story: Story) -> str:
-    """The HTML page of a story. It holds its pictures, and its texts as text: no prompt can add
-    a tag or a script, and a policy in its head forbids every script but its own.
+    """Return the HTML page of a story, with its pictures inside.
+
+    Texts are escaped, so that no prompt can add a tag or a script. A policy in the page's head
+    forbids every script but its own.
     """
     moments, settings = story.moments, story.result.settings
     prompt = settings["prompt"]
@@ -53,13 +55,12 @@ def page(story: Story) -> str:
     parts = ["autoencoder", "unet"] if story.colours is not None else ["unet"]
     return Template(_part("page.html")).substitute(
         script_hash=f"sha256-{digest}",
-        title=escape(f"{prompt[:80] or 'From noise alone'}: how it came to be"),
+        title=escape(f"{prompt[:80] or 'Without a prompt'}: step by step"),
         style=_part("page.css"),
-        crispness="crisp" if max(story.picture.size) <= SMALL else "smooth",
         length="long" if len(prompt) > LONG else "short",
-        heading=escape(f"“{_short(prompt)}”" if prompt else "A picture from noise alone"),
-        lead="Every stage below is from the making of this one picture. Move through its steps "
-        "with the slider at the foot, or with the arrow keys.",
+        heading=escape(f"“{_short(prompt)}”" if prompt else "A picture without a prompt"),
+        lead="This page shows how one picture was drawn. Move through its steps with the slider or "
+        "the arrow keys.",
         facts=_facts(story),
         picture=_uri(story.picture, 2 * LARGEST),
         diffusion_title=escape(PARTS["diffusion"].title),
@@ -82,6 +83,7 @@ def page(story: Story) -> str:
         last=len(moments) - 1,
         first=round((len(moments) - 1) * BEGIN_AT),
         steps=moments[0].steps,
+        step="step" if moments[0].steps == settings["steps"] else "evaluation",
         story=_json({"views": views, "moments": [_moment(story, m) for m in moments]}),
         script=script,
     )
@@ -92,22 +94,22 @@ def _part(name: str) -> str:
 
 
 def _json(value: Any) -> str:
-    """JSON that cannot end the script element that it stands in."""
+    """Return JSON that cannot end the script element around it."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _uri(picture: Image.Image, largest: int = LARGEST) -> str:
-    """The picture, made smaller if it is larger, as the address of an image."""
+    """Return the picture, reduced to `largest`, as a data URI."""
     picture = picture.convert("RGB")
     picture.thumbnail((largest, largest), Image.Resampling.LANCZOS)
     file = io.BytesIO()
-    # A small one is shown pixel by pixel, which the lossy kind would blur.
+    # Lossy compression would blur a small picture.
     picture.save(file, "WEBP", lossless=max(picture.size) <= SMALL, quality=85, method=4)
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _mask(attention: Tensor) -> str:
-    """A map, float32 [h, w], as a picture that is opaque where it is strongest."""
+    """Return a map, float32 [h, w], as a picture that is opaque where the map is strongest."""
     low, high = attention.min(), attention.max()
     strength = from_tensor(((attention - low) / (high - low + 1e-9))[None] * 2 - 1)
     opaque = strength.resize((MASK, MASK), Image.Resampling.BICUBIC)
@@ -116,11 +118,11 @@ def _mask(attention: Tensor) -> str:
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-# --- what moves ----------------------------------------------------------------------------------
+# --- what changes with the step ------------------------------------------------------------------
 
 
 def _views(story: Story) -> dict[str, list[str]]:
-    """The pictures of every step, as addresses, by view; those that there are."""
+    """Return the pictures of every step as data URIs, by view, without views that have none."""
     pictures = {
         "noisy": [moment.noisy for moment in story.moments],
         "latents": [moment.latents for moment in story.moments],
@@ -153,7 +155,7 @@ def _moment(story: Story, moment: Moment) -> dict[str, Any]:
 
 
 def _noise(sigma: float) -> float:
-    """The share of noise in the variance of the state, 1 − ᾱ."""
+    """Return the share of noise in the variance of the state, 1 − ᾱ."""
     return sigma**2 / (1 + sigma**2)
 
 
@@ -169,11 +171,11 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %" if share < 0.1 else f"{100 * share:.0f} %"
 
 
-# --- what stands still ---------------------------------------------------------------------------
+# --- what stays the same -------------------------------------------------------------------------
 
 
 def _point(story: Story, i: int) -> tuple[float, float]:
-    """On the chart, the level before step i + 1."""
+    """Return the place on the chart of the level before step i + 1."""
     x = WIDTH * i / (len(story.sigmas) - 1)
     return round(x, 1), round(HEIGHT * (1 - _noise(story.sigmas[i])), 1)
 
@@ -209,11 +211,14 @@ def _view(name: str, text: Text) -> str:
 
 
 def _facts(story: Story) -> str:
-    settings = story.result.settings
+    settings, evaluations = story.result.settings, story.moments[0].steps
+    steps = str(settings["steps"])
+    if evaluations != settings["steps"]:
+        steps += f" ({evaluations} evaluations of the network)"
     facts = {
         "model": story.result.model,
         "sampler": settings["sampler"],
-        "steps": settings["steps"],
+        "steps": steps,
         "seed": settings["seed"],
     }
     return "".join(
@@ -231,11 +236,10 @@ def _attention(story: Story) -> str:
         for word in story.words
     )
     return (
-        "<section><h2>What each word lights up</h2>"
+        "<section><h2>Attention to each word</h2>"
         f"{_block(PARTS['text_encoder'])}"
-        f'<div class="words">{words}</div>'
-        f'<p class="note">{escape(ATTENTION)} The rest, <b data-text="rest"></b>, goes to the '
-        "marks around the prompt, where attention rests when no word is wanted.</p></section>"
+        f'<p class="note">{escape(ATTENTION)} <b data-text="rest"></b> here.</p>'
+        f'<div class="words">{words}</div></section>'
     )
 
 
@@ -250,7 +254,7 @@ def _setting(name: str, story: Story, views: dict[str, list[str]]) -> str:
 
 
 def _setting_here(name: str, story: Story, views: dict[str, list[str]]) -> tuple[str, str]:
-    """A setting's value in this story, and the thing on the page that it speaks of, as HTML."""
+    """Return a setting's value in this story, and the picture or curve that shows it, as HTML."""
     settings = story.result.settings
     curve = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" aria-hidden="true"><use href="#curve"/></svg>'
     guided, nothing = "guidance" in views, '<span class="big">–</span>'
@@ -263,16 +267,16 @@ def _setting_here(name: str, story: Story, views: dict[str, list[str]]) -> tuple
         case "steps":
             return str(settings["steps"]), '<span class="big" data-text="step"></span>'
         case "guidance_scale":
-            live = f"{_live('unguided')}<small>without it</small>" if guided else nothing
+            live = f"{_live('unguided')}<small>without guidance</small>" if guided else nothing
             return _number(settings["guidance_scale"]) if guided else "off", live
         case "seed":
             return str(settings["seed"]), f"{_live('noisy', '0')}<small>the start</small>"
         case "strength":
             if settings["strength"] is not None:
-                live = f"{_live('noisy', '0')}<small>where it began</small>"
+                live = f"{_live('noisy', '0')}<small>the start</small>"
                 return _number(settings["strength"]), live
             live = f'<img src="{_uri(story.forward[-2].picture)}" alt="">'
-            return "from noise alone", f"{live}<small>where {SHARES[-2]} would begin</small>"
+            return "no picture", f"{live}<small>the start at {SHARES[-2]}</small>"
         case "size":
             width, height = story.picture.size
             channels, h, w = story.shape

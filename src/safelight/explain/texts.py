@@ -1,4 +1,4 @@
-"""What is what, in plain words: for the page of `safelight explain` and for the studio."""
+"""Short texts that explain the parts of a model and the settings, for `safelight explain`."""
 
 from __future__ import annotations
 
@@ -13,103 +13,106 @@ class Text(NamedTuple):
 PARTS: dict[str, Text] = {
     "diffusion": Text(
         "What a diffusion model is",
-        "Take a picture and add noise, a little at a time, until nothing else is left. That way is "
-        "easy, and it is all that such a model was ever taught with: it was shown noisy pictures "
-        "and learned to tell what is noise in them. To make a new picture the way is walked "
-        "backwards. It begins with noise alone, the network says what it takes to be under it, a "
-        "little of the noise is taken away, and it is asked again.",
+        "Add noise to a picture, a little at a time, until only noise is left. A diffusion model "
+        "is trained on such noisy pictures: it learns to tell the noise from the picture. To draw "
+        "a new picture, the process runs backwards. It starts from pure noise. The network "
+        "estimates the picture under the noise, a little of the noise is removed, and the network "
+        "estimates again.",
     ),
     "autoencoder": Text(
         "The autoencoder",
-        "Pictures have many more pixels than there is to say about them. The autoencoder turns a "
-        "picture into a much smaller grid of numbers, the latents, and latents back into a "
-        "picture. All the steps work on latents; only the last ones are decoded to be seen.",
+        "The autoencoder compresses a picture into a much smaller grid of numbers, the latents, "
+        "and turns latents back into a picture. All steps work on latents. Only the last ones are "
+        "decoded for the finished picture.",
     ),
     "unet": Text(
         "The UNet",
-        "The network that does the work. It is given noisy latents, how noisy they are, and the "
-        "words, and answers with what is noise in them; take that away, and its idea of the "
-        "finished picture is left. At first this is the mean of all pictures that could be meant, "
-        "and so it is blurred. It looks at the whole in coarse maps and at details in fine ones.",
+        "The UNet is the network that does the work. Its input is the noisy latents, their noise "
+        "level and the encoded prompt. Its output is the noise in the latents; subtracting it "
+        "leaves an estimate of the finished picture. Early estimates are averages of many "
+        "possible pictures, so they are blurred.",
     ),
     "text_encoder": Text(
         "The text encoder",
-        "The prompt is cut into tokens, which are words or pieces of words, and the text encoder "
-        "turns each into a list of numbers that also depends on the words before it. At every step "
-        "each place of the picture asks which of them to listen to. That is cross-attention, and "
-        "where a word is listened to is mostly where its thing is drawn.",
+        "The prompt is split into tokens, which are words or pieces of words. The text encoder "
+        "turns each token into a list of numbers that also depends on the tokens before it. At "
+        "every step, each place of the picture computes how much to use each token. This is "
+        "cross-attention. A word is mostly used where its thing is drawn.",
     ),
     "sampler": Text(
         "The sampler",
-        "The network only gives its opinion; the sampler decides what to do with it. From the "
-        "noisy state and the latest opinions it works out the state at the next, lower level of "
-        "noise. It is arithmetic alone, has learned nothing, and can be swapped freely.",
+        "The network only estimates; the sampler computes the next state. From the noisy state "
+        "and the latest estimates it computes the state at the next, lower noise level. A sampler "
+        "is pure arithmetic without training, so any sampler works with any model.",
     ),
 }
-"""The parts of a model, and the idea."""
+"""The idea of diffusion, and the parts of a model."""
 
 SETTINGS: dict[str, Text] = {
     "sampler": Text(
         "Sampler",
-        "How the noise is taken away. Some remember earlier opinions and get by with fewer steps; "
-        "those that end in _a or have sde in their names add fresh noise on the way, and never "
-        "settle on one picture however many steps they take.",
+        "How the noise is removed. Some samplers use earlier estimates and need fewer steps. "
+        "Those whose names end in _a or contain sde add fresh noise at each step; their pictures "
+        "keep changing with the number of steps.",
     ),
     "schedule": Text(
         "Schedule",
-        "Which noise levels the steps stop at, from the first to the last. Karras and exponential "
-        "spend more of the steps where little noise is left, which is where details are made.",
+        "The noise levels of the steps, from the first to the last. Karras and exponential use "
+        "more steps at low noise, where details are drawn.",
     ),
     "steps": Text(
         "Steps",
-        "How often the network is asked. Few steps are quick and coarse; from some number on, more "
-        "change nothing that can be seen. Time grows with each one.",
+        "How often the sampler asks the network. Few steps are quick and coarse. Beyond some "
+        "number, more steps change nothing visible. The time grows with each step.",
     ),
     "guidance_scale": Text(
         "Guidance",
-        "How strongly to follow the words. The network is asked twice, with your prompt and with "
-        "the negative one, and the difference is exaggerated by this number. 1 turns it off and "
-        "halves the work; too much burns the colours.",
+        "How strongly the picture follows the prompt. The network runs twice, with your prompt "
+        "and with the negative prompt, and the difference is multiplied by this number. 1 turns "
+        "guidance off and halves the work. High values burn the colours.",
     ),
     "seed": Text(
         "Seed",
-        "The number that the noise at the start is made from. The same seed with the same settings "
-        "gives the same picture; another seed gives another picture of the same.",
+        "The number that generates the noise at the start. The same seed with the same settings "
+        "gives the same picture. Another seed gives another picture for the same prompt.",
     ),
     "strength": Text(
         "Strength",
-        "When you start from a picture: how much of the way it is turned to noise before the steps "
-        "bring it back. Near 0 it stays as it was, at 1 nothing is kept.",
+        "With a picture to start from: how much noise is added to it before the steps begin. Near "
+        "0 the picture stays the same; at 1 nothing of it is kept.",
     ),
     "size": Text(
         "Size",
-        "Width and height in pixels. Work grows with the area, and faster. Models are best at the "
-        "size they were trained on: larger they repeat themselves, smaller they crop.",
+        "Width and height in pixels. The work grows faster than the area. A model draws best at "
+        "the size that it was trained on. Larger pictures repeat things, smaller ones cut them "
+        "off.",
     ),
     "negative_prompt": Text(
         "Negative prompt",
-        "What to keep away from. Guidance moves from the picture that these words describe towards "
-        "the one that yours do. Left empty, it moves away from what no words at all would give. "
-        "Without guidance it does nothing.",
+        "What to keep out of the picture. Guidance moves away from this prompt and towards yours. "
+        "If it is empty, guidance moves away from a picture without a prompt. Without guidance it "
+        "has no effect.",
     ),
 }
 """What each setting changes. Keys are those of Request; size is width and height."""
 
 VIEWS: dict[str, Text] = {
-    "noisy": Text("The noisy state", "What the network is given at this step, decoded to be seen."),
+    "noisy": Text("The noisy state", "The input of the network at this step, decoded."),
     "latents": Text(
-        "Its latents", "The same as the numbers it really is: each place as the colour it means."
+        "Its latents", "The same state as numbers: each place in the colour it stands for."
     ),
-    "clean": Text("The clean estimate", "What the network takes to be under the noise."),
+    "clean": Text("The clean estimate", "The network's guess of the picture under the noise."),
     "guidance": Text(
-        "What guidance added",
-        "Gray is no change; a colour is the push towards it, at half strength.",
+        "The effect of guidance",
+        "Gray means no change. A colour shows the direction of the change, at half strength.",
     ),
 }
-"""What is shown of each step."""
+"""The pictures of each step."""
 
 ATTENTION = (
-    "Light is where a word was listened to most, each word by its own measure, over the clean "
-    "estimate of the step: the mean of all heads of the layer whose maps show best where things "
-    "are."
+    "Light shows where the network used a word most, over the clean estimate of the step. Each "
+    "map has a scale of its own. The percentage is the word's share of all attention. Small "
+    "shares are normal, and a word such as “a” may have a larger share than a noun, because most "
+    "attention rests on the marks at the start and the end of the prompt:"
 )
+"""How to read the maps of attention. The share of the marks follows."""

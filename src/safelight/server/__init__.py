@@ -1,7 +1,7 @@
 """`safelight serve`: the engine behind HTTP.
 
-The server (`app`, and the routes of `api`, `openai` and `sdapi`) takes requests, writes them into
-the database of jobs (`store`) and answers from it; it never imports PyTorch. One worker process
-(`worker`) claims jobs, draws, and commits pictures. What they tell each other on the way, progress
-and previews, may be lost; jobs and pictures may not.
+The server (`app`, and the routes in `apis`) writes requests into the database of jobs (`store`)
+and answers from it (`hub`); it never imports PyTorch. One worker process (`worker`, kept running
+by `supervisor`) claims jobs, draws, and commits pictures. Messages between the two, progress and
+previews (`events`), may be lost; jobs and pictures may not.
 """

@@ -1,6 +1,6 @@
-"""How a browser gets in: it cannot send a bearer token by itself, so it is given a cookie for it.
+"""Let a browser in: a person types the token once and gets a cookie in its place.
 
-A person types the token once; the cookie holds what only the token gives, and not the token.
+A browser cannot send a bearer token by itself. The cookie is derived from the token by HMAC.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ autocomplete="current-password"></label><button>Enter</button></form>
 
 
 def page(problem: str = "") -> bytes:
-    """The form that asks for the token. problem: a sentence of ours."""
+    """Return the form that asks for the token. problem: a sentence of ours."""
     return _PAGE.format(action=ENTER, problem=problem).encode()
 
 
 def token_in(form: bytes) -> str:
-    """The token in a form as a browser sends it; empty if there is none."""
+    """Return the token in a form that a browser sent; empty if there is none."""
     try:
         fields = parse_qs(form.decode("latin-1"), max_num_fields=4)
     except ValueError:
@@ -46,14 +46,14 @@ def token_in(form: bytes) -> str:
 
 
 def set_cookie(token: str) -> bytes:
-    """The header's value. Strict: no request that another site starts carries it."""
+    """Return the Set-Cookie header. Strict: requests that another site starts do not carry it."""
     month = 30 * 24 * 3600
     value = f"{COOKIE}={_derived(token)}; Path=/; HttpOnly; SameSite=Strict; Max-Age={month}"
     return value.encode()
 
 
 def has_cookie(headers: list[str], token: str) -> bool:
-    """Whether these Cookie headers hold what `set_cookie` gave out."""
+    """Return whether these Cookie headers hold what `set_cookie` gave out."""
     # http.cookies drops all if it cannot read one, which another server here may have set.
     pairs = (pair.strip().partition("=") for header in headers for pair in header.split(";"))
     value = _derived(token).encode()

@@ -1,4 +1,4 @@
-"""Pass on what happens to jobs to those who listen. Messages may be lost; the database may not."""
+"""Pass messages about jobs to listeners. They may be lost; what the database holds may not."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Events:
 
     @contextmanager
     def listen(self, job_id: str, *, previews: bool) -> Iterator[asyncio.Queue[tuple[str, Any]]]:
-        """A queue of what is published about a job from now on."""
+        """Yield a queue of what is published about a job from now on."""
         queue: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
         self._listeners.setdefault(job_id, set()).add(queue)
         if previews:
@@ -63,7 +63,7 @@ class Events:
                 queue.put_nowait(("stop", []))
 
     def forget_progress(self) -> None:
-        """The worker ended: what it was drawing begins anew."""
+        """Forget the progress of all jobs: the worker ended, and they begin anew."""
         self._progress.clear()
 
     def with_progress(self, job: Job) -> Job:

@@ -1,4 +1,4 @@
-"""The data folder: pictures, what jobs start from, thumbnails. Names are ids, never a caller's."""
+"""The data folder: pictures, the inputs of jobs, thumbnails. File names are ids of ours."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ID = re.compile(r"[0-9a-f]{32}")
 
 
 class Files:
-    """What cannot be written or read raises StorageError."""
+    """The files of a data folder. Reading and writing raise StorageError."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -26,14 +26,14 @@ class Files:
             (root / name).mkdir(parents=True, exist_ok=True)
 
     def picture(self, picture_id: str) -> Path | None:
-        """Where the picture of this id lies; None for what is no id or no file."""
+        """Return the path of a picture; None for an id that is invalid or has no file."""
         if not _ID.fullmatch(picture_id):
             return None
         path = self._picture(picture_id)
         return path if path.is_file() else None
 
     def thumbnail(self, picture_id: str) -> Path | None:
-        """A picture of at most 256 pixels a side, made when it is first asked for."""
+        """Return the path of a picture of at most 256 pixels a side, made on the first call."""
         whole = self.picture(picture_id)
         if whole is None:
             return None
@@ -59,7 +59,7 @@ class Files:
             raise StorageError(f"the {name} cannot be read again: {reason(error)}") from None
 
     def keep(self, image: Image.Image, picture_id: str, texts: Mapping[str, str]) -> None:
-        """A finished picture, under its name only when all of it is on the disk."""
+        """Write a finished picture; it gets its name once all of it is on the disk."""
         self._save(image, self._picture(picture_id), texts)
 
     def remove(self, job_id: str, picture_ids: list[str]) -> None:
@@ -70,8 +70,9 @@ class Files:
                 (self.root / folder / f"{picture_id}.png").unlink(missing_ok=True)
 
     def sweep(self, pictures: set[str], jobs: set[str]) -> int:
-        """Remove what belongs to none of these: left over when a process was killed between
-        writing a file and committing its row. Returns how many.
+        """Remove the files of no known picture or job; return how many.
+
+        They are left over when a process is killed between writing a file and committing its row.
         """
         removed = 0
         for folder in ("pictures", "thumbnails", "inputs"):

@@ -1,4 +1,4 @@
-"""What stands before every route: who may ask, from where, how much and how slowly."""
+"""Check each request before its route: token, host, origin, size and speed."""
 
 from __future__ import annotations
 
@@ -34,8 +34,10 @@ HEADERS = (
 
 @dataclass(frozen=True)
 class Rules:
-    """token: None lets everyone in, which only loopback may. hosts: names that a Host header may
-    have besides loopback's.
+    """Who may ask.
+
+    token: None lets everyone in, for loopback alone. hosts: names that a Host header may have
+    besides loopback's.
     """
 
     token: str | None = None
@@ -113,7 +115,7 @@ class Guard:
                 raise RefusedError(403, "cross-site requests are refused")
 
     async def _enter(self, receive: Any, reply: Any) -> None:
-        """A browser's form with the token in it: given a cookie, and sent to the page."""
+        """Answer a browser's form with the token in it: set a cookie, and lead to the page."""
         form, more = b"", True
         while more and len(form) <= entrance.MAX_FORM:
             message = await receive()
@@ -157,7 +159,7 @@ class Guard:
 
 
 def _equal(given: str, token: str) -> bool:
-    """In a time that tells nothing."""
+    """Compare in constant time."""
     return hmac.compare_digest(given.encode(), token.encode())
 
 
@@ -174,7 +176,7 @@ def _single(headers: dict[str, list[str]], name: str) -> str:
 
 
 def _name(host: str) -> str | None:
-    """The name in a Host header, without its port; None if it is none."""
+    """Return the name in a Host header, without its port; None if it is invalid."""
     try:
         parts = urlsplit("//" + host)
         _ = parts.port

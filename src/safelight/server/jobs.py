@@ -1,4 +1,4 @@
-"""What a job is, to all who ask: the shapes that the routes answer with."""
+"""The shapes of jobs that the routes answer with, the errors, and what routes need of a service."""
 
 from __future__ import annotations
 

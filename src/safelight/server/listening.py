@@ -1,4 +1,4 @@
-"""Where the server listens, settled before anything heavy is imported."""
+"""Open the socket and lock the data folder, before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ class ServedError(SafelightError):
 
 
 def hold(root: Path, listening: socket.socket) -> None:
-    """Keep every other server from this data folder: it would take what this one draws for left
-    over, and draw it again. Raises ServedError if another one holds it.
+    """Lock a data folder for this server. Raises ServedError if another one holds it.
+
+    A second server would take the jobs of the first for left over, and draw them again.
     """
     from filelock import FileLock, Timeout
 
@@ -43,7 +44,7 @@ def hold(root: Path, listening: socket.socket) -> None:
 
 
 def listen(host: str, port: int, token: str | None) -> socket.socket:
-    """Raises SafelightError if it cannot be, or if it must not be without a token."""
+    """Return a listening socket. Raises SafelightError if it cannot be, or needs a token."""
     if token is None and not _loopback(host):
         raise SafelightError(
             f"--host {host} can be reached from other machines: give a --token as well"
@@ -63,13 +64,13 @@ def listen(host: str, port: int, token: str | None) -> socket.socket:
 
 
 def shown(listening: socket.socket) -> str:
-    """The address that a person types."""
+    """Return the address that a person types."""
     host, port = listening.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def everywhere(host: str) -> bool:
-    """Whether that is all of this machine's addresses, and no name of it."""
+    """Return whether a host means all addresses of this machine."""
     return host in ("0.0.0.0", "::")
 
 

@@ -1,5 +1,6 @@
-"""The worker's process, started before anything heavy is imported: it loads its model while the
-server is still coming up.
+"""Start the worker's process before anything heavy is imported.
+
+It loads its model while the server is still starting.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from multiprocessing.process import BaseProcess
 
 @dataclass(frozen=True)
 class Settings:
-    """What the worker is told at its start."""
+    """The settings of a worker."""
 
     model: str
     url: str

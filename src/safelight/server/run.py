@@ -1,4 +1,4 @@
-"""Serving: uvicorn, with limits of our own."""
+"""Run uvicorn, with limits of our own."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FIELDS = ("request_id", "method", "route", "status", "seconds", "job", "client")
 
 
 class Lines(logging.Formatter):
-    """A log record as a line of JSON. Prompts are in none."""
+    """Formats a log record as a line of JSON. None contains a prompt."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {

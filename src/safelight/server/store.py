@@ -30,10 +30,10 @@ from safelight.server.tables import (
 )
 
 LEASE = 60.0
-"""Seconds after which the job of a worker that was not heard of is anyone's."""
+"""Seconds after which a silent worker's job is free again."""
 
 ATTEMPTS = 3
-"""So often a job is begun; if its worker never gets through, the job is at fault."""
+"""The most attempts at a job; if no worker finishes it, the job is at fault."""
 
 LOCK = 0x5AFE
 """The number of our advisory lock in PostgreSQL."""
@@ -45,9 +45,7 @@ class LostError(Exception):
 
 @dataclass(frozen=True)
 class Claim:
-    """A job to be run. done: which of its pictures are there already; suspect: it was begun before
-    and its worker did not get through.
-    """
+    """A job to draw. done: its finished pictures. suspect: a worker ended while drawing it."""
 
     id: str
     token: str
@@ -57,13 +55,15 @@ class Claim:
 
 
 def new_id() -> str:
-    """Opaque, and not to be guessed."""
+    """Return a new id: opaque, and not to be guessed."""
     return secrets.token_hex(16)
 
 
 class Store:
-    """url: as SQLAlchemy has it. Methods block; all but the reading ones are one transaction, and
-    raise StorageError if it could not be.
+    """The jobs and pictures of a database. url: as SQLAlchemy has it.
+
+    Methods block. Those that write are one transaction each. All raise StorageError if the
+    database does not answer.
     """
 
     def __init__(self, url: str) -> None:
@@ -75,7 +75,7 @@ class Store:
 
     @contextmanager
     def _write(self) -> Iterator[Connection]:
-        """A transaction that no other of ours runs beside."""
+        """Begin a transaction that excludes our other ones."""
         with storage_errors(), self._engine.begin() as connection:
             if not self._lite:  # SQLite's begins with BEGIN IMMEDIATE
                 connection.execute(select(func.pg_advisory_xact_lock(LOCK)))
@@ -97,7 +97,7 @@ class Store:
         key: str | None = None,
         digest: str | None = None,
     ) -> tuple[Job, bool]:
-        """The job, durable, and whether it is new: of a key seen before it is the one of then.
+        """Add a job; return it and whether it is new. A key seen before returns the job of then.
 
         cost: rows of the network it will take; bound: most pictures that may wait. Raises
         BusyError beyond it, SafelightError for a key that came with another request.
@@ -131,7 +131,7 @@ class Store:
             return self._job(db, row), True
 
     def claim(self, worker: str, *, alone: bool = False, ageing: float = 0.0) -> Claim | None:
-        """The next job for this worker, its attempt counted; None if there is none.
+        """Return the next job for a worker, with its attempt counted; None if there is none.
 
         Short ones first; `ageing` is the cost that a second of waiting makes up for. A job that
         was begun before is given out only to a worker that is `alone` with it, so that it takes no
@@ -176,7 +176,7 @@ class Store:
             )
 
     def renew(self, worker: str) -> None:
-        """This worker is well: its jobs stay its own."""
+        """Renew the leases of a worker's jobs."""
         with self._write() as db:
             db.execute(
                 jobs.update()
@@ -185,9 +185,9 @@ class Store:
             )
 
     def release(self, worker: str | None = None, *, told_to: bool = False) -> None:
-        """The jobs of this worker, or of all, wait again: it has ended.
+        """Put the jobs of a worker that ended, or of all, back into the queue.
 
-        told_to: by us, so that this was no attempt.
+        told_to: whether we ended it, so that this counts as no attempt.
         """
         mine = jobs.c.status == Status.RUNNING
         if worker is not None:
@@ -206,7 +206,7 @@ class Store:
             _give_up(db, timestamp())
 
     def put_back(self, job_id: str, token: str) -> None:
-        """A job that was not got to after all: as if it had not been claimed."""
+        """Put a claimed job back into the queue, as if it had not been claimed."""
         with self._write() as db:
             db.execute(
                 jobs.update()
@@ -220,7 +220,7 @@ class Store:
             )
 
     def add_picture(self, job_id: str, token: str, picture: Picture) -> None:
-        """Raises LostError if the job is not this token's, or has this picture."""
+        """Add a picture. Raises LostError if the token is not the job's, or the picture exists."""
         try:
             with self._write() as db:
                 self._hold(db, job_id, token)
@@ -242,7 +242,7 @@ class Store:
     def finish(
         self, job_id: str, token: str, *, warnings: list[str], error: str | None = None
     ) -> None:
-        """Raises LostError if the job is not this token's."""
+        """End a job. Raises LostError if the token is no longer the job's."""
         with self._write() as db:
             self._hold(db, job_id, token)
             db.execute(
@@ -258,7 +258,7 @@ class Store:
             )
 
     def cancel(self, job_id: str) -> Job | None:
-        """The job, final: what it has by now stays."""
+        """Cancel a job and return it; its finished pictures stay."""
         with self._write() as db:
             db.execute(
                 jobs.update()
@@ -268,7 +268,7 @@ class Store:
             return self._one(db, job_id)
 
     def retry(self, job_id: str, bound: int) -> Job | None:
-        """A job that failed or was cancelled waits again, from its first attempt.
+        """Put a job that failed or was cancelled back into the queue, from its first attempt.
 
         Raises BusyError if more than `bound` pictures would wait.
         """
@@ -287,7 +287,7 @@ class Store:
             return self._one(db, job_id)
 
     def delete(self, job_id: str) -> list[str] | None:
-        """The ids of its pictures, whose files are to go; None if there is no such job."""
+        """Delete a job; return the ids of its pictures, whose files are to go, or None."""
         with self._write() as db:
             ids = list(db.execute(select(pictures.c.id).where(pictures.c.job == job_id)).scalars())
             db.execute(pictures.delete().where(pictures.c.job == job_id))
@@ -311,7 +311,7 @@ class Store:
         before: float | None = None,
         limit: int = 50,
     ) -> list[Job]:
-        """Newest first; search: words that the prompt holds; before: created earlier than this."""
+        """Return jobs, newest first. search: words of the prompt. before: created earlier."""
         query = select(jobs).order_by(jobs.c.created.desc(), jobs.c.id).limit(limit)
         if status is not None:
             query = query.where(jobs.c.status == status)
@@ -334,13 +334,13 @@ class Store:
             return db.execute(query).first() is not None
 
     def known_files(self) -> tuple[set[str], set[str]]:
-        """The ids of all pictures, and of all jobs that may still need what they start from."""
+        """Return the ids of all pictures, and of all jobs."""
         with self._read() as db:
             known = set(db.execute(select(pictures.c.id)).scalars())
             return known, set(db.execute(select(jobs.c.id)).scalars())
 
     def check(self) -> str:
-        """ "ok", or what the database finds wrong with itself."""
+        """Return "ok", or what the database finds wrong with itself."""
         if not self._lite:
             return "ok"
         with self._read() as db:

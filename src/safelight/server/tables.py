@@ -1,4 +1,4 @@
-"""The tables of jobs and pictures, and how a row reads as a Job."""
+"""The tables of jobs and pictures; reading a row as a Job."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def read_job(row: RowMapping, drawn: Sequence[RowMapping]) -> Job:
 
 
 def _progress(settings: dict[str, Any], count: int, done: int) -> Progress:
-    """The progress of a job that is over: the steps asked for, of the pictures it has."""
+    """Return the progress of a job that is over: steps asked for, times its pictures."""
     sampler = SAMPLERS.get(settings.get("sampler", ""))
     steps = settings.get("steps") or (sampler.steps if sampler else 1)
     return Progress(step=steps * done, steps=steps * count)

@@ -1,6 +1,6 @@
-"""The page: make pictures, change them, find them again, compare, look inside, train.
+"""The page in the browser: draw pictures, edit, search, compare, look inside, train.
 
-Gradio gives the forms, tabs, the mask's editor and the plots. What shows the server's own state,
-the live view and the gallery (`studio.js`), asks the server's own API, so that it is right again
-after a restart and no picture is copied.
+Gradio provides forms, tabs and the mask editor. The live view and the gallery are our own
+(`studio.js`). They use the server's public API, so that they are correct again after a restart and
+copy no picture.
 """

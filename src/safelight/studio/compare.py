@@ -1,4 +1,4 @@
-"""Compare: a grid over two settings, drawn by jobs of the server, on one labelled picture."""
+"""Compare: a labelled grid over two settings, drawn by jobs of the server."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from safelight.server.hub import Hub
 from safelight.server.jobs import Job, Status
 from safelight.server.store import new_id
 from safelight.studio import form as forms
-from safelight.studio.parts import kept, problem, progress
+from safelight.studio.parts import kept, problem, progress, status
 
 NOTHING = "nothing"
 
 
 def compare(hub: Hub, form: forms.Form) -> None:
-    """Made within a tab. form: where the settings that all cells share are."""
+    """Build the tab. form: the settings that all cells share."""
     gr.HTML(
-        "<p>Every cell is drawn from the same noise, with the settings under Make. Values are "
-        "parted by commas, prompts by |.</p>"
+        "<p>Every cell starts from the same noise and uses the prompt and settings of Make. "
+        "Separate values by commas, prompts by |.</p>"
     )
     with gr.Row():
         x = gr.Dropdown(list(SETTINGS), value="sampler", label="Columns")
@@ -36,14 +36,14 @@ def compare(hub: Hub, form: forms.Form) -> None:
     with gr.Row():
         start = gr.Button("Compare", variant="primary", elem_id="compare")
         stop = gr.Button("Stop")
-    told, bar = problem("compare"), progress("compare")
+    told, doing, bar = problem("compare"), status("compare"), progress("compare")
     sheet = kept("compare", "The grid")
     running = gr.State([])
 
     async def draw(
         x: str, across: str, y: str, down: str, *values: Any
     ) -> AsyncIterator[tuple[Any, ...]]:
-        """Yields problem, bar, sheet and the ids of the jobs."""
+        """Yield problem, status, bar, sheet and the ids of the jobs."""
         jobs: list[Job] = []
         try:
             base = (await asyncio.to_thread(forms.request, *values, hub=hub)).replace(count=1)
@@ -54,23 +54,26 @@ def compare(hub: Hub, form: forms.Form) -> None:
             for row in cells:
                 jobs += [await hub.submit(request, client="compare") for request in row]
         except SafelightError as error:
-            for job in jobs:  # all of a grid, or nothing
+            for job in jobs:  # the whole grid, or nothing
                 await hub.cancel(job.id)
-            yield str(error), "", gr.skip(), []
+            yield str(error), "", "", gr.skip(), []
             return
+        prompts = "several prompts" if "prompt" in (x, y) else f"“{_short(base.prompt)}”"
         ids = [job.id for job in jobs]
         waits = [asyncio.ensure_future(hub.wait(job_id)) for job_id in ids]
         pending = set(waits)
         while pending:
-            yield "", 1 - len(pending) / len(waits) or 0.001, gr.skip(), ids
+            done = len(waits) - len(pending)
+            doing_now = f"Drawing {prompts}: {done} of {len(waits)} cells are done."
+            yield "", doing_now, done / len(waits) or 0.001, gr.skip(), ids
             _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
         try:
             made = [wait.result() for wait in waits]
             grid = await asyncio.to_thread(_sheet, hub, made, axes)
         except SafelightError as error:
-            yield str(error), "", gr.skip(), []
+            yield str(error), "", "", gr.skip(), []
             return
-        yield "", "", grid, []
+        yield "", f"Done: {prompts}, {len(waits)} cells.", "", grid, []
 
     async def cancel(ids: list[str]) -> None:
         for job_id in ids:
@@ -79,15 +82,22 @@ def compare(hub: Hub, form: forms.Form) -> None:
     start.click(
         draw,
         [x, across, y, down, *form.fields],
-        [told, bar, sheet, running],
+        [told, doing, bar, sheet, running],
         show_progress="hidden",
         concurrency_limit=None,  # another browser need not wait
     )
     stop.click(cancel, running, show_progress="hidden")
 
 
+def _short(prompt: str) -> str:
+    return prompt if len(prompt) <= 80 else f"{prompt[:80]}…"
+
+
 def _sheet(hub: Hub, jobs: list[Job], axes: list[Axis]) -> str:
-    """The page of all cells, in the data folder. Raises SafelightError for one not drawn."""
+    """Write the grid into the data folder and return its path there.
+
+    Raises SafelightError if a cell was not drawn.
+    """
     for job in jobs:
         if job.status != Status.SUCCEEDED:
             why = job.error or "it was cancelled"
@@ -103,11 +113,11 @@ def _sheet(hub: Hub, jobs: list[Job], axes: list[Axis]) -> str:
 
 
 def _result(hub: Hub, job: Job) -> Result:
-    """What the cell's one job made, as if it had been made here."""
+    """Return the result of a cell's job."""
     picture = job.pictures[0]
     path = hub.picture_file(picture.id)
     if path is None:
-        raise SafelightError("a cell of the grid was deleted before all were there")
+        raise SafelightError("a cell of the grid was deleted before the last was drawn")
     recipe = picture.recipe
     return Result(
         images=[open_picture(path)],

@@ -1,4 +1,4 @@
-"""The settings of a picture, as fields on the page: read into a Request, set from a recipe."""
+"""The form of a picture's settings: fields, their values as a Request, a recipe as their values."""
 
 from __future__ import annotations
 
@@ -16,39 +16,94 @@ from safelight.request import MAX_PROMPT, Request, draw_seed
 from safelight.sampling import SAMPLERS
 from safelight.sampling.schedule import SCHEDULES, SPACINGS
 from safelight.server.hub import Hub
+from safelight.settings import Setting, settings_of
 from safelight.sizes import allowed_size
-from safelight.studio.parts import plain, problem
+from safelight.studio.parts import plain, problem, status
 
 OWN = "the model's own"
-NATIVE = "0 is the model's own"
+NATIVE = "0: the model's own"
+EXAMPLE = "three teddy bears on a yellow background"
+"""The prompt that the empty box shows, and that is drawn if the box stays empty."""
+
 EASEL = 512
-"""Pixels: smaller pictures are shown enlarged, so that a brush can hit something."""
+"""Pixels. The editor enlarges smaller pictures, so that a brush can hit something."""
+
+_NAMES = {"ddpm": "DDPM", "dpmpp_2s": "DPM++ 2S", "deis": "DEIS", "tcd": "TCD"}
+"""Usual names of the samplers that web UIs do not have."""
 
 _WHOLE = Image.Resampling.NEAREST
 
 
+def sampler_choices() -> list[tuple[str, str]]:
+    """Label and name of each sampler, such as ("DPM++ 2M (dpmpp_2m)", "dpmpp_2m")."""
+    return [
+        (f"{one.a1111 or _NAMES.get(name, name)} ({name})", name) for name, one in SAMPLERS.items()
+    ]
+
+
+_PLACED = (
+    *("prompt", "negative_prompt", "sampler", "steps", "guidance_scale", "count", "seed"),
+    *("width", "height", "schedule", "spacing", "eta", "strength"),
+)
+"""The settings that have a place of their own on the form, in the order of its fields."""
+
+
+def further_settings(request_type: type[Request]) -> list[Setting]:
+    """Return the settings whose fields the form derives from their description."""
+    return [
+        setting
+        for name, setting in settings_of(request_type).items()
+        if name not in (*_PLACED, "unconditional") and setting.kind is not None
+    ]
+
+
+def control(setting: Setting) -> Any:
+    """Return the field of a setting: a list, a checkbox, a slider or a box, by its description."""
+    about: dict[str, Any] = {
+        "label": setting.label.capitalize(),
+        "info": setting.description,
+        "elem_id": setting.name,
+    }
+    if setting.choices:
+        choices = [OWN, *setting.choices] if setting.optional else list(setting.choices)
+        return gr.Dropdown(choices, value=setting.default or OWN, **about)
+    if setting.kind is bool:
+        return gr.Checkbox(setting.default, **about)
+    if setting.kind is str:
+        return gr.Textbox(setting.default, max_length=MAX_PROMPT, **about)
+    if setting.about.slider is not None and setting.default is not None:
+        low, high, step = setting.about.slider
+        return gr.Slider(low, high, setting.default, step=step, **about)
+    return gr.Number(setting.default, **about)
+
+
 class Form:
-    """Made within a gr.Blocks, where its fields are to stand.
+    """The fields; create it inside a gr.Blocks.
 
     defaults: sampler, steps and guidance scale that the model draws best with, if it says.
+    request_type: the class whose settings the form shows.
     """
 
-    def __init__(self, defaults: Mapping[str, Any]) -> None:
+    def __init__(self, defaults: Mapping[str, Any], request_type: type[Request] = Request) -> None:
         first = Request(sampler="dpmpp_2m").replace(**defaults)
         self.prompt = gr.Textbox(
             label="Prompt",
-            placeholder="three teddy bears on a yellow background",
+            placeholder=EXAMPLE,
             lines=2,
             max_length=MAX_PROMPT,
             elem_id="prompt",
         )
         self.negative_prompt = gr.Textbox(
-            label="Negative prompt", info="what to keep away from", max_length=MAX_PROMPT
+            label="Negative prompt",
+            info="what to keep out of the picture",
+            max_length=MAX_PROMPT,
         )
         self.draw = gr.Button("Draw", variant="primary", elem_id="draw")
-        self.problem = problem("make")
+        self.problem, self.status = problem("make"), status("make")
         with gr.Row():
-            self.sampler = gr.Dropdown(list(SAMPLERS), value=first.sampler, label="Sampler")
+            self.sampler = gr.Dropdown(
+                sampler_choices(), value=first.sampler, label="Sampler", min_width=220
+            )
             steps = first.steps or SAMPLERS[first.sampler].steps
             self.steps = gr.Slider(1, 150, steps, step=1, label="Steps")
         with gr.Row():
@@ -67,18 +122,19 @@ class Form:
                 self.height = gr.Number(0, label="Height", info=NATIVE, min_width=100)
             with gr.Row():
                 self.schedule = gr.Dropdown(
-                    [OWN, *SCHEDULES], value=OWN, label="Schedule", info="where the steps stop"
+                    [OWN, *SCHEDULES], value=OWN, label="Schedule", info="noise levels of the steps"
                 )
                 self.spacing = gr.Dropdown(
-                    [OWN, *SPACINGS], value=OWN, label="Spacing", info="how they are spread"
+                    [OWN, *SPACINGS], value=OWN, label="Spacing", info="how timesteps are spread"
                 )
             self.eta = gr.Slider(
-                0, 1, 0, step=0.05, label="Eta", info="noise that ddim and tcd add at each step"
+                0, 1, 0, step=0.05, label="Eta", info="fresh noise in each step of DDIM and TCD"
             )
+            self.further = [control(setting) for setting in further_settings(request_type)]
         with gr.Accordion("Change a picture", open=False) as self.change:
             gr.HTML(
-                "<p>Drop a picture in to start from it. Paint over a part, and only that part is "
-                "drawn anew.</p>"
+                "<p>Drop a picture to start from. Paint over a part of it to redraw only that "
+                "part.</p>"
             )
             self.picture = gr.ImageEditor(
                 label="Picture and mask",
@@ -102,7 +158,7 @@ class Form:
 
     @property
     def fields(self) -> list[Any]:
-        """In the order that `request` takes their values, and `shown` gives them."""
+        """All fields, in the order of the arguments of `request` and the values of `shown`."""
         return [
             self.prompt,
             self.negative_prompt,
@@ -117,6 +173,7 @@ class Form:
             self.spacing,
             self.eta,
             self.strength,
+            *self.further,
             self.picture,
             self.enlarged,
         ]
@@ -136,13 +193,15 @@ def request(
     spacing: str,
     eta: float,
     strength: float,
-    picture: Any,
-    enlarged: int,
-    *,
+    *rest: Any,
     hub: Hub,
 ) -> Request:
-    """What to ask of the hub's model: a picture to start from is brought near to its own size if
-    width and height are empty. Raises SafelightError, with a sentence, for what cannot be.
+    """Return the Request of the form's values.
+
+    rest: the values of `Form.further`, the editor's picture and how often it is enlarged.
+
+    Without width and height, a picture to start from is resized to about the model's own area. An
+    empty prompt without such a picture becomes EXAMPLE. Raises SafelightError for invalid values.
     """
     if not (isinstance(seed, str) and seed.strip().isdecimal() and len(seed) < 100):
         raise SafelightError(f"seed must be a whole number, not {str(seed)[:20]!r}: see “New seed”")
@@ -160,13 +219,18 @@ def request(
         "spacing": None if spacing == OWN else spacing,
         "eta": eta,
     }
+    *more, picture, enlarged = rest
+    for setting, value in zip(further_settings(Request), more, strict=True):
+        settings[setting.name] = None if setting.optional and value in (OWN, "") else value
     image, mask = _painted(picture, enlarged)
     if hub.info.kind == "pixels":
         if prompt or negative_prompt or image is not None:
             raise SafelightError(
-                "this model draws from noise alone: leave both prompts and the picture empty"
+                "this model takes no prompt: leave both prompts and the picture empty"
             )
         settings["unconditional"] = True
+    elif empty(prompt) and image is None:
+        settings["prompt"] = EXAMPLE
     if image is not None:
         settings |= {"image": image, "mask": mask, "strength": strength}
         if not (width or height):
@@ -177,9 +241,14 @@ def request(
     return Request(**settings)
 
 
+def empty(prompt: Any) -> bool:
+    """Whether a prompt is text without a letter."""
+    return isinstance(prompt, str) and not prompt.strip()
+
+
 def _painted(picture: Any, enlarged: int) -> tuple[Image.Image | None, Image.Image | None]:
-    """What the editor holds: the picture, and the mask, if anything is painted. What `on_easel`
-    enlarged is made small again, so that it is the same picture to the last pixel.
+    """Return the editor's picture, and the mask if anything is painted. A picture that `on_easel`
+    enlarged is reduced again, so that every pixel equals the original.
     """
     if picture is None or picture.background is None:
         return None, None
@@ -199,7 +268,7 @@ def _painted(picture: Any, enlarged: int) -> tuple[Image.Image | None, Image.Ima
 
 
 def _opened(path: str | Path) -> tuple[Image.Image, Image.Image | None]:
-    """A picture as RGB, transparency on white, and how opaque it is."""
+    """Return a picture as RGB on white, and its alpha channel, if it has one."""
     try:
         with opened(path, "the picture") as image:
             upright = ImageOps.exif_transpose(image)
@@ -212,9 +281,10 @@ def _opened(path: str | Path) -> tuple[Image.Image, Image.Image | None]:
 
 
 def shown(settings: dict[str, Any]) -> tuple[list[Any], list[str]]:
-    """The values of a Form's fields for the settings of a recipe, but for the picture that it began
-    with (see `on_easel`), and what of them cannot be had, each in a sentence. settings may be
-    anything: files come from strangers.
+    """Return values of a Form's fields for a recipe, and a sentence for each unusable setting.
+
+    The picture to start from is left out (see `on_easel`). settings may hold anything: files come
+    from strangers.
     """
     known: dict[str, Any] = {}
     told: list[str] = []
@@ -226,7 +296,7 @@ def shown(settings: dict[str, Any]) -> tuple[list[Any], list[str]]:
             known[name] = value
         except SafelightError as error:
             told.append(str(error))
-    for name in ("unconditional", "count"):  # as this server's model is; and it is of one picture
+    for name in ("unconditional", "count"):  # the server's model decides; a recipe is one picture's
         known.pop(name, None)
     asked = Request(**known)
     values = [
@@ -243,6 +313,7 @@ def shown(settings: dict[str, Any]) -> tuple[list[Any], list[str]]:
         asked.spacing or OWN,
         asked.eta,
         asked.strength or 0.7,
+        *(getattr(asked, setting.name) for setting in further_settings(Request)),
     ]
     return values, told
 
@@ -250,7 +321,7 @@ def shown(settings: dict[str, Any]) -> tuple[list[Any], list[str]]:
 def on_easel(
     image: Image.Image | None, mask: Image.Image | None = None
 ) -> tuple[dict[str, Any] | None, int]:
-    """The editor's value for a picture and what was painted on it, and how often it is enlarged."""
+    """Return the editor's value for a picture and its mask, and the factor of enlargement."""
     if image is None:
         return None, 1
     times = max(1, EASEL // max(image.size))

@@ -1,4 +1,4 @@
-"""See inside: how one picture came to be, as `safelight explain` shows it."""
+"""Inside: every step of one picture, as `safelight explain` shows it."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from safelight.request import MAX_PROMPT, Request
 from safelight.server.hub import Hub
 from safelight.server.store import new_id
 from safelight.studio.mount import KEPT_AT
-from safelight.studio.parts import plain, problem, said
+from safelight.studio.parts import plain, problem, status
 from safelight.studio.run import Command, model_options, options
 
 KEPT = 20
-"""Pages that stay; older ones can be made again."""
+"""Number of pages that are kept; older ones can be drawn again."""
 
 PICTURES = ("image", "mask")
 
 
 class Inside:
-    """Made within a tab."""
+    """Builds the tab."""
 
     def __init__(self, hub: Hub, defaults: Mapping[str, Any]) -> None:
-        """defaults: what the model draws best with."""
+        """defaults: sampler, steps and guidance scale that the model draws best with."""
         self._hub = hub
         first = {"steps": 20, "sampler": "dpmpp_2m", **defaults}
         self._turn = asyncio.Lock()
         self._mine: tuple[str | None, Command] | None = None
         with gr.Row():
             self.prompt = gr.Textbox(
-                "a cat above a pizza",
+                "a red apple",
                 label="Prompt to look into",
                 max_length=MAX_PROMPT,
                 scale=4,
@@ -42,15 +42,15 @@ class Inside:
             self.look = gr.Button("Look inside", variant="primary", scale=1, elem_id="look")
         plain(self.prompt, self.steps)
         gr.HTML(
-            "<p>A picture is drawn, and every step of its way is kept. Or open one under Make or "
-            "Find, and choose “Look inside” there.</p>"
+            "<p>Draws a picture and records every step. To record a picture that you have, open it "
+            "under Make or Find and choose “Look inside”.</p>"
         )
-        self.status = said("inside")
+        self.status = status("inside")
         self.problem = problem("inside")
         self.frame = gr.HTML(
             "",
             html_template='{{#if value}}<iframe src="' + KEPT_AT + 'inside/{{value}}.html" '
-            'title="How the picture came to be" sandbox="allow-scripts"></iframe>{{/if}}',
+            'title="How the picture developed" sandbox="allow-scripts"></iframe>{{/if}}',
             js_on_load=None,
             elem_id="inside-frame",
         )
@@ -77,8 +77,8 @@ class Inside:
     async def show(
         self, prompt: str, settings: dict[str, Any], by: gr.Request
     ) -> AsyncIterator[tuple[Any, Any, Any]]:
-        """Yields status, problem and frame. settings: of a Request; pictures as paths; by: whose
-        page asks.
+        """Yield status, problem and frame. settings: of a Request, with pictures as paths. by: the
+        page that asks.
         """
         try:
             Request(prompt=prompt, **{k: v for k, v in settings.items() if k not in PICTURES})
@@ -87,9 +87,9 @@ class Inside:
             return
         if self._turn.locked():
             if self._mine is not None and self._mine[0] == by.session_hash:
-                self._mine[1].kill()  # who asks anew does not want the old one
-            yield "Another page looks inside just now: this is next.", "", gr.skip()
-        async with self._turn:  # each loads the model once more
+                self._mine[1].kill()  # a new request replaces the page's old one
+            yield "Another page is looking inside. This one is next.", "", gr.skip()
+        async with self._turn:  # each loads the model again
             async for update in self._explained(prompt, settings, by):
                 yield update
 
@@ -99,7 +99,11 @@ class Inside:
         folder = self._hub.files.root / "inside"
         folder.mkdir(exist_ok=True)
         name = new_id()
-        yield "It is drawn once more, and every step is kept: some seconds.", "", gr.skip()
+        yield (
+            "Drawing the picture again and recording every step. This takes some seconds.",
+            "",
+            gr.skip(),
+        )
         command = await Command.start(
             "explain",
             f"--out={folder / name}.html",
@@ -114,7 +118,7 @@ class Inside:
         finally:
             command.kill()  # if the page was closed
         if not done:
-            yield "", f"It cannot be shown: {command.last}", gr.skip()
+            yield "", f"This picture cannot be shown: {command.last}", gr.skip()
             return
         for old in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)[:-KEPT]:
             old.unlink(missing_ok=True)

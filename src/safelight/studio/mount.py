@@ -1,4 +1,4 @@
-"""The page at /studio of a server that runs already."""
+"""Mount the page at /studio of a running server."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from safelight.server.hub import Hub
 PATH = "/studio"
 KEPT_AT = f"{PATH}/kept/"
 
-# Nothing on the page may ask another host, whatever a prompt or a picture's text tries.
+# The page may contact no other host, whatever a prompt or a picture's text contains.
 _POLICY = (
     b"default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
     b"style-src 'self' 'unsafe-inline'; base-uri 'self'; form-action 'self'; object-src 'none'; "
@@ -29,16 +29,16 @@ _POLICY = (
 _SHOWN = re.compile(
     r"inside/[0-9a-f]{32}\.html|grids/[0-9a-f]{32}\.png|training/digits-\d{1,5}/step-\d{6}\.png"
 )
-# What the page asks Gradio for; its other routes (a proxy, an editor of code …) are not served.
+# The routes of Gradio that the page needs. Others (a proxy, a code editor …) are not served.
 _ASKED = re.compile(
     r"/studio(/(theme\.css|config|(assets|static)/.+|gradio_api/(queue/(join|data)|upload"
     r"|upload_progress|heartbeat/\w+|startup-events|app_id|file=(?!http).+))?)?"
 )
 UPLOADS = "uploads"
 OLD = 7 * 24 * 3600
-"""Seconds after which an uploaded picture is forgotten; what was drawn from it has a copy."""
+"""Seconds after which an uploaded picture is removed. Jobs that use it have their own copy."""
 
-_MISSING = "The studio needs more: pip install 'safelight[studio]'\n"
+_MISSING = "The studio is not installed: pip install 'safelight[studio]'\n"
 _ICON = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><rect width="16" height="16" '
     'rx="4" fill="#231f1c"/><circle cx="8" cy="8" r="4.2" fill="#e0531f"/></svg>'
@@ -47,7 +47,7 @@ _COMING = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Safelight</title>
 <meta http-equiv="refresh" content="1"><meta name="color-scheme" content="light dark"></head>
 <body style="font: 1.1rem/1.6 system-ui, sans-serif; margin: 18vh auto; max-width: 24rem">
-<main><h1>Safelight</h1><p>The studio is coming up: some seconds.</p></main></body></html>
+<main><h1>Safelight</h1><p>The studio is starting. This takes some seconds.</p></main></body></html>
 """
 
 
@@ -56,9 +56,9 @@ def available() -> bool:
 
 
 class Studio:
-    """An ASGI application around another: /studio is Gradio's, all else the other's.
+    """An ASGI application that serves /studio with Gradio and passes all else to `app`.
 
-    Gradio takes seconds to import, and memory: that is done when the page is first asked for.
+    Gradio takes seconds and memory to import, so it is imported on the first request of the page.
     """
 
     def __init__(self, app: Any, hub: Hub) -> None:
@@ -74,7 +74,7 @@ class Studio:
         if scope["type"] != "http" or not (path == PATH or path.startswith(PATH + "/")):
             await self.app(scope, receive, send)
             return
-        if self._page is None and not available():  # looked for on the disk
+        if self._page is None and not available():  # a look at the disk
             await PlainTextResponse(_MISSING, 404)(scope, receive, send)
             return
         if path.startswith(KEPT_AT):
@@ -91,7 +91,7 @@ class Studio:
         await page(scope, receive, _with_policy(send))
 
     def begin(self) -> None:
-        """Make Gradio's application, in a thread, unless that was begun before."""
+        """Start building Gradio's application in a thread, once."""
         if self._page is None:
             self._page = asyncio.get_running_loop().create_future()
             self._keeper = asyncio.create_task(self._keep(self._page))
@@ -117,18 +117,18 @@ class Studio:
 
 
 def _build(hub: Hub, defaults: dict[str, Any]) -> Any:
-    # Read when it is imported: it would tell its makers that it is used.
+    # Gradio reads this when it is imported; it switches off its telemetry.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    # Else in /tmp, for ever, and under a name that another user of this machine may have taken.
+    # The default is in /tmp: for ever, under a name that another user may have taken.
     os.environ["GRADIO_TEMP_DIR"] = str(hub.files.root / UPLOADS)
     from fastapi import FastAPI
     from gradio import mount_gradio_app, processing_utils
 
     from safelight.studio.page import LOOK, blocks
 
-    # An event may name a file in place of a value. Gradio would fetch one that is an address, and
-    # take any file of this machine: of an application that was mounted, not launched, it does not
-    # check that the file was uploaded.
+    # An event may name a file in place of a value. If the name is an address, Gradio fetches it. If
+    # the application was mounted instead of launched, Gradio opens any file of the machine without
+    # checking that it was uploaded.
     processing_utils.async_ssrf_protected_download = _not_fetched
     page = blocks(hub, defaults)
     page.has_launched = True
@@ -149,20 +149,18 @@ async def _not_fetched(url: str, *_: Any, **__: Any) -> str:
 
 
 def _forget(uploads: Path) -> None:
-    """Remove what was uploaded long ago. Gradio itself would only at the end of the server, when
-    a page may still show it.
-    """
+    """Remove old uploads. Gradio itself removes them only when the server ends."""
     for folder in uploads.iterdir() if uploads.is_dir() else ():
         if time.time() - folder.stat().st_mtime > OLD:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _kept(root: Path, path: str) -> Response:
-    """A file that the page shows: of explain, of compare, of the training."""
+    """Return a file that the page shows: of explain, compare or a training."""
     name = path.removeprefix(KEPT_AT)
     if not _SHOWN.fullmatch(name) or not (root / name).is_file():
         return PlainTextResponse("there is no such file\n", 404)
-    # A page of explain brings a policy of its own; this one takes it out of our origin.
+    # A page of explain has its own policy; this header takes it out of our origin.
     return FileResponse(root / name, headers={"content-security-policy": "sandbox allow-scripts"})
 
 

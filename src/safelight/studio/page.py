@@ -1,4 +1,4 @@
-"""The page: its tabs, and what leads from one to another."""
+"""The page: its tabs, and the actions that lead from one tab to another."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _THEME = Base(
     font=["system-ui", "sans-serif"],
     font_mono=["ui-monospace", "monospace"],
 ).set(
-    # Gradio's own orange and grey are too pale to be read by everyone (WCAG 2.2, 1.4.3).
+    # Gradio's own orange and grey have too little contrast (WCAG 2.2, 1.4.3).
     color_accent="#b23c0b",
     button_primary_background_fill="#b23c0b",
     button_primary_background_fill_dark="#b23c0b",
@@ -49,7 +49,10 @@ LOOK: dict[str, Any] = {"theme": _THEME, "css": STYLE, "head": HEAD}
 
 
 def blocks(hub: Hub, defaults: dict[str, Any]) -> gr.Blocks:
-    """Return the page of a server. defaults: what its model draws best with."""
+    """Return the page of this server.
+
+    defaults: sampler, steps and guidance scale that its model draws best with.
+    """
     with gr.Blocks(title="Safelight", analytics_enabled=False, fill_width=True) as page:
         gr.HTML("<h1>Safelight</h1>")
         with gr.Tabs() as tabs:
@@ -69,13 +72,13 @@ def blocks(hub: Hub, defaults: dict[str, Any]) -> gr.Blocks:
         def settle(
             settings: dict[str, Any], image: Image.Image | None, mask: Image.Image | None = None
         ) -> list[Any]:
-            """A recipe in the form, and what of it cannot be had."""
+            """Return updates that fill the form with a recipe, and say what cannot be used."""
             values, told = forms.shown(settings)
             if image is None and settings.get("image_sha256") is not None:
-                told.append("it began with a picture, which is not here: put that in below")
+                told.append("the picture to start from is not stored: add it below")
             return [
                 gr.Tabs(selected="make"),
-                f"Of this recipe: {'; '.join(told[:3])}" if told else "",
+                f"Not used from this recipe: {'; '.join(told[:3])}" if told else "",
                 True,
                 gr.Accordion(open=True) if "image_sha256" in settings else gr.skip(),
                 *values,
@@ -83,13 +86,13 @@ def blocks(hub: Hub, defaults: dict[str, Any]) -> gr.Blocks:
             ]
 
         async def recall(event: gr.EventData) -> list[Any]:
-            """All settings of a picture, and what it started from."""
+            """Fill the form with all settings of a picture, and the picture it started from."""
             job, picture = await _picture(hub, event)
             start = [await asyncio.to_thread(hub.files.input, job.id, n) for n in PICTURES]
             return settle(picture.recipe["settings"], *start)
 
         async def use(event: gr.EventData) -> list[Any]:
-            """A picture to start from, with its prompt and size."""
+            """Start from a picture, with its prompt and size."""
             _, picture = await _picture(hub, event)
             path = hub.picture_file(picture.id)
             if path is None:
@@ -115,7 +118,7 @@ def blocks(hub: Hub, defaults: dict[str, Any]) -> gr.Blocks:
                 yield [gr.Tabs(selected="inside"), *update]
 
         def read(path: str | None) -> list[Any]:
-            """A dropped picture's recipe into the form."""
+            """Fill the form with the settings stored in a dropped picture."""
             if path is None:
                 return ["", *[gr.skip()] * len(settled)]
             try:
@@ -138,27 +141,39 @@ def blocks(hub: Hub, defaults: dict[str, Any]) -> gr.Blocks:
 
 
 def _make(hub: Hub, defaults: dict[str, Any]) -> tuple[forms.Form, Any]:
-    """The form, and what is drawn just now."""
+    """Build the form and the live view."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
             form = forms.Form(defaults)
         with gr.Column(scale=5, min_width=320):
             drawn = now()
 
-    async def submit(keep: bool, *values: Any) -> tuple[Any, Any, str]:
-        """The new job's id, the next seed, the problem."""
+    seed_at = form.fields.index(form.seed)
+
+    async def submit(keep: bool, used: str | None, *values: Any) -> tuple[Any, ...]:
+        """Submit a job. Returns its id, its seed (twice: shown and remembered), problem and status.
+
+        used: the seed of the last job. Unless `keep`, it is replaced by a new one; any other seed
+        in the field was chosen by the user.
+        """
+        given = list(values)
+        if not keep and given[seed_at] == used:
+            given[seed_at] = str(draw_seed())
         try:
-            request = await asyncio.to_thread(forms.request, *values, hub=hub)
+            request = await asyncio.to_thread(forms.request, *given, hub=hub)
             job = await hub.submit(request, client="studio")
         except SafelightError as error:
-            return gr.skip(), gr.skip(), str(error)
-        return job.id, gr.skip() if keep else str(draw_seed()), ""
+            return gr.skip(), gr.skip(), gr.skip(), str(error), ""
+        example = request.prompt == forms.EXAMPLE and forms.empty(given[0])
+        told = f"The prompt is empty, so this draws the example: “{forms.EXAMPLE}”."
+        return job.id, str(request.seed), str(request.seed), "", told if example else ""
 
+    used = gr.State(None)
     for event in (form.draw.click, form.prompt.submit):
         event(
             submit,
-            [form.keep, *form.fields],
-            [drawn, form.seed, form.problem],
+            [form.keep, used, *form.fields],
+            [drawn, form.seed, used, form.problem, form.status],
             show_progress="hidden",
             concurrency_limit=None,
         )
@@ -166,13 +181,13 @@ def _make(hub: Hub, defaults: dict[str, Any]) -> tuple[forms.Form, Any]:
 
 
 def _find() -> tuple[Any, Any, Any]:
-    """The gallery, where a picture is dropped for its recipe, and where problems are told."""
+    """Build the gallery, the field for a dropped picture, and the line for problems."""
     with gr.Row(equal_height=False, elem_id="finding"):
         with gr.Column(scale=7, min_width=320):
             found = gallery()
         with gr.Column(scale=3, min_width=260):
             dropped = gr.File(
-                label="Drop a PNG to read its recipe",
+                label="Drop a PNG to read its settings",
                 file_types=["image"],
                 type="filepath",
                 height=160,
@@ -183,7 +198,7 @@ def _find() -> tuple[Any, Any, Any]:
 
 
 async def _picture(hub: Hub, event: gr.EventData) -> tuple[Any, Any]:
-    """The job and the picture that an event of the page speaks of."""
+    """Return the job and the picture that an event of the page names."""
     given = event._data
     picture_id = str(given.get("id", "")) if isinstance(given, dict) else ""
     job = await hub.job_of(picture_id)

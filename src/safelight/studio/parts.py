@@ -1,4 +1,4 @@
-"""Pieces that several tabs have."""
+"""Components that several tabs use."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ _HERE = Path(__file__).parent
 HEAD = f"<script>{(_HERE / 'studio.js').read_text('utf-8')}</script>"
 STYLE = (_HERE / "studio.css").read_text("utf-8")
 
-# Each name in quotes is an event that Python can listen to, with the picture's id as `event.id`.
+# Each name in quotes is an event that Python can listen to; `event.id` is the picture's id.
 _CALL = "safelight.%s(element, {trigger, watch, props}, ['use', 'recall', 'inside'])"
 
 
 def plain(*fields: Any) -> None:
-    """Give the function of an event what the page sends: Request says what is wrong with a value
-    in a sentence, Gradio in terms of its own.
+    """Pass values from the page to the event's function unchecked. Request reports a wrong value in
+    a sentence; Gradio's own message would name its component.
     """
     for field in fields:
-        field.preprocess = _as_it_is
+        field.preprocess = _unchanged
 
 
-def _as_it_is(payload: Any) -> Any:
+def _unchanged(payload: Any) -> Any:
     return payload
 
 
 def problem(name: str) -> gr.HTML:
-    """Where a tab says what went wrong, as a sentence; its text is escaped."""
-    return _sentence(name, "problem", "alert")
+    """A line for a tab's error, as text (escaped). name: of the tab."""
+    return _line(name, "problem", "alert")
 
 
-def said(name: str) -> gr.HTML:
-    """Where a tab says what it does."""
-    return _sentence(name, "status", "status")
+def status(name: str) -> gr.HTML:
+    """A line for what a tab is doing, as text (escaped). name: of the tab."""
+    return _line(name, "status", "status")
 
 
-def _sentence(name: str, kind: str, role: str) -> gr.HTML:
+def _line(name: str, kind: str, role: str) -> gr.HTML:
     return gr.HTML(
         "",
         html_template=f'<p class="{kind}" role="{role}">{{{{value}}}}</p>',
@@ -49,7 +49,7 @@ def _sentence(name: str, kind: str, role: str) -> gr.HTML:
 
 
 def now() -> Any:
-    """What the server draws just now, and what it made last. Its value is a new job's id."""
+    """The jobs being drawn and the latest pictures. Its value is the id of the job to show."""
     return gr.HTML(
         "",
         html_template='<div class="now"></div>',
@@ -59,14 +59,14 @@ def now() -> Any:
 
 
 def gallery() -> Any:
-    """All that was made, with a field to search it."""
+    """All pictures, with a search field."""
     return gr.HTML(
         "", html_template='<div class="find"></div>', js_on_load=_CALL % "find", elem_id="find"
     )
 
 
 def progress(name: str) -> gr.HTML:
-    """A bar; its value is a share of 1, or empty."""
+    """A progress bar. Its value is from 0 to 1, or empty to hide it."""
     return gr.HTML(
         "",
         html_template='{{#if value}}<progress max="1" value="{{value}}" aria-label="progress">'
@@ -77,9 +77,9 @@ def progress(name: str) -> gr.HTML:
 
 
 def kept(name: str, alt: str) -> gr.HTML:
-    """A picture of the data folder, with a link to save it; its value is the path there, or empty.
+    """A picture of the data folder, with a link to save it. Its value is the path there, or empty.
 
-    Gradio's Image would copy it first, and has a button without a name.
+    Gradio's Image copies the picture first, and has a button without an accessible name.
     """
     return gr.HTML(
         "",

@@ -1,4 +1,4 @@
-"""The recipe in a dropped picture, ours or another maker's, as settings of ours."""
+"""Read the settings stored in a picture by Safelight, AUTOMATIC1111 or ComfyUI."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from safelight.recipe import read_recipe
 from safelight.sampler_names import sampler_and_schedule
 
 _PLAIN = ("", "normal", "automatic", "uniform")
-"""What others call a model's own schedule."""
+"""Names that others give a model's own schedule."""
 
 
 def recipe_settings(path: str | Path) -> dict[str, Any]:
-    """Settings of a Request, as far as the picture tells them and they can be had here.
+    """Return the settings of a Request that the picture stores.
 
-    Reads Safelight's own recipes, AUTOMATIC1111's text and ComfyUI's graph. Raises SafelightError
-    for a picture that has none of them.
+    Reads Safelight's recipes, AUTOMATIC1111's text and ComfyUI's graph. Raises SafelightError for a
+    picture without any of them.
     """
     try:
-        recipe = read_recipe(Path(path).read_bytes())  # its name here says nothing to a person
+        recipe = read_recipe(
+            Path(path).read_bytes()
+        )  # the uploaded file's name means nothing to the user
     except SafelightError as error:
         found = _graph(path)
         if found is None:
@@ -44,7 +46,7 @@ def recipe_settings(path: str | Path) -> dict[str, Any]:
 
 
 def _graph(path: str | Path) -> dict[str, Any] | None:
-    """What sd-parsers finds, which follows ComfyUI's graph to its samplers."""
+    """Return the settings that sd-parsers finds in ComfyUI's graph, or None."""
     from sd_parsers import ParserManager
 
     try:
@@ -71,7 +73,7 @@ def _graph(path: str | Path) -> dict[str, Any] | None:
 def _settings(prompt: str, negative_prompt: str, given: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative_prompt}
     known = sampler_and_schedule(str(given["sampler"]))
-    # One that is not had here stays in, for the form to tell.
+    # An unknown one stays, so that the form can report it.
     found["sampler"], joined = known or (given["sampler"] or None, "")
     schedule = str(given["schedule"]).lower() or joined
     found["schedule"] = None if schedule in _PLAIN else schedule

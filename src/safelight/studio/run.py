@@ -1,7 +1,7 @@
-"""Safelight's own command line, run beside the server for what is no job of it.
+"""Run Safelight's command line beside the server, for work that is no job.
 
-Its arguments, which have prompts in them, go by standard input: those that a process is started
-with may be read by every user of the machine. That stays open, and its end is the server's.
+The arguments contain prompts, so they go through standard input: every user of the machine can read
+the arguments that a process is started with. The input stays open; when the server ends, it closes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from safelight.server.process import Settings
 
 
 class Command:
-    """One run of `safelight …`; its standard error is read as it comes."""
+    """One run of `safelight …`. `lines` holds its standard error so far."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
@@ -50,17 +50,17 @@ class Command:
 
     @property
     def last(self) -> str:
-        """The last line that it said: of one that failed, why."""
-        return self.lines[-1].removeprefix("safelight: ") if self.lines else "it was ended"
+        """The last line of its output; if it failed, the reason."""
+        return self.lines[-1].removeprefix("safelight: ") if self.lines else "it was stopped"
 
     async def ended(self) -> bool:
-        """Waits; whether it did what it was to do."""
+        """Wait for the end and return whether it succeeded."""
         await self._process.wait()
         await self._reader
         return self._process.returncode == 0
 
     def stop(self) -> None:
-        """As Ctrl-C does: it saves what it has."""
+        """Interrupt it as Ctrl-C does; a training saves its state."""
         self.stopped = True
         if self.running:
             self._process.send_signal(signal.SIGINT)
@@ -78,7 +78,7 @@ class Command:
 
 
 def options(settings: Mapping[str, Any]) -> list[str]:
-    """Settings of a Request as options of the command line; None and False are left out."""
+    """Return settings of a Request as options of the command line, without None and False."""
     found: list[str] = []
     for name, value in settings.items():
         if value is None or value is False:
@@ -89,7 +89,7 @@ def options(settings: Mapping[str, Any]) -> list[str]:
 
 
 def model_options(settings: Settings) -> list[str]:
-    """The server's own model, on its device."""
+    """Return the options that load the server's model on its device."""
     return options(
         {
             "model": settings.model,
@@ -101,7 +101,7 @@ def model_options(settings: Settings) -> list[str]:
 
 
 def _end_with_the_server() -> None:
-    """However it ended: what is trained is saved, as by Ctrl-C."""
+    """Interrupt this process when the server ends, so that a training saves its state."""
     sys.stdin.read()
     os.kill(os.getpid(), signal.SIGINT)
 

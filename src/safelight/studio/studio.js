@@ -1,4 +1,4 @@
-// What shows the server's own state. Text from people goes in as text, never as HTML.
+// The live view and the gallery. Text from users is inserted as text, never as HTML.
 const safelight = (() => {
   const make = (tag, properties = {}, ...children) => {
     const node = Object.assign(document.createElement(tag), properties);
@@ -9,19 +9,19 @@ const safelight = (() => {
   const ask = async (path, options) => {
     const answer = await fetch(path, options);
     const body = await answer.json();
-    if (answer.status === 401) throw new Error("it wants its token again: reload this page");
-    if (!answer.ok) throw new Error(body.detail || `the server said ${answer.status}`);
+    if (answer.status === 401) throw new Error("the token is needed again: reload this page");
+    if (!answer.ok) throw new Error(body.detail || `the server answered ${answer.status}`);
     return body;
   };
 
   const final = job => !["queued", "running"].includes(job.status);
-  const words = job => {  // a prompt may have 16,384 letters; all of them are in the recipe
+  const words = job => {  // a prompt may have 16,384 letters; the recipe shows all of them
     const letters = [...job.settings.prompt || "(no prompt)"];
     return letters.length > 160 ? `${letters.slice(0, 160).join("")}…` : letters.join("");
   };
   const png = data => `data:image/png;base64,${data}`;
 
-  // --- one picture, with its recipe and what can be done with it ---------------------------------
+  // --- one picture, with its settings and actions -----------------------------------------------
 
   const dialog = () => {
     let box = document.getElementById("picture");
@@ -32,6 +32,9 @@ const safelight = (() => {
     }
     return box;
   };
+
+  const warnings = job => job.warnings.map(text =>
+    make("p", {className: "warning", textContent: `Note: ${text}`}));
 
   const open = (job, picture, events, changed) => {
     const box = dialog();
@@ -78,27 +81,50 @@ const safelight = (() => {
           make("a", {href: `/api/pictures/${picture.id}`, download: `${picture.id}.png`,
                      textContent: "Download"}),
           remove, close),
-        problem, recipe, ...job.warnings.map(text => make("p", {textContent: text}))));
+        problem, ...warnings(job), recipe));
     box.setAttribute("aria-label", "A picture");
     box.showModal();
   };
 
+  const thumbnail = (job, picture, events, changed) => make("button",
+    {type: "button", title: words(job), onclick: () => open(job, picture, events, changed)},
+    make("img", {src: `/api/pictures/${picture.id}/thumbnail`, alt: words(job), loading: "lazy"}));
+
   const thumbnails = (grid, jobs, events, changed) => {
     const shown = JSON.stringify(jobs.map(job => job.pictures.map(picture => picture.id)));
-    if (grid.dataset.shown === shown) return;  // what has the focus keeps it
+    if (grid.dataset.shown === shown) return;  // the focus stays where it is
     grid.dataset.shown = shown;
-    grid.replaceChildren(...jobs.flatMap(job => job.pictures.map(picture => make("button",
-      {type: "button", title: words(job), onclick: () => open(job, picture, events, changed)},
-      make("img", {src: `/api/pictures/${picture.id}/thumbnail`, alt: words(job), loading: "lazy"})))));
+    grid.replaceChildren(...jobs.flatMap(job => job.pictures.map(
+      picture => thumbnail(job, picture, events, changed))));
   };
 
-  // --- a picture on its way into the editor ---------------------------------------------------
+  // The newest picture, large, with its seed and its warnings; the older ones as thumbnails.
+  const ENLARGED = 4;  // times at most: beyond that a small picture is only blurred
+  const newestFirst = (grid, jobs, events, changed) => {
+    const shown = JSON.stringify(jobs.map(job => [job.pictures.map(p => p.id), job.warnings]));
+    if (grid.dataset.shown === shown) return;
+    grid.dataset.shown = shown;
+    const all = jobs.flatMap(job => job.pictures.map(picture => [job, picture]));
+    const [[job, picture] = [], ...older] = all;
+    if (!job) return grid.replaceChildren();
+    const button = thumbnail(job, picture, events, changed);
+    button.firstChild.src = `/api/pictures/${picture.id}`;
+    const facts = `Seed ${picture.seed} · ${picture.width}×${picture.height}`;
+    const many = job.pictures.length;
+    const result = make("figure", {className: "result"}, button, make("figcaption", {},
+      make("p", {className: "prompt", textContent: words(job)}), ...warnings(job),
+      make("p", {textContent: many > 1 ? `${facts} · the first of ${many}` : facts})));
+    result.style.setProperty("--side", `${ENLARGED * picture.width}px`);
+    grid.replaceChildren(result, ...older.map(one => thumbnail(...one, events, changed)));
+  };
 
-  const MOST_SIDE = 2048;  // that can be drawn: a photo of a phone would take its browser a minute
+  // --- a picture for the editor -----------------------------------------------------------------
+
+  const MAX_SIDE = 2048;  // the most that can be drawn; a phone's photo would take a minute
 
   const fitting = async file => {
     const whole = await createImageBitmap(file);
-    const scale = MOST_SIDE / Math.max(whole.width, whole.height);
+    const scale = MAX_SIDE / Math.max(whole.width, whole.height);
     if (scale >= 1) return file;
     const canvas = new OffscreenCanvas(Math.round(whole.width * scale), Math.round(whole.height * scale));
     canvas.getContext("2d").drawImage(whole, 0, 0, canvas.width, canvas.height);
@@ -116,7 +142,7 @@ const safelight = (() => {
       input.dispatchEvent(new Event("change", {bubbles: true}));
     } catch {
       easel.before(make("p", {className: "problem unread", role: "alert",
-                              textContent: `“${file.name}” is no picture that this browser can read.`}));
+                              textContent: `This browser cannot read “${file.name}” as a picture.`}));
     }
   };
 
@@ -138,9 +164,9 @@ const safelight = (() => {
     hand(input, file);
   }, true);
 
-  // --- what was typed --------------------------------------------------------------------------
+  // --- prompt and keys --------------------------------------------------------------------------
 
-  // Gradio loads the page anew when a server that was away is back.
+  // Gradio reloads the page when the server returns; the prompt is kept.
   const typed = () => {
     const prompt = document.querySelector("#prompt textarea");
     if (!prompt) { setTimeout(typed, 50); return; }
@@ -152,13 +178,59 @@ const safelight = (() => {
   };
   typed();
 
-  // --- what is drawn just now ------------------------------------------------------------------
+  // Ctrl+Enter presses the main button of the open tab.
+  addEventListener("keydown", event => {
+    if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
+    const main = ["draw", "compare", "look"].map(id => document.getElementById(id))
+      .find(button => button?.offsetParent);
+    if (!main || document.querySelector("dialog[open]")) return;
+    event.preventDefault();
+    event.stopPropagation();
+    const field = document.activeElement;
+    field.blur();  // a field of numbers passes its value on when it is left
+    setTimeout(() => { main.click(); field.focus(); });
+  }, true);
+
+  // On a phone the live view is below the form: a button leads there, and back.
+  const narrow = matchMedia("(max-width: 700px)");
+  const leader = view => {
+    const button = make("button", {type: "button", className: "leader", hidden: true});
+    view.querySelector(".now").append(button);
+    let form = null, there = false, back = false, wanted = false;
+    const show = () => {
+      const target = !there && wanted ? view : there && !back ? form : null;
+      button.hidden = !narrow.matches || !target;
+      button.textContent = target === view ? "See the picture ↓" : "Back to the prompt ↑";
+      button.onclick = () => {
+        target.scrollIntoView({block: "start"});
+        if (target === view) wanted = false;
+      };
+    };
+    const look = new IntersectionObserver(seen => {
+      for (const {target, isIntersecting} of seen) {
+        if (target === form) back = isIntersecting; else there = isIntersecting;
+      }
+      if (there) wanted = false;
+      show();
+    });
+    const begin = () => {
+      form = document.querySelector("#prompt");
+      if (!form) { setTimeout(begin, 50); return; }
+      for (const one of [view, form]) look.observe(one);
+    };
+    begin();
+    narrow.addEventListener("change", show);
+    return () => { wanted = !there; show(); };  // something new is to be seen
+  };
+
+  // --- the live view -----------------------------------------------------------------------------
 
   const now = (element, {trigger, watch, props}) => {
     const events = {trigger};
     const figure = label => {
       const image = make("img", {alt: label});
-      return [image, make("figure", {}, image, make("figcaption", {textContent: label}))];
+      return [image, make("figure", {}, make("div", {className: "screen"}, image),
+                          make("figcaption", {textContent: label}))];
     };
     const [clean, cleanFigure] = figure("Clean estimate");
     const [noisy, noisyFigure] = figure("Noisy state");
@@ -172,18 +244,21 @@ const safelight = (() => {
       make("div", {className: "row"}, left, cancel));
     const waiting = make("ul", {className: "waiting"});
     const status = make("p", {className: "status", role: "status"});
+    const nothing = make("p", {className: "nothing", hidden: true,
+      textContent: "Your picture develops here. Type a prompt and press “Draw” or Ctrl+Enter."});
     const newest = make("div", {className: "grid newest"});
     const failures = make("div", {className: "problem", role: "alert"});
-    element.querySelector(".now").replaceChildren(failures, status, live, waiting, newest);
+    element.querySelector(".now").replaceChildren(failures, status, live, waiting, nothing, newest);
+    const lead = leader(element);
 
-    let source = null, followed = null, began = null, timer = null, down = false;
-    const mine = new Set();  // asked for on this page: shown before what others ask for
-    const seen = new Set();  // that were to be drawn when this page last looked
+    let source = null, followed = null, began = null, timer = null, down = false, turns = 0;
+    const mine = new Set();  // jobs of this page, which are shown before those of others
+    const seen = new Set();  // jobs that were unfinished at the last look
 
     const progress = job => {
       const {step, steps} = job.progress;
       if (!steps) { left.textContent = "Waiting for its turn"; bar.removeAttribute("value"); return; }
-      if (!began || step < began.step) began = {at: performance.now(), step};  // or begun anew
+      if (!began || step < began.step) began = {at: performance.now(), step};  // also if it starts again
       const pace = (performance.now() - began.at) / (step - began.step);
       const seconds = Math.ceil(pace * (steps - step) / 1000);
       const rest = step > began.step ? `, ${seconds} s left` : "";
@@ -217,39 +292,42 @@ const safelight = (() => {
         live.dataset.late = performance.timeOrigin + performance.now() - 1000 * event.at;
         progress(event.job);
       });
-      on("end", event => { source.close(); told(event.job); refresh(); });
+      on("end", () => { source.close(); refresh(); });
     };
 
     const told = job => {
       if (followed === job.id) { followed = null; live.hidden = true; }
-      if (job.status === "failed") status.textContent = "";  // `failures` tells
+      if (job.status === "failed") status.textContent = "";  // `failures` shows it
       else if (job.status === "cancelled") status.textContent = `“${words(job)}” was cancelled.`;
       else status.textContent = `“${words(job)}” is done.`;
     };
 
     const refresh = async () => {
       clearTimeout(timer);
+      const turn = ++turns;
       let busy = true;
       try {
         const jobs = await ask("/api/jobs?limit=60");
+        if (turn !== turns) return;  // a newer look has started
         if (down) status.textContent = "The server is back.";
         down = false;
         const open = jobs.filter(job => !final(job)).reverse();
+        const made = jobs.filter(job => job.pictures.length).slice(0, 8);
+        newestFirst(newest, made, events, refresh);  // before `told` says that one is done
+        nothing.hidden = made.length > 0 || open.length > 0;
         for (const job of jobs) {
           if (!final(job)) seen.add(job.id);
           else if (seen.delete(job.id) && job.status === "failed") {
             failures.append(make("p", {textContent: `“${words(job)}” failed: ${job.error}`}));
-          } else if (mine.delete(job.id)) told(job);  // a quick one, that was never followed
+          } else if (mine.delete(job.id)) told(job);  // too quick to be followed
         }
         const ours = open.filter(job => mine.has(job.id)), theirs = ours.length ? ours : open;
         const first = theirs.find(job => job.id === followed)
           || theirs.find(job => job.status === "running") || theirs[0];
+        const ended = jobs.find(job => job.id === followed && final(job));
+        if (ended) { source?.close(); told(ended); }
         if (first) follow(first);
-        else if (followed) {
-          const ended = jobs.find(job => job.id === followed);
-          source?.close();
-          if (ended) told(ended); else live.hidden = true;
-        }
+        else if (followed) { source?.close(); live.hidden = true; }
         waiting.replaceChildren(...open.filter(job => job !== first).map(job => make("li", {},
           make("span", {textContent: words(job)}),
           make("span", {textContent: job.progress.steps
@@ -259,13 +337,13 @@ const safelight = (() => {
               await ask(`/api/jobs/${job.id}`, {method: "DELETE"}).catch(() => {});
               refresh();
             }}))));
-        thumbnails(newest, jobs.filter(job => job.pictures.length).slice(0, 8), events, refresh);
         busy = open.length > 0;
       } catch (error) {
+        if (turn !== turns) return;
         down = true;
         status.textContent = error instanceof TypeError || error instanceof SyntaxError
-          ? "The server does not answer; this page goes on when it does."
-          : `The server said: ${error.message}.`;
+          ? "The server does not answer. This page continues when it does."
+          : `The server answered: ${error.message}.`;
       }
       timer = setTimeout(refresh, busy ? 1000 : 4000);
     };
@@ -274,13 +352,13 @@ const safelight = (() => {
       mine.add(props.value);
       seen.add(props.value);
       failures.replaceChildren();
-      element.scrollIntoView({block: "nearest"});  // on a phone it is below the form
+      lead();
       refresh();
     });
     refresh();
   };
 
-  // --- all that was made -----------------------------------------------------------------------
+  // --- the gallery -------------------------------------------------------------------------------
 
   const find = (element, {trigger, watch}) => {
     const events = {trigger};
@@ -298,14 +376,14 @@ const safelight = (() => {
       if (before) query.set("before", before);
       try {
         const page = await ask(`/api/jobs?${query}`);
-        if (mine !== asked) return;  // a newer search is on its way
+        if (mine !== asked) return;  // a newer search has started
         jobs = [...(before ? jobs : []), ...page];
         more.hidden = page.length < 60;
         const made = jobs.filter(job => job.pictures.length);
         if (!made.length && !more.hidden) return load(jobs.at(-1).created_at);  // all cancelled
         const count = made.reduce((sum, job) => sum + job.pictures.length, 0);
         status.textContent = count ? `${count} ${count === 1 ? "picture" : "pictures"}`
-          : field.value ? "No picture has these words in its prompt." : "Nothing has been made yet.";
+          : field.value ? "No prompt contains these words." : "There are no pictures yet.";
         thumbnails(grid, made, events, () => load());
       } catch (error) { status.textContent = `The gallery cannot be read: ${error.message}.`; }
     };

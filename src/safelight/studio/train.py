@@ -1,4 +1,4 @@
-"""Train: the unconditional example, with its loss and its samples as they come."""
+"""Train: the digits example, with its loss and its samples while it runs."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 import gradio as gr
 
 from safelight.server.hub import Hub
-from safelight.studio.parts import kept, plain, problem, progress, said
+from safelight.studio.parts import kept, plain, problem, progress, status
 from safelight.studio.run import Command
 
-_STEP = re.compile(r"step (\d+)/(\d+)\s+loss ([0-9.]+)")
-MOST_STEPS = 3000
+_STEP = re.compile(r"step (\d+)/(\d+)\s+loss ([0-9.]+)(?:.*?([0-9.]+) min left)?")
+MAX_STEPS = 3000
 
 
 class Train:
-    """Made within a tab. The training goes on when the page is closed, and ends with the server;
-    started again, it goes on where it was.
+    """Builds the tab. The training continues when the page is closed, stops with the server, and
+    resumes when it is started again.
     """
 
     def __init__(self, hub: Hub) -> None:
@@ -27,31 +27,32 @@ class Train:
         self._out = earlier[-1] if earlier else folder
         self._command: Command | None = None
         gr.HTML(
-            "<p>A small model learns to draw digits from noise alone, on the 1,797 pictures of "
-            "handwritten digits that scikit-learn brings: noise is added to them, and the network "
-            "learns to tell it. It takes some minutes. Stop it when you like: started again with "
-            "as many steps, it goes on from there.</p>"
+            "<p>Trains a small model that draws digits, on the 1,797 handwritten digits of "
+            "scikit-learn. Noise is added to them, and the network learns to predict it. 800 steps "
+            "take 5 minutes on an idle core and up to 20 on a busy one. The first figures appear "
+            "after a twentieth of the steps. You can stop at any time; started again with the same "
+            "number of steps, the training resumes.</p>"
         )
         with gr.Row():
-            steps = gr.Slider(20, MOST_STEPS, 800, step=20, label="Training steps", scale=3)
+            steps = gr.Slider(1, MAX_STEPS, 800, step=1, label="Training steps", scale=3)
             start = gr.Button("Start", variant="primary", elem_id="train-start")
             stop = gr.Button("Stop", elem_id="train-stop")
         plain(steps)
         told, bar = problem("train"), progress("train")
-        status = said("train")
+        doing = status("train")
         with gr.Row():
             plot = gr.HTML("", elem_id="loss", js_on_load=None)
             samples = kept("train", "Samples of the model as it is now")
         timer = gr.Timer(2.0, active=False)
-        outputs = [told, status, bar, plot, samples, timer]
+        outputs = [told, doing, bar, plot, samples, timer]
 
         async def begin(steps: Any) -> tuple[Any, ...]:
-            if not isinstance(steps, int) or not 1 <= steps <= MOST_STEPS:
-                return f"Training steps must be 1 to {MOST_STEPS}.", *self._look()[1:]
+            if not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
+                return f"Training steps must be 1 to {MAX_STEPS}.", *self._look()[1:]
             if self._command is not None and self._command.stopped:
-                await self._command.ended()  # it saves what it has
+                await self._command.ended()  # it saves its state
             if self._command is None or not self._command.running:
-                # A plan of other steps is another training: it cannot go on from this one's state.
+                # Another number of steps is another training: it cannot resume from this state.
                 self._out = folder / f"digits-{steps}"
                 self._out.mkdir(parents=True, exist_ok=True)
                 self._command = await Command.start(
@@ -74,24 +75,27 @@ class Train:
         self.outputs, self.look = outputs, self._look
 
     def _look(self) -> tuple[Any, ...]:
-        """Problem, status, bar, plot, samples, and whether to look again."""
+        """Return problem, status, bar, plot, samples, and whether to look again."""
         command = self._command
         if command is None:
             sheet = _samples(self._out)
-            status = "Of an earlier training: with as many steps it goes on." if sheet else ""
-            return "", status, "", "", sheet, gr.Timer(active=False)
-        found = [
-            (int(match[1]), int(match[2]), float(match[3]))
-            for line in command.lines
-            if (match := _STEP.search(line))
-        ]
-        told, status = "", command.lines[-1] if command.lines else "Starting: some seconds."
+            doing = (
+                "From an earlier training. Start it with the same steps to resume." if sheet else ""
+            )
+            return "", doing, "", "", sheet, gr.Timer(active=False)
+        lines = [match for line in command.lines if (match := _STEP.search(line))]
+        found = [(int(match[1]), int(match[2]), float(match[3])) for match in lines]
+        told, doing = (
+            "",
+            _progress(lines[-1]) if lines else "Starting. The first figures take a while.",
+        )
         if not command.running:
-            told, status = (command.last, "") if command.failed else ("", f"Ended. {status}")
+            last = command.lines[-1] if command.lines else ""
+            told, doing = (command.last, "") if command.failed else ("", f"Ended. {last}")
         share = found[-1][0] / found[-1][1] if found else 0.001
         return (
             told,
-            status,
+            doing,
             share if command.running else "",
             curve([(step, loss) for step, _, loss in found]) if found else "",
             _samples(self._out),
@@ -99,9 +103,17 @@ class Train:
         )
 
 
+def _progress(line: re.Match[str]) -> str:
+    """Return a sentence of a line of the log: step, loss and the time left at the pace so far."""
+    left = float(line[4] or 0)
+    about = f"about {left:.0f} minutes" if left >= 1.5 else "about a minute" if left > 0.6 else ""
+    rest = about or "less than a minute"
+    return f"Step {line[1]} of {line[2]}, loss {float(line[3]):.3f}, {rest} left."
+
+
 def curve(points: list[tuple[int, float]]) -> str:
-    """Loss over training steps as SVG. Gradio's LinePlot draws marks that have no name, which
-    readers of the screen stumble over.
+    """Return the loss over training steps as SVG. The marks of Gradio's LinePlot have no accessible
+    names.
     """
     width, height, left = 480, 240, 44
     last, most = max(points[-1][0], 1), max(loss for _, loss in points) or 1.0
@@ -122,6 +134,6 @@ def curve(points: list[tuple[int, float]]) -> str:
 
 
 def _samples(folder: Path) -> str:
-    """The newest sheet, in the data folder."""
+    """Return the path of the newest sheet in the data folder, or an empty string."""
     sheets = sorted(folder.glob("step-*.png"))
     return f"training/{folder.name}/{sheets[-1].name}" if sheets else ""

@@ -201,7 +201,7 @@ router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=_Route)
 
 @router.post("/images/generations", openapi_extra=body_of(Request, "application/json"))
 async def generate(http: HttpRequest) -> Response:
-    """Pictures from words."""
+    """Make pictures from words."""
     body, settings = read_settings(await read_json(http, MAX_JSON), text=False)
     await _check_model(http, body.model)
     return await _answer(http, body, Request(**settings), "image_generation")
@@ -211,7 +211,7 @@ async def generate(http: HttpRequest) -> Response:
     "/images/edits", openapi_extra=body_of(Request, "multipart/form-data", "image", "mask")
 )
 async def edit(http: HttpRequest) -> Response:
-    """Pictures from a picture: all of it, or where the mask, or itself, is transparent."""
+    """Redraw a picture: all of it, or where the mask, or the picture itself, is transparent."""
     body, settings, image, mask = await read_form(http)
     await _check_model(http, body.model)
     request = await asyncio.to_thread(edit_request, settings, image, mask)
@@ -220,13 +220,13 @@ async def edit(http: HttpRequest) -> Response:
 
 @router.get("/models")
 async def models(http: HttpRequest) -> dict[str, Any]:
-    """The models that are served."""
+    """List the models that are served."""
     return {"object": "list", "data": [_entry(model) for model in await _served(http)]}
 
 
 @router.get("/models/{name:path}")
 async def model(http: HttpRequest, name: str) -> dict[str, Any]:
-    """A model that is served."""
+    """Get a model that is served."""
     served = await _served(http)
     for one in served:
         if one.name == name:

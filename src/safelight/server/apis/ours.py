@@ -1,4 +1,4 @@
-"""Our own routes: jobs, events, pictures, models, samplers; and those that watch the server."""
+"""Our own API: jobs, events, pictures, models and samplers; health, readiness and metrics."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ async def list_jobs(
     before: Annotated[datetime | None, Query(description="created before this")] = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
 ) -> list[Job]:
-    """Newest first."""
+    """List jobs, newest first."""
     return await hub(request).list(
         status=status,
         search=search.replace("\0", ""),
@@ -119,7 +119,7 @@ async def get_job(request: HttpRequest, job_id: JobId) -> Any:
     tags=["jobs"],
 )
 async def events(request: HttpRequest, job_id: JobId) -> Any:
-    """Server-sent events: progress, preview, picture, and at last end."""
+    """Stream server-sent events: progress, preview, picture, and a last one, end."""
     service = hub(request)
     if await service.get(job_id) is None:
         return _missing("job")
@@ -128,7 +128,7 @@ async def events(request: HttpRequest, job_id: JobId) -> Any:
 
 @router.delete("/api/jobs/{job_id}", response_model=Job, responses={404: {}}, tags=["jobs"])
 async def cancel(request: HttpRequest, job_id: JobId) -> Any:
-    """Cancel a job, within one step; one that is final is removed, with its pictures."""
+    """Cancel a job within one step. A job that is over is removed, with its pictures."""
     service = hub(request)
     job = await service.get(job_id)
     if job is None:
@@ -147,9 +147,7 @@ async def cancel(request: HttpRequest, job_id: JobId) -> Any:
     tags=["jobs"],
 )
 async def retry(request: HttpRequest, job_id: JobId) -> Any:
-    """Let a job that failed or was cancelled wait again, if the queue has room for it; others stay
-    as they are.
-    """
+    """Put a job that failed or was cancelled into the queue again. Others stay as they are."""
     return await hub(request).retry(job_id) or _missing("job")
 
 
@@ -165,7 +163,7 @@ async def picture(
     width: Annotated[int | None, Query(ge=MIN_SIDE, le=MAX_SIDE)] = None,
     height: Annotated[int | None, Query(ge=MIN_SIDE, le=MAX_SIDE)] = None,
 ) -> Any:
-    """The PNG, its recipe inside. With width and height: resized to them, by Lanczos."""
+    """Get a PNG with its recipe inside. With width and height it is resized by Lanczos."""
     path = hub(request).picture_file(picture_id)
     if path is None:
         return _missing("picture")
@@ -182,7 +180,7 @@ async def picture(
     tags=["pictures"],
 )
 async def thumbnail(request: HttpRequest, picture_id: JobId) -> Any:
-    """The picture at no more than 256 pixels a side."""
+    """Get a picture at no more than 256 pixels a side."""
     path = await asyncio.to_thread(hub(request).files.thumbnail, picture_id)
     return _missing("picture") if path is None else FileResponse(path, media_type="image/png")
 
@@ -202,13 +200,13 @@ async def samplers() -> dict[str, Any]:
 
 @router.get("/healthz", response_class=PlainTextResponse, tags=["server"])
 async def healthz() -> str:
-    """That the process lives; needs no token."""
+    """Say that the process lives. Needs no token."""
     return "ok\n"
 
 
 @router.get("/readyz", responses={503: {"model": Problem}}, tags=["server"])
 async def readyz(request: HttpRequest) -> Any:
-    """Whether the worker takes a step right now."""
+    """Say whether the worker takes a step right now."""
     if await hub(request).check():
         return {"status": "ready"}
     return JSONResponse(
@@ -218,7 +216,7 @@ async def readyz(request: HttpRequest) -> Any:
 
 @router.get("/metrics", response_class=PlainTextResponse, tags=["server"])
 async def metrics(request: HttpRequest) -> PlainTextResponse:
-    """For Prometheus."""
+    """Get figures for Prometheus."""
     text = await request.app.state.metrics.text(hub(request))
     return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 

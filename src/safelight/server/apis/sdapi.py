@@ -97,7 +97,7 @@ class _Call:
 
 
 def caller(http: HttpRequest) -> str:
-    """Who asks: by their credentials, else by their address."""
+    """Return who asks: their credentials, else their address."""
     return http.headers.get("authorization") or (http.client.host if http.client else "")
 
 
@@ -106,7 +106,7 @@ def _service(http: HttpRequest) -> Service:
 
 
 def _calls(http: HttpRequest) -> list[_Call]:
-    """All calls that wait, oldest first."""
+    """Return all calls that wait, oldest first."""
     state = http.app.state
     if not hasattr(state, "sdapi_calls"):
         state.sdapi_calls = list[_Call]()
@@ -237,7 +237,7 @@ _IDLE: dict[str, Any] = {
 
 @router.get("/progress")
 async def progress(http: HttpRequest, skip_current_image: bool = False) -> dict[str, Any]:
-    """How far the caller's oldest job is.
+    """Return how far the caller's oldest job is.
 
     Previews are asked for from the first look on, so that nobody pays for those that no one
     sees; that first look has none yet.
@@ -265,7 +265,7 @@ async def progress(http: HttpRequest, skip_current_image: bool = False) -> dict[
 
 
 def _state(job: Job, call: _Call) -> dict[str, Any]:
-    """How far the job is, told as (job_no + sampling_step / sampling_steps) / job_count."""
+    """Return how far a job is: (job_no + sampling_step / sampling_steps) / job_count."""
     steps = job.progress.steps // call.count
     done = min(job.progress.step // max(steps, 1), call.count - 1)
     return _IDLE | {
@@ -291,7 +291,7 @@ async def skip(http: HttpRequest) -> dict[str, Any]:
 
 
 async def _stop(http: HttpRequest, how: str) -> dict[str, Any]:
-    """Cancels all that the caller waits for; those calls answer with what they have."""
+    """Cancel all jobs that the caller waits for. Their calls answer with the finished pictures."""
     for call in _own_calls(http):
         call.stopped = how
         await _service(http).cancel(call.job_id)

@@ -42,7 +42,7 @@ from safelight.sizes import allowed_size
 
 
 def _whole(value: object) -> object:
-    """Some languages write 20 as 20.0."""
+    """Return 20 for 20.0, which some languages write."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -282,7 +282,7 @@ def describe(data: bytes) -> dict[str, Any]:
 
 
 def _pictures(body: ImageToImage, request: Request) -> tuple[dict[str, Any], list[str]]:
-    """The settings image, mask, width and height, and warnings.
+    """Return the settings image, mask, width and height, and warnings.
 
     With no side asked for, the picture keeps its own size, or in its proportions the nearest that
     can be drawn.
@@ -323,7 +323,7 @@ def _pictures(body: ImageToImage, request: Request) -> tuple[dict[str, Any], lis
 
 
 def _mask(data: bytes) -> Image.Image:
-    """White is repainted; in a mask with transparency, what is opaque, whatever its colour.
+    """Return a mask: white is repainted; with transparency, what is opaque, whatever its colour.
 
     Drawing programs send their strokes on a transparent layer, and the web UI reads them so.
     """
@@ -337,7 +337,7 @@ def _mask(data: bytes) -> Image.Image:
 
 
 def _inpainting(body: ImageToImage) -> list[str]:
-    """Warnings about a mask.
+    """Return warnings about a mask.
 
     Safelight repaints a hard-edged mask within the whole picture. At denoising_strength 1 it
     begins from noise alone, and below from the picture's own content, which is

@@ -1,0 +1,140 @@
+"""A setting is described once, in Request: every surface derives its part from that."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+from pydantic import Field
+
+from safelight.cli import generate, options
+from safelight.request import GenerateSettings, Request, RequestSettings
+from safelight.sampler_names import sampler_and_schedule
+from safelight.sampling import SAMPLERS
+from safelight.settings import About, Whole, json_schema, markdown, settings_of
+from safelight.sizes import drawable_size
+
+Layers = Annotated[Whole, Field(ge=1, le=12)]
+
+
+class Longer(Request):
+    """A Request with a setting more."""
+
+    clip_skip: Annotated[Layers, About(short="-c", infotext="Clip skip", slider=(1, 12, 1))] = (
+        Field(1, description="text layers to leave out")
+    )
+    upscaler: Annotated[str | None, About(default="none at all")] = Field(
+        None, description="model that enlarges"
+    )
+
+
+class TestANewSetting:
+    def test_is_an_option(self, capsys: pytest.CaptureFixture[str]) -> None:
+        command = options.command_of(generate.generate, Longer)
+        with pytest.raises(SystemExit):
+            command.main(["--help"], prog_name="generate")
+        told = " ".join(capsys.readouterr().out.split())
+        assert "-c, --clip-skip <int> Text layers to leave out: a whole number from 1 to 12" in told
+        assert "--upscaler <str> Model that enlarges [none at all]" in told
+
+    def test_is_in_the_schemas_of_the_apis(self) -> None:
+        from safelight.server.apis import openai_shapes, ours
+
+        ours_body = ours.body_of(Longer)["requestBody"]["content"]["application/json"]["schema"]
+        theirs = openai_shapes.body_of(Longer, "application/json")
+        theirs_body = theirs["requestBody"]["content"]["application/json"]["schema"]
+        for schema in (ours_body, theirs_body, json_schema(Longer)):
+            found = schema["properties"]["clip_skip"]
+            assert (found["type"], found["minimum"], found["maximum"]) == ("integer", 1, 12)
+            assert schema["properties"]["upscaler"]["anyOf"][1] == {"type": "null"}
+
+    def test_is_on_the_page(self) -> None:
+        # In a process of its own: Gradio leaves an event loop open.
+        code = (
+            "import gradio as gr; from test_settings import Longer;"
+            "from safelight.studio.form import Form\n"
+            "with gr.Blocks(): form = Form({}, Longer)\n"
+            "found = {f.label: f for f in form.fields if getattr(f, 'label', None)}\n"
+            "print(type(found['Clip skip']).__name__, found['Clip skip'].maximum)\n"
+            "print(type(found['Upscaler']).__name__)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent
+        )
+        assert done.stdout.split("\n") == ["Slider 12", "Textbox", ""], done.stderr
+
+    def test_is_in_the_table_of_the_docs(self) -> None:
+        row = "| `clip_skip` | `-c`, `--clip-skip` | text layers to leave out | a whole number"
+        assert row in markdown(Longer)
+
+    def test_is_checked_and_told_of(self) -> None:
+        with pytest.raises(ValueError, match=r"^clip_skip must be a whole number from 1 to 12"):
+            Longer(clip_skip=13)  # pyright: ignore[reportCallIssue]
+
+
+class TestTheSettings:
+    def test_keywords_are_those_of_the_request(self) -> None:
+        """What editors complete, and type checkers check, of Request and Model.generate."""
+        assert set(RequestSettings.__annotations__) | set(GenerateSettings.__annotations__) == set(
+            Request.model_fields
+        )
+        hints = typing.get_type_hints(RequestSettings)
+        for setting in settings_of(Request).values():
+            kinds = typing.get_args(hints[setting.name]) or (hints[setting.name],)
+            # A seed may be None, for a random one.
+            assert (type(None) in kinds) == (setting.optional or setting.name == "seed")
+
+    def test_a_schema_has_json_schema_s_own_keywords(self) -> None:
+        properties = json_schema(Request)["properties"]
+        width: Any = properties["width"]["anyOf"][0]
+        assert width == {"type": "integer", "minimum": 64, "maximum": 2048, "multipleOf": 8}
+        assert properties["strength"]["anyOf"][0]["exclusiveMinimum"] == 0
+        assert properties["sampler"]["enum"] == list(SAMPLERS)
+        assert properties["schedule"]["anyOf"][0]["enum"] == ["karras", "exponential", "beta"]
+        assert not {"ge", "le", "gt", "multiple_of"} & set(
+            str(properties).replace("'", " ").split()
+        )
+
+    def test_every_name_of_a_sampler_is_known(self) -> None:
+        for name, sampler in SAMPLERS.items():
+            assert sampler_and_schedule(name) == (name, None)
+            if sampler.a1111:
+                assert sampler_and_schedule(sampler.a1111) == (name, None)
+                assert sampler_and_schedule(f"{sampler.a1111} Karras") == (name, "karras")
+        for ours, theirs in (
+            ("dpmpp_2m", "DPMSolverMultistepScheduler"),
+            ("euler_a", "EulerAncestralDiscreteScheduler"),
+            ("euler_a", "euler_ancestral"),
+            ("unipc", "uni_pc"),
+        ):
+            assert sampler_and_schedule(theirs) == (ours, None)
+        assert sampler_and_schedule("DPM fast") is None
+
+    def test_help_of_a_request_is_short(self) -> None:
+        import pydoc
+
+        told = pydoc.plain(pydoc.render_doc(Request))
+        assert len(told.splitlines()) < 100
+        assert all(f"|  {name}: " in told for name in Request.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("size", "native", "drawn"),
+    [
+        ((64, 64), (64, 64), (64, 64)),
+        ((128, 128), (64, 64), (128, 128)),
+        ((512, 512), (64, 64), (64, 64)),
+        ((1024, 512), (64, 64), (128, 64)),
+        ((2048, 64), (64, 64), (2048, 64)),
+        ((1024, 1024), (512, 512), (1024, 1024)),
+        ((2048, 1024), (512, 512), (720, 360)),
+    ],
+)
+def test_sizes_that_a_model_draws(
+    size: tuple[int, int], native: tuple[int, int], drawn: tuple[int, int]
+) -> None:
+    assert drawable_size(size, native) == drawn
