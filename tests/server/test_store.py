@@ -223,4 +223,4 @@ def test_the_list_is_searched_and_paged(store: Store) -> None:
 
 def test_a_database_that_cannot_be_opened() -> None:
     with pytest.raises(SafelightError, match="database of jobs cannot be opened"):
-        Store("sqlite:////nowhere/at/all/jobs.sqlite3")
+        Store("sqlite:////nowhere/at/all/jobs.sqlite3").migrate()
