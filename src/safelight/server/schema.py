@@ -102,6 +102,11 @@ def _back_up(file: Path, version: str) -> None:
 def _make_sure_of_columns(db: Connection) -> None:
     inspector = inspect(db)
     for table in meta.sorted_tables:
+        if not inspector.has_table(table.name):
+            raise StorageError(
+                f"the database of jobs cannot be opened: it lacks the table {table.name}; "
+                "a damaged one is restored from a backup"
+            )
         there = {column["name"] for column in inspector.get_columns(table.name)}
         for column in table.columns:
             if column.name not in there:
