@@ -276,7 +276,8 @@ def test_a_folder_of_others_is_not_closed(drawn: tuple[Path, set[str]]) -> None:
     """As of --data-dir /tmp: what is ours in it is, alone."""
     root, _ = drawn
     (root / "somebody's").write_bytes(b"x")
-    (root / "somebody's").chmod(0o644)
+    for path in root.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
     root.chmod(0o1777)
     start(root)[1].close()
     assert stat.S_IMODE(root.stat().st_mode) == 0o1777
