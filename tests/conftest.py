@@ -1,15 +1,68 @@
-"""The suite runs in several processes of one thread each."""
+"""The suite runs in several processes of one thread each. Its summary says what was skipped."""
 
+import collections
 import os
 import signal
 
+import pytest
+
+from safelight.threads import wait_asleep
+
 # Read when PyTorch is imported, and by the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
+wait_asleep()
 
 # A shell that starts something in the background lets it ignore Ctrl-C, which tests send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+NO_AMX = "this processor has no AMX"
+REMEDIES = {
+    "chromium": "apt-get install chromium",
+    "browser": "apt-get install chromium",
+    "postgres": "apt-get install postgresql",
+    "initdb": "apt-get install postgresql",
+    "compiler": "apt-get install g++ && make clean test",
+    "could not import": "make test",
+}
+"""Words of a skip's reason, and the command that brings what is missing."""
 
 
 def pytest_xdist_auto_num_workers() -> int:
     """One more than processors: who drives a browser or waits for a server leaves one idle."""
     return (os.cpu_count() or 1) + 1
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter, exitstatus, config) -> None:
+    """One line of what was skipped, why, and what would bring it."""
+    reasons = collections.Counter(
+        _reason(report) for report in terminalreporter.stats.get("skipped", [])
+    )
+    if not reasons:
+        terminalreporter.write_line("skipped: none")
+        return
+    told = [
+        f"{count} ({reason}{f': {remedy}' if (remedy := _remedy(reason)) else ''})"
+        for reason, count in reasons.most_common()
+    ]
+    terminalreporter.write_line(f"skipped: {reasons.total()}: {'; '.join(told)}")
+
+
+def pytest_sessionfinish(session, exitstatus) -> None:
+    """SAFELIGHT_NO_SKIPS=1: the run fails if anything was skipped but for want of AMX."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("SAFELIGHT_NO_SKIPS") != "1" or reporter is None:
+        return
+    if any(_reason(report) != NO_AMX for report in reporter.stats.get("skipped", [])):
+        session.exitstatus = session.exitstatus or 1
+
+
+def _reason(report) -> str:
+    longrepr = report.longrepr
+    text = longrepr[2] if isinstance(longrepr, tuple) else str(longrepr)
+    return text.removeprefix("Skipped: ").strip()
+
+
+def _remedy(reason: str) -> str:
+    small = reason.lower()
+    return next((remedy for word, remedy in REMEDIES.items() if word in small), "")

@@ -221,6 +221,40 @@ def test_one_prompt_is_encoded_once(model: Model) -> None:
     assert contexts[2] is not contexts[0]
 
 
+def test_the_cache_of_prompts_keeps_no_warnings() -> None:
+    """Each request has its own, whatever its prompt shares with one that came before."""
+    fast = safelight.load("embedded-fast", device="cpu", dtype="float32")
+    engine = Engine(fast, exact=False, rows=4)
+
+    def warnings(**settings: Any) -> list[str]:
+        return engine.add(Request(prompt="a cat", seed=1, **settings)).warnings
+
+    assert warnings() == []
+    (unfit,) = warnings(steps=9)
+    assert "was taught to draw with sampler ddim, steps 4" in unfit
+    assert warnings() == []
+    wide, unfit = warnings(width=128, sampler="euler")
+    assert "trained on 64x64" in wide
+    assert "was taught to draw with" in unfit
+    assert len({id(t.job.conditioning.tokens) for t in engine.tickets}) == 1
+
+
+def test_a_ticket_says_its_precision(model: Model) -> None:
+    engine = Engine(model)
+    engine.add(Request(prompt="a cat", steps=1, sampler="euler"))
+    assert [ticket.dtype for ticket in drain(engine)] == ["float32"]
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_decoding_beside_the_steps_changes_no_picture(model: Model, background: bool) -> None:
+    engine = Engine(model, background=background)
+    request = Request(prompt="a cat", steps=2, sampler="euler", seed=3, count=2)
+    engine.add(request)
+    drawn = [ticket.image for ticket in sorted(drain(engine), key=lambda t: t.index)]
+    alone = model.generate(request).images
+    assert [image and image.tobytes() for image in drawn] == [image.tobytes() for image in alone]
+
+
 def test_a_nan_fails_its_own_picture_alone(model: Model) -> None:
     engine = Engine(model, exact=False, rows=8)
     for tag in ("good", "bad", "fine"):
@@ -231,6 +265,7 @@ def test_a_nan_fails_its_own_picture_alone(model: Model) -> None:
     engine.tickets[1].job.state = state
     finished = {ticket.tag: ticket for ticket in drain(engine)}
     assert "NaN at step 2 of 3" in str(finished["bad"].error)
+    assert getattr(finished["bad"].error, "code", None) == "not_finite"
     assert finished["bad"].image is None
     alone = model.generate("a cat", steps=3, sampler="euler", seed=1).images[0]
     for tag in ("good", "fine"):
@@ -272,7 +307,10 @@ def test_out_of_memory_splits_the_batch_and_then_fails_that_job_alone(
         engine.add(Request(prompt="a cat", steps=2, sampler="euler", seed=i), i)
     engine.add(Request(prompt="a cat", steps=2, sampler="euler", width=512), "large")
     finished = {ticket.tag: ticket for ticket in drain(engine)}
-    assert "out of memory: ask for a smaller picture" in str(finished.pop("large").error)
+    large = finished.pop("large").error
+    assert isinstance(large, SafelightError)
+    assert large.code == "out_of_memory"
+    assert "out of memory: ask for a smaller picture" in str(large)
     assert len(finished) == 5
     assert all(ticket.image is not None for ticket in finished.values())
 

@@ -32,8 +32,8 @@ VAE = {
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # of diffusers' scheduler
 def test_step_decode_and_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     small: dict[str, Any] = {"unet": UNET, "vae": VAE}
-    monkeypatch.setattr(bench, "_config", lambda part: dict(small[part]))
-    monkeypatch.setattr(bench, "SIDE", 8)
+    monkeypatch.setattr(bench.networks, "_config", lambda part: dict(small[part]))
+    monkeypatch.setattr(bench.networks, "SIDE", 8)
     monkeypatch.setattr(bench, "_matmul_gflops", lambda: 1.0)
     names = ["safelight float32", "diffusers float32"]
     found = bench.run(names, parts=["step", "decode", "picture"], repeat=2)

@@ -10,11 +10,11 @@ import pytest
 import typer
 from pydantic import Field
 
+from recipes.embedded.cutouts import LOCK, notice
 from safelight.cli import app
 from safelight.request import Request
 from safelight.sampling import SAMPLERS
 from safelight.settings import markdown, settings_of
-from safelight.train.cutouts import LOCK, notice
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -165,7 +165,7 @@ def test_every_decision_is_in_the_index():
 
 def test_the_notice_credits_every_package_of_the_lock():
     text = read(ROOT / "NOTICE")
-    lock = json.loads(read(LOCK))
-    assert notice(lock).strip() in text
-    for package in lock["packages"]:
+    lock = json.loads(LOCK.read_text(encoding="utf-8"))
+    assert notice(lock["packages"]).strip() in text
+    for package in [*lock["packages"], lock["names"]]:
         assert f"{package['name']} {package['version']}" in text

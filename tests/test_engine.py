@@ -40,6 +40,16 @@ def spot(width: int = 64, height: int = 64) -> Image.Image:
     return mask
 
 
+def test_a_model_prints_as_one_line(model: Model) -> None:
+    assert str(model) == "<safelight.Model embedded: custom, 64x64, float32 on cpu>"
+
+
+def test_the_family_was_a_text_for_one_version(model: Model) -> None:
+    assert str(model.family) == "custom"
+    with pytest.warns(DeprecationWarning, match="compare its name"):
+        assert model.family == "custom"
+
+
 def test_same_request_same_bytes(model: Model) -> None:
     one, two = (model.generate("a cat", seed=1, **FEW).images[0] for _ in range(2))
     assert one.tobytes() == two.tobytes()

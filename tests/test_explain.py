@@ -22,7 +22,7 @@ from safelight.explain import texts
 from safelight.explain.attention import recorded, telling_layers, word_maps, words_of
 from safelight.explain.forward import forward
 from safelight.explain.page import page
-from safelight.explain.watch import MOST_MOMENTS, Story, fit_colours, in_colours, watch
+from safelight.explain.watch import MAX_MOMENTS, Story, fit_colours, in_colours, watch
 from safelight.model import Model
 from safelight.nets.layers import Attention
 from safelight.nets.unet import UNet2DConditionModel, UNetConfig
@@ -116,7 +116,7 @@ class TestWatch:
         story = watch(model, request, on_step=lambda step: steps.append(step.step))
         assert steps == list(range(1, 61))
         seen = [moment.step for moment in story.moments]
-        assert len(seen) == len(set(seen)) == MOST_MOMENTS
+        assert len(seen) == len(set(seen)) == MAX_MOMENTS
         assert (seen[0], seen[-1]) == (1, 60)
 
     def test_one_picture(self, model: Model) -> None:
@@ -304,8 +304,8 @@ class TestPage:
 
     def test_from_a_picture(self, model: Model) -> None:
         html = page(watch(model, PAIR.replace(image=photo(), strength=0.5)))
-        assert "where it began" in html
-        assert "from noise alone" not in html
+        assert html.count("<small>the start</small>") == 2  # beside the seed and the strength
+        assert "no picture" not in html
 
 
 class TestCommand:

@@ -7,15 +7,18 @@ own mean and variance.
 """
 
 import functools
+import importlib
 import itertools
 import math
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
 
 from safelight.errors import SafelightError
-from safelight.sampling import SAMPLERS, Row, Table, find, table
+from safelight.sampling import SAMPLERS, Grid, Row, Sampler, Table, find, table
+from safelight.sampling import euler as euler_module
 from safelight.sampling.levels import (
     alphas_cumprod,
     beta_quantile,
@@ -25,6 +28,7 @@ from safelight.sampling.levels import (
     sigmas_of,
     spaced,
 )
+from safelight.sampling.rows import D, make_row, noise, steps_of
 from safelight.sampling.schedule import SCHEDULES, SPACINGS, SchedulerConfig
 
 LATENT = {
@@ -311,6 +315,41 @@ def test_names() -> None:
     known = {spec.a1111: spec.name for spec in SAMPLERS.values() if spec.a1111}
     assert known["PLMS"] == "pndm"
     assert known["DPM++ 2M SDE"] == "dpmpp_2m_sde"
+
+
+def test_a_sampler_is_one_function_and_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a twin in diffusers: on the model's own grid, with every schedule and spacing."""
+
+    def restless(grid: Grid, skip: int = 0, *, share: float) -> list[Row]:
+        rows = []
+        for row, (s, t, time) in enumerate(steps_of(grid, skip)):
+            after = D(row) + t.sigma * math.sqrt(1 - share) * noise(row, s)
+            rows.append(make_row(row, s, time, t, after, t.sigma * math.sqrt(share)))
+        return rows
+
+    monkeypatch.setattr(euler_module, "restless", restless, raising=False)
+    entry = Sampler(
+        name="restless",
+        summary="A share of the noise anew at each step",
+        formula="euler.restless",
+        options={"share": 0.5},
+        steps=10,
+        noisy=True,
+    )
+    monkeypatch.setitem(SAMPLERS, "restless", entry)
+    assert (entry.diffusers, entry.schedules, entry.spacings) == (None, SCHEDULES, SPACINGS)
+    test_levels_fall_and_follow_each_other("restless")
+    test_noise_lands_on_the_next_level("restless")
+    test_a_finished_picture_stays("restless")
+    made = table("restless", CONFIGS["latent"], 8, schedule="karras", strength=0.5)
+    assert len(made.rows) == 4
+
+
+def test_the_old_name_warns() -> None:
+    sys.modules.pop("safelight.samplers", None)
+    with pytest.warns(DeprecationWarning, match=r"now safelight\.sampling"):
+        old = importlib.import_module("safelight.samplers")
+    assert old.SAMPLERS is SAMPLERS
 
 
 @pytest.mark.parametrize(

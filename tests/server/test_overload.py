@@ -83,7 +83,7 @@ def test_a_queue_is_bounded_while_submissions_hammer(server: Serving) -> None:
     os.kill(worker, signal.SIGSTOP)
     try:
         with Health(server) as idle:
-            time.sleep(1)
+            wait_for(lambda: len(idle.seconds) >= 100)
         before = memory(server.process.pid)
         with Health(server) as health, ThreadPoolExecutor(8) as pool:
             began = time.perf_counter()

@@ -381,6 +381,8 @@ def test_what_does_not_start(tmp_path: Path) -> None:
         assert "cannot be listened on" in refused("--port", port, folder=tmp_path / "other")
 
 
-def test_it_serves_with_torch_in_the_worker_alone() -> None:
-    code = "import sys, safelight.server.run; sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize("absent", ["torch", "safelight.studio", "gradio"])
+def test_it_serves_without(absent: str) -> None:
+    """PyTorch is the worker's alone, and the page is put around the server by the command line."""
+    code = f"import sys, safelight.server.run; sys.exit({absent!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -266,7 +266,7 @@ def choose(page: Page, action: str, where: str = ".now") -> None:
 
 
 def test_a_picture_develops_before_ones_eyes(server: Serving, page: Page) -> None:
-    ask(page, "a red apple", Steps=150)
+    ask(page, "a red apple", Steps=60)
     live = page.locator(".now .live")
     expect(live).to_be_visible()
     broken = "[...document.images].filter(i => i.complete && !i.naturalWidth && i.alt &&"
@@ -274,7 +274,7 @@ def test_a_picture_develops_before_ones_eyes(server: Serving, page: Page) -> Non
     assert page.evaluate(broken) == []
     for label in ("Clean estimate", "Noisy state"):
         expect(live.get_by_alt_text(label)).to_have_attribute("src", re.compile("^data:image/png"))
-    expect(live.locator(".left")).to_have_text(re.compile(r"Step \d\d of 150, \d+ s left"))
+    expect(live.locator(".left")).to_have_text(re.compile(r"Step \d+ of 60, \d+ s left"))
     assert page.evaluate(broken) == []
     shot(page, "live")
     expect(page.locator(".now .status")).to_have_text("“a red apple” is done.")
@@ -523,14 +523,14 @@ def test_settings_compared_on_one_picture(server: Serving, page: Page) -> None:
     page.get_by_label("Prompt", exact=True).fill("a cat")
     tab(page, "Compare")
     page.get_by_label("Values of the columns").fill("ddim, euler")
-    page.get_by_label("Values of the rows").fill("2, 90")
+    page.get_by_label("Values of the rows").fill("2, 40")
     page.get_by_role("button", name="Compare").click()
     status = page.locator("#compare-status .status")
     expect(status).to_have_text(re.compile("Drawing “a cat”: [0-3] of 4 cells are done."))
     expect(page.get_by_alt_text("The grid")).to_be_visible(timeout=60_000)
     expect(status).to_have_text("Done: “a cat”, 4 cells.")
     grids = list((server.data / "grids").iterdir())
-    assert read_recipe(grids[0])["grid"] == {"sampler": ["ddim", "euler"], "steps": [2, 90]}
+    assert read_recipe(grids[0])["grid"] == {"sampler": ["ddim", "euler"], "steps": [2, 40]}
     page.get_by_label("Values of the columns").fill("ddim, brush")
     page.get_by_role("button", name="Compare").click()
     expect(page.locator("#compare-problem")).to_contain_text("no sampler 'brush'")
@@ -653,14 +653,17 @@ SCRIPTS = [
 ]
 
 
-def test_no_script_in_a_prompt_runs(server: Serving, fresh: Page) -> None:
+def test_no_script_in_a_prompt_runs(server: Serving, context: BrowserContext) -> None:
     """In the live view, the gallery, the recipe, and a problem's sentence."""
-    page = fresh
     assert len(SCRIPTS) == 100
     how = {"steps": 1, "sampler": "euler", "guidance_scale": 1}
-    jobs = [server.submit(prompt=script, **how) for script in SCRIPTS]
+    jobs = [server.submit(prompt=script, **how) for script in SCRIPTS[5:]]
     for job in reversed(jobs):
         assert server.finished(job)["status"] == "succeeded"
+    watched = Watched(context, server.url)
+    page = watched.open()
+    for script in SCRIPTS[:5]:
+        draw(page, script, Steps=1)
     tab(page, "Find")
     expect(page.locator(".find .grid button").nth(55)).to_be_visible()
     for i in range(0, 56, 8):
@@ -671,6 +674,7 @@ def test_no_script_in_a_prompt_runs(server: Serving, fresh: Page) -> None:
     page.get_by_role("button", name="Draw").click()
     expect(page.locator("#make-problem")).to_contain_text("seed must be")
     assert page.title() == "Safelight"
+    watched.close()
 
 
 def test_a_request_names_no_file_and_no_address(server: Serving, tmp_path: Path) -> None:
@@ -881,19 +885,22 @@ def test_a_prompt_is_not_in_the_list_of_processes() -> None:
 
 def test_what_runs_beside_the_server_ends_with_it(tmp_path: Path) -> None:
     """However the server ends: here by SIGKILL."""
-    arguments = ["train", "unconditional", "digits", f"--out={tmp_path / 'out'}", "--steps=3000"]
+    arguments = ["train", "unconditional", "digits", f"--out={tmp_path / 'out'}", "--steps=60"]
     server = (
         "import asyncio, sys\nfrom safelight.studio.run import Command\n"
         "async def run():\n"
         "    command = await Command.start(*sys.argv[1:])\n"
         "    print(command._process.pid, flush=True)\n"
+        "    while not any(line.startswith('step') for line in command.lines):\n"
+        "        await asyncio.sleep(0.05)\n"
+        "    print('it trains', flush=True)\n"
         "    await command.ended()\n"
         "asyncio.run(run())"
     )
     running = subprocess.Popen([sys.executable, "-c", server, *arguments], stdout=subprocess.PIPE)
     assert running.stdout is not None
     command = Path(f"/proc/{int(running.stdout.readline())}")
-    wait_for(lambda: (tmp_path / "out" / "tensorboard").exists())
+    assert running.stdout.readline() == b"it trains\n"
     running.kill()
     running.wait()
     running.stdout.close()
@@ -902,8 +909,11 @@ def test_what_runs_beside_the_server_ends_with_it(tmp_path: Path) -> None:
 
 
 def test_the_form_begins_with_what_a_model_was_taught(tmp_path: Path) -> None:
+    async def page() -> Any:
+        return blocks(server.hub, await server.hub.defaults())
+
     with Inside(tmp_path, draws=False, model="embedded-fast") as server:
-        made = blocks(server.hub, server.within(server.hub.defaults()))
+        made = server.within(page())
     fields = dict[str, Any]()
     for one in made.get_config_file()["components"]:
         fields.setdefault(one["props"].get("label"), one["props"].get("value"))
@@ -946,7 +956,7 @@ def test_it_goes_on_after_a_restart(
     # A page whose requests fail while the server is away.
     watched = kept_open.pop() if kept_open else Watched(context, server.url)
     page = watched.open()
-    ask(page, "a train", Steps=100)
+    ask(page, "a train", Steps=60)
     expect(page.locator(".now .live")).to_be_visible()
     server.process.send_signal(signal.SIGTERM)
     server.process.wait(30)
@@ -956,7 +966,7 @@ def test_it_goes_on_after_a_restart(
     assert newest(server)["status"] == "succeeded"
     wait_for(lambda: server.client.get("/studio/").status_code == 200)
     # A worker that dies is replaced, and its job drawn once more.
-    ask(page, "a bus", Steps=150)
+    ask(page, "a bus", Steps=60)
     expect(page.locator(".now .live")).to_be_visible()
     os.kill(server.worker(), signal.SIGKILL)
     expect(page.locator(".now .status")).to_have_text("“a bus” is done.", timeout=120_000)

@@ -13,6 +13,7 @@ from safelight import __version__
 from safelight.cli import (
     bench,
     compare,
+    doctor,
     explain,
     generate,
     options,
@@ -45,6 +46,7 @@ app.command()(tools.verify)
 app.command()(serve.serve)
 app.command()(studio.studio)
 app.command()(bench.bench)
+app.command()(doctor.doctor)
 app.add_typer(train.app, name="train")
 
 

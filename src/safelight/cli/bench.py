@@ -1,7 +1,7 @@
 """The command that measures this machine."""
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Option
 
@@ -15,7 +15,7 @@ def bench(
     ] = None,
     part: Annotated[
         list[str] | None,
-        Option(help="step, decode, picture or start; may be repeated. [all]"),
+        Option(help="step, decode, picture, start or busy; may be repeated. [all]"),
     ] = None,
     repeat: Annotated[int, Option(min=1, max=100, help="Rounds.")] = 5,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
@@ -30,6 +30,9 @@ def bench(
         return
     for what in parts:
         taken = found[what]
+        if what == "busy":
+            _say_busy(taken)
+            continue
         ours = list(taken["ratio"])
         lines = [
             (
@@ -46,3 +49,13 @@ def bench(
         for name, error in taken.get("error", {}).items():
             say(f"error of {name}: {error:.2g}")
         say("")
+
+
+def _say_busy(taken: dict[str, Any]) -> None:
+    lines = [(name, f"{seconds:.2f} s") for name, seconds in taken["seconds"].items()]
+    for line in table([("BUSY", "MEDIAN"), *lines]):
+        say(line)
+    for way, ratio in taken["busy over quiet"].items():
+        say(f"beside two others it takes {ratio:.2f} times as long, {way}")
+    for where, ratio in taken["asleep over spinning"].items():
+        say(f"asleep takes {ratio:.2f} times as long as spinning, {where}")

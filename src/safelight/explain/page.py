@@ -19,7 +19,7 @@ from safelight.explain.forward import SHARES
 from safelight.explain.texts import ATTENTION, PARTS, SETTINGS, VIEWS, Text
 from safelight.explain.watch import Moment, Story
 from safelight.picture import from_tensor
-from safelight.sampling import SAMPLERS
+from safelight.sampling import SAMPLERS, Level
 
 LARGEST = 256
 """Side in pixels of a step's picture; the finished picture is twice as large."""
@@ -156,7 +156,7 @@ def _moment(story: Story, moment: Moment) -> dict[str, Any]:
 
 def _noise(sigma: float) -> float:
     """Return the share of noise in the variance of the state, 1 − ᾱ."""
-    return sigma**2 / (1 + sigma**2)
+    return Level.exploding(sigma).noise_share
 
 
 def _number(value: float) -> str:

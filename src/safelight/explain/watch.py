@@ -1,4 +1,4 @@
-"""One picture drawn under observation."""
+"""Draw one picture and record its steps."""
 
 from __future__ import annotations
 
@@ -23,19 +23,18 @@ from safelight.result import Result
 from safelight.sampling import Row
 
 MAX_MOMENTS = 50
-"""Steps that are looked at: of more, this many, evenly apart, the first and last among them."""
+"""Steps that are recorded. Of more, this many are, evenly spaced, with the first and last."""
 
 
 @dataclass(frozen=True)
 class Moment:
-    """One step, seen.
+    """One step.
 
-    step: 1 to steps. sigma, timestep: how noisy the state was, and what the network was told.
-    noisy: the state as the network was given it, decoded. latents: the same in latents, each
-    shown as a colour by `Story.colours`; None for a model of pixels. clean: what the network took
-    to be under the noise. unguided: the same without guidance, by the prompt alone; None where
-    guidance is off. attention: float32 [words, h, w], see `explain.attention.word_maps`; None
-    without words.
+    step: from 1 to steps. sigma, timestep: noise level of the state, and the time given to the
+    network. noisy: the state as the network sees it, decoded. latents: the same as one pixel for
+    each latent, coloured by `Story.colours`; None for a model of pixels. clean: the clean
+    estimate. unguided: the clean estimate of the prompt alone; None where guidance is off.
+    attention: float32 [words, h, w], see `explain.attention.word_maps`; None without words.
     """
 
     step: int
@@ -50,7 +49,7 @@ class Moment:
 
     @property
     def guidance(self) -> Image.Image | None:
-        """What guidance added: half the difference to the unguided estimate, on middle gray."""
+        """The change by guidance: half the difference to the unguided estimate, on middle gray."""
         if self.unguided is None:
             return None
         return ImageChops.subtract(self.clean, self.unguided, scale=2, offset=128)
@@ -58,11 +57,12 @@ class Moment:
 
 @dataclass(frozen=True)
 class Story:
-    """How a picture came to be. result: the picture, as `Model.generate` returns it.
+    """The steps of one picture.
 
-    sigmas: the noise level before each step and after the last. shape: of the latents, channels,
-    height, width. colours: float32 [channels + 1, 3], see `fit_colours`; None without autoencoder.
-    forward: the picture turned to noise.
+    result: the picture, as `Model.generate` returns it. sigmas: the noise level before each step
+    and after the last. shape: of the latents, channels, height, width. colours: float32
+    [channels + 1, 3], see `fit_colours`; None without autoencoder. forward: the picture turned to
+    noise.
     """
 
     result: Result
@@ -80,7 +80,7 @@ class Story:
 
 @dataclass(frozen=True)
 class _Seen:
-    """A step as tensors: the state as the network was given it, and its clean estimates."""
+    """A step as tensors: the state as the network sees it, and the clean estimates."""
 
     step: int
     row: Row
@@ -91,12 +91,12 @@ class _Seen:
 
 
 def watch(model: Model, request: Request, on_step: Callable[[Step], object] | None = None) -> Story:
-    """Draws the picture of a request, and keeps what is to be seen on the way.
+    """Draw the picture of a request, and return the story of its steps.
 
-    The picture is that of `model.generate(request)`, to the byte: it is drawn untouched, and
-    after each step the network is asked once more, with the prompt alone, while its attention is
-    recorded. on_step is called as `Model.generate` does. Raises SafelightError for settings that
-    cannot be, and for a count other than 1.
+    The picture is that of `model.generate(request)`, to the byte. After each step the network is
+    called once more, with the prompt alone, while its attention is recorded. on_step is called as
+    in `Model.generate`. Raises SafelightError for settings that the model cannot draw with, and
+    for a count other than 1.
     """
     if request.count != 1:
         raise SafelightError(f"count must be 1, not {request.count}: one picture is watched")
@@ -145,7 +145,7 @@ def _evenly(count: int) -> set[int]:
 def _look(
     model: Model, job: Job, cursor: int, state: Tensor, clean: Tensor, words: list[Word]
 ) -> _Seen:
-    """Ask again about the state before the step, for what the step itself does not tell."""
+    """Call the network again on the state before the step, with the prompt alone."""
     row, asked = job.table.rows[cursor], job.conditioning
     noisy = row.level.view(state)
     if asked.tokens is None or not isinstance(model.unet, UNet2DConditionModel):
@@ -165,7 +165,7 @@ def _look(
 
 
 def _pictures(model: Model, seen: list[_Seen], steps: int) -> tuple[list[Moment], Tensor | None]:
-    """The moments, and the colours of their latents."""
+    """Return the moments, and the colours of their latents."""
     noisy = [decode(model, one.noisy) for one in seen]
     clean = [decode(model, one.clean) for one in seen]
     colours = None
@@ -191,12 +191,12 @@ def _pictures(model: Model, seen: list[_Seen], steps: int) -> tuple[list[Moment]
 
 
 def fit_colours(latents: list[Tensor], pictures: list[Image.Image]) -> Tensor:
-    """The map from a latent's channels to the colour that it stands for: float32 [channels+1, 3].
+    """Return the linear map from a latent's channels to a colour, float32 [channels + 1, 3].
 
-    A least-squares fit of latents ([1, channels, h, w] each) to what they decode to, reduced to
-    their size; the last row is what is added. Unlike the axes of a PCA it gives colours that can
-    be compared with the picture's. Fitted to noisy and clean ones, as in a plain picture some
-    directions of the latents never show.
+    It is a least-squares fit of latents ([1, channels, h, w] each) to their decoded pictures at
+    the latents' size; the last row is added. Unlike the axes of a PCA it gives the picture's
+    colours. The fit takes noisy and clean latents, because in a plain picture some directions
+    never occur.
     """
     inputs, targets = [], []
     for latent, picture in zip(latents, pictures, strict=True):
@@ -210,7 +210,7 @@ def fit_colours(latents: list[Tensor], pictures: list[Image.Image]) -> Tensor:
 
 
 def in_colours(latents: Tensor, colours: Tensor) -> Image.Image:
-    """Latents [1, channels, h, w], each as one pixel of its colour."""
+    """Return latents [1, channels, h, w] as a picture, one pixel for each."""
     channels = latents.shape[1]
     weight, bias = colours[:channels].T, colours[channels]
     flat = weight @ latents[0].flatten(1).float().cpu() + bias[:, None]

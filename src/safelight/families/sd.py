@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from safelight.model import Model
     from safelight.request import Request
     from safelight.weights.folder import Folder
-    from safelight.weights.names import Weight
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
@@ -214,45 +213,21 @@ class StableDiffusion(Family):
     def single_file(self, header: Header) -> SingleFile:
         layers = self.text_encoder["num_hidden_layers"]
         clip = names.open_clip_names(layers)
-        unused_layer = f"{OPEN_CLIP}transformer.resblocks.{layers}."
-        tables = {
-            UNET: ("unet", names.unet_names(self.unet)),
-            VAE: ("vae", names.vae_names(self.vae)),
-            OPEN_CLIP: ("text_encoder", clip),
+        sections = {
+            UNET: names.Section("unet", names.unet_names(self.unet)),
+            VAE: names.Section("vae", names.vae_names(self.vae)),
+            CLIP: names.Section("text_encoder"),
+            OPEN_CLIP: names.Section("text_encoder", clip, thirds=True),
         }
-        found: dict[str, dict[str, Weight]] = {part: {} for part in self.parts}
-        unknown: list[str] = []
-        for key, info in header.tensors.items():
-            if _IGNORED.fullmatch(key) or key.startswith(unused_layer):
-                continue
-            prefix = next((p for p in (*tables, CLIP) if key.startswith(p)), None)
-            if prefix is None:
-                unknown.append(key)
-                continue
-            inner = key.removeprefix(prefix)
-            if prefix == CLIP:
-                part, name = "text_encoder", names.text_folder_name(inner)
-            else:
-                part, table = tables[prefix]
-                thirds = names.split_thirds(header, key, inner, clip) if table is clip else {}
-                if thirds:
-                    found[part] |= thirds
-                    continue
-                name = names.renamed(inner, table)
-            if name is None:
-                unknown.append(key)
-            else:
-                shape = self.parts[part].reshape(name, info.shape)
-                found[part][name] = names.Weight(header, key, shape)
-        for part, prefix in (("unet", UNET), ("vae", VAE), ("text_encoder", "cond_stage_model.")):
-            if not found[part]:
-                raise refusal(
-                    header.name, f"no {part} ({prefix}*) in the file; a full one is needed"
-                )
-        if unknown:
-            listed = names.some(unknown)
-            raise refusal(header.name, f"{len(unknown)} keys that we do not know: {listed}")
-        return SingleFile(self.configs, found, self.scheduler_config, self.native, self.v_native)
+        # The states before OpenCLIP's last layer are read, which is therefore not built.
+        unused = f"{OPEN_CLIP}transformer.resblocks.{layers}."
+        weights = names.from_single_file(
+            header,
+            self.parts,
+            sections,
+            lambda key: key.startswith(unused) or _IGNORED.fullmatch(key) is not None,
+        )
+        return SingleFile(self.configs, weights, self.scheduler_config, self.native, self.v_native)
 
     # --- drawing -----------------------------------------------------------------------------
 

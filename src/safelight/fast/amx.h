@@ -80,13 +80,15 @@ inline void store_first(bf16* p, halves x, long count) {
 }
 
 // 2^(x/128 - 127) of 32 numbers x as bfloat16, by integers: attention.cpp says how. The order of
-// the results is that of key_at. `apart` is a table of 128. Adds the results to `total`.
-template <bool add>
-inline vec powers(vec x, vec y, const uint8_t* apart, bf16* out, vec total) {
+// the results is that of key_at. Adds them to `total`.
+struct Table {  // of 128 bytes
+    __m512i low, high;
+    explicit Table(const uint8_t* p) : low(_mm512_load_si512(p)), high(_mm512_load_si512(p + 64)) {}
+};
+template <bool add> inline vec powers(vec x, vec y, const Table& apart, bf16* out, vec total) {
     __m512i both = _mm512_packs_epi32(_mm512_cvtps_epi32(x), _mm512_cvtps_epi32(y));
     both = _mm512_max_epi16(both, _mm512_setzero_si512());
-    __m512i less = _mm512_maskz_permutex2var_epi8(0x5555555555555555, _mm512_load_si512(apart),
-                                                  both, _mm512_load_si512(apart + 64));
+    __m512i less = _mm512_maskz_permutex2var_epi8(0x5555555555555555, apart.low, both, apart.high);
     both = _mm512_sub_epi16(both, less);
     _mm512_storeu_si512(out, both);
     if (!add) return total;

@@ -74,7 +74,8 @@ struct Rounded : Head<bf16> {
     // constant): as an integer of 1/128ths, x has its whole part where a float has its exponent,
     // and beside it the fraction f where 2^f - 1 belongs. A table tells how far apart these are.
     template <bool sum_them> void soften_by(const Pass& p, const float* most, float* total) const {
-        alignas(64) static const Fractions table;
+        alignas(64) static const Fractions fractions;
+        const Table table(fractions.apart);
         const vec factor = splat(128 * a.scale * LOG2E);
         for (int i = 0; i < 32; i++) {
             const float* s = scores + row(i);
@@ -82,7 +83,7 @@ struct Rounded : Head<bf16> {
             bf16* w = weights + i * STEP;
             for (long j = 0; j < p.count / 32; j++, s += 1024, w += 32)
                 all = powers<sum_them>(fma(floats(s), factor, shift),
-                                       fma(floats(s + 256), factor, shift), table.apart, w, all);
+                                       fma(floats(s + 256), factor, shift), table, w, all);
             if (sum_them) total[i] += sum(all);
         }
     }

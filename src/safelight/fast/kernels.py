@@ -83,7 +83,7 @@ def refusal(name: str) -> str:
         return "this processor has no AMX"
     if name == "avx2" and not torch.cpu._is_avx2_supported():
         return "this processor has no AVX2"
-    if _built(name) is None:
+    if built(name) is None:
         return "not built: there was no C++ compiler when Safelight was installed"
     return "" if _load(name) is not None else "the operating system does not permit AMX"
 
@@ -93,13 +93,14 @@ def has_amx() -> bool:
     return torch.cpu._is_amx_tile_supported() and torch.cpu._is_avx512_bf16_supported()
 
 
-def _built(name: str) -> Path | None:
+def built(name: str) -> Path | None:
+    """The file of a library, if it was built."""
     return next(iter(sorted(Path(__file__).parent.glob(f"_{name}.*so"))), None)
 
 
 @cache
 def _load(name: str) -> Any:
-    found = ctypes.CDLL(str(_built(name)))
+    found = ctypes.CDLL(str(built(name)))
     for function, types in _ARGUMENTS[name].items():
         getattr(found, function).argtypes = types
         getattr(found, function).restype = None

@@ -114,7 +114,7 @@ class FastPointwise(layers.Pointwise):
     precision: torch.dtype
     _product: Any = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return as_map(self.tokens(as_tokens(x)), x)
 
     def tokens(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
@@ -131,7 +131,7 @@ class KeptConv2d(nn.Conv2d):
     precision: torch.dtype
     shelf: Shelf | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         dtype = onednn.computes(self.precision)
         bias = None if self.bias is None else self.bias.to(dtype)
         weight = self.weight.to(self.precision).to(dtype)

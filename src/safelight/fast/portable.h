@@ -85,13 +85,16 @@ inline void store_first(bf16* p, halves x, long count) {
     memcpy(p, &x, (count < 16 ? count : 16) * sizeof *p);
 }
 
-template <bool add>
-inline vec powers(vec x, vec y, const uint8_t* apart, bf16* out, vec total) {
+struct Table {
+    const uint8_t* at;
+    explicit Table(const uint8_t* p) : at(p) {}
+};
+template <bool add> inline vec powers(vec x, vec y, const Table& apart, bf16* out, vec total) {
     for (int i = 0; i < 32; i++) {
         // As _mm512_packs_epi32 lays them: four of x, four of y.
         float value = i % 8 < 4 ? x[i / 8 * 4 + i % 4] : y[i / 8 * 4 + i % 4];
         int bits = value > 0 ? value < 32767 ? int(lrintf(value)) : 32767 : 0;  // 0 if NaN
-        out[i] = bits - apart[bits % 128];
+        out[i] = bits - apart.at[bits % 128];
     }
     if (!add) return total;
     return each([&](int i) {

@@ -106,7 +106,7 @@ class Tokenizer:
         )
 
     def encode(self, text: str) -> Encoded:
-        """Token ids of a prompt: begin, at most max_length − 2 tokens, end, padding.
+        """Return the token ids of a prompt: begin, at most max_length − 2 tokens, end, padding.
 
         Raises SafelightError if `text` is not valid Unicode (a lone surrogate).
         """
@@ -212,7 +212,7 @@ def _tokenizer_json(folder: Folder, part: str) -> tuple[dict[str, Any], list[tup
 
 
 def _pairs(merges: Any, name: str) -> list[tuple[str, str]]:
-    """Pairs, each written "a b" or [a, b]."""
+    """Return the merges as pairs; each is written "a b" or [a, b]."""
     pairs: list[tuple[str, str]] = []
     for merge in merges:
         pair = merge.split(" ") if isinstance(merge, str) else merge
@@ -227,8 +227,11 @@ def _pairs(merges: Any, name: str) -> list[tuple[str, str]]:
 
 
 def _clip_tables() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """CLIP's merges from the package that ships them, and the vocabulary that follows from them:
-    the 256 bytes, the same at a word's end, one token a merge, and the two marks."""
+    """Return CLIP's vocabulary and merges.
+
+    The merges come from a package that ships them. The vocabulary follows from them: the 256
+    bytes, the same at a word's end, one token a merge, and the two marks.
+    """
     lines = _clip_file().decode().split("\n")[1 : 1 + _CLIP_MERGES]
     merges = _pairs(lines, _CLIP_VOCABULARY)
     # Bytes that print come first, as themselves; the rest stand in as characters from U+0100.

@@ -38,6 +38,11 @@ class Level:
         """sigma/alpha; infinite for pure noise, 0 for a clean picture."""
         return self.sigma / self.alpha if self.alpha else math.inf
 
+    @property
+    def noise_share(self) -> float:
+        """The noise's share of the state's variance, if the clean picture's is 1."""
+        return self.sigma**2 / (self.alpha**2 + self.sigma**2)
+
     def mix(self, clean: State, noise: State) -> State:
         """Return the state of a clean picture and noise at this level."""
         mixed: Any = self.alpha * clean + self.sigma * noise  # type: ignore[operator]

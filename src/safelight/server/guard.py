@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import hmac
 import ipaddress
 import json
@@ -20,6 +21,9 @@ from safelight.server import bodies, entrance
 from safelight.server.bodies import RefusedError
 
 log = logging.getLogger("safelight.http")
+
+LINGER = 5.0
+"""Seconds that a refused body is read on for, so that the client sees the answer."""
 
 OPEN = frozenset({"/healthz"})
 """Paths that need no token: that the process lives."""
@@ -70,8 +74,8 @@ class Guard:
             async with asyncio.timeout(bodies.SLOW):
                 await send(message)
 
+        unread, headers = receive, _headers(scope)
         try:
-            headers = _headers(scope)
             self._check_site(scope, headers)
             receive = bodies.limited(receive, _single(headers, "content-length"))
             if scope["path"] == entrance.ENTER and scope["method"] == "POST":
@@ -86,6 +90,9 @@ class Guard:
         except RefusedError as refusal:
             if not sent:
                 await _answer(reply, refusal.status_code, refusal.detail, refusal.headers)
+                if refusal.status_code == 413 and receive is unread and "expect" not in headers:
+                    await _discard(unread)
+                await reply({"type": "http.response.body"})
         finally:
             route = getattr(scope.get("route"), "path", "")
             self.counted(scope["method"], route, status)
@@ -202,11 +209,27 @@ async def _answer(send: Any, status: int, text: str, headers: Mapping[str, str] 
             "status": status,
             "headers": [
                 (b"content-type", b"application/json"),
+                (b"content-length", str(len(body.encode())).encode()),
                 *((k.encode(), v.encode()) for k, v in (headers or {}).items()),
             ],
         }
     )
-    await send({"type": "http.response.body", "body": body.encode()})
+    await send({"type": "http.response.body", "body": body.encode(), "more_body": True})
+
+
+async def _discard(receive: Any) -> None:
+    """Read on for a moment after a body was refused unread.
+
+    To close a connection with bytes unread resets it, and the client may lose the answer.
+    """
+    seen = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER):
+            while seen < 2 * bodies.MAX_BODY:
+                message = await receive()
+                seen += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
 
 
 async def _page(

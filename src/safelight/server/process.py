@@ -10,19 +10,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
-
-@dataclass(frozen=True)
-class Settings:
-    """The settings of a worker."""
-
-    model: str
-    url: str
-    root: str
-    device: str = "auto"
-    dtype: str = "auto"
-    low_memory: bool = False
-    exact: bool = False
-    rows: int | None = None
+from safelight.server.settings import Settings
+from safelight.threads import wait_asleep
 
 
 @dataclass(frozen=True)
@@ -57,6 +46,7 @@ def _run(pipe: Connection, told: Connection, settings: Settings) -> None:
 
     pulse = Pulse(told)
     pulse.start()
+    wait_asleep()  # before the worker's import of PyTorch
 
     from safelight.server.worker import main
 

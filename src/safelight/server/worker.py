@@ -22,8 +22,8 @@ from safelight.server.claims import LEASE, Claim, LostError
 from safelight.server.files import Files
 from safelight.server.jobs import ModelInfo, Picture, StorageError
 from safelight.server.previews import encoded_preview
-from safelight.server.process import Settings
 from safelight.server.pulse import Pulse
+from safelight.server.settings import Settings
 from safelight.server.store import Store, new_id
 
 T = TypeVar("T")
@@ -113,6 +113,7 @@ class Worker:
             name=self._model.name,
             sha256=self._model.sha256,
             kind=self._model.kind,
+            uses_prompt=self._model.family.uses_prompt,
             family=self._model.family.name,
             width=width,
             height=height,

@@ -15,9 +15,7 @@ from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, R
 from safelight.errors import SafelightError
 from safelight.server.hub import Hub
 from safelight.server.uploads import Uploads
-
-PATH = "/studio"
-KEPT_AT = f"{PATH}/kept/"
+from safelight.studio.paths import KEPT_AT, PATH
 
 # The page may contact no other host, whatever a prompt or a picture's text contains.
 _POLICY = (

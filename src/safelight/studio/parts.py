@@ -7,10 +7,11 @@ from typing import Any
 
 import gradio as gr
 
-from safelight.studio.mount import KEPT_AT
+from safelight.studio.paths import KEPT_AT
 
 _HERE = Path(__file__).parent
-HEAD = f"<script>{(_HERE / 'studio.js').read_text('utf-8')}</script>"
+_SCRIPTS = [(_HERE / name).read_text("utf-8") for name in ("studio.js", "form.js")]
+HEAD = "".join(f"<script>{script}</script>" for script in _SCRIPTS)
 STYLE = (_HERE / "studio.css").read_text("utf-8")
 
 # Each name in quotes is an event that Python can listen to; `event.id` is the picture's id.

@@ -36,11 +36,18 @@ const safelight = (() => {
   const warnings = job => job.warnings.map(text =>
     make("p", {className: "warning", textContent: `Note: ${text}`}));
 
+  const show = name => [...document.querySelectorAll("button[role=tab]")]
+    .find(one => one.textContent.trim() === name)?.click();
+
   const open = (job, picture, events, changed) => {
     const box = dialog();
     const act = (label, name) => make("button", {
       type: "button", textContent: label,
-      onclick: () => { box.close(); events.trigger(name, {id: picture.id}); },
+      onclick: () => {
+        box.close();
+        show(name === "inside" ? "Inside" : "Make");  // at once; the answer fills the tab
+        events.trigger(name, {id: picture.id});
+      },
     });
     const size = `${picture.width}×${picture.height}`;
     const settings = {...job.settings, seed: picture.seed, size};
@@ -118,78 +125,7 @@ const safelight = (() => {
     grid.replaceChildren(result, ...older.map(one => thumbnail(...one, events, changed)));
   };
 
-  // --- a picture for the editor -----------------------------------------------------------------
-
-  const MAX_SIDE = 2048;  // the most that can be drawn; a phone's photo would take a minute
-
-  const fitting = async file => {
-    const whole = await createImageBitmap(file);
-    const scale = MAX_SIDE / Math.max(whole.width, whole.height);
-    if (scale >= 1) return file;
-    const canvas = new OffscreenCanvas(Math.round(whole.width * scale), Math.round(whole.height * scale));
-    canvas.getContext("2d").drawImage(whole, 0, 0, canvas.width, canvas.height);
-    return new File([await canvas.convertToBlob()], "picture.png", {type: "image/png"});
-  };
-
-  const hand = async (input, file) => {
-    const easel = input.closest("#easel");
-    easel.parentElement.querySelector(".unread")?.remove();
-    try {
-      const files = new DataTransfer();
-      files.items.add(await fitting(file));
-      input.files = files.files;
-      input.dataset.fits = "yes";
-      input.dispatchEvent(new Event("change", {bubbles: true}));
-    } catch {
-      easel.before(make("p", {className: "problem unread", role: "alert",
-                              textContent: `This browser cannot read “${file.name}” as a picture.`}));
-    }
-  };
-
-  addEventListener("change", event => {
-    const input = event.target;
-    if (!input.matches?.("#easel input[type=file]") || !input.files.length) return;
-    if (input.dataset.fits) { delete input.dataset.fits; return; }
-    event.stopImmediatePropagation();
-    hand(input, input.files[0]);
-  }, true);
-
-  addEventListener("drop", event => {
-    const input = event.target.closest?.("#easel")?.querySelector("input[type=file]");
-    const file = event.dataTransfer?.files[0];
-    if (!input || !file) return;
-    event.preventDefault();
-    event.stopImmediatePropagation();
-    event.target.dispatchEvent(new DragEvent("dragleave", {bubbles: true}));
-    hand(input, file);
-  }, true);
-
-  // --- prompt and keys --------------------------------------------------------------------------
-
-  // Gradio reloads the page when the server returns; the prompt is kept.
-  const typed = () => {
-    const prompt = document.querySelector("#prompt textarea");
-    if (!prompt) { setTimeout(typed, 50); return; }
-    if (!prompt.value) {
-      prompt.value = sessionStorage.getItem("prompt") ?? "";
-      prompt.dispatchEvent(new Event("input", {bubbles: true}));
-    }
-    prompt.addEventListener("input", () => sessionStorage.setItem("prompt", prompt.value));
-  };
-  typed();
-
-  // Ctrl+Enter presses the main button of the open tab.
-  addEventListener("keydown", event => {
-    if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
-    const main = ["draw", "compare", "look"].map(id => document.getElementById(id))
-      .find(button => button?.offsetParent);
-    if (!main || document.querySelector("dialog[open]")) return;
-    event.preventDefault();
-    event.stopPropagation();
-    const field = document.activeElement;
-    field.blur();  // a field of numbers passes its value on when it is left
-    setTimeout(() => { main.click(); field.focus(); });
-  }, true);
+  // --- the live view -----------------------------------------------------------------------------
 
   // On a phone the live view is below the form: a button leads there, and back.
   const narrow = matchMedia("(max-width: 700px)");
@@ -222,8 +158,6 @@ const safelight = (() => {
     narrow.addEventListener("change", show);
     return () => { wanted = !there; show(); };  // something new is to be seen
   };
-
-  // --- the live view -----------------------------------------------------------------------------
 
   const now = (element, {trigger, watch, props}) => {
     const events = {trigger};
@@ -394,5 +328,5 @@ const safelight = (() => {
     load();
   };
 
-  return {now, find};
+  return {now, find, make};
 })();

@@ -76,7 +76,7 @@ def distil(
     teacher = load_model(model)
     if not teacher.uses_prompt:
         raise SafelightError(f"{teacher.name} draws from noise alone: there is no guidance to save")
-    if teacher.unet.config.in_channels != teacher.unet.config.out_channels:
+    if teacher.family.reads_mask(teacher):
         raise SafelightError(f"{teacher.name} reads a mask beside the picture: take another")
     told = f"{drawing_steps} steps, guidance {guidance_scale}"
     plan = replace(plan, recipe=digest(np.zeros(0, np.uint8), [teacher.sha256, told, *captions]))
@@ -108,6 +108,7 @@ def distil(
         **base.notes,
         "made_from": f"{base.name}, sha256 {base.sha256}",
         "draw_with": draw_with,
+        "distilled": True,
     }
     if base.words is not None:
         notes["words"] = sorted(base.words)
@@ -138,7 +139,7 @@ def distil(
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file that are not empty."""
+    """Return the lines of a text file that are not empty."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Teach a model that is there something new, from a folder of captioned pictures."""
+"""Fine-tune a loaded model on a folder of captioned pictures."""
 
 from __future__ import annotations
 
@@ -39,13 +39,12 @@ def finetune(
     min_snr: float | None = None,
     native: bool = False,
 ) -> Path:
-    """Train UNet and text encoder of `model` further on the pictures of `folder` (see
-    `train.folder.captioned`), and write the folder out/model.
+    """Train UNet and text encoder of `model` on a folder of pictures, and return out/model.
 
-    size: side of the squares that pictures are cut to, the model's own if None. Beside it
-    out/sheet.png has pictures of the first captions, drawn before and after. Goes on where it
-    was stopped. Raises SafelightError if there is nothing to learn from or the model is of a
-    kind that cannot be trained further.
+    folder: pictures with captions, see `train.folder.captioned`. size: side of the squares that
+    pictures are cut to, the model's own if None. out/sheet.png has pictures of the first
+    captions, drawn before and after. A call with the same `out` continues where it was stopped.
+    Raises SafelightError if there are no pictures, or if the model cannot be trained.
     """
     base = load_model(model, device="cpu", dtype="float32", plain=True)
     _check(base)
@@ -101,7 +100,7 @@ def _check(base: Model) -> None:
         raise SafelightError(
             f"{base.name} draws from noise alone: `safelight train unconditional` makes such a one"
         )
-    if base.unet.config.in_channels != base.unet.config.out_channels:
+    if base.family.reads_mask(base):
         raise SafelightError(
             f"{base.name} reads a mask beside the picture: such models cannot be trained further "
             "yet; take the one it was made from"
@@ -118,7 +117,7 @@ def _trainable(base: Model) -> TextToImage:
 
 
 def own_memory(net: Net) -> Net:
-    """Its weights, to be trained, in memory of their own: those loaded lie in the mapped file."""
+    """Copy a network's weights out of the mapped file, so that they can be trained."""
     for module in net.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(parameter.detach().clone()))
@@ -134,7 +133,7 @@ def _notes(base: Model, captions: list[str]) -> dict[str, Any]:
 
 
 def credit(base: Model, made: Path) -> None:
-    """Name in the folder `made` what the weights were made from."""
+    """Copy the NOTICE of the model that the weights were made from."""
     notice = Path(base.path) / "NOTICE"
     if notice.is_file():
         shutil.copyfile(notice, made / "NOTICE")

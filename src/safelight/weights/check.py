@@ -1,4 +1,4 @@
-"""Reads what a checkpoint says about itself, and refuses what does not add up.
+"""Read what a checkpoint says about itself, and refuse what does not add up.
 
 A file comes from a stranger. Its kind is decided by its bytes, and its header is read here,
 strictly and within bounded memory, before any library opens it. Format:
@@ -55,8 +55,11 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A checked header: `name` is what to call the file, the tensors, in the order of
-    their bytes, and the metadata (texts over 1 KB, such as a thumbnail, are left out)."""
+    """A checked header.
+
+    name: what to call the file in errors. tensors: in the order of their bytes. metadata: without
+    texts over 1 KB, such as a thumbnail.
+    """
 
     path: Path
     name: str
@@ -65,13 +68,16 @@ class Header:
 
 
 def refusal(name: str, why: str) -> SafelightError:
-    """The error for a file that is refused: one line of at most 200 characters, which a hostile
-    name or key can neither break nor push out of sight."""
+    """Return the error for a file that is refused.
+
+    It is one line of at most 200 characters. A hostile name or key can neither break it nor push
+    its end out of sight.
+    """
     return SafelightError(f"{printable(name, 60)}: {printable(why, 138)}")
 
 
 def printable(text: str, limit: int) -> str:
-    """`text` on one line: control and other invisible characters become `?`, a long text is cut."""
+    """Return `text` on one line, cut at `limit`; invisible characters become `?`."""
     if len(text) > limit:
         text = text[: limit - 1] + "…"
     return "".join("?" if unicodedata.category(c)[0] in "CZ" and c != " " else c for c in text)
@@ -104,7 +110,7 @@ def read_header(path: Path, name: str | None = None) -> Header:
 
 
 def _header_length(name: str, head: bytes, size: int) -> int:
-    """The length of the header, from the first bytes of a file of `size` bytes."""
+    """Return the length of the header, from the first bytes of a file of `size` bytes."""
     if size == 0:
         raise refusal(name, "the file is empty; a .safetensors file is needed")
     if head[8:9] != b"{":
@@ -147,7 +153,7 @@ def _check_layout(where: str, tensors: dict[str, TensorInfo], size: int) -> None
 
 
 class _Scanner:
-    """Reads the little JSON that a header may hold, left to right, once.
+    """Read the little JSON that a header may hold, left to right, once.
 
     json.loads would first build whatever a stranger nests in 32 MB; this stops at the first
     token that does not belong.
@@ -196,7 +202,7 @@ class _Scanner:
         return TensorInfo(found["dtype"], found["shape"], *found["data_offsets"])
 
     def members(self, what: str, limit: int) -> Iterator[str]:
-        """The keys of an object; whoever iterates reads the value of each."""
+        """Yield the keys of an object. The caller reads the value after each."""
         self.mark(b"{")
         if self.peek() == b"}":
             self.mark(b"}")
@@ -268,7 +274,7 @@ class _Scanner:
 
 
 def read_bytes(path: Path, limit: int, name: str | None = None) -> bytes:
-    """The content of a file of at most `limit` bytes.
+    """Return the content of a file of at most `limit` bytes.
 
     name: what to call the file in errors, if not by the last part of its path.
 

@@ -1,4 +1,4 @@
-"""A model's SHA-256: what a picture's recipe names it by, and how a broken download is found."""
+"""The SHA-256 of a model. A recipe names its model by it, and it finds a damaged download."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CACHED_FROM = 16 * 2**20
 
 
 def model_digest(files: Mapping[str, Path]) -> str:
-    """The SHA-256 of a model, in hex.
+    """Return the SHA-256 of a model, in hex.
 
     files: names inside the model to paths. One file (a single-file checkpoint) has its own
       digest, as every other program gives it; a folder has the digest of the lines
@@ -34,7 +34,7 @@ def model_digest(files: Mapping[str, Path]) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """The SHA-256 of a file, remembered for large files as long as size and times stay.
+    """Return the SHA-256 of a file, remembered for large files as long as size and times stay.
 
     Raises SafelightError if a blob of a hub cache does not have the hash it is named by.
     """
@@ -55,7 +55,7 @@ def file_digest(path: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """Where Safelight keeps what it can work out again: $XDG_CACHE_HOME/safelight."""
+    """Return the folder for what can be computed again: $XDG_CACHE_HOME/safelight."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(home).expanduser() / "safelight"
 

@@ -82,7 +82,7 @@ def load_model(
 
 
 def inspect(name: str | Path) -> dict[str, Any]:
-    """What a checkpoint is, without reading its weights.
+    """Return what a checkpoint is, without reading its weights.
 
     Returns name, path, kind, family, components (parameters, stored dtypes and bytes of each
     network), parameters and dtypes of all, size_on_disk (bytes), prediction_type, native_size
@@ -115,7 +115,7 @@ def _summary(weights: Mapping[str, Weight]) -> dict[str, Any]:
 
 
 def pick_device(name: str | torch.device) -> torch.device:
-    """The device of this name; SafelightError names those that are there if it is not."""
+    """Return the device of this name; SafelightError names those that are there if it is not."""
     there = ["cpu"]
     if torch.backends.mps.is_available():
         there.insert(0, "mps")
@@ -129,7 +129,7 @@ def pick_device(name: str | torch.device) -> torch.device:
 
 
 def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of this name; SafelightError if it is none that a network computes in."""
+    """Return the dtype of this name; SafelightError if no network computes in it."""
     if name == "auto":
         if device.type != "cpu":
             return torch.float16
@@ -141,10 +141,10 @@ def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 
 class _Unfilled(TorchFunctionMode):
-    """Within it, a network is built without drawing the random weights it would train from.
+    """A context in which networks are built without drawing random weights.
 
-    The file's take their place; and to draw normal numbers on the meta device, torch first
-    imports its compiler, which takes longer than all else in the making of a small picture.
+    The file's weights take their place. To draw normal numbers on the meta device, torch first
+    imports its compiler, which takes longer than the rest of a small picture.
     """
 
     def __torch_function__(
@@ -156,9 +156,9 @@ class _Unfilled(TorchFunctionMode):
 
 
 def _network(plan: Plan, part: str, device: torch.device, dtype: torch.dtype, mapped: bool) -> Any:
-    """One network, built without memory of its own and then given its weights.
+    """Return one network, built without memory of its own and then given its weights.
 
-    mapped: they stay in the file, in the precision that they are stored in.
+    mapped: the weights stay in the file, in the precision that they are stored in.
     """
     _, network_class = plan.family.parts[part].load_classes()
     with torch.device("meta"), _Unfilled():
@@ -175,7 +175,7 @@ def _network(plan: Plan, part: str, device: torch.device, dtype: torch.dtype, ma
 
 
 def _check_fit(model: str, part: str, network: nn.Module, weights: Mapping[str, Weight]) -> None:
-    """Whether the weights are those of the network, by name, shape and kind of number."""
+    """Raise SafelightError unless names, shapes and types of the weights fit the network."""
     wanted = {name: tuple(t.shape) for name, t in network.state_dict().items()}
     for what, names in (
         ("are missing", wanted.keys() - weights.keys()),
@@ -198,7 +198,10 @@ def _read(
     dtype: torch.dtype,
     keep: bool = False,
 ) -> dict[str, Tensor]:
-    """keep: leave them in the mapped file, in the precision that they are stored in."""
+    """Return the tensors of a file by our names.
+
+    keep: leave them in the mapped file, in the precision that they are stored in.
+    """
     state: dict[str, Tensor] = {}
     try:
         with safe_open(header.path, framework="pt") as file:
@@ -222,6 +225,6 @@ def _read(
 
 
 def _finite(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether all is finite as it will be used: a large float32 is no longer so as float16."""
+    """Return whether all values are finite in `dtype`: a large float32 is not, as float16."""
     # NaN is passed on by both, and conversion keeps the order.
     return all(bool(end.to(dtype).isfinite()) for end in torch.aminmax(tensor))

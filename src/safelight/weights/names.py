@@ -9,7 +9,7 @@ tables from those to ours; a family says which parts of a file they are for.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -80,20 +80,76 @@ def from_folder(part: Part, headers: Iterable[Header]) -> dict[str, Weight]:
     return found
 
 
-def split_thirds(
-    header: Header, key: str, inner: str, clip: Mapping[str, str]
-) -> dict[str, Weight]:
+@dataclass(frozen=True, slots=True)
+class Section:
+    """The keys of a single file under one prefix.
+
+    part: the network that they belong to. names: its modules, from the original names to ours;
+    None: keys are named as in a folder. thirds: q, k and v of attention are one tensor.
+    """
+
+    part: str
+    names: Mapping[str, str] | None = None
+    thirds: bool = False
+
+
+def from_single_file(
+    header: Header,
+    parts: Mapping[str, Part],
+    sections: Mapping[str, Section],
+    unused: Callable[[str], bool],
+) -> dict[str, dict[str, Weight]]:
+    """Return the weights of each part, by our names.
+
+    sections: by their prefixes. unused: whether a key is known and not read.
+
+    Raises SafelightError that names keys which belong to nothing, and a part without any.
+    """
+    found: dict[str, dict[str, Weight]] = {part: {} for part in parts}
+    unknown: list[str] = []
+    for key, info in header.tensors.items():
+        if unused(key):
+            continue
+        prefix = next((prefix for prefix in sections if key.startswith(prefix)), "")
+        if not prefix:
+            unknown.append(key)
+            continue
+        section, inner = sections[prefix], key.removeprefix(prefix)
+        part = parts[section.part]
+        if section.names is None:
+            name = part.rename(inner)
+        elif section.thirds and (thirds := _thirds(header, key, inner, section.names)):
+            found[section.part] |= thirds
+            continue
+        else:
+            name = _renamed(inner, section.names)
+        if name is None:
+            unknown.append(key)
+        else:
+            found[section.part][name] = Weight(header, key, part.reshape(name, info.shape))
+    for part in parts:
+        if not found[part]:
+            known = [f"{p}*" for p, section in sections.items() if section.part == part]
+            raise refusal(
+                header.name, f"no {part} ({' or '.join(known)}) in the file; a full one is needed"
+            )
+    if unknown:
+        raise refusal(header.name, f"{len(unknown)} keys that we do not know: {some(unknown)}")
+    return found
+
+
+def _thirds(header: Header, key: str, inner: str, names: Mapping[str, str]) -> dict[str, Weight]:
     """Return the three projections that OpenCLIP keeps in one tensor; empty if `key` is none.
 
-    inner: the key without the text encoder's prefix. clip: see `open_clip_names`.
+    inner: the key without the text encoder's prefix. names: see `open_clip_names`.
     """
     joint = re.fullmatch(r"(.*)\.attn\.in_proj_(weight|bias)", inner)
     shape = header.tensors[key].shape
-    if joint is None or joint[1] not in clip or not shape or shape[0] % 3:
+    if joint is None or joint[1] not in names or not shape or shape[0] % 3:
         return {}
     third = (shape[0] // 3, *shape[1:])
     return {
-        f"{clip[joint[1]]}.self_attn.{letter}_proj.{joint[2]}": Weight(header, key, third, i)
+        f"{names[joint[1]]}.self_attn.{letter}_proj.{joint[2]}": Weight(header, key, third, i)
         for i, letter in enumerate("qkv")
     }
 
@@ -188,7 +244,7 @@ def _under(theirs: str, ours: str, names: Mapping[str, str]) -> dict[str, str]:
     return {f"{theirs}.{a}": f"{ours}.{b}" for a, b in names.items()}
 
 
-def renamed(key: str, names: Mapping[str, str]) -> str | None:
+def _renamed(key: str, names: Mapping[str, str]) -> str | None:
     """Return our name of a key: that of the innermost module in `names`, and what follows it."""
     module, rest = key, ""
     while module:

@@ -1,4 +1,4 @@
-"""What a checkpoint is and where its weights lie, read from headers and configs alone."""
+"""Plan the loading of a checkpoint, from its headers and configs alone."""
 
 from __future__ import annotations
 

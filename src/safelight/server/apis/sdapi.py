@@ -34,6 +34,7 @@ from safelight.server.apis.sdapi_shapes import (
     PngInfo,
     TextToImage,
     describe,
+    fitted,
     understand,
 )
 from safelight.server.bodies import decode_base64
@@ -152,8 +153,11 @@ async def img2img(http: HttpRequest, body: ImageToImage) -> dict[str, Any]:
 async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str, Any]:
     """Return the answer to a call; one that was interrupted has the pictures that were finished."""
     service = _service(http)
+    # What cannot be is refused at once; only its size has to wait until the model is loaded.
+    served = (await service.models())[0]
+    asked = await asyncio.to_thread(understand, body, served, await service.defaults())
     model = await service.loaded()
-    asked = await asyncio.to_thread(understand, body, model, await service.defaults())
+    asked = fitted(asked, model)
     job = await _finished(http, asked)
     if job.status is Status.FAILED:
         raise HTTPException(500, job.error or "the job failed")

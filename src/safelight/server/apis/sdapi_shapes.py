@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, cast
 
 from fastapi import HTTPException
@@ -157,9 +157,14 @@ def understand(
         pictures, more = _pictures(body, request)
         request = request.replace(**pictures)
         warnings += more
-    request, size = fit_to_model(request, model)
-    warnings += enlarging_note(request, size, model)
-    return Asked(request, size, warnings, _echo(body, request))
+    return Asked(request, None, warnings, _echo(body, request))
+
+
+def fitted(asked: Asked, model: ModelInfo) -> Asked:
+    """Return what was asked at a size that the model, once it is loaded, can draw."""
+    request, size = fit_to_model(asked.request, model)
+    warnings = asked.warnings + enlarging_note(request, size, model)
+    return replace(asked, request=request, size=size, warnings=warnings)
 
 
 # --- settings ------------------------------------------------------------------------------------

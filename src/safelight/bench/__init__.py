@@ -1,0 +1,138 @@
+"""How fast this machine is with Safelight, and with what else is installed, in one run.
+
+Stable Diffusion 1.5's networks with random weights of unit gain, the same for all. The contenders
+take turns, so that what else the machine does meets them alike, and a product of two large
+matrices between them tells what the processor gives at that moment. Report ratios: each is the
+median of the ratios within a round.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from safelight.bench import networks, processes
+from safelight.bench.networks import Run
+from safelight.errors import SafelightError
+from safelight.fast import native_bfloat16
+
+STEP_FLOP = 1.607e12
+"""Of one guided step at 512×512 as it is usually computed, attention counted."""
+
+
+def contenders() -> list[str]:
+    """Those that can run here, ours first."""
+    found = ["safelight float32", "diffusers float32", "openvino float32"]
+    if native_bfloat16():
+        found[1:1] = ["safelight bfloat16", "diffusers bfloat16", "openvino bfloat16"]
+    return [name for name in found if importlib.util.find_spec(name.split()[0])]
+
+
+PARTS = ("step", "decode", "picture", "start", "busy")
+
+
+def run(
+    names: Iterable[str],
+    *,
+    parts: Iterable[str] = PARTS,
+    repeat: int = 5,
+    log: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Steps, decodes, pictures and cold starts of the contenders named, `repeat` rounds each.
+
+    Returns, for each of `parts`: "seconds" (the median of each contender), "times" (all of them),
+    and "ratio" (how many times as long each took as each Safelight, the median over the rounds);
+    for step, decode and picture also "matmul_gflops" and "error" (relative to diffusers, or
+    Safelight, in float32). A picture takes 20 steps of dpmpp_2m and a decode, its text encoded
+    before; OpenVINO, which brings no sampler, draws none. The part "busy" is Safelight alone: see
+    `processes.busy_summary`.
+
+    Raises SafelightError for names of contenders or parts that there are not.
+    """
+    names, parts = list(names), list(parts)
+    unknown = [name for name in names if name not in contenders()]
+    if unknown:
+        raise SafelightError(
+            f"{unknown[0]!r:.40} cannot run here; there are {', '.join(contenders())}"
+        )
+    strange = [part for part in parts if part not in PARTS]
+    if strange:
+        raise SafelightError(f"no part {strange[0]!r:.40}; there are {', '.join(PARTS)}")
+    found: dict[str, Any] = {
+        "cpu": torch.cpu.get_capabilities().get("architecture", ""),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "step_flop": STEP_FLOP,
+    }
+    with torch.inference_mode():
+        if "step" in parts:
+            log("a guided step of SD 1.5 at 512x512")
+            found["step"] = _compare(networks.steps(names, log), repeat, log)
+        if "decode" in parts:
+            log("a decode to 512x512")
+            found["decode"] = _compare(networks.decodes(names, log), repeat, log)
+        if "picture" in parts:
+            log("a picture of 512x512 in 20 steps")
+            found["picture"] = _compare(networks.pictures(names, log), repeat, log)
+    if "start" in parts:
+        log("a first picture of embedded, from process start")
+        found["start"] = _summary(processes.starts(names, repeat, log))
+    if "busy" in parts:
+        log("the same, alone and beside two others")
+        found["busy"] = processes.busy_summary(processes.busy(repeat, log))
+    return found
+
+
+def _compare(runs: dict[str, Run], repeat: int, log: Callable[[str], None]) -> dict[str, Any]:
+    outputs = {name: torch.as_tensor(run()).float() for name, run in runs.items()}  # and warm
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    products = []
+    for i in range(repeat):
+        for name, run in runs.items():
+            times[name].append(_seconds(run))
+        products.append(_matmul_gflops())
+        log(f"  round {i + 1}: " + ", ".join(f"{n} {t[-1]:.2f} s" for n, t in times.items()))
+    exact = next((n for n in ("diffusers float32", "safelight float32") if n in outputs), None)
+    found = _summary(times) | {"matmul_gflops": statistics.median(products)}
+    if exact is not None:
+        true = outputs[exact]
+        found["error"] = {
+            name: float((output - true).norm() / true.norm())
+            for name, output in outputs.items()
+            if name != exact
+        }
+    return found
+
+
+def _summary(times: dict[str, list[float]]) -> dict[str, Any]:
+    ours = [name for name in times if name.startswith("safelight")]
+    return {
+        "seconds": {name: statistics.median(t) for name, t in times.items()},
+        "times": times,
+        "ratio": {
+            mine: {
+                name: statistics.median(b / a for a, b in zip(times[mine], t, strict=True))
+                for name, t in times.items()
+                if name != mine
+            }
+            for mine in ours
+        },
+    }
+
+
+def _seconds(run: Run) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def _matmul_gflops(n: int = 4096) -> float:
+    dtype = torch.bfloat16 if native_bfloat16() else torch.float32
+    a, b = torch.ones(n, n, dtype=dtype), torch.ones(n, n, dtype=dtype)
+    torch.mm(a, b)
+    return 2 * n**3 / _seconds(lambda: torch.mm(a, b)) / 1e9

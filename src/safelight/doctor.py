@@ -1,0 +1,215 @@
+"""What this machine has, and what Safelight uses of it.
+
+`examine` gathers it, `report` writes it as a page. Neither names the user nor a path outside the
+project: a home directory is written ~.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from safelight import __version__, fast, threads
+from safelight.fast import kernels, memory, onednn
+
+_OTHERS = ("numpy", "safetensors", "diffusers", "fastapi", "gradio", "openvino")
+_INSTRUCTIONS = ("avx2", "avx512_f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "bf16")
+
+
+def examine() -> dict[str, Any]:
+    """What `safelight doctor --json` prints: versions, processor, threads, precision, kernels,
+    memory (bytes), devices, folders, models and advice.
+    """
+    found = {
+        "versions": _versions(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "threads": _threads(),
+        "precision": _precision(),
+        "kernels": _kernels(),
+        "memory": {"total": memory.total(), "available": _available()},
+        "devices": _devices(),
+        "folders": _folders(),
+        "models": _models(),
+    }
+    return found | {"advice": _advice(found)}
+
+
+def report(found: dict[str, Any]) -> list[str]:
+    """A page of what `examine` found."""
+    versions, processor, waits = found["versions"], found["processor"], found["threads"]
+    has, precision = found["memory"], found["precision"]
+    lines = [
+        f"Safelight {versions['safelight']}, {found['system']}",
+        "",
+        "Versions    " + ", ".join(f"{k} {v}" for k, v in versions.items() if k != "safelight"),
+        f"Processor   {processor['name']}, {processor['cores']} cores",
+        f"            instructions: {', '.join(processor['instructions']) or 'none that count'}",
+        f"Threads     {waits['count']}, which {waits['waiting']}",
+        f"Precision   {precision['auto']}: {precision['why']}",
+        f"Kernels     SAFELIGHT_KERNELS={found['kernels']['setting']}",
+    ]
+    lines += [f"            {name}: {state}" for name, state in found["kernels"]["states"].items()]
+    lines += [
+        f"Memory      {has['total'] / 1e9:.1f} GB, {has['available'] / 1e9:.1f} GB of it free",
+        f"Devices     {', '.join(found['devices'])}",
+    ]
+    for i, (name, state) in enumerate(found["folders"].items()):
+        lines.append(f"{'Folders' if not i else '':<12}{name}: {state}")
+    models = found["models"]
+    lines.append(f"Models      with Safelight: {', '.join(models['shipped'])}")
+    lines.append(f"            in the hub's cache: {', '.join(models['cached']) or 'none'}")
+    lines += ["", "What would make it faster:"]
+    return lines + [f"- {one}" for one in found["advice"] or ["nothing that Safelight knows of"]]
+
+
+def _versions() -> dict[str, str]:
+    found = {
+        "safelight": __version__,
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    for name in _OTHERS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _processor() -> dict[str, Any]:
+    has = torch.cpu.get_capabilities()
+    return {
+        "name": str(has.get("cpu_name") or platform.processor() or "unknown"),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "instructions": [name for name in _INSTRUCTIONS if has.get(name)],
+        "torch_uses": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _threads() -> dict[str, Any]:
+    chosen = {name: os.environ[name] for name in threads.SETTINGS if name in os.environ}
+    if not chosen:
+        waiting = "spin while they wait"
+    elif chosen == {"OMP_WAIT_POLICY": "passive"}:
+        waiting = "sleep while they wait"
+    else:
+        waiting = "wait as " + ", ".join(f"{k}={v}" for k, v in chosen.items()) + " says"
+    return {"count": torch.get_num_threads(), "waiting": waiting, "settings": chosen}
+
+
+def _precision() -> dict[str, str]:
+    doubt = fast.bfloat16_doubt()
+    if not doubt:
+        why = "this processor multiplies it faster than float32"
+        return {"auto": "bfloat16", "why": why}
+    return {"auto": "float32", "why": doubt}
+
+
+def _kernels() -> dict[str, Any]:
+    setting = kernels.setting()
+    used = {"auto": ("amx", "avx2"), "avx2": ("avx2",), "portable": ("portable",), "off": ()}
+    states = {"oneDNN": "active" if onednn.available() else "not in this build of PyTorch"}
+    for name in ("amx", "avx2", "portable"):
+        refusal = kernels.refusal(name)
+        if refusal:
+            states[name] = refusal
+        elif name in used[setting]:
+            states[name] = "active"
+        else:
+            states[name] = "for tests" if name == "portable" else "switched off"
+    if states["avx2"] == "active" and memory.total() < kernels_memory():
+        states["avx2"] = f"not used: it is for {kernels_memory() >> 30} GB of memory or more"
+    return {"setting": setting, "states": states}
+
+
+def kernels_memory() -> int:
+    from safelight.fast.winograd import ENOUGH
+
+    return ENOUGH
+
+
+def _available() -> int:
+    """Bytes of memory that are free; 0 if the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    sizes = dict(line.split(":") for line in lines)
+    return int(sizes.get("MemAvailable", "0 kB").split()[0]) * 1024
+
+
+def _devices() -> list[str]:
+    found = [
+        f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())
+    ]
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return [*found, "cpu"]
+
+
+def _folders() -> dict[str, str]:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    folders = {
+        "hub cache": Path(HF_HUB_CACHE),
+        "server's data": Path(data) / "safelight",
+        "temporary": Path(tempfile.gettempdir()),
+    }
+    return {name: _state(folder) for name, folder in folders.items()}
+
+
+def _state(folder: Path) -> str:
+    there = next((p for p in (folder, *folder.parents) if p.exists()), folder)
+    writable = "writable" if os.access(there, os.W_OK) else "not writable"
+    try:
+        shown = f"~/{folder.relative_to(Path.home())}, "
+    except (ValueError, RuntimeError):  # not below the home directory, or there is none
+        shown = ""
+    return shown + (writable if there == folder else f"not there yet, {writable}")
+
+
+def _models() -> dict[str, list[str]]:
+    from safelight.weights.find import BUILT_IN, MODELS, cached
+
+    return {
+        "shipped": [name for name in BUILT_IN if (MODELS / name).is_dir()],
+        "cached": cached(),
+    }
+
+
+def _advice(found: dict[str, Any]) -> list[str]:
+    advice = []
+    states = found["kernels"]["states"]
+    if any("no C++ compiler" in states[name] for name in ("amx", "avx2")):
+        advice.append("install a C++ compiler (apt-get install g++) and Safelight again")
+    if "switched off" in states.values():
+        advice.append("unset SAFELIGHT_KERNELS, which switches kernels off")
+    if found["kernels"]["setting"] == "portable":
+        advice.append("unset SAFELIGHT_KERNELS: the portable kernels are for tests, and slow")
+    if states["oneDNN"] != "active":
+        advice.append("a build of PyTorch with oneDNN (torch.backends.mkldnn)")
+    if found["threads"]["count"] < found["processor"]["cores"]:
+        advice.append(
+            f"OMP_NUM_THREADS={found['processor']['cores']}: only {found['threads']['count']} of "
+            f"{found['processor']['cores']} cores are used"
+        )
+    for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA"):
+        if name in os.environ:
+            advice.append(f"unset {name}, which keeps PyTorch from this processor's instructions")
+    if states["avx2"].startswith("not used"):
+        advice.append("more memory: Winograd convolutions in float32 take up to 3 GB more")
+    if found["devices"] == ["cpu"]:
+        few = "the model embedded-fast draws in 4 steps" if sys.platform != "darwin" else "mps"
+        advice.append(f"a GPU; without one, {few}")
+    return advice

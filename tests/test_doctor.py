@@ -1,0 +1,115 @@
+"""What `safelight doctor` says, and what it keeps to itself."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from safelight import doctor, threads
+from safelight.cli import app
+from safelight.fast import kernels
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return CliRunner().invoke(app, ["doctor"]).stdout.splitlines()
+
+
+def test_a_page_that_ends_with_advice(said: list[str]) -> None:
+    assert len(said) < 50
+    text = "\n".join(said)
+    for heading in ("Processor", "Threads", "Precision", "Kernels", "Memory", "Devices", "Models"):
+        assert f"\n{heading}" in text
+    assert "embedded" in text
+    assert said[said.index("What would make it faster:") + 1].startswith("- ")
+
+
+def test_the_json_is_what_the_page_is_made_of() -> None:
+    found = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)
+    assert doctor.report(found)
+    assert found["threads"]["count"] >= 1
+    assert found["memory"]["total"] > 1 << 28
+    assert found["precision"]["auto"] in ("float32", "bfloat16")
+
+
+def test_no_names_and_no_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A home directory is ~, every other folder goes unnamed."""
+    home = tmp_path / "home" / "jane.doe"
+    (home / ".cache").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home / ".cache" / "hub"))
+    found = doctor.examine()
+    for text in (json.dumps(found), "\n".join(doctor.report(found))):
+        assert "jane" not in text
+        assert str(tmp_path) not in text
+        assert "~/.cache/hub, not there yet, writable" in text
+
+
+@pytest.mark.parametrize(
+    ("setting", "amx", "advice"),
+    [("off", "switched off", "unset SAFELIGHT_KERNELS"), ("portable", "", "portable kernels")],
+)
+def test_what_is_switched_off_is_said(
+    monkeypatch: pytest.MonkeyPatch, setting: str, amx: str, advice: str
+) -> None:
+    monkeypatch.setenv("SAFELIGHT_KERNELS", setting)
+    monkeypatch.setattr(kernels, "refusal", lambda name: "")
+    found = doctor.examine()
+    assert amx in found["kernels"]["states"]["amx"]
+    assert any(advice in line for line in found["advice"])
+
+
+def test_a_missing_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "built", lambda name: None)
+    monkeypatch.setattr(kernels, "has_amx", lambda: True)
+    found = doctor.examine()
+    assert "no C++ compiler" in found["kernels"]["states"]["amx"]
+    assert any("g++" in line for line in found["advice"])
+
+
+# --- how threads wait ----------------------------------------------------------------------------
+
+
+def waiting(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    import os
+
+    for name in threads.SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    threads.wait_asleep()
+    return {name: os.environ[name] for name in threads.SETTINGS if name in os.environ}
+
+
+def test_threads_sleep_while_they_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert waiting({}, monkeypatch) == {"OMP_WAIT_POLICY": "passive"}
+
+
+@pytest.mark.parametrize(
+    "chosen", [{"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "9"}, {"KMP_BLOCKTIME": "5"}]
+)
+def test_what_the_user_chose_stays(chosen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert waiting(chosen, monkeypatch) == chosen
+
+
+def test_it_is_set_before_pytorch_is_loaded() -> None:
+    program = (
+        "import sys, os, safelight.threads, safelight.__main__\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
+        "sys.argv = ['safelight', '--version']\n"
+        "os._exit = lambda code: print(os.environ['OMP_WAIT_POLICY'])\n"
+        "safelight.__main__.main()\n"
+    )
+    import os
+
+    environment = {k: v for k, v in os.environ.items() if k not in threads.SETTINGS}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True
+    )
+    assert done.stdout.split()[-1] == "passive"
