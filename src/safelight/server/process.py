@@ -11,34 +11,43 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 from safelight.server.settings import Settings
-
-__all__ = ["Child", "Settings", "spawn"]
-
 from safelight.threads import wait_asleep
 
 
 @dataclass(frozen=True)
 class Child:
-    """A worker, and the server's end of the pipe to it."""
+    """A worker, and the server's ends of the pipes from it.
+
+    pipe: messages, both ways. pulse: a byte each second that it is well; None is not watched.
+    """
 
     process: BaseProcess
     pipe: Connection
+    pulse: Connection | None = None
 
 
 def spawn(settings: Settings) -> Child:
+    """Start a worker. Raises OSError."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
+    heard, told = context.Pipe(duplex=False)
     # A daemon: it ends with the server, whatever that ends of.
     process = context.Process(
-        target=_run, args=(theirs, settings), name="safelight-worker", daemon=True
+        target=_run, args=(theirs, told, settings), name="safelight-worker", daemon=True
     )
     process.start()
     theirs.close()
-    return Child(process, ours)
+    told.close()
+    return Child(process, ours, heard)
 
 
-def _run(pipe: Connection, settings: Settings) -> None:
+def _run(pipe: Connection, told: Connection, settings: Settings) -> None:
+    from safelight.server.pulse import Pulse
+
+    pulse = Pulse(told)
+    pulse.start()
     wait_asleep()  # before the worker's import of PyTorch
+
     from safelight.server.worker import main
 
-    main(pipe, settings)
+    main(pipe, settings, pulse)

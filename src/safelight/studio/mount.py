@@ -6,8 +6,6 @@ import asyncio
 import contextlib
 import os
 import re
-import shutil
-import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, R
 
 from safelight.errors import SafelightError
 from safelight.server.hub import Hub
+from safelight.server.uploads import Uploads
 from safelight.studio.paths import KEPT_AT, PATH
 
 # The page may contact no other host, whatever a prompt or a picture's text contains.
@@ -33,8 +32,7 @@ _ASKED = re.compile(
     r"|upload_progress|heartbeat/\w+|startup-events|app_id|file=(?!http).+))?)?"
 )
 UPLOADS = "uploads"
-OLD = 7 * 24 * 3600
-"""Seconds after which an uploaded picture is removed. Jobs that use it have their own copy."""
+UPLOAD = f"{PATH}/gradio_api/upload"
 
 _MISSING = "The studio is not installed: pip install 'safelight[studio]'\n"
 _ICON = (
@@ -63,6 +61,7 @@ class Studio:
         self.app, self._hub = app, hub
         self._page: asyncio.Future[Any] | None = None
         self._keeper: asyncio.Task[None] | None = None
+        self._uploaded: Uploads | None = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         path = scope.get("path", "")
@@ -86,7 +85,14 @@ class Studio:
             await HTMLResponse(_COMING, 503, {"retry-after": "1"})(scope, receive, send)
             return
         page = self._page.result()
+        if path == UPLOAD:
+            page = self._uploads(page)
         await page(scope, receive, _with_policy(send))
+
+    def _uploads(self, page: Any) -> Uploads:
+        if self._uploaded is None:
+            self._uploaded = Uploads(page, self._hub.files.root / UPLOADS)
+        return self._uploaded
 
     def begin(self) -> None:
         """Start building Gradio's application in a thread, once."""
@@ -104,10 +110,12 @@ class Studio:
         try:
             app = await asyncio.to_thread(_build, self._hub, await self._hub.defaults())
             async with app.router.lifespan_context(app):
+                uploads = self._uploads(app)
+                await asyncio.to_thread(uploads.clean_up)  # of an earlier server
                 ready.set_result(app)
                 while True:
-                    await asyncio.to_thread(_forget, self._hub.files.root / UPLOADS)
-                    await asyncio.sleep(3600)
+                    await asyncio.to_thread(uploads.forget)
+                    await asyncio.sleep(600)
         except Exception as error:
             if ready.done():
                 raise
@@ -144,13 +152,6 @@ def _build(hub: Hub, defaults: dict[str, Any]) -> Any:
 
 async def _not_fetched(url: str, *_: Any, **__: Any) -> str:
     raise SafelightError("addresses are not fetched")
-
-
-def _forget(uploads: Path) -> None:
-    """Remove old uploads. Gradio itself removes them only when the server ends."""
-    for folder in uploads.iterdir() if uploads.is_dir() else ():
-        if time.time() - folder.stat().st_mtime > OLD:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _kept(root: Path, path: str) -> Response:
