@@ -101,7 +101,7 @@ class Ticket:
     @property
     def call_key(self) -> tuple[Any, ...]:
         """Equal for two pictures that can share a call of the network."""
-        return tuple(self.job.state.shape), self.job.conditioning.call_key
+        return tuple(self.job.state.shape), self.job.asked.call_key
 
 
 class Engine:
