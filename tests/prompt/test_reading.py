@@ -10,7 +10,8 @@ import pytest
 
 from safelight.errors import SafelightError
 from safelight.prompt import a1111, comfy, compel
-from safelight.prompt.reading import Piece, read
+from safelight.prompt.dialects import read
+from safelight.prompt.reading import Piece
 from safelight.prompt.schedule import stages_of
 from tests.prompt import reference
 

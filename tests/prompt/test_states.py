@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from safelight.prompt.reading import read
+from safelight.prompt.dialects import read
 from safelight.prompt.states import States, last_repeated, same_length
 from tests.prompt import reference
 from tests.prompt.reference import prompts

@@ -36,8 +36,8 @@ def tokens(
     """
     from pathlib import Path
 
+    from safelight.prompt.dialects import read
     from safelight.prompt.dynamic import draw
-    from safelight.prompt.reading import read
     from safelight.prompt.show import describe, lines
     from safelight.request import Request
     from safelight.weights.find import find

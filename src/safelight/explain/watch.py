@@ -26,7 +26,7 @@ from safelight.model import Model
 from safelight.nets.unet import UNet2DConditionModel
 from safelight.picture import from_tensor, to_tensor
 from safelight.prompt.chunks import chunks_of
-from safelight.prompt.reading import read
+from safelight.prompt.dialects import read
 from safelight.request import Request
 from safelight.result import Result
 from safelight.sampling import Row

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from safelight.errors import SafelightError
 from safelight.families.base import Conditioning
-from safelight.prompt.reading import Part, Reading, read
+from safelight.prompt.dialects import read
+from safelight.prompt.reading import Part, Reading
 from safelight.words import unknown_words
 
 if TYPE_CHECKING:

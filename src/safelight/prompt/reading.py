@@ -1,19 +1,16 @@
 """What a prompt says, in any dialect: weighted texts, changing by step, composed of parts.
 
-A dialect is read into a `Reading` without PyTorch and without a tokenizer. The time is linear in
+A dialect is read into a `Reading` (`safelight.prompt.dialects`) without PyTorch and without a tokenizer. The time is linear in
 the length of the prompt, and nothing that a person can type is an error here but a number beyond
 all floats.
 """
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
-
-from safelight.errors import SafelightError
 
 Syntax = Literal["plain", "a1111", "comfy", "compel"]
 Emphasis = Literal["original", "no-norm", "ignore", "none"]
@@ -89,37 +86,6 @@ class Reading:
     networks: tuple[tuple[str, ...], ...] = ()
 
 
-def read(
-    text: str,
-    syntax: Syntax,
-    *,
-    steps: int,
-    emphasis: Emphasis = "original",
-    negative: bool = False,
-) -> Reading:
-    """Return what a prompt says in a dialect.
-
-    steps: how many are taken, which A1111's schedules are shares of. emphasis: A1111's mode; with
-    "none" brackets are text. negative: a negative prompt, which is not split at AND.
-
-    Raises SafelightError for a weight that is no finite number.
-    """
-    from safelight.prompt import a1111, comfy, compel
-
-    if syntax == "a1111":
-        reading = a1111.read(text, steps=steps, emphasis=emphasis, negative=negative)
-    elif syntax == "comfy":
-        sections, warnings = comfy.read(text)
-        reading = Reading((one_part(steps, sections),), warnings)
-    elif syntax == "compel":
-        blends, warnings = compel.read(text)
-        reading = Reading((Part((Stage(steps, blends),)),), warnings)
-    else:
-        reading = Reading((one_part(steps, ((Piece(text),),)),))
-    _check(reading)
-    return reading
-
-
 def one_part(steps: int, sections: tuple[Section, ...]) -> Part:
     """Return the part of one text that holds for all steps."""
     return Part((Stage(steps, (Blend((sections,)),)),))
@@ -132,14 +98,3 @@ def unbalanced(found: dict[str, int], text: str) -> tuple[str, ...]:
     """
     listed = " and ".join(f"{count} '{mark}'" for mark, count in found.items() if count)
     return (f"{listed} without a partner: read as {text}",) if listed else ()
-
-
-def _check(reading: Reading) -> None:
-    for part in reading.parts:
-        weights = [part.weight]
-        for stage in part.stages:
-            weights += [piece.weight for piece in stage.pieces]
-            for blend in stage.blends:
-                weights += [blend.weight, *blend.weights]
-        if not all(map(math.isfinite, weights)):
-            raise SafelightError("prompt holds a weight that is no finite number: take one near 1")
