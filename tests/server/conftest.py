@@ -7,6 +7,7 @@ import pwd
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,19 +30,17 @@ def _programs() -> Path | None:
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres() -> Iterator[str]:
     """The URL of a server of our own, which ends with the session."""
     programs = _programs()
     if programs is None:
         pytest.skip("PostgreSQL is not installed")
-    folder = tmp_path_factory.mktemp("postgres")
+    # Not in pytest's folder, which each other run of pytest closes to the user that this runs as.
+    folder = Path(tempfile.mkdtemp(prefix="safelight-postgres-"))
     user = None
     if os.geteuid() == 0:  # it refuses to run as root
         user = "postgres"
         os.chown(folder, pwd.getpwnam(user).pw_uid, -1)
-        for parent in folder.parents:
-            if parent.stat().st_uid == 0 and parent != Path("/tmp"):
-                parent.chmod(parent.stat().st_mode | 0o011)
     port = free_port()
     data = folder / "data"
     quiet = {"check": True, "capture_output": True, "user": user, "cwd": "/"}
@@ -67,6 +66,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     yield url
     server.terminate()
     server.wait(20)
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 
 from safelight import SafelightError
-from safelight.server import store as stores
+from safelight.server import claims
 from safelight.server.jobs import BusyError, Job, Picture, Status
-from safelight.server.store import Claim, LostError, Store, new_id
+from safelight.server.claims import Claim, LostError
+from safelight.server.store import Store, new_id
 
 
 @pytest.fixture
 def store(database: str) -> Iterator[Store]:
     opened = Store(database)
+    opened.migrate()
     yield opened
     opened.close()
 
@@ -85,10 +87,10 @@ def test_a_worker_that_lost_its_job_commits_nothing(store: Store) -> None:
 
 def test_a_lease_that_ran_out(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     submit(store)
-    monkeypatch.setattr(stores, "LEASE", -1.0)
+    monkeypatch.setattr(claims, "LEASE", -1.0)
     claim(store, "gone")
     assert claim(store, "here", alone=True).suspect
-    monkeypatch.setattr(stores, "LEASE", 60.0)
+    monkeypatch.setattr(claims, "LEASE", 60.0)
     store.renew("here")
     assert store.claim("third", alone=True) is None
 
@@ -221,4 +223,4 @@ def test_the_list_is_searched_and_paged(store: Store) -> None:
 
 def test_a_database_that_cannot_be_opened() -> None:
     with pytest.raises(SafelightError, match="database of jobs cannot be opened"):
-        Store("sqlite:////nowhere/at/all/jobs.sqlite3")
+        Store("sqlite:////nowhere/at/all/jobs.sqlite3").migrate()

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from typer import Option
 
 from safelight.errors import SafelightError
+from safelight.server import private
 from safelight.server.listening import hold, listen
 from safelight.server.process import Settings, spawn
 
@@ -51,6 +52,7 @@ def serve(
     """Serve pictures over HTTP: an API of our own, OpenAI's and AUTOMATIC1111's."""
     if queue < 1:
         raise SafelightError(f"--queue {queue}: expected 1 or more")
+    private.keep()
     root = data_folder(data_dir)
     settings = Settings(
         model=model,
@@ -75,7 +77,7 @@ def serve(
 
 def start(settings: Settings, listening: socket, **how: Any) -> None:
     """Serve with the studio's page until told to end. how: as `server.run.serve` takes it."""
-    missing = [name for name in ("fastapi", "sqlalchemy", "uvicorn") if find_spec(name) is None]
+    missing = [name for name in ("alembic", "fastapi", "sqlalchemy", "uvicorn") if find_spec(name) is None]
     if missing:
         raise SafelightError("serving needs more: pip install 'safelight[server]'")
     child = spawn(settings)  # loads its model while the imports below go on
@@ -94,7 +96,7 @@ def data_folder(given: Path | None) -> Path:
     own = (Path(base) if base else Path.home() / ".local" / "share") / "safelight"
     root = (given or own).resolve()
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise SafelightError(f"--data-dir {root} cannot be made: {error.strerror}") from None
     return root

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from PIL import Image
 
 from safelight.errors import SafelightError
-from safelight.picture import open_picture, reason, save_png
+from safelight.picture import open_picture, reason, save_png, save_whole
+from safelight.server import private, quarantine
 from safelight.server.jobs import StorageError
 
+log = logging.getLogger("safelight.server")
+
 THUMBNAIL = 256
+FOLDERS = ("pictures", "inputs", "thumbnails")
+MARK = "folder.id"
+"""The file that says which database a data folder belongs to."""
+
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -22,8 +32,35 @@ class Files:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        for name in ("pictures", "inputs", "thumbnails"):
-            (root / name).mkdir(parents=True, exist_ok=True)
+
+    def prepare(self) -> None:
+        """Make the folders, closed to other users of this machine."""
+        try:
+            for name in FOLDERS:
+                (self.root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+            private.close(self.root)
+        except OSError as error:
+            raise StorageError(f"the data folder cannot be used: {error.strerror}") from None
+
+    def mark(self) -> str | None:
+        """Return what this data folder is known by in its database; None for a new one."""
+        try:
+            return (self.root / MARK).read_text().strip() or None
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise StorageError(f"{MARK} cannot be read: {reason(error)}") from None
+
+    def set_mark(self, mark: str) -> None:
+        try:
+            save_whole(self.root / MARK, lambda f: f.write(mark.encode()), overwrite=True)
+        except SafelightError as error:
+            raise StorageError(str(error)) from None
+
+    def make_sure(self) -> None:
+        """Raise StorageError if the data folder is away, as that of a disk which came loose."""
+        if not (self.root / MARK).is_file():
+            raise StorageError("the data folder is not there")
 
     def picture(self, picture_id: str) -> Path | None:
         """Return the path of a picture; None for an id that is invalid or has no file."""
@@ -45,45 +82,79 @@ class Files:
         return path
 
     def keep_input(self, job_id: str, name: str, image: Image.Image) -> None:
+        self.make_sure()
         self._save(image, self.input_path(job_id, name), {})
 
     def input(self, job_id: str, name: str) -> Image.Image | None:
+        """Return a picture that a job starts from, None if it has none.
+
+        Raises StorageError if it cannot be read now, SafelightError if it is damaged.
+        """
         path = self.input_path(job_id, name)
-        if not path.is_file():
-            return None
         try:
-            with Image.open(path) as image:  # our own, as it was written
+            data = path.read_bytes()
+        except FileNotFoundError:
+            self.make_sure()
+            return None
+        except OSError as error:
+            raise StorageError(f"the {name} cannot be read: {error.strerror}") from None
+        try:
+            with Image.open(io.BytesIO(data)) as image:  # our own, as it was written
                 image.load()
                 return image
-        except (OSError, SyntaxError) as error:
-            raise StorageError(f"the {name} cannot be read again: {reason(error)}") from None
+        except (OSError, SyntaxError, ValueError) as error:
+            raise SafelightError(f"the {name} cannot be read again: {reason(error)}") from None
 
     def keep(self, image: Image.Image, picture_id: str, texts: Mapping[str, str]) -> None:
         """Write a finished picture; it gets its name once all of it is on the disk."""
-        self._save(image, self._picture(picture_id), texts)
+        self.make_sure()
+        self._save(image, self._picture(picture_id), texts, overwrite=True)
 
-    def remove(self, job_id: str, picture_ids: list[str]) -> None:
+    def remove_inputs(self, job_id: str) -> None:
         for name in ("image", "mask"):
             self.input_path(job_id, name).unlink(missing_ok=True)
+
+    def remove_pictures(self, picture_ids: Iterable[str]) -> None:
         for picture_id in picture_ids:
             for folder in ("pictures", "thumbnails"):
                 (self.root / folder / f"{picture_id}.png").unlink(missing_ok=True)
 
-    def sweep(self, pictures: set[str], jobs: set[str]) -> int:
-        """Remove the files of no known picture or job; return how many.
+    def pictures(self) -> set[str]:
+        """Return the ids of all pictures that are there."""
+        with os.scandir(self.root / "pictures") as entries:
+            names = (Path(entry.name) for entry in entries if entry.is_file(follow_symlinks=False))
+            return {
+                name.stem for name in names if name.suffix == ".png" and _ID.fullmatch(name.stem)
+            }
 
-        They are left over when a process is killed between writing a file and committing its row.
+    def sweep(self, pictures: set[str], jobs: set[str]) -> int:
+        """Put the files of no known picture or job into quarantine; return how many.
+
+        A database that was restored, moved or exchanged does not know them. Folders are left as
+        they are. What was half written when a process was killed is removed.
         """
-        removed = 0
-        for folder in ("pictures", "thumbnails", "inputs"):
-            for path in (self.root / folder).iterdir():
-                owner = path.stem.split("-")[0]
-                if path.suffix == ".part" or owner not in (
-                    jobs if folder == "inputs" else pictures
-                ):
-                    path.unlink()
-                    removed += 1
-        return removed
+        moved: list[str] = []
+        for folder in FOLDERS:
+            known = jobs if folder == "inputs" else pictures
+            with os.scandir(self.root / folder) as entries:
+                names = [e.name for e in entries if e.is_file(follow_symlinks=False)]
+            for name in names:
+                path = self.root / folder / name
+                try:
+                    if path.suffix == ".part":
+                        path.unlink()
+                    elif path.stem.split("-")[0] not in known:
+                        quarantine.put_away(self.root, path)
+                        moved.append(f"{folder}/{name}")
+                except OSError as error:
+                    log.warning("%s/%s is not ours, and stays: %s", folder, name, error.strerror)
+        if moved:
+            log.warning(
+                "the database does not know %d files, which are in quarantine now, for %d days: %s",
+                *(len(moved), quarantine.DAYS, ", ".join(moved[:5]) + ", …" * (len(moved) > 5)),
+            )
+        quarantine.forget(self.root, FOLDERS)
+        return len(moved)
 
     def _picture(self, picture_id: str) -> Path:
         return self.root / "pictures" / f"{picture_id}.png"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import json
 import logging
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from safelight.defaults import model_defaults
 from safelight.errors import SafelightError
 from safelight.request import Request
 from safelight.sampling import SAMPLERS, check
+from safelight.server.database import reason
 from safelight.server.events import Events
 from safelight.server.files import Files
+from safelight.server.intake import keep
 from safelight.server.jobs import (
     Event,
     Job,
@@ -28,6 +30,7 @@ from safelight.server.jobs import (
     StorageError,
 )
 from safelight.server.process import Child, Settings
+from safelight.server.recovery import recover
 from safelight.server.store import Store, new_id
 from safelight.server.supervisor import Supervisor
 from safelight.weights.find import notes_of
@@ -54,8 +57,7 @@ class Hub:
         self.settings, self._bound = settings, bound
         self.files = Files(Path(settings.root))
         self.store = Store(settings.url)
-        self.store.release()  # what an earlier server left running
-        self.files.sweep(*self.store.known_files())
+        recover(self.files, self.store)
         self.info = ModelInfo(name=settings.model)
         self.on_refusal: Callable[[], None] = lambda: None
         self.supervisor = Supervisor(
@@ -64,12 +66,13 @@ class Hub:
             on_message=self._on_message,
             on_end=self._on_worker_end,
             on_refusal=lambda: self.on_refusal(),
-            put_back=lambda worker: self.store.release(worker, told_to=self.stopping),
+            put_back=self._put_back,
         )
         self._events = Events(self.supervisor.send)
         self._defaults: dict[str, Any] | None = None
         self._loaded = asyncio.Event()
         self._checks: list[asyncio.Future[bool]] = []
+        self._stuck: str | None = None
         self._database = ThreadPoolExecutor(4, thread_name_prefix="database")
 
     @property
@@ -86,6 +89,16 @@ class Hub:
     def restarts(self) -> int:
         """How often the worker was replaced."""
         return self.supervisor.restarts
+
+    @property
+    def alive(self) -> bool:
+        """Whether a worker is kept running; false after none could be."""
+        return self.supervisor.alive or self.stopping
+
+    @property
+    def ready(self) -> bool:
+        """Whether the worker draws, as far as is known without asking."""
+        return self.info.ready and self.supervisor.trouble is None and self._stuck is None
 
     # --- the worker ------------------------------------------------------------------------------
 
@@ -110,17 +123,39 @@ class Hub:
         self._events.stop()
 
     async def check(self, seconds: float = 30.0) -> bool:
-        """Return whether the worker takes a real step."""
-        if not self.info.ready or self.stopping:
-            return False
+        """Return whether jobs are taken and drawn right now."""
+        return await self.trouble(seconds) is None
+
+    async def trouble(self, seconds: float = 30.0) -> str | None:
+        """Return what keeps jobs from being taken or drawn right now, None if nothing does.
+
+        The worker takes a real step, unless one comes to its end by itself within `seconds`.
+        """
+        if self.stopping:
+            return "the server is stopping"
+        found = self.supervisor.trouble or self._stuck
+        if found is None:
+            try:
+                await self._in_database(self._look)
+            except StorageError as error:
+                return str(error)
+            found = await self._ask_for_step(seconds)
+        return found
+
+    def _look(self) -> None:
+        self.files.make_sure()
+        self.store.counts()
+
+    async def _ask_for_step(self, seconds: float) -> str | None:
         future = asyncio.get_running_loop().create_future()
         if not self._checks:  # one step answers all who wait for it
             self.supervisor.send("check")
         self._checks.append(future)
         try:
-            return await asyncio.wait_for(future, seconds)
-        except TimeoutError:
-            return False
+            well = await asyncio.wait_for(future, seconds)
+            return None if well else "the worker could not take a step"
+        except TimeoutError:  # within a step that takes longer, or hung, which the pulse says
+            return self.supervisor.trouble
         finally:
             if future in self._checks:
                 self._checks.remove(future)
@@ -134,11 +169,16 @@ class Hub:
                 self.supervisor.send("watch", job_id)
         elif kind == "checked":
             self._answer_checks(rest[0])
+        elif kind == "stuck":
+            self._stuck = rest[0]
         else:
+            if kind == "progress" and rest[1]:
+                self._answer_checks(True)
             self._events.publish(kind, rest[0], rest[1:])
 
     def _on_worker_end(self) -> None:
         self.info.ready = False
+        self._stuck = None
         self._events.forget_progress()
         self._answer_checks(False)
 
@@ -148,10 +188,21 @@ class Hub:
                 future.set_result(well)
         self._checks.clear()
 
+    def _put_back(self, worker: str, killed: bool) -> None:
+        left = self.store.release(
+            worker, told_to=self.stopping, killed=killed and not self.stopping
+        )
+        self.files.remove_pictures(left)
+
     # --- jobs ------------------------------------------------------------------------------------
 
     async def submit(
-        self, request: Request, *, client: str = "api", idempotency_key: str | None = None
+        self,
+        request: Request,
+        *,
+        client: str = "api",
+        idempotency_key: str | None = None,
+        owner: str | None = None,
     ) -> Job:
         """See `jobs.Service`."""
         if self.stopping:
@@ -168,43 +219,31 @@ class Hub:
             raise SafelightError("Idempotency-Key must have 1 to 255 characters")
         job_id = new_id()
         job, new = await self._in_database(
-            self._keep, job_id, request, steps, client, idempotency_key
+            partial(
+                keep,
+                *(self.files, self.store, job_id, request),
+                client=client,
+                cost=self._cost(request, steps),
+                bound=self._bound,
+                key=idempotency_key,
+                owner=owner,
+            )
         )
         if new:
             log.info("job accepted", extra={"job": job.id, "client": client})
             self.supervisor.send("wake")
         return self._events.with_progress(job)
 
-    def _keep(
-        self, job_id: str, request: Request, steps: int, client: str, key: str | None
-    ) -> tuple[Job, bool]:
-        settings = request.to_dict()
-        asked = dict(settings)
-        if "seed" not in request.model_fields_set:
-            asked.pop("seed")  # drawn anew for the same body
-        digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-        kept = False
-        try:
-            for name, image in (("image", request.image), ("mask", request.mask)):
-                if image is not None:
-                    self.files.keep_input(job_id, name, image)
-            job, kept = self.store.submit(
-                job_id,
-                settings,
-                client=client,
-                cost=steps * request.count * (2 if request.guidance_scale > 1 else 1),
-                bound=self._bound,
-                key=key,
-                digest=digest,
-            )
-        finally:
-            if not kept:
-                self.files.remove(job_id, [])
-        return job, kept
+    def _cost(self, request: Request, steps: int) -> int:
+        """Return the rows of the network that a job takes, a large picture's counting for more."""
+        width, height = self.native_size
+        pixels = (request.width or width) * (request.height or height)
+        rows = steps * request.count * (2 if request.guidance_scale > 1 else 1)
+        return max(1, round(rows * pixels / (width * height)))
 
-    async def get(self, job_id: str) -> Job | None:
+    async def get(self, job_id: str, *, owner: str | None = None) -> Job | None:
         """See `jobs.Service`."""
-        job = await self._in_database(self.store.get, job_id)
+        job = await self._in_database(self.store.get, job_id, owner)
         return None if job is None else self._events.with_progress(job)
 
     async def wait(self, job_id: str) -> Job:
@@ -214,10 +253,12 @@ class Hub:
                 return event.job
         raise StoppingError
 
-    async def events(self, job_id: str, *, previews: bool = True) -> AsyncIterator[Event]:
+    async def events(
+        self, job_id: str, *, previews: bool = True, owner: str | None = None
+    ) -> AsyncIterator[Event]:
         """See `jobs.Service`. Ends without "end" if the server does."""
         with self._events.listen(job_id, previews=previews) as queue:
-            job = await self.get(job_id)
+            job = await self.get(job_id, owner=owner)
             if job is None:
                 raise SafelightError("there is no such job", code="not_found")
             told = {picture.index for picture in job.pictures}
@@ -246,31 +287,36 @@ class Hub:
         """Return the job as it stands; for mere progress the database is not asked."""
         if kind in ("progress", "preview") and job.status == Status.RUNNING:
             return self._events.with_progress(job)
-        return await self.get(job.id) or job.model_copy(update={"status": Status.CANCELLED})
+        try:
+            found = await self.get(job.id)
+        except StorageError:  # it is looked at again
+            return job
+        return found or job.model_copy(update={"status": Status.CANCELLED})
 
-    async def cancel(self, job_id: str) -> Job | None:
+    async def cancel(self, job_id: str, *, owner: str | None = None) -> Job | None:
         """See `jobs.Service`."""
-        job = await self._in_database(self.store.cancel, job_id)
+        job = await self._in_database(self.store.cancel, job_id, owner)
         if job is not None and job.status == Status.CANCELLED:
             self.supervisor.send("cancel", job_id)
             self._events.publish("end", job_id, [])
         return job
 
-    async def retry(self, job_id: str) -> Job | None:
+    async def retry(self, job_id: str, *, owner: str | None = None) -> Job | None:
         """Let a job that failed or was cancelled wait again; return it as it stands."""
         if self.stopping:
             raise StoppingError
-        job = await self._in_database(self.store.retry, job_id, self._bound)
+        job = await self._in_database(self.store.retry, job_id, self._bound, owner)
         self.supervisor.send("wake")
         return job
 
-    async def delete(self, job_id: str) -> bool:
+    async def delete(self, job_id: str, *, owner: str | None = None) -> bool:
         """Remove a job and its pictures. One that is not final is cancelled first."""
-        await self.cancel(job_id)
-        ids = await self._in_database(self.store.delete, job_id)
+        await self.cancel(job_id, owner=owner)
+        ids = await self._in_database(self.store.delete, job_id, owner)
         if ids is None:
             return False
-        await self._in_database(self.files.remove, job_id, ids)
+        await self._in_database(self.files.remove_inputs, job_id)
+        await self._in_database(self.files.remove_pictures, ids)
         return True
 
     async def list(self, **how: Any) -> list[Job]:
@@ -286,9 +332,9 @@ class Hub:
         """See `jobs.Service`."""
         return self.files.picture(picture_id)
 
-    async def job_of(self, picture_id: str) -> Job | None:
+    async def job_of(self, picture_id: str, *, owner: str | None = None) -> Job | None:
         """Return the job that a picture belongs to."""
-        return await self._in_database(self.store.job_of, picture_id)
+        return await self._in_database(self.store.job_of, picture_id, owner)
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -319,3 +365,5 @@ class Hub:
             return await self._loop.run_in_executor(self._database, call, *given)
         except OSError as error:
             raise StorageError(f"the data folder does not take it: {error.strerror}") from None
+        except SQLAlchemyError as error:
+            raise StorageError(f"the database of jobs does not take it: {reason(error)}") from None

@@ -134,18 +134,26 @@ def retry_after(error: SafelightError) -> dict[str, str]:
 
 
 class Service(Protocol):
-    """What the routes need of the server: `app.state.service`. Errors are SafelightErrors."""
+    """What the routes need of the server: `app.state.service`. Errors are SafelightErrors.
+
+    owner: who asks, the name of a key or a client; another's job is as none. None may do all.
+    """
 
     async def submit(
-        self, request: Request, *, client: str = "api", idempotency_key: str | None = None
+        self,
+        request: Request,
+        *,
+        client: str = "api",
+        idempotency_key: str | None = None,
+        owner: str | None = None,
     ) -> Job:
-        """Return the job once it is durable; for a key seen before, the job of then.
+        """Return the job once it is durable; for a key seen before, the owner's job of then.
 
         Raises BusyError when the queue is full.
         """
         ...
 
-    async def get(self, job_id: str) -> Job | None:
+    async def get(self, job_id: str, *, owner: str | None = None) -> Job | None:
         """Return a job as it stands, None if there is none."""
         ...
 
@@ -153,11 +161,13 @@ class Service(Protocol):
         """Return the job when its status is final."""
         ...
 
-    def events(self, job_id: str, *, previews: bool = True) -> AsyncIterator[Event]:
+    def events(
+        self, job_id: str, *, previews: bool = True, owner: str | None = None
+    ) -> AsyncIterator[Event]:
         """Yield what happens to a job from now on; the last event is "end"."""
         ...
 
-    async def cancel(self, job_id: str) -> Job | None:
+    async def cancel(self, job_id: str, *, owner: str | None = None) -> Job | None:
         """Cancel a job; return it. One that runs ends within one step."""
         ...
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from safelight.server.hub import Hub
-from safelight.server.jobs import Status
+from safelight.server.jobs import Status, StorageError
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
@@ -26,7 +26,7 @@ class Metrics:
             "safelight_worker_restarts", "Times the worker was replaced.", registry=self._registry
         )
         self._ready = Gauge(
-            "safelight_ready", "Whether the model is loaded.", registry=self._registry
+            "safelight_ready", "Whether jobs are taken and drawn.", registry=self._registry
         )
 
     def count(self, method: str, route: str, status: int) -> None:
@@ -35,9 +35,13 @@ class Metrics:
         self._requests.labels(method if method in METHODS else "other", route, str(status)).inc()
 
     async def text(self, hub: Hub) -> str:
-        counts = await hub.counts()
-        for status in Status:
-            self._jobs.labels(status).set(counts.get(status, 0))
+        well = True
+        try:
+            counts = await hub.counts()
+            for status in Status:
+                self._jobs.labels(status).set(counts.get(status, 0))
+        except StorageError:  # the figures of before stay, and this one says why
+            well = False
         self._restarts.set(max(hub.restarts, 0))
-        self._ready.set(hub.info.ready)
+        self._ready.set(well and hub.ready)
         return generate_latest(self._registry).decode()

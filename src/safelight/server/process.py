@@ -29,26 +29,37 @@ class Settings:
 
 @dataclass(frozen=True)
 class Child:
-    """A worker, and the server's end of the pipe to it."""
+    """A worker, and the server's ends of the pipes from it.
+
+    pipe: messages, both ways. pulse: a byte each second that it is well; None is not watched.
+    """
 
     process: BaseProcess
     pipe: Connection
+    pulse: Connection | None = None
 
 
 def spawn(settings: Settings) -> Child:
+    """Start a worker. Raises OSError."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
+    heard, told = context.Pipe(duplex=False)
     # A daemon: it ends with the server, whatever that ends of.
     process = context.Process(
-        target=_run, args=(theirs, settings), name="safelight-worker", daemon=True
+        target=_run, args=(theirs, told, settings), name="safelight-worker", daemon=True
     )
     process.start()
     theirs.close()
-    return Child(process, ours)
+    told.close()
+    return Child(process, ours, heard)
 
 
-def _run(pipe: Connection, settings: Settings) -> None:
+def _run(pipe: Connection, told: Connection, settings: Settings) -> None:
     wait_asleep()  # before the worker's import of PyTorch
+    from safelight.server.pulse import Pulse
+
+    pulse = Pulse(told)
+    pulse.start()
     from safelight.server.worker import main
 
-    main(pipe, settings)
+    main(pipe, settings, pulse)

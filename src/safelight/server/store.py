@@ -1,57 +1,27 @@
-"""The database of jobs and pictures: SQLite by default, PostgreSQL by a URL.
-
-A job is run at least once and committed once: it is claimed with a lease and a token that no one
-else has, and what is done for a job counts only while its token is still the same.
-"""
+"""The database of jobs and pictures: SQLite by default, PostgreSQL by a URL."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import time
 from typing import Any
 
-from sqlalchemy import Connection, func, select, text
+from sqlalchemy import ColumnElement, Connection, func, select, true
 from sqlalchemy.engine import RowMapping
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import SQLAlchemyError
 
 from safelight.errors import SafelightError
-from safelight.server.jobs import BusyError, Job, Picture, Status
-from safelight.server.tables import (
-    UNFINISHED,
-    jobs,
-    open_engine,
-    pictures,
-    read_job,
-    storage_errors,
-    timestamp,
-)
+from safelight.server import schema
+from safelight.server.claims import Claims, uncommitted
+from safelight.server.database import LOCK, PATIENCE, storage_errors
+from safelight.server.jobs import BusyError, Job, Status, StorageError
+from safelight.server.tables import UNFINISHED, facts, jobs, pictures, read_job, timestamp
 
-LEASE = 60.0
-"""Seconds after which a silent worker's job is free again."""
-
-ATTEMPTS = 3
-"""The most attempts at a job; if no worker finishes it, the job is at fault."""
-
-LOCK = 0x5AFE
-"""The number of our advisory lock in PostgreSQL."""
-
-
-class LostError(Exception):
-    """The job is no longer this worker's."""
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A job to draw. done: its finished pictures. suspect: a worker ended while drawing it."""
-
-    id: str
-    token: str
-    settings: dict[str, Any]
-    done: frozenset[int]
-    suspect: bool
+FOLDER = "folder"
+"""The fact that says which data folder has the pictures."""
 
 
 def new_id() -> str:
@@ -59,32 +29,19 @@ def new_id() -> str:
     return secrets.token_hex(16)
 
 
-class Store:
-    """The jobs and pictures of a database. url: as SQLAlchemy has it.
+class Store(Claims):
+    """The database as clients use it; `Claims` is what workers do.
 
-    Methods block. Those that write are one transaction each. All raise StorageError if the
-    database does not answer.
+    owner: who asks. A job is there for the owner that made it, and for None, who may do all.
     """
 
     def __init__(self, url: str) -> None:
-        self._engine = open_engine(url)
-        self._lite = self._engine.dialect.name == "sqlite"
+        super().__init__(url)
+        self._holding: Connection | None = None
 
-    def close(self) -> None:
-        self._engine.dispose()
-
-    @contextmanager
-    def _write(self) -> Iterator[Connection]:
-        """Begin a transaction that excludes our other ones."""
-        with storage_errors(), self._engine.begin() as connection:
-            if not self._lite:  # SQLite's begins with BEGIN IMMEDIATE
-                connection.execute(select(func.pg_advisory_xact_lock(LOCK)))
-            yield connection
-
-    @contextmanager
-    def _read(self) -> Iterator[Connection]:
-        with storage_errors(), self._engine.connect() as connection:
-            yield connection.execution_options(reads=True)
+    def migrate(self) -> None:
+        """Make the tables, or bring them to this version; see `schema.migrate`."""
+        schema.migrate(self.engine)
 
     def submit(
         self,
@@ -96,6 +53,7 @@ class Store:
         bound: int,
         key: str | None = None,
         digest: str | None = None,
+        owner: str | None = None,
     ) -> tuple[Job, bool]:
         """Add a job; return it and whether it is new. A key seen before returns the job of then.
 
@@ -103,6 +61,8 @@ class Store:
         BusyError beyond it, SafelightError for a key that came with another request.
         """
         count = int(settings["count"])
+        if key is not None and owner is not None:  # one key of two owners is two keys
+            key = hashlib.sha256(f"{owner}\0{key}".encode()).hexdigest()
         with self._write() as db:
             if key is not None:
                 old = db.execute(select(jobs).where(jobs.c.key == key)).mappings().first()
@@ -125,183 +85,65 @@ class Store:
                     cost=cost,
                     key=key,
                     digest=digest,
+                    owner=owner,
                 )
             )
             row = db.execute(select(jobs).where(jobs.c.id == job_id)).mappings().one()
             return self._job(db, row), True
 
-    def claim(self, worker: str, *, alone: bool = False, ageing: float = 0.0) -> Claim | None:
-        """Return the next job for a worker, with its attempt counted; None if there is none.
-
-        Short ones first; `ageing` is the cost that a second of waiting makes up for. A job that
-        was begun before is given out only to a worker that is `alone` with it, so that it takes no
-        other down; when its turn comes, others wait. One that was begun too often fails.
-        """
-        now = timestamp()
-        with self._write() as db:
-            _give_up(db, now)
-            free = (jobs.c.status == Status.QUEUED) | (
-                (jobs.c.status == Status.RUNNING) & (jobs.c.lease < now)
-            )
-            urgency = jobs.c.cost - ageing * (now - jobs.c.created)
-            first = db.execute(
-                select(jobs.c.id, jobs.c.attempts)
-                .where(free)
-                .order_by(urgency, jobs.c.created)
-                .limit(1)
-            ).first()
-            if first is None or (first.attempts and not alone):
-                return None
-            job_id = first.id
-            token = f"{worker}:{secrets.token_hex(8)}"
-            row = (
-                db.execute(
-                    jobs.update()
-                    .where(jobs.c.id == job_id)
-                    .values(
-                        status=Status.RUNNING,
-                        token=token,
-                        lease=now + LEASE,
-                        attempts=jobs.c.attempts + 1,
-                        started=func.coalesce(jobs.c.started, now),
-                    )
-                    .returning(*jobs.c)
-                )
-                .mappings()
-                .one()
-            )
-            done = db.execute(select(pictures.c.number).where(pictures.c.job == job_id)).scalars()
-            return Claim(
-                job_id, token, json.loads(row["request"]), frozenset(done), row["attempts"] > 1
-            )
-
-    def renew(self, worker: str) -> None:
-        """Renew the leases of a worker's jobs."""
-        with self._write() as db:
-            db.execute(
-                jobs.update()
-                .where(jobs.c.status == Status.RUNNING, jobs.c.token.startswith(worker + ":"))
-                .values(lease=timestamp() + LEASE)
-            )
-
-    def release(self, worker: str | None = None, *, told_to: bool = False) -> None:
-        """Put the jobs of a worker that ended, or of all, back into the queue.
-
-        told_to: whether we ended it, so that this counts as no attempt.
-        """
-        mine = jobs.c.status == Status.RUNNING
-        if worker is not None:
-            mine &= jobs.c.token.startswith(worker + ":")
-        with self._write() as db:
-            db.execute(
-                jobs.update()
-                .where(mine)
-                .values(
-                    status=Status.QUEUED,
-                    token=None,
-                    lease=0.0,
-                    attempts=jobs.c.attempts - int(told_to),
-                )
-            )
-            _give_up(db, timestamp())
-
-    def put_back(self, job_id: str, token: str) -> None:
-        """Put a claimed job back into the queue, as if it had not been claimed."""
-        with self._write() as db:
-            db.execute(
-                jobs.update()
-                .where(jobs.c.id == job_id, jobs.c.token == token)
-                .values(
-                    status=Status.QUEUED,
-                    token=None,
-                    lease=0.0,
-                    attempts=jobs.c.attempts - 1,
-                )
-            )
-
-    def add_picture(self, job_id: str, token: str, picture: Picture) -> None:
-        """Add a picture. Raises LostError if the token is not the job's, or the picture exists."""
-        try:
-            with self._write() as db:
-                self._hold(db, job_id, token)
-                db.execute(
-                    pictures.insert().values(
-                        id=picture.id,
-                        job=job_id,
-                        number=picture.index,
-                        seed=str(picture.seed),
-                        width=picture.width,
-                        height=picture.height,
-                        created=timestamp(),
-                        recipe=json.dumps(picture.recipe),
-                    )
-                )
-        except IntegrityError:
-            raise LostError(job_id) from None
-
-    def finish(
-        self, job_id: str, token: str, *, warnings: list[str], error: str | None = None
-    ) -> None:
-        """End a job. Raises LostError if the token is no longer the job's."""
-        with self._write() as db:
-            self._hold(db, job_id, token)
-            db.execute(
-                jobs.update()
-                .where(jobs.c.id == job_id)
-                .values(
-                    status=Status.SUCCEEDED if error is None else Status.FAILED,
-                    finished=timestamp(),
-                    warnings=json.dumps(warnings),
-                    error=error,
-                    token=None,
-                )
-            )
-
-    def cancel(self, job_id: str) -> Job | None:
+    def cancel(self, job_id: str, owner: str | None = None) -> Job | None:
         """Cancel a job and return it; its finished pictures stay."""
         with self._write() as db:
             db.execute(
                 jobs.update()
-                .where(jobs.c.id == job_id, jobs.c.status.in_(UNFINISHED))
-                .values(status=Status.CANCELLED, finished=timestamp(), token=None)
+                .where(jobs.c.id == job_id, _of(owner), jobs.c.status.in_(UNFINISHED))
+                .values(status=Status.CANCELLED, finished=timestamp())
             )
-            return self._one(db, job_id)
+            return self._one(db, job_id, owner)
 
-    def retry(self, job_id: str, bound: int) -> Job | None:
+    def retry(self, job_id: str, bound: int, owner: str | None = None) -> Job | None:
         """Put a job that failed or was cancelled back into the queue, from its first attempt.
 
         Raises BusyError if more than `bound` pictures would wait.
         """
         with self._write() as db:
-            job = self._one(db, job_id)
+            job = self._one(db, job_id, owner)
             if job is None or job.status not in (Status.FAILED, Status.CANCELLED):
                 return job
-            _make_sure_of_room(db, int(job.settings["count"]), bound)
+            _make_sure_of_room(db, int(job.settings.get("count", 1)), bound)
             db.execute(
                 jobs.update()
                 .where(jobs.c.id == job_id)
                 .values(
-                    status=Status.QUEUED, attempts=0, error=None, finished=None, created=timestamp()
+                    status=Status.QUEUED,
+                    attempts=0,
+                    kills=0,
+                    error=None,
+                    finished=None,
+                    token=None,
+                    created=timestamp(),
                 )
             )
-            return self._one(db, job_id)
+            return self._one(db, job_id, owner)
 
-    def delete(self, job_id: str) -> list[str] | None:
+    def delete(self, job_id: str, owner: str | None = None) -> list[str] | None:
         """Delete a job; return the ids of its pictures, whose files are to go, or None."""
         with self._write() as db:
+            if self._one(db, job_id, owner) is None:
+                return None
             ids = list(db.execute(select(pictures.c.id).where(pictures.c.job == job_id)).scalars())
             db.execute(pictures.delete().where(pictures.c.job == job_id))
-            gone = db.execute(jobs.delete().where(jobs.c.id == job_id)).rowcount
-            return ids if gone else None
+            db.execute(jobs.delete().where(jobs.c.id == job_id))
+            return ids
 
-    def get(self, job_id: str) -> Job | None:
+    def get(self, job_id: str, owner: str | None = None) -> Job | None:
         with self._read() as db:
-            return self._one(db, job_id)
+            return self._one(db, job_id, owner)
 
-    def job_of(self, picture_id: str) -> Job | None:
+    def job_of(self, picture_id: str, owner: str | None = None) -> Job | None:
         with self._read() as db:
             found = db.scalar(select(pictures.c.job).where(pictures.c.id == picture_id))
-            return None if found is None else self._one(db, found)
+            return None if found is None else self._one(db, found, owner)
 
     def list(
         self,
@@ -310,9 +152,11 @@ class Store:
         search: str = "",
         before: float | None = None,
         limit: int = 50,
+        owner: str | None = None,
     ) -> list[Job]:
         """Return jobs, newest first. search: words of the prompt. before: created earlier."""
-        query = select(jobs).order_by(jobs.c.created.desc(), jobs.c.id).limit(limit)
+        query = select(jobs).where(_of(owner)).order_by(jobs.c.created.desc(), jobs.c.id)
+        query = query.limit(limit)
         if status is not None:
             query = query.where(jobs.c.status == status)
         if before is not None:
@@ -334,27 +178,55 @@ class Store:
             return db.execute(query).first() is not None
 
     def known_files(self) -> tuple[set[str], set[str]]:
-        """Return the ids of all pictures, and of all jobs."""
+        """Return the ids of all pictures, and of all jobs, which may need their inputs."""
         with self._read() as db:
             known = set(db.execute(select(pictures.c.id)).scalars())
             return known, set(db.execute(select(jobs.c.id)).scalars())
 
-    def check(self) -> str:
-        """Return "ok", or what the database finds wrong with itself."""
-        if not self._lite:
-            return "ok"
+    def hold(self) -> None:
+        """Keep other servers from a PostgreSQL until this one closes it.
+
+        Raises StorageError if another one has it. A SQLite file is in a data folder, which is held
+        by itself.
+        """
+        if self._lite:
+            return
+        until = time.monotonic() + PATIENCE  # a server that was killed holds it a little longer
+        with storage_errors():
+            self._holding = self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+            while not self._holding.scalar(select(func.pg_try_advisory_lock(LOCK + 1))):
+                if time.monotonic() > until:
+                    raise StorageError("another server draws the jobs of this --database already")
+                time.sleep(0.5)
+
+    def close(self) -> None:
+        if self._holding is not None:
+            with contextlib.suppress(SQLAlchemyError):
+                self._holding.close()
+        super().close()
+
+    def leftovers(self) -> list[str]:
+        """Return the ids of pictures that a worker may have written without a row."""
         with self._read() as db:
-            return str(db.execute(text("PRAGMA integrity_check")).scalar_one())
+            return uncommitted(db, db.execute(select(jobs).where(jobs.c.token.is_not(None))))
 
-    def _hold(self, db: Connection, job_id: str, token: str) -> None:
-        query = select(jobs.c.id).where(
-            jobs.c.id == job_id, jobs.c.token == token, jobs.c.status == Status.RUNNING
-        )
-        if db.execute(query).first() is None:
-            raise LostError(job_id)
+    def folder(self) -> str | None:
+        """Return the mark of the data folder that has the pictures; None before the first."""
+        with self._read() as db:
+            return db.scalar(select(facts.c.value).where(facts.c.name == FOLDER))
 
-    def _one(self, db: Connection, job_id: str) -> Job | None:
-        row = db.execute(select(jobs).where(jobs.c.id == job_id)).mappings().first()
+    def set_folder(self, mark: str) -> None:
+        """Say which data folder has the pictures. Raises StorageError if another one has."""
+        with self._write() as db:
+            found = db.scalar(select(facts.c.value).where(facts.c.name == FOLDER))
+            if found is None:
+                db.execute(facts.insert().values(name=FOLDER, value=mark))
+            elif found != mark:
+                raise StorageError("the database of jobs belongs to another --data-dir")
+
+    def _one(self, db: Connection, job_id: str, owner: str | None) -> Job | None:
+        query = select(jobs).where(jobs.c.id == job_id, _of(owner))
+        row = db.execute(query).mappings().first()
         return None if row is None else self._job(db, row)
 
     def _job(self, db: Connection, row: RowMapping) -> Job:
@@ -362,25 +234,12 @@ class Store:
         return read_job(row, db.execute(query).mappings().all())
 
 
+def _of(owner: str | None) -> ColumnElement[bool]:
+    return true() if owner is None else jobs.c.owner == owner
+
+
 def _make_sure_of_room(db: Connection, count: int, bound: int) -> None:
     query = select(func.coalesce(func.sum(jobs.c.pictures), 0))
     waiting = db.execute(query.where(jobs.c.status.in_(UNFINISHED))).scalar_one()
     if waiting + count > bound:
         raise BusyError(bound, retry_after=5)
-
-
-def _give_up(db: Connection, now: float) -> None:
-    """Fail the jobs that were begun as often as may be, and are nobody's."""
-    free = (jobs.c.status == Status.QUEUED) | (
-        (jobs.c.status == Status.RUNNING) & (jobs.c.lease < now)
-    )
-    db.execute(
-        jobs.update()
-        .where(free, jobs.c.attempts >= ATTEMPTS)
-        .values(
-            status=Status.FAILED,
-            finished=now,
-            token=None,
-            error=f"the worker stopped {ATTEMPTS} times while it drew this",
-        )
-    )

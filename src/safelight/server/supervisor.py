@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 from safelight.errors import SafelightError
-from safelight.server.jobs import StorageError
 from safelight.server.process import Child, Settings, spawn
 
 log = logging.getLogger("safelight.server")
@@ -20,14 +21,23 @@ log = logging.getLogger("safelight.server")
 GRACE = 10.0
 """Seconds that the worker has to end, when told to."""
 
+SILENCE = 12.0
+"""Seconds without a pulse after which a worker is replaced; LOADING before it is ready, since
+Python reads large libraries in one go.
+"""
+LOADING = 120.0
+
+DOUBT = 5.0
+"""Seconds without a pulse after which the server calls itself not ready."""
+
 
 class Supervisor:
-    """One worker process, replaced when it ends.
+    """One worker process, replaced when it ends or hangs.
 
     child: the first worker. on_message(kind, rest), on_end() and on_refusal() are called in the
     event loop: for a message of the worker, after the worker ended, and if no worker can draw with
-    these settings. put_back(worker) is called in a thread: it lets the jobs of a worker that ended
-    wait again, and may raise StorageError.
+    these settings. put_back(worker, killed) is called in a thread: it lets the jobs of a worker
+    that ended wait again. It is called until it raises no error.
     """
 
     def __init__(
@@ -38,7 +48,7 @@ class Supervisor:
         on_message: Callable[[str, list[Any]], None],
         on_end: Callable[[], None],
         on_refusal: Callable[[], None],
-        put_back: Callable[[str], None],
+        put_back: Callable[[str, bool], None],
     ) -> None:
         self.child, self._settings = child, settings
         self._on_message, self._on_end, self._on_refusal = on_message, on_end, on_refusal
@@ -46,6 +56,8 @@ class Supervisor:
         self.refusal: SafelightError | None = None
         self.restarts = 0
         self.stopping = False
+        self.silent = 0.0
+        self._ready = self._stopped = False
         self._outbox: SimpleQueue[Any] = SimpleQueue()
 
     def start(self) -> None:
@@ -54,6 +66,22 @@ class Supervisor:
         self._keeper = threading.Thread(target=self._keep_worker, name="worker", daemon=True)
         self._keeper.start()
         threading.Thread(target=self._send_loop, name="to the worker", daemon=True).start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread that keeps a worker runs."""
+        return self._keeper.is_alive()
+
+    @property
+    def trouble(self) -> str | None:
+        """What is wrong with the worker, in words; None if nothing is."""
+        if not self.alive:
+            return "the thread that keeps the worker has ended"
+        if not self._ready:
+            return "the worker is loading its model"
+        if self.silent > DOUBT:
+            return f"the worker has been silent for {self.silent:.0f} s"
+        return None
 
     def send(self, *message: Any) -> None:
         """Send a message to the worker; one that is not there never gets it."""
@@ -70,14 +98,14 @@ class Supervisor:
                 process.kill()
             await asyncio.to_thread(self._keeper.join, GRACE)
 
-    def release(self, worker: str) -> None:
+    def release(self, worker: str, *, killed: bool = False) -> None:
         """Let the jobs of a worker that ended wait again, as soon as the database takes that."""
         while True:
             try:
-                self._put_back(worker)
+                self._put_back(worker, killed)
                 return
-            except StorageError as error:
-                log.warning("%s", error)
+            except Exception as error:  # whatever it is, jobs wait and the next try may do it
+                log.warning("jobs cannot be put back yet: %s", _line(error))
                 if self.stopping:  # the next start does it
                     return
                 time.sleep(1)
@@ -87,18 +115,17 @@ class Supervisor:
         pause = 0.0
         while True:
             began = time.monotonic()
-            child = self.child
-            self.send("start")
-            name = self._listen(child.pipe)
-            child.process.join()
-            self._loop.call_soon_threadsafe(self._on_end)
-            if name is not None:
-                self.release(name)
+            try:
+                self._serve_worker()
+            except Exception:  # this thread is the only one that starts workers
+                log.exception("keeping the worker failed")
+                self.child.process.kill()
             if self.refusal is not None:
-                self._loop.call_soon_threadsafe(self._on_refusal)
+                self._in_loop(self._on_refusal)
                 return
             if not self.stopping:
-                log.warning("the worker ended (%s): starting it again", child.process.exitcode)
+                code = self.child.process.exitcode
+                log.warning("the worker ended (%s): starting it again", code)
                 # The pause grows while workers end at once.
                 pause = 0.0 if time.monotonic() - began > 10 else min(pause * 2 + 0.2, 5.0)
                 time.sleep(pause)
@@ -107,13 +134,60 @@ class Supervisor:
             self.child = self._another()
             self.restarts += 1
 
+    def _serve_worker(self) -> None:
+        child, short = self.child, _out_of_memory_kills()
+        self._ready = self._stopped = False
+        self.silent = 0.0
+        if child.pulse is not None:
+            watch = threading.Thread(target=self._watch, args=(child,), daemon=True)
+            watch.start()
+        self.send("start")
+        name = self._listen(child.pipe)
+        self._ready = False
+        child.process.join(GRACE)  # one that a disk holds may take longer, and can do no harm
+        self._in_loop(self._on_end)
+        if name is not None:
+            self.release(name, killed=self._killed(child, short))
+
     def _another(self) -> Child:
         while True:
             try:
                 return spawn(self._settings)
-            except OSError as error:  # no memory for a process, say
-                log.warning("a worker cannot be started: %s", error.strerror)
+            except Exception as error:  # no memory for a process, say
+                log.warning("a worker cannot be started: %s", _line(error))
                 time.sleep(1)
+
+    def _watch(self, child: Child) -> None:
+        """End a worker that is silent. Runs in a thread, until the worker ends."""
+        assert child.pulse is not None
+        while True:
+            try:
+                if child.pulse.poll(1.0):
+                    child.pulse.recv_bytes()
+                    self.silent = 0.0
+                    continue
+            except (EOFError, OSError):
+                return
+            # Counted, not measured: if this process stood still, too, that is no silence.
+            self.silent += 1.0
+            if self.silent >= (SILENCE if self._ready else LOADING):
+                self._stopped = _is_stopped(child.process.pid)
+                log.warning("the worker is silent: ending it")
+                child.process.kill()
+                return
+
+    def _killed(self, child: Child, short: int) -> bool:
+        """Return whether the worker's end was the work of others, as far as can be told.
+
+        short: how often memory had run out before it started.
+        """
+        code = child.process.exitcode
+        if self._stopped:
+            return True
+        if self.silent >= SILENCE or code is None or code >= 0:
+            return False
+        outside = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        return -code in outside and _out_of_memory_kills() == short
 
     def _listen(self, pipe: Any) -> str | None:
         """Pass on the worker's messages until it ends; return its name."""
@@ -128,7 +202,12 @@ class Supervisor:
             elif kind == "refused":
                 self.refusal = SafelightError(rest[0], code=rest[1])
             else:
-                self._loop.call_soon_threadsafe(self._on_message, kind, rest)
+                self._ready |= kind == "ready"
+                self._in_loop(self._on_message, kind, rest)
+
+    def _in_loop(self, call: Callable[..., None], *given: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(call, *given)
 
     def _send_loop(self) -> None:
         """Send in a thread: the pipe holds a few hundred messages, and a step may take minutes."""
@@ -137,3 +216,30 @@ class Supervisor:
             # A worker that is not there asks the database when it comes.
             with contextlib.suppress(OSError, ValueError):
                 self.child.pipe.send(message)
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _is_stopped(pid: int | None) -> bool:
+    """Return whether a process was told to stand still, as by SIGSTOP. Linux says it."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] in "Tt"
+
+
+def _out_of_memory_kills() -> int:
+    """Return how many processes Linux has ended for want of memory, of our group of processes
+    where it counts those; 0 where it does not say.
+    """
+    try:
+        group = Path("/proc/self/cgroup").read_text().rpartition("0::")[2].split("\n")[0]
+        own = Path("/sys/fs/cgroup", group.strip("/"), "memory.events")
+        counted = own if own.is_file() else Path("/proc/vmstat")
+        lines = counted.read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)

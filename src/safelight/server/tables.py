@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import (
     Column,
-    Connection,
-    Engine,
     Float,
     ForeignKey,
     Integer,
@@ -22,14 +18,11 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
-    create_engine,
-    event,
 )
 from sqlalchemy.engine import RowMapping
-from sqlalchemy.exc import OperationalError
 
 from safelight.sampling import SAMPLERS
-from safelight.server.jobs import Job, Picture, Progress, Status, StorageError
+from safelight.server.jobs import Job, Picture, Progress, Status
 
 meta = MetaData()
 jobs = Table(
@@ -52,6 +45,8 @@ jobs = Table(
     Column("error", Text),
     Column("key", String(255), unique=True),
     Column("digest", String(64)),
+    Column("owner", String(64), index=True),  # who made it; None: of before there were owners
+    Column("kills", Integer, nullable=False, server_default="0"),
 )
 pictures = Table(
     "pictures",
@@ -66,30 +61,13 @@ pictures = Table(
     Column("recipe", Text, nullable=False),
     UniqueConstraint("job", "number"),
 )
+facts = Table(
+    "facts",
+    meta,
+    Column("name", String(32), primary_key=True),
+    Column("value", Text, nullable=False),
+)
 UNFINISHED = (Status.QUEUED, Status.RUNNING)
-
-
-def open_engine(url: str) -> Engine:
-    """Return the engine of a database whose tables exist. Raises StorageError."""
-    engine = create_engine(url)
-    if engine.dialect.name == "sqlite":
-        _set_up_sqlite(engine)
-    try:
-        meta.create_all(engine)
-    except Exception as error:
-        reason = str(error).splitlines()[0][:150]
-        raise StorageError(f"the database of jobs cannot be opened: {reason}") from None
-    return engine
-
-
-@contextmanager
-def storage_errors() -> Iterator[None]:
-    """Raise StorageError where the database does not answer."""
-    try:
-        yield
-    except OperationalError as error:
-        reason = str(error.orig).splitlines()[0][:100]
-        raise StorageError(f"the database of jobs does not take it: {reason}") from None
 
 
 def timestamp() -> float:
@@ -99,7 +77,7 @@ def timestamp() -> float:
 
 def read_job(row: RowMapping, drawn: Sequence[RowMapping]) -> Job:
     """Return the job of a row. drawn: the rows of its pictures, in order."""
-    settings = json.loads(row["request"])
+    settings = loads(row["request"])
     status = Status(row["status"])
     return Job(
         id=row["id"],
@@ -110,7 +88,7 @@ def read_job(row: RowMapping, drawn: Sequence[RowMapping]) -> Job:
         client=row["client"],
         settings=settings,
         progress=_progress(settings, row["pictures"], len(drawn)) if status.final else Progress(),
-        warnings=json.loads(row["warnings"]),
+        warnings=_list(row["warnings"]),
         error=row["error"],
         attempts=row["attempts"],
         pictures=[
@@ -120,11 +98,27 @@ def read_job(row: RowMapping, drawn: Sequence[RowMapping]) -> Job:
                 seed=int(p["seed"]),
                 width=p["width"],
                 height=p["height"],
-                recipe=json.loads(p["recipe"]),
+                recipe=loads(p["recipe"]),
             )
             for p in drawn
         ],
     )
+
+
+def loads(text: str) -> dict[str, Any]:
+    """Return a JSON object of ours; an empty one for a text that was damaged."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    return found if isinstance(found, dict) else {}
+
+
+def _list(text: str) -> list[str]:
+    try:
+        return list(json.loads(text))
+    except (ValueError, TypeError):
+        return []
 
 
 def _progress(settings: dict[str, Any], count: int, done: int) -> Progress:
@@ -132,28 +126,6 @@ def _progress(settings: dict[str, Any], count: int, done: int) -> Progress:
     sampler = SAMPLERS.get(settings.get("sampler", ""))
     steps = settings.get("steps") or (sampler.steps if sampler else 1)
     return Progress(step=steps * done, steps=steps * count)
-
-
-def _set_up_sqlite(engine: Engine) -> None:
-    # Before 3.51.3 a reset of the write-ahead log may lose what was committed.
-    journal = "WAL" if sqlite3.sqlite_version_info >= (3, 51, 3) else "DELETE"
-
-    @event.listens_for(engine, "connect")
-    def _(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None  # the driver would begin transactions of its own
-        for pragma in (
-            f"journal_mode={journal}",
-            "synchronous=FULL",
-            "busy_timeout=20000",
-            "foreign_keys=ON",
-        ):
-            connection.execute(f"PRAGMA {pragma}")
-
-    @event.listens_for(engine, "begin")
-    def _(connection: Connection) -> None:
-        # Taken at once, a lock to write is waited for; taken on the way it may be refused.
-        reads = connection.get_execution_options().get("reads")
-        connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
 
 
 def _date(seconds: float) -> datetime:

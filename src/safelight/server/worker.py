@@ -5,33 +5,37 @@ It may be killed at any moment. The next one draws again what it had not committ
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import io
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safelight.errors import SafelightError
 from safelight.request import Request
 from safelight.result import Result
+from safelight.server.claims import LEASE, Claim, LostError
 from safelight.server.files import Files
 from safelight.server.jobs import ModelInfo, Picture, StorageError
+from safelight.server.previews import encoded_preview
 from safelight.server.process import Settings
-from safelight.server.store import LEASE, Claim, LostError, Store, new_id
+from safelight.server.pulse import Pulse
+from safelight.server.store import Store, new_id
 
-PICTURES = 48
-"""The most pictures in the making at once; beyond it jobs wait in the database."""
+T = TypeVar("T")
+
+JOBS = 48
+INPUTS = 1 << 30
+"""The most jobs in the making at once, and bytes of pictures that they start from. Beyond it only
+jobs that are shorter than all of those are taken in; others wait in the database.
+"""
 
 PREVIEW_EVERY = 0.2
 """Seconds between two previews of a picture."""
-
-PREVIEW_LATENTS = 24
-"""Longest side of the latents that a preview is decoded from: larger ones are averaged down."""
 
 
 @dataclass
@@ -46,17 +50,18 @@ class _Held:
     left: int
     total: int
     taken: int
+    input_bytes: int = 0
     warnings: list[str] = field(default_factory=list)
     previewed: float = 0.0
 
 
-def main(pipe: Connection, settings: Settings) -> None:
+def main(pipe: Connection, settings: Settings, pulse: Pulse) -> None:
     """Draw until told to stop, or until the server is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server tells when to end
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     code = 0
     try:
-        worker = _new_worker(pipe, settings)
+        worker = _new_worker(pipe, settings, pulse)
         if worker is None:
             code = 2
         else:
@@ -66,10 +71,10 @@ def main(pipe: Connection, settings: Settings) -> None:
     os._exit(code)
 
 
-def _new_worker(pipe: Connection, settings: Settings) -> Worker | None:
+def _new_worker(pipe: Connection, settings: Settings, pulse: Pulse) -> Worker | None:
     """Return a worker; None if none could draw with these settings, which ends the server."""
     try:
-        return Worker(pipe, settings)
+        return Worker(pipe, settings, pulse)
     except StorageError:
         raise  # another one may have more luck
     except SafelightError as error:
@@ -78,11 +83,12 @@ def _new_worker(pipe: Connection, settings: Settings) -> Worker | None:
 
 
 class Worker:
-    def __init__(self, pipe: Connection, settings: Settings) -> None:
+    def __init__(self, pipe: Connection, settings: Settings, pulse: Pulse | None = None) -> None:
         from safelight.engine import Engine
         from safelight.weights import load_model
 
         self._pipe, self._settings = pipe, settings
+        self._pulse = pulse or Pulse()
         self._id = new_id()
         pipe.send(("worker", self._id))
         self._load = lambda **how: load_model(
@@ -97,6 +103,9 @@ class Worker:
         self._held: dict[str, _Held] = {}
         self._alone = False
         self._watched: set[str] = set()
+        self._cancelled: set[str] = set()
+        self._unclaimed: list[Claim] = []
+        self._stuck: str | None = None
         self._started = self._stopping = False
         self._renewed = time.monotonic()
         width, height = self._model.native_size
@@ -112,28 +121,33 @@ class Worker:
             ready=True,
         )
         pipe.send(("ready", info.model_dump()))
+        self._pulse.loaded(self._model)
 
     def run(self) -> None:
         while not (self._started or self._stopping):  # until the server has tidied up
-            self._on_messages(None)
+            self._on_messages(1.0)
         while not self._stopping:
             self._on_messages(0 if self._engine.busy else 1.0)
-            self._claim()
+            self._forget_cancelled()
+            if self._unclaimed:
+                self._put_back(self._unclaimed)
+            else:
+                self._claim()
             if self._engine.busy:
                 self._step()
             self._renew()
-        with contextlib.suppress(StorageError):  # the server does it, now or when it starts again
-            for held in self._held.values():
-                self._store.put_back(held.claim.id, held.claim.token)
+        # What cannot be put back the server does, now or when it starts again.
+        self._put_back(self._unclaimed + [held.claim for held in self._held.values()])
         self._store.close()
 
-    def _on_messages(self, seconds: float | None) -> None:
-        """Act on the server's messages; wait for the first so long, or for ever for None."""
+    def _on_messages(self, seconds: float) -> None:
+        """Act on the server's messages; wait for the first so long."""
+        self._pulse.count()
         while self._pipe.poll(seconds):
             seconds = 0
             kind, *rest = self._pipe.recv()
             if kind == "cancel":
-                self._forget(rest[0])
+                self._cancelled.add(rest[0])
             elif kind == "watch":
                 self._watched.add(rest[0])
             elif kind == "unwatch":
@@ -144,36 +158,94 @@ class Worker:
                 self._started = True
             elif kind == "stop":
                 self._stopping = True
+        self._pulse.count()
+
+    def _forget_cancelled(self) -> None:
+        """Drop the jobs that were cancelled. One that was also retried is claimed anew."""
+        for job_id in list(self._cancelled):
+            held = self._held.get(job_id)
+            try:
+                if held is not None and not self._store.holds(job_id, held.claim.token):
+                    self._forget(job_id)
+            except StorageError:  # asked again after the next step
+                return
+            self._cancelled.discard(job_id)
 
     def _claim(self) -> None:
         while not (self._alone or self._stopping):
-            if sum(held.left for held in self._held.values()) >= PICTURES:
-                return
-            # A second makes up for the rows that it takes to run.
             try:
                 claim = self._store.claim(
-                    self._id, alone=not self._held, ageing=self._engine.rows_a_second
+                    self._id,
+                    alone=not self._held,
+                    # A second makes up for the rows that it takes to run.
+                    ageing=self._engine.rows_a_second,
+                    cheaper_than=self._bound(),
                 )
-            except StorageError:  # tried again after the next step, or in a second
+            except StorageError as error:  # tried again after the next step, or in a second
+                self._tell_stuck(error)
                 return
+            self._tell_stuck(None)
             if claim is None:
                 return
+            self._forget(claim.id)  # of before it was cancelled and retried
             self._alone = claim.suspect
-            self._begin(claim)
+            if not self._begin(claim):
+                return
 
-    def _begin(self, claim: Claim) -> None:
+    def _bound(self) -> float | None:
+        """Return the cost that a job must stay below to be taken in as well; None for any.
+
+        A worker with its hands full takes shorter jobs than those it has.
+        """
+        many = len(self._held) >= JOBS
+        large = sum(held.input_bytes for held in self._held.values()) >= INPUTS
+        if not (many or large):
+            return None
+        return min(held.claim.cost * held.left / held.request.count for held in self._held.values())
+
+    def _tell_stuck(self, error: Exception | None) -> None:
+        """Tell the server that nothing can be kept or read, or that it can again."""
+        told = None if error is None else str(error)
+        if told != self._stuck:
+            self._stuck = told
+            self._pipe.send(("stuck", told))
+
+    def _patiently(self, claim: Claim, call: Callable[[], T]) -> T:
+        """Return what a call returns that reads or writes, once it can: jobs wait meanwhile.
+
+        Raises LostError if the job is cancelled or the worker told to stop before.
+        """
+        while True:
+            try:
+                found = call()
+            except StorageError as error:
+                self._tell_stuck(error)
+            else:
+                self._tell_stuck(None)
+                return found
+            self._on_messages(1.0)
+            self._renew()
+            self._forget_cancelled()
+            self._pulse.count()
+            if self._stopping or claim.id not in self._held:
+                raise LostError(claim.id)
+
+    def _begin(self, claim: Claim) -> bool:
+        """Take a job in. Returns False if it has to wait, since it cannot be read now."""
         try:
-            request = Request.from_dict(
-                claim.settings,
-                image=self._files.input(claim.id, "image"),
-                mask=self._files.input(claim.id, "mask"),
-            )
+            image, mask = (self._files.input(claim.id, name) for name in ("image", "mask"))
+            request = Request.from_dict(claim.settings, image=image, mask=mask)
             result = self._engine.add(request, claim.id, claim.done)
+        except StorageError as error:
+            self._tell_stuck(error)
+            self._unclaimed.append(claim)
+            return False
         except SafelightError as error:
             self._end(claim, [], error)
-            return
+            return True
         mine = [ticket for ticket in self._engine.tickets if ticket.tag == claim.id]
         each = mine[0].steps if mine else 0
+        given = [picture for picture in (image, mask) if picture is not None]
         self._held[claim.id] = _Held(
             claim,
             request,
@@ -182,10 +254,21 @@ class Worker:
             total=each * request.count,
             taken=each * len(claim.done),
             warnings=list(result.warnings),
+            input_bytes=sum(3 * picture.width * picture.height for picture in given),
         )
         self._tell("progress", self._held[claim.id])
         if not mine:
             self._complete(self._held[claim.id])
+        return True
+
+    def _put_back(self, claims: list[Claim]) -> None:
+        """Let claimed jobs wait again; those that cannot yet are tried again."""
+        for claim in list(claims):
+            try:
+                self._store.put_back(claim.id, claim.token)
+            except StorageError:
+                return
+            claims.remove(claim)
 
     def _step(self) -> None:
         stepped, finished = self._engine.step()
@@ -211,8 +294,6 @@ class Worker:
         if error is None:
             try:
                 self._commit(held, image, ticket.index, ticket.seed, dtype)
-            except StorageError as problem:
-                error = problem
             except LostError:
                 self._forget(held.claim.id)
                 return
@@ -233,7 +314,9 @@ class Worker:
             return None, error
         try:
             if self._precise is None:
-                self._precise = self._load(dtype="float32")
+                with self._pulse.patient():
+                    self._precise = self._load(dtype="float32")
+                self._pulse.watch(self._precise)
             made = self._precise.generate(held.request.replace(seed=seed, count=1))
         except SafelightError as problem:
             return None, error if problem.code == "out_of_memory" else problem
@@ -257,22 +340,24 @@ class Worker:
             held.result, images=[image], seeds=[seed], warnings=held.warnings, dtype=dtype
         )
         recipe = made.recipe(0)
+        claim = held.claim
         picture = Picture(
-            id=new_id(),
+            id=claim.picture_id(index),
             index=index,
             seed=seed,
             width=image.width,
             height=image.height,
             recipe=recipe,
         )
-        self._files.keep(image, picture.id, png_texts(recipe))
+        texts = png_texts(recipe)
         try:
-            self._store.add_picture(held.claim.id, held.claim.token, picture)
-        except (LostError, StorageError):
+            self._patiently(claim, lambda: self._files.keep(image, picture.id, texts))
+            self._patiently(claim, lambda: self._store.add_picture(claim.id, claim.token, picture))
+        except LostError:
             # A database that went away in the middle may have it nevertheless.
-            with contextlib.suppress(StorageError):
+            with contextlib.suppress(StorageError, OSError):
                 if not self._store.has_picture(picture.id):
-                    self._files.remove(held.claim.id, [picture.id])
+                    self._files.remove_pictures([picture.id])
             raise
 
     def _complete(self, held: _Held) -> None:
@@ -289,11 +374,14 @@ class Worker:
         while True:
             try:
                 self._store.finish(claim.id, claim.token, warnings=warnings, error=error)
+                self._tell_stuck(None)
                 return
-            except StorageError:  # nothing else could be kept either: wait for space
+            except StorageError as problem:  # nothing else could be kept either: wait
+                self._tell_stuck(problem)
                 if self._stopping:
                     return
                 self._on_messages(1.0)
+                self._renew()
 
     def _forget(self, job_id: str) -> None:
         if self._held.pop(job_id, None) is not None:
@@ -308,7 +396,7 @@ class Worker:
         held.previewed = now
         job, ended = ticket.job, time.time()
         try:
-            shown = [_encoded(preview(self._model, latents)) for latents in (job.clean, job.view)]
+            shown = [encoded_preview(self._model, latents) for latents in (job.clean, job.view)]
         except (SafelightError, MemoryError, RuntimeError):
             return  # NaN, or too large: whether there is a picture is seen in the end
         self._pipe.send(("preview", held.claim.id, ticket.index, *shown, ended))
@@ -321,23 +409,4 @@ class Worker:
             with contextlib.suppress(StorageError):
                 self._store.renew(self._id)
             self._renewed = time.monotonic()
-
-
-def _encoded(image: Any) -> str:
-    out = io.BytesIO()
-    image.save(out, "PNG", compress_level=1)
-    return base64.b64encode(out.getvalue()).decode()
-
-
-def preview(model: Any, latents: Any) -> Any:
-    """Return latents as a small picture; large ones are averaged down first."""
-    import torch
-    import torch.nn.functional as F
-
-    from safelight.engine.job import decode
-
-    with torch.inference_mode():
-        largest = max(latents.shape[-2:])
-        if model.vae is not None and largest > PREVIEW_LATENTS:
-            latents = F.avg_pool2d(latents, -(-largest // PREVIEW_LATENTS), ceil_mode=True)
-        return decode(model, latents)
+            self._pulse.count()

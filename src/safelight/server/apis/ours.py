@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Path, Query, Response
@@ -102,7 +102,7 @@ async def list_jobs(
     return await hub(request).list(
         status=status,
         search=search.replace("\0", ""),
-        before=None if before is None else before.timestamp(),
+        before=None if before is None else _seconds(before),
         limit=limit,
     )
 
@@ -199,19 +199,20 @@ async def samplers() -> dict[str, Any]:
 
 
 @router.get("/healthz", response_class=PlainTextResponse, tags=["server"])
-async def healthz() -> str:
+async def healthz(request: HttpRequest) -> Any:
     """Say that the process lives. Needs no token."""
+    if not hub(request).alive:
+        return PlainTextResponse("no worker can be started any more\n", 503)
     return "ok\n"
 
 
 @router.get("/readyz", responses={503: {"model": Problem}}, tags=["server"])
 async def readyz(request: HttpRequest) -> Any:
     """Say whether the worker takes a step right now."""
-    if await hub(request).check():
+    trouble = await hub(request).trouble()
+    if trouble is None:
         return {"status": "ready"}
-    return JSONResponse(
-        {"detail": "the worker is not ready", "code": "not_ready", "field": None}, 503
-    )
+    return JSONResponse({"detail": trouble, "code": "not_ready", "field": None}, 503)
 
 
 @router.get("/metrics", response_class=PlainTextResponse, tags=["server"])
@@ -241,6 +242,13 @@ async def _stream(service: Hub, job_id: str) -> AsyncIterator[str]:
     finally:
         if coming is not None:
             coming.cancel()
+
+
+def _seconds(date: datetime) -> float:
+    """Return the seconds since 1970 of any date, the first and the last ones, too."""
+    if date.tzinfo is None:
+        date = date.replace(tzinfo=UTC)
+    return (date - datetime(1970, 1, 1, tzinfo=UTC)).total_seconds()
 
 
 def _missing(what: str) -> JSONResponse:

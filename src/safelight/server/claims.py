@@ -1,0 +1,255 @@
+"""What a worker does to jobs: claim, renew, give back, add a picture, finish.
+
+A job is run at least once and committed once: it is claimed with a lease and a token that no one
+else has, and what is done for a job counts only while its token is still the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Row, and_, func, or_, select
+from sqlalchemy.exc import IntegrityError
+
+from safelight.server.database import Database
+from safelight.server.jobs import Picture, Status
+from safelight.server.tables import jobs, loads, pictures, timestamp
+
+LEASE = 60.0
+"""Seconds after which a silent worker's job is free again."""
+
+ATTEMPTS = 3
+"""The most attempts at a job; if no worker finishes it, the job is at fault."""
+
+KILLS = 3
+"""So often a worker may be killed from outside while a job is drawn in company, and as often again
+while it is drawn alone, before the job is at fault. Who kills workers is mostly not the job.
+"""
+
+
+class LostError(Exception):
+    """The job is no longer this worker's."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A job to draw. done: its finished pictures. cost: as it was submitted with. suspect: it is
+    to be drawn alone, since workers ended while they drew it.
+    """
+
+    id: str
+    token: str
+    settings: dict[str, Any]
+    done: frozenset[int]
+    suspect: bool
+    cost: int = 0
+
+    def picture_id(self, index: int) -> str:
+        """Return the id that a picture of this claim gets."""
+        return _picture_id(self.token, index)
+
+
+def _picture_id(token: str, index: int) -> str:
+    """Opaque, as the token is, and known again after a worker ended in the middle."""
+    return hashlib.blake2b(f"{token}:{index}".encode(), digest_size=16).hexdigest()
+
+
+class Claims(Database):
+    """The database as workers use it."""
+
+    def claim(
+        self,
+        worker: str,
+        *,
+        alone: bool = False,
+        ageing: float = 0.0,
+        cheaper_than: float | None = None,
+    ) -> Claim | None:
+        """Return the next job for this worker, its attempt counted; None if there is none.
+
+        Short jobs come first; `ageing` is the cost that a second of waiting makes up for.
+        cheaper_than: only a job that costs less. A suspect job is claimed only by a worker that
+        is `alone` with it, so that it takes no other down; when its turn comes, others wait. One
+        that was begun too often fails.
+        """
+        now = timestamp()
+        with self._write() as db:
+            self._renew(db, worker, now)  # a database that was away made it late
+            _give_up(db, now)
+            urgency = jobs.c.cost - ageing * (now - jobs.c.created)
+            query = select(jobs).where(_free(now)).order_by(urgency, jobs.c.created).limit(1)
+            if cheaper_than is not None:
+                query = query.where(jobs.c.cost < cheaper_than)
+            first = db.execute(query).mappings().first()
+            while first is not None and not loads(first["request"]):
+                _fail(db, jobs.c.id == first["id"], now, "its request was damaged on the disk")
+                first = db.execute(query).mappings().first()
+            if first is None:
+                return None
+            suspect = bool(first["attempts"] or first["kills"] >= KILLS)
+            if suspect and not alone:
+                return None
+            token = f"{worker}:{secrets.token_hex(8)}"
+            db.execute(
+                jobs.update()
+                .where(jobs.c.id == first["id"])
+                .values(
+                    status=Status.RUNNING,
+                    token=token,
+                    lease=now + LEASE,
+                    attempts=jobs.c.attempts + 1,
+                    started=func.coalesce(jobs.c.started, now),
+                )
+            )
+            query = select(pictures.c.number).where(pictures.c.job == first["id"])
+            done = frozenset(db.execute(query).scalars())
+            settings = loads(first["request"])
+            return Claim(first["id"], token, settings, done, suspect, first["cost"])
+
+    def renew(self, worker: str) -> None:
+        """Keep the jobs of this worker its own for another lease."""
+        with self._write() as db:
+            self._renew(db, worker, timestamp())
+
+    def holds(self, job_id: str, token: str) -> bool:
+        """Return whether a job is still this token's."""
+        with self._read() as db:
+            return _held(db, job_id, token)
+
+    def release(
+        self, worker: str | None = None, *, told_to: bool = False, killed: bool = False
+    ) -> list[str]:
+        """Let the jobs of a worker that ended, or of all workers, wait again.
+
+        told_to: it was told to end, so that this was no attempt. killed: from outside, which
+        counts by itself. Returns the ids of pictures that it may have written without a row.
+        """
+        mine = jobs.c.status == Status.RUNNING
+        ended = jobs.c.token.is_not(None)
+        if worker is not None:
+            mine &= jobs.c.token.startswith(worker + ":")
+            ended &= jobs.c.token.startswith(worker + ":")
+        now = timestamp()
+        with self._write() as db:
+            left = uncommitted(db, db.execute(select(jobs).where(ended)))
+            db.execute(
+                jobs.update()
+                .where(mine)
+                .values(
+                    status=Status.QUEUED,
+                    lease=0.0,
+                    attempts=jobs.c.attempts - int(told_to or killed),
+                    kills=jobs.c.kills + int(killed),
+                )
+            )
+            db.execute(jobs.update().where(ended).values(token=None))
+            _give_up(db, now)
+        return left
+
+    def put_back(self, job_id: str, token: str) -> None:
+        """Let a claimed job wait again, as if it had not been claimed."""
+        with self._write() as db:
+            db.execute(
+                jobs.update()
+                .where(jobs.c.id == job_id, jobs.c.token == token)
+                .where(jobs.c.status == Status.RUNNING)
+                .values(
+                    status=Status.QUEUED,
+                    token=None,
+                    lease=0.0,
+                    attempts=jobs.c.attempts - 1,
+                )
+            )
+
+    def add_picture(self, job_id: str, token: str, picture: Picture) -> None:
+        """Add a finished picture; one that has its row already, of an earlier call, is fine.
+
+        Raises LostError if the job is not this token's, or has another picture there.
+        """
+        try:
+            with self._write() as db:
+                if db.scalar(select(pictures.c.job).where(pictures.c.id == picture.id)) == job_id:
+                    return
+                if not _held(db, job_id, token):
+                    raise LostError(job_id)
+                db.execute(
+                    pictures.insert().values(
+                        id=picture.id,
+                        job=job_id,
+                        number=picture.index,
+                        seed=str(picture.seed),
+                        width=picture.width,
+                        height=picture.height,
+                        created=timestamp(),
+                        recipe=json.dumps(picture.recipe),
+                    )
+                )
+        except IntegrityError:
+            raise LostError(job_id) from None
+
+    def finish(
+        self, job_id: str, token: str, *, warnings: list[str], error: str | None = None
+    ) -> None:
+        """Make a job final. Raises LostError if the job is not this token's."""
+        with self._write() as db:
+            if not _held(db, job_id, token):
+                raise LostError(job_id)
+            db.execute(
+                jobs.update()
+                .where(jobs.c.id == job_id)
+                .values(
+                    status=Status.SUCCEEDED if error is None else Status.FAILED,
+                    finished=timestamp(),
+                    warnings=json.dumps(warnings),
+                    error=error,
+                    token=None,
+                )
+            )
+
+    def _renew(self, db: Connection, worker: str, now: float) -> None:
+        db.execute(
+            jobs.update()
+            .where(jobs.c.status == Status.RUNNING, jobs.c.token.startswith(worker + ":"))
+            .values(lease=now + LEASE)
+        )
+
+
+def _held(db: Connection, job_id: str, token: str) -> bool:
+    query = select(jobs.c.id).where(
+        jobs.c.id == job_id, jobs.c.token == token, jobs.c.status == Status.RUNNING
+    )
+    return db.execute(query).first() is not None
+
+
+def _free(now: float) -> ColumnElement[bool]:
+    late = and_(jobs.c.status == Status.RUNNING, jobs.c.lease < now)
+    return or_(jobs.c.status == Status.QUEUED, late)
+
+
+def uncommitted(db: Connection, rows: Iterable[Row[Any]]) -> list[str]:
+    """Return the ids that pictures of these jobs' claims would have, and no row has."""
+    ids = [_picture_id(row.token, i) for row in rows for i in range(row.pictures)]
+    known: set[str] = set()
+    for start in range(0, len(ids), 500):  # databases bound the parameters of a statement
+        query = select(pictures.c.id).where(pictures.c.id.in_(ids[start : start + 500]))
+        known |= set(db.execute(query).scalars())
+    return [picture_id for picture_id in ids if picture_id not in known]
+
+
+def _give_up(db: Connection, now: float) -> None:
+    """Fail the free jobs that have used up their attempts."""
+    stopped = f"the worker stopped {ATTEMPTS} times while it drew this"
+    _fail(db, _free(now) & (jobs.c.attempts >= ATTEMPTS), now, stopped)
+    killed = f"the worker was killed {2 * KILLS} times while it drew this, {KILLS} times alone"
+    _fail(db, _free(now) & (jobs.c.kills >= 2 * KILLS), now, killed)
+
+
+def _fail(db: Connection, which: ColumnElement[bool], now: float, why: str) -> None:
+    db.execute(
+        jobs.update().where(which).values(status=Status.FAILED, finished=now, token=None, error=why)
+    )

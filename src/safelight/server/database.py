@@ -1,0 +1,163 @@
+"""Open the database, in short transactions, and turn its errors into StorageError."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, func, select, text
+from sqlalchemy.exc import DBAPIError, DisconnectionError, IntegrityError, SQLAlchemyError
+
+from safelight.server.jobs import StorageError
+
+LOCK = 0x5AFE
+"""The number of our advisory lock in PostgreSQL: held by each transaction that writes."""
+
+PATIENCE = 5
+"""Seconds to wait for a lock or a connection: less than the silence that a worker is replaced
+after, so that one who waits here does not pass for hung.
+"""
+
+
+class Database:
+    """url: as SQLAlchemy has it. Nothing is opened before the first transaction.
+
+    Methods of the subclasses block. Those that write are one transaction each, and raise
+    StorageError if it fails.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.engine = open_engine(url)
+        self._lite = self.engine.dialect.name == "sqlite"
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+    @contextmanager
+    def _write(self) -> Iterator[Connection]:
+        """A transaction that no other of ours runs beside."""
+        with storage_errors(), self.engine.begin() as connection:
+            if not self._lite:  # SQLite's begins with BEGIN IMMEDIATE
+                connection.execute(select(func.pg_advisory_xact_lock(LOCK)))
+            yield connection
+
+    @contextmanager
+    def _read(self) -> Iterator[Connection]:
+        with storage_errors(), self.engine.connect() as connection:
+            yield connection.execution_options(reads=True)
+
+    def check(self) -> str:
+        """Return "ok", or what the database finds wrong with itself."""
+        if not self._lite:
+            return "ok"
+        with self._read() as db:
+            return str(db.execute(text("PRAGMA integrity_check")).scalar_one())
+
+
+def open_engine(url: str) -> Engine:
+    """Return the engine of a database. Raises StorageError for a URL that means none.
+
+    Its errors hide the parameters of a statement: a prompt may be among them.
+    """
+    how: dict[str, Any] = {"hide_parameters": True}
+    if url.startswith("postgresql"):
+        # A connection that the server closed, or that a network swallowed, is soon found out.
+        how |= {
+            "pool_pre_ping": True,
+            "connect_args": {
+                "connect_timeout": 3,
+                "keepalives_idle": 5,
+                "keepalives_interval": 2,
+                "keepalives_count": 3,
+                "tcp_user_timeout": PATIENCE * 1000,
+            },
+        }
+    try:
+        engine = create_engine(url, pool_timeout=PATIENCE, **how)
+    except (SQLAlchemyError, ImportError, TypeError) as error:
+        raise StorageError(f"--database cannot be used: {_line(error)}") from None
+    if engine.dialect.name == "sqlite":
+        _set_up_sqlite(engine)
+    return engine
+
+
+def sqlite_file(engine: Engine) -> Path | None:
+    """Return the file of a SQLite database; None for other databases."""
+    if engine.dialect.name != "sqlite" or engine.url.database in (None, "", ":memory:"):
+        return None
+    return Path(str(engine.url.database))
+
+
+@contextmanager
+def storage_errors() -> Iterator[None]:
+    """Raise StorageError for each error of the database but a broken constraint."""
+    try:
+        yield
+    except IntegrityError:
+        raise
+    except SQLAlchemyError as error:
+        raise StorageError(f"the database of jobs does not take it: {reason(error)}") from None
+
+
+def reason(error: Exception) -> str:
+    """Return a database's error in one line, without values that it may quote."""
+    original = error.orig if isinstance(error, DBAPIError) else error
+    speaks = isinstance(error, DBAPIError) and type(error).__name__ in (
+        "OperationalError",
+        "DatabaseError",
+        "InterfaceError",
+    )
+    return _line(original) if speaks else type(original).__name__
+
+
+def _line(error: BaseException | None) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:100]
+
+
+def _set_up_sqlite(engine: Engine) -> None:
+    # Before 3.51.3 a reset of the write-ahead log may lose what was committed.
+    journal = "WAL" if sqlite3.sqlite_version_info >= (3, 51, 3) else "DELETE"
+    file = sqlite_file(engine)
+
+    @event.listens_for(engine, "do_connect")
+    def _(*_: Any) -> None:
+        # SQLite would make an empty database in the place of one that was moved away.
+        if file is not None and not file.is_file():
+            raise sqlite3.OperationalError(f"{file.name} is not there")
+
+    @event.listens_for(engine, "connect")
+    def _(connection: Any, record: Any) -> None:
+        connection.isolation_level = None  # the driver would begin transactions of its own
+        record.info["file"] = _identity(file)
+        for pragma in (
+            f"busy_timeout={PATIENCE * 1000}",
+            f"journal_mode={journal}",
+            "synchronous=FULL",
+            "foreign_keys=ON",
+        ):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "checkout")
+    def _(_connection: Any, record: Any, _proxy: Any) -> None:
+        # An open connection would go on with a file that has lost its name.
+        if record.info.get("file") != _identity(file):
+            raise DisconnectionError
+
+    @event.listens_for(engine, "begin")
+    def _(connection: Connection) -> None:
+        # Taken at once, a lock to write is waited for; taken on the way it may be refused.
+        reads = connection.get_execution_options().get("reads")
+        connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+
+
+def _identity(file: Path | None) -> tuple[int, int] | None:
+    if file is None:
+        return None
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

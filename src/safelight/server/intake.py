@@ -1,0 +1,46 @@
+"""Make a job durable: its inputs first, then its row."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from safelight.request import Request
+from safelight.server.files import Files
+from safelight.server.jobs import Job, StorageError
+from safelight.server.store import Store
+
+
+def keep(
+    files: Files, store: Store, job_id: str, request: Request, *, key: str | None, **how: Any
+) -> tuple[Job, bool]:
+    """Return the job and whether it is new. how: as `Store.submit` takes it."""
+    settings = request.to_dict()
+    asked = dict(settings)
+    if "seed" not in request.model_fields_set:
+        asked.pop("seed")  # drawn anew for the same body
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    kept = False
+    try:
+        for name, image in (("image", request.image), ("mask", request.mask)):
+            if image is not None:
+                files.keep_input(job_id, name, image)
+        job, kept = store.submit(job_id, settings, key=key, digest=digest, **how)
+    except StorageError:
+        kept = _may_be_there(store, job_id)
+        raise
+    finally:
+        if not kept:
+            files.remove_inputs(job_id)
+    return job, kept
+
+
+def _may_be_there(store: Store, job_id: str) -> bool:
+    """Return whether a job is there that could not be kept: a database can go away between its
+    commit and its answer. What it starts from is left for the next start to look at then.
+    """
+    try:
+        return store.get(job_id) is not None
+    except StorageError:
+        return True

@@ -1,0 +1,52 @@
+"""What a start does before it takes jobs: is this the right database, and what was left over?"""
+
+from __future__ import annotations
+
+from safelight.server.database import sqlite_file
+from safelight.server.files import Files
+from safelight.server.jobs import StorageError
+from safelight.server.store import Store, new_id
+
+
+def recover(files: Files, store: Store) -> None:
+    """Make folder and database ready. Raises StorageError, in one line, if they are no pair.
+
+    Jobs that an earlier server left running wait again. Its end counts as a kill from outside:
+    what ended it is not known.
+    """
+    files.prepare()
+    store.migrate()
+    store.hold()
+    known, _ = store.known_files()
+    present = files.pictures() - set(store.leftovers())
+    mark = _mark(files, store, bool(known), bool(known & present))
+    if present and not known & present:
+        raise StorageError(
+            f"the database of jobs knows none of the {len(present)} pictures in "
+            f"{files.root / 'pictures'}: name the one that does as --database, restore it, or move "
+            "that folder away to begin anew"
+        )
+    store.set_folder(mark)
+    files.set_mark(mark)
+    files.remove_pictures(store.release(killed=True))
+    files.sweep(*store.known_files())
+
+
+def _mark(files: Files, store: Store, knows: bool, knows_these: bool) -> str:
+    """Return what this folder is known by in its database. Raises StorageError for another's."""
+    here, there = files.mark(), store.folder()
+    file = sqlite_file(store.engine)
+    within = file is not None and files.root in file.resolve().parents
+    foreign = StorageError(
+        f"the database of jobs belongs to another data folder than {files.root}: give that one as "
+        "--data-dir, or another --database"
+    )
+    if there is None:
+        if knows and not knows_these and not within:
+            raise foreign
+        return here or new_id()
+    if here is None and (knows_these or within):
+        return there
+    if here != there:
+        raise foreign
+    return there

@@ -1,0 +1,111 @@
+"""Bring a database to the schema of this version: Alembic's migrations, in `migrations/`.
+
+To change the tables: change `tables.py`, add `migrations/versions/NNNN_what.py`, and set HEAD. A
+test compares both.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+from sqlalchemy import Connection, Engine, func, inspect, select, text
+from sqlalchemy.exc import SQLAlchemyError
+
+from safelight.server.database import LOCK, reason, sqlite_file
+from safelight.server.jobs import StorageError
+from safelight.server.tables import meta
+
+log = logging.getLogger("safelight.server")
+
+HEAD = "0002"
+FIRST = "0001"
+"""The schema of databases from before versions were written down."""
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+
+
+def migrate(engine: Engine) -> None:
+    """Make the tables of an empty database, or bring those of an older version up to date.
+
+    A SQLite file is copied beside itself before. Raises StorageError, in one line, for a database
+    that is damaged, of a newer version, or not ours.
+    """
+    file = sqlite_file(engine)
+    try:
+        if file is not None:
+            file.touch(mode=0o600)
+        with engine.begin() as db:
+            if file is None:
+                db.execute(select(func.pg_advisory_xact_lock(LOCK)))
+            version = _version(db)
+            if version != HEAD:
+                if file is not None and version is not None:
+                    _back_up(file, version)
+                _upgrade(db, version)
+            _make_sure_of_columns(db)
+    except SQLAlchemyError as error:
+        raise StorageError(
+            f"the database of jobs cannot be opened: {reason(error)}; "
+            "a damaged one is restored from a backup"
+        ) from None
+    except (OSError, sqlite3.Error) as error:
+        raise StorageError(f"the database of jobs cannot be opened: {error}") from None
+
+
+def _version(db: Connection) -> str | None:
+    """Return the version of the schema; None for a database without tables of ours."""
+    tables = inspect(db).get_table_names()
+    if "alembic_version" in tables:
+        found = db.execute(text("SELECT version_num FROM alembic_version")).scalar()
+        known = {path.name[:4] for path in (MIGRATIONS / "versions").glob("0*.py")}
+        if found not in known:
+            raise StorageError(
+                f"the database of jobs has schema {found}, from a newer Safelight than this one "
+                f"(schema {HEAD}): use that one, or a backup from before its first start"
+            )
+        return str(found)
+    return FIRST if "jobs" in tables else None
+
+
+def _upgrade(db: Connection, version: str | None) -> None:
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+    config.attributes["connection"] = db
+    if version == FIRST:
+        command.stamp(config, FIRST)
+    command.upgrade(config, "head")
+    if version is not None:
+        log.info("the database of jobs was migrated from schema %s to %s", version, HEAD)
+
+
+def _back_up(file: Path, version: str) -> None:
+    number, place = 0, file.with_name(f"{file.name}.schema-{version}")
+    while place.exists():
+        number += 1
+        place = file.with_name(f"{file.name}.schema-{version}.{number}")
+    place.touch(mode=0o600)
+    try:
+        with closing(sqlite3.connect(file)) as source, closing(sqlite3.connect(place)) as copy:
+            source.backup(copy)
+    except sqlite3.Error:
+        place.unlink(missing_ok=True)
+        raise
+    log.info("before its migration the database of jobs was copied to %s", place.name)
+
+
+def _make_sure_of_columns(db: Connection) -> None:
+    inspector = inspect(db)
+    for table in meta.sorted_tables:
+        there = {column["name"] for column in inspector.get_columns(table.name)}
+        for column in table.columns:
+            if column.name not in there:
+                raise StorageError(
+                    f"the database of jobs lacks {table.name}.{column.name}, which schema {HEAD} "
+                    "has: restore a backup, or name another --database"
+                )
