@@ -13,7 +13,7 @@ import stat
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from PIL import ExifTags, Image, ImageChops, PngImagePlugin
 

@@ -11,8 +11,8 @@ import pytest
 
 from safelight import SafelightError
 from safelight.server import claims
-from safelight.server.jobs import BusyError, Job, Picture, Status
 from safelight.server.claims import Claim, LostError
+from safelight.server.jobs import BusyError, Job, Picture, Status
 from safelight.server.store import Store, new_id
 
 

@@ -77,7 +77,9 @@ def serve(
 
 def start(settings: Settings, listening: socket, **how: Any) -> None:
     """Serve with the studio's page until told to end. how: as `server.run.serve` takes it."""
-    missing = [name for name in ("alembic", "fastapi", "sqlalchemy", "uvicorn") if find_spec(name) is None]
+    missing = [
+        name for name in ("alembic", "fastapi", "sqlalchemy", "uvicorn") if find_spec(name) is None
+    ]
     if missing:
         raise SafelightError("serving needs more: pip install 'safelight[server]'")
     child = spawn(settings)  # loads its model while the imports below go on

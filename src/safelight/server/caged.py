@@ -16,6 +16,9 @@ from safelight.pixels import alpha_of, as_rgb, upright
 LARGE = 16 << 10
 """Bytes from which on a string of a JSON body is handed over apart: no text is as long."""
 
+MAX_JSON = 1 << 20
+"""For JSON without pictures: two prompts of 16 KiB with every letter escaped fit several times."""
+
 PICTURE = "a PNG, JPEG or WebP picture in base64"
 
 
@@ -74,6 +77,8 @@ def body(data: bytes) -> tuple[Any, ...]:
         return value
 
     reduced = {name: taken(value) for name, value in found.items()}
+    if len(json.dumps(reduced)) > MAX_JSON:
+        raise SafelightError(f"the body must have at most {MAX_JSON >> 20} MiB without pictures")
     return reduced, *pictures
 
 
