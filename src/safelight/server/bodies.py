@@ -89,14 +89,20 @@ async def read_body(
     return b"".join(chunks)
 
 
-async def read_json(http: HttpRequest, *, pictures: bool = False) -> dict[str, Any]:
+async def read_json(
+    http: HttpRequest, *, pictures: bool = False, empty: bool = False
+) -> dict[str, Any]:
     """Return the JSON object in a body. Raises SafelightError, code "not_json", for others.
 
     pictures: whether it may hold some in base64. Then it may have MAX_BODY bytes, of which those
     that are no pictures are at most MAX_JSON; it is read in a decoder's process, for the parser
     would hold up all others, and `decode_base64` returns its pictures.
+    empty: whether no body at all is an empty object.
     """
+    _ATTACHED.set(None)
     body = await read_body(http, MAX_BODY if pictures else MAX_JSON, values=MAX_VALUES)
+    if empty and not body:
+        return {}
     if len(body) > MAX_JSON:
         client = caller_of(http.scope).name
         decoders: Decoders = http.app.state.decoders

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections import Counter, OrderedDict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from PIL import Image
 
@@ -37,15 +37,14 @@ class Decoder:
     def call(self, function: str, blobs: list[bytes], keywords: dict[str, Any], wall: float) -> Any:
         """Return what the function returns; see `Decoders.call`."""
         process = self._started()
-        assert process.stdin is not None and process.stdout is not None
         timer = threading.Timer(wall, process.kill)
         timer.daemon = True
         timer.start()
         header = {"function": function, "keywords": keywords, "sizes": [len(b) for b in blobs]}
         try:
-            send(process.stdin, header, blobs)
+            send(cast(BinaryIO, process.stdin), header, blobs)
             blobs = []
-            answer = receive(process.stdout)
+            answer = receive(cast(BinaryIO, process.stdout))
         except (OSError, ValueError, KeyError):
             answer = None
         finally:
@@ -65,8 +64,9 @@ class Decoder:
             process.kill()
             process.wait()
             for pipe in (process.stdin, process.stdout):
-                with contextlib.suppress(OSError):
-                    pipe and pipe.close()
+                if pipe is not None:
+                    with contextlib.suppress(OSError):
+                        pipe.close()
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:

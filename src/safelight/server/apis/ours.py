@@ -88,7 +88,6 @@ async def submit(
             data = decode_base64(settings[name], name)
             settings[name] = await decoded(request, "picture", data, name)
     asked = await asyncio.to_thread(lambda: Request(**settings))
-    del settings
     return await hub(request).submit(
         asked, idempotency_key=idempotency_key, owner=caller_of(request.scope).owner
     )

@@ -28,8 +28,8 @@ class Route(APIRoute):
         async def handle(http: HttpRequest) -> Response:
             try:
                 if http.method == "POST":  # FastAPI would parse it in the event loop
-                    http._json = await read_json(http, pictures=True)
-                    http._body = b"{}"
+                    http._json = found = await read_json(http, pictures=True, empty=True)
+                    http._body = b"{}" if found else b""
                 return await handler(http)
             except (SafelightError, RequestValidationError, HTTPException) as error:
                 return _refusal(error)
