@@ -21,7 +21,7 @@ from safelight.server.guard import Guard, Rules
 from safelight.server.hub import Hub
 from safelight.server.jobs import retry_after, status_of
 from safelight.server.metrics import Metrics
-from safelight.server.wording import clipped, public
+from safelight.server.wording import clipped, hide, public
 
 
 class Page(Protocol):
@@ -36,13 +36,15 @@ class Page(Protocol):
         ...
 
 
-PageOf = Callable[[Any, Hub], Page]
+PageOf = Callable[[Any, Hub, Decoders], Page]
 """Puts a page around an application; the command line gives the studio's."""
 
 
 def application(hub: Hub, rules: Rules, *, page: PageOf | None = None) -> Any:
     """Return the ASGI application that serves a hub."""
 
+    if isinstance(hub, Hub):
+        hide(hub.settings.root)
     decoders = Decoders()  # the processes start with the first picture
 
     @asynccontextmanager
@@ -65,7 +67,7 @@ def application(hub: Hub, rules: Rules, *, page: PageOf | None = None) -> Any:
     )
     app.add_exception_handler(SafelightError, refused)
     app.add_exception_handler(RequestValidationError, invalid)
-    paged = None if page is None else page(app, hub)
+    paged = None if page is None else page(app, hub, decoders)
     return Guard(app if paged is None else paged, rules, app.state.metrics.count)
 
 

@@ -89,20 +89,25 @@ async def read_body(
     return b"".join(chunks)
 
 
-async def read_json(
-    http: HttpRequest, *, pictures: bool = False, empty: bool = False
-) -> dict[str, Any]:
+async def read_json(http: HttpRequest, *, pictures: bool = False) -> dict[str, Any]:
     """Return the JSON object in a body. Raises SafelightError, code "not_json", for others.
 
     pictures: whether it may hold some in base64. Then it may have MAX_BODY bytes, of which those
     that are no pictures are at most MAX_JSON; it is read in a decoder's process, for the parser
     would hold up all others, and `decode_base64` returns its pictures.
-    empty: whether no body at all is an empty object.
     """
+    found = await read_json_if_any(http, pictures=pictures)
+    if found is None:
+        raise SafelightError("the body must be a JSON object", code="not_json")
+    return found
+
+
+async def read_json_if_any(http: HttpRequest, *, pictures: bool) -> dict[str, Any] | None:
+    """Return what `read_json` returns; None for an empty body."""
     _ATTACHED.set(None)
     body = await read_body(http, MAX_BODY if pictures else MAX_JSON, values=MAX_VALUES)
-    if empty and not body:
-        return {}
+    if not body:
+        return None
     if len(body) > MAX_JSON:
         client = caller_of(http.scope).name
         decoders: Decoders = http.app.state.decoders
@@ -137,9 +142,19 @@ def _named(value: Any, names: list[str]) -> Any:
     return value
 
 
+def deep_text(body: bytes) -> bool:
+    """Return whether a body is JSON nested deeper than MAX_DEPTH; false for what is no JSON."""
+    try:
+        return _deep(json.loads(body))
+    except RecursionError:
+        return True
+    except ValueError:
+        return False
+
+
 def _deep(value: Any) -> bool:
     """Return whether a value is nested deeper than MAX_DEPTH."""
-    level = [value]
+    level = [value] if isinstance(value, dict | list) else []
     for _ in range(MAX_DEPTH + 1):
         inner = [v.values() if isinstance(v, dict) else v for v in level]
         level = [v for values in inner for v in values if isinstance(v, dict | list)]

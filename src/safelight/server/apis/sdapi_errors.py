@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from safelight.errors import SafelightError
-from safelight.server.bodies import read_json
+from safelight.server.bodies import read_json_if_any
 from safelight.server.jobs import retry_after, status_of
 from safelight.server.wording import clipped, public
 
@@ -28,8 +28,8 @@ class Route(APIRoute):
         async def handle(http: HttpRequest) -> Response:
             try:
                 if http.method == "POST":  # FastAPI would parse it in the event loop
-                    http._json = found = await read_json(http, pictures=True, empty=True)
-                    http._body = b"{}" if found else b""
+                    http._json = await read_json_if_any(http, pictures=True)
+                    http._body = b"" if http._json is None else b"{}"
                 return await handler(http)
             except (SafelightError, RequestValidationError, HTTPException) as error:
                 return _refusal(error)
