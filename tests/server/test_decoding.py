@@ -46,8 +46,8 @@ def test_a_stuck_or_dying_decoder_is_replaced(function: str) -> None:
     async def work(decoders: Decoders) -> None:
         began = time.monotonic()
         with pytest.raises(SafelightError):
-            await decoders.call(function, wall=2.0)
-        assert time.monotonic() - began < 20
+            await decoders.call(function, wall=5.0)
+        assert time.monotonic() - began < 60
         assert (await decoders.call(PICTURE, encoded(), name="it")).size == (64, 64)
 
     within(work)

@@ -64,8 +64,6 @@ def main() -> None:
     from safelight import picture
 
     picture.MAX_PIXELS = MAX_PIXELS
-    with contextlib.suppress(OSError, AttributeError):
-        os.nice(5)
     _limit_memory()
     while (message := receive(source)) is not None:
         _limit_time()

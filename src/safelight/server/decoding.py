@@ -20,7 +20,7 @@ from safelight.server.decoder import MAX_PIXELS, receive, send
 
 log = logging.getLogger("safelight.server")
 
-WALL = 20.0
+WALL = 60.0
 """Seconds after which a decoder that does not answer is killed. Its own limit is processor time."""
 
 
