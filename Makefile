@@ -6,9 +6,8 @@
 #   make lint                            formatting, lint and types
 #   make bench                           this machine, beside diffusers and OpenVINO: a quarter of an hour
 #   make soak                            what the server promises, at full size: an hour
-#   make evaluate                       the model that ships, judged: half an hour
-#   make train                           the models that ship, from packages alone: hours, resumable
-#   make train-256                       1,300 things at 256 pixels: 25 minutes of a GPU, resumable
+#   make evaluate                        the model that ships, or MODEL=, judged: an hour without a GPU
+#   make train                           the next models, from packages alone: minutes of a GPU, resumable
 #
 # On Linux the package index has PyTorch built for CUDA, which is several GB. To get the build for
 # CPUs alone, name PyTorch's index of those:  make picture TORCH_INDEX=<its address>
@@ -17,6 +16,7 @@ PYTHON ?= python3
 PROMPT ?= a red apple
 OUT ?= picture.png
 ARGS ?=
+MODEL ?= embedded
 TORCH_INDEX ?=
 
 VENV := .venv
@@ -25,7 +25,7 @@ BIN := $(VENV)/bin
 # Without build isolation the constraints hold for what builds packages, too.
 INSTALL := $(PYTHON) -m pip --python $(BIN)/python install --constraint constraints.txt
 
-.PHONY: picture test levels lint format bench soak evaluate train train-256 clean
+.PHONY: picture test levels lint format bench soak evaluate train clean
 .DELETE_ON_ERROR:
 
 export PROMPT OUT
@@ -71,21 +71,14 @@ soak: $(VENV)/.ready-dev
 
 evaluate: data/cutouts.npz
 	$(INSTALL) --no-build-isolation --editable '.[evaluate]'
-	$(BIN)/safelight train evaluate --data data --out runs/evaluation
+	$(BIN)/python -m recipes.embedded evaluate --model $(MODEL) $(ARGS)
 
 data/cutouts.npz: | $(VENV)/.ready-dev
-	$(BIN)/safelight train data data
+	$(BIN)/python -m recipes.embedded data
 
 train: data/cutouts.npz
-	$(BIN)/safelight train embedded --data data --out runs
-	$(BIN)/safelight train embedded-fast --data data --out runs --model runs/embedded
-	$(BIN)/safelight train embedded-unconditional --data data --out runs
-
-data/256/cutouts.npz: | $(VENV)/.ready-dev
-	$(BIN)/safelight train data data/256 --whole
-
-train-256: data/256/cutouts.npz
-	$(BIN)/safelight train embedded-256 --data data/256 --out runs/256
+	$(BIN)/python -m recipes.embedded train embedded sharp unconditional prompts $(ARGS)
+	$(BIN)/safelight train distil runs/prompts.txt --model runs/embedded --out runs/fast
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

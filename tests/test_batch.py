@@ -14,7 +14,7 @@ import safelight
 from safelight import Request, SafelightError
 from safelight.engine import Engine, Job, Ticket, core
 from safelight.engine.capacity import largest_useful_batch
-from safelight.engine.job import advance
+from safelight.engine.job import advance, prepare
 from safelight.model import Model
 
 
@@ -23,8 +23,8 @@ def model() -> Model:
     return safelight.load(device="cpu", dtype="float32")
 
 
-def photo() -> Image.Image:
-    values = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+def photo(side: int = 64) -> Image.Image:
+    values = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     return Image.fromarray(values)
 
 
@@ -103,8 +103,7 @@ def test_a_short_one_does_not_wait_for_a_long_one(model: Model) -> None:
     assert order == ["short", "long"]
 
 
-def test_a_long_one_has_its_turn(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core, "AGEING", 5.0)
+def test_a_long_one_has_its_turn(model: Model) -> None:
     engine = Engine(model, exact=False, rows=2)
     engine.add(Request(prompt="a cat", steps=10, sampler="euler"), "long")
     done: list[Any] = []
@@ -112,6 +111,69 @@ def test_a_long_one_has_its_turn(model: Model, monkeypatch: pytest.MonkeyPatch) 
         engine.add(Request(prompt="a cat", steps=3, sampler="euler"), i)
         done += [ticket.tag for ticket in engine.step()[1]]
     assert "long" in done
+
+
+def test_large_pictures_to_start_from_hold_nobody_up(model: Model) -> None:
+    """Each is encoded in a turn of its own, and decoded one at a time, the small ones first."""
+    engine = Engine(model, exact=False, rows=4, background=True)
+    large = Request(prompt="a cat", image=photo(256), count=6, steps=2, sampler="euler")
+    engine.add(large, "large")
+    assert not any(ticket.prepared for ticket in engine.tickets)
+    engine.step()
+    assert sum(ticket.prepared for ticket in engine.tickets) == 1
+    for tag, image in (("small", None), ("picture", photo(64))):
+        engine.add(Request(prompt="a dog", image=image, steps=2, sampler="euler"), tag)
+    order = [ticket.tag for ticket in drain(engine)]
+    assert len(order) == 8
+    assert max(order.index("small"), order.index("picture")) <= 4
+
+
+def test_a_late_short_one_does_not_wait_for_all_of_an_old_one(model: Model) -> None:
+    """However long the old one has waited."""
+    engine = Engine(model, exact=False, rows=2)
+    engine.add(Request(prompt="a cat", steps=5, count=4, sampler="euler"), "old")
+    for ticket in engine.tickets:
+        ticket.arrived -= 10_000
+    for _ in range(3):
+        engine.step()
+    engine.add(Request(prompt="a cat", steps=2, sampler="euler"), "new")
+    order = [ticket.tag for ticket in drain(engine)]
+    assert order.index("new") <= 1
+
+
+def test_dropped_before_its_turn(model: Model) -> None:
+    """What was not encoded yet never is."""
+    engine = Engine(model, exact=False, rows=2, background=True)
+    engine.add(Request(prompt="a cat", image=photo(256), count=20, steps=2), "large")
+    engine.step()
+    engine.drop("large")
+    assert not engine.busy
+
+
+def test_the_same_picture_whether_it_is_encoded_at_once_or_in_turn(model: Model) -> None:
+    request = Request(prompt="a cat", image=photo(64), seed=3, count=2, steps=3, sampler="euler")
+    alone = [image.tobytes() for image in model.generate(request).images]
+    engine = Engine(model, exact=True, background=True)
+    engine.add(request, "job")
+    tickets = sorted(drain(engine), key=lambda ticket: ticket.index)
+    assert [t.image.tobytes() for t in tickets if t.image is not None] == alone
+
+
+def test_no_memory_to_encode_fails_that_job_alone(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short_of_memory(*_: Any, **how: Any) -> Any:
+        if how["image"] is not None:
+            raise MemoryError
+        return prepare(*_, **how)
+
+    monkeypatch.setattr("safelight.engine.requests.prepare", short_of_memory)
+    engine = Engine(model, exact=False, rows=2, background=True)
+    engine.add(Request(prompt="a cat", image=photo(64), steps=2, sampler="euler"), "large")
+    engine.add(Request(prompt="a cat", steps=2, sampler="euler"), "small")
+    finished = {ticket.tag: ticket for ticket in drain(engine)}
+    assert "out of memory" in str(finished["large"].error)
+    assert finished["small"].image is not None
 
 
 def test_no_call_has_more_rows_than_asked_for(

@@ -86,5 +86,8 @@ def test_mutants_are_pictures_or_refused(
     try:
         assert open_picture(bytes(data[: len(data) - cut])).mode == "RGB"
     except SafelightError as refusal:
-        assert len(str(refusal)) < 300
+        told = str(refusal)
+    else:
+        told = ""
+    assert len(told) < 300
     assert time.process_time() - began < 2

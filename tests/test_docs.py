@@ -165,7 +165,7 @@ def test_every_decision_is_in_the_index():
 
 def test_the_notice_credits_every_package_of_the_lock():
     text = read(ROOT / "NOTICE")
-    lock = json.loads(read(LOCK))
-    assert notice(lock).strip() in text
-    for package in lock["packages"]:
+    lock = json.loads(LOCK.read_text(encoding="utf-8"))
+    assert notice(lock["packages"]).strip() in text
+    for package in [*lock["packages"], lock["names"]]:
         assert f"{package['name']} {package['version']}" in text

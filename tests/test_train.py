@@ -3,6 +3,7 @@
 import errno
 import math
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from safelight.nets.unet import UNetConfig
 from safelight.nets.unet2d import UNet2DConfig
 from safelight.nets.vae import AutoencoderKL, VAEConfig
 from safelight.sampling.schedule import SchedulerConfig
-from safelight.train import shipped
+from safelight.train import loop, networks
 from safelight.train.denoiser import (
     Noising,
     TextToImage,
@@ -222,7 +223,7 @@ def test_text_to_image_learns_and_its_folder_draws(tmp_path: Path) -> None:
     net = TextToImage(encoder, UNET)
     train_text_to_image(
         net,
-        SchedulerConfig.from_dict(shipped.SCHEDULER),
+        SchedulerConfig.from_dict(networks.SCHEDULER),
         latents,
         ids,
         torch.tensor(tokenizer.encode("").ids, dtype=torch.int16),
@@ -236,7 +237,7 @@ def test_text_to_image_learns_and_its_folder_draws(tmp_path: Path) -> None:
         AutoencoderKL(VAE),
         net.text_encoder,
         net.unet,
-        shipped.SCHEDULER,
+        networks.SCHEDULER,
         notes,
     )
     model = load_model(str(tmp_path / "model"))
@@ -261,14 +262,51 @@ def test_unconditional_learns_and_its_folder_draws(tmp_path: Path) -> None:
     green = np.full((1, 8, 8, 3), (0, 255, 0), np.uint8)
     net = train_unconditional(
         config,
-        SchedulerConfig.from_dict(shipped.PIXELS_SCHEDULER),
+        SchedulerConfig.from_dict(networks.PIXELS_SCHEDULER),
         lambda rng, n: green.repeat(n, axis=0),
         Plan(steps=300, batch=8, learning_rate=5e-3, warmup=20, ema=0.95),
         tmp_path / "run",
     )
-    export_unconditional(tmp_path / "model", net, shipped.PIXELS_SCHEDULER, {})
+    export_unconditional(tmp_path / "model", net, networks.PIXELS_SCHEDULER, {})
     model = load_model(str(tmp_path / "model"))
     image = model.generate(unconditional=True, sampler="ddim", steps=10, seed=0).images[0]
     red, green_mean, blue = np.asarray(image).reshape(-1, 3).mean(axis=0)
     # Some noise is left by a net this small; a net that learned nothing draws gray.
     assert green_mean - max(red, blue) > 40
+
+
+class TestMinutes:
+    PLAN = Plan(steps=0, batch=1, learning_rate=1e-2, warmup=2, seconds=1.0)
+
+    def train(self, folder: Path, plan: Plan = PLAN, stop_at: int | None = None) -> torch.Tensor:
+        steps = 0
+
+        def loss_of(run: Any, draw: Any) -> torch.Tensor:
+            nonlocal steps
+            if steps == stop_at:
+                raise KeyboardInterrupt
+            steps += 1
+            time.sleep(0.005)
+            return (run(torch.randn(4, 2, generator=draw.noise)) - 1).square().mean()
+
+        torch.manual_seed(0)
+        return fit(torch.nn.Linear(2, 1), loss_of, plan, folder, log=lambda _: None)["weight"]
+
+    def test_end_in_time_and_go_on_as_begun(self, tmp_path: Path) -> None:
+        whole_run = self.train(tmp_path / "a")
+        steps = int((tmp_path / "a" / "steps").read_text())
+        assert loop.PACE[1] < steps <= 250
+        # Another run of as many steps, stopped before its pace was known and after.
+        with pytest.raises(KeyboardInterrupt):
+            self.train(tmp_path / "b", stop_at=20)
+        (tmp_path / "b" / "steps").write_text(str(steps))
+        with pytest.raises(KeyboardInterrupt):
+            self.train(tmp_path / "b", stop_at=15)
+        assert torch.equal(self.train(tmp_path / "b"), whole_run)
+        assert torch.equal(self.train(tmp_path / "b", stop_at=0), whole_run)
+
+    def test_the_rate_falls_to_nothing(self) -> None:
+        plan = self.PLAN.paced(200)
+        rates = [plan.rate(step) for step in range(200)]
+        assert rates[1:101] == [1e-2] * 100
+        assert rates[199] == pytest.approx(1e-2 / 100)

@@ -18,11 +18,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import safelight
+from recipes.embedded.train import DRY
 from safelight import SafelightError
 from safelight.cli import app
 from safelight.train import folder as folders
 from safelight.train.finetune import finetune
-from safelight.train.large import DRY
 from safelight.train.loop import Plan
 from safelight.train.scratch import networks as scratch_networks
 from safelight.train.scratch import text_to_image
@@ -171,7 +171,7 @@ def test_from_nothing_to_a_model_that_draws(
 ) -> None:
     monkeypatch.setattr("safelight.train.scratch.CHECKPOINT_EVERY", 8)
     monkeypatch.setattr("safelight.train.scratch.SHEET_PROMPTS", 1)
-    tiny = DRY.vae, DRY.text, DRY.unet
+    tiny = DRY.networks
     monkeypatch.setattr("safelight.train.scratch.networks", lambda _: tiny)
     plan = Plan(steps=8, batch=4, learning_rate=2e-3, warmup=3, ema=0.8)
     made = text_to_image(pictures, tmp_path / "out", plan, autoencoder_steps=8)
@@ -195,7 +195,8 @@ def test_from_nothing_to_a_model_that_draws(
 
 @pytest.mark.parametrize("size", [64, 96, 128, 256])
 def test_networks_from_nothing_fit_together(size: int) -> None:
-    vae, text, unet = scratch_networks(size)
+    net = scratch_networks(size)
+    vae, text, unet = net.vae, net.text, net.unet
     assert unet.sample_size == size // vae.factor
     assert unet.cross_attention_dim == text.hidden_size
     assert unet.in_channels == vae.latent_channels

@@ -15,8 +15,17 @@ app = typer.Typer(help=__doc__, rich_markup_mode=None, no_args_is_help=True)
 Data = Annotated[Path, Option(help="The folder of the cut-outs.")]
 Out = Annotated[Path, Option(help="Where checkpoints, samples and models go.")]
 Minutes = Annotated[float, Option(help="Of computing, over all stages.")]
-Dry = Annotated[bool, Option("--dry-run", help="Tiny networks: to see that all of it works.")]
+Dry = Annotated[
+    bool, Option("--dry-run", help="Tiny networks and a few steps: to see that all of it works.")
+]
+Begin = Annotated[
+    Path | None,
+    Option(help="A folder that the stage embedded wrote, whose weights are trained further."),
+]
 Native = Annotated[bool, Option("--native", help="Compile the networks first.")]
+
+
+STAGES = ("embedded", "sharp", "unconditional", "prompts")
 
 
 @app.command()
@@ -29,29 +38,30 @@ def data(folder: Data = Path("data")) -> None:
 
 @app.command()
 def train(
-    stages: Annotated[list[str], typer.Argument(help="embedded, sharp, unconditional, prompts")],
+    stages: Annotated[list[str], typer.Argument(help=", ".join(STAGES))],
     data: Data = Path("data"),
     out: Out = Path("runs"),
     minutes: Minutes = 13.0,
     dry_run: Dry = False,
     native: Native = False,
+    begin: Begin = None,
 ) -> None:
     """Run stages of the training; each goes on where it was stopped."""
     from recipes.embedded.train import DRY, FULL, Recipe
 
     if not 0.05 <= minutes <= 100_000:
         raise SafelightError(f"--minutes {minutes:g}: expected 0.05 to 100000")
-    recipe = Recipe(data, out, minutes, DRY if dry_run else FULL, native)
-    known = {
+    if unknown := [stage for stage in stages if stage not in STAGES]:
+        raise SafelightError(f"no stage {unknown[0]!r}: the stages are {', '.join(STAGES)}")
+    recipe = Recipe(data, out, minutes, DRY if dry_run else FULL, native, begin)
+    run = {
         "embedded": recipe.embedded,
         "sharp": recipe.sharp,
         "unconditional": recipe.unconditional,
         "prompts": lambda: recipe.prompts(64 if dry_run else 6144),
     }
-    if unknown := [stage for stage in stages if stage not in known]:
-        raise SafelightError(f"no stage {unknown[0]!r}: the stages are {', '.join(known)}")
     for stage in stages:
-        typer.echo(known[stage]())
+        typer.echo(run[stage]())
 
 
 @app.command()

@@ -219,7 +219,7 @@ def weighted(rng: np.random.Generator, weights: Mapping[str, int]) -> str:
         at -= weight
         if at < 0:
             return key
-    return next(reversed(weights))
+    return list(weights)[-1]
 
 
 @cache

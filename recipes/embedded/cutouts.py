@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -201,10 +201,12 @@ def members(data: bytes, wanted: Collection[str]) -> dict[str, bytes]:
     return found
 
 
-def notice(lock: Mapping[str, Any]) -> str:
-    """Return the text that credits the drawings: what, by whom, licence, packaged by whom."""
+def notice(packages: Sequence[Mapping[str, str]]) -> str:
+    """Return the text that credits packages of the lock: what, by whom, licence, packaged by
+    whom.
+    """
     lines = ["The pictures that the model learned from were made from these packages:", ""]
-    for package in [*lock["packages"], lock["names"]]:
+    for package in packages:
         lines += [
             f"{package['name']} {package['version']}, packaged by {package['packager']}",
             f"  {package['work']}, copyright {package['author']}, licence {package['licence']}",

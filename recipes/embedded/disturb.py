@@ -8,20 +8,24 @@ from collections.abc import Sequence
 import numpy as np
 
 ADJECTIVES = (
-    "cute", "beautiful", "happy", "sad", "old", "new", "funny", "pretty", "lovely", "nice",
-    "modern", "colorful", "cool", "amazing", "realistic", "detailed", "simple", "adorable", "sweet",
-    "angry", "lonely", "magical", "fluffy", "shiny", "golden", "wooden", "fast", "young", "strange",
-    "elegant", "friendly", "fantastic", "single", "lazy", "royal", "epic",
+    "cute", "beautiful", "new", "funny", "pretty", "lovely", "nice", "modern", "colorful",
+    "amazing", "realistic", "detailed", "simple", "adorable", "lonely", "magical", "fluffy",
+    "shiny", "golden", "fast", "young", "strange", "elegant", "friendly", "fantastic", "single",
+    "lazy", "epic", "gentle", "brave", "clever", "curious", "rusty", "ancient",
 )  # fmt: skip
+"""None is part of a thing's name: "an angry face" is a thing, so "angry" is not here."""
+
 VERBS = (
     "sitting", "standing", "running", "flying", "sleeping", "eating", "playing", "dancing",
-    "jumping", "swimming", "smiling", "walking", "lying", "looking at the camera", "wearing a hat",
-    "reading a book", "holding a flower", "driving", "floating", "singing", "waiting",
+    "jumping", "swimming", "smiling", "walking", "lying", "driving", "floating", "singing",
+    "waiting", "resting", "hiding", "looking around", "looking at you",
 )  # fmt: skip
+"""They stand behind a whole caption; none names another thing, as "wearing a hat" would."""
+
 TAGS = (
     "4k", "8k", "hd", "high quality", "masterpiece", "best quality", "highly detailed",
     "digital art", "concept art", "studio light", "close up", "wide shot", "bright colors",
-    "soft light", "trending", "wallpaper", "minimalist", "vibrant", "by a famous artist", "style",
+    "soft light", "trending", "wallpaper", "minimalist", "vibrant", "award winning", "style",
 )  # fmt: skip
 OPENINGS = ("draw me", "please draw", "i want", "show me", "generate", "make", "draw", "create")
 
@@ -29,16 +33,17 @@ OPENINGS = ("draw me", "please draw", "i want", "show me", "generate", "make", "
 def disturb(rng: np.random.Generator, caption: str, unknown: Sequence[str]) -> str:
     """Return the caption with one or two additions that change nothing of the picture.
 
-    unknown: words that no caption uses otherwise.
+    All words of the caption stay, in their order; "a" may become "an". unknown: words that no
+    caption uses otherwise.
     """
 
     def word() -> str:
         return pick(rng, unknown if len(unknown) and rng.random() < 0.6 else ADJECTIVES)
 
     way = rng.random()
-    if way < 0.4 and re.search(r"\ba ", caption):
+    starts = [found.end() for found in re.finditer(r"\ban? ", caption)]
+    if way < 0.4 and starts:
         # An adjective, before one of the nouns.
-        starts = [found.end() for found in re.finditer(r"\ban? ", caption)]
         at = starts[int(rng.integers(len(starts)))]
         new = word()
         head = re.sub(r"\ban? $", "an " if new[0] in "aeiou" else "a ", caption[:at])
@@ -53,7 +58,9 @@ def disturb(rng: np.random.Generator, caption: str, unknown: Sequence[str]) -> s
         return f"{pick(rng, OPENINGS)} {caption}"
     if way < 0.94:
         return f"{word()} {caption}"
-    return f"{caption} {pick(rng, ('in a', 'with a', 'of', 'from', 'for', 'like a'))} {word()}"
+    link, last = pick(rng, ("in a", "with a", "of", "from", "for", "like a")), word()
+    link += "n" if link.endswith(" a") and last[0] in "aeiou" else ""
+    return f"{caption} {link} {last}"
 
 
 def pick(rng: np.random.Generator, words: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,8 @@ def invent(
         rng = np.random.default_rng([seed, *group.replace("unknown word", "one").encode()])
         other = np.random.default_rng([seed, 2])
         wanted = max(1, round(count * share))
+        if group == "unknown word" and not unknown:
+            continue
         for _ in range(wanted * TRIES):
             scene = scenes.invent(rng, **given, disturbed=False)
             plain = scene.ground not in SCENES
@@ -96,12 +98,20 @@ def invent(
             if words is not None and not words.issuperset(split_words(scene.said)):
                 continue
             if group == "unknown word":
-                scene = replace(scene, said=disturb(other, scene.said, unknown))
+                scene = replace(scene, said=with_unknown(other, scene.said, unknown))
             asked.append(Asked(group, scene))
             wanted -= 1
             if not wanted:
                 break
     return asked
+
+
+def with_unknown(rng: np.random.Generator, caption: str, unknown: Sequence[str]) -> str:
+    """Return the caption with one of the unknown words in it."""
+    while True:
+        said = disturb(rng, caption, unknown)
+        if not set(unknown).isdisjoint(split_words(said)):
+            return said
 
 
 def draw(
@@ -178,6 +188,7 @@ def evaluate(
     asked = invent(scenes, model.words, scenes.held_out_words, share=share)
     wanted, names = [a.scene for a in asked], list(scenes.names)
     rng = np.random.default_rng([0, 2])
+    out.mkdir(parents=True, exist_ok=True)
     composed = stage.compose(wanted, rng).cpu().numpy()
     fresh = stage.compose(wanted, rng).cpu().numpy()
     drawn = draw(model, [scene.said for scene in wanted], log=log)
@@ -273,27 +284,27 @@ def frechet(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
 
 
 def _nearest(drawn: Pixels, wanted: list[Scene], stage: Stage, path: Path) -> dict[str, float]:
-    """Return how near each picture of one thing is to the nearest of what training may have shown:
-    every drawing, on its ground, in the middle. In mean absolute difference of 0..255 at 64
-    pixels a side.
+    """Return how near each picture of one thing on white is to the nearest of what training may
+    have shown: every drawing, alone on white. In mean absolute difference of 0..255 at 64 pixels
+    a side. Writes the nearest pairs to `path`.
     """
-    scenes, rng, rows = stage.scenes, np.random.default_rng(0), []
-    grounds: dict[str, torch.Tensor] = {}
-    for i, scene in enumerate(wanted):
-        if scene.kind != "one" or scene.ground != WHITE:
-            continue
-        if scene.ground not in grounds:
-            shown = [
-                Scene("one", (row["concept"],), row["style"], scene.ground) for row in scenes.rows
-            ]
-            grounds[scene.ground] = F.adaptive_avg_pool2d(to_pixels(stage.compose(shown, rng)), 64)
+    rng, drawn = np.random.default_rng(0), enlarged(drawn)
+    shown = [Scene("one", (row["concept"],), row["style"]) for row in stage.scenes.rows]
+    which = [i for i, scene in enumerate(wanted) if scene.kind == "one" and scene.ground == WHITE]
+    if not which:
+        return {}
+    known = torch.cat(
+        [
+            F.adaptive_avg_pool2d(to_pixels(stage.compose(shown[i : i + 100], rng)), 64).cpu()
+            for i in range(0, len(shown), 100)
+        ]
+    )
+    rows = []
+    for i in which:
         small = F.adaptive_avg_pool2d(to_pixels(drawn[i : i + 1]), 64)
-        apart = (grounds[scene.ground].cpu() - small).abs().mean((1, 2, 3)) * 127.5
-        near = int(apart.argmin())
-        beside = stage.compose(
-            [Scene("one", (scenes.rows[near]["concept"],), scenes.rows[near]["style"])], rng
-        )[0]
-        rows.append((float(apart.min()), drawn[i], beside.cpu().numpy()))
+        apart = (known - small).abs().mean((1, 2, 3)) * 127.5
+        beside = enlarged(stage.compose([shown[int(apart.argmin())]], rng).cpu().numpy())[0]
+        rows.append((float(apart.min()), drawn[i], beside))
     rows.sort(key=lambda row: row[0])
     pairs = [Image.fromarray(np.concatenate(row[1:], axis=1)) for row in rows[:20]]
     grid(pairs, 5).save(path)

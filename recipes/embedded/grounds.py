@@ -41,7 +41,9 @@ def _near(rng: np.random.Generator, colour: Colour, reach: int = 10) -> Colour:
     return r, g, b
 
 
-def _gradient(image: Image.Image, top: Colour, bottom: Colour, start: int = 0, end: int = SIDE):
+def _gradient(
+    image: Image.Image, top: Colour, bottom: Colour, start: int = 0, end: int = SIDE
+) -> None:
     rows = np.linspace(0, 1, max(1, end - start))[:, None]
     colours = np.array(top) * (1 - rows) + np.array(bottom) * rows
     band = np.repeat(colours[:, None], SIDE, axis=1).round().astype(np.uint8)

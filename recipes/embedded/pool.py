@@ -10,21 +10,22 @@ import torch
 from torch import Tensor
 
 from recipes.embedded.scenes import Scene
-from recipes.embedded.stage import Stage, parts
+from recipes.embedded.stage import Stage
+from recipes.embedded.supply import parts
 
 
 class Pool:
     """Pictures, uint8 [n, size, size, 3] on the stage's device, and their scenes.
 
-    They depend on count, seed and data alone. given: as for `Scenes.invent`.
+    They depend on count, seed and data alone. path: of cutouts.npz. given: as for
+    `Scenes.invent`, and `workers` as for `supply.parts`.
     """
 
     def __init__(self, stage: Stage, path: Path, count: int, seed: int, **given: Any) -> None:
         self.scenes: list[Scene] = []
         size = stage.size
-        self.pictures = torch.empty(
-            count, size, size, 3, dtype=torch.uint8, device=stage.device
-        )  # fmt: skip
+        shape = (count, size, size, 3)
+        self.pictures = torch.empty(shape, dtype=torch.uint8, device=stage.device)
         for scenes, things, rng in parts(stage.scenes, path, count, seed, **given):
             at, some = len(self.scenes), min(len(scenes), count - len(self.scenes))
             self.pictures[at : at + some] = stage.draw(scenes[:some], things[:some], rng)
@@ -35,6 +36,7 @@ class Pool:
 
     @property
     def captions(self) -> list[str]:
+        """What each picture's caption says."""
         return [scene.said for scene in self.scenes]
 
     def free(self) -> None:

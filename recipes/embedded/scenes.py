@@ -50,6 +50,9 @@ STANDING_SHARE = (0.46, 0.7)
 BIG_SHARE = (0.88, 0.98)
 SMALL_SHARE = (0.3, 0.42)
 PAIR_SHARE = (0.4, 0.47)
+TRIES = 10_000
+"""Things that are tried before a kind of scene is taken to be impossible."""
+
 FLOATING = frozenset({"underwater", "space", "sky"})
 """Scenes without a ground to stand on."""
 
@@ -168,7 +171,7 @@ class Scenes:
                 f"no ground {ground!r}: there are {', '.join((*COLOURS, *SCENES))}"
             )
         kind = kind or captions.weighted(rng, self._kinds)
-        while True:
+        for _ in range(TRIES):
             first = choose(rng, list(self.names)) if concept is None else self._find(concept)
             chosen = style or self._style(rng, first, held_out)
             scene = chosen and self._one(rng, kind, first, chosen, held_out == "colour")
@@ -176,6 +179,10 @@ class Scenes:
                 break
             if concept is not None:
                 raise SafelightError(f"{concept!r} cannot be shown as {kind!r}")
+        else:
+            raise SafelightError(
+                f"no thing of these can be shown as {kind!r}, held out: {held_out}"
+            )
         scene = replace(scene, ground=ground or self._ground(rng, scene))
         scene = replace(scene, said=self._said(rng, scene, named=held_out == "style"))
         if rng.random() < DISTURBED if disturbed is None else disturbed:
@@ -305,7 +312,7 @@ class Scenes:
             angle = float(rng.uniform(-15, 15)) if rng.random() < TURNED else 0.0
             flip = mirrored and self._flips[scene.concepts[k]]
             if scene.ground in SCENES and scene.ground not in FLOATING and len(which) == 1:
-                # It stands on the ground; of several, the lower ones do.
+                # What is alone stands on the ground; several of a kind keep their places.
                 if scene.count == 1:
                     y = GROUND - share * self.extents[which[k]][1] / 2
                 angle = 0.0

@@ -35,7 +35,10 @@ BEGIN = 100
 
 
 class Patches(nn.Module):
-    """Says of each patch how much it looks composed: [n, 3, h, w] to [n, 1, h/8, w/8]."""
+    """The discriminator: a number for each patch, larger the more the patch looks composed.
+
+    It maps [n, 3, h, w] to [n, 1, h/8, w/8].
+    """
 
     def __init__(self, width: int = 48) -> None:
         super().__init__()
@@ -56,23 +59,30 @@ class Patches(nn.Module):
 
 
 def sharpen(
-    vae: AutoencoderKL, pool: Pool, plan: Plan, folder: Path, *, native: bool = False
+    vae: AutoencoderKL,
+    pool: Pool,
+    plan: Plan,
+    folder: Path,
+    *,
+    every: int = 500,
+    native: bool = False,
 ) -> None:
-    """Train vae.decoder in place on the pictures of `pool`; the encoder stays as it is."""
+    """Train vae.decoder in place on the pictures of `pool`; the encoder stays as it is.
+
+    Every `every` steps all that a run needs to go on goes to `folder`, the discriminator and its
+    optimizer included.
+    """
     device = pool.pictures.device
     vae.to(device)
     decoder = _Decode(vae)
-    for parameter in [*vae.encoder.parameters(), *vae.quant_conv.parameters()]:  # type: ignore[union-attr]
-        parameter.requires_grad_(False)
+    vae.requires_grad_(False)
+    decoder.requires_grad_(True)
     torch.manual_seed(plan.seed)
     critic = Patches().to(device)
     optimizer = torch.optim.Adam(critic.parameters(), lr=RATE, betas=(0.5, 0.99))
     last = vae.decoder.conv_out.weight
-    step = 0
 
     def loss_of(run: Any, draw: Draw) -> Tensor:
-        nonlocal step
-        step += 1
         pictures = to_pixels(pool.batch(plan.batch, draw.data)[0]).to(draw.device)
         with autocast(draw.device):
             with torch.no_grad():
@@ -87,7 +97,7 @@ def sharpen(
         optimizer.zero_grad(set_to_none=True)
         wrong.backward()
         optimizer.step()
-        if step < BEGIN:
+        if draw.step < BEGIN:
             return plain
         with autocast(draw.device):
             fooled = -critic(drawn).float().mean()
@@ -95,10 +105,16 @@ def sharpen(
         of_fooled = torch.autograd.grad(fooled, last, retain_graph=True)[0].norm()
         return plain + (WEIGHT * of_plain / (of_fooled + 1e-4)).clamp(max=100).detach() * fooled
 
-    decoder.load_state_dict(fit(decoder, loss_of, plan, folder, native=native), strict=False)
+    also = {"discriminator": critic, "its optimizer": optimizer}
+    decoder.load_state_dict(
+        fit(decoder, loss_of, plan, folder, every=every, native=native, also=also)
+    )
+    vae.cpu().eval().requires_grad_(False)
 
 
 class _Decode(nn.Module):
+    """The half of the autoencoder that draws."""
+
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
         assert vae.post_quant_conv is not None

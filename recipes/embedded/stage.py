@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from os import cpu_count
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,19 +19,30 @@ from recipes.embedded.scenes import Scene, Scenes, Thing
 AT_ONCE = 256
 """Things drawn at a time: at 240 pixels of float32 a gigabyte, with all that painting needs."""
 
-PART = 512
-"""Scenes that share a random generator: a part depends on the seed and its number alone."""
-
 
 class Stage:
-    """Draws scenes as pictures of `size` pixels a side on `device`."""
+    """Draws scenes as pictures of `size` pixels a side on `device`.
 
-    def __init__(self, scenes: Scenes, device: torch.device | str, size: int = 256) -> None:
+    variants: pictures of each drawn ground.
+    """
+
+    def __init__(
+        self,
+        scenes: Scenes,
+        device: torch.device | str,
+        size: int = 256,
+        variants: int = grounds.VARIANTS,
+    ) -> None:
         self.scenes, self.device, self.size = scenes, torch.device(device), size
+        self.variants = variants
         self._cutouts = torch.from_numpy(scenes.pictures).to(self.device)
-        self._grounds = torch.from_numpy(grounds.draw_all(size)).to(self.device)
         self._cones = torch.from_numpy(TO_CONES).float().to(self.device)
         self._lab = torch.from_numpy(TO_LAB).float().to(self.device)
+
+    @cached_property
+    def _grounds(self) -> Tensor:
+        """All drawn grounds, drawn when the first scene needs one: it takes seconds."""
+        return torch.from_numpy(grounds.draw_all(self.size, self.variants)).to(self.device)
 
     def batch(self, n: int, rng: np.random.Generator, **given: Any) -> tuple[Tensor, list[Scene]]:
         """Return `n` pictures, uint8 [n, size, size, 3] on the device, and their scenes.
@@ -155,42 +162,3 @@ class Stage:
         linear = linear.clamp(0, 1)
         rgb = torch.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
         pictures[which] = torch.cat([rgb * 255, pictures[which][..., 3:]], dim=-1)
-
-
-Part = tuple[list[Scene], list[list[Thing]], Any]
-
-
-def parts(scenes: Scenes, path: Path, count: int, seed: int, **given: Any) -> Iterator[Part]:
-    """Yield scenes and their things, PART at a time, and the generator that goes on from there.
-
-    Python invents some thousand scenes a second, so all processors do. given: as for `invent`.
-    """
-    numbers = range(-(-count // PART))
-    workers = min(len(numbers), cpu_count() or 1)
-    if workers < 4:
-        yield from (_part(scenes, seed, number, given) for number in numbers)
-        return
-    with ProcessPoolExecutor(workers, get_context("spawn"), _begin, (path,)) as pool:
-        jobs = [pool.submit(_part_of_worker, seed, number, given) for number in numbers]
-        for job in jobs:
-            yield job.result()
-
-
-_scenes: Scenes | None = None
-
-
-def _begin(path: Path) -> None:
-    global _scenes
-    torch.set_num_threads(1)
-    _scenes = Scenes(path)
-
-
-def _part_of_worker(seed: int, number: int, given: dict[str, Any]) -> Part:
-    assert _scenes is not None
-    return _part(_scenes, seed, number, given)
-
-
-def _part(scenes: Scenes, seed: int, number: int, given: dict[str, Any]) -> Part:
-    rng = np.random.default_rng([seed, number])
-    invented = [scenes.invent(rng, **given) for _ in range(PART)]
-    return invented, [scenes.arrange(rng, scene) for scene in invented], rng

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from recipes.embedded.cutouts import LOCK, notice
+from recipes.embedded.grounds import VARIANTS
 from recipes.embedded.pool import Pool
 from recipes.embedded.scenes import Scenes
 from recipes.embedded.sharpen import sharpen
@@ -24,6 +25,7 @@ from safelight.errors import SafelightError
 from safelight.nets.clip import CLIPTextModel
 from safelight.nets.unet2d import UNet2DConfig
 from safelight.nets.vae import AutoencoderKL
+from safelight.prompt.tokenizer import Tokenizer
 from safelight.sampling.schedule import SchedulerConfig
 from safelight.train import networks
 from safelight.train.autoencoder import encode, latent_spread, to_pixels, train_autoencoder
@@ -37,6 +39,7 @@ from safelight.train.devices import accelerator
 from safelight.train.export import export_text_to_image, export_unconditional
 from safelight.train.loop import Draw, Plan, progress
 from safelight.train.tokens import train_vocabulary
+from safelight.weights import load_model
 
 MINUTES = 13.0
 """Of one H100, for all stages."""
@@ -58,13 +61,16 @@ SHEET = (
 )  # fmt: skip
 """Prompts whose pictures are drawn while it trains, so that progress can be seen."""
 
+SHARP = "vae-sharp.safetensors"
+"""The autoencoder whose decoder was trained further."""
+
 DRAW_WITH = {"sampler": "dpmpp_2m", "steps": 20, "guidance_scale": 4.0}
 """What the model draws best with."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of networks, data and batches. The plans get their steps from the minutes."""
+    """Of networks, data and batches. A plan without steps gets them from the minutes."""
 
     size: int
     scenes: int
@@ -78,6 +84,8 @@ class Sizes:
     pixels_plan: Plan
     every: int = 2500
     """Steps between two checkpoints."""
+    variants: int = VARIANTS
+    """Pictures of each drawn ground."""
 
 
 FULL = Sizes(
@@ -92,10 +100,10 @@ FULL = Sizes(
     pixels_plan=Plan(steps=0, batch=128, learning_rate=6e-4, warmup=200),
 )
 
-# The same way in small: to see on any machine, in two minutes, that all of it works.
+# The same way in small: to see on any machine, within seconds, that all of it works.
 DRY = Sizes(
     size=64,
-    scenes=128,
+    scenes=64,
     networks=networks.Networks(
         vae=replace(networks.LARGE.vae, block_out_channels=(8, 8, 16, 16)),
         text=replace(
@@ -108,12 +116,14 @@ DRY = Sizes(
             cross_attention_dim=32,
         ),
     ),
-    vae_plan=replace(FULL.vae_plan, batch=2, warmup=5),
-    text_plan=replace(FULL.text_plan, batch=16, warmup=5),
-    unet_plan=replace(FULL.unet_plan, batch=8, warmup=5),
-    sharp_plan=replace(FULL.sharp_plan, batch=2, warmup=5),
+    vae_plan=replace(FULL.vae_plan, steps=12, batch=2, warmup=2),
+    text_plan=replace(FULL.text_plan, steps=12, batch=16, warmup=2),
+    unet_plan=replace(FULL.unet_plan, steps=12, batch=8, warmup=2),
+    sharp_plan=replace(FULL.sharp_plan, steps=12, batch=2, warmup=2),
     pixels=replace(networks.PIXELS, sample_size=16, block_out_channels=(32, 32, 32)),
-    pixels_plan=replace(FULL.pixels_plan, batch=4, warmup=5),
+    pixels_plan=replace(FULL.pixels_plan, steps=12, batch=4, warmup=2),
+    every=4,
+    variants=2,
 )
 
 
@@ -121,59 +131,63 @@ class Recipe:
     """One run of the recipe: its data, its sizes, its folder.
 
     Each stage keeps its checkpoint under `out` and goes on from there when it is called again.
+    begin: a folder that `embedded` wrote, to begin from: its vocabulary and autoencoder are
+    taken as they are, its text encoder and UNet are trained further.
     """
 
-    def __init__(self, data: Path, out: Path, minutes: float, sizes: Sizes, native: bool) -> None:
+    def __init__(
+        self,
+        data: Path,
+        out: Path,
+        minutes: float,
+        sizes: Sizes,
+        native: bool = False,
+        begin: Path | None = None,
+    ) -> None:
         self.path = data / "cutouts.npz"
         if not self.path.exists():
             raise SafelightError(f"{self.path} is missing: run the data stage first")
         self.out, self.minutes, self.sizes, self.native = out, minutes, sizes, native
+        self.base = None
+        made_from = ""
+        if begin is not None:
+            self.base = load_model(str(begin), device="cpu", dtype="float32", plain=True)
+            made_from = f" {self.base.sha256}"
         self.device = accelerator().device
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
-        self.stage = Stage(Scenes(self.path), self.device, sizes.size)
+        self.stage = Stage(Scenes(self.path), self.device, sizes.size, sizes.variants)
         self.scenes = self.stage.scenes
-        self.digest = hashlib.sha256(
-            f"{self.scenes.sha256} {sizes} {minutes}".encode()
-        ).hexdigest()  # fmt: skip
+        made_from = f"{self.scenes.sha256} {sizes} {minutes}{made_from}"
+        self.digest = hashlib.sha256(made_from.encode()).hexdigest()
         self.model = out / "embedded"
         self.model.mkdir(parents=True, exist_ok=True)
         credit(self.model)
 
     def plan(self, plan: Plan, stage: str) -> Plan:
-        """Return the plan for its share of the minutes."""
-        return replace(plan, seconds=60 * self.minutes * SHARES[stage], recipe=self.digest)
+        """Return the plan with its own steps, or else its share of the minutes."""
+        seconds = None if plan.steps else 60 * self.minutes * SHARES[stage]
+        return replace(plan, seconds=seconds, recipe=self.digest)
 
     def embedded(self) -> Path:
         """Train autoencoder, text encoder and UNet, and write the folder out/embedded."""
-        net = self.sizes.networks
-        tokenizer = train_vocabulary(
-            [*self.scenes.captions_corpus(), *self.scenes.unknown],
-            net.text.vocab_size,
-            self.model / "tokenizer",
-            net.text.max_position_embeddings,
-        )
+        tokenizer = self._vocabulary()
         pool = self._timed("scenes", lambda: Pool(self.stage, self.path, self.sizes.scenes, 1))
-        plan = self.plan(self.sizes.vae_plan, "autoencoder")
-        vae = self._timed(
-            "autoencoder",
-            lambda: train_autoencoder(
-                net.vae, pool, plan, self.out / "autoencoder", native=self.native
-            ),
-        )
-        spread = latent_spread(vae, pool, Draw.of(0, 0), min(512, len(pool)))
-        vae.config = replace(vae.config, scaling_factor=round(1 / spread, 5))
-        _save(vae, self.out / "vae.safetensors")
-        (self.out / "scaling").write_text(str(vae.config.scaling_factor))
+        vae = self._timed("autoencoder", lambda: self._encoder(pool))
         latents = self._timed("latents", lambda: self._encoded(vae, pool))
         ids = torch.tensor([tokenizer.encode(t).ids for t in pool.captions], dtype=torch.int16)
         ids = ids.to(self.device)
         pool.free()
         torch.manual_seed(0)
-        text = CLIPTextModel(net.text)
-        plan = self.plan(self.sizes.text_plan, "words")
-        teach_words(text, latents, ids, tokenizer.eos, plan, self.out / "words")
-        both = TextToImage(text, net.unet)
+        net = TextToImage(CLIPTextModel(self.sizes.networks.text), self.sizes.networks.unet)
+        if self.base is None:
+            plan = self.plan(self.sizes.text_plan, "words")
+            teach_words(net.text_encoder, latents, ids, tokenizer.eos, plan, self.out / "words")
+        else:
+            _take(net.text_encoder, self.base.text_encoder)
+            _take(net.unet, self.base.unet)
+        if (self.out / SHARP).exists():
+            vae.load_state_dict(load_file(self.out / SHARP))
 
         def export(trained: nn.Module, step: int) -> None:
             assert isinstance(trained, TextToImage)
@@ -181,7 +195,7 @@ class Recipe:
             export_text_to_image(self.model, *parts, networks.SCHEDULER, self.notes())
 
         train_text_to_image(
-            both,
+            net,
             SchedulerConfig.from_dict(networks.SCHEDULER),
             latents,
             ids,
@@ -192,17 +206,54 @@ class Recipe:
             native=self.native,
             on_checkpoint=export,
         )
-        export(both, 0)
+        export(net, self.sizes.unet_plan.steps)
         return self.model
 
+    def _vocabulary(self) -> Tokenizer:
+        """Return the tokenizer, and write it into the folder of the model."""
+        text, folder = self.sizes.networks.text, self.model / "tokenizer"
+        if self.base is not None:
+            assert self.base.tokenizer is not None
+            self.base.tokenizer.save(folder)
+            return self.base.tokenizer
+        captions = [*self.scenes.captions_corpus(), *self.scenes.unknown]
+        return train_vocabulary(captions, text.vocab_size, folder, text.max_position_embeddings)
+
+    def _encoder(self, pool: Pool) -> AutoencoderKL:
+        """Return the autoencoder, trained or taken from `begin`; it is kept in `out`, too."""
+        config = self.sizes.networks.vae
+        if self.base is not None:
+            assert self.base.vae is not None
+            vae = AutoencoderKL(config)
+            _take(vae, self.base.vae)
+            factor = self.base.vae.config.scaling_factor
+        else:
+            plan = self.plan(self.sizes.vae_plan, "autoencoder")
+            vae = train_autoencoder(
+                config, pool, plan, self.out / "autoencoder", native=self.native
+            )
+            spread = latent_spread(vae, pool, Draw.of(0, 0), min(512, len(pool)))
+            factor = round(1 / spread, 5)
+        vae.config = replace(vae.config, scaling_factor=factor)
+        _save(vae, self.out / "vae.safetensors")
+        (self.out / "scaling").write_text(str(factor))
+        return vae.eval().requires_grad_(False)
+
     def sharp(self) -> Path:
-        """Train the decoder further, on latents with errors, and write the folder anew."""
-        vae = self._autoencoder()
+        """Train the decoder further, on latents with errors, and put it into out/embedded."""
+        if not (self.out / "vae.safetensors").exists():
+            raise SafelightError("the stage sharp needs an autoencoder: run embedded first")
+        factor = float((self.out / "scaling").read_text())
+        vae = AutoencoderKL(replace(self.sizes.networks.vae, scaling_factor=factor))
+        vae.load_state_dict(load_file(self.out / "vae.safetensors"))
         pool = Pool(self.stage, self.path, max(8, self.sizes.scenes // 6), 2)
         plan = self.plan(self.sizes.sharp_plan, "sharp")
-        sharpen(vae, pool, plan, self.out / "sharp")
-        _save(vae, self.out / "vae-sharp.safetensors")
-        return self.out / "vae-sharp.safetensors"
+        sharpen(vae, pool, plan, self.out / "sharp", every=self.sizes.every, native=self.native)
+        _save(vae, self.out / SHARP)
+        path = self.model / "vae" / "diffusion_pytorch_model.safetensors"
+        if path.exists():
+            _save(vae.half(), path)
+        return self.model
 
     def unconditional(self) -> Path:
         """Train the model of pixels and write the folder out/embedded-unconditional."""
@@ -210,11 +261,12 @@ class Recipe:
         folder.mkdir(parents=True, exist_ok=True)
         credit(folder)
         side = self.sizes.pixels.sample_size or 64
-        stage = Stage(self.scenes, self.device, 2 * side)
+        stage = Stage(self.scenes, self.device, 2 * side, self.sizes.variants)
         rng = np.random.default_rng(3)
+        names = [name for name in NAMEABLE if name in self.scenes.names]
         shown = [
             self.scenes.invent(rng, "one", concept, style, "white", disturbed=False)
-            for concept in NAMEABLE
+            for concept in names or self.scenes.names
             for style in ("flat", "3d")
             for _ in range(24)
         ]
@@ -231,6 +283,7 @@ class Recipe:
             some,
             self.plan(self.sizes.pixels_plan, "unconditional"),
             self.out / "unconditional",
+            every=self.sizes.every,
             native=self.native,
         )
         notes = {"data_sha256": self.scenes.sha256}
@@ -254,12 +307,6 @@ class Recipe:
             "draw_with": DRAW_WITH,
         }
 
-    def _autoencoder(self) -> AutoencoderKL:
-        factor = float((self.out / "scaling").read_text())
-        vae = AutoencoderKL(replace(self.sizes.networks.vae, scaling_factor=factor))
-        vae.load_state_dict(load_file(self.out / "vae.safetensors"))
-        return vae
-
     def _encoded(self, vae: AutoencoderKL, pool: Pool) -> Tensor:
         """Return latents, float16 [n, 4, h, w] on the device."""
         return torch.cat([encode(vae, some) for some in pool.pictures.split(512)]).to(self.device)
@@ -275,7 +322,8 @@ class Recipe:
 
 def credit(folder: Path) -> None:
     """Name the sources beside the weights, since the folder may be passed on alone."""
-    (folder / "NOTICE").write_text(notice(json.loads(LOCK.read_text(encoding="utf-8"))))
+    lock = json.loads(LOCK.read_text(encoding="utf-8"))
+    (folder / "NOTICE").write_text(notice([*lock["packages"], lock["names"]]), encoding="utf-8")
 
 
 NAMEABLE = (
@@ -291,4 +339,16 @@ NAMEABLE = (
 
 
 def _save(net: nn.Module, path: Path) -> None:
-    save_file({name: t.cpu().contiguous() for name, t in net.state_dict().items()}, path)
+    weights = {name: t.cpu().contiguous() for name, t in net.state_dict().items()}
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def _take(net: nn.Module, other: nn.Module | None) -> None:
+    """Take over the weights of another network. Raises SafelightError if its sizes differ."""
+    try:
+        net.load_state_dict({} if other is None else other.state_dict())
+    except RuntimeError:
+        raise SafelightError(
+            f"--begin: its {type(net).__name__} has other sizes than the recipe's: expected a "
+            "folder that the stage embedded wrote"
+        ) from None

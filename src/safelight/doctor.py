@@ -180,8 +180,7 @@ def _state(folder: Path) -> str:
 
 
 def _models() -> dict[str, list[str]]:
-    from safelight.cli.tools import cached
-    from safelight.weights.find import BUILT_IN, MODELS
+    from safelight.weights.find import BUILT_IN, MODELS, cached
 
     return {
         "shipped": [name for name in BUILT_IN if (MODELS / name).is_dir()],

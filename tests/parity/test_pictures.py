@@ -52,7 +52,8 @@ def scheduler(pipe: Any, sampler: str, schedule: str | None) -> Any:
 
 def draw(model: Model, **settings: Any) -> tuple[np.ndarray, np.ndarray]:
     """Our final latents and picture, before anything is laid back outside a mask."""
-    request = resolve_request(model, Request(**settings))
+    # The default of diffusers' pipelines, whatever the model says it draws best with.
+    request = resolve_request(model, Request(**{"guidance_scale": 7.5, **settings}))
     with torch.inference_mode():
         conditioning = model.family.encode(model, request)
         made = create_job(model, request, conditioning, request.seed)

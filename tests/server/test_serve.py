@@ -341,7 +341,7 @@ class TestDurability:
             others = [serving.submit(prompt="a cat", **QUICK) for _ in range(3)]
             for _ in range(3):
                 wait_for(lambda: serving.job(poison)["progress"]["step"] > 0)
-                os.kill(serving.worker(), signal.SIGKILL)
+                os.kill(serving.worker(), signal.SIGSEGV)
                 wait_for(lambda: serving.job(poison)["progress"]["step"] == 0)
             assert serving.finished(poison)["status"] == "failed"
             assert "stopped 3 times" in serving.job(poison)["error"]

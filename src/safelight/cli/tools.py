@@ -43,7 +43,7 @@ def samplers(as_json: Json = False) -> None:
 
 def models(as_json: Json = False) -> None:
     """List the models on this machine, shipped or cached."""
-    from safelight.weights.find import BUILT_IN, MODELS
+    from safelight.weights.find import BUILT_IN, MODELS, cached
 
     known = [
         {"name": name, "where": "ships with Safelight"}
@@ -57,22 +57,6 @@ def models(as_json: Json = False) -> None:
     rows = [(entry["name"], entry["where"]) for entry in known]
     for line in table([("NAME", "WHERE"), *rows]):
         say(line)
-
-
-def cached() -> list[str]:
-    """The models in the hub's cache."""
-    from huggingface_hub import CacheNotFound, scan_cache_dir
-
-    try:
-        repos = scan_cache_dir().repos
-    except CacheNotFound:
-        return []
-    return sorted(
-        repo.repo_id
-        for repo in repos
-        if repo.repo_type == "model"
-        and any(f.file_name == "model_index.json" for r in repo.revisions for f in r.files)
-    )
 
 
 def inspect(

@@ -6,11 +6,13 @@ their states have one shape.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,12 +25,13 @@ from safelight.errors import SafelightError
 from safelight.families.base import Conditioning
 from safelight.request import Request
 from safelight.result import Result
+from safelight.sampling import Table
 
 if TYPE_CHECKING:
     from safelight.model import Model
 
-AGEING = 0.5
-"""Rows of credit for each row's time of waiting, so that long pictures get their turn too."""
+LISTEN = 0.2
+"""Seconds after which one who waits for a picture to be decoded may do something else."""
 
 MAX_PROMPTS = 64
 """Prompts whose conditioning is kept."""
@@ -43,32 +46,57 @@ def too_large() -> SafelightError:
 class Ticket:
     """One picture in the making.
 
-    index: which picture of its request; tag: whatever the client knows it by; dtype: the
-    precision that it is drawn in. image or error: set when it is finished.
+    table, conditioning: of its job. size: its latents' numbers, as a multiple of those of the
+    model's own size. index: which picture of its request. tag: whatever the client knows it by.
+    dtype: the precision that it is drawn in. prepare: makes the job, when its turn comes. image or
+    error: set when it is finished.
     """
 
-    job: Job
+    table: Table
+    conditioning: Conditioning
+    size: float
     index: int
     seed: int
     dtype: str
     tag: Any = None
+    prepare: Callable[[], Job] | None = None
     arrived: float = field(default_factory=time.monotonic)
     image: Image.Image | None = None
     error: Exception | None = None
+    _job: Job | None = None
+
+    @property
+    def job(self) -> Job:
+        """Its state; made now if its turn has not come yet."""
+        if self._job is None:
+            assert self.prepare is not None
+            self._job, self.prepare = self.prepare(), None
+        return self._job
+
+    @property
+    def prepared(self) -> bool:
+        return self._job is not None
 
     @property
     def steps(self) -> int:
         """Rows of its table, those that are taken included."""
-        return len(self.job.table.rows)
+        return len(self.table.rows)
 
     @property
     def rows(self) -> int:
         """Rows of the network's call, at each step."""
-        return self.job.conditioning.evaluations
+        return self.conditioning.evaluations
 
     @property
-    def rows_left(self) -> int:
-        return (self.steps - self.job.cursor) * self.rows
+    def load(self) -> float:
+        """Rows of the model's own size that take as long as a step."""
+        return self.rows * self.size
+
+    @property
+    def work_left(self) -> float:
+        """Rows of the model's own size that take as long as all of its steps to come."""
+        taken = self._job.cursor if self._job is not None else -1  # to prepare is a step, too
+        return (self.steps - taken) * self.load
 
     @property
     def call_key(self) -> tuple[Any, ...]:
@@ -77,14 +105,17 @@ class Ticket:
 
 
 class Engine:
-    """Steps pictures, the one with the least left first, with ageing.
+    """Steps pictures in turn, so that short ones do not wait for long ones, nor these for ever.
+
+    Half of the time goes to the picture with the least left to do, half to the oldest request.
 
     Clients add requests, call `step` while `busy`, and take the tickets that are finished. They
     may look at a ticket's job between steps, and must not change it.
 
     exact: each call of the network holds one picture, so that no neighbour changes a last bit.
-    rows: most rows of a call; None measures the largest batch that pays off. background: decode
-    in a thread beside the steps.
+    rows: most rows of a call; None measures the largest batch that pays off. background: for a
+    server. To encode a picture to start from is a step of its own, and pictures are decoded in a
+    thread beside the steps, one at a time.
     """
 
     def __init__(
@@ -102,7 +133,10 @@ class Engine:
         self._prompts: OrderedDict[Any, Conditioning] = OrderedDict()
         self._decoder = ThreadPoolExecutor(1, "decode") if background else None
         self._undecoded: list[Ticket] = []
+        self._owing = 0.0
+        self._owed = 0.0  # seconds that the shortest had more than the oldest
         self._decoding: dict[Future[Image.Image], Ticket] = {}
+        self._in_flight: Future[Image.Image] | None = None
 
     @property
     def busy(self) -> bool:
@@ -111,12 +145,14 @@ class Engine:
 
     @property
     def rows_a_second(self) -> float:
+        """Rows of the model's own size."""
         return 1 / self._seconds_a_row
 
     def add(self, request: Request, tag: Any = None, done: Collection[int] = ()) -> Result:
         """Take in the pictures of a request, without those whose index is in `done`.
 
-        They join at the next step. Returns the result that they belong to, without pictures yet.
+        They join at the next step. Pictures to start from are encoded now, or in a server when
+        their turn comes. Returns the result that they belong to, without pictures yet.
         Raises SafelightError if the request does not fit the model.
         """
         model = self.model
@@ -125,10 +161,20 @@ class Engine:
                 resolved = resolve_request(model, request)
                 conditioning = self._conditioning(resolved)
                 result = new_result(model, request, resolved)
+                table, arrived = model.family.table(model, resolved), time.monotonic()
                 for i, seed in enumerate(result.seeds):
                     if i not in done:
-                        job = create_job(model, resolved, conditioning, seed)
-                        self.add_job(job, tag, index=i, seed=seed)
+                        create = partial(create_job, model, resolved, conditioning, seed)
+                        if self._decoder is not None and request.image is not None:
+                            size = self._size(_latents(model, resolved))
+                            ticket = Ticket(
+                                *(table, conditioning, size, i, seed, model.precision, tag),
+                                prepare=create,
+                            )
+                            self.tickets.append(ticket)
+                        else:
+                            ticket = self.add_job(create(), tag, index=i, seed=seed)
+                        ticket.arrived = arrived
         except (MemoryError, RuntimeError) as error:  # of a large picture to start from
             if not out_of_memory(error):
                 raise
@@ -138,9 +184,15 @@ class Engine:
 
     def add_job(self, job: Job, tag: Any = None, *, index: int = 0, seed: int = 0) -> Ticket:
         """Take in a job that was prepared elsewhere, and return its ticket."""
-        ticket = Ticket(job, index, seed, self.model.precision, tag)
+        size = self._size(tuple(job.state.shape))
+        precision = self.model.precision
+        ticket = Ticket(job.table, job.conditioning, size, index, seed, precision, tag, _job=job)
         self.tickets.append(ticket)
         return ticket
+
+    def _size(self, shape: tuple[int, ...]) -> float:
+        own = self.model.family.latent_shape(self.model, self.model.native_size)
+        return max(1.0, math.prod(shape) / math.prod(own))
 
     def drop(self, tag: Any) -> None:
         """Forget the pictures of this tag."""
@@ -149,26 +201,27 @@ class Engine:
         self._decoding = {f: t for f, t in self._decoding.items() if t.tag != tag}
 
     def step(self) -> tuple[list[Ticket], list[Ticket]]:
-        """Take the first in turn a step further, or decode a picture.
+        """Take the first in turn a step further, or encode or decode a picture.
 
         Returns the tickets that took a step, and those that are finished, with image or error.
         """
         stepped: list[Ticket] = []
         finished: list[Ticket] = []
-        if self._undecoded:
-            self._decode(self._undecoded.pop(0))
+        self._begin_decoding()
+        if self._decoder is None and self._decoding:
+            pass  # that was the step
         elif self.tickets:
-            stepped, finished = self._advance(self._turn())
+            stepped, finished = self._serve(self._turn())
             for ticket in stepped:
                 if ticket.job.done:
                     self.tickets.remove(ticket)
-                    if self._decoder is None:
-                        self._undecoded.append(ticket)
-                    else:
-                        self._decode(ticket)
+                    self._undecoded.append(ticket)
+            if self._decoder is not None:
+                self._begin_decoding()
         elif self._decoding:
-            next(iter(self._decoding)).exception()  # waits
-        return stepped, finished + list(self._decoded())
+            wait(self._decoding, LISTEN)
+        finished += list(self._decoded())
+        return stepped, finished
 
     def check(self) -> bool:
         """Return whether the network answers with finite numbers."""
@@ -177,18 +230,44 @@ class Engine:
 
     def _turn(self) -> list[Ticket]:
         """Return the first in turn, and those that fit beside it."""
-        now = time.monotonic()
-
-        def urgency(ticket: Ticket) -> float:
-            return ticket.rows_left - AGEING * (now - ticket.arrived) / self._seconds_a_row
-
-        order = sorted(self.tickets, key=urgency)
-        chosen, room = [order[0]], self.rows - order[0].rows
-        for ticket in order[1:] if not self.exact else ():
-            if ticket.call_key == order[0].call_key and ticket.rows <= room:
+        shortest = min(self.tickets, key=lambda ticket: ticket.work_left)
+        oldest = min(self.tickets, key=lambda ticket: (ticket.arrived, ticket.work_left))
+        if shortest.tag == oldest.tag:
+            self._owing = 0.0
+        else:
+            self._owing = -1.0 if self._owed > 0 else 1.0
+        first = oldest if self._owing < 0 else shortest
+        chosen, room = [first], self.rows - first.load
+        if not first.prepared or self.exact:
+            return chosen
+        for ticket in sorted(self.tickets, key=lambda ticket: ticket.work_left):
+            if ticket is first or not ticket.prepared or ticket.load > room:
+                continue
+            if ticket.call_key == first.call_key:
                 chosen.append(ticket)
-                room -= ticket.rows
+                room -= ticket.load
         return chosen
+
+    def _serve(self, tickets: list[Ticket]) -> tuple[list[Ticket], list[Ticket]]:
+        """Let these take a step, and note who had the time."""
+        began = time.monotonic()
+        outcome = self._advance(tickets) if tickets[0].prepared else self._prepare(tickets[0])
+        now = time.monotonic()
+        self._owed += self._owing * (now - began)
+        return outcome
+
+    def _prepare(self, ticket: Ticket) -> tuple[list[Ticket], list[Ticket]]:
+        try:
+            with torch.inference_mode():
+                _ = ticket.job
+        except SafelightError as error:
+            return [], self._fail([ticket], error)
+        except (MemoryError, RuntimeError) as error:  # of a large picture to start from
+            if not out_of_memory(error):
+                raise
+            free_memory(self.model.device)
+            return [], self._fail([ticket], too_large())
+        return [], []
 
     def _advance(self, tickets: list[Ticket]) -> tuple[list[Ticket], list[Ticket]]:
         began = time.monotonic()
@@ -207,7 +286,7 @@ class Engine:
             # None has moved: half of them now, and no more at once from here on.
             self.rows = max(1, sum(ticket.rows for ticket in tickets) // 2)
             return self._advance(tickets[: len(tickets) // 2])
-        seconds = (time.monotonic() - began) / sum(ticket.rows for ticket in tickets)
+        seconds = (time.monotonic() - began) / sum(ticket.load for ticket in tickets)
         self._seconds_a_row += 0.1 * (seconds - self._seconds_a_row)
         return tickets, []
 
@@ -217,8 +296,15 @@ class Engine:
             self.tickets.remove(ticket)
         return tickets
 
-    def _decode(self, ticket: Ticket) -> None:
-        """Begin to decode a picture, or decode it here where there is no thread for it."""
+    def _begin_decoding(self) -> None:
+        """Begin to decode the smallest picture, or decode it here where there is no thread for it.
+
+        None is begun beside another: what comes later may be smaller.
+        """
+        if not self._undecoded or (self._in_flight is not None and not self._in_flight.done()):
+            return
+        ticket = min(self._undecoded, key=lambda ticket: ticket.size)
+        self._undecoded.remove(ticket)
         if self._decoder is not None:
             future = self._decoder.submit(self._finish, ticket.job)
         else:
@@ -228,6 +314,7 @@ class Engine:
             except Exception as error:
                 future.set_exception(error)
         self._decoding[future] = ticket
+        self._in_flight = future if self._decoder is not None else None
 
     def _finish(self, job: Job) -> Image.Image:
         with torch.inference_mode():
@@ -261,3 +348,10 @@ class Engine:
                 self._prompts.popitem(last=False)
         self._prompts.move_to_end(key)
         return self._prompts[key]
+
+
+def _latents(model: Model, request: Request) -> tuple[int, ...]:
+    """Return the shape of the latents of a resolved request."""
+    width, height = request.width, request.height
+    size = model.native_size if width is None or height is None else (width, height)
+    return model.family.latent_shape(model, size)

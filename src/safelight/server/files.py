@@ -38,6 +38,8 @@ class Files:
         try:
             for name in FOLDERS:
                 (self.root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+            for half in self.root.glob(".safelight-*.part"):
+                half.unlink()
             private.close(self.root)
         except OSError as error:
             raise StorageError(f"the data folder cannot be used: {error.strerror}") from None

@@ -20,7 +20,7 @@ from safelight.sampling import SAMPLERS, check
 from safelight.server.database import reason
 from safelight.server.events import Events
 from safelight.server.files import Files
-from safelight.server.intake import keep
+from safelight.server.intake import accept
 from safelight.server.jobs import (
     Event,
     Job,
@@ -220,7 +220,7 @@ class Hub:
         job_id = new_id()
         job, new = await self._in_database(
             partial(
-                keep,
+                accept,
                 *(self.files, self.store, job_id, request),
                 client=client,
                 cost=self._cost(request, steps),

@@ -12,7 +12,7 @@ from safelight.server.jobs import Job, StorageError
 from safelight.server.store import Store
 
 
-def keep(
+def accept(
     files: Files, store: Store, job_id: str, request: Request, *, key: str | None, **how: Any
 ) -> tuple[Job, bool]:
     """Return the job and whether it is new. how: as `Store.submit` takes it."""

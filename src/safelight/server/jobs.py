@@ -58,7 +58,7 @@ class Job(BaseModel):
     settings: dict[str, Any] = Field(description="the request as it was sent, pictures by SHA-256")
     progress: Progress = Progress()
     warnings: list[str] = []
-    error: str | None = Field(None, description="one line, of a job that failed")
+    error: str | None = Field(default=None, description="one line, of a job that failed")
     pictures: list[Picture] = []
     attempts: int = 0
 
@@ -87,6 +87,7 @@ class ModelInfo(BaseModel):
     name: str
     sha256: str | None = None
     kind: str | None = None
+    uses_prompt: bool = True
     family: str | None = None
     width: int | None = None
     height: int | None = None

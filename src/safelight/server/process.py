@@ -10,21 +10,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
+from safelight.server.settings import Settings
 from safelight.threads import wait_asleep
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The settings of a worker."""
-
-    model: str
-    url: str
-    root: str
-    device: str = "auto"
-    dtype: str = "auto"
-    low_memory: bool = False
-    exact: bool = False
-    rows: int | None = None
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ def recover(files: Files, store: Store) -> None:
             "that folder away to begin anew"
         )
     store.set_folder(mark)
-    files.set_mark(mark)
+    if files.mark() != mark:
+        files.set_mark(mark)
     files.remove_pictures(store.release(killed=True))
     files.sweep(*store.known_files())
 

@@ -71,6 +71,7 @@ def _version(db: Connection) -> str | None:
 
 
 def _upgrade(db: Connection, version: str | None) -> None:
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     from alembic import command
     from alembic.config import Config
 
@@ -102,6 +103,11 @@ def _back_up(file: Path, version: str) -> None:
 def _make_sure_of_columns(db: Connection) -> None:
     inspector = inspect(db)
     for table in meta.sorted_tables:
+        if not inspector.has_table(table.name):
+            raise StorageError(
+                f"the database of jobs cannot be opened: it lacks the table {table.name}; "
+                "a damaged one is restored from a backup"
+            )
         there = {column["name"] for column in inspector.get_columns(table.name)}
         for column in table.columns:
             if column.name not in there:

@@ -14,7 +14,8 @@ from queue import SimpleQueue
 from typing import Any
 
 from safelight.errors import SafelightError
-from safelight.server.process import Child, Settings, spawn
+from safelight.server.process import Child, spawn
+from safelight.server.settings import Settings
 
 log = logging.getLogger("safelight.server")
 

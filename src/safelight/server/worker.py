@@ -10,20 +10,20 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
 from safelight.errors import SafelightError
 from safelight.request import Request
-from safelight.result import Result
 from safelight.server.claims import LEASE, Claim, LostError
 from safelight.server.files import Files
+from safelight.server.held import Held
 from safelight.server.jobs import ModelInfo, Picture, StorageError
 from safelight.server.previews import encoded_preview
-from safelight.server.process import Settings
 from safelight.server.pulse import Pulse
+from safelight.server.settings import Settings
 from safelight.server.store import Store, new_id
 
 T = TypeVar("T")
@@ -36,23 +36,6 @@ jobs that are shorter than all of those are taken in; others wait in the databas
 
 PREVIEW_EVERY = 0.2
 """Seconds between two previews of a picture."""
-
-
-@dataclass
-class _Held:
-    """A claimed job. result: what its pictures' recipes are made of; left: pictures to come;
-    taken, total: steps of all its pictures.
-    """
-
-    claim: Claim
-    request: Request
-    result: Result
-    left: int
-    total: int
-    taken: int
-    input_bytes: int = 0
-    warnings: list[str] = field(default_factory=list)
-    previewed: float = 0.0
 
 
 def main(pipe: Connection, settings: Settings, pulse: Pulse) -> None:
@@ -100,7 +83,7 @@ class Worker:
             self._model, exact=settings.exact, rows=settings.rows, background=True
         )
         self._store, self._files = Store(settings.url), Files(Path(settings.root))
-        self._held: dict[str, _Held] = {}
+        self._held: dict[str, Held] = {}
         self._alone = False
         self._watched: set[str] = set()
         self._cancelled: set[str] = set()
@@ -113,6 +96,7 @@ class Worker:
             name=self._model.name,
             sha256=self._model.sha256,
             kind=self._model.kind,
+            uses_prompt=self._model.family.uses_prompt,
             family=self._model.family.name,
             width=width,
             height=height,
@@ -246,7 +230,7 @@ class Worker:
         mine = [ticket for ticket in self._engine.tickets if ticket.tag == claim.id]
         each = mine[0].steps if mine else 0
         given = [picture for picture in (image, mask) if picture is not None]
-        self._held[claim.id] = _Held(
+        self._held[claim.id] = Held(
             claim,
             request,
             result,
@@ -286,7 +270,7 @@ class Worker:
             if ticket.tag in self._held:
                 self._picture(self._held[ticket.tag], ticket)
 
-    def _picture(self, held: _Held, ticket: Any) -> None:
+    def _picture(self, held: Held, ticket: Any) -> None:
         image, error, dtype = ticket.image, ticket.error, ticket.dtype
         if getattr(error, "code", None) == "not_finite":
             image, error = self._again(held, ticket.seed, error)
@@ -306,7 +290,7 @@ class Worker:
         if not held.left:
             self._complete(held)
 
-    def _again(self, held: _Held, seed: int, error: Exception) -> tuple[Any, Exception | None]:
+    def _again(self, held: Held, seed: int, error: Exception) -> tuple[Any, Exception | None]:
         """Draw a picture that came out as NaN once more, in float32."""
         from safelight.engine.capacity import out_of_memory
 
@@ -329,7 +313,7 @@ class Worker:
         )
         return made.images[0], None
 
-    def _commit(self, held: _Held, image: Any, index: int, seed: int, dtype: str) -> None:
+    def _commit(self, held: Held, image: Any, index: int, seed: int, dtype: str) -> None:
         """Write the file first, then the row: what has a row has a file.
 
         dtype: the precision that this picture was drawn in.
@@ -360,7 +344,7 @@ class Worker:
                     self._files.remove_pictures([picture.id])
             raise
 
-    def _complete(self, held: _Held) -> None:
+    def _complete(self, held: Held) -> None:
         self._end(held.claim, held.warnings, None)
 
     def _end(self, claim: Claim, warnings: list[str], error: Exception | None) -> None:
@@ -389,7 +373,7 @@ class Worker:
             self._alone = False
             self._pipe.send(("end", job_id, None))
 
-    def _preview(self, held: _Held, ticket: Any) -> None:
+    def _preview(self, held: Held, ticket: Any) -> None:
         now = time.monotonic()
         if now - held.previewed < PREVIEW_EVERY or ticket.job.done:
             return
@@ -401,7 +385,7 @@ class Worker:
             return  # NaN, or too large: whether there is a picture is seen in the end
         self._pipe.send(("preview", held.claim.id, ticket.index, *shown, ended))
 
-    def _tell(self, kind: str, held: _Held) -> None:
+    def _tell(self, kind: str, held: Held) -> None:
         self._pipe.send((kind, held.claim.id, held.taken, held.total))
 
     def _renew(self) -> None:

@@ -226,7 +226,7 @@ def request(
     for setting, value in zip(further_settings(Request), more, strict=True):
         settings[setting.name] = None if setting.optional and value in (OWN, "") else value
     image, mask = _painted(picture, enlarged)
-    if hub.info.kind == "pixels":
+    if not hub.info.uses_prompt:
         if prompt or negative_prompt or image is not None:
             raise SafelightError(
                 "this model takes no prompt: leave both prompts and the picture empty"

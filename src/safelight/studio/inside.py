@@ -12,8 +12,8 @@ from safelight.errors import SafelightError
 from safelight.request import MAX_PROMPT, Request
 from safelight.server.hub import Hub
 from safelight.server.store import new_id
-from safelight.studio.mount import KEPT_AT
 from safelight.studio.parts import plain, problem, status
+from safelight.studio.paths import KEPT_AT
 from safelight.studio.run import Command, model_options, options
 
 KEPT = 20
@@ -60,7 +60,7 @@ class Inside:
             prompt: str, steps: int, by: gr.Request
         ) -> AsyncIterator[tuple[Any, ...]]:
             wanted = {**first, "steps": steps, "seed": 0}
-            if hub.info.kind == "pixels":
+            if not hub.info.uses_prompt:
                 wanted["unconditional"] = True
             async for update in self.show(prompt, wanted, by):
                 yield update

@@ -6,8 +6,6 @@ import asyncio
 import contextlib
 import os
 import re
-import shutil
-import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,9 +23,8 @@ from safelight.server.bodies import (
 )
 from safelight.server.decoding import Decoders
 from safelight.server.hub import Hub
-
-PATH = "/studio"
-KEPT_AT = f"{PATH}/kept/"
+from safelight.server.uploads import Uploads
+from safelight.studio.paths import KEPT_AT, PATH
 
 # The page may contact no other host, whatever a prompt or a picture's text contains.
 _POLICY = (
@@ -44,8 +41,7 @@ _ASKED = re.compile(
     r"|upload_progress|heartbeat/\w+|startup-events|app_id|file=(?!http).+))?)?"
 )
 UPLOADS = "uploads"
-OLD = 7 * 24 * 3600
-"""Seconds after which an uploaded picture is removed. Jobs that use it have their own copy."""
+UPLOAD = f"{PATH}/gradio_api/upload"
 
 _MISSING = "The studio is not installed: pip install 'safelight[studio]'\n"
 _ICON = (
@@ -74,6 +70,7 @@ class Studio:
         self.app, self._hub, self._decoders = app, hub, decoders
         self._page: asyncio.Future[Any] | None = None
         self._keeper: asyncio.Task[None] | None = None
+        self._uploaded: Uploads | None = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         path = scope.get("path", "")
@@ -97,9 +94,16 @@ class Studio:
             await HTMLResponse(_COMING, 503, {"retry-after": "1"})(scope, receive, send)
             return
         page = self._page.result()
-        if scope["method"] == "POST" and not path.endswith("/upload"):
+        if path == UPLOAD:
+            page = self._uploads(page)
+        elif scope["method"] == "POST":
             receive = await _bounded(scope, receive)
         await page(scope, receive, _with_policy(send))
+
+    def _uploads(self, page: Any) -> Uploads:
+        if self._uploaded is None:
+            self._uploaded = Uploads(page, self._hub.files.root / UPLOADS)
+        return self._uploaded
 
     def begin(self) -> None:
         """Start building Gradio's application in a thread, once."""
@@ -119,10 +123,12 @@ class Studio:
                 _build, self._hub, await self._hub.defaults(), self._decoders
             )
             async with app.router.lifespan_context(app):
+                uploads = self._uploads(app)
+                await asyncio.to_thread(uploads.clean_up)  # of an earlier server
                 ready.set_result(app)
                 while True:
-                    await asyncio.to_thread(_forget, self._hub.files.root / UPLOADS)
-                    await asyncio.sleep(3600)
+                    await asyncio.to_thread(uploads.forget)
+                    await asyncio.sleep(600)
         except Exception as error:
             if ready.done():
                 raise
@@ -159,13 +165,6 @@ def _build(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> Any:
 
 async def _not_fetched(url: str, *_: Any, **__: Any) -> str:
     raise SafelightError("addresses are not fetched")
-
-
-def _forget(uploads: Path) -> None:
-    """Remove old uploads. Gradio itself removes them only when the server ends."""
-    for folder in uploads.iterdir() if uploads.is_dir() else ():
-        if time.time() - folder.stat().st_mtime > OLD:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _kept(root: Path, path: str) -> Response:

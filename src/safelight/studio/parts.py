@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from safelight.server.callers import Caller, caller_of
-from safelight.studio.mount import KEPT_AT
+from safelight.studio.paths import KEPT_AT
 
 _HERE = Path(__file__).parent
 _SCRIPTS = [(_HERE / name).read_text("utf-8") for name in ("studio.js", "form.js")]

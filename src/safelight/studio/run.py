@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import runpy
 import signal
 import sys
 import threading
@@ -107,8 +108,6 @@ def _end_with_the_server() -> None:
 
 
 if __name__ == "__main__":
-    from safelight.__main__ import main
-
     sys.argv[1:] = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_the_server, daemon=True).start()
-    main()
+    runpy.run_module("safelight", run_name="__main__")

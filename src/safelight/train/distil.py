@@ -108,6 +108,7 @@ def distil(
         **base.notes,
         "made_from": f"{base.name}, sha256 {base.sha256}",
         "draw_with": draw_with,
+        "distilled": True,
     }
     if base.words is not None:
         notes["words"] = sorted(base.words)

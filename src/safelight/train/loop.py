@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -100,6 +100,7 @@ class Draw:
     data: np.random.Generator
     noise: torch.Generator
     device: torch.device | str = "cpu"
+    step: int = 0
 
     @classmethod
     def of(cls, seed: int, step: int, rank: int = 0, device: str | torch.device = "cpu") -> Draw:
@@ -107,7 +108,7 @@ class Draw:
         key = [seed, step, rank] if rank else [seed, step]
         torch_seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
         noise = torch.Generator(device).manual_seed(torch_seed)
-        return cls(np.random.default_rng(key), noise, device)
+        return cls(np.random.default_rng(key), noise, device, step)
 
     def normal(self, shape: Iterable[int]) -> Tensor:
         return torch.randn(tuple(shape), generator=self.noise, device=self.device)
@@ -139,8 +140,12 @@ def fit(
     native: bool = False,
     log: Callable[[str], None] = progress,
     on_checkpoint: Show | None = None,
+    also: Mapping[str, Any] | None = None,
 ) -> dict[str, Tensor]:
     """Train `net`, in place, and return its averaged (EMA) weights.
+
+    also: what `loss_of` changes besides, such as a discriminator and its optimizer; their
+    state_dict() is kept in the checkpoint, too.
 
     Every `every` steps, and at Ctrl-C, the state goes to folder/checkpoint.pt, by a rename; loss,
     learning rate and what on_checkpoint drew go to folder/tensorboard. With `native` the network
@@ -169,7 +174,7 @@ def fit(
         plan = plan.paced(int(pace_path.read_text()))
     start, seen, total = 0, 0, torch.zeros((), device=machine.device)
     if path.exists():
-        start, seen, before = _resume(path, plan, params, average, optimizer)
+        start, seen, before = _resume(path, plan, params, average, optimizer, also or {})
         total += before
     run, optimizer = machine.prepare(compiled(net, native), optimizer)
     names = [name for name, _ in net.named_parameters()]
@@ -192,6 +197,7 @@ def fit(
                 "params": [p.detach() for p in params],
                 "average": average,
                 "optimizer": optimizer.state_dict(),
+                "also": {name: part.state_dict() for name, part in (also or {}).items()},
             }
             kept = f"that of step {saved} is kept" if saved else "there is none yet"
             save_whole(path, state, f"the checkpoint of step {step}", kept)
@@ -314,6 +320,7 @@ def _resume(
     params: list[nn.Parameter],
     average: list[Tensor],
     optimizer: torch.optim.Optimizer,
+    also: Mapping[str, Any],
 ) -> tuple[int, int, float]:
     """The step to go on from; and of the line of the log that it is in, steps and sum of losses."""
     try:
@@ -331,6 +338,8 @@ def _resume(
     _copy(state["params"], params)
     _copy(state["average"], average)
     optimizer.load_state_dict(state["optimizer"])
+    for name, part in also.items():
+        part.load_state_dict(state["also"][name])
     seen, total = state.get("window", (0, 0.0))
     return step, seen, total
 

@@ -163,3 +163,19 @@ def _reason(error: Exception) -> str:
 def _missing(repo: str, why: str, get: str) -> SafelightError:
     # Longer than other errors may be: the command is of no use without its end.
     return SafelightError(printable(f"{repo} {why}; to get it: {get}", 500), code="no_model")
+
+
+def cached() -> list[str]:
+    """The models in the hub's cache."""
+    from huggingface_hub import CacheNotFound, scan_cache_dir
+
+    try:
+        repos = scan_cache_dir().repos
+    except CacheNotFound:
+        return []
+    return sorted(
+        repo.repo_id
+        for repo in repos
+        if repo.repo_type == "model"
+        and any(f.file_name == "model_index.json" for r in repo.revisions for f in r.files)
+    )

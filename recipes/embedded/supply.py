@@ -1,0 +1,64 @@
+"""Invent scenes on all processors: Python alone invents some thousand a second."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from os import cpu_count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recipes.embedded.scenes import Scene, Scenes, Thing
+
+PART = 512
+"""Scenes that share a random generator: a part depends on the seed and its number alone."""
+
+FEWEST = 4
+"""Workers that are worth starting: each reads all cut-outs first."""
+
+Part = tuple[list[Scene], list[list[Thing]], np.random.Generator]
+
+
+def parts(
+    scenes: Scenes, path: Path, count: int, seed: int, workers: int | None = None, **given: Any
+) -> Iterator[Part]:
+    """Yield `count` scenes or a few more, PART at a time: the scenes, their things, and the
+    generator, to go on from there.
+
+    path: of cutouts.npz, for the workers. workers: processes; by default as many as there are
+    processors, or none where they are few. They change nothing of what is invented. given: as
+    for `Scenes.invent`.
+    """
+    numbers = range(-(-count // PART))
+    if workers is None:
+        workers = min(len(numbers), cpu_count() or 1)
+        workers = workers if workers >= FEWEST else 0
+    if not workers:
+        yield from (_part(scenes, seed, number, given) for number in numbers)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn"), _begin, (path,)) as pool:
+        jobs = [pool.submit(_part_of_worker, seed, number, given) for number in numbers]
+        for job in jobs:
+            yield job.result()
+
+
+_scenes: Scenes | None = None
+
+
+def _begin(path: Path) -> None:
+    global _scenes
+    _scenes = Scenes(path)
+
+
+def _part_of_worker(seed: int, number: int, given: dict[str, Any]) -> Part:
+    assert _scenes is not None
+    return _part(_scenes, seed, number, given)
+
+
+def _part(scenes: Scenes, seed: int, number: int, given: dict[str, Any]) -> Part:
+    rng = np.random.default_rng([seed, number])
+    invented = [scenes.invent(rng, **given) for _ in range(PART)]
+    return invented, [scenes.arrange(rng, scene) for scene in invented], rng

@@ -1,0 +1,26 @@
+"""What a worker knows of a job that it draws."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from safelight.request import Request
+from safelight.result import Result
+from safelight.server.claims import Claim
+
+
+@dataclass
+class Held:
+    """A claimed job. result: what its pictures' recipes are made of; left: pictures to come;
+    taken, total: steps of all its pictures.
+    """
+
+    claim: Claim
+    request: Request
+    result: Result
+    left: int
+    total: int
+    taken: int
+    input_bytes: int = 0
+    warnings: list[str] = field(default_factory=list)
+    previewed: float = 0.0

@@ -1,0 +1,163 @@
+"""Pictures that were uploaded and not used yet: bounded by owner and in all, and cleaned up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import shutil
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from starlette.responses import PlainTextResponse
+
+log = logging.getLogger("safelight.server")
+
+OWN = 256 << 20
+ALL = 1 << 30
+"""Bytes that the uploads of one owner, and those of all, may take."""
+
+FRESH = 3600.0
+"""Seconds for which an upload stays, whatever else needs its space: its page may still be open."""
+
+OLD = 7 * 24 * 3600.0
+"""Seconds after which an upload is forgotten; what was drawn from it has a copy."""
+
+LONGEST = 64 << 20
+"""Bytes of an upload that does not say how long it is."""
+
+
+class Uploads:
+    """An ASGI application around the one that writes uploads to a folder.
+
+    While one is written it is a file tmp*; then it lies in a folder of its own.
+    """
+
+    def __init__(self, app: Any, folder: Path) -> None:
+        self._app, self._folder = app, folder
+        self._owners: dict[Path, str] = {}
+        self._coming: Counter[str] = Counter()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        owner = owner_of(scope)
+        size = _length(scope)
+        if not await asyncio.to_thread(self._make_room, owner, size):
+            answer = PlainTextResponse(
+                f"the uploads that are not used yet take {OWN >> 20} MiB, or those of all "
+                f"{ALL >> 20} MiB: try again in an hour\n",
+                429,
+                {"retry-after": str(round(FRESH))},
+            )
+            await answer(scope, receive, send)
+            return
+        self._coming[owner] += size
+        held: list[Any] = []
+        status = 500
+
+        async def hold(message: Any) -> None:
+            held.append(message)
+
+        try:
+            await self._app(scope, receive, hold)
+            status = held[0]["status"] if held else 500
+            self._note(owner, held)
+        except OSError as error:
+            log.warning("an upload cannot be kept: %s", error.strerror)
+            text = f"the upload cannot be kept: {error.strerror}\n"
+            await PlainTextResponse(text, 507)(scope, receive, send)
+            return
+        except Exception:
+            for message in held:
+                await send(message)
+            raise
+        finally:
+            self._coming[owner] -= size
+            if status >= 400:
+                await asyncio.to_thread(self.clean_up)
+        for message in held:
+            await send(message)
+
+    def clean_up(self, seconds: float = 60.0) -> None:
+        """Remove what was broken off: tmp* that nobody writes to; beside other uploads, that
+        nobody has written to for so long.
+        """
+        busy = sum(self._coming.values()) > 0
+        for path in self._entries():
+            if path.name.startswith("tmp") and (not busy or _age(path) > seconds):
+                _remove(path)
+
+    def forget(self) -> None:
+        """Remove what was uploaded long ago, and what was broken off."""
+        self.clean_up()
+        for path in self._entries():
+            if _age(path) > OLD:
+                _remove(path)
+
+    def _make_room(self, owner: str, size: int) -> bool:
+        """Return whether an upload fits, after those that are not fresh went, the oldest first."""
+        while True:
+            files = [path for path in self._folder.rglob("*") if path.is_file()]
+            sizes = {path: _size(path) for path in files}
+            self._owners = {p: name for p, name in self._owners.items() if p in sizes}
+            own = sum(sizes[path] for path, name in self._owners.items() if name == owner)
+            everything = sum(sizes.values()) + sum(self._coming.values()) + size
+            mine = own + self._coming[owner] + size
+            if mine <= OWN and everything <= ALL:
+                return True
+            going = [p for p in sizes if everything > ALL or self._owners.get(p) == owner]
+            oldest = max(going, key=_age, default=None)
+            if oldest is None or _age(oldest) < FRESH:
+                return False
+            _remove(oldest)
+
+    def _note(self, owner: str, held: list[Any]) -> None:
+        """Write down whose files these are, by Gradio's answer: a list of their paths."""
+        try:
+            paths = json.loads(b"".join(message.get("body", b"") for message in held))
+        except ValueError:
+            return
+        for path in paths if isinstance(paths, list) else ():
+            self._owners[Path(str(path))] = owner
+
+    def _entries(self) -> list[Path]:
+        try:
+            return list(self._folder.iterdir())
+        except OSError:
+            return []
+
+
+def owner_of(scope: Any) -> str:
+    """Return who asks: the owner that the entrance found, or the client's address."""
+    owner = (scope.get("state") or {}).get("owner")
+    return str(owner or (scope.get("client") or ("?",))[0])
+
+
+def _length(scope: Any) -> int:
+    given = dict(scope.get("headers", ())).get(b"content-length", b"")
+    return int(given) if given.isdigit() else LONGEST
+
+
+def _age(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _remove(path: Path) -> None:
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("an upload cannot be removed: %s", error.strerror)

@@ -1,0 +1,4 @@
+"""Where the page and its files are on the server."""
+
+PATH = "/studio"
+KEPT_AT = f"{PATH}/kept/"

@@ -1,0 +1,176 @@
+"""The judge, and the figures that are made of what it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from things import HELD_OUT
+
+from recipes.embedded import figures
+from recipes.embedded.captions import SCENES
+from recipes.embedded.colours import PAINTS, WHITE
+from recipes.embedded.figures import Asked, different, edge_energy, frechet, invent, score
+from recipes.embedded.judge import (
+    FIRST,
+    GROUNDS,
+    NOTHING,
+    SECOND,
+    WHOLE,
+    Verdict,
+    answers,
+    judge_of,
+    places,
+)
+from recipes.embedded.scenes import Scene, Scenes, held_back
+from recipes.embedded.stage import Stage
+from safelight.errors import SafelightError
+from safelight.train.loop import Plan
+from safelight.words import split_words
+
+NAMES = ["a red apple", "an owl", "scissors"]
+
+
+def test_places_of_a_pair() -> None:
+    weights = places(Scene("pair", ("a", "b"), "flat", where="to the left of"))
+    assert weights.sum((1, 2)).allclose(torch.ones(3))
+    assert weights[FIRST, :, 4:].sum() == 0
+    assert weights[SECOND, :, :4].sum() == 0
+    weights = places(Scene("pair", ("a", "b"), "flat", where="below"))
+    assert weights[FIRST, :4].sum() == 0
+    assert places(Scene("one", ("a",), "flat"))[FIRST].eq(1 / 64).all()
+
+
+def test_what_the_judge_is_asked() -> None:
+    number = {name: i for i, name in enumerate(NAMES)}
+    one = Scene("coloured", ("an owl",), "flat", "pink", ("blue",))
+    ground, blue = GROUNDS.index("pink"), PAINTS.index("blue")
+    assert answers(one, number) == (1, NOTHING, NOTHING, ground, blue, 0)
+    pair = Scene("pair", ("scissors", "an owl"), "flat", "snow", where="above")
+    assert answers(pair, number) == (NOTHING, 2, 1, GROUNDS.index("snow"), NOTHING, 1)
+    either = Scene("pair", ("scissors", "an owl"), "flat", where="next to")
+    assert answers(either, number)[:3] == (NOTHING,) * 3
+    several = Scene("several", ("scissors",), "flat", count=4)
+    assert answers(several, number)[-1] == 3
+
+
+def test_the_judge_learns_to_tell(
+    stage: Stage, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recipes.embedded.judge.POOL", 300)
+    plan = Plan(steps=40, batch=16, learning_rate=2e-3, warmup=5, ema=0.9)
+    judge = judge_of(stage, path, tmp_path, plan)
+    pictures, wanted = stage.batch(40, np.random.default_rng(1), kind="one", ground=WHITE)
+    asked = [Asked("one", scene) for scene in wanted]
+    verdict = judge.look(pictures, wanted)
+    found = score(asked, verdict, NAMES)
+    assert found["thing, one"]["of"] == 40
+    assert found["thing, one"]["right"] > 0.9
+    # It is kept, and refused for other data.
+    again = judge_of(stage, path, tmp_path, plan).look(pictures, wanted)
+    assert torch.equal(again.concepts, verdict.concepts)
+    monkeypatch.setattr(stage.scenes, "sha256", "another")
+    with pytest.raises(SafelightError, match="trained on other data"):
+        judge_of(stage, path, tmp_path, plan)
+
+
+def test_prompts_of_all_groups(scenes: Scenes) -> None:
+    asked = invent(scenes, None, HELD_OUT, share=0.1)
+    assert len(asked) == 120
+    again = invent(scenes, None, HELD_OUT, share=0.1)
+    assert [a.scene.said for a in asked] == [a.scene.said for a in again]
+    for a in asked:
+        scene = a.scene
+        held = scene.colour is not None and held_back(scene.colour, scene.concepts[0])
+        assert held == (a.group == "coloured, held out")
+        assert held_back(scene.style, scene.concepts[0]) == (a.group == "style, held out")
+        assert a.group != "background" or scene.ground in scene.said
+        assert (a.group == "unknown word") == (
+            not set(HELD_OUT).isdisjoint(split_words(scene.said))
+        )
+    one, other = ([a.scene for a in asked if a.group == group] for group in ("one", "unknown word"))
+    assert [s.concepts for s in one] == [s.concepts for s in other]
+    # Where nothing is unknown, or a word was never taught, there are none.
+    assert not [a for a in invent(scenes, None, [], share=0.1) if a.group == "unknown word"]
+
+
+def test_prompts_hold_what_a_model_was_taught(
+    scenes: Scenes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "TRIES", 20)
+    known = frozenset(scenes.words() - {word for p in SCENES["snow"] for word in split_words(p)})
+    asked = invent(scenes, known, [], share=0.1)
+    assert asked
+    assert all(known.issuperset(split_words(a.scene.said)) for a in asked)
+
+
+def test_scores() -> None:
+    scenes = [
+        Asked("one", Scene("one", ("an owl",), "flat")),
+        Asked("background", Scene("one", ("an owl",), "flat", "pink")),
+        Asked("scene", Scene("one", ("an owl",), "flat", "snow")),
+        Asked("coloured", Scene("coloured", ("scissors",), "flat", paints=("blue",))),
+        Asked("several", Scene("several", ("scissors",), "flat", count=3)),
+        Asked("pair", Scene("pair", ("scissors", "an owl"), "flat", where="above")),
+        Asked("pair", Scene("pair", ("scissors", "an owl"), "flat", where="above")),
+    ]
+    concepts = torch.full((7, 3, 3), -9.0)
+    for i, right in enumerate((1, 0, 1, 2, 2)):
+        concepts[i, WHOLE, right] = 0.0
+    concepts[5, FIRST, 2] = concepts[5, SECOND, 1] = 0.0
+    concepts[6, FIRST, 1] = concepts[6, SECOND, 2] = 0.0
+    verdict = Verdict(
+        concepts,
+        torch.tensor([0, GROUNDS.index("pink"), GROUNDS.index("rain"), 0, 0, 0, 0]),
+        torch.tensor([0, 0, 0, PAINTS.index("blue"), 0, 0, 0]),
+        torch.tensor([1, 1, 1, 1, 2, 2, 2]),
+    )
+    assert score(scenes, verdict, NAMES) == {
+        "thing, one": {"right": 1.0, "of": 1},
+        "thing, background": {"right": 0.0, "of": 1},
+        "background": {"right": 1.0, "of": 1},
+        "thing, scene": {"right": 1.0, "of": 1},
+        "scene": {"right": 0.0, "of": 1},
+        "thing, coloured": {"right": 1.0, "of": 1},
+        "colour, coloured": {"right": 1.0, "of": 1},
+        "thing, several": {"right": 1.0, "of": 1},
+        "count": {"right": 0.0, "of": 1},
+        "both of a pair": {"right": 0.5, "of": 2},
+        "relation": {"right": 0.5, "of": 2},
+    }
+
+
+def test_frechet_distance_of_two_normal_clouds() -> None:
+    """Of normals with the same axes it is |Δmean|² + Σ (σ₁ − σ₂)²."""
+    rng = np.random.default_rng(0)
+    one = rng.normal(size=(200_000, 3)) * (1.0, 2.0, 3.0)
+    other = rng.normal(size=(200_000, 3)) * (2.0, 2.0, 1.0) + (0.0, 1.0, 0.0)
+    assert frechet(one, other) == pytest.approx(1 + 1 + 4, rel=0.02)
+    assert frechet(one, one) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_pictures_that_differ_and_edges() -> None:
+    gray = np.full((3, 64, 64, 3), 100, np.uint8)
+    assert different(gray) == 1
+    gray[1] += 15  # less than is visible by APART
+    gray[2] += 40
+    assert different(gray) == 2
+    striped = np.zeros((1, 64, 64, 3), np.uint8)
+    striped[:, :, ::2] = 255
+    # Each pixel differs from its neighbour in the row by 2 of −1..1.
+    assert edge_energy(striped) == pytest.approx(4.0)
+
+
+def test_nearest_finds_a_copy(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recipes.embedded.scenes.LARGE_SHARE", (0.8, 0.8))
+    rng = np.random.default_rng(0)
+    drawn, wanted = stage.batch(3, rng, kind="one", concept="an apple", ground=WHITE)
+    found = figures._nearest(drawn.numpy(), wanted, stage, tmp_path / "nearest.png")
+    # Of one size; its place still varies, by 0.08 of a side. Another thing is 40 away or more.
+    assert found["smallest"] < 20
+    assert (tmp_path / "nearest.png").is_file()
+    assert figures._nearest(drawn.numpy(), [], stage, tmp_path / "none.png") == {}

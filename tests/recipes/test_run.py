@@ -1,0 +1,219 @@
+"""The whole recipe in small: folders that load, runs that go on, and what is begun from."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import safelight
+from recipes.embedded import sharpen as sharpening
+from recipes.embedded.__main__ import STAGES, app
+from recipes.embedded.pool import Pool
+from recipes.embedded.sharpen import sharpen
+from recipes.embedded.stage import Stage
+from recipes.embedded.train import DRY, FULL, SHARES, Recipe
+from safelight import SafelightError
+from safelight.nets.clip import CLIPTextModel
+from safelight.nets.unet import UNet2DConditionModel
+from safelight.nets.vae import AutoencoderKL
+from safelight.train.autoencoder import edge_error, encode, to_pixels
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(data: Path, out: Path, *stages: str, **options: Any) -> Recipe:
+    recipe = Recipe(data, out, 1.0, DRY, **options)
+    for stage in stages:
+        recipe.prompts(8) if stage == "prompts" else getattr(recipe, stage)()
+    return recipe
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of all weights and notes."""
+    files = [*folder.rglob("*.safetensors"), *folder.rglob("*.json")]
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+    }
+
+
+@pytest.fixture(scope="module")
+def made(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What all stages of a dry run wrote."""
+    out = tmp_path_factory.mktemp("made")
+    run(data, out, *STAGES)
+    return out
+
+
+def test_the_folder_draws_what_diffusers_draws(made: Path) -> None:
+    model = safelight.load(str(made / "embedded"), dtype="float32")
+    assert model.native_size == (64, 64)
+    assert model.words is not None
+    assert {"apple", "owl", "background", "snow"} <= model.words
+    settings: dict[str, Any] = {"steps": 6, "seed": 3, "sampler": "ddim", "guidance_scale": 3.0}
+    ours = model.generate("a red apple", **settings).images[0]
+    assert np.asarray(ours).std() > 1
+
+    import diffusers
+
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(made / "embedded", dtype=torch.float32)
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.Generator().manual_seed(3)
+    theirs = pipe("a red apple", num_inference_steps=6, guidance_scale=3.0, generator=noise)
+    apart = np.abs(np.asarray(ours).astype(int) - np.asarray(theirs.images[0]).astype(int))
+    assert apart.max() <= 1
+
+
+def test_the_other_stages(made: Path) -> None:
+    model = safelight.load(str(made / "embedded-unconditional"), dtype="float32")
+    assert np.asarray(model.generate(steps=3, seed=1, sampler="ddim").images[0]).shape[0] == 16
+    assert len((made / "prompts.txt").read_text().splitlines()) == 8
+    for folder in ("embedded", "embedded-unconditional"):
+        assert "emojibase" in (made / folder / "NOTICE").read_text()
+
+
+def test_the_sharpened_decoder_is_the_one_in_the_folder(data: Path, made: Path) -> None:
+    shipped = load_file(made / "embedded" / "vae" / "diffusion_pytorch_model.safetensors")
+    plain, sharp = (load_file(made / f"{name}.safetensors") for name in ("vae", "vae-sharp"))
+    for name, weight in shipped.items():
+        assert torch.equal(weight, sharp[name].half())
+        learned = name.startswith(("decoder", "post_quant"))
+        assert torch.equal(plain[name], sharp[name]) != learned, name
+    # All of it is there: nothing is trained, and the folder stays.
+    before = hashes(made)
+    run(data, made, "embedded", "sharp")
+    assert hashes(made) == before
+    with pytest.raises(SafelightError, match="made by another plan"):
+        Recipe(data, made, 2.0, DRY).embedded()
+
+
+@pytest.mark.parametrize("stage", ["sharp"])  # the others are test_train's
+def test_kill_in_the_middle_changes_no_weight(
+    data: Path, made: Path, tmp_path: Path, stage: str
+) -> None:
+    """The run is killed by a signal that nothing can catch, after the stage's first checkpoint."""
+    code = f"""
+import os, signal, sys
+from pathlib import Path
+from recipes.embedded.train import DRY, Recipe
+from safelight.train import loop
+
+save = loop.save_whole
+def save_and_die(path, *rest):
+    save(path, *rest)
+    if path.parent.name == {stage!r}:
+        os.kill(os.getpid(), signal.SIGKILL)
+loop.save_whole = save_and_die
+recipe = Recipe(Path(sys.argv[1]), Path(sys.argv[2]), 1.0, DRY)
+recipe.embedded()
+recipe.sharp()
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(data), str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    state = torch.load(tmp_path / stage / "checkpoint.pt", weights_only=True)
+    assert state["step"] == DRY.every
+    run(data, tmp_path, "embedded", "sharp")
+    assert hashes(tmp_path / "embedded") == hashes(made / "embedded")
+
+
+class TestBegin:
+    def test_trains_further_what_is_there(self, data: Path, made: Path, tmp_path: Path) -> None:
+        run(data, tmp_path, "embedded", "sharp", begin=made / "embedded")
+        assert not (tmp_path / "autoencoder").exists()
+        assert not (tmp_path / "words").exists()
+        before, after = hashes(made / "embedded"), hashes(tmp_path / "embedded")
+        changed = {name for name in before if before[name] != after[name]}
+        assert changed == {
+            "text_encoder/model.safetensors",
+            "unet/diffusion_pytorch_model.safetensors",
+            "vae/diffusion_pytorch_model.safetensors",
+        }
+        # The loss goes on from where it was, and not from that of weights that say nothing.
+        weights = [
+            torch.load(folder / "denoiser" / "checkpoint.pt", weights_only=True)["average"]
+            for folder in (made, tmp_path)
+        ]
+        fresh = Recipe(data, tmp_path / "fresh", 1.0, DRY)
+        assert fresh.digest != Recipe(data, tmp_path, 1.0, DRY, begin=made / "embedded").digest
+        apart = [
+            float((a - b).norm() / a.norm().clamp(min=1e-6)) for a, b in zip(*weights, strict=True)
+        ]
+        assert np.median(apart) < 0.2
+
+    def test_refuses_what_is_no_such_folder(self, data: Path, made: Path, tmp_path: Path) -> None:
+        with pytest.raises(SafelightError, match="nowhere"):
+            Recipe(data, tmp_path, 1.0, DRY, begin=tmp_path / "nowhere")
+        larger = replace(DRY, networks=FULL.networks)
+        recipe = Recipe(data, tmp_path, 1.0, larger, begin=made / "embedded")
+        with pytest.raises(SafelightError, match="has other sizes than the recipe's"):
+            recipe.embedded()
+
+
+def test_sharpen_lowers_its_loss(
+    stage: Stage, path: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharpening, "BEGIN", 10)
+    recipe = Recipe(path.parent, made, 1.0, DRY)
+    vae = AutoencoderKL(replace(DRY.networks.vae, scaling_factor=1.0))
+    vae.load_state_dict(load_file(made / "vae.safetensors"))
+    pool = Pool(stage, path, 8, 2, kind="one", ground="white")
+    pixels, latents = to_pixels(pool.pictures), encode(vae, pool.pictures).float()
+
+    @torch.no_grad()
+    def loss() -> float:
+        drawn = vae.decode(latents)
+        return float((drawn - pixels).abs().mean() + edge_error(drawn, pixels))
+
+    before = loss()
+    plan = replace(recipe.sizes.sharp_plan, steps=60, batch=4, learning_rate=2e-3, ema=0.9)
+    sharpen(vae, pool, plan, tmp_path)
+    assert loss() < 0.8 * before
+
+
+def test_the_real_one_fits_in_what_may_ship() -> None:
+    net = FULL.networks
+    with torch.device("meta"):
+        nets = AutoencoderKL(net.vae), CLIPTextModel(net.text), UNet2DConditionModel(net.unet)
+    weights = sum(p.numel() for net in nets for p in net.parameters())
+    # 32 MiB with the vocabulary and the other files, which take 0.1.
+    assert 2 * weights < 31.9 * 2**20
+    assert net.unet.sample_size == FULL.size // net.vae.factor
+    assert net.vae.factor == 8
+    assert sum(SHARES.values()) <= 0.95
+
+
+def test_commands(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for arguments, message in (
+        (["embedded"], "is missing: run the data stage first"),
+        (["embedded", "--minutes", "0"], "--minutes 0: expected 0.05 to 100000"),
+        (["shiny"], "no stage 'shiny': the stages are embedded, sharp"),
+        (["sharp", "--data", str(data), "--dry-run"], "run embedded first"),
+    ):
+        result = CliRunner().invoke(app, ["train", *arguments])
+        assert isinstance(result.exception, SafelightError)
+        assert message in str(result.exception)
+    arguments = ["train", "prompts", "--dry-run", "--data", str(data), "--out", "out"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0
+    assert len(Path("out/prompts.txt").read_text().splitlines()) == 64
