@@ -14,7 +14,6 @@ from PIL import ExifTags, Image
 
 from safelight.errors import SafelightError
 from safelight.picture import (
-    as_rgb,
     check_writable,
     encode,
     from_tensor,
@@ -23,11 +22,11 @@ from safelight.picture import (
     open_mask,
     open_picture,
     output_paths,
-    picture_sha256,
     save_picture,
     save_png,
     to_tensor,
 )
+from safelight.pixels import as_rgb, picture_sha256
 
 
 def noise(width=16, height=8, channels=3, seed=0):

@@ -11,7 +11,8 @@ from PIL import Image
 
 import safelight
 from safelight.errors import SafelightError
-from safelight.picture import open_picture, picture_sha256
+from safelight.picture import open_picture
+from safelight.pixels import picture_sha256
 from safelight.recipe import read_recipe
 from safelight.request import MAX_SEED, Request
 from safelight.result import Result

@@ -5,7 +5,6 @@ is checked before anything is decoded.
 """
 
 import contextlib
-import hashlib
 import io
 import os
 import secrets
@@ -14,11 +13,13 @@ import stat
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-from PIL import ExifTags, Image, ImageChops, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, ImageChops, PngImagePlugin
 
+from safelight.bounds import check_structure
 from safelight.errors import SafelightError
+from safelight.pixels import as_mask, as_rgb, upright
 
 if TYPE_CHECKING:
     import torch
@@ -42,15 +43,14 @@ def open_picture(source: str | Path | bytes, what: str = "picture") -> Image.Ima
 
     The picture is RGB, upright as its EXIF says, transparency laid on white, 16 bits cut to 8;
     colours are taken as sRGB. Raises SafelightError for anything else, for a broken or cut-off
-    file, and for a picture of more than 64 million pixels (before it is decoded) or with a side
+    file, and for a picture of more than MAX_PIXELS pixels (before it is decoded) or with a side
     under 8.
     """
     name = name_of(source, what)
     with opened(source, name) as image:
         try:
             image.load()
-            upright = ImageOps.exif_transpose(image)
-            return as_rgb(upright)
+            return as_rgb(upright(image))
         except Exception as error:  # decoders of broken files raise anything
             raise SafelightError(
                 f"{name} is damaged or cut off ({reason(error)}): save or download it again"
@@ -62,41 +62,11 @@ def open_mask(source: str | Path | bytes, what: str = "mask") -> Image.Image:
     return as_mask(open_picture(source, what))
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """Return a new RGB picture: transparency on white, 16 bits cut to 8, no metadata."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray(_high_byte(image))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    rgb = image.convert("RGB")
-    rgb.info = {}
-    return rgb
-
-
-def as_mask(image: Image.Image) -> Image.Image:
-    """Return a new mode L picture of 0 and 255 alone: 255 where image is half white or more."""
-    return as_rgb(image).convert("L").point([0] * 128 + [255] * 128)
-
-
-def picture_sha256(image: Image.Image) -> str:
-    """Return the SHA-256 of mode, width, height and the bytes of the pixels."""
-    head = f"{image.mode} {image.width}x{image.height}\n".encode()
-    return hashlib.sha256(head + image.tobytes()).hexdigest()
-
-
-def _high_byte(image: Image.Image) -> Any:
-    """Return the high byte of 16-bit gray, as Pillow does for 16-bit colour."""
-    import numpy as np
-
-    return (np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)
-
-
 def opened(source: str | Path | bytes, name: str) -> Image.Image:
     """Return the picture with its header read and its size checked, not yet decoded."""
     if not isinstance(source, bytes):
         source = _read(Path(source), name)
+    check_structure(source, name)
     try:
         with warnings.catch_warnings():
             # Our own limit is lower than the one Pillow warns at.
@@ -104,7 +74,7 @@ def opened(source: str | Path | bytes, name: str) -> Image.Image:
             image = Image.open(io.BytesIO(source), formats=FORMATS)
     except Image.DecompressionBombError:
         raise SafelightError(
-            f"{name} must have at most 64 million pixels: make it smaller"
+            f"{name} must have at most {MAX_PIXELS // 10**6} million pixels: make it smaller"
         ) from None
     except Image.UnidentifiedImageError:
         raise SafelightError(f"{name} must be a PNG, JPEG or WebP picture; it is not") from None
@@ -112,7 +82,8 @@ def opened(source: str | Path | bytes, name: str) -> Image.Image:
         raise SafelightError(f"{name} has a damaged header ({reason(error)})") from None
     if image.width * image.height > MAX_PIXELS:
         raise SafelightError(
-            f"{name} must have at most 64 million pixels, not {image.width}x{image.height}: "
+            f"{name} must have at most {MAX_PIXELS // 10**6} million pixels, "
+            f"not {image.width}x{image.height}: "
             "make it smaller"
         )
     if min(image.size) < MIN_SIDE:

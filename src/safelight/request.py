@@ -23,7 +23,7 @@ from pydantic import (
 
 from safelight.errors import SafelightError
 from safelight.keywords import RequestSettings, Schedule, Spacing
-from safelight.picture import as_mask, as_rgb, picture_sha256
+from safelight.pixels import as_mask, as_rgb, picture_sha256
 from safelight.prompt.reading import Emphasis, Syntax
 from safelight.settings import About, Number, Whole, document, settings_of, shown, unknown_setting
 from safelight.sizes import MAX_SIDE, MIN_SIDE, SIDE_STEP

@@ -95,7 +95,12 @@ class FakeService:
         self._go.set()
 
     async def submit(
-        self, request: Request, *, client: str = "api", idempotency_key: str | None = None
+        self,
+        request: Request,
+        *,
+        client: str = "api",
+        idempotency_key: str | None = None,
+        owner: str | None = None,
     ) -> Job:
         if self.busy:
             raise BusyError(4, 7)

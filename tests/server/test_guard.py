@@ -30,7 +30,7 @@ async def _echo(scope: Any, receive: Any, send: Any) -> None:
 
 def ask(
     rules: Rules,
-    headers: dict[str, str] | list[tuple[str, str]],
+    headers: dict[str, Any] | list[tuple[str, Any]],
     *,
     method: str = "GET",
     path: str = "/api/jobs",
@@ -45,7 +45,7 @@ def ask(
         "method": method,
         "path": path,
         "server": ("127.0.0.1", 7860),
-        "headers": [(k.encode(), v.encode()) for k, v in pairs],
+        "headers": [(k.encode(), v if isinstance(v, bytes) else v.encode()) for k, v in pairs],
     }
     parts = list(body or [b""])
     sent: list[Any] = []

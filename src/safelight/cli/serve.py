@@ -9,10 +9,12 @@ from typing import Annotated, Any
 
 from typer import Option
 
+from safelight.cli.output import note
 from safelight.errors import SafelightError
 from safelight.server import private
 from safelight.server.listening import hold, listen
 from safelight.server.process import Settings, spawn
+from safelight.server.tokens import AUTO, hide_argument, read_token
 
 
 def serve(
@@ -27,10 +29,13 @@ def serve(
     token: Annotated[
         str | None,
         Option(
-            envvar="SAFELIGHT_TOKEN",
-            help="Asked of every request: Authorization: Bearer …",
+            help="`auto` makes one. Others are better given by --token-file or SAFELIGHT_TOKEN.",
             show_default=False,
         ),
+    ] = None,
+    token_file: Annotated[
+        Path | None,
+        Option(help="File with the token that every request needs.", show_default=False),
     ] = None,
     database: Annotated[
         str | None,
@@ -39,6 +44,13 @@ def serve(
     allow_host: Annotated[
         list[str] | None, Option(help="A name that this server is reached by.", show_default=False)
     ] = None,
+    trust_proxy: Annotated[
+        list[str] | None,
+        Option(help="Address whose X-Forwarded-For is believed.", show_default=False),
+    ] = None,
+    short_addresses: Annotated[
+        bool, Option("--short-addresses", help="Clients' addresses in the log by network alone.")
+    ] = False,
     queue: Annotated[int, Option(help="Most pictures that may wait.")] = 1000,
     device: Annotated[str, Option(help="auto, cpu, mps or cuda.")] = "auto",
     dtype: Annotated[str, Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -52,6 +64,7 @@ def serve(
     """Serve pictures over HTTP: an API of our own, OpenAI's and AUTOMATIC1111's."""
     if queue < 1:
         raise SafelightError(f"--queue {queue}: expected 1 or more")
+    secret = token_of(token, token_file)
     private.keep()
     root = data_folder(data_dir)
     settings = Settings(
@@ -63,14 +76,17 @@ def serve(
         low_memory=low_memory,
         exact=exact,
     )
-    listening = listen(host, port, token)
+    listening = listen(host, port, secret)
     hold(root, listening)
     start(
         settings,
         listening,
         host=host,
-        token=token,
+        token=secret,
+        auto=token == AUTO,
         hosts=frozenset(allow_host or ()),
+        proxies=frozenset(trust_proxy or ()),
+        short_addresses=short_addresses,
         bound=queue,
     )
 
@@ -90,6 +106,18 @@ def start(settings: Settings, listening: socket, **how: Any) -> None:
     gc.freeze()
     gc.enable()
     run(settings, child, listening, page=Studio, **how)
+
+
+def token_of(argument: str | None, file: Path | None) -> str | None:
+    """Return the server's token. One among the arguments is taken out of the process list."""
+    secret = read_token(argument, file)
+    if argument is not None and argument != AUTO:
+        note(
+            "--token: all users of this machine can read arguments for a moment; "
+            "--token-file or SAFELIGHT_TOKEN takes its place in the next version"
+        )
+        hide_argument(secret)
+    return secret
 
 
 def data_folder(given: Path | None) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
@@ -15,10 +16,12 @@ from fastapi_offline import FastAPIOffline
 from safelight import __version__
 from safelight.errors import SafelightError
 from safelight.server.apis import openai, ours, sdapi
+from safelight.server.decoding import Decoders
 from safelight.server.guard import Guard, Rules
 from safelight.server.hub import Hub
 from safelight.server.jobs import retry_after, status_of
 from safelight.server.metrics import Metrics
+from safelight.server.wording import clipped, hide, public
 
 
 class Page(Protocol):
@@ -33,12 +36,16 @@ class Page(Protocol):
         ...
 
 
-PageOf = Callable[[Any, Hub], Page]
+PageOf = Callable[[Any, Hub, Decoders], Page]
 """Puts a page around an application; the command line gives the studio's."""
 
 
 def application(hub: Hub, rules: Rules, *, page: PageOf | None = None) -> Any:
     """Return the ASGI application that serves a hub."""
+
+    if isinstance(hub, Hub):
+        hide(hub.settings.root)
+    decoders = Decoders()  # the processes start with the first picture
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
@@ -46,11 +53,13 @@ def application(hub: Hub, rules: Rules, *, page: PageOf | None = None) -> Any:
         yield
         if paged is not None:
             await paged.close()
+        await asyncio.to_thread(decoders.close)
         await hub.stop()
 
     # Its /docs needs nothing from other hosts, as FastAPI's own does.
     app = FastAPIOffline(redoc_url=None, title="Safelight", version=__version__, lifespan=life)
     app.state.service, app.state.metrics = hub, Metrics()
+    app.state.decoders = decoders
     app.include_router(ours.router, responses=problems(400, 422, model=ours.Problem))
     app.include_router(openai.router, responses=problems(400, 404, 413, 422, 429, 500, 503))
     app.include_router(
@@ -58,7 +67,7 @@ def application(hub: Hub, rules: Rules, *, page: PageOf | None = None) -> Any:
     )
     app.add_exception_handler(SafelightError, refused)
     app.add_exception_handler(RequestValidationError, invalid)
-    paged = None if page is None else page(app, hub)
+    paged = None if page is None else page(app, hub, decoders)
     return Guard(app if paged is None else paged, rules, app.state.metrics.count)
 
 
@@ -71,7 +80,8 @@ def problems(*statuses: int, model: Any = None) -> dict[int | str, dict[str, Any
 async def refused(_: HttpRequest, error: Exception) -> JSONResponse:
     """Answer a SafelightError in the shape of our own API."""
     assert isinstance(error, SafelightError)
-    body = {"detail": str(error), "code": error.code, "field": error.field}
+    field = None if error.field is None else clipped(error.field)
+    body = {"detail": public(str(error)), "code": error.code, "field": field}
     return JSONResponse(body, status_of(error), retry_after(error))
 
 
@@ -80,5 +90,6 @@ async def invalid(_: HttpRequest, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if part != "body") or "the body"
-    body = {"detail": f"{where}: {first['msg']}", "code": "invalid", "field": None}
+    told = f"{clipped(where)}: {clipped(first['msg'])}"
+    body = {"detail": told, "code": "invalid", "field": None}
     return JSONResponse(body, 422)

@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import json
+import secrets
 import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+from contextvars import ContextVar
+from typing import Any
 
 from fastapi import Request as HttpRequest
 from starlette.exceptions import HTTPException
 
 from safelight.errors import SafelightError
+from safelight.server.caged import MAX_JSON, PICTURE, from_base64
+from safelight.server.callers import caller_of
+from safelight.server.decoding import Decoders
 
 MAX_BODY = 64 << 20
-MAX_JSON = 1 << 20
-"""For JSON without pictures: two prompts of 16 KiB with every letter escaped fit several times."""
-
 SLOW = 30.0
 MIN_BYTES = 16 << 10
 """A client sends, and takes of an answer, at least MIN_BYTES in SLOW seconds, or all that is left.
 One byte now and then would hold a connection for ever.
 """
 
-T = TypeVar("T")
+MAX_VALUES = 100_000
+"""The most brackets, colons and commas in a JSON body: each is parsed into some 60 bytes. Two
+prompts of 16 KiB may be commas alone.
+"""
 
-PICTURE = "a PNG, JPEG or WebP picture in base64"
+MAX_DEPTH = 60
+
+_ATTACHED: ContextVar[dict[str, bytes] | None] = ContextVar("attached", default=None)
+"""The pictures of a large body that was read in a decoder's process, by what stands for them."""
 
 
 class RefusedError(HTTPException):
@@ -63,28 +68,99 @@ def limited(receive: Any, content_length: str) -> Any:
     return take
 
 
-async def read_body(http: HttpRequest, limit: int | None = None) -> bytes:
-    """Return the body; raise RefusedError once it is longer than `limit` bytes (MAX_BODY)."""
+async def read_body(
+    http: HttpRequest, limit: int | None = None, *, values: int | None = None
+) -> bytes:
+    """Return the body; raise RefusedError once it is longer than `limit` bytes (MAX_BODY).
+
+    values: the most brackets, colons and commas in it.
+    """
     limit = MAX_BODY if limit is None else limit
-    chunks, seen = [], 0
+    chunks, seen, found = [], 0, 0
     async for chunk in http.stream():
         seen += len(chunk)
         if seen > limit:
             raise _too_long(limit)
+        if values is not None:
+            found += sum(map(chunk.count, (b"[", b"{", b",", b":")))
+            if found > values:
+                raise RefusedError(422, "the body has too many values")
         chunks.append(chunk)
     return b"".join(chunks)
 
 
-async def read_json(http: HttpRequest, limit: int | None = None) -> dict[str, Any]:
-    """Return the JSON object in a body. Raises SafelightError, code "not_json", for others."""
-    body = await read_body(http, limit)
-    try:
-        found = await asyncio.to_thread(json.loads, body)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+async def read_json(http: HttpRequest, *, pictures: bool = False) -> dict[str, Any]:
+    """Return the JSON object in a body. Raises SafelightError, code "not_json", for others.
+
+    pictures: whether it may hold some in base64. Then it may have MAX_BODY bytes, of which those
+    that are no pictures are at most MAX_JSON; it is read in a decoder's process, for the parser
+    would hold up all others, and `decode_base64` returns its pictures.
+    """
+    found = await read_json_if_any(http, pictures=pictures)
+    if found is None:
         raise SafelightError("the body must be a JSON object", code="not_json")
     return found
+
+
+async def read_json_if_any(http: HttpRequest, *, pictures: bool) -> dict[str, Any] | None:
+    """Return what `read_json` returns; None for an empty body."""
+    _ATTACHED.set(None)
+    body = await read_body(http, MAX_BODY if pictures else MAX_JSON, values=MAX_VALUES)
+    if not body:
+        return None
+    if len(body) > MAX_JSON:
+        client = caller_of(http.scope).name
+        decoders: Decoders = http.app.state.decoders
+        parts = await decoders.call("safelight.server.caged:body", body, client=client)
+        found, *data = parts if isinstance(parts, tuple) else (parts,)
+        attached = {f"attached {secrets.token_hex(16)}": one for one in data}
+        _ATTACHED.set(attached)
+        names = list(attached)
+        found = {name: _named(value, names) for name, value in found.items()}
+    else:
+        found = await asyncio.to_thread(_parsed, body)
+    if not isinstance(found, dict) or _deep(found):
+        raise SafelightError(
+            f"the body must be a JSON object, nested at most {MAX_DEPTH} deep", code="not_json"
+        )
+    return found
+
+
+def _parsed(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _named(value: Any, names: list[str]) -> Any:
+    """Return a value with names in the place of the numbers of pictures; see `caged.body`."""
+    if isinstance(value, list):
+        return [_named(entry, names) for entry in value]
+    if isinstance(value, dict) and list(value) == [""] and isinstance(value[""], int):
+        return names[value[""]] if 0 <= value[""] < len(names) else None
+    return value
+
+
+def deep_text(body: bytes) -> bool:
+    """Return whether a body is JSON nested deeper than MAX_DEPTH; false for what is no JSON."""
+    try:
+        return _deep(json.loads(body))
+    except RecursionError:
+        return True
+    except ValueError:
+        return False
+
+
+def _deep(value: Any) -> bool:
+    """Return whether a value is nested deeper than MAX_DEPTH."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_DEPTH + 1):
+        inner = [v.values() if isinstance(v, dict) else v for v in level]
+        level = [v for values in inner for v in values if isinstance(v, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def decode_base64(text: Any, name: str) -> bytes:
@@ -94,25 +170,36 @@ def decode_base64(text: Any, name: str) -> bytes:
     """
     if not isinstance(text, str):
         raise SafelightError(f"{name} must be {PICTURE}", field=name)
-    if text.startswith("data:"):
-        text = text.partition(",")[2]
-    if "://" in text[:16]:
+    if (found := attached(text)) is not None:
+        return found
+    if not text.startswith("data:") and "://" in text[:16]:
         raise SafelightError(f"{name} must be {PICTURE}: addresses are never fetched", field=name)
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError):
+        return from_base64(text)
+    except ValueError:
         raise SafelightError(f"{name} must be {PICTURE}; this is not base64", field=name) from None
 
 
-def open_upload(read: Callable[[bytes, str], T], data: bytes, name: str) -> T:
-    """Return a decoded picture; an error carries the field `name`.
+def attached(text: str) -> bytes | None:
+    """Return the picture that a text of a large body stands for; None for any other text."""
+    return (_ATTACHED.get() or {}).get(text)
 
-    read: `open_picture` or `open_mask`. For a thread of its own.
+
+async def decoded(http: HttpRequest, function: str, data: bytes, name: str, what: str = "") -> Any:
+    """Return what a function of `caged` makes of a picture; an error carries the field `name`.
+
+    what: what an error calls the picture.
     """
+    decoders: Decoders = http.app.state.decoders
+    client = caller_of(http.scope).name
     try:
-        return read(data, name)
+        return await decoders.call(
+            f"safelight.server.caged:{function}", data, client=client, name=what or f"the {name}"
+        )
     except SafelightError as error:
-        raise SafelightError(str(error), code=error.code, field=name) from None
+        text = str(error)
+        text = f"the {name}: {text}" if text.startswith("it ") else text
+        raise SafelightError(text, code=error.code, field=name) from None
 
 
 def _too_long(limit: int) -> RefusedError:

@@ -36,13 +36,25 @@ def page(problem: str = "") -> bytes:
     return _PAGE.format(action=ENTER, problem=problem).encode()
 
 
-def token_in(form: bytes) -> str:
-    """Return the token in a form that a browser sent; empty if there is none."""
+def token_in(form: bytes) -> bytes:
+    """Return the token in a form or a query that a browser sent; empty if there is none."""
     try:
-        fields = parse_qs(form.decode("latin-1"), max_num_fields=4)
+        fields = parse_qs(form, max_num_fields=4)
     except ValueError:
-        return ""
-    return fields.get("token", [""])[0].strip()
+        return b""
+    return fields.get(b"token", [b""])[0].strip()
+
+
+def onward() -> bytes:
+    """Return a page that leads to the studio.
+
+    A redirect would not do: after a link from elsewhere it carries no strict cookie.
+    """
+    return (
+        b'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Safelight</title>'
+        b'<meta http-equiv="refresh" content="0; url=/studio"></head>'
+        b'<body><a href="/studio">Safelight</a></body></html>'
+    )
 
 
 def set_cookie(token: str) -> bytes:
@@ -58,7 +70,8 @@ def has_cookie(headers: list[str], token: str) -> bool:
     pairs = (pair.strip().partition("=") for header in headers for pair in header.split(";"))
     value = _derived(token).encode()
     return any(
-        name == COOKIE and hmac.compare_digest(given.encode(), value) for name, _, given in pairs
+        name == COOKIE and hmac.compare_digest(given.encode("latin-1", "replace"), value)
+        for name, _, given in pairs
     )
 
 

@@ -6,19 +6,20 @@ import asyncio
 import base64
 import binascii
 import contextlib
-import hmac
 import ipaddress
 import json
 import logging
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from safelight.server import bodies, entrance
+from safelight.server import bodies, entrance, tokens
 from safelight.server.bodies import RefusedError
+from safelight.server.callers import ADMIN, SCOPE, Caller, address_of, shortened
+from safelight.server.limits import Guesses, Share
 
 log = logging.getLogger("safelight.http")
 
@@ -40,12 +41,24 @@ HEADERS = (
 class Rules:
     """Who may ask.
 
-    token: None lets everyone in, for loopback alone. hosts: names that a Host header may have
-    besides loopback's.
+    token: the admin's; None lets everyone in, for loopback alone. hosts: names that a Host header
+    may have besides loopback's. keys: further tokens by name, whose jobs are apart. proxies:
+    addresses whose X-Forwarded-For is believed. short: whether the log has shortened addresses.
     """
 
     token: str | None = None
     hosts: frozenset[str] = frozenset()
+    keys: Mapping[str, str] = field(default_factory=dict)
+    proxies: frozenset[str] = frozenset()
+    short: bool = False
+
+    def key_of(self, given: bytes) -> str | None:
+        """Return the name of the key with this token. All are compared, in constant time."""
+        found = None
+        for name, token in ((ADMIN, self.token), *self.keys.items()):
+            if token is not None and tokens.same(given, token):
+                found = name
+        return found
 
 
 class Guard:
@@ -53,6 +66,7 @@ class Guard:
 
     def __init__(self, app: Any, rules: Rules, counted: Any = lambda *_: None) -> None:
         self.app, self.rules, self.counted = app, rules, counted
+        self._guesses, self._share = Guesses(), Share()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -75,13 +89,33 @@ class Guard:
                 await send(message)
 
         unread, headers = receive, _headers(scope)
+        address, client, taken = address_of(scope, self.rules.proxies), "", 0
+
+        async def counted() -> Any:
+            nonlocal taken
+            message = await unread()
+            size = len(message.get("body", b""))
+            taken += size
+            self._share.add(client, size)
+            return message
+
         try:
             self._check_site(scope, headers)
-            receive = bodies.limited(receive, _single(headers, "content-length"))
+            if scope["path"] in OPEN:
+                await self.app(scope, bodies.limited(receive, ""), reply)
+                return
+            receive = bodies.limited(counted, _single(headers, "content-length"))
+            caller = Caller(address)
+            client = caller.name
             if scope["path"] == entrance.ENTER and scope["method"] == "POST":
-                await self._enter(receive, reply)
-            elif scope["path"] in OPEN or self._allowed(headers):
-                await self.app(scope, receive, reply)
+                with self._share.request(client, stream=False):
+                    await self._enter(receive, reply, address)
+            elif (found := await self._caller(headers, caller)) is not None:
+                scope[SCOPE], client = found, found.name
+                with self._share.request(client, stream=_is_stream(scope)):
+                    await self.app(scope, receive, reply)
+            elif scope["method"] == "GET" and (given := _linked(scope)):
+                await self._enter_by_link(given, reply, address)
             elif scope["method"] == "GET" and scope["path"].startswith("/studio"):
                 await _page(reply, 401, entrance.page())
             else:
@@ -90,16 +124,18 @@ class Guard:
         except RefusedError as refusal:
             if not sent:
                 await _answer(reply, refusal.status_code, refusal.detail, refusal.headers)
-                if refusal.status_code == 413 and receive is unread and "expect" not in headers:
+                if refusal.status_code == 413 and not taken and "expect" not in headers:
                     await _discard(unread)
                 await reply({"type": "http.response.body"})
         finally:
+            self._share.release(client, taken)
             route = getattr(scope.get("route"), "path", "")
             self.counted(scope["method"], route, status)
             log.info(
                 "request",
                 extra={
                     "request_id": request_id,
+                    "address": shortened(address) if self.rules.short else address,
                     "method": scope["method"],
                     "route": route,
                     "status": status,
@@ -121,19 +157,44 @@ class Guard:
             if scope["method"] not in ("GET", "HEAD") or mode != "navigate":
                 raise RefusedError(403, "cross-site requests are refused")
 
-    async def _enter(self, receive: Any, reply: Any) -> None:
+    async def _enter(self, receive: Any, reply: Any, address: str) -> None:
         """Answer a browser's form with the token in it: set a cookie, and lead to the page."""
         form, more = b"", True
         while more and len(form) <= entrance.MAX_FORM:
             message = await receive()
             form += message.get("body", b"")
             more = message.get("more_body", False)
-        token = self.rules.token
-        if token is not None and not _equal(entrance.token_in(form), token):
+        cookie = await self._cookie(entrance.token_in(form), address)
+        if cookie is None:
             await _page(reply, 401, entrance.page("That is not this server's token."))
             return
-        cookie = [] if token is None else [(b"set-cookie", entrance.set_cookie(token))]
         await _page(reply, 303, b"", [(b"location", b"/studio"), *cookie])
+
+    async def _enter_by_link(self, given: bytes, reply: Any, address: str) -> None:
+        """Answer a link with the token in it, as the command line opens it."""
+        cookie = await self._cookie(given, address)
+        if cookie is None:
+            await _page(reply, 401, entrance.page("That is not this server's token."))
+            return
+        await _page(reply, 200, entrance.onward(), [(b"cache-control", b"no-store"), *cookie])
+
+    async def _cookie(self, given: bytes, address: str) -> list[tuple[bytes, bytes]] | None:
+        """Return the header that sets the cookie for a token; None for a wrong one."""
+        if self.rules.token is None:
+            return []
+        key = await self._key(given, address)
+        token = self.rules.token if key == ADMIN else self.rules.keys.get(key or "")
+        return None if token is None else [(b"set-cookie", entrance.set_cookie(token))]
+
+    async def _key(self, given: bytes, address: str) -> str | None:
+        """Return the key with this token. An address with many wrong ones has to wait."""
+        await self._guesses.wait(address, given)
+        key = self.rules.key_of(given)
+        if key is not None:
+            self._guesses.right(address, given)
+        elif given:
+            self._guesses.wrong(address)
+        return key
 
     def _known_host(self, host: str, scope: Any) -> bool:
         # A foreign name that resolves to this machine is how a web page reaches it (DNS rebinding).
@@ -142,32 +203,50 @@ class Guard:
             return False
         if name == "localhost" or name in self.rules.hosts:
             return True
-        try:
-            address = ipaddress.ip_address(name)
-        except ValueError:
-            return False
-        return address.is_loopback or bool(scope.get("server") and name == scope["server"][0])
+        asked, own = _address(name), _address(str((scope.get("server") or ("",))[0]))
+        return asked is not None and (asked.is_loopback or asked == own)
 
-    def _allowed(self, headers: dict[str, list[str]]) -> bool:
+    async def _caller(self, headers: dict[str, list[str]], caller: Caller) -> Caller | None:
+        """Return who asks, with the key; None without a valid one."""
         if self.rules.token is None:
-            return True
-        if "cookie" in headers and entrance.has_cookie(headers["cookie"], self.rules.token):
-            return True
-        given = headers.get("authorization", [""])
-        kind, _, value = given[0].partition(" ")
+            return caller
+        if "cookie" in headers:
+            for name, token in ((ADMIN, self.rules.token), *self.rules.keys.items()):
+                if entrance.has_cookie(headers["cookie"], token):
+                    return replace(caller, key=name)
+        given = headers.get("authorization", [])
+        kind, _, text = (given[0] if len(given) == 1 else "").partition(" ")
+        value = text.strip().encode("latin-1")
         if kind.lower() == "basic":  # of clients that know name and password alone
             try:
-                value = base64.b64decode(value, validate=True).decode().partition(":")[2]
-            except (binascii.Error, UnicodeDecodeError):
-                return False
+                value = base64.b64decode(value, validate=True).partition(b":")[2]
+            except binascii.Error:
+                return None
         elif kind.lower() != "bearer":
-            return False
-        return len(given) == 1 and _equal(value.strip(), self.rules.token)
+            return None
+        key = await self._key(value.strip(), caller.address)
+        return None if key is None else replace(caller, key=key)
 
 
-def _equal(given: str, token: str) -> bool:
-    """Compare in constant time."""
-    return hmac.compare_digest(given.encode(), token.encode())
+def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Return an address; of an IPv4 client on an IPv6 socket that of IPv4."""
+    try:
+        found = ipaddress.ip_address(name.partition("%")[0])
+    except ValueError:
+        return None
+    return getattr(found, "ipv4_mapped", None) or found
+
+
+def _is_stream(scope: Any) -> bool:
+    path = scope["path"]
+    return path.endswith(("/events", "/queue/data")) or "/heartbeat/" in path
+
+
+def _linked(scope: Any) -> bytes:
+    """Return the token in a link to the studio; empty if there is none."""
+    if scope["path"] != "/studio":
+        return b""
+    return entrance.token_in(scope.get("query_string", b"")[: entrance.MAX_FORM])
 
 
 def _headers(scope: Any) -> dict[str, list[str]]:

@@ -7,6 +7,7 @@ import ipaddress
 import socket
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from safelight.errors import SafelightError
 
@@ -20,6 +21,10 @@ class ServedError(SafelightError):
     def __init__(self, root: Path, address: str) -> None:
         super().__init__(f"{root} is served already, at {address}: another --data-dir?")
         self.address = address
+
+
+BACKLOG = 1024
+"""Connections that may wait to be accepted."""
 
 
 def hold(root: Path, listening: socket.socket) -> None:
@@ -47,19 +52,23 @@ def listen(host: str, port: int, token: str | None) -> socket.socket:
     """Return a listening socket. Raises SafelightError if it cannot be, or needs a token."""
     if token is None and not _loopback(host):
         raise SafelightError(
-            f"--host {host} can be reached from other machines: give a --token as well"
+            f"--host {host} can be reached from other machines: give a token as well, by "
+            "--token-file or SAFELIGHT_TOKEN; an empty one is none"
         )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
+    # With protocol 0, asyncio would leave Nagle's algorithm on: 40 ms more for an answer.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
+        if everywhere(host) and family == socket.AF_INET6:  # IPv4 as well
+            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         listening.bind((host, port))
     except OSError as error:
         listening.close()
         raise SafelightError(
             f"{host}:{port} cannot be listened on ({error.strerror}): another --port?"
         ) from None
-    listening.listen(128)
+    listening.listen(BACKLOG)
     return listening
 
 
@@ -69,9 +78,18 @@ def shown(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def link(listening: socket.socket, token: str | None) -> str:
+    """Return the address of the studio, with the token in it."""
+    query = "" if token is None else f"?token={quote(token, safe='')}"
+    return f"{shown(listening)}/studio{query}"
+
+
 def everywhere(host: str) -> bool:
     """Return whether a host means all addresses of this machine."""
-    return host in ("0.0.0.0", "::")
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
 
 
 def _loopback(host: str) -> bool:

@@ -42,12 +42,11 @@ def spawn(settings: Settings) -> Child:
 
 
 def _run(pipe: Connection, told: Connection, settings: Settings) -> None:
+    wait_asleep()  # before the worker's import of PyTorch
     from safelight.server.pulse import Pulse
 
     pulse = Pulse(told)
     pulse.start()
-    wait_asleep()  # before the worker's import of PyTorch
-
     from safelight.server.worker import main
 
     main(pipe, settings, pulse)

@@ -12,16 +12,24 @@ import time
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from safelight.server import bodies
 from safelight.server.app import PageOf, application
+from safelight.server.connections import (
+    ACCEPTED,
+    H11WithTimeouts,
+    on_exception,
+    raise_open_files,
+)
 from safelight.server.guard import Rules
 from safelight.server.hub import Hub
-from safelight.server.listening import everywhere, shown
+from safelight.server.limits import Sparing
+from safelight.server.listening import BACKLOG, everywhere, link, shown
 from safelight.server.process import Child, Settings
 
-FIELDS = ("request_id", "method", "route", "status", "seconds", "job", "client")
+FIELDS = (
+    *("request_id", "address", "method", "route", "status", "seconds", "job", "client"),
+    "left_out",
+)
 
 
 class Lines(logging.Formatter):
@@ -39,57 +47,16 @@ class Lines(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
-class H11WithTimeouts(H11Protocol):
-    """Closes a connection that sends no request, or reads no answer, for bodies.SLOW seconds.
-
-    uvicorn's own protocol waits for both for ever.
-    """
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._late = self.loop.call_later(bodies.SLOW, self._close_if_silent)
-        self._stuck: asyncio.TimerHandle | None = None
-
-    def on_response_complete(self) -> None:
-        self._late.cancel()
-        self._late = self.loop.call_later(bodies.SLOW, self._close_if_silent)
-        super().on_response_complete()
-
-    def _close_if_silent(self) -> None:
-        answering = self.cycle is not None and not self.cycle.response_complete
-        if not answering and not self.transport.is_closing():
-            self.transport.close()
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._look_again(self.transport.get_write_buffer_size())
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if self._stuck is not None:
-            self._stuck.cancel()
-
-    def _look_again(self, unsent: int) -> None:
-        self._stuck = self.loop.call_later(bodies.SLOW, self._abort_if_stuck, unsent)
-
-    def _abort_if_stuck(self, unsent: int) -> None:
-        now = self.transport.get_write_buffer_size()
-        if now > unsent - bodies.MIN_BYTES:
-            self.transport.abort()  # to close would wait until all of it is taken
-        else:
-            self._look_again(now)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._late.cancel()
-        if self._stuck is not None:
-            self._stuck.cancel()
-        super().connection_lost(exc)
-
-
 class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, hub: Hub) -> None:
         super().__init__(config)
         self._hub = hub
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(on_exception)
+        await super().startup(sockets)
+        for listening in sockets or ():
+            listening.listen(BACKLOG)  # asyncio has set its own, ACCEPTED
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self._hub.drain()
@@ -103,7 +70,10 @@ def serve(
     *,
     host: str,
     token: str | None,
+    auto: bool = False,
     hosts: frozenset[str] = frozenset(),
+    proxies: frozenset[str] = frozenset(),
+    short_addresses: bool = False,
     bound: int = 1000,
     page: PageOf | None = None,
 ) -> None:
@@ -113,11 +83,14 @@ def serve(
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Lines())
+    handler.addFilter(Sparing())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     hub = Hub(settings, child, bound=bound)
     names = hosts | ({host} if not everywhere(host) else frozenset())
+    rules = Rules(token, names, proxies=proxies, short=short_addresses)
+    raise_open_files()
     config = uvicorn.Config(
-        application(hub, Rules(token, names), page=page),
+        application(hub, rules, page=page),
         http=H11WithTimeouts,
         ws="none",
         log_config=None,
@@ -125,7 +98,8 @@ def serve(
         server_header=False,
         timeout_graceful_shutdown=5,
         h11_max_incomplete_event_size=64 << 10,
-        limit_concurrency=500,
+        proxy_headers=False,  # the guard reads them, of proxies that it was told of
+        backlog=ACCEPTED,
     )
     server = Server(config, hub)
 
@@ -136,6 +110,8 @@ def serve(
     # uvicorn raises the signal again that ended it: to be told to end is no failure.
     signal.signal(signal.SIGTERM, lambda *_: None)
     sys.stderr.write(f"Safelight is at {shown(listening)}\n")
+    if auto:  # made for this run: who sees this line is who started it
+        sys.stderr.write(f"Open {link(listening, token)}\n")
     sys.stderr.flush()
     asyncio.run(server.serve(sockets=[listening]))
     if hub.refusal is not None:

@@ -12,16 +12,17 @@ from safelight.compare import SETTINGS, Axis, Grid, requests
 from safelight.errors import SafelightError
 from safelight.picture import open_picture
 from safelight.result import Result
+from safelight.server.decoding import Decoders
 from safelight.server.hub import Hub
 from safelight.server.jobs import Job, Status
 from safelight.server.store import new_id
 from safelight.studio import form as forms
-from safelight.studio.parts import kept, problem, progress, status
+from safelight.studio.parts import asker, kept, problem, progress, status
 
 NOTHING = "nothing"
 
 
-def compare(hub: Hub, form: forms.Form) -> None:
+def compare(hub: Hub, form: forms.Form, decoders: Decoders) -> None:
     """Build the tab. form: the settings that all cells share."""
     gr.HTML(
         "<p>Every cell starts from the same noise and uses the prompt and settings of Make. "
@@ -41,18 +42,20 @@ def compare(hub: Hub, form: forms.Form) -> None:
     running = gr.State([])
 
     async def draw(
-        x: str, across: str, y: str, down: str, *values: Any
+        x: str, across: str, y: str, down: str, by: gr.Request, *values: Any
     ) -> AsyncIterator[tuple[Any, ...]]:
         """Yield problem, status, bar, sheet and the ids of the jobs."""
         jobs: list[Job] = []
         try:
-            base = (await asyncio.to_thread(forms.request, *values, hub=hub)).replace(count=1)
+            given = await forms.read_easel(values, decoders, asker(by).name)
+            base = (await asyncio.to_thread(forms.request, *given, hub=hub)).replace(count=1)
             axes = [Axis.parse(f"{x}={across}")]
             if y != NOTHING:
                 axes.append(Axis.parse(f"{y}={down}"))
             cells = requests(base, *axes)
             for row in cells:
-                jobs += [await hub.submit(request, client="compare") for request in row]
+                for request in row:
+                    jobs.append(await hub.submit(request, client="compare", owner=asker(by).owner))
         except SafelightError as error:
             for job in jobs:  # the whole grid, or nothing
                 await hub.cancel(job.id)
@@ -75,9 +78,9 @@ def compare(hub: Hub, form: forms.Form) -> None:
             return
         yield "", f"Done: {prompts}, {len(waits)} cells.", "", grid, []
 
-    async def cancel(ids: list[str]) -> None:
+    async def cancel(ids: list[str], by: gr.Request) -> None:
         for job_id in ids:
-            await hub.cancel(job_id)
+            await hub.cancel(job_id, owner=asker(by).sees)
 
     start.click(
         draw,

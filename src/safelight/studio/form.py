@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from safelight.errors import SafelightError
-from safelight.picture import as_rgb, opened, reason
 from safelight.request import MAX_PROMPT, Request, draw_seed
 from safelight.sampling import SAMPLERS
 from safelight.sampling.schedule import SCHEDULES, SPACINGS
+from safelight.server.bodies import MAX_BODY
+from safelight.server.decoding import Decoders
 from safelight.server.hub import Hub
 from safelight.settings import Setting, settings_of
 from safelight.sizes import allowed_size
@@ -198,7 +200,8 @@ def request(
 ) -> Request:
     """Return the Request of the form's values.
 
-    rest: the values of `Form.further`, the editor's picture and how often it is enlarged.
+    rest: the values of `Form.further`, the editor's picture (as `read_easel` returns it) and how
+    often it is enlarged.
 
     Without width and height, a picture to start from is resized to about the model's own area. An
     empty prompt without such a picture becomes EXAMPLE. Raises SafelightError for invalid values.
@@ -250,14 +253,13 @@ def _painted(picture: Any, enlarged: int) -> tuple[Image.Image | None, Image.Ima
     """Return the editor's picture, and the mask if anything is painted. A picture that `on_easel`
     enlarged is reduced again, so that every pixel equals the original.
     """
-    if picture is None or picture.background is None:
+    if picture is None:
         return None, None
-    image, alpha = _opened(picture.background.path)
+    (image, alpha), *layers = picture
     if alpha is not None and alpha.getbbox() is None:  # an empty canvas is transparent
         return None, None
     painted = np.zeros((image.height, image.width), bool)
-    for layer in picture.layers or ():
-        _, alpha = _opened(layer.path)
+    for _, alpha in layers:
         if alpha is not None:
             painted |= np.asarray(alpha.resize(image.size)) > 127
     mask = Image.fromarray(painted.astype(np.uint8) * 255) if painted.any() else None
@@ -267,17 +269,29 @@ def _painted(picture: Any, enlarged: int) -> tuple[Image.Image | None, Image.Ima
     return small, mask and mask.resize(small.size, _WHOLE)
 
 
-def _opened(path: str | Path) -> tuple[Image.Image, Image.Image | None]:
-    """Return a picture as RGB on white, and its alpha channel, if it has one."""
-    try:
-        with opened(path, "the picture") as image:
-            upright = ImageOps.exif_transpose(image)
-            clear = upright.has_transparency_data
-            return as_rgb(upright), upright.convert("RGBA").getchannel("A") if clear else None
-    except SafelightError:
-        raise
-    except Exception as error:  # decoders of broken files raise anything
-        raise SafelightError(f"the picture is damaged or cut off ({reason(error)})") from None
+async def read_easel(values: Sequence[Any], decoders: Decoders, client: str) -> list[Any]:
+    """Return the values of all fields with the editor's pictures decoded.
+
+    In the place of the editor's value stand its background and its layers, each as RGB and alpha
+    channel; None without a background. client: who asks. Raises SafelightError.
+    """
+    *others, picture, enlarged = values
+    if picture is None or picture.background is None:
+        return [*others, None, enlarged]
+    opened = [
+        await read_file(decoders, "with_alpha", file.path, client)
+        for file in (picture.background, *(picture.layers or ()))
+    ]
+    return [*others, opened, enlarged]
+
+
+async def read_file(decoders: Decoders, function: str, path: str | Path, client: str) -> Any:
+    """Return what a function of `caged`, or another by its full name, makes of an uploaded file."""
+    if Path(path).stat().st_size > MAX_BODY:
+        raise SafelightError(f"the picture must have at most {MAX_BODY >> 20} MiB")
+    data = await asyncio.to_thread(Path(path).read_bytes)
+    name = function if ":" in function else f"safelight.server.caged:{function}"
+    return await decoders.call(name, data, client=client, name="the picture")
 
 
 def shown(settings: dict[str, Any]) -> tuple[list[Any], list[str]]:

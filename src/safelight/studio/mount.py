@@ -10,9 +10,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from starlette.requests import Request as HttpRequest
 from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, Response
 
 from safelight.errors import SafelightError
+from safelight.server.bodies import (
+    MAX_JSON,
+    MAX_VALUES,
+    RefusedError,
+    deep_text,
+    read_body,
+)
+from safelight.server.decoding import Decoders
 from safelight.server.hub import Hub
 from safelight.server.uploads import Uploads
 from safelight.studio.paths import KEPT_AT, PATH
@@ -57,8 +66,8 @@ class Studio:
     Gradio takes seconds and memory to import, so it is imported on the first request of the page.
     """
 
-    def __init__(self, app: Any, hub: Hub) -> None:
-        self.app, self._hub = app, hub
+    def __init__(self, app: Any, hub: Hub, decoders: Decoders) -> None:
+        self.app, self._hub, self._decoders = app, hub, decoders
         self._page: asyncio.Future[Any] | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._uploaded: Uploads | None = None
@@ -87,6 +96,8 @@ class Studio:
         page = self._page.result()
         if path == UPLOAD:
             page = self._uploads(page)
+        elif scope["method"] == "POST":
+            receive = await _bounded(scope, receive)
         await page(scope, receive, _with_policy(send))
 
     def _uploads(self, page: Any) -> Uploads:
@@ -108,7 +119,9 @@ class Studio:
 
     async def _keep(self, ready: asyncio.Future[Any]) -> None:
         try:
-            app = await asyncio.to_thread(_build, self._hub, await self._hub.defaults())
+            app = await asyncio.to_thread(
+                _build, self._hub, await self._hub.defaults(), self._decoders
+            )
             async with app.router.lifespan_context(app):
                 uploads = self._uploads(app)
                 await asyncio.to_thread(uploads.clean_up)  # of an earlier server
@@ -122,7 +135,7 @@ class Studio:
             ready.set_exception(error)
 
 
-def _build(hub: Hub, defaults: dict[str, Any]) -> Any:
+def _build(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> Any:
     # Gradio reads this when it is imported; it switches off its telemetry.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     # The default is in /tmp: for ever, under a name that another user may have taken.
@@ -136,7 +149,7 @@ def _build(hub: Hub, defaults: dict[str, Any]) -> Any:
     # the application was mounted instead of launched, Gradio opens any file of the machine without
     # checking that it was uploaded.
     processing_utils.async_ssrf_protected_download = _not_fetched
-    page = blocks(hub, defaults)
+    page = blocks(hub, defaults, decoders)
     page.has_launched = True
     return mount_gradio_app(
         FastAPI(openapi_url=None),
@@ -161,6 +174,22 @@ def _kept(root: Path, path: str) -> Response:
         return PlainTextResponse("there is no such file\n", 404)
     # A page of explain has its own policy; this header takes it out of our origin.
     return FileResponse(root / name, headers={"content-security-policy": "sandbox allow-scripts"})
+
+
+async def _bounded(scope: Any, receive: Any) -> Any:
+    """Return an ASGI `receive` of a body of JSON that was read within our bounds.
+
+    Gradio parses it in the event loop. Raises RefusedError.
+    """
+    body = await read_body(HttpRequest(scope, receive), MAX_JSON, values=MAX_VALUES)
+    if body and deep_text(body):
+        raise RefusedError(422, "the body is nested too deep")
+    waiting = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Any:
+        return waiting.pop() if waiting else await receive()
+
+    return replay
 
 
 def _with_policy(send: Any) -> Any:

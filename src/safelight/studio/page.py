@@ -13,12 +13,12 @@ from PIL import Image
 from safelight.errors import SafelightError
 from safelight.picture import open_picture
 from safelight.request import draw_seed
+from safelight.server.decoding import Decoders
 from safelight.server.hub import Hub
 from safelight.studio import form as forms
 from safelight.studio.compare import compare
 from safelight.studio.inside import PICTURES, Inside
-from safelight.studio.parts import HEAD, STYLE, gallery, now, problem
-from safelight.studio.recipes import recipe_settings
+from safelight.studio.parts import HEAD, STYLE, asker, gallery, now, problem
 from safelight.studio.train import Train
 
 _THEME = Base(
@@ -44,24 +44,26 @@ _THEME = Base(
     input_placeholder_color="#6b6560",
     input_placeholder_color_dark="#bdb7b1",
 )
+RECIPE = "safelight.studio.recipes:settings_in"
 DELETED = "This picture was deleted."
 LOOK: dict[str, Any] = {"theme": _THEME, "css": STYLE, "head": HEAD}
 
 
-def blocks(hub: Hub, defaults: dict[str, Any]) -> gr.Blocks:
+def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
     """Return the page of this server.
 
-    defaults: sampler, steps and guidance scale that its model draws best with.
+    defaults: sampler, steps and guidance scale that its model draws best with. decoders: read what
+    is uploaded.
     """
     with gr.Blocks(title="Safelight", analytics_enabled=False, fill_width=True) as page:
         gr.HTML("<h1>Safelight</h1>")
         with gr.Tabs() as tabs:
             with gr.Tab("Make", id="make"):
-                form, drawn = _make(hub, defaults)
+                form, drawn = _make(hub, defaults, decoders)
             with gr.Tab("Find", id="find") as find:
                 found, dropped, find_told = _find()
             with gr.Tab("Compare", id="compare"):
-                compare(hub, form)
+                compare(hub, form, decoders)
             with gr.Tab("Inside", id="inside"):
                 inside = Inside(hub, defaults)
             with gr.Tab("Train", id="train") as training:
@@ -85,15 +87,15 @@ def blocks(hub: Hub, defaults: dict[str, Any]) -> gr.Blocks:
                 *forms.on_easel(image, mask),
             ]
 
-        async def recall(event: gr.EventData) -> list[Any]:
+        async def recall(event: gr.EventData, by: gr.Request) -> list[Any]:
             """Fill the form with all settings of a picture, and the picture it started from."""
-            job, picture = await _picture(hub, event)
+            job, picture = await _picture(hub, event, by)
             start = [await asyncio.to_thread(hub.files.input, job.id, n) for n in PICTURES]
             return settle(picture.recipe["settings"], *start)
 
-        async def use(event: gr.EventData) -> list[Any]:
+        async def use(event: gr.EventData, by: gr.Request) -> list[Any]:
             """Start from a picture, with its prompt and size."""
-            _, picture = await _picture(hub, event)
+            _, picture = await _picture(hub, event, by)
             path = hub.picture_file(picture.id)
             if path is None:
                 raise gr.Error(DELETED, print_exception=False)
@@ -107,7 +109,7 @@ def blocks(hub: Hub, defaults: dict[str, Any]) -> gr.Blocks:
             ]
 
         async def look(event: gr.EventData, by: gr.Request) -> AsyncIterator[list[Any]]:
-            job, picture = await _picture(hub, event)
+            job, picture = await _picture(hub, event, by)
             settings = dict(picture.recipe["settings"])
             prompt = settings.pop("prompt", "")
             for name in PICTURES:
@@ -117,12 +119,13 @@ def blocks(hub: Hub, defaults: dict[str, Any]) -> gr.Blocks:
             async for update in inside.show(prompt, settings, by):
                 yield [gr.Tabs(selected="inside"), *update]
 
-        def read(path: str | None) -> list[Any]:
+        async def read(path: str | None, by: gr.Request) -> list[Any]:
             """Fill the form with the settings stored in a dropped picture."""
             if path is None:
                 return ["", *[gr.skip()] * len(settled)]
             try:
-                return ["", *settle(recipe_settings(path), None)]
+                found = await forms.read_file(decoders, RECIPE, path, asker(by).name)
+                return ["", *settle(found, None)]
             except SafelightError as error:
                 return [str(error), *[gr.skip()] * len(settled)]
 
@@ -140,7 +143,7 @@ def blocks(hub: Hub, defaults: dict[str, Any]) -> gr.Blocks:
     return page
 
 
-def _make(hub: Hub, defaults: dict[str, Any]) -> tuple[forms.Form, Any]:
+def _make(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> tuple[forms.Form, Any]:
     """Build the form and the live view."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
@@ -150,7 +153,7 @@ def _make(hub: Hub, defaults: dict[str, Any]) -> tuple[forms.Form, Any]:
 
     seed_at = form.fields.index(form.seed)
 
-    async def submit(keep: bool, used: str | None, *values: Any) -> tuple[Any, ...]:
+    async def submit(keep: bool, used: str | None, by: gr.Request, *values: Any) -> tuple[Any, ...]:
         """Submit a job. Returns its id, its seed (twice: shown and remembered), problem and status.
 
         used: the seed of the last job. Unless `keep`, it is replaced by a new one; any other seed
@@ -160,8 +163,9 @@ def _make(hub: Hub, defaults: dict[str, Any]) -> tuple[forms.Form, Any]:
         if not keep and given[seed_at] == used:
             given[seed_at] = str(draw_seed())
         try:
+            given = await forms.read_easel(given, decoders, asker(by).name)
             request = await asyncio.to_thread(forms.request, *given, hub=hub)
-            job = await hub.submit(request, client="studio")
+            job = await hub.submit(request, client="studio", owner=asker(by).owner)
         except SafelightError as error:
             return gr.skip(), gr.skip(), gr.skip(), str(error), ""
         example = request.prompt == forms.EXAMPLE and forms.empty(given[0])
@@ -197,11 +201,11 @@ def _find() -> tuple[Any, Any, Any]:
     return found, dropped, told
 
 
-async def _picture(hub: Hub, event: gr.EventData) -> tuple[Any, Any]:
+async def _picture(hub: Hub, event: gr.EventData, by: gr.Request) -> tuple[Any, Any]:
     """Return the job and the picture that an event of the page names."""
     given = event._data
     picture_id = str(given.get("id", "")) if isinstance(given, dict) else ""
-    job = await hub.job_of(picture_id)
+    job = await hub.job_of(picture_id, owner=asker(by).sees)
     if job is None:
         raise gr.Error(DELETED, print_exception=False)
     return job, next(picture for picture in job.pictures if picture.id == picture_id)

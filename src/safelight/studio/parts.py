@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from safelight.server.callers import Caller, caller_of
 from safelight.studio.paths import KEPT_AT
 
 _HERE = Path(__file__).parent
@@ -89,3 +90,8 @@ def kept(name: str, alt: str) -> gr.HTML:
         js_on_load=None,
         elem_id=f"{name}-picture",
     )
+
+
+def asker(by: gr.Request) -> Caller:
+    """Return who sent an event of the page."""
+    return Caller() if by.request is None else caller_of(by.request.scope)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,22 @@ _PLAIN = ("", "normal", "automatic", "uniform")
 """Names that others give a model's own schedule."""
 
 
-def recipe_settings(path: str | Path) -> dict[str, Any]:
+def settings_in(data: bytes, name: str) -> dict[str, Any]:
+    """Return `recipe_settings` of a file's bytes, for a decoder's process. name: is not used."""
+    return recipe_settings(data)
+
+
+def recipe_settings(source: str | Path | bytes) -> dict[str, Any]:
     """Return the settings of a Request that the picture stores.
 
     Reads Safelight's recipes, AUTOMATIC1111's text and ComfyUI's graph. Raises SafelightError for a
     picture without any of them.
     """
     try:
-        recipe = read_recipe(
-            Path(path).read_bytes()
-        )  # the uploaded file's name means nothing to the user
+        # Bytes, for the uploaded file's name means nothing to the user.
+        recipe = read_recipe(source if isinstance(source, bytes) else Path(source).read_bytes())
     except SafelightError as error:
-        found = _graph(path)
+        found = _graph(source)
         if found is None:
             raise error
         return found
@@ -46,12 +51,12 @@ def recipe_settings(path: str | Path) -> dict[str, Any]:
     ) | {"prompt_syntax": "a1111"}
 
 
-def _graph(path: str | Path) -> dict[str, Any] | None:
+def _graph(source: str | Path | bytes) -> dict[str, Any] | None:
     """Return the settings that sd-parsers finds in ComfyUI's graph, or None."""
     from sd_parsers import ParserManager
 
     try:
-        info = ParserManager().parse(path)
+        info = ParserManager().parse(BytesIO(source) if isinstance(source, bytes) else source)
     except Exception:  # parsers of broken files raise anything
         return None
     if info is None or not info.samplers:

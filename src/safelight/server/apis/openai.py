@@ -39,7 +39,8 @@ from safelight.server.apis.openai_shapes import (
     read_settings,
     refused,
 )
-from safelight.server.bodies import MAX_JSON, read_json
+from safelight.server.bodies import decoded, read_json
+from safelight.server.callers import caller_of
 from safelight.server.disconnects import attended
 from safelight.server.jobs import Job, ModelInfo, Picture, Service, Status
 from safelight.server.sizes import enlarged_png, enlarging_note, fit_to_model
@@ -126,7 +127,8 @@ async def _answer(http: HttpRequest, body: ImagesBody, request: Request, kind: s
         model = await service.loaded()
         request, size = fit_to_model(request, model)
         notes = enlarging_note(request, size, model)
-    job = await service.submit(request, client="openai")
+    owner = caller_of(http.scope).owner
+    job = await service.submit(request, client="openai", owner=owner)
     call = _Call(service, body, job, size, notes)
     if body.stream:
         return _EventStream(call, _events(call, kind))
@@ -202,7 +204,7 @@ router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=_Route)
 @router.post("/images/generations", openapi_extra=body_of(Request, "application/json"))
 async def generate(http: HttpRequest) -> Response:
     """Make pictures from words."""
-    body, settings = read_settings(await read_json(http, MAX_JSON), text=False)
+    body, settings = read_settings(await read_json(http), text=False)
     await _check_model(http, body.model)
     return await _answer(http, body, Request(**settings), "image_generation")
 
@@ -214,7 +216,12 @@ async def edit(http: HttpRequest) -> Response:
     """Redraw a picture: all of it, or where the mask, or the picture itself, is transparent."""
     body, settings, image, mask = await read_form(http)
     await _check_model(http, body.model)
-    request = await asyncio.to_thread(edit_request, settings, image, mask)
+    read = await decoded(http, "with_alpha", image, "image")
+    del image
+    holes = read[1] if mask is None else (await decoded(http, "with_alpha", mask, "mask"))[1]
+    request = await asyncio.to_thread(
+        edit_request, settings, read[0], holes, separate=mask is not None
+    )
     return await _answer(http, body, request, "image_edit")
 
 

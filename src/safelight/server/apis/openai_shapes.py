@@ -7,13 +7,13 @@ import io
 from typing import Any, Literal
 
 from fastapi import Request as HttpRequest
-from PIL import Image, ImageOps
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from safelight.errors import SafelightError
-from safelight.picture import encode, name_of, open_picture, opened, reason
+from safelight.picture import encode
 from safelight.request import Request
-from safelight.server.bodies import MAX_BODY, open_upload
+from safelight.server.bodies import MAX_BODY
 from safelight.server.jobs import retry_after, status_of
 from safelight.settings import Setting, settings_of
 from safelight.sizes import allowed_size
@@ -135,43 +135,24 @@ async def read_form(http: HttpRequest) -> tuple[ImagesBody, dict[str, Any], byte
     return body, settings, files["image"], files.get("mask")
 
 
-def edit_request(settings: dict[str, Any], image: bytes, mask: bytes | None) -> Request:
-    """Return the request to edit a picture. Decodes it, so it is for a thread.
+def edit_request(
+    settings: dict[str, Any], picture: Image.Image, alpha: Image.Image | None, *, separate: bool
+) -> Request:
+    """Return the request to edit a picture. Copies it, so it is for a thread.
 
-    Where no size is asked for, the picture keeps its own, or is brought in its proportions to the
-    nearest one that is allowed.
+    alpha: the channel of the mask, or with none sent (`separate` false) of the picture; wholly
+    transparent pixels are repainted. Where no size is asked for, the picture keeps its own, or is
+    brought in its proportions to the nearest one that is allowed.
     """
-    picture = open_upload(open_picture, image, "image")
-    if mask is not None:
-        holes = open_upload(_transparent, mask, "mask")
-        if holes is None:
-            raise SafelightError(
-                "mask must have an alpha channel: 0 where to repaint", field="mask"
-            )
-    else:
-        holes = open_upload(_transparent, image, "image")
-        if holes is not None and holes.getbbox() is None:
-            holes = None
+    if separate and alpha is None:
+        raise SafelightError("mask must have an alpha channel: 0 where to repaint", field="mask")
+    holes = None if alpha is None else alpha.point([255] + [0] * 255)
+    if not separate and holes is not None and holes.getbbox() is None:
+        holes = None
     if "width" not in settings:
         width, height = allowed_size(picture.size)
         settings = {**settings, "width": width, "height": height}
     return Request(**settings, image=picture, mask=holes)
-
-
-def _transparent(data: bytes, what: str) -> Image.Image | None:
-    """Return white where a picture is wholly transparent, else black; None without alpha.
-
-    The mask is upright, as `open_picture` makes the picture itself.
-    """
-    name = name_of(data, what)
-    with opened(data, name) as image:
-        if not image.has_transparency_data:
-            return None
-        try:
-            alpha = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
-        except Exception as error:  # decoders of broken files raise anything
-            raise SafelightError(f"{name} is damaged or cut off ({reason(error)})") from None
-    return alpha.point([255] + [0] * 255)
 
 
 # --- errors --------------------------------------------------------------------------------------

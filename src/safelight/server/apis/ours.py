@@ -14,11 +14,11 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Str
 from pydantic import BaseModel, Field
 
 from safelight.errors import SafelightError
-from safelight.picture import open_mask, open_picture
 from safelight.request import Request
 from safelight.sampling import SAMPLERS
 from safelight.sampling.schedule import SCHEDULES
-from safelight.server.bodies import decode_base64, open_upload, read_json
+from safelight.server.bodies import decode_base64, decoded, read_json
+from safelight.server.callers import caller_of
 from safelight.server.hub import Hub
 from safelight.server.jobs import Event, Job, ModelInfo, Status
 from safelight.server.sizes import enlarged_png
@@ -82,12 +82,15 @@ async def submit(
     """Accept a job. The answer comes once the job is durable; follow it by its id."""
     if not request.headers.get("content-type", "").startswith("application/json"):
         raise SafelightError("the body must be JSON: send content-type application/json")
-    settings = await read_json(request)
-    for name, read in (("image", open_picture), ("mask", open_mask)):
+    settings = await read_json(request, pictures=True)
+    for name in ("image", "mask"):
         if settings.get(name) is not None:
             data = decode_base64(settings[name], name)
-            settings[name] = await asyncio.to_thread(open_upload, read, data, name)
-    return await hub(request).submit(Request(**settings), idempotency_key=idempotency_key)
+            settings[name] = await decoded(request, "picture", data, name)
+    asked = await asyncio.to_thread(lambda: Request(**settings))
+    return await hub(request).submit(
+        asked, idempotency_key=idempotency_key, owner=caller_of(request.scope).owner
+    )
 
 
 @router.get("/api/jobs", response_model=list[Job], tags=["jobs"])
@@ -104,12 +107,13 @@ async def list_jobs(
         search=search.replace("\0", ""),
         before=None if before is None else _seconds(before),
         limit=limit,
+        owner=_sees(request),
     )
 
 
 @router.get("/api/jobs/{job_id}", response_model=Job, responses={404: {}}, tags=["jobs"])
 async def get_job(request: HttpRequest, job_id: JobId) -> Any:
-    return await hub(request).get(job_id) or _missing("job")
+    return await hub(request).get(job_id, owner=_sees(request)) or _missing("job")
 
 
 @router.get(
@@ -121,7 +125,7 @@ async def get_job(request: HttpRequest, job_id: JobId) -> Any:
 async def events(request: HttpRequest, job_id: JobId) -> Any:
     """Stream server-sent events: progress, preview, picture, and a last one, end."""
     service = hub(request)
-    if await service.get(job_id) is None:
+    if await service.get(job_id, owner=_sees(request)) is None:
         return _missing("job")
     return StreamingResponse(_stream(service, job_id), media_type="text/event-stream")
 
@@ -129,13 +133,13 @@ async def events(request: HttpRequest, job_id: JobId) -> Any:
 @router.delete("/api/jobs/{job_id}", response_model=Job, responses={404: {}}, tags=["jobs"])
 async def cancel(request: HttpRequest, job_id: JobId) -> Any:
     """Cancel a job within one step. A job that is over is removed, with its pictures."""
-    service = hub(request)
-    job = await service.get(job_id)
+    service, owner = hub(request), _sees(request)
+    job = await service.get(job_id, owner=owner)
     if job is None:
         return _missing("job")
     if not job.status.final:
-        return await service.cancel(job_id) or _missing("job")
-    await service.delete(job_id)
+        return await service.cancel(job_id, owner=owner) or _missing("job")
+    await service.delete(job_id, owner=owner)
     return job
 
 
@@ -148,7 +152,7 @@ async def cancel(request: HttpRequest, job_id: JobId) -> Any:
 )
 async def retry(request: HttpRequest, job_id: JobId) -> Any:
     """Put a job that failed or was cancelled into the queue again. Others stay as they are."""
-    return await hub(request).retry(job_id) or _missing("job")
+    return await hub(request).retry(job_id, owner=_sees(request)) or _missing("job")
 
 
 @router.get(
@@ -165,7 +169,7 @@ async def picture(
 ) -> Any:
     """Get a PNG with its recipe inside. With width and height it is resized by Lanczos."""
     path = hub(request).picture_file(picture_id)
-    if path is None:
+    if path is None or await _foreign(request, picture_id):
         return _missing("picture")
     if width is None or height is None:
         return FileResponse(path, media_type="image/png")
@@ -181,6 +185,8 @@ async def picture(
 )
 async def thumbnail(request: HttpRequest, picture_id: JobId) -> Any:
     """Get a picture at no more than 256 pixels a side."""
+    if await _foreign(request, picture_id):
+        return _missing("picture")
     path = await asyncio.to_thread(hub(request).files.thumbnail, picture_id)
     return _missing("picture") if path is None else FileResponse(path, media_type="image/png")
 
@@ -249,6 +255,17 @@ def _seconds(date: datetime) -> float:
     if date.tzinfo is None:
         date = date.replace(tzinfo=UTC)
     return (date - datetime(1970, 1, 1, tzinfo=UTC)).total_seconds()
+
+
+def _sees(request: HttpRequest) -> str | None:
+    """Return the owner whose jobs the caller sees; None for all."""
+    return caller_of(request.scope).sees
+
+
+async def _foreign(request: HttpRequest, picture_id: str) -> bool:
+    """Return whether a picture belongs to a job that the caller does not see."""
+    owner = _sees(request)
+    return owner is not None and await hub(request).job_of(picture_id, owner=owner) is None
 
 
 def _missing(what: str) -> JSONResponse:

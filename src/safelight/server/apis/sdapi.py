@@ -9,77 +9,37 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter
 from fastapi import Request as HttpRequest
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
-from safelight.errors import SafelightError
 from safelight.recipe import recipe_text
-from safelight.sampling import SAMPLERS
-from safelight.sampling.schedule import SCHEDULES
-from safelight.server.apis.sdapi_names import is_model, model_hash, model_title, sampler_label
+from safelight.server.apis import sdapi_facts
+from safelight.server.apis.sdapi_errors import Route
+from safelight.server.apis.sdapi_names import model_hash, sampler_label
 from safelight.server.apis.sdapi_shapes import (
     Asked,
     ImageToImage,
     PngInfo,
+    Sent,
     TextToImage,
     describe,
+    first_picture,
     fitted,
     understand,
 )
-from safelight.server.bodies import decode_base64
+from safelight.server.bodies import decode_base64, decoded
+from safelight.server.callers import caller_of
 from safelight.server.disconnects import attended
-from safelight.server.jobs import Job, Service, Status, retry_after, status_of
+from safelight.server.jobs import Job, Service, Status
 from safelight.server.sizes import enlarged_png
 
-# --- refusals ------------------------------------------------------------------------------------
-
-
-class _Route(APIRoute):
-    """Answers errors in AUTOMATIC1111's shape."""
-
-    def get_route_handler(self) -> Callable[[HttpRequest], Coroutine[Any, Any, Response]]:
-        handler = super().get_route_handler()
-
-        async def handle(http: HttpRequest) -> Response:
-            try:
-                return await handler(http)
-            except (SafelightError, RequestValidationError, HTTPException) as error:
-                return _refusal(error)
-            except ClientDisconnect:
-                return Response(status_code=499)  # nobody is there to read it
-
-        return handle
-
-
-def _refusal(error: SafelightError | RequestValidationError | HTTPException) -> JSONResponse:
-    status, headers, detail = 422, None, str(error)
-    if isinstance(error, HTTPException):
-        # FastAPI's 400 is for a body that cannot be parsed at all: bad UTF-8, endless nesting.
-        status = 422 if error.status_code == 400 else error.status_code
-        headers, detail = error.headers, str(error.detail)
-    elif isinstance(error, RequestValidationError):
-        first = error.errors()[0]
-        field = next((part for part in first["loc"][1:] if isinstance(part, str)), "the body")
-        detail = f"{field}: {first['msg']}"
-    else:
-        status, headers = status_of(error), retry_after(error)
-    # That API sends the whole body back; ours may hold megabytes of pictures.
-    content = {"error": type(error).__name__, "detail": detail, "body": "", "errors": detail}
-    return JSONResponse(content, status, headers)
-
-
-router = APIRouter(prefix="/sdapi/v1", route_class=_Route, tags=["AUTOMATIC1111"])
+router = APIRouter(prefix="/sdapi/v1", route_class=Route, tags=["AUTOMATIC1111"])
 
 
 # --- callers and their jobs ----------------------------------------------------------------------
@@ -98,8 +58,8 @@ class _Call:
 
 
 def caller(http: HttpRequest) -> str:
-    """Return who asks: their credentials, else their address."""
-    return http.headers.get("authorization") or (http.client.host if http.client else "")
+    """Return who asks: by key, address and the name in Basic credentials."""
+    return f"{caller_of(http.scope).name} {http.headers.get('authorization', '')}"
 
 
 def _service(http: HttpRequest) -> Service:
@@ -121,7 +81,7 @@ def _own_calls(http: HttpRequest) -> list[_Call]:
 async def _finished(http: HttpRequest, asked: Asked) -> Job:
     """Return the job of a request when it has ended. It is cancelled if the client leaves."""
     service, calls = _service(http), _calls(http)
-    job = await service.submit(asked.request, client="sdapi")
+    job = await service.submit(asked.request, client="sdapi", owner=caller_of(http.scope).owner)
     call = _Call(caller(http), job.id, asked.request.count)
     calls.append(call)
     try:
@@ -155,7 +115,11 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
     service = _service(http)
     # What cannot be is refused at once; only its size has to wait until the model is loaded.
     served = (await service.models())[0]
-    asked = await asyncio.to_thread(understand, body, served, await service.defaults())
+    defaults = await service.defaults()
+    asked = await asyncio.to_thread(understand, body, served, defaults)
+    if isinstance(body, ImageToImage):
+        sent = await _sent(http, body)
+        asked = await asyncio.to_thread(understand, body, served, defaults, sent)
     model = await service.loaded()
     asked = fitted(asked, model)
     job = await _finished(http, asked)
@@ -210,6 +174,17 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
     return {"images": images, "parameters": parameters, "info": json.dumps(info)}
 
 
+async def _sent(http: HttpRequest, body: ImageToImage) -> Sent:
+    """Return the pictures of a body, decoded."""
+    data = decode_base64(first_picture(body), "init_images")
+    what = "the picture of init_images"
+    image = await decoded(http, "picture", data, "init_images", what)
+    if not body.mask:
+        return Sent(image)
+    mask, alpha = await decoded(http, "with_alpha", decode_base64(body.mask, "mask"), "mask")
+    return Sent(image, mask, alpha)
+
+
 def _picture(path: Path, size: tuple[int, int] | None) -> bytes:
     return enlarged_png(path.read_bytes(), size)
 
@@ -219,8 +194,10 @@ def _timestamp(job: Job) -> str:
 
 
 @router.post("/png-info")
-def png_info(body: PngInfo) -> dict[str, Any]:
-    return describe(decode_base64(body.image, "image"))
+async def png_info(http: HttpRequest, body: PngInfo) -> dict[str, Any]:
+    data = decode_base64(body.image, "image")
+    texts = await decoded(http, "texts", data, "image", "the picture")
+    return await asyncio.to_thread(describe, texts)
 
 
 # --- progress ------------------------------------------------------------------------------------
@@ -302,90 +279,4 @@ async def _stop(http: HttpRequest, how: str) -> dict[str, Any]:
     return {}
 
 
-# --- what there is -------------------------------------------------------------------------------
-
-
-@router.get("/samplers")
-async def samplers() -> list[dict[str, Any]]:
-    return [
-        {"name": label, "aliases": [name] if name != label else [], "options": {}}
-        for name in SAMPLERS
-        for label in (sampler_label(name),)
-    ]
-
-
-@router.get("/schedulers")
-async def schedulers() -> list[dict[str, Any]]:
-    return [
-        {
-            "name": name,
-            "label": name.capitalize(),
-            "aliases": None,
-            "default_rho": 7.0 if name == "karras" else -1.0,
-            "need_inner_model": False,
-        }
-        for name in ("automatic", *SCHEDULES)
-    ]
-
-
-@router.get("/sd-models")
-async def sd_models(http: HttpRequest) -> list[dict[str, Any]]:
-    return [
-        {
-            "title": model_title(model),
-            "model_name": model.name,
-            "hash": model_hash(model),
-            "sha256": model.sha256,
-            "filename": model.name,
-            "config": None,
-        }
-        for model in await _service(http).models()
-    ]
-
-
-@router.get("/options")
-async def get_options(http: HttpRequest) -> dict[str, Any]:
-    model = (await _service(http).models())[0]
-    return {
-        "sd_model_checkpoint": model_title(model),
-        "sd_checkpoint_hash": model.sha256,
-        "sd_vae": "Automatic",
-        "samples_format": "png",
-        "CLIP_stop_at_last_layers": 1,
-    }
-
-
-@router.post("/options")
-async def set_options(http: HttpRequest, options: dict[str, Any]) -> None:
-    """Accept options, and change nothing. A model that is not served is refused."""
-    models, wanted = await _service(http).models(), options.get("sd_model_checkpoint")
-    if wanted is not None and not any(is_model(wanted, model) for model in models):
-        served = ", ".join(model_title(model) for model in models)
-        raise HTTPException(404, f"Model not found: {wanted!r:.80}; this server serves {served}")
-
-
-_UNKNOWN = {"error": "not measured by this server"}
-_EMPTY = """
-    extensions face-restorers hypernetworks latent-upscale-modes loras prompt-styles
-    realesrgan-models script-info sd-vae upscalers
-"""
-_FIXED: dict[str, Any] = {
-    "cmd-flags": {"api": True},
-    "embeddings": {"loaded": {}, "skipped": {}},
-    "memory": {"ram": _UNKNOWN, "cuda": _UNKNOWN},
-    "scripts": {"txt2img": [], "img2img": []},
-    **{name: [] for name in _EMPTY.split()},
-}
-
-
-def _give(answer: Any) -> Callable[[], Coroutine[Any, Any, Any]]:
-    async def give() -> Any:
-        return answer
-
-    return give
-
-
-for _name, _answer in _FIXED.items():
-    router.add_api_route(f"/{_name}", _give(_answer), methods=["GET"], name=_name)
-for _name in ("refresh-checkpoints", "refresh-embeddings", "refresh-loras", "refresh-vae"):
-    router.add_api_route(f"/{_name}", _give(None), methods=["POST"], name=_name)
+router.include_router(sdapi_facts.router)

@@ -6,13 +6,14 @@ and is not done becomes a warning, not an error: clients send fields that they d
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, cast
 
 from fastapi import HTTPException
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -24,7 +25,7 @@ from pydantic import (
 )
 
 from safelight.errors import SafelightError
-from safelight.picture import as_mask, open_mask, open_picture, opened
+from safelight.pixels import as_mask
 from safelight.recipe import parse_recipe_text
 from safelight.request import Request
 from safelight.sampling import SAMPLERS
@@ -34,7 +35,7 @@ from safelight.server.apis.sdapi_names import (
     is_model,
     sampler_label,
 )
-from safelight.server.bodies import decode_base64
+from safelight.server.bodies import attached
 from safelight.server.jobs import ModelInfo
 from safelight.server.sizes import enlarging_note, fit_to_model
 from safelight.settings import settings_of
@@ -124,6 +125,15 @@ class PngInfo(BaseModel):
 
 
 @dataclass(frozen=True)
+class Sent:
+    """The decoded pictures of a body. mask_alpha: the mask's alpha channel, if it has one."""
+
+    image: Image.Image
+    mask: Image.Image | None = None
+    mask_alpha: Image.Image | None = None
+
+
+@dataclass(frozen=True)
 class Asked:
     """A body that was understood.
 
@@ -138,12 +148,16 @@ class Asked:
 
 
 def understand(
-    body: TextToImage | ImageToImage, model: ModelInfo, defaults: Mapping[str, Any]
+    body: TextToImage | ImageToImage,
+    model: ModelInfo,
+    defaults: Mapping[str, Any],
+    sent: Sent | None = None,
 ) -> Asked:
-    """Return the request of a body. Decodes pictures, so it is for a thread.
+    """Return the request of a body. Resizes pictures, so it is for a thread.
 
-    defaults: what the model says it draws best with (`model_defaults`), in place of that API's
-    defaults where the body says nothing.
+    sent: the pictures of an ImageToImage; without them all else is checked. defaults: what the
+    model says it draws best with (`model_defaults`), in place of that API's defaults where the
+    body says nothing.
 
     Raises SafelightError, or HTTPException with AUTOMATIC1111's status for names it does not find.
     """
@@ -152,9 +166,9 @@ def understand(
     settings, warnings = _settings(body, defaults)
     warnings += _ignored(body, model)
     request = _request(settings)
-    if isinstance(body, ImageToImage):
+    if isinstance(body, ImageToImage) and sent is not None:
         # The sides are known to be sane by now: pictures get resized to them.
-        pictures, more = _pictures(body, request)
+        pictures, more = _pictures(body, request, sent)
         request = request.replace(**pictures)
         warnings += more
     return Asked(request, None, warnings, _echo(body, request))
@@ -272,11 +286,9 @@ def _listed(names: list[str]) -> str:
 # --- pictures ------------------------------------------------------------------------------------
 
 
-def describe(data: bytes) -> dict[str, Any]:
-    """Return the answer to png-info, also for a picture that carries no recipe."""
-    open_picture(data)  # raises for a picture that is broken anywhere
-    with opened(data, "the picture") as image:
-        texts = dict(image.text) if isinstance(image, PngImagePlugin.PngImageFile) else {}
+def describe(texts: dict[str, str]) -> dict[str, Any]:
+    """Return the answer to png-info for a picture's texts, also without a recipe in them."""
+    texts = dict(texts)
     text = texts.pop("parameters", "")
     try:
         read = parse_recipe_text(text)
@@ -289,22 +301,25 @@ def describe(data: bytes) -> dict[str, Any]:
     return {"info": text, "items": texts, "parameters": pairs}
 
 
-def _pictures(body: ImageToImage, request: Request) -> tuple[dict[str, Any], list[str]]:
+def first_picture(body: ImageToImage) -> str:
+    """Return the picture to start from, as it was sent."""
+    if not body.init_images:
+        raise HTTPException(404, "Init image not found")
+    if len(body.init_images) > 1:
+        raise SafelightError(f"init_images must hold one picture, not {len(body.init_images)}")
+    return body.init_images[0]
+
+
+def _pictures(body: ImageToImage, request: Request, sent: Sent) -> tuple[dict[str, Any], list[str]]:
     """Return the settings image, mask, width and height, and warnings.
 
     With no side asked for, the picture keeps its own size, or in its proportions the nearest that
     can be drawn.
     """
-    if not body.init_images:
-        raise HTTPException(404, "Init image not found")
-    if len(body.init_images) > 1:
-        raise SafelightError(f"init_images must hold one picture, not {len(body.init_images)}")
-    image = open_picture(
-        decode_base64(body.init_images[0], "init_images"), "picture of init_images"
-    )
+    image = sent.image
     mask, warnings = None, list[str]()
-    if body.mask:
-        mask = _mask(decode_base64(body.mask, "mask"))
+    if sent.mask is not None:
+        mask = _mask(sent.mask, sent.mask_alpha)
         if body.inpainting_mask_invert:
             mask = ImageOps.invert(mask)
         if mask.size != image.size:
@@ -330,18 +345,14 @@ def _pictures(body: ImageToImage, request: Request) -> tuple[dict[str, Any], lis
     return {"image": image, "mask": mask, "width": width, "height": height}, warnings
 
 
-def _mask(data: bytes) -> Image.Image:
+def _mask(mask: Image.Image, alpha: Image.Image | None) -> Image.Image:
     """Return a mask: white is repainted; with transparency, what is opaque, whatever its colour.
 
     Drawing programs send their strokes on a transparent layer, and the web UI reads them so.
     """
-    mask = open_mask(data)
-    with opened(data, "the mask") as raw:
-        if raw.has_transparency_data:
-            alpha = ImageOps.exif_transpose(raw).convert("RGBA").getchannel("A")
-            if alpha.histogram()[255] < alpha.width * alpha.height:
-                return as_mask(alpha)
-    return mask
+    if alpha is not None and alpha.histogram()[255] < alpha.width * alpha.height:
+        return as_mask(alpha)
+    return as_mask(mask)
 
 
 def _inpainting(body: ImageToImage) -> list[str]:
@@ -367,6 +378,9 @@ def _echo(body: TextToImage | ImageToImage, request: Request) -> dict[str, Any]:
     """Return the body with the defaults that hold. NaN in fields that nobody reads becomes null."""
     pictures = {"init_images", "mask"}
     hidden = pictures if isinstance(body, ImageToImage) and not body.include_init_images else None
+    if hidden is None and isinstance(body, ImageToImage):
+        body = body.model_copy(update={"init_images": [_again(one) for one in body.init_images]})
+        body = body.model_copy(update={"mask": body.mask and _again(body.mask)})
     drawn = {"steps": request.steps, "cfg_scale": request.guidance_scale}
     try:
         echo = json.loads(body.model_dump_json(exclude=hidden)) | dict.fromkeys(hidden or ())
@@ -375,3 +389,9 @@ def _echo(body: TextToImage | ImageToImage, request: Request) -> dict[str, Any]:
             "the body must have text without lone surrogates, nested at most 200 deep"
         ) from None
     return echo | {k: v for k, v in drawn.items() if k not in body.model_fields_set}
+
+
+def _again(text: str) -> str:
+    """Return a picture as it was sent: that of a large body stands apart."""
+    data = attached(text)
+    return text if data is None else base64.b64encode(data).decode()

@@ -1,0 +1,96 @@
+"""Turn and convert decoded pictures, in strips where a whole copy would take much memory."""
+
+import contextlib
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from PIL import Image
+
+from safelight.bounds import MAX_PROFILE, orientation
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_XMP = re.compile(rb"tiff:Orientation(?:=\"|>)([1-8])")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Return a decoded picture turned as its EXIF or XMP says; the same one if it need not be."""
+    turn = _TURNS.get(_orientation(image.info))
+    return image if turn is None else image.transpose(turn)
+
+
+def _orientation(info: Mapping[Any, Any]) -> int:
+    """Return the orientation, 1 to 8. Pillow reads all of EXIF for it, which may be hostile."""
+    exif, hexadecimal = info.get("exif"), info.get("Raw profile type exif")
+    if not exif and isinstance(hexadecimal, str) and len(hexadecimal) < 2 * MAX_PROFILE:
+        with contextlib.suppress(ValueError):  # ImageMagick's: three lines, then the bytes
+            exif = bytes.fromhex("".join(hexadecimal.split("\n")[3:]))
+    found = orientation(exif) if isinstance(exif, bytes) else 1
+    xmp = info.get("xmp") or info.get("XML:com.adobe.xmp") or b""
+    if found == 1 and (said := _XMP.search(xmp.encode() if isinstance(xmp, str) else xmp)):
+        found = int(said[1])
+    return found
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Return a new RGB picture: transparency on white, 16 bits cut to 8, no metadata."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray(_high_byte(image))
+    if not image.has_transparency_data:
+        rgb = image.convert("RGB")
+        rgb.info = {}
+        return rgb
+    rgb = Image.new("RGB", image.size)
+    for box in strips(image.size):  # the whole picture would take four times its memory
+        part = image.crop(box).convert("RGBA")
+        white = Image.new("RGBA", part.size, "white")
+        rgb.paste(Image.alpha_composite(white, part).convert("RGB"), box[:2])
+    return rgb
+
+
+def alpha_of(image: Image.Image) -> Image.Image | None:
+    """Return the alpha channel, mode L; None for a picture without transparency."""
+    if not image.has_transparency_data:
+        return None
+    alpha = Image.new("L", image.size)
+    for box in strips(image.size):
+        alpha.paste(image.crop(box).convert("RGBA").getchannel("A"), box[:2])
+    return alpha
+
+
+def strips(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
+    """Yield the boxes of strips of a picture, from the top, of about a million pixels each."""
+    width, height = size
+    rows = max(1, 2**20 // max(width, 1))
+    for top in range(0, height, rows):
+        yield 0, top, width, min(top + rows, height)
+
+
+def as_mask(image: Image.Image) -> Image.Image:
+    """Return a new mode L picture of 0 and 255 alone: 255 where image is half white or more."""
+    return as_rgb(image).convert("L").point([0] * 128 + [255] * 128)
+
+
+def picture_sha256(image: Image.Image) -> str:
+    """Return the SHA-256 of mode, width, height and the bytes of the pixels."""
+    head = f"{image.mode} {image.width}x{image.height}\n".encode()
+    digest = hashlib.sha256(head)
+    for box in strips(image.size):
+        digest.update(image.crop(box).tobytes())
+    return digest.hexdigest()
+
+
+def _high_byte(image: Image.Image) -> Any:
+    """Return the high byte of 16-bit gray, as Pillow does for 16-bit colour."""
+    import numpy as np
+
+    return (np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)

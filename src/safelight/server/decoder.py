@@ -1,0 +1,140 @@
+"""The process that reads the bytes of strangers, within limits of memory and time.
+
+`decoding.Decoders` starts it and asks through its standard input; it answers on its standard
+output. Both directions have JSON and raw bytes alone: a decoder that a hostile file has taken over
+must not be able to make the server run anything.
+
+A message is the length of a header (4 bytes), the header as JSON, and the bytes it lists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any, BinaryIO
+
+SECONDS = 5
+"""The most processor time for one call."""
+
+MEMORY = 640 << 20
+"""The most address space that a call may add to what the process has when it has started."""
+
+MAX_PIXELS = 25_000_000
+"""The largest picture that is taken over HTTP: the server itself holds it once it is decoded."""
+
+MAX_TOLD = 2 << 20
+"""The most bytes of JSON in an answer."""
+
+MAX_BYTES = 4 * MAX_PIXELS
+"""The most bytes in a message: a picture and its alpha channel."""
+
+
+def send(out: BinaryIO, header: dict[str, Any], blobs: Iterator[bytes] | list[bytes]) -> None:
+    """Write a message. header: says in `sizes` how many bytes the blobs are, joined as need be."""
+    text = json.dumps(header).encode()
+    out.write(len(text).to_bytes(4, "big") + text)
+    for blob in blobs:
+        out.write(blob)
+    out.flush()
+
+
+def receive(source: BinaryIO) -> tuple[dict[str, Any], list[bytes]] | None:
+    """Return the header and the blobs of a message; None at the end of the stream."""
+    length = source.read(4)
+    if len(length) < 4:
+        return None
+    if (told := int.from_bytes(length, "big")) > 2 * MAX_TOLD:
+        raise ValueError("too long a header")
+    header = json.loads(source.read(told))
+    if sum(header["sizes"]) > MAX_BYTES:
+        raise ValueError("too many bytes")
+    return header, [source.read(size) for size in header["sizes"]]
+
+
+def main() -> None:
+    """Answer calls until standard input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides
+    source, out = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a library prints is no answer
+    from safelight import picture
+
+    picture.MAX_PIXELS = MAX_PIXELS
+    _limit_memory()
+    while (message := receive(source)) is not None:
+        _limit_time()
+        send(out, *_answer(*message))
+
+
+def _answer(header: dict[str, Any], blobs: list[bytes]) -> tuple[dict[str, Any], Iterator[bytes]]:
+    """Call a function of ours; return the header and the bytes of the answer."""
+    from safelight.errors import SafelightError
+
+    try:
+        module, _, name = header["function"].partition(":")
+        found = getattr(import_module(module), name)(*blobs, **header["keywords"])
+        parts = found if isinstance(found, tuple) else (found,)
+        told = [_told(part) for part in parts]
+        sizes = [entry["size"] for entry in told if "size" in entry]
+        answer = {"parts": told, "sizes": sizes}
+        if len(json.dumps(answer)) > MAX_TOLD:
+            raise SafelightError(f"its text must have at most {MAX_TOLD >> 20} MiB")
+        return answer, (piece for part in parts for piece in _bytes(part))
+    except SafelightError as error:
+        problem = {"message": str(error), "code": error.code, "field": error.field}
+    except MemoryError:
+        problem = {"message": "", "code": "memory", "field": None}
+    except Exception as error:  # a fault of ours: its kind, and nothing of the input
+        problem = {"message": type(error).__name__, "code": "fault", "field": None}
+    return {"error": problem, "sizes": []}, iter(())
+
+
+def _told(part: Any) -> dict[str, Any]:
+    if isinstance(part, bytes):
+        return {"kind": "bytes", "size": len(part)}
+    if hasattr(part, "tobytes"):  # a picture
+        width, height = part.size
+        size = width * height * len(part.getbands())
+        return {"kind": "picture", "mode": part.mode, "width": width, "height": height} | {
+            "size": size
+        }
+    return {"kind": "json", "value": part}
+
+
+def _bytes(part: Any) -> Iterator[bytes]:
+    from safelight.pixels import strips
+
+    if isinstance(part, bytes):
+        yield part
+    elif hasattr(part, "tobytes"):
+        for box in strips(part.size):
+            yield part.crop(box).tobytes()
+
+
+def _limit_memory() -> None:
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+        from pathlib import Path
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+
+def _limit_time() -> None:
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        limit = int(used.ru_utime + used.ru_stime) + 1 + SECONDS
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Limits by client: wrong tokens, requests and streams at once, bytes on the way, lines of log.
+
+All of it is bounded in memory, however many addresses there are. For the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from safelight.server.bodies import RefusedError
+
+MAX_REQUESTS = 128
+"""Requests of one client that may be answered at once; half of them may be streams."""
+
+MAX_STREAMS = 64
+
+MAX_BYTES = 160 << 20
+"""Bytes of bodies of one client that are on the way at once: two of the largest, and some."""
+
+MAX_BYTES_OF_ALL = 640 << 20
+
+FREE_GUESSES = 10
+"""Wrong tokens of an address within FORGET seconds that cost nothing."""
+
+FORGET = 60.0
+PAUSE = 1.0
+"""Seconds between two guesses of an address beyond that."""
+
+MAX_WAITING = 8
+MAX_KNOWN = 4096
+"""Addresses, and good tokens by address, that are remembered."""
+
+LINES = 100
+"""Lines of one kind that are logged in a second."""
+
+
+class Guesses:
+    """Slows those who try tokens. One who has shown the right one before is never slowed."""
+
+    def __init__(self) -> None:
+        self._wrong: OrderedDict[str, tuple[int, float]] = OrderedDict()
+        self._good: OrderedDict[bytes, None] = OrderedDict()
+        self._waiting: Counter[str] = Counter()
+        self._next: dict[str, float] = {}
+
+    async def wait(self, address: str, given: bytes) -> None:
+        """Wait until this address may try a token. Raises RefusedError if too many wait."""
+        if self._mark(address, given) in self._good or self._count(address) < FREE_GUESSES:
+            return
+        if self._waiting[address] >= MAX_WAITING:
+            raise RefusedError(429, "too many wrong tokens", {"retry-after": "10"})
+        self._waiting[address] += 1
+        now = time.monotonic()
+        due = max(now, self._next.get(address, 0.0)) + PAUSE
+        self._next[address] = due
+        try:
+            await asyncio.sleep(due - now)
+        finally:
+            self._waiting[address] -= 1
+            if not self._waiting[address]:
+                del self._waiting[address]
+                self._next.pop(address, None)
+
+    def right(self, address: str, given: bytes) -> None:
+        _remember(self._good, self._mark(address, given), None)
+
+    def wrong(self, address: str) -> None:
+        _remember(self._wrong, address, (self._count(address) + 1, time.monotonic()))
+
+    def _count(self, address: str) -> int:
+        count, at = self._wrong.get(address, (0, 0.0))
+        return count if time.monotonic() - at < FORGET else 0
+
+    def _mark(self, address: str, given: bytes) -> bytes:
+        return hashlib.sha256(address.encode() + b"\0" + given).digest()
+
+
+class Share:
+    """What each client has in progress."""
+
+    def __init__(self) -> None:
+        self._requests: Counter[str] = Counter()
+        self._streams: Counter[str] = Counter()
+        self._bytes: Counter[str] = Counter()
+
+    @contextmanager
+    def request(self, client: str, *, stream: bool) -> Iterator[None]:
+        """Count a request while it is answered. Raises RefusedError, 429, for one too many."""
+        counts = [(self._requests, MAX_REQUESTS), (self._streams, MAX_STREAMS)]
+        counts = counts if stream else counts[:1]
+        for counter, limit in counts:
+            if counter[client] >= limit:
+                what = "streams" if counter is self._streams else "requests"
+                raise RefusedError(
+                    429, f"at most {limit} {what} at once for one client", {"retry-after": "1"}
+                )
+        for counter, _ in counts:
+            counter[client] += 1
+        try:
+            yield
+        finally:
+            for counter, _ in counts:
+                _take(counter, client, 1)
+
+    def add(self, client: str, size: int) -> None:
+        """Count bytes of a body. Raises RefusedError, 429, if they are too many."""
+        self._bytes[client] += size
+        if self._bytes[client] > MAX_BYTES or self._bytes.total() > MAX_BYTES_OF_ALL:
+            raise RefusedError(
+                429, "too many large bodies at once: send them one by one", {"retry-after": "2"}
+            )
+
+    def release(self, client: str, size: int) -> None:
+        _take(self._bytes, client, size)
+
+
+class Sparing(logging.Filter):
+    """Lets LINES lines of a kind through in a second, and says how many were left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[tuple[str, str], tuple[int, int]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        second, kind = int(record.created), (record.name, str(record.msg)[:80])
+        at, count = self._seen.get(kind, (second, 0))
+        left_out = max(0, count - LINES) if at != second else 0
+        if at != second:
+            count = 0
+        if len(self._seen) > MAX_KNOWN:
+            self._seen.clear()
+        self._seen[kind] = second, count + 1
+        if left_out:
+            record.left_out = left_out
+        return count < LINES
+
+
+def _take(counter: Counter[str], client: str, size: int) -> None:
+    counter[client] -= size
+    if counter[client] <= 0:
+        del counter[client]
+
+
+def _remember(known: OrderedDict[Any, Any], key: Any, value: Any) -> None:
+    known[key] = value
+    known.move_to_end(key)
+    if len(known) > MAX_KNOWN:
+        known.popitem(last=False)

@@ -1,0 +1,31 @@
+"""What an answer may say: short, and without a path of this machine."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+MAX_ERROR = 1000
+"""Characters of an error's line. What it repeats of a request is at most 200 of them."""
+
+_HIDDEN: list[str] = []
+
+
+def hide(*paths: str | Path) -> None:
+    """Leave these paths out of what `public` returns from now on."""
+    found = {str(Path(path).resolve()) for path in paths} | {str(path) for path in paths}
+    _HIDDEN[:] = sorted({*_HIDDEN, *(path for path in found if len(path) > 1)}, key=len)[::-1]
+
+
+def public(text: str) -> str:
+    """Return the line of an error as a stranger may read it."""
+    for path in (*_HIDDEN, str(Path.home()), str(Path(__file__).parents[2])):
+        if len(path) > 1 and path in text:
+            text = re.sub(rf"{re.escape(path)}(?=/|\b|')", "…", text)
+    return text if len(text) <= MAX_ERROR else f"{text[:MAX_ERROR]}…"
+
+
+def clipped(text: object, length: int = 100) -> str:
+    """Return the beginning of what a client sent, on one line."""
+    shown = " ".join(str(text)[: length + 1].split())
+    return shown if len(shown) <= length else f"{shown[:length]}…"
