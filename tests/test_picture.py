@@ -1,7 +1,9 @@
 import io
-import os
 import shutil
 import struct
+import subprocess
+import sys
+import tempfile
 import zlib
 from collections import namedtuple
 
@@ -379,13 +381,19 @@ class TestCheckWritable:
         with pytest.raises(SafelightError, match="cannot be written: Permission denied"):
             check_writable(tmp_path / "a.png")
 
-    @pytest.mark.skipif(
-        not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere"
-    )
-    def test_folder_without_permission(self, tmp_path):
-        tmp_path.chmod(0o500)
-        with pytest.raises(SafelightError, match="Permission denied"):
-            check_writable(tmp_path / "a.png")
+    def test_folder_without_permission(self):
+        # Root may write anywhere, so that another user asks; pytest's own folders are closed to it.
+        program = (
+            "import os, sys; from pathlib import Path; import safelight.picture as p\n"
+            "os.geteuid() or os.setuid(65534)\n"
+            "try: p.check_writable(Path(sys.argv[1]) / 'a.png')\n"
+            "except p.SafelightError as error: print(error)"
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder).chmod(0o555)
+            command = [sys.executable, "-c", program, folder]
+            asked = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert "Permission denied" in asked.stdout
 
     def test_full_disk(self, tmp_path, monkeypatch):
         usage = namedtuple("usage", "total used free")

@@ -12,7 +12,8 @@ import pytest
 from pydantic import Field
 
 from safelight.cli import generate, options
-from safelight.request import GenerateSettings, Request, RequestSettings
+from safelight.keywords import GenerateSettings, RequestSettings
+from safelight.request import Request
 from safelight.sampler_names import sampler_and_schedule
 from safelight.sampling import SAMPLERS
 from safelight.settings import About, Whole, json_schema, markdown, settings_of

@@ -180,8 +180,13 @@ def _parse(text: str) -> list[_Node]:
 
 def _append(nodes: list[_Node], node: _Node) -> None:
     """Append a node; text that follows text is joined, so that counts and weights are whole."""
-    plain = isinstance(node, str) and not node.startswith(("\\", "__"))
-    if plain and nodes and isinstance(nodes[-1], str) and not nodes[-1].startswith(("\\", "__")):
-        nodes[-1] += node
+    last = nodes[-1] if nodes else None
+    if _is_text(last) and _is_text(node):
+        nodes[-1] = f"{last}{node}"
     else:
         nodes.append(node)
+
+
+def _is_text(node: _Node | None) -> bool:
+    """Return whether a node is plain text, no escape and no wildcard."""
+    return isinstance(node, str) and not node.startswith(("\\", "__"))
