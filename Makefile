@@ -5,7 +5,7 @@
 #   make levels                          the numerical tests as on lesser processors: minutes
 #   make lint                            formatting, lint and types
 #   make bench                           this machine, beside diffusers and OpenVINO: a quarter of an hour
-#   make soak                            what the server promises, at full size: an hour
+#   make soak                            what is promised, at full size, fuzzers among it: hours
 #   make evaluate                        the model that ships, or MODEL=, judged: an hour without a GPU
 #   make train                           the next models, from packages alone: minutes of a GPU, resumable
 #
@@ -65,7 +65,9 @@ bench: $(VENV)/.ready-dev
 SOAK := faults killed overload same storage strangers
 soak: $(VENV)/.ready-dev
 	mkdir -p runs
-	SAFELIGHT_SOAK=$(CURDIR)/runs/soak.txt $(BIN)/pytest -n0 $(SOAK:%=tests/server/test_%.py)
+	SAFELIGHT_SOAK=$(CURDIR)/runs/soak.txt $(BIN)/pytest -n0 $(SOAK:%=tests/server/test_%.py) tests/prompt/test_reading.py
+	SAFELIGHT_FUZZ=480 $(BIN)/pytest -n0 -s tests/test_fuzz.py | tee runs/fuzz.txt
+	$(BIN)/python tests/soak/company.py
 	$(BIN)/python tests/soak/kills.py $(ARGS)
 	$(BIN)/python tests/soak/training.py --steps 200
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -100,6 +101,46 @@ class TestFolder:
         (pictures / "a.txt").write_bytes(b"\xff\xfe\xfa")
         with pytest.raises(SafelightError, match=r"a.txt cannot be read as UTF-8 text"):
             folders.captioned(pictures)
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            "[" * 100_000,
+            '{"a":' * 100_000,
+            '{"file_name": "c.webp", "text": ' + "[" * 100_000 + "]" * 100_000 + "}",
+            '{"file_name": "c.webp", "text": ' + "9" * 100_000 + "}",
+            '{"file_name": "c.webp", "text": "\\ud800"}',
+            json.dumps({"file_name": "c.webp", "text": "x" * 2**20}),
+        ],
+    )
+    def test_metadata_of_a_stranger(self, pictures: Path, line: str) -> None:
+        (pictures / "metadata.jsonl").write_text(line + "\n")
+        with pytest.raises(SafelightError, match=r"metadata.jsonl, line 1: expected \{") as error:
+            folders.captioned(pictures)
+        assert len(str(error.value)) < 200
+
+    def test_metadata_may_hold_every_end_of_a_line_that_json_may(self, pictures: Path) -> None:
+        rows = [
+            {"file_name": "c.webp", "text": "a\u2028green\u0085flag"},
+            {"file_name": "d.PNG", "text": "a white flag"},
+        ]
+        lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        (pictures / "metadata.jsonl").write_bytes(lines.encode())
+        said = {e.path.name: e.caption for e in folders.captioned(pictures)}
+        assert said["c.webp"] == "a green flag"
+
+    @pytest.mark.parametrize(
+        ("name", "size"), [("a.txt", 2**30), ("metadata.jsonl", 2**36), ("deep/b.txt", 2**16 + 1)]
+    )
+    def test_files_that_are_too_large_are_not_read(
+        self, pictures: Path, name: str, size: int
+    ) -> None:
+        with (pictures / name).open("wb") as file:
+            file.truncate(size)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(SafelightError, match=r"over \d+ bytes, too large for what it is"):
+            folders.captioned(pictures)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 2**10
 
     def test_unreadable_pictures_are_named(self, pictures: Path) -> None:
         (pictures / "a.png").write_bytes(b"no picture")

@@ -13,7 +13,7 @@ from huggingface_hub import constants, errors
 from safelight.errors import SafelightError
 from safelight.families import family_of_folder
 from safelight.weights import find as module
-from safelight.weights.digest import cache_folder, file_digest, model_digest
+from safelight.weights.digest import cache_folder, digest_file, digest_files, model_digest
 from safelight.weights.find import files_of, find
 from safelight.weights.folder import Folder, choose_weights
 from weights_tiny import change, pixel_folder, raw_file, text_folder, write
@@ -190,12 +190,12 @@ def test_what_is_missing_is_downloaded_and_no_more(hub, tmp_path, monkeypatch):
 @pytest.mark.parametrize("file", ["unet/diffusion_pytorch_model.safetensors", "vae/config.json"])
 def test_a_damaged_download_is_found(file, hub, tmp_path):
     snapshot = cached(hub, text_folder(tmp_path / "model"))
-    model_digest({file: snapshot / file})
+    model_digest(digest_files({file: snapshot / file}))
     blob = (snapshot / file).resolve()
     content = bytearray(blob.read_bytes())
     content[len(content) // 2] ^= 1
     blob.write_bytes(content)
-    refused(lambda: model_digest({file: snapshot / file}), "damaged")
+    refused(lambda: model_digest(digest_files({file: snapshot / file})), "damaged")
 
 
 def test_digests(tmp_path, monkeypatch):
@@ -204,25 +204,28 @@ def test_digests(tmp_path, monkeypatch):
     big.write_bytes(b"x" * 17 * 2**20)
     small.write_bytes(b"y")
     sha = {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in (big, small)}
-    assert model_digest({"big": big}) == sha[big]
+    assert model_digest(digest_files({"big": big})) == sha[big]
     lines = f"a {sha[small]}\nb {sha[big]}\n"
-    assert model_digest({"b": big, "a": small}) == hashlib.sha256(lines.encode()).hexdigest()
+    assert (
+        model_digest(digest_files({"b": big, "a": small}))
+        == hashlib.sha256(lines.encode()).hexdigest()
+    )
     (note,) = cache_folder().iterdir()
     remembered = json.loads(note.read_text())
     note.write_text(json.dumps([*remembered[:-1], "from the cache"]))
-    assert file_digest(big) == "from the cache"
-    assert file_digest(small) == sha[small]
+    assert digest_file(big).sha256 == "from the cache"
+    assert digest_file(small).sha256 == sha[small]
     os.utime(big, ns=(1, 1))
-    assert file_digest(big) == sha[big]
+    assert digest_file(big).sha256 == sha[big]
     note.write_text("{")
-    assert file_digest(big) == sha[big]
+    assert digest_file(big).sha256 == sha[big]
 
 
 def test_a_digest_needs_no_cache(tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("a file where the folder would be")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "big").write_bytes(b"x" * 17 * 2**20)
-    assert len(file_digest(tmp_path / "big")) == 64
+    assert len(digest_file(tmp_path / "big").sha256) == 64
 
 
 INDEX = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}

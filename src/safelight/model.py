@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
@@ -15,7 +16,8 @@ from safelight.sampling import SchedulerConfig
 
 if TYPE_CHECKING:
     from safelight.engine import Run, Step
-    from safelight.request import GenerateSettings, Request
+    from safelight.keywords import GenerateSettings
+    from safelight.request import Request
     from safelight.result import Result
 
 
@@ -32,6 +34,7 @@ class Model:
     notes: what else stands in the folder's safelight.json.
     native_size: width and height, in pixels, of the pictures it was trained on.
     warnings: what the user should know about how it was loaded.
+    wildcards_dir: the folder that `__name__` in a prompt is drawn from, None if there is none.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Model:
     dtype: torch.dtype
     notes: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    wildcards_dir: Path | None = None
 
     def __repr__(self) -> str:
         width, height = self.native_size

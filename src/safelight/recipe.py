@@ -52,6 +52,8 @@ def recipe_text(recipe: dict[str, Any]) -> str:
         "Model hash": model["sha256"][:10],
         "Model": model["name"],
     }
+    if settings.get("prompt_syntax") == "a1111" and settings.get("emphasis") != "original":
+        pairs["Emphasis"] = settings["emphasis"].replace("-", " ").capitalize()
     pairs |= {name: value for name, value in told.items() if name not in pairs}
     if "enlarged" in recipe:
         pairs["Hires resize"] = "{}x{}".format(*recipe["enlarged"])

@@ -8,7 +8,7 @@ import json
 import secrets
 import warnings
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, TypedDict, Unpack
+from typing import Annotated, Any, Self, Unpack
 
 from PIL.Image import Image
 from pydantic import (
@@ -22,7 +22,9 @@ from pydantic import (
 )
 
 from safelight.errors import SafelightError
+from safelight.keywords import RequestSettings, Schedule, Spacing
 from safelight.pixels import as_mask, as_rgb, picture_sha256
+from safelight.prompt.reading import Emphasis, Syntax
 from safelight.settings import About, Number, Whole, document, settings_of, shown, unknown_setting
 from safelight.sizes import MAX_SIDE, MIN_SIDE, SIDE_STEP
 
@@ -51,34 +53,7 @@ Strength = Annotated[Number, Field(gt=0, le=1)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 _OWN = "the model's own"
 _OWN_SIZE = "the model's own, or the picture's"
-Schedule = Literal["karras", "exponential", "beta"]
-Spacing = Literal["leading", "linspace", "trailing"]
-
-
-class GenerateSettings(TypedDict, total=False):
-    """The keywords of `Model.generate`, for editors and type checkers."""
-
-    negative_prompt: str
-    width: int | None
-    height: int | None
-    steps: int | None
-    guidance_scale: float
-    seed: int | None
-    count: int
-    sampler: str
-    schedule: Schedule | None
-    spacing: Spacing | None
-    strength: float | None
-    eta: float
-    image: Image | None
-    mask: Image | None
-    unconditional: bool
-
-
-class RequestSettings(GenerateSettings, total=False):
-    """The keywords of `Request`."""
-
-    prompt: str
+ClipSkip = Annotated[Whole, Field(ge=1, le=48)]
 
 
 class _Listed(type(BaseModel)):
@@ -103,6 +78,23 @@ class Request(BaseModel, metaclass=_Listed):
     prompt: str = Field("", description="what to draw")
     negative_prompt: Annotated[str, About(aliases=("--negative",))] = Field(
         "", description="what to keep out of the picture"
+    )
+    prompt_syntax: Annotated[Syntax, About(aliases=("--syntax",), infotext="Prompt syntax")] = (
+        Field("plain", description="how brackets and weights in both prompts are read")
+    )
+    emphasis: Emphasis = Field(
+        "original", description="what weights do to the text's states, in prompt_syntax a1111"
+    )
+    clip_skip: Annotated[
+        ClipSkip | None,
+        About(
+            default="1, the last layer",
+            infotext="Clip skip",
+            slider=(1, 12, 1),
+        ),
+    ] = Field(None, description="layer of the text encoder that is read, 1 being the last")
+    dynamic_prompts: bool = Field(
+        False, description="draw `{a|b}` and `__name__` in both prompts, with each picture's seed"
     )
     width: Annotated[Side | None, About(default=_OWN_SIZE, short="-W")] = Field(
         None, description="width in pixels"
@@ -293,12 +285,20 @@ class Request(BaseModel, metaclass=_Listed):
             found.append("strength does nothing without a picture: give image, or leave it out")
         if self.unconditional and self.guidance_scale not in (1, 7.5):
             found.append("guidance_scale does nothing with unconditional: leave it out")
+        if self.emphasis != "original" and self.prompt_syntax != "a1111":
+            found.append("emphasis does nothing without prompt_syntax a1111: leave it out")
         if self.eta and not SAMPLERS[self.sampler].eta:
             takes = ", ".join(name for name, sampler in SAMPLERS.items() if sampler.eta)
             found.append(f"eta does nothing with {self.sampler}; it is for {takes}")
         if self.mask is not None and self.mask.getbbox() is None:
             found.append("mask has no white: nothing of the picture is repainted")
         return found
+
+    @property
+    def steps_taken(self) -> int:
+        """The steps of a resolved request, without those that strength leaves out."""
+        assert self.steps is not None
+        return max(1, min(int(self.steps * (self.strength or 1)), self.steps))
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
         """Return the same request with these values where it asks for nothing.

@@ -18,6 +18,8 @@ class Result:
 
     settings: those of `Request.to_dict`, with the defaults of model and sampler filled in.
     seeds: seeds[i] made images[i]. timings: in seconds. paths: where the pictures were saved.
+    drawn: what their last bits depend on besides: see `safelight.machine`.
+    words: with dynamic prompts, the prompt and negative prompt that each seed drew.
     """
 
     images: list[Image]
@@ -30,17 +32,32 @@ class Result:
     warnings: list[str] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     paths: list[Path] = field(default_factory=list)
+    drawn: dict[str, Any] = field(default_factory=dict)
+    words: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
     def recipe(self, i: int = 0) -> dict[str, Any]:
-        """Return everything that makes picture i again, alone. It is written into its PNG."""
+        """Return everything that makes picture i again, alone. It is written into its PNG.
+
+        With dynamic prompts it has the words that were drawn, and what they were drawn from as
+        `template`.
+        """
+        seed = self.seeds[i]
+        settings, template = {**self.settings, "seed": seed, "count": 1}, {}
+        if seed in self.words:
+            names = ("prompt", "negative_prompt")
+            template = {"template": {name: settings[name] for name in names}}
+            settings |= dict(zip(names, self.words[seed], strict=True))
+            settings["dynamic_prompts"] = False
         return {
             "safelight": __version__,
             "model": {"name": self.model, "sha256": self.sha256},
             "device": self.device,
             "dtype": self.dtype,
+            "drawn": self.drawn,
             "size": list(self.images[i].size),
-            "settings": {**self.settings, "seed": self.seeds[i], "count": 1},
+            "settings": settings,
             "warnings": self.warnings,
+            **template,
         }
 
     def save(self, out: str | Path, *, overwrite: bool = False) -> list[Path]:
@@ -69,6 +86,7 @@ class Result:
             "model": {"name": self.model, "sha256": self.sha256},
             "device": self.device,
             "dtype": self.dtype,
+            "drawn": self.drawn,
             "settings": self.settings,
             "warnings": self.warnings,
             "timings": self.timings,

@@ -86,7 +86,8 @@ def test_prompts_of_all_groups(scenes: Scenes) -> None:
         held = scene.colour is not None and held_back(scene.colour, scene.concepts[0])
         assert held == (a.group == "coloured, held out")
         assert held_back(scene.style, scene.concepts[0]) == (a.group == "style, held out")
-        assert a.group != "background" or scene.ground in scene.said
+        said = scene.said.replace("grey", "gray").replace("violet", "purple")
+        assert a.group != "background" or scene.ground in said
         assert (a.group == "unknown word") == (
             not set(HELD_OUT).isdisjoint(split_words(scene.said))
         )

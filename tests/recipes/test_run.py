@@ -161,7 +161,7 @@ class TestBegin:
         assert np.median(apart) < 0.2
 
     def test_refuses_what_is_no_such_folder(self, data: Path, made: Path, tmp_path: Path) -> None:
-        with pytest.raises(SafelightError, match="nowhere"):
+        with pytest.raises(SafelightError, match="no model"):
             Recipe(data, tmp_path, 1.0, DRY, begin=tmp_path / "nowhere")
         larger = replace(DRY, networks=FULL.networks)
         recipe = Recipe(data, tmp_path, 1.0, larger, begin=made / "embedded")

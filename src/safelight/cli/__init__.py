@@ -19,6 +19,7 @@ from safelight.cli import (
     options,
     serve,
     studio,
+    tokens,
     tools,
     train,
 )
@@ -43,6 +44,7 @@ app.command()(tools.samplers)
 app.command()(tools.models)
 app.command()(tools.inspect)
 app.command()(tools.verify)
+app.command()(tokens.tokens)
 app.command()(serve.serve)
 app.command()(studio.studio)
 app.command()(bench.bench)

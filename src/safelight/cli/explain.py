@@ -16,6 +16,9 @@ def explain(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     low_memory: options.LowMemory = False,
+    wildcards: options.Wildcards = None,
+    style: options.Styles = None,
+    styles_file: options.StylesFile = None,
     out: Annotated[str, Option("--out", "-o", help="The .html file to write.")] = "explain.html",
     overwrite: options.Overwrite = False,
 ) -> None:
@@ -24,6 +27,9 @@ def explain(
     Prints the path of the page: one file that a browser opens without fetching anything.
     """
     options.check_prompt(settings, 'explain "a cat above a pizza"')
+    settings = options.with_words(
+        settings, style=style, styles_file=styles_file, wildcards=wildcards
+    )
     request = options.request_of(settings)
     from safelight.picture import check_writable, save_whole
 
@@ -32,7 +38,11 @@ def explain(
     check_writable(out, overwrite=overwrite, need=2**24)
     with StepBar(1) as on_step:
         loaded = load(
-            options.model_for(request, model), device=device, dtype=dtype, low_memory=low_memory
+            options.model_for(request, model),
+            device=device,
+            dtype=dtype,
+            low_memory=low_memory,
+            wildcards_dir=wildcards,
         )
         # Not before: they import PyTorch, in which Ctrl-C has to wait.
         from safelight.explain.page import page

@@ -25,6 +25,9 @@ def generate(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     low_memory: options.LowMemory = False,
+    wildcards: options.Wildcards = None,
+    style: options.Styles = None,
+    styles_file: options.StylesFile = None,
     out: Annotated[
         str,
         Option(
@@ -50,6 +53,9 @@ def generate(
 
     from safelight.picture import check_writable, output_paths
 
+    settings = options.with_words(
+        settings, style=style, styles_file=styles_file, wildcards=wildcards
+    )
     request = options.request_of(settings)
     seeds = range(request.seed, request.seed + request.count)
     need = (request.width or 512) * (request.height or 512) * 4 * request.count
@@ -63,6 +69,7 @@ def generate(
             device=device,
             dtype=dtype,
             low_memory=low_memory,
+            wildcards_dir=wildcards,
         )
         _warn_of_size(request, loaded.name, loaded.native_size)
         run = loaded.stream(request)

@@ -30,6 +30,22 @@ Dtype = Annotated[str, Option(help="Precision: auto, float32, bfloat16 or float1
 LowMemory = Annotated[
     bool, Option("--low-memory", help="On the CPU: large weights in a file, not in memory.")
 ]
+Wildcards = Annotated[
+    str | None,
+    Option(
+        "--wildcards",
+        help="A folder of text files: `__name__` in a prompt is a line of name.txt, drawn with the "
+        "seed, and `{a|b}` is one of both.",
+        show_default=False,
+    ),
+]
+Styles = Annotated[
+    list[str] | None,
+    Option("--style", help="A style of --styles-file; more than one may be given."),
+]
+StylesFile = Annotated[
+    str | None, Option(help="A styles.csv, as web UIs keep it.", show_default=False)
+]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace files that exist.")]
 
 
@@ -133,6 +149,28 @@ def request_of(settings: dict[str, Any]) -> "Request":
     if given.get("seed") == -1:  # as web UIs have it
         del given["seed"]
     return Request(**given)
+
+
+def with_words(
+    settings: dict[str, Any],
+    *,
+    style: Sequence[str] | None,
+    styles_file: str | None,
+    wildcards: str | None,
+) -> dict[str, Any]:
+    """Return the settings with styles around the prompts, and choices drawn where asked for."""
+    from safelight.prompt.styles import apply_styles, read_styles
+
+    given = dict(settings)
+    if style:
+        if styles_file is None:
+            raise SafelightError("style needs the file that it is in: give --styles-file")
+        prompts = given.get("prompt", ""), given.get("negative_prompt", "")
+        styled = apply_styles(read_styles(styles_file), style, *prompts)
+        given |= dict(zip(("prompt", "negative_prompt"), styled, strict=True))
+    if wildcards is not None:
+        given.setdefault("dynamic_prompts", True)
+    return given
 
 
 def model_for(request: "Request", name: str | None) -> str:

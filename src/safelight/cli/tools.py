@@ -8,7 +8,7 @@ import typer
 from typer import Argument, Option
 
 from safelight.cli.loading import load
-from safelight.cli.output import StepBar, pairs, say, table
+from safelight.cli.output import StepBar, note, pairs, say, table
 from safelight.errors import SafelightError
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -115,9 +115,11 @@ def verify(
 ) -> None:
     """Make a picture again from its recipe.
 
-    Prints the largest difference of any pixel, 0 to 255; the exit code is 0 if that is 0, else 1.
+    Prints the largest difference of any pixel, 0 to 255, and why one is expected. The exit code is
+    0 if it is 0, or within the bound for a picture that a server drew in company; else 1.
     """
     import safelight
+    from safelight import machine
     from safelight.picture import largest_difference, open_mask, open_picture
     from safelight.recipe import enlarge, read_recipe
 
@@ -155,10 +157,19 @@ def verify(
                 f"model must be {name} of SHA-256 {sha256[:10]}…, not {loaded.sha256[:10]}…: "
                 "give the one that made the picture with --model"
             )
-        result = loaded.generate(request, on_step=on_step)
+        recorded = machine.recorded_machine(recipe)
+        with machine.threads_of(recorded):
+            result = loaded.generate(request, on_step=on_step)
     again = result.images[0]
     if recipe.get("enlarged") == list(picture.size):
         again, _ = enlarge(again, recipe, picture.size)
     difference = largest_difference(picture, again)
     say(difference)
-    raise typer.Exit(0 if difference == 0 else 1)
+    if not difference:
+        raise typer.Exit(0)
+    others = ("safelight", "device", "dtype")
+    here = {**result.drawn, **{key: result.recipe()[key] for key in others}}
+    before = {**recorded, **{key: recipe.get(key) for key in others}} if recorded else {}
+    bound, why = machine.expected_difference(before, here, result.dtype)
+    note(why)
+    raise typer.Exit(0 if bound is not None and difference <= bound else 1)

@@ -20,7 +20,7 @@ from PIL import Image
 
 from safelight.engine.capacity import free_memory, largest_useful_batch, out_of_memory, probe
 from safelight.engine.job import Job, NotFiniteError, advance, finish
-from safelight.engine.requests import create_job, new_result, resolve_request
+from safelight.engine.requests import create_job, new_result, resolve_request, with_drawn
 from safelight.errors import SafelightError
 from safelight.families.base import Conditioning
 from safelight.request import Request
@@ -101,7 +101,7 @@ class Ticket:
     @property
     def call_key(self) -> tuple[Any, ...]:
         """Equal for two pictures that can share a call of the network."""
-        return tuple(self.job.state.shape), self.job.conditioning.call_key
+        return tuple(self.job.state.shape), self.job.asked.call_key
 
 
 class Engine:
@@ -159,22 +159,24 @@ class Engine:
         try:
             with torch.inference_mode():
                 resolved = resolve_request(model, request)
-                conditioning = self._conditioning(resolved)
-                result = new_result(model, request, resolved)
+                result = new_result(model, request, resolved, self.exact)
                 table, arrived = model.family.table(model, resolved), time.monotonic()
                 for i, seed in enumerate(result.seeds):
-                    if i not in done:
-                        create = partial(create_job, model, resolved, conditioning, seed)
-                        if self._decoder is not None and request.image is not None:
-                            size = self._size(_latents(model, resolved))
-                            ticket = Ticket(
-                                *(table, conditioning, size, i, seed, model.precision, tag),
-                                prepare=create,
-                            )
-                            self.tickets.append(ticket)
-                        else:
-                            ticket = self.add_job(create(), tag, index=i, seed=seed)
-                        ticket.arrived = arrived
+                    if i in done:
+                        continue
+                    one = with_drawn(resolved, result, seed)
+                    conditioning = self._conditioning(one)
+                    create = partial(create_job, model, one, conditioning, seed)
+                    if self._decoder is not None and request.image is not None:
+                        size = self._size(_latents(model, one))
+                        ticket = Ticket(
+                            *(table, conditioning, size, i, seed, model.precision, tag),
+                            prepare=create,
+                        )
+                        self.tickets.append(ticket)
+                    else:
+                        ticket = self.add_job(create(), tag, index=i, seed=seed)
+                    ticket.arrived = arrived
         except (MemoryError, RuntimeError) as error:  # of a large picture to start from
             if not out_of_memory(error):
                 raise
@@ -338,7 +340,7 @@ class Engine:
     def _conditioning(self, request: Request) -> Conditioning:
         """Return the cached conditioning of a resolved request."""
         family = self.model.family
-        key = tuple(getattr(request, name) for name in family.conditioned_on)
+        key = family.conditioning_key(request)
         if key not in self._prompts:
             made = family.encode(self.model, request)
             if not made.is_finite:

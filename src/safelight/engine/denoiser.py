@@ -29,10 +29,14 @@ def estimate(
     for state, row, conditioning in zip(states, rows, conditionings, strict=True):
         output = outputs[start : start + conditioning.evaluations]
         start += conditioning.evaluations
-        if conditioning.evaluations == 2:
-            # Classifier-free guidance (arXiv:2207.12598): away from the negative prompt.
-            negative, positive = output.chunk(2)
-            output = negative + conditioning.guidance * (positive - negative)
+        if conditioning.evaluations > 1:
+            # Classifier-free guidance (arXiv:2207.12598): away from the negative prompt, and
+            # towards each of several prompts by its weight (arXiv:2206.01714).
+            negative, *positives = output.split(1)
+            output = negative
+            weights = conditioning.weights or (1.0,) * len(positives)
+            for weight, positive in zip(weights, positives, strict=True):
+                output = output + conditioning.guidance * weight * (positive - negative)
         found.append(family.clean(model, state, row.level, output))
     return found
 

@@ -7,7 +7,7 @@ which task it is (text, picture, mask, or nothing to start from).
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,7 +54,8 @@ class Known:
 class Job:
     """state: float32 [1, channels, h, w], at `level`; cursor: the next row.
 
-    clean: the clean estimate of the last row taken, None before the first.
+    clean: the clean estimate of the last row taken, None before the first. steps: how many steps
+    the rows make up, which some samplers take several rows for; None: one row each.
     """
 
     table: Table
@@ -68,6 +69,17 @@ class Job:
     clean: Tensor | None = None
     past_states: deque[Tensor] = field(default_factory=deque)
     past_cleans: deque[Tensor] = field(default_factory=deque)
+    steps: int | None = None
+
+    @property
+    def asked(self) -> Conditioning:
+        """The conditioning of the next row."""
+        return self.asked_at(self.cursor)
+
+    def asked_at(self, cursor: int) -> Conditioning:
+        """Return the conditioning of a row."""
+        rows = len(self.table.rows)
+        return self.conditioning.at(cursor * (self.steps or rows) // rows)
 
     @property
     def row(self) -> Row:
@@ -135,7 +147,7 @@ def prepare(
     known = None
     if reads_mask:
         around = family.encode_picture(model, pixels * (painted < 0.5), masked_noise)
-        conditioning = replace(conditioning, extra=torch.cat([small, around], dim=1))
+        conditioning = conditioning.with_extra(torch.cat([small, around], dim=1))
     elif latents is not None:
         known = Known(latents, noise, small)
     return Job(table, conditioning, generator, state, known, image, mask)
@@ -157,7 +169,7 @@ def advance(model: Model, jobs: list[Job]) -> None:
         model,
         [job.state for job in jobs],
         [job.row for job in jobs],
-        [job.conditioning for job in jobs],
+        [job.asked for job in jobs],
     )
     lost = [job for job, clean in zip(jobs, cleans, strict=True) if not _step(job, clean)]
     if lost:

@@ -10,6 +10,8 @@ from safelight.defaults import is_distilled
 from safelight.engine.job import Job, prepare
 from safelight.errors import SafelightError
 from safelight.families.base import Conditioning
+from safelight.machine import describe_machine
+from safelight.prompt.dynamic import draw
 from safelight.request import Request
 from safelight.result import Result
 from safelight.sampling import SAMPLERS
@@ -78,20 +80,43 @@ def _resized(request: Request, size: tuple[int, int]) -> dict[str, Image.Image]:
     return fitted
 
 
-def new_result(model: Model, asked: Request, resolved: Request) -> Result:
-    """Return the result of a request, without pictures yet, with its warnings."""
+def new_result(model: Model, asked: Request, resolved: Request, exact: bool = True) -> Result:
+    """Return the result of a request, without pictures yet, with its warnings.
+
+    exact: each picture has the calls of the network for itself.
+    """
     # Pictures are named as they were given, before any resizing.
     given = {name: v for name, v in asked.to_dict().items() if name.endswith("_sha256")}
-    return Result(
+    seeds = [resolved.seed + i for i in range(resolved.count)]
+    result = Result(
         images=[],
-        seeds=[resolved.seed + i for i in range(resolved.count)],
+        seeds=seeds,
         settings=resolved.to_dict() | given,
         model=model.name,
         sha256=model.sha256,
         device=str(model.device),
         dtype=model.precision,
-        warnings=_warnings(model, asked, resolved),
+        drawn={"exact": exact, **describe_machine(model.device)},
     )
+    if resolved.dynamic_prompts:
+        texts = [resolved.prompt, resolved.negative_prompt]
+        for seed in seeds:
+            result.words[seed] = tuple(draw(texts, seed, model.wildcards_dir))
+    result.warnings += _warnings(model, asked, resolved)
+    # Each picture may have words of its own.
+    told = {result.words.get(seed): seed for seed in seeds}
+    for seed in told.values():
+        result.warnings += model.family.warnings(model, with_drawn(resolved, result, seed))
+    result.warnings[:] = dict.fromkeys(result.warnings)
+    return result
+
+
+def with_drawn(resolved: Request, result: Result, seed: int) -> Request:
+    """Return the request of one picture, with its prompts as they were drawn."""
+    if seed not in result.words:
+        return resolved
+    prompt, negative = result.words[seed]
+    return resolved.replace(prompt=prompt, negative_prompt=negative, dynamic_prompts=False)
 
 
 def _warnings(model: Model, asked: Request, resolved: Request) -> list[str]:
@@ -112,14 +137,14 @@ def _warnings(model: Model, asked: Request, resolved: Request) -> list[str]:
             found.append(
                 f"{model.name} was taught to draw with {told}; with other settings it draws worse"
             )
-    return found + model.family.warnings(model, resolved)
+    return found
 
 
 def create_job(model: Model, request: Request, conditioning: Conditioning, seed: int) -> Job:
     """Return the job of one picture of a resolved request."""
     width, height = request.width, request.height
     size = model.native_size if width is None or height is None else (width, height)
-    return prepare(
+    job = prepare(
         model,
         model.family.table(model, request),
         conditioning,
@@ -129,3 +154,5 @@ def create_job(model: Model, request: Request, conditioning: Conditioning, seed:
         mask=request.mask,
         strength=1.0 if request.strength is None else request.strength,
     )
+    job.steps = request.steps_taken
+    return job

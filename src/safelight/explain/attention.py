@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from safelight.nets.layers import Attention
 from safelight.nets.unet import UNet2DConditionModel
+from safelight.prompt.chunks import Chunk
 from safelight.prompt.tokenizer import WORDS, Tokenizer
 
 
@@ -43,6 +44,19 @@ def words_of(tokenizer: Tokenizer, prompt: str) -> list[Word]:
         if end > start:
             words.append(Word(text, slice(start, end)))
         start = end
+    return words
+
+
+def words_of_chunks(tokenizer: Tokenizer, chunks: Sequence[Chunk]) -> list[Word]:
+    """Return the words of chunks that follow each other."""
+    words: list[Word] = []
+    for number, chunk in enumerate(chunks):
+        start, first = 1, number * tokenizer.max_length
+        for place in range(1, chunk.count + 1):
+            if tokenizer.name(chunk.ids[place]).endswith("</w>") or place == chunk.count:
+                text = tokenizer.text(chunk.ids[start : place + 1]).strip()
+                words.append(Word(text, slice(first + start, first + place + 1)))
+                start = place + 1
     return words
 
 

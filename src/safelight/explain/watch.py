@@ -13,11 +13,20 @@ from safelight.engine import Engine, Job, Step
 from safelight.engine.denoiser import clip_or_threshold, estimate
 from safelight.engine.job import decode, final_latents
 from safelight.errors import SafelightError
-from safelight.explain.attention import Word, recorded, telling_layers, word_maps, words_of
+from safelight.explain.attention import (
+    Word,
+    recorded,
+    telling_layers,
+    word_maps,
+    words_of,
+    words_of_chunks,
+)
 from safelight.explain.forward import Noised, forward
 from safelight.model import Model
 from safelight.nets.unet import UNet2DConditionModel
 from safelight.picture import from_tensor, to_tensor
+from safelight.prompt.chunks import chunks_of
+from safelight.prompt.dialects import read
 from safelight.request import Request
 from safelight.result import Result
 from safelight.sampling import Row
@@ -104,7 +113,7 @@ def watch(model: Model, request: Request, on_step: Callable[[Step], object] | No
     result = engine.add(request)
     [ticket] = engine.tickets
     job, rows = ticket.job, ticket.job.table.rows
-    words = [] if model.tokenizer is None else words_of(model.tokenizer, request.prompt)
+    words = _words(model, request, result)
     wanted = _evenly(len(rows))
     seen: list[_Seen] = []
     while engine.busy:
@@ -137,6 +146,21 @@ def watch(model: Model, request: Request, on_step: Callable[[Step], object] | No
         )
 
 
+def _words(model: Model, request: Request, result: Result) -> list[Word]:
+    """Return the words of the prompt; of one that changes or has parts, those it begins with."""
+    if model.tokenizer is None:
+        return []
+    [seed] = result.seeds
+    prompt = result.words.get(seed, (request.prompt,))[0]
+    if request.prompt_syntax == "plain":
+        return words_of(model.tokenizer, prompt)
+    reading = read(
+        prompt, request.prompt_syntax, steps=result.settings["steps"], emphasis=request.emphasis
+    )
+    text = reading.parts[-1].stages[0].blends[0].texts[0]
+    return words_of_chunks(model.tokenizer, chunks_of(model.tokenizer, text, request.prompt_syntax))
+
+
 def _evenly(count: int) -> set[int]:
     most = min(count, MAX_MOMENTS)
     return {round(i * (count - 1) / max(most - 1, 1)) for i in range(most)}
@@ -146,7 +170,7 @@ def _look(
     model: Model, job: Job, cursor: int, state: Tensor, clean: Tensor, words: list[Word]
 ) -> _Seen:
     """Call the network again on the state before the step, with the prompt alone."""
-    row, asked = job.table.rows[cursor], job.conditioning
+    row, asked = job.table.rows[cursor], job.asked_at(cursor)
     noisy = row.level.view(state)
     if asked.tokens is None or not isinstance(model.unet, UNet2DConditionModel):
         return _Seen(cursor + 1, row, noisy, clean, None, None)
@@ -159,7 +183,7 @@ def _look(
         row=row,
         noisy=noisy,
         clean=clean,
-        unguided=unguided if asked.evaluations == 2 else None,
+        unguided=unguided if asked.evaluations > 1 else None,
         attention=word_maps(weights, words, (height, width)),
     )
 

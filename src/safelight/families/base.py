@@ -7,8 +7,9 @@ family about its files.
 from __future__ import annotations
 
 import warnings
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -35,6 +36,9 @@ class Conditioning:
     guidance: the scale; used with two evaluations, or by a network that was distilled with it.
     extra: channels that the network reads beside the state, [1, channels, h, w].
     controls: what else adds to the network's states, one object each.
+    weights: of each evaluation after the negative one, times guidance. None is 1 for each.
+    later: conditionings that take over, each with the step, counted from 0, at which it does. They
+      have as many evaluations, and states of the same shapes.
     """
 
     tokens: Tensor | None = None
@@ -43,6 +47,18 @@ class Conditioning:
     guidance: float = 1.0
     extra: Tensor | None = None
     controls: tuple[Any, ...] = ()
+    weights: tuple[float, ...] | None = None
+    later: tuple[tuple[int, Conditioning], ...] = ()
+
+    def at(self, step: int) -> Conditioning:
+        """Return what holds at a step, counted from 0."""
+        place = bisect_right(self.later, step, key=lambda one: one[0])
+        return self.later[place - 1][1] if place else self
+
+    def with_extra(self, extra: Tensor) -> Conditioning:
+        """Return the same at each step, with extra channels."""
+        later = tuple((step, replace(one, extra=extra)) for step, one in self.later)
+        return replace(self, extra=extra, later=later)
 
     @property
     def evaluations(self) -> int:
@@ -59,10 +75,14 @@ class Conditioning:
     @property
     def is_finite(self) -> bool:
         tensors = (self.tokens, self.pooled)
-        return all(t is None or bool(t.isfinite().all()) for t in tensors)
+        mine = all(t is None or bool(t.isfinite().all()) for t in tensors)
+        return mine and all(one.is_finite for _, one in self.later)
 
     def positive(self) -> Conditioning:
-        """Return the prompt's own part, without the negative prompt and guidance."""
+        """Return the prompt's own part, without the negative prompt and guidance.
+
+        Of several that are composed, the last.
+        """
 
         def last(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[-1:]
@@ -199,8 +219,12 @@ class Family:
         return []
 
     def encode(self, model: Model, request: Request) -> Conditioning:
-        """Return the conditioning of a resolved request. Only `conditioned_on` may matter."""
+        """Return the conditioning of a resolved request."""
         return Conditioning()
+
+    def conditioning_key(self, request: Request) -> tuple[Any, ...]:
+        """Return what `encode` reads of a request: requests of one key have one conditioning."""
+        return tuple(getattr(request, name) for name in self.conditioned_on)
 
     def scheduler(self, config: SchedulerConfig) -> SchedulerConfig:
         """Return the scheduler config that tables are made from."""

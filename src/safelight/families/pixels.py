@@ -27,6 +27,14 @@ class Pixels(Family):
     flat = True
     fixed_size = True
 
+    def check_configs(self, configs: Mapping[str, Any]) -> None:
+        unet = configs["unet"]
+        if unet.in_channels != unet.out_channels or unet.in_channels not in (1, 3):
+            raise SafelightError(
+                f"its unet reads {unet.in_channels} channels and gives {unet.out_channels}; "
+                "pictures have 3, or 1 if they are gray"
+            )
+
     def native_size(self, configs: Mapping[str, Any]) -> tuple[int, int]:
         side = configs["unet"].sample_size
         if not side:

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.errors import SafelightError
+from safelight.families import encoding
 from safelight.families.base import Conditioning, Family, Part, SingleFile
 from safelight.sampling import SchedulerConfig
 from safelight.weights import names
 from safelight.weights.check import Header, refusal
-from safelight.words import unknown_words
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -155,7 +155,14 @@ class StableDiffusion(Family):
     tokenizers: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast")
     }
-    conditioned_on: ClassVar[tuple[str, ...]] = ("prompt", "negative_prompt", "guidance_scale")
+    conditioned_on: ClassVar[tuple[str, ...]] = (
+        "prompt",
+        "negative_prompt",
+        "guidance_scale",
+        "prompt_syntax",
+        "emphasis",
+        "clip_skip",
+    )
 
     # --- files -------------------------------------------------------------------------------
 
@@ -171,8 +178,8 @@ class StableDiffusion(Family):
         return _variant(*shapes) or self
 
     def check_configs(self, configs: Mapping[str, Any]) -> None:
-        unet = configs["unet"]
-        words, channels = configs["text_encoder"].hidden_size, configs["vae"].latent_channels
+        unet, vae = configs["unet"], configs["vae"]
+        words, channels = configs["text_encoder"].hidden_size, vae.latent_channels
         if words != unet.cross_attention_dim:
             raise SafelightError(
                 f"its text encoder gives {words} numbers for a word, "
@@ -182,6 +189,14 @@ class StableDiffusion(Family):
             raise SafelightError(
                 f"its vae decodes {channels} channels, and its unet gives {unet.out_channels}"
             )
+        # The state alone; or beside it a mask and the picture around it.
+        if unet.in_channels not in (channels, 2 * channels + 1):
+            raise SafelightError(
+                f"its unet reads {unet.in_channels} channels; expected {channels}, "
+                f"or {2 * channels + 1} with a mask"
+            )
+        if (vae.in_channels, vae.out_channels) != (3, 3):
+            raise SafelightError("its vae is not one of pictures, which have 3 channels")
 
     def native_size(self, configs: Mapping[str, Any]) -> tuple[int, int]:
         side = (configs["unet"].sample_size or 64) * configs["vae"].factor
@@ -238,36 +253,18 @@ class StableDiffusion(Family):
                 "embedded-unconditional",
                 field="unconditional",
             )
+        encoding.check_request(model, request)
 
     def warnings(self, model: Model, request: Request) -> list[str]:
-        found: list[str] = []
-        tokenizer, texts = model.tokenizer, self._texts(model, request)
-        for name, text in texts.items():
-            cut = tokenizer.encode(text).cut
-            if cut is not None:
-                found.append(
-                    f"{name} was cut at {tokenizer.max_length} tokens; left out: {_beginning(cut)}"
-                )
-            if model.words is not None and (new := unknown_words(text, model.words)):
-                found.append(f"{model.name} was never taught: {', '.join(new)}")
-        return found
+        return encoding.warnings(model, request)
 
     def encode(self, model: Model, request: Request) -> Conditioning:
-        import torch
+        return encoding.encode(model, request)
 
-        texts = self._texts(model, request).values()
-        ids = torch.tensor([model.tokenizer.encode(text).ids for text in texts])
-        return Conditioning(
-            model.text_encoder(ids.to(model.device)), guidance=request.guidance_scale
-        )
-
-    def _texts(self, model: Model, request: Request) -> dict[str, str]:
-        """Return the texts to encode, the negative prompt first where guidance is on."""
-        distilled = model.network.config.time_cond_proj_dim is not None
-        texts = {"prompt": request.prompt}
-        if request.guidance_scale > 1 and not distilled:
-            texts = {"negative_prompt": request.negative_prompt, **texts}
-        return texts
+    def conditioning_key(self, request: Request) -> tuple[Any, ...]:
+        # Schedules are shares of the steps that are taken; no other prompt depends on them.
+        steps = request.steps_taken if request.prompt_syntax == "a1111" else None
+        return (*super().conditioning_key(request), steps)
 
     def scheduler(self, config: SchedulerConfig) -> SchedulerConfig:
         # diffusers' pipelines hold every checkpoint to this, whatever its file says: timesteps
@@ -335,10 +332,6 @@ class StableDiffusion(Family):
     def decode_latents(self, model: Model, latents: Tensor) -> Tensor:
         scaled = latents / model.vae.config.scaling_factor
         return model.vae.decode(scaled.to(model.dtype)).float()
-
-
-def _beginning(text: str) -> str:
-    return repr(text) if len(text) <= 100 else f"{text[:100]!r}… of {len(text)} characters"
 
 
 _1: dict[str, Any] = {

@@ -20,11 +20,11 @@ import os
 import torch
 from torch import nn
 
-from safelight.fast import kernels, memory, onednn
+from safelight.fast import kernels, memory, onednn, winograd
 from safelight.fast.layers import leave_mapped, swap
 from safelight.fast.store import Shelf
 
-__all__ = ["accelerate", "helps", "native_bfloat16", "remark"]
+__all__ = ["accelerate", "helps", "native_bfloat16", "remark", "variant"]
 
 
 def helps(device: torch.device, dtype: torch.dtype) -> bool:
@@ -45,6 +45,20 @@ def accelerate(net: nn.Module, dtype: torch.dtype, low_memory: bool = False) -> 
         leave_mapped(net, dtype)
     else:
         swap(net, dtype, Shelf() if low_memory else None)
+
+
+def variant(device: torch.device) -> str:
+    """Return the names of the libraries that make products on this device.
+
+    A picture's last bits depend on them: "onednn", and of ours "amx", "portable" and "winograd".
+    """
+    if device.type != "cpu" or not onednn.available():
+        return "torch"
+    names = {"auto": ("amx", "winograd"), "avx2": ("amx", "winograd")}.get(
+        kernels.setting(), ("portable", "portable winograd")
+    )
+    used = [kernels.tiles() is not None, winograd.ready()]
+    return "+".join(["onednn", *(n for n, on in zip(names, used, strict=True) if on)])
 
 
 def native_bfloat16() -> bool:

@@ -44,11 +44,15 @@ STRIP = 1 << 22
 library = kernels.winograd
 
 
+def ready() -> bool:
+    """Return whether this machine has the kernels, and memory enough for them."""
+    return library() is not None and memory.total() >= ENOUGH
+
+
 def fits_conv(conv: nn.Conv2d, dtype: torch.dtype) -> bool:
     return (
         dtype == torch.float32
-        and library() is not None
-        and memory.total() >= ENOUGH
+        and ready()
         and kernels.plain_3x3(conv, 16)
         and conv.in_channels * conv.out_channels >= FEW
     )

@@ -31,7 +31,7 @@ class CLIPTextConfig(NetConfig):
     def _validate(self) -> None:
         if self.hidden_act not in ACTIVATIONS:
             self._refuse(f"hidden_act={self.hidden_act!r:.60}; expected one of {list(ACTIVATIONS)}")
-        if self.hidden_size % (self.num_attention_heads or 1) or not self.num_attention_heads:
+        if self.hidden_size % self.num_attention_heads:
             self._refuse(f"{self.hidden_size} channels do not divide into heads")
 
 
@@ -55,13 +55,13 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(dim, dim)
         self.out_proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
         q, k, v = (
             t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for t in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         )
         # Causal: a word sees those before it, as CLIP was trained.
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -84,8 +84,8 @@ class Layer(nn.Module):
         self.mlp = MLP(cfg)
         self.layer_norm2 = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
+    def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), seen)
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -94,9 +94,9 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.num_hidden_layers))
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
+    def forward(self, x: Tensor, skip: int = 0, seen: Tensor | None = None) -> Tensor:
+        for layer in self.layers[: len(self.layers) - skip]:
+            x = layer(x, seen)
         return x
 
 
@@ -107,8 +107,8 @@ class TextTransformer(nn.Module):
         self.encoder = Encoder(cfg)
         self.final_layer_norm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.final_layer_norm(self.encoder(self.embeddings(ids)))
+    def forward(self, ids: Tensor, skip: int = 0, seen: Tensor | None = None) -> Tensor:
+        return self.final_layer_norm(self.encoder(self.embeddings(ids), skip, seen))
 
 
 class CLIPTextModel(nn.Module):
@@ -120,11 +120,17 @@ class CLIPTextModel(nn.Module):
         self.config = config
         self.text_model = TextTransformer(config)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, skip: int = 0, visible: Tensor | None = None) -> Tensor:
         """ids: int64 [batch, length ≤ max_position_embeddings]. Returns the last layer's
         states after the final norm, [batch, length, hidden_size].
+
+        skip: layers at the end that are left out. visible: bool [batch, length], the tokens that
+        others may look at; None for all.
 
         SD 2.x reads the layer before OpenCLIP's last: its folders hold one layer less, so the
         last that is there is the one that is meant.
         """
-        return self.text_model(ids)
+        if visible is None:
+            return self.text_model(ids, skip)
+        earlier = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
+        return self.text_model(ids, skip, earlier & visible.to(ids.device)[:, None, None])

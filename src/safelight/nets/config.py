@@ -3,10 +3,50 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from safelight.errors import SafelightError
+
+BOUNDS: dict[str, tuple[float, float]] = {
+    "attention_head_dim": (1, 2**14),
+    "block_out_channels": (1, 2**14),
+    "cross_attention_dim": (1, 2**14),
+    "downsample_padding": (0, 1),
+    "freq_shift": (0, 1),
+    "hidden_size": (1, 2**14),
+    "in_channels": (1, 2**8),
+    "intermediate_size": (1, 2**16),
+    "latent_channels": (1, 2**8),
+    "layer_norm_eps": (1e-12, 0.1),
+    "layers_per_block": (1, 16),
+    "max_position_embeddings": (3, 2**12),
+    "norm_eps": (1e-12, 0.1),
+    "norm_num_groups": (1, 2**10),
+    "num_attention_heads": (1, 2**8),
+    "num_hidden_layers": (1, 2**7),
+    "out_channels": (1, 2**8),
+    "sample_size": (1, 2**11),
+    "scaling_factor": (1e-3, 1e3),
+    "time_cond_proj_dim": (4, 2**14),
+    "transformer_layers_per_block": (1, 32),
+    "vocab_size": (3, 2**20),
+}
+"""The least and the largest value of each number in a config. Of a list, of each member.
+
+They lie far outside what published models have, and keep what is built from a stranger's config
+small: a network's shapes are known, and compared with its file's, before memory is taken.
+"""
+
+_OTHERS = (0, 2**24)
+"""The same for a number that stands in no network here."""
+
+MAX_LEVELS = 12
+"""The most values in a list: one for each level of a network, which halve the side."""
+
+MAX_LAYERS = 128
+"""The most layers of a network. Building one takes milliseconds, even without weights."""
 
 
 class NetConfig:
@@ -30,7 +70,7 @@ class NetConfig:
             value = json.get(key, harmless[0])
             if not any(type(value) is type(h) and value == h for h in harmless):
                 raise SafelightError(
-                    f"{cls._label()}: {key}={value!r} is not supported; "
+                    f"{cls._label()}: {key}={shown(value)} is not supported; "
                     f"expected {' or '.join(repr(h) for h in harmless)}"
                 )
         values: dict[str, Any] = {}
@@ -39,14 +79,22 @@ class NetConfig:
                 continue
             value = json[field.name]
             values[field.name] = tuple(value) if isinstance(value, list) else value
-        try:
-            config = cls(**values)
-        except TypeError as e:
-            raise SafelightError(f"{cls._label()}: the config is not usable ({e})") from None
+        config = cls(**values)
         for field in dataclasses.fields(cls):  # type: ignore[arg-type]
             _check(cls._label(), field.name, getattr(config, field.name), str(field.type))
+        if config.depth > MAX_LAYERS:
+            config._refuse(f"{config.depth} layers; {MAX_LAYERS} are the most")
         config._validate()
         return config
+
+    @property
+    def depth(self) -> int:
+        """Return about how many layers the network has."""
+        layers = (
+            getattr(self, key, 1)
+            for key in ("num_hidden_layers", "layers_per_block", "transformer_layers_per_block")
+        )
+        return math.prod(layers) * len(getattr(self, "block_out_channels", (0,)))
 
     @classmethod
     def _label(cls) -> str:
@@ -55,33 +103,55 @@ class NetConfig:
     def _validate(self) -> None:
         """Further checks of one kind of config; raises SafelightError."""
 
+    def _check_sines(self, width: int, shift: int) -> None:
+        """Refuse a timestep's embedding whose formula divides by `width` / 2 − `shift`, if 0."""
+        if width // 2 <= shift:
+            self._refuse(f"{width} channels are too few for the sines of a timestep")
+
     def _refuse(self, why: str) -> None:
         raise SafelightError(f"{self._label()}: {why}")
 
 
+def shown(value: Any) -> str:
+    """Return a value of a config as a message shows it: short, whatever it is."""
+    if isinstance(value, list | tuple | dict):
+        return f"a {'list' if isinstance(value, list | tuple) else 'table'} of {len(value)}"
+    return f"{value!r:.40}"
+
+
 def _check(label: str, name: str, value: Any, kind: str) -> None:
-    """Check a value against its annotation: int, float, bool, str, tuples of them, or None."""
-    if kind.endswith(" | None"):
-        if value is None:
-            return
-        kind = kind.removesuffix(" | None")
-    options = [k.strip() for k in kind.split("|")]
+    """Check a value against its annotation: int, float, bool, str, tuples of them, or None.
+
+    Numbers are checked against `BOUNDS` too.
+    """
+    if value is None and kind.endswith(" | None"):
+        return
+    options = [k.strip() for k in kind.removesuffix(" | None").split("|")]
+    single = not isinstance(value, tuple)
+    members: tuple[Any, ...] = (value,) if single else value
     for option in options:
-        if option.startswith("tuple["):
-            inner = option.removeprefix("tuple[").removesuffix(", ...]")
-            if isinstance(value, tuple) and value and all(_is(v, inner) for v in value):
-                return
-        elif _is(value, option):
-            return
-    raise SafelightError(f"{label}: {name}={value!r:.60} should be {kind}")
+        inner = option.removeprefix("tuple[").removesuffix(", ...]")
+        if single == (inner == option) and members and all(_is(v, inner) for v in members):
+            break
+    else:
+        raise SafelightError(f"{label}: {name}={shown(value)} should be {' or '.join(options)}")
+    if len(members) > MAX_LEVELS:
+        raise SafelightError(f"{label}: {name} has {len(members)} values; at most {MAX_LEVELS}")
+    if inner not in ("int", "float"):
+        return
+    low, high = BOUNDS.get(name, _OTHERS)
+    for number in members:
+        if not low <= number <= high:
+            raise SafelightError(
+                f"{label}: {name}={shown(number)} should be from {low:g} to {high:g}"
+            )
 
 
 def _is(value: Any, kind: str) -> bool:
     if kind == "bool":
         return isinstance(value, bool)
-    if kind == "int":
-        # The bound keeps a hostile config from asking for petabytes on the meta device.
-        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 2**24
-    if kind == "float":
-        return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    if kind in ("int", "float"):
+        # NaN passes here, and no bound.
+        allowed = int if kind == "int" else int | float
+        return isinstance(value, allowed) and not isinstance(value, bool)
     return isinstance(value, str)

@@ -98,11 +98,14 @@ class UNetConfig(NetConfig):
         for name in (*self.down_block_types, *self.up_block_types):
             if name not in known:
                 self._refuse(
-                    f"block {name!r:.60} is not supported; expected one of {sorted(known)}"
+                    f"block {name!r:.40} is not supported; expected {', '.join(sorted(known))}"
                 )
         for channels, heads in zip(self.block_out_channels, self.heads, strict=True):
-            if not heads or channels % heads or channels % (self.norm_num_groups or 1):
+            if channels % heads or channels % self.norm_num_groups:
                 self._refuse(f"{channels} channels do not divide into heads and norm groups")
+        self._check_sines(self.block_out_channels[0], self.freq_shift)
+        if self.time_cond_proj_dim is not None:
+            self._check_sines(self.time_cond_proj_dim, 1)
 
 
 class DownBlock2D(nn.Module):

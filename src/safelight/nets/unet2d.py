@@ -73,11 +73,12 @@ class UNet2DConfig(NetConfig):
         for name in (*self.down_block_types, *self.up_block_types):
             if name not in known:
                 self._refuse(
-                    f"block {name!r:.60} is not supported; expected one of {sorted(known)}"
+                    f"block {name!r:.40} is not supported; expected {', '.join(sorted(known))}"
                 )
         for channels in self.block_out_channels:
-            if channels % (self.norm_num_groups or 1) or channels % (self.attention_head_dim or 1):
+            if channels % self.norm_num_groups or channels % (self.attention_head_dim or 1):
                 self._refuse(f"{channels} channels do not divide into heads and norm groups")
+        self._check_sines(self.block_out_channels[0], self.freq_shift)
 
     def heads(self, channels: int) -> int:
         return channels // (self.attention_head_dim or channels)

@@ -42,7 +42,7 @@ class VAEConfig(NetConfig):
         return 2 ** (len(self.block_out_channels) - 1)
 
     def _validate(self) -> None:
-        if any(c % (self.norm_num_groups or 1) for c in self.block_out_channels):
+        if any(c % self.norm_num_groups for c in self.block_out_channels):
             self._refuse("channels do not divide into norm groups")
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
@@ -110,16 +110,34 @@ class Tokenizer:
 
         Raises SafelightError if `text` is not valid Unicode (a lone surrogate).
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise SafelightError("the prompt holds half of a character pair; send UTF-8") from None
+        _check_unicode(text)
         found = self._backend.encode(text, add_special_tokens=False)
         room = self.max_length - 2
         ids = [self.bos, *found.ids[:room], self.eos]
         ids += [self.pad] * (self.max_length - len(ids))
         cut = text[found.offsets[room][0] :].strip() if len(found.ids) > room else None
         return Encoded(ids, cut, len(found.ids))
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a text, without marks and padding, as many as it has.
+
+        Raises SafelightError as `encode` does.
+        """
+        _check_unicode(text)
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def name(self, number: int) -> str:
+        """A token as it stands in the vocabulary, where `</w>` ends a word."""
+        return self._backend.id_to_token(number) or ""
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token as it stands in the vocabulary, None if it is not in it."""
+        return self._vocab.get(token)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text that tokens stand for."""
+        joined = "".join(map(self.name, ids)).replace("</w>", " ")
+        return decoders.ByteLevel().decode([joined])
 
     def save(self, folder: Path) -> None:
         """Write the three files of a model folder's tokenizer."""
@@ -134,6 +152,13 @@ class Tokenizer:
             "model_max_length": self.max_length,
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise SafelightError("the prompt holds half of a character pair; send UTF-8") from None
 
 
 def clip_tokenizer(pad: str, max_length: int) -> Tokenizer:

@@ -46,8 +46,9 @@ def recipe_settings(source: str | Path | bytes) -> dict[str, Any]:
             "guidance_scale": pairs.get("CFG scale"),
             "seed": pairs.get("Seed"),
             "size": pairs.get("Size", ""),
+            "clip_skip": pairs.get("Clip skip"),
         },
-    )
+    ) | {"prompt_syntax": "a1111"}
 
 
 def _graph(source: str | Path | bytes) -> dict[str, Any] | None:
@@ -82,10 +83,11 @@ def _settings(prompt: str, negative_prompt: str, given: dict[str, Any]) -> dict[
     found["sampler"], joined = known or (given["sampler"] or None, "")
     schedule = str(given["schedule"]).lower() or joined
     found["schedule"] = None if schedule in _PLAIN else schedule
-    for name, kind in (("steps", int), ("guidance_scale", float), ("seed", int)):
+    numbers = {"steps": int, "guidance_scale": float, "seed": int, "clip_skip": int}
+    for name, kind in numbers.items():
         try:
             found[name] = kind(given[name])
-        except (TypeError, ValueError, OverflowError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             continue
     width, _, height = str(given.get("size", "")).partition("x")
     if width.isdecimal() and height.isdecimal():

@@ -15,11 +15,17 @@ from PIL import Image, ImageOps
 
 from safelight.errors import SafelightError
 from safelight.picture import open_picture
+from safelight.weights.check import printable, read_bytes
 
 Pixels = NDArray[np.uint8]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 METADATA = "metadata.jsonl"
+MAX_CAPTION = 2**16
+"""Bytes of one caption in a file of its own. A prompt has 16 KiB at most."""
+MAX_LINE = 2**17
+MAX_METADATA = 2**26
+"""Characters of a line of metadata.jsonl, and bytes of all of it: 64 MiB, a million captions."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ def captioned(folder: Path) -> list[Example]:
         beside = path.with_suffix(".txt")
         caption = listed.get(path.relative_to(folder).as_posix())
         if caption is None and beside.is_file():
-            caption = _text(beside)
+            caption = _text(beside, MAX_CAPTION)
         if not (caption or "").strip():
             silent.append(path.name)
         examples.append(Example(path, " ".join((caption or "").split())))
@@ -121,13 +127,17 @@ def _metadata(folder: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     listed: dict[str, str] = {}
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    # By newlines alone: JSON may hold the other ends of a line that splitlines() knows.
+    for number, line in enumerate(_text(path, MAX_METADATA).split("\n"), 1):
         if not line.strip():
             continue
         try:
+            if len(line) > MAX_LINE:
+                raise ValueError
             row = json.loads(line)
             name, text = row["file_name"], row["text"]
-        except (ValueError, KeyError, TypeError):
+            (name + text).encode()  # no half of a character pair
+        except (ValueError, KeyError, TypeError, RecursionError):
             name = text = None
         if not (isinstance(name, str) and isinstance(text, str)):
             raise SafelightError(
@@ -137,13 +147,14 @@ def _metadata(folder: Path) -> dict[str, str]:
     return listed
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, limit: int) -> str:
+    """Return the text in a file of at most `limit` bytes."""
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError):
-        raise SafelightError(f"{path.name} cannot be read as UTF-8 text") from None
+        return read_bytes(path, limit).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise SafelightError(f"{printable(path.name, 120)} cannot be read as UTF-8 text") from None
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(printable(name, 200) for name in names[:most]) + more

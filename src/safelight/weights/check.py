@@ -297,7 +297,9 @@ def read_bytes(path: Path, limit: int, name: str | None = None) -> bytes:
 def read_json(path: Path, limit: int = 2**20, name: str | None = None) -> dict[str, Any]:
     """Read a config: a JSON object of at most `limit` bytes, in UTF-8, with no key twice.
 
-    name: as for `read_bytes`. Raises SafelightError that names the file.
+    All its numbers are finite, and would be as floats. name: as for `read_bytes`.
+
+    Raises SafelightError that names the file.
     """
     name = name or path.name
     raw = read_bytes(path, limit, name)
@@ -311,8 +313,23 @@ def read_json(path: Path, limit: int = 2**20, name: str | None = None) -> dict[s
     def constant(text: str) -> NoReturn:
         raise ValueError(f"{text} is not a number")
 
+    def number(text: str) -> float:
+        if not math.isfinite(float(text)):
+            raise ValueError(f"{text:.40} is beyond all numbers")
+        return float(text)
+
+    def integer(text: str) -> int:
+        number(text)  # so that it can become a float wherever one is needed
+        return int(text)
+
     try:
-        value = json.loads(raw.decode(), object_pairs_hook=pairs, parse_constant=constant)
+        value = json.loads(
+            raw.decode(),
+            object_pairs_hook=pairs,
+            parse_constant=constant,
+            parse_float=number,
+            parse_int=integer,
+        )
     except UnicodeDecodeError:
         raise refusal(name, "not valid UTF-8") from None
     except RecursionError:

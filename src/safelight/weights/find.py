@@ -21,10 +21,17 @@ _HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w.-]*))?")
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a model's files are: a single file, or a folder in diffusers' layout."""
+    """Where a model's files are: a single file, or a folder in diffusers' layout.
+
+    name: what it is called, as text that can be written anywhere. path: may hold any bytes.
+    """
 
     name: str
     path: Path
+
+    def __post_init__(self) -> None:
+        # A name that is not UTF-8 comes as lone surrogates, which no recipe and no log can hold.
+        object.__setattr__(self, "name", self.name.encode(errors="replace").decode())
 
 
 def find(name: str | Path, *, download: bool = True) -> Source:

@@ -16,12 +16,14 @@ from safelight.errors import SafelightError
 from safelight.fast import accelerate, helps, memory, native_bfloat16, remark
 from safelight.model import Model
 from safelight.weights.check import DTYPES, Header, refusal
-from safelight.weights.digest import model_digest
+from safelight.weights.digest import Original, digest_files, model_digest
 from safelight.weights.find import find
 from safelight.weights.names import Weight, some
 from safelight.weights.plan import Plan, read_plan
 
-_FLOATS = ("F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2")
+_SMALL = ("F8_E4M3", "F8_E5M2")
+_FLOATS = ("F16", "BF16", "F32", "F64", *_SMALL)
+_STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _COMPUTE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -34,6 +36,7 @@ def load_model(
     low_memory: bool = False,
     plain: bool = False,
     download: bool = True,
+    wildcards_dir: str | Path | None = None,
 ) -> Model:
     """Load a model by name (see `find`); without one, the model that ships.
 
@@ -46,18 +49,27 @@ def load_model(
       little later.
     plain: without the fast layers, which cannot be trained.
     download: False takes a hub model from the cache alone.
+    wildcards_dir: a folder of text files, whose lines `__name__` in a prompt is drawn from.
 
     Raises SafelightError, one line, if the model is not found or not usable: a missing,
     left-over or misshapen weight is named, and so is one that is not finite.
     """
+    if wildcards_dir is not None and not Path(wildcards_dir).is_dir():
+        raise SafelightError(f"there is no folder of wildcards {str(wildcards_dir)[-100:]!r}")
     where = pick_device(device)
     precision = pick_dtype(dtype, where)
     plan = read_plan(find(name, download=download), prediction_type)
+    # What headers and configs tell comes first: to hash or to read a large file takes long.
+    nets = {part: _frame(plan, part) for part in plan.weights}
+    if where.type == "cpu" and not low_memory:
+        _check_memory(plan, precision)
     tokenizers = plan.family.load_tokenizers(plan.folder, plan.configs)
     # After all files are found, and before any weight of a damaged download is used.
-    sha256 = model_digest(plan.files)
+    digests = digest_files(plan.files)
     fast = helps(where, precision) and not plain
-    nets = {part: _network(plan, part, where, precision, fast) for part in plan.weights}
+    originals = {found.path: Original(found) for found in digests.values()}
+    for part, net in nets.items():
+        _fill(net, plan.weights[part], originals, where, precision, fast)
     for net in nets.values() if fast else ():
         accelerate(net, precision, low_memory)
     warnings = list(plan.warnings)
@@ -68,7 +80,7 @@ def load_model(
     return Model(
         name=plan.source.name,
         path=str(plan.source.path),
-        sha256=sha256,
+        sha256=model_digest(digests),
         family=plan.family,
         parts={**tokenizers, **nets},
         scheduler=plan.scheduler,
@@ -78,6 +90,7 @@ def load_model(
         device=where,
         dtype=precision,
         warnings=warnings,
+        wildcards_dir=None if wildcards_dir is None else Path(wildcards_dir),
     )
 
 
@@ -155,23 +168,59 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _network(plan: Plan, part: str, device: torch.device, dtype: torch.dtype, mapped: bool) -> Any:
-    """Return one network, built without memory of its own and then given its weights.
-
-    mapped: the weights stay in the file, in the precision that they are stored in.
-    """
+def _frame(plan: Plan, part: str) -> Any:
+    """Return a network without weights, once those of its file are seen to fit it."""
     _, network_class = plan.family.parts[part].load_classes()
     with torch.device("meta"), _Unfilled():
         network = network_class(plan.configs[part])
-    weights = plan.weights[part]
-    _check_fit(plan.source.name, part, network, weights)
+    _check_fit(plan.source.name, part, network, plan.weights[part])
+    return network
+
+
+def _check_memory(plan: Plan, dtype: torch.dtype) -> None:
+    """Refuse a model whose weights alone are more than this machine has memory for."""
+    numbers = sum(math.prod(w.shape) for part in plan.weights.values() for w in part.values())
+    need, there = numbers * dtype.itemsize, memory.total()
+    if there and need > there:
+        raise refusal(
+            plan.source.name,
+            f"its weights take {need / 2**30:.1f} GB in {str(dtype)[6:]}, and this machine has "
+            f"{there / 2**30:.1f}: try low_memory",
+        )
+
+
+def _fill(
+    network: nn.Module,
+    weights: Mapping[str, Weight],
+    originals: Mapping[Path, Original],
+    device: torch.device,
+    dtype: torch.dtype,
+    mapped: bool,
+) -> None:
+    """Give a network its weights.
+
+    originals: its files, by their paths. mapped: weights stay in the file, in the precision that
+    they are stored in, until they are used; before and after each use it is seen that the file
+    still holds what was hashed.
+    """
     state: dict[str, Tensor] = {}
+    files: list[Original] = []
     for header in {id(w.header): w.header for w in weights.values()}.values():
         here = {name: w for name, w in weights.items() if w.header is header}
-        state |= _read(header, here, device, dtype, keep=mapped)
+        file = originals[header.path.resolve()]
+        state |= _read(header, here, file.openable, device, dtype, keep=mapped)
+        file.check()
+        files.append(file)
     network.load_state_dict(state, strict=True, assign=True)
     network.eval().requires_grad_(False)
-    return network
+    # Weights that were converted are not in the file any more.
+    if not mapped and all(w.dtype != _STORED[dtype] for w in weights.values()):
+        return
+    # The autoencoder is used by its parts.
+    for module in (network, *network.children()):
+        for file in files:
+            module.register_forward_pre_hook(file.check)
+            module.register_forward_hook(file.check)
 
 
 def _check_fit(model: str, part: str, network: nn.Module, weights: Mapping[str, Weight]) -> None:
@@ -194,19 +243,23 @@ def _check_fit(model: str, part: str, network: nn.Module, weights: Mapping[str, 
 def _read(
     header: Header,
     weights: Mapping[str, Weight],
+    path: str,
     device: torch.device,
     dtype: torch.dtype,
-    keep: bool = False,
+    keep: bool,
 ) -> dict[str, Tensor]:
-    """Return the tensors of a file by our names.
+    """Return weights by our names.
 
-    keep: leave them in the mapped file, in the precision that they are stored in.
+    path: where the file is opened. keep: leave them in the mapped file, in the precision that
+    they are stored in.
     """
     state: dict[str, Tensor] = {}
     try:
-        with safe_open(header.path, framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             for name, weight in weights.items():
                 tensor = file.get_tensor(weight.key)
+                if weight.dtype in _SMALL:
+                    tensor = tensor.to(dtype)  # torch does not compute in 8 bits
                 if weight.third is not None:
                     tensor = tensor.chunk(3)[weight.third]
                 if tensor.data_ptr() % tensor.element_size():

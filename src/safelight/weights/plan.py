@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,12 +11,12 @@ from typing import Any
 from safelight.errors import SafelightError
 from safelight.families import Family, family_of_file, family_of_folder
 from safelight.sampling import SchedulerConfig
+from safelight.sizes import MAX_SIDE
 from safelight.weights.check import Header, printable, read_header, refusal
 from safelight.weights.find import Source
 from safelight.weights.folder import Folder
 from safelight.weights.names import Weight, from_folder
 
-_MAY_BE_ZERO = ("freq_shift", "downsample_padding")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
@@ -67,6 +66,7 @@ def _folder_plan(source: Source, prediction_type: str | None) -> Plan:
         name: from_folder(part, folder.part_headers(name, part.stem))
         for name, part in family.parts.items()
     }
+    _check_weights(source, weights)
     configs = _configs(source, family, raw, weights)
     family = family.variant(configs)
     settings = folder.part_json("scheduler", "scheduler_config.json")
@@ -75,6 +75,8 @@ def _folder_plan(source: Source, prediction_type: str | None) -> Plan:
         native = family.native_size(configs)
     except SafelightError as e:
         raise refusal(source.name, str(e)) from None
+    if max(native) > MAX_SIDE:
+        raise refusal(source.name, f"made for {native[0]} pixels a side; {MAX_SIDE} are the most")
     return Plan(
         source=source,
         family=family,
@@ -93,6 +95,7 @@ def _file_plan(source: Source, prediction_type: str | None) -> Plan:
     header = read_header(source.path)
     family = family_of_file(header)
     file = family.single_file(header)
+    _check_weights(source, file.weights)
     warnings: list[str] = []
     prediction_type = prediction_type or _stated_prediction(header)
     if prediction_type is None and file.v_native:
@@ -116,6 +119,23 @@ def _file_plan(source: Source, prediction_type: str | None) -> Plan:
     )
 
 
+def _check_weights(source: Source, weights: Mapping[str, Mapping[str, Weight]]) -> None:
+    """Refuse weights without numbers, and files that are mostly something else."""
+    used: dict[int, tuple[Header, set[str]]] = {}
+    for part, those in weights.items():
+        for name, weight in those.items():
+            if 0 in weight.shape:
+                raise refusal(source.name, f"{part} {name:.60} is empty: {weight.shape}")
+            used.setdefault(id(weight.header), (weight.header, set()))[1].add(weight.key)
+    for header, keys in used.values():
+        sizes = {key: info.end - info.start for key, info in header.tensors.items()}
+        needed = sum(sizes[key] for key in keys)
+        # A training's moving average doubles what half precision takes, twice.
+        if sum(sizes.values()) > 4 * needed + 2**26:
+            largest = max(sizes.keys() - keys, key=lambda key: sizes[key])
+            raise refusal(header.name, f"mostly not weights of the model: {largest:.60}")
+
+
 def _configs(
     source: Source,
     family: Family,
@@ -130,17 +150,8 @@ def _configs(
             config = config_class.from_dict(raw[name])
         except SafelightError as e:
             raise refusal(source.name, f"{name}/config.json: {e}") from None
-        for key, value in vars(config).items():
-            numbers = value if isinstance(value, tuple) else (value,)
-            if 0 in [n for n in numbers if type(n) is int] and key not in _MAY_BE_ZERO:
-                raise refusal(source.name, f"{name}/config.json: {key}={value!r:.40}")
-        # A config could ask for millions of layers, and building them takes time even when
-        # they take no memory. Each layer has tensors, so there are fewer layers than tensors.
-        depth = math.prod(
-            getattr(config, key, 1)
-            for key in ("num_hidden_layers", "layers_per_block", "transformer_layers_per_block")
-        ) * len(getattr(config, "block_out_channels", (0,)))
-        if depth > len(weights[name]):
+        # Each layer has tensors: a config that asks for more is not that of its file.
+        if config.depth > len(weights[name]):
             raise refusal(source.name, f"{name}/config.json has more layers than its file tensors")
         configs[name] = config
     try:

@@ -216,6 +216,8 @@ def _settings(
         settings[ours] = defaults[ours] if silent else getattr(body, theirs)
     if isinstance(body, ImageToImage):
         settings["strength"] = body.denoising_strength
+    if (layers := body.override_settings.get("CLIP_stop_at_last_layers")) is not None:
+        settings["clip_skip"] = layers
     return settings | _own(body, settings), warnings
 
 
@@ -242,7 +244,8 @@ def _request(settings: dict[str, Any]) -> Request:
 
 def _ignored(body: TextToImage | ImageToImage, model: ModelInfo) -> list[str]:
     checkpoint = body.override_settings.get("sd_model_checkpoint")
-    overrides = [name for name in body.override_settings if name != "sd_model_checkpoint"]
+    taken = ("sd_model_checkpoint", "CLIP_stop_at_last_layers")
+    overrides = [name for name in body.override_settings if name not in taken]
     scripts = [
         name
         for name, script in body.alwayson_scripts.items()

@@ -1,0 +1,70 @@
+"""`safelight tokens`: how a prompt is read."""
+
+import json
+from typing import Annotated, Any, cast
+
+from typer import Argument, Option
+
+from safelight.cli import options
+from safelight.cli.output import say
+from safelight.errors import SafelightError
+
+
+def tokens(
+    prompt: Annotated[str, Argument(help="The prompt.")],
+    model: options.Model = None,
+    prompt_syntax: Annotated[
+        str, Option("--prompt-syntax", "--syntax", help="plain, a1111, comfy or compel.")
+    ] = "plain",
+    emphasis: Annotated[
+        str, Option(help="In a1111: original, no-norm, ignore or none.")
+    ] = "original",
+    steps: Annotated[int, Option(help="Steps that schedules are shares of.")] = 20,
+    negative: Annotated[
+        bool, Option("--negative", help="Read it as a negative prompt, without AND.")
+    ] = False,
+    seed: Annotated[int, Option("--seed", "-s", help="What dynamic prompts are drawn with.")] = 0,
+    dynamic_prompts: Annotated[
+        bool, Option("--dynamic-prompts", help="Draw `{a|b}` and `__name__`.")
+    ] = False,
+    wildcards: options.Wildcards = None,
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show how a prompt is read: chunks, tokens, weights, schedule, and what is unknown.
+
+    Of the model only the tokenizer is loaded. A bar joins the tokens of one word.
+    """
+    from pathlib import Path
+
+    from safelight.prompt.dialects import read
+    from safelight.prompt.dynamic import draw
+    from safelight.prompt.show import describe, lines
+    from safelight.request import Request
+    from safelight.weights.find import find
+    from safelight.weights.plan import read_plan
+
+    checked = Request(
+        prompt=prompt,
+        prompt_syntax=cast("Any", prompt_syntax),
+        emphasis=cast("Any", emphasis),
+        steps=steps,
+        seed=seed,
+    )
+    plan = read_plan(find(model or "embedded"))
+    tokenizers = plan.family.load_tokenizers(plan.folder, plan.configs)
+    if "tokenizer" not in tokenizers:
+        raise SafelightError(f"{plan.source.name} reads no prompt: name a model that does")
+    text = prompt
+    if dynamic_prompts or wildcards is not None:
+        [text] = draw([prompt], seed, None if wildcards is None else Path(wildcards))
+    reading = read(
+        text, checked.prompt_syntax, steps=steps, emphasis=checked.emphasis, negative=negative
+    )
+    found = describe(reading, tokenizers["tokenizer"], checked.prompt_syntax, plan.words)
+    if as_json:
+        say(json.dumps({"prompt": text, **found}, ensure_ascii=False))
+        return
+    if text != prompt:
+        say(f"drawn: {text}")
+    for line in lines(found):
+        say(line)

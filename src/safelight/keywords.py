@@ -1,0 +1,40 @@
+"""The keywords of `Model.generate` and of `Request`, for editors and type checkers."""
+
+from typing import Literal, TypedDict
+
+from PIL.Image import Image
+
+from safelight.prompt.reading import Emphasis, Syntax
+
+Schedule = Literal["karras", "exponential", "beta"]
+Spacing = Literal["leading", "linspace", "trailing"]
+
+
+class GenerateSettings(TypedDict, total=False):
+    """The keywords of `Model.generate`, for editors and type checkers."""
+
+    negative_prompt: str
+    prompt_syntax: Syntax
+    emphasis: Emphasis
+    clip_skip: int | None
+    dynamic_prompts: bool
+    width: int | None
+    height: int | None
+    steps: int | None
+    guidance_scale: float
+    seed: int | None
+    count: int
+    sampler: str
+    schedule: Schedule | None
+    spacing: Spacing | None
+    strength: float | None
+    eta: float
+    image: Image | None
+    mask: Image | None
+    unconditional: bool
+
+
+class RequestSettings(GenerateSettings, total=False):
+    """The keywords of `Request`."""
+
+    prompt: str

@@ -1,0 +1,158 @@
+"""From weighted texts to chunks of token ids, by each tool's rule.
+
+A chunk is what the text encoder reads at once: a begin mark, at most `max_length − 2` tokens, an
+end mark and padding. CLIP's `max_length` is 77.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from safelight.errors import SafelightError
+from safelight.prompt.reading import Section, Syntax
+from safelight.prompt.tokenizer import Tokenizer
+
+MAX_CHUNKS = 32
+"""Chunks of one text: 2,400 tokens with CLIP. Each costs time and memory at every step."""
+
+COMMA_REACH = 20
+"""A1111 moves what follows a comma that is at most so many tokens back to the next chunk."""
+
+WHOLE_BELOW = 8
+"""ComfyUI moves pieces of fewer tokens to the next chunk as a whole."""
+
+_SENTENCE, _PHRASE = (".",), (".", ",", ";", ":")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """ids: `max_length` token ids. weights: of each. sources: which piece of its text each is of.
+
+    Marks and padding weigh 1 and are of piece −1. count: tokens that are neither.
+    """
+
+    ids: tuple[int, ...]
+    weights: tuple[float, ...]
+    sources: tuple[int, ...]
+    count: int
+
+
+@dataclass(frozen=True)
+class _Token:
+    id: int
+    weight: float
+    source: int
+
+
+def chunks_of(tokenizer: Tokenizer, text: Sequence[Section], syntax: Syntax) -> list[Chunk]:
+    """Return the chunks of one text, at least one.
+
+    Raises SafelightError for more than MAX_CHUNKS.
+    """
+    source, sections = 0, list[list[list[_Token]]]()
+    for section in text:
+        pieces: list[list[_Token]] = []
+        for piece in section:
+            pieces.append([_Token(i, piece.weight, source) for i in tokenizer.ids(piece.text)])
+            source += 1
+        sections.append(pieces)
+    rows = _RULES[syntax](tokenizer, sections)
+    if len(rows) > MAX_CHUNKS:
+        room = tokenizer.max_length - 2
+        raise SafelightError(
+            f"prompt has {len(rows)} chunks of {room} tokens; at most {MAX_CHUNKS} can be used"
+        )
+    return [_chunk(tokenizer, row) for row in rows]
+
+
+def _chunk(tokenizer: Tokenizer, row: list[_Token]) -> Chunk:
+    padding = tokenizer.max_length - 2 - len(row)
+    ids = (tokenizer.bos, *(t.id for t in row), tokenizer.eos, *(tokenizer.pad,) * padding)
+    ones, none = (1.0,) * (padding + 1), (-1,) * (padding + 1)
+    weights = (1.0, *(t.weight for t in row), *ones)
+    return Chunk(ids, weights, (-1, *(t.source for t in row), *none), len(row))
+
+
+def _a1111(tokenizer: Tokenizer, sections: list[list[list[_Token]]]) -> list[list[_Token]]:
+    """A new section begins a new chunk. A full chunk ends after a comma that is near its end."""
+    room, comma = tokenizer.max_length - 2, tokenizer.id_of(",</w>")
+    rows: list[list[_Token]] = []
+    row: list[_Token] = []
+    for i, pieces in enumerate(sections):
+        if i:
+            rows.append(row)
+            row = []
+        last_comma = -1
+        for token in (token for piece in pieces for token in piece):
+            if token.id == comma:
+                last_comma = len(row)
+            elif len(row) == room and last_comma >= 0 and room - last_comma <= COMMA_REACH:
+                row, moved = row[: last_comma + 1], row[last_comma + 1 :]
+                rows.append(row)
+                row, last_comma = moved, -1
+            if len(row) == room:
+                rows.append(row)
+                # A comma that does not fit is the first token of the next chunk, but the web UI
+                # forgets that it is one.
+                row, last_comma = [], -1
+            row.append(token)
+    if row or not rows:
+        rows.append(row)
+    return rows
+
+
+def _comfy(tokenizer: Tokenizer, sections: list[list[list[_Token]]]) -> list[list[_Token]]:
+    """A piece of WHOLE_BELOW tokens or more is cut where the chunk is full; others stay whole."""
+    room = tokenizer.max_length - 2
+    rows: list[list[_Token]] = [[]]
+    for piece in (piece for pieces in sections for piece in pieces):
+        rest = piece
+        while len(rest) > room - len(rows[-1]):
+            if len(piece) >= WHOLE_BELOW:
+                free = room - len(rows[-1])
+                rows[-1] += rest[:free]
+                rest = rest[free:]
+            elif not rows[-1]:
+                # It would not fit into an empty chunk either, in a text encoder that is that short.
+                rows[-1] += rest[:room]
+                rest = rest[room:]
+            rows.append([])
+        rows[-1] += rest
+    return rows
+
+
+def _compel(tokenizer: Tokenizer, sections: list[list[list[_Token]]]) -> list[list[_Token]]:
+    """A full chunk ends after its last sentence, else after its last phrase, else word."""
+    room = tokenizer.max_length - 2
+    rest = [token for pieces in sections for piece in pieces for token in piece]
+    ends: list[Callable[[str], bool]] = [
+        lambda token: token in [f"{mark}</w>" for mark in _SENTENCE],
+        lambda token: token in [f"{mark}</w>" for mark in _PHRASE],
+        lambda token: token.endswith("</w>"),
+    ]
+    rows: list[list[_Token]] = []
+    while len(rest) > room:
+        names = [tokenizer.name(token.id) for token in rest[:room]]
+        found = (
+            max((i for i, name in enumerate(names) if is_end(name)), default=None)
+            for is_end in ends
+        )
+        cut = next((i + 1 for i in found if i is not None), room)
+        rows.append(rest[:cut])
+        rest = rest[cut:]
+    return [*rows, rest]
+
+
+def _plain(tokenizer: Tokenizer, sections: list[list[list[_Token]]]) -> list[list[_Token]]:
+    """One chunk; what finds no room is left out, as diffusers does."""
+    room = tokenizer.max_length - 2
+    return [[token for pieces in sections for piece in pieces for token in piece][:room]]
+
+
+_RULES: dict[str, Callable[[Tokenizer, list[list[list[_Token]]]], list[list[_Token]]]] = {
+    "plain": _plain,
+    "a1111": _a1111,
+    "comfy": _comfy,
+    "compel": _compel,
+}

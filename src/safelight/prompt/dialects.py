@@ -1,0 +1,47 @@
+"""Reads a prompt in any dialect."""
+
+import math
+
+from safelight.errors import SafelightError
+from safelight.prompt import a1111, comfy, compel
+from safelight.prompt.reading import Emphasis, Part, Piece, Reading, Stage, Syntax, one_part
+
+
+def read(
+    text: str,
+    syntax: Syntax,
+    *,
+    steps: int,
+    emphasis: Emphasis = "original",
+    negative: bool = False,
+) -> Reading:
+    """Return what a prompt says in a dialect.
+
+    steps: how many are taken, which A1111's schedules are shares of. emphasis: A1111's mode; with
+    "none" brackets are text. negative: a negative prompt, which is not split at AND.
+
+    Raises SafelightError for a weight that is no finite number.
+    """
+    if syntax == "a1111":
+        reading = a1111.read(text, steps=steps, emphasis=emphasis, negative=negative)
+    elif syntax == "comfy":
+        sections, warnings = comfy.read(text)
+        reading = Reading((one_part(steps, sections),), warnings)
+    elif syntax == "compel":
+        blends, warnings = compel.read(text)
+        reading = Reading((Part((Stage(steps, blends),)),), warnings)
+    else:
+        reading = Reading((one_part(steps, ((Piece(text),),)),))
+    _check(reading)
+    return reading
+
+
+def _check(reading: Reading) -> None:
+    for part in reading.parts:
+        weights = [part.weight]
+        for stage in part.stages:
+            weights += [piece.weight for piece in stage.pieces]
+            for blend in stage.blends:
+                weights += [blend.weight, *blend.weights]
+        if not all(map(math.isfinite, weights)):
+            raise SafelightError("prompt holds a weight that is no finite number: take one near 1")

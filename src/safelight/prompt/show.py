@@ -1,0 +1,101 @@
+"""How a prompt is read, as data: what `safelight tokens` shows."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from typing import Any
+
+from safelight.prompt.chunks import Chunk, chunks_of
+from safelight.prompt.reading import Reading, Stage, Syntax
+from safelight.prompt.tokenizer import Tokenizer
+from safelight.words import unknown_words
+
+
+def describe(
+    reading: Reading, tokenizer: Tokenizer, syntax: Syntax, known: Set[str] | None = None
+) -> dict[str, Any]:
+    """Return the parts of a reading with their stages, chunks, tokens and weights, as JSON has it.
+
+    known: the words that the model was trained on; None if it does not say. Raises SafelightError
+    as `chunks_of` does.
+    """
+    pieces = [p for part in reading.parts for s in part.stages for p in s.pieces]
+    text = " ".join(dict.fromkeys(piece.text for piece in pieces))
+    found: dict[str, Any] = {
+        "syntax": syntax,
+        "parts": [
+            {
+                "weight": part.weight,
+                "stages": [_stage(stage, tokenizer, syntax) for stage in part.stages],
+            }
+            for part in reading.parts
+        ],
+        "networks": [":".join(network) for network in reading.networks],
+        "unknown": [] if known is None else unknown_words(text, known),
+        "warnings": list(reading.warnings),
+    }
+    if syntax == "plain" and (cut := tokenizer.encode(text).cut) is not None:
+        found["warnings"].append(f"cut at {tokenizer.max_length} tokens; left out: {cut[:100]!r}")
+    return found
+
+
+def _stage(stage: Stage, tokenizer: Tokenizer, syntax: Syntax) -> dict[str, Any]:
+    texts = [
+        {
+            "weight": blend.weight if len(blend.texts) == 1 else weight,
+            "chunks": [_chunk(c, tokenizer) for c in chunks_of(tokenizer, text, syntax)],
+        }
+        for blend in stage.blends
+        for text, weight in zip(blend.texts, blend.weights, strict=True)
+    ]
+    return {"until": stage.until, "texts": texts}
+
+
+def _chunk(chunk: Chunk, tokenizer: Tokenizer) -> dict[str, Any]:
+    places = range(1, chunk.count + 1)
+    return {
+        "count": chunk.count,
+        "room": tokenizer.max_length - 2,
+        "tokens": [
+            {
+                "id": chunk.ids[i],
+                "token": tokenizer.name(chunk.ids[i]),
+                "weight": chunk.weights[i],
+            }
+            for i in places
+        ],
+    }
+
+
+def lines(described: dict[str, Any]) -> list[str]:
+    """Return what `describe` returns as lines for a person."""
+    found: list[str] = []
+    parts = described["parts"]
+    for number, part in enumerate(parts, 1):
+        if len(parts) > 1 or part["weight"] != 1:
+            found.append(f"part {number}, weight {part['weight']:g}")
+        first = 1
+        for stage in part["stages"]:
+            if len(part["stages"]) > 1:
+                found.append(f"steps {first} to {stage['until']}")
+            first = stage["until"] + 1
+            for text in stage["texts"]:
+                if len(stage["texts"]) > 1:
+                    found.append(f"text, weight {text['weight']:g}")
+                for place, chunk in enumerate(text["chunks"], 1):
+                    found.append(f"chunk {place}: {chunk['count']} of {chunk['room']} tokens")
+                    found.append(f"  {_words(chunk['tokens'])}")
+    found += [f"<{network}> is no text" for network in described["networks"]]
+    if described["unknown"]:
+        found.append(f"never taught to the model: {', '.join(described['unknown'])}")
+    return found + [f"warning: {said}" for said in described["warnings"]]
+
+
+def _words(tokens: list[dict[str, Any]]) -> str:
+    """The tokens, those of one word joined by a bar, and weights other than 1."""
+    said: list[str] = []
+    for token in tokens:
+        weight = "" if token["weight"] == 1 else f":{token['weight']:.3g}"
+        name = token["token"]
+        said.append(f"{name.removesuffix('</w>')}{weight}{' ' if name.endswith('</w>') else '|'}")
+    return "".join(said).rstrip(" |") or "(empty)"

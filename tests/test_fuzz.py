@@ -1,0 +1,429 @@
+"""Fuzzers of what strangers' files say: each is refused in a line, or works.
+
+A few hundred examples of each run in the suite. With SAFELIGHT_FUZZ=SECONDS each fuzzer runs for
+so long, with new examples all the time; `make soak` does that, and prints the figures.
+"""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import struct
+import time
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors import safe_open
+
+from safelight import machine
+from safelight.errors import SafelightError
+from safelight.picture import encode, open_picture
+from safelight.prompt.tokenizer import folder_tokenizer
+from safelight.recipe import parse_recipe_text, png_texts, read_recipe, recipe_text
+from safelight.request import Request
+from safelight.weights import load_model
+from safelight.weights.check import DTYPES, read_header
+from safelight.weights.folder import Folder
+from weights_tiny import NETS, PIXELS, SCHEDULER, pixel_folder, raw_file, text_folder
+
+SECONDS = float(os.environ.get("SAFELIGHT_FUZZ", 0))
+SLOWEST = 2.0
+"""Seconds of a processor that one example may take: what promise 1 allows for a refusal."""
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+class Figures:
+    """What became of a fuzzer's examples."""
+
+    def __init__(self) -> None:
+        self.ended, self.slowest = Counter(), 0.0
+
+    def one(self, try_it):
+        """Run one example: only SafelightError, of one line, may come out of it."""
+        began = time.process_time()
+        try:
+            try_it()
+            self.ended["work"] += 1
+        except SafelightError as error:
+            self.ended["refused"] += 1
+            line = str(error)
+            assert line.isprintable(), line
+            assert len(line) <= 400, line
+        took = time.process_time() - began
+        self.slowest = max(self.slowest, took)
+        assert took < SLOWEST
+
+
+def fuzz(name, examples, strategy, try_it, capfd):
+    """Feed examples of a strategy to `try_it`: a number of them, or for so many seconds."""
+    figures, end, run = Figures(), time.monotonic() + SECONDS, 0
+
+    def once(count):
+        @settings(
+            max_examples=count,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+            phases=(Phase.generate, Phase.shrink),
+        )
+        @seed(run)
+        @given(strategy)
+        def examined(example):
+            if run and time.monotonic() > end:
+                return  # the time is up in the middle of a round
+            figures.one(lambda: try_it(example))
+
+        examined()
+
+    once(examples)
+    while time.monotonic() < end:
+        run += 1
+        once(10 * examples)
+    if SECONDS:
+        took = time.monotonic() - end + SECONDS
+        with capfd.disabled():
+            counts = ", ".join(f"{n} {how}" for how, n in figures.ended.items())
+            print(f"\nfuzz {name}, {took:.0f} s: {counts}; slowest {figures.slowest:.2f} s")  # noqa: T201
+    assert sum(figures.ended.values()) >= examples
+
+
+# --- values that a JSON file may hold ------------------------------------------------------------
+
+WHOLE = (0, -1, 1, 4000, 8192, 65536, 2**31, 2**63, -(2**63), 10**40, 10**400, -(10**400))
+FRACTIONS = (0.0, -0.0, 1e-320, 1e308, -1e308, float("inf"), float("-inf"), float("nan"))
+HUGE = st.sampled_from((*WHOLE, *FRACTIONS, True, False, None))
+TEXTS = st.one_of(
+    st.text(max_size=20),
+    st.sampled_from(["", "\0", "\ud800", "\u202e", "a" * 5000, "../../etc/passwd", "os.system"]),
+)
+LEAVES = st.one_of(HUGE, TEXTS, st.integers(), st.floats(), st.integers(-3, 40))
+VALUES = st.one_of(
+    LEAVES,
+    st.recursive(
+        LEAVES,
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=4),
+        max_leaves=8,
+    ),
+    st.builds(lambda n, v: [v] * n, st.sampled_from([0, 1, 2, 13, 3000]), LEAVES),
+    st.sampled_from([50, 300]).map(lambda depth: json.loads("[" * depth + "]" * depth)),
+)
+
+
+def changes(known):
+    """Some keys of a JSON object with other values, or, for "…", without the key."""
+    keys = st.one_of(st.sampled_from(sorted(known)), TEXTS)
+    return st.dictionaries(keys, st.one_of(VALUES, st.just("…")), min_size=1, max_size=3)
+
+
+def changed(content, change):
+    return {k: v for k, v in {**content, **change}.items() if v != "…"}
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("fuzzed")
+    return text_folder(root / "text"), pixel_folder(root / "pixels")
+
+
+def _jsons(folder):
+    names = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*.json"))]
+    return {name: json.loads((folder / name).read_text()) for name in names}
+
+
+EXTRA = {
+    "config.json": {**NETS["unet"][2], **NETS["vae"][2], **NETS["text_encoder"][2], **PIXELS}
+    | dict.fromkeys(("scaling_factor", "downsample_padding", "freq_shift", "norm_eps", "act_fn"))
+    | dict.fromkeys(("time_cond_proj_dim", "in_channels", "out_channels", "latent_channels")),
+    "scheduler_config.json": {
+        **SCHEDULER,
+        **dict.fromkeys(("trained_betas", "beta_start", "beta_end", "steps_offset", "sigma_min")),
+        **dict.fromkeys(("prediction_type", "timestep_spacing", "num_train_timesteps")),
+    },
+    "tokenizer_config.json": dict.fromkeys(("model_max_length", "bos_token", "pad_token")),
+}
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_configs(folders, kind, tmp_path, capfd):
+    folder = shutil.copytree(folders[kind], tmp_path / "model")
+    files = {n: c for n, c in _jsons(folder).items() if not n.endswith("vocab.json")}
+    files.setdefault("safelight.json", {"words": [], "draw_with": {}, "distilled": True})
+    strategy = st.one_of(
+        st.tuples(st.just(name), changes({**content, **EXTRA.get(name.rpartition("/")[2], {})}))
+        for name, content in files.items()
+    )
+
+    def try_it(example):
+        name, change = example
+        path = folder / name
+        before = path.read_bytes() if path.exists() else None
+        path.write_text(json.dumps(changed(files[name], change)))
+        try:
+            model = load_model(folder, device="cpu", dtype="float32")
+            asked = (
+                {"unconditional": True}
+                if kind
+                else {"prompt": "an apple", "width": 64, "height": 64}
+            )
+            model.generate(Request(steps=1, sampler="euler", seed=1, **asked))
+        finally:
+            path.unlink() if before is None else path.write_bytes(before)
+
+    fuzz(f"configs of {('text', 'pixels')[kind]}", 20, strategy, try_it, capfd)
+
+
+def mutated(content: bytes, spots):
+    """Bytes with a few changed, cut out or put in."""
+    found = bytearray(content)
+    for at, kind, byte in spots:
+        place = at % max(1, len(found))
+        if kind == "set" and found:
+            found[place] = byte
+        elif kind == "cut":
+            del found[place : place + 1 + byte % 16]
+        else:
+            found[place:place] = bytes([byte]) * (1 + byte % 3)
+    return bytes(found)
+
+
+SPOTS = st.lists(
+    st.tuples(st.integers(0, 2**24), st.sampled_from(["set", "cut", "put"]), st.integers(0, 255)),
+    min_size=1,
+    max_size=4,
+)
+
+
+def test_tokenizers(folders, tmp_path, capfd):
+    root = shutil.copytree(folders[0], tmp_path / "model")
+    (root / "unet/diffusion_pytorch_model.safetensors").unlink()  # not read
+    vocab = json.loads((root / "tokenizer/vocab.json").read_text())
+    merges = (root / "tokenizer/merges.txt").read_bytes()
+    model = {"vocab": vocab, "merges": [], "end_of_word_suffix": "</w>"}
+    some = st.dictionaries(st.one_of(TEXTS, st.sampled_from(sorted(vocab))), VALUES, max_size=4)
+    strategy = st.one_of(
+        st.tuples(st.just("vocab.json"), some.map(lambda c: json.dumps({**vocab, **c}).encode())),
+        st.tuples(st.just("vocab.json"), some.map(lambda c: json.dumps(c).encode())),
+        st.tuples(
+            st.just("vocab.json"), SPOTS.map(lambda s: mutated(json.dumps(vocab).encode(), s))
+        ),
+        st.tuples(st.just("merges.txt"), SPOTS.map(lambda s: mutated(merges, s))),
+        st.tuples(st.just("merges.txt"), st.binary(max_size=200)),
+        st.tuples(
+            st.just("tokenizer.json"),
+            changes(model).map(lambda c: json.dumps({"model": changed(model, c)}).encode()),
+        ),
+        st.tuples(st.just("tokenizer_config.json"), some.map(lambda c: json.dumps(c).encode())),
+        st.tuples(
+            st.just("tokenizer_config.json"),
+            changes(EXTRA["tokenizer_config.json"]).map(lambda c: json.dumps(c).encode()),
+        ),
+    )
+
+    def try_it(example):
+        name, content = example
+        kept = {p.name: p.read_bytes() for p in (root / "tokenizer").iterdir()}
+        (root / "tokenizer" / name).write_bytes(content)
+        if name == "tokenizer.json":
+            (root / "tokenizer/vocab.json").unlink()
+        try:
+            tokenizer = folder_tokenizer(Folder(root, "model"), 600, 16)
+            ids = tokenizer.encode("an apple, 3 cats \U0001f34e").ids
+            assert len(ids) == tokenizer.max_length <= 16
+            assert all(0 <= i < 600 for i in ids)
+        finally:
+            (root / "tokenizer" / name).unlink()
+            for file, before in kept.items():
+                (root / "tokenizer" / file).write_bytes(before)
+
+    fuzz("tokenizers", 120, strategy, try_it, capfd)
+
+
+TENSOR = st.fixed_dictionaries(
+    {
+        "dtype": st.one_of(st.sampled_from([*DTYPES, "F4", "C64", "f32", ""]), VALUES),
+        "shape": st.one_of(
+            st.lists(st.sampled_from([0, 1, 2, 3, 2**31, 2**62, 2**63, -1, 1.0]), max_size=9),
+            VALUES,
+        ),
+        "data_offsets": st.one_of(
+            st.tuples(st.integers(0, 24), st.integers(0, 24)).map(list), VALUES
+        ),
+    },
+)
+
+
+def fitting(sizes):
+    """A header whose tensors follow each other, which is mostly valid."""
+    header, end = {}, 0
+    for i, (dtype, shape) in enumerate(sizes):
+        count = DTYPES[dtype]
+        for side in shape:
+            count *= side
+        header[f"t{i}"] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + count]}
+        end += count
+    return header, end
+
+
+FITTING = st.lists(
+    st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 3), max_size=3)), max_size=4
+).map(fitting)
+
+
+def test_safetensors_headers(tmp_path, capfd):
+    path = tmp_path / "x.safetensors"
+    strategy = st.one_of(
+        st.tuples(
+            st.dictionaries(TEXTS, st.one_of(TENSOR, VALUES), max_size=3), st.integers(0, 24)
+        ),
+        FITTING,
+        st.tuples(FITTING, SPOTS).map(
+            lambda e: (mutated(json.dumps(e[0][0]).encode(), e[1]), e[0][1])
+        ),
+    )
+
+    def try_it(example):
+        header, size = example
+        raw_file(path, header, b"\0" * size)
+        found = read_header(path)
+        with safe_open(path, "pt") as file:  # what we take, the library takes for the same
+            assert {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()} == {  # noqa: SIM118
+                k: v.shape for k, v in found.tensors.items()
+            }
+
+    fuzz("safetensors headers", 150, strategy, try_it, capfd)
+
+
+# --- pictures ------------------------------------------------------------------------------------
+
+RECIPE = {
+    "safelight": "0.1.0",
+    "model": {"name": "embedded", "sha256": "0123456789abcdef" * 4},
+    "device": "cpu",
+    "dtype": "float32",
+    "drawn": {"exact": True, **machine.describe_machine(torch.device("cpu"))},
+    "size": [64, 48],
+    "settings": Request(prompt="a red apple", seed=5).to_dict(),
+    "warnings": [],
+}
+
+
+def read_all(data):
+    """All that is done with a stranger's recipe before its model is loaded."""
+    recipe = read_recipe(data)
+    if "safelight" not in recipe:
+        return
+    recorded = machine.recorded_machine(recipe)
+    with machine.threads_of(recorded):
+        pass
+    machine.expected_difference(recorded, RECIPE["drawn"], "float32")
+    request = Request.from_dict(recipe["settings"])
+    assert request.to_dict()
+
+
+def test_recipes(capfd):
+    image = Image.new("RGB", (16, 16))
+    strategy = st.one_of(
+        changes(RECIPE).map(lambda c: changed(RECIPE, c)),
+        changes(RECIPE["settings"]).map(
+            lambda c: {**RECIPE, "settings": changed(RECIPE["settings"], c)}
+        ),
+        changes(RECIPE["drawn"]).map(lambda c: {**RECIPE, "drawn": changed(RECIPE["drawn"], c)}),
+        changes(RECIPE["model"]).map(lambda c: {**RECIPE, "model": changed(RECIPE["model"], c)}),
+        SPOTS.map(lambda s: mutated(json.dumps(RECIPE).encode(), s).decode(errors="replace")),
+    )
+
+    def try_it(recipe):
+        text = recipe if isinstance(recipe, str) else json.dumps(recipe)
+        with contextlib.suppress(ValueError):  # a NUL, which no text chunk holds
+            read_all(encode(image, "PNG", {"safelight": text}))
+
+    fuzz("recipes", 150, strategy, try_it, capfd)
+
+
+def chunk(kind, body, crc=None):
+    check = zlib.crc32(kind + body) if crc is None else crc
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", check)
+
+
+def picture():
+    out = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(out, "PNG")
+    return out.getvalue()
+
+
+def test_text_chunks(capfd):
+    plain = picture()
+    header, rest = plain[:33], plain[33:]
+    texts = png_texts({**RECIPE, "settings": {**RECIPE["settings"], "steps": 20}})
+    body = st.one_of(
+        st.binary(max_size=60),
+        st.sampled_from(["safelight", "parameters"]).map(
+            lambda k: k.encode() + b"\0" + texts[k].encode()
+        ),
+        st.tuples(
+            st.sampled_from([b"safelight", b"parameters", b"", b"k" * 80]),
+            st.sampled_from([b"\0", b"\0\0", b"\0\1", b"\0\1\0\0\0", b"\0\0\0\0\0", b""]),
+            st.one_of(
+                st.binary(max_size=60),
+                st.binary(max_size=60).map(zlib.compress),
+                SPOTS.map(lambda s: mutated(zlib.compress(texts["safelight"].encode()), s)),
+                st.just(zlib.compress(b"a" * 2**22)),
+            ),
+        ).map(b"".join),
+    )
+    one = st.builds(
+        chunk,
+        st.one_of(
+            st.sampled_from([b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"iCCP", b"tIME", b"IEND"]),
+            st.binary(min_size=4, max_size=4),
+        ),
+        body,
+        st.one_of(st.none(), st.integers(0, 2**32 - 1)),
+    )
+    strategy = st.one_of(
+        st.lists(one, max_size=4).map(lambda chunks: header + b"".join(chunks) + rest),
+        st.tuples(st.lists(one, max_size=3), SPOTS).map(
+            lambda e: mutated(header + b"".join(e[0]) + rest, e[1])
+        ),
+    )
+
+    def try_it(data):
+        with contextlib.suppress(SafelightError):
+            open_picture(data)
+        read_all(data)
+
+    fuzz("text chunks", 150, strategy, try_it, capfd)
+
+
+def test_parameters(capfd):
+    made = recipe_text({**RECIPE, "settings": {**RECIPE["settings"], "steps": 20}})
+    strategy = st.one_of(
+        st.text(max_size=200),
+        st.text(st.sampled_from('Steps: 1,"\\\n ,:é'), max_size=80).map(lambda t: made + t),
+        SPOTS.map(lambda s: mutated(made.encode(), s).decode(errors="replace")),
+    )
+    fuzz("parameters", 150, strategy, parse_recipe_text, capfd)
+
+
+def test_a_fuzzer_finds_what_is_planted(capfd):
+    def planted(number):
+        if number == 77:
+            raise RecursionError
+
+    with pytest.raises(RecursionError):
+        fuzz("planted", 500, st.integers(0, 100), planted, capfd)
+
+
+def test_the_files_of_the_fuzzers_are_there(folders):
+    assert {Path(n).name for n in _jsons(folders[0])} >= {"config.json", "model_index.json"}
