@@ -84,7 +84,7 @@ async def read_body(
         if values is not None:
             found += sum(map(chunk.count, (b"[", b"{", b",", b":")))
             if found > values:
-                raise RefusedError(422, "the body has too many values")
+                raise RefusedError(413, f"the body must have at most {values} values")
         chunks.append(chunk)
     return b"".join(chunks)
 

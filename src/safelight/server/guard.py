@@ -75,16 +75,18 @@ class Guard:
         assert scope["type"] == "http"  # websockets are off
         began, status = time.monotonic(), 500
         request_id = secrets.token_hex(8)
-        sent = False
+        sent = held = False
 
         async def reply(message: Any) -> None:
-            nonlocal status, sent
+            nonlocal status, sent, held
             if message["type"] == "http.response.start":
                 status, sent = message["status"], True
                 given = [(k, v) for k, v in message["headers"] if k not in dict(HEADERS)]
                 if status in (408, 413):  # the rest of the body is not waited for
                     given.append((b"connection", b"close"))
                 message["headers"] = [*given, *HEADERS, (b"x-request-id", request_id.encode())]
+            elif status == 413 and not held and not message.get("more_body", False):
+                held, message = True, {**message, "more_body": True}
             async with asyncio.timeout(bodies.SLOW):
                 await send(message)
 
@@ -114,6 +116,9 @@ class Guard:
                 scope[SCOPE], client = found, found.name
                 with self._share.request(client, stream=_is_stream(scope)):
                     await self.app(scope, receive, reply)
+                    if held:  # a route refused the body before its end
+                        await _discard(unread)
+                        await reply({"type": "http.response.body"})
             elif scope["method"] == "GET" and (given := _linked(scope)):
                 await self._enter_by_link(given, reply, address)
             elif scope["method"] == "GET" and scope["path"].startswith("/studio"):
