@@ -6,6 +6,7 @@ import sys
 import tempfile
 import zlib
 from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -193,7 +194,7 @@ class TestOpenPicture:
         with pytest.raises(SafelightError, match="cannot be read"):
             open_picture("a\0b.png")
 
-    @pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="needs /dev/zero")  # noqa: PTH110
+    @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs /dev/zero")
     def test_endless_device(self):
         with pytest.raises(SafelightError, match="ordinary file"):
             open_picture("/dev/zero")
