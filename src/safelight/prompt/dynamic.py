@@ -180,8 +180,9 @@ def _parse(text: str) -> list[_Node]:
 
 def _append(nodes: list[_Node], node: _Node) -> None:
     """Append a node; text that follows text is joined, so that counts and weights are whole."""
-    plain = isinstance(node, str) and not node.startswith(("\\", "__"))
-    if plain and nodes and isinstance(nodes[-1], str) and not nodes[-1].startswith(("\\", "__")):
-        nodes[-1] += node
+    last = nodes[-1] if nodes else None
+    texts = [one for one in (last, node) if isinstance(one, str)]
+    if len(texts) == 2 and not any(one.startswith(("\\", "__")) for one in texts):
+        nodes[-1] = "".join(texts)
     else:
         nodes.append(node)

@@ -1,8 +1,8 @@
 """What a prompt says, in any dialect: weighted texts, changing by step, composed of parts.
 
-A dialect is read into a `Reading` (`safelight.prompt.dialects`) without PyTorch and without a tokenizer. The time is linear in
-the length of the prompt, and nothing that a person can type is an error here but a number beyond
-all floats.
+A dialect is read into a `Reading` (`safelight.prompt.dialects`) without PyTorch and without a
+tokenizer. The time is linear in the length of the prompt, and nothing that a person can type is an
+error here but a number beyond all floats.
 """
 
 from __future__ import annotations

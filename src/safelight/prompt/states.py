@@ -41,7 +41,8 @@ class States:
     def __init__(
         self, tokenizer: Tokenizer, encode: Encode, syntax: Syntax, emphasis: Emphasis = "original"
     ) -> None:
-        self.tokenizer, self.syntax, self.emphasis = tokenizer, syntax, emphasis
+        self.tokenizer, self.emphasis = tokenizer, emphasis
+        self.syntax: Syntax = syntax
         self._encode = encode
         self._known: dict[tuple[tuple[int, ...], frozenset[int]], Tensor] = {}
 
