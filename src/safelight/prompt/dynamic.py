@@ -181,12 +181,8 @@ def _parse(text: str) -> list[_Node]:
 def _append(nodes: list[_Node], node: _Node) -> None:
     """Append a node; text that follows text is joined, so that counts and weights are whole."""
     last = nodes[-1] if nodes else None
-    if _is_text(last) and _is_text(node):
-        nodes[-1] = f"{last}{node}"
+    texts = [one for one in (last, node) if isinstance(one, str)]
+    if len(texts) == 2 and not any(one.startswith(("\\", "__")) for one in texts):
+        nodes[-1] = "".join(texts)
     else:
         nodes.append(node)
-
-
-def _is_text(node: _Node | None) -> bool:
-    """Return whether a node is plain text, no escape and no wildcard."""
-    return isinstance(node, str) and not node.startswith(("\\", "__"))
