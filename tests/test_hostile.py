@@ -155,7 +155,7 @@ def test_a_pipe_is_refused_and_not_waited_for(here):
 
 
 def test_png_without_a_name_is_no_folder(here):
-    with pytest.raises(SafelightError, match=r"must be name\.png or a folder"):
+    with pytest.raises(SafelightError, match=r"must be a folder or a name that ends in \.png"):
         output_paths(".png", [1])
 
 
