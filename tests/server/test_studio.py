@@ -208,6 +208,10 @@ def values(**fields: Any) -> dict[str, Any]:
         "spacing": form.OWN,
         "eta": 0,
         "strength": 0.7,
+        **{
+            one.name: form.OWN if one.choices and one.default is None else one.default
+            for one in form.further_settings(Request)
+        },
         "picture": None,
         "enlarged": 1,
     }
