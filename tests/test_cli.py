@@ -38,7 +38,7 @@ class PlainModel:
         self.before_step = lambda: None
         self.shift = 0
 
-    def load(self, name, device, dtype, low_memory=False, download=True):
+    def load(self, name, device, dtype, low_memory=False, download=True, wildcards_dir=None):
         self.loaded.append((name, device, dtype))
         return self
 

@@ -40,8 +40,8 @@ def distance(a, b):
 def middles(picture, background):
     """The centres (x, y) of the things on a picture, as shares of its side."""
     apart = np.abs(picture.astype(int) - np.array(COLOURS[background])).max(axis=-1) > 24
-    # Things may touch: four pixels less all around take them apart.
-    apart = ndimage.binary_erosion(apart, iterations=4)
+    # Things may touch: six pixels less all around take them apart.
+    apart = ndimage.binary_erosion(apart, iterations=6)
     labels, count = ndimage.label(apart)
     found = ndimage.center_of_mass(apart, labels, range(1, count + 1))
     return [(x / len(picture), y / len(picture)) for y, x in found]

@@ -18,6 +18,7 @@ from PIL import Image
 from safelight.engine import Job, core
 from safelight.engine.capacity import probe
 from safelight.engine.job import advance
+from safelight.errors import SafelightError
 from safelight.model import Model
 
 pytestmark = pytest.mark.xdist_group("faults")  # one server for them all
@@ -120,12 +121,12 @@ def test_a_preview_of_no_numbers_is_left_out(
     server: Inside, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server goes on: a decoder that fails half-way may not fail in the end."""
-    from safelight.server import worker
+    from safelight.server import previews
 
     def refuse(*_: Any) -> None:
-        raise worker.SafelightError("the picture has values that are no numbers (NaN)")
+        raise SafelightError("the picture has values that are no numbers (NaN)")
 
-    monkeypatch.setattr(worker, "preview", refuse)
+    monkeypatch.setattr(previews, "preview", refuse)
     job_id = server.submit(prompt="a cat", steps=20, sampler="euler")
     assert server.ask("GET", f"/api/jobs/{job_id}/events").body.endswith(b"\n\n")
     assert server.job(job_id)["status"] == "succeeded"

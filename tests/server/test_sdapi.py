@@ -286,7 +286,6 @@ class TestTextToImage:
             ({"s_min_uncond": 1.1}, "s_min_uncond"),
             ({"refiner_checkpoint": "big"}, "refiner_checkpoint"),
             ({"infotext": "Steps: 3"}, "infotext"),
-            ({"override_settings": {"CLIP_stop_at_last_layers": 2}}, "CLIP_stop"),
             ({"override_settings": {"sd_model_checkpoint": "big"}}, "drawn with tiny"),
             ({"alwayson_scripts": {"ControlNet": {"args": [1]}}}, "ControlNet"),
         ],

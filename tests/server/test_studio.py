@@ -31,6 +31,7 @@ from serving import Serving, wait_for
 import safelight
 from safelight.recipe import read_recipe
 from safelight.request import Request
+from safelight.server.decoding import Decoders
 from safelight.studio import form
 from safelight.studio.page import blocks
 from safelight.studio.recipes import recipe_settings
@@ -914,7 +915,7 @@ def test_what_runs_beside_the_server_ends_with_it(tmp_path: Path) -> None:
 
 def test_the_form_begins_with_what_a_model_was_taught(tmp_path: Path) -> None:
     async def page() -> Any:
-        return blocks(server.hub, await server.hub.defaults())
+        return blocks(server.hub, await server.hub.defaults(), Decoders(1))
 
     with Inside(tmp_path, draws=False, model="embedded-fast") as server:
         made = server.within(page())
@@ -969,12 +970,12 @@ def test_it_goes_on_after_a_restart(
     expect(page.locator(".now .status")).to_have_text("“a train” is done.", timeout=120_000)
     assert newest(server)["status"] == "succeeded"
     wait_for(lambda: server.client.get("/studio/").status_code == 200)
-    # A worker that dies is replaced, and its job drawn once more.
+    # A worker that is killed is replaced, and its job drawn once more: a kill is no attempt.
     ask(page, "a bus", Steps=60)
     expect(page.locator(".now .live")).to_be_visible()
     os.kill(server.worker(), signal.SIGKILL)
     expect(page.locator(".now .status")).to_have_text("“a bus” is done.", timeout=120_000)
-    assert [newest(server)["status"], newest(server)["attempts"]] == ["succeeded", 2]
+    assert [newest(server)["status"], newest(server)["attempts"]] == ["succeeded", 1]
     page.close()
 
 

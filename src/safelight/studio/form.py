@@ -224,7 +224,7 @@ def request(
     }
     *more, picture, enlarged = rest
     for setting, value in zip(further_settings(Request), more, strict=True):
-        settings[setting.name] = None if setting.optional and value in (OWN, "") else value
+        settings[setting.name] = None if setting.optional and _unset(setting, value) else value
     image, mask = _painted(picture, enlarged)
     if not hub.info.uses_prompt:
         if prompt or negative_prompt or image is not None:
@@ -242,6 +242,13 @@ def request(
             near = allowed_size((round(image.width * scale), round(image.height * scale)))
             settings |= {"width": near[0], "height": near[1]}
     return Request(**settings)
+
+
+def _unset(setting: Setting, value: Any) -> bool:
+    """Whether a field was left alone. An empty box for a number gives 0."""
+    if setting.kind in (int, float) and setting.lowest is not None and setting.lowest > 0:
+        return value in (None, "", 0)
+    return value in (None, OWN, "")
 
 
 def empty(prompt: Any) -> bool:
