@@ -478,7 +478,8 @@ class TestTools:
         run("generate", "a", "--seed", "3", "--out", "a.png")
         model.shift = 5
         done = run("verify", "a.png")
-        assert (done.code, done.out, done.err) == (1, "5\n", "")
+        silent = "its recipe does not say what machine it was drawn on\n"
+        assert (done.code, done.out, done.err) == (1, "5\n", silent)
 
     def test_verify_with_another_model(self, run, model):
         run("generate", "a", "--out", "a.png")

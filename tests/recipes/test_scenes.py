@@ -163,6 +163,7 @@ class TestKinds:
         monkeypatch.setattr(scenes_module, "TURNED", 0.0)
         rng = np.random.default_rng(21)
         given = {"kind": "several", "concept": "an apple", "style": "flat", "ground": "black"}
+        given["disturbed"] = False
         for _ in range(40):
             picture, scene = drawn(stage, rng, **given)
             if scene.colour is None:  # in black, or nearly, they would not be seen
