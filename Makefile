@@ -36,15 +36,16 @@ test: $(VENV)/.ready-dev
 	$(BIN)/pytest
 
 # The numerical tests at every level below this processor's that it can stand for: without AVX512,
-# without AVX and compiled kernels, and with the portable kernels in every picture.
-PICTURES := tests/test_engine.py tests/test_batch.py tests/test_shipped.py \
+# without AVX and compiled kernels, and with the portable kernels in every picture. NUMERICAL names
+# fewer of them.
+NUMERICAL ?= tests/test_fast.py tests/test_engine.py tests/test_batch.py tests/test_shipped.py \
 	tests/parity/test_nets.py tests/parity/test_pictures.py
 levels: $(VENV)/.ready-dev
 	! grep -q avx512f /proc/cpuinfo || ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
-		SAFELIGHT_KERNELS=avx2 $(BIN)/pytest tests/test_fast.py $(PICTURES)
+		SAFELIGHT_KERNELS=avx2 $(BIN)/pytest $(NUMERICAL)
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 SAFELIGHT_KERNELS=off \
-		$(BIN)/pytest tests/test_fast.py $(PICTURES)
-	SAFELIGHT_KERNELS=portable $(BIN)/pytest $(PICTURES)
+		$(BIN)/pytest $(NUMERICAL)
+	SAFELIGHT_KERNELS=portable $(BIN)/pytest $(filter-out tests/test_fast.py,$(NUMERICAL))
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
