@@ -301,7 +301,7 @@ def test_killed_and_resumed_ends_as_undisturbed(tmp_path: Path) -> None:
         "u.CHECKPOINT_EVERY = 8\n"
         "u.draw_sheet = lambda *_: None\n"
         "small = dict(block_out_channels=(16, 16, 16), norm_num_groups=8, attention_head_dim=8)\n"
-        "u.network = lambda size: replace(u.shipped.PIXELS, sample_size=size, **small)\n"
+        "u.network = lambda size: replace(u.PIXELS, sample_size=size, **small)\n"
         "plan = Plan(steps=110, batch=2, learning_rate=1e-3, warmup=5)\n"
         "print('go', flush=True)\n"
         "u.unconditional('digits', Path(sys.argv[1]), plan, size=16)\n"
