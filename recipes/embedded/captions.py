@@ -224,5 +224,5 @@ def weighted(rng: np.random.Generator, weights: Mapping[str, int]) -> str:
 
 @cache
 def _repeated(words: tuple[str, ...]) -> tuple[str, ...]:
-    """The first word is what most people say: half of the time."""
+    """Return the words with the first repeated: most people say it, half of the time."""
     return (words[0],) * max(1, len(words) - 1) + words[1:] if len(words) > 1 else words

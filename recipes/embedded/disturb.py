@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from recipes.embedded.captions import choose
+
 ADJECTIVES = (
     "cute", "beautiful", "new", "funny", "pretty", "lovely", "nice", "modern", "colorful",
     "amazing", "realistic", "detailed", "simple", "adorable", "lonely", "magical", "fluffy",
@@ -38,7 +40,7 @@ def disturb(rng: np.random.Generator, caption: str, unknown: Sequence[str]) -> s
     """
 
     def word() -> str:
-        return pick(rng, unknown if len(unknown) and rng.random() < 0.6 else ADJECTIVES)
+        return choose(rng, unknown if len(unknown) and rng.random() < 0.6 else ADJECTIVES)
 
     way = rng.random()
     starts = [found.end() for found in re.finditer(r"\ban? ", caption)]
@@ -49,20 +51,15 @@ def disturb(rng: np.random.Generator, caption: str, unknown: Sequence[str]) -> s
         head = re.sub(r"\ban? $", "an " if new[0] in "aeiou" else "a ", caption[:at])
         return f"{head}{new} {caption[at:]}"
     if way < 0.55:
-        return f"{caption}, {pick(rng, TAGS)}"
+        return f"{caption}, {choose(rng, TAGS)}"
     if way < 0.65:
-        return f"{caption}, {word()}, {pick(rng, TAGS)}"
+        return f"{caption}, {word()}, {choose(rng, TAGS)}"
     if way < 0.8:
-        return f"{caption} {pick(rng, VERBS)}"
+        return f"{caption} {choose(rng, VERBS)}"
     if way < 0.88:
-        return f"{pick(rng, OPENINGS)} {caption}"
+        return f"{choose(rng, OPENINGS)} {caption}"
     if way < 0.94:
         return f"{word()} {caption}"
-    link, last = pick(rng, ("in a", "with a", "of", "from", "for", "like a")), word()
+    link, last = choose(rng, ("in a", "with a", "of", "from", "for", "like a")), word()
     link += "n" if link.endswith(" a") and last[0] in "aeiou" else ""
     return f"{caption} {link} {last}"
-
-
-def pick(rng: np.random.Generator, words: Sequence[str]) -> str:
-    """Return one of the words."""
-    return words[int(rng.integers(len(words)))]
