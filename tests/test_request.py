@@ -14,7 +14,8 @@ from safelight.errors import SafelightError
 from safelight.picture import open_picture
 from safelight.pixels import picture_sha256
 from safelight.recipe import read_recipe
-from safelight.request import MAX_SEED, Request
+from safelight.request import Request
+from safelight.request_fields import MAX_SEED
 from safelight.result import Result
 
 PICTURE = Image.new("RGB", (64, 64), "red")

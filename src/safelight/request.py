@@ -1,20 +1,16 @@
-"""The settings of a picture, each described and checked in one place, without PyTorch.
+"""A request: the settings of a picture, checked together, without PyTorch.
 
-The command line, the three APIs, the page's form, grids, recipes and docs/settings.md are derived
-from the fields of `Request` (see `safelight.settings`): a new setting is one new field here.
+`safelight.request_fields` describes each setting; what holds between them is here.
 """
 
 import json
-import secrets
 import warnings
 from collections.abc import Mapping
-from typing import Annotated, Any, Self, Unpack
+from typing import Any, Self, Unpack
 
 from PIL.Image import Image
 from pydantic import (
     BaseModel,
-    ConfigDict,
-    Field,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -22,38 +18,12 @@ from pydantic import (
 )
 
 from safelight.errors import SafelightError
-from safelight.keywords import RequestSettings, Schedule, Spacing
+from safelight.keywords import RequestSettings
 from safelight.pixels import as_mask, as_rgb, picture_sha256
-from safelight.prompt.reading import Emphasis, Syntax
-from safelight.settings import About, Number, Whole, document, settings_of, shown, unknown_setting
-from safelight.sizes import MAX_SIDE, MIN_SIDE, SIDE_STEP
+from safelight.request_fields import MAX_SEED, RequestFields, draw_seed
+from safelight.settings import document, settings_of, shown, unknown_setting
 
-MAX_SEED = 2**63 - 1
 MAX_PROMPT = 16 * 1024
-
-
-def draw_seed() -> int:
-    """Return a random seed of 32 bits: few enough digits to read out to someone."""
-    return secrets.randbelow(2**32)
-
-
-def _samplers() -> tuple[str, ...]:
-    from safelight.sampling import SAMPLERS
-
-    return tuple(SAMPLERS)
-
-
-Side = Annotated[Whole, Field(ge=MIN_SIDE, le=MAX_SIDE, multiple_of=SIDE_STEP)]
-Steps = Annotated[Whole, Field(ge=1, le=1000)]
-# Above 100 the two estimates are pulled so far apart that half precision overflows.
-Guidance = Annotated[Number, Field(ge=0, le=100)]
-Seed = Annotated[Whole, Field(ge=0, le=MAX_SEED)]
-Count = Annotated[Whole, Field(ge=1, le=64)]
-Strength = Annotated[Number, Field(gt=0, le=1)]
-Share = Annotated[Number, Field(ge=0, le=1)]
-_OWN = "the model's own"
-_OWN_SIZE = "the model's own, or the picture's"
-ClipSkip = Annotated[Whole, Field(ge=1, le=48)]
 
 
 class _Listed(type(BaseModel)):
@@ -64,130 +34,12 @@ class _Listed(type(BaseModel)):
         return sorted({name for base in own for name in vars(base) if not name.startswith("_")})
 
 
-class Request(BaseModel, metaclass=_Listed):
+class Request(RequestFields, metaclass=_Listed):
     """Settings of one generation of `count` images. Frozen, and valid once it exists.
 
     `Request(...)` and `Request.from_dict` raise SafelightError with the setting as its `field`;
     `model_validate` raises pydantic's ValidationError.
     """
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True
-    )
-
-    prompt: str = Field("", description="what to draw")
-    negative_prompt: Annotated[str, About(aliases=("--negative",))] = Field(
-        "", description="what to keep out of the picture"
-    )
-    prompt_syntax: Annotated[Syntax, About(aliases=("--syntax",), infotext="Prompt syntax")] = (
-        Field("plain", description="how brackets and weights in both prompts are read")
-    )
-    emphasis: Emphasis = Field(
-        "original", description="what weights do to the text's states, in prompt_syntax a1111"
-    )
-    clip_skip: Annotated[
-        ClipSkip | None,
-        About(
-            default="1, the last layer",
-            infotext="Clip skip",
-            slider=(1, 12, 1),
-        ),
-    ] = Field(None, description="layer of the text encoder that is read, 1 being the last")
-    dynamic_prompts: bool = Field(
-        False, description="draw `{a|b}` and `__name__` in both prompts, with each picture's seed"
-    )
-    width: Annotated[Side | None, About(default=_OWN_SIZE, short="-W")] = Field(
-        None, description="width in pixels"
-    )
-    height: Annotated[Side | None, About(default=_OWN_SIZE, short="-H")] = Field(
-        None, description="height in pixels"
-    )
-    steps: Annotated[
-        Steps | None,
-        About(
-            default="the sampler's",
-            aliases=("--num-inference-steps", "--num-steps"),
-            infotext="Steps",
-            slider=(1, 150, 1),
-        ),
-    ] = Field(None, description="number of denoising steps")
-    guidance_scale: Annotated[
-        Guidance,
-        About(
-            aliases=("--cfg-scale", "--cfg", "--scale", "--guidance"),
-            a1111="cfg_scale",
-            infotext="CFG scale",
-            slider=(0, 30, 0.5),
-        ),
-    ] = Field(7.5, description="how closely to follow the prompt; 1 turns guidance off")
-    seed: Annotated[
-        Seed,
-        About(
-            default="random",
-            accepts="a whole number from 0 to 2**63 - 1",
-            short="-s",
-            infotext="Seed",
-        ),
-    ] = Field(
-        default_factory=draw_seed, description="start of the random numbers; picture i has seed + i"
-    )
-    count: Annotated[
-        Count,
-        About(
-            short="-n",
-            aliases=("--num-images", "--num-images-per-prompt", "--batch-size", "--n-iter"),
-            a1111="batch_size times n_iter",
-            slider=(1, 16, 1),
-        ),
-    ] = Field(1, description="number of pictures")
-    sampler: Annotated[
-        str,
-        About(
-            accepts="a name of `safelight samplers`, or a web UI's or diffusers' name for it",
-            aliases=("--sampler-name", "--sampling-method", "--scheduler"),
-            a1111="sampler_name",
-            choices=_samplers,
-        ),
-    ] = Field("pndm", description="method that removes the noise")
-    schedule: Annotated[
-        Schedule | None,
-        About(default=_OWN, aliases=("--schedule-type",), a1111="scheduler"),
-    ] = Field(None, description="noise levels of the steps")
-    spacing: Annotated[Spacing | None, About(default=_OWN, aliases=("--timestep-spacing",))] = (
-        Field(None, description="distribution of the timesteps")
-    )
-    strength: Annotated[
-        Strength | None,
-        About(
-            default="0.8; 1 with a mask",
-            aliases=("--denoising-strength", "--denoise"),
-            a1111="denoising_strength",
-            infotext="Denoising strength",
-            slider=(0.05, 1, 0.05),
-        ),
-    ] = Field(None, description="how much of `image` to change; 1 keeps nothing")
-    eta: Annotated[Share, About(infotext="Eta", slider=(0, 1, 0.05))] = Field(
-        0.0, description="fresh noise at each step, in ddim and tcd"
-    )
-    image: Annotated[
-        Image | None,
-        About(
-            accepts="a PIL picture (safelight.picture.open_picture reads one from a file)",
-            aliases=("--init-image", "--init-img", "--input"),
-        ),
-    ] = Field(None, exclude=True, repr=False, description="picture to start from")
-    mask: Annotated[
-        Image | None,
-        About(
-            accepts="a PIL picture of the size of `image` (safelight.picture.open_mask)",
-            aliases=("--mask-image",),
-        ),
-    ] = Field(
-        None, exclude=True, repr=False, description="where to repaint `image`: white, black to keep"
-    )
-    unconditional: bool = Field(
-        False, description="draw from noise alone, with a model that takes no prompt"
-    )
 
     def __init__(self, **settings: Unpack[RequestSettings]) -> None:
         try:

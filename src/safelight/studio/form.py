@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from safelight.errors import SafelightError
-from safelight.request import MAX_PROMPT, Request, draw_seed
+from safelight.request import MAX_PROMPT, Request
+from safelight.request_fields import draw_seed
 from safelight.sampling import SAMPLERS
 from safelight.sampling.schedule import SCHEDULES, SPACINGS
 from safelight.server.bodies import MAX_BODY

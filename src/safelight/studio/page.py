@@ -12,7 +12,7 @@ from PIL import Image
 
 from safelight.errors import SafelightError
 from safelight.picture import open_picture
-from safelight.request import draw_seed
+from safelight.request_fields import draw_seed
 from safelight.server.decoding import Decoders
 from safelight.server.hub import Hub
 from safelight.studio import form as forms
