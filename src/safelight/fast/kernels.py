@@ -136,7 +136,7 @@ def built(name: str) -> Path | None:
 
 @cache
 def _load(name: str) -> Any:
-    found = ctypes.CDLL(str(built(name)))
+    found: Any = ctypes.CDLL(str(built(name)))
     found.variant = name
     for function, types in _ARGUMENTS[name].items():
         getattr(found, function).argtypes = types
