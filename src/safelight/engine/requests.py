@@ -31,6 +31,8 @@ def resolve_request(model: Model, request: Request) -> Request:
     """
     family = model.family
     family.check_request(model, request)
+    if request.loras:
+        raise SafelightError("loras cannot be used yet: leave them out", field="loras")
     request = request.with_defaults(model.defaults)
     filled: dict[str, Any] = {}
     if request.steps is None:
@@ -97,6 +99,7 @@ def new_result(model: Model, asked: Request, resolved: Request, exact: bool = Tr
         device=str(model.device),
         dtype=model.precision,
         drawn={"exact": exact, **describe_machine(model.device)},
+        vae=model.other_vae,
     )
     if resolved.dynamic_prompts:
         texts = [resolved.prompt, resolved.negative_prompt]
