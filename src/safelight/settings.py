@@ -63,6 +63,7 @@ class About:
     infotext: the key in the PNG text `parameters`; empty if it has none.
     slider: lowest value, highest value and step of the page's slider.
     choices: returns the accepted values, where another module keeps them.
+    some_models: whether there are models that do not read it (`Family.conditioned_on`).
     """
 
     default: str = ""
@@ -73,6 +74,7 @@ class About:
     infotext: str = ""
     slider: tuple[float, float, float] | None = None
     choices: Callable[[], tuple[str, ...]] | None = None
+    some_models: bool = False
 
 
 @dataclass(frozen=True)
