@@ -98,6 +98,7 @@ _SCHEDULER = {
 _DEFAULTS = MappingProxyType({"sampler": "euler", "steps": 50, "guidance_scale": 5.0})
 """Those of diffusers' pipelines."""
 
+_EDM = "the model is made for EDM's noise levels, which are not supported"
 _TEXT_PART_2 = replace(TEXT_PART, network="CLIPTextModelWithProjection")
 _SIZES = (
     "original_width",
@@ -192,6 +193,8 @@ class StableDiffusionXL(LatentFamily):
             ),
             self.name,
         )
+        if str(scheduler.get("_class_name")).startswith("EDM"):
+            raise refusal("scheduler", _EDM)
         sampler = _sampler(scheduler)
         return replace(
             self,
@@ -221,7 +224,7 @@ class StableDiffusionXL(LatentFamily):
         if UNET + "label_emb.0.0.weight" not in header.tensors:
             return None
         if "edm_mean" in header.tensors or "edm_vpred.sigma_max" in header.tensors:
-            raise refusal(header.name, "made for EDM's noise levels, which are not supported")
+            raise refusal(header.name, _EDM)
         found = _marks_of(header)
         for variant in VARIANTS:
             if variant.marks == found:
