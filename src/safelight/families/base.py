@@ -149,7 +149,8 @@ class Family:
     flat: a folder may keep the files of the one network in its root. network: the part that
     denoises. fixed_size: it draws its native size alone. conditioned_on: the settings of a
     request that `encode` reads. defaults: settings that it draws best with. trainable: whether
-    `train` knows how.
+    `train` knows how. latent_rgb: colours of latents for previews, see `families.colours`; None if
+    its latents have no known ones.
     """
 
     name: str
@@ -165,6 +166,7 @@ class Family:
     conditioned_on: ClassVar[tuple[str, ...]] = ()
     defaults: Mapping[str, Any] = MappingProxyType({})
     trainable: ClassVar[bool] = True
+    latent_rgb: tuple[tuple[float, ...], ...] | None = None
 
     def __str__(self) -> str:
         return self.name

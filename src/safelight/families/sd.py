@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from safelight.families import colours
 from safelight.families.base import Family, Part, SingleFile
 from safelight.families.latent import (
     BETAS,
@@ -78,6 +79,7 @@ class StableDiffusion(LatentFamily):
     vae: Mapping[str, Any] = field(default_factory=dict)
     text_encoder: Mapping[str, Any] = field(default_factory=dict)
     scheduler_config: Mapping[str, Any] = field(default_factory=dict)
+    latent_rgb: tuple[tuple[float, ...], ...] | None = None
 
     title: ClassVar[str] = "Stable Diffusion 1.x and 2.x"
     pipelines: ClassVar[tuple[str, ...]] = (
@@ -156,12 +158,14 @@ _1: dict[str, Any] = {
     "vae": VAE_CONFIG,
     "text_encoder": CLIP_CONFIG,
     "scheduler_config": _SCHEDULER_1,
+    "latent_rgb": colours.SD,
 }
 _2: dict[str, Any] = {
     "unet": _UNET_2,
     "vae": VAE_CONFIG,
     "text_encoder": _TEXT_2,
     "scheduler_config": _SCHEDULER_2,
+    "latent_rgb": colours.SD,
 }
 VARIANTS = (
     StableDiffusion("sd1", 320, 768, **_1),

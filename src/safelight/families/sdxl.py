@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from safelight.families import colours
 from safelight.families.base import Family, Part, SingleFile
 from safelight.families.latent import (
     BETAS,
@@ -100,13 +101,10 @@ _DEFAULTS = MappingProxyType({"sampler": "euler", "steps": 50, "guidance_scale":
 
 _EDM = "the model is made for EDM's noise levels, which are not supported"
 _TEXT_PART_2 = replace(TEXT_PART, network="CLIPTextModelWithProjection")
-_SIZES = (
-    "original_width",
-    "original_height",
-    "crop_left",
-    "crop_top",
-    "target_width",
-    "target_height",
+_READ = (
+    *LatentFamily.conditioned_on,
+    *("empty_negative", "width", "height", "original_width", "original_height"),
+    *("crop_left", "crop_top", "target_width", "target_height"),
 )
 
 
@@ -128,6 +126,7 @@ class StableDiffusionXL(LatentFamily):
     text_encoder: Mapping[str, Any] = field(default_factory=lambda: _TEXT)
     text_encoder_2: Mapping[str, Any] = field(default_factory=lambda: _TEXT_2)
     defaults: Mapping[str, Any] = field(default_factory=lambda: _DEFAULTS)
+    latent_rgb: tuple[tuple[float, ...], ...] | None = colours.SDXL
 
     title: ClassVar[str] = "Stable Diffusion XL"
     pipelines: ClassVar[tuple[str, ...]] = (
@@ -151,13 +150,7 @@ class StableDiffusionXL(LatentFamily):
     )
     final_norm: ClassVar[bool] = False
     trainable: ClassVar[bool] = False
-    conditioned_on: ClassVar[tuple[str, ...]] = (
-        *LatentFamily.conditioned_on,
-        "empty_negative",
-        "width",
-        "height",
-        *_SIZES,
-    )
+    conditioned_on: ClassVar[tuple[str, ...]] = _READ
 
     # --- files -------------------------------------------------------------------------------
 
@@ -337,11 +330,7 @@ class Refiner(StableDiffusionXL):
     tokenizers: ClassVar[Mapping[str, tuple[str, ...]]] = {"tokenizer_2": TOKENIZERS}
     text_parts: ClassVar[tuple[tuple[str, str], ...]] = (("tokenizer_2", "text_encoder_2"),)
     conditioned_on: ClassVar[tuple[str, ...]] = (
-        *LatentFamily.conditioned_on,
-        "empty_negative",
-        "width",
-        "height",
-        *_SIZES,
+        *_READ,
         "aesthetic_score",
         "negative_aesthetic_score",
     )

@@ -168,6 +168,9 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
+    samples: ClassVar[bool] = True
+    """Whether `encode` is to be sampled."""
+
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.config = config
