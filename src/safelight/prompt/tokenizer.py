@@ -12,6 +12,7 @@ import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,7 @@ def _pairs(merges: Any, name: str) -> list[tuple[str, str]]:
     return pairs
 
 
+@lru_cache(1)
 def _clip_tables() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Return CLIP's vocabulary and merges.
 

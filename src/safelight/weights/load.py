@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from safelight.weights.digest import Original, digest_files, model_digest
 from safelight.weights.find import find, find_vae
 from safelight.weights.library import open_library
 from safelight.weights.names import Weight, some
+from safelight.weights.numbers import Numbers, finite
 from safelight.weights.plan import Plan, read_plan
 from safelight.weights.tensors import open_tensors
 
@@ -82,17 +83,24 @@ def load_model(
         _check_memory(plan, precision)
     tokenizers = plan.family.load_tokenizers(plan.folder, plan.configs)
     # After all files are found, and before any weight of a damaged download is used.
-    digests = digest_files(plan.files)
-    others = {use: digest_files(other.files) for use, other in plan.autoencoders.items()}
+    dtypes = {part: plan.family.dtype_of(part, plan.configs[part], precision) for part in nets}
+    numbers = _numbers(plan, dtypes)
+    looks = {path: found.look for path, found in numbers.items()}
+    digests = digest_files(plan.files, looks)
+    others = {use: digest_files(other.files, looks) for use, other in plan.autoencoders.items()}
     fast = helps(where, precision) and not plain
     originals = {
         found.path: Original(found)
         for each in (digests, *others.values())
         for found in each.values()
     }
+    stamps = {f.path: f.stamp for each in (digests, *others.values()) for f in each.values()}
+    for path, found in numbers.items():
+        found.looked(path, stamps[path])
     for part, net in nets.items():
-        own = plan.family.dtype_of(part, plan.configs[part], precision)
-        _fill(net, plan.weights[part], originals, where, own, fast)
+        _fill(net, plan.weights[part], originals, numbers, where, dtypes[part], fast)
+    for path, found in numbers.items():
+        found.keep(path, stamps[path])
     for net in nets.values() if fast else ():
         accelerate(net, precision, low_memory)
     warnings = list(plan.warnings)
@@ -218,26 +226,42 @@ def _check_memory(plan: Plan, dtype: torch.dtype) -> None:
         )
 
 
+def _numbers(plan: Plan, dtypes: Mapping[str, torch.dtype]) -> dict[Path, Numbers]:
+    """Return what is known of the weights of each file, by its path.
+
+    dtypes: of each network.
+    """
+    wanted: dict[int, dict[str, torch.dtype]] = {}
+    headers: dict[int, Header] = {}
+    for part, weights in plan.weights.items():
+        for weight in weights.values():
+            headers[id(weight.header)] = weight.header
+            wanted.setdefault(id(weight.header), {})[weight.key] = dtypes[part]
+    return {h.path.resolve(): Numbers(h, wanted[key]) for key, h in headers.items()}
+
+
 def _fill(
     network: nn.Module,
     weights: Mapping[str, Weight],
     originals: Mapping[Path, Original],
+    numbers: Mapping[Path, Numbers],
     device: torch.device,
     dtype: torch.dtype,
     mapped: bool,
 ) -> None:
     """Give a network its weights.
 
-    originals: its files, by their paths. mapped: weights stay in the file, in the precision that
-    they are stored in, until they are used; before and after each use it is seen that the file
-    still holds what was hashed.
+    originals, numbers: its files, by their paths. mapped: weights stay in the file, in the
+    precision that they are stored in, until they are used; before and after each use it is seen
+    that the file still holds what was hashed.
     """
     state: dict[str, Tensor] = {}
     files: list[Original] = []
     for header in {id(w.header): w.header for w in weights.values()}.values():
         here = {name: w for name, w in weights.items() if w.header is header}
-        file = originals[header.path.resolve()]
-        state |= _read(header, here, file.openable, device, dtype, keep=mapped)
+        path = header.path.resolve()
+        file, seen = originals[path], numbers[path].seen
+        state |= _read(header, here, file.openable, device, dtype, keep=mapped, seen=seen)
         file.check()
         files.append(file)
     network.load_state_dict(state, strict=True, assign=True)
@@ -276,11 +300,12 @@ def _read(
     device: torch.device,
     dtype: torch.dtype,
     keep: bool,
+    seen: Set[str] = frozenset(),
 ) -> dict[str, Tensor]:
     """Return weights by our names.
 
     path: where the file is opened. keep: leave them in the mapped file, in the precision that
-    they are stored in.
+    they are stored in. seen: keys whose numbers are known to be finite.
     """
     state: dict[str, Tensor] = {}
     with open_tensors(header, path) as read:
@@ -297,15 +322,10 @@ def _read(
             tensor = tensor.reshape(weight.shape)
             if not keep:
                 tensor = tensor.to(device, dtype)
-            if not _finite(tensor, dtype):
-                raise refusal(header.name, f"{weight.key} holds NaN or Inf as {dtype}")
-            if keep:
-                memory.page_out(tensor)
+            if weight.key not in seen:
+                if not finite(tensor, dtype):
+                    raise refusal(header.name, f"{weight.key} holds NaN or Inf as {dtype}")
+                if keep:
+                    memory.page_out(tensor)
             state[name] = tensor
     return state
-
-
-def _finite(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether all values are finite in `dtype`: a large float32 is not, as float16."""
-    # NaN is passed on by both, and conversion keeps the order.
-    return all(bool(end.to(dtype).isfinite()) for end in torch.aminmax(tensor))
