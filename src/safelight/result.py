@@ -20,6 +20,8 @@ class Result:
     seeds: seeds[i] made images[i]. timings: in seconds. paths: where the pictures were saved.
     drawn: what their last bits depend on besides: see `safelight.machine`.
     words: with dynamic prompts, the prompt and negative prompt that each seed drew.
+    loras: of each seed that was drawn with some, name, weights, SHA-256, A1111's hash, and whether
+      it stands in the prompt.
     """
 
     images: list[Image]
@@ -34,6 +36,7 @@ class Result:
     paths: list[Path] = field(default_factory=list)
     drawn: dict[str, Any] = field(default_factory=dict)
     words: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    loras: dict[int, tuple[dict[str, Any], ...]] = field(default_factory=dict)
 
     def recipe(self, i: int = 0) -> dict[str, Any]:
         """Return everything that makes picture i again, alone. It is written into its PNG.
@@ -57,6 +60,7 @@ class Result:
             "size": list(self.images[i].size),
             "settings": settings,
             "warnings": self.warnings,
+            **({"loras": list(self.loras[seed])} if seed in self.loras else {}),
             **template,
         }
 

@@ -20,9 +20,9 @@ from safelight.weights.digest import Original, digest_files, model_digest
 from safelight.weights.find import find
 from safelight.weights.names import Weight, some
 from safelight.weights.plan import Plan, read_plan
+from safelight.weights.stored import SMALL, Stored, stored_tensor
 
-_SMALL = ("F8_E4M3", "F8_E5M2")
-_FLOATS = ("F16", "BF16", "F32", "F64", *_SMALL)
+_FLOATS = ("F16", "BF16", "F32", "F64", *SMALL)
 _STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _COMPUTE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -37,6 +37,7 @@ def load_model(
     plain: bool = False,
     download: bool = True,
     wildcards_dir: str | Path | None = None,
+    takes_paths: bool = True,
 ) -> Model:
     """Load a model by name (see `find`); without one, the model that ships.
 
@@ -50,6 +51,7 @@ def load_model(
     plain: without the fast layers, which cannot be trained.
     download: False takes a hub model from the cache alone.
     wildcards_dir: a folder of text files, whose lines `__name__` in a prompt is drawn from.
+    takes_paths: whether requests may name a LoRA by its path. A server takes names alone.
 
     Raises SafelightError, one line, if the model is not found or not usable: a missing,
     left-over or misshapen weight is named, and so is one that is not finite.
@@ -91,6 +93,8 @@ def load_model(
         dtype=precision,
         warnings=warnings,
         wildcards_dir=None if wildcards_dir is None else Path(wildcards_dir),
+        stored=Stored(plan.weights, originals),
+        takes_paths=takes_paths,
     )
 
 
@@ -257,14 +261,11 @@ def _read(
     try:
         with safe_open(path, framework="pt") as file:
             for name, weight in weights.items():
-                tensor = file.get_tensor(weight.key)
-                if weight.dtype in _SMALL:
+                tensor = stored_tensor(file, weight)
+                if weight.dtype in SMALL:
                     tensor = tensor.to(dtype)  # torch does not compute in 8 bits
-                if weight.third is not None:
-                    tensor = tensor.chunk(3)[weight.third]
                 if tensor.data_ptr() % tensor.element_size():
                     tensor = tensor.clone()  # the file need not align it, our kernels do
-                tensor = tensor.reshape(weight.shape)
                 if not keep:
                     tensor = tensor.to(device, dtype)
                 if not _finite(tensor, dtype):
