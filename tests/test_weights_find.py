@@ -13,9 +13,10 @@ from huggingface_hub import constants, errors
 from safelight.errors import SafelightError
 from safelight.families import family_of_folder
 from safelight.weights import find as module
-from safelight.weights.digest import cache_folder, digest_file, digest_files, model_digest
+from safelight.weights.digest import digest_file, digest_files, model_digest
 from safelight.weights.find import files_of, find
 from safelight.weights.folder import Folder, choose_weights
+from safelight.weights.notes import cache_folder
 from weights_tiny import change, pixel_folder, raw_file, text_folder, write
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from safelight.keywords import GenerateSettings
     from safelight.request import Request
     from safelight.result import Result
+    from safelight.weights.library import Library
     from safelight.weights.stored import Stored
 
 
@@ -39,6 +40,7 @@ class Model:
     native_size: width and height, in pixels, of the pictures it was trained on.
     warnings: what the user should know about how it was loaded.
     wildcards_dir: the folder that `__name__` in a prompt is drawn from, None if there is none.
+    library: the models folder that LoRAs and embeddings are found in, None if there is none.
     stored: its weights where they are stored; None if it was not loaded from files.
     takes_paths: whether a LoRA may be named by its path, which is not for requests of strangers.
     lora_files: names of LoRAs that mean these files.
@@ -58,6 +60,7 @@ class Model:
     notes: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     wildcards_dir: Path | None = None
+    library: Library | None = None
     stored: Stored | None = None
     takes_paths: bool = True
     lora_files: dict[str, Path] = field(default_factory=dict)

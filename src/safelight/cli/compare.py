@@ -30,6 +30,7 @@ def compare(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     low_memory: options.LowMemory = False,
+    models_dir: options.ModelsDir = None,
     out: Annotated[str, Option("--out", "-o", help="The .png file to write.")] = "grid.png",
     overwrite: options.Overwrite = False,
 ) -> None:
@@ -58,7 +59,13 @@ def compare(
 
     with StepBar(1) as on_step:
         made = grid(
-            load(options.model_for(base, model), device=device, dtype=dtype, low_memory=low_memory),
+            load(
+                options.model_for(base, model),
+                device=device,
+                dtype=dtype,
+                low_memory=low_memory,
+                models_dir=models_dir,
+            ),
             base,
             across,
             down,

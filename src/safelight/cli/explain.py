@@ -16,6 +16,7 @@ def explain(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     low_memory: options.LowMemory = False,
+    models_dir: options.ModelsDir = None,
     wildcards: options.Wildcards = None,
     style: options.Styles = None,
     styles_file: options.StylesFile = None,
@@ -42,6 +43,7 @@ def explain(
             device=device,
             dtype=dtype,
             low_memory=low_memory,
+            models_dir=models_dir,
             wildcards_dir=wildcards,
         )
         # Not before: they import PyTorch, in which Ctrl-C has to wait.

@@ -25,6 +25,7 @@ def generate(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     low_memory: options.LowMemory = False,
+    models_dir: options.ModelsDir = None,
     wildcards: options.Wildcards = None,
     style: options.Styles = None,
     styles_file: options.StylesFile = None,
@@ -69,6 +70,7 @@ def generate(
             device=device,
             dtype=dtype,
             low_memory=low_memory,
+            models_dir=models_dir,
             wildcards_dir=wildcards,
         )
         _warn_of_size(request, loaded.name, loaded.native_size)

@@ -20,7 +20,7 @@ Model = Annotated[
     Option(
         "--model",
         "-m",
-        help="A model's name, a diffusers folder, a .safetensors file or a hub id "
+        help="A model's name, a diffusers folder, a checkpoint file or a hub id "
         "[embedded; with --unconditional embedded-unconditional].",
         show_default=False,
     ),
@@ -29,6 +29,15 @@ Device = Annotated[str, Option(help="Where to compute: auto, cpu, mps or cuda.")
 Dtype = Annotated[str, Option(help="Precision: auto, float32, bfloat16 or float16.")]
 LowMemory = Annotated[
     bool, Option("--low-memory", help="On the CPU: large weights in a file, not in memory.")
+]
+ModelsDir = Annotated[
+    str | None,
+    Option(
+        "--models-dir",
+        help="A folder of models, LoRAs, embeddings and autoencoders, which are found by name "
+        "[SAFELIGHT_MODELS].",
+        show_default=False,
+    ),
 ]
 Wildcards = Annotated[
     str | None,

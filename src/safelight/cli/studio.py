@@ -29,6 +29,7 @@ def studio(
         Path | None, Option(help="Jobs and pictures [the user's data folder].", show_default=False)
     ] = None,
     model: Annotated[str, Option(help="As `generate --model`.")] = "embedded",
+    models_dir: options.ModelsDir = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     low_memory: options.LowMemory = False,
@@ -54,6 +55,7 @@ def studio(
         listening = listen(host, 0, secret)
     settings = Settings(
         model=model,
+        models_dir=models_dir,
         url=f"sqlite:///{root / 'jobs.sqlite3'}",
         root=str(root),
         device=device,

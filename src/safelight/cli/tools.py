@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
+from safelight.cli import options
 from safelight.cli.loading import load
 from safelight.cli.output import StepBar, note, pairs, say, table
 from safelight.errors import SafelightError
@@ -61,13 +62,14 @@ def models(as_json: Json = False) -> None:
 
 def inspect(
     file: Annotated[str, Argument(help="A PNG, a checkpoint, a model's folder or name.")],
+    models_dir: options.ModelsDir = None,
     as_json: Json = False,
 ) -> None:
     """Show a PNG's recipe, or what a checkpoint holds.
 
     Of a checkpoint, its family, size and precision; it is not loaded for this.
     """
-    found = _recipe_or_checkpoint(file)
+    found = _recipe_or_checkpoint(file, models_dir)
     if as_json:
         say(json.dumps(found, ensure_ascii=False))
         return
@@ -75,14 +77,14 @@ def inspect(
         say(line)
 
 
-def _recipe_or_checkpoint(file: str) -> dict[str, Any]:
+def _recipe_or_checkpoint(file: str, models_dir: str | None) -> dict[str, Any]:
     if _is_png(file):
         from safelight.recipe import read_recipe
 
         return read_recipe(file)
     from safelight import weights
 
-    return weights.inspect(file)
+    return weights.inspect(file, models_dir=models_dir)
 
 
 def _is_png(file: str) -> bool:
@@ -106,6 +108,7 @@ def verify(
     mask: Annotated[
         str | None, Option(help="The mask it was made with, if any.", show_default=False)
     ] = None,
+    models_dir: options.ModelsDir = None,
     device: Annotated[
         str | None, Option(help="Another device than the recipe's.", show_default=False)
     ] = None,
@@ -142,7 +145,8 @@ def verify(
     with StepBar(count=1) as on_step:
         try:
             loaded = load(
-                name if model is None else model,
+                _recorded_model(name, sha256, models_dir) if model is None else model,
+                models_dir=models_dir,
                 device=device or recipe.get("device", "auto"),
                 dtype=dtype or recipe.get("dtype", "auto"),
                 # A picture from a stranger does not get to fetch gigabytes of its choice.
@@ -173,3 +177,19 @@ def verify(
     bound, why = machine.expected_difference(before, here, result.dtype)
     note(why)
     raise typer.Exit(0 if bound is not None and difference <= bound else 1)
+
+
+def _recorded_model(name: str, sha256: str, models_dir: str | None) -> str:
+    """Return where a recipe's model is: in the models folder by its hash, else by its name."""
+    from safelight.weights.digest import digest_file
+    from safelight.weights.library import open_library
+
+    library = open_library(models_dir)
+    if library is None:
+        return name
+    named = library.matches(name, "model")
+    # A folder has no hash of its own: that is made of all its files, when they are loaded.
+    if any(entry.path.is_dir() or digest_file(entry.path).sha256 == sha256 for entry in named):
+        return name
+    found = library.by_hash(sha256, "model")
+    return name if found is None else str(found.path)

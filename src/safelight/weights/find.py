@@ -12,6 +12,7 @@ from safelight.errors import SafelightError
 from safelight.families import family_of_folder
 from safelight.weights.check import printable, read_json
 from safelight.weights.folder import Folder, choose_weights
+from safelight.weights.library import VARIABLE, Library, open_library
 
 BUILT_IN = ("embedded", "embedded-fast", "embedded-unconditional")
 MODELS = Path(__file__).parent.parent / "models"
@@ -34,17 +35,21 @@ class Source:
         object.__setattr__(self, "name", self.name.encode(errors="replace").decode())
 
 
-def find(name: str | Path, *, download: bool = True) -> Source:
+def find(
+    name: str | Path, *, download: bool = True, models_dir: str | Path | None = None
+) -> Source:
     """Find a model by name.
 
-    name: a built-in model ("embedded"), the path of a folder or of a single .safetensors file,
-      or a hub id ("org/name", "org/name@revision"). A hub model is taken from the cache if it
-      is complete there, and downloaded if not, unless HF_HUB_OFFLINE is set.
+    name: a built-in model ("embedded"), the path of a folder or of a single file, a name in the
+      models folder, or a hub id ("org/name", "org/name@revision"). A hub model is taken from the
+      cache if it is complete there, and downloaded if not, unless HF_HUB_OFFLINE is set.
     download: False takes a hub model from the cache alone.
+    models_dir: the models folder, in place of that of SAFELIGHT_MODELS.
 
     Raises SafelightError, one line that says what is missing and how to get it.
     """
     name = str(name)
+    library = open_library(models_dir)
     if name in BUILT_IN:
         if not (MODELS / name).is_dir():
             raise SafelightError(
@@ -57,21 +62,29 @@ def find(name: str | Path, *, download: bool = True) -> Source:
             return Source(path.resolve().stem if path.is_file() else path.resolve().name, path)
     except (OSError, RuntimeError, ValueError):
         pass  # too long, a NUL in it, no home: not a path
+    if library is not None and library.matches(name, "model"):
+        entry = library.find(name, "model")
+        return Source(entry.name, entry.path)
     hub_id = _HUB_ID.fullmatch(name)
     # "models/sd15.safetensors" is a file that is not there, not a repository.
     if hub_id is None or name.endswith((".safetensors", ".ckpt")) or ".." in name:
-        raise SafelightError(
-            f"no model {printable(repr(name), 60)}: not built in ({', '.join(BUILT_IN)}), "
-            'not a file or folder here, not a hub id ("org/name")',
-            code="no_model",
-        )
+        raise _no_model(name, library)
     return Source(name, _from_hub(hub_id[1], hub_id[2], download))
 
 
-def notes_of(name: str | Path) -> dict[str, Any]:
+def _no_model(name: str, library: Library | None) -> SafelightError:
+    folder = f"no models folder ({VARIABLE})" if library is None else "not in the models folder"
+    return SafelightError(
+        f"no model {printable(repr(name), 60)}: not built in ({', '.join(BUILT_IN)}), "
+        f'not a file or folder here, {folder}, not a hub id ("org/name")',
+        code="no_model",
+    )
+
+
+def notes_of(name: str | Path, models_dir: str | Path | None = None) -> dict[str, Any]:
     """Return the content of a model's safelight.json; empty if it has none or is not here."""
     try:
-        path = find(name, download=False).path
+        path = find(name, download=False, models_dir=models_dir).path
         return (Folder(path, str(name)).json("safelight.json") or {}) if path.is_dir() else {}
     except SafelightError:
         return {}  # said when it is loaded

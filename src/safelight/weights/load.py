@@ -18,6 +18,7 @@ from safelight.model import Model
 from safelight.weights.check import DTYPES, Header, refusal
 from safelight.weights.digest import Original, digest_files, model_digest
 from safelight.weights.find import find
+from safelight.weights.library import open_library
 from safelight.weights.names import Weight, some
 from safelight.weights.plan import Plan, read_plan
 from safelight.weights.stored import SMALL, Stored, stored_tensor
@@ -37,6 +38,7 @@ def load_model(
     plain: bool = False,
     download: bool = True,
     wildcards_dir: str | Path | None = None,
+    models_dir: str | Path | None = None,
     takes_paths: bool = True,
 ) -> Model:
     """Load a model by name (see `find`); without one, the model that ships.
@@ -51,6 +53,8 @@ def load_model(
     plain: without the fast layers, which cannot be trained.
     download: False takes a hub model from the cache alone.
     wildcards_dir: a folder of text files, whose lines `__name__` in a prompt is drawn from.
+    models_dir: the folder in which models, LoRAs, embeddings and autoencoders are found by name
+      (see `safelight.weights.library`), in place of that of SAFELIGHT_MODELS.
     takes_paths: whether requests may name a LoRA by its path. A server takes names alone.
 
     Raises SafelightError, one line, if the model is not found or not usable: a missing,
@@ -60,7 +64,8 @@ def load_model(
         raise SafelightError(f"there is no folder of wildcards {str(wildcards_dir)[-100:]!r}")
     where = pick_device(device)
     precision = pick_dtype(dtype, where)
-    plan = read_plan(find(name, download=download), prediction_type)
+    source = find(name, download=download, models_dir=models_dir)
+    plan = read_plan(source, prediction_type)
     # What headers and configs tell comes first: to hash or to read a large file takes long.
     nets = {part: _frame(plan, part) for part in plan.weights}
     if where.type == "cpu" and not low_memory:
@@ -93,19 +98,20 @@ def load_model(
         dtype=precision,
         warnings=warnings,
         wildcards_dir=None if wildcards_dir is None else Path(wildcards_dir),
+        library=open_library(models_dir),
         stored=Stored(plan.weights, originals),
         takes_paths=takes_paths,
     )
 
 
-def inspect(name: str | Path) -> dict[str, Any]:
+def inspect(name: str | Path, *, models_dir: str | Path | None = None) -> dict[str, Any]:
     """Return what a checkpoint is, without reading its weights.
 
     Returns name, path, kind, family, components (parameters, stored dtypes and bytes of each
     network), parameters and dtypes of all, size_on_disk (bytes), prediction_type, native_size
     (width, height), and warnings. Raises SafelightError as `load_model` does for a malformed one.
     """
-    plan = read_plan(find(name))
+    plan = read_plan(find(name, models_dir=models_dir))
     components = {part: _summary(weights) for part, weights in plan.weights.items()}
     return {
         "name": plan.source.name,
