@@ -97,7 +97,7 @@ def open_adapter(path: Path) -> AdapterFile:
         digest = digest_file(path)
         original = Original(digest)
     except SafelightError as error:
-        raise SafelightError(str(error), code=error.code, field="loras") from None
+        raise SafelightError(f"lora {error}", code=error.code, field="loras") from None
     except OSError as error:
         raise refusal(name, f"cannot be read ({error.strerror})") from None
     settings = _settings(name, header, config)

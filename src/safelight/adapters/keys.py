@@ -33,6 +33,8 @@ _WRITTEN = {
     ".down.weight": "down",
     ".lora_linear_layer.up.weight": "up",
     ".lora_linear_layer.down.weight": "down",
+    ".lora_linear_layer.alpha": "alpha",
+    ".lora.alpha": "alpha",
     ".a1.weight": "a1",
     ".a2.weight": "a2",
     ".b1.weight": "b1",

@@ -90,6 +90,8 @@ class Adapters:
         for one in asked:
             path, name = self._locate(one)
             file, found = self._matched(path)
+            if not file.header.tensors:
+                raise refusal(file.name, "it holds nothing; a LoRA has tensors")
             if not found.changes:
                 raise unmatched_error(file, found.unmatched, self._family)
             if found.unmatched:
