@@ -33,7 +33,8 @@ class Model:
     name, path: as it was asked for, and where it was found.
     sha256: of a single file, its own; of a folder, of the names and digests of all its files.
     family: what it is and how it draws; its name is "sd1", "sd1-inpainting", "sd2",
-      "sd2-inpainting", "pixels", or "custom" for other shapes of Stable Diffusion.
+      "sd2-inpainting", "sdxl", "sdxl-inpainting", "sdxl-refiner", "ssd-1b", "vega" or "pixels";
+      "custom", "sdxl-custom" and "sdxl-refiner-custom" are of other shapes.
     parts: its networks and tokenizers by the names of their folders.
     words: those it was trained on, None if it does not say.
     notes: what else stands in the folder's safelight.json.
@@ -41,6 +42,7 @@ class Model:
     warnings: what the user should know about how it was loaded.
     wildcards_dir: the folder that `__name__` in a prompt is drawn from, None if there is none.
     library: the models folder that LoRAs and embeddings are found in, None if there is none.
+    other_vae: name and sha256 of the autoencoder that took the place of its own, None if none did.
     stored: its weights where they are stored; None if it was not loaded from files.
     takes_paths: whether a LoRA may be named by its path, which is not for requests of strangers.
     lora_files: names of LoRAs that mean these files.
@@ -61,6 +63,7 @@ class Model:
     warnings: list[str] = field(default_factory=list)
     wildcards_dir: Path | None = None
     library: Library | None = None
+    other_vae: dict[str, str] | None = None
     stored: Stored | None = None
     takes_paths: bool = True
     lora_files: dict[str, Path] = field(default_factory=dict)
@@ -109,14 +112,19 @@ class Model:
         return self.parts.get("vae")
 
     @property
+    def preview_vae(self) -> Any:
+        """The tiny autoencoder that previews are decoded with, None if there is none."""
+        return self.parts.get("preview_vae")
+
+    @property
     def text_encoder(self) -> Any:
-        """The text encoder, None if the model reads no text."""
-        return self.parts.get("text_encoder")
+        """The text encoder, the first of two, None if the model reads no text."""
+        return self.parts.get("text_encoder") or self.parts.get("text_encoder_2")
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer, None if the model reads no text."""
-        return self.parts.get("tokenizer")
+        """The tokenizer, the first of two, None if the model reads no text."""
+        return self.parts.get("tokenizer") or self.parts.get("tokenizer_2")
 
     @cached_property
     def adapters(self) -> Adapters:

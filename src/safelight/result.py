@@ -20,6 +20,7 @@ class Result:
     seeds: seeds[i] made images[i]. timings: in seconds. paths: where the pictures were saved.
     drawn: what their last bits depend on besides: see `safelight.machine`.
     words: with dynamic prompts, the prompt and negative prompt that each seed drew.
+    vae: name and sha256 of the autoencoder, if it is not the model's own.
     loras: of each seed that was drawn with some, name, weights, SHA-256, A1111's hash, and whether
       it stands in the prompt.
     """
@@ -36,6 +37,7 @@ class Result:
     paths: list[Path] = field(default_factory=list)
     drawn: dict[str, Any] = field(default_factory=dict)
     words: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    vae: dict[str, str] | None = None
     loras: dict[int, tuple[dict[str, Any], ...]] = field(default_factory=dict)
 
     def recipe(self, i: int = 0) -> dict[str, Any]:
@@ -60,6 +62,7 @@ class Result:
             "size": list(self.images[i].size),
             "settings": settings,
             "warnings": self.warnings,
+            **({} if self.vae is None else {"vae": self.vae}),
             **({"loras": list(self.loras[seed])} if seed in self.loras else {}),
             **template,
         }

@@ -85,14 +85,11 @@ def open_adapter(path: Path) -> AdapterFile:
     Raises SafelightError, one line, if it is not a safetensors file that adds up.
     """
     name, config = path.name, dict[str, Any]()
-    if path.is_dir():
-        inside = next((path / n for n in _IN_FOLDER if (path / n).is_file()), None)
-        if inside is None:
-            raise refusal(name, f"a folder without {' or '.join(_IN_FOLDER)}")
-        if (path / "adapter_config.json").is_file():
-            config = read_json(path / "adapter_config.json", name=f"{name}/adapter_config.json")
-        path = inside
+    told = path / "adapter_config.json"
     try:
+        path = file_in(path)
+        if told.is_file():
+            config = read_json(told, name=f"{name}/adapter_config.json")
         header = read_header(path, name)
         digest = digest_file(path)
         original = Original(digest)
@@ -102,6 +99,19 @@ def open_adapter(path: Path) -> AdapterFile:
         raise refusal(name, f"cannot be read ({error.strerror})") from None
     settings = _settings(name, header, config)
     return AdapterFile(name, header, digest.sha256, original, settings)
+
+
+def file_in(path: Path) -> Path:
+    """Return the file of weights in a folder that PEFT or diffusers wrote; a file itself.
+
+    Raises SafelightError if a folder has none.
+    """
+    if not path.is_dir():
+        return path
+    for name in _IN_FOLDER:
+        if (path / name).is_file():
+            return path / name
+    raise SafelightError(f"{printable(path.name, 60)}: a folder without {' or '.join(_IN_FOLDER)}")
 
 
 def match(file: AdapterFile, table: Mapping[str, Target], shapes: Shapes, family: str) -> Match:

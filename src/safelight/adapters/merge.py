@@ -9,16 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from safelight.adapters.algorithms import OFT, UnfitError
 from safelight.adapters.asked import AskedLora
 from safelight.adapters.file import AdapterFile, Change, refusal
+from safelight.errors import SafelightError
 from safelight.fast.replace import with_weights
+from safelight.weights.tensors import open_tensors
 
 if TYPE_CHECKING:
     from safelight.model import Model
@@ -103,7 +104,7 @@ def _changed(
         names = " and ".join(dict.fromkeys(one.file.name for one, _ in steps))
         raise refusal(
             names,
-            f"{part} {change.parameter} becomes NaN or Inf in {model.precision}: "
+            f"{part} {steps[0][1].parameter} becomes NaN or Inf in {model.precision}: "
             "take a weight nearer to 0",
         )
     return value
@@ -128,17 +129,15 @@ class _Opened:
         self._file = file
         try:
             file.original.check()
-            self._tensors: Any = stack.enter_context(
-                safe_open(file.original.openable, framework="pt")
-            )
-        except (SafetensorError, OSError) as error:
-            raise refusal(file.name, f"cannot be read: {error}") from None
+            self._read = stack.enter_context(open_tensors(file.header, file.original.openable))
+        except SafelightError as error:
+            raise SafelightError(f"lora {error}", field="loras") from None
 
     def read(self, change: Change, device: torch.device) -> dict[str, Tensor]:
         """Return the tensors of a change by slot, in float32."""
         found: dict[str, Tensor] = {}
         for slot, key in change.keys.items():
-            tensor = self._tensors.get_tensor(key).to(device, torch.float32)
+            tensor = self._read(key).to(device, torch.float32)
             if not bool(tensor.isfinite().all()):
                 raise refusal(self._file.name, f"{key!r:.70} holds NaN or Inf")
             if slot == "dora_scale" and "magnitude" in key:

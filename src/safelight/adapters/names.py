@@ -8,7 +8,7 @@ is never parsed: all spellings of all layers of the model are made, and looked u
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from safelight.weights.names import renamed
@@ -74,15 +74,19 @@ def table(model: Model, modules: Mapping[str, set[str]]) -> dict[str, Target]:
         if part not in modules:
             continue
         config = model.parts[part].config
-        original = model.family.original_names(part, asdict(config) if is_dataclass(config) else {})
+        original = model.family.original_names(part, asdict(config))
         back = {ours: theirs for theirs, ours in original.items()}
+        # What files call the text encoder is the only one, where there is one.
+        alone = part == "text_encoder_2" and "text_encoder" not in modules
+        called = (part, "text_encoder") if alone else (part,)
         for module in sorted(modules[part]):
             target = Target(part, module)
             for path in _paths(module, back):
-                for prefix in _DOTTED[part]:
-                    found.setdefault(prefix + path, target)
-                for prefix in _FLAT[part]:
-                    found.setdefault(prefix + path.replace(".", "_"), target)
+                for name in called:
+                    for prefix in _DOTTED[name]:
+                        found.setdefault(prefix + path, target)
+                    for prefix in _FLAT[name]:
+                        found.setdefault(prefix + path.replace(".", "_"), target)
     return found
 
 

@@ -31,6 +31,7 @@ def compare(
     dtype: options.Dtype = "auto",
     low_memory: options.LowMemory = False,
     models_dir: options.ModelsDir = None,
+    vae: options.Vae = None,
     out: Annotated[str, Option("--out", "-o", help="The .png file to write.")] = "grid.png",
     overwrite: options.Overwrite = False,
 ) -> None:
@@ -65,6 +66,7 @@ def compare(
                 dtype=dtype,
                 low_memory=low_memory,
                 models_dir=models_dir,
+                vae=vae,
             ),
             base,
             across,

@@ -17,6 +17,7 @@ def explain(
     dtype: options.Dtype = "auto",
     low_memory: options.LowMemory = False,
     models_dir: options.ModelsDir = None,
+    vae: options.Vae = None,
     wildcards: options.Wildcards = None,
     style: options.Styles = None,
     styles_file: options.StylesFile = None,
@@ -44,6 +45,7 @@ def explain(
             dtype=dtype,
             low_memory=low_memory,
             models_dir=models_dir,
+            vae=vae,
             wildcards_dir=wildcards,
         )
         # Not before: they import PyTorch, in which Ctrl-C has to wait.

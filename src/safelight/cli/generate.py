@@ -26,6 +26,7 @@ def generate(
     dtype: options.Dtype = "auto",
     low_memory: options.LowMemory = False,
     models_dir: options.ModelsDir = None,
+    vae: options.Vae = None,
     wildcards: options.Wildcards = None,
     style: options.Styles = None,
     styles_file: options.StylesFile = None,
@@ -71,6 +72,7 @@ def generate(
             dtype=dtype,
             low_memory=low_memory,
             models_dir=models_dir,
+            vae=vae,
             wildcards_dir=wildcards,
         )
         _warn_of_size(request, loaded.name, loaded.native_size)

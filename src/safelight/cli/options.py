@@ -30,6 +30,22 @@ Dtype = Annotated[str, Option(help="Precision: auto, float32, bfloat16 or float1
 LowMemory = Annotated[
     bool, Option("--low-memory", help="On the CPU: large weights in a file, not in memory.")
 ]
+Vae = Annotated[
+    str | None,
+    Option(
+        "--vae",
+        help="Another autoencoder: a folder, a file, a name in the models folder or a hub id.",
+        show_default=False,
+    ),
+]
+PreviewVae = Annotated[
+    str | None,
+    Option(
+        "--preview-vae",
+        help="A tiny autoencoder that previews are decoded with, given as --vae is.",
+        show_default=False,
+    ),
+]
 ModelsDir = Annotated[
     str | None,
     Option(

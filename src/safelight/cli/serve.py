@@ -28,6 +28,8 @@ def serve(
     ] = None,
     model: Annotated[str, Option(help="As `generate --model`.")] = "embedded",
     models_dir: options.ModelsDir = None,
+    vae: options.Vae = None,
+    preview_vae: options.PreviewVae = None,
     token: Annotated[
         str | None,
         Option(
@@ -72,6 +74,8 @@ def serve(
     settings = Settings(
         model=model,
         models_dir=models_dir,
+        vae=vae,
+        preview_vae=preview_vae,
         url=database or f"sqlite:///{root / 'jobs.sqlite3'}",
         root=str(root),
         device=device,

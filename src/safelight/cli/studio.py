@@ -30,6 +30,8 @@ def studio(
     ] = None,
     model: Annotated[str, Option(help="As `generate --model`.")] = "embedded",
     models_dir: options.ModelsDir = None,
+    vae: options.Vae = None,
+    preview_vae: options.PreviewVae = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     low_memory: options.LowMemory = False,
@@ -56,6 +58,8 @@ def studio(
     settings = Settings(
         model=model,
         models_dir=models_dir,
+        vae=vae,
+        preview_vae=preview_vae,
         url=f"sqlite:///{root / 'jobs.sqlite3'}",
         root=str(root),
         device=device,

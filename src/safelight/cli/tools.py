@@ -44,7 +44,8 @@ def samplers(as_json: Json = False) -> None:
 
 def models(as_json: Json = False) -> None:
     """List the models on this machine, shipped or cached."""
-    from safelight.weights.find import BUILT_IN, MODELS, cached
+    from safelight.weights.find import BUILT_IN, MODELS
+    from safelight.weights.hub import cached
 
     known = [
         {"name": name, "where": "ships with Safelight"}
@@ -102,6 +103,12 @@ def verify(
     model: Annotated[
         str | None, Option(help="Where the model is [its name in the recipe].", show_default=False)
     ] = None,
+    vae: Annotated[
+        str | None, Option(help="Where the other autoencoder is, if any.", show_default=False)
+    ] = None,
+    lora: Annotated[
+        list[str] | None, Option(help="The file of a LoRA, if any.", show_default=False)
+    ] = None,
     image: Annotated[
         str | None, Option(help="The picture it started from, if any.", show_default=False)
     ] = None,
@@ -123,8 +130,10 @@ def verify(
     """
     import safelight
     from safelight import machine
+    from safelight.adapters.recorded import recorded_files
     from safelight.picture import largest_difference, open_mask, open_picture
     from safelight.recipe import enlarge, read_recipe
+    from safelight.weights.library import open_library
 
     recipe = read_recipe(png)
     if "safelight" not in recipe:
@@ -141,26 +150,27 @@ def verify(
         image=None if image is None else open_picture(image, "image"),
         mask=None if mask is None else open_mask(mask),
     )
-    name, sha256 = recipe["model"]["name"], recipe["model"]["sha256"]
+    used, name = {"model": recipe["model"], "vae": recipe.get("vae")}, recipe["model"]["name"]
     with StepBar(count=1) as on_step:
         try:
             loaded = load(
-                _recorded_model(name, sha256, models_dir) if model is None else model,
+                model or _recorded("model", used["model"], models_dir) or name,
+                vae=vae or _recorded("vae", used["vae"], models_dir),
                 models_dir=models_dir,
                 device=device or recipe.get("device", "auto"),
                 dtype=dtype or recipe.get("dtype", "auto"),
-                # A picture from a stranger does not get to fetch gigabytes of its choice.
+                # A picture from a stranger does not get to fetch gigabytes of its choice, nor to
+                # name files here.
                 download=model is not None,
+                takes_paths=False,
             )
         except SafelightError as error:
             raise SafelightError(
-                f"{error}; --model, --device and --dtype take the place of the recipe's"
+                f"{error}; --model, --vae, --device and --dtype take the place of the recipe's"
             ) from None
-        if loaded.sha256 != sha256:
-            raise SafelightError(
-                f"model must be {name} of SHA-256 {sha256[:10]}…, not {loaded.sha256[:10]}…: "
-                "give the one that made the picture with --model"
-            )
+        _check_used("model", used["model"], loaded.sha256)
+        _check_used("vae", used["vae"], (loaded.other_vae or {}).get("sha256"))
+        loaded.lora_files = recorded_files(recipe, open_library(models_dir), lora or ())
         recorded = machine.recorded_machine(recipe)
         with machine.threads_of(recorded):
             result = loaded.generate(request, on_step=on_step)
@@ -179,17 +189,31 @@ def verify(
     raise typer.Exit(0 if bound is not None and difference <= bound else 1)
 
 
-def _recorded_model(name: str, sha256: str, models_dir: str | None) -> str:
-    """Return where a recipe's model is: in the models folder by its hash, else by its name."""
+def _recorded(kind: str, used: dict[str, str] | None, models_dir: str | None) -> str | None:
+    """Return where a recipe's model or vae is: in the models folder by its hash, else by name."""
     from safelight.weights.digest import digest_file
     from safelight.weights.library import open_library
 
     library = open_library(models_dir)
-    if library is None:
-        return name
-    named = library.matches(name, "model")
+    if used is None or library is None:
+        return None if used is None else used["name"]
+    named = library.matches(used["name"], kind)
     # A folder has no hash of its own: that is made of all its files, when they are loaded.
-    if any(entry.path.is_dir() or digest_file(entry.path).sha256 == sha256 for entry in named):
-        return name
-    found = library.by_hash(sha256, "model")
-    return name if found is None else str(found.path)
+    if any(e.path.is_dir() or digest_file(e.path).sha256 == used["sha256"] for e in named):
+        return used["name"]
+    found = library.by_hash(used["sha256"], kind)
+    return used["name"] if found is None else str(found.path)
+
+
+def _check_used(kind: str, used: dict[str, str] | None, sha256: str | None) -> None:
+    """Raise SafelightError if what was loaded is not what made the picture."""
+    wanted = None if used is None else used["sha256"]
+    if wanted == sha256:
+        return
+    told = (
+        "the model's own" if used is None else f"{used['name']} of SHA-256 {used['sha256'][:10]}…"
+    )
+    raise SafelightError(
+        f"{kind} must be {told}, not {'its own' if sha256 is None else f'{sha256[:10]}…'}: "
+        f"give the one that made the picture with --{kind}"
+    )

@@ -82,16 +82,17 @@ class _Copier:
         return new
 
     def _fill(self, path: str, layer: Any) -> None:
+        found: Any = layer
         for name in ("weight", "bias"):
             value = self._weights.get(_under(path, name))
             if value is not None:
                 layer._parameters[name] = nn.Parameter(value, requires_grad=False)
         if isinstance(layer, MappedLinear):
             layer.mapped = False
-        if getattr(layer, "shelf", None) is not None:
+        if getattr(found, "shelf", None) is not None:
             # A file of their own, which ends with them.
             self._shelf = self._shelf or Shelf()
-            layer.shelf = self._shelf
+            found.shelf = self._shelf
 
 
 def _under(path: str, name: str) -> str:

@@ -14,6 +14,8 @@ class Settings:
     url: str
     root: str
     models_dir: str | None = None
+    vae: str | None = None
+    preview_vae: str | None = None
     device: str = "auto"
     dtype: str = "auto"
     low_memory: bool = False
@@ -23,5 +25,6 @@ class Settings:
     @property
     def loading(self) -> dict[str, Any]:
         """The keywords of `load_model` besides the model's name and the precision."""
-        names = ("device", "low_memory", "models_dir")
-        return {name: getattr(self, name) for name in names}
+        names = ("device", "low_memory", "models_dir", "vae", "preview_vae")
+        # A client may name files of the models folder, and no path.
+        return {**{name: getattr(self, name) for name in names}, "takes_paths": False}

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safelight.errors import SafelightError
-from safelight.weights.check import printable, read_header
+from safelight.weights.check import printable
 from safelight.weights.digest import digest_file, known_digest, old_digest, tensors_digest
+from safelight.weights.headers import header_of
 from safelight.weights.kinds import kind_of
 from safelight.weights.notes import keep, recall, stamp_of
 
@@ -197,7 +198,7 @@ def facts_of(path: Path) -> dict[str, str]:
         stamp = stamp_of(real)
         facts = recall("facts", real, stamp)
         if not isinstance(facts, dict):
-            header = read_header(real)
+            header = header_of(real)
             alias = header.metadata.get("ss_output_name")
             told = {"kind": kind_of(header.tensors), "alias": alias}
             facts = {key: value for key, value in told.items() if value is not None}
@@ -256,7 +257,9 @@ def _whole_hash(entry: Entry) -> tuple[str, ...]:
 def _lora_hashes(entry: Entry) -> tuple[str, ...]:
     if entry.kind != "lora":
         return ()
-    header = read_header(entry.path)
+    header = header_of(entry.path)
+    if header.pickled:
+        return ()
     return header.metadata.get("sshs_model_hash", "").lower(), tensors_digest(entry.path)
 
 

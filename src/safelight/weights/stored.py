@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from safelight.weights.check import refusal
 from safelight.weights.digest import Original
 from safelight.weights.names import Weight
+from safelight.weights.tensors import open_tensors
 
 SMALL = ("F8_E4M3", "F8_E5M2")
 """Types that torch keeps and does not compute in."""
@@ -47,18 +45,17 @@ class Stored:
             file = self.files[path]
             header = next(iter(weights.values())).header
             file.check()
-            try:
-                with safe_open(file.openable, framework="pt") as opened:
-                    for name, weight in weights.items():
-                        yield name, stored_tensor(opened, weight)
-            except (SafetensorError, OSError) as error:
-                raise refusal(header.name, f"cannot be read: {error}") from None
+            with open_tensors(header, file.openable) as stored:
+                for name, weight in weights.items():
+                    yield name, stored_tensor(stored, weight)
             file.check()
 
 
-def stored_tensor(opened: Any, weight: Weight) -> Tensor:
-    """Return a weight of an opened file in its shape, as it is stored; the file is mapped."""
-    tensor: Tensor = opened.get_tensor(weight.key)
+def stored_tensor(read: Callable[[str], Tensor], weight: Weight) -> Tensor:
+    """Return a weight in its shape, as it is stored. read: see `open_tensors`."""
+    tensor = read(weight.key)
     if weight.third is not None:
         tensor = tensor.chunk(3)[weight.third]
+    if weight.transposed:
+        tensor = tensor.t().contiguous()
     return tensor.reshape(weight.shape)
