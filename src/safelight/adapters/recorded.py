@@ -36,8 +36,8 @@ def recorded_files(
         path = there.get(sha256) or (library and _in_library(library, name, sha256))
         if path is None:
             raise SafelightError(
-                f"lora {printable(name, 60)} of SHA-256 {printable(sha256, 10)} is needed: give the "
-                "file with --lora, or a folder that has it with --models-dir",
+                f"lora {printable(name, 60)} of SHA-256 {printable(sha256, 10)} is needed: "
+                "give its file with --lora, or a folder that has it with --models-dir",
                 code="no_model",
                 field="loras",
             )
