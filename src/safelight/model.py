@@ -43,6 +43,7 @@ class Model:
     wildcards_dir: the folder that `__name__` in a prompt is drawn from, None if there is none.
     library: the models folder that LoRAs and embeddings are found in, None if there is none.
     other_vae: name and sha256 of the autoencoder that took the place of its own, None if none did.
+    refiner: the model that takes the last steps, None if none does.
     stored: its weights where they are stored; None if it was not loaded from files.
     takes_paths: whether a LoRA may be named by its path, which is not for requests of strangers.
     lora_files: names of LoRAs that mean these files.
@@ -64,6 +65,7 @@ class Model:
     wildcards_dir: Path | None = None
     library: Library | None = None
     other_vae: dict[str, str] | None = None
+    refiner: Model | None = None
     stored: Stored | None = None
     takes_paths: bool = True
     lora_files: dict[str, Path] = field(default_factory=dict)

@@ -32,6 +32,7 @@ def compare(
     low_memory: options.LowMemory = False,
     models_dir: options.ModelsDir = None,
     vae: options.Vae = None,
+    refiner: options.Refiner = None,
     out: Annotated[str, Option("--out", "-o", help="The .png file to write.")] = "grid.png",
     overwrite: options.Overwrite = False,
 ) -> None:
@@ -67,6 +68,7 @@ def compare(
                 low_memory=low_memory,
                 models_dir=models_dir,
                 vae=vae,
+                refiner=refiner,
             ),
             base,
             across,

@@ -18,6 +18,7 @@ def explain(
     low_memory: options.LowMemory = False,
     models_dir: options.ModelsDir = None,
     vae: options.Vae = None,
+    refiner: options.Refiner = None,
     wildcards: options.Wildcards = None,
     style: options.Styles = None,
     styles_file: options.StylesFile = None,
@@ -46,6 +47,7 @@ def explain(
             low_memory=low_memory,
             models_dir=models_dir,
             vae=vae,
+            refiner=refiner,
             wildcards_dir=wildcards,
         )
         # Not before: they import PyTorch, in which Ctrl-C has to wait.

@@ -27,6 +27,7 @@ def generate(
     low_memory: options.LowMemory = False,
     models_dir: options.ModelsDir = None,
     vae: options.Vae = None,
+    refiner: options.Refiner = None,
     wildcards: options.Wildcards = None,
     style: options.Styles = None,
     styles_file: options.StylesFile = None,
@@ -73,6 +74,7 @@ def generate(
             low_memory=low_memory,
             models_dir=models_dir,
             vae=vae,
+            refiner=refiner,
             wildcards_dir=wildcards,
         )
         _warn_of_size(request, loaded.name, loaded.native_size)

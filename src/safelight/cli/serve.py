@@ -29,6 +29,7 @@ def serve(
     model: Annotated[str, Option(help="As `generate --model`.")] = "embedded",
     models_dir: options.ModelsDir = None,
     vae: options.Vae = None,
+    refiner: options.Refiner = None,
     preview_vae: options.PreviewVae = None,
     token: Annotated[
         str | None,
@@ -75,6 +76,7 @@ def serve(
         model=model,
         models_dir=models_dir,
         vae=vae,
+        refiner=refiner,
         preview_vae=preview_vae,
         url=database or f"sqlite:///{root / 'jobs.sqlite3'}",
         root=str(root),

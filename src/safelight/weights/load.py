@@ -15,7 +15,7 @@ from safelight.errors import SafelightError
 from safelight.fast import accelerate, helps, memory, native_bfloat16, remark
 from safelight.model import Model
 from safelight.weights.autoencoders import with_autoencoders
-from safelight.weights.check import DTYPES, Header, refusal
+from safelight.weights.check import DTYPES, Header, printable, refusal
 from safelight.weights.digest import Original, digest_files, model_digest
 from safelight.weights.find import find, find_vae
 from safelight.weights.library import open_library
@@ -43,6 +43,7 @@ def load_model(
     models_dir: str | Path | None = None,
     vae: str | Path | None = None,
     preview_vae: str | Path | None = None,
+    refiner: str | Path | None = None,
     takes_paths: bool = True,
 ) -> Model:
     """Load a model by name (see `find`); without one, the model that ships.
@@ -62,6 +63,7 @@ def load_model(
     vae: an autoencoder in place of the model's own: a folder, a file, a name in the models
       folder or a hub id.
     preview_vae: the same, a tiny one, for previews alone.
+    refiner: a model that takes over for the last steps, as SDXL's refiner does.
     takes_paths: whether requests may name a LoRA by its path. A server takes names alone.
 
     Raises SafelightError, one line, if the model is not found or not usable: a missing,
@@ -110,6 +112,19 @@ def load_model(
         warnings.append(slow)
     if low_memory and not fast:
         warnings.append(f"low_memory does nothing on {where.type} in {str(precision)[6:]}")
+    second = None
+    if refiner is not None:
+        second = load_model(
+            refiner,
+            device=where,
+            dtype=precision,
+            low_memory=low_memory,
+            plain=plain,
+            download=download,
+            models_dir=models_dir,
+            takes_paths=takes_paths,
+        )
+        _check_refiner(plan, second)
     return Model(
         name=plan.source.name,
         path=str(plan.source.path),
@@ -125,6 +140,7 @@ def load_model(
         warnings=warnings,
         wildcards_dir=None if wildcards_dir is None else Path(wildcards_dir),
         library=open_library(models_dir),
+        refiner=second,
         other_vae=(
             {"name": vaes["vae"].name, "sha256": model_digest(others["vae"])}
             if "vae" in others
@@ -132,6 +148,17 @@ def load_model(
         ),
         stored=Stored(plan.weights, originals),
         takes_paths=takes_paths,
+    )
+
+
+def _check_refiner(plan: Plan, refiner: Model) -> None:
+    """Raise SafelightError unless a model can go on with the latents of another."""
+    if plan.family.title == refiner.family.title and plan.family.refinable:
+        return
+    raise SafelightError(
+        f"refiner {printable(refiner.name, 60)} is of {refiner.family.title}, and "
+        f"{printable(plan.source.name, 60)} of {plan.family.title}: both must be of SDXL",
+        field="refiner",
     )
 
 

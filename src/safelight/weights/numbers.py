@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Set
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ class Numbers:
             if low < high:
                 bits, limit = self._limits[key]
                 count = (high - low) // np.dtype(bits).itemsize
-                values = np.frombuffer(piece, bits, count, low - at)
+                values: Any = np.frombuffer(piece, bits, count, low - at)
                 # Numbers without their sign are in the order of their bits, NaN being the last.
                 good = bool((values & np.iinfo(bits).max // 2).max() <= limit)
                 self._good[key] = self._good.get(key, True) and good

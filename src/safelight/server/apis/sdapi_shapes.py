@@ -30,6 +30,7 @@ from safelight.recipe import parse_recipe_text
 from safelight.request import Request
 from safelight.sampling import SAMPLERS
 from safelight.server.apis.sdapi_names import (
+    OVERRIDES,
     find_sampler,
     find_scheduler,
     is_model,
@@ -85,6 +86,7 @@ class Settings(BaseModel):
     s_noise: Number = 1.0
     s_min_uncond: Number = 0.0
     refiner_checkpoint: str | None = None
+    refiner_switch_at: Number | None = None
     override_settings: dict[str, Any] = {}
     infotext: str | None = None
     script_name: str | None = None
@@ -216,8 +218,10 @@ def _settings(
         settings[ours] = defaults[ours] if silent else getattr(body, theirs)
     if isinstance(body, ImageToImage):
         settings["strength"] = body.denoising_strength
-    if (layers := body.override_settings.get("CLIP_stop_at_last_layers")) is not None:
-        settings["clip_skip"] = layers
+    if body.refiner_switch_at is not None:
+        settings["refiner_start"] = body.refiner_switch_at
+    told = body.override_settings
+    settings |= {ours: told[theirs] for theirs, ours in OVERRIDES.items() if theirs in told}
     return settings | _own(body, settings), warnings
 
 
@@ -244,7 +248,7 @@ def _request(settings: dict[str, Any]) -> Request:
 
 def _ignored(body: TextToImage | ImageToImage, model: ModelInfo) -> list[str]:
     checkpoint = body.override_settings.get("sd_model_checkpoint")
-    taken = ("sd_model_checkpoint", "CLIP_stop_at_last_layers")
+    taken = ("sd_model_checkpoint", *OVERRIDES)
     overrides = [name for name in body.override_settings if name not in taken]
     scripts = [
         name
@@ -263,7 +267,7 @@ def _ignored(body: TextToImage | ImageToImage, model: ModelInfo) -> list[str]:
         (body.s_churn > 0, "s_churn: no noise is added to samplers that have none"),
         (body.s_noise != 1, "s_noise: noise has its usual strength, as with 1"),
         (body.s_min_uncond > 0, "s_min_uncond: the negative prompt counts in every step"),
-        (body.refiner_checkpoint, "refiner_checkpoint: one model draws all steps"),
+        (body.refiner_checkpoint, "refiner_checkpoint: it is given when the server is started"),
         (body.infotext, "infotext: settings are read from the fields alone"),
         (
             checkpoint is not None and not is_model(checkpoint, model),
