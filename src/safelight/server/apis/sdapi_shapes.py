@@ -218,21 +218,19 @@ def _settings(
         settings[ours] = defaults[ours] if silent else getattr(body, theirs)
     if isinstance(body, ImageToImage):
         settings["strength"] = body.denoising_strength
-    if body.refiner_switch_at is not None:
-        settings["refiner_start"] = body.refiner_switch_at
-    told = body.override_settings
-    settings |= {ours: told[theirs] for theirs, ours in OVERRIDES.items() if theirs in told}
+    if (share := body.refiner_switch_at) is not None:
+        settings["refiner_start"] = share
+    overrides = body.override_settings
+    settings |= {ours: overrides[name] for name, ours in OVERRIDES.items() if name in overrides}
     return settings | _own(body, settings), warnings
 
 
 def _own(body: TextToImage | ImageToImage, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings that this API has no field for, under Safelight's names."""
     extra = body.model_extra or {}
-    return {
-        name: extra[name]
-        for name, setting in settings_of(Request).items()
-        if name in extra and name not in settings and setting.kind and not setting.about.a1111
-    }
+    known = settings_of(Request).items()
+    own = {name for name, one in known if one.kind and not one.about.a1111} - {*settings}
+    return {name: extra[name] for name in extra if name in own}
 
 
 def _request(settings: dict[str, Any]) -> Request:
