@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from safelight.request import Request
     from safelight.weights.check import Header
     from safelight.weights.folder import Folder
-    from safelight.weights.names import Weight
+    from safelight.weights.names import Section, Weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,6 +203,13 @@ class Family:
         Raises SafelightError for a file of this family in an unknown variant.
         """
         return None
+
+    def sections(self) -> Mapping[str, Section]:
+        """Return which keys of a single file belong to which network, by their prefixes.
+
+        Of several for one network, the first is the one that `safelight convert` writes.
+        """
+        return {}
 
     def single_file(self, header: Header) -> SingleFile:
         """Return what a single file of this variant holds.
