@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -123,6 +123,7 @@ class Part:
     stem: the name of its weight files in a folder.
     rename: from a key of a folder's file to our name, None for a key that is not used.
     reshape: from name and stored shape to the shape that is read.
+    others: what a folder may have in its place, by the class that model_index.json names.
     """
 
     module: str
@@ -132,6 +133,7 @@ class Part:
     stem: str = "diffusion_pytorch_model"
     rename: Callable[[str], str | None] = lambda key: key
     reshape: Callable[[str, tuple[int, ...]], tuple[int, ...]] = lambda name, shape: shape
+    others: Mapping[str, Part] = field(default_factory=dict)
 
     def load_classes(self) -> tuple[type[NetConfig], type[nn.Module]]:
         """Return the classes of the config and of the network."""

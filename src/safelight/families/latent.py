@@ -43,12 +43,14 @@ IGNORED = re.compile(
 )
 
 UNET_PART = Part("safelight.nets.unet", "UNet2DConditionModel", "UNetConfig")
+TINY_PART = Part("safelight.nets.tiny", "AutoencoderTiny", "TinyConfig")
 VAE_PART = Part(
     "safelight.nets.vae",
     "AutoencoderKL",
     "VAEConfig",
     rename=names.vae_folder_name,
     reshape=names.vae_shape,
+    others={"AutoencoderTiny": TINY_PART},
 )
 TEXT_PART = Part(
     "safelight.nets.clip",

@@ -21,7 +21,7 @@ from safelight.weights.find import find, find_vae
 from safelight.weights.library import open_library
 from safelight.weights.names import Weight, some
 from safelight.weights.plan import Plan, read_plan
-from safelight.weights.tensors import open_tensors
+from safelight.weights.tensors import is_finite, open_tensors, taken
 
 _SMALL = ("F8_E4M3", "F8_E5M2")
 _FLOATS = ("F16", "BF16", "F32", "F64", *_SMALL)
@@ -77,7 +77,7 @@ def load_model(
     }
     plan = with_autoencoders(read_plan(source, prediction_type), vaes)
     # What headers and configs tell comes first: to hash or to read a large file takes long.
-    nets = {part: _frame(plan, part) for part in plan.weights}
+    nets = {part: frame(plan, part) for part in plan.weights}
     if where.type == "cpu" and not low_memory:
         _check_memory(plan, precision)
     tokenizers = plan.family.load_tokenizers(plan.folder, plan.configs)
@@ -197,9 +197,9 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _frame(plan: Plan, part: str) -> Any:
+def frame(plan: Plan, part: str) -> Any:
     """Return a network without weights, once those of its file are seen to fit it."""
-    _, network_class = plan.part(part).load_classes()
+    _, network_class = plan.parts[part].load_classes()
     with torch.device("meta"), _Unfilled():
         network = network_class(plan.configs[part])
     _check_fit(plan.source.name, part, network, plan.weights[part])
@@ -288,24 +288,14 @@ def _read(
             tensor = read(weight.key)
             if weight.dtype in _SMALL:
                 tensor = tensor.to(dtype)  # torch does not compute in 8 bits
-            if weight.third is not None:
-                tensor = tensor.chunk(3)[weight.third]
-            if weight.transposed:
-                tensor = tensor.t().contiguous()
+            tensor = taken(tensor, weight)
             if tensor.data_ptr() % tensor.element_size():
                 tensor = tensor.clone()  # the file need not align it, our kernels do
-            tensor = tensor.reshape(weight.shape)
             if not keep:
                 tensor = tensor.to(device, dtype)
-            if not _finite(tensor, dtype):
+            if not is_finite(tensor, dtype):
                 raise refusal(header.name, f"{weight.key} holds NaN or Inf as {dtype}")
             if keep:
                 memory.page_out(tensor)
             state[name] = tensor
     return state
-
-
-def _finite(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether all values are finite in `dtype`: a large float32 is not, as float16."""
-    # NaN is passed on by both, and conversion keeps the order.
-    return all(bool(end.to(dtype).isfinite()) for end in torch.aminmax(tensor))
