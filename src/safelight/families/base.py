@@ -141,6 +141,10 @@ class Part:
         return getattr(module, self.config), getattr(module, self.network)
 
 
+NO_PART = (None, None)
+"""What a model_index.json has in place of a part that is not there."""
+
+
 class Family:
     """A kind of model. One file holds one family; an instance is one variant of it.
 
@@ -229,6 +233,14 @@ class Family:
         Of several for one network, the first is the one that `safelight convert` writes.
         """
         return {}
+
+    def file_marks(self, scheduler: SchedulerConfig) -> tuple[str, ...]:
+        """Return the keys of empty tensors that tell how a single file was trained."""
+        return ()
+
+    def index(self, configs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a model_index.json says of this variant, without its parts."""
+        return {"_class_name": self.pipelines[0]}
 
     def single_file(self, header: Header) -> SingleFile:
         """Return what a single file of this variant holds.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from safelight.families import colours
-from safelight.families.base import Family, Part, SingleFile
+from safelight.families.base import NO_PART, Family, Part, SingleFile
 from safelight.families.latent import (
     BETAS,
     CLIP_CONFIG,
@@ -138,6 +138,14 @@ class StableDiffusion(LatentFamily):
             UNET: names.Section("unet", names.unet_names(self.unet)),
             VAE: names.Section("vae", names.vae_names(self.vae)),
             **{prefix: texts[prefix] for prefix in order},
+        }
+
+    def index(self, configs: Mapping[str, Any]) -> dict[str, Any]:
+        inpaints = configs["unet"].in_channels > configs["unet"].out_channels
+        return {
+            "_class_name": self.pipelines[2 if inpaints else 0],
+            "requires_safety_checker": False,
+            **dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), NO_PART),
         }
 
     def single_file(self, header: Header) -> SingleFile:

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.families import colours
-from safelight.families.base import Family, Part, SingleFile
+from safelight.families.base import NO_PART, Family, Part, SingleFile
 from safelight.families.latent import (
     BETAS,
     CLIP_CONFIG,
@@ -31,6 +31,7 @@ from safelight.families.latent import (
     LatentFamily,
     added_numbers,
 )
+from safelight.sampling import SchedulerConfig
 from safelight.weights import names
 from safelight.weights.check import Header, refusal
 
@@ -177,21 +178,20 @@ class StableDiffusionXL(LatentFamily):
         shapes = ("block_out_channels", "down_depths", "up_depths", "mid_block_type")
         found = next(
             (
-                v.name
+                v
                 for v in named
                 if all(
                     getattr(unet.from_dict(v.configs["unet"]), key) == getattr(configs["unet"], key)
                     for key in (*shapes, "in_channels", "cross_attention_dim")
                 )
             ),
-            self.name,
+            self,
         )
         if str(scheduler.get("_class_name")).startswith("EDM"):
             raise refusal("scheduler", _EDM)
         sampler = _sampler(scheduler)
         return replace(
-            self,
-            name=found,
+            found,
             zeros=index.get("force_zeros_for_empty_prompt", True) is not False,
             defaults=self.defaults if sampler is None else {**self.defaults, "sampler": sampler},
         )
@@ -256,6 +256,21 @@ class StableDiffusionXL(LatentFamily):
             VAE: names.Section("vae", names.vae_names(self.vae)),
             f"{EMBEDDERS}0.transformer.": names.Section("text_encoder"),
             f"{EMBEDDERS}1.model.": second,
+        }
+
+    def file_marks(self, scheduler: SchedulerConfig) -> tuple[str, ...]:
+        marks = {
+            "v_pred": scheduler.prediction_type == "v_prediction",
+            "ztsnr": scheduler.rescale_betas_zero_snr,
+        }
+        return tuple(mark for mark, said in marks.items() if said)
+
+    def index(self, configs: Mapping[str, Any]) -> dict[str, Any]:
+        inpaints = configs["unet"].in_channels > configs["unet"].out_channels
+        return {
+            "_class_name": self.pipelines[2 if inpaints else 0],
+            "force_zeros_for_empty_prompt": self.zeros,
+            **dict.fromkeys(("feature_extractor", "image_encoder"), NO_PART),
         }
 
     def single_file(self, header: Header) -> SingleFile:
@@ -338,10 +353,19 @@ class Refiner(StableDiffusionXL):
     def owns(self, index: Mapping[str, Any]) -> bool:
         return Family.owns(self, index) and index.get("text_encoder") == [None, None]
 
+    def index(self, configs: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            **super().index(configs),
+            "_class_name": self.pipelines[1],
+            "requires_aesthetics_score": True,
+            **dict.fromkeys(("text_encoder", "tokenizer"), NO_PART),
+        }
+
     def sections(self) -> dict[str, names.Section]:
         found = super().sections()
         del found[f"{EMBEDDERS}0.transformer."]
-        return {**found, f"{EMBEDDERS}0.model.": found.pop(f"{EMBEDDERS}1.model.")}
+        second = found.pop(f"{EMBEDDERS}1.model.")
+        return {**found, f"{EMBEDDERS}0.model.": second}
 
     def size_numbers(
         self, model: Model, request: Request, *, negative: bool

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from safelight.errors import SafelightError
 from safelight.families import family_of_file
@@ -95,7 +96,7 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _facts(kind: str, name: str, path: Path) -> dict[str, object]:
+def _facts(kind: str, name: str, path: Path) -> dict[str, Any]:
     """Return family, bytes and dtypes, as JSON has them."""
     if path.is_dir():
         if kind != "model":

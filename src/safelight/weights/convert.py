@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 from safelight.errors import SafelightError
+from safelight.families import Part
+from safelight.families.base import NO_PART
+from safelight.sampling import SchedulerConfig
 from safelight.weights.autoencoders import with_autoencoders
 from safelight.weights.check import refusal
 from safelight.weights.digest import digest_files
@@ -36,7 +39,7 @@ _TOKENIZER = (
     "tokenizer_config.json",
     "special_tokens_map.json",
 )
-_NO_PART = [None, None]
+_BOOKKEEPING = ("sample_size", "projection_dim", "eos_token_id")
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
 Parts = dict[str, dict[str, Out]]
@@ -88,7 +91,7 @@ def convert(
                 _write_file(new, plan, parts, originals)
             else:
                 _write_folder(new, plan, parts)
-            return _check_written(new, plan)
+            return _check_written(new, plan, "one file" if single else "a folder")
 
 
 def _check_place(path: Path, plan: Plan) -> None:
@@ -137,31 +140,22 @@ def _out(part: str, weight: Weight, read: Callable[[Weight], Tensor], dtype: str
 
 
 def _originals(plan: Plan) -> dict[str, Original]:
-    sections = plan.family.sections()
-    known = {section.part for section in sections.values()}
-    if set(plan.weights) - known or any(p.network in _FOLDERS_ONLY for p in plan.parts.values()):
-        raise SafelightError(
-            f"{plan.source.name} has no layout of one file ({plan.family.title}, "
-            f"{', '.join(p.network for p in plan.parts.values())}): write a folder"
-        )
     shapes = {
         part: {ours: weight.shape for ours, weight in weights.items()}
         for part, weights in plan.weights.items()
     }
     try:
-        return original_names(sections, shapes)
-    except (KeyError, StopIteration) as error:
-        raise SafelightError(
-            f"{plan.source.name} has other shapes than one file can tell ({error}): write a folder"
-        ) from None
+        if all(plan.parts[part] is plan.family.parts[part] for part in plan.weights):
+            return original_names(plan.family.sections(), shapes)
+    except (KeyError, StopIteration):
+        pass  # other shapes, or a family that has no such layout
+    raise SafelightError(
+        f"{plan.source.name} ({plan.family}) cannot be one file, which holds no configs: only the "
+        "published networks of Stable Diffusion can; write a folder"
+    )
 
 
-_FOLDERS_ONLY = ("AutoencoderTiny",)
-
-
-def _write_file(
-    path: Path, plan: Plan, parts: Parts, originals: Mapping[str, Original]
-) -> None:
+def _write_file(path: Path, plan: Plan, parts: Parts, originals: Mapping[str, Original]) -> None:
     tensors = {key: _joined(original, parts) for key, original in originals.items()}
     for mark in plan.family.file_marks(plan.scheduler):
         tensors[mark] = Out("F32", (0,), lambda: torch.zeros(0))
@@ -193,20 +187,35 @@ def _joined(original: Original, parts: Parts) -> Out:
 def _write_folder(folder: Path, plan: Plan, parts: Parts) -> None:
     for name, outs in parts.items():
         part = plan.parts[name]
-        config = {**part.saved, **plan.raw[name]}
+        config = {**_identity(part), **plan.raw[name]}
+        if name == plan.family.network and plan.folder is None:
+            config["sample_size"] = plan.native_size[0] // plan.configs["vae"].factor
         _write_json(folder / name / "config.json", config)
         write_tensors(folder / name / f"{part.stem}.safetensors", outs)
     scheduler = {**plan.raw["scheduler"], "prediction_type": plan.scheduler.prediction_type}
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     _write_tokenizers(folder, plan)
-    index: dict[str, Any] = {**plan.family.index(), **(plan.folder.index if plan.folder else {})}
+    index = dict(plan.folder.index if plan.folder else plan.family.index(plan.configs))
     for name, part in plan.parts.items():
-        index[name] = [part.library, part.network]
+        index[name] = [_library(part), part.network]
+    for name, classes in plan.family.tokenizers.items():
+        index[name] = ["transformers", classes[0]]
     index["scheduler"] = ["diffusers", scheduler.get("_class_name", "DDIMScheduler")]
-    index |= {name: _NO_PART for name in _UNUSED if name in index}
+    index |= {name: NO_PART for name in _UNUSED if name in index}
     _write_json(folder / "model_index.json", index)
     if plan.folder is not None and (notes := plan.folder.json("safelight.json")) is not None:
         _write_json(folder / "safelight.json", notes)
+
+
+def _library(part: Part) -> str:
+    return "transformers" if part.stem == "model" else "diffusers"
+
+
+def _identity(part: Part) -> dict[str, Any]:
+    """Return what a network's config.json has besides its settings."""
+    if _library(part) == "diffusers":
+        return {"_class_name": part.network}
+    return {"architectures": [part.network], "model_type": "clip_text_model"}
 
 
 def _write_tokenizers(folder: Path, plan: Plan) -> None:
@@ -230,26 +239,42 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 # --- what became of it ---------------------------------------------------------------------------
 
 
-def _check_written(path: Path, plan: Plan) -> list[str]:
-    """Read what was written, and refuse it if it is another model; return what it does not say."""
+def _check_written(path: Path, plan: Plan, layout: str) -> list[str]:
+    """Read what was written, and refuse it if it is another model; return what it does not say.
+
+    layout: what to call it in errors.
+    """
     again = read_plan(Source(plan.source.name, path))
+    configs = plan.configs.items()
     for what, before, after in (
         ("family", plan.family.name, again.family.name),
         ("prediction type", plan.scheduler.prediction_type, again.scheduler.prediction_type),
         ("size", plan.native_size, again.native_size),
-        *((f"{part} config", c, again.configs[part]) for part, c in plan.configs.items()),
+        *((f"{part} config", _told(c), _told(again.configs[part])) for part, c in configs),
     ):
         if before != after:
             shown = f": {before} became {after}" if isinstance(before, str | tuple) else ""
             raise SafelightError(
-                f"{plan.source.name} cannot be one file, which does not hold its {what}{shown}; "
-                "write a folder"
+                f"{plan.source.name} cannot be {layout}, which does not hold its {what}{shown}"
             )
+    defaults = SchedulerConfig()
     lost = [
         key
-        for key, value in plan.scheduler.to_dict().items()
-        if value != getattr(again.scheduler, key, value)
+        for key in sorted(plan.scheduler.given - again.scheduler.given)
+        if getattr(plan.scheduler, key) != getattr(defaults, key) or key == "timestep_spacing"
     ]
-    return [f"one file does not hold the scheduler's {', '.join(lost)}"] if lost else []
+    lost += [
+        key
+        for key in sorted(plan.scheduler.given & again.scheduler.given)
+        if getattr(plan.scheduler, key) != getattr(again.scheduler, key)
+    ]
+    return [f"{layout} does not hold the scheduler's {', '.join(lost)}"] if lost else []
 
 
+def _told(config: Any) -> dict[str, Any]:
+    """Return a config in one form of several, without what no network computes with."""
+    told = {k: v for k, v in asdict(config).items() if k not in _BOOKKEEPING}
+    heads, levels = told.get("attention_head_dim"), len(told.get("block_out_channels", ()))
+    if isinstance(heads, int):
+        told["attention_head_dim"] = (heads,) * levels
+    return told

@@ -66,7 +66,7 @@ def write_tensors(
 def _write(file: BinaryIO, tensor: Tensor) -> None:
     flat = tensor.detach().contiguous().flatten().view(torch.uint8)
     for piece in flat.split(PIECE):
-        file.write(piece.numpy())
+        file.write(piece.numpy().data)
 
 
 @contextmanager
