@@ -21,6 +21,8 @@ class Result:
     drawn: what their last bits depend on besides: see `safelight.machine`.
     words: with dynamic prompts, the prompt and negative prompt that each seed drew.
     vae: name and sha256 of the autoencoder, if it is not the model's own.
+    loras: of each seed that was drawn with some, name, weights, SHA-256, A1111's hash, and whether
+      it stands in the prompt.
     """
 
     images: list[Image]
@@ -36,6 +38,7 @@ class Result:
     drawn: dict[str, Any] = field(default_factory=dict)
     words: dict[int, tuple[str, ...]] = field(default_factory=dict)
     vae: dict[str, str] | None = None
+    loras: dict[int, tuple[dict[str, Any], ...]] = field(default_factory=dict)
 
     def recipe(self, i: int = 0) -> dict[str, Any]:
         """Return everything that makes picture i again, alone. It is written into its PNG.
@@ -60,6 +63,7 @@ class Result:
             "settings": settings,
             "warnings": self.warnings,
             **({} if self.vae is None else {"vae": self.vae}),
+            **({"loras": list(self.loras[seed])} if seed in self.loras else {}),
             **template,
         }
 

@@ -26,4 +26,5 @@ class Settings:
     def loading(self) -> dict[str, Any]:
         """The keywords of `load_model` besides the model's name and the precision."""
         names = ("device", "low_memory", "models_dir", "vae", "preview_vae")
-        return {name: getattr(self, name) for name in names}
+        # A client may name files of the models folder, and no path.
+        return {**{name: getattr(self, name) for name in names}, "takes_paths": False}

@@ -27,11 +27,11 @@ from safelight.weights.find import Source, find, find_vae
 from safelight.weights.load import frame
 from safelight.weights.names import Original, Weight, original_names
 from safelight.weights.plan import Plan, read_plan
-from safelight.weights.tensors import DTYPES, is_finite, open_tensors, taken
+from safelight.weights.stored import SMALL, stored_tensor
+from safelight.weights.tensors import DTYPES, is_finite, open_tensors
 from safelight.weights.write import Out, write_tensors, written
 
 PRECISIONS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_SMALL = ("F8_E4M3", "F8_E5M2")
 _TOKENIZER = (
     "vocab.json",
     "merges.txt",
@@ -115,7 +115,7 @@ def _open(plan: Plan) -> Iterator[Callable[[Weight], Tensor]]:
         def read(weight: Weight) -> Tensor:
             if id(weight.header) not in opened:
                 opened[id(weight.header)] = stack.enter_context(open_tensors(weight.header))
-            return taken(opened[id(weight.header)](weight.key), weight)
+            return stored_tensor(opened[id(weight.header)], weight)
 
         yield read
 
@@ -126,8 +126,8 @@ def _out(part: str, weight: Weight, read: Callable[[Weight], Tensor], dtype: str
 
     def checked() -> Tensor:
         tensor = read(weight)
-        wide = tensor.float() if weight.dtype in _SMALL else tensor
-        if not is_finite(wide, torch.float32 if stored in _SMALL else DTYPES[stored]):
+        wide = tensor.float() if weight.dtype in SMALL else tensor
+        if not is_finite(wide, torch.float32 if stored in SMALL else DTYPES[stored]):
             raise refusal(
                 weight.header.name, f"{part} {weight.key} holds NaN or Inf as {stored.lower()}"
             )

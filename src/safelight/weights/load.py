@@ -21,10 +21,10 @@ from safelight.weights.find import find, find_vae
 from safelight.weights.library import open_library
 from safelight.weights.names import Weight, some
 from safelight.weights.plan import Plan, read_plan
-from safelight.weights.tensors import is_finite, open_tensors, taken
+from safelight.weights.stored import SMALL, Stored, stored_tensor
+from safelight.weights.tensors import is_finite, open_tensors
 
-_SMALL = ("F8_E4M3", "F8_E5M2")
-_FLOATS = ("F16", "BF16", "F32", "F64", *_SMALL)
+_FLOATS = ("F16", "BF16", "F32", "F64", *SMALL)
 _STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _COMPUTE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -42,6 +42,7 @@ def load_model(
     models_dir: str | Path | None = None,
     vae: str | Path | None = None,
     preview_vae: str | Path | None = None,
+    takes_paths: bool = True,
 ) -> Model:
     """Load a model by name (see `find`); without one, the model that ships.
 
@@ -60,6 +61,7 @@ def load_model(
     vae: an autoencoder in place of the model's own: a folder, a file, a name in the models
       folder or a hub id.
     preview_vae: the same, a tiny one, for previews alone.
+    takes_paths: whether requests may name a LoRA by its path. A server takes names alone.
 
     Raises SafelightError, one line, if the model is not found or not usable: a missing,
     left-over or misshapen weight is named, and so is one that is not finite.
@@ -120,6 +122,8 @@ def load_model(
             if "vae" in others
             else None
         ),
+        stored=Stored(plan.weights, originals),
+        takes_paths=takes_paths,
     )
 
 
@@ -285,10 +289,9 @@ def _read(
     state: dict[str, Tensor] = {}
     with open_tensors(header, path) as read:
         for name, weight in weights.items():
-            tensor = read(weight.key)
-            if weight.dtype in _SMALL:
+            tensor = stored_tensor(read, weight)
+            if weight.dtype in SMALL:
                 tensor = tensor.to(dtype)  # torch does not compute in 8 bits
-            tensor = taken(tensor, weight)
             if tensor.data_ptr() % tensor.element_size():
                 tensor = tensor.clone()  # the file need not align it, our kernels do
             if not keep:

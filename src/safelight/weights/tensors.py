@@ -12,7 +12,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from safelight.weights.check import Header, refusal
-from safelight.weights.names import Weight
 from safelight.weights.pickles import INERT, BrokenPickleError, leaves
 
 DTYPES = {
@@ -49,15 +48,6 @@ def open_tensors(header: Header, path: str | None = None) -> Iterator[Callable[[
                 yield file.get_tensor
     except (SafetensorError, OSError) as e:
         raise refusal(header.name, f"cannot be read: {e}") from None
-
-
-def taken(tensor: Tensor, weight: Weight) -> Tensor:
-    """Return a weight of ours from the tensor of its file that holds it."""
-    if weight.third is not None:
-        tensor = tensor.chunk(3)[weight.third]
-    if weight.transposed:
-        tensor = tensor.t().contiguous()
-    return tensor.reshape(weight.shape)
 
 
 def is_finite(tensor: Tensor, dtype: torch.dtype) -> bool:
