@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.errors import SafelightError
 from safelight.families import encoding
-from safelight.families.base import Conditioning, Family, Part
+from safelight.families.base import NO_PART, Conditioning, Family, Part
 from safelight.weights import names
 
 if TYPE_CHECKING:
@@ -122,6 +122,15 @@ class LatentFamily(Family):
         "emphasis",
         "clip_skip",
     )
+
+    def index(self, configs: Mapping[str, Any]) -> dict[str, Any]:
+        inpaints = configs["unet"].in_channels > configs["unet"].out_channels
+        others = {"feature_extractor", "image_encoder", "text_encoder", "tokenizer"}
+        absent = sorted(others - self.parts.keys() - self.tokenizers.keys())
+        return {
+            "_class_name": self.pipelines[2 if inpaints else 0],
+            **dict.fromkeys(absent, NO_PART),
+        }
 
     # --- how prompts are read ----------------------------------------------------------------
 

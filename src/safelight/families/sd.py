@@ -141,12 +141,8 @@ class StableDiffusion(LatentFamily):
         }
 
     def index(self, configs: Mapping[str, Any]) -> dict[str, Any]:
-        inpaints = configs["unet"].in_channels > configs["unet"].out_channels
-        return {
-            "_class_name": self.pipelines[2 if inpaints else 0],
-            "requires_safety_checker": False,
-            **dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), NO_PART),
-        }
+        checker = {"safety_checker": NO_PART, "requires_safety_checker": False}
+        return {**super().index(configs), **checker}
 
     def single_file(self, header: Header) -> SingleFile:
         # The states before OpenCLIP's last layer are read, which is therefore not built.

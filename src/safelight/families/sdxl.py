@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.families import colours
-from safelight.families.base import NO_PART, Family, Part, SingleFile
+from safelight.families.base import Family, Part, SingleFile
 from safelight.families.latent import (
     BETAS,
     CLIP_CONFIG,
@@ -187,13 +187,15 @@ class StableDiffusionXL(LatentFamily):
             ),
             self,
         )
+        from safelight.sampler_names import sampler_and_schedule
+
         if str(scheduler.get("_class_name")).startswith("EDM"):
             raise refusal("scheduler", _EDM)
-        sampler = _sampler(scheduler)
+        sampler = sampler_and_schedule(str(scheduler.get("_class_name", "")))
         return replace(
             found,
             zeros=index.get("force_zeros_for_empty_prompt", True) is not False,
-            defaults=self.defaults if sampler is None else {**self.defaults, "sampler": sampler},
+            defaults=self.defaults if sampler is None else {**self.defaults, "sampler": sampler[0]},
         )
 
     def check_configs(self, configs: Mapping[str, Any]) -> None:
@@ -259,19 +261,11 @@ class StableDiffusionXL(LatentFamily):
         }
 
     def file_marks(self, scheduler: SchedulerConfig) -> tuple[str, ...]:
-        marks = {
-            "v_pred": scheduler.prediction_type == "v_prediction",
-            "ztsnr": scheduler.rescale_betas_zero_snr,
-        }
-        return tuple(mark for mark, said in marks.items() if said)
+        v, zero = scheduler.prediction_type == "v_prediction", scheduler.rescale_betas_zero_snr
+        return ("v_pred",) * v + ("ztsnr",) * zero
 
     def index(self, configs: Mapping[str, Any]) -> dict[str, Any]:
-        inpaints = configs["unet"].in_channels > configs["unet"].out_channels
-        return {
-            "_class_name": self.pipelines[2 if inpaints else 0],
-            "force_zeros_for_empty_prompt": self.zeros,
-            **dict.fromkeys(("feature_extractor", "image_encoder"), NO_PART),
-        }
+        return {**super().index(configs), "force_zeros_for_empty_prompt": self.zeros}
 
     def single_file(self, header: Header) -> SingleFile:
         weights = names.from_single_file(
@@ -354,12 +348,8 @@ class Refiner(StableDiffusionXL):
         return Family.owns(self, index) and index.get("text_encoder") == [None, None]
 
     def index(self, configs: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            **super().index(configs),
-            "_class_name": self.pipelines[1],
-            "requires_aesthetics_score": True,
-            **dict.fromkeys(("text_encoder", "tokenizer"), NO_PART),
-        }
+        told = {"_class_name": self.pipelines[1], "requires_aesthetics_score": True}
+        return {**super().index(configs), **told}
 
     def sections(self) -> dict[str, names.Section]:
         found = super().sections()
@@ -403,11 +393,3 @@ def _marks_of(header: Header) -> tuple[Any, ...]:
         depth = len({k.removeprefix(prefix).split(".")[0] for k in shapes if k.startswith(prefix)})
         depths += [depth] if depth else []
     return (*first[:2], label[-1] if label else 0, tuple(depths))
-
-
-def _sampler(scheduler: Mapping[str, Any]) -> str | None:
-    """Return our name of the sampler that a scheduler's config names, None if it names none."""
-    from safelight.sampler_names import sampler_and_schedule
-
-    found = sampler_and_schedule(str(scheduler.get("_class_name", "")))
-    return found[0] if found else None
