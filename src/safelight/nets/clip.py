@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -36,14 +37,25 @@ class CLIPTextConfig(NetConfig):
 
 
 class Embeddings(nn.Module):
+    """learned: vectors of textual inversions [n, hidden_size], whose ids follow the vocabulary's"""
+
     def __init__(self, cfg: CLIPTextConfig) -> None:
         super().__init__()
         self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
         self.position_embedding = nn.Embedding(cfg.max_position_embeddings, cfg.hidden_size)
+        self.learned: Tensor | None = None
 
     def forward(self, ids: Tensor) -> Tensor:
         positions = torch.arange(ids.shape[1], device=ids.device)
-        return self.token_embedding(ids) + self.position_embedding(positions)
+        return self._tokens(ids) + self.position_embedding(positions)
+
+    def _tokens(self, ids: Tensor) -> Tensor:
+        if self.learned is None:
+            return self.token_embedding(ids)
+        beyond = ids - self.token_embedding.num_embeddings
+        known = self.token_embedding(ids.masked_fill(beyond >= 0, 0))
+        learned = self.learned.to(known)[beyond.clamp(min=0)]
+        return torch.where(beyond[..., None] >= 0, learned, known)
 
 
 class SelfAttention(nn.Module):
@@ -120,6 +132,16 @@ class CLIPTextModel(nn.Module):
         self.config = config
         self.text_model = TextTransformer(config)
 
+    def with_learned(self, vectors: Tensor) -> CLIPTextModel:
+        """Return a text encoder that shares all weights and knows further tokens.
+
+        vectors: [n, hidden_size]; token vocab_size + i is the i-th of them.
+        """
+        embeddings = _twin(self.text_model.embeddings)
+        embeddings.learned = vectors
+        text_model = _twin(self.text_model, embeddings=embeddings)
+        return _twin(self, text_model=text_model)
+
     def forward(self, ids: Tensor, skip: int = 0, visible: Tensor | None = None) -> Tensor:
         """ids: int64 [batch, length ≤ max_position_embeddings]. Returns the last layer's
         states after the final norm, [batch, length, hidden_size].
@@ -134,3 +156,10 @@ class CLIPTextModel(nn.Module):
             return self.text_model(ids, skip)
         earlier = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
         return self.text_model(ids, skip, earlier & visible.to(ids.device)[:, None, None])
+
+
+def _twin(module: Any, **modules: nn.Module) -> Any:
+    """Return a module that shares everything with another but these parts of it."""
+    twin = copy(module)
+    twin._modules = {**module._modules, **modules}
+    return twin
