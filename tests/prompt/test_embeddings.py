@@ -2,14 +2,16 @@
 
 import copy
 import pickle
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
-from safelight.adapters.embedding import Embedding, read_bundle, read_embedding
+from safelight.adapters.embedding import EmbeddingFile, Vectors, bundled, look_at
 from safelight.adapters.learned import with_embeddings
 from safelight.errors import SafelightError
 from safelight.prompt.chunks import chunks_of
@@ -27,13 +29,19 @@ VECTORS = {
 }
 
 
+def embedding(name, token, vectors):
+    described = Vectors("", *vectors.shape)
+    numbers = tuple(map(tuple, vectors.tolist()))
+    return EmbeddingFile(name, token, (described,), Path(name), numbers=numbers)
+
+
 @pytest.fixture(scope="module")
 def learned(clip):
     """Our encoder and transformers' with the same embeddings, and the ids of each."""
     import transformers
     from diffusers.loaders import TextualInversionLoaderMixin
 
-    embeddings = [Embedding(name, None, "", (("", v),)) for name, v in VECTORS.items()]
+    embeddings = [embedding(name, None, vectors) for name, vectors in VECTORS.items()]
     parts = {"tokenizer": clip.tokenizer, "text_encoder": clip.encoder}
     ours = with_embeddings(parts, ["tokenizer"], embeddings)
 
@@ -131,9 +139,9 @@ def test_an_embedding_that_does_not_fit_begins_a_chunk(learned):
 
 
 def test_an_embedding_of_more_vectors_than_a_chunk_is_refused_by_a1111(clip):
-    vectors = torch.zeros(76, 32)
     parts = {"tokenizer": clip.tokenizer, "text_encoder": clip.encoder}
-    many = with_embeddings(parts, ["tokenizer"], [Embedding("ink", None, "", (("", vectors),))])
+    ink = embedding("ink", None, torch.zeros(76, 32))
+    many = with_embeddings(parts, ["tokenizer"], [ink])
     with pytest.raises(SafelightError, match="76 vectors; a chunk has room for 75"):
         chunks_of(many["tokenizer"], ((Piece("ink"),),), "a1111")
     assert len(chunks_of(many["tokenizer"], ((Piece("embedding:ink"),),), "comfy")) == 2
@@ -155,7 +163,7 @@ def test_a_word_of_the_models_own_is_no_name_in_plain(clip):
     parts = {"tokenizer": clip.tokenizer, "text_encoder": clip.encoder}
 
     def learn(name, token):
-        one = Embedding(name, token, "", (("", VECTORS["ink"]),))
+        one = embedding(name, token, VECTORS["ink"])
         return with_embeddings(parts, ["tokenizer"], [one])["tokenizer"]
 
     with pytest.raises(SafelightError, match="word of the model's own: rename its file"):
@@ -163,7 +171,7 @@ def test_a_word_of_the_models_own_is_no_name_in_plain(clip):
     assert 49408 in learn("cat", "<cat>").encode("a <cat>").ids
     assert 49408 not in learn("cat", "<cat>").encode("a cat in catalogues").ids
     assert ids_of(SimpleNamespace(tokenizer=learn("cat", None)), "a cat", "a1111")[0][1] == 49408
-    again = [Embedding(n, "<cat>", "", (("", VECTORS["ink"]),)) for n in ("cat", "dog")]
+    again = [embedding(name, "<cat>", VECTORS["ink"]) for name in ("cat", "dog")]
     both = with_embeddings(parts, ["tokenizer"], again)["tokenizer"]
     with pytest.raises(SafelightError, match="two embeddings are called '<cat>'"):
         both.encode("a cat")
@@ -187,27 +195,35 @@ def test_nothing_is_changed(clip, learned):
 # --- files ----------------------------------------------------------------------------------------
 
 
+def fitting(path, widths):
+    """The vectors of each text encoder, read."""
+    found = look_at(path)
+    return {encoder: found.read(one) for encoder, one in found.fitting(widths).items()}
+
+
 def test_vectors_for_two_text_encoders(tmp_path):
     small, large = torch.zeros(2, 32), torch.ones(2, 40)
     widths = {"text_encoder": 32, "text_encoder_2": 40}
     save_file({"clip_l": small, "clip_g": large}, tmp_path / "both.safetensors")
-    found = read_embedding(tmp_path / "both.safetensors").fitting(widths)
+    found = fitting(tmp_path / "both.safetensors", widths)
     assert torch.equal(found["text_encoder"], small)
     assert torch.equal(found["text_encoder_2"], large)
     # Two encoders of one width are told apart by the names alone.
     save_file({"clip_l": small, "clip_g": small + 1}, tmp_path / "same.safetensors")
-    found = read_embedding(tmp_path / "same.safetensors").fitting(dict.fromkeys(widths, 32))
+    found = fitting(tmp_path / "same.safetensors", dict.fromkeys(widths, 32))
     assert torch.equal(found["text_encoder_2"], small + 1)
     torch.save([{"x": large[:1]}, {"x": small}, {"x": large[1:]}], tmp_path / "list.pt")
-    found = read_embedding(tmp_path / "list.pt").fitting(widths)
+    found = fitting(tmp_path / "list.pt", widths)
+    assert torch.equal(found["text_encoder"], small)
     assert torch.equal(found["text_encoder_2"], large)
     save_file({"clip_l": small, "clip_g": large[:1]}, tmp_path / "odd.safetensors")
     with pytest.raises(SafelightError, match="2 and 1 vectors for two text encoders"):
-        read_embedding(tmp_path / "odd.safetensors").fitting(widths)
+        fitting(tmp_path / "odd.safetensors", widths)
 
 
 def test_an_embedding_in_a_lora(tmp_path):
     vectors = torch.ones(2, 32)
+    path = tmp_path / "lora.safetensors"
     save_file(
         {
             "lora_unet_x.alpha": torch.zeros(()),
@@ -215,12 +231,13 @@ def test_an_embedding_in_a_lora(tmp_path):
             "bundle_emb.moss.clip_l": vectors,
             "bundle_emb.moss.clip_g": vectors * 2,
         },
-        tmp_path / "lora.safetensors",
+        path,
     )
-    ink, moss = read_bundle(read_header(tmp_path / "lora.safetensors"), "ab")
-    assert (ink.name, ink.sha256, moss.name) == ("ink", "ab", "moss")
-    assert torch.equal(ink.fitting({"text_encoder": 32})["text_encoder"], vectors)
-    assert [place for place, _ in moss.vectors] == ["clip_l", "clip_g"]
+    ink, moss = bundled(read_header(path))
+    assert (ink.name, moss.name) == ("ink", "moss")
+    assert torch.equal(ink.read(ink.vectors[0]), vectors)
+    assert [one.place for one in moss.vectors] == ["clip_l", "clip_g"]
+    assert torch.equal(moss.read(moss.vectors[1]), vectors * 2)
 
 
 class Hostile:
@@ -231,40 +248,44 @@ class Hostile:
 @pytest.mark.parametrize(
     ("name", "write", "said"),
     [
-        ("x.pt", lambda p: torch.save({"x": Hostile()}, p), "this pickle would run code"),
-        ("x.bin", lambda p: p.write_bytes(pickle.dumps(Hostile())), "damaged|would run code"),
-        ("x.pt", lambda p: p.write_bytes(b"PK\3\4 not a zip"), "damaged, or no embedding"),
-        ("x.pt", lambda p: p.write_bytes(b"\x80\x02"), "damaged, or no embedding"),
-        ("x.pt", lambda p: torch.save({"x": "ink"}, p), "no embedding: something else stands"),
-        ("x.pt", lambda p: torch.save([1, 2], p), "a list of other things"),
-        ("x.pt", lambda p: torch.save({"string_to_param": {}}, p), "vectors of one embedding"),
-        ("x.pt", lambda p: torch.save({"x": torch.zeros(1).expand(10**9, 32)}, p), "at most 512"),
+        ("x.pt", lambda p: torch.save({"x": Hostile()}, p), "holds code"),
+        ("x.bin", lambda p: p.write_bytes(pickle.dumps(Hostile())), "a pickle"),
+        ("x.pt", lambda p: p.write_bytes(b"PK\3\4 not a zip"), "x.pt: "),
+        ("x.pt", lambda p: p.write_bytes(b"\x80\x02"), "x.pt: "),
+        ("x.pt", lambda p: torch.save({"x": "ink"}, p), "no tensors in it"),
+        ("x.pt", lambda p: torch.save([1, 2], p), "no tensors in it"),
+        ("x.pt", lambda p: torch.save({"string_to_param": {}}, p), "no tensors in it"),
+        ("x.pt", lambda p: torch.save({"x": torch.zeros(1).expand(10**9, 32)}, p), "larger than"),
+        ("x.pt", lambda p: torch.save({"x": torch.zeros(513, 3)}, p), "at most 512"),
         ("x.pt", lambda p: torch.save({"x": torch.zeros(2, 3, 4)}, p), r"shape \(2, 3, 4\)"),
+        ("x.pt", lambda p: torch.save({"x": torch.zeros(())}, p), r"shape \(\)"),
+        ("x.pt", lambda p: torch.save({"x": torch.zeros(2, 3).int()}, p), "vectors are floats"),
         ("x.pt", lambda p: torch.save({"x": torch.full((1, 32), torch.nan)}, p), "NaN or Inf"),
-        ("x.pt", lambda p: torch.save({"x": torch.ones(1, 3).to_sparse()}, p), "something else"),
         ("x.png", lambda p: p.write_bytes(b"\x89PNG\r\n\x1a\n"), "damaged"),
+        ("x.png", lambda p: Image.new("RGB", (8, 8)).save(p), "a picture without an embedding"),
         ("x.safetensors", lambda p: p.write_bytes(b"hello"), "safetensors"),
         (
             "x.safetensors",
             lambda p: save_file({"a": torch.zeros(1, 3), "b": torch.zeros(1, 3)}, p),
-            r"2 things in it \(a, b\)",
+            r"2 tensors in it \(a, b\)",
         ),
     ],
 )
 def test_what_is_no_embedding_is_refused_in_one_line(tmp_path, name, write, said, capfd):
     write(tmp_path / name)
     with pytest.raises(SafelightError, match=said) as caught:
-        read_embedding(tmp_path / name)
+        fitting(tmp_path / name, {"text_encoder": 32})
+    assert str(caught.value).startswith("embedding x.")
     assert len(str(caught.value).splitlines()) == 1
     assert len(str(caught.value)) < 220
+    assert caught.value.field == "embeddings"
     assert "it ran" not in capfd.readouterr().out
 
 
 def test_another_width_names_what_would_fit(tmp_path):
     save_file({"<ink>": torch.zeros(1, 768)}, tmp_path / "ink.safetensors")
-    one = read_embedding(tmp_path / "ink.safetensors")
     with pytest.raises(SafelightError) as caught:
-        one.fitting({"text_encoder": 768, "text_encoder_2": 1280})
+        look_at(tmp_path / "ink.safetensors").fitting({"text_encoder": 768, "text_encoder_2": 1280})
     assert str(caught.value) == (
         "embedding ink: vectors of 768 numbers (Stable Diffusion 1); "
         "this model reads 768 and 1280 (SDXL)"

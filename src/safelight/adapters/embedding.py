@@ -2,15 +2,16 @@
 
 arXiv:2208.01618. A file comes from a stranger, in one of these layouts:
 
-- diffusers: {token: vectors}, as safetensors or as a pickle
-- A1111: {"string_to_param": {"*": vectors}, "name": …}, a pickle
-- {"emb_params": vectors}, safetensors
+- diffusers: {token: vectors}
+- A1111: {"string_to_param": {"*": vectors}, "name": …}
+- {"emb_params": vectors}
 - for SDXL, {"clip_l": vectors, "clip_g": vectors}
-- a list of {token: vectors}, a pickle
+- a list of {token: vectors}
 - `bundle_emb.<name>.…` in the file of a LoRA
 - a PNG whose text `sd-ti-embedding` is A1111's layout as JSON in base64
 
-Pickles are read with `torch.load(weights_only=True)`, which runs no code of theirs.
+All but the last are safetensors or a pickle, which runs no code: see `safelight.weights.headers`.
+PyTorch is imported when the vectors are read.
 """
 
 from __future__ import annotations
@@ -18,25 +19,25 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
-
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from safelight.errors import SafelightError
 from safelight.picture import opened
-from safelight.weights.check import Header, printable, read_header, refusal
-from safelight.weights.digest import digest_file
+from safelight.weights.check import Header, printable, refusal
+from safelight.weights.headers import header_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_FILE = 64 * 2**20
 """Bytes. 75 vectors for SDXL take 600 KB; what is larger is something else."""
 
 MAX_VECTORS = 512
+MAX_WIDTH = 2**16
 PNG = b"\x89PNG\r\n\x1a\n"
 PNG_TEXT = "sd-ti-embedding"
 BUNDLE = "bundle_emb."
@@ -45,215 +46,209 @@ Place = Literal["clip_l", "clip_g", ""]
 """Which text encoder vectors are for; empty where a file does not say."""
 
 _PLACES: tuple[Place, ...] = ("clip_l", "clip_g")
+_FLOATS = ("F16", "BF16", "F32", "F64")
 _NAMELESS = ("*", "emb_params")
+_LISTED = re.compile(r"\d+\.")
 _FITS = {(768,): "Stable Diffusion 1", (1024,): "Stable Diffusion 2", (768, 1280): "SDXL"}
 
 
-@dataclass(frozen=True, eq=False)
-class Embedding:
-    """A textual inversion.
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """Vectors for one text encoder: how many, of how many numbers, and the tensors they are in."""
+
+    place: Place
+    count: int
+    width: int
+    keys: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class EmbeddingFile:
+    """A textual inversion in a file.
 
     name: its file's, without the ending: what it is called by in A1111 and ComfyUI. token: what
-    the file itself calls it, None if it does not. sha256: of the file. vectors: each for a text
-    encoder, float32 [n, width].
+    the file itself calls it, None if it does not. header: of the file. numbers: the vectors, where
+    the file is a picture.
     """
 
     name: str
     token: str | None
-    sha256: str
-    vectors: tuple[tuple[Place, Tensor], ...]
+    vectors: tuple[Vectors, ...]
+    path: Path
+    header: Header | None = None
+    numbers: tuple[tuple[float, ...], ...] = ()
 
     @property
     def widths(self) -> tuple[int, ...]:
         """The numbers of each vector, of all text encoders."""
-        return tuple(sorted(tensor.shape[1] for _, tensor in self.vectors))
+        return tuple(sorted(one.width for one in self.vectors))
 
-    def fitting(self, widths: Mapping[str, int]) -> dict[str, Tensor]:
+    @property
+    def count(self) -> int:
+        """How many tokens it takes in a prompt."""
+        return max(one.count for one in self.vectors)
+
+    def fitting(self, widths: Mapping[str, int]) -> dict[str, Vectors]:
         """Return the vectors of each text encoder of a model, by the encoders' names.
 
         widths: what each encoder reads. Raises SafelightError if one has none that fit.
         """
-        found: dict[str, Tensor] = {}
+        found: dict[str, Vectors] = {}
         for encoder, width in widths.items():
             place = "clip_g" if encoder.endswith("_2") else "clip_l"
-            fit = [(p, v) for p, v in self.vectors if v.shape[1] == width]
-            exact = [v for p, v in fit if p == place] or [v for p, v in fit if p == ""]
+            fit = [one for one in self.vectors if one.width == width]
+            exact = [one for one in fit if one.place == place] or [v for v in fit if v.place == ""]
             # With one encoder there is no doubt about which is meant.
-            exact = exact or [v for _, v in fit if len(widths) == 1]
+            exact = exact or [one for one in fit if len(widths) == 1]
             if not exact:
-                raise self._unfit(widths)
+                mine, theirs = self.widths, tuple(sorted(widths.values()))
+                raise _refusal(
+                    self.name,
+                    f"vectors of {_listed(mine)} numbers{_family(mine)}; "
+                    f"this model reads {_listed(theirs)}{_family(theirs)}",
+                )
             found[encoder] = exact[0]
-        if len({len(vectors) for vectors in found.values()}) > 1:
-            counts = " and ".join(f"{len(vectors)}" for vectors in found.values())
+        if len({one.count for one in found.values()}) > 1:
+            counts = " and ".join(f"{one.count}" for one in found.values())
             raise _refusal(self.name, f"{counts} vectors for two text encoders; as many are needed")
         return found
 
-    def _unfit(self, widths: Mapping[str, int]) -> SafelightError:
-        mine, theirs = self.widths, tuple(sorted(widths.values()))
-        return _refusal(
-            self.name,
-            f"vectors of {_listed(mine)} numbers{_family(mine)}; "
-            f"this model reads {_listed(theirs)}{_family(theirs)}",
-        )
+    def read(self, vectors: Vectors) -> Tensor:
+        """Return some of its vectors, float32 [count, width].
+
+        Raises SafelightError if they cannot be read, or are not finite.
+        """
+        import torch
+
+        from safelight.weights.tensors import open_tensors
+
+        if self.header is None:
+            found = torch.tensor(self.numbers, dtype=torch.float32)
+        else:
+            with open_tensors(self.header) as tensor:
+                rows = [tensor(key).float().reshape(-1, vectors.width) for key in vectors.keys]
+                found = torch.cat(rows)
+        if not bool(found.isfinite().all()):
+            raise _refusal(self.path.name, "its vectors hold NaN or Inf")
+        return found
 
 
-def read_embedding(path: Path, name: str | None = None) -> Embedding:
-    """Return the textual inversion of a file. name: what it is called by, if not by the file.
+def look_at(path: Path, name: str | None = None) -> EmbeddingFile:
+    """Return what a file holds, without reading its vectors.
 
-    Raises SafelightError, one line, if it is none, or a damaged or hostile one.
+    name: what it is called by, if not by the file. Raises SafelightError, one line, if it is no
+    embedding, or a damaged or hostile one.
     """
-    name = name or path.stem
-    shown = path.name
     try:
         if not path.is_file():
-            raise _refusal(shown, "there is no such file")
+            raise _refusal(path.name, "there is no such file")
         if path.stat().st_size > MAX_FILE:
-            raise _refusal(shown, f"over {MAX_FILE >> 20} MiB: too large to be an embedding")
+            raise _refusal(path.name, f"over {MAX_FILE >> 20} MiB: too large to be an embedding")
         with path.open("rb") as file:
-            head = file.read(16)
+            is_picture = file.read(len(PNG)) == PNG
     except OSError as error:
-        raise _refusal(shown, f"cannot be read ({error.strerror})") from None
-    sha256 = digest_file(path).sha256
-    if head.startswith(PNG):
-        content = _read_png(path)
-        named = content.get("name")  # a picture's file is often called something else
-        name = named if isinstance(named, str) and named else name
-    elif head.startswith((b"PK\x03\x04", b"\x80")):
-        content = _read_pickle(path)
-    else:
-        content = _read_safetensors(read_header(path))
-    token, vectors = _understand(content, shown)
-    if not digest_file(path).sha256 == sha256:
-        raise _refusal(shown, "it changed while it was read; try again")
-    return Embedding(name, token, sha256, vectors)
+        raise _refusal(path.name, f"cannot be read ({error.strerror})") from None
+    name = name or path.stem
+    if is_picture:
+        return _look_at_picture(path, name)
+    try:
+        header = header_of(path)
+    except SafelightError as error:
+        raise SafelightError(f"embedding {error}", field="embeddings") from None
+    for key, told in header.tensors.items():
+        if told.dtype not in _FLOATS:
+            raise _refusal(path.name, f"{printable(key, 40)} is {told.dtype}; vectors are floats")
+    shapes = {key: told.shape for key, told in header.tensors.items()}
+    token, vectors = _understand(shapes, header.metadata.get("name"), path.name)
+    return EmbeddingFile(name, token, vectors, path, header)
 
 
-def read_bundle(header: Header, sha256: str) -> list[Embedding]:
-    """Return the textual inversions inside a LoRA's file. sha256: of the file.
+def bundled(header: Header) -> list[EmbeddingFile]:
+    """Return the embeddings inside the file of a LoRA; they are keys that begin with BUNDLE.
 
-    Raises SafelightError as `read_embedding` does.
+    Raises SafelightError as `look_at` does.
     """
-    there = [key for key in header.tensors if key.startswith(BUNDLE)]
-    found: dict[str, dict[str, Any]] = {}
-    for key, tensor in _read_safetensors(header, there).items():
-        name, _, rest = key.removeprefix(BUNDLE).partition(".")
-        outer, dot, inner = rest.partition(".")
-        one = found.setdefault(name, {})
-        if dot:
-            one.setdefault(outer, {})[inner] = tensor
-        else:
-            one[outer] = tensor
-    return [
-        Embedding(name, None, sha256, _understand(content, header.name)[1])
-        for name, content in found.items()
-    ]
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-def _read_safetensors(header: Header, keys: list[str] | None = None) -> dict[str, Tensor]:
-    try:
-        with safe_open(header.path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in keys or header.tensors}
-    except (SafetensorError, OSError) as error:
-        raise _refusal(header.name, f"cannot be read: {error}") from None
-
-
-def _read_pickle(path: Path) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about old ways of saving
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of a broken or hostile file, anything
-        if "weights_only" in str(error).lower():
-            why = "refused: this pickle would run code, not only hold numbers"
-            raise _refusal(path.name, why) from None
-        raise _refusal(path.name, f"damaged, or no embedding ({type(error).__name__})") from None
-
-
-def _read_png(path: Path) -> dict[str, Any]:
-    with opened(path, path.name) as image:
-        text = cast("Any", image).text.get(PNG_TEXT)
-    if text is None:
-        raise _refusal(path.name, f"a picture without an embedding in it (text {PNG_TEXT!r})")
-    try:
-        content = json.loads(base64.b64decode(text, validate=True), object_hook=_tensor)
-    except (ValueError, TypeError, RecursionError, binascii.Error):
-        content = None
-    if not isinstance(content, dict):
-        raise _refusal(path.name, f"its text {PNG_TEXT!r} is damaged")
-    return content
-
-
-def _tensor(found: dict[str, Any]) -> Any:
-    """Return the tensor that A1111's JSON holds as nested lists."""
-    if "TORCHTENSOR" not in found:
-        return found
-    return torch.tensor(found["TORCHTENSOR"], dtype=torch.float32)
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, told in header.tensors.items():
+        if key.startswith(BUNDLE):
+            name, _, inner = key.removeprefix(BUNDLE).partition(".")
+            found.setdefault(name, {})[inner] = told.shape
+    embeddings: list[EmbeddingFile] = []
+    for name, shapes in found.items():
+        _, vectors = _understand(shapes, None, header.name)
+        keyed = tuple(
+            replace(v, keys=tuple(f"{BUNDLE}{name}.{k}" for k in v.keys)) for v in vectors
+        )
+        embeddings.append(EmbeddingFile(name, None, keyed, header.path, header))
+    return embeddings
 
 
 # --- layouts --------------------------------------------------------------------------------------
 
 
-def _understand(content: Any, name: str) -> tuple[str | None, tuple[tuple[Place, Tensor], ...]]:
-    """Return the token and the vectors of what a file holds. name: of the file."""
-    if isinstance(content, list):
-        return None, _of_list(cast("list[Any]", content), name)
-    if not isinstance(content, Mapping) or not content:
-        raise _refusal(name, "no embedding in it: expected vectors by name")
-    found = {str(key): value for key, value in cast("Mapping[Any, Any]", content).items()}
-    if "string_to_param" in found:
-        params = found["string_to_param"]
-        if not isinstance(params, Mapping) or len(cast("Mapping[Any, Any]", params)) != 1:
-            raise _refusal(name, "string_to_param must hold the vectors of one embedding")
-        [vectors] = cast("Mapping[Any, Any]", params).values()
-        token = found.get("name")
-        return _token(token), (("", _checked(vectors, name)),)
-    if set(found) <= set(_PLACES):
-        return None, tuple((p, _checked(found[p], name)) for p in _PLACES if p in found)
-    if len(found) > 1:
-        keys = printable(", ".join(sorted(found)[:4]), 60)
-        raise _refusal(name, f"{len(found)} things in it ({keys}); an embedding has one")
-    [(token, vectors)] = found.items()
-    return _token(token), (("", _checked(vectors, name)),)
+def _understand(
+    shapes: Mapping[str, tuple[int, ...]], named: str | None, file: str
+) -> tuple[str | None, tuple[Vectors, ...]]:
+    """Return the token and the vectors of a file. shapes: of its tensors. named: by its `name`."""
+    keys = list(shapes)
+    if all(key.startswith("string_to_param.") for key in keys):
+        if len(keys) != 1:
+            raise _refusal(file, "string_to_param must hold the vectors of one embedding")
+        return _token(named), (_vectors("", keys, shapes, file),)
+    if set(keys) <= set(_PLACES):
+        return None, tuple(_vectors(p, [p], shapes, file) for p in _PLACES if p in shapes)
+    if all(_LISTED.match(key) for key in keys):
+        widths: dict[int, list[str]] = {}
+        for key in sorted(keys, key=lambda key: int(key.partition(".")[0])):
+            widths.setdefault(shapes[key][-1] if shapes[key] else 0, []).append(key)
+        return None, tuple(_vectors("", each, shapes, file) for each in widths.values())
+    if len(keys) > 1:
+        told = printable(", ".join(sorted(keys)[:4]), 60)
+        raise _refusal(file, f"{len(keys)} tensors in it ({told}); an embedding has one")
+    return _token(keys[0]), (_vectors("", keys, shapes, file),)
 
 
-def _of_list(content: list[Any], name: str) -> tuple[tuple[Place, Tensor], ...]:
-    """Return the vectors of a list of {token: vectors}, those of one width joined."""
-    widths: dict[int, list[Tensor]] = {}
-    for one in content:
-        if not isinstance(one, Mapping):
-            raise _refusal(name, "a list of other things than vectors by name")
-        for value in cast("Mapping[Any, Any]", one).values():
-            vectors = _checked(value, name)
-            widths.setdefault(vectors.shape[1], []).append(vectors)
-    if not widths:
-        raise _refusal(name, "an empty list")
-    return tuple(("", _checked(torch.cat(each), name)) for each in widths.values())
-
-
-def _token(token: object) -> str | None:
+def _token(token: str | None) -> str | None:
     """Return the name that a file gives, None for one that stands for any."""
-    if not isinstance(token, str) or not token.strip() or token in _NAMELESS or len(token) > 256:
+    if token is None or not token.strip() or token in _NAMELESS or len(token) > 256:
         return None
     return token.strip()
 
 
-def _checked(vectors: object, name: str) -> Tensor:
-    """Return vectors as float32 [n, width]."""
-    usable = isinstance(vectors, Tensor) and vectors.layout == torch.strided
-    if not usable or not vectors.is_floating_point():
-        raise _refusal(name, "no embedding: something else stands in the place of its vectors")
-    if vectors.ndim not in (1, 2) or 0 in vectors.shape:
-        raise _refusal(name, f"vectors of shape {tuple(vectors.shape)}; expected (number, width)")
-    rows = 1 if vectors.ndim == 1 else vectors.shape[0]
-    if rows > MAX_VECTORS or vectors.shape[-1] > 2**16:
-        raise _refusal(name, f"{rows} vectors; an embedding has at most {MAX_VECTORS}")
-    found = vectors.detach().to("cpu", torch.float32).reshape(rows, -1).contiguous()
-    if not bool(found.isfinite().all()):
-        raise _refusal(name, "its vectors hold NaN or Inf")
-    return found
+def _vectors(
+    place: Place, keys: Sequence[str], shapes: Mapping[str, tuple[int, ...]], file: str
+) -> Vectors:
+    """Return the description of the vectors of some tensors, one after the other."""
+    for key in keys:
+        shape = shapes[key]
+        if len(shape) not in (1, 2) or 0 in shape:
+            raise _refusal(file, f"vectors of shape {shape!s:.40}; expected (number, width)")
+    count = sum(1 if len(shapes[key]) == 1 else shapes[key][0] for key in keys)
+    width = shapes[keys[0]][-1]
+    if count > MAX_VECTORS or width > MAX_WIDTH:
+        raise _refusal(file, f"{count} vectors of {width}; an embedding has at most {MAX_VECTORS}")
+    return Vectors(place, count, width, tuple(keys))
+
+
+def _look_at_picture(path: Path, name: str) -> EmbeddingFile:
+    """Return the embedding in a picture's text. It is called what the text says."""
+    with opened(path, path.name) as image:
+        text = cast("Any", image).text.get(PNG_TEXT)
+    if text is None:
+        raise _refusal(path.name, f"a picture without an embedding in it (text {PNG_TEXT!r})")
+    try:
+        content = json.loads(base64.b64decode(text, validate=True))
+        [rows] = (one["TORCHTENSOR"] for one in content["string_to_param"].values())
+        rows = rows if isinstance(rows[0], list) else [rows]
+        numbers = tuple(tuple(float(number) for number in row) for row in rows)
+        named = content.get("name")
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, binascii.Error):
+        raise _refusal(path.name, f"its text {PNG_TEXT!r} is damaged") from None
+    if len({len(row) for row in numbers}) != 1:
+        raise _refusal(path.name, f"its text {PNG_TEXT!r} is damaged")
+    shapes = {"string_to_param.*": (len(numbers), len(numbers[0]))}
+    token, vectors = _understand(shapes, named if isinstance(named, str) else None, path.name)
+    return EmbeddingFile(token or name, token, vectors, path, numbers=numbers)
 
 
 def _refusal(name: str, why: str) -> SafelightError:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safelight.adapters.embedding import Embedding
+from safelight.adapters.embedding import EmbeddingFile
 from safelight.prompt.tokenizer import Learned
 
 
 def with_embeddings(
-    parts: Mapping[str, Any], tokenizers: Iterable[str], embeddings: Sequence[Embedding]
+    parts: Mapping[str, Any], tokenizers: Iterable[str], embeddings: Sequence[EmbeddingFile]
 ) -> dict[str, Any]:
     """Return the parts of a model with textual inversions. The parts that are given stay as they
     are, and share all weights with those that are returned.
@@ -31,9 +31,9 @@ def with_embeddings(
         vectors: list[Tensor] = []
         for one, found in fitting:
             mine = found[encoder]
-            learned.append(Learned(one.name, one.token, tuple(range(first, first + len(mine)))))
-            vectors.append(mine)
-            first += len(mine)
+            learned.append(Learned(one.name, one.token, tuple(range(first, first + mine.count))))
+            vectors.append(one.read(mine))
+            first += mine.count
         if learned:
             device = next(parts[encoder].parameters()).device
             changed[tokenizer] = parts[tokenizer].with_learned(learned)
