@@ -20,7 +20,8 @@ import base64
 import binascii
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -125,7 +126,7 @@ class EmbeddingFile:
         if self.header is None:
             found = torch.tensor(self.numbers, dtype=torch.float32)
         else:
-            with open_tensors(self.header) as tensor:
+            with _about_embeddings(), open_tensors(self.header) as tensor:
                 rows = [tensor(key).float().reshape(-1, vectors.width) for key in vectors.keys]
                 found = torch.cat(rows)
         if not bool(found.isfinite().all()):
@@ -151,10 +152,8 @@ def look_at(path: Path, name: str | None = None) -> EmbeddingFile:
     name = name or path.stem
     if is_picture:
         return _look_at_picture(path, name)
-    try:
+    with _about_embeddings():
         header = header_of(path)
-    except SafelightError as error:
-        raise SafelightError(f"embedding {error}", field="embeddings") from None
     for key, told in header.tensors.items():
         if told.dtype not in _FLOATS:
             raise _refusal(path.name, f"{printable(key, 40)} is {told.dtype}; vectors are floats")
@@ -232,7 +231,7 @@ def _vectors(
 
 def _look_at_picture(path: Path, name: str) -> EmbeddingFile:
     """Return the embedding in a picture's text. It is called what the text says."""
-    with opened(path, path.name) as image:
+    with _about_embeddings(), opened(path, path.name) as image:
         text = cast("Any", image).text.get(PNG_TEXT)
     if text is None:
         raise _refusal(path.name, f"a picture without an embedding in it (text {PNG_TEXT!r})")
@@ -249,6 +248,15 @@ def _look_at_picture(path: Path, name: str) -> EmbeddingFile:
     shapes = {"string_to_param.*": (len(numbers), len(numbers[0]))}
     token, vectors = _understand(shapes, named if isinstance(named, str) else None, path.name)
     return EmbeddingFile(token or name, token, vectors, path, numbers=numbers)
+
+
+@contextmanager
+def _about_embeddings() -> Iterator[None]:
+    """Say of an error within that it is about an embedding."""
+    try:
+        yield
+    except SafelightError as error:
+        raise SafelightError(f"embedding {error}", code=error.code, field="embeddings") from None
 
 
 def _refusal(name: str, why: str) -> SafelightError:

@@ -218,7 +218,17 @@ def _settings(
         settings["strength"] = body.denoising_strength
     if (layers := body.override_settings.get("CLIP_stop_at_last_layers")) is not None:
         settings["clip_skip"] = layers
-    return settings | _own(body, settings), warnings
+    own = _own(body, settings)
+    # What this API's clients write is meant as AUTOMATIC1111 reads it.
+    own.setdefault("prompt_syntax", "a1111")
+    if own["prompt_syntax"] == "a1111" and "emphasis" not in own:
+        own |= _emphasis(body.override_settings.get("emphasis"))
+    return settings | own, warnings
+
+
+def _emphasis(label: object) -> dict[str, Any]:
+    """Return the setting of AUTOMATIC1111's option `emphasis`, such as "No norm"."""
+    return {} if label is None else {"emphasis": str(label).strip().lower().replace(" ", "-")}
 
 
 def _own(body: TextToImage | ImageToImage, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -244,7 +254,7 @@ def _request(settings: dict[str, Any]) -> Request:
 
 def _ignored(body: TextToImage | ImageToImage, model: ModelInfo) -> list[str]:
     checkpoint = body.override_settings.get("sd_model_checkpoint")
-    taken = ("sd_model_checkpoint", "CLIP_stop_at_last_layers")
+    taken = ("sd_model_checkpoint", "CLIP_stop_at_last_layers", "emphasis")
     overrides = [name for name in body.override_settings if name not in taken]
     scripts = [
         name
