@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 
 from safelight.errors import SafelightError
 from safelight.prompt.reading import Reading, Syntax
@@ -70,9 +71,9 @@ def marked(text: str, there: Callable[[str], bool]) -> Iterator[tuple[str | None
     The text before the first has None. there: whether an embedding of a name is there; commas
     around a name that is not there are text.
     """
-    starts = [match.start() for match in _MARK.finditer(text)]
-    yield None, text[: starts[0]] if starts else text
-    for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
+    ends = [*(match.start() for match in _MARK.finditer(text)), len(text)]
+    yield None, text[: ends[0]]
+    for start, end in pairwise(ends):
         body = text[start + len(MARK) : end]
         match = _NAME.match(body)
         name, rest = ("", body) if match is None else (match[1], body[match.end() :])

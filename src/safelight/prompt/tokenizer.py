@@ -228,11 +228,11 @@ class Tokenizer:
     def name(self, number: int) -> str:
         """A token as it stands in the vocabulary, where `</w>` ends a word.
 
-        A vector of a textual inversion is named by it, as in `<ink 1/2></w>`.
+        A vector of a textual inversion is named by it, as in `<ink 1/2>`.
         """
         for one in self.learned:
             if number in one.ids:
-                return f"<{one.name} {one.ids.index(number) + 1}/{len(one.ids)}></w>"
+                return f"<{one.name} {one.ids.index(number) + 1}/{len(one.ids)}>"
         return self._backend.id_to_token(number) or ""
 
     def id_of(self, token: str) -> int | None:
