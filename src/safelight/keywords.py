@@ -1,9 +1,11 @@
 """The keywords of `Model.generate` and of `Request`, for editors and type checkers."""
 
+from collections.abc import Sequence
 from typing import Literal, TypedDict
 
 from PIL.Image import Image
 
+from safelight.adapters.asked import Unmatched
 from safelight.prompt.reading import Emphasis, Syntax
 
 Schedule = Literal["karras", "exponential", "beta"]
@@ -17,6 +19,8 @@ class GenerateSettings(TypedDict, total=False):
     prompt_syntax: Syntax
     emphasis: Emphasis
     clip_skip: int | None
+    loras: Sequence[str]
+    lora_unmatched: Unmatched
     dynamic_prompts: bool
     width: int | None
     height: int | None

@@ -10,9 +10,10 @@ from typing import Annotated
 from PIL.Image import Image
 from pydantic import BaseModel, ConfigDict, Field
 
+from safelight.adapters.asked import Unmatched
 from safelight.keywords import Schedule, Spacing
 from safelight.prompt.reading import Emphasis, Syntax
-from safelight.settings import About, Number, Whole
+from safelight.settings import About, Number, Texts, Whole
 from safelight.sizes import MAX_SIDE, MIN_SIDE, SIDE_STEP
 
 MAX_SEED = 2**63 - 1
@@ -67,6 +68,16 @@ class RequestFields(BaseModel):
             slider=(1, 12, 1),
         ),
     ] = Field(None, description="layer of the text encoder that is read, 1 being the last")
+    loras: Annotated[
+        Texts,
+        About(
+            option="--lora",
+            accepts="name, name:weight or name:weight:text_weight",
+        ),
+    ] = Field((), description="LoRAs and their kin, each with its weight, 1 if it has none")
+    lora_unmatched: Unmatched = Field(
+        "error", description="what becomes of a LoRA's keys that belong to nothing in the model"
+    )
     dynamic_prompts: bool = Field(
         False, description="draw `{a|b}` and `__name__` in both prompts, with each picture's seed"
     )

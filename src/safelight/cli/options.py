@@ -118,7 +118,8 @@ def command_of(
 
     def call(**given: Any) -> None:
         asked = {name: given.pop(name) for name in settings}
-        function({name: value for name, value in asked.items() if value is not None}, **given)
+        # A list that is not given at all comes empty from some versions of typer.
+        function({name: value for name, value in asked.items() if value not in (None, [])}, **given)
 
     derived = [_parameter(setting) for setting in settings.values()]
     own = [
@@ -207,8 +208,11 @@ def _parameter(setting: "Setting") -> inspect.Parameter:
         left_out = f" [{setting.left_out}]" if setting.left_out not in ("empty", "none") else ""
         accepts = "" if setting.kind is str and not setting.choices else f": {setting.accepts}"
         said = f"{what}{accepts}{left_out}."
+    if setting.kind is tuple:
+        each = f": {setting.about.accepts}" if setting.about.accepts else ""
+        said = f"{what}{each}; may be given more than once."
     option = Option(*names, help=said, show_default=False)
-    kind = setting.kind or str
+    kind = list[str] if setting.kind is tuple else setting.kind or str
     return inspect.Parameter(
         setting.name, keyword, default=None, annotation=Annotated[kind | None, option]
     )

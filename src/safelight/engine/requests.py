@@ -31,6 +31,8 @@ def resolve_request(model: Model, request: Request) -> Request:
     """
     family = model.family
     family.check_request(model, request)
+    if request.loras:
+        raise SafelightError("loras cannot be used yet: leave them out", field="loras")
     request = request.with_defaults(model.defaults)
     filled: dict[str, Any] = {}
     if request.steps is None:

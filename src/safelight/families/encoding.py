@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from safelight.errors import SafelightError
 from safelight.families.base import Conditioning
 from safelight.prompt.dialects import read
+from safelight.prompt.networks import is_lora
 from safelight.prompt.reading import Part, Reading
 from safelight.words import unknown_words
 
@@ -44,7 +45,12 @@ def warnings(model: Model, request: Request) -> list[str]:
         else:
             reading = readings[name]
             found += [f"{name} has {said}" for said in reading.warnings]
-            found += [f"{name}: <{':'.join(n)}> was left out" for n in reading.networks]
+            for network in reading.networks:
+                told = f"{name}: <{':'.join(network):.60}> was left out"
+                if not is_lora(network):
+                    found.append(told)
+                elif name == "negative_prompt":
+                    found.append(f"{told}: LoRAs count in the prompt alone")
             pieces = [p for part in reading.parts for s in part.stages for p in s.pieces]
             text = " ".join(dict.fromkeys(piece.text for piece in pieces))
         if model.words is not None and (new := unknown_words(text, model.words)):

@@ -72,8 +72,10 @@ def control(setting: Setting) -> Any:
         return gr.Dropdown(choices, value=setting.default or OWN, **about)
     if setting.kind is bool:
         return gr.Checkbox(setting.default, **about)
-    if setting.kind is str:
-        return gr.Textbox(setting.default, max_length=MAX_PROMPT, **about)
+    if setting.kind is tuple:
+        about["info"] = f"{setting.description}; one a line"
+    if setting.kind in (str, tuple):
+        return gr.Textbox(setting.text(setting.default), max_length=MAX_PROMPT, **about)
     if setting.about.slider is not None and setting.default is not None:
         low, high, step = setting.about.slider
         return gr.Slider(low, high, setting.default, step=step, **about)
@@ -225,6 +227,8 @@ def request(
     }
     *more, picture, enlarged = rest
     for setting, value in zip(further_settings(Request), more, strict=True):
+        if setting.kind is tuple and isinstance(value, str):
+            value = setting.parse(value)
         settings[setting.name] = None if setting.optional and _unset(setting, value) else value
     image, mask = _painted(picture, enlarged)
     if not hub.info.uses_prompt:
@@ -335,7 +339,7 @@ def shown(settings: dict[str, Any]) -> tuple[list[Any], list[str]]:
         asked.spacing or OWN,
         asked.eta,
         asked.strength or 0.7,
-        *(getattr(asked, setting.name) for setting in further_settings(Request)),
+        *(s.text(getattr(asked, s.name)) for s in further_settings(Request)),
     ]
     return values, told
 

@@ -95,7 +95,7 @@ def read_settings(fields: dict[str, Any], *, text: bool) -> tuple[ImagesBody, di
     except ValidationError as error:
         raise _explained(error) from None
     settings = {
-        name: own[name].parse(value) if text else value
+        name: own[name].parse(value) if text and isinstance(value, str) else value
         for name, value in fields.items()
         if name in own and value is not None
     }
@@ -109,7 +109,8 @@ async def read_form(http: HttpRequest) -> tuple[ImagesBody, dict[str, Any], byte
     """Return OpenAI's fields, the settings, the picture and the mask of a form."""
     if not http.headers.get("content-type", "").startswith("multipart/form-data"):
         raise ApiError(400, "the body must be multipart/form-data, with the picture in it")
-    fields: dict[str, str] = {}
+    fields: dict[str, Any] = {}
+    own = own_settings(Request)
     files: dict[str, bytes] = {}
     # A picture sent as text is let in, to hear what is wrong with it.
     form = http.form(max_files=32, max_fields=64, max_part_size=MAX_BODY)
@@ -119,9 +120,12 @@ async def read_form(http: HttpRequest) -> tuple[ImagesBody, dict[str, Any], byte
             if plain not in ("image", "mask"):
                 if not isinstance(value, str):
                     raise ApiError(400, f"there is no file {_quoted(name)}; known: image, mask")
-                if name in fields:
+                listed = plain in own and own[plain].kind is tuple
+                if name in fields and not listed:
                     raise ApiError(400, f"{_quoted(name)} is there more than once")
-                if value:  # empty is how forms, and the client, say null
+                if value and listed:
+                    fields.setdefault(plain, []).append(value)
+                elif value:  # empty is how forms, and the client, say null
                     fields[name] = value
             elif isinstance(value, str):
                 raise ApiError(400, f"{plain} must be uploaded: no address is fetched", plain)
