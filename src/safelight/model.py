@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -17,6 +17,7 @@ from safelight.sampling import SchedulerConfig
 if TYPE_CHECKING:
     from safelight.engine import Run, Step
     from safelight.keywords import GenerateSettings
+    from safelight.prompt.styles import Style
     from safelight.request import Request
     from safelight.result import Result
 
@@ -35,6 +36,7 @@ class Model:
     native_size: width and height, in pixels, of the pictures it was trained on.
     warnings: what the user should know about how it was loaded.
     wildcards_dir: the folder that `__name__` in a prompt is drawn from, None if there is none.
+    styles: words by name that a request may have put around its prompts.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Model:
     notes: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     wildcards_dir: Path | None = None
+    styles: Mapping[str, Style] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         width, height = self.native_size

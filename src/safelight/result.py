@@ -19,7 +19,7 @@ class Result:
     settings: those of `Request.to_dict`, with the defaults of model and sampler filled in.
     seeds: seeds[i] made images[i]. timings: in seconds. paths: where the pictures were saved.
     drawn: what their last bits depend on besides: see `safelight.machine`.
-    words: with dynamic prompts, the prompt and negative prompt that each seed drew.
+    words: with styles or dynamic prompts, the prompt and negative prompt of each seed.
     """
 
     images: list[Image]
@@ -38,16 +38,16 @@ class Result:
     def recipe(self, i: int = 0) -> dict[str, Any]:
         """Return everything that makes picture i again, alone. It is written into its PNG.
 
-        With dynamic prompts it has the words that were drawn, and what they were drawn from as
-        `template`.
+        With styles and dynamic prompts it has the words that they gave, and what these came from
+        as `template`.
         """
         seed = self.seeds[i]
         settings, template = {**self.settings, "seed": seed, "count": 1}, {}
         if seed in self.words:
             names = ("prompt", "negative_prompt")
-            template = {"template": {name: settings[name] for name in names}}
+            template = {"template": {name: settings[name] for name in (*names, "styles")}}
             settings |= dict(zip(names, self.words[seed], strict=True))
-            settings["dynamic_prompts"] = False
+            settings |= {"dynamic_prompts": False, "styles": []}
         return {
             "safelight": __version__,
             "model": {"name": self.model, "sha256": self.sha256},

@@ -12,6 +12,7 @@ from safelight.errors import SafelightError
 from safelight.families.base import Conditioning
 from safelight.machine import describe_machine
 from safelight.prompt.dynamic import draw
+from safelight.prompt.styles import apply_styles
 from safelight.request import Request
 from safelight.result import Result
 from safelight.sampling import SAMPLERS
@@ -100,10 +101,11 @@ def new_result(model: Model, asked: Request, resolved: Request, exact: bool = Tr
         dtype=model.precision,
         drawn={"exact": exact, **describe_machine(model.device)},
     )
-    if resolved.dynamic_prompts:
-        texts = [resolved.prompt, resolved.negative_prompt]
+    if resolved.dynamic_prompts or resolved.styles:
+        texts = list(_styled(model, resolved))
         for seed in seeds:
-            result.words[seed] = tuple(draw(texts, seed, model.wildcards_dir))
+            drawn = draw(texts, seed, model.wildcards_dir) if resolved.dynamic_prompts else texts
+            result.words[seed] = tuple(drawn)
     result.warnings += _warnings(model, asked, resolved)
     # Each picture may have words of its own.
     told = {result.words.get(seed): seed for seed in seeds}
@@ -118,7 +120,14 @@ def with_drawn(resolved: Request, result: Result, seed: int) -> Request:
     if seed not in result.words:
         return resolved
     prompt, negative = result.words[seed]
-    return resolved.replace(prompt=prompt, negative_prompt=negative, dynamic_prompts=False)
+    return resolved.replace(
+        prompt=prompt, negative_prompt=negative, dynamic_prompts=False, styles=()
+    )
+
+
+def _styled(model: Model, request: Request) -> tuple[str, str]:
+    """Return both prompts with the words of the styles around them."""
+    return apply_styles(model.styles, request.styles, request.prompt, request.negative_prompt)
 
 
 def _warnings(model: Model, asked: Request, resolved: Request) -> list[str]:

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from safelight.errors import SafelightError
 from safelight.fast import accelerate, helps, memory, native_bfloat16, remark
 from safelight.model import Model
+from safelight.prompt.styles import read_styles
 from safelight.weights.check import DTYPES, Header, refusal
 from safelight.weights.digest import Original, digest_files, model_digest
 from safelight.weights.find import find
@@ -37,6 +38,7 @@ def load_model(
     plain: bool = False,
     download: bool = True,
     wildcards_dir: str | Path | None = None,
+    styles_file: str | Path | None = None,
 ) -> Model:
     """Load a model by name (see `find`); without one, the model that ships.
 
@@ -50,12 +52,14 @@ def load_model(
     plain: without the fast layers, which cannot be trained.
     download: False takes a hub model from the cache alone.
     wildcards_dir: a folder of text files, whose lines `__name__` in a prompt is drawn from.
+    styles_file: a styles.csv, as web UIs keep it: words that `styles` puts around prompts.
 
     Raises SafelightError, one line, if the model is not found or not usable: a missing,
     left-over or misshapen weight is named, and so is one that is not finite.
     """
     if wildcards_dir is not None and not Path(wildcards_dir).is_dir():
         raise SafelightError(f"there is no folder of wildcards {str(wildcards_dir)[-100:]!r}")
+    styles = {} if styles_file is None else read_styles(styles_file)
     where = pick_device(device)
     precision = pick_dtype(dtype, where)
     plan = read_plan(find(name, download=download), prediction_type)
@@ -91,6 +95,7 @@ def load_model(
         dtype=precision,
         warnings=warnings,
         wildcards_dir=None if wildcards_dir is None else Path(wildcards_dir),
+        styles=styles,
     )
 
 
