@@ -180,7 +180,8 @@ def _state(folder: Path) -> str:
 
 
 def _models() -> dict[str, list[str]]:
-    from safelight.weights.find import BUILT_IN, MODELS, cached
+    from safelight.weights.find import BUILT_IN, MODELS
+    from safelight.weights.hub import cached
 
     return {
         "shipped": [name for name in BUILT_IN if (MODELS / name).is_dir()],

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from safelight.prompt.styles import Style
     from safelight.request import Request
     from safelight.result import Result
+    from safelight.weights.library import Library
 
 
 @dataclass(repr=False)
@@ -37,6 +38,8 @@ class Model:
     warnings: what the user should know about how it was loaded.
     wildcards_dir: the folder that `__name__` in a prompt is drawn from, None if there is none.
     styles: words by name that a request may have put around its prompts.
+    library: the models folder that LoRAs and embeddings are found in, None if there is none.
+    other_vae: name and sha256 of the autoencoder that took the place of its own, None if none did.
     """
 
     name: str
@@ -53,6 +56,8 @@ class Model:
     warnings: list[str] = field(default_factory=list)
     wildcards_dir: Path | None = None
     styles: Mapping[str, Style] = field(default_factory=dict)
+    library: Library | None = None
+    other_vae: dict[str, str] | None = None
 
     def __repr__(self) -> str:
         width, height = self.native_size
@@ -94,6 +99,11 @@ class Model:
     def vae(self) -> Any:
         """The autoencoder, None if the model draws pixels."""
         return self.parts.get("vae")
+
+    @property
+    def preview_vae(self) -> Any:
+        """The tiny autoencoder that previews are decoded with, None if there is none."""
+        return self.parts.get("preview_vae")
 
     @property
     def text_encoder(self) -> Any:

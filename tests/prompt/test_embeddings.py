@@ -45,7 +45,9 @@ def learned(clip):
     parts = {"tokenizer": clip.tokenizer, "text_encoder": clip.encoder}
     ours = with_embeddings(parts, ["tokenizer"], embeddings)
 
-    pipe: Any = type("Pipe", (TextualInversionLoaderMixin,), {"components": {}, "hf_device_map": None})()
+    pipe: Any = type(
+        "Pipe", (TextualInversionLoaderMixin,), {"components": {}, "hf_device_map": None}
+    )()
     pipe.tokenizer = copy.deepcopy(clip.hf_tokenizer)
     pipe.text_encoder = transformers.CLIPTextModel(copy.deepcopy(clip.hf_encoder.config)).eval()
     pipe.text_encoder.load_state_dict(clip.hf_encoder.state_dict())
@@ -97,7 +99,12 @@ def test_a1111_finds_the_tokens_of_a_name(learned, clip):
 
 
 def test_comfy_finds_marked_names(learned, clip):
-    around = [*AROUND, "x embedding:inkx {}", "embedding:bad-hands, {}", "\nembedding:inkx-wash\t{}"]
+    around = [
+        *AROUND,
+        "x embedding:inkx {}",
+        "embedding:bad-hands, {}",
+        "\nembedding:inkx-wash\t{}",
+    ]
     longest = 0
     for text in prompts(100, around, seed=5):
         wanted = reference.comfy_states(
@@ -157,7 +164,12 @@ def test_an_embedding_of_more_vectors_than_a_chunk_is_refused_by_a1111(clip):
 def test_names_in_comfy(learned):
     named = learned.named
     assert ids_of(learned, "embedding:inkx", "comfy") == [named["inkx"]]
-    for said in ("embedding:inkx.pt", "embedding:styles/inkx", "embedding:inkx,", "embedding: inkx"):
+    for said in (
+        "embedding:inkx.pt",
+        "embedding:styles/inkx",
+        "embedding:inkx,",
+        "embedding: inkx",
+    ):
         assert ids_of(learned, said, "comfy")[0][:1] == named["inkx"], said
     assert ids_of(learned, "a embedding:inkx b", "comfy")[0][1:2] == named["inkx"]
     assert not set(ids_of(learned, "(x,embedding:inkx", "comfy")[0]) & set(named["inkx"])

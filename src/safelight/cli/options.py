@@ -20,7 +20,7 @@ Model = Annotated[
     Option(
         "--model",
         "-m",
-        help="A model's name, a diffusers folder, a .safetensors file or a hub id "
+        help="A model's name, a diffusers folder, a checkpoint file or a hub id "
         "[embedded; with --unconditional embedded-unconditional].",
         show_default=False,
     ),
@@ -29,6 +29,31 @@ Device = Annotated[str, Option(help="Where to compute: auto, cpu, mps or cuda.")
 Dtype = Annotated[str, Option(help="Precision: auto, float32, bfloat16 or float16.")]
 LowMemory = Annotated[
     bool, Option("--low-memory", help="On the CPU: large weights in a file, not in memory.")
+]
+Vae = Annotated[
+    str | None,
+    Option(
+        "--vae",
+        help="Another autoencoder: a folder, a file, a name in the models folder or a hub id.",
+        show_default=False,
+    ),
+]
+PreviewVae = Annotated[
+    str | None,
+    Option(
+        "--preview-vae",
+        help="A tiny autoencoder that previews are decoded with, given as --vae is.",
+        show_default=False,
+    ),
+]
+ModelsDir = Annotated[
+    str | None,
+    Option(
+        "--models-dir",
+        help="A folder of models, LoRAs, embeddings and autoencoders, which are found by name "
+        "[SAFELIGHT_MODELS].",
+        show_default=False,
+    ),
 ]
 Wildcards = Annotated[
     str | None,

@@ -100,6 +100,7 @@ def new_result(model: Model, asked: Request, resolved: Request, exact: bool = Tr
         device=str(model.device),
         dtype=model.precision,
         drawn={"exact": exact, **describe_machine(model.device)},
+        vae=model.other_vae,
     )
     if resolved.dynamic_prompts or resolved.styles:
         texts = list(_styled(model, resolved))

@@ -146,7 +146,8 @@ class Family:
     tokenizers: the same of tokenizers, with the classes that model_index.json may name.
     flat: a folder may keep the files of the one network in its root. network: the part that
     denoises. fixed_size: it draws its native size alone. conditioned_on: the settings of a
-    request that `encode` reads. defaults: settings that it draws best with.
+    request that `encode` reads. defaults: settings that it draws best with. latent_rgb: colours of
+    latents for previews, see `families.colours`; None if its latents have no known ones.
     """
 
     name: str
@@ -161,6 +162,7 @@ class Family:
     fixed_size: ClassVar[bool] = False
     conditioned_on: ClassVar[tuple[str, ...]] = ()
     defaults: ClassVar[Mapping[str, Any]] = {}
+    latent_rgb: tuple[tuple[float, ...], ...] | None = None
 
     def __str__(self) -> str:
         return self.name

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.errors import SafelightError
-from safelight.families import encoding
+from safelight.families import colours, encoding
 from safelight.families.base import Conditioning, Family, Part, SingleFile
 from safelight.sampling import SchedulerConfig
 from safelight.weights import names
@@ -128,6 +128,7 @@ class StableDiffusion(Family):
     vae: Mapping[str, Any] = field(default_factory=dict)
     text_encoder: Mapping[str, Any] = field(default_factory=dict)
     scheduler_config: Mapping[str, Any] = field(default_factory=dict)
+    latent_rgb: tuple[tuple[float, ...], ...] | None = None
 
     title: ClassVar[str] = "Stable Diffusion 1.x and 2.x"
     pipelines: ClassVar[tuple[str, ...]] = (
@@ -327,11 +328,10 @@ class StableDiffusion(Family):
 
     def encode_picture(self, model: Model, pixels: Tensor, noise: Tensor) -> Tensor:
         mean, std = model.vae.encode(pixels.to(model.dtype))
-        return (mean.float() + std.float() * noise) * model.vae.config.scaling_factor
+        return model.vae.config.scale(mean.float() + std.float() * noise)
 
     def decode_latents(self, model: Model, latents: Tensor) -> Tensor:
-        scaled = latents / model.vae.config.scaling_factor
-        return model.vae.decode(scaled.to(model.dtype)).float()
+        return model.vae.decode(model.vae.config.unscale(latents).to(model.dtype)).float()
 
 
 _1: dict[str, Any] = {
@@ -339,12 +339,14 @@ _1: dict[str, Any] = {
     "vae": _VAE,
     "text_encoder": _TEXT_1,
     "scheduler_config": _SCHEDULER_1,
+    "latent_rgb": colours.SD,
 }
 _2: dict[str, Any] = {
     "unet": _UNET_2,
     "vae": _VAE,
     "text_encoder": _TEXT_2,
     "scheduler_config": _SCHEDULER_2,
+    "latent_rgb": colours.SD,
 }
 VARIANTS = (
     StableDiffusion("sd1", 320, 768, **_1),

@@ -355,7 +355,8 @@ class Hub:
     async def defaults(self) -> dict[str, Any]:
         """See `jobs.Service`."""
         if self._defaults is None:  # not before somebody asks: it takes a while
-            notes = await self._in_database(notes_of, self.settings.model)
+            settings = self.settings
+            notes = await self._in_database(notes_of, settings.model, settings.models_dir)
             self._defaults = model_defaults(notes)
         return self._defaults
 

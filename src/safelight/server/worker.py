@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
@@ -74,9 +75,7 @@ class Worker:
         self._pulse = pulse or Pulse()
         self._id = new_id()
         pipe.send(("worker", self._id))
-        self._load = lambda **how: load_model(
-            settings.model, device=settings.device, low_memory=settings.low_memory, **how
-        )
+        self._load = partial(load_model, settings.model, **settings.loading)
         self._model = self._load(dtype=settings.dtype)
         self._precise: Any = None
         self._engine = Engine(

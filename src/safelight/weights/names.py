@@ -122,7 +122,7 @@ def from_single_file(
             found[section.part] |= thirds
             continue
         else:
-            name = _renamed(inner, section.names)
+            name = renamed(inner, section.names)
         if name is None:
             unknown.append(key)
         else:
@@ -244,7 +244,7 @@ def _under(theirs: str, ours: str, names: Mapping[str, str]) -> dict[str, str]:
     return {f"{theirs}.{a}": f"{ours}.{b}" for a, b in names.items()}
 
 
-def _renamed(key: str, names: Mapping[str, str]) -> str | None:
+def renamed(key: str, names: Mapping[str, str]) -> str | None:
     """Return our name of a key: that of the innermost module in `names`, and what follows it."""
     module, rest = key, ""
     while module:
