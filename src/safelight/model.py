@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -15,6 +16,7 @@ from safelight.families import Family
 from safelight.sampling import SchedulerConfig
 
 if TYPE_CHECKING:
+    from safelight.adapters.embeddings import Embeddings
     from safelight.engine import Run, Step
     from safelight.keywords import GenerateSettings
     from safelight.prompt.styles import Style
@@ -39,6 +41,8 @@ class Model:
     wildcards_dir: the folder that `__name__` in a prompt is drawn from, None if there is none.
     styles: words by name that a request may have put around its prompts.
     library: the models folder that LoRAs and embeddings are found in, None if there is none.
+    takes_paths: whether an embedding may be named by its path, which is not for requests of
+      strangers. embedding_files: names of embeddings that mean these files.
     other_vae: name and sha256 of the autoencoder that took the place of its own, None if none did.
     """
 
@@ -57,6 +61,8 @@ class Model:
     wildcards_dir: Path | None = None
     styles: Mapping[str, Style] = field(default_factory=dict)
     library: Library | None = None
+    takes_paths: bool = True
+    embedding_files: Mapping[str, Path] = field(default_factory=dict)
     other_vae: dict[str, str] | None = None
 
     def __repr__(self) -> str:
@@ -114,6 +120,13 @@ class Model:
     def tokenizer(self) -> Any:
         """The tokenizer, None if the model reads no text."""
         return self.parts.get("tokenizer")
+
+    @cached_property
+    def embeddings(self) -> Embeddings:
+        """Finds textual inversions, and keeps models that know them."""
+        from safelight.adapters.embeddings import Embeddings
+
+        return Embeddings(self)
 
     def generate(
         self,

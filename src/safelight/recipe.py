@@ -54,6 +54,9 @@ def recipe_text(recipe: dict[str, Any]) -> str:
     }
     if vae := recipe.get("vae"):
         pairs |= {"VAE hash": vae["sha256"][:10], "VAE": vae["name"]}
+    if embeddings := recipe.get("embeddings"):
+        hashes = (f"{_plain(one['name'])}: {one['sha256'][:12]}" for one in embeddings)
+        pairs["TI hashes"] = ", ".join(hashes)
     if settings.get("prompt_syntax") == "a1111" and settings.get("emphasis") != "original":
         pairs["Emphasis"] = settings["emphasis"].replace("-", " ").capitalize()
     pairs |= {name: value for name, value in told.items() if name not in pairs}
@@ -70,6 +73,11 @@ def recipe_text(recipe: dict[str, Any]) -> str:
         )
     )
     return "\n".join(lines)
+
+
+def _plain(name: str) -> str:
+    """Return a name without the marks that separate names and hashes."""
+    return name.replace(":", "").replace(",", "")
 
 
 def enlarge(

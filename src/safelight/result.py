@@ -20,6 +20,7 @@ class Result:
     seeds: seeds[i] made images[i]. timings: in seconds. paths: where the pictures were saved.
     drawn: what their last bits depend on besides: see `safelight.machine`.
     words: with styles or dynamic prompts, the prompt and negative prompt of each seed.
+    embeddings: of each seed, name and sha256 of the textual inversions in its prompts.
     vae: name and sha256 of the autoencoder, if it is not the model's own.
     """
 
@@ -35,6 +36,7 @@ class Result:
     paths: list[Path] = field(default_factory=list)
     drawn: dict[str, Any] = field(default_factory=dict)
     words: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    embeddings: dict[int, tuple[dict[str, Any], ...]] = field(default_factory=dict)
     vae: dict[str, str] | None = None
 
     def recipe(self, i: int = 0) -> dict[str, Any]:
@@ -50,6 +52,9 @@ class Result:
             template = {"template": {name: settings[name] for name in (*names, "styles")}}
             settings |= dict(zip(names, self.words[seed], strict=True))
             settings |= {"dynamic_prompts": False, "styles": []}
+        embeddings = list(self.embeddings.get(seed, ()))
+        if embeddings:  # by names that tell nothing of this machine
+            settings["embeddings"] = [one["name"] for one in embeddings]
         return {
             "safelight": __version__,
             "model": {"name": self.model, "sha256": self.sha256},
@@ -60,6 +65,7 @@ class Result:
             "settings": settings,
             "warnings": self.warnings,
             **({} if self.vae is None else {"vae": self.vae}),
+            **({"embeddings": embeddings} if embeddings else {}),
             **template,
         }
 

@@ -1,15 +1,15 @@
-"""Puts textual inversions into a model's tokenizers and text encoders."""
+"""Puts textual inversions into a model's tokenizers and text encoders.
+
+PyTorch is imported where vectors are read: a server counts tokens without it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from safelight.adapters.embedding import EmbeddingFile
-from safelight.prompt.tokenizer import Learned
+from safelight.prompt.tokenizer import Learned, two_of_one_name
 
 
 def with_embeddings(
@@ -18,29 +18,48 @@ def with_embeddings(
     """Return the parts of a model with textual inversions. The parts that are given stay as they
     are, and share all weights with those that are returned.
 
-    tokenizers: names of the tokenizers; each belongs to the text encoder of the same number.
-    Raises SafelightError for an embedding that does not fit.
+    tokenizers: the tokenizers' names. Raises SafelightError for an embedding that does not fit.
     """
-    encoders = {_encoder_of(name): name for name in tokenizers}
-    widths = {encoder: parts[encoder].config.hidden_size for encoder in encoders}
-    fitting = [(one, one.fitting(widths)) for one in embeddings]
+    import torch
+
+    encoders = {encoder_of(name): parts[encoder_of(name)] for name in tokenizers}
+    learned = words_of({name: net.config for name, net in encoders.items()}, embeddings)
+    if not embeddings:
+        return dict(parts)
     changed: dict[str, Any] = {}
-    for encoder, tokenizer in encoders.items():
-        first = parts[encoder].config.vocab_size
-        learned: list[Learned] = []
-        vectors: list[Tensor] = []
-        for one, found in fitting:
-            mine = found[encoder]
-            learned.append(Learned(one.name, one.token, tuple(range(first, first + mine.count))))
-            vectors.append(one.read(mine))
-            first += mine.count
-        if learned:
-            device = next(parts[encoder].parameters()).device
-            changed[tokenizer] = parts[tokenizer].with_learned(learned)
-            changed[encoder] = parts[encoder].with_learned(torch.cat(vectors).to(device))
+    for name in tokenizers:
+        encoder = encoders[encoder_of(name)]
+        device = next(encoder.parameters()).device
+        vectors = [one.read(mine) for one, mine in learned[encoder_of(name)].values()]
+        changed[name] = parts[name].with_learned(list(learned[encoder_of(name)]))
+        changed[encoder_of(name)] = encoder.with_learned(torch.cat(vectors).to(device))
     return {**parts, **changed}
 
 
-def _encoder_of(tokenizer: str) -> str:
+def words_of(
+    configs: Mapping[str, Any], embeddings: Sequence[EmbeddingFile]
+) -> dict[str, dict[Learned, tuple[EmbeddingFile, Any]]]:
+    """Return what embeddings are in the vocabulary of each text encoder, and their vectors there.
+
+    configs: of the text encoders. Raises SafelightError for one that does not fit, and for two of
+    one name.
+    """
+    widths = {name: config.hidden_size for name, config in configs.items()}
+    fitting = [(one, one.fitting(widths)) for one in embeddings]
+    names = [one.name for one in embeddings]
+    for name in names:
+        if names.count(name) > 1:
+            raise two_of_one_name(name)
+    found: dict[str, dict[Learned, tuple[EmbeddingFile, Any]]] = {}
+    for encoder, config in configs.items():
+        first, mine = config.vocab_size, found.setdefault(encoder, {})
+        for one, vectors in fitting:
+            after = first + vectors[encoder].count
+            mine[Learned(one.name, one.token, tuple(range(first, after)))] = one, vectors[encoder]
+            first = after
+    return found
+
+
+def encoder_of(tokenizer: str) -> str:
     """Return the name of the text encoder that reads what a tokenizer makes."""
     return tokenizer.replace("tokenizer", "text_encoder")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
+from safelight.adapters.embeddings import key_of
 from safelight.engine.capacity import free_memory, largest_useful_batch, out_of_memory, probe
 from safelight.engine.job import Job, NotFiniteError, advance, finish
 from safelight.engine.requests import create_job, new_result, resolve_request, with_drawn
@@ -340,9 +341,10 @@ class Engine:
     def _conditioning(self, request: Request) -> Conditioning:
         """Return the cached conditioning of a resolved request."""
         family = self.model.family
-        key = family.conditioning_key(request)
+        chosen = self.model.embeddings.choose(request)
+        key = (key_of(chosen), family.conditioning_key(request))
         if key not in self._prompts:
-            made = family.encode(self.model, request)
+            made = family.encode(self.model.embeddings.model(chosen), request)
             if not made.is_finite:
                 return made  # what went wrong once may go well the next time
             self._prompts[key] = made

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from safelight.adapters.embeddings import record
 from safelight.defaults import is_distilled
 from safelight.engine.job import Job, prepare
 from safelight.errors import SafelightError
@@ -109,9 +110,12 @@ def new_result(model: Model, asked: Request, resolved: Request, exact: bool = Tr
             result.words[seed] = tuple(drawn)
     result.warnings += _warnings(model, asked, resolved)
     # Each picture may have words of its own.
-    told = {result.words.get(seed): seed for seed in seeds}
-    for seed in told.values():
-        result.warnings += model.family.warnings(model, with_drawn(resolved, result, seed))
+    for words in dict.fromkeys(map(result.words.get, seeds)):
+        same = [seed for seed in seeds if result.words.get(seed) == words]
+        one = with_drawn(resolved, result, same[0])
+        chosen = model.embeddings.choose(one)
+        result.warnings += model.family.warnings(model.embeddings.model(chosen), one)
+        result.embeddings |= dict.fromkeys(same, tuple(map(record, chosen)))
     result.warnings[:] = dict.fromkeys(result.warnings)
     return result
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from safelight.errors import SafelightError
 from safelight.families.base import Conditioning
 from safelight.prompt.dialects import read
+from safelight.prompt.learned import MARK, unused
 from safelight.prompt.networks import is_lora
 from safelight.prompt.reading import Part, Reading
 from safelight.words import unknown_words
@@ -55,6 +56,9 @@ def warnings(model: Model, request: Request) -> list[str]:
             text = " ".join(dict.fromkeys(piece.text for piece in pieces))
         if model.words is not None and (new := unknown_words(text, model.words)):
             found.append(f"{model.name} was never taught: {', '.join(new)}")
+    for one in unused(model.tokenizer, readings.values(), request.prompt_syntax):
+        how = f"{MARK}{one.name}" if request.prompt_syntax == "comfy" else one.name
+        found.append(f"embedding {one.name} is in no prompt: write {how} where it is meant")
     return found
 
 

@@ -190,10 +190,7 @@ class Tokenizer:
         for one in self.learned:
             for token in self.tokens_of(one):
                 if token in tokens:
-                    raise SafelightError(
-                        f"two embeddings are called {token[:60]!r}: rename the file of one",
-                        field="embeddings",
-                    )
+                    raise two_of_one_name(token)
                 tokens[token] = one.ids
         for token, ids in list(tokens.items()):
             for i, number in enumerate(ids[1:], 1):
@@ -257,6 +254,13 @@ class Tokenizer:
             "model_max_length": self.max_length,
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def two_of_one_name(name: str) -> SafelightError:
+    """Return the error for two textual inversions that one name stands for."""
+    return SafelightError(
+        f"two embeddings are called {name[:60]!r}: rename the file of one", field="embeddings"
+    )
 
 
 def _check_unicode(text: str) -> None:
