@@ -47,13 +47,14 @@ class EmbeddingFinder:
         """
         found: dict[Path, EmbeddingFile] = {}
         for name in request.embeddings:
-            one = self._located(name)
+            one = self.located(name)
             found.setdefault(one.path, one)
         for path, name in self._named(request, tokenizer, list(found.values())):
             found.setdefault(path, look_at(path, name))
         return tuple(found.values())
 
-    def _located(self, name: str) -> EmbeddingFile:
+    def located(self, name: str) -> EmbeddingFile:
+        """Return the embedding of a name. Raises SafelightError if there is none."""
         if name in self.files:
             return look_at(self.files[name], name)
         if self.takes_paths:

@@ -29,6 +29,7 @@ from safelight.server.jobs import (
     StoppingError,
     StorageError,
 )
+from safelight.server.names import Names
 from safelight.server.process import Child, Settings
 from safelight.server.recovery import recover
 from safelight.server.store import Store, new_id
@@ -59,6 +60,7 @@ class Hub:
         self.store = Store(settings.url)
         recover(self.files, self.store)
         self.info = ModelInfo(name=settings.model)
+        self.names = Names(settings)
         self.on_refusal: Callable[[], None] = lambda: None
         self.supervisor = Supervisor(
             settings,
@@ -217,6 +219,7 @@ class Hub:
             )
         if idempotency_key is not None and not 1 <= len(idempotency_key) <= 255:
             raise SafelightError("Idempotency-Key must have 1 to 255 characters")
+        await asyncio.to_thread(self.names.check, request)
         job_id = new_id()
         job, new = await self._in_database(
             partial(
@@ -358,6 +361,8 @@ class Hub:
             settings = self.settings
             notes = await self._in_database(notes_of, settings.model, settings.models_dir)
             self._defaults = model_defaults(notes)
+            if self.names.has_wildcards:
+                self._defaults["dynamic_prompts"] = True
         return self._defaults
 
     async def _in_database(self, call: Callable[..., T], *given: Any) -> T:

@@ -202,6 +202,7 @@ def _settings(
     settings = {
         "prompt": body.prompt,
         "negative_prompt": body.negative_prompt,
+        "styles": body.styles,
         "width": body.width,
         "height": body.height,
         "seed": None if body.seed == -1 else body.seed,
@@ -262,7 +263,6 @@ def _ignored(body: TextToImage | ImageToImage, model: ModelInfo) -> list[str]:
         if (cast("dict[str, Any]", script).get("args") if isinstance(script, dict) else script)
     ]
     found = [
-        (body.styles, "styles: none are kept here; write their words into the prompt"),
         (body.subseed_strength > 0, "subseed_strength: a picture is drawn from its seed alone"),
         (
             body.seed_resize_from_h > 0 or body.seed_resize_from_w > 0,
