@@ -1,6 +1,7 @@
 """Another autoencoder for a model, tiny ones, and previews made with them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,11 +10,16 @@ from safetensors.torch import load_file, save_file
 
 from safelight import cli
 from safelight.engine import preview
+from safelight.engine.job import prepare
 from safelight.errors import SafelightError
 from safelight.families import colours
+from safelight.families.sd import VARIANTS
+from safelight.fast import accelerate
 from safelight.nets.tiny import AutoencoderTiny, TinyConfig
 from safelight.nets.vae import AutoencoderKL, VAEConfig
+from safelight.picture import to_tensor
 from safelight.recipe import read_recipe
+from safelight.request import Request
 from safelight.weights import load_model
 from safelight.weights.names import vae_names
 from weights_tiny import VAE, change, pixel_folder, text_folder, weights, write
@@ -306,8 +312,6 @@ def test_a_tiny_autoencoder_equals_diffusers(config, dtype):
     ours = AutoencoderTiny(TinyConfig.from_dict(dict(theirs.config)))
     ours.load_state_dict(theirs.state_dict(), strict=True)
     if dtype != "plain":
-        from safelight.fast import accelerate
-
         accelerate(ours.eval().requires_grad_(False), torch.float32)
     pixels = torch.rand(2, 3, 32, 48) * 2 - 1
     latents = torch.randn(2, ours.config.latent_channels, 4, 6) * 2
@@ -374,13 +378,7 @@ def test_pictures_start_from_a_tiny_encoder_as_in_diffusers(tiny):
     model, full, _ = tiny
     loaded = load_model(model, device="cpu", dtype="float32", vae=full)
     picture = loaded.generate("a", **SMALL).images[0]
-    from safelight.engine.job import prepare
-    from safelight.picture import to_tensor
-
-    request = {"steps": 4, "sampler": "euler", "strength": 0.5}
-    from safelight.request import Request
-
-    asked = Request(prompt="a", seed=3, image=picture, **request)
+    asked = Request(prompt="a", steps=4, sampler="euler", strength=0.5, image=picture)
     table = loaded.family.table(loaded, asked)
     with torch.inference_mode():
         job = prepare(loaded, table, loaded.family.example(loaded), 3, (64, 64), image=picture)
@@ -406,26 +404,19 @@ def test_previews_are_decoded_by_the_tiny_one_and_pictures_are_not(tiny):
     assert preview.preview(loaded, torch.zeros(1, 4, 96, 128)).size == (512, 384)
 
 
-def test_previews_from_the_table_of_colours(folder, monkeypatch):
+def test_previews_from_the_table_of_colours(folder):
     model = load_model(folder, device="cpu", dtype="float32")
     assert model.family.latent_rgb is None  # a model of other latents has no known colours
     assert preview.preview(model, torch.zeros(1, 4, 8, 8)).size == (16, 16)
-    monkeypatch.setattr(type(model.family), "latent_rgb", colours.SDXL)
-    object.__setattr__(model.family, "latent_rgb", colours.SDXL)
-    try:
-        latents = torch.randn(1, 4, 1, 1).expand(1, 4, 8, 8)
-        picture = preview.preview(model, latents)
-        matrix = torch.tensor(colours.SDXL[:4])
-        colour = latents[0, :, 0, 0] @ matrix + torch.tensor(colours.SDXL[4])
-        wanted = ((colour.clamp(-1, 1) + 1) / 2 * 255).round().int().tolist()
-        assert picture.size == (32, 32)
-        assert all(abs(a - b) <= 1 for a, b in zip(picture.getpixel((9, 9)), wanted, strict=True))
-    finally:
-        object.__setattr__(model.family, "latent_rgb", None)
+    model = replace(model, family=replace(model.family, latent_rgb=colours.SDXL))
+    latents = torch.randn(1, 4, 1, 1).expand(1, 4, 8, 8)
+    picture = preview.preview(model, latents)
+    colour = latents[0, :, 0, 0] @ torch.tensor(colours.SDXL[:4]) + torch.tensor(colours.SDXL[4])
+    wanted = ((colour.clamp(-1, 1) + 1) / 2 * 255).round().int().tolist()
+    assert picture.size == (32, 32)
+    assert all(abs(a - b) <= 1 for a, b in zip(picture.getpixel((9, 9)), wanted, strict=True))
 
 
 def test_the_published_families_have_colours():
-    from safelight.families.sd import VARIANTS
-
     assert all(variant.latent_rgb == colours.SD for variant in VARIANTS)
     assert all(len(table) == 5 for table in (colours.SD, colours.SDXL))

@@ -44,7 +44,7 @@ class Request(RequestFields, metaclass=_Listed):
 
     def __init__(self, **settings: Unpack[RequestSettings]) -> None:
         try:
-            super().__init__(**settings)
+            BaseModel.__init__(self, **settings)
         except ValidationError as error:
             raise _explained(type(self), error) from None
 
