@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from safelight.adapters.embedding import EmbeddingFile
-from safelight.prompt.tokenizer import Learned, two_of_one_name
+from safelight.prompt.learned import Learned, two_of_one_name
 
 
 def with_embeddings(

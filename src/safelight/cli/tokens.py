@@ -28,6 +28,11 @@ def tokens(
         bool, Option("--dynamic-prompts", help="Draw `{a|b}` and `__name__`.")
     ] = False,
     wildcards: options.Wildcards = None,
+    embedding: Annotated[
+        list[str] | None,
+        Option(help="A textual inversion by name or path; more than one may be given."),
+    ] = None,
+    models_dir: options.ModelsDir = None,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show how a prompt is read: chunks, tokens, weights, schedule, and what is unknown.
@@ -36,11 +41,14 @@ def tokens(
     """
     from pathlib import Path
 
+    from safelight.adapters.embeddings import EmbeddingFinder
+    from safelight.adapters.learned import encoder_of, words_of
     from safelight.prompt.dialects import read
     from safelight.prompt.dynamic import draw
     from safelight.prompt.show import describe, lines
     from safelight.request import Request
     from safelight.weights.find import find
+    from safelight.weights.library import open_library
     from safelight.weights.plan import read_plan
 
     checked = Request(
@@ -49,8 +57,9 @@ def tokens(
         emphasis=cast("Any", emphasis),
         steps=steps,
         seed=seed,
+        embeddings=embedding or (),
     )
-    plan = read_plan(find(model or "embedded"))
+    plan = read_plan(find(model or "embedded", models_dir=models_dir))
     tokenizers = plan.family.load_tokenizers(plan.folder, plan.configs)
     if "tokenizer" not in tokenizers:
         raise SafelightError(f"{plan.source.name} reads no prompt: name a model that does")
@@ -60,7 +69,14 @@ def tokens(
     reading = read(
         text, checked.prompt_syntax, steps=steps, emphasis=checked.emphasis, negative=negative
     )
-    found = describe(reading, tokenizers["tokenizer"], checked.prompt_syntax, plan.words)
+    read_by = tokenizers["tokenizer"]
+    finder = EmbeddingFinder(open_library(models_dir), takes_paths=True)
+    own = "negative_prompt" if negative else "prompt"
+    chosen = finder.choose(checked.replace(**{"prompt": "", own: text}), read_by)
+    encoders = {encoder_of(name): plan.configs[encoder_of(name)] for name in tokenizers}
+    learned = words_of(encoders, chosen)[encoder_of("tokenizer")]
+    read_by = read_by.with_learned(list(learned))
+    found = describe(reading, read_by, checked.prompt_syntax, plan.words)
     if as_json:
         say(json.dumps({"prompt": text, **found}, ensure_ascii=False))
         return

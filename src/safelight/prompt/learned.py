@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from safelight.errors import SafelightError
 from safelight.prompt.reading import Reading, Syntax
-from safelight.prompt.tokenizer import Learned, Tokenizer
+
+if TYPE_CHECKING:
+    from safelight.prompt.tokenizer import Tokenizer
 
 MARK = "embedding:"
 
@@ -23,6 +27,26 @@ _ENDINGS = (".safetensors", ".pt", ".bin")
 
 Group = list[int]
 """Token ids that a tool moves to another chunk together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """A textual inversion in a vocabulary: a name that stands for vectors, each with an id.
+
+    name: what A1111 and ComfyUI call it, its file's name. token: what its file calls it, which
+    diffusers goes by. ids: beyond the vocabulary, one for each of its vectors.
+    """
+
+    name: str
+    token: str | None
+    ids: tuple[int, ...]
+
+
+def two_of_one_name(name: str) -> SafelightError:
+    """Return the error for two textual inversions that one name stands for."""
+    return SafelightError(
+        f"two embeddings are called {name[:60]!r}: rename the file of one", field="embeddings"
+    )
 
 
 def groups(tokenizer: Tokenizer, text: str, syntax: Syntax) -> list[Group]:

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
 from safelight.errors import SafelightError
+from safelight.prompt.learned import Learned, two_of_one_name
 from safelight.weights.check import read_bytes, refusal
 from safelight.weights.folder import Folder
 
@@ -49,19 +50,6 @@ class Encoded:
     ids: list[int]
     cut: str | None
     count: int
-
-
-@dataclass(frozen=True, slots=True)
-class Learned:
-    """A textual inversion in a vocabulary: a name that stands for vectors, each with an id.
-
-    name: what A1111 and ComfyUI call it, its file's name. token: what its file calls it, which
-    diffusers goes by. ids: beyond the vocabulary, one for each of its vectors.
-    """
-
-    name: str
-    token: str | None
-    ids: tuple[int, ...]
 
 
 class Tokenizer:
@@ -254,13 +242,6 @@ class Tokenizer:
             "model_max_length": self.max_length,
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def two_of_one_name(name: str) -> SafelightError:
-    """Return the error for two textual inversions that one name stands for."""
-    return SafelightError(
-        f"two embeddings are called {name[:60]!r}: rename the file of one", field="embeddings"
-    )
 
 
 def _check_unicode(text: str) -> None:

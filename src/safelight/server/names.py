@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from functools import cached_property
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from safelight.adapters.asked import asked_of
@@ -47,6 +48,12 @@ class Names:
         """Return the styles by name; none without a file of them."""
         file = self._settings.styles_file
         return {} if file is None else read_styles(file)
+
+    @property
+    def vae(self) -> str | None:
+        """The autoencoder that was chosen in place of the model's own, by its name."""
+        chosen = self._settings.vae
+        return None if chosen is None else PurePath(chosen).name
 
     @property
     def has_wildcards(self) -> bool:

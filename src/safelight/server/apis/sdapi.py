@@ -20,19 +20,10 @@ from starlette.exceptions import HTTPException
 
 from safelight.recipe import recipe_text
 from safelight.server.apis import sdapi_facts
+from safelight.server.apis.sdapi_bodies import Asked, ImageToImage, PngInfo, Sent, TextToImage
 from safelight.server.apis.sdapi_errors import Route
 from safelight.server.apis.sdapi_names import model_hash, sampler_label
-from safelight.server.apis.sdapi_shapes import (
-    Asked,
-    ImageToImage,
-    PngInfo,
-    Sent,
-    TextToImage,
-    describe,
-    first_picture,
-    fitted,
-    understand,
-)
+from safelight.server.apis.sdapi_shapes import describe, first_picture, fitted, understand
 from safelight.server.bodies import decode_base64, decoded
 from safelight.server.callers import caller_of
 from safelight.server.disconnects import attended

@@ -65,11 +65,12 @@ async def sd_models(http: HttpRequest) -> list[dict[str, Any]]:
 
 @router.get("/options")
 async def get_options(http: HttpRequest) -> dict[str, Any]:
-    model = (await _service(http).models())[0]
+    service = _service(http)
+    model = (await service.models())[0]
     return {
         "sd_model_checkpoint": model_title(model),
         "sd_checkpoint_hash": model.sha256,
-        "sd_vae": "Automatic",
+        "sd_vae": service.names.vae or "Automatic",
         "samples_format": "png",
         "CLIP_stop_at_last_layers": 1,
     }
