@@ -69,7 +69,8 @@ class Axis:
             )
         if name not in SETTINGS:
             near = difflib.get_close_matches(name[:40], SETTINGS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(SETTINGS)}"
+            known = (n for n, setting in SETTINGS.items() if not setting.about.some_models)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
             raise SafelightError(f"{name!r:.40} cannot be an axis; {hint}")
         parts = values.split("|" if name in TEXTS else ",")
         return cls(name, tuple(_value(SETTINGS[name], part.strip()) for part in parts))

@@ -10,6 +10,7 @@ from safelight.prompt.reading import Emphasis, Syntax
 
 Schedule = Literal["karras", "exponential", "beta"]
 Spacing = Literal["leading", "linspace", "trailing"]
+EmptyNegative = Literal["model", "zeros", "encoded"]
 
 
 class GenerateSettings(TypedDict, total=False):
@@ -37,6 +38,15 @@ class GenerateSettings(TypedDict, total=False):
     eta: float
     image: Image | None
     mask: Image | None
+    empty_negative: EmptyNegative | None
+    original_width: int | None
+    original_height: int | None
+    target_width: int | None
+    target_height: int | None
+    crop_left: int
+    crop_top: int
+    aesthetic_score: float
+    negative_aesthetic_score: float
     unconditional: bool
 
 

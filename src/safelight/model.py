@@ -32,7 +32,8 @@ class Model:
     name, path: as it was asked for, and where it was found.
     sha256: of a single file, its own; of a folder, of the names and digests of all its files.
     family: what it is and how it draws; its name is "sd1", "sd1-inpainting", "sd2",
-      "sd2-inpainting", "pixels", or "custom" for other shapes of Stable Diffusion.
+      "sd2-inpainting", "sdxl", "sdxl-inpainting", "sdxl-refiner", "ssd-1b", "vega" or "pixels";
+      "custom", "sdxl-custom" and "sdxl-refiner-custom" are of other shapes.
     parts: its networks and tokenizers by the names of their folders.
     words: those it was trained on, None if it does not say.
     notes: what else stands in the folder's safelight.json.
@@ -113,13 +114,13 @@ class Model:
 
     @property
     def text_encoder(self) -> Any:
-        """The text encoder, None if the model reads no text."""
-        return self.parts.get("text_encoder")
+        """The text encoder, the first of two, None if the model reads no text."""
+        return self.parts.get("text_encoder") or self.parts.get("text_encoder_2")
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer, None if the model reads no text."""
-        return self.parts.get("tokenizer")
+        """The tokenizer, the first of two, None if the model reads no text."""
+        return self.parts.get("tokenizer") or self.parts.get("tokenizer_2")
 
     @cached_property
     def embeddings(self) -> Embeddings:

@@ -76,6 +76,7 @@ class About:
     option: the command line's option, where it is not the setting's name.
     slider: lowest value, highest value and step of the page's slider.
     choices: returns the accepted values, where another module keeps them.
+    some_models: whether there are models that do not read it (`Family.conditioned_on`).
     """
 
     default: str = ""
@@ -87,6 +88,7 @@ class About:
     option: str = ""
     slider: tuple[float, float, float] | None = None
     choices: Callable[[], tuple[str, ...]] | None = None
+    some_models: bool = False
 
 
 @dataclass(frozen=True)

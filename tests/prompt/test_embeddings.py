@@ -22,6 +22,7 @@ from safelight.weights.check import read_header
 from tests.prompt import reference
 from tests.prompt.reference import prompts
 
+TEXT = (("tokenizer", "text_encoder"),)
 SIZES = {"inkx": 1, "inkx-wash": 3, "bad-hands": 12, "moss stone": 8}
 VECTORS = {
     name: torch.randn(size, 32, generator=torch.Generator().manual_seed(size)) * 0.3
@@ -43,7 +44,7 @@ def learned(clip):
 
     embeddings = [embedding(name, None, vectors) for name, vectors in VECTORS.items()]
     parts = {"tokenizer": clip.tokenizer, "text_encoder": clip.encoder}
-    ours = with_embeddings(parts, ["tokenizer"], embeddings)
+    ours = with_embeddings(parts, TEXT, embeddings)
 
     pipe: Any = type(
         "Pipe", (TextualInversionLoaderMixin,), {"components": {}, "hf_device_map": None}
@@ -154,7 +155,7 @@ def test_an_embedding_that_does_not_fit_begins_a_chunk(learned):
 def test_an_embedding_of_more_vectors_than_a_chunk_is_refused_by_a1111(clip):
     parts = {"tokenizer": clip.tokenizer, "text_encoder": clip.encoder}
     ink = embedding("inkx", None, torch.zeros(76, 32))
-    many = with_embeddings(parts, ["tokenizer"], [ink])
+    many = with_embeddings(parts, TEXT, [ink])
     with pytest.raises(SafelightError, match="76 vectors; a chunk has room for 75"):
         chunks_of(many["tokenizer"], ((Piece("inkx"),),), "a1111")
     assert len(chunks_of(many["tokenizer"], ((Piece("embedding:inkx"),),), "comfy")) == 2
@@ -182,7 +183,7 @@ def test_a_word_of_the_models_own_is_no_name_in_plain(clip):
 
     def learn(name, token):
         one = embedding(name, token, VECTORS["inkx"])
-        return with_embeddings(parts, ["tokenizer"], [one])["tokenizer"]
+        return with_embeddings(parts, TEXT, [one])["tokenizer"]
 
     with pytest.raises(SafelightError, match="word of the model's own: rename its file"):
         learn("Cat", None).encode("a cat")
@@ -190,7 +191,7 @@ def test_a_word_of_the_models_own_is_no_name_in_plain(clip):
     assert 49408 not in learn("cat", "<cat>").encode("a cat in catalogues").ids
     assert ids_of(SimpleNamespace(tokenizer=learn("cat", None)), "a cat", "a1111")[0][1] == 49408
     again = [embedding(name, "<cat>", VECTORS["inkx"]) for name in ("cat", "dog")]
-    both = with_embeddings(parts, ["tokenizer"], again)["tokenizer"]
+    both = with_embeddings(parts, TEXT, again)["tokenizer"]
     with pytest.raises(SafelightError, match="two embeddings are called '<cat>'"):
         both.encode("a cat")
 

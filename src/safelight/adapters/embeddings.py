@@ -128,7 +128,7 @@ class Embeddings:
         Raises SafelightError for one that is not found or does not fit the model.
         """
         model = self._model
-        if model.tokenizer is None:
+        if not model.family.text_parts:
             if request.embeddings:
                 raise SafelightError(
                     f"embeddings are words, and {model.name} reads none: leave them out",
@@ -136,7 +136,8 @@ class Embeddings:
                 )
             return ()
         finder = EmbeddingFinder(model.library, model.takes_paths, model.embedding_files)
-        return finder.choose(request, model.tokenizer)
+        tokenizer, _ = model.family.text_parts[0]
+        return finder.choose(request, model.parts[tokenizer])
 
     def model(self, chosen: Sequence[EmbeddingFile]) -> Model:
         """Return the model with these embeddings; itself without any.
@@ -147,7 +148,7 @@ class Embeddings:
             return self._model
         key = key_of(chosen)
         if key not in self._kept:
-            parts = with_embeddings(self._model.parts, self._model.family.tokenizers, chosen)
+            parts = with_embeddings(self._model.parts, self._model.family.text_parts, chosen)
             self._kept[key] = replace(self._model, parts=parts)
             while len(self._kept) > MAX_SETS:
                 self._kept.popitem(last=False)

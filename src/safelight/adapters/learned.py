@@ -5,34 +5,37 @@ PyTorch is imported where vectors are read: a server counts tokens without it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safelight.adapters.embedding import EmbeddingFile
 from safelight.prompt.learned import Learned, two_of_one_name
 
 
+TextParts = Sequence[tuple[str, str]]
+"""Tokenizer and text encoder, by their parts' names, as `Family.text_parts` has them."""
+
+
 def with_embeddings(
-    parts: Mapping[str, Any], tokenizers: Iterable[str], embeddings: Sequence[EmbeddingFile]
+    parts: Mapping[str, Any], text_parts: TextParts, embeddings: Sequence[EmbeddingFile]
 ) -> dict[str, Any]:
     """Return the parts of a model with textual inversions. The parts that are given stay as they
     are, and share all weights with those that are returned.
 
-    tokenizers: the tokenizers' names. Raises SafelightError for an embedding that does not fit.
+    Raises SafelightError for an embedding that does not fit, or cannot be read.
     """
     import torch
 
-    encoders = {encoder_of(name): parts[encoder_of(name)] for name in tokenizers}
-    learned = words_of({name: net.config for name, net in encoders.items()}, embeddings)
     if not embeddings:
         return dict(parts)
+    learned = words_of({name: parts[name].config for _, name in text_parts}, embeddings)
     changed: dict[str, Any] = {}
-    for name in tokenizers:
-        encoder = encoders[encoder_of(name)]
+    for tokenizer, name in text_parts:
+        encoder = parts[name]
         device = next(encoder.parameters()).device
-        vectors = [one.read(mine) for one, mine in learned[encoder_of(name)].values()]
-        changed[name] = parts[name].with_learned(list(learned[encoder_of(name)]))
-        changed[encoder_of(name)] = encoder.with_learned(torch.cat(vectors).to(device))
+        vectors = [one.read(mine) for one, mine in learned[name].values()]
+        changed[tokenizer] = parts[tokenizer].with_learned(list(learned[name]))
+        changed[name] = encoder.with_learned(torch.cat(vectors).to(device))
     return {**parts, **changed}
 
 
@@ -58,8 +61,3 @@ def words_of(
             mine[Learned(one.name, one.token, tuple(range(first, after)))] = one, vectors[encoder]
             first = after
     return found
-
-
-def encoder_of(tokenizer: str) -> str:
-    """Return the name of the text encoder that reads what a tokenizer makes."""
-    return tokenizer.replace("tokenizer", "text_encoder")

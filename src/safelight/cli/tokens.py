@@ -7,7 +7,6 @@ from typer import Argument, Option
 
 from safelight.cli import options
 from safelight.cli.output import say
-from safelight.errors import SafelightError
 
 
 def tokens(
@@ -42,10 +41,9 @@ def tokens(
     from pathlib import Path
 
     from safelight.adapters.embeddings import EmbeddingFinder
-    from safelight.adapters.learned import encoder_of, words_of
-    from safelight.prompt.dialects import read
+    from safelight.adapters.reader import PromptReader
     from safelight.prompt.dynamic import draw
-    from safelight.prompt.show import describe, lines
+    from safelight.prompt.show import lines
     from safelight.request import Request
     from safelight.weights.find import find
     from safelight.weights.library import open_library
@@ -60,23 +58,15 @@ def tokens(
         embeddings=embedding or (),
     )
     plan = read_plan(find(model or "embedded", models_dir=models_dir))
-    tokenizers = plan.family.load_tokenizers(plan.folder, plan.configs)
-    if "tokenizer" not in tokenizers:
-        raise SafelightError(f"{plan.source.name} reads no prompt: name a model that does")
     text = prompt
     if dynamic_prompts or wildcards is not None:
         [text] = draw([prompt], seed, None if wildcards is None else Path(wildcards))
-    reading = read(
-        text, checked.prompt_syntax, steps=steps, emphasis=checked.emphasis, negative=negative
-    )
-    read_by = tokenizers["tokenizer"]
-    finder = EmbeddingFinder(open_library(models_dir), takes_paths=True)
     own = "negative_prompt" if negative else "prompt"
-    chosen = finder.choose(checked.replace(**{"prompt": "", own: text}), read_by)
-    encoders = {encoder_of(name): plan.configs[encoder_of(name)] for name in tokenizers}
-    learned = words_of(encoders, chosen)[encoder_of("tokenizer")]
-    read_by = read_by.with_learned(list(learned))
-    found = describe(reading, read_by, checked.prompt_syntax, plan.words)
+    reader = PromptReader(plan, EmbeddingFinder(open_library(models_dir), takes_paths=True))
+    found = reader.describe(
+        checked.replace(**{"prompt": "", own: text}),
+        negative=negative,
+    )
     if as_json:
         say(json.dumps({"prompt": text, **found}, ensure_ascii=False))
         return

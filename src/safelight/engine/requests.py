@@ -17,6 +17,7 @@ from safelight.prompt.styles import apply_styles
 from safelight.request import Request
 from safelight.result import Result
 from safelight.sampling import SAMPLERS
+from safelight.settings import settings_of
 from safelight.sizes import MAX_SIDE, MIN_SIDE, SIDE_STEP, allowed_side
 
 if TYPE_CHECKING:
@@ -139,6 +140,10 @@ def _warnings(model: Model, asked: Request, resolved: Request) -> list[str]:
     """Return what a person should know about a request: each line says one thing."""
     found = list(model.warnings)
     found += asked.with_defaults(model.defaults).unused_settings()
+    for name, setting in settings_of(type(asked)).items():
+        read = not setting.about.some_models or name in model.family.conditioned_on
+        if not read and getattr(asked, name) != setting.default:
+            found.append(f"{name} does nothing with {model.name}: leave it out")
     width, height = resolved.width, resolved.height
     if None not in (width, height) and (width, height) != model.native_size:
         trained = "{}x{}".format(*model.native_size)

@@ -17,6 +17,7 @@ from safelight.fast import memory, onednn, split, tiles, vectors, winograd
 from safelight.fast.store import ARENA, Shelf, Store
 from safelight.nets import layers
 from safelight.nets.layers import as_map, as_tokens, attend
+from safelight.progress import get_on
 
 LARGE = 1 << 22
 """Numbers in a weight that low_memory keeps in a file, and whose memory is given back at once."""
@@ -223,6 +224,7 @@ class FastFeedForward(layers.FeedForward):
             return super().forward(x, plus)
         out = torch.empty_like(x)
         for i in range(0, count, PART):
+            get_on()
             here = slice(i, i + PART)
             more = None if plus is None else plus.flatten(0, -2)[here]
             out.flatten(0, -2)[here] = super().forward(x.flatten(0, -2)[here], more)

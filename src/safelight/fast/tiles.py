@@ -9,6 +9,7 @@ from safelight.fast import kernels
 from safelight.fast.kernels import at
 from safelight.fast.onednn import quarters
 from safelight.fast.store import ARENA, Store
+from safelight.progress import get_on
 
 library = kernels.tiles
 
@@ -119,6 +120,7 @@ class Convolution:
         if out is None:
             out = torch.empty(batch, height, width, self.weights.columns, dtype=torch.bfloat16)
         for pictures, first, last in x.strips():
+            get_on()
             rows = (pictures, slice(first, last))
             _convolve(
                 *x.laid(pictures, first, last),
@@ -175,6 +177,7 @@ class Doubling:
         out = torch.empty(batch, 2 * height, 2 * width, columns, dtype=torch.bfloat16)
         map_ = Map(x)
         for pictures, first, last in map_.strips():
+            get_on()
             laid = map_.laid(pictures, first, last)
             rows = out[pictures, 2 * first : 2 * last]
             for down in (0, 1):

@@ -30,6 +30,7 @@ class VAEConfig(NetConfig):
     mid_block_add_attention: bool = True
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
+    force_upcast: bool = True
 
     _inert: ClassVar = {
         "act_fn": ("silu", "swish"),

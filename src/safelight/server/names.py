@@ -5,29 +5,23 @@ It is looked up without PyTorch, so that a name which is not there is refused at
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safelight.adapters.asked import asked_of
 from safelight.adapters.embedding import EmbeddingFile, look_at
 from safelight.adapters.embeddings import EmbeddingFinder
-from safelight.adapters.learned import encoder_of, words_of
+from safelight.adapters.reader import PromptReader
 from safelight.errors import SafelightError
-from safelight.prompt.dialects import read
-from safelight.prompt.show import describe
 from safelight.prompt.styles import Style, apply_styles, read_styles
 from safelight.request import Request
 from safelight.server.settings import Settings
 from safelight.weights.check import read_header
 from safelight.weights.find import find
 from safelight.weights.library import Entry, Library, open_library
-from safelight.weights.plan import Plan, read_plan
-
-if TYPE_CHECKING:
-    from safelight.prompt.tokenizer import Tokenizer
+from safelight.weights.plan import read_plan
 
 
 class Names:
@@ -37,7 +31,6 @@ class Names:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._lock = threading.Lock()
 
     @cached_property
     def library(self) -> Library | None:
@@ -71,8 +64,7 @@ class Names:
             name = entry.name.rpartition("/")[2]
             try:
                 one = look_at(entry.path, name)
-                if self._tokenizers:
-                    one.fitting({key: net.hidden_size for key, net in self._encoders.items()})
+                one.fitting({k: net.hidden_size for k, net in self._reader.encoders.items()})
                 found[name] = one
             except SafelightError as error:
                 found[name] = error
@@ -109,41 +101,11 @@ class Names:
             self.library.find(lora.name, "lora")
 
     def describe(self, request: Request, *, negative: bool = False) -> dict[str, Any]:
-        """Return how a request's prompt is read, as `safelight.prompt.show.describe` does.
-
-        negative: its negative prompt. Raises SafelightError for a model that reads no prompt, and
-        for an embedding that is not there.
-        """
-        tokenizer = self._tokenizers.get("tokenizer")
-        if tokenizer is None:
-            raise SafelightError(f"{self._settings.model} reads no prompt", field="prompt")
-        tokenizer = self._learned(tokenizer, request)
-        reading = read(
-            request.negative_prompt if negative else request.prompt,
-            request.prompt_syntax,
-            steps=request.steps or 50,
-            emphasis=request.emphasis,
-            negative=negative,
-        )
-        return describe(reading, tokenizer, request.prompt_syntax, self._plan.words)
-
-    def _learned(self, tokenizer: Tokenizer, request: Request) -> Tokenizer:
-        """Return the tokenizer with the embeddings of a request."""
-        chosen = EmbeddingFinder(self.library).choose(request, tokenizer)
-        encoder = encoder_of("tokenizer")
-        return tokenizer.with_learned(list(words_of(self._encoders, chosen)[encoder]))
+        """Return how a request's prompt is read; see `PromptReader.describe`."""
+        return self._reader.describe(request, negative=negative)
 
     @cached_property
-    def _plan(self) -> Plan:
-        with self._lock:
-            settings = self._settings
-            return read_plan(find(settings.model, models_dir=settings.models_dir, download=False))
-
-    @cached_property
-    def _tokenizers(self) -> dict[str, Any]:
-        return self._plan.family.load_tokenizers(self._plan.folder, self._plan.configs)
-
-    @property
-    def _encoders(self) -> dict[str, Any]:
-        """The configs of the text encoders."""
-        return {encoder_of(name): self._plan.configs[encoder_of(name)] for name in self._tokenizers}
+    def _reader(self) -> PromptReader:
+        settings = self._settings
+        source = find(settings.model, models_dir=settings.models_dir, download=False)
+        return PromptReader(read_plan(source), EmbeddingFinder(self.library))

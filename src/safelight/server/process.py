@@ -5,7 +5,10 @@ It loads its model while the server is still starting.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import os
+import signal
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -42,11 +45,25 @@ def spawn(settings: Settings) -> Child:
 
 
 def _run(pipe: Connection, told: Connection, settings: Settings) -> None:
+    """Draw until told to stop, or until the server is gone."""
     wait_asleep()  # before the worker's import of PyTorch
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server tells when to end
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     from safelight.server.pulse import Pulse
 
     pulse = Pulse(told)
     pulse.start()
-    from safelight.server.worker import main
+    from safelight.errors import SafelightError
+    from safelight.server.jobs import StorageError
+    from safelight.server.worker import Worker
 
-    main(pipe, settings, pulse)
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionError):  # the server is gone
+        try:
+            worker = Worker(pipe, settings, pulse)
+        except StorageError:
+            raise  # another one may have more luck
+        except SafelightError as error:
+            pipe.send(("refused", str(error), error.code))
+        else:
+            worker.run()
+    os._exit(0)

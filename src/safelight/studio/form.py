@@ -301,7 +301,7 @@ async def read_file(decoders: Decoders, function: str, path: str | Path, client:
     """Return what a function of `caged`, or another by its full name, makes of an uploaded file."""
     if Path(path).stat().st_size > MAX_BODY:
         raise SafelightError(f"the picture must have at most {MAX_BODY >> 20} MiB")
-    data = await asyncio.to_thread(Path(path).read_bytes)
+    data = [await asyncio.to_thread(Path(path).read_bytes)]
     name = function if ":" in function else f"safelight.server.caged:{function}"
     return await decoders.call(name, data, client=client, name="the picture")
 

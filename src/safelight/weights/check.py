@@ -68,13 +68,13 @@ class Header:
     pickled: bool = False
 
 
-def refusal(name: str, why: str) -> SafelightError:
+def refusal(name: str, why: str, *, code: str = "invalid") -> SafelightError:
     """Return the error for a file that is refused.
 
     It is one line of at most 200 characters. A hostile name or key can neither break it nor push
     its end out of sight.
     """
-    return SafelightError(f"{printable(name, 60)}: {printable(why, 138)}")
+    return SafelightError(f"{printable(name, 60)}: {printable(why, 138)}", code=code)
 
 
 def printable(text: str, limit: int) -> str:

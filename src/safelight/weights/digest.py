@@ -133,7 +133,7 @@ class Original:
         return path
 
     def check(self, *_: object) -> None:
-        """Raise SafelightError if the file no longer holds what was hashed.
+        """Raise SafelightError, code "weights_changed", unless the file holds what was hashed.
 
         It takes a microsecond while size and times stay. If they do not, the file is hashed
         again: it may have been touched, or removed from its folder.
@@ -151,7 +151,9 @@ class Original:
                 self._seen = stamp
                 return
         raise refusal(
-            self._digest.path.name, "was overwritten after it was loaded; load the model again"
+            self._digest.path.name,
+            "was overwritten after it was loaded; load the model again",
+            code="weights_changed",
         )
 
 

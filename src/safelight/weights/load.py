@@ -95,7 +95,8 @@ def load_model(
         for found in each.values()
     }
     for part, net in nets.items():
-        _fill(net, plan.weights[part], originals, where, precision, fast)
+        own = plan.family.dtype_of(part, plan.configs[part], precision)
+        _fill(net, plan.weights[part], originals, where, own, fast)
     for net in nets.values() if fast else ():
         accelerate(net, precision, low_memory)
     warnings = list(plan.warnings)
@@ -294,6 +295,8 @@ def _read(
                 tensor = tensor.to(dtype)  # torch does not compute in 8 bits
             if weight.third is not None:
                 tensor = tensor.chunk(3)[weight.third]
+            if weight.transposed:
+                tensor = tensor.t().contiguous()
             if tensor.data_ptr() % tensor.element_size():
                 tensor = tensor.clone()  # the file need not align it, our kernels do
             tensor = tensor.reshape(weight.shape)

@@ -79,8 +79,8 @@ def _folder_plan(source: Source, prediction_type: str | None) -> Plan:
     }
     _check_weights(source, weights)
     configs = _configs(source, family, raw, weights)
-    family = family.variant(configs)
     settings = folder.part_json("scheduler", "scheduler_config.json")
+    family = family.variant(configs, folder.index, settings)
     notes = folder.json("safelight.json") or {}
     try:
         native = family.native_size(configs)
@@ -108,7 +108,7 @@ def _file_plan(source: Source, prediction_type: str | None) -> Plan:
     file = family.single_file(header)
     _check_weights(source, file.weights)
     warnings: list[str] = []
-    prediction_type = prediction_type or _stated_prediction(header)
+    prediction_type = prediction_type or file.prediction or _stated_prediction(header)
     if prediction_type is None and file.v_native:
         warnings.append(
             f"{printable(header.name, 60)} does not say what it predicts: epsilon is assumed; "

@@ -214,14 +214,14 @@ async def generate(http: HttpRequest) -> Response:
 )
 async def edit(http: HttpRequest) -> Response:
     """Redraw a picture: all of it, or where the mask, or the picture itself, is transparent."""
-    body, settings, image, mask = await read_form(http)
+    body, settings, files = await read_form(http)
     await _check_model(http, body.model)
-    read = await decoded(http, "with_alpha", image, "image")
-    del image
-    holes = read[1] if mask is None else (await decoded(http, "with_alpha", mask, "mask"))[1]
-    request = await asyncio.to_thread(
-        edit_request, settings, read[0], holes, separate=mask is not None
-    )
+    separate = "mask" in files
+    read = [*await decoded(http, "with_alpha", [files.pop("image")], "image")]
+    if separate:
+        read[1] = (await decoded(http, "with_alpha", [files.pop("mask")], "mask"))[1]
+    request = await asyncio.to_thread(edit_request, settings, *read, separate=separate)
+    read.clear()
     return await _answer(http, body, request, "image_edit")
 
 

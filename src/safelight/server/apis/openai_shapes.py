@@ -105,8 +105,8 @@ def read_settings(fields: dict[str, Any], *, text: bool) -> tuple[ImagesBody, di
     return body, settings
 
 
-async def read_form(http: HttpRequest) -> tuple[ImagesBody, dict[str, Any], bytes, bytes | None]:
-    """Return OpenAI's fields, the settings, the picture and the mask of a form."""
+async def read_form(http: HttpRequest) -> tuple[ImagesBody, dict[str, Any], dict[str, bytes]]:
+    """Return OpenAI's fields, the settings, and the files of a form: an image, and maybe a mask."""
     if not http.headers.get("content-type", "").startswith("multipart/form-data"):
         raise ApiError(400, "the body must be multipart/form-data, with the picture in it")
     fields: dict[str, Any] = {}
@@ -136,7 +136,7 @@ async def read_form(http: HttpRequest) -> tuple[ImagesBody, dict[str, Any], byte
     body, settings = read_settings(fields, text=True)
     if "image" not in files:
         raise ApiError(400, "image is needed: a PNG, JPEG or WebP picture", "image")
-    return body, settings, files["image"], files.get("mask")
+    return body, settings, files
 
 
 def edit_request(

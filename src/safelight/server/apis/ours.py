@@ -85,9 +85,10 @@ async def submit(
     settings = await read_json(request, pictures=True)
     for name in ("image", "mask"):
         if settings.get(name) is not None:
-            data = decode_base64(settings[name], name)
+            data = [decode_base64(settings[name], name)]
             settings[name] = await decoded(request, "picture", data, name)
     asked = await asyncio.to_thread(lambda: Request(**settings))
+    settings.clear()  # the request has its own pictures
     return await hub(request).submit(
         asked, idempotency_key=idempotency_key, owner=caller_of(request.scope).owner
     )
