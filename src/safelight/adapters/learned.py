@@ -11,7 +11,6 @@ from typing import Any
 from safelight.adapters.embedding import EmbeddingFile
 from safelight.prompt.learned import Learned, two_of_one_name
 
-
 TextParts = Sequence[tuple[str, str]]
 """Tokenizer and text encoder, by their parts' names, as `Family.text_parts` has them."""
 

@@ -112,6 +112,10 @@ def verify(
     mask: Annotated[
         str | None, Option(help="The mask it was made with, if any.", show_default=False)
     ] = None,
+    embedding: Annotated[
+        list[str] | None,
+        Option(help="The file of an embedding [found in the models folder].", show_default=False),
+    ] = None,
     models_dir: options.ModelsDir = None,
     device: Annotated[
         str | None, Option(help="Another device than the recipe's.", show_default=False)
@@ -127,6 +131,7 @@ def verify(
     """
     import safelight
     from safelight import machine
+    from safelight.adapters.embeddings import recorded_files
     from safelight.picture import largest_difference, open_mask, open_picture
     from safelight.recipe import enlarge, read_recipe
 
@@ -156,6 +161,7 @@ def verify(
                 dtype=dtype or recipe.get("dtype", "auto"),
                 # A picture from a stranger does not get to fetch gigabytes of its choice.
                 download=model is not None,
+                takes_paths=False,
             )
         except SafelightError as error:
             raise SafelightError(
@@ -163,6 +169,9 @@ def verify(
             ) from None
         _check_used("model", used["model"], loaded.sha256)
         _check_used("vae", used["vae"], (loaded.other_vae or {}).get("sha256"))
+        loaded.embedding_files = recorded_files(
+            recipe.get("embeddings", []), loaded.library, embedding or ()
+        )
         recorded = machine.recorded_machine(recipe)
         with machine.threads_of(recorded):
             result = loaded.generate(request, on_step=on_step)

@@ -29,4 +29,4 @@ class Settings:
         """The keywords of `load_model` besides the model's name and the precision."""
         names = ("device", "low_memory", "models_dir", "vae", "preview_vae")
         names += ("wildcards_dir", "styles_file")
-        return {name: getattr(self, name) for name in names}
+        return {"takes_paths": False} | {name: getattr(self, name) for name in names}

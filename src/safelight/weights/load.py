@@ -44,6 +44,7 @@ def load_model(
     models_dir: str | Path | None = None,
     vae: str | Path | None = None,
     preview_vae: str | Path | None = None,
+    takes_paths: bool = True,
 ) -> Model:
     """Load a model by name (see `find`); without one, the model that ships.
 
@@ -63,6 +64,8 @@ def load_model(
     vae: an autoencoder in place of the model's own: a folder, a file, a name in the models
       folder or a hub id.
     preview_vae: the same, a tiny one, for previews alone.
+    takes_paths: whether requests may name a LoRA or an embedding by its path. A server takes names
+      alone.
 
     Raises SafelightError, one line, if the model is not found or not usable: a missing,
     left-over or misshapen weight is named, and so is one that is not finite.
@@ -120,6 +123,7 @@ def load_model(
         wildcards_dir=None if wildcards_dir is None else Path(wildcards_dir),
         styles=styles,
         library=open_library(models_dir),
+        takes_paths=takes_paths,
         other_vae=(
             {"name": vaes["vae"].name, "sha256": model_digest(others["vae"])}
             if "vae" in others

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 import safelight
 from safelight.picture import largest_difference
+from tests.parity.sdxl_models import UNET, make_folder
 
 VECTORS = torch.randn(3, 32, generator=torch.Generator().manual_seed(5)) * 0.3
 
@@ -83,3 +84,35 @@ def test_pictures_are_those_of_diffusers(model, folders, layout, tmp_path):
     ).images[0]
     assert largest_difference(mine.images[0], wanted) <= 2
     assert mine.warnings == []
+    without = model.generate(prompt, sampler="ddim", steps=2, seed=3, negative_prompt=token)
+    assert largest_difference(mine.images[0], without.images[0]) > 2
+
+
+def test_both_text_encoders_of_sdxl(tmp_path):
+    folder = make_folder(tmp_path / "model", UNET)
+    large = torch.randn(3, 24, generator=torch.Generator().manual_seed(6))
+    small = torch.randn(3, 16, generator=torch.Generator().manual_seed(7))
+    save_file({"clip_l": small, "clip_g": large}, tmp_path / "ink-9.safetensors")
+    model = safelight.load(folder, device="cpu", dtype="float32")
+    prompt, settings = "a cat in ink-9, a dog", {"sampler": "euler", "steps": 2, "seed": 3}
+    settings |= {"negative_prompt": "grey ink-9", "guidance_scale": 5.0}
+    mine = model.generate(prompt, embeddings=[str(tmp_path / "ink-9.safetensors")], **settings)
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    for vectors, part in ((small, ""), (large, "_2")):
+        parts = {name: getattr(pipe, name + part) for name in ("text_encoder", "tokenizer")}
+        pipe.load_textual_inversion(vectors, token="ink-9", **parts)
+    # By its config, transformers takes the token of the largest id for the end of the text.
+    pipe.text_encoder_2.config.eos_token_id = 49407
+    pipe.text_encoder_2.text_model.eos_token_id = 49407
+    wanted = pipe(
+        prompt,
+        negative_prompt="grey ink-9",
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(3),
+    ).images[0]
+    assert largest_difference(mine.images[0], wanted) <= 2
+    assert largest_difference(mine.images[0], model.generate(prompt, **settings).images[0]) > 2
+    save_file({"x": small}, tmp_path / "small.safetensors")
+    with pytest.raises(safelight.SafelightError, match="this model reads 16 and 24"):
+        model.generate(prompt, embeddings=[str(tmp_path / "small.safetensors")])
