@@ -22,12 +22,13 @@ FAST = ["--steps", "2", "--sampler", "ddim", "--seed", "3"]
 def folder(tmp_path_factory):
     """A models folder with a model, two embeddings that fit and one that does not."""
     root = tmp_path_factory.mktemp("models")
-    text_folder(root / "Stable-diffusion" / "tiny")
+    config = text_folder(root / "Stable-diffusion" / "tiny") / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "sample_size": 32}))
     width = TEXT["hidden_size"]
     (root / "embeddings" / "old").mkdir(parents=True)
     generator = torch.Generator().manual_seed(1)
     for name, shape in {"inkx": (2, width), "old/mossy": (1, width), "wide": (1, 99)}.items():
-        vectors = torch.randn(shape, generator=generator)
+        vectors = torch.randn(shape, generator=generator) * 3
         save_file({"emb_params": vectors}, root / "embeddings" / f"{name}.safetensors")
     return root
 
@@ -52,7 +53,7 @@ def run(folder, capsys, tmp_path, monkeypatch):
 
 
 def draw(model, prompt, **settings):
-    settings = {"steps": 1, "sampler": "ddim", "seed": 3, **settings}
+    settings = {"steps": 4, "sampler": "ddim", "seed": 3, **settings}
     return model.generate(prompt, **settings)
 
 
@@ -115,15 +116,16 @@ def test_a_picture_of_an_embedding_is_made_again(run, folder, tmp_path):
     other = tmp_path / "elsewhere.safetensors"
     shutil.copy(folder / "embeddings" / "inkx.safetensors", other)
     model = folder / "Stable-diffusion" / "tiny"
-    bare = ("verify", "ale.png", "--model", model, "--models-dir", tmp_path)
-    other.rename(tmp_path / "elsewhere.bin")
+    (tmp_path / "empty").mkdir()
+    bare = ("verify", "ale.png", "--model", model, "--models-dir", tmp_path / "empty")
     code, _, err = run(*bare)
     sha256 = digest_file(folder / "embeddings" / "inkx.safetensors").sha256
     assert code == 2
     assert f"embedding inkx of SHA-256 {sha256[:9]}" in err
     assert "--embedding" in err
-    (tmp_path / "elsewhere.bin").rename(other)
     assert run(*bare, "--embedding", other)[:2] == (0, "0")
+    other.rename(tmp_path / "empty" / "renamed.safetensors")
+    assert run(*bare)[:2] == (0, "0")
 
 
 def test_embeddings_by_path_and_in_tokens(run, folder):
