@@ -23,13 +23,14 @@ from safelight.fast import (
     onednn,
     remark,
     split,
+    strips,
     tiles,
     vectors,
     winograd,
 )
 from safelight.fast.onednn import Doubling
 from safelight.nets.clip import CLIPTextConfig, CLIPTextModel
-from safelight.nets.layers import Upsample2D
+from safelight.nets.layers import ResnetBlock2D, Upsample2D
 from safelight.nets.unet import UNet2DConditionModel, UNetConfig
 from safelight.nets.unet2d import UNet2DConfig, UNet2DModel
 from safelight.nets.vae import AutoencoderKL, VAEConfig
@@ -359,6 +360,26 @@ def test_a_large_map_is_convolved_in_strips(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(tiles.Map(x).strips()) == 10
     for found, wanted in zip(outputs(), whole, strict=True):
         assert torch.equal(found, wanted)
+
+
+@pytest.mark.usefixtures("kernels_of")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+def test_a_large_map_is_normed_in_strips(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, mean: float
+) -> None:
+    net = ResnetBlock2D(48, 32, temb=16, groups=8, eps=1e-6).eval()
+    x, temb = torch.randn(2, 48, 13, 10) + mean, torch.randn(2, 16)
+    true = net(x, temb)
+    net, x, temb = net.to(dtype), x.to(dtype), temb.to(dtype)
+    bound = plain_bound() if dtype == torch.float32 else 1.5 * distance(net(x, temb), true)
+    monkeypatch.setattr(layers, "HUGE", 1)
+    for rows in (1, 4, 13):
+        monkeypatch.setattr(strips, "STRIP", rows * 48 * 10)
+        swapped = fast(net)
+        assert distance(swapped(x, temb), true) < bound * (1 + mean)
+        read = swapped.norm1.silu(x, swapped.conv1)
+        assert isinstance(read, strips.Normed | tiles.Map)  # whose strips are made by the kernel
 
 
 @pytest.mark.usefixtures("by_vectors")
