@@ -169,9 +169,10 @@ def verify(
             ) from None
         _check_used("model", used["model"], loaded.sha256)
         _check_used("vae", used["vae"], (loaded.other_vae or {}).get("sha256"))
-        loaded.embedding_files = recorded_files(
-            recipe.get("embeddings", []), loaded.library, embedding or ()
-        )
+        if recipe.get("embeddings"):
+            loaded.embedding_files = recorded_files(
+                recipe["embeddings"], loaded.library, embedding or ()
+            )
         recorded = machine.recorded_machine(recipe)
         with machine.threads_of(recorded):
             result = loaded.generate(request, on_step=on_step)
