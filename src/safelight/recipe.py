@@ -5,6 +5,7 @@ A PNG holds two of them: exact JSON of our own in the text `safelight`, and AUTO
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,10 @@ def recipe_text(recipe: dict[str, Any]) -> str:
         pairs["Hires resize"] = "{}x{}".format(*recipe["enlarged"])
         pairs["Hires upscaler"] = "Lanczos"
     pairs["Version"] = f"Safelight {recipe['safelight']}"
-    lines = [settings["prompt"]]
+    loras = recipe.get("loras", [])
+    if loras:
+        pairs["Lora hashes"] = ", ".join(f"{_plain(one['name'])}: {one['hash']}" for one in loras)
+    lines = [settings["prompt"] + "".join(_tag(one) for one in loras if not one["in_prompt"])]
     if settings["negative_prompt"]:
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
     lines.append(
@@ -75,9 +79,15 @@ def recipe_text(recipe: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _tag(lora: dict[str, Any]) -> str:
+    """Return a LoRA as a prompt of the web UI has it: the text encoder's weight comes first."""
+    weights = dict.fromkeys(f"{lora[key]:g}" for key in ("text_weight", "weight"))
+    return f" <lora:{_plain(lora['name'])}:{':'.join(weights)}>"
+
+
 def _plain(name: str) -> str:
-    """Return a name without the marks that separate names and hashes."""
-    return name.replace(":", "").replace(",", "")
+    """Return a name without the marks that part names in the web UI's text."""
+    return re.sub(r"[:,<>]", "", name)
 
 
 def enlarge(

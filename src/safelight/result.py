@@ -20,8 +20,10 @@ class Result:
     seeds: seeds[i] made images[i]. timings: in seconds. paths: where the pictures were saved.
     drawn: what their last bits depend on besides: see `safelight.machine`.
     words: with styles or dynamic prompts, the prompt and negative prompt of each seed.
-    embeddings: of each seed, name and sha256 of the textual inversions in its prompts.
+    embeddings: of each seed, name and sha256 of the textual inversions that it was drawn with.
     vae: name and sha256 of the autoencoder, if it is not the model's own.
+    loras: of each seed that was drawn with some, name, weights, SHA-256, A1111's hash, and whether
+      it stands in the prompt.
     """
 
     images: list[Image]
@@ -38,6 +40,7 @@ class Result:
     words: dict[int, tuple[str, ...]] = field(default_factory=dict)
     embeddings: dict[int, tuple[dict[str, Any], ...]] = field(default_factory=dict)
     vae: dict[str, str] | None = None
+    loras: dict[int, tuple[dict[str, Any], ...]] = field(default_factory=dict)
 
     def recipe(self, i: int = 0) -> dict[str, Any]:
         """Return everything that makes picture i again, alone. It is written into its PNG.
@@ -66,6 +69,7 @@ class Result:
             "warnings": self.warnings,
             **({} if self.vae is None else {"vae": self.vae}),
             **({"embeddings": embeddings} if embeddings else {}),
+            **({"loras": list(self.loras[seed])} if seed in self.loras else {}),
             **template,
         }
 

@@ -166,37 +166,6 @@ def record(embedding: EmbeddingFile) -> dict[str, Any]:
     return {"name": embedding.name, "sha256": digest_file(embedding.path).sha256}
 
 
-def recorded_files(
-    records: Sequence[Mapping[str, Any]], library: Library | None, given: Sequence[str]
-) -> dict[str, Path]:
-    """Return the files of a recipe's embeddings by their names: found by their SHA-256.
-
-    records: as `record` returned them, or anything: a recipe comes from a stranger. given: paths
-    to look at first. Raises SafelightError for one that is neither among them nor in the models
-    folder.
-    """
-    hashes = {digest_file(look_at(Path(path)).path).sha256: Path(path) for path in given}
-    try:
-        told = [(str(one["name"]), str(one["sha256"])) for one in records]
-    except (KeyError, TypeError):
-        raise SafelightError("the recipe's embeddings are not as Safelight writes them") from None
-    found: dict[str, Path] = {}
-    for name, sha256 in told:
-        path = hashes.get(sha256)
-        if path is None and library is not None:
-            entry = library.by_hash(sha256, "embedding")
-            path = None if entry is None else entry.path
-        if path is None:
-            raise SafelightError(
-                f"embedding {printable(name, 60)} of SHA-256 {printable(sha256, 10)} is not here: "
-                "give its file with --embedding, or its folder with --models-dir",
-                code="no_model",
-                field="embeddings",
-            )
-        found[name] = path
-    return found
-
-
 def _pieces(request: Request) -> list[str]:
     """Return the texts of one weight of both prompts."""
     found: dict[str, None] = {}

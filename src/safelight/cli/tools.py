@@ -106,15 +106,17 @@ def verify(
     vae: Annotated[
         str | None, Option(help="Where the other autoencoder is, if any.", show_default=False)
     ] = None,
+    lora: Annotated[
+        list[str] | None, Option(help="The file of a LoRA, if any.", show_default=False)
+    ] = None,
+    embedding: Annotated[
+        list[str] | None, Option(help="The file of an embedding, if any.", show_default=False)
+    ] = None,
     image: Annotated[
         str | None, Option(help="The picture it started from, if any.", show_default=False)
     ] = None,
     mask: Annotated[
         str | None, Option(help="The mask it was made with, if any.", show_default=False)
-    ] = None,
-    embedding: Annotated[
-        list[str] | None,
-        Option(help="The file of an embedding [found in the models folder].", show_default=False),
     ] = None,
     models_dir: options.ModelsDir = None,
     device: Annotated[
@@ -131,9 +133,10 @@ def verify(
     """
     import safelight
     from safelight import machine
-    from safelight.adapters.embeddings import recorded_files
+    from safelight.adapters.recorded import recorded_files
     from safelight.picture import largest_difference, open_mask, open_picture
     from safelight.recipe import enlarge, read_recipe
+    from safelight.weights.library import open_library
 
     recipe = read_recipe(png)
     if "safelight" not in recipe:
@@ -159,7 +162,8 @@ def verify(
                 models_dir=models_dir,
                 device=device or recipe.get("device", "auto"),
                 dtype=dtype or recipe.get("dtype", "auto"),
-                # A picture from a stranger does not get to fetch gigabytes of its choice.
+                # A picture from a stranger does not get to fetch gigabytes of its choice, nor to
+                # name files here.
                 download=model is not None,
                 takes_paths=False,
             )
@@ -169,10 +173,9 @@ def verify(
             ) from None
         _check_used("model", used["model"], loaded.sha256)
         _check_used("vae", used["vae"], (loaded.other_vae or {}).get("sha256"))
-        if recipe.get("embeddings"):
-            loaded.embedding_files = recorded_files(
-                recipe["embeddings"], loaded.library, embedding or ()
-            )
+        library = open_library(models_dir)
+        loaded.lora_files = recorded_files(recipe, "lora", library, lora or ())
+        loaded.embedding_files = recorded_files(recipe, "embedding", library, embedding or ())
         recorded = machine.recorded_machine(recipe)
         with machine.threads_of(recorded):
             result = loaded.generate(request, on_step=on_step)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from safelight.adapters.asked import asked_of
 from safelight.adapters.embeddings import record
 from safelight.defaults import is_distilled
 from safelight.engine.job import Job, prepare
@@ -21,6 +22,7 @@ from safelight.settings import settings_of
 from safelight.sizes import MAX_SIDE, MIN_SIDE, SIDE_STEP, allowed_side
 
 if TYPE_CHECKING:
+    from safelight.adapters.select import Selection
     from safelight.model import Model
 
 STRENGTH = 0.8
@@ -34,8 +36,6 @@ def resolve_request(model: Model, request: Request) -> Request:
     """
     family = model.family
     family.check_request(model, request)
-    if request.loras:
-        raise SafelightError("loras cannot be used yet: leave them out", field="loras")
     request = request.with_defaults(model.defaults)
     filled: dict[str, Any] = {}
     if request.steps is None:
@@ -119,6 +119,25 @@ def new_result(model: Model, asked: Request, resolved: Request, exact: bool = Tr
         result.embeddings |= dict.fromkeys(same, tuple(map(record, chosen)))
     result.warnings[:] = dict.fromkeys(result.warnings)
     return result
+
+
+def select_loras(
+    model: Model, request: Request, result: Result, seed: int, own: Selection | None
+) -> Selection | None:
+    """Return the LoRAs of one picture of a resolved request, None without; note them in the result.
+
+    own: those that the model came with. Raises SafelightError for one that does not fit.
+    """
+    asked, warnings = asked_of(request)
+    result.warnings += [warning for warning in warnings if warning not in result.warnings]
+    if not asked and own is None:
+        return None
+    selection = model.adapters.choose(asked, request.lora_unmatched, after=own)
+    result.loras[seed] = selection.records
+    # By names that tell nothing of this machine.
+    result.settings["loras"] = [str(one) for one in selection.asked if not one.tagged]
+    result.warnings += [said for said in selection.warnings if said not in result.warnings]
+    return selection if selection.key else None
 
 
 def with_drawn(resolved: Request, result: Result, seed: int) -> Request:

@@ -212,6 +212,13 @@ class Family:
         """
         raise NotImplementedError
 
+    def original_names(self, part: str, config: Mapping[str, Any]) -> Mapping[str, str]:
+        """Return the modules of a network, from the names of the original code to ours.
+
+        config: the network's own. Empty if the code that came first has the same names.
+        """
+        return {}
+
     def load_tokenizers(self, folder: Folder | None, configs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the tokenizers by name. folder: None for a single file."""
         return {}

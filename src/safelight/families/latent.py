@@ -173,6 +173,9 @@ class LatentFamily(Family):
         side = (configs["unet"].sample_size or 64) * configs["vae"].factor
         return side, side
 
+    def original_names(self, part: str, config: Mapping[str, Any]) -> Mapping[str, str]:
+        return names.unet_names(config) if part == "unet" else {}
+
     def load_tokenizers(self, folder: Folder | None, configs: Mapping[str, Any]) -> dict[str, Any]:
         from safelight.prompt.tokenizer import clip_tokenizer, folder_tokenizer
 

@@ -285,13 +285,15 @@ class MappedLinear(nn.Linear):
     """For what runs once for a prompt: to pack it would take longer, and to hold it, memory."""
 
     precision: torch.dtype
+    mapped = True
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         dtype = onednn.computes(self.precision)
         bias = None if self.bias is None else self.bias.to(dtype)
         weight = self.weight.to(self.precision).to(dtype)
         out = F.linear(x.to(dtype), weight, bias).to(self.precision)
-        memory.page_out(self.weight)
+        if self.mapped:
+            memory.page_out(self.weight)
         return out
 
 

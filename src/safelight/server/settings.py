@@ -29,4 +29,5 @@ class Settings:
         """The keywords of `load_model` besides the model's name and the precision."""
         names = ("device", "low_memory", "models_dir", "vae", "preview_vae")
         names += ("wildcards_dir", "styles_file")
-        return {"takes_paths": False} | {name: getattr(self, name) for name in names}
+        # A client may name files of the models folder, and no path.
+        return {**{name: getattr(self, name) for name in names}, "takes_paths": False}

@@ -22,10 +22,10 @@ from safelight.weights.find import find, find_vae
 from safelight.weights.library import open_library
 from safelight.weights.names import Weight, some
 from safelight.weights.plan import Plan, read_plan
+from safelight.weights.stored import SMALL, Stored, stored_tensor
 from safelight.weights.tensors import open_tensors
 
-_SMALL = ("F8_E4M3", "F8_E5M2")
-_FLOATS = ("F16", "BF16", "F32", "F64", *_SMALL)
+_FLOATS = ("F16", "BF16", "F32", "F64", *SMALL)
 _STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _COMPUTE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -129,6 +129,7 @@ def load_model(
             if "vae" in others
             else None
         ),
+        stored=Stored(plan.weights, originals),
     )
 
 
@@ -294,16 +295,11 @@ def _read(
     state: dict[str, Tensor] = {}
     with open_tensors(header, path) as read:
         for name, weight in weights.items():
-            tensor = read(weight.key)
-            if weight.dtype in _SMALL:
+            tensor = stored_tensor(read, weight)
+            if weight.dtype in SMALL:
                 tensor = tensor.to(dtype)  # torch does not compute in 8 bits
-            if weight.third is not None:
-                tensor = tensor.chunk(3)[weight.third]
-            if weight.transposed:
-                tensor = tensor.t().contiguous()
             if tensor.data_ptr() % tensor.element_size():
                 tensor = tensor.clone()  # the file need not align it, our kernels do
-            tensor = tensor.reshape(weight.shape)
             if not keep:
                 tensor = tensor.to(device, dtype)
             if not _finite(tensor, dtype):
