@@ -125,6 +125,9 @@ def verify(
     lora: Annotated[
         list[str] | None, Option(help="The file of a LoRA, if any.", show_default=False)
     ] = None,
+    embedding: Annotated[
+        list[str] | None, Option(help="The file of an embedding, if any.", show_default=False)
+    ] = None,
     image: Annotated[
         str | None, Option(help="The picture it started from, if any.", show_default=False)
     ] = None,
@@ -186,7 +189,9 @@ def verify(
             ) from None
         _check_used("model", used["model"], loaded.sha256)
         _check_used("vae", used["vae"], (loaded.other_vae or {}).get("sha256"))
-        loaded.lora_files = recorded_files(recipe, open_library(models_dir), lora or ())
+        library = open_library(models_dir)
+        loaded.lora_files = recorded_files(recipe, "lora", library, lora or ())
+        loaded.embedding_files = recorded_files(recipe, "embedding", library, embedding or ())
         recorded = machine.recorded_machine(recipe)
         with machine.threads_of(recorded):
             result = loaded.generate(request, on_step=on_step)

@@ -152,6 +152,7 @@ class Family:
     have it. title: of the family, in messages. uses_prompt: whether it draws what a prompt says.
     pipelines: classes in model_index.json. parts: its networks by their folder's names.
     tokenizers: the same of tokenizers, with the classes that model_index.json may name.
+    text_parts: tokenizer and text encoder, by their parts' names, of each that a prompt is read by.
     flat: a folder may keep the files of the one network in its root. network: the part that
     denoises. fixed_size: it draws its native size alone. conditioned_on: the settings of a
     request that `encode` reads. defaults: settings that it draws best with. trainable: whether
@@ -166,6 +167,7 @@ class Family:
     pipelines: ClassVar[tuple[str, ...]]
     parts: ClassVar[Mapping[str, Part]]
     tokenizers: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    text_parts: ClassVar[tuple[tuple[str, str], ...]] = ()
     flat: ClassVar[bool] = False
     network: ClassVar[str] = "unet"
     fixed_size: ClassVar[bool] = False

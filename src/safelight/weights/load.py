@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from safelight.errors import SafelightError
 from safelight.fast import accelerate, helps, memory, native_bfloat16, remark
 from safelight.model import Model
+from safelight.prompt.styles import read_styles
 from safelight.weights.autoencoders import with_autoencoders
 from safelight.weights.check import DTYPES, Header, refusal
 from safelight.weights.digest import Original, digest_files, model_digest
@@ -39,6 +40,7 @@ def load_model(
     plain: bool = False,
     download: bool = True,
     wildcards_dir: str | Path | None = None,
+    styles_file: str | Path | None = None,
     models_dir: str | Path | None = None,
     vae: str | Path | None = None,
     preview_vae: str | Path | None = None,
@@ -56,18 +58,21 @@ def load_model(
     plain: without the fast layers, which cannot be trained.
     download: False takes a hub model from the cache alone.
     wildcards_dir: a folder of text files, whose lines `__name__` in a prompt is drawn from.
+    styles_file: a styles.csv, as web UIs keep it: words that `styles` puts around prompts.
     models_dir: the folder in which models, LoRAs, embeddings and autoencoders are found by name
       (see `safelight.weights.library`), in place of that of SAFELIGHT_MODELS.
     vae: an autoencoder in place of the model's own: a folder, a file, a name in the models
       folder or a hub id.
     preview_vae: the same, a tiny one, for previews alone.
-    takes_paths: whether requests may name a LoRA by its path. A server takes names alone.
+    takes_paths: whether requests may name a LoRA or an embedding by its path. A server takes names
+      alone.
 
     Raises SafelightError, one line, if the model is not found or not usable: a missing,
     left-over or misshapen weight is named, and so is one that is not finite.
     """
     if wildcards_dir is not None and not Path(wildcards_dir).is_dir():
         raise SafelightError(f"there is no folder of wildcards {str(wildcards_dir)[-100:]!r}")
+    styles = {} if styles_file is None else read_styles(styles_file)
     where = pick_device(device)
     precision = pick_dtype(dtype, where)
     source = find(name, download=download, models_dir=models_dir)
@@ -116,14 +121,15 @@ def load_model(
         dtype=precision,
         warnings=warnings,
         wildcards_dir=None if wildcards_dir is None else Path(wildcards_dir),
+        styles=styles,
         library=open_library(models_dir),
+        takes_paths=takes_paths,
         other_vae=(
             {"name": vaes["vae"].name, "sha256": model_digest(others["vae"])}
             if "vae" in others
             else None
         ),
         stored=Stored(plan.weights, originals),
-        takes_paths=takes_paths,
     )
 
 
