@@ -33,6 +33,8 @@ def compare(
     models_dir: options.ModelsDir = None,
     vae: options.Vae = None,
     refiner: options.Refiner = None,
+    wildcards: options.Wildcards = None,
+    styles_file: options.StylesFile = None,
     out: Annotated[str, Option("--out", "-o", help="The .png file to write.")] = "grid.png",
     overwrite: options.Overwrite = False,
 ) -> None:
@@ -53,6 +55,7 @@ def compare(
             )
     if "prompt" not in axes:
         options.check_prompt(settings, 'compare "a cat" --x sampler=ddim,euler_a')
+    settings = options.with_words(settings, styles_file=styles_file, wildcards=wildcards)
     base = options.request_of(settings)
     requests(base, across, down)
     if not out.lower().endswith(".png"):
@@ -69,6 +72,8 @@ def compare(
                 models_dir=models_dir,
                 vae=vae,
                 refiner=refiner,
+                wildcards_dir=wildcards,
+                styles_file=styles_file,
             ),
             base,
             across,

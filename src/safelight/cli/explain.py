@@ -20,7 +20,6 @@ def explain(
     vae: options.Vae = None,
     refiner: options.Refiner = None,
     wildcards: options.Wildcards = None,
-    style: options.Styles = None,
     styles_file: options.StylesFile = None,
     out: Annotated[str, Option("--out", "-o", help="The .html file to write.")] = "explain.html",
     overwrite: options.Overwrite = False,
@@ -30,9 +29,7 @@ def explain(
     Prints the path of the page: one file that a browser opens without fetching anything.
     """
     options.check_prompt(settings, 'explain "a cat above a pizza"')
-    settings = options.with_words(
-        settings, style=style, styles_file=styles_file, wildcards=wildcards
-    )
+    settings = options.with_words(settings, styles_file=styles_file, wildcards=wildcards)
     request = options.request_of(settings)
     from safelight.picture import check_writable, save_whole
 
@@ -49,6 +46,7 @@ def explain(
             vae=vae,
             refiner=refiner,
             wildcards_dir=wildcards,
+            styles_file=styles_file,
         )
         # Not before: they import PyTorch, in which Ctrl-C has to wait.
         from safelight.explain.page import page

@@ -31,6 +31,8 @@ def serve(
     vae: options.Vae = None,
     refiner: options.Refiner = None,
     preview_vae: options.PreviewVae = None,
+    wildcards: options.Wildcards = None,
+    styles_file: options.StylesFile = None,
     token: Annotated[
         str | None,
         Option(
@@ -71,6 +73,7 @@ def serve(
         raise SafelightError(f"--queue {queue}: expected 1 or more")
     secret = token_of(token, token_file)
     private.keep()
+    options.with_words({}, styles_file=styles_file, wildcards=wildcards)
     root = data_folder(data_dir)
     settings = Settings(
         model=model,
@@ -78,6 +81,8 @@ def serve(
         vae=vae,
         refiner=refiner,
         preview_vae=preview_vae,
+        wildcards_dir=wildcards,
+        styles_file=styles_file,
         url=database or f"sqlite:///{root / 'jobs.sqlite3'}",
         root=str(root),
         device=device,

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from safelight.weights.check import DTYPES as SIZES
 from safelight.weights.check import Header
@@ -95,9 +94,3 @@ def _largest(stored: torch.dtype, dtype: torch.dtype) -> int:
         value = torch.tensor([middle], dtype=kind).view(stored)
         low, high = (middle, high) if bool(value.to(dtype).isfinite()) else (low, middle - 1)
     return low
-
-
-def finite(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether all values are finite in `dtype`: a large float32 is not, as float16."""
-    # NaN is passed on by both, and conversion keeps the order.
-    return all(bool(end.to(dtype).isfinite()) for end in torch.aminmax(tensor))
