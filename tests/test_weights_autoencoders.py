@@ -13,7 +13,6 @@ from safelight.engine import preview
 from safelight.engine.job import prepare
 from safelight.errors import SafelightError
 from safelight.families import colours, sd
-from safelight.families.sd import VARIANTS
 from safelight.fast import accelerate
 from safelight.nets.tiny import AutoencoderTiny, TinyConfig
 from safelight.nets.vae import AutoencoderKL, VAEConfig
@@ -432,5 +431,5 @@ def test_previews_from_the_table_of_colours(folder):
 
 
 def test_the_published_families_have_colours():
-    assert all(variant.latent_rgb == colours.SD for variant in VARIANTS)
+    assert all(variant.latent_rgb == colours.SD for variant in sd.VARIANTS)
     assert all(len(table) == 5 for table in (colours.SD, colours.SDXL))
