@@ -6,6 +6,7 @@ import asyncio
 import json
 import secrets
 import time
+from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
 from typing import Any
 
@@ -142,14 +143,12 @@ def _named(value: Any, names: list[str]) -> Any:
     return value
 
 
-def deep_text(body: bytes) -> bool:
-    """Return whether a body is JSON nested deeper than MAX_DEPTH; false for what is no JSON."""
-    try:
-        return _deep(json.loads(body))
-    except RecursionError:
-        return True
-    except ValueError:
-        return False
+def read_event(body: bytes) -> dict[str, Any]:
+    """Return the JSON object in a body that is parsed once more. Raises RefusedError for others."""
+    found = _parsed(body)
+    if not isinstance(found, dict) or _deep(found):
+        raise RefusedError(422, f"the body must be a JSON object, nested at most {MAX_DEPTH} deep")
+    return found
 
 
 def _deep(value: Any) -> bool:
@@ -183,6 +182,12 @@ def decode_base64(text: Any, name: str) -> bytes:
 def attached(text: str) -> bytes | None:
     """Return the picture that a text of a large body stands for; None for any other text."""
     return (_ATTACHED.get() or {}).get(text)
+
+
+def turn(http: HttpRequest) -> AbstractAsyncContextManager[None]:
+    """Return the client's turn to hold a decoded picture, or to make a file of one."""
+    decoders: Decoders = http.app.state.decoders
+    return decoders.handling.turn(caller_of(http.scope).name)
 
 
 async def decoded(http: HttpRequest, function: str, data: bytes, name: str, what: str = "") -> Any:

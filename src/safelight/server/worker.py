@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,7 @@ from safelight.server.claims import LEASE, Claim, LostError
 from safelight.server.files import Files
 from safelight.server.held import Held
 from safelight.server.jobs import ModelInfo, Picture, StorageError
+from safelight.server.logs import without_words
 from safelight.server.previews import encoded_preview
 from safelight.server.pulse import Pulse
 from safelight.server.settings import Settings
@@ -51,6 +53,9 @@ def main(pipe: Connection, settings: Settings, pulse: Pulse) -> None:
             worker.run()
     except (EOFError, BrokenPipeError, ConnectionError):
         pass  # the server is gone
+    except Exception as error:  # its words may quote a prompt
+        sys.stderr.write(f"the worker failed: {without_words(error)}\n")
+        code = 1
     os._exit(code)
 
 

@@ -34,6 +34,17 @@ class Source:
         object.__setattr__(self, "name", self.name.encode(errors="replace").decode())
 
 
+def on_disk(name: str) -> Source | None:
+    """Return the model of a path, None if there is no such file or folder."""
+    try:
+        path = Path(name).expanduser()
+        if name and path.exists():
+            return Source(path.resolve().stem if path.is_file() else path.resolve().name, path)
+    except (OSError, RuntimeError, ValueError):
+        pass  # too long, a NUL in it, no home: not a path
+    return None
+
+
 def find(name: str | Path, *, download: bool = True) -> Source:
     """Find a model by name.
 
@@ -51,12 +62,9 @@ def find(name: str | Path, *, download: bool = True) -> Source:
                 f"the built-in model {name!r} is not part of this installation", code="no_model"
             )
         return Source(name, MODELS / name)
-    try:
-        path = Path(name).expanduser()
-        if name and path.exists():
-            return Source(path.resolve().stem if path.is_file() else path.resolve().name, path)
-    except (OSError, RuntimeError, ValueError):
-        pass  # too long, a NUL in it, no home: not a path
+    here = on_disk(name)
+    if here is not None:
+        return here
     hub_id = _HUB_ID.fullmatch(name)
     # "models/sd15.safetensors" is a file that is not there, not a repository.
     if hub_id is None or name.endswith((".safetensors", ".ckpt")) or ".." in name:

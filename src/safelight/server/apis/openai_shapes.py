@@ -15,6 +15,7 @@ from safelight.picture import encode
 from safelight.request import Request
 from safelight.server.bodies import MAX_BODY
 from safelight.server.jobs import retry_after, status_of
+from safelight.server.wording import clipped, public
 from safelight.settings import Setting, settings_of
 from safelight.sizes import allowed_size
 
@@ -173,7 +174,8 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status, self.headers = status, headers
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        error = {"message": public(message), "type": kind, "code": code}
+        self.body = {"error": error | {"param": None if param is None else clipped(param)}}
 
 
 def failed(message: str) -> ApiError:
