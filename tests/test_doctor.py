@@ -88,11 +88,18 @@ def waiting(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dic
 
 
 def test_threads_sleep_while_they_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert waiting({}, monkeypatch) == {"OMP_WAIT_POLICY": "passive"}
+    assert waiting({}, monkeypatch) == threads.BRIEFLY
+    assert waiting(threads.BRIEFLY, monkeypatch) == threads.BRIEFLY  # a process that ours starts
 
 
 @pytest.mark.parametrize(
-    "chosen", [{"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "9"}, {"KMP_BLOCKTIME": "5"}]
+    "chosen",
+    [
+        {"OMP_WAIT_POLICY": "active"},
+        {"OMP_WAIT_POLICY": "passive"},
+        {"GOMP_SPINCOUNT": "9"},
+        {"KMP_BLOCKTIME": "5"},
+    ],
 )
 def test_what_the_user_chose_stays(chosen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert waiting(chosen, monkeypatch) == chosen

@@ -100,7 +100,7 @@ def _threads() -> dict[str, Any]:
     chosen = {name: os.environ[name] for name in threads.SETTINGS if name in os.environ}
     if not chosen:
         waiting = "spin while they wait"
-    elif chosen == {"OMP_WAIT_POLICY": "passive"}:
+    elif chosen in (threads.BRIEFLY, {"OMP_WAIT_POLICY": "passive"}):
         waiting = "sleep while they wait"
     else:
         waiting = "wait as " + ", ".join(f"{k}={v}" for k, v in chosen.items()) + " says"
