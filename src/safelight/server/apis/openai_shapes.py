@@ -204,7 +204,9 @@ def refused(error: SafelightError) -> ApiError:
 def _explained(error: ValidationError) -> ApiError:
     """Return one line for the first of pydantic's findings."""
     first = error.errors(include_url=False, include_input=False)[0]
-    name = str(first["loc"][0]) if first["loc"] else "the body"
+    if not first["loc"]:  # a name that is no text
+        return ApiError(400, f"the body: {first['msg']}")
+    name = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
         known = ", ".join([*ImagesBody.model_fields, *own_settings(Request)])
         message = f"there is no setting {_quoted(name)}; known: {known}"
