@@ -35,12 +35,13 @@ picture: $(VENV)/.ready
 test: $(VENV)/.ready-dev
 	$(BIN)/pytest
 
-# The numerical tests at every level below this processor's that it can stand for: without AVX512,
+# The numerical tests at every level below this processor's that it can stand for: without AMX, without AVX512,
 # without AVX and compiled kernels, and with the portable kernels in every picture. NUMERICAL names
 # fewer of them.
 NUMERICAL ?= tests/test_fast.py tests/test_engine.py tests/test_batch.py tests/test_shipped.py \
 	tests/parity/test_nets.py tests/parity/test_pictures.py
 levels: $(VENV)/.ready-dev
+	! grep -q amx_bf16 /proc/cpuinfo || SAFELIGHT_KERNELS=avx512 $(BIN)/pytest $(NUMERICAL)
 	! grep -q avx512f /proc/cpuinfo || ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
 		SAFELIGHT_KERNELS=avx2 $(BIN)/pytest $(NUMERICAL)
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 SAFELIGHT_KERNELS=off \

@@ -1,6 +1,6 @@
 """A full-size Stable Diffusion 1.5 of random weights, from one file to a 512x512 picture.
 
-    python benchmarks/full_size.py [--dtype float32] [--dtype bfloat16] [--json]
+    python benchmarks/full_size.py [--dtype float32] [--dtype bfloat16] [--low-memory] [--json]
 
 Writes the checkpoint (LDM layout, float16, 2.1 GB) to a temporary folder, and for each precision
 starts a fresh process that loads it and draws one picture in 2 steps with guidance. Meanwhile
@@ -113,12 +113,12 @@ def _write_weight(
 # --- one run, in a process of its own ------------------------------------------------------------
 
 
-def draw(checkpoint: str, dtype: str) -> None:
+def draw(checkpoint: str, dtype: str, low_memory: bool) -> None:
     """Loads and draws, names each phase as it begins, and ends with what it took as JSON."""
     import safelight
 
     began = time.perf_counter()
-    model = safelight.load(checkpoint, device="cpu", dtype=dtype)
+    model = safelight.load(checkpoint, device="cpu", dtype=dtype, low_memory=low_memory)
     load = time.perf_counter() - began
     nets = (model.unet, model.vae, model.text_encoder)
     weights = sum(
@@ -220,10 +220,11 @@ class Watch(threading.Thread):
         self.peaks[name] = max(self.peaks.get(name, 0.0), value / GB)
 
 
-def measure(checkpoint: Path, dtype: str, cache: Path) -> dict[str, Any]:
+def measure(checkpoint: Path, dtype: str, low_memory: bool, cache: Path) -> dict[str, Any]:
     # A model's SHA-256 is remembered between runs; a first load is what is measured here.
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache / dtype)}
     command = [sys.executable, __file__, "--draw", str(checkpoint), "--dtype", dtype]
+    command += ["--low-memory"] * low_memory
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
         watch = Watch(child.pid)
         watch.start()
@@ -251,17 +252,19 @@ def table(runs: list[dict[str, Any]]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--dtype", action="append", help="float32, bfloat16 or float16 [the first]")
+    parser.add_argument("--low-memory", action="store_true", help="weights in a file")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--draw", help=argparse.SUPPRESS)
     options = parser.parse_args()
     dtypes = options.dtype or ["float32"]
     if options.draw:
-        draw(options.draw, dtypes[0])
+        draw(options.draw, dtypes[0], options.low_memory)
         return
     with tempfile.TemporaryDirectory(prefix="safelight-") as folder:
         checkpoint = Path(folder) / "sd15-random.safetensors"
         parameters = write_checkpoint(checkpoint)
-        runs = [measure(checkpoint, dtype, Path(folder)) for dtype in dtypes]
+        low, cache = options.low_memory, Path(folder)
+        runs = [measure(checkpoint, dtype, low, cache) for dtype in dtypes]
         found = {
             "checkpoint": {"parameters": parameters, "bytes": checkpoint.stat().st_size},
             "threads": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),

@@ -15,7 +15,7 @@ wait_asleep()
 # A shell that starts something in the background lets it ignore Ctrl-C, which tests send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-NO_AMX = "this processor has no AMX"
+MISSING = ("this processor has no AMX", "this processor has no AVX512-BF16")
 REMEDIES = {
     "chromium": "apt-get install chromium",
     "browser": "apt-get install chromium",
@@ -49,11 +49,11 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config) -> None:
 
 
 def pytest_sessionfinish(session, exitstatus) -> None:
-    """SAFELIGHT_NO_SKIPS=1: the run fails if anything was skipped but for want of AMX."""
+    """SAFELIGHT_NO_SKIPS=1: the run fails if anything was skipped but for want of instructions."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if os.environ.get("SAFELIGHT_NO_SKIPS") != "1" or reporter is None:
         return
-    if any(_reason(report) != NO_AMX for report in reporter.stats.get("skipped", [])):
+    if any(_reason(report) not in MISSING for report in reporter.stats.get("skipped", [])):
         session.exitstatus = session.exitstatus or 1
 
 

@@ -32,13 +32,13 @@ class PlainModel:
     def __init__(self):
         self.sha256 = DIGEST
         self.name, self.native_size = "plain", (64, 64)
-        self.loaded = []
+        self.loaded, self.other_vae = [], None
         self.requests = []
         self.warnings = []
         self.before_step = lambda: None
         self.shift = 0
 
-    def load(self, name, device, dtype, low_memory=False, download=True, wildcards_dir=None):
+    def load(self, name, device, dtype, **how):
         self.loaded.append((name, device, dtype))
         return self
 
@@ -457,7 +457,9 @@ class TestTools:
     def test_inspect_a_checkpoint(self, run, monkeypatch):
         asked = []
         found = {"family": "sd1", "components": {"unet": {"bytes": 7}}, "native_size": (64, 64)}
-        monkeypatch.setattr("safelight.weights.load.inspect", lambda f: asked.append(f) or found)
+        monkeypatch.setattr(
+            "safelight.weights.load.inspect", lambda f, models_dir: asked.append(f) or found
+        )
         lines = run("inspect", "some/model").out.splitlines()
         assert lines == ["family: sd1", "components.unet.bytes: 7", "native_size: 64, 64"]
         assert asked == ["some/model"]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import safelight
+from safelight.adapters.asked import AskedLora
 from safelight.errors import SafelightError
 from safelight.picture import open_picture
 from safelight.pixels import picture_sha256
@@ -121,6 +122,28 @@ class TestLimits:
         json.loads(request.to_json())
         assert "steps" in refusal(steps=np.float64(3))
         assert "steps" in refusal(steps=np.bool_(True))
+
+    @pytest.mark.parametrize(
+        ("text", "read"),
+        [
+            ("ink", ("ink", 1.0, 1.0)),
+            (" ink:0.5 ", ("ink", 0.5, 0.5)),
+            ("ink:-1:.25", ("ink", -1.0, 0.25)),
+            ("C:/a b/ink.safetensors:2", ("C:/a b/ink.safetensors", 2.0, 2.0)),
+            ("ink:strong", ("ink:strong", 1.0, 1.0)),
+        ],
+    )
+    def test_a_lora_with_its_weights(self, text, read):
+        one = AskedLora.parse(text)
+        assert (one.name, one.weight, one.text_weight) == read
+        assert AskedLora.parse(str(one)) == one
+        assert Request(loras=[text]).loras == (text,)
+
+    @pytest.mark.parametrize("text", ["", ":1", "ink:nan", "ink:inf", "ink:1:1000", "a\0b", "a\nb"])
+    def test_what_is_no_lora(self, text):
+        with pytest.raises(SafelightError, match=r"^loras must ") as raised:
+            Request(loras=[text])
+        assert raised.value.field == "loras"
 
     def test_the_nearest_sampler_is_named(self):
         assert "dpmpp_2m" in refusal(sampler="dpmp_2m")

@@ -12,11 +12,12 @@ import pytest
 from pydantic import Field
 
 from safelight.cli import generate, options
+from safelight.compare import Axis
 from safelight.keywords import GenerateSettings, RequestSettings
 from safelight.request import Request
 from safelight.sampler_names import sampler_and_schedule
 from safelight.sampling import SAMPLERS
-from safelight.settings import About, Whole, json_schema, markdown, settings_of
+from safelight.settings import About, Texts, Whole, json_schema, markdown, settings_of
 from safelight.sizes import drawable_size
 
 Layers = Annotated[Whole, Field(ge=1, le=12)]
@@ -75,6 +76,53 @@ class TestANewSetting:
     def test_is_checked_and_told_of(self) -> None:
         with pytest.raises(ValueError, match=r"^clip_skip must be a whole number from 1 to 12"):
             Longer(clip_skip=13)  # pyright: ignore[reportCallIssue]
+
+
+class Listing(Request):
+    """A Request with a list of texts more."""
+
+    helpers: Annotated[Texts, About(option="--helper", accepts="a name")] = Field(
+        (), description="who helps"
+    )
+
+
+class TestAListOfTexts:
+    def test_is_an_option_that_may_be_repeated(self, capsys: pytest.CaptureFixture[str]) -> None:
+        given: list[dict[str, Any]] = []
+        command = options.command_of(lambda settings: given.append(settings), Listing)
+        for arguments in (["a"], ["a", "--helper", "one", "--helper", "two,three"]):
+            command.main(arguments, standalone_mode=False)
+        assert given == [{"prompt": "a"}, {"prompt": "a", "helpers": ["one", "two,three"]}]
+        with pytest.raises(SystemExit):
+            command.main(["--help"], prog_name="generate")
+        told = " ".join(capsys.readouterr().out.split())
+        assert "Who helps: a name; may be given more than once." in told
+
+    def test_is_an_array_in_the_apis(self) -> None:
+        schema: Any = json_schema(Listing)["properties"]["helpers"]
+        assert (schema["type"], schema["items"]) == ("array", {"type": "string"})
+        assert schema["default"] == []
+        made = Listing.from_json('{"helpers": ["one", "two"]}')
+        assert made.helpers == ("one", "two")
+        assert made.to_dict()["helpers"] == ["one", "two"]
+        assert Listing.from_dict(made.to_dict()) == made
+
+    def test_is_one_text_in_a_box_and_on_an_axis(self) -> None:
+        setting = settings_of(Listing)["helpers"]
+        assert setting.parse(" one,two\n three,\n") == ("one", "two", "three")
+        assert setting.parse(setting.text(("one", "two"))) == ("one", "two")
+        assert setting.left_out == "none"
+        assert Axis.parse("loras=none|ink:0.5|ink:0.5,film").values == (
+            (),
+            ("ink:0.5",),
+            ("ink:0.5", "film"),
+        )
+
+    @pytest.mark.parametrize("value", ["one", [1], ["a"] * 33, {"a": 1}, None])
+    def test_is_checked(self, value: Any) -> None:
+        told = r"^helpers must be a list of at most 32 texts, each a name, not "
+        with pytest.raises(ValueError, match=told):
+            Listing(helpers=value)  # pyright: ignore[reportCallIssue]
 
 
 class TestTheSettings:

@@ -10,12 +10,16 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
 
+from safelight import cli
 from safelight.errors import SafelightError
 from safelight.families import family_of_folder
 from safelight.weights import find as module
-from safelight.weights.digest import cache_folder, digest_file, digest_files, model_digest
-from safelight.weights.find import files_of, find
+from safelight.weights import load_model
+from safelight.weights.digest import digest_file, digest_files, model_digest
+from safelight.weights.find import find
 from safelight.weights.folder import Folder, choose_weights
+from safelight.weights.hub import files_of
+from safelight.weights.notes import cache_folder
 from weights_tiny import change, pixel_folder, raw_file, text_folder, write
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -48,6 +52,7 @@ def cached(cache, folder, repo="org/tiny"):
         blob.write_bytes(content)
         link = base / "snapshots" / COMMIT / path.relative_to(folder)
         link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
         link.symlink_to(os.path.relpath(blob, link.parent))
     return base / "snapshots" / COMMIT
 
@@ -110,16 +115,16 @@ def test_a_cached_model_is_found_offline_in_a_fresh_process(tmp_path):
 
 
 def test_an_absent_model_says_how_to_get_it(hub, monkeypatch):
-    refused(lambda: find("org/tiny"), "could not be downloaded", "hf download org/tiny --include")
-    refused(lambda: find("org/tiny@v1"), "hf download org/tiny --revision v1")
+    refused(lambda: find("org/tiny"), "could not be downloaded", "safelight download org/tiny")
+    refused(lambda: find("org/tiny@v1"), "safelight download org/tiny@v1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    refused(lambda: find("org/tiny"), "HF_HUB_OFFLINE is set", "hf download org/tiny --include")
+    refused(lambda: find("org/tiny"), "HF_HUB_OFFLINE is set", "safelight download org/tiny")
 
 
 def test_without_download_the_hub_is_not_asked(hub, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *a, **k: asked.append(a))
-    refused(lambda: find("org/tiny", download=False), "not in the hub cache", "hf download")
+    refused(lambda: find("org/tiny", download=False), "not in the hub cache", "safelight download")
     snapshot = cached(hub, text_folder(tmp_path / "model"))
     assert find("org/tiny", download=False).path == snapshot
     assert asked == []
@@ -137,7 +142,7 @@ def test_the_hubs_own_refusals_are_told(hub, monkeypatch):
             raise error("x\ny", response=response)
 
         monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
-        refused(lambda: find("org/tiny"), word, "hf download")
+        refused(lambda: find("org/tiny"), word, "safelight download")
 
 
 def test_what_is_missing_is_downloaded_and_no_more(hub, tmp_path, monkeypatch):
@@ -157,7 +162,9 @@ def test_what_is_missing_is_downloaded_and_no_more(hub, tmp_path, monkeypatch):
     part = tmp_path / "part"
     write(part / "model_index.json", (folder / "model_index.json").read_text())
     snapshot = cached(hub, part)
-    info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=n) for n in names])
+    info = SimpleNamespace(
+        sha=COMMIT, siblings=[SimpleNamespace(rfilename=n, size=1) for n in names]
+    )
     asked = []
 
     def download(repo, revision, allow_patterns):
@@ -237,8 +244,8 @@ INDEX = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2D
         ({}, "None is not supported"),
         ({"_class_name": 5}, "5 is not supported"),
         ({"_class_name": ["DDPMPipeline"]}, "is not supported"),
-        ({"_class_name": "StableDiffusionXLPipeline"}, "'StableDiffusionXLPipeline' is not supp"),
-        ({"_class_name": "FluxPipeline"}, "Stable Diffusion 1.x and 2.x"),
+        ({"_class_name": "StableDiffusion3Pipeline"}, "'StableDiffusion3Pipeline' is not supp"),
+        ({"_class_name": "FluxPipeline"}, "StableDiffusionPipeline, StableDiffusionXLPipeline"),
         ({"_class_name": "os.system"}, "is not supported"),
         ({**INDEX, "unet": ["diffusers", "SomethingElse"]}, "expected UNet2DConditionModel"),
         ({**INDEX, "unet": []}, "expected UNet2DConditionModel"),
@@ -284,7 +291,8 @@ def test_the_plain_weights_come_before_the_fp16_variant():
     while names:
         assert choose_weights("unet", names[::-1], "x") == names[0]
         del names[0]
-    refused(lambda: choose_weights("unet", [f"{stem}.bin"], "x"), "pickled", "safetensors")
+    assert choose_weights("unet", [f"{stem}.fp16.bin", f"{stem}.bin"], "x") == f"{stem}.bin"
+    assert choose_weights("text", ["text/pytorch_model.bin"], "x", "model").endswith(".bin")
     refused(lambda: choose_weights("unet", [], "x"), f"{stem}.safetensors is missing")
 
 
@@ -371,3 +379,52 @@ def test_a_part_that_is_missing_is_named(tmp_path):
     change(folder / "model_index.json", "vae", None)
     (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
     refused(lambda: Folder(folder, "x").part_headers("unet"), "unet/diffusion_pytorch_model.safet")
+
+
+def test_a_download_says_sizes_first_and_checks_what_came(hub, tmp_path, monkeypatch, capfd):
+    """The fake hub copies files into the cache, as its client does."""
+    folder = text_folder(tmp_path / "model")
+    names = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    write(folder / "README.md", "not read")
+    siblings = [SimpleNamespace(rfilename=n, size=p.stat().st_size) for n, p in names.items()]
+    info = SimpleNamespace(sha=COMMIT, siblings=siblings)
+    asked = []
+
+    def fetch(repo, *names, revision=None, allow_patterns=()):
+        asked.append(revision)
+        part = tmp_path / f"part{len(asked)}"
+        for name in (*names, *allow_patterns):
+            write(part / name, "")
+            (part / name).write_bytes((folder / name).read_bytes())
+        snapshot = cached(hub, part)
+        return str(snapshot / names[0] if names else snapshot)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *a, **k: info)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert cli.run(["download", "org/tiny"]) == 0
+    out, told = capfd.readouterr()
+    assert out.strip().endswith(COMMIT)
+    assert "org/tiny: 11 files, 0.00 GB; 0.00 GB of it to download" in told
+    assert asked == [None, COMMIT]  # all files of one commit
+    assert load_model("org/tiny", download=False, device="cpu").name == "org/tiny"
+    weights = Path(out.strip()) / "unet/diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: out.strip())
+    weights.resolve().write_bytes(content)
+    assert cli.run(["download", "org/tiny"]) == 2
+    assert "the download is damaged" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["", "tiny", "../x", "org/na me", "org/x/y", "/etc/passwd"])
+def test_what_is_no_hub_id_is_not_downloaded(name, capfd):
+    assert cli.run(["download", "--", name]) == 2
+    assert "no hub id" in capfd.readouterr().err
+
+
+def test_a_repository_of_another_kind_is_not_downloaded(hub, monkeypatch, capfd):
+    info = SimpleNamespace(sha=COMMIT, siblings=[SimpleNamespace(rfilename="x.bin", size=1)])
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *a, **k: info)
+    assert cli.run(["download", "org/tiny"]) == 2
+    assert "no model_index.json" in capfd.readouterr().err

@@ -336,7 +336,7 @@ def test_the_prediction_can_be_forced(folder):
 
 
 def test_inspect_reads_no_weights(folder, monkeypatch):
-    monkeypatch.setattr("safelight.weights.load.safe_open", None)
+    monkeypatch.setattr("safelight.weights.tensors.safe_open", None)
     edit(unet_file(folder), lambda t: {k: v.half() for k, v in t.items()})
     found = inspect(str(folder))
     counts = {p: sum(t.numel() for t in part_weights(p).values()) for p in found["components"]}

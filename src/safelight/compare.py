@@ -34,7 +34,8 @@ SETTINGS = {
 }
 """The settings that an axis can be: all but pictures, switches and the count."""
 
-TEXTS = ("prompt", "negative_prompt")
+TEXTS = ("prompt", "negative_prompt", *(n for n, s in SETTINGS.items() if s.kind is tuple))
+"""Settings whose values may contain commas."""
 
 PAPER, INK, MUTED, FRAME = "#fbfaf8", "#211e1b", "#7d756c", "#d9d3ca"
 SMALLEST_CELL = 192
@@ -55,9 +56,9 @@ class Axis:
     def parse(cls, text: str) -> Self:
         """Return the axis that is written `setting=value,value`.
 
-        Values of `prompt` and `negative_prompt` contain commas, and are separated by |,
-        as in `prompt=a cat|a dog, sitting`. `none` leaves out a setting that can be left out, as
-        in `schedule=none,karras`. Raises SafelightError for anything else but values, which
+        Values of TEXTS are separated by |, as in `prompt=a cat|a dog, sitting` and
+        `loras=none|ink:0.5|ink:0.5,film`. `none` leaves out a setting that can be left out, as in
+        `schedule=none,karras`. Raises SafelightError for anything else but values, which
         `requests` checks.
         """
         name, equals, values = text.partition("=")
@@ -68,7 +69,8 @@ class Axis:
             )
         if name not in SETTINGS:
             near = difflib.get_close_matches(name[:40], SETTINGS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(SETTINGS)}"
+            known = (n for n, setting in SETTINGS.items() if not setting.about.some_models)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
             raise SafelightError(f"{name!r:.40} cannot be an axis; {hint}")
         parts = values.split("|" if name in TEXTS else ",")
         return cls(name, tuple(_value(SETTINGS[name], part.strip()) for part in parts))
@@ -84,12 +86,16 @@ class Axis:
 
 
 def _value(setting: Setting, text: str) -> Any:
-    return None if text == "none" and setting.optional else setting.parse(text)
+    if text == "none" and (setting.optional or setting.kind is tuple):
+        return setting.default
+    return setting.parse(text)
 
 
 def _shown(value: object) -> str:
     if value is None:
         return "default"
+    if isinstance(value, list | tuple):
+        return ", ".join(value) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value) or "(empty)"
 
 
@@ -150,7 +156,8 @@ class Grid:
         save_png(self.sheet(), path, png_texts(self.recipe()), overwrite=overwrite)
 
     def _same(self, name: str) -> bool:
-        return len({result.settings[name] for row in self.results for result in row}) == 1
+        first = self.results[0][0].settings[name]
+        return all(result.settings[name] == first for row in self.results for result in row)
 
     def _shared(self) -> dict[str, Any]:
         """Return the settings that all cells share, those that are empty left out."""

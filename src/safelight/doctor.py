@@ -116,14 +116,13 @@ def _precision() -> dict[str, str]:
 
 
 def _kernels() -> dict[str, Any]:
-    setting = kernels.setting()
-    used = {"auto": ("amx", "avx2"), "avx2": ("avx2",), "portable": ("portable",), "off": ()}
+    setting, used = kernels.setting(), kernels.allowed()
     states = {"oneDNN": "active" if onednn.available() else "not in this build of PyTorch"}
-    for name in ("amx", "avx2", "portable"):
+    for name in kernels.LIBRARIES:
         refusal = kernels.refusal(name)
         if refusal:
             states[name] = refusal
-        elif name in used[setting]:
+        elif name in used:
             states[name] = "active"
         else:
             states[name] = "for tests" if name == "portable" else "switched off"
@@ -180,7 +179,8 @@ def _state(folder: Path) -> str:
 
 
 def _models() -> dict[str, list[str]]:
-    from safelight.weights.find import BUILT_IN, MODELS, cached
+    from safelight.weights.find import BUILT_IN, MODELS
+    from safelight.weights.hub import cached
 
     return {
         "shipped": [name for name in BUILT_IN if (MODELS / name).is_dir()],
@@ -191,7 +191,7 @@ def _models() -> dict[str, list[str]]:
 def _advice(found: dict[str, Any]) -> list[str]:
     advice = []
     states = found["kernels"]["states"]
-    if any("no C++ compiler" in states[name] for name in ("amx", "avx2")):
+    if any("no C++ compiler" in states[name] for name in kernels.LIBRARIES):
         advice.append("install a C++ compiler (apt-get install g++) and Safelight again")
     if "switched off" in states.values():
         advice.append("unset SAFELIGHT_KERNELS, which switches kernels off")

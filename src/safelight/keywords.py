@@ -1,13 +1,16 @@
 """The keywords of `Model.generate` and of `Request`, for editors and type checkers."""
 
+from collections.abc import Sequence
 from typing import Literal, TypedDict
 
 from PIL.Image import Image
 
+from safelight.adapters.asked import Unmatched
 from safelight.prompt.reading import Emphasis, Syntax
 
 Schedule = Literal["karras", "exponential", "beta"]
 Spacing = Literal["leading", "linspace", "trailing"]
+EmptyNegative = Literal["model", "zeros", "encoded"]
 
 
 class GenerateSettings(TypedDict, total=False):
@@ -17,6 +20,8 @@ class GenerateSettings(TypedDict, total=False):
     prompt_syntax: Syntax
     emphasis: Emphasis
     clip_skip: int | None
+    loras: Sequence[str]
+    lora_unmatched: Unmatched
     dynamic_prompts: bool
     width: int | None
     height: int | None
@@ -31,6 +36,15 @@ class GenerateSettings(TypedDict, total=False):
     eta: float
     image: Image | None
     mask: Image | None
+    empty_negative: EmptyNegative | None
+    original_width: int | None
+    original_height: int | None
+    target_width: int | None
+    target_height: int | None
+    crop_left: int
+    crop_top: int
+    aesthetic_score: float
+    negative_aesthetic_score: float
     unconditional: bool
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from safelight.keywords import GenerateSettings
     from safelight.request import Request
     from safelight.result import Result
+    from safelight.weights.library import Library
 
 
 @dataclass(repr=False)
@@ -28,13 +29,16 @@ class Model:
     name, path: as it was asked for, and where it was found.
     sha256: of a single file, its own; of a folder, of the names and digests of all its files.
     family: what it is and how it draws; its name is "sd1", "sd1-inpainting", "sd2",
-      "sd2-inpainting", "pixels", or "custom" for other shapes of Stable Diffusion.
+      "sd2-inpainting", "sdxl", "sdxl-inpainting", "sdxl-refiner", "ssd-1b", "vega" or "pixels";
+      "custom", "sdxl-custom" and "sdxl-refiner-custom" are of other shapes.
     parts: its networks and tokenizers by the names of their folders.
     words: those it was trained on, None if it does not say.
     notes: what else stands in the folder's safelight.json.
     native_size: width and height, in pixels, of the pictures it was trained on.
     warnings: what the user should know about how it was loaded.
     wildcards_dir: the folder that `__name__` in a prompt is drawn from, None if there is none.
+    library: the models folder that LoRAs and embeddings are found in, None if there is none.
+    other_vae: name and sha256 of the autoencoder that took the place of its own, None if none did.
     """
 
     name: str
@@ -50,6 +54,8 @@ class Model:
     notes: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     wildcards_dir: Path | None = None
+    library: Library | None = None
+    other_vae: dict[str, str] | None = None
 
     def __repr__(self) -> str:
         width, height = self.native_size
@@ -93,14 +99,19 @@ class Model:
         return self.parts.get("vae")
 
     @property
+    def preview_vae(self) -> Any:
+        """The tiny autoencoder that previews are decoded with, None if there is none."""
+        return self.parts.get("preview_vae")
+
+    @property
     def text_encoder(self) -> Any:
-        """The text encoder, None if the model reads no text."""
-        return self.parts.get("text_encoder")
+        """The text encoder, the first of two, None if the model reads no text."""
+        return self.parts.get("text_encoder") or self.parts.get("text_encoder_2")
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer, None if the model reads no text."""
-        return self.parts.get("tokenizer")
+        """The tokenizer, the first of two, None if the model reads no text."""
+        return self.parts.get("tokenizer") or self.parts.get("tokenizer_2")
 
     def generate(
         self,

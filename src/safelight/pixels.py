@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from PIL import Image
@@ -43,28 +43,59 @@ def _orientation(info: Mapping[Any, Any]) -> int:
 
 def as_rgb(image: Image.Image) -> Image.Image:
     """Return a new RGB picture: transparency on white, 16 bits cut to 8, no metadata."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray(_high_byte(image))
-    if not image.has_transparency_data:
-        rgb = image.convert("RGB")
-        rgb.info = {}
-        return rgb
-    rgb = Image.new("RGB", image.size)
-    for box in strips(image.size):  # the whole picture would take four times its memory
-        part = image.crop(box).convert("RGBA")
-        white = Image.new("RGBA", part.size, "white")
-        rgb.paste(Image.alpha_composite(white, part).convert("RGB"), box[:2])
-    return rgb
+    return rgb_of(image).whole()
 
 
-def alpha_of(image: Image.Image) -> Image.Image | None:
+def alpha_of(image: Image.Image) -> "Strips | None":
     """Return the alpha channel, mode L; None for a picture without transparency."""
     if not image.has_transparency_data:
         return None
-    alpha = Image.new("L", image.size)
-    for box in strips(image.size):
-        alpha.paste(image.crop(box).convert("RGBA").getchannel("A"), box[:2])
-    return alpha
+    return Strips("L", image.size, lambda box: image.crop(box).convert("RGBA").getchannel("A"))
+
+
+def rgb_of(image: Image.Image) -> "Strips":
+    """Return a picture as RGB: transparency on white, 16 bits cut to 8."""
+    if image.mode.startswith("I"):
+        return Strips("RGB", image.size, lambda box: _high_byte(image.crop(box)).convert("RGB"))
+    if not image.has_transparency_data:
+        return Strips("RGB", image.size, lambda box: image.crop(box).convert("RGB"))
+
+    def on_white(box: tuple[int, int, int, int]) -> Image.Image:
+        part = image.crop(box).convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", part.size, "white"), part).convert("RGB")
+
+    return Strips("RGB", image.size, on_white)
+
+
+class Strips:
+    """A picture that is converted strip by strip: a whole copy takes up to four times its memory.
+
+    mode, size: as Pillow has them. strip: returns what is within a box.
+    """
+
+    def __init__(
+        self,
+        mode: str,
+        size: tuple[int, int],
+        strip: Callable[[tuple[int, int, int, int]], Image.Image],
+    ) -> None:
+        self.mode, self.size, self._strip = mode, size, strip
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        """Yield the strips, from the top."""
+        return (self._strip(box) for box in strips(self.size))
+
+    def whole(self) -> Image.Image:
+        """Return the picture in one."""
+        return joined(self.mode, self.size, iter(self))
+
+
+def joined(mode: str, size: tuple[int, int], parts: Iterable[Image.Image]) -> Image.Image:
+    """Return the picture of the strips that `strips` names."""
+    whole = Image.new(mode, size, None)
+    for box, part in zip(strips(size), parts, strict=True):
+        whole.paste(part, box)
+    return whole
 
 
 def strips(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
@@ -89,8 +120,11 @@ def picture_sha256(image: Image.Image) -> str:
     return digest.hexdigest()
 
 
-def _high_byte(image: Image.Image) -> Any:
+def _high_byte(image: Image.Image) -> Image.Image:
     """Return the high byte of 16-bit gray, as Pillow does for 16-bit colour."""
+    if image.mode == "I;16":  # little-endian; numpy is a lot to import in a decoder's process
+        return Image.frombytes("L", image.size, image.tobytes()[1::2])
     import numpy as np
 
-    return (np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)
+    values = np.asarray(image).astype(np.int64).clip(0, 65535)
+    return Image.fromarray((values >> 8).astype(np.uint8))

@@ -52,6 +52,8 @@ def recipe_text(recipe: dict[str, Any]) -> str:
         "Model hash": model["sha256"][:10],
         "Model": model["name"],
     }
+    if vae := recipe.get("vae"):
+        pairs |= {"VAE hash": vae["sha256"][:10], "VAE": vae["name"]}
     if settings.get("prompt_syntax") == "a1111" and settings.get("emphasis") != "original":
         pairs["Emphasis"] = settings["emphasis"].replace("-", " ").capitalize()
     pairs |= {name: value for name, value in told.items() if name not in pairs}
@@ -144,7 +146,9 @@ def _parse_ours(text: str, name: str) -> dict[str, Any]:
         recipe = json.loads(text)
         if not isinstance(recipe["settings"], dict) or not isinstance(recipe["model"], dict):
             raise TypeError
-        for value in (recipe["safelight"], recipe["model"]["name"], recipe["model"]["sha256"]):
+        used = [recipe["model"], recipe.get("vae", recipe["model"])]
+        names = [part[key] for part in used for key in ("name", "sha256")]
+        for value in (recipe["safelight"], *names):
             if not isinstance(value, str):
                 raise TypeError
     except (ValueError, TypeError, KeyError, RecursionError):

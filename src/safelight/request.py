@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from safelight.adapters.asked import AskedLora
 from safelight.errors import SafelightError
 from safelight.keywords import RequestSettings
 from safelight.pixels import as_mask, as_rgb, picture_sha256
@@ -43,7 +44,7 @@ class Request(RequestFields, metaclass=_Listed):
 
     def __init__(self, **settings: Unpack[RequestSettings]) -> None:
         try:
-            super().__init__(**settings)
+            BaseModel.__init__(self, **settings)
         except ValidationError as error:
             raise _explained(type(self), error) from None
 
@@ -71,6 +72,13 @@ class Request(RequestFields, metaclass=_Listed):
             raise ValueError("lone surrogate") from None
         if size > MAX_PROMPT or "\0" in value:
             raise ValueError("too long, or a NUL")
+        return value
+
+    @field_validator("loras")
+    @classmethod
+    def _check_loras(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            AskedLora.parse(text)
         return value
 
     @field_validator("sampler")
@@ -183,6 +191,9 @@ class Request(RequestFields, metaclass=_Listed):
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON has them; a picture or mask by its SHA-256 alone."""
         settings = self.model_dump()
+        for name, setting in settings_of(type(self)).items():
+            if setting.kind is tuple:
+                settings[name] = list(settings[name])
         for name, picture in (("image", self.image), ("mask", self.mask)):
             if picture is not None:
                 settings[f"{name}_sha256"] = picture_sha256(picture)

@@ -10,9 +10,10 @@ from typing import Annotated
 from PIL.Image import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from safelight.keywords import Schedule, Spacing
+from safelight.adapters.asked import Unmatched
+from safelight.keywords import EmptyNegative, Schedule, Spacing
 from safelight.prompt.reading import Emphasis, Syntax
-from safelight.settings import About, Number, Whole
+from safelight.settings import About, Number, Texts, Whole
 from safelight.sizes import MAX_SIDE, MIN_SIDE, SIDE_STEP
 
 MAX_SEED = 2**63 - 1
@@ -40,6 +41,11 @@ Share = Annotated[Number, Field(ge=0, le=1)]
 _OWN = "the model's own"
 _OWN_SIZE = "the model's own, or the picture's"
 ClipSkip = Annotated[Whole, Field(ge=1, le=48)]
+# What SDXL is told about sizes: numbers of any picture, which need not be one that is drawn.
+ToldSide = Annotated[Whole, Field(ge=1, le=2**15)]
+ToldPlace = Annotated[Whole, Field(ge=0, le=2**15)]
+Score = Annotated[Number, Field(ge=0, le=10)]
+_DRAWN = "that of the picture"
 
 
 class RequestFields(BaseModel):
@@ -67,6 +73,16 @@ class RequestFields(BaseModel):
             slider=(1, 12, 1),
         ),
     ] = Field(None, description="layer of the text encoder that is read, 1 being the last")
+    loras: Annotated[
+        Texts,
+        About(
+            option="--lora",
+            accepts="name, name:weight or name:weight:text_weight",
+        ),
+    ] = Field((), description="LoRAs and their kin, each with its weight, 1 if it has none")
+    lora_unmatched: Unmatched = Field(
+        "error", description="what becomes of a LoRA's keys that belong to nothing in the model"
+    )
     dynamic_prompts: bool = Field(
         False, description="draw `{a|b}` and `__name__` in both prompts, with each picture's seed"
     )
@@ -158,6 +174,37 @@ class RequestFields(BaseModel):
         ),
     ] = Field(
         None, exclude=True, repr=False, description="where to repaint `image`: white, black to keep"
+    )
+    empty_negative: Annotated[
+        EmptyNegative | None,
+        About(default="model; zeros in a1111, encoded in comfy", some_models=True),
+    ] = Field(
+        None,
+        description="an empty negative prompt: zeros, a text, or as the model's config says",
+    )
+    original_width: Annotated[ToldSide | None, About(default=_DRAWN, some_models=True)] = Field(
+        None, description="width in pixels, as the model is told, before any scaling"
+    )
+    original_height: Annotated[ToldSide | None, About(default=_DRAWN, some_models=True)] = Field(
+        None, description="height in pixels, as the model is told, before any scaling"
+    )
+    target_width: Annotated[ToldSide | None, About(default=_DRAWN, some_models=True)] = Field(
+        None, description="width in pixels that the model is told to aim at"
+    )
+    target_height: Annotated[ToldSide | None, About(default=_DRAWN, some_models=True)] = Field(
+        None, description="height in pixels that the model is told to aim at"
+    )
+    crop_left: Annotated[ToldPlace, About(some_models=True)] = Field(
+        0, description="pixels cut off at the left, as the model is told"
+    )
+    crop_top: Annotated[ToldPlace, About(some_models=True)] = Field(
+        0, description="pixels cut off at the top, as the model is told"
+    )
+    aesthetic_score: Annotated[Score, About(slider=(0, 10, 0.5), some_models=True)] = Field(
+        6.0, description="how beautiful SDXL's refiner is told that the picture is"
+    )
+    negative_aesthetic_score: Annotated[Score, About(slider=(0, 10, 0.5), some_models=True)] = (
+        Field(2.5, description="the same for what to keep out of the picture")
     )
     unconditional: bool = Field(
         False, description="draw from noise alone, with a model that takes no prompt"

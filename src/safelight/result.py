@@ -20,6 +20,7 @@ class Result:
     seeds: seeds[i] made images[i]. timings: in seconds. paths: where the pictures were saved.
     drawn: what their last bits depend on besides: see `safelight.machine`.
     words: with dynamic prompts, the prompt and negative prompt that each seed drew.
+    vae: name and sha256 of the autoencoder, if it is not the model's own.
     """
 
     images: list[Image]
@@ -34,6 +35,7 @@ class Result:
     paths: list[Path] = field(default_factory=list)
     drawn: dict[str, Any] = field(default_factory=dict)
     words: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    vae: dict[str, str] | None = None
 
     def recipe(self, i: int = 0) -> dict[str, Any]:
         """Return everything that makes picture i again, alone. It is written into its PNG.
@@ -57,6 +59,7 @@ class Result:
             "size": list(self.images[i].size),
             "settings": settings,
             "warnings": self.warnings,
+            **({} if self.vae is None else {"vae": self.vae}),
             **template,
         }
 

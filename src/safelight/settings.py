@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import numbers
+import re
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from safelight.request import Request
 
 TEXT = "text of at most 16 KiB without NUL characters or lone surrogates"
+MAX_TEXTS = 32
+"""The most texts in one list."""
 
 
 def _plain_number(value: object) -> object:
@@ -50,19 +53,30 @@ Whole = Annotated[int, BeforeValidator(_plain_number)]
 Number = Annotated[float, BeforeValidator(_plain_number), Field(allow_inf_nan=False)]
 
 
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(max_length=MAX_TEXTS)]
+"""A list of texts. JSON has it as an array; an option of the command line is given repeatedly."""
+
+
 @dataclass(frozen=True)
 class About:
     """What surfaces need to know of a setting besides its type, limits and description.
 
     default: what holds where the setting is left out, in words; empty if the field's default
       says it.
-    accepts: the accepted values in words, where type and limits do not say them.
+    accepts: the accepted values in words, where type and limits do not say them; of a list, those
+      of each text.
     short: the one-letter option of the command line.
     aliases: options of other programs that the command line takes for this one.
     a1111: the field in AUTOMATIC1111's API; empty for the setting's own name.
     infotext: the key in the PNG text `parameters`; empty if it has none.
+    option: the command line's option, where it is not the setting's name.
     slider: lowest value, highest value and step of the page's slider.
     choices: returns the accepted values, where another module keeps them.
+    some_models: whether there are models that do not read it (`Family.conditioned_on`).
     """
 
     default: str = ""
@@ -71,17 +85,19 @@ class About:
     aliases: tuple[str, ...] = ()
     a1111: str = ""
     infotext: str = ""
+    option: str = ""
     slider: tuple[float, float, float] | None = None
     choices: Callable[[], tuple[str, ...]] | None = None
+    some_models: bool = False
 
 
 @dataclass(frozen=True)
 class Setting:
     """One setting, read from a field of a Request class.
 
-    kind: str, int, float, bool, or None for a picture. description: what it does. lowest, highest:
-    limits, None without; above: whether `lowest` itself is excluded. choices: all values, empty if
-    they are not listed. optional: whether it may be None.
+    kind: str, int, float, bool, tuple for a list of texts, or None for a picture. description:
+    what it does. lowest, highest: limits, None without; above: whether `lowest` itself is
+    excluded. choices: all values, empty if they are not listed. optional: whether it may be None.
     """
 
     name: str
@@ -99,6 +115,9 @@ class Setting:
     @property
     def accepts(self) -> str:
         """The accepted values in words, as in "a whole number from 1 to 1000"."""
+        if self.kind is tuple:
+            each = f", each {self.about.accepts}" if self.about.accepts else ""
+            return f"a list of at most {MAX_TEXTS} texts{each}"
         if self.about.accepts:
             return self.about.accepts
         if self.choices:
@@ -121,7 +140,7 @@ class Setting:
         """What holds where the setting is left out, in words."""
         if self.about.default:
             return self.about.default
-        if self.default is None:
+        if self.default in (None, ()):
             return "none"
         if self.kind is bool:
             return "on" if self.default else "off"
@@ -139,7 +158,7 @@ class Setting:
     @property
     def option(self) -> str:
         """The command line's option."""
-        return f"--{self.name.replace('_', '-')}"
+        return self.about.option or f"--{self.name.replace('_', '-')}"
 
     @property
     def label(self) -> str:
@@ -149,8 +168,11 @@ class Setting:
     def parse(self, text: str) -> Any:
         """Return the value that a text says; a text that cannot be one, unchanged.
 
-        `Request` checks the value, and says what would be right.
+        The texts of a list are separated by commas or line ends. `Request` checks the value, and
+        says what would be right.
         """
+        if self.kind is tuple:
+            return tuple(part for part in map(str.strip, re.split(r"[,\n]", text)) if part)
         try:
             if self.kind is int:
                 return int(text)
@@ -162,10 +184,17 @@ class Setting:
             return {"true": True, "false": False}.get(text.lower(), text)
         return text
 
+    def text(self, value: Any) -> Any:
+        """Return a list of texts as `parse` reads it; other values unchanged."""
+        return "\n".join(value) if self.kind is tuple else value
+
     def schema(self) -> dict[str, Any]:
         """The setting in JSON Schema's own keywords. A picture is a string of base64."""
         kinds = {str: "string", int: "integer", float: "number", bool: "boolean", None: "string"}
+        kinds |= {tuple: "array"}
         plain: dict[str, Any] = {"type": kinds[self.kind]}
+        if self.kind is tuple:
+            plain |= {"items": {"type": "string"}, "maxItems": MAX_TEXTS}
         if self.choices:
             plain["enum"] = list(self.choices)
         if self.lowest is not None:
@@ -179,10 +208,11 @@ class Setting:
         accepts = self.accepts if self.kind else "a PNG, JPEG or WebP picture in base64"
         plain["description"] = f"{self.description}: {accepts} (left out: {self.left_out})"
         if self.default is not None and self.kind is not None and not callable(self.default):
-            plain["default"] = self.default
+            plain["default"] = list(self.default) if self.kind is tuple else self.default
         return plain
 
 
+_KINDS = (str, int, float, bool, tuple)
 _READ: dict[Any, dict[str, Setting]] = {}
 
 
@@ -275,6 +305,7 @@ def _setting(name: str, field: FieldInfo) -> Setting:
     kinds = [kind for kind in types_ if kind is not type(None)]
     about = next((one for one in metadata if isinstance(one, About)), About())
     literal = kinds and get_origin(kinds[0]) is Literal
+    bare = [tuple if get_origin(kind) is tuple else kind for kind in kinds]
     if about.choices is not None:
         choices = about.choices()
     else:
@@ -287,7 +318,7 @@ def _setting(name: str, field: FieldInfo) -> Setting:
     }
     return Setting(
         name=name,
-        kind=str if literal else next((k for k in kinds if k in (str, int, float, bool)), None),
+        kind=str if literal else next((k for k in bare if k in _KINDS), None),
         description=field.description or "",
         default=None if field.default_factory is not None else field.default,
         optional=type(None) in types_,

@@ -9,7 +9,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from safelight.nets.clip import CLIPTextConfig, CLIPTextModel
+from safelight.errors import SafelightError
+from safelight.nets.clip import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from safelight.nets.unet import UNet2DConditionModel, UNetConfig, guidance_embedding
 from safelight.nets.unet2d import UNet2DConfig, UNet2DModel
 from safelight.nets.vae import AutoencoderKL, VAEConfig
@@ -64,6 +65,90 @@ def test_unet(extra: dict[str, Any]) -> None:
     found = ours(x, TIMES, context, guidance)
     expected = theirs(x, TIMES, context, timestep_cond=guidance).sample
     assert error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"transformer_layers_per_block": [1, 2, 3]},
+        {
+            "transformer_layers_per_block": [1, [2], [3]],
+            "reverse_transformer_layers_per_block": [[1, 4], [2, 1], 1],
+            "mid_block_type": "UNetMidBlock2D",
+        },
+        {"mid_block_type": None, "time_cond_proj_dim": 32},
+    ],
+    ids=["sdxl", "ssd-1b", "no-middle"],
+)
+@torch.inference_mode()
+def test_unet_with_pooled_text_and_sizes(extra: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    theirs = diffusers.UNet2DConditionModel(
+        block_out_channels=(16, 32, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=(1, 2, 4),
+        cross_attention_dim=24,
+        norm_num_groups=8,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=12 + 6 * 8,
+        **extra,
+    )
+    ours = UNet2DConditionModel(UNetConfig.from_dict(plain(theirs.config)))
+    twin(ours, theirs)
+    x, context = torch.randn(2, 4, 16, 20), torch.randn(4, 7, 24)
+    pooled = torch.randn(4, 12)
+    sizes = torch.tensor([[64.0, 80, 0, 0, 64, 80], [1024.0, 768, 8, 16, 64, 80]]).repeat(2, 1)
+    guidance = guidance_embedding([7.5, 2.0], 32) if "time_cond_proj_dim" in extra else None
+    found = ours(x, TIMES, context, guidance, pooled, sizes)
+
+    def twice(t: Tensor | None) -> Any:
+        return None if t is None else t.repeat_interleave(2, dim=0)
+
+    # diffusers wants a row for each text; ours shares those of a picture until the texts part.
+    expected = theirs(
+        twice(x),
+        twice(TIMES),
+        context,
+        timestep_cond=twice(guidance),
+        added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes},
+    ).sample
+    assert error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ({"transformer_layers_per_block": [1, [1, 1], 1, 1]}, "reverse_transformer"),
+        ({"transformer_layers_per_block": [1, 2]}, "2 levels"),
+        (
+            {
+                "transformer_layers_per_block": [1, 1, 1, [1, 2]],
+                "reverse_transformer_layers_per_block": [1, 1, 1, 1],
+            },
+            "no single number",
+        ),
+        (
+            {
+                "transformer_layers_per_block": [1, 1, [1] * 3, 1],
+                "reverse_transformer_layers_per_block": [1, 1, 1, 1],
+            },
+            "not 2 layers",
+        ),
+        ({"transformer_layers_per_block": [1, 1, 1, 99]}, "from 1 to 32"),
+        ({"transformer_layers_per_block": [32] * 4}, "layers"),
+        ({"transformer_layers_per_block": [1, 1, "x", 1]}, "should be"),
+        ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "mid_block_type"),
+        ({"addition_embed_type": "image"}, "addition_embed_type"),
+        ({"addition_embed_type": "text_time"}, "addition_time_embed_dim"),
+    ],
+)
+def test_unets_that_cannot_be(extra: dict[str, Any], said: str) -> None:
+    with pytest.raises(SafelightError, match=said):
+        UNetConfig.from_dict(extra)
 
 
 def test_guidance_embedding() -> None:
@@ -151,3 +236,37 @@ def test_text_encoder(act: str) -> None:
     ours.load_state_dict(weights, strict=True)
     ids = torch.randint(0, 97, (2, 77))
     assert error(ours(ids), theirs(ids).last_hidden_state) < 1e-5
+
+
+@pytest.mark.parametrize("eos", [2, 98])
+@torch.inference_mode()
+def test_text_encoder_with_projection(eos: int) -> None:
+    torch.manual_seed(0)
+    config = transformers.CLIPTextConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        projection_dim=20,
+        bos_token_id=97,
+        eos_token_id=eos,
+    )
+    theirs = transformers.CLIPTextModelWithProjection(config).eval()
+    said = json.loads(config.to_json_string())
+    ours = CLIPTextModelWithProjection(CLIPTextConfig.from_dict(said)).eval()
+    weights = {k: v for k, v in theirs.state_dict().items() if "position_ids" not in k}
+    ours.load_state_dict(weights, strict=True)
+    ids = torch.randint(0, 97, (3, 77))
+    # The end mark, 98 or the largest id, is where the text ends; the padding may be equal to it.
+    for row, end in enumerate((5, 40, 76)):
+        ids[row, end:] = 98 if eos == 98 else 0
+        ids[row, end] = 98 if eos == 98 else 99
+    expected = theirs(ids, output_hidden_states=True)
+    for skip in (0, 1, 4):
+        states, pooled = ours(ids, skip)
+        assert error(states, expected.hidden_states[-1 - skip]) < 1e-5
+        assert error(pooled, expected.text_embeds) < 1e-5
+    first = CLIPTextModel(ours.config).eval()
+    first.load_state_dict({k: v for k, v in weights.items() if k != "text_projection.weight"})
+    assert torch.equal(first(ids, 1, norm=False), ours(ids, 1)[0])

@@ -13,17 +13,22 @@ from typing import Any, Self
 import httpx2 as httpx
 
 IMPATIENT = """
-from safelight.server import bodies
-bodies.SLOW = {}
+from safelight.server import bodies, supervisor
+bodies.SLOW = {slow} or bodies.SLOW
+supervisor.SILENCE = {silence} or supervisor.SILENCE
 from safelight.__main__ import main
 main()
 """
+
+INJECTED = Path(__file__).parent / "injected"
+"""A folder whose sitecustomize every process of a server runs first."""
 
 
 class Serving:
     """`safelight serve` on a free port, with `arguments` more.
 
-    log: [folder/server.log]; slow: seconds of a guard that has less patience.
+    log: [folder/server.log]; slow, silence: seconds of a guard, and of a supervisor, with less
+    patience. hang: a file that says where the worker hangs; see injected/sitecustomize.py.
     """
 
     def __init__(
@@ -33,9 +38,17 @@ class Serving:
         token: str | None = None,
         log: Path | None = None,
         slow: float | None = None,
+        silence: float | None = None,
+        hang: Path | None = None,
     ) -> None:
         self.data = folder / "data"
-        self._command = ["-m", "safelight"] if slow is None else ["-c", IMPATIENT.format(slow)]
+        self._command = ["-m", "safelight"]
+        if slow is not None or silence is not None:
+            self._command = ["-c", IMPATIENT.format(slow=slow, silence=silence)]
+        self._environment = {"OMP_NUM_THREADS": "1"}
+        if hang is not None:
+            path = f"{INJECTED}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+            self._environment |= {"SAFELIGHT_TEST_HANG": str(hang), "PYTHONPATH": path}
         self._log = log or folder / "server.log"
         self._arguments = [*arguments, *(("--token", token) if token else ())]
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -67,7 +80,7 @@ class Serving:
                 ],
                 stdout=log,
                 stderr=log,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                env=os.environ | self._environment,
             )
         wait_for(
             lambda: "Safelight is at " in self.log()[before:] or self.process.poll() is not None

@@ -14,6 +14,7 @@ from hostile import encoded
 
 from safelight.errors import SafelightError
 from safelight.server import caged
+from safelight.server.decoder import Sent
 from safelight.server.decoding import Decoders
 
 
@@ -32,13 +33,13 @@ PICTURE = "safelight.server.caged:picture"
 
 
 def test_a_picture_comes_back_as_it_is() -> None:
-    image = within(lambda d: d.call(PICTURE, encoded(), name="the picture"))
+    image = within(lambda d: d.call(PICTURE, [encoded()], name="the picture"))
     assert (image.mode, image.size) == ("RGB", (64, 64))
 
 
 def test_a_refusal_comes_back_in_words() -> None:
     with pytest.raises(SafelightError, match="must be a PNG, JPEG or WebP picture"):
-        within(lambda d: d.call(PICTURE, b"GIF89a", name="the picture"))
+        within(lambda d: d.call(PICTURE, [b"GIF89a"], name="the picture"))
 
 
 @pytest.mark.parametrize("function", ["signal:pause", "os:abort", "sys:exit"])
@@ -48,7 +49,7 @@ def test_a_stuck_or_dying_decoder_is_replaced(function: str) -> None:
         with pytest.raises(SafelightError):
             await decoders.call(function, wall=5.0)
         assert time.monotonic() - began < 60
-        assert (await decoders.call(PICTURE, encoded(), name="it")).size == (64, 64)
+        assert (await decoders.call(PICTURE, [encoded()], name="it")).size == (64, 64)
 
     within(work)
 
@@ -67,7 +68,7 @@ def test_a_fault_of_ours_says_nothing_of_the_input() -> None:
 
 def test_one_client_never_has_all_decoders() -> None:
     async def work(decoders: Decoders) -> float:
-        await decoders.call(PICTURE, encoded(), client="warm", name="it")
+        await decoders.call(PICTURE, [encoded()], client="warm", name="it")
         stuck = [
             asyncio.ensure_future(decoders.call("signal:pause", client="hostile", wall=3.0))
             for _ in range(8)
@@ -75,7 +76,7 @@ def test_one_client_never_has_all_decoders() -> None:
         await asyncio.sleep(0.1)
         began = time.monotonic()
         for _ in range(3):
-            await decoders.call(PICTURE, encoded(), client="other", name="it", wall=60.0)
+            await decoders.call(PICTURE, [encoded()], client="other", name="it", wall=60.0)
         waited = time.monotonic() - began
         assert not any(one.done() and one.exception() is None for one in stuck)
         for one in stuck:
@@ -90,11 +91,11 @@ def test_a_cancelled_wait_keeps_no_place() -> None:
     async def work(decoders: Decoders) -> None:
         first = asyncio.ensure_future(decoders.call("signal:pause", client="a", wall=1.0))
         await asyncio.sleep(0)
-        second = asyncio.ensure_future(decoders.call(PICTURE, b"", client="a", name="it"))
+        second = asyncio.ensure_future(decoders.call(PICTURE, [b""], client="a", name="it"))
         await asyncio.sleep(0.05)
         second.cancel()
         await asyncio.gather(first, second, return_exceptions=True)
-        assert (await decoders.call(PICTURE, encoded(), client="a", name="it")).size == (64, 64)
+        assert (await decoders.call(PICTURE, [encoded()], client="a", name="it")).size == (64, 64)
 
     within(work)
 
@@ -103,7 +104,7 @@ def test_a_large_body_is_taken_apart() -> None:
     picture = bytes(range(256)) * 5000
     text = base64.b64encode(picture).decode()
     sent = json.dumps({"prompt": "a", "image": text, "init_images": [text], "text": "x" * 20_001})
-    reduced, one, two = within(lambda d: d.call("safelight.server.caged:body", sent.encode()))
+    reduced, one, two = within(lambda d: d.call("safelight.server.caged:body", [sent.encode()]))
     assert (one, two) == (picture, picture)
     assert reduced["prompt"] == "a"
     assert reduced["text"] == "x" * 20_001
@@ -113,7 +114,7 @@ def test_a_large_body_is_taken_apart() -> None:
 @pytest.mark.parametrize("body", [b"[]", b"{", b"[" * 100_000, b"\xff", b'{"a":1e999999}x'])
 def test_no_json_is_refused(body: bytes) -> None:
     with pytest.raises(SafelightError):
-        caged.body(body)
+        caged.body(Sent(body))
 
 
 def test_base64_of_white_space_takes_little_memory() -> None:

@@ -121,12 +121,12 @@ def test_a_preview_of_no_numbers_is_left_out(
     server: Inside, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server goes on: a decoder that fails half-way may not fail in the end."""
-    from safelight.server import previews
+    from safelight.engine import preview
 
     def refuse(*_: Any) -> None:
         raise SafelightError("the picture has values that are no numbers (NaN)")
 
-    monkeypatch.setattr(previews, "preview", refuse)
+    monkeypatch.setattr(preview, "preview", refuse)
     job_id = server.submit(prompt="a cat", steps=20, sampler="euler")
     assert server.ask("GET", f"/api/jobs/{job_id}/events").body.endswith(b"\n\n")
     assert server.job(job_id)["status"] == "succeeded"

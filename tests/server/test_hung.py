@@ -8,24 +8,27 @@ import signal
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
 import pytest
 import torch
-from inside import Inside
+from inside import SOAK, Inside, figure, size
+from postgresql import Postgres
 from serving import Serving, wait_for
 from sqlalchemy.exc import DatabaseError, OperationalError, ProgrammingError
 
+from safelight import progress
 from safelight.server import pulse as pulses
+from safelight.server import supervisor
 from safelight.server.database import open_engine
 from safelight.server.jobs import StorageError
 from safelight.server.pulse import Pulse
 from safelight.server.store import Store, new_id
-from safelight.server.supervisor import SILENCE
 
 pytestmark = pytest.mark.xdist_group("hung")
 QUICK = {"prompt": "a cat", "steps": 2, "sampler": "euler"}
@@ -126,11 +129,176 @@ def test_the_data_folder_away(server: Serving) -> None:
         assert server.finished(job)["status"] == "succeeded", server.job(job)
 
 
+# --- workers that hang ---------------------------------------------------------------------------
+
+SILENCE = size(3, 12)
+HANGS = ["finish loops", "advance loops", "finish waits", "advance waits"]
+HANGS += ["finish computes", "advance computes"]
+
+
+@pytest.fixture(scope="module")
+def hanging(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Serving, Path]]:
+    folder = tmp_path_factory.mktemp("hanging")
+    hang = folder / "hang"
+    with Serving(folder, "--dtype", "float32", silence=size(SILENCE, 0), hang=hang) as running:
+        running.ready()
+        yield running, hang
+
+
+@pytest.mark.parametrize("how", HANGS[: size(2, len(HANGS))])
+def test_a_hung_worker_is_replaced(hanging: tuple[Serving, Path], how: str) -> None:
+    """In the thread that steps, and in the one that decodes while the other goes on."""
+    server, hang = hanging
+    beside = server.submit(**LONG)
+    wait_for(lambda: server.job(beside)["progress"]["step"] > 0)
+    hung = server.worker()
+    hang.write_text(how)
+    job = server.submit(**QUICK)
+    wait_for(lambda: not hang.exists())
+    began = time.monotonic()
+    wait_for(lambda: server.worker() not in (0, hung), 3 * SILENCE + 30)
+    seconds = time.monotonic() - began
+    for one in (job, beside):
+        assert server.finished(one)["status"] == "succeeded", server.job(one)
+    figure(f"24: {how}: another worker after {seconds:.1f} s")
+    if SOAK:
+        assert seconds < 15
+
+
+@pytest.mark.skipif(not SOAK, reason="of the long run")
+def test_a_worker_without_memory_costs_no_other_job(hanging: tuple[Serving, Path]) -> None:
+    """It may use no more than it has: what cannot be drawn fails, and the next job is drawn."""
+    import resource
+
+    server, _ = hanging
+    waiting = [server.submit(**LONG), server.submit(**QUICK)]
+    wait_for(lambda: server.job(waiting[0])["progress"]["step"] > 0)
+    worker = server.worker()
+    pages = int(Path(f"/proc/{worker}/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + (64 << 20)
+    resource.prlimit(worker, resource.RLIMIT_AS, (limit, limit))
+    large = server.submit(**QUICK, width=2048, height=2048)
+    began = time.monotonic()
+    ended = server.finished(large)
+    for job in (*waiting, server.submit(**QUICK)):
+        assert server.finished(job)["status"] == "succeeded", server.job(job)
+    figure(
+        f"8: a worker without memory: the large job {ended['status']} ({ended['error']}), the "
+        f"others succeeded; {'the same' if server.worker() == worker else 'another'} worker, "
+        f"{time.monotonic() - began:.1f} s"
+    )
+
+
+# --- a database that is away under load ----------------------------------------------------------
+
+AWAY = size(3, 60)
+
+
+class Load:
+    """Clients that submit jobs all the time. accepted: the ids of those that were."""
+
+    def __init__(self, server: Serving) -> None:
+        self._server, self.accepted, self.refused = server, list[str](), 0
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=self._submit, args=(i,)) for i in range(3)]
+
+    def _submit(self, number: int) -> None:
+        with httpx.Client(base_url=self._server.url, timeout=60) as client:
+            seed = number
+            while not self._over.wait(0.2):
+                seed += 10
+                answer = client.post("/api/jobs", json={**QUICK, "seed": seed})
+                assert answer.status_code in (202, 507), answer.text
+                if answer.status_code == 202:
+                    self.accepted.append(answer.json()["id"])
+                else:
+                    self.refused += 1
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def survives(
+    server: Serving, what: str, away: Callable[[], None], back: Callable[[], None]
+) -> None:
+    """Check that what was accepted is drawn, once, after the database was away under load."""
+    workers = {server.worker()}
+    with Load(server) as load:
+        wait_for(lambda: len(load.accepted) >= 6)
+        away()
+        time.sleep(AWAY)
+        workers.add(server.worker())
+        assert server.client.get("/healthz").status_code == 200
+        assert server.client.get("/readyz").status_code == 503
+        back()
+        before = len(load.accepted)
+        wait_for(lambda: len(load.accepted) > before)
+    for job in load.accepted:
+        assert server.finished(job)["status"] == "succeeded", server.job(job)
+        assert len(server.job(job)["pictures"]) == 1
+    assert "Traceback" not in server.log()
+    figure(
+        f"25: {what} away for {AWAY} s under load: {len(load.accepted)} accepted jobs succeeded, "
+        f"{load.refused} were refused with 507; {len(workers - {0})} worker"
+    )
+
+
+def test_sqlite_away_under_load(server: Serving) -> None:
+    file = server.data / "jobs.sqlite3"
+    away = server.data.parent / "away.sqlite3"
+    survives(server, "SQLite's file", lambda: _move(file, away), lambda: _move(away, file))
+
+
+@pytest.mark.skipif(not SOAK, reason="of the long run")
+def test_sqlite_locked_under_load(server: Serving) -> None:
+    file = server.data / "jobs.sqlite3"
+    with closing(sqlite3.connect(file, isolation_level=None, check_same_thread=False)) as lock:
+
+        def close() -> None:
+            lock.execute("PRAGMA busy_timeout=30000")
+            lock.execute("BEGIN EXCLUSIVE")
+
+        survives(server, "SQLite (locked)", close, lambda: lock.execute("ROLLBACK") and None)
+
+
+def _move(file: Path, to: Path) -> None:
+    file.rename(to)
+
+
+@pytest.mark.parametrize("how", ["crashed", "frozen"][: size(1, 2)])
+def test_postgresql_away_under_load(tmp_path: Path, how: str) -> None:
+    database = Postgres()
+    try:
+        with Serving(tmp_path, "--exact", "--database", database.url) as server:
+            server.ready()
+            if how == "crashed":
+                survives(server, "PostgreSQL", database.crash, database.start)
+            else:
+                survives(
+                    server,
+                    "PostgreSQL (frozen)",
+                    lambda: database.signal_all(signal.SIGSTOP),
+                    lambda: database.signal_all(signal.SIGCONT),
+                )
+    finally:
+        database.close()
+
+
 # --- the pulse -----------------------------------------------------------------------------------
 
 
-def beats(work: Any, seconds: float) -> int:
-    """Return how many beats a process has in which the main thread works for so long."""
+def beats(work: Any, seconds: float, *, aside: bool = False) -> int:
+    """Return how many beats a process has that works for so long.
+
+    aside: the work is that of a second thread, beside a main one that gets on.
+    """
     ours, theirs = Pipe(duplex=False)
     child = os.fork()
     if not child:
@@ -138,8 +306,16 @@ def beats(work: Any, seconds: float) -> int:
         pulse._patient = 0
         pulse.start()
         end = time.monotonic() + seconds
+
+        def works() -> None:
+            with pulse.working():
+                while True:
+                    work(pulse)
+
+        if aside:
+            threading.Thread(target=works, daemon=True).start()
         while time.monotonic() < end:
-            work(pulse)
+            counts(pulse) if aside else work(pulse)
         os._exit(0)
     theirs.close()
     os.waitpid(child, 0)
@@ -152,8 +328,16 @@ def beats(work: Any, seconds: float) -> int:
         heard += 1
 
 
-def nothing(_: Pulse) -> None:
+def loops(_: Pulse) -> None:
     """An endless loop in Python."""
+    for _ in range(100_000):
+        pass
+
+
+def calls(_: Pulse) -> None:
+    """An endless loop of functions."""
+    for i in range(100_000):
+        str(abs(i))
 
 
 def counts(pulse: Pulse) -> None:
@@ -164,36 +348,45 @@ def counts(pulse: Pulse) -> None:
 
 def sleeps(_: Pulse) -> None:
     """A write that blocks."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])  # else it would wake up in Python
+    # Else it would wake up in Python.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     time.sleep(10)
 
 
-def multiplies(_: Pulse) -> None:
-    """A long call of native code, which does not look at signals."""
-    sum(range(400_000_000))
-
-
+@pytest.mark.parametrize("aside", [False, True])
 @pytest.mark.parametrize(
-    ("work", "most", "least"), [(nothing, 1, 0), (counts, 99, 2), (sleeps, 1, 0)]
+    ("work", "most", "least"), [(loops, 1, 0), (calls, 1, 0), (counts, 99, 2), (sleeps, 1, 0)]
 )
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
-def test_a_pulse_tells_work_from_none(work: Any, most: int, least: int) -> None:
-    assert least <= beats(work, 5) <= most
+def test_a_pulse_tells_work_from_none(work: Any, most: int, least: int, aside: bool) -> None:
+    assert least <= beats(work, 4, aside=aside) <= most
 
 
+@pytest.mark.parametrize("aside", [False, True])
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
-def test_a_long_call_of_native_code_is_work() -> None:
+def test_a_long_call_of_native_code_is_work(aside: bool) -> None:
     a = torch.zeros(1500, 1500)
 
     def multiplies(_: Pulse) -> None:
         a.matrix_power(1 << 60)
 
-    assert beats(multiplies, 5) >= 2
+    assert beats(multiplies, 4, aside=aside) >= 2
+
+
+def test_long_loops_within_a_layer_get_on() -> None:
+    """A convolution in strips can take longer than a worker may be silent."""
+    told: list[int] = []
+    progress.listen(lambda: told.append(1))
+    try:
+        progress.get_on()
+        assert told == [1]
+    finally:
+        progress._listening.pop()
 
 
 def test_silence_is_short_enough() -> None:
     """SILENCE, the second that is counted last, and a second to start another process."""
-    assert SILENCE + 2 * pulses.EVERY <= 15
+    assert supervisor.SILENCE + 2 * pulses.EVERY <= 15
 
 
 # --- the database --------------------------------------------------------------------------------

@@ -125,6 +125,19 @@ def test_put_back_is_no_attempt(store: Store) -> None:
     assert not again.suspect
 
 
+def test_a_claim_that_the_worker_never_heard_of_waits_again(store: Store) -> None:
+    """The database went away between its commit and its answer."""
+    known, lost = (submit(store) for _ in range(2))
+    mine = store.claim("w")
+    assert mine is not None
+    assert store.claim("w") is not None  # nobody heard this one
+    again = store.claim("w", known=[mine.token])
+    assert again is not None
+    assert {mine.id, again.id} == {known.id, lost.id}
+    assert not again.suspect  # it was no attempt
+    assert store.holds(mine.id, mine.token)
+
+
 def test_short_ones_first_until_they_have_waited(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

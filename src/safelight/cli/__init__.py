@@ -14,6 +14,7 @@ from safelight.cli import (
     bench,
     compare,
     doctor,
+    download,
     explain,
     generate,
     options,
@@ -43,6 +44,7 @@ options.register(app, explain.explain, without=("count",))
 app.command()(tools.samplers)
 app.command()(tools.models)
 app.command()(tools.inspect)
+app.command()(download.download)
 app.command()(tools.verify)
 app.command()(tokens.tokens)
 app.command()(serve.serve)

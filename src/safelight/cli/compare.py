@@ -30,6 +30,8 @@ def compare(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     low_memory: options.LowMemory = False,
+    models_dir: options.ModelsDir = None,
+    vae: options.Vae = None,
     out: Annotated[str, Option("--out", "-o", help="The .png file to write.")] = "grid.png",
     overwrite: options.Overwrite = False,
 ) -> None:
@@ -58,7 +60,14 @@ def compare(
 
     with StepBar(1) as on_step:
         made = grid(
-            load(options.model_for(base, model), device=device, dtype=dtype, low_memory=low_memory),
+            load(
+                options.model_for(base, model),
+                device=device,
+                dtype=dtype,
+                low_memory=low_memory,
+                models_dir=models_dir,
+                vae=vae,
+            ),
             base,
             across,
             down,

@@ -16,6 +16,8 @@ def explain(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     low_memory: options.LowMemory = False,
+    models_dir: options.ModelsDir = None,
+    vae: options.Vae = None,
     wildcards: options.Wildcards = None,
     style: options.Styles = None,
     styles_file: options.StylesFile = None,
@@ -42,6 +44,8 @@ def explain(
             device=device,
             dtype=dtype,
             low_memory=low_memory,
+            models_dir=models_dir,
+            vae=vae,
             wildcards_dir=wildcards,
         )
         # Not before: they import PyTorch, in which Ctrl-C has to wait.

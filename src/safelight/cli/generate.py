@@ -25,6 +25,8 @@ def generate(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     low_memory: options.LowMemory = False,
+    models_dir: options.ModelsDir = None,
+    vae: options.Vae = None,
     wildcards: options.Wildcards = None,
     style: options.Styles = None,
     styles_file: options.StylesFile = None,
@@ -69,6 +71,8 @@ def generate(
             device=device,
             dtype=dtype,
             low_memory=low_memory,
+            models_dir=models_dir,
+            vae=vae,
             wildcards_dir=wildcards,
         )
         _warn_of_size(request, loaded.name, loaded.native_size)

@@ -20,7 +20,7 @@ Model = Annotated[
     Option(
         "--model",
         "-m",
-        help="A model's name, a diffusers folder, a .safetensors file or a hub id "
+        help="A model's name, a diffusers folder, a checkpoint file or a hub id "
         "[embedded; with --unconditional embedded-unconditional].",
         show_default=False,
     ),
@@ -29,6 +29,31 @@ Device = Annotated[str, Option(help="Where to compute: auto, cpu, mps or cuda.")
 Dtype = Annotated[str, Option(help="Precision: auto, float32, bfloat16 or float16.")]
 LowMemory = Annotated[
     bool, Option("--low-memory", help="On the CPU: large weights in a file, not in memory.")
+]
+Vae = Annotated[
+    str | None,
+    Option(
+        "--vae",
+        help="Another autoencoder: a folder, a file, a name in the models folder or a hub id.",
+        show_default=False,
+    ),
+]
+PreviewVae = Annotated[
+    str | None,
+    Option(
+        "--preview-vae",
+        help="A tiny autoencoder that previews are decoded with, given as --vae is.",
+        show_default=False,
+    ),
+]
+ModelsDir = Annotated[
+    str | None,
+    Option(
+        "--models-dir",
+        help="A folder of models, LoRAs, embeddings and autoencoders, which are found by name "
+        "[SAFELIGHT_MODELS].",
+        show_default=False,
+    ),
 ]
 Wildcards = Annotated[
     str | None,
@@ -118,7 +143,8 @@ def command_of(
 
     def call(**given: Any) -> None:
         asked = {name: given.pop(name) for name in settings}
-        function({name: value for name, value in asked.items() if value is not None}, **given)
+        # A list that is not given at all comes empty from some versions of typer.
+        function({name: value for name, value in asked.items() if value not in (None, [])}, **given)
 
     derived = [_parameter(setting) for setting in settings.values()]
     own = [
@@ -207,8 +233,11 @@ def _parameter(setting: "Setting") -> inspect.Parameter:
         left_out = f" [{setting.left_out}]" if setting.left_out not in ("empty", "none") else ""
         accepts = "" if setting.kind is str and not setting.choices else f": {setting.accepts}"
         said = f"{what}{accepts}{left_out}."
+    if setting.kind is tuple:
+        each = f": {setting.about.accepts}" if setting.about.accepts else ""
+        said = f"{what}{each}; may be given more than once."
     option = Option(*names, help=said, show_default=False)
-    kind = setting.kind or str
+    kind = list[str] if setting.kind is tuple else setting.kind or str
     return inspect.Parameter(
         setting.name, keyword, default=None, annotation=Annotated[kind | None, option]
     )

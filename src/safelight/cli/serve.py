@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from typer import Option
 
+from safelight.cli import options
 from safelight.cli.output import note
 from safelight.errors import SafelightError
 from safelight.server import private
@@ -26,6 +27,9 @@ def serve(
         Path | None, Option(help="Jobs and pictures [the user's data folder].", show_default=False)
     ] = None,
     model: Annotated[str, Option(help="As `generate --model`.")] = "embedded",
+    models_dir: options.ModelsDir = None,
+    vae: options.Vae = None,
+    preview_vae: options.PreviewVae = None,
     token: Annotated[
         str | None,
         Option(
@@ -76,6 +80,9 @@ def serve(
     root = data_folder(data_dir)
     settings = Settings(
         model=model,
+        models_dir=models_dir,
+        vae=vae,
+        preview_vae=preview_vae,
         url=database or f"sqlite:///{root / 'jobs.sqlite3'}",
         root=str(root),
         device=device,

@@ -29,6 +29,9 @@ def studio(
         Path | None, Option(help="Jobs and pictures [the user's data folder].", show_default=False)
     ] = None,
     model: Annotated[str, Option(help="As `generate --model`.")] = "embedded",
+    models_dir: options.ModelsDir = None,
+    vae: options.Vae = None,
+    preview_vae: options.PreviewVae = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     low_memory: options.LowMemory = False,
@@ -54,6 +57,9 @@ def studio(
         listening = listen(host, 0, secret)
     settings = Settings(
         model=model,
+        models_dir=models_dir,
+        vae=vae,
+        preview_vae=preview_vae,
         url=f"sqlite:///{root / 'jobs.sqlite3'}",
         root=str(root),
         device=device,

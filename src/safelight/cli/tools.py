@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
+from safelight.cli import options
 from safelight.cli.loading import load
 from safelight.cli.output import StepBar, note, pairs, say, table
 from safelight.errors import SafelightError
@@ -43,7 +44,8 @@ def samplers(as_json: Json = False) -> None:
 
 def models(as_json: Json = False) -> None:
     """List the models on this machine, shipped or cached."""
-    from safelight.weights.find import BUILT_IN, MODELS, cached
+    from safelight.weights.find import BUILT_IN, MODELS
+    from safelight.weights.hub import cached
 
     known = [
         {"name": name, "where": "ships with Safelight"}
@@ -61,13 +63,14 @@ def models(as_json: Json = False) -> None:
 
 def inspect(
     file: Annotated[str, Argument(help="A PNG, a checkpoint, a model's folder or name.")],
+    models_dir: options.ModelsDir = None,
     as_json: Json = False,
 ) -> None:
     """Show a PNG's recipe, or what a checkpoint holds.
 
     Of a checkpoint, its family, size and precision; it is not loaded for this.
     """
-    found = _recipe_or_checkpoint(file)
+    found = _recipe_or_checkpoint(file, models_dir)
     if as_json:
         say(json.dumps(found, ensure_ascii=False))
         return
@@ -75,14 +78,14 @@ def inspect(
         say(line)
 
 
-def _recipe_or_checkpoint(file: str) -> dict[str, Any]:
+def _recipe_or_checkpoint(file: str, models_dir: str | None) -> dict[str, Any]:
     if _is_png(file):
         from safelight.recipe import read_recipe
 
         return read_recipe(file)
     from safelight import weights
 
-    return weights.inspect(file)
+    return weights.inspect(file, models_dir=models_dir)
 
 
 def _is_png(file: str) -> bool:
@@ -100,12 +103,16 @@ def verify(
     model: Annotated[
         str | None, Option(help="Where the model is [its name in the recipe].", show_default=False)
     ] = None,
+    vae: Annotated[
+        str | None, Option(help="Where the other autoencoder is, if any.", show_default=False)
+    ] = None,
     image: Annotated[
         str | None, Option(help="The picture it started from, if any.", show_default=False)
     ] = None,
     mask: Annotated[
         str | None, Option(help="The mask it was made with, if any.", show_default=False)
     ] = None,
+    models_dir: options.ModelsDir = None,
     device: Annotated[
         str | None, Option(help="Another device than the recipe's.", show_default=False)
     ] = None,
@@ -138,11 +145,13 @@ def verify(
         image=None if image is None else open_picture(image, "image"),
         mask=None if mask is None else open_mask(mask),
     )
-    name, sha256 = recipe["model"]["name"], recipe["model"]["sha256"]
+    used, name = {"model": recipe["model"], "vae": recipe.get("vae")}, recipe["model"]["name"]
     with StepBar(count=1) as on_step:
         try:
             loaded = load(
-                name if model is None else model,
+                model or _recorded("model", used["model"], models_dir) or name,
+                vae=vae or _recorded("vae", used["vae"], models_dir),
+                models_dir=models_dir,
                 device=device or recipe.get("device", "auto"),
                 dtype=dtype or recipe.get("dtype", "auto"),
                 # A picture from a stranger does not get to fetch gigabytes of its choice.
@@ -150,13 +159,10 @@ def verify(
             )
         except SafelightError as error:
             raise SafelightError(
-                f"{error}; --model, --device and --dtype take the place of the recipe's"
+                f"{error}; --model, --vae, --device and --dtype take the place of the recipe's"
             ) from None
-        if loaded.sha256 != sha256:
-            raise SafelightError(
-                f"model must be {name} of SHA-256 {sha256[:10]}…, not {loaded.sha256[:10]}…: "
-                "give the one that made the picture with --model"
-            )
+        _check_used("model", used["model"], loaded.sha256)
+        _check_used("vae", used["vae"], (loaded.other_vae or {}).get("sha256"))
         recorded = machine.recorded_machine(recipe)
         with machine.threads_of(recorded):
             result = loaded.generate(request, on_step=on_step)
@@ -173,3 +179,33 @@ def verify(
     bound, why = machine.expected_difference(before, here, result.dtype)
     note(why)
     raise typer.Exit(0 if bound is not None and difference <= bound else 1)
+
+
+def _recorded(kind: str, used: dict[str, str] | None, models_dir: str | None) -> str | None:
+    """Return where a recipe's model or vae is: in the models folder by its hash, else by name."""
+    from safelight.weights.digest import digest_file
+    from safelight.weights.library import open_library
+
+    library = open_library(models_dir)
+    if used is None or library is None:
+        return None if used is None else used["name"]
+    named = library.matches(used["name"], kind)
+    # A folder has no hash of its own: that is made of all its files, when they are loaded.
+    if any(e.path.is_dir() or digest_file(e.path).sha256 == used["sha256"] for e in named):
+        return used["name"]
+    found = library.by_hash(used["sha256"], kind)
+    return used["name"] if found is None else str(found.path)
+
+
+def _check_used(kind: str, used: dict[str, str] | None, sha256: str | None) -> None:
+    """Raise SafelightError if what was loaded is not what made the picture."""
+    wanted = None if used is None else used["sha256"]
+    if wanted == sha256:
+        return
+    told = (
+        "the model's own" if used is None else f"{used['name']} of SHA-256 {used['sha256'][:10]}…"
+    )
+    raise SafelightError(
+        f"{kind} must be {told}, not {'its own' if sha256 is None else f'{sha256[:10]}…'}: "
+        f"give the one that made the picture with --{kind}"
+    )

@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -115,7 +116,7 @@ class Engine:
     exact: each call of the network holds one picture, so that no neighbour changes a last bit.
     rows: most rows of a call; None measures the largest batch that pays off. background: for a
     server. To encode a picture to start from is a step of its own, and pictures are decoded in a
-    thread beside the steps, one at a time.
+    thread beside the steps, one at a time, each within `working()`.
     """
 
     def __init__(
@@ -125,8 +126,10 @@ class Engine:
         exact: bool = True,
         rows: int | None = None,
         background: bool = False,
+        working: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.model, self.exact = model, exact
+        self._working = working
         self.rows = rows or (1 if exact else largest_useful_batch(model))
         self.tickets: list[Ticket] = []
         self._seconds_a_row = 0.01  # measured as it goes
@@ -279,6 +282,8 @@ class Engine:
         except NotFiniteError as error:
             lost = [t for t in tickets if any(t.job is job for job in error.jobs)]
             return [t for t in tickets if t not in lost], self._fail(lost, error)
+        except SafelightError as error:  # as of weights that were overwritten
+            return [], self._fail(tickets, error)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
@@ -319,7 +324,7 @@ class Engine:
         self._in_flight = future if self._decoder is not None else None
 
     def _finish(self, job: Job) -> Image.Image:
-        with torch.inference_mode():
+        with self._working(), torch.inference_mode():
             return finish(self.model, job)
 
     def _decoded(self) -> Iterator[Ticket]:

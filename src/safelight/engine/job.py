@@ -123,6 +123,11 @@ def prepare(
     def draw() -> Tensor:
         return torch.randn(shape, generator=generator).to(model.device)
 
+    def draw_to_encode() -> Tensor:
+        # A tiny autoencoder is not sampled, and diffusers then draws nothing.
+        samples = model.vae is None or model.vae.samples
+        return draw() if samples else torch.zeros(shape, device=model.device)
+
     if image is None:
         return Job(table, conditioning, generator, draw() * table.noise_scale)
 
@@ -132,7 +137,7 @@ def prepare(
     pixels = to_tensor(image).to(model.device)
     latents = None
     if not (reads_mask and from_noise):
-        latents = family.encode_picture(model, pixels, draw())
+        latents = family.encode_picture(model, pixels, draw_to_encode())
     noise = draw()
     if from_noise or latents is None:
         state = noise * table.noise_scale
@@ -143,7 +148,7 @@ def prepare(
 
     painted = to_tensor(mask).add(1).div(2).round().to(model.device)
     small = F.interpolate(painted, size=shape[2:])  # nearest, as the networks were trained
-    masked_noise = draw()  # diffusers draws it for both kinds of network
+    masked_noise = draw_to_encode()  # diffusers draws it for both kinds of network
     known = None
     if reads_mask:
         around = family.encode_picture(model, pixels * (painted < 0.5), masked_noise)

@@ -15,6 +15,7 @@ from safelight.prompt.dynamic import draw
 from safelight.request import Request
 from safelight.result import Result
 from safelight.sampling import SAMPLERS
+from safelight.settings import settings_of
 from safelight.sizes import MAX_SIDE, MIN_SIDE, SIDE_STEP, allowed_side
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def resolve_request(model: Model, request: Request) -> Request:
     """
     family = model.family
     family.check_request(model, request)
+    if request.loras:
+        raise SafelightError("loras cannot be used yet: leave them out", field="loras")
     request = request.with_defaults(model.defaults)
     filled: dict[str, Any] = {}
     if request.steps is None:
@@ -97,6 +100,7 @@ def new_result(model: Model, asked: Request, resolved: Request, exact: bool = Tr
         device=str(model.device),
         dtype=model.precision,
         drawn={"exact": exact, **describe_machine(model.device)},
+        vae=model.other_vae,
     )
     if resolved.dynamic_prompts:
         texts = [resolved.prompt, resolved.negative_prompt]
@@ -123,6 +127,10 @@ def _warnings(model: Model, asked: Request, resolved: Request) -> list[str]:
     """Return what a person should know about a request: each line says one thing."""
     found = list(model.warnings)
     found += asked.with_defaults(model.defaults).unused_settings()
+    for name, setting in settings_of(type(asked)).items():
+        read = not setting.about.some_models or name in model.family.conditioned_on
+        if not read and getattr(asked, name) != setting.default:
+            found.append(f"{name} does nothing with {model.name}: leave it out")
     width, height = resolved.width, resolved.height
     if None not in (width, height) and (width, height) != model.native_size:
         trained = "{}x{}".format(*model.native_size)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from safelight.engine.core import Engine
 from safelight.engine.job import decode
+from safelight.engine.preview import decode_tiny
 from safelight.request import Request
 from safelight.result import Result
 
@@ -35,8 +36,13 @@ class Step:
     model: Model
 
     def preview(self) -> Image.Image:
-        """Return the clean estimate as a picture."""
+        """Return the clean estimate as a picture.
+
+        It is decoded by the tiny autoencoder if one was loaded for previews (`preview_vae`).
+        """
         with torch.inference_mode():
+            if self.model.preview_vae is not None:
+                return decode_tiny(self.model, self.clean)
             return decode(self.model, self.clean)
 
 

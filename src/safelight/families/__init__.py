@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from safelight.families.base import Conditioning, Family, Part, SingleFile
 from safelight.families.pixels import Pixels
 from safelight.families.sd import SD
+from safelight.families.sdxl import REFINER, SDXL
 from safelight.weights.check import refusal
 
 if TYPE_CHECKING:
@@ -23,13 +24,17 @@ __all__ = [
     "family_of_folder",
 ]
 
-FAMILIES: list[Family] = [SD, Pixels()]
+FAMILIES: list[Family] = [SD, SDXL, REFINER, Pixels()]
 """One of each family. Another one is added here, or by whoever brings it along."""
 
 # Parts of pipelines that no picture is made from.
 _IGNORED = {"safety_checker", "feature_extractor", "image_encoder"}
 _FOREIGN = (
-    ("conditioner.embedders.", "Stable Diffusion XL, which is not supported yet"),
+    ("conditioner.embedders.", "a part of Stable Diffusion XL; the whole model is needed"),
+    ("model.diffusion_model.double_blocks.", "FLUX, which is not supported"),
+    ("double_blocks.", "FLUX, which is not supported"),
+    ("model.diffusion_model.joint_blocks.", "Stable Diffusion 3, which is not supported"),
+    ("joint_blocks.", "Stable Diffusion 3, which is not supported"),
     ("control_model.", "a ControlNet, not a whole model"),
     ("lora_", "a LoRA, not a whole model"),
     ("down_blocks.", "one part of a model folder; give the folder's path"),
@@ -45,9 +50,9 @@ def family_of_folder(index: Mapping[str, Any], where: str) -> Family:
     data: nothing is imported by a name that stands in it.
     """
     pipeline = index.get("_class_name")
-    family = next((f for f in FAMILIES if pipeline in f.pipelines), None)
+    family = next((f for f in FAMILIES if f.owns(index)), None)
     if not isinstance(pipeline, str) or family is None:
-        known = " and ".join(f"{f.title} ({f.pipelines[0]})" for f in FAMILIES)
+        known = ", ".join(dict.fromkeys(f.pipelines[0] for f in FAMILIES))
         raise refusal(where, f"{pipeline!r:.40} is not supported; supported are {known}")
     for name, value in index.items():
         if not isinstance(value, list) or value == [None, None] or name in _IGNORED:
@@ -77,4 +82,4 @@ def family_of_file(header: Header) -> Family:
     for prefix, what in _FOREIGN:
         if any(key.startswith(prefix) for key in header.tensors):
             raise refusal(header.name, f"this is {what}")
-    raise refusal(header.name, f"not a checkpoint of {SD.title}")
+    raise refusal(header.name, f"not a checkpoint of {SD.title}, or {SDXL.title}")

@@ -11,11 +11,13 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.sampling import Level, SchedulerConfig, Table, table
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from safelight.model import Model
@@ -146,7 +148,9 @@ class Family:
     tokenizers: the same of tokenizers, with the classes that model_index.json may name.
     flat: a folder may keep the files of the one network in its root. network: the part that
     denoises. fixed_size: it draws its native size alone. conditioned_on: the settings of a
-    request that `encode` reads. defaults: settings that it draws best with.
+    request that `encode` reads. defaults: settings that it draws best with. trainable: whether
+    `train` knows how. latent_rgb: colours of latents for previews, see `families.colours`; None if
+    its latents have no known ones.
     """
 
     name: str
@@ -160,7 +164,9 @@ class Family:
     network: ClassVar[str] = "unet"
     fixed_size: ClassVar[bool] = False
     conditioned_on: ClassVar[tuple[str, ...]] = ()
-    defaults: ClassVar[Mapping[str, Any]] = {}
+    defaults: Mapping[str, Any] = MappingProxyType({})
+    trainable: ClassVar[bool] = True
+    latent_rgb: tuple[tuple[float, ...], ...] | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -177,9 +183,22 @@ class Family:
 
     # --- files -------------------------------------------------------------------------------
 
-    def variant(self, configs: Mapping[str, Any]) -> Family:
-        """Return the variant with these configs of networks; self by default."""
+    def owns(self, index: Mapping[str, Any]) -> bool:
+        """Return whether a model_index.json is of this family."""
+        return index.get("_class_name") in self.pipelines
+
+    def variant(
+        self, configs: Mapping[str, Any], index: Mapping[str, Any], scheduler: Mapping[str, Any]
+    ) -> Family:
+        """Return the variant that a folder is of; self by default.
+
+        configs: of its networks. index, scheduler: its model_index.json and its scheduler's config.
+        """
         return self
+
+    def dtype_of(self, part: str, config: NetConfig, dtype: torch.dtype) -> torch.dtype:
+        """Return the precision that a network computes in, where the model has this one."""
+        return dtype
 
     def check_configs(self, configs: Mapping[str, Any]) -> None:
         """Raise SafelightError if networks that are fine alone do not fit one another."""
@@ -299,7 +318,8 @@ class SingleFile:
 
     configs: of each network, in diffusers' keys. weights: of each network, by our names.
     scheduler: its config. native: side in pixels of the pictures it was trained on. v_native: the
-    same for v-prediction, None if there are no such checkpoints.
+    same for v-prediction, None if there are no checkpoints that do not say which they are.
+    prediction: what the network predicts, if a key of the file says so.
     """
 
     configs: Mapping[str, Mapping[str, Any]]
@@ -307,3 +327,4 @@ class SingleFile:
     scheduler: Mapping[str, Any]
     native: int
     v_native: int | None = None
+    prediction: str | None = None

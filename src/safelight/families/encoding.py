@@ -1,26 +1,42 @@
-"""How the prompts of a request become a conditioning, for families with one CLIP text encoder."""
+"""How the prompts of a request become a conditioning, for families that read text by CLIP.
+
+With two text encoders, the states of a token stand side by side. The pooled state is that of the
+text's first chunk, whatever its weights: so do A1111, ComfyUI and diffusers. compel takes the
+prompt as it was typed, its signs included.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safelight.errors import SafelightError
 from safelight.families.base import Conditioning
 from safelight.prompt.dialects import read
-from safelight.prompt.reading import Part, Reading
+from safelight.prompt.networks import is_lora
+from safelight.prompt.reading import Part, Reading, Stage
 from safelight.words import unknown_words
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from safelight.families.latent import LatentFamily
     from safelight.model import Model
     from safelight.request import Request
 
 
-def check_request(model: Model, request: Request) -> None:
-    """Raise SafelightError for a clip_skip that leaves no layer of the text encoder."""
-    layers = model.text_encoder.config.num_hidden_layers
+class Read(NamedTuple):
+    """One text as the network reads it: states [1, tokens, width], and a pooled state [1, width]
+    where it reads one."""
+
+    tokens: Tensor
+    pooled: Tensor | None
+
+
+def check_request(family: LatentFamily, model: Model, request: Request) -> None:
+    """Raise SafelightError for a clip_skip that leaves no layer of a text encoder."""
+    layers = min(model.parts[name].config.num_hidden_layers for _, name in family.text_parts)
     if request.clip_skip is not None and request.clip_skip > layers:
         raise SafelightError(
             f"clip_skip must be at most {layers}, the layers of {model.name}'s text encoder, "
@@ -29,22 +45,27 @@ def check_request(model: Model, request: Request) -> None:
         )
 
 
-def warnings(model: Model, request: Request) -> list[str]:
+def warnings(family: LatentFamily, model: Model, request: Request) -> list[str]:
     """Return what was left out of the prompts, or may not be meant as it was read."""
     found: list[str] = []
     readings = _readings(model, request)
+    tokenizer = model.parts[family.text_parts[0][0]]
     for name, text in _texts(model, request).items():
         if request.prompt_syntax == "plain":
-            cut = model.tokenizer.encode(text).cut
+            cut = tokenizer.encode(text).cut
             if cut is not None:
                 found.append(
-                    f"{name} was cut at {model.tokenizer.max_length} tokens; "
-                    f"left out: {_beginning(cut)}"
+                    f"{name} was cut at {tokenizer.max_length} tokens; left out: {_beginning(cut)}"
                 )
         else:
             reading = readings[name]
             found += [f"{name} has {said}" for said in reading.warnings]
-            found += [f"{name}: <{':'.join(n)}> was left out" for n in reading.networks]
+            for network in reading.networks:
+                told = f"{name}: <{':'.join(network):.60}> was left out"
+                if not is_lora(network):
+                    found.append(told)
+                elif name == "negative_prompt":
+                    found.append(f"{told}: LoRAs count in the prompt alone")
             pieces = [p for part in reading.parts for s in part.stages for p in s.pieces]
             text = " ".join(dict.fromkeys(piece.text for piece in pieces))
         if model.words is not None and (new := unknown_words(text, model.words)):
@@ -52,36 +73,150 @@ def warnings(model: Model, request: Request) -> list[str]:
     return found
 
 
-def encode(model: Model, request: Request) -> Conditioning:
+def encode(family: LatentFamily, model: Model, request: Request) -> Conditioning:
     """Return the conditioning of a resolved request, which may change from step to step."""
+    readings = _readings(model, request)
+    parts = [part for reading in readings.values() for part in reading.parts]
+    negative = "negative_prompt" in readings
+    zeros = negative and not request.negative_prompt and family.reads_zeros(request)
+    read_in = _plain if request.prompt_syntax == "plain" else _in_dialect
+    told = {name: r for name, r in readings.items() if not (zeros and name == "negative_prompt")}
+    states = read_in(family, model, request, told)
+    if zeros:
+        states.insert(0, [_zeros(family, model, states[0][0])])
+    weights = tuple(part.weight for part in parts[negative:])
+    base = Conditioning(
+        sizes=_sizes(family, model, request, len(parts), negative=negative),
+        guidance=request.guidance_scale,
+        weights=None if all(weight == 1 for weight in weights) else weights,
+    )
+    return _scheduled(parts, states, base)
+
+
+class _Encoder:
+    """A text encoder of a model, without its last `skip` layers, and its tokenizer."""
+
+    def __init__(self, family: LatentFamily, model: Model, names: tuple[str, str], skip: int):
+        self.tokenizer, self.network = (model.parts[name] for name in names)
+        self._model, self._skip = model, skip
+        self._options: dict[str, Any] = {} if family.final_norm else {"norm": False}
+        self._pooled: dict[tuple[int, ...], Tensor] = {}
+
+    def __call__(self, ids: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Return the states of texts: see `prompt.states.Encode`."""
+        ids = ids.to(self._model.device)
+        if not self.pools:
+            return self.network(ids, self._skip, visible, **self._options)
+        states, pooled = self.network(ids, self._skip, visible)
+        if visible is None:
+            self._pooled |= zip(map(tuple, ids.tolist()), pooled.split(1), strict=True)
+        return states
+
+    @property
+    def pools(self) -> bool:
+        """Whether it gives a pooled state of a text."""
+        return hasattr(self.network, "text_projection")
+
+    def pooled(self, ids: Iterable[int]) -> Tensor:
+        """Return the pooled state of one text, [1, width]."""
+        import torch
+
+        key = tuple(ids)
+        if key not in self._pooled:
+            self(torch.tensor([key]))
+        return self._pooled[key]
+
+
+def _encoders(family: LatentFamily, model: Model, request: Request, name: str) -> list[_Encoder]:
+    skip = family.layers_left_out(request, negative=name == "negative_prompt")
+    return [_Encoder(family, model, names, skip) for names in family.text_parts]
+
+
+def _plain(
+    family: LatentFamily, model: Model, request: Request, readings: dict[str, Reading]
+) -> list[list[Read]]:
+    """Return the states of each text, cut at the text encoder's length."""
     import torch
 
-    skip = (request.clip_skip or 1) - 1
-    if request.prompt_syntax == "plain":
-        texts = _texts(model, request).values()
-        ids = torch.tensor([model.tokenizer.encode(text).ids for text in texts])
-        tokens = model.text_encoder(ids.to(model.device), skip)
-        return Conditioning(tokens, guidance=request.guidance_scale)
-
-    def text_encoder(ids: Tensor, visible: Tensor | None) -> Tensor:
-        return model.text_encoder(ids.to(model.device), skip, visible)
-
-    from safelight.prompt.states import States
-
-    states = States(model.tokenizer, text_encoder, request.prompt_syntax, request.emphasis)
-    parts = [part for r in _readings(model, request).values() for part in r.parts]
-    weights = tuple(part.weight for part in parts[1:])
-    return _scheduled(
-        parts,
-        [states.of_part(part) for part in parts],
-        Conditioning(
-            guidance=request.guidance_scale,
-            weights=None if all(weight == 1 for weight in weights) else weights,
-        ),
-    )
+    found: dict[str, Read] = {}
+    skips = {
+        name: family.layers_left_out(request, negative=name == "negative_prompt")
+        for name in readings
+    }
+    for skip in dict.fromkeys(skips.values()):
+        # Texts that are read alike are one call.
+        names = [name for name in readings if skips[name] == skip]
+        encoders = _encoders(family, model, request, names[-1])
+        ids = [[e.tokenizer.encode(getattr(request, n)).ids for n in names] for e in encoders]
+        states = [e(torch.tensor(rows)) for e, rows in zip(encoders, ids, strict=True)]
+        rows = _side_by_side(states).split(1)
+        for name, row, of_last in zip(names, rows, ids[-1], strict=True):
+            found[name] = Read(row, encoders[-1].pooled(of_last) if encoders[-1].pools else None)
+    return [[found[name]] for name in readings]
 
 
-def _scheduled(parts: list[Part], states: list[list[Tensor]], base: Conditioning) -> Conditioning:
+def _in_dialect(
+    family: LatentFamily, model: Model, request: Request, readings: dict[str, Reading]
+) -> list[list[Read]]:
+    """Return the states of each stage of each part. Stages that say the same share a tensor."""
+    from safelight.prompt.states import States, first_chunk
+
+    encoders = _encoders(family, model, request, "prompt")
+    readers = [States(e.tokenizer, e, request.prompt_syntax, request.emphasis) for e in encoders]
+    last = encoders[-1]
+
+    def pooled(stage: Stage, name: str) -> Tensor | None:
+        if not last.pools:
+            return None
+        if request.prompt_syntax == "compel":
+            return last.pooled(last.tokenizer.encode(getattr(request, name)).ids)
+        return last.pooled(first_chunk(last.tokenizer, stage, request.prompt_syntax).ids)
+
+    found: list[list[Read]] = []
+    for name, part in [(n, part) for n, r in readings.items() for part in r.parts]:
+        made: dict[tuple[int, ...], Read] = {}
+        stages: list[Read] = []
+        columns = zip(*(reader.of_part(part) for reader in readers), strict=True)
+        for states, stage in zip(list(columns), part.stages, strict=True):
+            key = tuple(map(id, states))
+            if key not in made:
+                made[key] = Read(_side_by_side(list(states)), pooled(stage, name))
+            stages.append(made[key])
+        found.append(stages)
+    return found
+
+
+def _side_by_side(states: list[Tensor]) -> Tensor:
+    """Return the states of several encoders for the same texts as one, as long as the shortest."""
+    import torch
+
+    if len(states) == 1:
+        return states[0]
+    length = min(s.shape[1] for s in states)
+    return torch.cat([s[:, :length] for s in states], dim=-1)
+
+
+def _zeros(family: LatentFamily, model: Model, like: Read) -> Read:
+    """Return the states of an empty negative prompt of zeros."""
+    import torch
+
+    length = model.parts[family.text_parts[0][0]].max_length
+    tokens = torch.zeros_like(like.tokens[:, :length])
+    return Read(tokens, None if like.pooled is None else torch.zeros_like(like.pooled))
+
+
+def _sizes(
+    family: LatentFamily, model: Model, request: Request, count: int, *, negative: bool
+) -> Tensor | None:
+    """Return what each evaluation is told about the picture's size, float32 [count, numbers]."""
+    import torch
+
+    rows = [family.size_numbers(model, request, negative=negative and i == 0) for i in range(count)]
+    there = [row for row in rows if row is not None]
+    return torch.tensor(there, dtype=torch.float32, device=model.device) if there else None
+
+
+def _scheduled(parts: list[Part], states: list[list[Read]], base: Conditioning) -> Conditioning:
     """Return the conditioning of parts, the negative prompt first where there is one.
 
     states: of each stage of each part. base: what all steps have in common.
@@ -94,11 +229,16 @@ def _scheduled(parts: list[Part], states: list[list[Tensor]], base: Conditioning
     found: list[tuple[int, Conditioning]] = []
     for first, _ in spans(parts):
         now = [s[part.index_at(first)] for part, s in zip(parts, states, strict=True)]
-        key = tuple(map(id, now))
+        key = tuple(id(read.tokens) for read in now)
         if key not in made:
-            negative, positives = now[:1], last_repeated(now[1:]) if len(now) > 1 else []
-            tokens = torch.cat(same_length([*negative, *positives]))
-            made[key] = replace(base, tokens=tokens)
+            rows = [read.tokens for read in now]
+            negative, positives = rows[:1], last_repeated(rows[1:]) if len(rows) > 1 else []
+            pooled = [read.pooled for read in now if read.pooled is not None]
+            made[key] = replace(
+                base,
+                tokens=torch.cat(same_length([*negative, *positives])),
+                pooled=torch.cat(pooled) if pooled else None,
+            )
         if not found or found[-1][1] is not made[key]:
             found.append((first - 1, made[key]))
     (_, start), *later = found

@@ -8,7 +8,8 @@
 - make an enlargement and the convolution after it four small convolutions of the small map.
 
 Their products are oneDNN's (`onednn`), or, where the CPU has AMX and the kernels were built, our
-own (`tiles`, and `split` for float32); in float32 large convolutions are made of fewer of them
+own (`tiles`, and `split` for float32). Attention, norms and gates in bfloat16 are our own where it
+has AVX512-BF16 (`vectors`). In float32 large convolutions are made of fewer of them
 (`winograd`). Where oneDNN does not multiply bfloat16, weights are kept in bfloat16 and multiplied
 in float32. docs/performance.md tells what each of these brings.
 """
@@ -50,15 +51,15 @@ def accelerate(net: nn.Module, dtype: torch.dtype, low_memory: bool = False) -> 
 def variant(device: torch.device) -> str:
     """Return the names of the libraries that make products on this device.
 
-    A picture's last bits depend on them: "onednn", and of ours "amx", "portable" and "winograd".
+    A picture's last bits depend on them: "onednn", and of ours "amx", "avx512", "portable" and
+    "winograd".
     """
     if device.type != "cpu" or not onednn.available():
         return "torch"
-    names = {"auto": ("amx", "winograd"), "avx2": ("amx", "winograd")}.get(
-        kernels.setting(), ("portable", "portable winograd")
-    )
-    used = [kernels.tiles() is not None, winograd.ready()]
-    return "+".join(["onednn", *(n for n, on in zip(names, used, strict=True) if on)])
+    names = [library.variant for library in (kernels.vectors(),) if library is not None]
+    if winograd.ready():
+        names.append("portable winograd" if kernels.setting() == "portable" else "winograd")
+    return "+".join(["onednn", *names])
 
 
 def native_bfloat16() -> bool:

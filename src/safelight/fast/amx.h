@@ -1,13 +1,13 @@
-// The vectors and tiles that the kernels are written in, for CPUs with AMX and AVX512-BF16.
-// portable.h has the same interface for every other processor; keep the two alike.
+// Tiles for CPUs with AMX; portable.h has the same for every other processor.
 //
 // A tile holds 16 rows of 64 bytes. _tile_dpbf16ps multiplies 16 rows of 32 numbers by 16 columns
 // of weights, which pack_tile lays out.
 #pragma once
 
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+
+#include "avx512.h"
 
 namespace {
 
@@ -38,61 +38,5 @@ struct Tiles {
         else _tile_release();
     }
 };
-
-typedef __m512 vec;      // 16 numbers in float32
-typedef __m256i halves;  // 16 numbers in bfloat16
-
-inline vec splat(float x) { return _mm512_set1_ps(x); }
-inline vec floats(const float* p) { return _mm512_loadu_ps(p); }
-inline void store(float* p, vec x) { _mm512_storeu_ps(p, x); }
-inline vec fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
-inline vec larger(vec a, vec b) { return _mm512_max_ps(a, b); }  // b, if either is NaN
-inline vec magnitude(vec x) { return _mm512_abs_ps(x); }
-inline vec whole(vec x) { return _mm512_roundscale_ps(x, 0); }
-inline vec scale(vec x, vec by) { return _mm512_scalef_ps(x, by); }  // x * 2^by
-inline vec inverse(vec x) { return _mm512_rcp14_ps(x); }             // to 6e-5
-inline vec complement(vec x, vec y) {  // 1 - y where x is positive, else y
-    __mmask16 up = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ);
-    return _mm512_mask_sub_ps(y, up, splat(1.f), y);
-}
-inline float sum(vec x) { return _mm512_reduce_add_ps(x); }
-inline float top(vec x) { return _mm512_reduce_max_ps(x); }
-
-inline halves narrow(vec x) { return (halves)_mm512_cvtneps_pbh(x); }
-inline vec widen(halves x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
-}
-inline vec load(const bf16* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
-inline void store(bf16* p, halves x) { _mm256_storeu_si256((__m256i*)p, x); }
-inline void store(bf16* p, vec x) { store(p, narrow(x)); }
-inline void store(bf16* p, vec low, vec high) {
-    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-}
-
-// The first `count` numbers; at most 16.
-inline __mmask16 first(long count) { return count >= 16 ? 0xffff : (1u << count) - 1; }
-inline vec load_first(const float* p, long count) {  // the others are 0
-    return count <= 0 ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(first(count), p);
-}
-inline void store_first(float* p, vec x, long count) { _mm512_mask_storeu_ps(p, first(count), x); }
-inline void store_first(bf16* p, halves x, long count) {
-    _mm256_mask_storeu_epi16(p, first(count), x);
-}
-
-// 2^(x/128 - 127) of 32 numbers x as bfloat16, by integers: attention.cpp says how. The order of
-// the results is that of key_at. Adds them to `total`.
-struct Table {  // of 128 bytes
-    __m512i low, high;
-    explicit Table(const uint8_t* p) : low(_mm512_load_si512(p)), high(_mm512_load_si512(p + 64)) {}
-};
-template <bool add> inline vec powers(vec x, vec y, const Table& apart, bf16* out, vec total) {
-    __m512i both = _mm512_packs_epi32(_mm512_cvtps_epi32(x), _mm512_cvtps_epi32(y));
-    both = _mm512_max_epi16(both, _mm512_setzero_si512());
-    __m512i less = _mm512_maskz_permutex2var_epi8(0x5555555555555555, apart.low, both, apart.high);
-    both = _mm512_sub_epi16(both, less);
-    _mm512_storeu_si512(out, both);
-    if (!add) return total;
-    return _mm512_dpbf16_ps(total, (__m512bh)both, (__m512bh)_mm512_set1_epi16(0x3f80));
-}
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Attention in bfloat16 by tiles. Sums are float32 throughout; results are rounded once.
+// Attention in bfloat16. Sums are float32 throughout; results are rounded once.
 //
 // Plain C interface: pointers and sizes, no Python and no torch headers.
 
@@ -24,7 +24,7 @@ struct Rounded : Head<bf16> {
     const bool counted;    // a column of ones beside the values sums up the weights
 
     explicit Rounded(const Attend<bf16>& a)
-        : Head(a, (a.size + 31) / 32, a.padded() * a.outer() * 32 + 32 * STEP * 2),
+        : Head(a, (a.size + 31) / 32, a.size, a.padded() * a.outer() * 32 + 32 * STEP * 2),
           counted(a.size % 16) {
         values = take_room<bf16>(a.padded() * a.outer() * 32);
         weights = take_room<bf16>(32 * STEP * 2);
@@ -78,7 +78,7 @@ struct Rounded : Head<bf16> {
         const Table table(fractions.apart);
         const vec factor = splat(128 * a.scale * LOG2E);
         for (int i = 0; i < 32; i++) {
-            const float* s = scores + row(i);
+            const float* s = scores + place(i, 0);
             vec shift = splat(128 * (127 - most[i] * a.scale * LOG2E)), all = splat(0);
             bf16* w = weights + i * STEP;
             for (long j = 0; j < p.count / 32; j++, s += 1024, w += 32)
@@ -96,23 +96,10 @@ struct Rounded : Head<bf16> {
     }
 
     void weigh(const Pass& p) const {
-        for (long t = 0; t < a.outer(); t += 2) {
-            const bf16* v = values + p.begin * a.outer() * 16 + t * 512;
-            bool two = t + 1 < a.outer();
-            if (p.begin) take(sums + t * 512);
-            else clear();
-            for (long j = 0; j < p.count / 32; j++, v += a.outer() * 512) {
-                _tile_loadd(4, weights + 32 * j, STEP * 2);
-                _tile_loadd(6, v, 64);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_loadd(5, weights + 32 * j + 16 * STEP, STEP * 2);
-                _tile_dpbf16ps(2, 5, 6);
-                if (!two) continue;
-                _tile_loadd(7, v + 512, 64);
-                _tile_dpbf16ps(1, 4, 7);
-                _tile_dpbf16ps(3, 5, 7);
-            }
-            give(sums + t * 512);
+        for (long t = 0, wide; t < a.outer(); t += wide) {
+            wide = at_once(a.outer() - t);
+            products(wide, weights, STEP, p.count, values + p.begin * a.outer() * 16 + t * 512,
+                     a.outer() * 512, sums, t, p.begin);
         }
     }
 

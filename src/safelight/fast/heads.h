@@ -1,4 +1,4 @@
-// Attention on AMX tiles, 32 queries of a head at a time, over its keys a pass at a time
+// Attention, 32 queries of a head at a time, over its keys a pass at a time
 // (arXiv:2112.05682): what bfloat16 and split float32 share.
 #pragma once
 
@@ -49,11 +49,13 @@ template <class T> struct Head {
     typedef T Number;
     const Attend<T>& a;
     const long inner;    // tiles of a query
+    const long depth;    // numbers of it that are not zero
     bf16 *query, *keys;
     float *scores, *sums;
     char* rest;          // of the scratch: for the kernel's own
 
-    Head(const Attend<T>& a, long inner, size_t more) : a(a), inner(inner) {
+    Head(const Attend<T>& a, long inner, long depth, size_t more)
+        : a(a), inner(inner), depth(depth) {
         size_t query_size = 32 * inner * 64, keys_size = a.padded() * inner * 64;
         size_t scores_size = 32 * KEYS * 4, sums_size = (a.outer() + 1) / 2 * 4096;
         char* at = (char*)scratch(query_size + keys_size + scores_size + sums_size + more);
@@ -71,31 +73,19 @@ template <class T> struct Head {
 
     // The scores of a pass; those beyond the last key are as low as can be.
     void score(const Pass& p) const {
-        for (long j = 0; j < p.count / 32; j++) {
-            const bf16 *q = query, *k = keys + (p.begin / 32 + j) * inner * 1024;
-            clear();
-            for (long t = 0; t < inner; t++, q += 32, k += 1024) {
-                _tile_loadd(4, q, inner * 64);
-                _tile_loadd(6, k, 64);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_loadd(7, k + 512, 64);
-                _tile_dpbf16ps(1, 4, 7);
-                _tile_loadd(5, q + 16 * inner * 32, inner * 64);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
-            }
-            give(scores + j * 1024);
-        }
+        for (long j = 0; j < p.count / 32; j++)
+            products(2, query, inner * 32, depth, keys + (p.begin / 32 + j) * inner * 1024, 1024,
+                     scores + j * 1024, 0, false);
         long beyond = p.begin + p.count - a.keys;
         float* last = scores + (p.count / 32 - 1) * 1024;
         for (long c = 32 - beyond; c < 32; c++)
-            for (long i = 0; i < 32; i++) last[row(i) + c / 16 * 256 + c % 16] = LEAST;
+            for (long i = 0; i < 32; i++) last[place(i, c / 16) + c % 16] = LEAST;
     }
 
     // The largest score of each query, or what it was before.
     void peaks(const Pass& p, float* most) const {
         for (int i = 0; i < 32; i++) {
-            const float* s = scores + row(i);
+            const float* s = scores + place(i, 0);
             vec peak = splat(most[i]);
             for (long j = 0; j < p.count / 32; j++, s += 1024) {
                 peak = larger(peak, floats(s));
@@ -105,11 +95,8 @@ template <class T> struct Head {
         }
     }
 
-    // Where 32 rows of four tiles begin, and where the values of a query are, from tile t on.
-    static long row(long i) { return i / 16 * 512 + i % 16 * 16; }
-    const float* summed(long i, long t) const {
-        return sums + t / 2 * 1024 + t % 2 * 256 + row(i);
-    }
+    // Where the values of a query are, from tile t on.
+    const float* summed(long i, long t) const { return sums + place(i, t); }
 
     void sum_up(float*) const {}
 };

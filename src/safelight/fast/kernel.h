@@ -10,8 +10,10 @@
 
 typedef uint16_t bf16;
 
-#ifdef __AMX_BF16__
+#if defined(__AMX_BF16__)
 #include "amx.h"
+#elif defined(__AVX512BF16__)
+#include "avx512.h"
 #else
 #include "portable.h"
 #endif
@@ -78,27 +80,19 @@ inline void pack_tile(const bf16* rows, long stride, bf16* out) {
         }
 }
 
-// Tiles 0 to 3 are the sums of a block of 32 rows by 32 columns.
-inline void clear() {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-}
-inline void take(const float* sums) {
-    fence();
-    _tile_loadd(0, sums, 64);
-    _tile_loadd(1, sums + 256, 64);
-    _tile_loadd(2, sums + 512, 64);
-    _tile_loadd(3, sums + 768, 64);
-}
-inline void give(float* sums) {
-    _tile_stored(0, sums, 64);
-    _tile_stored(1, sums + 256, 64);
-    _tile_stored(2, sums + 512, 64);
-    _tile_stored(3, sums + 768, 64);
-    fence();
-}
+// Four tiles of sums, of 32 rows by 32 columns, lie one after the other; further columns follow.
+// This is where row i of the columns 16·t begins.
+inline long place(long i, long t) { return i / 16 * 512 + i % 16 * 16 + t / 2 * 1024 + t % 2 * 256; }
+
+}  // namespace
+
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#include "rows.h"
+#else
+#include "tiles.h"
+#endif
+
+namespace {
 
 // act(m0, m1, n0, n1) by all threads: rows in chunks of `tall`, panels of columns in `splits` parts.
 template <class Do> void regions(long rows, long tall, long panels, long splits, Do act) {

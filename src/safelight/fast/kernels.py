@@ -1,15 +1,16 @@
-"""Our own compiled kernels: which of them this process uses, and why not the others.
+"""Our own kernels, compiled: which there are, which are used.
 
-They are built with the package where a compiler is at hand. Each is optional: what no kernel takes
-is oneDNN's. There are three libraries.
+They are loaded by ctypes, one library for each set of instructions.
 
-- `_amx`: products in bfloat16 for CPUs with AMX and AVX512-BF16 (Linux).
-- `_avx2`: Winograd convolutions in float32.
-- `_portable`: the sources of both in plain C++, for any processor. It is slower than oneDNN
+- `_amx`: products by tiles, attention, norms and gates in bfloat16, and float32 as products of
+  bfloat16, for CPUs with AMX and AVX512-BF16 (Linux).
+- `_avx512`: attention, norms and gates in bfloat16 for CPUs with AVX512-BF16 and without AMX.
+- `_avx2`: Winograd convolutions.
+- `_portable`: the sources of all in plain C++, for any processor. It is slower than oneDNN
   wherever it was measured. It exists so that every machine can test the kernels' logic.
 
-SAFELIGHT_KERNELS chooses: `auto` (the default: what this processor has), `avx2` (no AMX),
-`portable` (the portable library in place of both), or `off`.
+SAFELIGHT_KERNELS chooses: `auto` (the default: what this processor has), `avx512` (no AMX), `avx2`
+(no AVX512 either), `portable` (the portable library in place of all), or `off`.
 """
 
 from __future__ import annotations
@@ -26,20 +27,23 @@ from torch import Tensor, nn
 
 from safelight.errors import SafelightError
 
-SETTINGS = ("auto", "avx2", "portable", "off")
+SETTINGS = ("auto", "avx512", "avx2", "portable", "off")
+LIBRARIES = ("amx", "avx512", "avx2", "portable")
 
+_VECTORS = {
+    "safelight_moments": [c_void_p] * 4 + [c_long] * 4 + [c_float],
+    "safelight_normalise": [c_void_p] * 3 + [c_long] * 3,
+    "safelight_layer_norm": [c_void_p] * 6 + [c_long] * 2 + [c_float],
+    "safelight_gate": [c_void_p] * 3 + [c_long],
+    "safelight_attend": [c_void_p] * 5 + [c_long] * 5 + [c_float],
+}
 _TILES = {
     "safelight_pack": [c_void_p] * 2 + [c_long] * 2,
     "safelight_conv": [c_void_p, c_long, c_void_p, c_void_p, c_long, c_void_p, c_void_p]
     + [c_long] * 6
     + [c_int]
     + [c_long] * 3,
-    "safelight_moments": [c_void_p] * 4 + [c_long] * 4 + [c_float],
-    "safelight_normalise": [c_void_p] * 3 + [c_long] * 3,
-    "safelight_layer_norm": [c_void_p] * 6 + [c_long] * 2 + [c_float],
-    "safelight_gate": [c_void_p] * 3 + [c_long],
     "safelight_lay": [c_void_p] * 3 + [c_long] * 7,
-    "safelight_attend": [c_void_p] * 5 + [c_long] * 5 + [c_float],
     "safelight_split_pack": [c_void_p] * 2 + [c_long] * 2,
     "safelight_split_linear": [c_void_p] * 5 + [c_long] * 3,
     "safelight_split_gate": [c_void_p] * 3 + [c_long],
@@ -49,7 +53,12 @@ _WINOGRAD = {
     "safelight_spread": [c_void_p] * 2 + [c_long] * 8,
     "safelight_gather": [c_void_p] * 2 + [c_long] + [c_void_p] * 2 + [c_long] * 6,
 }
-_ARGUMENTS = {"amx": _TILES, "avx2": _WINOGRAD, "portable": _TILES | _WINOGRAD}
+_ARGUMENTS = {
+    "amx": _VECTORS | _TILES,
+    "avx512": _VECTORS,
+    "avx2": _WINOGRAD,
+    "portable": _VECTORS | _TILES | _WINOGRAD,
+}
 
 
 def setting() -> str:
@@ -61,26 +70,47 @@ def setting() -> str:
     return said
 
 
+def allowed() -> tuple[str, ...]:
+    """The libraries that SAFELIGHT_KERNELS lets through, the fastest first."""
+    return {
+        "auto": ("amx", "avx512", "avx2"),
+        "avx512": ("avx512", "avx2"),
+        "avx2": ("avx2",),
+        "portable": ("portable",),
+        "off": (),
+    }[setting()]
+
+
 def tiles() -> Any:
     """The library of products by tiles (AMX, or portable where that is asked for), or None."""
-    return _usable({"auto": "amx", "portable": "portable"}.get(setting()))
+    return _first(allowed(), "safelight_conv")
+
+
+def vectors() -> Any:
+    """The library of attention, norms and gates in bfloat16, or None."""
+    return _first(allowed(), "safelight_attend")
 
 
 def winograd() -> Any:
     """The library of Winograd convolutions, or None."""
-    named = {"auto": "avx2", "avx2": "avx2", "portable": "portable"}
-    return _usable(named.get(setting()))
+    return _first(allowed(), "safelight_spread")
 
 
 @cache
-def _usable(name: str | None) -> Any:
-    return None if name is None or refusal(name) else _load(name)
+def _first(names: tuple[str, ...], function: str) -> Any:
+    """The first of these libraries that has a function and can run here, or None."""
+    for name in names:
+        if function in _ARGUMENTS[name] and not refusal(name):
+            return _load(name)
+    return None
 
 
 def refusal(name: str) -> str:
-    """Why the library "amx", "avx2" or "portable" cannot run here; empty if it can."""
+    """Why a library cannot run here; empty if it can."""
     if name == "amx" and not has_amx():
         return "this processor has no AMX"
+    if name == "avx512" and not has_avx512():
+        return "this processor has no AVX512-BF16"
     if name == "avx2" and not torch.cpu._is_avx2_supported():
         return "this processor has no AVX2"
     if built(name) is None:
@@ -90,7 +120,13 @@ def refusal(name: str) -> str:
 
 def has_amx() -> bool:
     """Whether this processor has what the library "amx" needs."""
-    return torch.cpu._is_amx_tile_supported() and torch.cpu._is_avx512_bf16_supported()
+    return torch.cpu._is_amx_tile_supported() and has_avx512()
+
+
+def has_avx512() -> bool:
+    """Whether this processor has what the library "avx512" needs."""
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("avx512_bf16") and has.get("avx512_vbmi"))
 
 
 def built(name: str) -> Path | None:
@@ -100,11 +136,12 @@ def built(name: str) -> Path | None:
 
 @cache
 def _load(name: str) -> Any:
-    found = ctypes.CDLL(str(built(name)))
+    found: Any = ctypes.CDLL(str(built(name)))
+    found.variant = name
     for function, types in _ARGUMENTS[name].items():
         getattr(found, function).argtypes = types
         getattr(found, function).restype = None
-    return found if name == "avx2" or found.safelight_init() else None
+    return found if name != "amx" or found.safelight_init() else None
 
 
 def plain_3x3(conv: nn.Conv2d, lanes: int) -> bool:

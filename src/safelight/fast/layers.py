@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from safelight.fast import memory, onednn, split, tiles, winograd
+from safelight.fast import memory, onednn, split, tiles, vectors, winograd
 from safelight.fast.store import ARENA, Shelf, Store
 from safelight.nets import layers
 from safelight.nets.layers import as_map, as_tokens, attend
+from safelight.progress import get_on
 
 LARGE = 1 << 22
 """Numbers in a weight that low_memory keeps in a file, and whose memory is given back at once."""
@@ -170,13 +171,13 @@ class FastGroupNorm(layers.GroupNorm):
     _float: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        if tiles.fits_norm(self, x):
-            return tiles.group_norm(self, x, *_affine(self))
+        if vectors.fits_norm(self, x):
+            return vectors.group_norm(self, x, *_affine(self))
         return super().forward(x)
 
     def silu(self, x: Tensor, conv: nn.Conv2d) -> Any:
-        if isinstance(conv, FastConv2d) and conv.reads_maps() and tiles.fits_norm(self, x):
-            return tiles.group_norm_silu(self, x, *_affine(self))
+        if isinstance(conv, FastConv2d) and conv.reads_maps() and vectors.fits_norm(self, x):
+            return tiles.Map(x, vectors.moments(self, x, *_affine(self)))
         return F.silu(self(x), inplace=True)
 
 
@@ -184,13 +185,13 @@ class FastLayerNorm(layers.LayerNorm):
     _float: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        if tiles.fits_layer_norm(self, x):
-            return tiles.layer_norm(self, x, *_affine(self))[1]
+        if vectors.fits_layer_norm(self, x):
+            return vectors.layer_norm(self, x, *_affine(self))[1]
         return super().forward(x)
 
     def add(self, x: Tensor, plus: Tensor) -> tuple[Tensor, Tensor]:
-        if tiles.fits_layer_norm(self, x):
-            return tiles.layer_norm(self, x, *_affine(self), plus)
+        if vectors.fits_layer_norm(self, x):
+            return vectors.layer_norm(self, x, *_affine(self), plus)
         total = x.add_(plus)
         return total, super().forward(total)
 
@@ -208,7 +209,7 @@ class FastGEGLU(layers.GEGLU):
             ]
         value, gate = (half(x) for half in self._halves)
         if value.shape[-1] % 16 == 0:
-            for kernels in (tiles, split):
+            for kernels in (vectors, split):
                 if kernels.available(x.dtype):
                     return kernels.gate(value, gate)
         return F.gelu(gate).mul_(value)
@@ -223,6 +224,7 @@ class FastFeedForward(layers.FeedForward):
             return super().forward(x, plus)
         out = torch.empty_like(x)
         for i in range(0, count, PART):
+            get_on()
             here = slice(i, i + PART)
             more = None if plus is None else plus.flatten(0, -2)[here]
             out.flatten(0, -2)[here] = super().forward(x.flatten(0, -2)[here], more)
@@ -258,7 +260,7 @@ class FastHeads(layers.Attention):
         return _packed(weight, lambda w: split.matrix(w, bias, count))
 
     def product(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        for kernels in (tiles, split):
+        for kernels in (vectors, split):
             if kernels.available(q.dtype):
                 return kernels.attend(q, k, v)
         dtype = onednn.computes(q.dtype)

@@ -125,7 +125,8 @@ struct Split : Head<float> {
     bf16 *values, *value_rests, *weights, *weight_rests;
 
     explicit Split(const Attend<float>& a)
-        : Head(a, (3 * a.size + 31) / 32, 2 * (a.padded() * a.outer() * 32 + 32 * STEP * 2)) {
+        : Head(a, (3 * a.size + 31) / 32, (3 * a.size + 31) / 32 * 32,
+               2 * (a.padded() * a.outer() * 32 + 32 * STEP * 2)) {
         values = take_room<bf16>(a.padded() * a.outer() * 32);
         value_rests = take_room<bf16>(a.padded() * a.outer() * 32);
         weights = take_room<bf16>(32 * STEP * 2);
@@ -173,7 +174,7 @@ struct Split : Head<float> {
     void soften(const Pass& p, const float* most, float* total) const {
         const vec factor = splat(a.scale * LOG2E);
         for (int i = 0; i < 32; i++) {
-            const float* s = scores + row(i);
+            const float* s = scores + place(i, 0);
             const vec shift = splat(-most[i] * a.scale * LOG2E);
             vec all = splat(0);
             for (long j = 0; j < p.count; j += 32, s += 1024) {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from safelight.fast import onednn, tiles
+from safelight.fast import onednn, tiles, vectors
 from safelight.fast.kernels import at
 from safelight.fast.store import ARENA
 
@@ -58,7 +58,7 @@ class Matrix:
 
 
 def gate(value: Tensor, by: Tensor) -> Tensor:
-    """As tiles.gate, in float32."""
+    """As vectors.gate, in float32."""
     value, by = value.contiguous(), by.contiguous()
     out = torch.empty_like(value)
     tiles.library().safelight_split_gate(at(value), at(by), at(out), out.numel())
@@ -66,5 +66,5 @@ def gate(value: Tensor, by: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As tiles.attend, in float32."""
-    return tiles.attend_by(tiles.library().safelight_split_attend, torch.float32, q, k, v)
+    """As vectors.attend, in float32."""
+    return vectors.attend_by(tiles.library().safelight_split_attend, torch.float32, q, k, v)

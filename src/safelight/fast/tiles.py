@@ -1,12 +1,6 @@
-"""Convolutions, attention, norms and gates in bfloat16 by tiles: our own kernels.
-
-They are in convolution.cpp, attention.cpp and norms.cpp.
-"""
+"""Convolutions in bfloat16 by tiles: our own kernels, in convolution.cpp."""
 
 from __future__ import annotations
-
-from ctypes import c_long
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +9,7 @@ from safelight.fast import kernels
 from safelight.fast.kernels import at
 from safelight.fast.onednn import quarters
 from safelight.fast.store import ARENA, Store
+from safelight.progress import get_on
 
 library = kernels.tiles
 
@@ -125,6 +120,7 @@ class Convolution:
         if out is None:
             out = torch.empty(batch, height, width, self.weights.columns, dtype=torch.bfloat16)
         for pictures, first, last in x.strips():
+            get_on()
             rows = (pictures, slice(first, last))
             _convolve(
                 *x.laid(pictures, first, last),
@@ -181,6 +177,7 @@ class Doubling:
         out = torch.empty(batch, 2 * height, 2 * width, columns, dtype=torch.bfloat16)
         map_ = Map(x)
         for pictures, first, last in map_.strips():
+            get_on()
             laid = map_.laid(pictures, first, last)
             rows = out[pictures, 2 * first : 2 * last]
             for down in (0, 1):
@@ -188,107 +185,3 @@ class Doubling:
                     part = self.parts[down][right]
                     _convolve(*laid, part, self.bias, None, rows, (2, down, right))
         return out.permute(0, 3, 1, 2)
-
-
-def fits_norm(norm: nn.GroupNorm, x: Tensor) -> bool:
-    return available(x.dtype) and norm.num_channels % 16 == 0
-
-
-def group_norm(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """The norm of a map; scale and shift are its weight and bias in float32."""
-    x = x.contiguous(memory_format=torch.channels_last)
-    out = torch.empty_like(x)
-    factors = _moments(norm, x, scale, shift)
-    batch, channels, height, width = x.shape
-    library().safelight_normalise(
-        x.data_ptr(),
-        factors.data_ptr(),
-        out.data_ptr(),
-        batch,
-        height * width,
-        channels,
-    )
-    return out
-
-
-def group_norm_silu(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Map:
-    """Norm and SiLU, for a convolution."""
-    x = x.contiguous(memory_format=torch.channels_last)
-    return Map(x, _moments(norm, x, scale, shift))
-
-
-def _moments(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    batch, channels, height, width = x.shape
-    factors = torch.empty(batch, 2, channels)
-    library().safelight_moments(
-        x.data_ptr(),
-        scale.data_ptr(),
-        shift.data_ptr(),
-        factors.data_ptr(),
-        batch,
-        height * width,
-        channels,
-        norm.num_groups,
-        norm.eps,
-    )
-    return factors
-
-
-def fits_layer_norm(norm: nn.LayerNorm, x: Tensor) -> bool:
-    return available(x.dtype) and x.shape[-1] % 16 == 0 and len(norm.normalized_shape) == 1
-
-
-def layer_norm(
-    norm: nn.LayerNorm, x: Tensor, scale: Tensor, shift: Tensor, plus: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """x, or with `plus` the sum of both, and its norm; scale, shift: weight and bias in float32."""
-    x = x.contiguous()
-    out, total = torch.empty_like(x), x
-    if plus is not None:
-        plus, total = plus.contiguous(), torch.empty_like(x)
-    library().safelight_layer_norm(
-        x.data_ptr(),
-        at(plus),
-        total.data_ptr(),
-        scale.data_ptr(),
-        shift.data_ptr(),
-        out.data_ptr(),
-        x.numel() // x.shape[-1],
-        x.shape[-1],
-        norm.eps,
-    )
-    return total, out
-
-
-def gate(value: Tensor, by: Tensor) -> Tensor:
-    """value · GELU(by), both [..., width] with a width of a multiple of 16."""
-    value, by = value.contiguous(), by.contiguous()
-    out = torch.empty_like(value)
-    library().safelight_gate(value.data_ptr(), by.data_ptr(), out.data_ptr(), out.numel())
-    return out
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q·kᵀ/√d)·v for [batch, heads, length, d] with d side by side.
-
-    Returns [batch, length, heads·d].
-    """
-    return attend_by(library().safelight_attend, torch.bfloat16, q, k, v)
-
-
-def attend_by(kernel: Any, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attend` by a kernel for numbers of this dtype. ValueError if these do not fit together."""
-    batch, heads, queries, size = q.shape
-    if {q.dtype, k.dtype, v.dtype} != {dtype} or not (
-        k.shape == v.shape == (batch, heads, k.shape[2], size)
-    ):
-        raise ValueError(
-            f"attention of {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} in {q.dtype}"
-        )
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    out = q.new_empty(batch, queries, heads, size)
-    tensors = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), out)
-    steps = (c_long * 12)(*[s for t in tensors for s in t.stride()[:3]])
-    sizes = batch, heads, queries, k.shape[2], size
-    kernel(at(q), at(k), at(v), at(out), steps, *sizes, size**-0.5)
-    return out.flatten(2)

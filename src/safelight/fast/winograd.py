@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from safelight.fast import kernels, memory, onednn, split
 from safelight.fast.kernels import at
+from safelight.progress import get_on
 
 _TAPS = {
     2: [[1, 0, 0], [1 / 2, 1 / 2, 1 / 2], [1 / 2, -1 / 2, 1 / 2], [0, 0, 1]],
@@ -100,6 +101,7 @@ class Convolution:
         )
         tiles, strip = self._tiles(batch, height, width), self._strip()
         for first in range(0, tiles, strip):
+            get_on()
             last = min(first + strip, tiles)
             sums = self._products(x, height, width, first, last)
             library().safelight_gather(

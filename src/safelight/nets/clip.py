@@ -25,6 +25,8 @@ class CLIPTextConfig(NetConfig):
     max_position_embeddings: int = 77
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
+    projection_dim: int = 512
+    eos_token_id: int = 49407
 
     _inert: ClassVar = {"model_type": ("clip_text_model",)}
 
@@ -95,7 +97,11 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.num_hidden_layers))
 
     def forward(self, x: Tensor, skip: int = 0, seen: Tensor | None = None) -> Tensor:
-        for layer in self.layers[: len(self.layers) - skip]:
+        return self.between(x, 0, len(self.layers) - skip, seen)
+
+    def between(self, x: Tensor, first: int, end: int, seen: Tensor | None) -> Tensor:
+        """Return the states after the layers from `first` to the one before `end`."""
+        for layer in self.layers[first:end]:
             x = layer(x, seen)
         return x
 
@@ -107,8 +113,17 @@ class TextTransformer(nn.Module):
         self.encoder = Encoder(cfg)
         self.final_layer_norm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
 
-    def forward(self, ids: Tensor, skip: int = 0, seen: Tensor | None = None) -> Tensor:
-        return self.final_layer_norm(self.encoder(self.embeddings(ids), skip, seen))
+    def forward(
+        self, ids: Tensor, skip: int = 0, seen: Tensor | None = None, norm: bool = True
+    ) -> Tensor:
+        x = self.encoder(self.embeddings(ids), skip, seen)
+        return self.final_layer_norm(x) if norm else x
+
+    def both(self, ids: Tensor, skip: int, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the states without the last `skip` layers and the final norm, and with both."""
+        end = len(self.encoder.layers)
+        states = self.encoder.between(self.embeddings(ids), 0, end - skip, seen)
+        return states, self.final_layer_norm(self.encoder.between(states, end - skip, end, seen))
 
 
 class CLIPTextModel(nn.Module):
@@ -120,17 +135,60 @@ class CLIPTextModel(nn.Module):
         self.config = config
         self.text_model = TextTransformer(config)
 
-    def forward(self, ids: Tensor, skip: int = 0, visible: Tensor | None = None) -> Tensor:
+    def forward(
+        self, ids: Tensor, skip: int = 0, visible: Tensor | None = None, norm: bool = True
+    ) -> Tensor:
         """ids: int64 [batch, length ≤ max_position_embeddings]. Returns the last layer's
         states after the final norm, [batch, length, hidden_size].
 
         skip: layers at the end that are left out. visible: bool [batch, length], the tokens that
-        others may look at; None for all.
+        others may look at; None for all. norm: False leaves out the final norm, which SDXL does
+        not read.
 
         SD 2.x reads the layer before OpenCLIP's last: its folders hold one layer less, so the
         last that is there is the one that is meant.
         """
-        if visible is None:
-            return self.text_model(ids, skip)
-        earlier = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
-        return self.text_model(ids, skip, earlier & visible.to(ids.device)[:, None, None])
+        return self.text_model(ids, skip, _seen(ids, visible), norm)
+
+
+class CLIPTextModelWithProjection(nn.Module):
+    """CLIP's text encoder with the head that it was compared with pictures by."""
+
+    runs_once = True
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.text_model = TextTransformer(config)
+        self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+
+    def forward(
+        self, ids: Tensor, skip: int = 0, visible: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return states without the last `skip` layers and the final norm, [batch, length,
+        hidden_size], and the pooled state of each text, [batch, projection_dim].
+
+        The pooled state is that of the end mark after all layers and the norm. ids, visible: as
+        `CLIPTextModel` takes them.
+        """
+        states, last = self.text_model.both(ids, skip, _seen(ids, visible))
+        return states, self.text_projection(last[torch.arange(len(ids)), self._ends(ids)])
+
+    def _ends(self, ids: Tensor) -> Tensor:
+        """Return where the end mark of each text is.
+
+        Configs of before 2023 say 2 for it, and mean the largest id of the vocabulary. Ids beyond
+        it are those of learned words.
+        """
+        cfg = self.config
+        if cfg.eos_token_id == 2:
+            return ids.where(ids < cfg.vocab_size, 0).argmax(-1)
+        return (ids == cfg.eos_token_id).int().argmax(-1)
+
+
+def _seen(ids: Tensor, visible: Tensor | None) -> Tensor | None:
+    """Return what each token looks at, bool [batch, 1, length, length]; None: all before it."""
+    if visible is None:
+        return None
+    earlier = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
+    return earlier & visible.to(ids.device)[:, None, None]

@@ -9,24 +9,38 @@ from typing import Any, ClassVar, Self
 
 from safelight.errors import SafelightError
 
+Depths = tuple[int | tuple[int, ...], ...]
+"""A number for each level of a network, or one for each layer of a level."""
+
 BOUNDS: dict[str, tuple[float, float]] = {
+    "addition_time_embed_dim": (2, 2**14),
     "attention_head_dim": (1, 2**14),
     "block_out_channels": (1, 2**14),
     "cross_attention_dim": (1, 2**14),
+    "decoder_block_out_channels": (1, 2**14),
     "downsample_padding": (0, 1),
+    "encoder_block_out_channels": (1, 2**14),
+    "eos_token_id": (0, 2**20),
     "freq_shift": (0, 1),
     "hidden_size": (1, 2**14),
     "in_channels": (1, 2**8),
     "intermediate_size": (1, 2**16),
     "latent_channels": (1, 2**8),
+    "latents_mean": (-1e3, 1e3),
+    "latents_std": (1e-3, 1e3),
     "layer_norm_eps": (1e-12, 0.1),
     "layers_per_block": (1, 16),
     "max_position_embeddings": (3, 2**12),
     "norm_eps": (1e-12, 0.1),
     "norm_num_groups": (1, 2**10),
     "num_attention_heads": (1, 2**8),
+    "num_decoder_blocks": (0, 2**6),
+    "num_encoder_blocks": (0, 2**6),
     "num_hidden_layers": (1, 2**7),
     "out_channels": (1, 2**8),
+    "projection_class_embeddings_input_dim": (1, 2**16),
+    "projection_dim": (1, 2**14),
+    "reverse_transformer_layers_per_block": (1, 32),
     "sample_size": (1, 2**11),
     "scaling_factor": (1e-3, 1e3),
     "time_cond_proj_dim": (4, 2**14),
@@ -77,8 +91,7 @@ class NetConfig:
         for field in dataclasses.fields(cls):  # type: ignore[arg-type]
             if field.name not in json:
                 continue
-            value = json[field.name]
-            values[field.name] = tuple(value) if isinstance(value, list) else value
+            values[field.name] = _tuples(json[field.name])
         config = cls(**values)
         for field in dataclasses.fields(cls):  # type: ignore[arg-type]
             _check(cls._label(), field.name, getattr(config, field.name), str(field.type))
@@ -90,10 +103,7 @@ class NetConfig:
     @property
     def depth(self) -> int:
         """Return about how many layers the network has."""
-        layers = (
-            getattr(self, key, 1)
-            for key in ("num_hidden_layers", "layers_per_block", "transformer_layers_per_block")
-        )
+        layers = (getattr(self, key, 1) for key in ("num_hidden_layers", "layers_per_block"))
         return math.prod(layers) * len(getattr(self, "block_out_channels", (0,)))
 
     @classmethod
@@ -119,8 +129,13 @@ def shown(value: Any) -> str:
     return f"{value!r:.40}"
 
 
+def _tuples(value: Any) -> Any:
+    """Return a value of JSON with its lists as tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
 def _check(label: str, name: str, value: Any, kind: str) -> None:
-    """Check a value against its annotation: int, float, bool, str, tuples of them, or None.
+    """Check a value against its annotation: int, float, bool, str, tuples of them, Depths, or None.
 
     Numbers are checked against `BOUNDS` too.
     """
@@ -129,14 +144,20 @@ def _check(label: str, name: str, value: Any, kind: str) -> None:
     options = [k.strip() for k in kind.removesuffix(" | None").split("|")]
     single = not isinstance(value, tuple)
     members: tuple[Any, ...] = (value,) if single else value
+    if "Depths" in options and not single:
+        for one in members:
+            if isinstance(one, tuple) and len(one) > MAX_LEVELS:
+                raise SafelightError(f"{label}: {name} has {len(one)} values of one level")
+        options.append("tuple[int, ...]")
+        members = tuple(n for one in members for n in (one if isinstance(one, tuple) else (one,)))
     for option in options:
         inner = option.removeprefix("tuple[").removesuffix(", ...]")
         if single == (inner == option) and members and all(_is(v, inner) for v in members):
             break
     else:
         raise SafelightError(f"{label}: {name}={shown(value)} should be {' or '.join(options)}")
-    if len(members) > MAX_LEVELS:
-        raise SafelightError(f"{label}: {name} has {len(members)} values; at most {MAX_LEVELS}")
+    if not single and len(value) > MAX_LEVELS:
+        raise SafelightError(f"{label}: {name} has {len(value)} values; at most {MAX_LEVELS}")
     if inner not in ("int", "float"):
         return
     low, high = BOUNDS.get(name, _OTHERS)

@@ -1,4 +1,5 @@
-"""UNet2DConditionModel: the denoiser of Stable Diffusion 1.x and 2.x (arXiv:2112.10752).
+"""UNet2DConditionModel: the denoiser of Stable Diffusion 1.x, 2.x (arXiv:2112.10752) and XL
+(arXiv:2307.01952), and of the smaller networks that were distilled from them.
 
 Latents go down through blocks that halve the side, across the middle, and up again, each up
 block reading what its twin on the way down left for it. The timestep is added in every resnet;
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from safelight.nets.config import NetConfig
+from safelight.nets.config import Depths, NetConfig
 from safelight.nets.layers import (
     Downsample2D,
     ResnetBlock2D,
@@ -48,7 +49,10 @@ class UNetConfig(NetConfig):
     )
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
-    transformer_layers_per_block: int = 1
+    # Of each level on the way down; of each on the way up, where those are not the same.
+    transformer_layers_per_block: int | Depths = 1
+    reverse_transformer_layers_per_block: Depths | None = None
+    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
     # The number of heads, one for all blocks or one per block: the key's name in the
     # checkpoints says otherwise, and is kept.
     attention_head_dim: int | tuple[int, ...] = 8
@@ -61,10 +65,13 @@ class UNetConfig(NetConfig):
     freq_shift: int = 0
     downsample_padding: int = 1
     time_cond_proj_dim: int | None = None
+    # "text_time": the network also reads a pooled text state and numbers about the picture's size.
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
 
     _inert: ClassVar = {
         "act_fn": ("silu", "swish"),
-        "addition_embed_type": (None,),
         "attention_type": ("default",),
         "center_input_sample": (False,),
         "class_embed_type": (None,),
@@ -74,7 +81,6 @@ class UNetConfig(NetConfig):
         "encoder_hid_dim": (None,),
         "encoder_hid_dim_type": (None,),
         "mid_block_scale_factor": (1, 1.0),
-        "mid_block_type": ("UNetMidBlock2DCrossAttn",),
         "num_attention_heads": (None,),
         "num_class_embeds": (None,),
         "resnet_time_scale_shift": ("default",),
@@ -89,6 +95,25 @@ class UNetConfig(NetConfig):
         """Attention heads of each block, on the way down."""
         h = self.attention_head_dim
         return h if isinstance(h, tuple) else (h,) * len(self.block_out_channels)
+
+    @property
+    def depth(self) -> int:
+        return sum(map(sum, self.down_depths)) + sum(map(sum, self.up_depths))
+
+    @property
+    def down_depths(self) -> tuple[tuple[int, ...], ...]:
+        """Blocks of each transformer on the way down, by level and layer."""
+        levels, layers = len(self.block_out_channels), self.layers_per_block
+        return _spread(self.transformer_layers_per_block, levels, layers)
+
+    @property
+    def up_depths(self) -> tuple[tuple[int, ...], ...]:
+        """The same on the way up, in the order in which the levels run."""
+        levels, layers = len(self.block_out_channels), self.layers_per_block + 1
+        if self.reverse_transformer_layers_per_block is not None:
+            return _spread(self.reverse_transformer_layers_per_block, levels, layers)
+        down = self.transformer_layers_per_block
+        return _spread(down if isinstance(down, int) else down[::-1], levels, layers)
 
     def _validate(self) -> None:
         n = len(self.block_out_channels)
@@ -106,6 +131,54 @@ class UNetConfig(NetConfig):
         self._check_sines(self.block_out_channels[0], self.freq_shift)
         if self.time_cond_proj_dim is not None:
             self._check_sines(self.time_cond_proj_dim, 1)
+        if self.mid_block_type not in ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None):
+            self._refuse(
+                f"mid_block_type={self.mid_block_type!r:.40} is not supported; expected "
+                "UNetMidBlock2DCrossAttn, UNetMidBlock2D or null"
+            )
+        self._check_depths()
+        self._check_added()
+
+    def _check_depths(self) -> None:
+        """Refuse numbers of transformer blocks that do not fit the levels and layers."""
+        down, up = self.transformer_layers_per_block, self.reverse_transformer_layers_per_block
+        uneven = isinstance(down, tuple) and any(isinstance(level, tuple) for level in down)
+        if uneven and up is None:
+            self._refuse(
+                "transformer_layers_per_block has a list in it: "
+                "reverse_transformer_layers_per_block is needed as well"
+            )
+        for depths, layers in ((down, self.layers_per_block), (up, self.layers_per_block + 1)):
+            levels = depths if isinstance(depths, tuple) else ()
+            if levels and len(levels) != len(self.block_out_channels):
+                self._refuse(f"{len(levels)} levels of transformers; channels have another number")
+            if any(isinstance(level, tuple) and len(level) != layers for level in levels):
+                self._refuse(f"a level of transformers has not {layers} layers")
+        if self.mid_block_type == "UNetMidBlock2DCrossAttn" and len(set(self.down_depths[-1])) > 1:
+            self._refuse("the middle's transformer has no single number of blocks")
+
+    def _check_added(self) -> None:
+        """Refuse an embedding of pooled text and sizes that is incomplete."""
+        if self.addition_embed_type not in (None, "text_time"):
+            self._refuse(
+                f"addition_embed_type={self.addition_embed_type!r:.40} is not supported; "
+                "expected text_time or null"
+            )
+        if self.addition_embed_type is None:
+            return
+        width, total = self.addition_time_embed_dim, self.projection_class_embeddings_input_dim
+        if width is None or total is None:
+            self._refuse(
+                "text_time needs addition_time_embed_dim and projection_class_embeddings_input_dim"
+            )
+        else:
+            self._check_sines(width, self.freq_shift)
+
+
+def _spread(depths: int | Depths, levels: int, layers: int) -> tuple[tuple[int, ...], ...]:
+    """Return depths by level and layer."""
+    by_level: Depths = (depths,) * levels if isinstance(depths, int) else depths
+    return tuple(one if isinstance(one, tuple) else (one,) * layers for one in by_level)
 
 
 class DownBlock2D(nn.Module):
@@ -123,7 +196,7 @@ class DownBlock2D(nn.Module):
         self.attentions = None
         if cfg.down_block_types[i].startswith("CrossAttn"):
             self.attentions = nn.ModuleList(
-                transformer(cfg, out_ch, cfg.heads[i]) for _ in range(cfg.layers_per_block)
+                transformer(cfg, out_ch, cfg.heads[i], depth) for depth in cfg.down_depths[i]
             )
         last = i == len(cfg.block_out_channels) - 1
         self.downsamplers = (
@@ -164,7 +237,9 @@ class UpBlock2D(nn.Module):
         self.attentions = None
         if cfg.up_block_types[i].startswith("CrossAttn"):
             heads = cfg.heads[::-1][i]
-            self.attentions = nn.ModuleList(transformer(cfg, out_ch, heads) for _ in range(n))
+            self.attentions = nn.ModuleList(
+                transformer(cfg, out_ch, heads, depth) for depth in cfg.up_depths[i]
+            )
         last = i == len(widths) - 1
         self.upsamplers = None if last else nn.ModuleList([Upsample2D(out_ch)])
 
@@ -180,15 +255,23 @@ class UpBlock2D(nn.Module):
 
 
 class MidBlock2D(nn.Module):
+    """Two resnets around a transformer; of some small networks, one resnet alone."""
+
     def __init__(self, cfg: UNetConfig) -> None:
         super().__init__()
         ch, temb = cfg.block_out_channels[-1], 4 * cfg.block_out_channels[0]
-        self.resnets = nn.ModuleList(resnet(cfg, ch, ch, temb) for _ in range(2))
-        self.attentions = nn.ModuleList([transformer(cfg, ch, cfg.heads[-1], mid=True)])
+        attends = cfg.mid_block_type == "UNetMidBlock2DCrossAttn"
+        self.resnets = nn.ModuleList(resnet(cfg, ch, ch, temb) for _ in range(1 + attends))
+        self.attentions = None
+        if attends:
+            depth = cfg.down_depths[-1][0]
+            self.attentions = nn.ModuleList([transformer(cfg, ch, cfg.heads[-1], depth, mid=True)])
 
     def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
-        x = self.attentions[0](self.resnets[0](x, temb), context)
-        return self.resnets[1](x, temb)
+        x = self.resnets[0](x, temb)
+        if self.attentions is None:
+            return x
+        return self.resnets[1](self.attentions[0](x, context), temb)
 
 
 class UNet2DConditionModel(nn.Module):
@@ -198,8 +281,13 @@ class UNet2DConditionModel(nn.Module):
         widths = config.block_out_channels
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0], config.time_cond_proj_dim)
+        self.add_embedding = None
+        if config.projection_class_embeddings_input_dim and config.addition_embed_type:
+            self.add_embedding = TimestepEmbedding(
+                config.projection_class_embeddings_input_dim, 4 * widths[0]
+            )
         self.down_blocks = nn.ModuleList(DownBlock2D(config, i) for i in range(len(widths)))
-        self.mid_block = MidBlock2D(config)
+        self.mid_block = None if config.mid_block_type is None else MidBlock2D(config)
         self.up_blocks = nn.ModuleList(UpBlock2D(config, i) for i in range(len(widths)))
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
@@ -210,12 +298,15 @@ class UNet2DConditionModel(nn.Module):
         timestep: Tensor,
         context: Tensor,
         guidance: Tensor | None = None,
+        pooled: Tensor | None = None,
+        sizes: Tensor | None = None,
     ) -> Tensor:
         """x: [batch, in_channels, h, w]; timestep: [batch], may be fractional and differ by row;
         context: text states [k·batch, tokens, cross_attention_dim], k in turn for each row of x;
         guidance: [batch, time_cond_proj_dim] embedded guidance scale, for networks distilled
-        with it. Returns [k·batch, out_channels, h, w]: noise, velocity or clean latents, as
-        trained.
+        with it. pooled: text states [k·batch, width] and sizes: [k·batch, numbers], for networks
+        with an `addition_embed_type`. Returns [k·batch, out_channels, h, w]: noise, velocity or
+        clean latents, as trained.
         """
         cfg = self.config
         sines = timestep_embedding(
@@ -223,13 +314,31 @@ class UNet2DConditionModel(nn.Module):
         )
         temb = self.time_embedding(sines.to(x.dtype), guidance)
         x = self.conv_in(x)
+        if self.add_embedding is not None:
+            assert pooled is not None
+            assert sizes is not None
+            # Each row of the context has a text and sizes of its own: no two rows stay equal.
+            temb = rows(temb, len(pooled)) + self.add_embedding(self._added(pooled, sizes))
+            x = rows(x, len(pooled))
         skips = [x]
         for down in self.down_blocks:
             skips += down(skips[-1], temb, context)
-        x = self.mid_block(skips[-1], temb, context)
+        x = skips[-1]
+        if self.mid_block is not None:
+            x = self.mid_block(x, temb, context)
         for up in self.up_blocks:
             x = up(x, skips, temb, context)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def _added(self, pooled: Tensor, sizes: Tensor) -> Tensor:
+        """Return pooled text states with the sines of each size number behind them
+        (arXiv:2307.01952, section 2.2)."""
+        cfg = self.config
+        assert cfg.addition_time_embed_dim is not None
+        sines = timestep_embedding(
+            sizes.flatten(), cfg.addition_time_embed_dim, cfg.flip_sin_to_cos, cfg.freq_shift
+        )
+        return torch.cat([pooled, sines.view(len(sizes), -1).to(pooled.dtype)], dim=1)
 
 
 def resnet(cfg: UNetConfig, in_ch: int, out_ch: int, temb: int) -> ResnetBlock2D:
@@ -237,13 +346,13 @@ def resnet(cfg: UNetConfig, in_ch: int, out_ch: int, temb: int) -> ResnetBlock2D
 
 
 def transformer(
-    cfg: UNetConfig, channels: int, heads: int, mid: bool = False
+    cfg: UNetConfig, channels: int, heads: int, depth: int, mid: bool = False
 ) -> Transformer2DModel:
     return Transformer2DModel(
         channels,
         heads,
         cfg.cross_attention_dim,
-        depth=cfg.transformer_layers_per_block,
+        depth=depth,
         linear=cfg.use_linear_projection,
         groups=cfg.norm_num_groups,
         only_cross=cfg.only_cross_attention and not mid,

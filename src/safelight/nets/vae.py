@@ -25,14 +25,15 @@ class VAEConfig(NetConfig):
     latent_channels: int = 4
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
     mid_block_add_attention: bool = True
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
+    force_upcast: bool = True
 
     _inert: ClassVar = {
         "act_fn": ("silu", "swish"),
-        "latents_mean": (None,),
-        "latents_std": (None,),
         "shift_factor": (None,),
     }
 
@@ -41,7 +42,29 @@ class VAEConfig(NetConfig):
         """Sides of a picture over sides of its latents."""
         return 2 ** (len(self.block_out_channels) - 1)
 
+    def scale(self, latents: Tensor) -> Tensor:
+        """Return latents as the denoiser sees them, from those of the encoder."""
+        mean, std = self._statistics(latents)
+        return (latents - mean) * (self.scaling_factor / std)
+
+    def unscale(self, latents: Tensor) -> Tensor:
+        """Return latents as the decoder reads them, from those of the denoiser."""
+        mean, std = self._statistics(latents)
+        return latents * std / self.scaling_factor + mean
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Return mean and standard deviation of each channel, 0 and 1 if the config has none."""
+        if self.latents_mean is None or self.latents_std is None:
+            return 0.0, 1.0
+        mean, std = (like.new_tensor(v) for v in (self.latents_mean, self.latents_std))
+        return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
+
     def _validate(self) -> None:
+        if (self.latents_mean is None) != (self.latents_std is None):
+            self._refuse("latents_mean and latents_std come together")
+        for values in (self.latents_mean, self.latents_std):
+            if values is not None and len(values) != self.latent_channels:
+                self._refuse("latents_mean and latents_std need a value for each channel")
         if any(c % self.norm_num_groups for c in self.block_out_channels):
             self._refuse("channels do not divide into norm groups")
 
@@ -145,6 +168,9 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
+    samples: ClassVar[bool] = True
+    """Whether `encode` is to be sampled."""
+
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.config = config

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 
+from safelight.prompt.networks import split_networks
 from safelight.prompt.reading import (
     Blend,
     Emphasis,
@@ -28,7 +29,6 @@ _MARK = re.compile(
 )
 _BREAK, _AND = re.compile(r"\bBREAK\b"), re.compile(r"\bAND\b")
 _AND_WEIGHT = re.compile(r"[+-]?(?:\d++\.?|\d*\.\d++)")
-_NETWORK = re.compile(r"<(\w++):([^<>]*+)>")
 
 
 def read(text: str, *, steps: int, emphasis: Emphasis, negative: bool) -> Reading:
@@ -48,12 +48,6 @@ def read(text: str, *, steps: int, emphasis: Emphasis, negative: bool) -> Readin
             stages.append(Stage(until, (Blend((read_before[stage],)),)))
         parts.append(Part(tuple(stages), weight))
     return Reading(tuple(parts), tuple(dict.fromkeys(warnings)), networks)
-
-
-def split_networks(text: str) -> tuple[str, tuple[tuple[str, ...], ...]]:
-    """Return a prompt without its `<kind:…>`, and what stood in them, split at the colons."""
-    found = tuple((m[1], *m[2].split(":")) for m in _NETWORK.finditer(text))
-    return _NETWORK.sub("", text), found
 
 
 def split_and(text: str) -> list[tuple[str, float]]:

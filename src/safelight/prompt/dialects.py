@@ -4,6 +4,7 @@ import math
 
 from safelight.errors import SafelightError
 from safelight.prompt import a1111, comfy, compel
+from safelight.prompt.networks import split_networks
 from safelight.prompt.reading import Emphasis, Part, Piece, Reading, Stage, Syntax, one_part
 
 
@@ -22,14 +23,18 @@ def read(
 
     Raises SafelightError for a weight that is no finite number.
     """
+    networks: tuple[tuple[str, ...], ...] = ()
+    if syntax in ("comfy", "compel"):
+        # These tools have no LoRAs in their prompts; people paste them, and mean LoRAs.
+        text, networks = split_networks(text, loras_alone=True)
     if syntax == "a1111":
         reading = a1111.read(text, steps=steps, emphasis=emphasis, negative=negative)
     elif syntax == "comfy":
         sections, warnings = comfy.read(text)
-        reading = Reading((one_part(steps, sections),), warnings)
+        reading = Reading((one_part(steps, sections),), warnings, networks)
     elif syntax == "compel":
         blends, warnings = compel.read(text)
-        reading = Reading((Part((Stage(steps, blends),)),), warnings)
+        reading = Reading((Part((Stage(steps, blends),)),), warnings, networks)
     else:
         reading = Reading((one_part(steps, ((Piece(text),),)),))
     _check(reading)

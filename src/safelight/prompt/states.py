@@ -18,7 +18,7 @@ from torch import Tensor
 
 from safelight.errors import SafelightError
 from safelight.prompt.chunks import Chunk, chunks_of
-from safelight.prompt.reading import Blend, Emphasis, Part, Section, Syntax
+from safelight.prompt.reading import Blend, Emphasis, Part, Section, Stage, Syntax
 from safelight.prompt.tokenizer import Tokenizer
 
 Encode = Callable[[Tensor, Tensor | None], Tensor]
@@ -178,6 +178,11 @@ class States:
             texts.append(torch.cat(list(states), dim=1))
             shares.append(math.tan((1 - max(_SMALLEST, weight)) * math.pi / 2))
         return _weighted_sum(texts, shares) if light else texts[0]
+
+
+def first_chunk(tokenizer: Tokenizer, stage: Stage, syntax: Syntax) -> Chunk:
+    """Return the first chunk of what holds at a stage."""
+    return chunks_of(tokenizer, stage.blends[0].texts[0], syntax)[0]
 
 
 def same_length(states: Sequence[Tensor]) -> list[Tensor]:

@@ -71,23 +71,22 @@ def limited(receive: Any, content_length: str) -> Any:
 
 async def read_body(
     http: HttpRequest, limit: int | None = None, *, values: int | None = None
-) -> bytes:
+) -> bytes | bytearray:
     """Return the body; raise RefusedError once it is longer than `limit` bytes (MAX_BODY).
 
     values: the most brackets, colons and commas in it.
     """
     limit = MAX_BODY if limit is None else limit
-    chunks, seen, found = [], 0, 0
+    body, found = bytearray(), 0
     async for chunk in http.stream():
-        seen += len(chunk)
-        if seen > limit:
+        if len(body) + len(chunk) > limit:
             raise _too_long(limit)
         if values is not None:
             found += sum(map(chunk.count, (b"[", b"{", b",", b":")))
             if found > values:
                 raise RefusedError(413, f"the body must have at most {values} values")
-        chunks.append(chunk)
-    return b"".join(chunks)
+        body += chunk
+    return bytes(body) if len(body) <= MAX_JSON else body  # a large one is not copied
 
 
 async def read_json(http: HttpRequest, *, pictures: bool = False) -> dict[str, Any]:
@@ -112,7 +111,9 @@ async def read_json_if_any(http: HttpRequest, *, pictures: bool) -> dict[str, An
     if len(body) > MAX_JSON:
         client = caller_of(http.scope).name
         decoders: Decoders = http.app.state.decoders
-        parts = await decoders.call("safelight.server.caged:body", body, client=client)
+        blobs = [body]
+        del body
+        parts = await decoders.call("safelight.server.caged:body", blobs, client=client)
         found, *data = parts if isinstance(parts, tuple) else (parts,)
         attached = {f"attached {secrets.token_hex(16)}": one for one in data}
         _ATTACHED.set(attached)
@@ -127,7 +128,7 @@ async def read_json_if_any(http: HttpRequest, *, pictures: bool) -> dict[str, An
     return found
 
 
-def _parsed(body: bytes) -> Any:
+def _parsed(body: bytes | bytearray) -> Any:
     try:
         return json.loads(body)
     except (ValueError, RecursionError):
@@ -162,14 +163,17 @@ def _deep(value: Any) -> bool:
     return True
 
 
-def decode_base64(text: Any, name: str) -> bytes:
+def decode_base64(text: Any, name: str, *, again: bool = False) -> bytes:
     """Return the bytes of base64, with or without a data URI's prefix; line breaks are skipped.
 
+    again: whether it is asked for once more; if not, the picture of a large body is let go of.
     Raises SafelightError with the field `name`. An address is refused, never fetched.
     """
     if not isinstance(text, str):
         raise SafelightError(f"{name} must be {PICTURE}", field=name)
     if (found := attached(text)) is not None:
+        if not again:
+            (_ATTACHED.get() or {}).pop(text, None)
         return found
     if not text.startswith("data:") and "://" in text[:16]:
         raise SafelightError(f"{name} must be {PICTURE}: addresses are never fetched", field=name)
@@ -190,10 +194,13 @@ def turn(http: HttpRequest) -> AbstractAsyncContextManager[None]:
     return decoders.handling.turn(caller_of(http.scope).name)
 
 
-async def decoded(http: HttpRequest, function: str, data: bytes, name: str, what: str = "") -> Any:
+async def decoded(
+    http: HttpRequest, function: str, data: list[bytes], name: str, what: str = ""
+) -> Any:
     """Return what a function of `caged` makes of a picture; an error carries the field `name`.
 
-    what: what an error calls the picture.
+    data: the picture's bytes, which the list has no more once a decoder has them. what: what an
+    error calls the picture.
     """
     decoders: Decoders = http.app.state.decoders
     client = caller_of(http.scope).name

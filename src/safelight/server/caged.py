@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 from typing import Any
 
@@ -11,7 +10,8 @@ from PIL import Image, PngImagePlugin
 
 from safelight.errors import SafelightError
 from safelight.picture import opened, reason
-from safelight.pixels import alpha_of, as_rgb, upright
+from safelight.pixels import Strips, alpha_of, rgb_of, upright
+from safelight.server.decoder import Sent
 
 LARGE = 16 << 10
 """Bytes from which on a string of a JSON body is handed over apart: no text is as long."""
@@ -19,23 +19,38 @@ LARGE = 16 << 10
 MAX_JSON = 1 << 20
 """For JSON without pictures: two prompts of 16 KiB with every letter escaped fit several times."""
 
+PIECE = 4 << 20
+"""Characters of base64 that are decoded at a time: no second copy of it all is made."""
+
 PICTURE = "a PNG, JPEG or WebP picture in base64"
 
 
-def picture(data: bytes, name: str) -> Image.Image:
+def picture(sent: Sent, name: str) -> Strips:
     """Return a picture as RGB; see `picture.open_picture`."""
-    return with_alpha(data, name, alpha=False)[0]
+    return rgb_of(_decoded(sent.take(), name))
 
 
-def with_alpha(
-    data: bytes, name: str, *, alpha: bool = True
-) -> tuple[Image.Image, Image.Image | None]:
+def with_alpha(sent: Sent, name: str) -> tuple[Strips, Strips | None]:
     """Return a picture as RGB on white, and its alpha channel; None if it has none."""
+    image = _decoded(sent.take(), name)
+    return rgb_of(image), alpha_of(image)
+
+
+def texts(sent: Sent, name: str) -> dict[str, str]:
+    """Return the texts of a PNG by keyword; of other pictures none. All of it must be intact."""
+    data = sent.take()
+    _decoded(data, name)
     with opened(data, name) as image:
+        return dict(image.text) if isinstance(image, PngImagePlugin.PngImageFile) else {}
+
+
+def _decoded(data: bytes, name: str) -> Image.Image:
+    """Return a picture, upright."""
+    with opened(data, name) as image:
+        del data
         try:
-            image.load()
-            turned = upright(image)
-            return as_rgb(turned), alpha_of(turned) if alpha else None
+            image.load()  # from here on it has no need of the file
+            return upright(image)
         except (MemoryError, SafelightError):
             raise
         except Exception as error:  # decoders of broken files raise anything
@@ -44,21 +59,14 @@ def with_alpha(
             ) from None
 
 
-def texts(data: bytes, name: str) -> dict[str, str]:
-    """Return the texts of a PNG by keyword; of other pictures none. All of it must be intact."""
-    picture(data, name)
-    with opened(data, name) as image:
-        return dict(image.text) if isinstance(image, PngImagePlugin.PngImageFile) else {}
-
-
-def body(data: bytes) -> tuple[Any, ...]:
+def body(sent: Sent) -> tuple[Any, ...]:
     """Return the JSON object of a request's body, and the bytes of pictures within.
 
     The object has a number in the place of each base64 string of LARGE characters or more: that of
     its picture, as {"": number}.
     """
     try:
-        found = json.loads(data)
+        found = json.loads(sent.take())
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
@@ -76,10 +84,11 @@ def body(data: bytes) -> tuple[Any, ...]:
             return [taken(entry) for entry in value]
         return value
 
-    reduced = {name: taken(value) for name, value in found.items()}
-    if len(json.dumps(reduced)) > MAX_JSON:
+    for name, value in found.items():
+        found[name] = taken(value)  # in its place: one copy of a picture is enough
+    if len(json.dumps(found)) > MAX_JSON:
         raise SafelightError(f"the body must have at most {MAX_JSON >> 20} MiB without pictures")
-    return reduced, *pictures
+    return found, *pictures
 
 
 def from_base64(text: str) -> bytes:
@@ -87,11 +96,19 @@ def from_base64(text: str) -> bytes:
 
     Raises ValueError for other text.
     """
-    if text.startswith("data:"):
-        text = text.partition(",")[2]
+    start = len(text.partition(",")[0]) + 1 if text.startswith("data:") else 0
+    found, rest, padded = bytearray(), b"", False
     try:
-        # Not split: a list of all words takes thirty times the memory of the text.
-        plain = text.encode("ascii").translate(None, b" \t\r\n\f\v")
-        return base64.b64decode(plain, validate=True)
-    except (binascii.Error, UnicodeEncodeError):
+        for at in range(start, len(text), PIECE):
+            # Not split: a list of all words takes thirty times the memory of the text.
+            plain = rest + text[at : at + PIECE].encode("ascii").translate(None, b" \t\r\n\f\v")
+            if plain and padded:
+                raise ValueError
+            whole = plain[: len(plain) // 4 * 4]
+            rest, padded = plain[len(whole) :], whole.endswith(b"=")
+            found += base64.b64decode(whole, validate=True)
+        if rest:
+            raise ValueError
+    except (ValueError, UnicodeEncodeError):  # binascii's error is one
         raise ValueError("not base64") from None
+    return bytes(found)

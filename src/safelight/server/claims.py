@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,9 +69,12 @@ class Claims(Database):
         alone: bool = False,
         ageing: float = 0.0,
         cheaper_than: float | None = None,
+        known: Collection[str] | None = None,
     ) -> Claim | None:
         """Return the next job for this worker, its attempt counted; None if there is none.
 
+        known: the tokens of all claims that the worker knows of, given after one that raised: a
+        database can go away between its commit and its answer. Others of its claims wait again.
         Short jobs come first; `ageing` is the cost that a second of waiting makes up for.
         cheaper_than: only a job that costs less. A suspect job is claimed only by a worker that
         is `alone` with it, so that it takes no other down; when its turn comes, others wait. One
@@ -79,6 +82,9 @@ class Claims(Database):
         """
         now = timestamp()
         with self._write() as db:
+            if known is not None:
+                strays = jobs.c.token.startswith(worker + ":") & jobs.c.token.not_in(known)
+                _put_back(db, strays)
             self._renew(db, worker, now)  # a database that was away made it late
             _give_up(db, now)
             urgency = jobs.c.cost - ageing * (now - jobs.c.created)
@@ -154,17 +160,7 @@ class Claims(Database):
     def put_back(self, job_id: str, token: str) -> None:
         """Let a claimed job wait again, as if it had not been claimed."""
         with self._write() as db:
-            db.execute(
-                jobs.update()
-                .where(jobs.c.id == job_id, jobs.c.token == token)
-                .where(jobs.c.status == Status.RUNNING)
-                .values(
-                    status=Status.QUEUED,
-                    token=None,
-                    lease=0.0,
-                    attempts=jobs.c.attempts - 1,
-                )
-            )
+            _put_back(db, (jobs.c.id == job_id) & (jobs.c.token == token))
 
     def add_picture(self, job_id: str, token: str, picture: Picture) -> None:
         """Add a finished picture; one that has its row already, of an earlier call, is fine.
@@ -217,6 +213,14 @@ class Claims(Database):
             .where(jobs.c.status == Status.RUNNING, jobs.c.token.startswith(worker + ":"))
             .values(lease=now + LEASE)
         )
+
+
+def _put_back(db: Connection, which: ColumnElement[bool]) -> None:
+    db.execute(
+        jobs.update()
+        .where(which, jobs.c.status == Status.RUNNING)
+        .values(status=Status.QUEUED, token=None, lease=0.0, attempts=jobs.c.attempts - 1)
+    )
 
 
 def _held(db: Connection, job_id: str, token: str) -> bool:

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 SECONDS = 5
 """The most processor time for one call."""
 
-MEMORY = 640 << 20
+MEMORY = 264 << 20
 """The most address space that a call may add to what the process has when it has started."""
 
 MAX_PIXELS = 25_000_000
@@ -34,6 +34,19 @@ MAX_BYTES = 4 * MAX_PIXELS
 """The most bytes in a message: a picture and its alpha channel."""
 
 
+class Sent:
+    """Bytes that came with a call. Who takes them may let go of them before the call ends."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data: bytes | None = data
+
+    def take(self) -> bytes:
+        """Return them, once."""
+        data, self._data = self._data, None
+        assert data is not None
+        return data
+
+
 def send(out: BinaryIO, header: dict[str, Any], blobs: Iterator[bytes] | list[bytes]) -> None:
     """Write a message. header: says in `sizes` how many bytes the blobs are, joined as need be."""
     text = json.dumps(header).encode()
@@ -43,17 +56,17 @@ def send(out: BinaryIO, header: dict[str, Any], blobs: Iterator[bytes] | list[by
     out.flush()
 
 
-def receive(source: BinaryIO) -> tuple[dict[str, Any], list[bytes]] | None:
-    """Return the header and the blobs of a message; None at the end of the stream."""
+def receive(source: BinaryIO) -> dict[str, Any] | None:
+    """Return the header of a message, whose blobs follow; None at the end of the stream."""
     length = source.read(4)
     if len(length) < 4:
         return None
     if (told := int.from_bytes(length, "big")) > 2 * MAX_TOLD:
         raise ValueError("too long a header")
     header = json.loads(source.read(told))
-    if sum(header["sizes"]) > MAX_BYTES:
+    if min(header["sizes"], default=0) < 0 or sum(header["sizes"]) > MAX_BYTES:
         raise ValueError("too many bytes")
-    return header, [source.read(size) for size in header["sizes"]]
+    return header
 
 
 def main() -> None:
@@ -65,12 +78,13 @@ def main() -> None:
 
     picture.MAX_PIXELS = MAX_PIXELS
     _limit_memory()
-    while (message := receive(source)) is not None:
+    while (header := receive(source)) is not None:
+        blobs = [Sent(source.read(size)) for size in header["sizes"]]
         _limit_time()
-        send(out, *_answer(*message))
+        send(out, *_answer(header, blobs))
 
 
-def _answer(header: dict[str, Any], blobs: list[bytes]) -> tuple[dict[str, Any], Iterator[bytes]]:
+def _answer(header: dict[str, Any], blobs: list[Sent]) -> tuple[dict[str, Any], Iterator[bytes]]:
     """Call a function of ours; return the header and the bytes of the answer."""
     from safelight.errors import SafelightError
 
@@ -94,25 +108,25 @@ def _answer(header: dict[str, Any], blobs: list[bytes]) -> tuple[dict[str, Any],
 
 
 def _told(part: Any) -> dict[str, Any]:
+    from safelight.pixels import Strips
+
     if isinstance(part, bytes):
         return {"kind": "bytes", "size": len(part)}
-    if hasattr(part, "tobytes"):  # a picture
-        width, height = part.size
-        size = width * height * len(part.getbands())
-        return {"kind": "picture", "mode": part.mode, "width": width, "height": height} | {
-            "size": size
-        }
+    if isinstance(part, Strips):
+        (width, height), mode = part.size, part.mode
+        size = width * height * len(mode)
+        return {"kind": "picture", "mode": mode, "width": width, "height": height, "size": size}
     return {"kind": "json", "value": part}
 
 
 def _bytes(part: Any) -> Iterator[bytes]:
-    from safelight.pixels import strips
+    from safelight.pixels import Strips
 
     if isinstance(part, bytes):
         yield part
-    elif hasattr(part, "tobytes"):
-        for box in strips(part.size):
-            yield part.crop(box).tobytes()
+    elif isinstance(part, Strips):
+        for strip in part:
+            yield strip.tobytes()
 
 
 def _limit_memory() -> None:

@@ -9,12 +9,14 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO, cast
 
 from PIL import Image
 
 from safelight.errors import SafelightError
+from safelight.pixels import joined, strips
 from safelight.server.decoder import MAX_PIXELS, receive, send
 from safelight.server.turns import Turns
 
@@ -34,8 +36,14 @@ class Decoder:
     def pid(self) -> int | None:
         return None if self._process is None else self._process.pid
 
-    def call(self, function: str, blobs: list[bytes], keywords: dict[str, Any], wall: float) -> Any:
-        """Return what the function returns; see `Decoders.call`."""
+    def call(
+        self,
+        function: str,
+        blobs: list[Any],
+        keywords: dict[str, Any],
+        wall: float,
+    ) -> Any:
+        """Return what the function returns; see `Decoders.call`. blobs: none is left of them."""
         process = self._started()
         timer = threading.Timer(wall, process.kill)
         timer.daemon = True
@@ -43,20 +51,20 @@ class Decoder:
         header = {"function": function, "keywords": keywords, "sizes": [len(b) for b in blobs]}
         try:
             send(cast(BinaryIO, process.stdin), header, blobs)
-            blobs = []
-            answer = receive(cast(BinaryIO, process.stdout))
-        except (OSError, ValueError, KeyError):
-            answer = None
+            blobs.clear()  # the decoder has them
+            source = cast(BinaryIO, process.stdout)
+            if (answer := receive(source)) is not None:
+                return _parts(answer, source)
+        except (OSError, ValueError, KeyError) as error:
+            if isinstance(error, SafelightError):
+                raise
+        except BaseException:
+            self.close()  # short of memory
+            raise
         finally:
             timer.cancel()
-        if answer is None:
-            self.close()
-            raise SafelightError("it takes too long to read, or breaks what reads it")
-        try:
-            return _parts(*answer)
-        except BaseException:
-            self.close()  # short of memory, or not what we sent
-            raise
+        self.close()
+        raise SafelightError("it takes too long to read, or breaks what reads it")
 
     def close(self) -> None:
         process, self._process = self._process, None
@@ -96,15 +104,24 @@ class Decoders:
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="decoding")
 
     async def call(
-        self, function: str, *blobs: bytes, client: str = "", wall: float = WALL, **keywords: Any
+        self,
+        function: str,
+        blobs: list[Any] | None = None,
+        *,
+        client: str = "",
+        wall: float = WALL,
+        **keywords: Any,
     ) -> Any:
         """Return what a function returns, called in a decoder's process.
 
-        function: "module:name". It returns pictures, bytes, or what JSON has, or a tuple of them.
-        client: who asks. Raises SafelightError if it does, or does not keep to the limits.
+        function: "module:name". It gets the blobs as `decoder.Sent`, and returns pictures, bytes,
+        or what JSON has, or a tuple of them. blobs: the list is emptied once they are sent, so
+        that they take no memory any more. client: who asks. Raises SafelightError if the function
+        does, or does not keep to the limits.
         """
         await self._turns.take(client)
-        work = self._threads.submit(self._work, function, list(blobs), keywords, wall)
+        given = [] if blobs is None else blobs
+        work = self._threads.submit(self._work, function, given, keywords, wall)
         loop = asyncio.get_running_loop()
 
         def ended(_: Future[Any]) -> None:
@@ -125,7 +142,11 @@ class Decoders:
             decoder.close()
 
     def _work(
-        self, function: str, blobs: list[bytes], keywords: dict[str, Any], wall: float
+        self,
+        function: str,
+        blobs: list[Any],
+        keywords: dict[str, Any],
+        wall: float,
     ) -> Any:
         decoder = self._idle.pop()
         try:
@@ -134,8 +155,11 @@ class Decoders:
             self._idle.append(decoder)
 
 
-def _parts(header: dict[str, Any], blobs: list[bytes]) -> Any:
-    """Return the parts of an answer. It is checked: the decoder may be a stranger's by now."""
+def _parts(header: dict[str, Any], source: BinaryIO) -> Any:
+    """Read the parts of an answer. It is checked: the decoder may be a stranger's by now.
+
+    Raises ValueError or KeyError for what none of ours would send.
+    """
     problem = header.get("error")
     if problem is not None:
         code, message = str(problem["code"]), str(problem["message"])[:300]
@@ -147,17 +171,30 @@ def _parts(header: dict[str, Any], blobs: list[bytes]) -> Any:
         field = problem["field"]
         raise SafelightError(message, code=code, field=None if field is None else str(field))
     found: list[Any] = []
+    sizes = iter(header["sizes"])
     for part in header["parts"]:
         if part["kind"] == "json":
             found.append(part["value"])
             continue
-        data = blobs.pop(0)
+        size = int(next(sizes, 0))
         if part["kind"] == "bytes":
-            found.append(data)
+            found.append(_read(source, size))
             continue
-        size = int(part["width"]), int(part["height"])
-        if part["mode"] not in ("RGB", "L") or size[0] * size[1] > MAX_PIXELS:
-            raise SafelightError("it cannot be read")
-        found.append(Image.frombytes(part["mode"], size, data))
-        del data
+        mode, width, height = str(part["mode"]), int(part["width"]), int(part["height"])
+        if mode not in ("RGB", "L") or min(width, height) < 1 or width * height > MAX_PIXELS:
+            raise ValueError("no picture of ours")
+        found.append(joined(mode, (width, height), _strips(source, mode, (width, height))))
     return found[0] if len(found) == 1 else tuple(found)
+
+
+def _strips(source: BinaryIO, mode: str, size: tuple[int, int]) -> Iterator[Image.Image]:
+    for left, top, right, bottom in strips(size):
+        shape = right - left, bottom - top
+        yield Image.frombytes(mode, shape, _read(source, shape[0] * shape[1] * len(mode)))
+
+
+def _read(source: BinaryIO, size: int) -> bytes:
+    data = source.read(size)
+    if len(data) < size:
+        raise ValueError("the decoder ended")
+    return data

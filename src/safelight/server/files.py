@@ -7,13 +7,13 @@ import io
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from PIL import Image
 
 from safelight.errors import SafelightError
-from safelight.picture import HALF, open_picture, reason, save_png, save_whole
+from safelight.picture import HALF, open_picture, reason, save_plain_png, save_png, save_whole
 from safelight.server import private, quarantine
 from safelight.server.jobs import StorageError
 
@@ -88,7 +88,8 @@ class Files:
 
     def keep_input(self, job_id: str, name: str, image: Image.Image) -> None:
         self.make_sure()
-        self._save(image, self.input_path(job_id, name), {})
+        path = self.input_path(job_id, name)
+        self._saved(path, lambda: save_plain_png(image, path))
 
     def input(self, job_id: str, name: str) -> Image.Image | None:
         """Return a picture that a job starts from, None if it has none.
@@ -172,8 +173,11 @@ class Files:
     def _save(
         self, image: Image.Image, path: Path, texts: Mapping[str, str], *, overwrite: bool = False
     ) -> None:
+        self._saved(path, lambda: save_png(image, path, texts, overwrite=overwrite))
+
+    def _saved(self, path: Path, save: Callable[[], None]) -> None:
         try:
-            save_png(image, path, texts, overwrite=overwrite)
+            save()
         except SafelightError as error:
             with contextlib.suppress(OSError):  # it may have its name, and not be on the disk
                 path.unlink(missing_ok=True)

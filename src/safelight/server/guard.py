@@ -145,6 +145,7 @@ class Guard:
                 raise RefusedError(401, "a token is needed: Authorization: Bearer …", challenge)
         except RefusedError as refusal:
             if not sent:
+                held = True  # by this answer itself
                 await _answer(reply, refusal.status_code, refusal.detail, refusal.headers)
                 if refusal.status_code == 413 and not taken and "expect" not in headers:
                     await _discard(unread)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,6 +75,7 @@ class Hub:
         self._checks: list[asyncio.Future[bool]] = []
         self._stuck: str | None = None
         self._database = ThreadPoolExecutor(4, thread_name_prefix="database")
+        self._inputs = ThreadPoolExecutor(2, thread_name_prefix="inputs")
 
     @property
     def stopping(self) -> bool:
@@ -114,6 +115,7 @@ class Hub:
         await self.supervisor.stop()
         with contextlib.suppress(StorageError):  # the next start does it
             await self._in_database(partial(self.store.release, told_to=True))
+        self._inputs.shutdown()
         self._database.shutdown()
         self.store.close()
 
@@ -163,7 +165,9 @@ class Hub:
 
     def _on_message(self, kind: str, rest: list[Any]) -> None:
         if kind == "ready":
-            self.info = ModelInfo(**rest[0])
+            before, self.info = self.info, ModelInfo(**rest[0])
+            if before.sha256 not in (None, self.info.sha256):
+                log.warning("the model's files are others than before: jobs are drawn with these")
             self._loaded.set()
             log.info("ready: %s on %s", self.info.name, self.info.device)
             for job_id in self._events.watched:  # a new worker does not know
@@ -219,7 +223,9 @@ class Hub:
         if idempotency_key is not None and not 1 <= len(idempotency_key) <= 255:
             raise SafelightError("Idempotency-Key must have 1 to 255 characters")
         job_id = new_id()
-        job, new = await self._in_database(
+        # Large pictures, which take a while to write, hold up none without.
+        submitting = self._in_database if request.image is None else self._with_inputs
+        job, new = await submitting(
             partial(
                 accept,
                 *(self.files, self.store, job_id, request),
@@ -356,14 +362,22 @@ class Hub:
     async def defaults(self) -> dict[str, Any]:
         """See `jobs.Service`."""
         if self._defaults is None:  # not before somebody asks: it takes a while
-            notes = await self._in_database(notes_of, self.settings.model)
+            settings = self.settings
+            notes = await self._in_database(notes_of, settings.model, settings.models_dir)
             self._defaults = model_defaults(notes)
         return self._defaults
 
     async def _in_database(self, call: Callable[..., T], *given: Any) -> T:
         """Call in a thread: the database may wait for a lock."""
+        return await self._in_threads(self._database, call, *given)
+
+    async def _with_inputs(self, call: Callable[..., T], *given: Any) -> T:
+        """Call in a thread what also writes pictures."""
+        return await self._in_threads(self._inputs, call, *given)
+
+    async def _in_threads(self, threads: Executor, call: Callable[..., T], *given: Any) -> T:
         try:
-            return await self._loop.run_in_executor(self._database, call, *given)
+            return await self._loop.run_in_executor(threads, call, *given)
         except OSError as error:
             raise StorageError(f"the data folder does not take it: {error.strerror}") from None
         except SQLAlchemyError as error:

@@ -6,6 +6,9 @@ It loads its model while the server is still starting.
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import sys
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -42,11 +45,32 @@ def spawn(settings: Settings) -> Child:
 
 
 def _run(pipe: Connection, told: Connection, settings: Settings) -> None:
+    """Draw until told to stop, or until the server is gone."""
     wait_asleep()  # before the worker's import of PyTorch
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server tells when to end
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     from safelight.server.pulse import Pulse
 
     pulse = Pulse(told)
     pulse.start()
-    from safelight.server.worker import main
+    from safelight.errors import SafelightError
+    from safelight.server.jobs import StorageError
+    from safelight.server.logs import without_words
+    from safelight.server.worker import Worker
 
-    main(pipe, settings, pulse)
+    code = 0
+    try:
+        try:
+            worker = Worker(pipe, settings, pulse)
+        except StorageError:
+            raise  # another one may have more luck
+        except SafelightError as error:
+            pipe.send(("refused", str(error), error.code))
+        else:
+            worker.run()
+    except (EOFError, BrokenPipeError, ConnectionError):
+        pass  # the server is gone
+    except Exception as error:  # its words may quote a prompt
+        sys.stderr.write(f"the worker failed: {without_words(error)}\n")
+        code = 1
+    os._exit(code)

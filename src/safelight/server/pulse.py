@@ -1,27 +1,36 @@
 """The worker's pulse: a byte to the server each second in which it gets on with its work.
 
-A thread sends it, so that a process which is stopped, or in which nothing runs, has none. The
-thread also looks at what the main thread does, and keeps still if that is nothing good:
+A thread sends it, so that a process which is stopped, or in which nothing runs, has none. It looks
+at each thread that works, which are the one that steps and the one that decodes, and keeps still if
+one of them does not get on:
 
-- It counts: calls of the network's blocks, messages, jobs. More than a second ago is well.
-- It computes in native code, as a large convolution does for minutes: the process takes time of a
-  processor, and no signal reaches Python. That is well, for LONGEST at most.
+- It counts: calls of a network's blocks, messages, jobs. More than a second ago is well.
+- It computes in native code, as a large convolution does for minutes: it takes time of a processor
+  and stays where it is in its Python code. That is well, for LONGEST at most.
 - It waits in native code for what does not come: no time is taken.
-- Python runs and nothing is counted: an endless loop.
+- It moves in its Python code and nothing is counted: an endless loop.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dis
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
+from types import FrameType
 from typing import Any
+
+from safelight.progress import listen
 
 EVERY = 1.0
 """Seconds between two beats."""
+
+LOOKS = 10
+"""How often a beat looks where the threads are."""
 
 LONGEST = 600.0
 """Seconds that one call of native code may take."""
@@ -29,28 +38,48 @@ LONGEST = 600.0
 BUSY = 0.05
 """The share of a processor that a call of native code takes at least."""
 
+_BETWEEN = ("RESUME", "BACKWARD")
+"""In the names of instructions at which a thread is found only between two calls."""
+
 
 class Pulse:
     """told: where the beats go to; None for a worker that nobody watches."""
 
     def __init__(self, told: Connection | None = None) -> None:
         self._told = told
-        self._count = self._python = 0
         self._patient = 1
         self._accelerated = False
+        self._threads: dict[int, _Thread] = {}
+
+    def __deepcopy__(self, memo: object) -> Pulse:
+        return self  # a network that is copied goes on counting here
 
     def start(self) -> None:
         """Begin to beat. For the main thread."""
+        main = _Thread()
+        self._threads[main.ident] = main
         if hasattr(signal, "pthread_kill"):
-            signal.signal(signal.SIGUSR1, self._in_python)
+            signal.signal(signal.SIGUSR1, main.move)  # called between two instructions of Python
         threading.Thread(target=self._beat, name="pulse", daemon=True).start()
 
     def count(self, *_: object) -> None:
-        """Say that the work gets on."""
-        self._count += 1
+        """Say that the work of this thread gets on."""
+        thread = self._threads.get(threading.get_ident())
+        if thread is not None:
+            thread.counted += 1
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Within it this thread works, too. Not for the main thread, which always does."""
+        thread = self._threads[threading.get_ident()] = _Thread()
+        try:
+            yield
+        finally:
+            del self._threads[thread.ident]
 
     def loaded(self, model: Any) -> None:
-        """From now on look at what the main thread does. model: what it draws with."""
+        """From now on look at what the threads do. model: what the worker draws with."""
+        listen(self.count)
         self.watch(model)
         self._patient -= 1
 
@@ -73,28 +102,68 @@ class Pulse:
             self._patient -= 1
             self.count()
 
-    def _in_python(self, *_: object) -> None:
-        self._python += 1  # Python calls it between two of its instructions
-
     def _beat(self) -> None:
         main = threading.main_thread().ident
-        counted = python = 0
-        taken, since = time.process_time(), time.monotonic()
         while True:
-            time.sleep(EVERY)
-            now, used = time.monotonic(), time.process_time()
-            if self._patient or self._count != counted:
-                well, since = True, now
-            elif self._python != python:
-                well = False
-            else:
-                computes = used - taken > BUSY * EVERY or self._accelerated
-                well = computes and now - since < LONGEST
-            counted, python, taken = self._count, self._python, used
+            for _ in range(LOOKS):
+                time.sleep(EVERY / LOOKS)
+                for thread in list(self._threads.values()):
+                    thread.look()
+            well = [thread.is_well(self._accelerated) for thread in list(self._threads.values())]
             if hasattr(signal, "pthread_kill") and main is not None:
                 signal.pthread_kill(main, signal.SIGUSR1)
-            if well and self._told is not None:
+            if (all(well) or self._patient) and self._told is not None:
                 try:
                     self._told.send_bytes(b".")
                 except OSError:
                     return  # the server is gone, as the main thread finds out
+
+
+class _Thread:
+    """What is seen of a thread that works; made by the thread itself."""
+
+    def __init__(self) -> None:
+        self.ident = threading.get_ident()
+        self.counted = 1
+        self._seen = 0
+        self._moved = False
+        self._place: tuple[int, int] | None = None
+        self._clock = None
+        if hasattr(time, "pthread_getcpuclockid"):
+            self._clock = time.pthread_getcpuclockid(self.ident)
+        self._taken, self._since = self._time(), time.monotonic()
+
+    def move(self, *_: object) -> None:
+        """Say that it went from one instruction to the next."""
+        self._moved = True
+
+    def look(self) -> None:
+        """Look where it is."""
+        frame = sys._current_frames().get(self.ident)
+        place = None if frame is None else (id(frame), frame.f_lasti)
+        if place != self._place or (frame is not None and _between(frame)):
+            self._moved = True
+        self._place = place
+
+    def is_well(self, accelerated: bool) -> bool:
+        """Return whether it got on since it was asked before."""
+        now, taken = time.monotonic(), self._time()
+        if self.counted != self._seen:
+            well, self._since = True, now
+        else:
+            computes = taken - self._taken > BUSY * EVERY or accelerated
+            well = computes and not self._moved and now - self._since < LONGEST
+        self._seen, self._taken, self._moved = self.counted, taken, False
+        return well
+
+    def _time(self) -> float:
+        """Return the seconds of a processor that it took; of the process where that is not told."""
+        try:
+            return time.process_time() if self._clock is None else time.clock_gettime(self._clock)
+        except OSError:  # it has ended just now
+            return 0.0
+
+
+def _between(frame: FrameType) -> bool:
+    name = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+    return any(part in name for part in _BETWEEN)

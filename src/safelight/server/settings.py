@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -12,8 +13,17 @@ class Settings:
     model: str
     url: str
     root: str
+    models_dir: str | None = None
+    vae: str | None = None
+    preview_vae: str | None = None
     device: str = "auto"
     dtype: str = "auto"
     low_memory: bool = False
     exact: bool = False
     rows: int | None = None
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """The keywords of `load_model` besides the model's name and the precision."""
+        names = ("device", "low_memory", "models_dir", "vae", "preview_vae")
+        return {name: getattr(self, name) for name in names}

@@ -28,6 +28,12 @@ Python reads large libraries in one go.
 """
 LOADING = 120.0
 
+LONGEST_PAUSE = 5.0
+"""Seconds between two workers where each of them ends at once."""
+
+LONGEST_WAIT = 60.0
+"""Seconds between two workers where none can be made of the model that is there now."""
+
 DOUBT = 5.0
 """Seconds without a pulse after which the server calls itself not ready."""
 
@@ -36,9 +42,10 @@ class Supervisor:
     """One worker process, replaced when it ends or hangs.
 
     child: the first worker. on_message(kind, rest), on_end() and on_refusal() are called in the
-    event loop: for a message of the worker, after the worker ended, and if no worker can draw with
-    these settings. put_back(worker, killed) is called in a thread: it lets the jobs of a worker
-    that ended wait again. It is called until it raises no error.
+    event loop: for a message of the worker, after the worker ended, and if the first one cannot
+    draw with these settings. Where a later one cannot, since the model's files are others by then,
+    another one is tried from time to time. put_back(worker, killed) is called in a thread: it lets
+    the jobs of a worker that ended wait again. It is called until it raises no error.
     """
 
     def __init__(
@@ -58,7 +65,10 @@ class Supervisor:
         self.restarts = 0
         self.stopping = False
         self.silent = 0.0
-        self._ready = self._stopped = False
+        self._ready = self._stopped = self._drew = False
+        self._ended = threading.Event()
+        self._spoilt: str | None = None
+        self._refused: SafelightError | None = None
         self._outbox: SimpleQueue[Any] = SimpleQueue()
 
     def start(self) -> None:
@@ -78,6 +88,8 @@ class Supervisor:
         """What is wrong with the worker, in words; None if nothing is."""
         if not self.alive:
             return "the thread that keeps the worker has ended"
+        if self._spoilt is not None:
+            return self._spoilt
         if not self._ready:
             return "the worker is loading its model"
         if self.silent > DOUBT:
@@ -91,6 +103,7 @@ class Supervisor:
     async def stop(self) -> None:
         """Let the worker put back what it has not finished, and end."""
         self.stopping = True
+        self._ended.set()
         while self._keeper.is_alive():  # it may have started another worker just before
             self.send("stop")
             process = self.child.process
@@ -121,15 +134,18 @@ class Supervisor:
             except Exception:  # this thread is the only one that starts workers
                 log.exception("keeping the worker failed")
                 self.child.process.kill()
-            if self.refusal is not None:
+            if self._refused is not None and not self._drew:
+                self.refusal = self._refused
                 self._in_loop(self._on_refusal)
                 return
             if not self.stopping:
-                code = self.child.process.exitcode
-                log.warning("the worker ended (%s): starting it again", code)
                 # The pause grows while workers end at once.
-                pause = 0.0 if time.monotonic() - began > 10 else min(pause * 2 + 0.2, 5.0)
-                time.sleep(pause)
+                longest = LONGEST_WAIT if self._refused is not None else LONGEST_PAUSE
+                lived = time.monotonic() - began > 10 and self._refused is None
+                pause = 0.0 if lived else min(pause * 2 + 0.2, longest)
+                why = self._spoilt or ending(self.child.process.exitcode)
+                log.warning("the worker ended (%s): starting it again in %.0f s", why, pause)
+                self._ended.wait(pause)
             if self.stopping:
                 return
             self.child = self._another()
@@ -138,6 +154,7 @@ class Supervisor:
     def _serve_worker(self) -> None:
         child, short = self.child, _out_of_memory_kills()
         self._ready = self._stopped = False
+        self._refused = None
         self.silent = 0.0
         if child.pulse is not None:
             watch = threading.Thread(target=self._watch, args=(child,), daemon=True)
@@ -201,9 +218,14 @@ class Supervisor:
             if kind == "worker":
                 name = rest[0]
             elif kind == "refused":
-                self.refusal = SafelightError(rest[0], code=rest[1])
+                self._refused = SafelightError(rest[0], code=rest[1])
+                self._spoilt = f"the model cannot be loaded any more: {rest[0]}"
+            elif kind == "spoilt":
+                self._spoilt = rest[0]
             else:
-                self._ready |= kind == "ready"
+                if kind == "ready":
+                    self._ready = self._drew = True
+                    self._spoilt = None
                 self._in_loop(self._on_message, kind, rest)
 
     def _in_loop(self, call: Callable[..., None], *given: Any) -> None:
@@ -217,6 +239,16 @@ class Supervisor:
             # A worker that is not there asks the database when it comes.
             with contextlib.suppress(OSError, ValueError):
                 self.child.pipe.send(message)
+
+
+def ending(code: int | None) -> str:
+    """Return in words how a process ended."""
+    if code is None or code >= 0:
+        return f"exit code {code}"
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+    if name == "SIGBUS":
+        return "SIGBUS: a file that it reads was cut short, or its disk fails"
+    return name
 
 
 def _line(error: Exception) -> str:

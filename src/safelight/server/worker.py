@@ -6,12 +6,10 @@ It may be killed at any moment. The next one draws again what it had not committ
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +20,6 @@ from safelight.server.claims import LEASE, Claim, LostError
 from safelight.server.files import Files
 from safelight.server.held import Held
 from safelight.server.jobs import ModelInfo, Picture, StorageError
-from safelight.server.logs import without_words
 from safelight.server.previews import encoded_preview
 from safelight.server.pulse import Pulse
 from safelight.server.settings import Settings
@@ -40,36 +37,6 @@ PREVIEW_EVERY = 0.2
 """Seconds between two previews of a picture."""
 
 
-def main(pipe: Connection, settings: Settings, pulse: Pulse) -> None:
-    """Draw until told to stop, or until the server is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server tells when to end
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    code = 0
-    try:
-        worker = _new_worker(pipe, settings, pulse)
-        if worker is None:
-            code = 2
-        else:
-            worker.run()
-    except (EOFError, BrokenPipeError, ConnectionError):
-        pass  # the server is gone
-    except Exception as error:  # its words may quote a prompt
-        sys.stderr.write(f"the worker failed: {without_words(error)}\n")
-        code = 1
-    os._exit(code)
-
-
-def _new_worker(pipe: Connection, settings: Settings, pulse: Pulse) -> Worker | None:
-    """Return a worker; None if none could draw with these settings, which ends the server."""
-    try:
-        return Worker(pipe, settings, pulse)
-    except StorageError:
-        raise  # another one may have more luck
-    except SafelightError as error:
-        pipe.send(("refused", str(error), error.code))
-        return None
-
-
 class Worker:
     def __init__(self, pipe: Connection, settings: Settings, pulse: Pulse | None = None) -> None:
         from safelight.engine import Engine
@@ -79,13 +46,15 @@ class Worker:
         self._pulse = pulse or Pulse()
         self._id = new_id()
         pipe.send(("worker", self._id))
-        self._load = lambda **how: load_model(
-            settings.model, device=settings.device, low_memory=settings.low_memory, **how
-        )
+        self._load = partial(load_model, settings.model, **settings.loading)
         self._model = self._load(dtype=settings.dtype)
         self._precise: Any = None
         self._engine = Engine(
-            self._model, exact=settings.exact, rows=settings.rows, background=True
+            self._model,
+            exact=settings.exact,
+            rows=settings.rows,
+            background=True,
+            working=self._pulse.working,
         )
         self._store, self._files = Store(settings.url), Files(Path(settings.root))
         self._held: dict[str, Held] = {}
@@ -94,6 +63,8 @@ class Worker:
         self._cancelled: set[str] = set()
         self._unclaimed: list[Claim] = []
         self._stuck: str | None = None
+        self._spoilt: str | None = None
+        self._unsure = False
         self._started = self._stopping = False
         self._renewed = time.monotonic()
         width, height = self._model.native_size
@@ -113,9 +84,10 @@ class Worker:
         self._pulse.loaded(self._model)
 
     def run(self) -> None:
+        """Draw until told to stop, or until the weights are not those that were loaded."""
         while not (self._started or self._stopping):  # until the server has tidied up
             self._on_messages(1.0)
-        while not self._stopping:
+        while not (self._stopping or self._spoilt):
             self._on_messages(0 if self._engine.busy else 1.0)
             self._forget_cancelled()
             if self._unclaimed:
@@ -128,6 +100,8 @@ class Worker:
         # What cannot be put back the server does, now or when it starts again.
         self._put_back(self._unclaimed + [held.claim for held in self._held.values()])
         self._store.close()
+        if self._spoilt:
+            self._pipe.send(("spoilt", self._spoilt))
 
     def _on_messages(self, seconds: float) -> None:
         """Act on the server's messages; wait for the first so long."""
@@ -142,12 +116,24 @@ class Worker:
             elif kind == "unwatch":
                 self._watched.discard(rest[0])
             elif kind == "check":
-                self._pipe.send(("checked", self._engine.check()))
+                self._pipe.send(("checked", self._check()))
             elif kind == "start":
                 self._started = True
             elif kind == "stop":
                 self._stopping = True
         self._pulse.count()
+
+    def _check(self) -> bool:
+        try:
+            return self._engine.check()
+        except SafelightError as error:
+            self._note(error)
+            return False
+
+    def _note(self, error: Exception | None) -> None:
+        """Remember an error that no other job would be spared by this worker."""
+        if getattr(error, "code", None) == "weights_changed":
+            self._spoilt = str(error)
 
     def _forget_cancelled(self) -> None:
         """Drop the jobs that were cancelled. One that was also retried is claimed anew."""
@@ -169,8 +155,13 @@ class Worker:
                     # A second makes up for the rows that it takes to run.
                     ageing=self._engine.rows_a_second,
                     cheaper_than=self._bound(),
+                    known=[held.claim.token for held in self._held.values()]
+                    if self._unsure
+                    else None,
                 )
+                self._unsure = False
             except StorageError as error:  # tried again after the next step, or in a second
+                self._unsure = True
                 self._tell_stuck(error)
                 return
             self._tell_stuck(None)
@@ -353,6 +344,7 @@ class Worker:
         self._end(held.claim, held.warnings, None)
 
     def _end(self, claim: Claim, warnings: list[str], error: Exception | None) -> None:
+        self._note(error)
         with contextlib.suppress(LostError):  # cancelled meanwhile
             self._finish(claim, warnings, None if error is None else str(error))
         self._held.pop(claim.id, None)

@@ -76,8 +76,10 @@ def control(setting: Setting) -> Any:
         return gr.Dropdown(choices, value=setting.default or OWN, **about)
     if setting.kind is bool:
         return gr.Checkbox(setting.default, **about)
-    if setting.kind is str:
-        return gr.Textbox(setting.default, max_length=MAX_PROMPT, **about)
+    if setting.kind is tuple:
+        about["info"] = f"{setting.description}; one a line"
+    if setting.kind in (str, tuple):
+        return gr.Textbox(setting.text(setting.default), max_length=MAX_PROMPT, **about)
     if setting.about.slider is not None and setting.default is not None:
         low, high, step = setting.about.slider
         return gr.Slider(low, high, setting.default, step=step, **about)
@@ -229,6 +231,8 @@ def request(
     }
     *more, picture, enlarged = rest
     for setting, value in zip(further_settings(Request), more, strict=True):
+        if setting.kind is tuple and isinstance(value, str):
+            value = setting.parse(value)
         settings[setting.name] = None if setting.optional and _unset(setting, value) else value
     image, mask = _painted(picture, enlarged)
     if not hub.info.uses_prompt:
@@ -312,7 +316,7 @@ async def read_file(decoders: Decoders, function: str, path: str | Path, client:
     """Return what a function of `caged`, or another by its full name, makes of an uploaded file."""
     if Path(path).stat().st_size > MAX_BODY:
         raise SafelightError(f"the picture must have at most {MAX_BODY >> 20} MiB")
-    data = await asyncio.to_thread(Path(path).read_bytes)
+    data = [await asyncio.to_thread(Path(path).read_bytes)]
     name = function if ":" in function else f"safelight.server.caged:{function}"
     return await decoders.call(name, data, client=client, name="the picture")
 
@@ -350,7 +354,7 @@ def shown(settings: dict[str, Any]) -> tuple[list[Any], list[str]]:
         asked.spacing or OWN,
         asked.eta,
         asked.strength or 0.7,
-        *(getattr(asked, setting.name) for setting in further_settings(Request)),
+        *(s.text(getattr(asked, s.name)) for s in further_settings(Request)),
     ]
     return values, told
 

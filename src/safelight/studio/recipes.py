@@ -9,14 +9,15 @@ from typing import Any
 from safelight.errors import SafelightError
 from safelight.recipe import read_recipe
 from safelight.sampler_names import sampler_and_schedule
+from safelight.server.decoder import Sent
 
 _PLAIN = ("", "normal", "automatic", "uniform")
 """Names that others give a model's own schedule."""
 
 
-def settings_in(data: bytes, name: str) -> dict[str, Any]:
+def settings_in(sent: Sent, name: str) -> dict[str, Any]:
     """Return `recipe_settings` of a file's bytes, for a decoder's process. name: is not used."""
-    return recipe_settings(data)
+    return recipe_settings(sent.take())
 
 
 def recipe_settings(source: str | Path | bytes) -> dict[str, Any]:

@@ -76,6 +76,11 @@ def distil(
     teacher = load_model(model)
     if not teacher.uses_prompt:
         raise SafelightError(f"{teacher.name} draws from noise alone: there is no guidance to save")
+    if not teacher.family.trainable:
+        raise SafelightError(
+            f"{teacher.name} is of {teacher.family.title}, which cannot be trained further yet; "
+            "Stable Diffusion 1.x and 2.x can"
+        )
     if teacher.family.reads_mask(teacher):
         raise SafelightError(f"{teacher.name} reads a mask beside the picture: take another")
     told = f"{drawing_steps} steps, guidance {guidance_scale}"

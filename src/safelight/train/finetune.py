@@ -100,6 +100,11 @@ def _check(base: Model) -> None:
         raise SafelightError(
             f"{base.name} draws from noise alone: `safelight train unconditional` makes such a one"
         )
+    if not base.family.trainable:
+        raise SafelightError(
+            f"{base.name} is of {base.family.title}, which cannot be trained further yet; "
+            "Stable Diffusion 1.x and 2.x can"
+        )
     if base.family.reads_mask(base):
         raise SafelightError(
             f"{base.name} reads a mask beside the picture: such models cannot be trained further "

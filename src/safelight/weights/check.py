@@ -35,9 +35,9 @@ MAX_DIMS = 8
 MAX_STRING = 2**10
 
 _MAGIC = (
-    (b"PK\x03\x04", "a zip archive, as torch.save writes it"),
-    (b"\x80", "a pickle"),
-    (b"GGUF", "a GGUF file"),
+    (b"PK\x03\x04", "a zip archive, as torch.save writes it; convert it to safetensors"),
+    (b"\x80", "a pickle as PyTorch before 1.6 wrote it; convert it to safetensors"),
+    (b"GGUF", "a GGUF file, which is not supported; a .safetensors file is needed"),
     (b"version https://git-lfs", "a Git LFS pointer in place of the weights (run: git lfs pull)"),
     (b"<", "a web page in place of the weights"),
 )
@@ -58,22 +58,23 @@ class Header:
     """A checked header.
 
     name: what to call the file in errors. tensors: in the order of their bytes. metadata: without
-    texts over 1 KB, such as a thumbnail.
+    texts over 1 KB, such as a thumbnail. pickled: torch.save wrote the file, see `pickles`.
     """
 
     path: Path
     name: str
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
+    pickled: bool = False
 
 
-def refusal(name: str, why: str) -> SafelightError:
+def refusal(name: str, why: str, *, code: str = "invalid") -> SafelightError:
     """Return the error for a file that is refused.
 
     It is one line of at most 200 characters. A hostile name or key can neither break it nor push
     its end out of sight.
     """
-    return SafelightError(f"{printable(name, 60)}: {printable(why, 138)}")
+    return SafelightError(f"{printable(name, 60)}: {printable(why, 138)}", code=code)
 
 
 def printable(text: str, limit: int) -> str:
@@ -116,7 +117,7 @@ def _header_length(name: str, head: bytes, size: int) -> int:
     if head[8:9] != b"{":
         for magic, kind in _MAGIC:
             if head.startswith(magic):
-                raise refusal(name, f"this is {kind}; only safetensors is read, convert it first")
+                raise refusal(name, f"this is {kind}")
     if head.startswith(b"\xff\xd8\xff"):
         raise refusal(name, "this is a JPEG picture, and no model")
     if size < 8:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-import tempfile
 import weakref
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import Self
 
 from safelight.weights.check import refusal
+from safelight.weights.notes import Stamp, keep, recall, stamp_of
 
 # Below this a file is hashed faster than its digest is looked up.
 _CACHED_FROM = 16 * 2**20
@@ -27,7 +25,7 @@ class FileDigest:
 
     path: Path
     sha256: str
-    stamp: tuple[int, ...]
+    stamp: Stamp
 
 
 def digest_files(files: Mapping[str, Path]) -> dict[str, FileDigest]:
@@ -58,22 +56,53 @@ def digest_file(path: Path) -> FileDigest:
     """
     path = path.resolve()
     with path.open("rb") as file:
-        stamp = _stamp(file.fileno())
+        stamp = stamp_of(file.fileno())
         size = stamp[0]
-        known = [os.fsencode(path).hex(), *stamp]
-        note = cache_folder() / f"sha256-{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
         if size >= _CACHED_FROM:
-            with suppress(OSError, ValueError, TypeError):
-                remembered = json.loads(note.read_text())
-                if remembered[:-1] == known and isinstance(remembered[-1], str):
-                    return FileDigest(path, remembered[-1], stamp)
+            known = recall("sha256", path, stamp)
+            if isinstance(known, str):
+                return FileDigest(path, known, stamp)
         digest = _verified(path, file, size)
-        if _stamp(file.fileno()) != stamp:
+        if stamp_of(file.fileno()) != stamp:
             raise refusal(path.name, "it changed while it was read; load it again")
     if size >= _CACHED_FROM:
-        with suppress(OSError):
-            _write(note, json.dumps([*known, digest]))
+        keep("sha256", path, stamp, digest)
     return FileDigest(path, digest, stamp)
+
+
+def known_digest(path: Path) -> str | None:
+    """Return the SHA-256 of a file if it is remembered or quickly made, None if not."""
+    path = path.resolve()
+    stamp = stamp_of(path)
+    if stamp[0] < _CACHED_FROM:
+        return digest_file(path).sha256
+    known = recall("sha256", path, stamp)
+    return known if isinstance(known, str) else None
+
+
+def tensors_digest(path: Path) -> str:
+    """Return the SHA-256 of a safetensors file without its header.
+
+    A1111 and kohya's scripts name a LoRA by it: it stays when the file's metadata is edited.
+    """
+    path = path.resolve()
+    with path.open("rb") as file:
+        stamp = stamp_of(file.fileno())
+        known = recall("tensors", path, stamp)
+        if isinstance(known, str):
+            return known
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if stamp[0] >= _CACHED_FROM:
+        keep("tensors", path, stamp, digest)
+    return digest
+
+
+def old_digest(path: Path) -> str:
+    """Return the hash that A1111 named models by before 2023: of 64 KiB at 1 MiB, 8 digits."""
+    with path.open("rb") as file:
+        file.seek(2**20)
+        return hashlib.sha256(file.read(2**16)).hexdigest()[:8]
 
 
 class Original:
@@ -104,12 +133,12 @@ class Original:
         return path
 
     def check(self, *_: object) -> None:
-        """Raise SafelightError if the file no longer holds what was hashed.
+        """Raise SafelightError, code "weights_changed", unless the file holds what was hashed.
 
         It takes a microsecond while size and times stay. If they do not, the file is hashed
         again: it may have been touched, or removed from its folder.
         """
-        stamp = _stamp(self._file)
+        stamp = stamp_of(self._file)
         if stamp == self._seen:
             return
         if stamp[0] == self._seen[0]:
@@ -122,19 +151,10 @@ class Original:
                 self._seen = stamp
                 return
         raise refusal(
-            self._digest.path.name, "was overwritten after it was loaded; load the model again"
+            self._digest.path.name,
+            "was overwritten after it was loaded; load the model again",
+            code="weights_changed",
         )
-
-
-def _stamp(descriptor: int) -> tuple[int, ...]:
-    s = os.fstat(descriptor)
-    return s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev
-
-
-def cache_folder() -> Path:
-    """Return the folder for what can be computed again: $XDG_CACHE_HOME/safelight."""
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "safelight"
 
 
 def _verified(path: Path, file: BufferedReader, size: int) -> str:
@@ -152,11 +172,3 @@ def _verified(path: Path, file: BufferedReader, size: int) -> str:
     if found != path.name:
         raise refusal(path.name, f"the download is damaged; delete it and get it again: {path}")
     return digest
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "w") as f:
-        f.write(text)
-    Path(name).replace(path)

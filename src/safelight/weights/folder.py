@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from safelight.weights.check import Header, read_header, read_json, refusal
+from safelight.weights.check import Header, read_json, refusal
+from safelight.weights.headers import header_of
 
 MAX_SHARDS = 256
 DIFFUSION = "diffusion_pytorch_model"
@@ -18,21 +19,21 @@ class Folder:
     """A model folder.
 
     Every file is opened through `file`, which keeps paths inside the folder and notes in `files`
-    what the model is made of. index: the content of model_index.json. label: the name of the
-    model in errors. flat: the files of a part may lie in the root, as small models of one
-    network have them.
+    what the model is made of. index: the content of the file that says what it is. label: the
+    name of the model in errors. flat: the files of a part may lie in the root, as small models
+    of one network have them.
     """
 
-    def __init__(self, path: Path, label: str) -> None:
+    def __init__(self, path: Path, label: str, index: str = "model_index.json") -> None:
         self.path = path
         self.label = label
         self.root = path.resolve()
         self.files: dict[str, Path] = {}
         self.flat = False
-        index = self.json("model_index.json")
-        if index is None:
-            raise refusal(label, "no model_index.json; a folder in diffusers' layout is needed")
-        self.index = index
+        content = self.json(index)
+        if content is None:
+            raise refusal(label, f"no {index}; a folder in diffusers' layout is needed")
+        self.index = content
 
     def file(self, name: str) -> Path | None:
         """Return the path of `name` ("unet/config.json"), or None if it is not there.
@@ -90,7 +91,7 @@ class Folder:
         path = self.file(name)
         if path is None:
             raise refusal(self.label, f"{name} is missing")
-        return read_header(path, name)
+        return header_of(path, name)
 
     def names(self, part: str) -> list[str]:
         """Return the names of the files of a part, as seen from the root."""
@@ -105,21 +106,21 @@ def choose_weights(part: str, names: Collection[str], where: str, stem: str = DI
     """Return which of `names` holds a part's weights.
 
     That is the plain file, or its index if it is in shards; a file of the fp16 variant only if
-    there is no plain one. Raises SafelightError if there is none.
+    there is no plain one, and one of torch.save only if there is no other. Raises SafelightError
+    if there is none.
     """
+    pickled = "pytorch_model" if stem == "model" else stem  # as transformers called it
     for folder in (f"{part}/", ""):
-        for ending in (
-            ".safetensors",
-            ".safetensors.index.json",
-            ".fp16.safetensors",
-            ".safetensors.index.fp16.json",
+        for name in (
+            f"{stem}.safetensors",
+            f"{stem}.safetensors.index.json",
+            f"{stem}.fp16.safetensors",
+            f"{stem}.safetensors.index.fp16.json",
+            f"{pickled}.bin",
+            f"{pickled}.fp16.bin",
         ):
-            if f"{folder}{stem}{ending}" in names:
-                return f"{folder}{stem}{ending}"
-    if any(n.endswith((".bin", ".ckpt", ".pt")) for n in names if n.startswith(part)):
-        raise refusal(
-            where, f"{part} has pickled weights only; ask for, or convert to, safetensors"
-        )
+            if f"{folder}{name}" in names:
+                return f"{folder}{name}"
     raise refusal(where, f"{part}/{stem}.safetensors is missing")
 
 

@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from safelight.errors import SafelightError
 from safelight.fast import accelerate, helps, memory, native_bfloat16, remark
 from safelight.model import Model
+from safelight.weights.autoencoders import with_autoencoders
 from safelight.weights.check import DTYPES, Header, refusal
 from safelight.weights.digest import Original, digest_files, model_digest
-from safelight.weights.find import find
+from safelight.weights.find import find, find_vae
+from safelight.weights.library import open_library
 from safelight.weights.names import Weight, some
 from safelight.weights.plan import Plan, read_plan
+from safelight.weights.tensors import open_tensors
 
 _SMALL = ("F8_E4M3", "F8_E5M2")
 _FLOATS = ("F16", "BF16", "F32", "F64", *_SMALL)
@@ -37,6 +39,9 @@ def load_model(
     plain: bool = False,
     download: bool = True,
     wildcards_dir: str | Path | None = None,
+    models_dir: str | Path | None = None,
+    vae: str | Path | None = None,
+    preview_vae: str | Path | None = None,
 ) -> Model:
     """Load a model by name (see `find`); without one, the model that ships.
 
@@ -50,6 +55,11 @@ def load_model(
     plain: without the fast layers, which cannot be trained.
     download: False takes a hub model from the cache alone.
     wildcards_dir: a folder of text files, whose lines `__name__` in a prompt is drawn from.
+    models_dir: the folder in which models, LoRAs, embeddings and autoencoders are found by name
+      (see `safelight.weights.library`), in place of that of SAFELIGHT_MODELS.
+    vae: an autoencoder in place of the model's own: a folder, a file, a name in the models
+      folder or a hub id.
+    preview_vae: the same, a tiny one, for previews alone.
 
     Raises SafelightError, one line, if the model is not found or not usable: a missing,
     left-over or misshapen weight is named, and so is one that is not finite.
@@ -58,7 +68,14 @@ def load_model(
         raise SafelightError(f"there is no folder of wildcards {str(wildcards_dir)[-100:]!r}")
     where = pick_device(device)
     precision = pick_dtype(dtype, where)
-    plan = read_plan(find(name, download=download), prediction_type)
+    source = find(name, download=download, models_dir=models_dir)
+    given = {"vae": vae, "preview_vae": preview_vae}
+    vaes = {
+        use: find_vae(name, download=download, models_dir=models_dir)
+        for use, name in given.items()
+        if name is not None
+    }
+    plan = with_autoencoders(read_plan(source, prediction_type), vaes)
     # What headers and configs tell comes first: to hash or to read a large file takes long.
     nets = {part: _frame(plan, part) for part in plan.weights}
     if where.type == "cpu" and not low_memory:
@@ -66,10 +83,16 @@ def load_model(
     tokenizers = plan.family.load_tokenizers(plan.folder, plan.configs)
     # After all files are found, and before any weight of a damaged download is used.
     digests = digest_files(plan.files)
+    others = {use: digest_files(other.files) for use, other in plan.autoencoders.items()}
     fast = helps(where, precision) and not plain
-    originals = {found.path: Original(found) for found in digests.values()}
+    originals = {
+        found.path: Original(found)
+        for each in (digests, *others.values())
+        for found in each.values()
+    }
     for part, net in nets.items():
-        _fill(net, plan.weights[part], originals, where, precision, fast)
+        own = plan.family.dtype_of(part, plan.configs[part], precision)
+        _fill(net, plan.weights[part], originals, where, own, fast)
     for net in nets.values() if fast else ():
         accelerate(net, precision, low_memory)
     warnings = list(plan.warnings)
@@ -91,17 +114,23 @@ def load_model(
         dtype=precision,
         warnings=warnings,
         wildcards_dir=None if wildcards_dir is None else Path(wildcards_dir),
+        library=open_library(models_dir),
+        other_vae=(
+            {"name": vaes["vae"].name, "sha256": model_digest(others["vae"])}
+            if "vae" in others
+            else None
+        ),
     )
 
 
-def inspect(name: str | Path) -> dict[str, Any]:
+def inspect(name: str | Path, *, models_dir: str | Path | None = None) -> dict[str, Any]:
     """Return what a checkpoint is, without reading its weights.
 
     Returns name, path, kind, family, components (parameters, stored dtypes and bytes of each
     network), parameters and dtypes of all, size_on_disk (bytes), prediction_type, native_size
     (width, height), and warnings. Raises SafelightError as `load_model` does for a malformed one.
     """
-    plan = read_plan(find(name))
+    plan = read_plan(find(name, models_dir=models_dir))
     components = {part: _summary(weights) for part, weights in plan.weights.items()}
     return {
         "name": plan.source.name,
@@ -170,7 +199,7 @@ class _Unfilled(TorchFunctionMode):
 
 def _frame(plan: Plan, part: str) -> Any:
     """Return a network without weights, once those of its file are seen to fit it."""
-    _, network_class = plan.family.parts[part].load_classes()
+    _, network_class = plan.part(part).load_classes()
     with torch.device("meta"), _Unfilled():
         network = network_class(plan.configs[part])
     _check_fit(plan.source.name, part, network, plan.weights[part])
@@ -254,26 +283,25 @@ def _read(
     they are stored in.
     """
     state: dict[str, Tensor] = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name, weight in weights.items():
-                tensor = file.get_tensor(weight.key)
-                if weight.dtype in _SMALL:
-                    tensor = tensor.to(dtype)  # torch does not compute in 8 bits
-                if weight.third is not None:
-                    tensor = tensor.chunk(3)[weight.third]
-                if tensor.data_ptr() % tensor.element_size():
-                    tensor = tensor.clone()  # the file need not align it, our kernels do
-                tensor = tensor.reshape(weight.shape)
-                if not keep:
-                    tensor = tensor.to(device, dtype)
-                if not _finite(tensor, dtype):
-                    raise refusal(header.name, f"{weight.key} holds NaN or Inf as {dtype}")
-                if keep:
-                    memory.page_out(tensor)
-                state[name] = tensor
-    except (SafetensorError, OSError) as e:
-        raise refusal(header.name, f"cannot be read: {e}") from None
+    with open_tensors(header, path) as read:
+        for name, weight in weights.items():
+            tensor = read(weight.key)
+            if weight.dtype in _SMALL:
+                tensor = tensor.to(dtype)  # torch does not compute in 8 bits
+            if weight.third is not None:
+                tensor = tensor.chunk(3)[weight.third]
+            if weight.transposed:
+                tensor = tensor.t().contiguous()
+            if tensor.data_ptr() % tensor.element_size():
+                tensor = tensor.clone()  # the file need not align it, our kernels do
+            tensor = tensor.reshape(weight.shape)
+            if not keep:
+                tensor = tensor.to(device, dtype)
+            if not _finite(tensor, dtype):
+                raise refusal(header.name, f"{weight.key} holds NaN or Inf as {dtype}")
+            if keep:
+                memory.page_out(tensor)
+            state[name] = tensor
     return state
 
 

@@ -9,7 +9,7 @@ tables from those to ours; a family says which parts of a file they are for.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,13 +51,14 @@ class Weight:
     """A weight of one of our networks: tensor `key` of a file, read as `shape`.
 
     third: OpenCLIP keeps the projections to q, k and v in one tensor; 0, 1 or 2 is the third of
-      its rows to take.
+      its rows to take. transposed: it is stored with rows and columns exchanged.
     """
 
     header: Header
     key: str
     shape: tuple[int, ...]
     third: int | None = None
+    transposed: bool = False
 
     @property
     def dtype(self) -> str:
@@ -86,11 +87,13 @@ class Section:
 
     part: the network that they belong to. names: its modules, from the original names to ours;
     None: keys are named as in a folder. thirds: q, k and v of attention are one tensor.
+    transposed: our names of the matrices that are stored with rows and columns exchanged.
     """
 
     part: str
     names: Mapping[str, str] | None = None
     thirds: bool = False
+    transposed: Set[str] = frozenset()
 
 
 def from_single_file(
@@ -122,9 +125,11 @@ def from_single_file(
             found[section.part] |= thirds
             continue
         else:
-            name = _renamed(inner, section.names)
+            name = renamed(inner, section.names)
         if name is None:
             unknown.append(key)
+        elif name in section.transposed:
+            found[section.part][name] = Weight(header, key, info.shape[::-1], transposed=True)
         else:
             found[section.part][name] = Weight(header, key, part.reshape(name, info.shape))
     for part in parts:
@@ -169,13 +174,18 @@ def unet_names(config: Mapping[str, Any]) -> dict[str, str]:
     names = {
         "time_embed.0": "time_embedding.linear_1",
         "time_embed.2": "time_embedding.linear_2",
+        "label_emb.0.0": "add_embedding.linear_1",
+        "label_emb.0.2": "add_embedding.linear_2",
         "input_blocks.0.0": "conv_in",
-        "middle_block.1": "mid_block.attentions.0",
         "out.0": "conv_norm_out",
         "out.2": "conv_out",
     }
-    names |= _under("middle_block.0", "mid_block.resnets.0", _RESNET)
-    names |= _under("middle_block.2", "mid_block.resnets.1", _RESNET)
+    middle = config.get("mid_block_type", "UNetMidBlock2DCrossAttn")
+    if middle is not None:
+        names |= _under("middle_block.0", "mid_block.resnets.0", _RESNET)
+    if middle == "UNetMidBlock2DCrossAttn":
+        names["middle_block.1"] = "mid_block.attentions.0"
+        names |= _under("middle_block.2", "mid_block.resnets.1", _RESNET)
     levels, layers = len(config["block_out_channels"]), config["layers_per_block"]
     n = 1
     for i, kind in enumerate(config["down_block_types"]):
@@ -244,7 +254,7 @@ def _under(theirs: str, ours: str, names: Mapping[str, str]) -> dict[str, str]:
     return {f"{theirs}.{a}": f"{ours}.{b}" for a, b in names.items()}
 
 
-def _renamed(key: str, names: Mapping[str, str]) -> str | None:
+def renamed(key: str, names: Mapping[str, str]) -> str | None:
     """Return our name of a key: that of the innermost module in `names`, and what follows it."""
     module, rest = key, ""
     while module:
@@ -257,7 +267,7 @@ def _renamed(key: str, names: Mapping[str, str]) -> str | None:
 
 def text_folder_name(key: str) -> str | None:
     """Return our name of a text encoder's key; newer writers leave out `text_model.`."""
-    name = key if key.startswith("text_model.") else f"text_model.{key}"
+    name = key if key.startswith(("text_model.", "text_projection.")) else f"text_model.{key}"
     return None if name == "text_model.embeddings.position_ids" else name
 
 

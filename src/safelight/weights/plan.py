@@ -6,16 +6,20 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safelight.errors import SafelightError
-from safelight.families import Family, family_of_file, family_of_folder
+from safelight.families import Family, Part, family_of_file, family_of_folder
 from safelight.sampling import SchedulerConfig
 from safelight.sizes import MAX_SIDE
-from safelight.weights.check import Header, printable, read_header, refusal
+from safelight.weights.check import Header, printable, refusal
 from safelight.weights.find import Source
 from safelight.weights.folder import Folder
+from safelight.weights.headers import header_of
 from safelight.weights.names import Weight, from_folder
+
+if TYPE_CHECKING:
+    from safelight.weights.autoencoders import VaePlan
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
@@ -25,7 +29,8 @@ class Plan:
     """A checkpoint, before any weight is read.
 
     family: the variant. configs and weights: of each network. files: what it is made of, names
-    inside the model to paths. folder: None for a single file.
+    inside the model to paths. folder: None for a single file. parts: networks in place of the
+    family's own, or beside them. autoencoders: where these came from.
     """
 
     source: Source
@@ -39,6 +44,12 @@ class Plan:
     words: frozenset[str] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    parts: Mapping[str, Part] = field(default_factory=dict)
+    autoencoders: Mapping[str, VaePlan] = field(default_factory=dict)
+
+    def part(self, name: str) -> Part:
+        """Return what a network is built from: the family's, unless it has been replaced."""
+        return self.parts.get(name) or self.family.parts[name]
 
 
 def read_plan(source: Source, prediction_type: str | None = None) -> Plan:
@@ -68,8 +79,8 @@ def _folder_plan(source: Source, prediction_type: str | None) -> Plan:
     }
     _check_weights(source, weights)
     configs = _configs(source, family, raw, weights)
-    family = family.variant(configs)
     settings = folder.part_json("scheduler", "scheduler_config.json")
+    family = family.variant(configs, folder.index, settings)
     notes = folder.json("safelight.json") or {}
     try:
         native = family.native_size(configs)
@@ -92,12 +103,12 @@ def _folder_plan(source: Source, prediction_type: str | None) -> Plan:
 
 
 def _file_plan(source: Source, prediction_type: str | None) -> Plan:
-    header = read_header(source.path)
+    header = header_of(source.path)
     family = family_of_file(header)
     file = family.single_file(header)
     _check_weights(source, file.weights)
     warnings: list[str] = []
-    prediction_type = prediction_type or _stated_prediction(header)
+    prediction_type = prediction_type or file.prediction or _stated_prediction(header)
     if prediction_type is None and file.v_native:
         warnings.append(
             f"{printable(header.name, 60)} does not say what it predicts: epsilon is assumed; "

@@ -225,18 +225,19 @@ async def generate(http: HttpRequest) -> Response:
 )
 async def edit(http: HttpRequest) -> Response:
     """Redraw a picture: all of it, or where the mask, or the picture itself, is transparent."""
-    body, settings, image, mask = await read_form(http)
+    body, settings, files = await read_form(http)
     await _check_model(http, body.model)
     _check_form(body)
     await http.app.state.service.loaded()  # not within the turn
+    separate = "mask" in files
     async with turn(http):
-        read = await decoded(http, "with_alpha", image, "image")
-        holes = read[1] if mask is None else (await decoded(http, "with_alpha", mask, "mask"))[1]
-        request = await asyncio.to_thread(
-            edit_request, settings, read[0], holes, separate=mask is not None
-        )
+        read = [*await decoded(http, "with_alpha", [files.pop("image")], "image")]
+        if separate:
+            read[1] = (await decoded(http, "with_alpha", [files.pop("mask")], "mask"))[1]
+        request = await asyncio.to_thread(edit_request, settings, *read, separate=separate)
+        read.clear()
         call = await _submitted(http, body, request)
-        del image, mask, read, holes, request  # they are not held while the job waits
+        del request  # it is not held while the job waits
     return await _answer(call, "image_edit")
 
 

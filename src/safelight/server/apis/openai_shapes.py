@@ -96,7 +96,7 @@ def read_settings(fields: dict[str, Any], *, text: bool) -> tuple[ImagesBody, di
     except ValidationError as error:
         raise _explained(error) from None
     settings = {
-        name: own[name].parse(value) if text else value
+        name: own[name].parse(value) if text and isinstance(value, str) else value
         for name, value in fields.items()
         if name in own and value is not None
     }
@@ -106,11 +106,12 @@ def read_settings(fields: dict[str, Any], *, text: bool) -> tuple[ImagesBody, di
     return body, settings
 
 
-async def read_form(http: HttpRequest) -> tuple[ImagesBody, dict[str, Any], bytes, bytes | None]:
-    """Return OpenAI's fields, the settings, the picture and the mask of a form."""
+async def read_form(http: HttpRequest) -> tuple[ImagesBody, dict[str, Any], dict[str, bytes]]:
+    """Return OpenAI's fields, the settings, and the files of a form: an image, and maybe a mask."""
     if not http.headers.get("content-type", "").startswith("multipart/form-data"):
         raise ApiError(400, "the body must be multipart/form-data, with the picture in it")
-    fields: dict[str, str] = {}
+    fields: dict[str, Any] = {}
+    own = own_settings(Request)
     files: dict[str, bytes] = {}
     # A picture sent as text is let in, to hear what is wrong with it.
     form = http.form(max_files=32, max_fields=64, max_part_size=MAX_BODY)
@@ -120,9 +121,12 @@ async def read_form(http: HttpRequest) -> tuple[ImagesBody, dict[str, Any], byte
             if plain not in ("image", "mask"):
                 if not isinstance(value, str):
                     raise ApiError(400, f"there is no file {_quoted(name)}; known: image, mask")
-                if name in fields:
+                listed = plain in own and own[plain].kind is tuple
+                if name in fields and not listed:
                     raise ApiError(400, f"{_quoted(name)} is there more than once")
-                if value:  # empty is how forms, and the client, say null
+                if value and listed:
+                    fields.setdefault(plain, []).append(value)
+                elif value:  # empty is how forms, and the client, say null
                     fields[name] = value
             elif isinstance(value, str):
                 raise ApiError(400, f"{plain} must be uploaded: no address is fetched", plain)
@@ -133,7 +137,7 @@ async def read_form(http: HttpRequest) -> tuple[ImagesBody, dict[str, Any], byte
     body, settings = read_settings(fields, text=True)
     if "image" not in files:
         raise ApiError(400, "image is needed: a PNG, JPEG or WebP picture", "image")
-    return body, settings, files["image"], files.get("mask")
+    return body, settings, files
 
 
 def edit_request(

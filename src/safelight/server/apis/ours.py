@@ -89,9 +89,10 @@ async def submit(
     names = [name for name in ("image", "mask") if settings.get(name) is not None]
     async with turn(request) if names else nullcontext():
         for name in names:
-            data = decode_base64(settings[name], name)
+            data = [decode_base64(settings[name], name)]
             settings[name] = await decoded(request, "picture", data, name)
         asked = await asyncio.to_thread(lambda: Request(**settings))
+        settings.clear()  # the request has its own pictures
         return await hub(request).submit(
             asked, idempotency_key=idempotency_key, owner=caller_of(request.scope).owner
         )

@@ -183,12 +183,14 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
 
 async def _sent(http: HttpRequest, body: ImageToImage) -> Sent:
     """Return the pictures of a body, decoded."""
-    data = decode_base64(first_picture(body), "init_images")
+    again = body.include_init_images
+    data = [decode_base64(first_picture(body), "init_images", again=again)]
     what = "the picture of init_images"
     image = await decoded(http, "picture", data, "init_images", what)
     if not body.mask:
         return Sent(image)
-    mask, alpha = await decoded(http, "with_alpha", decode_base64(body.mask, "mask"), "mask")
+    data = [decode_base64(body.mask, "mask", again=again)]
+    mask, alpha = await decoded(http, "with_alpha", data, "mask")
     return Sent(image, mask, alpha)
 
 
@@ -202,7 +204,7 @@ def _timestamp(job: Job) -> str:
 
 @router.post("/png-info")
 async def png_info(http: HttpRequest, body: PngInfo) -> dict[str, Any]:
-    data = decode_base64(body.image, "image")
+    data = [decode_base64(body.image, "image")]
     texts = await decoded(http, "texts", data, "image", "the picture")
     return await asyncio.to_thread(describe, texts)
 

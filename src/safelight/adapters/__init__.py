@@ -1,0 +1,1 @@
+"""LoRA and its kin: small files that change a model's weights."""

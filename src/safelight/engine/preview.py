@@ -1,0 +1,66 @@
+"""Small pictures of latents in the making, in a fraction of the time that decoding them takes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from safelight.engine.job import decode
+from safelight.picture import from_tensor
+
+if TYPE_CHECKING:
+    from safelight.model import Model
+
+MAX_DECODED = 24
+"""Longest side of the latents that the model's own autoencoder decodes for a preview."""
+
+MAX_TINY = 64
+"""The same for a tiny autoencoder."""
+
+ENLARGED = 4
+"""Pixels of a preview from the table for each latent."""
+
+
+def preview(model: Model, latents: Tensor) -> Image.Image:
+    """Return latents, float32 [1, channels, h, w], as a small picture.
+
+    Decoded by the tiny autoencoder if one was loaded for previews, else made by the family's table
+    of latents to colours, else decoded by the model's own autoencoder. Large latents are averaged
+    down before they are decoded.
+    """
+    table = model.family.latent_rgb
+    with torch.inference_mode():
+        if model.preview_vae is not None:
+            return decode_tiny(model, _smaller(latents, MAX_TINY))
+        if table is not None:
+            return from_tensor(_colours(latents, table))
+        if model.vae is not None:
+            latents = _smaller(latents, MAX_DECODED)
+        return decode(model, latents)
+
+
+def decode_tiny(model: Model, latents: Tensor) -> Image.Image:
+    """Return the picture of latents, decoded by the tiny autoencoder for previews."""
+    vae = model.preview_vae
+    return from_tensor(vae.decode(vae.config.unscale(latents).to(model.dtype)).float())
+
+
+def _smaller(latents: Tensor, side: int) -> Tensor:
+    largest = max(latents.shape[-2:])
+    return (
+        latents if largest <= side else F.avg_pool2d(latents, -(-largest // side), ceil_mode=True)
+    )
+
+
+def _colours(latents: Tensor, table: tuple[tuple[float, ...], ...]) -> Tensor:
+    """Return pixels from −1 to 1, [1, 3, h, w]: a linear map of each latent's channels.
+
+    table: red, green and blue of each channel, and last those of latents of 0.
+    """
+    *rows, bias = (latents.new_tensor(row) for row in table)
+    pixels = torch.einsum("bchw,cr->brhw", latents, torch.stack(rows)) + bias.view(1, 3, 1, 1)
+    return F.interpolate(pixels, scale_factor=ENLARGED, mode="bilinear").clamp(-1, 1)

@@ -1,0 +1,223 @@
+"""Another autoencoder for a model: planned from its headers and config alone, as a model is.
+
+Known are diffusers' folders of AutoencoderKL and AutoencoderTiny, a whole model's folder, single
+files in the names of the original code or of diffusers, with and without a prefix, and the two
+files of TAESD.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safelight.errors import SafelightError
+from safelight.families.base import Part
+from safelight.families.sd import SD, VARIANTS
+from safelight.weights.check import Header, refusal
+from safelight.weights.find import Source
+from safelight.weights.folder import Folder
+from safelight.weights.headers import header_of
+from safelight.weights.names import Weight, from_folder, renamed, some, vae_names
+from safelight.weights.plan import Plan
+
+KL = SD.parts["vae"]
+TINY = Part("safelight.nets.tiny", "AutoencoderTiny", "TinyConfig")
+PARTS = {"AutoencoderKL": KL, "AutoencoderTiny": TINY}
+
+_PREFIXES = ("first_stage_model.", "vae.")
+# What training needed, and the constants of some writers.
+_UNUSED = re.compile(r"(loss|model_ema)\..*|.*\bnum_batches_tracked")
+_TAESD = re.compile(r"(\d+)\.(.+)")
+
+
+@dataclass(frozen=True, slots=True)
+class VaePlan:
+    """An autoencoder, before any weight is read. files: names inside it to paths."""
+
+    source: Source
+    part: Part
+    config: Any
+    weights: dict[str, Weight]
+    files: dict[str, Path]
+
+
+def with_autoencoders(plan: Plan, sources: Mapping[str, Source]) -> Plan:
+    """Return the plan of a model with other autoencoders.
+
+    sources: "vae" takes the place of the model's own, "preview_vae" is for previews alone.
+
+    Raises SafelightError if one is malformed, is no autoencoder, or does not fit the model.
+    """
+    if not sources:
+        return plan
+    own = plan.configs.get("vae")
+    if own is None:
+        raise SafelightError(f"{plan.source.name} draws pixels: it takes no autoencoder")
+    found = {use: _read(source, plan, own) for use, source in sources.items()}
+    told = [line for each in found.values() for line in _warnings(each, own)]
+    return replace(
+        plan,
+        configs={**plan.configs, **{use: each.config for use, each in found.items()}},
+        weights={**plan.weights, **{use: each.weights for use, each in found.items()}},
+        parts={use: each.part for use, each in found.items()},
+        autoencoders=found,
+        warnings=[*plan.warnings, *told],
+    )
+
+
+def _read(source: Source, model: Plan, own: Any) -> VaePlan:
+    """Read an autoencoder. A single file has no config: it is read with that of the model's own."""
+    plan = _folder_plan(source) if source.path.is_dir() else _file_plan(source, own)
+    _check_fit(plan, model, own)
+    return plan
+
+
+def _folder_plan(source: Source) -> VaePlan:
+    path = source.path
+    if (path / "model_index.json").is_file():
+        path = path / "vae"
+    folder = Folder(path, source.name, index="config.json")
+    folder.flat = True
+    part = PARTS.get(str(folder.index.get("_class_name")))
+    if part is None:
+        told = f"{folder.index.get('_class_name')!r:.40}"
+        raise refusal(source.name, f"{told} is no autoencoder; known are {', '.join(PARTS)}")
+    weights = from_folder(part, folder.part_headers("vae", part.stem))
+    config = _config(source, part, folder.index)
+    return VaePlan(source, part, config, weights, folder.files)
+
+
+def _file_plan(source: Source, own: Any) -> VaePlan:
+    header = header_of(source.path)
+    if any(_TAESD.match(key) for key in header.tensors):
+        return _taesd_plan(source, header)
+    prefix = next((p for p in _PREFIXES if any(k.startswith(p) for k in header.tensors)), "")
+    inner = {
+        key.removeprefix(prefix): key
+        for key in header.tensors
+        if key.startswith(prefix) and not _UNUSED.fullmatch(key.removeprefix(prefix))
+    }
+    if not any(key.startswith(("encoder.", "decoder.")) for key in inner):
+        raise refusal(source.name, "this is no autoencoder: it has no encoder.* and decoder.*")
+    if any(key.startswith("decoder.layers.") for key in inner):
+        config = _config(source, TINY, {"latent_channels": _channels(header, inner)})
+        return VaePlan(source, TINY, config, _placed(header, TINY, inner), _file(source))
+    kl_config, _ = KL.load_classes()
+    config: Any = (
+        own if isinstance(own, kl_config) else _config(source, KL, VARIANTS[0].configs["vae"])
+    )
+    if any(key.startswith(("decoder.up.", "decoder.mid.")) for key in inner):
+        shapes = {
+            "block_out_channels": config.block_out_channels,
+            "layers_per_block": config.layers_per_block,
+        }
+        names = vae_names(shapes)
+        renames = {key: renamed(key, names) for key in inner}
+        unknown = [key for key, name in renames.items() if name is None]
+        if unknown:
+            raise refusal(source.name, f"{len(unknown)} keys that we do not know: {some(unknown)}")
+        inner = {str(name): inner[key] for key, name in renames.items()}
+    return VaePlan(source, KL, config, _placed(header, KL, inner), _file(source))
+
+
+def _taesd_plan(source: Source, header: Header) -> VaePlan:
+    """Plan TAESD's own files: the encoder and the decoder, one beside the other."""
+    path = source.path
+    encoder = path.with_name(path.name.replace("decoder", "encoder"))
+    decoder = path.with_name(path.name.replace("encoder", "decoder"))
+    if encoder == decoder or not decoder.is_file():
+        raise refusal(source.name, "one half of a tiny autoencoder; name it taesd_decoder, and the "
+                      "other taesd_encoder")  # fmt: skip
+    files, weights = {decoder.name: decoder}, {}
+    header = header if decoder == path else header_of(decoder)
+    weights |= _numbered(header, "decoder", first=1)
+    channels = weights["decoder.layers.0.weight"].shape[1]
+    if encoder.is_file():
+        files[encoder.name] = encoder
+        weights |= _numbered(header_of(encoder), "encoder", first=0)
+    config = _config(source, TINY, {"latent_channels": channels, "has_encoder": encoder.is_file()})
+    return VaePlan(source, TINY, config, weights, files)
+
+
+def _numbered(header: Header, half: str, first: int) -> dict[str, Weight]:
+    """Return the weights of one half of TAESD, which numbers its layers in one list.
+
+    first: the number of the first layer with weights; its decoder begins with a clamp.
+    """
+    found: dict[str, Weight] = {}
+    for key, info in header.tensors.items():
+        numbered = _TAESD.fullmatch(key)
+        if numbered is None or int(numbered[1]) < first:
+            raise refusal(header.name, f"{key!r:.60} belongs to no tiny autoencoder")
+        name = f"{half}.layers.{int(numbered[1]) - first}.{numbered[2]}"
+        found[name] = Weight(header, key, info.shape)
+    if f"{half}.layers.0.weight" not in found or len(found[f"{half}.layers.0.weight"].shape) != 4:
+        raise refusal(header.name, f"not the {half} of a tiny autoencoder")
+    return found
+
+
+def _channels(header: Header, inner: Mapping[str, str]) -> int:
+    """Return the latent channels that a tiny decoder reads."""
+    key = inner.get("decoder.layers.0.weight")
+    shape = () if key is None else header.tensors[key].shape
+    if len(shape) != 4:
+        raise refusal(header.name, "a tiny autoencoder without a decoder.layers.0.weight")
+    return shape[1]
+
+
+def _placed(header: Header, part: Part, inner: Mapping[str, str]) -> dict[str, Weight]:
+    """Return weights by our names. inner: names to the file's keys."""
+    found: dict[str, Weight] = {}
+    for name, key in inner.items():
+        ours = part.rename(name) or name
+        found[ours] = Weight(header, key, part.reshape(ours, header.tensors[key].shape))
+    return found
+
+
+def _config(source: Source, part: Part, told: Mapping[str, Any]) -> Any:
+    config_class, _ = part.load_classes()
+    try:
+        return config_class.from_dict(told)
+    except SafelightError as e:
+        raise refusal(source.name, f"config.json: {e}") from None
+
+
+def _check_fit(plan: VaePlan, model: Plan, own: Any) -> None:
+    """Refuse an autoencoder for other latents than the model's."""
+    name, config = plan.source.name, plan.config
+    if config.depth > len(plan.weights):
+        raise refusal(name, "its config has more layers than its file tensors")
+    if config.latent_channels != own.latent_channels:
+        raise refusal(
+            name,
+            f"an autoencoder of {config.latent_channels} channels does not fit; "
+            f"the model's latents have {own.latent_channels}",
+        )
+    if config.factor != own.factor:
+        raise refusal(
+            name,
+            f"an autoencoder of {config.factor} pixels a latent does not fit; "
+            f"the model's are {own.factor} wide",
+        )
+    try:
+        model.family.check_configs({**model.configs, "vae": config})
+    except SafelightError as e:
+        raise refusal(name, str(e)) from None
+
+
+def _file(source: Source) -> dict[str, Path]:
+    return {source.path.name: source.path}
+
+
+def _warnings(plan: VaePlan, own: Any) -> list[str]:
+    """Return what a person should know about an autoencoder in place of a model's own."""
+    theirs, ours = plan.config.scaling_factor, own.scaling_factor
+    if plan.part is not KL or 0.99 < theirs / ours < 1.01:
+        return []
+    return [
+        f"the autoencoder {plan.source.name} scales latents by {theirs:g}, the model's own by "
+        f"{ours:g}: it may be another family's"
+    ]

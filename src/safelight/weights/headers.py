@@ -1,0 +1,29 @@
+"""The header of a weight file, whichever format its bytes are in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safelight.weights.check import Header, read_header, refusal
+from safelight.weights.pickles import read_pickled_header
+
+ZIP = b"PK\x03\x04"
+
+
+def header_of(path: Path, name: str | None = None) -> Header:
+    """Return the checked header of a safetensors file, or of one that torch.save wrote.
+
+    The kind is decided by the bytes, not by the name. name: what to call the file in errors, if
+    not by the last part of its path.
+
+    Raises SafelightError, one line of at most 200 characters, if it is neither, or malformed.
+    """
+    name = name or path.name
+    try:
+        if not path.is_file():
+            raise refusal(name, "not a file; a .safetensors file is needed")
+        with path.open("rb") as file:
+            zipped = file.read(len(ZIP)) == ZIP
+    except OSError as e:
+        raise refusal(name, f"cannot be read ({e.strerror})") from None
+    return read_pickled_header(path, name) if zipped else read_header(path, name)

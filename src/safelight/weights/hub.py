@@ -1,0 +1,197 @@
+"""Models on the hub: taken from its cache, or downloaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safelight.errors import SafelightError
+from safelight.families import family_of_folder
+from safelight.weights.check import printable, read_json
+from safelight.weights.digest import digest_file
+from safelight.weights.folder import choose_weights
+
+
+def files_of(index: Mapping[str, Any], names: Collection[str], where: str) -> list[str]:
+    """Return the files, of all that a repository has, that a model is read from.
+
+    Raises SafelightError that names what is missing.
+    """
+    family = family_of_folder(index, where)
+    nested = {n.partition("/")[0] for n in names if "/" in n}
+    files = {n for n in ("model_index.json", "safelight.json") if n in names}
+    for part in (*family.parts, *family.tokenizers, "scheduler"):
+        folder = f"{part}/" if part in nested or not family.flat else ""
+        here = [n for n in names if n.startswith(folder) and "/" not in n.removeprefix(folder)]
+        files |= {n for n in here if n.endswith(".json") and ".index." not in n}
+        if part in family.tokenizers:
+            files |= {n for n in here if n == f"{folder}merges.txt"}
+        if part in family.parts:
+            stem = family.parts[part].stem
+            weights = choose_weights(part, here, where, stem)
+            files.add(weights)
+            if weights.endswith(".json"):
+                fp16 = ".fp16" if weights.endswith(".fp16.json") else ""
+                shard = re.compile(
+                    re.escape(f"{folder}{stem}{fp16}") + r"-\d+-of-\d+(\.fp16)?\.safetensors"
+                )
+                files |= {n for n in here if shard.fullmatch(n)}
+    return sorted(files)
+
+
+def vae_files(index: Mapping[str, Any], names: Collection[str], where: str) -> list[str]:
+    """Return the files, of all that an autoencoder's repository has, that it is read from."""
+    return ["config.json", choose_weights("vae", names, where)]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What a repository has to hold.
+
+    index: the file that says what it is. files: from that file's content, the names of all files,
+    and what to call it in errors, to those that are read.
+    """
+
+    index: str
+    files: Callable[[Mapping[str, Any], Collection[str], str], list[str]]
+
+
+MODEL = Layout("model_index.json", files_of)
+VAE = Layout("config.json", vae_files)
+
+
+def from_hub(
+    repo: str, revision: str | None = None, *, download: bool = True, layout: Layout = MODEL
+) -> Path:
+    """Return the folder of a repository in the hub's cache.
+
+    It is downloaded if it is not complete there, unless HF_HUB_OFFLINE is set or download is
+    False. Raises SafelightError that says what is missing and how to get it.
+    """
+    # Takes a quarter of a second to import, and most models need no hub.
+    import huggingface_hub as hub
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HFValidationError
+
+    get = f"safelight download {repo}{f'@{revision}' if revision else ''}"
+    try:
+        index = hub.try_to_load_from_cache(repo, layout.index, revision=revision)
+    except HFValidationError as e:
+        raise SafelightError(printable(f"{repo} is not a hub id: {e}", 200)) from None
+    if isinstance(index, str):
+        folder = Path(index).parent
+        if constants.HF_HUB_OFFLINE or not download or _complete(folder, repo, layout):
+            return folder
+    if not download:
+        raise _missing(repo, "is not in the hub cache", get)
+    if constants.HF_HUB_OFFLINE:
+        raise _missing(repo, "is not in the hub cache and HF_HUB_OFFLINE is set", get)
+    return _fetch(repo, revision, (layout,), get)
+
+
+def download(repo: str, revision: str | None, tell: Callable[[str], None]) -> Path:
+    """Download a model or an autoencoder into the hub's cache, and check it; return its folder.
+
+    What is there already stays, and a download that was cut short goes on. tell: is given a line
+    about the sizes before it begins.
+
+    Raises SafelightError if it cannot be had, or if a file is not what the hub says it is.
+    """
+    get = f"safelight download {repo}{f'@{revision}' if revision else ''}"
+    folder = _fetch(repo, revision, (MODEL, VAE), get, tell)
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            digest_file(path)
+    return folder
+
+
+def _fetch(
+    repo: str,
+    revision: str | None,
+    layouts: Sequence[Layout],
+    get: str,
+    tell: Callable[[str], None] | None = None,
+) -> Path:
+    """Download the files of a repository that a model is read from, all of one commit.
+
+    layouts: what it may be; the first whose index it has is taken.
+    """
+    import huggingface_hub as hub
+
+    try:
+        info = hub.HfApi().model_info(repo, revision=revision, files_metadata=tell is not None)
+        sizes = {f.rfilename: f.size or 0 for f in info.siblings or []}
+        layout = next((each for each in layouts if each.index in sizes), None)
+        if layout is None:
+            raise SafelightError(
+                f"{repo}: no {layouts[0].index}; download its file and give its path"
+            )
+        index = hub.hf_hub_download(repo, layout.index, revision=revision)
+        files = layout.files(read_json(Path(index)), list(sizes), repo)
+        if tell is not None:
+            here = Path(index).parent
+            left = [name for name in files if not (here / name).is_file()]
+            tell(
+                f"{repo}: {len(files)} files, {_size(sizes, files)}; "
+                f"{_size(sizes, left)} of it to download"
+            )
+        return Path(hub.snapshot_download(repo, revision=info.sha, allow_patterns=files))
+    except SafelightError:
+        raise
+    except Exception as e:  # the hub's client raises what its transport raises
+        raise _missing(repo, _reason(e), get) from e
+
+
+def _size(sizes: Mapping[str, int], names: Collection[str]) -> str:
+    return f"{sum(sizes[name] for name in names) / 1e9:.2f} GB"
+
+
+def _complete(folder: Path, repo: str, layout: Layout) -> bool:
+    """Return whether a cached snapshot has all files of its model.
+
+    A download that was cut short leaves a part of them.
+    """
+    names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+    try:
+        layout.files(read_json(folder / layout.index), names, repo)
+    except SafelightError:
+        return False
+    return True
+
+
+def _reason(error: Exception) -> str:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return "asks for its terms to be accepted on the hub, and a login (hf auth login)"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "has no such revision"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "is not on the hub, or is private (hf auth login)"
+    if isinstance(error, OSError) and not isinstance(error, errors.HfHubHTTPError):
+        return f"is not in the hub cache and could not be downloaded ({type(error).__name__})"
+    return f"could not be downloaded ({type(error).__name__})"
+
+
+def _missing(repo: str, why: str, get: str) -> SafelightError:
+    # Longer than other errors may be: the command is of no use without its end.
+    return SafelightError(printable(f"{repo} {why}; to get it: {get}", 500), code="no_model")
+
+
+def cached() -> list[str]:
+    """The models in the hub's cache."""
+    from huggingface_hub import CacheNotFound, scan_cache_dir
+
+    try:
+        repos = scan_cache_dir().repos
+    except CacheNotFound:
+        return []
+    return sorted(
+        repo.repo_id
+        for repo in repos
+        if repo.repo_type == "model"
+        and any(f.file_name == "model_index.json" for r in repo.revisions for f in r.files)
+    )

@@ -1,0 +1,38 @@
+"""What a weight file is, by the names and shapes of its tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Protocol
+
+_ADAPTER = re.compile(
+    r"(^|\.)(lora_|lycoris_)|\.(lora_(A|B|up|down|mid)|hada_|lokr_|alpha$|dora_scale|diff(_b)?$)"
+)
+_VAE = re.compile(r"(vae\.|first_stage_model\.)?((en|de)coder\.|(post_)?quant_conv\.)")
+_EMBEDDING = ("emb_params", "clip_l", "clip_g", "string_to_param")
+
+
+class _Shaped(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def kind_of(tensors: Mapping[str, _Shaped]) -> str | None:
+    """Return "model", "lora", "embedding" or "vae", None if it looks like none of them.
+
+    tensors: by their names in the file. Each loader looks closer; this is for a list.
+    """
+    if not tensors:
+        return None
+    if any(_ADAPTER.search(name) for name in tensors):
+        return "lora"
+    if all(_VAE.match(name) for name in tensors):
+        return "vae"
+    # A tiny autoencoder's layers are numbered in one list.
+    if all(re.match(r"\d+\.(conv\.\d\.|skip\.)?(weight|bias)$", name) for name in tensors):
+        return "vae"
+    few = len(tensors) <= 4 and all(len(t.shape) in (1, 2) for t in tensors.values())
+    if few and (len(tensors) == 1 or any(n.startswith(_EMBEDDING) for n in tensors)):
+        return "embedding"
+    return "model"

@@ -1,0 +1,267 @@
+"""A folder of one's own with models, LoRAs, embeddings and autoencoders, which are found by name.
+
+It may be laid out as A1111 or ComfyUI have it, or as one flat folder. A name is looked up in a
+list of what is there. It is never made into a path, so that no name leads out of the folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from safelight.errors import SafelightError
+from safelight.weights.check import printable
+from safelight.weights.digest import digest_file, known_digest, old_digest, tensors_digest
+from safelight.weights.headers import header_of
+from safelight.weights.kinds import kind_of
+from safelight.weights.notes import keep, recall, stamp_of
+
+VARIABLE = "SAFELIGHT_MODELS"
+"""The environment variable that names the folder."""
+
+SUBFOLDERS = {
+    "model": ("stable-diffusion", "checkpoints", "diffusers"),
+    "lora": ("lora", "loras", "lycoris"),
+    "embedding": ("embeddings",),
+    "vae": ("vae", "vae-approx", "vae_approx"),
+}
+"""The kinds of file, and the folders that A1111 and ComfyUI keep each in.
+
+They lie in the folder itself or in its `models`, and are compared without regard to case.
+"""
+
+ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+MAX_DEPTH = 8
+MAX_FILES = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file, or a folder in diffusers' layout, of the library.
+
+    kind: "model", "lora", "embedding" or "vae". name: its path below the folder of its kind,
+    without the ending, as in "anime/eyes".
+    """
+
+    kind: str
+    name: str
+    path: Path
+
+    @property
+    def file_name(self) -> str:
+        """Its name with its ending."""
+        return self.name + (self.path.suffix if self.path.is_file() else "")
+
+
+class Library:
+    """A models folder. It is read anew at each question, so that new files are found.
+
+    Raises SafelightError if the folder is not there.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).expanduser()
+        if not self.root.is_dir():
+            raise SafelightError(
+                f"there is no models folder {printable(str(root)[-100:], 100)!r}", code="no_model"
+            )
+
+    def entries(self, kind: str | None = None) -> list[Entry]:
+        """Return what is there, of one kind or of all, in the order of kinds and names."""
+        found, _ = self._scan()
+        return sorted(
+            (entry for entry in found if kind in (None, entry.kind)),
+            key=lambda entry: ([*SUBFOLDERS].index(entry.kind), entry.name.casefold(), entry.path),
+        )
+
+    def find(self, name: str, kind: str) -> Entry:
+        """Return the entry of a name.
+
+        name: as `Entry.name`, or its last part, with or without the ending; its whole path
+          below the models folder; of a LoRA also what its training called it (`ss_output_name`).
+          If nothing has the name, case is ignored.
+
+        Raises SafelightError with the code "no_model" if there is none, or more than one.
+        """
+        found = self.matches(name, kind)
+        if len(found) == 1:
+            return found[0]
+        shown = printable(repr(name), 60)
+        field = {"lora": "loras", "embedding": "embeddings"}.get(kind)
+        if found:
+            both = " and ".join(printable(self._inside(entry), 60) for entry in found[:2])
+            raise SafelightError(
+                f"{kind} {shown} could be {both}: give more of its path, or its ending",
+                code="no_model",
+                field=field,
+            )
+        why = f"no {kind} {shown} in the models folder"
+        links = [p for p in self._scan()[1] if p.name.casefold() == Path(name).name.casefold()]
+        if links:
+            why = f"{kind} {shown} is a link to a folder, which is not followed; link its files"
+        elif there := [printable(e.name, 40) for e in self.entries(kind)[:4]]:
+            why += f"; there are {', '.join(there[:3])}{' …' if len(there) > 3 else ''}"
+        raise SafelightError(why, code="no_model", field=field)
+
+    def matches(self, name: str, kind: str) -> list[Entry]:
+        """Return the entries that a name may mean; those of the most exact reading alone."""
+        entries = self.entries(kind)
+        folded = name.casefold()
+        readings: tuple[Callable[[Entry], bool], ...] = (
+            lambda entry: name in (entry.name, entry.file_name, self._inside(entry)),
+            lambda entry: name in (_last(entry.name), _last(entry.file_name)),
+            lambda entry: folded in (entry.name.casefold(), entry.file_name.casefold()),
+            lambda entry: (
+                folded in (_last(entry.name).casefold(), _last(entry.file_name).casefold())
+            ),
+            lambda entry: kind == "lora" and name == facts_of(entry.path).get("alias"),
+        )
+        for reading in readings:
+            found = [entry for entry in entries if reading(entry)]
+            if found:
+                return found
+        return []
+
+    def by_hash(self, digest: str, kind: str) -> Entry | None:
+        """Return the entry that has a hash, None if there is none.
+
+        digest: in hex. The SHA-256 of the whole file, or its first 10 digits or more, as A1111
+          names models; 12 digits of what A1111 or kohya's scripts name a LoRA by; 8 digits of
+          A1111's old hash. Files that have been hashed before are asked first.
+        """
+        digest = digest.lower()
+        if not digest or set(digest) - set("0123456789abcdef") or len(digest) < 8:
+            return None
+        files = [entry for entry in self.entries(kind) if entry.path.is_file()]
+        wanted = (_old_hash,) if len(digest) == 8 else (_remembered_hash, _whole_hash, _lora_hashes)
+        for hashes in wanted:
+            for entry in files:
+                try:
+                    if any(found.startswith(digest) for found in hashes(entry)):
+                        return entry
+                except (OSError, SafelightError):
+                    continue  # not readable, or damaged: not what was asked for
+        return None
+
+    def _inside(self, entry: Entry) -> str:
+        return entry.path.relative_to(self.root).as_posix()
+
+    def _scan(self) -> tuple[list[Entry], list[Path]]:
+        """Return all entries, and the links to folders, which are not followed."""
+        found: list[Entry] = []
+        links: list[Path] = []
+        homes = {name: kind for kind, names in SUBFOLDERS.items() for name in names}
+        for base in (self.root, self.root / "models"):
+            for path in _members(base):
+                kind = homes.get(path.name.casefold())
+                if kind is not None and path.is_dir():
+                    if path.is_symlink():
+                        links.append(path)
+                    else:
+                        found += _walk(path, kind, links)
+                elif base is self.root and (is_model_folder(path) or _is_file(path)):
+                    # A file in the root is what its content says.
+                    kind = "model" if path.is_dir() else facts_of(path).get("kind")
+                    if kind is not None:
+                        found.append(Entry(kind, _stem(path), path))
+                elif path.is_symlink() and path.is_dir():
+                    links.append(path)
+            if len(found) > MAX_FILES:
+                raise SafelightError(f"more than {MAX_FILES} files in the models folder")
+        return found, links
+
+
+def open_library(folder: str | Path | None = None) -> Library | None:
+    """Return the library in a folder, or in that of SAFELIGHT_MODELS; None if neither is given.
+
+    Raises SafelightError if the folder is not there.
+    """
+    given = folder if folder is not None else os.environ.get(VARIABLE) or None
+    return None if given is None else Library(given)
+
+
+def is_model_folder(path: Path) -> bool:
+    """Return whether a path is a folder in diffusers' layout, and no link to one."""
+    return not path.is_symlink() and (path / "model_index.json").is_file()
+
+
+def facts_of(path: Path) -> dict[str, str]:
+    """Return what a weight file says about itself: its "kind", and the "alias" of a LoRA.
+
+    It is empty if the file cannot be read. It is remembered, because a header takes milliseconds
+    to read, and a folder may hold thousands.
+    """
+    try:
+        real = path.resolve()
+        stamp = stamp_of(real)
+        facts = recall("facts", real, stamp)
+        if not isinstance(facts, dict):
+            header = header_of(real)
+            alias = header.metadata.get("ss_output_name")
+            told = {"kind": kind_of(header.tensors), "alias": alias}
+            facts = {key: value for key, value in told.items() if value is not None}
+            keep("facts", real, stamp, facts)
+    except (OSError, SafelightError):
+        return {}
+    return facts
+
+
+def _members(folder: Path) -> list[Path]:
+    """Return the members of a folder that are not hidden, in the order of their names."""
+    try:
+        return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    except OSError:
+        return []
+
+
+def _walk(home: Path, kind: str, links: list[Path]) -> Iterator[Entry]:
+    """Yield the entries below the folder of a kind; add links to folders to `links`."""
+    waiting = [(home, 0)]
+    while waiting:
+        folder, depth = waiting.pop()
+        for path in _members(folder):
+            whole = (kind == "model" and is_model_folder(path)) or (
+                kind == "vae" and not path.is_symlink() and (path / "config.json").is_file()
+            )
+            if whole or _is_file(path):
+                yield Entry(kind, (path.relative_to(home).parent / _stem(path)).as_posix(), path)
+            elif path.is_dir() and path.is_symlink():
+                links.append(path)
+            elif path.is_dir() and depth < MAX_DEPTH:
+                waiting.append((path, depth + 1))
+
+
+def _is_file(path: Path) -> bool:
+    """Return whether it is a weight file, or a link to one: people link their large files."""
+    return path.suffix.lower() in ENDINGS and path.is_file()
+
+
+def _stem(path: Path) -> str:
+    return path.name if path.is_dir() else path.stem
+
+
+def _last(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+def _remembered_hash(entry: Entry) -> tuple[str, ...]:
+    return (known_digest(entry.path) or "",)
+
+
+def _whole_hash(entry: Entry) -> tuple[str, ...]:
+    return (digest_file(entry.path).sha256,)
+
+
+def _lora_hashes(entry: Entry) -> tuple[str, ...]:
+    if entry.kind != "lora":
+        return ()
+    header = header_of(entry.path)
+    if header.pickled:
+        return ()
+    return header.metadata.get("sshs_model_hash", "").lower(), tensors_digest(entry.path)
+
+
+def _old_hash(entry: Entry) -> tuple[str, ...]:
+    return (old_digest(entry.path),)

@@ -1,0 +1,53 @@
+"""What was computed of a file, remembered as long as its size and times stay.
+
+Each note is a small JSON file in the user's cache folder. It can be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+Stamp = tuple[int, ...]
+"""What the system says of a file: size, times of change, inode, device."""
+
+
+def stamp_of(file: int | Path) -> Stamp:
+    """Return the stamp of a file, by its path or its open descriptor. Raises OSError."""
+    s = os.fstat(file) if isinstance(file, int) else file.stat()
+    return s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev
+
+
+def recall(what: str, path: Path, stamp: Stamp) -> Any:
+    """Return what was kept of a file, None if nothing was or the file is another by now."""
+    with suppress(OSError, ValueError, TypeError):
+        kept = json.loads(_note(what, path).read_text())
+        if kept[:-1] == [os.fsencode(path).hex(), *stamp]:
+            return kept[-1]
+    return None
+
+
+def keep(what: str, path: Path, stamp: Stamp, value: Any) -> None:
+    """Keep a value, as JSON has it, of a file. Without a folder to write in, nothing is kept."""
+    note = _note(what, path)
+    with suppress(OSError):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=note.parent)
+        with os.fdopen(handle, "w") as f:
+            f.write(json.dumps([os.fsencode(path).hex(), *stamp, value]))
+        Path(name).replace(note)
+
+
+def cache_folder() -> Path:
+    """Return the folder for what can be computed again: $XDG_CACHE_HOME/safelight."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home).expanduser() / "safelight"
+
+
+def _note(what: str, path: Path) -> Path:
+    return cache_folder() / f"{what}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"

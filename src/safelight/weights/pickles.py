@@ -1,0 +1,318 @@
+"""Read what a file of torch.save holds, without running it.
+
+A pickle is a program for a stack machine, which may call any function. Here its few instructions
+that build tables of tensors are followed, with tensors as descriptions. Anything else is refused
+before torch.load(weights_only=True), which checks again, sees the file.
+Instructions: the module `pickletools` of Python.
+"""
+
+from __future__ import annotations
+
+import math
+import pickletools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safelight.weights.archive import read_archive
+from safelight.weights.check import (
+    DTYPES,
+    MAX_DIMS,
+    MAX_METADATA,
+    MAX_STRING,
+    MAX_TENSORS,
+    Header,
+    TensorInfo,
+    refusal,
+)
+
+MAX_STEPS = 600_000
+"""Instructions of a pickle. Stable Diffusion takes 50,000."""
+
+INERT = tuple(
+    f"{package}.callbacks.model_checkpoint.ModelCheckpoint"
+    for package in ("pytorch_lightning", "lightning.pytorch")
+)
+"""Classes that the trainer of Stable Diffusion 1 left in its checkpoints as names: see `loaded`."""
+
+_MAX_DEPTH = 4
+_STORAGES = {
+    "Float": "F32",
+    "Half": "F16",
+    "BFloat16": "BF16",
+    "Double": "F64",
+    "Long": "I64",
+    "Int": "I32",
+    "Short": "I16",
+    "Char": "I8",
+    "Byte": "U8",
+    "Bool": "BOOL",
+}
+_DTYPES = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
+_UNTYPED = "torch.storage.UntypedStorage"
+_PLAIN = (str, int, float, bool, type(None))
+
+
+@dataclass(frozen=True, slots=True)
+class _Global:
+    """The name of a class or function; it is never imported."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    """dtype: None if it is untyped, and `count` is then in bytes."""
+
+    key: str
+    dtype: str | None
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    storage: _Storage
+    dtype: str
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class BrokenPickleError(Exception):
+    """A pickle that is no table of tensors; says why."""
+
+
+def read_pickled_header(path: Path, name: str) -> Header:
+    """Return the checked header of a file that torch.save wrote.
+
+    name: what to call the file in errors. Keys of nested tables are joined by dots; of a file with
+    a `state_dict`, that is taken. Short texts and numbers beside the tensors are its metadata.
+
+    Raises SafelightError, one line of at most 200 characters, if the file is anything else, or if
+    a tensor does not lie within its bytes in the file.
+    """
+    archive = read_archive(path, name)
+    try:
+        root = _follow(archive.pickle)
+    except BrokenPickleError as e:
+        raise refusal(name, str(e)) from None
+    # What pickletools and the stack raise of a broken program.
+    except (ValueError, IndexError, KeyError, TypeError, UnicodeError, OverflowError):
+        raise refusal(name, "a broken pickle; a .safetensors file is needed") from None
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
+    try:
+        for key, value in leaves(root):
+            if key in tensors or key in metadata:
+                raise BrokenPickleError(f"{key!r:.60} is there twice")
+            if isinstance(value, _Tensor):
+                tensors[key] = _placed(value, archive.records)
+            elif isinstance(value, str | int | float) and len(str(value)) <= MAX_STRING:
+                metadata[key] = str(value)
+    except BrokenPickleError as e:
+        raise refusal(name, str(e)) from None
+    if len(metadata) > MAX_METADATA or len(tensors) > MAX_TENSORS:
+        raise refusal(name, f"more than {MAX_TENSORS} tensors, or {MAX_METADATA} texts")
+    if not tensors:
+        raise refusal(name, "no tensors in it")
+    tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)))
+    return Header(path, name, tensors, metadata, pickled=True)
+
+
+def leaves(root: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what is in nested tables, with the keys joined by dots.
+
+    Of a table with a `state_dict`, that is taken. Raises BrokenPickleError in a table without end.
+    """
+    if isinstance(root, dict) and isinstance(root.get("state_dict"), dict):
+        root = root["state_dict"]
+    if not isinstance(root, dict):
+        raise BrokenPickleError("not a table of tensors")
+    waiting: list[tuple[str, Any, int]] = [("", root, 0)]
+    taken = 0
+    while waiting:
+        prefix, table, depth = waiting.pop()
+        for key, value in table.items():
+            taken += 1
+            if taken > 4 * MAX_TENSORS or len(prefix) > MAX_STRING:
+                raise BrokenPickleError("tables of tables without end")
+            if not isinstance(key, str) or len(key) > MAX_STRING or not _is_text(key):
+                continue
+            if isinstance(value, dict) and depth < _MAX_DEPTH:
+                waiting.append((f"{prefix}{key}.", value, depth + 1))
+            else:
+                yield f"{prefix}{key}", value
+
+
+def _is_text(key: str) -> bool:
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _placed(tensor: _Tensor, records: dict[str, tuple[int, int]]) -> TensorInfo:
+    """Return where a tensor lies in the file."""
+    storage, itemsize = tensor.storage, DTYPES[tensor.dtype]
+    start, size = records.get(storage.key, (0, -1))
+    if size != storage.count * (1 if storage.dtype is None else itemsize):
+        raise BrokenPickleError(f"the bytes of storage {storage.key!r:.40} are not all in the file")
+    shape, stride = tensor.shape, tensor.stride
+    if len(shape) != len(stride) or len(shape) > MAX_DIMS or min((*shape, *stride, 0)) < 0:
+        raise BrokenPickleError(f"a tensor of shape {shape!r:.60} and stride {stride!r:.60}")
+    count = math.prod(shape)
+    last = sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) if count else -1
+    # With a stride of 0 a few bytes could be read as a tensor of any size.
+    if tensor.offset < 0 or (tensor.offset + max(last + 1, count)) * itemsize > size:
+        raise BrokenPickleError(f"a tensor of shape {shape!r:.60} is larger than its bytes")
+    at = start + tensor.offset * itemsize
+    return TensorInfo(tensor.dtype, shape, at, at + count * itemsize)
+
+
+# --- the stack machine ---------------------------------------------------------------------------
+
+
+def _follow(program: bytes) -> Any:
+    """Return what a pickle builds, with tensors as descriptions."""
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
+    argument: Any
+    for step, (opcode, argument, _) in enumerate(pickletools.genops(program)):
+        if step > MAX_STEPS:
+            raise BrokenPickleError(f"a pickle of more than {MAX_STEPS} instructions")
+        name = opcode.name
+        if name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name in _LITERALS:
+            stack.append(argument)
+        elif name in _EMPTY:
+            stack.append(_EMPTY[name]())
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name == "MARK":
+            marks.append(len(stack))
+        elif name == "GLOBAL":
+            stack.append(_Global(_known(argument)))
+        elif name == "BINPERSID":
+            stack.append(_storage(stack.pop()))
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            n = int(name[-1])
+            stack[-n:] = [tuple(stack[-n:])]
+        elif name in ("TUPLE", "SETITEMS", "APPENDS"):
+            mark = marks.pop()
+            items = stack[mark:]
+            del stack[mark:]
+            _add(stack, name, items)
+        elif name in ("SETITEM", "APPEND"):
+            n = 2 if name == "SETITEM" else 1
+            items = stack[-n:]
+            del stack[-n:]
+            _add(stack, f"{name}S", items)
+        elif name == "REDUCE":
+            arguments = stack.pop()
+            stack.append(_called(stack.pop(), arguments))
+        elif name == "BUILD":
+            state = stack.pop()  # the versions of a network's layers
+            if type(stack[-1]) is not dict or not isinstance(state, dict) or set(state) - _STATE:
+                raise BrokenPickleError("an object that is no table; convert it to safetensors")
+        elif name == "STOP":
+            return stack.pop()
+        elif name != "PROTO" or argument != 2:
+            raise BrokenPickleError(f"a pickle with {name.lower()}: no table of tensors")
+    raise BrokenPickleError("a pickle without an end")
+
+
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_LITERALS = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING")
+_EMPTY: dict[str, Callable[[], Any]] = {
+    "EMPTY_DICT": dict,
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+}
+_STATE = {"_metadata"}
+_ORDERED = "collections.OrderedDict"
+_PARAMETER = "torch._utils._rebuild_parameter"
+_REBUILT = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
+_KNOWN = {
+    _ORDERED,
+    _PARAMETER,
+    *_REBUILT,
+    _UNTYPED,
+    *INERT,
+    *(f"torch.{kind}Storage" for kind in _STORAGES),
+    *(f"torch.{dtype}" for dtype in _DTYPES),
+}
+
+
+def _known(argument: str) -> str:
+    """Return the name of a global, refused unless a table of tensors has it."""
+    name = ".".join(argument.split(" ", 1))
+    if name not in _KNOWN:
+        raise BrokenPickleError(
+            f"holds code ({name:.50}), which is not run; have it converted to safetensors"
+        )
+    return name
+
+
+def _add(stack: list[Any], name: str, items: list[Any]) -> None:
+    """Put a list of items on the stack as a tuple, or into the table or list that lies there."""
+    if name == "TUPLE":
+        stack.append(tuple(items))
+    elif name == "APPENDS" and type(stack[-1]) is list:
+        stack[-1].extend(items)
+    elif name == "SETITEMS" and type(stack[-1]) is dict and len(items) % 2 == 0:
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if not isinstance(key, (*_PLAIN, _Global)):
+                raise BrokenPickleError("a table whose keys are no names")
+            if key in stack[-1]:
+                raise BrokenPickleError(f"{key!r:.60} is there twice")
+            stack[-1][key] = value
+    else:
+        raise BrokenPickleError("a pickle that adds to what is no table")
+
+
+def _storage(told: Any) -> _Storage:
+    """Return the storage of a persistent id: ("storage", type, key, device, count)."""
+    kind, type_, key, _, count = told
+    if kind != "storage" or type(key) is not str or type(count) is not int or count < 0:
+        raise BrokenPickleError("a storage that torch.save does not write")
+    if not isinstance(type_, _Global):
+        raise BrokenPickleError("a storage of no type")
+    if type_.name == _UNTYPED:
+        return _Storage(key, None, count)
+    dtype = _STORAGES.get(type_.name.removeprefix("torch.").removesuffix("Storage"))
+    if dtype is None:
+        raise BrokenPickleError(f"a storage of type {type_.name:.40}")
+    return _Storage(key, dtype, count)
+
+
+def _called(function: Any, arguments: Any) -> Any:
+    """Return what a function would return: an empty table, a tensor, or the tensor it wraps."""
+    if not isinstance(function, _Global) or not isinstance(arguments, tuple):
+        raise BrokenPickleError("a pickle that calls what is no function")
+    given: list[Any] = list(arguments)
+    if function.name == _ORDERED and not given:
+        return {}
+    if function.name == _PARAMETER and len(given) == 3 and isinstance(given[0], _Tensor):
+        return given[0]
+    if function.name not in _REBUILT:
+        raise BrokenPickleError(f"calls {function.name:.50}; have it converted to safetensors")
+    if len(given) != (7 if function.name == _REBUILT[1] else 6) or given[5] != {}:
+        raise BrokenPickleError("a tensor with more to it than numbers")
+    storage, offset, shape, stride = given[:4]
+    if not isinstance(storage, _Storage) or type(offset) is not int:
+        raise BrokenPickleError("a tensor without a storage")
+    if not all(type(n) is int for n in (*shape, *stride)):
+        raise BrokenPickleError("a tensor whose shape is not of whole numbers")
+    dtype = storage.dtype
+    if function.name == _REBUILT[1]:
+        told = given[6]
+        dtype = _DTYPES.get(told.name.removeprefix("torch.")) if isinstance(told, _Global) else None
+    if dtype is None:
+        raise BrokenPickleError("a tensor of an unknown dtype")
+    return _Tensor(storage, dtype, offset, tuple(shape), tuple(stride))

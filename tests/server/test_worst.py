@@ -1,0 +1,280 @@
+"""The worst pictures and bodies of JSON: what they cost the server, and the others."""
+
+from __future__ import annotations
+
+import base64
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+import httpx2 as httpx
+import pytest
+import worst
+from hostile import encoded
+from inside import SOAK, figure, size
+from serving import Serving, wait_for
+
+pytestmark = pytest.mark.xdist_group("worst")  # one server for them all
+STRANGER, OTHER = ({"X-Forwarded-For": address} for address in ("192.0.2.1", "198.51.100.1"))
+TINY = base64.b64encode(encoded()).decode()
+QUICK = {"prompt": "a cat", "steps": 1, "sampler": "euler"}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    folder = tmp_path_factory.mktemp("worst")
+    with Serving(folder, "--dtype", "float32", "--trust-proxy", "127.0.0.1") as running:
+        running.ready()
+        wait_for(lambda: running.client.get("/studio/").status_code == 200)
+        for enter in ENTRANCES.values():  # libraries and processes are started by the first
+            with httpx.Client(base_url=running.url, headers=STRANGER, timeout=60) as client:
+                enter(client, encoded())
+        yield running
+
+
+class Tree:
+    """The most memory that a process and all of its children have, beyond what they had."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid, self.most, self._over = pid, 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> Self:
+        self._pids = self._family()
+        self._before = self._now()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        looked = time.monotonic()
+        while not self._over.wait(0.005):
+            if time.monotonic() - looked > 0.1:
+                self._pids, looked = self._family(), time.monotonic()
+            self.most = max(self.most, self._now() - self._before)
+
+    def _family(self) -> set[int]:
+        parents: dict[int, list[int]] = {}
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = path.read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            parents.setdefault(int(fields[1]), []).append(int(path.parent.name))
+        found, new = set[int](), [self._pid]
+        while new:
+            pid = new.pop()
+            found.add(pid)
+            new += parents.get(pid, [])
+        return found
+
+    def _now(self) -> float:
+        """MB of their own, files that are mapped apart."""
+        total = 0
+        for pid in self._pids:
+            try:
+                _, resident, shared = Path(f"/proc/{pid}/statm").read_text().split()[:3]
+            except (OSError, ValueError):
+                continue
+            total += int(resident) - int(shared)
+        return total * 4096 / 1e6
+
+
+class Others:
+    """What another client waits for meanwhile: /healthz, and a picture of its own to be taken."""
+
+    def __init__(self, server: Serving, *, pictures: bool = True) -> None:
+        self._url, self._pictures = server.url, pictures
+        self.health, self.taken = [0.0], [0.0]
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=self._ask)]
+        if pictures:
+            self._threads.append(threading.Thread(target=self._submit))
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _ask(self) -> None:
+        with httpx.Client(base_url=self._url, timeout=60) as client:
+            while not self._over.wait(0.003):
+                began = time.perf_counter()
+                assert client.get("/healthz").status_code == 200
+                self.health.append(time.perf_counter() - began)
+
+    def _submit(self) -> None:
+        with httpx.Client(base_url=self._url, headers=OTHER, timeout=60) as client:
+            while not self._over.wait(0.05):
+                began = time.perf_counter()
+                answer = client.post("/api/jobs", json=QUICK | {"image": TINY})
+                assert answer.status_code == 202, answer.text
+                self.taken.append(time.perf_counter() - began)
+
+
+# --- pictures ------------------------------------------------------------------------------------
+
+
+def jobs(client: httpx.Client, data: bytes) -> int:
+    text = base64.b64encode(data).decode()
+    return client.post("/api/jobs", json=QUICK | {"image": text}).status_code
+
+
+def img2img(client: httpx.Client, data: bytes) -> int:
+    text = base64.b64encode(data).decode()
+    body = QUICK | {"sampler": "Euler", "init_images": [text], "width": 64, "height": 64}
+    return client.post("/sdapi/v1/img2img", json=body).status_code
+
+
+def png_info(client: httpx.Client, data: bytes) -> int:
+    text = base64.b64encode(data).decode()
+    return client.post("/sdapi/v1/png-info", json={"image": text}).status_code
+
+
+def edits(client: httpx.Client, data: bytes) -> int:
+    files = {"image": ("a.png", data)}
+    form = {"prompt": "a cat", "size": "64x64", "steps": "1"}
+    return client.post("/v1/images/edits", data=form, files=files).status_code
+
+
+def upload(client: httpx.Client, data: bytes) -> int:
+    """As the page does with a picture that is dropped to read its recipe."""
+    answer = client.post("/studio/gradio_api/upload", files={"files": ("a.png", data)})
+    if answer.status_code != 200:
+        return answer.status_code
+    known = client.get("/studio/config").json()["dependencies"]
+    file = {"path": answer.json()[0], "meta": {"_type": "gradio.FileData"}}
+    body = {
+        "data": [file],
+        "fn_index": next(one["id"] for one in known if one["api_name"] == "read"),
+        "session_hash": secrets.token_hex(5),
+    }
+    assert client.post("/studio/gradio_api/queue/join", json=body).status_code == 200
+    with client.stream(
+        "GET", f"/studio/gradio_api/queue/data?session_hash={body['session_hash']}"
+    ) as stream:
+        for line in stream.iter_lines():
+            if "process_completed" in line:
+                return 200
+    return 0
+
+
+ENTRANCES = {
+    "jobs": jobs,
+    "img2img": img2img,
+    "png-info": png_info,
+    "edits": edits,
+    "upload": upload,
+}
+CASES = [(name, enter) for name in worst.PICTURES for enter in ENTRANCES]
+CASES = CASES if SOAK else [(worst.SMALL[0], "jobs"), (worst.SMALL[1], "edits")]
+
+
+@pytest.mark.parametrize(("name", "enter"), CASES)
+def test_the_worst_pictures(server: Serving, name: str, enter: str) -> None:
+    data = worst.PICTURES[name]()
+    assert len(data) <= 64 << 20
+    with (
+        httpx.Client(base_url=server.url, headers=STRANGER, timeout=120) as client,
+        Tree(server.process.pid) as tree,
+        Others(server) as others,
+    ):
+        began = time.perf_counter()
+        status = ENTRANCES[enter](client, data)
+        seconds = time.perf_counter() - began
+    figure(
+        f"22: {name} ({len(data) / 1e6:.0f} MB) by {enter}: {status} after {seconds:.1f} s, "
+        f"at most {tree.most:.0f} MB; others waited at most {max(others.taken):.2f} s for a "
+        f"picture, {max(others.health) * 1000:.0f} ms for /healthz"
+    )
+    assert status in (200, 202, 400, 413, 422)
+    assert tree.most < 300
+    if SOAK:
+        assert max(others.taken) < 1
+    for job in server.client.get("/api/jobs?limit=200").json():
+        server.client.delete(f"/api/jobs/{job['id']}")
+
+
+# --- JSON ----------------------------------------------------------------------------------------
+
+
+ROUTES = {
+    "/api/jobs": 64,
+    "/api/jobs/0123456789abcdef0123456789abcdef/retry": 1,
+    "/v1/images/generations": 1,
+    "/v1/images/edits": 1,
+    "/sdapi/v1/txt2img": 64,
+    "/sdapi/v1/img2img": 64,
+    "/sdapi/v1/png-info": 64,
+    "/sdapi/v1/interrupt": 1,
+    "/sdapi/v1/skip": 1,
+    "/sdapi/v1/options": 1,
+    **{f"/sdapi/v1/refresh-{what}": 1 for what in ("embeddings", "vae", "checkpoints", "loras")},
+    "/studio/gradio_api/queue/join": 1,
+    "/studio/gradio_api/upload": 1,
+    "/studio/enter": 1,
+}
+"""Every route that takes a body, and the MiB of JSON that it looks at."""
+
+BODIES = list(worst.json_bodies(1 << 16))
+SOME = ["unknown keys", "50 deep, everywhere", "fractions"]
+
+
+def routes_with_bodies(server: Serving) -> set[str]:
+    paths = server.client.get("/openapi.json").json()["paths"]
+    return {path.split("{")[0] for path, how in paths.items() if "post" in how}
+
+
+def test_no_route_is_left_out(server: Serving) -> None:
+    known = {route.split("0123")[0] for route in ROUTES}
+    assert routes_with_bodies(server) <= known
+
+
+@pytest.mark.parametrize("name", BODIES if SOAK else SOME)
+def test_the_worst_json(server: Serving, name: str) -> None:
+    found: list[tuple[float, str]] = []
+    sizes = {1: worst.json_bodies((1 << 20) - 200)[name]}
+    if SOAK:
+        sizes[64] = worst.json_bodies((64 << 20) - 200)[name]
+    for route, most in ROUTES.items():
+        for mebibytes, body in sizes.items():
+            if mebibytes <= most:
+                found.append((waited(server, route, body), f"{route}, {mebibytes} MiB"))
+    slowest, where = max(found)
+    figure(f"23: JSON, {name}: /healthz waited at most {slowest * 1000:.0f} ms ({where})")
+    if SOAK:
+        assert slowest < 0.1, where
+
+
+def waited(server: Serving, route: str, body: bytes) -> float:
+    """Return how long /healthz waited at most, the least of three times: others use the machine."""
+    found: list[float] = []
+    headers = {**STRANGER, "Content-Type": "application/json"}
+    for _ in range(size(1, 3)):
+        with (
+            httpx.Client(base_url=server.url, headers=headers, timeout=120) as client,
+            Others(server, pictures=False) as others,
+        ):
+            wait_for(lambda: len(others.health) > 20)
+            answer = client.post(route, content=body)
+            assert answer.status_code < 500, answer.text
+            assert "Traceback" not in answer.text
+            if answer.status_code == 202:
+                client.delete(f"/api/jobs/{answer.json()['id']}")
+        found.append(max(others.health))
+    return min(found)
+
+
+def test_the_log_has_no_traceback(server: Serving) -> None:
+    assert "Traceback" not in server.log()
