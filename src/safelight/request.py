@@ -105,6 +105,9 @@ class Request(RequestFields, metaclass=_Listed):
             raise SafelightError(f"{name} cannot be decoded: {error}", field=name) from None
 
     @model_validator(mode="after")
+    def _validate_together(self) -> Self:
+        return self._check_together()
+
     def _check_together(self) -> Self:
         if self.unconditional:
             for name in ("prompt", "negative_prompt", "image", "mask"):

@@ -144,7 +144,7 @@ def _named(value: Any, names: list[str]) -> Any:
     return value
 
 
-def read_event(body: bytes) -> dict[str, Any]:
+def read_event(body: bytes | bytearray) -> dict[str, Any]:
     """Return the JSON object in a body that is parsed once more. Raises RefusedError for others."""
     found = _parsed(body)
     if not isinstance(found, dict) or _deep(found):

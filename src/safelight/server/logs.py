@@ -34,7 +34,7 @@ def without_words(error: BaseException) -> str:
     """Return where an exception and its causes were raised, and their kinds.
 
     The words of an exception may quote a prompt: those of a KeyError, or of a failed validation.
-    Only the system's words for its own errors are kept.
+    Only the system's words for its own errors are kept, and names in the code.
     """
     parts: list[str] = []
     seen: set[int] = set()
@@ -42,7 +42,11 @@ def without_words(error: BaseException) -> str:
     while one is not None and id(one) not in seen:
         seen.add(id(one))
         frames = "".join(traceback.format_tb(one.__traceback__))
-        told = f": {one.strerror}" if isinstance(one, OSError) and one.strerror else ""
+        told = ""
+        if isinstance(one, OSError) and one.strerror:
+            told = f": {one.strerror}"
+        elif isinstance(one, AttributeError | NameError | ImportError) and one.name:
+            told = f": {one.name[:100]}"
         inner = [without_words(e) for e in getattr(one, "exceptions", ()) if id(e) not in seen]
         parts.append(
             "\n".join([f"{frames}{type(one).__module__}.{type(one).__name__}{told}", *inner])

@@ -54,12 +54,14 @@ def compare(hub: Hub, form: forms.Form, decoders: Decoders) -> None:
             async with forms.turn(values, decoders, asker(by).name):
                 given = await forms.read_easel(values, decoders, asker(by).name)
                 base = (await asyncio.to_thread(forms.request, *given, hub=hub)).replace(count=1)
-                for row in requests(base, *axes):
-                    for request in row:
-                        owner = asker(by).owner
-                        jobs.append(await hub.submit(request, client="compare", owner=owner))
                 prompt = base.prompt
-                del given, base, row, request  # pictures are not held while the cells are drawn
+                cells = [request for row in requests(base, *axes) for request in row]
+                del given, base  # pictures are not held while the cells are drawn
+                while cells:
+                    request = cells.pop(0)
+                    owner = asker(by).owner
+                    jobs.append(await hub.submit(request, client="compare", owner=owner))
+                    del request
         except SafelightError as error:
             for job in jobs:  # the whole grid, or nothing
                 await hub.cancel(job.id)

@@ -152,13 +152,13 @@ class Studio:
 
     async def _keep(self, ready: asyncio.Future[Any]) -> None:
         try:
-            app = await asyncio.to_thread(
+            app, page = await asyncio.to_thread(
                 _build, self._hub, await self._hub.defaults(), self._decoders
             )
             async with app.router.lifespan_context(app):
                 uploads = self._uploads(app)
                 await asyncio.to_thread(uploads.clean_up)  # of an earlier server
-                self._sessions = Sessions(app.get_blocks()._queue)
+                self._sessions = Sessions(page._queue)
                 ready.set_result(app)
                 while True:
                     await asyncio.to_thread(uploads.forget)
@@ -169,7 +169,8 @@ class Studio:
             ready.set_exception(error)
 
 
-def _build(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> Any:
+def _build(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> tuple[Any, Any]:
+    """Return the application that serves the page, and Gradio's page."""
     # Gradio reads this when it is imported; it switches off its telemetry.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     # The default is in /tmp: for ever, under a name that another user may have taken.
@@ -184,12 +185,12 @@ def _build(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> Any:
     # checking that it was uploaded.
     processing_utils.async_ssrf_protected_download = _not_fetched
     for module in (queueing, routes, route_utils):
-        module.traceback = _Logged()
+        vars(module)["traceback"] = _Logged()
     page = blocks(hub, defaults, decoders)
     page.has_launched = True
     page.max_threads = MAX_RUNNING
     page.queue(default_concurrency_limit=None)  # one client's slow event holds up no other's
-    return mount_gradio_app(
+    mounted = mount_gradio_app(
         FastAPI(openapi_url=None),
         page,
         path=PATH,
@@ -199,6 +200,7 @@ def _build(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> Any:
         max_file_size="64mb",
         **LOOK,
     )
+    return mounted, page
 
 
 async def _not_fetched(url: str, *_: Any, **__: Any) -> str:
