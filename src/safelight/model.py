@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -15,11 +16,16 @@ from safelight.families import Family
 from safelight.sampling import SchedulerConfig
 
 if TYPE_CHECKING:
+    from safelight.adapters.asked import Unmatched
+    from safelight.adapters.embeddings import Embeddings
+    from safelight.adapters.select import Adapters, Selection
     from safelight.engine import Run, Step
     from safelight.keywords import GenerateSettings
+    from safelight.prompt.styles import Style
     from safelight.request import Request
     from safelight.result import Result
     from safelight.weights.library import Library
+    from safelight.weights.stored import Stored
 
 
 @dataclass(repr=False)
@@ -37,8 +43,14 @@ class Model:
     native_size: width and height, in pixels, of the pictures it was trained on.
     warnings: what the user should know about how it was loaded.
     wildcards_dir: the folder that `__name__` in a prompt is drawn from, None if there is none.
+    styles: words by name that a request may have put around its prompts.
     library: the models folder that LoRAs and embeddings are found in, None if there is none.
     other_vae: name and sha256 of the autoencoder that took the place of its own, None if none did.
+    stored: its weights where they are stored; None if it was not loaded from files.
+    takes_paths: whether a LoRA or an embedding may be named by its path, which is not for requests
+      of strangers.
+    lora_files, embedding_files: names of LoRAs and embeddings that mean these files.
+    base, selection: of an adapted model, the one without LoRAs, and those that it has.
     """
 
     name: str
@@ -54,8 +66,15 @@ class Model:
     notes: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     wildcards_dir: Path | None = None
+    styles: Mapping[str, Style] = field(default_factory=dict)
     library: Library | None = None
     other_vae: dict[str, str] | None = None
+    stored: Stored | None = None
+    takes_paths: bool = True
+    lora_files: dict[str, Path] = field(default_factory=dict)
+    embedding_files: dict[str, Path] = field(default_factory=dict)
+    base: Model | None = None
+    selection: Selection | None = None
 
     def __repr__(self) -> str:
         width, height = self.native_size
@@ -112,6 +131,36 @@ class Model:
     def tokenizer(self) -> Any:
         """The tokenizer, the first of two, None if the model reads no text."""
         return self.parts.get("tokenizer") or self.parts.get("tokenizer_2")
+
+    @cached_property
+    def embeddings(self) -> Embeddings:
+        """Finds textual inversions, and keeps models that know them."""
+        from safelight.adapters.embeddings import Embeddings
+
+        return Embeddings(self)
+
+    @cached_property
+    def adapters(self) -> Adapters:
+        """Finds LoRAs and merges them."""
+        from safelight.adapters.select import Adapters
+
+        return Adapters(self)
+
+    def adapted(self, loras: Sequence[str], *, unmatched: Unmatched = "error") -> Model:
+        """Return a model with LoRAs and their kin merged, which shares all else with this one.
+
+        loras: as `Request.loras` has them, added to those that this model has. unmatched: "warn"
+        leaves out keys that belong to nothing in the model. The last few models stay, so that the
+        same LoRAs give the same object. This model draws as before.
+
+        Raises SafelightError, one line, for a file that is not found, damaged or does not fit.
+        """
+        from safelight.adapters.asked import AskedLora
+
+        base = self.base or self
+        asked = [AskedLora.parse(text) for text in loras]
+        selection = base.adapters.choose(asked, unmatched, after=self.selection)
+        return base.adapters.adapted(selection)
 
     def generate(
         self,

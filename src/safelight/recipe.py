@@ -5,6 +5,7 @@ A PNG holds two of them: exact JSON of our own in the text `safelight`, and AUTO
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,9 @@ def recipe_text(recipe: dict[str, Any]) -> str:
     }
     if vae := recipe.get("vae"):
         pairs |= {"VAE hash": vae["sha256"][:10], "VAE": vae["name"]}
+    if embeddings := recipe.get("embeddings"):
+        hashes = (f"{_plain(one['name'])}: {one['sha256'][:12]}" for one in embeddings)
+        pairs["TI hashes"] = ", ".join(hashes)
     if settings.get("prompt_syntax") == "a1111" and settings.get("emphasis") != "original":
         pairs["Emphasis"] = settings["emphasis"].replace("-", " ").capitalize()
     pairs |= {name: value for name, value in told.items() if name not in pairs}
@@ -61,7 +65,10 @@ def recipe_text(recipe: dict[str, Any]) -> str:
         pairs["Hires resize"] = "{}x{}".format(*recipe["enlarged"])
         pairs["Hires upscaler"] = "Lanczos"
     pairs["Version"] = f"Safelight {recipe['safelight']}"
-    lines = [settings["prompt"]]
+    loras = recipe.get("loras", [])
+    if loras:
+        pairs["Lora hashes"] = ", ".join(f"{_plain(one['name'])}: {one['hash']}" for one in loras)
+    lines = [settings["prompt"] + "".join(_tag(one) for one in loras if not one["in_prompt"])]
     if settings["negative_prompt"]:
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
     lines.append(
@@ -70,6 +77,17 @@ def recipe_text(recipe: dict[str, Any]) -> str:
         )
     )
     return "\n".join(lines)
+
+
+def _tag(lora: dict[str, Any]) -> str:
+    """Return a LoRA as a prompt of the web UI has it: the text encoder's weight comes first."""
+    weights = dict.fromkeys(f"{lora[key]:g}" for key in ("text_weight", "weight"))
+    return f" <lora:{_plain(lora['name'])}:{':'.join(weights)}>"
+
+
+def _plain(name: str) -> str:
+    """Return a name without the marks that part names in the web UI's text."""
+    return re.sub(r"[:,<>]", "", name)
 
 
 def enlarge(

@@ -38,6 +38,8 @@ from safelight.server.jobs import (
     Status,
     StoppingError,
 )
+from safelight.server.names import Names
+from safelight.server.settings import Settings
 
 PATIENCE = 30
 
@@ -84,6 +86,7 @@ class FakeService:
         self.paint: Image.Image | None = None
         self.error: str | None = None
         self.warnings: list[str] = []
+        self.names = Names(Settings(model="embedded", url="", root=""))
         self.best: dict[str, Any] = {}
         self.submitted, self.held, self.was_cancelled = (threading.Event() for _ in range(3))
         self._go = threading.Event()

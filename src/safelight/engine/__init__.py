@@ -3,8 +3,9 @@
 `Engine` has the only step loop. `Run` makes the pictures of one request with it.
 """
 
-from safelight.engine.core import Engine, Ticket
+from safelight.engine.core import Engine
 from safelight.engine.job import Job, NotFiniteError
 from safelight.engine.run import Run, Step
+from safelight.engine.ticket import Ticket
 
 __all__ = ["Engine", "Job", "NotFiniteError", "Run", "Step", "Ticket"]

@@ -12,23 +12,30 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 
+from safelight.adapters.embeddings import key_of
 from safelight.engine.capacity import free_memory, largest_useful_batch, out_of_memory, probe
 from safelight.engine.job import Job, NotFiniteError, advance, finish
-from safelight.engine.requests import create_job, new_result, resolve_request, with_drawn
+from safelight.engine.requests import (
+    create_job,
+    new_result,
+    resolve_request,
+    select_loras,
+    with_drawn,
+)
+from safelight.engine.ticket import Ticket, admitted
 from safelight.errors import SafelightError
 from safelight.families.base import Conditioning
 from safelight.request import Request
 from safelight.result import Result
-from safelight.sampling import Table
 
 if TYPE_CHECKING:
+    from safelight.adapters.select import Selection
     from safelight.model import Model
 
 LISTEN = 0.2
@@ -41,68 +48,6 @@ MAX_PROMPTS = 64
 def too_large() -> SafelightError:
     """Return the error for a picture that there is no memory for."""
     return SafelightError("out of memory: ask for a smaller picture", code="out_of_memory")
-
-
-@dataclass(eq=False)
-class Ticket:
-    """One picture in the making.
-
-    table, conditioning: of its job. size: its latents' numbers, as a multiple of those of the
-    model's own size. index: which picture of its request. tag: whatever the client knows it by.
-    dtype: the precision that it is drawn in. prepare: makes the job, when its turn comes. image or
-    error: set when it is finished.
-    """
-
-    table: Table
-    conditioning: Conditioning
-    size: float
-    index: int
-    seed: int
-    dtype: str
-    tag: Any = None
-    prepare: Callable[[], Job] | None = None
-    arrived: float = field(default_factory=time.monotonic)
-    image: Image.Image | None = None
-    error: Exception | None = None
-    _job: Job | None = None
-
-    @property
-    def job(self) -> Job:
-        """Its state; made now if its turn has not come yet."""
-        if self._job is None:
-            assert self.prepare is not None
-            self._job, self.prepare = self.prepare(), None
-        return self._job
-
-    @property
-    def prepared(self) -> bool:
-        return self._job is not None
-
-    @property
-    def steps(self) -> int:
-        """Rows of its table, those that are taken included."""
-        return len(self.table.rows)
-
-    @property
-    def rows(self) -> int:
-        """Rows of the network's call, at each step."""
-        return self.conditioning.evaluations
-
-    @property
-    def load(self) -> float:
-        """Rows of the model's own size that take as long as a step."""
-        return self.rows * self.size
-
-    @property
-    def work_left(self) -> float:
-        """Rows of the model's own size that take as long as all of its steps to come."""
-        taken = self._job.cursor if self._job is not None else -1  # to prepare is a step, too
-        return (self.steps - taken) * self.load
-
-    @property
-    def call_key(self) -> tuple[Any, ...]:
-        """Equal for two pictures that can share a call of the network."""
-        return tuple(self.job.state.shape), self.job.asked.call_key
 
 
 class Engine:
@@ -128,7 +73,8 @@ class Engine:
         background: bool = False,
         working: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self.model, self.exact = model, exact
+        self.model, self.exact = model.base or model, exact
+        self._own = model.selection
         self._working = working
         self.rows = rows or (1 if exact else largest_useful_batch(model))
         self.tickets: list[Ticket] = []
@@ -168,18 +114,22 @@ class Engine:
                     if i in done:
                         continue
                     one = with_drawn(resolved, result, seed)
-                    conditioning = self._conditioning(one)
-                    create = partial(create_job, model, one, conditioning, seed)
-                    if self._decoder is not None and request.image is not None:
-                        size = self._size(_latents(model, one))
-                        ticket = Ticket(
-                            *(table, conditioning, size, i, seed, model.precision, tag),
-                            prepare=create,
-                        )
-                        self.tickets.append(ticket)
-                    else:
-                        ticket = self.add_job(create(), tag, index=i, seed=seed)
-                    ticket.arrived = arrived
+                    selection = select_loras(model, one, result, seed, self._own)
+                    size = self._size(_latents(model, one))
+                    rows = 1 + (one.guidance_scale > 1)
+                    if selection is None:
+                        rows = self._conditioning(model, one).evaluations
+                    ticket = Ticket(
+                        *(table, rows, size, i, seed, model.precision, tag),
+                        prepare=partial(self._make, one, seed, selection),
+                        selection=selection,
+                        arrived=arrived,
+                    )
+                    # What takes long waits for its turn: LoRAs, and in a server pictures.
+                    waits = self._decoder is not None and request.image is not None
+                    if selection is None and not waits:
+                        _ = ticket.job
+                    self.tickets.append(ticket)
         except (MemoryError, RuntimeError) as error:  # of a large picture to start from
             if not out_of_memory(error):
                 raise
@@ -189,11 +139,22 @@ class Engine:
 
     def add_job(self, job: Job, tag: Any = None, *, index: int = 0, seed: int = 0) -> Ticket:
         """Take in a job that was prepared elsewhere, and return its ticket."""
-        size = self._size(tuple(job.state.shape))
-        precision = self.model.precision
-        ticket = Ticket(job.table, job.conditioning, size, index, seed, precision, tag, _job=job)
+        size, rows = self._size(tuple(job.state.shape)), job.conditioning.evaluations
+        ticket = Ticket(job.table, rows, size, index, seed, self.model.precision, tag)
+        ticket.prepare = lambda: (self.model, job)
+        _ = ticket.job
         self.tickets.append(ticket)
         return ticket
+
+    def _make(self, request: Request, seed: int, selection: Selection | None) -> tuple[Model, Job]:
+        """Return the job of one picture, and the model that draws it."""
+        model = self.model
+        with torch.inference_mode():
+            if selection is not None:
+                with self._working():
+                    model = model.adapters.adapted(selection)
+            conditioning = self._conditioning(model, request, selection)
+            return model, create_job(model, request, conditioning, seed)
 
     def _size(self, shape: tuple[int, ...]) -> float:
         own = self.model.family.latent_shape(self.model, self.model.native_size)
@@ -235,8 +196,11 @@ class Engine:
 
     def _turn(self) -> list[Ticket]:
         """Return the first in turn, and those that fit beside it."""
-        shortest = min(self.tickets, key=lambda ticket: ticket.work_left)
-        oldest = min(self.tickets, key=lambda ticket: (ticket.arrived, ticket.work_left))
+        tickets = self.tickets
+        if any(ticket.selection for ticket in tickets):
+            tickets = admitted(tickets, self.model.adapters.fits)
+        shortest = min(tickets, key=lambda ticket: ticket.work_left)
+        oldest = min(tickets, key=lambda ticket: (ticket.arrived, ticket.work_left))
         if shortest.tag == oldest.tag:
             self._owing = 0.0
         else:
@@ -263,8 +227,7 @@ class Engine:
 
     def _prepare(self, ticket: Ticket) -> tuple[list[Ticket], list[Ticket]]:
         try:
-            with torch.inference_mode():
-                _ = ticket.job
+            _ = ticket.job
         except SafelightError as error:
             return [], self._fail([ticket], error)
         except (MemoryError, RuntimeError) as error:  # of a large picture to start from
@@ -278,7 +241,7 @@ class Engine:
         began = time.monotonic()
         try:
             with torch.inference_mode():
-                advance(self.model, [ticket.job for ticket in tickets])
+                advance(tickets[0].model, [ticket.job for ticket in tickets])
         except NotFiniteError as error:
             lost = [t for t in tickets if any(t.job is job for job in error.jobs)]
             return [t for t in tickets if t not in lost], self._fail(lost, error)
@@ -342,12 +305,14 @@ class Engine:
                 raise error
             yield ticket
 
-    def _conditioning(self, request: Request) -> Conditioning:
-        """Return the cached conditioning of a resolved request."""
-        family = self.model.family
-        key = family.conditioning_key(request)
+    def _conditioning(
+        self, model: Model, request: Request, selection: Selection | None = None
+    ) -> Conditioning:
+        """Return the cached conditioning of a resolved request. model: with its LoRAs."""
+        family, chosen = model.family, model.embeddings.choose(request)
+        key = (selection and selection.key, key_of(chosen), family.conditioning_key(request))
         if key not in self._prompts:
-            made = family.encode(self.model, request)
+            made = family.encode(model.embeddings.model(chosen), request)
             if not made.is_finite:
                 return made  # what went wrong once may go well the next time
             self._prompts[key] = made

@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from safelight.adapters.asked import asked_of
+from safelight.adapters.embeddings import record
 from safelight.defaults import is_distilled
 from safelight.engine.job import Job, prepare
 from safelight.errors import SafelightError
 from safelight.families.base import Conditioning
 from safelight.machine import describe_machine
 from safelight.prompt.dynamic import draw
+from safelight.prompt.styles import apply_styles
 from safelight.request import Request
 from safelight.result import Result
 from safelight.sampling import SAMPLERS
@@ -19,6 +22,7 @@ from safelight.settings import settings_of
 from safelight.sizes import MAX_SIDE, MIN_SIDE, SIDE_STEP, allowed_side
 
 if TYPE_CHECKING:
+    from safelight.adapters.select import Selection
     from safelight.model import Model
 
 STRENGTH = 0.8
@@ -32,8 +36,6 @@ def resolve_request(model: Model, request: Request) -> Request:
     """
     family = model.family
     family.check_request(model, request)
-    if request.loras:
-        raise SafelightError("loras cannot be used yet: leave them out", field="loras")
     request = request.with_defaults(model.defaults)
     filled: dict[str, Any] = {}
     if request.steps is None:
@@ -102,17 +104,40 @@ def new_result(model: Model, asked: Request, resolved: Request, exact: bool = Tr
         drawn={"exact": exact, **describe_machine(model.device)},
         vae=model.other_vae,
     )
-    if resolved.dynamic_prompts:
-        texts = [resolved.prompt, resolved.negative_prompt]
+    if resolved.dynamic_prompts or resolved.styles:
+        texts = list(_styled(model, resolved))
         for seed in seeds:
-            result.words[seed] = tuple(draw(texts, seed, model.wildcards_dir))
+            drawn = draw(texts, seed, model.wildcards_dir) if resolved.dynamic_prompts else texts
+            result.words[seed] = tuple(drawn)
     result.warnings += _warnings(model, asked, resolved)
     # Each picture may have words of its own.
-    told = {result.words.get(seed): seed for seed in seeds}
-    for seed in told.values():
-        result.warnings += model.family.warnings(model, with_drawn(resolved, result, seed))
+    for words in dict.fromkeys(map(result.words.get, seeds)):
+        same = [seed for seed in seeds if result.words.get(seed) == words]
+        one = with_drawn(resolved, result, same[0])
+        chosen = model.embeddings.choose(one)
+        result.warnings += model.family.warnings(model.embeddings.model(chosen), one)
+        result.embeddings |= dict.fromkeys(same, tuple(map(record, chosen)))
     result.warnings[:] = dict.fromkeys(result.warnings)
     return result
+
+
+def select_loras(
+    model: Model, request: Request, result: Result, seed: int, own: Selection | None
+) -> Selection | None:
+    """Return the LoRAs of one picture of a resolved request, None without; note them in the result.
+
+    own: those that the model came with. Raises SafelightError for one that does not fit.
+    """
+    asked, warnings = asked_of(request)
+    result.warnings += [warning for warning in warnings if warning not in result.warnings]
+    if not asked and own is None:
+        return None
+    selection = model.adapters.choose(asked, request.lora_unmatched, after=own)
+    result.loras[seed] = selection.records
+    # By names that tell nothing of this machine.
+    result.settings["loras"] = [str(one) for one in selection.asked if not one.tagged]
+    result.warnings += [said for said in selection.warnings if said not in result.warnings]
+    return selection if selection.key else None
 
 
 def with_drawn(resolved: Request, result: Result, seed: int) -> Request:
@@ -120,7 +145,14 @@ def with_drawn(resolved: Request, result: Result, seed: int) -> Request:
     if seed not in result.words:
         return resolved
     prompt, negative = result.words[seed]
-    return resolved.replace(prompt=prompt, negative_prompt=negative, dynamic_prompts=False)
+    return resolved.replace(
+        prompt=prompt, negative_prompt=negative, dynamic_prompts=False, styles=()
+    )
+
+
+def _styled(model: Model, request: Request) -> tuple[str, str]:
+    """Return both prompts with the words of the styles around them."""
+    return apply_styles(model.styles, request.styles, request.prompt, request.negative_prompt)
 
 
 def _warnings(model: Model, asked: Request, resolved: Request) -> list[str]:

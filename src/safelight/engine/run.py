@@ -82,7 +82,8 @@ class Run:
             while engine.busy:
                 began = time.perf_counter()
                 stepped, finished = engine.step()
-                timings["denoise" if stepped else "decode"] += time.perf_counter() - began
+                part = "denoise" if stepped else "decode" if finished else "text"
+                timings[part] += time.perf_counter() - began
                 for ticket in finished:
                     if ticket.image is None:
                         assert ticket.error is not None

@@ -112,7 +112,8 @@ def watch(model: Model, request: Request, on_step: Callable[[Step], object] | No
     engine = Engine(model)
     result = engine.add(request)
     [ticket] = engine.tickets
-    job, rows = ticket.job, ticket.job.table.rows
+    job, model = ticket.job, ticket.model
+    rows = job.table.rows
     words = _words(model, request, result)
     wanted = _evenly(len(rows))
     seen: list[_Seen] = []

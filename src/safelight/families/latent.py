@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.errors import SafelightError
 from safelight.families import encoding
-from safelight.families.base import Conditioning, Family, Part
+from safelight.families.base import NO_PART, Conditioning, Family, Part
 from safelight.weights import names
 
 if TYPE_CHECKING:
@@ -43,12 +43,14 @@ IGNORED = re.compile(
 )
 
 UNET_PART = Part("safelight.nets.unet", "UNet2DConditionModel", "UNetConfig")
+TINY_PART = Part("safelight.nets.tiny", "AutoencoderTiny", "TinyConfig")
 VAE_PART = Part(
     "safelight.nets.vae",
     "AutoencoderKL",
     "VAEConfig",
     rename=names.vae_folder_name,
     reshape=names.vae_shape,
+    others={"AutoencoderTiny": TINY_PART},
 )
 TEXT_PART = Part(
     "safelight.nets.clip",
@@ -121,6 +123,15 @@ class LatentFamily(Family):
         "clip_skip",
     )
 
+    def index(self, configs: Mapping[str, Any]) -> dict[str, Any]:
+        inpaints = configs["unet"].in_channels > configs["unet"].out_channels
+        others = {"feature_extractor", "image_encoder", "text_encoder", "tokenizer"}
+        absent = sorted(others - self.parts.keys() - self.tokenizers.keys())
+        return {
+            "_class_name": self.pipelines[2 if inpaints else 0],
+            **dict.fromkeys(absent, NO_PART),
+        }
+
     # --- how prompts are read ----------------------------------------------------------------
 
     final_norm: ClassVar[bool] = True
@@ -172,6 +183,9 @@ class LatentFamily(Family):
     def native_size(self, configs: Mapping[str, Any]) -> tuple[int, int]:
         side = (configs["unet"].sample_size or 64) * configs["vae"].factor
         return side, side
+
+    def original_names(self, part: str, config: Mapping[str, Any]) -> Mapping[str, str]:
+        return names.unet_names(config) if part == "unet" else {}
 
     def load_tokenizers(self, folder: Folder | None, configs: Mapping[str, Any]) -> dict[str, Any]:
         from safelight.prompt.tokenizer import clip_tokenizer, folder_tokenizer

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from safelight.fast import memory, onednn, split, tiles, vectors, winograd
+from safelight.fast import kernels, memory, onednn, split, strips, tiles, vectors, winograd
 from safelight.fast.store import ARENA, Shelf, Store
 from safelight.nets import layers
 from safelight.nets.layers import as_map, as_tokens, attend
@@ -89,7 +89,10 @@ class FastConv2d(layers.Conv2d):
         shift: Tensor | None = None,
         consume: bool = False,
     ) -> Tensor:
-        """x: a map, or a tiles.Map if the layer reads those."""
+        """x: a map, a strips.Normed, or a tiles.Map if the layer reads those."""
+        if isinstance(x, strips.Normed):
+            _make_room(x.x)
+            return strips.convolve(self.__call__, x, self.out_channels, plus, shift, consume)
         if isinstance(x, Tensor):
             _make_room(x)
         if self._product is None:
@@ -178,6 +181,8 @@ class FastGroupNorm(layers.GroupNorm):
     def silu(self, x: Tensor, conv: nn.Conv2d) -> Any:
         if isinstance(conv, FastConv2d) and conv.reads_maps() and vectors.fits_norm(self, x):
             return tiles.Map(x, vectors.moments(self, x, *_affine(self)))
+        if isinstance(conv, FastConv2d) and x.numel() >= HUGE and kernels.plain_3x3(conv, 1):
+            return strips.Normed(x, strips.moments(self, x))
         return F.silu(self(x), inplace=True)
 
 
@@ -209,9 +214,9 @@ class FastGEGLU(layers.GEGLU):
             ]
         value, gate = (half(x) for half in self._halves)
         if value.shape[-1] % 16 == 0:
-            for kernels in (vectors, split):
-                if kernels.available(x.dtype):
-                    return kernels.gate(value, gate)
+            for ours in (vectors, split):
+                if ours.available(x.dtype):
+                    return ours.gate(value, gate)
         return F.gelu(gate).mul_(value)
 
 
@@ -260,12 +265,14 @@ class FastHeads(layers.Attention):
         return _packed(weight, lambda w: split.matrix(w, bias, count))
 
     def product(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        for kernels in (vectors, split):
-            if kernels.available(q.dtype):
-                return kernels.attend(q, k, v)
+        for ours in (vectors, split):
+            if ours.available(q.dtype):
+                return ours.attend(q, k, v)
         dtype = onednn.computes(q.dtype)
-        found = attend(q.to(dtype), k.to(dtype), v.to(dtype)).to(q.dtype)
-        return found.transpose(1, 2).flatten(2)
+        qkv = [t.to(dtype) for t in (q, k, v)]
+        if dtype == torch.float32 and kernels.floats() is not None:
+            return vectors.attend_floats(*qkv).to(q.dtype)
+        return attend(*qkv).to(q.dtype).transpose(1, 2).flatten(2)
 
 
 class FastAttention(FastHeads, layers.Attention):
@@ -280,13 +287,15 @@ class MappedLinear(nn.Linear):
     """For what runs once for a prompt: to pack it would take longer, and to hold it, memory."""
 
     precision: torch.dtype
+    mapped = True
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         dtype = onednn.computes(self.precision)
         bias = None if self.bias is None else self.bias.to(dtype)
         weight = self.weight.to(self.precision).to(dtype)
         out = F.linear(x.to(dtype), weight, bias).to(self.precision)
-        memory.page_out(self.weight)
+        if self.mapped:
+            memory.page_out(self.weight)
         return out
 
 

@@ -29,6 +29,7 @@ from safelight.server.jobs import (
     StoppingError,
     StorageError,
 )
+from safelight.server.names import Names
 from safelight.server.process import Child, Settings
 from safelight.server.recovery import recover
 from safelight.server.store import Store, new_id
@@ -60,6 +61,7 @@ class Hub:
         recover(self.files, self.store)
         here = None if settings.model in BUILT_IN else on_disk(settings.model)
         self.info = ModelInfo(name=settings.model if here is None else here.name)
+        self.names = Names(settings)
         self.on_refusal: Callable[[], None] = lambda: None
         self.supervisor = Supervisor(
             settings,
@@ -222,6 +224,7 @@ class Hub:
             )
         if idempotency_key is not None and not 1 <= len(idempotency_key) <= 255:
             raise SafelightError("Idempotency-Key must have 1 to 255 characters")
+        await asyncio.to_thread(self.names.check, request)
         job_id = new_id()
         # Large pictures, which take a while to write, hold up none without.
         submitting = self._in_database if request.image is None else self._with_inputs
@@ -365,6 +368,8 @@ class Hub:
             settings = self.settings
             notes = await self._in_database(notes_of, settings.model, settings.models_dir)
             self._defaults = model_defaults(notes)
+            if self.names.has_wildcards:
+                self._defaults["dynamic_prompts"] = True
         return self._defaults
 
     async def _in_database(self, call: Callable[..., T], *given: Any) -> T:

@@ -18,7 +18,7 @@ from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, R
 from safelight.errors import SafelightError
 from safelight.server.bodies import (
     MAX_JSON,
-    MAX_VALUES,
+    MAX_MARKS,
     read_body,
     read_event,
 )
@@ -46,6 +46,11 @@ _ASKED = re.compile(
     r"/studio(/(theme\.css|config|(assets|static)/.+|gradio_api/(queue/(join|data)|upload"
     r"|upload_progress|heartbeat/\w+|startup-events|app_id|file=(?!http).+))?)?"
 )
+SESSIONS = 40
+"""The most pages whose state Gradio keeps, those used last: each takes a third of a megabyte. All
+that an older one loses is which seed it drew last.
+"""
+
 UPLOADS = "uploads"
 UPLOAD = f"{PATH}/gradio_api/upload"
 EVENT = f"{PATH}/gradio_api/queue/join"
@@ -118,7 +123,7 @@ class Studio:
 
         Gradio parses it in the event loop. Raises RefusedError.
         """
-        body = await read_body(HttpRequest(scope, receive), MAX_JSON, values=MAX_VALUES)
+        body = await read_body(HttpRequest(scope, receive), MAX_JSON, marks=MAX_MARKS)
         if scope["path"] == EVENT:
             event = await asyncio.to_thread(read_event, body)
             client = caller_of(scope).name
@@ -190,6 +195,7 @@ def _build(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> tuple[Any,
     page.has_launched = True
     page.max_threads = MAX_RUNNING
     page.queue(default_concurrency_limit=None)  # one client's slow event holds up no other's
+    page.state_session_capacity = SESSIONS
     mounted = mount_gradio_app(
         FastAPI(openapi_url=None),
         page,

@@ -33,6 +33,8 @@ MAX_TENSORS = 2**13
 MAX_METADATA = 2**12
 MAX_DIMS = 8
 MAX_STRING = 2**10
+LONG_METADATA = {"lora_adapter_metadata": 2**17}
+"""Texts of the metadata that may be longer, and are read."""
 
 _MAGIC = (
     (b"PK\x03\x04", "a zip archive, as torch.save writes it; convert it to safetensors"),
@@ -179,7 +181,7 @@ class _Scanner:
                 continue
             for key in self.members("metadata entries", MAX_METADATA):
                 value = self.token("string", "a string")
-                if len(value) <= MAX_STRING:
+                if len(value) <= LONG_METADATA.get(key, MAX_STRING):
                     metadata[key] = self.decode(value)
         if self.text[self.at :].strip(b" \t\r\n"):
             self.fail("something after the header's end")

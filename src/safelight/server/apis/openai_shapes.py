@@ -215,6 +215,8 @@ def _explained(error: ValidationError) -> ApiError:
         known = ", ".join([*ImagesBody.model_fields, *own_settings(Request)])
         message = f"there is no setting {_quoted(name)}; known: {known}"
         return ApiError(400, message, name[:40], code="unknown_parameter")
+    if name not in ImagesBody.model_fields:  # a name with half a pair of surrogates, say
+        return ApiError(400, f"the body cannot be read: {clipped(first['msg'])}")
     verb = "is needed:" if first["type"] == "missing" else "must be"
     return ApiError(400, f"{name} {verb} {ImagesBody.model_fields[name].description}", name)
 

@@ -1,0 +1,282 @@
+"""The file of a LoRA or its kin: opened, and every key of it matched to a layer of a model.
+
+Only the header is read here. It comes from a stranger: `weights.check` checks it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safelight.adapters.algorithms import (
+    ALGORITHMS,
+    Algorithm,
+    Full,
+    UnfitError,
+    check_dora,
+)
+from safelight.adapters.keys import endings, family_of, refused_kind, slot_of
+from safelight.adapters.names import Target
+from safelight.errors import SafelightError
+from safelight.weights.check import Header, printable, read_json
+from safelight.weights.digest import Original, digest_file
+from safelight.weights.headers import header_of
+
+FLOATS = ("F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2")
+METADATA = "lora_adapter_metadata"
+"""What diffusers calls PEFT's configs in a header."""
+
+_SHARED = {"alpha", "dora_scale", "magnitude"}
+_OWNERS = {slot: one for one in ALGORITHMS for slot in (*one.needs, *one.optional)}
+_IN_FOLDER = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+
+Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
+"""The shape of each weight of a model, by part and name."""
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterFile:
+    """An adapter's file, held open against the digest of what was read of it.
+
+    name: what it is called in messages. settings: PEFT's config for each part, under "" for all.
+    """
+
+    name: str
+    header: Header
+    sha256: str
+    original: Original
+    settings: Mapping[str, Mapping[str, Any]]
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self.header.tensors[key].shape
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a file does to one weight.
+
+    parameter: its name in its part. keys: of the tensors, by slot. alpha: where no tensor says
+    it; rooted: it is divided by the root of the rank (arXiv:2312.03732).
+    """
+
+    part: str
+    parameter: str
+    algorithm: type[Algorithm]
+    keys: Mapping[str, str]
+    alpha: float | None = None
+    rooted: bool = False
+
+
+@dataclass
+class Match:
+    """A file's changes to a model, and the keys that belong to nothing in it."""
+
+    changes: list[Change] = field(default_factory=list)
+    unmatched: list[str] = field(default_factory=list)
+
+
+def open_adapter(path: Path) -> AdapterFile:
+    """Open a file, or a folder that PEFT or diffusers wrote.
+
+    Raises SafelightError, one line, if it is not a weight file that adds up.
+    """
+    name, config = path.name, dict[str, Any]()
+    told = path / "adapter_config.json"
+    try:
+        path = file_in(path)
+        if told.is_file():
+            config = read_json(told, name=f"{name}/adapter_config.json")
+        header = header_of(path, name)
+        digest = digest_file(path)
+        original = Original(digest)
+    except SafelightError as error:
+        raise SafelightError(f"lora {error}", code=error.code, field="loras") from None
+    except OSError as error:
+        raise refusal(name, f"cannot be read ({error.strerror})") from None
+    settings = _settings(name, header, config)
+    return AdapterFile(name, header, digest.sha256, original, settings)
+
+
+def file_in(path: Path) -> Path:
+    """Return the file of weights in a folder that PEFT or diffusers wrote; a file itself.
+
+    Raises SafelightError if a folder has none.
+    """
+    if not path.is_dir():
+        return path
+    for name in _IN_FOLDER:
+        if (path / name).is_file():
+            return path / name
+    raise SafelightError(f"{printable(path.name, 60)}: a folder without {' or '.join(_IN_FOLDER)}")
+
+
+def match(file: AdapterFile, table: Mapping[str, Target], shapes: Shapes, family: str) -> Match:
+    """Return what a file does to a model.
+
+    table: see `names.table`. shapes: of the model's weights. family: what the model is, for
+    errors. Raises SafelightError for a tensor that does not fit its layer, a pair of which one
+    half is missing, and a kind that is not supported.
+    """
+    found, groups = Match(), dict[Target, dict[str, str]]()
+    for key in file.header.tensors:
+        taken = next(((table[s], e) for s, e in endings(key) if s in table), None)
+        if taken is None:
+            found.unmatched.append(key)
+            continue
+        target, ending = taken
+        slot = slot_of(ending)
+        if slot is None:
+            raise refusal(file.name, f"{refused_kind(ending)} ({key!r:.60}) is not supported")
+        slots = groups.setdefault(target, {})
+        if slot in slots:
+            raise refusal(file.name, f"{slots[slot]!r:.60} and {key!r:.60} are the same")
+        slots[slot] = key
+    for target, slots in groups.items():
+        try:
+            _add(file, target, slots, shapes[target.part], found)
+        except UnfitError as error:
+            key = slots.get(error.slot, error.slot)
+            raise refusal(file.name, f"{key!r:.70} {error.why}{_hint(file, family)}") from None
+    return found
+
+
+def refusal(name: str, why: str) -> SafelightError:
+    """Return the error for a LoRA: one line, that a hostile key can neither break nor push away."""
+    return SafelightError(f"lora {printable(name, 60)}: {printable(why, 300)}", field="loras")
+
+
+def unmatched_error(file: AdapterFile, keys: list[str], family: str) -> SafelightError:
+    """Return the error for keys that belong to nothing in the model."""
+    why = f"{told_unmatched(file, keys)}{_hint(file, family)}"
+    return refusal(file.name, f"{why}; lora_unmatched warn draws without them")
+
+
+def told_unmatched(file: AdapterFile, keys: list[str]) -> str:
+    """Return how many keys belong to nothing, and the first of them."""
+    some = ", ".join(f"{key:.60}" for key in keys[:2]) + (" …" if len(keys) > 2 else "")
+    verb = "belongs" if len(keys) == 1 else "belong"
+    return f"{len(keys)} of {len(file.header.tensors)} keys {verb} to nothing in the model: {some}"
+
+
+def _hint(file: AdapterFile, family: str) -> str:
+    """Return what the file was made for, where that is not what the model is."""
+    shapes = {key: info.shape for key, info in file.header.tensors.items()}
+    made_for = family_of(shapes, file.header.metadata)
+    if made_for is None or made_for == family:
+        return ""
+    return f"; it is for {made_for}, and this model is {family}"
+
+
+def _add(
+    file: AdapterFile,
+    target: Target,
+    slots: dict[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    found: Match,
+) -> None:
+    """Add the changes of one layer to a match."""
+    weight, bias = f"{target.module}.weight", f"{target.module}.bias"
+    if "bias" in slots:
+        key = slots.pop("bias")
+        if bias not in shapes:
+            found.unmatched.append(key)
+        else:
+            _check_float(file, key)
+            _check(Full, {"diff": file.shape(key)}, shapes[bias])
+            found.changes.append(Change(target.part, bias, Full, {"diff": key}))
+    owners = {_OWNERS[slot] for slot in slots if slot not in _SHARED}
+    if not owners:
+        found.unmatched += slots.values()  # an alpha of nothing
+        return
+    if len(owners) > 1:
+        keys = " and ".join(f"{key:.60}" for key in list(slots.values())[:2])
+        raise refusal(file.name, f"{keys} change one layer in two ways")
+    [algorithm] = owners
+    missing = [slot for slot in algorithm.needs if slot not in slots]
+    key = next(iter(slots.values()))
+    if missing == ["on_input"]:
+        raise refusal(file.name, f"{key!r:.70} is a whole weight, as a checkpoint has them")
+    if missing:
+        raise refusal(file.name, f"{algorithm.title} of {key!r:.70} lacks its {missing[0]} half")
+    for slot, one in slots.items():
+        if slot != "on_input":
+            _check_float(file, one)
+    if "alpha" in slots and math.prod(file.shape(slots["alpha"])) != 1:
+        raise UnfitError("alpha", f"has the shape {file.shape(slots['alpha'])}; it is one number")
+    keys = {slot: one for slot, one in slots.items() if slot != "magnitude"}
+    if "magnitude" in slots:
+        keys["dora_scale"] = slots["magnitude"]
+    held = {slot: file.shape(one) for slot, one in keys.items()}
+    if "dora_scale" in held and not algorithm.dora:
+        raise UnfitError("dora_scale", f"cannot follow {algorithm.title}")
+    if "magnitude" in slots:
+        held["dora_scale"] = (math.prod(held["dora_scale"]),)
+    _check(algorithm, held, shapes[weight])
+    alpha, rooted = _alpha(file, target)
+    found.changes.append(Change(target.part, weight, algorithm, keys, alpha, rooted))
+
+
+def _check(
+    algorithm: type[Algorithm], shapes: Mapping[str, tuple[int, ...]], layer: tuple[int, ...]
+) -> None:
+    if any(0 in shape for shape in shapes.values()):
+        slot = next(slot for slot, shape in shapes.items() if 0 in shape)
+        raise UnfitError(slot, "is empty")
+    algorithm.check(shapes, layer)
+    if "dora_scale" in shapes:
+        check_dora(shapes["dora_scale"], layer)
+
+
+def _check_float(file: AdapterFile, key: str) -> None:
+    dtype = file.header.tensors[key].dtype
+    if dtype not in FLOATS and not key.endswith(".alpha"):
+        raise refusal(file.name, f"{key!r:.70} is stored as {dtype}; floats are needed")
+
+
+# --- PEFT's configs -------------------------------------------------------------------------------
+
+
+def _settings(name: str, header: Header, config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return PEFT's settings by part: those of a folder's config, or of the header's metadata."""
+    found: dict[str, dict[str, Any]] = {"": dict(config)} if config else {}
+    text = header.metadata.get(METADATA)
+    if text is None:
+        return dict(found)
+    try:
+        told = json.loads(text)
+    except (ValueError, RecursionError):
+        told = None
+    if not isinstance(told, dict):
+        raise refusal(name, f"its {METADATA} is not a JSON object")
+    for key, value in told.items():
+        part, _, setting = key.partition(".")
+        found.setdefault(part, {})[setting] = value
+    return dict(found)
+
+
+def _alpha(file: AdapterFile, target: Target) -> tuple[float | None, bool]:
+    """Return the alpha of a layer by PEFT's config, and whether its rank's root divides it."""
+    settings = file.settings.get(target.part) or file.settings.get("")
+    if settings is None:
+        return None, False
+    alpha: Any = settings.get("lora_alpha", settings.get("alpha"))
+    patterns = settings.get("alpha_pattern")
+    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+        # PEFT takes these for regular expressions; a stranger's may take for ever.
+        plain = pattern.removeprefix("^").replace("\\.", ".")
+        if re.search(r"[^\w.]", plain):
+            raise refusal(file.name, f"its alpha_pattern {pattern!r:.40} is not a layer's name")
+        exact = pattern.startswith("^")
+        if target.module == plain or (not exact and target.module.endswith(f".{plain}")):
+            alpha = value
+            break
+    if alpha is None:
+        return None, False
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise refusal(file.name, f"its config has the alpha {alpha!r:.20}; a number is needed")
+    return float(alpha), settings.get("use_rslora") is True

@@ -1,0 +1,141 @@
+"""The keys of an adapter's file: what each tensor is to its layer, by how the key ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+_WRITTEN = {
+    # kohya and LyCORIS
+    ".lora_up.weight": "up",
+    ".lora_down.weight": "down",
+    ".lora_mid.weight": "mid",
+    ".lora_up": "up",
+    ".lora_down": "down",
+    ".lora_mid": "mid",
+    ".alpha": "alpha",
+    ".dora_scale": "dora_scale",
+    # PEFT and diffusers
+    ".lora_B.weight": "up",
+    ".lora_A.weight": "down",
+    ".lora_B.default.weight": "up",
+    ".lora_A.default.weight": "down",
+    ".lora_B": "up",
+    ".lora_A": "down",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+    ".lora_magnitude_vector.default.weight": "magnitude",
+    # older diffusers
+    ".lora.up.weight": "up",
+    ".lora.down.weight": "down",
+    "_lora.up.weight": "up",
+    "_lora.down.weight": "down",
+    ".up.weight": "up",
+    ".down.weight": "down",
+    ".lora_linear_layer.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down",
+    ".lora_linear_layer.alpha": "alpha",
+    ".lora.alpha": "alpha",
+    ".a1.weight": "a1",
+    ".a2.weight": "a2",
+    ".b1.weight": "b1",
+    ".b2.weight": "b2",
+    ".diff": "diff",
+    ".w_norm": "diff",
+    ".diff_b": "bias",
+    ".b_norm": "bias",
+    ".set_weight": "set",
+    ".weight": "ia3",
+    ".on_input": "on_input",
+    ".oft_blocks": "oft",
+    ".rescale": "rescale",
+    ".lokr_t2": "kr_t2",
+    ".hada_t1": "t1",
+    ".hada_t2": "t2",
+    **{f".hada_w{n}_{half}": f"w{n}_{half}" for n in "12" for half in "ab"},
+    **{f".lokr_w{n}{half}": f"kr{n}{half}" for n in "12" for half in ("", "_a", "_b")},
+}
+_REFUSED = {
+    ".oft_R.weight": "PEFT's OFT",
+    ".oft_R": "PEFT's OFT",
+    ".oft_r": "PEFT's OFT",
+    ".boft_R": "PEFT's BOFT",
+    ".boft_s": "PEFT's BOFT",
+    ".ia3_l": "PEFT's IA³",
+    ".lambda_layer": "T-LoRA",
+    ".lokr_t1": "LoKr with Tucker's form on both sides",
+    ".vera_lambda_b": "VeRA",
+    ".vera_lambda_d": "VeRA",
+    ".lora_embedding_A": "a LoRA of a vocabulary",
+    ".lora_embedding_B": "a LoRA of a vocabulary",
+    ".reshape_weight": "a change of a layer's size",
+    ".bm.weight": "GLoRA in Tucker's form",
+    ".lora_B.bias": "a LoRA with a bias of its own",
+}
+_LONGEST_FIRST = sorted((*_WRITTEN, *_REFUSED), key=len, reverse=True)
+
+
+def endings(key: str) -> Iterator[tuple[str, str]]:
+    """Yield each way to take a key apart: the layer's spelling, and the ending."""
+    for ending in _LONGEST_FIRST:
+        if key.endswith(ending):
+            yield key.removesuffix(ending), ending
+
+
+def slot_of(ending: str) -> str | None:
+    """Return what a tensor is to its layer, None if its kind is not supported."""
+    return _WRITTEN.get(ending)
+
+
+def refused_kind(ending: str) -> str:
+    """Return what a kind that is not supported is called."""
+    return _REFUSED[ending]
+
+
+# Beginnings of keys that tell a file of another kind of model, for the error about it.
+_FOREIGN = (
+    (("double_blocks", "single_blocks", "single_transformer_blocks"), "Flux"),
+    (("joint_blocks",), "Stable Diffusion 3"),
+    (("layers_0_attention", "layers.0.attention"), "Z-Image or Lumina"),
+    (("lora_prior_unet", "lora_te3_"), "another family"),
+    (("transformer.", "lora_transformer_"), "a diffusion transformer"),
+    (("lora_controlnet", "control_"), "a Control-LoRA"),
+)
+
+
+_WIDTHS = {
+    768: "Stable Diffusion 1",
+    1024: "Stable Diffusion 2",
+    2048: "SDXL",
+    1280: "SDXL's refiner",
+}
+
+
+def family_of_width(width: int | None) -> str | None:
+    """Return the family whose network reads text states of so many numbers."""
+    return _WIDTHS.get(width or 0)
+
+
+def family_of(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> str | None:
+    """Return what kind of model an adapter was made for, None if its file does not tell."""
+    stated = metadata.get("ss_base_model_version", "") or metadata.get("modelspec.architecture", "")
+    stated = stated.lower()
+    for word, family in (
+        *(("sdxl", "SDXL"), ("stable-diffusion-xl", "SDXL"), ("flux", "Flux")),
+        *(("sd3", "Stable Diffusion 3"), ("stable-diffusion-3", "Stable Diffusion 3")),
+        *(("sd_v1", "Stable Diffusion 1"), ("stable-diffusion-v1", "Stable Diffusion 1")),
+        *(("sd_v2", "Stable Diffusion 2"), ("stable-diffusion-v2", "Stable Diffusion 2")),
+    ):
+        if stated.startswith(word):
+            return family
+    for key in shapes:
+        for marks, family in _FOREIGN:
+            if any(mark in key for mark in marks):
+                return family
+    for key, shape in shapes.items():
+        # The inner side of what reads the text.
+        reads = "attn2_to_k" in key or "attn2.to_k" in key or "attn2.processor.to_k" in key
+        if reads and key.endswith(("down.weight", "lora_A.weight")) and len(shape) > 1:
+            return family_of_width(shape[1])
+    if any(key.startswith(("lora_te2_", "text_encoder_2.")) for key in shapes):
+        return "SDXL"
+    return None

@@ -1,0 +1,148 @@
+"""Adapted models: a model with LoRAs merged into copies of the layers that they change.
+
+Nothing of the base model is changed. New weights are computed in float32 from those of the model's
+files and converted once, so that no rounding adds up; all else is shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from safelight.adapters.algorithms import OFT, UnfitError
+from safelight.adapters.asked import AskedLora
+from safelight.adapters.file import AdapterFile, Change, refusal
+from safelight.errors import SafelightError
+from safelight.fast.replace import with_weights
+from safelight.progress import get_on
+from safelight.weights.tensors import open_tensors
+
+if TYPE_CHECKING:
+    from safelight.model import Model
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """A LoRA that was found and fits: its file, what it changes, and by how much."""
+
+    asked: AskedLora
+    file: AdapterFile
+    changes: Sequence[Change]
+
+    def strength(self, part: str, network: str) -> float:
+        """Return its weight in a part. network: the part that denoises."""
+        return self.asked.weight if part == network else self.asked.text_weight
+
+
+def merged(model: Model, chosen: Sequence[Chosen]) -> Model:
+    """Return a model with LoRAs merged, in their order. `model` stays as it is.
+
+    Raises SafelightError if a file cannot be read, or holds numbers that are not finite.
+    """
+    parts = dict(model.parts)
+    for part in {change.part for one in chosen for change in one.changes}:
+        wanted: dict[str, list[tuple[Chosen, Change]]] = {}
+        for one in chosen:
+            if one.strength(part, model.family.network):
+                for change in one.changes:
+                    if change.part == part:
+                        wanted.setdefault(change.parameter, []).append((one, change))
+        if not wanted:
+            continue
+        with ExitStack() as stack:
+            opened = {id(one): _Opened(one.file, stack) for one in chosen}
+            changed = {
+                name: _changed(model, part, weight, wanted[name], opened)
+                for name, weight in _originals(model, part, wanted)
+            }
+        for one in chosen:
+            one.file.original.check()
+        parts[part] = with_weights(
+            parts[part],
+            changed,
+            lambda names, part=part: {
+                name: weight.to(model.device, model.dtype)
+                for name, weight in _originals(model, part, names)
+            },
+        )
+    return replace(model, parts=parts)
+
+
+def _originals(model: Model, part: str, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield weights as they are stored; those of a model without files, as it has them."""
+    if model.stored is not None:
+        yield from model.stored.read(part, names)
+        return
+    there = model.parts[part].state_dict()
+    for name in names:
+        yield name, there[name]
+
+
+def _changed(
+    model: Model,
+    part: str,
+    weight: Tensor,
+    steps: Sequence[tuple[Chosen, Change]],
+    opened: Mapping[int, _Opened],
+) -> Tensor:
+    """Return the new value of one weight, in the model's precision."""
+    get_on()
+    value = weight.to(model.device, torch.float32, copy=True).contiguous()
+    for one, change in steps:
+        found = opened[id(one)].read(change, model.device)
+        strength = one.strength(part, model.family.network)
+        try:
+            value = change.algorithm.apply(found, value, _scale(change, found), strength)
+        except UnfitError as error:
+            key = change.keys.get(error.slot, change.parameter)
+            raise refusal(one.file.name, f"{key!r:.70} {error.why}") from None
+    value = value.to(model.dtype)
+    if not all(bool(end.isfinite()) for end in torch.aminmax(value)):
+        names = " and ".join(dict.fromkeys(one.file.name for one, _ in steps))
+        raise refusal(
+            names,
+            f"{part} {steps[0][1].parameter} becomes NaN or Inf in {model.precision}: "
+            "take a weight nearer to 0",
+        )
+    return value
+
+
+def _scale(change: Change, found: dict[str, Tensor]) -> float:
+    """Return alpha / rank, and take `alpha` out of the tensors that were found."""
+    given = found.pop("alpha", None)
+    alpha = change.alpha if given is None else float(given)
+    if change.algorithm is OFT:
+        return alpha or 0.0
+    rank = change.algorithm.rank({slot: tuple(t.shape) for slot, t in found.items()})
+    if not alpha or rank is None:  # kohya's scripts write 0 for as much as the rank
+        return 1.0
+    return alpha / rank**0.5 if change.rooted else alpha / rank
+
+
+class _Opened:
+    """An adapter's file, mapped."""
+
+    def __init__(self, file: AdapterFile, stack: ExitStack) -> None:
+        self._file = file
+        try:
+            file.original.check()
+            self._read = stack.enter_context(open_tensors(file.header, file.original.openable))
+        except SafelightError as error:
+            raise SafelightError(f"lora {error}", field="loras") from None
+
+    def read(self, change: Change, device: torch.device) -> dict[str, Tensor]:
+        """Return the tensors of a change by slot, in float32."""
+        found: dict[str, Tensor] = {}
+        for slot, key in change.keys.items():
+            tensor = self._read(key).to(device, torch.float32)
+            if not bool(tensor.isfinite().all()):
+                raise refusal(self._file.name, f"{key!r:.70} holds NaN or Inf")
+            if slot == "dora_scale" and "magnitude" in key:
+                tensor = tensor.flatten()
+            found[slot] = tensor
+        return found

@@ -1,0 +1,237 @@
+"""The LoRAs of a request: found by name, matched to the model, merged; the last few sets stay."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import torch
+
+from safelight.adapters.asked import AskedLora, Unmatched
+from safelight.adapters.file import (
+    AdapterFile,
+    Match,
+    Shapes,
+    match,
+    open_adapter,
+    refusal,
+    told_unmatched,
+    unmatched_error,
+)
+from safelight.adapters.keys import family_of_width
+from safelight.adapters.merge import Chosen, merged
+from safelight.adapters.names import Target, table
+from safelight.errors import SafelightError
+from safelight.fast import memory
+from safelight.weights.check import printable
+from safelight.weights.digest import tensors_digest
+
+if TYPE_CHECKING:
+    from safelight.model import Model
+
+MAX_SETS = 4
+"""Adapted models that stay, and those that are drawn with at once."""
+
+MEMORY_SHARE = 0.25
+"""The share of the machine's memory that they may take together."""
+
+MAX_FILES = 16
+"""Files that are kept open."""
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The LoRAs of one picture.
+
+    asked: all of them. chosen: those that change something. key: equal for those that make the
+    same model. size: bytes of the weights that change. records: all, as a recipe has them.
+    warnings: about keys that were left out.
+    """
+
+    asked: tuple[AskedLora, ...] = ()
+    chosen: tuple[Chosen, ...] = ()
+    key: tuple[Any, ...] = ()
+    size: int = 0
+    records: tuple[dict[str, Any], ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+class Adapters:
+    """The adapted models of one base model."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._table: dict[str, Target] | None = None
+        self._shapes: Shapes = {}
+        self._files: OrderedDict[Any, tuple[AdapterFile, Match]] = OrderedDict()
+        self._kept: OrderedDict[Any, tuple[Model, int]] = OrderedDict()
+        self._alive: WeakValueDictionary[Any, Model] = WeakValueDictionary()
+
+    def choose(
+        self,
+        asked: Sequence[AskedLora],
+        unmatched: Unmatched = "error",
+        after: Selection | None = None,
+    ) -> Selection:
+        """Return the LoRAs that are asked for, seen to fit the model; no weight is read yet.
+
+        after: a selection that they are added to. Raises SafelightError for one that is not found
+        or does not fit, and for keys that belong to nothing if `unmatched` is "error".
+        """
+        before = after or Selection()
+        names, chosen = list(before.asked), list(before.chosen)
+        records, warnings = list(before.records), list(before.warnings)
+        network = self._model.family.network
+        for one in asked:
+            path, name = self._locate(one)
+            file, found = self._matched(path)
+            if not file.header.tensors:
+                raise refusal(file.name, "it holds nothing; a LoRA has tensors")
+            if not found.changes:
+                raise unmatched_error(file, found.unmatched, self._family)
+            if found.unmatched:
+                if unmatched == "error":
+                    raise unmatched_error(file, found.unmatched, self._family)
+                warnings.append(f"lora {file.name}: {told_unmatched(file, found.unmatched)}")
+            mine = Chosen(replace(one, name=name), file, found.changes)
+            names.append(mine.asked)
+            records.append(_record(mine))
+            if any(mine.strength(change.part, network) for change in mine.changes):
+                chosen.append(mine)
+        return Selection(
+            tuple(names),
+            tuple(chosen),
+            tuple((c.file.sha256, c.asked.weight, c.asked.text_weight) for c in chosen),
+            self._size(chosen),
+            tuple(records),
+            tuple(dict.fromkeys(warnings)),
+        )
+
+    def adapted(self, selection: Selection) -> Model:
+        """Return the model with a selection merged; the base model itself if it changes nothing.
+
+        Raises SafelightError for a file that cannot be read, and numbers that are not finite.
+        """
+        if not selection.key:
+            return self._model
+        model = self._alive.get(selection.key)
+        if model is None:
+            self._make_room(selection.size)
+            model = replace(
+                merged(self._model, selection.chosen),
+                base=self._model,
+                selection=selection,
+            )
+            self._alive[selection.key] = model
+        self._kept[selection.key] = model, selection.size
+        self._kept.move_to_end(selection.key)
+        self._make_room(0)
+        return model
+
+    def fits(self, sizes: Sequence[int]) -> bool:
+        """Return whether models that change so many bytes each may be there at once."""
+        return len(sizes) <= 1 or (len(sizes) <= MAX_SETS and sum(sizes) <= self._budget)
+
+    def _make_room(self, size: int) -> None:
+        """Forget the models that were used longest ago, until one of `size` bytes fits, too."""
+        more = [size] if size else []
+        while self._kept and not self.fits([*(s for _, s in self._kept.values()), *more]):
+            self._kept.popitem(last=False)
+
+    @property
+    def _budget(self) -> float:
+        device = self._model.device
+        if device.type == "cuda":
+            there = torch.cuda.get_device_properties(device).total_memory
+        else:
+            there = memory.total()
+        return there * MEMORY_SHARE or math.inf
+
+    @property
+    def _family(self) -> str:
+        width = getattr(self._model.network.config, "cross_attention_dim", None)
+        return family_of_width(width) or self._model.family.name
+
+    def _locate(self, asked: AskedLora) -> tuple[Path, str]:
+        """Return the path of a LoRA, and a name of it that tells nothing of this machine."""
+        model, name = self._model, asked.name
+        if name in model.lora_files:
+            return model.lora_files[name], name
+        if model.takes_paths and not asked.tagged:
+            try:
+                path = Path(name).expanduser()
+                if path.exists():
+                    return path, (path.resolve().stem if path.is_file() else path.resolve().name)
+            except (OSError, RuntimeError, ValueError):
+                pass  # too long, or no home: not a path
+        if model.library is None:
+            where = "no file here, and " if model.takes_paths and not asked.tagged else ""
+            raise SafelightError(
+                f"no lora {printable(repr(name), 80)}: {where}no models folder is given "
+                "(--models-dir, SAFELIGHT_MODELS)",
+                code="no_model",
+                field="loras",
+            )
+        return model.library.find(name, "lora").path, name
+
+    def _matched(self, path: Path) -> tuple[AdapterFile, Match]:
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise refusal(path.name, f"cannot be read ({error.strerror})") from None
+        key = (path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+        if key not in self._files:
+            if self._table is None:
+                self._shapes = _shapes_of(self._model)
+                modules = {
+                    part: {name.rpartition(".")[0] for name in names}
+                    for part, names in self._shapes.items()
+                }
+                self._table = table(self._model, modules)
+            file = open_adapter(path)
+            self._files[key] = file, match(file, self._table, self._shapes, self._family)
+            while len(self._files) > MAX_FILES:
+                self._files.popitem(last=False)
+        self._files.move_to_end(key)
+        return self._files[key]
+
+    def _size(self, chosen: Sequence[Chosen]) -> int:
+        network = self._model.family.network
+        changed = {
+            (change.part, change.parameter)
+            for one in chosen
+            for change in one.changes
+            if one.strength(change.part, network)
+        }
+        numbers = sum(math.prod(self._shapes[part][name]) for part, name in changed)
+        return numbers * self._model.dtype.itemsize
+
+
+def _shapes_of(model: Model) -> Shapes:
+    if model.stored is not None:
+        return model.stored.shapes
+    return {
+        name: {key: tuple(tensor.shape) for key, tensor in part.state_dict().items()}
+        for name, part in model.parts.items()
+        if isinstance(part, torch.nn.Module)
+    }
+
+
+def _record(chosen: Chosen) -> dict[str, Any]:
+    """Return a LoRA as a recipe has it. hash: what A1111 calls it by."""
+    asked, file = chosen.asked, chosen.file
+    stated = file.header.metadata.get("sshs_model_hash", "").lower()
+    whole = stated if len(stated) == 64 else tensors_digest(file.header.path)
+    return {
+        "name": asked.name,
+        "weight": asked.weight,
+        "text_weight": asked.text_weight,
+        "sha256": file.sha256,
+        "hash": whole[:12],
+        "in_prompt": asked.tagged,
+    }
