@@ -419,3 +419,33 @@ def test_a_model_is_named_without_its_path(tmp_path: Path) -> None:
         told = server.ask("GET", "/api/jobs").body
         assert b"secret place" not in told
         assert str(server.data).encode() not in told
+
+
+# --- row 11: what a retry needs -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("when", ["it waits", "it is drawn", "it failed"])
+def test_a_retried_job_has_what_it_starts_from(server: Inside, when: str) -> None:
+    start, mask = Image.effect_noise((16, 16), 60).convert("RGB"), Image.new("L", (16, 16), 255)
+    request = Request(prompt="", image=start, mask=mask, count=2)
+    job = server.within(server.hub.submit(request, owner="at:local"))
+    store = server.hub.store
+    if when != "it waits":
+        claim = store.claim("w", alone=True)
+        while claim is not None and claim.id != job.id:
+            store.finish(claim.id, claim.token, warnings=[])
+            claim = store.claim("w", alone=True)
+        assert claim is not None
+        if when == "it failed":
+            store.finish(claim.id, claim.token, warnings=[], error="it had to")
+    if when != "it failed":
+        assert server.ask("DELETE", f"/api/jobs/{job.id}").json()["status"] == "cancelled"
+    assert server.ask("POST", f"/api/jobs/{job.id}/retry").status == 202
+    claim = store.claim("w", alone=True)
+    assert claim is not None
+    assert claim.id == job.id
+    found = (server.hub.files.input(job.id, name) for name in ("image", "mask"))
+    again = Request.from_dict(claim.settings, **dict(zip(("image", "mask"), found, strict=True)))
+    assert again.image is not None
+    assert again.image.tobytes() == start.tobytes()
+    store.finish(claim.id, claim.token, warnings=[])
