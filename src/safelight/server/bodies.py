@@ -153,10 +153,18 @@ def _named(value: Any, names: list[str]) -> Any:
 
 
 def read_event(body: bytes | bytearray) -> dict[str, Any]:
-    """Return the JSON object in a body that is parsed once more. Raises RefusedError for others."""
+    """Return the JSON object in a body that is parsed once more.
+
+    Raises RefusedError for other bodies, for one beyond our bounds, and for one with half a pair of
+    surrogates, which no answer can repeat.
+    """
     found = _parsed(body)
     if not isinstance(found, dict) or not _fits(found):
         raise RefusedError(422, _SHAPE)
+    try:
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise RefusedError(422, "the body must have no lone surrogates") from None
     return found
 
 
