@@ -39,6 +39,12 @@ def size(small: int, full: int) -> int:
     return full if full < 100 else max(small, round(full * SHARE))
 
 
+def share(cases: list[Any]) -> list[Any]:
+    """Return the cases of a full run: all, or SHARE of them, spread evenly."""
+    count = max(min(len(cases), 5), round(len(cases) * SHARE))
+    return [cases[i * len(cases) // count] for i in range(count)]
+
+
 def figure(line: str) -> None:
     if SOAK:
         with Path(SOAK).open("a") as file:

@@ -17,6 +17,8 @@ from inside import SOAK, figure, size
 from serving import Serving, wait_for
 from test_worst import OTHER, QUICK, Others, Tree
 
+from safelight.server.limits import most
+
 pytestmark = pytest.mark.xdist_group("crowd")  # one server for them all
 LONG = {"prompt": "a cat", "steps": 500, "sampler": "euler"}
 MANY = size(200, 2000)
@@ -101,7 +103,7 @@ def test_half_open_streams(server: Serving) -> None:
         f"{max(others.health) * 1000:.0f} ms at most, another's job drawn after {seconds:.2f} s "
         f"({before:.2f} s before), {tree.most:.0f} MB"
     )
-    assert opened == MANY
+    assert opened == MANY <= most() // 2
     if SOAK:
         assert max(others.health) < 1
 

@@ -14,7 +14,7 @@ import httpx2 as httpx
 import pytest
 import worst
 from hostile import encoded
-from inside import SOAK, figure, size
+from inside import SOAK, figure, share, size
 from serving import Serving, wait_for
 
 pytestmark = pytest.mark.xdist_group("worst")  # one server for them all
@@ -199,6 +199,7 @@ CASES = [(worst.SMALL[0], "jobs"), (worst.SMALL[1], "edits")]
 if SOAK:
     CASES = [(name, "edits") for name in worst.PICTURES]
     CASES += [(name, enter) for name in worst.COSTLY for enter in ENTRANCES if enter != "edits"]
+    CASES = share(CASES)
 
 
 @pytest.mark.parametrize(("name", "enter"), CASES)
@@ -268,7 +269,7 @@ def test_no_route_is_left_out(server: Serving) -> None:
     assert routes_with_bodies(server) <= known
 
 
-@pytest.mark.parametrize("name", BODIES if SOAK else SOME)
+@pytest.mark.parametrize("name", share(BODIES) if SOAK else SOME)
 def test_the_worst_json(server: Serving, name: str) -> None:
     found: list[tuple[float, str]] = []
     sizes = {1: worst.json_bodies((1 << 20) - 200)[name]}

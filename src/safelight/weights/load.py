@@ -23,7 +23,7 @@ from safelight.weights.library import open_library
 from safelight.weights.names import Weight, some
 from safelight.weights.plan import Plan, read_plan
 from safelight.weights.stored import SMALL, Stored, stored_tensor
-from safelight.weights.tensors import open_tensors
+from safelight.weights.tensors import is_finite, open_tensors
 
 _FLOATS = ("F16", "BF16", "F32", "F64", *SMALL)
 _STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -84,7 +84,7 @@ def load_model(
     }
     plan = with_autoencoders(read_plan(source, prediction_type), vaes)
     # What headers and configs tell comes first: to hash or to read a large file takes long.
-    nets = {part: _frame(plan, part) for part in plan.weights}
+    nets = {part: frame(plan, part) for part in plan.weights}
     if where.type == "cpu" and not low_memory:
         _check_memory(plan, precision)
     tokenizers = plan.family.load_tokenizers(plan.folder, plan.configs)
@@ -207,9 +207,9 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _frame(plan: Plan, part: str) -> Any:
+def frame(plan: Plan, part: str) -> Any:
     """Return a network without weights, once those of its file are seen to fit it."""
-    _, network_class = plan.part(part).load_classes()
+    _, network_class = plan.parts[part].load_classes()
     with torch.device("meta"), _Unfilled():
         network = network_class(plan.configs[part])
     _check_fit(plan.source.name, part, network, plan.weights[part])
@@ -302,15 +302,9 @@ def _read(
                 tensor = tensor.clone()  # the file need not align it, our kernels do
             if not keep:
                 tensor = tensor.to(device, dtype)
-            if not _finite(tensor, dtype):
+            if not is_finite(tensor, dtype):
                 raise refusal(header.name, f"{weight.key} holds NaN or Inf as {dtype}")
             if keep:
                 memory.page_out(tensor)
             state[name] = tensor
     return state
-
-
-def _finite(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether all values are finite in `dtype`: a large float32 is not, as float16."""
-    # NaN is passed on by both, and conversion keeps the order.
-    return all(bool(end.to(dtype).isfinite()) for end in torch.aminmax(tensor))
