@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safelight.errors import SafelightError
@@ -72,7 +73,11 @@ def warnings(family: LatentFamily, model: Model, request: Request) -> list[str]:
             text = " ".join(dict.fromkeys(piece.text for piece in pieces))
         if known is not None and (new := unknown_words(text, known)):
             found.append(f"{model.name} was never taught: {', '.join(new)}")
+    paths = map(PurePath, request.embeddings)
+    asked = {name for path in paths for name in (path.name, path.stem)}
     for one in unused(tokenizer, readings.values(), request.prompt_syntax):
+        if one.name not in asked:
+            continue  # a LoRA brought it along
         how = f"{MARK}{one.name}" if request.prompt_syntax == "comfy" else one.name
         found.append(f"embedding {one.name} is in no prompt: write {how} where it is meant")
     return found
