@@ -328,20 +328,20 @@ def test_several_wait_and_one_is_cancelled(server: Serving, page: Page) -> None:
 def test_what_cannot_be_is_told_in_a_sentence(page: Page) -> None:
     # First: fields that unfold are put into the page a moment later.
     page.get_by_role("button", name="Size and schedule").click()
-    expect(page.get_by_label("Width")).to_be_visible()
+    expect(page.get_by_label("Width", exact=True)).to_be_visible()
     page.get_by_label("Seed", exact=True).fill("many")
     page.get_by_role("button", name="Draw").click()
     expect(page.locator("#make-problem")).to_contain_text("seed must be a whole number")
     page.get_by_label("Seed", exact=True).fill("5")
     for value in ("65", "66"):  # by a click elsewhere, and from within the field
-        page.get_by_label("Width").fill(value)
+        page.get_by_label("Width", exact=True).fill(value)
         if value == "65":
             page.get_by_role("button", name="Draw").click()
         else:
             page.keyboard.press("Control+Enter")
         told = re.compile(f"width must be a multiple of 8.*{value}$")
         expect(page.locator("#make-problem .problem")).to_have_text(told)
-    page.get_by_label("Width").fill("0")
+    page.get_by_label("Width", exact=True).fill("0")
     page.get_by_role("button", name="Size and schedule").click()
 
 
