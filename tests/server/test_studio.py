@@ -598,7 +598,7 @@ def test_settings_compared_on_one_picture(server: Serving, page: Page) -> None:
     expect(status).to_have_text(re.compile("Drawing “a cat”: [0-3] of 4 cells are done."))
     expect(page.get_by_alt_text("The grid")).to_be_visible(timeout=60_000)
     expect(status).to_have_text("Done: “a cat”, 4 cells.")
-    grids = list((server.data / "grids").iterdir())
+    grids = list((server.data / "grids").rglob("*.png"))
     assert read_recipe(grids[0])["grid"] == {"sampler": ["ddim", "euler"], "steps": [2, 120]}
     page.get_by_label("Values of the columns").fill("ddim, brush")
     page.get_by_role("button", name="Compare").click()

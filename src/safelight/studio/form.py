@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ OWN = "the model's own"
 NATIVE = "0: the model's own"
 EXAMPLE = "three teddy bears on a yellow background"
 """The prompt that the empty box shows, and that is drawn if the box stays empty."""
+
+MAX_LAYERS = 4
+"""Layers of the editor's picture: each is held decoded. Ours has one."""
 
 EASEL = 512
 """Pixels. The editor enlarges smaller pictures, so that a brush can hit something."""
@@ -296,6 +300,15 @@ def _painted(picture: Any, enlarged: int) -> tuple[Image.Image | None, Image.Ima
     return small, mask and mask.resize(small.size, _WHOLE)
 
 
+def turn(
+    values: Sequence[Any], decoders: Decoders, client: str
+) -> AbstractAsyncContextManager[None]:
+    """Return the client's turn to hold the editor's pictures, decoded; none is needed without."""
+    picture = values[-2]
+    empty = picture is None or picture.background is None
+    return nullcontext() if empty else decoders.handling.turn(client)
+
+
 async def read_easel(values: Sequence[Any], decoders: Decoders, client: str) -> list[Any]:
     """Return the values of all fields with the editor's pictures decoded.
 
@@ -305,6 +318,8 @@ async def read_easel(values: Sequence[Any], decoders: Decoders, client: str) -> 
     *others, picture, enlarged = values
     if picture is None or picture.background is None:
         return [*others, None, enlarged]
+    if len(picture.layers or ()) > MAX_LAYERS:
+        raise SafelightError(f"the editor's picture must have at most {MAX_LAYERS} layers")
     opened = [
         await read_file(decoders, "with_alpha", file.path, client)
         for file in (picture.background, *(picture.layers or ()))

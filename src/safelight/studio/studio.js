@@ -11,6 +11,7 @@ const safelight = (() => {
     const body = await answer.json();
     if (answer.status === 401) throw new Error("the token is needed again: reload this page");
     if (!answer.ok) throw new Error(body.detail || `the server answered ${answer.status}`);
+    if (Array.isArray(body)) body.more = answer.headers.has("Link");  // a list may come in parts
     return body;
   };
 
@@ -312,7 +313,7 @@ const safelight = (() => {
         const page = await ask(`/api/jobs?${query}`);
         if (mine !== asked) return;  // a newer search has started
         jobs = [...(before ? jobs : []), ...page];
-        more.hidden = page.length < 60;
+        more.hidden = !page.more;
         const made = jobs.filter(job => job.pictures.length);
         if (!made.length && !more.hidden) return load(jobs.at(-1).created_at);  // all cancelled
         const count = made.reduce((sum, job) => sum + job.pictures.length, 0);
