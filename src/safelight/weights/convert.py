@@ -69,16 +69,17 @@ def convert(
     if dtype not in (None, *PRECISIONS):
         raise SafelightError(f"dtype {dtype!r:.40}; expected {', '.join(PRECISIONS)}")
     path = Path(out).expanduser()
-    plan = read_plan(find(name, download=download, models_dir=models_dir), prediction_type)
+    source, vaes = find(name, download=download, models_dir=models_dir), dict[str, Source]()
     if vae is not None:
-        found = find_vae(vae, download=download, models_dir=models_dir)
-        plan = with_autoencoders(plan, {"vae": found})
+        vaes["vae"] = find_vae(vae, download=download, models_dir=models_dir)
+    plan = with_autoencoders(read_plan(source, prediction_type, without=vaes), vaes)
     _check_place(path, plan)
     for part in plan.weights:
         frame(plan, part)
     single = path.suffix.lower() == ".safetensors"
     originals = _originals(plan) if single else {}
-    digest_files(plan.files)  # finds a damaged download
+    for files in (plan.files, *(each.files for each in plan.autoencoders.values())):
+        digest_files(files)  # finds a damaged download
     stored = None if dtype is None else PRECISIONS[dtype]
     with _open(plan) as read:
         parts = {

@@ -88,7 +88,7 @@ def load_model(
         for use, name in given.items()
         if name is not None
     }
-    plan = with_autoencoders(read_plan(source, prediction_type), vaes)
+    plan = with_autoencoders(read_plan(source, prediction_type, without=vaes), vaes)
     # What headers and configs tell comes first: to hash or to read a large file takes long.
     nets = {part: frame(plan, part) for part in plan.weights}
     fast = helps(where, precision) and not plain
@@ -181,8 +181,9 @@ def inspect(name: str | Path, *, models_dir: str | Path | None = None) -> dict[s
     network), parameters and dtypes of all, size_on_disk (bytes), prediction_type, native_size
     (width, height), and warnings. Raises SafelightError as `load_model` does for a malformed one.
     """
-    plan = read_plan(find(name, models_dir=models_dir))
-    components = {part: _summary(weights) for part, weights in plan.weights.items()}
+    plan = read_plan(find(name, models_dir=models_dir), without=("vae",))
+    components = {part: _summary(weights) for part, weights in plan.weights.items() if weights}
+    bare = [] if all(plan.weights.values()) else ["it has no autoencoder: give one with --vae"]
     return {
         "name": plan.source.name,
         "path": str(plan.source.path),
@@ -194,7 +195,7 @@ def inspect(name: str | Path, *, models_dir: str | Path | None = None) -> dict[s
         "size_on_disk": sum(path.stat().st_size for path in plan.files.values()),
         "prediction_type": plan.scheduler.prediction_type,
         "native_size": plan.native_size,
-        "warnings": list(plan.warnings),
+        "warnings": [*plan.warnings, *bare],
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,10 +50,13 @@ class Plan:
     autoencoders: Mapping[str, VaePlan] = field(default_factory=dict)
 
 
-def read_plan(source: Source, prediction_type: str | None = None) -> Plan:
+def read_plan(
+    source: Source, prediction_type: str | None = None, *, without: Collection[str] = ()
+) -> Plan:
     """Read a checkpoint's headers and configs.
 
     prediction_type: what the UNet predicts, in place of what the checkpoint says.
+    without: parts that a single file need not have, because others take their place.
 
     Raises SafelightError if it is malformed, or of a kind that is not supported.
     """
@@ -63,7 +66,12 @@ def read_plan(source: Source, prediction_type: str | None = None) -> Plan:
         )
     if source.path.is_dir():
         return _folder_plan(source, prediction_type)
-    return _file_plan(source, prediction_type)
+    return _file_plan(source, prediction_type, without)
+
+
+def _class_of(entry: Any) -> str:
+    """Return the class that model_index.json names for a part, as [library, class]; or nothing."""
+    return str(entry[-1]) if isinstance(entry, list) and entry else ""
 
 
 def _folder_plan(source: Source, prediction_type: str | None) -> Plan:
@@ -71,7 +79,7 @@ def _folder_plan(source: Source, prediction_type: str | None) -> Plan:
     family = family_of_folder(folder.index, source.name)
     folder.flat = family.flat
     parts = {
-        name: part.others.get(str((folder.index.get(name) or [""])[-1]), part)
+        name: part.others.get(_class_of(folder.index.get(name)), part)
         for name, part in family.parts.items()
     }
     raw = {part: folder.part_json(part, "config.json") for part in parts}
@@ -106,10 +114,15 @@ def _folder_plan(source: Source, prediction_type: str | None) -> Plan:
     )
 
 
-def _file_plan(source: Source, prediction_type: str | None) -> Plan:
+def _file_plan(source: Source, prediction_type: str | None, without: Collection[str]) -> Plan:
     header = header_of(source.path)
     family = family_of_file(header)
     file = family.single_file(header)
+    for part, found in file.weights.items():
+        if not found and part not in without:
+            known = [f"{p}*" for p, section in family.sections().items() if section.part == part]
+            needed = "give one with --vae" if part == "vae" else "a full one is needed"
+            raise refusal(header.name, f"no {part} ({' or '.join(known)}) in the file; {needed}")
     _check_weights(source, file.weights)
     warnings: list[str] = []
     prediction_type = prediction_type or file.prediction or _stated_prediction(header)
@@ -169,7 +182,7 @@ def _configs(
         except SafelightError as e:
             raise refusal(source.name, f"{name}/config.json: {e}") from None
         # Each layer has tensors: a config that asks for more is not that of its file.
-        if config.depth > len(weights[name]):
+        if weights[name] and config.depth > len(weights[name]):
             raise refusal(source.name, f"{name}/config.json has more layers than its file tensors")
         configs[name] = config
     try:
