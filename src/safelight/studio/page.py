@@ -56,7 +56,7 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
     is uploaded.
     """
     with gr.Blocks(title="Safelight", analytics_enabled=False, fill_width=True) as page:
-        gr.HTML("<h1>Safelight</h1>")
+        gr.HTML('<h1>Safelight</h1><p class="model"></p>', elem_id="head")
         with gr.Tabs() as tabs:
             with gr.Tab("Make", id="make"):
                 form, drawn = _make(hub, defaults, decoders)

@@ -54,7 +54,7 @@ const safelight = (() => {
     const settings = {...job.settings, seed: picture.seed, size};
     const recipe = make("dl");
     for (const [name, value] of Object.entries(settings)) {
-      if ([null, "", false].includes(value)) continue;
+      if ([null, "", false].includes(value) || value.length === 0) continue;
       if (["width", "height", "count"].includes(name)) continue;
       if (name === "prompt" && value === words(job)) continue;  // it is the title
       if (name === "eta" && !value) continue;
@@ -329,5 +329,5 @@ const safelight = (() => {
     load();
   };
 
-  return {now, find, make};
+  return {now, find, make, ask};
 })();
