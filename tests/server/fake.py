@@ -84,6 +84,7 @@ class FakeService:
         self.error: str | None = None
         self.warnings: list[str] = []
         self.best: dict[str, Any] = {}
+        self.files: dict[str, list[dict[str, str]]] = {}
         self.submitted, self.held, self.was_cancelled = (threading.Event() for _ in range(3))
         self._go = threading.Event()
         self._begun: dict[str, asyncio.Event] = {}
@@ -226,6 +227,9 @@ class FakeService:
 
     async def models(self) -> list[ModelInfo]:
         return [ModelInfo(name=self.info.name) if self.loading else self.info]
+
+    async def listed(self, kind: str) -> list[dict[str, str]]:
+        return self.files.get(kind, [])
 
     async def loaded(self) -> ModelInfo:
         self.loading = False

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from safelight.adapters.found import check_names, listed
 from safelight.defaults import model_defaults
 from safelight.errors import SafelightError
 from safelight.request import Request
@@ -212,6 +213,7 @@ class Hub:
         if self.stopping:
             raise StoppingError
         request = request.with_defaults(await self.defaults())
+        await asyncio.to_thread(check_names, request, self.settings.models_dir)
         steps = request.steps or SAMPLERS[request.sampler].steps
         check(SAMPLERS[request.sampler], steps, request.schedule, request.spacing)
         if steps * request.count > MAX_STEPS:
@@ -350,6 +352,10 @@ class Hub:
     async def models(self) -> list[ModelInfo]:
         """See `jobs.Service`."""
         return [self.info]
+
+    async def listed(self, kind: str) -> list[dict[str, str]]:
+        """See `jobs.Service`."""
+        return await asyncio.to_thread(listed, self.settings.models_dir, kind)
 
     async def loaded(self) -> ModelInfo:
         """See `jobs.Service`."""

@@ -180,6 +180,10 @@ class Service(Protocol):
         """Return the models that are served; one that is not loaded yet lacks its facts."""
         ...
 
+    async def listed(self, kind: str) -> list[dict[str, str]]:
+        """Return the files of a kind in the models folder, with "name" and "alias"."""
+        ...
+
     async def loaded(self) -> ModelInfo:
         """Return the served model once it is loaded, and its size known."""
         ...

@@ -205,6 +205,12 @@ async def samplers() -> dict[str, Any]:
     }
 
 
+@router.get("/api/loras", tags=["models"])
+async def loras(request: HttpRequest) -> list[dict[str, str]]:
+    """List the LoRAs of the models folder by name, with what their training called them."""
+    return await hub(request).listed("lora")
+
+
 @router.get("/healthz", response_class=PlainTextResponse, tags=["server"])
 async def healthz(request: HttpRequest) -> Any:
     """Say that the process lives. Needs no token."""

@@ -60,6 +60,15 @@ async def sd_models(http: HttpRequest) -> list[dict[str, Any]]:
     ]
 
 
+@router.get("/loras")
+async def loras(http: HttpRequest) -> list[dict[str, Any]]:
+    """List the LoRAs of the models folder. A client is told no path."""
+    return [
+        {"name": one["name"], "alias": one["alias"] or one["name"], "path": "", "metadata": {}}
+        for one in await _service(http).listed("lora")
+    ]
+
+
 @router.get("/options")
 async def get_options(http: HttpRequest) -> dict[str, Any]:
     model = (await _service(http).models())[0]
@@ -83,7 +92,7 @@ async def set_options(http: HttpRequest, options: dict[str, Any]) -> None:
 
 _UNKNOWN = {"error": "not measured by this server"}
 _EMPTY = """
-    extensions face-restorers hypernetworks latent-upscale-modes loras prompt-styles
+    extensions face-restorers hypernetworks latent-upscale-modes prompt-styles
     realesrgan-models script-info sd-vae upscalers
 """
 _FIXED: dict[str, Any] = {

@@ -218,7 +218,8 @@ def _settings(
         settings["strength"] = body.denoising_strength
     if (layers := body.override_settings.get("CLIP_stop_at_last_layers")) is not None:
         settings["clip_skip"] = layers
-    return settings | _own(body, settings), warnings
+    # This API's prompts are the web UI's, with its weights and LoRAs.
+    return {"prompt_syntax": "a1111"} | settings | _own(body, settings), warnings
 
 
 def _own(body: TextToImage | ImageToImage, settings: Mapping[str, Any]) -> dict[str, Any]:
