@@ -348,13 +348,49 @@ def tensors(endings):
     )
 
 
+VALID = [
+    {
+        ".lora_down.weight": [2, 32],
+        ".lora_up.weight": [32, 2],
+        ".alpha": [],
+        ".dora_scale": [32, 1],
+    },
+    {".hada_w1_a": [32, 2], ".hada_w1_b": [2, 32], ".hada_w2_a": [32, 2], ".hada_w2_b": [2, 32]},
+    {".lokr_w1": [4, 4], ".lokr_w2_a": [8, 2], ".lokr_w2_b": [2, 8], ".alpha": [1]},
+    {".a1.weight": [32, 2], ".a2.weight": [2, 32], ".b1.weight": [32, 2], ".b2.weight": [2, 32]},
+    {".oft_blocks": [4, 8, 8], ".rescale": [32, 1]},
+    {".oft_blocks": [2, 4, 8, 8], ".alpha": []},
+    {".diff": [32, 32]},
+    {".weight": [32], ".on_input": []},
+]
+
+
+@st.composite
+def nearly_valid(draw):
+    """The tensors of an adapter that fits, and perhaps one thing that does not."""
+    shapes = draw(st.sampled_from(VALID))
+    parts = [[SPELLINGS[0] + ending, "F32", shape] for ending, shape in shapes.items()]
+    victim = draw(st.integers(0, len(parts) - 1))
+    what = draw(st.sampled_from(["nothing", "nothing", "key", "dtype", "shape", "gone"]))
+    if what == "gone":
+        parts.pop(victim)
+    elif what == "key":
+        parts[victim][0] = draw(st.sampled_from(SPELLINGS)) + draw(st.sampled_from([*keys.WRITTEN]))
+    elif what == "dtype":
+        parts[victim][1] = draw(st.sampled_from(sorted(DTYPES)))
+    elif what == "shape":
+        parts[victim][2] = draw(st.lists(st.sampled_from(SIDES[:8]), max_size=4))
+    return parts
+
+
 def test_loras(folders, tmp_path, capfd):
     model = load_model(folders[0], device="cpu", dtype="float32", plain=True)
     before = {name: t.clone() for name, t in model.unet.state_dict().items()}
     told = st.one_of(st.just(None), TEXTS, VALUES.map(json.dumps))
     settings = changes(dict.fromkeys(("unet.lora_alpha", "unet.alpha_pattern", "unet.r"), 1))
-    told = st.one_of(told, settings.map(json.dumps))
-    strategy = st.tuples(st.sampled_from(FAMILIES).flatmap(tensors), told, st.integers(0, 255))
+    told = st.one_of(*[st.none()] * 6, told, settings.map(json.dumps))
+    parts = st.one_of(nearly_valid(), st.sampled_from(FAMILIES).flatmap(tensors))
+    strategy = st.tuples(parts, told, st.integers(0, 255))
 
     def try_it(example):
         parts, metadata, byte = example
