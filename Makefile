@@ -63,15 +63,28 @@ bench: $(VENV)/.ready-dev
 	$(BIN)/python benchmarks/full_size.py --dtype bfloat16
 	$(BIN)/python benchmarks/batching.py
 
-# The suite's own tests of the promises, with their full numbers; their figures: runs/soak.txt.
-SOAK := faults killed overload same storage strangers
+# The suite's own tests of the promises, with their full numbers; their figures: runs/soak.txt. Every
+# part is run, whatever becomes of those before it.
+#
+#   make soak SHARE=0.1 FUZZ=30 JOBS=100 KILLS=20    less than an hour
+SOAK := crowd faults hung killed overload same storage strangers worst
+SHARE ?= 1
+FUZZ ?= 240
+JOBS ?= 1000
+KILLS ?= 200
+soak: export SAFELIGHT_SOAK_SHARE := $(SHARE)
 soak: $(VENV)/.ready-dev
 	mkdir -p runs
-	SAFELIGHT_SOAK=$(CURDIR)/runs/soak.txt $(BIN)/pytest -n0 $(SOAK:%=tests/server/test_%.py) tests/prompt/test_reading.py
-	SAFELIGHT_FUZZ=480 $(BIN)/pytest -n0 -s tests/test_fuzz.py | tee runs/fuzz.txt
-	$(BIN)/python tests/soak/company.py
-	$(BIN)/python tests/soak/kills.py $(ARGS)
-	$(BIN)/python tests/soak/training.py --steps 200
+	status=0; \
+	SAFELIGHT_SOAK=$(CURDIR)/runs/soak.txt $(BIN)/pytest -n0 $(SOAK:%=tests/server/test_%.py) \
+		tests/prompt/test_reading.py tests/test_bounds.py || status=1; \
+	SAFELIGHT_FUZZ=$(FUZZ) $(BIN)/pytest -n0 -s tests/test_fuzz.py tests/server/test_fuzz_json.py \
+		> runs/fuzz.txt || status=1; \
+	grep ^fuzz runs/fuzz.txt; \
+	$(BIN)/python tests/soak/company.py || status=1; \
+	$(BIN)/python tests/soak/kills.py --jobs $(JOBS) --kills $(KILLS) || status=1; \
+	$(BIN)/python tests/soak/training.py --steps 200 || status=1; \
+	exit $$status
 
 evaluate: data/cutouts.npz
 	$(INSTALL) --no-build-isolation --editable '.[evaluate]'

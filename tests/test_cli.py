@@ -22,6 +22,7 @@ from safelight.recipe import enlarge, png_texts, read_recipe
 from safelight.request import Request
 from safelight.result import Result
 from safelight.sampling import SAMPLERS
+from safelight.settings import settings_of
 
 DIGEST = "ab" * 32
 
@@ -565,8 +566,8 @@ class TestHelp:
 
     def test_every_setting_is_an_option(self, run):
         text = run("generate", "--help").out
-        for name in Request.model_fields:
-            assert name == "prompt" or f"--{name.replace('_', '-')} " in text
+        for name, setting in settings_of(Request).items():
+            assert name == "prompt" or f"{setting.option} " in text
 
     @pytest.mark.skipif(shutil.which("head") is None, reason="needs head")
     def test_a_reader_that_goes_away(self):

@@ -292,6 +292,44 @@ def test_attention(queries: int, keys: int, size: int) -> None:
     assert distance(vectors.attend(q, k, v), true.flatten(2)) < 5e-3
 
 
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def by_floats(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel of attention in float32 in each variant."""
+    if request.param == "avx2" and not torch.cpu._is_avx2_supported():
+        pytest.skip("this processor has no AVX2")
+    if request.param == "avx512" and not kernels.has_avx512():
+        pytest.skip("this processor has no AVX512-BF16")
+    monkeypatch.setenv("SAFELIGHT_KERNELS", request.param)
+    if not kernels.built(request.param):
+        pytest.skip(NOT_BUILT)
+    assert kernels.floats().variant == request.param
+
+
+@pytest.mark.usefixtures("by_floats")
+@pytest.mark.parametrize(("queries", "keys", "size"), [*SHAPES, (7, 40, 5), (70, 260, 33)])
+def test_attention_in_float32(queries: int, keys: int, size: int) -> None:
+    q, k, v = (torch.randn(2, n, 3, size) for n in (queries, keys, keys))
+    q, k, v = (t.transpose(1, 2) for t in (3 * q, k, v))
+    true = F.scaled_dot_product_attention(q.double(), k.double(), v.double()).transpose(1, 2)
+    # A weight is exp of a score, whose rounding is of the largest terms that it is summed of.
+    rounding = 2**-24 * float((q.double().abs() @ k.double().abs().mT).max()) * size**-0.5
+    assert distance(vectors.attend_floats(q, k, v), true.flatten(2)) < 1e-6 + rounding
+
+
+@pytest.mark.usefixtures("by_floats")
+def test_attention_in_float32_of_scores_far_apart() -> None:
+    q = torch.full((1, 1, 32, 32), 4.0)
+    k = torch.linspace(-40, 40, 600)[None, None, :, None].repeat(1, 1, 1, 32)
+    v = torch.randn(1, 1, 600, 32)
+    true = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    assert distance(vectors.attend_floats(q, k, v), true) < 1e-3
+    for place in range(3):
+        for wrong in (torch.nan, torch.inf, -torch.inf):
+            qkv = [torch.randn(1, 1, 64, 40) for _ in range(3)]
+            qkv[place][0, 0, 3, 5] = wrong
+            assert not vectors.attend_floats(*qkv).isfinite().all(), (place, wrong)
+
+
 @pytest.mark.usefixtures("by_tiles")
 @pytest.mark.parametrize(("queries", "keys", "size"), SHAPES)
 def test_attention_of_split_numbers(queries: int, keys: int, size: int) -> None:

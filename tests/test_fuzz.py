@@ -45,8 +45,8 @@ PNG = b"\x89PNG\r\n\x1a\n"
 class Figures:
     """What became of a fuzzer's examples."""
 
-    def __init__(self) -> None:
-        self.ended, self.slowest = Counter(), 0.0
+    def __init__(self, longest: int) -> None:
+        self.ended, self.slowest, self.longest = Counter(), 0.0, longest
 
     def one(self, try_it):
         """Run one example: only SafelightError, of one line, may come out of it."""
@@ -58,15 +58,18 @@ class Figures:
             self.ended["refused"] += 1
             line = str(error)
             assert line.isprintable(), line
-            assert len(line) <= 400, line
+            assert len(line) <= self.longest, line
         took = time.process_time() - began
         self.slowest = max(self.slowest, took)
         assert took < SLOWEST
 
 
-def fuzz(name, examples, strategy, try_it, capfd):
-    """Feed examples of a strategy to `try_it`: a number of them, or for so many seconds."""
-    figures, end, run = Figures(), time.monotonic() + SECONDS, 0
+def fuzz(name, examples, strategy, try_it, capfd, longest=400):
+    """Feed examples of a strategy to `try_it`: a number of them, or for so many seconds.
+
+    longest: how many characters a refusal may have.
+    """
+    figures, end, run = Figures(longest), time.monotonic() + SECONDS, 0
 
     def once(count):
         @settings(

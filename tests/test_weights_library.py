@@ -1,6 +1,7 @@
 """The models folder: what is found in it by name and by hash, and what never is."""
 
 import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from safelight import cli
 from safelight.errors import SafelightError
 from safelight.weights import library as module
-from safelight.weights import load_model
+from safelight.weights import load_model, plan
 from safelight.weights.digest import digest_file
 from safelight.weights.find import find
 from safelight.weights.library import Library, open_library
@@ -275,3 +276,55 @@ def test_the_command_line_takes_a_models_folder(root, tmp_path, capsys, monkeypa
     assert cli.run(["verify", "a.png"]) == 0
     (root / "Stable-diffusion/tiny").rename(root / "Stable-diffusion/renamed")
     assert cli.run(["generate", "app", *small]) == 2
+
+
+# --- what is there -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def filled(root, monkeypatch):
+    """A models folder with one of each kind, and what is no model."""
+    text_folder(root / "checkpoints/tiny")
+    file(root / "checkpoints/odd.safetensors")
+    write(root / "checkpoints/broken.ckpt", "PK\3\4")
+    file(root / "loras/eyes.safetensors", metadata={"ss_base_model_version": "sd_v1"})
+    file(root / "embeddings/word.safetensors", EMBEDDING)
+    file(root / "vae/blue.safetensors", {k: t.half() for k, t in VAE.items()})
+    monkeypatch.setenv("SAFELIGHT_MODELS", str(root))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(root / "none"))
+    return root
+
+
+def test_models_are_listed_with_family_size_and_precision(filled, capsys):
+    assert cli.run(["models", "--json"]) == 0
+    listed = {each["name"]: each for each in json.loads(capsys.readouterr().out)}
+    tiny = listed["tiny"]
+    weights = sum(f.stat().st_size for f in (filled / "checkpoints/tiny").rglob("*.safetensors"))
+    assert (tiny["family"], tiny["dtypes"], tiny["where"]) == ("custom", ["F32"], "models folder")
+    assert weights < tiny["bytes"] < weights + 50_000
+    assert listed["embedded"]["where"] == "ships with Safelight"
+    assert "LoRA" in listed["odd"]["why_not"]
+    assert "broken.ckpt: " in listed["broken"]["why_not"]
+    assert "eyes" not in listed
+    assert cli.run(["models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["NAME", "FAMILY", "SIZE", "PRECISION", "WHERE"]
+    assert any(line.split()[:2] == ["tiny", "custom"] for line in lines)
+
+
+def test_all_kinds_are_listed(filled, capsys):
+    assert cli.run(["models", "--all", "--json", "--models-dir", str(filled)]) == 0
+    listed = {each["name"]: each for each in json.loads(capsys.readouterr().out)}
+    assert {listed[name]["kind"] for name in ("eyes", "word", "blue", "tiny")} == set(A1111)
+    assert listed["eyes"]["family"] == "sd_v1"
+    assert listed["blue"]["dtypes"] == ["F16"]
+    assert cli.run(["models", "--all"]) == 0
+    assert capsys.readouterr().out.startswith("KIND")
+
+
+def test_a_second_listing_reads_no_header(filled, capsys, monkeypatch):
+    assert cli.run(["models", "--json"]) == 0
+    first = capsys.readouterr().out
+    monkeypatch.setattr(plan, "read_plan", lambda *_: pytest.fail("read again"))
+    assert cli.run(["models", "--json"]) == 0
+    assert capsys.readouterr().out == first

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from safelight.adapters.file import open_adapter
 from safelight.errors import SafelightError
 from safelight.weights import archive, load_model
 from safelight.weights.headers import header_of
@@ -517,3 +518,12 @@ def test_a_file_that_changes_between_header_and_tensors_is_refused(tmp_path):
     saved(path, {**TENSORS, "a.bias": torch.ones(3)})
     with pytest.raises(SafelightError, match="changed"), open_tensors(header) as get:
         get("a.bias")
+
+
+def test_an_adapter_of_torch_save_is_opened_and_one_with_code_is_not(tmp_path):
+    tensors = {"lora_unet_x.lora_down.weight": torch.ones(2, 4)}
+    assert (
+        open_adapter(saved(tmp_path / "eyes.pt", tensors)).header.tensors.keys() == tensors.keys()
+    )
+    path = archived(tmp_path / "code.pt", pickled({"a": Called(os.system, "true")}))
+    refused(lambda: open_adapter(path), "code.pt: holds code")

@@ -22,6 +22,8 @@ class GenerateSettings(TypedDict, total=False):
     clip_skip: int | None
     loras: Sequence[str]
     lora_unmatched: Unmatched
+    embeddings: Sequence[str]
+    styles: Sequence[str]
     dynamic_prompts: bool
     width: int | None
     height: int | None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +17,11 @@ from safelight.sampling import SchedulerConfig
 
 if TYPE_CHECKING:
     from safelight.adapters.asked import Unmatched
+    from safelight.adapters.embeddings import Embeddings
     from safelight.adapters.select import Adapters, Selection
     from safelight.engine import Run, Step
     from safelight.keywords import GenerateSettings
+    from safelight.prompt.styles import Style
     from safelight.request import Request
     from safelight.result import Result
     from safelight.weights.library import Library
@@ -41,11 +43,13 @@ class Model:
     native_size: width and height, in pixels, of the pictures it was trained on.
     warnings: what the user should know about how it was loaded.
     wildcards_dir: the folder that `__name__` in a prompt is drawn from, None if there is none.
+    styles: words by name that a request may have put around its prompts.
     library: the models folder that LoRAs and embeddings are found in, None if there is none.
     other_vae: name and sha256 of the autoencoder that took the place of its own, None if none did.
     stored: its weights where they are stored; None if it was not loaded from files.
-    takes_paths: whether a LoRA may be named by its path, which is not for requests of strangers.
-    lora_files: names of LoRAs that mean these files.
+    takes_paths: whether a LoRA or an embedding may be named by its path, which is not for requests
+      of strangers.
+    lora_files, embedding_files: names of LoRAs and embeddings that mean these files.
     base, selection: of an adapted model, the one without LoRAs, and those that it has.
     """
 
@@ -62,11 +66,13 @@ class Model:
     notes: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     wildcards_dir: Path | None = None
+    styles: Mapping[str, Style] = field(default_factory=dict)
     library: Library | None = None
     other_vae: dict[str, str] | None = None
     stored: Stored | None = None
     takes_paths: bool = True
     lora_files: dict[str, Path] = field(default_factory=dict)
+    embedding_files: dict[str, Path] = field(default_factory=dict)
     base: Model | None = None
     selection: Selection | None = None
 
@@ -125,6 +131,13 @@ class Model:
     def tokenizer(self) -> Any:
         """The tokenizer, the first of two, None if the model reads no text."""
         return self.parts.get("tokenizer") or self.parts.get("tokenizer_2")
+
+    @cached_property
+    def embeddings(self) -> Embeddings:
+        """Finds textual inversions, and keeps models that know them."""
+        from safelight.adapters.embeddings import Embeddings
+
+        return Embeddings(self)
 
     @cached_property
     def adapters(self) -> Adapters:

@@ -55,6 +55,9 @@ def recipe_text(recipe: dict[str, Any]) -> str:
     }
     if vae := recipe.get("vae"):
         pairs |= {"VAE hash": vae["sha256"][:10], "VAE": vae["name"]}
+    if embeddings := recipe.get("embeddings"):
+        hashes = (f"{_plain(one['name'])}: {one['sha256'][:12]}" for one in embeddings)
+        pairs["TI hashes"] = ", ".join(hashes)
     if settings.get("prompt_syntax") == "a1111" and settings.get("emphasis") != "original":
         pairs["Emphasis"] = settings["emphasis"].replace("-", " ").capitalize()
     pairs |= {name: value for name, value in told.items() if name not in pairs}
@@ -83,7 +86,7 @@ def _tag(lora: dict[str, Any]) -> str:
 
 
 def _plain(name: str) -> str:
-    """Return the name of a LoRA without the marks that part names in the web UI's text."""
+    """Return a name without the marks that part names in the web UI's text."""
     return re.sub(r"[:,<>]", "", name)
 
 

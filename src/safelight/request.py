@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from safelight.adapters.asked import AskedLora
+from safelight.adapters.asked import MAX_NAME, AskedLora
 from safelight.errors import SafelightError
 from safelight.keywords import RequestSettings
 from safelight.pixels import as_mask, as_rgb, picture_sha256
@@ -79,6 +79,13 @@ class Request(RequestFields, metaclass=_Listed):
     def _check_loras(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for text in value:
             AskedLora.parse(text)
+        return value
+
+    @field_validator("embeddings", "styles")
+    @classmethod
+    def _check_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(0 < len(name) <= MAX_NAME and name.isprintable() for name in value):
+            raise ValueError("a name that is empty, too long or not printable")
         return value
 
     @field_validator("sampler")

@@ -83,6 +83,12 @@ class RequestFields(BaseModel):
     lora_unmatched: Unmatched = Field(
         "error", description="what becomes of a LoRA's keys that belong to nothing in the model"
     )
+    embeddings: Annotated[Texts, About(option="--embedding", accepts="a name")] = Field(
+        (), description="textual inversions, whose names in a prompt stand for their vectors"
+    )
+    styles: Annotated[Texts, About(option="--style", accepts="a name in the file of styles")] = (
+        Field((), description="words that are put around both prompts, from a styles.csv")
+    )
     dynamic_prompts: bool = Field(
         False, description="draw `{a|b}` and `__name__` in both prompts, with each picture's seed"
     )

@@ -19,7 +19,8 @@ class Result:
     settings: those of `Request.to_dict`, with the defaults of model and sampler filled in.
     seeds: seeds[i] made images[i]. timings: in seconds. paths: where the pictures were saved.
     drawn: what their last bits depend on besides: see `safelight.machine`.
-    words: with dynamic prompts, the prompt and negative prompt that each seed drew.
+    words: with styles or dynamic prompts, the prompt and negative prompt of each seed.
+    embeddings: of each seed, name and sha256 of the textual inversions that it was drawn with.
     vae: name and sha256 of the autoencoder, if it is not the model's own.
     loras: of each seed that was drawn with some, name, weights, SHA-256, A1111's hash, and whether
       it stands in the prompt.
@@ -37,22 +38,26 @@ class Result:
     paths: list[Path] = field(default_factory=list)
     drawn: dict[str, Any] = field(default_factory=dict)
     words: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    embeddings: dict[int, tuple[dict[str, Any], ...]] = field(default_factory=dict)
     vae: dict[str, str] | None = None
     loras: dict[int, tuple[dict[str, Any], ...]] = field(default_factory=dict)
 
     def recipe(self, i: int = 0) -> dict[str, Any]:
         """Return everything that makes picture i again, alone. It is written into its PNG.
 
-        With dynamic prompts it has the words that were drawn, and what they were drawn from as
-        `template`.
+        With styles and dynamic prompts it has the words that they gave, and what these came from
+        as `template`.
         """
         seed = self.seeds[i]
         settings, template = {**self.settings, "seed": seed, "count": 1}, {}
         if seed in self.words:
             names = ("prompt", "negative_prompt")
-            template = {"template": {name: settings[name] for name in names}}
+            template = {"template": {name: settings[name] for name in (*names, "styles")}}
             settings |= dict(zip(names, self.words[seed], strict=True))
-            settings["dynamic_prompts"] = False
+            settings |= {"dynamic_prompts": False, "styles": []}
+        embeddings = list(self.embeddings.get(seed, ()))
+        if embeddings:  # by names that tell nothing of this machine
+            settings["embeddings"] = [one["name"] for one in embeddings]
         return {
             "safelight": __version__,
             "model": {"name": self.model, "sha256": self.sha256},
@@ -63,6 +68,7 @@ class Result:
             "settings": settings,
             "warnings": self.warnings,
             **({} if self.vae is None else {"vae": self.vae}),
+            **({"embeddings": embeddings} if embeddings else {}),
             **({"loras": list(self.loras[seed])} if seed in self.loras else {}),
             **template,
         }

@@ -80,7 +80,27 @@ def a1111_emphasis(text):
     return merged or [["", 1.0]]
 
 
-def a1111_chunks(tokenizer, pieces):
+def a1111_groups(tokenizer, said, named=None):
+    """[ids] that stay together: each token, and all vectors of an embedding.
+
+    named: embeddings by name. An embedding is where its name's tokens are, the longest name first.
+    """
+    tokens = tokenizer(said, add_special_tokens=False).input_ids
+    names = {name: tokenizer(name, add_special_tokens=False).input_ids for name in named or {}}
+    found = []
+    while tokens:
+        here = [name for name, ids in names.items() if tokens[: len(ids)] == ids]
+        if here:
+            name = max(here, key=lambda name: len(names[name]))
+            found.append(named[name])
+            tokens = tokens[len(names[name]) :]
+        else:
+            found.append(tokens[:1])
+            tokens = tokens[1:]
+    return found
+
+
+def a1111_chunks(tokenizer, pieces, named=None):
     """[(ids, weights)] of 77: full chunks end after a comma that is at most 20 tokens back."""
     comma = tokenizer.convert_tokens_to_ids(",</w>")
     begin, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -95,18 +115,18 @@ def a1111_chunks(tokenizer, pieces):
             finish()
             now, last = [], -1
             continue
-        for token in tokenizer(said, add_special_tokens=False).input_ids:
-            if token == comma:
+        for tokens in a1111_groups(tokenizer, said, named):
+            if tokens == [comma]:
                 last = len(now)
             elif len(now) == 75 and last != -1 and 75 - last <= 20:
                 later = now[last + 1 :]
                 now = now[: last + 1]
                 finish()
                 now, last = later, -1
-            if len(now) == 75:
+            if len(now) == 75 or len(now) + len(tokens) > 75:
                 finish()
                 now, last = [], -1
-            now.append((token, weight))
+            now += [(token, weight) for token in tokens]
     if now or not chunks:
         finish()
     return chunks
@@ -119,10 +139,10 @@ def states(encoder, ids, clip_skip=1, mask=None):
         return encoder.final_layer_norm(out.hidden_states[-clip_skip])
 
 
-def a1111_states(tokenizer, encoder, texts, emphasis="original", clip_skip=1):
+def a1111_states(tokenizer, encoder, texts, emphasis="original", clip_skip=1, named=None):
     """The states of the stages of one prompt, encoded together."""
     read = [[[t, 1.0]] if emphasis == "none" else a1111_emphasis(t) for t in texts]
-    chunks = [a1111_chunks(tokenizer, pieces) for pieces in read]
+    chunks = [a1111_chunks(tokenizer, pieces, named) for pieces in read]
     [empty] = a1111_chunks(tokenizer, [["", 1.0]])
     longest = max(len(one) for one in chunks)
     found = [[] for _ in texts]
@@ -201,33 +221,52 @@ def comfy_pieces(text, weight=1.0):
     return found
 
 
-def comfy_chunks(tokenizer, text):
+def comfy_groups(tokenizer, said, named):
+    """[ids] that stay together: the words of a piece, and all vectors of `embedding:name`."""
+    first, *others = re.split(r"(?<=\s)embedding:", f" {said}")
+    found = [first[1:]] if first[1:] else []
+    for one in others:
+        name, *words = one.split()
+        rest = " ".join(words)
+        if name not in named:
+            bare = name.strip(",")
+            rest = f"{name[len(bare) :]} {rest}"
+            name = bare
+        found += [named[name], rest]
+    return [
+        tokenizer(one, add_special_tokens=False).input_ids if isinstance(one, str) else one
+        for one in found
+    ]
+
+
+def comfy_chunks(tokenizer, text, named=None):
     """[(ids, weights)] of 77: pieces of fewer than 8 tokens are not cut."""
     begin, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     chunks = [[(begin, 1.0)]]
     for said, weight in comfy_pieces(text):
         said = said.replace("\0\1", ")").replace("\0\2", "(")
-        piece = [(i, weight) for i in tokenizer(said, add_special_tokens=False).input_ids]
-        large = len(piece) >= 8
-        while piece:
-            room = 76 - len(chunks[-1])
-            if len(piece) <= room:
-                chunks[-1] += piece
-                break
-            if large:
-                chunks[-1] += piece[:room]
-                piece = piece[room:]
-            chunks.append([(begin, 1.0)])
+        for group in comfy_groups(tokenizer, said, named or {}):
+            piece = [(i, weight) for i in group]
+            large = len(piece) >= 8
+            while piece:
+                room = 76 - len(chunks[-1])
+                if len(piece) <= room:
+                    chunks[-1] += piece
+                    break
+                if large:
+                    chunks[-1] += piece[:room]
+                    piece = piece[room:]
+                chunks.append([(begin, 1.0)])
     full = [[*one, (end, 1.0), *[(pad, 1.0)] * (76 - len(one))] for one in chunks]
     return [([i for i, _ in one], [w for _, w in one]) for one in full]
 
 
-def comfy_states(tokenizer, encoder, text, clip_skip=1):
+def comfy_states(tokenizer, encoder, text, clip_skip=1, named=None):
     """Away from the empty prompt's states, token by token."""
     [(nothing, _)] = comfy_chunks(tokenizer, "")
     empty = states(encoder, nothing, clip_skip)
     found = []
-    for ids, weights in comfy_chunks(tokenizer, text):
+    for ids, weights in comfy_chunks(tokenizer, text, named):
         z = states(encoder, ids, clip_skip)
         for place, weight in enumerate(weights):
             if weight != 1.0:

@@ -158,9 +158,9 @@ def test_the_recipe_says_dialect_and_clip_skip(model):
 
 def test_warnings_say_how_words_were_read(model):
     result = model.generate(
-        "(apple <lora:x:0.5>", prompt_syntax="a1111", steps=1, sampler="ddim", emphasis="no-norm"
+        "(apple <hyper:x:0.5>", prompt_syntax="a1111", steps=1, sampler="ddim", emphasis="no-norm"
     )
     assert any("1 '(' without a partner" in said for said in result.warnings)
-    assert any("<lora:x:0.5> was left out" in said for said in result.warnings)
+    assert any("<hyper:x:0.5> was left out" in said for said in result.warnings)
     told = model.generate("apple", emphasis="ignore", steps=1, sampler="ddim").warnings
     assert "emphasis does nothing without prompt_syntax a1111: leave it out" in told

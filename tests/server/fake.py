@@ -38,6 +38,8 @@ from safelight.server.jobs import (
     Status,
     StoppingError,
 )
+from safelight.server.names import Names
+from safelight.server.settings import Settings
 
 PATIENCE = 30
 
@@ -83,8 +85,8 @@ class FakeService:
         self.paint: Image.Image | None = None
         self.error: str | None = None
         self.warnings: list[str] = []
+        self.names = Names(Settings(model="embedded", url="", root=""))
         self.best: dict[str, Any] = {}
-        self.files: dict[str, list[dict[str, str]]] = {}
         self.submitted, self.held, self.was_cancelled = (threading.Event() for _ in range(3))
         self._go = threading.Event()
         self._begun: dict[str, asyncio.Event] = {}
@@ -227,9 +229,6 @@ class FakeService:
 
     async def models(self) -> list[ModelInfo]:
         return [ModelInfo(name=self.info.name) if self.loading else self.info]
-
-    async def listed(self, kind: str) -> list[dict[str, str]]:
-        return self.files.get(kind, [])
 
     async def loaded(self) -> ModelInfo:
         self.loading = False

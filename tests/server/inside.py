@@ -29,8 +29,20 @@ SOAK = os.environ.get("SAFELIGHT_SOAK")
 """The file that the figures of a full-size run go to."""
 
 
+SHARE = float(os.environ.get("SAFELIGHT_SOAK_SHARE", "1"))
+"""What part of the full numbers is run, of those that are 100 or more."""
+
+
 def size(small: int, full: int) -> int:
-    return full if SOAK else small
+    if not SOAK:
+        return small
+    return full if full < 100 else max(small, round(full * SHARE))
+
+
+def share(cases: list[Any]) -> list[Any]:
+    """Return the cases of a full run: all, or SHARE of them, spread evenly."""
+    count = max(min(len(cases), 5), round(len(cases) * SHARE))
+    return [cases[i * len(cases) // count] for i in range(count)]
 
 
 def figure(line: str) -> None:

@@ -17,9 +17,12 @@ from inside import SOAK, figure, size
 from serving import Serving, wait_for
 from test_worst import OTHER, QUICK, Others, Tree
 
+from safelight.server.limits import most
+
 pytestmark = pytest.mark.xdist_group("crowd")  # one server for them all
 LONG = {"prompt": "a cat", "steps": 500, "sampler": "euler"}
 MANY = size(200, 2000)
+TRUSTED = [part for last in (1, 2) for part in ("--trust-proxy", f"127.0.0.{last}")]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 3 * MANY)), hard))
     folder = tmp_path_factory.mktemp("crowd")
-    with Serving(folder, "--dtype", "float32", "--trust-proxy", "127.0.0.1") as running:
+    with Serving(folder, "--dtype", "float32", *TRUSTED) as running:
         running.ready()
         wait_for(lambda: running.client.get("/studio/").status_code == 200)
         yield running
@@ -100,7 +103,7 @@ def test_half_open_streams(server: Serving) -> None:
         f"{max(others.health) * 1000:.0f} ms at most, another's job drawn after {seconds:.2f} s "
         f"({before:.2f} s before), {tree.most:.0f} MB"
     )
-    assert opened == MANY
+    assert opened == MANY <= most() // 2
     if SOAK:
         assert max(others.health) < 1
 
@@ -135,7 +138,7 @@ def memory(pid: int) -> float:
 def test_visits_leave_nothing_behind(server: Serving) -> None:
     known = server.client.get("/studio/config").json()["dependencies"]
     READ.append(next(one["id"] for one in known if one["api_name"] == "read"))
-    warm, count = size(20, 300), size(60, 10_000)
+    warm, count = size(50, 300), size(60, 10_000)
     grown: list[float] = []
 
     def visits(number: int) -> None:
@@ -154,4 +157,4 @@ def test_visits_leave_nothing_behind(server: Serving) -> None:
         f"17: {count} visits of the page in {time.monotonic() - began:.0f} s: the server's memory "
         f"{before:.0f} MB, then {', '.join(f'{one:+.0f}' for one in grown)}"
     )
-    assert grown[-1] < size(20, 100)
+    assert grown[-1] < size(12, 100)

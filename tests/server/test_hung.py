@@ -373,6 +373,16 @@ def test_a_long_call_of_native_code_is_work(aside: bool) -> None:
     assert beats(multiplies, 4, aside=aside) >= 2
 
 
+def test_work_within_work_is_the_same_thread() -> None:
+    pulse = Pulse()
+    with pulse.working():
+        mine = dict(pulse._threads)
+        with pulse.working():
+            assert pulse._threads == mine
+        assert pulse._threads == mine
+    assert not pulse._threads
+
+
 def test_long_loops_within_a_layer_get_on() -> None:
     """A convolution in strips can take longer than a worker may be silent."""
     told: list[int] = []

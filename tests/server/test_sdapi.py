@@ -11,16 +11,21 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
+import numpy
 import pytest
 import requests
 import webuiapi
 from fake import PATIENCE, FakeService, colour, encoded, running, until
 from PIL import Image, PngImagePlugin
+from safetensors.numpy import save_file
 from sd_parsers import ParserManager
 
 from safelight.recipe import read_recipe
 from safelight.server import bodies
 from safelight.server.jobs import ModelInfo
+from safelight.server.names import Names
+from safelight.server.settings import Settings
+from safelight.weights.find import MODELS
 
 pytestmark = pytest.mark.xdist_group("sdapi")  # one server for them all
 SHA = "ab" * 32
@@ -228,6 +233,31 @@ class TestTextToImage:
         assert call("txt2img", sent).status_code == 200
         assert service.requests[0].steps == 50
 
+    def test_prompts_are_read_as_there(self, api, call, service):
+        info = api.txt2img(
+            prompt="(a:1.2) BREAK b",
+            override_settings={
+                "CLIP_stop_at_last_layers": 2,
+                "emphasis": "No norm",
+                "sd_vae": "Automatic",
+            },
+        ).info
+        asked = service.requests[0]
+        assert (asked.prompt_syntax, asked.clip_skip, asked.emphasis) == ("a1111", 2, "no-norm")
+        assert info["clip_skip"] == 2
+        assert not any("override_settings" in warning for warning in info["warnings"])
+        assert "Clip skip: 2" in info["infotexts"][0]
+        assert "Emphasis: No norm" in info["infotexts"][0]
+        for syntax in ("plain", "comfy"):
+            assert call("txt2img", {"prompt_syntax": syntax}).status_code == 200
+            assert service.requests[-1].prompt_syntax == syntax
+        body = {"override_settings": {"emphasis": "Much"}}
+        assert "emphasis must be" in refused(call("txt2img", body))
+
+    def test_styles_are_asked_for(self, api, service):
+        assert api.txt2img(styles=["anime"]).info["styles"] == ["anime"]
+        assert service.requests[0].styles == ("anime",)
+
     def test_whole_numbers_may_be_written_with_a_point(self, call, service):
         assert call("txt2img", {"steps": 20.0, "width": 64.0}).status_code == 200
         assert (service.requests[0].steps, service.requests[0].width) == (20, 64)
@@ -276,7 +306,6 @@ class TestTextToImage:
         ("body", "word"),
         [
             ({"enable_hr": True}, "enable_hr"),
-            ({"styles": ["anime"]}, "styles"),
             ({"subseed_strength": 0.1}, "subseed_strength"),
             ({"seed_resize_from_w": 512}, "seed_resize_from"),
             ({"restore_faces": True}, "restore_faces"),
@@ -287,6 +316,7 @@ class TestTextToImage:
             ({"refiner_checkpoint": "big"}, "refiner_checkpoint"),
             ({"infotext": "Steps: 3"}, "infotext"),
             ({"override_settings": {"sd_model_checkpoint": "big"}}, "drawn with tiny"),
+            ({"override_settings": {"sd_vae": "other.pt"}}, "--vae"),
             ({"alwayson_scripts": {"ControlNet": {"args": [1]}}}, "ControlNet"),
         ],
     )
@@ -876,6 +906,35 @@ class TestLists:
         assert set(api.get_memory()) == {"ram", "cuda"}
         assert api.get_cmd_flags() == {"api": True}
         assert api.refresh_checkpoints() is None
+
+    def test_what_is_in_the_models_folder(self, api, call, service, tmp_path):
+        def save(name, tensors, **metadata):
+            path = tmp_path / name
+            path.parent.mkdir(exist_ok=True)
+            save_file({key: numpy.zeros(shape) for key, shape in tensors.items()}, path, metadata)
+
+        save("loras/ink.safetensors", {"lora_unet_x.alpha": ()}, ss_output_name="The ink")
+        config = MODELS / "embedded" / "text_encoder" / "config.json"
+        width = json.loads(config.read_text())["hidden_size"]
+        save("embeddings/moss.safetensors", {"emb_params": (3, width)})
+        save("embeddings/other.safetensors", {"emb_params": (3, width + 1)})
+        save("VAE/clear.safetensors", {"decoder.conv_in.weight": (1,)})
+        styles = tmp_path / "styles.csv"
+        styles.write_text("name,prompt,negative_prompt\nold,an old {prompt},new\n")
+        service.names = Names(
+            Settings("embedded", "", "", models_dir=str(tmp_path), styles_file=str(styles))
+        )
+        [lora] = call("loras").json()
+        assert (lora["name"], lora["alias"], lora["path"]) == ("ink", "The ink", "ink.safetensors")
+        assert lora["metadata"] == {"ss_output_name": "The ink"}
+        found = api.get_embeddings()
+        assert found["loaded"]["moss"]["vectors"] == 3
+        assert list(found["skipped"]) == ["other"]
+        vae = {"model_name": "clear.safetensors", "filename": "clear.safetensors"}
+        assert api.get_sd_vae() == [vae]
+        old = {"name": "old", "prompt": "an old {prompt}", "negative_prompt": "new"}
+        assert api.get_prompt_styles() == [old]
+        assert str(tmp_path) not in json.dumps([lora, found, vae])
 
     def test_the_rest(self, call):
         for path in ("script-info", "extensions"):

@@ -70,6 +70,10 @@ def webp(frames: int, side: int = 4000) -> bytes:
     return encoded(first, "WEBP", save_all=frames > 1, append_images=more, lossless=True, method=0)
 
 
+def rough_webp() -> bytes:
+    return encoded(noise("RGB", 2500, 2500).resize((SIDE, SIDE)), "WEBP", quality=90, method=0)
+
+
 def text(kind: bytes, size: int, letter: str = "a") -> bytes:
     """A chunk of text that unpacks to so many bytes."""
     words = (letter * (size // len(letter.encode()))).encode()
@@ -87,6 +91,7 @@ def small(*chunks: bytes) -> bytes:
 PICTURES: dict[str, Callable[[], bytes]] = {
     "PNG, RGB, 62 MiB": partial(png, 2, 8, 4650, 4650),
     "PNG, RGBA, 62 MiB": partial(png, 6, 8, 4000, 4000),
+    "PNG, RGB, 48 MB": partial(png, 2, 8, 4000, 4000),
     "PNG, RGBA, 25 MP, empty": partial(png, 6, 8, SIDE, SIDE, level=9),
     "PNG, RGBA, 16 bit, 25 MP": partial(png, 6, 16, SIDE, SIDE, level=9),
     "PNG, gray, 16 bit, 50 MB": partial(png, 0, 16, SIDE, SIDE),
@@ -131,12 +136,21 @@ PICTURES: dict[str, Callable[[], bytes]] = {
         (plain := jpeg(smooth(64, 64)))[:2] + segment(0xFE, bytes(65_000)) * 900 + plain[2:]
     ),
     "WebP, lossless": partial(webp, 1),
-    "WebP, animated": partial(webp, 30),
-    "WebP, lossy": lambda: encoded(noise("RGB", 4000, 4000), "WEBP", quality=100, method=0),
-    "WebP, truncated": lambda: encoded(noise("RGB", 4000, 4000), "WEBP", quality=90, method=0)[
-        : 5 << 20
-    ],
+    "WebP, animated": partial(webp, 18),
+    "WebP, lossy": rough_webp,
+    "WebP, truncated": lambda: rough_webp()[: 1 << 20],
 }
+COSTLY = [
+    "PNG, RGB, 48 MB",
+    "PNG, gray, 16 bit, 50 MB",
+    "PNG, palette with transparency",
+    "PNG, text that unpacks to 60 MiB",
+    "PNG, iTXt of wide letters",
+    "JPEG, truncated",
+    "WebP, animated",
+]
+"""Those that come by every entrance in the long run."""
+
 SMALL = ["PNG, gray, 16 bit, 50 MB", "JPEG, CMYK, progressive"]
 """Those of the suite: what cost the most before."""
 

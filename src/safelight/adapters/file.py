@@ -23,8 +23,9 @@ from safelight.adapters.algorithms import (
 from safelight.adapters.keys import endings, family_of, refused_kind, slot_of
 from safelight.adapters.names import Target
 from safelight.errors import SafelightError
-from safelight.weights.check import Header, printable, read_header, read_json
+from safelight.weights.check import Header, printable, read_json
 from safelight.weights.digest import Original, digest_file
+from safelight.weights.headers import header_of
 
 FLOATS = ("F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2")
 METADATA = "lora_adapter_metadata"
@@ -82,7 +83,7 @@ class Match:
 def open_adapter(path: Path) -> AdapterFile:
     """Open a file, or a folder that PEFT or diffusers wrote.
 
-    Raises SafelightError, one line, if it is not a safetensors file that adds up.
+    Raises SafelightError, one line, if it is not a weight file that adds up.
     """
     name, config = path.name, dict[str, Any]()
     told = path / "adapter_config.json"
@@ -90,7 +91,7 @@ def open_adapter(path: Path) -> AdapterFile:
         path = file_in(path)
         if told.is_file():
             config = read_json(told, name=f"{name}/adapter_config.json")
-        header = read_header(path, name)
+        header = header_of(path, name)
         digest = digest_file(path)
         original = Original(digest)
     except SafelightError as error:

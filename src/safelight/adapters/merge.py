@@ -19,6 +19,7 @@ from safelight.adapters.asked import AskedLora
 from safelight.adapters.file import AdapterFile, Change, refusal
 from safelight.errors import SafelightError
 from safelight.fast.replace import with_weights
+from safelight.progress import get_on
 from safelight.weights.tensors import open_tensors
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ def _changed(
     opened: Mapping[int, _Opened],
 ) -> Tensor:
     """Return the new value of one weight, in the model's precision."""
+    get_on()
     value = weight.to(model.device, torch.float32, copy=True).contiguous()
     for one, change in steps:
         found = opened[id(one)].read(change, model.device)

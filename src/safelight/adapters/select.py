@@ -23,11 +23,12 @@ from safelight.adapters.file import (
     told_unmatched,
     unmatched_error,
 )
-from safelight.adapters.found import find_lora
 from safelight.adapters.keys import family_of_width
 from safelight.adapters.merge import Chosen, merged
 from safelight.adapters.names import Target, table
+from safelight.errors import SafelightError
 from safelight.fast import memory
+from safelight.weights.check import printable
 from safelight.weights.digest import tensors_digest
 
 if TYPE_CHECKING:
@@ -168,8 +169,15 @@ class Adapters:
                     return path, (path.resolve().stem if path.is_file() else path.resolve().name)
             except (OSError, RuntimeError, ValueError):
                 pass  # too long, or no home: not a path
-        seen = "no file here, and " if model.takes_paths and not asked.tagged else ""
-        return find_lora(model.library, name, no_file=seen), name
+        if model.library is None:
+            where = "no file here, and " if model.takes_paths and not asked.tagged else ""
+            raise SafelightError(
+                f"no lora {printable(repr(name), 80)}: {where}no models folder is given "
+                "(--models-dir, SAFELIGHT_MODELS)",
+                code="no_model",
+                field="loras",
+            )
+        return model.library.find(name, "lora").path, name
 
     def _matched(self, path: Path) -> tuple[AdapterFile, Match]:
         try:

@@ -13,6 +13,7 @@ from safelight import __version__
 from safelight.cli import (
     bench,
     compare,
+    convert,
     doctor,
     download,
     explain,
@@ -45,6 +46,7 @@ app.command()(tools.samplers)
 app.command()(tools.models)
 app.command()(tools.inspect)
 app.command()(download.download)
+app.command()(convert.convert)
 app.command()(tools.verify)
 app.command()(tokens.tokens)
 app.command()(serve.serve)

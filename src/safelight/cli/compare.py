@@ -32,6 +32,8 @@ def compare(
     low_memory: options.LowMemory = False,
     models_dir: options.ModelsDir = None,
     vae: options.Vae = None,
+    wildcards: options.Wildcards = None,
+    styles_file: options.StylesFile = None,
     out: Annotated[str, Option("--out", "-o", help="The .png file to write.")] = "grid.png",
     overwrite: options.Overwrite = False,
 ) -> None:
@@ -52,6 +54,7 @@ def compare(
             )
     if "prompt" not in axes:
         options.check_prompt(settings, 'compare "a cat" --x sampler=ddim,euler_a')
+    settings = options.with_words(settings, styles_file=styles_file, wildcards=wildcards)
     base = options.request_of(settings)
     requests(base, across, down)
     if not out.lower().endswith(".png"):
@@ -67,6 +70,8 @@ def compare(
                 low_memory=low_memory,
                 models_dir=models_dir,
                 vae=vae,
+                wildcards_dir=wildcards,
+                styles_file=styles_file,
             ),
             base,
             across,

@@ -19,7 +19,6 @@ def explain(
     models_dir: options.ModelsDir = None,
     vae: options.Vae = None,
     wildcards: options.Wildcards = None,
-    style: options.Styles = None,
     styles_file: options.StylesFile = None,
     out: Annotated[str, Option("--out", "-o", help="The .html file to write.")] = "explain.html",
     overwrite: options.Overwrite = False,
@@ -29,9 +28,7 @@ def explain(
     Prints the path of the page: one file that a browser opens without fetching anything.
     """
     options.check_prompt(settings, 'explain "a cat above a pizza"')
-    settings = options.with_words(
-        settings, style=style, styles_file=styles_file, wildcards=wildcards
-    )
+    settings = options.with_words(settings, styles_file=styles_file, wildcards=wildcards)
     request = options.request_of(settings)
     from safelight.picture import check_writable, save_whole
 
@@ -47,6 +44,7 @@ def explain(
             models_dir=models_dir,
             vae=vae,
             wildcards_dir=wildcards,
+            styles_file=styles_file,
         )
         # Not before: they import PyTorch, in which Ctrl-C has to wait.
         from safelight.explain.page import page

@@ -28,7 +28,6 @@ def generate(
     models_dir: options.ModelsDir = None,
     vae: options.Vae = None,
     wildcards: options.Wildcards = None,
-    style: options.Styles = None,
     styles_file: options.StylesFile = None,
     out: Annotated[
         str,
@@ -55,9 +54,7 @@ def generate(
 
     from safelight.picture import check_writable, output_paths
 
-    settings = options.with_words(
-        settings, style=style, styles_file=styles_file, wildcards=wildcards
-    )
+    settings = options.with_words(settings, styles_file=styles_file, wildcards=wildcards)
     request = options.request_of(settings)
     seeds = range(request.seed, request.seed + request.count)
     need = (request.width or 512) * (request.height or 512) * 4 * request.count
@@ -74,6 +71,7 @@ def generate(
             models_dir=models_dir,
             vae=vae,
             wildcards_dir=wildcards,
+            styles_file=styles_file,
         )
         _warn_of_size(request, loaded.name, loaded.native_size)
         run = loaded.stream(request)

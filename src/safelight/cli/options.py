@@ -64,12 +64,11 @@ Wildcards = Annotated[
         show_default=False,
     ),
 ]
-Styles = Annotated[
-    list[str] | None,
-    Option("--style", help="A style of --styles-file; more than one may be given."),
-]
 StylesFile = Annotated[
-    str | None, Option(help="A styles.csv, as web UIs keep it.", show_default=False)
+    str | None,
+    Option(
+        "--styles-file", help="A styles.csv, as web UIs keep it, for --style.", show_default=False
+    ),
 ]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace files that exist.")]
 
@@ -178,25 +177,18 @@ def request_of(settings: dict[str, Any]) -> "Request":
 
 
 def with_words(
-    settings: dict[str, Any],
-    *,
-    style: Sequence[str] | None,
-    styles_file: str | None,
-    wildcards: str | None,
+    settings: dict[str, Any], *, styles_file: str | None, wildcards: str | None
 ) -> dict[str, Any]:
-    """Return the settings with styles around the prompts, and choices drawn where asked for."""
+    """Return the settings, with choices drawn where there are wildcards.
+
+    Raises SafelightError for a style that is not in the file: before a model is loaded.
+    """
     from safelight.prompt.styles import apply_styles, read_styles
 
-    given = dict(settings)
-    if style:
-        if styles_file is None:
-            raise SafelightError("style needs the file that it is in: give --styles-file")
-        prompts = given.get("prompt", ""), given.get("negative_prompt", "")
-        styled = apply_styles(read_styles(styles_file), style, *prompts)
-        given |= dict(zip(("prompt", "negative_prompt"), styled, strict=True))
-    if wildcards is not None:
-        given.setdefault("dynamic_prompts", True)
-    return given
+    if settings.get("styles") or styles_file is not None:
+        styles = {} if styles_file is None else read_styles(styles_file)
+        apply_styles(styles, settings.get("styles") or (), "", "")
+    return settings if wildcards is None else {"dynamic_prompts": True, **settings}
 
 
 def model_for(request: "Request", name: str | None) -> str:

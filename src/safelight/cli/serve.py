@@ -30,6 +30,8 @@ def serve(
     models_dir: options.ModelsDir = None,
     vae: options.Vae = None,
     preview_vae: options.PreviewVae = None,
+    wildcards: options.Wildcards = None,
+    styles_file: options.StylesFile = None,
     token: Annotated[
         str | None,
         Option(
@@ -70,12 +72,15 @@ def serve(
         raise SafelightError(f"--queue {queue}: expected 1 or more")
     secret = token_of(token, token_file)
     private.keep()
+    options.with_words({}, styles_file=styles_file, wildcards=wildcards)
     root = data_folder(data_dir)
     settings = Settings(
         model=model,
         models_dir=models_dir,
         vae=vae,
         preview_vae=preview_vae,
+        wildcards_dir=wildcards,
+        styles_file=styles_file,
         url=database or f"sqlite:///{root / 'jobs.sqlite3'}",
         root=str(root),
         device=device,

@@ -32,6 +32,8 @@ def studio(
     models_dir: options.ModelsDir = None,
     vae: options.Vae = None,
     preview_vae: options.PreviewVae = None,
+    wildcards: options.Wildcards = None,
+    styles_file: options.StylesFile = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     low_memory: options.LowMemory = False,
@@ -47,6 +49,7 @@ def studio(
     if token not in (None, AUTO):
         raise SafelightError("--token must be auto: others go into the variable SAFELIGHT_TOKEN")
     secret = read_token(token, None)
+    options.with_words({}, styles_file=styles_file, wildcards=wildcards)
     root = data_folder(data_dir)
     host = "127.0.0.1"
     try:
@@ -60,6 +63,8 @@ def studio(
         models_dir=models_dir,
         vae=vae,
         preview_vae=preview_vae,
+        wildcards_dir=wildcards,
+        styles_file=styles_file,
         url=f"sqlite:///{root / 'jobs.sqlite3'}",
         root=str(root),
         device=device,

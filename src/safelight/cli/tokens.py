@@ -7,7 +7,6 @@ from typer import Argument, Option
 
 from safelight.cli import options
 from safelight.cli.output import say
-from safelight.errors import SafelightError
 
 
 def tokens(
@@ -28,6 +27,11 @@ def tokens(
         bool, Option("--dynamic-prompts", help="Draw `{a|b}` and `__name__`.")
     ] = False,
     wildcards: options.Wildcards = None,
+    embedding: Annotated[
+        list[str] | None,
+        Option(help="A textual inversion by name or path; more than one may be given."),
+    ] = None,
+    models_dir: options.ModelsDir = None,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show how a prompt is read: chunks, tokens, weights, schedule, and what is unknown.
@@ -36,11 +40,13 @@ def tokens(
     """
     from pathlib import Path
 
-    from safelight.prompt.dialects import read
+    from safelight.adapters.embeddings import EmbeddingFinder
+    from safelight.adapters.reader import PromptReader
     from safelight.prompt.dynamic import draw
-    from safelight.prompt.show import describe, lines
+    from safelight.prompt.show import lines
     from safelight.request import Request
     from safelight.weights.find import find
+    from safelight.weights.library import open_library
     from safelight.weights.plan import read_plan
 
     checked = Request(
@@ -49,18 +55,18 @@ def tokens(
         emphasis=cast("Any", emphasis),
         steps=steps,
         seed=seed,
+        embeddings=embedding or (),
     )
-    plan = read_plan(find(model or "embedded"))
-    tokenizers = plan.family.load_tokenizers(plan.folder, plan.configs)
-    if "tokenizer" not in tokenizers:
-        raise SafelightError(f"{plan.source.name} reads no prompt: name a model that does")
+    plan = read_plan(find(model or "embedded", models_dir=models_dir))
     text = prompt
     if dynamic_prompts or wildcards is not None:
         [text] = draw([prompt], seed, None if wildcards is None else Path(wildcards))
-    reading = read(
-        text, checked.prompt_syntax, steps=steps, emphasis=checked.emphasis, negative=negative
+    own = "negative_prompt" if negative else "prompt"
+    reader = PromptReader(plan, EmbeddingFinder(open_library(models_dir), takes_paths=True))
+    found = reader.describe(
+        checked.replace(**{"prompt": "", own: text}),
+        negative=negative,
     )
-    found = describe(reading, tokenizers["tokenizer"], checked.prompt_syntax, plan.words)
     if as_json:
         say(json.dumps({"prompt": text, **found}, ensure_ascii=False))
         return

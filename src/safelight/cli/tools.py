@@ -9,7 +9,7 @@ from typer import Argument, Option
 
 from safelight.cli import options
 from safelight.cli.loading import load
-from safelight.cli.output import StepBar, note, pairs, say, table
+from safelight.cli.output import StepBar, note, pairs, printable, say, table
 from safelight.errors import SafelightError
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -42,23 +42,39 @@ def samplers(as_json: Json = False) -> None:
         say(line)
 
 
-def models(as_json: Json = False) -> None:
-    """List the models on this machine, shipped or cached."""
-    from safelight.weights.find import BUILT_IN, MODELS
-    from safelight.weights.hub import cached
+def models(
+    models_dir: options.ModelsDir = None,
+    everything: Annotated[
+        bool, Option("--all", help="LoRAs, embeddings and autoencoders of the folder, too.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """List the models on this machine: shipped, in the hub cache, in the models folder.
 
-    known = [
-        {"name": name, "where": "ships with Safelight"}
-        for name in BUILT_IN
-        if (MODELS / name).is_dir()
-    ]
-    known += [{"name": name, "where": "hub cache"} for name in cached()]
+    Family, size and precision come from the headers of the files.
+    """
+    from safelight.weights.catalog import catalog
+    from safelight.weights.library import open_library
+
+    listed = list(catalog(open_library(models_dir), everything=everything))
     if as_json:
-        say(json.dumps(known))
+        say(json.dumps([each.to_dict() for each in listed], ensure_ascii=False))
         return
-    rows = [(entry["name"], entry["where"]) for entry in known]
-    for line in table([("NAME", "WHERE"), *rows]):
-        say(line)
+    rows = [
+        (
+            each.kind,
+            each.name,
+            each.family or "?",
+            f"{each.bytes / 1e9:.2f} GB" if each.bytes >= 1e8 else f"{each.bytes / 1e6:.1f} MB",
+            ", ".join(each.dtypes),
+            each.why_not or each.where,
+        )
+        for each in listed
+    ]
+    kept = rows if everything else [row[1:] for row in rows]
+    head = ("KIND", "NAME", "FAMILY", "SIZE", "PRECISION", "WHERE")
+    for line in table([head if everything else head[1:], *kept]):
+        say(printable(line))
 
 
 def inspect(
@@ -108,6 +124,9 @@ def verify(
     ] = None,
     lora: Annotated[
         list[str] | None, Option(help="The file of a LoRA, if any.", show_default=False)
+    ] = None,
+    embedding: Annotated[
+        list[str] | None, Option(help="The file of an embedding, if any.", show_default=False)
     ] = None,
     image: Annotated[
         str | None, Option(help="The picture it started from, if any.", show_default=False)
@@ -170,7 +189,9 @@ def verify(
             ) from None
         _check_used("model", used["model"], loaded.sha256)
         _check_used("vae", used["vae"], (loaded.other_vae or {}).get("sha256"))
-        loaded.lora_files = recorded_files(recipe, open_library(models_dir), lora or ())
+        library = open_library(models_dir)
+        loaded.lora_files = recorded_files(recipe, "lora", library, lora or ())
+        loaded.embedding_files = recorded_files(recipe, "embedding", library, embedding or ())
         recorded = machine.recorded_machine(recipe)
         with machine.threads_of(recorded):
             result = loaded.generate(request, on_step=on_step)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
+from safelight.adapters.embeddings import key_of
 from safelight.engine.capacity import free_memory, largest_useful_batch, out_of_memory, probe
 from safelight.engine.job import Job, NotFiniteError, advance, finish
 from safelight.engine.requests import (
@@ -308,10 +309,10 @@ class Engine:
         self, model: Model, request: Request, selection: Selection | None = None
     ) -> Conditioning:
         """Return the cached conditioning of a resolved request. model: with its LoRAs."""
-        family = model.family
-        key = (selection and selection.key, family.conditioning_key(request))
+        family, chosen = model.family, model.embeddings.choose(request)
+        key = (selection and selection.key, key_of(chosen), family.conditioning_key(request))
         if key not in self._prompts:
-            made = family.encode(model, request)
+            made = family.encode(model.embeddings.model(chosen), request)
             if not made.is_finite:
                 return made  # what went wrong once may go well the next time
             self._prompts[key] = made

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from safelight.adapters.asked import asked_of
+from safelight.adapters.embeddings import record
 from safelight.defaults import is_distilled
 from safelight.engine.job import Job, prepare
 from safelight.errors import SafelightError
 from safelight.families.base import Conditioning
 from safelight.machine import describe_machine
 from safelight.prompt.dynamic import draw
+from safelight.prompt.styles import apply_styles
 from safelight.request import Request
 from safelight.result import Result
 from safelight.sampling import SAMPLERS
@@ -102,15 +104,19 @@ def new_result(model: Model, asked: Request, resolved: Request, exact: bool = Tr
         drawn={"exact": exact, **describe_machine(model.device)},
         vae=model.other_vae,
     )
-    if resolved.dynamic_prompts:
-        texts = [resolved.prompt, resolved.negative_prompt]
+    if resolved.dynamic_prompts or resolved.styles:
+        texts = list(_styled(model, resolved))
         for seed in seeds:
-            result.words[seed] = tuple(draw(texts, seed, model.wildcards_dir))
+            drawn = draw(texts, seed, model.wildcards_dir) if resolved.dynamic_prompts else texts
+            result.words[seed] = tuple(drawn)
     result.warnings += _warnings(model, asked, resolved)
     # Each picture may have words of its own.
-    told = {result.words.get(seed): seed for seed in seeds}
-    for seed in told.values():
-        result.warnings += model.family.warnings(model, with_drawn(resolved, result, seed))
+    for words in dict.fromkeys(map(result.words.get, seeds)):
+        same = [seed for seed in seeds if result.words.get(seed) == words]
+        one = with_drawn(resolved, result, same[0])
+        chosen = model.embeddings.choose(one)
+        result.warnings += model.family.warnings(model.embeddings.model(chosen), one)
+        result.embeddings |= dict.fromkeys(same, tuple(map(record, chosen)))
     result.warnings[:] = dict.fromkeys(result.warnings)
     return result
 
@@ -139,7 +145,14 @@ def with_drawn(resolved: Request, result: Result, seed: int) -> Request:
     if seed not in result.words:
         return resolved
     prompt, negative = result.words[seed]
-    return resolved.replace(prompt=prompt, negative_prompt=negative, dynamic_prompts=False)
+    return resolved.replace(
+        prompt=prompt, negative_prompt=negative, dynamic_prompts=False, styles=()
+    )
+
+
+def _styled(model: Model, request: Request) -> tuple[str, str]:
+    """Return both prompts with the words of the styles around them."""
+    return apply_styles(model.styles, request.styles, request.prompt, request.negative_prompt)
 
 
 def _warnings(model: Model, asked: Request, resolved: Request) -> list[str]:

@@ -58,7 +58,8 @@ def family_of_folder(index: Mapping[str, Any], where: str) -> Family:
         if not isinstance(value, list) or value == [None, None] or name in _IGNORED:
             continue
         if name in family.parts:
-            classes = family.parts[name].classes or (family.parts[name].network,)
+            part = family.parts[name]
+            classes = (*(part.classes or (part.network,)), *part.others)
         elif name in family.tokenizers:
             classes = family.tokenizers[name]
         elif name == "scheduler":  # its class is read with its config

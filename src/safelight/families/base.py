@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from safelight.request import Request
     from safelight.weights.check import Header
     from safelight.weights.folder import Folder
-    from safelight.weights.names import Weight
+    from safelight.weights.names import Section, Weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +123,7 @@ class Part:
     stem: the name of its weight files in a folder.
     rename: from a key of a folder's file to our name, None for a key that is not used.
     reshape: from name and stored shape to the shape that is read.
+    others: what a folder may have in its place, by the class that model_index.json names.
     """
 
     module: str
@@ -132,11 +133,16 @@ class Part:
     stem: str = "diffusion_pytorch_model"
     rename: Callable[[str], str | None] = lambda key: key
     reshape: Callable[[str, tuple[int, ...]], tuple[int, ...]] = lambda name, shape: shape
+    others: Mapping[str, Part] = field(default_factory=dict)
 
     def load_classes(self) -> tuple[type[NetConfig], type[nn.Module]]:
         """Return the classes of the config and of the network."""
         module = import_module(self.module)
         return getattr(module, self.config), getattr(module, self.network)
+
+
+NO_PART = (None, None)
+"""What a model_index.json has in place of a part that is not there."""
 
 
 class Family:
@@ -146,6 +152,7 @@ class Family:
     have it. title: of the family, in messages. uses_prompt: whether it draws what a prompt says.
     pipelines: classes in model_index.json. parts: its networks by their folder's names.
     tokenizers: the same of tokenizers, with the classes that model_index.json may name.
+    text_parts: tokenizer and text encoder, by their parts' names, of each that a prompt is read by.
     flat: a folder may keep the files of the one network in its root. network: the part that
     denoises. fixed_size: it draws its native size alone. conditioned_on: the settings of a
     request that `encode` reads. defaults: settings that it draws best with. trainable: whether
@@ -160,6 +167,7 @@ class Family:
     pipelines: ClassVar[tuple[str, ...]]
     parts: ClassVar[Mapping[str, Part]]
     tokenizers: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    text_parts: ClassVar[tuple[tuple[str, str], ...]] = ()
     flat: ClassVar[bool] = False
     network: ClassVar[str] = "unet"
     fixed_size: ClassVar[bool] = False
@@ -227,6 +235,21 @@ class Family:
         Raises SafelightError for a file of this family in an unknown variant.
         """
         return None
+
+    def sections(self) -> Mapping[str, Section]:
+        """Return which keys of a single file belong to which network, by their prefixes.
+
+        Of several for one network, the first is the one that `safelight convert` writes.
+        """
+        return {}
+
+    def file_marks(self, scheduler: SchedulerConfig) -> tuple[str, ...]:
+        """Return the keys of empty tensors that tell how a single file was trained."""
+        return ()
+
+    def index(self, configs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a model_index.json says of this variant, without its parts."""
+        return {"_class_name": self.pipelines[0]}
 
     def single_file(self, header: Header) -> SingleFile:
         """Return what a single file of this variant holds.

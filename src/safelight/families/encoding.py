@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from safelight.errors import SafelightError
 from safelight.families.base import Conditioning
 from safelight.prompt.dialects import read
+from safelight.prompt.learned import MARK, unused
 from safelight.prompt.networks import is_lora
 from safelight.prompt.reading import Part, Reading, Stage
 from safelight.words import unknown_words
@@ -70,6 +71,9 @@ def warnings(family: LatentFamily, model: Model, request: Request) -> list[str]:
             text = " ".join(dict.fromkeys(piece.text for piece in pieces))
         if model.words is not None and (new := unknown_words(text, model.words)):
             found.append(f"{model.name} was never taught: {', '.join(new)}")
+    for one in unused(tokenizer, readings.values(), request.prompt_syntax):
+        how = f"{MARK}{one.name}" if request.prompt_syntax == "comfy" else one.name
+        found.append(f"embedding {one.name} is in no prompt: write {how} where it is meant")
     return found
 
 

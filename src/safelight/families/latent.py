@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.errors import SafelightError
 from safelight.families import encoding
-from safelight.families.base import Conditioning, Family, Part
+from safelight.families.base import NO_PART, Conditioning, Family, Part
 from safelight.weights import names
 
 if TYPE_CHECKING:
@@ -43,12 +43,14 @@ IGNORED = re.compile(
 )
 
 UNET_PART = Part("safelight.nets.unet", "UNet2DConditionModel", "UNetConfig")
+TINY_PART = Part("safelight.nets.tiny", "AutoencoderTiny", "TinyConfig")
 VAE_PART = Part(
     "safelight.nets.vae",
     "AutoencoderKL",
     "VAEConfig",
     rename=names.vae_folder_name,
     reshape=names.vae_shape,
+    others={"AutoencoderTiny": TINY_PART},
 )
 TEXT_PART = Part(
     "safelight.nets.clip",
@@ -120,6 +122,15 @@ class LatentFamily(Family):
         "emphasis",
         "clip_skip",
     )
+
+    def index(self, configs: Mapping[str, Any]) -> dict[str, Any]:
+        inpaints = configs["unet"].in_channels > configs["unet"].out_channels
+        others = {"feature_extractor", "image_encoder", "text_encoder", "tokenizer"}
+        absent = sorted(others - self.parts.keys() - self.tokenizers.keys())
+        return {
+            "_class_name": self.pipelines[2 if inpaints else 0],
+            **dict.fromkeys(absent, NO_PART),
+        }
 
     # --- how prompts are read ----------------------------------------------------------------
 

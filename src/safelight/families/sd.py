@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from safelight.families import colours
-from safelight.families.base import Family, Part, SingleFile
+from safelight.families.base import NO_PART, Family, Part, SingleFile
 from safelight.families.latent import (
     BETAS,
     CLIP_CONFIG,
@@ -126,21 +126,32 @@ class StableDiffusion(LatentFamily):
             )
         return found
 
-    def single_file(self, header: Header) -> SingleFile:
-        layers = self.text_encoder["num_hidden_layers"]
-        clip = names.open_clip_names(layers)
-        sections = {
-            UNET: names.Section("unet", names.unet_names(self.unet)),
-            VAE: names.Section("vae", names.vae_names(self.vae)),
+    def sections(self) -> dict[str, names.Section]:
+        clip = names.open_clip_names(self.text_encoder["num_hidden_layers"])
+        texts = {
             CLIP: names.Section("text_encoder"),
             OPEN_CLIP: names.Section("text_encoder", clip, thirds=True),
         }
+        # SD 2's text encoder is OpenCLIP's, which pads with "!".
+        order = reversed(texts) if self.pad == "!" else texts
+        return {
+            UNET: names.Section("unet", names.unet_names(self.unet)),
+            VAE: names.Section("vae", names.vae_names(self.vae)),
+            **{prefix: texts[prefix] for prefix in order},
+        }
+
+    def index(self, configs: Mapping[str, Any]) -> dict[str, Any]:
+        checker = {"safety_checker": NO_PART, "requires_safety_checker": False}
+        return {**super().index(configs), **checker}
+
+    def single_file(self, header: Header) -> SingleFile:
         # The states before OpenCLIP's last layer are read, which is therefore not built.
+        layers = self.text_encoder["num_hidden_layers"]
         unused = f"{OPEN_CLIP}transformer.resblocks.{layers}."
         weights = names.from_single_file(
             header,
             self.parts,
-            sections,
+            self.sections(),
             lambda key: key.startswith(unused) or IGNORED.fullmatch(key) is not None,
         )
         return SingleFile(self.configs, weights, self.scheduler_config, self.native, self.v_native)

@@ -31,6 +31,7 @@ from safelight.families.latent import (
     LatentFamily,
     added_numbers,
 )
+from safelight.sampling import SchedulerConfig
 from safelight.weights import names
 from safelight.weights.check import Header, refusal
 
@@ -177,23 +178,24 @@ class StableDiffusionXL(LatentFamily):
         shapes = ("block_out_channels", "down_depths", "up_depths", "mid_block_type")
         found = next(
             (
-                v.name
+                v
                 for v in named
                 if all(
                     getattr(unet.from_dict(v.configs["unet"]), key) == getattr(configs["unet"], key)
                     for key in (*shapes, "in_channels", "cross_attention_dim")
                 )
             ),
-            self.name,
+            self,
         )
+        from safelight.sampler_names import sampler_and_schedule
+
         if str(scheduler.get("_class_name")).startswith("EDM"):
             raise refusal("scheduler", _EDM)
-        sampler = _sampler(scheduler)
+        sampler = sampler_and_schedule(str(scheduler.get("_class_name", "")))
         return replace(
-            self,
-            name=found,
+            found,
             zeros=index.get("force_zeros_for_empty_prompt", True) is not False,
-            defaults=self.defaults if sampler is None else {**self.defaults, "sampler": sampler},
+            defaults=self.defaults if sampler is None else {**self.defaults, "sampler": sampler[0]},
         )
 
     def check_configs(self, configs: Mapping[str, Any]) -> None:
@@ -257,6 +259,13 @@ class StableDiffusionXL(LatentFamily):
             f"{EMBEDDERS}0.transformer.": names.Section("text_encoder"),
             f"{EMBEDDERS}1.model.": second,
         }
+
+    def file_marks(self, scheduler: SchedulerConfig) -> tuple[str, ...]:
+        v, zero = scheduler.prediction_type == "v_prediction", scheduler.rescale_betas_zero_snr
+        return ("v_pred",) * v + ("ztsnr",) * zero
+
+    def index(self, configs: Mapping[str, Any]) -> dict[str, Any]:
+        return {**super().index(configs), "force_zeros_for_empty_prompt": self.zeros}
 
     def single_file(self, header: Header) -> SingleFile:
         weights = names.from_single_file(
@@ -338,10 +347,15 @@ class Refiner(StableDiffusionXL):
     def owns(self, index: Mapping[str, Any]) -> bool:
         return Family.owns(self, index) and index.get("text_encoder") == [None, None]
 
+    def index(self, configs: Mapping[str, Any]) -> dict[str, Any]:
+        told = {"_class_name": self.pipelines[1], "requires_aesthetics_score": True}
+        return {**super().index(configs), **told}
+
     def sections(self) -> dict[str, names.Section]:
         found = super().sections()
         del found[f"{EMBEDDERS}0.transformer."]
-        return {**found, f"{EMBEDDERS}0.model.": found.pop(f"{EMBEDDERS}1.model.")}
+        second = found.pop(f"{EMBEDDERS}1.model.")
+        return {**found, f"{EMBEDDERS}0.model.": second}
 
     def size_numbers(
         self, model: Model, request: Request, *, negative: bool
@@ -379,11 +393,3 @@ def _marks_of(header: Header) -> tuple[Any, ...]:
         depth = len({k.removeprefix(prefix).split(".")[0] for k in shapes if k.startswith(prefix)})
         depths += [depth] if depth else []
     return (*first[:2], label[-1] if label else 0, tuple(depths))
-
-
-def _sampler(scheduler: Mapping[str, Any]) -> str | None:
-    """Return our name of the sampler that a scheduler's config names, None if it names none."""
-    from safelight.sampler_names import sampler_and_schedule
-
-    found = sampler_and_schedule(str(scheduler.get("_class_name", "")))
-    return found[0] if found else None

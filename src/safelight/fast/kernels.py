@@ -4,8 +4,9 @@ They are loaded by ctypes, one library for each set of instructions.
 
 - `_amx`: products by tiles, attention, norms and gates in bfloat16, and float32 as products of
   bfloat16, for CPUs with AMX and AVX512-BF16 (Linux).
-- `_avx512`: attention, norms and gates in bfloat16 for CPUs with AVX512-BF16 and without AMX.
-- `_avx2`: Winograd convolutions.
+- `_avx512`: attention, norms and gates in bfloat16, and attention in float32, for CPUs with
+  AVX512-BF16.
+- `_avx2`: Winograd convolutions and attention in float32.
 - `_portable`: the sources of all in plain C++, for any processor. It is slower than oneDNN
   wherever it was measured. It exists so that every machine can test the kernels' logic.
 
@@ -53,11 +54,12 @@ _WINOGRAD = {
     "safelight_spread": [c_void_p] * 2 + [c_long] * 8,
     "safelight_gather": [c_void_p] * 2 + [c_long] + [c_void_p] * 2 + [c_long] * 6,
 }
+_FLOATS = {"safelight_attend_floats": [c_void_p] * 5 + [c_long] * 5 + [c_float]}
 _ARGUMENTS = {
     "amx": _VECTORS | _TILES,
-    "avx512": _VECTORS,
-    "avx2": _WINOGRAD,
-    "portable": _VECTORS | _TILES | _WINOGRAD,
+    "avx512": _VECTORS | _FLOATS,
+    "avx2": _WINOGRAD | _FLOATS,
+    "portable": _VECTORS | _TILES | _WINOGRAD | _FLOATS,
 }
 
 
@@ -89,6 +91,11 @@ def tiles() -> Any:
 def vectors() -> Any:
     """The library of attention, norms and gates in bfloat16, or None."""
     return _first(allowed(), "safelight_attend")
+
+
+def floats() -> Any:
+    """The library of attention in float32, or None."""
+    return _first(allowed(), "safelight_attend_floats")
 
 
 def winograd() -> Any:

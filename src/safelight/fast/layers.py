@@ -269,8 +269,10 @@ class FastHeads(layers.Attention):
             if ours.available(q.dtype):
                 return ours.attend(q, k, v)
         dtype = onednn.computes(q.dtype)
-        found = attend(q.to(dtype), k.to(dtype), v.to(dtype)).to(q.dtype)
-        return found.transpose(1, 2).flatten(2)
+        qkv = [t.to(dtype) for t in (q, k, v)]
+        if dtype == torch.float32 and kernels.floats() is not None:
+            return vectors.attend_floats(*qkv).to(q.dtype)
+        return attend(*qkv).to(q.dtype).transpose(1, 2).flatten(2)
 
 
 class FastAttention(FastHeads, layers.Attention):

@@ -1,4 +1,7 @@
-"""Attention, norms and gates in bfloat16: our own kernels, in attention.cpp and norms.cpp."""
+"""Attention, norms and gates: our own kernels.
+
+They are in attention.cpp and norms.cpp for bfloat16, and in floats.cpp for float32.
+"""
 
 from __future__ import annotations
 
@@ -98,6 +101,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Returns [batch, length, heads·d].
     """
     return attend_by(library().safelight_attend, torch.bfloat16, q, k, v)
+
+
+def attend_floats(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same in float32."""
+    return attend_by(kernels.floats().safelight_attend_floats, torch.float32, q, k, v)
 
 
 def attend_by(kernel: Any, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -38,14 +39,25 @@ class CLIPTextConfig(NetConfig):
 
 
 class Embeddings(nn.Module):
+    """learned: vectors of textual inversions [n, hidden_size], whose ids follow the vocabulary's"""
+
     def __init__(self, cfg: CLIPTextConfig) -> None:
         super().__init__()
         self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
         self.position_embedding = nn.Embedding(cfg.max_position_embeddings, cfg.hidden_size)
+        self.learned: Tensor | None = None
 
     def forward(self, ids: Tensor) -> Tensor:
         positions = torch.arange(ids.shape[1], device=ids.device)
-        return self.token_embedding(ids) + self.position_embedding(positions)
+        return self._tokens(ids) + self.position_embedding(positions)
+
+    def _tokens(self, ids: Tensor) -> Tensor:
+        if self.learned is None:
+            return self.token_embedding(ids)
+        beyond = ids - self.token_embedding.num_embeddings
+        known = self.token_embedding(ids.masked_fill(beyond >= 0, 0))
+        learned = self.learned.to(known)[beyond.clamp(min=0)]
+        return torch.where(beyond[..., None] >= 0, learned, known)
 
 
 class SelfAttention(nn.Module):
@@ -126,7 +138,7 @@ class TextTransformer(nn.Module):
         return states, self.final_layer_norm(self.encoder.between(states, end - skip, end, seen))
 
 
-class CLIPTextModel(nn.Module):
+class _TextEncoder(nn.Module):
     runs_once = True
     """Once for a prompt: to pack its weights for speed would take longer than that."""
 
@@ -134,6 +146,19 @@ class CLIPTextModel(nn.Module):
         super().__init__()
         self.config = config
         self.text_model = TextTransformer(config)
+
+    def with_learned(self, vectors: Tensor) -> Self:
+        """Return a text encoder that shares all weights and knows further tokens.
+
+        vectors: [n, hidden_size]; token vocab_size + i is the i-th of them.
+        """
+        embeddings = _twin(self.text_model.embeddings)
+        embeddings.learned = vectors
+        return _twin(self, text_model=_twin(self.text_model, embeddings=embeddings))
+
+
+class CLIPTextModel(_TextEncoder):
+    """CLIP's text encoder alone."""
 
     def forward(
         self, ids: Tensor, skip: int = 0, visible: Tensor | None = None, norm: bool = True
@@ -151,15 +176,11 @@ class CLIPTextModel(nn.Module):
         return self.text_model(ids, skip, _seen(ids, visible), norm)
 
 
-class CLIPTextModelWithProjection(nn.Module):
+class CLIPTextModelWithProjection(_TextEncoder):
     """CLIP's text encoder with the head that it was compared with pictures by."""
 
-    runs_once = True
-
     def __init__(self, config: CLIPTextConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.text_model = TextTransformer(config)
+        super().__init__(config)
         self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
     def forward(
@@ -192,3 +213,10 @@ def _seen(ids: Tensor, visible: Tensor | None) -> Tensor | None:
         return None
     earlier = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
     return earlier & visible.to(ids.device)[:, None, None]
+
+
+def _twin(module: Any, **modules: nn.Module) -> Any:
+    """Return a module that shares everything with another but these parts of it."""
+    twin = copy(module)
+    twin._modules = {**module._modules, **modules}
+    return twin

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from safelight.errors import SafelightError
+from safelight.prompt.learned import groups
 from safelight.prompt.reading import Section, Syntax
 from safelight.prompt.tokenizer import Tokenizer
 
@@ -20,7 +21,7 @@ COMMA_REACH = 20
 """A1111 moves what follows a comma that is at most so many tokens back to the next chunk."""
 
 WHOLE_BELOW = 8
-"""ComfyUI moves pieces of fewer tokens to the next chunk as a whole."""
+"""ComfyUI moves pieces and embeddings of fewer tokens to the next chunk as a whole."""
 
 _SENTENCE, _PHRASE = (".",), (".", ",", ";", ":")
 
@@ -52,11 +53,12 @@ def chunks_of(tokenizer: Tokenizer, text: Sequence[Section], syntax: Syntax) -> 
     """
     source, sections = 0, list[list[list[_Token]]]()
     for section in text:
-        pieces: list[list[_Token]] = []
+        found: list[list[_Token]] = []
         for piece in section:
-            pieces.append([_Token(i, piece.weight, source) for i in tokenizer.ids(piece.text)])
+            for group in groups(tokenizer, piece.text, syntax):
+                found.append([_Token(i, piece.weight, source) for i in group])
             source += 1
-        sections.append(pieces)
+        sections.append(found)
     rows = _RULES[syntax](tokenizer, sections)
     if len(rows) > MAX_CHUNKS:
         room = tokenizer.max_length - 2
@@ -75,41 +77,49 @@ def _chunk(tokenizer: Tokenizer, row: list[_Token]) -> Chunk:
 
 
 def _a1111(tokenizer: Tokenizer, sections: list[list[list[_Token]]]) -> list[list[_Token]]:
-    """A new section begins a new chunk. A full chunk ends after a comma that is near its end."""
+    """A new section begins a new chunk. A full chunk ends after a comma that is near its end.
+
+    The tokens of an embedding stay together. The web UI leaves its vectors behind where the comma
+    rule moves them; here they move with it.
+    """
     room, comma = tokenizer.max_length - 2, tokenizer.id_of(",</w>")
     rows: list[list[_Token]] = []
     row: list[_Token] = []
-    for i, pieces in enumerate(sections):
+    for i, found in enumerate(sections):
         if i:
             rows.append(row)
             row = []
         last_comma = -1
-        for token in (token for piece in pieces for token in piece):
-            if token.id == comma:
+        for group in found:
+            if len(group) > room:
+                raise SafelightError(
+                    f"prompt has an embedding of {len(group)} vectors; a chunk has room for {room}"
+                )
+            if group[0].id == comma:
                 last_comma = len(row)
             elif len(row) == room and last_comma >= 0 and room - last_comma <= COMMA_REACH:
                 row, moved = row[: last_comma + 1], row[last_comma + 1 :]
                 rows.append(row)
                 row, last_comma = moved, -1
-            if len(row) == room:
+            if len(row) + len(group) > room:
                 rows.append(row)
                 # A comma that does not fit is the first token of the next chunk, but the web UI
                 # forgets that it is one.
                 row, last_comma = [], -1
-            row.append(token)
+            row += group
     if row or not rows:
         rows.append(row)
     return rows
 
 
 def _comfy(tokenizer: Tokenizer, sections: list[list[list[_Token]]]) -> list[list[_Token]]:
-    """A piece of WHOLE_BELOW tokens or more is cut where the chunk is full; others stay whole."""
+    """A group of WHOLE_BELOW tokens or more is cut where the chunk is full; others stay whole."""
     room = tokenizer.max_length - 2
     rows: list[list[_Token]] = [[]]
-    for piece in (piece for pieces in sections for piece in pieces):
-        rest = piece
+    for group in (group for found in sections for group in found):
+        rest = group
         while len(rest) > room - len(rows[-1]):
-            if len(piece) >= WHOLE_BELOW:
+            if len(group) >= WHOLE_BELOW:
                 free = room - len(rows[-1])
                 rows[-1] += rest[:free]
                 rest = rest[free:]
@@ -125,7 +135,7 @@ def _comfy(tokenizer: Tokenizer, sections: list[list[list[_Token]]]) -> list[lis
 def _compel(tokenizer: Tokenizer, sections: list[list[list[_Token]]]) -> list[list[_Token]]:
     """A full chunk ends after its last sentence, else after its last phrase, else word."""
     room = tokenizer.max_length - 2
-    rest = [token for pieces in sections for piece in pieces for token in piece]
+    rest = [token for found in sections for group in found for token in group]
     ends: list[Callable[[str], bool]] = [
         lambda token: token in [f"{mark}</w>" for mark in _SENTENCE],
         lambda token: token in [f"{mark}</w>" for mark in _PHRASE],
@@ -147,7 +157,7 @@ def _compel(tokenizer: Tokenizer, sections: list[list[list[_Token]]]) -> list[li
 def _plain(tokenizer: Tokenizer, sections: list[list[list[_Token]]]) -> list[list[_Token]]:
     """One chunk; what finds no room is left out, as diffusers does."""
     room = tokenizer.max_length - 2
-    return [[token for pieces in sections for piece in pieces for token in piece][:room]]
+    return [[token for found in sections for group in found for token in group][:room]]
 
 
 _RULES: dict[str, Callable[[Tokenizer, list[list[list[_Token]]]], list[list[_Token]]]] = {

@@ -59,12 +59,18 @@ def _chunk(chunk: Chunk, tokenizer: Tokenizer) -> dict[str, Any]:
         "tokens": [
             {
                 "id": chunk.ids[i],
-                "token": tokenizer.name(chunk.ids[i]),
+                "token": _name(tokenizer, chunk.ids[i]),
                 "weight": chunk.weights[i],
             }
             for i in places
         ],
     }
+
+
+def _name(tokenizer: Tokenizer, number: int) -> str:
+    """Return a token's name. A vector of an embedding is a word of its own."""
+    name = tokenizer.name(number)
+    return f"{name}</w>" if any(number in one.ids for one in tokenizer.learned) else name
 
 
 def lines(described: dict[str, Any]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def read_styles(file: str | Path) -> dict[str, Style]:
 
 
 def apply_styles(
-    styles: dict[str, Style], names: Sequence[str], prompt: str, negative_prompt: str
+    styles: Mapping[str, Style], names: Sequence[str], prompt: str, negative_prompt: str
 ) -> tuple[str, str]:
     """Return prompt and negative prompt with the named styles, one after the other.
 
@@ -56,7 +56,9 @@ def apply_styles(
         if name not in styles:
             close = difflib.get_close_matches(name, styles, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(styles)}"
-            raise SafelightError(f"there is no style {name[:60]!r}: {hint[:120]}")
+            if not styles:
+                hint = "no file of styles was given (--styles-file)"
+            raise SafelightError(f"there is no style {name[:60]!r}: {hint[:120]}", field="styles")
         prompt = _around(styles[name].prompt, prompt)
         negative_prompt = _around(styles[name].negative_prompt, negative_prompt)
     return prompt, negative_prompt

@@ -11,7 +11,9 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
 from safelight.errors import SafelightError
+from safelight.prompt.learned import Learned, two_of_one_name
 from safelight.weights.check import read_bytes, refusal
 from safelight.weights.folder import Folder
 
@@ -51,6 +54,8 @@ class Encoded:
 
 class Tokenizer:
     """CLIP's tokenizer over a vocabulary of a model's own.
+
+    learned: textual inversions, which `encode` and `expanded_ids` look for.
 
     vocab: token to id. merges: pairs of tokens, the most frequent first. bos, eos, pad: the
       tokens that begin, end and fill a prompt. max_length: ids per prompt, the marks included.
@@ -89,11 +94,16 @@ class Tokenizer:
         self.max_length = max_length
         self._marks = {"bos_token": bos, "eos_token": eos, "pad_token": pad, "unk_token": eos}
         self._vocab, self._merges = vocab, merges
-        self._backend = Backend(model)
-        self._backend.normalizer = normalizers.Sequence(
+        self._model = model
+        self._backend = self._new_backend()
+        self.learned: tuple[Learned, ...] = ()
+
+    def _new_backend(self) -> Backend:
+        backend = Backend(self._model)
+        backend.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
         )
-        self._backend.pre_tokenizer = pre_tokenizers.Sequence(
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
                 pre_tokenizers.ByteLevel(add_prefix_space=False),
@@ -101,33 +111,113 @@ class Tokenizer:
         )
         # A mark that a user types is that mark, as in diffusers. It is why "!" in a prompt for
         # SD 2.x, which pads with "!", is id 0 and not the id of a "!" that ends a word.
-        self._backend.add_special_tokens(
-            [AddedToken(t, special=True, normalized=False) for t in dict.fromkeys((bos, eos, pad))]
+        marks = (self._marks[name] for name in ("bos_token", "eos_token", "pad_token"))
+        backend.add_special_tokens(
+            [AddedToken(t, special=True, normalized=False) for t in dict.fromkeys(marks)]
         )
+        return backend
+
+    def with_learned(self, learned: Sequence[Learned]) -> Tokenizer:
+        """Return a tokenizer that knows these textual inversions, too. This one stays as it is."""
+        other = copy(self)
+        other.learned = (*self.learned, *learned)
+        for name in ("learned_ids", "_expanding"):
+            other.__dict__.pop(name, None)
+        return other
 
     def encode(self, text: str) -> Encoded:
         """Return the token ids of a prompt: begin, at most max_length − 2 tokens, end, padding.
 
-        Raises SafelightError if `text` is not valid Unicode (a lone surrogate).
+        Textual inversions are found by diffusers' rule. Raises SafelightError if `text` is not
+        valid Unicode (a lone surrogate).
         """
-        _check_unicode(text)
-        found = self._backend.encode(text, add_special_tokens=False)
+        found = self._expanded(text)
         room = self.max_length - 2
-        ids = [self.bos, *found.ids[:room], self.eos]
+        ids = [self.bos, *(number for number, _ in found[:room]), self.eos]
         ids += [self.pad] * (self.max_length - len(ids))
-        cut = text[found.offsets[room][0] :].strip() if len(found.ids) > room else None
-        return Encoded(ids, cut, len(found.ids))
+        cut = text[found[room][1] :].strip() if len(found) > room else None
+        return Encoded(ids, cut, len(found))
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text, without marks and padding, as many as it has.
 
-        Raises SafelightError as `encode` does.
+        Textual inversions are text here. Raises SafelightError as `encode` does.
         """
         _check_unicode(text)
         return self._backend.encode(text, add_special_tokens=False).ids
 
+    def expanded_ids(self, text: str) -> list[int]:
+        """Return the same with the ids of textual inversions, found by diffusers' rule."""
+        return [number for number, _ in self._expanded(text)]
+
+    def _expanded(self, text: str) -> list[tuple[int, int]]:
+        """Return the ids of a text, each with the place in the text where it begins.
+
+        diffusers adds `t, t_1, …` to the vocabulary, one for each vector, and replaces `t` in a
+        prompt by all of them.
+        """
+        _check_unicode(text)
+        backend, meant = self._expanding if self.learned else (self._backend, {})
+        found = backend.encode(text, add_special_tokens=False)
+        return [
+            (number, start)
+            for one, (start, _) in zip(found.ids, found.offsets, strict=True)
+            for number in meant.get(one, (one,))
+        ]
+
+    @cached_property
+    def learned_ids(self) -> list[tuple[list[int], Learned]]:
+        """The token ids of the names of textual inversions, the longest first."""
+        found = [(self.ids(one.name), one) for one in self.learned]
+        return sorted(found, key=lambda pair: -len(pair[0]))
+
+    @cached_property
+    def _expanding(self) -> tuple[Backend, dict[int, tuple[int, ...]]]:
+        """A backend that finds textual inversions, and the ids that each of its tokens means."""
+        backend, tokens = self._new_backend(), dict[str, tuple[int, ...]]()
+        for one in self.learned:
+            for token in self.tokens_of(one):
+                if token in tokens:
+                    raise two_of_one_name(token)
+                tokens[token] = one.ids
+        for token, ids in list(tokens.items()):
+            for i, number in enumerate(ids[1:], 1):
+                if f"{token}_{i}" not in self._vocab:
+                    tokens.setdefault(f"{token}_{i}", (number,))
+        backend.add_tokens([AddedToken(t, special=False, normalized=True) for t in tokens])
+        return backend, {
+            number: ids
+            for token, ids in tokens.items()
+            if (number := backend.token_to_id(token)) is not None
+        }
+
+    def tokens_of(self, learned: Learned) -> list[str]:
+        """Return what stands for a textual inversion by diffusers' rule.
+
+        It is found anywhere in a text, so it must be no word of the model's own: it would be found
+        within other words. Raises SafelightError if there is nothing else.
+        """
+        token, name = learned.token, learned.name
+        found = [token] if token is not None and token not in self._vocab else []
+        known = {name, name.lower(), f"{name.lower()}</w>"} & self._vocab.keys()
+        if name not in found and not known:
+            found.append(name)
+        if not found:
+            raise SafelightError(
+                f"embedding {name[:60]!r} has the name of a word of the model's own: rename its "
+                "file, or take prompt_syntax a1111 or comfy",
+                field="embeddings",
+            )
+        return found
+
     def name(self, number: int) -> str:
-        """A token as it stands in the vocabulary, where `</w>` ends a word."""
+        """A token as it stands in the vocabulary, where `</w>` ends a word.
+
+        A vector of a textual inversion is named by it, as in `<ink 1/2>`.
+        """
+        for one in self.learned:
+            if number in one.ids:
+                return f"<{one.name} {one.ids.index(number) + 1}/{len(one.ids)}>"
         return self._backend.id_to_token(number) or ""
 
     def id_of(self, token: str) -> int | None:

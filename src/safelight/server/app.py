@@ -15,7 +15,7 @@ from fastapi_offline import FastAPIOffline
 
 from safelight import __version__
 from safelight.errors import SafelightError
-from safelight.server.apis import openai, ours, sdapi
+from safelight.server.apis import library, openai, ours, sdapi
 from safelight.server.decoding import Decoders
 from safelight.server.guard import Guard, Rules
 from safelight.server.hub import Hub
@@ -61,6 +61,7 @@ def application(hub: Hub, rules: Rules, *, page: PageOf | None = None) -> Any:
     app.state.service, app.state.metrics = hub, Metrics()
     app.state.decoders = decoders
     app.include_router(ours.router, responses=problems(400, 422, model=ours.Problem))
+    app.include_router(library.router, responses=problems(400, 422, model=ours.Problem))
     app.include_router(openai.router, responses=problems(400, 404, 413, 422, 429, 500, 503))
     app.include_router(
         sdapi.router, responses=problems(404, 413, 422, 429, 500, model=ours.Problem)

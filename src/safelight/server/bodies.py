@@ -24,12 +24,22 @@ MIN_BYTES = 16 << 10
 One byte now and then would hold a connection for ever.
 """
 
-MAX_VALUES = 100_000
-"""The most brackets, colons and commas in a JSON body: each is parsed into some 60 bytes. Two
-prompts of 16 KiB may be commas alone.
+MAX_MARKS = 40_000
+"""The most brackets, colons and commas in a JSON body: each may be a value, and has to be parsed
+to see it. Two prompts of 16 KiB may be commas alone.
+"""
+
+MAX_VALUES = 5_000
+"""The most values in a JSON body, all levels together: what checks and answers takes a while over
+each, and nobody else is answered meanwhile.
 """
 
 MAX_DEPTH = 60
+
+_SHAPE = (
+    f"the body must be a JSON object of at most {MAX_VALUES} values, "
+    f"nested at most {MAX_DEPTH} deep"
+)
 
 _ATTACHED: ContextVar[dict[str, bytes] | None] = ContextVar("attached", default=None)
 """The pictures of a large body that was read in a decoder's process, by what stands for them."""
@@ -69,21 +79,21 @@ def limited(receive: Any, content_length: str) -> Any:
 
 
 async def read_body(
-    http: HttpRequest, limit: int | None = None, *, values: int | None = None
+    http: HttpRequest, limit: int | None = None, *, marks: int | None = None
 ) -> bytes | bytearray:
     """Return the body; raise RefusedError once it is longer than `limit` bytes (MAX_BODY).
 
-    values: the most brackets, colons and commas in it.
+    marks: the most brackets, colons and commas in it.
     """
     limit = MAX_BODY if limit is None else limit
     body, found = bytearray(), 0
     async for chunk in http.stream():
         if len(body) + len(chunk) > limit:
             raise _too_long(limit)
-        if values is not None:
+        if marks is not None:
             found += sum(map(chunk.count, (b"[", b"{", b",", b":")))
-            if found > values:
-                raise RefusedError(413, f"the body must have at most {values} values")
+            if found > marks:
+                raise RefusedError(413, f"the body must have at most {MAX_VALUES} values")
         body += chunk
     return bytes(body) if len(body) <= MAX_JSON else body  # a large one is not copied
 
@@ -104,7 +114,7 @@ async def read_json(http: HttpRequest, *, pictures: bool = False) -> dict[str, A
 async def read_json_if_any(http: HttpRequest, *, pictures: bool) -> dict[str, Any] | None:
     """Return what `read_json` returns; None for an empty body."""
     _ATTACHED.set(None)
-    body = await read_body(http, MAX_BODY if pictures else MAX_JSON, values=MAX_VALUES)
+    body = await read_body(http, MAX_BODY if pictures else MAX_JSON, marks=MAX_MARKS)
     if not body:
         return None
     if len(body) > MAX_JSON:
@@ -120,10 +130,8 @@ async def read_json_if_any(http: HttpRequest, *, pictures: bool) -> dict[str, An
         found = {name: _named(value, names) for name, value in found.items()}
     else:
         found = await asyncio.to_thread(_parsed, body)
-    if not isinstance(found, dict) or _deep(found):
-        raise SafelightError(
-            f"the body must be a JSON object, nested at most {MAX_DEPTH} deep", code="not_json"
-        )
+    if not isinstance(found, dict) or not _fits(found):
+        raise SafelightError(_SHAPE, code="not_json")
     return found
 
 
@@ -143,25 +151,33 @@ def _named(value: Any, names: list[str]) -> Any:
     return value
 
 
-def deep_text(body: bytes | bytearray) -> bool:
-    """Return whether a body is JSON nested deeper than MAX_DEPTH; false for what is no JSON."""
+def check_text(body: bytes | bytearray) -> None:
+    """Raise RefusedError for JSON beyond our bounds; what is no JSON passes."""
     try:
-        return _deep(json.loads(body))
+        fits = _fits(json.loads(body))
     except RecursionError:
-        return True
+        fits = False
     except ValueError:
-        return False
+        return
+    if not fits:
+        raise RefusedError(422, _SHAPE)
 
 
-def _deep(value: Any) -> bool:
-    """Return whether a value is nested deeper than MAX_DEPTH."""
-    level = [value] if isinstance(value, dict | list) else []
+def _fits(value: Any) -> bool:
+    """Return whether a value is nested at most MAX_DEPTH deep and has at most MAX_VALUES within."""
+    level, seen = [value], 0
     for _ in range(MAX_DEPTH + 1):
-        inner = [v.values() if isinstance(v, dict) else v for v in level]
-        level = [v for values in inner for v in values if isinstance(v, dict | list)]
+        inner: list[Any] = []
+        for one in level:
+            if isinstance(one, dict | list):
+                seen += len(one)
+                if seen > MAX_VALUES:
+                    return False
+                inner += one.values() if isinstance(one, dict) else one
+        level = [one for one in inner if isinstance(one, dict | list)]
         if not level:
-            return False
-    return True
+            return True
+    return False
 
 
 def decode_base64(text: Any, name: str, *, again: bool = False) -> bytes:

@@ -6,24 +6,15 @@ import asyncio
 import contextlib
 import errno
 import logging
-from functools import cache
 from typing import Any, cast
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from safelight.server import bodies
 from safelight.server.guard import OPEN
+from safelight.server.limits import MOST, OWN_FILES, RESERVE, most
 
 log = logging.getLogger("safelight.http")
-
-MOST = 2000
-"""The most connections, where the system lets this many files be open."""
-
-OWN_FILES = 64
-"""Files that the server needs beside connections: the database, pictures, pipes."""
-
-RESERVE = 16
-"""Connections beyond the most, which may ask whether the server lives."""
 
 ACCEPTED = 16
 """Connections accepted at a time. asyncio tries this often, too, when no file can be opened."""
@@ -41,18 +32,6 @@ def raise_open_files() -> None:
         wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         if soft != resource.RLIM_INFINITY and soft < wanted:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-@cache
-def most() -> int:
-    """Return the most connections that may be open."""
-    with contextlib.suppress(ImportError, OSError):
-        import resource
-
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if soft != resource.RLIM_INFINITY:
-            return max(RESERVE, min(MOST, soft - OWN_FILES - RESERVE))
-    return MOST
 
 
 def on_exception(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from safelight.adapters.found import check_names, listed
 from safelight.defaults import model_defaults
 from safelight.errors import SafelightError
 from safelight.request import Request
@@ -30,6 +29,7 @@ from safelight.server.jobs import (
     StoppingError,
     StorageError,
 )
+from safelight.server.names import Names
 from safelight.server.process import Child, Settings
 from safelight.server.recovery import recover
 from safelight.server.store import Store, new_id
@@ -60,6 +60,7 @@ class Hub:
         self.store = Store(settings.url)
         recover(self.files, self.store)
         self.info = ModelInfo(name=settings.model)
+        self.names = Names(settings)
         self.on_refusal: Callable[[], None] = lambda: None
         self.supervisor = Supervisor(
             settings,
@@ -213,7 +214,6 @@ class Hub:
         if self.stopping:
             raise StoppingError
         request = request.with_defaults(await self.defaults())
-        await asyncio.to_thread(check_names, request, self.settings.models_dir)
         steps = request.steps or SAMPLERS[request.sampler].steps
         check(SAMPLERS[request.sampler], steps, request.schedule, request.spacing)
         if steps * request.count > MAX_STEPS:
@@ -223,6 +223,7 @@ class Hub:
             )
         if idempotency_key is not None and not 1 <= len(idempotency_key) <= 255:
             raise SafelightError("Idempotency-Key must have 1 to 255 characters")
+        await asyncio.to_thread(self.names.check, request)
         job_id = new_id()
         # Large pictures, which take a while to write, hold up none without.
         submitting = self._in_database if request.image is None else self._with_inputs
@@ -353,10 +354,6 @@ class Hub:
         """See `jobs.Service`."""
         return [self.info]
 
-    async def listed(self, kind: str) -> list[dict[str, str]]:
-        """See `jobs.Service`."""
-        return await asyncio.to_thread(listed, self.settings.models_dir, kind)
-
     async def loaded(self) -> ModelInfo:
         """See `jobs.Service`."""
         await self._loaded.wait()
@@ -370,6 +367,8 @@ class Hub:
             settings = self.settings
             notes = await self._in_database(notes_of, settings.model, settings.models_dir)
             self._defaults = model_defaults(notes)
+            if self.names.has_wildcards:
+                self._defaults["dynamic_prompts"] = True
         return self._defaults
 
     async def _in_database(self, call: Callable[..., T], *given: Any) -> T:

@@ -6,12 +6,15 @@ from collections.abc import AsyncIterator
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel, Field
 
 from safelight.errors import SafelightError
 from safelight.request import Request
+
+if TYPE_CHECKING:
+    from safelight.server.names import Names
 
 
 class Status(StrEnum):
@@ -138,7 +141,11 @@ class Service(Protocol):
     """What the routes need of the server: `app.state.service`. Errors are SafelightErrors.
 
     owner: who asks, the name of a key or a client; another's job is as none. None may do all.
+    names: what requests may name, besides the model.
     """
+
+    @property
+    def names(self) -> Names: ...
 
     async def submit(
         self,
@@ -178,10 +185,6 @@ class Service(Protocol):
 
     async def models(self) -> list[ModelInfo]:
         """Return the models that are served; one that is not loaded yet lacks its facts."""
-        ...
-
-    async def listed(self, kind: str) -> list[dict[str, str]]:
-        """Return the files of a kind in the models folder, with "name" and "alias"."""
         ...
 
     async def loaded(self) -> ModelInfo:

@@ -6,15 +6,27 @@ All of it is bounded in memory, however many addresses there are. For the event 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from safelight.server.bodies import RefusedError
+
+MOST = 4000
+"""The most connections, where the system lets this many files be open; half of them may be streams.
+"""
+
+OWN_FILES = 64
+"""Files that the server needs beside connections: the database, pictures, pipes."""
+
+RESERVE = 16
+"""Connections beyond the most, which may ask whether the server lives."""
 
 MAX_REQUESTS = 128
 """Requests of one client that may be answered at once; half of them may be streams."""
@@ -39,6 +51,18 @@ MAX_KNOWN = 4096
 
 LINES = 100
 """Lines of one kind that are logged in a second."""
+
+
+@cache
+def most() -> int:
+    """Return the most connections that may be open."""
+    with contextlib.suppress(ImportError, OSError):
+        import resource
+
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != resource.RLIM_INFINITY:
+            return max(RESERVE, min(MOST, soft - OWN_FILES - RESERVE))
+    return MOST
 
 
 class Guesses:
@@ -92,7 +116,12 @@ class Share:
 
     @contextmanager
     def request(self, client: str, *, stream: bool) -> Iterator[None]:
-        """Count a request while it is answered. Raises RefusedError, 429, for one too many."""
+        """Count a request while it is answered. Raises RefusedError, 429, for one too many.
+
+        Streams stay open, so that those of all leave room for others' connections.
+        """
+        if stream and self._streams.total() >= most() // 2:
+            raise RefusedError(429, "too many streams at once", {"retry-after": "5"})
         counts = [(self._requests, MAX_REQUESTS), (self._streams, MAX_STREAMS)]
         counts = counts if stream else counts[:1]
         for counter, limit in counts:

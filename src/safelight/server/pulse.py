@@ -70,7 +70,11 @@ class Pulse:
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """Within it this thread works, too. Not for the main thread, which always does."""
+        """Within it this thread works, too; the main one does anyway."""
+        if threading.get_ident() in self._threads:
+            self.count()
+            yield
+            return
         thread = self._threads[threading.get_ident()] = _Thread()
         try:
             yield

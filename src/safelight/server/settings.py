@@ -16,6 +16,8 @@ class Settings:
     models_dir: str | None = None
     vae: str | None = None
     preview_vae: str | None = None
+    wildcards_dir: str | None = None
+    styles_file: str | None = None
     device: str = "auto"
     dtype: str = "auto"
     low_memory: bool = False
@@ -26,5 +28,6 @@ class Settings:
     def loading(self) -> dict[str, Any]:
         """The keywords of `load_model` besides the model's name and the precision."""
         names = ("device", "low_memory", "models_dir", "vae", "preview_vae")
+        names += ("wildcards_dir", "styles_file")
         # A client may name files of the models folder, and no path.
         return {**{name: getattr(self, name) for name in names}, "takes_paths": False}

@@ -16,9 +16,8 @@ from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, R
 from safelight.errors import SafelightError
 from safelight.server.bodies import (
     MAX_JSON,
-    MAX_VALUES,
-    RefusedError,
-    deep_text,
+    MAX_MARKS,
+    check_text,
     read_body,
 )
 from safelight.server.decoding import Decoders
@@ -40,6 +39,11 @@ _ASKED = re.compile(
     r"/studio(/(theme\.css|config|(assets|static)/.+|gradio_api/(queue/(join|data)|upload"
     r"|upload_progress|heartbeat/\w+|startup-events|app_id|file=(?!http).+))?)?"
 )
+SESSIONS = 40
+"""The most pages whose state Gradio keeps, those used last: each takes a third of a megabyte. All
+that an older one loses is which seed it drew last.
+"""
+
 UPLOADS = "uploads"
 UPLOAD = f"{PATH}/gradio_api/upload"
 
@@ -151,6 +155,7 @@ def _build(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> Any:
     processing_utils.async_ssrf_protected_download = _not_fetched
     page = blocks(hub, defaults, decoders)
     page.has_launched = True
+    page.state_session_capacity = SESSIONS
     return mount_gradio_app(
         FastAPI(openapi_url=None),
         page,
@@ -181,9 +186,9 @@ async def _bounded(scope: Any, receive: Any) -> Any:
 
     Gradio parses it in the event loop. Raises RefusedError.
     """
-    body = await read_body(HttpRequest(scope, receive), MAX_JSON, values=MAX_VALUES)
-    if body and deep_text(body):
-        raise RefusedError(422, "the body is nested too deep")
+    body = await read_body(HttpRequest(scope, receive), MAX_JSON, marks=MAX_MARKS)
+    if body:
+        check_text(body)
     waiting = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Any:

@@ -74,7 +74,7 @@ def _graph(source: str | Path | bytes) -> dict[str, Any] | None:
             "guidance_scale": given.get("cfg_scale"),
             "seed": given.get("seed"),
         },
-    )
+    ) | {"prompt_syntax": "comfy"}
 
 
 def _settings(prompt: str, negative_prompt: str, given: dict[str, Any]) -> dict[str, Any]:

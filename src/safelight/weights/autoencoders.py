@@ -15,7 +15,7 @@ from typing import Any
 
 from safelight.errors import SafelightError
 from safelight.families.base import Part
-from safelight.families.sd import SD, VARIANTS
+from safelight.families.latent import TINY_PART, VAE_CONFIG, VAE_PART
 from safelight.weights.check import Header, refusal
 from safelight.weights.find import Source
 from safelight.weights.folder import Folder
@@ -23,9 +23,7 @@ from safelight.weights.headers import header_of
 from safelight.weights.names import Weight, from_folder, renamed, some, vae_names
 from safelight.weights.plan import Plan
 
-KL = SD.parts["vae"]
-TINY = Part("safelight.nets.tiny", "AutoencoderTiny", "TinyConfig")
-PARTS = {"AutoencoderKL": KL, "AutoencoderTiny": TINY}
+PARTS = {VAE_PART.network: VAE_PART, **VAE_PART.others}
 
 _PREFIXES = ("first_stage_model.", "vae.")
 # What training needed, and the constants of some writers.
@@ -35,10 +33,14 @@ _TAESD = re.compile(r"(\d+)\.(.+)")
 
 @dataclass(frozen=True, slots=True)
 class VaePlan:
-    """An autoencoder, before any weight is read. files: names inside it to paths."""
+    """An autoencoder, before any weight is read.
+
+    raw: its config as it was written. files: names inside it to paths.
+    """
 
     source: Source
     part: Part
+    raw: Mapping[str, Any]
     config: Any
     weights: dict[str, Weight]
     files: dict[str, Path]
@@ -57,12 +59,13 @@ def with_autoencoders(plan: Plan, sources: Mapping[str, Source]) -> Plan:
     if own is None:
         raise SafelightError(f"{plan.source.name} draws pixels: it takes no autoencoder")
     found = {use: _read(source, plan, own) for use, source in sources.items()}
-    told = [line for each in found.values() for line in _warnings(each, own)]
+    told = [line for each in found.values() for line in _warnings(each, plan)]
     return replace(
         plan,
         configs={**plan.configs, **{use: each.config for use, each in found.items()}},
         weights={**plan.weights, **{use: each.weights for use, each in found.items()}},
-        parts={use: each.part for use, each in found.items()},
+        parts={**plan.parts, **{use: each.part for use, each in found.items()}},
+        raw={**plan.raw, **{use: each.raw for use, each in found.items()}},
         autoencoders=found,
         warnings=[*plan.warnings, *told],
     )
@@ -70,7 +73,7 @@ def with_autoencoders(plan: Plan, sources: Mapping[str, Source]) -> Plan:
 
 def _read(source: Source, model: Plan, own: Any) -> VaePlan:
     """Read an autoencoder. A single file has no config: it is read with that of the model's own."""
-    plan = _folder_plan(source) if source.path.is_dir() else _file_plan(source, own)
+    plan = _folder_plan(source) if source.path.is_dir() else _file_plan(source, model)
     _check_fit(plan, model, own)
     return plan
 
@@ -87,10 +90,10 @@ def _folder_plan(source: Source) -> VaePlan:
         raise refusal(source.name, f"{told} is no autoencoder; known are {', '.join(PARTS)}")
     weights = from_folder(part, folder.part_headers("vae", part.stem))
     config = _config(source, part, folder.index)
-    return VaePlan(source, part, config, weights, folder.files)
+    return VaePlan(source, part, folder.index, config, weights, folder.files)
 
 
-def _file_plan(source: Source, own: Any) -> VaePlan:
+def _file_plan(source: Source, model: Plan) -> VaePlan:
     header = header_of(source.path)
     if any(_TAESD.match(key) for key in header.tensors):
         return _taesd_plan(source, header)
@@ -103,12 +106,12 @@ def _file_plan(source: Source, own: Any) -> VaePlan:
     if not any(key.startswith(("encoder.", "decoder.")) for key in inner):
         raise refusal(source.name, "this is no autoencoder: it has no encoder.* and decoder.*")
     if any(key.startswith("decoder.layers.") for key in inner):
-        config = _config(source, TINY, {"latent_channels": _channels(header, inner)})
-        return VaePlan(source, TINY, config, _placed(header, TINY, inner), _file(source))
-    kl_config, _ = KL.load_classes()
-    config: Any = (
-        own if isinstance(own, kl_config) else _config(source, KL, VARIANTS[0].configs["vae"])
-    )
+        raw: Mapping[str, Any] = {"latent_channels": _channels(header, inner)}
+        weights = _placed(header, TINY_PART, inner)
+        config = _config(source, TINY_PART, raw)
+        return VaePlan(source, TINY_PART, raw, config, weights, _file(source))
+    raw = model.raw["vae"] if model.parts["vae"] is VAE_PART else VAE_CONFIG
+    config = _config(source, VAE_PART, raw)
     if any(key.startswith(("decoder.up.", "decoder.mid.")) for key in inner):
         shapes = {
             "block_out_channels": config.block_out_channels,
@@ -120,7 +123,8 @@ def _file_plan(source: Source, own: Any) -> VaePlan:
         if unknown:
             raise refusal(source.name, f"{len(unknown)} keys that we do not know: {some(unknown)}")
         inner = {str(name): inner[key] for key, name in renames.items()}
-    return VaePlan(source, KL, config, _placed(header, KL, inner), _file(source))
+    weights = _placed(header, VAE_PART, inner)
+    return VaePlan(source, VAE_PART, raw, config, weights, _file(source))
 
 
 def _taesd_plan(source: Source, header: Header) -> VaePlan:
@@ -138,8 +142,8 @@ def _taesd_plan(source: Source, header: Header) -> VaePlan:
     if encoder.is_file():
         files[encoder.name] = encoder
         weights |= _numbered(header_of(encoder), "encoder", first=0)
-    config = _config(source, TINY, {"latent_channels": channels, "has_encoder": encoder.is_file()})
-    return VaePlan(source, TINY, config, weights, files)
+    raw = {"latent_channels": channels, "has_encoder": encoder.is_file()}
+    return VaePlan(source, TINY_PART, raw, _config(source, TINY_PART, raw), weights, files)
 
 
 def _numbered(header: Header, half: str, first: int) -> dict[str, Weight]:
@@ -212,10 +216,12 @@ def _file(source: Source) -> dict[str, Path]:
     return {source.path.name: source.path}
 
 
-def _warnings(plan: VaePlan, own: Any) -> list[str]:
+def _warnings(plan: VaePlan, model: Plan) -> list[str]:
     """Return what a person should know about an autoencoder in place of a model's own."""
-    theirs, ours = plan.config.scaling_factor, own.scaling_factor
-    if plan.part is not KL or 0.99 < theirs / ours < 1.01:
+    theirs, ours = plan.config.scaling_factor, model.configs["vae"].scaling_factor
+    if {plan.part.network, model.parts["vae"].network} != {VAE_PART.network}:
+        return []  # a tiny one scales in its weights
+    if 0.99 < theirs / ours < 1.01:
         return []
     return [
         f"the autoencoder {plan.source.name} scales latents by {theirs:g}, the model's own by "

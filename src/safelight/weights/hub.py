@@ -182,16 +182,26 @@ def _missing(repo: str, why: str, get: str) -> SafelightError:
 
 
 def cached() -> list[str]:
-    """The models in the hub's cache."""
+    """Return the names of the models in the hub's cache."""
+    return [name for name, _ in cached_folders()]
+
+
+def cached_folders() -> list[tuple[str, Path]]:
+    """Return the names of the models in the hub's cache, and the folder of each one's newest."""
     from huggingface_hub import CacheNotFound, scan_cache_dir
 
     try:
         repos = scan_cache_dir().repos
     except CacheNotFound:
         return []
-    return sorted(
-        repo.repo_id
-        for repo in repos
-        if repo.repo_type == "model"
-        and any(f.file_name == "model_index.json" for r in repo.revisions for f in r.files)
-    )
+    found: list[tuple[str, Path]] = []
+    for repo in repos:
+        whole = [
+            revision
+            for revision in repo.revisions
+            if any(file.file_name == MODEL.index for file in revision.files)
+        ]
+        if repo.repo_type == "model" and whole:
+            newest = max(whole, key=lambda revision: revision.last_modified)
+            found.append((repo.repo_id, newest.snapshot_path))
+    return sorted(found)

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from safelight.errors import SafelightError
 from safelight.fast import accelerate, helps, memory, native_bfloat16, remark
 from safelight.model import Model
+from safelight.prompt.styles import read_styles
 from safelight.weights.autoencoders import with_autoencoders
 from safelight.weights.check import DTYPES, Header, refusal
 from safelight.weights.digest import Original, digest_files, model_digest
@@ -22,7 +23,7 @@ from safelight.weights.library import open_library
 from safelight.weights.names import Weight, some
 from safelight.weights.plan import Plan, read_plan
 from safelight.weights.stored import SMALL, Stored, stored_tensor
-from safelight.weights.tensors import open_tensors
+from safelight.weights.tensors import is_finite, open_tensors
 
 _FLOATS = ("F16", "BF16", "F32", "F64", *SMALL)
 _STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -39,6 +40,7 @@ def load_model(
     plain: bool = False,
     download: bool = True,
     wildcards_dir: str | Path | None = None,
+    styles_file: str | Path | None = None,
     models_dir: str | Path | None = None,
     vae: str | Path | None = None,
     preview_vae: str | Path | None = None,
@@ -56,18 +58,21 @@ def load_model(
     plain: without the fast layers, which cannot be trained.
     download: False takes a hub model from the cache alone.
     wildcards_dir: a folder of text files, whose lines `__name__` in a prompt is drawn from.
+    styles_file: a styles.csv, as web UIs keep it: words that `styles` puts around prompts.
     models_dir: the folder in which models, LoRAs, embeddings and autoencoders are found by name
       (see `safelight.weights.library`), in place of that of SAFELIGHT_MODELS.
     vae: an autoencoder in place of the model's own: a folder, a file, a name in the models
       folder or a hub id.
     preview_vae: the same, a tiny one, for previews alone.
-    takes_paths: whether requests may name a LoRA by its path. A server takes names alone.
+    takes_paths: whether requests may name a LoRA or an embedding by its path. A server takes names
+      alone.
 
     Raises SafelightError, one line, if the model is not found or not usable: a missing,
     left-over or misshapen weight is named, and so is one that is not finite.
     """
     if wildcards_dir is not None and not Path(wildcards_dir).is_dir():
         raise SafelightError(f"there is no folder of wildcards {str(wildcards_dir)[-100:]!r}")
+    styles = {} if styles_file is None else read_styles(styles_file)
     where = pick_device(device)
     precision = pick_dtype(dtype, where)
     source = find(name, download=download, models_dir=models_dir)
@@ -79,7 +84,7 @@ def load_model(
     }
     plan = with_autoencoders(read_plan(source, prediction_type), vaes)
     # What headers and configs tell comes first: to hash or to read a large file takes long.
-    nets = {part: _frame(plan, part) for part in plan.weights}
+    nets = {part: frame(plan, part) for part in plan.weights}
     if where.type == "cpu" and not low_memory:
         _check_memory(plan, precision)
     tokenizers = plan.family.load_tokenizers(plan.folder, plan.configs)
@@ -116,14 +121,15 @@ def load_model(
         dtype=precision,
         warnings=warnings,
         wildcards_dir=None if wildcards_dir is None else Path(wildcards_dir),
+        styles=styles,
         library=open_library(models_dir),
+        takes_paths=takes_paths,
         other_vae=(
             {"name": vaes["vae"].name, "sha256": model_digest(others["vae"])}
             if "vae" in others
             else None
         ),
         stored=Stored(plan.weights, originals),
-        takes_paths=takes_paths,
     )
 
 
@@ -201,9 +207,9 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _frame(plan: Plan, part: str) -> Any:
+def frame(plan: Plan, part: str) -> Any:
     """Return a network without weights, once those of its file are seen to fit it."""
-    _, network_class = plan.part(part).load_classes()
+    _, network_class = plan.parts[part].load_classes()
     with torch.device("meta"), _Unfilled():
         network = network_class(plan.configs[part])
     _check_fit(plan.source.name, part, network, plan.weights[part])
@@ -296,15 +302,9 @@ def _read(
                 tensor = tensor.clone()  # the file need not align it, our kernels do
             if not keep:
                 tensor = tensor.to(device, dtype)
-            if not _finite(tensor, dtype):
+            if not is_finite(tensor, dtype):
                 raise refusal(header.name, f"{weight.key} holds NaN or Inf as {dtype}")
             if keep:
                 memory.page_out(tensor)
             state[name] = tensor
     return state
-
-
-def _finite(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether all values are finite in `dtype`: a large float32 is not, as float16."""
-    # NaN is passed on by both, and conversion keeps the order.
-    return all(bool(end.to(dtype).isfinite()) for end in torch.aminmax(tensor))

@@ -9,7 +9,7 @@ tables from those to ours; a family says which parts of a file they are for.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -140,6 +140,55 @@ def from_single_file(
             )
     if unknown:
         raise refusal(header.name, f"{len(unknown)} keys that we do not know: {some(unknown)}")
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Original:
+    """A tensor of a single file that is written.
+
+    part: the network. names: our weights that it is made of: one, or those whose rows it stacks.
+    conv: the axes of size 1 that the original has at its end. transposed: rows and columns are
+    exchanged.
+    """
+
+    part: str
+    names: tuple[str, ...]
+    conv: int = 0
+    transposed: bool = False
+
+
+def original_names(
+    sections: Mapping[str, Section], weights: Mapping[str, Mapping[str, Sequence[int]]]
+) -> dict[str, Original]:
+    """Return what a single file holds, by its keys: the inverse of `from_single_file`.
+
+    sections: of a family. weights: the shapes of each part's weights, by our names.
+
+    Raises KeyError for a name that the original code has no place for.
+    """
+    found: dict[str, Original] = {}
+    for part, shapes in weights.items():
+        prefix, section = next((p, s) for p, s in sections.items() if s.part == part)
+        if section.names is None:
+            found |= {f"{prefix}{name}": Original(part, (name,)) for name in shapes}
+            continue
+        back = {ours: theirs for theirs, ours in section.names.items()}
+        for name, shape in shapes.items():
+            third = re.fullmatch(r"(.*)\.self_attn\.([qkv])_proj\.(weight|bias)", name)
+            if section.thirds and third:
+                if third[2] == "q":
+                    names = tuple(name.replace("q_proj", f"{letter}_proj") for letter in "qkv")
+                    key = f"{prefix}{back[third[1]]}.attn.in_proj_{third[3]}"
+                    found[key] = Original(part, names)
+                continue
+            theirs = renamed(name, back)
+            if theirs is None:
+                raise KeyError(name)
+            # The VAE's attention is of 1×1 convolutions there.
+            conv = 2 if part == "vae" and ".attentions." in name and len(shape) == 2 else 0
+            turned = name in section.transposed
+            found[prefix + theirs] = Original(part, (name,), conv, turned)
     return found
 
 

@@ -123,10 +123,13 @@ def read_pickled_header(path: Path, name: str) -> Header:
 def leaves(root: Any) -> Iterator[tuple[str, Any]]:
     """Yield what is in nested tables, with the keys joined by dots.
 
-    Of a table with a `state_dict`, that is taken. Raises BrokenPickleError in a table without end.
+    Of a table with a `state_dict`, that is taken; the keys of a list are places in it, from 0.
+    Raises BrokenPickleError in a table without end.
     """
     if isinstance(root, dict) and isinstance(root.get("state_dict"), dict):
         root = root["state_dict"]
+    if isinstance(root, list):
+        root = {str(place): one for place, one in enumerate(root)}
     if not isinstance(root, dict):
         raise BrokenPickleError("not a table of tensors")
     waiting: list[tuple[str, Any, int]] = [("", root, 0)]

@@ -29,8 +29,9 @@ class Plan:
     """A checkpoint, before any weight is read.
 
     family: the variant. configs and weights: of each network. files: what it is made of, names
-    inside the model to paths. folder: None for a single file. parts: networks in place of the
-    family's own, or beside them. autoencoders: where these came from.
+    inside the model to paths. folder: None for a single file. parts: what each network is built
+    from. raw: the configs as they were written, the scheduler's too. autoencoders: where those in
+    place of the model's own, or beside it, come from.
     """
 
     source: Source
@@ -45,11 +46,8 @@ class Plan:
     notes: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     parts: Mapping[str, Part] = field(default_factory=dict)
+    raw: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     autoencoders: Mapping[str, VaePlan] = field(default_factory=dict)
-
-    def part(self, name: str) -> Part:
-        """Return what a network is built from: the family's, unless it has been replaced."""
-        return self.parts.get(name) or self.family.parts[name]
 
 
 def read_plan(source: Source, prediction_type: str | None = None) -> Plan:
@@ -72,13 +70,17 @@ def _folder_plan(source: Source, prediction_type: str | None) -> Plan:
     folder = Folder(source.path, source.name)
     family = family_of_folder(folder.index, source.name)
     folder.flat = family.flat
-    raw = {part: folder.part_json(part, "config.json") for part in family.parts}
-    weights = {
-        name: from_folder(part, folder.part_headers(name, part.stem))
+    parts = {
+        name: part.others.get(str((folder.index.get(name) or [""])[-1]), part)
         for name, part in family.parts.items()
     }
+    raw = {part: folder.part_json(part, "config.json") for part in parts}
+    weights = {
+        name: from_folder(part, folder.part_headers(name, part.stem))
+        for name, part in parts.items()
+    }
     _check_weights(source, weights)
-    configs = _configs(source, family, raw, weights)
+    configs = _configs(source, family, parts, raw, weights)
     settings = folder.part_json("scheduler", "scheduler_config.json")
     family = family.variant(configs, folder.index, settings)
     notes = folder.json("safelight.json") or {}
@@ -99,6 +101,8 @@ def _folder_plan(source: Source, prediction_type: str | None) -> Plan:
         folder=folder,
         words=_words(notes.pop("words", None)),
         notes=notes,
+        parts=parts,
+        raw={**raw, "scheduler": settings},
     )
 
 
@@ -121,12 +125,14 @@ def _file_plan(source: Source, prediction_type: str | None) -> Plan:
     return Plan(
         source=source,
         family=family,
-        configs=_configs(source, family, file.configs, file.weights),
+        configs=_configs(source, family, family.parts, file.configs, file.weights),
         weights=file.weights,
         scheduler=scheduler,
         native_size=_stated_size(header) or (side, side),
         files={source.path.name: source.path},
         warnings=warnings,
+        parts=family.parts,
+        raw={**file.configs, "scheduler": file.scheduler},
     )
 
 
@@ -150,12 +156,13 @@ def _check_weights(source: Source, weights: Mapping[str, Mapping[str, Weight]]) 
 def _configs(
     source: Source,
     family: Family,
+    parts: Mapping[str, Part],
     raw: Mapping[str, Mapping[str, Any]],
     weights: Mapping[str, Mapping[str, Weight]],
 ) -> dict[str, Any]:
     """Return the checked config of each network."""
     configs: dict[str, Any] = {}
-    for name, part in family.parts.items():
+    for name, part in parts.items():
         config_class, _ = part.load_classes()
         try:
             config = config_class.from_dict(raw[name])

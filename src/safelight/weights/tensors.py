@@ -50,6 +50,12 @@ def open_tensors(header: Header, path: str | None = None) -> Iterator[Callable[[
         raise refusal(header.name, f"cannot be read: {e}") from None
 
 
+def is_finite(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether all values are finite in `dtype`: a large float32 is not, as float16."""
+    # NaN is passed on by both, and conversion keeps the order.
+    return all(bool(end.to(dtype).isfinite()) for end in torch.aminmax(tensor))
+
+
 class _Inert:
     """What a name in a pickle stands for that is not used."""
 

@@ -15,6 +15,7 @@ from safelight.picture import encode
 from safelight.request import Request
 from safelight.server.bodies import MAX_BODY
 from safelight.server.jobs import retry_after, status_of
+from safelight.server.wording import clipped
 from safelight.settings import Setting, settings_of
 from safelight.sizes import allowed_size
 
@@ -211,6 +212,8 @@ def _explained(error: ValidationError) -> ApiError:
         known = ", ".join([*ImagesBody.model_fields, *own_settings(Request)])
         message = f"there is no setting {_quoted(name)}; known: {known}"
         return ApiError(400, message, name[:40], code="unknown_parameter")
+    if name not in ImagesBody.model_fields:  # a name with half a pair of surrogates, say
+        return ApiError(400, f"the body cannot be read: {clipped(first['msg'])}")
     verb = "is needed:" if first["type"] == "missing" else "must be"
     return ApiError(400, f"{name} {verb} {ImagesBody.model_fields[name].description}", name)
 

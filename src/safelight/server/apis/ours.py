@@ -206,9 +206,10 @@ async def samplers() -> dict[str, Any]:
 
 
 @router.get("/api/loras", tags=["models"])
-async def loras(request: HttpRequest) -> list[dict[str, str]]:
-    """List the LoRAs of the models folder by name, with what their training called them."""
-    return await hub(request).listed("lora")
+async def loras(request: HttpRequest) -> list[str]:
+    """List the LoRAs of the models folder by name."""
+    entries = await asyncio.to_thread(hub(request).names.entries, "lora")
+    return [entry.name for entry in entries]
 
 
 @router.get("/healthz", response_class=PlainTextResponse, tags=["server"])

@@ -20,19 +20,10 @@ from starlette.exceptions import HTTPException
 
 from safelight.recipe import recipe_text
 from safelight.server.apis import sdapi_facts
+from safelight.server.apis.sdapi_bodies import Asked, ImageToImage, PngInfo, Sent, TextToImage
 from safelight.server.apis.sdapi_errors import Route
 from safelight.server.apis.sdapi_names import model_hash, sampler_label
-from safelight.server.apis.sdapi_shapes import (
-    Asked,
-    ImageToImage,
-    PngInfo,
-    Sent,
-    TextToImage,
-    describe,
-    first_picture,
-    fitted,
-    understand,
-)
+from safelight.server.apis.sdapi_shapes import describe, first_picture, fitted, understand
 from safelight.server.bodies import decode_base64, decoded
 from safelight.server.callers import caller_of
 from safelight.server.disconnects import attended
@@ -141,11 +132,16 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
         else (request.width or model.width, request.height or model.height)
     )
     extra = {"Schedule type": (request.schedule or "").capitalize(), "Eta": request.eta}
+    # With styles and dynamic prompts each picture has words of its own.
+    prompts, negatives = (
+        [picture.recipe["settings"][name] for picture in pictures]
+        for name in ("prompt", "negative_prompt")
+    )
     info = {
-        "prompt": request.prompt,
-        "all_prompts": [request.prompt] * len(pictures),
-        "negative_prompt": request.negative_prompt,
-        "all_negative_prompts": [request.negative_prompt] * len(pictures),
+        "prompt": prompts[0] if prompts else request.prompt,
+        "all_prompts": prompts,
+        "negative_prompt": negatives[0] if negatives else request.negative_prompt,
+        "all_negative_prompts": negatives,
         "seed": request.seed,
         "all_seeds": seeds,
         "subseed": request.seed,
@@ -163,9 +159,9 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
         "extra_generation_params": {name: value for name, value in extra.items() if value},
         "index_of_first_image": 0,
         "infotexts": [recipe_text({**picture.recipe, **enlarged}) for picture in pictures],
-        "styles": [],
+        "styles": body.styles,
         "job_timestamp": _timestamp(job),
-        "clip_skip": 1,
+        "clip_skip": request.clip_skip or 1,
         "warnings": asked.warnings + job.warnings,
     }
     parameters = asked.parameters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -9,11 +10,13 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.exceptions import HTTPException
 
+from safelight.errors import SafelightError
 from safelight.sampling import SAMPLERS
 from safelight.sampling.schedule import SCHEDULES
 from safelight.server.apis.sdapi_errors import Route
 from safelight.server.apis.sdapi_names import is_model, model_hash, model_title, sampler_label
 from safelight.server.jobs import Service
+from safelight.server.names import Names
 
 router = APIRouter(route_class=Route)
 
@@ -60,22 +63,14 @@ async def sd_models(http: HttpRequest) -> list[dict[str, Any]]:
     ]
 
 
-@router.get("/loras")
-async def loras(http: HttpRequest) -> list[dict[str, Any]]:
-    """List the LoRAs of the models folder. A client is told no path."""
-    return [
-        {"name": one["name"], "alias": one["alias"] or one["name"], "path": "", "metadata": {}}
-        for one in await _service(http).listed("lora")
-    ]
-
-
 @router.get("/options")
 async def get_options(http: HttpRequest) -> dict[str, Any]:
-    model = (await _service(http).models())[0]
+    service = _service(http)
+    model = (await service.models())[0]
     return {
         "sd_model_checkpoint": model_title(model),
         "sd_checkpoint_hash": model.sha256,
-        "sd_vae": "Automatic",
+        "sd_vae": service.names.vae or "Automatic",
         "samples_format": "png",
         "CLIP_stop_at_last_layers": 1,
     }
@@ -90,14 +85,64 @@ async def set_options(http: HttpRequest, options: dict[str, Any]) -> None:
         raise HTTPException(404, f"Model not found: {wanted!r:.80}; this server serves {served}")
 
 
+@router.get("/loras")
+async def loras(http: HttpRequest) -> list[dict[str, Any]]:
+    return await asyncio.to_thread(_loras, _service(http).names)
+
+
+def _loras(names: Names) -> list[dict[str, Any]]:
+    """Return the LoRAs of the models folder. No path of the server is told: `path` is a name."""
+    found: list[dict[str, Any]] = []
+    for entry in names.entries("lora"):
+        metadata = names.metadata(entry)
+        name = entry.name.rpartition("/")[2]
+        alias = metadata.get("ss_output_name") or name
+        found.append({"name": name, "alias": alias, "path": entry.file_name, "metadata": metadata})
+    return found
+
+
+@router.get("/embeddings")
+async def embeddings(http: HttpRequest) -> dict[str, Any]:
+    return await asyncio.to_thread(_embeddings, _service(http).names)
+
+
+def _embeddings(names: Names) -> dict[str, Any]:
+    """Return the embeddings of the models folder: those that fit the model, and the others."""
+    found: dict[str, dict[str, Any]] = {"loaded": {}, "skipped": {}}
+    for name, one in names.embeddings().items():
+        fits = not isinstance(one, SafelightError)
+        found["loaded" if fits else "skipped"][name] = {
+            "step": None,
+            "sd_checkpoint": None,
+            "sd_checkpoint_name": None,
+            "shape": sum(one.widths) if fits else 0,
+            "vectors": one.count if fits else 0,
+        }
+    return found
+
+
+@router.get("/sd-vae")
+async def sd_vae(http: HttpRequest) -> list[dict[str, Any]]:
+    entries = await asyncio.to_thread(_service(http).names.entries, "vae")
+    return [{"model_name": entry.file_name, "filename": entry.file_name} for entry in entries]
+
+
+@router.get("/prompt-styles")
+async def prompt_styles(http: HttpRequest) -> list[dict[str, Any]]:
+    styles = await asyncio.to_thread(_service(http).names.styles)
+    return [
+        {"name": name, "prompt": style.prompt, "negative_prompt": style.negative_prompt}
+        for name, style in styles.items()
+    ]
+
+
 _UNKNOWN = {"error": "not measured by this server"}
 _EMPTY = """
-    extensions face-restorers hypernetworks latent-upscale-modes prompt-styles
-    realesrgan-models script-info sd-vae upscalers
+    extensions face-restorers hypernetworks latent-upscale-modes realesrgan-models script-info
+    upscalers
 """
 _FIXED: dict[str, Any] = {
     "cmd-flags": {"api": True},
-    "embeddings": {"loaded": {}, "skipped": {}},
     "memory": {"ram": _UNKNOWN, "cuda": _UNKNOWN},
     "scripts": {"txt2img": [], "img2img": []},
     **{name: [] for name in _EMPTY.split()},

@@ -1,7 +1,7 @@
-"""The bodies that clients of AUTOMATIC1111's web UI send, and the Request that each means.
+"""The Request that a body of AUTOMATIC1111's API means.
 
-Request checks ranges; here are types, that API's names, and pictures in base64. What was asked for
-and is not done becomes a warning, not an error: clients send fields that they do not need.
+Request checks ranges; here are that API's names, and pictures in base64. What was asked for and is
+not done becomes a warning, not an error: clients send fields that they do not need.
 """
 
 from __future__ import annotations
@@ -9,26 +9,18 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Annotated, Any, cast
+from dataclasses import replace
+from typing import Any, cast
 
 from fastapi import HTTPException
 from PIL import Image, ImageOps
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StrictFloat,
-    StrictInt,
-    model_validator,
-)
 
 from safelight.errors import SafelightError
 from safelight.pixels import as_mask
 from safelight.recipe import parse_recipe_text
 from safelight.request import Request
 from safelight.sampling import SAMPLERS
+from safelight.server.apis.sdapi_bodies import Asked, ImageToImage, Sent, TextToImage
 from safelight.server.apis.sdapi_names import (
     find_sampler,
     find_scheduler,
@@ -40,111 +32,6 @@ from safelight.server.jobs import ModelInfo
 from safelight.server.sizes import enlarging_note, fit_to_model
 from safelight.settings import settings_of
 from safelight.sizes import allowed_size
-
-
-def _whole(value: object) -> object:
-    """Return 20 for 20.0, which some languages write."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Whole = Annotated[StrictInt, BeforeValidator(_whole)]
-Number = Annotated[StrictFloat, Field(allow_inf_nan=False)]
-
-
-class Settings(BaseModel):
-    """The fields that both kinds of picture share, with AUTOMATIC1111's defaults.
-
-    Fields that are not named here are echoed and change nothing.
-    """
-
-    model_config = ConfigDict(extra="allow")
-
-    prompt: str = ""
-    negative_prompt: str = ""
-    styles: list[str] = []
-    seed: Whole = -1
-    subseed: Whole = -1
-    subseed_strength: Number = 0.0
-    seed_resize_from_h: Whole = -1
-    seed_resize_from_w: Whole = -1
-    sampler_name: str | None = None
-    sampler_index: str = "Euler"
-    scheduler: str | None = None
-    batch_size: Annotated[Whole, Field(ge=1)] = 1
-    n_iter: Annotated[Whole, Field(ge=1)] = 1
-    steps: Whole = 50
-    cfg_scale: Number = 7.0
-    # 512 there, where every model draws that. Left out, it is the model's own size, or the
-    # picture's: a model of 64 pixels makes nothing of 512.
-    width: Whole | None = None
-    height: Whole | None = None
-    restore_faces: bool = False
-    tiling: bool = False
-    eta: Number | None = None
-    s_churn: Number = 0.0
-    s_noise: Number = 1.0
-    s_min_uncond: Number = 0.0
-    refiner_checkpoint: str | None = None
-    override_settings: dict[str, Any] = {}
-    infotext: str | None = None
-    script_name: str | None = None
-    alwayson_scripts: dict[str, Any] = {}
-    send_images: bool = True
-    # Every picture is kept by the server anyway.
-    save_images: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_the_default(cls, sent: Any) -> Any:
-        if not isinstance(sent, dict):
-            return sent
-        fields = cast("dict[str, Any]", sent)
-        return {name: value for name, value in fields.items() if value is not None}
-
-
-class TextToImage(Settings):
-    enable_hr: bool = False
-    denoising_strength: Number | None = None
-
-
-class ImageToImage(Settings):
-    init_images: list[str] = []
-    resize_mode: Annotated[Whole, Field(ge=0, le=3)] = 0
-    denoising_strength: Number = 0.75
-    mask: str | None = None
-    mask_blur: Whole = 4
-    inpainting_fill: Annotated[Whole, Field(ge=0, le=3)] = 0
-    inpaint_full_res: bool = True
-    inpainting_mask_invert: bool = False
-    initial_noise_multiplier: Number = 1.0
-    include_init_images: bool = False
-
-
-class PngInfo(BaseModel):
-    image: str
-
-
-@dataclass(frozen=True)
-class Sent:
-    """The decoded pictures of a body. mask_alpha: the mask's alpha channel, if it has one."""
-
-    image: Image.Image
-    mask: Image.Image | None = None
-    mask_alpha: Image.Image | None = None
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A body that was understood.
-
-    parameters: its echo, as JSON has it. size: what the pictures are enlarged to, None to keep
-    them as they are drawn.
-    """
-
-    request: Request
-    size: tuple[int, int] | None
-    warnings: list[str]
-    parameters: dict[str, Any]
 
 
 def understand(
@@ -202,6 +89,7 @@ def _settings(
     settings = {
         "prompt": body.prompt,
         "negative_prompt": body.negative_prompt,
+        "styles": body.styles,
         "width": body.width,
         "height": body.height,
         "seed": None if body.seed == -1 else body.seed,
@@ -218,8 +106,17 @@ def _settings(
         settings["strength"] = body.denoising_strength
     if (layers := body.override_settings.get("CLIP_stop_at_last_layers")) is not None:
         settings["clip_skip"] = layers
-    # This API's prompts are the web UI's, with its weights and LoRAs.
-    return {"prompt_syntax": "a1111"} | settings | _own(body, settings), warnings
+    own = _own(body, settings)
+    # What this API's clients write is meant as AUTOMATIC1111 reads it.
+    own.setdefault("prompt_syntax", "a1111")
+    if own["prompt_syntax"] == "a1111" and "emphasis" not in own:
+        own |= _emphasis(body.override_settings.get("emphasis"))
+    return settings | own, warnings
+
+
+def _emphasis(label: object) -> dict[str, Any]:
+    """Return the setting of AUTOMATIC1111's option `emphasis`, such as "No norm"."""
+    return {} if label is None else {"emphasis": str(label).strip().lower().replace(" ", "-")}
 
 
 def _own(body: TextToImage | ImageToImage, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,7 +142,8 @@ def _request(settings: dict[str, Any]) -> Request:
 
 def _ignored(body: TextToImage | ImageToImage, model: ModelInfo) -> list[str]:
     checkpoint = body.override_settings.get("sd_model_checkpoint")
-    taken = ("sd_model_checkpoint", "CLIP_stop_at_last_layers")
+    vae = body.override_settings.get("sd_vae")
+    taken = ("sd_model_checkpoint", "CLIP_stop_at_last_layers", "emphasis", "sd_vae")
     overrides = [name for name in body.override_settings if name not in taken]
     scripts = [
         name
@@ -253,7 +151,6 @@ def _ignored(body: TextToImage | ImageToImage, model: ModelInfo) -> list[str]:
         if (cast("dict[str, Any]", script).get("args") if isinstance(script, dict) else script)
     ]
     found = [
-        (body.styles, "styles: none are kept here; write their words into the prompt"),
         (body.subseed_strength > 0, "subseed_strength: a picture is drawn from its seed alone"),
         (
             body.seed_resize_from_h > 0 or body.seed_resize_from_w > 0,
@@ -269,6 +166,10 @@ def _ignored(body: TextToImage | ImageToImage, model: ModelInfo) -> list[str]:
         (
             checkpoint is not None and not is_model(checkpoint, model),
             f"override_settings: drawn with {model.name}, the model served here",
+        ),
+        (
+            vae not in (None, "Automatic", "None"),
+            "override_settings: sd_vae is chosen when the server is started, with --vae",
         ),
         (overrides, f"override_settings: these do nothing here: {_listed(overrides)}"),
         (scripts, f"alwayson_scripts: these are not here: {_listed(scripts)}"),

@@ -1,0 +1,191 @@
+"""Finds the textual inversions of a request: those it asks for, and those its prompts name."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safelight.adapters.embedding import EmbeddingFile, look_at
+from safelight.adapters.learned import with_embeddings
+from safelight.errors import SafelightError
+from safelight.prompt.dialects import read
+from safelight.prompt.learned import marked
+from safelight.weights.check import printable
+from safelight.weights.digest import digest_file
+from safelight.weights.notes import stamp_of
+
+if TYPE_CHECKING:
+    from safelight.model import Model
+    from safelight.prompt.tokenizer import Tokenizer
+    from safelight.request import Request
+    from safelight.weights.library import Library
+
+MAX_SETS = 8
+"""Sets of embeddings that a model keeps."""
+
+
+@dataclass(frozen=True)
+class EmbeddingFinder:
+    """Where textual inversions are found.
+
+    library: the models folder. takes_paths: whether one may be named by its path. files: names
+    that mean these files.
+    """
+
+    library: Library | None = None
+    takes_paths: bool = False
+    files: Mapping[str, Path] = field(default_factory=dict)
+
+    def choose(self, request: Request, tokenizer: Tokenizer) -> tuple[EmbeddingFile, ...]:
+        """Return the embeddings of a request whose prompts are drawn.
+
+        In `prompt_syntax` a1111 and comfy the prompts name those of the models folder, too. Raises
+        SafelightError for one that is not found, or is none.
+        """
+        found: dict[Path, EmbeddingFile] = {}
+        for name in request.embeddings:
+            one = self.located(name)
+            found.setdefault(one.path, one)
+        for path, name in self._named(request, tokenizer, list(found.values())):
+            found.setdefault(path, look_at(path, name))
+        return tuple(found.values())
+
+    def located(self, name: str) -> EmbeddingFile:
+        """Return the embedding of a name. Raises SafelightError if there is none."""
+        if name in self.files:
+            return look_at(self.files[name], name)
+        if self.takes_paths:
+            try:
+                path = Path(name).expanduser()
+                if path.is_file():
+                    return look_at(path)
+            except (OSError, RuntimeError, ValueError):
+                pass  # too long, or no home: not a path
+        if self.library is None:
+            where = "no file here, and " if self.takes_paths else ""
+            raise SafelightError(
+                f"no embedding {printable(repr(name), 80)}: {where}no models folder is given "
+                "(--models-dir, SAFELIGHT_MODELS)",
+                code="no_model",
+                field="embeddings",
+            )
+        entry = self.library.find(name, "embedding")
+        return look_at(entry.path, _last(entry.name))
+
+    def _named(
+        self, request: Request, tokenizer: Tokenizer, there: Sequence[EmbeddingFile]
+    ) -> Iterator[tuple[Path, str]]:
+        """Yield path and name of each embedding that the prompts name."""
+        if request.prompt_syntax == "comfy":
+            yield from self._marked(request, {one.name for one in there})
+        elif request.prompt_syntax == "a1111":
+            yield from self._in_words(request, tokenizer)
+
+    def _marked(self, request: Request, there: set[str]) -> Iterator[tuple[Path, str]]:
+        for text in _pieces(request):
+            for name, _ in marked(text, lambda name: bool(self._matches(name))):
+                if name and name not in there:
+                    found = self._matches(name)
+                    if len(found) > 1 and self.library is not None:
+                        self.library.find(name, "embedding")  # says which there are
+                    yield from found[:1]
+
+    def _matches(self, name: str) -> list[tuple[Path, str]]:
+        found = [(path, known) for known, path in self.files.items() if known == name]
+        if not found and self.library is not None:
+            entries = self.library.matches(name, "embedding")
+            found = [(entry.path, _last(entry.name)) for entry in entries]
+        return found
+
+    def _in_words(self, request: Request, tokenizer: Tokenizer) -> Iterator[tuple[Path, str]]:
+        known = [(path, name) for name, path in self.files.items()]
+        if self.library is not None:
+            entries = self.library.entries("embedding")
+            known += [(entry.path, _last(entry.name)) for entry in entries]
+        texts = [(" ".join(text.lower().split()), text) for text in _pieces(request)]
+        for path, name in known:
+            plain = " ".join(name.lower().split())
+            for small, text in texts:
+                # Most names are not even in the text, which is quickly seen.
+                if plain and plain in small and _within(tokenizer.ids(name), tokenizer.ids(text)):
+                    yield path, name
+                    break
+
+
+class Embeddings:
+    """The textual inversions of one model: the last few sets stay as models that know them."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._kept: OrderedDict[Any, Model] = OrderedDict()
+
+    def choose(self, request: Request) -> tuple[EmbeddingFile, ...]:
+        """Return the embeddings of a request whose prompts are drawn.
+
+        Raises SafelightError for one that is not found or does not fit the model.
+        """
+        model = self._model
+        if not model.family.text_parts:
+            if request.embeddings:
+                raise SafelightError(
+                    f"embeddings are words, and {model.name} reads none: leave them out",
+                    field="embeddings",
+                )
+            return ()
+        finder = EmbeddingFinder(model.library, model.takes_paths, model.embedding_files)
+        tokenizer, _ = model.family.text_parts[0]
+        return finder.choose(request, model.parts[tokenizer])
+
+    def model(self, chosen: Sequence[EmbeddingFile]) -> Model:
+        """Return the model with these embeddings; itself without any.
+
+        Raises SafelightError for one that does not fit, or cannot be read.
+        """
+        if not chosen:
+            return self._model
+        key = key_of(chosen)
+        if key not in self._kept:
+            parts = with_embeddings(self._model.parts, self._model.family.text_parts, chosen)
+            self._kept[key] = replace(self._model, parts=parts)
+            while len(self._kept) > MAX_SETS:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+
+def key_of(chosen: Sequence[EmbeddingFile]) -> tuple[Any, ...]:
+    """Return what is equal for the same embeddings, as long as their files stay."""
+    return tuple((one.name, one.path, stamp_of(one.path)) for one in chosen)
+
+
+def record(embedding: EmbeddingFile) -> dict[str, Any]:
+    """Return an embedding as a recipe has it."""
+    return {"name": embedding.name, "sha256": digest_file(embedding.path).sha256}
+
+
+def _pieces(request: Request) -> list[str]:
+    """Return the texts of one weight of both prompts."""
+    found: dict[str, None] = {}
+    for text, negative in ((request.prompt, False), (request.negative_prompt, True)):
+        reading = read(
+            text,
+            request.prompt_syntax,
+            steps=request.steps or 50,
+            emphasis=request.emphasis,
+            negative=negative,
+        )
+        for part in reading.parts:
+            for stage in part.stages:
+                found |= dict.fromkeys(piece.text for piece in stage.pieces)
+    return list(found)
+
+
+def _within(ids: Sequence[int], text: Sequence[int]) -> bool:
+    return any(text[i : i + len(ids)] == ids for i in range(len(text) - len(ids) + 1))
+
+
+def _last(name: str) -> str:
+    return name.rpartition("/")[2]

@@ -1,0 +1,104 @@
+"""What requests may name on this server, and how it reads a prompt."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
+from pydantic import BaseModel, Field
+
+from safelight.errors import SafelightError
+from safelight.request import Request
+from safelight.server.bodies import read_json
+from safelight.server.names import Names
+from safelight.settings import json_schema
+from safelight.weights.library import SUBFOLDERS
+
+router = APIRouter(tags=["models"])
+
+READ = ("prompt", "negative_prompt", "prompt_syntax", "emphasis", "steps", "embeddings")
+"""The settings that say how prompts are read."""
+
+
+class Embedding(BaseModel):
+    """A textual inversion of the models folder."""
+
+    name: str
+    vectors: int | None = Field(None, description="the tokens that it takes in a prompt")
+    problem: str | None = Field(None, description="why it cannot be used with the served model")
+
+
+class Library(BaseModel):
+    """What requests may name."""
+
+    models: list[str] = Field(description="in the models folder; the served one is /api/models'")
+    loras: list[str]
+    vaes: list[str] = Field(description="in the models folder; chosen when the server is started")
+    embeddings: list[Embedding]
+    styles: list[str]
+    wildcards: bool = Field(description="whether `__name__` can be drawn")
+
+
+def names_of(http: HttpRequest) -> Names:
+    """Return the names that the server knows."""
+    return http.app.state.service.names
+
+
+@router.get("/api/library", response_model=Library)
+async def library(http: HttpRequest) -> Library:
+    """List the LoRAs, embeddings and styles that requests may name."""
+    return await asyncio.to_thread(_library, names_of(http))
+
+
+def _library(names: Names) -> Library:
+    entries = {kind: [entry.name for entry in names.entries(kind)] for kind in SUBFOLDERS}
+    embeddings = [
+        Embedding(name=name, vectors=None, problem=str(found))
+        if isinstance(found, SafelightError)
+        else Embedding(name=name, vectors=found.count, problem=None)
+        for name, found in names.embeddings().items()
+    ]
+    return Library(
+        models=entries["model"],
+        loras=entries["lora"],
+        vaes=entries["vae"],
+        embeddings=embeddings,
+        styles=list(names.styles()),
+        wildcards=names.has_wildcards,
+    )
+
+
+def _schema() -> dict[str, Any]:
+    schema = json_schema(Request)
+    schema["properties"] = {name: schema["properties"][name] for name in READ}
+    content = {"application/json": {"schema": schema, "example": {"prompt": "a (red:1.2) apple"}}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+@router.post("/api/tokens", openapi_extra=_schema())
+async def tokens(http: HttpRequest) -> dict[str, Any]:
+    """Say how prompts are read: chunks, tokens, weights, schedule, and what is unknown.
+
+    The answer has `prompt` and `negative_prompt`, each as `safelight tokens --json` prints it.
+    """
+    if not http.headers.get("content-type", "").startswith("application/json"):
+        raise SafelightError("the body must be JSON: send content-type application/json")
+    settings = await read_json(http)
+    other = [name for name in settings if name not in READ]
+    if other:
+        raise SafelightError(
+            f"{other[0][:40]!r} says nothing about tokens: send {', '.join(READ)}",
+            code="unknown_setting",
+            field=other[0][:40],
+        )
+    return await asyncio.to_thread(_tokens, names_of(http), settings)
+
+
+def _tokens(names: Names, settings: dict[str, Any]) -> dict[str, Any]:
+    request = Request(**settings)
+    return {
+        "prompt": names.describe(request),
+        "negative_prompt": names.describe(request, negative=True),
+    }

@@ -1,0 +1,280 @@
+"""Write a model that can be loaded in another layout: a folder of diffusers', or one file.
+
+No network computes: weights go from file to file, by the names that a plan gives them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safelight.errors import SafelightError
+from safelight.families import Part
+from safelight.families.base import NO_PART
+from safelight.sampling import SchedulerConfig
+from safelight.weights.autoencoders import with_autoencoders
+from safelight.weights.check import refusal
+from safelight.weights.digest import digest_files
+from safelight.weights.find import Source, find, find_vae
+from safelight.weights.load import frame
+from safelight.weights.names import Original, Weight, original_names
+from safelight.weights.plan import Plan, read_plan
+from safelight.weights.stored import SMALL, stored_tensor
+from safelight.weights.tensors import DTYPES, is_finite, open_tensors
+from safelight.weights.write import Out, write_tensors, written
+
+PRECISIONS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_TOKENIZER = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+_BOOKKEEPING = ("sample_size", "projection_dim", "eos_token_id")
+_UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+
+Parts = dict[str, dict[str, Out]]
+"""What is written of each network, by our names."""
+
+
+def convert(
+    name: str | Path,
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    vae: str | Path | None = None,
+    prediction_type: str | None = None,
+    overwrite: bool = False,
+    models_dir: str | Path | None = None,
+    download: bool = True,
+) -> list[str]:
+    """Write a model as one file if `out` ends in ".safetensors", else as a folder.
+
+    name, vae, prediction_type, models_dir, download: as for `load_model`.
+    dtype: "float32", "float16" or "bfloat16"; without it each weight stays as it is stored, to
+      the bit.
+
+    Returns what a person should know about what was written. Raises SafelightError if the model
+    cannot be loaded, if `out` is there and not to be overwritten, or if one file cannot hold it.
+    """
+    if dtype not in (None, *PRECISIONS):
+        raise SafelightError(f"dtype {dtype!r:.40}; expected {', '.join(PRECISIONS)}")
+    path = Path(out).expanduser()
+    plan = read_plan(find(name, download=download, models_dir=models_dir), prediction_type)
+    if vae is not None:
+        found = find_vae(vae, download=download, models_dir=models_dir)
+        plan = with_autoencoders(plan, {"vae": found})
+    _check_place(path, plan)
+    for part in plan.weights:
+        frame(plan, part)
+    single = path.suffix.lower() == ".safetensors"
+    originals = _originals(plan) if single else {}
+    digest_files(plan.files)  # finds a damaged download
+    stored = None if dtype is None else PRECISIONS[dtype]
+    with _open(plan) as read:
+        parts = {
+            part: {ours: _out(part, weight, read, stored) for ours, weight in weights.items()}
+            for part, weights in plan.weights.items()
+        }
+        need = sum(out.bytes for outs in parts.values() for out in outs.values())
+        with written(path, need + 2**22, overwrite=overwrite, folder=not single) as new:
+            if single:
+                _write_file(new, plan, parts, originals)
+            else:
+                _write_folder(new, plan, parts)
+            return _check_written(new, plan, "one file" if single else "a folder")
+
+
+def _check_place(path: Path, plan: Plan) -> None:
+    """Refuse to write over or into what is read."""
+    here = path.resolve()
+    read = [file.resolve() for file in plan.files.values()]
+    inside = plan.folder is not None and plan.folder.root in (here, *here.parents)
+    if inside or any(here in (file, *file.parents) for file in read):
+        raise SafelightError(f"{str(path)[-100:]!r} is or holds what is read: give another --out")
+
+
+# --- weights -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _open(plan: Plan) -> Iterator[Callable[[Weight], Tensor]]:
+    """Yield a function that reads a weight; files are opened when they are first read."""
+    with ExitStack() as stack:
+        opened: dict[int, Callable[[str], Tensor]] = {}
+
+        def read(weight: Weight) -> Tensor:
+            if id(weight.header) not in opened:
+                opened[id(weight.header)] = stack.enter_context(open_tensors(weight.header))
+            return stored_tensor(opened[id(weight.header)], weight)
+
+        yield read
+
+
+def _out(part: str, weight: Weight, read: Callable[[Weight], Tensor], dtype: str | None) -> Out:
+    """Return what is written of a weight, checked when its turn comes."""
+    stored = weight.dtype if dtype is None else dtype
+
+    def checked() -> Tensor:
+        tensor = read(weight)
+        wide = tensor.float() if weight.dtype in SMALL else tensor
+        if not is_finite(wide, torch.float32 if stored in SMALL else DTYPES[stored]):
+            raise refusal(
+                weight.header.name, f"{part} {weight.key} holds NaN or Inf as {stored.lower()}"
+            )
+        return tensor if weight.dtype == stored else wide.to(DTYPES[stored])
+
+    return Out(stored, weight.shape, checked)
+
+
+# --- one file ------------------------------------------------------------------------------------
+
+
+def _originals(plan: Plan) -> dict[str, Original]:
+    shapes = {
+        part: {ours: weight.shape for ours, weight in weights.items()}
+        for part, weights in plan.weights.items()
+    }
+    try:
+        if all(plan.parts[part] is plan.family.parts[part] for part in plan.weights):
+            return original_names(plan.family.sections(), shapes)
+    except (KeyError, StopIteration):
+        pass  # other shapes, or a family that has no such layout
+    raise SafelightError(
+        f"{plan.source.name} ({plan.family}) cannot be one file, which holds no configs: only the "
+        "published networks of Stable Diffusion can; write a folder"
+    )
+
+
+def _write_file(path: Path, plan: Plan, parts: Parts, originals: Mapping[str, Original]) -> None:
+    tensors = {key: _joined(original, parts) for key, original in originals.items()}
+    for mark in plan.family.file_marks(plan.scheduler):
+        tensors[mark] = Out("F32", (0,), lambda: torch.zeros(0))
+    width, height = plan.native_size
+    metadata = {"modelspec.resolution": f"{width}x{height}"}
+    predicts = {"epsilon": "epsilon", "v_prediction": "v"}.get(plan.scheduler.prediction_type)
+    if predicts is not None:
+        metadata["modelspec.prediction_type"] = predicts
+    write_tensors(path, tensors, metadata)
+
+
+def _joined(original: Original, parts: Parts) -> Out:
+    """Return the tensor of a single file that holds one weight, or three on top of each other."""
+    outs = [parts[original.part][name] for name in original.names]
+    rows = sum(out.shape[0] for out in outs) if len(outs) > 1 else None
+    shape = outs[0].shape if rows is None else (rows, *outs[0].shape[1:])
+    shape = (*(shape[::-1] if original.transposed else shape), *(1,) * original.conv)
+
+    def read() -> Tensor:
+        tensor = outs[0].read() if rows is None else torch.cat([out.read() for out in outs])
+        return (tensor.t() if original.transposed else tensor).reshape(shape)
+
+    return Out(outs[0].dtype, shape, read)
+
+
+# --- a folder ------------------------------------------------------------------------------------
+
+
+def _write_folder(folder: Path, plan: Plan, parts: Parts) -> None:
+    for name, outs in parts.items():
+        part = plan.parts[name]
+        config = {**_identity(part), **plan.raw[name]}
+        if name == plan.family.network and plan.folder is None:
+            config["sample_size"] = plan.native_size[0] // plan.configs["vae"].factor
+        _write_json(folder / name / "config.json", config)
+        write_tensors(folder / name / f"{part.stem}.safetensors", outs)
+    scheduler = {**plan.raw["scheduler"], "prediction_type": plan.scheduler.prediction_type}
+    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    _write_tokenizers(folder, plan)
+    index = dict(plan.folder.index if plan.folder else plan.family.index(plan.configs))
+    for name, part in plan.parts.items():
+        index[name] = [_library(part), part.network]
+    for name, classes in plan.family.tokenizers.items():
+        index[name] = ["transformers", classes[0]]
+    index["scheduler"] = ["diffusers", scheduler.get("_class_name", "DDIMScheduler")]
+    index |= {name: NO_PART for name in _UNUSED if name in index}
+    _write_json(folder / "model_index.json", index)
+    if plan.folder is not None and (notes := plan.folder.json("safelight.json")) is not None:
+        _write_json(folder / "safelight.json", notes)
+
+
+def _library(part: Part) -> str:
+    return "transformers" if part.stem == "model" else "diffusers"
+
+
+def _identity(part: Part) -> dict[str, Any]:
+    """Return what a network's config.json has besides its settings."""
+    if _library(part) == "diffusers":
+        return {"_class_name": part.network}
+    return {"architectures": [part.network], "model_type": "clip_text_model"}
+
+
+def _write_tokenizers(folder: Path, plan: Plan) -> None:
+    if plan.folder is None:
+        for name, tokenizer in plan.family.load_tokenizers(None, plan.configs).items():
+            tokenizer.save(folder / name)
+        return
+    for name in plan.family.tokenizers:
+        for file in _TOKENIZER:
+            source = plan.folder.file(f"{name}/{file}")
+            if source is not None:
+                (folder / name).mkdir(exist_ok=True)
+                shutil.copyfile(source, folder / name / file)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+# --- what became of it ---------------------------------------------------------------------------
+
+
+def _check_written(path: Path, plan: Plan, layout: str) -> list[str]:
+    """Read what was written, and refuse it if it is another model; return what it does not say.
+
+    layout: what to call it in errors.
+    """
+    again = read_plan(Source(plan.source.name, path))
+    configs = plan.configs.items()
+    for what, before, after in (
+        ("family", plan.family.name, again.family.name),
+        ("prediction type", plan.scheduler.prediction_type, again.scheduler.prediction_type),
+        ("size", plan.native_size, again.native_size),
+        *((f"{part} config", _told(c), _told(again.configs[part])) for part, c in configs),
+    ):
+        if before != after:
+            shown = f": {before} became {after}" if isinstance(before, str | tuple) else ""
+            raise SafelightError(
+                f"{plan.source.name} cannot be {layout}, which does not hold its {what}{shown}"
+            )
+    defaults = SchedulerConfig()
+    lost = [
+        key
+        for key in sorted(plan.scheduler.given - again.scheduler.given)
+        if getattr(plan.scheduler, key) != getattr(defaults, key) or key == "timestep_spacing"
+    ]
+    lost += [
+        key
+        for key in sorted(plan.scheduler.given & again.scheduler.given)
+        if getattr(plan.scheduler, key) != getattr(again.scheduler, key)
+    ]
+    return [f"{layout} does not hold the scheduler's {', '.join(lost)}"] if lost else []
+
+
+def _told(config: Any) -> dict[str, Any]:
+    """Return a config in one form of several, without what no network computes with."""
+    told = {k: v for k, v in asdict(config).items() if k not in _BOOKKEEPING}
+    heads, levels = told.get("attention_head_dim"), len(told.get("block_out_channels", ()))
+    if isinstance(heads, int):
+        told["attention_head_dim"] = (heads,) * levels
+    return told

@@ -1,0 +1,180 @@
+"""Embeddings, styles and wildcards from the command line and in Python, and what recipes say."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import ImageChops
+from safetensors.torch import save_file
+
+import safelight
+from safelight import cli
+from safelight.errors import SafelightError
+from safelight.recipe import read_recipe, recipe_text
+from safelight.weights.digest import digest_file
+from weights_tiny import TEXT, text_folder
+
+FAST = ["--steps", "2", "--sampler", "ddim", "--seed", "3"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A models folder with a model, two embeddings that fit and one that does not."""
+    root = tmp_path_factory.mktemp("models")
+    config = text_folder(root / "Stable-diffusion" / "tiny") / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "sample_size": 32}))
+    width = TEXT["hidden_size"]
+    (root / "embeddings" / "old").mkdir(parents=True)
+    generator = torch.Generator().manual_seed(1)
+    for name, shape in {"inkx": (2, width), "old/mossy": (1, width), "wide": (1, 99)}.items():
+        vectors = torch.randn(shape, generator=generator) * 3
+        save_file({"emb_params": vectors}, root / "embeddings" / f"{name}.safetensors")
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return safelight.load("tiny", models_dir=folder, device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def run(folder, capsys, tmp_path, monkeypatch):
+    """Run the command line in a folder of its own: exit code, output, errors."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SAFELIGHT_MODELS", str(folder))
+
+    def run(*arguments):
+        code = cli.run([str(one) for one in arguments])
+        said = capsys.readouterr()
+        return code, said.out.strip(), said.err.strip()
+
+    return run
+
+
+def draw(model, prompt, **settings):
+    settings = {"steps": 4, "sampler": "ddim", "seed": 3, **settings}
+    return model.generate(prompt, **settings)
+
+
+def same(a, b):
+    return ImageChops.difference(a.images[0], b.images[0]).getbbox() is None
+
+
+def test_a_prompt_names_embeddings_of_the_models_folder(model):
+    without = draw(model, "ale")
+    for syntax, prompt in (("a1111", "ale inkx"), ("comfy", "ale embedding:inkx")):
+        result = draw(model, prompt, prompt_syntax=syntax)
+        assert result.warnings == []
+        [told] = result.recipe()["embeddings"]
+        assert told["name"] == "inkx"
+        assert result.recipe()["settings"]["embeddings"] == ["inkx"]
+        assert same(result, draw(model, "ale inkx", embeddings=["inkx"]))
+        assert f'TI hashes: "inkx: {told["sha256"][:12]}"' in recipe_text(result.recipe())
+    plain = draw(model, "ale inkx")
+    assert "embeddings" not in plain.recipe()
+    assert not same(plain, result)
+    assert same(draw(model, "ale"), without)  # as before
+
+
+def test_the_negative_prompt_names_them_too(model):
+    result = draw(model, "ale", negative_prompt="(mossy:1.2)", prompt_syntax="a1111")
+    assert [one["name"] for one in result.recipe()["embeddings"]] == ["mossy"]
+
+
+def test_an_embedding_that_no_prompt_names_is_said(model):
+    [said] = draw(model, "ale", embeddings=["inkx"]).warnings
+    assert said == "embedding inkx is in no prompt: write inkx where it is meant"
+    [said] = draw(model, "inkx", embeddings=["inkx"], prompt_syntax="comfy").warnings
+    assert said.endswith("write embedding:inkx where it is meant")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"embeddings": ["ink"]}, "no embedding 'ink' in the models folder; there are inkx"),
+        ({"embeddings": ["wide"]}, "embedding wide: vectors of 99 numbers; this model reads 24"),
+        ({"prompt": "embedding:ink", "prompt_syntax": "comfy"}, "no such embedding is there"),
+        ({"embeddings": [""]}, "embeddings must be"),
+        ({"styles": ["old"]}, "there is no style 'old': no file of styles was given"),
+    ],
+)
+def test_what_is_not_there_is_told_in_a_line(model, settings, said):
+    with pytest.raises(SafelightError, match=said) as caught:
+        draw(model, settings.pop("prompt", "ale"), **settings)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_picture_of_an_embedding_is_made_again(run, folder, tmp_path):
+    code, out, err = run(
+        *("generate", "a (inkx:1.3) ale", "--prompt-syntax", "a1111", "--model", "tiny"),
+        *("--dtype", "float32", "--out", "ale.png", *FAST),
+    )
+    assert (code, out, err) == (0, "ale.png", "")
+    assert run("verify", "ale.png")[:2] == (0, "0")
+    # Renamed, or away from the folder, it is found by what it holds.
+    other = tmp_path / "elsewhere.safetensors"
+    shutil.copy(folder / "embeddings" / "inkx.safetensors", other)
+    model = folder / "Stable-diffusion" / "tiny"
+    (tmp_path / "empty").mkdir()
+    bare = ("verify", "ale.png", "--model", model, "--models-dir", tmp_path / "empty")
+    code, _, err = run(*bare)
+    sha256 = digest_file(folder / "embeddings" / "inkx.safetensors").sha256
+    assert code == 2
+    assert f"embedding inkx of SHA-256 {sha256[:9]}" in err
+    assert "--embedding" in err
+    assert run(*bare, "--embedding", other)[:2] == (0, "0")
+    other.rename(tmp_path / "empty" / "renamed.safetensors")
+    assert run(*bare)[:2] == (0, "0")
+
+
+def test_embeddings_by_path_and_in_tokens(run, folder):
+    path = folder / "embeddings" / "inkx.safetensors"
+    code, out, _ = run(
+        *("generate", "ale inkx", "--embedding", path, "--model", "tiny", "--out", "ale.png"),
+        *FAST,
+    )
+    assert (code, out) == (0, "ale.png")
+    assert read_recipe("ale.png")["settings"]["embeddings"] == ["inkx"]
+    code, out, _ = run("tokens", "ale inkx", "--embedding", path, "--model", "tiny", "--json")
+    tokens = json.loads(out)["parts"][0]["stages"][0]["texts"][0]["chunks"][0]["tokens"]
+    assert [t["token"] for t in tokens[-2:]] == ["<inkx 1/2></w>", "<inkx 2/2></w>"]
+    assert [t["id"] for t in tokens[-2:]] == [TEXT["vocab_size"], TEXT["vocab_size"] + 1]
+    code, out, _ = run("tokens", "(inkx:1.2)", "--model", "tiny", "--syntax", "a1111")
+    assert "<inkx 1/2>:1.2 <inkx 2/2>:1.2" in out
+
+
+@pytest.fixture
+def words(tmp_path):
+    """Options that name a file of styles and a folder of wildcards."""
+    (tmp_path / "styles.csv").write_text("name,prompt,negative_prompt\nold,an old {prompt},new\n")
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "drink.txt").write_text("ale\nwater\n")
+    return ("--styles-file", tmp_path / "styles.csv", "--wildcards", tmp_path / "words")
+
+
+def test_styles_and_wildcards_are_in_the_recipe_as_words(run, words):
+    asked = ("--style", "old", "--model", "tiny", "--out", "ale.png", "--dtype", "float32")
+    code, out, _ = run("generate", "__drink__", *asked, *words, *FAST)
+    assert (code, out) == (0, "ale.png")
+    recipe = read_recipe("ale.png")
+    assert recipe["settings"]["prompt"] in ("an old ale", "an old water")
+    assert recipe["settings"]["negative_prompt"] == "new"
+    assert recipe["settings"]["styles"] == []
+    assert recipe["template"] == {
+        "prompt": "__drink__",
+        "negative_prompt": "",
+        "styles": ["old"],
+    }
+    assert run("verify", "ale.png")[:2] == (0, "0")
+    code, _, err = run("generate", "ale", "--style", "odl", "--model", "tiny", *words)
+    assert (code, err) == (2, "error: there is no style 'odl': did you mean 'old'?")
+
+
+def test_compare_takes_styles_and_wildcards(run, words):
+    code, out, _ = run(
+        *("compare", "__drink__", "--x", "styles=none|old", "--model", "tiny", "--out", "g.png"),
+        *words,
+        *FAST,
+    )
+    assert (code, out) == (0, "g.png")
