@@ -137,7 +137,8 @@ class Embeddings:
             return ()
         finder = EmbeddingFinder(model.library, model.takes_paths, model.embedding_files)
         tokenizer, _ = model.family.text_parts[0]
-        return finder.choose(request, model.parts[tokenizer])
+        found = finder.choose(request, model.parts[tokenizer])
+        return found if model.selection is None else (*found, *model.selection.embeddings)
 
     def model(self, chosen: Sequence[EmbeddingFile]) -> Model:
         """Return the model with these embeddings; itself without any.

@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from safelight.adapters.asked import AskedLora, Unmatched
+from safelight.adapters.embedding import EmbeddingFile, bundled
 from safelight.adapters.file import (
     AdapterFile,
     Match,
@@ -60,6 +61,11 @@ class Selection:
     records: tuple[dict[str, Any], ...] = ()
     warnings: tuple[str, ...] = ()
 
+    @property
+    def embeddings(self) -> tuple[EmbeddingFile, ...]:
+        """The textual inversions inside the files."""
+        return tuple(one for each in self.chosen for one in each.embeddings)
+
 
 class Adapters:
     """The adapted models of one base model."""
@@ -92,13 +98,16 @@ class Adapters:
             file, found = self._matched(path)
             if not file.header.tensors:
                 raise refusal(file.name, "it holds nothing; a LoRA has tensors")
+            if not found.changes and not found.unmatched:
+                raise refusal(file.name, "it holds embeddings alone; a LoRA changes weights")
             if not found.changes:
                 raise unmatched_error(file, found.unmatched, self._family)
             if found.unmatched:
                 if unmatched == "error":
                     raise unmatched_error(file, found.unmatched, self._family)
                 warnings.append(f"lora {file.name}: {told_unmatched(file, found.unmatched)}")
-            mine = Chosen(replace(one, name=name), file, found.changes)
+            inside = tuple(bundled(file.header))
+            mine = Chosen(replace(one, name=name), file, found.changes, inside)
             names.append(mine.asked)
             records.append(_record(mine))
             if any(mine.strength(change.part, network) for change in mine.changes):
@@ -225,13 +234,14 @@ def _shapes_of(model: Model) -> Shapes:
 def _record(chosen: Chosen) -> dict[str, Any]:
     """Return a LoRA as a recipe has it. hash: what A1111 calls it by."""
     asked, file = chosen.asked, chosen.file
-    stated = file.header.metadata.get("sshs_model_hash", "").lower()
-    whole = stated if len(stated) == 64 else tensors_digest(file.header.path)
+    called = file.header.metadata.get("sshs_model_hash", "").lower()
+    if len(called) != 64:
+        called = file.sha256 if file.header.pickled else tensors_digest(file.header.path)
     return {
         "name": asked.name,
         "weight": asked.weight,
         "text_weight": asked.text_weight,
         "sha256": file.sha256,
-        "hash": whole[:12],
+        "hash": called[:12],
         "in_prompt": asked.tagged,
     }
