@@ -33,6 +33,9 @@ from safelight.request import Request
 from safelight.weights import load_model
 from safelight.weights.check import DTYPES, read_header
 from safelight.weights.folder import Folder
+from safelight.weights.headers import header_of
+from safelight.weights.tensors import open_tensors
+from test_weights_pickles import archived, pickled, tensor
 from weights_tiny import NETS, PIXELS, SCHEDULER, pixel_folder, raw_file, text_folder
 
 SECONDS = float(os.environ.get("SAFELIGHT_FUZZ", 0))
@@ -407,6 +410,45 @@ def test_loras(folders, tmp_path, capfd):
 
     fuzz("loras", 300, strategy, try_it, capfd)
     assert all(torch.equal(t, before[name]) for name, t in model.unet.state_dict().items())
+
+
+# Instructions that build tables, those that build anything, and pieces of both.
+PIECES = st.sampled_from(
+    [
+        *(b"}", b"]", b")", b"(", b"u", b"s", b"t", b"R", b"b", b"Q", b"q\x00", b"h\x00", b"K\x02"),
+        *(b"N", b".", b"X\x01\x00\x00\x00a", b"\x8a\x08" + b"\x7f" * 8, b"S'\\o'\n"),
+        *(b"cposix\nsystem\n", b"cbuiltins\nbytearray\n", b"ctorch._utils\n_rebuild_tensor_v2\n"),
+        *(b"ctorch\nFloatStorage\n", b"ccollections\nOrderedDict\n"),
+    ]
+)
+
+
+def test_pickles(tmp_path, capfd):
+    """Of an archive that is right, the program: bytes of it changed, or pieces put in."""
+    path = tmp_path / "x.ckpt"
+    good = pickled({"state_dict": {"a": tensor(), "b": tensor(shape=(1, 2), stride=(2, 1))}})
+    strategy = st.one_of(
+        SPOTS.map(lambda spots: mutated(good, spots)),
+        st.lists(st.tuples(st.integers(0, len(good)), PIECES), min_size=1, max_size=4).map(
+            lambda pieces: spliced(good, pieces)
+        ),
+        st.lists(PIECES, max_size=30).map(lambda pieces: b"\x80\x02" + b"".join(pieces) + b"."),
+    )
+
+    def try_it(program):
+        header = header_of(archived(path, program))
+        with open_tensors(header) as read:  # what we take, the library takes for the same
+            for key, info in header.tensors.items():
+                assert read(key).numel() * 4 <= 8
+                assert tuple(read(key).shape) == info.shape
+
+    fuzz("pickles", 250, strategy, try_it, capfd)
+
+
+def spliced(good, pieces):
+    for at, piece in sorted(pieces, reverse=True):
+        good = good[:at] + piece + good[at:]
+    return good
 
 
 # --- pictures ------------------------------------------------------------------------------------

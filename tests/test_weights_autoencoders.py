@@ -12,17 +12,17 @@ from safelight import cli
 from safelight.engine import preview
 from safelight.engine.job import prepare
 from safelight.errors import SafelightError
-from safelight.families import colours
-from safelight.families.sd import VARIANTS
+from safelight.families import colours, sd
 from safelight.fast import accelerate
 from safelight.nets.tiny import AutoencoderTiny, TinyConfig
 from safelight.nets.vae import AutoencoderKL, VAEConfig
 from safelight.picture import to_tensor
 from safelight.recipe import read_recipe
 from safelight.request import Request
-from safelight.weights import load_model
+from safelight.weights import inspect, load_model
 from safelight.weights.names import vae_names
-from weights_tiny import VAE, change, pixel_folder, text_folder, weights, write
+from test_weights_load import single_file
+from weights_tiny import FAMILY, VAE, change, pixel_folder, text_folder, weights, write
 
 SMALL = {"seed": 1, "steps": 2, "sampler": "euler", "width": 64, "height": 64}
 TINY = {
@@ -110,6 +110,19 @@ def test_every_layout_of_a_file_draws_the_same(folder, other, tmp_path, layout, 
     for name, tensor in model.vae.state_dict().items():
         assert torch.equal(tensor, other[name])
     assert model.other_vae["name"] == "other"
+
+
+def test_a_file_without_one_needs_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(sd, "VARIANTS", (FAMILY,))
+    whole = load_file(single_file(tmp_path / "whole.safetensors", FAMILY))
+    bare = {k: t for k, t in whole.items() if not k.startswith("first_stage_model.")}
+    save_file(bare, tmp_path / "bare.safetensors")
+    refused(lambda: load_model(tmp_path / "bare.safetensors"), "no vae", "give one with --vae")
+    given = {"vae": tmp_path / "whole.safetensors"}
+    assert drawn(tmp_path / "bare.safetensors", **given) == drawn(tmp_path / "whole.safetensors")
+    told = inspect(tmp_path / "bare.safetensors")
+    assert set(told["components"]) == {"unet", "text_encoder"}
+    assert "no autoencoder" in told["warnings"][-1]
 
 
 def test_a_folder_and_a_models_folder_give_the_same(folder, other, tmp_path):
@@ -418,5 +431,5 @@ def test_previews_from_the_table_of_colours(folder):
 
 
 def test_the_published_families_have_colours():
-    assert all(variant.latent_rgb == colours.SD for variant in VARIANTS)
+    assert all(variant.latent_rgb == colours.SD for variant in sd.VARIANTS)
     assert all(len(table) == 5 for table in (colours.SD, colours.SDXL))

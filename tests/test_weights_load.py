@@ -451,7 +451,9 @@ def test_a_single_file_without_a_part_is_refused(tiny_family, tmp_path):
     file = single_file(tmp_path / "model.safetensors", FAMILY)
     tensors = load_file(file)
     save_file({k: v for k, v in tensors.items() if not k.startswith("first_stage")}, file)
-    refused(lambda: inspect(str(file)), "no vae (first_stage_model.*)")
+    refused(lambda: load_model(str(file)), "no vae (first_stage_model.*)")
+    save_file({k: v for k, v in tensors.items() if not k.startswith("cond_stage")}, file)
+    refused(lambda: inspect(str(file)), "no text_encoder (cond_stage_model.", "a full one")
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,7 @@ def test_marks_may_be_objects(tmp_path):
 
 
 def test_without_the_vocabulary_the_line_says_how_to_get_it(monkeypatch):
+    module._clip_tables.cache_clear()
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SafelightError, match="pip install openai-clip"):
         clip_tokenizer("!", 77)

@@ -45,6 +45,7 @@ class GenerateSettings(TypedDict, total=False):
     target_height: int | None
     crop_left: int
     crop_top: int
+    refiner_start: float
     aesthetic_score: float
     negative_aesthetic_score: float
     unconditional: bool

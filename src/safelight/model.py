@@ -46,6 +46,7 @@ class Model:
     styles: words by name that a request may have put around its prompts.
     library: the models folder that LoRAs and embeddings are found in, None if there is none.
     other_vae: name and sha256 of the autoencoder that took the place of its own, None if none did.
+    refiner: the model that takes the last steps, None if none does.
     stored: its weights where they are stored; None if it was not loaded from files.
     takes_paths: whether a LoRA or an embedding may be named by its path, which is not for requests
       of strangers.
@@ -69,6 +70,7 @@ class Model:
     styles: Mapping[str, Style] = field(default_factory=dict)
     library: Library | None = None
     other_vae: dict[str, str] | None = None
+    refiner: Model | None = None
     stored: Stored | None = None
     takes_paths: bool = True
     lora_files: dict[str, Path] = field(default_factory=dict)

@@ -53,6 +53,11 @@ def recipe_text(recipe: dict[str, Any]) -> str:
         "Model hash": model["sha256"][:10],
         "Model": model["name"],
     }
+    if refiner := recipe.get("refiner"):
+        pairs |= {
+            "Refiner": f"{refiner['name']} [{refiner['sha256'][:10]}]",
+            "Refiner switch at": settings["refiner_start"],
+        }
     if vae := recipe.get("vae"):
         pairs |= {"VAE hash": vae["sha256"][:10], "VAE": vae["name"]}
     if embeddings := recipe.get("embeddings"):
@@ -163,7 +168,7 @@ def _parse_ours(text: str, name: str) -> dict[str, Any]:
         recipe = json.loads(text)
         if not isinstance(recipe["settings"], dict) or not isinstance(recipe["model"], dict):
             raise TypeError
-        used = [recipe["model"], recipe.get("vae", recipe["model"])]
+        used = [recipe[key] for key in ("model", "vae", "refiner") if key in recipe]
         names = [part[key] for part in used for key in ("name", "sha256")]
         for value in (recipe["safelight"], *names):
             if not isinstance(value, str):

@@ -206,6 +206,9 @@ class RequestFields(BaseModel):
     crop_top: Annotated[ToldPlace, About(some_models=True)] = Field(
         0, description="pixels cut off at the top, as the model is told"
     )
+    refiner_start: Annotated[
+        Share, About(aliases=("--refiner-switch-at",), slider=(0, 1, 0.05), some_models=True)
+    ] = Field(0.8, description="share of the steps after which a refiner takes over; 1 is never")
     aesthetic_score: Annotated[Score, About(slider=(0, 10, 0.5), some_models=True)] = Field(
         6.0, description="how beautiful SDXL's refiner is told that the picture is"
     )

@@ -22,6 +22,7 @@ class Result:
     words: with styles or dynamic prompts, the prompt and negative prompt of each seed.
     embeddings: of each seed, name and sha256 of the textual inversions that it was drawn with.
     vae: name and sha256 of the autoencoder, if it is not the model's own.
+    refiner: those of the model that took the last steps, if one did.
     loras: of each seed that was drawn with some, name, weights, SHA-256, A1111's hash, and whether
       it stands in the prompt.
     """
@@ -40,6 +41,7 @@ class Result:
     words: dict[int, tuple[str, ...]] = field(default_factory=dict)
     embeddings: dict[int, tuple[dict[str, Any], ...]] = field(default_factory=dict)
     vae: dict[str, str] | None = None
+    refiner: dict[str, str] | None = None
     loras: dict[int, tuple[dict[str, Any], ...]] = field(default_factory=dict)
 
     def recipe(self, i: int = 0) -> dict[str, Any]:
@@ -68,6 +70,7 @@ class Result:
             "settings": settings,
             "warnings": self.warnings,
             **({} if self.vae is None else {"vae": self.vae}),
+            **({} if self.refiner is None else {"refiner": self.refiner}),
             **({"embeddings": embeddings} if embeddings else {}),
             **({"loras": list(self.loras[seed])} if seed in self.loras else {}),
             **template,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from safelight.errors import SafelightError
 from safelight.families import sdxl
 from safelight.request import Request
 from safelight.weights import load_model
@@ -157,6 +158,67 @@ def test_without_guidance(worst: Worst, models: dict[str, Path]) -> None:
     asked = {"prompt": PROMPT, "guidance_scale": 0.0}
     given = {**asked, **SIZE, "num_inference_steps": 2}
     check(worst, models["v"], XL, "euler_a", given, **asked, steps=2)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8])
+@pytest.mark.parametrize("sampler", ["euler", "ddim", "dpmpp_2m"])
+def test_the_refiner_takes_the_last_steps(
+    worst: Worst, models: dict[str, Path], sampler: str, share: float
+) -> None:
+    """As diffusers' ensemble: the base ends where the refiner starts."""
+    first, second = theirs(models["base"], XL), theirs(models["refiner"], IMAGE)
+    held = first.scheduler, second.scheduler
+    for pipe in (first, second):
+        pipe.scheduler = scheduler(pipe, sampler, None)
+    steps = {"num_inference_steps": 10, "generator": torch.Generator().manual_seed(5)}
+    try:
+        latents = first(**ASKED, **SIZE, **steps, denoising_end=share, output_type="latent").images
+        expected = second(
+            **ASKED, **steps, image=latents, denoising_start=share, output_type="latent"
+        ).images
+    finally:
+        first.scheduler, second.scheduler = held
+    both = load_model(
+        str(models["base"]), device="cpu", dtype="float32", refiner=str(models["refiner"])
+    )
+    run = both.stream(Request(**ASKED, sampler=sampler, steps=10, seed=5, refiner_start=share))
+    taken = list(run)
+    assert len(taken) == 10
+    last = taken[-1].clean.numpy()
+    # The last step of these samplers lands on the clean estimate.
+    error = np.linalg.norm(last - expected.numpy()) / np.linalg.norm(expected)
+    worst["latents"] = max(worst["latents"], float(error))
+    assert error <= 1e-4
+    alone = ours(models["base"]).generate(**ASKED, sampler=sampler, steps=10, seed=5).images[0]
+    assert np.asarray(alone).tolist() != np.asarray(run.result.images[0]).tolist()
+    recipe = run.result.recipe()
+    assert recipe["refiner"] == {"name": "refiner", "sha256": both.refiner.sha256}
+
+
+def test_the_refiner_is_asked_by_whole_steps(models: dict[str, Path]) -> None:
+    both = load_model(
+        str(models["base"]), device="cpu", dtype="float32", refiner=str(models["refiner"])
+    )
+    asked = {**ASKED, "steps": 10, "seed": 5}
+    for settings in (
+        {"sampler": "heun", "refiner_start": 0.5},
+        {"sampler": "pndm", "refiner_start": 0.5},
+        {"sampler": "euler", "image": picture(), "strength": 0.5},
+        {"sampler": "euler", "refiner_start": 0.0},
+        {"sampler": "euler", "prompt": "a [cat:dog:0.5]", "prompt_syntax": "a1111"},
+    ):
+        assert both.generate(Request(**{**asked, **settings})).images
+    # Never taken over from is the model alone.
+    alone = ours(models["base"]).generate(Request(**asked)).images[0]
+    never = both.generate(Request(**asked, refiner_start=1.0)).images[0]
+    assert np.array_equal(np.asarray(alone), np.asarray(never))
+
+
+def test_a_refiner_of_another_kind_is_refused(models: dict[str, Path]) -> None:
+    with pytest.raises(SafelightError, match="both must be of SDXL"):
+        load_model(str(models["base"]), device="cpu", refiner="embedded")
+    with pytest.raises(SafelightError, match="both must be of SDXL"):
+        load_model("embedded", device="cpu", refiner=str(models["refiner"]))
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,7 @@ OPENAI = dict.fromkeys(ImagesBody.model_fields) | {"prompt": "a cat", "n": 1, "s
 SDAPI = {"prompt": "a cat", "steps": 2, "width": 64, "height": 64}
 ROUTES: dict[str, dict[str, Any]] = {
     "/api/jobs": OWN | {"image": PICTURE, "mask": None},
+    "/api/tokens": {"prompt": "a (cat:1.1)", "prompt_syntax": "a1111", "clip_skip": 1},
     "/v1/images/generations": OPENAI,
     "/sdapi/v1/txt2img": dict.fromkeys(TextToImage.model_fields) | SDAPI,
     "/sdapi/v1/img2img": dict.fromkeys(ImageToImage.model_fields)

@@ -240,6 +240,7 @@ def test_the_worst_pictures(server: Serving, before: float, name: str, enter: st
 ROUTES = {
     "/api/jobs": 64,
     "/api/jobs/0123456789abcdef0123456789abcdef/retry": 1,
+    "/api/tokens": 1,
     "/v1/images/generations": 1,
     "/v1/images/edits": 1,
     "/sdapi/v1/txt2img": 64,
@@ -256,7 +257,7 @@ ROUTES = {
 """Every route that takes a body, and the MiB of JSON that it looks at."""
 
 BODIES = list(worst.json_bodies(1 << 16))
-SOME = ["unknown keys", "50 deep, everywhere", "fractions"]
+SOME = ["half pairs", "unknown keys", "50 deep, everywhere", "fractions"]
 
 
 def routes_with_bodies(server: Serving) -> set[str]:

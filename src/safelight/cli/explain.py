@@ -18,6 +18,7 @@ def explain(
     low_memory: options.LowMemory = False,
     models_dir: options.ModelsDir = None,
     vae: options.Vae = None,
+    refiner: options.Refiner = None,
     wildcards: options.Wildcards = None,
     styles_file: options.StylesFile = None,
     out: Annotated[str, Option("--out", "-o", help="The .html file to write.")] = "explain.html",
@@ -43,6 +44,7 @@ def explain(
             low_memory=low_memory,
             models_dir=models_dir,
             vae=vae,
+            refiner=refiner,
             wildcards_dir=wildcards,
             styles_file=styles_file,
         )

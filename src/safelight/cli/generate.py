@@ -27,6 +27,7 @@ def generate(
     low_memory: options.LowMemory = False,
     models_dir: options.ModelsDir = None,
     vae: options.Vae = None,
+    refiner: options.Refiner = None,
     wildcards: options.Wildcards = None,
     styles_file: options.StylesFile = None,
     out: Annotated[
@@ -70,6 +71,7 @@ def generate(
             low_memory=low_memory,
             models_dir=models_dir,
             vae=vae,
+            refiner=refiner,
             wildcards_dir=wildcards,
             styles_file=styles_file,
         )

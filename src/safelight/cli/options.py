@@ -38,6 +38,14 @@ Vae = Annotated[
         show_default=False,
     ),
 ]
+Refiner = Annotated[
+    str | None,
+    Option(
+        "--refiner",
+        help="A model that takes the last steps, as SDXL's refiner does, given as --model is.",
+        show_default=False,
+    ),
+]
 PreviewVae = Annotated[
     str | None,
     Option(

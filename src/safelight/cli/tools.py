@@ -122,6 +122,9 @@ def verify(
     vae: Annotated[
         str | None, Option(help="Where the other autoencoder is, if any.", show_default=False)
     ] = None,
+    refiner: Annotated[
+        str | None, Option(help="Where the refiner is, if any.", show_default=False)
+    ] = None,
     lora: Annotated[
         list[str] | None, Option(help="The file of a LoRA, if any.", show_default=False)
     ] = None,
@@ -169,12 +172,14 @@ def verify(
         image=None if image is None else open_picture(image, "image"),
         mask=None if mask is None else open_mask(mask),
     )
-    used, name = {"model": recipe["model"], "vae": recipe.get("vae")}, recipe["model"]["name"]
+    used = {key: recipe.get(key) for key in ("model", "vae", "refiner")}
+    name = recipe["model"]["name"]
     with StepBar(count=1) as on_step:
         try:
             loaded = load(
                 model or _recorded("model", used["model"], models_dir) or name,
                 vae=vae or _recorded("vae", used["vae"], models_dir),
+                refiner=refiner or _recorded("model", used["refiner"], models_dir),
                 models_dir=models_dir,
                 device=device or recipe.get("device", "auto"),
                 dtype=dtype or recipe.get("dtype", "auto"),
@@ -189,6 +194,8 @@ def verify(
             ) from None
         _check_used("model", used["model"], loaded.sha256)
         _check_used("vae", used["vae"], (loaded.other_vae or {}).get("sha256"))
+        second = None if loaded.refiner is None else loaded.refiner.sha256
+        _check_used("refiner", used["refiner"], second)
         library = open_library(models_dir)
         loaded.lora_files = recorded_files(recipe, "lora", library, lora or ())
         loaded.embedding_files = recorded_files(recipe, "embedding", library, embedding or ())

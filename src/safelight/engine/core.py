@@ -21,6 +21,7 @@ from PIL import Image
 from safelight.adapters.embeddings import key_of
 from safelight.engine.capacity import free_memory, largest_useful_batch, out_of_memory, probe
 from safelight.engine.job import Job, NotFiniteError, advance, finish
+from safelight.engine.refining import table_of
 from safelight.engine.requests import (
     create_job,
     new_result,
@@ -109,7 +110,7 @@ class Engine:
             with torch.inference_mode():
                 resolved = resolve_request(model, request)
                 result = new_result(model, request, resolved, self.exact)
-                table, arrived = model.family.table(model, resolved), time.monotonic()
+                (table, _), arrived = table_of(model, resolved), time.monotonic()
                 for i, seed in enumerate(result.seeds):
                     if i in done:
                         continue
@@ -154,7 +155,8 @@ class Engine:
                 with self._working():
                     model = model.adapters.adapted(selection)
             conditioning = self._conditioning(model, request, selection)
-            return model, create_job(model, request, conditioning, seed)
+            second = None if model.refiner is None else self._conditioning(model.refiner, request)
+            return model, create_job(model, request, conditioning, seed, second)
 
     def _size(self, shape: tuple[int, ...]) -> float:
         own = self.model.family.latent_shape(self.model, self.model.native_size)
@@ -310,7 +312,12 @@ class Engine:
     ) -> Conditioning:
         """Return the cached conditioning of a resolved request. model: with its LoRAs."""
         family, chosen = model.family, model.embeddings.choose(request)
-        key = (selection and selection.key, key_of(chosen), family.conditioning_key(request))
+        key = (
+            id(family),
+            selection and selection.key,
+            key_of(chosen),
+            family.conditioning_key(request),
+        )
         if key not in self._prompts:
             made = family.encode(model.embeddings.model(chosen), request)
             if not made.is_finite:

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from safelight.engine.denoiser import clip_or_threshold, estimate
+from safelight.engine.refining import Second
 from safelight.errors import SafelightError
 from safelight.families.base import Conditioning
 from safelight.fast import memory
@@ -52,7 +53,8 @@ class Known:
 
 @dataclass
 class Job:
-    """state: float32 [1, channels, h, w], at `level`; cursor: the next row.
+    """state: float32 [1, channels, h, w], at `level`; cursor: the next row. second: who takes
+    over, if anyone does.
 
     clean: the clean estimate of the last row taken, None before the first. steps: how many steps
     the rows make up, which some samplers take several rows for; None: one row each.
@@ -70,6 +72,7 @@ class Job:
     past_states: deque[Tensor] = field(default_factory=deque)
     past_cleans: deque[Tensor] = field(default_factory=deque)
     steps: int | None = None
+    second: Second | None = None
 
     @property
     def asked(self) -> Conditioning:
@@ -79,7 +82,17 @@ class Job:
     def asked_at(self, cursor: int) -> Conditioning:
         """Return the conditioning of a row."""
         rows = len(self.table.rows)
-        return self.conditioning.at(cursor * (self.steps or rows) // rows)
+        second = self._second_at(cursor)
+        conditioning = self.conditioning if second is None else second.conditioning
+        return conditioning.at(cursor * (self.steps or rows) // rows)
+
+    def model_at(self, cursor: int, first: Model) -> Model:
+        """Return who takes a row. first: who takes the first."""
+        second = self._second_at(cursor)
+        return first if second is None else second.model
+
+    def _second_at(self, cursor: int) -> Second | None:
+        return self.second if self.second is not None and cursor >= self.second.row else None
 
     @property
     def row(self) -> Row:

@@ -10,6 +10,7 @@ from safelight.adapters.asked import asked_of
 from safelight.adapters.embeddings import record
 from safelight.defaults import is_distilled
 from safelight.engine.job import Job, prepare
+from safelight.engine.refining import Second, table_of
 from safelight.errors import SafelightError
 from safelight.families.base import Conditioning
 from safelight.machine import describe_machine
@@ -103,6 +104,11 @@ def new_result(model: Model, asked: Request, resolved: Request, exact: bool = Tr
         dtype=model.precision,
         drawn={"exact": exact, **describe_machine(model.device)},
         vae=model.other_vae,
+        refiner=(
+            None
+            if model.refiner is None
+            else {"name": model.refiner.name, "sha256": model.refiner.sha256}
+        ),
     )
     if resolved.dynamic_prompts or resolved.styles:
         texts = list(_styled(model, resolved))
@@ -159,8 +165,11 @@ def _warnings(model: Model, asked: Request, resolved: Request) -> list[str]:
     """Return what a person should know about a request: each line says one thing."""
     found = list(model.warnings)
     found += asked.with_defaults(model.defaults).unused_settings()
+    read_by_family = {*model.family.conditioned_on}
+    if model.refiner is not None:
+        read_by_family |= {*model.refiner.family.conditioned_on, "refiner_start"}
     for name, setting in settings_of(type(asked)).items():
-        read = not setting.about.some_models or name in model.family.conditioned_on
+        read = not setting.about.some_models or name in read_by_family
         if not read and getattr(asked, name) != setting.default:
             found.append(f"{name} does nothing with {model.name}: leave it out")
     width, height = resolved.width, resolved.height
@@ -180,13 +189,23 @@ def _warnings(model: Model, asked: Request, resolved: Request) -> list[str]:
     return found
 
 
-def create_job(model: Model, request: Request, conditioning: Conditioning, seed: int) -> Job:
-    """Return the job of one picture of a resolved request."""
+def create_job(
+    model: Model,
+    request: Request,
+    conditioning: Conditioning,
+    seed: int,
+    of_refiner: Conditioning | None = None,
+) -> Job:
+    """Return the job of one picture of a resolved request.
+
+    of_refiner: the conditioning of the model's refiner, if it has one.
+    """
+    table, mine = table_of(model, request)
     width, height = request.width, request.height
     size = model.native_size if width is None or height is None else (width, height)
     job = prepare(
         model,
-        model.family.table(model, request),
+        table,
         conditioning,
         seed,
         size,
@@ -195,4 +214,6 @@ def create_job(model: Model, request: Request, conditioning: Conditioning, seed:
         strength=1.0 if request.strength is None else request.strength,
     )
     job.steps = request.steps_taken
+    if model.refiner is not None and of_refiner is not None and mine < len(table.rows):
+        job.second = Second(model.refiner, mine, of_refiner)
     return job

@@ -49,8 +49,9 @@ class Ticket:
 
     @property
     def model(self) -> Model:
-        """The model that draws it; made now if its turn has not come yet."""
-        return self._ready[0]
+        """The model that takes its next step; made now if its turn has not come yet."""
+        model, job = self._ready
+        return job.model_at(job.cursor, model)
 
     @property
     def _ready(self) -> tuple[Model, Job]:

@@ -127,7 +127,8 @@ def watch(model: Model, request: Request, on_step: Callable[[Step], object] | No
         assert job.clean is not None
         if cursor in wanted:
             with torch.inference_mode():
-                seen.append(_look(model, job, cursor, state, job.clean, words))
+                who = job.model_at(cursor, model)
+                seen.append(_look(who, job, cursor, state, job.clean, words))
         if on_step is not None:
             on_step(Step(0, job.cursor, len(rows), job.clean, model))
     assert ticket.image is not None

@@ -156,8 +156,9 @@ class Family:
     flat: a folder may keep the files of the one network in its root. network: the part that
     denoises. fixed_size: it draws its native size alone. conditioned_on: the settings of a
     request that `encode` reads. defaults: settings that it draws best with. trainable: whether
-    `train` knows how. latent_rgb: colours of latents for previews, see `families.colours`; None if
-    its latents have no known ones.
+    `train` knows how. refinable: whether another model of the family can take its last steps.
+    latent_rgb: colours of latents for previews, see `families.colours`; None if its latents have no
+    known ones.
     """
 
     name: str
@@ -174,6 +175,7 @@ class Family:
     conditioned_on: ClassVar[tuple[str, ...]] = ()
     defaults: Mapping[str, Any] = MappingProxyType({})
     trainable: ClassVar[bool] = True
+    refinable: ClassVar[bool] = False
     latent_rgb: tuple[tuple[float, ...], ...] | None = None
 
     def __str__(self) -> str:
@@ -279,8 +281,11 @@ class Family:
         """Return the scheduler config that tables are made from."""
         return config
 
-    def table(self, model: Model, request: Request) -> Table:
-        """Return the rows of a resolved request."""
+    def table(self, model: Model, request: Request, skip: int | None = None) -> Table:
+        """Return the rows of a resolved request.
+
+        skip: steps that another model has taken, in place of those that strength leaves out.
+        """
         assert request.steps is not None
         return table(
             request.sampler,
@@ -290,6 +295,7 @@ class Family:
             spacing=request.spacing,
             eta=request.eta,
             strength=1.0 if request.strength is None else request.strength,
+            skip=skip,
         )
 
     def call(

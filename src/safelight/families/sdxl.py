@@ -151,6 +151,7 @@ class StableDiffusionXL(LatentFamily):
     )
     final_norm: ClassVar[bool] = False
     trainable: ClassVar[bool] = False
+    refinable: ClassVar[bool] = True
     conditioned_on: ClassVar[tuple[str, ...]] = _READ
 
     # --- files -------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
 _LARGE = 2**23
+_ENDS = ("bos", "eos")
 _CLIP_VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 _CLIP_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 _CLIP_MERGES = 49408 - 2 * 256 - 2
@@ -98,7 +99,7 @@ class Tokenizer:
         self._backend = self._new_backend()
         self.learned: tuple[Learned, ...] = ()
 
-    def _new_backend(self) -> Backend:
+    def _new_backend(self, marks: Sequence[str] = ("bos", "eos", "pad")) -> Backend:
         backend = Backend(self._model)
         backend.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -111,11 +112,14 @@ class Tokenizer:
         )
         # A mark that a user types is that mark, as in diffusers. It is why "!" in a prompt for
         # SD 2.x, which pads with "!", is id 0 and not the id of a "!" that ends a word.
-        marks = (self._marks[name] for name in ("bos_token", "eos_token", "pad_token"))
-        backend.add_special_tokens(
-            [AddedToken(t, special=True, normalized=False) for t in dict.fromkeys(marks)]
-        )
+        texts = dict.fromkeys(self._marks[f"{name}_token"] for name in marks)
+        backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in texts])
         return backend
+
+    @cached_property
+    def _words(self) -> Backend:
+        """A backend for which what fills a prompt is text, as A1111 and ComfyUI have it."""
+        return self._backend if self.pad in (self.bos, self.eos) else self._new_backend(_ENDS)
 
     def with_learned(self, learned: Sequence[Learned]) -> Tokenizer:
         """Return a tokenizer that knows these textual inversions, too. This one stays as it is."""
@@ -141,10 +145,11 @@ class Tokenizer:
     def ids(self, text: str) -> list[int]:
         """Token ids of a text, without marks and padding, as many as it has.
 
-        Textual inversions are text here. Raises SafelightError as `encode` does.
+        Textual inversions are text here, and so is what fills a prompt ("!" for SD 2.x). Raises
+        SafelightError as `encode` does.
         """
         _check_unicode(text)
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return self._words.encode(text, add_special_tokens=False).ids
 
     def expanded_ids(self, text: str) -> list[int]:
         """Return the same with the ids of textual inversions, found by diffusers' rule."""
@@ -341,6 +346,7 @@ def _pairs(merges: Any, name: str) -> list[tuple[str, str]]:
     return pairs
 
 
+@lru_cache(1)
 def _clip_tables() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Return CLIP's vocabulary and merges.
 

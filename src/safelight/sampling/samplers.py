@@ -227,13 +227,15 @@ def table(
     spacing: str | None = None,
     eta: float = 0.0,
     strength: float = 1.0,
+    skip: int | None = None,
 ) -> Table:
     """Return the rows of a sampler for a model's noise schedule.
 
     steps: from 1 to the model's timesteps. schedule and spacing: one that the sampler takes, or
     None for the model's. eta: noise from 0 to 1 for samplers that have it, no effect on others.
     strength: above 0, at most 1; below 1 the walk starts part of the way down, with a picture
-    noised to rows[0].level, and the first (1 − strength) of the steps are left out.
+    noised to rows[0].level, and the first (1 − strength) of the steps are left out. skip: how many
+    are, in place of strength.
 
     Raises SafelightError for settings that the sampler or the model cannot take.
     """
@@ -249,7 +251,8 @@ def table(
         raise SafelightError(
             f"steps should be at most {trained} with this model, not {steps}", field="steps"
         )
-    skip = steps - min(int(steps * strength), steps)
+    if skip is None:
+        skip = steps - min(int(steps * strength), steps)
     import numpy as np
 
     fault = SafelightError(

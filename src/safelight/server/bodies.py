@@ -152,11 +152,18 @@ def _named(value: Any, names: list[str]) -> Any:
 
 
 def check_text(body: bytes | bytearray) -> None:
-    """Raise RefusedError for JSON beyond our bounds; what is no JSON passes."""
+    """Raise RefusedError for JSON beyond our bounds, or with half a pair of surrogates, which no
+    answer can repeat; what is no JSON passes.
+    """
     try:
-        fits = _fits(json.loads(body))
+        found = json.loads(body)
+        fits = _fits(found)
+        if fits:
+            json.dumps(found, ensure_ascii=False).encode()
     except RecursionError:
         fits = False
+    except UnicodeEncodeError:
+        raise RefusedError(422, "the body must have no lone surrogates") from None
     except ValueError:
         return
     if not fits:

@@ -15,6 +15,7 @@ class Settings:
     root: str
     models_dir: str | None = None
     vae: str | None = None
+    refiner: str | None = None
     preview_vae: str | None = None
     wildcards_dir: str | None = None
     styles_file: str | None = None
@@ -27,7 +28,7 @@ class Settings:
     @property
     def loading(self) -> dict[str, Any]:
         """The keywords of `load_model` besides the model's name and the precision."""
-        names = ("device", "low_memory", "models_dir", "vae", "preview_vae")
+        names = ("device", "low_memory", "models_dir", "vae", "refiner", "preview_vae")
         names += ("wildcards_dir", "styles_file")
         # A client may name files of the models folder, and no path.
         return {**{name: getattr(self, name) for name in names}, "takes_paths": False}

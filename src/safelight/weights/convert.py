@@ -69,10 +69,10 @@ def convert(
     if dtype not in (None, *PRECISIONS):
         raise SafelightError(f"dtype {dtype!r:.40}; expected {', '.join(PRECISIONS)}")
     path = Path(out).expanduser()
-    plan = read_plan(find(name, download=download, models_dir=models_dir), prediction_type)
+    source, vaes = find(name, download=download, models_dir=models_dir), dict[str, Source]()
     if vae is not None:
-        found = find_vae(vae, download=download, models_dir=models_dir)
-        plan = with_autoencoders(plan, {"vae": found})
+        vaes["vae"] = find_vae(vae, download=download, models_dir=models_dir)
+    plan = with_autoencoders(read_plan(source, prediction_type, without=vaes), vaes)
     _check_place(path, plan)
     for part in plan.weights:
         frame(plan, part)

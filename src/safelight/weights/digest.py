@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -17,6 +17,8 @@ from safelight.weights.notes import Stamp, keep, recall, stamp_of
 
 # Below this a file is hashed faster than its digest is looked up.
 _CACHED_FROM = 16 * 2**20
+# Stays in a processor's cache while it is hashed and looked at.
+_PIECE = 2**18
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +30,21 @@ class FileDigest:
     stamp: Stamp
 
 
-def digest_files(files: Mapping[str, Path]) -> dict[str, FileDigest]:
+Look = Callable[[memoryview, int], object]
+"""What is shown each piece of a file while it is hashed, and where in the file the piece begins."""
+
+
+def digest_files(
+    files: Mapping[str, Path], looks: Mapping[Path, Look] | None = None
+) -> dict[str, FileDigest]:
     """Return the digest of each file of a model. files: names inside the model to paths.
+
+    looks: by resolved paths; called only where a file is read now.
 
     Raises SafelightError if a file in a hub cache is not what its name says it is.
     """
-    return {name: digest_file(path) for name, path in files.items()}
+    looks = looks or {}
+    return {name: digest_file(path, looks.get(path.resolve())) for name, path in files.items()}
 
 
 def model_digest(digests: Mapping[str, FileDigest]) -> str:
@@ -48,7 +59,7 @@ def model_digest(digests: Mapping[str, FileDigest]) -> str:
     return hashlib.sha256(os.fsencode(lines)).hexdigest()
 
 
-def digest_file(path: Path) -> FileDigest:
+def digest_file(path: Path, look: Look | None = None) -> FileDigest:
     """Return the SHA-256 of a file, remembered for large files as long as size and times stay.
 
     Raises SafelightError if a blob of a hub cache does not have the hash it is named by, or if
@@ -62,7 +73,7 @@ def digest_file(path: Path) -> FileDigest:
             known = recall("sha256", path, stamp)
             if isinstance(known, str):
                 return FileDigest(path, known, stamp)
-        digest = _verified(path, file, size)
+        digest = _verified(path, file, size, look)
         if stamp_of(file.fileno()) != stamp:
             raise refusal(path.name, "it changed while it was read; load it again")
     if size >= _CACHED_FROM:
@@ -157,8 +168,20 @@ class Original:
         )
 
 
-def _verified(path: Path, file: BufferedReader, size: int) -> str:
-    digest = hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(file: BufferedReader, look: Look | None) -> str:
+    digest, at = hashlib.sha256(), 0
+    memory = bytearray(_PIECE)
+    view = memoryview(memory)
+    while count := file.readinto(view):
+        digest.update(view[:count])
+        if look is not None:
+            look(view[:count], at)
+        at += count
+    return digest.hexdigest()
+
+
+def _verified(path: Path, file: BufferedReader, size: int, look: Look | None) -> str:
+    digest = _sha256(file, look)
     # The hub names a large file by its SHA-256 and a small one as git names a blob.
     if path.parent.name != "blobs" or not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", path.name):
         return digest

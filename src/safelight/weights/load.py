@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from safelight.fast import accelerate, helps, memory, native_bfloat16, remark
 from safelight.model import Model
 from safelight.prompt.styles import read_styles
 from safelight.weights.autoencoders import with_autoencoders
-from safelight.weights.check import DTYPES, Header, refusal
+from safelight.weights.check import DTYPES, Header, printable, refusal
 from safelight.weights.digest import Original, digest_files, model_digest
 from safelight.weights.find import find, find_vae
 from safelight.weights.library import open_library
 from safelight.weights.names import Weight, some
+from safelight.weights.numbers import Numbers
 from safelight.weights.plan import Plan, read_plan
 from safelight.weights.stored import SMALL, Stored, stored_tensor
 from safelight.weights.tensors import is_finite, open_tensors
@@ -44,6 +45,7 @@ def load_model(
     models_dir: str | Path | None = None,
     vae: str | Path | None = None,
     preview_vae: str | Path | None = None,
+    refiner: str | Path | None = None,
     takes_paths: bool = True,
 ) -> Model:
     """Load a model by name (see `find`); without one, the model that ships.
@@ -64,6 +66,7 @@ def load_model(
     vae: an autoencoder in place of the model's own: a folder, a file, a name in the models
       folder or a hub id.
     preview_vae: the same, a tiny one, for previews alone.
+    refiner: a model that takes over for the last steps, as SDXL's refiner does.
     takes_paths: whether requests may name a LoRA or an embedding by its path. A server takes names
       alone.
 
@@ -82,24 +85,31 @@ def load_model(
         for use, name in given.items()
         if name is not None
     }
-    plan = with_autoencoders(read_plan(source, prediction_type), vaes)
+    plan = with_autoencoders(read_plan(source, prediction_type, without=vaes), vaes)
     # What headers and configs tell comes first: to hash or to read a large file takes long.
     nets = {part: frame(plan, part) for part in plan.weights}
     if where.type == "cpu" and not low_memory:
         _check_memory(plan, precision)
     tokenizers = plan.family.load_tokenizers(plan.folder, plan.configs)
     # After all files are found, and before any weight of a damaged download is used.
-    digests = digest_files(plan.files)
-    others = {use: digest_files(other.files) for use, other in plan.autoencoders.items()}
+    dtypes = {part: plan.family.dtype_of(part, plan.configs[part], precision) for part in nets}
+    numbers = _numbers(plan, dtypes)
+    looks = {path: found.look for path, found in numbers.items()}
+    digests = digest_files(plan.files, looks)
+    others = {use: digest_files(other.files, looks) for use, other in plan.autoencoders.items()}
     fast = helps(where, precision) and not plain
     originals = {
         found.path: Original(found)
         for each in (digests, *others.values())
         for found in each.values()
     }
+    stamps = {f.path: f.stamp for each in (digests, *others.values()) for f in each.values()}
+    for path, found in numbers.items():
+        found.looked(path, stamps[path])
     for part, net in nets.items():
-        own = plan.family.dtype_of(part, plan.configs[part], precision)
-        _fill(net, plan.weights[part], originals, where, own, fast)
+        _fill(net, plan.weights[part], originals, numbers, where, dtypes[part], fast)
+    for path, found in numbers.items():
+        found.keep(path, stamps[path])
     for net in nets.values() if fast else ():
         accelerate(net, precision, low_memory)
     warnings = list(plan.warnings)
@@ -107,6 +117,19 @@ def load_model(
         warnings.append(slow)
     if low_memory and not fast:
         warnings.append(f"low_memory does nothing on {where.type} in {str(precision)[6:]}")
+    second = None
+    if refiner is not None:
+        second = load_model(
+            refiner,
+            device=where,
+            dtype=precision,
+            low_memory=low_memory,
+            plain=plain,
+            download=download,
+            models_dir=models_dir,
+            takes_paths=takes_paths,
+        )
+        _check_refiner(plan, second)
     return Model(
         name=plan.source.name,
         path=str(plan.source.path),
@@ -123,6 +146,7 @@ def load_model(
         wildcards_dir=None if wildcards_dir is None else Path(wildcards_dir),
         styles=styles,
         library=open_library(models_dir),
+        refiner=second,
         takes_paths=takes_paths,
         other_vae=(
             {"name": vaes["vae"].name, "sha256": model_digest(others["vae"])}
@@ -133,6 +157,17 @@ def load_model(
     )
 
 
+def _check_refiner(plan: Plan, refiner: Model) -> None:
+    """Raise SafelightError unless a model can go on with the latents of another."""
+    if plan.family.title == refiner.family.title and plan.family.refinable:
+        return
+    raise SafelightError(
+        f"refiner {printable(refiner.name, 60)} is of {refiner.family.title}, and "
+        f"{printable(plan.source.name, 60)} of {plan.family.title}: both must be of SDXL",
+        field="refiner",
+    )
+
+
 def inspect(name: str | Path, *, models_dir: str | Path | None = None) -> dict[str, Any]:
     """Return what a checkpoint is, without reading its weights.
 
@@ -140,8 +175,9 @@ def inspect(name: str | Path, *, models_dir: str | Path | None = None) -> dict[s
     network), parameters and dtypes of all, size_on_disk (bytes), prediction_type, native_size
     (width, height), and warnings. Raises SafelightError as `load_model` does for a malformed one.
     """
-    plan = read_plan(find(name, models_dir=models_dir))
-    components = {part: _summary(weights) for part, weights in plan.weights.items()}
+    plan = read_plan(find(name, models_dir=models_dir), without=("vae",))
+    components = {part: _summary(weights) for part, weights in plan.weights.items() if weights}
+    bare = [] if all(plan.weights.values()) else ["it has no autoencoder: give one with --vae"]
     return {
         "name": plan.source.name,
         "path": str(plan.source.path),
@@ -153,7 +189,7 @@ def inspect(name: str | Path, *, models_dir: str | Path | None = None) -> dict[s
         "size_on_disk": sum(path.stat().st_size for path in plan.files.values()),
         "prediction_type": plan.scheduler.prediction_type,
         "native_size": plan.native_size,
-        "warnings": list(plan.warnings),
+        "warnings": [*plan.warnings, *bare],
     }
 
 
@@ -228,26 +264,42 @@ def _check_memory(plan: Plan, dtype: torch.dtype) -> None:
         )
 
 
+def _numbers(plan: Plan, dtypes: Mapping[str, torch.dtype]) -> dict[Path, Numbers]:
+    """Return what is known of the weights of each file, by its path.
+
+    dtypes: of each network.
+    """
+    wanted: dict[int, dict[str, torch.dtype]] = {}
+    headers: dict[int, Header] = {}
+    for part, weights in plan.weights.items():
+        for weight in weights.values():
+            headers[id(weight.header)] = weight.header
+            wanted.setdefault(id(weight.header), {})[weight.key] = dtypes[part]
+    return {h.path.resolve(): Numbers(h, wanted[key]) for key, h in headers.items()}
+
+
 def _fill(
     network: nn.Module,
     weights: Mapping[str, Weight],
     originals: Mapping[Path, Original],
+    numbers: Mapping[Path, Numbers],
     device: torch.device,
     dtype: torch.dtype,
     mapped: bool,
 ) -> None:
     """Give a network its weights.
 
-    originals: its files, by their paths. mapped: weights stay in the file, in the precision that
-    they are stored in, until they are used; before and after each use it is seen that the file
-    still holds what was hashed.
+    originals, numbers: its files, by their paths. mapped: weights stay in the file, in the
+    precision that they are stored in, until they are used; before and after each use it is seen
+    that the file still holds what was hashed.
     """
     state: dict[str, Tensor] = {}
     files: list[Original] = []
     for header in {id(w.header): w.header for w in weights.values()}.values():
         here = {name: w for name, w in weights.items() if w.header is header}
-        file = originals[header.path.resolve()]
-        state |= _read(header, here, file.openable, device, dtype, keep=mapped)
+        path = header.path.resolve()
+        file, seen = originals[path], numbers[path].seen
+        state |= _read(header, here, file.openable, device, dtype, keep=mapped, seen=seen)
         file.check()
         files.append(file)
     network.load_state_dict(state, strict=True, assign=True)
@@ -286,11 +338,12 @@ def _read(
     device: torch.device,
     dtype: torch.dtype,
     keep: bool,
+    seen: Set[str] = frozenset(),
 ) -> dict[str, Tensor]:
     """Return weights by our names.
 
     path: where the file is opened. keep: leave them in the mapped file, in the precision that
-    they are stored in.
+    they are stored in. seen: keys whose numbers are known to be finite.
     """
     state: dict[str, Tensor] = {}
     with open_tensors(header, path) as read:
@@ -302,9 +355,10 @@ def _read(
                 tensor = tensor.clone()  # the file need not align it, our kernels do
             if not keep:
                 tensor = tensor.to(device, dtype)
-            if not is_finite(tensor, dtype):
-                raise refusal(header.name, f"{weight.key} holds NaN or Inf as {dtype}")
-            if keep:
-                memory.page_out(tensor)
+            if weight.key not in seen:
+                if not is_finite(tensor, dtype):
+                    raise refusal(header.name, f"{weight.key} holds NaN or Inf as {dtype}")
+                if keep:
+                    memory.page_out(tensor)
             state[name] = tensor
     return state

@@ -102,11 +102,11 @@ def from_single_file(
     sections: Mapping[str, Section],
     unused: Callable[[str], bool],
 ) -> dict[str, dict[str, Weight]]:
-    """Return the weights of each part, by our names.
+    """Return the weights of each part, by our names; none for a part that is not in the file.
 
     sections: by their prefixes. unused: whether a key is known and not read.
 
-    Raises SafelightError that names keys which belong to nothing, and a part without any.
+    Raises SafelightError that names keys which belong to nothing.
     """
     found: dict[str, dict[str, Weight]] = {part: {} for part in parts}
     unknown: list[str] = []
@@ -132,12 +132,6 @@ def from_single_file(
             found[section.part][name] = Weight(header, key, info.shape[::-1], transposed=True)
         else:
             found[section.part][name] = Weight(header, key, part.reshape(name, info.shape))
-    for part in parts:
-        if not found[part]:
-            known = [f"{p}*" for p, section in sections.items() if section.part == part]
-            raise refusal(
-                header.name, f"no {part} ({' or '.join(known)}) in the file; a full one is needed"
-            )
     if unknown:
         raise refusal(header.name, f"{len(unknown)} keys that we do not know: {some(unknown)}")
     return found

@@ -8,6 +8,7 @@ Instructions: the module `pickletools` of Python.
 
 from __future__ import annotations
 
+import io
 import math
 import pickletools
 from collections.abc import Callable, Iterator
@@ -182,11 +183,7 @@ def _follow(program: bytes) -> Any:
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
-    argument: Any
-    for step, (opcode, argument, _) in enumerate(pickletools.genops(program)):
-        if step > MAX_STEPS:
-            raise BrokenPickleError(f"a pickle of more than {MAX_STEPS} instructions")
-        name = opcode.name
+    for name, argument in _instructions(program):
         if name in _CONSTANTS:
             stack.append(_CONSTANTS[name])
         elif name in _LITERALS:
@@ -204,17 +201,14 @@ def _follow(program: bytes) -> Any:
         elif name == "BINPERSID":
             stack.append(_storage(stack.pop()))
         elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            n = int(name[-1])
-            stack[-n:] = [tuple(stack[-n:])]
+            stack.append(tuple(_popped(stack, int(name[-1]))))
         elif name in ("TUPLE", "SETITEMS", "APPENDS"):
             mark = marks.pop()
             items = stack[mark:]
             del stack[mark:]
             _add(stack, name, items)
         elif name in ("SETITEM", "APPEND"):
-            n = 2 if name == "SETITEM" else 1
-            items = stack[-n:]
-            del stack[-n:]
+            items = _popped(stack, 2 if name == "SETITEM" else 1)
             _add(stack, f"{name}S", items)
         elif name == "REDUCE":
             arguments = stack.pop()
@@ -225,9 +219,27 @@ def _follow(program: bytes) -> Any:
                 raise BrokenPickleError("an object that is no table; convert it to safetensors")
         elif name == "STOP":
             return stack.pop()
-        elif name != "PROTO" or argument != 2:
-            raise BrokenPickleError(f"a pickle with {name.lower()}: no table of tensors")
+        elif argument != 2:  # of PROTO: torch.save writes no other
+            raise BrokenPickleError(f"a pickle of protocol {argument}; torch.save writes 2")
     raise BrokenPickleError("a pickle without an end")
+
+
+def _instructions(program: bytes) -> Iterator[tuple[str, Any]]:
+    """Yield the instructions of a pickle and their arguments; none that is not followed is read."""
+    file = io.BytesIO(program)
+    for _ in range(MAX_STEPS):
+        code = file.read(1)
+        if not code:
+            return
+        opcode = _OPCODES.get(code)
+        if opcode is None:
+            raise BrokenPickleError(f"a pickle with the instruction {code!r}: no table of tensors")
+        if opcode.name == "GLOBAL":
+            # Two lines as they are: pickletools would read escapes, which unpicklers do not.
+            yield opcode.name, b".".join(file.readline()[:-1] for _ in range(2)).decode()
+        else:
+            yield opcode.name, None if opcode.arg is None else opcode.arg.reader(file)
+    raise BrokenPickleError(f"a pickle of more than {MAX_STEPS} instructions")
 
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
@@ -236,6 +248,16 @@ _EMPTY: dict[str, Callable[[], Any]] = {
     "EMPTY_DICT": dict,
     "EMPTY_LIST": list,
     "EMPTY_TUPLE": tuple,
+}
+_OTHERS = (
+    *("BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "MARK", "GLOBAL", "BINPERSID", "TUPLE"),
+    *("TUPLE1", "TUPLE2", "TUPLE3", "SETITEM", "SETITEMS", "APPEND", "APPENDS", "REDUCE", "BUILD"),
+    *("STOP", "PROTO"),
+)
+_OPCODES = {
+    opcode.code.encode("latin-1"): opcode
+    for opcode in pickletools.opcodes
+    if opcode.name in (*_CONSTANTS, *_LITERALS, *_EMPTY, *_OTHERS)
 }
 _STATE = {"_metadata"}
 _ORDERED = "collections.OrderedDict"
@@ -252,14 +274,19 @@ _KNOWN = {
 }
 
 
-def _known(argument: str) -> str:
+def _known(name: str) -> str:
     """Return the name of a global, refused unless a table of tensors has it."""
-    name = ".".join(argument.split(" ", 1))
     if name not in _KNOWN:
         raise BrokenPickleError(
             f"holds code ({name:.50}), which is not run; have it converted to safetensors"
         )
     return name
+
+
+def _popped(stack: list[Any], count: int) -> list[Any]:
+    """Return the items on top of the stack, taken off it, the first the lowest."""
+    items = [stack.pop() for _ in range(count)]
+    return items[::-1]
 
 
 def _add(stack: list[Any], name: str, items: list[Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,10 +50,13 @@ class Plan:
     autoencoders: Mapping[str, VaePlan] = field(default_factory=dict)
 
 
-def read_plan(source: Source, prediction_type: str | None = None) -> Plan:
+def read_plan(
+    source: Source, prediction_type: str | None = None, *, without: Collection[str] = ()
+) -> Plan:
     """Read a checkpoint's headers and configs.
 
     prediction_type: what the UNet predicts, in place of what the checkpoint says.
+    without: parts that a single file need not have, because others take their place.
 
     Raises SafelightError if it is malformed, or of a kind that is not supported.
     """
@@ -63,7 +66,7 @@ def read_plan(source: Source, prediction_type: str | None = None) -> Plan:
         )
     if source.path.is_dir():
         return _folder_plan(source, prediction_type)
-    return _file_plan(source, prediction_type)
+    return _file_plan(source, prediction_type, without)
 
 
 def _folder_plan(source: Source, prediction_type: str | None) -> Plan:
@@ -106,10 +109,15 @@ def _folder_plan(source: Source, prediction_type: str | None) -> Plan:
     )
 
 
-def _file_plan(source: Source, prediction_type: str | None) -> Plan:
+def _file_plan(source: Source, prediction_type: str | None, without: Collection[str]) -> Plan:
     header = header_of(source.path)
     family = family_of_file(header)
     file = family.single_file(header)
+    for part, found in file.weights.items():
+        if not found and part not in without:
+            known = [f"{p}*" for p, section in family.sections().items() if section.part == part]
+            needed = "give one with --vae" if part == "vae" else "a full one is needed"
+            raise refusal(header.name, f"no {part} ({' or '.join(known)}) in the file; {needed}")
     _check_weights(source, file.weights)
     warnings: list[str] = []
     prediction_type = prediction_type or file.prediction or _stated_prediction(header)
@@ -169,7 +177,7 @@ def _configs(
         except SafelightError as e:
             raise refusal(source.name, f"{name}/config.json: {e}") from None
         # Each layer has tensors: a config that asks for more is not that of its file.
-        if config.depth > len(weights[name]):
+        if weights[name] and config.depth > len(weights[name]):
             raise refusal(source.name, f"{name}/config.json has more layers than its file tensors")
         configs[name] = config
     try:

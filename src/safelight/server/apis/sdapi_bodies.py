@@ -62,6 +62,7 @@ class Settings(BaseModel):
     s_noise: Number = 1.0
     s_min_uncond: Number = 0.0
     refiner_checkpoint: str | None = None
+    refiner_switch_at: Number | None = None
     override_settings: dict[str, Any] = {}
     infotext: str | None = None
     script_name: str | None = None

@@ -49,3 +49,13 @@ def is_model(label: object, model: ModelInfo) -> bool:
     known = (model.name, model_title(model), model_hash(model), model.sha256)
     wanted = str(label).strip().lower().removesuffix(".safetensors")
     return wanted in [name.lower() for name in known if name]
+
+
+OVERRIDES = {
+    "CLIP_stop_at_last_layers": "clip_skip",
+    "sdxl_crop_left": "crop_left",
+    "sdxl_crop_top": "crop_top",
+    "sdxl_refiner_high_aesthetic_score": "aesthetic_score",
+    "sdxl_refiner_low_aesthetic_score": "negative_aesthetic_score",
+}
+"""That API's options that are settings here."""

@@ -22,6 +22,7 @@ from safelight.request import Request
 from safelight.sampling import SAMPLERS
 from safelight.server.apis.sdapi_bodies import Asked, ImageToImage, Sent, TextToImage
 from safelight.server.apis.sdapi_names import (
+    OVERRIDES,
     find_sampler,
     find_scheduler,
     is_model,
@@ -104,8 +105,10 @@ def _settings(
         settings[ours] = defaults[ours] if silent else getattr(body, theirs)
     if isinstance(body, ImageToImage):
         settings["strength"] = body.denoising_strength
-    if (layers := body.override_settings.get("CLIP_stop_at_last_layers")) is not None:
-        settings["clip_skip"] = layers
+    if (share := body.refiner_switch_at) is not None:
+        settings["refiner_start"] = share
+    overrides = body.override_settings
+    settings |= {ours: overrides[name] for name, ours in OVERRIDES.items() if name in overrides}
     own = _own(body, settings)
     # What this API's clients write is meant as AUTOMATIC1111 reads it.
     own.setdefault("prompt_syntax", "a1111")
@@ -122,11 +125,9 @@ def _emphasis(label: object) -> dict[str, Any]:
 def _own(body: TextToImage | ImageToImage, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings that this API has no field for, under Safelight's names."""
     extra = body.model_extra or {}
-    return {
-        name: extra[name]
-        for name, setting in settings_of(Request).items()
-        if name in extra and name not in settings and setting.kind and not setting.about.a1111
-    }
+    known = settings_of(Request).items()
+    own = {name for name, one in known if one.kind and not one.about.a1111} - {*settings}
+    return {name: extra[name] for name in extra if name in own}
 
 
 def _request(settings: dict[str, Any]) -> Request:
@@ -143,7 +144,7 @@ def _request(settings: dict[str, Any]) -> Request:
 def _ignored(body: TextToImage | ImageToImage, model: ModelInfo) -> list[str]:
     checkpoint = body.override_settings.get("sd_model_checkpoint")
     vae = body.override_settings.get("sd_vae")
-    taken = ("sd_model_checkpoint", "CLIP_stop_at_last_layers", "emphasis", "sd_vae")
+    taken = ("sd_model_checkpoint", "emphasis", "sd_vae", *OVERRIDES)
     overrides = [name for name in body.override_settings if name not in taken]
     scripts = [
         name
@@ -161,7 +162,7 @@ def _ignored(body: TextToImage | ImageToImage, model: ModelInfo) -> list[str]:
         (body.s_churn > 0, "s_churn: no noise is added to samplers that have none"),
         (body.s_noise != 1, "s_noise: noise has its usual strength, as with 1"),
         (body.s_min_uncond > 0, "s_min_uncond: the negative prompt counts in every step"),
-        (body.refiner_checkpoint, "refiner_checkpoint: one model draws all steps"),
+        (body.refiner_checkpoint, "refiner_checkpoint: it is given when the server is started"),
         (body.infotext, "infotext: settings are read from the fields alone"),
         (
             checkpoint is not None and not is_model(checkpoint, model),

@@ -1,0 +1,96 @@
+"""That the weights of a file are finite: seen while it is hashed, and remembered with its hash."""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Mapping, Set
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from safelight.weights.check import DTYPES as SIZES
+from safelight.weights.check import Header
+from safelight.weights.notes import Stamp, keep, recall
+from safelight.weights.tensors import DTYPES
+
+_BITS = {"F16": np.uint16, "BF16": np.uint16, "F32": np.uint32}
+"""Unsigned numbers of as many bits. PyTorch's threads would cost more here than they save."""
+
+
+class Numbers:
+    """The weights of one file, and in which precision each is computed.
+
+    wanted: precisions by the keys of the file. `seen`: keys whose numbers are known to be finite.
+    """
+
+    def __init__(self, header: Header, wanted: Mapping[str, torch.dtype]) -> None:
+        self.seen: Set[str] = frozenset()
+        self._wanted = wanted
+        text = "\n".join(f"{key} {dtype}" for key, dtype in sorted(wanted.items()))
+        self._note = f"finite-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        self._good: dict[str, bool] = {}
+        base = 0
+        if not header.pickled:
+            with header.path.open("rb") as file:
+                base = 8 + int.from_bytes(file.read(8), "little")
+        # Where each begins and ends in the file. Numbers that are not aligned in it may lie on both
+        # sides of a piece's end: those are looked at later, one by one.
+        self._places = [
+            (base + info.start, base + info.end, key)
+            for key, info in header.tensors.items()
+            if key in wanted
+            and info.dtype in _BITS
+            and not header.pickled
+            and not (base + info.start) % SIZES[info.dtype]
+        ]
+        self._limits = {
+            key: (_BITS[stored], _largest(DTYPES[stored], wanted[key]))
+            for _, _, key in self._places
+            for stored in [header.tensors[key].dtype]
+        }
+
+    def look(self, piece: memoryview, at: int) -> None:
+        """Look at bytes of the file. Pieces come in order; all but the last have 4 KiB · n.
+
+        at: where in the file they begin.
+        """
+        end = at + len(piece)
+        first = bisect_right(self._places, at, key=lambda place: place[1])
+        for start, stop, key in self._places[first:]:
+            if start >= end:
+                break
+            low, high = max(start, at), min(stop, end)
+            if low < high:
+                bits, limit = self._limits[key]
+                count = (high - low) // np.dtype(bits).itemsize
+                values: Any = np.frombuffer(piece, bits, count, low - at)
+                # Numbers without their sign are in the order of their bits, NaN being the last.
+                good = bool((values & np.iinfo(bits).max // 2).max() <= limit)
+                self._good[key] = self._good.get(key, True) and good
+
+    def looked(self, path: Path, stamp: Stamp) -> None:
+        """Note what is known after the file was hashed, now or before."""
+        if recall(self._note, path, stamp) is True:
+            self.seen = self._wanted.keys()
+        else:
+            self.seen = {key for key, good in self._good.items() if good}
+
+    def keep(self, path: Path, stamp: Stamp) -> None:
+        """Remember that all numbers are finite."""
+        keep(self._note, path, stamp, True)
+
+
+@lru_cache
+def _largest(stored: torch.dtype, dtype: torch.dtype) -> int:
+    """Return the bits of the largest number of the one dtype that is finite in the other."""
+    kind = {2: torch.int16, 4: torch.int32}[stored.itemsize]
+    low, high = 0, int(torch.iinfo(kind).max)
+    while low < high:
+        middle = (low + high + 1) // 2
+        value = torch.tensor([middle], dtype=kind).view(stored)
+        low, high = (middle, high) if bool(value.to(dtype).isfinite()) else (low, middle - 1)
+    return low
