@@ -205,13 +205,6 @@ async def samplers() -> dict[str, Any]:
     }
 
 
-@router.get("/api/loras", tags=["models"])
-async def loras(request: HttpRequest) -> list[str]:
-    """List the LoRAs of the models folder by name."""
-    entries = await asyncio.to_thread(hub(request).names.entries, "lora")
-    return [entry.name for entry in entries]
-
-
 @router.get("/healthz", response_class=PlainTextResponse, tags=["server"])
 async def healthz(request: HttpRequest) -> Any:
     """Say that the process lives. Needs no token."""

@@ -129,7 +129,7 @@ def test_one_that_does_not_fit_fails_its_job(server: Inside) -> None:
 
 def test_the_web_ui_s_api(server: Inside) -> None:
     """Tags in the prompt, and the list of what there is."""
-    assert server.ask("GET", "/api/loras").json() == ["film", "ink", "odd"]
+    assert server.ask("GET", "/api/library").json()["loras"] == ["film", "ink", "odd"]
     theirs = server.ask("GET", "/sdapi/v1/loras").json()
     assert [(one["name"], one["alias"]) for one in theirs][:2] == [
         ("film", "film by me"),
