@@ -303,7 +303,7 @@ class TestDurability:
             wait_for(lambda: any(serving.job(j)["pictures"] for j in jobs))
             serving.process.kill()
             serving.process.wait()
-            (serving.data / "pictures" / "left-over.part").write_bytes(b"x")
+            (serving.data / "pictures" / ".safelight-0123456789abcdef.part").write_bytes(b"x")
             serving.start()
             ended = [serving.finished(j) for j in jobs]
         model = safelight.load(dtype="float32")

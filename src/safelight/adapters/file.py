@@ -20,6 +20,7 @@ from safelight.adapters.algorithms import (
     UnfitError,
     check_dora,
 )
+from safelight.adapters.embedding import BUNDLE
 from safelight.adapters.keys import endings, family_of, refused_kind, slot_of
 from safelight.adapters.names import Target
 from safelight.errors import SafelightError
@@ -124,6 +125,8 @@ def match(file: AdapterFile, table: Mapping[str, Target], shapes: Shapes, family
     """
     found, groups = Match(), dict[Target, dict[str, str]]()
     for key in file.header.tensors:
+        if key.startswith(BUNDLE):
+            continue  # an embedding that lies in the file, too
         taken = next(((table[s], e) for s, e in endings(key) if s in table), None)
         if taken is None:
             found.unmatched.append(key)

@@ -34,7 +34,7 @@ from safelight.server.process import Child, Settings
 from safelight.server.recovery import recover
 from safelight.server.store import Store, new_id
 from safelight.server.supervisor import Supervisor
-from safelight.weights.find import notes_of
+from safelight.weights.find import BUILT_IN, notes_of, on_disk
 
 log = logging.getLogger("safelight.server")
 
@@ -62,7 +62,8 @@ class Hub:
         self.files = Files(Path(settings.root))
         self.store = Store(settings.url)
         recover(self.files, self.store)
-        self.info = ModelInfo(name=settings.model)
+        here = None if settings.model in BUILT_IN else on_disk(settings.model)
+        self.info = ModelInfo(name=settings.model if here is None else here.name)
         self.names = Names(settings)
         self.on_refusal: Callable[[], None] = lambda: None
         self.supervisor = Supervisor(
