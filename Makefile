@@ -4,6 +4,7 @@
 #   make test                            the test suite
 #   make levels                          the numerical tests as on lesser processors: minutes
 #   make lint                            formatting, lint and types
+#   make audit                           bandit over the code, pip-audit over the pinned packages
 #   make bench                           this machine, beside diffusers and OpenVINO: a quarter of an hour
 #   make soak                            what is promised, at full size, fuzzers among it: hours
 #   make evaluate                        the model that ships, or MODEL=, judged: an hour without a GPU
@@ -25,7 +26,7 @@ BIN := $(VENV)/bin
 # Without build isolation the constraints hold for what builds packages, too.
 INSTALL := $(PYTHON) -m pip --python $(BIN)/python install --constraint constraints.txt
 
-.PHONY: picture test levels lint format bench soak evaluate train clean
+.PHONY: picture test levels lint format audit bench soak evaluate train clean
 .DELETE_ON_ERROR:
 
 export PROMPT OUT
@@ -56,6 +57,13 @@ lint: $(VENV)/.ready-dev
 format: $(VENV)/.ready-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# In an environment of its own: neither is needed for anything else. pip-audit asks PyPI.
+audit:
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip install bandit pip-audit
+	$(VENV)/audit/bin/bandit -q --severity-level medium -r src
+	$(VENV)/audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip
 
 bench: $(VENV)/.ready-dev
 	$(INSTALL) --no-build-isolation --editable '.[bench]'

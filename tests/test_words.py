@@ -77,6 +77,30 @@ def test_a_prompt_names_embeddings_of_the_models_folder(model):
     assert same(draw(model, "ale"), without)  # as before
 
 
+def test_a_lora_brings_its_embeddings_along(model, folder):
+    width = TEXT["hidden_size"]
+    layer = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    tensors = {
+        f"{layer}.lora_down.weight": torch.zeros(1, width),
+        f"{layer}.lora_up.weight": torch.zeros(width, 1),
+        "bundle_emb.foxglove.string_to_param.*": torch.ones(2, width) * 3,
+    }
+    (folder / "Lora").mkdir()
+    save_file(tensors, folder / "Lora" / "garden.safetensors")
+    asked = {"prompt_syntax": "a1111", "loras": ["garden"]}
+    alone = draw(model, "ale", **asked)
+    assert alone.warnings == []
+    assert same(alone, draw(model, "ale"))
+    result = draw(model, "ale foxglove", **asked)
+    assert not same(result, draw(model, "ale foxglove"))
+    recipe = result.recipe()
+    assert "embeddings" not in recipe  # the LoRA stands for them
+    assert [one["name"] for one in recipe["loras"]] == ["garden"]
+    assert same(draw(model, "ale foxglove <lora:garden:1>", prompt_syntax="a1111"), result)
+    comfy = {"prompt_syntax": "comfy", "loras": ["garden"]}
+    assert same(draw(model, "ale embedding:foxglove", **comfy), result)
+
+
 def test_the_negative_prompt_names_them_too(model):
     result = draw(model, "ale", negative_prompt="(mossy:1.2)", prompt_syntax="a1111")
     assert [one["name"] for one in result.recipe()["embeddings"]] == ["mossy"]

@@ -376,6 +376,10 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+HALF = ".safelight-*.part"
+"""Files that `save_whole` had not finished when its process was killed."""
+
+
 def _temporary(path: Path) -> Path:
     return path.with_name(f".safelight-{secrets.token_hex(8)}.part")
 

@@ -125,6 +125,7 @@ def parse_recipe_text(text: str) -> dict[str, Any]:
                 value, at = json.JSONDecoder().raw_decode(last, at)
             except ValueError:
                 break
+            value = value.encode(errors="replace").decode()  # no halves of character pairs
         else:
             comma = last.find(",", at)
             end = comma if comma >= 0 else len(last)

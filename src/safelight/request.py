@@ -112,6 +112,9 @@ class Request(RequestFields, metaclass=_Listed):
             raise SafelightError(f"{name} cannot be decoded: {error}", field=name) from None
 
     @model_validator(mode="after")
+    def _validate_together(self) -> Self:
+        return self._check_together()
+
     def _check_together(self) -> Self:
         if self.unconditional:
             for name in ("prompt", "negative_prompt", "image", "mask"):
@@ -179,10 +182,21 @@ class Request(RequestFields, metaclass=_Listed):
     def replace(self, **changes: Any) -> Self:
         """Return the same request with these settings changed, checked anew.
 
-        The seed stays; other settings that were left out stay left out.
+        The seed stays; other settings that were left out stay left out. Pictures that stay are
+        shared, not copied.
         """
         asked = {name: getattr(self, name) for name in (*self.model_fields_set, "seed")}
-        return type(self)(**{**asked, **changes})
+        pictures = {n: asked.pop(n, None) for n in ("image", "mask") if n not in changes}
+        kept = {name: picture for name, picture in pictures.items() if picture is not None}
+        if "mask" in kept and "image" not in kept:  # it is checked against the new one
+            changes = {**changes, **kept}
+            kept = {}
+        made = type(self)(**{**asked, **changes})
+        return made.model_copy(update=kept)._check_together() if kept else made
+
+    def without_pictures(self) -> Self:
+        """Return the same request without its picture and mask, which take much memory."""
+        return self.model_copy(update={"image": None, "mask": None})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON has them; a picture or mask by its SHA-256 alone."""

@@ -13,5 +13,9 @@ def split_words(text: str) -> list[str]:
 
 def unknown_words(text: str, known: Set[str]) -> list[str]:
     """Return the first words of the text that are not known, each once, at most MAX_NAMED."""
-    words = dict.fromkeys(re.findall(r"[^\W_]+", text.lower()))
-    return [word for word in words if word not in known][:MAX_NAMED]
+    return [word for word in dict.fromkeys(words_in(text)) if word not in known][:MAX_NAMED]
+
+
+def words_in(text: str) -> list[str]:
+    """Return the words of a prompt, in lower case."""
+    return re.findall(r"[^\W_]+", text.lower())

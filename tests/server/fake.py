@@ -76,6 +76,7 @@ class FakeService:
         self.requests: list[Request] = []
         self.clients: list[str] = []
         self.jobs: dict[str, Job] = {}
+        self.owners: dict[str, str | None] = {}
         self.files: dict[str, Path] = {}
         self.watched: list[str] = []
         self.cancelled: list[str] = []
@@ -120,7 +121,7 @@ class FakeService:
             progress=Progress(steps=self.steps * request.count),
             warnings=self.warnings + request.unused_settings(),
         )
-        self.jobs[job.id], self._queues[job.id] = job, []
+        self.jobs[job.id], self._queues[job.id], self.owners[job.id] = job, [], owner
         self._begun[job.id], self._done[job.id] = asyncio.Event(), asyncio.Event()
         self._tasks[job.id] = asyncio.create_task(self._draw(job, request))
         self.submitted.set()
@@ -191,16 +192,24 @@ class FakeService:
         for queue in self._queues[job.id]:
             queue.put_nowait(Event(kind=kind, job=job.model_copy(), **more))
 
-    async def get(self, job_id: str) -> Job | None:
-        job = self.jobs.get(job_id)
+    async def get(self, job_id: str, *, owner: str | None = None) -> Job | None:
+        job = self._seen(job_id, owner)
         return job and job.model_copy(deep=True)
+
+    def _seen(self, job_id: str, owner: str | None) -> Job | None:
+        """The job, if this owner sees it; None sees all."""
+        own = owner is None or self.owners.get(job_id) == owner
+        return self.jobs.get(job_id) if own else None
 
     async def wait(self, job_id: str) -> Job:
         self._begun[job_id].set()
         await self._done[job_id].wait()
         return self.jobs[job_id].model_copy(deep=True)
 
-    async def events(self, job_id: str, *, previews: bool = True) -> AsyncIterator[Event]:
+    async def events(
+        self, job_id: str, *, previews: bool = True, owner: str | None = None
+    ) -> AsyncIterator[Event]:
+        assert self._seen(job_id, owner) is not None
         if previews:
             self.watched.append(job_id)
         queue: asyncio.Queue[Event] = asyncio.Queue()
@@ -215,8 +224,10 @@ class FakeService:
             if event.kind == "end":
                 return
 
-    async def cancel(self, job_id: str) -> Job:
-        job = self.jobs[job_id]
+    async def cancel(self, job_id: str, *, owner: str | None = None) -> Job | None:
+        job = self._seen(job_id, owner)
+        if job is None:
+            return None
         if not job.status.final:
             self.cancelled.append(job_id)
             self._tasks[job_id].cancel()

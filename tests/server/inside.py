@@ -11,7 +11,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from pathlib import Path
@@ -80,6 +80,7 @@ class Inside:
         model: str = "embedded",
         bound: int = 1000,
         token: str | None = None,
+        keys: Mapping[str, str] | None = None,
         **how: Any,
     ) -> None:
         folder.mkdir(exist_ok=True)
@@ -92,7 +93,7 @@ class Inside:
         thread = Thread(target=self._draw, args=(theirs,), daemon=True)
         child = Child(cast(Any, thread), ours)
         self.hub = Hub(settings, child, bound=bound)
-        self.app = application(self.hub, Rules(token))
+        self.app = application(self.hub, Rules(token, keys=keys or {}))
         self._loop = asyncio.new_event_loop()
         self._runs = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._runs.start()

@@ -20,6 +20,7 @@ from safelight.engine.capacity import probe
 from safelight.engine.job import advance
 from safelight.errors import SafelightError
 from safelight.model import Model
+from safelight.server.worker import Worker
 
 pytestmark = pytest.mark.xdist_group("faults")  # one server for them all
 SAMPLERS = ("euler", "euler_a", "dpmpp_2m", "heun", "ddim")
@@ -219,3 +220,28 @@ def test_nothing_was_left_of_all_that(server: Inside) -> None:
     names = {path.name for path in Path(server.data / "pictures").iterdir()}
     assert {f"{row}.png" for row in rows} <= names
     assert not [name for name in names if name.endswith(".part")]
+
+
+def test_cancelled_while_it_is_committed_and_retried(
+    server: Inside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it starts from is kept, and the new attempt draws all of it."""
+    real, seen = Worker._commit, list[str]()
+
+    def commit(worker: Worker, held: Any, *given: Any) -> None:
+        if held.claim.id not in seen:
+            seen.append(held.claim.id)
+            assert worker._store.cancel(held.claim.id) is not None
+            assert worker._store.retry(held.claim.id, 1000) is not None
+            worker._cancelled.add(held.claim.id)
+        real(worker, held, *given)
+
+    monkeypatch.setattr(Worker, "_commit", commit)
+    start = io.BytesIO()
+    Image.effect_noise((64, 64), 60).convert("RGB").save(start, "PNG")
+    job = server.submit(
+        prompt="", image=base64.b64encode(start.getvalue()).decode(), steps=2, strength=1.0
+    )
+    ended = server.finished(job)
+    assert (ended["status"], ended["error"], len(ended["pictures"])) == ("succeeded", None, 1)
+    assert seen == [job]

@@ -37,6 +37,7 @@ def ask(
     body: list[bytes] | None = None,
     app: Any = _echo,
     take: Any = None,
+    query: bytes = b"",
 ) -> tuple[int, dict[str, str], bytes]:
     """Status, headers and body of the answer."""
     pairs = list(headers.items()) if isinstance(headers, dict) else headers
@@ -44,6 +45,7 @@ def ask(
         "type": "http",
         "method": method,
         "path": path,
+        "query_string": query,
         "server": ("127.0.0.1", 7860),
         "headers": [(k.encode(), v if isinstance(v, bytes) else v.encode()) for k, v in pairs],
     }

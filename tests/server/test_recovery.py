@@ -19,11 +19,13 @@ from PIL import Image
 from sqlalchemy import text
 
 from safelight.server import quarantine, schema
+from safelight.server import uploads as module
 from safelight.server.files import Files
 from safelight.server.jobs import Picture, StorageError
 from safelight.server.recovery import recover
 from safelight.server.store import Store, new_id
 from safelight.server.tables import meta
+from safelight.server.uploads import Uploads
 
 
 def start(root: Path, url: str | None = None) -> tuple[Files, Store]:
@@ -126,8 +128,7 @@ def test_another_database_costs_no_picture(drawn: tuple[Path, set[str]], way: An
             start(root, url)
         assert "\n" not in str(refused.value)
         assert {path.stem for path in (root / "pictures").iterdir()} == ids
-    if way is moved:
-        assert "knows none of the 12 pictures" in str(refused.value)
+        assert way is not moved or "knows none of the 12 pictures" in str(refused.value)
         (root.parent / "elsewhere.sqlite3").rename(root / "jobs.sqlite3")
         start(root)[1].close()
         assert {path.stem for path in (root / "pictures").iterdir()} == ids
@@ -205,7 +206,7 @@ def test_what_was_half_written_is_cleaned_up(drawn: tuple[Path, set[str]]) -> No
     start(root)[1].close()
     assert {path.stem for path in (root / "pictures").iterdir()} == ids
     assert not list(root.rglob("*.part"))
-    assert not (root / "quarantine").exists()
+    assert everywhere(root / "quarantine") == {claim.picture_id(1)}
 
 
 def test_the_first_picture_without_its_row_is_no_reason_to_refuse(tmp_path: Path) -> None:
@@ -286,7 +287,7 @@ def test_a_folder_of_others_is_not_closed(drawn: tuple[Path, set[str]]) -> None:
     assert stat.S_IMODE((root / "jobs.sqlite3").stat().st_mode) == 0o600
 
 
-# --- the schema ----------------------------------------------------------------------------------
+# --- the schema -----------------------------------------------------------------------------------
 
 
 def test_migrations_make_what_the_tables_say(database: str) -> None:
@@ -385,3 +386,93 @@ def test_the_quarantine_overwrites_nothing(tmp_path: Path) -> None:
         quarantine.put_away(tmp_path, path)
     kept = sorted(p.read_text() for p in (tmp_path / "quarantine").rglob("a.png*"))
     assert kept == ["one", "two"]
+
+
+# --- kin: other files that nobody knows, and clocks -----------------------------------------------
+
+
+def test_a_person_s_folder_costs_that_person_nothing(tmp_path: Path) -> None:
+    """A data folder that has folders of our names already, with other things in them."""
+    theirs = [
+        *("pictures/holiday.jpg", "pictures/a.png", "pictures/film.part", "thumbnails/x.png"),
+        *("inputs/letter.txt", "uploads/tmp/cv.pdf", "uploads/tmp.txt", "uploads/2019/a.jpg"),
+        *("inside/notes.html", "grids/town.png", "quarantine/2020-01-01.txt", "film.part"),
+    ]
+    root = tmp_path / "data"
+    for name in theirs:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"of a person")
+        os.utime(root / name, (0, 0))
+    for folder in root.rglob("*"):
+        if folder.is_dir():
+            os.utime(folder, (0, 0))
+    start(root)[1].close()
+    uploads = Uploads(None, root / "uploads")
+    uploads.clean_up()
+    uploads.forget()
+    assert uploads._make_room("somebody", module.OWN)
+    assert [name for name in theirs if not (root / name).is_file()] == []
+
+
+@pytest.mark.parametrize("when", ["1970-01-01", "2019-12-31"])
+def test_a_clock_that_was_wrong_deletes_nothing(drawn: tuple[Path, set[str]], when: str) -> None:
+    """A machine without a battery starts in 1970, and knows the day a little later."""
+    root, _ = drawn
+    (root / "quarantine" / when).mkdir(parents=True)
+    start(root)[1].close()
+    assert (root / "quarantine" / when).is_dir()
+
+
+def test_what_a_backup_in_the_middle_of_a_job_does_not_know_is_kept(tmp_path: Path) -> None:
+    """The restored database says that a job is being drawn, whose pictures are there since."""
+    root = tmp_path / "data"
+    files, store = start(root)
+    draw(files, store, 1)
+    store.submit(new_id(), {"prompt": "a", "count": 2}, client="api", cost=1, bound=100)
+    claim = store.claim("w")
+    assert claim is not None
+    store.close()
+    backup = (root / "jobs.sqlite3").read_bytes()
+    newer = {claim.picture_id(i) for i in range(2)}
+    for picture_id in newer:
+        files.keep(Image.new("RGB", (8, 8)), picture_id, {})
+    (root / "jobs.sqlite3").write_bytes(backup)
+    start(root)[1].close()
+    assert newer <= everywhere(root / "quarantine")
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        lambda root: (root / ".safelight-0123.part").mkdir(),
+        lambda root: (root / "pictures" / ".safelight-0123.part").mkdir(),
+        lambda root: (root / "lost+found").mkdir(),
+        lambda root: (root / "quarantine").write_bytes(b"no folder"),
+        lambda root: os.mkfifo(root / "pictures" / "pipe.png"),
+        lambda root: (root / "pictures" / "nowhere.png").symlink_to("nowhere"),
+        lambda root: (root / "pictures" / f"{new_id()}.png").mkdir(),
+        lambda root: (root / "inputs" / "\udcff.png").write_bytes(b"x"),
+    ],
+)
+def test_odd_entries_are_no_reason_not_to_start(drawn: tuple[Path, set[str]], odd: Any) -> None:
+    root, ids = drawn
+    odd(root)
+    start(root)[1].close()
+    assert ids <= everywhere(root / "pictures")
+
+
+def test_a_quarantine_that_cannot_be_read(
+    drawn: tuple[Path, set[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, ids = drawn
+    (root / "quarantine").mkdir()
+    real = Path.iterdir
+
+    def iterdir(path: Path) -> Any:
+        if path.name == "quarantine":
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    start(root)[1].close()
+    assert ids <= everywhere(root / "pictures")

@@ -206,7 +206,7 @@ def test_a_body_of_another_type(server: Serving) -> None:
 
 
 def test_bodies_that_are_no_json(server: Serving) -> None:
-    for body in (b"", b"{", b"[]", b"null", b'{"steps": NaN}', b"\xff\xfe", b"[" * 100_000):
+    for body in (b"", b"{", b"[]", b"null", b'{"steps": NaN}', b"\xff\xfe", b"[" * 30_000):
         answer = server.client.post(
             "/api/jobs", content=body, headers={"content-type": "application/json"}
         )
@@ -303,7 +303,7 @@ class TestDurability:
             wait_for(lambda: any(serving.job(j)["pictures"] for j in jobs))
             serving.process.kill()
             serving.process.wait()
-            (serving.data / "pictures" / "left-over.part").write_bytes(b"x")
+            (serving.data / "pictures" / ".safelight-0123456789abcdef.part").write_bytes(b"x")
             serving.start()
             ended = [serving.finished(j) for j in jobs]
         model = safelight.load(dtype="float32")

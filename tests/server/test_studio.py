@@ -21,11 +21,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from inside import Inside
 from PIL import Image, ImageFilter, PngImagePlugin
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from safetensors.numpy import save_file
 from serving import Serving, wait_for
 
 import safelight
@@ -36,6 +38,7 @@ from safelight.studio import form
 from safelight.studio.page import blocks
 from safelight.studio.recipes import recipe_settings
 from safelight.studio.run import Command
+from safelight.weights.find import MODELS
 
 pytestmark = pytest.mark.xdist_group("studio")  # they share a server and a browser
 
@@ -45,11 +48,33 @@ ARTEFACTS = os.environ.get("SAFELIGHT_SCREENSHOTS")
 """A folder for screenshots; those of docs/studio.md are from here."""
 
 
+def models_folder(root: Path) -> Path:
+    """A models folder for the model that ships: a LoRA, two embeddings, and styles."""
+    part = MODELS / "embedded" / "text_encoder"
+    config = json.loads((part / "config.json").read_text())
+    width = config["hidden_size"]
+    for name in ("loras", "embeddings"):
+        (root / name).mkdir()
+    draw = numpy.random.default_rng(0).standard_normal
+    query = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    shapes = {f"{query}.lora_A.weight": (2, width), f"{query}.lora_B.weight": (width, 2)}
+    weights = {name: draw(shape).astype("float32") for name, shape in shapes.items()}
+    save_file(weights, root / "loras" / "ink.safetensors")
+    for name, numbers in {"mossy": width, "foreign": width + 1}.items():
+        vectors = draw((2, numbers)).astype("float32")
+        save_file({"emb_params": vectors}, root / "embeddings" / f"{name}.safetensors")
+    styles = 'name,prompt,negative_prompt\ntoy,"{prompt}, toy",\n'
+    (root / "styles.csv").write_text(styles)
+    return root
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     if CHROMIUM is None:
         pytest.skip("Chromium is not installed")
-    with Serving(tmp_path_factory.mktemp("studio"), "--dtype", "float32") as running:
+    models = models_folder(tmp_path_factory.mktemp("models"))
+    words = ("--models-dir", str(models), "--styles-file", str(models / "styles.csv"))
+    with Serving(tmp_path_factory.mktemp("studio"), "--dtype", "float32", *words) as running:
         running.ready()
         wait_for(lambda: running.client.get("/studio/").status_code == 200)
         yield running
@@ -303,20 +328,20 @@ def test_several_wait_and_one_is_cancelled(server: Serving, page: Page) -> None:
 def test_what_cannot_be_is_told_in_a_sentence(page: Page) -> None:
     # First: fields that unfold are put into the page a moment later.
     page.get_by_role("button", name="Size and schedule").click()
-    expect(page.get_by_label("Width")).to_be_visible()
+    expect(page.get_by_label("Width", exact=True)).to_be_visible()
     page.get_by_label("Seed", exact=True).fill("many")
     page.get_by_role("button", name="Draw").click()
     expect(page.locator("#make-problem")).to_contain_text("seed must be a whole number")
     page.get_by_label("Seed", exact=True).fill("5")
     for value in ("65", "66"):  # by a click elsewhere, and from within the field
-        page.get_by_label("Width").fill(value)
+        page.get_by_label("Width", exact=True).fill(value)
         if value == "65":
             page.get_by_role("button", name="Draw").click()
         else:
             page.keyboard.press("Control+Enter")
         told = re.compile(f"width must be a multiple of 8.*{value}$")
         expect(page.locator("#make-problem .problem")).to_have_text(told)
-    page.get_by_label("Width").fill("0")
+    page.get_by_label("Width", exact=True).fill("0")
     page.get_by_role("button", name="Size and schedule").click()
 
 
@@ -338,6 +363,45 @@ def test_the_seed_shown_is_that_of_the_picture(server: Serving, page: Page) -> N
     expect(seed).to_have_value(liked)
     assert newest(server)["settings"]["steps"] == 4
     assert str(newest(server)["pictures"][0]["seed"]) == liked
+
+
+def test_words_are_chosen_and_counted(server: Serving, fresh: Page) -> None:
+    page = fresh
+    expect(page.locator("#head .model")).to_contain_text("embedded")
+    page.get_by_label("Prompt", exact=True).fill("a (red:1.2) apple, [")
+    page.get_by_role("button", name="Prompt, LoRAs and embeddings").click()
+    page.get_by_label("Prompt syntax").click()
+    page.get_by_role("option", name="a1111").click()
+    count = page.locator("#count")
+    expect(count).to_contain_text("Prompt: 4 of 30 tokens")
+    expect(count).to_contain_text("1 '[' without a partner")
+    page.get_by_label("Prompt", exact=True).fill("a red apple")
+    page.get_by_label("Insert an embedding").select_option("mossy")
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("a red apple mossy")
+    expect(count).to_have_text("Prompt: 5 of 30 tokens")
+    expect(page.locator("#embeddings")).to_contain_text("foreign: vectors of")
+    page.get_by_label("Add a LoRA").select_option("ink")
+    page.get_by_label("Weight of ink").fill("0.5")
+    page.get_by_label("Add a style").select_option("toy")
+    expect(page.locator("#styles .chooser li")).to_contain_text("toy")
+    shot(page, "words")
+    problems = Axe().run(page)
+    assert problems.violations_count == 0, problems.generate_report()
+    page.get_by_label("number input for Steps").fill("3")
+    page.get_by_role("button", name="Draw").click()
+    expect(page.locator(".now .status")).to_have_text("“a red apple mossy” is done.")
+    job = newest(server)
+    asked = {name: job["settings"][name] for name in ("prompt_syntax", "loras", "styles")}
+    assert asked == {"prompt_syntax": "a1111", "loras": ["ink:0.5"], "styles": ["toy"]}
+    [picture] = job["pictures"]
+    assert picture["recipe"]["settings"]["prompt"] == "a red apple mossy, toy"
+    assert [one["name"] for one in picture["recipe"]["embeddings"]] == ["mossy"]
+    assert [one["name"] for one in picture["recipe"]["loras"]] == ["ink"]
+    page.get_by_role("button", name="Remove ink").click()
+    expect(page.get_by_label("Loras")).to_have_value("")
+    page.get_by_label("Loras").fill("inc")
+    page.get_by_role("button", name="Draw").click()
+    expect(page.locator("#make-problem .problem")).to_contain_text("no lora 'inc'")
 
 
 def test_an_empty_prompt_draws_the_example(server: Serving, page: Page) -> None:
@@ -534,7 +598,7 @@ def test_settings_compared_on_one_picture(server: Serving, page: Page) -> None:
     expect(status).to_have_text(re.compile("Drawing “a cat”: [0-3] of 4 cells are done."))
     expect(page.get_by_alt_text("The grid")).to_be_visible(timeout=60_000)
     expect(status).to_have_text("Done: “a cat”, 4 cells.")
-    grids = list((server.data / "grids").iterdir())
+    grids = list((server.data / "grids").rglob("*.png"))
     assert read_recipe(grids[0])["grid"] == {"sampler": ["ddim", "euler"], "steps": [2, 120]}
     page.get_by_label("Values of the columns").fill("ddim, brush")
     page.get_by_role("button", name="Compare").click()

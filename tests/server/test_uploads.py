@@ -13,6 +13,7 @@ import pytest
 from starlette.requests import ClientDisconnect
 
 from safelight.server import uploads as module
+from safelight.server.callers import SCOPE, Caller
 from safelight.server.uploads import Uploads
 
 
@@ -25,13 +26,13 @@ class Gradio:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.folder.mkdir(exist_ok=True)
-        temporary = self.folder / f"tmp{self.number}"
+        temporary = self.folder / f"tmp{self.number:08x}"
         temporary.write_bytes(b"x" * int(dict(scope["headers"])[b"content-length"]))
-        (self.folder / f"tmpfolder{self.number}").mkdir()
+        (self.folder / f"tmp{self.number:09x}f").mkdir()
         if self.error is not None:
             raise self.error
-        (self.folder / f"tmpfolder{self.number}").rmdir()
-        place = self.folder / f"{self.number:08x}" / "image.png"
+        (self.folder / f"tmp{self.number:09x}f").rmdir()
+        place = self.folder / f"{self.number:064x}" / "image.png"
         place.parent.mkdir()
         temporary.rename(place)
         self.number += 1
@@ -47,9 +48,8 @@ def upload(app: Uploads, size: int, owner: str | None = None, client: str = "10.
 
     scope: dict[str, Any] = {
         "type": "http",
-        "client": (client, 1),
         "headers": [(b"content-length", str(size).encode())],
-        "state": {"owner": owner} if owner else {},
+        SCOPE: Caller(client, owner),
     }
     asyncio.run(app(scope, None, send))
     return sent[0]["status"]
@@ -59,6 +59,7 @@ def upload(app: Uploads, size: int, owner: str | None = None, client: str = "10.
 def gradio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gradio:
     monkeypatch.setattr(module, "OWN", 250)
     monkeypatch.setattr(module, "ALL", 1000)
+    monkeypatch.setattr(module, "LEAST", 1)
     return Gradio(tmp_path / "uploads")
 
 
@@ -81,11 +82,11 @@ def test_all_together_are_bounded(gradio: Gradio) -> None:
 def test_what_is_not_fresh_makes_room(gradio: Gradio) -> None:
     app = Uploads(gradio, gradio.folder)
     assert [upload(app, 100) for _ in range(3)] == [200, 200, 429]
-    oldest = gradio.folder / "00000000" / "image.png"
+    oldest = gradio.folder / f"{0:064x}" / "image.png"
     os.utime(oldest, (0, oldest.stat().st_mtime - module.FRESH - 1))
     assert upload(app, 100) == 200
     assert not oldest.exists()
-    assert (gradio.folder / "00000001" / "image.png").exists()
+    assert (gradio.folder / f"{1:064x}" / "image.png").exists()
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
@@ -110,18 +111,18 @@ def test_broken_off_uploads_leave_nothing(gradio: Gradio) -> None:
 def test_what_an_earlier_server_left_is_cleaned_up(gradio: Gradio) -> None:
     """Files and folders; whole uploads stay."""
     upload(Uploads(gradio, gradio.folder), 100)
-    (gradio.folder / "tmpabc").write_bytes(b"x")
-    (gradio.folder / "tmpdef").mkdir()
-    (gradio.folder / "tmpdef" / "a.png").write_bytes(b"x")
+    (gradio.folder / "tmpabc_0123").write_bytes(b"x")
+    (gradio.folder / "tmpdef_4567").mkdir()
+    (gradio.folder / "tmpdef_4567" / "a.png").write_bytes(b"x")
     Uploads(gradio, gradio.folder).clean_up()
-    assert [path.name for path in gradio.folder.iterdir()] == ["00000000"]
+    assert [path.name for path in gradio.folder.iterdir()] == [f"{0:064x}"]
 
 
 def test_what_another_writes_stays(gradio: Gradio) -> None:
     app = Uploads(gradio, gradio.folder)
     gradio.folder.mkdir()
-    (gradio.folder / "tmpabc").write_bytes(b"x")
+    (gradio.folder / "tmpabc_0123").write_bytes(b"x")
     app._coming["another"] = 1
     gradio.error = OSError(errno.ENOSPC, "full")
     upload(app, 1)
-    assert (gradio.folder / "tmpabc").exists()
+    assert (gradio.folder / "tmpabc_0123").exists()

@@ -85,6 +85,11 @@ class EmbeddingFile:
         return tuple(sorted(one.width for one in self.vectors))
 
     @property
+    def is_bundled(self) -> bool:
+        """Whether it lies inside the file of a LoRA."""
+        return any(key.startswith(BUNDLE) for one in self.vectors for key in one.keys)
+
+    @property
     def count(self) -> int:
         """How many tokens it takes in a prompt."""
         return max(one.count for one in self.vectors)

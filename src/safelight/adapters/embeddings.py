@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safelight.adapters.embedding import EmbeddingFile, look_at
+from safelight.adapters.asked import asked_of
+from safelight.adapters.embedding import EmbeddingFile, bundled, look_at
 from safelight.adapters.learned import with_embeddings
 from safelight.errors import SafelightError
 from safelight.prompt.dialects import read
@@ -123,7 +124,7 @@ class Embeddings:
         self._kept: OrderedDict[Any, Model] = OrderedDict()
 
     def choose(self, request: Request) -> tuple[EmbeddingFile, ...]:
-        """Return the embeddings of a request whose prompts are drawn.
+        """Return the embeddings of a request whose prompts are drawn, and those inside its LoRAs.
 
         Raises SafelightError for one that is not found or does not fit the model.
         """
@@ -137,8 +138,18 @@ class Embeddings:
             return ()
         finder = EmbeddingFinder(model.library, model.takes_paths, model.embedding_files)
         tokenizer, _ = model.family.text_parts[0]
-        found = finder.choose(request, model.parts[tokenizer])
-        return found if model.selection is None else (*found, *model.selection.embeddings)
+        chosen = finder.choose(request, model.parts[tokenizer])
+        asked, _ = asked_of(request)
+        if not asked and model.selection is None:
+            return chosen
+        adapters = (model.base or model).adapters
+        selection = adapters.choose(asked, request.lora_unmatched, after=model.selection)
+        inside = {
+            (lora.file.sha256, one.name): one
+            for lora in selection.chosen
+            for one in bundled(lora.file.header)
+        }
+        return (*chosen, *inside.values())
 
     def model(self, chosen: Sequence[EmbeddingFile]) -> Model:
         """Return the model with these embeddings; itself without any.

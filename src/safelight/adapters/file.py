@@ -127,7 +127,7 @@ def match(file: AdapterFile, table: Mapping[str, Target], shapes: Shapes, family
     found, groups = Match(), dict[Target, dict[str, str]]()
     for key in file.header.tensors:
         if key.startswith(BUNDLE):
-            continue  # `embedding.bundled` reads those
+            continue  # an embedding that lies in the file, too
         taken = next(((table[s], e) for s, e in endings(key) if s in table), None)
         if taken is None:
             found.unmatched.append(key)

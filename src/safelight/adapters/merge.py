@@ -16,7 +16,6 @@ from torch import Tensor
 
 from safelight.adapters.algorithms import OFT, UnfitError
 from safelight.adapters.asked import AskedLora
-from safelight.adapters.embedding import EmbeddingFile
 from safelight.adapters.file import AdapterFile, Change, refusal
 from safelight.errors import SafelightError
 from safelight.fast.replace import with_weights
@@ -29,15 +28,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """A LoRA that was found and fits: its file, what it changes, and by how much.
-
-    embeddings: textual inversions in the file.
-    """
+    """A LoRA that was found and fits: its file, what it changes, and by how much."""
 
     asked: AskedLora
     file: AdapterFile
     changes: Sequence[Change]
-    embeddings: tuple[EmbeddingFile, ...] = ()
 
     def strength(self, part: str, network: str) -> float:
         """Return its weight in a part. network: the part that denoises."""

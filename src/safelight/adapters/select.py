@@ -13,7 +13,6 @@ from weakref import WeakValueDictionary
 import torch
 
 from safelight.adapters.asked import AskedLora, Unmatched
-from safelight.adapters.embedding import EmbeddingFile, bundled
 from safelight.adapters.file import (
     AdapterFile,
     Match,
@@ -61,11 +60,6 @@ class Selection:
     records: tuple[dict[str, Any], ...] = ()
     warnings: tuple[str, ...] = ()
 
-    @property
-    def embeddings(self) -> tuple[EmbeddingFile, ...]:
-        """The textual inversions inside the files."""
-        return tuple(one for each in self.chosen for one in each.embeddings)
-
 
 class Adapters:
     """The adapted models of one base model."""
@@ -106,8 +100,7 @@ class Adapters:
                 if unmatched == "error":
                     raise unmatched_error(file, found.unmatched, self._family)
                 warnings.append(f"lora {file.name}: {told_unmatched(file, found.unmatched)}")
-            inside = tuple(bundled(file.header))
-            mine = Chosen(replace(one, name=name), file, found.changes, inside)
+            mine = Chosen(replace(one, name=name), file, found.changes)
             names.append(mine.asked)
             records.append(_record(mine))
             if any(mine.strength(change.part, network) for change in mine.changes):

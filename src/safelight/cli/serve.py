@@ -72,6 +72,13 @@ def serve(
     if queue < 1:
         raise SafelightError(f"--queue {queue}: expected 1 or more")
     secret = token_of(token, token_file)
+    if secret is None and trust_proxy:
+        raise SafelightError(
+            "--trust-proxy lets other machines in: give a token as well, by --token-file or "
+            "SAFELIGHT_TOKEN; an empty one is none"
+        )
+    if secret is None and allow_host:
+        note("--allow-host without a token: whoever reaches this server by that name may use it")
     private.keep()
     options.with_words({}, styles_file=styles_file, wildcards=wildcards)
     root = data_folder(data_dir)

@@ -122,7 +122,8 @@ def new_result(model: Model, asked: Request, resolved: Request, exact: bool = Tr
         one = with_drawn(resolved, result, same[0])
         chosen = model.embeddings.choose(one)
         result.warnings += model.family.warnings(model.embeddings.model(chosen), one)
-        result.embeddings |= dict.fromkeys(same, tuple(map(record, chosen)))
+        records = tuple(record(embedding) for embedding in chosen if not embedding.is_bundled)
+        result.embeddings |= dict.fromkeys(same, records)
     result.warnings[:] = dict.fromkeys(result.warnings)
     return result
 

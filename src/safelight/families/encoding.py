@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safelight.errors import SafelightError
 from safelight.families.base import Conditioning
 from safelight.prompt.dialects import read
-from safelight.prompt.learned import MARK, unused
+from safelight.prompt.learned import MARK, taught, unused
 from safelight.prompt.networks import is_lora
 from safelight.prompt.reading import Part, Reading, Stage
 from safelight.words import unknown_words
@@ -51,6 +52,7 @@ def warnings(family: LatentFamily, model: Model, request: Request) -> list[str]:
     found: list[str] = []
     readings = _readings(model, request)
     tokenizer = model.parts[family.text_parts[0][0]]
+    known = None if model.words is None else taught(model.words, tokenizer)
     for name, text in _texts(model, request).items():
         if request.prompt_syntax == "plain":
             cut = tokenizer.encode(text).cut
@@ -69,9 +71,13 @@ def warnings(family: LatentFamily, model: Model, request: Request) -> list[str]:
                     found.append(f"{told}: LoRAs count in the prompt alone")
             pieces = [p for part in reading.parts for s in part.stages for p in s.pieces]
             text = " ".join(dict.fromkeys(piece.text for piece in pieces))
-        if model.words is not None and (new := unknown_words(text, model.words)):
+        if known is not None and (new := unknown_words(text, known)):
             found.append(f"{model.name} was never taught: {', '.join(new)}")
+    paths = map(PurePath, request.embeddings)
+    asked = {name for path in paths for name in (path.name, path.stem)}
     for one in unused(tokenizer, readings.values(), request.prompt_syntax):
+        if one.name not in asked:
+            continue  # a LoRA brought it along
         how = f"{MARK}{one.name}" if request.prompt_syntax == "comfy" else one.name
         found.append(f"embedding {one.name} is in no prompt: write {how} where it is meant")
     return found

@@ -114,7 +114,7 @@ def _bytes(numbers: Tensor) -> memoryview:
 
 def _disk() -> str:
     """A folder that is not itself in memory, as /tmp often is."""
-    lasting = Path("/var/tmp")
+    lasting = Path("/var/tmp")  # mkstemp's name in it, unlinked at once  # nosec B108
     if "TMPDIR" not in os.environ and os.access(lasting, os.W_OK):
         return str(lasting)
     return tempfile.gettempdir()

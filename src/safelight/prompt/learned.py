@@ -8,13 +8,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from safelight.errors import SafelightError
 from safelight.prompt.reading import Reading, Syntax
+from safelight.words import words_in
 
 if TYPE_CHECKING:
     from safelight.prompt.tokenizer import Tokenizer
@@ -113,6 +114,12 @@ def find(learned: Iterable[Learned], name: str) -> Learned | None:
     last = name.replace("\\", "/").rpartition("/")[2]
     found = {one.name: one for one in learned}
     return found.get(name) or found.get(last)
+
+
+def taught(known: Set[str], tokenizer: Tokenizer) -> Set[str]:
+    """Return the words that a model knows, with those of its embeddings' names."""
+    names = {name for one in tokenizer.learned for name in (one.name, one.token) if name}
+    return known | {word for name in names for word in words_in(name)}
 
 
 def unused(tokenizer: Tokenizer, readings: Iterable[Reading], syntax: Syntax) -> list[Learned]:

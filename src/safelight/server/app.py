@@ -44,7 +44,7 @@ def application(hub: Hub, rules: Rules, *, page: PageOf | None = None) -> Any:
     """Return the ASGI application that serves a hub."""
 
     if isinstance(hub, Hub):
-        hide(hub.settings.root)
+        hide(hub.settings.root, *([hub.settings.model] if "/" in hub.settings.model[:1] else ()))
     decoders = Decoders()  # the processes start with the first picture
 
     @asynccontextmanager

@@ -6,6 +6,7 @@ import asyncio
 import json
 import secrets
 import time
+from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
 from typing import Any
 
@@ -151,23 +152,20 @@ def _named(value: Any, names: list[str]) -> Any:
     return value
 
 
-def check_text(body: bytes | bytearray) -> None:
-    """Raise RefusedError for JSON beyond our bounds, or with half a pair of surrogates, which no
-    answer can repeat; what is no JSON passes.
+def read_event(body: bytes | bytearray) -> dict[str, Any]:
+    """Return the JSON object in a body that is parsed once more.
+
+    Raises RefusedError for other bodies, for one beyond our bounds, and for one with half a pair of
+    surrogates, which no answer can repeat.
     """
+    found = _parsed(body)
+    if not isinstance(found, dict) or not _fits(found):
+        raise RefusedError(422, _SHAPE)
     try:
-        found = json.loads(body)
-        fits = _fits(found)
-        if fits:
-            json.dumps(found, ensure_ascii=False).encode()
-    except RecursionError:
-        fits = False
+        json.dumps(found, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise RefusedError(422, "the body must have no lone surrogates") from None
-    except ValueError:
-        return
-    if not fits:
-        raise RefusedError(422, _SHAPE)
+    return found
 
 
 def _fits(value: Any) -> bool:
@@ -210,6 +208,12 @@ def decode_base64(text: Any, name: str, *, again: bool = False) -> bytes:
 def attached(text: str) -> bytes | None:
     """Return the picture that a text of a large body stands for; None for any other text."""
     return (_ATTACHED.get() or {}).get(text)
+
+
+def turn(http: HttpRequest) -> AbstractAsyncContextManager[None]:
+    """Return the client's turn to hold a decoded picture, or to make a file of one."""
+    decoders: Decoders = http.app.state.decoders
+    return decoders.handling.turn(caller_of(http.scope).name)
 
 
 async def decoded(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ LOCAL = "local"
 """The address of all who are on this machine: IPv4 and IPv6 are two ways to one person."""
 
 SCOPE = "safelight.caller"
+MAX_OWNER = 64
+"""Characters of an owner, as the database keeps it."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,10 @@ class Caller:
     @property
     def owner(self) -> str:
         """Who the jobs of this caller belong to: at most 64 characters."""
-        return f"key:{self.key}"[:64] if self.key is not None else f"at:{self.address}"[:64]
+        name = f"at:{self.address}" if self.key is None else f"key:{self.key}"
+        if len(name) > MAX_OWNER:  # cut off, two long names could be one
+            return f"key#{hashlib.sha256(name.encode()).hexdigest()[: MAX_OWNER - 4]}"
+        return name
 
     @property
     def sees(self) -> str | None:

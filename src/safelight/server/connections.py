@@ -34,13 +34,17 @@ def raise_open_files() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def on_exception(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Log that no file can be opened in one line; asyncio waits a second and tries again."""
+def on_exception(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log what a task or a callback raised.
+
+    That no file can be opened is one line; asyncio waits a second and tries again. asyncio's own
+    handler writes the words of exceptions, which may quote a prompt.
+    """
     error = context.get("exception")
     if isinstance(error, OSError) and error.errno in _SHORT:
         log.warning("no file can be opened: new connections wait")
     else:
-        loop.default_exception_handler(context)
+        log.error("%s", context.get("message", "a task failed"), exc_info=error)
 
 
 class H11WithTimeouts(H11Protocol):

@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO, cast
@@ -19,6 +18,7 @@ from PIL import Image
 from safelight.errors import SafelightError
 from safelight.pixels import joined, strips
 from safelight.server.decoder import MAX_PIXELS, receive, send
+from safelight.server.turns import Turns
 
 log = logging.getLogger("safelight.server")
 
@@ -90,19 +90,18 @@ class Decoder:
 
 
 class Decoders:
-    """A few decoders. For one event loop.
+    """A few decoders, at which clients take turns. For one event loop.
 
-    One client never has all of them, so that its pictures hold up no other client's; clients that
-    wait take turns.
+    handling: turns for what is done with a picture around its decoding. Who holds a decoded
+    picture, or makes a file of one, has one of them: their number bounds the memory it takes.
     """
 
     def __init__(self, count: int | None = None) -> None:
-        self._count = count or max(2, min(4, os.cpu_count() or 2))
-        self._idle = [Decoder() for _ in range(self._count)]
+        self._turns, self.handling = Turns(count), Turns(count)
+        count = self._turns.count
+        self._idle = [Decoder() for _ in range(count)]
         self._all = list(self._idle)
-        self._threads = ThreadPoolExecutor(self._count, thread_name_prefix="decoding")
-        self._running: Counter[str] = Counter()
-        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+        self._threads = ThreadPoolExecutor(count, thread_name_prefix="decoding")
 
     async def call(
         self,
@@ -120,14 +119,14 @@ class Decoders:
         that they take no memory any more. client: who asks. Raises SafelightError if the function
         does, or does not keep to the limits.
         """
-        await self._turn(client)
+        await self._turns.take(client)
         given = [] if blobs is None else blobs
         work = self._threads.submit(self._work, function, given, keywords, wall)
         loop = asyncio.get_running_loop()
 
         def ended(_: Future[Any]) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(self._leave, client)
+                loop.call_soon_threadsafe(self._turns.leave, client)
 
         work.add_done_callback(ended)
         return await asyncio.wrap_future(work)
@@ -154,40 +153,6 @@ class Decoders:
             return decoder.call(function, blobs, keywords, wall)
         finally:
             self._idle.append(decoder)
-
-    async def _turn(self, client: str) -> None:
-        if self._free(client):
-            self._running[client] += 1
-            return
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(client, deque()).append(turn)
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self._leave(client)
-            raise
-
-    def _free(self, client: str) -> bool:
-        own = self._running[client] < self._count - 1
-        return own and self._running.total() < self._count
-
-    def _leave(self, client: str) -> None:
-        self._running[client] -= 1
-        if not self._running[client]:
-            del self._running[client]
-        for name in list(self._waiting):
-            if not self._free(name):
-                continue
-            queue = self._waiting[name]
-            while queue and queue[0].done():  # given up
-                queue.popleft()
-            if queue:
-                self._running[name] += 1
-                queue.popleft().set_result(None)
-            self._waiting.pop(name)
-            if queue:
-                self._waiting[name] = queue  # behind the others
 
 
 def _parts(header: dict[str, Any], source: BinaryIO) -> Any:

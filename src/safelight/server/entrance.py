@@ -12,6 +12,8 @@ from urllib.parse import parse_qs
 COOKIE = "safelight"
 ENTER = "/studio/enter"
 MAX_FORM = 4096
+MAX_COOKIES = 2
+"""Our cookies in one request that are looked at: each is a guess at the token."""
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Safelight</title>
@@ -64,15 +66,19 @@ def set_cookie(token: str) -> bytes:
     return value.encode()
 
 
-def has_cookie(headers: list[str], token: str) -> bool:
-    """Return whether these Cookie headers hold what `set_cookie` gave out."""
+def cookies_in(headers: list[str]) -> bytes | None:
+    """Return our cookies in these Cookie headers, joined by ";"; None if there is none."""
     # http.cookies drops all if it cannot read one, which another server here may have set.
     pairs = (pair.strip().partition("=") for header in headers for pair in header.split(";"))
+    found = [value for name, _, value in pairs if name == COOKIE]
+    return ";".join(found[:MAX_COOKIES]).encode("latin-1", "replace") if found else None
+
+
+def matches(cookies: bytes, token: str) -> bool:
+    """Return whether one of these cookies is what `set_cookie` gave out for this token."""
     value = _derived(token).encode()
-    return any(
-        name == COOKIE and hmac.compare_digest(given.encode("latin-1", "replace"), value)
-        for name, _, given in pairs
-    )
+    # Browsers send two of one name if another path set one as well.
+    return any(hmac.compare_digest(given, value) for given in cookies.split(b";"))
 
 
 def _derived(token: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from safelight.errors import SafelightError
-from safelight.picture import open_picture, reason, save_plain_png, save_png, save_whole
+from safelight.picture import HALF, open_picture, reason, save_plain_png, save_png, save_whole
 from safelight.server import private, quarantine
 from safelight.server.jobs import StorageError
 
@@ -25,6 +25,8 @@ MARK = "folder.id"
 """The file that says which database a data folder belongs to."""
 
 _ID = re.compile(r"[0-9a-f]{32}")
+_OURS = re.compile(r"([0-9a-f]{32})(?:-(?:image|mask))?\.png")
+"""Files that this class writes. Others in its folders are a person's, and stay."""
 
 
 class Files:
@@ -38,8 +40,9 @@ class Files:
         try:
             for name in FOLDERS:
                 (self.root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
-            for half in self.root.glob(".safelight-*.part"):
-                half.unlink()
+            for half in self.root.glob(HALF):
+                if half.is_file():
+                    half.unlink()
             private.close(self.root)
         except OSError as error:
             raise StorageError(f"the data folder cannot be used: {error.strerror}") from None
@@ -133,8 +136,9 @@ class Files:
     def sweep(self, pictures: set[str], jobs: set[str]) -> int:
         """Put the files of no known picture or job into quarantine; return how many.
 
-        A database that was restored, moved or exchanged does not know them. Folders are left as
-        they are. What was half written when a process was killed is removed.
+        A database that was restored, moved or exchanged does not know them. Folders, and files
+        with names of other kinds, are left as they are. What was half written when a process was
+        killed is removed.
         """
         moved: list[str] = []
         for folder in FOLDERS:
@@ -143,10 +147,11 @@ class Files:
                 names = [e.name for e in entries if e.is_file(follow_symlinks=False)]
             for name in names:
                 path = self.root / folder / name
+                ours = _OURS.fullmatch(name)
                 try:
-                    if path.suffix == ".part":
+                    if path.match(HALF):
                         path.unlink()
-                    elif path.stem.split("-")[0] not in known:
+                    elif ours is not None and ours[1] not in known:
                         quarantine.put_away(self.root, path)
                         moved.append(f"{folder}/{name}")
                 except OSError as error:

@@ -11,11 +11,12 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
+from safelight.errors import SafelightError
 from safelight.server import bodies, entrance, tokens
 from safelight.server.bodies import RefusedError
 from safelight.server.callers import ADMIN, SCOPE, Caller, address_of, shortened
@@ -52,11 +53,27 @@ class Rules:
     proxies: frozenset[str] = frozenset()
     short: bool = False
 
-    def key_of(self, given: bytes) -> str | None:
-        """Return the name of the key with this token. All are compared, in constant time."""
+    def __post_init__(self) -> None:
+        if ADMIN in self.keys:
+            raise SafelightError(
+                f"a key must have another name than {ADMIN!r}, which sees all jobs"
+            )
+        tokens_given = [token for token in (self.token, *self.keys.values()) if token is not None]
+        if self.token is None and self.keys:
+            raise SafelightError("keys need a token of the admin, without which everyone may ask")
+        if not all(token.strip() for token in tokens_given):
+            raise SafelightError("an empty token lets anyone in")
+        if len(set(tokens_given)) < len(tokens_given):
+            raise SafelightError("two keys have the same token")
+
+    def key_of(self, given: bytes, same: Callable[[bytes, str], bool] = tokens.same) -> str | None:
+        """Return the name of the key with this token. All are compared, in constant time.
+
+        same: returns whether what was given shows a token.
+        """
         found = None
         for name, token in ((ADMIN, self.token), *self.keys.items()):
-            if token is not None and tokens.same(given, token):
+            if token is not None and same(given, token):
                 found = name
         return found
 
@@ -192,10 +209,15 @@ class Guard:
         token = self.rules.token if key == ADMIN else self.rules.keys.get(key or "")
         return None if token is None else [(b"set-cookie", entrance.set_cookie(token))]
 
-    async def _key(self, given: bytes, address: str) -> str | None:
-        """Return the key with this token. An address with many wrong ones has to wait."""
+    async def _key(
+        self, given: bytes, address: str, same: Callable[[bytes, str], bool] = tokens.same
+    ) -> str | None:
+        """Return the key with this token. An address with many wrong ones has to wait.
+
+        same: as for `Rules.key_of`.
+        """
         await self._guesses.wait(address, given)
-        key = self.rules.key_of(given)
+        key = self.rules.key_of(given, same)
         if key is not None:
             self._guesses.right(address, given)
         elif given:
@@ -216,10 +238,10 @@ class Guard:
         """Return who asks, with the key; None without a valid one."""
         if self.rules.token is None:
             return caller
-        if "cookie" in headers:
-            for name, token in ((ADMIN, self.rules.token), *self.rules.keys.items()):
-                if entrance.has_cookie(headers["cookie"], token):
-                    return replace(caller, key=name)
+        if (cookie := entrance.cookies_in(headers.get("cookie", []))) is not None:
+            key = await self._key(cookie, caller.address, entrance.matches)
+            if key is not None:
+                return replace(caller, key=key)
         given = headers.get("authorization", [])
         kind, _, text = (given[0] if len(given) == 1 else "").partition(" ")
         value = text.strip().encode("latin-1")

@@ -34,7 +34,7 @@ from safelight.server.process import Child, Settings
 from safelight.server.recovery import recover
 from safelight.server.store import Store, new_id
 from safelight.server.supervisor import Supervisor
-from safelight.weights.find import notes_of
+from safelight.weights.find import BUILT_IN, notes_of, on_disk
 
 log = logging.getLogger("safelight.server")
 
@@ -43,6 +43,9 @@ MAX_STEPS = 4000
 
 LOOK_AGAIN = 2.0
 """Seconds after which one who waits looks into the database: messages may be lost."""
+
+UNANSWERED = 20.0
+"""Seconds after which who asked is told that the database does not answer."""
 
 T = TypeVar("T")
 
@@ -59,7 +62,8 @@ class Hub:
         self.files = Files(Path(settings.root))
         self.store = Store(settings.url)
         recover(self.files, self.store)
-        self.info = ModelInfo(name=settings.model)
+        here = None if settings.model in BUILT_IN else on_disk(settings.model)
+        self.info = ModelInfo(name=settings.model if here is None else here.name)
         self.names = Names(settings)
         self.on_refusal: Callable[[], None] = lambda: None
         self.supervisor = Supervisor(
@@ -381,7 +385,10 @@ class Hub:
 
     async def _in_threads(self, threads: Executor, call: Callable[..., T], *given: Any) -> T:
         try:
-            return await self._loop.run_in_executor(threads, call, *given)
+            async with asyncio.timeout(UNANSWERED):
+                return await self._loop.run_in_executor(threads, call, *given)
+        except TimeoutError:  # as of one that stands still with its connections open
+            raise StorageError("the database of jobs does not answer") from None
         except OSError as error:
             raise StorageError(f"the data folder does not take it: {error.strerror}") from None
         except SQLAlchemyError as error:

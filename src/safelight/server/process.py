@@ -5,10 +5,10 @@ It loads its model while the server is still starting.
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -55,9 +55,11 @@ def _run(pipe: Connection, told: Connection, settings: Settings) -> None:
     pulse.start()
     from safelight.errors import SafelightError
     from safelight.server.jobs import StorageError
+    from safelight.server.logs import without_words
     from safelight.server.worker import Worker
 
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionError):  # the server is gone
+    code = 0
+    try:
         try:
             worker = Worker(pipe, settings, pulse)
         except StorageError:
@@ -66,4 +68,9 @@ def _run(pipe: Connection, told: Connection, settings: Settings) -> None:
             pipe.send(("refused", str(error), error.code))
         else:
             worker.run()
-    os._exit(0)
+    except (EOFError, BrokenPipeError, ConnectionError):
+        pass  # the server is gone
+    except Exception as error:  # its words may quote a prompt
+        sys.stderr.write(f"the worker failed: {without_words(error)}\n")
+        code = 1
+    os._exit(code)

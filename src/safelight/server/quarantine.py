@@ -15,6 +15,9 @@ NAME = "quarantine"
 DAYS = 30
 """Days after which a file in quarantine is deleted."""
 
+FIRST = date(2025, 1, 1)
+"""No day of a quarantine is earlier. A machine without a battery starts in 1970."""
+
 
 def put_away(root: Path, path: Path) -> None:
     """Move a file into today's folder of the quarantine. Raises OSError."""
@@ -31,17 +34,24 @@ def put_away(root: Path, path: Path) -> None:
 def forget(root: Path, folders: Iterable[str]) -> None:
     """Delete what has been in quarantine for more than DAYS."""
     for place in (root / NAME, *(root / folder / NAME for folder in folders)):
-        for day in place.iterdir() if place.is_dir() else ():
-            if _too_old(day):
+        try:
+            days = list(place.iterdir()) if place.is_dir() else []
+        except OSError as error:
+            log.warning("the quarantine cannot be read: %s", error.strerror)
+            continue
+        for day in days:
+            if _too_old(day) and not day.is_symlink():
                 shutil.rmtree(day, ignore_errors=True)
                 log.warning("the quarantine of %s was deleted", day.name)
 
 
 def _too_old(day: Path) -> bool:
     try:
-        return date.fromisoformat(day.name) < _today() - timedelta(days=DAYS)
+        put = date.fromisoformat(day.name)
     except ValueError:
         return False  # somebody else's
+    # Before there was a quarantine, the clock was wrong.
+    return FIRST <= put < _today() - timedelta(days=DAYS)
 
 
 def _free(folder: Path, name: str) -> Path:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import signal
 import socket
 import sys
-import time
 from typing import Any
 
 import uvicorn
@@ -24,27 +22,8 @@ from safelight.server.guard import Rules
 from safelight.server.hub import Hub
 from safelight.server.limits import Sparing
 from safelight.server.listening import BACKLOG, everywhere, link, shown
+from safelight.server.logs import Lines, log_all_exceptions
 from safelight.server.process import Child, Settings
-
-FIELDS = (
-    *("request_id", "address", "method", "route", "status", "seconds", "job", "client"),
-    "left_out",
-)
-
-
-class Lines(logging.Formatter):
-    """Formats a log record as a line of JSON. None contains a prompt."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, Any] = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
-            "level": record.levelname.lower(),
-            "message": record.getMessage(),
-        }
-        line |= {name: getattr(record, name) for name in FIELDS if hasattr(record, name)}
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
 
 
 class Server(uvicorn.Server):
@@ -85,6 +64,7 @@ def serve(
     handler.setFormatter(Lines())
     handler.addFilter(Sparing())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    log_all_exceptions()
     hub = Hub(settings, child, bound=bound)
     names = hosts | ({host} if not everywhere(host) else frozenset())
     rules = Rules(token, names, proxies=proxies, short=short_addresses)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import secrets
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, func, select, true
@@ -19,6 +20,9 @@ from safelight.server.claims import Claims, uncommitted
 from safelight.server.database import LOCK, PATIENCE, storage_errors
 from safelight.server.jobs import BusyError, Job, Status, StorageError
 from safelight.server.tables import UNFINISHED, facts, jobs, pictures, read_job, timestamp
+
+MAX_LISTED = 4 << 20
+"""Bytes of the jobs of one list, about: one of 64 pictures with long prompts takes 2 MiB."""
 
 FOLDER = "folder"
 """The fact that says which data folder has the pictures."""
@@ -154,7 +158,10 @@ class Store(Claims):
         limit: int = 50,
         owner: str | None = None,
     ) -> list[Job]:
-        """Return jobs, newest first. search: words of the prompt. before: created earlier."""
+        """Return jobs, newest first: at most `limit`, and of MAX_LISTED bytes, but one at least.
+
+        search: words of the prompt. before: created earlier.
+        """
         query = select(jobs).where(_of(owner)).order_by(jobs.c.created.desc(), jobs.c.id)
         query = query.limit(limit)
         if status is not None:
@@ -163,8 +170,16 @@ class Store(Claims):
             query = query.where(jobs.c.created < before)
         for word in search.lower().split():
             query = query.where(func.lower(jobs.c.prompt).contains(word, autoescape=True))
+        found: list[Job] = []
+        size = 0
         with self._read() as db:
-            return [self._job(db, row) for row in db.execute(query).mappings().all()]
+            for row in db.execute(query).mappings():
+                drawn = self._pictures(db, row)
+                size += len(row["request"]) + sum(len(one["recipe"]) for one in drawn)
+                if found and size > MAX_LISTED:
+                    break
+                found.append(read_job(row, drawn))
+        return found
 
     def counts(self) -> dict[str, int]:
         """Return how many jobs there are of each status."""
@@ -230,8 +245,11 @@ class Store(Claims):
         return None if row is None else self._job(db, row)
 
     def _job(self, db: Connection, row: RowMapping) -> Job:
+        return read_job(row, self._pictures(db, row))
+
+    def _pictures(self, db: Connection, row: RowMapping) -> Sequence[RowMapping]:
         query = select(pictures).where(pictures.c.job == row["id"]).order_by(pictures.c.number)
-        return read_job(row, db.execute(query).mappings().all())
+        return db.execute(query).mappings().all()
 
 
 def _of(owner: str | None) -> ColumnElement[bool]:

@@ -23,6 +23,7 @@ from sqlalchemy.engine import RowMapping
 
 from safelight.sampling import SAMPLERS
 from safelight.server.jobs import Job, Picture, Progress, Status
+from safelight.server.wording import public
 
 meta = MetaData()
 jobs = Table(
@@ -89,7 +90,7 @@ def read_job(row: RowMapping, drawn: Sequence[RowMapping]) -> Job:
         settings=settings,
         progress=_progress(settings, row["pictures"], len(drawn)) if status.final else Progress(),
         warnings=_list(row["warnings"]),
-        error=row["error"],
+        error=row["error"] and public(row["error"]),
         attempts=row["attempts"],
         pictures=[
             Picture(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import shutil
 import time
 from collections import Counter
@@ -13,17 +14,28 @@ from typing import Any
 
 from starlette.responses import PlainTextResponse
 
+from safelight.server.callers import caller_of
+
 log = logging.getLogger("safelight.server")
 
 OWN = 256 << 20
 ALL = 1 << 30
 """Bytes that the uploads of one owner, and those of all, may take."""
 
+LEAST = 64 << 10
+"""Bytes that an upload counts at least: millions of empty ones would be a burden, too."""
+
 FRESH = 3600.0
 """Seconds for which an upload stays, whatever else needs its space: its page may still be open."""
 
 OLD = 7 * 24 * 3600.0
 """Seconds after which an upload is forgotten; what was drawn from it has a copy."""
+
+_KEPT = re.compile(r"[0-9a-f]{32,128}")
+_COMING = re.compile(r"tmp[0-9a-z_]{8,10}")
+"""Names that Gradio gives: a digest for a folder of an upload, and one of `tempfile`. Whatever else
+is in the folder is not ours, and stays.
+"""
 
 LONGEST = 64 << 20
 """Bytes of an upload that does not say how long it is."""
@@ -32,7 +44,7 @@ LONGEST = 64 << 20
 class Uploads:
     """An ASGI application around the one that writes uploads to a folder.
 
-    While one is written it is a file tmp*; then it lies in a folder of its own.
+    While one is written its name begins with tmp; then it lies in a folder of its own.
     """
 
     def __init__(self, app: Any, folder: Path) -> None:
@@ -41,8 +53,8 @@ class Uploads:
         self._coming: Counter[str] = Counter()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        owner = owner_of(scope)
-        size = _length(scope)
+        owner = caller_of(scope).name
+        size = max(_length(scope), LEAST)
         if not await asyncio.to_thread(self._make_room, owner, size):
             answer = PlainTextResponse(
                 f"the uploads that are not used yet take {OWN >> 20} MiB, or those of all "
@@ -85,20 +97,23 @@ class Uploads:
         """
         busy = sum(self._coming.values()) > 0
         for path in self._entries():
-            if path.name.startswith("tmp") and (not busy or _age(path) > seconds):
+            if _COMING.fullmatch(path.name) and (not busy or _age(path) > seconds):
                 _remove(path)
 
     def forget(self) -> None:
         """Remove what was uploaded long ago, and what was broken off."""
         self.clean_up()
         for path in self._entries():
-            if _age(path) > OLD:
+            if _KEPT.fullmatch(path.name) and _age(path) > OLD:
                 _remove(path)
 
     def _make_room(self, owner: str, size: int) -> bool:
         """Return whether an upload fits, after those that are not fresh went, the oldest first."""
         while True:
-            files = [path for path in self._folder.rglob("*") if path.is_file()]
+            kept = [path for path in self._entries() if _KEPT.fullmatch(path.name)]
+            coming = [path for path in self._entries() if _COMING.fullmatch(path.name)]
+            files = [path for one in kept for path in one.glob("*") if path.is_file()]
+            files += [path for path in coming if path.is_file()]
             sizes = {path: _size(path) for path in files}
             self._owners = {p: name for p, name in self._owners.items() if p in sizes}
             own = sum(sizes[path] for path, name in self._owners.items() if name == owner)
@@ -128,12 +143,6 @@ class Uploads:
             return []
 
 
-def owner_of(scope: Any) -> str:
-    """Return who asks: the owner that the entrance found, or the client's address."""
-    owner = (scope.get("state") or {}).get("owner")
-    return str(owner or (scope.get("client") or ("?",))[0])
-
-
 def _length(scope: Any) -> int:
     given = dict(scope.get("headers", ())).get(b"content-length", b"")
     return int(given) if given.isdigit() else LONGEST
@@ -148,7 +157,7 @@ def _age(path: Path) -> float:
 
 def _size(path: Path) -> int:
     try:
-        return path.stat().st_size
+        return max(path.stat().st_size, LEAST)
     except OSError:
         return 0
 

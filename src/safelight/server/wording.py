@@ -22,10 +22,15 @@ def public(text: str) -> str:
     for path in (*_HIDDEN, str(Path.home()), str(Path(__file__).parents[2])):
         if len(path) > 1 and path in text:
             text = re.sub(rf"{re.escape(path)}(?=/|\b|')", "…", text)
-    return text if len(text) <= MAX_ERROR else f"{text[:MAX_ERROR]}…"
+    return _whole(text if len(text) <= MAX_ERROR else f"{text[:MAX_ERROR]}…")
 
 
 def clipped(text: object, length: int = 100) -> str:
     """Return the beginning of what a client sent, on one line."""
-    shown = " ".join(str(text)[: length + 1].split())
+    shown = _whole(" ".join(str(text)[: length + 1].split()))
     return shown if len(shown) <= length else f"{shown[:length]}…"
+
+
+def _whole(text: str) -> str:
+    """Return a text without halves of character pairs, which no answer can be written with."""
+    return text.encode("utf-8", "replace").decode()

@@ -76,6 +76,7 @@ class Worker:
             family=self._model.family.name,
             width=width,
             height=height,
+            vae=(self._model.other_vae or {}).get("name"),
             device=str(self._model.device),
             dtype=self._model.precision,
             ready=True,

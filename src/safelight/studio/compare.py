@@ -18,6 +18,7 @@ from safelight.server.jobs import Job, Status
 from safelight.server.store import new_id
 from safelight.studio import form as forms
 from safelight.studio.parts import asker, kept, problem, progress, status
+from safelight.studio.paths import folder_of
 
 NOTHING = "nothing"
 
@@ -47,21 +48,26 @@ def compare(hub: Hub, form: forms.Form, decoders: Decoders) -> None:
         """Yield problem, status, bar, sheet and the ids of the jobs."""
         jobs: list[Job] = []
         try:
-            given = await forms.read_easel(values, decoders, asker(by).name)
-            base = (await asyncio.to_thread(forms.request, *given, hub=hub)).replace(count=1)
             axes = [Axis.parse(f"{x}={across}")]
             if y != NOTHING:
                 axes.append(Axis.parse(f"{y}={down}"))
-            cells = requests(base, *axes)
-            for row in cells:
-                for request in row:
-                    jobs.append(await hub.submit(request, client="compare", owner=asker(by).owner))
+            async with forms.turn(values, decoders, asker(by).name):
+                given = await forms.read_easel(values, decoders, asker(by).name)
+                base = (await asyncio.to_thread(forms.request, *given, hub=hub)).replace(count=1)
+                prompt = base.prompt
+                cells = [request for row in requests(base, *axes) for request in row]
+                del given, base  # pictures are not held while the cells are drawn
+                while cells:
+                    request = cells.pop(0)
+                    owner = asker(by).owner
+                    jobs.append(await hub.submit(request, client="compare", owner=owner))
+                    del request
         except SafelightError as error:
             for job in jobs:  # the whole grid, or nothing
                 await hub.cancel(job.id)
             yield str(error), "", "", gr.skip(), []
             return
-        prompts = "several prompts" if "prompt" in (x, y) else f"“{_short(base.prompt)}”"
+        prompts = "several prompts" if "prompt" in (x, y) else f"“{_short(prompt)}”"
         ids = [job.id for job in jobs]
         waits = [asyncio.ensure_future(hub.wait(job_id)) for job_id in ids]
         pending = set(waits)
@@ -72,7 +78,7 @@ def compare(hub: Hub, form: forms.Form, decoders: Decoders) -> None:
             _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
         try:
             made = [wait.result() for wait in waits]
-            grid = await asyncio.to_thread(_sheet, hub, made, axes)
+            grid = await asyncio.to_thread(_sheet, hub, made, axes, folder_of(asker(by)))
         except SafelightError as error:
             yield str(error), "", "", gr.skip(), []
             return
@@ -96,8 +102,8 @@ def _short(prompt: str) -> str:
     return prompt if len(prompt) <= 80 else f"{prompt[:80]}…"
 
 
-def _sheet(hub: Hub, jobs: list[Job], axes: list[Axis]) -> str:
-    """Write the grid into the data folder and return its path there.
+def _sheet(hub: Hub, jobs: list[Job], axes: list[Axis], owner: str) -> str:
+    """Write the grid into the owner's folder of the data folder, and return its path there.
 
     Raises SafelightError if a cell was not drawn.
     """
@@ -108,11 +114,11 @@ def _sheet(hub: Hub, jobs: list[Job], axes: list[Axis]) -> str:
     columns = len(axes[0].values)
     results = [_result(hub, job) for job in jobs]
     rows = [results[i : i + columns] for i in range(0, len(results), columns)]
-    folder = hub.files.root / "grids"
-    folder.mkdir(exist_ok=True)
+    folder = hub.files.root / "grids" / owner
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{new_id()}.png"
     Grid(axes[0], axes[1] if len(axes) > 1 else None, rows).save(path)
-    return f"grids/{path.name}"
+    return f"grids/{owner}/{path.name}"
 
 
 def _result(hub: Hub, job: Job) -> Result:

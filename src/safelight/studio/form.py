@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ NATIVE = "0: the model's own"
 EXAMPLE = "three teddy bears on a yellow background"
 """The prompt that the empty box shows, and that is drawn if the box stays empty."""
 
+MAX_LAYERS = 4
+"""Layers of the editor's picture: each is held decoded. Ours has one."""
+
 EASEL = 512
 """Pixels. The editor enlarges smaller pictures, so that a brush can hit something."""
 
@@ -51,6 +55,13 @@ _PLACED = (
 """The settings that have a place of their own on the form, in the order of its fields."""
 
 
+_WORDS = (
+    *("prompt_syntax", "emphasis", "clip_skip", "loras", "lora_unmatched", "embeddings", "styles"),
+    "dynamic_prompts",
+)
+"""The settings that say what a prompt means; `words.js` adds choosers to their fields."""
+
+
 def further_settings(request_type: type[Request]) -> list[Setting]:
     """Return the settings whose fields the form derives from their description."""
     return [
@@ -60,26 +71,26 @@ def further_settings(request_type: type[Request]) -> list[Setting]:
     ]
 
 
-def control(setting: Setting) -> Any:
+def control(setting: Setting, value: Any) -> Any:
     """Return the field of a setting: a list, a checkbox, a slider or a box, by its description."""
     about: dict[str, Any] = {
-        "label": setting.label.capitalize(),
+        "label": setting.label.capitalize().replace("Lora", "LoRA"),
         "info": setting.description,
         "elem_id": setting.name,
     }
     if setting.choices:
         choices = [OWN, *setting.choices] if setting.optional else list(setting.choices)
-        return gr.Dropdown(choices, value=setting.default or OWN, **about)
+        return gr.Dropdown(choices, value=value or OWN, **about)
     if setting.kind is bool:
-        return gr.Checkbox(setting.default, **about)
+        return gr.Checkbox(value, **about)
     if setting.kind is tuple:
         about["info"] = f"{setting.description}; one a line"
     if setting.kind in (str, tuple):
-        return gr.Textbox(setting.text(setting.default), max_length=MAX_PROMPT, **about)
-    if setting.about.slider is not None and setting.default is not None:
+        return gr.Textbox(setting.text(value), max_length=MAX_PROMPT, **about)
+    if setting.about.slider is not None and value is not None:
         low, high, step = setting.about.slider
-        return gr.Slider(low, high, setting.default, step=step, **about)
-    return gr.Number(setting.default, **about)
+        return gr.Slider(low, high, value, step=step, **about)
+    return gr.Number(value, **about)
 
 
 class Form:
@@ -90,7 +101,7 @@ class Form:
     """
 
     def __init__(self, defaults: Mapping[str, Any], request_type: type[Request] = Request) -> None:
-        first = Request(sampler="dpmpp_2m").replace(**defaults)
+        first = request_type(sampler="dpmpp_2m").replace(**defaults)
         self.prompt = gr.Textbox(
             label="Prompt",
             placeholder=EXAMPLE,
@@ -102,7 +113,9 @@ class Form:
             label="Negative prompt",
             info="what to keep out of the picture",
             max_length=MAX_PROMPT,
+            elem_id="negative",
         )
+        gr.HTML('<p class="count"></p>', elem_id="count")
         self.draw = gr.Button("Draw", variant="primary", elem_id="draw")
         self.problem, self.status = problem("make"), status("make")
         with gr.Row():
@@ -121,6 +134,10 @@ class Form:
             )
             self.keep = gr.Checkbox(False, label="Keep it", scale=1, min_width=100)
             self.die = gr.Button("New seed", scale=1, min_width=100)
+        settings = {setting.name: setting for setting in further_settings(request_type)}
+        made: dict[str, Any] = {}
+        with gr.Accordion("Prompt, LoRAs and embeddings", open=False):
+            made |= {n: control(settings[n], getattr(first, n)) for n in _WORDS if n in settings}
         with gr.Accordion("Size and schedule", open=False):
             with gr.Row():
                 self.width = gr.Number(0, label="Width", info=NATIVE, min_width=100)
@@ -135,7 +152,9 @@ class Form:
             self.eta = gr.Slider(
                 0, 1, 0, step=0.05, label="Eta", info="fresh noise in each step of DDIM and TCD"
             )
-            self.further = [control(setting) for setting in further_settings(request_type)]
+            rest = [name for name in settings if name not in made]
+            made |= {name: control(settings[name], getattr(first, name)) for name in rest}
+        self.further = [made[name] for name in settings]
         with gr.Accordion("Change a picture", open=False) as self.change:
             gr.HTML(
                 "<p>Drop a picture to start from. Paint over a part of it to redraw only that "
@@ -281,6 +300,15 @@ def _painted(picture: Any, enlarged: int) -> tuple[Image.Image | None, Image.Ima
     return small, mask and mask.resize(small.size, _WHOLE)
 
 
+def turn(
+    values: Sequence[Any], decoders: Decoders, client: str
+) -> AbstractAsyncContextManager[None]:
+    """Return the client's turn to hold the editor's pictures, decoded; none is needed without."""
+    picture = values[-2]
+    empty = picture is None or picture.background is None
+    return nullcontext() if empty else decoders.handling.turn(client)
+
+
 async def read_easel(values: Sequence[Any], decoders: Decoders, client: str) -> list[Any]:
     """Return the values of all fields with the editor's pictures decoded.
 
@@ -290,6 +318,8 @@ async def read_easel(values: Sequence[Any], decoders: Decoders, client: str) -> 
     *others, picture, enlarged = values
     if picture is None or picture.background is None:
         return [*others, None, enlarged]
+    if len(picture.layers or ()) > MAX_LAYERS:
+        raise SafelightError(f"the editor's picture must have at most {MAX_LAYERS} layers")
     opened = [
         await read_file(decoders, "with_alpha", file.path, client)
         for file in (picture.background, *(picture.layers or ()))

@@ -12,12 +12,16 @@ from safelight.errors import SafelightError
 from safelight.request import MAX_PROMPT, Request
 from safelight.server.hub import Hub
 from safelight.server.store import new_id
-from safelight.studio.parts import plain, problem, status
-from safelight.studio.paths import KEPT_AT
+from safelight.server.wording import public
+from safelight.studio.parts import asker, plain, problem, status
+from safelight.studio.paths import KEPT_AT, folder_of
 from safelight.studio.run import Command, model_options, options
 
 KEPT = 20
 """Number of pages that are kept; older ones can be drawn again."""
+
+MAX_WAITING = 8
+"""Pages that may wait for the one that looks inside."""
 
 PICTURES = ("image", "mask")
 
@@ -30,6 +34,7 @@ class Inside:
         self._hub = hub
         first = {"steps": 20, "sampler": "dpmpp_2m", **defaults}
         self._turn = asyncio.Lock()
+        self._waiting = 0
         self._mine: tuple[str | None, Command] | None = None
         with gr.Row():
             self.prompt = gr.Textbox(
@@ -86,18 +91,28 @@ class Inside:
             yield "", str(error), gr.skip()
             return
         if self._turn.locked():
+            if self._waiting >= MAX_WAITING:
+                yield "", f"{MAX_WAITING} pages wait to look inside: try again later.", gr.skip()
+                return
             if self._mine is not None and self._mine[0] == by.session_hash:
                 self._mine[1].kill()  # a new request replaces the page's old one
             yield "Another page is looking inside. This one is next.", "", gr.skip()
-        async with self._turn:  # each loads the model again
+        self._waiting += 1
+        try:
+            await self._turn.acquire()  # each loads the model again
+        finally:
+            self._waiting -= 1
+        try:
             async for update in self._explained(prompt, settings, by):
                 yield update
+        finally:
+            self._turn.release()
 
     async def _explained(
         self, prompt: str, settings: dict[str, Any], by: gr.Request
     ) -> AsyncIterator[tuple[Any, Any, Any]]:
-        folder = self._hub.files.root / "inside"
-        folder.mkdir(exist_ok=True)
+        folder = self._hub.files.root / "inside" / folder_of(asker(by))
+        folder.mkdir(parents=True, exist_ok=True)
         name = new_id()
         yield (
             "Drawing the picture again and recording every step. This takes some seconds.",
@@ -118,8 +133,8 @@ class Inside:
         finally:
             command.kill()  # if the page was closed
         if not done:
-            yield "", f"This picture cannot be shown: {command.last}", gr.skip()
+            yield "", f"This picture cannot be shown: {public(command.last)}", gr.skip()
             return
-        for old in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)[:-KEPT]:
+        for old in sorted(folder.glob("*.html"), key=lambda path: path.stat().st_mtime)[:-KEPT]:
             old.unlink(missing_ok=True)
-        yield "", "", name
+        yield "", "", f"{folder.name}/{name}"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import re
+import traceback
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,17 @@ from safelight.errors import SafelightError
 from safelight.server.bodies import (
     MAX_JSON,
     MAX_MARKS,
-    check_text,
     read_body,
+    read_event,
 )
+from safelight.server.callers import Caller, caller_of
 from safelight.server.decoding import Decoders
 from safelight.server.hub import Hub
 from safelight.server.uploads import Uploads
-from safelight.studio.paths import KEPT_AT, PATH
+from safelight.studio.paths import KEPT_AT, PATH, folder_of
+from safelight.studio.sessions import MAX_RUNNING, Sessions
+
+log = logging.getLogger("safelight.studio")
 
 # The page may contact no other host, whatever a prompt or a picture's text contains.
 _POLICY = (
@@ -32,7 +38,8 @@ _POLICY = (
     b"frame-ancestors 'self'"
 )
 _SHOWN = re.compile(
-    r"inside/[0-9a-f]{32}\.html|grids/[0-9a-f]{32}\.png|training/digits-\d{1,5}/step-\d{6}\.png"
+    r"(inside/([0-9a-f]{16}/)?[0-9a-f]{32}\.html|grids/([0-9a-f]{16}/)?[0-9a-f]{32}\.png)"
+    r"|training/digits-\d{1,5}/step-\d{6}\.png"
 )
 # The routes of Gradio that the page needs. Others (a proxy, a code editor …) are not served.
 _ASKED = re.compile(
@@ -46,6 +53,9 @@ that an older one loses is which seed it drew last.
 
 UPLOADS = "uploads"
 UPLOAD = f"{PATH}/gradio_api/upload"
+EVENT = f"{PATH}/gradio_api/queue/join"
+MESSAGES = f"{PATH}/gradio_api/queue/data"
+HEARTBEAT = f"{PATH}/gradio_api/heartbeat/"
 
 _MISSING = "The studio is not installed: pip install 'safelight[studio]'\n"
 _ICON = (
@@ -88,7 +98,7 @@ class Studio:
             await PlainTextResponse(_MISSING, 404)(scope, receive, send)
             return
         if path.startswith(KEPT_AT):
-            await _kept(self._hub.files.root, path)(scope, receive, send)
+            await _kept(self._hub.files.root, path, caller_of(scope))(scope, receive, send)
             return
         if not _ASKED.fullmatch(path):
             await PlainTextResponse("there is no such page\n", 404)(scope, receive, send)
@@ -101,8 +111,32 @@ class Studio:
         if path == UPLOAD:
             page = self._uploads(page)
         elif scope["method"] == "POST":
-            receive = await _bounded(scope, receive)
+            receive = await self._bounded(scope, receive)
+        elif path == MESSAGES or path.startswith(HEARTBEAT):
+            given = HttpRequest(scope).query_params.get("session_hash") or ""
+            given = path.removeprefix(HEARTBEAT) if path != MESSAGES else given
+            self._sessions.check(given, caller_of(scope).name)
         await page(scope, receive, _with_policy(send))
+
+    async def _bounded(self, scope: Any, receive: Any) -> Any:
+        """Return an ASGI `receive` of a body of JSON that was read within our bounds.
+
+        Gradio parses it in the event loop. Raises RefusedError.
+        """
+        body = await read_body(HttpRequest(scope, receive), MAX_JSON, marks=MAX_MARKS)
+        if scope["path"] == EVENT:
+            event = await asyncio.to_thread(read_event, body)
+            client = caller_of(scope).name
+            self._sessions.check(event.get("session_hash"), client)
+            self._sessions.check_event(client)
+        elif body:
+            await asyncio.to_thread(read_event, body)
+        waiting = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Any:
+            return waiting.pop() if waiting else await receive()
+
+        return replay
 
     def _uploads(self, page: Any) -> Uploads:
         if self._uploaded is None:
@@ -123,12 +157,13 @@ class Studio:
 
     async def _keep(self, ready: asyncio.Future[Any]) -> None:
         try:
-            app = await asyncio.to_thread(
+            app, page = await asyncio.to_thread(
                 _build, self._hub, await self._hub.defaults(), self._decoders
             )
             async with app.router.lifespan_context(app):
                 uploads = self._uploads(app)
                 await asyncio.to_thread(uploads.clean_up)  # of an earlier server
+                self._sessions = Sessions(page._queue)
                 ready.set_result(app)
                 while True:
                     await asyncio.to_thread(uploads.forget)
@@ -139,13 +174,14 @@ class Studio:
             ready.set_exception(error)
 
 
-def _build(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> Any:
+def _build(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> tuple[Any, Any]:
+    """Return the application that serves the page, and Gradio's page."""
     # Gradio reads this when it is imported; it switches off its telemetry.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     # The default is in /tmp: for ever, under a name that another user may have taken.
     os.environ["GRADIO_TEMP_DIR"] = str(hub.files.root / UPLOADS)
     from fastapi import FastAPI
-    from gradio import mount_gradio_app, processing_utils
+    from gradio import mount_gradio_app, processing_utils, queueing, route_utils, routes
 
     from safelight.studio.page import LOOK, blocks
 
@@ -153,10 +189,14 @@ def _build(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> Any:
     # the application was mounted instead of launched, Gradio opens any file of the machine without
     # checking that it was uploaded.
     processing_utils.async_ssrf_protected_download = _not_fetched
+    for module in (queueing, routes, route_utils):
+        vars(module)["traceback"] = _Logged()
     page = blocks(hub, defaults, decoders)
     page.has_launched = True
+    page.max_threads = MAX_RUNNING
+    page.queue(default_concurrency_limit=None)  # one client's slow event holds up no other's
     page.state_session_capacity = SESSIONS
-    return mount_gradio_app(
+    mounted = mount_gradio_app(
         FastAPI(openapi_url=None),
         page,
         path=PATH,
@@ -166,35 +206,35 @@ def _build(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> Any:
         max_file_size="64mb",
         **LOOK,
     )
+    return mounted, page
 
 
 async def _not_fetched(url: str, *_: Any, **__: Any) -> str:
     raise SafelightError("addresses are not fetched")
 
 
-def _kept(root: Path, path: str) -> Response:
-    """Return a file that the page shows: of explain, compare or a training."""
+class _Logged:
+    """Gradio's `traceback`: an exception's words may quote a prompt, and stderr has no limit."""
+
+    def print_exc(self, *_: Any) -> None:
+        log.exception("an event of the page failed")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(traceback, name)
+
+
+def _kept(root: Path, path: str, caller: Caller) -> Response:
+    """Return a file that the page shows: the caller's own of explain or compare, or a training's.
+
+    A training is the server's: it has no prompt.
+    """
     name = path.removeprefix(KEPT_AT)
-    if not _SHOWN.fullmatch(name) or not (root / name).is_file():
+    found = _SHOWN.fullmatch(name)
+    foreign = found and found[1] and caller.sees and f"/{folder_of(caller)}/" not in name
+    if not found or foreign or not (root / name).is_file():
         return PlainTextResponse("there is no such file\n", 404)
     # A page of explain has its own policy; this header takes it out of our origin.
     return FileResponse(root / name, headers={"content-security-policy": "sandbox allow-scripts"})
-
-
-async def _bounded(scope: Any, receive: Any) -> Any:
-    """Return an ASGI `receive` of a body of JSON that was read within our bounds.
-
-    Gradio parses it in the event loop. Raises RefusedError.
-    """
-    body = await read_body(HttpRequest(scope, receive), MAX_JSON, marks=MAX_MARKS)
-    if body:
-        check_text(body)
-    waiting = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def replay() -> Any:
-        return waiting.pop() if waiting else await receive()
-
-    return replay
 
 
 def _with_policy(send: Any) -> Any:

@@ -56,7 +56,7 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
     is uploaded.
     """
     with gr.Blocks(title="Safelight", analytics_enabled=False, fill_width=True) as page:
-        gr.HTML("<h1>Safelight</h1>")
+        gr.HTML('<h1>Safelight</h1><p class="model"></p>', elem_id="head")
         with gr.Tabs() as tabs:
             with gr.Tab("Make", id="make"):
                 form, drawn = _make(hub, defaults, decoders)
@@ -163,9 +163,10 @@ def _make(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> tuple[forms
         if not keep and given[seed_at] == used:
             given[seed_at] = str(draw_seed())
         try:
-            given = await forms.read_easel(given, decoders, asker(by).name)
-            request = await asyncio.to_thread(forms.request, *given, hub=hub)
-            job = await hub.submit(request, client="studio", owner=asker(by).owner)
+            async with forms.turn(given, decoders, asker(by).name):
+                given = await forms.read_easel(given, decoders, asker(by).name)
+                request = await asyncio.to_thread(forms.request, *given, hub=hub)
+                job = await hub.submit(request, client="studio", owner=asker(by).owner)
         except SafelightError as error:
             return gr.skip(), gr.skip(), gr.skip(), str(error), ""
         example = request.prompt == forms.EXAMPLE and forms.empty(given[0])

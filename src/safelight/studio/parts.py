@@ -11,7 +11,7 @@ from safelight.server.callers import Caller, caller_of
 from safelight.studio.paths import KEPT_AT
 
 _HERE = Path(__file__).parent
-_SCRIPTS = [(_HERE / name).read_text("utf-8") for name in ("studio.js", "form.js")]
+_SCRIPTS = [(_HERE / name).read_text("utf-8") for name in ("studio.js", "form.js", "words.js")]
 HEAD = "".join(f"<script>{script}</script>" for script in _SCRIPTS)
 STYLE = (_HERE / "studio.css").read_text("utf-8")
 

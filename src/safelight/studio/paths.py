@@ -1,4 +1,13 @@
 """Where the page and its files are on the server."""
 
+import hashlib
+
+from safelight.server.callers import Caller
+
 PATH = "/studio"
 KEPT_AT = f"{PATH}/kept/"
+
+
+def folder_of(caller: Caller) -> str:
+    """Return the name of the folder that what a caller has drawn for the page is kept in."""
+    return hashlib.sha256(caller.owner.encode()).hexdigest()[:16]

@@ -17,7 +17,9 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+from safelight.request import Request
 from safelight.server.process import Settings
+from safelight.settings import settings_of
 
 
 class Command:
@@ -80,12 +82,17 @@ class Command:
 
 def options(settings: Mapping[str, Any]) -> list[str]:
     """Return settings of a Request as options of the command line, without None and False."""
+    known = settings_of(Request)
     found: list[str] = []
     for name, value in settings.items():
         if value is None or value is False:
             continue
-        option = f"--{name.replace('_', '-')}"
-        found += [option] if value is True else [f"{option}={value}"]
+        option = known[name].option if name in known else f"--{name.replace('_', '-')}"
+        if value is True:
+            found.append(option)
+        else:
+            values = value if isinstance(value, list | tuple) else [value]
+            found += [f"{option}={one}" for one in values]
     return found
 
 
@@ -97,6 +104,8 @@ def model_options(settings: Settings) -> list[str]:
             "device": settings.device,
             "dtype": settings.dtype,
             "low_memory": settings.low_memory,
+            "models_dir": settings.models_dir,
+            "vae": settings.vae,
         }
     )
 

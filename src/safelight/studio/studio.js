@@ -11,6 +11,7 @@ const safelight = (() => {
     const body = await answer.json();
     if (answer.status === 401) throw new Error("the token is needed again: reload this page");
     if (!answer.ok) throw new Error(body.detail || `the server answered ${answer.status}`);
+    if (Array.isArray(body)) body.more = answer.headers.has("Link");  // a list may come in parts
     return body;
   };
 
@@ -53,7 +54,7 @@ const safelight = (() => {
     const settings = {...job.settings, seed: picture.seed, size};
     const recipe = make("dl");
     for (const [name, value] of Object.entries(settings)) {
-      if ([null, "", false].includes(value)) continue;
+      if ([null, "", false].includes(value) || value.length === 0) continue;
       if (["width", "height", "count"].includes(name)) continue;
       if (name === "prompt" && value === words(job)) continue;  // it is the title
       if (name === "eta" && !value) continue;
@@ -312,7 +313,7 @@ const safelight = (() => {
         const page = await ask(`/api/jobs?${query}`);
         if (mine !== asked) return;  // a newer search has started
         jobs = [...(before ? jobs : []), ...page];
-        more.hidden = page.length < 60;
+        more.hidden = !page.more;
         const made = jobs.filter(job => job.pictures.length);
         if (!made.length && !more.hidden) return load(jobs.at(-1).created_at);  // all cancelled
         const count = made.reduce((sum, job) => sum + job.pictures.length, 0);
@@ -328,5 +329,5 @@ const safelight = (() => {
     load();
   };
 
-  return {now, find, make};
+  return {now, find, make, ask};
 })();

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from safelight.server.hub import Hub
-from safelight.studio.parts import kept, plain, problem, progress, status
+from safelight.studio.parts import asker, kept, plain, problem, progress, status
 from safelight.studio.run import Command
 
 _STEP = re.compile(r"step (\d+)/(\d+)\s+loss ([0-9.]+)(?:.*?([0-9.]+) min left)?")
@@ -26,6 +26,7 @@ class Train:
         earlier = sorted(folder.glob("digits-*"), key=lambda path: path.stat().st_mtime)
         self._out = earlier[-1] if earlier else folder
         self._command: Command | None = None
+        self._owner = ""
         gr.HTML(
             "<p>Trains a small model that draws digits, on the 1,797 handwritten digits of "
             "scikit-learn. Noise is added to them, and the network learns to predict it. 800 steps "
@@ -46,12 +47,13 @@ class Train:
         timer = gr.Timer(2.0, active=False)
         outputs = [told, doing, bar, plot, samples, timer]
 
-        async def begin(steps: Any) -> tuple[Any, ...]:
+        async def begin(steps: Any, by: gr.Request) -> tuple[Any, ...]:
             if not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
                 return f"Training steps must be 1 to {MAX_STEPS}.", *self._look()[1:]
             if self._command is not None and self._command.stopped:
                 await self._command.ended()  # it saves its state
             if self._command is None or not self._command.running:
+                self._owner = asker(by).owner
                 # Another number of steps is another training: it cannot resume from this state.
                 self._out = folder / f"digits-{steps}"
                 self._out.mkdir(parents=True, exist_ok=True)
@@ -64,7 +66,9 @@ class Train:
                 )
             return self._look()
 
-        def end() -> tuple[Any, ...]:
+        def end(by: gr.Request) -> tuple[Any, ...]:
+            if asker(by).sees not in (None, self._owner):
+                return "Another client's training can be stopped by that client.", *self._look()[1:]
             if self._command is not None:
                 self._command.stop()
             return self._look()

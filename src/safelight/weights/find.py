@@ -64,7 +64,7 @@ def find_vae(
 
 
 def _find(name: str, kind: str, library: Library | None, download: bool, layout: Layout) -> Source:
-    if (found := _path(name)) is not None:
+    if (found := on_disk(name)) is not None:
         return found
     if library is not None and library.matches(name, kind):
         entry = library.find(name, kind)
@@ -82,7 +82,7 @@ def _find(name: str, kind: str, library: Library | None, download: bool, layout:
     return Source(name, from_hub(hub_id[1], hub_id[2], download=download, layout=layout))
 
 
-def _path(name: str) -> Source | None:
+def on_disk(name: str) -> Source | None:
     """Return what lies at a path, None if nothing does."""
     try:
         path = Path(name).expanduser()

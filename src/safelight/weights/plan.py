@@ -69,12 +69,17 @@ def read_plan(
     return _file_plan(source, prediction_type, without)
 
 
+def _class_of(entry: Any) -> str:
+    """Return the class that model_index.json names for a part, as [library, class]; or nothing."""
+    return str(entry[-1]) if isinstance(entry, list) and entry else ""
+
+
 def _folder_plan(source: Source, prediction_type: str | None) -> Plan:
     folder = Folder(source.path, source.name)
     family = family_of_folder(folder.index, source.name)
     folder.flat = family.flat
     parts = {
-        name: part.others.get(str((folder.index.get(name) or [""])[-1]), part)
+        name: part.others.get(_class_of(folder.index.get(name)), part)
         for name, part in family.parts.items()
     }
     raw = {part: folder.part_json(part, "config.json") for part in parts}

@@ -39,7 +39,7 @@ from safelight.server.apis.openai_shapes import (
     read_settings,
     refused,
 )
-from safelight.server.bodies import decoded, read_json
+from safelight.server.bodies import decoded, read_json, turn
 from safelight.server.callers import caller_of
 from safelight.server.disconnects import attended
 from safelight.server.jobs import Job, ModelInfo, Picture, Service, Status
@@ -78,6 +78,7 @@ class _Route(APIRoute):
 class _Call:
     """A job and what its pictures become. size: what they are enlarged to, None to keep them."""
 
+    http: HttpRequest
     service: Service
     body: ImagesBody
     job: Job
@@ -95,7 +96,8 @@ class _Call:
             text = "" if self.body.form == "png" else recipe_text(read_recipe(png))
             return encoded(png, self.body, text)
 
-        return await asyncio.to_thread(read)
+        async with turn(self.http):
+            return await asyncio.to_thread(read)
 
     async def preview(self, png: bytes) -> dict[str, Any]:
         """Return a preview as the answer has it."""
@@ -114,29 +116,36 @@ def _check_succeeded(job: Job) -> None:
         raise failed(job.error or f"the job was {job.status}")
 
 
-async def _answer(http: HttpRequest, body: ImagesBody, request: Request, kind: str) -> Response:
-    """Answer with a request's pictures. kind: the first half of the names of a stream's events."""
-    service: Service = http.app.state.service
-    url = body.response_format == "url"
-    if url and body.stream:
+def _check_form(body: ImagesBody) -> None:
+    """Raise ApiError for what an answer cannot be at once."""
+    if body.response_format == "url" and body.stream:
         raise ApiError(400, "response_format must be b64_json in a stream", "response_format")
-    if url and body.form != "png":
+    if body.response_format == "url" and body.form != "png":
         raise ApiError(400, "output_format must be png with response_format url", "output_format")
+
+
+async def _submitted(http: HttpRequest, body: ImagesBody, request: Request) -> _Call:
+    service: Service = http.app.state.service
     size, notes = None, list[str]()
     if request.width is not None:
         model = await service.loaded()
-        request, size = fit_to_model(request, model)
+        request, size = await asyncio.to_thread(fit_to_model, request, model)
         notes = enlarging_note(request, size, model)
     owner = caller_of(http.scope).owner
     job = await service.submit(request, client="openai", owner=owner)
-    call = _Call(service, body, job, size, notes)
+    return _Call(http, service, body, job, size, notes)
+
+
+async def _answer(call: _Call, kind: str) -> Response:
+    """Answer with a job's pictures. kind: the first half of the names of a stream's events."""
+    http, service, body, job, size = call.http, call.service, call.body, call.job, call.size
     if body.stream:
         return _EventStream(call, _events(call, kind))
     job = await attended(http.receive, service, job.id, service.wait(job.id))
     _check_succeeded(job)
     data: list[dict[str, Any]] = []
     for picture in job.pictures:
-        if url:
+        if body.response_format == "url":
             query = f"?width={size[0]}&height={size[1]}" if size else ""
             shown = {"url": f"{http.base_url}api/pictures/{picture.id}{query}"}
         else:
@@ -206,7 +215,9 @@ async def generate(http: HttpRequest) -> Response:
     """Make pictures from words."""
     body, settings = read_settings(await read_json(http), text=False)
     await _check_model(http, body.model)
-    return await _answer(http, body, Request(**settings), "image_generation")
+    _check_form(body)
+    call = await _submitted(http, body, Request(**settings))
+    return await _answer(call, "image_generation")
 
 
 @router.post(
@@ -216,13 +227,18 @@ async def edit(http: HttpRequest) -> Response:
     """Redraw a picture: all of it, or where the mask, or the picture itself, is transparent."""
     body, settings, files = await read_form(http)
     await _check_model(http, body.model)
+    _check_form(body)
+    await http.app.state.service.loaded()  # not within the turn
     separate = "mask" in files
-    read = [*await decoded(http, "with_alpha", [files.pop("image")], "image")]
-    if separate:
-        read[1] = (await decoded(http, "with_alpha", [files.pop("mask")], "mask"))[1]
-    request = await asyncio.to_thread(edit_request, settings, *read, separate=separate)
-    read.clear()
-    return await _answer(http, body, request, "image_edit")
+    async with turn(http):
+        read = [*await decoded(http, "with_alpha", [files.pop("image")], "image")]
+        if separate:
+            read[1] = (await decoded(http, "with_alpha", [files.pop("mask")], "mask"))[1]
+        request = await asyncio.to_thread(edit_request, settings, *read, separate=separate)
+        read.clear()
+        call = await _submitted(http, body, request)
+        del request  # it is not held while the job waits
+    return await _answer(call, "image_edit")
 
 
 @router.get("/models")

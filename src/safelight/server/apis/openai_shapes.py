@@ -15,7 +15,7 @@ from safelight.picture import encode
 from safelight.request import Request
 from safelight.server.bodies import MAX_BODY
 from safelight.server.jobs import retry_after, status_of
-from safelight.server.wording import clipped
+from safelight.server.wording import clipped, public
 from safelight.settings import Setting, settings_of
 from safelight.sizes import allowed_size
 
@@ -178,7 +178,8 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status, self.headers = status, headers
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        error = {"message": public(message), "type": kind, "code": code}
+        self.body = {"error": error | {"param": None if param is None else clipped(param)}}
 
 
 def failed(message: str) -> ApiError:
@@ -207,7 +208,9 @@ def refused(error: SafelightError) -> ApiError:
 def _explained(error: ValidationError) -> ApiError:
     """Return one line for the first of pydantic's findings."""
     first = error.errors(include_url=False, include_input=False)[0]
-    name = str(first["loc"][0]) if first["loc"] else "the body"
+    if not first["loc"]:  # a name that is no text
+        return ApiError(400, f"the body: {first['msg']}")
+    name = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
         known = ", ".join([*ImagesBody.model_fields, *own_settings(Request)])
         message = f"there is no setting {_quoted(name)}; known: {known}"

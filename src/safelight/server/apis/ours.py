@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Path, Query, Response
 from fastapi import Request as HttpRequest
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, TypeAdapter
 
 from safelight.errors import SafelightError
 from safelight.request import Request
 from safelight.sampling import SAMPLERS
 from safelight.sampling.schedule import SCHEDULES
-from safelight.server.bodies import decode_base64, decoded, read_json
+from safelight.server.bodies import decode_base64, decoded, read_json, turn
 from safelight.server.callers import caller_of
 from safelight.server.hub import Hub
 from safelight.server.jobs import Event, Job, ModelInfo, Status
 from safelight.server.sizes import enlarged_png
+from safelight.server.store import MAX_LISTED
 from safelight.settings import json_schema
 from safelight.sizes import MAX_SIDE, MIN_SIDE
 
@@ -31,6 +32,8 @@ KEEP_ALIVE = 15.0
 """Seconds after which a stream without events says that it is still there."""
 
 EXAMPLE = {"prompt": "a red apple", "steps": 20, "sampler": "dpmpp_2m", "seed": 7}
+
+_JOBS = TypeAdapter(list[Job])
 
 JobId = Annotated[str, Path(pattern="^[0-9a-f]{32}$")]
 
@@ -83,15 +86,16 @@ async def submit(
     if not request.headers.get("content-type", "").startswith("application/json"):
         raise SafelightError("the body must be JSON: send content-type application/json")
     settings = await read_json(request, pictures=True)
-    for name in ("image", "mask"):
-        if settings.get(name) is not None:
+    names = [name for name in ("image", "mask") if settings.get(name) is not None]
+    async with turn(request) if names else nullcontext():
+        for name in names:
             data = [decode_base64(settings[name], name)]
             settings[name] = await decoded(request, "picture", data, name)
-    asked = await asyncio.to_thread(lambda: Request(**settings))
-    settings.clear()  # the request has its own pictures
-    return await hub(request).submit(
-        asked, idempotency_key=idempotency_key, owner=caller_of(request.scope).owner
-    )
+        asked = await asyncio.to_thread(lambda: Request(**settings))
+        settings.clear()  # the request has its own pictures
+        return await hub(request).submit(
+            asked, idempotency_key=idempotency_key, owner=caller_of(request.scope).owner
+        )
 
 
 @router.get("/api/jobs", response_model=list[Job], tags=["jobs"])
@@ -101,15 +105,25 @@ async def list_jobs(
     search: Annotated[str, Query(max_length=200, description="words of the prompt")] = "",
     before: Annotated[datetime | None, Query(description="created before this")] = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
-) -> list[Job]:
-    """List jobs, newest first."""
-    return await hub(request).list(
+) -> Any:
+    """List jobs, newest first. Those with long prompts come fewer at a time than `limit`.
+
+    If there may be more, the header `Link` has the address of the next ones.
+    """
+    jobs = await hub(request).list(
         status=status,
         search=search.replace("\0", ""),
         before=None if before is None else _seconds(before),
         limit=limit,
         owner=_sees(request),
     )
+    body = await asyncio.to_thread(_JOBS.dump_json, jobs)
+    headers = {}
+    if jobs and (len(jobs) == limit or len(body) > MAX_LISTED // 2):
+        at = jobs[-1].created_at.isoformat().replace("+00:00", "Z")
+        link = request.url.include_query_params(before=at)
+        headers["Link"] = f'<{link.path}?{link.query}>; rel="next"'
+    return Response(body, media_type="application/json", headers=headers)
 
 
 @router.get("/api/jobs/{job_id}", response_model=Job, responses={404: {}}, tags=["jobs"])
@@ -174,7 +188,8 @@ async def picture(
         return _missing("picture")
     if width is None or height is None:
         return FileResponse(path, media_type="image/png")
-    data = await asyncio.to_thread(lambda: enlarged_png(path.read_bytes(), (width, height)))
+    async with turn(request):
+        data = await asyncio.to_thread(lambda: enlarged_png(path.read_bytes(), (width, height)))
     return Response(data, media_type="image/png")
 
 
@@ -188,7 +203,8 @@ async def thumbnail(request: HttpRequest, picture_id: JobId) -> Any:
     """Get a picture at no more than 256 pixels a side."""
     if await _foreign(request, picture_id):
         return _missing("picture")
-    path = await asyncio.to_thread(hub(request).files.thumbnail, picture_id)
+    async with turn(request):
+        path = await asyncio.to_thread(hub(request).files.thumbnail, picture_id)
     return _missing("picture") if path is None else FileResponse(path, media_type="image/png")
 
 
@@ -244,11 +260,27 @@ async def _stream(service: Hub, job_id: str) -> AsyncIterator[str]:
             except StopAsyncIteration:
                 return
             coming = None
-            data = json.dumps(event.model_dump(mode="json", exclude_none=True))
+            data = _brief(event).model_dump_json(exclude_none=True)
             yield f"event: {event.kind}\ndata: {data}\n\n"
     finally:
         if coming is not None:
             coming.cancel()
+
+
+def _brief(event: Event) -> Event:
+    """Return an event without the recipes of pictures that it is not about, but the last one.
+
+    With long prompts, those of 64 pictures take 2 MiB, and an event comes with each step.
+    """
+    if event.kind == "end":
+        return event
+    pictures = [
+        picture
+        if event.kind == "picture" and picture.index == event.index
+        else picture.model_copy(update={"recipe": {}})
+        for picture in event.job.pictures
+    ]
+    return event.model_copy(update={"job": event.job.model_copy(update={"pictures": pictures})})
 
 
 def _seconds(date: datetime) -> float:

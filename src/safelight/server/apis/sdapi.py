@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,11 @@ from starlette.exceptions import HTTPException
 
 from safelight.recipe import recipe_text
 from safelight.server.apis import sdapi_facts
-from safelight.server.apis.sdapi_bodies import Asked, ImageToImage, PngInfo, Sent, TextToImage
+from safelight.server.apis.sdapi_bodies import ImageToImage, PngInfo, Sent, TextToImage
 from safelight.server.apis.sdapi_errors import Route
 from safelight.server.apis.sdapi_names import model_hash, sampler_label
 from safelight.server.apis.sdapi_shapes import describe, first_picture, fitted, understand
-from safelight.server.bodies import decode_base64, decoded
+from safelight.server.bodies import decode_base64, decoded, turn
 from safelight.server.callers import caller_of
 from safelight.server.disconnects import attended
 from safelight.server.jobs import Job, Service, Status
@@ -69,11 +70,10 @@ def _own_calls(http: HttpRequest) -> list[_Call]:
     return [call for call in _calls(http) if call.caller == caller(http)]
 
 
-async def _finished(http: HttpRequest, asked: Asked) -> Job:
-    """Return the job of a request when it has ended. It is cancelled if the client leaves."""
+async def _finished(http: HttpRequest, job: Job, count: int) -> Job:
+    """Return a job of `count` pictures when it has ended. It is cancelled if the client leaves."""
     service, calls = _service(http), _calls(http)
-    job = await service.submit(asked.request, client="sdapi", owner=caller_of(http.scope).owner)
-    call = _Call(caller(http), job.id, asked.request.count)
+    call = _Call(caller(http), job.id, count)
     calls.append(call)
     try:
         return await attended(http.receive, service, job.id, service.wait(job.id))
@@ -109,11 +109,18 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
     defaults = await service.defaults()
     asked = await asyncio.to_thread(understand, body, served, defaults)
     if isinstance(body, ImageToImage):
-        sent = await _sent(http, body)
-        asked = await asyncio.to_thread(understand, body, served, defaults, sent)
+        first_picture(body)
     model = await service.loaded()
-    asked = fitted(asked, model)
-    job = await _finished(http, asked)
+    async with turn(http) if isinstance(body, ImageToImage) else nullcontext():
+        if isinstance(body, ImageToImage):
+            sent = await _sent(http, body)
+            asked = await asyncio.to_thread(understand, body, served, defaults, sent)
+            del sent
+        asked = await asyncio.to_thread(fitted, asked, model)
+        job = await service.submit(asked.request, client="sdapi", owner=caller_of(http.scope).owner)
+        # The decoded pictures are not held while the job waits.
+        asked = replace(asked, request=asked.request.without_pictures())
+    job = await _finished(http, job, asked.request.count)
     if job.status is Status.FAILED:
         raise HTTPException(500, job.error or "the job failed")
     pictures = sorted(job.pictures, key=lambda picture: picture.index)
@@ -122,7 +129,8 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
         path = service.picture_file(picture.id)
         if path is None:
             raise HTTPException(500, f"picture {picture.index + 1} is no longer there")
-        data = await asyncio.to_thread(_picture, path, asked.size)
+        async with turn(http):
+            data = await asyncio.to_thread(_picture, path, asked.size)
         images.append(base64.b64encode(data).decode())
     enlarged = {} if asked.size is None else {"enlarged": list(asked.size)}
     request, seeds = asked.request, [picture.seed for picture in pictures]

@@ -24,7 +24,7 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Whole = Annotated[StrictInt, BeforeValidator(_whole)]
+Whole = Annotated[StrictInt, BeforeValidator(_whole), Field(ge=-(2**63), le=2**64)]
 Number = Annotated[StrictFloat, Field(allow_inf_nan=False)]
 
 

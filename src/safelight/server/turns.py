@@ -1,0 +1,68 @@
+"""A few places for work that takes a processor or memory; clients take turns at them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import Counter, OrderedDict, deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+
+def usual_count() -> int:
+    """Return how many places suit this machine."""
+    return max(2, min(4, os.cpu_count() or 2))
+
+
+class Turns:
+    """For one event loop. One client never has all places, so that it holds up no other's work."""
+
+    def __init__(self, count: int | None = None) -> None:
+        self.count = count or usual_count()
+        self._running: Counter[str] = Counter()
+        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+
+    @asynccontextmanager
+    async def turn(self, client: str) -> AsyncIterator[None]:
+        """Hold a place within."""
+        await self.take(client)
+        try:
+            yield
+        finally:
+            self.leave(client)
+
+    async def take(self, client: str) -> None:
+        """Wait for a place, which `leave` gives back."""
+        if self._free(client):
+            self._running[client] += 1
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(client, deque()).append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.leave(client)
+            raise
+
+    def leave(self, client: str) -> None:
+        """Give a place back, to the clients that wait for one in turn."""
+        self._running[client] -= 1
+        if not self._running[client]:
+            del self._running[client]
+        for name in list(self._waiting):
+            if not self._free(name):
+                continue
+            queue = self._waiting[name]
+            while queue and queue[0].done():  # given up
+                queue.popleft()
+            if queue:
+                self._running[name] += 1
+                queue.popleft().set_result(None)
+            self._waiting.pop(name)
+            if queue:
+                self._waiting[name] = queue  # behind the others
+
+    def _free(self, client: str) -> bool:
+        own = self._running[client] < self.count - 1
+        return own and self._running.total() < self.count

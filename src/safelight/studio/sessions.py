@@ -1,0 +1,65 @@
+"""Sessions of the page: each is its client's, and one client has a share of them and of events.
+
+Gradio knows a session by the name that its page made up, keeps the messages of the last 2,000 of
+them, and has one line of events for all clients.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, OrderedDict
+from typing import Any
+
+from safelight.server.bodies import RefusedError
+from safelight.server.callers import caller_of
+
+MAX_SESSIONS = 200
+"""Sessions of one client that are kept; its oldest goes first."""
+
+MAX_KNOWN = 1900
+"""Sessions in all: fewer than Gradio keeps, so that it never drops one of its own accord."""
+
+MAX_EVENTS = 16
+"""Events of one client at once, waiting or running: of MAX_RUNNING of all."""
+
+MAX_RUNNING = 256
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+class Sessions:
+    """queue: Gradio's queue of events."""
+
+    def __init__(self, queue: Any) -> None:
+        self._queue = queue
+        self._clients: OrderedDict[str, str] = OrderedDict()
+
+    def check(self, session: Any, client: str) -> None:
+        """Raise RefusedError for a session of another client, or one too many."""
+        if not isinstance(session, str) or not _NAME.fullmatch(session):
+            raise RefusedError(422, "session_hash must be up to 64 letters and digits")
+        if self._clients.setdefault(session, client) != client:
+            raise RefusedError(403, "this session is another client's")
+        self._clients.move_to_end(session)
+        while (oldest := self._one_too_many(client)) is not None:
+            del self._clients[oldest]
+            self._queue.pending_messages_per_session.pop(oldest, None)
+            self._queue.pending_event_ids_session.pop(oldest, None)
+
+    def check_event(self, client: str) -> None:
+        """Raise RefusedError if the client has as many events as it may."""
+        lists = [*self._queue.active_jobs, *self._waiting()]
+        events = [event for one in lists if one for event in one]
+        if sum(caller_of(event.request.scope).name == client for event in events) >= MAX_EVENTS:
+            raise RefusedError(503, f"at most {MAX_EVENTS} events at once for one client")
+
+    def _waiting(self) -> list[list[Any]]:
+        return [one.queue for one in self._queue.event_queue_per_concurrency_id.values()]
+
+    def _one_too_many(self, client: str) -> str | None:
+        if sum(name == client for name in self._clients.values()) > MAX_SESSIONS:
+            return next(one for one, name in self._clients.items() if name == client)
+        if len(self._clients) > MAX_KNOWN:  # of the client that has most
+            most = Counter(self._clients.values()).most_common(1)[0][0]
+            return next(one for one, name in self._clients.items() if name == most)
+        return None

@@ -1,0 +1,185 @@
+// What a prompt means: the count of its tokens, choosers of LoRAs, embeddings and styles, the model.
+{
+  const {make, ask} = safelight;
+  const field = id => document.querySelector(`#${id} textarea, #${id} input`);
+
+  // Gradio listens for events; a value that is set by a script raises none.
+  const set = (box, value) => {
+    box.value = value;
+    box.dispatchEvent(new Event("input", {bubbles: true}));
+  };
+
+  const syntax = () => field("prompt_syntax")?.value || "plain";  // folded away, it is as at first
+  const lines = id => (field(id)?.value || "").split(/[,\n]/).map(one => one.trim()).filter(Boolean);
+
+  // --- tokens, counted as one types -------------------------------------------------------------
+
+  const PAUSE = 350;  // milliseconds without a key
+
+  const counted = (name, read) => {
+    let tokens = 0, chunks = 0, room = 0;
+    for (const part of read.parts) for (const stage of part.stages) {
+      const all = stage.texts.flatMap(text => text.chunks);
+      const sum = all.reduce((n, chunk) => n + chunk.count, 0);
+      if (sum >= tokens) [tokens, chunks, room] = [sum, all.length, all[0]?.room || 0];
+    }
+    const of = chunks > 1 ? `in ${chunks} chunks of ${room}` : `of ${room}`;
+    return `${name}: ${tokens} ${chunks > 1 ? `tokens ${of}` : `${of} tokens`}`;
+  };
+
+  let last = "", waiting = 0;
+  const count = () => {
+    const line = document.querySelector("#count .count");
+    const [prompt, negative] = [field("prompt"), field("negative")];
+    if (!line || !prompt || !negative) return;
+    const asked = {prompt: prompt.value, negative_prompt: negative.value, prompt_syntax: syntax(),
+                   embeddings: lines("embeddings")};
+    const now = JSON.stringify(asked);
+    if (now === last) return;
+    last = now;
+    clearTimeout(waiting);
+    if (!asked.prompt && !asked.negative_prompt) { line.replaceChildren(); return; }
+    waiting = setTimeout(async () => {
+      let told, problem = "";
+      try {
+        const read = await ask("/api/tokens", {
+          method: "POST", headers: {"content-type": "application/json"}, body: now,
+        });
+        told = [counted("Prompt", read.prompt)];
+        if (asked.negative_prompt) told.push(counted("negative", read.negative_prompt));
+        problem = [...read.prompt.warnings, ...read.negative_prompt.warnings].join("; ");
+      } catch (error) { [told, problem] = [[], error.message]; }
+      if (now !== last) return;  // more was typed meanwhile
+      line.replaceChildren(told.join(" · "));
+      if (problem) line.append(make("span", {className: "said", textContent: problem}));
+    }, PAUSE);
+  };
+
+  // --- choosers ---------------------------------------------------------------------------------
+
+  // A list of choices that act when they are chosen.
+  const menu = (label, names, chosen) => {
+    const select = make("select", {"ariaLabel": label},
+      make("option", {value: "", textContent: `${label} …`}),
+      ...names.map(name => make("option", {value: name, textContent: name})));
+    select.onchange = () => { chosen(select.value); select.value = ""; };
+    return select;
+  };
+
+  const weighed = line => {  // "ink:0.8" is ink at 0.8
+    const [, name, weight] = line.match(/^(.*?)(?::([+-]?[\d.]+))?$/);
+    return [name, weight === undefined ? 1 : Number(weight)];
+  };
+
+  // The lines of a box as rows, each with a slider if it has a weight, and a button to remove it.
+  const rows = (box, list, weights) => {
+    const shown = box.value;
+    if (list.dataset.shown === shown) return;
+    list.dataset.shown = shown;
+    const there = shown.split("\n").map(one => one.trim()).filter(Boolean);
+    list.replaceChildren(...there.map((line, place) => {
+      const replace = (...by) => {
+        const next = [...there];
+        next.splice(place, 1, ...by);
+        return next.join("\n");
+      };
+      const [name, weight] = weights ? weighed(line) : [line, 1];
+      const row = make("li", {}, make("span", {textContent: name}));
+      if (weights) {
+        const told = make("output", {textContent: weight});
+        const slider = make("input", {type: "range", min: -1, max: 2, step: 0.05, value: weight,
+                                      ariaLabel: `Weight of ${name}`});
+        slider.oninput = () => {
+          told.textContent = slider.value;
+          there[place] = `${name}:${slider.value}`;
+          list.dataset.shown = there.join("\n");  // the focus stays on the slider
+          set(box, list.dataset.shown);
+        };
+        row.append(slider, told);
+      }
+      row.append(make("button", {type: "button", textContent: "Remove", ariaLabel: `Remove ${name}`,
+                                 onclick: () => set(box, replace())}));
+      return row;
+    }));
+  };
+
+  const add = (box, line) => {
+    const name = weighed(line)[0];
+    const there = box.value.split("\n").filter(Boolean);
+    if (!there.some(one => weighed(one)[0] === name)) set(box, [...there, line].join("\n"));
+  };
+
+  const insert = text => {
+    const box = field("prompt"), at = box.selectionStart ?? box.value.length;
+    const [before, after] = [box.value.slice(0, at), box.value.slice(box.selectionEnd ?? at)];
+    const gap = before && !/\s$/.test(before) ? " " : "";
+    set(box, `${before}${gap}${text}${after && !/^[\s,]/.test(after) ? " " : ""}${after}`);
+  };
+
+  let known = null;  // what the server has; asked once, and again when the page is opened anew
+  const library = () => known ??= ask("/api/library").catch(() => ({
+    models: [], loras: [], vaes: [], embeddings: [], styles: [], wildcards: false}));
+
+  const NOTHING = "none here: start the server with --models-dir to choose from a folder";
+
+  const dress = async (id, what) => {
+    const box = field(id);
+    if (!box || box.dataset.dressed) return;
+    box.dataset.dressed = "yes";
+    const there = await library();
+    const chooser = make("div", {className: "chooser"});
+    if (what === "embeddings") {
+      const usable = there.embeddings.filter(one => !one.problem).map(one => one.name);
+      if (usable.length) chooser.append(menu("Insert an embedding", usable, name => {
+        if (!name) return;
+        insert(syntax() === "comfy" ? `embedding:${name}` : name);
+        if (["plain", "compel"].includes(syntax())) add(box, name);  // the others find it by itself
+      }));
+      for (const one of there.embeddings.filter(one => one.problem)) {
+        chooser.append(make("p", {textContent: one.problem}));
+      }
+    } else if (there[what].length) {
+      const one = what === "loras" ? "Add a LoRA" : "Add a style";
+      chooser.append(menu(one, there[what], name => name && add(box, name)));
+    }
+    if (!chooser.childElementCount) {
+      const why = what === "styles" ? "none here: start the server with --styles-file" : NOTHING;
+      chooser.append(make("p", {textContent: why}));
+    }
+    const list = make("ul");
+    chooser.append(list);
+    box.closest(`#${id}`).append(chooser);
+    if (what !== "embeddings") box.watched = () => rows(box, list, what === "loras");
+  };
+
+  // --- the model --------------------------------------------------------------------------------
+
+  const told = async () => {
+    const line = document.querySelector("#head .model");
+    if (!line || line.dataset.told) return;
+    line.dataset.told = "yes";
+    try {
+      const [[model], there] = await Promise.all([ask("/api/models"), library()]);
+      if (!model.ready) { setTimeout(() => { delete line.dataset.told; }, 2000); }
+      const facts = [model.family, model.width && `${model.width}×${model.height}`, model.dtype];
+      line.replaceChildren(make("strong", {textContent: model.name}),
+        ` ${facts.filter(Boolean).join(", ")}${model.vae ? `, VAE ${model.vae}` : ""}`);
+      const others = there.models.filter(name => name !== model.name);
+      if (others.length) line.append(make("details", {},
+        make("summary", {textContent: `${others.length} other models`}),
+        make("p", {textContent: "This server draws with one model. To draw with another, end it and "
+          + "start it with --model and one of these names:"}),
+        make("ul", {}, ...others.map(name => make("li", {textContent: name})))));
+    } catch { delete line.dataset.told; }
+  };
+
+  setInterval(() => {
+    if (document.hidden) return;
+    told();
+    count();
+    for (const id of ["loras", "embeddings", "styles"]) {
+      dress(id, id);
+      field(id)?.watched?.();
+    }
+  }, 300);
+}
