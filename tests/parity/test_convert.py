@@ -11,10 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from safelight import cli
 from safelight.errors import SafelightError
-from safelight.families import sd, sdxl
+from safelight.families import family_of_file, sd, sdxl
 from safelight.weights import load_model
+from safelight.weights.check import Header, TensorInfo
 from safelight.weights.convert import convert
 from safelight.weights.headers import header_of
+from safelight.weights.load import _Unfilled
+from safelight.weights.names import original_names
 from test_weights_autoencoders import tiny_vae
 from test_weights_load import single_file as sd_file
 from tests.parity.sdxl_models import REFINER, UNET, ZERO_SNR, make_folder, tiny_family
@@ -82,6 +85,31 @@ def test_a_file_becomes_a_folder_and_the_same_file_again(files, tmp_path, kind):
     assert_equal(single, ours)
     if kind in ("sd2", "sdxl-v"):
         assert len({drawn(path) for path in (files[kind], folder, again)}) == 1
+
+
+PUBLISHED = (*sd.VARIANTS, *sdxl.VARIANTS)
+
+
+@pytest.mark.parametrize("family", PUBLISHED, ids=str)
+def test_the_published_networks_have_a_place_for_every_weight(family, monkeypatch):
+    """Written by the original names and read again, each of our weights has its name and shape."""
+    monkeypatch.undo()
+    wanted: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, part in family.parts.items():
+        config_class, network_class = part.load_classes()
+        with torch.device("meta"), _Unfilled():
+            network = network_class(config_class.from_dict(family.configs[name]))
+        wanted[name] = {key: tuple(t.shape) for key, t in network.state_dict().items()}
+    tensors: dict[str, TensorInfo] = {}
+    for key, original in original_names(family.sections(), wanted).items():
+        rows = [wanted[original.part][name] for name in original.names]
+        shape = (sum(row[0] for row in rows), *rows[0][1:]) if len(rows) > 1 else rows[0]
+        shape = (*(shape[::-1] if original.transposed else shape), *(1,) * original.conv)
+        tensors[key] = TensorInfo("F16", shape, 0, 1)
+    header = Header(Path("x"), "x", tensors, {})
+    assert family_of_file(header) is family
+    read = family.single_file(header).weights
+    assert {part: {k: w.shape for k, w in read[part].items()} for part in wanted} == wanted
 
 
 def assert_equal(pipe, model) -> None:

@@ -22,8 +22,10 @@ from pydantic import BaseModel
 from test_guard import ask
 from typer.testing import CliRunner
 
+from safelight.adapters.asked import asked_of
 from safelight.cli import app as command_line
 from safelight.errors import SafelightError
+from safelight.prompt.styles import Style, apply_styles
 from safelight.request import Request
 from safelight.server import connections, entrance, limits, logs
 from safelight.server.guard import Guard, Rules
@@ -32,6 +34,7 @@ from safelight.server.listening import listen
 from safelight.server.store import MAX_LISTED
 from safelight.server.turns import Turns
 from safelight.studio import form, mount
+from safelight.weights.library import Library
 
 SECRET = "the prompt of a person"
 
@@ -449,3 +452,44 @@ def test_a_retried_job_has_what_it_starts_from(server: Inside, when: str) -> Non
     assert again.image is not None
     assert again.image.tobytes() == start.tobytes()
     store.finish(claim.id, claim.token, warnings=[])
+
+
+# --- names that requests bring --------------------------------------------------------------------
+
+
+def test_styles_around_styles_stay_short() -> None:
+    double = {"double": Style("{prompt} {prompt}", "")}
+    assert apply_styles(double, ["double"] * 3, "a", "")[0] == " ".join("a" * 8)
+    with pytest.raises(SafelightError, match="16 KiB with style 'double'"):
+        apply_styles(double, ["double"] * 60, "a", "")
+    with pytest.raises(SafelightError) as refused:
+        apply_styles(double, ["d" * 16_000], "a", "")
+    assert len(str(refused.value)) < 300
+
+
+def test_a_prompt_names_few_loras() -> None:
+    """Each is looked for in the models folder, and applied."""
+    tags = "".join(f"<lora:a:0.{n}>" for n in range(1, 65))
+    request = Request(prompt=tags, prompt_syntax="a1111")
+    assert len(asked_of(request)[0]) == 64
+    with pytest.raises(SafelightError, match="loras must be at most 64"):
+        asked_of(request.replace(prompt="<lora:a>" * 1800))
+    with pytest.raises(SafelightError, match="loras must be at most 64"):
+        asked_of(request.replace(loras=("ink",)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../secret", "..\\secret", "/etc/passwd", "a/../../secret", "secret.txt", "~", "\x00", "."],
+)
+def test_no_name_leads_out_of_the_models_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret.safetensors").write_bytes(b"x")
+    (tmp_path / "models" / "Lora").mkdir(parents=True)
+    (tmp_path / "models" / "Lora" / "ink.safetensors").write_bytes(b"x")
+    library = Library(tmp_path / "models")
+    for kind in ("lora", "embedding", "vae", "model"):
+        assert library.matches(name, kind) == []
+        with pytest.raises(SafelightError) as refused:
+            library.find(name, kind)
+        assert str(tmp_path) not in str(refused.value)
+    assert library.find("ink", "lora").name == "ink"

@@ -12,6 +12,9 @@ from safelight.prompt.networks import split_networks
 if TYPE_CHECKING:
     from safelight.request import Request
 
+MAX_LORAS = 64
+"""LoRAs of one request. A prompt has room for 1,800, each of which is looked up and applied."""
+
 MAX_NAME = 1024
 MAX_WEIGHT = 100.0
 
@@ -92,6 +95,12 @@ def asked_of(request: Request) -> tuple[list[AskedLora], list[str]]:
     if tags and request.prompt_syntax == "plain":
         told = f"<{':'.join(tags[0])}>"
         return asked, [f"prompt: {told:.60} is text in prompt_syntax plain: use loras, or a1111"]
+    if len(asked) + len(tags) > MAX_LORAS:
+        raise SafelightError(
+            f"loras must be at most {MAX_LORAS}, those in the prompt included, "
+            f"not {len(asked) + len(tags)}",
+            field="loras",
+        )
     return asked + [AskedLora.of_tag(tag) for tag in tags], []
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from safelight.errors import SafelightError
 
 _LARGEST_FILE = 4 * 2**20
+MAX_PROMPT = 16 * 1024
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,19 @@ def apply_styles(
     """
     for name in names:
         if name not in styles:
-            close = difflib.get_close_matches(name, styles, n=1)
+            close = difflib.get_close_matches(name[:60], styles, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(styles)}"
             if not styles:
                 hint = "no file of styles was given (--styles-file)"
             raise SafelightError(f"there is no style {name[:60]!r}: {hint[:120]}", field="styles")
         prompt = _around(styles[name].prompt, prompt)
         negative_prompt = _around(styles[name].negative_prompt, negative_prompt)
+        # A style with the prompt in it twice, given forty times, would fill any memory.
+        if max(len(prompt), len(negative_prompt)) > MAX_PROMPT:
+            raise SafelightError(
+                f"prompt is over {MAX_PROMPT >> 10} KiB with style {name[:60]!r} around it",
+                field="styles",
+            )
     return prompt, negative_prompt
 
 

@@ -94,7 +94,7 @@ class ModelInfo(BaseModel):
     family: str | None = None
     width: int | None = None
     height: int | None = None
-    vae: str | None = Field(None, description="the autoencoder in place of the model's own")
+    vae: str | None = Field(default=None, description="the autoencoder in place of the model's own")
     device: str | None = None
     dtype: str | None = None
     ready: bool = False

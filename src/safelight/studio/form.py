@@ -101,7 +101,7 @@ class Form:
     """
 
     def __init__(self, defaults: Mapping[str, Any], request_type: type[Request] = Request) -> None:
-        first = Request(sampler="dpmpp_2m").replace(**defaults)
+        first = request_type(sampler="dpmpp_2m").replace(**defaults)
         self.prompt = gr.Textbox(
             label="Prompt",
             placeholder=EXAMPLE,

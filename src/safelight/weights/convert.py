@@ -78,7 +78,8 @@ def convert(
         frame(plan, part)
     single = path.suffix.lower() == ".safetensors"
     originals = _originals(plan) if single else {}
-    digest_files(plan.files)  # finds a damaged download
+    for files in (plan.files, *(each.files for each in plan.autoencoders.values())):
+        digest_files(files)  # finds a damaged download
     stored = None if dtype is None else PRECISIONS[dtype]
     with _open(plan) as read:
         parts = {

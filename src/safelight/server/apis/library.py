@@ -11,8 +11,9 @@ from pydantic import BaseModel, Field
 
 from safelight.errors import SafelightError
 from safelight.request import Request
-from safelight.server.bodies import read_json
+from safelight.server.bodies import read_json, turn
 from safelight.server.names import Names
+from safelight.server.wording import public
 from safelight.settings import json_schema
 from safelight.weights.library import SUBFOLDERS
 
@@ -49,13 +50,14 @@ def names_of(http: HttpRequest) -> Names:
 @router.get("/api/library", response_model=Library)
 async def library(http: HttpRequest) -> Library:
     """List the LoRAs, embeddings and styles that requests may name."""
-    return await asyncio.to_thread(_library, names_of(http))
+    async with turn(http):
+        return await asyncio.to_thread(_library, names_of(http))
 
 
 def _library(names: Names) -> Library:
     entries = {kind: [entry.name for entry in names.entries(kind)] for kind in SUBFOLDERS}
     embeddings = [
-        Embedding(name=name, vectors=None, problem=str(found))
+        Embedding(name=name, vectors=None, problem=public(str(found)))
         if isinstance(found, SafelightError)
         else Embedding(name=name, vectors=found.count, problem=None)
         for name, found in names.embeddings().items()
@@ -93,7 +95,8 @@ async def tokens(http: HttpRequest) -> dict[str, Any]:
             code="unknown_setting",
             field=other[0][:40],
         )
-    return await asyncio.to_thread(_tokens, names_of(http), settings)
+    async with turn(http):
+        return await asyncio.to_thread(_tokens, names_of(http), settings)
 
 
 def _tokens(names: Names, settings: dict[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,12 @@ from safelight.sampling import SAMPLERS
 from safelight.sampling.schedule import SCHEDULES
 from safelight.server.apis.sdapi_errors import Route
 from safelight.server.apis.sdapi_names import is_model, model_hash, model_title, sampler_label
+from safelight.server.bodies import turn
 from safelight.server.jobs import Service
 from safelight.server.names import Names
+
+MAX_TOLD = 4 << 20
+"""Characters of what LoRAs say of themselves that one answer repeats: each may say megabytes."""
 
 router = APIRouter(route_class=Route)
 
@@ -87,14 +91,18 @@ async def set_options(http: HttpRequest, options: dict[str, Any]) -> None:
 
 @router.get("/loras")
 async def loras(http: HttpRequest) -> list[dict[str, Any]]:
-    return await asyncio.to_thread(_loras, _service(http).names)
+    async with turn(http):
+        return await asyncio.to_thread(_loras, _service(http).names)
 
 
 def _loras(names: Names) -> list[dict[str, Any]]:
     """Return the LoRAs of the models folder. No path of the server is told: `path` is a name."""
     found: list[dict[str, Any]] = []
+    told = 0
     for entry in names.entries("lora"):
         metadata = names.metadata(entry)
+        told += sum(len(key) + len(value) for key, value in metadata.items())
+        metadata = metadata if told < MAX_TOLD else {}
         name = entry.name.rpartition("/")[2]
         alias = metadata.get("ss_output_name") or name
         found.append({"name": name, "alias": alias, "path": entry.file_name, "metadata": metadata})
@@ -103,7 +111,8 @@ def _loras(names: Names) -> list[dict[str, Any]]:
 
 @router.get("/embeddings")
 async def embeddings(http: HttpRequest) -> dict[str, Any]:
-    return await asyncio.to_thread(_embeddings, _service(http).names)
+    async with turn(http):
+        return await asyncio.to_thread(_embeddings, _service(http).names)
 
 
 def _embeddings(names: Names) -> dict[str, Any]:
