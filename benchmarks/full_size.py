@@ -1,8 +1,9 @@
-"""A full-size Stable Diffusion 1.5 of random weights, from one file to a 512x512 picture.
+"""A full-size model of random weights, from one file to a picture of its own size.
 
-    python benchmarks/full_size.py [--dtype float32] [--dtype bfloat16] [--low-memory] [--json]
+    python benchmarks/full_size.py [--family sdxl] [--dtype bfloat16] [--low-memory] [--json]
 
-Writes the checkpoint (LDM layout, float16, 2.1 GB) to a temporary folder, and for each precision
+Writes the checkpoint of Stable Diffusion 1.5 or SDXL (layout of the original code, float16, 2.1 or
+6.9 GB) to a temporary folder, or takes the one of --checkpoint, and for each precision
 starts a fresh process that loads it and draws one picture in 2 steps with guidance. Meanwhile
 the memory of that process is read from the kernel. The folder is removed afterwards.
 """
@@ -17,14 +18,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 STEPS = 2
-SIDE = 512
 SAMPLER = "dpmpp_2m"  # one evaluation of the network a step
 GB = 1e9
 ROWS = {
@@ -44,46 +44,37 @@ ROWS = {
 # --- the checkpoint ------------------------------------------------------------------------------
 
 
-def shapes_by_key() -> dict[str, tuple[int, ...]]:
-    """The tensors of an SD 1.5 checkpoint, by their names in a single file."""
+def family_of(name: str) -> Any:
+    """The published variant of this name."""
+    from safelight.families import sd, sdxl
+
+    return next(v for v in (*sd.VARIANTS, *sdxl.VARIANTS) if v.name == name)
+
+
+def shapes_by_key(name: str) -> dict[str, tuple[int, ...]]:
+    """The tensors of a checkpoint of this family, by their names in a single file."""
     import torch
 
-    from safelight.families import sd
-    from safelight.nets.clip import CLIPTextConfig, CLIPTextModel
-    from safelight.nets.unet import UNet2DConditionModel, UNetConfig
-    from safelight.nets.vae import AutoencoderKL, VAEConfig
-    from safelight.weights import names as ldm
+    from safelight.weights.names import original_names
 
-    configs = sd.VARIANTS[0].configs
-    with torch.device("meta"):
-        nets = (
-            (sd.UNET, UNet2DConditionModel(UNetConfig.from_dict(configs["unet"]))),
-            (sd.VAE, AutoencoderKL(VAEConfig.from_dict(configs["vae"]))),
-            (sd.CLIP, CLIPTextModel(CLIPTextConfig.from_dict(configs["text_encoder"]))),
-        )
-    names = {sd.UNET: ldm.unet_names(configs["unet"]), sd.VAE: ldm.vae_names(configs["vae"])}
+    family = family_of(name)
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for part, config in family.configs.items():
+        config_class, network_class = family.parts[part].load_classes()
+        with torch.device("meta"):
+            network = network_class(config_class.from_dict(config))
+        shapes[part] = {key: tuple(t.shape) for key, t in network.state_dict().items()}
     found: dict[str, tuple[int, ...]] = {}
-    for prefix, net in nets:
-        theirs = {ours: key for key, ours in names.get(prefix, {}).items()}
-        for name, tensor in net.state_dict().items():
-            found[prefix + _original(name, theirs)] = tuple(tensor.shape)
+    for key, one in original_names(family.sections(), shapes).items():
+        rows, *rest = shapes[one.part][one.names[0]]
+        shape = (len(one.names) * rows, *rest, *(1,) * one.conv)
+        found[key] = shape[::-1] if one.transposed else shape
     return found
 
 
-def _original(name: str, theirs: Mapping[str, str]) -> str:
-    """The single file's name of a weight: that of the innermost module the table knows."""
-    module, rest = name, ""
-    while module:
-        if module in theirs:
-            return theirs[module] + rest
-        module, dot, leaf = module.rpartition(".")
-        rest = dot + leaf + rest
-    return name
-
-
-def write_checkpoint(path: Path) -> int:
+def write_checkpoint(path: Path, family: str) -> int:
     """Writes random weights tensor by tensor, and returns the number of parameters."""
-    shapes = shapes_by_key()
+    shapes = shapes_by_key(family)
     header: dict[str, Any] = {}
     end = 0
     for key, shape in shapes.items():
@@ -91,22 +82,21 @@ def write_checkpoint(path: Path) -> int:
         header[key] = {"dtype": "F16", "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    random = np.random.default_rng(0)
+    # One block of numbers, from another place for each tensor: to draw 3.5 billion takes a minute.
+    pool = np.random.default_rng(0).standard_normal(1 << 22, np.float32)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for key, shape in shapes.items():
-            _write_weight(file, key, shape, random)
+        for i, (key, shape) in enumerate(shapes.items()):
+            _write_weight(file, key, shape, np.roll(pool, 7919 * i))
     return end // 2
 
 
-def _write_weight(
-    file: BinaryIO, key: str, shape: tuple[int, ...], random: np.random.Generator
-) -> None:
+def _write_weight(file: BinaryIO, key: str, shape: tuple[int, ...], pool: np.ndarray) -> None:
     """Weights that keep the size of what passes through, so that no precision overflows."""
     if len(shape) == 1:  # a bias, or the scale of a norm
-        values = np.full(shape, 1.0 if "norm" in key and key.endswith("weight") else 0.0)
+        values = np.full(shape, 1.0 if key.endswith("weight") else 0.0)
     else:
-        values = random.standard_normal(shape, np.float32) / math.sqrt(math.prod(shape[1:]))
+        values = np.resize(pool, math.prod(shape)) / math.sqrt(math.prod(shape[1:]))
     file.write(values.astype("<f2").tobytes())
 
 
@@ -120,10 +110,8 @@ def draw(checkpoint: str, dtype: str, low_memory: bool) -> None:
     began = time.perf_counter()
     model = safelight.load(checkpoint, device="cpu", dtype=dtype, low_memory=low_memory)
     load = time.perf_counter() - began
-    nets = (model.unet, model.vae, model.text_encoder)
-    weights = sum(
-        p.numel() * p.element_size() for net in nets if net is not None for p in net.parameters()
-    )
+    nets = [model.parts[part] for part in model.family.parts]
+    weights = sum(p.numel() * p.element_size() for net in nets for p in net.parameters())
     mark("denoise")
     steps: list[float] = []
     last = time.perf_counter()
@@ -142,8 +130,6 @@ def draw(checkpoint: str, dtype: str, low_memory: bool) -> None:
         steps=STEPS,
         sampler=SAMPLER,
         seed=1,
-        width=SIDE,
-        height=SIDE,
         on_step=on_step,
     )
     picture = np.asarray(result.images[0])
@@ -158,6 +144,7 @@ def draw(checkpoint: str, dtype: str, low_memory: bool) -> None:
                 "decode_s": result.timings["decode"],
                 "weights_gb": weights / GB,
                 "size": list(result.images[0].size),
+                "native": list(model.native_size),
                 "spread": float(picture.std()),
                 "peak_gb": peak_resident() / GB,
             }
@@ -236,7 +223,7 @@ def measure(checkpoint: Path, dtype: str, low_memory: bool, cache: Path) -> dict
     if child.returncode:
         sys.exit(f"{dtype}: exit code {child.returncode}")
     found = json.loads(line)
-    if found["size"] != [SIDE, SIDE] or not found["spread"] > 0:
+    if found["size"] != found["native"] or not found["spread"] > 0:
         sys.exit(f"{dtype}: no picture, {found}")
     return {"dtype": dtype, **found, **watch.peaks}
 
@@ -251,6 +238,10 @@ def table(runs: list[dict[str, Any]]) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--family", default="sd1", choices=("sd1", "sdxl"), help="[sd1]")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="a file that was written before, or to keep"
+    )
     parser.add_argument("--dtype", action="append", help="float32, bfloat16 or float16 [the first]")
     parser.add_argument("--low-memory", action="store_true", help="weights in a file")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -261,8 +252,9 @@ def main() -> None:
         draw(options.draw, dtypes[0], options.low_memory)
         return
     with tempfile.TemporaryDirectory(prefix="safelight-") as folder:
-        checkpoint = Path(folder) / "sd15-random.safetensors"
-        parameters = write_checkpoint(checkpoint)
+        checkpoint = options.checkpoint or Path(folder) / f"{options.family}-random.safetensors"
+        parameters = checkpoint.stat().st_size // 2 if checkpoint.exists() else 0
+        parameters = parameters or write_checkpoint(checkpoint, options.family)
         low, cache = options.low_memory, Path(folder)
         runs = [measure(checkpoint, dtype, low, cache) for dtype in dtypes]
         found = {

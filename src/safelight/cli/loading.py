@@ -10,11 +10,15 @@ if TYPE_CHECKING:
 
 
 def load(name: str, **how: Any) -> "Model":
-    """Load a model as `safelight.load`; Ctrl-C waits until PyTorch has been imported."""
+    """Load a model as `safelight.load`; Ctrl-C waits until PyTorch has been imported.
+
+    A line says before it how much memory a large model takes.
+    """
     import safelight
+    from safelight.cli.output import note
 
     import_torch()
-    return safelight.load(name, **how)
+    return safelight.load(name, on_plan=note, **how)
 
 
 def import_torch() -> None:

@@ -52,8 +52,14 @@ def _packed(weight: Tensor, pack: Callable[[Tensor], Any], store: Store = ARENA)
     return onednn.Held(store.keep(weight), weight.dtype, pack)
 
 
-def _store(conv: Any) -> Store:
-    return conv.shelf if conv.shelf is not None and conv.weight.numel() >= LARGE else ARENA
+def _store(layer: Any, numbers: int) -> Store:
+    """Where so many numbers of a layer's weight are kept."""
+    return ARENA if layer.shelf is None or numbers < LARGE else layer.shelf
+
+
+def _matrix_store(layer: Any, numbers: int) -> Store:
+    """The same of a matrix. Those of our kernels in float32 are packed once, and stay in memory."""
+    return ARENA if split.available(layer.precision) else _store(layer, numbers)
 
 
 def _make_room(x: Tensor) -> None:
@@ -63,15 +69,18 @@ def _make_room(x: Tensor) -> None:
 
 
 class FastLinear(layers.Linear):
+    """shelf: where large weights are kept, if not in memory."""
+
     precision: torch.dtype
+    shelf: Shelf | None = None
     _product: Any = None
 
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         if self._product is None:
             # What has no tokens, the time's embedding, has but a row for each picture.
             pack = split.matrix if x.dim() > 2 else onednn.Matrix
-            count = _count(x)
-            self._product = _packed(_take(self), lambda w: pack(w, self.bias, count))
+            count, store = _count(x), _matrix_store(self, self.weight.numel())
+            self._product = _packed(_take(self), lambda w: pack(w, self.bias, count), store)
         return self._product(x, plus)
 
 
@@ -100,7 +109,7 @@ class FastConv2d(layers.Conv2d):
         return self._product(x, plus, shift, consume)
 
     def _pack(self, shape: torch.Size) -> Any:
-        store = _store(self)
+        store = _store(self, self.weight.numel())
         if tiles.fits_conv(self, self.precision):
             return tiles.Convolution(_take(self), self, shape, store)
         fits = winograd.fits_conv(self, self.precision)
@@ -155,7 +164,7 @@ class FastUpsample2D(layers.Upsample2D):
         return self._product(x)
 
     def _pack(self, weight: Tensor, shape: torch.Size) -> Any:
-        conv, store = self.conv, _store(self.conv)
+        conv, store = self.conv, _store(self.conv, self.conv.weight.numel())
         if tiles.fits_conv(conv, conv.precision):
             return tiles.Doubling(weight, conv, shape, store)
         if winograd.fits_conv(conv, conv.precision):
@@ -208,8 +217,13 @@ class FastGEGLU(layers.GEGLU):
     def forward(self, x: Tensor) -> Tensor:
         if self._halves is None:
             # Two products: one of twice the width would not stay in the cache.
+            count = _count(x)
             self._halves = [
-                _packed(w.clone(), lambda w, b=b: split.matrix(w, b, _count(x)))
+                _packed(
+                    w.clone(),
+                    lambda w, b=b: split.matrix(w, b, count),
+                    _matrix_store(self.proj, w.numel()),
+                )
                 for w, b in zip(_take(self.proj).chunk(2), self.proj.bias.chunk(2), strict=True)
             ]
         value, gate = (half(x) for half in self._halves)
@@ -262,7 +276,8 @@ class FastHeads(layers.Attention):
         parts = (self.to_q, self.to_k, self.to_v)
         bias = None if self.to_q.bias is None else torch.cat([part.bias for part in parts])
         weight = torch.cat([_take(part) for part in parts])
-        return _packed(weight, lambda w: split.matrix(w, bias, count))
+        store = _matrix_store(self.to_q, weight.numel())
+        return _packed(weight, lambda w: split.matrix(w, bias, count), store)
 
     def product(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         for ours in (vectors, split):
@@ -344,7 +359,7 @@ def swap(net: nn.Module, precision: torch.dtype, shelf: Shelf | None = None) -> 
         elif kind is FastConv2d and module.kernel_size == (1, 1):
             kind = FastPointwise
         module.__class__ = kind
-        if isinstance(module, FastConv2d | KeptConv2d):
+        if isinstance(module, FastLinear | FastConv2d | KeptConv2d):
             module.shelf = shelf
         _convert(module, precision)
 

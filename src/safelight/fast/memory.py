@@ -45,6 +45,21 @@ def total() -> int:
         return most
 
 
+def free() -> int:
+    """Bytes of memory that are free or can be made free, for this container; 0 if unknown."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        most = next(int(ln.split()[1]) * 1024 for ln in lines if ln.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return 0
+    try:
+        group = Path("/sys/fs/cgroup")
+        used = int((group / "memory.current").read_text())
+        return min(most, int((group / "memory.max").read_text()) - used)
+    except (OSError, ValueError):  # none, or "max"
+        return most
+
+
 @cache
 def keep_freed() -> None:
     """Let memory that is freed be kept for the next activation.

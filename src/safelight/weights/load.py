@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safelight.fast import accelerate, helps, memory, native_bfloat16, remark
 from safelight.model import Model
 from safelight.prompt.styles import read_styles
 from safelight.weights.autoencoders import with_autoencoders
+from safelight.weights.budget import TOLD_FROM, check_memory
 from safelight.weights.check import DTYPES, Header, printable, refusal
 from safelight.weights.digest import Original, digest_files, model_digest
 from safelight.weights.find import find, find_vae
@@ -47,6 +48,7 @@ def load_model(
     preview_vae: str | Path | None = None,
     refiner: str | Path | None = None,
     takes_paths: bool = True,
+    on_plan: Callable[[str], object] | None = None,
 ) -> Model:
     """Load a model by name (see `find`); without one, the model that ships.
 
@@ -69,6 +71,7 @@ def load_model(
     refiner: a model that takes over for the last steps, as SDXL's refiner does.
     takes_paths: whether requests may name a LoRA or an embedding by its path. A server takes names
       alone.
+    on_plan: called with a line about the memory that a large model takes, before it is loaded.
 
     Raises SafelightError, one line, if the model is not found or not usable: a missing,
     left-over or misshapen weight is named, and so is one that is not finite.
@@ -88,16 +91,18 @@ def load_model(
     plan = with_autoencoders(read_plan(source, prediction_type, without=vaes), vaes)
     # What headers and configs tell comes first: to hash or to read a large file takes long.
     nets = {part: frame(plan, part) for part in plan.weights}
-    if where.type == "cpu" and not low_memory:
-        _check_memory(plan, precision)
+    fast = helps(where, precision) and not plain
+    dtypes = {part: plan.family.dtype_of(part, plan.configs[part], precision) for part in nets}
+    if where.type == "cpu":
+        found = check_memory(plan, dtypes, fast=fast, low=low_memory)
+        if on_plan is not None and found.needed > TOLD_FROM:
+            on_plan(str(found))
     tokenizers = plan.family.load_tokenizers(plan.folder, plan.configs)
     # After all files are found, and before any weight of a damaged download is used.
-    dtypes = {part: plan.family.dtype_of(part, plan.configs[part], precision) for part in nets}
     numbers = _numbers(plan, dtypes)
     looks = {path: found.look for path, found in numbers.items()}
     digests = digest_files(plan.files, looks)
     others = {use: digest_files(other.files, looks) for use, other in plan.autoencoders.items()}
-    fast = helps(where, precision) and not plain
     originals = {
         found.path: Original(found)
         for each in (digests, *others.values())
@@ -128,6 +133,7 @@ def load_model(
             download=download,
             models_dir=models_dir,
             takes_paths=takes_paths,
+            on_plan=on_plan,
         )
         _check_refiner(plan, second)
     return Model(
@@ -250,18 +256,6 @@ def frame(plan: Plan, part: str) -> Any:
         network = network_class(plan.configs[part])
     _check_fit(plan.source.name, part, network, plan.weights[part])
     return network
-
-
-def _check_memory(plan: Plan, dtype: torch.dtype) -> None:
-    """Refuse a model whose weights alone are more than this machine has memory for."""
-    numbers = sum(math.prod(w.shape) for part in plan.weights.values() for w in part.values())
-    need, there = numbers * dtype.itemsize, memory.total()
-    if there and need > there:
-        raise refusal(
-            plan.source.name,
-            f"its weights take {need / 2**30:.1f} GB in {str(dtype)[6:]}, and this machine has "
-            f"{there / 2**30:.1f}: try low_memory",
-        )
 
 
 def _numbers(plan: Plan, dtypes: Mapping[str, torch.dtype]) -> dict[Path, Numbers]:
