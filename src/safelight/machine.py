@@ -16,7 +16,7 @@ import torch
 
 from safelight.fast import variant
 
-COMPANY = {"float32": 2, "bfloat16": 32}
+COMPANY = {"float32": 2, "bfloat16": 64}
 """The most that a pixel, of 255, may differ between a picture drawn alone and in company.
 
 About twice the largest difference that was measured on CPUs, since a rare picture differs more than
