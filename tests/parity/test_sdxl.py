@@ -170,7 +170,7 @@ def test_the_refiner_takes_the_last_steps(
     held = first.scheduler, second.scheduler
     for pipe in (first, second):
         pipe.scheduler = scheduler(pipe, sampler, None)
-    steps = {"num_inference_steps": 10, "generator": torch.Generator().manual_seed(5)}
+    steps = {"num_inference_steps": 6, "generator": torch.Generator().manual_seed(5)}
     try:
         latents = first(**ASKED, **SIZE, **steps, denoising_end=share, output_type="latent").images
         expected = second(
@@ -181,15 +181,15 @@ def test_the_refiner_takes_the_last_steps(
     both = load_model(
         str(models["base"]), device="cpu", dtype="float32", refiner=str(models["refiner"])
     )
-    run = both.stream(Request(**ASKED, sampler=sampler, steps=10, seed=5, refiner_start=share))
+    run = both.stream(Request(**ASKED, sampler=sampler, steps=6, seed=5, refiner_start=share))
     taken = list(run)
-    assert len(taken) == 10
+    assert len(taken) == 6
     last = taken[-1].clean.numpy()
     # The last step of these samplers lands on the clean estimate.
     error = np.linalg.norm(last - expected.numpy()) / np.linalg.norm(expected)
     worst["latents"] = max(worst["latents"], float(error))
     assert error <= 1e-4
-    alone = ours(models["base"]).generate(**ASKED, sampler=sampler, steps=10, seed=5).images[0]
+    alone = ours(models["base"]).generate(**ASKED, sampler=sampler, steps=6, seed=5).images[0]
     assert np.asarray(alone).tolist() != np.asarray(run.result.images[0]).tolist()
     recipe = run.result.recipe()
     assert recipe["refiner"] == {"name": "refiner", "sha256": both.refiner.sha256}
