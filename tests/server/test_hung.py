@@ -23,8 +23,8 @@ from serving import Serving, wait_for
 from sqlalchemy.exc import DatabaseError, OperationalError, ProgrammingError
 
 from safelight import progress
+from safelight.server import hub, supervisor
 from safelight.server import pulse as pulses
-from safelight.server import supervisor
 from safelight.server.database import open_engine
 from safelight.server.jobs import StorageError
 from safelight.server.pulse import Pulse
@@ -427,6 +427,18 @@ def test_no_error_ends_the_thread_that_keeps_the_worker(
         monkeypatch.setattr(server.hub.supervisor, "_put_back", put_back)
         server.hub.supervisor.release("gone")
         assert calls == ["gone", "gone"]
+
+
+def test_a_database_that_does_not_answer_is_no_wait_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "UNANSWERED", 0.2)
+    go = threading.Event()
+    with Inside(tmp_path / "data", draws=False) as server:
+        monkeypatch.setattr(server.hub.store, "get", lambda *_: go.wait(30) and None)
+        answer = server.ask("GET", f"/api/jobs/{new_id()}")
+        go.set()
+        assert (answer.status, answer.json()["code"]) == (507, "storage")
 
 
 def test_errors_of_the_database_are_one_line_without_values(database: str) -> None:

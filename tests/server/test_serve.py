@@ -206,7 +206,7 @@ def test_a_body_of_another_type(server: Serving) -> None:
 
 
 def test_bodies_that_are_no_json(server: Serving) -> None:
-    for body in (b"", b"{", b"[]", b"null", b'{"steps": NaN}', b"\xff\xfe", b"[" * 100_000):
+    for body in (b"", b"{", b"[]", b"null", b'{"steps": NaN}', b"\xff\xfe", b"[" * 30_000):
         answer = server.client.post(
             "/api/jobs", content=body, headers={"content-type": "application/json"}
         )

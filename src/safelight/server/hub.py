@@ -44,6 +44,9 @@ MAX_STEPS = 4000
 LOOK_AGAIN = 2.0
 """Seconds after which one who waits looks into the database: messages may be lost."""
 
+UNANSWERED = 20.0
+"""Seconds after which who asked is told that the database does not answer."""
+
 T = TypeVar("T")
 
 
@@ -382,7 +385,10 @@ class Hub:
 
     async def _in_threads(self, threads: Executor, call: Callable[..., T], *given: Any) -> T:
         try:
-            return await self._loop.run_in_executor(threads, call, *given)
+            async with asyncio.timeout(UNANSWERED):
+                return await self._loop.run_in_executor(threads, call, *given)
+        except TimeoutError:  # as of one that stands still with its connections open
+            raise StorageError("the database of jobs does not answer") from None
         except OSError as error:
             raise StorageError(f"the data folder does not take it: {error.strerror}") from None
         except SQLAlchemyError as error:
