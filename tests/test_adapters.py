@@ -225,6 +225,13 @@ class TestFiles:
         whole = folder / "unet" / "diffusion_pytorch_model.safetensors"
         assert "whole weight" in refused(model, whole)
 
+    def test_a_pickle_of_tensors(self, model: Any, ink: Path, tmp_path: Path) -> None:
+        path = tmp_path / "ink.pt"
+        torch.save(load_file(ink), path)
+        assert equal(answers(model.adapted([str(path)])), answers(model.adapted([str(ink)])))
+        torch.save({"a": Path}, path)  # a name that is none of a tensor's
+        refused(model, path)
+
     def test_half_a_file(self, model: Any, ink: Path, tmp_path: Path) -> None:
         path = tmp_path / "half.safetensors"
         path.write_bytes(ink.read_bytes()[: ink.stat().st_size // 2])
@@ -322,7 +329,7 @@ class TestFiles:
                 "it is for SDXL, and this model is sd1",
             ),
             ({"x.lora_down.weight": (4, 8)}, {"ss_base_model_version": "sd_v2"}, "Diffusion 2"),
-            ({"bundle_emb.ink.string_to_param.*": (2, 24)}, {}, "bundle_emb.ink"),
+            ({"bundle_emb.ink.string_to_param.*": (2, 24)}, {}, "embeddings alone"),
             ({"a\nb\x1b[31m" + "x" * 900: (1,)}, {}, "belongs to nothing"),
         ],
     )
@@ -465,6 +472,17 @@ class TestRequests:
             model.generate("an apple", loras=[str(path)], **SETTINGS)
         drawn = model.generate("an apple", loras=[str(path)], lora_unmatched="warn", **SETTINGS)
         assert any("lora_unet_x.alpha" in warning for warning in drawn.warnings)
+
+    def test_embeddings_inside(self, model: Any, tmp_path: Path) -> None:
+        path = lora(tmp_path / "a.safetensors")
+        tensors = load_file(path)
+        vectors = torch.ones(2, 24)
+        save_file({**tensors, "bundle_emb.moss.string_to_param.*": vectors}, path)
+        words = {"prompt_syntax": "a1111", "loras": [str(path)], **SETTINGS}
+        without = {**words, "loras": [str(lora(tmp_path / "b.safetensors"))]}
+        for prompt, same in (("an apple", True), ("moss", False)):
+            one, other = model.generate(prompt, **words), model.generate(prompt, **without)
+            assert (one.images[0].tobytes() == other.images[0].tobytes()) == same
 
     def test_a_server_takes_no_paths(self, folder: Path, ink: Path) -> None:
         model = load(folder, dtype="float32", takes_paths=False)

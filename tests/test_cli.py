@@ -33,7 +33,7 @@ class PlainModel:
     def __init__(self):
         self.sha256 = DIGEST
         self.name, self.native_size = "plain", (64, 64)
-        self.loaded, self.other_vae = [], None
+        self.loaded, self.other_vae, self.refiner = [], None, None
         self.requests = []
         self.warnings = []
         self.before_step = lambda: None

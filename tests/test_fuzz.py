@@ -7,6 +7,7 @@ so long, with new examples all the time; `make soak` does that, and prints the f
 import contextlib
 import io
 import json
+import math
 import os
 import shutil
 import struct
@@ -23,6 +24,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from safelight import machine
+from safelight.adapters import keys
 from safelight.errors import SafelightError
 from safelight.picture import encode, open_picture
 from safelight.prompt.tokenizer import folder_tokenizer
@@ -308,6 +310,109 @@ def test_safetensors_headers(tmp_path, capfd):
             }
 
     fuzz("safetensors headers", 150, strategy, try_it, capfd)
+
+
+# --- LoRAs ----------------------------------------------------------------------------------------
+
+SIDES = (0, 1, 2, 3, 4, 8, 24, 32, 33, 64, 256)
+SPELLINGS = (
+    "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q",
+    "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k",
+    "lora_unet_input_blocks_1_0_in_layers_2",
+    "lora_unet_down_blocks_0_resnets_0_norm1",
+    "lora_te_text_model_encoder_layers_0_self_attn_q_proj",
+)
+FAMILIES = tuple(
+    [ending for ending in (*keys.WRITTEN, *keys.REFUSED) if mark in ending]
+    for mark in ("lora_", "hada", "lokr", "1.weight", "oft", "diff", "norm", "weight", "alpha")
+)
+
+
+def adapter(parts):
+    """The header of an adapter's file, and how many bytes its tensors take."""
+    header, end = {}, 0
+    for key, dtype, shape in parts:
+        size = math.prod(shape) * DTYPES[dtype]
+        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    return header, end
+
+
+def tensors(endings):
+    """Some tensors of one kind of adapter, for one layer or several."""
+    key = st.builds(
+        str.__add__, st.sampled_from(SPELLINGS[:3] + SPELLINGS), st.sampled_from(endings)
+    )
+    key = st.one_of(key, key, key, TEXTS)
+    shape = st.one_of(
+        st.sampled_from([[2, 32], [32, 2], [2, 24], [24, 2], [32, 32], [], [1], [2, 32, 3, 3]]),
+        st.lists(st.sampled_from(SIDES), max_size=4).filter(lambda s: math.prod(s) < 2**16),
+    )
+    dtype = st.sampled_from(["F32"] * 6 + ["F16", "BF16", "F8_E4M3", "I64", "BOOL"])
+    return st.lists(
+        st.tuples(key, dtype, shape), min_size=1, max_size=6, unique_by=lambda part: part[0]
+    )
+
+
+VALID = [
+    {
+        ".lora_down.weight": [2, 32],
+        ".lora_up.weight": [32, 2],
+        ".alpha": [],
+        ".dora_scale": [32, 1],
+    },
+    {".hada_w1_a": [32, 2], ".hada_w1_b": [2, 32], ".hada_w2_a": [32, 2], ".hada_w2_b": [2, 32]},
+    {".lokr_w1": [4, 4], ".lokr_w2_a": [8, 2], ".lokr_w2_b": [2, 8], ".alpha": [1]},
+    {".a1.weight": [32, 2], ".a2.weight": [2, 32], ".b1.weight": [32, 2], ".b2.weight": [2, 32]},
+    {".oft_blocks": [4, 8, 8], ".rescale": [32, 1]},
+    {".oft_blocks": [2, 4, 8, 8], ".alpha": []},
+    {".diff": [32, 32]},
+    {".weight": [32], ".on_input": []},
+]
+
+
+@st.composite
+def nearly_valid(draw):
+    """The tensors of an adapter that fits, and perhaps one thing that does not."""
+    shapes = draw(st.sampled_from(VALID))
+    parts = [[SPELLINGS[0] + ending, "F32", shape] for ending, shape in shapes.items()]
+    victim = draw(st.integers(0, len(parts) - 1))
+    what = draw(st.sampled_from(["nothing", "nothing", "key", "dtype", "shape", "gone"]))
+    if what == "gone":
+        parts.pop(victim)
+    elif what == "key":
+        parts[victim][0] = draw(st.sampled_from(SPELLINGS)) + draw(st.sampled_from([*keys.WRITTEN]))
+    elif what == "dtype":
+        parts[victim][1] = draw(st.sampled_from(sorted(DTYPES)))
+    elif what == "shape":
+        parts[victim][2] = draw(st.lists(st.sampled_from(SIDES[:8]), max_size=4))
+    return parts
+
+
+def test_loras(folders, tmp_path, capfd):
+    model = load_model(folders[0], device="cpu", dtype="float32", plain=True)
+    before = {name: t.clone() for name, t in model.unet.state_dict().items()}
+    told = st.one_of(st.just(None), TEXTS, VALUES.map(json.dumps))
+    settings = changes(dict.fromkeys(("unet.lora_alpha", "unet.alpha_pattern", "unet.r"), 1))
+    told = st.one_of(*[st.none()] * 6, told, settings.map(json.dumps))
+    parts = st.one_of(nearly_valid(), st.sampled_from(FAMILIES).flatmap(tensors))
+    strategy = st.tuples(parts, told, st.sampled_from([0, 1, 60, 60, 61, 188, 127, 255]))
+
+    def try_it(example):
+        parts, metadata, byte = example
+        header, size = adapter(parts)
+        if metadata is not None:
+            header["__metadata__"] = {"lora_adapter_metadata": metadata[: 2**16]}
+        path = raw_file(tmp_path / "a.safetensors", header, bytes([byte]) * size)
+        model.adapters._files.clear()
+        adapted = model.adapted([f"{path}:0.5"], unmatched="warn")
+        assert adapted is not model
+
+    for shapes in VALID:  # what takes long the first time is loaded
+        parts = [[SPELLINGS[0] + ending, "F32", shape] for ending, shape in shapes.items()]
+        try_it((parts, None, 60))
+    fuzz("loras", 300, strategy, try_it, capfd)
+    assert all(torch.equal(t, before[name]) for name, t in model.unet.state_dict().items())
 
 
 # Instructions that build tables, those that build anything, and pieces of both.

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
+from safetensors.torch import save_file
 
 import safelight
 from safelight import cli, machine
@@ -185,3 +186,30 @@ def test_a_strangers_recipe_may_say_anything(drawn):
     here = machine.describe_machine(torch.device("cpu"))
     _, why = machine.expected_difference(recorded, here, "float32")
     assert len(why) < 1000
+
+
+def test_loras_are_found_by_hash(folder, tmp_path, capsys, monkeypatch):
+    """By --lora, or in the models folder under whatever name; a recipe names no path."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    path = tmp_path / "ink.safetensors"
+    down, up = torch.randn(2, 64), torch.randn(64, 2)
+    save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, path)
+    model = safelight.load(folder, device="cpu", dtype="float32")
+    model.generate("a", loras=[f"{path}:0.5"], **ASKED).save("a.png")
+    (tmp_path / "own" / "Lora").mkdir(parents=True)
+    moved = path.rename(tmp_path / "own" / "Lora" / "another.safetensors")
+
+    def verify(*more):
+        code = cli.run(["verify", "a.png", "--model", folder, *more])
+        said = capsys.readouterr()
+        return code, said.out.strip(), said.err
+
+    assert verify("--models-dir", "own")[:2] == (0, "0")
+    assert verify("--lora", str(moved))[:2] == (0, "0")
+    code, _, told = verify()
+    assert code == 2
+    assert "lora ink of SHA-256" in told
+    save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": 2 * up}, moved)
+    assert verify("--models-dir", "own")[0] == 2

@@ -77,6 +77,16 @@ def test_a_prompt_names_embeddings_of_the_models_folder(model):
     assert same(draw(model, "ale"), without)  # as before
 
 
+def test_what_a1111_finds_and_does_not_fit_is_text(model):
+    result = draw(model, "a wide ale", prompt_syntax="a1111")
+    assert same(result, draw(model, "a wide ale"))
+    [said] = result.warnings
+    assert said.startswith("embedding wide: vectors of 99 numbers; this model reads 24")
+    assert said.endswith("its name in the prompt is read as text")
+    [said] = draw(model, "a,embedding:inkx", prompt_syntax="comfy").warnings
+    assert "after something else than a blank: read as text" in said
+
+
 def test_a_lora_brings_its_embeddings_along(model, folder):
     width = TEXT["hidden_size"]
     layer = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
@@ -118,7 +128,10 @@ def test_an_embedding_that_no_prompt_names_is_said(model):
     [
         ({"embeddings": ["ink"]}, "no embedding 'ink' in the models folder; there are inkx"),
         ({"embeddings": ["wide"]}, "embedding wide: vectors of 99 numbers; this model reads 24"),
-        ({"prompt": "embedding:ink", "prompt_syntax": "comfy"}, "no such embedding is there"),
+        (
+            {"prompt": "embedding:ink", "prompt_syntax": "comfy"},
+            "no embedding 'ink' in the models folder; there are inkx",
+        ),
         ({"embeddings": [""]}, "embeddings must be"),
         ({"styles": ["old"]}, "there is no style 'old': no file of styles was given"),
     ],

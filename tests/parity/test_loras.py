@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import safelight
 from safelight.errors import SafelightError
 from safelight.weights.names import renamed, unet_names
+from tests.parity.sdxl_models import UNET, make_folder
 
 diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
@@ -407,3 +408,87 @@ def test_a_picture_of_kohya_s_layout(
     path = write(tmp_path / "ink.safetensors", pipeline, "kohya")
     ours = model.generate("a red apple", steps=4, seed=5, loras=[str(path)], **SIZE)
     assert difference(ours.images[0], drawn(theirs)) <= 2
+
+
+# --- SDXL -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """A tiny SDXL: the pipeline of diffusers, and ours."""
+    folder = make_folder(tmp_path_factory.mktemp("xl") / "base", UNET)
+    theirs = diffusers.StableDiffusionXLPipeline.from_pretrained(folder)
+    theirs.set_progress_bar_config(disable=True)
+    return theirs, safelight.load(folder, device="cpu", dtype="float32", plain=True)
+
+
+TEXTS = {"text_encoder": "te1", "text_encoder_2": "te2"}
+XL_NAMINGS: dict[str, Callable[[Any, str, str], str]] = {
+    "kohya": lambda p, part, n: (
+        f"lora_unet_{kohya(ldm(p, n))}"
+        if part == "unet"
+        else f"lora_{TEXTS[part]}_{kohya(text_name(n))}"
+    ),
+    "OneTrainer": lambda _, part, n: (
+        f"lora_unet_{kohya(n)}" if part == "unet" else f"lora_{TEXTS[part]}_{kohya(text_name(n))}"
+    ),
+    "diffusers": lambda _, part, n: f"{part}.{n if part == 'unet' else text_name(n)}",
+}
+
+
+def xl_tensors(pipeline: Any, naming: str, ends: tuple[str, str]) -> Pair:
+    found: Pair = {}
+    for part in ("unet", *TEXTS):
+        suffixes = [*ATTENTION, "proj_in", "ff.net.2"] if part == "unet" else TEXT
+        for name, (down, up) in pairs(getattr(pipeline, part), suffixes).items():
+            key = XL_NAMINGS[naming](pipeline, part, name)
+            found[key + ends[0]], found[key + ends[1]] = down, up
+    return found
+
+
+@pytest.mark.parametrize("naming", XL_NAMINGS)
+def test_sdxl(naming: str, xl: tuple[Any, Any], tmp_path: Path) -> None:
+    """Both text encoders, each with the text's weight."""
+    theirs, ours = xl
+    path = tmp_path / "a.safetensors"
+    ends = _PEFT if naming == "diffusers" else _KOHYA
+    save_file(xl_tensors(theirs, naming, ends), path)
+    adapted = ours.adapted([f"{path}:0.5:0.25"])
+    for part, weight in (("unet", 0.5), ("text_encoder", 0.25), ("text_encoder_2", 0.25)):
+        network = getattr(theirs, part)
+        suffixes = [*ATTENTION, "proj_in", "ff.net.2"] if part == "unet" else TEXT
+        same(
+            added(network, pairs(network, suffixes), weight), adapted.parts[part], ours.parts[part]
+        )
+
+
+def test_a_picture_of_sdxl(xl: tuple[Any, Any], tmp_path: Path) -> None:
+    theirs, ours = xl
+    path = tmp_path / "a.safetensors"
+    save_file(xl_tensors(theirs, "diffusers", _PEFT), path)
+    asked = {"steps": 3, "seed": 5, "sampler": "euler", **SIZE}
+    without = ours.generate("a red apple", **asked).images[0]
+    theirs.load_lora_weights(tmp_path, weight_name=path.name, adapter_name="a")
+    theirs.set_adapters(["a"], [0.7])
+    generator = torch.Generator().manual_seed(5)
+    picture = theirs(
+        "a red apple", num_inference_steps=3, guidance_scale=5.0, generator=generator, **SIZE
+    ).images[0]
+    theirs.unload_lora_weights()
+    made = ours.generate("a red apple", loras=[f"{path}:0.7"], **asked).images[0]
+    assert difference(made, picture) <= 2
+    assert difference(made, without) > 2
+
+
+def test_a_lora_of_another_family(model: Any, xl: tuple[Any, Any], tmp_path: Path) -> None:
+    theirs, ours = xl
+    path = tmp_path / "a.safetensors"
+    save_file(
+        xl_tensors(theirs, "kohya", _KOHYA), path, {"ss_base_model_version": "sdxl_base_v1-0"}
+    )
+    with pytest.raises(SafelightError, match="it is for SDXL, and this model is "):
+        model.adapted([str(path)])
+    keys = {f"lora_te_{kohya(text_name(n))}" for n in ("encoder.layers.0.mlp.fc1",)}
+    save_file({f"{key}.lora_down.weight": torch.ones(4, 9) for key in keys}, path)
+    with pytest.raises(SafelightError, match="lacks its up half"):
+        ours.adapted([str(path)])

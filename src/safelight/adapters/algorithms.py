@@ -97,7 +97,7 @@ class LoRA(Algorithm):
     def delta(cls, found: Tensors, weight: Tensor) -> Tensor:
         up, down = found["up"].flatten(1), found["down"].flatten(1)
         if "mid" in found:
-            return _tucker(found["mid"], up.T, down)
+            return _tucker(found["mid"], up.T, down, weight)
         return (up @ down).view(weight.shape)
 
     @classmethod
@@ -138,10 +138,10 @@ class LoHa(Algorithm):
     def delta(cls, found: Tensors, weight: Tensor) -> Tensor:
         factors: list[Tensor] = []
         for n in "12":
-            a, b = found[f"w{n}_a"], found[f"w{n}_b"]
+            a, b = found[f"w{n}_a"].flatten(1), found[f"w{n}_b"].flatten(1)
             t = found.get(f"t{n}")
-            factors.append(a @ b if t is None else _tucker(t, a, b).flatten(1))
-        return (factors[0] * factors[1]).view(weight.shape)
+            factors.append((a @ b).view(weight.shape) if t is None else _tucker(t, a, b, weight))
+        return factors[0] * factors[1]
 
 
 class LoKr(Algorithm):
@@ -195,7 +195,10 @@ class LoKr(Algorithm):
         if "kr2" in found:
             second = found["kr2"]
         elif "kr_t2" in found:
-            second = _tucker(found["kr_t2"], found["kr2_a"], found["kr2_b"])
+            core = found["kr_t2"]
+            second = torch.einsum(
+                "i j ..., i p, j r -> p r ...", core, found["kr2_a"], found["kr2_b"]
+            )
         else:
             second = found["kr2_a"] @ found["kr2_b"].flatten(1)
         first = first.reshape(*first.shape, *[1] * (second.dim() - first.dim()))
@@ -210,14 +213,13 @@ class GLoRA(Algorithm):
 
     @classmethod
     def check(cls, shapes: Shapes, layer: Shape) -> None:
-        out, inner = layer[0], layer[1]
-        whole = math.prod(layer[1:])
-        a1, a2, b1, b2 = ((s[0], math.prod(s[1:])) for s in (shapes[k] or (0,) for k in cls.needs))
-        new = a1[0] == inner == a2[1] and b1[0] == out and b2[1] == whole
-        old = a1[1] == inner == a2[0] and b1[1] == whole and b2[0] == out
-        joined = (a1[1] == a2[0] and b1[1] == b2[0]) or (a1[0] == a2[1] and b1[0] == b2[1])
-        if not (new or old) or not joined:
-            raise UnfitError("a1", f"{a1}, {a2}, {b1} and {b2} do not fit a layer of {layer}")
+        first = "a2", "a1", "b2", "b1"
+        wide_a, thin_a, wide_b, thin_b = first if cls._is_old(shapes) else cls.needs
+        ranks = [shapes[thin][0] if shapes[thin] else 0 for thin in (thin_a, thin_b)]
+        _expect(shapes, wide_a, (layer[1], ranks[0]))
+        _expect(shapes, thin_a, (ranks[0], layer[1]))
+        _expect(shapes, wide_b, (layer[0], ranks[1]))
+        _expect(shapes, thin_b, (ranks[1], *layer[1:]))
 
     @classmethod
     def _is_old(cls, shapes: Shapes) -> bool:
@@ -225,8 +227,9 @@ class GLoRA(Algorithm):
 
         Square factors, whose order nothing tells, are read as new ones.
         """
-        a1, b1 = shapes["a1"], shapes["b1"]
-        return a1[0] < math.prod(a1[1:]) or b1[0] < math.prod(b1[1:])
+        return any(
+            shapes[one][0] < math.prod(shapes[one][1:]) for one in ("a1", "b1") if shapes[one]
+        )
 
     @classmethod
     def rank(cls, shapes: Shapes) -> int | None:
@@ -284,16 +287,12 @@ class IA3(Algorithm):
 
     @classmethod
     def delta(cls, found: Tensors, weight: Tensor) -> Tensor:
-        on_input = bool(found["on_input"].flatten()[0])
+        axis = int(bool(found["on_input"].flatten()[0]))
         factors = found["ia3"].flatten()
-        if len(factors) != weight.shape[1 if on_input else 0]:
-            side = "in" if on_input else "out"
-            raise UnfitError("ia3", f"{len(factors)} numbers for the {side}puts of {weight.shape}")
-        return (
-            weight * factors.view(1, -1, *[1] * (weight.dim() - 2))
-            if on_input
-            else (weight * factors.view(-1, *[1] * (weight.dim() - 1)))
-        )
+        if len(factors) != weight.shape[axis]:
+            side = ("outputs", "inputs")[axis]
+            raise UnfitError("ia3", f"{len(factors)} numbers for the {side} of {weight.shape}")
+        return weight * factors.view([-1 if i == axis else 1 for i in range(weight.dim())])
 
 
 class OFT(Algorithm):
@@ -369,7 +368,8 @@ def _expect(shapes: Shapes, slot: str, wanted: Shape) -> None:
     A convolution's inner side and its kernel may be one.
     """
     there, flat = shapes[slot], (*wanted[:1], math.prod(wanted[1:]))
-    if 0 in wanted or _bare(there) not in (_bare(wanted), _bare(flat)):
+    matrix = len(there) > 1 or len(wanted) < 2
+    if 0 in wanted or not matrix or _bare(there) not in (_bare(wanted), _bare(flat)):
         raise UnfitError(slot, f"has the shape {there}; {wanted} would fit")
 
 
@@ -379,8 +379,9 @@ def _bare(shape: Shape) -> Shape:
     return shape
 
 
-def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Return [out, inner, …] of a core [i, j, …], a [i, out] and b [j, inner]."""
+def _tucker(core: Tensor, a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """Return a difference in a weight's shape: of a core [i, j, …], a [i, out] and b [j, inner]."""
+    core = core.reshape(len(a), len(b), *weight.shape[2:])
     return torch.einsum("i j ..., i p, j r -> p r ...", core, a, b)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,18 +40,41 @@ class EmbeddingFinder:
     takes_paths: bool = False
     files: Mapping[str, Path] = field(default_factory=dict)
 
-    def choose(self, request: Request, tokenizer: Tokenizer) -> tuple[EmbeddingFile, ...]:
+    def choose(
+        self,
+        request: Request,
+        tokenizer: Tokenizer,
+        widths: Mapping[str, int],
+        *,
+        known: Collection[str] | None = None,
+        warnings: list[str] | None = None,
+    ) -> tuple[EmbeddingFile, ...]:
         """Return the embeddings of a request whose prompts are drawn.
 
-        In `prompt_syntax` a1111 and comfy the prompts name those of the models folder, too. Raises
-        SafelightError for one that is not found, or is none.
+        In `prompt_syntax` a1111 and comfy the prompts name those of the models folder, too. What
+        A1111 finds in a prompt and does not fit is text, with a line in `warnings`.
+
+        widths: what each text encoder reads. known: names that need not be found, since a LoRA
+        brings them; None asks for no name to be found. Raises SafelightError for one that is not
+        found, or is none.
         """
         found: dict[Path, EmbeddingFile] = {}
         for name in request.embeddings:
             one = self.located(name)
             found.setdefault(one.path, one)
-        for path, name in self._named(request, tokenizer, list(found.values())):
-            found.setdefault(path, look_at(path, name))
+        if request.prompt_syntax == "comfy":
+            there = {one.name for one in found.values()}
+            for path, name in self._marked(request, there, known):
+                found.setdefault(path, look_at(path, name))
+        elif request.prompt_syntax == "a1111":
+            for path, name in self._in_words(request, tokenizer):
+                try:
+                    one = look_at(path, name)
+                    one.fitting(widths)
+                    found.setdefault(path, one)
+                except SafelightError as error:
+                    if warnings is not None:
+                        warnings.append(f"{error}; its name in the prompt is read as text")
         return tuple(found.values())
 
     def located(self, name: str) -> EmbeddingFile:
@@ -76,23 +99,24 @@ class EmbeddingFinder:
         entry = self.library.find(name, "embedding")
         return look_at(entry.path, _last(entry.name))
 
-    def _named(
-        self, request: Request, tokenizer: Tokenizer, there: Sequence[EmbeddingFile]
+    def _marked(
+        self, request: Request, there: set[str], known: Collection[str] | None
     ) -> Iterator[tuple[Path, str]]:
-        """Yield path and name of each embedding that the prompts name."""
-        if request.prompt_syntax == "comfy":
-            yield from self._marked(request, {one.name for one in there})
-        elif request.prompt_syntax == "a1111":
-            yield from self._in_words(request, tokenizer)
+        """Yield path and name of each `embedding:name`, but for those that are there."""
 
-    def _marked(self, request: Request, there: set[str]) -> Iterator[tuple[Path, str]]:
+        def is_there(name: str) -> bool:
+            return name in there or name in (known or ()) or bool(self._matches(name))
+
         for text in _pieces(request):
-            for name, _ in marked(text, lambda name: bool(self._matches(name))):
-                if name and name not in there:
-                    found = self._matches(name)
-                    if len(found) > 1 and self.library is not None:
-                        self.library.find(name, "embedding")  # says which there are
-                    yield from found[:1]
+            for name, _ in marked(text, is_there):
+                if not name or name in there or name in (known or ()):
+                    continue
+                found = self._matches(name)
+                if self.library is not None and (
+                    len(found) > 1 or (not found and known is not None)
+                ):
+                    self.library.find(name, "embedding")  # says which there are
+                yield from found[:1]
 
     def _matches(self, name: str) -> list[tuple[Path, str]]:
         found = [(path, known) for known, path in self.files.items() if known == name]
@@ -123,10 +147,13 @@ class Embeddings:
         self._model = model
         self._kept: OrderedDict[Any, Model] = OrderedDict()
 
-    def choose(self, request: Request) -> tuple[EmbeddingFile, ...]:
+    def choose(
+        self, request: Request, warnings: list[str] | None = None
+    ) -> tuple[EmbeddingFile, ...]:
         """Return the embeddings of a request whose prompts are drawn, and those inside its LoRAs.
 
-        Raises SafelightError for one that is not found or does not fit the model.
+        warnings: where to say which were left out. Raises SafelightError for one that is not found
+        or does not fit the model.
         """
         model = self._model
         if not model.family.text_parts:
@@ -138,18 +165,29 @@ class Embeddings:
             return ()
         finder = EmbeddingFinder(model.library, model.takes_paths, model.embedding_files)
         tokenizer, _ = model.family.text_parts[0]
-        chosen = finder.choose(request, model.parts[tokenizer])
+        inside = self._inside_loras(request)
+        chosen = finder.choose(
+            request,
+            model.parts[tokenizer],
+            {name: model.parts[name].config.hidden_size for _, name in model.family.text_parts},
+            known=[one.name for one in inside],
+            warnings=warnings,
+        )
+        return (*chosen, *inside)
+
+    def _inside_loras(self, request: Request) -> list[EmbeddingFile]:
+        model = self._model
         asked, _ = asked_of(request)
         if not asked and model.selection is None:
-            return chosen
+            return []
         adapters = (model.base or model).adapters
         selection = adapters.choose(asked, request.lora_unmatched, after=model.selection)
-        inside = {
+        found = {
             (lora.file.sha256, one.name): one
             for lora in selection.chosen
             for one in bundled(lora.file.header)
         }
-        return (*chosen, *inside.values())
+        return list(found.values())
 
     def model(self, chosen: Sequence[EmbeddingFile]) -> Model:
         """Return the model with these embeddings; itself without any.

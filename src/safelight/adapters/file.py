@@ -17,6 +17,7 @@ from safelight.adapters.algorithms import (
     ALGORITHMS,
     Algorithm,
     Full,
+    SetWeight,
     UnfitError,
     check_dora,
 )
@@ -230,6 +231,8 @@ def _check(
     if any(0 in shape for shape in shapes.values()):
         slot = next(slot for slot, shape in shapes.items() if 0 in shape)
         raise UnfitError(slot, "is empty")
+    if len(layer) < 2 and algorithm not in (Full, SetWeight):
+        raise UnfitError(next(iter(shapes)), f"is for a matrix; the layer is {layer}")
     algorithm.check(shapes, layer)
     if "dora_scale" in shapes:
         check_dora(shapes["dora_scale"], layer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-_WRITTEN = {
+WRITTEN = {
     # kohya and LyCORIS
     ".lora_up.weight": "up",
     ".lora_down.weight": "down",
@@ -54,7 +54,9 @@ _WRITTEN = {
     **{f".hada_w{n}_{half}": f"w{n}_{half}" for n in "12" for half in "ab"},
     **{f".lokr_w{n}{half}": f"kr{n}{half}" for n in "12" for half in ("", "_a", "_b")},
 }
-_REFUSED = {
+"""How keys end, and what such a tensor is to its layer."""
+
+REFUSED = {
     ".oft_R.weight": "PEFT's OFT",
     ".oft_R": "PEFT's OFT",
     ".oft_r": "PEFT's OFT",
@@ -71,7 +73,9 @@ _REFUSED = {
     ".bm.weight": "GLoRA in Tucker's form",
     ".lora_B.bias": "a LoRA with a bias of its own",
 }
-_LONGEST_FIRST = sorted((*_WRITTEN, *_REFUSED), key=len, reverse=True)
+"""The same of kinds that are not supported, with what they are called."""
+
+_LONGEST_FIRST = sorted((*WRITTEN, *REFUSED), key=len, reverse=True)
 
 
 def endings(key: str) -> Iterator[tuple[str, str]]:
@@ -83,12 +87,12 @@ def endings(key: str) -> Iterator[tuple[str, str]]:
 
 def slot_of(ending: str) -> str | None:
     """Return what a tensor is to its layer, None if its kind is not supported."""
-    return _WRITTEN.get(ending)
+    return WRITTEN.get(ending)
 
 
 def refused_kind(ending: str) -> str:
     """Return what a kind that is not supported is called."""
-    return _REFUSED[ending]
+    return REFUSED[ending]
 
 
 # Beginnings of keys that tell a file of another kind of model, for the error about it.

@@ -36,7 +36,9 @@ class PromptReader:
             )
         name, encoder = self._plan.family.text_parts[0]
         tokenizer = self._tokenizers[name]
-        chosen = self._finder.choose(request, tokenizer)
+        widths = {key: config.hidden_size for key, config in self.encoders.items()}
+        said: list[str] = []
+        chosen = self._finder.choose(request, tokenizer, widths, warnings=said)
         tokenizer = tokenizer.with_learned(list(words_of(self.encoders, chosen)[encoder]))
         reading = read(
             request.negative_prompt if negative else request.prompt,
@@ -45,7 +47,9 @@ class PromptReader:
             emphasis=request.emphasis,
             negative=negative,
         )
-        return describe(reading, tokenizer, request.prompt_syntax, self._plan.words)
+        found = describe(reading, tokenizer, request.prompt_syntax, self._plan.words)
+        found["warnings"] += said
+        return found
 
     @property
     def encoders(self) -> dict[str, Any]:

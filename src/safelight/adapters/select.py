@@ -92,6 +92,8 @@ class Adapters:
             file, found = self._matched(path)
             if not file.header.tensors:
                 raise refusal(file.name, "it holds nothing; a LoRA has tensors")
+            if not found.changes and not found.unmatched:
+                raise refusal(file.name, "it holds embeddings alone; a LoRA changes weights")
             if not found.changes:
                 raise unmatched_error(file, found.unmatched, self._family)
             if found.unmatched:
@@ -225,13 +227,14 @@ def _shapes_of(model: Model) -> Shapes:
 def _record(chosen: Chosen) -> dict[str, Any]:
     """Return a LoRA as a recipe has it. hash: what A1111 calls it by."""
     asked, file = chosen.asked, chosen.file
-    stated = file.header.metadata.get("sshs_model_hash", "").lower()
-    whole = stated if len(stated) == 64 else tensors_digest(file.header.path)
+    called = file.header.metadata.get("sshs_model_hash", "").lower()
+    if len(called) != 64:
+        called = file.sha256 if file.header.pickled else tensors_digest(file.header.path)
     return {
         "name": asked.name,
         "weight": asked.weight,
         "text_weight": asked.text_weight,
         "sha256": file.sha256,
-        "hash": whole[:12],
+        "hash": called[:12],
         "in_prompt": asked.tagged,
     }

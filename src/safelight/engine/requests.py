@@ -120,7 +120,7 @@ def new_result(model: Model, asked: Request, resolved: Request, exact: bool = Tr
     for words in dict.fromkeys(map(result.words.get, seeds)):
         same = [seed for seed in seeds if result.words.get(seed) == words]
         one = with_drawn(resolved, result, same[0])
-        chosen = model.embeddings.choose(one)
+        chosen = model.embeddings.choose(one, result.warnings)
         result.warnings += model.family.warnings(model.embeddings.model(chosen), one)
         records = tuple(record(embedding) for embedding in chosen if not embedding.is_bundled)
         result.embeddings |= dict.fromkeys(same, records)

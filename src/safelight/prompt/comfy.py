@@ -15,6 +15,7 @@ FACTOR = 1.1
 
 _TOKEN = re.compile(r"\\[()]|[()]|[^\\()]++|\\")
 _NUMBER = re.compile(r"\s*+[+-]?(?:\d++\.?\d*+|\.\d++)(?:[eE][+-]?\d++)?\s*+")
+_STRAY_MARK = re.compile(r"(?<=\S)embedding:")
 
 
 class _Groups:
@@ -75,6 +76,8 @@ def read(text: str) -> tuple[tuple[Section, ...], tuple[str, ...]]:
         words.append(token[1:] if token in (r"\(", r"\)") else token)
     pieces.append((flush(), 0))
     weights = groups.resolved()
+    if any(_STRAY_MARK.search(said) for said, _ in pieces):
+        warnings += ("'embedding:' after something else than a blank: read as text",)
     return (tuple(Piece(said, weights[group]) for said, group in pieces if said),), warnings
 
 

@@ -85,9 +85,10 @@ class Names:
         styled = apply_styles(
             self.styles(), request.styles, request.prompt, request.negative_prompt
         )
-        if request.dynamic_prompts:
-            styled = "", ""
-        request = request.replace(prompt=styled[0], negative_prompt=styled[1], styles=())
+        words = ("", "") if request.dynamic_prompts else styled
+        # A copy as it is: to check it anew would convert its pictures once more.
+        update = dict(zip(("prompt", "negative_prompt"), words, strict=True))
+        request = request.model_copy(update=update)
         finder = EmbeddingFinder(self.library)
         for name in request.embeddings:
             finder.located(name)
