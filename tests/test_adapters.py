@@ -16,8 +16,10 @@ import safelight
 from safelight.adapters import select
 from safelight.adapters.asked import AskedLora, asked_of
 from safelight.adapters.names import table
+from safelight.compare import Axis, grid
 from safelight.engine import Engine
 from safelight.errors import SafelightError
+from safelight.explain.watch import watch
 from safelight.recipe import read_recipe
 from safelight.request import Request
 from weights_tiny import raw_file, text_folder
@@ -472,6 +474,13 @@ class TestRequests:
             model.generate("an apple", loras=[str(path)], **SETTINGS)
         drawn = model.generate("an apple", loras=[str(path)], lora_unmatched="warn", **SETTINGS)
         assert any("lora_unet_x.alpha" in warning for warning in drawn.warnings)
+
+    def test_a_story_and_a_grid(self, model: Any, ink: Path) -> None:
+        asked = Request(prompt="an apple", loras=[str(ink)], **SETTINGS)
+        drawn = model.generate(asked).images[0]
+        assert watch(model, asked).picture.tobytes() == drawn.tobytes()
+        [cells] = grid(model, asked, Axis("loras", ((), (str(ink),)))).results
+        assert [len(cell.loras) for cell in cells] == [0, 1]
 
     def test_embeddings_inside(self, model: Any, tmp_path: Path) -> None:
         path = lora(tmp_path / "a.safetensors")

@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from safelight.bounds import MAX_PROFILE, orientation
+from safelight.progress import get_on
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -79,11 +80,11 @@ class Strips:
         size: tuple[int, int],
         strip: Callable[[tuple[int, int, int, int]], Image.Image],
     ) -> None:
-        self.mode, self.size, self._strip = mode, size, strip
+        self.mode, self.size, self.strip = mode, size, strip
 
     def __iter__(self) -> Iterator[Image.Image]:
         """Yield the strips, from the top."""
-        return (self._strip(box) for box in strips(self.size))
+        return (self.strip(box) for box in strips(self.size))
 
     def whole(self) -> Image.Image:
         """Return the picture in one."""
@@ -103,12 +104,14 @@ def strips(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
     width, height = size
     rows = max(1, 2**20 // max(width, 1))
     for top in range(0, height, rows):
+        get_on()  # of a large picture it may take long
         yield 0, top, width, min(top + rows, height)
 
 
 def as_mask(image: Image.Image) -> Image.Image:
     """Return a new mode L picture of 0 and 255 alone: 255 where image is half white or more."""
-    return as_rgb(image).convert("L").point([0] * 128 + [255] * 128)
+    rgb, table = rgb_of(image), [0] * 128 + [255] * 128
+    return Strips("L", image.size, lambda box: rgb.strip(box).convert("L").point(table)).whole()
 
 
 def picture_sha256(image: Image.Image) -> str:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import safelight
 from safelight.picture import largest_difference
-from tests.parity.sdxl_models import UNET, make_folder
+from tests.parity.sdxl_models import REFINER, UNET, make_folder
 
 VECTORS = torch.randn(3, 32, generator=torch.Generator().manual_seed(5)) * 0.3
 
@@ -116,3 +116,25 @@ def test_both_text_encoders_of_sdxl(tmp_path):
     save_file({"x": small}, tmp_path / "small.safetensors")
     with pytest.raises(safelight.SafelightError, match="this model reads 16 and 24"):
         model.generate(prompt, embeddings=[str(tmp_path / "small.safetensors")])
+
+
+def test_a_refiner_reads_the_same_embeddings(tmp_path):
+    base = make_folder(tmp_path / "base", UNET)
+    pipeline = "StableDiffusionXLImg2ImgPipeline"
+    refiner = make_folder(tmp_path / "refiner", REFINER, pipeline=pipeline, zeros=False)
+    draw = torch.Generator().manual_seed(8)
+    vectors = {"clip_l": torch.randn(2, 16, generator=draw), "clip_g": torch.randn(2, 24)}
+    save_file(vectors, tmp_path / "ink-9.safetensors")
+    models = [
+        safelight.load(base, refiner=one, device="cpu", dtype="float32") for one in (refiner, None)
+    ]
+    settings = {"embeddings": [str(tmp_path / "ink-9.safetensors")], "steps": 4, "seed": 3}
+    refined, plain = (
+        model.generate("a embedding:ink-9 cat", prompt_syntax="comfy", **settings).images[0]
+        for model in models
+    )
+    assert largest_difference(refined, plain) > 2
+    states = models[0].refiner.embeddings.model(
+        models[0].embeddings.choose(safelight.Request(prompt="ink-9", **settings))
+    )
+    assert states.parts["tokenizer_2"].learned[0].name == "ink-9"

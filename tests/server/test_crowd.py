@@ -15,7 +15,7 @@ import httpx2 as httpx
 import pytest
 from inside import SOAK, figure, size
 from serving import Serving, wait_for
-from test_worst import OTHER, QUICK, Others, Tree
+from test_worst import KEY, OTHER, QUICK, TOKEN, Others, Tree
 
 from safelight.server.limits import most
 
@@ -32,7 +32,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 3 * MANY)), hard))
     folder = tmp_path_factory.mktemp("crowd")
-    with Serving(folder, "--dtype", "float32", *TRUSTED) as running:
+    with Serving(folder, "--dtype", "float32", *TRUSTED, token=TOKEN) as running:
         running.ready()
         wait_for(lambda: running.client.get("/studio/").status_code == 200)
         yield running
@@ -75,7 +75,7 @@ def test_half_open_streams(server: Serving) -> None:
     """Of many addresses, each of a job that is there; nobody reads them."""
     before, each = draws(server), 50
     jobs: list[tuple[dict[str, str], str]] = []
-    with httpx.Client(base_url=server.url, timeout=60) as client:
+    with httpx.Client(base_url=server.url, headers=KEY, timeout=60) as client:
         for number in range(MANY // each):
             stranger = {"X-Forwarded-For": f"192.0.2.{number + 1}"}
             answer = client.post("/api/jobs", json=LONG, headers=stranger)
@@ -88,14 +88,15 @@ def test_half_open_streams(server: Serving) -> None:
                 raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
                 raw.sendall(
                     f"GET /api/jobs/{job}/events HTTP/1.1\r\nHost: localhost\r\n"
-                    f"X-Forwarded-For: {stranger['X-Forwarded-For']}\r\n\r\n".encode()
+                    f"X-Forwarded-For: {stranger['X-Forwarded-For']}\r\n"
+                    f"Authorization: {KEY['Authorization']}\r\n\r\n".encode()
                 )
                 sockets.append(raw)
         opened = sum(raw.recv(15).startswith(b"HTTP/1.1 200") for raw in sockets)
         with Others(server) as others:
             seconds = draws(server)
             wait_for(lambda: len(others.health) > 50)
-    with httpx.Client(base_url=server.url, timeout=60) as client:
+    with httpx.Client(base_url=server.url, headers=KEY, timeout=60) as client:
         for stranger, job in jobs:
             client.delete(f"/api/jobs/{job}", headers=stranger)
     figure(
@@ -142,7 +143,7 @@ def test_visits_leave_nothing_behind(server: Serving) -> None:
     grown: list[float] = []
 
     def visits(number: int) -> None:
-        with httpx.Client(base_url=server.url, timeout=60) as client:
+        with httpx.Client(base_url=server.url, headers=KEY, timeout=60) as client:
             for _ in range(number):
                 visit(client)
 

@@ -297,6 +297,12 @@ class TestEdit:
         asked = service.requests[0]
         assert {name: getattr(asked, name) for name in ours} == ours
 
+    def test_a_list_of_texts_is_a_field_that_is_repeated(self, client, service):
+        given = {"loras": ["ink:0.5", "film,old"]}
+        client.images.edit(image=PLAIN, prompt="a", extra_body=given)
+        client.images.generate(prompt="a", extra_body=given)
+        assert [asked.loras for asked in service.requests] == [("ink:0.5", "film,old")] * 2
+
     @pytest.mark.parametrize("format", ["JPEG", "WEBP"])
     def test_kinds_of_pictures(self, client, service, format):
         client.images.edit(image=file(plain(), format), prompt="a")

@@ -18,7 +18,9 @@ from inside import SOAK, figure, share, size
 from serving import Serving, wait_for
 
 pytestmark = pytest.mark.xdist_group("worst")  # one server for them all
-STRANGER, OTHER = ({"X-Forwarded-For": address} for address in ("192.0.2.1", "198.51.100.1"))
+TOKEN = "s3cret"
+KEY = {"Authorization": f"Bearer {TOKEN}"}
+STRANGER, OTHER = (KEY | {"X-Forwarded-For": at} for at in ("192.0.2.1", "198.51.100.1"))
 TINY = base64.b64encode(encoded()).decode()
 QUICK = {"prompt": "a cat", "steps": 1, "sampler": "euler"}
 
@@ -26,7 +28,8 @@ QUICK = {"prompt": "a cat", "steps": 1, "sampler": "euler"}
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     folder = tmp_path_factory.mktemp("worst")
-    with Serving(folder, "--dtype", "float32", "--trust-proxy", "127.0.0.1") as running:
+    trusted = ("--dtype", "float32", "--trust-proxy", "127.0.0.1")
+    with Serving(folder, *trusted, token=TOKEN) as running:
         running.ready()
         wait_for(lambda: running.client.get("/studio/").status_code == 200)
         for enter in ENTRANCES.values():  # libraries and processes are started by the first

@@ -155,7 +155,9 @@ class Engine:
                 with self._working():
                     model = model.adapters.adapted(selection)
             conditioning = self._conditioning(model, request, selection)
-            second = None if model.refiner is None else self._conditioning(model.refiner, request)
+            second = None
+            if model.refiner is not None:
+                second = self._conditioning(model.refiner, request, before=model)
             return model, create_job(model, request, conditioning, seed, second)
 
     def _size(self, shape: tuple[int, ...]) -> float:
@@ -308,10 +310,18 @@ class Engine:
             yield ticket
 
     def _conditioning(
-        self, model: Model, request: Request, selection: Selection | None = None
+        self,
+        model: Model,
+        request: Request,
+        selection: Selection | None = None,
+        before: Model | None = None,
     ) -> Conditioning:
-        """Return the cached conditioning of a resolved request. model: with its LoRAs."""
-        family, chosen = model.family, model.embeddings.choose(request)
+        """Return the cached conditioning of a resolved request.
+
+        model: with its LoRAs. before: the model whose steps a refiner goes on from; both read the
+        same embeddings.
+        """
+        family, chosen = model.family, (before or model).embeddings.choose(request)
         key = (
             id(family),
             selection and selection.key,

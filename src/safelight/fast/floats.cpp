@@ -62,8 +62,7 @@ inline void multiply(const float* a, long a_row, const float* b, long b_row, lon
                      float* sums, long row, bool add) {
     vec found[ROWS][regs];
     for (int r = 0; r < ROWS; r++)
-        for (int x = 0; x < regs; x++)
-            found[r][x] = add ? read(sums + r * row + x * LANES) : splat(0);
+        for (int x = 0; x < regs; x++) found[r][x] = splat(0);
     for (long k = 0; k < depth; k++, b += b_row) {
         vec columns[regs];
         for (int x = 0; x < regs; x++) columns[x] = read(b + x * LANES);
@@ -72,8 +71,12 @@ inline void multiply(const float* a, long a_row, const float* b, long b_row, lon
             for (int x = 0; x < regs; x++) found[r][x] += one * columns[x];
         }
     }
+    // Added at the end: a sum of sums rounds less than one long sum.
     for (int r = 0; r < ROWS; r++)
-        for (int x = 0; x < regs; x++) write(sums + r * row + x * LANES, found[r][x]);
+        for (int x = 0; x < regs; x++) {
+            float* to = sums + r * row + x * LANES;
+            write(to, add ? read(to) + found[r][x] : found[r][x]);
+        }
 }
 
 // A place in [batch, length, heads, size]: numbers between neighbours; the last lie side by side.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import os
 import re
@@ -14,6 +13,7 @@ from PIL import Image
 
 from safelight.errors import SafelightError
 from safelight.picture import HALF, open_picture, reason, save_plain_png, save_png, save_whole
+from safelight.progress import Reader
 from safelight.server import private, quarantine
 from safelight.server.jobs import StorageError
 
@@ -105,7 +105,7 @@ class Files:
         except OSError as error:
             raise StorageError(f"the {name} cannot be read: {error.strerror}") from None
         try:
-            with Image.open(io.BytesIO(data)) as image:  # our own, as it was written
+            with Image.open(Reader(data)) as image:  # our own, as it was written
                 image.load()
                 return image
         except (OSError, SyntaxError, ValueError) as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from safelight.errors import SafelightError
+from safelight.fast import memory
 from safelight.request import Request
 from safelight.server.claims import LEASE, Claim, LostError
 from safelight.server.files import Files
@@ -348,7 +349,10 @@ class Worker:
         self._note(error)
         with contextlib.suppress(LostError):  # cancelled meanwhile
             self._finish(claim, warnings, None if error is None else str(error))
-        self._held.pop(claim.id, None)
+        held = self._held.pop(claim.id, None)
+        if held is not None and held.input_bytes:
+            del held
+            memory.give_back()  # else the process keeps what large pictures took
         self._alone = False
         self._pipe.send(("end", claim.id, getattr(error, "code", None)))
 

@@ -196,7 +196,7 @@ def _draw(teacher: Model, walk: Table, captions: list[str], guidance: float, see
     """Return `Trajectories.states` of these captions, the first with this seed."""
     engine = Engine(teacher, exact=False, rows=2 * BATCH)
     for i, caption in enumerate(captions):
-        request = Request(prompt=caption, guidance_scale=guidance)
+        request = Request(prompt=caption, guidance_scale=guidance, steps=len(walk.rows))
         conditioning = teacher.family.encode(teacher, request)
         engine.add_job(prepare(teacher, walk, conditioning, seed + i, teacher.native_size), i)
     states = {ticket.tag: [ticket.job.view] for ticket in engine.tickets}
