@@ -18,7 +18,8 @@ from safelight.weights.notes import Stamp, keep, recall
 from safelight.weights.tensors import DTYPES
 
 _BITS = {"F16": np.uint16, "BF16": np.uint16, "F32": np.uint32}
-"""Unsigned numbers of as many bits. PyTorch's threads would cost more here than they save."""
+_SIGNED = {np.uint16: np.int16, np.uint32: np.int32}
+"""Integers of as many bits. PyTorch's threads would cost more here than they save."""
 
 
 class Numbers:
@@ -68,8 +69,11 @@ class Numbers:
                 bits, limit = self._limits[key]
                 count = (high - low) // np.dtype(bits).itemsize
                 values: Any = np.frombuffer(piece, bits, count, low - at)
-                # Numbers without their sign are in the order of their bits, NaN being the last.
-                good = bool((values & np.iinfo(bits).max // 2).max() <= limit)
+                # By their bits, numbers without a sign are in order, NaN being the last; those
+                # with one come after them as unsigned, and before them as signed integers.
+                sign = np.iinfo(bits).max // 2 + 1
+                good = int(values.view(_SIGNED[bits]).max()) <= limit
+                good = good and int(values.max()) <= sign + limit
                 self._good[key] = self._good.get(key, True) and good
 
     def looked(self, path: Path, stamp: Stamp) -> None:
