@@ -14,6 +14,7 @@ import pytest
 import torch
 from inside import Inside, figure, size
 from PIL import Image
+from serving import wait_for
 
 from safelight.engine import Job, core
 from safelight.engine.capacity import probe
@@ -242,6 +243,8 @@ def test_cancelled_while_it_is_committed_and_retried(
     job = server.submit(
         prompt="", image=base64.b64encode(start.getvalue()).decode(), steps=2, strength=1.0
     )
-    ended = server.finished(job)
+    # It is cancelled for a moment, which is not its end.
+    wait_for(lambda: server.job(job)["status"] in ("succeeded", "failed"), seconds=60)
+    ended = server.job(job)
     assert (ended["status"], ended["error"], len(ended["pictures"])) == ("succeeded", None, 1)
     assert seen == [job]

@@ -87,7 +87,7 @@ class Names:
         )
         words = ("", "") if request.dynamic_prompts else styled
         # A copy as it is: to check it anew would convert its pictures once more.
-        update = dict(zip(("prompt", "negative_prompt"), words, strict=True))
+        update: dict[str, Any] = dict(zip(("prompt", "negative_prompt"), words, strict=True))
         request = request.model_copy(update=update)
         finder = EmbeddingFinder(self.library)
         for name in request.embeddings:

@@ -228,7 +228,6 @@ async def edit(http: HttpRequest) -> Response:
     body, settings, files = await read_form(http)
     await _check_model(http, body.model)
     _check_form(body)
-    await http.app.state.service.loaded()  # not within the turn
     separate = "mask" in files
     async with turn(http):
         read = [*await decoded(http, "with_alpha", [files.pop("image")], "image")]

@@ -110,12 +110,12 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
     asked = await asyncio.to_thread(understand, body, served, defaults)
     if isinstance(body, ImageToImage):
         first_picture(body)
-    model = await service.loaded()
     async with turn(http) if isinstance(body, ImageToImage) else nullcontext():
         if isinstance(body, ImageToImage):
             sent = await _sent(http, body)
             asked = await asyncio.to_thread(understand, body, served, defaults, sent)
             del sent
+        model = await service.loaded()
         asked = await asyncio.to_thread(fitted, asked, model)
         job = await service.submit(asked.request, client="sdapi", owner=caller_of(http.scope).owner)
         # The decoded pictures are not held while the job waits.
