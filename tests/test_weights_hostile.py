@@ -210,10 +210,10 @@ def test_the_deepest_network_that_is_allowed_is_built_within_two_seconds():
         "down_block_types": ["CrossAttnDownBlock2D"] * 4,
         "up_block_types": ["CrossAttnUpBlock2D"] * 4,
         "layers_per_block": 2,
-        "transformer_layers_per_block": MAX_LAYERS // 8,
+        "transformer_layers_per_block": MAX_LAYERS // 20,
     }
     config = UNetConfig.from_dict(config)
-    assert config.depth == MAX_LAYERS
+    assert MAX_LAYERS - 20 < config.depth <= MAX_LAYERS
     began = time.process_time()
     with torch.device("meta"), load._Unfilled():
         UNet2DConditionModel(config)
@@ -365,8 +365,8 @@ def test_weights_overwritten_while_they_are_loaded_are_found(folder, monkeypatch
     file = weight_file(folder, "unet")
     plain = digest.digest_files
 
-    def slow(files):
-        found = plain(files)
+    def slow(*given):
+        found = plain(*given)
         overwrite(file)
         return found
 

@@ -165,7 +165,7 @@ def test_a_hung_worker_is_replaced(hanging: tuple[Serving, Path], how: str) -> N
         assert seconds < 15
 
 
-@pytest.mark.skipif(not SOAK, reason="of the long run")
+@pytest.mark.soak
 def test_a_worker_without_memory_costs_no_other_job(hanging: tuple[Serving, Path]) -> None:
     """It may use no more than it has: what cannot be drawn fails, and the next job is drawn."""
     import resource
@@ -256,7 +256,7 @@ def test_sqlite_away_under_load(server: Serving) -> None:
     survives(server, "SQLite's file", lambda: _move(file, away), lambda: _move(away, file))
 
 
-@pytest.mark.skipif(not SOAK, reason="of the long run")
+@pytest.mark.soak
 def test_sqlite_locked_under_load(server: Serving) -> None:
     file = server.data / "jobs.sqlite3"
     with closing(sqlite3.connect(file, isolation_level=None, check_same_thread=False)) as lock:
