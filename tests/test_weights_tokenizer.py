@@ -174,6 +174,7 @@ def test_without_the_vocabulary_the_line_says_how_to_get_it(monkeypatch):
 
 
 def test_a_vocabulary_that_was_changed_is_not_used(monkeypatch, tmp_path):
+    module._clip_tables.cache_clear()
     (tmp_path / module._CLIP_VOCABULARY).write_bytes(json.dumps({}).encode())
     spec = type("Spec", (), {"submodule_search_locations": [str(tmp_path)]})
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: spec)
