@@ -328,7 +328,7 @@ class StableDiffusionXL(LatentFamily):
 
 @dataclass(frozen=True, eq=False)
 class Refiner(StableDiffusionXL):
-    """The network for the last steps. It reads the second text encoder, and a score of beauty."""
+    """The network for the last steps. It reads the second text encoder, and an aesthetic score."""
 
     zeros: bool = False
 
