@@ -739,6 +739,8 @@ def test_no_script_in_a_prompt_runs(server: Serving, context: BrowserContext) ->
         page.locator(".find .grid button").nth(i).click()
         page.keyboard.press("Escape")
     choose(page, "All its settings", ".find")
+    assert page.title() == "Safelight"
+    page = watched.open()
     page.get_by_label("Seed", exact=True).fill("<img src=x onerror=document.title=1>")
     page.get_by_role("button", name="Draw").click()
     expect(page.locator("#make-problem")).to_contain_text("seed must be")
