@@ -26,7 +26,7 @@ class Normed:
         self.x, self.factors = x, factors
 
     def rows(self, picture: int, first: int, last: int) -> Tensor:
-        """These rows of one picture, [1, channels, last - first, w]."""
+        """Return these rows of one picture, [1, channels, last - first, w]."""
         factor, addend = self.factors[picture][:, None, :, None, None]
         part = self.x[picture : picture + 1, :, first:last]
         found = torch.addcmul(addend, part.float(), factor)
@@ -34,7 +34,7 @@ class Normed:
 
 
 def strips(x: Tensor) -> Iterator[tuple[int, int, int]]:
-    """Each strip of a map: which picture, from which row to which."""
+    """Yield each strip of a map: which picture, from which row to which."""
     batch, channels, height, width = x.shape
     tall = max(STRIP // (channels * width), 1)
     for picture in range(batch):
@@ -43,7 +43,7 @@ def strips(x: Tensor) -> Iterator[tuple[int, int, int]]:
 
 
 def moments(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """Of the norm of a map: each channel's factor and addend, float32 [batch, 2, channels]."""
+    """Return what vectors.moments does, without a kernel, for any precision."""
     batch, channels = x.shape[:2]
     sums = torch.zeros(2, batch, channels, dtype=torch.float64)
     for picture, first, last in strips(x):

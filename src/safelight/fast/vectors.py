@@ -43,7 +43,7 @@ def group_norm(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> T
 
 
 def moments(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Of the norm of a map: each channel's factor and addend, float32 [batch, 2, channels]."""
+    """Return each channel's factor and addend in a map's norm, float32 [batch, 2, channels]."""
     batch, channels, height, width = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
     factors = torch.empty(batch, 2, channels)
@@ -96,15 +96,15 @@ def gate(value: Tensor, by: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q·kᵀ/√d)·v for [batch, heads, length, d] with d side by side.
+    """Return softmax(q·kᵀ/√d)·v in bfloat16, [batch, length, heads·d].
 
-    Returns [batch, length, heads·d].
+    q, k, v: [batch, heads, length, d], d side by side.
     """
     return attend_by(library().safelight_attend, torch.bfloat16, q, k, v)
 
 
 def attend_floats(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same in float32."""
+    """Return what `attend` does, for float32."""
     return attend_by(kernels.floats().safelight_attend_floats, torch.float32, q, k, v)
 
 
