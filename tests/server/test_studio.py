@@ -40,7 +40,12 @@ from safelight.studio.recipes import recipe_settings
 from safelight.studio.run import Command
 from safelight.weights.find import MODELS
 
-pytestmark = pytest.mark.xdist_group("studio")  # they share a server and a browser
+pytestmark = [
+    pytest.mark.xdist_group("studio"),  # they share a server and a browser
+    # Once in some hundred runs Gradio's page loses a value or an answer on a busy machine. The
+    # second try has a page of its own, and the summary names it: docs/decisions/0050.
+    pytest.mark.flaky(reruns=1),
+]
 
 expect.set_options(timeout=30_000)
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -166,6 +171,9 @@ def page(
     request: pytest.FixtureRequest,
 ) -> Iterator[Page]:
     """A page that is shared with other tests, its form as at the start."""
+    if getattr(request.node, "execution_count", 1) > 1:  # the page of the first try is in doubt
+        while kept_open:
+            kept_open.pop().page.close()
     if not kept_open:
         kept_open.append(Watched(context, server.url))
         kept_open[0].open()
