@@ -39,7 +39,8 @@ class LostError(Exception):
 @dataclass(frozen=True)
 class Claim:
     """A job to draw. done: its finished pictures. cost: as it was submitted with. suspect: it is
-    to be drawn alone, since workers ended while they drew it.
+    to be drawn alone, since workers ended while they drew it. model: the name of the one that draws
+    it; None for the server's own.
     """
 
     id: str
@@ -48,6 +49,7 @@ class Claim:
     done: frozenset[int]
     suspect: bool
     cost: int = 0
+    model: str | None = None
 
     def picture_id(self, index: int) -> str:
         """Return the id that a picture of this claim gets."""
@@ -115,7 +117,9 @@ class Claims(Database):
             query = select(pictures.c.number).where(pictures.c.job == first["id"])
             done = frozenset(db.execute(query).scalars())
             settings = loads(first["request"])
-            return Claim(first["id"], token, settings, done, suspect, first["cost"])
+            return Claim(
+                first["id"], token, settings, done, suspect, first["cost"], first["model"]
+            )
 
     def renew(self, worker: str) -> None:
         """Keep the jobs of this worker its own for another lease."""
