@@ -117,9 +117,7 @@ class Claims(Database):
             query = select(pictures.c.number).where(pictures.c.job == first["id"])
             done = frozenset(db.execute(query).scalars())
             settings = loads(first["request"])
-            return Claim(
-                first["id"], token, settings, done, suspect, first["cost"], first["model"]
-            )
+            return Claim(first["id"], token, settings, done, suspect, first["cost"], first["model"])
 
     def renew(self, worker: str) -> None:
         """Keep the jobs of this worker its own for another lease."""
