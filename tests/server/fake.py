@@ -22,6 +22,7 @@ from typing import Any
 import uvicorn
 from PIL import Image
 
+from safelight.errors import SafelightError
 from safelight.picture import save_png
 from safelight.recipe import png_texts
 from safelight.request import Request
@@ -77,6 +78,7 @@ class FakeService:
         self.clients: list[str] = []
         self.jobs: dict[str, Job] = {}
         self.owners: dict[str, str | None] = {}
+        self.choices: dict[str | None, str] = {}
         self.files: dict[str, Path] = {}
         self.watched: list[str] = []
         self.cancelled: list[str] = []
@@ -105,6 +107,7 @@ class FakeService:
         client: str = "api",
         idempotency_key: str | None = None,
         owner: str | None = None,
+        model: str | None = None,
     ) -> Job:
         if self.busy:
             raise BusyError(4, 7)
@@ -117,6 +120,7 @@ class FakeService:
             status=Status.QUEUED,
             created_at=datetime.now(UTC),
             client=client,
+            model=model or self.info.name,
             settings=request.to_dict(),
             progress=Progress(steps=self.steps * request.count),
             warnings=self.warnings + request.unused_settings(),
@@ -241,11 +245,25 @@ class FakeService:
     async def models(self) -> list[ModelInfo]:
         return [ModelInfo(name=self.info.name) if self.loading else self.info]
 
-    async def loaded(self) -> ModelInfo:
+    async def find_model(self, asked: str | None) -> str:
+        if asked in (None, self.info.name):
+            return self.info.name
+        told = f"no model {asked!r:.60} on this server; there are {self.info.name}"
+        raise SafelightError(told, code="no_model", field="model")
+
+    async def chosen(self, owner: str | None) -> str | None:
+        return self.choices.get(owner)
+
+    async def choose(self, model: str, owner: str | None) -> None:
+        self.choices[owner] = model
+
+    async def facts(self, model: str | None = None) -> ModelInfo:
+        assert model in (None, self.info.name)
         self.loading = False
         return self.info
 
-    async def defaults(self) -> dict[str, Any]:
+    async def defaults(self, model: str | None = None) -> dict[str, Any]:
+        assert model in (None, self.info.name)
         return self.best
 
 

@@ -113,7 +113,7 @@ class Inside:
 
         self.within(start())
         if self.worker:
-            wait_for(lambda: self.hub.info.ready)
+            wait_for(lambda: self.hub.catalogue.info.ready)
         return self
 
     def __exit__(self, *_: object) -> None:

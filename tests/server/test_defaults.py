@@ -21,7 +21,6 @@ from safelight.picture import open_picture
 from safelight.recipe import read_recipe
 from safelight.request import Request
 from safelight.server.apis.sdapi_shapes import TextToImage, understand
-from safelight.server.jobs import ModelInfo
 
 
 def test_a_server_fills_in_what_a_model_draws_best_with(tmp_path: Path) -> None:
@@ -51,7 +50,7 @@ def test_automatic1111s_clients_too() -> None:
         (wanted, said, ("euler_a", 9, 3.0)),
         ({}, {}, ("euler", 50, 7.0)),
     ):
-        asked = understand(TextToImage(**body), ModelInfo(name="tiny"), taught).request
+        asked = understand(TextToImage(**body), taught).request
         assert (asked.sampler, asked.steps, asked.guidance_scale) == found
 
 

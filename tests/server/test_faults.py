@@ -21,6 +21,7 @@ from safelight.engine.capacity import probe
 from safelight.engine.job import advance
 from safelight.errors import SafelightError
 from safelight.model import Model
+from safelight.server.loaded import Loaded
 from safelight.server.worker import Worker
 
 pytestmark = pytest.mark.xdist_group("faults")  # one server for them all
@@ -35,9 +36,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Inside]:
         yield running
 
 
-def model_of(server: Inside) -> Model:
+def loaded(server: Inside) -> Loaded:
     assert server.worker is not None
-    return server.worker._model
+    one = server.worker._models.get("embedded")
+    assert one is not None
+    return one
+
+
+def model_of(server: Inside) -> Model:
+    return loaded(server).model
 
 
 def poison(patch: pytest.MonkeyPatch, model: Any, place: str, call: int, value: float) -> list[int]:
@@ -80,7 +87,7 @@ def test_what_is_no_number_is_never_a_picture(
     cases = CASES[part :: size(60, 4)]
     for i, ((place, call), value, sampler) in enumerate(cases):
         with monkeypatch.context() as patch:
-            server.worker._engine._prompts.clear()  # those that came before are not encoded again
+            loaded(server).engine._prompts.clear()  # those that came before are not encoded again
             calls = poison(patch, model_of(server), place, call, VALUES[value])
             job = server.finished(
                 server.submit(
@@ -106,17 +113,22 @@ def test_what_is_no_number_is_never_a_picture(
 def assert_is_that_of_float32(server: Inside, job: Any) -> None:
     assert server.worker is not None
     settings = {k: v for k, v in job["settings"].items() if v is not None}
-    alone = server.worker._precise.generate(**settings).images[0]
+    precise = loaded(server).precise
+    assert precise is not None
+    alone = precise.generate(**settings).images[0]
     with Image.open(io.BytesIO(server.picture(job["id"]))) as drawn:
         assert drawn.tobytes() == alone.tobytes()
 
 
 def test_no_numbers_in_float32_either(server: Inside, monkeypatch: pytest.MonkeyPatch) -> None:
     server.finished(server.submit(prompt="a dog", steps=2, sampler="euler"))
-    for model in (model_of(server), server.worker and server.worker._load(dtype="float32")):
+    for model in (
+        model_of(server),
+        server.worker and server.worker._models._load("embedded", "float32"),
+    ):
         poison(monkeypatch, model, "unet", 2, VALUES["NaN"])
     assert server.worker is not None
-    monkeypatch.setattr(server.worker, "_precise", model)
+    monkeypatch.setattr(loaded(server), "precise", model)
     job = server.finished(server.submit(prompt="a cat", steps=4, sampler="euler"))
     assert (job["status"], job["pictures"]) == ("failed", [])
     assert "NaN at step 2 of 4" in job["error"]
@@ -177,7 +189,7 @@ def test_out_of_memory_fails_one_job_alone(server: Inside, monkeypatch: pytest.M
     times, good = size(5, 100), 0
     for i in range(times):
         assert server.worker is not None
-        server.worker._engine.rows = 8  # as if it had not learned
+        loaded(server).engine.rows = 8  # as if it had not learned
         settings = {"prompt": "a cat", "steps": 1, "sampler": "euler", "seed": i}
         large = server.submit(**settings, width=256)
         together = server.submit(**settings, count=4)

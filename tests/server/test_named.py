@@ -63,7 +63,7 @@ def test_another_set_costs_no_load(
 ) -> None:
     """Each set is merged once, and the pictures are those of Python."""
     from safelight.adapters import select
-    from safelight.weights import load
+    from safelight.server import loaded
 
     assert server.worker is not None
     counts = {"loads": 0, "merges": 0}
@@ -75,8 +75,7 @@ def test_another_set_costs_no_load(
 
         return counted
 
-    monkeypatch.setattr(load, "load_model", count("loads", load.load_model))
-    monkeypatch.setattr(server.worker, "_load", count("loads", server.worker._load))
+    monkeypatch.setattr(loaded, "load_model", count("loads", loaded.load_model))
     monkeypatch.setattr(select, "merged", count("merges", select.merged))
     sets = [["ink:0.8"], ["film"], ["ink:0.8", "film:-0.5"], []]
     asked = [server.submit(**DRAW, loras=sets[i % 4]) for i in range(8)]

@@ -157,8 +157,8 @@ def test_automatic1111_s_progress_and_interrupt_are_one_s_own(two: Two, how: str
     async def both() -> tuple[Any, ...]:
         from safelight.server.jobs import ModelInfo
 
-        two.server.hub.info = ModelInfo(name="m", width=64, height=64)
-        two.server.hub._loaded.set()
+        two.server.hub.catalogue.info = ModelInfo(name="m", width=64, height=64)
+        two.server.hub.catalogue.arrived.set()
         body = {"prompt": "a secret", "steps": 2}
         bearer = {"authorization": f"Bearer {KEYS['ann']}"}
         call = asyncio.ensure_future(two.server.asked("POST", "/sdapi/v1/txt2img", body, **bearer))

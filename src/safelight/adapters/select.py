@@ -135,6 +135,11 @@ class Adapters:
         self._make_room(0)
         return model
 
+    @property
+    def size(self) -> int:
+        """Bytes of the weights that the adapted models have of their own."""
+        return sum(size for _, size in self._kept.values())
+
     def fits(self, sizes: Sequence[int]) -> bool:
         """Return whether models that change so many bytes each may be there at once."""
         return len(sizes) <= 1 or (len(sizes) <= MAX_SETS and sum(sizes) <= self._budget)

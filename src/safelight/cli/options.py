@@ -1,6 +1,7 @@
 """Options that several commands take; those of a request are derived from `Request`."""
 
 import inspect
+import re
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any
@@ -63,6 +64,24 @@ ModelsDir = Annotated[
         show_default=False,
     ),
 ]
+AllowModels = Annotated[
+    str | None,
+    Option(
+        "--allow-models",
+        help="The models that requests may name besides --model, with commas between them "
+        "[those of the models folder and those that ship].",
+        show_default=False,
+    ),
+]
+ModelMemory = Annotated[
+    str | None,
+    Option(
+        "--model-memory",
+        help="The memory that loaded models may take together, such as 8GB "
+        "[three quarters of the machine's].",
+        show_default=False,
+    ),
+]
 Wildcards = Annotated[
     str | None,
     Option(
@@ -79,6 +98,26 @@ StylesFile = Annotated[
     ),
 ]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace files that exist.")]
+
+
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def memory_size(text: str | None) -> int | None:
+    """Return the bytes of --model-memory."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([kmgt]i?b|)", text.strip().lower())
+    size = 0 if found is None else int(float(found[1]) * _UNITS[found[2]])
+    if size < 1:
+        raise SafelightError(f"--model-memory {text!r:.40}: expected a size such as 8GB")
+    return size
+
+
+def names(text: str | None) -> tuple[str, ...] | None:
+    """Return the names of --allow-models."""
+    return None if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def register(

@@ -15,6 +15,7 @@ from safelight.errors import SafelightError
 from safelight.server import private
 from safelight.server.listening import hold, listen
 from safelight.server.process import Settings, spawn
+from safelight.server.served import Served
 from safelight.server.tokens import AUTO, hide_argument, read_token
 
 
@@ -28,6 +29,8 @@ def serve(
     ] = None,
     model: Annotated[str, Option(help="As `generate --model`.")] = "embedded",
     models_dir: options.ModelsDir = None,
+    allow_models: options.AllowModels = None,
+    model_memory: options.ModelMemory = None,
     vae: options.Vae = None,
     refiner: options.Refiner = None,
     preview_vae: options.PreviewVae = None,
@@ -95,6 +98,8 @@ def serve(
         device=device,
         dtype=dtype,
         low_memory=low_memory,
+        allowed=options.names(allow_models),
+        model_memory=options.memory_size(model_memory),
         exact=exact,
     )
     listening = listen(host, port, secret)
@@ -119,6 +124,7 @@ def start(settings: Settings, listening: socket, **how: Any) -> None:
     ]
     if missing:
         raise SafelightError("serving needs more: pip install 'safelight[server]'")
+    Served(settings).check()
     child = spawn(settings)  # loads its model while the imports below go on
     gc.disable()  # a tenth of the time that they take: what they make stays
     from safelight.server.run import serve as run

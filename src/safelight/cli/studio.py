@@ -30,6 +30,8 @@ def studio(
     ] = None,
     model: Annotated[str, Option(help="As `generate --model`.")] = "embedded",
     models_dir: options.ModelsDir = None,
+    allow_models: options.AllowModels = None,
+    model_memory: options.ModelMemory = None,
     vae: options.Vae = None,
     refiner: options.Refiner = None,
     preview_vae: options.PreviewVae = None,
@@ -72,6 +74,8 @@ def studio(
         device=device,
         dtype=dtype,
         low_memory=low_memory,
+        allowed=options.names(allow_models),
+        model_memory=options.memory_size(model_memory),
     )
     try:
         hold(root, listening)

@@ -164,15 +164,21 @@ class Engine:
         own = self.model.family.latent_shape(self.model, self.model.native_size)
         return max(1.0, math.prod(shape) / math.prod(own))
 
+    def close(self) -> None:
+        """End the thread that decodes; nothing can be added any more."""
+        if self._decoder is not None:
+            self._decoder.shutdown()
+
     def drop(self, tag: Any) -> None:
         """Forget the pictures of this tag."""
         self.tickets = [ticket for ticket in self.tickets if ticket.tag != tag]
         self._undecoded = [ticket for ticket in self._undecoded if ticket.tag != tag]
         self._decoding = {f: t for f, t in self._decoding.items() if t.tag != tag}
 
-    def step(self) -> tuple[list[Ticket], list[Ticket]]:
+    def step(self, listen: float = LISTEN) -> tuple[list[Ticket], list[Ticket]]:
         """Take the first in turn a step further, or encode or decode a picture.
 
+        listen: the seconds to wait where pictures are decoded and there is nothing else to do.
         Returns the tickets that took a step, and those that are finished, with image or error.
         """
         stepped: list[Ticket] = []
@@ -189,7 +195,7 @@ class Engine:
             if self._decoder is not None:
                 self._begin_decoding()
         elif self._decoding:
-            wait(self._decoding, LISTEN)
+            wait(self._decoding, listen)
         finished += list(self._decoded())
         return stepped, finished
 

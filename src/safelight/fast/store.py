@@ -43,7 +43,7 @@ def _large_pages(size: int) -> Tensor:
 class Arena:
     """Memory, in few blocks."""
 
-    BLOCK = 256 << 20
+    BLOCK = 64 << 20  # one is there as long as a weight in it is, of whichever network
 
     def __init__(self) -> None:
         self._rest = torch.empty(0, dtype=torch.bfloat16)

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, func, or_, select
+from sqlalchemy import ColumnElement, Connection, Row, and_, case, func, or_, select
 from sqlalchemy.exc import IntegrityError
 
 from safelight.server.database import Database
@@ -72,12 +72,16 @@ class Claims(Database):
         ageing: float = 0.0,
         cheaper_than: float | None = None,
         known: Collection[str] | None = None,
+        loaded: Collection[str | None] = (),
+        patience: float = 0.0,
     ) -> Claim | None:
         """Return the next job for this worker, its attempt counted; None if there is none.
 
         known: the tokens of all claims that the worker knows of, given after one that raised: a
         database can go away between its commit and its answer. Others of its claims wait again.
         Short jobs come first; `ageing` is the cost that a second of waiting makes up for.
+        loaded: the models that the worker has in memory, None for the server's own: jobs of others
+        wait for `patience` seconds longer, so that models are not exchanged at each job.
         cheaper_than: only a job that costs less. A suspect job is claimed only by a worker that
         is `alone` with it, so that it takes no other down; when its turn comes, others wait. One
         that was begun too often fails.
@@ -90,6 +94,9 @@ class Claims(Database):
             self._renew(db, worker, now)  # a database that was away made it late
             _give_up(db, now)
             urgency = jobs.c.cost - ageing * (now - jobs.c.created)
+            if loaded:
+                there = or_(*(jobs.c.model.is_not_distinct_from(name) for name in loaded))
+                urgency += case((there, 0.0), else_=ageing * patience)
             query = select(jobs).where(_free(now)).order_by(urgency, jobs.c.created).limit(1)
             if cheaper_than is not None:
                 query = query.where(jobs.c.cost < cheaper_than)

@@ -23,7 +23,11 @@ T = TypeVar("T")
 
 
 class Holder:
-    """What a worker does with its jobs beside drawing them, which is the `Worker`'s."""
+    """What a worker does with its jobs beside drawing them, which is the `Worker`'s.
+
+    Its jobs are those in the making (`_held`) and those that wait until their model is loaded
+    (`_coming`).
+    """
 
     def __init__(self, pipe: Connection, settings: Settings, pulse: Pulse) -> None:
         self._pipe, self._pulse = pipe, pulse
@@ -34,6 +38,7 @@ class Holder:
         self._alone = False
         self._watched: set[str] = set()
         self._cancelled: set[str] = set()
+        self._coming: list[Claim] = []
         self._unclaimed: list[Claim] = []
         self._stuck: str | None = None
         self._started = self._stopping = False
@@ -45,8 +50,12 @@ class Holder:
         """Return whether a step can be taken."""
         raise NotImplementedError
 
-    def _note(self, error: Exception | None) -> None:
-        """Look at the error that a job ended with."""
+    def _describe(self, name: str) -> tuple[dict[str, Any] | None, str | None]:
+        """Return the facts of a model, or why there are none."""
+        raise NotImplementedError
+
+    def _note(self, model: str | None, error: Exception | None) -> None:
+        """Look at the error that a job of a model ended with."""
         raise NotImplementedError
 
     def _drop(self, job_id: str) -> None:
@@ -69,6 +78,8 @@ class Holder:
                 self._watched.discard(rest[0])
             elif kind == "check":
                 self._pipe.send(("checked", self._check()))
+            elif kind == "describe":
+                self._pipe.send(("described", rest[0], *self._describe(rest[0])))
             elif kind == "start":
                 self._started = True
             elif kind == "stop":
@@ -90,17 +101,24 @@ class Holder:
     def _forget_cancelled(self) -> None:
         """Drop the jobs that were cancelled. One that was also retried is claimed anew."""
         for job_id in list(self._cancelled):
-            held = self._held.get(job_id)
+            mine = [claim for claim in self._claims if claim.id == job_id]
             try:
-                if held is not None and not self._store.holds(job_id, held.claim.token):
+                if mine and not self._store.holds(job_id, mine[0].token):
                     self._forget(job_id)
             except StorageError:  # asked again after the next step
                 return
             self._cancelled.discard(job_id)
 
+    @property
+    def _claims(self) -> list[Claim]:
+        """The claims of all its jobs: those that are drawn, and those that wait for a model."""
+        return [*(held.claim for held in self._held.values()), *self._coming]
+
     def _forget(self, job_id: str) -> None:
-        if self._held.pop(job_id, None) is not None:
+        if any(claim.id == job_id for claim in self._claims):
             self._drop(job_id)
+            self._held.pop(job_id, None)
+            self._coming = [claim for claim in self._coming if claim.id != job_id]
             self._alone = False
             self._pipe.send(("end", job_id, None))
 
@@ -114,7 +132,7 @@ class Holder:
             claims.remove(claim)
 
     def _renew(self) -> None:
-        if self._held and time.monotonic() - self._renewed > LEASE / 4:
+        if self._claims and time.monotonic() - self._renewed > LEASE / 4:
             with contextlib.suppress(StorageError):
                 self._store.renew(self._id)
             self._renewed = time.monotonic()
@@ -173,7 +191,7 @@ class Holder:
 
     def _end(self, claim: Claim, warnings: list[str], error: Exception | None) -> None:
         """Make a job final. error: why it failed, None if it succeeded."""
-        self._note(error)
+        self._note(claim.model, error)
         with contextlib.suppress(LostError):  # cancelled meanwhile
             self._finish(claim, warnings, None if error is None else str(error))
         held = self._held.pop(claim.id, None)

@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from safelight.defaults import model_defaults
 from safelight.errors import SafelightError
 from safelight.request import Request
 from safelight.sampling import SAMPLERS, check
+from safelight.server.catalogue import Catalogue
 from safelight.server.database import reason
 from safelight.server.events import Events
 from safelight.server.files import Files
@@ -34,7 +34,6 @@ from safelight.server.process import Child, Settings
 from safelight.server.recovery import recover
 from safelight.server.store import Store, new_id
 from safelight.server.supervisor import Supervisor
-from safelight.weights.find import BUILT_IN, notes_of, on_disk
 
 log = logging.getLogger("safelight.server")
 
@@ -62,8 +61,6 @@ class Hub:
         self.files = Files(Path(settings.root))
         self.store = Store(settings.url)
         recover(self.files, self.store)
-        here = None if settings.model in BUILT_IN else on_disk(settings.model)
-        self.info = ModelInfo(name=settings.model if here is None else here.name)
         self.names = Names(settings)
         self.on_refusal: Callable[[], None] = lambda: None
         self.supervisor = Supervisor(
@@ -75,8 +72,7 @@ class Hub:
             put_back=self._put_back,
         )
         self._events = Events(self.supervisor.send)
-        self._defaults: dict[str, Any] | None = None
-        self._loaded = asyncio.Event()
+        self.catalogue = Catalogue(settings, self.supervisor.send, self._in_database)
         self._checks: list[asyncio.Future[bool]] = []
         self._stuck: str | None = None
         self._database = ThreadPoolExecutor(4, thread_name_prefix="database")
@@ -105,7 +101,7 @@ class Hub:
     @property
     def ready(self) -> bool:
         """Whether the worker draws, as far as is known without asking."""
-        return self.info.ready and self.supervisor.trouble is None and self._stuck is None
+        return self.catalogue.info.ready and self.supervisor.trouble is None and self._stuck is None
 
     # --- the worker ------------------------------------------------------------------------------
 
@@ -127,7 +123,7 @@ class Hub:
     def drain(self) -> None:
         """Take no more jobs, and let go of those who wait."""
         self.supervisor.stopping = True
-        self._loaded.set()
+        self.catalogue.stop()
         self._events.stop()
 
     async def check(self, seconds: float = 30.0) -> bool:
@@ -169,14 +165,9 @@ class Hub:
                 self._checks.remove(future)
 
     def _on_message(self, kind: str, rest: list[Any]) -> None:
-        if kind == "ready":
-            before, self.info = self.info, ModelInfo(**rest[0])
-            if before.sha256 not in (None, self.info.sha256):
-                log.warning("the model's files are others than before: jobs are drawn with these")
-            self._loaded.set()
-            log.info("ready: %s on %s", self.info.name, self.info.device)
-            for job_id in self._events.watched:  # a new worker does not know
-                self.supervisor.send("watch", job_id)
+        if self.catalogue.on_message(kind, rest):
+            for job_id in self._events.watched if kind == "ready" else ():
+                self.supervisor.send("watch", job_id)  # a new worker does not know
         elif kind == "checked":
             self._answer_checks(rest[0])
         elif kind == "stuck":
@@ -187,7 +178,7 @@ class Hub:
             self._events.publish(kind, rest[0], rest[1:])
 
     def _on_worker_end(self) -> None:
-        self.info.ready = False
+        self.catalogue.on_worker_end()
         self._stuck = None
         self._events.forget_progress()
         self._answer_checks(False)
@@ -213,11 +204,13 @@ class Hub:
         client: str = "api",
         idempotency_key: str | None = None,
         owner: str | None = None,
+        model: str | None = None,
     ) -> Job:
         """See `jobs.Service`."""
         if self.stopping:
             raise StoppingError
-        request = request.with_defaults(await self.defaults())
+        name = await self.find_model(model)
+        request = request.with_defaults(await self.defaults(name))
         steps = request.steps or SAMPLERS[request.sampler].steps
         check(SAMPLERS[request.sampler], steps, request.schedule, request.spacing)
         if steps * request.count > MAX_STEPS:
@@ -236,10 +229,12 @@ class Hub:
                 accept,
                 *(self.files, self.store, job_id, request),
                 client=client,
-                cost=self._cost(request, steps),
+                cost=self._cost(request, steps, self.catalogue.size(name)),
                 bound=self._bound,
                 key=idempotency_key,
+                named=model and name,
                 owner=owner,
+                model=name,
             )
         )
         if new:
@@ -247,9 +242,10 @@ class Hub:
             self.supervisor.send("wake")
         return self._events.with_progress(job)
 
-    def _cost(self, request: Request, steps: int) -> int:
+    @staticmethod
+    def _cost(request: Request, steps: int, native: tuple[int, int]) -> int:
         """Return the rows of the network that a job takes, a large picture's counting for more."""
-        width, height = self.native_size
+        width, height = native
         pixels = (request.width or width) * (request.height or height)
         rows = steps * request.count * (2 if request.guidance_scale > 1 else 1)
         return max(1, round(rows * pixels / (width * height)))
@@ -349,31 +345,31 @@ class Hub:
         """Return the job that a picture belongs to."""
         return await self._in_database(self.store.job_of, picture_id, owner)
 
-    @property
-    def native_size(self) -> tuple[int, int]:
-        """The model's own width and height; Stable Diffusion's until it is known."""
-        return self.info.width or 512, self.info.height or 512
+    # --- models ----------------------------------------------------------------------------------
 
     async def models(self) -> list[ModelInfo]:
         """See `jobs.Service`."""
-        return [self.info]
+        return await self.catalogue.all()
 
-    async def loaded(self) -> ModelInfo:
+    async def find_model(self, asked: str | None) -> str:
         """See `jobs.Service`."""
-        await self._loaded.wait()
-        if self.stopping:
-            raise StoppingError
-        return self.info
+        return await self.catalogue.find(asked)
 
-    async def defaults(self) -> dict[str, Any]:
+    async def chosen(self, owner: str | None) -> str | None:
         """See `jobs.Service`."""
-        if self._defaults is None:  # not before somebody asks: it takes a while
-            settings = self.settings
-            notes = await self._in_database(notes_of, settings.model, settings.models_dir)
-            self._defaults = model_defaults(notes)
-            if self.names.has_wildcards:
-                self._defaults["dynamic_prompts"] = True
-        return self._defaults
+        return await self._in_database(self.store.chosen, owner or "")
+
+    async def choose(self, model: str, owner: str | None) -> None:
+        """See `jobs.Service`."""
+        await self._in_database(self.store.choose, owner or "", model)
+
+    async def facts(self, model: str | None = None) -> ModelInfo:
+        """See `jobs.Service`."""
+        return await self.catalogue.facts(model or self.catalogue.info.name)
+
+    async def defaults(self, model: str | None = None) -> dict[str, Any]:
+        """See `jobs.Service`."""
+        return await self.catalogue.defaults(model or self.catalogue.info.name)
 
     async def _in_database(self, call: Callable[..., T], *given: Any) -> T:
         """Call in a thread: the database may wait for a lock."""

@@ -13,11 +13,21 @@ from safelight.server.store import Store
 
 
 def accept(
-    files: Files, store: Store, job_id: str, request: Request, *, key: str | None, **how: Any
+    files: Files,
+    store: Store,
+    job_id: str,
+    request: Request,
+    *,
+    key: str | None,
+    named: str | None,
+    **how: Any,
 ) -> tuple[Job, bool]:
-    """Return the job and whether it is new. how: as `Store.submit` takes it."""
+    """Return the job and whether it is new.
+
+    named: the model, if the request names one. how: as `Store.submit` takes it.
+    """
     settings = request.to_dict()
-    asked = dict(settings)
+    asked = settings | ({} if named is None else {"model": named})
     if "seed" not in request.model_fields_set:
         asked.pop("seed")  # drawn anew for the same body
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()

@@ -86,7 +86,7 @@ class Event(BaseModel):
 
 
 class ModelInfo(BaseModel):
-    """The model that this server draws with."""
+    """A model that this server draws with; what is not known yet is None."""
 
     name: str
     sha256: str | None = None
@@ -98,7 +98,10 @@ class ModelInfo(BaseModel):
     vae: str | None = Field(default=None, description="the autoencoder in place of the model's own")
     device: str | None = None
     dtype: str | None = None
-    ready: bool = False
+    ready: bool = Field(default=False, description="whether the worker takes jobs")
+    loaded: bool = Field(
+        default=False, description="whether it is in memory; others are loaded on demand"
+    )
 
 
 class BusyError(SafelightError):
@@ -156,10 +159,11 @@ class Service(Protocol):
         client: str = "api",
         idempotency_key: str | None = None,
         owner: str | None = None,
+        model: str | None = None,
     ) -> Job:
         """Return the job once it is durable; for a key seen before, the owner's job of then.
 
-        Raises BusyError when the queue is full.
+        model: what `find_model` takes. Raises BusyError when the queue is full.
         """
         ...
 
@@ -186,13 +190,28 @@ class Service(Protocol):
         ...
 
     async def models(self) -> list[ModelInfo]:
-        """Return the models that are served; one that is not loaded yet lacks its facts."""
+        """Return the models that are served, the server's own first; see `ModelInfo`."""
         ...
 
-    async def loaded(self) -> ModelInfo:
-        """Return the served model once it is loaded, and its size known."""
+    async def find_model(self, asked: str | None) -> str:
+        """Return the name of the served model that a request means; None means the server's own.
+
+        Raises SafelightError with the code "no_model".
+        """
         ...
 
-    async def defaults(self) -> dict[str, Any]:
-        """Return what the served model says it draws best with (`model_defaults`)."""
+    async def chosen(self, owner: str | None) -> str | None:
+        """Return the model that an owner chose for requests which name none; None for none."""
+        ...
+
+    async def choose(self, model: str, owner: str | None) -> None:
+        """Keep a choice of a model, by its name."""
+        ...
+
+    async def facts(self, model: str | None = None) -> ModelInfo:
+        """Return a model by its name, once its size is known."""
+        ...
+
+    async def defaults(self, model: str | None = None) -> dict[str, Any]:
+        """Return what a model says it draws best with (`model_defaults`)."""
         ...

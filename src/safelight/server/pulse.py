@@ -81,10 +81,9 @@ class Pulse:
         finally:
             del self._threads[thread.ident]
 
-    def loaded(self, model: Any) -> None:
-        """From now on look at what the threads do. model: what the worker draws with."""
+    def loaded(self) -> None:
+        """From now on look at what the threads do: the worker has a model to draw with."""
         listen(self.count)
-        self.watch(model)
         self._patient -= 1
 
     def watch(self, model: Any) -> None:

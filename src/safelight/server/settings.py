@@ -8,7 +8,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a worker."""
+    """The settings of a worker.
+
+    allowed: names of the models that requests may name besides `model`; None allows those that
+    ship and those of the models folder. model_memory: bytes that loaded models may take together;
+    None for a share of the machine's.
+    """
 
     model: str
     url: str
@@ -24,11 +29,18 @@ class Settings:
     low_memory: bool = False
     exact: bool = False
     rows: int | None = None
+    allowed: tuple[str, ...] | None = None
+    model_memory: int | None = None
 
     @property
     def loading(self) -> dict[str, Any]:
         """The keywords of `load_model` besides the model's name and the precision."""
-        names = ("device", "low_memory", "models_dir", "vae", "refiner", "preview_vae")
-        names += ("wildcards_dir", "styles_file")
+        names = ("vae", "refiner", "preview_vae")
+        return {**self.loading_others, **{name: getattr(self, name) for name in names}}
+
+    @property
+    def loading_others(self) -> dict[str, Any]:
+        """The same for models that requests name, which are drawn with as they are."""
+        names = ("device", "low_memory", "models_dir", "wildcards_dir", "styles_file")
         # A client may name files of the models folder, and no path.
         return {**{name: getattr(self, name) for name in names}, "takes_paths": False}

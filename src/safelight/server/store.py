@@ -19,7 +19,7 @@ from safelight.server import schema
 from safelight.server.claims import Claims, uncommitted
 from safelight.server.database import LOCK, PATIENCE, storage_errors
 from safelight.server.jobs import BusyError, Job, Status, StorageError
-from safelight.server.tables import UNFINISHED, facts, jobs, pictures, read_job, timestamp
+from safelight.server.tables import UNFINISHED, choices, facts, jobs, pictures, read_job, timestamp
 
 MAX_LISTED = 4 << 20
 """Bytes of the jobs of one list, about: one of 64 pictures with long prompts takes 2 MiB."""
@@ -241,6 +241,17 @@ class Store(Claims):
                 db.execute(facts.insert().values(name=FOLDER, value=mark))
             elif found != mark:
                 raise StorageError("the database of jobs belongs to another --data-dir")
+
+    def choose(self, owner: str, model: str) -> None:
+        """Keep the model that an owner chose for requests which name none."""
+        with self._write() as db:
+            db.execute(choices.delete().where(choices.c.owner == owner))
+            db.execute(choices.insert().values(owner=owner, model=model))
+
+    def chosen(self, owner: str) -> str | None:
+        """Return the model that an owner chose."""
+        with self._read() as db:
+            return db.scalar(select(choices.c.model).where(choices.c.owner == owner))
 
     def _one(self, db: Connection, job_id: str, owner: str | None) -> Job | None:
         query = select(jobs).where(jobs.c.id == job_id, _of(owner))

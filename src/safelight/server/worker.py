@@ -1,4 +1,4 @@
-"""The worker: a process that holds the model, claims jobs, draws, and commits pictures.
+"""The worker: a process that holds models, claims jobs, draws, and commits pictures.
 
 It may be killed at any moment. The next one draws again what it had not committed.
 """
@@ -6,16 +6,17 @@ It may be killed at any moment. The next one draws again what it had not committ
 from __future__ import annotations
 
 import time
-from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
+from safelight.engine.capacity import out_of_memory
 from safelight.errors import SafelightError
 from safelight.request import Request
 from safelight.server.claims import Claim, LostError
 from safelight.server.held import Held
 from safelight.server.holder import Holder
-from safelight.server.jobs import ModelInfo, StorageError
+from safelight.server.jobs import StorageError
+from safelight.server.loaded import LoadedModels
 from safelight.server.previews import encoded_preview
 from safelight.server.pulse import Pulse
 from safelight.server.settings import Settings
@@ -29,120 +30,195 @@ jobs that are shorter than all of those are taken in; others wait in the databas
 PREVIEW_EVERY = 0.2
 """Seconds between two previews of a picture."""
 
+LOADING = 0.05
+"""Seconds between two looks whether a model was loaded, while nothing is drawn."""
+
 
 class Worker(Holder):
     def __init__(self, pipe: Connection, settings: Settings, pulse: Pulse | None = None) -> None:
-        from safelight.engine import Engine
-        from safelight.weights import load_model
-
         super().__init__(pipe, settings, pulse or Pulse())
-        self._load = partial(load_model, settings.model, **settings.loading)
-        self._model = self._load(dtype=settings.dtype)
-        self._precise: Any = None
-        self._engine = Engine(
-            self._model,
-            exact=settings.exact,
-            rows=settings.rows,
-            background=True,
-            working=self._pulse.working,
+        self._models = LoadedModels(
+            settings, self._pulse, lambda kind, name, info: pipe.send((kind, name, info))
         )
+        self._awaited: str | None = None
+        self._changed: set[str] = set()
         self._spoilt: str | None = None
         self._unsure = False
-        width, height = self._model.native_size
-        info = ModelInfo(
-            name=self._model.name,
-            sha256=self._model.sha256,
-            kind=self._model.kind,
-            uses_prompt=self._model.family.uses_prompt,
-            family=self._model.family.name,
-            width=width,
-            height=height,
-            vae=(self._model.other_vae or {}).get("name"),
-            device=str(self._model.device),
-            dtype=self._model.precision,
-            ready=True,
-        )
-        pipe.send(("ready", info.model_dump()))
-        self._pulse.loaded(self._model)
+        pipe.send(("ready", self._models.load_first().model_dump()))
+        self._pulse.loaded()
 
     def run(self) -> None:
-        """Draw until told to stop, or until the weights are not those that were loaded."""
+        """Draw until told to stop, or until the server's own model is not what was loaded."""
         while not (self._started or self._stopping):  # until the server has tidied up
             self._on_messages(1.0)
         while not (self._stopping or self._spoilt):
-            self._on_messages(0 if self._engine.busy else 1.0)
+            idle = LOADING if self._coming else 1.0
+            self._on_messages(0 if self._models.busy else idle)
             self._forget_cancelled()
+            self._drop_changed()
+            self._load()
             if self._unclaimed:
                 self._put_back(self._unclaimed)
             else:
                 self._claim()
-            if self._engine.busy:
-                self._step()
+            self._step()
             self._renew()
         # What cannot be put back the server does, now or when it starts again.
-        self._put_back(self._unclaimed + [held.claim for held in self._held.values()])
+        self._put_back(self._unclaimed + self._claims)
+        self._models.close()
         self._store.close()
         if self._spoilt:
             self._pipe.send(("spoilt", self._spoilt))
 
+    # --- models ----------------------------------------------------------------------------------
+
     def _check(self) -> bool:
+        one = self._models.latest
+        if one is None:  # the first step comes when it is loaded
+            return True
         try:
-            return self._engine.check()
+            return one.engine.check()
         except SafelightError as error:
-            self._note(error)
+            self._note(one.name, error)
             return False
 
-    def _note(self, error: Exception | None) -> None:
-        """Remember an error that no other job would be spared by this worker."""
-        if getattr(error, "code", None) == "weights_changed":
+    def _describe(self, name: str) -> tuple[dict[str, Any] | None, str | None]:
+        try:
+            return self._models.describe(name).model_dump(), None
+        except SafelightError as error:
+            return None, str(error)
+
+    def _note(self, model: str | None, error: Exception | None) -> None:
+        """Remember that a model's files are others by now: no job would be spared."""
+        if getattr(error, "code", None) != "weights_changed":
+            return
+        name = self._name(model)
+        if name == self._models.default:
             self._spoilt = str(error)
+        elif self._models.get(name) is not None:
+            self._changed.add(name)
+
+    def _drop_changed(self) -> None:
+        """Let go of models whose files are others by now; their jobs wait until they are loaded."""
+        for name in self._changed:
+            for held in [one for one in self._held.values() if one.loaded.name == name]:
+                self._drop(held.claim.id)
+                del self._held[held.claim.id]
+                self._unclaimed.append(held.claim)
+                self._alone = False
+            self._models.drop(name)
+        self._changed.clear()
+
+    def _load(self) -> None:
+        """Begin the jobs whose model is loaded by now, and to load the next one that is awaited."""
+        arrived = self._models.arrived()
+        if arrived is not None:
+            self._begin_coming(*arrived)
+        if not self._coming or self._models.loading is not None:
+            return
+        name, drawing = self._name(self._coming[0].model), self._drawing
+        if self._models.get(name) is not None:
+            self._begin_coming(name, None)
+        elif self._models.room_for(name, drawing):  # LoRAs may have taken it meanwhile
+            try:
+                self._models.begin(name, drawing)
+            except SafelightError as error:
+                self._begin_coming(name, error)
+
+    def _begin_coming(self, name: str, error: SafelightError | None) -> None:
+        """Begin the jobs that waited for a model, or fail them if it cannot be loaded."""
+        mine = [claim for claim in self._coming if self._name(claim.model) == name]
+        self._coming = [claim for claim in self._coming if claim not in mine]
+        for claim in mine:
+            if error is not None:
+                self._end(claim, [], error)
+            else:
+                self._begin(claim)
+
+    def _name(self, model: str | None) -> str:
+        return model or self._models.default
+
+    @property
+    def _in_use(self) -> set[str]:
+        """The models of all jobs that are in the making, or will be when theirs is loaded."""
+        return self._drawing | {self._name(claim.model) for claim in self._coming}
+
+    @property
+    def _drawing(self) -> set[str]:
+        return {held.loaded.name for held in self._held.values()}
+
+    # --- jobs ------------------------------------------------------------------------------------
 
     def _drop(self, job_id: str) -> None:
-        self._engine.drop(job_id)
+        if (held := self._held.get(job_id)) is not None:
+            held.loaded.engine.drop(job_id)
 
     def _claim(self) -> None:
+        """Take in jobs until there are none, or until the next one has to wait."""
+        models = self._models
         while not (self._alone or self._stopping):
-            try:
-                claim = self._store.claim(
-                    self._id,
-                    alone=not self._held,
-                    # A second makes up for the rows that it takes to run.
-                    ageing=self._engine.rows_a_second,
-                    cheaper_than=self._bound(),
-                    known=[held.claim.token for held in self._held.values()]
-                    if self._unsure
-                    else None,
-                )
-                self._unsure = False
-            except StorageError as error:  # tried again after the next step, or in a second
-                self._unsure = True
-                self._tell_stuck(error)
+            # When the turn of a job comes whose model has no room, others wait, until it has.
+            if self._awaited and not models.room_for(self._awaited, self._in_use):
                 return
-            self._tell_stuck(None)
+            self._awaited = None
+            claim = self._next()
             if claim is None:
+                return
+            name = self._name(claim.model)
+            if not models.room_for(name, self._in_use):
+                self._awaited = name
+                self._unclaimed.append(claim)
                 return
             self._forget(claim.id)  # of before it was cancelled and retried
             self._alone = claim.suspect
-            if not self._begin(claim):
+            if models.get(name) is None:
+                self._coming.append(claim)
+            elif not self._begin(claim):
                 return
+
+    def _next(self) -> Claim | None:
+        """Return the next job; None if there is none, or none can be read now."""
+        models = self._models
+        loaded = [*models.names, *([] if models.get(models.default) is None else [None])]
+        try:
+            claim = self._store.claim(
+                self._id,
+                alone=not self._claims,
+                # A second makes up for the rows that it takes to run.
+                ageing=models.rows_a_second,
+                cheaper_than=self._bound(),
+                known=[claim.token for claim in self._claims] if self._unsure else None,
+                loaded=loaded,
+                patience=models.patience,
+            )
+        except StorageError as error:  # tried again after the next step, or in a second
+            self._unsure = True
+            self._tell_stuck(error)
+            return None
+        self._unsure = False
+        self._tell_stuck(None)
+        return claim
 
     def _bound(self) -> float | None:
         """Return the cost that a job must stay below to be taken in as well; None for any.
 
         A worker with its hands full takes shorter jobs than those it has.
         """
-        many = len(self._held) >= JOBS
+        many = len(self._claims) >= JOBS
         large = sum(held.input_bytes for held in self._held.values()) >= INPUTS
         if not (many or large):
             return None
-        return min(held.claim.cost * held.left / held.request.count for held in self._held.values())
+        costs = [one.claim.cost * one.left / one.request.count for one in self._held.values()]
+        return min([*costs, *(claim.cost for claim in self._coming)])
 
     def _begin(self, claim: Claim) -> bool:
         """Take a job in. Returns False if it has to wait, since it cannot be read now."""
+        one = self._models.get(self._name(claim.model))
+        assert one is not None
         try:
             image, mask = (self._files.input(claim.id, name) for name in ("image", "mask"))
             request = Request.from_dict(claim.settings, image=image, mask=mask)
-            result = self._engine.add(request, claim.id, claim.done)
+            result = one.engine.add(request, claim.id, claim.done)
         except StorageError as error:
             self._tell_stuck(error)
             self._unclaimed.append(claim)
@@ -150,13 +226,14 @@ class Worker(Holder):
         except SafelightError as error:
             self._end(claim, [], error)
             return True
-        mine = [ticket for ticket in self._engine.tickets if ticket.tag == claim.id]
+        mine = [ticket for ticket in one.engine.tickets if ticket.tag == claim.id]
         each = mine[0].steps if mine else 0
         given = [picture for picture in (image, mask) if picture is not None]
         self._held[claim.id] = Held(
             claim,
             request,
             result,
+            one,
             left=len(mine),
             total=each * request.count,
             taken=each * len(claim.done),
@@ -168,9 +245,26 @@ class Worker(Holder):
             self._end(claim, result.warnings, None)
         return True
 
+    # --- drawing ---------------------------------------------------------------------------------
+
     def _step(self) -> None:
-        stepped, finished = self._engine.step()
-        moved = {}
+        """Let the model whose turn it is take a step, and take the pictures that are finished."""
+        first = self._models.turn()
+        for one in self._models.busy:
+            if one is first:
+                began = time.monotonic()
+                moved = one.engine.step()
+                one.used = time.monotonic()
+                one.spent += one.used - began
+            elif not one.engine.tickets:  # its pictures are decoded beside
+                moved = one.engine.step() if first is None else one.engine.step(listen=0)
+            else:
+                continue
+            self._see(*moved)
+
+    def _see(self, stepped: list[Any], finished: list[Any]) -> None:
+        """Tell of the steps that were taken, and keep what is finished."""
+        moved: dict[str, Held] = {}
         for ticket in stepped:
             held = self._held[ticket.tag]
             held.taken += 1
@@ -196,7 +290,7 @@ class Worker(Holder):
                 self._forget(held.claim.id)
                 return
         if error is not None:
-            self._engine.drop(held.claim.id)
+            self._drop(held.claim.id)
             self._end(held.claim, held.warnings, error)
             return
         held.left -= 1
@@ -206,25 +300,19 @@ class Worker(Holder):
 
     def _again(self, held: Held, seed: int, error: Exception) -> tuple[Any, Exception | None]:
         """Draw a picture that came out as NaN once more, in float32."""
-        from safelight.engine.capacity import out_of_memory
-
-        if self._model.precision == "float32":
+        precision = held.loaded.model.precision
+        if precision == "float32":
             return None, error
         try:
-            if self._precise is None:
-                with self._pulse.patient():
-                    self._precise = self._load(dtype="float32")
-                self._pulse.watch(self._precise)
-            made = self._precise.generate(held.request.replace(seed=seed, count=1))
+            precise = self._models.precise(held.loaded)
+            made = precise.generate(held.request.replace(seed=seed, count=1))
         except SafelightError as problem:
             return None, error if problem.code == "out_of_memory" else problem
         except (MemoryError, RuntimeError) as problem:  # of loading
             if not out_of_memory(problem):
                 raise
             return None, error
-        held.warnings.append(
-            f"seed {seed} gave NaN in {self._model.precision} and was drawn in float32"
-        )
+        held.warnings.append(f"seed {seed} gave NaN in {precision} and was drawn in float32")
         return made.images[0], None
 
     def _preview(self, held: Held, ticket: Any) -> None:
@@ -232,9 +320,9 @@ class Worker(Holder):
         if now - held.previewed < PREVIEW_EVERY or ticket.job.done:
             return
         held.previewed = now
-        job, ended = ticket.job, time.time()
+        job, model, ended = ticket.job, held.loaded.model, time.time()
         try:
-            shown = [encoded_preview(self._model, latents) for latents in (job.clean, job.view)]
+            shown = [encoded_preview(model, latents) for latents in (job.clean, job.view)]
         except (SafelightError, MemoryError, RuntimeError):
             return  # NaN, or too large: whether there is a picture is seen in the end
         self._pipe.send(("preview", held.claim.id, ticket.index, *shown, ended))

@@ -250,7 +250,7 @@ def request(
             value = setting.parse(value)
         settings[setting.name] = None if setting.optional and _unset(setting, value) else value
     image, mask = _painted(picture, enlarged)
-    if not hub.info.uses_prompt:
+    if not hub.catalogue.info.uses_prompt:
         if prompt or negative_prompt or image is not None:
             raise SafelightError(
                 "this model takes no prompt: leave both prompts and the picture empty"
@@ -261,7 +261,7 @@ def request(
     if image is not None:
         settings |= {"image": image, "mask": mask, "strength": strength}
         if not (width or height):
-            native = hub.native_size
+            native = hub.catalogue.size(hub.catalogue.info.name)
             scale = ((native[0] * native[1]) / (image.width * image.height)) ** 0.5
             near = allowed_size((round(image.width * scale), round(image.height * scale)))
             settings |= {"width": near[0], "height": near[1]}

@@ -65,7 +65,7 @@ class Inside:
             prompt: str, steps: int, by: gr.Request
         ) -> AsyncIterator[tuple[Any, ...]]:
             wanted = {**first, "steps": steps, "seed": 0}
-            if not hub.info.uses_prompt:
+            if not hub.catalogue.info.uses_prompt:
                 wanted["unconditional"] = True
             async for update in self.show(prompt, wanted, by):
                 yield update

@@ -35,18 +35,21 @@ class Source:
 
 
 def find(
-    name: str | Path, *, download: bool = True, models_dir: str | Path | None = None
+    name: str | Path | Source, *, download: bool = True, models_dir: str | Path | None = None
 ) -> Source:
     """Find a model by name.
 
     name: a built-in model ("embedded"), the path of a folder or of a single file, a name in the
       models folder, or a hub id ("org/name", "org/name@revision"). A hub model is taken from the
-      cache if it is complete there, and downloaded if not, unless HF_HUB_OFFLINE is set.
+      cache if it is complete there, and downloaded if not, unless HF_HUB_OFFLINE is set. A Source
+      was found already, and is returned as it is.
     download: False takes a hub model from the cache alone.
     models_dir: the models folder, in place of that of SAFELIGHT_MODELS.
 
     Raises SafelightError, one line that says what is missing and how to get it.
     """
+    if isinstance(name, Source):
+        return name
     if str(name) in BUILT_IN:
         if not (MODELS / name).is_dir():
             raise SafelightError(
@@ -93,10 +96,12 @@ def on_disk(name: str) -> Source | None:
     return None
 
 
-def notes_of(name: str | Path, models_dir: str | Path | None = None) -> dict[str, Any]:
+def notes_of(name: str | Path | Source, models_dir: str | Path | None = None) -> dict[str, Any]:
     """Return the content of a model's safelight.json; empty if it has none or is not here."""
     try:
-        path = find(name, download=False, models_dir=models_dir).path
-        return (Folder(path, str(name)).json("safelight.json") or {}) if path.is_dir() else {}
+        source = find(name, download=False, models_dir=models_dir)
+        if not source.path.is_dir():
+            return {}
+        return Folder(source.path, source.name).json("safelight.json") or {}
     except SafelightError:
         return {}  # said when it is loaded

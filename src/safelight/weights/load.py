@@ -19,7 +19,7 @@ from safelight.weights.autoencoders import with_autoencoders
 from safelight.weights.budget import TOLD_FROM, check_memory
 from safelight.weights.check import DTYPES, Header, printable, refusal
 from safelight.weights.digest import Original, digest_files, model_digest
-from safelight.weights.find import find, find_vae
+from safelight.weights.find import Source, find, find_vae
 from safelight.weights.library import open_library
 from safelight.weights.names import Weight, some
 from safelight.weights.numbers import Numbers
@@ -33,7 +33,7 @@ _COMPUTE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torc
 
 
 def load_model(
-    name: str | Path = "embedded",
+    name: str | Path | Source = "embedded",
     *,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",

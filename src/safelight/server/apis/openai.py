@@ -46,7 +46,7 @@ from safelight.server.jobs import Job, ModelInfo, Picture, Service, Status
 from safelight.server.sizes import enlarged_png, enlarging_note, fit_to_model
 
 OPENAI_MODELS = ("dall-e-", "gpt-image-", "chatgpt-image-")
-"""Names that begin so mean the served model: programs have one of OpenAI's written into them."""
+"""Names that begin so mean the server's own model: programs have one of them written into them."""
 
 
 class _Route(APIRoute):
@@ -124,15 +124,17 @@ def _check_form(body: ImagesBody) -> None:
         raise ApiError(400, "output_format must be png with response_format url", "output_format")
 
 
-async def _submitted(http: HttpRequest, body: ImagesBody, request: Request) -> _Call:
+async def _submitted(
+    http: HttpRequest, body: ImagesBody, request: Request, model: str | None
+) -> _Call:
     service: Service = http.app.state.service
     size, notes = None, list[str]()
     if request.width is not None:
-        model = await service.loaded()
-        request, size = await asyncio.to_thread(fit_to_model, request, model)
-        notes = enlarging_note(request, size, model)
+        facts = await service.facts(model)
+        request, size = await asyncio.to_thread(fit_to_model, request, facts)
+        notes = enlarging_note(request, size, facts)
     owner = caller_of(http.scope).owner
-    job = await service.submit(request, client="openai", owner=owner)
+    job = await service.submit(request, client="openai", owner=owner, model=model)
     return _Call(http, service, body, job, size, notes)
 
 
@@ -214,9 +216,9 @@ router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=_Route)
 async def generate(http: HttpRequest) -> Response:
     """Make pictures from words."""
     body, settings = read_settings(await read_json(http), text=False)
-    await _check_model(http, body.model)
+    model = await _model_of(http, body)
     _check_form(body)
-    call = await _submitted(http, body, Request(**settings))
+    call = await _submitted(http, body, Request(**settings), model)
     return await _answer(call, "image_generation")
 
 
@@ -226,7 +228,7 @@ async def generate(http: HttpRequest) -> Response:
 async def edit(http: HttpRequest) -> Response:
     """Redraw a picture: all of it, or where the mask, or the picture itself, is transparent."""
     body, settings, files = await read_form(http)
-    await _check_model(http, body.model)
+    model = await _model_of(http, body)
     _check_form(body)
     separate = "mask" in files
     async with turn(http):
@@ -235,7 +237,7 @@ async def edit(http: HttpRequest) -> Response:
             read[1] = (await decoded(http, "with_alpha", [files.pop("mask")], "mask"))[1]
         request = await asyncio.to_thread(edit_request, settings, *read, separate=separate)
         read.clear()
-        call = await _submitted(http, body, request)
+        call = await _submitted(http, body, request, model)
         del request  # it is not held while the job waits
     return await _answer(call, "image_edit")
 
@@ -253,7 +255,10 @@ async def model(http: HttpRequest, name: str) -> dict[str, Any]:
     for one in served:
         if one.name == name:
             return _entry(one)
-    raise no_such_model(name, [one.name for one in served])
+    told = (
+        f"no model {name[:40]!r} on this server; there are {', '.join(one.name for one in served)}"
+    )
+    raise no_such_model(told)
 
 
 def _entry(served: ModelInfo) -> dict[str, Any]:
@@ -266,8 +271,17 @@ async def _served(http: HttpRequest) -> list[ModelInfo]:
     return await service.models()
 
 
-async def _check_model(http: HttpRequest, name: str | None) -> None:
-    """Raise ApiError unless that is a served model's name, or one of OpenAI's."""
-    served = [one.name for one in await _served(http)]
-    if name is not None and name not in served and not name.startswith(OPENAI_MODELS):
-        raise no_such_model(name, served)
+async def _model_of(http: HttpRequest, body: ImagesBody) -> str | None:
+    """Return the served model that a body means; None for the server's own, as OpenAI's names do.
+
+    Raises ApiError for the name of no model.
+    """
+    service: Service = http.app.state.service
+    try:
+        return None if body.model is None else await service.find_model(body.model)
+    except SafelightError as error:
+        if error.code != "no_model":
+            raise
+        if body.model is not None and body.model.startswith(OPENAI_MODELS):
+            return None
+        raise no_such_model(str(error)) from None

@@ -225,9 +225,8 @@ def _quoted(name: str) -> str:
     return repr(name[:40])
 
 
-def no_such_model(name: str, served: list[str]) -> ApiError:
-    """Return the answer about a model that is not served; it lists those that are."""
-    message = f"there is no model {_quoted(name)}; served: {', '.join(served)}"
+def no_such_model(message: str) -> ApiError:
+    """Return the answer about a model that is not served."""
     return ApiError(404, message, "model", code="model_not_found")
 
 

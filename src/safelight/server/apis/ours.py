@@ -23,7 +23,7 @@ from safelight.server.hub import Hub
 from safelight.server.jobs import Event, Job, ModelInfo, Status
 from safelight.server.sizes import enlarged_png
 from safelight.server.store import MAX_LISTED
-from safelight.settings import json_schema
+from safelight.settings import json_schema, shown
 from safelight.sizes import MAX_SIDE, MIN_SIDE
 
 router = APIRouter()
@@ -32,6 +32,8 @@ KEEP_ALIVE = 15.0
 """Seconds after which a stream without events says that it is still there."""
 
 EXAMPLE = {"prompt": "a red apple", "steps": 20, "sampler": "dpmpp_2m", "seed": 7}
+
+MODEL = "the name of a model of /api/models; the server's own if there is none"
 
 _JOBS = TypeAdapter(list[Job])
 
@@ -56,8 +58,17 @@ class Sampler(BaseModel):
 def body_of(request_type: type[Request]) -> dict[str, Any]:
     """Return what OpenAPI says of a body with a request's settings, and an example that works."""
     schema = json_schema(request_type)
+    schema["properties"]["model"] = {"type": ["string", "null"], "description": MODEL}
     content = {"application/json": {"schema": schema, "example": EXAMPLE}}
     return {"requestBody": {"required": True, "content": content}}
+
+
+def named(settings: dict[str, Any]) -> str | None:
+    """Take the model out of a body's settings."""
+    model = settings.pop("model", None)
+    if model is None or isinstance(model, str):
+        return model
+    raise SafelightError(f"model must be {MODEL}, not {shown(model)}", field="model")
 
 
 def hub(request: HttpRequest) -> Hub:
@@ -86,6 +97,7 @@ async def submit(
     if not request.headers.get("content-type", "").startswith("application/json"):
         raise SafelightError("the body must be JSON: send content-type application/json")
     settings = await read_json(request, pictures=True)
+    model = named(settings)
     names = [name for name in ("image", "mask") if settings.get(name) is not None]
     async with turn(request) if names else nullcontext():
         for name in names:
@@ -94,7 +106,10 @@ async def submit(
         asked = await asyncio.to_thread(lambda: Request(**settings))
         settings.clear()  # the request has its own pictures
         return await hub(request).submit(
-            asked, idempotency_key=idempotency_key, owner=caller_of(request.scope).owner
+            asked,
+            idempotency_key=idempotency_key,
+            owner=caller_of(request.scope).owner,
+            model=model,
         )
 
 
@@ -210,6 +225,7 @@ async def thumbnail(request: HttpRequest, picture_id: JobId) -> Any:
 
 @router.get("/api/models", response_model=list[ModelInfo], tags=["models"])
 async def models(request: HttpRequest) -> list[ModelInfo]:
+    """List the models that can be drawn with; the first one draws where a job names none."""
     return await hub(request).models()
 
 
@@ -231,10 +247,10 @@ async def healthz(request: HttpRequest) -> Any:
 
 @router.get("/readyz", responses={503: {"model": Problem}}, tags=["server"])
 async def readyz(request: HttpRequest) -> Any:
-    """Say whether the worker takes a step right now."""
+    """Say whether the worker takes a step right now, and which models are in its memory."""
     trouble = await hub(request).trouble()
     if trouble is None:
-        return {"status": "ready"}
+        return {"status": "ready", "models": hub(request).catalogue.loaded}
     return JSONResponse({"detail": trouble, "code": "not_ready", "field": None}, 503)
 
 

@@ -23,6 +23,7 @@ from safelight.recipe import recipe_text
 from safelight.server.apis import sdapi_facts
 from safelight.server.apis.sdapi_bodies import ImageToImage, PngInfo, Sent, TextToImage
 from safelight.server.apis.sdapi_errors import Route
+from safelight.server.apis.sdapi_models import model_of
 from safelight.server.apis.sdapi_names import model_hash, sampler_label
 from safelight.server.apis.sdapi_shapes import describe, first_picture, fitted, understand
 from safelight.server.bodies import decode_base64, decoded, turn
@@ -104,25 +105,27 @@ async def img2img(http: HttpRequest, body: ImageToImage) -> dict[str, Any]:
 async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str, Any]:
     """Return the answer to a call; one that was interrupted has the pictures that were finished."""
     service = _service(http)
-    # What cannot be is refused at once; only its size has to wait until the model is loaded.
-    served = (await service.models())[0]
-    defaults = await service.defaults()
-    asked = await asyncio.to_thread(understand, body, served, defaults)
+    # What cannot be is refused at once; only its size has to wait until the model is known.
+    name = await model_of(http, body)
+    defaults = await service.defaults(name)
+    asked = await asyncio.to_thread(understand, body, defaults)
     if isinstance(body, ImageToImage):
         first_picture(body)
     async with turn(http) if isinstance(body, ImageToImage) else nullcontext():
         if isinstance(body, ImageToImage):
             sent = await _sent(http, body)
-            asked = await asyncio.to_thread(understand, body, served, defaults, sent)
+            asked = await asyncio.to_thread(understand, body, defaults, sent)
             del sent
-        model = await service.loaded()
+        model = await service.facts(name)
         asked = await asyncio.to_thread(fitted, asked, model)
-        job = await service.submit(asked.request, client="sdapi", owner=caller_of(http.scope).owner)
+        owner = caller_of(http.scope).owner
+        job = await service.submit(asked.request, client="sdapi", owner=owner, model=name)
         # The decoded pictures are not held while the job waits.
         asked = replace(asked, request=asked.request.without_pictures())
     job = await _finished(http, job, asked.request.count)
     if job.status is Status.FAILED:
         raise HTTPException(500, job.error or "the job failed")
+    model = await service.facts(name)  # its hash is known now
     pictures = sorted(job.pictures, key=lambda picture: picture.index)
     images: list[str] = []
     for picture in pictures if body.send_images else ():

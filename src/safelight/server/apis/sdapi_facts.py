@@ -8,14 +8,15 @@ from typing import Any
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
-from starlette.exceptions import HTTPException
 
 from safelight.errors import SafelightError
 from safelight.sampling import SAMPLERS
 from safelight.sampling.schedule import SCHEDULES
 from safelight.server.apis.sdapi_errors import Route
-from safelight.server.apis.sdapi_names import is_model, model_hash, model_title, sampler_label
+from safelight.server.apis.sdapi_models import OPTION, choose
+from safelight.server.apis.sdapi_names import model_hash, model_title, sampler_label
 from safelight.server.bodies import turn
+from safelight.server.callers import caller_of
 from safelight.server.jobs import Service
 from safelight.server.names import Names
 
@@ -70,9 +71,11 @@ async def sd_models(http: HttpRequest) -> list[dict[str, Any]]:
 @router.get("/options")
 async def get_options(http: HttpRequest) -> dict[str, Any]:
     service = _service(http)
-    model = (await service.models())[0]
+    models = await service.models()
+    name = await service.chosen(caller_of(http.scope).owner)
+    model = next((one for one in models if one.name == name), models[0])
     return {
-        "sd_model_checkpoint": model_title(model),
+        OPTION: model_title(model),
         "sd_checkpoint_hash": model.sha256,
         "sd_vae": service.names.vae or "Automatic",
         "samples_format": "png",
@@ -82,11 +85,10 @@ async def get_options(http: HttpRequest) -> dict[str, Any]:
 
 @router.post("/options")
 async def set_options(http: HttpRequest, options: dict[str, Any]) -> None:
-    """Accept options, and change nothing. A model that is not served is refused."""
-    models, wanted = await _service(http).models(), options.get("sd_model_checkpoint")
-    if wanted is not None and not any(is_model(wanted, model) for model in models):
-        served = ", ".join(model_title(model) for model in models)
-        raise HTTPException(404, f"Model not found: {wanted!r:.80}; this server serves {served}")
+    """Choose the model of the caller's calls. Other options are accepted and change nothing."""
+    wanted = options.get(OPTION)
+    if wanted is not None:
+        await choose(http, wanted)
 
 
 @router.get("/loras")

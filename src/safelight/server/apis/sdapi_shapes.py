@@ -25,7 +25,6 @@ from safelight.server.apis.sdapi_names import (
     OVERRIDES,
     find_sampler,
     find_scheduler,
-    is_model,
     sampler_label,
 )
 from safelight.server.bodies import attached
@@ -37,7 +36,6 @@ from safelight.sizes import allowed_size
 
 def understand(
     body: TextToImage | ImageToImage,
-    model: ModelInfo,
     defaults: Mapping[str, Any],
     sent: Sent | None = None,
 ) -> Asked:
@@ -52,7 +50,7 @@ def understand(
     if body.script_name not in (None, "", "None"):
         raise HTTPException(422, f"Script {body.script_name!r:.60} not found")
     settings, warnings = _settings(body, defaults)
-    warnings += _ignored(body, model)
+    warnings += _ignored(body)
     request = _request(settings)
     if isinstance(body, ImageToImage) and sent is not None:
         # The sides are known to be sane by now: pictures get resized to them.
@@ -141,8 +139,7 @@ def _request(settings: dict[str, Any]) -> Request:
         raise error.renamed(setting.about.a1111) from None
 
 
-def _ignored(body: TextToImage | ImageToImage, model: ModelInfo) -> list[str]:
-    checkpoint = body.override_settings.get("sd_model_checkpoint")
+def _ignored(body: TextToImage | ImageToImage) -> list[str]:
     vae = body.override_settings.get("sd_vae")
     taken = ("sd_model_checkpoint", "emphasis", "sd_vae", *OVERRIDES)
     overrides = [name for name in body.override_settings if name not in taken]
@@ -164,10 +161,6 @@ def _ignored(body: TextToImage | ImageToImage, model: ModelInfo) -> list[str]:
         (body.s_min_uncond > 0, "s_min_uncond: the negative prompt counts in every step"),
         (body.refiner_checkpoint, "refiner_checkpoint: it is given when the server is started"),
         (body.infotext, "infotext: settings are read from the fields alone"),
-        (
-            checkpoint is not None and not is_model(checkpoint, model),
-            f"override_settings: drawn with {model.name}, the model served here",
-        ),
         (
             vae not in (None, "Automatic", "None"),
             "override_settings: sd_vae is chosen when the server is started, with --vae",

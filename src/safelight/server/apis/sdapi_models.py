@@ -1,0 +1,53 @@
+"""Which model a call of AUTOMATIC1111's API means: its own, or the one the client chose before."""
+
+from __future__ import annotations
+
+from fastapi import Request as HttpRequest
+from starlette.exceptions import HTTPException
+
+from safelight.errors import SafelightError
+from safelight.server.apis.sdapi_bodies import Settings
+from safelight.server.apis.sdapi_names import is_model
+from safelight.server.callers import caller_of
+from safelight.server.jobs import Service
+
+OPTION = "sd_model_checkpoint"
+
+
+async def model_of(http: HttpRequest, body: Settings) -> str | None:
+    """Return the model of a call: its own, else the caller's choice, else None for the server's."""
+    named = body.override_settings.get(OPTION)
+    return await chosen(http) if named in (None, "") else await found(http, named)
+
+
+async def chosen(http: HttpRequest) -> str | None:
+    """Return the model that the caller chose, None if it chose none.
+
+    Raises HTTPException if that model is not there any more.
+    """
+    name = await _service(http).chosen(caller_of(http.scope).owner)
+    return None if name is None else await found(http, name)
+
+
+async def choose(http: HttpRequest, label: object) -> None:
+    """Let a model draw the caller's calls from now on. Nobody else's change."""
+    name = await found(http, label)
+    await _service(http).choose(name, caller_of(http.scope).owner)
+
+
+async def found(http: HttpRequest, label: object) -> str:
+    """Return the name of the model that a name, title or hash means; HTTPException if none."""
+    service = _service(http)
+    for model in await service.models():
+        if is_model(label, model):
+            return model.name
+    try:
+        return await service.find_model(str(label))
+    except SafelightError as error:
+        if error.code != "no_model":
+            raise
+        raise HTTPException(404, f"Model not found: {error}") from None
+
+
+def _service(http: HttpRequest) -> Service:
+    return http.app.state.service

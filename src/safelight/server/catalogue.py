@@ -1,0 +1,155 @@
+"""What the server knows of the models that it may draw with: their facts, and which are loaded."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from safelight.defaults import model_defaults
+from safelight.errors import SafelightError
+from safelight.server.jobs import ModelInfo, StoppingError
+from safelight.server.served import Served
+from safelight.server.settings import Settings
+from safelight.weights.find import notes_of
+
+log = logging.getLogger("safelight.server")
+
+ASK_AGAIN = 2.0
+"""Seconds after which a worker is asked again what a model is: it may be another one by now."""
+
+
+class Catalogue:
+    """For the event loop. send: sends a message to the worker. in_thread: calls in a thread."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        send: Callable[..., None],
+        in_thread: Callable[..., Awaitable[Any]],
+    ) -> None:
+        self.served = Served(settings)
+        self._settings, self._send, self._in_thread = settings, send, in_thread
+        self.info = ModelInfo(name=self.served.default)
+        self._others: dict[str, ModelInfo] = {}
+        self._defaults: dict[str, dict[str, Any]] = {}
+        self._asked: dict[str, asyncio.Future[ModelInfo]] = {}
+        self.arrived = asyncio.Event()
+        self.stopping = False
+
+    # --- the worker ------------------------------------------------------------------------------
+
+    def on_message(self, kind: str, rest: list[Any]) -> bool:
+        """Take in what the worker says of a model; return whether the message was that."""
+        if kind == "ready":
+            self._on_ready(ModelInfo(**rest[0]))
+        elif kind == "loaded":
+            self._set(ModelInfo(**rest[1]))
+            log.info("loaded: %s", rest[0])
+        elif kind == "dropped":
+            self._get(rest[0]).loaded = False
+            log.info("dropped: %s", rest[0])
+        elif kind == "described":
+            self._on_described(*rest)
+        else:
+            return False
+        return True
+
+    def on_worker_end(self) -> None:
+        """Nothing is loaded any more."""
+        for info in (self.info, *self._others.values()):
+            info.ready = info.loaded = False
+
+    def stop(self) -> None:
+        """Let go of those who wait."""
+        self.stopping = True
+        self.arrived.set()
+
+    def _on_ready(self, info: ModelInfo) -> None:
+        self._set(info)
+        self.arrived.set()
+        log.info("ready: %s on %s", info.name, info.device)
+
+    def _on_described(self, name: str, facts: dict[str, Any] | None, error: str | None) -> None:
+        known = self._get(name)
+        if facts is not None and not known.loaded:
+            same = {"ready": known.ready, "sha256": known.sha256, "device": known.device}
+            self._set(ModelInfo(**facts | same))
+        waiting = self._asked.pop(name, None)
+        if waiting is None or waiting.done():
+            return
+        if facts is None:
+            waiting.set_exception(SafelightError(error or "", code="no_model", field="model"))
+        else:
+            waiting.set_result(self._get(name))
+
+    # --- what there is ---------------------------------------------------------------------------
+
+    async def find(self, asked: str | None) -> str:
+        """Return the name of the model that a request means; see `Served.find`."""
+        if asked is None or asked == self.info.name:
+            return self.info.name
+        return await self._in_thread(self.served.find, asked)
+
+    async def all(self) -> list[ModelInfo]:
+        """Return the models that may be drawn with, the default one first."""
+        names = await self._in_thread(self.served.sources)
+        ready = self.info.ready
+        found = [self._get(name) for name in names]
+        return [one.model_copy(update={"ready": ready}) for one in found]
+
+    async def facts(self, name: str) -> ModelInfo:
+        """Return a model's facts, once they are known. Raises SafelightError if it has none."""
+        await self.arrived.wait()
+        while self._get(name).width is None:
+            if self.stopping:
+                raise StoppingError
+            loop = asyncio.get_running_loop()
+            answer = self._asked.setdefault(name, loop.create_future())
+            self._send("describe", name)
+            done, _ = await asyncio.wait({answer}, timeout=ASK_AGAIN)
+            if done:
+                answer.result()
+        if self.stopping:
+            raise StoppingError
+        return self._get(name)
+
+    async def defaults(self, name: str) -> dict[str, Any]:
+        """Return what a model says it draws best with (`model_defaults`)."""
+        if name not in self._defaults:  # not before somebody asks: it takes a while
+            source = await self._in_thread(self.served.source, name)
+            settings = self._settings
+            given = settings.model if source is None else source
+            notes = await self._in_thread(notes_of, given, settings.models_dir)
+            self._defaults[name] = model_defaults(notes)
+            if settings.wildcards_dir is not None:
+                self._defaults[name]["dynamic_prompts"] = True
+        return self._defaults[name]
+
+    @property
+    def loaded(self) -> list[str]:
+        """The names of the models in the worker's memory."""
+        return [one.name for one in (self.info, *self._others.values()) if one.loaded]
+
+    def size(self, name: str) -> tuple[int, int]:
+        """Return a model's own width and height; Stable Diffusion's until they are known."""
+        info = self._get(name)
+        return info.width or 512, info.height or 512
+
+    def _get(self, name: str) -> ModelInfo:
+        if name == self.info.name:
+            return self.info
+        return self._others.setdefault(name, ModelInfo(name=name))
+
+    def _set(self, info: ModelInfo) -> None:
+        before = self._get(info.name)
+        if None not in (before.sha256, info.sha256) and before.sha256 != info.sha256:
+            log.warning(
+                "the model's files are others than before: jobs are drawn with these (%s)",
+                info.name,
+            )
+        if before is self.info:
+            self.info = info
+        else:
+            self._others[info.name] = info

@@ -1,0 +1,305 @@
+"""The models in a worker's memory: loaded on demand within a bound, dropped least recently used."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from safelight.engine import Engine
+from safelight.engine.capacity import free_memory, out_of_memory
+from safelight.errors import SafelightError
+from safelight.fast import memory
+from safelight.server.jobs import ModelInfo
+from safelight.server.pulse import Pulse
+from safelight.server.served import Served
+from safelight.server.settings import Settings
+from safelight.weights.estimate import Estimate, estimate
+from safelight.weights.load import load_model, pick_device
+
+if TYPE_CHECKING:
+    from safelight.model import Model
+
+SHARE = 0.75
+"""The share of the machine's memory, or a GPU's, that models may take if no bound is given."""
+
+PATIENCE = 4
+"""A model that must be loaded waits for so many times its loading longer than one that is there: so
+loading takes at most about a fifth of the time.
+"""
+
+SHORTEST, LONGEST = 2.0, 120.0
+"""Seconds that it waits longer, at least and at most."""
+
+
+@dataclass(eq=False)
+class Loaded:
+    """A model that draws. needs: its memory, as estimated. seconds: that its loading took. used:
+    when it took a step last. spent: seconds of its steps, to share time by.
+    """
+
+    name: str
+    model: Model
+    engine: Engine
+    needs: Estimate
+    seconds: float
+    used: float = field(default_factory=time.monotonic)
+    spent: float = 0.0
+    waited: bool = True
+    precise: Model | None = None
+
+    @property
+    def weights(self) -> int:
+        """Bytes of all its weights: twice for float32 beside them, and those of its LoRAs."""
+        own = self.needs.weights + self.model.adapters.size
+        if self.precise is not None:
+            own += self.needs.weights * 4 // self.model.dtype.itemsize
+        return own
+
+
+class LoadedModels:
+    """Loads one model at a time, beside the steps of those that are there.
+
+    on_change(kind, name, info): called when a model was "loaded", with its facts, or "dropped".
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        pulse: Pulse,
+        on_change: Callable[[str, str, dict[str, Any] | None], None],
+    ) -> None:
+        self._settings, self._pulse, self._on_change = settings, pulse, on_change
+        self.served = Served(settings)
+        self.default = self.served.default
+        self._there: dict[str, Loaded] = {}
+        self._estimates: dict[str, Estimate] = {}
+        self._rows: dict[str, int] = {}
+        self._seconds = 0.0
+        self._loader = ThreadPoolExecutor(1, "load")
+        self._coming: tuple[str, Estimate, float, Future[Model]] | None = None
+        self.bound = settings.model_memory or _memory_of(settings) * SHARE or math.inf
+
+    @property
+    def names(self) -> list[str]:
+        """The models that are there."""
+        return list(self._there)
+
+    @property
+    def loading(self) -> str | None:
+        """The model that is being loaded."""
+        return None if self._coming is None else self._coming[0]
+
+    @property
+    def busy(self) -> list[Loaded]:
+        """Those with pictures that are not finished."""
+        return [one for one in self._there.values() if one.engine.busy]
+
+    @property
+    def latest(self) -> Loaded | None:
+        """The model that drew last; None while none is there."""
+        return max(self._there.values(), key=lambda one: one.used, default=None)
+
+    @property
+    def rows_a_second(self) -> float:
+        """Rows a second of the model that drew last."""
+        return 0.0 if self.latest is None else self.latest.engine.rows_a_second
+
+    @property
+    def patience(self) -> float:
+        """Seconds that a job of a model which is not there waits longer; see PATIENCE."""
+        return min(max(PATIENCE * self._seconds, SHORTEST), LONGEST)
+
+    def get(self, name: str) -> Loaded | None:
+        """Return a model that is there."""
+        return self._there.get(name)
+
+    def load_first(self) -> ModelInfo:
+        """Load the default model, now. Raises SafelightError if it cannot draw."""
+        name = self.default
+        began = time.monotonic()
+        needs = None
+        if self._settings.model_memory is not None:
+            needs = self._needs(name)  # before it takes the memory
+        model = self._load(name)
+        return self._take(name, model, needs or self._needs(name), time.monotonic() - began)
+
+    def room_for(self, name: str, in_use: Collection[str]) -> bool:
+        """Return whether a model is there, or can be with those in use, there or not yet."""
+        if name in self._there or name == self.loading:
+            return True
+        try:
+            if name not in self._estimates:  # headers are not read at each step
+                self._estimates[name] = self._needs(name)
+        except SafelightError:
+            return True  # said when it is loaded
+        return self._fits(self._estimates[name], [one for one in in_use if one != name])
+
+    def begin(self, name: str, in_use: Collection[str]) -> None:
+        """Begin to load a model, in a thread; others go, the one used longest ago first.
+
+        Raises SafelightError if it cannot be loaded, as far as its headers tell.
+        """
+        needs = self._estimates[name] = self._needs(name)  # the file may be another by now
+        idle = sorted(
+            (one for n, one in self._there.items() if n not in in_use), key=lambda one: one.used
+        )
+        while idle and not self._fits(needs, self._there):
+            self.drop(idle.pop(0).name)
+        self._coming = name, needs, time.monotonic(), self._loader.submit(self._load, name)
+
+    def arrived(self) -> tuple[str, SafelightError | None] | None:
+        """Return the name of the model whose loading has ended, and why if it is not there now."""
+        if self._coming is None or not self._coming[3].done():
+            return None
+        (name, needs, began, future), self._coming = self._coming, None
+        error = future.exception()
+        if error is None:
+            model = future.result()
+            info = self._take(name, model, needs, time.monotonic() - began)
+            self._on_change("loaded", name, info.model_dump())
+            return name, None
+        if isinstance(error, SafelightError):
+            return name, error
+        if not out_of_memory(error):
+            raise error
+        free_memory(pick_device(self._settings.device))
+        return name, SafelightError(
+            f"out of memory while model {name!r} was loaded", code="out_of_memory"
+        )
+
+    def describe(self, name: str) -> ModelInfo:
+        """Return what a model is, by its headers if it is not there. Raises SafelightError."""
+        one = self._there.get(name)
+        return _info(name, self._needs(name)) if one is None else _info_of(name, one.model)
+
+    def turn(self) -> Loaded | None:
+        """Return the model whose turn it is to take a step: each has the same share of the time."""
+        able = [one for one in self._there.values() if one.engine.tickets]
+        at_it = [one.spent for one in able if not one.waited]
+        for one in self._there.values():
+            if one in able and one.waited and at_it:  # what it did not use is not owed to it
+                one.spent = max(one.spent, min(at_it))
+            one.waited = one not in able
+        return min(able, key=lambda one: one.spent, default=None)
+
+    def precise(self, one: Loaded) -> Model:
+        """Return the same model in float32, loaded now if it was not before."""
+        if one.precise is None:
+            with self._pulse.patient():
+                one.precise = self._load(one.name, "float32")
+            self._pulse.watch(one.precise)
+        return one.precise
+
+    def drop(self, name: str) -> None:
+        """Let go of a model and its memory."""
+        one = self._there.pop(name)
+        device = one.model.device
+        one.engine.close()
+        del one
+        gc.collect()  # networks have circles
+        memory.give_back()
+        free_memory(device)
+        self._on_change("dropped", name, None)
+
+    def close(self) -> None:
+        """Wait for nothing that is being loaded."""
+        self._loader.shutdown(wait=False)
+
+    def _take(self, name: str, model: Model, needs: Estimate, seconds: float) -> ModelInfo:
+        self._pulse.watch(model)
+        settings = self._settings
+        rows = settings.rows or self._rows.get(model.sha256)
+        engine = Engine(
+            model,
+            exact=settings.exact,
+            rows=rows,
+            background=True,
+            working=self._pulse.working,
+        )
+        self._rows[model.sha256] = engine.rows
+        self._there[name] = Loaded(name, model, engine, needs, seconds)
+        self._seconds = seconds
+        return _info_of(name, model)
+
+    def _load(self, name: str, dtype: str | None = None) -> Model:
+        source, settings = self.served.source(name), self._settings
+        if source is None:
+            return load_model(settings.model, dtype=dtype or settings.dtype, **settings.loading)
+        return load_model(source, dtype=dtype or settings.dtype, **settings.loading_others)
+
+    def _needs(self, name: str) -> Estimate:
+        """Return what a model takes. Raises SafelightError, also for more than the bound alone."""
+        settings, source = self._settings, self.served.source(name)
+        own = {} if source is not None else {"vae": settings.vae, "refiner": settings.refiner}
+        found = estimate(
+            settings.model if source is None else source,
+            device=settings.device,
+            dtype=settings.dtype,
+            low_memory=settings.low_memory,
+            models_dir=settings.models_dir,
+            **own,
+        )
+        limit = settings.model_memory
+        if limit is not None and found.weights + found.work > limit:
+            raise SafelightError(
+                f"model {name!r} takes {(found.weights + found.work) / 1e9:.1f} GB, and "
+                f"--model-memory is {limit / 1e9:.1f} GB",
+                code="out_of_memory",
+            )
+        return found
+
+    def _fits(self, needs: Estimate, beside: Collection[str]) -> bool:
+        """Return whether a model fits into the bound beside others; alone it always does."""
+        weights, work = needs.weights, needs.work
+        for name in beside:
+            one = self._there.get(name)
+            known = self._estimates.get(name) if one is None else one.needs
+            if known is not None:
+                weights += known.weights if one is None else one.weights
+                work = max(work, known.work)
+        return not beside or weights + work <= self.bound
+
+
+def _memory_of(settings: Settings) -> int:
+    device = pick_device(settings.device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return memory.total()
+
+
+def _info_of(name: str, model: Model) -> ModelInfo:
+    width, height = model.native_size
+    return ModelInfo(
+        name=name,
+        sha256=model.sha256,
+        kind=model.kind,
+        uses_prompt=model.family.uses_prompt,
+        family=model.family.name,
+        width=width,
+        height=height,
+        vae=(model.other_vae or {}).get("name"),
+        device=str(model.device),
+        dtype=model.precision,
+        ready=True,
+        loaded=True,
+    )
+
+
+def _info(name: str, needs: Estimate) -> ModelInfo:
+    width, height = needs.native_size
+    return ModelInfo(
+        name=name,
+        kind=needs.family.kind,
+        uses_prompt=needs.family.uses_prompt,
+        family=needs.family.name,
+        width=width,
+        height=height,
+        dtype=needs.dtype,
+    )

@@ -1,0 +1,67 @@
+"""What a model is and what memory it takes, by its headers and configs, before it is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from safelight.families import Family
+from safelight.fast import helps
+from safelight.weights.autoencoders import with_autoencoders
+from safelight.weights.budget import budget
+from safelight.weights.find import Source, find, find_vae
+from safelight.weights.load import pick_device, pick_dtype
+from safelight.weights.plan import read_plan
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """weights, work: bytes that its weights take, and the making of a picture of its own size.
+
+    native_size: width and height of that. name: of the model. dtype: what it computes in.
+    """
+
+    name: str
+    family: Family
+    native_size: tuple[int, int]
+    dtype: str
+    weights: int
+    work: int
+
+
+def estimate(
+    name: str | Path | Source,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    low_memory: bool = False,
+    models_dir: str | Path | None = None,
+    vae: str | Path | None = None,
+    refiner: str | Path | None = None,
+) -> Estimate:
+    """Return what loading a model with these settings (see `load_model`) would take.
+
+    Raises SafelightError as `load_model` does for one that is missing or malformed.
+    """
+    where = pick_device(device)
+    precision = pick_dtype(dtype, where)
+    vaes = {} if vae is None else {"vae": find_vae(vae, download=False, models_dir=models_dir)}
+    source = find(name, download=False, models_dir=models_dir)
+    plan = with_autoencoders(read_plan(source, without=vaes), vaes)
+    dtypes = {
+        part: plan.family.dtype_of(part, plan.configs[part], precision) for part in plan.weights
+    }
+    found = budget(plan, dtypes, fast=helps(where, precision), low_memory=low_memory)
+    weights = found.weights
+    if refiner is not None:
+        weights += estimate(
+            refiner, device=device, dtype=dtype, low_memory=low_memory, models_dir=models_dir
+        ).weights
+    return Estimate(
+        name=plan.source.name,
+        family=plan.family,
+        native_size=plan.native_size,
+        dtype=str(precision).removeprefix("torch."),
+        weights=weights,
+        work=found.work,
+    )
