@@ -42,7 +42,8 @@ class LostError(Exception):
 @dataclass(frozen=True)
 class Claim:
     """A job to draw. done: its finished pictures. cost: as it was submitted with. suspect: it is
-    to be drawn alone, since workers ended while they drew it.
+    to be drawn alone, since workers ended while they drew it. model: the name of the one that draws
+    it; None for the server's own.
     """
 
     id: str
@@ -51,6 +52,7 @@ class Claim:
     done: frozenset[int]
     suspect: bool
     cost: int = 0
+    model: str | None = None
     owner: str = ""
 
     def picture_id(self, index: int) -> str:
@@ -119,7 +121,8 @@ class Claims(Database):
             done = frozenset(db.execute(query).scalars())
             settings = loads(first["request"])
             return Claim(
-                *(first["id"], token, settings, done, suspect, first["cost"], first["owner"])
+                *(first["id"], token, settings, done, suspect, first["cost"], first["model"]),
+                owner=first["owner"],
             )
 
     def renew(self, worker: str) -> None:

@@ -49,6 +49,7 @@ jobs = Table(
     Column("digest", String(64)),
     Column("owner", String(64), index=True),  # who made it; empty where nobody was asked
     Column("kills", Integer, nullable=False, server_default="0"),
+    Column("model", Text),  # its name; None, of before there were several: the server's own
     # The two ends of an owner's queue: the shortest job, and the one that waits longest.
     Index("ix_jobs_shortest", "status", "owner", "cost", "created"),
     Index("ix_jobs_oldest", "status", "owner", "created", "cost"),
@@ -72,6 +73,12 @@ pictures = Table(
     Column("created", Float, nullable=False, index=True),
     Column("recipe", Text, nullable=False),
     UniqueConstraint("job", "number"),
+)
+choices = Table(  # the model that an owner chose for requests that name none
+    "choices",
+    meta,
+    Column("owner", String(64), primary_key=True),
+    Column("model", Text, nullable=False),
 )
 facts = Table(
     "facts",
@@ -98,6 +105,7 @@ def read_job(row: RowMapping, drawn: Sequence[RowMapping]) -> Job:
         started_at=row["started"] and _date(row["started"]),
         finished_at=row["finished"] and _date(row["finished"]),
         client=row["client"],
+        model=row["model"],
         settings=settings,
         progress=_progress(settings, row["pictures"], len(drawn)) if status.final else Progress(),
         warnings=_list(row["warnings"]),
