@@ -157,7 +157,7 @@ def test_automatic1111_s_progress_and_interrupt_are_one_s_own(two: Two, how: str
     async def both() -> tuple[Any, ...]:
         from safelight.server.jobs import ModelInfo
 
-        two.server.hub.catalogue.info = ModelInfo(name="m", width=64, height=64)
+        two.server.hub.catalogue.info = ModelInfo(name="embedded", width=64, height=64)
         two.server.hub.catalogue.arrived.set()
         body = {"prompt": "a secret", "steps": 2}
         bearer = {"authorization": f"Bearer {KEYS['ann']}"}

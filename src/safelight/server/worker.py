@@ -13,19 +13,13 @@ from safelight.engine.capacity import out_of_memory
 from safelight.errors import SafelightError
 from safelight.request import Request
 from safelight.server.claims import Claim, LostError
-from safelight.server.held import Held
+from safelight.server.held import JOBS, Held, bound, full
 from safelight.server.holder import Holder
 from safelight.server.jobs import StorageError
 from safelight.server.loaded import LoadedModels
 from safelight.server.previews import encoded_preview
 from safelight.server.pulse import Pulse
 from safelight.server.settings import Settings
-
-JOBS = 48
-INPUTS = 1 << 30
-"""The most jobs in the making at once, and bytes of pictures that they start from. Beyond it only
-jobs that are shorter than all of those are taken in; others wait in the database.
-"""
 
 PREVIEW_EVERY = 0.2
 """Seconds between two previews of a picture."""
@@ -156,7 +150,7 @@ class Worker(Holder):
     def _claim(self) -> None:
         """Take in jobs until there are none, or until the next one has to wait."""
         models = self._models
-        while not (self._alone or self._stopping):
+        while not (self._alone or self._stopping or self._full):
             # When the turn of a job comes whose model has no room, others wait, until it has.
             if self._awaited and not models.room_for(self._awaited, self._in_use):
                 return
@@ -176,19 +170,23 @@ class Worker(Holder):
             elif not self._begin(claim):
                 return
 
+    @property
+    def _full(self) -> bool:
+        return full(self._held.values()) or len(self._coming) >= JOBS
+
     def _next(self) -> Claim | None:
         """Return the next job; None if there is none, or none can be read now."""
-        models = self._models
-        loaded = [*models.names, *([] if models.get(models.default) is None else [None])]
+        models, held = self._models, self._held.values()
         try:
             claim = self._store.claim(
                 self._id,
                 alone=not self._claims,
                 # A second makes up for the rows that it takes to run.
                 ageing=models.rows_a_second,
-                cheaper_than=self._bound(),
+                cheaper_than=bound(held),
+                held={claim.owner for claim in self._claims},
                 known=[claim.token for claim in self._claims] if self._unsure else None,
-                loaded=loaded,
+                loaded=models.names,
                 patience=models.patience,
             )
         except StorageError as error:  # tried again after the next step, or in a second
@@ -199,18 +197,6 @@ class Worker(Holder):
         self._tell_stuck(None)
         return claim
 
-    def _bound(self) -> float | None:
-        """Return the cost that a job must stay below to be taken in as well; None for any.
-
-        A worker with its hands full takes shorter jobs than those it has.
-        """
-        many = len(self._claims) >= JOBS
-        large = sum(held.input_bytes for held in self._held.values()) >= INPUTS
-        if not (many or large):
-            return None
-        costs = [one.claim.cost * one.left / one.request.count for one in self._held.values()]
-        return min([*costs, *(claim.cost for claim in self._coming)])
-
     def _begin(self, claim: Claim) -> bool:
         """Take a job in. Returns False if it has to wait, since it cannot be read now."""
         one = self._models.get(self._name(claim.model))
@@ -218,7 +204,7 @@ class Worker(Holder):
         try:
             image, mask = (self._files.input(claim.id, name) for name in ("image", "mask"))
             request = Request.from_dict(claim.settings, image=image, mask=mask)
-            result = one.engine.add(request, claim.id, claim.done)
+            result = one.engine.add(request, claim.id, claim.done, claim.owner)
         except StorageError as error:
             self._tell_stuck(error)
             self._unclaimed.append(claim)
