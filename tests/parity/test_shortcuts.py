@@ -40,7 +40,7 @@ class Put:
     @property
     def full(self) -> bool:
         turned = self.step > 0 and self.guided(self.step) != self.guided(self.step - 1)
-        return self.step % self.every == 0 or turned
+        return self.step == 0 or (STEPS - 1 - self.step) % self.every == 0 or turned
 
     def deep(self, resnet: Any, given: tuple[Any, ...], channels: int) -> tuple[Any, ...]:
         x = given[0]
@@ -48,13 +48,24 @@ class Put:
             self.kept["deep"] = x[:, :channels]
         return torch.cat([self.kept["deep"], x[:, channels:]], dim=1), *given[1:]
 
-    def told(self, layer: Any, _: Any, found: torch.Tensor) -> torch.Tensor:
+    def told(self, layer: Any, skip: int, found: torch.Tensor) -> torch.Tensor:
+        """skip: which of the states that the way up reads is beside the layer."""
         begins = self.step > 0 and self.guided(self.step) and not self.guided(self.step - 1)
-        if self.step / STEPS < self.text or begins:
+        if (self.step / STEPS < self.text or begins) and (self.full or skip <= self.branch):
             # Without guidance ours computes the prompt's row alone.
             self.kept[layer] = found if self.guided(self.step) else found[1:].expand_as(found)
         kept = self.kept[layer]
         return kept if self.guided(self.step) else kept.mean(0, keepdim=True).expand_as(kept)
+
+
+def beside(name: str, unet: Any) -> int:
+    """Return the skip that a layer gives or meets; of the middle, more than there are."""
+    part, i, _, j = name.split(".")[:4]
+    layers = unet.config.layers_per_block + 1
+    if part == "mid_block":
+        return layers * len(unet.up_blocks)
+    place = layers * int(i) + int(j)
+    return place + 1 if part == "down_blocks" else layers * len(unet.up_blocks) - 1 - place
 
 
 @contextmanager
@@ -70,11 +81,10 @@ def hooked(unet: Any, put: Put) -> Iterator[None]:
         resnet.register_forward_pre_hook(lambda m, a: put.deep(m, a, channels)),
     ]
     if put.text < 1:
-        hooks += [
-            layer.register_forward_hook(put.told)
-            for name, layer in unet.named_modules()
-            if name.endswith("attn2")
-        ]
+        for name, layer in unet.named_modules():
+            if name.endswith("attn2"):
+                skip = beside(name, unet)
+                hooks.append(layer.register_forward_hook(lambda m, _, y, n=skip: put.told(m, n, y)))
     try:
         yield
     finally:

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from safelight.request import Request
 
 LEVELS: Mapping[int, Mapping[str, Any]] = {
-    1: {"cache_every": 2},
-    2: {"cache_every": 3, "guidance_end": 0.6},
-    3: {"cache_every": 5, "guidance_end": 0.5, "sampler": "dpmpp_2m", "steps": 15},
+    1: {"cache_every": 3},
+    2: {"cache_every": 3, "sampler": "dpmpp_2m", "steps": 13},
+    3: {"cache_every": 3, "guidance_start": 0.3, "sampler": "dpmpp_2m", "steps": 10},
 }
 """The settings that a level stands for, where a request does not have its own."""
 
@@ -50,7 +50,8 @@ class Shortcuts:
     """What is left out, and when. Shares are of the rows that a picture takes.
 
     cache_every: of so many rows, one is computed in full; the others take the deep part of the
-      network from it (DeepCache, arXiv:2312.00858). cache_branch: how deep is not deep yet.
+      network from it (DeepCache, arXiv:2312.00858). Counted back from the last row, which shows
+      most. cache_branch: how deep is not deep yet.
     guidance_start, guidance_end: rows between these shares are guided; the others see the prompt
       alone (arXiv:2404.07724).
     text_end: after this share, what attention to the text gave stays (T-GATE, arXiv:2404.02747).
@@ -106,7 +107,7 @@ class Kept:
         deep = begun and self.deep is not None and self.evaluations == evaluations
         return Plan(
             skips=cuts.cache_branch + 1 if cuts.cache_every > 1 else 0,
-            taken=cuts.cache_every > 1 and deep and row % cuts.cache_every != 0,
+            taken=deep and (rows - 1 - row) % cuts.cache_every != 0,
             texts=cuts.text_end < 1,
             told=begun and 0 < evaluations <= self.told and row / rows >= cuts.text_end,
         )
@@ -156,12 +157,16 @@ def scatter(reuse: Reuse | None, kept: list[Kept], model: int, evaluations: list
     ends = torch.tensor(evaluations).cumsum(0).tolist()
     for one, count, end in zip(kept, evaluations, ends, strict=True):
         here = slice(end - count, end)
+        if one.model != model:
+            one.texts = {}
         one.model, one.evaluations = model, count
         if reuse.deep is not None and not reuse.taken:
             one.deep = reuse.deep[here]
         if reuse.texts is not None:
-            one.texts = {block: told[here] for block, told in reuse.texts.items()}
-            one.told = count
+            if count != one.told:
+                one.texts, one.told = {}, count
+            # Blocks that this row did not come to keep what they gave before.
+            one.texts |= {block: told[here] for block, told in reuse.texts.items()}
 
 
 def _fitted(told: Tensor, evaluations: int) -> Tensor:
