@@ -307,8 +307,9 @@ def to_first(store: Store) -> None:
     with store.engine.begin() as db:
         db.execute(text("DROP TABLE alembic_version"))
         db.execute(text("DROP TABLE facts"))
-        db.execute(text("DROP INDEX ix_jobs_owner"))
-        for column in ("owner", "kills"):
+        for column in ("owner", "expires", "finished"):
+            db.execute(text(f"DROP INDEX ix_jobs_{column}"))
+        for column in ("owner", "kills", "expires"):
             db.execute(text(f"ALTER TABLE jobs DROP COLUMN {column}"))
 
 
