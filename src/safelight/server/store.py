@@ -15,7 +15,7 @@ from sqlalchemy.engine import RowMapping
 from sqlalchemy.exc import SQLAlchemyError
 
 from safelight.errors import SafelightError
-from safelight.server import schema
+from safelight.server import schema, shares
 from safelight.server.claims import uncommitted
 from safelight.server.database import LOCK, PATIENCE, storage_errors
 from safelight.server.expiry import GONE, Expiry, seen
@@ -59,10 +59,12 @@ class Store(Expiry):
         key: str | None = None,
         digest: str | None = None,
         owner: str | None = None,
+        model: str | None = None,
     ) -> tuple[Job, bool]:
         """Add a job; return it and whether it is new. A key seen before returns the job of then.
 
-        cost: rows of the network it will take; bound: most pictures that may wait. Raises
+        cost: rows of the network it will take; bound: most pictures that may wait; model: the name
+        of the one that is to draw it. Raises
         BusyError beyond it, SafelightError for a key that came with another request.
         """
         count = int(settings["count"])
@@ -78,6 +80,7 @@ class Store(Expiry):
                         )
                     return self._job(db, old), False
             _make_sure_of_room(db, count, bound)
+            shares.open_share(db, owner or "")
             db.execute(
                 jobs.insert().values(
                     id=job_id,
@@ -90,7 +93,8 @@ class Store(Expiry):
                     cost=cost,
                     key=key,
                     digest=digest,
-                    owner=owner,
+                    owner=owner or "",
+                    model=model,
                 )
             )
             row = db.execute(select(jobs).where(jobs.c.id == job_id)).mappings().one()
