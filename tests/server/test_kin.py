@@ -42,7 +42,9 @@ SECRET = "the prompt of a person"
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Inside]:
     with Inside(tmp_path_factory.mktemp("kin"), draws=False) as running:
-        running.hub.catalogue.info = ModelInfo(name="embedded", sha256="0" * 64, width=64, height=64)
+        running.hub.catalogue.info = ModelInfo(
+            name="embedded", sha256="0" * 64, width=64, height=64
+        )
         running.hub.catalogue.arrived.set()
         yield running
 
