@@ -11,6 +11,7 @@ import typer
 
 from safelight import __version__
 from safelight.cli import (
+    batch,
     bench,
     compare,
     convert,
@@ -42,6 +43,7 @@ app = typer.Typer(
 options.register(app, generate.generate)
 options.register(app, compare.compare, without=("count",))
 options.register(app, explain.explain, without=("count",))
+options.register(app, batch.batch, without=("prompt",))
 app.command()(tools.samplers)
 app.command()(tools.models)
 app.command()(tools.inspect)
