@@ -20,6 +20,9 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+BETWEEN = 2**24
+"""The most pixels that a picture may have half-way to another size, if it had fewer before."""
+
 _XMP = re.compile(rb"tiff:Orientation(?:=\"|>)([1-8])")
 
 
@@ -97,6 +100,20 @@ def joined(mode: str, size: tuple[int, int], parts: Iterable[Image.Image]) -> Im
     for box, part in zip(strips(size), parts, strict=True):
         whole.paste(part, box)
     return whole
+
+
+def resized(
+    image: Image.Image, size: tuple[int, int], how: Image.Resampling = Image.Resampling.LANCZOS
+) -> Image.Image:
+    """Return a picture at another size.
+
+    Pillow first brings every row to the new width: what is 8 pixels wide and three million high
+    would take 25 GB on its way to 2048. Where that takes more than the picture itself, and than
+    BETWEEN, columns are brought to the new height first.
+    """
+    if size[0] * image.height > max(image.width * image.height, BETWEEN):
+        image = image.resize((image.width, size[1]), how)
+    return image.resize(size, how)
 
 
 def strips(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:

@@ -105,6 +105,7 @@ PICTURES: dict[str, Callable[[], bytes]] = {
     ),
     "PNG, one bit": partial(png, 0, 1, SIDE, SIDE),
     "PNG, 8 pixels high": partial(png, 2, 8, 3_125_000, 8, level=9),
+    "PNG, 8 pixels wide": partial(png, 2, 8, 8, 3_125_000, level=9),
     "PNG, turned by EXIF": partial(
         png,
         6,
