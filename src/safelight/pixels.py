@@ -127,8 +127,13 @@ def strips(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
 
 def as_mask(image: Image.Image) -> Image.Image:
     """Return a new mode L picture of 0 and 255 alone: 255 where image is half white or more."""
-    rgb, table = rgb_of(image), [0] * 128 + [255] * 128
-    return Strips("L", image.size, lambda box: rgb.strip(box).convert("L").point(table)).whole()
+    return mask_of(rgb_of(image)).whole()
+
+
+def mask_of(picture: Strips) -> Strips:
+    """Return the mask of a picture; see `as_mask`."""
+    table = [0] * 128 + [255] * 128
+    return Strips("L", picture.size, lambda box: picture.strip(box).convert("L").point(table))
 
 
 def picture_sha256(image: Image.Image) -> str:

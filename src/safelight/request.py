@@ -199,13 +199,16 @@ class Request(RequestFields, metaclass=_Listed):
         made = type(self)(**{**asked, **changes})
         return made._with_pictures(kept, self._digests) if kept else made
 
-    def _with_pictures(
-        self, pictures: Mapping[str, Image | None], digests: Mapping[str, str]
-    ) -> Self:
-        """Return the same request with these pictures, RGB and L, which are not copied.
+    def with_pictures(self, image: Image | None = None, mask: Image | None = None) -> Self:
+        """Return the same request with a picture, RGB, and a mask, L of 0 and 255 alone.
 
-        digests: of those that are not as they were given.
+        They are shared, not copied: a large one takes much memory.
         """
+        given = {"image": image, "mask": mask}
+        return self._with_pictures({n: one for n, one in given.items() if one is not None}, {})
+
+    def _with_pictures(self, pictures: Mapping[str, Image], digests: Mapping[str, str]) -> Self:
+        """digests: of pictures that are not as they were given."""
         made = self.model_copy(update=dict(pictures))
         made._digests = {name: digests[name] for name in pictures if name in digests}
         return made._check_together()
@@ -267,9 +270,8 @@ class Request(RequestFields, metaclass=_Listed):
                 f"{name} stands in a request as {name}_sha256 alone, its digest", field=name
             )
         if fitted:
-            pictures = {n: one for n, one in (("image", image), ("mask", mask)) if one is not None}
-            known = {name: digest for name, digest in digests.items() if digest is not None}
-            request = cls(**settings)._with_pictures(pictures, known)
+            request = cls(**settings).with_pictures(image, mask)
+            request._digests = {name: digest for name, digest in digests.items() if digest}
         else:
             request = cls(**settings, image=image, mask=mask)
         for name, picture in (("image", request.image), ("mask", request.mask)):

@@ -148,7 +148,7 @@ def test_pictures_of_one_client_keep_a_place_for_others(server: Inside, what: st
         await asyncio.sleep(0)
         try:
             if what == "upload":
-                body = {"prompt": "", "image": as_base64(Image.new("RGB", (16, 16)))}
+                body = {"prompt": "", "image": as_base64(Image.new("RGB", (64, 64)))}
                 return (await server.asked("POST", "/api/jobs", body)).status
             path = f"/api/pictures/{job}" + (
                 "/thumbnail" if what == "thumbnail" else "?width=64&height=64"
@@ -429,7 +429,7 @@ def test_a_model_is_named_without_its_path(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("when", ["it waits", "it is drawn", "it failed"])
 def test_a_retried_job_has_what_it_starts_from(server: Inside, when: str) -> None:
-    start, mask = Image.effect_noise((16, 16), 60).convert("RGB"), Image.new("L", (16, 16), 255)
+    start, mask = Image.effect_noise((64, 64), 60).convert("RGB"), Image.new("L", (64, 64), 255)
     request = Request(prompt="", image=start, mask=mask, count=2)
     job = server.within(server.hub.submit(request, owner="at:local"))
     store = server.hub.store

@@ -71,7 +71,7 @@ def webp(frames: int, side: int = 4000) -> bytes:
 
 
 def rough_webp() -> bytes:
-    return encoded(noise("RGB", 2500, 2500).resize((SIDE, SIDE)), "WEBP", quality=90, method=0)
+    return encoded(noise("RGB", 2500, 2500).resize((SIDE, SIDE)), "WEBP", quality=80, method=0)
 
 
 def text(kind: bytes, size: int, letter: str = "a") -> bytes:
@@ -149,8 +149,20 @@ COSTLY = [
     "PNG, iTXt of wide letters",
     "JPEG, truncated",
     "WebP, animated",
+    "PNG, turned by EXIF",
+    "JPEG, progressive, noise",
 ]
 """Those that come by every entrance in the long run."""
+
+TWICE = [
+    "PNG, RGBA, 16 bit, 25 MP",
+    "PNG, RGB, transparent colour",
+    "PNG, 8 pixels wide",
+    "PNG, turned by EXIF",
+    "JPEG, progressive, noise",
+    "WebP, lossless",
+]
+"""Those of which two fit into a body: a picture and its mask."""
 
 SMALL = ["PNG, gray, 16 bit, 50 MB", "JPEG, CMYK, progressive"]
 """Those of the suite: what cost the most before."""

@@ -230,9 +230,12 @@ async def edit(http: HttpRequest) -> Response:
     _check_form(body)
     separate = "mask" in files
     async with turn(http):
-        read = [*await decoded(http, "with_alpha", [files.pop("image")], "image")]
+        kind = "picture" if separate else "with_alpha"
+        found = await decoded(http, kind, [files.pop("image")], "image")
+        read = [found, None] if separate else [*found]
         if separate:
-            read[1] = (await decoded(http, "with_alpha", [files.pop("mask")], "mask"))[1]
+            read[1] = await decoded(http, "alpha", [files.pop("mask")], "mask")
+        del found
         request = await asyncio.to_thread(edit_request, settings, *read, separate=separate)
         read.clear()
         call = await _submitted(http, body, request)

@@ -88,11 +88,12 @@ async def submit(
     settings = await read_json(request, pictures=True)
     names = [name for name in ("image", "mask") if settings.get(name) is not None]
     async with turn(request) if names else nullcontext():
-        for name in names:
-            data = [decode_base64(settings[name], name)]
-            settings[name] = await decoded(request, "picture", data, name)
+        data = {name: [decode_base64(settings.pop(name), name)] for name in names}
         asked = await asyncio.to_thread(lambda: Request(**settings))
-        settings.clear()  # the request has its own pictures
+        kinds = {"image": "picture", "mask": "mask"}
+        asked = asked.with_pictures(
+            **{name: await decoded(request, kinds[name], data[name], name) for name in names}
+        )
         return await hub(request).submit(
             asked, idempotency_key=idempotency_key, owner=caller_of(request.scope).owner
         )

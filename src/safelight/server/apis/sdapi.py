@@ -187,8 +187,7 @@ async def _sent(http: HttpRequest, body: ImageToImage) -> Sent:
     if not body.mask:
         return Sent(image)
     data = [decode_base64(body.mask, "mask", again=again)]
-    mask, alpha = await decoded(http, "with_alpha", data, "mask")
-    return Sent(image, mask, alpha)
+    return Sent(image, await decoded(http, "strokes", data, "mask"))
 
 
 def _picture(path: Path, size: tuple[int, int] | None) -> bytes:
