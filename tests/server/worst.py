@@ -106,6 +106,8 @@ PICTURES: dict[str, Callable[[], bytes]] = {
     "PNG, one bit": partial(png, 0, 1, SIDE, SIDE),
     "PNG, 8 pixels high": partial(png, 2, 8, 3_125_000, 8, level=9),
     "PNG, 8 pixels wide": partial(png, 2, 8, 8, 3_125_000, level=9),
+    "PNG, as high as may be": partial(png, 2, 8, 381, 65_535, level=9),
+    "PNG, as wide as may be": partial(png, 2, 8, 65_535, 381, level=9),
     "PNG, turned by EXIF": partial(
         png,
         6,
@@ -157,7 +159,7 @@ COSTLY = [
 TWICE = [
     "PNG, RGBA, 16 bit, 25 MP",
     "PNG, RGB, transparent colour",
-    "PNG, 8 pixels wide",
+    "PNG, as high as may be",
     "PNG, turned by EXIF",
     "JPEG, progressive, noise",
     "WebP, lossless",

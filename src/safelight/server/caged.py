@@ -94,23 +94,27 @@ def body(sent: Sent) -> tuple[Any, ...]:
     if not isinstance(found, dict):
         raise SafelightError("the body must be a JSON object", code="not_json")
     pictures: list[bytes] = []
-
-    def taken(value: Any) -> Any:
-        if isinstance(value, str) and len(value) >= LARGE:
-            try:
-                pictures.append(from_base64(value))
-            except ValueError:
-                return value
-            return {"": len(pictures) - 1}
-        if isinstance(value, list):
-            return [taken(entry) for entry in value]
-        return value
-
     for name, value in found.items():
-        found[name] = taken(value)  # in its place: one copy of a picture is enough
+        found[name] = _without(pictures, value)  # in its place: one copy of a picture is enough
     if len(json.dumps(found)) > MAX_JSON:
         raise SafelightError(f"the body must have at most {MAX_JSON >> 20} MiB without pictures")
     return found, *pictures
+
+
+def _without(pictures: list[bytes], value: Any) -> Any:
+    """Return a value with numbers in the place of its pictures, which are added to the list.
+
+    It is no function within `body`: one that calls itself keeps what it sees from being freed.
+    """
+    if isinstance(value, str) and len(value) >= LARGE:
+        try:
+            pictures.append(from_base64(value))
+        except ValueError:
+            return value
+        return {"": len(pictures) - 1}
+    if isinstance(value, list):
+        return [_without(pictures, entry) for entry in value]
+    return value
 
 
 def from_base64(text: str) -> bytes:

@@ -230,12 +230,11 @@ async def edit(http: HttpRequest) -> Response:
     _check_form(body)
     separate = "mask" in files
     async with turn(http):
-        kind = "picture" if separate else "with_alpha"
-        found = await decoded(http, kind, [files.pop("image")], "image")
-        read = [found, None] if separate else [*found]
-        if separate:
-            read[1] = await decoded(http, "alpha", [files.pop("mask")], "mask")
-        del found
+        if separate:  # the mask first: it takes less memory meanwhile
+            alpha = await decoded(http, "alpha", [files.pop("mask")], "mask")
+            read = [await decoded(http, "picture", [files.pop("image")], "image"), alpha]
+        else:
+            read = [*await decoded(http, "with_alpha", [files.pop("image")], "image")]
         request = await asyncio.to_thread(edit_request, settings, *read, separate=separate)
         read.clear()
         call = await _submitted(http, body, request)

@@ -90,9 +90,13 @@ async def submit(
     async with turn(request) if names else nullcontext():
         data = {name: [decode_base64(settings.pop(name), name)] for name in names}
         asked = await asyncio.to_thread(lambda: Request(**settings))
-        kinds = {"image": "picture", "mask": "mask"}
+        kinds = {"mask": "mask", "image": "picture"}  # the smaller one first, which is held longer
         asked = asked.with_pictures(
-            **{name: await decoded(request, kinds[name], data[name], name) for name in names}
+            **{
+                name: await decoded(request, kind, data[name], name)
+                for name, kind in kinds.items()
+                if name in data
+            }
         )
         return await hub(request).submit(
             asked, idempotency_key=idempotency_key, owner=caller_of(request.scope).owner
