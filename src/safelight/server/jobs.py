@@ -58,12 +58,16 @@ class Job(BaseModel):
     started_at: datetime | None = None
     finished_at: datetime | None = None
     client: str = Field("api", description="which interface it came through")
+    model: str | None = Field(None, description="the name of the model that draws it")
     settings: dict[str, Any] = Field(description="the request as it was sent, pictures by SHA-256")
     progress: Progress = Progress()
     warnings: list[str] = []
     error: str | None = Field(default=None, description="one line, of a job that failed")
     pictures: list[Picture] = []
     attempts: int = 0
+    expires_at: datetime | None = Field(
+        None, description="when it is deleted, with its pictures: the server keeps no more"
+    )
 
 
 class Event(BaseModel):

@@ -10,14 +10,15 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, func, select, true
+from sqlalchemy import ColumnElement, Connection, func, select
 from sqlalchemy.engine import RowMapping
 from sqlalchemy.exc import SQLAlchemyError
 
 from safelight.errors import SafelightError
-from safelight.server import schema
-from safelight.server.claims import Claims, uncommitted
+from safelight.server import schema, shares
+from safelight.server.claims import uncommitted
 from safelight.server.database import LOCK, PATIENCE, storage_errors
+from safelight.server.expiry import GONE, Expiry, seen
 from safelight.server.jobs import BusyError, Job, Status, StorageError
 from safelight.server.tables import UNFINISHED, facts, jobs, pictures, read_job, timestamp
 
@@ -33,8 +34,8 @@ def new_id() -> str:
     return secrets.token_hex(16)
 
 
-class Store(Claims):
-    """The database as clients use it; `Claims` is what workers do.
+class Store(Expiry):
+    """The database as clients use it; `Claims` is what workers do, `Expiry` what retention does.
 
     owner: who asks. A job is there for the owner that made it, and for None, who may do all.
     """
@@ -58,10 +59,12 @@ class Store(Claims):
         key: str | None = None,
         digest: str | None = None,
         owner: str | None = None,
+        model: str | None = None,
     ) -> tuple[Job, bool]:
         """Add a job; return it and whether it is new. A key seen before returns the job of then.
 
-        cost: rows of the network it will take; bound: most pictures that may wait. Raises
+        cost: rows of the network it will take; bound: most pictures that may wait; model: the name
+        of the one that is to draw it. Raises
         BusyError beyond it, SafelightError for a key that came with another request.
         """
         count = int(settings["count"])
@@ -77,6 +80,7 @@ class Store(Claims):
                         )
                     return self._job(db, old), False
             _make_sure_of_room(db, count, bound)
+            shares.open_share(db, owner or "")
             db.execute(
                 jobs.insert().values(
                     id=job_id,
@@ -89,7 +93,8 @@ class Store(Claims):
                     cost=cost,
                     key=key,
                     digest=digest,
-                    owner=owner,
+                    owner=owner or "",
+                    model=model,
                 )
             )
             row = db.execute(select(jobs).where(jobs.c.id == job_id)).mappings().one()
@@ -124,21 +129,25 @@ class Store(Claims):
                     kills=0,
                     error=None,
                     finished=None,
+                    expires=None,
                     token=None,
                     created=timestamp(),
                 )
             )
             return self._one(db, job_id, owner)
 
-    def delete(self, job_id: str, owner: str | None = None) -> list[str] | None:
-        """Delete a job; return the ids of its pictures, whose files are to go, or None."""
+    def delete(self, job_id: str, owner: str | None = None) -> bool:
+        """Begin to delete a job that is over: nobody sees it from now on, `clear` does the rest.
+
+        Returns False if there is none.
+        """
         with self._write() as db:
-            if self._one(db, job_id, owner) is None:
-                return None
-            ids = list(db.execute(select(pictures.c.id).where(pictures.c.job == job_id)).scalars())
-            db.execute(pictures.delete().where(pictures.c.job == job_id))
-            db.execute(jobs.delete().where(jobs.c.id == job_id))
-            return ids
+            changed = db.execute(
+                jobs.update()
+                .where(jobs.c.id == job_id, _of(owner), jobs.c.status.not_in(UNFINISHED))
+                .values(expires=GONE, key=None)
+            )
+            return changed.rowcount > 0
 
     def get(self, job_id: str, owner: str | None = None) -> Job | None:
         with self._read() as db:
@@ -183,7 +192,7 @@ class Store(Claims):
 
     def counts(self) -> dict[str, int]:
         """Return how many jobs there are of each status."""
-        query = select(jobs.c.status, func.count()).group_by(jobs.c.status)
+        query = select(jobs.c.status, func.count()).where(seen()).group_by(jobs.c.status)
         with self._read() as db:
             return {row[0]: row[1] for row in db.execute(query)}
 
@@ -253,7 +262,7 @@ class Store(Claims):
 
 
 def _of(owner: str | None) -> ColumnElement[bool]:
-    return true() if owner is None else jobs.c.owner == owner
+    return seen() if owner is None else seen() & (jobs.c.owner == owner)
 
 
 def _make_sure_of_room(db: Connection, count: int, bound: int) -> None:

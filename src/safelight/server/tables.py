@@ -12,6 +12,7 @@ from sqlalchemy import (
     Column,
     Float,
     ForeignKey,
+    Index,
     Integer,
     MetaData,
     String,
@@ -34,7 +35,7 @@ jobs = Table(
     Column("client", String(16), nullable=False),
     Column("created", Float, nullable=False, index=True),
     Column("started", Float),
-    Column("finished", Float),
+    Column("finished", Float, index=True),
     Column("request", Text, nullable=False),
     Column("prompt", Text, nullable=False),
     Column("pictures", Integer, nullable=False),
@@ -46,8 +47,20 @@ jobs = Table(
     Column("error", Text),
     Column("key", String(255), unique=True),
     Column("digest", String(64)),
-    Column("owner", String(64), index=True),  # who made it; None: of before there were owners
+    Column("owner", String(64), index=True),  # who made it; empty where nobody was asked
     Column("kills", Integer, nullable=False, server_default="0"),
+    Column("expires", Float, index=True),  # when it is deleted; see expiry.py
+    Column("model", Text),  # its name; None, of before there were several: the server's own
+    # The two ends of an owner's queue: the shortest job, and the one that waits longest.
+    Index("ix_jobs_shortest", "status", "owner", "cost", "created"),
+    Index("ix_jobs_oldest", "status", "owner", "created", "cost"),
+)
+shares = Table(
+    "shares",
+    meta,
+    Column("owner", String(64), primary_key=True),
+    Column("began", Float, nullable=False),  # the last job that was handed out: see shares.py
+    Column("ended", Float, nullable=False),
 )
 pictures = Table(
     "pictures",
@@ -61,6 +74,12 @@ pictures = Table(
     Column("created", Float, nullable=False, index=True),
     Column("recipe", Text, nullable=False),
     UniqueConstraint("job", "number"),
+)
+choices = Table(  # the model that an owner chose for requests that name none
+    "choices",
+    meta,
+    Column("owner", String(64), primary_key=True),
+    Column("model", Text, nullable=False),
 )
 facts = Table(
     "facts",
@@ -87,11 +106,13 @@ def read_job(row: RowMapping, drawn: Sequence[RowMapping]) -> Job:
         started_at=row["started"] and _date(row["started"]),
         finished_at=row["finished"] and _date(row["finished"]),
         client=row["client"],
+        model=row["model"],
         settings=settings,
         progress=_progress(settings, row["pictures"], len(drawn)) if status.final else Progress(),
         warnings=_list(row["warnings"]),
         error=row["error"] and public(row["error"]),
         attempts=row["attempts"],
+        expires_at=row["expires"] and _date(row["expires"]),
         pictures=[
             Picture(
                 id=p["id"],
