@@ -18,6 +18,7 @@ from safelight.cli import (
     download,
     explain,
     generate,
+    keys,
     options,
     serve,
     studio,
@@ -53,6 +54,7 @@ app.command()(serve.serve)
 app.command()(studio.studio)
 app.command()(bench.bench)
 app.command()(doctor.doctor)
+app.add_typer(keys.app, name="keys")
 app.add_typer(train.app, name="train")
 
 

@@ -27,6 +27,8 @@ from safelight.server.listening import BACKLOG, everywhere, link, shown
 from safelight.server.logs import Lines, log_all_exceptions
 from safelight.server.process import Child, Settings
 
+log = logging.getLogger("safelight.server")
+
 
 class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, hub: Hub) -> None:
@@ -81,7 +83,9 @@ def serve(
     return_large_blocks()
     hub = Hub(settings, child, bound=bound)
     names = hosts | ({host} if not everywhere(host) else frozenset())
-    rules = Rules(token, names, proxies=proxies, short=short_addresses)
+    rules = Rules(token, names, hub.keys, proxies, short_addresses)
+    if token is None and hub.keys.names:
+        log.warning("everyone needs a key here, and without a token nobody sees all jobs")
     raise_open_files()
     config = uvicorn.Config(
         application(hub, rules, page=page),
