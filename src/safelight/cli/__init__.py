@@ -11,6 +11,7 @@ import typer
 
 from safelight import __version__
 from safelight.cli import (
+    backup,
     bench,
     compare,
     convert,
@@ -52,6 +53,8 @@ app.command()(tools.verify)
 app.command()(tokens.tokens)
 app.command()(serve.serve)
 app.command()(studio.studio)
+app.command()(backup.backup)
+app.command()(backup.restore)
 app.command()(bench.bench)
 app.command()(doctor.doctor)
 app.add_typer(keys.app, name="keys")

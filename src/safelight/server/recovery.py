@@ -5,6 +5,7 @@ from __future__ import annotations
 from safelight.server.database import sqlite_file
 from safelight.server.files import Files
 from safelight.server.jobs import StorageError
+from safelight.server.retention import clear
 from safelight.server.store import Store, new_id
 
 
@@ -30,6 +31,7 @@ def recover(files: Files, store: Store) -> None:
     if files.mark() != mark:
         files.set_mark(mark)
     store.release(killed=True)
+    clear(files, store)  # what was being deleted
     # A picture without its row may be half of a commit, or newer than a backup that was restored.
     files.sweep(*store.known_files())
 

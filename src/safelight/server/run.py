@@ -22,10 +22,12 @@ from safelight.server.connections import (
 )
 from safelight.server.guard import Rules
 from safelight.server.hub import Hub
+from safelight.server.keep import Keep
 from safelight.server.limits import Sparing
 from safelight.server.listening import BACKLOG, everywhere, link, shown
 from safelight.server.logs import Lines, log_all_exceptions
 from safelight.server.process import Child, Settings
+from safelight.server.retention import Retention
 
 log = logging.getLogger("safelight.server")
 
@@ -69,6 +71,7 @@ def serve(
     proxies: frozenset[str] = frozenset(),
     short_addresses: bool = False,
     bound: int = 1000,
+    keep: Keep | None = None,
     page: PageOf | None = None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C. page: as `application` takes it.
@@ -82,13 +85,14 @@ def serve(
     log_all_exceptions()
     return_large_blocks()
     hub = Hub(settings, child, bound=bound)
+    retention = Retention(hub.files, hub.store, keep or Keep())
     names = hosts | ({host} if not everywhere(host) else frozenset())
     rules = Rules(token, names, hub.keys, proxies, short_addresses)
     if token is None and hub.keys.names:
         log.warning("everyone needs a key here, and without a token nobody sees all jobs")
     raise_open_files()
     config = uvicorn.Config(
-        application(hub, rules, page=page),
+        application(hub, rules, page=page, retention=retention),
         http=H11WithTimeouts,
         ws="none",
         log_config=None,
