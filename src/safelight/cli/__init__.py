@@ -20,6 +20,7 @@ from safelight.cli import (
     download,
     explain,
     generate,
+    keys,
     options,
     serve,
     studio,
@@ -58,6 +59,7 @@ app.command()(backup.backup)
 app.command()(backup.restore)
 app.command()(bench.bench)
 app.command()(doctor.doctor)
+app.add_typer(keys.app, name="keys")
 app.add_typer(train.app, name="train")
 
 
