@@ -17,6 +17,7 @@ from safelight.errors import SafelightError
 from safelight.request import Request
 from safelight.sampling import SAMPLERS, check
 from safelight.server.catalogue import Catalogue
+from safelight.server.costs import cost, pixel_steps
 from safelight.server.database import reason
 from safelight.server.events import Events
 from safelight.server.files import Files
@@ -29,6 +30,7 @@ from safelight.server.jobs import (
     StoppingError,
     StorageError,
 )
+from safelight.server.keyring import Keyring
 from safelight.server.names import Names
 from safelight.server.process import Child, Settings
 from safelight.server.recovery import recover
@@ -62,6 +64,7 @@ class Hub:
         self.files = Files(Path(settings.root))
         self.store = Store(settings.url)
         recover(self.files, self.store)
+        self.keys = Keyring(self.store.all_keys)
         self.names = Names(settings)
         self.on_refusal: Callable[[], None] = lambda: None
         self.supervisor = Supervisor(
@@ -222,6 +225,8 @@ class Hub:
         if idempotency_key is not None and not 1 <= len(idempotency_key) <= 255:
             raise SafelightError("Idempotency-Key must have 1 to 255 characters")
         await asyncio.to_thread(self.names.check, request)
+        request = await asyncio.to_thread(request.fitted)  # no more is kept than is drawn from
+        native = self.catalogue.size(name)
         job_id = new_id()
         # Large pictures, which take a while to write, hold up none without.
         submitting = self._in_database if request.image is None else self._with_inputs
@@ -230,26 +235,20 @@ class Hub:
                 accept,
                 *(self.files, self.store, job_id, request),
                 client=client,
-                cost=self._cost(request, steps, self.catalogue.size(name)),
+                cost=cost(request, steps, native),
                 bound=self._bound,
                 key=idempotency_key,
                 named=model and name,
                 owner=owner,
                 model=name,
+                pixel_steps=pixel_steps(request, steps, native),
             )
         )
+        await self.keys.spent(owner)
         if new:
             log.info("job accepted", extra={"job": job.id, "client": client})
             self.supervisor.send("wake")
         return self._events.with_progress(job)
-
-    @staticmethod
-    def _cost(request: Request, steps: int, native: tuple[int, int]) -> int:
-        """Return the rows of the network that a job takes, a large picture's counting for more."""
-        width, height = native
-        pixels = (request.width or width) * (request.height or height)
-        rows = steps * request.count * (2 if request.guidance_scale > 1 else 1)
-        return max(1, round(rows * pixels / (width * height)))
 
     async def get(self, job_id: str, *, owner: str | None = None) -> Job | None:
         """See `jobs.Service`."""

@@ -203,7 +203,7 @@ class Worker(Holder):
         assert one is not None
         try:
             image, mask = (self._files.input(claim.id, name) for name in ("image", "mask"))
-            request = Request.from_dict(claim.settings, image=image, mask=mask)
+            request = Request.from_dict(claim.settings, image=image, mask=mask, fitted=True)
             result = one.engine.add(request, claim.id, claim.done, claim.owner)
         except StorageError as error:
             self._tell_stuck(error)
