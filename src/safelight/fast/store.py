@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -47,12 +48,14 @@ class Arena:
 
     def __init__(self) -> None:
         self._rest = torch.empty(0, dtype=torch.bfloat16)
+        self._lock = threading.Lock()  # a picture may be decoded in a thread beside the steps
 
     def room(self, count: int) -> Tensor:
         count = -(-count // 32) * 32
-        if len(self._rest) < count:
-            self._rest = _large_pages(max(self.BLOCK, 2 * count))
-        taken, self._rest = self._rest[:count], self._rest[count:]
+        with self._lock:
+            if len(self._rest) < count:
+                self._rest = _large_pages(max(self.BLOCK, 2 * count))
+            taken, self._rest = self._rest[:count], self._rest[count:]
         return taken
 
     def keep(self, weights: Tensor) -> Callable[[], Tensor]:
