@@ -229,6 +229,7 @@ class Hub:
         if idempotency_key is not None and not 1 <= len(idempotency_key) <= 255:
             raise SafelightError("Idempotency-Key must have 1 to 255 characters")
         await asyncio.to_thread(self.names.check, request)
+        request = await asyncio.to_thread(request.fitted)  # no more is kept than is drawn from
         job_id = new_id()
         # Large pictures, which take a while to write, hold up none without.
         submitting = self._in_database if request.image is None else self._with_inputs
