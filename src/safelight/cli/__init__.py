@@ -24,6 +24,7 @@ from safelight.cli import (
     tokens,
     tools,
     train,
+    worker,
 )
 from safelight.cli.output import fail, note, say
 from safelight.errors import SafelightError
@@ -51,6 +52,7 @@ app.command()(tools.verify)
 app.command()(tokens.tokens)
 app.command()(serve.serve)
 app.command()(studio.studio)
+app.command()(worker.worker)
 app.command()(bench.bench)
 app.command()(doctor.doctor)
 app.add_typer(train.app, name="train")

@@ -13,12 +13,13 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, func, or_, select
+from sqlalchemy import ColumnElement, Connection, and_, func, or_, select
+from sqlalchemy.engine import RowMapping
 from sqlalchemy.exc import IntegrityError
 
-from safelight.server.database import Database
 from safelight.server.jobs import Picture, Status
-from safelight.server.tables import jobs, loads, pictures, timestamp
+from safelight.server.roster import Roster
+from safelight.server.tables import jobs, loads, pictures
 
 LEASE = 60.0
 """Seconds after which a silent worker's job is free again."""
@@ -39,7 +40,8 @@ class LostError(Exception):
 @dataclass(frozen=True)
 class Claim:
     """A job to draw. done: its finished pictures. cost: as it was submitted with. suspect: it is
-    to be drawn alone, since workers ended while they drew it.
+    to be drawn alone, since workers ended while they drew it. left: the ids of pictures that a
+    worker whose lease ran out may have written without a row.
     """
 
     id: str
@@ -48,6 +50,7 @@ class Claim:
     done: frozenset[int]
     suspect: bool
     cost: int = 0
+    left: tuple[str, ...] = ()
 
     def picture_id(self, index: int) -> str:
         """Return the id that a picture of this claim gets."""
@@ -59,7 +62,7 @@ def _picture_id(token: str, index: int) -> str:
     return hashlib.blake2b(f"{token}:{index}".encode(), digest_size=16).hexdigest()
 
 
-class Claims(Database):
+class Claims(Roster):
     """The database as workers use it."""
 
     def claim(
@@ -80,7 +83,11 @@ class Claims(Database):
         is `alone` with it, so that it takes no other down; when its turn comes, others wait. One
         that was begun too often fails.
         """
-        now = timestamp()
+        now = self._now()
+        if known is None:
+            with self._read() as db:  # which excludes no one, as a transaction that writes does
+                if db.execute(select(jobs.c.id).where(_free(now)).limit(1)).first() is None:
+                    return None
         with self._write() as db:
             if known is not None:
                 strays = jobs.c.token.startswith(worker + ":") & jobs.c.token.not_in(known)
@@ -100,6 +107,7 @@ class Claims(Database):
             suspect = bool(first["attempts"] or first["kills"] >= KILLS)
             if suspect and not alone:
                 return None
+            left = () if first["token"] is None else tuple(uncommitted(db, [first]))
             token = f"{worker}:{secrets.token_hex(8)}"
             db.execute(
                 jobs.update()
@@ -115,12 +123,12 @@ class Claims(Database):
             query = select(pictures.c.number).where(pictures.c.job == first["id"])
             done = frozenset(db.execute(query).scalars())
             settings = loads(first["request"])
-            return Claim(first["id"], token, settings, done, suspect, first["cost"])
+            return Claim(first["id"], token, settings, done, suspect, first["cost"], left)
 
     def renew(self, worker: str) -> None:
         """Keep the jobs of this worker its own for another lease."""
         with self._write() as db:
-            self._renew(db, worker, timestamp())
+            self._renew(db, worker, self._now())
 
     def holds(self, job_id: str, token: str) -> bool:
         """Return whether a job is still this token's."""
@@ -130,19 +138,18 @@ class Claims(Database):
     def release(
         self, worker: str | None = None, *, told_to: bool = False, killed: bool = False
     ) -> list[str]:
-        """Let the jobs of a worker that ended, or of all workers, wait again.
+        """Let the jobs of a worker that ended, or of all but the fleet's, wait again.
 
         told_to: it was told to end, so that this was no attempt. killed: from outside, which
         counts by itself. Returns the ids of pictures that it may have written without a row.
         """
         mine = jobs.c.status == Status.RUNNING
         ended = jobs.c.token.is_not(None)
-        if worker is not None:
-            mine &= jobs.c.token.startswith(worker + ":")
-            ended &= jobs.c.token.startswith(worker + ":")
-        now = timestamp()
+        its = ~self._of_fleet() if worker is None else jobs.c.token.startswith(worker + ":")
+        mine, ended = mine & its, ended & its
+        now = self._now()
         with self._write() as db:
-            left = uncommitted(db, db.execute(select(jobs).where(ended)))
+            left = uncommitted(db, db.execute(select(jobs).where(ended)).mappings())
             db.execute(
                 jobs.update()
                 .where(mine)
@@ -181,7 +188,7 @@ class Claims(Database):
                         seed=str(picture.seed),
                         width=picture.width,
                         height=picture.height,
-                        created=timestamp(),
+                        created=self._now(),
                         recipe=json.dumps(picture.recipe),
                     )
                 )
@@ -200,7 +207,7 @@ class Claims(Database):
                 .where(jobs.c.id == job_id)
                 .values(
                     status=Status.SUCCEEDED if error is None else Status.FAILED,
-                    finished=timestamp(),
+                    finished=self._now(),
                     warnings=json.dumps(warnings),
                     error=error,
                     token=None,
@@ -235,9 +242,9 @@ def _free(now: float) -> ColumnElement[bool]:
     return or_(jobs.c.status == Status.QUEUED, late)
 
 
-def uncommitted(db: Connection, rows: Iterable[Row[Any]]) -> list[str]:
+def uncommitted(db: Connection, rows: Iterable[RowMapping]) -> list[str]:
     """Return the ids that pictures of these jobs' claims would have, and no row has."""
-    ids = [_picture_id(row.token, i) for row in rows for i in range(row.pictures)]
+    ids = [_picture_id(row["token"], i) for row in rows for i in range(row["pictures"])]
     known: set[str] = set()
     for start in range(0, len(ids), 500):  # databases bound the parameters of a statement
         query = select(pictures.c.id).where(pictures.c.id.in_(ids[start : start + 500]))

@@ -14,13 +14,14 @@ from pathlib import Path
 from sqlalchemy import Connection, Engine, func, inspect, select, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from safelight.server.database import LOCK, reason, sqlite_file
+from safelight.errors import SafelightError
+from safelight.server.database import LOCK, reason, sqlite_file, storage_errors
 from safelight.server.jobs import StorageError
 from safelight.server.tables import meta
 
 log = logging.getLogger("safelight.server")
 
-HEAD = "0002"
+HEAD = "0003"
 FIRST = "0001"
 """The schema of databases from before versions were written down."""
 
@@ -53,6 +54,18 @@ def migrate(engine: Engine) -> None:
         ) from None
     except (OSError, sqlite3.Error) as error:
         raise StorageError(f"the database of jobs cannot be opened: {error}") from None
+
+
+def is_current(engine: Engine) -> bool:
+    """Return whether a database has this version's schema, False for an older or empty one.
+
+    Raises SafelightError for a newer one, StorageError if it cannot be asked.
+    """
+    with storage_errors(), engine.connect() as db:
+        try:
+            return _version(db) == HEAD
+        except StorageError as error:
+            raise SafelightError(str(error)) from None
 
 
 def _version(db: Connection) -> str | None:

@@ -41,6 +41,7 @@ PREVIEW_EVERY = 0.2
 class Worker:
     def __init__(self, pipe: Connection, settings: Settings, pulse: Pulse | None = None) -> None:
         from safelight.engine import Engine
+        from safelight.machine import device_memory
         from safelight.weights import load_model
 
         self._pipe, self._settings = pipe, settings
@@ -82,7 +83,7 @@ class Worker:
             dtype=self._model.precision,
             ready=True,
         )
-        pipe.send(("ready", info.model_dump()))
+        pipe.send(("ready", info.model_dump(), device_memory(self._model.device)))
         self._pulse.loaded(self._model)
 
     def run(self) -> None:
@@ -215,6 +216,7 @@ class Worker:
     def _begin(self, claim: Claim) -> bool:
         """Take a job in. Returns False if it has to wait, since it cannot be read now."""
         try:
+            self._files.remove_pictures(claim.left)
             image, mask = (self._files.input(claim.id, name) for name in ("image", "mask"))
             request = Request.from_dict(claim.settings, image=image, mask=mask)
             result = self._engine.add(request, claim.id, claim.done)
