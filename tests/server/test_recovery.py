@@ -306,9 +306,10 @@ def to_first(store: Store) -> None:
     """Take a database back to what the first version made: no version, no owner."""
     with store.engine.begin() as db:
         db.execute(text("DROP TABLE alembic_version"))
-        db.execute(text("DROP TABLE facts"))
+        for table in ("facts", "choices", "workers"):
+            db.execute(text(f"DROP TABLE {table}"))
         db.execute(text("DROP INDEX ix_jobs_owner"))
-        for column in ("owner", "kills"):
+        for column in ("owner", "kills", "model"):
             db.execute(text(f"ALTER TABLE jobs DROP COLUMN {column}"))
 
 

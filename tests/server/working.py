@@ -11,23 +11,13 @@ from typing import Any, Self
 
 from serving import wait_for
 
-QUICK = """
-from safelight.server import claims, roster
-claims.LEASE, roster.GONE, roster.BEAT = {lease}, {lease}, {lease} / 4
-from safelight.__main__ import main
-main()
-"""
-
 
 class Working:
-    """lease: seconds, of a fleet with less patience."""
+    """url: of the database. storage: the folder. arguments: more of them."""
 
-    def __init__(
-        self, url: str, storage: Path, log: Path, *arguments: str, lease: float | None = None
-    ) -> None:
+    def __init__(self, url: str, storage: Path | str, log: Path, *arguments: str) -> None:
         self._log = log
-        program = ["-m", "safelight"] if lease is None else ["-c", QUICK.format(lease=lease)]
-        self._command = [sys.executable, *program, "worker", "--queue", url]
+        self._command = [sys.executable, "-m", "safelight", "worker", "--queue", url]
         self._command += ["--storage", str(storage), "--exact", "--dtype", "float32", *arguments]
         self.process: Any = None
 

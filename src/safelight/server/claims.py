@@ -40,8 +40,9 @@ class LostError(Exception):
 @dataclass(frozen=True)
 class Claim:
     """A job to draw. done: its finished pictures. cost: as it was submitted with. suspect: it is
-    to be drawn alone, since workers ended while they drew it. left: the ids of pictures that a
-    worker whose lease ran out may have written without a row.
+    to be drawn alone, since workers ended while they drew it. model: the name of the one that draws
+    it; None for the server's own. left: the ids of pictures that a worker whose lease ran out may
+    have written without a row.
     """
 
     id: str
@@ -50,6 +51,7 @@ class Claim:
     done: frozenset[int]
     suspect: bool
     cost: int = 0
+    model: str | None = None
     left: tuple[str, ...] = ()
 
     def picture_id(self, index: int) -> str:
@@ -123,7 +125,10 @@ class Claims(Roster):
             query = select(pictures.c.number).where(pictures.c.job == first["id"])
             done = frozenset(db.execute(query).scalars())
             settings = loads(first["request"])
-            return Claim(first["id"], token, settings, done, suspect, first["cost"], left)
+            return Claim(
+                *(first["id"], token, settings, done, suspect, first["cost"], first["model"]),
+                left=left,
+            )
 
     def renew(self, worker: str) -> None:
         """Keep the jobs of this worker its own for another lease."""

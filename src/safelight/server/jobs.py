@@ -58,6 +58,7 @@ class Job(BaseModel):
     started_at: datetime | None = None
     finished_at: datetime | None = None
     client: str = Field("api", description="which interface it came through")
+    model: str | None = Field(None, description="the name of the model that draws it")
     settings: dict[str, Any] = Field(description="the request as it was sent, pictures by SHA-256")
     progress: Progress = Progress()
     warnings: list[str] = []

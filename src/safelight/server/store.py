@@ -63,10 +63,12 @@ class Store(Claims):
         key: str | None = None,
         digest: str | None = None,
         owner: str | None = None,
+        model: str | None = None,
     ) -> tuple[Job, bool]:
         """Add a job; return it and whether it is new. A key seen before returns the job of then.
 
-        cost: rows of the network it will take; bound: most pictures that may wait. Raises
+        cost: rows of the network it will take; bound: most pictures that may wait; model: the name
+        of the one that is to draw it. Raises
         BusyError beyond it, SafelightError for a key that came with another request.
         """
         count = int(settings["count"])
@@ -95,6 +97,7 @@ class Store(Claims):
                     key=key,
                     digest=digest,
                     owner=owner,
+                    model=model,
                 )
             )
             row = db.execute(select(jobs).where(jobs.c.id == job_id)).mappings().one()

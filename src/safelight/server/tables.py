@@ -48,6 +48,7 @@ jobs = Table(
     Column("digest", String(64)),
     Column("owner", String(64), index=True),  # who made it; None: of before there were owners
     Column("kills", Integer, nullable=False, server_default="0"),
+    Column("model", Text),  # its name; None, of before there were several: the server's own
 )
 pictures = Table(
     "pictures",
@@ -61,6 +62,12 @@ pictures = Table(
     Column("created", Float, nullable=False, index=True),
     Column("recipe", Text, nullable=False),
     UniqueConstraint("job", "number"),
+)
+choices = Table(  # the model that an owner chose for requests that name none
+    "choices",
+    meta,
+    Column("owner", String(64), primary_key=True),
+    Column("model", Text, nullable=False),
 )
 facts = Table(
     "facts",
@@ -97,6 +104,7 @@ def read_job(row: RowMapping, drawn: Sequence[RowMapping]) -> Job:
         started_at=row["started"] and _date(row["started"]),
         finished_at=row["finished"] and _date(row["finished"]),
         client=row["client"],
+        model=row["model"],
         settings=settings,
         progress=_progress(settings, row["pictures"], len(drawn)) if status.final else Progress(),
         warnings=_list(row["warnings"]),

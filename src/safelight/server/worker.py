@@ -5,28 +5,20 @@ It may be killed at any moment. The next one draws again what it had not committ
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from safelight.errors import SafelightError
-from safelight.fast import memory
 from safelight.request import Request
-from safelight.server.claims import LEASE, Claim, LostError
-from safelight.server.files import Files
+from safelight.server.claims import Claim, LostError
 from safelight.server.held import Held
-from safelight.server.jobs import ModelInfo, Picture, StorageError
+from safelight.server.holder import Holder
+from safelight.server.jobs import ModelInfo, StorageError
 from safelight.server.previews import encoded_preview
 from safelight.server.pulse import Pulse
 from safelight.server.settings import Settings
-from safelight.server.store import Store, new_id
-
-T = TypeVar("T")
 
 JOBS = 48
 INPUTS = 1 << 30
@@ -38,16 +30,13 @@ PREVIEW_EVERY = 0.2
 """Seconds between two previews of a picture."""
 
 
-class Worker:
+class Worker(Holder):
     def __init__(self, pipe: Connection, settings: Settings, pulse: Pulse | None = None) -> None:
         from safelight.engine import Engine
         from safelight.machine import device_memory
         from safelight.weights import load_model
 
-        self._pipe, self._settings = pipe, settings
-        self._pulse = pulse or Pulse()
-        self._id = new_id()
-        pipe.send(("worker", self._id))
+        super().__init__(pipe, settings, pulse or Pulse())
         self._load = partial(load_model, settings.model, **settings.loading)
         self._model = self._load(dtype=settings.dtype)
         self._precise: Any = None
@@ -58,17 +47,8 @@ class Worker:
             background=True,
             working=self._pulse.working,
         )
-        self._store, self._files = Store(settings.url), Files(Path(settings.root))
-        self._held: dict[str, Held] = {}
-        self._alone = False
-        self._watched: set[str] = set()
-        self._cancelled: set[str] = set()
-        self._unclaimed: list[Claim] = []
-        self._stuck: str | None = None
         self._spoilt: str | None = None
         self._unsure = False
-        self._started = self._stopping = False
-        self._renewed = time.monotonic()
         width, height = self._model.native_size
         info = ModelInfo(
             name=self._model.name,
@@ -106,26 +86,6 @@ class Worker:
         if self._spoilt:
             self._pipe.send(("spoilt", self._spoilt))
 
-    def _on_messages(self, seconds: float) -> None:
-        """Act on the server's messages; wait for the first so long."""
-        self._pulse.count()
-        while self._pipe.poll(seconds):
-            seconds = 0
-            kind, *rest = self._pipe.recv()
-            if kind == "cancel":
-                self._cancelled.add(rest[0])
-            elif kind == "watch":
-                self._watched.add(rest[0])
-            elif kind == "unwatch":
-                self._watched.discard(rest[0])
-            elif kind == "check":
-                self._pipe.send(("checked", self._check()))
-            elif kind == "start":
-                self._started = True
-            elif kind == "stop":
-                self._stopping = True
-        self._pulse.count()
-
     def _check(self) -> bool:
         try:
             return self._engine.check()
@@ -138,16 +98,8 @@ class Worker:
         if getattr(error, "code", None) == "weights_changed":
             self._spoilt = str(error)
 
-    def _forget_cancelled(self) -> None:
-        """Drop the jobs that were cancelled. One that was also retried is claimed anew."""
-        for job_id in list(self._cancelled):
-            held = self._held.get(job_id)
-            try:
-                if held is not None and not self._store.holds(job_id, held.claim.token):
-                    self._forget(job_id)
-            except StorageError:  # asked again after the next step
-                return
-            self._cancelled.discard(job_id)
+    def _drop(self, job_id: str) -> None:
+        self._engine.drop(job_id)
 
     def _claim(self) -> None:
         while not (self._alone or self._stopping):
@@ -186,33 +138,6 @@ class Worker:
             return None
         return min(held.claim.cost * held.left / held.request.count for held in self._held.values())
 
-    def _tell_stuck(self, error: Exception | None) -> None:
-        """Tell the server that nothing can be kept or read, or that it can again."""
-        told = None if error is None else str(error)
-        if told != self._stuck:
-            self._stuck = told
-            self._pipe.send(("stuck", told))
-
-    def _patiently(self, claim: Claim, call: Callable[[], T]) -> T:
-        """Return what a call returns that reads or writes, once it can: jobs wait meanwhile.
-
-        Raises LostError if the job is cancelled or the worker told to stop before.
-        """
-        while True:
-            try:
-                found = call()
-            except StorageError as error:
-                self._tell_stuck(error)
-            else:
-                self._tell_stuck(None)
-                return found
-            self._on_messages(1.0)
-            self._renew()
-            self._forget_cancelled()
-            self._pulse.count()
-            if self._stopping or claim.id not in self._held:
-                raise LostError(claim.id)
-
     def _begin(self, claim: Claim) -> bool:
         """Take a job in. Returns False if it has to wait, since it cannot be read now."""
         try:
@@ -242,17 +167,8 @@ class Worker:
         )
         self._tell("progress", self._held[claim.id])
         if not mine:
-            self._complete(self._held[claim.id])
+            self._end(claim, result.warnings, None)
         return True
-
-    def _put_back(self, claims: list[Claim]) -> None:
-        """Let claimed jobs wait again; those that cannot yet are tried again."""
-        for claim in list(claims):
-            try:
-                self._store.put_back(claim.id, claim.token)
-            except StorageError:
-                return
-            claims.remove(claim)
 
     def _step(self) -> None:
         stepped, finished = self._engine.step()
@@ -288,7 +204,7 @@ class Worker:
         held.left -= 1
         self._tell("picture", held)
         if not held.left:
-            self._complete(held)
+            self._end(held.claim, held.warnings, None)
 
     def _again(self, held: Held, seed: int, error: Exception) -> tuple[Any, Exception | None]:
         """Draw a picture that came out as NaN once more, in float32."""
@@ -313,70 +229,6 @@ class Worker:
         )
         return made.images[0], None
 
-    def _commit(self, held: Held, image: Any, index: int, seed: int, dtype: str) -> None:
-        """Write the file first, then the row: what has a row has a file.
-
-        dtype: the precision that this picture was drawn in.
-        """
-        from safelight.recipe import png_texts
-
-        made = replace(
-            held.result, images=[image], seeds=[seed], warnings=held.warnings, dtype=dtype
-        )
-        recipe = made.recipe(0)
-        claim = held.claim
-        picture = Picture(
-            id=claim.picture_id(index),
-            index=index,
-            seed=seed,
-            width=image.width,
-            height=image.height,
-            recipe=recipe,
-        )
-        texts = png_texts(recipe)
-        try:
-            self._patiently(claim, lambda: self._files.keep(image, picture.id, texts))
-            self._patiently(claim, lambda: self._store.add_picture(claim.id, claim.token, picture))
-        except LostError:
-            # A database that went away in the middle may have it nevertheless.
-            with contextlib.suppress(StorageError, OSError):
-                if not self._store.has_picture(picture.id):
-                    self._files.remove_pictures([picture.id])
-            raise
-
-    def _complete(self, held: Held) -> None:
-        self._end(held.claim, held.warnings, None)
-
-    def _end(self, claim: Claim, warnings: list[str], error: Exception | None) -> None:
-        self._note(error)
-        with contextlib.suppress(LostError):  # cancelled meanwhile
-            self._finish(claim, warnings, None if error is None else str(error))
-        held = self._held.pop(claim.id, None)
-        if held is not None and held.input_bytes:
-            del held
-            memory.give_back()  # else the process keeps what large pictures took
-        self._alone = False
-        self._pipe.send(("end", claim.id, getattr(error, "code", None)))
-
-    def _finish(self, claim: Claim, warnings: list[str], error: str | None) -> None:
-        while True:
-            try:
-                self._store.finish(claim.id, claim.token, warnings=warnings, error=error)
-                self._tell_stuck(None)
-                return
-            except StorageError as problem:  # nothing else could be kept either: wait
-                self._tell_stuck(problem)
-                if self._stopping:
-                    return
-                self._on_messages(1.0)
-                self._renew()
-
-    def _forget(self, job_id: str) -> None:
-        if self._held.pop(job_id, None) is not None:
-            self._engine.drop(job_id)
-            self._alone = False
-            self._pipe.send(("end", job_id, None))
-
     def _preview(self, held: Held, ticket: Any) -> None:
         now = time.monotonic()
         if now - held.previewed < PREVIEW_EVERY or ticket.job.done:
@@ -388,13 +240,3 @@ class Worker:
         except (SafelightError, MemoryError, RuntimeError):
             return  # NaN, or too large: whether there is a picture is seen in the end
         self._pipe.send(("preview", held.claim.id, ticket.index, *shown, ended))
-
-    def _tell(self, kind: str, held: Held) -> None:
-        self._pipe.send((kind, held.claim.id, held.taken, held.total))
-
-    def _renew(self) -> None:
-        if self._held and time.monotonic() - self._renewed > LEASE / 4:
-            with contextlib.suppress(StorageError):
-                self._store.renew(self._id)
-            self._renewed = time.monotonic()
-            self._pulse.count()

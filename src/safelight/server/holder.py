@@ -1,0 +1,197 @@
+"""The jobs that a worker holds: kept its own by a lease, committed, finished, or put back."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safelight.fast import memory
+from safelight.server.claims import LEASE, Claim, LostError
+from safelight.server.files import Files
+from safelight.server.held import Held
+from safelight.server.jobs import Picture, StorageError
+from safelight.server.pulse import Pulse
+from safelight.server.settings import Settings
+from safelight.server.store import Store, new_id
+
+T = TypeVar("T")
+
+
+class Holder:
+    """What a worker does with its jobs beside drawing them, which is the `Worker`'s."""
+
+    def __init__(self, pipe: Connection, settings: Settings, pulse: Pulse) -> None:
+        self._pipe, self._pulse = pipe, pulse
+        self._id = new_id()
+        pipe.send(("worker", self._id))
+        self._store, self._files = Store(settings.url), Files(Path(settings.root))
+        self._held: dict[str, Held] = {}
+        self._alone = False
+        self._watched: set[str] = set()
+        self._cancelled: set[str] = set()
+        self._unclaimed: list[Claim] = []
+        self._stuck: str | None = None
+        self._started = self._stopping = False
+        self._renewed = time.monotonic()
+
+    # --- what a Worker has -----------------------------------------------------------------------
+
+    def _check(self) -> bool:
+        """Return whether a step can be taken."""
+        raise NotImplementedError
+
+    def _note(self, error: Exception | None) -> None:
+        """Look at the error that a job ended with."""
+        raise NotImplementedError
+
+    def _drop(self, job_id: str) -> None:
+        """Stop drawing a job."""
+        raise NotImplementedError
+
+    # --- messages --------------------------------------------------------------------------------
+
+    def _on_messages(self, seconds: float) -> None:
+        """Act on the server's messages; wait for the first so long."""
+        self._pulse.count()
+        while self._pipe.poll(seconds):
+            seconds = 0
+            kind, *rest = self._pipe.recv()
+            if kind == "cancel":
+                self._cancelled.add(rest[0])
+            elif kind == "watch":
+                self._watched.add(rest[0])
+            elif kind == "unwatch":
+                self._watched.discard(rest[0])
+            elif kind == "check":
+                self._pipe.send(("checked", self._check()))
+            elif kind == "start":
+                self._started = True
+            elif kind == "stop":
+                self._stopping = True
+        self._pulse.count()
+
+    def _tell(self, kind: str, held: Held) -> None:
+        self._pipe.send((kind, held.claim.id, held.taken, held.total))
+
+    def _tell_stuck(self, error: Exception | None) -> None:
+        """Tell the server that nothing can be kept or read, or that it can again."""
+        told = None if error is None else str(error)
+        if told != self._stuck:
+            self._stuck = told
+            self._pipe.send(("stuck", told))
+
+    # --- the jobs --------------------------------------------------------------------------------
+
+    def _forget_cancelled(self) -> None:
+        """Drop the jobs that were cancelled. One that was also retried is claimed anew."""
+        for job_id in list(self._cancelled):
+            held = self._held.get(job_id)
+            try:
+                if held is not None and not self._store.holds(job_id, held.claim.token):
+                    self._forget(job_id)
+            except StorageError:  # asked again after the next step
+                return
+            self._cancelled.discard(job_id)
+
+    def _forget(self, job_id: str) -> None:
+        if self._held.pop(job_id, None) is not None:
+            self._drop(job_id)
+            self._alone = False
+            self._pipe.send(("end", job_id, None))
+
+    def _put_back(self, claims: list[Claim]) -> None:
+        """Let claimed jobs wait again; those that cannot yet are tried again."""
+        for claim in list(claims):
+            try:
+                self._store.put_back(claim.id, claim.token)
+            except StorageError:
+                return
+            claims.remove(claim)
+
+    def _renew(self) -> None:
+        if self._held and time.monotonic() - self._renewed > LEASE / 4:
+            with contextlib.suppress(StorageError):
+                self._store.renew(self._id)
+            self._renewed = time.monotonic()
+            self._pulse.count()
+
+    def _patiently(self, claim: Claim, call: Callable[[], T]) -> T:
+        """Return what a call returns that reads or writes, once it can: jobs wait meanwhile.
+
+        Raises LostError if the job is cancelled or the worker told to stop before.
+        """
+        while True:
+            try:
+                found = call()
+            except StorageError as error:
+                self._tell_stuck(error)
+            else:
+                self._tell_stuck(None)
+                return found
+            self._on_messages(1.0)
+            self._renew()
+            self._forget_cancelled()
+            self._pulse.count()
+            if self._stopping or claim.id not in self._held:
+                raise LostError(claim.id)
+
+    def _commit(self, held: Held, image: Any, index: int, seed: int, dtype: str) -> None:
+        """Write the file first, then the row: what has a row has a file.
+
+        dtype: the precision that this picture was drawn in.
+        """
+        from safelight.recipe import png_texts
+
+        made = replace(
+            held.result, images=[image], seeds=[seed], warnings=held.warnings, dtype=dtype
+        )
+        recipe = made.recipe(0)
+        claim = held.claim
+        picture = Picture(
+            id=claim.picture_id(index),
+            index=index,
+            seed=seed,
+            width=image.width,
+            height=image.height,
+            recipe=recipe,
+        )
+        texts = png_texts(recipe)
+        try:
+            self._patiently(claim, lambda: self._files.keep(image, picture.id, texts))
+            self._patiently(claim, lambda: self._store.add_picture(claim.id, claim.token, picture))
+        except LostError:
+            # A database that went away in the middle may have it nevertheless.
+            with contextlib.suppress(StorageError, OSError):
+                if not self._store.has_picture(picture.id):
+                    self._files.remove_pictures([picture.id])
+            raise
+
+    def _end(self, claim: Claim, warnings: list[str], error: Exception | None) -> None:
+        """Make a job final. error: why it failed, None if it succeeded."""
+        self._note(error)
+        with contextlib.suppress(LostError):  # cancelled meanwhile
+            self._finish(claim, warnings, None if error is None else str(error))
+        held = self._held.pop(claim.id, None)
+        if held is not None and held.input_bytes:
+            del held
+            memory.give_back()  # else the process keeps what large pictures took
+        self._alone = False
+        self._pipe.send(("end", claim.id, getattr(error, "code", None)))
+
+    def _finish(self, claim: Claim, warnings: list[str], error: str | None) -> None:
+        while True:
+            try:
+                self._store.finish(claim.id, claim.token, warnings=warnings, error=error)
+                self._tell_stuck(None)
+                return
+            except StorageError as problem:  # nothing else could be kept either: wait
+                self._tell_stuck(problem)
+                if self._stopping:
+                    return
+                self._on_messages(1.0)
+                self._renew()
