@@ -15,6 +15,7 @@ from safelight import Request, SafelightError
 from safelight.engine import Engine, Job, Ticket, core
 from safelight.engine.capacity import largest_useful_batch
 from safelight.engine.job import advance, prepare
+from safelight.engine.turns import Turns
 from safelight.model import Model
 
 
@@ -111,6 +112,45 @@ def test_a_long_one_has_its_turn(model: Model) -> None:
         engine.add(Request(prompt="a cat", steps=3, sampler="euler"), i)
         done += [ticket.tag for ticket in engine.step()[1]]
     assert "long" in done
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_many_of_one_share_do_not_hold_up_another_s_one(model: Model, rows: int) -> None:
+    engine = Engine(model, exact=rows == 1, rows=rows)
+    few = {"steps": 3, "sampler": "euler", "guidance_scale": 1.0}
+    for i in range(24):
+        engine.add(Request(prompt="a cat", **few), i, share="a")
+    for _ in range(2):
+        engine.step()
+    engine.add(Request(prompt="a cat", **few), "b", share="b")
+    assert [ticket.tag for ticket in drain(engine)].index("b") <= 2 * rows
+
+
+class Tagged:
+    """A ticket, as far as its turn goes."""
+
+    def __init__(self, share: str, left: int) -> None:
+        self.share, self.tag, self.work_left, self.arrived, self.load = share, self, left, 0.0, 1.0
+
+
+def test_shares_have_the_same_time() -> None:
+    turns, had = Turns(), {"a": 0.0, "b": 0.0, "c": 0.0}
+    tickets: list[Any] = [Tagged("a", 5) for _ in range(10)]
+    for i in range(300):
+        if i == 100:
+            tickets.append(Tagged("b", 5))
+            had["a"] = 0.0
+        if i == 200:
+            tickets.append(Tagged("c", 5))
+            had = dict.fromkeys("abc", 0.0)
+        first = turns.first(tickets)
+        seconds = 3.0 if first.share == "b" else 1.0
+        turns.note([first], seconds)
+        had[first.share] += seconds
+    assert max(had.values()) - min(had.values()) <= 3
+    beside = [tickets[0], tickets[1], tickets[-2]]
+    turns.note(beside, 9.0)
+    assert turns.first(tickets).share == "c"
 
 
 def test_large_pictures_to_start_from_hold_nobody_up(model: Model) -> None:

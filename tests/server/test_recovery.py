@@ -305,10 +305,10 @@ def test_migrations_make_what_the_tables_say(database: str) -> None:
 def to_first(store: Store) -> None:
     """Take a database back to what the first version made: no version, no owner."""
     with store.engine.begin() as db:
-        db.execute(text("DROP TABLE alembic_version"))
-        for table in ("facts", "choices", "workers"):
+        for table in ("alembic_version", "facts", "choices", "shares", "workers"):
             db.execute(text(f"DROP TABLE {table}"))
-        db.execute(text("DROP INDEX ix_jobs_owner"))
+        for index in ("owner", "shortest", "oldest"):
+            db.execute(text(f"DROP INDEX ix_jobs_{index}"))
         for column in ("owner", "kills", "model"):
             db.execute(text(f"ALTER TABLE jobs DROP COLUMN {column}"))
 

@@ -30,6 +30,7 @@ from safelight.engine.requests import (
     with_drawn,
 )
 from safelight.engine.ticket import Ticket, admitted
+from safelight.engine.turns import Turns
 from safelight.errors import SafelightError
 from safelight.families.base import Conditioning
 from safelight.request import Request
@@ -52,9 +53,8 @@ def too_large() -> SafelightError:
 
 
 class Engine:
-    """Steps pictures in turn, so that short ones do not wait for long ones, nor these for ever.
-
-    Half of the time goes to the picture with the least left to do, half to the oldest request.
+    """Steps pictures in turn, so that short ones do not wait for long ones, nor these for ever; see
+    `Turns`.
 
     Clients add requests, call `step` while `busy`, and take the tickets that are finished. They
     may look at a ticket's job between steps, and must not change it.
@@ -83,8 +83,7 @@ class Engine:
         self._prompts: OrderedDict[Any, Conditioning] = OrderedDict()
         self._decoder = ThreadPoolExecutor(1, "decode") if background else None
         self._undecoded: list[Ticket] = []
-        self._owing = 0.0
-        self._owed = 0.0  # seconds that the shortest had more than the oldest
+        self._turns = Turns()
         self._decoding: dict[Future[Image.Image], Ticket] = {}
         self._in_flight: Future[Image.Image] | None = None
 
@@ -98,11 +97,14 @@ class Engine:
         """Rows of the model's own size."""
         return 1 / self._seconds_a_row
 
-    def add(self, request: Request, tag: Any = None, done: Collection[int] = ()) -> Result:
+    def add(
+        self, request: Request, tag: Any = None, done: Collection[int] = (), share: Any = None
+    ) -> Result:
         """Take in the pictures of a request, without those whose index is in `done`.
 
         They join at the next step. Pictures to start from are encoded now, or in a server when
-        their turn comes. Returns the result that they belong to, without pictures yet.
+        their turn comes. share: whose they are; shares have the same time. Returns the result that
+        they belong to, without pictures yet.
         Raises SafelightError if the request does not fit the model.
         """
         model = self.model
@@ -121,7 +123,7 @@ class Engine:
                     if selection is None:
                         rows = self._conditioning(model, one).evaluations
                     ticket = Ticket(
-                        *(table, rows, size, i, seed, model.precision, tag),
+                        *(table, rows, size, i, seed, model.precision, tag, share),
                         prepare=partial(self._make, one, seed, selection),
                         selection=selection,
                         arrived=arrived,
@@ -203,13 +205,7 @@ class Engine:
         tickets = self.tickets
         if any(ticket.selection for ticket in tickets):
             tickets = admitted(tickets, self.model.adapters.fits)
-        shortest = min(tickets, key=lambda ticket: ticket.work_left)
-        oldest = min(tickets, key=lambda ticket: (ticket.arrived, ticket.work_left))
-        if shortest.tag == oldest.tag:
-            self._owing = 0.0
-        else:
-            self._owing = -1.0 if self._owed > 0 else 1.0
-        first = oldest if self._owing < 0 else shortest
+        first = self._turns.first(tickets)
         chosen, room = [first], self.rows - first.load
         if not first.prepared or self.exact:
             return chosen
@@ -225,8 +221,7 @@ class Engine:
         """Let these take a step, and note who had the time."""
         began = time.monotonic()
         outcome = self._advance(tickets) if tickets[0].prepared else self._prepare(tickets[0])
-        now = time.monotonic()
-        self._owed += self._owing * (now - began)
+        self._turns.note(tickets, time.monotonic() - began)
         return outcome
 
     def _prepare(self, ticket: Ticket) -> tuple[list[Ticket], list[Ticket]]:

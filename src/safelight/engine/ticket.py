@@ -22,10 +22,11 @@ class Ticket:
     """One picture in the making.
 
     table: of its job. size: its latents' numbers, as a multiple of those of the model's own size.
-    index: which picture of its request. tag: whatever the client knows it by. dtype: the precision
-    that it is drawn in. evaluations: rows of the network's call, at each step; about so many
-    before it is prepared. prepare: makes the job, and the model that draws it, when its turn
-    comes. selection: its LoRAs, None without. image or error: set when it is finished.
+    index: which picture of its request. tag: whatever the client knows it by. share: whose it is,
+    as `Turns` has it. dtype: the precision that it is drawn in. evaluations: rows of the network's
+    call, at each step; about so many before it is prepared. prepare: makes the job, and the model
+    that draws it, when its turn comes. selection: its LoRAs, None without. image or error: set when
+    it is finished.
     """
 
     table: Table
@@ -35,6 +36,7 @@ class Ticket:
     seed: int
     dtype: str
     tag: Any = None
+    share: Any = None
     prepare: Callable[[], tuple[Model, Job]] | None = None
     selection: Selection | None = None
     arrived: float = field(default_factory=time.monotonic)

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import secrets
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, func, or_, select
+from sqlalchemy import ColumnElement, Connection, func, select
 from sqlalchemy.engine import RowMapping
 from sqlalchemy.exc import IntegrityError
 
+from safelight.server import shares
 from safelight.server.jobs import Picture, Status
 from safelight.server.roster import Roster
 from safelight.server.tables import jobs, loads, pictures
@@ -52,6 +54,7 @@ class Claim:
     suspect: bool
     cost: int = 0
     model: str | None = None
+    owner: str = ""
     left: tuple[str, ...] = ()
 
     def picture_id(self, index: int) -> str:
@@ -74,38 +77,36 @@ class Claims(Roster):
         alone: bool = False,
         ageing: float = 0.0,
         cheaper_than: float | None = None,
+        held: Collection[str] = (),
         known: Collection[str] | None = None,
     ) -> Claim | None:
         """Return the next job for this worker, its attempt counted; None if there is none.
 
-        known: the tokens of all claims that the worker knows of, given after one that raised: a
-        database can go away between its commit and its answer. Others of its claims wait again.
-        Short jobs come first; `ageing` is the cost that a second of waiting makes up for.
-        cheaper_than: only a job that costs less. A suspect job is claimed only by a worker that
-        is `alone` with it, so that it takes no other down; when its turn comes, others wait. One
-        that was begun too often fails.
+        Owners come in turn, as `shares` has it; of each, short jobs come first. `ageing` is the
+        cost that a second of waiting makes up for. cheaper_than: only a job that costs less, or
+        one of an owner who is not among those of the jobs that are `held`. known: the tokens of
+        all claims that the worker knows of, given after one that raised: a database can go away
+        between its commit and its answer. Others of its claims wait again.
+        A suspect job is claimed only by a worker that is `alone` with it, so that it takes no
+        other down; when its turn comes, others wait. One that was begun too often fails.
         """
         now = self._now()
         if known is None:
             with self._read() as db:  # which excludes no one, as a transaction that writes does
-                if db.execute(select(jobs.c.id).where(_free(now)).limit(1)).first() is None:
+                if shares.next_owner(db, now) is None:
                     return None
         with self._write() as db:
             if known is not None:
                 strays = jobs.c.token.startswith(worker + ":") & jobs.c.token.not_in(known)
                 _put_back(db, strays)
             self._renew(db, worker, now)  # a database that was away made it late
-            _give_up(db, now)
-            urgency = jobs.c.cost - ageing * (now - jobs.c.created)
-            query = select(jobs).where(_free(now)).order_by(urgency, jobs.c.created).limit(1)
+            first = None
             if cheaper_than is not None:
-                query = query.where(jobs.c.cost < cheaper_than)
-            first = db.execute(query).mappings().first()
-            while first is not None and not loads(first["request"]):
-                _fail(db, jobs.c.id == first["id"], now, "its request was damaged on the disk")
-                first = db.execute(query).mappings().first()
+                first = _first(db, now, ageing, but=held)
             if first is None:
-                return None
+                first = _first(db, now, ageing)
+                if first is None or first["cost"] >= (cheaper_than or math.inf):
+                    return None
             suspect = bool(first["attempts"] or first["kills"] >= KILLS)
             if suspect and not alone:
                 return None
@@ -122,11 +123,13 @@ class Claims(Roster):
                     started=func.coalesce(jobs.c.started, now),
                 )
             )
+            shares.charge(db, first["owner"], first["cost"])
             query = select(pictures.c.number).where(pictures.c.job == first["id"])
             done = frozenset(db.execute(query).scalars())
             settings = loads(first["request"])
             return Claim(
                 *(first["id"], token, settings, done, suspect, first["cost"], first["model"]),
+                owner=first["owner"],
                 left=left,
             )
 
@@ -166,7 +169,8 @@ class Claims(Roster):
                 )
             )
             db.execute(jobs.update().where(ended).values(token=None))
-            _give_up(db, now)
+            for why, which in _worn_out(jobs.c.attempts, jobs.c.kills):
+                _fail(db, which & (jobs.c.status == Status.QUEUED), now, why)
         return left
 
     def put_back(self, job_id: str, token: str) -> None:
@@ -242,9 +246,21 @@ def _held(db: Connection, job_id: str, token: str) -> bool:
     return db.execute(query).first() is not None
 
 
-def _free(now: float) -> ColumnElement[bool]:
-    late = and_(jobs.c.status == Status.RUNNING, jobs.c.lease < now)
-    return or_(jobs.c.status == Status.QUEUED, late)
+def _first(
+    db: Connection, now: float, ageing: float, but: Collection[str] = ()
+) -> RowMapping | None:
+    """Return the job whose turn it is. Those that cannot be drawn any more fail."""
+    while (owner := shares.next_owner(db, now, but)) is not None:
+        first = shares.next_job(db, now, owner, ageing)
+        if first is None:
+            return None
+        whys = [why for why, so in _worn_out(first["attempts"], first["kills"]) if so]
+        if not loads(first["request"]):
+            whys.append("its request was damaged on the disk")
+        if not whys:
+            return first
+        _fail(db, jobs.c.id == first["id"], now, whys[0])
+    return None
 
 
 def uncommitted(db: Connection, rows: Iterable[RowMapping]) -> list[str]:
@@ -257,12 +273,11 @@ def uncommitted(db: Connection, rows: Iterable[RowMapping]) -> list[str]:
     return [picture_id for picture_id in ids if picture_id not in known]
 
 
-def _give_up(db: Connection, now: float) -> None:
-    """Fail the free jobs that have used up their attempts."""
+def _worn_out(attempts: Any, kills: Any) -> list[tuple[str, Any]]:
+    """Return why a job is not tried again, and whether that is so; of numbers or of columns."""
     stopped = f"the worker stopped {ATTEMPTS} times while it drew this"
-    _fail(db, _free(now) & (jobs.c.attempts >= ATTEMPTS), now, stopped)
     killed = f"the worker was killed {2 * KILLS} times while it drew this, {KILLS} times alone"
-    _fail(db, _free(now) & (jobs.c.kills >= 2 * KILLS), now, killed)
+    return [(stopped, attempts >= ATTEMPTS), (killed, kills >= 2 * KILLS)]
 
 
 def _fail(db: Connection, which: ColumnElement[bool], now: float, why: str) -> None:

@@ -21,7 +21,7 @@ from safelight.server.tables import meta
 
 log = logging.getLogger("safelight.server")
 
-HEAD = "0004"
+HEAD = "0005"
 FIRST = "0001"
 """The schema of databases from before versions were written down."""
 

@@ -15,7 +15,7 @@ from sqlalchemy.engine import RowMapping
 from sqlalchemy.exc import SQLAlchemyError
 
 from safelight.errors import SafelightError
-from safelight.server import schema
+from safelight.server import schema, shares
 from safelight.server.claims import Claims, uncommitted
 from safelight.server.database import LOCK, PATIENCE, storage_errors
 from safelight.server.jobs import BusyError, Job, Status, StorageError
@@ -84,6 +84,7 @@ class Store(Claims):
                         )
                     return self._job(db, old), False
             _make_sure_of_room(db, count, bound)
+            shares.open_share(db, owner or "")
             db.execute(
                 jobs.insert().values(
                     id=job_id,
@@ -96,7 +97,7 @@ class Store(Claims):
                     cost=cost,
                     key=key,
                     digest=digest,
-                    owner=owner,
+                    owner=owner or "",
                     model=model,
                 )
             )

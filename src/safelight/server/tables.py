@@ -12,6 +12,7 @@ from sqlalchemy import (
     Column,
     Float,
     ForeignKey,
+    Index,
     Integer,
     MetaData,
     String,
@@ -46,9 +47,19 @@ jobs = Table(
     Column("error", Text),
     Column("key", String(255), unique=True),
     Column("digest", String(64)),
-    Column("owner", String(64), index=True),  # who made it; None: of before there were owners
+    Column("owner", String(64), index=True),  # who made it; empty where nobody was asked
     Column("kills", Integer, nullable=False, server_default="0"),
     Column("model", Text),  # its name; None, of before there were several: the server's own
+    # The two ends of an owner's queue: the shortest job, and the one that waits longest.
+    Index("ix_jobs_shortest", "status", "owner", "cost", "created"),
+    Index("ix_jobs_oldest", "status", "owner", "created", "cost"),
+)
+shares = Table(
+    "shares",
+    meta,
+    Column("owner", String(64), primary_key=True),
+    Column("began", Float, nullable=False),  # the last job that was handed out: see shares.py
+    Column("ended", Float, nullable=False),
 )
 pictures = Table(
     "pictures",

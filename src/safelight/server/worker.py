@@ -13,18 +13,12 @@ from typing import Any
 from safelight.errors import SafelightError
 from safelight.request import Request
 from safelight.server.claims import Claim, LostError
-from safelight.server.held import Held
+from safelight.server.held import Held, bound, full
 from safelight.server.holder import Holder
 from safelight.server.jobs import ModelInfo, StorageError
 from safelight.server.previews import encoded_preview
 from safelight.server.pulse import Pulse
 from safelight.server.settings import Settings
-
-JOBS = 48
-INPUTS = 1 << 30
-"""The most jobs in the making at once, and bytes of pictures that they start from. Beyond it only
-jobs that are shorter than all of those are taken in; others wait in the database.
-"""
 
 PREVIEW_EVERY = 0.2
 """Seconds between two previews of a picture."""
@@ -102,14 +96,15 @@ class Worker(Holder):
         self._engine.drop(job_id)
 
     def _claim(self) -> None:
-        while not (self._alone or self._stopping):
+        while not (self._alone or self._stopping or full(self._held.values())):
             try:
                 claim = self._store.claim(
                     self._id,
                     alone=not self._held,
                     # A second makes up for the rows that it takes to run.
                     ageing=self._engine.rows_a_second,
-                    cheaper_than=self._bound(),
+                    cheaper_than=bound(self._held.values()),
+                    held={held.claim.owner for held in self._held.values()},
                     known=[held.claim.token for held in self._held.values()]
                     if self._unsure
                     else None,
@@ -127,24 +122,13 @@ class Worker(Holder):
             if not self._begin(claim):
                 return
 
-    def _bound(self) -> float | None:
-        """Return the cost that a job must stay below to be taken in as well; None for any.
-
-        A worker with its hands full takes shorter jobs than those it has.
-        """
-        many = len(self._held) >= JOBS
-        large = sum(held.input_bytes for held in self._held.values()) >= INPUTS
-        if not (many or large):
-            return None
-        return min(held.claim.cost * held.left / held.request.count for held in self._held.values())
-
     def _begin(self, claim: Claim) -> bool:
         """Take a job in. Returns False if it has to wait, since it cannot be read now."""
         try:
             self._files.remove_pictures(claim.left)
             image, mask = (self._files.input(claim.id, name) for name in ("image", "mask"))
             request = Request.from_dict(claim.settings, image=image, mask=mask)
-            result = self._engine.add(request, claim.id, claim.done)
+            result = self._engine.add(request, claim.id, claim.done, claim.owner)
         except StorageError as error:
             self._tell_stuck(error)
             self._unclaimed.append(claim)

@@ -1,0 +1,44 @@
+"""Whose turn the next step is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from safelight.engine.ticket import Ticket
+
+
+class Turns:
+    """Gives the shares of an engine the same time, however many pictures each of them has.
+
+    Of a share, half of the time goes to the picture with the least left to do, half to the oldest
+    request. A share that comes begins with as much as the one that had the least until then.
+    """
+
+    def __init__(self) -> None:
+        self._had: dict[Any, float] = {}  # seconds, by share
+        self._owing = 0.0
+        self._owed = 0.0  # seconds that the shortest had more than the oldest
+
+    def first(self, tickets: Sequence[Ticket]) -> Ticket:
+        """Return the ticket whose turn it is."""
+        present = dict.fromkeys(ticket.share for ticket in tickets)
+        least = min((self._had[share] for share in present if share in self._had), default=0.0)
+        self._had = {share: self._had.get(share, least) for share in present}
+        share = min(self._had, key=self._had.__getitem__)
+        mine = [ticket for ticket in tickets if ticket.share == share]
+        shortest = min(mine, key=lambda ticket: ticket.work_left)
+        oldest = min(mine, key=lambda ticket: (ticket.arrived, ticket.work_left))
+        if shortest.tag == oldest.tag:
+            self._owing = 0.0
+        else:
+            self._owing = -1.0 if self._owed > 0 else 1.0
+        return oldest if self._owing < 0 else shortest
+
+    def note(self, tickets: Sequence[Ticket], seconds: float) -> None:
+        """Note who had the time of a step. The first one is `first`'s."""
+        self._owed += self._owing * seconds
+        load = sum(ticket.load for ticket in tickets)
+        for ticket in tickets:
+            part = seconds * ticket.load / load
+            self._had[ticket.share] = self._had.get(ticket.share, 0.0) + part
