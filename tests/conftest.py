@@ -4,6 +4,7 @@ import collections
 import os
 import signal
 
+import hypothesis
 import pytest
 
 from safelight.threads import wait_asleep
@@ -11,6 +12,10 @@ from safelight.threads import wait_asleep
 # Read when PyTorch is imported, and by the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
 wait_asleep()
+
+# A busy machine is slow, which is no fault of the example that it was slow with.
+hypothesis.settings.register_profile("suite", deadline=None)
+hypothesis.settings.load_profile("suite")
 
 # A shell that starts something in the background lets it ignore Ctrl-C, which tests send.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -46,6 +46,21 @@ def test_step_decode_and_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "start" not in found
 
 
+def test_the_ways_of_the_fast_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    small: dict[str, Any] = {"unet": UNET, "vae": VAE}
+    monkeypatch.setattr(bench.networks, "_config", lambda part: dict(small[part]))
+    monkeypatch.setattr(bench.networks, "SIDE", 8)
+    ways = {name: bench.shortcuts.WAYS[name] for name in ("full", "fast 1", "fast 3")}
+    monkeypatch.setattr(bench.shortcuts, "WAYS", ways)
+    monkeypatch.setattr(bench.shortcuts, "PROMPTS", ("a cat", "a red apple"))
+    found = bench.run(["safelight float32"], parts=["fast"], repeat=1)["fast"]
+    assert found["seconds"].keys() == ways.keys()
+    assert found["ratio"]["full"].keys() == {"fast 1", "fast 3"}
+    near, far = (found["distance"][way] for way in ("fast 1", "fast 3"))
+    assert 100 > near["psnr"] > far["psnr"] > 20
+    assert 1 > near["worst ssim"] > far["worst ssim"] > 0.5
+
+
 @pytest.mark.parametrize("wrong", [{"names": ["x"]}, {"names": [], "parts": ["x"]}])
 def test_unknown_names(wrong: dict[str, Any]) -> None:
     with pytest.raises(SafelightError, match="'x'"):

@@ -33,6 +33,7 @@ class PlainModel:
     def __init__(self):
         self.sha256 = DIGEST
         self.name, self.native_size = "plain", (64, 64)
+        self.device = SimpleNamespace(type="meta")
         self.loaded, self.other_vae, self.refiner = [], None, None
         self.requests = []
         self.warnings = []
@@ -391,8 +392,9 @@ class TestInterrupted:
     def test_by_a_real_signal(self, tmp_path):
         driver = (
             "import time, safelight; from safelight.__main__ import main\n"
+            "class Device: type = 'meta'\n"
             "class Slow:\n"
-            "    name, native_size = 'slow', (64, 64)\n"
+            "    name, native_size, device = 'slow', (64, 64), Device\n"
             "    def stream(self, request):\n"
             "        print('started', flush=True); time.sleep(60)\n"
             "safelight.load = lambda *a, **k: Slow()\n"

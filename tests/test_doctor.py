@@ -4,13 +4,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from safelight import doctor, threads
 from safelight.cli import app
+from safelight.cli.loading import load
 from safelight.fast import kernels
 
 
@@ -71,6 +74,36 @@ def test_a_missing_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     found = doctor.examine()
     assert "no C++ compiler" in found["kernels"]["states"]["amx"]
     assert any("g++" in line for line in found["advice"])
+
+
+def test_kernels_of_another_version_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "INTERFACE", -1)
+    monkeypatch.setenv("SAFELIGHT_KERNELS", "portable")
+    kernels._first.cache_clear()
+    try:
+        assert kernels.tiles() is None
+        found = doctor.examine()
+        assert "other sources" in found["kernels"]["states"]["portable"]
+        assert any("another version" in line for line in found["advice"])
+    finally:
+        kernels._first.cache_clear()
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_command_says_once_that_there_are_no_kernels(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], device: str
+) -> None:
+    model = SimpleNamespace(device=torch.device(device))
+    monkeypatch.setattr("safelight.load", lambda name, **how: model)
+    monkeypatch.setattr(kernels, "lacks", lambda name: "")
+    monkeypatch.setattr(kernels, "built", lambda name: None)
+    monkeypatch.setenv("SAFELIGHT_KERNELS", "auto")
+    load("embedded")
+    said = capsys.readouterr().err
+    assert said.count("warning: no compiled kernels (amx, avx512, avx2)") == (device == "cpu")
+    monkeypatch.setenv("SAFELIGHT_KERNELS", "off")  # as the user wants it
+    load("embedded")
+    assert not capsys.readouterr().err
 
 
 # --- how threads wait ----------------------------------------------------------------------------

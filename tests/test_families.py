@@ -87,9 +87,11 @@ def test_only_prompts_of_one_length_share_a_call(
     calls: list[set[int]] = []
     call = Toy.call
 
-    def noted(self: Toy, model: Model, x: list, t: list, asked: list[Conditioning]) -> object:
+    def noted(
+        self: Toy, model: Model, x: list, t: list, asked: list[Conditioning], *more: object
+    ) -> object:
         calls.append({c.tokens.shape[1] for c in asked if c.tokens is not None})
-        return call(self, model, x, t, asked)
+        return call(self, model, x, t, asked, *more)
 
     prompts = ["a cat", "a dog", "three dogs in a row", "a"]
     alone = [model.generate(prompt, seed=i).images[0] for i, prompt in enumerate(prompts)]

@@ -277,7 +277,7 @@ def test_a_text_encoder_in_float16_computes_in_what_is_asked(dtype: torch.dtype)
 def kernels_of_attention() -> list[tuple[Any, torch.dtype]]:
     """Ours, each with the precision it is for: that of split numbers needs tiles."""
     found: list[tuple[Any, torch.dtype]] = [(vectors, torch.bfloat16)]
-    return found + ([(split, torch.float32)] if tiles.library() is not None else [])
+    return found + ([(split, torch.float32)] if kernels.tiles() is not None else [])
 
 
 SHAPES = [(64, 64, 40), (100, 77, 40), (33, 300, 80), (256, 1, 160), (1, 513, 64), (50, 33, 24)]
@@ -454,7 +454,7 @@ def test_gate() -> None:
     found = vectors.gate(value, gate)
     assert (found - true).abs().max() <= 2**-8 * true.abs().max()
     assert distance(found, true) < 3e-3
-    if tiles.library() is not None:
+    if kernels.tiles() is not None:
         fine = value.double() * F.gelu(gate.double())
         assert (split.gate(value.float(), gate.float()) - fine).abs().max() < 5e-6
 
@@ -500,7 +500,7 @@ def test_a_nan_is_not_hidden() -> None:
                 qkv = [torch.randn(1, 1, 64, 40).to(dtype) for _ in range(3)]
                 qkv[place][0, 0, 3, 5] = wrong
                 assert not kernel.attend(*qkv).isfinite().all(), (kernel, place, wrong)
-    if tiles.library() is not None:
+    if kernels.tiles() is not None:
         q = torch.randn(1, 1, 32, 32)
         q[0, 0, 3] = torch.nan
         assert split.Matrix(torch.randn(32, 32), None)(q)[0, 0, 3].isnan().all()

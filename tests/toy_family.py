@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from safelight.families import Conditioning, Family, Part
 from safelight.model import Model
 from safelight.nets.config import NetConfig
+from safelight.nets.reuse import Reuse
 from safelight.request import Request
 from safelight.sampling import Grid, Level, Table, find
 from safelight.weights.folder import Folder
@@ -123,6 +124,7 @@ class Toy(Family):
         inputs: list[Tensor],
         timesteps: list[float],
         conditionings: list[Conditioning],
+        reuse: Reuse | None = None,
     ) -> Tensor:
         counts = [c.evaluations for c in conditionings]
         x = torch.cat([x.expand(n, -1, -1, -1) for x, n in zip(inputs, counts, strict=True)])

@@ -89,6 +89,27 @@ def evaluate(
     typer.echo(run(load_model(model), judge, stage, out, share=share))
 
 
+@app.command()
+def fast(
+    data: Data = Path("data"),
+    out: Out = Path("runs/evaluation"),
+    model: Annotated[str, Option(help="The model to judge.")] = "embedded",
+    share: Annotated[float, Option(help="Of the prompts.")] = 1.0,
+) -> None:
+    """Let the judge look at what the model draws at each level of the fast mode."""
+    from recipes.embedded.figures import judge_levels
+    from recipes.embedded.judge import judge_of
+    from recipes.embedded.scenes import Scenes
+    from recipes.embedded.stage import Stage
+    from safelight.train.devices import accelerator
+    from safelight.weights import load_model
+
+    path = data / "cutouts.npz"
+    stage = Stage(Scenes(path), accelerator().device)
+    judge = judge_of(stage, path, out)
+    typer.echo(judge_levels(load_model(model), judge, stage, out, share=share))
+
+
 def main() -> None:
     """Run the command line; a SafelightError is one line, and exit code 2."""
     try:

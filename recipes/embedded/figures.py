@@ -119,12 +119,15 @@ def draw(
     prompts: list[str],
     seed: int = 0,
     log: Callable[[str], None] = lambda _: None,
-    **settings: Any,
+    asked: dict[str, Any] | None = None,
 ) -> Pixels:
-    """Return pictures, uint8 [n, side, side, 3], of seeds `seed`, `seed` + 1, and so on."""
+    """Return pictures, uint8 [n, side, side, 3], of seeds `seed`, `seed` + 1, and so on.
+
+    asked: their settings; None: those that the model draws best with.
+    """
     pictures: dict[int, Any] = {}
     engine = Engine(model, exact=False, rows=2 * BATCH)
-    settings = SETTINGS | dict(model.notes.get("draw_with", {})) | settings
+    settings = SETTINGS | dict(model.notes.get("draw_with", {})) if asked is None else asked
     for start in range(0, len(prompts), BATCH):
         for i in range(start, min(start + BATCH, len(prompts))):
             engine.add(Request(prompt=prompts[i], seed=seed + i, **settings), i)
@@ -216,6 +219,39 @@ def evaluate(
     grid(tenth[:100], 10).save(out / "sheet.png")
     said = "".join(f"{a.group}: {a.scene.said}\n" for a in asked)
     (out / "prompts.txt").write_text(said, encoding="utf-8")
+    return path
+
+
+def judge_levels(
+    model: Model,
+    judge: Judge,
+    stage: Stage,
+    out: Path,
+    *,
+    share: float = 1.0,
+    log: Callable[[str], None] = progress,
+) -> Path:
+    """Draw the prompts at each level of the fast mode and judge them; returns out/fast.json.
+
+    psnr: of each level to level 0, in decibels, the mean over the pictures.
+    """
+    scenes = stage.scenes
+    asked = invent(scenes, model.words, scenes.held_out_words, share=share)
+    wanted, found = [a.scene for a in asked], {}
+    out.mkdir(parents=True, exist_ok=True)
+    full: Pixels | None = None
+    for level in range(4):
+        log(f"level {level}")
+        # A level has steps and a sampler of its own: the model's are not asked for.
+        drawn = draw(model, [s.said for s in wanted], log=log, asked={"fast": level})
+        full = drawn if full is None else full
+        error = np.square(drawn.astype(float) - full).mean((1, 2, 3))
+        found[f"fast {level}"] = {
+            "psnr": round(float(np.mean(10 * np.log10(255**2 / np.maximum(error, 1e-3)))), 1),
+            **score(asked, judge.look(drawn, wanted), list(scenes.names)),
+        }
+    path = out / "fast.json"
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return path
 
 

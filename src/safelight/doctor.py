@@ -193,6 +193,8 @@ def _advice(found: dict[str, Any]) -> list[str]:
     states = found["kernels"]["states"]
     if any("no C++ compiler" in states[name] for name in kernels.LIBRARIES):
         advice.append("install a C++ compiler (apt-get install g++) and Safelight again")
+    if any("other sources" in states[name] for name in kernels.LIBRARIES):
+        advice.append("install Safelight again: its kernels are of another version")
     if "switched off" in states.values():
         advice.append("unset SAFELIGHT_KERNELS, which switches kernels off")
     if found["kernels"]["setting"] == "portable":

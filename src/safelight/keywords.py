@@ -48,6 +48,12 @@ class GenerateSettings(TypedDict, total=False):
     refiner_start: float
     aesthetic_score: float
     negative_aesthetic_score: float
+    fast: int
+    cache_every: int | None
+    cache_branch: int | None
+    guidance_start: float | None
+    guidance_end: float | None
+    text_end: float | None
     unconditional: bool
 
 

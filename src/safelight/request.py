@@ -136,6 +136,12 @@ class Request(RequestFields, metaclass=_Listed):
                     ),
                     field="mask",
                 )
+        if (self.guidance_start or 0) > (1 if self.guidance_end is None else self.guidance_end):
+            raise SafelightError(
+                f"guidance_end must be at least guidance_start, {self.guidance_start}, "
+                f"not {self.guidance_end}",
+                field="guidance_end",
+            )
         if self.seed + self.count - 1 > MAX_SEED:
             raise SafelightError(
                 f"seed must leave room for {self.count} pictures: "

@@ -46,6 +46,10 @@ ToldSide = Annotated[Whole, Field(ge=1, le=2**15)]
 ToldPlace = Annotated[Whole, Field(ge=0, le=2**15)]
 Score = Annotated[Number, Field(ge=0, le=10)]
 _DRAWN = "that of the picture"
+Level = Annotated[Whole, Field(ge=0, le=3)]
+CacheEvery = Annotated[Whole, Field(ge=1, le=100)]
+CacheBranch = Annotated[Whole, Field(ge=0, le=100)]
+_LEVELS = "that of fast"
 
 
 class RequestFields(BaseModel):
@@ -214,6 +218,32 @@ class RequestFields(BaseModel):
     )
     negative_aesthetic_score: Annotated[Score, About(slider=(0, 10, 0.5), some_models=True)] = (
         Field(2.5, description="the same for what to keep out of the picture")
+    )
+    fast: Annotated[Level, About(slider=(0, 3, 1), some_models=True)] = Field(
+        0, description="how much of the picture may be given for speed; 0 gives nothing"
+    )
+    cache_every: Annotated[
+        CacheEvery | None, About(default=_LEVELS, slider=(1, 10, 1), some_models=True)
+    ] = Field(
+        None,
+        description="of so many steps, one computes the whole network; the others take its deep "
+        "part from it (DeepCache)",
+    )
+    cache_branch: Annotated[
+        CacheBranch | None, About(default=_LEVELS, slider=(0, 11, 1), some_models=True)
+    ] = Field(None, description="how much more than the outermost layer such a step computes")
+    guidance_start: Annotated[
+        Share | None, About(default=_LEVELS, slider=(0, 1, 0.05), some_models=True)
+    ] = Field(None, description="share of the steps after which guidance begins")
+    guidance_end: Annotated[
+        Share | None, About(default=_LEVELS, slider=(0, 1, 0.05), some_models=True)
+    ] = Field(None, description="share of the steps after which guidance ends")
+    text_end: Annotated[
+        Share | None, About(default=_LEVELS, slider=(0, 1, 0.05), some_models=True)
+    ] = Field(
+        None,
+        description="share of the steps after which attention to the text is not computed again "
+        "(T-GATE)",
     )
     unconditional: bool = Field(
         False, description="draw from noise alone, with a model that takes no prompt"

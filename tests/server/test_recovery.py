@@ -307,9 +307,9 @@ def to_first(store: Store) -> None:
     with store.engine.begin() as db:
         for table in ("alembic_version", "facts", "choices", "shares", "workers"):
             db.execute(text(f"DROP TABLE {table}"))
-        for index in ("owner", "shortest", "oldest"):
+        for index in ("owner", "shortest", "oldest", "expires", "finished"):
             db.execute(text(f"DROP INDEX ix_jobs_{index}"))
-        for column in ("owner", "kills", "model"):
+        for column in ("owner", "kills", "model", "expires"):
             db.execute(text(f"ALTER TABLE jobs DROP COLUMN {column}"))
 
 

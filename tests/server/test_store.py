@@ -213,10 +213,13 @@ def test_cancel_retry_delete(store: Store) -> None:
     assert finished is not None
     assert finished.status == Status.SUCCEEDED
     assert store.has_picture(drawn.id)
-    assert store.delete(job.id) == [drawn.id]
+    assert store.delete(job.id)
     assert store.get(job.id) is None
+    assert store.list() == []
+    assert store.gone() == {job.id: [drawn.id]}
+    store.forget([job.id])
     assert not store.has_picture(drawn.id)
-    assert store.delete(job.id) is None
+    assert not store.delete(job.id)
     assert store.cancel(job.id) is None
 
 

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from safelight.bench import networks, processes
+from safelight.bench import networks, processes, shortcuts
 from safelight.bench.networks import Run
 from safelight.errors import SafelightError
 from safelight.fast import native_bfloat16
+from safelight.weights import load_model
 
 STEP_FLOP = 1.607e12
 """Of one guided step at 512×512 as it is usually computed, attention counted."""
@@ -33,7 +34,7 @@ def contenders() -> list[str]:
     return [name for name in found if importlib.util.find_spec(name.split()[0])]
 
 
-PARTS = ("step", "decode", "picture", "start", "busy")
+PARTS = ("step", "decode", "picture", "start", "busy", "fast")
 
 
 def run(
@@ -41,6 +42,7 @@ def run(
     *,
     parts: Iterable[str] = PARTS,
     repeat: int = 5,
+    model: str = "embedded",
     log: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Steps, decodes, pictures and cold starts of the contenders named, `repeat` rounds each.
@@ -50,7 +52,8 @@ def run(
     for step, decode and picture also "matmul_gflops" and "error" (relative to diffusers, or
     Safelight, in float32). A picture takes 20 steps of dpmpp_2m and a decode, its text encoded
     before; OpenVINO, which brings no sampler, draws none. The part "busy" is Safelight alone: see
-    `processes.busy_summary`.
+    `processes.busy_summary`; so is "fast", whose ratios are to the full picture, with "distance" of
+    pictures of `model`: see `shortcuts.distances`.
 
     Raises SafelightError for names of contenders or parts that there are not.
     """
@@ -79,6 +82,12 @@ def run(
         if "picture" in parts:
             log("a picture of 512x512 in 20 steps")
             found["picture"] = _compare(networks.pictures(names, log), repeat, log)
+        if "fast" in parts:
+            log("a picture of 512x512 by each way of the fast mode")
+            runs = shortcuts.seconds(names, log)
+            found["fast"] = _summary(_times(runs, repeat, log), ("full",))
+            log(f"twenty pictures of {model} by each of them")
+            found["fast"]["distance"] = shortcuts.distances(load_model(model), log)
     if "start" in parts:
         log("a first picture of embedded, from process start")
         found["start"] = _summary(processes.starts(names, repeat, log))
@@ -90,13 +99,8 @@ def run(
 
 def _compare(runs: dict[str, Run], repeat: int, log: Callable[[str], None]) -> dict[str, Any]:
     outputs = {name: torch.as_tensor(run()).float() for name, run in runs.items()}  # and warm
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    products = []
-    for i in range(repeat):
-        for name, run in runs.items():
-            times[name].append(_seconds(run))
-        products.append(_matmul_gflops())
-        log(f"  round {i + 1}: " + ", ".join(f"{n} {t[-1]:.2f} s" for n, t in times.items()))
+    products: list[float] = []
+    times = _times(runs, repeat, log, products)
     exact = next((n for n in ("diffusers float32", "safelight float32") if n in outputs), None)
     found = _summary(times) | {"matmul_gflops": statistics.median(products)}
     if exact is not None:
@@ -109,8 +113,26 @@ def _compare(runs: dict[str, Run], repeat: int, log: Callable[[str], None]) -> d
     return found
 
 
-def _summary(times: dict[str, list[float]]) -> dict[str, Any]:
-    ours = [name for name in times if name.startswith("safelight")]
+def _times(
+    runs: dict[str, Run],
+    repeat: int,
+    log: Callable[[str], None],
+    products: list[float] | None = None,
+) -> dict[str, list[float]]:
+    """Return the seconds of each, in turns. products: gets the GFLOP/s of each round."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(repeat):
+        for name, run in runs.items():
+            times[name].append(_seconds(run))
+        if products is not None:
+            products.append(_matmul_gflops())
+        log(f"  round {i + 1}: " + ", ".join(f"{n} {t[-1]:.2f} s" for n, t in times.items()))
+    return times
+
+
+def _summary(times: dict[str, list[float]], to: Iterable[str] | None = None) -> dict[str, Any]:
+    """to: whom the others are compared to, each Safelight if it is None."""
+    ours = [name for name in times if name.startswith("safelight")] if to is None else to
     return {
         "seconds": {name: statistics.median(t) for name, t in times.items()},
         "times": times,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from safelight.engine import Engine
 from safelight.engine.job import prepare
+from safelight.engine.shortcuts import Kept, Shortcuts, with_level
 from safelight.families import Conditioning
 from safelight.families.sd import VARIANTS
 from safelight.fast import accelerate
@@ -20,7 +21,7 @@ from safelight.model import Model
 from safelight.nets.unet import UNet2DConditionModel, UNetConfig
 from safelight.nets.vae import AutoencoderKL, VAEConfig
 from safelight.picture import from_tensor, to_tensor
-from safelight.sampling import table
+from safelight.request import Request
 from safelight.sampling.schedule import SchedulerConfig
 
 SIDE = 64
@@ -116,7 +117,7 @@ def _config(part: str) -> dict[str, Any]:
 
 def steps(names: list[str], log: Callable[[str], None]) -> dict[str, Run]:
     config = _config("unet")
-    state = _weights(_meta(UNet2DConditionModel, UNetConfig.from_dict(config)))
+    state = _unet_weights(config)
     generator = _seeded()
     x = torch.randn(1, 4, SIDE, SIDE, generator=generator)
     context = torch.randn(2, 77, config["cross_attention_dim"], generator=generator)
@@ -141,7 +142,7 @@ def steps(names: list[str], log: Callable[[str], None]) -> dict[str, Run]:
 
 def decodes(names: list[str], log: Callable[[str], None]) -> dict[str, Run]:
     config = _config("vae")
-    state = _weights(_meta(AutoencoderKL, VAEConfig.from_dict(config)))
+    state = _vae_weights(config)
     z = torch.randn(1, 4, SIDE, SIDE, generator=_seeded())
 
     def build(name: str) -> Run:
@@ -161,48 +162,70 @@ def decodes(names: list[str], log: Callable[[str], None]) -> dict[str, Run]:
 
 def pictures(names: list[str], log: Callable[[str], None]) -> dict[str, Run]:
     """Whole pictures, of the same noise; the two networks are those of the parts above."""
-    family = VARIANTS[0]
     unet, vae = _config("unet"), _config("vae")
-    state = _weights(_meta(UNet2DConditionModel, UNetConfig.from_dict(unet)))
-    vae_state = _weights(_meta(AutoencoderKL, VAEConfig.from_dict(vae)))
+    unet_state, vae_state = _unet_weights(unet), _vae_weights(vae)
     context = torch.randn(2, 77, unet["cross_attention_dim"], generator=_seeded())
 
     def build(name: str) -> Run:
         dtype = _dtype(name)
         if name.startswith("safelight"):
-            model = Model(
-                name="random",
-                path="",
-                sha256="",
-                family=family,
-                parts={
-                    "unet": _ours(
-                        _meta(UNet2DConditionModel, UNetConfig.from_dict(unet)), state, dtype
-                    ),
-                    "vae": _ours(_meta(AutoencoderKL, VAEConfig.from_dict(vae)), vae_state, dtype),
-                },
-                scheduler=SchedulerConfig.from_dict(family.scheduler_config),
-                words=None,
-                native_size=(512, 512),
-                device=torch.device("cpu"),
-                dtype=dtype,
-            )
-            return lambda: _our_picture(model, context.to(dtype))
+            model = _model(unet_state, vae_state, dtype)
+            return lambda: _our_picture(model, context.to(dtype), {})
         nets = (
-            _theirs("UNet2DConditionModel", unet, state, dtype),
+            _theirs("UNet2DConditionModel", unet, unet_state, dtype),
             _theirs("AutoencoderKL", vae, vae_state, dtype),
         )
-        return lambda: _their_picture(*nets, dict(family.scheduler_config), context.to(dtype))
+        scheduler = dict(VARIANTS[0].scheduler_config)
+        return lambda: _their_picture(*nets, scheduler, context.to(dtype))
 
     return _build([name for name in names if not name.startswith("openvino")], build, log)
 
 
-def _our_picture(model: Model, context: Tensor) -> Tensor:
-    rows = table("dpmpp_2m", model.scheduler, 20)
+def fast_pictures(dtype: str, log: Callable[[str], None]) -> Callable[[dict[str, Any]], Tensor]:
+    """Return what draws one of our whole pictures, as above, with settings of the fast mode."""
+    log(f"  preparing safelight {dtype}")
+    unet, vae = _config("unet"), _config("vae")
+    model = _model(_unet_weights(unet), _vae_weights(vae), _dtype(dtype))
+    context = torch.randn(2, 77, unet["cross_attention_dim"], generator=_seeded())
+    return lambda asked: _our_picture(model, context.to(model.dtype), asked)
+
+
+def _unet_weights(config: dict[str, Any]) -> State:
+    return _weights(_meta(UNet2DConditionModel, UNetConfig.from_dict(config)))
+
+
+def _vae_weights(config: dict[str, Any]) -> State:
+    return _weights(_meta(AutoencoderKL, VAEConfig.from_dict(config)))
+
+
+def _model(unet: State, vae: State, dtype: torch.dtype) -> Model:
+    """Return Stable Diffusion 1.5 of random weights, without a text encoder."""
+    family = VARIANTS[0]
+    net = _meta(UNet2DConditionModel, UNetConfig.from_dict(_config("unet")))
+    decoder = _meta(AutoencoderKL, VAEConfig.from_dict(_config("vae")))
+    return Model(
+        name="random",
+        path="",
+        sha256="",
+        family=family,
+        parts={"unet": _ours(net, unet, dtype), "vae": _ours(decoder, vae, dtype)},
+        scheduler=SchedulerConfig.from_dict(family.scheduler_config),
+        words=None,
+        native_size=(512, 512),
+        device=torch.device("cpu"),
+        dtype=dtype,
+    )
+
+
+def _our_picture(model: Model, context: Tensor, asked: dict[str, Any]) -> Tensor:
+    request = with_level(Request(seed=1, **asked), model)
+    request = request.with_defaults({"sampler": "dpmpp_2m", "steps": 20})
     side = SIDE * model.vae.config.factor
     engine = Engine(model)
     conditioning = Conditioning(context, guidance=7.5)
-    ticket = engine.add_job(prepare(model, rows, conditioning, 1, (side, side)))
+    job = prepare(model, model.family.table(model, request), conditioning, 1, (side, side))
+    job.kept = Kept(Shortcuts.of(request))
+    ticket = engine.add_job(job)
     while engine.busy:
         engine.step()
     assert ticket.image is not None

@@ -11,6 +11,7 @@ import typer
 
 from safelight import __version__
 from safelight.cli import (
+    backup,
     bench,
     compare,
     convert,
@@ -53,6 +54,8 @@ app.command()(tokens.tokens)
 app.command()(serve.serve)
 app.command()(studio.studio)
 app.command()(worker.worker)
+app.command()(backup.backup)
+app.command()(backup.restore)
 app.command()(bench.bench)
 app.command()(doctor.doctor)
 app.add_typer(train.app, name="train")

@@ -15,16 +15,19 @@ def bench(
     ] = None,
     part: Annotated[
         list[str] | None,
-        Option(help="step, decode, picture, start or busy; may be repeated. [all]"),
+        Option(help="step, decode, picture, start, busy or fast; may be repeated. [all]"),
     ] = None,
     repeat: Annotated[int, Option(min=1, max=100, help="Rounds.")] = 5,
+    model: Annotated[
+        str, Option(help="A model that draws words, whose pictures the part fast compares.")
+    ] = "embedded",
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure this machine: Stable Diffusion 1.5 with random weights, beside what is installed."""
     from safelight import bench
 
     names, parts = only or bench.contenders(), part or list(bench.PARTS)
-    found = bench.run(names, parts=parts, repeat=repeat, log=note)
+    found = bench.run(names, parts=parts, repeat=repeat, model=model, log=note)
     if as_json:
         say(json.dumps(found))
         return
@@ -32,6 +35,9 @@ def bench(
         taken = found[what]
         if what == "busy":
             _say_busy(taken)
+            continue
+        if what == "fast":
+            _say_fast(taken)
             continue
         ours = list(taken["ratio"])
         lines = [
@@ -59,3 +65,20 @@ def _say_busy(taken: dict[str, Any]) -> None:
         say(f"beside two others it takes {ratio:.2f} times as long, {way}")
     for where, ratio in taken["asleep over spinning"].items():
         say(f"asleep takes {ratio:.2f} times as long as spinning, {where}")
+
+
+def _say_fast(taken: dict[str, Any]) -> None:
+    lines: list[tuple[str, ...]] = [
+        ("FAST", "MEDIAN", "TIMES AS FAST", "PSNR", "WORST", "SSIM", "WORST")
+    ]
+    for way, seconds in taken["seconds"].items():
+        far = taken["distance"].get(way)
+        shown = [""] * 5
+        if far is not None:
+            shown = [f"{1 / taken['ratio']['full'][way]:.2f}"]
+            shown += [f"{far[name]:.1f}" for name in ("psnr", "worst psnr")]
+            shown += [f"{far[name]:.3f}" for name in ("ssim", "worst ssim")]
+        lines.append((str(way), f"{seconds:.2f} s", *shown))
+    for line in table(lines):
+        say(line)
+    say("")

@@ -12,13 +12,19 @@ if TYPE_CHECKING:
 def load(name: str, **how: Any) -> "Model":
     """Load a model as `safelight.load`; Ctrl-C waits until PyTorch has been imported.
 
-    A line says before it how much memory a large model takes.
+    A line says before it how much memory a large model takes, and a warning that there are no
+    compiled kernels, where they could be used.
     """
     import safelight
-    from safelight.cli.output import note
+    from safelight.cli.output import note, warn
 
     import_torch()
-    return safelight.load(name, on_plan=note, **how)
+    loaded = safelight.load(name, on_plan=note, **how)
+    from safelight.fast import missing_kernels
+
+    if slow := missing_kernels(loaded.device):
+        warn(slow)
+    return loaded
 
 
 def import_torch() -> None:

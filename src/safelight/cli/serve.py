@@ -13,6 +13,7 @@ from safelight.cli import options
 from safelight.cli.output import note
 from safelight.errors import SafelightError
 from safelight.server import private
+from safelight.server.keep import Keep
 from safelight.server.listening import hold, listen
 from safelight.server.process import Settings, spawn
 from safelight.server.tokens import AUTO, hide_argument, read_token
@@ -62,6 +63,13 @@ def serve(
         int, Option(min=0, max=1, help="0 leaves all drawing to `safelight worker`.")
     ] = 1,
     queue: Annotated[int, Option(help="Most pictures that may wait.")] = 1000,
+    keep: Annotated[
+        str | None,
+        Option(
+            help="Finished jobs to keep: an age, a size, a number, as 90d,50GB,10000 [all].",
+            show_default=False,
+        ),
+    ] = None,
     device: Annotated[str, Option(help="auto, cpu, mps or cuda.")] = "auto",
     dtype: Annotated[str, Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     low_memory: Annotated[
@@ -76,6 +84,7 @@ def serve(
         raise SafelightError(f"--queue {queue}: expected 1 or more")
     if not workers and not (database or "").startswith("postgresql"):
         raise SafelightError("--workers 0 needs a --database of PostgreSQL, which workers can join")
+    kept = None if keep is None else Keep.parse(keep)
     secret = token_of(token, token_file)
     if secret is None and trust_proxy:
         raise SafelightError(
@@ -115,6 +124,7 @@ def serve(
         proxies=frozenset(trust_proxy or ()),
         short_addresses=short_addresses,
         bound=queue,
+        keep=kept,
     )
 
 
@@ -123,11 +133,7 @@ def start(settings: Settings, listening: socket, *, draws: bool = True, **how: A
 
     how: as `server.run.serve` takes it.
     """
-    missing = [
-        name for name in ("alembic", "fastapi", "sqlalchemy", "uvicorn") if find_spec(name) is None
-    ]
-    if missing:
-        raise SafelightError("serving needs more: pip install 'safelight[server]'")
+    make_sure_of_server()
     child = spawn(settings) if draws else None  # loads its model while the imports below go on
     gc.disable()  # a tenth of the time that they take: what they make stays
     from safelight.server.run import serve as run
@@ -136,6 +142,13 @@ def start(settings: Settings, listening: socket, *, draws: bool = True, **how: A
     gc.freeze()
     gc.enable()
     run(settings, child, listening, page=Studio, **how)
+
+
+def make_sure_of_server() -> None:
+    """Raise SafelightError if the packages that serving needs are not installed."""
+    needed = ("alembic", "fastapi", "sqlalchemy", "uvicorn")
+    if any(find_spec(name) is None for name in needed):
+        raise SafelightError("serving needs more: pip install 'safelight[server]'")
 
 
 def token_of(argument: str | None, file: Path | None) -> str | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from safelight.families.base import Conditioning
+from safelight.nets.reuse import Reuse
 from safelight.sampling import Row
 
 if TYPE_CHECKING:
@@ -15,16 +16,21 @@ if TYPE_CHECKING:
 
 
 def estimate(
-    model: Model, states: list[Tensor], rows: list[Row], conditionings: list[Conditioning]
+    model: Model,
+    states: list[Tensor],
+    rows: list[Row],
+    conditionings: list[Conditioning],
+    reuse: Reuse | None = None,
 ) -> list[Tensor]:
     """Return the clean estimate D of each picture, from one call of the network.
 
     states: float32 [1, channels, h, w] of one shape. rows: the row that each is at.
-    conditionings: of one `call_key`. Returns float32 tensors of the states' shape.
+    conditionings: of one `call_key`. reuse: what the call takes from earlier ones. Returns float32
+    tensors of the states' shape.
     """
     family = model.family
     inputs = [row.level.view(state) for state, row in zip(states, rows, strict=True)]
-    outputs = family.call(model, inputs, [row.timestep for row in rows], conditionings)
+    outputs = family.call(model, inputs, [row.timestep for row in rows], conditionings, reuse)
     found, start = [], 0
     for state, row, conditioning in zip(states, rows, conditionings, strict=True):
         output = outputs[start : start + conditioning.evaluations]

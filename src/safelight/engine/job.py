@@ -17,6 +17,7 @@ from torch import Tensor
 
 from safelight.engine.denoiser import clip_or_threshold, estimate
 from safelight.engine.refining import Second
+from safelight.engine.shortcuts import Kept, Plan, gather, scatter
 from safelight.errors import SafelightError
 from safelight.families.base import Conditioning
 from safelight.fast import memory
@@ -73,6 +74,7 @@ class Job:
     past_cleans: deque[Tensor] = field(default_factory=deque)
     steps: int | None = None
     second: Second | None = None
+    kept: Kept = field(default_factory=Kept)
 
     @property
     def asked(self) -> Conditioning:
@@ -84,7 +86,12 @@ class Job:
         rows = len(self.table.rows)
         second = self._second_at(cursor)
         conditioning = self.conditioning if second is None else second.conditioning
-        return conditioning.at(cursor * (self.steps or rows) // rows)
+        return self.kept.asked(conditioning.at(cursor * (self.steps or rows) // rows), cursor, rows)
+
+    def plan(self, model: Model) -> Plan:
+        """Return what the next row takes from earlier ones. model: the one that takes it."""
+        rows = len(self.table.rows)
+        return self.kept.plan(self.cursor, rows, id(model), self.asked.evaluations)
 
     def model_at(self, cursor: int, first: Model) -> Model:
         """Return who takes a row. first: who takes the first."""
@@ -179,16 +186,15 @@ def decode(model: Model, latents: Tensor) -> Image.Image:
 def advance(model: Model, jobs: list[Job]) -> None:
     """Take each job one row further, with one call of the network for all.
 
-    The jobs' states have one shape, their conditionings one `call_key`; samplers, steps, tasks and
-    guidance may differ. Raises NotFiniteError, after all have taken the step, for those whose
-    state is no longer finite; they stay where they were.
+    The jobs' states have one shape, their conditionings one `call_key`, and their plans are equal;
+    samplers, steps, tasks and guidance may differ. Raises NotFiniteError, after all have taken the
+    step, for those whose state is no longer finite; they stay where they were.
     """
-    cleans = estimate(
-        model,
-        [job.state for job in jobs],
-        [job.row for job in jobs],
-        [job.asked for job in jobs],
-    )
+    asked, kept = [job.asked for job in jobs], [job.kept for job in jobs]
+    evaluations = [conditioning.evaluations for conditioning in asked]
+    reuse = gather(jobs[0].plan(model), kept, evaluations)
+    cleans = estimate(model, [job.state for job in jobs], [job.row for job in jobs], asked, reuse)
+    scatter(reuse, kept, id(model), evaluations)
     lost = [job for job, clean in zip(jobs, cleans, strict=True) if not _step(job, clean)]
     if lost:
         advice = "" if model.dtype == torch.float32 else "dtype float32, or "

@@ -11,6 +11,7 @@ from safelight.adapters.embeddings import record
 from safelight.defaults import is_distilled
 from safelight.engine.job import Job, prepare
 from safelight.engine.refining import Second, table_of
+from safelight.engine.shortcuts import NAMES, Kept, Shortcuts, with_level
 from safelight.errors import SafelightError
 from safelight.families.base import Conditioning
 from safelight.machine import describe_machine
@@ -37,7 +38,7 @@ def resolve_request(model: Model, request: Request) -> Request:
     """
     family = model.family
     family.check_request(model, request)
-    request = request.with_defaults(model.defaults)
+    request = with_level(request, model).with_defaults(model.defaults)
     filled: dict[str, Any] = {}
     if request.steps is None:
         filled["steps"] = SAMPLERS[request.sampler].steps
@@ -169,6 +170,8 @@ def _warnings(model: Model, asked: Request, resolved: Request) -> list[str]:
     read_by_family = {*model.family.conditioned_on}
     if model.refiner is not None:
         read_by_family |= {*model.refiner.family.conditioned_on, "refiner_start"}
+    if model.family.shortcuts:
+        read_by_family |= {"fast", *NAMES}
     for name, setting in settings_of(type(asked)).items():
         read = not setting.about.some_models or name in read_by_family
         if not read and getattr(asked, name) != setting.default:
@@ -215,6 +218,7 @@ def create_job(
         strength=1.0 if request.strength is None else request.strength,
     )
     job.steps = request.steps_taken
+    job.kept = Kept(Shortcuts.of(request))
     if model.refiner is not None and of_refiner is not None and mine < len(table.rows):
         job.second = Second(model.refiner, mine, of_refiner)
     return job

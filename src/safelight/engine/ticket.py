@@ -74,7 +74,7 @@ class Ticket:
     @property
     def rows(self) -> int:
         """Rows of the network's call, at each step."""
-        return self.job.conditioning.evaluations if self.prepared else self.evaluations
+        return self.job.asked.evaluations if self.prepared else self.evaluations
 
     @property
     def load(self) -> float:
@@ -90,7 +90,8 @@ class Ticket:
     @property
     def call_key(self) -> tuple[Any, ...]:
         """Equal for two pictures that can share a call of the network."""
-        return id(self.model), tuple(self.job.state.shape), self.job.asked.call_key
+        model, job = self.model, self.job
+        return id(model), tuple(job.state.shape), job.asked.call_key, job.plan(model)
 
     @property
     def set_key(self) -> tuple[Any, ...]:

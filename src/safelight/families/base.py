@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from safelight.model import Model
     from safelight.nets.config import NetConfig
+    from safelight.nets.reuse import Reuse
     from safelight.request import Request
     from safelight.weights.check import Header
     from safelight.weights.folder import Folder
@@ -157,6 +158,7 @@ class Family:
     denoises. fixed_size: it draws its native size alone. conditioned_on: the settings of a
     request that `encode` reads. defaults: settings that it draws best with. trainable: whether
     `train` knows how. refinable: whether another model of the family can take its last steps.
+    shortcuts: whether its network knows those of the fast mode.
     latent_rgb: colours of latents for previews, see `families.colours`; None if its latents have no
     known ones.
     """
@@ -176,6 +178,7 @@ class Family:
     defaults: Mapping[str, Any] = MappingProxyType({})
     trainable: ClassVar[bool] = True
     refinable: ClassVar[bool] = False
+    shortcuts: ClassVar[bool] = False
     latent_rgb: tuple[tuple[float, ...], ...] | None = None
 
     def __str__(self) -> str:
@@ -304,12 +307,14 @@ class Family:
         inputs: list[Tensor],
         timesteps: list[float],
         conditionings: list[Conditioning],
+        reuse: Reuse | None = None,
     ) -> Tensor:
         """Return the network's outputs, float32 [sum of evaluations, channels, h, w].
 
         inputs: each picture's state as the network sees it, float32 [1, channels, h, w].
-        timesteps, conditionings: of each picture. All have one `Conditioning.call_key`. The
-        outputs of one picture follow each other, in the order of its conditioning.
+        timesteps, conditionings: of each picture. All have one `Conditioning.call_key`. reuse: what
+        is taken from earlier calls, where the family has `shortcuts`. The outputs of one picture
+        follow each other, in the order of its conditioning.
         """
         raise NotImplementedError
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from safelight.model import Model
+    from safelight.nets.reuse import Reuse
     from safelight.request import Request
     from safelight.weights.folder import Folder
 
@@ -113,6 +114,7 @@ class LatentFamily(Family):
     by. Their states stand side by side; the last may give a pooled state as well.
     """
 
+    shortcuts: ClassVar[bool] = True
     text_parts: ClassVar[tuple[tuple[str, str], ...]] = (("tokenizer", "text_encoder"),)
     conditioned_on: ClassVar[tuple[str, ...]] = (
         "prompt",
@@ -210,6 +212,13 @@ class LatentFamily(Family):
                 field="unconditional",
             )
         encoding.check_request(self, model, request)
+        skips = model.network.config.skips
+        if request.cache_branch is not None and request.cache_branch >= skips:
+            raise SafelightError(
+                f"cache_branch must be at most {skips - 1}, the layers of {model.name}'s network, "
+                f"not {request.cache_branch}",
+                field="cache_branch",
+            )
 
     def warnings(self, model: Model, request: Request) -> list[str]:
         return encoding.warnings(self, model, request)
@@ -228,6 +237,7 @@ class LatentFamily(Family):
         inputs: list[Tensor],
         timesteps: list[float],
         conditionings: list[Conditioning],
+        reuse: Reuse | None = None,
     ) -> Tensor:
         import torch
 
@@ -252,7 +262,7 @@ class LatentFamily(Family):
         context = _joined([c.tokens for c in conditionings], rows_in.dtype)
         pooled = _joined([c.pooled for c in conditionings], rows_in.dtype)
         sizes = _joined([c.sizes for c in conditionings], torch.float32)
-        return net(rows_in, at, context, embedded, pooled, sizes).float()
+        return net(rows_in, at, context, embedded, pooled, sizes, reuse).float()
 
     def example(self, model: Model) -> Conditioning:
         import torch

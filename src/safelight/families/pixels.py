@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from safelight.model import Model
+    from safelight.nets.reuse import Reuse
     from safelight.request import Request
 
 
@@ -61,6 +62,7 @@ class Pixels(Family):
         inputs: list[Tensor],
         timesteps: list[float],
         conditionings: list[Conditioning],
+        reuse: Reuse | None = None,
     ) -> Tensor:
         import torch
 

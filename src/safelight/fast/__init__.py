@@ -25,7 +25,7 @@ from safelight.fast import kernels, memory, onednn, winograd
 from safelight.fast.layers import leave_mapped, swap
 from safelight.fast.store import Shelf
 
-__all__ = ["accelerate", "helps", "native_bfloat16", "remark", "variant"]
+__all__ = ["accelerate", "helps", "missing_kernels", "native_bfloat16", "remark", "variant"]
 
 
 def helps(device: torch.device, dtype: torch.dtype) -> bool:
@@ -98,3 +98,13 @@ def remark(device: torch.device, dtype: torch.dtype) -> str:
             "memory, and multiplied in float32"
         )
     return ""
+
+
+def missing_kernels(device: torch.device) -> str:
+    """Return a sentence about kernels that could be used on this device and are not; else empty."""
+    if device.type != "cpu" or not onednn.available() or not (names := kernels.missing()):
+        return ""
+    return (
+        f"no compiled kernels ({', '.join(names)}), so pictures take longer: "
+        "`safelight doctor` says why"
+    )

@@ -1,6 +1,4 @@
 // Attention in bfloat16. Sums are float32 throughout; results are rounded once.
-//
-// Plain C interface: pointers and sizes, no Python and no torch headers.
 
 #include "heads.h"
 
@@ -17,58 +15,50 @@ struct Fractions {
 };
 
 // Which of 32 keys is at a place: the order in which `powers` packs two vectors of scores.
-inline long key_at(long place) { return place % 8 / 4 * 16 + place / 8 * 4 + place % 4; }
+inline int64_t key_at(int64_t place) { return place % 8 / 4 * 16 + place / 8 * 4 + place % 4; }
 
-struct Rounded : Head<bf16> {
-    bf16 *values, *weights;
-    const bool counted;    // a column of ones beside the values sums up the weights
+struct Rounded : Head<bf16, 1, 1> {
+    const bool counted;  // a column of ones beside the values sums up the weights
 
-    explicit Rounded(const Attend<bf16>& a)
-        : Head(a, (a.size + 31) / 32, a.size, a.padded() * a.outer() * 32 + 32 * STEP * 2),
-          counted(a.size % 16) {
-        values = take_room<bf16>(a.padded() * a.outer() * 32);
-        weights = take_room<bf16>(32 * STEP * 2);
-    }
+    Rounded(const Attention<bf16>& a, char* packed) : Head(a, packed), counted(a.size % 16) {}
 
     // What is no number in a key would become a weight of 0, as 2^x is made here: then the value is
     // none either.
     bool finite(const bf16* key) const {
         bool found = true;
-        for (long c = 0; c < a.size; c++) found &= (key[c] & 0x7f80) != 0x7f80;
+        for (int64_t c = 0; c < a.size; c++) found &= (key[c] & 0x7f80) != 0x7f80;
         return found;
     }
 
-    void pack(long b, long head) const {
-        const bf16* k = a.k + b * a.ks.batch + head * a.ks.head;
-        const bf16* v = a.v + b * a.vs.batch + head * a.vs.head;
+    void pack(const bf16* k, const bf16* v, int64_t begin, int64_t end) const {
         alignas(64) bf16 row[16 * 32];
-        for (long n = 0; n < a.padded(); n += 16)
-            for (long t = 0; t < inner; t++) {
+        for (int64_t n = begin; n < end; n += 16)
+            for (int64_t t = 0; t < inner; t++) {
                 memset(row, 0, sizeof row);
-                long width = a.size - 32 * t < 32 ? a.size - 32 * t : 32;
-                for (long i = 0; i < 16 && n + i < a.keys; i++)
-                    memcpy(row + 32 * i, k + (n + i) * a.ks.row + 32 * t, width * 2);
+                int64_t width = a.size - 32 * t < 32 ? a.size - 32 * t : 32;
+                for (int64_t i = 0; i < 16 && n + i < a.keys; i++)
+                    memcpy(row + 32 * i, k + (n + i) * a.k_steps.row + 32 * t, width * 2);
                 pack_tile(row, 32, keys + (n / 32 * inner + t) * 1024 + n % 32 * 32);
             }
-        for (long n = 0; n < a.padded(); n += 32)
-            for (long t = 0; t < a.outer(); t++) {
-                bf16* to = values + n * a.outer() * 16 + t * 512;
-                long width = a.size - 16 * t < 16 ? a.size - 16 * t : 16;
-                for (long i = 0; i < 32; i++) {
-                    long key = n + key_at(i);
-                    bool good = key >= a.keys || finite(k + key * a.ks.row);
-                    for (long c = 0; c < 16; c++)
+        for (int64_t n = begin; n < end; n += 32)
+            for (int64_t t = 0; t < outer; t++) {
+                bf16* to = values + n * outer * 16 + t * 512;
+                int64_t width = a.size - 16 * t < 16 ? a.size - 16 * t : 16;
+                for (int64_t i = 0; i < 32; i++) {
+                    int64_t key = n + key_at(i);
+                    bool good = key >= a.keys || finite(k + key * a.k_steps.row);
+                    for (int64_t c = 0; c < 16; c++)
                         to[i / 2 * 32 + 2 * c + i % 2] =
                             !good           ? NOT_A_NUMBER
                             : key >= a.keys ? 0
-                            : c < width     ? v[key * a.vs.row + 16 * t + c]
+                            : c < width     ? v[key * a.v_steps.row + 16 * t + c]
                             : c == width    ? ONE
                                             : 0;
                 }
             }
     }
 
-    void lay(long i, const bf16* from) const { memcpy(query + i * inner * 32, from, a.size * 2); }
+    void lay(int64_t i, const bf16* from) const { memcpy(query + i * inner * 32, from, a.size * 2); }
 
     // In bfloat16 2^x needs no polynomial (N. Schraudolph, 1999, with a table in place of his
     // constant): as an integer of 1/128ths, x has its whole part where a float has its exponent,
@@ -81,7 +71,7 @@ struct Rounded : Head<bf16> {
             const float* s = scores + place(i, 0);
             vec shift = splat(128 * (127 - most[i] * a.scale * LOG2E)), all = splat(0);
             bf16* w = weights + i * STEP;
-            for (long j = 0; j < p.count / 32; j++, s += 1024, w += 32)
+            for (int64_t j = 0; j < p.count / 32; j++, s += 1024, w += 32)
                 all = powers<sum_them>(fma(floats(s), factor, shift),
                                        fma(floats(s + 256), factor, shift), table, w, all);
             if (sum_them) total[i] += sum(all);
@@ -92,20 +82,21 @@ struct Rounded : Head<bf16> {
         else soften_by<true>(p, most, total);
     }
     void sum_up(float* total) const {
-        for (int i = 0; counted && i < 32; i++) total[i] = summed(i, a.outer() - 1)[a.size % 16];
+        for (int i = 0; counted && i < 32; i++) total[i] = summed(i, outer - 1)[a.size % 16];
     }
 
     void weigh(const Pass& p) const {
-        for (long t = 0, wide; t < a.outer(); t += wide) {
-            wide = at_once(a.outer() - t);
-            products(wide, weights, STEP, p.count, values + p.begin * a.outer() * 16 + t * 512,
-                     a.outer() * 512, sums, t, p.begin);
+        fence();
+        for (int64_t t = 0, wide; t < outer; t += wide) {
+            wide = at_once(outer - t);
+            products(wide, weights, STEP, p.count, values + p.begin * outer * 16 + t * 512,
+                     outer * 512, sums, t, p.begin);
         }
     }
 
-    void write(long i, bf16* out, float factor) const {
-        for (long c = 0; c < a.size; c += 16) {
-            vec x = floats(summed(i, c / 16)) * splat(factor);
+    void write(int64_t i, bf16* out, float total) const {
+        for (int64_t c = 0; c < a.size; c += 16) {
+            vec x = floats(summed(i, c / 16)) * splat(1.f / total);
             store_first(out + c, narrow(x), a.size - c);
         }
     }
@@ -113,13 +104,4 @@ struct Rounded : Head<bf16> {
 
 }  // namespace
 
-extern "C" {
-
-// softmax(q·kᵀ·scale)·v of [batch, length, heads, size], each at its own steps.
-void safelight_attend(const bf16* q, const bf16* k, const bf16* v, bf16* out, const long* steps,
-                      long batch, long heads, long queries, long keys, long size, float scale) {
-    attend<Rounded>(
-        attention(q, k, v, out, steps, batch, heads, queries, keys, size, scale));
-}
-
-}  // extern "C"
+KERNEL safelight_attend(const Attention<bf16>* a) { return attend<Rounded>(*a); }

@@ -37,12 +37,12 @@ inline void store(bf16* p, vec low, vec high) {
 }
 
 // The first `count` numbers; at most 16.
-inline __mmask16 first(long count) { return count >= 16 ? 0xffff : (1u << count) - 1; }
-inline vec load_first(const float* p, long count) {  // the others are 0
+inline __mmask16 first(int64_t count) { return count >= 16 ? 0xffff : (1u << count) - 1; }
+inline vec load_first(const float* p, int64_t count) {  // the others are 0
     return count <= 0 ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(first(count), p);
 }
-inline void store_first(float* p, vec x, long count) { _mm512_mask_storeu_ps(p, first(count), x); }
-inline void store_first(bf16* p, halves x, long count) {
+inline void store_first(float* p, vec x, int64_t count) { _mm512_mask_storeu_ps(p, first(count), x); }
+inline void store_first(bf16* p, halves x, int64_t count) {
     _mm256_mask_storeu_epi16(p, first(count), x);
 }
 

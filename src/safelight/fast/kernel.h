@@ -1,14 +1,7 @@
-// What all kernels share: memory of a thread, functions of vectors, blocks of tiles, threads.
+// What kernels of bfloat16 and of tiles share: functions of vectors, blocks of tiles, threads.
 #pragma once
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-#include <omp.h>
-
-typedef uint16_t bf16;
+#include "call.h"
 
 #if defined(__AMX_BF16__)
 #include "amx.h"
@@ -19,22 +12,6 @@ typedef uint16_t bf16;
 #endif
 
 namespace {
-
-// Memory of this thread, until it asks for more or ends.
-struct Scratch {
-    void* held = nullptr;
-    size_t size = 0;
-    ~Scratch() { free(held); }
-};
-inline void* scratch(size_t bytes) {
-    static thread_local Scratch mine;
-    if (mine.size < bytes) {
-        free(mine.held);
-        mine.size = (bytes + 4095) & ~size_t(4095);
-        mine.held = aligned_alloc(4096, mine.size);
-    }
-    return mine.held;
-}
 
 // Fetches a line into the second-level cache.
 inline void fetch(const char* line) { __builtin_prefetch(line, 0, 2); }
@@ -52,7 +29,6 @@ inline vec exp2(vec x) {
     y = fma(y, f, splat(1.f));
     return scale(y, n);
 }
-const float LOG2E = 1.44269504f;
 
 // x·Phi(x): erfc by Abramowitz and Stegun 7.1.26, to 2e-7; unless `fine`, to the 6e-5 of a quick
 // reciprocal, of which bfloat16 sees nothing.
@@ -71,8 +47,24 @@ template <bool fine> inline vec gelu(vec x) {
     return x * complement(x, tail);
 }
 
+// value · gelu(gate), of `count` numbers, a multiple of 16 of them.
+template <class T> struct Gate {
+    const T *value, *gate;
+    T* out;
+    int64_t count;
+};
+inline vec load(const float* p) { return floats(p); }
+template <bool fine, class T> const char* gate(const Gate<T>& p) {
+    REQUIRE(sizes({p.count}) && p.count % 16 == 0);
+    REQUIRE(!p.count || pointers(p.value, p.gate, p.out));
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < p.count; i += 16)
+        store(p.out + i, load(p.value + i) * gelu<fine>(load(p.gate + i)));
+    return nullptr;
+}
+
 // 32 numbers of each of 16 rows, `stride` apart, into one tile of weights: pairs of k side by side.
-inline void pack_tile(const bf16* rows, long stride, bf16* out) {
+inline void pack_tile(const bf16* rows, int64_t stride, bf16* out) {
     uint32_t* pairs = (uint32_t*)out;
     for (int n = 0; n < 16; n++)
         for (int r = 0; r < 16; r++) {
@@ -82,7 +74,9 @@ inline void pack_tile(const bf16* rows, long stride, bf16* out) {
 
 // Four tiles of sums, of 32 rows by 32 columns, lie one after the other; further columns follow.
 // This is where row i of the columns 16·t begins.
-inline long place(long i, long t) { return i / 16 * 512 + i % 16 * 16 + t / 2 * 1024 + t % 2 * 256; }
+inline int64_t place(int64_t i, int64_t t) {
+    return i / 16 * 512 + i % 16 * 16 + t / 2 * 1024 + t % 2 * 256;
+}
 
 }  // namespace
 
@@ -95,15 +89,15 @@ inline long place(long i, long t) { return i / 16 * 512 + i % 16 * 16 + t / 2 * 
 namespace {
 
 // act(m0, m1, n0, n1) by all threads: rows in chunks of `tall`, panels of columns in `splits` parts.
-template <class Do> void regions(long rows, long tall, long panels, long splits, Do act) {
-    long chunks = (rows + tall - 1) / tall;
+template <class Do> void regions(int64_t rows, int64_t tall, int64_t panels, int64_t splits, Do act) {
+    int64_t chunks = (rows + tall - 1) / tall;
     if (splits > panels) splits = panels;
 #pragma omp parallel
     {
         Tiles tiles;
 #pragma omp for schedule(static) collapse(2)
-        for (long s = 0; s < splits; s++)
-            for (long c = 0; c < chunks; c++)
+        for (int64_t s = 0; s < splits; s++)
+            for (int64_t c = 0; c < chunks; c++)
                 act(c * tall, (c + 1) * tall < rows ? (c + 1) * tall : rows, s * panels / splits,
                     (s + 1) * panels / splits);
     }

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import c_float, c_int, c_long, c_void_p
+import sys
+from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,37 +31,94 @@ from safelight.errors import SafelightError
 
 SETTINGS = ("auto", "avx512", "avx2", "portable", "off")
 LIBRARIES = ("amx", "avx512", "avx2", "portable")
+SUFFIX = ".dll" if sys.platform == "win32" else ".so"
 
+INTERFACE = 2
+"""What a library's safelight_interface() returns: call.h has the same number."""
+
+_STEPS = " ".join(
+    f"{name}_{dim}" for name in ("q", "k", "v", "out") for dim in ("batch", "row", "head")
+)
+
+
+def _struct(pointers: str, sizes: str, floats: str = "") -> type[Structure]:
+    """Return a kernel's arguments, in the order of its struct in C++."""
+    groups = {c_void_p: pointers, c_int64: sizes, c_float: floats}
+    fields = [(name, kind) for kind, names in groups.items() for name in names.split()]
+    return type("Arguments", (Structure,), {"_fields_": fields})
+
+
+_ATTENTION = _struct("q k v out", f"{_STEPS} batch heads queries keys size", "scale")
+_GATE = _struct("value gate out", "count")
 _VECTORS = {
-    "safelight_moments": [c_void_p] * 4 + [c_long] * 4 + [c_float],
-    "safelight_normalise": [c_void_p] * 3 + [c_long] * 3,
-    "safelight_layer_norm": [c_void_p] * 6 + [c_long] * 2 + [c_float],
-    "safelight_gate": [c_void_p] * 3 + [c_long],
-    "safelight_attend": [c_void_p] * 5 + [c_long] * 5 + [c_float],
+    "attend": _ATTENTION,
+    "gate": _GATE,
+    "layer_norm": _struct("x plus total factor shift out", "rows channels", "eps"),
+    "moments": _struct("x scale shift factors", "images positions channels groups", "eps"),
+    "normalise": _struct("x factors out", "images positions channels"),
 }
 _TILES = {
-    "safelight_pack": [c_void_p] * 2 + [c_long] * 2,
-    "safelight_conv": [c_void_p, c_long, c_void_p, c_void_p, c_long, c_void_p, c_void_p]
-    + [c_long] * 6
-    + [c_int]
-    + [c_long] * 3,
-    "safelight_lay": [c_void_p] * 3 + [c_long] * 7,
-    "safelight_split_pack": [c_void_p] * 2 + [c_long] * 2,
-    "safelight_split_linear": [c_void_p] * 5 + [c_long] * 3,
-    "safelight_split_gate": [c_void_p] * 3 + [c_long],
-    "safelight_split_attend": [c_void_p] * 5 + [c_long] * 5 + [c_float],
+    "conv": _struct(
+        "x weights bias plus out",
+        "plane bias_step images height width border channels columns side spread down right",
+    ),
+    "lay": _struct("x factors out", "plane images height width channels first last"),
+    "pack": _struct("w out", "columns blocks"),
+    "split_attend": _ATTENTION,
+    "split_gate": _GATE,
+    "split_linear": _struct("x weights bias plus out", "rows inner columns"),
+    "split_pack": _struct("w out", "columns inner"),
 }
 _WINOGRAD = {
-    "safelight_spread": [c_void_p] * 2 + [c_long] * 8,
-    "safelight_gather": [c_void_p] * 2 + [c_long] + [c_void_p] * 2 + [c_long] * 6,
+    "gather": _struct("sums bias plus out", "bias_step height width channels side first last"),
+    "spread": _struct("x planes", "plane height width channels scale side first last"),
 }
-_FLOATS = {"safelight_attend_floats": [c_void_p] * 5 + [c_long] * 5 + [c_float]}
+_FLOATS = {"attend_floats": _ATTENTION}
 _ARGUMENTS = {
     "amx": _VECTORS | _TILES,
     "avx512": _VECTORS | _FLOATS,
     "avx2": _WINOGRAD | _FLOATS,
     "portable": _VECTORS | _TILES | _WINOGRAD | _FLOATS,
 }
+
+
+class Library:
+    """A compiled library. Its kernels are called by name, with the fields of their structs."""
+
+    def __init__(self, variant: str, file: Path) -> None:
+        self.variant = variant
+        self._library = ctypes.CDLL(str(file))
+        self._kernels: dict[str, Any] = {}
+        if not self.fits():
+            return
+        for name, struct in _ARGUMENTS[variant].items():
+            kernel: Any = getattr(self._library, f"safelight_{name}")
+            kernel.argtypes, kernel.restype = [POINTER(struct)], c_char_p
+            self._kernels[name] = kernel, struct, {field[0] for field in struct._fields_}
+
+    def fits(self) -> bool:
+        """Return whether it was compiled from sources of this version."""
+        return (
+            hasattr(self._library, "safelight_interface")
+            and self._library.safelight_interface() == INTERFACE
+        )
+
+    def permitted(self) -> bool:
+        """Return whether the operating system lets this process use its instructions."""
+        return self.variant != "amx" or bool(self._library.safelight_init())
+
+    def call(self, name: str, **arguments: Tensor | int | float | None) -> None:
+        """Run a kernel. A tensor stands for the address of its first number.
+
+        ValueError names the condition in C++ that the arguments break; nothing has been computed.
+        """
+        kernel, struct, names = self._kernels[name]
+        if arguments.keys() != names:
+            raise TypeError(f"{name} takes {sorted(names)}")
+        given = {n: a.data_ptr() if isinstance(a, Tensor) else a for n, a in arguments.items()}
+        broken = kernel(byref(struct(**given)))
+        if broken is not None:
+            raise ValueError(f"{name}({given}): not {broken.decode()}")
 
 
 def setting() -> str:
@@ -83,46 +141,69 @@ def allowed() -> tuple[str, ...]:
     }[setting()]
 
 
-def tiles() -> Any:
+def tiles() -> Library | None:
     """The library of products by tiles (AMX, or portable where that is asked for), or None."""
-    return _first(allowed(), "safelight_conv")
+    return _first(allowed(), "conv")
 
 
-def vectors() -> Any:
+def vectors() -> Library | None:
     """The library of attention, norms and gates in bfloat16, or None."""
-    return _first(allowed(), "safelight_attend")
+    return _first(allowed(), "attend")
 
 
-def floats() -> Any:
+def floats() -> Library | None:
     """The library of attention in float32, or None."""
-    return _first(allowed(), "safelight_attend_floats")
+    return _first(allowed(), "attend_floats")
 
 
-def winograd() -> Any:
+def winograd() -> Library | None:
     """The library of Winograd convolutions, or None."""
-    return _first(allowed(), "safelight_spread")
+    return _first(allowed(), "spread")
+
+
+def required(library: Library | None) -> Library:
+    """Return a library that is there. RuntimeError if it is not."""
+    if library is None:
+        raise RuntimeError("these kernels cannot run here: `safelight doctor` says why")
+    return library
 
 
 @cache
-def _first(names: tuple[str, ...], function: str) -> Any:
-    """The first of these libraries that has a function and can run here, or None."""
-    for name in names:
-        if function in _ARGUMENTS[name] and not refusal(name):
-            return _load(name)
-    return None
+def _first(names: tuple[str, ...], kernel: str) -> Library | None:
+    """The first of these libraries that has a kernel and can run here, or None."""
+    return next((_load(n) for n in names if kernel in _ARGUMENTS[n] and not refusal(n)), None)
+
+
+NOT_BUILT = "not built: there was no C++ compiler when Safelight was installed"
+
+
+def lacks(name: str) -> str:
+    """What of a library's instructions this processor lacks; empty if none."""
+    has = {
+        "amx": has_amx,
+        "avx512": has_avx512,
+        "avx2": torch.cpu._is_avx2_supported,
+        "portable": lambda: True,
+    }
+    names = {"amx": "AMX", "avx512": "AVX512-BF16", "avx2": "AVX2"}
+    return "" if has[name]() else names[name]
 
 
 def refusal(name: str) -> str:
     """Why a library cannot run here; empty if it can."""
-    if name == "amx" and not has_amx():
-        return "this processor has no AMX"
-    if name == "avx512" and not has_avx512():
-        return "this processor has no AVX512-BF16"
-    if name == "avx2" and not torch.cpu._is_avx2_supported():
-        return "this processor has no AVX2"
+    if missing := lacks(name):
+        return f"this processor has no {missing}"
     if built(name) is None:
-        return "not built: there was no C++ compiler when Safelight was installed"
-    return "" if _load(name) is not None else "the operating system does not permit AMX"
+        return NOT_BUILT
+    library = _load(name)
+    if not library.fits():
+        return "built from other sources: install Safelight again"
+    return "" if library.permitted() else "the operating system does not permit AMX"
+
+
+def missing() -> list[str]:
+    """Names of libraries that this processor could use and that cannot be loaded."""
+    return [name for name in allowed() if not lacks(name) and refusal(name)]
 
 
 def has_amx() -> bool:
@@ -138,17 +219,13 @@ def has_avx512() -> bool:
 
 def built(name: str) -> Path | None:
     """The file of a library, if it was built."""
-    return next(iter(sorted(Path(__file__).parent.glob(f"_{name}.*so"))), None)
+    file = Path(__file__).with_name(f"_{name}{SUFFIX}")
+    return file if file.exists() else None
 
 
 @cache
-def _load(name: str) -> Any:
-    found: Any = ctypes.CDLL(str(built(name)))
-    found.variant = name
-    for function, types in _ARGUMENTS[name].items():
-        getattr(found, function).argtypes = types
-        getattr(found, function).restype = None
-    return found if name != "amx" or found.safelight_init() else None
+def _load(name: str) -> Library:
+    return Library(name, Path(__file__).with_name(f"_{name}{SUFFIX}"))
 
 
 def plain_3x3(conv: nn.Conv2d, lanes: int) -> bool:
@@ -159,8 +236,3 @@ def plain_3x3(conv: nn.Conv2d, lanes: int) -> bool:
         and conv.padding == (1, 1)
         and conv.stride == conv.dilation == (1, 1)
     )
-
-
-def at(tensor: Tensor | None) -> int | None:
-    """The address of a tensor's first number."""
-    return None if tensor is None else tensor.data_ptr()

@@ -73,15 +73,15 @@ inline void store(bf16* p, vec low, vec high) {
     store(p + 16, high);
 }
 
-inline vec load_first(const float* p, long count) {
+inline vec load_first(const float* p, int64_t count) {
     vec x = {};
     if (count > 0) memcpy(&x, p, (count < 16 ? count : 16) * sizeof *p);
     return x;
 }
-inline void store_first(float* p, vec x, long count) {
+inline void store_first(float* p, vec x, int64_t count) {
     memcpy(p, &x, (count < 16 ? count : 16) * sizeof *p);
 }
-inline void store_first(bf16* p, halves x, long count) {
+inline void store_first(bf16* p, halves x, int64_t count) {
     memcpy(p, &x, (count < 16 ? count : 16) * sizeof *p);
 }
 
@@ -111,10 +111,10 @@ struct alignas(64) Tile {
 thread_local Tile tiles_of_thread[8];
 
 inline void _tile_zero(int t) { tiles_of_thread[t] = {}; }
-inline void _tile_loadd(int t, const void* from, long stride) {
+inline void _tile_loadd(int t, const void* from, int64_t stride) {
     for (int i = 0; i < 16; i++) memcpy(tiles_of_thread[t].row[i], (const char*)from + i * stride, 64);
 }
-inline void _tile_stored(int t, void* to, long stride) {
+inline void _tile_stored(int t, void* to, int64_t stride) {
     for (int i = 0; i < 16; i++) memcpy((char*)to + i * stride, tiles_of_thread[t].row[i], 64);
 }
 inline void _tile_dpbf16ps(int to, int a, int b) {

@@ -1,8 +1,6 @@
 // Products of float32 on AMX tiles, which take bfloat16: each number is the sum of two, its head and
 // what is left of it, and a product is head·head + left·head + head·left (Henry, Tang and Heinecke,
 // arXiv:1904.06376). What is missing is about 2^-17 of it. Sums are float32.
-//
-// Plain C interface: pointers and sizes, no Python and no torch headers.
 
 #include "heads.h"
 
@@ -20,23 +18,24 @@ inline void halve(const float* from, bf16* heads, bf16* lefts) {
 // --- linear layers ------------------------------------------------------------------------------
 
 // 32 by 32 numbers are four tiles: two of heads, two of what is left.
-const long BLOCK = 2048;
+const int64_t BLOCK = 2048;
 // Rows that a thread takes at once, and blocks of 32 of their numbers: they stay in the
 // second-level cache while all columns' weights pass.
-const long TALL = 256, DEEP = 40;
+const int64_t TALL = 256, DEEP = 40;
 
+// out = x·weightsᵀ + bias + plus; out and plus are [rows][columns], bias and plus may be null.
 struct Linear {
     const float* x;         // [rows][inner]
     const bf16* weights;    // [columns/32][inner/32][BLOCK]
     const float *bias, *plus;
-    float* out;             // [rows][columns]
-    long rows, inner, columns;
+    float* out;
+    int64_t rows, inner, columns;
 };
 
 // Adds `blocks` products of 32 rows and a panel of 32 columns to the tiles of sums. Meanwhile the
 // lines of `next`, if any, are fetched: what tiles read costs more than what they multiply.
-inline void multiply(const bf16* x, const bf16* w, long blocks, const char* next) {
-    for (long k = 0; k < blocks; k++, x += BLOCK, w += BLOCK) {
+inline void multiply(const bf16* x, const bf16* w, int64_t blocks, const char* next) {
+    for (int64_t k = 0; k < blocks; k++, x += BLOCK, w += BLOCK) {
         _tile_loadd(4, x, 64);
         _tile_loadd(6, w + 1024, 64);
         _tile_dpbf16ps(0, 4, 6);
@@ -65,13 +64,13 @@ inline void multiply(const bf16* x, const bf16* w, long blocks, const char* next
 // 32 rows by 32 columns whose sums are there.
 struct Done {
     const float* sums;
-    long row, rows, column;
+    int64_t row, rows, column;
 };
 
 void finish(const Linear& p, const Done& d, bool first) {
-    for (long i = 0; i < d.rows; i++) {
+    for (int64_t i = 0; i < d.rows; i++) {
         const float* sums = d.sums + i / 16 * 512 + i % 16 * 16;
-        long at = (d.row + i) * p.columns + d.column;
+        int64_t at = (d.row + i) * p.columns + d.column;
         for (int half = 0; half < 32; half += 16, sums += 256) {
             vec total = floats(sums);
             if (!first) total = total + floats(p.out + at + half);
@@ -83,15 +82,15 @@ void finish(const Linear& p, const Done& d, bool first) {
 }
 
 // Rows m0..m1 by panels n0..n1.
-void region(const Linear& p, long m0, long m1, long n0, long n1) {
-    long tall = (m1 - m0 + 31) / 32, blocks = p.inner / 32, deep = blocks < DEEP ? blocks : DEEP;
+void region(const Linear& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
+    int64_t tall = (m1 - m0 + 31) / 32, blocks = p.inner / 32, deep = blocks < DEEP ? blocks : DEEP;
     bf16* x = (bf16*)scratch(tall * deep * BLOCK * 2 + 2 * 4096);
     float* sums = (float*)(x + tall * deep * BLOCK);
-    for (long first = 0; first < blocks; first += deep) {
-        long now = blocks - first < deep ? blocks - first : deep;
-        for (long m = m0; m < m0 + 32 * tall; m++) {
+    for (int64_t first = 0; first < blocks; first += deep) {
+        int64_t now = blocks - first < deep ? blocks - first : deep;
+        for (int64_t m = m0; m < m0 + 32 * tall; m++) {
             bf16* to = x + (m - m0) / 32 * now * BLOCK + (m - m0) % 32 * 32;
-            for (long k = 0; k < now; k++, to += BLOCK) {
+            for (int64_t k = 0; k < now; k++, to += BLOCK) {
                 if (m < m1) halve(p.x + m * p.inner + (first + k) * 32, to, to + 1024);
                 else memset(to, 0, 64), memset(to + 1024, 0, 64);
             }
@@ -100,9 +99,9 @@ void region(const Linear& p, long m0, long m1, long n0, long n1) {
         // A block's sums are finished while the next block's are made: what tiles have stored
         // cannot be read at once.
         Done ready{nullptr, 0, 0, 0};
-        for (long n = n0, turn = 0; n < n1; n++) {
+        for (int64_t n = n0, turn = 0; n < n1; n++) {
             const bf16* w = p.weights + (n * blocks + first) * BLOCK;
-            for (long i = 0; i < tall; i++, turn++) {
+            for (int64_t i = 0; i < tall; i++, turn++) {
                 bool fetch = n + 1 < n1 && i < 8;
                 clear();
                 multiply(x + i * now * BLOCK, w, now,
@@ -121,21 +120,16 @@ void region(const Linear& p, long m0, long m1, long n0, long n1) {
 
 // Scores are one product: of (head, rest, head) of a query and (head, head, rest) of a key. Of the
 // weights and the values, heads and rests lie apart.
-struct Split : Head<float> {
-    bf16 *values, *value_rests, *weights, *weight_rests;
+struct Split : Head<float, 3, 2> {
+    bf16 *const value_rests, *const weight_rests;
 
-    explicit Split(const Attend<float>& a)
-        : Head(a, (3 * a.size + 31) / 32, (3 * a.size + 31) / 32 * 32,
-               2 * (a.padded() * a.outer() * 32 + 32 * STEP * 2)) {
-        values = take_room<bf16>(a.padded() * a.outer() * 32);
-        value_rests = take_room<bf16>(a.padded() * a.outer() * 32);
-        weights = take_room<bf16>(32 * STEP * 2);
-        weight_rests = take_room<bf16>(32 * STEP * 2);
-    }
+    Split(const Attention<float>& a, char* packed)
+        : Head(a, packed), value_rests(values + padded * outer * 16),
+          weight_rests(weights + 32 * STEP) {}
 
     // A query or a key: its heads, and its rests in the second or the third place.
     void lay_out(const float* from, bf16* to, bool is_query) const {
-        for (long c = 0; c < a.size; c += 16) {
+        for (int64_t c = 0; c < a.size; c += 16) {
             vec x = load_first(from + c, a.size - c);
             halves head = narrow(x), rest = narrow(x - widen(head));
             store_first(to + c, head, a.size - c);
@@ -143,27 +137,25 @@ struct Split : Head<float> {
             store_first(to + 2 * a.size + c, is_query ? head : rest, a.size - c);
         }
     }
-    void lay(long i, const float* from) const { lay_out(from, query + i * inner * 32, true); }
+    void lay(int64_t i, const float* from) const { lay_out(from, query + i * inner * 32, true); }
 
-    void pack(long b, long head) const {
-        const float* k = a.k + b * a.ks.batch + head * a.ks.head;
-        const float* v = a.v + b * a.vs.batch + head * a.vs.head;
+    void pack(const float* k, const float* v, int64_t begin, int64_t end) const {
         bf16* rows = query;  // not needed yet: 16 keys
-        for (long n = 0; n < a.padded(); n += 16) {
+        for (int64_t n = begin; n < end; n += 16) {
             memset(rows, 0, 16 * inner * 64);
-            for (long i = 0; i < 16 && n + i < a.keys; i++)
-                lay_out(k + (n + i) * a.ks.row, rows + i * inner * 32, false);
-            for (long t = 0; t < inner; t++)
+            for (int64_t i = 0; i < 16 && n + i < a.keys; i++)
+                lay_out(k + (n + i) * a.k_steps.row, rows + i * inner * 32, false);
+            for (int64_t t = 0; t < inner; t++)
                 pack_tile(rows + t * 32, inner * 32,
                           keys + (n / 32 * inner + t) * 1024 + n % 32 * 32);
         }
-        for (long n = 0; n < a.padded(); n++)
-            for (long c = 0; c < a.size; c += 16) {
-                vec x = load_first(v + n * a.vs.row + c, n < a.keys ? a.size - c : 0);
+        for (int64_t n = begin; n < end; n++)
+            for (int64_t c = 0; c < a.size; c += 16) {
+                vec x = load_first(v + n * a.v_steps.row + c, n < a.keys ? a.size - c : 0);
                 alignas(64) bf16 heads[16], rests[16];
                 store(heads, x);
                 store(rests, x - load(heads));
-                long at = (n / 32 * a.outer() + c / 16) * 512 + n % 32 / 2 * 32 + n % 2;
+                int64_t at = (n / 32 * outer + c / 16) * 512 + n % 32 / 2 * 32 + n % 2;
                 for (int i = 0; i < 16; i++) {
                     values[at + 2 * i] = heads[i];
                     value_rests[at + 2 * i] = rests[i];
@@ -177,7 +169,7 @@ struct Split : Head<float> {
             const float* s = scores + place(i, 0);
             const vec shift = splat(-most[i] * a.scale * LOG2E);
             vec all = splat(0);
-            for (long j = 0; j < p.count; j += 32, s += 1024) {
+            for (int64_t j = 0; j < p.count; j += 32, s += 1024) {
                 vec low = exp2(fma(floats(s), factor, shift));
                 vec high = exp2(fma(floats(s + 256), factor, shift));
                 all = all + (low + high);
@@ -188,19 +180,20 @@ struct Split : Head<float> {
     }
 
     void weigh(const Pass& p) const {
-        for (long t = 0; t < a.outer(); t += 2) {
-            if (t + 1 < a.outer()) weigh_tiles<true>(p, t);
+        fence();
+        for (int64_t t = 0; t < outer; t += 2) {
+            if (t + 1 < outer) weigh_tiles<true>(p, t);
             else weigh_tiles<false>(p, t);
         }
     }
     // Two of the value's tiles, or the last one of an odd number: what the weights' rests give then
     // goes where the second one's sums would be, for sums of two tiles alone wait for one another.
-    template <bool two> void weigh_tiles(const Pass& p, long t) const {
+    template <bool two> void weigh_tiles(const Pass& p, int64_t t) const {
         const bf16 *w = weights, *rests = weight_rests;
-        long at = p.begin * a.outer() * 16 + t * 512;
+        int64_t at = p.begin * outer * 16 + t * 512;
         if (p.begin) take(sums + t * 512);
         else clear();
-        for (long j = 0; j < p.count; j += 32, w += 32, rests += 32, at += a.outer() * 512) {
+        for (int64_t j = 0; j < p.count; j += 32, w += 32, rests += 32, at += outer * 512) {
             _tile_loadd(4, w, STEP * 2);
             _tile_loadd(6, value_rests + at, 64);
             _tile_dpbf16ps(0, 4, 6);
@@ -234,13 +227,13 @@ struct Split : Head<float> {
         give(sums + t * 512);
     }
 
-    void write(long i, float* out, float factor) const {
-        for (long c = 0; c < a.size; c += 16) {
+    void write(int64_t i, float* out, float total) const {
+        for (int64_t c = 0; c < a.size; c += 16) {
             const float* found = summed(i, c / 16);
             vec x = floats(found);
             bool alone = c % 32 == 0 && c + 16 >= a.size;
             if (alone) x = x + floats(found + 256);
-            x = x * splat(factor);
+            x = x * splat(1.f / total);
             store_first(out + c, x, a.size - c);
         }
     }
@@ -248,45 +241,43 @@ struct Split : Head<float> {
 
 }  // namespace
 
-extern "C" {
-
 // weights [columns][inner], both multiples of 32, into the order that products want.
-void safelight_split_pack(const float* w, bf16* out, long columns, long inner) {
+struct SplitPack {
+    const float* w;
+    bf16* out;
+    int64_t columns, inner;
+};
+KERNEL safelight_split_pack(const SplitPack* p) {
+    REQUIRE(sizes({p->columns, p->inner}) && p->columns % 32 == 0 && p->inner % 32 == 0);
+    REQUIRE(pointers(p->w, p->out));
+    const int64_t inner = p->inner;
 #pragma omp parallel for
-    for (long n = 0; n < columns; n += 16)
-        for (long k = 0; k < inner; k += 32) {
+    for (int64_t n = 0; n < p->columns; n += 16)
+        for (int64_t k = 0; k < inner; k += 32) {
             alignas(64) bf16 heads[512], lefts[512];
-            for (long i = 0; i < 16; i++) halve(w + (n + i) * inner + k, heads + 32 * i, lefts + 32 * i);
-            bf16* to = out + (n / 32 * inner + k) / 32 * BLOCK + n % 32 * 32;
+            for (int64_t i = 0; i < 16; i++)
+                halve(p->w + (n + i) * inner + k, heads + 32 * i, lefts + 32 * i);
+            bf16* to = p->out + (n / 32 * inner + k) / 32 * BLOCK + n % 32 * 32;
             pack_tile(heads, 32, to);
             pack_tile(lefts, 32, to + 1024);
         }
+    return nullptr;
 }
 
-// out = x·weightsᵀ + bias + plus; x [rows][inner], out and plus [rows][columns], bias and plus or null.
-void safelight_split_linear(const float* x, const bf16* weights, const float* bias,
-                            const float* plus, float* out, long rows, long inner, long columns) {
-    Linear p{x, weights, bias, plus, out, rows, inner, columns};
-    long threads = omp_get_max_threads(), panels = columns / 32, chunks = (rows + TALL - 1) / TALL;
+KERNEL safelight_split_linear(const Linear* p) {
+    REQUIRE(sizes({p->rows, p->columns, p->inner}) && p->columns % 32 == 0 && p->inner % 32 == 0);
+    REQUIRE(p->inner > 0);
+    REQUIRE(pointers(p->x, p->weights, p->out) && pointer_or_null(p->bias));
+    REQUIRE(pointer_or_null(p->plus));
+    int64_t threads = omp_get_max_threads(), panels = p->columns / 32;
+    int64_t chunks = (p->rows + TALL - 1) / TALL;
     // Of few rows each thread takes them all, and some of the columns.
-    long splits = chunks % threads && chunks < 2 * threads ? threads : 1;
-    regions(rows, TALL, panels, splits, [&](long m0, long m1, long n0, long n1) {
-        region(p, m0, m1, n0, n1);
-    });
+    int64_t splits = chunks % threads && chunks < 2 * threads ? threads : 1;
+    regions(p->rows, TALL, panels, splits,
+            [&](int64_t m0, int64_t m1, int64_t n0, int64_t n1) { region(*p, m0, m1, n0, n1); });
+    return nullptr;
 }
 
-// value · gelu(gate), of `count` numbers, a multiple of 16 of them.
-void safelight_split_gate(const float* value, const float* gate, float* out, long count) {
-#pragma omp parallel for schedule(static)
-    for (long i = 0; i < count; i += 16)
-        store(out + i, floats(value + i) * gelu<true>(floats(gate + i)));
-}
+KERNEL safelight_split_gate(const Gate<float>* p) { return gate<true>(*p); }
 
-// softmax(q·kᵀ·scale)·v of [batch, length, heads, size], each at its own steps.
-void safelight_split_attend(const float* q, const float* k, const float* v, float* out,
-                            const long* steps, long batch, long heads, long queries, long keys,
-                            long size, float scale) {
-    attend<Split>(attention(q, k, v, out, steps, batch, heads, queries, keys, size, scale));
-}
-
-}  // extern "C"
+KERNEL safelight_split_attend(const Attention<float>* a) { return attend<Split>(*a); }

@@ -9,13 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from safelight.fast import onednn, tiles, vectors
-from safelight.fast.kernels import at
+from safelight.fast import kernels, onednn, tiles, vectors
 from safelight.fast.store import ARENA
 
 
 def available(dtype: torch.dtype) -> bool:
-    return dtype == torch.float32 and tiles.library() is not None
+    return dtype == torch.float32 and kernels.tiles() is not None
 
 
 def matrix(weight: Tensor, bias: Tensor | None, count: int) -> onednn.Matrix | Matrix:
@@ -31,8 +30,9 @@ class Matrix:
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.columns, self.inner = weight.shape
         packed = ARENA.room(2 * weight.numel())
-        tiles.library().safelight_split_pack(
-            at(weight.contiguous()), at(packed), self.columns, self.inner
+        weight = weight.contiguous()
+        tiles.library().call(
+            "split_pack", w=weight, out=packed, columns=self.columns, inner=self.inner
         )
         self.packed = ARENA.keep(packed)
         self.bias = None if bias is None else bias.float().contiguous()
@@ -44,15 +44,16 @@ class Matrix:
         out = x.new_empty(*x.shape[:-1], self.columns)
         if plus is not None:
             plus = plus.to(out).expand_as(out).contiguous()
-        tiles.library().safelight_split_linear(
-            at(x),
-            at(self.packed()),
-            at(self.bias),
-            at(plus),
-            at(out),
-            x.numel() // self.inner,
-            self.inner,
-            self.columns,
+        tiles.library().call(
+            "split_linear",
+            x=x,
+            weights=self.packed(),
+            bias=self.bias,
+            plus=plus,
+            out=out,
+            rows=x.numel() // self.inner,
+            inner=self.inner,
+            columns=self.columns,
         )
         return out
 
@@ -61,10 +62,10 @@ def gate(value: Tensor, by: Tensor) -> Tensor:
     """As vectors.gate, in float32."""
     value, by = value.contiguous(), by.contiguous()
     out = torch.empty_like(value)
-    tiles.library().safelight_split_gate(at(value), at(by), at(out), out.numel())
+    tiles.library().call("split_gate", value=value, gate=by, out=out, count=out.numel())
     return out
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """As vectors.attend, in float32."""
-    return vectors.attend_by(tiles.library().safelight_split_attend, torch.float32, q, k, v)
+    return vectors.attend_by(tiles.library(), "split_attend", torch.float32, q, k, v)

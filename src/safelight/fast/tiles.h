@@ -4,7 +4,7 @@
 namespace {
 
 // Tiles of columns that `products` takes at once.
-inline long at_once(long left) { return left < 2 ? left : 2; }
+inline int64_t at_once(int64_t left) { return left < 2 ? left : 2; }
 
 // Tiles 0 to 3 are the sums of a block of 32 rows by 32 columns.
 inline void clear() {
@@ -32,12 +32,12 @@ inline void give(float* sums) {
 // side: the next 32 numbers' are `apart` from them. The sums go to columns 16·t on, t even; `add`:
 // are added to what is there.
 template <int wide>
-inline void products_of(const bf16* rows, long stride, long depth, const bf16* w, long apart,
-                        float* sums, long t, bool add) {
+inline void products_of(const bf16* rows, int64_t stride, int64_t depth, const bf16* w, int64_t apart,
+                        float* sums, int64_t t, bool add) {
     const bf16* low = rows + 16 * stride;
     if (add) take(sums + place(0, t));
     else clear();
-    for (long k = 0; k < depth; k += 32, rows += 32, low += 32, w += apart) {
+    for (int64_t k = 0; k < depth; k += 32, rows += 32, low += 32, w += apart) {
         _tile_loadd(4, rows, stride * 2);
         _tile_loadd(6, w, 64);
         _tile_dpbf16ps(0, 4, 6);
@@ -51,8 +51,8 @@ inline void products_of(const bf16* rows, long stride, long depth, const bf16* w
     }
     give(sums + place(0, t));
 }
-inline void products(long wide, const bf16* rows, long stride, long depth, const bf16* w,
-                     long apart, float* sums, long t, bool add) {
+inline void products(int64_t wide, const bf16* rows, int64_t stride, int64_t depth, const bf16* w,
+                     int64_t apart, float* sums, int64_t t, bool add) {
     if (wide > 1) products_of<2>(rows, stride, depth, w, apart, sums, t, add);
     else products_of<1>(rows, stride, depth, w, apart, sums, t, add);
 }

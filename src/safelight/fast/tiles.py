@@ -6,16 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from safelight.fast import kernels
-from safelight.fast.kernels import at
+from safelight.fast.kernels import Library
 from safelight.fast.onednn import quarters
 from safelight.fast.store import ARENA, Store
 from safelight.progress import get_on
 
-library = kernels.tiles
+
+def library() -> Library:
+    return kernels.required(kernels.tiles())
 
 
 def available(dtype: torch.dtype) -> bool:
-    return dtype == torch.bfloat16 and library() is not None
+    return dtype == torch.bfloat16 and kernels.tiles() is not None
 
 
 class _Weights:
@@ -30,9 +32,8 @@ class _Weights:
         taps = self.side**2
         weight = weight.reshape(self.columns, -1, 32, taps).transpose(2, 3).contiguous()
         packed = store.room(weight.numel())
-        library().safelight_pack(
-            weight.data_ptr(), packed.data_ptr(), self.columns, self.channels // 32 * taps
-        )
+        blocks = self.channels // 32 * taps
+        library().call("pack", w=weight, out=packed, columns=self.columns, blocks=blocks)
         self.packed = store.keep(packed)
 
 
@@ -73,17 +74,18 @@ class Map:
         # Beyond the end, numbers are read for whole tiles, multiplied, and not kept.
         memory = torch.empty(channels // 32 * plane + (16 + 3 * (width + 2)) * 32, dtype=x.dtype)
         memory[channels // 32 * plane :] = 0
-        library().safelight_lay(
-            x.data_ptr(),
-            None if self.factors is None else self.factors[pictures].data_ptr(),
-            memory.data_ptr(),
-            plane,
-            batch,
-            height,
-            width,
-            channels,
-            first,
-            last,
+        library().call(
+            "lay",
+            x=x,
+            factors=None if self.factors is None else self.factors[pictures],
+            out=memory,
+            plane=plane,
+            images=batch,
+            height=height,
+            width=width,
+            channels=channels,
+            first=first,
+            last=last,
         )
         return memory, plane
 
@@ -143,22 +145,25 @@ def _convolve(
 ) -> None:
     """out: [batch, h, w, columns], h and w those of the map times the first of spread."""
     per_picture = bias is not None and bias.dim() == 2 and len(bias) > 1
-    library().safelight_conv(
-        memory.data_ptr(),
-        plane,
-        w.packed().data_ptr(),
-        at(bias),
-        w.columns if per_picture else 0,
-        at(plus),
-        out.data_ptr(),
-        out.shape[0],
-        out.shape[1] // spread[0],
-        out.shape[2] // spread[0],
-        2,
-        w.channels,
-        w.columns,
-        w.side,
-        *spread,
+    library().call(
+        "conv",
+        x=memory,
+        weights=w.packed(),
+        bias=bias,
+        plus=plus,
+        out=out,
+        plane=plane,
+        bias_step=w.columns if per_picture else 0,
+        images=out.shape[0],
+        height=out.shape[1] // spread[0],
+        width=out.shape[2] // spread[0],
+        border=2,
+        channels=w.channels,
+        columns=w.columns,
+        side=w.side,
+        spread=spread[0],
+        down=spread[1],
+        right=spread[2],
     )
 
 

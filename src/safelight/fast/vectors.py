@@ -5,20 +5,19 @@ They are in attention.cpp and norms.cpp for bfloat16, and in floats.cpp for floa
 
 from __future__ import annotations
 
-from ctypes import c_long
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from safelight.fast import kernels
-from safelight.fast.kernels import at
+from safelight.fast.kernels import Library
 
-library = kernels.vectors
+
+def library() -> Library:
+    return kernels.required(kernels.vectors())
 
 
 def available(dtype: torch.dtype) -> bool:
-    return dtype == torch.bfloat16 and library() is not None
+    return dtype == torch.bfloat16 and kernels.vectors() is not None
 
 
 def fits_norm(norm: nn.GroupNorm, x: Tensor) -> bool:
@@ -31,13 +30,14 @@ def group_norm(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> T
     out = torch.empty_like(x)
     factors = moments(norm, x, scale, shift)
     batch, channels, height, width = x.shape
-    library().safelight_normalise(
-        x.data_ptr(),
-        factors.data_ptr(),
-        out.data_ptr(),
-        batch,
-        height * width,
-        channels,
+    library().call(
+        "normalise",
+        x=x,
+        factors=factors,
+        out=out,
+        images=batch,
+        positions=height * width,
+        channels=channels,
     )
     return out
 
@@ -47,16 +47,17 @@ def moments(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tens
     batch, channels, height, width = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
     factors = torch.empty(batch, 2, channels)
-    library().safelight_moments(
-        x.data_ptr(),
-        scale.data_ptr(),
-        shift.data_ptr(),
-        factors.data_ptr(),
-        batch,
-        height * width,
-        channels,
-        norm.num_groups,
-        norm.eps,
+    library().call(
+        "moments",
+        x=x,
+        scale=scale,
+        shift=shift,
+        factors=factors,
+        images=batch,
+        positions=height * width,
+        channels=channels,
+        groups=norm.num_groups,
+        eps=norm.eps,
     )
     return factors
 
@@ -73,16 +74,17 @@ def layer_norm(
     out, total = torch.empty_like(x), x
     if plus is not None:
         plus, total = plus.contiguous(), torch.empty_like(x)
-    library().safelight_layer_norm(
-        x.data_ptr(),
-        at(plus),
-        total.data_ptr(),
-        scale.data_ptr(),
-        shift.data_ptr(),
-        out.data_ptr(),
-        x.numel() // x.shape[-1],
-        x.shape[-1],
-        norm.eps,
+    library().call(
+        "layer_norm",
+        x=x,
+        plus=plus,
+        total=total,
+        factor=scale,
+        shift=shift,
+        out=out,
+        rows=x.numel() // x.shape[-1],
+        channels=x.shape[-1],
+        eps=norm.eps,
     )
     return total, out
 
@@ -91,7 +93,7 @@ def gate(value: Tensor, by: Tensor) -> Tensor:
     """value · GELU(by), both [..., width] with a width of a multiple of 16."""
     value, by = value.contiguous(), by.contiguous()
     out = torch.empty_like(value)
-    library().safelight_gate(value.data_ptr(), by.data_ptr(), out.data_ptr(), out.numel())
+    library().call("gate", value=value, gate=by, out=out, count=out.numel())
     return out
 
 
@@ -100,15 +102,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     q, k, v: [batch, heads, length, d], d side by side.
     """
-    return attend_by(library().safelight_attend, torch.bfloat16, q, k, v)
+    return attend_by(library(), "attend", torch.bfloat16, q, k, v)
 
 
 def attend_floats(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return what `attend` does, for float32."""
-    return attend_by(kernels.floats().safelight_attend_floats, torch.float32, q, k, v)
+    library = kernels.required(kernels.floats())
+    return attend_by(library, "attend_floats", torch.float32, q, k, v)
 
 
-def attend_by(kernel: Any, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend_by(
+    of: Library, kernel: str, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
     """`attend` by a kernel for numbers of this dtype. ValueError if these do not fit together."""
     batch, heads, queries, size = q.shape
     if {q.dtype, k.dtype, v.dtype} != {dtype} or not (
@@ -119,8 +124,21 @@ def attend_by(kernel: Any, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) 
         )
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     out = q.new_empty(batch, queries, heads, size)
-    tensors = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), out)
-    steps = (c_long * 12)(*[s for t in tensors for s in t.stride()[:3]])
-    sizes = batch, heads, queries, k.shape[2], size
-    kernel(at(q), at(k), at(v), at(out), steps, *sizes, size**-0.5)
+    places: dict[str, int] = {}
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out.transpose(1, 2))):
+        places[f"{name}_batch"], places[f"{name}_head"], places[f"{name}_row"], _ = tensor.stride()
+    of.call(
+        kernel,
+        q=q,
+        k=k,
+        v=v,
+        out=out,
+        batch=batch,
+        heads=heads,
+        queries=queries,
+        keys=k.shape[2],
+        size=size,
+        scale=size**-0.5,
+        **places,
+    )
     return out.flatten(2)

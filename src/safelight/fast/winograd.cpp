@@ -1,6 +1,6 @@
 // What a Winograd convolution does beside its products: maps into tiles, sums into maps. Float32.
-//
-// Plain C interface: pointers and sizes, no Python and no torch headers.
+
+#include "call.h"
 
 namespace {
 
@@ -48,36 +48,36 @@ template <> struct Tile<4> {
 };
 
 struct Shape {
-    long height, width, channels;   // of the map that is convolved
-    long down, across;              // tiles of it
-    template <int M> static Shape of(long height, long width, long channels) {
-        return {height, width, channels, (height + M - 1) / M, (width + M - 1) / M};
+    int64_t height, width, channels;   // of the map that is convolved
+    int64_t down, across;              // tiles of it
+    static Shape of(int64_t height, int64_t width, int64_t channels, int64_t side) {
+        return {height, width, channels, (height + side - 1) / side, (width + side - 1) / side};
     }
 };
 
 // Tiles first..last of all pictures, into [N*N] planes of [last - first][channels]. `in` is a map
 // 1/scale as large, of which each position is read for scale x scale of them.
 template <int M>
-void spread(const float* in, float* planes, long plane, Shape s, long scale, long first,
-            long last) {
+void spread(const float* in, float* planes, int64_t plane, Shape s, int64_t scale, int64_t first,
+            int64_t last) {
     const int N = Tile<M>::N;
     alignas(64) static const float nothing[16] = {};
-    long height = s.height / scale, width = s.width / scale;
+    int64_t height = s.height / scale, width = s.width / scale;
 #pragma omp parallel for schedule(static)
-    for (long t = first; t < last; t++) {
-        long image = t / (s.down * s.across);
-        long top = t / s.across % s.down * M - 1, left = t % s.across * M - 1;
+    for (int64_t t = first; t < last; t++) {
+        int64_t image = t / (s.down * s.across);
+        int64_t top = t / s.across % s.down * M - 1, left = t % s.across * M - 1;
         const float* at[N * N];
         for (int i = 0; i < N; i++)
             for (int j = 0; j < N; j++) {
-                long y = top + i, x = left + j;
+                int64_t y = top + i, x = left + j;
                 bool inside = y >= 0 && x >= 0 && y < s.height && x < s.width;
                 at[i * N + j] = inside ? in + ((image * height + y / scale) * width + x / scale)
                                                   * s.channels
                                        : nullptr;
             }
         float* to = planes + (t - first) * s.channels;
-        for (long c = 0; c < s.channels; c += 16) {
+        for (int64_t c = 0; c < s.channels; c += 16) {
             vec half[N * N];
             for (int j = 0; j < N; j++)
                 Tile<M>::in(
@@ -96,15 +96,15 @@ void spread(const float* in, float* planes, long plane, Shape s, long scale, lon
 // The products' sums, [N*N] of [last - first][channels], into the map; bias [channels] or, where
 // bias_step is not 0, [pictures][channels], and `plus` are added to it.
 template <int M>
-void gather(const float* const* sums, const float* bias, long bias_step, const float* plus,
-            float* out, Shape s, long first, long last) {
+void gather(const float* const* sums, const float* bias, int64_t bias_step, const float* plus,
+            float* out, Shape s, int64_t first, int64_t last) {
     const int N = Tile<M>::N;
 #pragma omp parallel for schedule(static)
-    for (long t = first; t < last; t++) {
-        long image = t / (s.down * s.across);
-        long top = t / s.across % s.down * M, left = t % s.across * M;
-        long row = (t - first) * s.channels;
-        for (long c = 0; c < s.channels; c += 16) {
+    for (int64_t t = first; t < last; t++) {
+        int64_t image = t / (s.down * s.across);
+        int64_t top = t / s.across % s.down * M, left = t % s.across * M;
+        int64_t row = (t - first) * s.channels;
+        for (int64_t c = 0; c < s.channels; c += 16) {
             vec half[M * N], add = {};
             if (bias) add = *(const vec*)(bias + image * bias_step + c);
             for (int j = 0; j < N; j++)
@@ -114,7 +114,7 @@ void gather(const float* const* sums, const float* bias, long bias_step, const f
                 Tile<M>::out([&](int j) { return half[i * N + j]; },
                              [&](int j, vec v) {
                                  if (left + j >= s.width) return;
-                                 long to = ((image * s.height + top + i) * s.width + left + j)
+                                 int64_t to = ((image * s.height + top + i) * s.width + left + j)
                                                * s.channels + c;
                                  v += add;
                                  if (plus) v += *(const vec*)(plus + to);
@@ -126,27 +126,41 @@ void gather(const float* const* sums, const float* bias, long bias_step, const f
 
 }  // namespace
 
-extern "C" {
-
 // Maps are [pictures][height][width][channels], channels a multiple of 16; `plane` numbers lie
 // between the planes of a place in the tile; side: of a tile's results, 2 or 4.
-void safelight_spread(const float* in, float* planes, long plane, long height, long width,
-                      long channels, long scale, long side, long first, long last) {
-    if (side == 4)
-        spread<4>(in, planes, plane, Shape::of<4>(height, width, channels), scale, first, last);
-    else
-        spread<2>(in, planes, plane, Shape::of<2>(height, width, channels), scale, first, last);
+struct Spread {
+    const float* x;
+    float* planes;
+    int64_t plane, height, width, channels, scale, side, first, last;
+};
+KERNEL safelight_spread(const Spread* p) {
+    REQUIRE(sizes({p->plane, p->height, p->width, p->channels, p->first, p->last}));
+    REQUIRE(p->channels % 16 == 0 && (p->side == 2 || p->side == 4) && p->scale >= 1);
+    REQUIRE(p->height % p->scale == 0 && p->width % p->scale == 0 && p->first <= p->last);
+    REQUIRE(p->plane >= (p->last - p->first) * p->channels);
+    if (p->first == p->last || !p->channels) return nullptr;
+    REQUIRE(p->height && p->width && pointers(p->x, p->planes));
+    const Shape shape = Shape::of(p->height, p->width, p->channels, p->side);
+    (p->side == 4 ? spread<4> : spread<2>)(p->x, p->planes, p->plane, shape, p->scale, p->first,
+                                           p->last);
+    return nullptr;
 }
 
-void safelight_gather(const float* const* sums, const float* bias, long bias_step,
-                      const float* plus, float* out, long height, long width, long channels,
-                      long side, long first, long last) {
-    if (side == 4)
-        gather<4>(sums, bias, bias_step, plus, out, Shape::of<4>(height, width, channels), first,
-                  last);
-    else
-        gather<2>(sums, bias, bias_step, plus, out, Shape::of<2>(height, width, channels), first,
-                  last);
+struct Gather {
+    const float* const* sums;  // one for each place in the tile
+    const float *bias, *plus;
+    float* out;
+    int64_t bias_step, height, width, channels, side, first, last;
+};
+KERNEL safelight_gather(const Gather* p) {
+    REQUIRE(sizes({p->bias_step, p->height, p->width, p->channels, p->first, p->last}));
+    REQUIRE(p->channels % 16 == 0 && (p->side == 2 || p->side == 4) && p->first <= p->last);
+    if (p->first == p->last || !p->channels) return nullptr;
+    REQUIRE(p->height && p->width && pointers(p->sums, p->out));
+    for (int i = 0; i < (p->side + 2) * (p->side + 2); i++) REQUIRE(pointers(p->sums[i]));
+    REQUIRE(pointer_or_null(p->bias) && pointer_or_null(p->plus));
+    const Shape shape = Shape::of(p->height, p->width, p->channels, p->side);
+    (p->side == 4 ? gather<4> : gather<2>)(p->sums, p->bias, p->bias_step, p->plus, p->out, shape,
+                                           p->first, p->last);
+    return nullptr;
 }
-
-}  // extern "C"

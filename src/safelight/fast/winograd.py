@@ -7,13 +7,13 @@ product, and that is oneDNN's; our own kernel, in winograd.cpp, lays out the til
 
 from __future__ import annotations
 
-from ctypes import c_void_p
+from ctypes import addressof, c_void_p
 
 import torch
 from torch import Tensor, nn
 
 from safelight.fast import kernels, memory, onednn, split
-from safelight.fast.kernels import at
+from safelight.fast.kernels import Library
 from safelight.progress import get_on
 
 _TAPS = {
@@ -42,12 +42,13 @@ STRIP = 1 << 22
 """Numbers that are laid out at once."""
 
 
-library = kernels.winograd
+def library() -> Library:
+    return kernels.required(kernels.winograd())
 
 
 def ready() -> bool:
     """Return whether this machine has the kernels, and memory enough for them."""
-    return library() is not None and memory.total() >= ENOUGH
+    return kernels.winograd() is not None and memory.total() >= ENOUGH
 
 
 def fits_conv(conv: nn.Conv2d, dtype: torch.dtype) -> bool:
@@ -104,18 +105,20 @@ class Convolution:
             get_on()
             last = min(first + strip, tiles)
             sums = self._products(x, height, width, first, last)
-            library().safelight_gather(
-                (c_void_p * len(sums))(*[at(one) for one in sums]),
-                at(bias),
-                bias_step,
-                at(plus),
-                at(out),
-                height,
-                width,
-                self.out_channels,
-                self.side,
-                first,
-                last,
+            places = (c_void_p * len(sums))(*[one.data_ptr() for one in sums])
+            library().call(
+                "gather",
+                sums=addressof(places),
+                bias=bias,
+                plus=plus,
+                out=out,
+                bias_step=bias_step,
+                height=height,
+                width=width,
+                channels=self.out_channels,
+                side=self.side,
+                first=first,
+                last=last,
             )
         return out
 
@@ -133,17 +136,18 @@ class Convolution:
         # cache.
         plane = count + 272
         laid = torch.empty(len(self.places), plane)
-        library().safelight_spread(
-            at(x),
-            at(laid),
-            plane,
-            height,
-            width,
-            self.in_channels,
-            self.scale,
-            self.side,
-            first,
-            last,
+        library().call(
+            "spread",
+            x=x,
+            planes=laid,
+            plane=plane,
+            height=height,
+            width=width,
+            channels=self.in_channels,
+            scale=self.scale,
+            side=self.side,
+            first=first,
+            last=last,
         )
         return [
             place(laid[i, :count].view(-1, self.in_channels)) for i, place in enumerate(self.places)

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from safelight.nets.reuse import Reuse
+
 
 def quick_gelu(x: Tensor) -> Tensor:
     """x·sigmoid(1.702·x): the approximation that OpenAI's CLIP was trained with."""
@@ -310,12 +312,16 @@ class BasicTransformerBlock(nn.Module):
         self.ff = FeedForward(dim)
         self.only_cross = only_cross
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, reuse: Reuse | None = None) -> Tensor:
         if self.only_cross:
             x = rows(x, len(context))
         own = self.attn1(self.norm1(x), context if self.only_cross else None)
         x, normed = (rows(t, len(context)) for t in self.norm2.add(own, x))
-        x, normed = self.norm3.add(self.attn2(normed, context), x)
+        if reuse is None:
+            told = self.attn2(normed, context)
+        else:
+            told = reuse.text(self, lambda: self.attn2(normed, context))
+        x, normed = self.norm3.add(told, x)
         return self.ff(normed, x)
 
 
@@ -347,9 +353,9 @@ class Transformer2DModel(nn.Module):
         )
         self.proj_out = make(channels, channels)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, reuse: Reuse | None = None) -> Tensor:
         h = self.proj_in.tokens(as_tokens(self.norm(x)))
         for block in self.transformer_blocks:
-            h = block(h, context)
+            h = block(h, context, reuse)
         x = rows(x, len(h))
         return as_map(self.proj_out.tokens(h, as_tokens(x)), x)

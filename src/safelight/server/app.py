@@ -21,6 +21,7 @@ from safelight.server.guard import Guard, Rules
 from safelight.server.hub import Hub
 from safelight.server.jobs import retry_after, status_of
 from safelight.server.metrics import Metrics
+from safelight.server.retention import Retention
 from safelight.server.wording import clipped, hide, public
 
 
@@ -40,8 +41,10 @@ PageOf = Callable[[Any, Hub, Decoders], Page]
 """Puts a page around an application; the command line gives the studio's."""
 
 
-def application(hub: Hub, rules: Rules, *, page: PageOf | None = None) -> Any:
-    """Return the ASGI application that serves a hub."""
+def application(
+    hub: Hub, rules: Rules, *, page: PageOf | None = None, retention: Retention | None = None
+) -> Any:
+    """Return the ASGI application that serves a hub. retention: runs while it does."""
 
     if isinstance(hub, Hub):
         hide(hub.settings.root, *([hub.settings.model] if "/" in hub.settings.model[:1] else ()))
@@ -50,15 +53,19 @@ def application(hub: Hub, rules: Rules, *, page: PageOf | None = None) -> Any:
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
         hub.start()
+        if retention is not None:
+            retention.start()
         yield
         if paged is not None:
             await paged.close()
         await asyncio.to_thread(decoders.close)
+        if retention is not None:
+            await asyncio.to_thread(retention.stop)
         await hub.stop()
 
     # Its /docs needs nothing from other hosts, as FastAPI's own does.
     app = FastAPIOffline(redoc_url=None, title="Safelight", version=__version__, lifespan=life)
-    app.state.service, app.state.metrics = hub, Metrics()
+    app.state.service, app.state.metrics = hub, Metrics(retention)
     app.state.decoders = decoders
     app.include_router(ours.router, responses=problems(400, 422, model=ours.Problem))
     app.include_router(library.router, responses=problems(400, 422, model=ours.Problem))

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -24,6 +25,9 @@ FOLDERS = ("pictures", "inputs", "thumbnails")
 MARK = "folder.id"
 """The file that says which database a data folder belongs to."""
 
+RESTORING = "restore.unfinished"
+"""A file that is there while a backup is copied to a data folder."""
+
 _ID = re.compile(r"[0-9a-f]{32}")
 _OURS = re.compile(r"([0-9a-f]{32})(?:-(?:image|mask))?\.png")
 """Files that this class writes. Others in its folders are a person's, and stay."""
@@ -37,6 +41,11 @@ class Files:
 
     def prepare(self) -> None:
         """Make the folders, closed to other users of this machine."""
+        if (self.root / RESTORING).is_file():
+            raise StorageError(
+                "the data folder has half of a backup that was being restored: run "
+                "`safelight restore` again"
+            )
         try:
             for name in FOLDERS:
                 (self.root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -125,6 +134,24 @@ class Files:
             for folder in ("pictures", "thumbnails"):
                 (self.root / folder / f"{picture_id}.png").unlink(missing_ok=True)
 
+    def size_of(self, job_id: str, picture_ids: Iterable[str]) -> int:
+        """Return the bytes of all files of a job."""
+        paths = [self.input_path(job_id, name) for name in ("image", "mask")]
+        for picture_id in picture_ids:
+            paths += [self.root / name / f"{picture_id}.png" for name in ("pictures", "thumbnails")]
+        return sum(_size(path) for path in paths)
+
+    def total_size(self) -> int:
+        """Return the bytes of the files of all jobs. Raises StorageError."""
+        total = 0
+        try:
+            for name in FOLDERS:
+                with os.scandir(self.root / name) as entries:
+                    total += sum(_size(entry) for entry in entries)
+        except OSError as error:
+            raise StorageError(f"the data folder cannot be read: {error.strerror}") from None
+        return total
+
     def pictures(self) -> set[str]:
         """Return the ids of all pictures that are there."""
         with os.scandir(self.root / "pictures") as entries:
@@ -188,3 +215,12 @@ class Files:
             with contextlib.suppress(OSError):  # it may have its name, and not be on the disk
                 path.unlink(missing_ok=True)
             raise StorageError(str(error)) from None
+
+
+def _size(file: Path | os.DirEntry[str]) -> int:
+    """Return the bytes of a file; 0 for one that is gone, and for a folder."""
+    try:
+        found = file.lstat() if isinstance(file, Path) else file.stat(follow_symlinks=False)
+    except OSError:
+        return 0
+    return found.st_size if stat.S_ISREG(found.st_mode) else 0

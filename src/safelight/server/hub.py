@@ -33,6 +33,7 @@ from safelight.server.jobs import (
 from safelight.server.names import Names
 from safelight.server.process import Child, Settings
 from safelight.server.recovery import recover
+from safelight.server.retention import clear
 from safelight.server.steps import Steps
 from safelight.server.store import Store, new_id
 from safelight.server.supervisor import Supervisor
@@ -328,11 +329,9 @@ class Hub:
     async def delete(self, job_id: str, *, owner: str | None = None) -> bool:
         """Remove a job and its pictures. One that is not final is cancelled first."""
         await self.cancel(job_id, owner=owner)
-        ids = await self._in_database(self.store.delete, job_id, owner)
-        if ids is None:
+        if not await self._in_database(self.store.delete, job_id, owner):
             return False
-        await self._in_database(self.files.remove_inputs, job_id)
-        await self._in_database(self.files.remove_pictures, ids)
+        await self._in_database(clear, self.files, self.store, [job_id])
         return True
 
     async def list(self, **how: Any) -> list[Job]:

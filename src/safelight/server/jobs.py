@@ -65,6 +65,9 @@ class Job(BaseModel):
     error: str | None = Field(default=None, description="one line, of a job that failed")
     pictures: list[Picture] = []
     attempts: int = 0
+    expires_at: datetime | None = Field(
+        None, description="when it is deleted, with its pictures: the server keeps no more"
+    )
 
 
 class Event(BaseModel):

@@ -6,12 +6,16 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from safelight.server.hub import Hub
 from safelight.server.jobs import Status, StorageError
+from safelight.server.retention import Retention
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
 class Metrics:
-    def __init__(self) -> None:
+    """retention: whose figures are among those of the server."""
+
+    def __init__(self, retention: Retention | None = None) -> None:
+        self._retention = retention
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "safelight_http_requests",
@@ -27,6 +31,22 @@ class Metrics:
         )
         self._ready = Gauge(
             "safelight_ready", "Whether jobs are taken and drawn.", registry=self._registry
+        )
+        self._expiring = Gauge(
+            "safelight_expiring_jobs",
+            "Jobs that are marked for deletion by --keep.",
+            registry=self._registry,
+        )
+        self._deleted = Gauge(
+            "safelight_expired",
+            "What --keep has deleted since the start.",
+            ("what",),
+            registry=self._registry,
+        )
+        self._stored = Gauge(
+            "safelight_stored_bytes",
+            "Files of all jobs, as last counted for a limit of --keep.",
+            registry=self._registry,
         )
 
     def count(self, method: str, route: str, status: int) -> None:
@@ -44,4 +64,10 @@ class Metrics:
             well = False
         self._restarts.set(max(hub.restarts, 0))
         self._ready.set(well and hub.ready)
+        if self._retention is not None:
+            freed = self._retention.freed
+            self._expiring.set(self._retention.marked)
+            for what, count in vars(freed).items():
+                self._deleted.labels("bytes" if what == "size" else what).set(count)
+            self._stored.set(self._retention.size or 0)
         return generate_latest(self._registry).decode()

@@ -7,6 +7,7 @@ from safelight.server import schema
 from safelight.server.database import sqlite_file
 from safelight.server.files import Files
 from safelight.server.jobs import StorageError
+from safelight.server.retention import clear
 from safelight.server.store import Store, new_id
 
 
@@ -32,6 +33,7 @@ def recover(files: Files, store: Store) -> None:
     if files.mark() != mark:
         files.set_mark(mark)
     store.release(killed=True)
+    clear(files, store)  # what was being deleted
     # A picture without its row may be half of a commit, or newer than a backup that was restored.
     files.sweep(store.known_or_coming)
 

@@ -22,10 +22,12 @@ from safelight.server.connections import (
 )
 from safelight.server.guard import Rules
 from safelight.server.hub import Hub
+from safelight.server.keep import Keep
 from safelight.server.limits import Sparing
 from safelight.server.listening import BACKLOG, everywhere, link, shown
 from safelight.server.logs import Lines, log_all_exceptions
 from safelight.server.process import Child, Settings
+from safelight.server.retention import Retention
 
 
 class Server(uvicorn.Server):
@@ -67,6 +69,7 @@ def serve(
     proxies: frozenset[str] = frozenset(),
     short_addresses: bool = False,
     bound: int = 1000,
+    keep: Keep | None = None,
     page: PageOf | None = None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C. page: as `application` takes it.
@@ -80,11 +83,12 @@ def serve(
     log_all_exceptions()
     return_large_blocks()
     hub = Hub(settings, child, bound=bound)
+    retention = Retention(hub.files, hub.store, keep or Keep())
     names = hosts | ({host} if not everywhere(host) else frozenset())
     rules = Rules(token, names, proxies=proxies, short=short_addresses)
     raise_open_files()
     config = uvicorn.Config(
-        application(hub, rules, page=page),
+        application(hub, rules, page=page, retention=retention),
         http=H11WithTimeouts,
         ws="none",
         log_config=None,

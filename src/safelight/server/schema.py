@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import Connection, Engine, func, inspect, select, text
 from sqlalchemy.exc import SQLAlchemyError
@@ -21,7 +23,7 @@ from safelight.server.tables import meta
 
 log = logging.getLogger("safelight.server")
 
-HEAD = "0005"
+HEAD = "0006"
 FIRST = "0001"
 """The schema of databases from before versions were written down."""
 
@@ -56,6 +58,26 @@ def migrate(engine: Engine) -> None:
         raise StorageError(f"the database of jobs cannot be opened: {error}") from None
 
 
+def versions() -> set[str]:
+    """Return the schemas that this version knows."""
+    return {path.name[:4] for path in (MIGRATIONS / "versions").glob("0*.py")}
+
+
+def version_of(engine: Engine) -> str | None:
+    """Return the schema of a database; None for one without tables of ours.
+
+    Raises StorageError for a newer one.
+    """
+    with engine.connect() as db:
+        return _version(db)
+
+
+def make(engine: Engine, version: str) -> None:
+    """Make the tables of a schema in an empty database."""
+    with engine.begin() as db:
+        _alembic(db, lambda command, config: command.upgrade(config, version))
+
+
 def is_current(engine: Engine) -> bool:
     """Return whether a database has this version's schema, False for an older or empty one.
 
@@ -73,8 +95,7 @@ def _version(db: Connection) -> str | None:
     tables = inspect(db).get_table_names()
     if "alembic_version" in tables:
         found = db.execute(text("SELECT version_num FROM alembic_version")).scalar()
-        known = {path.name[:4] for path in (MIGRATIONS / "versions").glob("0*.py")}
-        if found not in known:
+        if found not in versions():
             raise StorageError(
                 f"the database of jobs has schema {found}, from a newer Safelight than this one "
                 f"(schema {HEAD}): use that one, or a backup from before its first start"
@@ -84,6 +105,18 @@ def _version(db: Connection) -> str | None:
 
 
 def _upgrade(db: Connection, version: str | None) -> None:
+    def upgrade(command: Any, config: Any) -> None:
+        if version == FIRST:
+            command.stamp(config, FIRST)
+        command.upgrade(config, "head")
+
+    _alembic(db, upgrade)
+    if version is not None:
+        log.info("the database of jobs was migrated from schema %s to %s", version, HEAD)
+
+
+def _alembic(db: Connection, do: Callable[[Any, Any], None]) -> None:
+    """Call with Alembic's commands and their configuration, for a connection of ours."""
     logging.getLogger("alembic").setLevel(logging.WARNING)
     from alembic import command
     from alembic.config import Config
@@ -91,11 +124,7 @@ def _upgrade(db: Connection, version: str | None) -> None:
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     config.attributes["connection"] = db
-    if version == FIRST:
-        command.stamp(config, FIRST)
-    command.upgrade(config, "head")
-    if version is not None:
-        log.info("the database of jobs was migrated from schema %s to %s", version, HEAD)
+    do(command, config)
 
 
 def _back_up(file: Path, version: str) -> None:

@@ -10,14 +10,15 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, func, select, true
+from sqlalchemy import ColumnElement, Connection, func, select
 from sqlalchemy.engine import RowMapping
 from sqlalchemy.exc import SQLAlchemyError
 
 from safelight.errors import SafelightError
 from safelight.server import schema, shares
-from safelight.server.claims import Claims, uncommitted
+from safelight.server.claims import uncommitted
 from safelight.server.database import LOCK, PATIENCE, storage_errors
+from safelight.server.expiry import GONE, Expiry, seen
 from safelight.server.jobs import BusyError, Job, Status, StorageError
 from safelight.server.tables import UNFINISHED, facts, jobs, pictures, read_job
 
@@ -33,8 +34,8 @@ def new_id() -> str:
     return secrets.token_hex(16)
 
 
-class Store(Claims):
-    """The database as clients use it; `Claims` is what workers do.
+class Store(Expiry):
+    """The database as clients use it; `Claims` is what workers do, `Expiry` what retention does.
 
     owner: who asks. A job is there for the owner that made it, and for None, who may do all.
     """
@@ -133,21 +134,25 @@ class Store(Claims):
                     kills=0,
                     error=None,
                     finished=None,
+                    expires=None,
                     token=None,
                     created=self._now(),
                 )
             )
             return self._one(db, job_id, owner)
 
-    def delete(self, job_id: str, owner: str | None = None) -> list[str] | None:
-        """Delete a job; return the ids of its pictures, whose files are to go, or None."""
+    def delete(self, job_id: str, owner: str | None = None) -> bool:
+        """Begin to delete a job that is over: nobody sees it from now on, `clear` does the rest.
+
+        Returns False if there is none.
+        """
         with self._write() as db:
-            if self._one(db, job_id, owner) is None:
-                return None
-            ids = list(db.execute(select(pictures.c.id).where(pictures.c.job == job_id)).scalars())
-            db.execute(pictures.delete().where(pictures.c.job == job_id))
-            db.execute(jobs.delete().where(jobs.c.id == job_id))
-            return ids
+            changed = db.execute(
+                jobs.update()
+                .where(jobs.c.id == job_id, _of(owner), jobs.c.status.not_in(UNFINISHED))
+                .values(expires=GONE, key=None)
+            )
+            return changed.rowcount > 0
 
     def get(self, job_id: str, owner: str | None = None) -> Job | None:
         with self._read() as db:
@@ -192,7 +197,7 @@ class Store(Claims):
 
     def counts(self) -> dict[str, int]:
         """Return how many jobs there are of each status."""
-        query = select(jobs.c.status, func.count()).group_by(jobs.c.status)
+        query = select(jobs.c.status, func.count()).where(seen()).group_by(jobs.c.status)
         with self._read() as db:
             return {row[0]: row[1] for row in db.execute(query)}
 
@@ -269,7 +274,7 @@ class Store(Claims):
 
 
 def _of(owner: str | None) -> ColumnElement[bool]:
-    return true() if owner is None else jobs.c.owner == owner
+    return seen() if owner is None else seen() & (jobs.c.owner == owner)
 
 
 def _make_sure_of_room(db: Connection, count: int, bound: int) -> None:

@@ -35,7 +35,7 @@ jobs = Table(
     Column("client", String(16), nullable=False),
     Column("created", Float, nullable=False, index=True),
     Column("started", Float),
-    Column("finished", Float),
+    Column("finished", Float, index=True),
     Column("request", Text, nullable=False),
     Column("prompt", Text, nullable=False),
     Column("pictures", Integer, nullable=False),
@@ -49,6 +49,7 @@ jobs = Table(
     Column("digest", String(64)),
     Column("owner", String(64), index=True),  # who made it; empty where nobody was asked
     Column("kills", Integer, nullable=False, server_default="0"),
+    Column("expires", Float, index=True),  # when it is deleted; see expiry.py
     Column("model", Text),  # its name; None, of before there were several: the server's own
     # The two ends of an owner's queue: the shortest job, and the one that waits longest.
     Index("ix_jobs_shortest", "status", "owner", "cost", "created"),
@@ -121,6 +122,7 @@ def read_job(row: RowMapping, drawn: Sequence[RowMapping]) -> Job:
         warnings=_list(row["warnings"]),
         error=row["error"] and public(row["error"]),
         attempts=row["attempts"],
+        expires_at=row["expires"] and _date(row["expires"]),
         pictures=[
             Picture(
                 id=p["id"],

@@ -1,0 +1,174 @@
+"""The fast mode: what of a step is not computed, at which steps, and what that leaves for the next.
+
+Each of them changes the picture. They stand between a job and the network, add up, and are off
+unless a request asks for them, by their names or by a level of `fast`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from safelight.defaults import is_distilled
+from safelight.families.base import Conditioning
+from safelight.nets.reuse import Reuse
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from safelight.model import Model
+    from safelight.request import Request
+
+LEVELS: Mapping[int, Mapping[str, Any]] = {
+    1: {"cache_every": 3},
+    2: {"cache_every": 3, "sampler": "dpmpp_2m", "steps": 13},
+    3: {"cache_every": 3, "guidance_start": 0.3, "sampler": "dpmpp_2m", "steps": 10},
+}
+"""The settings that a level stands for, where a request does not have its own."""
+
+NAMES = ("cache_every", "cache_branch", "guidance_start", "guidance_end", "text_end")
+"""The settings of the shortcuts."""
+
+
+def with_level(request: Request, model: Model) -> Request:
+    """Return the request with the settings that its level stands for.
+
+    A distilled model keeps the sampler and steps that it was taught.
+    """
+    if not model.family.shortcuts:
+        return request
+    level = LEVELS.get(request.fast, {})
+    fixed = model.defaults if is_distilled(model.notes) else {}
+    return request.with_defaults({k: v for k, v in level.items() if k not in fixed})
+
+
+@dataclass(frozen=True)
+class Shortcuts:
+    """What is left out, and when. Shares are of the rows that a picture takes.
+
+    cache_every: of so many rows, one is computed in full; the others take the deep part of the
+      network from it (DeepCache, arXiv:2312.00858). Counted back from the last row, which shows
+      most. cache_branch: how deep is not deep yet.
+    guidance_start, guidance_end: rows between these shares are guided; the others see the prompt
+      alone (arXiv:2404.07724).
+    text_end: after this share, what attention to the text gave stays (T-GATE, arXiv:2404.02747).
+    """
+
+    cache_every: int = 1
+    cache_branch: int = 0
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
+    text_end: float = 1.0
+
+    @classmethod
+    def of(cls, request: Request) -> Shortcuts:
+        """Return those of a resolved request."""
+        asked = {name: getattr(request, name) for name in NAMES}
+        return cls(**{name: value for name, value in asked.items() if value is not None})
+
+    def guided(self, share: float) -> bool:
+        """Return whether the row at a share of the rows is guided."""
+        return self.guidance_start <= share < self.guidance_end
+
+
+@dataclass
+class Kept:
+    """What a picture's last rows left for the next ones.
+
+    shortcuts: what may be taken, and when. deep, texts: see `nets.reuse.Reuse`, of this picture
+    alone. model, evaluations: who left it, and of how many evaluations. told: of how many the
+    texts are.
+    """
+
+    shortcuts: Shortcuts = field(default_factory=Shortcuts)
+    deep: Tensor | None = None
+    texts: dict[nn.Module, Tensor] = field(default_factory=dict)
+    model: int | None = None
+    evaluations: int = 0
+    told: int = 0
+    _alone: dict[int, Conditioning] = field(default_factory=dict)
+
+    def asked(self, conditioning: Conditioning, row: int, rows: int) -> Conditioning:
+        """Return what steers a row: the conditioning, or the prompt's own part without guidance."""
+        if conditioning.evaluations != 2 or self.shortcuts.guided(row / rows):
+            return conditioning
+        key = id(conditioning)  # kept: what is computed from the same tensor is not computed again
+        if key not in self._alone:
+            self._alone[key] = conditioning.positive()
+        return self._alone[key]
+
+    def plan(self, row: int, rows: int, model: int, evaluations: int) -> Plan:
+        """Return what a row takes and keeps."""
+        cuts = self.shortcuts
+        begun = self.model == model and row > 0
+        deep = begun and self.deep is not None and self.evaluations == evaluations
+        return Plan(
+            skips=cuts.cache_branch + 1 if cuts.cache_every > 1 else 0,
+            taken=deep and (rows - 1 - row) % cuts.cache_every != 0,
+            texts=cuts.text_end < 1,
+            told=begun and 0 < evaluations <= self.told and row / rows >= cuts.text_end,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a row takes from earlier ones and keeps: pictures that share a call have equal ones."""
+
+    skips: int = 0
+    taken: bool = False
+    texts: bool = False
+    told: bool = False
+
+    @property
+    def full(self) -> bool:
+        """Whether the network computes everything, and nothing is kept."""
+        return not (self.skips or self.texts)
+
+
+def gather(plan: Plan, kept: list[Kept], evaluations: list[int]) -> Reuse | None:
+    """Return what a call of the network for these pictures takes and keeps, None if nothing.
+
+    plan: that of each of them. evaluations: of each, in this call.
+    """
+    if plan.full:
+        return None
+    reuse = Reuse(plan.skips, taken=plan.taken, told=plan.told)
+    if plan.taken:
+        reuse.deep = torch.cat([one.deep for one in kept if one.deep is not None])
+    if plan.texts:
+        # Blocks that one of them has not left anything of are computed.
+        blocks = [block for block in kept[0].texts if all(block in one.texts for one in kept)]
+        reuse.texts = {
+            block: torch.cat(
+                [_fitted(one.texts[block], n) for one, n in zip(kept, evaluations, strict=True)]
+            )
+            for block in (blocks if plan.told else ())
+        }
+    return reuse
+
+
+def scatter(reuse: Reuse | None, kept: list[Kept], model: int, evaluations: list[int]) -> None:
+    """Note what a call has left with each of its pictures."""
+    if reuse is None:
+        return
+    ends = torch.tensor(evaluations).cumsum(0).tolist()
+    for one, count, end in zip(kept, evaluations, ends, strict=True):
+        here = slice(end - count, end)
+        if one.model != model:
+            one.texts = {}
+        one.model, one.evaluations = model, count
+        if reuse.deep is not None and not reuse.taken:
+            one.deep = reuse.deep[here]
+        if reuse.texts is not None:
+            if count != one.told:
+                one.texts, one.told = {}, count
+            # Blocks that this row did not come to keep what they gave before.
+            one.texts |= {block: told[here] for block, told in reuse.texts.items()}
+
+
+def _fitted(told: Tensor, evaluations: int) -> Tensor:
+    """Return what the text gave, for so many evaluations: without guidance, the mean of both."""
+    return told if len(told) == evaluations else told.mean(0, keepdim=True)

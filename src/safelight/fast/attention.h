@@ -1,0 +1,136 @@
+// Attention, some queries of a head at a time, over its keys a pass at a time (arXiv:2112.05682): what
+// every precision shares.
+#pragma once
+
+#include "call.h"
+
+namespace {
+
+const int64_t KEYS = 256;        // of one pass: their scores stay near the first-level cache
+const int64_t PACKED = 16 << 20; // bytes of packed keys and values that are there at once
+const float LEAST = -1e30f;      // of a score
+const float MOST = 1e15f;        // of a sum of weights: beyond, its product with values may overflow
+
+// A place in [batch, length, heads, size]: numbers between neighbours; the last lie side by side.
+struct Steps {
+    int64_t batch, row, head;
+};
+
+// softmax(q·kᵀ·scale)·v of [batch, length, heads, size], each at its own steps.
+template <class T> struct Attention {
+    const T *q, *k, *v;
+    T* out;
+    Steps q_steps, k_steps, v_steps, out_steps;
+    int64_t batch, heads, queries, keys, size;
+    float scale;
+};
+
+// One pass: a block's queries by up to KEYS keys, in whole groups of Kernel::GROUP.
+struct Pass {
+    int64_t begin, count;
+};
+
+template <class Kernel, class Do> void each_pass(const Kernel& h, Do act) {
+    for (int64_t begin = 0; begin < h.padded; begin += KEYS)
+        act(Pass{begin, h.padded - begin < KEYS ? h.padded - begin : KEYS});
+}
+
+// exp is taken of a score's distance to the largest of the first pass. Any number not far below the
+// largest of all does: floats lose nothing by a factor. False if that one was too far below.
+template <class Kernel> bool attend_by(const Kernel& h, float* most, float* total) {
+    for (int i = 0; i < Kernel::TALL; i++) total[i] = 0;
+    each_pass(h, [&](const Pass& p) {
+        h.score(p);
+        if (p.begin == 0) h.peaks(p, most);
+        h.soften(p, most, total);
+        h.weigh(p);
+    });
+    h.sum_up(total);
+    bool fine = true;
+    for (int i = 0; i < Kernel::TALL; i++) fine = fine && total[i] < MOST;
+    return fine;
+}
+
+template <class Kernel, class T>
+void attend_rows(const Kernel& h, const T* q, T* out, int64_t count) {
+    h.clear_queries();
+    for (int64_t i = 0; i < count; i++) h.lay(i, q + i * h.a.q_steps.row);
+    float most[Kernel::TALL], total[Kernel::TALL];
+    for (int i = 0; i < Kernel::TALL; i++) most[i] = LEAST;
+    if (!attend_by(h, most, total)) {
+        each_pass(h, [&](const Pass& p) {
+            h.score(p);
+            h.peaks(p, most);
+        });
+        attend_by(h, most, total);
+    }
+    for (int64_t i = 0; i < count; i++) h.write(i, out + i * h.a.out_steps.row, total[i]);
+}
+
+// Many heads are dealt out to whichever thread is free. Of few, keys and values are packed by all threads,
+// and then blocks of queries are dealt out.
+//
+// A Kernel works for one head, in a thread's scratch. It is made of the arguments and the head's
+// packed keys and values, of packed_bytes(a), and has
+//   Number, TALL, GROUP, padded         of keys, in whole groups
+//   Tiles                               what a thread sets up
+//   void pack(k, v, begin, end)         keys and values begin..end, of the padded ones
+//   void clear_queries(), lay(i, from)  query i; what is not written is zero
+//   void score(p), peaks(p, most)       scores of a pass; the largest of each query, or what it was
+//   void soften(p, most, total)         exp(score - most) as weights; their sums are added to total
+//   void weigh(p)                       adds weights·values to sums
+//   void sum_up(total)                  if the sums of weights come otherwise
+//   void write(i, out, total)           sums of query i
+template <class Kernel> const char* attend(const Attention<typename Kernel::Number>& a) {
+    REQUIRE(sizes({a.batch, a.heads, a.queries, a.keys, a.size}));
+    const int64_t heads = a.batch * a.heads;
+    if (!heads || !a.queries || !a.size) return nullptr;
+    REQUIRE(a.keys > 0);
+    REQUIRE(pointers(a.q, a.k, a.v, a.out));
+    const int64_t threads = omp_get_max_threads(), each = Kernel::packed_bytes(a);
+    const int64_t blocks = (a.queries + Kernel::TALL - 1) / Kernel::TALL;
+    const int64_t passes = (a.keys + KEYS - 1) / KEYS, room = PACKED / each + 1;
+    const bool many = heads >= 4 * threads;
+    const int64_t group = many ? threads : room < heads ? room : heads;
+    const int64_t share = group * blocks / (8 * threads) + 1;
+    static thread_local Memory held;
+    held.need(group * each);
+    char* const packed = held.at;
+
+    auto pack = [&](int64_t n, const Kernel& h, int64_t pass) {
+        const int64_t b = n / a.heads, head = n % a.heads, begin = pass * KEYS;
+        h.pack(a.k + b * a.k_steps.batch + head * a.k_steps.head,
+               a.v + b * a.v_steps.batch + head * a.v_steps.head, begin,
+               h.padded - begin < KEYS ? h.padded : begin + KEYS);
+    };
+    auto attend_block = [&](int64_t n, const Kernel& h, int64_t block) {
+        const int64_t b = n / a.heads, head = n % a.heads, row = block * Kernel::TALL;
+        attend_rows(h, a.q + b * a.q_steps.batch + head * a.q_steps.head + row * a.q_steps.row,
+                    a.out + b * a.out_steps.batch + head * a.out_steps.head + row * a.out_steps.row,
+                    a.queries - row < Kernel::TALL ? a.queries - row : Kernel::TALL);
+    };
+#pragma omp parallel
+    {
+        typename Kernel::Tiles tiles;
+        if (many) {
+            const Kernel h(a, packed + omp_get_thread_num() * each);
+#pragma omp for schedule(dynamic)
+            for (int64_t n = 0; n < heads; n++) {
+                for (int64_t pass = 0; pass < passes; pass++) pack(n, h, pass);
+                for (int64_t block = 0; block < blocks; block++) attend_block(n, h, block);
+            }
+        }
+        for (int64_t first = 0; first < heads && !many; first += group) {
+            const int64_t count = heads - first < group ? heads - first : group;
+#pragma omp for schedule(dynamic)
+            for (int64_t i = 0; i < count * passes; i++)
+                pack(first + i / passes, Kernel(a, packed + i / passes * each), i % passes);
+#pragma omp for schedule(dynamic, share)
+            for (int64_t i = 0; i < count * blocks; i++)
+                attend_block(first + i / blocks, Kernel(a, packed + i / blocks * each), i % blocks);
+        }
+    }
+    return nullptr;
+}
+
+}  // namespace

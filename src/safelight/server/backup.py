@@ -1,0 +1,308 @@
+"""Back up a data folder while its server serves, and restore it.
+
+A backup is a folder that is laid out as a data folder is, with two files more: SHA256SUMS, which
+`sha256sum --check` understands, and backup.json, which is written last. Without it the backup did
+not come to its end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+
+from safelight import __version__
+from safelight.errors import SafelightError
+from safelight.picture import save_whole
+from safelight.server import schema, snapshot
+from safelight.server.files import MARK, RESTORING
+from safelight.server.jobs import StorageError
+
+ABOUT = "backup.json"
+SUMS = "SHA256SUMS"
+DATABASE = "jobs.sqlite3"
+FORMAT = 1
+
+KEPT = ("grids", "inside", "training")
+"""Folders of the studio, which are copied as they are. Thumbnails are made again; uploads that no
+job has used, and the quarantine, are left out.
+"""
+FOLDERS = ("pictures", "inputs", *KEPT)
+TOP = (DATABASE, MARK)
+CHUNK = 1 << 20
+
+
+@dataclass
+class Backup:
+    """What a backup holds. linked: files that it shares with an earlier one. lost: pictures and
+    inputs whose rows are there, and that the data folder itself does not have any more.
+    """
+
+    version: str
+    schema: str
+    created: str
+    jobs: int = 0
+    pictures: int = 0
+    files: int = 0
+    size: int = 0
+    linked: int = 0
+    lost: int = 0
+    format: int = FORMAT
+
+
+def back_up(root: Path, url: str, place: Path, *, earlier: Path | None = None) -> Backup:
+    """Copy the data folder `root` and its database to a new folder.
+
+    A picture whose row is in the backup is in the backup: the database is copied first, and
+    pictures stay as they are once they have a row. Jobs that are deleted meanwhile are taken out.
+    earlier: a backup whose files become hard links where they are the same. Raises StorageError.
+    """
+    known: dict[str, str] = {}
+    if earlier is not None:
+        _about(earlier)
+        known = dict(_sums(earlier))
+    _make_empty(place, "a backup is made in a new folder")
+    try:
+        return _make(root, url, place, earlier, known)
+    except BaseException as error:
+        _clear(place)
+        if isinstance(error, OSError | sqlite3.Error):
+            raise StorageError(f"the backup cannot be made: {_line(error)}") from None
+        raise
+
+
+def _make(root: Path, url: str, place: Path, earlier: Path | None, known: dict[str, str]) -> Backup:
+    version = snapshot.take(url, place / DATABASE)
+    made = Backup(__version__, version, datetime.now(UTC).isoformat(timespec="seconds"))
+    sums: dict[str, str] = {}
+    missing: list[tuple[str, str]] = []
+    for job_id, name in _names(place / DATABASE):
+        try:
+            sums[name] = _copied(root, place, name, made, earlier, known)
+        except FileNotFoundError:
+            missing.append((job_id, name))
+    if missing:
+        made.lost = _take_out(place, url, missing, sums)
+    for name in _others(root):
+        try:
+            sums[name] = _copied(root, place, name, made)
+        except FileNotFoundError:  # deleted just now
+            continue
+    _count(place / DATABASE, made)
+    sums[DATABASE] = _digest(place / DATABASE)
+    made.size += (place / DATABASE).stat().st_size
+    made.files = len(sums)
+    os.sync()
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+    save_whole(place / SUMS, lambda file: file.write(lines.encode()))
+    save_whole(place / ABOUT, lambda file: file.write(_json(made, lines)))
+    return made
+
+
+def restore(place: Path, root: Path, url: str | None = None) -> Backup:
+    """Copy a backup to an empty data folder, and each file is compared with its SHA-256.
+
+    url: an empty database that the rows go to, in place of a SQLite file. Raises StorageError if
+    the folder is not empty or a file of the backup is damaged; the folder is empty again then.
+    """
+    made = _about(place)
+    try:
+        if (root / RESTORING).is_file():  # of one that was cut off
+            _clear(root)
+        _make_empty(root, "a backup is restored to an empty folder")
+        (root / RESTORING).touch(mode=0o600)
+        try:
+            damaged = [
+                name for name, digest in _sums(place) if _restored(place, root, name) != digest
+            ]
+            if damaged:
+                more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+                raise StorageError(
+                    f"{damaged[0]}{more} in the backup is damaged: restore another backup; "
+                    "nothing was restored"
+                )
+            if url is not None:
+                snapshot.put_back(root / DATABASE, url)
+                (root / DATABASE).unlink()
+            os.sync()
+        except BaseException:
+            _clear(root)
+            raise
+        (root / RESTORING).unlink()
+    except (OSError, sqlite3.Error) as error:
+        raise StorageError(f"the backup cannot be restored: {_line(error)}") from None
+    return made
+
+
+def _about(place: Path) -> Backup:
+    try:
+        found = json.loads((place / ABOUT).read_bytes())
+        digest = found.pop("sums")
+        made = Backup(**found)
+    except FileNotFoundError:
+        raise StorageError(f"{place} is no finished backup: it has no {ABOUT}") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise StorageError(f"{place} is no backup that can be read: {ABOUT} is damaged") from None
+    if made.format != FORMAT or made.schema not in schema.versions():
+        raise StorageError(
+            f"{place} is a backup of Safelight {made.version} with schema {made.schema}, which "
+            f"this one ({__version__}, schema {schema.HEAD}) does not know: use a newer one"
+        )
+    if not (place / SUMS).is_file() or _digest(place / SUMS) != digest:
+        raise StorageError(f"{place} is damaged: {SUMS} is another than the one that was written")
+    return made
+
+
+def _sums(place: Path) -> Iterator[tuple[str, str]]:
+    """Yield name and SHA-256 of each file of a backup whose description was read."""
+    with (place / SUMS).open(encoding="utf-8") as lines:
+        for line in lines:
+            digest, name = line.rstrip("\n").split("  ", 1)
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or path.parts[0] not in (*FOLDERS, *TOP):
+                raise StorageError(f"{SUMS} names a file that no backup has")
+            yield name, digest
+
+
+def _names(database: Path) -> Iterator[tuple[str, str]]:
+    """Yield each job's id with the names of its files, the oldest job first."""
+    with closing(sqlite3.connect(database)) as db:
+        for job_id, request in db.execute("SELECT id, request FROM jobs ORDER BY created"):
+            for which in ("image", "mask"):
+                if f'"{which}_sha256"' in request:
+                    yield job_id, f"inputs/{job_id}-{which}.png"
+        for job_id, picture_id in db.execute("SELECT job, id FROM pictures ORDER BY created"):
+            yield job_id, f"pictures/{picture_id}.png"
+
+
+def _others(root: Path) -> Iterator[str]:
+    """Yield the names of files that no row is about."""
+    if (root / MARK).is_file():
+        yield MARK
+    for folder in KEPT:
+        for path in sorted((root / folder).rglob("*")):
+            if path.is_file() and not path.is_symlink():
+                name = path.relative_to(root).as_posix()
+                if "\n" in name:  # SHA256SUMS has a line for each
+                    raise SafelightError(f"{name!r} has a line break in its name: rename it")
+                yield name
+
+
+def _copied(
+    root: Path,
+    place: Path,
+    name: str,
+    made: Backup,
+    earlier: Path | None = None,
+    known: dict[str, str] | None = None,
+) -> str:
+    """Copy one file, or link it to the one of an earlier backup; return its SHA-256."""
+    source, target = root / name, place / name
+    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = source.stat()
+    made.size += found.st_size
+    if earlier is not None and known and name in known:
+        before = earlier / name
+        there = before.stat() if before.is_file() else None
+        if there and (there.st_size, there.st_mtime_ns) == (found.st_size, found.st_mtime_ns):
+            try:
+                target.hardlink_to(before)
+            except OSError:  # another disk
+                pass
+            else:
+                made.linked += 1
+                return known[name]
+    return _copy(source, target)
+
+
+def _restored(place: Path, root: Path, name: str) -> str:
+    """Copy one file of a backup; return the SHA-256 of what was copied, "" of one that is lost."""
+    target = root / name
+    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        return _copy(place / name, target)
+    except FileNotFoundError:
+        return ""
+
+
+def _copy(source: Path, target: Path) -> str:
+    digest = hashlib.sha256()
+    with source.open("rb") as reading:
+        found = os.fstat(reading.fileno())
+        with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            while chunk := reading.read(CHUNK):
+                digest.update(chunk)
+                file.write(chunk)
+    os.utime(target, ns=(found.st_atime_ns, found.st_mtime_ns))
+    return digest.hexdigest()
+
+
+def _take_out(place: Path, url: str, missing: list[tuple[str, str]], sums: dict[str, str]) -> int:
+    """Take jobs that were deleted meanwhile out of a backup; return how many files are lost.
+
+    A file is lost if its job is still in the database that is served.
+    """
+    now = place / f"{DATABASE}.now"
+    snapshot.take(url, now)
+    with closing(sqlite3.connect(now)) as db:
+        columns = {row[1] for row in db.execute("PRAGMA table_info(jobs)")}
+        stays = "WHERE expires IS NULL OR expires != 0" if "expires" in columns else ""
+        present = {row[0] for row in db.execute(f"SELECT id FROM jobs {stays}")}
+    now.unlink()
+    deleted = {job_id for job_id, _ in missing} - present
+    with closing(sqlite3.connect(place / DATABASE)) as db:
+        for job_id, name in list(_names(place / DATABASE)):
+            if job_id in deleted and sums.pop(name, None):
+                (place / name).unlink()
+        db.executemany("DELETE FROM pictures WHERE job = ?", [(job_id,) for job_id in deleted])
+        db.executemany("DELETE FROM jobs WHERE id = ?", [(job_id,) for job_id in deleted])
+        db.commit()
+    return sum(job_id in present for job_id, _ in missing)
+
+
+def _count(database: Path, made: Backup) -> None:
+    with closing(sqlite3.connect(database)) as db:
+        made.jobs = db.execute("SELECT count(*) FROM jobs").fetchone()[0]
+        made.pictures = db.execute("SELECT count(*) FROM pictures").fetchone()[0]
+
+
+def _json(made: Backup, lines: str) -> bytes:
+    digest = hashlib.sha256(lines.encode()).hexdigest()
+    return json.dumps({**asdict(made), "sums": digest}, indent=2).encode() + b"\n"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _make_empty(place: Path, why: str) -> None:
+    try:
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        empty = not any(place.iterdir())
+    except OSError as error:
+        raise SafelightError(f"{place} cannot be used: {error.strerror}") from None
+    if not empty:
+        raise SafelightError(f"{place} is not empty: {why}")
+
+
+def _clear(root: Path) -> None:
+    """Remove what a backup or a restore has written, the mark of a restore last."""
+    for name in (*FOLDERS, *TOP, f"{DATABASE}.now", SUMS, ABOUT):
+        path = root / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    (root / RESTORING).unlink(missing_ok=True)
+
+
+def _line(error: Exception) -> str:
+    return getattr(error, "strerror", None) or (str(error).splitlines() or ["?"])[0][:100]

@@ -1,0 +1,125 @@
+"""The database as retention uses it: which finished jobs are the oldest, and deleting in steps.
+
+A job's `expires` is NULL while it stays, and the time of its deletion once it is marked. It is 0
+when the job is being deleted: nobody sees it any more, and its files go before its rows do. A
+process that ends in between leaves a job that the next one goes on with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from sqlalchemy import ColumnElement, Connection, func, select
+
+from safelight.server.claims import Claims
+from safelight.server.tables import UNFINISHED, jobs, pictures
+
+GONE = 0.0
+"""What `expires` is of a job that is being deleted."""
+
+BATCH = 500
+"""Jobs of one transaction: others wait for it."""
+
+
+class Expiry(Claims):
+    """Methods for the oldest jobs. Marks are set and taken in batches of short transactions."""
+
+    def newest_finished(self, count: int) -> float | None:
+        """Return when the count-th newest finished job ended; None if there are fewer."""
+        query = select(jobs.c.finished).where(_finished()).order_by(jobs.c.finished.desc())
+        with self._read() as db:
+            return db.scalar(query.offset(count - 1).limit(1))
+
+    def oldest_finished(self) -> Iterator[tuple[float, str, list[str]]]:
+        """Yield finished jobs, the oldest first: when it ended, its id, and those of its pictures.
+
+        Reads BATCH jobs at a time. Jobs that end within one moment come in the order of their ids.
+        """
+        at, after = -math.inf, ""
+        while True:
+            later = (jobs.c.finished > at) | ((jobs.c.finished == at) & (jobs.c.id > after))
+            query = select(jobs.c.finished, jobs.c.id).where(_finished(), later)
+            query = query.order_by(jobs.c.finished, jobs.c.id).limit(BATCH)
+            with self._read() as db:
+                rows = db.execute(query).all()
+                drawn = _drawn(db, [row.id for row in rows])
+            for row in rows:
+                yield row.finished, row.id, drawn[row.id]
+            if len(rows) < BATCH:
+                return
+            at, after = rows[-1]
+
+    def mark(self, horizon: float, expires: float) -> tuple[int, int]:
+        """Mark the jobs that ended before a time for deletion, and take the marks of others away.
+
+        Returns how many were marked, and how many marks were taken away.
+        """
+        marked = jobs.c.expires.is_not(None)
+        old = _finished() & (jobs.c.finished < horizon) & ~marked
+        young = marked & (jobs.c.expires != GONE) & (jobs.c.finished >= horizon)
+        return self._set_expires(old, expires), self._set_expires(young, None)
+
+    def expire(self, now: float) -> int:
+        """Begin to delete the marked jobs whose time has come: nobody sees them from now on.
+
+        Returns how many there are.
+        """
+        due = jobs.c.expires.is_not(None) & (jobs.c.expires != GONE) & (jobs.c.expires <= now)
+        return self._set_expires(due & _finished(), GONE)
+
+    def marked(self) -> int:
+        """Return how many jobs are marked, and not yet being deleted."""
+        query = select(func.count()).where(jobs.c.expires > GONE)
+        with self._read() as db:
+            return db.scalar(query) or 0
+
+    def gone(self, job_ids: Sequence[str] | None = None) -> dict[str, list[str]]:
+        """Return at most BATCH jobs that are being deleted, each with the ids of its pictures.
+
+        job_ids: only those of them.
+        """
+        which = jobs.c.expires == GONE
+        if job_ids is not None:
+            which &= jobs.c.id.in_(job_ids)
+        with self._read() as db:
+            ids = db.execute(select(jobs.c.id).where(which).limit(BATCH)).scalars().all()
+            return _drawn(db, ids)
+
+    def forget(self, job_ids: Sequence[str]) -> None:
+        """Delete the rows of jobs that are being deleted; their files are gone."""
+        with self._write() as db:
+            ids = select(jobs.c.id).where(jobs.c.id.in_(job_ids), jobs.c.expires == GONE)
+            going = db.execute(ids).scalars().all()
+            db.execute(pictures.delete().where(pictures.c.job.in_(going)))
+            db.execute(jobs.delete().where(jobs.c.id.in_(going)))
+
+    def _set_expires(self, which: ColumnElement[bool], expires: float | None) -> int:
+        # A key of the past is free again once its job is going.
+        more = {"key": None} if expires == GONE else {}
+        changed = 0
+        while True:
+            with self._write() as db:
+                ids = db.execute(select(jobs.c.id).where(which).limit(BATCH)).scalars().all()
+                db.execute(jobs.update().where(jobs.c.id.in_(ids)).values(expires=expires, **more))
+            changed += len(ids)
+            if len(ids) < BATCH:
+                return changed
+
+
+def seen() -> ColumnElement[bool]:
+    """Return the condition of jobs that are not being deleted."""
+    return jobs.c.expires.is_distinct_from(GONE)
+
+
+def _drawn(db: Connection, job_ids: Sequence[str]) -> dict[str, list[str]]:
+    """Return the ids of the pictures of each of these jobs."""
+    found: dict[str, list[str]] = {job_id: [] for job_id in job_ids}
+    query = select(pictures.c.job, pictures.c.id).where(pictures.c.job.in_(job_ids))
+    for job_id, picture_id in db.execute(query):
+        found[job_id].append(picture_id)
+    return found
+
+
+def _finished() -> ColumnElement[bool]:
+    return jobs.c.status.not_in(UNFINISHED) & jobs.c.finished.is_not(None) & seen()

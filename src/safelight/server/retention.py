@@ -1,0 +1,168 @@
+"""Delete the oldest finished jobs beyond what is to be kept, and never what waits or is drawn.
+
+In two steps, each of which survives the end of the process at any point: a job is marked, and after
+a grace its files and then its rows are deleted. A mark is taken away if the job is retried, or no
+longer beyond the limits, as after a start with wider ones.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from safelight.errors import SafelightError
+from safelight.server.expiry import BATCH
+from safelight.server.files import Files
+from safelight.server.keep import Keep
+from safelight.server.store import Store
+from safelight.server.tables import timestamp
+
+log = logging.getLogger("safelight.server")
+
+GRACE = 3600.0
+"""Seconds from the mark of a job to its deletion: somebody may be looking at it just now, and who
+starts a server may have meant another number.
+"""
+
+PAUSE = 300.0
+"""Seconds between two looks at what is beyond the limits."""
+
+
+@dataclass
+class Freed:
+    """What was deleted."""
+
+    jobs: int = 0
+    pictures: int = 0
+    size: int = 0
+
+    def __iadd__(self, other: Freed) -> Freed:
+        self.jobs += other.jobs
+        self.pictures += other.pictures
+        self.size += other.size
+        return self
+
+
+class Retention:
+    """Keeps to the limits while a server serves, in a thread of its own.
+
+    freed: what was deleted since the start. marked: how many jobs are to be. size: bytes of all
+    files of jobs, as they were last counted; None where nobody has asked.
+    """
+
+    def __init__(self, files: Files, store: Store, keep: Keep) -> None:
+        self._files, self._store, self._keep = files, store, keep
+        self.freed = Freed()
+        self.marked = 0
+        self.size: int | None = None
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin. Without limits it looks once, and takes the marks of an earlier start away."""
+        self._thread = threading.Thread(target=self._run, name="retention", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after the batch that is at work."""
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def look(self) -> None:
+        """Mark what is beyond the limits, and delete what was marked long enough ago.
+
+        Raises StorageError.
+        """
+        self._files.make_sure()
+        now = timestamp()
+        marked, spared = self._store.mark(self._horizon(now), now + GRACE)
+        if marked:
+            log.info(
+                "%d jobs are beyond --keep, and are deleted in %d minutes",
+                *(marked, math.ceil(GRACE / 60)),
+            )
+        if spared:
+            log.info("%d jobs are within --keep again, and stay", spared)
+        self._store.expire(now)
+        freed = self._clear()
+        self.freed += freed
+        self.marked = self._store.marked()
+        if freed.jobs:
+            log.info(
+                "deleted %d jobs beyond --keep: %d pictures, %.1f MB",
+                *(freed.jobs, freed.pictures, freed.size / 1e6),
+            )
+
+    def _clear(self) -> Freed:
+        freed = Freed()
+        while not self._stopped.is_set():
+            part = clear(self._files, self._store)
+            freed += part
+            if part.jobs < BATCH:  # all of them, or what the disk does not let go now
+                break
+        return freed
+
+    def _horizon(self, now: float) -> float:
+        """Return a time: jobs that ended before it are beyond the limits.
+
+        Jobs that ended in the same moment as one that stays do stay.
+        """
+        keep, horizon = self._keep, -math.inf
+        if keep.seconds is not None:
+            horizon = now - keep.seconds
+        if keep.jobs is not None:
+            horizon = max(horizon, self._store.newest_finished(keep.jobs) or -math.inf)
+        if keep.size is not None:
+            self.size = self._files.total_size()
+            horizon = max(horizon, self._until_small_enough(self.size - keep.size))
+        return horizon
+
+    def _until_small_enough(self, excess: int) -> float:
+        """Return when the oldest job ended that may stay if so many bytes are to go."""
+        if excess <= 0:
+            return -math.inf
+        last = -math.inf
+        for finished, job_id, drawn in self._store.oldest_finished():
+            if excess <= 0:
+                return finished
+            excess -= self._files.size_of(job_id, drawn)
+            last = finished
+        return math.nextafter(last, math.inf)
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            try:
+                self.look()
+                if not self._keep:
+                    return
+            except SafelightError as error:
+                log.warning("--keep waits: %s", error)
+            except Exception:  # the next look may do it
+                log.exception("--keep failed")
+            self._stopped.wait(PAUSE)
+
+
+def clear(files: Files, store: Store, job_ids: Sequence[str] | None = None) -> Freed:
+    """Delete files and rows of at most BATCH jobs that are being deleted; return how much.
+
+    job_ids: only those of them. A job whose files cannot be deleted keeps its rows, so that the
+    next call tries again. Raises StorageError.
+    """
+    freed, done = Freed(), []
+    files.make_sure()  # nothing is deleted from a disk that is away
+    for job_id, drawn in store.gone(job_ids).items():
+        size = files.size_of(job_id, drawn)
+        try:
+            files.remove_inputs(job_id)
+            files.remove_pictures(drawn)
+        except OSError as error:
+            log.warning("files of a deleted job cannot be removed yet: %s", error.strerror)
+            continue
+        done.append(job_id)
+        freed += Freed(1, len(drawn), size)
+    store.forget(done)
+    return freed

@@ -1,0 +1,135 @@
+"""The fast mode in requests and in the engine; its arithmetic: tests/parity/test_shortcuts.py."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import safelight
+from safelight.engine import Engine, shortcuts
+from safelight.engine.requests import resolve_request
+from safelight.errors import SafelightError
+from safelight.model import Model
+from safelight.request import Request
+
+
+@cache
+def embedded() -> Model:
+    return safelight.load("embedded", dtype="float32")
+
+
+CUTS: list[dict[str, Any]] = [
+    {},
+    {"cache_every": 3},
+    {"cache_every": 3, "cache_branch": 2},
+    {"cache_every": 2, "guidance_start": 0.3, "guidance_end": 0.7},
+    {"text_end": 0.5},
+    {"cache_every": 2, "guidance_end": 0.5, "text_end": 0.5},
+    {"fast": 3, "steps": 6},
+]
+
+
+def drawn(exact: bool) -> list[Any]:
+    """Pictures of all cuts, drawn by one engine."""
+    engine, made = Engine(embedded(), exact=exact, rows=16), dict[int, Image.Image]()
+    with torch.inference_mode():
+        for i, cuts in enumerate(CUTS):
+            asked = {"steps": 6, "seed": 4, "prompt": "a red apple", **cuts}
+            engine.add(Request(**asked, count=2), i)
+        while engine.busy:
+            for ticket in engine.step()[1]:
+                assert ticket.image is not None
+                made[2 * ticket.tag + ticket.index] = ticket.image
+    return [np.asarray(made[i]).astype(int) for i in range(2 * len(CUTS))]
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[Any]:
+    return drawn(exact=True)
+
+
+def test_company_changes_nothing(alone: list[Any]) -> None:
+    """Pictures that take a step in full and others that do not are in one engine."""
+    for mine, in_company in zip(alone, drawn(exact=False), strict=True):
+        assert np.abs(mine - in_company).max() <= 1
+
+
+def test_each_cut_makes_another_picture(alone: list[Any]) -> None:
+    firsts = alone[::2]
+    for i, one in enumerate(firsts):
+        assert not any(np.array_equal(one, other) for other in firsts[:i])
+
+
+def test_off_is_the_picture_without(alone: list[Any]) -> None:
+    off = {
+        "fast": 0,
+        "cache_every": 1,
+        "cache_branch": 0,
+        "guidance_start": 0.0,
+        "guidance_end": 1.0,
+        "text_end": 1.0,
+    }
+    image = embedded().generate("a red apple", steps=6, seed=4, **off).images[0]
+    assert np.array_equal(np.asarray(image), alone[0])
+
+
+def test_a_full_step_is_the_last_one() -> None:
+    kept = shortcuts.Kept(shortcuts.Shortcuts(cache_every=3))
+    kept.model, kept.evaluations, kept.deep = 1, 2, torch.zeros(1)
+    taken = [kept.plan(row, 10, 1, 2).taken for row in range(10)]
+    assert [row for row in range(10) if not taken[row]] == [0, 3, 6, 9]
+    assert not kept.plan(4, 10, 2, 2).taken  # what another model left
+    assert not kept.plan(4, 10, 1, 1).taken  # what had a row for the negative prompt
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_a_level_is_its_settings(level: int) -> None:
+    """The recipe has them, and draws the same picture without the level."""
+    result = embedded().generate("a cat", fast=level, seed=8)
+    assert {name: result.settings[name] for name in shortcuts.LEVELS[level]} == dict(
+        shortcuts.LEVELS[level]
+    )
+    settings = {**result.settings, "fast": 0}
+    again = embedded().generate(Request.from_dict(settings)).images[0]
+    assert again.tobytes() == result.images[0].tobytes()
+
+
+def test_what_is_asked_for_holds_against_the_level() -> None:
+    asked = Request(prompt="a cat", fast=3, cache_every=1, steps=7, sampler="ddim")
+    resolved = resolve_request(embedded(), asked)
+    assert (resolved.cache_every, resolved.steps, resolved.sampler) == (1, 7, "ddim")
+    assert resolved.guidance_start == 0.3
+
+
+def test_a_distilled_model_keeps_its_steps() -> None:
+    fast = safelight.load("embedded-fast", dtype="float32")
+    resolved = resolve_request(fast, Request(prompt="a cat", fast=3))
+    assert (resolved.steps, resolved.guidance_scale) == (4, 1)
+    assert resolved.cache_every == 3
+
+
+def test_a_model_without_them_says_so() -> None:
+    model = safelight.load("embedded-unconditional", dtype="float32")
+    result = model.generate(unconditional=True, fast=2, steps=2, sampler="ddim", seed=1)
+    assert any("fast does nothing with" in warning for warning in result.warnings)
+    assert result.settings["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"fast": 4}, "fast must be a whole number from 0 to 3, not 4"),
+        ({"cache_every": 0}, "cache_every must be a whole number from 1 to 100"),
+        ({"cache_branch": 6}, "cache_branch must be at most 5, the layers of"),
+        ({"guidance_start": 0.5, "guidance_end": 0.2}, "guidance_end must be at least"),
+        ({"text_end": 1.5}, "text_end must be a number from 0 to 1"),
+    ],
+)
+def test_what_cannot_be_is_told(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(SafelightError, match=said):
+        embedded().generate("a cat", **wrong)
