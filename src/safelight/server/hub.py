@@ -17,11 +17,12 @@ from safelight.defaults import model_defaults
 from safelight.errors import SafelightError
 from safelight.request import Request
 from safelight.sampling import SAMPLERS, check
+from safelight.server.costs import cost, pixel_steps
 from safelight.server.database import reason
 from safelight.server.events import Events
 from safelight.server.files import Files
 from safelight.server.fleet import Elsewhere, Fleet
-from safelight.server.intake import accept, cost_of
+from safelight.server.intake import accept
 from safelight.server.jobs import (
     Event,
     Job,
@@ -30,6 +31,7 @@ from safelight.server.jobs import (
     StoppingError,
     StorageError,
 )
+from safelight.server.keyring import Keyring
 from safelight.server.names import Names
 from safelight.server.process import Child, Settings
 from safelight.server.recovery import recover
@@ -66,6 +68,7 @@ class Hub:
         self.files = Files(Path(settings.root))
         self.store = Store(settings.url)
         recover(self.files, self.store)
+        self.keys = Keyring(self.store.all_keys)
         here = None if settings.model in BUILT_IN else on_disk(settings.model)
         self.info = ModelInfo(name=settings.model if here is None else here.name)
         self.names = Names(settings)
@@ -175,7 +178,7 @@ class Hub:
                 log.warning("the model's files are others than before: jobs are drawn with these")
             self._loaded.set()
             log.info("ready: %s on %s", self.info.name, self.info.device)
-            self._tell_watched()
+            self._events.watch_again()
         elif kind == "checked":
             self._steps.answer(rest[0])
         elif kind == "stuck":
@@ -189,14 +192,9 @@ class Hub:
         self.supervisor.send(*message)
         self.fleet.send(*message)
 
-    def _tell_watched(self) -> None:
-        """Say which previews are asked for: a new worker does not know."""
-        for job_id in self._events.watched:
-            self._send("watch", job_id)
-
     def _on_fleet(self) -> None:
         """Take what the fleet draws with for what this server does, if it draws nothing itself."""
-        self._tell_watched()
+        self._events.watch_again()
         if isinstance(self.supervisor, Elsewhere):
             self.info.ready = bool(self.fleet.workers)
             if self.fleet.workers:
@@ -239,6 +237,7 @@ class Hub:
         if idempotency_key is not None and not 1 <= len(idempotency_key) <= 255:
             raise SafelightError("Idempotency-Key must have 1 to 255 characters")
         await asyncio.to_thread(self.names.check, request)
+        request = await asyncio.to_thread(request.fitted)  # no more is kept than is drawn from
         job_id = new_id()
         # Large pictures, which take a while to write, hold up none without.
         submitting = self._in_database if request.image is None else self._with_inputs
@@ -247,12 +246,14 @@ class Hub:
                 accept,
                 *(self.files, self.store, job_id, request),
                 client=client,
-                cost=cost_of(request, steps, self.native_size),
+                cost=cost(request, steps, self.native_size),
                 bound=self._bound,
                 key=idempotency_key,
                 owner=owner,
+                pixel_steps=pixel_steps(request, steps, self.native_size),
             )
         )
+        await self.keys.spent(owner)
         if new:
             log.info("job accepted", extra={"job": job.id, "client": client})
             self._send("wake")

@@ -44,14 +44,3 @@ def _may_be_there(store: Store, job_id: str) -> bool:
         return store.get(job_id) is not None
     except StorageError:
         return True
-
-
-def cost_of(request: Request, steps: int, native_size: tuple[int, int]) -> int:
-    """Return the rows of the network that a job takes, a large picture's counting for more.
-
-    native_size: the width and height that the model was made for.
-    """
-    width, height = native_size
-    pixels = (request.width or width) * (request.height or height)
-    rows = steps * request.count * (2 if request.guidance_scale > 1 else 1)
-    return max(1, round(rows * pixels / (width * height)))

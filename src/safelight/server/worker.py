@@ -127,7 +127,7 @@ class Worker(Holder):
         try:
             self._files.remove_pictures(claim.left)
             image, mask = (self._files.input(claim.id, name) for name in ("image", "mask"))
-            request = Request.from_dict(claim.settings, image=image, mask=mask)
+            request = Request.from_dict(claim.settings, image=image, mask=mask, fitted=True)
             result = self._engine.add(request, claim.id, claim.done, claim.owner)
         except StorageError as error:
             self._tell_stuck(error)
