@@ -34,6 +34,7 @@ class Catalogue:
         self.info = ModelInfo(name=self.served.default)
         self._others: dict[str, ModelInfo] = {}
         self._defaults: dict[str, dict[str, Any]] = {}
+        self._elsewhere: list[str] = []
         self._asked: dict[str, asyncio.Future[ModelInfo]] = {}
         self.arrived = asyncio.Event()
         self.stopping = False
@@ -60,6 +61,15 @@ class Catalogue:
         """Nothing is loaded any more."""
         for info in (self.info, *self._others.values()):
             info.ready = info.loaded = False
+
+    def on_fleet(self, models: list[ModelInfo]) -> None:
+        """Take in what the workers elsewhere draw with, for a server that has none of its own."""
+        self.info.ready = bool(models)
+        self._elsewhere = [model.name for model in models]
+        if models:
+            self.info = models[0]
+            self._others |= {model.name: model for model in models[1:]}
+            self.arrived.set()
 
     def stop(self) -> None:
         """Let go of those who wait."""
@@ -90,13 +100,15 @@ class Catalogue:
         """Return the name of the model that a request means; see `Served.find`."""
         if asked is None or asked == self.info.name:
             return self.info.name
+        if asked in self._elsewhere:
+            return asked
         return await self._in_thread(self.served.find, asked)
 
     async def all(self) -> list[ModelInfo]:
         """Return the models that may be drawn with, the default one first."""
-        names = await self._in_thread(self.served.sources)
+        names = [self.info.name, *self._elsewhere, *await self._in_thread(self.served.sources)]
         ready = self.info.ready
-        found = [self._get(name) for name in names]
+        found = [self._get(name) for name in dict.fromkeys(names)]
         return [one.model_copy(update={"ready": ready}) for one in found]
 
     async def facts(self, name: str) -> ModelInfo:
@@ -118,14 +130,18 @@ class Catalogue:
     async def defaults(self, name: str) -> dict[str, Any]:
         """Return what a model says it draws best with (`model_defaults`)."""
         if name not in self._defaults:  # not before somebody asks: it takes a while
-            source = await self._in_thread(self.served.source, name)
-            settings = self._settings
-            given = settings.model if source is None else source
-            notes = await self._in_thread(notes_of, given, settings.models_dir)
-            self._defaults[name] = model_defaults(notes)
-            if settings.wildcards_dir is not None:
+            self._defaults[name] = model_defaults(await self._in_thread(self._notes, name))
+            if self._settings.wildcards_dir is not None:
                 self._defaults[name]["dynamic_prompts"] = True
         return self._defaults[name]
+
+    def _notes(self, name: str) -> dict[str, Any]:
+        try:
+            source = self.served.source(name)
+        except SafelightError:  # the model of a worker elsewhere
+            return {}
+        given = self._settings.model if source is None else source
+        return notes_of(given, self._settings.models_dir)
 
     @property
     def loaded(self) -> list[str]:

@@ -10,12 +10,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from safelight.engine import Engine
 from safelight.engine.capacity import free_memory, out_of_memory
 from safelight.errors import SafelightError
 from safelight.fast import memory
+from safelight.machine import device_memory
 from safelight.server.jobs import ModelInfo
 from safelight.server.pulse import Pulse
 from safelight.server.served import Served
@@ -84,12 +83,18 @@ class LoadedModels:
         self._seconds = 0.0
         self._loader = ThreadPoolExecutor(1, "load")
         self._coming: tuple[str, Estimate, float, Future[Model]] | None = None
-        self.bound = settings.model_memory or _memory_of(settings) * SHARE or math.inf
+        self.memory = device_memory(pick_device(settings.device))
+        self.bound = settings.model_memory or ((self.memory or 0) << 20) * SHARE or math.inf
 
     @property
     def names(self) -> list[str]:
         """The models that are there."""
         return list(self._there)
+
+    @property
+    def able(self) -> list[str] | None:
+        """The models that this worker could load, where others may have more; None for all."""
+        return list(self.served.sources()) if self._settings.elsewhere else None
 
     @property
     def loading(self) -> str | None:
@@ -265,13 +270,6 @@ class LoadedModels:
                 weights += known.weights if one is None else one.weights
                 work = max(work, known.work)
         return not beside or weights + work <= self.bound
-
-
-def _memory_of(settings: Settings) -> int:
-    device = pick_device(settings.device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return memory.total()
 
 
 def _info_of(name: str, model: Model) -> ModelInfo:

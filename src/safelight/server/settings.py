@@ -12,7 +12,8 @@ class Settings:
 
     allowed: names of the models that requests may name besides `model`; None allows those that
     ship and those of the models folder. model_memory: bytes that loaded models may take together;
-    None for a share of the machine's.
+    None for a share of the machine's. elsewhere: the server's machine may have other models: jobs
+    of those that are not here are left to others.
     """
 
     model: str
@@ -31,6 +32,7 @@ class Settings:
     rows: int | None = None
     allowed: tuple[str, ...] | None = None
     model_memory: int | None = None
+    elsewhere: bool = False
 
     @property
     def loading(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from sqlalchemy import ColumnElement, Connection, Select, case, func, or_, select
+from sqlalchemy import ColumnElement, Connection, Select, case, func, or_, select, true
 from sqlalchemy.engine import RowMapping
 
 from safelight.server.jobs import Status
@@ -37,10 +37,20 @@ def charge(db: Connection, owner: str, cost: float) -> None:
     )
 
 
-def next_owner(db: Connection, now: float, but: Collection[str] = ()) -> str | None:
-    """Return the owner whose turn it is, None if no job waits. but: owners that are left out."""
+def next_owner(
+    db: Connection,
+    now: float,
+    but: Collection[str] = (),
+    able: Collection[str] | None = None,
+) -> str | None:
+    """Return the owner whose turn it is, None if no job waits.
+
+    but: owners that are left out. able: models whose jobs are looked at; None for all.
+    """
     # A scalar subquery asks the index once for each owner, until one is found who waits.
-    waits = or_(*(_one(which, shares.c.owner).is_not(None) for which in (_queued(), _late(now))))
+    waits = or_(
+        *(_one(which, shares.c.owner).is_not(None) for which in (_queued(able), _late(now, able)))
+    )
     query = select(shares.c.owner).where(waits, shares.c.owner.not_in(but))
     return db.scalar(query.order_by(shares.c.ended, shares.c.owner).limit(1))
 
@@ -52,6 +62,7 @@ def next_job(
     ageing: float,
     loaded: Collection[str] = (),
     more: float = 0.0,
+    able: Collection[str] | None = None,
 ) -> RowMapping | None:
     """Return the job of an owner whose turn it is.
 
@@ -60,14 +71,14 @@ def next_job(
     silent there are few: all are looked at.
 
     ageing: the cost that a second of waiting makes up for. loaded: models that are in memory: the
-    oldest job of each is looked at, too; those of other models cost so much `more`.
+    oldest job of each is looked at, too; those of other models cost so much `more`. able: as above.
     """
     ends = [
-        _one(_queued(), owner, jobs.c.cost, jobs.c.created),
-        _one(_queued(), owner, jobs.c.created, jobs.c.cost),
-        _one(_late(now), owner, jobs.c.cost - ageing * (now - jobs.c.created)),
+        _one(_queued(able), owner, jobs.c.cost, jobs.c.created),
+        _one(_queued(able), owner, jobs.c.created, jobs.c.cost),
+        _one(_late(now, able), owner, jobs.c.cost - ageing * (now - jobs.c.created)),
     ]
-    ends += [_one(_queued() & (jobs.c.model == name), owner, jobs.c.created) for name in loaded]
+    ends += [_one(_queued(able) & (jobs.c.model == name), owner, jobs.c.created) for name in loaded]
     urgency = jobs.c.cost - ageing * (now - jobs.c.created)
     if loaded:
         urgency += case((jobs.c.model.in_(loaded), 0.0), else_=more)
@@ -82,9 +93,13 @@ def _one(
     return found.order_by(*order).limit(1).scalar_subquery()
 
 
-def _queued() -> ColumnElement[bool]:
-    return jobs.c.status == Status.QUEUED
+def _queued(able: Collection[str] | None) -> ColumnElement[bool]:
+    return (jobs.c.status == Status.QUEUED) & _of_models(able)
 
 
-def _late(now: float) -> ColumnElement[bool]:
-    return (jobs.c.status == Status.RUNNING) & (jobs.c.lease < now)
+def _late(now: float, able: Collection[str] | None) -> ColumnElement[bool]:
+    return (jobs.c.status == Status.RUNNING) & (jobs.c.lease < now) & _of_models(able)
+
+
+def _of_models(able: Collection[str] | None) -> ColumnElement[bool]:
+    return true() if able is None else jobs.c.model.in_(able)

@@ -38,7 +38,8 @@ class Worker(Holder):
         self._changed: set[str] = set()
         self._spoilt: str | None = None
         self._unsure = False
-        pipe.send(("ready", self._models.load_first().model_dump()))
+        info = self._models.load_first().model_dump()
+        pipe.send(("ready", info, self._models.memory))
         self._pulse.loaded()
 
     def run(self) -> None:
@@ -188,6 +189,7 @@ class Worker(Holder):
                 known=[claim.token for claim in self._claims] if self._unsure else None,
                 loaded=models.names,
                 patience=models.patience,
+                able=models.able,
             )
         except StorageError as error:  # tried again after the next step, or in a second
             self._unsure = True
@@ -202,6 +204,7 @@ class Worker(Holder):
         one = self._models.get(self._name(claim.model))
         assert one is not None
         try:
+            self._files.remove_pictures(claim.left)
             image, mask = (self._files.input(claim.id, name) for name in ("image", "mask"))
             request = Request.from_dict(claim.settings, image=image, mask=mask, fitted=True)
             result = one.engine.add(request, claim.id, claim.done, claim.owner)
