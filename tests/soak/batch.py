@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--drivers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=4, help="the most of a row")
+    parser.add_argument("--parts", nargs="+", default=["speed", "killed", "lost"])
     parser.add_argument("--bare", metavar="PART", help="draw a part of the rows: used by itself")
     given = parser.parse_args()
     if given.bare:
@@ -47,9 +48,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="safelight-soak-") as folder:
         os.chdir(folder)
         write_rows(Path("rows.jsonl"), given.rows, random.Random(given.seed), given.steps)
-        speed(given.rows)
-        disturbed(given.rows, given.kills, given.drivers, random.Random(given.seed))
-        lost_node(given.rows)
+        assert batch("alone").wait() == 0
+        if "speed" in given.parts:
+            speed(given.rows)
+        if "killed" in given.parts:
+            disturbed(given.rows, given.kills, given.drivers, random.Random(given.seed))
+        if "lost" in given.parts:
+            lost_node(given.rows)
 
 
 def write_rows(path: Path, count: int, chance: random.Random, steps: int) -> None:
@@ -80,45 +85,44 @@ def bare(path: Path, part: int) -> None:
     engine = Engine(load(**LOADING))
     rows = [Rules().row(i, columns) for i, columns in enumerate(read_rows(str(path)), 1)]
     rows = sorted(rows[part::WORKERS], key=lambda row: (row.settings["width"], row.number))
-    began = time.monotonic()
+    began, used = time.monotonic(), time.process_time()
     for row in rows:
         engine.add(row.request())
         while engine.busy:
             engine.step()
-    told(time.monotonic() - began)
+    told(f"{time.monotonic() - began} {time.process_time() - used}")
 
 
 def speed(rows: int) -> None:
-    began = time.monotonic()
+    """Compare two workers of Ray with two bare engines, by the clock and by processor time.
+
+    The clock says little beside other programs; processor time is that of all of Ray's processes
+    and of the driver, which writes.
+    """
     parts = [
         subprocess.Popen([sys.executable, __file__, "--bare", str(i)], stdout=subprocess.PIPE)
         for i in range(WORKERS)
     ]
-    printed = [part.communicate()[0] for part in parts]
+    printed = [part.communicate()[0].split() for part in parts]
     assert not any(part.returncode for part in parts), [part.returncode for part in parts]
-    seconds = max(map(float, printed))
-    with_loading = time.monotonic() - began
-    told(f"two bare engines: {rows / seconds:.1f} rows a second")
-    told(f"the same with loading: {rows / with_loading:.1f}")
-    began = time.monotonic()
-    assert batch("alone").wait() == 0
-    told(f"one worker without Ray, with loading: {rows / (time.monotonic() - began):.1f}")
+    seconds = max(float(one[0]) for one in printed)
+    used = sum(float(one[1]) for one in printed) / rows
     cluster = start_cluster(1, WORKERS)
     try:
-        began = time.monotonic()
         driver = batch("ray", cluster.address)
         wait_for(lambda: count("ray") > 0 or ended(driver))
-        first = count("ray"), time.monotonic()
+        first, began, before = count("ray"), time.monotonic(), processor_time()
+        wait_for(lambda: count("ray") >= rows or ended(driver))
+        took, by_ray = time.monotonic() - began, processor_time() - before
         assert driver.wait() == 0
-        last = time.monotonic()
     finally:
         cluster.shutdown()
-    rate = (rows - first[0]) / (last - first[1])
-    told(
-        f"Ray with {WORKERS} workers: {rate:.1f} rows a second, {rate * seconds / rows:.2f} of bare"
-    )
-    told(f"the same with starting and loading: {rows / (last - began):.1f}")
     check("ray", rows)
+    bare_rate, ray_rate = rows / seconds, (rows - first) / took
+    told(f"two bare engines: {bare_rate:.1f} rows a second, {1000 * used:.0f} ms of a core a row")
+    each = by_ray / (rows - first)
+    told(f"two workers of Ray: {ray_rate:.1f} rows a second, {1000 * each:.0f} ms of a core a row")
+    told(f"Ray beside bare: {ray_rate / bare_rate:.2f} by the clock, {used / each:.2f} by the core")
 
 
 def disturbed(rows: int, kills: int, restarts: int, chance: random.Random) -> None:
@@ -197,6 +201,23 @@ def actors(cluster: Any) -> list[int]:
         except OSError:  # it ended meanwhile
             pass
     return sorted(found)
+
+
+def processor_time() -> float:
+    """Return the seconds that all processes below this one have used."""
+    parents, times = {}, {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            cells = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        pid = int(path.parent.name)
+        parents[pid], times[pid] = int(cells[1]), int(cells[11]) + int(cells[12])
+    below, found = {os.getpid()}, set[int]()
+    while below:
+        below = {pid for pid, parent in parents.items() if parent in below}
+        found |= below
+    return sum(times[pid] for pid in found) / os.sysconf("SC_CLK_TCK")
 
 
 def count(out: str) -> int:
