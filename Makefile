@@ -105,6 +105,8 @@ soak: $(VENV)/.ready-dev
 	SAFELIGHT_FUZZ=$(FUZZ) $(BIN)/pytest -n0 -s tests/test_fuzz.py tests/server/test_fuzz_json.py \
 		> runs/fuzz.txt || status=1; \
 	grep ^fuzz runs/fuzz.txt; \
+	$(BIN)/python tests/soak/sanitize.py || status=1; \
+	! command -v qemu-aarch64 || $(BIN)/python tests/soak/arm.py || status=1; \
 	$(BIN)/python tests/soak/company.py || status=1; \
 	$(BIN)/python tests/soak/kills.py --jobs $(JOBS) --kills $(KILLS) || status=1; \
 	$(BIN)/python tests/soak/batch.py --rows $(ROWS) || status=1; \
