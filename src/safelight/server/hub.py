@@ -37,6 +37,7 @@ from safelight.server.recovery import recover
 from safelight.server.retention import clear
 from safelight.server.store import Store, new_id
 from safelight.server.supervisor import Supervisor
+from safelight.server.webhooks import Webhooks
 from safelight.weights.find import BUILT_IN, notes_of, on_disk
 
 log = logging.getLogger("safelight.server")
@@ -78,7 +79,8 @@ class Hub:
             on_refusal=lambda: self.on_refusal(),
             put_back=self._put_back,
         )
-        self._events = Events(self.supervisor.send)
+        self.webhooks = Webhooks(self.store)
+        self._events = Events(self.supervisor.send, self.webhooks.ended)
         self._defaults: dict[str, Any] | None = None
         self._loaded = asyncio.Event()
         self._checks: list[asyncio.Future[bool]] = []
@@ -117,11 +119,13 @@ class Hub:
         """Begin, within the event loop. Requests are accepted while the model is loaded."""
         self._loop = asyncio.get_running_loop()
         self.supervisor.start()
+        self.webhooks.start()
 
     async def stop(self) -> None:
         """End the worker; what it has not finished waits for the next start."""
         self.drain()
         await self.supervisor.stop()
+        await self.webhooks.stop()
         with contextlib.suppress(StorageError):  # the next start does it
             await self._in_database(partial(self.store.release, told_to=True))
         self._inputs.shutdown()
@@ -217,8 +221,9 @@ class Hub:
         client: str = "api",
         idempotency_key: str | None = None,
         owner: str | None = None,
+        webhook: str | None = None,
     ) -> Job:
-        """See `jobs.Service`."""
+        """See `jobs.Service`. webhook: a URL that is told of the job's end."""
         if self.stopping:
             raise StoppingError
         request = request.with_defaults(await self.defaults())
@@ -245,6 +250,7 @@ class Hub:
                 bound=self._bound,
                 key=idempotency_key,
                 owner=owner,
+                webhook=webhook,
                 pixel_steps=pixel_steps(request, steps, self.native_size),
             )
         )
