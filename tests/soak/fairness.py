@@ -22,6 +22,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "server"))
 from inside import Inside
 from serving import wait_for
 
+from safelight.request import Request
+from safelight.server.costs import cost
+from safelight.server.store import new_id
+
 KEYS = {"anna": "key of anna", "ben": "key of ben"}
 BODY = {"prompt": "a red apple", "steps": 20, "sampler": "euler", "seed": 1}
 
@@ -57,8 +61,17 @@ def main() -> None:
 
         drawn(server, "ben")  # the first one is slower
         alone = min(drawn(server, "ben")[0] for _ in range(3))
-        for _ in range(options.jobs):
-            ask(server, "anna", "POST", "/api/jobs", BODY)
+        request = Request(**BODY)
+        for _ in range(options.jobs):  # beside HTTP, which would take longer than to draw them
+            server.hub.store.submit(
+                new_id(),
+                request.to_dict(),
+                client="api",
+                cost=cost(request, 20, server.hub.native_size),
+                bound=10 * options.jobs,
+                owner="key:anna",
+            )
+        ask(server, "anna", "POST", "/api/jobs", BODY)
         for _ in range(options.tries):
             queued, running, before = count("queued"), count("running"), count("succeeded")
             took, waited = drawn(server, "ben")

@@ -12,6 +12,7 @@ import typer
 from safelight import __version__
 from safelight.cli import (
     backup,
+    batch,
     bench,
     compare,
     convert,
@@ -26,6 +27,7 @@ from safelight.cli import (
     tokens,
     tools,
     train,
+    worker,
 )
 from safelight.cli.output import fail, note, say
 from safelight.errors import SafelightError
@@ -44,6 +46,7 @@ app = typer.Typer(
 options.register(app, generate.generate)
 options.register(app, compare.compare, without=("count",))
 options.register(app, explain.explain, without=("count",))
+options.register(app, batch.batch, without=("prompt",))
 app.command()(tools.samplers)
 app.command()(tools.models)
 app.command()(tools.inspect)
@@ -53,6 +56,7 @@ app.command()(tools.verify)
 app.command()(tokens.tokens)
 app.command()(serve.serve)
 app.command()(studio.studio)
+app.command()(worker.worker)
 app.command()(backup.backup)
 app.command()(backup.restore)
 app.command()(bench.bench)

@@ -184,6 +184,8 @@ class Webhooks:
                 await self._begin()
             except StorageError:  # looked at again
                 look = 0.0
+            except Exception:  # this task is the only one that sends
+                log.exception("webhooks cannot be sent")
             wait = 0.0 if self._ended else 1.0
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), wait or 0.01)
@@ -258,10 +260,11 @@ class Webhooks:
         body = body_of(notice.job)
         headers = {"host": url.netloc.decode("ascii"), "connection": "close"}
         headers |= signed(notice.job, body, secret, time.time())
+        address = addresses[(notice.tries - 1) % len(addresses)]  # another one at the next try
         # The certificate has to be the name's, not the address's.
         request = self._client.build_request(
             "POST",
-            url.copy_with(host=addresses[0]),
+            url.copy_with(host=address),
             headers=headers,
             content=body,
             extensions={"sni_hostname": host},

@@ -20,7 +20,7 @@ from safelight.sampling.schedule import SCHEDULES
 from safelight.server.bodies import decode_base64, decoded, read_json, turn
 from safelight.server.callers import caller_of
 from safelight.server.hub import Hub
-from safelight.server.jobs import Event, Job, ModelInfo, Status
+from safelight.server.jobs import Event, Job, ModelInfo, Status, WorkerInfo
 from safelight.server.sizes import enlarged_png
 from safelight.server.store import MAX_LISTED
 from safelight.server.webhooks import check_url
@@ -58,7 +58,7 @@ def body_of(request_type: type[Request]) -> dict[str, Any]:
     """Return what OpenAPI says of a body with a request's settings, and an example that works."""
     schema = json_schema(request_type)
     told = "a URL that is told of the job's end, by a signed POST"
-    schema["properties"]["webhook"] = {"type": "string", "format": "uri", "description": told}
+    schema["properties"]["webhook"] = {"type": "string", "description": told}
     content = {"application/json": {"schema": schema, "example": EXAMPLE}}
     return {"requestBody": {"required": True, "content": content}}
 
@@ -232,6 +232,12 @@ async def webhook_secret(request: HttpRequest) -> dict[str, str]:
 @router.get("/api/models", response_model=list[ModelInfo], tags=["models"])
 async def models(request: HttpRequest) -> list[ModelInfo]:
     return await hub(request).models()
+
+
+@router.get("/api/workers", response_model=list[WorkerInfo], tags=["models"])
+async def workers(request: HttpRequest) -> list[WorkerInfo]:
+    """The workers that joined from elsewhere (`safelight worker`) and are well."""
+    return hub(request).fleet.workers
 
 
 @router.get("/api/samplers", tags=["models"])
