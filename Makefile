@@ -105,6 +105,7 @@ soak: $(VENV)/.ready-dev
 		> runs/fuzz.txt || status=1; \
 	grep ^fuzz runs/fuzz.txt; \
 	$(BIN)/python tests/soak/sanitize.py || status=1; \
+	! command -v qemu-aarch64 || $(BIN)/python tests/soak/arm.py || status=1; \
 	$(BIN)/python tests/soak/company.py || status=1; \
 	$(BIN)/python tests/soak/fairness.py --jobs $(JOBS) || status=1; \
 	$(BIN)/python tests/soak/kills.py --jobs $(JOBS) --kills $(KILLS) || status=1; \
