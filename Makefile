@@ -108,6 +108,7 @@ soak: $(VENV)/.ready-dev
 	$(BIN)/python tests/soak/sanitize.py || status=1; \
 	! command -v qemu-aarch64 || $(BIN)/python tests/soak/arm.py || status=1; \
 	$(BIN)/python tests/soak/company.py || status=1; \
+	$(BIN)/python tests/soak/fairness.py --jobs $(JOBS) || status=1; \
 	$(BIN)/python tests/soak/kills.py --jobs $(JOBS) --kills $(KILLS) || status=1; \
 	$(BIN)/python tests/soak/batch.py --rows $(ROWS) || status=1; \
 	$(BIN)/python tests/soak/training.py --steps 200 || status=1; \
