@@ -15,9 +15,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from safelight.errors import SafelightError
 from safelight.request import Request
-from safelight.sampling import SAMPLERS, check
 from safelight.server.catalogue import Catalogue
-from safelight.server.costs import cost, pixel_steps
+from safelight.server.costs import cost, pixel_steps, steps_of
 from safelight.server.database import reason
 from safelight.server.events import Events
 from safelight.server.files import Files
@@ -39,11 +38,9 @@ from safelight.server.retention import clear
 from safelight.server.steps import Steps
 from safelight.server.store import Store, new_id
 from safelight.server.supervisor import Supervisor
+from safelight.server.webhooks import Webhooks
 
 log = logging.getLogger("safelight.server")
-
-MAX_STEPS = 4000
-"""Steps of all pictures of one request together."""
 
 LOOK_AGAIN = 2.0
 """Seconds after which one who waits looks into the database: messages may be lost."""
@@ -70,7 +67,8 @@ class Hub:
         self.keys = Keyring(self.store.all_keys)
         self.names = Names(settings)
         self.on_refusal: Callable[[], None] = lambda: None
-        self._events = Events(self._send)
+        self.webhooks = Webhooks(self.store)
+        self._events = Events(self._send, self.webhooks.ended)
         self.fleet = Fleet(
             self.store,
             settings.url,
@@ -121,12 +119,14 @@ class Hub:
         self._loop = asyncio.get_running_loop()
         self.supervisor.start()
         self.fleet.start()
+        self.webhooks.start()
 
     async def stop(self) -> None:
         """End the worker; what it has not finished waits for the next start."""
         self.drain()
         await self.supervisor.stop()
         await self.fleet.stop()
+        await self.webhooks.stop()
         with contextlib.suppress(StorageError):  # the next start does it
             await self._in_database(partial(self.store.release, told_to=True))
         self._inputs.shutdown()
@@ -212,19 +212,14 @@ class Hub:
         idempotency_key: str | None = None,
         owner: str | None = None,
         model: str | None = None,
+        webhook: str | None = None,
     ) -> Job:
-        """See `jobs.Service`."""
+        """See `jobs.Service`. webhook: a URL that is told of the job's end."""
         if self.stopping:
             raise StoppingError
         name = await self.find_model(model)
         request = request.with_defaults(await self.defaults(name))
-        steps = request.steps or SAMPLERS[request.sampler].steps
-        check(SAMPLERS[request.sampler], steps, request.schedule, request.spacing)
-        if steps * request.count > MAX_STEPS:
-            raise SafelightError(
-                f"steps × count must be at most {MAX_STEPS}, not {steps * request.count}",
-                field="steps",
-            )
+        steps = steps_of(request)
         if idempotency_key is not None and not 1 <= len(idempotency_key) <= 255:
             raise SafelightError("Idempotency-Key must have 1 to 255 characters")
         await asyncio.to_thread(self.names.check, request)
@@ -244,6 +239,7 @@ class Hub:
                 named=model and name,
                 owner=owner,
                 model=name,
+                webhook=webhook,
                 pixel_steps=pixel_steps(request, steps, native),
             )
         )
