@@ -309,7 +309,7 @@ def to_first(store: Store) -> None:
             db.execute(text(f"DROP TABLE {table}"))
         for index in ("owner", "shortest", "oldest", "expires", "finished"):
             db.execute(text(f"DROP INDEX ix_jobs_{index}"))
-        for column in ("owner", "kills", "model", "expires"):
+        for column in ("owner", "kills", "ends", "model", "expires"):
             db.execute(text(f"ALTER TABLE jobs DROP COLUMN {column}"))
 
 

@@ -22,7 +22,7 @@ from safelight.server.tables import meta
 
 log = logging.getLogger("safelight.server")
 
-HEAD = "0005"
+HEAD = "0006"
 FIRST = "0001"
 """The schema of databases from before versions were written down."""
 

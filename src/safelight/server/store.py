@@ -127,6 +127,7 @@ class Store(Expiry):
                     status=Status.QUEUED,
                     attempts=0,
                     kills=0,
+                    ends=0,
                     error=None,
                     finished=None,
                     expires=None,
