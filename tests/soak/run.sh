@@ -36,6 +36,7 @@ part fuzzers fuzz &
 fuzzers=$!
 part promises promises || status=1
 part sanitizers "$BIN/python" tests/soak/sanitize.py || status=1
+! command -v qemu-aarch64 > /dev/null || part ARM "$BIN/python" tests/soak/arm.py || status=1
 part company "$BIN/python" tests/soak/company.py || status=1
 part kills "$BIN/python" tests/soak/kills.py --jobs "$JOBS" --kills "$KILLS" || status=1
 part training "$BIN/python" tests/soak/training.py --steps 200 || status=1

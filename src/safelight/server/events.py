@@ -25,10 +25,10 @@ class Events:
         self._listeners: dict[str, set[asyncio.Queue[tuple[str, Any]]]] = {}
         self._watchers: dict[str, int] = {}
 
-    @property
-    def watched(self) -> list[str]:
-        """The jobs whose previews are asked for."""
-        return list(self._watchers)
+    def watch_again(self) -> None:
+        """Say whose previews are asked for: a new worker does not know."""
+        for job_id in self._watchers:
+            self._send("watch", job_id)
 
     def publish(self, kind: str, job_id: str, rest: list[Any]) -> None:
         """Pass a worker's message about a job to its listeners."""

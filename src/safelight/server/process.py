@@ -19,8 +19,8 @@ from safelight.server.settings import Settings
 from safelight.threads import wait_asleep
 
 FIRST = 500
-"""Thousandths of the machine's memory, which Linux adds to a worker's where it looks for the process
-to end: `oom_score_adj` of proc(5).
+"""Thousandths of the machine's memory that Linux adds to a worker's where it looks for a process to
+end: `oom_score_adj` of proc(5).
 """
 
 

@@ -61,7 +61,7 @@ def return_large_blocks() -> None:
 
 def serve(
     settings: Settings,
-    child: Child,
+    child: Child | None,
     listening: socket.socket,
     *,
     host: str,

@@ -109,6 +109,16 @@ facts = Table(
     Column("name", String(32), primary_key=True),
     Column("value", Text, nullable=False),
 )
+workers = Table(
+    "workers",
+    meta,
+    Column("id", String(32), primary_key=True),
+    Column("place", String(255), nullable=False),  # its machine and process
+    Column("model", Text, nullable=False),  # what it draws with, as JSON
+    Column("memory", Integer),  # MiB, of the device that it draws on
+    Column("joined", Float, nullable=False),
+    Column("seen", Float, nullable=False, index=True),
+)
 UNFINISHED = (Status.QUEUED, Status.RUNNING)
 
 

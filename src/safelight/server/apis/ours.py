@@ -20,7 +20,7 @@ from safelight.sampling.schedule import SCHEDULES
 from safelight.server.bodies import decode_base64, decoded, read_json, turn
 from safelight.server.callers import caller_of
 from safelight.server.hub import Hub
-from safelight.server.jobs import Event, Job, ModelInfo, Status
+from safelight.server.jobs import Event, Job, ModelInfo, Status, WorkerInfo
 from safelight.server.sizes import enlarged_png
 from safelight.server.store import MAX_LISTED
 from safelight.settings import json_schema
@@ -216,6 +216,12 @@ async def thumbnail(request: HttpRequest, picture_id: JobId) -> Any:
 @router.get("/api/models", response_model=list[ModelInfo], tags=["models"])
 async def models(request: HttpRequest) -> list[ModelInfo]:
     return await hub(request).models()
+
+
+@router.get("/api/workers", response_model=list[WorkerInfo], tags=["models"])
+async def workers(request: HttpRequest) -> list[WorkerInfo]:
+    """The workers that joined from elsewhere (`safelight worker`) and are well."""
+    return hub(request).fleet.workers
 
 
 @router.get("/api/samplers", tags=["models"])
