@@ -89,17 +89,19 @@ wheels: $(VENV)/.ready
 # The suite's own tests of the promises, with their full numbers, and the fuzzers beside them. Every part is run,
 # whatever becomes of those before it; figures and the time of each part: runs/soak.txt.
 #
-#   make soak SHARE=0.1 FUZZ=30 JOBS=100 KILLS=20    less than an hour
+#   make soak SHARE=0.1 FUZZ=30 JOBS=100 KILLS=20 ROWS=200    less than an hour
 SOAK := crowd faults hung killed overload same storage strangers worst
 SHARE ?= 1
 FUZZ ?= 240
 JOBS ?= 1000
 KILLS ?= 200
+ROWS ?= 2000
 soak: export SAFELIGHT_SOAK_SHARE := $(SHARE)
 soak: export SOAK := $(SOAK)
 soak: export FUZZ := $(FUZZ)
 soak: export JOBS := $(JOBS)
 soak: export KILLS := $(KILLS)
+soak: export ROWS := $(ROWS)
 soak: $(VENV)/.ready-dev
 	sh tests/soak/run.sh $(BIN)
 

@@ -2,7 +2,7 @@
 # Run what `make soak` runs: every part, whatever becomes of those before it. The fuzzers run beside the others, at
 # a lower priority. Figures and the time that each part took go to runs/soak.txt, the fuzzers' output to runs/fuzz.txt.
 #
-#   sh tests/soak/run.sh BIN    BIN: the folder of python and pytest; FUZZ, JOBS, KILLS and SOAK as in the Makefile
+#   sh tests/soak/run.sh BIN    BIN: the folder of python and pytest; FUZZ, JOBS, KILLS, ROWS and SOAK as in the Makefile
 
 BIN=$1
 FIGURES=$PWD/runs/soak.txt
@@ -38,7 +38,9 @@ part promises promises || status=1
 part sanitizers "$BIN/python" tests/soak/sanitize.py || status=1
 ! command -v qemu-aarch64 > /dev/null || part ARM "$BIN/python" tests/soak/arm.py || status=1
 part company "$BIN/python" tests/soak/company.py || status=1
+part fairness "$BIN/python" tests/soak/fairness.py --jobs "$JOBS" || status=1
 part kills "$BIN/python" tests/soak/kills.py --jobs "$JOBS" --kills "$KILLS" || status=1
+part batch "$BIN/python" tests/soak/batch.py --rows "$ROWS" || status=1
 part training "$BIN/python" tests/soak/training.py --steps 200 || status=1
 wait $fuzzers || status=1
 grep ^fuzz runs/fuzz.txt | tee -a "$FIGURES"
