@@ -102,6 +102,16 @@ choices = Table(  # the model that an owner chose for requests that name none
     Column("owner", String(64), primary_key=True),
     Column("model", Text, nullable=False),
 )
+webhooks = Table(
+    "webhooks",
+    meta,
+    Column("job", ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("owner", String(64), nullable=False),
+    Column("url", Text, nullable=False),
+    Column("tries", Integer, nullable=False),
+    Column("due", Float, index=True),  # see outbox.py
+    Column("told", Float),
+)
 facts = Table(
     "facts",
     meta,
