@@ -104,6 +104,7 @@ soak: $(VENV)/.ready-dev
 	SAFELIGHT_FUZZ=$(FUZZ) $(BIN)/pytest -n0 -s tests/test_fuzz.py tests/server/test_fuzz_json.py \
 		> runs/fuzz.txt || status=1; \
 	grep ^fuzz runs/fuzz.txt; \
+	$(BIN)/python tests/soak/sanitize.py || status=1; \
 	$(BIN)/python tests/soak/company.py || status=1; \
 	$(BIN)/python tests/soak/kills.py --jobs $(JOBS) --kills $(KILLS) || status=1; \
 	$(BIN)/python tests/soak/training.py --steps 200 || status=1; \

@@ -75,7 +75,7 @@ WAYS: dict[str, Any] = {
     "bearer": lambda g: ({"authorization": f"Bearer {g}"}, {}),
     "basic": lambda g: (_basic(g), {}),
     "cookie": lambda g: ({"cookie": entrance.set_cookie(g).decode().split(";")[0]}, {}),
-    "two cookies": lambda g: ({"cookie": f"safelight=x; safelight={entrance._derived(g)}"}, {}),
+    "two cookies": lambda g: ({"cookie": f"safelight=x; safelight={entrance.cookie_of(g)}"}, {}),
     "link": lambda g: ({}, {"path": "/studio", "query": f"token={g}".encode()}),
     "form": lambda g: (
         {},
