@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from safelight.bench import networks, processes, shortcuts
+from safelight.bench import networks, one_step, processes, shortcuts
 from safelight.bench.networks import Run
 from safelight.errors import SafelightError
 from safelight.fast import native_bfloat16
@@ -34,7 +34,7 @@ def contenders() -> list[str]:
     return [name for name in found if importlib.util.find_spec(name.split()[0])]
 
 
-PARTS = ("step", "decode", "picture", "start", "busy", "fast")
+PARTS = ("step", "decode", "picture", "one-step", "start", "busy", "fast")
 
 
 def run(
@@ -49,11 +49,10 @@ def run(
 
     Returns, for each of `parts`: "seconds" (the median of each contender), "times" (all of them),
     and "ratio" (how many times as long each took as each Safelight, the median over the rounds);
-    for step, decode and picture also "matmul_gflops" and "error" (relative to diffusers, or
-    Safelight, in float32). A picture takes 20 steps of dpmpp_2m and a decode, its text encoded
-    before; OpenVINO, which brings no sampler, draws none. The part "busy" is Safelight alone: see
-    `processes.busy_summary`; so is "fast", whose ratios are to the full picture, with "distance" of
-    pictures of `model`: see `shortcuts.distances`.
+    for step, decode, picture and one-step also "matmul_gflops" and "error" (relative to diffusers,
+    or Safelight, in float32). A picture takes 20 steps of dpmpp_2m and a decode, its text encoded
+    before; OpenVINO, which brings no sampler, has diffusers'. The parts "busy" and "fast" are
+    Safelight alone: see `processes.busy_summary` and `shortcuts`.
 
     Raises SafelightError for names of contenders or parts that there are not.
     """
@@ -82,6 +81,9 @@ def run(
         if "picture" in parts:
             log("a picture of 512x512 in 20 steps")
             found["picture"] = _compare(networks.pictures(names, log), repeat, log)
+        if "one-step" in parts:
+            log("a picture of 512x512 in one step, by SDXS's shapes and a tiny autoencoder")
+            found["one-step"] = _compare(one_step.pictures(names, log), repeat, log)
         if "fast" in parts:
             log("a picture of 512x512 by each way of the fast mode")
             runs = shortcuts.seconds(names, log)
