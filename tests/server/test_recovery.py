@@ -306,11 +306,11 @@ def to_first(store: Store) -> None:
     """Take a database back to what the first version made: no version, no owner."""
     with store.engine.begin() as db:
         gone = ("alembic_version", "facts", "choices", "shares", "allowances", "keys", "workers")
-        for table in gone:
+        for table in (*gone, "webhooks"):
             db.execute(text(f"DROP TABLE {table}"))
         for index in ("owner", "shortest", "oldest", "expires", "finished"):
             db.execute(text(f"DROP INDEX ix_jobs_{index}"))
-        for column in ("owner", "kills", "model", "pixel_steps", "expires"):
+        for column in ("owner", "kills", "ends", "model", "pixel_steps", "expires"):
             db.execute(text(f"ALTER TABLE jobs DROP COLUMN {column}"))
 
 

@@ -59,6 +59,12 @@ def serve(
     short_addresses: Annotated[
         bool, Option("--short-addresses", help="Clients' addresses in the log by network alone.")
     ] = False,
+    webhooks_to_private: Annotated[
+        bool,
+        Option(
+            "--webhooks-to-private", help="Webhooks may go to this machine and private networks."
+        ),
+    ] = False,
     workers: Annotated[
         int, Option(min=0, max=1, help="0 leaves all drawing to `safelight worker`.")
     ] = 1,
@@ -123,6 +129,7 @@ def serve(
         hosts=frozenset(allow_host or ()),
         proxies=frozenset(trust_proxy or ()),
         short_addresses=short_addresses,
+        webhooks_to_private=webhooks_to_private,
         bound=queue,
         keep=kept,
     )

@@ -16,8 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from safelight.defaults import model_defaults
 from safelight.errors import SafelightError
 from safelight.request import Request
-from safelight.sampling import SAMPLERS, check
-from safelight.server.costs import cost, pixel_steps
+from safelight.server.costs import cost, pixel_steps, steps_of
 from safelight.server.database import reason
 from safelight.server.events import Events
 from safelight.server.files import Files
@@ -39,12 +38,10 @@ from safelight.server.retention import clear
 from safelight.server.steps import Steps
 from safelight.server.store import Store, new_id
 from safelight.server.supervisor import Supervisor
+from safelight.server.webhooks import Webhooks
 from safelight.weights.find import BUILT_IN, notes_of, on_disk
 
 log = logging.getLogger("safelight.server")
-
-MAX_STEPS = 4000
-"""Steps of all pictures of one request together."""
 
 LOOK_AGAIN = 2.0
 """Seconds after which one who waits looks into the database: messages may be lost."""
@@ -73,7 +70,8 @@ class Hub:
         self.info = ModelInfo(name=settings.model if here is None else here.name)
         self.names = Names(settings)
         self.on_refusal: Callable[[], None] = lambda: None
-        self._events = Events(self._send)
+        self.webhooks = Webhooks(self.store)
+        self._events = Events(self._send, self.webhooks.ended)
         self.fleet = Fleet(
             self.store,
             settings.url,
@@ -125,12 +123,14 @@ class Hub:
         self._loop = asyncio.get_running_loop()
         self.supervisor.start()
         self.fleet.start()
+        self.webhooks.start()
 
     async def stop(self) -> None:
         """End the worker; what it has not finished waits for the next start."""
         self.drain()
         await self.supervisor.stop()
         await self.fleet.stop()
+        await self.webhooks.stop()
         with contextlib.suppress(StorageError):  # the next start does it
             await self._in_database(partial(self.store.release, told_to=True))
         self._inputs.shutdown()
@@ -222,18 +222,13 @@ class Hub:
         client: str = "api",
         idempotency_key: str | None = None,
         owner: str | None = None,
+        webhook: str | None = None,
     ) -> Job:
-        """See `jobs.Service`."""
+        """See `jobs.Service`. webhook: a URL that is told of the job's end."""
         if self.stopping:
             raise StoppingError
         request = request.with_defaults(await self.defaults())
-        steps = request.steps or SAMPLERS[request.sampler].steps
-        check(SAMPLERS[request.sampler], steps, request.schedule, request.spacing)
-        if steps * request.count > MAX_STEPS:
-            raise SafelightError(
-                f"steps × count must be at most {MAX_STEPS}, not {steps * request.count}",
-                field="steps",
-            )
+        steps = steps_of(request)
         if idempotency_key is not None and not 1 <= len(idempotency_key) <= 255:
             raise SafelightError("Idempotency-Key must have 1 to 255 characters")
         await asyncio.to_thread(self.names.check, request)
@@ -250,6 +245,7 @@ class Hub:
                 bound=self._bound,
                 key=idempotency_key,
                 owner=owner,
+                webhook=webhook,
                 pixel_steps=pixel_steps(request, steps, self.native_size),
             )
         )

@@ -22,6 +22,7 @@ from safelight.server.claims import uncommitted
 from safelight.server.database import LOCK, PATIENCE, storage_errors
 from safelight.server.expiry import GONE, Expiry, seen
 from safelight.server.jobs import BusyError, Job, Status, StorageError
+from safelight.server.outbox import Outbox, expect, expect_again
 from safelight.server.people import People
 from safelight.server.tables import UNFINISHED, facts, jobs, pictures, read_job
 
@@ -37,7 +38,7 @@ def new_id() -> str:
     return secrets.token_hex(16)
 
 
-class Store(Expiry, People):
+class Store(Expiry, People, Outbox):
     """The database as clients use it; `Claims` is what workers do, `Expiry` what retention does.
 
     owner: who asks. A job is there for the owner that made it, and for None, who may do all.
@@ -69,12 +70,14 @@ class Store(Expiry, People):
         owner: str | None = None,
         model: str | None = None,
         pixel_steps: float = 0.0,
+        webhook: str | None = None,
     ) -> tuple[Job, bool]:
         """Add a job; return it and whether it is new. A key seen before returns the job of then.
 
         cost: rows of the network it will take; bound: most pictures that may wait; model: the name
-        of the one that is to draw it. Raises BusyError beyond the bound, SpentError if the owner
-        has less left, SafelightError for a key that came with another request.
+        of the one that is to draw it; webhook: whom to tell of its end. Raises BusyError beyond the
+        bound, SpentError if the owner has less left, SafelightError for a key that came with
+        another request.
         """
         count = int(settings["count"])
         if key is not None and owner is not None:  # one key of two owners is two keys
@@ -107,6 +110,8 @@ class Store(Expiry, People):
                     pixel_steps=pixel_steps,
                 )
             )
+            if webhook is not None:
+                expect(db, job_id, owner or "", webhook)
             row = db.execute(select(jobs).where(jobs.c.id == job_id)).mappings().one()
             return self._job(db, row), True
 
@@ -141,6 +146,7 @@ class Store(Expiry, People):
             _make_sure_of_room(db, count, bound)
             row = db.execute(select(jobs).where(jobs.c.id == job_id)).mappings().one()
             self._count(db, row["owner"] or "", count, row["pixel_steps"])
+            expect_again(db, job_id)
             db.execute(
                 jobs.update()
                 .where(jobs.c.id == job_id)
@@ -148,6 +154,7 @@ class Store(Expiry, People):
                     status=Status.QUEUED,
                     attempts=0,
                     kills=0,
+                    ends=0,
                     error=None,
                     finished=None,
                     expires=None,

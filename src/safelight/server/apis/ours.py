@@ -23,6 +23,7 @@ from safelight.server.hub import Hub
 from safelight.server.jobs import Event, Job, ModelInfo, Status, WorkerInfo
 from safelight.server.sizes import enlarged_png
 from safelight.server.store import MAX_LISTED
+from safelight.server.webhooks import check_url
 from safelight.settings import json_schema
 from safelight.sizes import MAX_SIDE, MIN_SIDE
 
@@ -56,6 +57,8 @@ class Sampler(BaseModel):
 def body_of(request_type: type[Request]) -> dict[str, Any]:
     """Return what OpenAPI says of a body with a request's settings, and an example that works."""
     schema = json_schema(request_type)
+    told = "a URL that is told of the job's end, by a signed POST"
+    schema["properties"]["webhook"] = {"type": "string", "description": told}
     content = {"application/json": {"schema": schema, "example": EXAMPLE}}
     return {"requestBody": {"required": True, "content": content}}
 
@@ -86,6 +89,9 @@ async def submit(
     if not request.headers.get("content-type", "").startswith("application/json"):
         raise SafelightError("the body must be JSON: send content-type application/json")
     settings = await read_json(request, pictures=True)
+    webhook = settings.pop("webhook", None)
+    if webhook is not None:
+        webhook = check_url(webhook, private=hub(request).webhooks.private)
     names = [name for name in ("image", "mask") if settings.get(name) is not None]
     async with turn(request) if names else nullcontext():
         data = {name: [decode_base64(settings.pop(name), name)] for name in names}
@@ -99,7 +105,10 @@ async def submit(
             }
         )
         return await hub(request).submit(
-            asked, idempotency_key=idempotency_key, owner=caller_of(request.scope).owner
+            asked,
+            idempotency_key=idempotency_key,
+            owner=caller_of(request.scope).owner,
+            webhook=webhook,
         )
 
 
@@ -211,6 +220,13 @@ async def thumbnail(request: HttpRequest, picture_id: JobId) -> Any:
     async with turn(request):
         path = await asyncio.to_thread(hub(request).files.thumbnail, picture_id)
     return _missing("picture") if path is None else FileResponse(path, media_type="image/png")
+
+
+@router.get("/api/webhook-secret", tags=["jobs"])
+async def webhook_secret(request: HttpRequest) -> dict[str, str]:
+    """Get the secret that webhooks of the caller's jobs are signed with."""
+    owner = caller_of(request.scope).owner
+    return {"secret": await asyncio.to_thread(hub(request).store.webhook_secret, owner)}
 
 
 @router.get("/api/models", response_model=list[ModelInfo], tags=["models"])
