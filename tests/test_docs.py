@@ -99,6 +99,15 @@ def test_every_option_of_a_server_is_documented(page: str, command: str):
     assert found <= real
 
 
+def test_every_option_of_batch_is_documented():
+    """Those that it shares with generate stand on the page of generate."""
+    found = set(rows(read(DOCS / "batch.md").partition("\n## Options\n")[2]))
+    own = [p for p in COMMANDS["batch"].params if p.name not in {*SETTINGS, "file", "help"}]
+    real = {option for parameter in own for option in parameter.opts}
+    assert real - found <= GENERATE.keys()
+    assert found <= real
+
+
 def test_every_command_is_documented():
     assert set(rows(_PAGE)) == set(COMMANDS)
 

@@ -29,7 +29,9 @@ from safelight.picture import (
     save_png,
     to_tensor,
 )
-from safelight.pixels import as_rgb, picture_sha256
+from safelight.pixels import as_rgb, picture_sha256, resized
+
+LANCZOS = Image.Resampling.LANCZOS
 
 
 def noise(width=16, height=8, channels=3, seed=0):
@@ -90,6 +92,11 @@ class TestOpenPicture:
         monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
         monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
         with pytest.raises(SafelightError, match="64 million pixels"):
+            open_picture(png_of_size(*size))
+
+    @pytest.mark.parametrize("size", [(8, 65_536), (65_536, 8)])
+    def test_a_side_that_takes_half_a_second_to_resize_is_refused(self, size):
+        with pytest.raises(SafelightError, match="sides of at most 65535 pixels"):
             open_picture(png_of_size(*size))
 
     @pytest.mark.parametrize("size", [(0, 16), (16, 0), (1, 1), (7, 100)])
@@ -473,3 +480,26 @@ class TestSavePng:
         (tmp_path / "plain").touch()
         modes = {path.stat().st_mode for path in tmp_path.iterdir()}
         assert len(modes) == 1
+
+
+class TestResized:
+    @pytest.mark.parametrize("size", [(64, 64), (96, 16), (8, 200), (30, 20)])
+    def test_as_pillow_does(self, size):
+        picture = Image.fromarray(noise(20, 30))
+        assert resized(picture, size).tobytes() == picture.resize(size, LANCZOS).tobytes()
+
+    def test_a_long_and_narrow_picture_never_becomes_large(self, monkeypatch):
+        most, resize = [0], Image.Image.resize
+
+        def measured(self, size, *how):
+            made = resize(self, size, *how)
+            most.append(size[0] * max(size[1], self.height if size[0] != self.width else 0))
+            return made
+
+        monkeypatch.setattr("safelight.pixels.BETWEEN", 10_000)
+        monkeypatch.setattr(Image.Image, "resize", measured)
+        picture = Image.fromarray(noise(8, 2000))
+        made = resized(picture, (100, 50))
+        assert max(most) <= 16_000  # pixels of the picture itself; 200,000 are half-way in Pillow
+        usual = np.asarray(resize(picture, (100, 50), LANCZOS), int)
+        assert np.abs(np.asarray(made, int) - usual).max() <= 2

@@ -19,6 +19,8 @@ from safelight.request import Request
 from safelight.request_fields import MAX_SEED
 from safelight.result import Result
 
+LANCZOS = Image.Resampling.LANCZOS
+
 PICTURE = Image.new("RGB", (64, 64), "red")
 MASK = Image.new("L", (64, 64), 255)
 NAN, INF = float("nan"), float("inf")
@@ -278,6 +280,35 @@ class TestJson:
             Request.from_dict(settings, image=Image.new("RGB", (64, 64)))
         with pytest.raises(SafelightError, match="mask was not part of this request"):
             Request.from_dict(settings, image=PICTURE, mask=MASK)
+
+    def test_fitted_pictures_are_named_as_they_were_given(self):
+        start, mask = Image.effect_noise((100, 80), 60).convert("RGB"), Image.new("L", (100, 80))
+        mask.paste(255, (0, 0, 50, 80))
+        request = Request(image=start, mask=mask, width=64)
+        fitted = request.fitted()
+        assert fitted.image.size == fitted.mask.size == (64, 64)  # 51 high is less than may be
+        assert fitted.image.tobytes() == start.resize((64, 64), LANCZOS).tobytes()
+        assert set(fitted.mask.tobytes()) == {0, 255}
+        assert fitted.to_dict() == request.to_dict()
+        assert fitted.replace(seed=3).to_dict() == request.replace(seed=3).to_dict()
+        again = Request.from_dict(
+            request.to_dict(), image=fitted.image, mask=fitted.mask, fitted=True
+        )
+        assert again.to_dict() == request.to_dict()
+        assert again.fitted().image is fitted.image
+        assert fitted.fitted().image is fitted.image
+
+    def test_fitted_of_what_needs_no_other_size(self):
+        request = Request(image=PICTURE)
+        assert request.fitted() is request
+        assert Request().fitted().image is None
+        with pytest.raises(SafelightError, match="ask for width 96 and height 80"):
+            Request(image=Image.new("RGB", (100, 80))).fitted()
+        settings = request.to_dict()
+        with pytest.raises(SafelightError, match="image is needed again"):
+            Request.from_dict(settings, fitted=True)
+        with pytest.raises(SafelightError, match="mask was not part of this request"):
+            Request.from_dict(settings, image=PICTURE, mask=MASK, fitted=True)
 
     @pytest.mark.parametrize("text", ["", "{", "[]", "3", "[" * 100_000, b"\xff", '{"a": 1}'])
     def test_what_is_no_request(self, text):

@@ -33,6 +33,10 @@ SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 256 * 2**20
 MIN_SIDE = 8
+MAX_SIDE = 65_535
+"""The most pixels of a side, as of a JPEG. To resize three million in one row takes half a second
+and 150 MB, for the weights alone.
+"""
 MAX_COMMENT = 65_000
 """Bytes of text in a JPEG, which holds EXIF in one segment of 64 KiB, other tags included."""
 
@@ -46,7 +50,7 @@ def open_picture(source: str | Path | bytes, what: str = "picture") -> Image.Ima
     The picture is RGB, upright as its EXIF says, transparency laid on white, 16 bits cut to 8;
     colours are taken as sRGB. Raises SafelightError for anything else, for a broken or cut-off
     file, and for a picture of more than MAX_PIXELS pixels (before it is decoded) or with a side
-    under 8.
+    under 8 or over MAX_SIDE.
     """
     name = name_of(source, what)
     with opened(source, name) as image:
@@ -85,8 +89,12 @@ def opened(source: str | Path | bytes, name: str) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise SafelightError(
             f"{name} must have at most {MAX_PIXELS // 10**6} million pixels, "
-            f"not {image.width}x{image.height}: "
-            "make it smaller"
+            f"not {image.width}x{image.height}: make it smaller"
+        )
+    if max(image.size) > MAX_SIDE:
+        raise SafelightError(
+            f"{name} must have sides of at most {MAX_SIDE} pixels, "
+            f"not {image.width}x{image.height}: cut it into parts"
         )
     if min(image.size) < MIN_SIDE:
         raise SafelightError(

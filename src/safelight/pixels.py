@@ -20,6 +20,9 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+BETWEEN = 2**24
+"""The most pixels that a picture may have half-way to another size, if it had fewer before."""
+
 _XMP = re.compile(rb"tiff:Orientation(?:=\"|>)([1-8])")
 
 
@@ -99,6 +102,20 @@ def joined(mode: str, size: tuple[int, int], parts: Iterable[Image.Image]) -> Im
     return whole
 
 
+def resized(
+    image: Image.Image, size: tuple[int, int], how: Image.Resampling = Image.Resampling.LANCZOS
+) -> Image.Image:
+    """Return a picture at another size.
+
+    Pillow first brings every row to the new width: what is 8 pixels wide and three million high
+    would take 25 GB on its way to 2048. Where that takes more than the picture itself, and than
+    BETWEEN, columns are brought to the new height first.
+    """
+    if size[0] * image.height > max(image.width * image.height, BETWEEN):
+        image = image.resize((image.width, size[1]), how)
+    return image.resize(size, how)
+
+
 def strips(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
     """Yield the boxes of strips of a picture, from the top, of about a million pixels each."""
     width, height = size
@@ -110,8 +127,13 @@ def strips(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
 
 def as_mask(image: Image.Image) -> Image.Image:
     """Return a new mode L picture of 0 and 255 alone: 255 where image is half white or more."""
-    rgb, table = rgb_of(image), [0] * 128 + [255] * 128
-    return Strips("L", image.size, lambda box: rgb.strip(box).convert("L").point(table)).whole()
+    return mask_of(rgb_of(image)).whole()
+
+
+def mask_of(picture: Strips) -> Strips:
+    """Return the mask of a picture; see `as_mask`."""
+    table = [0] * 128 + [255] * 128
+    return Strips("L", picture.size, lambda box: picture.strip(box).convert("L").point(table))
 
 
 def picture_sha256(image: Image.Image) -> str:

@@ -8,9 +8,10 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, Self, Unpack
 
-from PIL.Image import Image
+from PIL.Image import Image, Resampling
 from pydantic import (
     BaseModel,
+    PrivateAttr,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -20,9 +21,10 @@ from pydantic import (
 from safelight.adapters.asked import MAX_NAME, AskedLora
 from safelight.errors import SafelightError
 from safelight.keywords import RequestSettings
-from safelight.pixels import as_mask, as_rgb, picture_sha256
+from safelight.pixels import as_mask, as_rgb, picture_sha256, resized
 from safelight.request_fields import MAX_SEED, RequestFields, draw_seed
 from safelight.settings import document, settings_of, shown, unknown_setting
+from safelight.sizes import check_size, size_of
 
 MAX_PROMPT = 16 * 1024
 
@@ -41,6 +43,9 @@ class Request(RequestFields, metaclass=_Listed):
     `Request(...)` and `Request.from_dict` raise SafelightError with the setting as its `field`;
     `model_validate` raises pydantic's ValidationError.
     """
+
+    _digests: dict[str, str] = PrivateAttr(default_factory=dict)
+    """The SHA-256 of image and mask as they were given, where the request has them resized."""
 
     def __init__(self, **settings: Unpack[RequestSettings]) -> None:
         try:
@@ -198,7 +203,43 @@ class Request(RequestFields, metaclass=_Listed):
             changes = {**changes, **kept}
             kept = {}
         made = type(self)(**{**asked, **changes})
-        return made.model_copy(update=kept)._check_together() if kept else made
+        return made._with_pictures(kept, self._digests) if kept else made
+
+    def with_pictures(self, image: Image | None = None, mask: Image | None = None) -> Self:
+        """Return the same request with a picture, RGB, and a mask, L of 0 and 255 alone.
+
+        They are shared, not copied: a large one takes much memory.
+        """
+        given = {"image": image, "mask": mask}
+        return self._with_pictures({n: one for n, one in given.items() if one is not None}, {})
+
+    def _with_pictures(self, pictures: Mapping[str, Image], digests: Mapping[str, str]) -> Self:
+        """digests: of pictures that are not as they were given."""
+        made = self.model_copy(update=dict(pictures))
+        made._digests = {name: digests[name] for name in pictures if name in digests}
+        return made._check_together()
+
+    def fitted(self) -> Self:
+        """Return the same request with its pictures at the size to draw.
+
+        They are named as they were given, in `to_dict`. Raises SafelightError for a picture that
+        cannot be drawn at its own size, where no other is asked for.
+        """
+        if self.image is None:
+            return self
+        size = size_of(self.image.size, self.width, self.height)
+        if self.image.size == size:
+            check_size(size)
+            return self
+        pictures = {"image": resized(self.image, size)}
+        if self.mask is not None:
+            pictures["mask"] = resized(self.mask, size, Resampling.NEAREST)
+        digests = {name: self._digest(name, getattr(self, name)) for name in pictures}
+        return self._with_pictures(pictures, digests)
+
+    def _digest(self, name: str, picture: Image) -> str:
+        """Return the SHA-256 of a picture as it was given."""
+        return self._digests.get(name) or picture_sha256(picture)
 
     def without_pictures(self) -> Self:
         """Return the same request without its picture and mask, which take much memory."""
@@ -212,29 +253,41 @@ class Request(RequestFields, metaclass=_Listed):
                 settings[name] = list(settings[name])
         for name, picture in (("image", self.image), ("mask", self.mask)):
             if picture is not None:
-                settings[f"{name}_sha256"] = picture_sha256(picture)
+                settings[f"{name}_sha256"] = self._digest(name, picture)
         return settings
 
     @classmethod
     def from_dict(
-        cls, settings: dict[str, Any], *, image: Image | None = None, mask: Image | None = None
+        cls,
+        settings: dict[str, Any],
+        *,
+        image: Image | None = None,
+        mask: Image | None = None,
+        fitted: bool = False,
     ) -> Self:
-        """Return the request that `to_dict` wrote, given its picture and mask pixel for pixel."""
+        """Return the request that `to_dict` wrote, given its picture and mask pixel for pixel.
+
+        fitted: they are what `Request.fitted` made of those, and are not copied.
+        """
         settings = {str(name): value for name, value in settings.items()}
         digests = {name: settings.pop(f"{name}_sha256", None) for name in ("image", "mask")}
         for name in digests.keys() & settings.keys():
             raise SafelightError(
                 f"{name} stands in a request as {name}_sha256 alone, its digest", field=name
             )
-        request = cls(**settings, image=image, mask=mask)
+        if fitted:
+            request = cls(**settings).with_pictures(image, mask)
+            request._digests = {name: digest for name, digest in digests.items() if digest}
+        else:
+            request = cls(**settings, image=image, mask=mask)
         for name, picture in (("image", request.image), ("mask", request.mask)):
             digest = digests[name]
             if digest is None and picture is not None:
                 problem = "was not part of this request: leave it out"
             elif digest is not None and picture is None:
                 problem = f"is needed again: the one of SHA-256 {digest}"
-            elif picture is not None and picture_sha256(picture) != digest:
-                problem = f"must be the one of SHA-256 {digest}, not {picture_sha256(picture)}"
+            elif picture is not None and (found := request._digest(name, picture)) != digest:
+                problem = f"must be the one of SHA-256 {digest}, not {found}"
             else:
                 continue
             raise SafelightError(f"{name} {problem}", field=name)

@@ -1,5 +1,7 @@
 """Sizes that a picture may have."""
 
+from safelight.errors import SafelightError
+
 MIN_SIDE, MAX_SIDE, SIDE_STEP = 64, 2048, 8
 
 
@@ -25,3 +27,30 @@ def drawable_size(size: tuple[int, int], native: tuple[int, int]) -> tuple[int, 
     if scale >= 0.5:
         return size
     return allowed_size((max(1, round(size[0] * scale)), max(1, round(size[1] * scale))))
+
+
+def size_of(picture: tuple[int, int], width: int | None, height: int | None) -> tuple[int, int]:
+    """Return the width and height to draw a picture at that is started from.
+
+    Where one side is asked for, the other keeps the picture's proportions.
+    """
+    if width is None and height is None:
+        return picture
+    if width is not None and height is not None:
+        return width, height
+    scale = width / picture[0] if width is not None else (height or picture[1]) / picture[1]
+    return width or allowed_side(picture[0] * scale), height or allowed_side(picture[1] * scale)
+
+
+def check_size(size: tuple[int, int]) -> None:
+    """Raise SafelightError for a picture that cannot be drawn at its own size."""
+    width, height = size
+    sides_fit = not (width % SIDE_STEP or height % SIDE_STEP)
+    if not sides_fit or not MIN_SIDE <= min(size) <= max(size) <= MAX_SIDE:
+        near = [allowed_side(side) for side in size]
+        raise SafelightError(
+            f"image is {width}x{height}; sides must be multiples of {SIDE_STEP} from "
+            f"{MIN_SIDE} to {MAX_SIDE}: ask for width {near[0]} and height {near[1]} to have "
+            "it resized",
+            field="image",
+        )

@@ -22,6 +22,7 @@ from serving import wait_for
 from safelight.server.app import application
 from safelight.server.guard import Rules
 from safelight.server.hub import Hub
+from safelight.server.keyring import Keyring
 from safelight.server.process import Child, Settings
 from safelight.server.worker import Worker
 
@@ -93,7 +94,10 @@ class Inside:
         thread = Thread(target=self._draw, args=(theirs,), daemon=True)
         child = Child(cast(Any, thread), ours)
         self.hub = Hub(settings, child, bound=bound)
-        self.app = application(self.hub, Rules(token, keys=keys or {}))
+        for name, secret in (keys or {}).items():
+            self.hub.store.add_key(name, secret)
+        self.hub.keys = Keyring(self.hub.store.all_keys)
+        self.app = application(self.hub, Rules(token, keys=self.hub.keys))
         self._loop = asyncio.new_event_loop()
         self._runs = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._runs.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import json
 import time
 from collections.abc import Awaitable, Callable
@@ -109,6 +110,19 @@ def test_a_large_body_is_taken_apart() -> None:
     assert reduced["prompt"] == "a"
     assert reduced["text"] == "x" * 20_001
     assert (reduced["image"], reduced["init_images"]) == ({"": 0}, [{"": 1}])
+
+
+def test_a_body_that_was_read_is_freed_at_once() -> None:
+    """Not with the next collection: until then a decoder would hold its pictures."""
+    text = base64.b64encode(bytes(50_000)).decode()
+    sent = json.dumps({"image": text, "init_images": [text]}).encode()
+    gc.collect()
+    gc.disable()
+    try:
+        caged.body(Sent(sent))
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("body", [b"[]", b"{", b"[" * 100_000, b"\xff", b'{"a":1e999999}x'])

@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 from safelight.adapters.asked import asked_of
 from safelight.cli import app as command_line
 from safelight.errors import SafelightError
+from safelight.pixels import picture_sha256
 from safelight.prompt.styles import Style, apply_styles
 from safelight.request import Request
 from safelight.server import connections, entrance, limits, logs
@@ -74,7 +75,7 @@ WAYS: dict[str, Any] = {
     "bearer": lambda g: ({"authorization": f"Bearer {g}"}, {}),
     "basic": lambda g: (_basic(g), {}),
     "cookie": lambda g: ({"cookie": entrance.set_cookie(g).decode().split(";")[0]}, {}),
-    "two cookies": lambda g: ({"cookie": f"safelight=x; safelight={entrance._derived(g)}"}, {}),
+    "two cookies": lambda g: ({"cookie": f"safelight=x; safelight={entrance.cookie_of(g)}"}, {}),
     "link": lambda g: ({}, {"path": "/studio", "query": f"token={g}".encode()}),
     "form": lambda g: (
         {},
@@ -148,7 +149,7 @@ def test_pictures_of_one_client_keep_a_place_for_others(server: Inside, what: st
         await asyncio.sleep(0)
         try:
             if what == "upload":
-                body = {"prompt": "", "image": as_base64(Image.new("RGB", (16, 16)))}
+                body = {"prompt": "", "image": as_base64(Image.new("RGB", (64, 64)))}
                 return (await server.asked("POST", "/api/jobs", body)).status
             path = f"/api/pictures/{job}" + (
                 "/thumbnail" if what == "thumbnail" else "?width=64&height=64"
@@ -429,7 +430,7 @@ def test_a_model_is_named_without_its_path(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("when", ["it waits", "it is drawn", "it failed"])
 def test_a_retried_job_has_what_it_starts_from(server: Inside, when: str) -> None:
-    start, mask = Image.effect_noise((16, 16), 60).convert("RGB"), Image.new("L", (16, 16), 255)
+    start, mask = Image.effect_noise((64, 64), 60).convert("RGB"), Image.new("L", (64, 64), 255)
     request = Request(prompt="", image=start, mask=mask, count=2)
     job = server.within(server.hub.submit(request, owner="at:local"))
     store = server.hub.store
@@ -452,6 +453,22 @@ def test_a_retried_job_has_what_it_starts_from(server: Inside, when: str) -> Non
     assert again.image is not None
     assert again.image.tobytes() == start.tobytes()
     store.finish(claim.id, claim.token, warnings=[])
+
+
+def test_no_more_is_kept_than_is_drawn_from(server: Inside) -> None:
+    """The worker reads inputs again: at their own size they would take its memory, too."""
+    start = Image.effect_noise((300, 200), 60).convert("RGB")
+    body = {"image": as_base64(start), "mask": as_base64(start), "width": 96, "height": 64}
+    job = server.ask("POST", "/api/jobs", body).json()
+    kept = server.hub.files.input(job["id"], "image")
+    assert kept is not None
+    assert kept.tobytes() == start.resize((96, 64), Image.Resampling.LANCZOS).tobytes()
+    mask = server.hub.files.input(job["id"], "mask")
+    assert mask is not None
+    assert (mask.mode, mask.size) == ("L", (96, 64))
+    assert job["settings"]["image_sha256"] == picture_sha256(start)
+    refused = server.ask("POST", "/api/jobs", {"image": as_base64(start.crop((0, 0, 99, 80)))})
+    assert (refused.status, refused.json()["field"]) == (422, "image")
 
 
 # --- names that requests bring --------------------------------------------------------------------

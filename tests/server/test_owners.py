@@ -191,21 +191,10 @@ def test_long_names_of_keys_stay_apart() -> None:
     assert Caller("key:ann").owner != Caller("a", "ann").owner
 
 
-@pytest.mark.parametrize(
-    "rules",
-    [
-        {"token": "t", "keys": {"admin": "another"}},
-        {"token": None, "keys": {"ann": "t"}},
-        {"token": "t", "keys": {"ann": ""}},
-        {"token": "t", "keys": {"ann": " "}},
-        {"token": "", "keys": {}},
-        {"token": "t", "keys": {"ann": "t"}},
-        {"token": "t", "keys": {"ann": "u", "bob": "u"}},
-    ],
-)
-def test_keys_that_would_open_more_than_they_should(rules: Any) -> None:
+@pytest.mark.parametrize("token", ["", " "])
+def test_an_empty_token_would_open_all(token: str) -> None:
     with pytest.raises(SafelightError):
-        Rules(**rules)
+        Rules(token)
 
 
 # --- the studio ----------------------------------------------------------------------------------

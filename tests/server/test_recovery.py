@@ -305,11 +305,11 @@ def test_migrations_make_what_the_tables_say(database: str) -> None:
 def to_first(store: Store) -> None:
     """Take a database back to what the first version made: no version, no owner."""
     with store.engine.begin() as db:
-        for table in ("alembic_version", "facts", "choices", "shares"):
+        for table in ("alembic_version", "facts", "choices", "shares", "allowances", "keys"):
             db.execute(text(f"DROP TABLE {table}"))
         for index in ("owner", "shortest", "oldest", "expires", "finished"):
             db.execute(text(f"DROP INDEX ix_jobs_{index}"))
-        for column in ("owner", "kills", "model", "expires"):
+        for column in ("owner", "kills", "model", "pixel_steps", "expires"):
             db.execute(text(f"ALTER TABLE jobs DROP COLUMN {column}"))
 
 

@@ -22,7 +22,7 @@ TOKEN = "s3cret"
 KEY = {"Authorization": f"Bearer {TOKEN}"}
 STRANGER, OTHER = (KEY | {"X-Forwarded-For": at} for at in ("192.0.2.1", "198.51.100.1"))
 TINY = base64.b64encode(encoded()).decode()
-QUICK = {"prompt": "a cat", "steps": 1, "sampler": "euler"}
+QUICK = {"prompt": "a cat", "steps": 2, "sampler": "euler", "width": 64, "height": 64}
 
 
 @pytest.fixture(scope="module")
@@ -151,9 +151,16 @@ def jobs(client: httpx.Client, data: bytes) -> Callable[[], int]:
     return sent(client, "/api/jobs", json=QUICK | {"image": base64.b64encode(data).decode()})
 
 
+def masked(client: httpx.Client, data: bytes) -> Callable[[], int]:
+    """A picture and a mask of its size, both at their worst."""
+    text = base64.b64encode(data).decode()
+    return sent(client, "/api/jobs", json=QUICK | {"image": text, "mask": text})
+
+
 def img2img(client: httpx.Client, data: bytes) -> Callable[[], int]:
     text = base64.b64encode(data).decode()
-    body = QUICK | {"sampler": "Euler", "init_images": [text], "width": 64, "height": 64}
+    body = QUICK | {"sampler": "Euler", "init_images": [text], "mask": text}
+    body |= {} if len(text) < 30 << 20 else {"mask": None}
     return sent(client, "/sdapi/v1/img2img", json=body)
 
 
@@ -163,7 +170,7 @@ def png_info(client: httpx.Client, data: bytes) -> Callable[[], int]:
 
 
 def edits(client: httpx.Client, data: bytes) -> Callable[[], int]:
-    form = {"prompt": "a cat", "size": "64x64", "steps": "1"}
+    form = {"prompt": "a cat", "size": "64x64", "steps": "2"}
     return sent(client, "/v1/images/edits", data=form, files={"image": ("a.png", data)})
 
 
@@ -193,6 +200,7 @@ def upload(client: httpx.Client, data: bytes) -> Callable[[], int]:
 
 ENTRANCES = {
     "jobs": jobs,
+    "jobs, masked": masked,
     "img2img": img2img,
     "png-info": png_info,
     "edits": edits,
@@ -201,7 +209,8 @@ ENTRANCES = {
 CASES = [(worst.SMALL[0], "jobs"), (worst.SMALL[1], "edits")]
 if SOAK:
     CASES = [(name, "edits") for name in worst.PICTURES]
-    CASES += [(name, enter) for name in worst.COSTLY for enter in ENTRANCES if enter != "edits"]
+    CASES += [(n, e) for n in worst.COSTLY for e in ENTRANCES if e not in ("edits", "jobs, masked")]
+    CASES += [(name, "jobs, masked") for name in worst.TWICE]
     CASES = share(CASES)
 
 

@@ -71,7 +71,7 @@ def webp(frames: int, side: int = 4000) -> bytes:
 
 
 def rough_webp() -> bytes:
-    return encoded(noise("RGB", 2500, 2500).resize((SIDE, SIDE)), "WEBP", quality=90, method=0)
+    return encoded(noise("RGB", 2500, 2500).resize((SIDE, SIDE)), "WEBP", quality=80, method=0)
 
 
 def text(kind: bytes, size: int, letter: str = "a") -> bytes:
@@ -105,6 +105,9 @@ PICTURES: dict[str, Callable[[], bytes]] = {
     ),
     "PNG, one bit": partial(png, 0, 1, SIDE, SIDE),
     "PNG, 8 pixels high": partial(png, 2, 8, 3_125_000, 8, level=9),
+    "PNG, 8 pixels wide": partial(png, 2, 8, 8, 3_125_000, level=9),
+    "PNG, as high as may be": partial(png, 2, 8, 381, 65_535, level=9),
+    "PNG, as wide as may be": partial(png, 2, 8, 65_535, 381, level=9),
     "PNG, turned by EXIF": partial(
         png,
         6,
@@ -148,8 +151,20 @@ COSTLY = [
     "PNG, iTXt of wide letters",
     "JPEG, truncated",
     "WebP, animated",
+    "PNG, turned by EXIF",
+    "JPEG, progressive, noise",
 ]
 """Those that come by every entrance in the long run."""
+
+TWICE = [
+    "PNG, RGBA, 16 bit, 25 MP",
+    "PNG, RGB, transparent colour",
+    "PNG, as high as may be",
+    "PNG, turned by EXIF",
+    "JPEG, progressive, noise",
+    "WebP, lossless",
+]
+"""Those of which two fit into a body: a picture and its mask."""
 
 SMALL = ["PNG, gray, 16 bit, 50 MB", "JPEG, CMYK, progressive"]
 """Those of the suite: what cost the most before."""

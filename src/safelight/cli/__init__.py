@@ -12,6 +12,7 @@ import typer
 from safelight import __version__
 from safelight.cli import (
     backup,
+    batch,
     bench,
     compare,
     convert,
@@ -19,6 +20,7 @@ from safelight.cli import (
     download,
     explain,
     generate,
+    keys,
     options,
     serve,
     studio,
@@ -43,6 +45,7 @@ app = typer.Typer(
 options.register(app, generate.generate)
 options.register(app, compare.compare, without=("count",))
 options.register(app, explain.explain, without=("count",))
+options.register(app, batch.batch, without=("prompt",))
 app.command()(tools.samplers)
 app.command()(tools.models)
 app.command()(tools.inspect)
@@ -56,6 +59,7 @@ app.command()(backup.backup)
 app.command()(backup.restore)
 app.command()(bench.bench)
 app.command()(doctor.doctor)
+app.add_typer(keys.app, name="keys")
 app.add_typer(train.app, name="train")
 
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
 from safelight.adapters.asked import asked_of
 from safelight.adapters.embeddings import record
 from safelight.defaults import is_distilled
 from safelight.engine.job import Job, prepare
 from safelight.engine.refining import Second, table_of
 from safelight.engine.shortcuts import NAMES, Kept, Shortcuts, with_level
-from safelight.errors import SafelightError
 from safelight.families.base import Conditioning
 from safelight.machine import describe_machine
 from safelight.prompt.dynamic import draw
@@ -21,7 +18,6 @@ from safelight.request import Request
 from safelight.result import Result
 from safelight.sampling import SAMPLERS
 from safelight.settings import settings_of
-from safelight.sizes import MAX_SIDE, MIN_SIDE, SIDE_STEP, allowed_side
 
 if TYPE_CHECKING:
     from safelight.adapters.select import Selection
@@ -42,49 +38,16 @@ def resolve_request(model: Model, request: Request) -> Request:
     filled: dict[str, Any] = {}
     if request.steps is None:
         filled["steps"] = SAMPLERS[request.sampler].steps
-    size = _size(model, request)
+    request = request.fitted()
     if not family.fixed_size:
-        filled["width"], filled["height"] = size
+        width, height = model.native_size if request.image is None else request.image.size
+        filled |= {"width": request.width or width, "height": request.height or height}
     if request.image is not None:
         if request.strength is None:
             filled["strength"] = STRENGTH if request.mask is None else 1.0
-        filled |= _resized(request, size)
     elif request.strength is not None:
         filled["strength"] = None
     return request.replace(**filled)
-
-
-def _size(model: Model, request: Request) -> tuple[int, int]:
-    """Return the width and height to draw.
-
-    Where one side is asked for, the other keeps the proportions of a picture to start from.
-    """
-    width, height = model.native_size if request.image is None else request.image.size
-    if request.image is not None and (request.width is None) != (request.height is None):
-        scale = request.width / width if request.width else (request.height or height) / height
-        width, height = (allowed_side(side * scale) for side in (width, height))
-    return request.width or width, request.height or height
-
-
-def _resized(request: Request, size: tuple[int, int]) -> dict[str, Image.Image]:
-    """Return picture and mask at the size to draw, where they have another."""
-    assert request.image is not None
-    width, height = size
-    if request.image.size == size:
-        sides_fit = not (width % SIDE_STEP or height % SIDE_STEP)
-        if not sides_fit or not MIN_SIDE <= min(size) <= max(size) <= MAX_SIDE:
-            near = [allowed_side(side) for side in size]
-            raise SafelightError(
-                f"image is {width}x{height}; sides must be multiples of {SIDE_STEP} from "
-                f"{MIN_SIDE} to {MAX_SIDE}: ask for width {near[0]} and height {near[1]} to have "
-                "it resized",
-                field="image",
-            )
-        return {}
-    fitted = {"image": request.image.resize(size, Image.Resampling.LANCZOS)}
-    if request.mask is not None:
-        fitted["mask"] = request.mask.resize(size, Image.Resampling.NEAREST)
-    return fitted
 
 
 def new_result(model: Model, asked: Request, resolved: Request, exact: bool = True) -> Result:
@@ -92,13 +55,11 @@ def new_result(model: Model, asked: Request, resolved: Request, exact: bool = Tr
 
     exact: each picture has the calls of the network for itself.
     """
-    # Pictures are named as they were given, before any resizing.
-    given = {name: v for name, v in asked.to_dict().items() if name.endswith("_sha256")}
     seeds = [resolved.seed + i for i in range(resolved.count)]
     result = Result(
         images=[],
         seeds=seeds,
-        settings=resolved.to_dict() | given,
+        settings=resolved.to_dict(),
         model=model.name,
         sha256=model.sha256,
         device=str(model.device),

@@ -10,7 +10,7 @@ from PIL import Image, PngImagePlugin
 
 from safelight.errors import SafelightError
 from safelight.picture import opened, reason
-from safelight.pixels import Strips, alpha_of, rgb_of, upright
+from safelight.pixels import Strips, alpha_of, mask_of, rgb_of, upright
 from safelight.server.decoder import Sent
 
 LARGE = 16 << 10
@@ -28,6 +28,28 @@ PICTURE = "a PNG, JPEG or WebP picture in base64"
 def picture(sent: Sent, name: str) -> Strips:
     """Return a picture as RGB; see `picture.open_picture`."""
     return rgb_of(_decoded(sent.take(), name))
+
+
+def mask(sent: Sent, name: str) -> Strips:
+    """Return a mask; see `picture.open_mask`."""
+    return mask_of(rgb_of(_decoded(sent.take(), name)))
+
+
+def strokes(sent: Sent, name: str) -> Strips:
+    """Return a mask of a drawing program: with transparency, what is opaque, whatever its colour.
+
+    Those programs send their strokes on a transparent layer.
+    """
+    image = _decoded(sent.take(), name)
+    drawn = alpha_of(image)
+    if drawn is not None and any(strip.getextrema()[0] != 255 for strip in drawn):
+        return mask_of(drawn)
+    return mask_of(rgb_of(image))
+
+
+def alpha(sent: Sent, name: str) -> Strips | None:
+    """Return a picture's alpha channel, None if it has none."""
+    return alpha_of(_decoded(sent.take(), name))
 
 
 def with_alpha(sent: Sent, name: str) -> tuple[Strips, Strips | None]:
@@ -72,23 +94,27 @@ def body(sent: Sent) -> tuple[Any, ...]:
     if not isinstance(found, dict):
         raise SafelightError("the body must be a JSON object", code="not_json")
     pictures: list[bytes] = []
-
-    def taken(value: Any) -> Any:
-        if isinstance(value, str) and len(value) >= LARGE:
-            try:
-                pictures.append(from_base64(value))
-            except ValueError:
-                return value
-            return {"": len(pictures) - 1}
-        if isinstance(value, list):
-            return [taken(entry) for entry in value]
-        return value
-
     for name, value in found.items():
-        found[name] = taken(value)  # in its place: one copy of a picture is enough
+        found[name] = _without(pictures, value)  # in its place: one copy of a picture is enough
     if len(json.dumps(found)) > MAX_JSON:
         raise SafelightError(f"the body must have at most {MAX_JSON >> 20} MiB without pictures")
     return found, *pictures
+
+
+def _without(pictures: list[bytes], value: Any) -> Any:
+    """Return a value with numbers in the place of its pictures, which are added to the list.
+
+    It is no function within `body`: one that calls itself keeps what it sees from being freed.
+    """
+    if isinstance(value, str) and len(value) >= LARGE:
+        try:
+            pictures.append(from_base64(value))
+        except ValueError:
+            return value
+        return {"": len(pictures) - 1}
+    if isinstance(value, list):
+        return [_without(pictures, entry) for entry in value]
+    return value
 
 
 def from_base64(text: str) -> bytes:

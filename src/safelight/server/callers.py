@@ -48,6 +48,12 @@ class Caller:
         return f"{self.key or ''}@{self.address}"
 
 
+def key_of(owner: str | None) -> str | None:
+    """Return the name of the key that an owner is; None for one who has no key."""
+    kind, _, name = (owner or "").partition(":")
+    return name if kind == "key" else None
+
+
 def caller_of(scope: Any) -> Caller:
     """Return who sent the request of an ASGI scope, as the guard found."""
     return scope.get(SCOPE) or Caller()

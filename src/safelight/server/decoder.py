@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 SECONDS = 5
 """The most processor time for one call."""
 
-MEMORY = 264 << 20
+MEMORY = 256 << 20
 """The most address space that a call may add to what the process has when it has started."""
 
 MAX_PIXELS = 25_000_000

@@ -26,6 +26,15 @@ WALL = 60.0
 """Seconds after which a decoder that does not answer is killed. Its own limit is processor time."""
 
 
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    # What a large picture took goes back to the system when it is read: a decoder waits for long.
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 20),
+}
+
+
 class Decoder:
     """One process, started with the first call and replaced when it ends. For one thread."""
 
@@ -84,7 +93,7 @@ class Decoder:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+                env={**os.environ, **ENVIRONMENT},
             )
         return self._process
 

@@ -62,7 +62,7 @@ def onward() -> bytes:
 def set_cookie(token: str) -> bytes:
     """Return the Set-Cookie header. Strict: requests that another site starts do not carry it."""
     month = 30 * 24 * 3600
-    value = f"{COOKIE}={_derived(token)}; Path=/; HttpOnly; SameSite=Strict; Max-Age={month}"
+    value = f"{COOKIE}={cookie_of(token)}; Path=/; HttpOnly; SameSite=Strict; Max-Age={month}"
     return value.encode()
 
 
@@ -76,10 +76,11 @@ def cookies_in(headers: list[str]) -> bytes | None:
 
 def matches(cookies: bytes, token: str) -> bool:
     """Return whether one of these cookies is what `set_cookie` gave out for this token."""
-    value = _derived(token).encode()
+    value = cookie_of(token).encode()
     # Browsers send two of one name if another path set one as well.
     return any(hmac.compare_digest(given, value) for given in cookies.split(b";"))
 
 
-def _derived(token: str) -> str:
+def cookie_of(token: str) -> str:
+    """Return what stands for a token in the cookie: it does not lead back to it."""
     return hmac.new(token.encode(), b"safelight studio", hashlib.sha256).hexdigest()

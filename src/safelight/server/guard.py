@@ -11,8 +11,8 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,6 +20,7 @@ from safelight.errors import SafelightError
 from safelight.server import bodies, entrance, tokens
 from safelight.server.bodies import RefusedError
 from safelight.server.callers import ADMIN, SCOPE, Caller, address_of, shortened
+from safelight.server.keyring import Keyring
 from safelight.server.limits import Guesses, Share
 
 log = logging.getLogger("safelight.http")
@@ -42,40 +43,40 @@ HEADERS = (
 class Rules:
     """Who may ask.
 
-    token: the admin's; None lets everyone in, for loopback alone. hosts: names that a Host header
-    may have besides loopback's. keys: further tokens by name, whose jobs are apart. proxies:
-    addresses whose X-Forwarded-For is believed. short: whether the log has shortened addresses.
+    token: the admin's. Without one and without keys everyone may, on loopback alone. hosts: names
+    that a Host header may have besides loopback's. keys: those of people, whose jobs are apart.
+    proxies: addresses whose X-Forwarded-For is believed. short: whether the log has shortened
+    addresses.
     """
 
     token: str | None = None
     hosts: frozenset[str] = frozenset()
-    keys: Mapping[str, str] = field(default_factory=dict)
+    keys: Keyring | None = None
     proxies: frozenset[str] = frozenset()
     short: bool = False
 
     def __post_init__(self) -> None:
-        if ADMIN in self.keys:
-            raise SafelightError(
-                f"a key must have another name than {ADMIN!r}, which sees all jobs"
-            )
-        tokens_given = [token for token in (self.token, *self.keys.values()) if token is not None]
-        if self.token is None and self.keys:
-            raise SafelightError("keys need a token of the admin, without which everyone may ask")
-        if not all(token.strip() for token in tokens_given):
+        if self.token is not None and not self.token.strip():
             raise SafelightError("an empty token lets anyone in")
-        if len(set(tokens_given)) < len(tokens_given):
-            raise SafelightError("two keys have the same token")
 
-    def key_of(self, given: bytes, same: Callable[[bytes, str], bool] = tokens.same) -> str | None:
-        """Return the name of the key with this token. All are compared, in constant time.
+    async def ask(self) -> bool:
+        """Return whether a request needs a token or a key."""
+        return self.token is not None or (self.keys is not None and await self.keys.some())
 
-        same: returns whether what was given shows a token.
+    async def key_of(self, given: bytes, *, cookies: bool = False) -> str | None:
+        """Return the name of the key that is given, or the admin's; None if it is none.
+
+        cookies: whether these are cookies, joined by ";", in the place of a token.
         """
-        found = None
-        for name, token in ((ADMIN, self.token), *self.keys.items()):
-            if token is not None and same(given, token):
-                found = name
-        return found
+        if self.token is not None:
+            same = entrance.matches if cookies else tokens.same
+            if same(given, self.token):
+                return ADMIN
+        if self.keys is None:
+            return None
+        if cookies:
+            return await self.keys.of_cookies(given.split(b";"))
+        return await self.keys.of_token(given)
 
 
 class Guard:
@@ -93,6 +94,7 @@ class Guard:
         began, status = time.monotonic(), 500
         request_id = secrets.token_hex(8)
         sent = held = False
+        key: str | None = None
 
         async def reply(message: Any) -> None:
             nonlocal status, sent, held
@@ -101,6 +103,8 @@ class Guard:
                 given = [(k, v) for k, v in message["headers"] if k not in dict(HEADERS)]
                 if status in (408, 413):  # the rest of the body is not waited for
                     given.append((b"connection", b"close"))
+                if key is not None and self.rules.keys is not None:
+                    given += self.rules.keys.headers(key)
                 message["headers"] = [*given, *HEADERS, (b"x-request-id", request_id.encode())]
             elif status == 413 and not held and not message.get("more_body", False):
                 held, message = True, {**message, "more_body": True}
@@ -130,7 +134,7 @@ class Guard:
                 with self._share.request(client, stream=False):
                     await self._enter(receive, reply, address)
             elif (found := await self._caller(headers, caller)) is not None:
-                scope[SCOPE], client = found, found.name
+                scope[SCOPE], client, key = found, found.name, found.key
                 with self._share.request(client, stream=_is_stream(scope)):
                     await self.app(scope, receive, reply)
                     if held:  # a route refused the body before its end
@@ -203,21 +207,22 @@ class Guard:
 
     async def _cookie(self, given: bytes, address: str) -> list[tuple[bytes, bytes]] | None:
         """Return the header that sets the cookie for a token; None for a wrong one."""
-        if self.rules.token is None:
+        if not await self.rules.ask():
             return []
         key = await self._key(given, address)
-        token = self.rules.token if key == ADMIN else self.rules.keys.get(key or "")
-        return None if token is None else [(b"set-cookie", entrance.set_cookie(token))]
+        if key is None:
+            return None
+        # The admin's token may have letters that were sent in another encoding.
+        token = self.rules.token if key == ADMIN else given.decode("latin-1")
+        return [(b"set-cookie", entrance.set_cookie(token or ""))]
 
-    async def _key(
-        self, given: bytes, address: str, same: Callable[[bytes, str], bool] = tokens.same
-    ) -> str | None:
-        """Return the key with this token. An address with many wrong ones has to wait.
+    async def _key(self, given: bytes, address: str, *, cookies: bool = False) -> str | None:
+        """Return the name of the key that is given. An address with many wrong ones has to wait.
 
-        same: as for `Rules.key_of`.
+        cookies: as for `Rules.key_of`.
         """
         await self._guesses.wait(address, given)
-        key = self.rules.key_of(given, same)
+        key = await self.rules.key_of(given, cookies=cookies)
         if key is not None:
             self._guesses.right(address, given)
         elif given:
@@ -236,10 +241,10 @@ class Guard:
 
     async def _caller(self, headers: dict[str, list[str]], caller: Caller) -> Caller | None:
         """Return who asks, with the key; None without a valid one."""
-        if self.rules.token is None:
+        if not await self.rules.ask():
             return caller
         if (cookie := entrance.cookies_in(headers.get("cookie", []))) is not None:
-            key = await self._key(cookie, caller.address, entrance.matches)
+            key = await self._key(cookie, caller.address, cookies=True)
             if key is not None:
                 return replace(caller, key=key)
         given = headers.get("authorization", [])

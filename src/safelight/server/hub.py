@@ -17,6 +17,7 @@ from safelight.defaults import model_defaults
 from safelight.errors import SafelightError
 from safelight.request import Request
 from safelight.sampling import SAMPLERS, check
+from safelight.server.costs import cost, pixel_steps
 from safelight.server.database import reason
 from safelight.server.events import Events
 from safelight.server.files import Files
@@ -29,6 +30,7 @@ from safelight.server.jobs import (
     StoppingError,
     StorageError,
 )
+from safelight.server.keyring import Keyring
 from safelight.server.names import Names
 from safelight.server.process import Child, Settings
 from safelight.server.recovery import recover
@@ -63,6 +65,7 @@ class Hub:
         self.files = Files(Path(settings.root))
         self.store = Store(settings.url)
         recover(self.files, self.store)
+        self.keys = Keyring(self.store.all_keys)
         here = None if settings.model in BUILT_IN else on_disk(settings.model)
         self.info = ModelInfo(name=settings.model if here is None else here.name)
         self.names = Names(settings)
@@ -229,6 +232,7 @@ class Hub:
         if idempotency_key is not None and not 1 <= len(idempotency_key) <= 255:
             raise SafelightError("Idempotency-Key must have 1 to 255 characters")
         await asyncio.to_thread(self.names.check, request)
+        request = await asyncio.to_thread(request.fitted)  # no more is kept than is drawn from
         job_id = new_id()
         # Large pictures, which take a while to write, hold up none without.
         submitting = self._in_database if request.image is None else self._with_inputs
@@ -237,23 +241,18 @@ class Hub:
                 accept,
                 *(self.files, self.store, job_id, request),
                 client=client,
-                cost=self._cost(request, steps),
+                cost=cost(request, steps, self.native_size),
                 bound=self._bound,
                 key=idempotency_key,
                 owner=owner,
+                pixel_steps=pixel_steps(request, steps, self.native_size),
             )
         )
+        await self.keys.spent(owner)
         if new:
             log.info("job accepted", extra={"job": job.id, "client": client})
             self.supervisor.send("wake")
         return self._events.with_progress(job)
-
-    def _cost(self, request: Request, steps: int) -> int:
-        """Return the rows of the network that a job takes, a large picture's counting for more."""
-        width, height = self.native_size
-        pixels = (request.width or width) * (request.height or height)
-        rows = steps * request.count * (2 if request.guidance_scale > 1 else 1)
-        return max(1, round(rows * pixels / (width * height)))
 
     async def get(self, job_id: str, *, owner: str | None = None) -> Job | None:
         """See `jobs.Service`."""

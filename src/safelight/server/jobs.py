@@ -104,15 +104,23 @@ class ModelInfo(BaseModel):
     ready: bool = False
 
 
-class BusyError(SafelightError):
-    """The queue is full: try again after `retry_after` seconds."""
+class TooMuchError(SafelightError):
+    """More was asked for than can be taken now: try again after `retry_after` seconds."""
+
+    def __init__(self, message: str, *, code: str, retry_after: int) -> None:
+        super().__init__(message, code=code)
+        self.retry_after = retry_after
+
+
+class BusyError(TooMuchError):
+    """The queue is full."""
 
     def __init__(self, bound: int, retry_after: int) -> None:
         super().__init__(
             f"the queue of {bound} pictures is full: try again in {retry_after} s",
             code="queue_full",
+            retry_after=retry_after,
         )
-        self.retry_after = retry_after
 
 
 class StorageError(SafelightError):
@@ -129,7 +137,13 @@ class StoppingError(SafelightError):
         super().__init__("the server is stopping: try again when it is back", code="stopping")
 
 
-_STATUS = {"queue_full": 429, "stopping": 503, "storage": 507, "not_found": 404}
+_STATUS = {
+    "queue_full": 429,
+    "limit_reached": 429,
+    "stopping": 503,
+    "storage": 507,
+    "not_found": 404,
+}
 
 
 def status_of(error: SafelightError) -> int:
@@ -138,8 +152,12 @@ def status_of(error: SafelightError) -> int:
 
 
 def retry_after(error: SafelightError) -> dict[str, str]:
-    """Return the header that says when to try again, if the error knows."""
-    return {"Retry-After": str(error.retry_after)} if isinstance(error, BusyError) else {}
+    """Return the headers that say when to try again, if the error knows."""
+    if not isinstance(error, TooMuchError):
+        return {}
+    found = {"Retry-After": str(error.retry_after)}
+    # OpenAI's clients try again by themselves, sooner than that.
+    return found if error.retry_after <= 60 else {**found, "x-should-retry": "false"}
 
 
 class Service(Protocol):

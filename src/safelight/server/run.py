@@ -29,6 +29,8 @@ from safelight.server.logs import Lines, log_all_exceptions
 from safelight.server.process import Child, Settings
 from safelight.server.retention import Retention
 
+log = logging.getLogger("safelight.server")
+
 
 class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, hub: Hub) -> None:
@@ -85,7 +87,9 @@ def serve(
     hub = Hub(settings, child, bound=bound)
     retention = Retention(hub.files, hub.store, keep or Keep())
     names = hosts | ({host} if not everywhere(host) else frozenset())
-    rules = Rules(token, names, proxies=proxies, short=short_addresses)
+    rules = Rules(token, names, hub.keys, proxies, short_addresses)
+    if token is None and hub.keys.names:
+        log.warning("everyone needs a key here, and without a token nobody sees all jobs")
     raise_open_files()
     config = uvicorn.Config(
         application(hub, rules, page=page, retention=retention),

@@ -22,18 +22,19 @@ from safelight.server.tables import meta
 
 log = logging.getLogger("safelight.server")
 
-HEAD = "0005"
+HEAD = "0006"
 FIRST = "0001"
 """The schema of databases from before versions were written down."""
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 
 
-def migrate(engine: Engine) -> None:
+def migrate(engine: Engine, *, only_new: bool = False) -> None:
     """Make the tables of an empty database, or bring those of an older version up to date.
 
-    A SQLite file is copied beside itself before. Raises StorageError, in one line, for a database
-    that is damaged, of a newer version, or not ours.
+    A SQLite file is copied beside itself before. only_new: those of an older version, which a
+    server may be using, are left alone, and refused. Raises StorageError, in one line, for a
+    database that is damaged, of a newer version, or not ours.
     """
     file = sqlite_file(engine)
     try:
@@ -43,6 +44,11 @@ def migrate(engine: Engine) -> None:
             if file is None:
                 db.execute(select(func.pg_advisory_xact_lock(LOCK)))
             version = _version(db)
+            if version not in (HEAD, None) and only_new:
+                raise StorageError(
+                    f"the database of jobs has schema {version}, and this Safelight has {HEAD}: "
+                    "start its server once, which brings it up to date"
+                )
             if version != HEAD:
                 if file is not None and version is not None:
                     _back_up(file, version)

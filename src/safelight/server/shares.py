@@ -8,7 +8,7 @@ nothing saved up, and a thousand jobs of one owner do not hold up another's one.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from sqlalchemy import ColumnElement, Connection, Select, func, or_, select
 from sqlalchemy.engine import RowMapping
@@ -17,10 +17,14 @@ from safelight.server.jobs import Status
 from safelight.server.tables import jobs, shares
 
 
-def open_share(db: Connection, owner: str) -> None:
-    """Make an owner known to the queue, before the first job."""
-    if db.scalar(select(shares.c.owner).where(shares.c.owner == owner)) is None:
-        db.execute(shares.insert().values(owner=owner, began=0.0, ended=0.0))
+def count(db: Connection, owner: str, asked: Mapping[str, float]) -> None:
+    """Count what an owner asks for, which makes them known to the queue.
+
+    asked: how much of each kind that `allowances` knows.
+    """
+    more = {shares.c[kind]: shares.c[kind] + much for kind, much in asked.items()}
+    if not db.execute(shares.update().where(shares.c.owner == owner).values(more)).rowcount:
+        db.execute(shares.insert().values(owner=owner, began=0.0, ended=0.0, **asked))
 
 
 def charge(db: Connection, owner: str, cost: float) -> None:

@@ -16,10 +16,13 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from safelight.errors import SafelightError
 from safelight.server import schema, shares
+from safelight.server.allowances import spend
+from safelight.server.callers import key_of
 from safelight.server.claims import uncommitted
 from safelight.server.database import LOCK, PATIENCE, storage_errors
 from safelight.server.expiry import GONE, Expiry, seen
 from safelight.server.jobs import BusyError, Job, Status, StorageError
+from safelight.server.people import People
 from safelight.server.tables import UNFINISHED, facts, jobs, pictures, read_job, timestamp
 
 MAX_LISTED = 4 << 20
@@ -34,7 +37,7 @@ def new_id() -> str:
     return secrets.token_hex(16)
 
 
-class Store(Expiry):
+class Store(Expiry, People):
     """The database as clients use it; `Claims` is what workers do, `Expiry` what retention does.
 
     owner: who asks. A job is there for the owner that made it, and for None, who may do all.
@@ -60,12 +63,13 @@ class Store(Expiry):
         digest: str | None = None,
         owner: str | None = None,
         model: str | None = None,
+        pixel_steps: float = 0.0,
     ) -> tuple[Job, bool]:
         """Add a job; return it and whether it is new. A key seen before returns the job of then.
 
         cost: rows of the network it will take; bound: most pictures that may wait; model: the name
-        of the one that is to draw it. Raises
-        BusyError beyond it, SafelightError for a key that came with another request.
+        of the one that is to draw it. Raises BusyError beyond the bound, SpentError if the owner
+        has less left, SafelightError for a key that came with another request.
         """
         count = int(settings["count"])
         if key is not None and owner is not None:  # one key of two owners is two keys
@@ -80,7 +84,7 @@ class Store(Expiry):
                         )
                     return self._job(db, old), False
             _make_sure_of_room(db, count, bound)
-            shares.open_share(db, owner or "")
+            self._count(db, owner or "", count, pixel_steps)
             db.execute(
                 jobs.insert().values(
                     id=job_id,
@@ -95,10 +99,18 @@ class Store(Expiry):
                     digest=digest,
                     owner=owner or "",
                     model=model,
+                    pixel_steps=pixel_steps,
                 )
             )
             row = db.execute(select(jobs).where(jobs.c.id == job_id)).mappings().one()
             return self._job(db, row), True
+
+    def _count(self, db: Connection, owner: str, count: float, pixel_steps: float) -> None:
+        """Count what is asked for. Raises SpentError if the owner's key has less left."""
+        asked = {"pictures": float(count), "pixel_steps": pixel_steps}
+        if (name := key_of(owner)) is not None:
+            spend(db, name, asked, timestamp())
+        shares.count(db, owner, asked)
 
     def cancel(self, job_id: str, owner: str | None = None) -> Job | None:
         """Cancel a job and return it; its finished pictures stay."""
@@ -113,13 +125,17 @@ class Store(Expiry):
     def retry(self, job_id: str, bound: int, owner: str | None = None) -> Job | None:
         """Put a job that failed or was cancelled back into the queue, from its first attempt.
 
-        Raises BusyError if more than `bound` pictures would wait.
+        It counts as much as a new one. Raises BusyError if more than `bound` pictures would wait,
+        SpentError if the owner has less left.
         """
         with self._write() as db:
             job = self._one(db, job_id, owner)
             if job is None or job.status not in (Status.FAILED, Status.CANCELLED):
                 return job
-            _make_sure_of_room(db, int(job.settings.get("count", 1)), bound)
+            count = int(job.settings.get("count", 1))
+            _make_sure_of_room(db, count, bound)
+            row = db.execute(select(jobs).where(jobs.c.id == job_id)).mappings().one()
+            self._count(db, row["owner"] or "", count, row["pixel_steps"])
             db.execute(
                 jobs.update()
                 .where(jobs.c.id == job_id)

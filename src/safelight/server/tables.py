@@ -51,6 +51,7 @@ jobs = Table(
     Column("kills", Integer, nullable=False, server_default="0"),
     Column("expires", Float, index=True),  # when it is deleted; see expiry.py
     Column("model", Text),  # its name; None, of before there were several: the server's own
+    Column("pixel_steps", Float, nullable=False, server_default="0"),  # see allowances.py
     # The two ends of an owner's queue: the shortest job, and the one that waits longest.
     Index("ix_jobs_shortest", "status", "owner", "cost", "created"),
     Index("ix_jobs_oldest", "status", "owner", "created", "cost"),
@@ -61,6 +62,26 @@ shares = Table(
     Column("owner", String(64), primary_key=True),
     Column("began", Float, nullable=False),  # the last job that was handed out: see shares.py
     Column("ended", Float, nullable=False),
+    Column("pictures", Float, nullable=False, server_default="0"),  # asked for, in all
+    Column("pixel_steps", Float, nullable=False, server_default="0"),
+)
+keys = Table(
+    "keys",
+    meta,
+    Column("name", String(40), primary_key=True),
+    Column("token", String(64), nullable=False, unique=True),  # hashes: see people.py
+    Column("cookie", String(64), nullable=False, unique=True),
+    Column("created", Float, nullable=False),
+)
+allowances = Table(
+    "allowances",
+    meta,
+    Column("key", ForeignKey("keys.name"), primary_key=True),
+    Column("kind", String(16), primary_key=True),
+    Column("amount", Float, nullable=False),  # in so many seconds
+    Column("period", Integer, nullable=False),
+    Column("since", Float, nullable=False),  # when the window began, and what was used in it
+    Column("used", Float, nullable=False),
 )
 pictures = Table(
     "pictures",

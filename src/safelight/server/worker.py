@@ -125,7 +125,7 @@ class Worker(Holder):
         """Take a job in. Returns False if it has to wait, since it cannot be read now."""
         try:
             image, mask = (self._files.input(claim.id, name) for name in ("image", "mask"))
-            request = Request.from_dict(claim.settings, image=image, mask=mask)
+            request = Request.from_dict(claim.settings, image=image, mask=mask, fitted=True)
             result = self._engine.add(request, claim.id, claim.done, claim.owner)
         except StorageError as error:
             self._tell_stuck(error)

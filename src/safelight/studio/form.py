@@ -259,13 +259,13 @@ def request(
     elif empty(prompt) and image is None:
         settings["prompt"] = EXAMPLE
     if image is not None:
-        settings |= {"image": image, "mask": mask, "strength": strength}
+        settings["strength"] = strength
         if not (width or height):
             native = hub.native_size
             scale = ((native[0] * native[1]) / (image.width * image.height)) ** 0.5
             near = allowed_size((round(image.width * scale), round(image.height * scale)))
             settings |= {"width": near[0], "height": near[1]}
-    return Request(**settings)
+    return Request(**settings).with_pictures(image, mask)
 
 
 def _unset(setting: Setting, value: Any) -> bool:
@@ -286,14 +286,16 @@ def _painted(picture: Any, enlarged: int) -> tuple[Image.Image | None, Image.Ima
     """
     if picture is None:
         return None, None
-    (image, alpha), *layers = picture
+    (image, alpha), layers = picture
     if alpha is not None and alpha.getbbox() is None:  # an empty canvas is transparent
         return None, None
     painted = np.zeros((image.height, image.width), bool)
-    for _, alpha in layers:
+    for alpha in layers:
         if alpha is not None:
-            painted |= np.asarray(alpha.resize(image.size)) > 127
+            painted |= np.asarray(alpha.resize(image.size, _WHOLE)) > 127
     mask = Image.fromarray(painted.astype(np.uint8) * 255) if painted.any() else None
+    if enlarged == 1 or max(image.size) > EASEL:
+        return image, mask
     small = image.resize((image.width // enlarged, image.height // enlarged), _WHOLE)
     if small.resize(image.size, _WHOLE).tobytes() != image.tobytes():  # another picture since then
         return image, mask
@@ -312,19 +314,19 @@ def turn(
 async def read_easel(values: Sequence[Any], decoders: Decoders, client: str) -> list[Any]:
     """Return the values of all fields with the editor's pictures decoded.
 
-    In the place of the editor's value stand its background and its layers, each as RGB and alpha
-    channel; None without a background. client: who asks. Raises SafelightError.
+    In the place of the editor's value stand its background, as RGB and alpha channel, and a list of
+    its layers' alpha channels; None without a background. client: who asks. Raises SafelightError.
     """
     *others, picture, enlarged = values
     if picture is None or picture.background is None:
         return [*others, None, enlarged]
     if len(picture.layers or ()) > MAX_LAYERS:
         raise SafelightError(f"the editor's picture must have at most {MAX_LAYERS} layers")
-    opened = [
-        await read_file(decoders, "with_alpha", file.path, client)
-        for file in (picture.background, *(picture.layers or ()))
+    layers = [
+        await read_file(decoders, "alpha", layer.path, client) for layer in picture.layers or ()
     ]
-    return [*others, opened, enlarged]
+    background = await read_file(decoders, "with_alpha", picture.background.path, client)
+    return [*others, (background, layers), enlarged]
 
 
 async def read_file(decoders: Decoders, function: str, path: str | Path, client: str) -> Any:

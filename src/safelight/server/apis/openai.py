@@ -230,9 +230,11 @@ async def edit(http: HttpRequest) -> Response:
     _check_form(body)
     separate = "mask" in files
     async with turn(http):
-        read = [*await decoded(http, "with_alpha", [files.pop("image")], "image")]
-        if separate:
-            read[1] = (await decoded(http, "with_alpha", [files.pop("mask")], "mask"))[1]
+        if separate:  # the mask first: it takes less memory meanwhile
+            alpha = await decoded(http, "alpha", [files.pop("mask")], "mask")
+            read = [await decoded(http, "picture", [files.pop("image")], "image"), alpha]
+        else:
+            read = [*await decoded(http, "with_alpha", [files.pop("image")], "image")]
         request = await asyncio.to_thread(edit_request, settings, *read, separate=separate)
         read.clear()
         call = await _submitted(http, body, request)

@@ -143,7 +143,7 @@ async def read_form(http: HttpRequest) -> tuple[ImagesBody, dict[str, Any], dict
 def edit_request(
     settings: dict[str, Any], picture: Image.Image, alpha: Image.Image | None, *, separate: bool
 ) -> Request:
-    """Return the request to edit a picture. Copies it, so it is for a thread.
+    """Return the request to edit a picture. Looks at the alpha channel, so it is for a thread.
 
     alpha: the channel of the mask, or with none sent (`separate` false) of the picture; wholly
     transparent pixels are repainted. Where no size is asked for, the picture keeps its own, or is
@@ -157,7 +157,7 @@ def edit_request(
     if "width" not in settings:
         width, height = allowed_size(picture.size)
         settings = {**settings, "width": width, "height": height}
-    return Request(**settings, image=picture, mask=holes)
+    return Request(**settings).with_pictures(picture, holes)
 
 
 # --- errors --------------------------------------------------------------------------------------

@@ -88,11 +88,16 @@ async def submit(
     settings = await read_json(request, pictures=True)
     names = [name for name in ("image", "mask") if settings.get(name) is not None]
     async with turn(request) if names else nullcontext():
-        for name in names:
-            data = [decode_base64(settings[name], name)]
-            settings[name] = await decoded(request, "picture", data, name)
+        data = {name: [decode_base64(settings.pop(name), name)] for name in names}
         asked = await asyncio.to_thread(lambda: Request(**settings))
-        settings.clear()  # the request has its own pictures
+        kinds = {"mask": "mask", "image": "picture"}  # the smaller one first, which is held longer
+        asked = asked.with_pictures(
+            **{
+                name: await decoded(request, kind, data[name], name)
+                for name, kind in kinds.items()
+                if name in data
+            }
+        )
         return await hub(request).submit(
             asked, idempotency_key=idempotency_key, owner=caller_of(request.scope).owner
         )

@@ -180,15 +180,13 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
 
 async def _sent(http: HttpRequest, body: ImageToImage) -> Sent:
     """Return the pictures of a body, decoded."""
-    again = body.include_init_images
+    again, mask = body.include_init_images, None
+    if body.mask:  # first: it takes less memory meanwhile
+        data = [decode_base64(body.mask, "mask", again=again)]
+        mask = await decoded(http, "strokes", data, "mask")
     data = [decode_base64(first_picture(body), "init_images", again=again)]
     what = "the picture of init_images"
-    image = await decoded(http, "picture", data, "init_images", what)
-    if not body.mask:
-        return Sent(image)
-    data = [decode_base64(body.mask, "mask", again=again)]
-    mask, alpha = await decoded(http, "with_alpha", data, "mask")
-    return Sent(image, mask, alpha)
+    return Sent(await decoded(http, "picture", data, "init_images", what), mask)
 
 
 def _picture(path: Path, size: tuple[int, int] | None) -> bytes:

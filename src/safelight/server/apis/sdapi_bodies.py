@@ -104,11 +104,10 @@ class PngInfo(BaseModel):
 
 @dataclass(frozen=True)
 class Sent:
-    """The decoded pictures of a body. mask_alpha: the mask's alpha channel, if it has one."""
+    """The decoded pictures of a body: RGB, and L of 0 and 255."""
 
     image: Image.Image
     mask: Image.Image | None = None
-    mask_alpha: Image.Image | None = None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from fastapi import HTTPException
 from PIL import Image, ImageOps
 
 from safelight.errors import SafelightError
-from safelight.pixels import as_mask
 from safelight.recipe import parse_recipe_text
 from safelight.request import Request
 from safelight.sampling import SAMPLERS
@@ -57,7 +56,8 @@ def understand(
     if isinstance(body, ImageToImage) and sent is not None:
         # The sides are known to be sane by now: pictures get resized to them.
         pictures, more = _pictures(body, request, sent)
-        request = request.replace(**pictures)
+        shown = pictures.pop("image"), pictures.pop("mask")
+        request = request.replace(**pictures).with_pictures(*shown)
         warnings += more
     return Asked(request, None, warnings, _echo(body, request))
 
@@ -222,9 +222,7 @@ def _pictures(body: ImageToImage, request: Request, sent: Sent) -> tuple[dict[st
     image = sent.image
     mask, warnings = None, list[str]()
     if sent.mask is not None:
-        mask = _mask(sent.mask, sent.mask_alpha)
-        if body.inpainting_mask_invert:
-            mask = ImageOps.invert(mask)
+        mask = ImageOps.invert(sent.mask) if body.inpainting_mask_invert else sent.mask
         if mask.size != image.size:
             warnings.append("mask: resized to the size of the picture")
             mask = mask.resize(image.size, Image.Resampling.NEAREST)
@@ -246,16 +244,6 @@ def _pictures(body: ImageToImage, request: Request, sent: Sent) -> tuple[dict[st
     if body.resize_mode == 3:
         warnings.append("resize_mode 3: the picture is resized, not its latents, as with 0")
     return {"image": image, "mask": mask, "width": width, "height": height}, warnings
-
-
-def _mask(mask: Image.Image, alpha: Image.Image | None) -> Image.Image:
-    """Return a mask: white is repainted; with transparency, what is opaque, whatever its colour.
-
-    Drawing programs send their strokes on a transparent layer, and the web UI reads them so.
-    """
-    if alpha is not None and alpha.histogram()[255] < alpha.width * alpha.height:
-        return as_mask(alpha)
-    return as_mask(mask)
 
 
 def _inpainting(body: ImageToImage) -> list[str]:

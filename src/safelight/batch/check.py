@@ -1,0 +1,200 @@
+"""From the columns of a row to the settings of its request."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from safelight.batch.rows import Columns
+from safelight.errors import SafelightError
+from safelight.request import Request
+from safelight.settings import Setting, settings_of, shown, unknown_setting
+
+MAX_NAME = 200
+"""Bytes of a picture's name, which every file system takes with its ending."""
+
+PICTURES = ("image", "mask")
+_SETTINGS = settings_of(Request)
+_PLACE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row that is ready to be drawn.
+
+    number: from 1, in the order of the file. line: where it stands there. name: its id as it is
+    in names of files. settings: of its request, pictures by their paths. digest: of all that its
+    pictures depend on.
+    """
+
+    number: int
+    line: int
+    id: str
+    name: str
+    model: str
+    settings: dict[str, Any]
+    digest: str
+
+    def request(self) -> Request:
+        """Return its request, with its pictures opened. Raises SafelightError if one cannot be."""
+        from safelight.picture import open_mask, open_picture
+
+        given = dict(self.settings)
+        readers: dict[str, Callable[[str, str], Any]] = {"image": open_picture, "mask": open_mask}
+        given |= {name: read(given[name], name) for name, read in readers.items() if name in given}
+        return Request(**given)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How columns become settings.
+
+    defaults: settings of rows that do not name them. templates: texts with `{column}` in them, by
+    the settings that they are for. id_column: None takes the column "id", or else the row's
+    number. ignored: columns that are no settings, and may be there. model: of rows that name none,
+    None is the one that ships. folder: what paths of pictures are relative to.
+    """
+
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    templates: Mapping[str, str] = field(default_factory=dict)
+    id_column: str | None = None
+    ignored: frozenset[str] = frozenset()
+    model: str | None = None
+    folder: Path = Path()
+
+    def __post_init__(self) -> None:
+        for name in self.templates:
+            if name not in (*_SETTINGS, "model"):
+                raise unknown_setting(name, _SETTINGS)
+
+    def row(self, number: int, columns: Columns) -> Row:
+        """Return the row of these columns, checked. Raises SafelightError, one line."""
+        if columns.problem is not None:
+            raise SafelightError(columns.problem, code="unreadable")
+        values = dict(columns.values)
+        used = {name for text in self.templates.values() for name in places(text)}
+        filled = {name: fill(text, values) for name, text in self.templates.items()}
+        row_id = self._id(number, values)
+        model = filled.pop("model", None) or values.pop("model", None) or self.model
+        given = {
+            name: values[name]
+            for name in values
+            if not (name in filled or (name in used | self.ignored and name not in _SETTINGS))
+        }
+        for name in given:
+            if name not in _SETTINGS:
+                raise _unknown_column(name)
+        settings = {
+            **self.defaults,
+            **{n: _value(_SETTINGS[n], v, columns.typed) for n, v in given.items()},
+            **{n: _value(_SETTINGS[n], v, typed=False) for n, v in filled.items()},
+        }
+        # As web UIs have it, a seed of -1 is none.
+        settings = {n: v for n, v in settings.items() if v is not None and (n, v) != ("seed", -1)}
+        settings.setdefault("seed", seed_of(row_id))
+        settings |= {
+            name: self._path(name, settings[name]) for name in PICTURES if name in settings
+        }
+        if "mask" in settings and "image" not in settings:
+            raise SafelightError(
+                "mask needs a picture to repaint: give image as well", field="mask"
+            )
+        request = Request(**{n: v for n, v in settings.items() if n not in PICTURES})
+        if request.unconditional and "image" in settings:
+            raise SafelightError("image cannot be used with unconditional", field="image")
+        if model is None:
+            model = "embedded-unconditional" if request.unconditional else "embedded"
+        elif not isinstance(model, str):
+            raise SafelightError(f"model must be a name, not {shown(model)}")
+        told = json.dumps([model, settings], sort_keys=True, ensure_ascii=False)
+        digest = hashlib.sha256(told.encode()).hexdigest()[:16]
+        return Row(number, columns.line, row_id, name_of(row_id), model, settings, digest)
+
+    def _id(self, number: int, values: dict[str, Any]) -> str:
+        column = self.id_column or "id"
+        if column not in values:
+            if self.id_column is not None:
+                raise SafelightError(f"column {shown(column)}, the row's id, is missing or empty")
+            return str(number)
+        # A setting may be the id as well.
+        found = values[column] if column in _SETTINGS else values.pop(column)
+        if isinstance(found, float) and found.is_integer():  # pandas has no missing integers
+            found = int(found)
+        if isinstance(found, bool) or not isinstance(found, str | int):
+            raise SafelightError(f"id must be a text or a whole number, not {shown(found)}")
+        if not str(found).isprintable() or len(name_of(str(found))) > MAX_NAME:
+            raise SafelightError(f"id must be printable and short, not {shown(found)}")
+        return str(found)
+
+    def _path(self, name: str, given: Any) -> str:
+        if not isinstance(given, str):
+            raise SafelightError(f"{name} must be the path of a picture, not {shown(given)}")
+        try:
+            path = self.folder / Path(given).expanduser()
+            if path.is_file():
+                return str(path)
+        except (OSError, RuntimeError, ValueError):  # as of a name that is too long
+            pass
+        raise SafelightError(f"{name}: there is no file {shown(given)}", field=name)
+
+
+def name_of(row_id: str) -> str:
+    """Return an id as it stands in names of files: letters, digits, - and _, the rest as %XX.
+
+    There is no dot in it, at which a WebDataset would end the name, and no @, after which the
+    pictures of one row are numbered.
+    """
+    return quote(row_id, safe="").replace(".", "%2E").replace("~", "%7E")
+
+
+def seed_of(row_id: str) -> int:
+    """Return the seed of a row that names none: 32 bits of a hash of its id."""
+    return int.from_bytes(hashlib.sha256(row_id.encode(errors="replace")).digest()[:4], "big")
+
+
+def places(template: str) -> list[str]:
+    """Return the columns that a template names."""
+    return [found[1] for found in _PLACE.finditer(template) if found[1] is not None]
+
+
+def fill(template: str, values: Mapping[str, Any]) -> str:
+    """Return a template with each `{column}` replaced; `{{` and `}}` stand for braces.
+
+    Raises SafelightError for a column that the row has not.
+    """
+
+    def replaced(found: re.Match[str]) -> str:
+        if found[1] is None:
+            return found[0][0]
+        if found[1] not in values:
+            raise SafelightError(
+                f"column {shown(found[1])} of the template is missing or empty; {{{{ is a brace"
+            )
+        return str(values[found[1]])
+
+    return _PLACE.sub(replaced, template)
+
+
+def _value(setting: Setting, value: Any, typed: bool) -> Any:
+    if not typed and isinstance(value, str):
+        return value if setting.kind is None else setting.parse(value)
+    if setting.kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)  # pandas makes floats of a column with missing numbers
+    return value
+
+
+def _unknown_column(name: str) -> SafelightError:
+    problem = str(unknown_setting(name, _SETTINGS)).removeprefix("there is no setting ")
+    told, _, hint = problem.partition(": ")
+    hint = f"{hint} " if hint.startswith("did you mean") else ""
+    return SafelightError(
+        f"column {told} is no setting: {hint}use it in --set, or leave it out with --ignore",
+        code="unknown_setting",
+        field=name[:40],
+    )

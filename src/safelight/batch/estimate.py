@@ -1,0 +1,80 @@
+"""How long a batch would take and how much memory, measured on a few rows."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from safelight.batch.drawing import Drawer
+from safelight.batch.run import How
+from safelight.batch.worklist import WorkList
+from safelight.engine.requests import resolve_request
+from safelight.errors import SafelightError
+from safelight.model import Model
+from safelight.request import Request
+
+SAMPLES = 3
+SHAPE = ("width", "height", "steps", "sampler", "guidance_scale", "strength", "count")
+"""Settings that the time of a row depends on."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """rows: of one model that are to be drawn. seconds: for all of them, in one process."""
+
+    model: str
+    rows: int
+    seconds: float
+
+
+def estimate(work: WorkList, model: str, how: How, tell: Callable[[str], object]) -> Estimate:
+    """Draw three rows of a model and return how long all of its rows would take.
+
+    Time is taken to grow with pixels, steps and network calls. Loading is not in it.
+    Raises SafelightError if the model, or each of the three rows, cannot be drawn.
+    """
+    drawer = Drawer(model, how, tell=tell)
+    sample = work.sample(model, SAMPLES)
+    list(drawer.draw(sample[:1]))  # packs weights, fills caches
+    began = time.perf_counter()
+    outcomes = list(drawer.draw(sample))
+    seconds = time.perf_counter() - began
+    drawn = {outcome.row_id for outcome in outcomes if outcome.error is None}
+    if not drawn:
+        raise SafelightError(f"{model}: {(outcomes[0].error or ('', ''))[1]}")
+    each = [_cost(drawer.model, row.settings) for row in sample if row.id in drawn]
+    shapes = work.shapes(model, SHAPE)
+    cost = sum(number * _cost(drawer.model, shape) for shape, number in shapes)
+    return Estimate(model, sum(n for _, n in shapes), cost * seconds / sum(each))
+
+
+def memory() -> str:
+    """Return the most memory that this process has had so far, and that of a GPU, in words."""
+    told = []
+    try:
+        import resource
+    except ImportError:  # Windows
+        pass
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        told.append(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB")
+    if torch.cuda.is_available():
+        told.append(f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB on the GPU")
+    return ", ".join(told) or "not known"
+
+
+def _cost(model: Model, settings: Mapping[str, Any]) -> float:
+    """Return pixels times steps times calls of the network, for all pictures of a row."""
+    known = {name: settings[name] for name in SHAPE if settings.get(name) is not None}
+    # Of a picture to start from, only how much of it is changed counts.
+    strength = known.pop("strength", 1.0)
+    request = resolve_request(model, Request(**known))
+    width, height = model.native_size
+    pixels = (request.width or width) * (request.height or height)
+    steps = max(1, int((request.steps or 1) * strength))
+    return pixels * steps * (1 + (request.guidance_scale > 1)) * request.count

@@ -1,0 +1,194 @@
+"""Draw rows with many workers: Ray Data's actors, each of which holds the model.
+
+Ray distributes, restarts and waits. What is done is in our own index: docs/decisions/0053 says why
+Ray's checkpoints are not used. This process alone writes, so workers need no shared folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from safelight.batch.check import Row
+from safelight.batch.output import Outcome
+from safelight.batch.worklist import WorkList
+from safelight.errors import SafelightError
+
+if TYPE_CHECKING:
+    from safelight.batch.drawing import Drawer
+    from safelight.batch.run import How
+
+HERE = "local"
+SEGMENT = 5_000
+"""Rows that Ray is given at once. Between two segments workers are started anew: seconds."""
+
+TRIES = 5
+"""Further tries of a task whose worker died. Then each of its rows is a task of its own, which is
+tried as often again, and is a row that failed if its workers die, too.
+"""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The workers of a batch.
+
+    address: of a Ray cluster; "local" starts one on this machine. workers: None is one for each
+    GPU, or one for each node without. gpus: of each worker, may be a fraction; None is 1 where
+    there are some. rows: of a task, all of which are drawn again if its worker dies.
+    """
+
+    address: str = HERE
+    workers: int | None = None
+    gpus: float | None = None
+    rows: int = 8
+
+    def draw(self, work: WorkList, how: How, tell: Callable[[str], object]) -> Iterator[Outcome]:
+        """Yield what becomes of each row of a list, in the order in which they are finished."""
+        ray = _start(self.address)
+        try:
+            crew = self._crew(ray, how)
+            tell(f"{crew.size} workers on {crew.nodes} nodes, {crew.told}")
+            how = dataclasses.replace(how, threads=crew.threads)
+            for model, _ in work.models():
+                rows = work.rows(model)
+                while segment := list(islice(rows, SEGMENT)):
+                    yield from crew.draw_all(model, how, segment, self.rows)
+        finally:
+            ray.shutdown()
+
+    def _crew(self, ray: Any, how: How) -> _Crew:
+        has = ray.cluster_resources()
+        nodes = sum(node["Alive"] for node in ray.nodes())
+        cpus, there = int(has.get("CPU", 0)), has.get("GPU", 0)
+        wants_gpu = how.loading.get("device", "auto").startswith(("auto", "cuda"))
+        gpus = self.gpus if self.gpus is not None else float(bool(there) and wants_gpu)
+        size = self.workers or (max(1, int(there / gpus)) if gpus else nodes)
+        # Of a worker on a CPU, all that it may use; the same for all, which exact mode needs.
+        threads = how.threads or (1 if gpus else max(1, cpus // size))
+        if threads * size > cpus or gpus * size > there + 1e-9:
+            each = f"{threads} threads" + (f" and {gpus:g} GPUs" if gpus else "")
+            raise SafelightError(
+                f"{size} workers with {each} each need more than the {cpus} CPUs and {there:g} "
+                "GPUs of the cluster: ask for fewer --workers, --threads or --gpus"
+            )
+        return _Crew(size, nodes, threads, gpus)
+
+
+@dataclass(frozen=True)
+class _Crew:
+    size: int
+    nodes: int
+    threads: int
+    gpus: float
+
+    @property
+    def told(self) -> str:
+        return f"each with {self.gpus:g} GPU" if self.gpus else f"each with {self.threads} threads"
+
+    def draw_all(self, model: str, how: How, rows: list[Row], at_once: int) -> Iterator[Outcome]:
+        """Yield the outcomes of rows; rows whose workers die again and again fail."""
+        left = {row.id: row for row in rows}
+        for each in dict.fromkeys((at_once, 1)):
+            if not left:
+                return
+            for outcome in self._draw(model, how, list(left.values()), each):
+                if left.pop(outcome.row_id, None) is not None:
+                    yield outcome
+        for row in left.values():
+            told = f"workers died {TRIES + 1} times while they drew it: memory may be too small"
+            yield Outcome(row.id, row.name, {"line": row.line}, error=("worker_died", told))
+
+    def _draw(self, model: str, how: How, rows: list[Row], each: int) -> Iterator[Outcome]:
+        import pyarrow as pa
+        import ray
+        from ray.util.annotations import RayDeprecationWarning
+
+        texts = [json.dumps(dataclasses.asdict(row)) for row in rows]
+        tables = [pa.table({"row": texts[i : i + each]}) for i in range(0, len(texts), each)]
+        with warnings.catch_warnings():
+            # From Ray 2.64 on, max_task_retries must be given in another way: pyproject.toml.
+            warnings.simplefilter("ignore", RayDeprecationWarning)
+            drawn = ray.data.from_arrow(tables).map_batches(
+                DrawingActor,
+                fn_constructor_args=(model, how),
+                batch_format="pyarrow",
+                batch_size=None,
+                compute=ray.data.ActorPoolStrategy(size=self.size),
+                num_cpus=self.threads,
+                num_gpus=self.gpus or None,
+                max_task_retries=TRIES,
+            )
+        for batch in drawn.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for told, pictures in zip(batch["outcome"], batch["pictures"], strict=True):
+                outcome = Outcome(**json.loads(told.as_py()), pictures=pictures.as_py())
+                if outcome.error is not None and outcome.error[0] == _FATAL:
+                    raise SafelightError(outcome.error[1])
+                yield outcome
+
+
+_FATAL = "fatal"
+
+
+class DrawingActor:
+    """A worker, as Ray Data calls it: a table of rows in, tables of outcomes out."""
+
+    def __init__(self, model: str, how: How) -> None:
+        self._model, self._how = model, how
+        self._drawer: Drawer | None = None
+
+    def __call__(self, table: Any) -> Iterator[Any]:
+        """Yield what became of each row, with its pictures."""
+        rows = [Row(**json.loads(text)) for text in table["row"].to_pylist()]
+        try:
+            if self._drawer is None:
+                from safelight.batch.drawing import Drawer
+
+                self._drawer = Drawer(self._model, self._how)
+            yield from map(as_table, self._drawer.draw(rows))
+        except SafelightError as error:  # what no other row would be spared
+            yield as_table(Outcome(rows[0].id, rows[0].name, error=(_FATAL, str(error))))
+
+
+def as_table(outcome: Outcome) -> Any:
+    """Return an outcome as a table of one row."""
+    import pyarrow as pa
+
+    told = {name: value for name, value in vars(outcome).items() if name != "pictures"}
+    pictures = pa.array([outcome.pictures], pa.list_(pa.binary()))
+    return pa.table({"outcome": [json.dumps(told, ensure_ascii=False)], "pictures": pictures})
+
+
+def _start(address: str) -> Any:
+    """Return the module ray, connected. Raises SafelightError if it is missing or not reached."""
+    # Nothing is told to Ray's makers, accelerators stay as they are for workers without GPUs, and
+    # this process prints no log of Ray's own.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    try:
+        import ray
+        import ray.data
+    except ImportError:
+        raise SafelightError(
+            "--ray needs Ray: pip install 'safelight[ray]'", code="not_installed"
+        ) from None
+    here: dict[str, Any] = {"include_dashboard": False} if address == HERE else {"address": address}
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **here)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SafelightError(f"the Ray cluster {address!r} is not reached: {told:.200}") from None
+    # Ray Data tells of each task whose worker died; what is lost in the end we tell.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.max_errored_blocks = -1
+    return ray

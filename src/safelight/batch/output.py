@@ -1,0 +1,197 @@
+"""What a batch writes: pictures or shards of them, one index, and the rows that failed.
+
+A row is done when it is in the index. Its pictures are written before, each whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from safelight.batch.shards import FOLDERS, Shards
+from safelight.batch.storage import Lines, Storage
+from safelight.batch.worklist import Problem, WorkList
+from safelight.errors import SafelightError
+from safelight.picture import HALF
+from safelight.settings import shown
+
+ABOUT = "batch.json"
+PICTURES = "pictures"
+
+
+@dataclass
+class Outcome:
+    """What became of a row.
+
+    record: its line in the index, without the names of files. pictures: each as a file's bytes.
+    recipes: of each picture. error: code and one line, if it failed; then there are no pictures.
+    """
+
+    row_id: str
+    name: str
+    record: dict[str, Any] = field(default_factory=dict)
+    pictures: list[bytes] = field(default_factory=list)
+    recipes: list[dict[str, Any]] = field(default_factory=list)
+    error: tuple[str, str] | None = None
+
+    def names(self, ending: str) -> list[str]:
+        """Return the names of its files: with @1, @2… where there are several."""
+        if len(self.pictures) == 1:
+            return [f"{self.name}.{ending}"]
+        return [f"{self.name}@{i}.{ending}" for i in range(1, len(self.pictures) + 1)]
+
+
+class Output:
+    """The folder of a batch, open for writing.
+
+    about: what all rows have in common; another run into the same folder must have the same.
+    shards: "webdataset" or "parquet"; None writes each picture as a file of its own.
+    shard_rows: rows of a shard. ending: of the pictures' names, which says their format.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        about: dict[str, Any],
+        *,
+        ending: str = "png",
+        shards: str | None = None,
+        shard_rows: int = 1000,
+    ) -> None:
+        self.storage, self._about, self._ending = storage, about, ending
+        self._index, self._errors = Lines(storage, "index"), Lines(storage, "errors")
+        self._shards = Shards(storage, self._index, shards, shard_rows) if shards else None
+        self.failed = 0
+        self.warned = 0
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within it no other run on this machine writes into the folder."""
+        if not self.storage.local:
+            yield
+            return
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(f"{self.storage.path('.lock')}", timeout=0)
+        try:
+            self.storage.fs.makedirs(self.storage.root, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            raise SafelightError(
+                f"another run writes into {shown(self.storage.url)}: wait, or give another --out",
+                code="busy",
+            ) from None
+        except OSError as error:
+            raise SafelightError(
+                f"out {shown(self.storage.url)} cannot be written: {error.strerror}"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def resume(self, work: WorkList) -> int:
+        """Mark rows that are done in a list. Returns how many rows of the index are not in it.
+
+        A row whose picture is gone is drawn anew. Raises SafelightError if the folder belongs to a
+        batch with other settings.
+        """
+        found = self.storage.read(ABOUT)
+        if found is None and self._index.name in self.storage.names():
+            raise SafelightError(
+                f"{shown(self.storage.url)} has an {self._index.name} and no {ABOUT}: it is not of "
+                "a batch; give another --out"
+            )
+        if found is not None and (other := _differing(found, self._about)):
+            raise SafelightError(
+                f"{shown(self.storage.url)} has rows of a batch with another {other}: give the "
+                "same, or another --out",
+                code="changed",
+            )
+        for folder in ("", PICTURES, *FOLDERS):
+            halves = fnmatch.filter(self.storage.names(folder), HALF)
+            self.storage.remove(f"{folder}/{name}" for name in halves)
+        records = {record["id"]: record for record in self._index.load()}
+        if self._shards is not None:
+            records = self._shards.mend(records)
+            done, kept = records | self._shards.pending(), records
+        else:
+            there = self.storage.names(PICTURES)
+            there = {f"{PICTURES}/{name}" for name in there}
+            kept = {i: record for i, record in records.items() if there.issuperset(record["files"])}
+            if len(kept) < len(records):
+                self._index.replace(kept.values())
+            done = kept
+        return sum(not work.mark_done(i, record["request"]) for i, record in done.items())
+
+    def begin(self, problems: list[Problem]) -> None:
+        """Write what the batch is, and begin the list of errors anew."""
+        self.storage.write(ABOUT, f"{json.dumps(self._about, indent=1)}\n".encode())
+        self._errors.replace([])
+        self.fail(*problems)
+
+    def keep(self, outcome: Outcome) -> None:
+        """Write what became of a row."""
+        if outcome.error is not None:
+            self.fail(Problem(outcome.record["line"], outcome.row_id, *outcome.error))
+            return
+        self.warned += bool(outcome.record["warnings"])
+        names = outcome.names(self._ending)
+        if self._shards is not None:
+            self._shards.keep(outcome, names)
+            return
+        files = [f"{PICTURES}/{name}" for name in names]
+        for file, data in zip(files, outcome.pictures, strict=True):
+            self.storage.write(file, data)
+        self._index.append({**outcome.record, "files": files})
+
+    def fail(self, *problems: Problem) -> None:
+        """Note rows that failed."""
+        self.failed += len(problems)
+        for one in problems:
+            told = {"id": one.row_id, "line": one.line, "code": one.code, "message": one.message}
+            self._errors.append(told)
+
+    def flush(self) -> None:
+        """Write what waits, as before a pause."""
+        self._index.flush()
+        self._errors.flush()
+
+    def close(self) -> None:
+        """Write what waits, and close the files."""
+        self.flush()
+        self._index.close()
+        self._errors.close()
+
+    def finish(self, *, index: str = "jsonl") -> str:
+        """Write the last shard and the whole index. Returns the index's full name.
+
+        index: "parquet" writes it as index.parquet as well.
+        """
+        if self._shards is not None:
+            self._shards.finish()
+        self._index.finish()
+        self._errors.finish()
+        if index != "parquet":
+            return self.storage.path(self._index.name)
+        from safelight.batch.arrow import arrow, parquet
+
+        table = arrow().Table.from_pylist(self._index.load())
+        self.storage.write_with("index.parquet", lambda file: parquet().write_table(table, file))
+        return self.storage.path("index.parquet")
+
+
+def _differing(found: bytes, about: dict[str, Any]) -> str:
+    """Return the first name whose value differs from that in a batch.json, or nothing."""
+    try:
+        before = json.loads(found)
+    except ValueError:
+        before = None
+    if not isinstance(before, dict):
+        return ABOUT
+    names = (name for name in about if name != "safelight")
+    return next((n for n in names if before.get(n) != json.loads(json.dumps(about[n]))), "")

@@ -1,0 +1,182 @@
+"""A batch from its file to its index."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from safelight import __version__
+from safelight.batch.check import Rules
+from safelight.batch.output import Outcome, Output
+from safelight.batch.rows import read_rows
+from safelight.batch.storage import Storage
+from safelight.batch.worklist import Problem, WorkList
+from safelight.errors import SafelightError
+
+MAX_TOLD = 10
+"""Problems that an error tells of."""
+
+Draw = Callable[[WorkList, "How", Callable[[str], object]], Iterator[Outcome]]
+"""Draws all rows of a list that are not done: on this machine, or by Ray."""
+
+
+@dataclass(frozen=True)
+class How:
+    """How all rows of a batch are drawn.
+
+    loading: keywords of `load_model`. exact: each picture alone, equal to the byte whoever draws
+    it. threads: of PyTorch in each process, None for its own choice. ending: of the pictures'
+    names, which says their format.
+    """
+
+    loading: dict[str, Any] = field(default_factory=dict)
+    exact: bool = False
+    threads: int | None = None
+    ending: str = "png"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked of a batch.
+
+    file: of rows. out: a folder or a URL. shards, shard_rows, index: see `Output`. skip_invalid:
+    rows that are not valid become rows that failed; else they are an error before the work starts.
+    """
+
+    file: str
+    out: str
+    rules: Rules
+    how: How
+    shards: str | None = None
+    shard_rows: int = 1000
+    index: str = "jsonl"
+    skip_invalid: bool = False
+
+
+@dataclass
+class Report:
+    """rows: of the file. before: done by an earlier run. drawn, failed: by this one. warned: drawn
+    with warnings. elsewhere: rows of the index that are not in the file. index: its full name.
+    """
+
+    rows: int
+    before: int = 0
+    drawn: int = 0
+    failed: int = 0
+    warned: int = 0
+    elsewhere: int = 0
+    index: str = ""
+    problems: list[Problem] = field(default_factory=list)
+
+
+def read(job: Job, work: WorkList) -> list[Problem]:
+    """Read all rows of a batch into a list. Returns the problems of those that are not valid.
+
+    Raises SafelightError with the first of them, unless they are to be skipped, and if there is
+    no row at all.
+    """
+    problems = list(work.fill(read_rows(job.file), job.rules))
+    if problems and not job.skip_invalid:
+        told = "; ".join(f"line {one.line}: {one.message}" for one in problems[:MAX_TOLD])
+        more = f"; and {len(problems) - MAX_TOLD} more" if len(problems) > MAX_TOLD else ""
+        raise SafelightError(
+            f"{len(problems)} rows are not valid (--skip-invalid goes on without them): "
+            f"{told}{more}",
+            code=problems[0].code,
+        )
+    if not work.count() and not problems:
+        raise SafelightError("there is no row in the file")
+    for model, _ in work.models():
+        _find(model, job.how.loading)
+    return problems
+
+
+def run(
+    job: Job,
+    draw: Draw,
+    *,
+    begin: Callable[[Report], object] = lambda report: None,
+    on_row: Callable[[Outcome], object] = lambda outcome: None,
+    tell: Callable[[str], object] = lambda text: None,
+) -> Report:
+    """Draw all rows that are not done yet. Returns what was done.
+
+    begin: called before the first row is drawn. on_row: called after each. tell: called with what
+    a person should know. Raises SafelightError for what stops the batch as a whole.
+    """
+    output = _output(job)
+    with WorkList() as work:
+        problems = read(job, work)
+        report = Report(rows=work.count() + len(problems), problems=problems)
+        with output.locked():
+            report.elsewhere = output.resume(work)
+            report.before = work.count(done=True)
+            begin(report)
+            try:
+                output.begin(problems)
+                for outcome in draw(work, job.how, tell):
+                    output.keep(outcome)
+                    report.drawn += outcome.error is None
+                    on_row(outcome)
+                report.index = output.finish(index=job.index)
+            finally:
+                output.close()
+    report.failed, report.warned = output.failed, output.warned
+    return report
+
+
+def leave_out_done(job: Job, work: WorkList) -> None:
+    """Mark the rows of a list that an earlier run has drawn, as `run` does before it draws."""
+    output = _output(job)
+    if output.storage.names():
+        with output.locked():
+            output.resume(work)
+
+
+def draw_here(work: WorkList, how: How, tell: Callable[[str], object]) -> Iterator[Outcome]:
+    """Draw all rows of a list in this process, one model after the other."""
+    from safelight.batch.drawing import Drawer, failed
+
+    models = work.models()
+    for model, _ in models:
+        try:
+            drawer = Drawer(model, how, tell=tell)
+        except SafelightError as error:
+            if len(models) == 1:
+                raise
+            yield from (failed(row, error) for row in work.rows(model))
+            continue
+        yield from drawer.draw(work.rows(model))
+        del drawer  # before the next one is loaded
+
+
+def _output(job: Job) -> Output:
+    return Output(
+        Storage(job.out),
+        _about(job),
+        ending=job.how.ending,
+        shards=job.shards,
+        shard_rows=job.shard_rows,
+    )
+
+
+def _find(model: str, loading: Mapping[str, Any]) -> None:
+    """Raise SafelightError if a model is not there; fetch it if it is on the hub."""
+    from safelight.weights.find import find
+
+    find(model, models_dir=loading.get("models_dir"))
+
+
+def _about(job: Job) -> dict[str, Any]:
+    """Return what all rows of a batch have in common, and what their pictures depend on."""
+    how = dataclasses.asdict(job.how)
+    return {
+        "safelight": __version__,
+        "format": how["ending"],
+        "exact": how["exact"],
+        "shards": job.shards,
+        "shard_rows": job.shard_rows if job.shards else None,
+        **{name: value for name, value in sorted(how["loading"].items()) if name != "on_plan"},
+    }

@@ -1,0 +1,172 @@
+"""Shards: many pictures in one file, a WebDataset's tar or a table in Parquet."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from safelight.batch.storage import Lines, Storage
+
+if TYPE_CHECKING:
+    from safelight.batch.output import Outcome
+
+FOLDERS = FOLDER, WAITING = "shards", "pending"
+GROUP = 100
+"""Pictures of a row group of Parquet: as many are in memory at once."""
+
+
+class Shards:
+    """Writes shards of so many rows each.
+
+    Until there are enough, pictures wait in a folder of their own, so that none is drawn again
+    after a kill: first the pictures, then a JSON file that says that the row is done. A shard is
+    written whole, then all of its rows are added to the index, then the waiting files are removed.
+    """
+
+    def __init__(self, storage: Storage, index: Lines, kind: str, rows: int) -> None:
+        self._storage, self._index, self._rows = storage, index, rows
+        self._ending, self._write = {
+            "webdataset": ("tar", write_tar),
+            "parquet": ("parquet", write_parquet),
+        }[kind]
+        self._waiting: dict[str, str] = {}
+        self._number = 0
+
+    def mend(self, records: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Return the records of the index, without those of a shard that is not whole in it.
+
+        Rows that wait are in none of them or in all of them; else a kill came between.
+        """
+        names = self._storage.names(WAITING)
+        waiting = {}
+        for name in sorted(n for n in names if n.endswith(".json")):
+            record = json.loads(self._storage.read(f"{WAITING}/{name}") or b"{}")["record"]
+            waiting[record["id"]] = name
+        both = waiting.keys() & records.keys()
+        if both and both != waiting.keys():
+            torn = {records[i]["shard"] for i in both}
+            records = {i: r for i, r in records.items() if r["shard"] not in torn}
+            self._index.replace(records.values())
+        elif both:
+            self._storage.remove(f"{WAITING}/{name}" for name in names)
+            waiting = {}
+        self._waiting = waiting
+        numbers = [int(r["shard"].rpartition("/")[2].partition(".")[0]) for r in records.values()]
+        self._number = max(numbers, default=-1) + 1
+        return records
+
+    def pending(self) -> dict[str, dict[str, Any]]:
+        """Return the records of rows that wait for their shard, by id."""
+        return {i: self._read(name)["record"] for i, name in self._waiting.items()}
+
+    def keep(self, outcome: Outcome, names: list[str]) -> None:
+        """Take in a row. names: of its pictures."""
+        for name, data in zip(names, outcome.pictures, strict=True):
+            self._storage.write(f"{WAITING}/{name}", data)
+        told = {"record": outcome.record, "files": names, "recipes": outcome.recipes}
+        name = f"{outcome.name}.json"
+        data = json.dumps(told, ensure_ascii=False).encode()
+        self._storage.write(f"{WAITING}/{name}", data)
+        self._waiting[outcome.row_id] = name
+        while len(self._waiting) >= self._rows:
+            self._build()
+
+    def finish(self) -> None:
+        """Write the rows that still wait into shards."""
+        while self._waiting:
+            self._build()
+
+    def _build(self) -> None:
+        """Write one shard."""
+        names = list(self._waiting.values())[: self._rows]
+        shard = f"{FOLDER}/{self._number:05d}.{self._ending}"
+        self._storage.write_with(shard, lambda file: self._write(file, self._samples(names)))
+        rows = [self._read(name) for name in names]
+        self._index.append(*({**r["record"], "shard": shard, "files": r["files"]} for r in rows))
+        self._index.flush()
+        # The JSON last: a row without it is no row, and its pictures are replaced.
+        self._storage.remove(f"{WAITING}/{file}" for row in rows for file in row["files"])
+        self._storage.remove(f"{WAITING}/{name}" for name in names)
+        self._waiting = dict(list(self._waiting.items())[len(names) :])
+        self._number += 1
+
+    def _read(self, name: str) -> dict[str, Any]:
+        return json.loads(self._storage.read(f"{WAITING}/{name}") or b"")
+
+    def _samples(self, names: list[str]) -> Iterator[dict[str, Any]]:
+        """Yield each picture of waiting rows with all that is known of it."""
+        for name in names:
+            row = self._read(name)
+            for i, file in enumerate(row["files"]):
+                data = self._storage.read(f"{WAITING}/{file}") or b""
+                recipe = row["recipes"][i]
+                yield {"record": row["record"], "number": i + 1, "file": file, "image": data} | {
+                    "recipe": recipe
+                }
+
+
+Samples = Iterator[dict[str, Any]]
+Writer = Callable[[BinaryIO, Samples], None]
+
+
+def write_tar(file: BinaryIO, samples: Samples) -> None:
+    """Write a WebDataset: of each picture KEY.png, KEY.json (id and recipe) and KEY.txt (prompt).
+
+    Format: webdataset.github.io; the key ends at the first dot. Owners and times are left out, so
+    that the same pictures give the same bytes.
+    """
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for sample in samples:
+            key, _, ending = sample["file"].partition(".")
+            recipe = sample["recipe"]
+            told = {"id": sample["record"]["id"], "number": sample["number"], **recipe}
+            members = {
+                ending: sample["image"],
+                "json": json.dumps(told, ensure_ascii=False).encode(),
+                "txt": recipe["settings"]["prompt"].encode(),
+            }
+            for end, data in members.items():
+                member = tarfile.TarInfo(f"{key}.{end}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def write_parquet(file: BinaryIO, samples: Samples) -> None:
+    """Write a table with a row for each picture; `image` is what data sets on the hub have."""
+    from safelight.batch.arrow import arrow, parquet
+
+    pa = arrow()
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    texts = dict.fromkeys(("id", "prompt", "negative_prompt", "model", "recipe"), pa.string())
+    numbers = dict.fromkeys(("number", "seed", "width", "height"), pa.int64())
+    schema = pa.schema({**texts, **numbers, "image": image})
+    with parquet().ParquetWriter(file, schema) as writer:
+        group: list[dict[str, Any]] = []
+        for sample in samples:
+            group.append(_cells(sample))
+            if len(group) == GROUP:
+                writer.write_table(pa.Table.from_pylist(group, schema))
+                group = []
+        if group:
+            writer.write_table(pa.Table.from_pylist(group, schema))
+
+
+def _cells(sample: dict[str, Any]) -> dict[str, Any]:
+    recipe, record = sample["recipe"], sample["record"]
+    settings = recipe["settings"]
+    width, height = recipe["size"]
+    return {
+        "id": record["id"],
+        "prompt": settings["prompt"],
+        "negative_prompt": settings["negative_prompt"],
+        "model": record["model"],
+        "recipe": json.dumps(recipe, ensure_ascii=False),
+        "number": sample["number"],
+        "seed": settings["seed"],
+        "width": width,
+        "height": height,
+        "image": {"bytes": sample["image"], "path": sample["file"]},
+    }

@@ -1,0 +1,162 @@
+"""The rows of a batch in a temporary SQLite file: a million of them take no memory."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from safelight.batch.check import Row, Rules
+from safelight.batch.rows import Columns
+from safelight.errors import SafelightError
+from safelight.settings import shown
+
+_SCHEMA = """
+CREATE TABLE rows (
+    number INTEGER PRIMARY KEY, line INTEGER NOT NULL, id TEXT NOT NULL UNIQUE,
+    folded TEXT NOT NULL UNIQUE, name TEXT NOT NULL, model TEXT NOT NULL, width INTEGER NOT NULL,
+    height INTEGER NOT NULL, settings TEXT NOT NULL, digest TEXT NOT NULL,
+    done INTEGER NOT NULL DEFAULT 0
+);
+"""
+_ORDER = "model, width, height, number"
+_ROW = "number, line, id, name, model, settings, digest"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A row that cannot be drawn as it stands. row_id: its number where it has no other id."""
+
+    line: int
+    row_id: str
+    code: str
+    message: str
+
+
+class WorkList:
+    """Rows to draw, in the order in which they are drawn: by model and size, then as they stand."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="safelight-batch-")
+        self._database = sqlite3.connect(Path(self._folder.name) / "rows.sqlite3")
+        self._database.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;")
+        self._database.executescript(_SCHEMA)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Delete the list."""
+        self._database.close()
+        self._folder.cleanup()
+
+    def fill(self, rows: Iterable[Columns], rules: Rules) -> Iterator[Problem]:
+        """Take in rows, and yield a problem for each that is not valid."""
+        for number, columns in enumerate(rows, 1):
+            try:
+                self._add(rules.row(number, columns))
+            except SafelightError as error:
+                row_id = str(columns.values.get(rules.id_column or "id", number))[:200]
+                yield Problem(columns.line, row_id, error.code, str(error))
+        self._database.execute(f"CREATE INDEX order_of_drawing ON rows (done, {_ORDER})")
+        self._database.commit()
+
+    def _add(self, row: Row) -> None:
+        settings = row.settings
+        values = {
+            "number": row.number,
+            "line": row.line,
+            "id": row.id,
+            "folded": row.name.casefold(),
+            "name": row.name,
+            "model": row.model,
+            "width": settings.get("width", 0),
+            "height": settings.get("height", 0),
+            "settings": json.dumps(settings, ensure_ascii=False),
+            "digest": row.digest,
+        }
+        places = ", ".join(f":{name}" for name in values)
+        try:
+            self._database.execute(
+                f"INSERT INTO rows ({', '.join(values)}) VALUES ({places})", values
+            )
+        except sqlite3.IntegrityError:
+            (line, other) = self._one(
+                "SELECT line, id FROM rows WHERE folded = ?", values["folded"]
+            )
+            kind = (
+                "is"
+                if other == row.id
+                else f"differs in upper and lower case alone from {shown(other)}"
+            )
+            raise SafelightError(
+                f"id {shown(row.id)} {kind} that of line {line}: each row needs its own",
+                code="same_id",
+            ) from None
+
+    def mark_done(self, row_id: str, digest: str) -> bool:
+        """Leave out a row that is done. Returns whether there is such a row.
+
+        Raises SafelightError if it has other settings than those it was drawn with.
+        """
+        found = self._one("SELECT line, digest FROM rows WHERE id = ?", row_id)
+        if found is None:
+            return False
+        if found[1] != digest:
+            raise SafelightError(
+                f"line {found[0]}: row {shown(row_id)} was drawn with other settings; give another "
+                "--out, or remove its picture to have it drawn anew",
+                code="changed",
+            )
+        self._database.execute("UPDATE rows SET done = 1 WHERE id = ?", (row_id,))
+        return True
+
+    def models(self) -> list[tuple[str, int]]:
+        """Return the models of rows that are not done, with their numbers of rows, in order."""
+        return self._all(
+            "SELECT model, COUNT(*) FROM rows WHERE NOT done GROUP BY model ORDER BY model"
+        )
+
+    def count(self, *, done: bool | None = None) -> int:
+        """Return how many rows there are: all, those that are done, or those that are not."""
+        where = "" if done is None else f"WHERE done = {int(done)}"
+        return self._one(f"SELECT COUNT(*) FROM rows {where}")[0]
+
+    def rows(self, model: str, more: str = "") -> Iterator[Row]:
+        """Yield the rows of a model that are not done yet, in order. more: of the SQL."""
+        found = self._database.execute(
+            f"SELECT {_ROW} FROM rows WHERE NOT done AND model = ? ORDER BY {_ORDER} {more}",
+            (model,),
+        )
+        for number, line, row_id, name, of, settings, digest in found:
+            yield Row(number, line, row_id, name, of, json.loads(settings), digest)
+
+    def sample(self, model: str, most: int) -> list[Row]:
+        """Return so many rows of a model that are not done, from first to last, evenly spread."""
+        count = dict(self.models()).get(model, 0)
+        number = min(most, count)
+        places = [i * (count - 1) // max(1, number - 1) for i in range(number)]
+        return [next(self.rows(model, f"LIMIT 1 OFFSET {at}")) for at in places]
+
+    def shapes(self, model: str, names: Sequence[str]) -> list[tuple[dict[str, Any], int]]:
+        """Return the different values of these settings in a model's rows, each with its count."""
+        columns = ", ".join(f"json_extract(settings, '$.{name}')" for name in names)
+        groups = ", ".join(str(i + 1) for i in range(len(names)))
+        found = self._all(
+            f"SELECT {columns}, COUNT(*) FROM rows WHERE NOT done AND model = ? GROUP BY {groups}",
+            model,
+        )
+        return [(dict(zip(names, values, strict=True)), count) for *values, count in found]
+
+    def _one(self, statement: str, *values: Any) -> Any:
+        return self._database.execute(statement, values).fetchone()
+
+    def _all(self, statement: str, *values: Any) -> list[Any]:
+        return self._database.execute(statement, values).fetchall()

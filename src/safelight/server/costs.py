@@ -1,0 +1,17 @@
+"""What a request takes, before it is drawn."""
+
+from __future__ import annotations
+
+from safelight.request import Request
+
+
+def pixel_steps(request: Request, steps: int, native: tuple[int, int]) -> int:
+    """Return width × height × steps × pictures. native: the model's own width and height."""
+    width, height = request.width or native[0], request.height or native[1]
+    return width * height * steps * request.count
+
+
+def cost(request: Request, steps: int, native: tuple[int, int]) -> int:
+    """Return the rows of the network that a job takes, a large picture's counting for more."""
+    rows = pixel_steps(request, steps, native) * (2 if request.guidance_scale > 1 else 1)
+    return max(1, round(rows / (native[0] * native[1])))

@@ -1,0 +1,87 @@
+"""The keys as a running server knows them: read anew each second, so that none is for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable
+
+from safelight.server import allowances
+from safelight.server.callers import key_of
+from safelight.server.jobs import StorageError
+from safelight.server.people import Key, digest
+
+log = logging.getLogger("safelight.server")
+
+FRESH = 1.0
+"""Seconds that what was read is good for: so long a key that was removed goes on working."""
+
+PATIENCE = 2.0
+"""Seconds that a request waits for the keys. Beyond it those of before count, as no job is taken
+without the database either.
+"""
+
+
+class Keyring:
+    """For the event loop. read: returns all keys, in a thread."""
+
+    def __init__(self, read: Callable[[], list[Key]]) -> None:
+        self._read = read
+        self._reading: asyncio.Future[None] | None = None
+        self._keep(read())
+
+    def _keep(self, keys: Iterable[Key]) -> None:
+        self._named = {key.name: key for key in keys}
+        self._tokens = {key.token: key.name for key in self._named.values()}
+        self._cookies = {key.cookie: key.name for key in self._named.values()}
+        self._at = time.monotonic()
+
+    async def refresh(self) -> None:
+        """Read the keys anew. Those who ask meanwhile share one reading."""
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.ensure_future(self._refresh())
+        await asyncio.wait({self._reading}, timeout=PATIENCE)
+
+    async def _refresh(self) -> None:
+        try:
+            self._keep(await asyncio.to_thread(self._read))
+        except StorageError:
+            log.warning("the keys cannot be read: those of before count")
+
+    async def _fresh(self) -> None:
+        if time.monotonic() - self._at >= FRESH:
+            await self.refresh()
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the keys, as they were read last."""
+        return list(self._named)
+
+    async def some(self) -> bool:
+        """Return whether there are keys: then everyone needs one."""
+        await self._fresh()
+        return bool(self._named)
+
+    async def of_token(self, given: bytes) -> str | None:
+        """Return the name of the key that was given; None if it is none."""
+        await self._fresh()
+        return self._tokens.get(digest(given))
+
+    async def of_cookies(self, given: Iterable[bytes]) -> str | None:
+        """Return the name of the key that one of these cookies stands for; None if none does."""
+        await self._fresh()
+        names = (self._cookies.get(digest(cookie)) for cookie in given)
+        return next((name for name in names if name is not None), None)
+
+    async def spent(self, owner: str | None) -> None:
+        """Look at what an owner's key has left, which the answer says."""
+        key = self._named.get(key_of(owner) or "")
+        if key is not None and key.allowances:
+            await self.refresh()
+
+    def headers(self, name: str) -> list[tuple[bytes, bytes]]:
+        """Return the headers that say what a key has left."""
+        key = self._named.get(name)
+        found = allowances.headers(() if key is None else key.allowances, time.time())
+        return [(header.encode(), value.encode()) for header, value in found]

@@ -1,0 +1,247 @@
+"""What a batch writes, when its process is killed at any write, on a disk and at a URL."""
+
+import io
+import json
+import os
+import tarfile
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from safelight.batch.check import Rules
+from safelight.batch.output import Outcome, Output
+from safelight.batch.run import How, Job, run
+from safelight.batch.storage import Lines, Storage
+from safelight.errors import SafelightError
+
+ROWS = 7
+
+
+class KilledError(BaseException):
+    """Stands in for a kill: nothing catches it."""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    lines = [json.dumps({"id": f"row {i}", "count": 1 + i % 2}) for i in range(ROWS)]
+    lines.append(json.dumps({"id": "bad"}))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    return str(tmp_path / "rows.jsonl")
+
+
+@pytest.fixture(params=["disk", "url"])
+def out(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "out") if request.param == "disk" else f"memory://{uuid.uuid4().hex}/out"
+
+
+def job(file: str, out: str, **more: Any) -> Job:
+    return Job(file, out, Rules(), How(), **more)
+
+
+def draw(work: Any, how: How, tell: object) -> Iterator[Outcome]:
+    """Draw what no model could: pictures that are texts."""
+    for model, _ in work.models():
+        for row in work.rows(model):
+            if row.id == "bad":
+                yield Outcome(row.id, row.name, {"line": row.line}, error=("bad", "it is bad"))
+                continue
+            record = {"id": row.id, "line": row.line, "model": model, "request": row.digest}
+            record |= {"seeds": [1], "width": 8, "height": 8, "warnings": []}
+            count = row.settings.get("count", 1)
+            settings = {"prompt": row.id, "negative_prompt": "", "seed": 1}
+            recipe = {"size": [8, 8], "settings": settings}
+            pictures = [f"{row.id} {i}".encode() for i in range(count)]
+            yield Outcome(row.id, row.name, record, pictures, [recipe] * count)
+
+
+def found(job: Job) -> Counter[bytes]:
+    """Return all pictures, where the index says that they are, each as often as it is there."""
+    storage = Storage(job.out)
+    records = [json.loads(line) for line in (storage.read("index.jsonl") or b"").splitlines()]
+    assert sorted(r["id"] for r in records) == [f"row {i}" for i in range(ROWS)]
+    named = [name for record in records for name in record["files"]]
+    if job.shards is None:
+        assert {f"pictures/{name}" for name in storage.names("pictures")} == {*named}
+        return Counter(storage.read(name) or b"" for name in named)
+    shards = sorted({record["shard"] for record in records})
+    assert {f"shards/{name}" for name in storage.names("shards")} == {*shards}
+    assert not storage.names("pending")
+    made = {}
+    for shard in shards:
+        inside = pictures_of(job.shards, storage.read(shard) or b"")
+        assert {n for r in records if r["shard"] == shard for n in r["files"]} == {*inside}
+        assert not made.keys() & inside.keys()
+        made |= inside
+    return Counter(made.values())
+
+
+def pictures_of(kind: str, data: bytes) -> dict[str, bytes]:
+    if kind == "parquet":
+        rows = pq.read_table(io.BytesIO(data)).to_pylist()
+        return {row["image"]["path"]: row["image"]["bytes"] for row in rows}
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        members = {m.name: tar.extractfile(m).read() for m in tar}  # pyright: ignore[reportOptionalMemberAccess]
+    assert {name.partition(".")[2] for name in members} == {"png", "json", "txt"}
+    return {name: data for name, data in members.items() if name.endswith(".png")}
+
+
+WANTED = Counter(f"row {i} {n}".encode() for i in range(ROWS) for n in range(1 + i % 2))
+KINDS = pytest.mark.parametrize("kind", [None, "webdataset", "parquet"])
+
+
+@KINDS
+def test_each_row_is_there_once(file: str, out: str, kind: str | None):
+    asked = job(file, out, shards=kind, shard_rows=3, index="parquet")
+    report = run(asked, draw)
+    assert (report.rows, report.drawn, report.failed, report.before) == (8, 7, 1, 0)
+    assert found(asked) == WANTED
+    errors = (Storage(out).read("errors.jsonl") or b"").splitlines()
+    assert [json.loads(line) for line in errors] == [
+        {"id": "bad", "line": 8, "code": "bad", "message": "it is bad"}
+    ]
+    table = pq.read_table(io.BytesIO(Storage(out).read("index.parquet") or b""))
+    assert len(table) == ROWS
+    again = run(asked, draw)
+    assert (again.drawn, again.before, again.failed) == (0, 7, 1)
+    assert found(asked) == WANTED
+
+
+@KINDS
+def test_a_kill_at_any_write_loses_and_doubles_nothing(
+    file: str, out: str, kind: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Lines, "PART", 2)
+    calls = {"left": 0}
+
+    def killing(method: Any) -> Any:
+        def call(self: Any, *given: Any) -> Any:
+            calls["left"] -= 1
+            if calls["left"] == 0:
+                raise KilledError
+            done = method(self, *given)
+            calls["left"] -= 1
+            if calls["left"] == 0:
+                raise KilledError
+            return done
+
+        return call
+
+    names = ("write", "write_with", "remove")
+    for owner, method in [(Storage, n) for n in names] + [(Lines, "append"), (Lines, "flush")]:
+        monkeypatch.setattr(owner, method, killing(getattr(owner, method)))
+    monkeypatch.setattr(Output, "flush", lambda self: None)  # a killed process writes nothing more
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+    at, kills = 0, 0
+    while True:
+        at += 3 if kind is None else 5
+        asked = job(file, f"{out}-{at}", shards=kind, shard_rows=3)
+        calls["left"] = at
+        try:
+            run(asked, draw)
+            break
+        except KilledError:
+            kills += 1
+        calls["left"] = 2 * at  # and once more, later
+        try:
+            run(asked, draw)
+        except KilledError:
+            calls["left"] = 0
+            run(asked, draw)
+        calls["left"] = 0
+        assert found(asked) == WANTED, at
+    assert kills > 6
+
+
+def test_a_torn_line_is_cut_away_and_its_row_drawn_again(file: str, tmp_path: Path):
+    asked = job(file, str(tmp_path / "out"))
+    run(asked, draw)
+    index = tmp_path / "out" / "index.jsonl"
+    index.write_bytes(index.read_bytes()[:-20])
+    half = tmp_path / "out" / "pictures" / ".safelight-0123.part"
+    half.write_text("half a picture")
+    report = run(asked, draw)
+    assert (report.before, report.drawn) == (6, 1)
+    assert not half.exists()
+    assert found(asked) == WANTED
+
+
+def test_a_line_that_is_not_ours_is_named(file: str, out: str):
+    run(job(file, out), draw)
+    Storage(out).write("index.jsonl", b"hello\n")
+    with pytest.raises(SafelightError, match="has a line that is not ours"):
+        run(job(file, out), draw)
+
+
+def test_a_picture_that_is_gone_is_drawn_again(file: str, out: str):
+    asked = job(file, out)
+    run(asked, draw)
+    Storage(out).remove(["pictures/row%201@2.png"])
+    report = run(asked, draw)
+    assert (report.before, report.drawn) == (6, 1)
+    assert found(asked) == WANTED
+
+
+def test_new_rows_are_added_and_changed_ones_refused(file: str, out: str):
+    run(job(file, out), draw)
+    rows = Path(file).read_text().splitlines()
+    Path(file).write_text("\n".join([*rows[1:], '{"id": "new"}']))
+    report = run(job(file, out), draw)
+    assert (report.drawn, report.before, report.elsewhere) == (1, 6, 1)
+    Path(file).write_text("\n".join([rows[0].replace("}", ', "steps": 3}'), *rows[1:]]))
+    with pytest.raises(SafelightError, match="line 1: row 'row 0' was drawn with other settings"):
+        run(job(file, out), draw)
+    with pytest.raises(SafelightError, match="a batch with another shards"):
+        run(job(file, out, shards="webdataset"), draw)
+
+
+def test_a_second_run_into_the_same_folder_waits_its_turn(file: str, tmp_path: Path):
+    asked = job(file, str(tmp_path / "out"))
+
+    def twice(work: Any, how: How, tell: object) -> Iterator[Outcome]:
+        with pytest.raises(SafelightError, match="another run writes into"):
+            run(asked, draw)
+        yield from draw(work, how, tell)
+
+    assert run(asked, twice).drawn == ROWS
+
+
+def test_rows_that_are_not_valid_stop_the_run_or_fail(file: str, out: str):
+    text = Path(file).read_text()
+    Path(file).write_text(text + '\n{"steps": 0}\n{"id": "row 1"}\n')
+    with pytest.raises(SafelightError, match=r"^2 rows are not valid.*line 9: steps must.*line 10"):
+        run(job(file, out), draw)
+    assert not Storage(out).names("pictures")
+    report = run(job(file, out, skip_invalid=True), draw)
+    assert (report.rows, report.drawn, report.failed) == (10, 7, 3)
+    errors = (Storage(out).read("errors.jsonl") or b"").splitlines()
+    told = [(e["id"], e["line"], e["code"]) for e in map(json.loads, errors)]
+    assert told == [("9", 9, "invalid"), ("row 1", 10, "same_id"), ("bad", 8, "bad")]
+
+
+def test_an_index_of_something_else_is_left_alone(file: str, tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "index.jsonl").write_text("hello")
+    with pytest.raises(SafelightError, match=r"has an index\.jsonl and no batch\.json"):
+        run(job(file, str(tmp_path / "out")), draw)
+    assert (tmp_path / "out" / "index.jsonl").read_text() == "hello"
+
+
+@pytest.mark.parametrize("out", ["none://x", "/dev/null/x"])
+def test_a_folder_that_cannot_be_is_one_line(file: str, out: str):
+    with pytest.raises(SafelightError, match=r"^out .*cannot be[^\n]*$"):
+        run(job(file, out), draw)
+
+
+def test_no_rows_and_no_model_are_errors(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n")
+    with pytest.raises(SafelightError, match="no row in the file"):
+        run(job(str(path), str(tmp_path / "out")), draw)
+    path.write_text('{"model": "none"}\n')
+    with pytest.raises(SafelightError, match="no model 'none'"):
+        run(job(str(path), str(tmp_path / "out")), draw)

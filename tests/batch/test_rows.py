@@ -1,0 +1,213 @@
+"""Rows of a batch: three formats, settings, templates, ids, seeds, and what is refused."""
+
+import csv
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from safelight.batch.check import Row, Rules, name_of, seed_of
+from safelight.batch.rows import Columns, kind_of, read_rows
+from safelight.batch.worklist import WorkList
+from safelight.errors import SafelightError
+
+ROWS: list[dict[str, Any]] = [
+    {"id": "a", "prompt": "a cat", "steps": 3, "guidance_scale": 2.5},
+    {"id": "b", "prompt": "two, owls\nat night", "width": 64, "loras": ["x:0.5", "y"]},
+    {"id": "c", "prompt": "", "unconditional": True},
+]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    """Write rows in the format of the name's end, as other programs do."""
+    if path.suffix == ".parquet":
+        columns = {name for row in rows for name in row}
+        pq.write_table(pa.table({n: [row.get(n) for row in rows] for n in columns}), path)
+    elif path.suffix in (".csv", ".tsv"):
+        with path.open("w", encoding="utf-8-sig", newline="") as file:
+            names = list({name: None for row in rows for name in row})
+            writer = csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ";")
+            writer.writerow(names)
+            for row in rows:
+                cells = [row.get(name, "") for name in names]
+                writer.writerow(",".join(c) if isinstance(c, list) else c for c in cells)
+    else:
+        text = "\n".join(map(json.dumps, rows)).encode()
+        path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    return str(path)
+
+
+def settings(file: str, **rules: Any) -> dict[str, dict[str, Any]]:
+    made = [Rules(**rules).row(i, columns) for i, columns in enumerate(read_rows(file), 1)]
+    return {row.id: row.settings for row in made}
+
+
+def row(values: dict[str, Any], number: int = 1, **rules: Any) -> Row:
+    return Rules(**rules).row(number, Columns(number, values))
+
+
+@pytest.mark.parametrize("end", ["jsonl", "jsonl.gz", "csv", "tsv", "parquet"])
+def test_three_formats_say_the_same(tmp_path: Path, end: str):
+    found = settings(write(tmp_path / f"rows.{end}", ROWS))
+    assert [*found] == ["a", "b", "c"]
+    expected = {"prompt": "a cat", "steps": 3, "guidance_scale": 2.5, "seed": seed_of("a")}
+    assert found["a"] == expected
+    assert found["b"]["prompt"] == "two, owls\nat night"
+    assert (found["b"]["width"], list(found["b"]["loras"])) == (64, ["x:0.5", "y"])
+    assert found["c"]["unconditional"] is True
+
+
+def test_integers_that_pandas_made_floats_are_integers_again(tmp_path: Path):
+    table = pa.table({"id": [1.0, 2.0], "steps": [4.0, float("nan")]})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    found = settings(str(tmp_path / "rows.parquet"))
+    assert found == {"1": {"steps": 4, "seed": seed_of("1")}, "2": {"seed": seed_of("2")}}
+
+
+def test_an_empty_cell_and_null_leave_a_setting_out(tmp_path: Path):
+    (tmp_path / "rows.csv").write_text("prompt,steps\na cat,\n")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a cat", "steps": null, "seed": null}\n')
+    for name in ("rows.csv", "rows.jsonl"):
+        found = settings(str(tmp_path / name), defaults={"steps": 7})
+        assert found == {"1": {"prompt": "a cat", "steps": 7, "seed": seed_of("1")}}
+
+
+def test_a_row_comes_before_the_command_line_and_a_template_before_the_row():
+    made = row(
+        {"animal": "owl", "prompt": "seen", "steps": 2, "note": 1, "n": 4},
+        defaults={"steps": 9, "sampler": "euler"},
+        templates={"prompt": "an {animal} {{at|by}} night, {prompt}", "count": "{n}"},
+        ignored=frozenset({"note"}),
+    )
+    assert made.settings["prompt"] == "an owl {at|by} night, seen"
+    assert (made.settings["steps"], made.settings["sampler"]) == (2, "euler")
+    assert made.settings["count"] == 4
+
+
+@pytest.mark.parametrize(
+    ("values", "rules", "said"),
+    [
+        ({"promt": "x"}, {}, "column 'promt' is no setting: did you mean prompt?"),
+        ({"steps": 0}, {}, "steps must be a whole number from 1 to 1000"),
+        ({"steps": "4"}, {}, "steps must be"),
+        ({"id": [1]}, {}, "id must be a text or a whole number"),
+        ({"id": "a\nb"}, {}, "id must be printable"),
+        ({"id": "x" * 300}, {}, "id must be printable and short"),
+        ({"prompt": "x"}, {"id_column": "key"}, "column 'key', the row's id, is missing"),
+        ({"a": 1}, {"templates": {"prompt": "{b}"}}, "column 'b' of the template is missing"),
+        ({"image": "none.png"}, {}, "image: there is no file 'none.png'"),
+        ({"image": 3}, {}, "image must be the path of a picture"),
+        ({"mask": "none.png"}, {}, "mask: there is no file"),
+        ({"model": 3}, {}, "model must be a name"),
+        ({"unconditional": True, "prompt": "x"}, {}, "prompt cannot be used with unconditional"),
+    ],
+)
+def test_a_row_that_is_not_valid_says_what_would_be(values, rules, said):
+    with pytest.raises(SafelightError, match=r"^[^\n]*$") as caught:
+        row(values, **rules)
+    assert said in str(caught.value)
+
+
+def test_a_template_for_no_setting_is_refused():
+    with pytest.raises(SafelightError, match="did you mean prompt"):
+        Rules(templates={"promt": "x"})
+
+
+def test_pictures_are_named_by_paths_beside_the_file(tmp_path: Path):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
+    made = row({"image": "a.png", "mask": "a.png"}, folder=tmp_path)
+    request = made.request()
+    assert request.image is not None
+    assert request.mask is not None
+    assert request.image.getpixel((0, 0)) == (255, 0, 0)
+    with pytest.raises(SafelightError, match="give image as well"):
+        row({"mask": "a.png"}, folder=tmp_path)
+
+
+def test_a_seed_depends_on_the_id_alone():
+    first, second = row({"id": "a"}, number=1), row({"id": "a", "prompt": "x"}, number=9)
+    assert first.settings["seed"] == second.settings["seed"] == seed_of("a")
+    assert seed_of("a") != seed_of("b")
+    assert row({"id": "a", "seed": 5}).settings["seed"] == 5
+    assert row({"id": "a", "seed": -1}).settings["seed"] == seed_of("a")
+    assert row({"id": "a"}, defaults={"seed": 8}).settings["seed"] == 8
+
+
+def test_names_of_files_are_one_to_one_and_harmless():
+    ids = ["a", "A.b", "A%2Eb", "../x", "a@1", "ä~", ".hidden", "a b", "con"]
+    names = [name_of(one) for one in ids]
+    assert len({*names}) == len(ids)
+    assert all(c.isascii() and (c.isalnum() or c in "-_%") for name in names for c in name)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("rows.txt", "x", "must be a file of rows that ends in .jsonl"),
+        ("rows.jsonl", None, "cannot be read: No such file"),
+        ("rows.csv", "a,a\n1,2\n", "each of them once"),
+        ("rows.csv", 'prompt\n"x', "cannot be read as CSV"),
+        ("rows.parquet", "no", "is not Parquet"),
+        ("rows.jsonl", b"\xff\xfe{", "not text in UTF-8"),
+        ("rows.jsonl.gz", "no", "cannot be read"),
+        ("none://x/rows.jsonl", None, "cannot be read"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, name: str, text, said: str):
+    path = tmp_path / name if "://" not in name else name
+    if text is not None:
+        Path(path).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(SafelightError, match=r"^[^\n]*$") as caught:
+        list(read_rows(str(path)))
+    assert said in str(caught.value)
+
+
+def test_every_problem_has_its_line(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    lines = ['{"id": "a"}', "", "{no", "[1]", '{"id": "a"}', '{"id": "A"}', '{"steps": 0}']
+    path.write_text("\n".join(lines))
+    with WorkList() as work:
+        problems = list(work.fill(read_rows(str(path)), Rules()))
+        assert work.count() == 1
+    assert [p.line for p in problems] == [3, 4, 5, 6, 7]
+    assert [p.code for p in problems] == [
+        "unreadable",
+        "unreadable",
+        "same_id",
+        "same_id",
+        "invalid",
+    ]
+    assert "is that of line 1" in problems[2].message
+    assert "upper and lower case" in problems[3].message
+    path = tmp_path / "rows.csv"
+    path.write_text('prompt,steps\n"two\nlines",3\nx\ny,0\n')
+    with WorkList() as work:
+        assert [p.line for p in work.fill(read_rows(str(path)), Rules())] == [4, 5]
+
+
+def test_rows_come_by_model_and_size():
+    values = [{"id": str(i), "model": m, "width": w} for i, (m, w) in enumerate(
+        [("b", 64), ("a", 128), ("b", 72), ("a", 64), ("a", 128)]
+    )]  # fmt: skip
+    with WorkList() as work:
+        assert not list(work.fill([Columns(i, v) for i, v in enumerate(values, 1)], Rules()))
+        assert work.models() == [("a", 3), ("b", 2)]
+        assert [r.id for m, _ in work.models() for r in work.rows(m)] == ["3", "1", "4", "0", "2"]
+        assert [r.id for r in work.sample("a", 3)] == ["3", "1", "4"]
+        assert [r.id for r in work.sample("b", 3)] == ["0", "2"]
+        shapes = work.shapes("a", ("width", "steps"))
+        assert sorted((s["width"], n) for s, n in shapes) == [(64, 1), (128, 2)]
+
+
+def test_the_end_of_a_name_says_its_format():
+    assert [kind_of(n) for n in ("a.b.jsonl", "X.CSV", "s3://b/x.parquet", "x.tsv.bz2")] == [
+        "jsonl",
+        "csv",
+        "parquet",
+        "csv",
+    ]
