@@ -4,8 +4,8 @@
 
 Needs root, and Debian's packages buildah, debootstrap and bubblewrap. debootstrap makes the base
 image, so that no registry of images is asked. --volume: what pip needs of this machine to find its
-packages, such as /etc/pip.conf; it is there while the image is built, and not in it. --keep: where
-the base and the layers stay for the next run.
+packages, such as /etc/pip.conf, or under another path there, as pip.conf:/etc/pip.conf; it is there
+while the image is built, and not in it. --keep: where base and layers stay for the next run.
 """
 
 from __future__ import annotations
@@ -94,12 +94,17 @@ def work(folder: Path, given: Any) -> None:
         shutil.rmtree(root, ignore_errors=True)
         command = ["debootstrap", "--variant=minbase", given.debian, root, given.mirror]
         subprocess.run(command, check=True, stdout=sys.stderr)
+        # As the image of Debian has it: dpkg does not sync each file.
+        (root / "etc/dpkg/dpkg.cfg.d/speed").write_text("force-unsafe-io\n")
     if "debian" not in buildah("images", "--format", "{{.Name}}"):
         base = buildah("from", "scratch")
         buildah("add", base, root, "/")
         buildah("commit", "--rm", base, BASE)
     began = time.monotonic()
-    volumes = [part for path in given.volume for part in ("--volume", f"{path}:{path}:ro")]
+    volumes = []
+    for path in given.volume:
+        place, _, name = path.partition(":")
+        volumes += ["--volume", f"{place}:{name or place}:ro"]
     buildah(
         *("bud", "--isolation", "chroot", "--pull=never", "--format", "docker", "--layers"),
         *(*volumes, "--file", REPOSITORY / "deploy/Dockerfile", "--tag", "safelight", REPOSITORY),

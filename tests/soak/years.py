@@ -4,8 +4,8 @@
 
 Jobs come in, half of them with a picture to start from, while a server keeps the newest alone,
 deletes the others after a second, and is killed by SIGKILL at moments of chance. Backups are made
-one after the other, each with what it shares with the last one. In the end the newest jobs are there,
-each with its pictures; and each backup is restored, opened as a server opens it, and whole.
+one after the other, each with what it shares with the last one. In the end the newest jobs are
+there, each with its pictures; and each backup is restored, opened as a server opens it, and whole.
 """
 
 from __future__ import annotations
