@@ -107,12 +107,13 @@ wheels: $(VENV)/.ready
 # The suite's own tests of the promises, with their full numbers; their figures: runs/soak.txt. Every
 # part is run, whatever becomes of those before it.
 #
-#   make soak SHARE=0.1 FUZZ=30 JOBS=100 KILLS=20    less than an hour
+#   make soak SHARE=0.1 FUZZ=30 JOBS=100 KILLS=20 ROWS=200    less than an hour
 SOAK := crowd faults hung killed overload same storage strangers worst
 SHARE ?= 1
 FUZZ ?= 240
 JOBS ?= 1000
 KILLS ?= 200
+ROWS ?= 2000
 soak: export SAFELIGHT_SOAK_SHARE := $(SHARE)
 soak: $(VENV)/.ready-dev
 	mkdir -p runs
@@ -122,8 +123,12 @@ soak: $(VENV)/.ready-dev
 	SAFELIGHT_FUZZ=$(FUZZ) $(BIN)/pytest -n0 -s tests/test_fuzz.py tests/server/test_fuzz_json.py \
 		> runs/fuzz.txt || status=1; \
 	grep ^fuzz runs/fuzz.txt; \
+	$(BIN)/python tests/soak/sanitize.py || status=1; \
+	! command -v qemu-aarch64 || $(BIN)/python tests/soak/arm.py || status=1; \
 	$(BIN)/python tests/soak/company.py || status=1; \
+	$(BIN)/python tests/soak/fairness.py --jobs $(JOBS) || status=1; \
 	$(BIN)/python tests/soak/kills.py --jobs $(JOBS) --kills $(KILLS) || status=1; \
+	$(BIN)/python tests/soak/batch.py --rows $(ROWS) || status=1; \
 	$(BIN)/python tests/soak/training.py --steps 200 || status=1; \
 	exit $$status
 

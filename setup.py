@@ -2,7 +2,7 @@
 
 They are libraries of C functions for ctypes, not extensions of Python: a file's name has no version
 of Python in it, and one wheel serves all versions. They are written in GCC's dialect of C++, which
-GCC and Clang compile: CXX names the compiler.
+GCC and Clang compile: CXX names the compiler, CXXFLAGS its options.
 """
 
 import os
@@ -52,7 +52,8 @@ class Build(build_ext):
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.exists() and not self.force and out.stat().st_mtime > changed():
             return
-        flags = [*ext.extra_compile_args, "-std=c++17", *link()]
+        own = os.environ.get("CXXFLAGS", "").split()
+        flags = [*ext.extra_compile_args, "-std=c++17", *own, *link()]
         command = [compiler(), *flags, *ext.sources, "-o", str(out)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)

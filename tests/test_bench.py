@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 
 from safelight import bench
 from safelight.errors import SafelightError
@@ -44,6 +45,17 @@ def test_step_decode_and_picture(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [len(times) for times in found[part]["times"].values()] == [2, 2]
         assert found[part]["ratio"]["safelight float32"].keys() == {"diffusers float32"}
     assert "start" not in found
+
+
+def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.networks, "_config", lambda part: dict(UNET))
+    monkeypatch.setattr(bench.networks, "SIDE", 8)
+    monkeypatch.setattr("safelight.threads.cores", lambda: 3)
+    before = torch.get_num_threads()
+    found = bench.run(["safelight float32"], parts=["threads"], repeat=2)["by threads"]
+    assert list(found["seconds"]) == [f"{count} threads" for count in (1, 2, 3, 4, 8, 16)]
+    assert found["ratio"]["3 threads"].keys() == found["seconds"].keys() - {"3 threads"}
+    assert torch.get_num_threads() == before
 
 
 def test_the_ways_of_the_fast_mode(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,6 +192,20 @@ def test_size_and_batch_may_change_between_calls() -> None:
         assert distance(swapped_half(*low), true) < 1.5 * distance(half(*low), true)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_byte_depends_on_what_was_drawn_before(dtype: torch.dtype) -> None:
+    """The first map packs the weights: here each size is the first once, and comes after others."""
+    net = UNet2DConditionModel(SD1).eval().to(dtype)
+    inputs = [
+        (torch.randn(batch, 4, *sides).to(dtype), torch.full((batch,), 9.0), text(SD1, batch))
+        for batch, sides in ((1, (8, 8)), (1, (12, 8)), (2, (8, 8)))
+    ]
+    alone = [fast(net)(x, t, context.to(dtype)) for x, t, context in inputs]
+    used = fast(net)
+    for (x, t, context), wanted in zip(reversed(inputs), reversed(alone), strict=True):
+        assert used(x, t, context.to(dtype)).equal(wanted)
+
+
 @pytest.mark.usefixtures("kernels_of")
 def test_pixel_model() -> None:
     net = UNet2DModel(PIXELS).eval()
@@ -226,7 +240,7 @@ def test_loaded_weights_are_let_go_once_packed() -> None:
 def test_doubling_is_enlarging_and_convolving() -> None:
     plain = Upsample2D(32).eval()
     x = torch.randn(2, 32, 5, 7)
-    assert distance(Doubling(plain.conv.weight, plain.conv, x.shape)(x), plain(x)) < 1e-6
+    assert distance(Doubling(plain.conv.weight, plain.conv)(x), plain(x)) < 1e-6
 
 
 def test_float16_and_other_devices_are_left_alone() -> None:
@@ -361,7 +375,7 @@ def test_convolution(sides: tuple[int, int], channels: tuple[int, int]) -> None:
     x = torch.randn(2, channels[0], *sides).bfloat16()
     plus = torch.randn(2, channels[1], *sides).bfloat16()
     shift = torch.randn(2, channels[1]).bfloat16()
-    kernel = tiles.Convolution(conv.weight, conv, x.shape)
+    kernel = tiles.Convolution(conv.weight, conv)
     weight, bias = conv.weight.float(), conv.bias.float()
     true = F.conv2d(x.float(), weight, bias, padding=1)
     assert distance(kernel(x), true) < 3e-3
@@ -377,7 +391,7 @@ def test_doubling(sides: tuple[int, int]) -> None:
     x = torch.randn(2, 64, *sides).bfloat16()
     true = plain(x.float())
     conv = plain.conv.bfloat16()
-    assert distance(tiles.Doubling(conv.weight, conv, x.shape)(x), true) < 5e-3
+    assert distance(tiles.Doubling(conv.weight, conv)(x), true) < 5e-3
 
 
 @pytest.mark.usefixtures("by_tiles")
@@ -386,8 +400,8 @@ def test_a_large_map_is_convolved_in_strips(monkeypatch: pytest.MonkeyPatch) -> 
     conv = nn.Conv2d(32, 64, 3, padding=1).bfloat16()
     x, shift = torch.randn(2, 32, 13, 18).bfloat16(), torch.randn(2, 64)
     plus = torch.randn(2, 64, 13, 18).bfloat16()
-    double = tiles.Doubling(conv.weight, conv, x.shape)
-    kernel = tiles.Convolution(conv.weight, conv, x.shape)
+    double = tiles.Doubling(conv.weight, conv)
+    kernel = tiles.Convolution(conv.weight, conv)
 
     def outputs() -> list[Tensor]:
         normed = tiles.Map(x, vectors.moments(norm, x, norm.weight, norm.bias))
@@ -647,7 +661,7 @@ def test_winograd(
     x = torch.randn(batch, 48, height, width)
     large = F.interpolate(x, scale_factor=scale, mode="nearest")
     true = F.conv2d(large.double(), conv.weight.double(), conv.bias.double(), padding=1)
-    kernel = winograd.Convolution(conv.weight, conv, x.shape, scale)
+    kernel = winograd.Convolution(conv.weight, conv, scale)
     assert kernel.side == side
     assert distance(kernel(x), true) < 5e-6
     whole = kernel(x)
@@ -659,7 +673,7 @@ def test_winograd(
 def test_winograd_adds_what_follows(side: int) -> None:
     conv = nn.Conv2d(32, 64, 3, padding=1)
     x, plus = torch.randn(2, 32, 9, 6), torch.randn(2, 64, 9, 6)
-    kernel = winograd.Convolution(conv.weight, conv, x.shape)
+    kernel = winograd.Convolution(conv.weight, conv)
     for rows in (1, 2):
         shift = torch.randn(rows, 64)
         true = conv(x) + shift[:, :, None, None] + plus
@@ -672,7 +686,7 @@ def test_winograd_adds_what_follows(side: int) -> None:
     assert consumed.data_ptr() == own.data_ptr()
     assert distance(consumed, conv(x) + kept) < 1e-5
     conv.bias = None
-    assert distance(winograd.Convolution(conv.weight, conv, x.shape)(x), conv(x)) < 1e-5
+    assert distance(winograd.Convolution(conv.weight, conv)(x), conv(x)) < 1e-5
 
 
 @pytest.mark.usefixtures("by_winograd")
@@ -680,7 +694,7 @@ def test_winograd_lets_nan_through(side: int) -> None:
     conv = nn.Conv2d(16, 16, 3, padding=1)
     x = torch.randn(1, 16, 8, 8)
     x[0, 3, 4, 5] = torch.nan
-    assert winograd.Convolution(conv.weight, conv, x.shape)(x)[:, :, 3:6, 4:7].isnan().all()
+    assert winograd.Convolution(conv.weight, conv)(x)[:, :, 3:6, 4:7].isnan().all()
 
 
 @pytest.mark.usefixtures("by_winograd")

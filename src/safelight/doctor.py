@@ -88,9 +88,7 @@ def _processor() -> dict[str, Any]:
     has = torch.cpu.get_capabilities()
     return {
         "name": str(has.get("cpu_name") or platform.processor() or "unknown"),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": threads.cores(),
         "instructions": [name for name in _INSTRUCTIONS if has.get(name)],
         "torch_uses": torch.backends.cpu.get_cpu_capability(),
     }

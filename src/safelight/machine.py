@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from safelight.fast import variant
+from safelight.fast import memory, variant
 
 COMPANY = {"float32": 2, "bfloat16": 64}
 """The most that a pixel, of 255, may differ between a picture drawn alone and in company.
@@ -49,6 +49,13 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "kernels": variant(device),
     }
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Return the MiB of memory that a device has, None if it does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory >> 20
+    return memory.total() >> 20 or None
 
 
 def _processor(device: torch.device) -> str:

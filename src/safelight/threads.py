@@ -23,3 +23,10 @@ def wait_asleep() -> None:
     """
     if not any(name in os.environ for name in SETTINGS):
         os.environ.update(BRIEFLY)
+
+
+def cores() -> int:
+    """Return how many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

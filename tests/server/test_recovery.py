@@ -305,7 +305,8 @@ def test_migrations_make_what_the_tables_say(database: str) -> None:
 def to_first(store: Store) -> None:
     """Take a database back to what the first version made: no version, no owner."""
     with store.engine.begin() as db:
-        for table in ("alembic_version", "facts", "choices", "shares", "allowances", "keys"):
+        gone = ("alembic_version", "facts", "choices", "shares", "allowances", "keys", "workers")
+        for table in (*gone, "webhooks"):
             db.execute(text(f"DROP TABLE {table}"))
         for index in ("owner", "shortest", "oldest", "expires", "finished"):
             db.execute(text(f"DROP INDEX ix_jobs_{index}"))

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from safelight import threads
 from safelight.bench import networks, processes, shortcuts
 from safelight.bench.networks import Run
 from safelight.errors import SafelightError
@@ -34,7 +35,10 @@ def contenders() -> list[str]:
     return [name for name in found if importlib.util.find_spec(name.split()[0])]
 
 
-PARTS = ("step", "decode", "picture", "start", "busy", "fast")
+PARTS = ("step", "decode", "picture", "start", "busy", "threads", "fast")
+
+COUNTS = (1, 2, 4, 8, 16)
+"""Threads that a step is made with, in the part "threads"."""
 
 
 def run(
@@ -53,7 +57,9 @@ def run(
     Safelight, in float32). A picture takes 20 steps of dpmpp_2m and a decode, its text encoded
     before; OpenVINO, which brings no sampler, draws none. The part "busy" is Safelight alone: see
     `processes.busy_summary`; so is "fast", whose ratios are to the full picture, with "distance" of
-    pictures of `model`: see `shortcuts.distances`.
+    pictures of `model`: see `shortcuts.distances`. The part "threads" is in "by
+    threads": a step of Safelight, in bfloat16 if that is named, with each of COUNTS, and ratios to
+    as many as there are cores.
 
     Raises SafelightError for names of contenders or parts that there are not.
     """
@@ -82,6 +88,9 @@ def run(
         if "picture" in parts:
             log("a picture of 512x512 in 20 steps")
             found["picture"] = _compare(networks.pictures(names, log), repeat, log)
+        if "threads" in parts:
+            log("a guided step by threads")
+            found["by threads"] = _by_threads(names, repeat, log)
         if "fast" in parts:
             log("a picture of 512x512 by each way of the fast mode")
             runs = shortcuts.seconds(names, log)
@@ -95,6 +104,28 @@ def run(
         log("the same, alone and beside two others")
         found["busy"] = processes.busy_summary(processes.busy(repeat, log))
     return found
+
+
+def _by_threads(names: list[str], repeat: int, log: Callable[[str], None]) -> dict[str, Any]:
+    known = [name for name in names if name.startswith("safelight")] or ["safelight float32"]
+    ours = "safelight bfloat16" if "safelight bfloat16" in known else known[0]
+    run = networks.steps([ours], log)[ours]
+    cores, before = threads.cores(), torch.get_num_threads()
+
+    def with_threads(count: int) -> Run:
+        def step() -> None:
+            torch.set_num_threads(count)
+            run()
+
+        return step
+
+    counts = sorted({*COUNTS, cores})
+    try:
+        run()  # packs the weights
+        runs = {f"{count} threads": with_threads(count) for count in counts}
+        return _summary(_times(runs, repeat, log), (f"{cores} threads",))
+    finally:
+        torch.set_num_threads(before)
 
 
 def _compare(runs: dict[str, Run], repeat: int, log: Callable[[str], None]) -> dict[str, Any]:

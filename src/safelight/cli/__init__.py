@@ -27,6 +27,7 @@ from safelight.cli import (
     tokens,
     tools,
     train,
+    worker,
 )
 from safelight.cli.output import fail, note, say
 from safelight.errors import SafelightError
@@ -55,6 +56,7 @@ app.command()(tools.verify)
 app.command()(tokens.tokens)
 app.command()(serve.serve)
 app.command()(studio.studio)
+app.command()(worker.worker)
 app.command()(backup.backup)
 app.command()(backup.restore)
 app.command()(bench.bench)

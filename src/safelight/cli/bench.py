@@ -15,7 +15,7 @@ def bench(
     ] = None,
     part: Annotated[
         list[str] | None,
-        Option(help="step, decode, picture, start, busy or fast; may be repeated. [all]"),
+        Option(help="step, decode, picture, start, busy, threads or fast; may be repeated. [all]"),
     ] = None,
     repeat: Annotated[int, Option(min=1, max=100, help="Rounds.")] = 5,
     model: Annotated[
@@ -32,7 +32,7 @@ def bench(
         say(json.dumps(found))
         return
     for what in parts:
-        taken = found[what]
+        taken = found["by threads" if what == "threads" else what]
         if what == "busy":
             _say_busy(taken)
             continue

@@ -59,6 +59,15 @@ def serve(
     short_addresses: Annotated[
         bool, Option("--short-addresses", help="Clients' addresses in the log by network alone.")
     ] = False,
+    webhooks_to_private: Annotated[
+        bool,
+        Option(
+            "--webhooks-to-private", help="Webhooks may go to this machine and private networks."
+        ),
+    ] = False,
+    workers: Annotated[
+        int, Option(min=0, max=1, help="0 leaves all drawing to `safelight worker`.")
+    ] = 1,
     queue: Annotated[int, Option(help="Most pictures that may wait.")] = 1000,
     keep: Annotated[
         str | None,
@@ -79,6 +88,8 @@ def serve(
     """Serve pictures over HTTP: an API of our own, OpenAI's and AUTOMATIC1111's."""
     if queue < 1:
         raise SafelightError(f"--queue {queue}: expected 1 or more")
+    if not workers and not (database or "").startswith("postgresql"):
+        raise SafelightError("--workers 0 needs a --database of PostgreSQL, which workers can join")
     kept = None if keep is None else Keep.parse(keep)
     secret = token_of(token, token_file)
     if secret is None and trust_proxy:
@@ -111,21 +122,26 @@ def serve(
     start(
         settings,
         listening,
+        draws=bool(workers),
         host=host,
         token=secret,
         auto=token == AUTO,
         hosts=frozenset(allow_host or ()),
         proxies=frozenset(trust_proxy or ()),
         short_addresses=short_addresses,
+        webhooks_to_private=webhooks_to_private,
         bound=queue,
         keep=kept,
     )
 
 
-def start(settings: Settings, listening: socket, **how: Any) -> None:
-    """Serve with the studio's page until told to end. how: as `server.run.serve` takes it."""
+def start(settings: Settings, listening: socket, *, draws: bool = True, **how: Any) -> None:
+    """Serve with the studio's page until told to end. draws: whether with a worker of its own.
+
+    how: as `server.run.serve` takes it.
+    """
     make_sure_of_server()
-    child = spawn(settings)  # loads its model while the imports below go on
+    child = spawn(settings) if draws else None  # loads its model while the imports below go on
     gc.disable()  # a tenth of the time that they take: what they make stays
     from safelight.server.run import serve as run
     from safelight.studio.mount import Studio

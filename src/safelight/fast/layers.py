@@ -79,8 +79,8 @@ class FastLinear(layers.Linear):
         if self._product is None:
             # What has no tokens, the time's embedding, has but a row for each picture.
             pack = split.matrix if x.dim() > 2 else onednn.Matrix
-            count, store = _count(x), _matrix_store(self, self.weight.numel())
-            self._product = _packed(_take(self), lambda w: pack(w, self.bias, count), store)
+            store = _matrix_store(self, self.weight.numel())
+            self._product = _packed(_take(self), lambda w: pack(w, self.bias), store)
         return self._product(x, plus)
 
 
@@ -105,16 +105,16 @@ class FastConv2d(layers.Conv2d):
         if isinstance(x, Tensor):
             _make_room(x)
         if self._product is None:
-            self._product = self._pack(x.shape)
+            self._product = self._pack()
         return self._product(x, plus, shift, consume)
 
-    def _pack(self, shape: torch.Size) -> Any:
+    def _pack(self) -> Any:
         store = _store(self, self.weight.numel())
         if tiles.fits_conv(self, self.precision):
-            return tiles.Convolution(_take(self), self, shape, store)
+            return tiles.Convolution(_take(self), self, store)
         fits = winograd.fits_conv(self, self.precision)
         kind = winograd.Convolution if fits else onednn.Convolution
-        return _packed(_take(self), lambda w: kind(w, self, shape), store)
+        return _packed(_take(self), lambda w: kind(w, self), store)
 
     def reads_maps(self) -> bool:
         """Whether it takes a tiles.Map, normed on the way."""
@@ -132,9 +132,8 @@ class FastPointwise(layers.Pointwise):
 
     def tokens(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         if self._product is None:
-            count = _count(x)
             weight = _take(self).flatten(1)
-            self._product = _packed(weight, lambda w: split.matrix(w, self.bias, count))
+            self._product = _packed(weight, lambda w: split.matrix(w, self.bias))
         return self._product(x, plus)
 
 
@@ -159,17 +158,17 @@ class FastUpsample2D(layers.Upsample2D):
         _make_room(x)
         if self._product is None:
             loaded = self.conv.weight
-            self._product = self._pack(loaded.to(self.conv.precision), x.shape)
+            self._product = self._pack(loaded.to(self.conv.precision))
             memory.page_out(loaded)
         return self._product(x)
 
-    def _pack(self, weight: Tensor, shape: torch.Size) -> Any:
+    def _pack(self, weight: Tensor) -> Any:
         conv, store = self.conv, _store(self.conv, self.conv.weight.numel())
         if tiles.fits_conv(conv, conv.precision):
-            return tiles.Doubling(weight, conv, shape, store)
+            return tiles.Doubling(weight, conv, store)
         if winograd.fits_conv(conv, conv.precision):
-            return _packed(weight, lambda w: winograd.Convolution(w, conv, shape, scale=2), store)
-        return _packed(weight, lambda w: onednn.Doubling(w, conv, shape), store)
+            return _packed(weight, lambda w: winograd.Convolution(w, conv, scale=2), store)
+        return _packed(weight, lambda w: onednn.Doubling(w, conv), store)
 
 
 def _affine(norm: FastGroupNorm | FastLayerNorm) -> tuple[Tensor, Tensor]:
@@ -217,11 +216,10 @@ class FastGEGLU(layers.GEGLU):
     def forward(self, x: Tensor) -> Tensor:
         if self._halves is None:
             # Two products: one of twice the width would not stay in the cache.
-            count = _count(x)
             self._halves = [
                 _packed(
                     w.clone(),
-                    lambda w, b=b: split.matrix(w, b, count),
+                    lambda w, b=b: split.matrix(w, b),
                     _matrix_store(self.proj, w.numel()),
                 )
                 for w, b in zip(_take(self.proj).chunk(2), self.proj.bias.chunk(2), strict=True)
@@ -264,7 +262,7 @@ class FastHeads(layers.Attention):
     def project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         if context is None:
             if self._own is None:
-                self._own = self._pack(_count(x))
+                self._own = self._pack()
             q, k, v = (self.split_heads(t) for t in self._own(x).chunk(3, dim=-1))
             return q, k, v
         if self._text is None or self._text[0] is not context:
@@ -272,12 +270,12 @@ class FastHeads(layers.Attention):
             self._text = (context, k, v)
         return self.split_heads(self.to_q(x)), *self._text[1:]
 
-    def _pack(self, count: int) -> Any:
+    def _pack(self) -> Any:
         parts = (self.to_q, self.to_k, self.to_v)
         bias = None if self.to_q.bias is None else torch.cat([part.bias for part in parts])
         weight = torch.cat([_take(part) for part in parts])
         store = _matrix_store(self.to_q, weight.numel())
-        return _packed(weight, lambda w: split.matrix(w, bias, count), store)
+        return _packed(weight, lambda w: split.matrix(w, bias), store)
 
     def product(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         for ours in (vectors, split):

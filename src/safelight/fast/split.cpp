@@ -267,6 +267,7 @@ KERNEL safelight_split_pack(const SplitPack* p) {
 KERNEL safelight_split_linear(const Linear* p) {
     REQUIRE(sizes({p->rows, p->columns, p->inner}) && p->columns % 32 == 0 && p->inner % 32 == 0);
     REQUIRE(p->inner > 0);
+    if (!p->rows || !p->columns) return nullptr;
     REQUIRE(pointers(p->x, p->weights, p->out) && pointer_or_null(p->bias));
     REQUIRE(pointer_or_null(p->plus));
     int64_t threads = omp_get_max_threads(), panels = p->columns / 32;

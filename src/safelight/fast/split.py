@@ -17,11 +17,11 @@ def available(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and kernels.tiles() is not None
 
 
-def matrix(weight: Tensor, bias: Tensor | None, count: int) -> onednn.Matrix | Matrix:
+def matrix(weight: Tensor, bias: Tensor | None) -> onednn.Matrix | Matrix:
     """A weight [out, in] for the rows of tokens, by the fastest way there is."""
     if available(weight.dtype) and not (weight.shape[0] % 32 or weight.shape[1] % 32):
         return Matrix(weight, bias)
-    return onednn.Matrix(weight, bias, count)
+    return onednn.Matrix(weight, bias)
 
 
 class Matrix:

@@ -97,9 +97,7 @@ def fits_conv(conv: nn.Conv2d, dtype: torch.dtype) -> bool:
 class Convolution:
     """As onednn.Convolution, for 3×3 with a border of one."""
 
-    def __init__(
-        self, weight: Tensor, conv: nn.Conv2d, shape: torch.Size, store: Store = ARENA
-    ) -> None:
+    def __init__(self, weight: Tensor, conv: nn.Conv2d, store: Store = ARENA) -> None:
         self.weights = _Weights(weight, store)
         self.bias = None if conv.bias is None else conv.bias.float()
 
@@ -170,9 +168,7 @@ def _convolve(
 class Doubling:
     """As onednn.Doubling: the four convolutions write where their pixels belong."""
 
-    def __init__(
-        self, weight: Tensor, conv: nn.Conv2d, shape: torch.Size, store: Store = ARENA
-    ) -> None:
+    def __init__(self, weight: Tensor, conv: nn.Conv2d, store: Store = ARENA) -> None:
         self.bias = None if conv.bias is None else conv.bias.float()
         self.parts = [[_Weights(part, store) for part in row] for row in quarters(weight)]
 

@@ -63,7 +63,7 @@ def fits_conv(conv: nn.Conv2d, dtype: torch.dtype) -> bool:
 class Convolution:
     """As onednn.Convolution, for 3×3 with a border of one."""
 
-    def __init__(self, weight: Tensor, conv: nn.Conv2d, shape: torch.Size, scale: int = 1) -> None:
+    def __init__(self, weight: Tensor, conv: nn.Conv2d, scale: int = 1) -> None:
         """scale: how often each row and column of the map is repeated before."""
         self.out_channels, self.in_channels = weight.shape[:2]
         self.bias, self.scale = conv.bias, scale
@@ -72,11 +72,8 @@ class Convolution:
         self.side = 2 if many else 4
         taps = torch.tensor(_TAPS[self.side], dtype=weight.dtype)
         places = torch.kron(taps, taps) @ weight.reshape(-1, 9).T
-        tiles = self._tiles(shape[0], shape[2] * scale, shape[3] * scale)
         pack = split.matrix if self.side == 2 else onednn.Matrix
-        self.places = [
-            pack(place.view(weight.shape[:2]), None, min(tiles, self._strip())) for place in places
-        ]
+        self.places = [pack(place.view(weight.shape[:2]), None) for place in places]
 
     def __call__(
         self,

@@ -14,14 +14,14 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, func, select
+from sqlalchemy import ColumnElement, Connection, func, select
 from sqlalchemy.engine import RowMapping
 from sqlalchemy.exc import IntegrityError
 
 from safelight.server import shares
-from safelight.server.database import Database
 from safelight.server.jobs import Picture, Status
-from safelight.server.tables import jobs, loads, pictures, timestamp
+from safelight.server.roster import Roster
+from safelight.server.tables import jobs, loads, pictures
 
 LEASE = 60.0
 """Seconds after which a silent worker's job is free again."""
@@ -43,7 +43,8 @@ class LostError(Exception):
 class Claim:
     """A job to draw. done: its finished pictures. cost: as it was submitted with. suspect: it is
     to be drawn alone, since workers ended while they drew it. model: the name of the one that draws
-    it; None for the server's own.
+    it; None for the server's own. left: the ids of pictures that a worker whose lease ran out may
+    have written without a row.
     """
 
     id: str
@@ -54,6 +55,7 @@ class Claim:
     cost: int = 0
     model: str | None = None
     owner: str = ""
+    left: tuple[str, ...] = ()
 
     def picture_id(self, index: int) -> str:
         """Return the id that a picture of this claim gets."""
@@ -65,7 +67,7 @@ def _picture_id(token: str, index: int) -> str:
     return hashlib.blake2b(f"{token}:{index}".encode(), digest_size=16).hexdigest()
 
 
-class Claims(Database):
+class Claims(Roster):
     """The database as workers use it."""
 
     def claim(
@@ -88,7 +90,11 @@ class Claims(Database):
         A suspect job is claimed only by a worker that is `alone` with it, so that it takes no
         other down; when its turn comes, others wait. One that was begun too often fails.
         """
-        now = timestamp()
+        now = self._now()
+        if known is None:
+            with self._read() as db:  # which excludes no one, as a transaction that writes does
+                if shares.next_owner(db, now) is None:
+                    return None
         with self._write() as db:
             if known is not None:
                 strays = jobs.c.token.startswith(worker + ":") & jobs.c.token.not_in(known)
@@ -104,6 +110,7 @@ class Claims(Database):
             suspect = bool(first["attempts"] or first["kills"] >= KILLS)
             if suspect and not alone:
                 return None
+            left = () if first["token"] is None else tuple(uncommitted(db, [first]))
             token = f"{worker}:{secrets.token_hex(8)}"
             db.execute(
                 jobs.update()
@@ -123,12 +130,13 @@ class Claims(Database):
             return Claim(
                 *(first["id"], token, settings, done, suspect, first["cost"], first["model"]),
                 owner=first["owner"],
+                left=left,
             )
 
     def renew(self, worker: str) -> None:
         """Keep the jobs of this worker its own for another lease."""
         with self._write() as db:
-            self._renew(db, worker, timestamp())
+            self._renew(db, worker, self._now())
 
     def holds(self, job_id: str, token: str) -> bool:
         """Return whether a job is still this token's."""
@@ -138,19 +146,18 @@ class Claims(Database):
     def release(
         self, worker: str | None = None, *, told_to: bool = False, killed: bool = False
     ) -> list[str]:
-        """Let the jobs of a worker that ended, or of all workers, wait again.
+        """Let the jobs of a worker that ended, or of all but the fleet's, wait again.
 
         told_to: it was told to end, so that this was no attempt. killed: from outside, which
         counts by itself. Returns the ids of pictures that it may have written without a row.
         """
         mine = jobs.c.status == Status.RUNNING
         ended = jobs.c.token.is_not(None)
-        if worker is not None:
-            mine &= jobs.c.token.startswith(worker + ":")
-            ended &= jobs.c.token.startswith(worker + ":")
-        now = timestamp()
+        its = ~self._of_fleet() if worker is None else jobs.c.token.startswith(worker + ":")
+        mine, ended = mine & its, ended & its
+        now = self._now()
         with self._write() as db:
-            left = uncommitted(db, db.execute(select(jobs).where(ended)))
+            left = uncommitted(db, db.execute(select(jobs).where(ended)).mappings())
             db.execute(
                 jobs.update()
                 .where(mine)
@@ -190,7 +197,7 @@ class Claims(Database):
                         seed=str(picture.seed),
                         width=picture.width,
                         height=picture.height,
-                        created=timestamp(),
+                        created=self._now(),
                         recipe=json.dumps(picture.recipe),
                     )
                 )
@@ -209,7 +216,7 @@ class Claims(Database):
                 .where(jobs.c.id == job_id)
                 .values(
                     status=Status.SUCCEEDED if error is None else Status.FAILED,
-                    finished=timestamp(),
+                    finished=self._now(),
                     warnings=json.dumps(warnings),
                     error=error,
                     token=None,
@@ -256,9 +263,9 @@ def _first(
     return None
 
 
-def uncommitted(db: Connection, rows: Iterable[Row[Any]]) -> list[str]:
+def uncommitted(db: Connection, rows: Iterable[RowMapping]) -> list[str]:
     """Return the ids that pictures of these jobs' claims would have, and no row has."""
-    ids = [_picture_id(row.token, i) for row in rows for i in range(row.pictures)]
+    ids = [_picture_id(row["token"], i) for row in rows for i in range(row["pictures"])]
     known: set[str] = set()
     for start in range(0, len(ids), 500):  # databases bound the parameters of a statement
         query = select(pictures.c.id).where(pictures.c.id.in_(ids[start : start + 500]))

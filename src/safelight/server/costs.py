@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
+from safelight.errors import SafelightError
 from safelight.request import Request
+from safelight.sampling import SAMPLERS, check
+
+MAX_STEPS = 4000
+"""Steps of all pictures of one request together."""
+
+
+def steps_of(request: Request) -> int:
+    """Return the steps of each picture. Raises SafelightError if they cannot be taken."""
+    steps = request.steps or SAMPLERS[request.sampler].steps
+    check(SAMPLERS[request.sampler], steps, request.schedule, request.spacing)
+    if steps * request.count > MAX_STEPS:
+        raise SafelightError(
+            f"steps × count must be at most {MAX_STEPS}, not {steps * request.count}",
+            field="steps",
+        )
+    return steps
 
 
 def pixel_steps(request: Request, steps: int, native: tuple[int, int]) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, func, select, t
 from sqlalchemy.exc import DBAPIError, DisconnectionError, IntegrityError, SQLAlchemyError
 
 from safelight.server.jobs import StorageError
+from safelight.server.tables import timestamp
 
 LOCK = 0x5AFE
 """The number of our advisory lock in PostgreSQL: held by each transaction that writes."""
@@ -20,6 +23,19 @@ PATIENCE = 5
 """Seconds to wait for a lock or a connection: less than the silence that a worker is replaced
 after, so that one who waits here does not pass for hung.
 """
+
+
+CONNECTING: dict[str, Any] = {
+    "connect_timeout": 3,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": PATIENCE * 1000,
+}
+"""How PostgreSQL is connected to: one that a network swallowed is soon found out."""
+
+CLOCK = 900
+"""Seconds after which the database's clock is read again."""
 
 
 class Database:
@@ -32,9 +48,31 @@ class Database:
     def __init__(self, url: str) -> None:
         self.engine = open_engine(url)
         self._lite = self.engine.dialect.name == "sqlite"
+        self._ahead, self._clock_read = 0.0, -math.inf
+        if not self._lite:
+            event.listen(self.engine, "checkout", self._read_clock)
 
     def close(self) -> None:
         self.engine.dispose()
+
+    def _now(self) -> float:
+        """Return the time by the database's clock, which all machines of a fleet share."""
+        if not self._lite and self._clock_read == -math.inf:
+            with self._read():
+                pass
+        return round(timestamp() + self._ahead, 6)
+
+    def _read_clock(self, connection: Any, *_: Any) -> None:
+        if time.monotonic() - self._clock_read < CLOCK:
+            return
+        before = time.time()
+        try:
+            found = connection.execute("SELECT extract(epoch FROM clock_timestamp())").fetchone()
+            connection.rollback()
+        except self.engine.dialect.loaded_dbapi.Error as error:
+            raise DisconnectionError from error
+        self._ahead = float(found[0]) - (before + time.time()) / 2
+        self._clock_read = time.monotonic()
 
     @contextmanager
     def _write(self) -> Iterator[Connection]:
@@ -64,21 +102,12 @@ def open_engine(url: str) -> Engine:
     """
     how: dict[str, Any] = {"hide_parameters": True}
     if url.startswith("postgresql"):
-        # A connection that the server closed, or that a network swallowed, is soon found out.
-        how |= {
-            "pool_pre_ping": True,
-            "connect_args": {
-                "connect_timeout": 3,
-                "keepalives_idle": 5,
-                "keepalives_interval": 2,
-                "keepalives_count": 3,
-                "tcp_user_timeout": PATIENCE * 1000,
-            },
-        }
+        how |= {"pool_pre_ping": True, "connect_args": CONNECTING}
+        url = url.replace("postgresql://", "postgresql+psycopg://")
     try:
         engine = create_engine(url, pool_timeout=PATIENCE, **how)
     except (SQLAlchemyError, ImportError, TypeError) as error:
-        raise StorageError(f"--database cannot be used: {_line(error)}") from None
+        raise StorageError(f"the database of jobs cannot be used: {_line(error)}") from None
     if engine.dialect.name == "sqlite":
         _set_up_sqlite(engine)
     return engine

@@ -17,18 +17,19 @@ class Events:
     """Listeners, previews asked for, and the progress of each running job. For the event loop.
 
     send: sends a message to the workers: "watch" and "unwatch", as previews are asked for.
+    on_end: called with the id of a job that may have ended.
     """
 
-    def __init__(self, send: Callable[..., None]) -> None:
-        self._send = send
+    def __init__(self, send: Callable[..., None], on_end: Callable[[str], None]) -> None:
+        self._send, self._on_end = send, on_end
         self._progress: dict[str, Progress] = {}
         self._listeners: dict[str, set[asyncio.Queue[tuple[str, Any]]]] = {}
         self._watchers: dict[str, int] = {}
 
-    @property
-    def watched(self) -> list[str]:
-        """The jobs whose previews are asked for."""
-        return list(self._watchers)
+    def watch_again(self) -> None:
+        """Say whose previews are asked for: a new worker does not know."""
+        for job_id in self._watchers:
+            self._send("watch", job_id)
 
     def publish(self, kind: str, job_id: str, rest: list[Any]) -> None:
         """Pass a worker's message about a job to its listeners."""
@@ -36,6 +37,7 @@ class Events:
             self._progress[job_id] = Progress(step=rest[0], steps=rest[1])
         if kind == "end":
             self._progress.pop(job_id, None)
+            self._on_end(job_id)
         for queue in self._listeners.get(job_id, ()):
             if kind == "end" or queue.qsize() < MAX_WAITING:
                 queue.put_nowait((kind, rest))

@@ -160,25 +160,31 @@ class Files:
                 name.stem for name in names if name.suffix == ".png" and _ID.fullmatch(name.stem)
             }
 
-    def sweep(self, pictures: set[str], jobs: set[str]) -> int:
+    def sweep(self, known: Callable[[], tuple[set[str], set[str]]]) -> int:
         """Put the files of no known picture or job into quarantine; return how many.
+
+        known: returns the ids of pictures and jobs. It is asked after the folders were looked at,
+        since workers of a fleet draw meanwhile.
 
         A database that was restored, moved or exchanged does not know them. Folders, and files
         with names of other kinds, are left as they are. What was half written when a process was
         killed is removed.
         """
-        moved: list[str] = []
+        found: dict[str, list[str]] = {}
         for folder in FOLDERS:
-            known = jobs if folder == "inputs" else pictures
             with os.scandir(self.root / folder) as entries:
-                names = [e.name for e in entries if e.is_file(follow_symlinks=False)]
+                found[folder] = [e.name for e in entries if e.is_file(follow_symlinks=False)]
+        moved: list[str] = []
+        pictures, jobs = known()
+        for folder, names in found.items():
+            ids = jobs if folder == "inputs" else pictures
             for name in names:
                 path = self.root / folder / name
                 ours = _OURS.fullmatch(name)
                 try:
                     if path.match(HALF):
                         path.unlink()
-                    elif ours is not None and ours[1] not in known:
+                    elif ours is not None and ours[1] not in ids:
                         quarantine.put_away(self.root, path)
                         moved.append(f"{folder}/{name}")
                 except OSError as error:

@@ -16,11 +16,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from safelight.defaults import model_defaults
 from safelight.errors import SafelightError
 from safelight.request import Request
-from safelight.sampling import SAMPLERS, check
-from safelight.server.costs import cost, pixel_steps
+from safelight.server.costs import cost, pixel_steps, steps_of
 from safelight.server.database import reason
 from safelight.server.events import Events
 from safelight.server.files import Files
+from safelight.server.fleet import Elsewhere, Fleet
 from safelight.server.intake import accept
 from safelight.server.jobs import (
     Event,
@@ -35,14 +35,13 @@ from safelight.server.names import Names
 from safelight.server.process import Child, Settings
 from safelight.server.recovery import recover
 from safelight.server.retention import clear
+from safelight.server.steps import Steps
 from safelight.server.store import Store, new_id
 from safelight.server.supervisor import Supervisor
+from safelight.server.webhooks import Webhooks
 from safelight.weights.find import BUILT_IN, notes_of, on_disk
 
 log = logging.getLogger("safelight.server")
-
-MAX_STEPS = 4000
-"""Steps of all pictures of one request together."""
 
 LOOK_AGAIN = 2.0
 """Seconds after which one who waits looks into the database: messages may be lost."""
@@ -54,13 +53,14 @@ T = TypeVar("T")
 
 
 class Hub:
-    """The jobs of a data folder and the worker that draws them; see `jobs.Service`.
+    """The jobs of a data folder and the workers that draw them; see `jobs.Service`.
 
-    child: the first worker. bound: the most pictures that may wait. on_refusal: called if no
-    worker can draw with these settings; `refusal` is then the reason.
+    child: the first worker of this server; None leaves all to the fleet. bound: the most pictures
+    that may wait. on_refusal: called if no worker can draw with these settings; `refusal` is then
+    the reason.
     """
 
-    def __init__(self, settings: Settings, child: Child, *, bound: int = 1000) -> None:
+    def __init__(self, settings: Settings, child: Child | None, *, bound: int = 1000) -> None:
         self.settings, self._bound = settings, bound
         self.files = Files(Path(settings.root))
         self.store = Store(settings.url)
@@ -70,18 +70,18 @@ class Hub:
         self.info = ModelInfo(name=settings.model if here is None else here.name)
         self.names = Names(settings)
         self.on_refusal: Callable[[], None] = lambda: None
-        self.supervisor = Supervisor(
-            settings,
-            child,
-            on_message=self._on_message,
-            on_end=self._on_worker_end,
-            on_refusal=lambda: self.on_refusal(),
-            put_back=self._put_back,
+        self.webhooks = Webhooks(self.store)
+        self._events = Events(self._send, self.webhooks.ended)
+        self.fleet = Fleet(
+            self.store,
+            settings.url,
+            on_message=lambda kind, rest: self._events.publish(kind, rest[0], rest[1:]),
+            on_change=self._on_fleet,
         )
-        self._events = Events(self.supervisor.send)
+        self.supervisor = Elsewhere(self.fleet) if child is None else self._supervise(child)
         self._defaults: dict[str, Any] | None = None
         self._loaded = asyncio.Event()
-        self._checks: list[asyncio.Future[bool]] = []
+        self._steps = Steps()
         self._stuck: str | None = None
         self._database = ThreadPoolExecutor(4, thread_name_prefix="database")
         self._inputs = ThreadPoolExecutor(2, thread_name_prefix="inputs")
@@ -113,15 +113,24 @@ class Hub:
 
     # --- the worker ------------------------------------------------------------------------------
 
+    def _supervise(self, child: Child) -> Supervisor:
+        how: dict[str, Any] = {"on_message": self._on_message, "on_end": self._on_worker_end}
+        how |= {"on_refusal": lambda: self.on_refusal(), "put_back": self._put_back}
+        return Supervisor(self.settings, child, **how)
+
     def start(self) -> None:
         """Begin, within the event loop. Requests are accepted while the model is loaded."""
         self._loop = asyncio.get_running_loop()
         self.supervisor.start()
+        self.fleet.start()
+        self.webhooks.start()
 
     async def stop(self) -> None:
         """End the worker; what it has not finished waits for the next start."""
         self.drain()
         await self.supervisor.stop()
+        await self.fleet.stop()
+        await self.webhooks.stop()
         with contextlib.suppress(StorageError):  # the next start does it
             await self._in_database(partial(self.store.release, told_to=True))
         self._inputs.shutdown()
@@ -151,26 +160,16 @@ class Hub:
                 await self._in_database(self._look)
             except StorageError as error:
                 return str(error)
-            found = await self._ask_for_step(seconds)
+            if isinstance(self.supervisor, Supervisor):  # those of the fleet say it by themselves
+                well = await self._steps.taken(lambda: self.supervisor.send("check"), seconds)
+                if well is None:  # within a step that takes longer, or hung, which the pulse says
+                    return self.supervisor.trouble
+                found = None if well else "the worker could not take a step"
         return found
 
     def _look(self) -> None:
         self.files.make_sure()
         self.store.counts()
-
-    async def _ask_for_step(self, seconds: float) -> str | None:
-        future = asyncio.get_running_loop().create_future()
-        if not self._checks:  # one step answers all who wait for it
-            self.supervisor.send("check")
-        self._checks.append(future)
-        try:
-            well = await asyncio.wait_for(future, seconds)
-            return None if well else "the worker could not take a step"
-        except TimeoutError:  # within a step that takes longer, or hung, which the pulse says
-            return self.supervisor.trouble
-        finally:
-            if future in self._checks:
-                self._checks.remove(future)
 
     def _on_message(self, kind: str, rest: list[Any]) -> None:
         if kind == "ready":
@@ -179,28 +178,34 @@ class Hub:
                 log.warning("the model's files are others than before: jobs are drawn with these")
             self._loaded.set()
             log.info("ready: %s on %s", self.info.name, self.info.device)
-            for job_id in self._events.watched:  # a new worker does not know
-                self.supervisor.send("watch", job_id)
+            self._events.watch_again()
         elif kind == "checked":
-            self._answer_checks(rest[0])
+            self._steps.answer(rest[0])
         elif kind == "stuck":
             self._stuck = rest[0]
         else:
             if kind == "progress" and rest[1]:
-                self._answer_checks(True)
+                self._steps.answer(True)
             self._events.publish(kind, rest[0], rest[1:])
+
+    def _send(self, *message: Any) -> None:
+        self.supervisor.send(*message)
+        self.fleet.send(*message)
+
+    def _on_fleet(self) -> None:
+        """Take what the fleet draws with for what this server does, if it draws nothing itself."""
+        self._events.watch_again()
+        if isinstance(self.supervisor, Elsewhere):
+            self.info.ready = bool(self.fleet.workers)
+            if self.fleet.workers:
+                self.info = self.fleet.workers[0].model
+                self._loaded.set()
 
     def _on_worker_end(self) -> None:
         self.info.ready = False
         self._stuck = None
         self._events.forget_progress()
-        self._answer_checks(False)
-
-    def _answer_checks(self, well: bool) -> None:
-        for future in self._checks:
-            if not future.done():
-                future.set_result(well)
-        self._checks.clear()
+        self._steps.answer(False)
 
     def _put_back(self, worker: str, killed: bool) -> None:
         left = self.store.release(
@@ -217,18 +222,13 @@ class Hub:
         client: str = "api",
         idempotency_key: str | None = None,
         owner: str | None = None,
+        webhook: str | None = None,
     ) -> Job:
-        """See `jobs.Service`."""
+        """See `jobs.Service`. webhook: a URL that is told of the job's end."""
         if self.stopping:
             raise StoppingError
         request = request.with_defaults(await self.defaults())
-        steps = request.steps or SAMPLERS[request.sampler].steps
-        check(SAMPLERS[request.sampler], steps, request.schedule, request.spacing)
-        if steps * request.count > MAX_STEPS:
-            raise SafelightError(
-                f"steps × count must be at most {MAX_STEPS}, not {steps * request.count}",
-                field="steps",
-            )
+        steps = steps_of(request)
         if idempotency_key is not None and not 1 <= len(idempotency_key) <= 255:
             raise SafelightError("Idempotency-Key must have 1 to 255 characters")
         await asyncio.to_thread(self.names.check, request)
@@ -245,13 +245,14 @@ class Hub:
                 bound=self._bound,
                 key=idempotency_key,
                 owner=owner,
+                webhook=webhook,
                 pixel_steps=pixel_steps(request, steps, self.native_size),
             )
         )
         await self.keys.spent(owner)
         if new:
             log.info("job accepted", extra={"job": job.id, "client": client})
-            self.supervisor.send("wake")
+            self._send("wake")
         return self._events.with_progress(job)
 
     async def get(self, job_id: str, *, owner: str | None = None) -> Job | None:
@@ -310,7 +311,7 @@ class Hub:
         """See `jobs.Service`."""
         job = await self._in_database(self.store.cancel, job_id, owner)
         if job is not None and job.status == Status.CANCELLED:
-            self.supervisor.send("cancel", job_id)
+            self._send("cancel", job_id)
             self._events.publish("end", job_id, [])
         return job
 
@@ -319,7 +320,7 @@ class Hub:
         if self.stopping:
             raise StoppingError
         job = await self._in_database(self.store.retry, job_id, self._bound, owner)
-        self.supervisor.send("wake")
+        self._send("wake")
         return job
 
     async def delete(self, job_id: str, *, owner: str | None = None) -> bool:

@@ -104,6 +104,16 @@ class ModelInfo(BaseModel):
     ready: bool = False
 
 
+class WorkerInfo(BaseModel):
+    """A worker of the fleet, as it said of itself."""
+
+    id: str
+    model: ModelInfo
+    memory: int | None = Field(None, description="MiB of the device that it draws on")
+    joined_at: datetime
+    seen_at: datetime = Field(description="when it last said that it is well")
+
+
 class TooMuchError(SafelightError):
     """More was asked for than can be taken now: try again after `retry_after` seconds."""
 

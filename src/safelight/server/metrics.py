@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from safelight.server.hub import Hub
@@ -32,6 +34,24 @@ class Metrics:
         self._ready = Gauge(
             "safelight_ready", "Whether jobs are taken and drawn.", registry=self._registry
         )
+        self._pictures = Gauge(
+            "safelight_key_pictures",
+            "Pictures that a key has asked for.",
+            ("key",),
+            registry=self._registry,
+        )
+        self._pixel_steps = Gauge(
+            "safelight_key_pixel_steps",
+            "Pixel-steps that a key has asked for: width x height x steps x pictures.",
+            ("key",),
+            registry=self._registry,
+        )
+        self._webhooks = Gauge(
+            "safelight_webhooks",
+            "Tries to send a webhook since the start.",
+            ("outcome",),
+            registry=self._registry,
+        )
         self._expiring = Gauge(
             "safelight_expiring_jobs",
             "Jobs that are marked for deletion by --keep.",
@@ -60,8 +80,15 @@ class Metrics:
             counts = await hub.counts()
             for status in Status:
                 self._jobs.labels(status).set(counts.get(status, 0))
+            asked = await asyncio.to_thread(hub.store.asked)
+            for gauge, kind in ((self._pictures, "pictures"), (self._pixel_steps, "pixel_steps")):
+                gauge.clear()  # a key that was removed is not told of
+                for key, much in asked.items():
+                    gauge.labels(key).set(much[kind])
         except StorageError:  # the figures of before stay, and this one says why
             well = False
+        for outcome in ("taken", "refused"):
+            self._webhooks.labels(outcome).set(hub.webhooks.sent[outcome])
         self._restarts.set(max(hub.restarts, 0))
         self._ready.set(well and hub.ready)
         if self._retention is not None:

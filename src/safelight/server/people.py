@@ -16,12 +16,15 @@ from safelight.server.allowances import Allowance, read
 from safelight.server.callers import ADMIN
 from safelight.server.database import Database
 from safelight.server.entrance import cookie_of
-from safelight.server.tables import allowances, keys, timestamp
+from safelight.server.tables import allowances, keys, shares, timestamp
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
 
 PREFIX = "slk_"
 """What a key begins with, so that it is known where it should not be: in a log, in a repository."""
+
+MOST_TOLD = 200
+"""Keys that figures are told of, the oldest ones: each is a line at each look."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,15 @@ class People(Database):
                 Key(row.name, row.token, row.cookie, row.created, tuple(mine.get(row.name, ())))
                 for row in db.execute(select(keys).order_by(keys.c.name))
             ]
+
+    def asked(self) -> dict[str, dict[str, float]]:
+        """Return what each key has asked for in all, by name and kind."""
+        query = select(keys.c.name, shares).join(shares, shares.c.owner == "key:" + keys.c.name)
+        with self._read() as db:
+            return {
+                row.name: {"pictures": row.pictures, "pixel_steps": row.pixel_steps}
+                for row in db.execute(query.order_by(keys.c.created).limit(MOST_TOLD))
+            }
 
     def add_key(self, name: str, secret: str | None = None) -> str:
         """Add a key and return it: it is not kept. secret: in place of a random one."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from safelight.errors import SafelightError
+from safelight.server import schema
 from safelight.server.database import sqlite_file
 from safelight.server.files import Files
 from safelight.server.jobs import StorageError
@@ -13,7 +15,7 @@ def recover(files: Files, store: Store) -> None:
     """Make folder and database ready. Raises StorageError, in one line, if they are no pair.
 
     Jobs that an earlier server left running wait again. Its end counts as a kill from outside:
-    what ended it is not known.
+    what ended it is not known. Workers of a fleet go on meanwhile.
     """
     files.prepare()
     store.migrate()
@@ -33,7 +35,25 @@ def recover(files: Files, store: Store) -> None:
     store.release(killed=True)
     clear(files, store)  # what was being deleted
     # A picture without its row may be half of a commit, or newer than a backup that was restored.
-    files.sweep(*store.known_files())
+    files.sweep(store.known_or_coming)
+
+
+def belongs(files: Files, store: Store) -> bool:
+    """Return whether a worker may draw with this storage; False before a server made both ready.
+
+    Raises SafelightError, in one line, for the storage of another database, and StorageError if
+    one of them cannot be asked now.
+    """
+    mark = store.folder() if schema.is_current(store.engine) else None
+    if mark is None:
+        return False
+    files.make_sure()
+    if files.mark() != mark:
+        raise SafelightError(
+            "the storage is not the one that this database of jobs belongs to: give --storage as "
+            "the server has it"
+        )
+    return True
 
 
 def _mark(files: Files, store: Store, knows: bool, knows_these: bool) -> str:

@@ -61,7 +61,7 @@ def return_large_blocks() -> None:
 
 def serve(
     settings: Settings,
-    child: Child,
+    child: Child | None,
     listening: socket.socket,
     *,
     host: str,
@@ -70,6 +70,7 @@ def serve(
     hosts: frozenset[str] = frozenset(),
     proxies: frozenset[str] = frozenset(),
     short_addresses: bool = False,
+    webhooks_to_private: bool = False,
     bound: int = 1000,
     keep: Keep | None = None,
     page: PageOf | None = None,
@@ -85,6 +86,7 @@ def serve(
     log_all_exceptions()
     return_large_blocks()
     hub = Hub(settings, child, bound=bound)
+    hub.webhooks.private = webhooks_to_private
     retention = Retention(hub.files, hub.store, keep or Keep())
     names = hosts | ({host} if not everywhere(host) else frozenset())
     rules = Rules(token, names, hub.keys, proxies, short_addresses)

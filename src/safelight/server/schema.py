@@ -16,13 +16,14 @@ from typing import Any
 from sqlalchemy import Connection, Engine, func, inspect, select, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from safelight.server.database import LOCK, reason, sqlite_file
+from safelight.errors import SafelightError
+from safelight.server.database import LOCK, reason, sqlite_file, storage_errors
 from safelight.server.jobs import StorageError
 from safelight.server.tables import meta
 
 log = logging.getLogger("safelight.server")
 
-HEAD = "0006"
+HEAD = "0008"
 FIRST = "0001"
 """The schema of databases from before versions were written down."""
 
@@ -81,6 +82,18 @@ def make(engine: Engine, version: str) -> None:
     """Make the tables of a schema in an empty database."""
     with engine.begin() as db:
         _alembic(db, lambda command, config: command.upgrade(config, version))
+
+
+def is_current(engine: Engine) -> bool:
+    """Return whether a database has this version's schema, False for an older or empty one.
+
+    Raises SafelightError for a newer one, StorageError if it cannot be asked.
+    """
+    with storage_errors(), engine.connect() as db:
+        try:
+            return _version(db) == HEAD
+        except StorageError as error:
+            raise SafelightError(str(error)) from None
 
 
 def _version(db: Connection) -> str | None:

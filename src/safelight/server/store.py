@@ -22,8 +22,9 @@ from safelight.server.claims import uncommitted
 from safelight.server.database import LOCK, PATIENCE, storage_errors
 from safelight.server.expiry import GONE, Expiry, seen
 from safelight.server.jobs import BusyError, Job, Status, StorageError
+from safelight.server.outbox import Outbox, expect, expect_again
 from safelight.server.people import People
-from safelight.server.tables import UNFINISHED, facts, jobs, pictures, read_job, timestamp
+from safelight.server.tables import UNFINISHED, facts, jobs, pictures, read_job
 
 MAX_LISTED = 4 << 20
 """Bytes of the jobs of one list, about: one of 64 pictures with long prompts takes 2 MiB."""
@@ -37,7 +38,7 @@ def new_id() -> str:
     return secrets.token_hex(16)
 
 
-class Store(Expiry, People):
+class Store(Expiry, People, Outbox):
     """The database as clients use it; `Claims` is what workers do, `Expiry` what retention does.
 
     owner: who asks. A job is there for the owner that made it, and for None, who may do all.
@@ -46,6 +47,11 @@ class Store(Expiry, People):
     def __init__(self, url: str) -> None:
         super().__init__(url)
         self._holding: Connection | None = None
+
+    @property
+    def shared(self) -> bool:
+        """Whether workers on other machines can reach this database."""
+        return not self._lite
 
     def migrate(self) -> None:
         """Make the tables, or bring them to this version; see `schema.migrate`."""
@@ -64,12 +70,14 @@ class Store(Expiry, People):
         owner: str | None = None,
         model: str | None = None,
         pixel_steps: float = 0.0,
+        webhook: str | None = None,
     ) -> tuple[Job, bool]:
         """Add a job; return it and whether it is new. A key seen before returns the job of then.
 
         cost: rows of the network it will take; bound: most pictures that may wait; model: the name
-        of the one that is to draw it. Raises BusyError beyond the bound, SpentError if the owner
-        has less left, SafelightError for a key that came with another request.
+        of the one that is to draw it; webhook: whom to tell of its end. Raises BusyError beyond the
+        bound, SpentError if the owner has less left, SafelightError for a key that came with
+        another request.
         """
         count = int(settings["count"])
         if key is not None and owner is not None:  # one key of two owners is two keys
@@ -90,7 +98,7 @@ class Store(Expiry, People):
                     id=job_id,
                     status=Status.QUEUED,
                     client=client,
-                    created=timestamp(),
+                    created=self._now(),
                     request=json.dumps(settings),
                     prompt=str(settings.get("prompt", "")),
                     pictures=count,
@@ -102,6 +110,8 @@ class Store(Expiry, People):
                     pixel_steps=pixel_steps,
                 )
             )
+            if webhook is not None:
+                expect(db, job_id, owner or "", webhook)
             row = db.execute(select(jobs).where(jobs.c.id == job_id)).mappings().one()
             return self._job(db, row), True
 
@@ -109,7 +119,7 @@ class Store(Expiry, People):
         """Count what is asked for. Raises SpentError if the owner's key has less left."""
         asked = {"pictures": float(count), "pixel_steps": pixel_steps}
         if (name := key_of(owner)) is not None:
-            spend(db, name, asked, timestamp())
+            spend(db, name, asked, self._now())
         shares.count(db, owner, asked)
 
     def cancel(self, job_id: str, owner: str | None = None) -> Job | None:
@@ -118,7 +128,7 @@ class Store(Expiry, People):
             db.execute(
                 jobs.update()
                 .where(jobs.c.id == job_id, _of(owner), jobs.c.status.in_(UNFINISHED))
-                .values(status=Status.CANCELLED, finished=timestamp())
+                .values(status=Status.CANCELLED, finished=self._now())
             )
             return self._one(db, job_id, owner)
 
@@ -136,6 +146,7 @@ class Store(Expiry, People):
             _make_sure_of_room(db, count, bound)
             row = db.execute(select(jobs).where(jobs.c.id == job_id)).mappings().one()
             self._count(db, row["owner"] or "", count, row["pixel_steps"])
+            expect_again(db, job_id)
             db.execute(
                 jobs.update()
                 .where(jobs.c.id == job_id)
@@ -147,7 +158,7 @@ class Store(Expiry, People):
                     finished=None,
                     expires=None,
                     token=None,
-                    created=timestamp(),
+                    created=self._now(),
                 )
             )
             return self._one(db, job_id, owner)
@@ -223,6 +234,12 @@ class Store(Expiry, People):
             known = set(db.execute(select(pictures.c.id)).scalars())
             return known, set(db.execute(select(jobs.c.id)).scalars())
 
+    def known_or_coming(self) -> tuple[set[str], set[str]]:
+        """Return `known_files`, and the ids of pictures that workers may be writing just now."""
+        coming = set(self.leftovers())  # first: one that gets its row meanwhile is in both
+        known, ids = self.known_files()
+        return known | coming, ids
+
     def hold(self) -> None:
         """Keep other servers from a PostgreSQL until this one closes it.
 
@@ -247,8 +264,9 @@ class Store(Expiry, People):
 
     def leftovers(self) -> list[str]:
         """Return the ids of pictures that a worker may have written without a row."""
+        held = select(jobs).where(jobs.c.token.is_not(None))
         with self._read() as db:
-            return uncommitted(db, db.execute(select(jobs).where(jobs.c.token.is_not(None))))
+            return uncommitted(db, db.execute(held).mappings())
 
     def folder(self) -> str | None:
         """Return the mark of the data folder that has the pictures; None before the first."""

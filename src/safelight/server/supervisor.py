@@ -41,11 +41,12 @@ DOUBT = 5.0
 class Supervisor:
     """One worker process, replaced when it ends or hangs.
 
-    child: the first worker. on_message(kind, rest), on_end() and on_refusal() are called in the
-    event loop: for a message of the worker, after the worker ended, and if the first one cannot
-    draw with these settings. Where a later one cannot, since the model's files are others by then,
-    another one is tried from time to time. put_back(worker, killed) is called in a thread: it lets
-    the jobs of a worker that ended wait again. It is called until it raises no error.
+    child: the first worker. name: of the one that runs now, once it said so. on_message(kind,
+    rest), on_end() and on_refusal() are called in the event loop: for a message of the worker,
+    after the worker ended, and if the first one cannot draw with these settings. Where a later one
+    cannot, since the model's files are others by then, another one is tried from time to time.
+    put_back(worker, killed) is called in a thread: it lets the jobs of a worker that ended wait
+    again. It is called until it raises no error.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Supervisor:
         put_back: Callable[[str, bool], None],
     ) -> None:
         self.child, self._settings = child, settings
+        self.name: str | None = None
         self._on_message, self._on_end, self._on_refusal = on_message, on_end, on_refusal
         self._put_back = put_back
         self.refusal: SafelightError | None = None
@@ -160,12 +162,12 @@ class Supervisor:
             watch = threading.Thread(target=self._watch, args=(child,), daemon=True)
             watch.start()
         self.send("start")
-        name = self._listen(child.pipe)
+        self._listen(child.pipe)
         self._ready = False
         child.process.join(GRACE)  # one that a disk holds may take longer, and can do no harm
         self._in_loop(self._on_end)
-        if name is not None:
-            self.release(name, killed=self._killed(child, short))
+        if self.name is not None:
+            self.release(self.name, killed=self._killed(child, short))
 
     def _another(self) -> Child:
         while True:
@@ -207,16 +209,16 @@ class Supervisor:
         outside = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         return -code in outside and _out_of_memory_kills() == short
 
-    def _listen(self, pipe: Any) -> str | None:
-        """Pass on the worker's messages until it ends; return its name."""
-        name = None
+    def _listen(self, pipe: Any) -> None:
+        """Pass on the worker's messages until it ends."""
+        self.name = None
         while True:
             try:
                 kind, *rest = pipe.recv()
             except (EOFError, OSError):
-                return name
+                return
             if kind == "worker":
-                name = rest[0]
+                self.name = rest[0]
             elif kind == "refused":
                 self._refused = SafelightError(rest[0], code=rest[1])
                 self._spoilt = f"the model cannot be loaded any more: {rest[0]}"

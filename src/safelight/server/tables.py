@@ -102,11 +102,31 @@ choices = Table(  # the model that an owner chose for requests that name none
     Column("owner", String(64), primary_key=True),
     Column("model", Text, nullable=False),
 )
+webhooks = Table(
+    "webhooks",
+    meta,
+    Column("job", ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("owner", String(64), nullable=False),
+    Column("url", Text, nullable=False),
+    Column("tries", Integer, nullable=False),
+    Column("due", Float, index=True),  # see outbox.py
+    Column("told", Float),
+)
 facts = Table(
     "facts",
     meta,
     Column("name", String(32), primary_key=True),
     Column("value", Text, nullable=False),
+)
+workers = Table(
+    "workers",
+    meta,
+    Column("id", String(32), primary_key=True),
+    Column("place", String(255), nullable=False),  # its machine and process
+    Column("model", Text, nullable=False),  # what it draws with, as JSON
+    Column("memory", Integer),  # MiB, of the device that it draws on
+    Column("joined", Float, nullable=False),
+    Column("seen", Float, nullable=False, index=True),
 )
 UNFINISHED = (Status.QUEUED, Status.RUNNING)
 

@@ -27,6 +27,7 @@ PREVIEW_EVERY = 0.2
 class Worker(Holder):
     def __init__(self, pipe: Connection, settings: Settings, pulse: Pulse | None = None) -> None:
         from safelight.engine import Engine
+        from safelight.machine import device_memory
         from safelight.weights import load_model
 
         super().__init__(pipe, settings, pulse or Pulse())
@@ -56,7 +57,7 @@ class Worker(Holder):
             dtype=self._model.precision,
             ready=True,
         )
-        pipe.send(("ready", info.model_dump()))
+        pipe.send(("ready", info.model_dump(), device_memory(self._model.device)))
         self._pulse.loaded(self._model)
 
     def run(self) -> None:
@@ -124,6 +125,7 @@ class Worker(Holder):
     def _begin(self, claim: Claim) -> bool:
         """Take a job in. Returns False if it has to wait, since it cannot be read now."""
         try:
+            self._files.remove_pictures(claim.left)
             image, mask = (self._files.input(claim.id, name) for name in ("image", "mask"))
             request = Request.from_dict(claim.settings, image=image, mask=mask, fitted=True)
             result = self._engine.add(request, claim.id, claim.done, claim.owner)

@@ -20,9 +20,10 @@ from safelight.sampling.schedule import SCHEDULES
 from safelight.server.bodies import decode_base64, decoded, read_json, turn
 from safelight.server.callers import caller_of
 from safelight.server.hub import Hub
-from safelight.server.jobs import Event, Job, ModelInfo, Status
+from safelight.server.jobs import Event, Job, ModelInfo, Status, WorkerInfo
 from safelight.server.sizes import enlarged_png
 from safelight.server.store import MAX_LISTED
+from safelight.server.webhooks import check_url
 from safelight.settings import json_schema
 from safelight.sizes import MAX_SIDE, MIN_SIDE
 
@@ -56,6 +57,8 @@ class Sampler(BaseModel):
 def body_of(request_type: type[Request]) -> dict[str, Any]:
     """Return what OpenAPI says of a body with a request's settings, and an example that works."""
     schema = json_schema(request_type)
+    told = "a URL that is told of the job's end, by a signed POST"
+    schema["properties"]["webhook"] = {"type": "string", "description": told}
     content = {"application/json": {"schema": schema, "example": EXAMPLE}}
     return {"requestBody": {"required": True, "content": content}}
 
@@ -86,6 +89,9 @@ async def submit(
     if not request.headers.get("content-type", "").startswith("application/json"):
         raise SafelightError("the body must be JSON: send content-type application/json")
     settings = await read_json(request, pictures=True)
+    webhook = settings.pop("webhook", None)
+    if webhook is not None:
+        webhook = check_url(webhook, private=hub(request).webhooks.private)
     names = [name for name in ("image", "mask") if settings.get(name) is not None]
     async with turn(request) if names else nullcontext():
         data = {name: [decode_base64(settings.pop(name), name)] for name in names}
@@ -99,7 +105,10 @@ async def submit(
             }
         )
         return await hub(request).submit(
-            asked, idempotency_key=idempotency_key, owner=caller_of(request.scope).owner
+            asked,
+            idempotency_key=idempotency_key,
+            owner=caller_of(request.scope).owner,
+            webhook=webhook,
         )
 
 
@@ -213,9 +222,22 @@ async def thumbnail(request: HttpRequest, picture_id: JobId) -> Any:
     return _missing("picture") if path is None else FileResponse(path, media_type="image/png")
 
 
+@router.get("/api/webhook-secret", tags=["jobs"])
+async def webhook_secret(request: HttpRequest) -> dict[str, str]:
+    """Get the secret that webhooks of the caller's jobs are signed with."""
+    owner = caller_of(request.scope).owner
+    return {"secret": await asyncio.to_thread(hub(request).store.webhook_secret, owner)}
+
+
 @router.get("/api/models", response_model=list[ModelInfo], tags=["models"])
 async def models(request: HttpRequest) -> list[ModelInfo]:
     return await hub(request).models()
+
+
+@router.get("/api/workers", response_model=list[WorkerInfo], tags=["models"])
+async def workers(request: HttpRequest) -> list[WorkerInfo]:
+    """The workers that joined from elsewhere (`safelight worker`) and are well."""
+    return hub(request).fleet.workers
 
 
 @router.get("/api/samplers", tags=["models"])

@@ -1,0 +1,113 @@
+"""The fleet as a server sees it: workers that joined its database from elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from safelight.errors import SafelightError
+from safelight.server.jobs import StorageError, WorkerInfo
+from safelight.server.store import Store
+from safelight.server.wire import TO_SERVER, TO_WORKERS, Wire
+
+log = logging.getLogger("safelight.server")
+
+LOOK = 2.0
+"""Seconds between two looks at the roster."""
+
+
+class Fleet:
+    """Who is on the roster, and news to and from them. A database in a file has no fleet.
+
+    on_message(kind, rest) is called in the event loop for news of a job; on_change() there after
+    each look at the roster and when a worker has begun.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        url: str,
+        *,
+        on_message: Callable[[str, list[Any]], None],
+        on_change: Callable[[], None],
+    ) -> None:
+        self._store = store
+        self._on_message, self._on_change = on_message, on_change
+        self.workers: list[WorkerInfo] = []
+        self._wire: Wire | None = None
+        self._task: asyncio.Task[None] | None = None
+        if store.shared:
+            self._wire = Wire(url, hears=TO_SERVER, tells=TO_WORKERS, on_message=self._heard)
+
+    def start(self) -> None:
+        """Begin, within the event loop."""
+        self._loop = asyncio.get_running_loop()
+        if self._wire is not None:
+            self._wire.start()
+            self._task = self._loop.create_task(self._keep_looking())
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+        if self._wire is not None:
+            await asyncio.to_thread(self._wire.close)
+
+    def send(self, *message: Any) -> None:
+        """Send a message to all workers of the fleet; it may be lost."""
+        if self._wire is not None and self.workers:
+            self._wire.send(*message)
+
+    def _heard(self, kind: str, rest: list[Any]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            if kind == "ready":
+                self._loop.call_soon_threadsafe(self._loop.create_task, self._look())
+            else:
+                self._loop.call_soon_threadsafe(self._on_message, kind, rest)
+
+    async def _keep_looking(self) -> None:
+        while True:
+            await self._look()
+            await asyncio.sleep(LOOK)
+
+    async def _look(self) -> None:
+        try:
+            found = await asyncio.to_thread(self._store.fleet)
+        except StorageError:  # looked at again; what was known goes on meanwhile
+            return
+        before, self.workers = {worker.id for worker in self.workers}, found
+        now = {worker.id for worker in found}
+        if now != before:
+            log.info("the fleet has %d workers", len(now))
+        if before - now:
+            with contextlib.suppress(StorageError):
+                await asyncio.to_thread(self._store.forget_gone)
+        self._on_change()
+
+
+class Elsewhere:
+    """In the place of a `Supervisor` in a server that draws nothing itself."""
+
+    restarts = 0
+    refusal: SafelightError | None = None
+    alive = True
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self.stopping = False
+
+    @property
+    def trouble(self) -> str | None:
+        """What is wrong with all workers, in words; None if nothing is."""
+        return None if self._fleet.workers else "no worker has joined: start `safelight worker`"
+
+    def start(self) -> None:
+        """Begin: there is nothing to do."""
+
+    def send(self, *message: Any) -> None:
+        """Send a message to the worker of this server: there is none."""
+
+    async def stop(self) -> None:
+        self.stopping = True

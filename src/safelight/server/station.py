@@ -1,0 +1,164 @@
+"""`safelight worker`: a worker process that draws the jobs of a server elsewhere.
+
+This process keeps it running as a server does, puts it on the roster, says that it is well, and
+passes news on. What is true is in the database and in the storage, which all share.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import platform
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from safelight.server.files import Files
+from safelight.server.jobs import ModelInfo, StorageError
+from safelight.server.limits import Sparing
+from safelight.server.logs import Lines, log_all_exceptions
+from safelight.server.process import Child
+from safelight.server.recovery import belongs
+from safelight.server.roster import BEAT
+from safelight.server.settings import Settings
+from safelight.server.store import Store
+from safelight.server.supervisor import Supervisor
+from safelight.server.wire import TO_SERVER, TO_WORKERS, Wire
+
+log = logging.getLogger("safelight.server")
+
+NEWS = ("progress", "preview", "picture", "end")
+ORDERS = ("wake", "cancel", "watch", "unwatch")
+
+
+def work(settings: Settings, child: Child) -> None:
+    """Draw until SIGTERM or Ctrl-C. Raises SafelightError if these settings cannot."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Lines())
+    handler.addFilter(Sparing())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    log_all_exceptions()
+    station = Station(settings, child)
+    asyncio.run(station.run())
+    if station.supervisor.refusal is not None:
+        raise station.supervisor.refusal
+
+
+class Station:
+    """child: the first worker process."""
+
+    def __init__(self, settings: Settings, child: Child) -> None:
+        self._settings = settings
+        self._files, self._store = Files(Path(settings.root)), Store(settings.url)
+        self._place = f"{platform.node()}:{os.getpid()}"
+        self._began = False
+        self._told: str | None = None
+        self._model: ModelInfo | None = None
+        self._memory: int | None = None
+        self.supervisor = Supervisor(
+            settings,
+            child,
+            on_message=self._on_message,
+            on_end=self._on_end,
+            on_refusal=lambda: self._stop.set(),
+            put_back=self._put_back,
+        )
+        self._wire = Wire(
+            settings.url,
+            hears=TO_WORKERS,
+            tells=TO_SERVER,
+            on_message=self._on_order,
+            on_open=self._on_open,
+        )
+
+    async def run(self) -> None:
+        """Join the fleet, draw, and leave it when told to end."""
+        self._stop, self._now = asyncio.Event(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        try:
+            if not await self._joined():
+                self.supervisor.child.process.kill()
+                return
+            self._began = True
+            self.supervisor.start()
+            self._wire.start()
+            while not self._stop.is_set():
+                await self._beat()
+                await self._either(BEAT)
+        finally:
+            if self._began:
+                await self.supervisor.stop()
+                await asyncio.to_thread(self._wire.close)
+            self._store.close()
+
+    async def _joined(self) -> bool:
+        """Wait until a server has made database and storage ready; return False if told to end.
+
+        Raises SafelightError for the storage of another database, or a newer one.
+        """
+        while not self._stop.is_set():
+            try:
+                if await asyncio.to_thread(belongs, self._files, self._store):
+                    log.info("joined: drawing jobs of the database with %s", self._settings.model)
+                    return True
+                self._note("no server has made this database ready yet")
+            except StorageError as error:
+                self._note(str(error))
+            await self._either(2.0)
+        return False
+
+    async def _either(self, seconds: float) -> None:
+        """Wait so long, or until there is something to do."""
+        waits = [asyncio.create_task(event.wait()) for event in (self._stop, self._now)]
+        await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        for task in waits:
+            task.cancel()
+        self._now.clear()
+
+    def _note(self, why: str | None) -> None:
+        if why is not None and why != self._told:
+            log.warning("waiting: %s", why)
+        self._told = why
+
+    async def _beat(self) -> None:
+        """Say that the worker is well, if it is."""
+        name, model = self.supervisor.name, self._model
+        if name is None or model is None or self.supervisor.trouble is not None:
+            return
+        try:
+            await asyncio.to_thread(self._store.beat, name, self._place, model, self._memory)
+            self._note(None)
+        except StorageError as error:
+            self._note(str(error))
+
+    def _on_message(self, kind: str, rest: list[Any]) -> None:
+        if kind == "ready":
+            self._model, self._memory = ModelInfo(**rest[0]), rest[1]
+            log.info("ready: %s on %s", self._model.name, self._model.device)
+            self._now.set()
+            self._wire.send("ready")
+        elif kind == "stuck":
+            self._note(rest[0])
+        elif kind in NEWS:
+            self._wire.send(kind, *rest)
+
+    def _on_end(self) -> None:
+        self._model = None
+
+    def _on_order(self, kind: str, rest: list[Any]) -> None:
+        if kind in ORDERS:
+            self.supervisor.send(kind, *rest)
+
+    def _on_open(self) -> None:
+        self._wire.send("ready")  # it says again which previews are asked for
+        self.supervisor.send("wake")
+
+    def _put_back(self, worker: str, killed: bool) -> None:
+        stopping = self.supervisor.stopping
+        left = self._store.release(worker, told_to=stopping, killed=killed and not stopping)
+        self._files.remove_pictures(left)
+        self._store.leave(worker)

@@ -1,0 +1,277 @@
+"""Tell others that a job has ended: a signed POST, tried again until it is taken.
+
+The form is that of Standard Webhooks (standardwebhooks.com): the headers webhook-id,
+webhook-timestamp and webhook-signature, an HMAC-SHA256 of id.timestamp.body.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import random
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from safelight import __version__
+from safelight.errors import SafelightError
+from safelight.server.jobs import Job, StorageError
+from safelight.server.outbox import Notice, Outbox
+
+if TYPE_CHECKING:
+    import httpx2
+
+log = logging.getLogger("safelight.server")
+
+WAITS = (5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400)
+"""Seconds before each further try, as the standard advises: three days in all."""
+
+PATIENCE = 20.0
+"""Seconds that a receiver has to answer, its name's lookup and its connection included."""
+
+MOST, EACH = 16, 2
+"""Notices on the way at once, of all owners and of one: slow receivers hold up their own."""
+
+LOOK = 30.0
+"""Seconds after which the database is looked at without being told of an end."""
+
+MAX_URL = 2000
+
+
+class BlockedError(Exception):
+    """The address is not one that notices go to."""
+
+
+def check_url(url: Any, *, private: bool) -> str:
+    """Return a webhook's URL. Raises SafelightError for one that nothing could be sent to.
+
+    private: whether addresses of this machine and its networks are allowed. A name is looked up
+    when the notice is sent.
+    """
+
+    def wrong(why: str) -> SafelightError:
+        return SafelightError(f"webhook must be an http or https URL: {why}", field="webhook")
+
+    if not isinstance(url, str) or len(url) > MAX_URL or not url.isascii() or not url.isprintable():
+        raise wrong(f"expected at most {MAX_URL} ASCII characters")
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+        host = parts.hostname
+    except ValueError:
+        raise wrong("this one cannot be read") from None
+    if parts.scheme not in ("http", "https") or not host or " " in url:
+        raise wrong("as https://example.com/done")
+    if parts.username is not None or parts.password is not None:
+        raise wrong("without a name and a password in it")
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:  # a name
+        return url
+    if not (private or is_public(address)):
+        raise wrong("addresses of private networks are not served (--webhooks-to-private)")
+    return url
+
+
+def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Return whether an address is one of the open network, as what it stands for is."""
+    if isinstance(address, ipaddress.IPv6Address):
+        number = int(address)
+        inner = address.ipv4_mapped or address.sixtofour
+        if address in ipaddress.ip_network("64:ff9b::/96"):  # a gateway's names for IPv4
+            inner = ipaddress.IPv4Address(number & 0xFFFFFFFF)
+        if inner is not None:
+            return is_public(inner)
+    return address.is_global and not address.is_multicast
+
+
+async def resolve(host: str, port: int, *, private: bool) -> list[str]:
+    """Return the addresses of a host. Raises BlockedError if one of them is not to be sent to.
+
+    What is connected to is what was looked at: a name that is looked up twice may lead elsewhere
+    the second time (DNS rebinding).
+    """
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    addresses = list(dict.fromkeys(str(entry[4][0]).partition("%")[0] for entry in found))
+    if not private and not all(is_public(ipaddress.ip_address(one)) for one in addresses):
+        raise BlockedError
+    return addresses
+
+
+def body_of(job: Job) -> bytes:
+    """Return what is told of a job: how it ended, and where its pictures are."""
+    told = job.model_dump(mode="json", exclude={"settings", "progress", "pictures"})
+    told["pictures"] = [
+        {**one.model_dump(mode="json", exclude={"recipe"}), "url": f"/api/pictures/{one.id}"}
+        for one in job.pictures
+    ]
+    at = (job.finished_at or job.created_at).isoformat()
+    return json.dumps({"type": f"job.{job.status}", "timestamp": at, "data": told}).encode()
+
+
+def signed(job: Job, body: bytes, secret: str, now: float) -> dict[str, str]:
+    """Return the headers of a notice. Its id is the same at each try."""
+    ended = job.finished_at or job.created_at
+    name, at = f"msg_{job.id}_{ended.timestamp():.6f}".replace(".", "_"), str(int(now))
+    key = base64.b64decode(secret.removeprefix("whsec_"))
+    mark = hmac.new(key, f"{name}.{at}.".encode() + body, hashlib.sha256).digest()
+    return {
+        "webhook-id": name,
+        "webhook-timestamp": at,
+        "webhook-signature": f"v1,{base64.b64encode(mark).decode()}",
+        "content-type": "application/json",
+        "user-agent": f"Safelight/{__version__}",
+    }
+
+
+class Webhooks:
+    """Sends the notices of an outbox. For the event loop.
+
+    private: whether they may go to addresses of this machine and its networks. Failures are logged
+    without the URL, which may have a secret in it.
+    """
+
+    def __init__(self, outbox: Outbox, *, private: bool = False) -> None:
+        self._outbox, self.private = outbox, private
+        self._ended: set[str] = set()
+        self._wake = asyncio.Event()
+        self._sending: dict[asyncio.Task[None], str] = {}
+        self._client: httpx2.AsyncClient | None = None
+        self._task: asyncio.Task[None] | None = None
+        self.sent: Counter[str] = Counter()
+
+    def start(self) -> None:
+        """Begin, within the event loop."""
+        self._task = asyncio.ensure_future(self._run())
+
+    async def stop(self) -> None:
+        """End; what was on the way is sent again after the next start."""
+        tasks = [task for task in (self._task, *self._sending) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._client is not None:
+            await self._client.aclose()
+
+    def ended(self, job_id: str) -> None:
+        """Note that a job may have ended. Where nobody says so, it is seen within LOOK seconds."""
+        self._ended.add(job_id)
+        self._wake.set()
+
+    async def _run(self) -> None:
+        look = 0.0
+        while True:
+            self._wake.clear()
+            try:
+                now = time.monotonic()
+                if now >= look:
+                    while await self._asked(self._outbox.ended, time.time(), None):
+                        pass
+                    look = now + LOOK
+                elif self._ended:
+                    ids, self._ended = list(self._ended)[:100], set(list(self._ended)[100:])
+                    await self._asked(self._outbox.ended, time.time(), ids)
+                await self._begin()
+            except StorageError:  # looked at again
+                look = 0.0
+            except Exception:  # this task is the only one that sends
+                log.exception("webhooks cannot be sent")
+            wait = 0.0 if self._ended else 1.0
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), wait or 0.01)
+
+    async def _begin(self) -> None:
+        """Begin to send what is due, as much as may be on the way at once."""
+        while len(self._sending) < MOST:
+            counts = Counter(self._sending.values())
+            busy = [owner for owner, count in counts.items() if count >= EACH]
+            now = time.time()
+            notice = await self._asked(self._outbox.next_notice, now, busy, now + 3 * PATIENCE)
+            if notice is None:
+                return
+            task = asyncio.ensure_future(self._send(notice))
+            self._sending[task] = notice.owner
+            task.add_done_callback(self._over)
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        self._sending.pop(task, None)
+        self._wake.set()
+
+    async def _send(self, notice: Notice) -> None:
+        status = await self._status(notice)
+        now, over = time.time(), notice.tries > len(WAITS)
+        taken = status.isdigit() and 200 <= int(status) < 300
+        self.sent["taken" if taken else "refused"] += 1
+        due = None
+        if not (taken or over or status in ("410", "blocked")):
+            due = now + WAITS[notice.tries - 1] * random.uniform(0.9, 1.1)
+        if not taken:
+            log.warning(
+                "a webhook was not taken (%s)%s",
+                status,
+                "" if due else ": it is given up",
+                extra={"job": notice.job.id},
+            )
+        with contextlib.suppress(StorageError):  # it is sent once more
+            await self._asked(self._outbox.noticed, notice.job.id, now, due)
+
+    async def _status(self, notice: Notice) -> str:
+        """Send a notice; return the status that it was answered with, or what came between."""
+        try:
+            async with asyncio.timeout(PATIENCE):
+                return str(await self._post(notice))
+        except BlockedError:
+            return "blocked"
+        except TimeoutError:
+            return "no answer"
+        except StorageError:
+            return "no secret"
+        except Exception as error:  # of the lookup, the connection, TLS, what was answered
+            return type(error).__name__
+
+    async def _post(self, notice: Notice) -> int:
+        import httpx2
+
+        if self._client is None:
+            # Connections are not kept: one address may be that of several names.
+            self._client = await asyncio.to_thread(
+                lambda: httpx2.AsyncClient(
+                    trust_env=False,
+                    follow_redirects=False,
+                    timeout=PATIENCE,
+                    limits=httpx2.Limits(max_keepalive_connections=0),
+                )
+            )
+        secret = await self._asked(self._outbox.webhook_secret, notice.owner)
+        url = httpx2.URL(check_url(notice.url, private=self.private))
+        host = url.raw_host.decode("ascii").strip("[]")
+        port = url.port or {"http": 80, "https": 443}[url.scheme]
+        addresses = await resolve(host, port, private=self.private)
+        body = body_of(notice.job)
+        headers = {"host": url.netloc.decode("ascii"), "connection": "close"}
+        headers |= signed(notice.job, body, secret, time.time())
+        address = addresses[(notice.tries - 1) % len(addresses)]  # another one at the next try
+        # The certificate has to be the name's, not the address's.
+        request = self._client.build_request(
+            "POST",
+            url.copy_with(host=address),
+            headers=headers,
+            content=body,
+            extensions={"sni_hostname": host},
+        )
+        answer = await self._client.send(request, stream=True)
+        await answer.aclose()  # what it says beyond its status is not read
+        return answer.status_code
+
+    async def _asked(self, call: Callable[..., Any], *given: Any) -> Any:
+        return await asyncio.to_thread(call, *given)

@@ -1,0 +1,71 @@
+"""What is ours around Ray: how many workers, and rows whose workers die. Ray itself: tests/soak."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from safelight.batch.check import Row, Rules
+from safelight.batch.on_ray import Cluster, _Crew
+from safelight.batch.output import Outcome
+from safelight.batch.rows import Columns
+from safelight.batch.run import How
+from safelight.errors import SafelightError
+
+
+def ray(nodes: int, cpus: float, gpus: float = 0) -> Any:
+    """Stands in for the module, connected to a cluster."""
+    return SimpleNamespace(
+        cluster_resources=lambda: {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus},
+        nodes=lambda: [{"Alive": True}] * nodes + [{"Alive": False}],
+    )
+
+
+@pytest.mark.parametrize(
+    ("cluster", "there", "how", "crew"),
+    [
+        (Cluster(), ray(1, 8), How(), _Crew(1, 1, 8, 0)),
+        (Cluster(workers=2), ray(1, 9), How(), _Crew(2, 1, 4, 0)),
+        (Cluster(), ray(3, 6), How(), _Crew(3, 3, 2, 0)),
+        (Cluster(workers=2), ray(1, 8), How(threads=1), _Crew(2, 1, 1, 0)),
+        (Cluster(), ray(2, 32, gpus=4), How(), _Crew(4, 2, 1, 1)),
+        (Cluster(gpus=0.5), ray(2, 32, gpus=4), How(), _Crew(8, 2, 1, 0.5)),
+        (Cluster(), ray(2, 32, gpus=4), How({"device": "cpu"}), _Crew(2, 2, 16, 0)),
+    ],
+)
+def test_workers_share_a_cluster(cluster: Cluster, there: Any, how: How, crew: _Crew):
+    assert cluster._crew(there, how) == crew
+
+
+@pytest.mark.parametrize(
+    ("cluster", "how"),
+    [
+        (Cluster(workers=9), How()),
+        (Cluster(workers=2), How(threads=5)),
+        (Cluster(workers=2, gpus=1), How()),
+    ],
+)
+def test_more_workers_than_there_is_room_for_are_refused(cluster: Cluster, how: How):
+    with pytest.raises(SafelightError, match="need more than the 8 CPUs and 1 GPUs"):
+        cluster._crew(ray(1, 8, gpus=1), how)
+
+
+def test_rows_whose_workers_die_are_tried_alone_and_then_fail(monkeypatch: pytest.MonkeyPatch):
+    """A task is lost with all of its rows; one of them is at fault."""
+    tasks: list[list[str]] = []
+
+    def draw(self: _Crew, model: str, how: How, rows: list[Row], each: int) -> Iterator[Outcome]:
+        for at in range(0, len(rows), each):
+            task = rows[at : at + each]
+            tasks.append([row.id for row in task])
+            if all(row.id != "3" for row in task):
+                yield from (Outcome(row.id, row.name, {"line": row.line}) for row in task)
+
+    monkeypatch.setattr(_Crew, "_draw", draw)
+    rows = [Rules().row(i, Columns(i, {"id": str(i)})) for i in range(1, 7)]
+    made = list(_Crew(1, 1, 1, 0).draw_all("embedded", How(), rows, 2))
+    assert tasks == [["1", "2"], ["3", "4"], ["5", "6"], ["3"], ["4"]]
+    assert [one.row_id for one in made] == ["1", "2", "5", "6", "4", "3"]
+    failed = [(one.row_id, one.error[0]) for one in made if one.error is not None]
+    assert failed == [("3", "worker_died")]

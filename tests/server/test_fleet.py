@@ -1,0 +1,234 @@
+"""Workers that join a server's database from elsewhere."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from serving import Serving, wait_for
+from working import Working
+
+import safelight
+from safelight import SafelightError
+from safelight.server import claims, roster
+from safelight.server.files import Files
+from safelight.server.jobs import ModelInfo, Picture
+from safelight.server.recovery import belongs, recover
+from safelight.server.store import Store, new_id
+from safelight.server.wire import PIECE, Wire
+
+pytestmark = pytest.mark.xdist_group("fleet")
+
+MODEL = ModelInfo(name="m", width=64, height=64, ready=True)
+
+
+@pytest.fixture
+def shared(tmp_path: Path, postgres: str) -> Iterator[tuple[Files, Store, str]]:
+    """A folder, and an empty PostgreSQL, as a server has made them ready."""
+    import psycopg
+
+    with psycopg.connect(postgres.replace("+psycopg", ""), autocommit=True) as connection:
+        connection.execute("DROP SCHEMA public CASCADE")
+        connection.execute("CREATE SCHEMA public")
+    files, store = Files(tmp_path / "data"), Store(postgres)
+    files.root.mkdir()
+    recover(files, store)
+    yield files, store, postgres
+    store.close()
+
+
+def claimed(store: Store, worker: str) -> Any:
+    settings = {"prompt": "a cat", "count": 2}
+    store.submit(new_id(), settings, client="api", cost=1, bound=100)
+    found = store.claim(worker)
+    assert found is not None
+    return found
+
+
+def again(files: Files, store: Store, url: str) -> Store:
+    """The server ends as by a kill, and starts again."""
+    store.close()
+    store = Store(url)
+    recover(files, store)
+    return store
+
+
+def test_a_server_that_starts_again_leaves_the_fleet_its_jobs(
+    shared: tuple[Files, Store, str],
+) -> None:
+    """And what it is just writing; those of other workers wait again."""
+    files, store, url = shared
+    member, own = new_id(), new_id()
+    store.beat(member, "there", MODEL, 1)
+    kept, lost = claimed(store, member), claimed(store, own)
+    for each in (kept, lost):
+        files.keep(Image.new("RGB", (8, 8)), each.picture_id(0), {})
+    store = again(files, store, url)
+    assert store.holds(kept.id, kept.token)
+    assert not store.holds(lost.id, lost.token)
+    assert files.pictures() == {kept.picture_id(0)}
+    picture = Picture(id=kept.picture_id(0), index=0, seed=1, width=8, height=8, recipe={})
+    store.add_picture(kept.id, kept.token, picture)
+    store.close()
+
+
+def test_the_roster_forgets_who_is_gone(
+    shared: tuple[Files, Store, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, store, url = shared
+    member = new_id()
+    for _ in range(2):
+        store.beat(member, "there", MODEL, 4096)
+    (found,) = store.fleet()
+    assert (found.id, found.model, found.memory) == (member, MODEL, 4096)
+    assert found.seen_at >= found.joined_at
+    job = claimed(store, member)
+    monkeypatch.setattr(roster, "GONE", -1.0)
+    assert store.fleet() == []
+    store = again(files, store, url)
+    assert not store.holds(job.id, job.token)
+    store.forget_gone()
+    monkeypatch.undo()
+    assert store.fleet() == []
+    store.beat(member, "there", MODEL, None)
+    store.leave(member)
+    assert store.fleet() == []
+    store.close()
+
+
+def test_a_lease_that_ran_out_says_what_may_be_left(
+    shared: tuple[Files, Store, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture without its row, of a machine that is gone, is cleaned up by who goes on."""
+    _, store, _ = shared
+    monkeypatch.setattr(claims, "LEASE", -1.0)
+    first = claimed(store, "a" * 32)
+    picture = Picture(id=first.picture_id(0), index=0, seed=1, width=8, height=8, recipe={})
+    store.add_picture(first.id, first.token, picture)
+    second = store.claim("b" * 32, alone=True)
+    assert second is not None
+    assert second.done == {0}
+    assert second.left == (first.picture_id(1),)
+
+
+@pytest.mark.parametrize("change", ["unmarked", "another", "newer", "older", "none"])
+def test_who_may_join(shared: tuple[Files, Store, str], tmp_path: Path, change: str) -> None:
+    """The storage must be the database's own, and both made ready by a server."""
+    files, store, _ = shared
+    expected: Any = True
+    if change == "another":
+        files = Files(tmp_path / "other")
+        files.root.mkdir()
+        files.set_mark(new_id())
+        expected = "the storage is not the one"
+    elif change == "newer":
+        _run(store, "UPDATE alembic_version SET version_num = '9999'")
+        expected = "from a newer Safelight"
+    elif change == "older":
+        _run(store, "UPDATE alembic_version SET version_num = '0001'")
+        expected = False
+    elif change == "unmarked":
+        _run(store, "DELETE FROM facts")
+        expected = False
+    if isinstance(expected, bool):
+        assert belongs(files, store) is expected
+        return
+    with pytest.raises(SafelightError, match=expected) as refused:
+        belongs(files, store)
+    assert refused.value.code != "storage"
+
+
+def _run(store: Store, statement: str) -> None:
+    with store.engine.begin() as db:
+        db.exec_driver_sql(statement)
+
+
+def test_machines_go_by_the_clock_of_the_database(
+    shared: tuple[Files, Store, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose clock is an hour ahead takes no lease of others for late."""
+    _, store, url = shared
+    mine = claimed(store, "a" * 32)
+    import time
+
+    real = time.time
+    monkeypatch.setattr("time.time", lambda: real() + 3600)
+    other = Store(url)
+    assert other.claim("b" * 32, alone=True) is None
+    assert store.holds(mine.id, mine.token)
+    other.close()
+
+
+def test_news_long_and_short_arrive_in_order(postgres: str) -> None:
+    """Of progress only the last; after a message, all that was sent before it has come."""
+    heard: list[Any] = []
+    there, done = threading.Barrier(3), threading.Event()
+
+    def hear(kind: str, rest: list[Any]) -> None:
+        heard.append((kind, *rest))
+        if kind == "end":
+            done.set()
+
+    ends = {"hears": "one", "tells": "two"}, {"hears": "two", "tells": "one"}
+    a, b = (Wire(postgres, on_message=hear, on_open=there.wait, **names) for names in ends)
+    for end in (a, b):
+        end.start()
+    there.wait(30)
+    long = "é" * 3 * PIECE
+    for step in range(50):
+        a.send("progress", "job", step)
+    a.send("preview", "job", long)
+    a.send("cancel", "x")
+    a.send("end", "job")
+    assert done.wait(30)
+    a.close()
+    b.close()
+    last = heard[-4:]
+    assert last == [("progress", "job", 49), ("preview", "job", long), ("cancel", "x"), heard[-1]]
+    assert len(heard) < 20
+    b.send("end", "nobody")  # closed: lost in peace
+
+
+def test_a_fleet_draws_and_drains(tmp_path: Path, shared: tuple[Files, Store, str]) -> None:
+    """A server without a worker of its own, and one that joins: pictures to the byte, progress and
+    previews, cancelling; told to end, it lets its job wait and leaves.
+    """
+    _, store, url = shared
+    store.close()
+    how = {"steps": 2, "sampler": "euler", "prompt": "a cat"}
+    with Serving(tmp_path, "--workers", "0", "--database", url) as server:
+        answer = server.client.get("/readyz")
+        assert answer.status_code == 503
+        first = server.submit(seed=7, **how)
+        with Working(url, tmp_path / "data", tmp_path / "worker.log") as worker:
+            job = server.finished(first)
+            assert job["status"] == "succeeded"
+            wait_for(lambda: server.client.get("/readyz").status_code == 200)
+            (member,) = server.client.get("/api/workers").json()
+            assert member["model"]["name"] == "embedded"
+            assert member["memory"] > 100
+            assert "place" not in member
+            long = server.submit(**how | {"steps": 1000, "count": 4})
+            with server.client.stream("GET", f"/api/jobs/{long}/events") as events:
+                wanted = {"event: progress", "event: preview"}
+                for line in events.iter_lines():
+                    wanted.discard(line)
+                    if not wanted:
+                        break
+            server.client.delete(f"/api/jobs/{long}")
+            last = server.submit(**how | {"steps": 1000, "count": 4})
+            wait_for(lambda: server.job(last)["status"] == "running")
+            assert worker.stop() == 0
+        assert server.job(last)["status"] == "queued"
+        assert server.job(last)["attempts"] == 0
+        wait_for(lambda: server.client.get("/api/workers").json() == [])
+        picture = server.client.get(f"/api/pictures/{job['pictures'][0]['id']}").content
+    kept = tmp_path / "kept.png"
+    kept.write_bytes(picture)
+    alone = safelight.load(dtype="float32").generate(seed=7, **how).images[0]
+    with Image.open(kept) as drawn:
+        assert drawn.tobytes() == alone.tobytes()

@@ -1,0 +1,263 @@
+"""The C side of the kernels: what it refuses, shapes that hurt, threads; more is in test_fast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from ctypes import addressof, c_void_p
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from safelight.fast import kernels, memory, split, tiles, vectors, winograd
+from safelight.fast.kernels import Library
+
+NOT_BUILT = "no C++ compiler was there to build the kernels"
+LACKING = {
+    "amx": "this processor has no AMX",
+    "avx512": "this processor has no AVX512-BF16",
+    "avx2": "this processor has no AVX2",
+}
+
+
+@pytest.fixture(autouse=True)
+def inference() -> Iterator[None]:
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    with torch.inference_mode():
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512", "amx"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Library:
+    """Each library, and it is the one that is used."""
+    name = str(request.param)
+    if kernels.lacks(name):
+        pytest.skip(LACKING[name])
+    if not kernels.built(name):
+        pytest.skip(NOT_BUILT)
+    monkeypatch.setattr(kernels, "allowed", lambda: (name,))
+    monkeypatch.setattr(memory, "total", lambda: 16 << 30)
+    found = kernels._first((name,), next(iter(kernels._ARGUMENTS[name])))
+    assert isinstance(found, Library)
+    return found
+
+
+def distance(found: Tensor, wanted: Tensor) -> float:
+    wanted = wanted.double()
+    return float((found.double() - wanted).norm() / wanted.norm().clamp_min(1e-30))
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+def steps(value: int = 0) -> dict[str, Any]:
+    return dict.fromkeys(kernels._STEPS.split(), value)
+
+
+def fields(**all_: Any) -> dict[str, Any]:
+    return all_
+
+
+NUMBERS = torch.zeros(4096)
+PLACES = (c_void_p * 16)(*[NUMBERS.data_ptr()] * 16)
+ATTENTION = fields(
+    q=NUMBERS, k=NUMBERS, v=NUMBERS, out=NUMBERS, batch=1, heads=1, queries=2
+) | fields(keys=2, size=16, scale=1.0, **steps())
+GATE = fields(value=NUMBERS, gate=NUMBERS, out=NUMBERS, count=16)
+NORM = fields(
+    x=NUMBERS, plus=None, total=None, factor=NUMBERS, shift=NUMBERS, out=NUMBERS
+) | fields(rows=1, channels=16, eps=1e-5)
+GOOD: dict[str, dict[str, Any]] = {
+    "attend": ATTENTION,
+    "attend_floats": ATTENTION,
+    "split_attend": ATTENTION,
+    "gate": GATE,
+    "split_gate": GATE,
+    "layer_norm": NORM,
+    "moments": fields(x=NUMBERS, scale=NUMBERS, shift=NUMBERS, factors=NUMBERS, images=1)
+    | fields(positions=1, channels=16, groups=2, eps=1e-5),
+    "normalise": fields(
+        x=NUMBERS, factors=NUMBERS, out=NUMBERS, images=1, positions=1, channels=16
+    ),
+    "lay": fields(x=NUMBERS, factors=None, out=NUMBERS, plane=9 * 32, images=1, height=1)
+    | fields(width=1, channels=32, first=0, last=1),
+    "pack": fields(w=NUMBERS, out=NUMBERS, columns=32, blocks=1),
+    "conv": fields(x=NUMBERS, weights=torch.zeros(9216), bias=None, plus=None, out=NUMBERS)
+    | fields(plane=9 * 32, bias_step=0, images=1, height=1, width=1, border=2, channels=32)
+    | fields(columns=32, side=3, spread=1, down=0, right=0),
+    "split_pack": fields(w=NUMBERS, out=NUMBERS, columns=32, inner=32),
+    "split_linear": fields(x=NUMBERS, weights=NUMBERS, bias=None, plus=None, out=NUMBERS)
+    | fields(rows=1, inner=32, columns=32),
+    "spread": fields(x=NUMBERS, planes=NUMBERS, plane=16, height=2, width=2, channels=16)
+    | fields(scale=1, side=2, first=0, last=1),
+    "gather": fields(sums=addressof(PLACES), bias=None, plus=None, out=NUMBERS, bias_step=0)
+    | fields(height=2, width=2, channels=16, side=2, first=0, last=1),
+}
+"""Arguments that each kernel takes."""
+
+ODD = {"channels", "count", "columns", "inner"}
+ANY = {"scale", "eps", "right", "down", *kernels._STEPS.split()}
+
+
+def test_what_is_wrong_is_refused_before_anything_is_read(library: Library) -> None:
+    for name in kernels._ARGUMENTS[library.variant]:
+        good = GOOD[name]
+        library.call(name, **good)
+        for field, value in good.items():
+            if isinstance(value, Tensor):
+                wrong: list[Any] = [None, value.data_ptr() + 1]
+            elif field == "sums":
+                wrong = [None, value + 1]
+            elif value is None:
+                wrong = [NUMBERS.data_ptr() + 1]
+            elif field in ANY:
+                continue
+            else:
+                wrong = [-1, 1 << 40] + ([value + 1] if field in ODD else [])
+            if field == "total":  # which is not written to where there is no `plus`
+                continue
+            for one in wrong:
+                with pytest.raises(ValueError, match=rf"(?s){name}\(.*not "):
+                    library.call(name, **good | {field: one})
+
+
+def test_what_does_not_fit_together_is_refused(library: Library) -> None:
+    of = {
+        "attend": [{"keys": 0}],
+        "moments": [{"groups": 3}, {"groups": 0}, {"positions": 0}],
+        "lay": [{"first": 1, "last": 0}, {"last": 2}, {"plane": 9 * 32 - 1}],
+        "conv": [{"side": 9}, {"spread": 3}, {"down": 1}, {"border": 1}, {"plane": 31}],
+        "spread": [{"side": 3}, {"scale": 0}, {"first": 2}, {"plane": 15}, {"height": 0}],
+        "gather": [{"side": 3}, {"first": 2}, {"width": 0}],
+        "split_linear": [{"inner": 0}],
+    }
+    for name, changes in of.items():
+        for change in changes if name in kernels._ARGUMENTS[library.variant] else ():
+            with pytest.raises(ValueError, match="not "):
+                library.call(name, **GOOD[name] | change)
+
+
+def test_names_of_arguments_are_those_of_the_struct(library: Library) -> None:
+    name = next(iter(kernels._ARGUMENTS[library.variant]))
+    with pytest.raises(TypeError, match=f"{name} takes"):
+        library.call(name, **GOOD[name] | {"more": 1})
+    with pytest.raises(TypeError, match=f"{name} takes"):
+        library.call(name)
+
+
+# --- shapes that hurt ----------------------------------------------------------------------------
+
+
+SHAPES = [
+    (0, 5, 8),
+    (1, 1, 1),
+    (1, 2, 3),
+    (31, 257, 127),
+    (257, 1031, 7),
+    (2053, 13, 17),
+    (33, 31, 512),
+    (37, 4099, 40),
+]
+
+
+def kernels_of_attention(library: Library) -> list[tuple[str, torch.dtype, float]]:
+    """Names, what they are for, and how far they may be from float64."""
+    all_ = [
+        ("attend", torch.bfloat16, 6e-3),
+        ("attend_floats", torch.float32, 3e-6),
+        ("split_attend", torch.float32, 3e-5),
+    ]
+    return [one for one in all_ if one[0] in kernels._ARGUMENTS[library.variant]]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return plain attention in float64, as vectors.attend lays it out."""
+    q, k, v = (t.double() for t in (q, k, v))
+    weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+    return (weights @ v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize(("queries", "keys", "size"), SHAPES)
+def test_attention(library: Library, queries: int, keys: int, size: int) -> None:
+    q, k, v = (torch.randn(1, 3, n, size) for n in (queries, keys, keys))
+    for name, dtype, most in kernels_of_attention(library):
+        given = [t.to(dtype) for t in (q, k, v)]
+        found = vectors.attend_by(library, name, dtype, *given)
+        assert distance(found, attention(*given)) < most
+
+
+def test_attention_of_views(library: Library) -> None:
+    """Heads of one product, one key's values for all, every second query, a turned matrix."""
+    both = torch.randn(2, 70, 3 * 2 * 24)
+    q, k, v = (t.unflatten(-1, (2, 24)).transpose(1, 2) for t in both.chunk(3, dim=-1))
+    one = torch.randn(1, 1, 70, 24).expand(2, 2, 70, 24)
+    turned = torch.randn(2, 2, 24, 70).mT
+    for name, dtype, most in kernels_of_attention(library):
+        for views in ((q, k, v), (q[:, :, ::2], k, one), (one, turned, v), (turned, q, turned)):
+            given = [t.to(dtype) if t.dtype != dtype else t for t in views]
+            found = vectors.attend_by(library, name, dtype, *given)
+            assert distance(found, attention(*given)) < most
+        with pytest.raises(ValueError, match="keys > 0"):
+            vectors.attend_by(
+                library, name, dtype, *(t.to(dtype)[:, :, :n] for t, n in ((q, 3), (k, 0), (v, 0)))
+            )
+
+
+def test_threads_change_no_byte(library: Library) -> None:
+    """One head and several, fewer and more than there are threads."""
+    for heads in (1, 3, 16):
+        q, k, v = (torch.randn(1, heads, n, 40) for n in (130, 600, 600))
+        for name, dtype, _ in kernels_of_attention(library):
+            given = [t.to(dtype) for t in (q, k, v)]
+            found = []
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                found.append(vectors.attend_by(library, name, dtype, *given))
+            assert all(one.equal(found[0]) for one in found)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 7, 13), (3, 97, 2), (2, 1, 31), (0, 4, 4)])
+def test_maps(library: Library, shape: tuple[int, int, int]) -> None:
+    """Norms, convolutions and enlargements."""
+    batch, height, width = shape
+    torch.set_num_threads(3)
+    if "moments" in kernels._ARGUMENTS[library.variant]:
+        norm = nn.GroupNorm(3, 48, eps=1e-3)
+        x = torch.randn(batch, 48, height, width).bfloat16()
+        found = vectors.group_norm(norm, x, norm.weight, norm.bias)
+        if batch and height * width > 1:
+            assert distance(found, norm(x.float())) < 5e-3
+    if "conv" in kernels._ARGUMENTS[library.variant]:
+        conv = nn.Conv2d(96, 32, 3, padding=1).bfloat16()
+        x = torch.randn(batch, 96, height, width).bfloat16()
+        true = F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)
+        assert distance(tiles.Convolution(conv.weight, conv)(x), true) < 4e-3
+    if "spread" in kernels._ARGUMENTS[library.variant]:
+        conv = nn.Conv2d(16, 32, 3, padding=1)
+        x = torch.randn(batch, 16, height, width)
+        true = F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)
+        assert distance(winograd.Convolution(conv.weight, conv)(x), true) < 5e-6
+
+
+@pytest.mark.parametrize("rows", [0, 1, 257])
+def test_rows(library: Library, rows: int) -> None:
+    """Norms, gates and linear layers."""
+    torch.set_num_threads(3)
+    if "layer_norm" in kernels._ARGUMENTS[library.variant]:
+        norm = nn.LayerNorm(80)
+        x = torch.randn(rows, 80).bfloat16()
+        total, found = vectors.layer_norm(norm, x, norm.weight, norm.bias, x)
+        assert distance(total, 2 * x) == 0
+        assert distance(found, norm(2 * x.float())) < 5e-3
+        found = vectors.gate(x, 30 * x)
+        assert distance(found, x.float() * F.gelu(30 * x.float())) < 5e-3
+    if "split_linear" in kernels._ARGUMENTS[library.variant]:
+        weight, x = torch.randn(96, 1312), torch.randn(1, rows, 1312)
+        assert distance(split.Matrix(weight, None)(x), x.double() @ weight.double().T) < 2**-17
+        wide = torch.cat([x[..., :80], torch.full((1, rows, 16), 1e30)], -1)
+        true = 3 * F.gelu(wide.double())
+        assert distance(split.gate(torch.full_like(wide, 3), wide), true) < 1e-5
