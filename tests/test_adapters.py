@@ -358,6 +358,7 @@ class TestFiles:
             ("{", "is not a JSON object"),
             ('{"unet.lora_alpha": "much"}', "a number is needed"),
             ('{"unet.lora_alpha": 1e999}', "a number is needed"),
+            ('{"unet.lora_alpha": 1e39}', "has the alpha 1e+39; at most 1e+09 is taken"),
             ('{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(a+)+$": 1}}', "not a layer's name"),
         ],
     )

@@ -6,7 +6,7 @@ import os
 import tarfile
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def job(file: str, out: str, **more: Any) -> Job:
     return Job(file, out, Rules(), How(), **more)
 
 
-def draw(work: Any, how: How, tell: object) -> Iterator[Outcome]:
+def draw(work: Any, how: How, tell: object) -> Generator[Outcome]:
     """Draw what no model could: pictures that are texts."""
     for model, _ in work.models():
         for row in work.rows(model):
@@ -202,7 +202,7 @@ def test_new_rows_are_added_and_changed_ones_refused(file: str, out: str):
 def test_a_second_run_into_the_same_folder_waits_its_turn(file: str, tmp_path: Path):
     asked = job(file, str(tmp_path / "out"))
 
-    def twice(work: Any, how: How, tell: object) -> Iterator[Outcome]:
+    def twice(work: Any, how: How, tell: object) -> Generator[Outcome]:
         with pytest.raises(SafelightError, match="another run writes into"):
             run(asked, draw)
         yield from draw(work, how, tell)

@@ -33,6 +33,12 @@ from safelight.server.store import Store, new_id
 pytestmark = pytest.mark.xdist_group("hung")
 QUICK = {"prompt": "a cat", "steps": 2, "sampler": "euler"}
 LONG = {"prompt": "a cat", "steps": 80, "sampler": "euler", "guidance_scale": 1.0}
+GROUPS = next(
+    (path for path in map(Path, ("/sys/fs/cgroup/memory", "/sys/fs/cgroup")) if path.is_dir()),
+    Path("/nowhere"),
+)
+"""The memory groups of Linux: of the first version, or of the second."""
+LIMITS = ("memory.limit_in_bytes", "memory.max")
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +62,54 @@ def test_a_stopped_worker_is_replaced(server: Serving) -> None:
     assert time.monotonic() - began < 20  # SILENCE, and another process on a busy machine
     assert server.finished(job)["status"] == "succeeded"
     assert server.job(job)["attempts"] == 1
+
+
+def test_linux_ends_the_worker_first_where_memory_runs_out(server: Serving) -> None:
+    worker, own = (
+        int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+        for pid in (server.worker(), server.process.pid)
+    )
+    assert worker >= max(own, 500)
+
+
+@pytest.mark.soak
+def test_a_worker_that_linux_ends_for_want_of_memory_is_replaced(
+    server: Serving, small: Callable[[int, int], None]
+) -> None:
+    """In a group of processes that may have little more memory than the worker has."""
+    for _ in range(3):
+        server.ready()
+        ended = server.worker()
+        small(ended, 60 << 20)
+        job = server.submit(prompt="a cat", steps=2, width=512, height=512, sampler="euler")
+        wait_for(lambda ended=ended: server.worker() != ended, 60)
+        began = time.monotonic()
+        wait_for(lambda ended=ended: server.worker() not in (0, ended), 60)
+        wait_for(lambda: "safelight_ready 1.0" in server.client.get("/metrics").text)
+        took = time.monotonic() - began
+        figure(f"24: a worker ended by Linux for want of memory: another draws after {took:.1f} s")
+        assert took < 15
+        found = server.finished(job, 120)
+        assert (found["status"], found["attempts"]) == ("succeeded", 2)  # it was the job's fault
+        assert "SIGKILL" in server.log()
+
+
+@pytest.fixture
+def small() -> Iterator[Callable[[int, int], None]]:
+    """Put a process into a group that may have so many bytes more than it has."""
+    if not os.access(GROUPS, os.W_OK):
+        pytest.skip("no group of processes with less memory can be made here")
+    group = GROUPS / f"safelight-{os.getpid()}"
+    group.mkdir()
+    limit = next(group / n for n in LIMITS if (group / n).exists())
+
+    def limited(pid: int, more: int) -> None:
+        # What it has stays counted where it was: the group counts what comes from now on.
+        limit.write_text(str(more))
+        (group / "cgroup.procs").write_text(str(pid))
+
+    yield limited
+    group.rmdir()
 
 
 def test_kills_from_outside_are_no_fault_of_the_job(server: Serving) -> None:

@@ -293,3 +293,14 @@ async def _loaded(server: Inside) -> None:
 def test_a_limit_that_was_lowered_leaves_nothing_rather_than_less() -> None:
     found = dict(allowances.headers([Allowance("pictures", 5, 3600, since=100, used=9)], 200))
     assert found["x-ratelimit-remaining-requests"] == "0"
+
+
+def test_figures_are_told_by_key(server: Inside) -> None:
+    secret = server.hub.store.add_key("dora")
+    forget(server)
+    ask(server, secret, body={"prompt": "a cat", "steps": 5, "count": 2, "width": 64, "height": 64})
+    told = ask(server, "the admin's", "/metrics").body.decode()
+    assert 'safelight_key_pictures{key="dora"} 2.0' in told
+    assert f'safelight_key_pixel_steps{{key="dora"}} {2 * 5 * 64 * 64:.1f}' in told
+    server.hub.store.remove_key("dora")
+    assert "dora" not in ask(server, "the admin's", "/metrics").body.decode()

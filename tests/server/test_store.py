@@ -108,6 +108,43 @@ def test_a_poison_job_fails_after_three_attempts_and_the_rest_go_on(store: Store
     assert claim(store, alone=True).id == innocent.id
 
 
+def test_ends_of_the_whole_server_are_no_fault_of_a_job(store: Store) -> None:
+    """Three in company, ten alone, and no picture in between: only then it may be the job."""
+    job = submit(store, count=2)
+    for number in range(12):
+        mine = claim(store, f"w{number}", alone=True)
+        assert (mine.id, mine.suspect) == (job.id, number >= 3)
+        store.release(ended=True)
+    found = store.get(job.id)
+    assert found is not None
+    assert (found.status, found.attempts) == (Status.QUEUED, 0)
+
+    mine = claim(store, "gets on", alone=True)
+    store.add_picture(job.id, mine.token, picture(0))
+    store.release(ended=True)
+    for number in range(12):
+        mine = claim(store, f"again {number}", alone=True)
+        assert mine.suspect == (number >= 2)
+        store.release(ended=True)
+    found = store.get(job.id)
+    assert found is not None
+    assert found.error == "the server ended 13 times while it drew this, 10 times alone"
+
+
+def test_a_worker_killed_from_outside_now_and_then_is_no_fault_of_a_job(store: Store) -> None:
+    job = submit(store, count=2)
+    for index in range(2):
+        for number in range(4):
+            claim(store, f"w{index}{number}", alone=True)
+            store.release(f"w{index}{number}", killed=True)
+        mine = claim(store, f"w{index}", alone=True)
+        store.add_picture(job.id, mine.token, picture(index))
+        store.release(f"w{index}", killed=True)
+    found = store.get(job.id)
+    assert found is not None
+    assert found.status == Status.QUEUED
+
+
 def test_what_was_begun_before_runs_alone_and_is_not_passed_by(store: Store) -> None:
     begun = submit(store, cost=1)
     claim(store, "dead")

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from safelight.model import Model
 
 
+LARGEST_ALPHA = 1e9
+"""Far beyond what trainings write, and far below what overflows."""
+
+
 @dataclass(frozen=True, eq=False)
 class Chosen:
     """A LoRA that was found and fits: its file, what it changes, and by how much."""
@@ -113,9 +117,14 @@ def _changed(
 
 
 def _scale(change: Change, found: dict[str, Tensor]) -> float:
-    """Return alpha / rank, and take `alpha` out of the tensors that were found."""
+    """Return alpha / rank, and take `alpha` out of the tensors that were found.
+
+    Raises UnfitError for an alpha that no training writes.
+    """
     given = found.pop("alpha", None)
     alpha = change.alpha if given is None else float(given)
+    if alpha is not None and not abs(alpha) <= LARGEST_ALPHA:
+        raise UnfitError("alpha", f"has the alpha {alpha:.3g}; at most {LARGEST_ALPHA:g} is taken")
     if change.algorithm is OFT:
         return alpha or 0.0
     rank = change.algorithm.rank({slot: tuple(t.shape) for slot, t in found.items()})

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -49,7 +49,7 @@ class Cluster:
     gpus: float | None = None
     rows: int = 8
 
-    def draw(self, work: WorkList, how: How, tell: Callable[[str], object]) -> Iterator[Outcome]:
+    def draw(self, work: WorkList, how: How, tell: Callable[[str], object]) -> Generator[Outcome]:
         """Yield what becomes of each row of a list, in the order in which they are finished."""
         ray = _start(self.address)
         try:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ from safelight.errors import SafelightError
 MAX_TOLD = 10
 """Problems that an error tells of."""
 
-Draw = Callable[[WorkList, "How", Callable[[str], object]], Iterator[Outcome]]
+Draw = Callable[[WorkList, "How", Callable[[str], object]], Generator[Outcome]]
 """Draws all rows of a list that are not done: on this machine, or by Ray."""
 
 
@@ -116,10 +117,11 @@ def run(
             begin(report)
             try:
                 output.begin(problems)
-                for outcome in draw(work, job.how, tell):
-                    output.keep(outcome)
-                    report.drawn += outcome.error is None
-                    on_row(outcome)
+                with contextlib.closing(draw(work, job.how, tell)) as outcomes:
+                    for outcome in outcomes:
+                        output.keep(outcome)
+                        report.drawn += outcome.error is None
+                        on_row(outcome)
                 report.index = output.finish(index=job.index)
             finally:
                 output.close()
@@ -135,7 +137,7 @@ def leave_out_done(job: Job, work: WorkList) -> None:
             output.resume(work)
 
 
-def draw_here(work: WorkList, how: How, tell: Callable[[str], object]) -> Iterator[Outcome]:
+def draw_here(work: WorkList, how: How, tell: Callable[[str], object]) -> Generator[Outcome]:
     """Draw all rows of a list in this process, one model after the other."""
     from safelight.batch.drawing import Drawer, failed
 

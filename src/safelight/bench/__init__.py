@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from safelight import threads
-from safelight.bench import networks, processes, shortcuts
+from safelight.bench import networks, one_step, processes, shortcuts
 from safelight.bench.networks import Run
 from safelight.errors import SafelightError
 from safelight.fast import native_bfloat16
@@ -35,7 +35,7 @@ def contenders() -> list[str]:
     return [name for name in found if importlib.util.find_spec(name.split()[0])]
 
 
-PARTS = ("step", "decode", "picture", "start", "busy", "threads", "fast")
+PARTS = ("step", "decode", "picture", "one-step", "start", "busy", "threads", "fast")
 
 COUNTS = (1, 2, 4, 8, 16)
 """Threads that a step is made with, in the part "threads"."""
@@ -53,11 +53,10 @@ def run(
 
     Returns, for each of `parts`: "seconds" (the median of each contender), "times" (all of them),
     and "ratio" (how many times as long each took as each Safelight, the median over the rounds);
-    for step, decode and picture also "matmul_gflops" and "error" (relative to diffusers, or
-    Safelight, in float32). A picture takes 20 steps of dpmpp_2m and a decode, its text encoded
-    before; OpenVINO, which brings no sampler, draws none. The part "busy" is Safelight alone: see
-    `processes.busy_summary`; so is "fast", whose ratios are to the full picture, with "distance" of
-    pictures of `model`: see `shortcuts.distances`. The part "threads" is in "by
+    for step, decode, picture and one-step also "matmul_gflops" and "error" (relative to diffusers,
+    or Safelight, in float32). A picture takes 20 steps of dpmpp_2m and a decode, its text encoded
+    before; OpenVINO, which brings no sampler, has diffusers'. The parts "busy" and "fast" are
+    Safelight alone: see `processes.busy_summary` and `shortcuts`. The part "threads" is in "by
     threads": a step of Safelight, in bfloat16 if that is named, with each of COUNTS, and ratios to
     as many as there are cores.
 
@@ -88,6 +87,9 @@ def run(
         if "picture" in parts:
             log("a picture of 512x512 in 20 steps")
             found["picture"] = _compare(networks.pictures(names, log), repeat, log)
+        if "one-step" in parts:
+            log("a picture of 512x512 in one step, by SDXS's shapes and a tiny autoencoder")
+            found["one-step"] = _compare(one_step.pictures(names, log), repeat, log)
         if "threads" in parts:
             log("a guided step by threads")
             found["by threads"] = _by_threads(names, repeat, log)

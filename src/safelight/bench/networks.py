@@ -31,12 +31,12 @@ State = dict[str, Tensor]
 Run = Callable[[], Any]
 
 
-def _meta(network: Any, config: Any) -> Any:
+def meta(network: Any, config: Any) -> Any:
     with torch.device("meta"):
         return network(config)
 
 
-def _weights(net: nn.Module) -> State:
+def weights(net: nn.Module) -> State:
     """Random weights that keep the size of what passes through."""
     generator = torch.Generator().manual_seed(0)
     state = {}
@@ -55,29 +55,29 @@ def _filled(net: nn.Module, state: State, dtype: torch.dtype) -> Any:
     return net.eval().requires_grad_(False)
 
 
-def _dtype(name: str) -> torch.dtype:
+def dtype_of(name: str) -> torch.dtype:
     return torch.bfloat16 if name.endswith("bfloat16") else torch.float32
 
 
-def _ours(net: nn.Module, state: State, dtype: torch.dtype) -> Any:
+def ours(net: nn.Module, state: State, dtype: torch.dtype) -> Any:
     _filled(net, state, dtype)
     accelerate(net, dtype)
     return net
 
 
-def _theirs(kind: str, config: dict[str, Any], state: State, dtype: torch.dtype) -> Any:
+def theirs(kind: str, config: dict[str, Any], state: State, dtype: torch.dtype) -> Any:
     """diffusers' network of the same config; in bfloat16 channels-last, which is its best."""
     import diffusers
 
     network = getattr(diffusers, kind)  # imported by this: not where "meta" is the default
-    net = _filled(_meta(network.from_config, config), state, dtype)
+    net = _filled(meta(network.from_config, config), state, dtype)
     return net.to(memory_format=torch.channels_last) if dtype == torch.bfloat16 else net
 
 
-def _compiled(net: nn.Module, inputs: tuple[Tensor, ...], name: str) -> Any:
-    """`net`, in float32, as OpenVINO runs it."""
+def by_openvino(net: nn.Module, inputs: tuple[Tensor, ...], name: str) -> Callable[..., Tensor]:
+    """Return what runs `net`, which is in float32, by OpenVINO."""
     openvino: Any = importlib.import_module("openvino")
-    precision = "bf16" if _dtype(name) == torch.bfloat16 else "f32"
+    precision = "bf16" if dtype_of(name) == torch.bfloat16 else "f32"
     settings = {
         "INFERENCE_PRECISION_HINT": precision,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -86,10 +86,11 @@ def _compiled(net: nn.Module, inputs: tuple[Tensor, ...], name: str) -> Any:
     with warnings.catch_warnings():  # of tracing: the shapes are fixed here
         warnings.simplefilter("ignore")
         converted = openvino.convert_model(net, example_input=inputs)
-    return openvino.Core().compile_model(converted, "CPU", settings)
+    compiled = openvino.Core().compile_model(converted, "CPU", settings)
+    return lambda *given: torch.from_numpy(compiled([one.numpy() for one in given])[0])
 
 
-class _Step(nn.Module):
+class Step(nn.Module):
     def __init__(self, unet: Any) -> None:
         super().__init__()
         self.unet = unet
@@ -98,7 +99,7 @@ class _Step(nn.Module):
         return self.unet(x, t, context).sample
 
 
-class _Decode(nn.Module):
+class Decode(nn.Module):
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
@@ -123,21 +124,21 @@ def steps(names: list[str], log: Callable[[str], None]) -> dict[str, Run]:
     context = torch.randn(2, 77, config["cross_attention_dim"], generator=generator)
 
     def build(name: str) -> Run:
-        dtype = _dtype(name)
+        dtype = dtype_of(name)
         if name.startswith("safelight"):
-            net = _ours(_meta(UNet2DConditionModel, UNetConfig.from_dict(config)), state, dtype)
+            net = ours(meta(UNet2DConditionModel, UNetConfig.from_dict(config)), state, dtype)
             mine, text, t = x.to(dtype), context.to(dtype), torch.tensor([500.0])
             return lambda: net(mine, t, text)
         both, t = x.repeat(2, 1, 1, 1), torch.tensor([500.0, 500.0])
         if name.startswith("diffusers"):
-            net = _theirs("UNet2DConditionModel", config, state, dtype)
+            net = theirs("UNet2DConditionModel", config, state, dtype)
             both, text = both.to(dtype), context.to(dtype)
             return lambda: net(both, t, text).sample
-        net = _Step(_theirs("UNet2DConditionModel", config, state, torch.float32))
-        compiled = _compiled(net, (both, t, context), name)
-        return lambda: compiled((both.numpy(), t.numpy(), context.numpy()))[0]
+        net = Step(theirs("UNet2DConditionModel", config, state, torch.float32))
+        run = by_openvino(net, (both, t, context), name)
+        return lambda: run(both, t, context)
 
-    return _build(names, build, log)
+    return build_all(names, build, log)
 
 
 def decodes(names: list[str], log: Callable[[str], None]) -> dict[str, Run]:
@@ -146,18 +147,18 @@ def decodes(names: list[str], log: Callable[[str], None]) -> dict[str, Run]:
     z = torch.randn(1, 4, SIDE, SIDE, generator=_seeded())
 
     def build(name: str) -> Run:
-        dtype = _dtype(name)
+        dtype = dtype_of(name)
         if name.startswith("safelight"):
-            net = _ours(_meta(AutoencoderKL, VAEConfig.from_dict(config)), state, dtype)
+            net = ours(meta(AutoencoderKL, VAEConfig.from_dict(config)), state, dtype)
             return lambda: net.decode(z.to(dtype))
         if name.startswith("diffusers"):
-            net = _theirs("AutoencoderKL", config, state, dtype)
+            net = theirs("AutoencoderKL", config, state, dtype)
             return lambda: net.decode(z.to(dtype)).sample
-        net = _Decode(_theirs("AutoencoderKL", config, state, torch.float32))
-        compiled = _compiled(net, (z,), name)
-        return lambda: compiled((z.numpy(),))[0]
+        net = Decode(theirs("AutoencoderKL", config, state, torch.float32))
+        run = by_openvino(net, (z,), name)
+        return lambda: run(z)
 
-    return _build(names, build, log)
+    return build_all(names, build, log)
 
 
 def pictures(names: list[str], log: Callable[[str], None]) -> dict[str, Run]:
@@ -167,48 +168,58 @@ def pictures(names: list[str], log: Callable[[str], None]) -> dict[str, Run]:
     context = torch.randn(2, 77, unet["cross_attention_dim"], generator=_seeded())
 
     def build(name: str) -> Run:
-        dtype = _dtype(name)
+        dtype = dtype_of(name)
         if name.startswith("safelight"):
             model = _model(unet_state, vae_state, dtype)
             return lambda: _our_picture(model, context.to(dtype), {})
-        nets = (
-            _theirs("UNet2DConditionModel", unet, unet_state, dtype),
-            _theirs("AutoencoderKL", vae, vae_state, dtype),
+        own = torch.float32 if name.startswith("openvino") else dtype  # which converts by itself
+        net = Step(theirs("UNet2DConditionModel", unet, unet_state, own))
+        decoder = Decode(theirs("AutoencoderKL", vae, vae_state, own))
+        text = context.to(own)
+        runs: list[Callable[..., Tensor]] = [net, decoder]
+        if name.startswith("openvino"):
+            z, t = torch.zeros(1, 4, SIDE, SIDE), torch.zeros(2)
+            runs = [
+                by_openvino(net, (torch.cat([z, z]), t, text), name),
+                by_openvino(decoder, (z,), name),
+            ]
+        scheduler, scale = (
+            dict(VARIANTS[0].scheduler_config),
+            VAEConfig.from_dict(vae).scaling_factor,
         )
-        scheduler = dict(VARIANTS[0].scheduler_config)
-        return lambda: _their_picture(*nets, scheduler, context.to(dtype))
+        return lambda: _their_picture(runs[0], runs[1], scheduler, text, scale)
 
-    return _build([name for name in names if not name.startswith("openvino")], build, log)
+    return build_all(names, build, log)
 
 
 def fast_pictures(dtype: str, log: Callable[[str], None]) -> Callable[[dict[str, Any]], Tensor]:
     """Return what draws one of our whole pictures, as above, with settings of the fast mode."""
     log(f"  preparing safelight {dtype}")
     unet, vae = _config("unet"), _config("vae")
-    model = _model(_unet_weights(unet), _vae_weights(vae), _dtype(dtype))
+    model = _model(_unet_weights(unet), _vae_weights(vae), dtype_of(dtype))
     context = torch.randn(2, 77, unet["cross_attention_dim"], generator=_seeded())
     return lambda asked: _our_picture(model, context.to(model.dtype), asked)
 
 
 def _unet_weights(config: dict[str, Any]) -> State:
-    return _weights(_meta(UNet2DConditionModel, UNetConfig.from_dict(config)))
+    return weights(meta(UNet2DConditionModel, UNetConfig.from_dict(config)))
 
 
 def _vae_weights(config: dict[str, Any]) -> State:
-    return _weights(_meta(AutoencoderKL, VAEConfig.from_dict(config)))
+    return weights(meta(AutoencoderKL, VAEConfig.from_dict(config)))
 
 
 def _model(unet: State, vae: State, dtype: torch.dtype) -> Model:
     """Return Stable Diffusion 1.5 of random weights, without a text encoder."""
     family = VARIANTS[0]
-    net = _meta(UNet2DConditionModel, UNetConfig.from_dict(_config("unet")))
-    decoder = _meta(AutoencoderKL, VAEConfig.from_dict(_config("vae")))
+    net = meta(UNet2DConditionModel, UNetConfig.from_dict(_config("unet")))
+    decoder = meta(AutoencoderKL, VAEConfig.from_dict(_config("vae")))
     return Model(
         name="random",
         path="",
         sha256="",
         family=family,
-        parts={"unet": _ours(net, unet, dtype), "vae": _ours(decoder, vae, dtype)},
+        parts={"unet": ours(net, unet, dtype), "vae": ours(decoder, vae, dtype)},
         scheduler=SchedulerConfig.from_dict(family.scheduler_config),
         words=None,
         native_size=(512, 512),
@@ -232,20 +243,29 @@ def _our_picture(model: Model, context: Tensor, asked: dict[str, Any]) -> Tensor
     return to_tensor(ticket.image)
 
 
-def _their_picture(unet: Any, vae: Any, config: dict[str, Any], context: Tensor) -> Tensor:
-    """As diffusers' pipeline goes about it, with the text encoded before."""
+def _their_picture(
+    step: Callable[..., Tensor],
+    decode: Callable[..., Tensor],
+    config: dict[str, Any],
+    context: Tensor,
+    scale: float,
+) -> Tensor:
+    """As diffusers' pipeline goes about it, with the text encoded before.
+
+    step, decode: the two networks. scale: of the autoencoder.
+    """
     diffusers: Any = importlib.import_module("diffusers")
     scheduler = diffusers.DPMSolverMultistepScheduler.from_config(config)
     scheduler.set_timesteps(20)
     x = torch.randn(1, 4, SIDE, SIDE, generator=_seeded()).to(context.dtype)
     for t in scheduler.timesteps:
-        plain, told = unet(torch.cat([x, x]), t, context).sample.chunk(2)
+        plain, told = step(torch.cat([x, x]), t.expand(2).float(), context).chunk(2)
         x = scheduler.step(plain + 7.5 * (told - plain), t, x).prev_sample
-    pixels = vae.decode(x / vae.config.scaling_factor).sample.float()
+    pixels = decode(x / scale).float()
     return to_tensor(from_tensor(pixels))
 
 
-def _build(
+def build_all(
     names: list[str], build: Callable[[str], Run], log: Callable[[str], None]
 ) -> dict[str, Run]:
     runs = {}

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -204,7 +204,7 @@ def _run(job: "Job", cluster: "Cluster | None") -> None:
         raise Exit(FAILED)
 
 
-def _draw_here(work: "WorkList", how: "How", tell: Callable[[str], object]) -> "Iterator[Outcome]":
+def _draw_here(work: "WorkList", how: "How", tell: Callable[[str], object]) -> "Generator[Outcome]":
     import_torch()
     from safelight.batch.run import draw_here
 

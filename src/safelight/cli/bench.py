@@ -15,7 +15,10 @@ def bench(
     ] = None,
     part: Annotated[
         list[str] | None,
-        Option(help="step, decode, picture, start, busy, threads or fast; may be repeated. [all]"),
+        Option(
+            help="step, decode, picture, one-step, start, busy, threads or fast; may be repeated. "
+            "[all]"
+        ),
     ] = None,
     repeat: Annotated[int, Option(min=1, max=100, help="Rounds.")] = 5,
     model: Annotated[

@@ -3,7 +3,8 @@
 
 #include "call.h"
 
-#if defined(__AMX_BF16__)
+#if defined(__AMX_BF16__) || defined(__AMXBF16__)  // as GCC says, and as Clang does
+#define AMX
 #include "amx.h"
 #elif defined(__AVX512BF16__)
 #include "avx512.h"
@@ -80,7 +81,7 @@ inline int64_t place(int64_t i, int64_t t) {
 
 }  // namespace
 
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#if defined(__AVX512BF16__) && !defined(AMX)
 #include "rows.h"
 #else
 #include "tiles.h"

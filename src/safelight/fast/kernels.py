@@ -33,7 +33,7 @@ SETTINGS = ("auto", "avx512", "avx2", "portable", "off")
 LIBRARIES = ("amx", "avx512", "avx2", "portable")
 SUFFIX = ".dll" if sys.platform == "win32" else ".so"
 
-INTERFACE = 2
+INTERFACE = 3
 """What a library's safelight_interface() returns: call.h has the same number."""
 
 _STEPS = " ".join(
@@ -55,7 +55,7 @@ _VECTORS = {
     "gate": _GATE,
     "layer_norm": _struct("x plus total factor shift out", "rows channels", "eps"),
     "moments": _struct("x scale shift factors", "images positions channels groups", "eps"),
-    "normalise": _struct("x factors out", "images positions channels"),
+    "normalise": _struct("x factors out", "images positions channels active"),
 }
 _TILES = {
     "conv": _struct(

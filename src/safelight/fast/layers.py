@@ -187,10 +187,15 @@ class FastGroupNorm(layers.GroupNorm):
         return super().forward(x)
 
     def silu(self, x: Tensor, conv: nn.Conv2d) -> Any:
-        if isinstance(conv, FastConv2d) and conv.reads_maps() and vectors.fits_norm(self, x):
-            return tiles.Map(x, vectors.moments(self, x, *_affine(self)))
-        if isinstance(conv, FastConv2d) and x.numel() >= HUGE and kernels.plain_3x3(conv, 1):
-            return strips.Normed(x, strips.moments(self, x))
+        ours = vectors.fits_norm(self, x)
+        if isinstance(conv, FastConv2d):
+            if ours and conv.reads_maps():
+                return tiles.Map(x, vectors.moments(self, x, *_affine(self)))
+            if x.numel() >= HUGE and kernels.plain_3x3(conv, 1):
+                found = vectors.moments(self, x, *_affine(self)) if ours else None
+                return strips.Normed(x, strips.moments(self, x) if found is None else found)
+        if ours:
+            return vectors.group_norm(self, x, *_affine(self), silu=True)
         return F.silu(self(x), inplace=True)
 
 

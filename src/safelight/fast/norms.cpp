@@ -74,12 +74,12 @@ KERNEL safelight_moments(const Moments* p) {
     return nullptr;
 }
 
-// x · factor + addend of a map [images, positions, channels].
+// x · factor + addend of a map [images, positions, channels], through SiLU if `active` is not 0.
 struct Normalise {
     const bf16* x;
     const float* factors;
     bf16* out;
-    int64_t images, positions, channels;
+    int64_t images, positions, channels, active;
 };
 KERNEL safelight_normalise(const Normalise* p) {
     const int64_t rows = p->images * p->positions, positions = p->positions, channels = p->channels;
@@ -92,9 +92,10 @@ KERNEL safelight_normalise(const Normalise* p) {
 #pragma omp parallel for schedule(static)
     for (int64_t r = 0; r < rows; r++) {
         const float *factor = factors + r / positions * 2 * channels, *addend = factor + channels;
-        for (int64_t c = 0; c < channels; c += 16)
-            store(out + r * channels + c,
-                  fma(load(x + r * channels + c), floats(factor + c), floats(addend + c)));
+        for (int64_t c = 0; c < channels; c += 16) {
+            vec v = fma(load(x + r * channels + c), floats(factor + c), floats(addend + c));
+            store(out + r * channels + c, p->active ? silu(v) : v);
+        }
     }
     return nullptr;
 }

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from safelight.fast import vectors
+
 STRIP = 1 << 22
 """Numbers of a strip."""
 
@@ -27,8 +29,10 @@ class Normed:
 
     def rows(self, picture: int, first: int, last: int) -> Tensor:
         """Return these rows of one picture, [1, channels, last - first, w]."""
-        factor, addend = self.factors[picture][:, None, :, None, None]
         part = self.x[picture : picture + 1, :, first:last]
+        if vectors.available(part.dtype) and part.shape[1] % 16 == 0:
+            return vectors.normalise(part, self.factors[picture : picture + 1], silu=True)
+        factor, addend = self.factors[picture][:, None, :, None, None]
         found = torch.addcmul(addend, part.float(), factor)
         return F.silu(found, inplace=True).to(self.x.dtype)
 
@@ -48,8 +52,8 @@ def moments(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     sums = torch.zeros(2, batch, channels, dtype=torch.float64)
     for picture, first, last in strips(x):
         part = x[picture, :, first:last].float()
-        sums[0, picture] += part.sum((1, 2), dtype=torch.float64)
-        sums[1, picture] += part.square().sum((1, 2), dtype=torch.float64)
+        sums[0, picture] += _sums(part)
+        sums[1, picture] += _sums(part.square())
     groups = sums.view(2, batch, norm.num_groups, -1).mean(-1) / (x.shape[2] * x.shape[3])
     mean, variance = groups[0], (groups[1] - groups[0].square()).clamp_min(0)
     spread = (variance + norm.eps).rsqrt()
@@ -57,6 +61,15 @@ def moments(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     mean, spread = mean.repeat_interleave(each, 1), spread.repeat_interleave(each, 1)
     factor = spread * norm.weight.double()
     return torch.stack([factor, norm.bias.double() - mean * factor], 1).float()
+
+
+def _sums(part: Tensor) -> Tensor:
+    """Return the sum of each channel of [channels, h, w], float64: of 64 numbers in float32 first,
+    which is five times as fast."""
+    flat = part.permute(1, 2, 0).reshape(-1, len(part))
+    whole = len(flat) // 64 * 64
+    blocks = flat[:whole].view(-1, 64, len(part)).sum(1)
+    return blocks.double().sum(0) + flat[whole:].double().sum(0)
 
 
 def convolve(

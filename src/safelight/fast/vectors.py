@@ -24,11 +24,18 @@ def fits_norm(norm: nn.GroupNorm, x: Tensor) -> bool:
     return available(x.dtype) and norm.num_channels % 16 == 0
 
 
-def group_norm(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """The norm of a map; scale and shift are its weight and bias in float32."""
+def group_norm(
+    norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor, *, silu: bool = False
+) -> Tensor:
+    """The norm of a map, through SiLU if asked; scale and shift are weight and bias in float32."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    return normalise(x, moments(norm, x, scale, shift), silu=silu)
+
+
+def normalise(x: Tensor, factors: Tensor, *, silu: bool = False) -> Tensor:
+    """Return a map times factor plus addend, through SiLU if asked. factors: as of `moments`."""
     x = x.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(x)
-    factors = moments(norm, x, scale, shift)
     batch, channels, height, width = x.shape
     library().call(
         "normalise",
@@ -38,6 +45,7 @@ def group_norm(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> T
         images=batch,
         positions=height * width,
         channels=channels,
+        active=int(silu),
     )
     return out
 

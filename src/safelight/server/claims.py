@@ -35,6 +35,13 @@ while it is drawn alone, before the job is at fault. Who kills workers is mostly
 """
 
 
+ENDS = 10
+"""So often the whole server may end while a job is drawn alone, after KILLS times in company, and
+without a picture in between. Power cuts and restarts are no job's fault; but one that takes the
+machine down with it would do so after every start.
+"""
+
+
 class LostError(Exception):
     """The job is no longer this worker's."""
 
@@ -107,7 +114,7 @@ class Claims(Roster):
                 first = _first(db, now, ageing)
                 if first is None or first["cost"] >= (cheaper_than or math.inf):
                     return None
-            suspect = bool(first["attempts"] or first["kills"] >= KILLS)
+            suspect = bool(first["attempts"] or max(first["kills"], first["ends"]) >= KILLS)
             if suspect and not alone:
                 return None
             left = () if first["token"] is None else tuple(uncommitted(db, [first]))
@@ -144,32 +151,39 @@ class Claims(Roster):
             return _held(db, job_id, token)
 
     def release(
-        self, worker: str | None = None, *, told_to: bool = False, killed: bool = False
+        self,
+        worker: str | None = None,
+        *,
+        told_to: bool = False,
+        killed: bool = False,
+        ended: bool = False,
     ) -> list[str]:
         """Let the jobs of a worker that ended, or of all but the fleet's, wait again.
 
-        told_to: it was told to end, so that this was no attempt. killed: from outside, which
-        counts by itself. Returns the ids of pictures that it may have written without a row.
+        told_to: it was told to end, so that this was no attempt. killed: from outside; ended: with
+        the whole server: both count by themselves. Returns the ids of pictures that it may have
+        written without a row.
         """
         mine = jobs.c.status == Status.RUNNING
-        ended = jobs.c.token.is_not(None)
+        claimed = jobs.c.token.is_not(None)
         its = ~self._of_fleet() if worker is None else jobs.c.token.startswith(worker + ":")
-        mine, ended = mine & its, ended & its
+        mine, claimed = mine & its, claimed & its
         now = self._now()
         with self._write() as db:
-            left = uncommitted(db, db.execute(select(jobs).where(ended)).mappings())
+            left = uncommitted(db, db.execute(select(jobs).where(claimed)).mappings())
             db.execute(
                 jobs.update()
                 .where(mine)
                 .values(
                     status=Status.QUEUED,
                     lease=0.0,
-                    attempts=jobs.c.attempts - int(told_to or killed),
+                    attempts=jobs.c.attempts - int(told_to or killed or ended),
                     kills=jobs.c.kills + int(killed),
+                    ends=jobs.c.ends + int(ended),
                 )
             )
-            db.execute(jobs.update().where(ended).values(token=None))
-            for why, which in _worn_out(jobs.c.attempts, jobs.c.kills):
+            db.execute(jobs.update().where(claimed).values(token=None))
+            for why, which in _worn_out(jobs.c):
                 _fail(db, which & (jobs.c.status == Status.QUEUED), now, why)
         return left
 
@@ -201,6 +215,8 @@ class Claims(Roster):
                         recipe=json.dumps(picture.recipe),
                     )
                 )
+                # What ended workers and servers before did not keep it from getting on.
+                db.execute(jobs.update().where(jobs.c.id == job_id).values(kills=0, ends=0))
         except IntegrityError:
             raise LostError(job_id) from None
 
@@ -254,7 +270,7 @@ def _first(
         first = shares.next_job(db, now, owner, ageing)
         if first is None:
             return None
-        whys = [why for why, so in _worn_out(first["attempts"], first["kills"]) if so]
+        whys = [why for why, so in _worn_out(first) if so]
         if not loads(first["request"]):
             whys.append("its request was damaged on the disk")
         if not whys:
@@ -273,11 +289,16 @@ def uncommitted(db: Connection, rows: Iterable[RowMapping]) -> list[str]:
     return [picture_id for picture_id in ids if picture_id not in known]
 
 
-def _worn_out(attempts: Any, kills: Any) -> list[tuple[str, Any]]:
-    """Return why a job is not tried again, and whether that is so; of numbers or of columns."""
+def _worn_out(job: Any) -> list[tuple[str, Any]]:
+    """Return why a job is not tried again, and whether that is so; of a row or of the columns."""
     stopped = f"the worker stopped {ATTEMPTS} times while it drew this"
     killed = f"the worker was killed {2 * KILLS} times while it drew this, {KILLS} times alone"
-    return [(stopped, attempts >= ATTEMPTS), (killed, kills >= 2 * KILLS)]
+    ended = f"the server ended {KILLS + ENDS} times while it drew this, {ENDS} times alone"
+    return [
+        (stopped, job["attempts"] >= ATTEMPTS),
+        (killed, job["kills"] >= 2 * KILLS),
+        (ended, job["ends"] >= KILLS + ENDS),
+    ]
 
 
 def _fail(db: Connection, which: ColumnElement[bool], now: float, why: str) -> None:

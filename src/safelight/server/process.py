@@ -5,6 +5,7 @@ It loads its model while the server is still starting.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -12,9 +13,15 @@ import sys
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 from safelight.server.settings import Settings
 from safelight.threads import wait_asleep
+
+FIRST = 500
+"""Thousandths of the machine's memory that Linux adds to a worker's where it looks for a process to
+end: `oom_score_adj` of proc(5).
+"""
 
 
 @dataclass(frozen=True)
@@ -44,9 +51,19 @@ def spawn(settings: Settings) -> Child:
     return Child(process, ours, heard)
 
 
+def _be_ended_first() -> None:
+    """Let Linux end this process, rather than the server, where memory runs out: a worker is
+    replaced, and the job that took the memory is known.
+    """
+    score = Path("/proc/self/oom_score_adj")
+    with contextlib.suppress(OSError, ValueError):
+        score.write_text(str(max(int(score.read_text()), FIRST)))
+
+
 def _run(pipe: Connection, told: Connection, settings: Settings) -> None:
     """Draw until told to stop, or until the server is gone."""
     wait_asleep()  # before the worker's import of PyTorch
+    _be_ended_first()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server tells when to end
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     from safelight.server.pulse import Pulse

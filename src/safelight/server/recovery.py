@@ -14,8 +14,8 @@ from safelight.server.store import Store, new_id
 def recover(files: Files, store: Store) -> None:
     """Make folder and database ready. Raises StorageError, in one line, if they are no pair.
 
-    Jobs that an earlier server left running wait again. Its end counts as a kill from outside:
-    what ended it is not known. Workers of a fleet go on meanwhile.
+    Jobs that an earlier server left running wait again. What ended it is not known, and mostly no
+    job's fault: see `claims.ENDS`. Workers of a fleet go on meanwhile.
     """
     files.prepare()
     store.migrate()
@@ -32,7 +32,7 @@ def recover(files: Files, store: Store) -> None:
     store.set_folder(mark)
     if files.mark() != mark:
         files.set_mark(mark)
-    store.release(killed=True)
+    store.release(ended=True)
     clear(files, store)  # what was being deleted
     # A picture without its row may be half of a commit, or newer than a backup that was restored.
     files.sweep(store.known_or_coming)

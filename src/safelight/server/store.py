@@ -154,6 +154,7 @@ class Store(Expiry, People, Outbox):
                     status=Status.QUEUED,
                     attempts=0,
                     kills=0,
+                    ends=0,
                     error=None,
                     finished=None,
                     expires=None,

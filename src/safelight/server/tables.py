@@ -48,7 +48,8 @@ jobs = Table(
     Column("key", String(255), unique=True),
     Column("digest", String(64)),
     Column("owner", String(64), index=True),  # who made it; empty where nobody was asked
-    Column("kills", Integer, nullable=False, server_default="0"),
+    Column("kills", Integer, nullable=False, server_default="0"),  # of its worker, from outside
+    Column("ends", Integer, nullable=False, server_default="0"),  # of the server while it was drawn
     Column("expires", Float, index=True),  # when it is deleted; see expiry.py
     Column("model", Text),  # its name; None, of before there were several: the server's own
     Column("pixel_steps", Float, nullable=False, server_default="0"),  # see allowances.py

@@ -1,0 +1,47 @@
+#!/bin/sh
+# Run what `make soak` runs: every part, whatever becomes of those before it. The fuzzers run beside the others, at
+# a lower priority. Figures and the time that each part took go to runs/soak.txt, the fuzzers' output to runs/fuzz.txt.
+#
+#   sh tests/soak/run.sh BIN    BIN: the folder of python and pytest; FUZZ, JOBS, KILLS, ROWS and SOAK as in the Makefile
+
+BIN=$1
+FIGURES=$PWD/runs/soak.txt
+status=0
+mkdir -p runs
+
+# part NAME COMMAND…: run a part, and note how long it took and how it ended
+part() {
+    name=$1
+    shift
+    began=$(date +%s)
+    "$@"
+    code=$?
+    took=$(($(date +%s) - began))
+    echo "$(date +%F) soak: $name: $((took / 60)) min $((took % 60)) s, exit code $code" >> "$FIGURES"
+    return $code
+}
+
+fuzz() {
+    SAFELIGHT_FUZZ=$FUZZ nice -n 10 "$BIN/pytest" -n0 -s tests/test_fuzz.py tests/server/test_fuzz_json.py \
+        > runs/fuzz.txt 2>&1
+}
+
+promises() {
+    files=$(for name in $SOAK; do echo "tests/server/test_$name.py"; done)
+    # shellcheck disable=SC2086
+    SAFELIGHT_SOAK=$FIGURES "$BIN/pytest" -n0 $files tests/prompt/test_reading.py tests/test_bounds.py
+}
+
+part fuzzers fuzz &
+fuzzers=$!
+part promises promises || status=1
+part sanitizers "$BIN/python" tests/soak/sanitize.py || status=1
+! command -v qemu-aarch64 > /dev/null || part ARM "$BIN/python" tests/soak/arm.py || status=1
+part company "$BIN/python" tests/soak/company.py || status=1
+part fairness "$BIN/python" tests/soak/fairness.py --jobs "$JOBS" || status=1
+part kills "$BIN/python" tests/soak/kills.py --jobs "$JOBS" --kills "$KILLS" || status=1
+part batch "$BIN/python" tests/soak/batch.py --rows "$ROWS" || status=1
+part training "$BIN/python" tests/soak/training.py --steps 200 || status=1
+wait $fuzzers || status=1
+grep ^fuzz runs/fuzz.txt | tee -a "$FIGURES"
+exit $status
