@@ -1,0 +1,108 @@
+"""Several models in one server: by name in each API, loaded on demand within a bound of memory."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from serving import Serving
+
+from safelight.weights.find import MODELS
+
+pytestmark = pytest.mark.xdist_group("models")  # they share a server
+
+TEXT = {"prompt": "a cat", "steps": 4, "sampler": "ddim", "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """A server with room for one of its models at a time; one of them is broken."""
+    folder = tmp_path_factory.mktemp("models")
+    models = folder / "library"
+    broken = models / "broken"
+    shutil.copytree(MODELS / "embedded", broken)
+    weights = next((broken / "unet").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    allowed = "embedded,embedded-fast,broken"
+    bounds = ("--models-dir", str(models), "--allow-models", allowed, "--model-memory", "515MB")
+    with Serving(folder, "--dtype", "float32", *bounds) as running:
+        running.ready()
+        yield running
+
+
+def loaded(server: Serving) -> list[str]:
+    return [one["name"] for one in server.client.get("/api/models").json() if one["loaded"]]
+
+
+def test_each_job_is_drawn_by_its_model(server: Serving) -> None:
+    """There is room for one: it is dropped for the other, and nobody waits for ever."""
+    jobs = [(name, server.submit(**TEXT, model=name)) for name in ("embedded", "embedded-fast") * 2]
+    digests: dict[str, set[str]] = {}
+    for name, job in jobs:
+        ended = server.finished(job)
+        assert (ended["status"], ended["model"]) == ("succeeded", name)
+        recipe = ended["pictures"][0]["recipe"]["model"]
+        assert recipe["name"] == name
+        digests.setdefault(name, set()).add(recipe["sha256"])
+        assert len(loaded(server)) <= 1
+    assert [len(found) for found in digests.values()] == [1, 1]
+    assert len(set.union(*digests.values())) == 2
+    assert server.client.get("/readyz").json()["models"] == loaded(server)
+
+
+def test_one_without_a_name_is_the_server_s_own(server: Serving) -> None:
+    assert server.finished(server.submit(**TEXT))["model"] == "embedded"
+
+
+def test_defaults_are_those_of_the_job_s_model(server: Serving) -> None:
+    ended = server.finished(server.submit(prompt="a cat", seed=1, model="embedded-fast"))
+    settings = ended["pictures"][0]["recipe"]["settings"]
+    assert (settings["steps"], settings["guidance_scale"]) == (4, 1)
+
+
+def test_a_broken_model_fails_its_own_jobs(server: Serving) -> None:
+    bad, good = server.submit(**TEXT, model="broken"), server.submit(**TEXT)
+    ended = server.finished(bad)
+    assert ended["status"] == "failed"
+    assert str(MODELS) not in ended["error"]
+    assert "\n" not in ended["error"]
+    assert server.finished(good)["status"] == "succeeded"
+
+
+@pytest.mark.parametrize("name", ["embeded-fast", "embedded-unconditional", "/etc/passwd", "../x"])
+def test_only_what_is_allowed(server: Serving, name: str) -> None:
+    def refused(path: str, **body: Any) -> str:
+        answer = server.client.post(path, json=body)
+        assert answer.status_code in (404, 422)
+        return answer.text
+
+    said = refused("/api/jobs", **TEXT, model=name)
+    assert "no model" in said
+    if name == "embeded-fast":
+        assert "embedded-fast" in said
+    chosen = {"override_settings": {"sd_model_checkpoint": name}}
+    assert "no model" in refused("/sdapi/v1/txt2img", prompt="a cat", steps=4, **chosen)
+
+
+def test_a1111_s_clients_choose_theirs(server: Serving) -> None:
+    client = server.client
+    titles = [one["title"] for one in client.get("/sdapi/v1/sd-models").json()]
+    assert any("embedded-fast" in title for title in titles)
+    answer = client.post("/sdapi/v1/options", json={"sd_model_checkpoint": "embedded-fast"})
+    assert answer.status_code == 200, answer.text
+    assert "embedded-fast" in client.get("/sdapi/v1/options").json()["sd_model_checkpoint"]
+    body = {"prompt": "a cat", "steps": 4, "sampler_name": "DDIM", "cfg_scale": 1}
+    assert client.post("/sdapi/v1/txt2img", json=body).status_code == 200
+    newest = client.get("/api/jobs", params={"limit": 1}).json()[0]
+    assert newest["model"] == "embedded-fast"
+    client.post("/sdapi/v1/options", json={"sd_model_checkpoint": "embedded"})
+
+
+def test_openai_s_clients_name_one(server: Serving) -> None:
+    body = {"prompt": "a cat", "model": "embedded-fast", "size": "256x256"}
+    answer = server.client.post("/v1/images/generations", json=body)
+    assert answer.status_code == 200, answer.text
+    newest = server.client.get("/api/jobs", params={"limit": 1}).json()[0]
+    assert newest["model"] == "embedded-fast"
