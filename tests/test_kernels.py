@@ -81,7 +81,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "moments": fields(x=NUMBERS, scale=NUMBERS, shift=NUMBERS, factors=NUMBERS, images=1)
     | fields(positions=1, channels=16, groups=2, eps=1e-5),
     "normalise": fields(
-        x=NUMBERS, factors=NUMBERS, out=NUMBERS, images=1, positions=1, channels=16
+        x=NUMBERS, factors=NUMBERS, out=NUMBERS, images=1, positions=1, channels=16, active=1
     ),
     "lay": fields(x=NUMBERS, factors=None, out=NUMBERS, plane=9 * 32, images=1, height=1)
     | fields(width=1, channels=32, first=0, last=1),
@@ -100,7 +100,7 @@ GOOD: dict[str, dict[str, Any]] = {
 """Arguments that each kernel takes."""
 
 ODD = {"channels", "count", "columns", "inner"}
-ANY = {"scale", "eps", "right", "down", *kernels._STEPS.split()}
+ANY = {"scale", "eps", "right", "down", "active", *kernels._STEPS.split()}
 
 
 def test_what_is_wrong_is_refused_before_anything_is_read(library: Library) -> None:
