@@ -60,11 +60,12 @@ def main() -> None:
         check(serving.data, jobs, made)
         for number, (place, waiting, ended) in enumerate(backups):
             check_backup(place, base / f"again{number}", waiting, min(given.keep, ended))
-        linked = sum(p.stat().st_nlink > 1 for p in (base / "backup1" / "pictures").iterdir())
+        files = [path for place, _, _ in backups for path in place.rglob("*.png")]
+        linked = sum(path.stat().st_nlink > 1 for path in files)
         sys.stdout.write(
             f"jobs: {len(made)}\nkills of the server: {given.kills}\nkept: {len(jobs)}\n"
             f"backups made, restored and whole: {len(backups)}\n"
-            f"files that the second backup shares with the first: {linked}\n"
+            f"files of the backups: {len(files)}, of them shared with others: {linked}\n"
         )
 
 
@@ -93,7 +94,6 @@ def work(
                 except (httpx.TransportError, RuntimeError):  # it is down, or just coming back
                     pass
                 time.sleep(0.05)
-        done.set()
 
     def back_up_again() -> None:
         url = f"sqlite:///{serving.data / 'jobs.sqlite3'}"
@@ -118,6 +118,7 @@ def work(
         serving.process.kill()
         serving.process.wait()
         serving.start()
+    done.set()
     for thread in threads:
         thread.join()
     assert not problems, problems
