@@ -895,9 +895,10 @@ def test_what_is_no_picture_is_told_and_a_large_one_made_fit(
     chosen.set_input_files(tmp_path / "large.jpg")
     on_easel(page, (0, 128, 128))
     draw(page, "a teal sea", Steps=2)
-    kept = server.data / "inputs" / f"{newest(server)['id']}-image.png"
-    with Image.open(kept) as image:
-        assert image.size == (2048, 256)
+    job = newest(server)
+    with Image.open(server.data / "inputs" / f"{job['id']}-image.png") as image:
+        assert image.size == (job["settings"]["width"], job["settings"]["height"])
+        assert image.width / image.height == pytest.approx(8, abs=0.5)
 
 
 def test_each_page_shows_its_own_first(
