@@ -748,6 +748,8 @@ def test_no_script_in_a_prompt_runs(server: Serving, context: BrowserContext) ->
         page.keyboard.press("Escape")
     choose(page, "All its settings", ".find")
     assert page.title() == "Safelight"
+    watched.close()  # one that is opened anew tells of the streams that it broke off
+    watched = Watched(context, server.url)
     page = watched.open()
     page.get_by_label("Seed", exact=True).fill("<img src=x onerror=document.title=1>")
     page.get_by_role("button", name="Draw").click()
