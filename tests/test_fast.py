@@ -615,11 +615,13 @@ def test_memory_of_threads_that_ended_is_given_back() -> None:
         thread.start()
         thread.join()
 
-    once()
-    before = own()
-    for _ in range(12):
+    for _ in range(4):
         once()
-    assert own() - before < 50 << 20  # each takes ten megabytes
+    before = own()
+    for _ in range(24):
+        once()
+    # Each takes ten megabytes. In a process of thousands of tests some are found anew.
+    assert own() - before < 120 << 20
 
 
 @pytest.mark.usefixtures("by_tiles")

@@ -1,4 +1,4 @@
-"""The fast mode in requests and in the engine; its arithmetic: tests/parity/test_shortcuts.py."""
+"""The fast mode in requests and in the engine; its arithmetic: tests/parity/test_fast_mode.py."""
 
 from __future__ import annotations
 

@@ -34,7 +34,8 @@ class _Listed(type(BaseModel)):
 
     def __dir__(cls) -> list[str]:
         own = [base for base in cls.__mro__ if base.__module__.partition(".")[0] == "safelight"]
-        return sorted({name for base in own for name in vars(base) if not name.startswith("_")})
+        names = {name for base in own for name in vars(base) if not name.startswith("_")}
+        return sorted(names - {"model_post_init"})  # pydantic's, for private attributes
 
 
 class Request(RequestFields, metaclass=_Listed):

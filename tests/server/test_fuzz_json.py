@@ -56,6 +56,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Inside]:
         async def load() -> None:
             running.hub._on_message("ready", [info.model_dump()])
 
+        async def facts(name: str) -> ModelInfo:  # of any model: no worker will say
+            return info
+
+        running.hub.catalogue.facts = facts  # pyright: ignore[reportAttributeAccessIssue]
+
         running.within(load())
         yield running
 

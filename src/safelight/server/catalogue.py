@@ -19,6 +19,9 @@ log = logging.getLogger("safelight.server")
 ASK_AGAIN = 2.0
 """Seconds after which a worker is asked again what a model is: it may be another one by now."""
 
+UNKNOWN = 30.0
+"""Seconds after which one who asks for a model that no worker knows is told so."""
+
 
 class Catalogue:
     """For the event loop. send: sends a message to the worker. in_thread: calls in a thread."""
@@ -112,12 +115,19 @@ class Catalogue:
         return [one.model_copy(update={"ready": ready}) for one in found]
 
     async def facts(self, name: str) -> ModelInfo:
-        """Return a model's facts, once they are known. Raises SafelightError if it has none."""
+        """Return a model's facts, once they are known.
+
+        Raises SafelightError if it has none, or if no worker has said them within UNKNOWN.
+        """
         await self.arrived.wait()
+        loop = asyncio.get_running_loop()
+        until = loop.time() + UNKNOWN
         while self._get(name).width is None:
             if self.stopping:
                 raise StoppingError
-            loop = asyncio.get_running_loop()
+            if loop.time() > until:
+                told = f"no worker has said yet what model {name!r} is: try again, or name a size"
+                raise SafelightError(told, code="no_model", field="model")
             answer = self._asked.setdefault(name, loop.create_future())
             self._send("describe", name)
             done, _ = await asyncio.wait({answer}, timeout=ASK_AGAIN)
