@@ -21,6 +21,7 @@ from recipes.embedded.disturb import disturb
 from recipes.embedded.judge import FIRST, GROUNDS, SECOND, WHOLE, Judge, Verdict
 from recipes.embedded.scenes import Scene, Scenes
 from recipes.embedded.stage import Stage
+from safelight.bench.shortcuts import psnr
 from safelight.engine import Engine
 from safelight.errors import SafelightError
 from safelight.model import Model
@@ -245,9 +246,9 @@ def judge_levels(
         # A level has steps and a sampler of its own: the model's are not asked for.
         drawn = draw(model, [s.said for s in wanted], log=log, asked={"fast": level})
         full = drawn if full is None else full
-        error = np.square(drawn.astype(float) - full).mean((1, 2, 3))
+        noise = [psnr(*pair) for pair in zip(drawn, full, strict=True)]
         found[f"fast {level}"] = {
-            "psnr": round(float(np.mean(10 * np.log10(255**2 / np.maximum(error, 1e-3)))), 1),
+            "psnr": round(float(np.mean(noise)), 1),
             **score(asked, judge.look(drawn, wanted), list(scenes.names)),
         }
     path = out / "fast.json"

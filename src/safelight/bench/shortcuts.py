@@ -80,12 +80,12 @@ def distances(model: Model, log: Callable[[str], None]) -> dict[str, dict[str, f
             full = drawn
             continue
         pairs = list(zip(drawn, full, strict=True))
-        psnr, ssim = [_psnr(*pair) for pair in pairs], [_ssim(*pair) for pair in pairs]
+        noise, alike = [psnr(*pair) for pair in pairs], [_ssim(*pair) for pair in pairs]
         found[way] = {
-            "psnr": statistics.mean(psnr),
-            "worst psnr": min(psnr),
-            "ssim": statistics.mean(ssim),
-            "worst ssim": min(ssim),
+            "psnr": statistics.mean(noise),
+            "worst psnr": min(noise),
+            "ssim": statistics.mean(alike),
+            "worst ssim": min(alike),
         }
     return found
 
@@ -103,7 +103,8 @@ def _drawn(model: Model, asked: dict[str, Any]) -> list[Any]:
     return [np.asarray(made[i]) for i in range(len(PROMPTS))]
 
 
-def _psnr(a: Any, b: Any) -> float:
+def psnr(a: Any, b: Any) -> float:
+    """Return the peak signal-to-noise ratio of two pictures of 0..255, in decibels; at most 78."""
     error = np.square(a.astype(float) - b).mean()
     return float(10 * np.log10(255**2 / max(error, 1e-3)))
 

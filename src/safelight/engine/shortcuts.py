@@ -51,7 +51,7 @@ class Shortcuts:
 
     cache_every: of so many rows, one is computed in full; the others take the deep part of the
       network from it (DeepCache, arXiv:2312.00858). Counted back from the last row, which shows
-      most. cache_branch: how deep is not deep yet.
+      most. cache_branch: how many more layers than the outermost one the others compute.
     guidance_start, guidance_end: rows between these shares are guided; the others see the prompt
       alone (arXiv:2404.07724).
     text_end: after this share, what attention to the text gave stays (T-GATE, arXiv:2404.02747).
