@@ -1,6 +1,5 @@
 """`safelight batch`: draw a file of requests."""
 
-import sys
 import time
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
@@ -12,7 +11,7 @@ from typer import Argument, Exit, Option
 
 from safelight.cli import options
 from safelight.cli.loading import import_torch
-from safelight.cli.output import note, say, warn
+from safelight.cli.output import bar, note, say, warn
 from safelight.errors import SafelightError
 
 if TYPE_CHECKING:
@@ -254,26 +253,8 @@ class Bar(AbstractContextManager["Bar"]):
         self._began = self._told = time.monotonic()
 
     def __enter__(self) -> Self:
-        if sys.stderr is not None and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                MofNCompleteColumn,
-                Progress,
-                TextColumn,
-                TimeElapsedColumn,
-                TimeRemainingColumn,
-            )
-
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-                transient=True,
-            )
+        self._progress = bar(elapsed=True)
+        if self._progress is not None:
             self._task = self._progress.add_task("reading", total=None)
             self._progress.start()
         return self

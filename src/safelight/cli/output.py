@@ -64,6 +64,31 @@ def table(rows: list[tuple[str, ...]]) -> list[str]:
     ]
 
 
+def bar(*, elapsed: bool = False) -> "Progress | None":
+    """Return a progress bar on stderr, not yet started; None where that is no terminal."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        return None
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        *([TimeElapsedColumn()] if elapsed else []),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
 class StepBar:
     """A progress bar on stderr that `Model.generate(on_step=…)` moves, on terminals alone."""
 
@@ -73,24 +98,8 @@ class StepBar:
         self._task: TaskID | None = None
 
     def __enter__(self) -> Self:
-        if sys.stderr is not None and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                MofNCompleteColumn,
-                Progress,
-                TextColumn,
-                TimeRemainingColumn,
-            )
-
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-                transient=True,
-            )
+        self._progress = bar()
+        if self._progress is not None:
             self._task = self._progress.add_task("loading", total=None)
             self._progress.start()
         return self
