@@ -9,7 +9,7 @@ from safelight.adapters.embeddings import record
 from safelight.defaults import is_distilled
 from safelight.engine.job import Job, prepare
 from safelight.engine.refining import Second, table_of
-from safelight.engine.shortcuts import NAMES, Kept, Shortcuts, with_level
+from safelight.engine.shortcuts import NAMES, Kept, Shortcuts, remark, with_level
 from safelight.families.base import Conditioning
 from safelight.machine import describe_machine
 from safelight.prompt.dynamic import draw
@@ -128,6 +128,8 @@ def _warnings(model: Model, asked: Request, resolved: Request) -> list[str]:
     """Return what a person should know about a request: each line says one thing."""
     found = list(model.warnings)
     found += asked.with_defaults(model.defaults).unused_settings()
+    if unavailable := remark(asked, resolved):
+        found.append(unavailable)
     read_by_family = {*model.family.conditioned_on}
     if model.refiner is not None:
         read_by_family |= {*model.refiner.family.conditioned_on, "refiner_start"}
