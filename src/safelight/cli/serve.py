@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from typer import Option
 
 from safelight.cli import options
+from safelight.cli.groups import Serving, spread
 from safelight.cli.output import note
 from safelight.errors import SafelightError
 from safelight.server import private
@@ -21,23 +22,16 @@ from safelight.server.served import Served
 from safelight.server.tokens import AUTO, hide_argument, read_token
 
 
+@spread
 def serve(
+    *,
     host: Annotated[str, Option(help="Where to listen; beyond loopback only with a token.")] = (
         "127.0.0.1"
     ),
     port: Annotated[int, Option(min=0, max=65535, help="0 takes a free one.")] = 7860,
-    data_dir: Annotated[
-        Path | None, Option(help="Jobs and pictures [the user's data folder].", show_default=False)
-    ] = None,
+    data_dir: options.DataDir = None,
     model: Annotated[str, Option(help="As `generate --model`.")] = "embedded",
-    models_dir: options.ModelsDir = None,
-    allow_models: options.AllowModels = None,
-    model_memory: options.ModelMemory = None,
-    vae: options.Vae = None,
-    refiner: options.Refiner = None,
-    preview_vae: options.PreviewVae = None,
-    wildcards: options.Wildcards = None,
-    styles_file: options.StylesFile = None,
+    serving: Serving,
     token: Annotated[
         str | None,
         Option(
@@ -104,14 +98,7 @@ def serve(
             show_default=False,
         ),
     ] = None,
-    device: Annotated[str, Option(help="auto, cpu, mps or cuda.")] = "auto",
-    dtype: Annotated[str, Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    low_memory: Annotated[
-        bool, Option("--low-memory", help="On the CPU: large weights in a file.")
-    ] = False,
-    exact: Annotated[
-        bool, Option("--exact", help="One picture at a time: equal to the byte.")
-    ] = False,
+    exact: options.Exact = False,
 ) -> None:
     """Serve pictures over HTTP: an API of our own, OpenAI's and AUTOMATIC1111's."""
     if queue < 1:
@@ -143,25 +130,9 @@ def serve(
     if secret is None and allow_host:
         note("--allow-host without a token: whoever reaches this server by that name may use it")
     private.keep()
-    options.with_words({}, styles_file=styles_file, wildcards=wildcards)
     root = data_folder(data_dir)
-    settings = Settings(
-        model=model,
-        models_dir=models_dir,
-        vae=vae,
-        refiner=refiner,
-        preview_vae=preview_vae,
-        wildcards_dir=wildcards,
-        styles_file=styles_file,
-        url=database or f"sqlite:///{root / 'jobs.sqlite3'}",
-        root=str(root),
-        device=device,
-        dtype=dtype,
-        low_memory=low_memory,
-        allowed=options.names(allow_models),
-        model_memory=options.memory_size(model_memory),
-        exact=exact,
-    )
+    url = database or f"sqlite:///{root / 'jobs.sqlite3'}"
+    settings = serving.settings(model, url, str(root), exact=exact)
     listening = listen(host, port, secret)
     hold(root, listening)
     start(
