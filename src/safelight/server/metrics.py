@@ -9,8 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from safelight.server.hub import Hub
 from safelight.server.jobs import Status, StorageError
 from safelight.server.retention import Retention
-
-METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+from safelight.server.wording import METHODS
 
 
 class Metrics:
