@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from safelight.defaults import is_distilled
-from safelight.families.base import Conditioning
+from safelight.families.base import SHORTCUTS, Conditioning
 from safelight.nets.reuse import Reuse
 
 if TYPE_CHECKING:
@@ -28,9 +28,6 @@ LEVELS: Mapping[int, Mapping[str, Any]] = {
     3: {"cache_every": 3, "guidance_start": 0.3, "sampler": "dpmpp_2m", "steps": 10},
 }
 """The settings that a level stands for, where a request does not have its own."""
-
-NAMES = ("cache_every", "cache_branch", "guidance_start", "guidance_end", "text_end")
-"""The settings of the shortcuts."""
 
 
 def with_level(request: Request, model: Model) -> Request:
@@ -66,7 +63,7 @@ class Shortcuts:
     @classmethod
     def of(cls, request: Request) -> Shortcuts:
         """Return those of a resolved request."""
-        asked = {name: getattr(request, name) for name in NAMES}
+        asked = {name: getattr(request, name) for name in SHORTCUTS}
         return cls(**{name: value for name, value in asked.items() if value is not None})
 
     def guided(self, share: float) -> bool:
