@@ -159,7 +159,7 @@
 
   // A list of the models that the server may draw with, and what is known of the chosen one.
   safelight.model = (element, {trigger, watch, props}) => {
-    const select = make("select");
+    const select = make("select", {ariaLabel: "Model"});
     const facts = make("span", {className: "facts"});
     element.querySelector(".model").replaceChildren(make("label", {}, "Model ", select), facts);
     let models = [];
@@ -189,8 +189,9 @@
     select.onfocus = look;  // new files may lie in the models folder
     select.onchange = () => {
       model = props.value = select.value;
-      show();
       trigger("choose", {name: model});
+      show();
+      look();
     };
     watch("value", () => { model = props.value; show(); look(); });
     model = props.value;
