@@ -17,6 +17,7 @@ from safelight.server import private
 from safelight.server.keep import Keep
 from safelight.server.listening import hold, listen
 from safelight.server.process import Settings, spawn
+from safelight.server.scaling import IDLE, Plan, bounds
 from safelight.server.served import Served
 from safelight.server.tokens import AUTO, hide_argument, read_token
 
@@ -63,8 +64,32 @@ def serve(
         ),
     ] = False,
     workers: Annotated[
-        int, Option(min=0, max=1, help="0 leaves all drawing to `safelight worker`.")
-    ] = 1,
+        str,
+        Option(
+            metavar="N|MIN:MAX",
+            help="0 leaves all drawing to `safelight worker`; with --ray: how many.",
+        ),
+    ] = "1",
+    ray: Annotated[
+        str | None,
+        Option(
+            metavar="ADDRESS",
+            help="Keep workers on a Ray cluster; local starts one on this machine.",
+            show_default=False,
+        ),
+    ] = None,
+    cpus_per_worker: Annotated[
+        float | None,
+        Option(min=0.1, help="With --ray [what MAX of them can have].", show_default=False),
+    ] = None,
+    gpus_per_worker: Annotated[
+        float | None,
+        Option(min=0, help="With --ray, as 0.5 [1 where there are some].", show_default=False),
+    ] = None,
+    idle_timeout: Annotated[
+        float | None,
+        Option(min=1, help="With --ray: seconds until a worker goes [60].", show_default=False),
+    ] = None,
     queue: Annotated[int, Option(help="Most pictures that may wait.")] = 1000,
     keep: Annotated[
         str | None,
@@ -78,8 +103,23 @@ def serve(
     """Serve pictures over HTTP: an API of our own, OpenAI's and AUTOMATIC1111's."""
     if queue < 1:
         raise SafelightError(f"--queue {queue}: expected 1 or more")
-    if not workers and not (database or "").startswith("postgresql"):
-        raise SafelightError("--workers 0 needs a --database of PostgreSQL, which workers can join")
+    least, most = bounds(workers)
+    plan = None
+    if ray is not None:
+        idle = IDLE if idle_timeout is None else idle_timeout
+        plan = Plan(least, most, ray, cpus_per_worker, gpus_per_worker, idle=idle)
+        make_sure_of_ray(plan)
+    elif {cpus_per_worker, gpus_per_worker, idle_timeout} != {None}:
+        raise SafelightError(
+            "--cpus-per-worker, --gpus-per-worker and --idle-timeout are for workers of --ray"
+        )
+    elif ":" in workers or most > 1:
+        raise SafelightError(
+            f"--workers {workers} needs --ray, as --ray local; without it there is 1 or 0"
+        )
+    if (plan is not None or not most) and not (database or "").startswith("postgresql"):
+        given = f"--workers {workers}" if plan is None else "--ray"
+        raise SafelightError(f"{given} needs a --database of PostgreSQL, which workers can join")
     kept = None if keep is None else Keep.parse(keep)
     secret = token_of(token, token_file)
     if secret is None and trust_proxy:
@@ -98,7 +138,7 @@ def serve(
     start(
         settings,
         listening,
-        draws=bool(workers),
+        draws=plan or bool(most),
         host=host,
         token=secret,
         auto=token == AUTO,
@@ -111,14 +151,17 @@ def serve(
     )
 
 
-def start(settings: Settings, listening: socket, *, draws: bool = True, **how: Any) -> None:
-    """Serve with the studio's page until told to end. draws: whether with a worker of its own.
+def start(settings: Settings, listening: socket, *, draws: bool | Plan = True, **how: Any) -> None:
+    """Serve with the studio's page until told to end.
 
-    how: as `server.run.serve` takes it.
+    draws: whether with a worker of its own, or the workers that it keeps on Ray. how: as
+    `server.run.serve` takes it.
     """
     make_sure_of_server()
     Served(settings).check()
-    child = spawn(settings) if draws else None  # loads its model while the imports below go on
+    child = draws if isinstance(draws, Plan) else None
+    if draws is True:
+        child = spawn(settings)  # loads its model while the imports below go on
     gc.disable()  # a tenth of the time that they take: what they make stays
     from safelight.server.run import serve as run
     from safelight.studio.mount import Studio
@@ -126,6 +169,14 @@ def start(settings: Settings, listening: socket, *, draws: bool = True, **how: A
     gc.freeze()
     gc.enable()
     run(settings, child, listening, page=Studio, **how)
+
+
+def make_sure_of_ray(plan: Plan) -> None:
+    """Raise SafelightError if Ray is not installed, or is to keep no workers."""
+    if find_spec("ray") is None:
+        raise SafelightError("--ray needs Ray: pip install 'safelight[ray]'", code="not_installed")
+    if not plan.least:
+        raise SafelightError("--ray keeps one worker at least: --workers 1:8")
 
 
 def make_sure_of_server() -> None:

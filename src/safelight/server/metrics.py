@@ -10,13 +10,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from safelight.server.hub import Hub
 from safelight.server.jobs import Status, StorageError
 from safelight.server.retention import Retention
+from safelight.server.wording import METHODS
 
 MAX_MODELS = 100
 """Models that have figures of their own, those with most jobs; REST has the jobs of all others."""
 
 REST, NONE = "(others)", "(none)"
-
-METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
 class Metrics:
