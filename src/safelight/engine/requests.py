@@ -9,7 +9,7 @@ from safelight.adapters.embeddings import record
 from safelight.defaults import is_distilled
 from safelight.engine.job import Job, prepare
 from safelight.engine.refining import Second, table_of
-from safelight.engine.shortcuts import Kept, Shortcuts, with_level
+from safelight.engine.shortcuts import Kept, Shortcuts, remark, with_level
 from safelight.families.base import Conditioning
 from safelight.machine import describe_machine
 from safelight.prompt.dynamic import draw
@@ -121,6 +121,8 @@ def _warnings(model: Model, asked: Request, resolved: Request) -> list[str]:
     """Return what a person should know about a request: each line says one thing."""
     found = list(model.warnings)
     found += asked.with_defaults(model.defaults).unused_settings()
+    if unavailable := remark(asked, resolved):
+        found.append(unavailable)
     read_by_family = model.family.reads(model.refiner and model.refiner.family)
     for name, setting in settings_of(type(asked)).items():
         read = not setting.about.some_models or name in read_by_family

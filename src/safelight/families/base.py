@@ -142,7 +142,10 @@ class Part:
         return getattr(module, self.config), getattr(module, self.network)
 
 
-SHORTCUTS = ("cache_every", "cache_branch", "guidance_start", "guidance_end", "text_end")
+SHORTCUTS = (
+    *("cache_every", "cache_branch", "guidance_start", "guidance_end", "text_end"),
+    "linears",
+)
 """The settings of the fast mode, besides its level; see `engine.shortcuts`."""
 
 NO_PART = (None, None)
