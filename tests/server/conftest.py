@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 from postgresql import Postgres
 
+from safelight.server.files import Files
+from safelight.server.recovery import recover
+from safelight.server.store import Store
+
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[str]:
@@ -29,3 +33,18 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         connection.execute("DROP SCHEMA public CASCADE")
         connection.execute("CREATE SCHEMA public")
     return url
+
+
+@pytest.fixture
+def shared(tmp_path: Path, postgres: str) -> Iterator[tuple[Files, Store, str]]:
+    """A folder, and an empty PostgreSQL, as a server has made them ready."""
+    import psycopg
+
+    with psycopg.connect(postgres.replace("+psycopg", ""), autocommit=True) as connection:
+        connection.execute("DROP SCHEMA public CASCADE")
+        connection.execute("CREATE SCHEMA public")
+    files, store = Files(tmp_path / "data"), Store(postgres)
+    files.root.mkdir()
+    recover(files, store)
+    yield files, store, postgres
+    store.close()

@@ -44,11 +44,14 @@ def arguments() -> list[Any]:
     composed = documents("compose.yaml")[0]["services"]["server"]["command"]
     composed = [re.sub(r"\$\{\w+:-(.*?)\}", r"\1", part) for part in composed]
     batch = shlex.split(documents("kubernetes/ray-batch.yaml")[0]["spec"]["entrypoint"])
+    fleet = documents("kubernetes/ray-fleet.yaml")[0]["spec"]["headGroupSpec"]["template"]["spec"]
+    served = shlex.split(fleet["containers"][0]["args"][0].partition("exec ")[2])
     return [
         pytest.param(image, id="image"),
         pytest.param(composed, id="compose"),
         pytest.param(container("kubernetes/server.yaml")["args"], id="kubernetes"),
         pytest.param(batch[1:], id="ray"),
+        pytest.param(served[1:], id="fleet"),
     ]
 
 

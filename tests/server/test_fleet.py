@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +23,6 @@ from safelight.server.wire import PIECE, Wire
 pytestmark = pytest.mark.xdist_group("fleet")
 
 MODEL = ModelInfo(name="m", width=64, height=64, ready=True)
-
-
-@pytest.fixture
-def shared(tmp_path: Path, postgres: str) -> Iterator[tuple[Files, Store, str]]:
-    """A folder, and an empty PostgreSQL, as a server has made them ready."""
-    import psycopg
-
-    with psycopg.connect(postgres.replace("+psycopg", ""), autocommit=True) as connection:
-        connection.execute("DROP SCHEMA public CASCADE")
-        connection.execute("CREATE SCHEMA public")
-    files, store = Files(tmp_path / "data"), Store(postgres)
-    files.root.mkdir()
-    recover(files, store)
-    yield files, store, postgres
-    store.close()
 
 
 def claimed(store: Store, worker: str) -> Any:

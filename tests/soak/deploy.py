@@ -39,7 +39,7 @@ def known(document: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a document that Kubernetes' own schemas describe; the pods of one of KubeRay's."""
     if not document["apiVersion"].startswith("ray.io/"):
         return [document]
-    cluster = document["spec"]["rayClusterSpec"]
+    cluster = document["spec"].get("rayClusterSpec", document["spec"])
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     about = {"apiVersion": "v1", "kind": "PodTemplate"}
     return [

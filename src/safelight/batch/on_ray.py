@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -20,12 +19,12 @@ from safelight.batch.check import Row
 from safelight.batch.output import Outcome
 from safelight.batch.worklist import WorkList
 from safelight.errors import SafelightError
+from safelight.ray_cluster import HERE, connect
 
 if TYPE_CHECKING:
     from safelight.batch.drawing import Drawer
     from safelight.batch.run import How
 
-HERE = "local"
 SEGMENT = 5_000
 """Rows that Ray is given at once. Between two segments workers are started anew: seconds."""
 
@@ -166,25 +165,8 @@ def as_table(outcome: Outcome) -> Any:
 
 
 def _start(address: str) -> Any:
-    """Return the module ray, connected. Raises SafelightError if it is missing or not reached."""
-    # Nothing is told to Ray's makers, accelerators stay as they are for workers without GPUs, and
-    # this process prints no log of Ray's own.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    try:
-        import ray
-        import ray.data
-    except ImportError:
-        raise SafelightError(
-            "--ray needs Ray: pip install 'safelight[ray]'", code="not_installed"
-        ) from None
-    here: dict[str, Any] = {"include_dashboard": False} if address == HERE else {"address": address}
-    try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **here)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        told = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SafelightError(f"the Ray cluster {address!r} is not reached: {told:.200}") from None
+    """Return the module ray, connected, and Ray Data told to be quiet. Raises SafelightError."""
+    ray = connect(address, "ray.data")
     # Ray Data tells of each task whose worker died; what is lost in the end we tell.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()

@@ -5,19 +5,16 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from safelight.cli import options
 from safelight.cli.output import note, say
 from safelight.cli.serve import data_folder, make_sure_of_server
 from safelight.errors import SafelightError
 from safelight.server import private
 
-DataDir = Annotated[
-    Path | None, Option(help="Jobs and pictures [the user's data folder].", show_default=False)
-]
-
 
 def backup(
     place: Annotated[Path, Argument(metavar="DEST", help="A new folder.", show_default=False)],
-    data_dir: DataDir = None,
+    data_dir: options.DataDir = None,
     database: Annotated[
         str | None, Option(help="As `serve --database` [SQLite in --data-dir].", show_default=False)
     ] = None,

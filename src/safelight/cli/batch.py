@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from typer import Argument, Exit, Option
 
 from safelight.cli import options
+from safelight.cli.groups import Loading, spread
 from safelight.cli.loading import import_torch
 from safelight.cli.output import bar, note, say, warn
 from safelight.errors import SafelightError
@@ -33,8 +34,10 @@ Shards = Literal["webdataset", "parquet"]
 Index = Literal["jsonl", "parquet"]
 
 
+@spread
 def batch(
     settings: dict[str, Any],
+    *,
     file: Annotated[
         str, Argument(help="Rows of settings: .jsonl, .csv, .tsv or .parquet.", show_default=False)
     ],
@@ -43,14 +46,7 @@ def batch(
         Option("--out", "-o", help="A folder, or a URL as s3://bucket/folder.", show_default=False),
     ],
     model: options.Model = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    low_memory: options.LowMemory = False,
-    models_dir: options.ModelsDir = None,
-    vae: options.Vae = None,
-    refiner: options.Refiner = None,
-    wildcards: options.Wildcards = None,
-    styles_file: options.StylesFile = None,
+    loading: Loading,
     id_column: Annotated[
         str | None,
         Option(
@@ -121,7 +117,7 @@ def batch(
     from safelight.batch.check import Rules
     from safelight.batch.run import How, Job
 
-    settings = options.with_words(settings, styles_file=styles_file, wildcards=wildcards)
+    settings = loading.with_words(settings)
     pictures = {n: str(Path(settings[n]).absolute()) for n in ("image", "mask") if n in settings}
     rules = Rules(
         defaults={**settings, **pictures},
@@ -132,21 +128,11 @@ def batch(
         folder=Path(file).absolute().parent if "://" not in file else Path.cwd(),
     )
     cluster = _cluster(ray, workers, gpus, task_rows)
-    loading = {
-        "device": device,
-        "dtype": dtype,
-        "low_memory": low_memory,
-        "models_dir": models_dir,
-        "vae": vae,
-        "refiner": refiner,
-        "wildcards_dir": wildcards,
-        "styles_file": styles_file,
-    }
     job = Job(
         file=file,
         out=out,
         rules=rules,
-        how=How(loading, exact, threads, form),
+        how=How(loading.keywords, exact, threads, form),
         shards=shards,
         shard_rows=shard_rows,
         index=index,

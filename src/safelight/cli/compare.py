@@ -6,13 +6,15 @@ from typing import Annotated, Any
 from typer import Option
 
 from safelight.cli import options
-from safelight.cli.loading import load
+from safelight.cli.groups import Loading, spread
 from safelight.cli.output import StepBar, say, warn
 from safelight.errors import SafelightError
 
 
+@spread
 def compare(
     settings: dict[str, Any],
+    *,
     x: Annotated[
         str,
         Option(
@@ -27,14 +29,7 @@ def compare(
         ),
     ] = None,
     model: options.Model = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    low_memory: options.LowMemory = False,
-    models_dir: options.ModelsDir = None,
-    vae: options.Vae = None,
-    refiner: options.Refiner = None,
-    wildcards: options.Wildcards = None,
-    styles_file: options.StylesFile = None,
+    loading: Loading,
     out: Annotated[str, Option("--out", "-o", help="The .png file to write.")] = "grid.png",
     overwrite: options.Overwrite = False,
 ) -> None:
@@ -55,7 +50,7 @@ def compare(
             )
     if "prompt" not in axes:
         options.check_prompt(settings, 'compare "a cat" --x sampler=ddim,euler_a')
-    settings = options.with_words(settings, styles_file=styles_file, wildcards=wildcards)
+    settings = loading.with_words(settings)
     base = options.request_of(settings)
     requests(base, across, down)
     if not out.lower().endswith(".png"):
@@ -64,17 +59,7 @@ def compare(
 
     with StepBar(1) as on_step:
         made = grid(
-            load(
-                options.model_for(base, model),
-                device=device,
-                dtype=dtype,
-                low_memory=low_memory,
-                models_dir=models_dir,
-                vae=vae,
-                refiner=refiner,
-                wildcards_dir=wildcards,
-                styles_file=styles_file,
-            ),
+            loading.load(options.model_for(base, model)),
             base,
             across,
             down,

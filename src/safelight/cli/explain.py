@@ -5,22 +5,17 @@ from typing import Annotated, Any
 from typer import Option
 
 from safelight.cli import options
-from safelight.cli.loading import load
+from safelight.cli.groups import Loading, spread
 from safelight.cli.output import StepBar, say, warn
 from safelight.errors import SafelightError
 
 
+@spread
 def explain(
     settings: dict[str, Any],
+    *,
     model: options.Model = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    low_memory: options.LowMemory = False,
-    models_dir: options.ModelsDir = None,
-    vae: options.Vae = None,
-    refiner: options.Refiner = None,
-    wildcards: options.Wildcards = None,
-    styles_file: options.StylesFile = None,
+    loading: Loading,
     out: Annotated[str, Option("--out", "-o", help="The .html file to write.")] = "explain.html",
     overwrite: options.Overwrite = False,
 ) -> None:
@@ -29,7 +24,7 @@ def explain(
     Prints the path of the page: one file that a browser opens without fetching anything.
     """
     options.check_prompt(settings, 'explain "a cat above a pizza"')
-    settings = options.with_words(settings, styles_file=styles_file, wildcards=wildcards)
+    settings = loading.with_words(settings)
     request = options.request_of(settings)
     from safelight.picture import check_writable, save_whole
 
@@ -37,17 +32,7 @@ def explain(
         raise SafelightError(f"out must be name.html, not {out[-100:]!r}")
     check_writable(out, overwrite=overwrite, need=2**24)
     with StepBar(1) as on_step:
-        loaded = load(
-            options.model_for(request, model),
-            device=device,
-            dtype=dtype,
-            low_memory=low_memory,
-            models_dir=models_dir,
-            vae=vae,
-            refiner=refiner,
-            wildcards_dir=wildcards,
-            styles_file=styles_file,
-        )
+        loaded = loading.load(options.model_for(request, model))
         # Not before: they import PyTorch, in which Ctrl-C has to wait.
         from safelight.explain.page import page
         from safelight.explain.watch import watch

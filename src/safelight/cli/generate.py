@@ -6,7 +6,7 @@ import typer
 from typer import Option
 
 from safelight.cli import options
-from safelight.cli.loading import load
+from safelight.cli.groups import Loading, spread
 from safelight.cli.output import StepBar, say, warn
 
 if TYPE_CHECKING:
@@ -19,17 +19,12 @@ FAR = 4
 """A size is far from a model's own when it has this many times as many pixels, or as few."""
 
 
+@spread
 def generate(
     settings: dict[str, Any],
+    *,
     model: options.Model = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    low_memory: options.LowMemory = False,
-    models_dir: options.ModelsDir = None,
-    vae: options.Vae = None,
-    refiner: options.Refiner = None,
-    wildcards: options.Wildcards = None,
-    styles_file: options.StylesFile = None,
+    loading: Loading,
     out: Annotated[
         str,
         Option(
@@ -55,7 +50,7 @@ def generate(
 
     from safelight.picture import check_writable, output_paths
 
-    settings = options.with_words(settings, styles_file=styles_file, wildcards=wildcards)
+    settings = loading.with_words(settings)
     request = options.request_of(settings)
     seeds = range(request.seed, request.seed + request.count)
     need = (request.width or 512) * (request.height or 512) * 4 * request.count
@@ -64,17 +59,7 @@ def generate(
         check_writable(path, overwrite=overwrite, need=need)
 
     with StepBar(request.count) as on_step:
-        loaded = load(
-            options.model_for(request, model),
-            device=device,
-            dtype=dtype,
-            low_memory=low_memory,
-            models_dir=models_dir,
-            vae=vae,
-            refiner=refiner,
-            wildcards_dir=wildcards,
-            styles_file=styles_file,
-        )
+        loaded = loading.load(options.model_for(request, model))
         _warn_of_size(request, loaded.name, loaded.native_size)
         run = loaded.stream(request)
         try:

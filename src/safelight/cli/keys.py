@@ -2,6 +2,9 @@
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
+from safelight.cli.groups import spread
 from safelight.cli.output import note, say, table
 from safelight.cli.serve import data_folder
 from safelight.errors import SafelightError
@@ -24,49 +28,79 @@ app = typer.Typer(
 )
 
 Name = Annotated[str, Argument(help="Whose key it is.", show_default=False)]
-Data = Annotated[
-    Path | None,
-    Option("--data-dir", help="As `serve --data-dir` [the user's].", show_default=False),
-]
-Url = Annotated[str | None, Option("--database", help="As `serve --database`.", show_default=False)]
-Pictures = Annotated[
-    str | None,
-    Option(help="The most pictures, as 100/day; none for no limit.", show_default=False),
-]
-PixelSteps = Annotated[
-    str | None,
-    Option(
-        help="The most width × height × steps × pictures, as 2e9/day; none for no limit.",
-        show_default=False,
-    ),
-]
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where the keys are kept."""
+
+    data_dir: Annotated[
+        Path | None, Option(help="As `serve --data-dir` [the user's].", show_default=False)
+    ] = None
+    database: Annotated[str | None, Option(help="As `serve --database`.", show_default=False)] = (
+        None
+    )
+
+    @contextmanager
+    def opened(self) -> Iterator["People"]:
+        """The database of keys, closed afterwards."""
+        private.keep()
+        url = self.database or f"sqlite:///{data_folder(self.data_dir) / private.DATABASE}"
+        from safelight.server.people import People
+
+        people = People(url)
+        try:
+            people.prepare()
+            yield people
+        finally:
+            people.close()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much a key may ask for."""
+
+    pictures: Annotated[
+        str | None,
+        Option(help="The most pictures, as 100/day; none for no limit.", show_default=False),
+    ] = None
+    pixel_steps: Annotated[
+        str | None,
+        Option(
+            help="The most width × height × steps × pictures, as 2e9/day; none for no limit.",
+            show_default=False,
+        ),
+    ] = None
+
+    def parsed(self) -> list[Any]:
+        """Return those that were given, by kind. Raises SafelightError for one that is none."""
+        from safelight.server.allowances import parse
+
+        given = {"pictures": self.pictures, "pixel_steps": self.pixel_steps}
+        return [(kind, parse(kind, text)) for kind, text in given.items() if text is not None]
 
 
 @app.command()
-def add(
-    name: Name,
-    pictures: Pictures = None,
-    pixel_steps: PixelSteps = None,
-    data_dir: Data = None,
-    database: Url = None,
-) -> None:
+@spread
+def add(name: Name, *, limits: Limits, where: Where) -> None:
     """Make a key and print it. It is kept as a hash: it cannot be shown again."""
-    limits = _limits(pictures, pixel_steps)
-    with _People(data_dir, database) as people:
+    allowed = limits.parsed()
+    with where.opened() as people:
         secret = people.add_key(name)
-        people.allow(name, limits)
+        people.allow(name, allowed)
     say(secret)
     note(f"This is the key of {name}. Keep it: it is not shown again.")
 
 
 @app.command("list")
+@spread
 def list_keys(
-    data_dir: Data = None,
-    database: Url = None,
+    *,
+    where: Where,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the keys with their limits, and what is left of these."""
-    with _People(data_dir, database) as people:
+    with where.opened() as people:
         found = people.all_keys()
     if as_json:
         say(json.dumps([_described(key) for key in found]))
@@ -81,34 +115,23 @@ def list_keys(
 
 
 @app.command()
-def remove(name: Name, data_dir: Data = None, database: Url = None) -> None:
+@spread
+def remove(name: Name, *, where: Where) -> None:
     """Remove a key. A running server refuses it within a second or two; its jobs stay."""
-    with _People(data_dir, database) as people:
+    with where.opened() as people:
         people.remove_key(name)
     note(f"The key of {name} is no key any more.")
 
 
 @app.command()
-def limit(
-    name: Name,
-    pictures: Pictures = None,
-    pixel_steps: PixelSteps = None,
-    data_dir: Data = None,
-    database: Url = None,
-) -> None:
+@spread
+def limit(name: Name, *, limits: Limits, where: Where) -> None:
     """Set how much a key may ask for. What was used already stays counted."""
-    limits = _limits(pictures, pixel_steps)
-    if not limits:
+    allowed = limits.parsed()
+    if not allowed:
         raise SafelightError("say which limit: --pictures 100/day, or --pixel-steps 2e9/day")
-    with _People(data_dir, database) as people:
-        people.allow(name, limits)
-
-
-def _limits(pictures: str | None, pixel_steps: str | None) -> list[Any]:
-    from safelight.server.allowances import parse
-
-    given = {"pictures": pictures, "pixel_steps": pixel_steps}
-    return [(kind, parse(kind, text)) for kind, text in given.items() if text is not None]
+    with where.opened() as people:
+        people.allow(name, allowed)
 
 
 def _described(key: "Key") -> dict[str, Any]:
@@ -123,21 +146,3 @@ def _described(key: "Key") -> dict[str, Any]:
             for one in key.allowances
         ],
     }
-
-
-class _People:
-    """The database of keys, opened and closed."""
-
-    def __init__(self, data_dir: Path | None, database: str | None) -> None:
-        private.keep()
-        self._url = database or f"sqlite:///{data_folder(data_dir) / private.DATABASE}"
-
-    def __enter__(self) -> "People":
-        from safelight.server.people import People
-
-        self._people = People(self._url)
-        self._people.prepare()
-        return self._people
-
-    def __exit__(self, *_: object) -> None:
-        self._people.close()

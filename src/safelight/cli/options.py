@@ -4,6 +4,7 @@ import inspect
 import re
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -97,6 +98,10 @@ StylesFile = Annotated[
         "--styles-file", help="A styles.csv, as web UIs keep it, for --style.", show_default=False
     ),
 ]
+DataDir = Annotated[
+    Path | None, Option(help="Jobs and pictures [the user's data folder].", show_default=False)
+]
+Exact = Annotated[bool, Option("--exact", help="One picture at a time: equal to the byte.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace files that exist.")]
 
 

@@ -10,33 +10,28 @@ from typing import Annotated, Any
 from typer import Option
 
 from safelight.cli import options
+from safelight.cli.groups import Serving, spread
 from safelight.cli.output import note
 from safelight.errors import SafelightError
 from safelight.server import private
 from safelight.server.keep import Keep
 from safelight.server.listening import hold, listen
 from safelight.server.process import Settings, spawn
+from safelight.server.scaling import IDLE, Plan, bounds
 from safelight.server.served import Served
 from safelight.server.tokens import AUTO, hide_argument, read_token
 
 
+@spread
 def serve(
+    *,
     host: Annotated[str, Option(help="Where to listen; beyond loopback only with a token.")] = (
         "127.0.0.1"
     ),
     port: Annotated[int, Option(min=0, max=65535, help="0 takes a free one.")] = 7860,
-    data_dir: Annotated[
-        Path | None, Option(help="Jobs and pictures [the user's data folder].", show_default=False)
-    ] = None,
+    data_dir: options.DataDir = None,
     model: Annotated[str, Option(help="As `generate --model`.")] = "embedded",
-    models_dir: options.ModelsDir = None,
-    allow_models: options.AllowModels = None,
-    model_memory: options.ModelMemory = None,
-    vae: options.Vae = None,
-    refiner: options.Refiner = None,
-    preview_vae: options.PreviewVae = None,
-    wildcards: options.Wildcards = None,
-    styles_file: options.StylesFile = None,
+    serving: Serving,
     token: Annotated[
         str | None,
         Option(
@@ -69,8 +64,32 @@ def serve(
         ),
     ] = False,
     workers: Annotated[
-        int, Option(min=0, max=1, help="0 leaves all drawing to `safelight worker`.")
-    ] = 1,
+        str,
+        Option(
+            metavar="N|MIN:MAX",
+            help="0 leaves all drawing to `safelight worker`; with --ray: how many.",
+        ),
+    ] = "1",
+    ray: Annotated[
+        str | None,
+        Option(
+            metavar="ADDRESS",
+            help="Keep workers on a Ray cluster; local starts one on this machine.",
+            show_default=False,
+        ),
+    ] = None,
+    cpus_per_worker: Annotated[
+        float | None,
+        Option(min=0.1, help="With --ray [what MAX of them can have].", show_default=False),
+    ] = None,
+    gpus_per_worker: Annotated[
+        float | None,
+        Option(min=0, help="With --ray, as 0.5 [1 where there are some].", show_default=False),
+    ] = None,
+    idle_timeout: Annotated[
+        float | None,
+        Option(min=1, help="With --ray: seconds until a worker goes [60].", show_default=False),
+    ] = None,
     queue: Annotated[int, Option(help="Most pictures that may wait.")] = 1000,
     keep: Annotated[
         str | None,
@@ -79,20 +98,28 @@ def serve(
             show_default=False,
         ),
     ] = None,
-    device: Annotated[str, Option(help="auto, cpu, mps or cuda.")] = "auto",
-    dtype: Annotated[str, Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    low_memory: Annotated[
-        bool, Option("--low-memory", help="On the CPU: large weights in a file.")
-    ] = False,
-    exact: Annotated[
-        bool, Option("--exact", help="One picture at a time: equal to the byte.")
-    ] = False,
+    exact: options.Exact = False,
 ) -> None:
     """Serve pictures over HTTP: an API of our own, OpenAI's and AUTOMATIC1111's."""
     if queue < 1:
         raise SafelightError(f"--queue {queue}: expected 1 or more")
-    if not workers and not (database or "").startswith("postgresql"):
-        raise SafelightError("--workers 0 needs a --database of PostgreSQL, which workers can join")
+    least, most = bounds(workers)
+    plan = None
+    if ray is not None:
+        idle = IDLE if idle_timeout is None else idle_timeout
+        plan = Plan(least, most, ray, cpus_per_worker, gpus_per_worker, idle=idle)
+        make_sure_of_ray(plan)
+    elif {cpus_per_worker, gpus_per_worker, idle_timeout} != {None}:
+        raise SafelightError(
+            "--cpus-per-worker, --gpus-per-worker and --idle-timeout are for workers of --ray"
+        )
+    elif ":" in workers or most > 1:
+        raise SafelightError(
+            f"--workers {workers} needs --ray, as --ray local; without it there is 1 or 0"
+        )
+    if (plan is not None or not most) and not (database or "").startswith("postgresql"):
+        given = f"--workers {workers}" if plan is None else "--ray"
+        raise SafelightError(f"{given} needs a --database of PostgreSQL, which workers can join")
     kept = None if keep is None else Keep.parse(keep)
     secret = token_of(token, token_file)
     if secret is None and trust_proxy:
@@ -103,31 +130,15 @@ def serve(
     if secret is None and allow_host:
         note("--allow-host without a token: whoever reaches this server by that name may use it")
     private.keep()
-    options.with_words({}, styles_file=styles_file, wildcards=wildcards)
     root = data_folder(data_dir)
-    settings = Settings(
-        model=model,
-        models_dir=models_dir,
-        vae=vae,
-        refiner=refiner,
-        preview_vae=preview_vae,
-        wildcards_dir=wildcards,
-        styles_file=styles_file,
-        url=database or f"sqlite:///{root / 'jobs.sqlite3'}",
-        root=str(root),
-        device=device,
-        dtype=dtype,
-        low_memory=low_memory,
-        allowed=options.names(allow_models),
-        model_memory=options.memory_size(model_memory),
-        exact=exact,
-    )
+    url = database or f"sqlite:///{root / 'jobs.sqlite3'}"
+    settings = serving.settings(model, url, str(root), exact=exact)
     listening = listen(host, port, secret)
     hold(root, listening)
     start(
         settings,
         listening,
-        draws=bool(workers),
+        draws=plan or bool(most),
         host=host,
         token=secret,
         auto=token == AUTO,
@@ -140,14 +151,17 @@ def serve(
     )
 
 
-def start(settings: Settings, listening: socket, *, draws: bool = True, **how: Any) -> None:
-    """Serve with the studio's page until told to end. draws: whether with a worker of its own.
+def start(settings: Settings, listening: socket, *, draws: bool | Plan = True, **how: Any) -> None:
+    """Serve with the studio's page until told to end.
 
-    how: as `server.run.serve` takes it.
+    draws: whether with a worker of its own, or the workers that it keeps on Ray. how: as
+    `server.run.serve` takes it.
     """
     make_sure_of_server()
     Served(settings).check()
-    child = spawn(settings) if draws else None  # loads its model while the imports below go on
+    child = draws if isinstance(draws, Plan) else None
+    if draws is True:
+        child = spawn(settings)  # loads its model while the imports below go on
     gc.disable()  # a tenth of the time that they take: what they make stays
     from safelight.server.run import serve as run
     from safelight.studio.mount import Studio
@@ -155,6 +169,14 @@ def start(settings: Settings, listening: socket, *, draws: bool = True, **how: A
     gc.freeze()
     gc.enable()
     run(settings, child, listening, page=Studio, **how)
+
+
+def make_sure_of_ray(plan: Plan) -> None:
+    """Raise SafelightError if Ray is not installed, or is to keep no workers."""
+    if find_spec("ray") is None:
+        raise SafelightError("--ray needs Ray: pip install 'safelight[ray]'", code="not_installed")
+    if not plan.least:
+        raise SafelightError("--ray keeps one worker at least: --workers 1:8")
 
 
 def make_sure_of_server() -> None:

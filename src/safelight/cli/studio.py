@@ -10,36 +10,26 @@ from typing import Annotated
 from typer import Option
 
 from safelight.cli import options
+from safelight.cli.groups import Serving, spread
 from safelight.cli.output import note
 from safelight.cli.serve import data_folder, start
 from safelight.errors import SafelightError
 from safelight.server.listening import ServedError, hold, link, listen
-from safelight.server.process import Settings
 from safelight.server.tokens import AUTO, read_token
 
 
+@spread
 def studio(
+    *,
     port: Annotated[
         int | None,
         Option(
             min=0, max=65535, help="[7860, or if that is taken a free one].", show_default=False
         ),
     ] = None,
-    data_dir: Annotated[
-        Path | None, Option(help="Jobs and pictures [the user's data folder].", show_default=False)
-    ] = None,
+    data_dir: options.DataDir = None,
     model: Annotated[str, Option(help="As `generate --model`.")] = "embedded",
-    models_dir: options.ModelsDir = None,
-    allow_models: options.AllowModels = None,
-    model_memory: options.ModelMemory = None,
-    vae: options.Vae = None,
-    refiner: options.Refiner = None,
-    preview_vae: options.PreviewVae = None,
-    wildcards: options.Wildcards = None,
-    styles_file: options.StylesFile = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    low_memory: options.LowMemory = False,
+    serving: Serving,
     token: Annotated[
         str | None,
         Option(help="`auto` asks for a token, which the opened link has.", show_default=False),
@@ -52,8 +42,8 @@ def studio(
     if token not in (None, AUTO):
         raise SafelightError("--token must be auto: others go into the variable SAFELIGHT_TOKEN")
     secret = read_token(token, None)
-    options.with_words({}, styles_file=styles_file, wildcards=wildcards)
     root = data_folder(data_dir)
+    settings = serving.settings(model, f"sqlite:///{root / 'jobs.sqlite3'}", str(root))
     host = "127.0.0.1"
     try:
         listening = listen(host, 7860 if port is None else port, secret)
@@ -61,22 +51,6 @@ def studio(
         if port is not None:
             raise
         listening = listen(host, 0, secret)
-    settings = Settings(
-        model=model,
-        models_dir=models_dir,
-        vae=vae,
-        refiner=refiner,
-        preview_vae=preview_vae,
-        wildcards_dir=wildcards,
-        styles_file=styles_file,
-        url=f"sqlite:///{root / 'jobs.sqlite3'}",
-        root=str(root),
-        device=device,
-        dtype=dtype,
-        low_memory=low_memory,
-        allowed=options.names(allow_models),
-        model_memory=options.memory_size(model_memory),
-    )
     try:
         hold(root, listening)
     except ServedError as served:

@@ -7,11 +7,13 @@ from typing import Annotated
 from typer import Argument, Option
 
 from safelight.cli import options
+from safelight.cli.groups import Serving, spread
 from safelight.errors import SafelightError
 from safelight.server import private
-from safelight.server.process import Settings, spawn
+from safelight.server.process import spawn
 
 
+@spread
 def worker(
     model: Annotated[str, Argument(help="As `generate --model`.")] = "embedded",
     *,
@@ -21,18 +23,8 @@ def worker(
     storage: Annotated[
         Path, Option(help="The server's --data-dir, shared with this machine.", show_default=False)
     ],
-    models_dir: options.ModelsDir = None,
-    vae: options.Vae = None,
-    refiner: options.Refiner = None,
-    preview_vae: options.PreviewVae = None,
-    wildcards: options.Wildcards = None,
-    styles_file: options.StylesFile = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    low_memory: options.LowMemory = False,
-    exact: Annotated[
-        bool, Option("--exact", help="One picture at a time: equal to the byte.")
-    ] = False,
+    serving: Serving,
+    exact: options.Exact = False,
 ) -> None:
     """Draw the jobs of a server elsewhere, until SIGTERM."""
     if any(find_spec(name) is None for name in ("sqlalchemy", "psycopg")):
@@ -42,23 +34,7 @@ def worker(
             "--queue must be the URL of a PostgreSQL, as postgresql://user@host/name"
         )
     private.keep()
-    options.with_words({}, styles_file=styles_file, wildcards=wildcards)
-    settings = Settings(
-        model=model,
-        models_dir=models_dir,
-        vae=vae,
-        refiner=refiner,
-        preview_vae=preview_vae,
-        wildcards_dir=wildcards,
-        styles_file=styles_file,
-        url=queue,
-        root=str(storage.resolve()),
-        device=device,
-        dtype=dtype,
-        low_memory=low_memory,
-        exact=exact,
-        elsewhere=True,
-    )
+    settings = serving.settings(model, queue, str(storage.resolve()), exact=exact, elsewhere=True)
     child = spawn(settings)  # loads its model while the imports below go on
     from safelight.server.station import work
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from safelight.fast import kernels, memory, onednn, split, strips, tiles, vectors, winograd
+from safelight.fast import int8, kernels, memory, onednn, split, strips, tiles, vectors, winograd
 from safelight.fast.store import ARENA, Shelf, Store
 from safelight.nets import layers
 from safelight.nets.layers import as_map, as_tokens, attend
@@ -57,9 +57,12 @@ def _store(layer: Any, numbers: int) -> Store:
     return ARENA if layer.shelf is None or numbers < LARGE else layer.shelf
 
 
-def _matrix_store(layer: Any, numbers: int) -> Store:
-    """The same of a matrix. Those of our kernels in float32 are packed once, and stay in memory."""
-    return ARENA if split.available(layer.precision) else _store(layer, numbers)
+def _matrix(layer: Any, weight: Tensor, bias: Tensor | None) -> Any:
+    """What multiplies the rows of tokens by a layer's weight [out, in]."""
+    # Those of our kernels in float32 are packed once, and stay in memory.
+    store = ARENA if split.available(layer.precision) else _store(layer, weight.numel())
+    plain = _packed(weight, lambda w: split.matrix(w, bias), store)
+    return int8.Either(plain, bias, store) if int8.fits(weight) else plain
 
 
 def _make_room(x: Tensor) -> None:
@@ -77,10 +80,11 @@ class FastLinear(layers.Linear):
 
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         if self._product is None:
-            # What has no tokens, the time's embedding, has but a row for each picture.
-            pack = split.matrix if x.dim() > 2 else onednn.Matrix
-            store = _matrix_store(self, self.weight.numel())
-            self._product = _packed(_take(self), lambda w: pack(w, self.bias), store)
+            if x.dim() > 2:
+                self._product = _matrix(self, _take(self), self.bias)
+            else:  # what has no tokens, the time's embedding, has but a row for each picture
+                store = _store(self, self.weight.numel())
+                self._product = _packed(_take(self), lambda w: onednn.Matrix(w, self.bias), store)
         return self._product(x, plus)
 
 
@@ -124,6 +128,7 @@ class FastConv2d(layers.Conv2d):
 
 class FastPointwise(layers.Pointwise):
     precision: torch.dtype
+    shelf: Shelf | None = None
     _product: Any = None
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -131,8 +136,7 @@ class FastPointwise(layers.Pointwise):
 
     def tokens(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         if self._product is None:
-            weight = _take(self).flatten(1)
-            self._product = _packed(weight, lambda w: split.matrix(w, self.bias))
+            self._product = _matrix(self, _take(self).flatten(1), self.bias)
         return self._product(x, plus)
 
 
@@ -218,11 +222,7 @@ class FastGEGLU(layers.GEGLU):
         if self._halves is None:
             # Two products: one of twice the width would not stay in the cache.
             self._halves = [
-                _packed(
-                    w.clone(),
-                    lambda w, b=b: split.matrix(w, b),
-                    _matrix_store(self.proj, w.numel()),
-                )
+                _matrix(self.proj, w.clone(), b)
                 for w, b in zip(_take(self.proj).chunk(2), self.proj.bias.chunk(2), strict=True)
             ]
         value, gate = (half(x) for half in self._halves)
@@ -267,7 +267,8 @@ class FastHeads(layers.Attention):
             q, k, v = (self.split_heads(t) for t in self._own(x).chunk(3, dim=-1))
             return q, k, v
         if self._text is None or self._text[0] is not context:
-            k, v = (self.split_heads(to(context)) for to in (self.to_k, self.to_v))
+            with int8.asked(False):  # they serve calls that ask and calls that do not
+                k, v = (self.split_heads(to(context)) for to in (self.to_k, self.to_v))
             self._text = (context, k, v)
         return self.split_heads(self.to_q(x)), *self._text[1:]
 
@@ -275,8 +276,7 @@ class FastHeads(layers.Attention):
         parts = (self.to_q, self.to_k, self.to_v)
         bias = None if self.to_q.bias is None else torch.cat([part.bias for part in parts])
         weight = torch.cat([_take(part) for part in parts])
-        store = _matrix_store(self.to_q, weight.numel())
-        return _packed(weight, lambda w: split.matrix(w, bias), store)
+        return _matrix(self.to_q, weight, bias)
 
     def product(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         for ours in (vectors, split):

@@ -50,6 +50,10 @@ class Matrix:
             return _mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "none")
         return _mkldnn._linear_pointwise.binary(x, plus, self.packed, self.bias, "add")
 
+    def weight(self) -> Tensor:
+        """Return the weight, as it was given."""
+        return self.packed.to_dense()
+
 
 class Convolution:
     """A convolution's weight [out, in, side, side] and bias."""
@@ -160,3 +164,7 @@ class Held:
         layer = self._pack(self._fetch().to(self._computed))
         cast = [x.to(self._computed) if isinstance(x, Tensor) else x for x in inputs]
         return layer(*cast).to(self._dtype)
+
+    def weight(self) -> Tensor:
+        """Return the weight, until another one is fetched."""
+        return self._fetch()

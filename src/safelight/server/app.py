@@ -22,6 +22,7 @@ from safelight.server.hub import Hub
 from safelight.server.jobs import retry_after, status_of
 from safelight.server.metrics import Metrics
 from safelight.server.retention import Retention
+from safelight.server.tracing import Traced, on
 from safelight.server.wording import clipped, hide, public
 
 
@@ -76,7 +77,8 @@ def application(
     app.add_exception_handler(SafelightError, refused)
     app.add_exception_handler(RequestValidationError, invalid)
     paged = None if page is None else page(app, hub, decoders)
-    return Guard(app if paged is None else paged, rules, app.state.metrics.count)
+    guard = Guard(app if paged is None else paged, rules, app.state.metrics.count)
+    return Traced(guard) if on() else guard
 
 
 def problems(*statuses: int, model: Any = None) -> dict[int | str, dict[str, Any]]:

@@ -51,7 +51,8 @@ class Claim:
     """A job to draw. done: its finished pictures. cost: as it was submitted with. suspect: it is
     to be drawn alone, since workers ended while they drew it. model: the name of the one that draws
     it; None for the server's own. left: the ids of pictures that a worker whose lease ran out may
-    have written without a row.
+    have written without a row. waited: seconds since it was made. trace: the place in a trace that
+    it comes from.
     """
 
     id: str
@@ -63,6 +64,8 @@ class Claim:
     model: str | None = None
     owner: str = ""
     left: tuple[str, ...] = ()
+    waited: float = 0.0
+    trace: str | None = None
 
     def picture_id(self, index: int) -> str:
         """Return the id that a picture of this claim gets."""
@@ -144,6 +147,8 @@ class Claims(Roster):
                 *(first["id"], token, settings, done, suspect, first["cost"], first["model"]),
                 owner=first["owner"],
                 left=left,
+                waited=now - first["created"],
+                trace=first["trace"],
             )
 
     def renew(self, worker: str) -> None:

@@ -20,6 +20,11 @@ jobs that are shorter than all of those are taken in, and up to as many again of
 none; others wait in the database.
 """
 
+FEWEST = 2
+"""A worker of a fleet takes in as many jobs as fill a call of the network, this many at least: one
+is drawn while another one is decoded. More would wait here while other workers are idle.
+"""
+
 
 @dataclass
 class Held:
@@ -39,18 +44,21 @@ class Held:
     previewed: float = 0.0
 
 
-def bound(held: Collection[Held]) -> float | None:
-    """Return the cost that a job must stay below to be taken in as well; None for any."""
-    if not _beyond(held, 1):
+def bound(held: Collection[Held], most: int) -> float | None:
+    """Return the cost that a job must stay below to be taken in as well; None for any.
+
+    most: jobs in the making, of which there may be more.
+    """
+    if not _beyond(held, most):
         return None
     return min(one.claim.cost * one.left / one.request.count for one in held)
 
 
-def full(held: Collection[Held]) -> bool:
+def full(held: Collection[Held], most: int) -> bool:
     """Return whether no job of anybody is to be taken in."""
-    return _beyond(held, 2)
+    return _beyond(held, most, 2)
 
 
-def _beyond(held: Collection[Held], times: int) -> bool:
+def _beyond(held: Collection[Held], most: int, times: int = 1) -> bool:
     size = sum(one.input_bytes for one in held)
-    return len(held) >= times * JOBS or size >= times * INPUTS
+    return len(held) >= times * most or size >= times * INPUTS

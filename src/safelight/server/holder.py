@@ -18,6 +18,7 @@ from safelight.server.jobs import Picture, StorageError
 from safelight.server.pulse import Pulse
 from safelight.server.settings import Settings
 from safelight.server.store import Store, new_id
+from safelight.server.tracing import JobSpans
 
 T = TypeVar("T")
 
@@ -41,7 +42,8 @@ class Holder:
         self._coming: list[Claim] = []
         self._unclaimed: list[Claim] = []
         self._stuck: str | None = None
-        self._started = self._stopping = False
+        self._spans = JobSpans(self._id)
+        self._started = self._stopping = self._draining = False
         self._renewed = time.monotonic()
 
     # --- what a Worker has -----------------------------------------------------------------------
@@ -82,6 +84,8 @@ class Holder:
                 self._pipe.send(("described", rest[0], *self._describe(rest[0])))
             elif kind == "start":
                 self._started = True
+            elif kind == "drain":
+                self._draining = True
             elif kind == "stop":
                 self._stopping = True
         self._pulse.count()
@@ -114,12 +118,18 @@ class Holder:
         """The claims of all its jobs: those that are drawn, and those that wait for a model."""
         return [*(held.claim for held in self._held.values()), *self._coming]
 
+    @property
+    def _drained(self) -> bool:
+        """Whether it was told to take no more jobs, and has none left."""
+        return self._draining and not (self._claims or self._unclaimed)
+
     def _forget(self, job_id: str) -> None:
         if any(claim.id == job_id for claim in self._claims):
             self._drop(job_id)
             self._held.pop(job_id, None)
             self._coming = [claim for claim in self._coming if claim.id != job_id]
             self._alone = False
+            self._spans.ended(job_id, "lost")
             self._pipe.send(("end", job_id, None))
 
     def _put_back(self, claims: list[Claim]) -> None:
@@ -130,6 +140,7 @@ class Holder:
             except StorageError:
                 return
             claims.remove(claim)
+            self._spans.ended(claim.id, "put_back")
 
     def _renew(self) -> None:
         if self._claims and time.monotonic() - self._renewed > LEASE / 4:
@@ -180,8 +191,11 @@ class Holder:
         )
         texts = png_texts(recipe)
         try:
-            self._patiently(claim, lambda: self._files.keep(image, picture.id, texts))
-            self._patiently(claim, lambda: self._store.add_picture(claim.id, claim.token, picture))
+            with self._spans.measured("save", claim.id, index):
+                self._patiently(claim, lambda: self._files.keep(image, picture.id, texts))
+                self._patiently(
+                    claim, lambda: self._store.add_picture(claim.id, claim.token, picture)
+                )
         except LostError:
             # A database that went away in the middle may have it nevertheless.
             with contextlib.suppress(StorageError, OSError):
@@ -199,6 +213,7 @@ class Holder:
             del held
             memory.give_back()  # else the process keeps what large pictures took
         self._alone = False
+        self._spans.ended(claim.id, None if error is None else getattr(error, "code", "failed"))
         self._pipe.send(("end", claim.id, getattr(error, "code", None)))
 
     def _finish(self, claim: Claim, warnings: list[str], error: str | None) -> None:

@@ -15,6 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from safelight.errors import SafelightError
 from safelight.request import Request
+from safelight.server import tracing
 from safelight.server.catalogue import Catalogue
 from safelight.server.costs import cost, pixel_steps, steps_of
 from safelight.server.database import reason
@@ -32,9 +33,11 @@ from safelight.server.jobs import (
 )
 from safelight.server.keyring import Keyring
 from safelight.server.names import Names
+from safelight.server.on_ray import OnRay
 from safelight.server.process import Child, Settings
 from safelight.server.recovery import recover
 from safelight.server.retention import clear
+from safelight.server.scaling import Plan
 from safelight.server.steps import Steps
 from safelight.server.store import Store, new_id
 from safelight.server.supervisor import Supervisor
@@ -54,12 +57,14 @@ T = TypeVar("T")
 class Hub:
     """The jobs of a data folder and the workers that draw them; see `jobs.Service`.
 
-    child: the first worker of this server; None leaves all to the fleet. bound: the most pictures
-    that may wait. on_refusal: called if no worker can draw with these settings; `refusal` is then
-    the reason.
+    child: the first worker of this server, or the workers that it keeps on Ray; None leaves all to
+    others. bound: the most pictures that may wait. on_refusal: called if no worker can draw with
+    these settings; `refusal` is then the reason.
     """
 
-    def __init__(self, settings: Settings, child: Child | None, *, bound: int = 1000) -> None:
+    def __init__(
+        self, settings: Settings, child: Child | Plan | None, *, bound: int = 1000
+    ) -> None:
         self.settings, self._bound = settings, bound
         self.files = Files(Path(settings.root))
         self.store = Store(settings.url)
@@ -75,7 +80,7 @@ class Hub:
             on_message=lambda kind, rest: self._events.publish(kind, rest[0], rest[1:]),
             on_change=self._on_fleet,
         )
-        self.supervisor = Elsewhere(self.fleet) if child is None else self._supervise(child)
+        self.supervisor = self._supervise(child)
         self.catalogue = Catalogue(settings, self.supervisor.send, self._in_database)
         self._steps = Steps()
         self._stuck: str | None = None
@@ -109,7 +114,11 @@ class Hub:
 
     # --- the worker ------------------------------------------------------------------------------
 
-    def _supervise(self, child: Child) -> Supervisor:
+    def _supervise(self, child: Child | Plan | None) -> Supervisor | Elsewhere:
+        if isinstance(child, Plan):
+            return OnRay(self.settings, child, self.fleet, self._put_back)
+        if child is None:
+            return Elsewhere(self.fleet)
         how: dict[str, Any] = {"on_message": self._on_message, "on_end": self._on_worker_end}
         how |= {"on_refusal": lambda: self.on_refusal(), "put_back": self._put_back}
         return Supervisor(self.settings, child, **how)
@@ -201,6 +210,7 @@ class Hub:
             worker, told_to=self.stopping, killed=killed and not self.stopping
         )
         self.files.remove_pictures(left)
+        self.store.leave(worker)
 
     # --- jobs ------------------------------------------------------------------------------------
 
@@ -241,6 +251,7 @@ class Hub:
                 model=name,
                 webhook=webhook,
                 pixel_steps=pixel_steps(request, steps, native),
+                trace=tracing.here(),
             )
         )
         await self.keys.spent(owner)
@@ -330,9 +341,9 @@ class Hub:
         jobs = await self._in_database(partial(self.store.list, **how))
         return [self._events.with_progress(job) for job in jobs]
 
-    async def counts(self) -> dict[str, int]:
-        """Return how many jobs there are of each status."""
-        return await self._in_database(self.store.counts)
+    async def counts(self) -> dict[str, dict[str, int]]:
+        """Return how many jobs there are of each status, by model."""
+        return await self._in_database(self.store.counts_by_model)
 
     def picture_file(self, picture_id: str) -> Path | None:
         """See `jobs.Service`."""

@@ -55,6 +55,17 @@ def without_words(error: BaseException) -> str:
     return "\ncaused by\n".join(parts)
 
 
+def log_to_stderr() -> None:
+    """Write all records and exceptions to standard error, as lines of JSON."""
+    from safelight.server.limits import Sparing  # with much that a drawing process does not need
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Lines())
+    handler.addFilter(Sparing())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    log_all_exceptions()
+
+
 def log_all_exceptions() -> None:
     """Send what no one catches to the log, in place of Python's own words on standard error."""
 

@@ -71,11 +71,13 @@ def _run(pipe: Connection, told: Connection, settings: Settings) -> None:
     pulse = Pulse(told)
     pulse.start()
     from safelight.errors import SafelightError
+    from safelight.server import tracing
     from safelight.server.jobs import StorageError
     from safelight.server.logs import without_words
     from safelight.server.worker import Worker
 
     code = 0
+    tracing.start("safelight-worker")
     try:
         try:
             worker = Worker(pipe, settings, pulse)
@@ -90,4 +92,5 @@ def _run(pipe: Connection, told: Connection, settings: Settings) -> None:
     except Exception as error:  # its words may quote a prompt
         sys.stderr.write(f"the worker failed: {without_words(error)}\n")
         code = 1
+    tracing.stop()
     os._exit(code)

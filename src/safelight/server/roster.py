@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from sqlalchemy import ColumnElement, func, select
 
 from safelight.server.database import Database
-from safelight.server.jobs import ModelInfo, WorkerInfo
+from safelight.server.jobs import ModelInfo, Status, WorkerInfo
 from safelight.server.tables import jobs, workers
 
 BEAT = 10.0
@@ -15,6 +15,9 @@ BEAT = 10.0
 
 GONE = 60.0
 """Seconds after which a worker that said nothing is taken for gone."""
+
+COUNTED = 1000
+"""Most waiting jobs that are counted: more workers than for so many are not started at once."""
 
 
 class Roster(Database):
@@ -58,6 +61,19 @@ class Roster(Database):
             )
             for row in rows
         ]
+
+    def load(self, patience: float) -> tuple[int, dict[str, int]]:
+        """Return how many jobs wait longer than `patience` seconds, COUNTED at most, and how many
+        each worker has taken in.
+        """
+        now, name = self._now(), func.substr(jobs.c.token, 1, 32)
+        late = (jobs.c.status == Status.QUEUED) & (jobs.c.created < now - patience)
+        some = select(jobs.c.id).where(late).limit(COUNTED).subquery()
+        taken = (jobs.c.status == Status.RUNNING) & (jobs.c.lease >= now)
+        with self._read() as db:
+            count = db.scalar(select(func.count()).select_from(some)) or 0
+            rows = db.execute(select(name, func.count()).where(taken).group_by(name))
+            return count, {row[0]: row[1] for row in rows}
 
     def _of_fleet(self) -> ColumnElement[bool]:
         """Whether a job's token is one of a worker on the roster that is well."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import uvicorn
 
+from safelight.server import tracing
 from safelight.server.app import PageOf, application
 from safelight.server.connections import (
     ACCEPTED,
@@ -23,11 +24,11 @@ from safelight.server.connections import (
 from safelight.server.guard import Rules
 from safelight.server.hub import Hub
 from safelight.server.keep import Keep
-from safelight.server.limits import Sparing
 from safelight.server.listening import BACKLOG, everywhere, link, shown
-from safelight.server.logs import Lines, log_all_exceptions
+from safelight.server.logs import log_to_stderr
 from safelight.server.process import Child, Settings
 from safelight.server.retention import Retention
+from safelight.server.scaling import Plan
 
 log = logging.getLogger("safelight.server")
 
@@ -61,7 +62,7 @@ def return_large_blocks() -> None:
 
 def serve(
     settings: Settings,
-    child: Child | None,
+    child: Child | Plan | None,
     listening: socket.socket,
     *,
     host: str,
@@ -75,16 +76,13 @@ def serve(
     keep: Keep | None = None,
     page: PageOf | None = None,
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C. page: as `application` takes it.
+    """Serve until SIGTERM or Ctrl-C. child: as `Hub` takes it; page: as `application` does.
 
     Raises SafelightError if the server or the model cannot start.
     """
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Lines())
-    handler.addFilter(Sparing())
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    log_all_exceptions()
+    log_to_stderr()
     return_large_blocks()
+    tracing.start("safelight")
     hub = Hub(settings, child, bound=bound)
     hub.webhooks.private = webhooks_to_private
     retention = Retention(hub.files, hub.store, keep or Keep())
@@ -118,5 +116,6 @@ def serve(
         sys.stderr.write(f"Open {link(listening, token)}\n")
     sys.stderr.flush()
     asyncio.run(server.serve(sockets=[listening]))
+    tracing.stop()
     if hub.refusal is not None:
         raise hub.refusal

@@ -23,7 +23,7 @@ from safelight.server.tables import meta
 
 log = logging.getLogger("safelight.server")
 
-HEAD = "0010"
+HEAD = "0011"
 FIRST = "0001"
 """The schema of databases from before versions were written down."""
 

@@ -7,18 +7,18 @@ passes news on. What is true is in the database and in the storage, which all sh
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import platform
 import signal
-import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 from safelight.server.files import Files
 from safelight.server.jobs import ModelInfo, StorageError
-from safelight.server.limits import Sparing
-from safelight.server.logs import Lines, log_all_exceptions
+from safelight.server.logs import log_to_stderr
 from safelight.server.process import Child
 from safelight.server.recovery import belongs
 from safelight.server.roster import BEAT
@@ -32,14 +32,14 @@ log = logging.getLogger("safelight.server")
 NEWS = ("progress", "preview", "picture", "end")
 ORDERS = ("wake", "cancel", "watch", "unwatch")
 
+DRAINING = 2.0
+"""Seconds between two times that a worker is told to finish what it has, and says that it is well.
+"""
+
 
 def work(settings: Settings, child: Child) -> None:
     """Draw until SIGTERM or Ctrl-C. Raises SafelightError if these settings cannot."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Lines())
-    handler.addFilter(Sparing())
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    log_all_exceptions()
+    log_to_stderr()
     station = Station(settings, child)
     asyncio.run(station.run())
     if station.supervisor.refusal is not None:
@@ -55,6 +55,9 @@ class Station:
         self._place = f"{platform.node()}:{os.getpid()}"
         self._began = False
         self._told: str | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop, self._now = asyncio.Event(), asyncio.Event()
+        self._draining = False
         self._model: ModelInfo | None = None
         self._memory: int | None = None
         self.supervisor = Supervisor(
@@ -74,11 +77,11 @@ class Station:
         )
 
     async def run(self) -> None:
-        """Join the fleet, draw, and leave it when told to end."""
-        self._stop, self._now = asyncio.Event(), asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop.set)
+        """Join the fleet, draw, and leave it when told to end: by a signal, or by `end`."""
+        self._loop = asyncio.get_running_loop()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._loop.add_signal_handler(number, self._stop.set)
         try:
             if not await self._joined():
                 self.supervisor.child.process.kill()
@@ -89,11 +92,32 @@ class Station:
             while not self._stop.is_set():
                 await self._beat()
                 await self._either(BEAT)
+            while self._draining:
+                self.supervisor.drain()
+                if await asyncio.to_thread(self.supervisor.ended, DRAINING):
+                    break
+                await self._beat()
         finally:
             if self._began:
                 await self.supervisor.stop()
                 await asyncio.to_thread(self._wire.close)
             self._store.close()
+
+    def end(self, *, drain: bool) -> None:
+        """Draw no more. drain: finish what is begun first, else it waits for others. For threads;
+        who drains may be told to stop at once.
+        """
+        self._draining = drain
+        if self._loop is None:
+            self._stop.set()
+        else:
+            with contextlib.suppress(RuntimeError):  # it has ended
+                self._loop.call_soon_threadsafe(self._stop.set)
+
+    @property
+    def draws(self) -> bool:
+        """Whether a worker is on the roster, or about to be."""
+        return self._model is not None
 
     async def _joined(self) -> bool:
         """Wait until a server has made database and storage ready; return False if told to end.

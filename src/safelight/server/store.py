@@ -70,14 +70,15 @@ class Store(Expiry, People, Outbox):
         owner: str | None = None,
         model: str | None = None,
         pixel_steps: float = 0.0,
+        trace: str | None = None,
         webhook: str | None = None,
     ) -> tuple[Job, bool]:
         """Add a job; return it and whether it is new. A key seen before returns the job of then.
 
         cost: rows of the network it will take; bound: most pictures that may wait; model: the name
-        of the one that is to draw it; webhook: whom to tell of its end. Raises BusyError beyond the
-        bound, SpentError if the owner has less left, SafelightError for a key that came with
-        another request.
+        of the one that is to draw it; trace: the place in a trace that it comes from; webhook: whom
+        to tell of its end. Raises BusyError beyond the bound, SpentError if the owner has less
+        left, SafelightError for a key that came with another request.
         """
         count = int(settings["count"])
         if key is not None and owner is not None:  # one key of two owners is two keys
@@ -108,6 +109,7 @@ class Store(Expiry, People, Outbox):
                     owner=owner or "",
                     model=model,
                     pixel_steps=pixel_steps,
+                    trace=trace,
                 )
             )
             if webhook is not None:
@@ -223,6 +225,18 @@ class Store(Expiry, People, Outbox):
         query = select(jobs.c.status, func.count()).where(seen()).group_by(jobs.c.status)
         with self._read() as db:
             return {row[0]: row[1] for row in db.execute(query)}
+
+    def counts_by_model(self) -> dict[str, dict[str, int]]:
+        """Return how many jobs there are of each status, by the name of the model.
+
+        Those of before there were several stand under "".
+        """
+        query = select(jobs.c.model, jobs.c.status, func.count()).where(seen())
+        found: dict[str, dict[str, int]] = {}
+        with self._read() as db:
+            for model, status, count in db.execute(query.group_by(jobs.c.model, jobs.c.status)):
+                found.setdefault(model or "", {})[status] = count
+        return found
 
     def has_picture(self, picture_id: str) -> bool:
         with self._read() as db:

@@ -102,6 +102,20 @@ class Supervisor:
         """Send a message to the worker; one that is not there never gets it."""
         self._outbox.put(message)
 
+    def drain(self) -> None:
+        """Let the worker finish the jobs that it has, and end; no other one is started.
+
+        It is to be said until the worker has ended: one that was being started does not hear it.
+        """
+        self.stopping = True
+        self._ended.set()
+        self.send("drain")
+
+    def ended(self, seconds: float) -> bool:
+        """Return whether no worker is kept any more, after waiting for that so long."""
+        self._keeper.join(seconds)
+        return not self.alive
+
     async def stop(self) -> None:
         """Let the worker put back what it has not finished, and end."""
         self.stopping = True

@@ -53,6 +53,7 @@ jobs = Table(
     Column("expires", Float, index=True),  # when it is deleted; see expiry.py
     Column("model", Text),  # its name; None, of before there were several: the server's own
     Column("pixel_steps", Float, nullable=False, server_default="0"),  # see allowances.py
+    Column("trace", String(55)),  # where it was asked for, as W3C's traceparent: see tracing.py
     # The two ends of an owner's queue: the shortest job, and the one that waits longest.
     Index("ix_jobs_shortest", "status", "owner", "cost", "created"),
     Index("ix_jobs_oldest", "status", "owner", "created", "cost"),

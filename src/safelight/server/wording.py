@@ -8,6 +8,9 @@ from pathlib import Path
 MAX_ERROR = 1000
 """Characters of an error's line. What it repeats of a request is at most 200 of them."""
 
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+"""Methods of HTTP that figures and traces name. Strangers may send any word."""
+
 _HIDDEN: list[str] = []
 
 

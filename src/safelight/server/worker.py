@@ -13,7 +13,7 @@ from safelight.engine.capacity import out_of_memory
 from safelight.errors import SafelightError
 from safelight.request import Request
 from safelight.server.claims import Claim, LostError
-from safelight.server.held import JOBS, Held, bound, full
+from safelight.server.held import FEWEST, JOBS, Held, bound, full
 from safelight.server.holder import Holder
 from safelight.server.jobs import StorageError
 from safelight.server.loaded import LoadedModels
@@ -37,6 +37,7 @@ class Worker(Holder):
         self._awaited: str | None = None
         self._changed: set[str] = set()
         self._spoilt: str | None = None
+        self._elsewhere = settings.elsewhere
         self._unsure = False
         info = self._models.load_first().model_dump()
         pipe.send(("ready", info, self._models.memory))
@@ -46,7 +47,7 @@ class Worker(Holder):
         """Draw until told to stop, or until the server's own model is not what was loaded."""
         while not (self._started or self._stopping):  # until the server has tidied up
             self._on_messages(1.0)
-        while not (self._stopping or self._spoilt):
+        while not (self._stopping or self._spoilt or self._drained):
             idle = LOADING if self._coming else 1.0
             self._on_messages(0 if self._models.busy else idle)
             self._forget_cancelled()
@@ -62,6 +63,7 @@ class Worker(Holder):
         self._put_back(self._unclaimed + self._claims)
         self._models.close()
         self._store.close()
+        self._spans.close()
         if self._spoilt:
             self._pipe.send(("spoilt", self._spoilt))
 
@@ -151,7 +153,7 @@ class Worker(Holder):
     def _claim(self) -> None:
         """Take in jobs until there are none, or until the next one has to wait."""
         models = self._models
-        while not (self._alone or self._stopping or self._full):
+        while not (self._alone or self._stopping or self._draining or self._full):
             # When the turn of a job comes whose model has no room, others wait, until it has.
             if self._awaited and not models.room_for(self._awaited, self._in_use):
                 return
@@ -165,6 +167,7 @@ class Worker(Holder):
                 self._unclaimed.append(claim)
                 return
             self._forget(claim.id)  # of before it was cancelled and retried
+            self._spans.claimed(claim)
             self._alone = claim.suspect
             if models.get(name) is None:
                 self._coming.append(claim)
@@ -173,7 +176,15 @@ class Worker(Holder):
 
     @property
     def _full(self) -> bool:
-        return full(self._held.values()) or len(self._coming) >= JOBS
+        return full(self._held.values(), self._most) or len(self._coming) >= self._most
+
+    @property
+    def _most(self) -> int:
+        """The most jobs that it takes in at once, but for short ones and those of other owners."""
+        latest = self._models.latest
+        if not self._elsewhere or latest is None:
+            return JOBS
+        return min(JOBS, max(FEWEST, latest.engine.rows))
 
     def _next(self) -> Claim | None:
         """Return the next job; None if there is none, or none can be read now."""
@@ -184,7 +195,7 @@ class Worker(Holder):
                 alone=not self._claims,
                 # A second makes up for the rows that it takes to run.
                 ageing=models.rows_a_second,
-                cheaper_than=bound(held),
+                cheaper_than=bound(held, self._most),
                 held={claim.owner for claim in self._claims},
                 known=[claim.token for claim in self._claims] if self._unsure else None,
                 loaded=models.names,
@@ -207,7 +218,8 @@ class Worker(Holder):
             self._files.remove_pictures(claim.left)
             image, mask = (self._files.input(claim.id, name) for name in ("image", "mask"))
             request = Request.from_dict(claim.settings, image=image, mask=mask, fitted=True)
-            result = one.engine.add(request, claim.id, claim.done, claim.owner)
+            with self._spans.measured("encode", claim.id):
+                result = one.engine.add(request, claim.id, claim.done, claim.owner)
         except StorageError as error:
             self._tell_stuck(error)
             self._unclaimed.append(claim)
@@ -240,8 +252,8 @@ class Worker(Holder):
         """Let the model whose turn it is take a step, and take the pictures that are finished."""
         first = self._models.turn()
         for one in self._models.busy:
+            began = time.monotonic()
             if one is first:
-                began = time.monotonic()
                 moved = one.engine.step()
                 one.used = time.monotonic()
                 one.spent += one.used - began
@@ -249,12 +261,13 @@ class Worker(Holder):
                 moved = one.engine.step() if first is None else one.engine.step(listen=0)
             else:
                 continue
-            self._see(*moved)
+            self._see(*moved, seconds=time.monotonic() - began)
 
-    def _see(self, stepped: list[Any], finished: list[Any]) -> None:
-        """Tell of the steps that were taken, and keep what is finished."""
+    def _see(self, stepped: list[Any], finished: list[Any], *, seconds: float) -> None:
+        """Tell of the steps that were taken, of so many seconds, and keep what is finished."""
         moved: dict[str, Held] = {}
         for ticket in stepped:
+            self._spans.stepped(ticket.tag, ticket.index, seconds)
             held = self._held[ticket.tag]
             held.taken += 1
             moved[ticket.tag] = held
@@ -263,6 +276,7 @@ class Worker(Holder):
         for held in moved.values():
             self._tell("progress", held)
         for ticket in finished:
+            self._spans.decoded(ticket.tag, ticket.index)
             # Its job may have ended by another picture's error.
             if ticket.tag in self._held:
                 self._picture(self._held[ticket.tag], ticket)

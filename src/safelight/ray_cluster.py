@@ -1,0 +1,40 @@
+"""Connect to a Ray cluster, or start one on this machine."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from typing import Any
+
+from safelight.errors import SafelightError
+
+HERE = "local"
+"""The address that starts a cluster on this machine."""
+
+
+def connect(address: str, *modules: str) -> Any:
+    """Return the module ray, connected. modules: more of Ray that is needed, as "ray.data".
+
+    Raises SafelightError if Ray is missing or the cluster is not reached.
+    """
+    # Nothing is told to Ray's makers, accelerators stay as they are for workers without GPUs, and
+    # this process prints no log of Ray's own.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    try:
+        ray = importlib.import_module("ray")
+        for name in modules:
+            importlib.import_module(name)
+    except ImportError:
+        raise SafelightError(
+            "--ray needs Ray: pip install 'safelight[ray]'", code="not_installed"
+        ) from None
+    here: dict[str, Any] = {"include_dashboard": False} if address == HERE else {"address": address}
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **here)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SafelightError(f"the Ray cluster {address!r} is not reached: {told:.200}") from None
+    return ray

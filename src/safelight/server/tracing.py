@@ -1,0 +1,212 @@
+"""OpenTelemetry traces: a span for each request, and for what a worker does with a job.
+
+Off unless OTEL_EXPORTER_OTLP_ENDPOINT, or the one of traces alone, says where to send them and the
+packages of the extra `tracing` are installed. The place in a trace goes with a job's row, as W3C's
+Trace Context writes it, so that one trace shows a job's way over machines. No span has words of a
+prompt, an address or an error, only names and numbers of ours.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from safelight.server.wording import METHODS
+
+if TYPE_CHECKING:
+    from safelight.server.claims import Claim
+
+log = logging.getLogger("safelight.server")
+
+PLACES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+
+FLUSH = 2.0
+"""Seconds that the last spans have to be sent, when a process ends."""
+
+SHOWN = ("count", "steps", "sampler", "width", "height")
+"""Settings of a job that its span has."""
+
+_tracer: Any = None
+_provider: Any = None
+
+
+def start(service: str, exporter: Any = None) -> None:
+    """Send spans from now on, if the variables ask for it. exporter: of a test, in their place."""
+    global _tracer, _provider
+    off = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
+    if exporter is None and (off or not any(os.environ.get(name) for name in PLACES)):
+        return
+    try:
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
+
+        if exporter is None:
+            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+            processor: Any = BatchSpanProcessor(OTLPSpanExporter())
+        else:
+            processor = SimpleSpanProcessor(exporter)
+    except ImportError:
+        log.warning("no traces are sent: they need more: pip install 'safelight[tracing]'")
+        return
+    named = {} if os.environ.get("OTEL_SERVICE_NAME") else {"service.name": service}
+    _provider = TracerProvider(resource=Resource.create(named))
+    _provider.add_span_processor(processor)
+    _tracer = _provider.get_tracer("safelight")
+
+
+def stop() -> None:
+    """Send what is left, and no more."""
+    global _tracer, _provider
+    provider, _tracer, _provider = _provider, None, None
+    if provider is not None:  # a collector that is away would hold up the end
+        last = threading.Thread(target=provider.shutdown, daemon=True)
+        last.start()
+        last.join(FLUSH)
+
+
+def on() -> bool:
+    """Return whether spans are sent."""
+    return _tracer is not None
+
+
+def here() -> str | None:
+    """Return the place in the trace of what runs now, as a traceparent; None without one."""
+    if _tracer is None:
+        return None
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    found: dict[str, str] = {}
+    TraceContextTextMapPropagator().inject(found)
+    return found.get("traceparent")
+
+
+def _context(traceparent: str | None) -> Any:
+    from opentelemetry.context import Context
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    given = {} if traceparent is None else {"traceparent": traceparent}
+    return TraceContextTextMapPropagator().extract(given, Context())
+
+
+class Traced:
+    """An ASGI application around another: a span for each request, which goes on a client's."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or _tracer is None:
+            await self.app(scope, receive, send)
+            return
+        from opentelemetry.trace import SpanKind, StatusCode
+
+        given = [value for name, value in scope["headers"] if name == b"traceparent"]
+        parent = given[0].decode("latin-1") if len(given) == 1 else None
+        method = scope["method"] if scope["method"] in METHODS else "_OTHER"
+        with _tracer.start_as_current_span(
+            method,
+            context=_context(parent),
+            kind=SpanKind.SERVER,
+            attributes={"http.request.method": method},
+            record_exception=False,  # its words may be a prompt's
+            set_status_on_exception=False,
+        ) as span:
+
+            async def reply(message: Any) -> None:
+                if message["type"] == "http.response.start":
+                    span.set_attribute("http.response.status_code", message["status"])
+                    if message["status"] >= 500:
+                        span.set_status(StatusCode.ERROR)
+                await send(message)
+
+            try:
+                await self.app(scope, receive, reply)
+            finally:
+                # By the route's pattern: paths have ids, and links tokens.
+                route = getattr(scope.get("route"), "path", "")
+                if route:
+                    span.set_attribute("http.route", route)
+                    span.update_name(f"{method} {route}")
+
+
+class JobSpans:
+    """The spans of a worker's jobs; without traces it does nothing.
+
+    A job has one from when it was made to its end, and within it: queued; encode, the prompt and
+    what it starts from; and for each picture steps, decode and save. worker: its name.
+    """
+
+    def __init__(self, worker: str) -> None:
+        self._worker = worker
+        self._jobs: dict[str, Any] = {}
+        self._steps: dict[tuple[str, int], tuple[int, int]] = {}
+
+    def claimed(self, claim: Claim) -> None:
+        """A job was taken in."""
+        if _tracer is None:
+            return
+        now = time.time_ns()
+        made = now - round(1e9 * max(0.0, claim.waited))
+        settings = {name: claim.settings.get(name) for name in SHOWN}
+        told = settings | {"job": claim.id, "model": claim.model, "worker": self._worker}
+        attributes = {f"safelight.{k}": v for k, v in told.items() if v is not None}
+        self._jobs[claim.id] = _tracer.start_span(
+            "job", context=_context(claim.trace), start_time=made, attributes=attributes
+        )
+        self._span(claim.id, "queued", made, now)
+
+    @contextmanager
+    def measured(self, name: str, job_id: str, picture: int | None = None) -> Iterator[None]:
+        """A span of what is done within."""
+        began = time.time_ns()
+        try:
+            yield
+        finally:
+            self._span(job_id, name, began, time.time_ns(), picture)
+
+    def stepped(self, job_id: str, picture: int, seconds: float) -> None:
+        """A picture took a step, of so many seconds, that has just ended."""
+        if job_id in self._jobs:
+            now = time.time_ns()
+            began, _ = self._steps.get((job_id, picture), (now - round(1e9 * seconds), 0))
+            self._steps[job_id, picture] = began, now
+
+    def decoded(self, job_id: str, picture: int) -> None:
+        """A picture that took its last step before is decoded."""
+        if (found := self._steps.pop((job_id, picture), None)) is not None:
+            self._span(job_id, "steps", *found, picture)
+            self._span(job_id, "decode", found[1], time.time_ns(), picture)
+
+    def ended(self, job_id: str, why: str | None = None) -> None:
+        """A job is over. why: the code of its error, or what became of it; None if it is drawn."""
+        if (span := self._jobs.pop(job_id, None)) is None:
+            return
+        self._steps = {key: value for key, value in self._steps.items() if key[0] != job_id}
+        if why is not None:
+            from opentelemetry.trace import StatusCode
+
+            span.set_attribute("safelight.outcome", why)
+            span.set_status(StatusCode.ERROR)
+        span.end()
+
+    def close(self) -> None:
+        """The worker ends: its jobs wait for others."""
+        for job_id in list(self._jobs):
+            self.ended(job_id, "put_back")
+
+    def _span(self, job_id: str, name: str, began: int, ended: int, at: int | None = None) -> None:
+        if (job := self._jobs.get(job_id)) is None or _tracer is None:
+            return
+        from opentelemetry.trace import set_span_in_context
+
+        attributes = {} if at is None else {"safelight.picture": at}
+        context = set_span_in_context(job, _context(None))
+        span = _tracer.start_span(name, context=context, start_time=began, attributes=attributes)
+        span.end(ended)
