@@ -77,6 +77,8 @@ GOOD: dict[str, dict[str, Any]] = {
     "split_attend": ATTENTION,
     "gate": GATE,
     "split_gate": GATE,
+    "int8_linear": fields(x=NUMBERS, weights=NUMBERS, factors=NUMBERS, offsets=NUMBERS)
+    | fields(bias=None, plus=None, out=NUMBERS, rows=1, inner=64, columns=32),
     "layer_norm": NORM,
     "moments": fields(x=NUMBERS, scale=NUMBERS, shift=NUMBERS, factors=NUMBERS, images=1)
     | fields(positions=1, channels=16, groups=2, eps=1e-5),
@@ -85,11 +87,9 @@ GOOD: dict[str, dict[str, Any]] = {
     ),
     "lay": fields(x=NUMBERS, factors=None, out=NUMBERS, plane=9 * 32, images=1, height=1)
     | fields(width=1, channels=32, first=0, last=1),
-    "pack": fields(w=NUMBERS, out=NUMBERS, columns=32, blocks=1),
     "conv": fields(x=NUMBERS, weights=torch.zeros(9216), bias=None, plus=None, out=NUMBERS)
     | fields(plane=9 * 32, bias_step=0, images=1, height=1, width=1, border=2, channels=32)
     | fields(columns=32, side=3, spread=1, down=0, right=0),
-    "split_pack": fields(w=NUMBERS, out=NUMBERS, columns=32, inner=32),
     "split_linear": fields(x=NUMBERS, weights=NUMBERS, bias=None, plus=None, out=NUMBERS)
     | fields(rows=1, inner=32, columns=32),
     "spread": fields(x=NUMBERS, planes=NUMBERS, plane=16, height=2, width=2, channels=16)
@@ -134,6 +134,7 @@ def test_what_does_not_fit_together_is_refused(library: Library) -> None:
         "spread": [{"side": 3}, {"scale": 0}, {"first": 2}, {"plane": 15}, {"height": 0}],
         "gather": [{"side": 3}, {"first": 2}, {"width": 0}],
         "split_linear": [{"inner": 0}],
+        "int8_linear": [{"inner": 0}, {"inner": (1 << 16) + 16}],
     }
     for name, changes in of.items():
         for change in changes if name in kernels._ARGUMENTS[library.variant] else ():

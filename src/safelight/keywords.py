@@ -10,6 +10,7 @@ from safelight.prompt.reading import Emphasis, Syntax
 
 Schedule = Literal["karras", "exponential", "beta"]
 Spacing = Literal["leading", "linspace", "trailing"]
+Linears = Literal["plain", "int8"]
 EmptyNegative = Literal["model", "zeros", "encoded"]
 
 
@@ -54,6 +55,7 @@ class GenerateSettings(TypedDict, total=False):
     guidance_start: float | None
     guidance_end: float | None
     text_end: float | None
+    linears: Linears | None
     unconditional: bool
 
 

@@ -11,7 +11,7 @@ from PIL.Image import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from safelight.adapters.asked import Unmatched
-from safelight.keywords import EmptyNegative, Schedule, Spacing
+from safelight.keywords import EmptyNegative, Linears, Schedule, Spacing
 from safelight.prompt.reading import Emphasis, Syntax
 from safelight.settings import About, Number, Texts, Whole
 from safelight.sizes import MAX_SIDE, MIN_SIDE, SIDE_STEP
@@ -244,6 +244,11 @@ class RequestFields(BaseModel):
         None,
         description="share of the steps after which attention to the text is not computed again "
         "(T-GATE)",
+    )
+    linears: Annotated[Linears | None, About(default=_LEVELS, some_models=True)] = Field(
+        None,
+        description="how linear layers and 1×1 convolutions multiply: in the model's precision, or "
+        "in integers of 8 bits",
     )
     unconditional: bool = Field(
         False, description="draw from noise alone, with a model that takes no prompt"

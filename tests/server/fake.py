@@ -22,7 +22,6 @@ from typing import Any
 import uvicorn
 from PIL import Image
 
-from safelight.errors import SafelightError
 from safelight.picture import save_png
 from safelight.recipe import png_texts
 from safelight.request import Request
@@ -40,6 +39,7 @@ from safelight.server.jobs import (
     StoppingError,
 )
 from safelight.server.names import Names
+from safelight.server.served import Served
 from safelight.server.settings import Settings
 
 PATIENCE = 30
@@ -246,10 +246,9 @@ class FakeService:
         return [ModelInfo(name=self.info.name) if self.loading else self.info]
 
     async def find_model(self, asked: str | None) -> str:
-        if asked in (None, self.info.name):
-            return self.info.name
-        told = f"no model {asked!r:.60} on this server; there are {self.info.name}"
-        raise SafelightError(told, code="no_model", field="model")
+        served = Served(Settings(model=self.info.name, url="", root="", allowed=()))
+        digests = {} if self.info.sha256 is None else {self.info.name: self.info.sha256}
+        return served.find(asked, (), digests)
 
     async def chosen(self, owner: str | None) -> str | None:
         return self.choices.get(owner)

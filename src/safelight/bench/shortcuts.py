@@ -29,6 +29,7 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "guidance_start 0.3": {"guidance_start": 0.3},
     "guidance_end 0.6": {"guidance_end": 0.6},
     "text_end 0.4": {"text_end": 0.4},
+    "linears int8": {"linears": "int8"},
     "13 steps": {"steps": 13},
 }
 """Each level, and what it is made of, alone."""

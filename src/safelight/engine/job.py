@@ -20,7 +20,7 @@ from safelight.engine.refining import Second
 from safelight.engine.shortcuts import Kept, Plan, gather, scatter
 from safelight.errors import SafelightError
 from safelight.families.base import Conditioning
-from safelight.fast import memory
+from safelight.fast import int8, memory
 from safelight.picture import from_tensor, lay_back, to_tensor
 from safelight.sampling import Level, Row, Table
 
@@ -192,8 +192,10 @@ def advance(model: Model, jobs: list[Job]) -> None:
     """
     asked, kept = [job.asked for job in jobs], [job.kept for job in jobs]
     evaluations = [conditioning.evaluations for conditioning in asked]
-    reuse = gather(jobs[0].plan(model), kept, evaluations)
-    cleans = estimate(model, [job.state for job in jobs], [job.row for job in jobs], asked, reuse)
+    plan, states = jobs[0].plan(model), [job.state for job in jobs]
+    reuse = gather(plan, kept, evaluations)
+    with int8.asked(plan.int8):
+        cleans = estimate(model, states, [job.row for job in jobs], asked, reuse)
     scatter(reuse, kept, id(model), evaluations)
     lost = [job for job, clean in zip(jobs, cleans, strict=True) if not _step(job, clean)]
     if lost:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from safelight.defaults import is_distilled
-from safelight.families.base import Conditioning
+from safelight.families.base import SHORTCUTS, Conditioning
+from safelight.fast import int8
 from safelight.nets.reuse import Reuse
 
 if TYPE_CHECKING:
@@ -24,13 +25,17 @@ if TYPE_CHECKING:
 
 LEVELS: Mapping[int, Mapping[str, Any]] = {
     1: {"cache_every": 3},
-    2: {"cache_every": 3, "sampler": "dpmpp_2m", "steps": 13},
-    3: {"cache_every": 3, "guidance_start": 0.3, "sampler": "dpmpp_2m", "steps": 10},
+    2: {"cache_every": 3, "linears": "int8", "sampler": "dpmpp_2m", "steps": 13},
+    3: {
+        "cache_every": 3,
+        "guidance_start": 0.3,
+        "linears": "int8",
+        "sampler": "dpmpp_2m",
+        "steps": 10,
+    },
 }
-"""The settings that a level stands for, where a request does not have its own."""
-
-NAMES = ("cache_every", "cache_branch", "guidance_start", "guidance_end", "text_end")
-"""The settings of the shortcuts."""
+"""The settings that a level stands for, where a request does not have its own. Where 8-bit integers
+cannot be had, linear layers are plain."""
 
 
 def with_level(request: Request, model: Model) -> Request:
@@ -42,7 +47,20 @@ def with_level(request: Request, model: Model) -> Request:
         return request
     level = LEVELS.get(request.fast, {})
     fixed = model.defaults if is_distilled(model.notes) else {}
-    return request.with_defaults({k: v for k, v in level.items() if k not in fixed})
+    request = request.with_defaults({k: v for k, v in level.items() if k not in fixed})
+    if request.linears == "int8" and not int8.available(model.device, model.dtype):
+        return request.replace(linears="plain")
+    return request
+
+
+def remark(asked: Request, resolved: Request) -> str:
+    """Return a sentence if a shortcut that was asked for by name cannot be had here; else empty."""
+    if asked.linears == resolved.linears or asked.linears is None:
+        return ""
+    return (
+        "linears int8 needs a model in bfloat16 on a processor with AVX512-BF16 or AMX, and "
+        "Safelight's kernels for it: this picture is drawn without"
+    )
 
 
 @dataclass(frozen=True)
@@ -55,6 +73,7 @@ class Shortcuts:
     guidance_start, guidance_end: rows between these shares are guided; the others see the prompt
       alone (arXiv:2404.07724).
     text_end: after this share, what attention to the text gave stays (T-GATE, arXiv:2404.02747).
+    linears: "int8": linear layers and 1×1 convolutions multiply integers of 8 bits.
     """
 
     cache_every: int = 1
@@ -62,11 +81,12 @@ class Shortcuts:
     guidance_start: float = 0.0
     guidance_end: float = 1.0
     text_end: float = 1.0
+    linears: str = "plain"
 
     @classmethod
     def of(cls, request: Request) -> Shortcuts:
         """Return those of a resolved request."""
-        asked = {name: getattr(request, name) for name in NAMES}
+        asked = {name: getattr(request, name) for name in SHORTCUTS}
         return cls(**{name: value for name, value in asked.items() if value is not None})
 
     def guided(self, share: float) -> bool:
@@ -110,17 +130,21 @@ class Kept:
             taken=deep and (rows - 1 - row) % cuts.cache_every != 0,
             texts=cuts.text_end < 1,
             told=begun and 0 < evaluations <= self.told and row / rows >= cuts.text_end,
+            int8=cuts.linears == "int8",
         )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a row takes from earlier ones and keeps: pictures that share a call have equal ones."""
+    """What a row takes from earlier ones and keeps, and how its linear layers multiply: pictures
+    that share a call have equal ones.
+    """
 
     skips: int = 0
     taken: bool = False
     texts: bool = False
     told: bool = False
+    int8: bool = False
 
     @property
     def full(self) -> bool:

@@ -31,15 +31,7 @@ struct Rounded : Head<bf16, 1, 1> {
     }
 
     void pack(const bf16* k, const bf16* v, int64_t begin, int64_t end) const {
-        alignas(64) bf16 row[16 * 32];
-        for (int64_t n = begin; n < end; n += 16)
-            for (int64_t t = 0; t < inner; t++) {
-                memset(row, 0, sizeof row);
-                int64_t width = a.size - 32 * t < 32 ? a.size - 32 * t : 32;
-                for (int64_t i = 0; i < 16 && n + i < a.keys; i++)
-                    memcpy(row + 32 * i, k + (n + i) * a.k_steps.row + 32 * t, width * 2);
-                pack_tile(row, 32, keys + (n / 32 * inner + t) * 1024 + n % 32 * 32);
-            }
+        pack_keys(k, begin, end, [&](const bf16* from, bf16* to) { memcpy(to, from, a.size * 2); });
         for (int64_t n = begin; n < end; n += 32)
             for (int64_t t = 0; t < outer; t++) {
                 bf16* to = values + n * outer * 16 + t * 512;

@@ -36,6 +36,16 @@ inline void store(bf16* p, vec low, vec high) {
     _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(high, low));
 }
 
+// As bytes to which 128 is added, of -128 to 127.
+inline void store_bytes(uint8_t* p, vec x) {
+    __m128i bytes = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x));
+    _mm_storeu_si128((__m128i*)p, _mm_xor_si128(bytes, _mm_set1_epi8(-128)));
+}
+// Sums that are integers, less others.
+inline vec whole_sums(const float* p, const int32_t* less) {
+    return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(p), _mm512_loadu_si512(less)));
+}
+
 // The first `count` numbers; at most 16.
 inline __mmask16 first(int64_t count) { return count >= 16 ? 0xffff : (1u << count) - 1; }
 inline vec load_first(const float* p, int64_t count) {  // the others are 0

@@ -4,11 +4,10 @@
 #pragma once
 
 #include <initializer_list>
+#include <new>
 
 #include <math.h>
 #include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 #ifdef _OPENMP
@@ -20,7 +19,6 @@ inline int omp_get_thread_num() { return 0; }
 #endif
 
 #ifdef _WIN32
-#include <malloc.h>
 #define EXPORT __declspec(dllexport)
 #else
 #define EXPORT __attribute__((visibility("default")))
@@ -47,29 +45,20 @@ template <class T, class... More> inline bool pointers(const T* p, More... more)
 }
 template <class T> inline bool pointer_or_null(const T* p) { return !p || pointers(p); }
 
-// Memory for as long as this lives. There is no way out of a parallel region but the last.
+// Memory for as long as this lives. Where there is none, the process ends: there is no way out of a
+// parallel region but the last.
 struct Memory {
+    static constexpr std::align_val_t PAGE{4096};
     char* at = nullptr;
     size_t size = 0;
     void need(size_t bytes) {
         if (bytes <= size) return;
         release();
-        size = (bytes + 4095) / 4096 * 4096;
-#ifdef _WIN32
-        at = (char*)_aligned_malloc(size, 4096);
-#else
-        at = (char*)aligned_alloc(4096, size);
-#endif
-        if (at) return;
-        fprintf(stderr, "safelight: no memory for %zu bytes in a kernel\n", size);
-        abort();
+        at = (char*)operator new(size = bytes, PAGE);
     }
     void release() {
-#ifdef _WIN32
-        _aligned_free(at);
-#else
-        free(at);
-#endif
+        if (at) operator delete(at, PAGE);
+        at = nullptr;
     }
     ~Memory() { release(); }
 };
@@ -80,7 +69,19 @@ inline void* scratch(size_t bytes) {
     return mine.at;
 }
 
+// c₀xⁿ + … + cₙ of each number in a vector.
+template <class V, size_t n> inline V polynomial(V x, const float (&c)[n]) {
+    V y = c[0] - V{};
+    for (size_t i = 1; i < n; i++) y = y * x + c[i];
+    return y;
+}
+// 2^x, of -0.5 to 0.5; the relative error is below 2e-7.
+template <class V> inline V power_of_fraction(V x) {
+    return polynomial(x, {1.54035304e-4f, 1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f,
+                          2.40226507e-1f, 6.93147182e-1f, 1.f});
+}
+
 }  // namespace
 
 // What kernels.py compares with its own number: raise both where a struct changes.
-extern "C" EXPORT inline __attribute__((used)) int safelight_interface() { return 3; }
+extern "C" EXPORT inline __attribute__((used)) int safelight_interface() { return 4; }

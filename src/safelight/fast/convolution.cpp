@@ -7,17 +7,36 @@
 
 namespace {
 
-// Where the rows of a convolution are read and written. A row is a position of the output map. The
-// map that is read is cut into planes of 32 channels, so that 16 positions one after the other
-// are one tile, and what the taps of a plane read lies close together.
-struct Rows {
-    int64_t count;                 // rows, those that are not written among them
-    int64_t height, width;         // of the map that is read, without its border
-    int64_t padded_h, padded_w;    // with it
-    bool narrow;                // the map's rows are no multiple of 16: walk the padded map
-    int64_t each;                  // rows of one image
-    int64_t spread, down, right;   // the output is every `spread`-th pixel, from there on
+// A side by side convolution of what safelight_lay wrote, a map with a border of `border` positions
+// in all between its rows; `plane` numbers lie between its planes, and `x` is readable for 16 +
+// side·(width + border) positions beyond the last. Where `spread` is 2, the result is one of the
+// four pixels (down, right) that each pixel of an output twice as large is made of, and taps begin
+// there, too.
+struct Conv {
+    const bf16 *x, *weights;  // weights [columns/32][planes][taps][1024]
+    const float* bias;        // or null; bias_step numbers lie between two images'
+    const bf16* plus;         // added, as wide as the output; or null
+    bf16* out;
+    int64_t plane, bias_step, images, height, width, border, channels, columns, side, spread, down,
+        right;
+};
 
+// The same, and where its rows are read and written. A row is a position of the output map. The map
+// that is read is cut into planes of 32 channels, so that 16 positions one after the other are one
+// tile, and what the taps of a plane read lies close together.
+struct Convolution : Conv {
+    const int64_t padded_h = height + border, padded_w = width + border;
+    const int64_t planes = channels / 32, taps = side * side;
+    const bool narrow = width % 16;  // the map's rows are no multiple of 16: walk the padded map
+    // Rows of one image, and of all, those that are not written among them.
+    const int64_t each = narrow ? (height * padded_w + 15) / 16 * 16 : height * width;
+    const int64_t count = images * each;
+    int64_t offsets[25];  // of each tap, in numbers from a row's place
+
+    explicit Convolution(const Conv& of) : Conv(of) {
+        for (int64_t i = 0; i < taps; i++)
+            offsets[i] = ((i / side + down) * padded_w + i % side + right) * 32;
+    }
     int64_t input(int64_t m) const {
         int64_t image = m / each, p = m % each;
         int64_t at = narrow ? p : p / width * padded_w + p % width;
@@ -32,34 +51,14 @@ struct Rows {
     }
 };
 
-struct Convolution {
-    const bf16* in;
-    Rows rows;
-    const bf16* weights;    // [columns/32][planes][taps][1024]
-    const int64_t* offsets;    // of each tap, in numbers from a row's place
-    int taps;
-    int64_t planes, plane;     // how many, and numbers from one to the next
-    int64_t columns;
-    const float* bias;      // [columns], or [images][columns]
-    int64_t bias_step;
-    const bf16* plus;       // added, as wide as the output; or null
-    bf16* out;
-};
-
 // 32 rows by a panel of 32 columns: of each of `planes`, all taps. Meanwhile `ahead` lines of
 // `next`, what will be read later, are fetched for every tile of a row.
-inline void multiply(const bf16* top, const bf16* low, int64_t planes, int64_t plane,
-                     const int64_t* offsets, int taps, const bf16* w, const char* next, int64_t ahead) {
+inline void multiply(const Convolution& p, const bf16* top, const bf16* low, int64_t planes,
+                     const bf16* w, const char* next, int64_t ahead) {
+    const int64_t plane = p.plane, taps = p.taps;
     for (int64_t k = 0; k < planes; k++, top += plane, low += plane)
-        for (int t = 0; t < taps; t++, w += 1024) {
-            _tile_loadd(4, top + offsets[t], 64);
-            _tile_loadd(6, w, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, w + 512, 64);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, low + offsets[t], 64);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
+        for (int64_t t = 0; t < taps; t++, w += 1024) {
+            multiply_block<2>(top + p.offsets[t], low + p.offsets[t], 32, w);
             for (int64_t i = 0; i < ahead; i++, next += 64) fetch(next);
         }
 }
@@ -69,11 +68,11 @@ void finish(const Convolution& p, const float* sums, int64_t m, int64_t m_end, i
     for (int half = 0; half < 2; half++, m += 16, sums += 512) {
         if (m >= m_end) return;
         // Sixteen rows are of one image.
-        const float* bias = p.bias ? p.bias + m / p.rows.each * p.bias_step + n : nullptr;
+        const float* bias = p.bias ? p.bias + m / p.each * p.bias_step + n : nullptr;
         vec bias_left = bias ? floats(bias) : splat(0);
         vec bias_right = bias ? floats(bias + 16) : splat(0);
         for (int64_t r = 0; r < 16 && m + r < m_end; r++) {
-            int64_t row = p.rows.output(m + r);
+            int64_t row = p.output(m + r);
             if (row < 0) continue;
             bf16* out = p.out + row * p.columns + n;
             vec left = floats(sums + r * 16) + bias_left;
@@ -104,7 +103,7 @@ void region(const Convolution& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1
     float* held = (float*)(at + (2 * tall + 7) / 8 * 8);
     for (int64_t i = 0; i < 2 * tall; i++) {
         int64_t m = m0 + 16 * i;
-        at[i] = m < p.rows.count ? p.rows.input(m) : at[i - 1];
+        at[i] = m < p.count ? p.input(m) : at[i - 1];
     }
     int64_t most = planes_at_once(p);
     const bf16* w = p.weights + n0 * p.planes * p.taps * 32;
@@ -118,13 +117,13 @@ void region(const Convolution& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1
             int64_t tiles = planes * p.taps;
             bool last = first + planes == p.planes;
             int64_t ahead = (32 + tall - 1) / tall;  // of the next weights' lines, by each block
-            const bf16* in = p.in + first * p.plane;
+            const bf16* in = p.x + first * p.plane;
             for (int64_t i = 0; i < tall; i++) {
                 float* sums = held + (planes == p.planes ? turn++ & 1 : i) * 1024;
                 if (first == 0) clear();
                 else take(sums);
-                multiply(in + at[2 * i], in + at[2 * i + 1], planes, p.plane, p.offsets,
-                         p.taps, w, (const char*)(w + tiles * 1024) + i * ahead * tiles * 64,
+                multiply(p, in + at[2 * i], in + at[2 * i + 1], planes, w,
+                         (const char*)(w + tiles * 1024) + i * ahead * tiles * 64,
                          i * ahead < 32 && (n + 32 < n1 || !last) ? ahead : 0);
                 if (ready) finish(p, ready, ready_m, m1, ready_n);
                 give(sums);
@@ -138,15 +137,15 @@ void region(const Convolution& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1
 void run(const Convolution& p) {
     int64_t threads = omp_get_max_threads(), panels = p.columns / 32;
     int64_t tall = INPUT / (planes_at_once(p) * 32) / 32 * 32;
-    int64_t chunks = (p.rows.count + tall - 1) / tall;
-    if (chunks < 2 * threads && p.rows.count >= 64 * threads) {
+    int64_t chunks = (p.count + tall - 1) / tall;
+    if (chunks < 2 * threads && p.count >= 64 * threads) {
         chunks = (chunks + threads - 1) / threads * threads;
-        tall = ((p.rows.count + chunks - 1) / chunks + 31) / 32 * 32;
-        chunks = (p.rows.count + tall - 1) / tall;
+        tall = ((p.count + chunks - 1) / chunks + 31) / 32 * 32;
+        chunks = (p.count + tall - 1) / tall;
     }
     int64_t splits = 1;
-    if (chunks % threads || tall * chunks - p.rows.count >= tall / 4) splits = threads;
-    regions(p.rows.count, tall, panels, splits, [&](int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
+    if (chunks % threads || tall * chunks - p.count >= tall / 4) splits = threads;
+    regions(p.count, tall, panels, splits, [&](int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
         region(p, m0, m1, n0 * 32, n1 * 32);
     });
 }
@@ -156,60 +155,17 @@ void run(const Convolution& p) {
 // 1 if this process may use the kernels.
 extern "C" EXPORT int safelight_init() { return permitted(); }
 
-// weights [columns][blocks·32] into the order that products want.
-struct Pack {
-    const bf16* w;
-    bf16* out;
-    int64_t columns, blocks;
-};
-KERNEL safelight_pack(const Pack* p) {
-    REQUIRE(sizes({p->columns, p->blocks}) && p->columns % 32 == 0);
-    if (!p->columns || !p->blocks) return nullptr;
-    REQUIRE(pointers(p->w, p->out));
-    const int64_t blocks = p->blocks;
-#pragma omp parallel for
-    for (int64_t n = 0; n < p->columns / 16; n++)
-        for (int64_t k = 0; k < blocks; k++)
-            pack_tile(p->w + (n * 16 * blocks + k) * 32, blocks * 32,
-                      p->out + (n / 2 * blocks + k) * 1024 + n % 2 * 512);
-    return nullptr;
-}
-
-// A side by side convolution of what safelight_lay wrote, a map with a border of `border` positions
-// in all between its rows; `plane` numbers lie between its planes, and `x` is readable for 16 +
-// side·(width + border) positions beyond the last. Where `spread` is 2, the result is one of the
-// four pixels (down, right) that each pixel of an output twice as large is made of, and taps begin
-// there, too.
-struct Conv {
-    const bf16 *x, *weights;
-    const float* bias;  // or null; bias_step numbers lie between two images'
-    const bf16* plus;   // or null
-    bf16* out;
-    int64_t plane, bias_step, images, height, width, border, channels, columns, side, spread, down,
-        right;
-};
 KERNEL safelight_conv(const Conv* a) {
     REQUIRE(sizes({a->plane, a->bias_step, a->images, a->height, a->width, a->border}));
     REQUIRE(sizes({a->channels, a->columns}) && a->channels % 32 == 0 && a->columns % 32 == 0);
     REQUIRE(a->side >= 1 && a->side <= 5 && (a->spread == 1 || a->spread == 2));
     REQUIRE(a->down >= 0 && a->down < a->spread && a->right >= 0 && a->right < a->spread);
     REQUIRE(a->border + 1 >= a->side + a->spread - 1);
-    const int64_t height = a->height, width = a->width, side = a->side;
-    if (!a->images || !height || !width || !a->columns) return nullptr;
-    REQUIRE(a->channels > 0);
-    REQUIRE(pointers(a->x, a->weights, a->out));
+    if (!a->images || !a->height || !a->width || !a->columns) return nullptr;
+    REQUIRE(a->channels > 0 && pointers(a->x, a->weights, a->out));
     REQUIRE(pointer_or_null(a->bias) && pointer_or_null(a->plus));
-    const int64_t padded_w = width + a->border, padded_h = height + a->border;
-    REQUIRE(a->plane >= a->images * padded_h * padded_w * 32);
-    int64_t offsets[25];
-    for (int64_t y = 0; y < side; y++)
-        for (int64_t x = 0; x < side; x++)
-            offsets[y * side + x] = ((y + a->down) * padded_w + x + a->right) * 32;
-    const bool narrow = width % 16;
-    const int64_t each = narrow ? (height * padded_w + 15) / 16 * 16 : height * width;
-    const Rows rows{a->images * each, height, width, padded_h, padded_w, narrow, each, a->spread,
-                    a->down, a->right};
-    run(Convolution{a->x, rows, a->weights, offsets, int(side * side), a->channels / 32, a->plane,
-                    a->columns, a->bias, a->bias_step, a->plus, a->out});
+    const Convolution convolution(*a);
+    REQUIRE(a->plane >= a->images * convolution.padded_h * convolution.padded_w * 32);
+    run(convolution);
     return nullptr;
 }

@@ -25,23 +25,16 @@ inline vec read(const float* p) {
 }
 inline void put(float* p, vec x) { memcpy(p, &x, sizeof x); }
 
-// 2^x, of -126 to 127. The polynomial's relative error is below 2e-7.
+// 2^x, of -126 to 127.
 inline vec exp2(vec x) {
     x = x < -126.f ? splat(-126.f) : x;  // NaN, if x is
     x = x > 127.f ? splat(127.f) : x;
     const vec shift = splat(12582912.f);  // 1.5 * 2^23: what is added to it becomes whole
-    vec n = (x + shift) - shift, f = x - n;
-    vec y = splat(1.54035304e-4f);
-    y = y * f + 1.33335581e-3f;
-    y = y * f + 9.61812911e-3f;
-    y = y * f + 5.55041087e-2f;
-    y = y * f + 2.40226507e-1f;
-    y = y * f + 6.93147182e-1f;
-    y = y * f + 1.f;
+    vec n = (x + shift) - shift;
     ints power = (__builtin_convertvector(x == x ? n : splat(0), ints) + 127) << 23;
     vec scale;
     memcpy(&scale, &power, sizeof scale);
-    return y * scale;
+    return power_of_fraction(x - n) * scale;
 }
 
 // sums [rows][stride] = (or, with `add`, +=) a [ROWS][depth] · b [depth][WIDE].

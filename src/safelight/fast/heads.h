@@ -36,6 +36,19 @@ template <class T, int PARTS, int COPIES> struct Head {
         return (a.keys + 31) / 32 * 32 * (inner * 64 + COPIES * outer * 32);
     }
 
+    // Keys begin..end in tiles; put(from, to) writes a key in bfloat16.
+    template <class Put> void pack_keys(const T* k, int64_t begin, int64_t end, Put put) const {
+        bf16* rows = query;  // not needed yet: 16 keys
+        for (int64_t n = begin; n < end; n += 16) {
+            memset(rows, 0, 16 * inner * 64);
+            for (int64_t i = 0; i < 16 && n + i < a.keys; i++)
+                put(k + (n + i) * a.k_steps.row, rows + i * inner * 32);
+            for (int64_t t = 0; t < inner; t++)
+                pack_tile(rows + t * 32, inner * 32,
+                          keys + (n / 32 * inner + t) * 1024 + n % 32 * 32);
+        }
+    }
+
     void clear_queries() const { memset(query, 0, 32 * inner * 64); }
 
     // The scores of a pass; those beyond the last key are as low as can be.

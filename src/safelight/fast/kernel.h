@@ -17,18 +17,11 @@ namespace {
 // Fetches a line into the second-level cache.
 inline void fetch(const char* line) { __builtin_prefetch(line, 0, 2); }
 
-// 2^x. The polynomial's relative error is below 2e-7 for the fraction in -0.5..0.5.
+// 2^x.
 inline vec exp2(vec x) {
     x = larger(splat(-126.f), x);  // NaN, if x is
-    vec n = whole(x), f = x - n;
-    vec y = splat(1.54035304e-4f);
-    y = fma(y, f, splat(1.33335581e-3f));
-    y = fma(y, f, splat(9.61812911e-3f));
-    y = fma(y, f, splat(5.55041087e-2f));
-    y = fma(y, f, splat(2.40226507e-1f));
-    y = fma(y, f, splat(6.93147182e-1f));
-    y = fma(y, f, splat(1.f));
-    return scale(y, n);
+    vec n = whole(x);
+    return scale(power_of_fraction(x - n), n);
 }
 
 // x·Phi(x): erfc by Abramowitz and Stegun 7.1.26, to 2e-7; unless `fine`, to the 6e-5 of a quick
@@ -38,11 +31,8 @@ template <bool fine> inline vec gelu(vec x) {
     vec z = magnitude(x) * splat(0.70710678f);
     vec t = fma(z, splat(0.3275911f), one);
     t = fine ? one / t : inverse(t);
-    vec y = splat(1.061405429f);
-    y = fma(y, t, splat(-1.453152027f));
-    y = fma(y, t, splat(1.421413741f));
-    y = fma(y, t, splat(-0.284496736f));
-    y = fma(y, t, splat(0.254829592f));
+    vec y = polynomial(
+        t, {1.061405429f, -1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f});
     vec fall = exp2(z * z * splat(-LOG2E));
     vec tail = (y * t) * (fall * splat(0.5f));
     return x * complement(x, tail);
@@ -88,6 +78,23 @@ inline int64_t place(int64_t i, int64_t t) {
 #endif
 
 namespace {
+
+// Tiles of columns that `products` takes next.
+inline int64_t at_once(int64_t left) {
+    return WIDEST == 3 && left > 2 && left != 4 ? 3 : left < 2 ? left : 2;
+}
+
+// 32 rows, `stride` numbers apart, of which `depth` are multiplied by `wide` tiles of weights side by
+// side; those of the next 64 bytes of a row are `apart` from them. Numbers are bfloat16, or bytes: then
+// weights have a sign, and sums are integers of 32 bits. The sums go to columns 16·t on, t even;
+// `add`: are added to what is there.
+template <class T>
+inline void products(int64_t wide, const T* rows, int64_t stride, int64_t depth, const T* w,
+                     int64_t apart, float* sums, int64_t t, bool add) {
+    if (wide == 1) products_of<1>(rows, stride, depth, w, apart, sums, t, add);
+    else if (wide == 2) products_of<2>(rows, stride, depth, w, apart, sums, t, add);
+    else products_of<WIDEST>(rows, stride, depth, w, apart, sums, t, add);
+}
 
 // act(m0, m1, n0, n1) by all threads: rows in chunks of `tall`, panels of columns in `splits` parts.
 template <class Do> void regions(int64_t rows, int64_t tall, int64_t panels, int64_t splits, Do act) {

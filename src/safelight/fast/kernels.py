@@ -2,10 +2,10 @@
 
 They are loaded by ctypes, one library for each set of instructions.
 
-- `_amx`: products by tiles, attention, norms and gates in bfloat16, and float32 as products of
-  bfloat16, for CPUs with AMX and AVX512-BF16 (Linux).
-- `_avx512`: attention, norms and gates in bfloat16, and attention in float32, for CPUs with
-  AVX512-BF16.
+- `_amx`: products by tiles, attention, norms, gates and 8-bit products in bfloat16, and float32 as
+  products of bfloat16, for CPUs with AMX and AVX512-BF16 (Linux).
+- `_avx512`: attention, norms, gates and 8-bit products in bfloat16, and attention in float32, for
+  CPUs with AVX512-BF16.
 - `_avx2`: Winograd convolutions and attention in float32.
 - `_portable`: the sources of all in plain C++, for any processor. It is slower than oneDNN
   wherever it was measured. It exists so that every machine can test the kernels' logic.
@@ -33,7 +33,7 @@ SETTINGS = ("auto", "avx512", "avx2", "portable", "off")
 LIBRARIES = ("amx", "avx512", "avx2", "portable")
 SUFFIX = ".dll" if sys.platform == "win32" else ".so"
 
-INTERFACE = 3
+INTERFACE = 4
 """What a library's safelight_interface() returns: call.h has the same number."""
 
 _STEPS = " ".join(
@@ -53,6 +53,7 @@ _GATE = _struct("value gate out", "count")
 _VECTORS = {
     "attend": _ATTENTION,
     "gate": _GATE,
+    "int8_linear": _struct("x weights factors offsets bias plus out", "rows inner columns"),
     "layer_norm": _struct("x plus total factor shift out", "rows channels", "eps"),
     "moments": _struct("x scale shift factors", "images positions channels groups", "eps"),
     "normalise": _struct("x factors out", "images positions channels active"),
@@ -63,11 +64,9 @@ _TILES = {
         "plane bias_step images height width border channels columns side spread down right",
     ),
     "lay": _struct("x factors out", "plane images height width channels first last"),
-    "pack": _struct("w out", "columns blocks"),
     "split_attend": _ATTENTION,
     "split_gate": _GATE,
     "split_linear": _struct("x weights bias plus out", "rows inner columns"),
-    "split_pack": _struct("w out", "columns inner"),
 }
 _WINOGRAD = {
     "gather": _struct("sums bias plus out", "bias_step height width channels side first last"),
@@ -214,7 +213,7 @@ def has_amx() -> bool:
 def has_avx512() -> bool:
     """Whether this processor has what the library "avx512" needs."""
     has = torch.cpu.get_capabilities()
-    return bool(has.get("avx512_bf16") and has.get("avx512_vbmi"))
+    return all(has.get(f"avx512_{name}") for name in ("bf16", "vbmi", "vnni"))
 
 
 def built(name: str) -> Path | None:

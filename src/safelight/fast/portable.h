@@ -17,16 +17,12 @@ struct Tiles {
 // By value in registers that a processor may lack: GCC remarks on the calling convention.
 #pragma GCC diagnostic ignored "-Wpsabi"
 
-template <class To, class From> inline To as(From x) {
-    To to;
-    memcpy(&to, &x, sizeof to);
-    return to;
-}
 template <class T, class From> inline T read(const From* p) {
     T x;
     memcpy(&x, p, sizeof x);
     return x;
 }
+template <class T, class From> inline T as(From x) { return read<T>(&x); }
 template <class Do> inline vec each(Do value) {
     vec out;
     for (int i = 0; i < 16; i++) out[i] = value(i);
@@ -73,6 +69,16 @@ inline void store(bf16* p, vec low, vec high) {
     store(p + 16, high);
 }
 
+inline void store_bytes(uint8_t* p, vec x) {
+    for (int i = 0; i < 16; i++) {
+        float n = rintf(x[i]);
+        p[i] = n > -128 ? n < 127 ? int(n) + 128 : 255 : 0;  // 0 if NaN
+    }
+}
+inline vec whole_sums(const float* p, const int32_t* less) {
+    return __builtin_convertvector(read<ints>(p) - read<ints>(less), vec);
+}
+
 inline vec load_first(const float* p, int64_t count) {
     vec x = {};
     if (count > 0) memcpy(&x, p, (count < 16 ? count : 16) * sizeof *p);
@@ -116,6 +122,17 @@ inline void _tile_loadd(int t, const void* from, int64_t stride) {
 }
 inline void _tile_stored(int t, void* to, int64_t stride) {
     for (int i = 0; i < 16; i++) memcpy((char*)to + i * stride, tiles_of_thread[t].row[i], 64);
+}
+inline void _tile_dpbusd(int to, int a, int b) {
+    Tile *sums = tiles_of_thread + to, *rows = tiles_of_thread + a, *columns = tiles_of_thread + b;
+    for (int k = 0; k < 16; k++)
+        for (int m = 0; m < 16; m++) {
+            ints row = read<ints>(sums->row[m]);
+            for (int i = 0; i < 4; i++)
+                row += (read<ints>(columns->row[k]) << (24 - 8 * i) >> 24)
+                       * int(uint8_t(rows->row[m][4 * k + i]));
+            memcpy(sums->row[m], &row, 64);
+        }
 }
 inline void _tile_dpbf16ps(int to, int a, int b) {
     Tile *sums = tiles_of_thread + to, *rows = tiles_of_thread + a, *columns = tiles_of_thread + b;

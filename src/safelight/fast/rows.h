@@ -9,43 +9,44 @@ struct Tiles {
     Tiles() {}
 };
 
-// Tiles of columns that `products` takes at once: with eight rows their sums stay in registers.
-inline int64_t at_once(int64_t left) { return left == 4 || left < 3 ? (left < 2 ? left : 2) : 3; }
+const int WIDEST = 3;  // tiles of columns at once: with eight rows their sums stay in registers
 
-template <int wide>
-inline void products_of(const bf16* rows, int64_t stride, int64_t depth, const bf16* w, int64_t apart,
+// Adds 32 bits of a row times those of 16 columns.
+inline vec dot(vec sum, __m512i row, __m512i columns, bf16) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)row, (__m512bh)columns);
+}
+inline vec dot(vec sum, __m512i row, __m512i columns, uint8_t) {
+    return (vec)_mm512_dpbusd_epi32((__m512i)sum, row, columns);
+}
+
+template <int wide, class T>
+inline void products_of(const T* rows, int64_t stride, int64_t depth, const T* w, int64_t apart,
                         float* sums, int64_t t, bool add) {
-    const int TALL = 8;
+    const int TALL = 8, EACH = 4 / sizeof(T);  // numbers in 32 bits
     for (int64_t i = 0; i < 32; i += TALL, rows += TALL * stride) {
         vec found[TALL][wide];
         for (int r = 0; r < TALL; r++)
             for (int x = 0; x < wide; x++)
                 found[r][x] = add ? floats(sums + place(i + r, t + x)) : splat(0);
-        const bf16* at = w;
-        for (int64_t k = 0; k < depth; k += 32, at += apart) {
-            int64_t pairs = depth - k < 32 ? (depth - k + 1) / 2 : 16;
-            for (int64_t p = 0; p < pairs; p++) {
-                __m512bh columns[wide];
+        const T* at = w;
+        for (int64_t k = 0; k < depth; k += 16 * EACH, at += apart) {
+            int64_t count = depth - k < 16 * EACH ? (depth - k + EACH - 1) / EACH : 16;
+            for (int64_t p = 0; p < count; p++) {
+                __m512i columns[wide];
                 for (int x = 0; x < wide; x++)
-                    columns[x] = (__m512bh)_mm512_loadu_si512(at + x * 512 + p * 32);
+                    columns[x] = _mm512_loadu_si512(at + (x * 256 + p * 16) * EACH);
                 for (int r = 0; r < TALL; r++) {
-                    int pair;
-                    memcpy(&pair, rows + r * stride + k + 2 * p, 4);
-                    __m512bh row = (__m512bh)_mm512_set1_epi32(pair);
+                    int bits;
+                    memcpy(&bits, rows + r * stride + k + EACH * p, 4);
+                    __m512i row = _mm512_set1_epi32(bits);
                     for (int x = 0; x < wide; x++)
-                        found[r][x] = _mm512_dpbf16_ps(found[r][x], row, columns[x]);
+                        found[r][x] = dot(found[r][x], row, columns[x], T());
                 }
             }
         }
         for (int r = 0; r < TALL; r++)
             for (int x = 0; x < wide; x++) store(sums + place(i + r, t + x), found[r][x]);
     }
-}
-inline void products(int64_t wide, const bf16* rows, int64_t stride, int64_t depth, const bf16* w,
-                     int64_t apart, float* sums, int64_t t, bool add) {
-    if (wide == 3) products_of<3>(rows, stride, depth, w, apart, sums, t, add);
-    else if (wide == 2) products_of<2>(rows, stride, depth, w, apart, sums, t, add);
-    else products_of<1>(rows, stride, depth, w, apart, sums, t, add);
 }
 
 }  // namespace

@@ -140,15 +140,7 @@ struct Split : Head<float, 3, 2> {
     void lay(int64_t i, const float* from) const { lay_out(from, query + i * inner * 32, true); }
 
     void pack(const float* k, const float* v, int64_t begin, int64_t end) const {
-        bf16* rows = query;  // not needed yet: 16 keys
-        for (int64_t n = begin; n < end; n += 16) {
-            memset(rows, 0, 16 * inner * 64);
-            for (int64_t i = 0; i < 16 && n + i < a.keys; i++)
-                lay_out(k + (n + i) * a.k_steps.row, rows + i * inner * 32, false);
-            for (int64_t t = 0; t < inner; t++)
-                pack_tile(rows + t * 32, inner * 32,
-                          keys + (n / 32 * inner + t) * 1024 + n % 32 * 32);
-        }
+        pack_keys(k, begin, end, [&](const float* from, bf16* to) { lay_out(from, to, false); });
         for (int64_t n = begin; n < end; n++)
             for (int64_t c = 0; c < a.size; c += 16) {
                 vec x = load_first(v + n * a.v_steps.row + c, n < a.keys ? a.size - c : 0);
@@ -240,29 +232,6 @@ struct Split : Head<float, 3, 2> {
 };
 
 }  // namespace
-
-// weights [columns][inner], both multiples of 32, into the order that products want.
-struct SplitPack {
-    const float* w;
-    bf16* out;
-    int64_t columns, inner;
-};
-KERNEL safelight_split_pack(const SplitPack* p) {
-    REQUIRE(sizes({p->columns, p->inner}) && p->columns % 32 == 0 && p->inner % 32 == 0);
-    REQUIRE(pointers(p->w, p->out));
-    const int64_t inner = p->inner;
-#pragma omp parallel for
-    for (int64_t n = 0; n < p->columns; n += 16)
-        for (int64_t k = 0; k < inner; k += 32) {
-            alignas(64) bf16 heads[512], lefts[512];
-            for (int64_t i = 0; i < 16; i++)
-                halve(p->w + (n + i) * inner + k, heads + 32 * i, lefts + 32 * i);
-            bf16* to = p->out + (n / 32 * inner + k) / 32 * BLOCK + n % 32 * 32;
-            pack_tile(heads, 32, to);
-            pack_tile(lefts, 32, to + 1024);
-        }
-    return nullptr;
-}
 
 KERNEL safelight_split_linear(const Linear* p) {
     REQUIRE(sizes({p->rows, p->columns, p->inner}) && p->columns % 32 == 0 && p->inner % 32 == 0);

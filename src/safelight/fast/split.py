@@ -29,11 +29,11 @@ class Matrix:
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.columns, self.inner = weight.shape
+        heads = weight.bfloat16()
+        parts = (heads, (weight - heads.float()).bfloat16())
+        laid = torch.stack([tiles.in_tiles(p.contiguous().view(torch.int32)) for p in parts], 2)
         packed = ARENA.room(2 * weight.numel())
-        weight = weight.contiguous()
-        tiles.library().call(
-            "split_pack", w=weight, out=packed, columns=self.columns, inner=self.inner
-        )
+        packed.view(torch.int32).view(laid.shape).copy_(laid)
         self.packed = ARENA.keep(packed)
         self.bias = None if bias is None else bias.float().contiguous()
 

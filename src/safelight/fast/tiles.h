@@ -3,8 +3,7 @@
 
 namespace {
 
-// Tiles of columns that `products` takes at once.
-inline int64_t at_once(int64_t left) { return left < 2 ? left : 2; }
+const int WIDEST = 2;  // tiles of columns at once
 
 // Tiles 0 to 3 are the sums of a block of 32 rows by 32 columns.
 inline void clear() {
@@ -28,33 +27,35 @@ inline void give(float* sums) {
     fence();
 }
 
-// 32 rows, `stride` numbers apart, of which `depth` are multiplied by `wide` tiles of weights side by
-// side: the next 32 numbers' are `apart` from them. The sums go to columns 16·t on, t even; `add`:
-// are added to what is there.
-template <int wide>
-inline void products_of(const bf16* rows, int64_t stride, int64_t depth, const bf16* w, int64_t apart,
+// Tiles' numbers are part of an instruction, so no function can take them.
+#define DOT(to, a, b) do { \
+    if (sizeof(T) == 2) _tile_dpbf16ps(to, a, b); \
+    else _tile_dpbusd(to, a, b); \
+} while (0)
+
+// Adds the products of 32 rows' next 64 bytes, 16 of them from `low` on, by `wide` tiles of weights.
+template <int wide, class T>
+inline void multiply_block(const T* rows, const T* low, int64_t stride, const T* w) {
+    _tile_loadd(4, rows, stride * sizeof(T));
+    _tile_loadd(6, w, 64);
+    DOT(0, 4, 6);
+    if (wide > 1) {
+        _tile_loadd(7, w + 1024 / sizeof(T), 64);
+        DOT(1, 4, 7);
+    }
+    _tile_loadd(5, low, stride * sizeof(T));
+    DOT(2, 5, 6);
+    if (wide > 1) DOT(3, 5, 7);
+}
+template <int wide, class T>
+inline void products_of(const T* rows, int64_t stride, int64_t depth, const T* w, int64_t apart,
                         float* sums, int64_t t, bool add) {
-    const bf16* low = rows + 16 * stride;
+    const int64_t EACH = 64 / sizeof(T);  // numbers of a row of a tile
     if (add) take(sums + place(0, t));
     else clear();
-    for (int64_t k = 0; k < depth; k += 32, rows += 32, low += 32, w += apart) {
-        _tile_loadd(4, rows, stride * 2);
-        _tile_loadd(6, w, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        if (wide > 1) {
-            _tile_loadd(7, w + 512, 64);
-            _tile_dpbf16ps(1, 4, 7);
-        }
-        _tile_loadd(5, low, stride * 2);
-        _tile_dpbf16ps(2, 5, 6);
-        if (wide > 1) _tile_dpbf16ps(3, 5, 7);
-    }
+    for (int64_t k = 0; k < depth; k += EACH, rows += EACH, w += apart)
+        multiply_block<wide>(rows, rows + 16 * stride, stride, w);
     give(sums + place(0, t));
-}
-inline void products(int64_t wide, const bf16* rows, int64_t stride, int64_t depth, const bf16* w,
-                     int64_t apart, float* sums, int64_t t, bool add) {
-    if (wide > 1) products_of<2>(rows, stride, depth, w, apart, sums, t, add);
-    else products_of<1>(rows, stride, depth, w, apart, sums, t, add);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from safelight.fast import kernels
@@ -20,6 +21,17 @@ def available(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and kernels.tiles() is not None
 
 
+def in_tiles(rows: Tensor) -> Tensor:
+    """Return weights in the order that products by tiles read them in.
+
+    rows: int32 [columns, n], a weight's numbers for a column, in pairs of bfloat16 or fours of
+    bytes; columns a multiple of 32, n of 16. Returns [columns / 32, n / 16, 2, 16, 16]: a tile
+    has the columns side by side.
+    """
+    columns, count = rows.shape
+    return rows.view(columns // 32, 2, 16, count // 16, 16).permute(0, 3, 1, 4, 2)
+
+
 class _Weights:
     """A convolution's weights in the order of the kernel: of 32 columns, plane by plane of 32
     channels, all taps.
@@ -30,10 +42,10 @@ class _Weights:
         self.columns, self.channels = weight.shape[:2]
         self.side = weight.shape[2]
         taps = self.side**2
-        weight = weight.reshape(self.columns, -1, 32, taps).transpose(2, 3).contiguous()
+        weight = weight.reshape(self.columns, -1, 32, taps).transpose(2, 3).flatten(1)
         packed = store.room(weight.numel())
-        blocks = self.channels // 32 * taps
-        library().call("pack", w=weight, out=packed, columns=self.columns, blocks=blocks)
+        laid = in_tiles(weight.view(torch.int32))
+        packed.view(torch.int32).view(laid.shape).copy_(laid)
         self.packed = store.keep(packed)
 
 
@@ -107,6 +119,7 @@ class Convolution:
         plus: Tensor | None = None,
         shift: Tensor | None = None,
         consume: bool = False,
+        relu: bool = False,
     ) -> Tensor:
         x = x if isinstance(x, Map) else Map(x)
         bias = self.bias
@@ -129,6 +142,7 @@ class Convolution:
                 None if plus is None else plus[rows],
                 out[rows],
             )
+        out = F.relu(out, inplace=True) if relu else out
         return out.permute(0, 3, 1, 2)
 
 

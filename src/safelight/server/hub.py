@@ -341,9 +341,9 @@ class Hub:
         jobs = await self._in_database(partial(self.store.list, **how))
         return [self._events.with_progress(job) for job in jobs]
 
-    async def counts(self) -> dict[str, int]:
-        """Return how many jobs there are of each status."""
-        return await self._in_database(self.store.counts)
+    async def counts(self) -> dict[str, dict[str, int]]:
+        """Return how many jobs there are of each status, by model."""
+        return await self._in_database(self.store.counts_by_model)
 
     def picture_file(self, picture_id: str) -> Path | None:
         """See `jobs.Service`."""

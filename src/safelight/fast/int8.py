@@ -1,0 +1,111 @@
+"""Linear layers in 8-bit integers, for the fast mode: our own kernel, in int8.cpp.
+
+A weight is rounded to a 127th of the largest of its column, once; a number that comes to it to a
+127th of the largest of its row, in the kernel. On random numbers the result's relative error is
+1 %, where bfloat16's is 0.2 %.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from safelight.fast import kernels, onednn
+from safelight.fast.store import ARENA, Store
+from safelight.fast.tiles import in_tiles
+
+_asked: ContextVar[bool] = ContextVar("int8", default=False)
+
+
+@contextmanager
+def asked(yes: bool) -> Iterator[None]:
+    """Let the layers within compute in 8-bit integers, or not."""
+    before = _asked.set(yes)
+    try:
+        yield
+    finally:
+        _asked.reset(before)
+
+
+def available(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether networks on this device in this precision can be asked."""
+    return (
+        device.type == "cpu"
+        and dtype == torch.bfloat16
+        and onednn.available()
+        and onednn.takes(dtype)
+        and kernels.vectors() is not None
+    )
+
+
+def fits(weight: Tensor) -> bool:
+    """Return whether the kernel multiplies by a weight [out, in]."""
+    columns, inner = weight.shape
+    return (
+        available(weight.device, weight.dtype)
+        and not (columns % 16 or inner % 16)
+        and inner <= 1 << 16
+    )
+
+
+class Either:
+    """A product in bfloat16; in 8-bit integers where that is asked for.
+
+    plain: the one in bfloat16, which has the weight. store: where that of the other is kept.
+    """
+
+    def __init__(
+        self, plain: onednn.Matrix | onednn.Held, bias: Tensor | None, store: Store = ARENA
+    ) -> None:
+        self._plain, self._bias, self._store = plain, bias, store
+        self._rounded: Matrix | None = None
+
+    def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        if not _asked.get():
+            return self._plain(x, plus)
+        if self._rounded is None:
+            self._rounded = Matrix(self._plain.weight(), self._bias, self._store)
+        return self._rounded(x, plus)
+
+
+class Matrix:
+    """As onednn.Matrix, for bfloat16: weight [out, in], both multiples of 16, bias [out]."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, store: Store = ARENA) -> None:
+        self.columns, self.inner = weight.shape
+        wide, deep = -self.columns % 32, -self.inner % 64
+        rows = F.pad(weight.float(), (0, deep, 0, wide))
+        self.factors = rows.abs().amax(1) / 127
+        whole = (rows / self.factors.clamp_min(1e-32)[:, None]).round().to(torch.int8)
+        self.offsets = 128 * whole.sum(1, dtype=torch.int32)
+        packed, laid = store.room(whole.numel() // 2), in_tiles(whole.view(torch.int32))
+        packed.view(torch.int32).view(laid.shape).copy_(laid)
+        self.packed = store.keep(packed)
+        self.bias = None if bias is None else F.pad(bias.float(), (0, wide))
+
+    def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        if x.dtype != torch.bfloat16 or x.shape[-1] != self.inner:
+            raise ValueError(f"{x.dtype} of {tuple(x.shape)} by a matrix of {self.inner} rows")
+        x = x.contiguous()
+        out = x.new_empty(*x.shape[:-1], self.columns)
+        if plus is not None:
+            plus = plus.to(out).expand_as(out).contiguous()
+        kernels.required(kernels.vectors()).call(
+            "int8_linear",
+            x=x,
+            weights=self.packed(),
+            factors=self.factors,
+            offsets=self.offsets,
+            bias=self.bias,
+            plus=plus,
+            out=out,
+            rows=x.numel() // self.inner,
+            inner=self.inner,
+            columns=self.columns,
+        )
+        return out
