@@ -58,8 +58,8 @@ class TestANewSetting:
         # In a process of its own: Gradio leaves an event loop open.
         code = (
             "import gradio as gr; from test_settings import Longer;"
-            "from safelight.studio.form import Form\n"
-            "with gr.Blocks(): form = Form({}, Longer)\n"
+            "from safelight.studio.form import Form, Suits\n"
+            "with gr.Blocks(): form = Form(Suits(), Longer)\n"
             "found = {f.label: f for f in form.fields if getattr(f, 'label', None)}\n"
             "print(type(found['Clip skip']).__name__, found['Clip skip'].maximum)\n"
             "print(type(found['Upscaler']).__name__)"

@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import resource
+import shlex
 import struct
 import time
 import zipfile
@@ -239,7 +240,7 @@ def touch(path) -> str:
 
 def gadgets(canary: Path) -> dict[str, object]:
     """Contents that would make the canary's file when they are unpickled."""
-    code, command = touch(canary), f"touch {canary}"
+    code, command = touch(canary), f"touch {shlex.quote(str(canary))}"
     inner = pickle.dumps(Called(os.system, command))
     return {
         "os.system": Called(os.system, command),

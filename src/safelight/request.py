@@ -27,6 +27,8 @@ from safelight.settings import document, settings_of, shown, unknown_setting
 from safelight.sizes import check_size, size_of
 
 MAX_PROMPT = 16 * 1024
+STRENGTH = 0.8
+"""How much of a picture is changed if the request does not say; with a mask, all of it."""
 
 
 class _Listed(type(BaseModel)):
@@ -175,6 +177,14 @@ class Request(RequestFields, metaclass=_Listed):
         if self.mask is not None and self.mask.getbbox() is None:
             found.append("mask has no white: nothing of the picture is repainted")
         return found
+
+    @property
+    def strength_taken(self) -> float | None:
+        """How much of the picture is changed, also if the request does not say; None without."""
+        if self.image is None:
+            return None
+        own = STRENGTH if self.mask is None else 1.0
+        return own if self.strength is None else self.strength
 
     @property
     def steps_taken(self) -> int:

@@ -22,7 +22,6 @@ from typing import Any
 import uvicorn
 from PIL import Image
 
-from safelight.errors import SafelightError
 from safelight.picture import save_png
 from safelight.recipe import png_texts
 from safelight.request import Request
@@ -40,6 +39,7 @@ from safelight.server.jobs import (
     StoppingError,
 )
 from safelight.server.names import Names
+from safelight.server.served import Served
 from safelight.server.settings import Settings
 
 PATIENCE = 30
@@ -239,17 +239,17 @@ class FakeService:
             self.was_cancelled.set()
         return job.model_copy(deep=True)
 
-    def picture_file(self, picture_id: str) -> Path | None:
-        return self.files.get(picture_id)
+    def picture_bytes(self, picture_id: str) -> bytes | None:
+        path = self.files.get(picture_id)
+        return None if path is None else path.read_bytes()
 
     async def models(self) -> list[ModelInfo]:
         return [ModelInfo(name=self.info.name) if self.loading else self.info]
 
     async def find_model(self, asked: str | None) -> str:
-        if asked in (None, self.info.name):
-            return self.info.name
-        told = f"no model {asked!r:.60} on this server; there are {self.info.name}"
-        raise SafelightError(told, code="no_model", field="model")
+        served = Served(Settings(model=self.info.name, url="", root="", allowed=()))
+        digests = {} if self.info.sha256 is None else {self.info.name: self.info.sha256}
+        return served.find(asked, (), digests)
 
     async def chosen(self, owner: str | None) -> str | None:
         return self.choices.get(owner)

@@ -34,7 +34,7 @@ from safelight.server.jobs import ModelInfo
 from safelight.server.listening import listen
 from safelight.server.store import MAX_LISTED
 from safelight.server.turns import Turns
-from safelight.studio import form, mount
+from safelight.studio import easel, mount
 from safelight.weights.library import Library
 
 SECRET = "the prompt of a person"
@@ -194,7 +194,7 @@ def test_a_list_of_long_prompts_comes_in_parts(
     """One job of 64 pictures takes 2 MiB: 200 of them would hold up everyone."""
     for _ in range(3):
         server.within(_submit(server, negative_prompt="n" * 16_000, count=60, steps=1))
-    total = server.within(server.hub.counts())["succeeded"]
+    total = server.hub.store.counts()["succeeded"]
     path, seen, largest = "/api/jobs?limit=200", list[str](), 0
     for _ in range(20):
         answer = server.ask("GET", path)
@@ -224,10 +224,10 @@ def test_events_bring_no_recipes_but_of_their_picture(server: Inside) -> None:
 
 def test_the_editor_has_few_layers() -> None:
     """Each is decoded, and one uploaded file may be named thousands of times."""
-    layers = [SimpleNamespace(path="x")] * (form.MAX_LAYERS + 1)
+    layers = [SimpleNamespace(path="x")] * (easel.MAX_LAYERS + 1)
     picture = SimpleNamespace(background=SimpleNamespace(path="x"), layers=layers)
     with pytest.raises(SafelightError, match="layers"):
-        asyncio.run(form.read_easel([picture, 1], None, ""))  # pyright: ignore[reportArgumentType]
+        asyncio.run(easel.read_easel([picture, 1], None, ""))  # pyright: ignore[reportArgumentType]
 
 
 def test_cells_of_a_grid_share_their_picture() -> None:

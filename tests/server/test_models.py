@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from serving import Serving
 
+from safelight.server.metrics import MAX_MODELS, REST, Metrics
 from safelight.weights.find import MODELS
 
 pytestmark = pytest.mark.xdist_group("models")  # they share a server
@@ -98,6 +99,50 @@ def test_a1111_s_clients_choose_theirs(server: Serving) -> None:
     newest = client.get("/api/jobs", params={"limit": 1}).json()[0]
     assert newest["model"] == "embedded-fast"
     client.post("/sdapi/v1/options", json={"sd_model_checkpoint": "embedded"})
+
+
+def test_prompts_are_read_as_each_model_reads_them(server: Serving) -> None:
+    def asked(**body: Any) -> Any:
+        return server.client.post("/api/tokens", json={"prompt": "a cat", **body})
+
+    assert asked(model="embedded-fast").json() == asked().json()
+    assert asked(model="nothing").status_code == 422
+    assert "no model 'nothing'" in asked(model="nothing").json()["detail"]
+    assert "model must be" in asked(model=3).json()["detail"]
+    told = server.client.get("/api/library", params={"model": "embedded-fast"})
+    assert told.json() == server.client.get("/api/library").json()
+    assert server.client.get("/api/library", params={"model": "nothing"}).status_code == 422
+
+
+def test_figures_are_told_by_model(server: Serving) -> None:
+    for name in ("embedded-fast", "embedded"):
+        server.finished(server.submit(**TEXT, model=name))
+    told = server.client.get("/metrics").text
+    figures = dict(line.rsplit(" ", 1) for line in told.splitlines() if line[0] != "#")
+
+    def jobs(name: str) -> float:
+        return float(figures[f'safelight_model_jobs{{model="{name}",status="succeeded"}}'])
+
+    assert jobs("embedded-fast") >= 1
+    assert sum(jobs(name) for name in ("embedded", "embedded-fast")) == float(
+        figures['safelight_jobs{status="succeeded"}']
+    )
+    assert figures['safelight_model_loaded{model="embedded"}'] == "1.0"
+    assert figures['safelight_model_loaded{model="embedded-fast"}'] == "0.0"
+    assert float(figures['safelight_model_loads{model="embedded-fast"}']) >= 1
+
+
+def test_figures_are_of_so_many_models_and_no_more() -> None:
+    metrics = Metrics()
+    counts = {f"m{i}": {"succeeded": i, "failed": 1} for i in range(MAX_MODELS + 50)}
+    metrics._set_jobs({**counts, "": {"succeeded": 10**6}})
+    [told] = [one for one in metrics._registry.collect() if one.name == "safelight_model_jobs"]
+    values = {(one.labels["model"], one.labels["status"]): one.value for one in told.samples}
+    assert len({model for model, _ in values}) == MAX_MODELS + 1
+    rest = sum(range(51))
+    assert values[REST, "succeeded"] == rest
+    assert values[REST, "failed"] == 51
+    assert values["(none)", "succeeded"] == 10**6
 
 
 def test_openai_s_clients_name_one(server: Serving) -> None:

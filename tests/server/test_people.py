@@ -301,6 +301,7 @@ def test_figures_are_told_by_key(server: Inside) -> None:
     ask(server, secret, body={"prompt": "a cat", "steps": 5, "count": 2, "width": 64, "height": 64})
     told = ask(server, "the admin's", "/metrics").body.decode()
     assert 'safelight_key_pictures{key="dora"} 2.0' in told
+    assert 'safelight_key_unfinished_jobs{key="dora"} 1.0' in told
     assert f'safelight_key_pixel_steps{{key="dora"}} {2 * 5 * 64 * 64:.1f}' in told
     server.hub.store.remove_key("dora")
     assert "dora" not in ask(server, "the admin's", "/metrics").body.decode()

@@ -181,6 +181,8 @@ def test_a_finished_job_is_removed_with_its_pictures(server: Serving) -> None:
         ({"prompt": None}, "prompt"),
         ({"sampler": "eulr"}, "eulr"),
         ({"strength": 0}, "strength"),
+        ({"strength": 0.1, "steps": 5, "image": png()}, "strength"),
+        ({"steps": 1, "image": png()}, "strength"),
         ({"stepz": 3}, "stepz"),
         ({"image": "http://example.org/a.png"}, "image"),
         ({"image": "AAAA"}, "image"),
@@ -197,6 +199,25 @@ def test_what_cannot_be_is_named(server: Serving, body: dict[str, Any], named: s
     assert told["field"] == fields.get(named, named)
     codes = {"stepz": "unknown_setting", "eulr": "unknown_sampler"}
     assert told["code"] == codes.get(named, "invalid")
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "body"),
+    [
+        ("/v1/images/edits", 400, {"steps": "5", "strength": "0.1"}),
+        ("/sdapi/v1/img2img", 422, {"steps": 5, "denoising_strength": 0.1, "init_images": [png()]}),
+    ],
+)
+def test_a_strength_that_leaves_no_step(
+    server: Serving, path: str, status: int, body: dict[str, Any]
+) -> None:
+    sent: dict[str, Any] = {"json": {"prompt": "a cat", **body}}
+    if path.endswith("edits"):
+        file = ("a.png", base64.b64decode(png()), "image/png")
+        sent = {"data": {"prompt": "a cat", **body}, "files": {"image": file}}
+    answer = server.client.post(path, **sent)
+    assert answer.status_code == status, answer.text
+    assert "strength 0.1 leaves none of 5 steps; it should be at least 0.2" in answer.text
 
 
 def test_a_body_of_another_type(server: Serving) -> None:

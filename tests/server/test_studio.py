@@ -31,6 +31,7 @@ from safetensors.numpy import save_file
 from serving import Serving, wait_for
 
 import safelight
+from safelight.families import family_of_folder
 from safelight.recipe import read_recipe
 from safelight.request import Request
 from safelight.server.decoding import Decoders
@@ -38,6 +39,7 @@ from safelight.studio import form
 from safelight.studio.page import blocks
 from safelight.studio.recipes import recipe_settings
 from safelight.studio.run import Command
+from safelight.studio.suits import Suits, suits_of
 from safelight.weights.find import MODELS
 
 pytestmark = [
@@ -255,7 +257,7 @@ def values(**fields: Any) -> dict[str, Any]:
 
 def submitted(server: Serving, **fields: Any) -> str:
     """The problem that Make reports for these fields; empty if it draws."""
-    output = event(server, "submit", True, None, *values(**fields).values())
+    output = event(server, "submit", True, None, "embedded", *values(**fields).values())
     return str(output["data"][3] if "data" in output else output["error"])
 
 
@@ -375,7 +377,7 @@ def test_the_seed_shown_is_that_of_the_picture(server: Serving, page: Page) -> N
 
 def test_words_are_chosen_and_counted(server: Serving, fresh: Page) -> None:
     page = fresh
-    expect(page.locator("#head .model")).to_contain_text("embedded")
+    expect(page.get_by_label("Model", exact=True)).to_have_value("embedded")
     page.get_by_label("Prompt", exact=True).fill("a (red:1.2) apple, [")
     page.get_by_role("button", name="Prompt, LoRAs and embeddings").click()
     page.get_by_label("Prompt syntax").click()
@@ -410,6 +412,54 @@ def test_words_are_chosen_and_counted(server: Serving, fresh: Page) -> None:
     page.get_by_label("Loras").fill("inc")
     page.get_by_role("button", name="Draw").click()
     expect(page.locator("#make-problem .problem")).to_contain_text("no lora 'inc'")
+
+
+def test_the_form_shows_what_suits_the_model(server: Serving, fresh: Page) -> None:
+    page = fresh
+    model, steps = (
+        page.get_by_label("Model", exact=True),
+        page.get_by_label("number input for Steps"),
+    )
+    expect(model.locator("option")).to_have_text(
+        ["embedded", "embedded-fast", "embedded-unconditional"]
+    )
+    page.get_by_role("button", name="Size and schedule").click()
+    expect(page.get_by_label("Cache every")).to_be_visible()
+    expect(page.get_by_label("Original width")).to_have_count(0)  # which SDXL reads
+    model.select_option("embedded-unconditional")
+    expect(page.get_by_label("Prompt", exact=True)).to_have_attribute(
+        "placeholder", "this model takes no prompt: leave it empty"
+    )
+    for label in ("Width", "Cache every"):
+        expect(page.get_by_label(label, exact=True)).to_have_count(0)
+    model.select_option("embedded-fast")
+    expect(steps).to_have_value("4")
+    expect(page.get_by_label("Width", exact=True)).to_be_visible()
+    draw(page, "a boat")
+    assert newest(server)["model"] == "embedded-fast"
+    expect(page.locator(".model .facts")).to_contain_text("64×64, float32")
+    model.select_option("embedded")
+    expect(steps).not_to_have_value("4")
+    choose(page, "All its settings")
+    expect(model).to_have_value("embedded-fast")
+    expect(steps).to_have_value("4")
+
+
+def test_a_model_that_is_none_is_told_in_a_sentence(server: Serving) -> None:
+    for given, told in (("../x", "no model '../x'"), ([1], "model must be the name")):
+        output = event(server, "submit", True, None, given, *values().values())
+        assert str(output["data"][3]).startswith(told)
+
+
+def test_what_a_family_does_not_read_is_neither_shown_nor_sent() -> None:
+    sdxl = family_of_folder({"_class_name": "StableDiffusionXLPipeline"}, "a model")
+    sd = family_of_folder({"_class_name": "StableDiffusionPipeline"}, "a model")
+    given = values(original_width=900, picture=None)
+    for family, sent in ((sdxl, 900), (sd, None)):
+        suits = Suits(reads=family.reads())
+        assert form.request(*given.values(), suits=suits).original_width == sent
+        _, told = form.shown({"original_width": 900}, suits)
+        assert told == ([] if sent else ["original_width does nothing with this model"])
 
 
 def test_an_empty_prompt_draws_the_example(server: Serving, page: Page) -> None:
@@ -775,6 +825,11 @@ def test_a_request_names_no_file_and_no_address(server: Serving, tmp_path: Path)
     assert not [p for p in (server.data / "uploads").rglob("*") if p.name in ("hostname",)]
 
 
+def test_an_open_page_holds_no_connection(server: Serving) -> None:
+    """A browser has six to one host: a stream for each tab would use them up."""
+    assert server.client.get("/studio/config").json()["connect_heartbeat"] is False
+
+
 @pytest.mark.parametrize(
     "path",
     [
@@ -787,6 +842,7 @@ def test_a_request_names_no_file_and_no_address(server: Serving, tmp_path: Path)
         "gradio_api/component_server",
         "gradio_api/call/submit",
         "gradio_api/info",
+        "gradio_api/heartbeat/abc",
         "monitoring/summary",
         "kept/../jobs.sqlite3",
         "kept/training/digits-20/checkpoint.pt",
@@ -835,10 +891,13 @@ def test_half_a_character_is_refused_before_gradio_repeats_it(server: Serving) -
 
 def test_a_recipe_of_anything_at_all() -> None:
     """Files come from strangers: what can be had is taken, and the rest is told."""
-    values, told = form.shown({"prompt": "a cat", "seed": {}, "steps": -1, "sampler": [], "z": 1})
+    anything = {"prompt": "a cat", "seed": {}, "steps": -1, "sampler": [], "z": 1}
+    values, told = form.shown(anything, Suits())
     assert values[0] == "a cat"
     assert [sentence.split()[0] for sentence in told] == ["seed", "steps", "sampler", "there"]
-    values, told = form.shown(Request(sampler="ddim", eta=0.5, spacing="trailing").to_dict())
+    values, told = form.shown(
+        Request(sampler="ddim", eta=0.5, spacing="trailing").to_dict(), Suits()
+    )
     assert {0.5, "trailing"} <= set(values)
     assert told == []
 
@@ -847,7 +906,7 @@ def test_a_sampler_that_is_not_had_is_told(tmp_path: Path) -> None:
     written = PngImagePlugin.PngInfo()
     written.add_text("parameters", "a cat\nSteps: 9, Sampler: Magic, Schedule type: Simple")
     Image.new("RGB", (64, 64)).save(tmp_path / "theirs.png", pnginfo=written)
-    _, told = form.shown(recipe_settings(tmp_path / "theirs.png"))
+    _, told = form.shown(recipe_settings(tmp_path / "theirs.png"), Suits())
     assert told[0].startswith("there is no sampler 'Magic'")
     assert told[1].startswith("schedule must be")
 
@@ -1013,9 +1072,10 @@ def test_the_form_begins_with_what_a_model_was_taught(tmp_path: Path) -> None:
 
 def test_a_model_without_words(tmp_path: Path) -> None:
     with Inside(tmp_path, model="embedded-unconditional") as server:
+        suits = server.within(suits_of(server.hub, None))
         with pytest.raises(safelight.SafelightError, match="takes no prompt: leave both prompts"):
-            form.request(*values().values(), hub=server.hub)
-        asked = form.request(*values(prompt="").values(), hub=server.hub)
+            form.request(*values().values(), suits=suits)
+        asked = form.request(*values(prompt="").values(), suits=suits)
         job = server.within(server.hub.submit(asked, client="studio"))
         assert server.finished(job.id)["status"] == "succeeded"
 

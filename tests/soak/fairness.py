@@ -57,7 +57,7 @@ def main() -> None:
     ):
 
         def count(status: str) -> int:
-            return server.within(server.hub.counts()).get(status, 0)
+            return server.hub.store.counts().get(status, 0)
 
         drawn(server, "ben")  # the first one is slower
         alone = min(drawn(server, "ben")[0] for _ in range(3))

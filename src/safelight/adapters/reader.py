@@ -21,7 +21,7 @@ class PromptReader:
     """A model's tokenizer, and where embeddings are found."""
 
     def __init__(self, plan: Plan, finder: EmbeddingFinder) -> None:
-        self._plan, self._finder = plan, finder
+        self.plan, self._finder = plan, finder
 
     def describe(self, request: Request, *, negative: bool = False) -> dict[str, Any]:
         """Return how the prompt of a request is read, as `safelight.prompt.show.describe` does.
@@ -30,11 +30,11 @@ class PromptReader:
         Raises SafelightError for a model that reads no prompt, and for an embedding that is not
         there.
         """
-        if not self._plan.family.text_parts:
+        if not self.plan.family.text_parts:
             raise SafelightError(
-                f"{self._plan.source.name} reads no prompt: name a model that does", field="prompt"
+                f"{self.plan.source.name} reads no prompt: name a model that does", field="prompt"
             )
-        name, encoder = self._plan.family.text_parts[0]
+        name, encoder = self.plan.family.text_parts[0]
         tokenizer = self._tokenizers[name]
         widths = {key: config.hidden_size for key, config in self.encoders.items()}
         said: list[str] = []
@@ -47,16 +47,16 @@ class PromptReader:
             emphasis=request.emphasis,
             negative=negative,
         )
-        found = describe(reading, tokenizer, request.prompt_syntax, self._plan.words)
+        found = describe(reading, tokenizer, request.prompt_syntax, self.plan.words)
         found["warnings"] += said
         return found
 
     @property
     def encoders(self) -> dict[str, Any]:
         """The configs of the text encoders."""
-        plan = self._plan
+        plan = self.plan
         return {encoder: plan.configs[encoder] for _, encoder in plan.family.text_parts}
 
     @cached_property
     def _tokenizers(self) -> dict[str, Any]:
-        return self._plan.family.load_tokenizers(self._plan.folder, self._plan.configs)
+        return self.plan.family.load_tokenizers(self.plan.folder, self.plan.configs)

@@ -85,7 +85,8 @@ def spread(function: Callable[..., None]) -> Callable[..., None]:
     found: list[inspect.Parameter] = []
     groups: dict[str, type] = {}
     for parameter in signature.parameters.values():
-        if is_dataclass(kind := parameter.annotation):
+        kind = parameter.annotation
+        if isinstance(kind, type) and is_dataclass(kind):
             groups[parameter.name] = kind
             found += [
                 inspect.Parameter(
@@ -103,5 +104,5 @@ def spread(function: Callable[..., None]) -> Callable[..., None]:
 
     call.__name__, call.__doc__ = function.__name__, function.__doc__
     call.__annotations__ = {one.name: one.annotation for one in found}
-    call.__signature__ = signature.replace(parameters=found)  # pyright: ignore[reportFunctionMemberAccess]
+    call.__signature__ = signature.replace(parameters=found)
     return call

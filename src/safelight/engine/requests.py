@@ -9,7 +9,7 @@ from safelight.adapters.embeddings import record
 from safelight.defaults import is_distilled
 from safelight.engine.job import Job, prepare
 from safelight.engine.refining import Second, table_of
-from safelight.engine.shortcuts import NAMES, Kept, Shortcuts, remark, with_level
+from safelight.engine.shortcuts import Kept, Shortcuts, remark, with_level
 from safelight.families.base import Conditioning
 from safelight.machine import describe_machine
 from safelight.prompt.dynamic import draw
@@ -22,9 +22,6 @@ from safelight.settings import settings_of
 if TYPE_CHECKING:
     from safelight.adapters.select import Selection
     from safelight.model import Model
-
-STRENGTH = 0.8
-"""How much of a picture is changed if the request does not say; with a mask, all of it."""
 
 
 def resolve_request(model: Model, request: Request) -> Request:
@@ -42,11 +39,7 @@ def resolve_request(model: Model, request: Request) -> Request:
     if not family.fixed_size:
         width, height = model.native_size if request.image is None else request.image.size
         filled |= {"width": request.width or width, "height": request.height or height}
-    if request.image is not None:
-        if request.strength is None:
-            filled["strength"] = STRENGTH if request.mask is None else 1.0
-    elif request.strength is not None:
-        filled["strength"] = None
+    filled["strength"] = request.strength_taken
     return request.replace(**filled)
 
 
@@ -130,11 +123,7 @@ def _warnings(model: Model, asked: Request, resolved: Request) -> list[str]:
     found += asked.with_defaults(model.defaults).unused_settings()
     if unavailable := remark(asked, resolved):
         found.append(unavailable)
-    read_by_family = {*model.family.conditioned_on}
-    if model.refiner is not None:
-        read_by_family |= {*model.refiner.family.conditioned_on, "refiner_start"}
-    if model.family.shortcuts:
-        read_by_family |= {"fast", *NAMES}
+    read_by_family = model.family.reads(model.refiner and model.refiner.family)
     for name, setting in settings_of(type(asked)).items():
         read = not setting.about.some_models or name in read_by_family
         if not read and getattr(asked, name) != setting.default:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from safelight.defaults import is_distilled
-from safelight.families.base import Conditioning
+from safelight.families.base import SHORTCUTS, Conditioning
 from safelight.fast import int8
 from safelight.nets.reuse import Reuse
 
@@ -36,9 +36,6 @@ LEVELS: Mapping[int, Mapping[str, Any]] = {
 }
 """The settings that a level stands for, where a request does not have its own. Where 8-bit integers
 cannot be had, linear layers are plain."""
-
-NAMES = ("cache_every", "cache_branch", "guidance_start", "guidance_end", "text_end", "linears")
-"""The settings of the shortcuts."""
 
 
 def with_level(request: Request, model: Model) -> Request:
@@ -89,7 +86,7 @@ class Shortcuts:
     @classmethod
     def of(cls, request: Request) -> Shortcuts:
         """Return those of a resolved request."""
-        asked = {name: getattr(request, name) for name in NAMES}
+        asked = {name: getattr(request, name) for name in SHORTCUTS}
         return cls(**{name: value for name, value in asked.items() if value is not None})
 
     def guided(self, share: float) -> bool:

@@ -142,6 +142,12 @@ class Part:
         return getattr(module, self.config), getattr(module, self.network)
 
 
+SHORTCUTS = (
+    *("cache_every", "cache_branch", "guidance_start", "guidance_end", "text_end"),
+    "linears",
+)
+"""The settings of the fast mode, besides its level; see `engine.shortcuts`."""
+
 NO_PART = (None, None)
 """What a model_index.json has in place of a part that is not there."""
 
@@ -193,6 +199,18 @@ class Family:
         return self is other
 
     __hash__ = object.__hash__
+
+    def reads(self, refiner: Family | None = None) -> frozenset[str]:
+        """Return the settings that it reads, of those that some models do not.
+
+        refiner: the family of the model that takes its last steps.
+        """
+        found = {*self.conditioned_on}
+        if refiner is not None:
+            found |= {*refiner.conditioned_on, "refiner_start"}
+        if self.shortcuts:
+            found |= {"fast", *SHORTCUTS}
+        return frozenset(found)
 
     # --- files -------------------------------------------------------------------------------
 

@@ -264,18 +264,12 @@ def table(
     except (ZeroDivisionError, np.linalg.LinAlgError) as error:
         # Two levels of the grid are the same: it has more steps than levels.
         raise fault from error
-    if not made.rows:
-        raise SafelightError(
-            f"strength {strength:g} leaves none of {steps} steps; "
-            f"it should be at least {math.ceil(1000 / steps) / 1000:g}, or steps more",
-            field="strength",
-        )
     numbers = [
         n
         for row in made.rows
         for n in (*row.a, *row.b, row.c or 0.0, row.level.sigma, row.lands.sigma)
     ]
-    if not all(map(math.isfinite, numbers)):
+    if not made.rows or not all(map(math.isfinite, numbers)):
         raise fault
     return made
 
@@ -296,6 +290,12 @@ def check(
     if not 0 < strength <= 1:
         raise SafelightError(
             f"strength should be above 0 and at most 1, not {strength!r:.40}", field="strength"
+        )
+    if int(steps * strength) < 1:
+        raise SafelightError(
+            f"strength {strength:g} leaves none of {steps} steps; "
+            f"it should be at least {math.ceil(1000 / steps) / 1000:g}, or steps more",
+            field="strength",
         )
     if not 0 <= eta <= 1:
         raise SafelightError(f"eta should be from 0 to 1, not {eta!r:.40}", field="eta")

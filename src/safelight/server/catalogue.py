@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -38,6 +39,8 @@ class Catalogue:
         self._others: dict[str, ModelInfo] = {}
         self._defaults: dict[str, dict[str, Any]] = {}
         self._elsewhere: list[str] = []
+        self.loads = Counter[str]()
+        """How often each model was loaded since the start."""
         self._asked: dict[str, asyncio.Future[ModelInfo]] = {}
         self.arrived = asyncio.Event()
         self.stopping = False
@@ -50,6 +53,7 @@ class Catalogue:
             self._on_ready(ModelInfo(**rest[0]))
         elif kind == "loaded":
             self._set(ModelInfo(**rest[1]))
+            self.loads[rest[0]] += 1
             log.info("loaded: %s", rest[0])
         elif kind == "dropped":
             self._get(rest[0]).loaded = False
@@ -81,6 +85,7 @@ class Catalogue:
 
     def _on_ready(self, info: ModelInfo) -> None:
         self._set(info)
+        self.loads[info.name] += 1
         self.arrived.set()
         log.info("ready: %s on %s", info.name, info.device)
 
@@ -103,9 +108,10 @@ class Catalogue:
         """Return the name of the model that a request means; see `Served.find`."""
         if asked is None or asked == self.info.name:
             return self.info.name
-        if asked in self._elsewhere:
-            return asked
-        return await self._in_thread(self.served.find, asked)
+        elsewhere = [self.info.name, *self._elsewhere]
+        infos = (self.info, *self._others.values())
+        digests = {one.name: one.sha256 for one in infos if one.sha256 is not None}
+        return await self._in_thread(self.served.find, asked, elsewhere, digests)
 
     async def all(self) -> list[ModelInfo]:
         """Return the models that may be drawn with, the default one first."""
@@ -157,6 +163,11 @@ class Catalogue:
     def loaded(self) -> list[str]:
         """The names of the models in the worker's memory."""
         return [one.name for one in (self.info, *self._others.values()) if one.loaded]
+
+    @property
+    def in_memory(self) -> dict[str, int]:
+        """1 for each model in the worker's memory, 0 for those that were there before."""
+        return {name: int(self._get(name).loaded) for name in self.loads}
 
     def size(self, name: str) -> tuple[int, int]:
         """Return a model's own width and height; Stable Diffusion's until they are known."""

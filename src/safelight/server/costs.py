@@ -13,7 +13,8 @@ MAX_STEPS = 4000
 def steps_of(request: Request) -> int:
     """Return the steps of each picture. Raises SafelightError if they cannot be taken."""
     steps = request.steps or SAMPLERS[request.sampler].steps
-    check(SAMPLERS[request.sampler], steps, request.schedule, request.spacing)
+    strength = request.strength_taken or 1.0
+    check(SAMPLERS[request.sampler], steps, request.schedule, request.spacing, strength=strength)
     if steps * request.count > MAX_STEPS:
         raise SafelightError(
             f"steps × count must be at most {MAX_STEPS}, not {steps * request.count}",

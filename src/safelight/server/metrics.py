@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
@@ -10,6 +11,11 @@ from safelight.server.hub import Hub
 from safelight.server.jobs import Status, StorageError
 from safelight.server.retention import Retention
 from safelight.server.wording import METHODS
+
+MAX_MODELS = 100
+"""Models that have figures of their own, those with most jobs; REST has the jobs of all others."""
+
+REST, NONE = "(others)", "(none)"
 
 
 class Metrics:
@@ -26,6 +32,30 @@ class Metrics:
         )
         self._jobs = Gauge(
             "safelight_jobs", "Jobs in the database.", ("status",), registry=self._registry
+        )
+        self._model_jobs = Gauge(
+            "safelight_model_jobs",
+            "Jobs in the database, by the model that they name.",
+            ("model", "status"),
+            registry=self._registry,
+        )
+        self._loaded = Gauge(
+            "safelight_model_loaded",
+            "Whether a model is in the worker's memory.",
+            ("model",),
+            registry=self._registry,
+        )
+        self._loads = Gauge(
+            "safelight_model_loads",
+            "Times a model was loaded since the start.",
+            ("model",),
+            registry=self._registry,
+        )
+        self._key_jobs = Gauge(
+            "safelight_key_unfinished_jobs",
+            "Jobs of a key that wait or are drawn.",
+            ("key",),
+            registry=self._registry,
         )
         self._restarts = Gauge(
             "safelight_worker_restarts", "Times the worker was replaced.", registry=self._registry
@@ -76,9 +106,11 @@ class Metrics:
     async def text(self, hub: Hub) -> str:
         well = True
         try:
-            counts = await hub.counts()
-            for status in Status:
-                self._jobs.labels(status).set(counts.get(status, 0))
+            self._set_jobs(await hub.counts())
+            waiting = await asyncio.to_thread(hub.store.unfinished)
+            self._key_jobs.clear()
+            for key, count in waiting.items():
+                self._key_jobs.labels(key).set(count)
             asked = await asyncio.to_thread(hub.store.asked)
             for gauge, kind in ((self._pictures, "pictures"), (self._pixel_steps, "pixel_steps")):
                 gauge.clear()  # a key that was removed is not told of
@@ -86,6 +118,11 @@ class Metrics:
                     gauge.labels(key).set(much[kind])
         except StorageError:  # the figures of before stay, and this one says why
             well = False
+        catalogue = hub.catalogue
+        for gauge, values in ((self._loaded, catalogue.in_memory), (self._loads, catalogue.loads)):
+            gauge.clear()
+            for model, value in _most(values).items():
+                gauge.labels(model).set(value)
         for outcome in ("taken", "refused"):
             self._webhooks.labels(outcome).set(hub.webhooks.sent[outcome])
         self._restarts.set(max(hub.restarts, 0))
@@ -97,3 +134,19 @@ class Metrics:
                 self._deleted.labels("bytes" if what == "size" else what).set(count)
             self._stored.set(self._retention.size or 0)
         return generate_latest(self._registry).decode()
+
+    def _set_jobs(self, counts: dict[str, dict[str, int]]) -> None:
+        """Tell of all jobs by status, and of those of each model."""
+        for status in Status:
+            self._jobs.labels(status).set(sum(one.get(status, 0) for one in counts.values()))
+        self._model_jobs.clear()
+        told = _most({model: sum(one.values()) for model, one in counts.items()})
+        for model, one in counts.items():
+            name = (model or NONE) if model in told else REST
+            for status, count in one.items():
+                self._model_jobs.labels(name, status).inc(count)
+
+
+def _most(values: Mapping[str, int]) -> dict[str, int]:
+    """Return the MAX_MODELS largest values."""
+    return dict(sorted(values.items(), key=lambda item: -item[1])[:MAX_MODELS])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from safelight.adapters.asked import asked_of
@@ -15,13 +15,18 @@ from safelight.adapters.embedding import EmbeddingFile, look_at
 from safelight.adapters.embeddings import EmbeddingFinder
 from safelight.adapters.reader import PromptReader
 from safelight.errors import SafelightError
+from safelight.families import Family
 from safelight.prompt.styles import Style, apply_styles, read_styles
 from safelight.request import Request
+from safelight.server.served import Served
 from safelight.server.settings import Settings
 from safelight.weights.check import read_header
-from safelight.weights.find import find
+from safelight.weights.find import Source, find
 from safelight.weights.library import Entry, Library, open_library
-from safelight.weights.plan import read_plan
+from safelight.weights.plan import Plan, read_plan
+
+MAX_READERS = 8
+"""Models whose tokenizers are kept, those asked for last."""
 
 
 class Names:
@@ -30,7 +35,8 @@ class Names:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+        self._settings, self._served = settings, Served(settings)
+        self._readers: dict[Path, tuple[float, PromptReader]] = {}
 
     @cached_property
     def library(self) -> Library | None:
@@ -57,14 +63,19 @@ class Names:
         """Return what the models folder has of a kind; see `Library.entries`."""
         return [] if self.library is None else self.library.entries(kind)
 
-    def embeddings(self) -> dict[str, EmbeddingFile | SafelightError]:
-        """Return the embeddings of the models folder by name, an error for those that are none."""
+    def embeddings(self, model: str | None = None) -> dict[str, EmbeddingFile | SafelightError]:
+        """Return the embeddings of the models folder by name; an error for those that are none, or
+        none of a model.
+
+        model: by the name that `Served.find` returns; None for the server's own.
+        """
+        widths = {key: net.hidden_size for key, net in self._reader(model).encoders.items()}
         found: dict[str, EmbeddingFile | SafelightError] = {}
         for entry in self.entries("embedding"):
             name = entry.name.rpartition("/")[2]
             try:
                 one = look_at(entry.path, name)
-                one.fitting({k: net.hidden_size for k, net in self._reader.encoders.items()})
+                one.fitting(widths)
                 found[name] = one
             except SafelightError as error:
                 found[name] = error
@@ -101,12 +112,39 @@ class Names:
                 )
             self.library.find(lora.name, "lora")
 
-    def describe(self, request: Request, *, negative: bool = False) -> dict[str, Any]:
-        """Return how a request's prompt is read; see `PromptReader.describe`."""
-        return self._reader.describe(request, negative=negative)
+    def describe(
+        self, request: Request, *, model: str | None = None, negative: bool = False
+    ) -> dict[str, Any]:
+        """Return how a model reads a request's prompt; see `PromptReader.describe`."""
+        return self._reader(model).describe(request, negative=negative)
 
-    @cached_property
-    def _reader(self) -> PromptReader:
+    def plan(self, model: str | None = None) -> Plan:
+        """Return what a model is by its headers. Raises SafelightError if it is not here."""
+        return self._reader(model).plan
+
+    def refiner(self, model: str | None = None) -> Family | None:
+        """Return the family of the model that takes a model's last steps; None without one."""
         settings = self._settings
-        source = find(settings.model, models_dir=settings.models_dir, download=False)
-        return PromptReader(read_plan(source), EmbeddingFinder(self.library))
+        if settings.refiner is None or self._source(model) is not None:
+            return None
+        found = find(settings.refiner, models_dir=settings.models_dir, download=False)
+        return read_plan(found).family
+
+    def _source(self, model: str | None) -> Source | None:
+        """Return where a model is; None for the server's own."""
+        return None if model in (None, self._served.default) else self._served.source(model)
+
+    def _reader(self, model: str | None) -> PromptReader:
+        settings, given = self._settings, self._source(model)
+        source = given or find(settings.model, models_dir=settings.models_dir, download=False)
+        index = source.path / "model_index.json"
+        written = (index if index.is_file() else source.path).stat().st_mtime
+        before = self._readers.pop(source.path, None)
+        if before is None or before[0] != written:
+            without = ("vae",) if given is None and settings.vae is not None else ()
+            plan = read_plan(source, without=without)
+            before = written, PromptReader(plan, EmbeddingFinder(self.library))
+        self._readers[source.path] = before
+        for oldest in [*self._readers][:-MAX_READERS]:
+            self._readers.pop(oldest, None)
+        return before[1]

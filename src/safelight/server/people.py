@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 
 from safelight.errors import SafelightError
 from safelight.server import schema
@@ -16,7 +16,7 @@ from safelight.server.allowances import Allowance, read
 from safelight.server.callers import ADMIN
 from safelight.server.database import Database
 from safelight.server.entrance import cookie_of
-from safelight.server.tables import allowances, keys, shares, timestamp
+from safelight.server.tables import UNFINISHED, allowances, jobs, keys, shares, timestamp
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
 
@@ -72,6 +72,14 @@ class People(Database):
                 row.name: {"pictures": row.pictures, "pixel_steps": row.pixel_steps}
                 for row in db.execute(query.order_by(keys.c.created).limit(MOST_TOLD))
             }
+
+    def unfinished(self) -> dict[str, int]:
+        """Return how many jobs of each key wait or are drawn, for keys with any."""
+        query = select(keys.c.name, func.count()).join(jobs, jobs.c.owner == "key:" + keys.c.name)
+        query = query.where(jobs.c.status.in_(UNFINISHED)).group_by(keys.c.name)
+        with self._read() as db:
+            rows = db.execute(query.order_by(func.count().desc()).limit(MOST_TOLD))
+            return {row[0]: row[1] for row in rows}
 
     def add_key(self, name: str, secret: str | None = None) -> str:
         """Add a key and return it: it is not kept. secret: in place of a random one."""

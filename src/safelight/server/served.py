@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from functools import cached_property
 
@@ -65,17 +65,24 @@ class Served:
                     found.setdefault(name, Source(name, entry.path))
         return found
 
-    def find(self, asked: str | None) -> str:
+    def find(
+        self,
+        asked: str | None,
+        elsewhere: Iterable[str] = (),
+        digests: Mapping[str, str] | None = None,
+    ) -> str:
         """Return the name of a model that a request names; None names the default one.
 
         asked: a name, or its last part, with or without its ending and in any case; or as A1111
         shows it, "name [hash]", or a hash of 8 digits or more of a model whose hash is known.
+        elsewhere: names of models that workers on other machines have. digests: the SHA-256 of
+        models that have been loaded, by name.
 
         Raises SafelightError with the code "no_model", and the closest name, if none is meant.
         """
         if asked is None:
             return self.default
-        names = self.sources()
+        names, asked = dict.fromkeys(elsewhere) | self.sources(), asked.strip()
         if asked in names:
             return asked
         title = _TITLE.fullmatch(asked)
@@ -95,7 +102,8 @@ class Served:
         digest = (title[2] if title else asked).lower()
         if re.fullmatch("[0-9a-f]{8,64}", digest):
             for name, source in names.items():
-                if source is not None and (_digest(source) or "").startswith(digest):
+                own = (digests or {}).get(name) or (None if source is None else _digest(source))
+                if (own or "").startswith(digest):
                     return name
         raise _no_model(f"no model {clipped(asked)!r} on this server; {_closest(plain, names)}")
 

@@ -226,6 +226,18 @@ class Store(Expiry, People, Outbox):
         with self._read() as db:
             return {row[0]: row[1] for row in db.execute(query)}
 
+    def counts_by_model(self) -> dict[str, dict[str, int]]:
+        """Return how many jobs there are of each status, by the name of the model.
+
+        Those of before there were several stand under "".
+        """
+        query = select(jobs.c.model, jobs.c.status, func.count()).where(seen())
+        found: dict[str, dict[str, int]] = {}
+        with self._read() as db:
+            for model, status, count in db.execute(query.group_by(jobs.c.model, jobs.c.status)):
+                found.setdefault(model or "", {})[status] = count
+        return found
+
     def has_picture(self, picture_id: str) -> bool:
         with self._read() as db:
             query = select(pictures.c.id).where(pictures.c.id == picture_id)

@@ -16,15 +16,17 @@ from safelight.server.decoding import Decoders
 from safelight.server.hub import Hub
 from safelight.server.jobs import Job, Status
 from safelight.server.store import new_id
+from safelight.studio import easel
 from safelight.studio import form as forms
 from safelight.studio.parts import asker, kept, problem, progress, status
 from safelight.studio.paths import folder_of
+from safelight.studio.suits import suits_of
 
 NOTHING = "nothing"
 
 
-def compare(hub: Hub, form: forms.Form, decoders: Decoders) -> None:
-    """Build the tab. form: the settings that all cells share."""
+def compare(hub: Hub, form: forms.Form, model: Any, decoders: Decoders) -> None:
+    """Build the tab. form: the settings that all cells share. model: the chooser."""
     gr.HTML(
         "<p>Every cell starts from the same noise and uses the prompt and settings of Make. "
         "Separate values by commas, prompts by |.</p>"
@@ -43,7 +45,7 @@ def compare(hub: Hub, form: forms.Form, decoders: Decoders) -> None:
     running = gr.State([])
 
     async def draw(
-        x: str, across: str, y: str, down: str, by: gr.Request, *values: Any
+        x: str, across: str, y: str, down: str, model: str, by: gr.Request, *values: Any
     ) -> AsyncIterator[tuple[Any, ...]]:
         """Yield problem, status, bar, sheet and the ids of the jobs."""
         jobs: list[Job] = []
@@ -51,16 +53,18 @@ def compare(hub: Hub, form: forms.Form, decoders: Decoders) -> None:
             axes = [Axis.parse(f"{x}={across}")]
             if y != NOTHING:
                 axes.append(Axis.parse(f"{y}={down}"))
-            async with forms.turn(values, decoders, asker(by).name):
-                given = await forms.read_easel(values, decoders, asker(by).name)
-                base = (await asyncio.to_thread(forms.request, *given, hub=hub)).replace(count=1)
+            suits = await suits_of(hub, model)
+            async with easel.turn(values, decoders, asker(by).name):
+                given = await easel.read_easel(values, decoders, asker(by).name)
+                asked = await asyncio.to_thread(forms.request, *given, suits=suits)
+                base = asked.replace(count=1)
                 prompt = base.prompt
                 cells = [request for row in requests(base, *axes) for request in row]
-                del given, base  # pictures are not held while the cells are drawn
+                del given, asked, base  # pictures are not held while the cells are drawn
                 while cells:
                     request = cells.pop(0)
-                    owner = asker(by).owner
-                    jobs.append(await hub.submit(request, client="compare", owner=owner))
+                    how = {"client": "compare", "owner": asker(by).owner, "model": model}
+                    jobs.append(await hub.submit(request, **how))
                     del request
         except SafelightError as error:
             for job in jobs:  # the whole grid, or nothing
@@ -90,7 +94,7 @@ def compare(hub: Hub, form: forms.Form, decoders: Decoders) -> None:
 
     start.click(
         draw,
-        [x, across, y, down, *form.fields],
+        [x, across, y, down, model, *form.fields],
         [told, doing, bar, sheet, running],
         show_progress="hidden",
         concurrency_limit=None,  # another browser need not wait
@@ -114,7 +118,7 @@ def _sheet(hub: Hub, jobs: list[Job], axes: list[Axis], owner: str) -> str:
     columns = len(axes[0].values)
     results = [_result(hub, job) for job in jobs]
     rows = [results[i : i + columns] for i in range(0, len(results), columns)]
-    folder = hub.files.root / "grids" / owner
+    folder = hub.root / "grids" / owner
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{new_id()}.png"
     Grid(axes[0], axes[1] if len(axes) > 1 else None, rows).save(path)
@@ -124,12 +128,12 @@ def _sheet(hub: Hub, jobs: list[Job], axes: list[Axis], owner: str) -> str:
 def _result(hub: Hub, job: Job) -> Result:
     """Return the result of a cell's job."""
     picture = job.pictures[0]
-    path = hub.picture_file(picture.id)
-    if path is None:
+    data = hub.picture_bytes(picture.id)
+    if data is None:
         raise SafelightError("a cell of the grid was deleted before the last was drawn")
     recipe = picture.recipe
     return Result(
-        images=[open_picture(path)],
+        images=[open_picture(data)],
         seeds=[picture.seed],
         settings=recipe["settings"],
         model=recipe["model"]["name"],

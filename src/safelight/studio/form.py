@@ -2,43 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
-import numpy as np
-from PIL import Image
 
 from safelight.errors import SafelightError
 from safelight.request import MAX_PROMPT, Request
 from safelight.request_fields import draw_seed
 from safelight.sampling import SAMPLERS
 from safelight.sampling.schedule import SCHEDULES, SPACINGS
-from safelight.server.bodies import MAX_BODY
-from safelight.server.decoding import Decoders
-from safelight.server.hub import Hub
 from safelight.settings import Setting, settings_of
 from safelight.sizes import allowed_size
+from safelight.studio.easel import painted
 from safelight.studio.parts import plain, problem, status
+from safelight.studio.suits import EXAMPLE, SIZE, Suits
 
 OWN = "the model's own"
-NATIVE = "0: the model's own"
-EXAMPLE = "three teddy bears on a yellow background"
-"""The prompt that the empty box shows, and that is drawn if the box stays empty."""
-
-MAX_LAYERS = 4
-"""Layers of the editor's picture: each is held decoded. Ours has one."""
-
-EASEL = 512
-"""Pixels. The editor enlarges smaller pictures, so that a brush can hit something."""
 
 _NAMES = {"ddpm": "DDPM", "dpmpp_2s": "DPM++ 2S", "deis": "DEIS", "tcd": "TCD"}
 """Usual names of the samplers that web UIs do not have."""
-
-_WHOLE = Image.Resampling.NEAREST
 
 
 def sampler_choices() -> list[tuple[str, str]]:
@@ -71,12 +54,13 @@ def further_settings(request_type: type[Request]) -> list[Setting]:
     ]
 
 
-def control(setting: Setting, value: Any) -> Any:
+def control(setting: Setting, value: Any, suits: Suits) -> Any:
     """Return the field of a setting: a list, a checkbox, a slider or a box, by its description."""
     about: dict[str, Any] = {
         "label": setting.label.capitalize().replace("Lora", "LoRA"),
         "info": setting.description,
         "elem_id": setting.name,
+        "visible": suits.has(setting),
     }
     if setting.choices:
         choices = [OWN, *setting.choices] if setting.optional else list(setting.choices)
@@ -96,15 +80,14 @@ def control(setting: Setting, value: Any) -> Any:
 class Form:
     """The fields; create it inside a gr.Blocks.
 
-    defaults: sampler, steps and guidance scale that the model draws best with, if it says.
-    request_type: the class whose settings the form shows.
+    suits: of the model that is chosen first. request_type: the class whose settings the form shows.
     """
 
-    def __init__(self, defaults: Mapping[str, Any], request_type: type[Request] = Request) -> None:
-        first = request_type(sampler="dpmpp_2m").replace(**defaults)
+    def __init__(self, suits: Suits, request_type: type[Request] = Request) -> None:
+        first = suits.first(request_type)
         self.prompt = gr.Textbox(
             label="Prompt",
-            placeholder=EXAMPLE,
+            placeholder=suits.placeholder,
             lines=2,
             max_length=MAX_PROMPT,
             elem_id="prompt",
@@ -122,8 +105,7 @@ class Form:
             self.sampler = gr.Dropdown(
                 sampler_choices(), value=first.sampler, label="Sampler", min_width=220
             )
-            steps = first.steps or SAMPLERS[first.sampler].steps
-            self.steps = gr.Slider(1, 150, steps, step=1, label="Steps")
+            self.steps = gr.Slider(1, 150, _steps(first), step=1, label="Steps")
         with gr.Row():
             scale = first.guidance_scale
             self.guidance_scale = gr.Slider(0, 30, scale, step=0.5, label="Guidance scale")
@@ -137,11 +119,14 @@ class Form:
         settings = {setting.name: setting for setting in further_settings(request_type)}
         made: dict[str, Any] = {}
         with gr.Accordion("Prompt, LoRAs and embeddings", open=False):
-            made |= {n: control(settings[n], getattr(first, n)) for n in _WORDS if n in settings}
+            made |= {
+                n: control(settings[n], getattr(first, n), suits) for n in _WORDS if n in settings
+            }
         with gr.Accordion("Size and schedule", open=False):
             with gr.Row():
-                self.width = gr.Number(0, label="Width", info=NATIVE, min_width=100)
-                self.height = gr.Number(0, label="Height", info=NATIVE, min_width=100)
+                side: dict[str, Any] = {"min_width": 100, "visible": not suits.fixed_size}
+                self.width = gr.Number(0, label="Width", info=suits.side(0), **side)
+                self.height = gr.Number(0, label="Height", info=suits.side(1), **side)
             with gr.Row():
                 self.schedule = gr.Dropdown(
                     [OWN, *SCHEDULES], value=OWN, label="Schedule", info="noise levels of the steps"
@@ -153,8 +138,14 @@ class Form:
                 0, 1, 0, step=0.05, label="Eta", info="fresh noise in each step of DDIM and TCD"
             )
             rest = [name for name in settings if name not in made]
-            made |= {name: control(settings[name], getattr(first, name)) for name in rest}
+            made |= {name: control(settings[name], getattr(first, name), suits) for name in rest}
         self.further = [made[name] for name in settings]
+        self._partly = [s for s in settings.values() if s.about.some_models]
+        self.adapted = [
+            *(self.prompt, self.width, self.height),
+            *(made[setting.name] for setting in self._partly),
+        ]
+        """The fields that differ between models; see `looks`."""
         with gr.Accordion("Change a picture", open=False) as self.change:
             gr.HTML(
                 "<p>Drop a picture to start from. Paint over a part of it to redraw only that "
@@ -179,6 +170,34 @@ class Form:
         self.enlarged = gr.State(1)
         plain(*self.fields[:-1])
         self.die.click(lambda: str(draw_seed()), outputs=self.seed, show_progress="hidden")
+
+    def looks(self, suits: Suits) -> list[dict[str, Any]]:
+        """Return how each of `adapted` looks for a model, as keywords of gr.update."""
+        shown = {"visible": not suits.fixed_size}
+        return [
+            {"placeholder": suits.placeholder},
+            *({"info": suits.side(place), **shown} for place in (0, 1)),
+            *({"visible": suits.has(setting)} for setting in self._partly),
+        ]
+
+    @property
+    def best(self) -> list[Any]:
+        """The fields that a model has its own best values for; see `best_of`."""
+        return [self.sampler, self.steps, self.guidance_scale]
+
+    @staticmethod
+    def best_of(suits: Suits) -> list[Any]:
+        """Return the values of `best` for a model."""
+        first = suits.first()
+        return [first.sampler, _steps(first), first.guidance_scale]
+
+    def filled(self, values: Sequence[Any], suits: Suits) -> list[Any]:
+        """Return updates of `fields`: values, and how those look that differ between models."""
+        looks = {id(one): look for one, look in zip(self.adapted, self.looks(suits), strict=True)}
+        return [
+            gr.update(value=value, **looks[id(one)]) if id(one) in looks else value
+            for one, value in zip(self.fields, values, strict=True)
+        ]
 
     @property
     def fields(self) -> list[Any]:
@@ -218,12 +237,12 @@ def request(
     eta: float,
     strength: float,
     *rest: Any,
-    hub: Hub,
+    suits: Suits,
 ) -> Request:
-    """Return the Request of the form's values.
+    """Return the Request of the form's values. Settings that the model does not read are left out.
 
     rest: the values of `Form.further`, the editor's picture (as `read_easel` returns it) and how
-    often it is enlarged.
+    often it is enlarged. suits: of the model that is to draw.
 
     Without width and height, a picture to start from is resized to about the model's own area. An
     empty prompt without such a picture becomes EXAMPLE. Raises SafelightError for invalid values.
@@ -238,19 +257,21 @@ def request(
         "guidance_scale": guidance_scale,
         "count": count,
         "seed": int(seed),
-        "width": width or None,
-        "height": height or None,
+        "width": None if suits.fixed_size else width or None,
+        "height": None if suits.fixed_size else height or None,
         "schedule": None if schedule == OWN else schedule,
         "spacing": None if spacing == OWN else spacing,
         "eta": eta,
     }
     *more, picture, enlarged = rest
     for setting, value in zip(further_settings(Request), more, strict=True):
+        if not suits.has(setting):
+            continue
         if setting.kind is tuple and isinstance(value, str):
             value = setting.parse(value)
         settings[setting.name] = None if setting.optional and _unset(setting, value) else value
-    image, mask = _painted(picture, enlarged)
-    if not hub.catalogue.info.uses_prompt:
+    image, mask = painted(picture, enlarged)
+    if not suits.uses_prompt:
         if prompt or negative_prompt or image is not None:
             raise SafelightError(
                 "this model takes no prompt: leave both prompts and the picture empty"
@@ -261,11 +282,15 @@ def request(
     if image is not None:
         settings["strength"] = strength
         if not (width or height):
-            native = hub.catalogue.size(hub.catalogue.info.name)
+            native = suits.size or SIZE
             scale = ((native[0] * native[1]) / (image.width * image.height)) ** 0.5
             near = allowed_size((round(image.width * scale), round(image.height * scale)))
             settings |= {"width": near[0], "height": near[1]}
     return Request(**settings).with_pictures(image, mask)
+
+
+def _steps(request: Request) -> int:
+    return request.steps or SAMPLERS[request.sampler].steps
 
 
 def _unset(setting: Setting, value: Any) -> bool:
@@ -280,69 +305,11 @@ def empty(prompt: Any) -> bool:
     return isinstance(prompt, str) and not prompt.strip()
 
 
-def _painted(picture: Any, enlarged: int) -> tuple[Image.Image | None, Image.Image | None]:
-    """Return the editor's picture, and the mask if anything is painted. A picture that `on_easel`
-    enlarged is reduced again, so that every pixel equals the original.
-    """
-    if picture is None:
-        return None, None
-    (image, alpha), layers = picture
-    if alpha is not None and alpha.getbbox() is None:  # an empty canvas is transparent
-        return None, None
-    painted = np.zeros((image.height, image.width), bool)
-    for alpha in layers:
-        if alpha is not None:
-            painted |= np.asarray(alpha.resize(image.size, _WHOLE)) > 127
-    mask = Image.fromarray(painted.astype(np.uint8) * 255) if painted.any() else None
-    if enlarged == 1 or max(image.size) > EASEL:
-        return image, mask
-    small = image.resize((image.width // enlarged, image.height // enlarged), _WHOLE)
-    if small.resize(image.size, _WHOLE).tobytes() != image.tobytes():  # another picture since then
-        return image, mask
-    return small, mask and mask.resize(small.size, _WHOLE)
-
-
-def turn(
-    values: Sequence[Any], decoders: Decoders, client: str
-) -> AbstractAsyncContextManager[None]:
-    """Return the client's turn to hold the editor's pictures, decoded; none is needed without."""
-    picture = values[-2]
-    empty = picture is None or picture.background is None
-    return nullcontext() if empty else decoders.handling.turn(client)
-
-
-async def read_easel(values: Sequence[Any], decoders: Decoders, client: str) -> list[Any]:
-    """Return the values of all fields with the editor's pictures decoded.
-
-    In the place of the editor's value stand its background, as RGB and alpha channel, and a list of
-    its layers' alpha channels; None without a background. client: who asks. Raises SafelightError.
-    """
-    *others, picture, enlarged = values
-    if picture is None or picture.background is None:
-        return [*others, None, enlarged]
-    if len(picture.layers or ()) > MAX_LAYERS:
-        raise SafelightError(f"the editor's picture must have at most {MAX_LAYERS} layers")
-    layers = [
-        await read_file(decoders, "alpha", layer.path, client) for layer in picture.layers or ()
-    ]
-    background = await read_file(decoders, "with_alpha", picture.background.path, client)
-    return [*others, (background, layers), enlarged]
-
-
-async def read_file(decoders: Decoders, function: str, path: str | Path, client: str) -> Any:
-    """Return what a function of `caged`, or another by its full name, makes of an uploaded file."""
-    if Path(path).stat().st_size > MAX_BODY:
-        raise SafelightError(f"the picture must have at most {MAX_BODY >> 20} MiB")
-    data = [await asyncio.to_thread(Path(path).read_bytes)]
-    name = function if ":" in function else f"safelight.server.caged:{function}"
-    return await decoders.call(name, data, client=client, name="the picture")
-
-
-def shown(settings: dict[str, Any]) -> tuple[list[Any], list[str]]:
+def shown(settings: dict[str, Any], suits: Suits) -> tuple[list[Any], list[str]]:
     """Return values of a Form's fields for a recipe, and a sentence for each unusable setting.
 
     The picture to start from is left out (see `on_easel`). settings may hold anything: files come
-    from strangers.
+    from strangers. suits: of the model that is to draw.
     """
     known: dict[str, Any] = {}
     told: list[str] = []
@@ -357,11 +324,14 @@ def shown(settings: dict[str, Any]) -> tuple[list[Any], list[str]]:
     for name in ("unconditional", "count"):  # the server's model decides; a recipe is one picture's
         known.pop(name, None)
     asked = Request(**known)
+    for name, setting in settings_of(Request).items():
+        if getattr(asked, name) != setting.default and not suits.has(setting):
+            told.append(f"{name} does nothing with this model")
     values = [
         asked.prompt,
         asked.negative_prompt,
         asked.sampler,
-        asked.steps or SAMPLERS[asked.sampler].steps,
+        _steps(asked),
         asked.guidance_scale,
         1,
         str(asked.seed),
@@ -374,20 +344,3 @@ def shown(settings: dict[str, Any]) -> tuple[list[Any], list[str]]:
         *(s.text(getattr(asked, s.name)) for s in further_settings(Request)),
     ]
     return values, told
-
-
-def on_easel(
-    image: Image.Image | None, mask: Image.Image | None = None
-) -> tuple[dict[str, Any] | None, int]:
-    """Return the editor's value for a picture and its mask, and the factor of enlargement."""
-    if image is None:
-        return None, 1
-    times = max(1, EASEL // max(image.size))
-    size = (image.width * times, image.height * times)
-    layers = []
-    if mask is not None:
-        layer = Image.new("RGBA", size, (255, 90, 54, 0))
-        layer.putalpha(mask.convert("L").resize(size, _WHOLE))
-        layers.append(layer)
-    background = image.convert("RGBA").resize(size, _WHOLE)
-    return {"background": background, "layers": layers, "composite": None}, times

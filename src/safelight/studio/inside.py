@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from typing import Any
 
 import gradio as gr
@@ -16,6 +16,8 @@ from safelight.server.wording import public
 from safelight.studio.parts import asker, plain, problem, status
 from safelight.studio.paths import KEPT_AT, folder_of
 from safelight.studio.run import Command, model_options, options
+from safelight.studio.suits import Suits, suits_of
+from safelight.weights.find import Source
 
 KEPT = 20
 """Number of pages that are kept; older ones can be drawn again."""
@@ -23,16 +25,18 @@ KEPT = 20
 MAX_WAITING = 8
 """Pages that may wait for the one that looks inside."""
 
+STEPS = 20
+"""Steps of a picture that is looked into, if the model does not say."""
+
 PICTURES = ("image", "mask")
 
 
 class Inside:
     """Builds the tab."""
 
-    def __init__(self, hub: Hub, defaults: Mapping[str, Any]) -> None:
-        """defaults: sampler, steps and guidance scale that the model draws best with."""
+    def __init__(self, hub: Hub, model: Any, suits: Suits) -> None:
+        """model: the chooser. suits: of the model that is chosen first."""
         self._hub = hub
-        first = {"steps": 20, "sampler": "dpmpp_2m", **defaults}
         self._turn = asyncio.Lock()
         self._waiting = 0
         self._mine: tuple[str | None, Command] | None = None
@@ -43,7 +47,9 @@ class Inside:
                 max_length=MAX_PROMPT,
                 scale=4,
             )
-            self.steps = gr.Slider(1, 50, first["steps"], step=1, label="Steps", scale=2)
+            self.steps = gr.Slider(
+                1, 50, suits.defaults.get("steps") or STEPS, step=1, label="Steps", scale=2
+            )
             self.look = gr.Button("Look inside", variant="primary", scale=1, elem_id="look")
         plain(self.prompt, self.steps)
         gr.HTML(
@@ -62,31 +68,38 @@ class Inside:
         self.outputs: list[Any] = [self.status, self.problem, self.frame]
 
         async def of_prompt(
-            prompt: str, steps: int, by: gr.Request
+            prompt: str, steps: int, model: str, by: gr.Request
         ) -> AsyncIterator[tuple[Any, ...]]:
-            wanted = {**first, "steps": steps, "seed": 0}
-            if not hub.catalogue.info.uses_prompt:
+            try:
+                suits = await suits_of(hub, model)
+            except SafelightError as error:
+                yield "", str(error), gr.skip()
+                return
+            wanted = {"sampler": "dpmpp_2m", **suits.defaults, "steps": steps, "seed": 0}
+            if not suits.uses_prompt:
                 wanted["unconditional"] = True
-            async for update in self.show(prompt, wanted, by):
+            async for update in self.show(prompt, wanted, model, by):
                 yield update
 
         for event in (self.look.click, self.prompt.submit):
             event(
                 of_prompt,
-                [self.prompt, self.steps],
+                [self.prompt, self.steps, model],
                 self.outputs,
                 show_progress="hidden",
                 concurrency_limit=None,
             )
 
     async def show(
-        self, prompt: str, settings: dict[str, Any], by: gr.Request
+        self, prompt: str, settings: dict[str, Any], model: str | None, by: gr.Request
     ) -> AsyncIterator[tuple[Any, Any, Any]]:
-        """Yield status, problem and frame. settings: of a Request, with pictures as paths. by: the
-        page that asks.
+        """Yield status, problem and frame. settings: of a Request, with pictures as paths. model:
+        None for the server's own. by: the page that asks.
         """
         try:
             Request(prompt=prompt, **{k: v for k, v in settings.items() if k not in PICTURES})
+            served = self._hub.catalogue.served
+            source = await asyncio.to_thread(lambda: served.source(served.find(model)))
         except SafelightError as error:
             yield "", str(error), gr.skip()
             return
@@ -103,15 +116,15 @@ class Inside:
         finally:
             self._waiting -= 1
         try:
-            async for update in self._explained(prompt, settings, by):
+            async for update in self._explained(prompt, settings, source, by):
                 yield update
         finally:
             self._turn.release()
 
     async def _explained(
-        self, prompt: str, settings: dict[str, Any], by: gr.Request
+        self, prompt: str, settings: dict[str, Any], source: Source | None, by: gr.Request
     ) -> AsyncIterator[tuple[Any, Any, Any]]:
-        folder = self._hub.files.root / "inside" / folder_of(asker(by))
+        folder = self._hub.root / "inside" / folder_of(asker(by))
         folder.mkdir(parents=True, exist_ok=True)
         name = new_id()
         yield (
@@ -122,7 +135,7 @@ class Inside:
         command = await Command.start(
             "explain",
             f"--out={folder / name}.html",
-            *model_options(self._hub.settings),
+            *model_options(self._hub.settings, source),
             *options(settings),
             "--",
             prompt,

@@ -44,7 +44,7 @@ _SHOWN = re.compile(
 # The routes of Gradio that the page needs. Others (a proxy, a code editor …) are not served.
 _ASKED = re.compile(
     r"/studio(/(theme\.css|config|(assets|static)/.+|gradio_api/(queue/(join|data)|upload"
-    r"|upload_progress|heartbeat/\w+|startup-events|app_id|file=(?!http).+))?)?"
+    r"|upload_progress|startup-events|app_id|file=(?!http).+))?)?"
 )
 SESSIONS = 40
 """The most pages whose state Gradio keeps, those used last: each takes a third of a megabyte. All
@@ -55,7 +55,6 @@ UPLOADS = "uploads"
 UPLOAD = f"{PATH}/gradio_api/upload"
 EVENT = f"{PATH}/gradio_api/queue/join"
 MESSAGES = f"{PATH}/gradio_api/queue/data"
-HEARTBEAT = f"{PATH}/gradio_api/heartbeat/"
 
 _MISSING = "The studio is not installed: pip install 'safelight[studio]'\n"
 _ICON = (
@@ -98,7 +97,7 @@ class Studio:
             await PlainTextResponse(_MISSING, 404)(scope, receive, send)
             return
         if path.startswith(KEPT_AT):
-            await _kept(self._hub.files.root, path, caller_of(scope))(scope, receive, send)
+            await _kept(self._hub.root, path, caller_of(scope))(scope, receive, send)
             return
         if not _ASKED.fullmatch(path):
             await PlainTextResponse("there is no such page\n", 404)(scope, receive, send)
@@ -112,9 +111,8 @@ class Studio:
             page = self._uploads(page)
         elif scope["method"] == "POST":
             receive = await self._bounded(scope, receive)
-        elif path == MESSAGES or path.startswith(HEARTBEAT):
+        elif path == MESSAGES:
             given = HttpRequest(scope).query_params.get("session_hash") or ""
-            given = path.removeprefix(HEARTBEAT) if path != MESSAGES else given
             self._sessions.check(given, caller_of(scope).name)
         await page(scope, receive, _with_policy(send))
 
@@ -140,7 +138,7 @@ class Studio:
 
     def _uploads(self, page: Any) -> Uploads:
         if self._uploaded is None:
-            self._uploaded = Uploads(page, self._hub.files.root / UPLOADS)
+            self._uploaded = Uploads(page, self._hub.root / UPLOADS)
         return self._uploaded
 
     def begin(self) -> None:
@@ -179,7 +177,7 @@ def _build(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> tuple[Any,
     # Gradio reads this when it is imported; it switches off its telemetry.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     # The default is in /tmp: for ever, under a name that another user may have taken.
-    os.environ["GRADIO_TEMP_DIR"] = str(hub.files.root / UPLOADS)
+    os.environ["GRADIO_TEMP_DIR"] = str(hub.root / UPLOADS)
     from fastapi import FastAPI
     from gradio import mount_gradio_app, processing_utils, queueing, route_utils, routes
 
@@ -206,6 +204,9 @@ def _build(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> tuple[Any,
         max_file_size="64mb",
         **LOOK,
     )
+    # It holds one of the six connections that a browser has to one host, for each tab; what it is
+    # for, that a closed page's state goes, state_session_capacity does.
+    page.config["connect_heartbeat"] = False
     return mounted, page
 
 

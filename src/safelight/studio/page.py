@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -15,10 +17,12 @@ from safelight.picture import open_picture
 from safelight.request_fields import draw_seed
 from safelight.server.decoding import Decoders
 from safelight.server.hub import Hub
+from safelight.studio import easel
 from safelight.studio import form as forms
 from safelight.studio.compare import compare
 from safelight.studio.inside import PICTURES, Inside
-from safelight.studio.parts import HEAD, STYLE, asker, gallery, now, problem
+from safelight.studio.parts import HEAD, STYLE, asker, chooser, gallery, now, problem
+from safelight.studio.suits import EXAMPLE, Suits, suits_of
 from safelight.studio.train import Train
 
 _THEME = Base(
@@ -55,49 +59,75 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
     defaults: sampler, steps and guidance scale that its model draws best with. decoders: read what
     is uploaded.
     """
+    suits = Suits.of(hub.names, None, defaults)
     with gr.Blocks(title="Safelight", analytics_enabled=False, fill_width=True) as page:
-        gr.HTML('<h1>Safelight</h1><p class="model"></p>', elem_id="head")
+        gr.HTML("<h1>Safelight</h1>", elem_id="head")
+        model = chooser(hub.catalogue.info.name)
         with gr.Tabs() as tabs:
             with gr.Tab("Make", id="make"):
-                form, drawn = _make(hub, defaults, decoders)
+                form, drawn = _make(hub, model, suits, decoders)
             with gr.Tab("Find", id="find") as find:
                 found, dropped, find_told = _find()
             with gr.Tab("Compare", id="compare"):
-                compare(hub, form, decoders)
+                compare(hub, form, model, decoders)
             with gr.Tab("Inside", id="inside"):
-                inside = Inside(hub, defaults)
+                inside = Inside(hub, model, suits)
             with gr.Tab("Train", id="train") as training:
                 train = Train(hub)
 
-        settled = [tabs, form.problem, form.keep, form.change, *form.fields]
+        settled = [tabs, model, form.problem, form.keep, form.change, *form.fields]
 
-        def settle(
-            settings: dict[str, Any], image: Image.Image | None, mask: Image.Image | None = None
+        async def settle(
+            settings: dict[str, Any],
+            name: str,
+            image: Image.Image | None = None,
+            mask: Image.Image | None = None,
         ) -> list[Any]:
-            """Return updates that fill the form with a recipe, and say what cannot be used."""
-            values, told = forms.shown(settings)
+            """Return updates that fill the form with a recipe, and say what cannot be used.
+
+            name: the model that is to draw.
+            """
+            suits = await suits_of(hub, name)
+            values, told = forms.shown(settings, suits)
             if image is None and settings.get("image_sha256") is not None:
                 told.append("the picture to start from is not stored: add it below")
             return [
                 gr.Tabs(selected="make"),
+                name,
                 f"Not used from this recipe: {'; '.join(told[:3])}" if told else "",
                 True,
                 gr.Accordion(open=True) if "image_sha256" in settings else gr.skip(),
-                *values,
-                *forms.on_easel(image, mask),
+                *form.filled([*values, *easel.on_easel(image, mask)], suits),
             ]
 
-        async def recall(event: gr.EventData, by: gr.Request) -> list[Any]:
-            """Fill the form with all settings of a picture, and the picture it started from."""
+        async def choose(event: gr.EventData) -> list[Any]:
+            """Let the form show what suits the model that was chosen."""
+            given = event._data
+            name = given.get("name") if isinstance(given, dict) else None
+            try:
+                suits = await suits_of(hub, name)
+            except SafelightError as error:
+                return [gr.skip(), str(error), *[gr.skip()] * len([*form.best, *form.adapted])]
+            looks = [gr.update(**look) for look in form.looks(suits)]
+            return [name, "", *form.best_of(suits), *looks]
+
+        async def recall(now: str, event: gr.EventData, by: gr.Request) -> list[Any]:
+            """Fill the form with all settings of a picture, its model and what it started from."""
             job, picture = await _picture(hub, event, by)
             start = [await asyncio.to_thread(hub.files.input, job.id, n) for n in PICTURES]
-            return settle(picture.recipe["settings"], *start)
+            try:
+                name = await hub.find_model(job.model)
+                return await settle(picture.recipe["settings"], name, *start)
+            except SafelightError as error:  # its model is not there any more
+                filled = await settle(picture.recipe["settings"], now, *start)
+                filled[2] = f"{error}. {filled[2]}".strip()
+                return filled
 
         async def use(event: gr.EventData, by: gr.Request) -> list[Any]:
             """Start from a picture, with its prompt and size."""
             _, picture = await _picture(hub, event, by)
-            path = hub.picture_file(picture.id)
-            if path is None:
+            data = await asyncio.to_thread(hub.picture_bytes, picture.id)
+            if data is None:
                 raise gr.Error(DELETED, print_exception=False)
             return [
                 gr.Tabs(selected="make"),
@@ -105,37 +135,42 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
                 picture.recipe["settings"].get("prompt", ""),
                 picture.width,
                 picture.height,
-                *forms.on_easel(await asyncio.to_thread(open_picture, path)),
+                *easel.on_easel(await asyncio.to_thread(open_picture, data)),
             ]
 
         async def look(event: gr.EventData, by: gr.Request) -> AsyncIterator[list[Any]]:
             job, picture = await _picture(hub, event, by)
             settings = dict(picture.recipe["settings"])
             prompt = settings.pop("prompt", "")
-            for name in PICTURES:
-                if settings.pop(f"{name}_sha256", None) is not None:
-                    settings[name] = hub.files.input_path(job.id, name)
             settings.pop("count", None)
-            async for update in inside.show(prompt, settings, by):
-                yield [gr.Tabs(selected="inside"), *update]
+            with tempfile.TemporaryDirectory() as folder:
+                for name in PICTURES:
+                    if settings.pop(f"{name}_sha256", None) is not None:
+                        settings[name] = await asyncio.to_thread(
+                            hub.files.input_path, job.id, name, Path(folder)
+                        )
+                async for update in inside.show(prompt, settings, job.model, by):
+                    yield [gr.Tabs(selected="inside"), *update]
 
-        async def read(path: str | None, by: gr.Request) -> list[Any]:
+        async def read(path: str | None, now: str, by: gr.Request) -> list[Any]:
             """Fill the form with the settings stored in a dropped picture."""
             if path is None:
                 return ["", *[gr.skip()] * len(settled)]
             try:
-                found = await forms.read_file(decoders, RECIPE, path, asker(by).name)
-                return ["", *settle(found, None)]
+                found = await easel.read_file(decoders, RECIPE, path, asker(by).name)
+                return ["", *await settle(found, now)]
             except SafelightError as error:
                 return [str(error), *[gr.skip()] * len(settled)]
 
         quiet: dict[str, Any] = {"show_progress": "hidden"}
         for shown in (drawn, found):
-            shown.recall(recall, None, settled, **quiet)
-            easel = [tabs, form.change, form.prompt, form.width, form.height, *form.fields[-2:]]
-            shown.use(use, None, easel, **quiet)
+            shown.recall(recall, model, settled, **quiet)
+            used = [tabs, form.change, form.prompt, form.width, form.height, *form.fields[-2:]]
+            shown.use(use, None, used, **quiet)
             shown.inside(look, None, [tabs, *inside.outputs], concurrency_limit=None, **quiet)
-        dropped.change(read, dropped, [find_told, *settled], **quiet)
+        suited = [model, form.problem, *form.best, *form.adapted]
+        model.choose(choose, None, suited, **quiet)
+        dropped.change(read, [dropped, model], [find_told, *settled], **quiet)
         # Any new value loads the gallery. In the page alone: of two events that begin at once, the
         # answer to the second may be lost by Gradio's client, which closes their one stream.
         find.select(None, None, found, js="() => String(Math.random())")
@@ -143,17 +178,19 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
     return page
 
 
-def _make(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> tuple[forms.Form, Any]:
-    """Build the form and the live view."""
+def _make(hub: Hub, model: Any, suits: Suits, decoders: Decoders) -> tuple[forms.Form, Any]:
+    """Build the form and the live view. model: the chooser. suits: of the one chosen first."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
-            form = forms.Form(defaults)
+            form = forms.Form(suits)
         with gr.Column(scale=5, min_width=320):
             drawn = now()
 
     seed_at = form.fields.index(form.seed)
 
-    async def submit(keep: bool, used: str | None, by: gr.Request, *values: Any) -> tuple[Any, ...]:
+    async def submit(
+        keep: bool, used: str | None, model: str, by: gr.Request, *values: Any
+    ) -> tuple[Any, ...]:
         """Submit a job. Returns its id, its seed (twice: shown and remembered), problem and status.
 
         used: the seed of the last job. Unless `keep`, it is replaced by a new one; any other seed
@@ -163,21 +200,23 @@ def _make(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> tuple[forms
         if not keep and given[seed_at] == used:
             given[seed_at] = str(draw_seed())
         try:
-            async with forms.turn(given, decoders, asker(by).name):
-                given = await forms.read_easel(given, decoders, asker(by).name)
-                request = await asyncio.to_thread(forms.request, *given, hub=hub)
-                job = await hub.submit(request, client="studio", owner=asker(by).owner)
+            suits = await suits_of(hub, model)
+            async with easel.turn(given, decoders, asker(by).name):
+                given = await easel.read_easel(given, decoders, asker(by).name)
+                request = await asyncio.to_thread(forms.request, *given, suits=suits)
+                owner = asker(by).owner
+                job = await hub.submit(request, client="studio", owner=owner, model=model)
         except SafelightError as error:
             return gr.skip(), gr.skip(), gr.skip(), str(error), ""
-        example = request.prompt == forms.EXAMPLE and forms.empty(given[0])
-        told = f"The prompt is empty, so this draws the example: “{forms.EXAMPLE}”."
+        example = request.prompt == EXAMPLE and forms.empty(given[0])
+        told = f"The prompt is empty, so this draws the example: “{EXAMPLE}”."
         return job.id, str(request.seed), str(request.seed), "", told if example else ""
 
     used = gr.State(None)
     for event in (form.draw.click, form.prompt.submit):
         event(
             submit,
-            [form.keep, used, *form.fields],
+            [form.keep, used, model, *form.fields],
             [drawn, form.seed, used, form.problem, form.status],
             show_progress="hidden",
             concurrency_limit=None,

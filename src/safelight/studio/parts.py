@@ -17,6 +17,7 @@ STYLE = (_HERE / "studio.css").read_text("utf-8")
 
 # Each name in quotes is an event that Python can listen to; `event.id` is the picture's id.
 _CALL = "safelight.%s(element, {trigger, watch, props}, ['use', 'recall', 'inside'])"
+_CHOOSE = "safelight.model(element, {trigger, watch, props}, ['choose'])"
 
 
 def plain(*fields: Any) -> None:
@@ -47,6 +48,16 @@ def _line(name: str, kind: str, role: str) -> gr.HTML:
         html_template=f'<p class="{kind}" role="{role}">{{{{value}}}}</p>',
         js_on_load=None,
         elem_id=f"{name}-{kind}",
+    )
+
+
+def chooser(model: str) -> Any:
+    """The list of models. Its value is the name of the one that is chosen; model: the first.
+
+    It has the event "choose", with the name of the one that was just chosen.
+    """
+    return gr.HTML(
+        model, html_template='<div class="model"></div>', js_on_load=_CHOOSE, elem_id="model"
     )
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from safelight.request import Request
 from safelight.server.process import Settings
 from safelight.settings import settings_of
+from safelight.weights.find import Source
 
 
 class Command:
@@ -96,16 +97,21 @@ def options(settings: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def model_options(settings: Settings) -> list[str]:
-    """Return the options that load the server's model on its device."""
+def model_options(settings: Settings, source: Source | None = None) -> list[str]:
+    """Return the options that load a model on the server's device.
+
+    source: where it is; None for the server's own, with its other autoencoder and its refiner.
+    """
+    own = source is None
     return options(
         {
-            "model": settings.model,
+            "model": settings.model if own else str(source.path),
             "device": settings.device,
             "dtype": settings.dtype,
             "low_memory": settings.low_memory,
             "models_dir": settings.models_dir,
-            "vae": settings.vae,
+            "vae": settings.vae if own else None,
+            "refiner": settings.refiner if own else None,
         }
     )
 

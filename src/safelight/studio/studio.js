@@ -217,6 +217,7 @@ const safelight = (() => {
       };
       live.hidden = false;
       progress(job);
+      if (document.hidden) return;  // a browser has six connections to one host, for all of its tabs
       source = new EventSource(`/api/jobs/${job.id}/events`);
       const on = (kind, then) => source.addEventListener(kind, event => then(JSON.parse(event.data)));
       on("progress", event => progress(event.job));
@@ -283,6 +284,9 @@ const safelight = (() => {
       timer = setTimeout(refresh, busy ? 1000 : 4000);
     };
 
+    document.addEventListener("visibilitychange", () => {
+      if (document.hidden) source?.close(); else refresh();
+    });
     watch("value", () => {
       mine.add(props.value);
       seen.add(props.value);

@@ -1,4 +1,4 @@
-// What a prompt means: the count of its tokens, choosers of LoRAs, embeddings and styles, the model.
+// The model, and what a prompt means to it: tokens, choosers of LoRAs, embeddings and styles.
 {
   const {make, ask} = safelight;
   const field = id => document.querySelector(`#${id} textarea, #${id} input`);
@@ -27,13 +27,14 @@
     return `${name}: ${tokens} ${chunks > 1 ? `tokens ${of}` : `${of} tokens`}`;
   };
 
+  let model = "";  // the name of the chosen one
   let last = "", waiting = 0;
   const count = () => {
     const line = document.querySelector("#count .count");
     const [prompt, negative] = [field("prompt"), field("negative")];
     if (!line || !prompt || !negative) return;
     const asked = {prompt: prompt.value, negative_prompt: negative.value, prompt_syntax: syntax(),
-                   embeddings: lines("embeddings")};
+                   embeddings: lines("embeddings"), ...(model && {model})};
     const now = JSON.stringify(asked);
     if (now === last) return;
     last = now;
@@ -116,17 +117,19 @@
     set(box, `${before}${gap}${text}${after && !/^[\s,]/.test(after) ? " " : ""}${after}`);
   };
 
-  let known = null;  // what the server has; asked once, and again when the page is opened anew
-  const library = () => known ??= ask("/api/library").catch(() => ({
-    models: [], loras: [], vaes: [], embeddings: [], styles: [], wildcards: false}));
+  const known = {};  // what there is for each model; asked once, and again when the page is reloaded
+  const library = () => known[model] ??= ask(`/api/library?${new URLSearchParams(model && {model})}`)
+    .catch(() => ({loras: [], embeddings: [], styles: []}));
 
   const NOTHING = "none here: start the server with --models-dir to choose from a folder";
 
   const dress = async (id, what) => {
     const box = field(id);
-    if (!box || box.dataset.dressed) return;
-    box.dataset.dressed = "yes";
+    if (!box || box.dataset.dressed === `for ${model}`) return;
+    const mine = box.dataset.dressed = `for ${model}`;
     const there = await library();
+    if (box.dataset.dressed !== mine) return;  // another model was chosen meanwhile
+    box.closest(`#${id}`).querySelector(".chooser")?.remove();
     const chooser = make("div", {className: "chooser"});
     if (what === "embeddings") {
       const usable = there.embeddings.filter(one => !one.problem).map(one => one.name);
@@ -154,28 +157,50 @@
 
   // --- the model --------------------------------------------------------------------------------
 
-  const told = async () => {
-    const line = document.querySelector("#head .model");
-    if (!line || line.dataset.told) return;
-    line.dataset.told = "yes";
-    try {
-      const [[model], there] = await Promise.all([ask("/api/models"), library()]);
-      if (!model.ready) { setTimeout(() => { delete line.dataset.told; }, 2000); }
-      const facts = [model.family, model.width && `${model.width}×${model.height}`, model.dtype];
-      line.replaceChildren(make("strong", {textContent: model.name}),
-        ` ${facts.filter(Boolean).join(", ")}${model.vae ? `, VAE ${model.vae}` : ""}`);
-      const others = there.models.filter(name => name !== model.name);
-      if (others.length) line.append(make("details", {},
-        make("summary", {textContent: `${others.length} other models`}),
-        make("p", {textContent: "This server draws with one model. To draw with another, end it and "
-          + "start it with --model and one of these names:"}),
-        make("ul", {}, ...others.map(name => make("li", {textContent: name})))));
-    } catch { delete line.dataset.told; }
+  // A list of the models that the server may draw with, and what is known of the chosen one.
+  safelight.model = (element, {trigger, watch, props}) => {
+    const select = make("select", {ariaLabel: "Model"});
+    const facts = make("span", {className: "facts"});
+    element.querySelector(".model").replaceChildren(make("label", {}, "Model ", select), facts);
+    let models = [];
+
+    const show = () => {
+      const names = models.map(one => one.name);
+      if (!names.includes(model)) names.unshift(model);
+      if (select.dataset.shown !== JSON.stringify(names)) {  // an open list stays open
+        select.dataset.shown = JSON.stringify(names);
+        select.replaceChildren(...names.map(name => make("option", {value: name, textContent: name})));
+      }
+      select.value = model;
+      const one = models.find(one => one.name === model) || {};
+      const known = [one.family, one.width && `${one.width}×${one.height}`, one.dtype,
+                     one.vae && `VAE ${one.vae}`, one.loaded === false && "not loaded yet"];
+      facts.textContent = known.filter(Boolean).join(", ");
+    };
+
+    let timer = 0;
+    const look = async () => {
+      clearTimeout(timer);
+      try { models = await ask("/api/models"); } catch { /* the live view says it */ }
+      show();
+      if (!models.find(one => one.name === model)?.loaded) timer = setTimeout(look, 4000);
+    };
+
+    select.onfocus = look;  // new files may lie in the models folder
+    select.onchange = () => {
+      model = props.value = select.value;
+      trigger("choose", {name: model});
+      show();
+      look();
+    };
+    watch("value", () => { model = props.value; show(); look(); });
+    model = props.value;
+    show();
+    look();
   };
 
   setInterval(() => {
-    if (document.hidden) return;
-    told();
+    if (document.hidden || !model) return;
     count();
     for (const id of ["loras", "embeddings", "styles"]) {
       dress(id, id);

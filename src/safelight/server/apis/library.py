@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from fastapi import Request as HttpRequest
 from pydantic import BaseModel, Field
 
 from safelight.errors import SafelightError
 from safelight.request import Request
+from safelight.server.apis.ours import MODEL, Problem, named
 from safelight.server.bodies import read_json, turn
 from safelight.server.names import Names
 from safelight.server.wording import public
@@ -18,6 +19,9 @@ from safelight.settings import json_schema
 from safelight.weights.library import SUBFOLDERS
 
 router = APIRouter(tags=["models"])
+
+MAX_MODEL = 300
+"""Characters of a model's name in a query."""
 
 READ = ("prompt", "negative_prompt", "prompt_syntax", "emphasis", "steps", "embeddings")
 """The settings that say how prompts are read."""
@@ -28,7 +32,7 @@ class Embedding(BaseModel):
 
     name: str
     vectors: int | None = Field(None, description="the tokens that it takes in a prompt")
-    problem: str | None = Field(None, description="why it cannot be used with the served model")
+    problem: str | None = Field(None, description="why it cannot be used with the model")
 
 
 class Library(BaseModel):
@@ -47,20 +51,28 @@ def names_of(http: HttpRequest) -> Names:
     return http.app.state.service.names
 
 
-@router.get("/api/library", response_model=Library)
-async def library(http: HttpRequest) -> Library:
+@router.get("/api/library", response_model=Library, responses={422: {"model": Problem}})
+async def library(
+    http: HttpRequest,
+    model: Annotated[str | None, Query(max_length=MAX_MODEL, description=MODEL)] = None,
+) -> Library:
     """List the LoRAs, embeddings and styles that requests may name."""
+    name = await _found(http, model)
     async with turn(http):
-        return await asyncio.to_thread(_library, names_of(http))
+        return await asyncio.to_thread(_library, names_of(http), name)
 
 
-def _library(names: Names) -> Library:
+async def _found(http: HttpRequest, model: str | None) -> str | None:
+    return None if model is None else await http.app.state.service.find_model(model)
+
+
+def _library(names: Names, model: str | None) -> Library:
     entries = {kind: [entry.name for entry in names.entries(kind)] for kind in SUBFOLDERS}
     embeddings = [
         Embedding(name=name, vectors=None, problem=public(str(found)))
         if isinstance(found, SafelightError)
         else Embedding(name=name, vectors=found.count, problem=None)
-        for name, found in names.embeddings().items()
+        for name, found in names.embeddings(model).items()
     ]
     return Library(
         models=entries["model"],
@@ -75,33 +87,35 @@ def _library(names: Names) -> Library:
 def _schema() -> dict[str, Any]:
     schema = json_schema(Request)
     schema["properties"] = {name: schema["properties"][name] for name in READ}
+    schema["properties"]["model"] = {"type": ["string", "null"], "description": MODEL}
     content = {"application/json": {"schema": schema, "example": {"prompt": "a (red:1.2) apple"}}}
     return {"requestBody": {"required": True, "content": content}}
 
 
 @router.post("/api/tokens", openapi_extra=_schema())
 async def tokens(http: HttpRequest) -> dict[str, Any]:
-    """Say how prompts are read: chunks, tokens, weights, schedule, and what is unknown.
+    """Say how a model reads prompts: chunks, tokens, weights, schedule, and what is unknown.
 
     The answer has `prompt` and `negative_prompt`, each as `safelight tokens --json` prints it.
     """
     if not http.headers.get("content-type", "").startswith("application/json"):
         raise SafelightError("the body must be JSON: send content-type application/json")
     settings = await read_json(http)
+    model = await _found(http, named(settings))
     other = [name for name in settings if name not in READ]
     if other:
         raise SafelightError(
-            f"{other[0][:40]!r} says nothing about tokens: send {', '.join(READ)}",
+            f"{other[0][:40]!r} says nothing about tokens: send {', '.join(READ)} or model",
             code="unknown_setting",
             field=other[0][:40],
         )
     async with turn(http):
-        return await asyncio.to_thread(_tokens, names_of(http), settings)
+        return await asyncio.to_thread(_tokens, names_of(http), model, settings)
 
 
-def _tokens(names: Names, settings: dict[str, Any]) -> dict[str, Any]:
+def _tokens(names: Names, model: str | None, settings: dict[str, Any]) -> dict[str, Any]:
     request = Request(**settings)
     return {
-        "prompt": names.describe(request),
-        "negative_prompt": names.describe(request, negative=True),
+        "prompt": names.describe(request, model=model),
+        "negative_prompt": names.describe(request, model=model, negative=True),
     }

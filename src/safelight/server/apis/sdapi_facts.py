@@ -13,7 +13,7 @@ from safelight.errors import SafelightError
 from safelight.sampling import SAMPLERS
 from safelight.sampling.schedule import SCHEDULES
 from safelight.server.apis.sdapi_errors import Route
-from safelight.server.apis.sdapi_models import OPTION, choose
+from safelight.server.apis.sdapi_models import OPTION, choose, chosen
 from safelight.server.apis.sdapi_names import model_hash, model_title, sampler_label
 from safelight.server.bodies import turn
 from safelight.server.callers import caller_of
@@ -113,14 +113,15 @@ def _loras(names: Names) -> list[dict[str, Any]]:
 
 @router.get("/embeddings")
 async def embeddings(http: HttpRequest) -> dict[str, Any]:
+    model = await chosen(http)
     async with turn(http):
-        return await asyncio.to_thread(_embeddings, _service(http).names)
+        return await asyncio.to_thread(_embeddings, _service(http).names, model)
 
 
-def _embeddings(names: Names) -> dict[str, Any]:
-    """Return the embeddings of the models folder: those that fit the model, and the others."""
+def _embeddings(names: Names, model: str | None) -> dict[str, Any]:
+    """Return the embeddings of the models folder: those that fit a model, and the others."""
     found: dict[str, dict[str, Any]] = {"loaded": {}, "skipped": {}}
-    for name, one in names.embeddings().items():
+    for name, one in names.embeddings(model).items():
         fits = not isinstance(one, SafelightError)
         found["loaded" if fits else "skipped"][name] = {
             "step": None,

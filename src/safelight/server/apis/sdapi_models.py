@@ -7,7 +7,6 @@ from starlette.exceptions import HTTPException
 
 from safelight.errors import SafelightError
 from safelight.server.apis.sdapi_bodies import Settings
-from safelight.server.apis.sdapi_names import is_model
 from safelight.server.callers import caller_of
 from safelight.server.jobs import Service
 
@@ -37,12 +36,8 @@ async def choose(http: HttpRequest, label: object) -> None:
 
 async def found(http: HttpRequest, label: object) -> str:
     """Return the name of the model that a name, title or hash means; HTTPException if none."""
-    service = _service(http)
-    for model in await service.models():
-        if is_model(label, model):
-            return model.name
     try:
-        return await service.find_model(str(label))
+        return await _service(http).find_model(str(label))
     except SafelightError as error:
         if error.code != "no_model":
             raise

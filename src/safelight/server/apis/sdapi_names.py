@@ -44,13 +44,6 @@ def model_title(model: ModelInfo) -> str:
     return f"{model.name} [{short}]" if short else model.name
 
 
-def is_model(label: object, model: ModelInfo) -> bool:
-    """Return whether a label is a name, title or hash of a model."""
-    known = (model.name, model_title(model), model_hash(model), model.sha256)
-    wanted = str(label).strip().lower().removesuffix(".safetensors")
-    return wanted in [name.lower() for name in known if name]
-
-
 OVERRIDES = {
     "CLIP_stop_at_last_layers": "clip_skip",
     "sdxl_crop_left": "crop_left",

@@ -1,0 +1,75 @@
+"""What suits a model, as the form shows it: its size, its defaults, the settings that it reads."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from safelight.errors import SafelightError
+from safelight.request import Request
+from safelight.server.hub import Hub
+from safelight.server.names import Names
+from safelight.settings import Setting
+
+NATIVE = "0: the model's own"
+SIZE = (512, 512)
+"""Taken for the own size of a model of which nothing is known."""
+
+EXAMPLE = "three teddy bears on a yellow background"
+"""The prompt that the empty box shows, and that is drawn if the box stays empty."""
+
+
+async def suits_of(hub: Hub, model: str | None) -> Suits:
+    """Return what suits a model of a server. Raises SafelightError if it has none of that name."""
+    if not isinstance(model, str | None):  # events come from strangers
+        raise SafelightError("model must be the name of a model", field="model")
+    name = await hub.find_model(model)
+    return await asyncio.to_thread(Suits.of, hub.names, name, await hub.defaults(name))
+
+
+@dataclass(frozen=True)
+class Suits:
+    """What suits a model; as it stands, of one of which nothing is known here.
+
+    defaults: sampler, steps and guidance scale that it draws best with, if it says. size: its own
+    width and height. fixed_size: it draws no other. reads: the settings that it reads of those
+    that some models do not; None for all.
+    """
+
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    uses_prompt: bool = True
+    size: tuple[int, int] | None = None
+    fixed_size: bool = False
+    reads: frozenset[str] | None = None
+
+    @classmethod
+    def of(cls, names: Names, model: str | None, defaults: Mapping[str, Any]) -> Suits:
+        """Return what suits a model, by its headers. model: None for the server's own."""
+        try:
+            plan = names.plan(model)
+            family, size, refiner = plan.family, plan.native_size, names.refiner(model)
+        except (OSError, SafelightError):  # of a worker on another machine
+            return cls(defaults)
+        best, reads = {**family.defaults, **defaults}, family.reads(refiner)
+        return cls(best, family.uses_prompt, size, family.fixed_size, reads)
+
+    def first(self, request_type: type[Request] = Request) -> Request:
+        """Return the request that the form begins with."""
+        return request_type(sampler="dpmpp_2m").replace(**self.defaults)
+
+    def has(self, setting: Setting) -> bool:
+        """Return whether the model reads a setting."""
+        if self.fixed_size and setting.name in ("width", "height"):
+            return False
+        return self.reads is None or not setting.about.some_models or setting.name in self.reads
+
+    def side(self, place: int) -> str:
+        """Return what stands below width (0) or height (1)."""
+        return NATIVE if self.size is None else f"{NATIVE}, {self.size[place]}"
+
+    @property
+    def placeholder(self) -> str:
+        """What the empty box for the prompt shows."""
+        return EXAMPLE if self.uses_prompt else "this model takes no prompt: leave it empty"
