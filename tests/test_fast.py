@@ -434,6 +434,28 @@ def test_a_large_map_is_normed_in_strips(
         assert isinstance(read, strips.Normed | tiles.Map)  # whose strips are made by the kernel
 
 
+@pytest.mark.usefixtures("kernels_of")
+@pytest.mark.parametrize("kind", [onednn.Convolution, winograd.Convolution])
+@pytest.mark.parametrize("rows", [0, 1, 2])
+@pytest.mark.parametrize("consume", [False, True])
+def test_a_convolution_adds_and_ends_in_relu(kind: Any, rows: int, consume: bool) -> None:
+    """rows: of the shift, none at all if 0."""
+    if kind is winograd.Convolution and not winograd.ready():
+        kind = onednn.Convolution
+    conv = nn.Conv2d(16, 32, 3, padding=1)
+    x, plus = torch.randn(2, 16, 9, 12), torch.randn(2, 32, 9, 12)
+    shift = torch.randn(rows, 32) if rows else None
+    added = 0 if shift is None else shift[:, :, None, None]
+    product = kind(conv.weight, conv)
+    true = F.relu(conv(x) + added)
+    assert distance(product(x, None, shift, False, True), true) < 1e-5
+    true = F.relu(conv(x) + added + plus)
+    bordered = F.pad(x, (0, 0, 1, 1))
+    found = product(bordered, plus.clone(), shift, consume, tall=True)
+    assert distance(F.relu(found), true) < 1e-5
+    assert distance(product(x, plus.clone(), shift, consume, True), true) < 1e-5
+
+
 @pytest.mark.usefixtures("by_vectors")
 @pytest.mark.parametrize("mean", [0.0, 30.0])
 def test_group_norm(mean: float) -> None:

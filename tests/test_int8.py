@@ -17,7 +17,7 @@ import safelight
 from safelight.bench.shortcuts import psnr
 from safelight.engine.requests import resolve_request
 from safelight.errors import SafelightError
-from safelight.fast import accelerate, int8, kernels, onednn
+from safelight.fast import accelerate, int8, kernels, layers, onednn
 from safelight.fast.int8 import Matrix
 from safelight.nets.unet import UNet2DConditionModel, UNetConfig
 from safelight.request import Request
@@ -182,7 +182,9 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 @pytest.mark.usefixtures("takes_int8")
-def test_what_is_asked_for_depends_on_nothing_that_was_drawn_before() -> None:
+def test_what_is_asked_for_depends_on_nothing_that_was_drawn_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A network is asked in turns, for the same text; whichever is first packs its weights."""
     net = UNet2DConditionModel(TINY).eval().bfloat16()
     given = torch.randn(1, 4, 16, 16).bfloat16(), torch.tensor([500.0])
@@ -204,16 +206,18 @@ def test_what_is_asked_for_depends_on_nothing_that_was_drawn_before() -> None:
         used = fresh()
         for yes in (first, not first, first):
             assert draw(used, yes).equal(alone[yes])
+    monkeypatch.setattr(layers, "LARGE", 1)
     low = copy.deepcopy(net)
     accelerate(low, torch.bfloat16, low_memory=True)
-    assert draw(low, True).equal(alone[1])
+    for yes in (True, False, True):
+        assert draw(low, yes).equal(alone[yes])
 
 
 @pytest.mark.usefixtures("takes_int8")
 def test_an_added_number_and_a_bias_come_through() -> None:
     weight, bias = torch.randn(64, 96).bfloat16(), torch.randn(64).bfloat16()
     x, plus = torch.randn(2, 9, 96).bfloat16(), torch.randn(2, 9, 64).bfloat16()
-    either = int8.Either(weight, bias)
+    either = int8.Either(onednn.Matrix(weight, bias), bias)
     plain = F.linear(x.double(), weight.double(), bias.double()) + plus
     near = distance(either(x, plus), plain)
     with int8.asked(True):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from safelight.fast import kernels, onednn
-from safelight.fast.store import ARENA
+from safelight.fast.store import ARENA, Store
 from safelight.fast.tiles import in_tiles
 
 _asked: ContextVar[bool] = ContextVar("int8", default=False)
@@ -53,32 +53,39 @@ def fits(weight: Tensor) -> bool:
     )
 
 
-class Either(onednn.Matrix):
-    """As onednn.Matrix; in 8-bit integers where that is asked for."""
+class Either:
+    """A product in bfloat16; in 8-bit integers where that is asked for.
 
-    _rounded: Matrix | None = None
+    plain: the one in bfloat16, which has the weight. store: where that of the other is kept.
+    """
+
+    def __init__(
+        self, plain: onednn.Matrix | onednn.Held, bias: Tensor | None, store: Store = ARENA
+    ) -> None:
+        self._plain, self._bias, self._store = plain, bias, store
+        self._rounded: Matrix | None = None
 
     def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         if not _asked.get():
-            return super().__call__(x, plus)
+            return self._plain(x, plus)
         if self._rounded is None:
-            self._rounded = Matrix(self.packed.to_dense(), self.bias)
+            self._rounded = Matrix(self._plain.weight(), self._bias, self._store)
         return self._rounded(x, plus)
 
 
 class Matrix:
     """As onednn.Matrix, for bfloat16: weight [out, in], both multiples of 16, bias [out]."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, store: Store = ARENA) -> None:
         self.columns, self.inner = weight.shape
         wide, deep = -self.columns % 32, -self.inner % 64
         rows = F.pad(weight.float(), (0, deep, 0, wide))
         self.factors = rows.abs().amax(1) / 127
         whole = (rows / self.factors.clamp_min(1e-32)[:, None]).round().to(torch.int8)
         self.offsets = 128 * whole.sum(1, dtype=torch.int32)
-        packed, laid = ARENA.room(whole.numel() // 2), in_tiles(whole.view(torch.int32))
+        packed, laid = store.room(whole.numel() // 2), in_tiles(whole.view(torch.int32))
         packed.view(torch.int32).view(laid.shape).copy_(laid)
-        self.packed = ARENA.keep(packed)
+        self.packed = store.keep(packed)
         self.bias = None if bias is None else F.pad(bias.float(), (0, wide))
 
     def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:

@@ -57,9 +57,12 @@ def _store(layer: Any, numbers: int) -> Store:
     return ARENA if layer.shelf is None or numbers < LARGE else layer.shelf
 
 
-def _matrix_store(layer: Any, numbers: int) -> Store:
-    """The same of a matrix. Those of our kernels in float32 are packed once, and stay in memory."""
-    return ARENA if split.available(layer.precision) else _store(layer, numbers)
+def _matrix(layer: Any, weight: Tensor, bias: Tensor | None) -> Any:
+    """What multiplies the rows of tokens by a layer's weight [out, in]."""
+    # Those of our kernels in float32 are packed once, and stay in memory.
+    store = ARENA if split.available(layer.precision) else _store(layer, weight.numel())
+    plain = _packed(weight, lambda w: split.matrix(w, bias), store)
+    return int8.Either(plain, bias, store) if int8.fits(weight) else plain
 
 
 def _make_room(x: Tensor) -> None:
@@ -77,10 +80,11 @@ class FastLinear(layers.Linear):
 
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         if self._product is None:
-            # What has no tokens, the time's embedding, has but a row for each picture.
-            pack = split.matrix if x.dim() > 2 else onednn.Matrix
-            store = _matrix_store(self, self.weight.numel())
-            self._product = _packed(_take(self), lambda w: pack(w, self.bias), store)
+            if x.dim() > 2:
+                self._product = _matrix(self, _take(self), self.bias)
+            else:  # what has no tokens, the time's embedding, has but a row for each picture
+                store = _store(self, self.weight.numel())
+                self._product = _packed(_take(self), lambda w: onednn.Matrix(w, self.bias), store)
         return self._product(x, plus)
 
 
@@ -97,16 +101,15 @@ class FastConv2d(layers.Conv2d):
         plus: Tensor | None = None,
         shift: Tensor | None = None,
         consume: bool = False,
+        relu: bool = False,
     ) -> Tensor:
         """x: a map, a strips.Normed, or a tiles.Map if the layer reads those."""
-        if isinstance(x, strips.Normed):
-            _make_room(x.x)
-            return strips.convolve(self.__call__, x, self.out_channels, plus, shift, consume)
-        if isinstance(x, Tensor):
-            _make_room(x)
+        _make_room(x if isinstance(x, Tensor) else x.x)
         if self._product is None:
             self._product = self._pack()
-        return self._product(x, plus, shift, consume)
+        if isinstance(x, strips.Normed):
+            return strips.convolve(self._product, x, self.out_channels, plus, shift, consume)
+        return self._product(x, plus, shift, consume, relu)
 
     def _pack(self) -> Any:
         store = _store(self, self.weight.numel())
@@ -125,6 +128,7 @@ class FastConv2d(layers.Conv2d):
 
 class FastPointwise(layers.Pointwise):
     precision: torch.dtype
+    shelf: Shelf | None = None
     _product: Any = None
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -132,43 +136,39 @@ class FastPointwise(layers.Pointwise):
 
     def tokens(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         if self._product is None:
-            weight = _take(self).flatten(1)
-            self._product = _packed(weight, lambda w: split.matrix(w, self.bias))
+            self._product = _matrix(self, _take(self).flatten(1), self.bias)
         return self._product(x, plus)
 
 
-class KeptConv2d(nn.Conv2d):
-    """A convolution after an enlargement, for sides that are not doubled: rare, and not packed."""
+class FastEnlargingConv2d(layers.EnlargingConv2d):
+    """Its weight stays as it was loaded, for sides that are not doubled: those are rare."""
 
     precision: torch.dtype
     shelf: Shelf | None = None
+    _product: Any = None
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        if size is not None and size != (2 * x.shape[-2], 2 * x.shape[-1]):
+            return self._plain(F.interpolate(x, size=size, mode="nearest"))
+        _make_room(x)
+        if self._product is None:
+            self._product = self._pack(self.weight.to(self.precision))
+            memory.page_out(self.weight)
+        return self._product(x)
+
+    def _plain(self, x: Tensor) -> Tensor:
         dtype = onednn.computes(self.precision)
         bias = None if self.bias is None else self.bias.to(dtype)
         weight = self.weight.to(self.precision).to(dtype)
         return F.conv2d(x.to(dtype), weight, bias, padding=1).to(self.precision)
 
-
-class FastUpsample2D(layers.Upsample2D):
-    conv: Any
-    _product: Any = None
-
-    def doubled(self, x: Tensor) -> Tensor:
-        _make_room(x)
-        if self._product is None:
-            loaded = self.conv.weight
-            self._product = self._pack(loaded.to(self.conv.precision))
-            memory.page_out(loaded)
-        return self._product(x)
-
     def _pack(self, weight: Tensor) -> Any:
-        conv, store = self.conv, _store(self.conv, self.conv.weight.numel())
-        if tiles.fits_conv(conv, conv.precision):
-            return tiles.Doubling(weight, conv, store)
-        if winograd.fits_conv(conv, conv.precision):
-            return _packed(weight, lambda w: winograd.Convolution(w, conv, scale=2), store)
-        return _packed(weight, lambda w: onednn.Doubling(w, conv), store)
+        store = _store(self, weight.numel())
+        if tiles.fits_conv(self, self.precision):
+            return tiles.Doubling(weight, self, store)
+        if winograd.fits_conv(self, self.precision):
+            return _packed(weight, lambda w: winograd.Convolution(w, self, scale=2), store)
+        return _packed(weight, lambda w: onednn.Doubling(w, self), store)
 
 
 def _affine(norm: FastGroupNorm | FastLayerNorm) -> tuple[Tensor, Tensor]:
@@ -222,11 +222,7 @@ class FastGEGLU(layers.GEGLU):
         if self._halves is None:
             # Two products: one of twice the width would not stay in the cache.
             self._halves = [
-                _packed(
-                    w.clone(),
-                    lambda w, b=b: split.matrix(w, b),
-                    _matrix_store(self.proj, w.numel()),
-                )
+                _matrix(self.proj, w.clone(), b)
                 for w, b in zip(_take(self.proj).chunk(2), self.proj.bias.chunk(2), strict=True)
             ]
         value, gate = (half(x) for half in self._halves)
@@ -280,8 +276,7 @@ class FastHeads(layers.Attention):
         parts = (self.to_q, self.to_k, self.to_v)
         bias = None if self.to_q.bias is None else torch.cat([part.bias for part in parts])
         weight = torch.cat([_take(part) for part in parts])
-        store = _matrix_store(self.to_q, weight.numel())
-        return _packed(weight, lambda w: split.matrix(w, bias), store)
+        return _matrix(self.to_q, weight, bias)
 
     def product(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         for ours in (vectors, split):
@@ -341,11 +336,13 @@ _FAST: dict[type[nn.Module], type[nn.Module]] = {
     layers.LayerNorm: FastLayerNorm,
     layers.GEGLU: FastGEGLU,
     layers.FeedForward: FastFeedForward,
-    layers.Upsample2D: FastUpsample2D,
+    layers.EnlargingConv2d: FastEnlargingConv2d,
     layers.Attention: FastAttention,
     layers.SpatialAttention: FastSpatialAttention,
 }
-_WAITING = FastLinear | FastConv2d | FastPointwise | KeptConv2d | MappedLinear | MappedEmbedding
+_WAITING = (
+    FastLinear | FastConv2d | FastPointwise | FastEnlargingConv2d | MappedLinear | MappedEmbedding
+)
 """Layers whose weights stay as they were loaded until they are used."""
 
 
@@ -355,15 +352,12 @@ def swap(net: nn.Module, precision: torch.dtype, shelf: Shelf | None = None) -> 
     Weights that will be packed stay as they were loaded until then, in whatever precision; all
     else is converted.
     """
-    enlarging = {m.conv for m in net.modules() if isinstance(m, layers.Upsample2D)}
     for module in net.modules():
         kind = _FAST.get(type(module), type(module))
-        if module in enlarging:
-            kind = KeptConv2d
-        elif kind is FastConv2d and module.kernel_size == (1, 1):
+        if kind is FastConv2d and module.kernel_size == (1, 1):
             kind = FastPointwise
         module.__class__ = kind
-        if isinstance(module, FastLinear | FastConv2d | KeptConv2d):
+        if isinstance(module, FastLinear | FastConv2d | FastEnlargingConv2d):
             module.shelf = shelf
         _convert(module, precision)
 

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 _mkldnn: Any = torch.ops.mkldnn
@@ -49,6 +50,10 @@ class Matrix:
             return _mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "none")
         return _mkldnn._linear_pointwise.binary(x, plus, self.packed, self.bias, "add")
 
+    def weight(self) -> Tensor:
+        """Return the weight, as it was given."""
+        return self.packed.to_dense()
+
 
 class Convolution:
     """A convolution's weight [out, in, side, side] and bias."""
@@ -68,22 +73,43 @@ class Convolution:
         plus: Tensor | None = None,
         shift: Tensor | None = None,
         consume: bool = False,
+        relu: bool = False,
+        *,
+        tall: bool = False,
     ) -> Tensor:
         """x: [batch, in, h, w]; shift: [1 or batch, out], added to the bias; plus: added, and with
-        `consume` nobody's afterwards.
+        `consume` its memory is the result's; relu: of all that. tall: x has the rows above and
+        below that the convolution reads beyond the result's.
         """
-        bias = self.bias
+        bias, (padding, *how) = self.bias, self.how
+        padding = (0, padding[1]) if tall else padding
+        fused = relu and (shift is None or len(shift) == 1)
         if shift is not None and len(shift) == 1:
             bias, shift = shift[0] if bias is None else bias + shift[0], None
         x = x.contiguous(memory_format=torch.channels_last)
         if plus is None:
-            out = _mkldnn._convolution_pointwise(x, self.packed, bias, *self.how, "none", [], "")
+            out = _mkldnn._convolution_pointwise(
+                x, self.packed, bias, padding, *how, "relu" if fused else "none", [], ""
+            )
         else:
             plus = plus.contiguous(memory_format=torch.channels_last)
-            out = _mkldnn._convolution_pointwise.binary(
-                x, plus, self.packed, bias, *self.how, "add", 1.0, None, [], None
+            add = _mkldnn._convolution_pointwise_ if consume else _mkldnn._convolution_pointwise
+            pair = (plus, x) if consume else (x, plus)
+            out = add.binary(
+                *pair,
+                self.packed,
+                bias,
+                padding,
+                *how,
+                "add",
+                1.0,
+                "relu" if fused else None,
+                [],
+                None,
             )
-        return out if shift is None else out.add_(shift[:, :, None, None])
+        if shift is not None:
+            out = out.add_(shift[:, :, None, None])
+        return F.relu(out, inplace=True) if relu and not fused else out
 
 
 class Doubling:
@@ -138,3 +164,7 @@ class Held:
         layer = self._pack(self._fetch().to(self._computed))
         cast = [x.to(self._computed) if isinstance(x, Tensor) else x for x in inputs]
         return layer(*cast).to(self._dtype)
+
+    def weight(self) -> Tensor:
+        """Return the weight, until another one is fetched."""
+        return self._fetch()

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from safelight.fast.layers import FastGEGLU, FastHeads, FastUpsample2D, MappedLinear
+from safelight.fast.layers import FastGEGLU, FastHeads, MappedLinear
 from safelight.fast.store import Shelf
 
 _PACKED = ("_product", "_float", "_own", "_halves", "_text")
@@ -18,7 +18,6 @@ _PACKED = ("_product", "_float", "_own", "_halves", "_text")
 _JOINED: dict[type[nn.Module], tuple[str, ...]] = {
     FastHeads: ("to_q", "to_k", "to_v"),
     FastGEGLU: ("proj",),
-    FastUpsample2D: ("conv",),
 }
 """Fast layers that pack the weights of layers in them, and which."""
 

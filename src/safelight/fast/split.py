@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from safelight.fast import int8, kernels, onednn, tiles, vectors
+from safelight.fast import kernels, onednn, tiles, vectors
 from safelight.fast.store import ARENA
 
 
@@ -21,7 +21,7 @@ def matrix(weight: Tensor, bias: Tensor | None) -> onednn.Matrix | Matrix:
     """A weight [out, in] for the rows of tokens, by the fastest way there is."""
     if available(weight.dtype) and not (weight.shape[0] % 32 or weight.shape[1] % 32):
         return Matrix(weight, bias)
-    return int8.Either(weight, bias) if int8.fits(weight) else onednn.Matrix(weight, bias)
+    return onednn.Matrix(weight, bias)
 
 
 class Matrix:

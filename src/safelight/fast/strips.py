@@ -28,13 +28,23 @@ class Normed:
         self.x, self.factors = x, factors
 
     def rows(self, picture: int, first: int, last: int) -> Tensor:
-        """Return these rows of one picture, [1, channels, last - first, w]."""
-        part = self.x[picture : picture + 1, :, first:last]
-        if vectors.available(part.dtype) and part.shape[1] % 16 == 0:
-            return vectors.normalise(part, self.factors[picture : picture + 1], silu=True)
+        """Return these rows of one picture, [1, channels, last - first, w]. Beyond the map's edges
+        they are zeros."""
+        _, channels, height, width = self.x.shape
+        out = self.x.new_empty(1, last - first, width, channels).permute(0, 3, 1, 2)
+        top, end = max(first, 0), min(last, height)
+        out[:, :, : top - first] = 0
+        out[:, :, end - first :] = 0
+        part, inner = (
+            self.x[picture : picture + 1, :, top:end],
+            out[:, :, top - first : end - first],
+        )
+        if vectors.available(part.dtype) and channels % 16 == 0:
+            vectors.normalise(part, self.factors[picture : picture + 1], silu=True, out=inner)
+            return out
         factor, addend = self.factors[picture][:, None, :, None, None]
-        found = torch.addcmul(addend, part.float(), factor)
-        return F.silu(found, inplace=True).to(self.x.dtype)
+        inner.copy_(F.silu(torch.addcmul(addend, part.float(), factor), inplace=True))
+        return out
 
 
 def strips(x: Tensor) -> Iterator[tuple[int, int, int]]:
@@ -82,8 +92,8 @@ def convolve(
 ) -> Tensor:
     """Return the convolution, 3×3 with a border of one, of a normed map.
 
-    product: the convolution of a map, as layers.Conv2d has it. channels: of the result.
-    plus, shift, consume: see layers.Conv2d.
+    product: the convolution of rows whose border above and below is there, as onednn.Convolution
+    has it with `tall`. channels: of the result. plus, shift, consume: see layers.Conv2d.
     """
     x = map_.x
     batch, _, height, width = x.shape
@@ -91,15 +101,16 @@ def convolve(
     if out is None:
         out = x.new_empty(batch, height, width, channels).permute(0, 3, 1, 2)
     for picture, first, last in strips(x):
-        # A row more on both sides, where there is one: elsewhere is the border of zeros.
-        top, end = max(first - 1, 0), min(last + 1, height)
         one = slice(picture, picture + 1)
+        here = out[one, :, first:last]
+        added = None if plus is None else plus[one, :, first:last]
         found = product(
-            map_.rows(picture, top, end),
-            None if plus is None else plus[one, :, top:end],
+            map_.rows(picture, first - 1, last + 1),
+            added,
             shift if shift is None or len(shift) == 1 else shift[one],
-            False,
+            consume,
+            tall=True,
         )
-        # Rows of `plus` that an earlier strip has written over are in those that are left out.
-        out[one, :, first:last] = found[:, :, first - top : last - top]
+        if found.data_ptr() != here.data_ptr():
+            here.copy_(found)
     return out

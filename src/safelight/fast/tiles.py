@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from safelight.fast import kernels
@@ -118,6 +119,7 @@ class Convolution:
         plus: Tensor | None = None,
         shift: Tensor | None = None,
         consume: bool = False,
+        relu: bool = False,
     ) -> Tensor:
         x = x if isinstance(x, Map) else Map(x)
         bias = self.bias
@@ -140,6 +142,7 @@ class Convolution:
                 None if plus is None else plus[rows],
                 out[rows],
             )
+        out = F.relu(out, inplace=True) if relu else out
         return out.permute(0, 3, 1, 2)
 
 

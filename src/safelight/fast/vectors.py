@@ -32,10 +32,15 @@ def group_norm(
     return normalise(x, moments(norm, x, scale, shift), silu=silu)
 
 
-def normalise(x: Tensor, factors: Tensor, *, silu: bool = False) -> Tensor:
-    """Return a map times factor plus addend, through SiLU if asked. factors: as of `moments`."""
+def normalise(
+    x: Tensor, factors: Tensor, *, silu: bool = False, out: Tensor | None = None
+) -> Tensor:
+    """Return a map times factor plus addend, through SiLU if asked. factors: as of `moments`.
+
+    out: where it is written to, channels-last as well.
+    """
     x = x.contiguous(memory_format=torch.channels_last)
-    out = torch.empty_like(x)
+    out = torch.empty_like(x) if out is None else out
     batch, channels, height, width = x.shape
     library().call(
         "normalise",

@@ -10,6 +10,7 @@ from __future__ import annotations
 from ctypes import addressof, c_void_p
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from safelight.fast import kernels, memory, onednn, split
@@ -81,7 +82,13 @@ class Convolution:
         plus: Tensor | None = None,
         shift: Tensor | None = None,
         consume: bool = False,
+        relu: bool = False,
+        *,
+        tall: bool = False,
     ) -> Tensor:
+        if tall:  # its results for the outermost rows are of no use
+            found = self(x, None, shift)[:, :, 1:-1]
+            return found if plus is None else plus.add_(found) if consume else plus + found
         x = x.contiguous(memory_format=torch.channels_last)
         batch, _, height, width = x.shape
         height, width = height * self.scale, width * self.scale
@@ -117,7 +124,7 @@ class Convolution:
                 first=first,
                 last=last,
             )
-        return out
+        return F.relu(out, inplace=True) if relu else out
 
     def _tiles(self, batch: int, height: int, width: int) -> int:
         return batch * -(-height // self.side) * -(-width // self.side)

@@ -85,10 +85,10 @@ class Linear(nn.Linear):
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution that can add to its result.
+    """A convolution that can add to its result, and end in a ReLU.
 
     shift: [1 or batch, out_channels]; plus: of the result's shape. consume: nobody reads `plus`
-    afterwards, and the result may take its memory.
+    afterwards, and the result may take its memory. relu: of the whole sum.
     """
 
     def forward(  # type: ignore[override]
@@ -97,11 +97,13 @@ class Conv2d(nn.Conv2d):
         plus: Tensor | None = None,
         shift: Tensor | None = None,
         consume: bool = False,
+        relu: bool = False,
     ) -> Tensor:
         out = super().forward(x)
         if shift is not None:
             out = out + shift[:, :, None, None]
-        return out if plus is None else out + plus
+        out = out if plus is None else out + plus
+        return F.relu(out) if relu else out
 
 
 class Pointwise(nn.Conv2d):
@@ -197,25 +199,29 @@ class Downsample2D(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.padding == 0 else x)
 
 
-class Upsample2D(nn.Module):
-    """Nearest-neighbour enlargement, then a convolution.
+class EnlargingConv2d(nn.Conv2d):
+    """Nearest-neighbour enlargement, then a 3×3 convolution with a border of one.
 
-    `size` is that of the skip connection to be met, which for odd sides is not the double.
+    size: height and width of the result; by default each side becomes twice as long.
     """
+
+    def __init__(self, in_ch: int, out_ch: int, bias: bool = True) -> None:
+        super().__init__(in_ch, out_ch, 3, padding=1, bias=bias)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:  # type: ignore[override]
+        size = size or (2 * x.shape[-2], 2 * x.shape[-1])
+        return super().forward(F.interpolate(x, size=size, mode="nearest"))
+
+
+class Upsample2D(nn.Module):
+    """`size` is that of the skip connection to be met, which for odd sides is not the double."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = EnlargingConv2d(channels, channels)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        double = (2 * x.shape[-2], 2 * x.shape[-1])
-        if size is None or size == double:
-            return self.doubled(x)
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
-
-    def doubled(self, x: Tensor) -> Tensor:
-        """The usual case: each side becomes twice as long."""
-        return self.conv(F.interpolate(x, size=(2 * x.shape[-2], 2 * x.shape[-1]), mode="nearest"))
+        return self.conv(x, size)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

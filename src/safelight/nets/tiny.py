@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from safelight.errors import SafelightError
 from safelight.nets.config import NetConfig
+from safelight.nets.layers import Conv2d, EnlargingConv2d
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,13 @@ class Block(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        convs = [nn.Conv2d(width, width, 3, padding=1) for _ in range(3)]
-        self.conv = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2])
+        convs = [Conv2d(width, width, 3, padding=1) for _ in range(3)]
+        # Their numbers are those of checkpoints, which count the activations between them.
+        self.conv = nn.ModuleDict(dict(zip("024", convs, strict=True)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.conv(x) + x)
+        h = self.conv["2"](self.conv["0"](x, relu=True), relu=True)
+        return self.conv["4"](h, plus=x, consume=True, relu=True)
 
 
 class Encoder(nn.Module):
@@ -103,8 +105,8 @@ class Decoder(nn.Module):
         for i, blocks in enumerate(cfg.num_decoder_blocks):
             layers += [Block(width) for _ in range(blocks)]
             if i < last:
-                layers.append(nn.Upsample(scale_factor=2))
-                layers.append(nn.Conv2d(width, width, 3, padding=1, bias=False))
+                # Checkpoints count an enlargement of its own.
+                layers += [nn.Identity(), EnlargingConv2d(width, width, bias=False)]
         layers.append(nn.Conv2d(width, cfg.out_channels, 3, padding=1))
         self.layers = nn.Sequential(*layers)
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from safelight.nets.layers import (
     Downsample2D,
+    GroupNorm,
     ResnetBlock2D,
     TimestepEmbedding,
     Transformer2DModel,
@@ -156,7 +156,7 @@ class UNet2DConditionModel(nn.Module):
         self.down_blocks = nn.ModuleList(DownBlock2D(config, i) for i in range(len(widths)))
         self.mid_block = None if config.mid_block_type is None else MidBlock2D(config)
         self.up_blocks = nn.ModuleList(UpBlock2D(config, i) for i in range(len(widths)))
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def forward(
@@ -199,7 +199,7 @@ class UNet2DConditionModel(nn.Module):
                 x = self.mid_block(x, temb, context, reuse)
             for up in self.up_blocks:
                 x = up(x, skips, temb, context, reuse)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out.silu(x, self.conv_out))
 
     def _shallow(self, x: Tensor, temb: Tensor, context: Tensor, reuse: Reuse) -> Tensor:
         """Return the state after the last up block, whose deep part an earlier call computed."""

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from safelight.nets.config import NetConfig
 from safelight.nets.layers import (
     Downsample2D,
+    GroupNorm,
     ResnetBlock2D,
     SpatialAttention,
     TimestepEmbedding,
@@ -171,7 +171,7 @@ class UNet2DModel(nn.Module):
         self.down_blocks = nn.ModuleList(DownBlock(config, i) for i in range(len(widths)))
         self.mid_block = MidBlock(config)
         self.up_blocks = nn.ModuleList(UpBlock(config, i) for i in range(len(widths)))
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
@@ -191,4 +191,4 @@ class UNet2DModel(nn.Module):
         x = self.mid_block(skips[-1], temb)
         for up in self.up_blocks:
             x = up(x, skips, temb)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out.silu(x, self.conv_out))

@@ -7,11 +7,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from safelight.nets.config import NetConfig
-from safelight.nets.layers import Downsample2D, ResnetBlock2D, SpatialAttention, Upsample2D
+from safelight.nets.layers import (
+    Downsample2D,
+    GroupNorm,
+    ResnetBlock2D,
+    SpatialAttention,
+    Upsample2D,
+)
 
 
 @dataclass(frozen=True)
@@ -139,14 +144,14 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(cfg.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(DownBlock(cfg, i) for i in range(len(widths)))
         self.mid_block = MidBlock(cfg)
-        self.conv_norm_out = nn.GroupNorm(cfg.norm_num_groups, widths[-1], eps=1e-6)
+        self.conv_norm_out = GroupNorm(cfg.norm_num_groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * cfg.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(self.conv_norm_out.silu(self.mid_block(x), self.conv_out))
 
 
 class Decoder(nn.Module):
@@ -156,7 +161,7 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(cfg.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(cfg)
         self.up_blocks: Any = nn.ModuleList(UpBlock(cfg, i) for i in range(len(widths)))
-        self.conv_norm_out = nn.GroupNorm(cfg.norm_num_groups, widths[-1], eps=1e-6)
+        self.conv_norm_out = GroupNorm(cfg.norm_num_groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], cfg.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -164,7 +169,7 @@ class Decoder(nn.Module):
         for block in self.up_blocks:
             for layer in block.layers():
                 x = layer(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out.silu(x, self.conv_out))
 
 
 class AutoencoderKL(nn.Module):

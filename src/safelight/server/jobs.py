@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from datetime import datetime
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel, Field
 
 from safelight.errors import SafelightError
+from safelight.errors import StorageError as StorageError
 from safelight.request import Request
 
 if TYPE_CHECKING:
@@ -137,13 +137,6 @@ class BusyError(TooMuchError):
         )
 
 
-class StorageError(SafelightError):
-    """Something could not be kept or read: the disk is full, or the database does not answer."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, code="storage")
-
-
 class StoppingError(SafelightError):
     """The server is about to end."""
 
@@ -156,6 +149,7 @@ _STATUS = {
     "limit_reached": 429,
     "stopping": 503,
     "storage": 507,
+    "storage_away": 503,
     "not_found": 404,
 }
 
@@ -217,8 +211,8 @@ class Service(Protocol):
         """Cancel a job; return it. One that runs ends within one step."""
         ...
 
-    def picture_file(self, picture_id: str) -> Path | None:
-        """Return the PNG of a finished picture, its recipe inside."""
+    def picture_bytes(self, picture_id: str) -> bytes | None:
+        """Return the PNG of a finished picture, its recipe inside; called in a thread."""
         ...
 
     async def models(self) -> list[ModelInfo]:

@@ -13,7 +13,6 @@ import os
 import platform
 import signal
 import threading
-from pathlib import Path
 from typing import Any
 
 from safelight.server.files import Files
@@ -52,7 +51,7 @@ class Station:
 
     def __init__(self, settings: Settings, child: Child) -> None:
         self._settings = settings
-        self._files, self._store = Files(Path(settings.root)), Store(settings.url)
+        self._files, self._store = Files(settings.place), Store(settings.url)
         self._place = f"{platform.node()}:{os.getpid()}"
         self._served = Served(settings)
         self._began = False
