@@ -72,11 +72,11 @@ class Hub:
         self.fleet = Fleet(
             self.store,
             settings.url,
-            on_message=lambda kind, rest: self._events.publish(kind, rest[0], rest[1:]),
+            on_message=lambda kind, rest: self._on_message(kind, rest, fleet=True),
             on_change=self._on_fleet,
         )
         self.supervisor = self._supervise(child)
-        self.catalogue = Catalogue(settings, self.supervisor.send, self._in_database)
+        self.catalogue = Catalogue(settings, self._send, self._in_database)
         self._steps = Steps()
         self._stuck: str | None = None
 
@@ -167,7 +167,7 @@ class Hub:
         self.files.make_sure()
         self.store.counts()
 
-    def _on_message(self, kind: str, rest: list[Any]) -> None:
+    def _on_message(self, kind: str, rest: list[Any], *, fleet: bool = False) -> None:
         if self.catalogue.on_message(kind, rest):
             if kind == "ready":
                 self._events.watch_again()
@@ -176,7 +176,7 @@ class Hub:
         elif kind == "stuck":
             self._stuck = rest[0]
         else:
-            if kind == "progress" and rest[1]:
+            if kind == "progress" and rest[1] and not fleet:
                 self._steps.answer(True)
             self._events.publish(kind, rest[0], rest[1:])
 
@@ -188,7 +188,7 @@ class Hub:
         """Take what the fleet draws with for what this server does, if it draws nothing itself."""
         self._events.watch_again()
         if isinstance(self.supervisor, Elsewhere):
-            self.catalogue.on_fleet([worker.model for worker in self.fleet.workers])
+            self.catalogue.on_fleet(self.fleet.workers)
 
     def _on_worker_end(self) -> None:
         self.catalogue.on_worker_end()

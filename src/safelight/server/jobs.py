@@ -111,7 +111,8 @@ class WorkerInfo(BaseModel):
     """A worker of the fleet, as it said of itself."""
 
     id: str
-    model: ModelInfo
+    model: ModelInfo = Field(description="the one that it began with")
+    models: list[str] = Field([], description="all that it draws jobs of; it loads them by turns")
     memory: int | None = Field(None, description="MiB of the device that it draws on")
     joined_at: datetime
     seen_at: datetime = Field(description="when it last said that it is well")
