@@ -110,7 +110,7 @@ wheels: $(VENV)/.ready
 # whatever becomes of those before it; figures and the time of each part: runs/soak.txt.
 #
 #   make soak SHARE=0.1 FUZZ=30 JOBS=100 KILLS=20 ROWS=200    less than an hour
-SOAK := crowd faults hung killed overload same storage strangers worst
+SOAK := crowd elsewhere faults hung killed overload same storage strangers worst
 SHARE ?= 1
 FUZZ ?= 240
 JOBS ?= 1000

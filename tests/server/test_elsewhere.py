@@ -23,7 +23,7 @@ from test_recovery import draw
 from working import Working
 
 import safelight
-from safelight import SafelightError
+from safelight import SafelightError, cli
 from safelight.errors import AwayError, StorageError
 from safelight.server import retention
 from safelight.server.backup import back_up, restore
@@ -258,6 +258,24 @@ def test_urls_that_are_refused_in_a_line(given: str, why: str) -> None:
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("command", ["serve", "worker", "backup", "restore"])
+def test_each_command_takes_a_storage(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    """And says of a wrong one what would be right."""
+    monkeypatch.setattr("safelight.server.private.keep", lambda: None)
+    given = {"serve": [], "worker": ["--queue", "postgresql://db/x"]}.get(command, ["here"])
+    if command != "worker":
+        given += ["--data-dir", str(tmp_path)]
+    assert cli.run([command, *given, "--storage", f"s3://key:{SECRET}@bucket/x"]) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith("error: --storage must be a URL without credentials")
+    assert SECRET not in told.err + told.out
+
+
 def test_where_a_storage_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert checked("here/there") == str(tmp_path / "here" / "there")
@@ -355,6 +373,7 @@ def test_a_store_that_is_away_for_a_while_loses_nothing(bucket: Bucket, tmp_path
         assert not [*(tmp_path / "data").rglob("*.png")]
 
 
+@pytest.mark.soak
 def test_a_server_and_a_worker_that_share_no_folder(
     bucket: Bucket, tmp_path: Path, postgres: str
 ) -> None:
