@@ -1,4 +1,4 @@
-"""The one error that users are meant to read."""
+"""The error that users are meant to read, and two kinds of it that pass by themselves."""
 
 from typing import Self
 
@@ -32,3 +32,17 @@ class SafelightError(ValueError):
             field=field,
         )
         return error
+
+
+class StorageError(SafelightError):
+    """Something could not be kept or read: the disk is full, or the database does not answer."""
+
+    def __init__(self, message: str, *, code: str = "storage") -> None:
+        super().__init__(message, code=code)
+
+
+class AwayError(StorageError):
+    """A storage elsewhere, as an object store, cannot be used now."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="storage_away")

@@ -10,18 +10,17 @@ import os
 import secrets
 import shutil
 import stat
-import struct
 import warnings
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from PIL import ExifTags, Image, ImageChops, PngImagePlugin
 
-from safelight.bounds import PNG, check_structure
+from safelight import plain_png
+from safelight.bounds import check_structure
 from safelight.errors import SafelightError
-from safelight.pixels import as_mask, as_rgb, strips, upright
+from safelight.pixels import as_mask, as_rgb, upright
 
 if TYPE_CHECKING:
     import torch
@@ -299,34 +298,18 @@ def save_png(
     image: Image.Image, path: str | Path, texts: Mapping[str, str], *, overwrite: bool = False
 ) -> None:
     """Write a picture and its texts as a PNG. Raises as `save_whole`."""
-    data = encode(image, "PNG", texts)
-    save_whole(path, lambda file: _write(file, data), overwrite=overwrite)
+    save_whole(path, lambda file: write_png(file, image, texts), overwrite=overwrite)
 
 
-def save_plain_png(image: Image.Image, path: str | Path) -> None:
-    """Write a picture of mode RGB or L as a PNG that is larger, and written with little memory.
-
-    Other threads go on meanwhile: Pillow's own writer would let none of them run for as long as it
-    takes to make 64 KiB, which of a plain picture is all of it. Raises as `save_whole`.
-    """
-    save_whole(path, lambda file: [_write(file, part) for part in _plain_png(image)])
+def write_png(file: BinaryIO, image: Image.Image, texts: Mapping[str, str]) -> None:
+    """Write a picture and its texts as a PNG into an opened file."""
+    _write(file, encode(image, "PNG", texts))
 
 
-def _plain_png(image: Image.Image) -> Iterator[bytes]:
-    """Yield the parts of a PNG, whose rows are not filtered (PNG specification, 9.2)."""
-    colour = {"L": 0, "RGB": 2}[image.mode]
-    yield PNG + _chunk(b"IHDR", struct.pack(">IIBBBBB", *image.size, 8, colour, 0, 0, 0))
-    row, packed = image.width * len(image.mode), zlib.compressobj(1)
-    for box in strips(image.size):
-        data = image.crop(box).tobytes()
-        rows = b"".join(b"\0" + data[at : at + row] for at in range(0, len(data), row))
-        yield _chunk(b"IDAT", packed.compress(rows))
-    yield _chunk(b"IDAT", packed.flush()) + _chunk(b"IEND", b"")
-
-
-def _chunk(kind: bytes, data: bytes) -> bytes:
-    check = zlib.crc32(data, zlib.crc32(kind))
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+def write_plain_png(file: BinaryIO, image: Image.Image) -> None:
+    """Write a picture of mode RGB or L as a PNG that is larger, and written with little memory."""
+    for part in plain_png.parts(image):
+        _write(file, part)
 
 
 def save_whole(

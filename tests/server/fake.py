@@ -239,8 +239,9 @@ class FakeService:
             self.was_cancelled.set()
         return job.model_copy(deep=True)
 
-    def picture_file(self, picture_id: str) -> Path | None:
-        return self.files.get(picture_id)
+    def picture_bytes(self, picture_id: str) -> bytes | None:
+        path = self.files.get(picture_id)
+        return None if path is None else path.read_bytes()
 
     async def models(self) -> list[ModelInfo]:
         return [ModelInfo(name=self.info.name) if self.loading else self.info]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from safelight.server.jobs import ModelInfo, Picture
 from safelight.server.recovery import belongs, recover
 from safelight.server.store import Store, new_id
 from safelight.server.wire import PIECE, Wire
+from safelight.weights.find import MODELS
 
 pytestmark = pytest.mark.xdist_group("fleet")
 
@@ -97,6 +99,36 @@ def test_a_lease_that_ran_out_says_what_may_be_left(
     assert second is not None
     assert second.done == {0}
     assert second.left == (first.picture_id(1),)
+
+
+def test_a_worker_draws_several_models_and_declares_which(
+    tmp_path: Path, shared: tuple[Files, Store, str]
+) -> None:
+    """One of them is on its machine alone; a job of a model that it may not draw waits."""
+    _, store, url = shared
+    store.close()
+    library, others = tmp_path / "library", "embedded-unconditional"
+    shutil.copytree(MODELS / "embedded-fast", library / "borrowed")
+    how = {"steps": 2, "sampler": "euler", "prompt": "a cat"}
+    only = ("--models-dir", str(library), "--allow-models", "borrowed", "--model-memory", "515MB")
+    with Serving(tmp_path, "--workers", "0", "--database", url, "--allow-models", others) as server:
+        waits = server.submit(model=others, unconditional=True, steps=2)
+        assert server.client.post("/api/jobs", json=how | {"model": "borrowed"}).status_code == 422
+        with Working(url, tmp_path / "data", tmp_path / "worker.log", *only):
+            wait_for(lambda: server.client.get("/api/workers").json())
+            (member,) = server.client.get("/api/workers").json()
+            assert (member["model"]["name"], member["models"]) == (
+                *("embedded", ["embedded", "borrowed"]),
+            )
+            wait_for(lambda: len(server.client.get("/api/models").json()) == 3)
+            for name in ("borrowed", "embedded"):
+                job = server.finished(server.submit(**how | {"model": name}))
+                assert (job["status"], job["model"]) == ("succeeded", name)
+            # Its size is asked of the worker.
+            body = how | {"model": "borrowed", "size": "64x64"}
+            answer = server.client.post("/v1/images/generations", json=body)
+            assert answer.status_code == 200, answer.text
+        assert server.job(waits)["status"] == "queued"
 
 
 @pytest.mark.parametrize("change", ["unmarked", "another", "newer", "older", "none"])

@@ -23,8 +23,8 @@ from serving import Serving, wait_for
 from sqlalchemy.exc import DatabaseError, OperationalError, ProgrammingError
 
 from safelight import progress
-from safelight.server import hub, supervisor
 from safelight.server import pulse as pulses
+from safelight.server import supervisor, threads
 from safelight.server.database import open_engine
 from safelight.server.jobs import StorageError
 from safelight.server.pulse import Pulse
@@ -486,7 +486,7 @@ def test_no_error_ends_the_thread_that_keeps_the_worker(
 def test_a_database_that_does_not_answer_is_no_wait_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "UNANSWERED", 0.2)
+    monkeypatch.setattr(threads, "UNANSWERED", 0.2)
     go = threading.Event()
     with Inside(tmp_path / "data", draws=False) as server:
         monkeypatch.setattr(server.hub.store, "get", lambda *_: go.wait(30) and None)

@@ -562,7 +562,7 @@ class TestErrors:
             client.images.generate(prompt="a")
 
     def test_a_picture_that_is_gone(self, client, service):
-        service.picture_file = lambda picture_id: None
+        service.picture_bytes = lambda picture_id: None
         with pytest.raises(openai.InternalServerError, match="deleted"):
             client.images.generate(prompt="a")
 

@@ -26,6 +26,7 @@ from safelight.server.recovery import recover
 from safelight.server.store import Store, new_id
 from safelight.server.tables import meta
 from safelight.server.uploads import Uploads
+from safelight.storage import Folder
 
 
 def start(root: Path, url: str | None = None) -> tuple[Files, Store]:
@@ -386,7 +387,7 @@ def test_the_quarantine_overwrites_nothing(tmp_path: Path) -> None:
         (tmp_path / "pictures").mkdir(exist_ok=True)
         path = tmp_path / "pictures" / "a.png"
         path.write_text(text_)
-        quarantine.put_away(tmp_path, path)
+        quarantine.put_away(Folder(tmp_path), "pictures/a.png")
     kept = sorted(p.read_text() for p in (tmp_path / "quarantine").rglob("a.png*"))
     assert kept == ["one", "two"]
 
@@ -469,13 +470,13 @@ def test_a_quarantine_that_cannot_be_read(
 ) -> None:
     root, ids = drawn
     (root / "quarantine").mkdir()
-    real = Path.iterdir
+    real = os.scandir
 
-    def iterdir(path: Path) -> Any:
-        if path.name == "quarantine":
+    def scandir(path: Any) -> Any:
+        if Path(path).name == "quarantine":
             raise PermissionError(13, "Permission denied")
         return real(path)
 
-    monkeypatch.setattr(Path, "iterdir", iterdir)
+    monkeypatch.setattr(os, "scandir", scandir)
     start(root)[1].close()
     assert ids <= everywhere(root / "pictures")

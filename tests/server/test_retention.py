@@ -23,7 +23,6 @@ from test_storage import QUICK, png, whole
 from safelight.errors import SafelightError
 from safelight.server import retention as module
 from safelight.server.database import Database
-from safelight.server.files import Files
 from safelight.server.jobs import Picture, Status, StorageError
 from safelight.server.keep import Keep
 from safelight.server.retention import GRACE, Retention, clear
@@ -264,17 +263,18 @@ def test_what_the_disk_does_not_let_go_is_tried_again(
     kept = lite.keep("90d")
     kept.look()
     lite.pass_grace()
-    real = Files.remove_inputs
+    real = Path.unlink
 
-    def remove(files: Files, job_id: str) -> None:
-        if job_id == stuck:
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.name.startswith(stuck):
             raise PermissionError(1, "Operation not permitted")
-        real(files, job_id)
+        real(path, missing_ok)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Files, "remove_inputs", remove)
+        patch.setattr(Path, "unlink", unlink)
         kept.look()
-    assert "cannot be removed yet: Operation not permitted" in caplog.text
+    assert "cannot be removed yet: " in caplog.text
+    assert "cannot be used: Operation not permitted" in caplog.text
     assert list(lite.store.gone()) == [stuck]
     assert not lite.files.pictures() & set(lite.store.gone([other]))
     kept.look()

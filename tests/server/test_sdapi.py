@@ -457,7 +457,7 @@ class TestRefusals:
             api.txt2img()
 
     def test_a_picture_that_is_gone_before_it_is_sent(self, call, service, monkeypatch):
-        monkeypatch.setattr(service, "picture_file", lambda picture_id: None)
+        monkeypatch.setattr(service, "picture_bytes", lambda picture_id: None)
         assert refused(call("txt2img", {}), 500) == "picture 1 is no longer there"
 
     def test_a_body_that_is_announced_too_large_is_not_read(self, line):

@@ -1,18 +1,20 @@
 """A fleet under kills: nothing is lost, nothing doubled. `make soak` runs it at full size.
 
-    python tests/soak/fleet.py [--jobs 1000] [--kills 100] [--seed 0]
+    python tests/soak/fleet.py [--jobs 1000] [--kills 100] [--seed 0] [--bucket]
 
 A server without a worker of its own, a real PostgreSQL and three `safelight worker`s on a shared
 folder. While jobs come in, they are killed in turn by SIGKILL, the database by an immediate
 shutdown, and started again: the server, the process that draws in one of the workers, a whole
 worker, the whole pool, the database. In the end every job that was acknowledged is in exactly one
 final state, each of its pictures is there once, files match rows, and pixels are those of an
-undisturbed run. Leases are 8 s here, so that a run takes minutes.
+undisturbed run. Leases are 8 s here, so that a run takes minutes. With --bucket pictures are in
+moto's S3 in place of the folder, and it is away for some seconds in its turn.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import random
 import signal
@@ -25,16 +27,21 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "server"))
+from bucket import Bucket
 from postgresql import Postgres
 from serving import Serving, wait_for
 from working import Working
 
+from safelight.storage import Storage, storage_at
+
 SETTINGS: dict[str, Any] = {"steps": 2, "sampler": "euler", "count": 2}
 FLEET = 3
 KINDS = ("server", "process that draws", "worker", "database", "pool")
+AWAY = "store"
 ANSWERS = {202, 429, 503, 507}
 """What a request may be answered with."""
 
@@ -46,6 +53,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1000)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bucket", action="store_true")
     given = parser.parse_args()
     hurried = str(Path(__file__).parent / "hurried")
     path = os.pathsep.join(filter(None, [hurried, os.environ.get("PYTHONPATH")]))
@@ -53,8 +61,9 @@ def main() -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "SAFELIGHT_TEST_LEASE": "8"}
     database = Postgres()
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            report = run(Path(folder), database, given.jobs, given.kills, given.seed)
+        with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+            bucket = Bucket(patch) if given.bucket else None
+            report = run(Path(folder), database, given.jobs, given.kills, given.seed, bucket)
     finally:
         database.close()
     for name, value in report.items():
@@ -62,17 +71,20 @@ def main() -> None:
             sys.stdout.write(f"{name}: {value}\n")
 
 
-def run(folder: Path, database: Postgres, jobs: int, kills: int, seed: int) -> dict[str, Any]:
+def run(
+    folder: Path, database: Postgres, jobs: int, kills: int, seed: int, bucket: Bucket | None
+) -> dict[str, Any]:
+    place = bucket.url() if bucket else str(folder / "data")
     how = ("--workers", "0", "--queue", "100000", "--database", database.url)
-    serving = Serving(folder, *how)
-    pool = [Working(database.url, serving.data, folder / f"{i}.log") for i in range(FLEET)]
+    serving = Serving(folder, *how, *(("--storage", place) if bucket else ()))
+    pool = [Working(database.url, place, folder / f"{i}.log") for i in range(FLEET)]
     with serving:
         for worker in pool:
             worker.start()
         try:
             serving.ready()
             began = time.monotonic()
-            report = disturb(serving, pool, database, jobs, kills, random.Random(seed))
+            report = disturb(serving, pool, database, jobs, kills, random.Random(seed), bucket)
             report["seconds"] = round(time.monotonic() - began)
             ends = [worker.stop() for worker in pool]
             report["exit codes of the workers, told to end"] = ends
@@ -82,7 +94,7 @@ def run(folder: Path, database: Postgres, jobs: int, kills: int, seed: int) -> d
         # What was half written by who was killed is cleaned up at a start.
         kill(serving)
         serving.start()
-    check(serving, database, report)
+    check(storage_at(place), database, report)
     return report
 
 
@@ -124,13 +136,15 @@ def disturb(
     jobs: int,
     kills: int,
     chance: random.Random,
+    bucket: Bucket | None,
 ) -> dict[str, Any]:
     sender = Sender(serving, jobs)
     sender.start()
     back: dict[str, float] = {}
+    kinds = (*KINDS, AWAY) if bucket else KINDS
     for number in range(kills):
         time.sleep(chance.random() * 4)
-        kind = KINDS[number % len(KINDS)]
+        kind = kinds[number % len(kinds)]
         began = time.monotonic()
         if kind == "server":
             kill(serving)
@@ -138,6 +152,10 @@ def disturb(
         elif kind == "database":
             database.crash()
             database.start()
+        elif bucket and kind == AWAY:
+            bucket.leave()
+            time.sleep(chance.random() * 10)
+            bucket.come_back()
         elif kind == "process that draws":
             child = chance.choice(pool).child()
             if child:
@@ -153,7 +171,7 @@ def disturb(
     return {
         "acknowledged": sender.acknowledged,
         "jobs": jobs,
-        "kills": {kind: len(range(i, kills, len(KINDS))) for i, kind in enumerate(KINDS)},
+        "kills": {kind: len(range(i, kills, len(kinds))) for i, kind in enumerate(kinds)},
         "answers to submissions": dict(sender.answers),
         "slowest server to serve again, seconds": round(back.get("server", 0.0), 1),
         "slowest database to answer again, seconds": round(back.get("database", 0.0), 1),
@@ -173,7 +191,7 @@ def unfinished(serving: Serving) -> int:
     return found
 
 
-def check(serving: Serving, database: Postgres, report: dict[str, Any]) -> None:
+def check(storage: Storage, database: Postgres, report: dict[str, Any]) -> None:
     """Raises AssertionError for what a promise forbids."""
     import psycopg
 
@@ -198,15 +216,17 @@ def check(serving: Serving, database: Postgres, report: dict[str, Any]) -> None:
     count = Counter(row[0] for row in drawn)
     for job, status in statuses.items():
         assert count[job] == SETTINGS["count"] or status == "failed", "a picture was lost"
-    files = {path.name for path in (serving.data / "pictures").iterdir()}
+    files = storage.names("pictures")
     assert files == {f"{row[2]}.png" for row in drawn}, "files and rows differ"
-    assert not list(serving.data.rglob("*.part")), "a temporary file stays"
-    report["files in quarantine"] = len(list((serving.data / "quarantine").rglob("*.png")))
+    days = [f"quarantine/{day}/pictures" for day in storage.folders("quarantine")]
+    report["files in quarantine"] = sum(len(storage.names(day)) for day in days)
     model = safelight.load(dtype="float32")
     looked_at = drawn[:: max(1, len(drawn) // 50)]
     for job, _, picture, seed in looked_at:
         alone = model.generate("a cat", seed=int(seed), steps=2, sampler="euler").images[0]
-        with Image.open(serving.data / "pictures" / f"{picture}.png") as image:
+        data = storage.read(f"pictures/{picture}.png")
+        assert data is not None
+        with Image.open(io.BytesIO(data)) as image:
             assert image.tobytes() == alone.tobytes(), f"job {job} has other pixels"
     report["pictures"] = len(drawn)
     report["of them compared with an undisturbed run"] = len(looked_at)

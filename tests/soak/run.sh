@@ -39,6 +39,7 @@ part sanitizers "$BIN/python" tests/soak/sanitize.py || status=1
 ! command -v qemu-aarch64 > /dev/null || part ARM "$BIN/python" tests/soak/arm.py || status=1
 part company "$BIN/python" tests/soak/company.py || status=1
 part scaling "$BIN/python" tests/soak/scaling.py --jobs 20 --kills 6 || status=1
+part eviction "$BIN/python" tests/soak/eviction.py || status=1
 part fairness "$BIN/python" tests/soak/fairness.py --jobs "$JOBS" || status=1
 part kills "$BIN/python" tests/soak/kills.py --jobs "$JOBS" --kills "$KILLS" || status=1
 part batch "$BIN/python" tests/soak/batch.py --rows "$ROWS" || status=1

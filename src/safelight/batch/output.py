@@ -10,14 +10,16 @@ import fnmatch
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from safelight.batch.lines import Lines
 from safelight.batch.shards import FOLDERS, Shards
-from safelight.batch.storage import Lines, Storage
 from safelight.batch.worklist import Problem, WorkList
 from safelight.errors import SafelightError
 from safelight.picture import HALF
 from safelight.settings import shown
+from safelight.storage import Storage
 
 ABOUT = "batch.json"
 PICTURES = "pictures"
@@ -78,7 +80,7 @@ class Output:
 
         lock = FileLock(f"{self.storage.path('.lock')}", timeout=0)
         try:
-            self.storage.fs.makedirs(self.storage.root, exist_ok=True)
+            Path(self.storage.root).mkdir(parents=True, exist_ok=True)
             lock.acquire()
         except Timeout:
             raise SafelightError(

@@ -12,9 +12,9 @@ from safelight import __version__
 from safelight.batch.check import Rules
 from safelight.batch.output import Outcome, Output
 from safelight.batch.rows import read_rows
-from safelight.batch.storage import Storage
 from safelight.batch.worklist import Problem, WorkList
 from safelight.errors import SafelightError
+from safelight.storage import storage_at
 
 MAX_TOLD = 10
 """Problems that an error tells of."""
@@ -156,7 +156,7 @@ def draw_here(work: WorkList, how: How, tell: Callable[[str], object]) -> Genera
 
 def _output(job: Job) -> Output:
     return Output(
-        Storage(job.out),
+        storage_at(job.out),
         _about(job),
         ending=job.how.ending,
         shards=job.shards,

@@ -8,7 +8,8 @@ import tarfile
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from safelight.batch.storage import Lines, Storage
+from safelight.batch.lines import Lines
+from safelight.storage import Storage
 
 if TYPE_CHECKING:
     from safelight.batch.output import Outcome

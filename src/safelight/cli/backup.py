@@ -18,6 +18,9 @@ def backup(
     database: Annotated[
         str | None, Option(help="As `serve --database` [SQLite in --data-dir].", show_default=False)
     ] = None,
+    storage: Annotated[
+        str | None, Option(help="As `serve --storage` [--data-dir].", show_default=False)
+    ] = None,
     earlier: Annotated[
         Path | None,
         Option(help="A backup of before: what it has is linked, not copied.", show_default=False),
@@ -30,8 +33,11 @@ def backup(
     root = data_folder(data_dir)
     private.keep()
     from safelight.server.backup import back_up
+    from safelight.storage import checked
 
-    made = back_up(root, database or f"sqlite:///{root / 'jobs.sqlite3'}", place, earlier=earlier)
+    url = database or f"sqlite:///{root / 'jobs.sqlite3'}"
+    elsewhere = None if storage is None else checked(storage)
+    made = back_up(root, url, place, earlier=earlier, storage=elsewhere)
     linked = f", {made.linked} of them linked" if earlier is not None else ""
     note(
         f"{made.jobs} jobs and {made.pictures} pictures: {made.files} files{linked}, "
@@ -51,13 +57,19 @@ def restore(
         str | None,
         Option(help="An empty database, as `serve --database` has it.", show_default=False),
     ] = None,
+    storage: Annotated[
+        str | None,
+        Option(help="An empty storage, as `serve --storage` has it.", show_default=False),
+    ] = None,
 ) -> None:
     """Copy a backup to an empty data folder; each file is compared with its SHA-256."""
     make_sure_of_server()
     private.keep()
     root = data_folder(data_dir)
     from safelight.server.backup import restore as copy_back
+    from safelight.storage import checked
 
-    made = copy_back(place, root, database)
+    elsewhere = None if storage is None else checked(storage)
+    made = copy_back(place, root, database, storage=elsewhere)
     note(f"{made.jobs} jobs and {made.pictures} pictures of {made.created}: {made.files} files")
     say(str(root))

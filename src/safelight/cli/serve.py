@@ -30,6 +30,13 @@ def serve(
     ),
     port: Annotated[int, Option(min=0, max=65535, help="0 takes a free one.")] = 7860,
     data_dir: options.DataDir = None,
+    storage: Annotated[
+        str | None,
+        Option(
+            help="Pictures, as s3://bucket/prefix, or another folder [in --data-dir].",
+            show_default=False,
+        ),
+    ] = None,
     model: Annotated[str, Option(help="As `generate --model`.")] = "embedded",
     serving: Serving,
     token: Annotated[
@@ -129,10 +136,13 @@ def serve(
         )
     if secret is None and allow_host:
         note("--allow-host without a token: whoever reaches this server by that name may use it")
+    from safelight.storage import checked
+
     private.keep()
     root = data_folder(data_dir)
     url = database or f"sqlite:///{root / 'jobs.sqlite3'}"
-    settings = serving.settings(model, url, str(root), exact=exact)
+    elsewhere = None if storage is None else checked(storage)
+    settings = serving.settings(model, url, str(root), exact=exact, storage=elsewhere)
     listening = listen(host, port, secret)
     hold(root, listening)
     start(

@@ -1,7 +1,6 @@
 """`safelight worker`."""
 
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
@@ -21,7 +20,11 @@ def worker(
         str, Option(help="The PostgreSQL that the server has as --database.", show_default=False)
     ],
     storage: Annotated[
-        Path, Option(help="The server's --data-dir, shared with this machine.", show_default=False)
+        str,
+        Option(
+            help="The server's --storage, or its --data-dir as a shared folder.",
+            show_default=False,
+        ),
     ],
     serving: Serving,
     exact: options.Exact = False,
@@ -33,8 +36,10 @@ def worker(
         raise SafelightError(
             "--queue must be the URL of a PostgreSQL, as postgresql://user@host/name"
         )
+    from safelight.storage import checked
+
     private.keep()
-    settings = serving.settings(model, queue, str(storage.resolve()), exact=exact, elsewhere=True)
+    settings = serving.settings(model, queue, checked(storage), exact=exact, elsewhere=True)
     child = spawn(settings)  # loads its model while the imports below go on
     from safelight.server.station import work
 

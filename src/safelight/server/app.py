@@ -48,7 +48,11 @@ def application(
     """Return the ASGI application that serves a hub. retention: runs while it does."""
 
     if isinstance(hub, Hub):
-        hide(hub.settings.root, *([hub.settings.model] if "/" in hub.settings.model[:1] else ()))
+        hide(
+            hub.settings.root,
+            hub.settings.place,
+            *([hub.settings.model] if "/" in hub.settings.model[:1] else ()),
+        )
     decoders = Decoders()  # the processes start with the first picture
 
     @asynccontextmanager

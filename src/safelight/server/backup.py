@@ -7,6 +7,7 @@ not come to its end.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from safelight import __version__
 from safelight.errors import SafelightError
@@ -24,6 +26,7 @@ from safelight.picture import save_whole
 from safelight.server import schema, snapshot
 from safelight.server.files import MARK, RESTORING
 from safelight.server.jobs import StorageError
+from safelight.storage import Storage, Stored, storage_at
 
 ABOUT = "backup.json"
 SUMS = "SHA256SUMS"
@@ -34,9 +37,11 @@ KEPT = ("grids", "inside", "training")
 """Folders of the studio, which are copied as they are. Thumbnails are made again; uploads that no
 job has used, and the quarantine, are left out.
 """
-FOLDERS = ("pictures", "inputs", *KEPT)
+STORED = ("pictures", "inputs")
+"""Folders that may be in a storage elsewhere."""
+
+FOLDERS = (*STORED, *KEPT)
 TOP = (DATABASE, MARK)
-CHUNK = 1 << 20
 
 
 @dataclass
@@ -57,12 +62,15 @@ class Backup:
     format: int = FORMAT
 
 
-def back_up(root: Path, url: str, place: Path, *, earlier: Path | None = None) -> Backup:
+def back_up(
+    root: Path, url: str, place: Path, *, earlier: Path | None = None, storage: str | None = None
+) -> Backup:
     """Copy the data folder `root` and its database to a new folder.
 
     A picture whose row is in the backup is in the backup: the database is copied first, and
     pictures stay as they are once they have a row. Jobs that are deleted meanwhile are taken out.
-    earlier: a backup whose files become hard links where they are the same. Raises StorageError.
+    earlier: a backup whose files become hard links where they are the same. storage: where pictures
+    and inputs are, if not in the data folder. Raises StorageError.
     """
     known: dict[str, str] = {}
     if earlier is not None:
@@ -70,7 +78,7 @@ def back_up(root: Path, url: str, place: Path, *, earlier: Path | None = None) -
         known = dict(_sums(earlier))
     _make_empty(place, "a backup is made in a new folder")
     try:
-        return _make(root, url, place, earlier, known)
+        return _make(storage_at(root), storage_at(storage or root), url, place, earlier, known)
     except BaseException as error:
         _clear(place)
         if isinstance(error, OSError | sqlite3.Error):
@@ -78,23 +86,29 @@ def back_up(root: Path, url: str, place: Path, *, earlier: Path | None = None) -
         raise
 
 
-def _make(root: Path, url: str, place: Path, earlier: Path | None, known: dict[str, str]) -> Backup:
+def _make(
+    data: Storage,
+    storage: Storage,
+    url: str,
+    place: Path,
+    earlier: Path | None,
+    known: dict[str, str],
+) -> Backup:
     version = snapshot.take(url, place / DATABASE)
     made = Backup(__version__, version, datetime.now(UTC).isoformat(timespec="seconds"))
     sums: dict[str, str] = {}
     missing: list[tuple[str, str]] = []
     for job_id, name in _names(place / DATABASE):
         try:
-            sums[name] = _copied(root, place, name, made, earlier, known)
+            sums[name] = _copied(storage, place, name, made, earlier, known)
         except FileNotFoundError:
             missing.append((job_id, name))
     if missing:
         made.lost = _take_out(place, url, missing, sums)
-    for name in _others(root):
-        try:
-            sums[name] = _copied(root, place, name, made)
-        except FileNotFoundError:  # deleted just now
-            continue
+    for source, names in ((storage, [MARK]), (data, _others(Path(data.root)))):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # deleted just now
+                sums[name] = _copied(source, place, name, made)
     _count(place / DATABASE, made)
     sums[DATABASE] = _digest(place / DATABASE)
     made.size += (place / DATABASE).stat().st_size
@@ -106,21 +120,25 @@ def _make(root: Path, url: str, place: Path, earlier: Path | None, known: dict[s
     return made
 
 
-def restore(place: Path, root: Path, url: str | None = None) -> Backup:
+def restore(
+    place: Path, root: Path, url: str | None = None, *, storage: str | None = None
+) -> Backup:
     """Copy a backup to an empty data folder, and each file is compared with its SHA-256.
 
-    url: an empty database that the rows go to, in place of a SQLite file. Raises StorageError if
-    the folder is not empty or a file of the backup is damaged; the folder is empty again then.
+    url: an empty database that the rows go to, in place of a SQLite file. storage: an empty place
+    for pictures and inputs, in place of the data folder. Raises StorageError if a folder is not
+    empty or a file of the backup is damaged; the folders are empty again then.
     """
-    made = _about(place)
+    made, to = _about(place), storage_at(storage or root)
     try:
         if (root / RESTORING).is_file():  # of one that was cut off
             _clear(root)
         _make_empty(root, "a backup is restored to an empty folder")
         (root / RESTORING).touch(mode=0o600)
+        _begin_elsewhere(to)
         try:
             damaged = [
-                name for name, digest in _sums(place) if _restored(place, root, name) != digest
+                name for name, digest in _sums(place) if _restored(place, root, to, name) != digest
             ]
             if damaged:
                 more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
@@ -134,8 +152,10 @@ def restore(place: Path, root: Path, url: str | None = None) -> Backup:
             os.sync()
         except BaseException:
             _clear(root)
+            _clear_elsewhere(to)
             raise
-        (root / RESTORING).unlink()
+        to.remove([RESTORING])
+        (root / RESTORING).unlink(missing_ok=True)
     except (OSError, sqlite3.Error) as error:
         raise StorageError(f"the backup cannot be restored: {_line(error)}") from None
     return made
@@ -183,9 +203,7 @@ def _names(database: Path) -> Iterator[tuple[str, str]]:
 
 
 def _others(root: Path) -> Iterator[str]:
-    """Yield the names of files that no row is about."""
-    if (root / MARK).is_file():
-        yield MARK
+    """Yield the names of the studio's files."""
     for folder in KEPT:
         for path in sorted((root / folder).rglob("*")):
             if path.is_file() and not path.is_symlink():
@@ -196,22 +214,27 @@ def _others(root: Path) -> Iterator[str]:
 
 
 def _copied(
-    root: Path,
+    storage: Storage,
     place: Path,
     name: str,
     made: Backup,
     earlier: Path | None = None,
     known: dict[str, str] | None = None,
 ) -> str:
-    """Copy one file, or link it to the one of an earlier backup; return its SHA-256."""
-    source, target = root / name, place / name
+    """Copy one file, or link it to the one of an earlier backup; return its SHA-256.
+
+    Raises FileNotFoundError if it is gone.
+    """
+    target = place / name
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = source.stat()
-    made.size += found.st_size
+    found = storage.find(name)
+    if found is None:
+        raise FileNotFoundError(name)
+    made.size += found.size
     if earlier is not None and known and name in known:
         before = earlier / name
         there = before.stat() if before.is_file() else None
-        if there and (there.st_size, there.st_mtime_ns) == (found.st_size, found.st_mtime_ns):
+        if there and (there.st_size, there.st_mtime_ns) == (found.size, found.changed):
             try:
                 target.hardlink_to(before)
             except OSError:  # another disk
@@ -219,29 +242,39 @@ def _copied(
             else:
                 made.linked += 1
                 return known[name]
-    return _copy(source, target)
+    return _copy(found, target)
 
 
-def _restored(place: Path, root: Path, name: str) -> str:
+def _restored(place: Path, root: Path, storage: Storage, name: str) -> str:
     """Copy one file of a backup; return the SHA-256 of what was copied, "" of one that is lost."""
+    found = storage_at(place).find(name)
+    if found is None:
+        return ""
+    if not storage.local and (name == MARK or name.startswith(STORED)):
+        digest = hashlib.sha256()
+        storage.write_with(name, lambda file: _pour(found, file, digest))
+        return digest.hexdigest()
     target = root / name
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    try:
-        return _copy(place / name, target)
-    except FileNotFoundError:
-        return ""
+    return _copy(found, target)
 
 
-def _copy(source: Path, target: Path) -> str:
+def _copy(found: Stored, target: Path) -> str:
     digest = hashlib.sha256()
-    with source.open("rb") as reading:
-        found = os.fstat(reading.fileno())
+    try:
         with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            while chunk := reading.read(CHUNK):
-                digest.update(chunk)
-                file.write(chunk)
-    os.utime(target, ns=(found.st_atime_ns, found.st_mtime_ns))
+            _pour(found, file, digest)
+    except FileNotFoundError:
+        target.unlink()
+        raise
+    os.utime(target, ns=(found.changed, found.changed))
     return digest.hexdigest()
+
+
+def _pour(found: Stored, file: BinaryIO, digest: hashlib._Hash) -> None:
+    for part in found.parts():
+        digest.update(part)
+        file.write(part)
 
 
 def _take_out(place: Path, url: str, missing: list[tuple[str, str]], sums: dict[str, str]) -> int:
@@ -303,6 +336,27 @@ def _clear(root: Path) -> None:
         else:
             path.unlink(missing_ok=True)
     (root / RESTORING).unlink(missing_ok=True)
+
+
+def _begin_elsewhere(to: Storage) -> None:
+    """Make sure that a storage elsewhere is empty, and mark it as half restored."""
+    if to.local:
+        return
+    if to.find(RESTORING) is not None:  # of one that was cut off
+        _clear_elsewhere(to)
+    if to.find(MARK) is not None or any(to.sizes(folder) for folder in STORED):
+        raise SafelightError(f"{to.url} is not empty: a backup is restored to an empty storage")
+    to.write(RESTORING, b"")
+
+
+def _clear_elsewhere(to: Storage) -> None:
+    """Remove what a restore has written to a storage elsewhere, its mark last."""
+    if to.local or to.find(RESTORING) is None:
+        return
+    for folder in STORED:
+        to.remove(f"{folder}/{name}" for name in to.sizes(folder))
+    to.remove([MARK])
+    to.remove([RESTORING])
 
 
 def _line(error: Exception) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from safelight.defaults import model_defaults
 from safelight.errors import SafelightError
-from safelight.server.jobs import ModelInfo, StoppingError
+from safelight.server.jobs import ModelInfo, StoppingError, WorkerInfo
 from safelight.server.served import Served
 from safelight.server.settings import Settings
 from safelight.weights.find import notes_of
@@ -69,10 +69,11 @@ class Catalogue:
         for info in (self.info, *self._others.values()):
             info.ready = info.loaded = False
 
-    def on_fleet(self, models: list[ModelInfo]) -> None:
+    def on_fleet(self, workers: Sequence[WorkerInfo]) -> None:
         """Take in what the workers elsewhere draw with, for a server that has none of its own."""
+        models = [worker.model for worker in workers]
         self.info.ready = bool(models)
-        self._elsewhere = [model.name for model in models]
+        self._elsewhere = [*dict.fromkeys(name for one in workers for name in one.models)]
         if models:
             self.info = models[0]
             self._others |= {model.name: model for model in models[1:]}
@@ -91,6 +92,8 @@ class Catalogue:
 
     def _on_described(self, name: str, facts: dict[str, Any] | None, error: str | None) -> None:
         known = self._get(name)
+        if facts is None and name in self._elsewhere:
+            return  # another worker may have it
         if facts is not None and not known.loaded:
             same = {"ready": known.ready, "sha256": known.sha256, "device": known.device}
             self._set(ModelInfo(**facts | same))

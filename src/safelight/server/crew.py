@@ -174,7 +174,8 @@ class Crew:
         except self._ray.exceptions.RayError as error:
             self._hands.remove(hand)
             if hand.answered:
-                log.warning("a worker on Ray is lost: its jobs wait for another one")
+                told = _last_line(error).partition(". ")[0]
+                log.warning("a worker on Ray is lost: its jobs wait for another one (%s)", told)
             else:
                 self._on_failure(_last_line(error))
             return

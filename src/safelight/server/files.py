@@ -1,32 +1,37 @@
-"""The data folder: pictures, the inputs of jobs, thumbnails. File names are ids of ours."""
+"""The pictures, the inputs of jobs and the thumbnails, in a folder or at a URL.
+
+File names are ids of ours.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import logging
-import os
 import re
-import stat
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image
 
 from safelight.errors import SafelightError
-from safelight.picture import HALF, open_picture, reason, save_plain_png, save_png, save_whole
+from safelight.picture import HALF, open_picture, reason, write_plain_png, write_png
 from safelight.progress import Reader
 from safelight.server import private, quarantine
 from safelight.server.jobs import StorageError
+from safelight.storage import Stored, storage_at
 
 log = logging.getLogger("safelight.server")
 
 THUMBNAIL = 256
 FOLDERS = ("pictures", "inputs", "thumbnails")
+INPUTS = ("image", "mask")
 MARK = "folder.id"
-"""The file that says which database a data folder belongs to."""
+"""The file that says which database a storage belongs to."""
 
 RESTORING = "restore.unfinished"
-"""A file that is there while a backup is copied to a data folder."""
+"""A file that is there while a backup is copied to a storage."""
 
 _ID = re.compile(r"[0-9a-f]{32}")
 _OURS = re.compile(r"([0-9a-f]{32})(?:-(?:image|mask))?\.png")
@@ -34,18 +39,33 @@ _OURS = re.compile(r"([0-9a-f]{32})(?:-(?:image|mask))?\.png")
 
 
 class Files:
-    """The files of a data folder. Reading and writing raise StorageError."""
+    """The files of a server. Reading and writing raise StorageError.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    where: a folder of this machine, as the data folder, or a URL that fsspec knows.
+    """
+
+    def __init__(self, where: Path | str) -> None:
+        self.storage = storage_at(where)
+
+    @property
+    def local(self) -> bool:
+        """Whether they are in a folder of this machine."""
+        return self.storage.local
+
+    @property
+    def root(self) -> Path:
+        """The folder of this machine that they are in."""
+        return Path(self.storage.root)
 
     def prepare(self) -> None:
         """Make the folders, closed to other users of this machine."""
-        if (self.root / RESTORING).is_file():
+        if self.storage.find(RESTORING) is not None:
             raise StorageError(
                 "the data folder has half of a backup that was being restored: run "
                 "`safelight restore` again"
             )
+        if not self.local:
+            return
         try:
             for name in FOLDERS:
                 (self.root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -57,62 +77,77 @@ class Files:
             raise StorageError(f"the data folder cannot be used: {error.strerror}") from None
 
     def mark(self) -> str | None:
-        """Return what this data folder is known by in its database; None for a new one."""
+        """Return what this storage is known by in its database; None for a new one."""
         try:
-            return (self.root / MARK).read_text().strip() or None
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
+            return (self.storage.read(MARK) or b"").decode().strip() or None
+        except UnicodeDecodeError as error:
             raise StorageError(f"{MARK} cannot be read: {reason(error)}") from None
 
     def set_mark(self, mark: str) -> None:
-        try:
-            save_whole(self.root / MARK, lambda f: f.write(mark.encode()), overwrite=True)
-        except SafelightError as error:
-            raise StorageError(str(error)) from None
+        self.storage.write(MARK, mark.encode())
 
     def make_sure(self) -> None:
-        """Raise StorageError if the data folder is away, as that of a disk which came loose."""
-        if not (self.root / MARK).is_file():
-            raise StorageError("the data folder is not there")
+        """Raise StorageError if the storage is away, as that of a disk which came loose."""
+        if self.storage.find(MARK) is None:
+            what = "the data folder" if self.local else f"the storage {self.storage.url}"
+            raise StorageError(f"{what} is not there")
 
-    def picture(self, picture_id: str) -> Path | None:
-        """Return the path of a picture; None for an id that is invalid or has no file."""
-        if not _ID.fullmatch(picture_id):
+    def picture(self, picture_id: str) -> Stored | None:
+        """Return a picture; None for an id that is invalid or has no file."""
+        return self.storage.find(_picture(picture_id)) if _ID.fullmatch(picture_id) else None
+
+    def picture_bytes(self, picture_id: str) -> bytes | None:
+        """Return the bytes of a picture; None for an id that is invalid or has no file."""
+        return self.storage.read(_picture(picture_id)) if _ID.fullmatch(picture_id) else None
+
+    def thumbnail(self, picture_id: str) -> Stored | None:
+        """Return a picture of at most 256 pixels a side, which is made on the first call."""
+        if self.picture(picture_id) is None:
             return None
-        path = self._picture(picture_id)
-        return path if path.is_file() else None
-
-    def thumbnail(self, picture_id: str) -> Path | None:
-        """Return the path of a picture of at most 256 pixels a side, made on the first call."""
-        whole = self.picture(picture_id)
+        name = _thumbnail(picture_id)
+        if (found := self.storage.find(name)) is not None:
+            return found
+        whole = self.picture_bytes(picture_id)
         if whole is None:
             return None
-        path = self.root / "thumbnails" / f"{picture_id}.png"
-        if not path.is_file():
-            image = open_picture(whole)
-            image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-            self._save(image, path, {}, overwrite=True)
-        return path
+        image = open_picture(whole)
+        image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+        self._save(name, lambda file: write_png(file, image, {}))
+        return self.storage.find(name)
 
     def keep_input(self, job_id: str, name: str, image: Image.Image) -> None:
         self.make_sure()
-        path = self.input_path(job_id, name)
-        self._saved(path, lambda: save_plain_png(image, path))
+        self._save(_input(job_id, name), lambda file: write_plain_png(file, image))
+
+    def input_bytes(self, job_id: str, name: str) -> bytes | None:
+        """Return the PNG of a picture that a job starts from, None if it has none."""
+        data = self.storage.read(_input(job_id, name))
+        if data is None:
+            self.make_sure()
+        return data
+
+    def input_path(self, job_id: str, name: str, folder: Path) -> Path | None:
+        """Return where a picture that a job starts from lies on this machine, None if it has none.
+
+        From elsewhere it is copied to `folder`.
+        """
+        if self.local:
+            return Path(self.storage.path(_input(job_id, name)))
+        data = self.input_bytes(job_id, name)
+        if data is None:
+            return None
+        path = folder / f"{name}.png"
+        path.write_bytes(data)
+        return path
 
     def input(self, job_id: str, name: str) -> Image.Image | None:
         """Return a picture that a job starts from, None if it has none.
 
         Raises StorageError if it cannot be read now, SafelightError if it is damaged.
         """
-        path = self.input_path(job_id, name)
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            self.make_sure()
+        data = self.input_bytes(job_id, name)
+        if data is None:
             return None
-        except OSError as error:
-            raise StorageError(f"the {name} cannot be read: {error.strerror}") from None
         try:
             with Image.open(Reader(data)) as image:  # our own, as it was written
                 image.load()
@@ -121,44 +156,34 @@ class Files:
             raise SafelightError(f"the {name} cannot be read again: {reason(error)}") from None
 
     def keep(self, image: Image.Image, picture_id: str, texts: Mapping[str, str]) -> None:
-        """Write a finished picture; it gets its name once all of it is on the disk."""
+        """Write a finished picture; it gets its name once all of it is kept."""
         self.make_sure()
-        self._save(image, self._picture(picture_id), texts, overwrite=True)
+        self._save(_picture(picture_id), lambda file: write_png(file, image, texts))
 
     def remove_inputs(self, job_id: str) -> None:
-        for name in ("image", "mask"):
-            self.input_path(job_id, name).unlink(missing_ok=True)
+        self.storage.remove(_input(job_id, name) for name in INPUTS)
 
     def remove_pictures(self, picture_ids: Iterable[str]) -> None:
-        for picture_id in picture_ids:
-            for folder in ("pictures", "thumbnails"):
-                (self.root / folder / f"{picture_id}.png").unlink(missing_ok=True)
+        self.storage.remove(
+            name(picture_id) for picture_id in picture_ids for name in (_picture, _thumbnail)
+        )
 
     def size_of(self, job_id: str, picture_ids: Iterable[str]) -> int:
         """Return the bytes of all files of a job."""
-        paths = [self.input_path(job_id, name) for name in ("image", "mask")]
+        names = [_input(job_id, name) for name in INPUTS]
         for picture_id in picture_ids:
-            paths += [self.root / name / f"{picture_id}.png" for name in ("pictures", "thumbnails")]
-        return sum(_size(path) for path in paths)
+            names += [_picture(picture_id), _thumbnail(picture_id)]
+        found = (self.storage.find(name) for name in names)
+        return sum(one.size for one in found if one is not None)
 
     def total_size(self) -> int:
-        """Return the bytes of the files of all jobs. Raises StorageError."""
-        total = 0
-        try:
-            for name in FOLDERS:
-                with os.scandir(self.root / name) as entries:
-                    total += sum(_size(entry) for entry in entries)
-        except OSError as error:
-            raise StorageError(f"the data folder cannot be read: {error.strerror}") from None
-        return total
+        """Return the bytes of the files of all jobs."""
+        return sum(sum(self.storage.sizes(folder).values()) for folder in FOLDERS)
 
     def pictures(self) -> set[str]:
         """Return the ids of all pictures that are there."""
-        with os.scandir(self.root / "pictures") as entries:
-            names = (Path(entry.name) for entry in entries if entry.is_file(follow_symlinks=False))
-            return {
-                name.stem for name in names if name.suffix == ".png" and _ID.fullmatch(name.stem)
-            }
+        names = (Path(name) for name in self.storage.sizes("pictures"))
+        return {name.stem for name in names if name.suffix == ".png" and _ID.fullmatch(name.stem)}
 
     def sweep(self, known: Callable[[], tuple[set[str], set[str]]]) -> int:
         """Put the files of no known picture or job into quarantine; return how many.
@@ -170,57 +195,48 @@ class Files:
         with names of other kinds, are left as they are. What was half written when a process was
         killed is removed.
         """
-        found: dict[str, list[str]] = {}
-        for folder in FOLDERS:
-            with os.scandir(self.root / folder) as entries:
-                found[folder] = [e.name for e in entries if e.is_file(follow_symlinks=False)]
+        found = {folder: [*self.storage.sizes(folder)] for folder in FOLDERS}
         moved: list[str] = []
         pictures, jobs = known()
         for folder, names in found.items():
             ids = jobs if folder == "inputs" else pictures
             for name in names:
-                path = self.root / folder / name
-                ours = _OURS.fullmatch(name)
+                file, ours = f"{folder}/{name}", _OURS.fullmatch(name)
                 try:
-                    if path.match(HALF):
-                        path.unlink()
+                    if fnmatch.fnmatchcase(name, HALF):
+                        self.storage.remove([file])
                     elif ours is not None and ours[1] not in ids:
-                        quarantine.put_away(self.root, path)
-                        moved.append(f"{folder}/{name}")
-                except OSError as error:
-                    log.warning("%s/%s is not ours, and stays: %s", folder, name, error.strerror)
+                        quarantine.put_away(self.storage, file)
+                        moved.append(file)
+                except (OSError, StorageError) as error:
+                    if not self.local:
+                        raise
+                    log.warning("%s is not ours, and stays: %s", file, reason(error))
         if moved:
             log.warning(
                 "the database does not know %d files, which are in quarantine now, for %d days: %s",
                 *(len(moved), quarantine.DAYS, ", ".join(moved[:5]) + ", …" * (len(moved) > 5)),
             )
-        quarantine.forget(self.root, FOLDERS)
+        quarantine.forget(self.storage, FOLDERS)
         return len(moved)
 
-    def _picture(self, picture_id: str) -> Path:
-        return self.root / "pictures" / f"{picture_id}.png"
-
-    def input_path(self, job_id: str, name: str) -> Path:
-        return self.root / "inputs" / f"{job_id}-{name}.png"
-
-    def _save(
-        self, image: Image.Image, path: Path, texts: Mapping[str, str], *, overwrite: bool = False
-    ) -> None:
-        self._saved(path, lambda: save_png(image, path, texts, overwrite=overwrite))
-
-    def _saved(self, path: Path, save: Callable[[], None]) -> None:
+    def _save(self, name: str, write: Callable[[BinaryIO], object]) -> None:
         try:
-            save()
-        except SafelightError as error:
-            with contextlib.suppress(OSError):  # it may have its name, and not be on the disk
-                path.unlink(missing_ok=True)
-            raise StorageError(str(error)) from None
+            self.storage.write_with(name, write)
+        except StorageError:
+            if self.local:  # it may have its name, and not be on the disk
+                with contextlib.suppress(StorageError):
+                    self.storage.remove([name])
+            raise
 
 
-def _size(file: Path | os.DirEntry[str]) -> int:
-    """Return the bytes of a file; 0 for one that is gone, and for a folder."""
-    try:
-        found = file.lstat() if isinstance(file, Path) else file.stat(follow_symlinks=False)
-    except OSError:
-        return 0
-    return found.st_size if stat.S_ISREG(found.st_mode) else 0
+def _picture(picture_id: str) -> str:
+    return f"pictures/{picture_id}.png"
+
+
+def _thumbnail(picture_id: str) -> str:
+    return f"thumbnails/{picture_id}.png"
+
+
+def _input(job_id: str, name: str) -> str:
+    return f"inputs/{job_id}-{name}.png"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, TypeVar
 
 from safelight.fast import memory
@@ -22,6 +22,9 @@ from safelight.server.tracing import JobSpans
 
 T = TypeVar("T")
 
+BEAT = 0.25
+"""Seconds between two signs of life while a storage elsewhere is waited for."""
+
 
 class Holder:
     """What a worker does with its jobs beside drawing them, which is the `Worker`'s.
@@ -34,7 +37,8 @@ class Holder:
         self._pipe, self._pulse = pipe, pulse
         self._id = new_id()
         pipe.send(("worker", self._id))
-        self._store, self._files = Store(settings.url), Files(Path(settings.root))
+        self._store, self._files = Store(settings.url), Files(settings.place)
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="storage")
         self._held: dict[str, Held] = {}
         self._alone = False
         self._watched: set[str] = set()
@@ -169,6 +173,19 @@ class Holder:
             if self._stopping or claim.id not in self._held:
                 raise LostError(claim.id)
 
+    def _stored(self, call: Callable[[], T]) -> T:
+        """Return what a call returns that reads or writes files.
+
+        A storage elsewhere may take longer than a worker may be silent, and than a lease lasts.
+        """
+        if self._files.local:
+            return call()
+        coming = self._threads.submit(call)
+        while not wait([coming], BEAT).done:
+            self._pulse.count()
+            self._renew()
+        return coming.result()
+
     def _commit(self, held: Held, image: Any, index: int, seed: int, dtype: str) -> None:
         """Write the file first, then the row: what has a row has a file.
 
@@ -192,7 +209,9 @@ class Holder:
         texts = png_texts(recipe)
         try:
             with self._spans.measured("save", claim.id, index):
-                self._patiently(claim, lambda: self._files.keep(image, picture.id, texts))
+                self._patiently(
+                    claim, lambda: self._stored(lambda: self._files.keep(image, picture.id, texts))
+                )
                 self._patiently(
                     claim, lambda: self._store.add_picture(claim.id, claim.token, picture)
                 )
@@ -200,7 +219,7 @@ class Holder:
             # A database that went away in the middle may have it nevertheless.
             with contextlib.suppress(StorageError, OSError):
                 if not self._store.has_picture(picture.id):
-                    self._files.remove_pictures([picture.id])
+                    self._stored(lambda: self._files.remove_pictures([picture.id]))
             raise
 
     def _end(self, claim: Claim, warnings: list[str], error: Exception | None) -> None:

@@ -6,19 +6,15 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
-
-from sqlalchemy.exc import SQLAlchemyError
+from typing import Any
 
 from safelight.errors import SafelightError
 from safelight.request import Request
 from safelight.server import tracing
 from safelight.server.catalogue import Catalogue
 from safelight.server.costs import cost, pixel_steps, steps_of
-from safelight.server.database import reason
 from safelight.server.events import Events
 from safelight.server.files import Files
 from safelight.server.fleet import Elsewhere, Fleet
@@ -41,6 +37,7 @@ from safelight.server.scaling import Plan
 from safelight.server.steps import Steps
 from safelight.server.store import Store, new_id
 from safelight.server.supervisor import Supervisor
+from safelight.server.threads import Threads
 from safelight.server.webhooks import Webhooks
 
 log = logging.getLogger("safelight.server")
@@ -48,25 +45,23 @@ log = logging.getLogger("safelight.server")
 LOOK_AGAIN = 2.0
 """Seconds after which one who waits looks into the database: messages may be lost."""
 
-UNANSWERED = 20.0
-"""Seconds after which who asked is told that the database does not answer."""
-
-T = TypeVar("T")
-
 
 class Hub:
     """The jobs of a data folder and the workers that draw them; see `jobs.Service`.
 
     child: the first worker of this server, or the workers that it keeps on Ray; None leaves all to
     others. bound: the most pictures that may wait. on_refusal: called if no worker can draw with
-    these settings; `refusal` is then the reason.
+    these settings; `refusal` is then the reason. files: those of the jobs, in the data folder or
+    elsewhere; root: the data folder.
     """
 
     def __init__(
         self, settings: Settings, child: Child | Plan | None, *, bound: int = 1000
     ) -> None:
         self.settings, self._bound = settings, bound
-        self.files = Files(Path(settings.root))
+        self.files, self.root = Files(settings.place), Path(settings.root)
+        self._threads = Threads(local=self.files.local)
+        self._in_database = self._threads.in_database
         self.store = Store(settings.url)
         recover(self.files, self.store)
         self.keys = Keyring(self.store.all_keys)
@@ -77,15 +72,13 @@ class Hub:
         self.fleet = Fleet(
             self.store,
             settings.url,
-            on_message=lambda kind, rest: self._events.publish(kind, rest[0], rest[1:]),
+            on_message=lambda kind, rest: self._on_message(kind, rest, fleet=True),
             on_change=self._on_fleet,
         )
         self.supervisor = self._supervise(child)
-        self.catalogue = Catalogue(settings, self.supervisor.send, self._in_database)
+        self.catalogue = Catalogue(settings, self._send, self._in_database)
         self._steps = Steps()
         self._stuck: str | None = None
-        self._database = ThreadPoolExecutor(4, thread_name_prefix="database")
-        self._inputs = ThreadPoolExecutor(2, thread_name_prefix="inputs")
 
     @property
     def stopping(self) -> bool:
@@ -125,7 +118,6 @@ class Hub:
 
     def start(self) -> None:
         """Begin, within the event loop. Requests are accepted while the model is loaded."""
-        self._loop = asyncio.get_running_loop()
         self.supervisor.start()
         self.fleet.start()
         self.webhooks.start()
@@ -138,8 +130,7 @@ class Hub:
         await self.webhooks.stop()
         with contextlib.suppress(StorageError):  # the next start does it
             await self._in_database(partial(self.store.release, told_to=True))
-        self._inputs.shutdown()
-        self._database.shutdown()
+        self._threads.close()
         self.store.close()
 
     def drain(self) -> None:
@@ -162,7 +153,7 @@ class Hub:
         found = self.supervisor.trouble or self._stuck
         if found is None:
             try:
-                await self._in_database(self._look)
+                await self._threads.with_files(self._look)
             except StorageError as error:
                 return str(error)
             if isinstance(self.supervisor, Supervisor):  # those of the fleet say it by themselves
@@ -176,7 +167,7 @@ class Hub:
         self.files.make_sure()
         self.store.counts()
 
-    def _on_message(self, kind: str, rest: list[Any]) -> None:
+    def _on_message(self, kind: str, rest: list[Any], *, fleet: bool = False) -> None:
         if self.catalogue.on_message(kind, rest):
             if kind == "ready":
                 self._events.watch_again()
@@ -185,7 +176,7 @@ class Hub:
         elif kind == "stuck":
             self._stuck = rest[0]
         else:
-            if kind == "progress" and rest[1]:
+            if kind == "progress" and rest[1] and not fleet:
                 self._steps.answer(True)
             self._events.publish(kind, rest[0], rest[1:])
 
@@ -197,7 +188,7 @@ class Hub:
         """Take what the fleet draws with for what this server does, if it draws nothing itself."""
         self._events.watch_again()
         if isinstance(self.supervisor, Elsewhere):
-            self.catalogue.on_fleet([worker.model for worker in self.fleet.workers])
+            self.catalogue.on_fleet(self.fleet.workers)
 
     def _on_worker_end(self) -> None:
         self.catalogue.on_worker_end()
@@ -237,7 +228,7 @@ class Hub:
         native = self.catalogue.size(name)
         job_id = new_id()
         # Large pictures, which take a while to write, hold up none without.
-        submitting = self._in_database if request.image is None else self._with_inputs
+        submitting = self._in_database if request.image is None else self._threads.with_inputs
         job, new = await submitting(
             partial(
                 accept,
@@ -330,10 +321,11 @@ class Hub:
 
     async def delete(self, job_id: str, *, owner: str | None = None) -> bool:
         """Remove a job and its pictures. One that is not final is cancelled first."""
+        await self._threads.with_files(self.files.make_sure)  # else its files would stay
         await self.cancel(job_id, owner=owner)
         if not await self._in_database(self.store.delete, job_id, owner):
             return False
-        await self._in_database(clear, self.files, self.store, [job_id])
+        await self._threads.with_files(clear, self.files, self.store, [job_id])
         return True
 
     async def list(self, **how: Any) -> list[Job]:
@@ -345,9 +337,9 @@ class Hub:
         """Return how many jobs there are of each status, by model."""
         return await self._in_database(self.store.counts_by_model)
 
-    def picture_file(self, picture_id: str) -> Path | None:
+    def picture_bytes(self, picture_id: str) -> bytes | None:
         """See `jobs.Service`."""
-        return self.files.picture(picture_id)
+        return self.files.picture_bytes(picture_id)
 
     async def job_of(self, picture_id: str, *, owner: str | None = None) -> Job | None:
         """Return the job that a picture belongs to."""
@@ -378,22 +370,3 @@ class Hub:
     async def defaults(self, model: str | None = None) -> dict[str, Any]:
         """See `jobs.Service`."""
         return await self.catalogue.defaults(model or self.catalogue.info.name)
-
-    async def _in_database(self, call: Callable[..., T], *given: Any) -> T:
-        """Call in a thread: the database may wait for a lock."""
-        return await self._in_threads(self._database, call, *given)
-
-    async def _with_inputs(self, call: Callable[..., T], *given: Any) -> T:
-        """Call in a thread what also writes pictures."""
-        return await self._in_threads(self._inputs, call, *given)
-
-    async def _in_threads(self, threads: Executor, call: Callable[..., T], *given: Any) -> T:
-        try:
-            async with asyncio.timeout(UNANSWERED):
-                return await self._loop.run_in_executor(threads, call, *given)
-        except TimeoutError:  # as of one that stands still with its connections open
-            raise StorageError("the database of jobs does not answer") from None
-        except OSError as error:
-            raise StorageError(f"the data folder does not take it: {error.strerror}") from None
-        except SQLAlchemyError as error:
-            raise StorageError(f"the database of jobs does not take it: {reason(error)}") from None

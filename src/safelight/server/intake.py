@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from typing import Any
@@ -41,8 +42,9 @@ def accept(
         kept = _may_be_there(store, job_id)
         raise
     finally:
-        if not kept:
-            files.remove_inputs(job_id)
+        if not kept and request.image is not None:
+            with contextlib.suppress(StorageError):  # the next start puts them into quarantine
+                files.remove_inputs(job_id)
     return job, kept
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from datetime import datetime
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel, Field
 
 from safelight.errors import SafelightError
+from safelight.errors import StorageError as StorageError
 from safelight.request import Request
 
 if TYPE_CHECKING:
@@ -111,7 +111,8 @@ class WorkerInfo(BaseModel):
     """A worker of the fleet, as it said of itself."""
 
     id: str
-    model: ModelInfo
+    model: ModelInfo = Field(description="the one that it began with")
+    models: list[str] = Field([], description="all that it draws jobs of; it loads them by turns")
     memory: int | None = Field(None, description="MiB of the device that it draws on")
     joined_at: datetime
     seen_at: datetime = Field(description="when it last said that it is well")
@@ -136,13 +137,6 @@ class BusyError(TooMuchError):
         )
 
 
-class StorageError(SafelightError):
-    """Something could not be kept or read: the disk is full, or the database does not answer."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, code="storage")
-
-
 class StoppingError(SafelightError):
     """The server is about to end."""
 
@@ -155,6 +149,7 @@ _STATUS = {
     "limit_reached": 429,
     "stopping": 503,
     "storage": 507,
+    "storage_away": 503,
     "not_found": 404,
 }
 
@@ -216,8 +211,8 @@ class Service(Protocol):
         """Cancel a job; return it. One that runs ends within one step."""
         ...
 
-    def picture_file(self, picture_id: str) -> Path | None:
-        """Return the PNG of a finished picture, its recipe inside."""
+    def picture_bytes(self, picture_id: str) -> bytes | None:
+        """Return the PNG of a finished picture, its recipe inside; called in a thread."""
         ...
 
     async def models(self) -> list[ModelInfo]:

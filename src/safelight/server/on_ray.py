@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
+import os
 import signal
 import threading
 import time
@@ -170,6 +171,7 @@ def _run(pipe: Connection, plan: Plan, settings: Settings) -> None:
     from safelight.server.logs import log_to_stderr
 
     log_to_stderr()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Ray prints what we log
     with contextlib.suppress(BrokenPipeError, ConnectionError):  # the server is gone
         try:
             ray = connect(plan.address)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import logging
-import shutil
 from collections.abc import Iterable
 from datetime import UTC, date, datetime, timedelta
-from pathlib import Path
+
+from safelight.server.jobs import StorageError
+from safelight.storage import Storage
 
 log = logging.getLogger("safelight.server")
 
@@ -19,48 +20,50 @@ FIRST = date(2025, 1, 1)
 """No day of a quarantine is earlier. A machine without a battery starts in 1970."""
 
 
-def put_away(root: Path, path: Path) -> None:
-    """Move a file into today's folder of the quarantine. Raises OSError."""
+def put_away(storage: Storage, name: str) -> None:
+    """Move a file into today's folder of the quarantine. Raises OSError, as `Storage.move`."""
     today = _today().isoformat()
+    folder, _, file = name.rpartition("/")
     try:
-        path.rename(_free(root / NAME / today / path.parent.name, path.name))
+        storage.move(name, _free(storage, f"{NAME}/{today}/{folder}/{file}"))
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
         # The folder is a disk of its own.
-        path.rename(_free(path.parent / NAME / today, path.name))
+        storage.move(name, _free(storage, f"{folder}/{NAME}/{today}/{file}"))
 
 
-def forget(root: Path, folders: Iterable[str]) -> None:
+def forget(storage: Storage, folders: Iterable[str]) -> None:
     """Delete what has been in quarantine for more than DAYS."""
-    for place in (root / NAME, *(root / folder / NAME for folder in folders)):
+    # A store elsewhere has no folder that is a disk of its own.
+    own = [f"{folder}/{NAME}" for folder in folders] if storage.local else []
+    for place in (NAME, *own):
         try:
-            days = list(place.iterdir()) if place.is_dir() else []
-        except OSError as error:
-            log.warning("the quarantine cannot be read: %s", error.strerror)
+            days = storage.folders(place)
+        except StorageError as error:
+            log.warning("the quarantine cannot be read: %s", error)
             continue
         for day in days:
-            if _too_old(day) and not day.is_symlink():
-                shutil.rmtree(day, ignore_errors=True)
-                log.warning("the quarantine of %s was deleted", day.name)
+            if _too_old(day):
+                storage.remove_folder(f"{place}/{day}")
+                log.warning("the quarantine of %s was deleted", day)
 
 
-def _too_old(day: Path) -> bool:
+def _too_old(day: str) -> bool:
     try:
-        put = date.fromisoformat(day.name)
+        put = date.fromisoformat(day)
     except ValueError:
         return False  # somebody else's
     # Before there was a quarantine, the clock was wrong.
     return FIRST <= put < _today() - timedelta(days=DAYS)
 
 
-def _free(folder: Path, name: str) -> Path:
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    number, path = 0, folder / name
-    while path.exists():
+def _free(storage: Storage, name: str) -> str:
+    number, free = 0, name
+    while storage.find(free) is not None:
         number += 1
-        path = folder / f"{name}.{number}"
-    return path
+        free = f"{name}.{number}"
+    return free
 
 
 def _today() -> date:

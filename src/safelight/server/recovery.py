@@ -26,12 +26,12 @@ def recover(files: Files, store: Store) -> None:
     if present and not known & present:
         raise StorageError(
             f"the database of jobs knows none of the {len(present)} pictures in "
-            f"{files.root / 'pictures'}: name the one that does as --database, restore it, or move "
-            "that folder away to begin anew"
+            f"{files.storage.url}/pictures: name the one that does as --database, restore it, or "
+            "move that folder away to begin anew"
         )
-    store.set_folder(mark)
     if files.mark() != mark:
-        files.set_mark(mark)
+        files.set_mark(mark)  # first: it may be that nothing can be written there
+    store.set_folder(mark)
     store.release(ended=True)
     clear(files, store)  # what was being deleted
     # A picture without its row may be half of a commit, or newer than a backup that was restored.
@@ -60,10 +60,11 @@ def _mark(files: Files, store: Store, knows: bool, knows_these: bool) -> str:
     """Return what this folder is known by in its database. Raises StorageError for another's."""
     here, there = files.mark(), store.folder()
     file = sqlite_file(store.engine)
-    within = file is not None and files.root in file.resolve().parents
+    within = files.local and file is not None and files.root in file.resolve().parents
+    what, option = ("data folder", "--data-dir") if files.local else ("storage", "--storage")
     foreign = StorageError(
-        f"the database of jobs belongs to another data folder than {files.root}: give that one as "
-        "--data-dir, or another --database"
+        f"the database of jobs belongs to another {what} than {files.storage.url}: give that one "
+        f"as {option}, or another --database"
     )
     if there is None:
         if knows and not knows_these and not within:

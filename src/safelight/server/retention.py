@@ -13,7 +13,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from safelight.errors import SafelightError
+from safelight.errors import AwayError, SafelightError, StorageError
 from safelight.server.expiry import BATCH
 from safelight.server.files import Files
 from safelight.server.keep import Keep
@@ -29,6 +29,9 @@ starts a server may have meant another number.
 
 PAUSE = 300.0
 """Seconds between two looks at what is beyond the limits."""
+
+SLOW_PAUSE = 3600.0
+"""The same for a limit of size with a storage elsewhere: each thousand names is a request."""
 
 
 @dataclass
@@ -143,7 +146,8 @@ class Retention:
                 log.warning("--keep waits: %s", error)
             except Exception:  # the next look may do it
                 log.exception("--keep failed")
-            self._stopped.wait(PAUSE)
+            slow = self._keep.size is not None and not self._files.local
+            self._stopped.wait(SLOW_PAUSE if slow else PAUSE)
 
 
 def clear(files: Files, store: Store, job_ids: Sequence[str] | None = None) -> Freed:
@@ -155,12 +159,14 @@ def clear(files: Files, store: Store, job_ids: Sequence[str] | None = None) -> F
     freed, done = Freed(), []
     files.make_sure()  # nothing is deleted from a disk that is away
     for job_id, drawn in store.gone(job_ids).items():
-        size = files.size_of(job_id, drawn)
         try:
+            size = files.size_of(job_id, drawn)
             files.remove_inputs(job_id)
             files.remove_pictures(drawn)
-        except OSError as error:
-            log.warning("files of a deleted job cannot be removed yet: %s", error.strerror)
+        except StorageError as error:
+            log.warning("files of a deleted job cannot be removed yet: %s", error)
+            if isinstance(error, AwayError):  # nor can the others
+                break
             continue
         done.append(job_id)
         freed += Freed(1, len(drawn), size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from sqlalchemy import ColumnElement, func, select
@@ -23,18 +25,26 @@ COUNTED = 1000
 class Roster(Database):
     """The database as workers of a fleet register with it."""
 
-    def beat(self, worker: str, place: str, model: ModelInfo, memory: int | None) -> None:
+    def beat(
+        self,
+        worker: str,
+        place: str,
+        model: ModelInfo,
+        memory: int | None,
+        models: Sequence[str] = (),
+    ) -> None:
         """Say that a worker is well; the first time it is put on the roster.
 
         place: its machine and process, for a person. memory: MiB of the device that it draws on.
+        models: names of all that it draws jobs of, besides `model`.
         """
-        now = self._now()
+        now, names = self._now(), [*dict.fromkeys((model.name, *models))]
+        told = {"seen": now, "model": json.dumps({**model.model_dump(), "models": names})}
         with self._write() as db:
-            mine = workers.update().where(workers.c.id == worker).values(seen=now)
-            if db.execute(mine).rowcount:
+            if db.execute(workers.update().where(workers.c.id == worker).values(**told)).rowcount:
                 return
-            told = {"place": place[:255], "model": model.model_dump_json(), "memory": memory}
-            db.execute(workers.insert().values(id=worker, joined=now, seen=now, **told))
+            told |= {"joined": now, "place": place[:255], "memory": memory}
+            db.execute(workers.insert().values(id=worker, **told))
 
     def leave(self, worker: str) -> None:
         """Take a worker off the roster."""
@@ -54,7 +64,8 @@ class Roster(Database):
         return [
             WorkerInfo(
                 id=row["id"],
-                model=ModelInfo.model_validate_json(row["model"]),
+                model=(model := ModelInfo.model_validate_json(row["model"])),
+                models=json.loads(row["model"]).get("models", [model.name]),
                 memory=row["memory"],
                 joined_at=datetime.fromtimestamp(row["joined"], UTC),
                 seen_at=datetime.fromtimestamp(row["seen"], UTC),

@@ -13,7 +13,8 @@ class Settings:
     allowed: names of the models that requests may name besides `model`; None allows those that
     ship and those of the models folder. model_memory: bytes that loaded models may take together;
     None for a share of the machine's. elsewhere: the server's machine may have other models: jobs
-    of those that are not here are left to others.
+    of those that are not here are left to others. root: the data folder; of a worker elsewhere, its
+    storage. storage: where pictures and inputs are, a folder or a URL; None for the data folder.
     """
 
     model: str
@@ -33,6 +34,12 @@ class Settings:
     allowed: tuple[str, ...] | None = None
     model_memory: int | None = None
     elsewhere: bool = False
+    storage: str | None = None
+
+    @property
+    def place(self) -> str:
+        """Where pictures and inputs are."""
+        return self.storage or self.root
 
     @property
     def loading(self) -> dict[str, Any]:

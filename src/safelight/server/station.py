@@ -13,7 +13,6 @@ import os
 import platform
 import signal
 import threading
-from pathlib import Path
 from typing import Any
 
 from safelight.server.files import Files
@@ -22,6 +21,7 @@ from safelight.server.logs import log_to_stderr
 from safelight.server.process import Child
 from safelight.server.recovery import belongs
 from safelight.server.roster import BEAT
+from safelight.server.served import Served
 from safelight.server.settings import Settings
 from safelight.server.store import Store
 from safelight.server.supervisor import Supervisor
@@ -29,8 +29,8 @@ from safelight.server.wire import TO_SERVER, TO_WORKERS, Wire
 
 log = logging.getLogger("safelight.server")
 
-NEWS = ("progress", "preview", "picture", "end")
-ORDERS = ("wake", "cancel", "watch", "unwatch")
+NEWS = ("progress", "preview", "picture", "end", "described")
+ORDERS = ("wake", "cancel", "watch", "unwatch", "describe")
 
 DRAINING = 2.0
 """Seconds between two times that a worker is told to finish what it has, and says that it is well.
@@ -51,8 +51,9 @@ class Station:
 
     def __init__(self, settings: Settings, child: Child) -> None:
         self._settings = settings
-        self._files, self._store = Files(Path(settings.root)), Store(settings.url)
+        self._files, self._store = Files(settings.place), Store(settings.url)
         self._place = f"{platform.node()}:{os.getpid()}"
+        self._served = Served(settings)
         self._began = False
         self._told: str | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -154,7 +155,9 @@ class Station:
         if name is None or model is None or self.supervisor.trouble is not None:
             return
         try:
-            await asyncio.to_thread(self._store.beat, name, self._place, model, self._memory)
+            models = await asyncio.to_thread(self._served.sources)  # new files are told of
+            told = (name, self._place, model, self._memory, [*models])
+            await asyncio.to_thread(self._store.beat, *told)
             self._note(None)
         except StorageError as error:
             self._note(str(error))
@@ -167,6 +170,8 @@ class Station:
             self._wire.send("ready")
         elif kind == "stuck":
             self._note(rest[0])
+        elif kind == "described" and rest[1] is None:
+            pass  # another one may have that model
         elif kind in NEWS:
             self._wire.send(kind, *rest)
 

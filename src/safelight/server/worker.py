@@ -13,6 +13,7 @@ from safelight.engine.capacity import out_of_memory
 from safelight.errors import SafelightError
 from safelight.request import Request
 from safelight.server.claims import Claim, LostError
+from safelight.server.files import INPUTS
 from safelight.server.held import FEWEST, JOBS, Held, bound, full
 from safelight.server.holder import Holder
 from safelight.server.jobs import StorageError
@@ -215,8 +216,7 @@ class Worker(Holder):
         one = self._models.get(self._name(claim.model))
         assert one is not None
         try:
-            self._files.remove_pictures(claim.left)
-            image, mask = (self._files.input(claim.id, name) for name in ("image", "mask"))
+            image, mask = self._stored(lambda: self._inputs(claim))
             request = Request.from_dict(claim.settings, image=image, mask=mask, fitted=True)
             with self._spans.measured("encode", claim.id):
                 result = one.engine.add(request, claim.id, claim.done, claim.owner)
@@ -245,6 +245,15 @@ class Worker(Holder):
         if not mine:
             self._end(claim, result.warnings, None)
         return True
+
+    def _inputs(self, claim: Claim) -> list[Any]:
+        """Return what a job starts from, None for none, and remove what was left of it before."""
+        if claim.left:
+            self._files.remove_pictures(claim.left)
+        return [
+            self._files.input(claim.id, name) if f"{name}_sha256" in claim.settings else None
+            for name in INPUTS
+        ]
 
     # --- drawing ---------------------------------------------------------------------------------
 

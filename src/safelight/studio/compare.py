@@ -118,7 +118,7 @@ def _sheet(hub: Hub, jobs: list[Job], axes: list[Axis], owner: str) -> str:
     columns = len(axes[0].values)
     results = [_result(hub, job) for job in jobs]
     rows = [results[i : i + columns] for i in range(0, len(results), columns)]
-    folder = hub.files.root / "grids" / owner
+    folder = hub.root / "grids" / owner
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{new_id()}.png"
     Grid(axes[0], axes[1] if len(axes) > 1 else None, rows).save(path)
@@ -128,12 +128,12 @@ def _sheet(hub: Hub, jobs: list[Job], axes: list[Axis], owner: str) -> str:
 def _result(hub: Hub, job: Job) -> Result:
     """Return the result of a cell's job."""
     picture = job.pictures[0]
-    path = hub.picture_file(picture.id)
-    if path is None:
+    data = hub.picture_bytes(picture.id)
+    if data is None:
         raise SafelightError("a cell of the grid was deleted before the last was drawn")
     recipe = picture.recipe
     return Result(
-        images=[open_picture(path)],
+        images=[open_picture(data)],
         seeds=[picture.seed],
         settings=recipe["settings"],
         model=recipe["model"]["name"],

@@ -124,7 +124,7 @@ class Inside:
     async def _explained(
         self, prompt: str, settings: dict[str, Any], source: Source | None, by: gr.Request
     ) -> AsyncIterator[tuple[Any, Any, Any]]:
-        folder = self._hub.files.root / "inside" / folder_of(asker(by))
+        folder = self._hub.root / "inside" / folder_of(asker(by))
         folder.mkdir(parents=True, exist_ok=True)
         name = new_id()
         yield (

@@ -97,7 +97,7 @@ class Studio:
             await PlainTextResponse(_MISSING, 404)(scope, receive, send)
             return
         if path.startswith(KEPT_AT):
-            await _kept(self._hub.files.root, path, caller_of(scope))(scope, receive, send)
+            await _kept(self._hub.root, path, caller_of(scope))(scope, receive, send)
             return
         if not _ASKED.fullmatch(path):
             await PlainTextResponse("there is no such page\n", 404)(scope, receive, send)
@@ -138,7 +138,7 @@ class Studio:
 
     def _uploads(self, page: Any) -> Uploads:
         if self._uploaded is None:
-            self._uploaded = Uploads(page, self._hub.files.root / UPLOADS)
+            self._uploaded = Uploads(page, self._hub.root / UPLOADS)
         return self._uploaded
 
     def begin(self) -> None:
@@ -177,7 +177,7 @@ def _build(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> tuple[Any,
     # Gradio reads this when it is imported; it switches off its telemetry.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     # The default is in /tmp: for ever, under a name that another user may have taken.
-    os.environ["GRADIO_TEMP_DIR"] = str(hub.files.root / UPLOADS)
+    os.environ["GRADIO_TEMP_DIR"] = str(hub.root / UPLOADS)
     from fastapi import FastAPI
     from gradio import mount_gradio_app, processing_utils, queueing, route_utils, routes
 

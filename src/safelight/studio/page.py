@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -124,8 +126,8 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
         async def use(event: gr.EventData, by: gr.Request) -> list[Any]:
             """Start from a picture, with its prompt and size."""
             _, picture = await _picture(hub, event, by)
-            path = hub.picture_file(picture.id)
-            if path is None:
+            data = await asyncio.to_thread(hub.picture_bytes, picture.id)
+            if data is None:
                 raise gr.Error(DELETED, print_exception=False)
             return [
                 gr.Tabs(selected="make"),
@@ -133,19 +135,22 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
                 picture.recipe["settings"].get("prompt", ""),
                 picture.width,
                 picture.height,
-                *easel.on_easel(await asyncio.to_thread(open_picture, path)),
+                *easel.on_easel(await asyncio.to_thread(open_picture, data)),
             ]
 
         async def look(event: gr.EventData, by: gr.Request) -> AsyncIterator[list[Any]]:
             job, picture = await _picture(hub, event, by)
             settings = dict(picture.recipe["settings"])
             prompt = settings.pop("prompt", "")
-            for name in PICTURES:
-                if settings.pop(f"{name}_sha256", None) is not None:
-                    settings[name] = hub.files.input_path(job.id, name)
             settings.pop("count", None)
-            async for update in inside.show(prompt, settings, job.model, by):
-                yield [gr.Tabs(selected="inside"), *update]
+            with tempfile.TemporaryDirectory() as folder:
+                for name in PICTURES:
+                    if settings.pop(f"{name}_sha256", None) is not None:
+                        settings[name] = await asyncio.to_thread(
+                            hub.files.input_path, job.id, name, Path(folder)
+                        )
+                async for update in inside.show(prompt, settings, job.model, by):
+                    yield [gr.Tabs(selected="inside"), *update]
 
         async def read(path: str | None, now: str, by: gr.Request) -> list[Any]:
             """Fill the form with the settings stored in a dropped picture."""

@@ -22,7 +22,7 @@ class Train:
     """
 
     def __init__(self, hub: Hub) -> None:
-        folder = hub.files.root / "training"
+        folder = hub.root / "training"
         earlier = sorted(folder.glob("digits-*"), key=lambda path: path.stat().st_mtime)
         self._out = earlier[-1] if earlier else folder
         self._command: Command | None = None

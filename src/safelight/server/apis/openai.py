@@ -87,12 +87,12 @@ class _Call:
 
     async def picture(self, picture: Picture) -> dict[str, Any]:
         """Return a finished picture as the answer has it."""
-        path = self.service.picture_file(picture.id)
-        if path is None:
-            raise failed(f"picture {picture.index} was deleted before it could be sent")
 
         def read() -> dict[str, Any]:
-            png = enlarged_png(path.read_bytes(), self.size)
+            data = self.service.picture_bytes(picture.id)
+            if data is None:
+                raise failed(f"picture {picture.index} was deleted before it could be sent")
+            png = enlarged_png(data, self.size)
             text = "" if self.body.form == "png" else recipe_text(read_recipe(png))
             return encoded(png, self.body, text)
 

@@ -19,6 +19,7 @@ from safelight.sampling import SAMPLERS
 from safelight.sampling.schedule import SCHEDULES
 from safelight.server.bodies import decode_base64, decoded, read_json, turn
 from safelight.server.callers import caller_of
+from safelight.server.files import Files
 from safelight.server.hub import Hub
 from safelight.server.jobs import Event, Job, ModelInfo, Status, WorkerInfo
 from safelight.server.sizes import enlarged_png
@@ -26,6 +27,7 @@ from safelight.server.store import MAX_LISTED
 from safelight.server.webhooks import check_url
 from safelight.settings import json_schema, shown
 from safelight.sizes import MAX_SIDE, MIN_SIDE
+from safelight.storage import Stored
 
 router = APIRouter()
 
@@ -200,7 +202,7 @@ async def retry(request: HttpRequest, job_id: JobId) -> Any:
 @router.get(
     "/api/pictures/{picture_id}",
     response_class=FileResponse,
-    responses={200: {"content": {"image/png": {}}}, 404: {}},
+    responses={200: {"content": {"image/png": {}}}, 404: {}, 503: {"model": Problem}},
     tags=["pictures"],
 )
 async def picture(
@@ -210,20 +212,21 @@ async def picture(
     height: Annotated[int | None, Query(ge=MIN_SIDE, le=MAX_SIDE)] = None,
 ) -> Any:
     """Get a PNG with its recipe inside. With width and height it is resized by Lanczos."""
-    path = hub(request).picture_file(picture_id)
-    if path is None or await _foreign(request, picture_id):
+    files = hub(request).files
+    found = await asyncio.to_thread(files.picture, picture_id)
+    if found is None or await _foreign(request, picture_id):
         return _missing("picture")
     if width is None or height is None:
-        return FileResponse(path, media_type="image/png")
+        return _png(found)
     async with turn(request):
-        data = await asyncio.to_thread(lambda: enlarged_png(path.read_bytes(), (width, height)))
-    return Response(data, media_type="image/png")
+        data = await asyncio.to_thread(_enlarged, files, picture_id, (width, height))
+    return _missing("picture") if data is None else Response(data, media_type="image/png")
 
 
 @router.get(
     "/api/pictures/{picture_id}/thumbnail",
     response_class=FileResponse,
-    responses={200: {"content": {"image/png": {}}}, 404: {}},
+    responses={200: {"content": {"image/png": {}}}, 404: {}, 503: {"model": Problem}},
     tags=["pictures"],
 )
 async def thumbnail(request: HttpRequest, picture_id: JobId) -> Any:
@@ -231,8 +234,21 @@ async def thumbnail(request: HttpRequest, picture_id: JobId) -> Any:
     if await _foreign(request, picture_id):
         return _missing("picture")
     async with turn(request):
-        path = await asyncio.to_thread(hub(request).files.thumbnail, picture_id)
-    return _missing("picture") if path is None else FileResponse(path, media_type="image/png")
+        found = await asyncio.to_thread(hub(request).files.thumbnail, picture_id)
+    return _missing("picture") if found is None else _png(found)
+
+
+def _png(found: Stored) -> Response:
+    """Return the answer that is a PNG; from a storage elsewhere it is passed on part by part."""
+    if found.path is not None:
+        return FileResponse(found.path, media_type="image/png")
+    size = {"content-length": str(found.size)}
+    return StreamingResponse(found.parts(), headers=size, media_type="image/png")
+
+
+def _enlarged(files: Files, picture_id: str, size: tuple[int, int]) -> bytes | None:
+    data = files.picture_bytes(picture_id)
+    return None if data is None else enlarged_png(data, size)
 
 
 @router.get("/api/webhook-secret", tags=["jobs"])

@@ -12,7 +12,6 @@ import json
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter
@@ -129,11 +128,10 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
     pictures = sorted(job.pictures, key=lambda picture: picture.index)
     images: list[str] = []
     for picture in pictures if body.send_images else ():
-        path = service.picture_file(picture.id)
-        if path is None:
-            raise HTTPException(500, f"picture {picture.index + 1} is no longer there")
         async with turn(http):
-            data = await asyncio.to_thread(_picture, path, asked.size)
+            data = await asyncio.to_thread(_picture, service, picture.id, asked.size)
+        if data is None:
+            raise HTTPException(500, f"picture {picture.index + 1} is no longer there")
         images.append(base64.b64encode(data).decode())
     enlarged = {} if asked.size is None else {"enlarged": list(asked.size)}
     request, seeds = asked.request, [picture.seed for picture in pictures]
@@ -192,8 +190,9 @@ async def _sent(http: HttpRequest, body: ImageToImage) -> Sent:
     return Sent(await decoded(http, "picture", data, "init_images", what), mask)
 
 
-def _picture(path: Path, size: tuple[int, int] | None) -> bytes:
-    return enlarged_png(path.read_bytes(), size)
+def _picture(service: Service, picture_id: str, size: tuple[int, int] | None) -> bytes | None:
+    data = service.picture_bytes(picture_id)
+    return None if data is None else enlarged_png(data, size)
 
 
 def _timestamp(job: Job) -> str:

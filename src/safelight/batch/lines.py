@@ -1,104 +1,17 @@
-"""A folder on this machine or at a URL, in which files are whole or absent."""
+"""Files of JSON objects, one a line, that grow."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import fsspec
-
 from safelight.errors import SafelightError
-from safelight.picture import reason, save_whole
+from safelight.picture import reason
 from safelight.settings import shown
-
-
-class Storage:
-    """The folder that a batch writes into.
-
-    url: a path of this machine, or a URL that fsspec knows (`s3://bucket/folder`). local: whether
-    it is of this machine, where files can be appended to.
-
-    Methods raise SafelightError, one line, if it cannot be read or written.
-    """
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        try:
-            self.fs, root = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:
-            raise SafelightError(f"out {shown(url)} cannot be used: {reason(error)}") from None
-        self.root = str(root).rstrip("/")
-        self.local = "file" in _names(self.fs.protocol)
-
-    def path(self, name: str) -> str:
-        """Return the full name of a file."""
-        return f"{self.root}/{name}"
-
-    def write(self, name: str, data: bytes) -> None:
-        """Write a file, whole or not at all; one that exists is replaced."""
-        if self.local:
-            self.write_with(name, lambda file: file.write(data))
-        else:
-            self._do(lambda: self.fs.pipe_file(self._made(name), data))
-
-    def write_with(self, name: str, write: Callable[[BinaryIO], object]) -> None:
-        """Write a large file, whole or not at all; `write` is called with the opened file."""
-        if self.local:
-            save_whole(Path(self.path(name)), write, overwrite=True)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            here = Path(folder) / "file"
-            with here.open("wb") as file:
-                write(file)
-            self._do(lambda: self.fs.put_file(str(here), self._made(name)))
-
-    def read(self, name: str) -> bytes | None:
-        """Return the bytes of a file, None if there is none."""
-        try:
-            return self._do(lambda: self.fs.cat_file(self.path(name)), missing=True)
-        except FileNotFoundError:
-            return None
-
-    def names(self, folder: str = "") -> set[str]:
-        """Return the names of the files in a folder, without the folder; empty if there is none."""
-        where = self.path(folder).rstrip("/")
-        try:
-            self.fs.invalidate_cache()
-            found = self._do(lambda: self.fs.ls(where, detail=True), missing=True)
-        except (FileNotFoundError, NotADirectoryError):
-            return set()
-        return {one["name"].rpartition("/")[2] for one in found if one["type"] == "file"}
-
-    def remove(self, names: Iterable[str]) -> None:
-        """Remove files; those that are not there are no error."""
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                self._do(lambda name=name: self.fs.rm_file(self.path(name)), missing=True)
-
-    def _made(self, name: str) -> str:
-        """Return the full name of a file whose folder is there: some file systems have none."""
-        self.fs.makedirs(self.path(name).rpartition("/")[0], exist_ok=True)
-        return self.path(name)
-
-    def _do(self, call: Callable[[], Any], *, missing: bool = False) -> Any:
-        try:
-            return call()
-        except (FileNotFoundError, NotADirectoryError) as error:
-            if missing:
-                raise
-            raise self._failed(error) from None
-        except (OSError, ImportError, ValueError, NotImplementedError) as error:
-            raise self._failed(error) from None
-
-    def _failed(self, error: Exception) -> SafelightError:
-        return SafelightError(
-            f"out {shown(self.url)} cannot be used: {reason(error)}", code="storage"
-        )
+from safelight.storage import Storage
 
 
 class Lines:
@@ -198,7 +111,3 @@ class Lines:
             f"{self.name} in {shown(self._storage.url)} has a line that is not ours: "
             "give another --out"
         )
-
-
-def _names(protocol: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (protocol,) if isinstance(protocol, str) else protocol

@@ -1,0 +1,58 @@
+"""The threads in which a server waits for its database and its files, while others are served."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from safelight.server.database import reason
+from safelight.server.jobs import StorageError
+
+UNANSWERED = 20.0
+"""Seconds after which who asked is told that the database does not answer."""
+
+T = TypeVar("T")
+
+
+class Threads:
+    """Methods that call a function in a thread, and raise StorageError for what it waits for.
+
+    local: whether files are on this machine.
+    """
+
+    def __init__(self, *, local: bool) -> None:
+        self._database = ThreadPoolExecutor(4, thread_name_prefix="database")
+        self._inputs = ThreadPoolExecutor(2, thread_name_prefix="inputs")
+        self._local = local
+
+    async def in_database(self, call: Callable[..., T], *given: Any) -> T:
+        """Call what asks the database, which may wait for a lock."""
+        return await _called(self._database, call, *given)
+
+    async def with_files(self, call: Callable[..., T], *given: Any) -> T:
+        """Call what also looks at files: those elsewhere may keep it waiting."""
+        return await _called(self._database if self._local else self._inputs, call, *given)
+
+    async def with_inputs(self, call: Callable[..., T], *given: Any) -> T:
+        """Call what also writes pictures."""
+        return await _called(self._inputs, call, *given)
+
+    def close(self) -> None:
+        self._inputs.shutdown()
+        self._database.shutdown()
+
+
+async def _called(threads: Executor, call: Callable[..., T], *given: Any) -> T:
+    try:
+        async with asyncio.timeout(UNANSWERED):
+            return await asyncio.get_running_loop().run_in_executor(threads, call, *given)
+    except TimeoutError:  # as of one that stands still with its connections open
+        raise StorageError("the database of jobs does not answer") from None
+    except OSError as error:
+        raise StorageError(f"the data folder does not take it: {error.strerror}") from None
+    except SQLAlchemyError as error:
+        raise StorageError(f"the database of jobs does not take it: {reason(error)}") from None

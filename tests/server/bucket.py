@@ -1,0 +1,51 @@
+"""An object store to test against: moto's server, which speaks S3."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+SECRET = "a-secret-that-nobody-should-read"
+ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "an-access-key",
+    "AWS_SECRET_ACCESS_KEY": SECRET,
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
+
+
+class Bucket:
+    """An S3 on a free port, with a bucket of its own; it can be away for a while."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        from moto.moto_server.threaded_moto_server import ThreadedMotoServer
+
+        self._kind: Any = ThreadedMotoServer
+        self._server = self._kind("127.0.0.1", 0, verbose=False)
+        self._server.start()
+        self._port = self._server.get_host_and_port()[1]
+        self._count = itertools.count()
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{self._port}")
+        import s3fs
+
+        self.fs = s3fs.S3FileSystem(use_listings_cache=False)
+        self.fs.mkdir("pictures-of-all")
+
+    def url(self) -> str:
+        """A place in it that is empty."""
+        return f"s3://pictures-of-all/{next(self._count)}"
+
+    def leave(self) -> None:
+        self._server.stop()
+
+    def come_back(self) -> None:
+        """With what was in it."""
+        self._server = self._kind("127.0.0.1", self._port, verbose=False)
+        self._server.start()
+
+    def names(self, url: str) -> set[str]:
+        root = url.removeprefix("s3://")
+        return {name.removeprefix(f"{root}/") for name in self.fs.find(root)}
