@@ -311,7 +311,7 @@ def to_first(store: Store) -> None:
             db.execute(text(f"DROP TABLE {table}"))
         for index in ("owner", "shortest", "oldest", "expires", "finished", "model"):
             db.execute(text(f"DROP INDEX ix_jobs_{index}"))
-        for column in ("owner", "kills", "ends", "model", "pixel_steps", "expires"):
+        for column in ("owner", "kills", "ends", "model", "pixel_steps", "expires", "trace"):
             db.execute(text(f"ALTER TABLE jobs DROP COLUMN {column}"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -105,6 +106,21 @@ def test_traces_are_off_unless_asked_for(
     tracing.stop()
     assert not tracing.on()
     assert tracing.here() is None
+
+
+def test_a_collector_that_is_away_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    from opentelemetry.sdk.trace.export import SpanExportResult
+
+    answers = [SpanExportResult.FAILURE] * 3 + [SpanExportResult.SUCCESS] * 2
+    exporter = tracing.Telling(SimpleNamespace(export=lambda _: answers.pop(0)))
+    with caplog.at_level(logging.INFO):
+        for _ in range(5):
+            exporter.export([])
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == [
+        "traces are lost: the collector does not take them; it is tried again",
+        "traces are sent again",
+    ]
 
 
 def test_a_package_that_is_missing_is_told_of(

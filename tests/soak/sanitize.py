@@ -28,7 +28,7 @@ def runtime(name: str) -> str:
 
 
 def main() -> int:
-    tests = sys.argv[1:] or ["tests/test_fast.py", "tests/test_kernels.py"]
+    tests = sys.argv[1:] or ["tests/test_fast.py", "tests/test_int8.py", "tests/test_kernels.py"]
     with tempfile.TemporaryDirectory() as folder:
         leave_out = shutil.ignore_patterns("*.so", "__pycache__")
         shutil.copytree(ROOT / "src" / "safelight", Path(folder) / "safelight", ignore=leave_out)

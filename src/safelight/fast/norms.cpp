@@ -81,20 +81,18 @@ struct Normalise {
     bf16* out;
     int64_t images, positions, channels, active;
 };
-KERNEL safelight_normalise(const Normalise* p) {
-    const int64_t rows = p->images * p->positions, positions = p->positions, channels = p->channels;
-    REQUIRE(sizes({p->images, positions, channels}) && channels % 16 == 0);
-    if (!rows || !channels) return nullptr;
-    REQUIRE(pointers(p->x, p->factors, p->out));
-    const bf16* x = p->x;
-    const float* factors = p->factors;
-    bf16* out = p->out;
-#pragma omp parallel for schedule(static)
+KERNEL safelight_normalise(const Normalise* given) {
+    const Normalise p = *given;
+    REQUIRE(sizes({p.images, p.positions, p.channels}) && p.channels % 16 == 0);
+    const int64_t rows = p.images * p.positions;
+    if (!rows || !p.channels) return nullptr;
+    REQUIRE(pointers(p.x, p.factors, p.out));
+#pragma omp parallel for schedule(static) firstprivate(p)
     for (int64_t r = 0; r < rows; r++) {
-        const float *factor = factors + r / positions * 2 * channels, *addend = factor + channels;
-        for (int64_t c = 0; c < channels; c += 16) {
-            vec v = fma(load(x + r * channels + c), floats(factor + c), floats(addend + c));
-            store(out + r * channels + c, p->active ? silu(v) : v);
+        const float* factor = p.factors + r / p.positions * 2 * p.channels;
+        for (int64_t c = 0, at = r * p.channels; c < p.channels; c += 16, at += 16) {
+            vec v = fma(load(p.x + at), floats(factor + c), floats(factor + p.channels + c));
+            store(p.out + at, p.active ? silu(v) : v);
         }
     }
     return nullptr;
@@ -110,42 +108,37 @@ struct LayerNorm {
     int64_t rows, channels;
     float eps;
 };
-KERNEL safelight_layer_norm(const LayerNorm* p) {
-    const int64_t rows = p->rows, channels = p->channels;
-    REQUIRE(sizes({rows, channels}) && channels % 16 == 0);
-    if (!rows || !channels) return nullptr;
-    REQUIRE(pointers(p->x, p->factor, p->shift, p->out));
-    REQUIRE(!p->plus || pointers(p->plus, p->total));
-    const bf16 *x = p->x, *plus = p->plus;
-    const float *factor = p->factor, *shift = p->shift, eps = p->eps;
-    bf16 *total = p->total, *out = p->out;
-#pragma omp parallel
+KERNEL safelight_layer_norm(const LayerNorm* given) {
+    const LayerNorm p = *given;
+    REQUIRE(sizes({p.rows, p.channels}) && p.channels % 16 == 0);
+    if (!p.rows || !p.channels) return nullptr;
+    REQUIRE(pointers(p.x, p.factor, p.shift, p.out) && (!p.plus || pointers(p.plus, p.total)));
+#pragma omp parallel firstprivate(p)
     {
-        float* row = (float*)scratch(channels * 4);
+        float* row = (float*)scratch(p.channels * 4);
 #pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; r++) {
+        for (int64_t r = 0; r < p.rows; r++) {
+            const int64_t at = r * p.channels;
             vec all = splat(0), square = splat(0);
-            for (int64_t c = 0; c < channels; c += 16) {
-                vec v = load(x + r * channels + c);
-                if (plus) {
-                    bf16* to = total + r * channels + c;
-                    store(to, v + load(plus + r * channels + c));
-                    v = load(to);
+            for (int64_t c = 0; c < p.channels; c += 16) {
+                vec v = load(p.x + at + c);
+                if (p.plus) {
+                    store(p.total + at + c, v + load(p.plus + at + c));
+                    v = load(p.total + at + c);
                 }
                 store(row + c, v);
                 all = all + v;
             }
-            vec mean = splat(sum(all) / channels);
-            for (int64_t c = 0; c < channels; c += 16) {
+            vec mean = splat(sum(all) / p.channels);
+            for (int64_t c = 0; c < p.channels; c += 16) {
                 vec v = floats(row + c) - mean;
                 store(row + c, v);
                 square = fma(v, v, square);
             }
-            float var = sum(square) / channels;
-            vec inverse = splat(1 / sqrtf(var + eps));
-            for (int64_t c = 0; c < channels; c += 16)
-                store(out + r * channels + c,
-                      fma(floats(row + c) * inverse, floats(factor + c), floats(shift + c)));
+            vec inverse = splat(1 / sqrtf(sum(square) / p.channels + p.eps));
+            for (int64_t c = 0; c < p.channels; c += 16)
+                store(p.out + at + c,
+                      fma(floats(row + c) * inverse, floats(p.factor + c), floats(p.shift + c)));
         }
     }
     return nullptr;
@@ -162,43 +155,35 @@ struct Lay {
     bf16* out;
     int64_t plane, images, height, width, channels, first, last;
 };
-KERNEL safelight_lay(const Lay* p) {
-    const int64_t images = p->images, height = p->height, width = p->width, channels = p->channels;
-    const int64_t first = p->first, plane = p->plane, wide = width + 2, tall = p->last - first + 2;
-    REQUIRE(sizes({plane, images, height, width, channels, first}) && channels % 32 == 0);
-    REQUIRE(first <= p->last && p->last <= height);
-    REQUIRE(plane >= images * tall * wide * 32);
-    if (!images || !channels) return nullptr;
-    REQUIRE(pointers(p->out) && pointer_or_null(p->factors));
-    REQUIRE(!height || !width || pointers(p->x));
-    const bf16* x = p->x;
-    const float* factors = p->factors;
-    bf16* out = p->out;
-#pragma omp parallel for schedule(static)
-    for (int64_t r = 0; r < images * tall; r++) {
-        int64_t i = r / tall, y = first + r % tall - 1;
-        const bf16* from = x + (i * height + y) * width * channels;
-        for (int64_t c = 0; c < channels; c += 32) {
-            bf16* to = out + c / 32 * plane + r * wide * 32;
-            if (y < 0 || y >= height) {
-                memset(to, 0, wide * 64);
-                continue;
-            }
-            memset(to, 0, 64);
+KERNEL safelight_lay(const Lay* given) {
+    const Lay p = *given;
+    const int64_t wide = p.width + 2, tall = p.last - p.first + 2;
+    REQUIRE(sizes({p.plane, p.images, p.height, p.width, p.channels, p.first}));
+    REQUIRE(p.channels % 32 == 0 && p.first <= p.last && p.last <= p.height);
+    REQUIRE(p.plane >= p.images * tall * wide * 32);
+    if (!p.images || !p.channels) return nullptr;
+    REQUIRE(pointers(p.out) && pointer_or_null(p.factors));
+    REQUIRE(!p.height || !p.width || pointers(p.x));
+#pragma omp parallel for schedule(static) firstprivate(p)
+    for (int64_t r = 0; r < p.images * tall; r++) {
+        int64_t i = r / tall, y = p.first + r % tall - 1;
+        for (int64_t c = 0; c < p.channels; c += 32) {
+            const bf16* from = p.x + (i * p.height + y) * p.width * p.channels;
+            bf16* to = p.out + c / 32 * p.plane + r * wide * 32;
+            const bool beyond = y < 0 || y >= p.height;
+            memset(to, 0, beyond ? wide * 64 : 64);
+            if (beyond) continue;
             to += 32;
-            if (factors) {
-                const float *factor = factors + i * 2 * channels + c, *addend = factor + channels;
+            if (p.factors) {
+                const float* factor = p.factors + i * 2 * p.channels + c;
+                const float* addend = factor + p.channels;
                 vec f0 = floats(factor), f1 = floats(factor + 16);
                 vec a0 = floats(addend), a1 = floats(addend + 16);
-                for (int64_t n = 0; n < width; n++, to += 32) {
-                    const bf16* v = from + n * channels + c;
-                    vec low = silu(fma(load(v), f0, a0));
-                    vec high = silu(fma(load(v + 16), f1, a1));
-                    store(to, low, high);
-                }
+                for (int64_t n = 0; n < p.width; n++, to += 32, from += p.channels)
+                    store(to, silu(fma(load(from + c), f0, a0)), silu(fma(load(from + c + 16), f1, a1)));
             } else {
-                for (int64_t n = 0; n < width; n++, to += 32)
-                    memcpy(to, from + n * channels + c, 64);
+                for (int64_t n = 0; n < p.width; n++, to += 32, from += p.channels)
+                    memcpy(to, from + c, 64);
             }
             memset(to, 0, 64);
         }

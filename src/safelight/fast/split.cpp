@@ -61,24 +61,17 @@ inline void multiply(const bf16* x, const bf16* w, int64_t blocks, const char* n
     }
 }
 
-// 32 rows by 32 columns whose sums are there.
-struct Done {
-    const float* sums;
-    int64_t row, rows, column;
-};
-
-void finish(const Linear& p, const Done& d, bool first) {
-    for (int64_t i = 0; i < d.rows; i++) {
-        const float* sums = d.sums + i / 16 * 512 + i % 16 * 16;
-        int64_t at = (d.row + i) * p.columns + d.column;
-        for (int half = 0; half < 32; half += 16, sums += 256) {
-            vec total = floats(sums);
-            if (!first) total = total + floats(p.out + at + half);
-            else if (p.bias) total = total + floats(p.bias + d.column + half);
-            if (first && p.plus) total = total + floats(p.plus + at + half);
-            store(p.out + at + half, total);
+// The sums of 32 rows, from m to m_end at most, by 32 columns.
+void finish(const Linear& p, const float* sums, int64_t m, int64_t m_end, int64_t n, bool first) {
+    for (int64_t i = 0; i < 32 && m + i < m_end; i++)
+        for (int64_t c = 0; c < 32; c += 16) {
+            const int64_t at = (m + i) * p.columns + n + c;
+            vec total = floats(sums + place(i, c / 16));
+            if (!first) total = total + floats(p.out + at);
+            else if (p.bias) total = total + floats(p.bias + n + c);
+            if (first && p.plus) total = total + floats(p.plus + at);
+            store(p.out + at, total);
         }
-    }
 }
 
 // Rows m0..m1 by panels n0..n1.
@@ -98,21 +91,21 @@ void region(const Linear& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
         fence();
         // A block's sums are finished while the next block's are made: what tiles have stored
         // cannot be read at once.
-        Done ready{nullptr, 0, 0, 0};
-        for (int64_t n = n0, turn = 0; n < n1; n++) {
+        const float* ready = nullptr;
+        int64_t ready_m = 0, ready_n = 0, turn = 0;
+        for (int64_t n = n0; n < n1; n++) {
             const bf16* w = p.weights + (n * blocks + first) * BLOCK;
             for (int64_t i = 0; i < tall; i++, turn++) {
                 bool fetch = n + 1 < n1 && i < 8;
                 clear();
                 multiply(x + i * now * BLOCK, w, now,
                          fetch ? (const char*)(w + blocks * BLOCK) + i * now * 512 : nullptr);
-                if (ready.sums) finish(p, ready, !first);
-                ready = {sums + turn % 2 * 1024, m0 + 32 * i,
-                         m1 - m0 - 32 * i < 32 ? m1 - m0 - 32 * i : 32, n * 32};
-                give((float*)ready.sums);
+                if (ready) finish(p, ready, ready_m, m1, ready_n, !first);
+                give(sums + turn % 2 * 1024);
+                ready = sums + turn % 2 * 1024, ready_m = m0 + 32 * i, ready_n = n * 32;
             }
         }
-        if (ready.sums) finish(p, ready, !first);
+        if (ready) finish(p, ready, ready_m, m1, ready_n, !first);
     }
 }
 

@@ -47,43 +47,41 @@ template <> struct Tile<4> {
     }
 };
 
-struct Shape {
-    int64_t height, width, channels;   // of the map that is convolved
-    int64_t down, across;              // tiles of it
-    static Shape of(int64_t height, int64_t width, int64_t channels, int64_t side) {
-        return {height, width, channels, (height + side - 1) / side, (width + side - 1) / side};
-    }
+// Maps are [pictures][height][width][channels], channels a multiple of 16; `plane` numbers lie
+// between the planes of a place in the tile; side: of a tile's results, 2 or 4.
+struct Spread {
+    const float* x;
+    float* planes;
+    int64_t plane, height, width, channels, scale, side, first, last;
 };
 
-// Tiles first..last of all pictures, into [N*N] planes of [last - first][channels]. `in` is a map
+// Tiles first..last of all pictures, into [N*N] planes of [last - first][channels]. `x` is a map
 // 1/scale as large, of which each position is read for scale x scale of them.
-template <int M>
-void spread(const float* in, float* planes, int64_t plane, Shape s, int64_t scale, int64_t first,
-            int64_t last) {
+template <int M> void spread(const Spread p) {
     const int N = Tile<M>::N;
     alignas(64) static const float nothing[16] = {};
-    int64_t height = s.height / scale, width = s.width / scale;
-#pragma omp parallel for schedule(static)
-    for (int64_t t = first; t < last; t++) {
-        int64_t image = t / (s.down * s.across);
-        int64_t top = t / s.across % s.down * M - 1, left = t % s.across * M - 1;
+    const int64_t height = p.height / p.scale, width = p.width / p.scale, plane = p.plane;
+    const int64_t down = (p.height + M - 1) / M, across = (p.width + M - 1) / M;
+#pragma omp parallel for schedule(static) firstprivate(p)
+    for (int64_t t = p.first; t < p.last; t++) {
+        int64_t image = t / (down * across);
+        int64_t top = t / across % down * M - 1, left = t % across * M - 1;
         const float* at[N * N];
-        for (int i = 0; i < N; i++)
-            for (int j = 0; j < N; j++) {
-                int64_t y = top + i, x = left + j;
-                bool inside = y >= 0 && x >= 0 && y < s.height && x < s.width;
-                at[i * N + j] = inside ? in + ((image * height + y / scale) * width + x / scale)
-                                                  * s.channels
-                                       : nullptr;
-            }
-        float* to = planes + (t - first) * s.channels;
-        for (int64_t c = 0; c < s.channels; c += 16) {
+        for (int i = 0; i < N * N; i++) {
+            int64_t y = top + i / N, x = left + i % N;
+            bool inside = y >= 0 && x >= 0 && y < p.height && x < p.width;
+            at[i] = nullptr;
+            if (inside)
+                at[i] = p.x + ((image * height + y / p.scale) * width + x / p.scale) * p.channels;
+        }
+        float* to = p.planes + (t - p.first) * p.channels;
+        for (int64_t c = 0; c < p.channels; c += 16) {
             vec half[N * N];
             for (int j = 0; j < N; j++)
                 Tile<M>::in(
                     [&](int i) {
-                        const float* p = at[i * N + j];
-                        return *(const vec*)(p ? p + c : nothing);
+                        const float* from = at[i * N + j];
+                        return *(const vec*)(from ? from + c : nothing);
                     },
                     [&](int i, vec v) { half[i * N + j] = v; });
             for (int i = 0; i < N; i++)
@@ -95,27 +93,34 @@ void spread(const float* in, float* planes, int64_t plane, Shape s, int64_t scal
 
 // The products' sums, [N*N] of [last - first][channels], into the map; bias [channels] or, where
 // bias_step is not 0, [pictures][channels], and `plus` are added to it.
-template <int M>
-void gather(const float* const* sums, const float* bias, int64_t bias_step, const float* plus,
-            float* out, Shape s, int64_t first, int64_t last) {
+struct Gather {
+    const float* const* sums;  // one for each place in the tile
+    const float *bias, *plus;
+    float* out;
+    int64_t bias_step, height, width, channels, side, first, last;
+};
+template <int M> void gather(const Gather p) {
     const int N = Tile<M>::N;
-#pragma omp parallel for schedule(static)
-    for (int64_t t = first; t < last; t++) {
-        int64_t image = t / (s.down * s.across);
-        int64_t top = t / s.across % s.down * M, left = t % s.across * M;
-        int64_t row = (t - first) * s.channels;
-        for (int64_t c = 0; c < s.channels; c += 16) {
+    const float *const *sums = p.sums, *plus = p.plus;
+    float* const out = p.out;
+    const int64_t width = p.width, channels = p.channels;
+    const int64_t down = (p.height + M - 1) / M, across = (width + M - 1) / M;
+#pragma omp parallel for schedule(static) firstprivate(p)
+    for (int64_t t = p.first; t < p.last; t++) {
+        int64_t image = t / (down * across), row = (t - p.first) * channels;
+        int64_t top = t / across % down * M, left = t % across * M;
+        for (int64_t c = 0; c < channels; c += 16) {
             vec half[M * N], add = {};
-            if (bias) add = *(const vec*)(bias + image * bias_step + c);
+            if (p.bias) add = *(const vec*)(p.bias + image * p.bias_step + c);
             for (int j = 0; j < N; j++)
                 Tile<M>::out([&](int i) { return *(const vec*)(sums[i * N + j] + row + c); },
                              [&](int i, vec v) { half[i * N + j] = v; });
-            for (int i = 0; i < M && top + i < s.height; i++)
+            for (int i = 0; i < M && top + i < p.height; i++)
                 Tile<M>::out([&](int j) { return half[i * N + j]; },
                              [&](int j, vec v) {
-                                 if (left + j >= s.width) return;
-                                 int64_t to = ((image * s.height + top + i) * s.width + left + j)
-                                               * s.channels + c;
+                                 if (left + j >= width) return;
+                                 int64_t place = (image * p.height + top + i) * width + left + j;
+                                 int64_t to = place * channels + c;
                                  v += add;
                                  if (plus) v += *(const vec*)(plus + to);
                                  *(vec*)(out + to) = v;
@@ -126,13 +131,6 @@ void gather(const float* const* sums, const float* bias, int64_t bias_step, cons
 
 }  // namespace
 
-// Maps are [pictures][height][width][channels], channels a multiple of 16; `plane` numbers lie
-// between the planes of a place in the tile; side: of a tile's results, 2 or 4.
-struct Spread {
-    const float* x;
-    float* planes;
-    int64_t plane, height, width, channels, scale, side, first, last;
-};
 KERNEL safelight_spread(const Spread* p) {
     REQUIRE(sizes({p->plane, p->height, p->width, p->channels, p->first, p->last}));
     REQUIRE(p->channels % 16 == 0 && (p->side == 2 || p->side == 4) && p->scale >= 1);
@@ -140,18 +138,10 @@ KERNEL safelight_spread(const Spread* p) {
     REQUIRE(p->plane >= (p->last - p->first) * p->channels);
     if (p->first == p->last || !p->channels) return nullptr;
     REQUIRE(p->height && p->width && pointers(p->x, p->planes));
-    const Shape shape = Shape::of(p->height, p->width, p->channels, p->side);
-    (p->side == 4 ? spread<4> : spread<2>)(p->x, p->planes, p->plane, shape, p->scale, p->first,
-                                           p->last);
+    (p->side == 4 ? spread<4> : spread<2>)(*p);
     return nullptr;
 }
 
-struct Gather {
-    const float* const* sums;  // one for each place in the tile
-    const float *bias, *plus;
-    float* out;
-    int64_t bias_step, height, width, channels, side, first, last;
-};
 KERNEL safelight_gather(const Gather* p) {
     REQUIRE(sizes({p->bias_step, p->height, p->width, p->channels, p->first, p->last}));
     REQUIRE(p->channels % 16 == 0 && (p->side == 2 || p->side == 4) && p->first <= p->last);
@@ -159,8 +149,6 @@ KERNEL safelight_gather(const Gather* p) {
     REQUIRE(p->height && p->width && pointers(p->sums, p->out));
     for (int i = 0; i < (p->side + 2) * (p->side + 2); i++) REQUIRE(pointers(p->sums[i]));
     REQUIRE(pointer_or_null(p->bias) && pointer_or_null(p->plus));
-    const Shape shape = Shape::of(p->height, p->width, p->channels, p->side);
-    (p->side == 4 ? gather<4> : gather<2>)(p->sums, p->bias, p->bias_step, p->plus, p->out, shape,
-                                           p->first, p->last);
+    (p->side == 4 ? gather<4> : gather<2>)(*p);
     return nullptr;
 }

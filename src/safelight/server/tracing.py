@@ -49,7 +49,8 @@ def start(service: str, exporter: Any = None) -> None:
         if exporter is None:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
-            processor: Any = BatchSpanProcessor(OTLPSpanExporter())
+            telling: Any = Telling(OTLPSpanExporter())
+            processor: Any = BatchSpanProcessor(telling)
         else:
             processor = SimpleSpanProcessor(exporter)
     except ImportError:
@@ -93,6 +94,35 @@ def _context(traceparent: str | None) -> Any:
 
     given = {} if traceparent is None else {"traceparent": traceparent}
     return TraceContextTextMapPropagator().extract(given, Context())
+
+
+class Telling:
+    """An exporter around another, which would tell of each try: says once that spans cannot be
+    sent, and that they can again.
+    """
+
+    def __init__(self, exporter: Any) -> None:
+        self._exporter, self._away = exporter, False
+        logging.getLogger("opentelemetry.exporter").setLevel(logging.CRITICAL)
+
+    def export(self, spans: Any) -> Any:
+        """Send spans; they are lost if that fails."""
+        result = self._exporter.export(spans)
+        away = result.name != "SUCCESS"
+        if away and not self._away:
+            log.warning("traces are lost: the collector does not take them; it is tried again")
+        elif self._away and not away:
+            log.info("traces are sent again")
+        self._away = away
+        return result
+
+    def shutdown(self) -> None:
+        """Send no more."""
+        self._exporter.shutdown()
+
+    def force_flush(self, timeout_millis: int = 30_000) -> bool:
+        """Return whether all is sent."""
+        return self._exporter.force_flush(timeout_millis)
 
 
 class Traced:
