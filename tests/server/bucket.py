@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import socket
 from typing import Any
 
 import pytest
@@ -21,10 +23,12 @@ class Bucket:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 
+        logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line for each request
         self._kind: Any = ThreadedMotoServer
         self._server = self._kind("127.0.0.1", 0, verbose=False)
         self._server.start()
         self._port = self._server.get_host_and_port()[1]
+        self._silent: socket.socket | None = None
         self._count = itertools.count()
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
@@ -38,11 +42,17 @@ class Bucket:
         """A place in it that is empty."""
         return f"s3://pictures-of-all/{next(self._count)}"
 
-    def leave(self) -> None:
+    def leave(self, *, silent: bool = False) -> None:
+        """silent: whether it still takes connections, and does not answer."""
         self._server.stop()
+        if silent:
+            self._silent = socket.create_server(("127.0.0.1", self._port))
 
     def come_back(self) -> None:
         """With what was in it."""
+        if self._silent is not None:
+            self._silent.close()
+            self._silent = None
         self._server = self._kind("127.0.0.1", self._port, verbose=False)
         self._server.start()
 

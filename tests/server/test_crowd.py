@@ -119,11 +119,12 @@ def visit(client: httpx.Client) -> None:
     session = secrets.token_hex(5)
     for name in ("theme.css", "gradio_api/startup-events"):
         assert client.get(f"/studio/{name}").status_code == 200
-    body = {"data": [None], "fn_index": READ[0], "session_hash": session}
+    body = {"data": [None, "embedded"], "fn_index": READ[0], "session_hash": session}
     joined = client.post("/studio/gradio_api/queue/join", json=body)
     assert joined.status_code == 200, joined.text
     with client.stream("GET", f"/studio/gradio_api/queue/data?session_hash={session}") as told:
-        assert any("process_completed" in line for line in told.iter_lines())
+        (ended,) = [line for line in told.iter_lines() if "process_completed" in line]
+        assert '"success":true' in ended, ended
 
 
 READ: list[int] = []

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
+import threading
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +28,7 @@ from safelight.errors import AwayError, StorageError
 from safelight.server import retention
 from safelight.server.backup import back_up, restore
 from safelight.server.files import Files
+from safelight.server.holder import Holder
 from safelight.server.keep import Keep
 from safelight.server.recovery import belongs, recover
 from safelight.server.retention import Retention
@@ -278,6 +282,30 @@ def test_a_store_that_cannot_be_used_is_one_line(
         assert not bucket.fs.exists("no-such-bucket")
         place = bucket.url()
     Begun(tmp_path / "data", place).store.close()  # the database is nobody else's
+
+
+def test_a_worker_that_waits_for_a_store_is_not_taken_for_hung() -> None:
+    """It beats, and renews its leases; on this machine a call is no other thread's."""
+
+    class Waiting(Holder):
+        def __init__(self, place: str) -> None:
+            self._files, self._threads = Files(place), ThreadPoolExecutor(1)
+            self.beats, self.enough = 0, threading.Event()
+            self._pulse: Any = SimpleNamespace(count=self._count)
+
+        def _count(self) -> None:
+            self.beats += 1
+            if self.beats == 3:
+                self.enough.set()
+
+        def _renew(self) -> None:
+            self._count()
+
+    elsewhere = Waiting("memory://x")
+    assert elsewhere._stored(lambda: elsewhere.enough.wait(60))
+    with pytest.raises(AwayError):
+        elsewhere._stored(lambda: (_ for _ in ()).throw(AwayError("away")))
+    assert Waiting("/here")._stored(threading.get_ident) == threading.get_ident()
 
 
 QUICK: dict[str, Any] = {"prompt": "a cat", "steps": 2, "sampler": "euler"}

@@ -819,8 +819,8 @@ def test_a_request_names_no_file_and_no_address(server: Serving, tmp_path: Path)
         for problem in (
             submitted(server, picture=editor),
             submitted(server, prompt=named),
-            event(server, "read", named)["error"],
-            event(server, "of_prompt", named, 2)["error"],
+            event(server, "read", named, "embedded")["error"],
+            event(server, "of_prompt", named, 2, "embedded")["error"],
         ):
             assert "not uploaded" in problem or "not fetched" in problem
     assert not [p for p in (server.data / "uploads").rglob("*") if p.name in ("hostname",)]
@@ -1005,7 +1005,7 @@ def test_two_pages_look_inside(server: Serving) -> None:
     shown: list[Any] = []
 
     def look() -> None:
-        shown.append(event(server, "of_prompt", "a cat", 2)["data"])
+        shown.append(event(server, "of_prompt", "a cat", 2, "embedded")["data"])
 
     pages = [threading.Thread(target=look) for _ in range(2)]
     for one in pages:

@@ -188,11 +188,12 @@ def upload(client: httpx.Client, data: bytes) -> Callable[[], int]:
             return answer.status_code
         file = {"path": answer.json()[0], "meta": {"_type": "gradio.FileData"}}
         session = secrets.token_hex(5)
-        body = {"data": [file], "fn_index": read, "session_hash": session}
+        body = {"data": [file, "embedded"], "fn_index": read, "session_hash": session}
         joined = client.post("/studio/gradio_api/queue/join", json=body)
         assert joined.status_code == 200, joined.text
         with client.stream("GET", f"/studio/gradio_api/queue/data?session_hash={session}") as told:
-            assert any("process_completed" in line for line in told.iter_lines())
+            (ended,) = [line for line in told.iter_lines() if "process_completed" in line]
+            assert '"success":true' in ended, ended
         return 200
 
     return dropped

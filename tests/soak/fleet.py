@@ -8,7 +8,8 @@ shutdown, and started again: the server, the process that draws in one of the wo
 worker, the whole pool, the database. In the end every job that was acknowledged is in exactly one
 final state, each of its pictures is there once, files match rows, and pixels are those of an
 undisturbed run. Leases are 8 s here, so that a run takes minutes. With --bucket pictures are in
-moto's S3 in place of the folder, and it is away for some seconds in its turn.
+moto's S3 in place of the folder. In its turn it is away for some seconds, and every second time it
+takes connections and does not answer for 20 s, which is longer than a worker may be silent.
 """
 
 from __future__ import annotations
@@ -153,8 +154,9 @@ def disturb(
             database.crash()
             database.start()
         elif bucket and kind == AWAY:
-            bucket.leave()
-            time.sleep(chance.random() * 10)
+            silent = number // len(kinds) % 2 == 1
+            bucket.leave(silent=silent)
+            time.sleep(20 if silent else chance.random() * 10)  # longer than a worker may be silent
             bucket.come_back()
         elif kind == "process that draws":
             child = chance.choice(pool).child()
