@@ -66,7 +66,7 @@ def test_the_ways_of_the_fast_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.networks, "SIDE", 8)
     ways = {name: bench.shortcuts.WAYS[name] for name in ("full", "fast 1", "fast 3")}
     monkeypatch.setattr(bench.shortcuts, "WAYS", ways)
-    monkeypatch.setattr(bench.shortcuts, "PROMPTS", ("a cat", "a red apple"))
+    monkeypatch.setattr(bench.shortcuts, "PROMPTS", ("a red apple",))
     found = bench.run(["safelight float32"], parts=["fast"], repeat=1)["fast"]
     assert found["seconds"].keys() == ways.keys()
     assert found["ratio"]["full"].keys() == {"fast 1", "fast 3"}

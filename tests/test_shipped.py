@@ -27,8 +27,8 @@ def model() -> Model:
 
 
 def draw(model: Model, prompt: str) -> np.ndarray:
-    """Mean of three pictures, float [64, 64, 3]: one seed may be unlucky, three are not."""
-    result = model.generate(prompt, seed=1, count=3, steps=12, sampler="dpmpp_2m")
+    """Mean of two pictures, float [64, 64, 3]: one seed may be unlucky."""
+    result = model.generate(prompt, seed=1, count=2, steps=8, sampler="dpmpp_2m")
     assert result.warnings == []
     return np.mean([np.asarray(image, float) for image in result.images], axis=0)
 
@@ -66,7 +66,7 @@ def test_in_four_steps_it_is_the_same_thing(model: Model) -> None:
     fast = safelight.load("embedded-fast", device="cpu", dtype="float32")
     things = ["a red apple", "a cat", "a rocket on a blue background", "a frog"]
     teacher = [
-        np.asarray(model.generate(thing, seed=2, steps=16, guidance_scale=4.0).images[0], float)
+        np.asarray(model.generate(thing, seed=2, steps=8, guidance_scale=4.0).images[0], float)
         for thing in things
     ]
     for i, thing in enumerate(things):
@@ -90,8 +90,8 @@ def test_without_words(model: Model) -> None:
 def test_in_bfloat16_the_pictures_are_the_same_but_for_rounding(model: Model) -> None:
     low = safelight.load(device="cpu", dtype="bfloat16")
     errors = []
-    for prompt in ("a red apple", "a cat", "a rocket on a blue background", "a guitar"):
-        settings = {"seed": 1, "steps": 12, "sampler": "dpmpp_2m"}
+    for prompt in ("a red apple", "a rocket on a blue background"):
+        settings = {"seed": 1, "steps": 8, "sampler": "dpmpp_2m"}
         pictures = [m.generate(prompt, **settings).images[0] for m in (model, low)]
         exact, rounded = (np.asarray(picture, float) for picture in pictures)
         errors.append(((exact - rounded) ** 2).mean())

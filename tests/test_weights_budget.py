@@ -9,7 +9,7 @@ import torch
 
 from safelight.errors import SafelightError
 from safelight.families.sdxl import VARIANTS
-from safelight.fast import memory
+from safelight.fast import memory, onednn, winograd
 from safelight.weights.budget import budget, check_memory
 from safelight.weights.find import find
 from safelight.weights.load import _Unfilled
@@ -57,6 +57,36 @@ def test_weights_are_those_that_stay_in_memory(plan: Plan) -> None:
         math.prod(w.shape) for those in plan.weights.values() for w in those.values()
     )
     assert whole.work == low.work < plain.work
+
+
+def test_in_float32_products_take_more_than_weights(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(winograd, "ready", lambda: False)
+    plain = budget(plan, dtypes(plan, FULL), fast=True, low_memory=False)
+    assert plain.weights == 4 * (2_567_463_684 + 83_653_863)
+    monkeypatch.setattr(winograd, "ready", lambda: True)
+    grown = budget(plan, dtypes(plan, FULL), fast=True, low_memory=False)
+    assert plain.weights < grown.weights < 4 * plain.weights
+
+
+@pytest.mark.skipif(not onednn.available(), reason="PyTorch has no oneDNN")
+@pytest.mark.parametrize(
+    ("shape", "scale"),
+    [((256, 256), 1), ((320, 320), 1), ((512, 256), 1), ((512, 256), 2), ((64, 64), 1)],
+)
+def test_products_are_counted_as_they_are_kept(
+    shape: tuple[int, int], scale: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(winograd, "ready", lambda: True)
+    monkeypatch.setattr(winograd, "MANY", 100_000)
+    conv = torch.nn.Conv2d(shape[1], shape[0], 3, padding=1)
+    told = winograd.kept(conv.weight.shape, scale)
+    if not winograd.fits_conv(conv, FULL):
+        assert told == conv.weight.numel()
+        return
+    places = winograd.Convolution(conv.weight.detach(), conv, scale).places
+    assert told == len(places) * shape[0] * shape[1]
 
 
 def test_a_line_tells_all(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

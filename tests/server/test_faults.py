@@ -84,7 +84,7 @@ def test_what_is_no_number_is_never_a_picture(
 ) -> None:
     """180 cases in all; each has one retry in float32, and a warning that says so."""
     assert server.worker is not None
-    cases = CASES[part :: size(60, 4)]
+    cases = CASES[part :: size(90, 4)]
     for i, ((place, call), value, sampler) in enumerate(cases):
         with monkeypatch.context() as patch:
             loaded(server).engine._prompts.clear()  # those that came before are not encoded again

@@ -19,7 +19,7 @@ def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
                     "run",
                     f"{server.url}/openapi.json",
                 ),
-                *("--max-examples", "5", "--phases", "fuzzing", "--seed", "1", "--no-color"),
+                *("--max-examples", "3", "--phases", "fuzzing", "--seed", "1", "--no-color"),
                 # Not all that a picture must be can be said in a schema.
                 *("--exclude-checks", "positive_data_acceptance"),
             ],

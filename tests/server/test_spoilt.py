@@ -12,7 +12,7 @@ from serving import Serving, wait_for
 from safelight.server.supervisor import ending
 from weights_tiny import text_folder
 
-JOB = {"prompt": "a", "steps": 40, "sampler": "euler", "width": 64, "height": 64}
+JOB = {"prompt": "a", "steps": 4, "sampler": "euler", "width": 64, "height": 64}
 
 
 def overwrite(path: Path, value: float) -> None:

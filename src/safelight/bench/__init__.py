@@ -32,6 +32,8 @@ def contenders() -> list[str]:
     found = ["safelight float32", "diffusers float32", "openvino float32"]
     if native_bfloat16():
         found[1:1] = ["safelight bfloat16", "diffusers bfloat16", "openvino bfloat16"]
+    if importlib.util.find_spec("nncf"):
+        found.append("openvino int8")
     return [name for name in found if importlib.util.find_spec(name.split()[0])]
 
 

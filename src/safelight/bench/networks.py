@@ -16,7 +16,7 @@ from safelight.engine.job import prepare
 from safelight.engine.shortcuts import Kept, Shortcuts, with_level
 from safelight.families import Conditioning
 from safelight.families.sd import VARIANTS
-from safelight.fast import accelerate
+from safelight.fast import accelerate, native_bfloat16
 from safelight.model import Model
 from safelight.nets.unet import UNet2DConditionModel, UNetConfig
 from safelight.nets.vae import AutoencoderKL, VAEConfig
@@ -75,9 +75,14 @@ def theirs(kind: str, config: dict[str, Any], state: State, dtype: torch.dtype) 
 
 
 def by_openvino(net: nn.Module, inputs: tuple[Tensor, ...], name: str) -> Callable[..., Tensor]:
-    """Return what runs `net`, which is in float32, by OpenVINO."""
+    """Return what runs `net`, which is in float32, by OpenVINO.
+
+    In int8 as nncf quantises it: weights and what comes to them, by the range that these inputs
+    have. What stays a float is bfloat16 where the processor has it.
+    """
     openvino: Any = importlib.import_module("openvino")
-    precision = "bf16" if dtype_of(name) == torch.bfloat16 else "f32"
+    low = dtype_of(name) == torch.bfloat16 or (name.endswith("int8") and native_bfloat16())
+    precision = "bf16" if low else "f32"
     settings = {
         "INFERENCE_PRECISION_HINT": precision,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -86,8 +91,16 @@ def by_openvino(net: nn.Module, inputs: tuple[Tensor, ...], name: str) -> Callab
     with warnings.catch_warnings():  # of tracing: the shapes are fixed here
         warnings.simplefilter("ignore")
         converted = openvino.convert_model(net, example_input=inputs)
+    if name.endswith("int8"):
+        converted = _quantised(converted, inputs)
     compiled = openvino.Core().compile_model(converted, "CPU", settings)
     return lambda *given: torch.from_numpy(compiled([one.numpy() for one in given])[0])
+
+
+def _quantised(model: Any, inputs: tuple[Tensor, ...]) -> Any:
+    nncf: Any = importlib.import_module("nncf")
+    one = nncf.Dataset([[tensor.numpy() for tensor in inputs]])
+    return nncf.quantize(model, one, subset_size=1, model_type=nncf.ModelType.TRANSFORMER)
 
 
 class Step(nn.Module):

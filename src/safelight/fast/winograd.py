@@ -7,6 +7,8 @@ product, and that is oneDNN's; our own kernel, in winograd.cpp, lays out the til
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from ctypes import addressof, c_void_p
 
 import torch
@@ -39,6 +41,9 @@ ENOUGH = 12 << 30
 """Bytes of a machine's memory that this is for: Stable Diffusion 1.5 takes 3 GB more by it. Not of
 what is free just now: a picture's last bits would hang on that."""
 
+LANES = 16
+"""What the numbers of channels are multiples of."""
+
 STRIP = 1 << 22
 """Numbers that are laid out at once."""
 
@@ -56,9 +61,26 @@ def fits_conv(conv: nn.Conv2d, dtype: torch.dtype) -> bool:
     return (
         dtype == torch.float32
         and ready()
-        and kernels.plain_3x3(conv, 16)
+        and kernels.plain_3x3(conv, LANES)
         and conv.in_channels * conv.out_channels >= FEW
     )
+
+
+def kept(shape: Sequence[int], scale: int = 1) -> int:
+    """Return how many numbers a convolution's float32 weight [out, in, h, w] is kept as.
+
+    scale: as of `Convolution`. Of one with a stride, which is not multiplied so, it is too many.
+    """
+    size = math.prod(shape[:2])
+    if tuple(shape[2:]) != (3, 3) or size < FEW or any(n % LANES for n in shape[:2]) or not ready():
+        return math.prod(shape)
+    return size * (2 + _side(size, scale)) ** 2
+
+
+def _side(size: int, scale: int) -> int:
+    """Return how many results a tile has in a row. size: input times output channels."""
+    # Not by the map's size: a picture's last bits would hang on which size came first.
+    return 2 if size > MANY * scale**2 else 4
 
 
 class Convolution:
@@ -68,9 +90,7 @@ class Convolution:
         """scale: how often each row and column of the map is repeated before."""
         self.out_channels, self.in_channels = weight.shape[:2]
         self.bias, self.scale = conv.bias, scale
-        # Not by the map's size: a picture's last bits would hang on which size came first.
-        many = self.out_channels * self.in_channels > MANY * scale**2
-        self.side = 2 if many else 4
+        self.side = _side(self.out_channels * self.in_channels, scale)
         taps = torch.tensor(_TAPS[self.side], dtype=weight.dtype)
         places = torch.kron(taps, taps) @ weight.reshape(-1, 9).T
         pack = split.matrix if self.side == 2 else onednn.Matrix

@@ -47,9 +47,12 @@ def next_owner(
 
     but: owners that are left out. able: models whose jobs are looked at; None for all.
     """
-    # A scalar subquery asks the index once for each owner, until one is found who waits.
+    # A scalar subquery asks an index once for each owner. Without its order PostgreSQL would read
+    # the whole table for those of whom nothing waits.
+    shortest = jobs.c.cost, jobs.c.created
     waits = or_(
-        *(_one(which, shares.c.owner).is_not(None) for which in (_queued(able), _late(now, able)))
+        _one(_queued(able), shares.c.owner, *shortest).is_not(None),
+        _one(_late(now, able), shares.c.owner).is_not(None),
     )
     query = select(shares.c.owner).where(waits, shares.c.owner.not_in(but))
     return db.scalar(query.order_by(shares.c.ended, shares.c.owner).limit(1))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from safelight.errors import SafelightError
-from safelight.fast import memory
+from safelight.fast import memory, winograd
 from safelight.fast.layers import LARGE
 from safelight.weights.check import refusal
 from safelight.weights.plan import Plan
@@ -64,15 +64,27 @@ def budget(
         _, network = plan.parts[part].load_classes()
         if fast and getattr(network, "runs_once", False):
             continue
-        sizes = [math.prod(weight.shape) for weight in those.values()]
+        sizes = {name: math.prod(weight.shape) for name, weight in those.items()}
+        held = dict(sizes)
+        if fast and dtypes[part] == torch.float32:
+            held = {name: _held(name, weight.shape) for name, weight in those.items()}
         if fast and low_memory:
-            sizes = [*(n for n in sizes if n < LARGE), max(sizes)]
-        weights += sum(sizes) * dtypes[part].itemsize
+            small = [held[name] for name, n in sizes.items() if n < LARGE]
+            weights += (sum(small) + max(held.values())) * dtypes[part].itemsize
+        else:
+            weights += sum(held.values()) * dtypes[part].itemsize
     width, height = plan.native_size
     channels = getattr(plan.configs.get("vae"), "block_out_channels", (0, 0))[:2][-1]
     itemsize = dtypes["vae"].itemsize if "vae" in dtypes else 4
     work = PROGRAM + MAPS * width * height * channels * itemsize
     return Budget(weights, work, memory.free(), memory.total())
+
+
+def _held(name: str, shape: tuple[int, ...]) -> int:
+    """Return how many numbers a weight is kept as by the fast layers in float32."""
+    if len(shape) != 4 or ".downsamplers." in name:
+        return math.prod(shape)
+    return winograd.kept(shape, 2 if ".upsamplers." in name else 1)
 
 
 def check_memory(plan: Plan, dtypes: Mapping[str, torch.dtype], *, fast: bool, low: bool) -> Budget:
