@@ -37,13 +37,23 @@ def pytest_xdist_auto_num_workers() -> int:
     return (os.cpu_count() or 1) + 1
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items) -> None:
-    """Leave out what is of the long run alone."""
+    """Leave out what is of the long run alone. What shares a module's fixture shares a process."""
+    for item in items:
+        if _shares(item) and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if os.environ.get("SAFELIGHT_SOAK"):
         return
     long = [item for item in items if item.get_closest_marker("soak")]
     config.hook.pytest_deselected(items=long)
     items[:] = [item for item in items if item not in long]
+
+
+def _shares(item) -> bool:
+    found = getattr(item, "_fixtureinfo", None)
+    fixtures = [one[-1] for one in found.name2fixturedefs.values()] if found else []
+    return any(one.scope == "module" and one.baseid.endswith(item.path.name) for one in fixtures)
 
 
 @pytest.hookimpl(trylast=True)

@@ -253,8 +253,8 @@ class Reader(HTMLParser):
 
 class TestPage:
     def test_it_is_small(self, model: Model) -> None:
-        html = page(watch(model, PAIR.replace(steps=20)))
-        assert len(html.encode()) < 5 * 2**20
+        html = page(watch(model, PAIR.replace(steps=8)))
+        assert len(html.encode()) < 2 * 2**20
 
     def test_it_fetches_nothing(self, story: Story) -> None:
         html = page(story)

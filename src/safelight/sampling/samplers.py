@@ -28,7 +28,8 @@ class Sampler:
     in this package, with the keywords in `options`. steps: how many are taken by default. a1111:
     AUTOMATIC1111's name, None if it has none. noisy: draws fresh noise on the way; samplers with
     `eta` do so when it is above 0. evaluations: of the network in a step (with 2, the last step
-    takes one). eta: whether the setting eta has an effect.
+    takes one). more: rows that it takes beyond the steps. eta: whether the setting eta has an
+    effect.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Sampler:
     a1111: str | None = None
     noisy: bool = False
     evaluations: int = 1
+    more: int = 0
     eta: bool = False
     options: Mapping[str, Any] | None = None
 
@@ -91,6 +93,7 @@ _ENTRIES = (
         summary="PLMS, what Stable Diffusion 1 came with: four past outputs, one evaluation a step",
         formula="discrete.pndm",
         steps=50,
+        more=1,
         a1111="PLMS",
     ),
     Sampler(
@@ -291,7 +294,7 @@ def check(
         raise SafelightError(
             f"strength should be above 0 and at most 1, not {strength!r:.40}", field="strength"
         )
-    if int(steps * strength) < 1:
+    if int(steps * strength) + chosen.more < 1:
         raise SafelightError(
             f"strength {strength:g} leaves none of {steps} steps; "
             f"it should be at least {math.ceil(1000 / steps) / 1000:g}, or steps more",
