@@ -75,10 +75,10 @@ class Database:
         self._clock_read = time.monotonic()
 
     @contextmanager
-    def _write(self) -> Iterator[Connection]:
-        """A transaction that no other of ours runs beside."""
+    def _write(self, *, alone: bool = True) -> Iterator[Connection]:
+        """A transaction. alone: no other such one of ours runs beside it."""
         with storage_errors(), self.engine.begin() as connection:
-            if not self._lite:  # SQLite's begins with BEGIN IMMEDIATE
+            if alone and not self._lite:  # SQLite's begins with BEGIN IMMEDIATE
                 connection.execute(select(func.pg_advisory_xact_lock(LOCK)))
             yield connection
 

@@ -40,7 +40,7 @@ class Roster(Database):
         """
         now, names = self._now(), [*dict.fromkeys((model.name, *models))]
         told = {"seen": now, "model": json.dumps({**model.model_dump(), "models": names})}
-        with self._write() as db:
+        with self._write(alone=False) as db:  # a row that is this worker's own
             if db.execute(workers.update().where(workers.c.id == worker).values(**told)).rowcount:
                 return
             told |= {"joined": now, "place": place[:255], "memory": memory}
