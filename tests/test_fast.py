@@ -453,6 +453,8 @@ def test_a_convolution_adds_and_ends_in_relu(kind: Any, rows: int, consume: bool
     bordered = F.pad(x, (0, 0, 1, 1))
     found = product(bordered, plus.clone(), shift, consume, tall=True)
     assert distance(F.relu(found), true) < 1e-5
+    found = product(bordered, plus.clone(), shift, consume, True, tall=True)
+    assert distance(found, true) < 1e-5
     assert distance(product(x, plus.clone(), shift, consume, True), true) < 1e-5
 
 

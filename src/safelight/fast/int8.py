@@ -17,7 +17,7 @@ from torch import Tensor
 
 from safelight.fast import kernels, onednn
 from safelight.fast.store import ARENA, Store
-from safelight.fast.tiles import in_tiles
+from safelight.fast.tiles import in_tiles, linear_by
 
 _asked: ContextVar[bool] = ContextVar("int8", default=False)
 
@@ -89,23 +89,14 @@ class Matrix:
         self.bias = None if bias is None else F.pad(bias.float(), (0, wide))
 
     def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
-        if x.dtype != torch.bfloat16 or x.shape[-1] != self.inner:
-            raise ValueError(f"{x.dtype} of {tuple(x.shape)} by a matrix of {self.inner} rows")
-        x = x.contiguous()
-        out = x.new_empty(*x.shape[:-1], self.columns)
-        if plus is not None:
-            plus = plus.to(out).expand_as(out).contiguous()
-        kernels.required(kernels.vectors()).call(
+        library = kernels.required(kernels.vectors())
+        return linear_by(
+            library,
             "int8_linear",
-            x=x,
-            weights=self.packed(),
+            torch.bfloat16,
+            self,
+            x,
+            plus,
             factors=self.factors,
             offsets=self.offsets,
-            bias=self.bias,
-            plus=plus,
-            out=out,
-            rows=x.numel() // self.inner,
-            inner=self.inner,
-            columns=self.columns,
         )
-        return out

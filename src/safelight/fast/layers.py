@@ -104,11 +104,13 @@ class FastConv2d(layers.Conv2d):
         relu: bool = False,
     ) -> Tensor:
         """x: a map, a strips.Normed, or a tiles.Map if the layer reads those."""
-        _make_room(x if isinstance(x, Tensor) else x.x)
+        normed = isinstance(x, strips.Normed)
+        if normed or isinstance(x, Tensor):
+            _make_room(x.x if normed else x)
         if self._product is None:
             self._product = self._pack()
-        if isinstance(x, strips.Normed):
-            return strips.convolve(self._product, x, self.out_channels, plus, shift, consume)
+        if normed:
+            return strips.convolve(self._product, x, self.out_channels, plus, shift, consume, relu)
         return self._product(x, plus, shift, consume, relu)
 
     def _pack(self) -> Any:

@@ -38,24 +38,8 @@ class Matrix:
         self.bias = None if bias is None else bias.float().contiguous()
 
     def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
-        if x.dtype != torch.float32 or x.shape[-1] != self.inner:
-            raise ValueError(f"{x.dtype} of {tuple(x.shape)} by a matrix of {self.inner} rows")
-        x = x.contiguous()
-        out = x.new_empty(*x.shape[:-1], self.columns)
-        if plus is not None:
-            plus = plus.to(out).expand_as(out).contiguous()
-        tiles.library().call(
-            "split_linear",
-            x=x,
-            weights=self.packed(),
-            bias=self.bias,
-            plus=plus,
-            out=out,
-            rows=x.numel() // self.inner,
-            inner=self.inner,
-            columns=self.columns,
-        )
-        return out
+        library = tiles.library()
+        return tiles.linear_by(library, "split_linear", torch.float32, self, x, plus)
 
 
 def gate(value: Tensor, by: Tensor) -> Tensor:

@@ -89,11 +89,12 @@ def convolve(
     plus: Tensor | None,
     shift: Tensor | None,
     consume: bool,
+    relu: bool = False,
 ) -> Tensor:
     """Return the convolution, 3×3 with a border of one, of a normed map.
 
     product: the convolution of rows whose border above and below is there, as onednn.Convolution
-    has it with `tall`. channels: of the result. plus, shift, consume: see layers.Conv2d.
+    has it with `tall`. channels: of the result. plus, shift, consume, relu: see layers.Conv2d.
     """
     x = map_.x
     batch, _, height, width = x.shape
@@ -109,6 +110,7 @@ def convolve(
             added,
             shift if shift is None or len(shift) == 1 else shift[one],
             consume,
+            relu,
             tall=True,
         )
         if found.data_ptr() != here.data_ptr():

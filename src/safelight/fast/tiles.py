@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -144,6 +146,41 @@ class Convolution:
             )
         out = F.relu(out, inplace=True) if relu else out
         return out.permute(0, 3, 1, 2)
+
+
+def linear_by(
+    of: Library,
+    kernel: str,
+    dtype: torch.dtype,
+    matrix: Any,
+    x: Tensor,
+    plus: Tensor | None,
+    **more: Any,
+) -> Tensor:
+    """Return x times a packed matrix, plus its bias and `plus`, by a kernel for x of this dtype.
+
+    matrix: has `packed`, `bias`, `inner` and `columns`. x: [..., inner]. more: arguments that this
+    kernel has besides. ValueError if x does not fit.
+    """
+    if x.dtype != dtype or x.shape[-1] != matrix.inner:
+        raise ValueError(f"{x.dtype} of {tuple(x.shape)} by a matrix of {matrix.inner} rows")
+    x = x.contiguous()
+    out = x.new_empty(*x.shape[:-1], matrix.columns)
+    if plus is not None:
+        plus = plus.to(out).expand_as(out).contiguous()
+    of.call(
+        kernel,
+        x=x,
+        weights=matrix.packed(),
+        bias=matrix.bias,
+        plus=plus,
+        out=out,
+        rows=x.numel() // matrix.inner,
+        inner=matrix.inner,
+        columns=matrix.columns,
+        **more,
+    )
+    return out
 
 
 def _convolve(
