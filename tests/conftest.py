@@ -3,6 +3,7 @@
 import collections
 import os
 import signal
+import sys
 
 import hypothesis
 import pytest
@@ -12,6 +13,10 @@ from safelight.threads import wait_asleep
 # Read when PyTorch is imported, and by the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
 wait_asleep()
+
+# Tests start some hundred processes; without kept bytecode each would compile all of Safelight.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # A busy machine is slow, which is no fault of the example that it was slow with.
 hypothesis.settings.register_profile("suite", deadline=None)

@@ -13,7 +13,7 @@ from PIL import Image
 import safelight
 from safelight import Request, SafelightError
 from safelight.engine import Engine, Job, Ticket, core
-from safelight.engine.capacity import largest_useful_batch
+from safelight.engine.capacity import FEWEST, MOST, TRIES, Capacity
 from safelight.engine.job import advance, prepare
 from safelight.engine.turns import Turns
 from safelight.model import Model
@@ -373,8 +373,42 @@ def test_what_does_not_fit_the_model_is_refused_at_once(model: Model) -> None:
     assert not engine.busy
 
 
-def test_rows_are_measured(model: Model) -> None:
-    rows = largest_useful_batch(model)
-    assert rows in (2, 4, 8, 16, 32, 64)
-    assert Engine(model, exact=True).rows == 1
+def test_it_checks_the_network(model: Model) -> None:
     assert Engine(model, exact=False, rows=2).check()
+
+
+@pytest.mark.parametrize("best", [2, 4, 16, 64])
+def test_the_rows_of_a_call_are_learned_from_calls(best: int) -> None:
+    capacity = Capacity()
+    for _ in range(100):
+        cost = 1 / min(best, capacity.rows)  # a call of more rows takes as much longer
+        capacity.note(capacity.rows, 3 * cost * capacity.rows)  # others have the processor as well
+        capacity.note(capacity.rows, cost * capacity.rows)
+    assert capacity.rows == best
+
+
+def test_calls_that_say_nothing_of_the_rows_are_not_counted() -> None:
+    capacity = Capacity()
+    for _ in range(100):
+        capacity.note(1, 1.0)  # half empty
+        capacity.note(16, 1.0)  # one large picture
+    assert capacity.rows == FEWEST
+
+
+def test_rows_that_were_given_stay() -> None:
+    for rows in (1, 8, MOST):
+        capacity = Capacity(rows)
+        for _ in range(3 * TRIES):
+            capacity.note(rows, 0.1)
+        assert capacity.rows == rows
+
+
+def test_an_engine_learns_and_one_after_it_knows(model: Model) -> None:
+    engine = Engine(model, exact=False)
+    assert engine.rows == FEWEST
+    engine.add(Request(prompt="a cat", steps=2 * TRIES, sampler="euler"))
+    while engine.busy:
+        engine.step()
+    assert engine.rows == 2 * FEWEST  # no call of 4 rows was there to learn from
+    assert Engine(model, exact=False, rows=engine.capacity).rows == engine.rows
+    assert Engine(model, exact=True).rows == 1

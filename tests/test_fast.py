@@ -28,7 +28,7 @@ from safelight.fast import (
     vectors,
     winograd,
 )
-from safelight.fast.onednn import Doubling
+from safelight.fast.onednn import SHAPES_KEPT, Convolution, Doubling, takes
 from safelight.nets.clip import CLIPTextConfig, CLIPTextModel
 from safelight.nets.layers import ResnetBlock2D, Upsample2D
 from safelight.nets.unet import UNet2DConditionModel, UNetConfig
@@ -204,6 +204,25 @@ def test_no_byte_depends_on_what_was_drawn_before(dtype: torch.dtype) -> None:
     used = fast(net)
     for (x, t, context), wanted in zip(reversed(inputs), reversed(alone), strict=True):
         assert used(x, t, context.to(dtype)).equal(wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [(40, 144), (64, 128)], ids=["by-shape", "once"])
+def test_a_weight_is_packed_for_the_maps_that_come(
+    channels: tuple[int, int], dtype: torch.dtype
+) -> None:
+    if not takes(dtype):
+        dtype = torch.float32
+    conv = nn.Conv2d(*channels, 3, padding=1).to(dtype)
+    shapes = [(b, channels[0], side, side) for b in (1, 2, 3) for side in (4, 9)] * 2
+    used = Convolution(conv.weight.data, conv)
+    for shape in shapes:
+        x = torch.randn(shape).to(dtype)
+        result = used(x)
+        assert result.equal(Convolution(conv.weight.data, conv)(x))
+        true = F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)
+        assert distance(result, true) <= 1.1 * distance(conv(x), true) + 1e-6
+        assert len(used._packed) <= SHAPES_KEPT
 
 
 @pytest.mark.usefixtures("kernels_of")

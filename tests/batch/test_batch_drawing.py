@@ -50,12 +50,6 @@ def model() -> Model:
     return safelight.load(device="cpu", dtype="float32")
 
 
-@pytest.fixture(autouse=True)
-def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The largest batch is not measured."""
-    monkeypatch.setattr("safelight.engine.core.largest_useful_batch", lambda model: 8)
-
-
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
     def run(*arguments: object) -> SimpleNamespace:

@@ -189,7 +189,7 @@ def test_out_of_memory_fails_one_job_alone(server: Inside, monkeypatch: pytest.M
     times, good = size(5, 100), 0
     for i in range(times):
         assert server.worker is not None
-        loaded(server).engine.rows = 8  # as if it had not learned
+        loaded(server).engine.capacity.set(8)  # as if it had not learned
         settings = {"prompt": "a cat", "steps": 1, "sampler": "euler", "seed": i}
         large = server.submit(**settings, width=256)
         together = server.submit(**settings, count=4)

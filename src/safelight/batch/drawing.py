@@ -84,7 +84,7 @@ class Drawer:
                 # Whose fault it is shows when each is drawn alone.
                 suspects = [one.row for one in held.values()]
                 held.clear()
-                self._engine = Engine(self.model, exact=self._how.exact, rows=self._engine.rows)
+                self._engine = Engine(self.model, exact=self._how.exact, rows=self._engine.capacity)
                 if len(suspects) == 1:
                     yield self._fault(suspects[0], error)
                 else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +11,11 @@ from torch import Tensor
 if TYPE_CHECKING:
     from safelight.model import Model
 
-MEASURE_SECONDS = 1.5
+FEWEST, MOST = 2, 64
+"""Rows of a call, at first and at most."""
+
+TRIES = 3
+"""Calls of one size that are timed."""
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -30,28 +34,38 @@ def free_memory(device: torch.device) -> None:
         torch.mps.empty_cache()
 
 
-@torch.inference_mode()
-def largest_useful_batch(model: Model, most: int = 64) -> int:
-    """Return the largest batch at which throughput still improves, measured for 1.5 seconds.
+class Capacity:
+    """The largest batch at which throughput still improves, learned from the calls themselves.
 
-    A batch has pictures of the model's own size. It is doubled while each picture costs at most
-    0.95 times as much as before.
+    It begins at 2 rows, and is doubled while a row costs at most 0.95 times what it did in calls of
+    half as many. rows: the most rows of a call, of pictures of the model's own size; given, nothing
+    is learned.
     """
 
-    def seconds(rows: int) -> float:
-        began = time.monotonic()
-        float(probe(model, rows).sum())  # waits for a GPU, too
-        return time.monotonic() - began
+    def __init__(self, rows: int | None = None) -> None:
+        self.rows = rows or FEWEST
+        self._learned = rows is not None
+        self._costs: list[float] = []
+        self._before = math.inf
 
-    began = time.monotonic()
-    seconds(2)  # packs weights
-    rows, cost = 2, seconds(2) / 2
-    while rows < most and time.monotonic() - began < MEASURE_SECONDS:
-        wider = min(seconds(2 * rows), seconds(2 * rows)) / (2 * rows)
-        if wider > 0.95 * cost:
-            break
-        rows, cost = 2 * rows, wider
-    return rows
+    def note(self, load: float, seconds: float) -> None:
+        """Learn from a call of `load` rows, of a network that computed all of itself."""
+        if self._learned or not self.rows / 2 < load <= self.rows:
+            return
+        self._costs.append(seconds / load)
+        if len(self._costs) < TRIES:
+            return
+        cost = min(self._costs)  # the first packs weights; others may have had the processor
+        if cost > 0.95 * self._before:
+            self.set(self.rows // 2)
+        elif self.rows == MOST:
+            self.set(MOST)
+        else:
+            self.rows, self._before, self._costs = 2 * self.rows, cost, []
+
+    def set(self, rows: int) -> None:
+        """Hold it at so many rows."""
+        self.rows, self._learned = rows, True
 
 
 def probe(model: Model, rows: int) -> Tensor:

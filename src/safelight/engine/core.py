@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from safelight.adapters.embeddings import key_of
-from safelight.engine.capacity import free_memory, largest_useful_batch, out_of_memory, probe
+from safelight.engine.capacity import Capacity, free_memory, out_of_memory, probe
 from safelight.engine.job import Job, NotFiniteError, advance, finish
 from safelight.engine.refining import table_of
 from safelight.engine.requests import (
@@ -60,9 +60,9 @@ class Engine:
     may look at a ticket's job between steps, and must not change it.
 
     exact: each call of the network holds one picture, so that no neighbour changes a last bit.
-    rows: most rows of a call; None measures the largest batch that pays off. background: for a
-    server. To encode a picture to start from is a step of its own, and pictures are decoded in a
-    thread beside the steps, one at a time, each within `working()`.
+    rows: most rows of a call, or what learns how many pay off; None learns it anew.
+    background: for a server. To encode a picture to start from is a step of its own, and pictures
+    are decoded in a thread beside the steps, one at a time, each within `working()`.
     """
 
     def __init__(
@@ -70,14 +70,16 @@ class Engine:
         model: Model,
         *,
         exact: bool = True,
-        rows: int | None = None,
+        rows: int | Capacity | None = None,
         background: bool = False,
         working: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.model, self.exact = model.base or model, exact
         self._own = model.selection
         self._working = working
-        self.rows = rows or (1 if exact else largest_useful_batch(model))
+        if not isinstance(rows, Capacity):
+            rows = Capacity(rows or (1 if exact else None))
+        self.capacity = rows
         self.tickets: list[Ticket] = []
         self._seconds_a_row = 0.01  # measured as it goes
         self._prompts: OrderedDict[Any, Conditioning] = OrderedDict()
@@ -91,6 +93,11 @@ class Engine:
     def busy(self) -> bool:
         """Whether a picture is not finished."""
         return bool(self.tickets or self._undecoded or self._decoding)
+
+    @property
+    def rows(self) -> int:
+        """The most rows of a call, of pictures of the model's own size."""
+        return self.capacity.rows
 
     @property
     def rows_a_second(self) -> float:
@@ -243,7 +250,7 @@ class Engine:
         return [], []
 
     def _advance(self, tickets: list[Ticket]) -> tuple[list[Ticket], list[Ticket]]:
-        began = time.monotonic()
+        began, full = time.monotonic(), tickets[0].job.plan(tickets[0].model).full
         try:
             with torch.inference_mode():
                 advance(tickets[0].model, [ticket.job for ticket in tickets])
@@ -259,10 +266,12 @@ class Engine:
             if len(tickets) == 1:
                 return [], self._fail(tickets, too_large())
             # None has moved: half of them now, and no more at once from here on.
-            self.rows = max(1, sum(ticket.rows for ticket in tickets) // 2)
+            self.capacity.set(max(1, sum(ticket.rows for ticket in tickets) // 2))
             return self._advance(tickets[: len(tickets) // 2])
-        seconds = (time.monotonic() - began) / sum(ticket.load for ticket in tickets)
-        self._seconds_a_row += 0.1 * (seconds - self._seconds_a_row)
+        seconds, load = time.monotonic() - began, sum(ticket.load for ticket in tickets)
+        self._seconds_a_row += 0.1 * (seconds / load - self._seconds_a_row)
+        if full:
+            self.capacity.note(load, seconds)
         return tickets, []
 
     def _fail(self, tickets: list[Ticket], error: Exception) -> list[Ticket]:

@@ -17,6 +17,11 @@ ROWS, SIDE = 1024, 64
 one row in another order than what was packed for more, and a picture's last bits must not depend on
 what was drawn first. It was no slower for any size that was measured."""
 
+BLOCK, SHAPES_KEPT = 64, 4
+"""Output channels of a block, as a convolution's weight is packed. Where they do not divide into
+blocks, the order of the weight goes by the map's shape: it is packed for so many shapes at a
+time."""
+
 
 def available() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(_mkldnn, "_linear_pointwise")
@@ -62,9 +67,11 @@ class Convolution:
         """conv: says all but the weight."""
         self.how = (conv.padding, conv.stride, conv.dilation, 1)
         weight = weight.contiguous(memory_format=torch.channels_last)
-        self.packed = _mkldnn._reorder_convolution_weight(
-            weight, *self.how, [1, conv.in_channels, SIDE, SIDE]
-        )
+        self._weight = weight if len(weight) % BLOCK else None
+        self._packed: dict[tuple[int, ...], Tensor] = {}
+        if self._weight is None:
+            shape = (1, conv.in_channels, SIDE, SIDE)
+            self._packed[()] = _mkldnn._reorder_convolution_weight(weight, *self.how, shape)
         self.bias = None if conv.bias is None else conv.bias.to(weight.dtype)
 
     def __call__(
@@ -87,9 +94,10 @@ class Convolution:
         if shift is not None and len(shift) == 1:
             bias, shift = shift[0] if bias is None else bias + shift[0], None
         x = x.contiguous(memory_format=torch.channels_last)
+        packed = self._packed_for(tuple(x.shape))
         if plus is None:
             out = _mkldnn._convolution_pointwise(
-                x, self.packed, bias, padding, *how, "relu" if fused else "none", [], ""
+                x, packed, bias, padding, *how, "relu" if fused else "none", [], ""
             )
         else:
             plus = plus.contiguous(memory_format=torch.channels_last)
@@ -97,7 +105,7 @@ class Convolution:
             pair = (plus, x) if consume else (x, plus)
             out = add.binary(
                 *pair,
-                self.packed,
+                packed,
                 bias,
                 padding,
                 *how,
@@ -110,6 +118,22 @@ class Convolution:
         if shift is not None:
             out = out.add_(shift[:, :, None, None])
         return F.relu(out, inplace=True) if relu and not fused else out
+
+    def _packed_for(self, shape: tuple[int, ...]) -> Tensor:
+        """Return the weight in the order that oneDNN multiplies it in for maps of this shape.
+
+        In another order it would be brought into this one at each call, which takes some fifty
+        times as long as the products of a small map.
+        """
+        if self._weight is None:
+            return self._packed[()]
+        packed = self._packed.pop(shape, None)
+        if packed is None:
+            packed = _mkldnn._reorder_convolution_weight(self._weight, *self.how, shape)
+        self._packed[shape] = packed  # the last that was used
+        if len(self._packed) > SHAPES_KEPT:
+            del self._packed[next(iter(self._packed))]
+        return packed
 
 
 class Doubling:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from safelight.engine import Engine
-from safelight.engine.capacity import free_memory, out_of_memory
+from safelight.engine.capacity import Capacity, free_memory, out_of_memory
 from safelight.errors import SafelightError
 from safelight.fast import memory
 from safelight.machine import device_memory
@@ -79,7 +79,7 @@ class LoadedModels:
         self.default = self.served.default
         self._there: dict[str, Loaded] = {}
         self._estimates: dict[str, Estimate] = {}
-        self._rows: dict[str, int] = {}
+        self._capacities: dict[str, Capacity] = {}
         self._seconds = 0.0
         self._loader = ThreadPoolExecutor(1, "load")
         self._coming: tuple[str, Estimate, float, Future[Model]] | None = None
@@ -220,15 +220,15 @@ class LoadedModels:
     def _take(self, name: str, model: Model, needs: Estimate, seconds: float) -> ModelInfo:
         self._pulse.watch(model)
         settings = self._settings
-        rows = settings.rows or self._rows.get(model.sha256)
+        rows = 1 if settings.exact else settings.rows
+        capacity = self._capacities.setdefault(model.sha256, Capacity(rows))
         engine = Engine(
             model,
             exact=settings.exact,
-            rows=rows,
+            rows=capacity,
             background=True,
             working=self._pulse.working,
         )
-        self._rows[model.sha256] = engine.rows
         self._there[name] = Loaded(name, model, engine, needs, seconds)
         self._seconds = seconds
         return _info_of(name, model)
