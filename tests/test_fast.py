@@ -207,7 +207,7 @@ def test_no_byte_depends_on_what_was_drawn_before(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("channels", [(40, 144), (64, 128)], ids=["by-shape", "once"])
+@pytest.mark.parametrize("channels", [(40, 144), (64, 64), (512, 128)])
 def test_a_weight_is_packed_for_the_maps_that_come(
     channels: tuple[int, int], dtype: torch.dtype
 ) -> None:

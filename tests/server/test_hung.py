@@ -413,6 +413,8 @@ def sleeps(_: Pulse) -> None:
     ("work", "most", "least"), [(loops, 1, 0), (calls, 1, 0), (counts, 99, 2), (sleeps, 1, 0)]
 )
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+# A thread that a busy machine gives no time is not seen to move, and so beats now and then.
+@pytest.mark.flaky(reruns=2)
 def test_a_pulse_tells_work_from_none(work: Any, most: int, least: int, aside: bool) -> None:
     assert least <= beats(work, 2, aside=aside) <= most
 

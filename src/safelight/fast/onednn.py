@@ -17,10 +17,10 @@ ROWS, SIDE = 1024, 64
 one row in another order than what was packed for more, and a picture's last bits must not depend on
 what was drawn first. It was no slower for any size that was measured."""
 
-BLOCK, SHAPES_KEPT = 64, 4
-"""Output channels of a block, as a convolution's weight is packed. Where they do not divide into
-blocks, the order of the weight goes by the map's shape: it is packed for so many shapes at a
-time."""
+BLOCK, SMALL, SHAPES_KEPT = 64, 1 << 19, 4
+"""In what order oneDNN multiplies a convolution's weight goes by the map's shape, on some
+processors unless its output channels divide into blocks of so many. Such a weight, and one of at
+most SMALL numbers, is packed for the maps that come, for so many shapes at a time."""
 
 
 def available() -> bool:
@@ -67,7 +67,8 @@ class Convolution:
         """conv: says all but the weight."""
         self.how = (conv.padding, conv.stride, conv.dilation, 1)
         weight = weight.contiguous(memory_format=torch.channels_last)
-        self._weight = weight if len(weight) % BLOCK else None
+        by_shape = len(weight) % BLOCK or weight.numel() <= SMALL
+        self._weight = weight if by_shape else None
         self._packed: dict[tuple[int, ...], Tensor] = {}
         if self._weight is None:
             shape = (1, conv.in_channels, SIDE, SIDE)
@@ -183,11 +184,11 @@ class Held:
         self._fetch, self._dtype, self._pack = fetch, dtype, pack
         self._computed = computes(dtype)
 
-    def __call__(self, *inputs: Any) -> Tensor:
-        """As the class that `pack` makes, whose arguments these are."""
+    def __call__(self, *inputs: Any, **how: Any) -> Tensor:
+        """As the class that `pack` makes, whose arguments these are. how: those without maps."""
         layer = self._pack(self._fetch().to(self._computed))
         cast = [x.to(self._computed) if isinstance(x, Tensor) else x for x in inputs]
-        return layer(*cast).to(self._dtype)
+        return layer(*cast, **how).to(self._dtype)
 
     def weight(self) -> Tensor:
         """Return the weight, until another one is fetched."""
