@@ -6,6 +6,7 @@ so long, with new examples all the time; `make soak` does that, and prints the f
 
 import contextlib
 import io
+import gc
 import json
 import math
 import os
@@ -53,6 +54,7 @@ class Figures:
 
     def one(self, try_it):
         """Run one example: only SafelightError, of one line, may come out of it."""
+        gc.disable()  # it walks all that Hypothesis keeps, for seconds after some thousand examples
         began = time.process_time()
         try:
             try_it()
@@ -62,6 +64,8 @@ class Figures:
             line = str(error)
             assert line.isprintable(), line
             assert len(line) <= self.longest, line
+        finally:
+            gc.enable()
         took = time.process_time() - began
         self.slowest = max(self.slowest, took)
         assert took < SLOWEST

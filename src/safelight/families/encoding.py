@@ -72,7 +72,7 @@ def warnings(family: LatentFamily, model: Model, request: Request) -> list[str]:
             pieces = [p for part in reading.parts for s in part.stages for p in s.pieces]
             text = " ".join(dict.fromkeys(piece.text for piece in pieces))
         if known is not None and (new := unknown_words(text, known)):
-            found.append(f"{model.name} was never taught: {', '.join(new)}")
+            found.append(f"{model.name} was never taught: {', '.join(new)}; left out")
     paths = map(PurePath, request.embeddings)
     asked = {name for path in paths for name in (path.name, path.stem)}
     for one in unused(tokenizer, readings.values(), request.prompt_syntax):

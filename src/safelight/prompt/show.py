@@ -20,6 +20,7 @@ def describe(
     known: the words that the model was trained on; None if it does not say. Raises SafelightError
     as `chunks_of` does.
     """
+    tokenizer = tokenizer.with_words(known)
     pieces = [p for part in reading.parts for s in part.stages for p in s.pieces]
     text = " ".join(dict.fromkeys(piece.text for piece in pieces))
     found: dict[str, Any] = {
@@ -94,7 +95,7 @@ def lines(described: dict[str, Any]) -> list[str]:
                     found.append(f"  {_words(chunk['tokens'])}")
     found += [f"<{network}> is no text" for network in described["networks"]]
     if described["unknown"]:
-        found.append(f"never taught to the model: {', '.join(described['unknown'])}")
+        found.append(f"never taught to the model, and left out: {', '.join(described['unknown'])}")
     return found + [f"warning: {said}" for said in described["warnings"]]
 
 

@@ -10,7 +10,7 @@ import gzip
 import hashlib
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -22,9 +22,10 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
 from safelight.errors import SafelightError
-from safelight.prompt.learned import Learned, two_of_one_name
+from safelight.prompt.learned import Learned, taught, two_of_one_name
 from safelight.weights.check import read_bytes, refusal
 from safelight.weights.folder import Folder
+from safelight.words import known_alone
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 # What CLIP calls a word: the two marks, runs of letters, single digits, runs of other marks, and
@@ -56,7 +57,8 @@ class Encoded:
 class Tokenizer:
     """CLIP's tokenizer over a vocabulary of a model's own.
 
-    learned: textual inversions, which `encode` and `expanded_ids` look for.
+    learned: textual inversions, which `encode` and `expanded_ids` look for. words: those that the
+    model was taught; others are left out of a text. None: it does not say, and reads all.
 
     vocab: token to id. merges: pairs of tokens, the most frequent first. bos, eos, pad: the
       tokens that begin, end and fill a prompt. max_length: ids per prompt, the marks included.
@@ -98,6 +100,7 @@ class Tokenizer:
         self._model = model
         self._backend = self._new_backend()
         self.learned: tuple[Learned, ...] = ()
+        self.words: Set[str] | None = None
 
     def _new_backend(self, marks: Sequence[str] = ("bos", "eos", "pad")) -> Backend:
         backend = Backend(self._model)
@@ -125,9 +128,25 @@ class Tokenizer:
         """Return a tokenizer that knows these textual inversions, too. This one stays as it is."""
         other = copy(self)
         other.learned = (*self.learned, *learned)
-        for name in ("learned_ids", "_expanding"):
+        for name in ("learned_ids", "_expanding", "_known"):
             other.__dict__.pop(name, None)
         return other
+
+    def with_words(self, words: Set[str] | None) -> Tokenizer:
+        """Return a tokenizer that leaves out other words than these. This one stays as it is."""
+        other = copy(self)
+        other.words = words
+        other.__dict__.pop("_known", None)
+        return other
+
+    @cached_property
+    def _known(self) -> Set[str]:
+        return taught(self.words or frozenset(), self)
+
+    def _read(self, text: str) -> str:
+        """Return what of a text is read. Raises SafelightError if it is not valid Unicode."""
+        _check_unicode(text)
+        return text if self.words is None else known_alone(text, self._known)
 
     def encode(self, text: str) -> Encoded:
         """Return the token ids of a prompt: begin, at most max_length − 2 tokens, end, padding.
@@ -148,8 +167,7 @@ class Tokenizer:
         Textual inversions are text here, and so is what fills a prompt ("!" for SD 2.x). Raises
         SafelightError as `encode` does.
         """
-        _check_unicode(text)
-        return self._words.encode(text, add_special_tokens=False).ids
+        return self._words.encode(self._read(text), add_special_tokens=False).ids
 
     def expanded_ids(self, text: str) -> list[int]:
         """Return the same with the ids of textual inversions, found by diffusers' rule."""
@@ -161,9 +179,8 @@ class Tokenizer:
         diffusers adds `t, t_1, …` to the vocabulary, one for each vector, and replaces `t` in a
         prompt by all of them.
         """
-        _check_unicode(text)
         backend, meant = self._expanding if self.learned else (self._backend, {})
-        found = backend.encode(text, add_special_tokens=False)
+        found = backend.encode(self._read(text), add_special_tokens=False)
         return [
             (number, start)
             for one, (start, _) in zip(found.ids, found.offsets, strict=True)

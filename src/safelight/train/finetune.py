@@ -23,7 +23,7 @@ from safelight.train.folder import captioned, digest, read
 from safelight.train.loop import Plan
 from safelight.train.sheet import draw_sheet, under
 from safelight.weights import load_model
-from safelight.words import split_words
+from safelight.words import words_in
 
 CHECKPOINT_EVERY = 100
 SHEET_PROMPTS = 6
@@ -51,6 +51,7 @@ def finetune(
     vae, tokenizer = base.vae, base.tokenizer
     assert vae is not None
     assert tokenizer is not None
+    tokenizer = tokenizer.with_words(None)  # it learns what it was never taught
     side = size or min(base.native_size)
     if side % 8 or side < 64:
         raise SafelightError(f"size {side}: expected a multiple of 8, 64 or more")
@@ -130,7 +131,7 @@ def own_memory(net: Net) -> Net:
 
 
 def _notes(base: Model, captions: list[str]) -> dict[str, Any]:
-    words = {word for caption in captions for word in split_words(caption)}
+    words = {word for caption in captions for word in words_in(caption)}
     notes: dict[str, Any] = {"made_from": f"{base.name}, sha256 {base.sha256}"}
     if base.words is not None:
         notes["words"] = sorted(base.words | words)

@@ -21,7 +21,7 @@ from safelight.train.loop import Draw, Plan
 from safelight.train.networks import LARGE, SCHEDULER, SMALL, TEXT_PLAN, VAE_PLAN, Networks
 from safelight.train.sheet import draw_sheet
 from safelight.train.tokens import train_vocabulary
-from safelight.words import split_words
+from safelight.words import words_in
 
 CHECKPOINT_EVERY = 500
 SHEET_PROMPTS = 12
@@ -97,7 +97,7 @@ def text_to_image(
     teach_words(text, latents, ids, tokenizer.eos, second, out / "words")
     both = TextToImage(text, unet_config)
     prompts = list(dict.fromkeys(captions))[:SHEET_PROMPTS]
-    notes = {"words": sorted({word for caption in captions for word in split_words(caption)})}
+    notes = {"words": sorted({word for caption in captions for word in words_in(caption)})}
 
     def show(trained: Any, step: int) -> Image.Image:
         parts = vae, trained.text_encoder, trained.unet

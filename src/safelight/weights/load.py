@@ -141,7 +141,7 @@ def load_model(
         path=str(plan.source.path),
         sha256=model_digest(digests),
         family=plan.family,
-        parts={**tokenizers, **nets},
+        parts={**{n: t.with_words(plan.words) for n, t in tokenizers.items()}, **nets},
         scheduler=plan.scheduler,
         words=plan.words,
         notes=plan.notes,

@@ -1,0 +1,87 @@
+"""What a model was never taught is left out of a prompt, in every dialect, and told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import safelight
+from safelight.model import Model
+from safelight.prompt.learned import Learned
+from safelight.prompt.tokenizer import Tokenizer, clip_tokenizer
+from safelight.train.finetune import _notes
+from safelight.words import known_alone, unknown_words
+
+KNOWN = frozenset({"a", "cat", "on", "blue", "caf", "2"})
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return clip_tokenizer("<|endoftext|>", 77)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return safelight.load("embedded", device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("a cat", "a cat"),
+        ("A Cat on the moon", "A Cat on         "),
+        ("a\ncat-like, blue!", "a\ncat-    , blue!"),
+        ("2 cats, 3 dogs", "2     ,       "),
+        ("<|endoftext|> a snow", "<|endoftext|> a     "),
+        ("caf\u00e9 a", "caf\u00e9 a"),  # as captions were split once
+        ("\u732b \u00fcber", "      "),
+        ("", ""),
+    ],
+)
+def test_blanks_stand_where_words_are_unknown(text: str, left: str) -> None:
+    assert known_alone(text, KNOWN) == left
+    if "<|" not in text:
+        assert unknown_words(left, KNOWN) == []
+
+
+def test_a_tokenizer_leaves_out_what_it_was_not_taught(tokenizer: Tokenizer) -> None:
+    knowing = tokenizer.with_words(KNOWN)
+    text, same = "a blue cat in the snow", "a blue cat"
+    assert knowing.encode(text) == tokenizer.encode(same)
+    assert knowing.ids(text) == tokenizer.ids(same)
+    assert knowing.with_words(None).ids(text) == tokenizer.ids(text)
+    long = " ".join(["snow cat"] * 90)  # the words that are left out take no room
+    cut = knowing.encode(long).cut
+    assert cut is not None
+    assert cut.split().count("cat") == 15
+
+
+def test_the_names_of_embeddings_are_known(tokenizer: Tokenizer) -> None:
+    inked = tokenizer.with_words(KNOWN).with_learned([Learned("inkx7", None, (50000, 50001))])
+    assert inked.expanded_ids("a snow inkx7") == [*tokenizer.ids("a"), 50000, 50001]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "same", "syntax"),
+    [
+        ("a penguin in the snow", "a penguin in the", "plain"),
+        ("a (penguin:1.3) in (the:0.8) (snow:1.2)", "a (penguin:1.3) in (the:0.8)", "a1111"),
+        ("a (penguin:1.3) in the (snow:1.2)", "a (penguin:1.3) in the", "comfy"),
+    ],
+)
+def test_the_picture_is_that_without_the_word(
+    model: Model, prompt: str, same: str, syntax: str
+) -> None:
+    settings: dict[str, Any] = {"steps": 2, "seed": 3, "prompt_syntax": syntax}
+    drawn, without = (model.generate(text, **settings) for text in (prompt, same))
+    assert np.array_equal(drawn.images[0], without.images[0])
+    told = [said for said in drawn.warnings if "never taught" in said]
+    assert told == ["embedded was never taught: snow; left out"]
+    assert not [said for said in without.warnings if "never taught" in said]
+
+
+def test_training_tells_all_words_of_its_captions(model: Model) -> None:
+    words = _notes(model, ["Ein gr\u00fcner Hund"])["words"]
+    assert {"gr\u00fcner", "hund", "cat"} <= set(words)
