@@ -5,8 +5,8 @@ so long, with new examples all the time; `make soak` does that, and prints the f
 """
 
 import contextlib
-import io
 import gc
+import io
 import json
 import math
 import os
