@@ -61,13 +61,16 @@ def main() -> None:
 
         drawn(server, "ben")  # the first one is slower
         alone = min(drawn(server, "ben")[0] for _ in range(3))
-        request = Request(**BODY)
+        request, info = Request(**BODY), server.hub.catalogue.info
+        assert info.width is not None
+        assert info.height is not None
+        native = info.width, info.height
         for _ in range(options.jobs):  # beside HTTP, which would take longer than to draw them
             server.hub.store.submit(
                 new_id(),
                 request.to_dict(),
                 client="api",
-                cost=cost(request, 20, server.hub.native_size),
+                cost=cost(request, 20, native),
                 bound=10 * options.jobs,
                 owner="key:anna",
             )
