@@ -15,6 +15,7 @@ from safelight.errors import SafelightError
 from safelight.fast import accelerate, helps, memory, native_bfloat16, remark
 from safelight.model import Model
 from safelight.prompt.styles import read_styles
+from safelight.prompt.tokenizer import Tokenizer
 from safelight.weights.autoencoders import with_autoencoders
 from safelight.weights.budget import TOLD_FROM, check_memory
 from safelight.weights.check import DTYPES, Header, printable, refusal
@@ -97,7 +98,10 @@ def load_model(
         found = check_memory(plan, dtypes, fast=fast, low=low_memory)
         if on_plan is not None and found.needed > TOLD_FROM:
             on_plan(str(found))
-    tokenizers = plan.family.load_tokenizers(plan.folder, plan.configs)
+    tokenizers = {
+        name: one.with_words(plan.words) if isinstance(one, Tokenizer) else one
+        for name, one in plan.family.load_tokenizers(plan.folder, plan.configs).items()
+    }
     # After all files are found, and before any weight of a damaged download is used.
     numbers = _numbers(plan, dtypes)
     looks = {path: found.look for path, found in numbers.items()}
@@ -141,7 +145,7 @@ def load_model(
         path=str(plan.source.path),
         sha256=model_digest(digests),
         family=plan.family,
-        parts={**{n: t.with_words(plan.words) for n, t in tokenizers.items()}, **nets},
+        parts={**tokenizers, **nets},
         scheduler=plan.scheduler,
         words=plan.words,
         notes=plan.notes,
