@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from safelight.errors import SafelightError
 from safelight.families.base import Conditioning
 from safelight.prompt.dialects import read
-from safelight.prompt.learned import MARK, taught, unused
+from safelight.prompt.learned import MARK, unused
 from safelight.prompt.networks import is_lora
 from safelight.prompt.reading import Part, Reading, Stage
 from safelight.words import unknown_words
@@ -52,7 +52,6 @@ def warnings(family: LatentFamily, model: Model, request: Request) -> list[str]:
     found: list[str] = []
     readings = _readings(model, request)
     tokenizer = model.parts[family.text_parts[0][0]]
-    known = None if model.words is None else taught(model.words, tokenizer)
     for name, text in _texts(model, request).items():
         if request.prompt_syntax == "plain":
             cut = tokenizer.encode(text).cut
@@ -71,7 +70,7 @@ def warnings(family: LatentFamily, model: Model, request: Request) -> list[str]:
                     found.append(f"{told}: LoRAs count in the prompt alone")
             pieces = [p for part in reading.parts for s in part.stages for p in s.pieces]
             text = " ".join(dict.fromkeys(piece.text for piece in pieces))
-        if known is not None and (new := unknown_words(text, known)):
+        if tokenizer.known is not None and (new := unknown_words(text, tokenizer.known)):
             found.append(f"{model.name} was never taught: {', '.join(new)}; left out")
     paths = map(PurePath, request.embeddings)
     asked = {name for path in paths for name in (path.name, path.stem)}

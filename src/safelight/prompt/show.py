@@ -6,7 +6,6 @@ from collections.abc import Set
 from typing import Any
 
 from safelight.prompt.chunks import Chunk, chunks_of
-from safelight.prompt.learned import taught
 from safelight.prompt.reading import Reading, Stage, Syntax
 from safelight.prompt.tokenizer import Tokenizer
 from safelight.words import unknown_words
@@ -33,7 +32,7 @@ def describe(
             for part in reading.parts
         ],
         "networks": [":".join(network) for network in reading.networks],
-        "unknown": [] if known is None else unknown_words(text, taught(known, tokenizer)),
+        "unknown": [] if tokenizer.known is None else unknown_words(text, tokenizer.known),
         "warnings": list(reading.warnings),
     }
     if syntax == "plain" and (cut := tokenizer.encode(text).cut) is not None:

@@ -128,7 +128,7 @@ class Tokenizer:
         """Return a tokenizer that knows these textual inversions, too. This one stays as it is."""
         other = copy(self)
         other.learned = (*self.learned, *learned)
-        for name in ("learned_ids", "_expanding", "_known"):
+        for name in ("learned_ids", "_expanding", "known"):
             other.__dict__.pop(name, None)
         return other
 
@@ -136,17 +136,18 @@ class Tokenizer:
         """Return a tokenizer that leaves out other words than these. This one stays as it is."""
         other = copy(self)
         other.words = words
-        other.__dict__.pop("_known", None)
+        other.__dict__.pop("known", None)
         return other
 
     @cached_property
-    def _known(self) -> Set[str]:
-        return taught(self.words or frozenset(), self)
+    def known(self) -> Set[str] | None:
+        """The words that are read, names of textual inversions among them; None for all."""
+        return None if self.words is None else taught(self.words, self)
 
     def _read(self, text: str) -> str:
         """Return what of a text is read. Raises SafelightError if it is not valid Unicode."""
         _check_unicode(text)
-        return text if self.words is None else known_alone(text, self._known)
+        return text if self.known is None else known_alone(text, self.known)
 
     def encode(self, text: str) -> Encoded:
         """Return the token ids of a prompt: begin, at most max_length − 2 tokens, end, padding.
