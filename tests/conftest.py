@@ -8,11 +8,11 @@ import sys
 import hypothesis
 import pytest
 
-from safelight.threads import wait_asleep
+from safelight.threads import before_torch
 
 # Read when PyTorch is imported, and by the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
-wait_asleep()
+before_torch()
 
 # Tests start some hundred processes; without kept bytecode each would compile all of Safelight.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -124,6 +125,28 @@ def test_many_of_one_share_do_not_hold_up_another_s_one(model: Model, rows: int)
         engine.step()
     engine.add(Request(prompt="a cat", **few), "b", share="b")
     assert [ticket.tag for ticket in drain(engine)].index("b") <= 2 * rows
+
+
+def test_no_other_share_has_more_of_a_call(model: Model) -> None:
+    """Pictures of one step count share calls; of many shares with one picture each, all do."""
+    engine = Engine(model, exact=False, rows=16)
+    few = {"steps": 6, "sampler": "euler", "guidance_scale": 1.0}
+    engine.add(Request(prompt="a cat", count=12, **few), share="a")
+    stepped, _ = engine.step()
+    assert len(stepped) == 12
+    engine.add(Request(prompt="a cat", count=2, **few), share="b")
+    engine.add(Request(prompt="a cat", **few), share="c")
+    while {"b", "c"} & {ticket.share for ticket in engine.tickets}:
+        stepped, _ = engine.step()
+        shares = [ticket.share for ticket in stepped]
+        if shares:  # it took a step, and decoded no picture
+            assert max(Counter(shares).values()) == shares.count(shares[0])
+            assert "a" in shares
+    for share in "defghi":
+        engine.add(Request(prompt="a cat", **few), share=share)
+    while not (stepped := engine.step()[0]):
+        pass  # it decodes
+    assert set("defghi") <= {ticket.share for ticket in stepped}
 
 
 class Tagged:

@@ -138,6 +138,18 @@ def test_what_the_user_chose_stays(chosen: Any, monkeypatch: pytest.MonkeyPatch)
     assert waiting(chosen, monkeypatch) == chosen
 
 
+def test_more_products_are_kept_unless_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    name, number = threads.PRODUCTS
+    monkeypatch.delenv(name, raising=False)
+    threads.before_torch()
+    assert os.environ[name] == number
+    monkeypatch.setenv(name, "7")
+    threads.before_torch()
+    assert os.environ[name] == "7"
+
+
 def test_it_is_set_before_pytorch_is_loaded() -> None:
     program = (
         "import sys, os, safelight.threads, safelight.__main__\n"

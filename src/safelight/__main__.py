@@ -3,12 +3,12 @@
 import os
 import sys
 
-from safelight.threads import wait_asleep
+from safelight.threads import before_torch
 
 
 def main() -> None:
     """Run the command line; Ctrl-C is quiet even while it is still being imported."""
-    wait_asleep()
+    before_torch()
     try:
         from safelight.cli import run
     except KeyboardInterrupt:

@@ -214,20 +214,26 @@ class Engine:
             return bool(probe(self.model, 1).isfinite().all())
 
     def _turn(self) -> list[Ticket]:
-        """Return the first in turn, and those that fit beside it."""
+        """Return the first in turn, and those that fit beside it.
+
+        No other share has more of the call than the share whose turn it is: more rows make a call
+        longer, and one picture would wait for many of a share that has more.
+        """
         tickets = self.tickets
         if any(ticket.selection for ticket in tickets):
             tickets = admitted(tickets, self.model.adapters.fits)
         first = self._turns.first(tickets)
-        chosen, room = [first], self.rows - first.load
         if not first.prepared or self.exact:
-            return chosen
-        for ticket in sorted(self.tickets, key=lambda ticket: ticket.work_left):
-            if ticket is first or not ticket.prepared or ticket.load > room:
-                continue
-            if ticket.call_key == first.call_key:
+            return [first]
+        beside = [t for t in tickets if t.prepared and t.call_key == first.call_key]
+        most = sum(ticket.load for ticket in beside if ticket.share == first.share)
+        chosen, loads = [first], {first.share: first.load}
+        for ticket in sorted(beside, key=lambda ticket: ticket.work_left):
+            load = loads.get(ticket.share, 0.0) + ticket.load
+            fits = sum(loads.values()) + ticket.load <= self.rows
+            if ticket is not first and fits and load <= most:
                 chosen.append(ticket)
-                room -= ticket.load
+                loads[ticket.share] = load
         return chosen
 
     def _serve(self, tickets: list[Ticket]) -> tuple[list[Ticket], list[Ticket]]:
@@ -283,11 +289,14 @@ class Engine:
     def _begin_decoding(self) -> None:
         """Begin to decode the smallest picture, or decode it here where there is no thread for it.
 
+        Of two of one size, the one whose share had less time is decoded.
+
         None is begun beside another: what comes later may be smaller.
         """
         if not self._undecoded or (self._in_flight is not None and not self._in_flight.done()):
             return
-        ticket = min(self._undecoded, key=lambda ticket: ticket.size)
+        had = self._turns.had
+        ticket = min(self._undecoded, key=lambda ticket: (ticket.size, had(ticket.share)))
         self._undecoded.remove(ticket)
         if self._decoder is not None:
             future = self._decoder.submit(self._finish, ticket.job)

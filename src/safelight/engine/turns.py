@@ -42,3 +42,7 @@ class Turns:
         for ticket in tickets:
             part = seconds * ticket.load / load
             self._had[ticket.share] = self._had.get(ticket.share, 0.0) + part
+
+    def had(self, share: Any) -> float:
+        """Return the seconds that a share had, as far as it is known."""
+        return self._had.get(share, 0.0)

@@ -17,10 +17,11 @@ ROWS, SIDE = 1024, 64
 one row in another order than what was packed for more, and a picture's last bits must not depend on
 what was drawn first. It was no slower for any size that was measured."""
 
-BLOCK, SMALL, SHAPES_KEPT = 64, 1 << 19, 4
+BLOCK, SMALL, SHAPES_KEPT = 64, 1 << 19, 256
 """In what order oneDNN multiplies a convolution's weight goes by the map's shape, on some
 processors unless its output channels divide into blocks of so many. Such a weight, and one of at
-most SMALL numbers, is packed for the maps that come, for so many shapes at a time."""
+most SMALL numbers, is packed for the maps that come, for so many shapes. Shapes of one order, which
+is nearly all, share the packed weight."""
 
 
 def available() -> bool:
@@ -42,12 +43,24 @@ def computes(dtype: torch.dtype) -> torch.dtype:
     return dtype if takes(dtype) else torch.float32
 
 
+def _aligned(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return the bias in this dtype, at an address that divides by 16.
+
+    In a file it may begin anywhere. On a processor without AVX, a convolution of oneDNN with a sum
+    ends the process if it does not divide.
+    """
+    if bias is None:
+        return None
+    bias = bias.to(dtype)
+    return bias.clone() if bias.data_ptr() % 16 else bias
+
+
 class Matrix:
     """A weight [out, in] and its bias [out]."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.packed = _mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
-        self.bias = None if bias is None else bias.to(weight.dtype)
+        self.bias = _aligned(bias, weight.dtype)
 
     def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         """x: [..., in]; plus, of the result's shape, is added to it."""
@@ -69,11 +82,12 @@ class Convolution:
         weight = weight.contiguous(memory_format=torch.channels_last)
         by_shape = len(weight) % BLOCK or weight.numel() <= SMALL
         self._weight = weight if by_shape else None
-        self._packed: dict[tuple[int, ...], Tensor] = {}
+        self._packed: dict[tuple[int, ...], Tensor] = {}  # by shape
+        self._orders: dict[bytes, Tensor] = {}
         if self._weight is None:
             shape = (1, conv.in_channels, SIDE, SIDE)
             self._packed[()] = _mkldnn._reorder_convolution_weight(weight, *self.how, shape)
-        self.bias = None if conv.bias is None else conv.bias.to(weight.dtype)
+        self.bias = _aligned(conv.bias, weight.dtype)
 
     def __call__(
         self,
@@ -93,7 +107,8 @@ class Convolution:
         padding = (0, padding[1]) if tall else padding
         fused = relu and (shift is None or len(shift) == 1)
         if shift is not None and len(shift) == 1:
-            bias, shift = shift[0] if bias is None else bias + shift[0], None
+            bias = _aligned(shift[0], x.dtype) if bias is None else bias + shift[0]
+            shift = None
         x = x.contiguous(memory_format=torch.channels_last)
         packed = self._packed_for(tuple(x.shape))
         if plus is None:
@@ -128,12 +143,14 @@ class Convolution:
         """
         if self._weight is None:
             return self._packed[()]
-        packed = self._packed.pop(shape, None)
+        packed = self._packed.get(shape)
         if packed is None:
+            if len(self._packed) == SHAPES_KEPT:
+                self._packed.clear()
+                self._orders.clear()
             packed = _mkldnn._reorder_convolution_weight(self._weight, *self.how, shape)
-        self._packed[shape] = packed  # the last that was used
-        if len(self._packed) > SHAPES_KEPT:
-            del self._packed[next(iter(self._packed))]
+            order = _mkldnn._get_mkldnn_serialized_md(packed).numpy().tobytes()
+            packed = self._packed[shape] = self._orders.setdefault(order, packed)
         return packed
 
 

@@ -107,16 +107,18 @@ class Claims(Roster):
         other down; when its turn comes, others wait. One that was begun too often fails.
         """
         now = self._now()
+        how = (ageing, loaded, ageing * patience, able)
         if known is None:
             with self._read() as db:  # which excludes no one, as a transaction that writes does
-                if shares.next_owner(db, now) is None:
+                if not _waits(db, now, *how, but=held, below=cheaper_than):
                     return None
         with self._write() as db:
+            now = self._now()  # others may have written until now
             if known is not None:
                 strays = jobs.c.token.startswith(worker + ":") & jobs.c.token.not_in(known)
                 _put_back(db, strays)
             self._renew(db, worker, now)  # a database that was away made it late
-            first, how = None, (ageing, loaded, ageing * patience, able)
+            first = None
             if cheaper_than is not None:
                 first = _first(db, now, *how, but=held)
             if first is None:
@@ -271,6 +273,22 @@ def _held(db: Connection, job_id: str, token: str) -> bool:
         jobs.c.id == job_id, jobs.c.token == token, jobs.c.status == Status.RUNNING
     )
     return db.execute(query).first() is not None
+
+
+def _waits(
+    db: Connection,
+    now: float,
+    *how: Any,
+    but: Collection[str],
+    below: float | None,
+) -> bool:
+    """Return whether `claim` may find a job. how: as `shares.next_job` has it."""
+    owner, able = shares.next_owner(db, now), how[-1]
+    if below is None or owner is None:
+        return owner is not None
+    first = shares.next_job(db, now, owner, *how)
+    cheap = first is not None and first["cost"] < below
+    return cheap or shares.next_owner(db, now, but, able) is not None
 
 
 def _first(

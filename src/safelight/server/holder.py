@@ -47,7 +47,7 @@ class Holder:
         self._unclaimed: list[Claim] = []
         self._stuck: str | None = None
         self._spans = JobSpans(self._id)
-        self._started = self._stopping = self._draining = False
+        self._started = self._stopping = self._draining = self._woken = False
         self._renewed = time.monotonic()
 
     # --- what a Worker has -----------------------------------------------------------------------
@@ -88,6 +88,8 @@ class Holder:
                 self._pipe.send(("described", rest[0], *self._describe(rest[0])))
             elif kind == "start":
                 self._started = True
+            elif kind == "wake":
+                self._woken = True
             elif kind == "drain":
                 self._draining = True
             elif kind == "stop":

@@ -16,7 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from safelight.server.settings import Settings
-from safelight.threads import wait_asleep
+from safelight.threads import before_torch
 
 FIRST = 500
 """Thousandths of the machine's memory that Linux adds to a worker's where it looks for a process to
@@ -62,7 +62,7 @@ def _be_ended_first() -> None:
 
 def _run(pipe: Connection, told: Connection, settings: Settings) -> None:
     """Draw until told to stop, or until the server is gone."""
-    wait_asleep()  # before the worker's import of PyTorch
+    before_torch()  # before the worker's import of PyTorch
     _be_ended_first()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server tells when to end
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -25,6 +25,10 @@ from safelight.server.settings import Settings
 PREVIEW_EVERY = 0.2
 """Seconds between two previews of a picture."""
 
+LOOK = 0.05
+"""While it draws: seconds that jobs are taken in between two steps, and seconds until the queue is
+looked into again that had nothing to take in."""
+
 LOADING = 0.05
 """Seconds between two looks whether a model was loaded, while nothing is drawn."""
 
@@ -40,6 +44,7 @@ class Worker(Holder):
         self._spoilt: str | None = None
         self._elsewhere = settings.elsewhere
         self._unsure = False
+        self._looked = 0.0
         info = self._models.load_first().model_dump()
         pipe.send(("ready", info, self._models.memory))
         self._pulse.loaded()
@@ -153,8 +158,12 @@ class Worker(Holder):
 
     def _claim(self) -> None:
         """Take in jobs until there are none, or until the next one has to wait."""
-        models = self._models
+        models, began = self._models, time.monotonic()
+        if models.busy and not self._woken and began - self._looked < LOOK:
+            return
         while not (self._alone or self._stopping or self._draining or self._full):
+            if models.busy and time.monotonic() - began > LOOK:
+                return
             # When the turn of a job comes whose model has no room, others wait, until it has.
             if self._awaited and not models.room_for(self._awaited, self._in_use):
                 return
@@ -209,6 +218,8 @@ class Worker(Holder):
             return None
         self._unsure = False
         self._tell_stuck(None)
+        if claim is None:
+            self._looked, self._woken = time.monotonic(), False
         return claim
 
     def _begin(self, claim: Claim) -> bool:
