@@ -97,32 +97,39 @@ def speed(rows: int) -> None:
     """Compare two workers of Ray with two bare engines, by the clock and by processor time.
 
     The clock says little beside other programs; processor time is that of all of Ray's processes
-    and of the driver, which writes.
+    and of the driver, which writes. The bare engines draw before and after, since a shared machine
+    is not always as fast.
     """
+    before = bare_engines(rows)
+    cluster = start_cluster(1, WORKERS)
+    try:
+        driver = batch("ray", cluster.address)
+        wait_for(lambda: count("ray") > 0 or ended(driver))
+        first, began, had = count("ray"), time.monotonic(), processor_time()
+        wait_for(lambda: count("ray") >= rows or ended(driver))
+        took, by_ray = time.monotonic() - began, processor_time() - had
+        assert driver.wait() == 0
+    finally:
+        cluster.shutdown()
+    check("ray", rows)
+    after = bare_engines(rows)
+    seconds, used = ((one + two) / 2 for one, two in zip(before, after, strict=True))
+    bare_rate, ray_rate = rows / seconds, (rows - first) / took
+    told(f"two bare engines: {bare_rate:.1f} rows a second, {1000 * used:.0f} ms of a core a row")
+    each = by_ray / (rows - first)
+    told(f"two workers of Ray: {ray_rate:.1f} rows a second, {1000 * each:.0f} ms of a core a row")
+    told(f"Ray beside bare: {ray_rate / bare_rate:.2f} by the clock, {used / each:.2f} by the core")
+
+
+def bare_engines(rows: int) -> tuple[float, float]:
+    """Return the seconds that two bare engines take for all rows, and of a core for each."""
     parts = [
         subprocess.Popen([sys.executable, __file__, "--bare", str(i)], stdout=subprocess.PIPE)
         for i in range(WORKERS)
     ]
     printed = [part.communicate()[0].split() for part in parts]
     assert not any(part.returncode for part in parts), [part.returncode for part in parts]
-    seconds = max(float(one[0]) for one in printed)
-    used = sum(float(one[1]) for one in printed) / rows
-    cluster = start_cluster(1, WORKERS)
-    try:
-        driver = batch("ray", cluster.address)
-        wait_for(lambda: count("ray") > 0 or ended(driver))
-        first, began, before = count("ray"), time.monotonic(), processor_time()
-        wait_for(lambda: count("ray") >= rows or ended(driver))
-        took, by_ray = time.monotonic() - began, processor_time() - before
-        assert driver.wait() == 0
-    finally:
-        cluster.shutdown()
-    check("ray", rows)
-    bare_rate, ray_rate = rows / seconds, (rows - first) / took
-    told(f"two bare engines: {bare_rate:.1f} rows a second, {1000 * used:.0f} ms of a core a row")
-    each = by_ray / (rows - first)
-    told(f"two workers of Ray: {ray_rate:.1f} rows a second, {1000 * each:.0f} ms of a core a row")
-    told(f"Ray beside bare: {ray_rate / bare_rate:.2f} by the clock, {used / each:.2f} by the core")
+    return max(float(one[0]) for one in printed), sum(float(one[1]) for one in printed) / rows
 
 
 def disturbed(rows: int, kills: int, restarts: int, chance: random.Random) -> None:

@@ -26,7 +26,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "server"))
 from postgresql import Postgres
 from serving import Serving, wait_for
 
-SETTINGS: dict[str, Any] = {"steps": 250, "sampler": "euler", "prompt": "a cat"}
+SETTINGS: dict[str, Any] = {
+    **{"steps": 250, "sampler": "euler", "prompt": "a cat"},
+    **{"width": 128, "height": 128},
+}
 IDLE = 8
 KINDS = ("actor", "process", "cluster")
 FAR = 300
