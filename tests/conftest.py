@@ -44,7 +44,10 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items) -> None:
-    """Leave out what is of the long run alone. What shares a module's fixture shares a process."""
+    """Leave out what is of the long run alone. What shares a module's fixture shares a process.
+    Modules that wait for servers and modules that compute alternate: side by side, the processes
+    keep the processors busy.
+    """
     for item in items:
         if _shares(item) and not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
@@ -52,7 +55,22 @@ def pytest_collection_modifyitems(config, items) -> None:
         return
     long = [item for item in items if item.get_closest_marker("soak")]
     config.hook.pytest_deselected(items=long)
-    items[:] = [item for item in items if item not in long]
+    items[:] = _alternating([item for item in items if not item.get_closest_marker("soak")])
+
+
+def _alternating(items: list) -> list:
+    """Return the tests in an order in which both kinds of module are spread over the whole run.
+
+    The studio's come first: they share one process, and would be the last to end.
+    """
+    modules = collections.defaultdict(list)
+    for item in items:
+        modules[item.path].append(item)
+    kinds = {True: [], False: []}
+    for path in sorted(modules, key=lambda path: path.stem != "test_studio"):
+        kinds[path.parent.name == "server"].append(modules[path])
+    placed = [(i / len(kind), module) for kind in kinds.values() for i, module in enumerate(kind)]
+    return [item for _, module in sorted(placed, key=lambda one: one[0]) for item in module]
 
 
 def _shares(item) -> bool:

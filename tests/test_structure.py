@@ -149,6 +149,7 @@ def text(name: str) -> str:
     return modules()[name].read_text(encoding="utf-8")
 
 
+@cache
 def code(name: str) -> str:
     """The module without docstrings and comments."""
     return ast.unparse(_Bare().visit(ast.parse(text(name))))

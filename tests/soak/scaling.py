@@ -27,7 +27,7 @@ from postgresql import Postgres
 from serving import Serving, wait_for
 
 SETTINGS: dict[str, Any] = {
-    **{"steps": 250, "sampler": "euler", "prompt": "a cat"},
+    **{"steps": 150, "sampler": "euler", "prompt": "a cat"},
     **{"width": 128, "height": 128},
 }
 IDLE = 8
