@@ -7,6 +7,7 @@ in `make soak`, where what they measured is written down.
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import json
 import os
 import threading
@@ -121,7 +122,11 @@ class Inside:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.within(self.hub.stop())
+        try:
+            self.within(self.hub.stop())
+        except TimeoutError:
+            faulthandler.dump_traceback()  # which thread does not end, and where
+            raise
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._runs.join()
         self._loop.close()

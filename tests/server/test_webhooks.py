@@ -283,3 +283,19 @@ def test_a_retry_is_told_anew_and_what_waits_is_not_told(store: Store) -> None:
     notice = store.next_notice(100, (), 160)
     assert notice is not None
     assert (notice.tries, notice.job.status) == (1, "failed")
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_it_stops_though_a_job_ends_at_that_moment(store: Store, turns: int) -> None:
+    """turns: of the event loop between the two."""
+
+    async def run() -> None:
+        hooks = Webhooks(store)
+        hooks.start()
+        await asyncio.sleep(0.1)  # it waits for what ends
+        hooks.ended("a job")
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await asyncio.wait_for(hooks.stop(), 5)
+
+    asyncio.run(run())

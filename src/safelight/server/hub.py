@@ -274,7 +274,8 @@ class Hub:
             told = {picture.index for picture in job.pictures}
             while not job.status.final:
                 try:
-                    kind, rest = await asyncio.wait_for(queue.get(), LOOK_AGAIN)
+                    async with asyncio.timeout(LOOK_AGAIN):
+                        kind, rest = await queue.get()
                 except TimeoutError:
                     kind, rest = "look", []
                 if kind == "stop":

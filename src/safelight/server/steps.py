@@ -22,7 +22,8 @@ class Steps:
             ask()
         self._waiting.append(future)
         try:
-            return await asyncio.wait_for(future, seconds)
+            async with asyncio.timeout(seconds):
+                return await future
         except TimeoutError:
             return None
         finally:

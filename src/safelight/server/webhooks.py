@@ -187,8 +187,10 @@ class Webhooks:
             except Exception:  # this task is the only one that sends
                 log.exception("webhooks cannot be sent")
             wait = 0.0 if self._ended else 1.0
+            # Of Python 3.11's wait_for a cancellation is lost that comes at the same moment.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), wait or 0.01)
+                async with asyncio.timeout(wait or 0.01):
+                    await self._wake.wait()
 
     async def _begin(self) -> None:
         """Begin to send what is due, as much as may be on the way at once."""
