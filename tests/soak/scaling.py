@@ -27,8 +27,11 @@ from postgresql import Postgres
 from serving import Serving, wait_for
 
 SETTINGS: dict[str, Any] = {
-    **{"steps": 150, "sampler": "euler", "prompt": "a cat"},
-    **{"width": 128, "height": 128},
+    "steps": 150,
+    "sampler": "euler",
+    "prompt": "a cat",
+    "width": 128,
+    "height": 128,
 }
 IDLE = 8
 KINDS = ("actor", "process", "cluster")
