@@ -138,10 +138,10 @@ def test_what_the_user_chose_stays(chosen: Any, monkeypatch: pytest.MonkeyPatch)
     assert waiting(chosen, monkeypatch) == chosen
 
 
-def test_more_products_are_kept_unless_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_primitives_are_kept_unless_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
-    name, number = threads.PRODUCTS
+    name, number = threads.PRIMITIVES
     monkeypatch.delenv(name, raising=False)
     threads.before_torch()
     assert os.environ[name] == number

@@ -172,6 +172,11 @@ def test_the_scale_of_variance_exploding_stands_once() -> None:
     assert found == ["safelight.sampling.rows"]
 
 
+def test_nothing_waits_by_wait_for() -> None:
+    """In Python 3.11 `asyncio.wait_for` loses a cancellation that comes with its result."""
+    assert [name for name in modules() if "asyncio.wait_for(" in code(name)] == []
+
+
 def test_nobody_asks_for_a_kind_of_model() -> None:
     """What differs between families is asked of the family."""
     kinds = {"text", "pixels"}

@@ -1,5 +1,5 @@
-"""What is set for PyTorch before it is loaded: how its threads wait, and how many of oneDNN's
-products are kept. This module imports nothing heavy.
+"""What is set for PyTorch before it is loaded: how its threads wait, and how many compiled
+primitives oneDNN keeps. This module imports nothing heavy.
 
 OpenMP's threads spin while they wait. Beside another process they so keep off the processor the
 very thread they wait for: a picture beside two others took five times as long as alone. Threads
@@ -15,16 +15,20 @@ SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 BRIEFLY = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1500"}
 """Threads of GCC's OpenMP spin for so many turns before they sleep, LLVM's sleep at once."""
 
-PRODUCTS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096"
-"""oneDNN makes a program for each shape of a product, of some 100 KB, and keeps so many. A call of
-`embedded` needs 150, others for each number of rows. Of the 1,024 that are kept by default, a
-server whose calls hold 2 to 64 rows made most again at each call, for 20 ms."""
+PRIMITIVES = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096"
+"""A variable, and its value: how many compiled primitives oneDNN keeps, of some 100 KB each. It
+compiles one for each shape of a product. A call of `embedded` needs 150, others for each number of
+rows. Of the 1,024 that are kept by default, a server whose calls hold 2 to 64 rows compiled most
+again at each call, for 20 ms."""
 
 
 def before_torch() -> None:
-    """Set all of this. Has an effect only before PyTorch is loaded; what a user has set stays."""
+    """Set how threads wait and how many primitives are kept, unless the user has set it.
+
+    Has an effect only before PyTorch is loaded.
+    """
     wait_asleep()
-    os.environ.setdefault(*PRODUCTS)
+    os.environ.setdefault(*PRIMITIVES)
 
 
 def wait_asleep() -> None:

@@ -225,7 +225,8 @@ class Engine:
         first = self._turns.first(tickets)
         if not first.prepared or self.exact:
             return [first]
-        beside = [t for t in tickets if t.prepared and t.call_key == first.call_key]
+        key = first.call_key
+        beside = [t for t in tickets if t.prepared and t.call_key == key]
         most = sum(ticket.load for ticket in beside if ticket.share == first.share)
         chosen, loads = [first], {first.share: first.load}
         for ticket in sorted(beside, key=lambda ticket: ticket.work_left):
@@ -289,9 +290,8 @@ class Engine:
     def _begin_decoding(self) -> None:
         """Begin to decode the smallest picture, or decode it here where there is no thread for it.
 
-        Of two of one size, the one whose share had less time is decoded.
-
-        None is begun beside another: what comes later may be smaller.
+        Of two of one size, it is the one whose share had less time. None is begun beside another:
+        what comes later may be smaller.
         """
         if not self._undecoded or (self._in_flight is not None and not self._in_flight.done()):
             return

@@ -41,7 +41,7 @@ class Turns:
         load = sum(ticket.load for ticket in tickets)
         for ticket in tickets:
             part = seconds * ticket.load / load
-            self._had[ticket.share] = self._had.get(ticket.share, 0.0) + part
+            self._had[ticket.share] = self.had(ticket.share) + part
 
     def had(self, share: Any) -> float:
         """Return the seconds that a share had, as far as it is known."""

@@ -113,7 +113,7 @@ class Claims(Roster):
                 if not _waits(db, now, *how, but=held, below=cheaper_than):
                     return None
         with self._write() as db:
-            now = self._now()  # others may have written until now
+            now = self._now()  # it may have waited for others that write
             if known is not None:
                 strays = jobs.c.token.startswith(worker + ":") & jobs.c.token.not_in(known)
                 _put_back(db, strays)
