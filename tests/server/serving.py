@@ -27,8 +27,8 @@ INJECTED = Path(__file__).parent / "injected"
 class Serving:
     """`safelight serve` on a free port, with `arguments` more.
 
-    log: [folder/server.log]; slow, silence: seconds of a guard, and of a supervisor, with less
-    patience. hang: a file that says where the worker hangs; see injected/sitecustomize.py.
+    log: [folder/server.log]; slow, silence: seconds that a guard, and a supervisor, wait in place
+    of their own. hang: a file that says where the worker hangs; see injected/sitecustomize.py.
     """
 
     def __init__(

@@ -126,6 +126,21 @@ def test_one_that_does_not_fit_fails_its_job(server: Inside) -> None:
     assert drawn(server)[0] == drawn(server, loras=["ink:0"])[0]
 
 
+def test_a_prompt_that_is_too_long_is_refused_at_once(server: Inside) -> None:
+    long = "a BREAK " * 32 + "a"
+    line = "prompt has 33 chunks of 30 tokens; at most 32 can be used"
+    for path, body in (
+        ("/api/jobs", {**DRAW, "prompt": long, "prompt_syntax": "a1111"}),
+        ("/api/jobs", {**DRAW, "negative_prompt": long, "prompt_syntax": "a1111"}),
+        ("/sdapi/v1/txt2img", {"prompt": long, "steps": 2}),
+    ):
+        answer = server.ask("POST", path, body)
+        assert answer.status == 422, answer.body[:300]
+        assert line in answer.body.decode()
+    most = {**DRAW, "prompt": "a BREAK " * 31 + "a", "prompt_syntax": "a1111"}
+    assert server.ask("POST", "/api/jobs", most).status == 202
+
+
 def test_the_web_ui_s_api(server: Inside) -> None:
     """Tags in the prompt, and the list of what there is."""
     assert server.ask("GET", "/api/library").json()["loras"] == ["film", "ink", "odd"]

@@ -30,7 +30,8 @@ BOUND = size(20, 1000)
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     folder = tmp_path_factory.mktemp("overload")
-    with Serving(folder, "--queue", str(BOUND), slow=PATIENCE) as running:
+    # A worker that stands still is replaced; here it must not be, for as long as all submit.
+    with Serving(folder, "--queue", str(BOUND), slow=PATIENCE, silence=600) as running:
         running.ready()
         # The studio is imported behind a server that answers; it is not what is measured here.
         wait_for(lambda: running.client.get("/studio/").status_code != 503)

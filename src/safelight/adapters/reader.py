@@ -51,6 +51,12 @@ class PromptReader:
         found["warnings"] += said
         return found
 
+    def check(self, request: Request) -> None:
+        """Raise SafelightError if a prompt of a request cannot be read, as one that is too long."""
+        if self.plan.family.text_parts:
+            for negative in (False, True):
+                self.describe(request, negative=negative)
+
     @property
     def encoders(self) -> dict[str, Any]:
         """The configs of the text encoders."""

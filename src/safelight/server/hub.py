@@ -223,7 +223,7 @@ class Hub:
         steps = steps_of(request)
         if idempotency_key is not None and not 1 <= len(idempotency_key) <= 255:
             raise SafelightError("Idempotency-Key must have 1 to 255 characters")
-        await asyncio.to_thread(self.names.check, request)
+        await asyncio.to_thread(self.names.check, request, name)
         request = await asyncio.to_thread(request.fitted)  # no more is kept than is drawn from
         native = self.catalogue.size(name)
         job_id = new_id()

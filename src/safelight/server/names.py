@@ -88,10 +88,11 @@ class Names:
         except SafelightError:
             return {}
 
-    def check(self, request: Request) -> None:
-        """Raise SafelightError for a name in a request that is not there.
+    def check(self, request: Request, model: str | None = None) -> None:
+        """Raise SafelightError for a name in a request that is not there, and for a prompt that
+        its model cannot read.
 
-        What dynamic prompts will name is not known yet.
+        What dynamic prompts will say is not known yet.
         """
         styled = apply_styles(
             self.styles(), request.styles, request.prompt, request.negative_prompt
@@ -111,6 +112,11 @@ class Names:
                     field="loras",
                 )
             self.library.find(lora.name, "lora")
+        try:
+            reader = self._reader(model)
+        except (SafelightError, OSError):
+            return  # the model may be back when its turn comes; the worker says so if it is not
+        reader.check(request)
 
     def describe(
         self, request: Request, *, model: str | None = None, negative: bool = False
