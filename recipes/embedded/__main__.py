@@ -25,7 +25,7 @@ Begin = Annotated[
 Native = Annotated[bool, Option("--native", help="Compile the networks first.")]
 
 
-STAGES = ("embedded", "sharp", "unconditional", "prompts")
+STAGES = ("half", "embedded", "sharp", "unconditional", "prompts")
 
 
 @app.command()
@@ -45,16 +45,27 @@ def train(
     dry_run: Dry = False,
     native: Native = False,
     begin: Begin = None,
+    scenes: Annotated[
+        int | None, Option(help="Scenes to compose. [default: 122880]", show_default=False)
+    ] = None,
 ) -> None:
     """Run stages of the training; each goes on where it was stopped."""
+    from dataclasses import replace
+
     from recipes.embedded.train import DRY, FULL, Recipe
 
     if not 0.05 <= minutes <= 100_000:
         raise SafelightError(f"--minutes {minutes:g}: expected 0.05 to 100000")
     if unknown := [stage for stage in stages if stage not in STAGES]:
         raise SafelightError(f"no stage {unknown[0]!r}: the stages are {', '.join(STAGES)}")
-    recipe = Recipe(data, out, minutes, DRY if dry_run else FULL, native, begin)
+    if scenes is not None and not 512 <= scenes <= 1_000_000:
+        raise SafelightError(f"--scenes {scenes}: expected 512 to 1000000")
+    sizes = DRY if dry_run else FULL
+    if scenes is not None:
+        sizes = replace(sizes, scenes=scenes)
+    recipe = Recipe(data, out, minutes, sizes, native, begin)
     run = {
+        "half": recipe.half,
         "embedded": recipe.embedded,
         "sharp": recipe.sharp,
         "unconditional": recipe.unconditional,

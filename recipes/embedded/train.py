@@ -21,6 +21,8 @@ from recipes.embedded.pool import Pool
 from recipes.embedded.scenes import Scenes
 from recipes.embedded.sharpen import sharpen
 from recipes.embedded.stage import Stage
+from recipes.embedded.supply import parts
+from recipes.embedded.words import teach
 from safelight.errors import SafelightError
 from safelight.nets.clip import CLIPTextModel
 from safelight.nets.unet2d import UNet2DConfig
@@ -31,7 +33,6 @@ from safelight.train import networks
 from safelight.train.autoencoder import encode, latent_spread, to_pixels, train_autoencoder
 from safelight.train.denoiser import (
     TextToImage,
-    teach_words,
     train_text_to_image,
     train_unconditional,
 )
@@ -46,8 +47,9 @@ MINUTES = 13.0
 
 SHARES = {
     "autoencoder": 0.147,
-    "words": 0.01,
-    "denoiser": 0.465,
+    "words": 0.03,
+    "half": 0.2,
+    "denoiser": 0.25,
     "sharp": 0.055,
     "unconditional": 0.07,
 }
@@ -74,10 +76,13 @@ class Sizes:
 
     size: int
     scenes: int
-    """Composed and encoded once."""
+    """Composed and encoded once, at full and at half size."""
+    captions: int
+    """That the text encoder learns from."""
     networks: networks.Networks
     vae_plan: Plan
     text_plan: Plan
+    half_plan: Plan
     unet_plan: Plan
     sharp_plan: Plan
     pixels: UNet2DConfig
@@ -91,9 +96,11 @@ class Sizes:
 FULL = Sizes(
     size=256,
     scenes=122_880,
+    captions=131_072,
     networks=networks.LARGE,
     vae_plan=Plan(steps=0, batch=32, learning_rate=1e-3, warmup=100, weight_decay=0.0),
-    text_plan=Plan(steps=0, batch=512, learning_rate=2e-3, warmup=50),
+    text_plan=Plan(steps=0, batch=256, learning_rate=2e-3, warmup=50),
+    half_plan=Plan(steps=0, batch=128, learning_rate=8e-4, warmup=300),
     unet_plan=Plan(steps=0, batch=128, learning_rate=8e-4, warmup=300),
     sharp_plan=Plan(steps=0, batch=32, learning_rate=2e-4, warmup=50, weight_decay=0.0, ema=0.99),
     pixels=replace(networks.PIXELS, sample_size=64, block_out_channels=(64, 128, 192)),
@@ -104,6 +111,7 @@ FULL = Sizes(
 DRY = Sizes(
     size=64,
     scenes=64,
+    captions=64,
     networks=networks.Networks(
         vae=replace(networks.LARGE.vae, block_out_channels=(8, 8, 16, 16)),
         text=replace(
@@ -118,6 +126,7 @@ DRY = Sizes(
     ),
     vae_plan=replace(FULL.vae_plan, steps=12, batch=2, warmup=2),
     text_plan=replace(FULL.text_plan, steps=12, batch=16, warmup=2),
+    half_plan=replace(FULL.half_plan, steps=12, batch=8, warmup=2),
     unet_plan=replace(FULL.unet_plan, steps=12, batch=8, warmup=2),
     sharp_plan=replace(FULL.sharp_plan, steps=12, batch=2, warmup=2),
     pixels=replace(networks.PIXELS, sample_size=16, block_out_channels=(32, 32, 32)),
@@ -170,24 +179,53 @@ class Recipe:
         return replace(plan, seconds=seconds, recipe=self.digest)
 
     def embedded(self) -> Path:
-        """Train autoencoder, text encoder and UNet, and write the folder out/embedded."""
+        """Train autoencoder, text encoder and UNet, and write the folder out/embedded.
+
+        Given weights to begin from, the UNet alone is trained, at full size.
+        """
+        tokenizer, vae, net = self._networks()
+        if self.base is None:
+            self._denoiser("half", tokenizer, vae, net)
+        return self._denoiser("denoiser", tokenizer, vae, net)
+
+    def half(self) -> Path:
+        """Do what `embedded` does, but train the UNet at half of the size alone."""
+        return self._denoiser("half", *self._networks())
+
+    def _networks(self) -> tuple[Tokenizer, AutoencoderKL, TextToImage]:
+        """Return autoencoder and text encoder, trained or taken from `begin`, and the UNet."""
         tokenizer = self._vocabulary()
-        pool = self._timed("scenes", lambda: Pool(self.stage, self.path, self.sizes.scenes, 1))
-        vae = self._timed("autoencoder", lambda: self._encoder(pool))
-        latents = self._timed("latents", lambda: self._encoded(vae, pool))
-        ids = torch.tensor([tokenizer.encode(t).ids for t in pool.captions], dtype=torch.int16)
-        ids = ids.to(self.device)
-        pool.free()
+        vae = self._timed("autoencoder", self._encoder)
         torch.manual_seed(0)
         net = TextToImage(CLIPTextModel(self.sizes.networks.text), self.sizes.networks.unet)
         if self.base is None:
-            plan = self.plan(self.sizes.text_plan, "words")
-            teach_words(net.text_encoder, latents, ids, tokenizer.eos, plan, self.out / "words")
+            count, plan = self.sizes.captions, self.plan(self.sizes.text_plan, "words")
+            parts = self.scenes, self.path, tokenizer, count, plan, self.out / "words"
+            self._timed("words", lambda: teach(net.text_encoder, *parts, self.device))
         else:
             _take(net.text_encoder, self.base.text_encoder)
             _take(net.unet, self.base.unet)
+        # What the questions taught is more than the denoiser's loss can tell it.
+        net.text_encoder.requires_grad_(False)
         if (self.out / SHARP).exists():
             vae.load_state_dict(load_file(self.out / SHARP))
+        return tokenizer, vae, net
+
+    def _denoiser(
+        self, stage: str, tokenizer: Tokenizer, vae: AutoencoderKL, net: TextToImage
+    ) -> Path:
+        """Train the UNet on pictures of all their size, or of half of it, and write out/embedded.
+
+        stage: "half" costs a quarter for each picture. What a thing looks like and where it
+        stands, the UNet learns there as well.
+        """
+        size, plan = self.sizes.size, self.sizes.unet_plan
+        if stage == "half":
+            size, plan = size // 2, self.sizes.half_plan
+        net.unet.config = replace(net.unet.config, sample_size=size // vae.config.factor)
+        latents, ids = self._timed(
+            f"latents of {size} pixels", lambda: self._encoded(vae, tokenizer, size)
+        )
 
         def export(trained: nn.Module, step: int) -> None:
             assert isinstance(trained, TextToImage)
@@ -200,13 +238,13 @@ class Recipe:
             latents,
             ids,
             torch.tensor(tokenizer.encode("").ids, dtype=torch.int16),
-            self.plan(self.sizes.unet_plan, "denoiser"),
-            self.out / "denoiser",
+            self.plan(plan, stage),
+            self.out / stage,
             every=self.sizes.every,
             native=self.native,
             on_checkpoint=export,
         )
-        export(net, self.sizes.unet_plan.steps)
+        export(net, plan.steps)
         return self.model
 
     def _vocabulary(self) -> Tokenizer:
@@ -219,7 +257,7 @@ class Recipe:
         captions = [*self.scenes.captions_corpus(), *self.scenes.unknown]
         return train_vocabulary(captions, text.vocab_size, folder, text.max_position_embeddings)
 
-    def _encoder(self, pool: Pool) -> AutoencoderKL:
+    def _encoder(self) -> AutoencoderKL:
         """Return the autoencoder, trained or taken from `begin`; it is kept in `out`, too."""
         config = self.sizes.networks.vae
         if self.base is not None:
@@ -229,6 +267,7 @@ class Recipe:
             factor = self.base.vae.config.scaling_factor
         else:
             plan = self.plan(self.sizes.vae_plan, "autoencoder")
+            pool = Pool(self.stage, self.path, self._some(), 1)
             vae = train_autoencoder(
                 config, pool, plan, self.out / "autoencoder", native=self.native
             )
@@ -246,7 +285,7 @@ class Recipe:
         factor = float((self.out / "scaling").read_text())
         vae = AutoencoderKL(replace(self.sizes.networks.vae, scaling_factor=factor))
         vae.load_state_dict(load_file(self.out / "vae.safetensors"))
-        pool = Pool(self.stage, self.path, max(8, self.sizes.scenes // 6), 2)
+        pool = Pool(self.stage, self.path, self._some(), 2)
         plan = self.plan(self.sizes.sharp_plan, "sharp")
         sharpen(vae, pool, plan, self.out / "sharp", every=self.sizes.every, native=self.native)
         _save(vae, self.out / SHARP)
@@ -307,9 +346,29 @@ class Recipe:
             "draw_with": DRAW_WITH,
         }
 
-    def _encoded(self, vae: AutoencoderKL, pool: Pool) -> Tensor:
-        """Return latents, float16 [n, 4, h, w] on the device."""
-        return torch.cat([encode(vae, some) for some in pool.pictures.split(512)]).to(self.device)
+    def _some(self) -> int:
+        """Return the number of scenes whose pictures an autoencoder learns from: they are large."""
+        return max(8, self.sizes.scenes // 6)
+
+    def _encoded(
+        self, vae: AutoencoderKL, tokenizer: Tokenizer, size: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return latents of scenes, float16 [n, 4, h, w], and the tokens of their captions, int16
+        [n, length], both on the device. They are kept in `out`.
+        """
+        path = self.out / f"latents-{size}-{self.digest[:16]}.safetensors"
+        if not path.exists():
+            stage = Stage(self.scenes, self.device, size, self.sizes.variants)
+            latents: list[Tensor] = []
+            said: list[str] = []
+            count = self.sizes.scenes
+            for scenes, things, rng in parts(self.scenes, self.path, count, size):
+                latents.append(encode(vae, stage.draw(scenes, things, rng)))
+                said += [scene.said for scene in scenes]
+            ids = torch.tensor([tokenizer.encode(text).ids for text in said], dtype=torch.int16)
+            _keep({"latents": torch.cat(latents), "ids": ids}, path)
+        kept = load_file(path, device=str(self.device))
+        return kept["latents"], kept["ids"]
 
     def _timed(self, what: str, do: Callable[[], Any]) -> Any:
         began = time.monotonic()
@@ -339,8 +398,15 @@ NAMEABLE = (
 
 
 def _save(net: nn.Module, path: Path) -> None:
-    weights = {name: t.cpu().contiguous() for name, t in net.state_dict().items()}
-    save_file(weights, path, metadata={"format": "pt"})
+    _keep(net.state_dict(), path)
+
+
+def _keep(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write by a rename, so that what is there is whole."""
+    beside = path.with_suffix(".part")
+    whole = {name: t.cpu().contiguous() for name, t in tensors.items()}
+    save_file(whole, beside, metadata={"format": "pt"})
+    beside.replace(path)
 
 
 def _take(net: nn.Module, other: nn.Module | None) -> None:

@@ -144,7 +144,6 @@ class TestBegin:
         before, after = hashes(made / "embedded"), hashes(tmp_path / "embedded")
         changed = {name for name in before if before[name] != after[name]}
         assert changed == {
-            "text_encoder/model.safetensors",
             "unet/diffusion_pytorch_model.safetensors",
             "vae/diffusion_pytorch_model.safetensors",
         }
@@ -159,6 +158,21 @@ class TestBegin:
             float((a - b).norm() / a.norm().clamp(min=1e-6)) for a, b in zip(*weights, strict=True)
         ]
         assert np.median(apart) < 0.2
+
+    def test_half_of_the_size(self, data: Path, made: Path, tmp_path: Path) -> None:
+        run(data, tmp_path, "half", begin=made / "embedded")
+        model = safelight.load(str(tmp_path / "embedded"), dtype="float32")
+        assert model.native_size == (32, 32)
+        before, after = hashes(made / "embedded"), hashes(tmp_path / "embedded")
+        assert {name for name in before if before[name] != after[name]} >= {
+            "unet/diffusion_pytorch_model.safetensors",
+            "unet/config.json",
+        }
+        text = "text_encoder/model.safetensors"
+        assert before[text] == after[text]
+        # What follows begins from it, at the whole size.
+        run(data, tmp_path / "whole", "embedded", begin=tmp_path / "embedded")
+        assert safelight.load(str(tmp_path / "whole" / "embedded")).native_size == (64, 64)
 
     def test_refuses_what_is_no_such_folder(self, data: Path, made: Path, tmp_path: Path) -> None:
         with pytest.raises(SafelightError, match="no model"):
@@ -207,7 +221,8 @@ def test_commands(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for arguments, message in (
         (["embedded"], "is missing: run the data stage first"),
         (["embedded", "--minutes", "0"], "--minutes 0: expected 0.05 to 100000"),
-        (["shiny"], "no stage 'shiny': the stages are embedded, sharp"),
+        (["embedded", "--scenes", "5"], "--scenes 5: expected 512 to 1000000"),
+        (["shiny"], "no stage 'shiny': the stages are half, embedded, sharp"),
         (["sharp", "--data", str(data), "--dry-run"], "run embedded first"),
     ):
         result = CliRunner().invoke(app, ["train", *arguments])
