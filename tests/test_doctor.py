@@ -138,13 +138,16 @@ def test_what_the_user_chose_stays(chosen: Any, monkeypatch: pytest.MonkeyPatch)
     assert waiting(chosen, monkeypatch) == chosen
 
 
-def test_more_primitives_are_kept_unless_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("setting", [threads.PRIMITIVES, threads.HUGE_PAGES])
+def test_what_pytorch_keeps_is_set_unless_the_user_says(
+    setting: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import os
 
-    name, number = threads.PRIMITIVES
+    name, value = setting
     monkeypatch.delenv(name, raising=False)
     threads.before_torch()
-    assert os.environ[name] == number
+    assert os.environ[name] == value
     monkeypatch.setenv(name, "7")
     threads.before_torch()
     assert os.environ[name] == "7"
