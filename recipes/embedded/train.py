@@ -200,8 +200,8 @@ class Recipe:
         net = TextToImage(CLIPTextModel(self.sizes.networks.text), self.sizes.networks.unet)
         if self.base is None:
             count, plan = self.sizes.captions, self.plan(self.sizes.text_plan, "words")
-            parts = self.scenes, self.path, tokenizer, count, plan, self.out / "words"
-            self._timed("words", lambda: teach(net.text_encoder, *parts, self.device))
+            given = self.scenes, self.path, tokenizer, count, plan, self.out / "words"
+            self._timed("words", lambda: teach(net.text_encoder, *given, self.device))
         else:
             _take(net.text_encoder, self.base.text_encoder)
             _take(net.unet, self.base.unet)
@@ -267,7 +267,7 @@ class Recipe:
             factor = self.base.vae.config.scaling_factor
         else:
             plan = self.plan(self.sizes.vae_plan, "autoencoder")
-            pool = Pool(self.stage, self.path, self._some(), 1)
+            pool = Pool(self.stage, self.path, self._pool_size(), 1)
             vae = train_autoencoder(
                 config, pool, plan, self.out / "autoencoder", native=self.native
             )
@@ -285,7 +285,7 @@ class Recipe:
         factor = float((self.out / "scaling").read_text())
         vae = AutoencoderKL(replace(self.sizes.networks.vae, scaling_factor=factor))
         vae.load_state_dict(load_file(self.out / "vae.safetensors"))
-        pool = Pool(self.stage, self.path, self._some(), 2)
+        pool = Pool(self.stage, self.path, self._pool_size(), 2)
         plan = self.plan(self.sizes.sharp_plan, "sharp")
         sharpen(vae, pool, plan, self.out / "sharp", every=self.sizes.every, native=self.native)
         _save(vae, self.out / SHARP)
@@ -346,7 +346,7 @@ class Recipe:
             "draw_with": DRAW_WITH,
         }
 
-    def _some(self) -> int:
+    def _pool_size(self) -> int:
         """Return the number of scenes whose pictures an autoencoder learns from: they are large."""
         return max(8, self.sizes.scenes // 6)
 
