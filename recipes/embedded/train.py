@@ -214,10 +214,9 @@ class Recipe:
     def _denoiser(
         self, stage: str, tokenizer: Tokenizer, vae: AutoencoderKL, net: TextToImage
     ) -> Path:
-        """Train the UNet on pictures of all their size, or of half of it, and write out/embedded.
+        """Train the UNet at full size, or at half size for the stage "half"; write out/embedded.
 
-        stage: "half" costs a quarter for each picture. What a thing looks like and where it
-        stands, the UNet learns there as well.
+        A picture of half the size costs a third or less, and shows as well what a thing looks like.
         """
         size, plan = self.sizes.size, self.sizes.unet_plan
         if stage == "half":

@@ -52,7 +52,7 @@ class PromptReader:
         return found
 
     def check(self, request: Request) -> None:
-        """Raise SafelightError if a prompt of a request cannot be read, as one that is too long."""
+        """Raise SafelightError for a prompt that cannot be read, such as one that is too long."""
         if self.plan.family.text_parts:
             for negative in (False, True):
                 self.describe(request, negative=negative)

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from safelight.nets.clip import CLIPTextModel
 from safelight.nets.unet import UNet2DConditionModel, UNetConfig
 from safelight.nets.unet2d import UNet2DConfig, UNet2DModel
-from safelight.nets.vae import AutoencoderKL
 from safelight.sampling.levels import alphas_cumprod
 from safelight.sampling.schedule import SchedulerConfig
-from safelight.train.autoencoder import Pictures, encode, to_pixels
+from safelight.train.autoencoder import to_pixels
 from safelight.train.devices import autocast, initialise
 from safelight.train.loop import Draw, Plan, Show, fit
 
@@ -155,22 +154,6 @@ def train_text_to_image(
         fit(net, loss_of, plan, folder, every=every, native=native, on_checkpoint=on_checkpoint)
     )
     net.cpu()
-
-
-def encode_scenes(
-    vae: AutoencoderKL, scenes: Pictures, count: int, seed: int
-) -> tuple[Tensor, list[str]]:
-    """Compose `count` scenes and encode them once: float16 latents [count, 4, h, w], captions.
-
-    Encoding in every step would cost a fifth of the training time, for scenes that come from
-    the same few hundred cut-outs anyway.
-    """
-    latents, captions = [], []
-    for start in range(0, count, 128):
-        pictures, said = scenes.batch(min(128, count - start), np.random.default_rng([seed, start]))
-        latents.append(encode(vae, pictures))
-        captions += said
-    return torch.cat(latents), captions
 
 
 def train_unconditional(
