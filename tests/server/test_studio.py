@@ -949,12 +949,19 @@ def test_what_is_no_picture_is_told_and_a_large_one_made_fit(
     page = fresh
     (tmp_path / "notes.png").write_text("no picture")
     Image.new("RGB", (4096, 512), "teal").save(tmp_path / "large.jpg")
+    # The editor starts late: what it is given before that would be lost.
+    held: list[Any] = []
+    page.route("**/WebGLRenderer*.js", lambda script: held.append(script))
     page.get_by_role("button", name="Change a picture").click()
     chosen = page.locator("#easel input[type=file]").first
     chosen.set_input_files(tmp_path / "notes.png")
     told = page.get_by_text("This browser cannot read “notes.png” as a picture.")
     expect(told).to_be_visible()
     chosen.set_input_files(tmp_path / "large.jpg")
+    page.wait_for_timeout(1000)
+    assert held
+    for script in held:
+        script.continue_()
     on_easel(page, (0, 128, 128))
     draw(page, "a teal sea", Steps=2)
     job = newest(server)

@@ -13,21 +13,37 @@
     return new File([await canvas.convertToBlob()], "picture.png", {type: "image/png"});
   };
 
+  const START = 60_000;  // milliseconds that the editor is given to start
+
+  // Gradio's editor loses a picture that arrives before both of its canvases are there.
+  const started = async easel => {
+    const until = performance.now() + START;
+    while (easel.querySelectorAll("canvas").length < 2) {
+      if (performance.now() > until) return false;
+      await new Promise(resolve => setTimeout(resolve, 50));
+    }
+    return true;
+  };
+
   const hand = async (input, file) => {
     const easel = input.closest("#easel");
+    const tell = textContent => easel.before(
+      safelight.make("p", {className: "problem unread", role: "alert", textContent}));
     easel.parentElement.querySelector(".unread")?.remove();
+    const files = new DataTransfer();
     try {
-      const files = new DataTransfer();
       files.items.add(await fitting(file));
-      input.files = files.files;
-      input.dataset.fits = "yes";
-      input.dispatchEvent(new Event("change", {bubbles: true}));
     } catch {
-      easel.before(safelight.make("p", {
-        className: "problem unread", role: "alert",
-        textContent: `This browser cannot read “${file.name}” as a picture.`,
-      }));
+      tell(`This browser cannot read “${file.name}” as a picture.`);
+      return;
     }
+    if (!await started(easel)) {
+      tell("The editor has not started. It needs a browser with WebGL.");
+      return;
+    }
+    input.files = files.files;
+    input.dataset.fits = "yes";
+    input.dispatchEvent(new Event("change", {bubbles: true}));
   };
 
   addEventListener("change", event => {
