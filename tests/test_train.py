@@ -4,6 +4,7 @@ import errno
 import math
 import signal
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,29 @@ def test_a_network_that_knows_the_answer_has_no_loss(kind: str) -> None:
     assert float(noising.loss(clean, Draw.of(0, 0), oracle)) < 1e-4
     guess = noising.loss(clean, Draw.of(0, 0), lambda x, t: torch.zeros_like(x))
     assert float(guess) > 0.1
+
+
+@pytest.mark.parametrize(("noisier", "share"), [(False, 0.5), (True, 0.75)])
+def test_timesteps_are_spread_over_the_range(noisier: bool, share: float) -> None:
+    """And none lies beyond it, where the last share of the range is rounded up."""
+    noising = Noising(SchedulerConfig.from_dict({}), noisier=noisier)
+    drawn: list[torch.Tensor] = []
+
+    def net(noisy: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        drawn.append(steps)
+        return noisy
+
+    class Last(Draw):
+        def uniform(self, shape: Iterable[int]) -> torch.Tensor:
+            return torch.full(tuple(shape), 1 - 2**-24)
+
+    clean = torch.zeros(128, 1, 2, 2)
+    for step in range(20):
+        noising.loss(clean, Draw.of(0, step), net)
+    steps = torch.cat(drawn)
+    assert float((steps >= 500).float().mean()) == pytest.approx(share, abs=0.02)
+    noising.loss(clean, Last(np.random.default_rng(0), torch.Generator()), net)
+    assert int(drawn[-1].max()) == 999
 
 
 UNET = UNetConfig(

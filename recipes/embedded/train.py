@@ -241,6 +241,7 @@ class Recipe:
             self.out / stage,
             every=self.sizes.every,
             native=self.native,
+            noisier=stage == "half",
             on_checkpoint=export,
         )
         export(net, plan.steps)
