@@ -138,13 +138,10 @@ def test_what_the_user_chose_stays(chosen: Any, monkeypatch: pytest.MonkeyPatch)
     assert waiting(chosen, monkeypatch) == chosen
 
 
-@pytest.mark.parametrize("setting", [threads.PRIMITIVES, threads.HUGE_PAGES])
-def test_what_pytorch_keeps_is_set_unless_the_user_says(
-    setting: tuple[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_onednn_keeps_is_set_unless_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
-    name, value = setting
+    name, value = threads.PRIMITIVES
     monkeypatch.delenv(name, raising=False)
     threads.before_torch()
     assert os.environ[name] == value

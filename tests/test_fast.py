@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import errno
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -833,3 +835,20 @@ def test_what_onednn_does_not_take_is_computed_in_float32(
 
 def test_memory_is_counted() -> None:
     assert memory.total() > 1 << 28
+
+
+@pytest.mark.skipif(memory._libc() is None, reason="this C library has no such settings")
+@pytest.mark.parametrize("mapped", [False, True])
+def test_large_blocks_come_from_what_was_freed_or_from_the_kernel(mapped: bool) -> None:
+    program = (
+        "import torch\n"
+        "from safelight.fast import memory\n"
+        "memory.keep_freed()\n"
+        f"memory.map_large({mapped})\n"
+        "block = torch.ones(48 << 18)\n"
+        "heap = next(line for line in open('/proc/self/maps') if '[heap]' in line)\n"
+        "first, last = (int(x, 16) for x in heap.split()[0].split('-'))\n"
+        "print(first <= block.data_ptr() < last)\n"
+    )
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert told.stdout.strip() == str(not mapped).encode()

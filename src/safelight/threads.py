@@ -1,5 +1,5 @@
-"""What is set for PyTorch before it is loaded: how its threads wait, how many compiled primitives
-oneDNN keeps, and in what pages its memory comes. This module imports nothing heavy.
+"""What is set for PyTorch before it is loaded: how its threads wait, and how many compiled
+primitives oneDNN keeps. This module imports nothing heavy.
 
 OpenMP's threads spin while they wait. Beside another process they so keep off the processor the
 very thread they wait for: a picture beside two others took five times as long as alone. Threads
@@ -21,21 +21,14 @@ compiles one for each shape of a product. A call of `embedded` needs 150, others
 rows. Of the 1,024 that are kept by default, a server whose calls hold 2 to 64 rows compiled most
 again at each call, for 20 ms."""
 
-HUGE_PAGES = "THP_MEM_ALLOC_ENABLE", "1"
-"""A variable, and its value: PyTorch asks Linux for huge pages (2 MiB) where a tensor is larger.
-The kernel hands out the maps of a picture anew at each layer; in pages of 4 KiB that took 25 ms of
-the 187 ms in which a tiny decoder draws 512×512 pixels. Linux may be set to give none."""
-
 
 def before_torch() -> None:
-    """Set how threads wait, how many primitives are kept and in what pages memory comes, unless
-    the user has set it.
+    """Set how threads wait and how many primitives are kept, unless the user has set it.
 
     Has an effect only before PyTorch is loaded.
     """
     wait_asleep()
     os.environ.setdefault(*PRIMITIVES)
-    os.environ.setdefault(*HUGE_PAGES)
 
 
 def wait_asleep() -> None:

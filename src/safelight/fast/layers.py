@@ -66,8 +66,16 @@ def _matrix(layer: Any, weight: Tensor, bias: Tensor | None) -> Any:
 
 
 def _make_room(x: Tensor) -> None:
-    """Give back the memory of maps that are done with: such as the decoder's last find no other."""
-    if x.numel() >= HUGE:
+    """Choose where the results of a convolution of this map come from.
+
+    Up to HUGE numbers: from what was freed. The last four maps of a tiny decoder at 512×512 have as
+    many, and took a quarter of its time when each came from the kernel. Larger ones come from it,
+    once the memory of maps that are done with is given back: what was freed would seldom fit them,
+    and a picture would take more memory.
+    """
+    large = x.numel() > HUGE
+    memory.map_large(large)
+    if large:
         memory.give_back()
 
 

@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor
 
 # The names of <malloc.h>.
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
+_MAPPED = 65536  # the C library's own value of the last
 _MADV_PAGEOUT = 21
 _MB = 1 << 20
 
@@ -69,8 +70,19 @@ def keep_freed() -> None:
     """
     if (libc := _libc()) is not None:
         libc.mallopt(_M_MMAP_THRESHOLD, 32 * _MB)  # the most that it takes
-        libc.mallopt(_M_TRIM_THRESHOLD, 128 * _MB)
+        libc.mallopt(_M_TRIM_THRESHOLD, 256 * _MB)  # more than a tiny decoder frees at its end
         libc.mallopt(_M_TOP_PAD, 64 * _MB)
+
+
+_mapping: bool | None = None
+
+
+def map_large(wanted: bool) -> None:
+    """Let blocks of 32 MB and more come from the kernel each time, or from what was freed, too."""
+    global _mapping
+    if wanted != _mapping and (libc := _libc()) is not None:
+        libc.mallopt(_M_MMAP_MAX, _MAPPED if wanted else 0)
+        _mapping = wanted
 
 
 def give_back() -> None:
