@@ -34,15 +34,6 @@ class Pool:
     def __len__(self) -> int:
         return len(self.scenes)
 
-    @property
-    def captions(self) -> list[str]:
-        """What each picture's caption says."""
-        return [scene.said for scene in self.scenes]
-
-    def free(self) -> None:
-        """Let go of the pictures."""
-        self.pictures = self.pictures[:0].clone()
-
     def batch(self, n: int, rng: np.random.Generator) -> tuple[Tensor, list[str]]:
         """Return `n` pictures, drawn with replacement, and their captions."""
         pick = rng.integers(len(self), size=n)

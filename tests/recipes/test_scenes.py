@@ -338,5 +338,3 @@ class TestPool:
         shown = {(said, bytes(p.numpy())) for said, p in zip(captions, pictures, strict=True)}
         kept = {(s.said, bytes(p.numpy())) for s, p in zip(pool.scenes, pool.pictures, strict=True)}
         assert shown <= kept
-        pool.free()
-        assert not len(pool.pictures)
