@@ -22,7 +22,8 @@ DRAW: dict[str, Any] = {"prompt": "a cat", "steps": 2, "seed": 5, "sampler": "eu
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A models folder with two LoRAs of the model that ships, and one that does not fit."""
+    """A models folder with two LoRAs of the model that ships, one that does not fit, and one of
+    Stable Diffusion 1."""
     root = tmp_path_factory.mktemp("models")
     (root / "Lora").mkdir()
     model = safelight.load(device="cpu", dtype="float32", plain=True)
@@ -38,6 +39,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         told = {"ss_output_name": f"{name} by me"}
         save_file(tensors, root / "Lora" / f"{name}.safetensors", told)
     save_file({"lora_unet_x.alpha": torch.tensor(1.0)}, root / "Lora" / "odd.safetensors")
+    key = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+    wide = {f"{key}.lora_down.weight": torch.ones(4, 768)}
+    wide[f"{key}.lora_up.weight"] = torch.ones(144, 4)
+    save_file(wide, root / "Lora" / "wide.safetensors")
     return root
 
 
@@ -126,6 +131,20 @@ def test_one_that_does_not_fit_fails_its_job(server: Inside) -> None:
     assert drawn(server)[0] == drawn(server, loras=["ink:0"])[0]
 
 
+def test_one_of_another_kind_of_model_is_refused_at_once(server: Inside) -> None:
+    line = "lora wide: it is for Stable Diffusion 1, and this model is "
+    tagged = {"prompt": "a cat <lora:wide:1>", "steps": 2}
+    for path, body in (
+        ("/api/jobs", {**DRAW, "loras": ["wide"]}),
+        ("/api/jobs", {**DRAW, "loras": ["ink", "wide:0"], "lora_unmatched": "warn"}),
+        ("/api/jobs", {**tagged, "prompt_syntax": "a1111"}),
+        ("/sdapi/v1/txt2img", tagged),
+    ):
+        answer = server.ask("POST", path, body)
+        assert answer.status == 422, answer.body[:300]
+        assert line in answer.body.decode()
+
+
 def test_a_prompt_that_is_too_long_is_refused_at_once(server: Inside) -> None:
     long = "a BREAK " * 32 + "a"
     line = "prompt has 33 chunks of 30 tokens; at most 32 can be used"
@@ -143,7 +162,7 @@ def test_a_prompt_that_is_too_long_is_refused_at_once(server: Inside) -> None:
 
 def test_the_web_ui_s_api(server: Inside) -> None:
     """Tags in the prompt, and the list of what there is."""
-    assert server.ask("GET", "/api/library").json()["loras"] == ["film", "ink", "odd"]
+    assert server.ask("GET", "/api/library").json()["loras"] == ["film", "ink", "odd", "wide"]
     theirs = server.ask("GET", "/sdapi/v1/loras").json()
     assert [(one["name"], one["alias"]) for one in theirs][:2] == [
         ("film", "film by me"),

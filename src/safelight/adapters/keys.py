@@ -119,6 +119,15 @@ def family_of_width(width: int | None) -> str | None:
     return _WIDTHS.get(width or 0)
 
 
+def text_width(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """Return how many numbers the text states have that an adapter's network reads, if it tells."""
+    for key, shape in shapes.items():
+        reads = "attn2_to_k" in key or "attn2.to_k" in key or "attn2.processor.to_k" in key
+        if reads and key.endswith(("down.weight", "lora_A.weight")) and len(shape) > 1:
+            return shape[1]
+    return None
+
+
 def family_of(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> str | None:
     """Return what kind of model an adapter was made for, None if its file does not tell."""
     stated = metadata.get("ss_base_model_version", "") or metadata.get("modelspec.architecture", "")
@@ -135,11 +144,9 @@ def family_of(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
         for marks, family in _FOREIGN:
             if any(mark in key for mark in marks):
                 return family
-    for key, shape in shapes.items():
-        # The inner side of what reads the text.
-        reads = "attn2_to_k" in key or "attn2.to_k" in key or "attn2.processor.to_k" in key
-        if reads and key.endswith(("down.weight", "lora_A.weight")) and len(shape) > 1:
-            return family_of_width(shape[1])
+    width = text_width(shapes)
+    if width is not None:
+        return family_of_width(width)
     if any(key.startswith(("lora_te2_", "text_encoder_2.")) for key in shapes):
         return "SDXL"
     return None

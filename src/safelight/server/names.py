@@ -13,6 +13,7 @@ from typing import Any
 from safelight.adapters.asked import asked_of
 from safelight.adapters.embedding import EmbeddingFile, look_at
 from safelight.adapters.embeddings import EmbeddingFinder
+from safelight.adapters.keys import family_of_width, text_width
 from safelight.adapters.reader import PromptReader
 from safelight.errors import SafelightError
 from safelight.families import Family
@@ -20,7 +21,7 @@ from safelight.prompt.styles import Style, apply_styles, read_styles
 from safelight.request import Request
 from safelight.server.served import Served
 from safelight.server.settings import Settings
-from safelight.weights.check import read_header
+from safelight.weights.check import printable, read_header
 from safelight.weights.find import Source, find
 from safelight.weights.library import Entry, Library, open_library
 from safelight.weights.plan import Plan, read_plan
@@ -89,8 +90,8 @@ class Names:
             return {}
 
     def check(self, request: Request, model: str | None = None) -> None:
-        """Raise SafelightError for a name in a request that is not there, and for a prompt that
-        its model cannot read.
+        """Raise SafelightError for a name in a request that is not there, for a LoRA of another
+        kind of model, and for a prompt that its model cannot read.
 
         What dynamic prompts will say is not known yet.
         """
@@ -104,6 +105,7 @@ class Names:
         finder = EmbeddingFinder(self.library)
         for name in request.embeddings:
             finder.located(name)
+        loras: list[Entry] = []
         for lora in asked_of(request)[0]:
             if self.library is None:
                 raise SafelightError(
@@ -111,11 +113,13 @@ class Names:
                     code="no_model",
                     field="loras",
                 )
-            self.library.find(lora.name, "lora")
+            loras.append(self.library.find(lora.name, "lora"))
         try:
             reader = self._reader(model)
         except (SafelightError, OSError):
             return  # the model may be back when its turn comes; the worker says so if it is not
+        for entry in loras:
+            _check_width(entry, reader.plan)
         reader.check(request)
 
     def describe(
@@ -154,3 +158,24 @@ class Names:
         for oldest in [*self._readers][:-MAX_READERS]:
             self._readers.pop(oldest, None)
         return before[1]
+
+
+def _check_width(entry: Entry, plan: Plan) -> None:
+    """Raise SafelightError for a LoRA whose network reads text states of another width.
+
+    Whatever else does not fit is told by the worker, which reads the whole file.
+    """
+    try:
+        header = read_header(entry.path)
+    except SafelightError:
+        return
+    width = text_width({key: one.shape for key, one in header.tensors.items()})
+    mine = getattr(plan.configs.get(plan.family.network), "cross_attention_dim", None)
+    if width is None or not isinstance(mine, int) or width == mine:
+        return
+    made_for = family_of_width(width) or f"text states of {width} numbers"
+    name = family_of_width(mine) or plan.family.name
+    raise SafelightError(
+        f"lora {printable(entry.name, 60)}: it is for {made_for}, and this model is {name}",
+        field="loras",
+    )
