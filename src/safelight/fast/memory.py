@@ -78,7 +78,7 @@ _mapping: bool | None = None
 
 
 def map_large(wanted: bool) -> None:
-    """Let blocks of 32 MB and more come from the kernel each time, or from what was freed, too."""
+    """Take blocks of over 32 MB from the kernel each time; unless `wanted`, from what was freed."""
     global _mapping
     if wanted != _mapping and (libc := _libc()) is not None:
         libc.mallopt(_M_MMAP_MAX, _MAPPED if wanted else 0)

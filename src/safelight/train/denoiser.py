@@ -32,8 +32,8 @@ class Noising:
     from words does better with equal ones: its target has unit variance at every level, and
     min-SNR all but leaves out the noisy levels, where words decide the most.
 
-    noisier: draw timesteps as often as they are large, not all alike: three quarters of them are
-    from the noisier half, where words decide what is shown.
+    noisier: draw a timestep with a probability in proportion to it, not all alike. Three quarters
+    are then from the noisier half, where words decide what is shown.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Noising:
         # One timestep from each n-th of the range: the same expectation, less variance.
         where = (torch.arange(n, device=draw.device) + draw.uniform([n])) / n
         if self.noisier:
-            where = where.sqrt()  # of a density that grows as the timestep
+            where = where.sqrt()  # a density in proportion to the timestep
         # The sum above may round up to n.
         steps = (where * len(self.bars)).long().clamp(max=len(self.bars) - 1)
         bar = self.bars.to(draw.device)[steps][:, None, None, None]
@@ -147,7 +147,7 @@ def train_text_to_image(
     """Train both networks of `net`, in place.
 
     latents: [n, 4, h, w], scaled to unit variance; ids: [n, length] tokens of each one's
-    caption; empty: [length] tokens of the empty caption.
+    caption; empty: [length] tokens of the empty caption. min_snr, noisier: see Noising.
     """
     noising = Noising(schedule, min_snr, noisier)
 
