@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from recipes.embedded.cutouts import LOCK, notice
 from recipes.embedded.grounds import VARIANTS
+from recipes.embedded.looks import Looks
 from recipes.embedded.pool import Pool
 from recipes.embedded.scenes import Scenes
 from recipes.embedded.sharpen import sharpen
@@ -46,10 +47,10 @@ MINUTES = 13.0
 """Of one H100, for all stages."""
 
 SHARES = {
-    "autoencoder": 0.147,
-    "words": 0.03,
+    "autoencoder": 0.13,
+    "words": 0.1,
     "half": 0.2,
-    "denoiser": 0.25,
+    "denoiser": 0.23,
     "sharp": 0.055,
     "unconditional": 0.07,
 }
@@ -99,7 +100,7 @@ FULL = Sizes(
     captions=131_072,
     networks=networks.LARGE,
     vae_plan=Plan(steps=0, batch=32, learning_rate=1e-3, warmup=100, weight_decay=0.0),
-    text_plan=Plan(steps=0, batch=256, learning_rate=2e-3, warmup=50),
+    text_plan=Plan(steps=0, batch=256, learning_rate=1.5e-3, warmup=50, weight_decay=0.0),
     half_plan=Plan(steps=0, batch=128, learning_rate=8e-4, warmup=300),
     unet_plan=Plan(steps=0, batch=128, learning_rate=8e-4, warmup=300),
     sharp_plan=Plan(steps=0, batch=32, learning_rate=2e-4, warmup=50, weight_decay=0.0, ema=0.99),
@@ -200,7 +201,9 @@ class Recipe:
         net = TextToImage(CLIPTextModel(self.sizes.networks.text), self.sizes.networks.unet)
         if self.base is None:
             count, plan = self.sizes.captions, self.plan(self.sizes.text_plan, "words")
-            given = self.scenes, self.path, tokenizer, count, plan, self.out / "words"
+            small = Stage(self.scenes, self.device, self.sizes.size // 2, self.sizes.variants)
+            looks = self._timed("looks", lambda: Looks(small, vae))
+            given = self.scenes, self.path, tokenizer, looks, count, plan, self.out / "words"
             self._timed("words", lambda: teach(net.text_encoder, *given, self.device))
         else:
             _take(net.text_encoder, self.base.text_encoder)
@@ -241,7 +244,7 @@ class Recipe:
             self.out / stage,
             every=self.sizes.every,
             native=self.native,
-            noisier=stage == "half",
+            middle=stage == "half",
             on_checkpoint=export,
         )
         export(net, plan.steps)

@@ -2,7 +2,8 @@
 
 A denoiser's loss says little about which thing a word names: most of a picture's error is its
 brightness and colours, so after a million samples all things were still blobs. Questions with
-one right answer each teach the same text encoder its 458 things within minutes.
+one right answer each teach the same text encoder its 458 things within minutes. Its last states
+learn more: what the things look like (looks.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from recipes.embedded.captions import BIG, PLACES, RELATIONS, SMALL, STYLES
 from recipes.embedded.colours import PAINTS
 from recipes.embedded.judge import GROUNDS
+from recipes.embedded.looks import PARTS, Looks
 from recipes.embedded.scenes import Scene, Scenes
 from recipes.embedded.supply import PART, parts
 from safelight.nets.clip import CLIPTextModel
@@ -65,19 +67,28 @@ class Questions:
         return [len(some) for some in self.answers]
 
 
-class Reader(nn.Module):
-    """A text encoder, and one linear layer that answers all questions from any of its states."""
+LOOKS = 10.0
+"""What the share of the looks that is not told weighs, beside the questions' cross entropy."""
 
-    def __init__(self, text: CLIPTextModel, sizes: list[int]) -> None:
+
+class Reader(nn.Module):
+    """A text encoder, and two linear layers: one answers all questions from any of its states, one
+    tells from each of its last states a part of what the things look like.
+    """
+
+    def __init__(self, text: CLIPTextModel, sizes: list[int], numbers: int) -> None:
         super().__init__()
         self.text_encoder, self.sizes = text, sizes
         self.answer = nn.Linear(text.config.hidden_size, sum(sizes))
+        self.look = nn.Linear(text.config.hidden_size, numbers)
 
-    def forward(self, ids: Tensor, where: Tensor) -> Tensor:
-        """Return logits [n, k, answers] of the states at the k positions where [n, k]."""
+    def forward(self, ids: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits [n, k, answers] of the states at the k positions where [n, k], and what
+        the last states tell, [n, PARTS, numbers].
+        """
         states = self.text_encoder(ids)
         rows = torch.arange(len(ids), device=ids.device)[:, None]
-        return self.answer(states[rows, where])
+        return self.answer(states[rows, where]), self.look(states[:, -PARTS:])
 
     def error(self, logits: Tensor, right: Tensor) -> Tensor:
         """Return the summed cross entropy of all questions; right: [n, questions]."""
@@ -91,10 +102,12 @@ class Reader(nn.Module):
 def ends(ids: Tensor, end: int, draw: Draw) -> Tensor:
     """Return two positions [n, 2] of each caption: its end mark, and one after it at random.
 
-    The end mark also pads, and a denoiser reads all states, so all must know.
+    The end mark also pads, and a denoiser reads all states, so all must know, but for the last
+    ones, which tell what things look like.
     """
     first = (ids == end).int().argmax(dim=1)
-    later = first + (draw.uniform([len(ids)]) * (ids.shape[1] - first)).long()
+    left = (ids.shape[1] - PARTS - first).clamp(min=1)
+    later = first + (draw.uniform([len(ids)]) * left).long()
     return torch.stack([first, later], dim=1)
 
 
@@ -103,45 +116,55 @@ def teach(
     scenes: Scenes,
     path: Path,
     tokenizer: Tokenizer,
+    looks: Looks,
     captions: int,
     plan: Plan,
     folder: Path,
     device: torch.device | str,
-) -> float:
-    """Train `text`, in place, to answer the questions about `captions` invented captions.
+) -> tuple[float, float]:
+    """Train `text`, in place, to answer the questions about `captions` invented captions, and to
+    tell the looks of their things.
 
-    path: of cutouts.npz, for the processes that invent. folder: for checkpoints. Returns the
-    share of other captions whose first thing it tells.
+    path: of cutouts.npz, for the processes that invent. folder: for checkpoints. Returns,
+    of other captions, the share whose first thing it tells, and the share of the looks' variance.
     """
     questions = Questions(scenes)
-    reader = Reader(text, questions.sizes)
+    reader = Reader(text, questions.sizes, looks.numbers)
 
-    def asked(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    def asked(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         shown = [scene for some, _, _ in parts(scenes, path, count, seed) for scene in some]
         ids = torch.tensor([tokenizer.encode(scene.said).ids for scene in shown])
         right = torch.tensor([questions.right(scene) for scene in shown])
-        return ids.to(device), right.to(device)
+        rows = torch.tensor([looks.rows(scene) for scene in shown])
+        return ids.to(device), right.to(device), rows.to(device)
 
-    ids, right = asked(captions, 5)
+    ids, right, rows = asked(captions, 5)
 
     def loss_of(run: Any, draw: Draw) -> Tensor:
         pick = torch.from_numpy(draw.data.integers(len(ids), size=plan.batch)).to(device)
         some = ids[pick]
         with autocast(draw.device):
-            logits = run(some, ends(some, tokenizer.eos, draw))
-        return reader.error(logits, right[pick])
+            logits, told = run(some, ends(some, tokenizer.eos, draw))
+        unexplained = looks.unexplained(told, rows[pick])
+        return reader.error(logits, right[pick]) + LOOKS * unexplained
 
     reader.load_state_dict(fit(reader, loss_of, plan, folder))
-    told = understood(reader, *asked(PART, 6), tokenizer.eos)
+    ids, right, rows = asked(PART, 6)
+    told, parts_told = understood(reader, ids, right, tokenizer.eos)
+    explained = 1 - float(looks.unexplained(parts_told, rows))
     reader.cpu()
     progress("told of other captions: " + " ".join(f"{share:.1%}" for share in told))
-    return told[0]
+    progress(f"of the looks of their things: {explained:.1%}")
+    return told[0], explained
 
 
 @torch.inference_mode()
-def understood(reader: Reader, ids: Tensor, right: Tensor, end: int) -> list[float]:
-    """Return the share of right answers to each question, at the end mark of each caption."""
+def understood(reader: Reader, ids: Tensor, right: Tensor, end: int) -> tuple[list[float], Tensor]:
+    """Return the share of right answers to each question, at the end mark of each caption, and
+    what is told of the looks.
+    """
     where = (ids == end).int().argmax(dim=1, keepdim=True)
-    each = reader(ids, where)[:, 0].split(reader.sizes, dim=-1)
+    logits, parts_told = reader(ids, where)
+    each = logits[:, 0].split(reader.sizes, dim=-1)
     told = torch.stack([some.argmax(dim=-1) for some in each], dim=1)
-    return (told == right).float().mean(dim=0).tolist()
+    return (told == right).float().mean(dim=0).tolist(), parts_told

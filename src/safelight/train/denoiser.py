@@ -32,14 +32,15 @@ class Noising:
     from words does better with equal ones: its target has unit variance at every level, and
     min-SNR all but leaves out the noisy levels, where words decide the most.
 
-    noisier: draw a timestep with a probability in proportion to it, not all alike. Three quarters
-    are then from the noisier half, where words decide what is shown.
+    middle: draw timesteps between the ends more often. Where all is noise a network soon says the
+    mean of what a caption may look like, and no more can be said; where little is noise the
+    picture shows what it is. What a thing looks like, where it is, is learned between.
     """
 
     def __init__(
-        self, schedule: SchedulerConfig, min_snr: float | None = None, noisier: bool = False
+        self, schedule: SchedulerConfig, min_snr: float | None = None, middle: bool = False
     ) -> None:
-        self.kind, self.min_snr, self.noisier = schedule.prediction_type, min_snr, noisier
+        self.kind, self.min_snr, self.middle = schedule.prediction_type, min_snr, middle
         self.bars = torch.from_numpy(alphas_cumprod(schedule)).float()
 
     def loss(self, clean: Tensor, draw: Draw, net: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -47,9 +48,10 @@ class Noising:
         n = len(clean)
         # One timestep from each n-th of the range: the same expectation, less variance.
         where = (torch.arange(n, device=draw.device) + draw.uniform([n])) / n
-        if self.noisier:
-            where = where.sqrt()  # a density in proportion to the timestep
-        # The sum above may round up to n.
+        if self.middle:
+            # With t = timestep / count, a density in proportion to t(1 − t²): seven of ten lie
+            # between 0.3 and 0.8. The sum above may round up to n.
+            where = (1 - (1 - where).clamp(min=0).sqrt()).sqrt()
         steps = (where * len(self.bars)).long().clamp(max=len(self.bars) - 1)
         bar = self.bars.to(draw.device)[steps][:, None, None, None]
         noise = draw.normal(clean.shape)
@@ -141,15 +143,15 @@ def train_text_to_image(
     every: int = 500,
     native: bool = False,
     min_snr: float | None = None,
-    noisier: bool = False,
+    middle: bool = False,
     on_checkpoint: Show | None = None,
 ) -> None:
     """Train both networks of `net`, in place.
 
     latents: [n, 4, h, w], scaled to unit variance; ids: [n, length] tokens of each one's
-    caption; empty: [length] tokens of the empty caption. min_snr, noisier: see Noising.
+    caption; empty: [length] tokens of the empty caption. min_snr, middle: see Noising.
     """
-    noising = Noising(schedule, min_snr, noisier)
+    noising = Noising(schedule, min_snr, middle)
 
     def loss_of(run: Any, draw: Draw) -> Tensor:
         pick = torch.from_numpy(draw.data.integers(len(latents), size=plan.batch))
