@@ -25,7 +25,7 @@ Begin = Annotated[
 Native = Annotated[bool, Option("--native", help="Compile the networks first.")]
 
 
-STAGES = ("half", "embedded", "sharp", "unconditional", "prompts")
+STAGES = ("alone", "half", "embedded", "sharp", "unconditional", "prompts")
 
 
 @app.command()
@@ -65,6 +65,7 @@ def train(
         sizes = replace(sizes, scenes=scenes)
     recipe = Recipe(data, out, minutes, sizes, native, begin)
     run = {
+        "alone": recipe.alone,
         "half": recipe.half,
         "embedded": recipe.embedded,
         "sharp": recipe.sharp,

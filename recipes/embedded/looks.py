@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from recipes.embedded.captions import STYLES
-from recipes.embedded.scenes import Scene, Thing, held_back
+from recipes.embedded.scenes import ALONE_SHARE, Scene, Thing, held_back
 from recipes.embedded.stage import AT_ONCE, Stage
 from safelight.nets.vae import AutoencoderKL
 from safelight.train.autoencoder import encode
@@ -22,9 +22,6 @@ SIDE = 4
 """Parts a side. A caption has 23 tokens at most and a text encoder 48 states: 16 are free."""
 
 PARTS = SIDE * SIDE
-SHARE = 0.8
-"""Longer side of the thing, as a share of the picture's side."""
-
 THINGS = 2
 """The most things that a caption names."""
 
@@ -48,11 +45,11 @@ class Looks:
                     if paint is None or not held_back(paint, concept):
                         self._rows[concept, style, paint] = len(shown)
                         shown.append(Scene("one", (concept,), style, paints=(paint,)))
-        rng, latents = np.random.default_rng(0), []
+        rng, share, latents = np.random.default_rng(0), ALONE_SHARE[0], []
         for i in range(0, len(shown), AT_ONCE):
             some = shown[i : i + AT_ONCE]
             things = [
-                [Thing(stage.scenes.drawing(one), one.colour, 0.5, 0.5, SHARE)] for one in some
+                [Thing(stage.scenes.drawing(one), one.colour, 0.5, 0.5, share)] for one in some
             ]
             latents.append(encode(vae, stage.draw(some, things, rng)).float())
         parts = cut(torch.cat(latents))

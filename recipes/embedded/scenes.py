@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,9 @@ KINDS = {"one": 40, "coloured": 17, "sized": 9, "pair": 21, "several": 13}
 """Kinds of scenes and their weights: one thing; in another colour; big, small or at a place; two
 things; one thing two to four times."""
 
+KINDS_ALONE = {"one": 80, "coloured": 20}
+"""The same of scenes of things that are alone."""
+
 ON_SCENE = 0.36
 """Share of the things that stand in a scene rather than on a plain background."""
 
@@ -30,7 +32,7 @@ WHITE_SHARE = 0.5
 """Share of the plain backgrounds that are white, where white fits."""
 
 WHITE_NAMED = 0.15
-STYLE_NAMED = 0.4
+STYLE_NAMED, STYLE_NAMED_ALONE = 0.4, 0.8
 SYNONYM = 0.3
 DISTURBED = 0.2
 """Share of the captions with words that mean nothing for the picture."""
@@ -46,6 +48,7 @@ thing."""
 LARGE_SHARE = (0.74, 0.86)
 """Longer side of a thing that is alone, as a share of the picture's side."""
 
+ALONE_SHARE = (0.8, 0.8)
 STANDING_SHARE = (0.52, 0.64)
 BIG_SHARE = (0.88, 0.98)
 SMALL_SHARE = (0.3, 0.42)
@@ -108,13 +111,12 @@ class Thing:
 class Scenes:
     """An endless and reproducible supply of captioned scenes.
 
-    kinds: the weights of kinds of scenes. plain: without drawn scenes as background. Every method
-    that draws takes a NumPy generator.
+    alone: one thing, in the middle, in one size, on a plain background, most often with its style
+    named. What a thing looks like is learned from such scenes much faster. Every method that draws
+    takes a NumPy generator.
     """
 
-    def __init__(
-        self, cutouts: str | Path, kinds: Mapping[str, int] = KINDS, *, plain: bool = False
-    ) -> None:
+    def __init__(self, cutouts: str | Path, *, alone: bool = False) -> None:
         self.pictures, about = load(cutouts)
         self.rows: list[dict[str, Any]] = about["pictures"]
         self.sha256: str = about["sha256"]
@@ -135,7 +137,7 @@ class Scenes:
             [solid.any(axis=1).sum(axis=1), solid.any(axis=2).sum(axis=1)], axis=1
         ) / len(self.pictures[0])
         """Width and height of each cut-out over the side of its square, [n, 2]."""
-        self._kinds, self._plain = dict(kinds), plain
+        self.alone = alone
         words = Path(cutouts).with_name("words.json")
         lists = json.loads(words.read_text(encoding="utf-8")) if words.exists() else {}
         self.unknown: list[str] = lists.get("shown", [])
@@ -174,7 +176,7 @@ class Scenes:
             raise SafelightError(
                 f"no ground {ground!r}: there are {', '.join((*COLOURS, *SCENES))}"
             )
-        kind = kind or captions.weighted(rng, self._kinds)
+        kind = kind or captions.weighted(rng, KINDS_ALONE if self.alone else KINDS)
         for _ in range(TRIES):
             first = choose(rng, list(self.names)) if concept is None else self._find(concept)
             chosen = style or self._style(rng, first, held_out)
@@ -255,7 +257,7 @@ class Scenes:
 
     def _ground(self, rng: np.random.Generator, scene: Scene) -> str:
         placed = scene.kind == "sized" and scene.where is not None
-        if not self._plain and not placed and rng.random() < ON_SCENE:
+        if not self.alone and not placed and rng.random() < ON_SCENE:
             return choose(rng, list(SCENES))
         fit = set(COLOURS)
         for concept, paint in zip(scene.concepts, scene.paints, strict=False):
@@ -278,7 +280,8 @@ class Scenes:
             at = captions.background(rng, scene.ground)
         else:
             at = ""
-        said = style if named or rng.random() < STYLE_NAMED else None
+        share = STYLE_NAMED_ALONE if self.alone else STYLE_NAMED
+        said = style if named or rng.random() < share else None
         if scene.kind in ("one", "coloured"):
             return captions.caption(rng, first, said, at)
         if scene.kind == "several":
@@ -310,25 +313,28 @@ class Scenes:
         shares = self._shares(scene)
         share = float(rng.uniform(*shares))
         mirrored = rng.random() < 0.5
-        right, down = rng.uniform(-1, 1), rng.uniform(-1, 1)
+        reach = 0.0 if self.alone else REACH
+        right, down = rng.uniform(-reach, reach), rng.uniform(-reach, reach)
+        turned = 0.0 if self.alone else TURNED
         things = []
         # Of several, all are the same drawing.
         which = [choose(rng, self._drawings[c, scene.style]) for c in scene.concepts]
         paints = scene.paints + (None,) * len(which)
         for i, (x, y) in enumerate(self._places(rng, scene)):
             k = i % len(which)
-            angle = float(rng.uniform(-15, 15)) if rng.random() < TURNED else 0.0
+            angle = float(rng.uniform(-15, 15)) if rng.random() < turned else 0.0
             flip = mirrored and self._flips[scene.concepts[k]]
             if scene.ground in SCENES and scene.ground not in FLOATING and len(which) == 1:
                 # What is alone stands on the ground; several of a kind keep their places.
                 if scene.count == 1:
                     y = GROUND - share * self.extents[which[k]][1] / 2
                 angle = 0.0
-            x, y = x + right * REACH, y + down * REACH
-            things.append(Thing(which[k], paints[k], x, y, share, angle, flip))
+            things.append(Thing(which[k], paints[k], x + right, y + down, share, angle, flip))
         return things
 
     def _shares(self, scene: Scene) -> tuple[float, float]:
+        if self.alone:
+            return ALONE_SHARE
         if scene.size in BIG:
             return BIG_SHARE
         if scene.kind == "sized":

@@ -39,7 +39,7 @@ def parts(
     if not workers:
         yield from (_part(scenes, seed, number, given) for number in numbers)
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), _begin, (path,)) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _begin, (path, scenes.alone)) as pool:
         jobs = [pool.submit(_part_of_worker, seed, number, given) for number in numbers]
         for job in jobs:
             yield job.result()
@@ -48,9 +48,9 @@ def parts(
 _scenes: Scenes | None = None
 
 
-def _begin(path: Path) -> None:
+def _begin(path: Path, alone: bool) -> None:
     global _scenes
-    _scenes = Scenes(path)
+    _scenes = Scenes(path, alone=alone)
 
 
 def _part_of_worker(seed: int, number: int, given: dict[str, Any]) -> Part:

@@ -47,14 +47,18 @@ MINUTES = 13.0
 """Of one H100, for all stages."""
 
 SHARES = {
-    "autoencoder": 0.13,
-    "words": 0.1,
-    "half": 0.2,
-    "denoiser": 0.23,
+    "autoencoder": 0.12,
+    "words": 0.09,
+    "alone": 0.12,
+    "half": 0.16,
+    "denoiser": 0.2,
     "sharp": 0.055,
     "unconditional": 0.07,
 }
 """Of the minutes; the rest is for composing, starting, compiling and `embedded-fast`."""
+
+UNET_STAGES = ("alone", "half", "denoiser")
+"""What the UNet learns, in this order: things alone, scenes, and scenes at full size."""
 
 SHEET = (
     "a red apple", "a cat", "a guitar", "three teddy bears on a yellow background",
@@ -77,7 +81,7 @@ class Sizes:
 
     size: int
     scenes: int
-    """Composed and encoded once, at full and at half size."""
+    """Composed and encoded once, at full and at half size; a third as many of things alone."""
     captions: int
     """That the text encoder learns from."""
     networks: networks.Networks
@@ -182,16 +186,25 @@ class Recipe:
     def embedded(self) -> Path:
         """Train autoencoder, text encoder and UNet, and write the folder out/embedded.
 
-        Given weights to begin from, the UNet alone is trained, at full size.
+        The UNet learns things alone, then scenes, both at half of the size, then scenes at full
+        size. Given weights to begin from, it learns the last of these.
         """
-        tokenizer, vae, net = self._networks()
-        if self.base is None:
-            self._denoiser("half", tokenizer, vae, net)
-        return self._denoiser("denoiser", tokenizer, vae, net)
+        return self._unet("denoiser")
 
     def half(self) -> Path:
-        """Do what `embedded` does, but train the UNet at half of the size alone."""
-        return self._denoiser("half", *self._networks())
+        """Do what `embedded` does, but end the UNet's training with scenes at half of the size."""
+        return self._unet("half")
+
+    def alone(self) -> Path:
+        """Do what `embedded` does, but end the UNet's training with things alone."""
+        return self._unet("alone")
+
+    def _unet(self, last: str) -> Path:
+        tokenizer, vae, net = self._networks()
+        stages = UNET_STAGES[: UNET_STAGES.index(last) + 1]
+        for stage in stages if self.base is None else stages[-1:]:
+            self._denoiser(stage, tokenizer, vae, net)
+        return self.model
 
     def _networks(self) -> tuple[Tokenizer, AutoencoderKL, TextToImage]:
         """Return autoencoder and text encoder, trained or taken from `begin`, and the UNet."""
@@ -216,17 +229,17 @@ class Recipe:
 
     def _denoiser(
         self, stage: str, tokenizer: Tokenizer, vae: AutoencoderKL, net: TextToImage
-    ) -> Path:
-        """Train the UNet at full size, or at half size for the stage "half"; write out/embedded.
+    ) -> None:
+        """Train the UNet for one of UNET_STAGES; write out/embedded.
 
         A picture of half the size costs a third or less, and shows as well what a thing looks like.
         """
-        size, plan = self.sizes.size, self.sizes.unet_plan
-        if stage == "half":
+        size, plan, half = self.sizes.size, self.sizes.unet_plan, stage != "denoiser"
+        if half:
             size, plan = size // 2, self.sizes.half_plan
         net.unet.config = replace(net.unet.config, sample_size=size // vae.config.factor)
         latents, ids = self._timed(
-            f"latents of {size} pixels", lambda: self._encoded(vae, tokenizer, size)
+            f"latents of {size} pixels", lambda: self._encoded(vae, tokenizer, size, stage)
         )
 
         def export(trained: nn.Module, step: int) -> None:
@@ -244,11 +257,10 @@ class Recipe:
             self.out / stage,
             every=self.sizes.every,
             native=self.native,
-            middle=stage == "half",
+            middle=half,
             on_checkpoint=export,
         )
         export(net, plan.steps)
-        return self.model
 
     def _vocabulary(self) -> Tokenizer:
         """Return the tokenizer, and write it into the folder of the model."""
@@ -354,19 +366,21 @@ class Recipe:
         return max(8, self.sizes.scenes // 6)
 
     def _encoded(
-        self, vae: AutoencoderKL, tokenizer: Tokenizer, size: int
+        self, vae: AutoencoderKL, tokenizer: Tokenizer, size: int, stage: str
     ) -> tuple[Tensor, Tensor]:
-        """Return latents of scenes, float16 [n, 4, h, w], and the tokens of their captions, int16
-        [n, length], both on the device. They are kept in `out`.
+        """Return latents of a stage's scenes, float16 [n, 4, h, w], and the tokens of their
+        captions, int16 [n, length], both on the device. They are kept in `out`.
         """
-        path = self.out / f"latents-{size}-{self.digest[:16]}.safetensors"
+        path = self.out / f"latents-{stage}-{self.digest[:16]}.safetensors"
         if not path.exists():
-            stage = Stage(self.scenes, self.device, size, self.sizes.variants)
+            source, count = self.scenes, self.sizes.scenes
+            if stage == "alone":
+                source, count = Scenes(self.path, alone=True), count // 3
+            drawn = Stage(source, self.device, size, self.sizes.variants)
             latents: list[Tensor] = []
             said: list[str] = []
-            count = self.sizes.scenes
-            for scenes, things, rng in parts(self.scenes, self.path, count, size):
-                latents.append(encode(vae, stage.draw(scenes, things, rng)))
+            for scenes, things, rng in parts(source, self.path, count, size):
+                latents.append(encode(vae, drawn.draw(scenes, things, rng)))
                 said += [scene.said for scene in scenes]
             ids = torch.tensor([tokenizer.encode(text).ids for text in said], dtype=torch.int16)
             _keep({"latents": torch.cat(latents), "ids": ids}, path)

@@ -222,7 +222,7 @@ def test_commands(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (["embedded"], "is missing: run the data stage first"),
         (["embedded", "--minutes", "0"], "--minutes 0: expected 0.05 to 100000"),
         (["embedded", "--scenes", "5"], "--scenes 5: expected 512 to 1000000"),
-        (["shiny"], "no stage 'shiny': the stages are half, embedded, sharp"),
+        (["shiny"], "no stage 'shiny': the stages are alone, half, embedded, sharp"),
         (["sharp", "--data", str(data), "--dry-run"], "run embedded first"),
     ):
         result = CliRunner().invoke(app, ["train", *arguments])

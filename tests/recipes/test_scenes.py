@@ -14,6 +14,7 @@ from recipes.embedded.captions import EITHER_SIDE, PLACES, RELATIONS, SCENES, ST
 from recipes.embedded.colours import COLOURS, backgrounds, oklab, paint, srgb
 from recipes.embedded.pool import Pool
 from recipes.embedded.scenes import FLOATING, GROUND, KINDS, Scenes, held_back
+from recipes.embedded.stage import Stage
 from recipes.embedded.supply import parts
 from safelight.errors import SafelightError
 from safelight.words import split_words
@@ -148,6 +149,29 @@ class TestScenes:
         assert not set(HELD_OUT) & seen
         assert not set(SHOWN) & set(HELD_OUT)
         assert not set(SHOWN) & scenes.words()
+
+
+class TestAlone:
+    def test_one_thing_in_the_middle_in_one_size(self, path):
+        scenes = Scenes(path, alone=True)
+        stage = Stage(scenes, "cpu", SIZE, variants=1)
+        given = {"concept": "apple", "ground": "white"}
+        for picture in stage.batch(30, np.random.default_rng(30), **given)[0].numpy():
+            rows, columns = np.nonzero((picture < 250).any(-1))
+            assert np.ptp(columns) + 1 == pytest.approx(0.8 * SIZE, abs=2)
+            for found in (rows, columns):
+                assert (found.min() + found.max() + 1) / 2 == pytest.approx(SIZE / 2, abs=1)
+
+    def test_what_is_shown_and_said(self, path):
+        scenes = Scenes(path, alone=True)
+        rng = np.random.default_rng(31)
+        invented = [scenes.invent(rng, style="cartoon", disturbed=False) for _ in range(1500)]
+        kinds = [scene.kind for scene in invented]
+        assert set(kinds) == {"one", "coloured"}
+        assert kinds.count("one") / 1500 == pytest.approx(0.8, abs=0.04)
+        assert not any(scene.ground in SCENES for scene in invented)
+        named = np.mean(["cartoon" in scene.said for scene in invented])
+        assert named == pytest.approx(scenes_module.STYLE_NAMED_ALONE, abs=0.04)
 
 
 class TestKinds:
