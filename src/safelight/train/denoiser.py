@@ -32,9 +32,9 @@ class Noising:
     from words does better with equal ones: its target has unit variance at every level, and
     min-SNR all but leaves out the noisy levels, where words decide the most.
 
-    middle: draw timesteps between the ends more often. Where all is noise a network soon says the
-    mean of what a caption may look like, and no more can be said; where little is noise the
-    picture shows what it is. What a thing looks like, where it is, is learned between.
+    middle: draw timesteps between the ends more often. Where nearly all is noise a network can say
+    no more than the mean of what a caption may look like, and where there is little noise the
+    picture itself shows what it is.
     """
 
     def __init__(
