@@ -2,8 +2,7 @@
 
 A UNet alone learns slowly what 458 things look like: after two million samples it had not learned
 so much as the mean picture of each. A text encoder learns it within minutes, if each of its last
-states is to tell one part of the picture. The UNet then reads what to draw where, and what it
-learns to do with that is the same for all things.
+states is to tell one part of the picture. The UNet can then read what to draw where.
 """
 
 from __future__ import annotations
