@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Option
 
 from safelight.errors import SafelightError
+
+if TYPE_CHECKING:
+    from recipes.embedded.train import Sizes
 
 app = typer.Typer(help=__doc__, rich_markup_mode=None, no_args_is_help=True)
 
@@ -21,6 +25,9 @@ Dry = Annotated[
 Begin = Annotated[
     Path | None,
     Option(help="A folder that the stage embedded wrote, whose weights are trained further."),
+]
+Count = Annotated[
+    int | None, Option(help="Scenes to compose. [default: 122880]", show_default=False)
 ]
 Native = Annotated[bool, Option("--native", help="Compile the networks first.")]
 
@@ -45,25 +52,24 @@ def train(
     dry_run: Dry = False,
     native: Native = False,
     begin: Begin = None,
-    scenes: Annotated[
-        int | None, Option(help="Scenes to compose. [default: 122880]", show_default=False)
+    scenes: Count = None,
+    batch: Annotated[
+        int | None,
+        Option(
+            help="Pictures a step of the UNet at full size; twice as many at half size. "
+            "[default: 128 at both]",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Run stages of the training; each goes on where it was stopped."""
-    from dataclasses import replace
-
-    from recipes.embedded.train import DRY, FULL, Recipe
+    from recipes.embedded.train import Recipe
 
     if not 0.05 <= minutes <= 100_000:
         raise SafelightError(f"--minutes {minutes:g}: expected 0.05 to 100000")
     if unknown := [stage for stage in stages if stage not in STAGES]:
         raise SafelightError(f"no stage {unknown[0]!r}: the stages are {', '.join(STAGES)}")
-    if scenes is not None and not 512 <= scenes <= 1_000_000:
-        raise SafelightError(f"--scenes {scenes}: expected 512 to 1000000")
-    sizes = DRY if dry_run else FULL
-    if scenes is not None:
-        sizes = replace(sizes, scenes=scenes)
-    recipe = Recipe(data, out, minutes, sizes, native, begin)
+    recipe = Recipe(data, out, minutes, _sizes(dry_run, scenes, batch), native, begin)
     run = {
         "alone": recipe.alone,
         "half": recipe.half,
@@ -77,6 +83,25 @@ def train(
 
 
 @app.command()
+def compose(
+    stages: Annotated[list[str], typer.Argument(help="alone, half, embedded")],
+    data: Data = Path("data"),
+    out: Out = Path("runs"),
+    dry_run: Dry = False,
+    begin: Begin = None,
+    scenes: Count = None,
+) -> None:
+    """Compose and encode the pictures of stages, beside a training that needs them later."""
+    from recipes.embedded.train import Recipe
+
+    if unknown := [stage for stage in stages if stage not in STAGES[:3]]:
+        raise SafelightError(f"no stage {unknown[0]!r}: expected {', '.join(STAGES[:3])}")
+    recipe = Recipe(data, out, 1, _sizes(dry_run, scenes), begin=begin)
+    for stage in stages:
+        recipe.compose("denoiser" if stage == "embedded" else stage)
+
+
+@app.command()
 def evaluate(
     data: Data = Path("data"),
     out: Out = Path("runs/evaluation"),
@@ -85,8 +110,6 @@ def evaluate(
     steps: Annotated[int, Option(help="How long the judge learns.")] = 6000,
 ) -> None:
     """Train a judge unless OUT has one, and let it look at what the model draws."""
-    from dataclasses import replace
-
     from recipes.embedded.figures import evaluate as run
     from recipes.embedded.judge import PLAN, judge_of
     from recipes.embedded.scenes import Scenes
@@ -120,6 +143,26 @@ def fast(
     stage = Stage(Scenes(path), accelerator().device)
     judge = judge_of(stage, path, out)
     typer.echo(judge_levels(load_model(model), judge, stage, out, share=share))
+
+
+def _sizes(dry_run: bool, scenes: int | None, batch: int | None = None) -> Sizes:
+    """Return the sizes that the options ask for."""
+    from recipes.embedded.train import DRY, FULL
+
+    if scenes is not None and not 512 <= scenes <= 1_000_000:
+        raise SafelightError(f"--scenes {scenes}: expected 512 to 1000000")
+    if batch is not None and not 1 <= batch <= 8192:
+        raise SafelightError(f"--batch {batch}: expected 1 to 8192")
+    sizes = DRY if dry_run else FULL
+    if scenes is not None:
+        sizes = replace(sizes, scenes=scenes)
+    if batch is not None:
+        sizes = replace(
+            sizes,
+            half_plan=sizes.half_plan.with_batch(2 * batch),
+            unet_plan=sizes.unet_plan.with_batch(batch),
+        )
+    return sizes
 
 
 def main() -> None:

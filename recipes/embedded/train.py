@@ -81,7 +81,7 @@ class Sizes:
 
     size: int
     scenes: int
-    """Composed and encoded once, at full and at half size; a third as many of things alone."""
+    """Composed and encoded once, at full and at half size; half as many of things alone."""
     captions: int
     """That the text encoder learns from."""
     networks: networks.Networks
@@ -187,7 +187,8 @@ class Recipe:
         """Train autoencoder, text encoder and UNet, and write the folder out/embedded.
 
         The UNet learns things alone, then scenes, both at half of the size, then scenes at full
-        size. Given weights to begin from, it learns the last of these.
+        size. Given weights to begin from, it learns the last of these, and those before that were
+        begun in `out`.
         """
         return self._unet("denoiser")
 
@@ -201,10 +202,19 @@ class Recipe:
 
     def _unet(self, last: str) -> Path:
         tokenizer, vae, net = self._networks()
-        stages = UNET_STAGES[: UNET_STAGES.index(last) + 1]
-        for stage in stages if self.base is None else stages[-1:]:
-            self._denoiser(stage, tokenizer, vae, net)
+        for stage in UNET_STAGES[: UNET_STAGES.index(last) + 1]:
+            begun = (self.out / stage / "checkpoint.pt").exists()
+            if self.base is None or stage == last or begun:
+                self._denoiser(stage, tokenizer, vae, net)
         return self.model
+
+    def compose(self, stage: str) -> None:
+        """Compose and encode what a stage of the UNet learns from, for a training to come."""
+        tokenizer, vae, _ = self._networks()
+        self._encoded(vae, tokenizer, self._size(stage), stage)
+
+    def _size(self, stage: str) -> int:
+        return self.sizes.size if stage == "denoiser" else self.sizes.size // 2
 
     def _networks(self) -> tuple[Tokenizer, AutoencoderKL, TextToImage]:
         """Return autoencoder and text encoder, trained or taken from `begin`, and the UNet."""
@@ -234,9 +244,8 @@ class Recipe:
 
         A picture of half the size costs a third or less, and shows as well what a thing looks like.
         """
-        size, plan, half = self.sizes.size, self.sizes.unet_plan, stage != "denoiser"
-        if half:
-            size, plan = size // 2, self.sizes.half_plan
+        size, half = self._size(stage), stage != "denoiser"
+        plan = self.sizes.half_plan if half else self.sizes.unet_plan
         net.unet.config = replace(net.unet.config, sample_size=size // vae.config.factor)
         latents, ids = self._timed(
             f"latents of {size} pixels", lambda: self._encoded(vae, tokenizer, size, stage)
@@ -368,14 +377,28 @@ class Recipe:
     def _encoded(
         self, vae: AutoencoderKL, tokenizer: Tokenizer, size: int, stage: str
     ) -> tuple[Tensor, Tensor]:
-        """Return latents of a stage's scenes, float16 [n, 4, h, w], and the tokens of their
-        captions, int16 [n, length], both on the device. They are kept in `out`.
+        """Return latents of a stage's pictures, float16 [n, 4, h, w], and the tokens of their
+        captions, int16 [n, length], both on the device.
+
+        Scenes are mixed with half as many things alone: what only scenes show is soon forgotten.
         """
-        path = self.out / f"latents-{stage}-{self.digest[:16]}.safetensors"
+        made = [self._composed(vae, tokenizer, size, True)]
+        if stage != "alone":
+            made.append(self._composed(vae, tokenizer, size, False))
+        return torch.cat([m["latents"] for m in made]), torch.cat([m["ids"] for m in made])
+
+    def _composed(
+        self, vae: AutoencoderKL, tokenizer: Tokenizer, size: int, alone: bool
+    ) -> dict[str, Tensor]:
+        """Return latents and tokens of scenes, or of things alone. They are kept in `out`."""
+        count = self.sizes.scenes // 2 if alone else self.sizes.scenes
+        told = hashlib.sha256(f"{self.scenes.sha256} {size} {count}".encode())
+        for weights in vae.cpu().state_dict().values():
+            told.update(weights.numpy().tobytes())
+        name = "alone" if alone else "scenes"
+        path = self.out / f"latents-{name}-{size}-{told.hexdigest()[:16]}.safetensors"
         if not path.exists():
-            source, count = self.scenes, self.sizes.scenes
-            if stage == "alone":
-                source, count = Scenes(self.path, alone=True), count // 3
+            source = Scenes(self.path, alone=True) if alone else self.scenes
             drawn = Stage(source, self.device, size, self.sizes.variants)
             latents: list[Tensor] = []
             said: list[str] = []
@@ -384,8 +407,7 @@ class Recipe:
                 said += [scene.said for scene in scenes]
             ids = torch.tensor([tokenizer.encode(text).ids for text in said], dtype=torch.int16)
             _keep({"latents": torch.cat(latents), "ids": ids}, path)
-        kept = load_file(path, device=str(self.device))
-        return kept["latents"], kept["ids"]
+        return load_file(path, device=str(self.device))
 
     def _timed(self, what: str, do: Callable[[], Any]) -> Any:
         began = time.monotonic()

@@ -18,7 +18,7 @@ from safelight.nets.unet2d import UNet2DConfig, UNet2DModel
 from safelight.sampling.levels import alphas_cumprod
 from safelight.sampling.schedule import SchedulerConfig
 from safelight.train.autoencoder import to_pixels
-from safelight.train.devices import autocast, initialise
+from safelight.train.devices import accelerator, autocast, initialise
 from safelight.train.loop import Draw, Plan, Show, fit
 
 DROP_CAPTION = 0.1
@@ -53,7 +53,8 @@ class Noising:
             # between 0.3 and 0.8. The sum above may round up to n.
             where = (1 - (1 - where).clamp(min=0).sqrt()).sqrt()
         steps = (where * len(self.bars)).long().clamp(max=len(self.bars) - 1)
-        bar = self.bars.to(draw.device)[steps][:, None, None, None]
+        self.bars = self.bars.to(draw.device)
+        bar = self.bars[steps][:, None, None, None]
         noise = draw.normal(clean.shape)
         noisy = bar.sqrt() * clean + (1 - bar).sqrt() * noise
         target = wanted(self.kind, clean, noise, bar)
@@ -152,17 +153,26 @@ def train_text_to_image(
     caption; empty: [length] tokens of the empty caption. min_snr, middle: see Noising.
     """
     noising = Noising(schedule, min_snr, middle)
+    device = accelerator().device
+    latents, ids, empty = latents.to(device), ids.to(device), empty.to(device)
 
     def loss_of(run: Any, draw: Draw) -> Tensor:
-        pick = torch.from_numpy(draw.data.integers(len(latents), size=plan.batch))
-        pick = pick.to(latents.device)
-        drop = torch.from_numpy(draw.data.random(plan.batch) < DROP_CAPTION).to(latents.device)
-        words = torch.where(drop[:, None], empty.to(ids.device), ids[pick]).long().to(draw.device)
-        clean = latents[pick].float().to(draw.device)
-        return noising.loss(clean, draw, lambda x, t: run(x, t, words))
+        pick = draw.pick(len(latents), plan.batch)
+        drop = draw.uniform([plan.batch]) < DROP_CAPTION
+        words = torch.where(drop[:, None], empty, ids[pick]).long()
+        return noising.loss(latents[pick].float(), draw, lambda x, t: run(x, t, words))
 
     net.load_state_dict(
-        fit(net, loss_of, plan, folder, every=every, native=native, on_checkpoint=on_checkpoint)
+        fit(
+            net,
+            loss_of,
+            plan,
+            folder,
+            every=every,
+            native=native,
+            on_device=True,
+            on_checkpoint=on_checkpoint,
+        )
     )
     net.cpu()
 

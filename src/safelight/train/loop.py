@@ -28,6 +28,7 @@ from safelight.errors import SafelightError
 from safelight.interrupt import ctrl_c_waits
 from safelight.picture import reason
 from safelight.train.devices import accelerator, compiled
+from safelight.train.graphs import Steps
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ class Plan:
         if self.cooldown is None:
             return self.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * step / self.steps))
         return self.learning_rate * min(rise, (self.steps - step) / self.cooldown)
+
+    def with_batch(self, batch: int) -> Plan:
+        """Return the plan for another batch; the learning rate grows with the batch's root."""
+        rate = self.learning_rate * math.sqrt(batch / self.batch)
+        return replace(self, batch=batch, learning_rate=rate)
 
     def agrees(self, other: Plan, step: int) -> bool:
         """Whether a run of `other` has done, by this step, what this plan would have."""
@@ -103,12 +109,25 @@ class Draw:
     step: int = 0
 
     @classmethod
-    def of(cls, seed: int, step: int, rank: int = 0, device: str | torch.device = "cpu") -> Draw:
-        """rank: of several processes that train together, each with its own share of the data."""
+    def of(
+        cls,
+        seed: int,
+        step: int,
+        rank: int = 0,
+        device: str | torch.device = "cpu",
+        noise: torch.Generator | None = None,
+    ) -> Draw:
+        """rank: of several processes that train together, each with its own share of the data.
+        noise: a generator of the device, to be seeded again instead of a new one.
+        """
         key = [seed, step, rank] if rank else [seed, step]
         torch_seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-        noise = torch.Generator(device).manual_seed(torch_seed)
-        return cls(np.random.default_rng(key), noise, device, step)
+        noise = torch.Generator(device) if noise is None else noise
+        return cls(np.random.default_rng(key), noise.manual_seed(torch_seed), device, step)
+
+    def pick(self, count: int, n: int) -> Tensor:
+        """Return n of the numbers from 0 to count − 1, int64, on the device."""
+        return torch.randint(count, (n,), generator=self.noise, device=self.device)
 
     def normal(self, shape: Iterable[int]) -> Tensor:
         return torch.randn(tuple(shape), generator=self.noise, device=self.device)
@@ -138,11 +157,15 @@ def fit(
     *,
     every: int = 500,
     native: bool = False,
+    on_device: bool = False,
     log: Callable[[str], None] = progress,
     on_checkpoint: Show | None = None,
     also: Mapping[str, Any] | None = None,
 ) -> dict[str, Tensor]:
     """Train `net`, in place, and return its averaged (EMA) weights.
+
+    on_device: `loss_of` takes its data from the device and nothing from `Draw.data`, so a GPU can
+    do whole steps without Python (see `graphs.Steps`).
 
     also: what `loss_of` changes besides, such as a discriminator and its optimizer; their
     state_dict() is kept in the checkpoint, too.
@@ -162,6 +185,7 @@ def fit(
         net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     params = list(net.parameters())
     average = [p.detach().clone() for p in params]
+    graphed = on_device and machine.device.type == "cuda" and machine.num_processes == 1
     optimizer = torch.optim.AdamW(
         params,
         lr=plan.learning_rate,
@@ -176,6 +200,10 @@ def fit(
     if path.exists():
         start, seen, before = _resume(path, plan, params, average, optimizer, also or {})
         total += before
+    for group in optimizer.param_groups:
+        # A recorded step reads its learning rate from the device.
+        group["capturable"] = graphed
+        group["lr"] = torch.zeros((), device=machine.device) if graphed else 0.0
     run, optimizer = machine.prepare(compiled(net, native), optimizer)
     names = [name for name, _ in net.named_parameters()]
     if plan.steps and start >= plan.steps:
@@ -203,24 +231,36 @@ def fit(
             save_whole(path, state, f"the checkpoint of step {step}", kept)
             saved = step
 
+    def once(draw: Draw) -> Tensor:
+        loss = loss_of(run, draw)
+        machine.backward(loss)
+        machine.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        return loss.detach()
+
+    steps = Steps(once, optimizer, log) if graphed else None
     step = start
     try:
         while not plan.steps or step < plan.steps:
             # Between two steps all is as a checkpoint needs it.
             with ctrl_c_waits():
                 for group in optimizer.param_groups:
-                    group["lr"] = plan.rate(step)
-                draw = Draw.of(plan.seed, step, machine.process_index, machine.device)
-                loss = loss_of(run, draw)
-                machine.backward(loss)
-                machine.clip_grad_norm_(params, 1.0)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                    if steps is None:
+                        group["lr"] = plan.rate(step)
+                    else:
+                        group["lr"].fill_(plan.rate(step))
+                noise = None if steps is None else steps.noise
+                draw = Draw.of(plan.seed, step, machine.process_index, machine.device, noise)
+                if steps is None:
+                    loss = once(draw)
+                    optimizer.zero_grad(set_to_none=True)
+                else:
+                    loss = steps.do(draw)
                 # Early on the average follows closely, or it would keep the random start for long.
                 keep = min(plan.ema, (1 + step) / (10 + step))
                 with torch.no_grad():
                     _towards(average, params, 1 - keep)
-                    total += loss.detach()
+                    total += loss
                 seen += 1
                 # To look at a number of a GPU is to wait for it.
                 looks = machine.device.type == "cpu" or seen % LOOKS == 0
