@@ -166,8 +166,25 @@ def test_min_snr_weighs_clean_levels_less() -> None:
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     line = Line()
-    with pytest.raises(SafelightError, match="not finite at step 0"):
+    with pytest.raises(SafelightError, match="not finite at step 11, nor at the 11 before it"):
         fit(line, lambda run, draw: run(draw) * math.nan, PLAN, tmp_path, log=lambda _: None)
+
+
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
+    weights, lines = [], list[str]()
+    for wrong in (False, True):
+        line = Line()
+
+        def loss_of(run: Any, draw: Draw, wrong: bool = wrong, line: Line = line) -> torch.Tensor:
+            weights.append([p.detach().clone() for p in line.parameters()])
+            return run(draw) * (math.nan if wrong and draw.step in (3, 4) else 1.0)
+
+        fit(line, loss_of, PLAN, tmp_path / str(wrong), log=lines.append)
+    plain, gaps = weights[: PLAN.steps], weights[PLAN.steps :]
+    assert all(torch.equal(a, b) for a, b in zip(gaps[3], gaps[5], strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(plain[3], plain[4], strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(gaps[5], gaps[6], strict=True))
+    assert sum("1 steps left out: not finite" in line for line in lines) == 2
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])

@@ -32,7 +32,7 @@ Count = Annotated[
 Native = Annotated[bool, Option("--native", help="Compile the networks first.")]
 
 
-STAGES = ("alone", "half", "embedded", "sharp", "unconditional", "prompts")
+STAGES = ("decoder", "alone", "embedded", "unconditional", "prompts")
 
 
 @app.command()
@@ -55,11 +55,7 @@ def train(
     scenes: Count = None,
     batch: Annotated[
         int | None,
-        Option(
-            help="Pictures a step of the UNet at full size; twice as many at half size. "
-            "[default: 128 at both]",
-            show_default=False,
-        ),
+        Option(help="Pictures a step of the UNet. [default: 128]", show_default=False),
     ] = None,
 ) -> None:
     """Run stages of the training; each goes on where it was stopped."""
@@ -71,10 +67,9 @@ def train(
         raise SafelightError(f"no stage {unknown[0]!r}: the stages are {', '.join(STAGES)}")
     recipe = Recipe(data, out, minutes, _sizes(dry_run, scenes, batch), native, begin)
     run = {
+        "decoder": recipe.decoder,
         "alone": recipe.alone,
-        "half": recipe.half,
         "embedded": recipe.embedded,
-        "sharp": recipe.sharp,
         "unconditional": recipe.unconditional,
         "prompts": lambda: recipe.prompts(64 if dry_run else 6144),
     }
@@ -84,7 +79,7 @@ def train(
 
 @app.command()
 def compose(
-    stages: Annotated[list[str], typer.Argument(help="alone, half, embedded")],
+    stages: Annotated[list[str], typer.Argument(help="alone, embedded")],
     data: Data = Path("data"),
     out: Out = Path("runs"),
     dry_run: Dry = False,
@@ -94,11 +89,11 @@ def compose(
     """Compose and encode the pictures of stages, beside a training that needs them later."""
     from recipes.embedded.train import Recipe
 
-    if unknown := [stage for stage in stages if stage not in STAGES[:3]]:
-        raise SafelightError(f"no stage {unknown[0]!r}: expected {', '.join(STAGES[:3])}")
+    if unknown := [stage for stage in stages if stage not in ("alone", "embedded")]:
+        raise SafelightError(f"no stage {unknown[0]!r}: expected alone, embedded")
     recipe = Recipe(data, out, 1, _sizes(dry_run, scenes), begin=begin)
     for stage in stages:
-        recipe.compose("denoiser" if stage == "embedded" else stage)
+        recipe.compose(stage)
 
 
 @app.command()
@@ -157,11 +152,7 @@ def _sizes(dry_run: bool, scenes: int | None, batch: int | None = None) -> Sizes
     if scenes is not None:
         sizes = replace(sizes, scenes=scenes)
     if batch is not None:
-        sizes = replace(
-            sizes,
-            half_plan=sizes.half_plan.with_batch(2 * batch),
-            unet_plan=sizes.unet_plan.with_batch(batch),
-        )
+        sizes = replace(sizes, unet_plan=sizes.unet_plan.with_batch(batch))
     return sizes
 
 

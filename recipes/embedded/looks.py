@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from recipes.embedded.captions import STYLES
+from recipes.embedded.principal import Principal
 from recipes.embedded.scenes import ALONE_SHARE, Scene, Thing, held_back
 from recipes.embedded.stage import AT_ONCE, Stage
-from safelight.nets.vae import AutoencoderKL
-from safelight.train.autoencoder import encode
+from safelight.train.autoencoder import to_pixels
 
 SIDE = 4
 """Parts a side. A caption has 23 tokens at most and a text encoder 48 states: 16 are free."""
@@ -32,7 +32,7 @@ class Looks:
     What is held out from training is not among them.
     """
 
-    def __init__(self, stage: Stage, vae: AutoencoderKL) -> None:
+    def __init__(self, stage: Stage, principal: Principal) -> None:
         self._rows: dict[tuple[str, str, str | None], int] = {}
         shown: list[Scene] = []
         for concept in stage.scenes.names:
@@ -50,7 +50,7 @@ class Looks:
             things = [
                 [Thing(stage.scenes.drawing(one), one.colour, 0.5, 0.5, share)] for one in some
             ]
-            latents.append(encode(vae, stage.draw(some, things, rng)).float())
+            latents.append(principal.encode(to_pixels(stage.draw(some, things, rng))))
         parts = cut(torch.cat(latents))
         parts = parts - parts.mean(dim=0)
         self.parts = parts / parts.std()

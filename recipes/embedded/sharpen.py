@@ -1,9 +1,9 @@
 """Train a decoder to draw crisp pictures from latents that are not quite right.
 
 A denoiser's latents have errors, and a decoder that has seen only perfect ones draws them soft.
-Here the encoder is fixed, noise is added to the latents, and a small discriminator that looks at
-patches judges the pictures (arXiv:1611.07004, with the hinge loss of arXiv:1705.02894), weighed
-against the other losses by their gradients (arXiv:2012.09841).
+Here noise is added to the latents, and a small discriminator that looks at patches judges the
+pictures (arXiv:1611.07004, with the hinge loss of arXiv:1705.02894), weighed against the other
+losses by their gradients (arXiv:2012.09841).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recipes.embedded.pool import Pool
+from recipes.embedded.principal import Principal
 from safelight.nets.vae import AutoencoderKL
 from safelight.train.autoencoder import edge_error, to_pixels
 from safelight.train.devices import autocast
@@ -30,7 +31,7 @@ WEIGHT = 0.4
 RATE = 2e-4
 """Learning rate of the discriminator."""
 
-BEGIN = 100
+BEGIN = 1000
 """Steps after which the decoder listens to the discriminator."""
 
 
@@ -60,6 +61,7 @@ class Patches(nn.Module):
 
 def sharpen(
     vae: AutoencoderKL,
+    principal: Principal,
     pool: Pool,
     plan: Plan,
     folder: Path,
@@ -67,7 +69,7 @@ def sharpen(
     every: int = 500,
     native: bool = False,
 ) -> None:
-    """Train vae.decoder in place on the pictures of `pool`; the encoder stays as it is.
+    """Train vae.decoder in place on the pictures of `pool`, from the latents of `principal`.
 
     Every `every` steps all that a run needs to go on goes to `folder`, the discriminator and its
     optimizer included.
@@ -84,12 +86,10 @@ def sharpen(
 
     def loss_of(run: Any, draw: Draw) -> Tensor:
         pictures = to_pixels(pool.batch(plan.batch, draw.data)[0]).to(draw.device)
+        latents = principal.encode(F.avg_pool2d(pictures, 2))
+        size = NOISE * draw.uniform([plan.batch, 1, 1, 1])
+        latents = latents + size * draw.normal(latents.shape)
         with autocast(draw.device):
-            with torch.no_grad():
-                latents = vae.encode(pictures)[0].float()
-                spread = NOISE / vae.config.scaling_factor
-                size = spread * draw.uniform([plan.batch, 1, 1, 1])
-                latents = latents + size * draw.normal(latents.shape)
             drawn = run(latents).float()
             plain = F.l1_loss(drawn, pictures) + edge_error(drawn, pictures)
             real, fake = critic(pictures).float(), critic(drawn.detach()).float()

@@ -19,10 +19,11 @@ from recipes.embedded.cutouts import LOCK, notice
 from recipes.embedded.grounds import VARIANTS
 from recipes.embedded.looks import Looks
 from recipes.embedded.pool import Pool
+from recipes.embedded.principal import Principal
 from recipes.embedded.scenes import Scenes
 from recipes.embedded.sharpen import sharpen
 from recipes.embedded.stage import Stage
-from recipes.embedded.supply import parts
+from recipes.embedded.supply import PART, parts
 from recipes.embedded.words import teach
 from safelight.errors import SafelightError
 from safelight.nets.clip import CLIPTextModel
@@ -31,7 +32,7 @@ from safelight.nets.vae import AutoencoderKL
 from safelight.prompt.tokenizer import Tokenizer
 from safelight.sampling.schedule import SchedulerConfig
 from safelight.train import networks
-from safelight.train.autoencoder import encode, latent_spread, to_pixels, train_autoencoder
+from safelight.train.autoencoder import to_pixels
 from safelight.train.denoiser import (
     TextToImage,
     train_text_to_image,
@@ -39,7 +40,7 @@ from safelight.train.denoiser import (
 )
 from safelight.train.devices import accelerator
 from safelight.train.export import export_text_to_image, export_unconditional
-from safelight.train.loop import Draw, Plan, progress
+from safelight.train.loop import Plan, progress
 from safelight.train.tokens import train_vocabulary
 from safelight.weights import load_model
 
@@ -47,18 +48,24 @@ MINUTES = 13.0
 """Of one H100, for all stages."""
 
 SHARES = {
-    "autoencoder": 0.12,
+    "decoder": 0.22,
     "words": 0.09,
-    "alone": 0.12,
-    "half": 0.16,
-    "denoiser": 0.2,
-    "sharp": 0.055,
+    "alone": 0.08,
+    "scenes": 0.37,
     "unconditional": 0.07,
 }
 """Of the minutes; the rest is for composing, starting, compiling and `embedded-fast`."""
 
-UNET_STAGES = ("alone", "half", "denoiser")
-"""What the UNet learns, in this order: things alone, scenes, and scenes at full size."""
+UNET_STAGES = ("alone", "scenes")
+"""What the UNet learns, in this order."""
+
+NETWORKS = replace(
+    networks.LARGE,
+    vae=replace(networks.LARGE.vae, block_out_channels=(32, 32, 48, 96, 128), latent_channels=8),
+    unet=replace(networks.LARGE.unet, sample_size=16, in_channels=8, out_channels=8),
+)
+"""16 million weights, 32 MiB as float16. A latent stands for 16×16 pixels."""
+
 
 SHEET = (
     "a red apple", "a cat", "a guitar", "three teddy bears on a yellow background",
@@ -68,8 +75,11 @@ SHEET = (
 )  # fmt: skip
 """Prompts whose pictures are drawn while it trains, so that progress can be seen."""
 
-SHARP = "vae-sharp.safetensors"
-"""The autoencoder whose decoder was trained further."""
+DECODER = "decoder.safetensors"
+"""An autoencoder whose decoder is trained."""
+
+PRINCIPAL = "principal.safetensors"
+"""The components that are the encoder, beside the model that was trained on their latents."""
 
 DRAW_WITH = {"sampler": "dpmpp_2m", "steps": 20, "guidance_scale": 4.0}
 """What the model draws best with."""
@@ -80,16 +90,17 @@ class Sizes:
     """Of networks, data and batches. A plan without steps gets them from the minutes."""
 
     size: int
+    """Of the pictures that are drawn. Their latents are those of halved pictures."""
     scenes: int
-    """Composed and encoded once, at full and at half size; half as many of things alone."""
+    """Composed and encoded once; half as many of things alone."""
+    pictures: int
+    """Composed for the decoder, and for the components."""
     captions: int
     """That the text encoder learns from."""
     networks: networks.Networks
-    vae_plan: Plan
+    decoder_plan: Plan
     text_plan: Plan
-    half_plan: Plan
     unet_plan: Plan
-    sharp_plan: Plan
     pixels: UNet2DConfig
     pixels_plan: Plan
     every: int = 2500
@@ -101,13 +112,12 @@ class Sizes:
 FULL = Sizes(
     size=256,
     scenes=122_880,
+    pictures=20_480,
     captions=131_072,
-    networks=networks.LARGE,
-    vae_plan=Plan(steps=0, batch=32, learning_rate=1e-3, warmup=100, weight_decay=0.0),
+    networks=NETWORKS,
+    decoder_plan=Plan(steps=0, batch=32, learning_rate=1e-3, warmup=100, weight_decay=0.0),
     text_plan=Plan(steps=0, batch=256, learning_rate=1.5e-3, warmup=50, weight_decay=0.0),
-    half_plan=Plan(steps=0, batch=128, learning_rate=8e-4, warmup=300),
     unet_plan=Plan(steps=0, batch=128, learning_rate=8e-4, warmup=300),
-    sharp_plan=Plan(steps=0, batch=32, learning_rate=2e-4, warmup=50, weight_decay=0.0, ema=0.99),
     pixels=replace(networks.PIXELS, sample_size=64, block_out_channels=(64, 128, 192)),
     pixels_plan=Plan(steps=0, batch=128, learning_rate=6e-4, warmup=200),
 )
@@ -116,24 +126,21 @@ FULL = Sizes(
 DRY = Sizes(
     size=64,
     scenes=64,
+    pictures=8,
     captions=64,
     networks=networks.Networks(
-        vae=replace(networks.LARGE.vae, block_out_channels=(8, 8, 16, 16)),
-        text=replace(
-            networks.LARGE.text, hidden_size=32, intermediate_size=64, num_hidden_layers=1
-        ),
+        vae=replace(NETWORKS.vae, block_out_channels=(8, 16, 48, 48, 64)),
+        text=replace(NETWORKS.text, hidden_size=32, intermediate_size=64, num_hidden_layers=1),
         unet=replace(
-            networks.LARGE.unet,
-            sample_size=8,
+            NETWORKS.unet,
+            sample_size=4,
             block_out_channels=(16, 16, 32),
             cross_attention_dim=32,
         ),
     ),
-    vae_plan=replace(FULL.vae_plan, steps=12, batch=2, warmup=2),
+    decoder_plan=replace(FULL.decoder_plan, steps=12, batch=2, warmup=2),
     text_plan=replace(FULL.text_plan, steps=12, batch=16, warmup=2),
-    half_plan=replace(FULL.half_plan, steps=12, batch=8, warmup=2),
     unet_plan=replace(FULL.unet_plan, steps=12, batch=8, warmup=2),
-    sharp_plan=replace(FULL.sharp_plan, steps=12, batch=2, warmup=2),
     pixels=replace(networks.PIXELS, sample_size=16, block_out_channels=(32, 32, 32)),
     pixels_plan=replace(FULL.pixels_plan, steps=12, batch=4, warmup=2),
     every=4,
@@ -145,8 +152,8 @@ class Recipe:
     """One run of the recipe: its data, its sizes, its folder.
 
     Each stage keeps its checkpoint under `out` and goes on from there when it is called again.
-    begin: a folder that `embedded` wrote, to begin from: its vocabulary and autoencoder are
-    taken as they are, its text encoder and UNet are trained further.
+    begin: a folder that `embedded` wrote, to begin from. Its decoder and UNet are trained further,
+    each by its own stage; the rest is taken as it is.
     """
 
     def __init__(
@@ -170,8 +177,7 @@ class Recipe:
         self.device = accelerator().device
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
-        self.stage = Stage(Scenes(self.path), self.device, sizes.size, sizes.variants)
-        self.scenes = self.stage.scenes
+        self.begin, self.scenes = begin, Scenes(self.path)
         made_from = f"{self.scenes.sha256} {sizes} {minutes}{made_from}"
         self.digest = hashlib.sha256(made_from.encode()).hexdigest()
         self.model = out / "embedded"
@@ -183,49 +189,48 @@ class Recipe:
         seconds = None if plan.steps else 60 * self.minutes * SHARES[stage]
         return replace(plan, seconds=seconds, recipe=self.digest)
 
-    def embedded(self) -> Path:
-        """Train autoencoder, text encoder and UNet, and write the folder out/embedded.
-
-        The UNet learns things alone, then scenes, both at half of the size, then scenes at full
-        size. Given weights to begin from, it learns the last of these, and those before that were
-        begun in `out`.
-        """
-        return self._unet("denoiser")
-
-    def half(self) -> Path:
-        """Do what `embedded` does, but end the UNet's training with scenes at half of the size."""
-        return self._unet("half")
-
     def alone(self) -> Path:
-        """Do what `embedded` does, but end the UNet's training with things alone."""
+        """Train decoder, text encoder and, from things alone, the UNet; write out/embedded."""
         return self._unet("alone")
 
+    def embedded(self) -> Path:
+        """Do what `alone` does, and go on with scenes.
+
+        Given weights to begin from, the UNet learns scenes, and things alone if that was begun in
+        `out`.
+        """
+        return self._unet("scenes")
+
     def _unet(self, last: str) -> Path:
-        tokenizer, vae, net = self._networks()
+        principal = self._principal()
+        tokenizer, net = self._networks(principal)
+        vae = self._autoencoder(principal)
         for stage in UNET_STAGES[: UNET_STAGES.index(last) + 1]:
             begun = (self.out / stage / "checkpoint.pt").exists()
             if self.base is None or stage == last or begun:
-                self._denoiser(stage, tokenizer, vae, net)
+                self._denoiser(stage, principal, tokenizer, vae, net)
         return self.model
 
     def compose(self, stage: str) -> None:
         """Compose and encode what a stage of the UNet learns from, for a training to come."""
-        tokenizer, vae, _ = self._networks()
-        self._encoded(vae, tokenizer, self._size(stage), stage)
+        self._encoded(self._principal(), self._vocabulary(), stage)
 
-    def _size(self, stage: str) -> int:
-        return self.sizes.size if stage == "denoiser" else self.sizes.size // 2
+    def _stage(self, size: int, *, alone: bool = False) -> Stage:
+        scenes = Scenes(self.path, alone=True) if alone else self.scenes
+        return Stage(scenes, self.device, size, self.sizes.variants)
 
-    def _networks(self) -> tuple[Tokenizer, AutoencoderKL, TextToImage]:
-        """Return autoencoder and text encoder, trained or taken from `begin`, and the UNet."""
+    @property
+    def _half(self) -> int:
+        return self.sizes.size // 2
+
+    def _networks(self, principal: Principal) -> tuple[Tokenizer, TextToImage]:
+        """Return the UNet and its text encoder, which is trained or taken from `begin`."""
         tokenizer = self._vocabulary()
-        vae = self._timed("autoencoder", self._encoder)
         torch.manual_seed(0)
         net = TextToImage(CLIPTextModel(self.sizes.networks.text), self.sizes.networks.unet)
         if self.base is None:
             count, plan = self.sizes.captions, self.plan(self.sizes.text_plan, "words")
-            small = Stage(self.scenes, self.device, self.sizes.size // 2, self.sizes.variants)
-            looks = self._timed("looks", lambda: Looks(small, vae))
+            looks = self._timed("looks", lambda: Looks(self._stage(self._half), principal))
             given = self.scenes, self.path, tokenizer, looks, count, plan, self.out / "words"
             self._timed("words", lambda: teach(net.text_encoder, *given, self.device))
         else:
@@ -233,29 +238,26 @@ class Recipe:
             _take(net.unet, self.base.unet)
         # What the questions taught is more than the denoiser's loss can tell it.
         net.text_encoder.requires_grad_(False)
-        if (self.out / SHARP).exists():
-            vae.load_state_dict(load_file(self.out / SHARP))
-        return tokenizer, vae, net
+        return tokenizer, net
 
     def _denoiser(
-        self, stage: str, tokenizer: Tokenizer, vae: AutoencoderKL, net: TextToImage
+        self,
+        stage: str,
+        principal: Principal,
+        tokenizer: Tokenizer,
+        vae: AutoencoderKL,
+        net: TextToImage,
     ) -> None:
-        """Train the UNet for one of UNET_STAGES; write out/embedded.
-
-        A picture of half the size costs a third or less, and shows as well what a thing looks like.
-        """
-        size, half = self._size(stage), stage != "denoiser"
-        plan = self.sizes.half_plan if half else self.sizes.unet_plan
-        net.unet.config = replace(net.unet.config, sample_size=size // vae.config.factor)
-        latents, ids = self._timed(
-            f"latents of {size} pixels", lambda: self._encoded(vae, tokenizer, size, stage)
-        )
+        """Train the UNet for one of UNET_STAGES; write out/embedded."""
+        latents, ids = self._timed("latents", lambda: self._encoded(principal, tokenizer, stage))
 
         def export(trained: nn.Module, step: int) -> None:
             assert isinstance(trained, TextToImage)
+            credit(self.model)
             parts = vae, trained.text_encoder, trained.unet
             export_text_to_image(self.model, *parts, networks.SCHEDULER, self.notes())
 
+        plan = self.sizes.unet_plan
         train_text_to_image(
             net,
             SchedulerConfig.from_dict(networks.SCHEDULER),
@@ -266,7 +268,7 @@ class Recipe:
             self.out / stage,
             every=self.sizes.every,
             native=self.native,
-            middle=half,
+            middle=True,
             on_checkpoint=export,
         )
         export(net, plan.steps)
@@ -281,38 +283,50 @@ class Recipe:
         captions = [*self.scenes.captions_corpus(), *self.scenes.unknown]
         return train_vocabulary(captions, text.vocab_size, folder, text.max_position_embeddings)
 
-    def _encoder(self) -> AutoencoderKL:
-        """Return the autoencoder, trained or taken from `begin`; it is kept in `out`, too."""
-        config = self.sizes.networks.vae
-        if self.base is not None:
-            assert self.base.vae is not None
-            vae = AutoencoderKL(config)
+    def _principal(self) -> Principal:
+        """Return the components that are the encoder; they are kept in `out` and in the model."""
+        path, kept = self.out / PRINCIPAL, self.model / PRINCIPAL
+        if self.begin is not None:
+            path = self.begin / PRINCIPAL
+            if not path.exists():
+                raise SafelightError(f"--begin: {path} is missing: it tells what its latents are")
+        elif not path.exists():
+            pool = Pool(self._stage(self._half), self.path, self.sizes.pictures, 1)
+            channels = self.sizes.networks.vae.latent_channels
+            Principal.of(pool.pictures.split(PART), channels).save(path)
+        principal = Principal.load(path)
+        principal.save(kept)
+        return principal
+
+    def _autoencoder(self, principal: Principal) -> AutoencoderKL:
+        """Return the autoencoder, its decoder trained, or taken from `begin`."""
+        vae = AutoencoderKL(replace(self.sizes.networks.vae, scaling_factor=1.0))
+        path = self.out / DECODER
+        if path.exists():
+            vae.load_state_dict(load_file(path))
+        elif self.base is not None:
             _take(vae, self.base.vae)
-            factor = self.base.vae.config.scaling_factor
         else:
-            plan = self.plan(self.sizes.vae_plan, "autoencoder")
-            pool = Pool(self.stage, self.path, self._pool_size(), 1)
-            vae = train_autoencoder(
-                config, pool, plan, self.out / "autoencoder", native=self.native
-            )
-            spread = latent_spread(vae, pool, Draw.of(0, 0), min(512, len(pool)))
-            factor = round(1 / spread, 5)
-        vae.config = replace(vae.config, scaling_factor=factor)
-        _save(vae, self.out / "vae.safetensors")
-        (self.out / "scaling").write_text(str(factor))
+            self.decoder()
+            vae.load_state_dict(load_file(path))
+        principal.into(vae)
         return vae.eval().requires_grad_(False)
 
-    def sharp(self) -> Path:
-        """Train the decoder further, on latents with errors, and put it into out/embedded."""
-        if not (self.out / "vae.safetensors").exists():
-            raise SafelightError("the stage sharp needs an autoencoder: run embedded first")
-        factor = float((self.out / "scaling").read_text())
-        vae = AutoencoderKL(replace(self.sizes.networks.vae, scaling_factor=factor))
-        vae.load_state_dict(load_file(self.out / "vae.safetensors"))
-        pool = Pool(self.stage, self.path, self._pool_size(), 2)
-        plan = self.plan(self.sizes.sharp_plan, "sharp")
-        sharpen(vae, pool, plan, self.out / "sharp", every=self.sizes.every, native=self.native)
-        _save(vae, self.out / SHARP)
+    def decoder(self) -> Path:
+        """Train the decoder, from that of `begin` if it is given; out/embedded gets it if it is
+        there.
+        """
+        principal = self._principal()
+        torch.manual_seed(0)
+        vae = AutoencoderKL(replace(self.sizes.networks.vae, scaling_factor=1.0))
+        if self.base is not None:
+            _take(vae, self.base.vae)
+        principal.into(vae)
+        pool = Pool(self._stage(self.sizes.size), self.path, self.sizes.pictures, 2)
+        plan = self.plan(self.sizes.decoder_plan, "decoder")
+        folder, every = self.out / "decoder", self.sizes.every
+        sharpen(vae, principal, pool, plan, folder, every=every, native=self.native)
+        _save(vae, self.out / DECODER)
         path = self.model / "vae" / "diffusion_pytorch_model.safetensors"
         if path.exists():
             _save(vae.half(), path)
@@ -324,7 +338,7 @@ class Recipe:
         folder.mkdir(parents=True, exist_ok=True)
         credit(folder)
         side = self.sizes.pixels.sample_size or 64
-        stage = Stage(self.scenes, self.device, 2 * side, self.sizes.variants)
+        stage = self._stage(2 * side)
         rng = np.random.default_rng(3)
         names = [name for name in NAMEABLE if name in self.scenes.names]
         shown = [
@@ -370,40 +384,35 @@ class Recipe:
             "draw_with": DRAW_WITH,
         }
 
-    def _pool_size(self) -> int:
-        """Return the number of scenes whose pictures an autoencoder learns from: they are large."""
-        return max(8, self.sizes.scenes // 6)
-
     def _encoded(
-        self, vae: AutoencoderKL, tokenizer: Tokenizer, size: int, stage: str
+        self, principal: Principal, tokenizer: Tokenizer, stage: str
     ) -> tuple[Tensor, Tensor]:
-        """Return latents of a stage's pictures, float16 [n, 4, h, w], and the tokens of their
-        captions, int16 [n, length], both on the device.
+        """Return latents of a stage's pictures, float16 [n, channels, h, w], and the tokens of
+        their captions, int16 [n, length], both on the device.
 
         Scenes are mixed with half as many things alone: what only scenes show is soon forgotten.
         """
-        made = [self._composed(vae, tokenizer, size, True)]
+        made = [self._composed(principal, tokenizer, True)]
         if stage != "alone":
-            made.append(self._composed(vae, tokenizer, size, False))
+            made.append(self._composed(principal, tokenizer, False))
         return torch.cat([m["latents"] for m in made]), torch.cat([m["ids"] for m in made])
 
     def _composed(
-        self, vae: AutoencoderKL, tokenizer: Tokenizer, size: int, alone: bool
+        self, principal: Principal, tokenizer: Tokenizer, alone: bool
     ) -> dict[str, Tensor]:
         """Return latents and tokens of scenes, or of things alone. They are kept in `out`."""
-        count = self.sizes.scenes // 2 if alone else self.sizes.scenes
+        size, count = self._half, self.sizes.scenes // 2 if alone else self.sizes.scenes
         told = hashlib.sha256(f"{self.scenes.sha256} {size} {count}".encode())
-        for weights in vae.cpu().state_dict().values():
-            told.update(weights.numpy().tobytes())
+        told.update((principal.parts * principal.scale).numpy().tobytes())
         name = "alone" if alone else "scenes"
-        path = self.out / f"latents-{name}-{size}-{told.hexdigest()[:16]}.safetensors"
+        path = self.out / f"latents-{name}-{told.hexdigest()[:16]}.safetensors"
         if not path.exists():
-            source = Scenes(self.path, alone=True) if alone else self.scenes
-            drawn = Stage(source, self.device, size, self.sizes.variants)
+            drawn = self._stage(size, alone=alone)
             latents: list[Tensor] = []
             said: list[str] = []
-            for scenes, things, rng in parts(source, self.path, count, size):
-                latents.append(encode(vae, drawn.draw(scenes, things, rng)))
+            for scenes, things, rng in parts(drawn.scenes, self.path, count, size):
+                pixels = to_pixels(drawn.draw(scenes, things, rng))
+                latents.append(principal.encode(pixels).half().cpu())
                 said += [scene.said for scene in scenes]
             ids = torch.tensor([tokenizer.encode(text).ids for text in said], dtype=torch.int16)
             _keep({"latents": torch.cat(latents), "ids": ids}, path)

@@ -10,12 +10,12 @@ import torch
 from recipes.embedded.captions import STYLES
 from recipes.embedded.judge import GROUNDS
 from recipes.embedded.looks import PARTS, Looks, cut
+from recipes.embedded.principal import Principal
 from recipes.embedded.scenes import Scene, Scenes, held_back
 from recipes.embedded.stage import Stage
 from recipes.embedded.train import DRY
 from recipes.embedded.words import Questions, Reader, ends, teach, understood
 from safelight.nets.clip import CLIPTextModel
-from safelight.nets.vae import AutoencoderKL
 from safelight.train.loop import Draw
 from safelight.train.tokens import train_vocabulary
 
@@ -48,7 +48,9 @@ def test_the_right_answers(scenes: Scenes) -> None:
 @pytest.fixture(scope="module")
 def looks(scenes: Scenes) -> Looks:
     torch.manual_seed(0)
-    return Looks(Stage(scenes, "cpu", 32, variants=1), AutoencoderKL(DRY.networks.vae))
+    stage = Stage(scenes, "cpu", 32, variants=1)
+    pictures, _ = stage.batch(16, np.random.default_rng(0))
+    return Looks(stage, Principal.of([pictures], 8))
 
 
 def test_looks_are_those_of_each_thing_style_and_colour(scenes: Scenes, looks: Looks) -> None:
@@ -108,7 +110,7 @@ def test_the_text_encoder_learns_what_is_meant(
     torch.manual_seed(0)
     text = CLIPTextModel(replace(text_config, vocab_size=900))
     before = {name: weight.clone() for name, weight in text.state_dict().items()}
-    plan = replace(DRY.text_plan, steps=120, batch=32, learning_rate=5e-3, warmup=10, ema=0.9)
+    plan = replace(DRY.text_plan, steps=240, batch=32, learning_rate=5e-3, warmup=10, ema=0.9)
     parts = scenes, path, tokenizer, looks, 512, plan, tmp_path / "words", "cpu"
     told, explained = teach(text, *parts)
     # Of three things, and of captions with words that mean nothing among them.

@@ -21,6 +21,7 @@ import safelight
 from recipes.embedded import sharpen as sharpening
 from recipes.embedded.__main__ import STAGES, app
 from recipes.embedded.pool import Pool
+from recipes.embedded.principal import Principal
 from recipes.embedded.sharpen import sharpen
 from recipes.embedded.stage import Stage
 from recipes.embedded.train import DRY, FULL, SHARES, Recipe
@@ -28,7 +29,7 @@ from safelight import SafelightError
 from safelight.nets.clip import CLIPTextModel
 from safelight.nets.unet import UNet2DConditionModel
 from safelight.nets.vae import AutoencoderKL
-from safelight.train.autoencoder import edge_error, encode, to_pixels
+from safelight.train.autoencoder import edge_error, to_pixels
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,22 +86,20 @@ def test_the_other_stages(made: Path) -> None:
         assert "emojibase" in (made / folder / "NOTICE").read_text()
 
 
-def test_the_sharpened_decoder_is_the_one_in_the_folder(data: Path, made: Path) -> None:
+def test_the_trained_decoder_is_the_one_in_the_folder(data: Path, made: Path) -> None:
     shipped = load_file(made / "embedded" / "vae" / "diffusion_pytorch_model.safetensors")
-    plain, sharp = (load_file(made / f"{name}.safetensors") for name in ("vae", "vae-sharp"))
+    trained = load_file(made / "decoder.safetensors")
     for name, weight in shipped.items():
-        assert torch.equal(weight, sharp[name].half())
-        learned = name.startswith(("decoder", "post_quant"))
-        assert torch.equal(plain[name], sharp[name]) != learned, name
+        assert torch.equal(weight, trained[name].half()), name
     # All of it is there: nothing is trained, and the folder stays.
     before = hashes(made)
-    run(data, made, "embedded", "sharp")
+    run(data, made, "decoder", "embedded")
     assert hashes(made) == before
     with pytest.raises(SafelightError, match="made by another plan"):
         Recipe(data, made, 2.0, DRY).embedded()
 
 
-@pytest.mark.parametrize("stage", ["sharp"])  # the others are test_train's
+@pytest.mark.parametrize("stage", ["decoder"])  # the others are test_train's
 def test_kill_in_the_middle_changes_no_weight(
     data: Path, made: Path, tmp_path: Path, stage: str
 ) -> None:
@@ -119,7 +118,6 @@ def save_and_die(path, *rest):
 loop.save_whole = save_and_die
 recipe = Recipe(Path(sys.argv[1]), Path(sys.argv[2]), 1.0, DRY)
 recipe.embedded()
-recipe.sharp()
 """
     ended = subprocess.run(
         [sys.executable, "-c", code, str(data), str(tmp_path)],
@@ -132,24 +130,21 @@ recipe.sharp()
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
     state = torch.load(tmp_path / stage / "checkpoint.pt", weights_only=True)
     assert state["step"] == DRY.every
-    run(data, tmp_path, "embedded", "sharp")
+    run(data, tmp_path, "embedded")
     assert hashes(tmp_path / "embedded") == hashes(made / "embedded")
 
 
 class TestBegin:
     def test_trains_further_what_is_there(self, data: Path, made: Path, tmp_path: Path) -> None:
-        run(data, tmp_path, "embedded", "sharp", begin=made / "embedded")
-        assert not (tmp_path / "autoencoder").exists()
-        assert not (tmp_path / "words").exists()
+        run(data, tmp_path, "embedded", begin=made / "embedded")
+        for stage in ("decoder", "words", "alone"):
+            assert not (tmp_path / stage).exists()
         before, after = hashes(made / "embedded"), hashes(tmp_path / "embedded")
         changed = {name for name in before if before[name] != after[name]}
-        assert changed == {
-            "unet/diffusion_pytorch_model.safetensors",
-            "vae/diffusion_pytorch_model.safetensors",
-        }
+        assert changed == {"unet/diffusion_pytorch_model.safetensors"}
         # The loss goes on from where it was, and not from that of weights that say nothing.
         weights = [
-            torch.load(folder / "denoiser" / "checkpoint.pt", weights_only=True)["average"]
+            torch.load(folder / "scenes" / "checkpoint.pt", weights_only=True)["average"]
             for folder in (made, tmp_path)
         ]
         fresh = Recipe(data, tmp_path / "fresh", 1.0, DRY)
@@ -159,20 +154,31 @@ class TestBegin:
         ]
         assert np.median(apart) < 0.2
 
-    def test_half_of_the_size(self, data: Path, made: Path, tmp_path: Path) -> None:
-        run(data, tmp_path, "half", begin=made / "embedded")
-        model = safelight.load(str(tmp_path / "embedded"), dtype="float32")
-        assert model.native_size == (32, 32)
+    def test_the_decoder_too_by_its_own_stage(self, data: Path, made: Path, tmp_path: Path) -> None:
+        run(data, tmp_path, "decoder", "embedded", begin=made / "embedded")
         before, after = hashes(made / "embedded"), hashes(tmp_path / "embedded")
-        assert {name for name in before if before[name] != after[name]} >= {
+        changed = {name for name in before if before[name] != after[name]}
+        assert changed == {
             "unet/diffusion_pytorch_model.safetensors",
-            "unet/config.json",
+            "vae/diffusion_pytorch_model.safetensors",
         }
-        text = "text_encoder/model.safetensors"
-        assert before[text] == after[text]
-        # What follows begins from it, at the whole size.
-        run(data, tmp_path / "whole", "embedded", begin=tmp_path / "embedded")
-        assert safelight.load(str(tmp_path / "whole" / "embedded")).native_size == (64, 64)
+
+    def test_stages_that_were_begun_are_gone_through_again(
+        self, data: Path, made: Path, tmp_path: Path
+    ) -> None:
+        run(data, tmp_path, "alone", begin=made / "embedded")
+        alone = hashes(tmp_path / "embedded")
+        run(data, tmp_path, "embedded", begin=made / "embedded")
+        assert hashes(tmp_path / "embedded") != alone
+        run(data, tmp_path, "alone", begin=made / "embedded")
+        assert hashes(tmp_path / "embedded") == alone
+
+    def test_pictures_are_composed_ahead(self, data: Path, made: Path, tmp_path: Path) -> None:
+        Recipe(data, tmp_path, 1.0, DRY, begin=made / "embedded").compose("embedded")
+        files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("latents-*")}
+        assert len(files) == 2
+        run(data, tmp_path, "embedded", begin=made / "embedded")
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("latents-*")} == files
 
     def test_refuses_what_is_no_such_folder(self, data: Path, made: Path, tmp_path: Path) -> None:
         with pytest.raises(SafelightError, match="no model"):
@@ -184,14 +190,16 @@ class TestBegin:
 
 
 def test_sharpen_lowers_its_loss(
-    stage: Stage, path: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: Stage, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sharpening, "BEGIN", 10)
-    recipe = Recipe(path.parent, made, 1.0, DRY)
+    torch.manual_seed(0)
     vae = AutoencoderKL(replace(DRY.networks.vae, scaling_factor=1.0))
-    vae.load_state_dict(load_file(made / "vae.safetensors"))
     pool = Pool(stage, path, 8, 2, kind="one", ground="white")
-    pixels, latents = to_pixels(pool.pictures), encode(vae, pool.pictures).float()
+    pixels = to_pixels(pool.pictures)
+    halves = torch.nn.functional.avg_pool2d(pixels, 2)
+    principal = Principal.of([pool.pictures[:, ::2, ::2]], vae.config.latent_channels)
+    latents = principal.encode(halves)
 
     @torch.no_grad()
     def loss() -> float:
@@ -199,8 +207,8 @@ def test_sharpen_lowers_its_loss(
         return float((drawn - pixels).abs().mean() + edge_error(drawn, pixels))
 
     before = loss()
-    plan = replace(recipe.sizes.sharp_plan, steps=60, batch=4, learning_rate=2e-3, ema=0.9)
-    sharpen(vae, pool, plan, tmp_path)
+    plan = replace(DRY.decoder_plan, steps=60, batch=4, learning_rate=2e-3, ema=0.9)
+    sharpen(vae, principal, pool, plan, tmp_path)
     assert loss() < 0.8 * before
 
 
@@ -212,7 +220,7 @@ def test_the_real_one_fits_in_what_may_ship() -> None:
     # 32 MiB with the vocabulary and the other files, which take 0.1.
     assert 2 * weights < 31.9 * 2**20
     assert net.unet.sample_size == FULL.size // net.vae.factor
-    assert net.vae.factor == 8
+    assert net.vae.factor == 16
     assert sum(SHARES.values()) <= 0.95
 
 
@@ -222,8 +230,8 @@ def test_commands(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (["embedded"], "is missing: run the data stage first"),
         (["embedded", "--minutes", "0"], "--minutes 0: expected 0.05 to 100000"),
         (["embedded", "--scenes", "5"], "--scenes 5: expected 512 to 1000000"),
-        (["shiny"], "no stage 'shiny': the stages are alone, half, embedded, sharp"),
-        (["sharp", "--data", str(data), "--dry-run"], "run embedded first"),
+        (["shiny"], "no stage 'shiny': the stages are decoder, alone, embedded, unconditional"),
+        (["decoder", "--batch", "0"], "--batch 0: expected 1 to 8192"),
     ):
         result = CliRunner().invoke(app, ["train", *arguments])
         assert isinstance(result.exception, SafelightError)

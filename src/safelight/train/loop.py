@@ -91,7 +91,8 @@ PACE = (10, 40)
 """Steps of a plan of seconds between which its pace is taken: the first ones are slow."""
 
 LOOKS = 20
-"""Steps on a GPU between two looks at whether the loss is finite."""
+"""Steps on a GPU between two looks at whether the loss is finite; so many in a row may not be. A
+step that is not finite changes no weight."""
 
 COOLDOWN = 0.5
 """Share of the steps of such a plan in which the learning rate falls."""
@@ -173,7 +174,7 @@ def fit(
     Every `every` steps, and at Ctrl-C, the state goes to folder/checkpoint.pt, by a rename; loss,
     learning rate and what on_checkpoint drew go to folder/tensorboard. With `native` the network
     is compiled first. Raises SafelightError when the folder holds the checkpoint of another plan,
-    when the loss is no longer finite, or when a checkpoint cannot be written.
+    when the loss is not finite for LOOKS steps in a row, or when a checkpoint cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -196,10 +197,14 @@ def fit(
     path, pace_path = folder / "checkpoint.pt", folder / "steps"
     if plan.seconds is not None and pace_path.exists():
         plan = plan.paced(int(pace_path.read_text()))
+    # Of the current line of the log: steps, those that were finite, and the sum of their losses.
     start, seen, total = 0, 0, torch.zeros((), device=machine.device)
+    counted = torch.zeros((), dtype=torch.int64, device=machine.device)
+    in_a_row = torch.zeros_like(counted)
     if path.exists():
-        start, seen, before = _resume(path, plan, params, average, optimizer, also or {})
+        start, (seen, whole, before) = _resume(path, plan, params, average, optimizer, also or {})
         total += before
+        counted += whole
     for group in optimizer.param_groups:
         # A recorded step reads its learning rate from the device.
         group["capturable"] = graphed
@@ -221,7 +226,7 @@ def fit(
             state = {
                 "plan": json.dumps(asdict(plan)),
                 "step": step,
-                "window": (seen, float(total)),
+                "line": (seen, int(counted), float(total)),
                 "params": [p.detach() for p in params],
                 "average": average,
                 "optimizer": optimizer.state_dict(),
@@ -231,12 +236,18 @@ def fit(
             save_whole(path, state, f"the checkpoint of step {step}", kept)
             saved = step
 
+    adam: Any = optimizer.optimizer
+
     def once(draw: Draw) -> Tensor:
+        """Do a step; returns its loss, NaN if the step changed nothing."""
         loss = loss_of(run, draw)
         machine.backward(loss)
-        machine.clip_grad_norm_(params, 1.0)
+        norm = machine.clip_grad_norm_(params, 1.0)
+        finite = torch.isfinite(norm) & torch.isfinite(loss.detach())
+        # PyTorch's gradient scalers tell the optimizer in this way to leave a step out.
+        adam.found_inf = (~finite).float()
         optimizer.step()
-        return loss.detach()
+        return torch.where(finite, loss.detach(), math.nan)
 
     steps = Steps(once, optimizer, log) if graphed else None
     step = start
@@ -260,14 +271,19 @@ def fit(
                 keep = min(plan.ema, (1 + step) / (10 + step))
                 with torch.no_grad():
                     _towards(average, params, 1 - keep)
-                    total += loss
+                    finite = torch.isfinite(loss)
+                    total += torch.where(finite, loss, 0)
+                    counted += finite
+                    in_a_row = torch.where(finite, 0, in_a_row + 1)
                 seen += 1
                 # To look at a number of a GPU is to wait for it.
                 looks = machine.device.type == "cpu" or seen % LOOKS == 0
-                if looks and not math.isfinite(float(total)):
+                most = min(LOOKS, plan.steps or LOOKS)
+                if looks and int(in_a_row) >= most:
                     raise SafelightError(
-                        f"the loss is not finite at step {step}: a lower learning rate than "
-                        f"{plan.learning_rate:g} would help; the last checkpoint is {path}"
+                        f"the loss is not finite at step {step}, nor at the {most - 1} before it: "
+                        f"a lower learning rate than {plan.learning_rate:g} would help; the last "
+                        f"checkpoint is {path}"
                     )
                 step += 1
             if not plan.steps and step - start in PACE:
@@ -283,14 +299,16 @@ def fit(
             if board is not None and (step % window == 0 or step == plan.steps):
                 pace = (time.monotonic() - began) / (step - start)
                 left = pace * (plan.steps - step) / 60
-                mean = float(total) / seen
+                whole = int(counted)
+                mean = float(total) / max(1, whole)
                 log(
                     f"step {step}/{plan.steps}  loss {mean:.4f}  "
                     f"{plan.batch / pace:.0f} samples/s  {left:.1f} min left"
+                    + (f"  {seen - whole} steps left out: not finite" if whole < seen else "")
                 )
                 board.add_scalar("loss", mean, step)
                 board.add_scalar("learning rate", plan.rate(step - 1), step)
-                seen, total = 0, torch.zeros_like(total)
+                seen, total, counted = 0, torch.zeros_like(total), torch.zeros_like(counted)
             if step % every == 0 or step == plan.steps:
                 save(step)
                 if board is not None and on_checkpoint is not None:
@@ -361,8 +379,10 @@ def _resume(
     average: list[Tensor],
     optimizer: torch.optim.Optimizer,
     also: Mapping[str, Any],
-) -> tuple[int, int, float]:
-    """The step to go on from; and of the line of the log that it is in, steps and sum of losses."""
+) -> tuple[int, tuple[int, int, float]]:
+    """The step to go on from; and of the line of the log that it is in, the steps, those that were
+    finite, and the sum of their losses.
+    """
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
         step, made_by = int(state["step"]), Plan(**json.loads(state["plan"]))
@@ -380,8 +400,7 @@ def _resume(
     optimizer.load_state_dict(state["optimizer"])
     for name, part in also.items():
         part.load_state_dict(state["also"][name])
-    seen, total = state.get("window", (0, 0.0))
-    return step, seen, total
+    return step, state.get("line", (0, 0, 0.0))
 
 
 def _difference(old: Plan, new: Plan) -> str:
