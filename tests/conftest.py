@@ -25,7 +25,11 @@ hypothesis.settings.load_profile("suite")
 # A shell that starts something in the background lets it ignore Ctrl-C, which tests send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-MISSING = ("this processor has no AMX", "this processor has no AVX512-BF16")
+MISSING = (
+    "this processor has no AMX",
+    "this processor has no AVX512-BF16",
+    "no CUDA GPU here",
+)
 REMEDIES = {
     "chromium": "apt-get install chromium",
     "browser": "apt-get install chromium",
@@ -96,7 +100,7 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config) -> None:
 
 
 def pytest_sessionfinish(session, exitstatus) -> None:
-    """SAFELIGHT_NO_SKIPS=1: the run fails if anything was skipped but for want of instructions."""
+    """SAFELIGHT_NO_SKIPS=1: the run fails if anything was skipped but for want of a processor."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if os.environ.get("SAFELIGHT_NO_SKIPS") != "1" or reporter is None:
         return
