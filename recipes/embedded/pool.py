@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from recipes.embedded.scenes import Scene
 from recipes.embedded.stage import Stage
@@ -33,9 +31,3 @@ class Pool:
 
     def __len__(self) -> int:
         return len(self.scenes)
-
-    def batch(self, n: int, rng: np.random.Generator) -> tuple[Tensor, list[str]]:
-        """Return `n` pictures, drawn with replacement, and their captions."""
-        pick = rng.integers(len(self), size=n)
-        pictures = self.pictures[torch.from_numpy(pick).to(self.pictures.device)]
-        return pictures, [self.scenes[i].said for i in pick]

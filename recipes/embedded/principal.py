@@ -87,19 +87,24 @@ class Principal:
         tensors = {"mean": self.mean, "parts": self.parts, "scale": self.scale}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
+    def to(self, device: torch.device | str) -> Principal:
+        """Return the same on a device."""
+        return Principal(self.mean.to(device), self.parts.to(device), self.scale.to(device))
+
     def encode(self, pixels: Tensor) -> Tensor:
         """Return latents [n, channels, side/8, side/8] of halved pictures [n, 3, side, side]."""
-        parts = (self.parts * self.scale).to(pixels.device)
+        here = self.to(pixels.device)
+        parts = here.parts * here.scale
         made = [
-            (_patches(some) - self.mean.to(pixels.device)) @ parts
+            (_patches(some) - here.mean) @ parts
             for some in pixels.split(max(1, AT_ONCE // pixels[0].numel()))
         ]
         return torch.cat(made).permute(0, 3, 1, 2)
 
     def picture(self, latents: Tensor) -> Tensor:
         """Return the halved pictures that have these latents and are nearest to the mean."""
-        rows = latents.permute(0, 2, 3, 1) / self.scale.to(latents.device)
-        rows = rows @ self.parts.T.to(latents.device) + self.mean.to(latents.device)
+        here = self.to(latents.device)
+        rows = latents.permute(0, 2, 3, 1) / here.scale @ here.parts.T + here.mean
         return F.pixel_shuffle(rows.permute(0, 3, 1, 2), SIDE)
 
     @torch.no_grad()

@@ -26,7 +26,7 @@ NOISE = 0.25
 """Largest standard deviation of the noise that is added to latents of unit variance."""
 
 WEIGHT = 0.4
-"""Of the discriminator's gradient over that of the other losses."""
+"""Of the discriminator's gradient over that of the other losses, both of the pixels."""
 
 RATE = 2e-4
 """Learning rate of the discriminator."""
@@ -80,12 +80,14 @@ def sharpen(
     vae.requires_grad_(False)
     decoder.requires_grad_(True)
     torch.manual_seed(plan.seed)
-    critic = Patches().to(device)
-    optimizer = torch.optim.Adam(critic.parameters(), lr=RATE, betas=(0.5, 0.99))
-    last = vae.decoder.conv_out.weight
+    critic, principal = Patches().to(device), principal.to(device)
+    capturable = device.type == "cuda"
+    optimizer = torch.optim.Adam(
+        critic.parameters(), lr=RATE, betas=(0.5, 0.99), capturable=capturable
+    )
 
     def loss_of(run: Any, draw: Draw) -> Tensor:
-        pictures = to_pixels(pool.batch(plan.batch, draw.data)[0]).to(draw.device)
+        pictures = to_pixels(pool.pictures[draw.pick(len(pool), plan.batch)])
         latents = principal.encode(F.avg_pool2d(pictures, 2))
         size = NOISE * draw.uniform([plan.batch, 1, 1, 1])
         latents = latents + size * draw.normal(latents.shape)
@@ -97,17 +99,33 @@ def sharpen(
         optimizer.zero_grad(set_to_none=True)
         wrong.backward()
         optimizer.step()
-        if draw.step < BEGIN:
+        if draw.number is None and draw.step < BEGIN:
             return plain
         with autocast(draw.device):
             fooled = -critic(drawn).float().mean()
-        of_plain = torch.autograd.grad(plain, last, retain_graph=True)[0].norm()
-        of_fooled = torch.autograd.grad(fooled, last, retain_graph=True)[0].norm()
-        return plain + (WEIGHT * of_plain / (of_fooled + 1e-4)).clamp(max=100).detach() * fooled
+        # By the gradients of the pixels: to go back through the decoder for each would cost as
+        # much as the step.
+        of_plain, of_fooled = (
+            torch.autograd.grad(loss, drawn, retain_graph=True)[0].norm()
+            for loss in (plain, fooled)
+        )
+        weight = (WEIGHT * of_plain / (of_fooled + 1e-12)).detach()
+        if draw.number is not None:
+            weight = weight * (draw.number >= BEGIN)
+        return plain + weight * fooled
 
     also = {"discriminator": critic, "its optimizer": optimizer}
     decoder.load_state_dict(
-        fit(decoder, loss_of, plan, folder, every=every, native=native, also=also)
+        fit(
+            decoder,
+            loss_of,
+            plan,
+            folder,
+            every=every,
+            native=native,
+            on_device=True,
+            also=also,
+        )
     )
     vae.cpu().eval().requires_grad_(False)
 

@@ -354,11 +354,3 @@ class TestPool:
         assert len(pool) == 30
         assert pool.scenes == again.scenes
         assert torch.equal(pool.pictures, again.pictures)
-
-    def test_batch(self, stage, path):
-        pool = Pool(stage, path, 12, 5, kind="one")
-        pictures, captions = pool.batch(30, np.random.default_rng(0))
-        assert pictures.shape == (30, SIZE, SIZE, 3)
-        shown = {(said, bytes(p.numpy())) for said, p in zip(captions, pictures, strict=True)}
-        kept = {(s.said, bytes(p.numpy())) for s, p in zip(pool.scenes, pool.pictures, strict=True)}
-        assert shown <= kept

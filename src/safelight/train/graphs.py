@@ -24,7 +24,8 @@ class Steps:
 
     once: does one step without clearing the gradients, and returns its loss. All that it reads
     must stay where it is on the GPU: weights, gradients, data, the learning rate as a tensor. Its
-    random numbers come from `noise`, which is seeded anew before each step.
+    random numbers come from `noise`, which is seeded anew before each step, and `number` is the
+    step's number.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Steps:
     ) -> None:
         self._once, self._optimizer, self._log = once, optimizer, log
         self.noise = torch.Generator("cuda")
+        self.number = torch.zeros((), dtype=torch.int64, device="cuda")
         self._stream = torch.cuda.Stream()
         self._graph: torch.cuda.CUDAGraph | None = None
         self._loss: Tensor | None = None

@@ -108,6 +108,10 @@ class Draw:
     noise: torch.Generator
     device: torch.device | str = "cpu"
     step: int = 0
+    number: Tensor | None = None
+    """The step's number on the device, where steps are recorded: what Python decides by `step` is
+    then decided once for all.
+    """
 
     @classmethod
     def of(
@@ -116,15 +120,16 @@ class Draw:
         step: int,
         rank: int = 0,
         device: str | torch.device = "cpu",
-        noise: torch.Generator | None = None,
+        steps: Steps | None = None,
     ) -> Draw:
         """rank: of several processes that train together, each with its own share of the data.
-        noise: a generator of the device, to be seeded again instead of a new one.
+        steps: recorded ones, whose generator and number on the device are taken.
         """
         key = [seed, step, rank] if rank else [seed, step]
         torch_seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-        noise = torch.Generator(device) if noise is None else noise
-        return cls(np.random.default_rng(key), noise.manual_seed(torch_seed), device, step)
+        noise = torch.Generator(device) if steps is None else steps.noise
+        number = None if steps is None else steps.number.fill_(step)
+        return cls(np.random.default_rng(key), noise.manual_seed(torch_seed), device, step, number)
 
     def pick(self, count: int, n: int) -> Tensor:
         """Return n of the numbers from 0 to count − 1, int64, on the device."""
@@ -260,8 +265,7 @@ def fit(
                         group["lr"] = plan.rate(step)
                     else:
                         group["lr"].fill_(plan.rate(step))
-                noise = None if steps is None else steps.noise
-                draw = Draw.of(plan.seed, step, machine.process_index, machine.device, noise)
+                draw = Draw.of(plan.seed, step, machine.process_index, machine.device, steps)
                 if steps is None:
                     loss = once(draw)
                     optimizer.zero_grad(set_to_none=True)
