@@ -64,7 +64,7 @@ NETWORKS = replace(
     vae=replace(networks.LARGE.vae, block_out_channels=(32, 32, 48, 96, 128), latent_channels=8),
     unet=replace(networks.LARGE.unet, sample_size=16, in_channels=8, out_channels=8),
 )
-"""16.6 million weights, 31.8 MiB as float16. A latent stands for 16×16 pixels."""
+"""16.6 million weights, 31.7 MiB as float16. A latent stands for 16×16 pixels."""
 
 SHEET = (
     "a red apple", "a cat", "a guitar", "three teddy bears on a yellow background",
