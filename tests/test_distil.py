@@ -16,7 +16,7 @@ from safelight.sampling import Level, SchedulerConfig
 from safelight.sampling.levels import alphas_cumprod, sigmas_of
 from safelight.train import distil
 from safelight.train.distil import Trajectories, read_prompts, training_pair, trajectories
-from safelight.train.loop import Plan
+from safelight.train.plan import Plan
 
 PLAN = Plan(steps=25, batch=8, learning_rate=5e-4, warmup=4, weight_decay=0.0, ema=0.8)
 

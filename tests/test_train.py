@@ -28,7 +28,8 @@ from safelight.train.denoiser import (
     train_unconditional,
 )
 from safelight.train.export import export_text_to_image, export_unconditional
-from safelight.train.loop import Draw, Plan, fit
+from safelight.train.loop import Draw, fit
+from safelight.train.plan import Plan
 from safelight.train.tokens import train_vocabulary
 from safelight.weights import load_model
 

@@ -24,7 +24,7 @@ from safelight import SafelightError
 from safelight.cli import app
 from safelight.train import folder as folders
 from safelight.train.finetune import finetune
-from safelight.train.loop import Plan
+from safelight.train.plan import Plan
 from safelight.train.scratch import networks as scratch_networks
 from safelight.train.scratch import text_to_image
 from safelight.train.unconditional import network
@@ -296,7 +296,7 @@ def test_killed_and_resumed_ends_as_undisturbed(tmp_path: Path) -> None:
         "from dataclasses import replace\n"
         "from pathlib import Path\n"
         "from safelight.train import unconditional as u\n"
-        "from safelight.train.loop import Plan\n"
+        "from safelight.train.plan import Plan\n"
         "torch.set_num_threads(1)\n"
         "u.CHECKPOINT_EVERY = 8\n"
         "u.draw_sheet = lambda *_: None\n"

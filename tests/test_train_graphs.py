@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from safelight.train.loop import Draw, Plan, fit
+from safelight.train.loop import Draw, fit
+from safelight.train.plan import Plan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 

@@ -21,7 +21,8 @@ from recipes.embedded.stage import Stage
 from safelight.errors import SafelightError
 from safelight.train.autoencoder import to_pixels
 from safelight.train.devices import autocast
-from safelight.train.loop import Draw, Plan, fit
+from safelight.train.loop import Draw, fit
+from safelight.train.plan import Plan
 
 PLAN = Plan(steps=6000, batch=64, learning_rate=2e-3, warmup=200, weight_decay=0.05)
 POOL = 40_000

@@ -20,7 +20,8 @@ from recipes.embedded.principal import Principal
 from safelight.nets.vae import AutoencoderKL
 from safelight.train.autoencoder import edge_error, to_pixels
 from safelight.train.devices import autocast
-from safelight.train.loop import Draw, Plan, fit
+from safelight.train.loop import Draw, fit
+from safelight.train.plan import Plan
 
 NOISE = 0.25
 """Largest standard deviation of the noise that is added to latents of unit variance."""

@@ -40,7 +40,8 @@ from safelight.train.denoiser import (
 )
 from safelight.train.devices import accelerator
 from safelight.train.export import export_text_to_image, export_unconditional
-from safelight.train.loop import Plan, progress
+from safelight.train.loop import progress
+from safelight.train.plan import Plan
 from safelight.train.tokens import train_vocabulary
 from safelight.weights import load_model
 

@@ -24,7 +24,8 @@ from recipes.embedded.supply import PART, parts
 from safelight.nets.clip import CLIPTextModel
 from safelight.prompt.tokenizer import Tokenizer
 from safelight.train.devices import autocast
-from safelight.train.loop import Draw, Plan, fit, progress
+from safelight.train.loop import Draw, fit, progress
+from safelight.train.plan import Plan
 
 
 class Questions:

@@ -27,7 +27,7 @@ from recipes.embedded.judge import (
 from recipes.embedded.scenes import Scene, Scenes, held_back
 from recipes.embedded.stage import Stage
 from safelight.errors import SafelightError
-from safelight.train.loop import Plan
+from safelight.train.plan import Plan
 from safelight.words import split_words
 
 NAMES = ["a red apple", "an owl", "scissors"]

@@ -23,7 +23,7 @@ TRAIN = """
 import sys, torch
 from pathlib import Path
 from safelight.train import unconditional
-from safelight.train.loop import Plan
+from safelight.train.plan import Plan
 torch.set_num_threads(1)
 unconditional.CHECKPOINT_EVERY = 10
 unconditional.draw_sheet = lambda *_: None

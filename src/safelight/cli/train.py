@@ -11,7 +11,7 @@ from safelight.cli.output import note, say
 from safelight.errors import SafelightError
 
 if TYPE_CHECKING:
-    from safelight.train.loop import Plan
+    from safelight.train.plan import Plan
 
 app = typer.Typer(
     help="Teach a model your own pictures, or make a new one from them.",
@@ -147,7 +147,7 @@ def _plan(
 ) -> "Plan":
     """warmup: steps, fewer in a short run."""
     import_torch()
-    from safelight.train.loop import Plan
+    from safelight.train.plan import Plan
 
     return Plan(
         steps=steps,

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from safelight.nets.vae import AutoencoderKL, VAEConfig
 from safelight.train.devices import autocast
-from safelight.train.loop import Draw, Plan, Show, fit
+from safelight.train.loop import Draw, Show, fit
+from safelight.train.plan import Plan
 
 KL_WEIGHT = 1e-6
 EDGE_WEIGHT = 1.0

@@ -19,7 +19,8 @@ from safelight.sampling.levels import alphas_cumprod
 from safelight.sampling.schedule import SchedulerConfig
 from safelight.train.autoencoder import to_pixels
 from safelight.train.devices import accelerator, autocast, initialise
-from safelight.train.loop import Draw, Plan, Show, fit
+from safelight.train.loop import Draw, Show, fit
+from safelight.train.plan import Plan
 
 DROP_CAPTION = 0.1
 """Share of captions left empty, so that guidance has something to guide away from."""

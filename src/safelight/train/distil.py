@@ -30,7 +30,8 @@ from safelight.train.devices import autocast
 from safelight.train.export import export_text_to_image
 from safelight.train.finetune import credit, own_memory
 from safelight.train.folder import digest
-from safelight.train.loop import Draw, Plan, fit, progress, save_whole
+from safelight.train.loop import Draw, fit, progress, save_whole
+from safelight.train.plan import Plan
 from safelight.train.sheet import draw_sheet, under
 from safelight.weights import load_model
 

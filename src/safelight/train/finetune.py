@@ -20,7 +20,7 @@ from safelight.train.denoiser import TextToImage, train_text_to_image
 from safelight.train.devices import Net
 from safelight.train.export import export_text_to_image
 from safelight.train.folder import captioned, digest, read
-from safelight.train.loop import Plan
+from safelight.train.plan import Plan
 from safelight.train.sheet import draw_sheet, under
 from safelight.weights import load_model
 from safelight.words import words_in

@@ -12,7 +12,7 @@ from safelight.nets.clip import CLIPTextConfig
 from safelight.nets.unet import UNetConfig
 from safelight.nets.unet2d import UNet2DConfig
 from safelight.nets.vae import VAEConfig
-from safelight.train.loop import Plan
+from safelight.train.plan import Plan
 
 
 @dataclass(frozen=True)

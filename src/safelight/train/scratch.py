@@ -17,8 +17,9 @@ from safelight.train.autoencoder import encode, latent_spread, train_autoencoder
 from safelight.train.denoiser import TextToImage, teach_words, train_text_to_image
 from safelight.train.export import export_text_to_image
 from safelight.train.folder import Pixels, captioned, digest, read
-from safelight.train.loop import Draw, Plan
+from safelight.train.loop import Draw
 from safelight.train.networks import LARGE, SCHEDULER, SMALL, TEXT_PLAN, VAE_PLAN, Networks
+from safelight.train.plan import Plan
 from safelight.train.sheet import draw_sheet
 from safelight.train.tokens import train_vocabulary
 from safelight.words import words_in

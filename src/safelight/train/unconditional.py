@@ -14,8 +14,8 @@ from safelight.sampling.schedule import SchedulerConfig
 from safelight.train.denoiser import train_unconditional
 from safelight.train.export import export_unconditional
 from safelight.train.folder import digest, digits, pictures, read
-from safelight.train.loop import Plan
 from safelight.train.networks import PIXELS, PIXELS_SCHEDULER
+from safelight.train.plan import Plan
 from safelight.train.sheet import draw_sheet
 
 DIGITS = "digits"
