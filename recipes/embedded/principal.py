@@ -1,8 +1,8 @@
 """Latents in closed form: the principal components of a picture's patches.
 
 A picture is halved, cut into patches of 8×8 pixels, and each patch becomes a few numbers: how much
-of each principal component it holds. That takes seconds to compute, where a trained encoder of the
-same size told less after an hour of a GPU. It can be written as the weights of an encoder in
+of each principal component it holds. That takes seconds to compute, where an encoder that was
+trained with 43,000 pictures on a GPU told less. It can be written as the weights of an encoder in
 AutoencoderKL's layout, so every program that loads such a folder computes the same.
 """
 

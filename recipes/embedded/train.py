@@ -301,13 +301,12 @@ class Recipe:
         """Return the autoencoder, its decoder trained, or taken from `begin`."""
         vae = AutoencoderKL(replace(self.sizes.networks.vae, scaling_factor=1.0))
         path = self.out / DECODER
+        if self.base is None and not path.exists():
+            self.decoder()
         if path.exists():
             vae.load_state_dict(load_file(path))
-        elif self.base is not None:
-            _take(vae, self.base.vae)
         else:
-            self.decoder()
-            vae.load_state_dict(load_file(path))
+            _take(vae, self.base and self.base.vae)
         principal.into(vae)
         return vae.eval().requires_grad_(False)
 
@@ -389,7 +388,7 @@ class Recipe:
         """Return latents of a stage's pictures, float16 [n, channels, h, w], and the tokens of
         their captions, int16 [n, length], both on the device.
 
-        Scenes are mixed with half as many things alone: what only scenes show is soon forgotten.
+        Scenes are mixed with half as many things alone: what is not shown is soon forgotten.
         """
         made = [self._composed(principal, tokenizer, True)]
         if stage != "alone":

@@ -91,6 +91,11 @@ def test_the_trained_decoder_is_the_one_in_the_folder(data: Path, made: Path) ->
     trained = load_file(made / "decoder.safetensors")
     for name, weight in shipped.items():
         assert torch.equal(weight, trained[name].half()), name
+    # The encoder stays what the components are.
+    vae = AutoencoderKL(DRY.networks.vae)
+    vae.load_state_dict(trained)
+    Principal.load(made / "principal.safetensors").into(vae)
+    assert all(torch.equal(weight, trained[name]) for name, weight in vae.state_dict().items())
     # All of it is there: nothing is trained, and the folder stays.
     before = hashes(made)
     run(data, made, "decoder", "embedded")
