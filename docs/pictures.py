@@ -61,6 +61,7 @@ def main() -> None:
         "inpainting": inpainting(model),
         "unconditional": unconditional(pixels),
         "samplers": samplers(model),
+        "first-prompts": first_prompts(model),
     }.items():
         picture.save(given.out / f"{name}.png", optimize=True)
     if given.digits is not None:
@@ -102,6 +103,22 @@ def noise_taken(model: safelight.Model) -> Image.Image:
 def hero(model: safelight.Model) -> Image.Image:
     pictures = [draw(model, prompt, seed=HERO_SEED) for prompt in HERO]
     return sheet(pictures, columns=6, side=128)
+
+
+def first_prompts(model: safelight.Model) -> Image.Image:
+    """Return what newcomers may type, each prompt drawn with two seeds and written below."""
+    prompts = (Path(__file__).parents[1] / "tests" / "first-prompts.txt").read_text().splitlines()
+    side, below, columns = 128, 24, 5
+    font = ImageFont.load_default(13)
+    width, height = 2 * side + 3 * GAP, side + below
+    page = Image.new("RGB", (columns * width, -(-len(prompts) // columns) * height), WHITE)
+    pen = ImageDraw.Draw(page)
+    for i, prompt in enumerate(prompts):
+        x, y = i % columns * width, i // columns * height
+        pair = sheet([draw(model, prompt, seed=seed) for seed in (1, 2)], columns=2, side=side)
+        page.paste(pair, (x, y))
+        pen.text((x + pair.width / 2, y + side + below / 2 - 3), prompt, BLACK, font, anchor="mm")
+    return page
 
 
 def text_to_image(model: safelight.Model) -> Image.Image:

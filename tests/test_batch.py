@@ -179,7 +179,7 @@ def test_shares_have_the_same_time() -> None:
 def test_large_pictures_to_start_from_hold_nobody_up(model: Model) -> None:
     """Each is encoded in a turn of its own, and decoded one at a time, the small ones first."""
     engine = Engine(model, exact=False, rows=4, background=True)
-    large = Request(prompt="a cat", image=photo(256), count=6, steps=2, sampler="euler")
+    large = Request(prompt="a cat", image=photo(512), count=6, steps=2, sampler="euler")
     engine.add(large, "large")
     assert not any(ticket.prepared for ticket in engine.tickets)
     engine.step()

@@ -56,7 +56,7 @@ def test_the_teachers_trajectories_are_its_pictures(tmp_path: Path) -> None:
     teacher = safelight.load("embedded", dtype="float32")
     plan = replace(PLAN, recipe="0123456789abcdef", seed=5)
     taken = trajectories(teacher, ["a cat"], 2, 4.0, tmp_path, plan)
-    assert taken.states.shape == (1, 3, 4, 16, 16)
+    assert taken.states.shape == (1, 3, 8, 16, 16)
     drawn: list[torch.Tensor] = []
     teacher.generate(
         "a cat",
@@ -92,7 +92,7 @@ def test_a_student_comes_nearer_and_diffusers_draws_the_same(
         """To the picture that the teacher made of this noise."""
         for i in range(2):
             generator = torch.Generator().manual_seed(PLAN.seed + i)
-            noise = torch.randn((4, 16, 16), generator=generator)
+            noise = torch.randn((8, 16, 16), generator=generator)
             assert torch.allclose(states[i, 0].float(), noise, atol=1e-2)
         job = model.generate(
             "a cat", **fast, spacing="trailing", seed=PLAN.seed, on_step=last.append
@@ -116,8 +116,8 @@ def test_a_student_comes_nearer_and_diffusers_draws_the_same(
         num_inference_steps=4,
         guidance_scale=1.0,
         generator=torch.Generator().manual_seed(3),
-        height=64,
-        width=64,
+        height=256,
+        width=256,
     ).images[0]
     ours = student.generate("a cat", **fast, seed=3)
     assert ours.warnings == []

@@ -41,7 +41,7 @@ def spot(width: int = 64, height: int = 64) -> Image.Image:
 
 
 def test_a_model_prints_as_one_line(model: Model) -> None:
-    assert str(model) == "<safelight.Model embedded: custom, 64x64, float32 on cpu>"
+    assert str(model) == "<safelight.Model embedded: custom, 256x256, float32 on cpu>"
 
 
 def test_the_family_was_a_text_for_one_version(model: Model) -> None:
@@ -69,8 +69,16 @@ def test_picture_i_of_several_is_that_of_seed_plus_i(model: Model) -> None:
 def test_jobs_of_all_kinds_advance_together(model: Model) -> None:
     """Samplers, steps, tasks and guidance may differ; each state is what it is alone."""
     requests = [
-        Request(prompt="a cat", seed=1, sampler="euler_a", steps=6),
-        Request(prompt="a dog", seed=2, sampler="dpmpp_2m", steps=4, guidance_scale=1.0),
+        Request(prompt="a cat", seed=1, sampler="euler_a", steps=6, width=64, height=64),
+        Request(
+            prompt="a dog",
+            seed=2,
+            sampler="dpmpp_2m",
+            steps=4,
+            guidance_scale=1.0,
+            width=64,
+            height=64,
+        ),
         Request(prompt="a cat", seed=3, sampler="pndm", steps=5, image=photo(), strength=0.9),
         Request(prompt="a dog", seed=4, sampler="heun", steps=3, image=photo(), mask=spot()),
     ]
@@ -138,7 +146,7 @@ def test_guidance_one_asks_the_network_once(model: Model, monkeypatch) -> None:
 def test_stream_yields_every_step_with_a_preview(model: Model) -> None:
     run = model.stream("a cat", seed=1, count=2, **FEW)
     seen = [(s.image_index, s.step, s.steps, s.preview().size) for s in run]
-    assert seen == [(i, s, 3, (64, 64)) for i in range(2) for s in (1, 2, 3)]
+    assert seen == [(i, s, 3, (256, 256)) for i in range(2) for s in (1, 2, 3)]
     assert len(run.result.images) == 2
     assert set(run.result.timings) == {"text", "denoise", "decode", "total"}
 
@@ -167,9 +175,9 @@ def test_nan_is_an_error_and_never_a_black_picture(model: Model, monkeypatch) ->
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"prompt": "a cat " * 40}, "prompt was cut at 32 tokens"),
+        ({"prompt": "a cat " * 40}, "prompt was cut at 48 tokens"),
         ({"prompt": "a zeppelin"}, "never taught: zeppelin"),
-        ({"prompt": "a cat", "width": 96}, "trained on 64x64"),
+        ({"prompt": "a cat", "width": 96}, "trained on 256x256"),
         (
             {"prompt": "a cat", "negative_prompt": "a dog", "guidance_scale": 1.0},
             "negative_prompt does nothing",
@@ -234,6 +242,23 @@ def test_one_side_decides_the_other(
     assert (resolved.width, resolved.height) == size
     assert resolved.image is not None
     assert resolved.image.size == size
+
+
+def test_latents_may_reach_beyond_a_picture(model: Model) -> None:
+    """A latent of `embedded` is 16 pixels wide; a picture may end within one."""
+    assert model.family.factor(model) == 16
+    inside, whole = (model.generate("a cat", seed=1, **FEW, width=w, height=h).images[0]
+                     for w, h in ((72, 88), (80, 96)))  # fmt: skip
+    assert inside.size == (72, 88)
+    assert inside.tobytes() == whole.crop((0, 0, 72, 88)).tobytes()
+
+    start, mask = photo(72, 88), spot(72, 88)
+    for asked in ({"strength": 0.5}, {"mask": mask, "strength": 0.5}, {"mask": mask}):
+        drawn = model.generate("a cat", image=start, seed=1, **FEW, **asked).images[0]
+        assert drawn.size == (72, 88)
+        if "mask" in asked:
+            kept = np.asarray(mask) == 0
+            assert (np.asarray(drawn)[kept] == np.asarray(start)[kept]).all()
 
 
 def test_history_is_only_as_long_as_the_rows_look_back(model: Model) -> None:

@@ -73,9 +73,9 @@ class TestWatch:
         assert [moment.step for moment in story.moments] == [1, 2, 3, 4, 5, 6]
         assert story.sigmas[:-1] == [moment.sigma for moment in story.moments]
         assert story.sigmas == sorted(story.sigmas, reverse=True)
-        assert story.shape == (4, 16, 16)
+        assert story.shape == (8, 16, 16)
         for moment in story.moments:
-            assert moment.noisy.size == moment.clean.size == (64, 64)
+            assert moment.noisy.size == moment.clean.size == (256, 256)
             assert moment.latents is not None
             assert moment.latents.size == (16, 16)
             assert moment.unguided is not None
@@ -135,7 +135,7 @@ class TestAttention:
             loaded.generate(PAIR.replace(steps=2))
         assert len(weights) == 2 * len(layers) == 2
         for one in weights:
-            assert one.shape == (2, 4, 64, 32)  # guided, heads, 8×8, tokens
+            assert one.shape == (2, 4, 64, 48)  # guided, heads, 8×8, tokens
             assert one.dtype == torch.float32
             assert torch.allclose(one.sum(-1), torch.ones(2, 4, 64), atol=1e-5)
 
@@ -227,7 +227,7 @@ class TestForward:
         assert story.forward[0].picture.tobytes() == story.picture.tobytes()
 
     def test_the_same_seed_is_the_same_noise(self, model: Model) -> None:
-        latents = torch.zeros(1, 4, 16, 16)
+        latents = torch.zeros(1, 8, 16, 16)
         one, two, other = (forward(model, latents, seed)[-1].picture for seed in (1, 1, 2))
         assert one.tobytes() == two.tobytes() != other.tobytes()
 

@@ -231,7 +231,7 @@ PROMPTS = ("a red apple", "a cat", "a blue bird")
 
 
 def drawn(dtype: str, **asked: Any) -> list[Any]:
-    model = safelight.load("embedded", dtype=dtype)
+    model = safelight.load("embedded-fast", dtype=dtype)
     made = [model.generate(prompt, seed=3, steps=5, **asked).images[0] for prompt in PROMPTS]
     return [np.asarray(image) for image in made]
 

@@ -185,7 +185,7 @@ def test_fine_tuning_teaches_a_colour_and_diffusers_draws_the_same(
     after = error(model.generate("a blue flag", **settings))
     assert after < 0.7 * before
     with Image.open(out / "sheet.png") as sheet:
-        assert sheet.size == (2 * 64, 2 * 64)
+        assert sheet.size == (2 * 256, 2 * 256)
     assert (made / "NOTICE").is_file()
     assert (out / "tensorboard").is_dir()
 
@@ -199,8 +199,8 @@ def test_fine_tuning_teaches_a_colour_and_diffusers_draws_the_same(
         num_inference_steps=8,
         guidance_scale=3.0,
         generator=torch.Generator().manual_seed(3),
-        height=64,
-        width=64,
+        height=256,
+        width=256,
     ).images[0]
     ours = model.generate("a blue flag", **settings).images[0]
     apart = np.abs(np.asarray(ours).astype(int) - np.asarray(theirs).astype(int))

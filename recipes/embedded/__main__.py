@@ -32,7 +32,7 @@ Count = Annotated[
 Native = Annotated[bool, Option("--native", help="Compile the networks first.")]
 
 
-STAGES = ("decoder", "alone", "embedded", "unconditional", "prompts")
+STAGES = ("alone", "embedded", "decoder", "unconditional", "prompts")
 
 
 @app.command()

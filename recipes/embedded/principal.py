@@ -154,26 +154,8 @@ class Principal:
         quant: Any = vae.quant_conv
         channels = len(self.scale)
         lay = encoder.down_blocks[-1].resnets[0].conv_shortcut
-        lay.weight.zero_()
-        lay.bias.zero_()
-        norm, last = encoder.conv_norm_out, encoder.conv_out
-        for part in (norm.weight, norm.bias, last.weight, last.bias):
-            part.zero_()
-        groups = vae.config.norm_num_groups
-        size = vae.config.block_out_channels[-1] // groups
-        each = -(-channels // groups)
-        for group in range(groups):
-            mine = range(group * each, min(channels, (group + 1) * each))
-            used, base = 2 * len(mine), group * size
-            for i in range(used, size):
-                lay.bias[base + i] = STEADY if i % 2 else -STEADY
-            # (size − used) is even, so that the constants have a mean of zero, as ±x has.
-            spread = STEADY * ((size - used) / size) ** 0.5
-            for at, k in enumerate(mine):
-                for sign, i in ((1.0, base + 2 * at), (-1.0, base + 2 * at + 1)):
-                    lay.weight[i, k] = sign
-                    norm.weight[i] = spread
-                    last.weight[k, i, 1, 1] = sign
+        norm, out = encoder.conv_norm_out, encoder.conv_out
+        steady(lay, torch.ones(1, 1), norm, out, channels, vae.config.norm_num_groups)
         nn.init.dirac_(quant.weight)
         quant.bias.zero_()
         quant.bias[channels:] = QUIET
@@ -212,3 +194,32 @@ def _pass(conv: Any, count: int) -> None:
     middle = conv.weight.shape[-1] // 2
     for c in range(min(count, *conv.weight.shape[:2])):
         conv.weight[c, c, middle, middle] = 1
+
+
+def steady(
+    lay: Any, kernel: Tensor, norm: Any, out: Any, count: int, groups: int, *, rest: bool = False
+) -> None:
+    """Take `count` channels from the convolution `lay` through a group norm and SiLU to `out`, with
+    nothing changed but what `kernel`, that of `lay`, does.
+
+    rest: let the groups that are not needed keep their weights; `out` does not read them.
+    """
+    out.weight.zero_()
+    out.bias.zero_()
+    size = len(norm.weight) // groups
+    each = -(-count // groups)
+    needed = size * (-(-count // each) if rest else groups)
+    for part in (lay.weight, lay.bias, norm.weight, norm.bias):
+        part[:needed] = 0
+    for group in range(needed // size):
+        mine = range(group * each, min(count, (group + 1) * each))
+        used, base = 2 * len(mine), group * size
+        for i in range(used, size):
+            lay.bias[base + i] = STEADY if i % 2 else -STEADY
+        # (size − used) is even, so that the constants have a mean of zero, as ±x has.
+        spread = STEADY * ((size - used) / size) ** 0.5
+        for at, k in enumerate(mine):
+            for sign, i in ((1.0, base + 2 * at), (-1.0, base + 2 * at + 1)):
+                lay.weight[i, k] = sign * kernel
+                norm.weight[i] = spread
+                out.weight[k, i, 1, 1] = sign

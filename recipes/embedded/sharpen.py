@@ -1,9 +1,9 @@
 """Train a decoder to draw crisp pictures from latents that are not quite right.
 
 A denoiser's latents have errors, and a decoder that has seen only perfect ones draws them soft.
-Here noise is added to the latents, and a small discriminator that looks at patches judges the
-pictures (arXiv:1611.07004, with the hinge loss of arXiv:1705.02894), weighed against the other
-losses by their gradients (arXiv:2012.09841).
+Here noise is added to the latents, half of them are drawn again by the denoiser, and a small
+discriminator that looks at patches judges the pictures (arXiv:1611.07004, with the hinge loss of
+arXiv:1705.02894), weighed against the other losses by their gradients (arXiv:2012.09841).
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ WEIGHT = 0.4
 RATE = 2e-4
 """Learning rate of the discriminator."""
 
-BEGIN = 1000
-"""Steps after which the decoder listens to the discriminator."""
+LEARN, BEGIN = 700, 1000
+"""Steps after which the discriminator learns, and after which the decoder listens to it. Recorded
+steps are all alike: there it learns from the first."""
 
 
 class Patches(nn.Module):
@@ -67,13 +68,15 @@ def sharpen(
     plan: Plan,
     folder: Path,
     *,
+    redrawn: Tensor | None = None,
     every: int = 500,
     native: bool = False,
 ) -> None:
     """Train vae.decoder in place on the pictures of `pool`, from the latents of `principal`.
 
-    Every `every` steps all that a run needs to go on goes to `folder`, the discriminator and its
-    optimizer included.
+    redrawn: latents of the pool's first pictures as a denoiser draws them, [n, channels, h, w];
+    where a picture has them, they stand in for its own in half of the cases. Every `every` steps
+    all that a run needs to go on goes to `folder`, the discriminator and its optimizer included.
     """
     device = pool.pictures.device
     vae.to(device)
@@ -88,13 +91,20 @@ def sharpen(
     )
 
     def loss_of(run: Any, draw: Draw) -> Tensor:
-        pictures = to_pixels(pool.pictures[draw.pick(len(pool), plan.batch)])
+        pick = draw.pick(len(pool), plan.batch)
+        pictures = to_pixels(pool.pictures[pick])
         latents = principal.encode(F.avg_pool2d(pictures, 2))
+        if redrawn is not None:
+            others = redrawn[pick.clamp(max=len(redrawn) - 1)].float()
+            some = (pick < len(redrawn)) & (draw.uniform([plan.batch]) < 0.5)
+            latents = torch.where(some[:, None, None, None], others, latents)
         size = NOISE * draw.uniform([plan.batch, 1, 1, 1])
         latents = latents + size * draw.normal(latents.shape)
         with autocast(draw.device):
             drawn = run(latents).float()
             plain = F.l1_loss(drawn, pictures) + edge_error(drawn, pictures)
+            if draw.number is None and draw.step < LEARN:
+                return plain
             real, fake = critic(pictures).float(), critic(drawn.detach()).float()
             wrong = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
         optimizer.zero_grad(set_to_none=True)

@@ -12,14 +12,17 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from recipes.embedded.cutouts import LOCK, notice
 from recipes.embedded.grounds import VARIANTS
+from recipes.embedded.linear import Filters
 from recipes.embedded.looks import Looks
 from recipes.embedded.pool import Pool
 from recipes.embedded.principal import Principal
+from recipes.embedded.redraw import redraw
 from recipes.embedded.scenes import Scenes
 from recipes.embedded.sharpen import sharpen
 from recipes.embedded.stage import Stage
@@ -95,6 +98,10 @@ class Sizes:
     """Composed and encoded once; half as many of things alone."""
     pictures: int
     """Composed for the decoder, and for the components."""
+    linear: int
+    """Composed for the decoder in closed form."""
+    redrawn: int
+    """Of the decoder's, how many the UNet draws again."""
     captions: int
     """That the text encoder learns from."""
     networks: networks.Networks
@@ -113,6 +120,8 @@ FULL = Sizes(
     size=256,
     scenes=122_880,
     pictures=20_480,
+    linear=2048,
+    redrawn=6144,
     captions=131_072,
     networks=NETWORKS,
     decoder_plan=Plan(steps=0, batch=32, learning_rate=1e-3, warmup=100, weight_decay=0.0),
@@ -127,9 +136,11 @@ DRY = Sizes(
     size=64,
     scenes=64,
     pictures=8,
+    linear=8,
+    redrawn=4,
     captions=64,
     networks=networks.Networks(
-        vae=replace(NETWORKS.vae, block_out_channels=(8, 16, 48, 48, 64)),
+        vae=replace(NETWORKS.vae, block_out_channels=(32, 16, 48, 48, 80)),
         text=replace(NETWORKS.text, hidden_size=32, intermediate_size=64, num_hidden_layers=1),
         unet=replace(
             NETWORKS.unet,
@@ -190,7 +201,7 @@ class Recipe:
         return replace(plan, seconds=seconds, recipe=self.digest)
 
     def alone(self) -> Path:
-        """Train decoder, text encoder and, from things alone, the UNet; write out/embedded."""
+        """Train the text encoder and, from things alone, the UNet; write out/embedded."""
         return self._unet("alone")
 
     def embedded(self) -> Path:
@@ -298,37 +309,56 @@ class Recipe:
         return principal
 
     def _autoencoder(self, principal: Principal) -> AutoencoderKL:
-        """Return the autoencoder, its decoder trained, or taken from `begin`."""
-        vae = AutoencoderKL(replace(self.sizes.networks.vae, scaling_factor=1.0))
+        """Return the autoencoder with the best decoder there is: trained, or of `begin`, or in
+        closed form.
+        """
         path = self.out / DECODER
-        if self.base is None and not path.exists():
-            self.decoder()
-        if path.exists():
-            vae.load_state_dict(load_file(path))
-        else:
-            _take(vae, self.base and self.base.vae)
-        principal.into(vae)
+        if not path.exists():
+            return self._untrained(principal).eval().requires_grad_(False)
+        vae = AutoencoderKL(replace(self.sizes.networks.vae, scaling_factor=1.0))
+        vae.load_state_dict(load_file(path))
         return vae.eval().requires_grad_(False)
 
-    def decoder(self) -> Path:
-        """Train the decoder, from that of `begin` if it is given; out/embedded gets it if it is
-        there.
-        """
-        principal = self._principal()
+    def _untrained(self, principal: Principal) -> AutoencoderKL:
+        """Return the autoencoder whose decoder is to be trained."""
         torch.manual_seed(0)
         vae = AutoencoderKL(replace(self.sizes.networks.vae, scaling_factor=1.0))
         if self.base is not None:
             _take(vae, self.base.vae)
+        else:
+            pool = Pool(self._stage(self._half), self.path, self.sizes.linear, 5)
+            Filters.of(principal, map(to_pixels, pool.pictures.split(PART))).into(vae)
         principal.into(vae)
+        return vae
+
+    def decoder(self) -> Path:
+        """Train the decoder, also on what the UNet of out/embedded or else of `begin` draws;
+        out/embedded gets it if it is there.
+        """
+        principal = self._principal()
+        vae = self._untrained(principal)
         pool = Pool(self._stage(self.sizes.size), self.path, self.sizes.pictures, 2)
         plan = self.plan(self.sizes.decoder_plan, "decoder")
         folder, every = self.out / "decoder", self.sizes.every
-        sharpen(vae, principal, pool, plan, folder, every=every, native=self.native)
+        sharpen(
+            *(vae, principal, pool, plan, folder),
+            redrawn=self._timed("drawn again", lambda: self._redrawn(principal, pool)),
+            every=every,
+            native=self.native,
+        )
         _save(vae, self.out / DECODER)
         path = self.model / "vae" / "diffusion_pytorch_model.safetensors"
         if path.exists():
             _save(vae.half(), path)
         return self.model
+
+    def _redrawn(self, principal: Principal, pool: Pool) -> Tensor | None:
+        """Return latents as `redraw` does, None where there is no UNet yet."""
+        drawer = self.model if (self.model / "unet").exists() else self.begin
+        if drawer is None:
+            return None
+        model = load_model(str(drawer), device=str(self.device))
+        return redraw(model, principal, pool, self.sizes.redrawn).to(self.device)
 
     def unconditional(self) -> Path:
         """Train the model of pixels and write the folder out/embedded-unconditional."""
@@ -346,7 +376,7 @@ class Recipe:
             for _ in range(24)
         ]
         pictures = to_pixels(stage.compose(shown, rng))
-        pictures = torch.nn.functional.avg_pool2d(pictures, 2)
+        pictures = F.avg_pool2d(pictures, 2)
         small = ((pictures + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
 
         def some(rng: np.random.Generator, n: int) -> Tensor:

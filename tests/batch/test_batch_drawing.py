@@ -168,7 +168,7 @@ def test_an_estimate_grows_with_the_work(model, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("safelight.batch.estimate.Drawer", lambda name, how, tell: drawer(model))
     monkeypatch.setattr("time.perf_counter", partial(next, iter(range(0, 100, 6))))
     values = [{"id": str(i), "guidance_scale": 1.0} for i in range(3)]
-    values += [{"id": "x", "width": 128, "height": 128, "guidance_scale": 1.0, "count": 2}]
+    values += [{"id": "x", "width": 512, "height": 512, "guidance_scale": 1.0, "count": 2}]
     with WorkList() as work:
         columns = [Columns(i, one) for i, one in enumerate(values, 1)]
         assert not list(work.fill(columns, Rules(defaults=FEW)))

@@ -66,9 +66,9 @@ def test_the_names_of_embeddings_are_known(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("prompt", "same", "syntax"),
     [
-        ("a penguin in the snow", "a penguin in the", "plain"),
-        ("a (penguin:1.3) in (the:0.8) (snow:1.2)", "a (penguin:1.3) in (the:0.8)", "a1111"),
-        ("a (penguin:1.3) in the (snow:1.2)", "a (penguin:1.3) in the", "comfy"),
+        ("a penguin in the zeppelin", "a penguin in the", "plain"),
+        ("a (penguin:1.3) in (the:0.8) (zeppelin:1.2)", "a (penguin:1.3) in (the:0.8)", "a1111"),
+        ("a (penguin:1.3) in the (zeppelin:1.2)", "a (penguin:1.3) in the", "comfy"),
     ],
 )
 def test_the_picture_is_that_without_the_word(
@@ -78,7 +78,7 @@ def test_the_picture_is_that_without_the_word(
     drawn, without = (model.generate(text, **settings) for text in (prompt, same))
     assert np.array_equal(drawn.images[0], without.images[0])
     told = [said for said in drawn.warnings if "never taught" in said]
-    assert told == ["embedded was never taught: snow; left out"]
+    assert told == ["embedded was never taught: zeppelin; left out"]
     assert not [said for said in without.warnings if "never taught" in said]
 
 

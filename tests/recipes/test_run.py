@@ -22,6 +22,7 @@ from recipes.embedded import sharpen as sharpening
 from recipes.embedded.__main__ import STAGES, app
 from recipes.embedded.pool import Pool
 from recipes.embedded.principal import Principal
+from recipes.embedded.redraw import redraw
 from recipes.embedded.sharpen import sharpen
 from recipes.embedded.stage import Stage
 from recipes.embedded.train import DRY, FULL, SHARES, Recipe
@@ -123,6 +124,7 @@ def save_and_die(path, *rest):
 loop.save_whole = save_and_die
 recipe = Recipe(Path(sys.argv[1]), Path(sys.argv[2]), 1.0, DRY)
 recipe.embedded()
+recipe.decoder()
 """
     ended = subprocess.run(
         [sys.executable, "-c", code, str(data), str(tmp_path)],
@@ -135,7 +137,7 @@ recipe.embedded()
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
     state = torch.load(tmp_path / stage / "checkpoint.pt", weights_only=True)
     assert state["step"] == DRY.every
-    run(data, tmp_path, "embedded")
+    run(data, tmp_path, "embedded", "decoder")
     assert hashes(tmp_path / "embedded") == hashes(made / "embedded")
 
 
@@ -197,6 +199,7 @@ class TestBegin:
 def test_sharpen_lowers_its_loss(
     stage: Stage, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sharpening, "LEARN", 5)
     monkeypatch.setattr(sharpening, "BEGIN", 10)
     torch.manual_seed(0)
     vae = AutoencoderKL(replace(DRY.networks.vae, scaling_factor=1.0))
@@ -205,16 +208,33 @@ def test_sharpen_lowers_its_loss(
     halves = torch.nn.functional.avg_pool2d(pixels, 2)
     principal = Principal.of([pool.pictures[:, ::2, ::2]], vae.config.latent_channels)
     latents = principal.encode(halves)
+    redrawn = latents.flip(0)[:4]  # of other pictures: nobody but `redrawn` tells whose they are
 
     @torch.no_grad()
-    def loss() -> float:
+    def loss(latents: torch.Tensor, pixels: torch.Tensor) -> float:
         drawn = vae.decode(latents)
         return float((drawn - pixels).abs().mean() + edge_error(drawn, pixels))
 
-    before = loss()
+    before = loss(latents, pixels), loss(redrawn, pixels[:4])
     plan = replace(DRY.decoder_plan, steps=60, batch=4, learning_rate=2e-3, ema=0.9)
-    sharpen(vae, principal, pool, plan, tmp_path)
-    assert loss() < 0.8 * before
+    sharpen(vae, principal, pool, plan, tmp_path / "plain")
+    assert loss(latents, pixels) < 0.8 * before[0]
+    plain = loss(redrawn, pixels[:4])
+    sharpen(vae, principal, pool, plan, tmp_path / "redrawn", redrawn=redrawn)
+    assert loss(redrawn, pixels[:4]) < 0.9 * plain
+
+
+def test_a_picture_drawn_again_is_still_that_picture(made: Path, stage: Stage, path: Path) -> None:
+    model = safelight.load(str(made / "embedded"), dtype="float32")
+    principal = Principal.load(made / "principal.safetensors")
+    pool = Pool(stage, path, 8, 2)
+    again = redraw(model, principal, pool, 6)
+    assert again.shape == (6, 8, 4, 4)
+    assert torch.equal(again, redraw(model, principal, pool, 6))
+    own = principal.encode(torch.nn.functional.avg_pool2d(to_pixels(pool.pictures[:6]), 2))
+    assert float((again - own).abs().mean()) > 0.05
+    apart = torch.cdist(again.float().flatten(1), own.flatten(1))
+    assert apart.argmin(dim=1).tolist() == list(range(6))
 
 
 def test_the_real_one_fits_in_what_may_ship() -> None:
@@ -235,7 +255,7 @@ def test_commands(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (["embedded"], "is missing: run the data stage first"),
         (["embedded", "--minutes", "0"], "--minutes 0: expected 0.05 to 100000"),
         (["embedded", "--scenes", "5"], "--scenes 5: expected 512 to 1000000"),
-        (["shiny"], "no stage 'shiny': the stages are decoder, alone, embedded, unconditional"),
+        (["shiny"], "no stage 'shiny': the stages are alone, embedded, decoder, unconditional"),
         (["decoder", "--batch", "0"], "--batch 0: expected 1 to 8192"),
     ):
         result = CliRunner().invoke(app, ["train", *arguments])

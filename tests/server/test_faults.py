@@ -191,7 +191,7 @@ def test_out_of_memory_fails_one_job_alone(server: Inside, monkeypatch: pytest.M
         assert server.worker is not None
         loaded(server).engine.capacity.set(8)  # as if it had not learned
         settings = {"prompt": "a cat", "steps": 1, "sampler": "euler", "seed": i}
-        large = server.submit(**settings, width=256)
+        large = server.submit(**settings, width=512)
         together = server.submit(**settings, count=4)
         failed = server.finished(large)
         assert failed["status"] == "failed"
@@ -211,7 +211,7 @@ def test_out_of_memory_in_the_autoencoder(
     real = getattr(model.vae, part)
 
     def autoencoder(x: Any) -> Any:
-        if x.shape[-1] in (32, 128):
+        if x.shape[-1] in (8, 128):
             raise RuntimeError(NO_MEMORY)
         return real(x)
 

@@ -27,7 +27,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     weights = next((broken / "unet").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-100])
     allowed = "embedded,embedded-fast,broken"
-    bounds = ("--models-dir", str(models), "--allow-models", allowed, "--model-memory", "515MB")
+    bounds = ("--models-dir", str(models), "--allow-models", allowed, "--model-memory", "580MB")
     with Serving(folder, "--dtype", "float32", *bounds) as running:
         running.ready()
         yield running
@@ -105,7 +105,9 @@ def test_prompts_are_read_as_each_model_reads_them(server: Serving) -> None:
     def asked(**body: Any) -> Any:
         return server.client.post("/api/tokens", json={"prompt": "a cat", **body})
 
-    assert asked(model="embedded-fast").json() == asked().json()
+    snow = {"prompt": "a cat in the snow"}
+    assert asked(**snow).json()["prompt"]["unknown"] == []
+    assert asked(**snow, model="embedded-fast").json()["prompt"]["unknown"] == ["snow"]
     assert asked(model="nothing").status_code == 422
     assert "no model 'nothing'" in asked(model="nothing").json()["detail"]
     assert "model must be" in asked(model=3).json()["detail"]

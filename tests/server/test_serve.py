@@ -52,7 +52,7 @@ def test_a_prompt_becomes_a_picture_with_its_recipe(server: Serving) -> None:
     assert [p["seed"] for p in job["pictures"]] == [3, 4]
     data = picture(server, job, 1)
     with Image.open(io.BytesIO(data)) as image:
-        assert image.size == (64, 64)
+        assert image.size == (256, 256)
     recipe = read_recipe(data)
     assert recipe["settings"]["prompt"] == "a red apple"
     assert recipe["settings"]["seed"] == 4
@@ -94,7 +94,7 @@ def test_events_of_a_job(server: Serving) -> None:
                 assert data["job"]["id"] == job_id
                 if kinds[-1] == "preview":
                     shown = Image.open(io.BytesIO(base64.b64decode(data["preview"])))
-                    assert shown.size == (64, 64)
+                    assert shown.size == (256, 256)
     assert kinds[-2:] == ["picture", "end"]  # of one picture, too
     assert {"progress", "preview"} <= set(kinds)
     assert data["job"]["status"] == "succeeded"
@@ -260,7 +260,7 @@ def test_lists_models_samplers_metrics(server: Serving) -> None:
     found = server.client.get("/api/jobs", params={"search": "rare ZEBRA"}).json()
     assert [job["settings"]["prompt"] for job in found] == ["a very rare zebra"]
     model = server.client.get("/api/models").json()[0]
-    assert (model["name"], model["ready"], model["width"]) == ("embedded", True, 64)
+    assert (model["name"], model["ready"], model["width"]) == ("embedded", True, 256)
     names = [s["name"] for s in server.client.get("/api/samplers").json()["samplers"]]
     assert {"pndm", "euler_a", "dpmpp_2m"} <= set(names)
     metrics = server.client.get("/metrics").text

@@ -58,7 +58,8 @@ class Job:
     over, if anyone does.
 
     clean: the clean estimate of the last row taken, None before the first. steps: how many steps
-    the rows make up, which some samplers take several rows for; None: one row each.
+    the rows make up, which some samplers take several rows for; None: one row each. size: width and
+    height of the picture; None: all that the latents reach.
     """
 
     table: Table
@@ -75,6 +76,7 @@ class Job:
     steps: int | None = None
     second: Second | None = None
     kept: Kept = field(default_factory=Kept)
+    size: tuple[int, int] | None = None
 
     @property
     def asked(self) -> Conditioning:
@@ -134,7 +136,8 @@ def prepare(
 
     size: width and height in pixels; image (RGB) and mask (L, 0 or 255) have that size. Noise is
     drawn by a CPU generator of this picture's own, in diffusers' order for the task. So a seed
-    means the same picture there, and batch and neighbours never change it.
+    means the same picture there, and batch and neighbours never change it. Where the latents reach
+    beyond the picture, its last pixels are repeated there.
     """
     family = model.family
     generator = torch.Generator().manual_seed(seed)
@@ -149,12 +152,14 @@ def prepare(
         return draw() if samples else torch.zeros(shape, device=model.device)
 
     if image is None:
-        return Job(table, conditioning, generator, draw() * table.noise_scale)
+        return Job(table, conditioning, generator, draw() * table.noise_scale, size=size)
 
     reads_mask = family.reads_mask(model)
     # Full strength with a mask starts from noise alone; without one, from the noised picture.
     from_noise = mask is not None and strength == 1.0
-    pixels = to_tensor(image).to(model.device)
+    width, height = (cells * family.factor(model) for cells in (shape[3], shape[2]))
+    beyond = (0, width - size[0], 0, height - size[1])
+    pixels = F.pad(to_tensor(image).to(model.device), beyond, mode="replicate")
     latents = None
     if not (reads_mask and from_noise):
         latents = family.encode_picture(model, pixels, draw_to_encode())
@@ -164,9 +169,10 @@ def prepare(
     else:
         state = table.rows[0].level.mix(latents, noise)
     if mask is None:
-        return Job(table, conditioning, generator, state)
+        return Job(table, conditioning, generator, state, size=size)
 
     painted = to_tensor(mask).add(1).div(2).round().to(model.device)
+    painted = F.pad(painted, beyond, mode="replicate")
     small = F.interpolate(painted, size=shape[2:])  # nearest, as the networks were trained
     masked_noise = draw_to_encode()  # diffusers draws it for both kinds of network
     known = None
@@ -175,7 +181,7 @@ def prepare(
         conditioning = conditioning.with_extra(torch.cat([small, around], dim=1))
     elif latents is not None:
         known = Known(latents, noise, small)
-    return Job(table, conditioning, generator, state, known, image, mask)
+    return Job(table, conditioning, generator, state, known, image, mask, size=size)
 
 
 def decode(model: Model, latents: Tensor) -> Image.Image:
@@ -255,6 +261,8 @@ def finish(model: Model, job: Job) -> Image.Image:
     if model.device.type == "cpu":
         memory.give_back()  # the steps' activations: those of the decoder are the largest
     painted = decode(model, final_latents(job))
+    if job.size is not None and job.size != painted.size:
+        painted = painted.crop((0, 0, *job.size))
     if job.mask is None or job.original is None:
         return painted
     return lay_back(job.original, painted, job.mask)

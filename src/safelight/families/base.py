@@ -351,8 +351,11 @@ class Family:
         return 1
 
     def latent_shape(self, model: Model, size: tuple[int, int]) -> tuple[int, int, int, int]:
-        """Return the shape of the state for a width and height in pixels."""
-        width, height = (side // self.factor(model) for side in size)
+        """Return the shape of the state for a width and height in pixels.
+
+        Where a side is no multiple of `factor`, the latents reach beyond the picture.
+        """
+        width, height = (-(-side // self.factor(model)) for side in size)
         return 1, model.network.config.out_channels, height, width
 
     def reads_mask(self, model: Model) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.families import colours
 from safelight.families.base import NO_PART, Family, Part, SingleFile
@@ -30,6 +30,11 @@ from safelight.families.latent import (
 from safelight.sampling import SchedulerConfig
 from safelight.weights import names
 from safelight.weights.check import Header, refusal
+
+if TYPE_CHECKING:
+    import torch
+
+    from safelight.nets.config import NetConfig
 
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 
@@ -108,6 +113,13 @@ class StableDiffusion(LatentFamily):
         unet = configs["unet"]
         shapes = unet.block_out_channels[0], unet.cross_attention_dim, unet.in_channels
         return _variant(*shapes) or self
+
+    def dtype_of(self, part: str, config: NetConfig, dtype: torch.dtype) -> torch.dtype:
+        import torch
+
+        # Of a small model, such as `embedded`: it takes few milliseconds, and one that began in
+        # closed form takes differences of large numbers, which costs 20 dB in bfloat16.
+        return torch.float32 if part == "vae" and not self.width else dtype
 
     def pad_token(self, tokenizer: str) -> str:
         return self.pad

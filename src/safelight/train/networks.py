@@ -1,6 +1,6 @@
 """Networks that small models are made of: sizes, noise schedules, plans of training.
 
-SMALL are those of `embedded`, for 64 pixels a side; LARGE those of the recipe for 256.
+SMALL are those of `embedded-fast`, for 64 pixels a side; LARGE those of `embedded`, for 256.
 """
 
 from __future__ import annotations

@@ -119,8 +119,8 @@ def load_model(
         _fill(net, plan.weights[part], originals, numbers, where, dtypes[part], fast)
     for path, found in numbers.items():
         found.keep(path, stamps[path])
-    for net in nets.values() if fast else ():
-        accelerate(net, precision, low_memory)
+    for part, net in nets.items() if fast else ():
+        accelerate(net, dtypes[part], low_memory)
     warnings = list(plan.warnings)
     if slow := remark(where, precision):
         warnings.append(slow)
