@@ -118,7 +118,7 @@ def first_prompts(model: safelight.Model) -> Image.Image:
         pair = sheet([draw(model, prompt, seed=seed) for seed in (1, 2)], columns=2, side=side)
         page.paste(pair, (x, y))
         pen.text((x + pair.width / 2, y + side + below / 2 - 3), prompt, BLACK, font, anchor="mm")
-    return reduced(page)
+    return page
 
 
 def text_to_image(model: safelight.Model) -> Image.Image:
@@ -165,12 +165,7 @@ def samplers(model: safelight.Model) -> Image.Image:
         pen.text((left + (i + 0.5) * across, top / 2), sampler, BLACK, font, anchor="mm")
     for i, steps in enumerate(STEPS):
         pen.text((left / 2, top + (i + 0.5) * down), str(steps), BLACK, font, anchor="mm")
-    return reduced(page)
-
-
-def reduced(page: Image.Image) -> Image.Image:
-    """Return a page of 256 colours: half the size, without a visible difference."""
-    return page.quantize(256, dither=Image.Dither.NONE)
+    return page
 
 
 def draw(model: safelight.Model, prompt: str, **settings: Any) -> Image.Image:
