@@ -331,7 +331,8 @@ def overwrite(path, value=0.5):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_weights_overwritten_before_their_first_use_are_found(folder, part, dtype):
     file = weight_file(folder, part)
-    kind = getattr(torch, dtype)
+    # As the part computes: what is converted needs its file no more.
+    kind = torch.float32 if part == "vae" else getattr(torch, dtype)
     save_file({name: tensor.to(kind) for name, tensor in load_file(file).items()}, file)
     model = load_model(folder, device="cpu", dtype=dtype)
     overwrite(file)
@@ -400,6 +401,6 @@ def test_what_leaves_the_loaded_bytes_alone_changes_nothing(folder, harmless):
 def test_converted_weights_need_their_file_no_more(folder):
     model = load_model(folder, device="cpu", dtype="bfloat16", plain=True)
     wanted = load_model(folder, device="cpu", dtype="bfloat16", plain=True).generate("a", **SMALL)
-    for part in NETS:
+    for part in ("unet", "text_encoder"):  # the autoencoder computes in float32, as it is stored
         weight_file(folder, part).write_bytes(b"")
     assert model.generate("a", **SMALL).images[0].tobytes() == wanted.images[0].tobytes()

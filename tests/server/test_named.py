@@ -147,7 +147,7 @@ def test_one_of_another_kind_of_model_is_refused_at_once(server: Inside) -> None
 
 def test_a_prompt_that_is_too_long_is_refused_at_once(server: Inside) -> None:
     long = "a BREAK " * 32 + "a"
-    line = "prompt has 33 chunks of 30 tokens; at most 32 can be used"
+    line = "prompt has 33 chunks of 46 tokens; at most 32 can be used"
     for path, body in (
         ("/api/jobs", {**DRAW, "prompt": long, "prompt_syntax": "a1111"}),
         ("/api/jobs", {**DRAW, "negative_prompt": long, "prompt_syntax": "a1111"}),
