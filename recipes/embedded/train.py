@@ -140,7 +140,7 @@ DRY = Sizes(
     redrawn=4,
     captions=64,
     networks=networks.Networks(
-        vae=replace(NETWORKS.vae, block_out_channels=(32, 16, 48, 48, 80)),
+        vae=replace(NETWORKS.vae, block_out_channels=(16, 16, 48, 48, 80), norm_num_groups=4),
         text=replace(NETWORKS.text, hidden_size=32, intermediate_size=64, num_hidden_layers=1),
         unet=replace(
             NETWORKS.unet,
