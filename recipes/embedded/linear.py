@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recipes.embedded.principal import FACTOR, SIDE, Principal, steady
+from recipes.embedded.principal import FACTOR, SIDE, Principal, pass_through, steady
 from safelight.errors import SafelightError
 from safelight.nets.vae import AutoencoderKL, VAEConfig
 
@@ -61,10 +61,8 @@ class Filters:
         patch = torch.ones(1, 3, SIDE, SIDE)
         white = principal.encode(patch).flatten()
         count = 9 * channels + 1
-        gram, products = (
-            torch.zeros(count, count).double(),
-            torch.zeros(count, 3 * SIDE**2).double(),
-        )
+        gram = torch.zeros(count, count).double()
+        products = torch.zeros(count, 3 * SIDE**2).double()
         for some in halves:
             pixels = some.cpu()
             latents = principal.encode(pixels) - white.view(1, -1, 1, 1)
@@ -110,7 +108,7 @@ class Filters:
                 for part in (resnet.conv2.weight, resnet.conv2.bias):
                     part.zero_()
                 if (shortcut := resnet.conv_shortcut) is not None:
-                    pass_through(shortcut)
+                    pass_through(shortcut, shortcut.in_channels)
         *inner, last = [block.upsamplers[0].conv for block in decoder.up_blocks[:-1]]
         wanted = [self.weights]
         for _ in inner[1:]:
@@ -145,14 +143,6 @@ def check(config: VAEConfig, channels: int) -> None:
             "a decoder in closed form needs an autoencoder of factor 16, with widths of at least "
             f"{', '.join(map(str, reversed(need)))}, and at least 4 channels a group in the first"
         )
-
-
-def pass_through(conv: Any) -> None:
-    """Let as many channels of a 1×1 convolution through as there are on both sides."""
-    conv.weight.zero_()
-    conv.bias.zero_()
-    for channel in range(min(conv.weight.shape[:2])):
-        conv.weight[channel, channel] = 1
 
 
 def _solve(gram: Tensor, products: Tensor, channels: int) -> tuple[Tensor, Tensor]:

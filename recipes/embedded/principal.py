@@ -124,8 +124,10 @@ class Principal:
                 for part in (resnet.conv2.weight, resnet.conv2.bias):
                     part.zero_()
                 if resnet.conv_shortcut is not None:
-                    _pass(resnet.conv_shortcut, min(NUMBERS, resnet.conv_shortcut.in_channels))
-        _pass(encoder.conv_in, 3)
+                    pass_through(
+                        resnet.conv_shortcut, min(NUMBERS, resnet.conv_shortcut.in_channels)
+                    )
+        pass_through(encoder.conv_in, 3)
         strided = [block.downsamplers[0].conv for block in encoder.down_blocks[:-1]]
         for conv in strided:
             conv.weight.zero_()
@@ -187,7 +189,7 @@ def _patches(pixels: Tensor) -> Tensor:
     return F.pixel_unshuffle(pixels, SIDE).permute(0, 2, 3, 1)
 
 
-def _pass(conv: Any, count: int) -> None:
+def pass_through(conv: Any, count: int) -> None:
     """Let the first `count` channels through as they are, and no others."""
     conv.weight.zero_()
     conv.bias.zero_()
