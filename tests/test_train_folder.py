@@ -19,7 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import safelight
-from recipes.embedded.train import DRY
+from recipes.embedded.sizes import DRY
 from safelight import SafelightError
 from safelight.cli import app
 from safelight.train import folder as folders

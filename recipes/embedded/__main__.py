@@ -12,7 +12,7 @@ from typer import Option
 from safelight.errors import SafelightError
 
 if TYPE_CHECKING:
-    from recipes.embedded.train import Sizes
+    from recipes.embedded.sizes import Sizes
 
 app = typer.Typer(help=__doc__, rich_markup_mode=None, no_args_is_help=True)
 
@@ -27,12 +27,16 @@ Begin = Annotated[
     Option(help="A folder that the stage embedded wrote, whose weights are trained further."),
 ]
 Count = Annotated[
-    int | None, Option(help="Scenes to compose. [default: 122880]", show_default=False)
+    int | None,
+    Option(
+        help="Scenes to compose, and in proportion the decoder's. [default: 122880]",
+        show_default=False,
+    ),
 ]
 Native = Annotated[bool, Option("--native", help="Compile the networks first.")]
 
 
-STAGES = ("alone", "embedded", "decoder", "unconditional", "prompts")
+STAGES = ("alone", "embedded", "decoder", "previews", "unconditional", "prompts")
 
 
 @app.command()
@@ -57,6 +61,10 @@ def train(
         int | None,
         Option(help="Pictures a step of the UNet. [default: 128]", show_default=False),
     ] = None,
+    decoder_batch: Annotated[
+        int | None,
+        Option(help="Pictures a step of the decoder. [default: 32]", show_default=False),
+    ] = None,
 ) -> None:
     """Run stages of the training; each goes on where it was stopped."""
     from recipes.embedded.train import Recipe
@@ -65,9 +73,11 @@ def train(
         raise SafelightError(f"--minutes {minutes:g}: expected 0.05 to 100000")
     if unknown := [stage for stage in stages if stage not in STAGES]:
         raise SafelightError(f"no stage {unknown[0]!r}: the stages are {', '.join(STAGES)}")
-    recipe = Recipe(data, out, minutes, _sizes(dry_run, scenes, batch), native, begin)
+    sizes = _sizes(dry_run, scenes, batch, decoder_batch)
+    recipe = Recipe(data, out, minutes, sizes, native, begin)
     run = {
         "decoder": recipe.decoder,
+        "previews": recipe.previews,
         "alone": recipe.alone,
         "embedded": recipe.embedded,
         "unconditional": recipe.unconditional,
@@ -105,7 +115,7 @@ def evaluate(
     steps: Annotated[int, Option(help="How long the judge learns.")] = 6000,
 ) -> None:
     """Train a judge unless OUT has one, and let it look at what the model draws."""
-    from recipes.embedded.figures import evaluate as run
+    from recipes.embedded import figures, unconditional
     from recipes.embedded.judge import PLAN, judge_of
     from recipes.embedded.scenes import Scenes
     from recipes.embedded.stage import Stage
@@ -115,8 +125,9 @@ def evaluate(
     path = data / "cutouts.npz"
     stage = Stage(Scenes(path), accelerator().device)
     plan = replace(PLAN, steps=steps, warmup=min(PLAN.warmup, max(1, steps // 10)))
-    judge = judge_of(stage, path, out, plan)
-    typer.echo(run(load_model(model), judge, stage, out, share=share))
+    judge, judged = judge_of(stage, path, out, plan), load_model(model)
+    run = figures.evaluate if judged.uses_prompt else unconditional.evaluate
+    typer.echo(run(judged, judge, stage, out, share=share))
 
 
 @app.command()
@@ -140,19 +151,24 @@ def fast(
     typer.echo(judge_levels(load_model(model), judge, stage, out, share=share))
 
 
-def _sizes(dry_run: bool, scenes: int | None, batch: int | None = None) -> Sizes:
+def _sizes(
+    dry_run: bool, scenes: int | None, batch: int | None = None, decoder_batch: int | None = None
+) -> Sizes:
     """Return the sizes that the options ask for."""
-    from recipes.embedded.train import DRY, FULL
+    from recipes.embedded.sizes import DRY, FULL
 
     if scenes is not None and not 512 <= scenes <= 1_000_000:
         raise SafelightError(f"--scenes {scenes}: expected 512 to 1000000")
-    if batch is not None and not 1 <= batch <= 8192:
-        raise SafelightError(f"--batch {batch}: expected 1 to 8192")
+    for name, count in (("batch", batch), ("decoder-batch", decoder_batch)):
+        if count is not None and not 1 <= count <= 8192:
+            raise SafelightError(f"--{name} {count}: expected 1 to 8192")
     sizes = DRY if dry_run else FULL
     if scenes is not None:
-        sizes = replace(sizes, scenes=scenes)
+        sizes = sizes.with_scenes(scenes)
     if batch is not None:
         sizes = replace(sizes, unet_plan=sizes.unet_plan.with_batch(batch))
+    if decoder_batch is not None:
+        sizes = replace(sizes, decoder_plan=sizes.decoder_plan.with_batch(decoder_batch))
     return sizes
 
 

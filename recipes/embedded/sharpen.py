@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from recipes.embedded.pool import Pool
 from recipes.embedded.principal import Principal
-from safelight.nets.vae import AutoencoderKL
 from safelight.train.autoencoder import edge_error, to_pixels
 from safelight.train.devices import autocast
 from safelight.train.loop import Draw, fit
@@ -32,9 +31,9 @@ WEIGHT = 0.4
 RATE = 2e-4
 """Learning rate of the discriminator."""
 
-LEARN, BEGIN = 700, 1000
-"""Steps after which the discriminator learns, and after which the decoder listens to it. Recorded
-steps are all alike: there it learns from the first."""
+LISTEN, AHEAD = 1000, 300
+"""Steps after which a decoder in closed form listens to the discriminator, and for how many steps
+it learns alone before. Recorded steps are all alike: there it learns from the first."""
 
 
 class Patches(nn.Module):
@@ -62,27 +61,27 @@ class Patches(nn.Module):
 
 
 def sharpen(
-    vae: AutoencoderKL,
+    decoder: nn.Module,
     principal: Principal,
     pool: Pool,
     plan: Plan,
     folder: Path,
     *,
     redrawn: Tensor | None = None,
+    listen: float = LISTEN,
     every: int = 500,
     native: bool = False,
 ) -> None:
-    """Train vae.decoder in place on the pictures of `pool`, from the latents of `principal`.
+    """Train a decoder in place on the pictures of `pool`, from the latents of `principal`.
 
-    redrawn: latents of the pool's first pictures as a denoiser draws them, [n, channels, h, w];
-    where a picture has them, they stand in for its own in half of the cases. Every `every` steps
-    all that a run needs to go on goes to `folder`, the discriminator and its optimizer included.
+    decoder: maps latents [n, channels, h, w] to pixels [n, 3, height, width] in −1..1. redrawn:
+    latents of the pool's first pictures as a denoiser draws them; where a picture has them, they
+    stand in for its own in half of the cases. listen: steps after which the decoder listens to the
+    discriminator, infinite for never. Every `every` steps all that a run needs to go on goes to
+    `folder`, the discriminator and its optimizer included.
     """
     device = pool.pictures.device
-    vae.to(device)
-    decoder = _Decode(vae)
-    vae.requires_grad_(False)
-    decoder.requires_grad_(True)
+    decoder.to(device).requires_grad_(True)
     torch.manual_seed(plan.seed)
     critic, principal = Patches().to(device), principal.to(device)
     capturable = device.type == "cuda"
@@ -103,14 +102,14 @@ def sharpen(
         with autocast(draw.device):
             drawn = run(latents).float()
             plain = F.l1_loss(drawn, pictures) + edge_error(drawn, pictures)
-            if draw.number is None and draw.step < LEARN:
+            if draw.number is None and draw.step < listen - AHEAD:
                 return plain
             real, fake = critic(pictures).float(), critic(drawn.detach()).float()
             wrong = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
         optimizer.zero_grad(set_to_none=True)
         wrong.backward()
         optimizer.step()
-        if draw.number is None and draw.step < BEGIN:
+        if draw.number is None and draw.step < listen:
             return plain
         with autocast(draw.device):
             fooled = -critic(drawn).float().mean()
@@ -122,7 +121,7 @@ def sharpen(
         )
         weight = (WEIGHT * of_plain / (of_fooled + 1e-12)).detach()
         if draw.number is not None:
-            weight = weight * (draw.number >= BEGIN)
+            weight = weight * (draw.number >= listen)
         return plain + weight * fooled
 
     also = {"discriminator": critic, "its optimizer": optimizer}
@@ -138,16 +137,4 @@ def sharpen(
             also=also,
         )
     )
-    vae.cpu().eval().requires_grad_(False)
-
-
-class _Decode(nn.Module):
-    """The half of the autoencoder that draws."""
-
-    def __init__(self, vae: AutoencoderKL) -> None:
-        super().__init__()
-        assert vae.post_quant_conv is not None
-        self.decoder, self.post_quant_conv = vae.decoder, vae.post_quant_conv
-
-    def forward(self, latents: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(latents))
+    decoder.cpu().eval().requires_grad_(False)

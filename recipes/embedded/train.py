@@ -4,33 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from recipes.embedded.cutouts import LOCK, notice
-from recipes.embedded.grounds import VARIANTS
 from recipes.embedded.linear import Filters
 from recipes.embedded.looks import Looks
 from recipes.embedded.pool import Pool
 from recipes.embedded.principal import Principal
 from recipes.embedded.redraw import redraw
 from recipes.embedded.scenes import Scenes
-from recipes.embedded.sharpen import sharpen
+from recipes.embedded.sharpen import AHEAD, LISTEN, sharpen
+from recipes.embedded.sizes import SHARES, TINY, Sizes
 from recipes.embedded.stage import Stage
 from recipes.embedded.supply import PART, parts
+from recipes.embedded.unconditional import DRAW_PIXELS_WITH, PIXELS_SCHEDULER, nameable
 from recipes.embedded.words import teach
 from safelight.errors import SafelightError
 from safelight.nets.clip import CLIPTextModel
-from safelight.nets.unet2d import UNet2DConfig
+from safelight.nets.tiny import AutoencoderTiny
+from safelight.nets.unet2d import UNet2DModel
 from safelight.nets.vae import AutoencoderKL
 from safelight.prompt.tokenizer import Tokenizer
 from safelight.sampling.schedule import SchedulerConfig
@@ -42,33 +44,14 @@ from safelight.train.denoiser import (
     train_unconditional,
 )
 from safelight.train.devices import accelerator
-from safelight.train.export import export_text_to_image, export_unconditional
+from safelight.train.export import export_previews, export_text_to_image, export_unconditional
 from safelight.train.loop import progress
 from safelight.train.plan import Plan
 from safelight.train.tokens import train_vocabulary
 from safelight.weights import load_model
 
-MINUTES = 13.0
-"""Of one H100, for all stages."""
-
-SHARES = {
-    "decoder": 0.22,
-    "words": 0.09,
-    "alone": 0.08,
-    "scenes": 0.37,
-    "unconditional": 0.07,
-}
-"""Of the minutes; the rest is for composing, starting, compiling and `embedded-fast`."""
-
 UNET_STAGES = ("alone", "scenes")
 """What the UNet learns, in this order."""
-
-NETWORKS = replace(
-    networks.LARGE,
-    vae=replace(networks.LARGE.vae, block_out_channels=(32, 32, 48, 96, 128), latent_channels=8),
-    unet=replace(networks.LARGE.unet, sample_size=16, in_channels=8, out_channels=8),
-)
-"""16.6 million weights, 31.7 MiB as float16. A latent stands for 16×16 pixels."""
 
 SHEET = (
     "a red apple", "a cat", "a guitar", "three teddy bears on a yellow background",
@@ -86,77 +69,6 @@ PRINCIPAL = "principal.safetensors"
 
 DRAW_WITH = {"sampler": "dpmpp_2m", "steps": 20, "guidance_scale": 4.0}
 """What the model draws best with."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Of networks, data and batches. A plan without steps gets them from the minutes."""
-
-    size: int
-    """Of the pictures that are drawn. Their latents are those of halved pictures."""
-    scenes: int
-    """Composed and encoded once; half as many of things alone."""
-    pictures: int
-    """Composed for the decoder, and for the components."""
-    linear: int
-    """Composed for the decoder in closed form."""
-    redrawn: int
-    """Of the decoder's, how many the UNet draws again."""
-    captions: int
-    """That the text encoder learns from."""
-    networks: networks.Networks
-    decoder_plan: Plan
-    text_plan: Plan
-    unet_plan: Plan
-    pixels: UNet2DConfig
-    pixels_plan: Plan
-    every: int = 2500
-    """Steps between two checkpoints."""
-    variants: int = VARIANTS
-    """Pictures of each drawn ground."""
-
-
-FULL = Sizes(
-    size=256,
-    scenes=122_880,
-    pictures=20_480,
-    linear=2048,
-    redrawn=6144,
-    captions=131_072,
-    networks=NETWORKS,
-    decoder_plan=Plan(steps=0, batch=32, learning_rate=1e-3, warmup=100, weight_decay=0.0),
-    text_plan=Plan(steps=0, batch=256, learning_rate=1.5e-3, warmup=50, weight_decay=0.0),
-    unet_plan=Plan(steps=0, batch=128, learning_rate=8e-4, warmup=300),
-    pixels=replace(networks.PIXELS, sample_size=64, block_out_channels=(64, 128, 192)),
-    pixels_plan=Plan(steps=0, batch=128, learning_rate=6e-4, warmup=200),
-)
-
-# The same way in small: to see on any machine, within seconds, that all of it works.
-DRY = Sizes(
-    size=64,
-    scenes=64,
-    pictures=8,
-    linear=8,
-    redrawn=4,
-    captions=64,
-    networks=networks.Networks(
-        vae=replace(NETWORKS.vae, block_out_channels=(16, 16, 48, 48, 80), norm_num_groups=4),
-        text=replace(NETWORKS.text, hidden_size=32, intermediate_size=64, num_hidden_layers=1),
-        unet=replace(
-            NETWORKS.unet,
-            sample_size=4,
-            block_out_channels=(16, 16, 32),
-            cross_attention_dim=32,
-        ),
-    ),
-    decoder_plan=replace(FULL.decoder_plan, steps=12, batch=2, warmup=2),
-    text_plan=replace(FULL.text_plan, steps=12, batch=16, warmup=2),
-    unet_plan=replace(FULL.unet_plan, steps=12, batch=8, warmup=2),
-    pixels=replace(networks.PIXELS, sample_size=16, block_out_channels=(32, 32, 32)),
-    pixels_plan=replace(FULL.pixels_plan, steps=12, batch=4, warmup=2),
-    every=4,
-    variants=2,
-)
 
 
 class Recipe:
@@ -341,8 +253,10 @@ class Recipe:
         plan = self.plan(self.sizes.decoder_plan, "decoder")
         folder, every = self.out / "decoder", self.sizes.every
         sharpen(
-            *(vae, principal, pool, plan, folder),
+            *(_Decode(vae), principal, pool, plan, folder),
             redrawn=self._timed("drawn again", lambda: self._redrawn(principal, pool)),
+            # A decoder that is trained has only to wait until the discriminator knows something.
+            listen=LISTEN if self.base is None else AHEAD,
             every=every,
             native=self.native,
         )
@@ -350,6 +264,21 @@ class Recipe:
         path = self.model / "vae" / "diffusion_pytorch_model.safetensors"
         if path.exists():
             _save(vae.half(), path)
+        return self.model
+
+    def previews(self) -> Path:
+        """Train the tiny decoder for previews of out/embedded, and write it there."""
+        pool = Pool(self._stage(self.sizes.size), self.path, self.sizes.pictures, 2)
+        tiny = AutoencoderTiny(TINY)
+        sharpen(
+            *(_Tiny(tiny), self._principal(), pool),
+            self.plan(self.sizes.previews_plan, "previews"),
+            self.out / "previews",
+            listen=math.inf,
+            every=self.sizes.every,
+            native=self.native,
+        )
+        export_previews(self.model, tiny)
         return self.model
 
     def _redrawn(self, principal: Principal, pool: Pool) -> Tensor | None:
@@ -365,34 +294,28 @@ class Recipe:
         folder = self.out / "embedded-unconditional"
         folder.mkdir(parents=True, exist_ok=True)
         credit(folder)
-        side = self.sizes.pixels.sample_size or 64
-        stage = self._stage(2 * side)
-        rng = np.random.default_rng(3)
-        names = [name for name in NAMEABLE if name in self.scenes.names]
-        shown = [
-            self.scenes.invent(rng, "one", concept, style, "white", disturbed=False)
-            for concept in names or self.scenes.names
-            for style in ("flat", "3d")
-            for _ in range(24)
-        ]
-        pictures = to_pixels(stage.compose(shown, rng))
-        pictures = F.avg_pool2d(pictures, 2)
-        small = ((pictures + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+        config = self.sizes.pixels
+        small = nameable(self._stage(2 * (config.sample_size or 64), alone=True))
 
         def some(rng: np.random.Generator, n: int) -> Tensor:
             return small[torch.from_numpy(rng.integers(len(small), size=n)).to(small.device)]
 
+        def export(net: nn.Module, step: int) -> None:
+            assert isinstance(net, UNet2DModel)
+            notes = {"data_sha256": self.scenes.sha256, "draw_with": DRAW_PIXELS_WITH}
+            export_unconditional(folder, net, PIXELS_SCHEDULER, notes)
+
         net = train_unconditional(
-            self.sizes.pixels,
-            SchedulerConfig.from_dict(networks.PIXELS_SCHEDULER),
+            config,
+            SchedulerConfig.from_dict(PIXELS_SCHEDULER),
             some,
             self.plan(self.sizes.pixels_plan, "unconditional"),
             self.out / "unconditional",
             every=self.sizes.every,
             native=self.native,
+            on_checkpoint=export,
         )
-        notes = {"data_sha256": self.scenes.sha256}
-        export_unconditional(folder, net, networks.PIXELS_SCHEDULER, notes)
+        export(net, 0)
         return folder
 
     def prompts(self, count: int) -> Path:
@@ -455,22 +378,33 @@ class Recipe:
         return made
 
 
+class _Decode(nn.Module):
+    """The half of the autoencoder that draws."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        assert vae.post_quant_conv is not None
+        self.decoder, self.post_quant_conv = vae.decoder, vae.post_quant_conv
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(latents))
+
+
+class _Tiny(nn.Module):
+    """The same of the one for previews, whose decoder draws pixels of 0..1."""
+
+    def __init__(self, vae: AutoencoderTiny) -> None:
+        super().__init__()
+        self.decoder = vae.decoder
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.decoder(latents) * 2 - 1
+
+
 def credit(folder: Path) -> None:
     """Name the sources beside the weights, since the folder may be passed on alone."""
     lock = json.loads(LOCK.read_text(encoding="utf-8"))
     (folder / "NOTICE").write_text(notice([*lock["packages"], lock["names"]]), encoding="utf-8")
-
-
-NAMEABLE = (
-    "a red apple", "a banana", "a strawberry", "a pizza", "a hamburger", "a birthday cake",
-    "a cat", "a dog", "a lion", "a fox", "a panda", "a pig", "an elephant", "a penguin", "an owl",
-    "a frog", "a turtle", "a fish", "a whale", "an octopus", "a butterfly", "a car", "a bus",
-    "a tractor", "a bicycle", "a rocket", "a sailboat", "a smiling face", "a robot", "a ghost",
-    "a pumpkin", "a key", "a light bulb", "a camera", "a guitar", "a balloon", "a gift", "a crown",
-    "an umbrella", "a teddy bear", "a soccer ball", "a tree", "a cactus", "a sunflower", "a star",
-    "a rainbow", "a snowman", "a house",
-)  # fmt: skip
-"""What the unconditional model draws: few things, that a person can name."""
 
 
 def _save(net: nn.Module, path: Path) -> None:

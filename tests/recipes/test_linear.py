@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from recipes.embedded.linear import Filters, check
 from recipes.embedded.principal import Principal
-from recipes.embedded.train import DRY, FULL
+from recipes.embedded.sizes import DRY, FULL
 from safelight import SafelightError
 from safelight.nets.vae import AutoencoderKL
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from recipes.embedded.principal import NUMBERS, Principal, check
-from recipes.embedded.train import DRY, FULL
+from recipes.embedded.sizes import DRY, FULL
 from safelight import SafelightError
 from safelight.nets.vae import AutoencoderKL
 from safelight.train.autoencoder import to_pixels

@@ -12,8 +12,8 @@ from recipes.embedded.judge import GROUNDS
 from recipes.embedded.looks import PARTS, Looks, cut
 from recipes.embedded.principal import Principal
 from recipes.embedded.scenes import Scene, Scenes, held_back
+from recipes.embedded.sizes import DRY
 from recipes.embedded.stage import Stage
-from recipes.embedded.train import DRY
 from recipes.embedded.words import Questions, Reader, ends, teach, understood
 from safelight.nets.clip import CLIPTextModel
 from safelight.train.loop import Draw

@@ -24,8 +24,9 @@ from recipes.embedded.pool import Pool
 from recipes.embedded.principal import Principal
 from recipes.embedded.redraw import redraw
 from recipes.embedded.sharpen import sharpen
+from recipes.embedded.sizes import DRY, FULL, SHARES
 from recipes.embedded.stage import Stage
-from recipes.embedded.train import DRY, FULL, SHARES, Recipe
+from recipes.embedded.train import Recipe, _Decode
 from safelight import SafelightError
 from safelight.nets.clip import CLIPTextModel
 from safelight.nets.unet import UNet2DConditionModel
@@ -113,7 +114,8 @@ def test_kill_in_the_middle_changes_no_weight(
     code = f"""
 import os, signal, sys
 from pathlib import Path
-from recipes.embedded.train import DRY, Recipe
+from recipes.embedded.sizes import DRY
+from recipes.embedded.train import Recipe
 from safelight.train import loop
 
 save = loop.save_whole
@@ -199,8 +201,7 @@ class TestBegin:
 def test_sharpen_lowers_its_loss(
     stage: Stage, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sharpening, "LEARN", 5)
-    monkeypatch.setattr(sharpening, "BEGIN", 10)
+    monkeypatch.setattr(sharpening, "AHEAD", 5)
     torch.manual_seed(0)
     vae = AutoencoderKL(replace(DRY.networks.vae, scaling_factor=1.0))
     pool = Pool(stage, path, 8, 2, kind="one", ground="white")
@@ -217,11 +218,11 @@ def test_sharpen_lowers_its_loss(
 
     before = loss(latents, pixels), loss(redrawn, pixels[:4])
     plan = replace(DRY.decoder_plan, steps=60, batch=4, learning_rate=2e-3, ema=0.9)
-    sharpen(vae, principal, pool, plan, tmp_path / "plain")
+    sharpen(_Decode(vae), principal, pool, plan, tmp_path / "plain", listen=10)
     assert loss(latents, pixels) < 0.8 * before[0]
     plain = loss(redrawn, pixels[:4])
     plan = replace(plan, steps=40)
-    sharpen(vae, principal, pool, plan, tmp_path / "redrawn", redrawn=redrawn)
+    sharpen(_Decode(vae), principal, pool, plan, tmp_path / "redrawn", redrawn=redrawn, listen=10)
     assert loss(redrawn, pixels[:4]) < 0.9 * plain
 
 
@@ -258,6 +259,7 @@ def test_commands(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (["embedded", "--scenes", "5"], "--scenes 5: expected 512 to 1000000"),
         (["shiny"], "no stage 'shiny': the stages are alone, embedded, decoder, unconditional"),
         (["decoder", "--batch", "0"], "--batch 0: expected 1 to 8192"),
+        (["decoder", "--decoder-batch", "0"], "--decoder-batch 0: expected 1 to 8192"),
     ):
         result = CliRunner().invoke(app, ["train", *arguments])
         assert isinstance(result.exception, SafelightError)

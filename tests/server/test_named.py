@@ -49,7 +49,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Inside]:
     folder = tmp_path_factory.mktemp("loras")
-    with Inside(folder, dtype="float32", rows=8, models_dir=str(models)) as running:
+    with Inside(folder, dtype="float32", exact=True, models_dir=str(models)) as running:
         yield running
 
 

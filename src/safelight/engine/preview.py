@@ -15,10 +15,10 @@ from safelight.picture import from_tensor
 if TYPE_CHECKING:
     from safelight.model import Model
 
-MAX_DECODED = 24
-"""Longest side of the latents that the model's own autoencoder decodes for a preview."""
+MAX_DECODED = 256
+"""Longest side in pixels of a preview that the model's own autoencoder decodes."""
 
-MAX_TINY = 64
+MAX_TINY = 512
 """The same for a tiny autoencoder."""
 
 ENLARGED = 4
@@ -35,11 +35,13 @@ def preview(model: Model, latents: Tensor) -> Image.Image:
     table = model.family.latent_rgb
     with torch.inference_mode():
         if model.preview_vae is not None:
-            return decode_tiny(model, _smaller(latents, MAX_TINY))
+            return decode_tiny(
+                model, _smaller(latents, MAX_TINY // model.preview_vae.config.factor)
+            )
         if table is not None:
             return from_tensor(_colours(latents, table))
         if model.vae is not None:
-            latents = _smaller(latents, MAX_DECODED)
+            latents = _smaller(latents, MAX_DECODED // model.vae.config.factor)
         return decode(model, latents)
 
 

@@ -28,7 +28,7 @@ from safelight.sampling import SCHEDULES, Level, SchedulerConfig, Table, table
 from safelight.train.denoiser import wanted
 from safelight.train.devices import autocast
 from safelight.train.export import export_text_to_image
-from safelight.train.finetune import credit, own_memory
+from safelight.train.finetune import bring_along, own_memory
 from safelight.train.folder import digest
 from safelight.train.loop import Draw, fit, progress, save_whole
 from safelight.train.plan import Plan
@@ -103,7 +103,7 @@ def distil(
     made = out / "model"
     made.mkdir(exist_ok=True)
     base.tokenizer.save(made / "tokenizer")
-    credit(base, made)
+    bring_along(base, made)
     draw_with = {"sampler": "ddim", "steps": drawing_steps, "guidance_scale": 1.0}
     scheduler = {
         **base.scheduler.to_dict(),

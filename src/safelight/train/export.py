@@ -13,9 +13,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from safelight.nets.clip import CLIPTextModel
+from safelight.nets.tiny import AutoencoderTiny
 from safelight.nets.unet import UNet2DConditionModel
 from safelight.nets.unet2d import UNet2DModel
 from safelight.nets.vae import AutoencoderKL
+from safelight.weights.find import PREVIEWS
 
 DIFFUSERS = "0.42.0"
 """The version of diffusers whose layout is written and tested against."""
@@ -91,6 +93,12 @@ def export_text_to_image(
         },
     )
     _json(folder / "safelight.json", dict(notes))
+
+
+def export_previews(folder: Path, vae: AutoencoderTiny) -> None:
+    """Add a tiny autoencoder, which decodes previews, to the folder of a model."""
+    raw = {"_class_name": "AutoencoderTiny", **asdict(vae.config)}
+    _network(folder / PREVIEWS, vae, "diffusion_pytorch_model", raw)
 
 
 def export_unconditional(

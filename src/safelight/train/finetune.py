@@ -23,6 +23,7 @@ from safelight.train.folder import captioned, digest, read
 from safelight.train.plan import Plan
 from safelight.train.sheet import draw_sheet, under
 from safelight.weights import load_model
+from safelight.weights.find import PREVIEWS
 from safelight.words import words_in
 
 CHECKPOINT_EVERY = 100
@@ -92,7 +93,7 @@ def finetune(
     )
     after = show(net, plan.steps)
     under(out / "before.png", after).save(out / "sheet.png")
-    credit(base, made)
+    bring_along(base, made)
     return made
 
 
@@ -138,8 +139,12 @@ def _notes(base: Model, captions: list[str]) -> dict[str, Any]:
     return notes
 
 
-def credit(base: Model, made: Path) -> None:
-    """Copy the NOTICE of the model that the weights were made from."""
-    notice = Path(base.path) / "NOTICE"
+def bring_along(base: Model, made: Path) -> None:
+    """Copy the NOTICE of the model that the weights were made from, and its decoder of previews,
+    since the autoencoder stays the same.
+    """
+    notice, previews = (Path(base.path) / name for name in ("NOTICE", PREVIEWS))
     if notice.is_file():
         shutil.copyfile(notice, made / "NOTICE")
+    if previews.is_dir():
+        shutil.copytree(previews, made / PREVIEWS, dirs_exist_ok=True)

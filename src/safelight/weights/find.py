@@ -15,6 +15,8 @@ from safelight.weights.library import ENDINGS, VARIABLE, Library, open_library
 
 BUILT_IN = ("embedded", "embedded-fast", "embedded-unconditional")
 MODELS = Path(__file__).parent.parent / "models"
+PREVIEWS = "preview_vae"
+"""The part of a model's folder that has its own tiny autoencoder, which diffusers ignores."""
 HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w.-]*))?")
 """A hub id: "org/name", or "org/name@revision" with a branch, a tag or a commit."""
 
@@ -64,6 +66,12 @@ def find_vae(
 ) -> Source:
     """Find an autoencoder: a path, a name in the models folder, or a hub id. See `find`."""
     return _find(str(name), "vae", open_library(models_dir), download, VAE)
+
+
+def find_previews(source: Source) -> Source | None:
+    """Return the tiny autoencoder for previews that lies in a model's folder, if one does."""
+    path = source.path / PREVIEWS
+    return Source(f"{source.name}/{PREVIEWS}", path) if path.is_dir() else None
 
 
 def _find(name: str, kind: str, library: Library | None, download: bool, layout: Layout) -> Source:

@@ -20,7 +20,7 @@ from safelight.weights.autoencoders import with_autoencoders
 from safelight.weights.budget import TOLD_FROM, check_memory
 from safelight.weights.check import DTYPES, Header, printable, refusal
 from safelight.weights.digest import Original, digest_files, model_digest
-from safelight.weights.find import Source, find, find_vae
+from safelight.weights.find import Source, find, find_previews, find_vae
 from safelight.weights.library import open_library
 from safelight.weights.names import Weight, some
 from safelight.weights.numbers import Numbers
@@ -68,7 +68,8 @@ def load_model(
       (see `safelight.weights.library`), in place of that of SAFELIGHT_MODELS.
     vae: an autoencoder in place of the model's own: a folder, a file, a name in the models
       folder or a hub id.
-    preview_vae: the same, a tiny one, for previews alone.
+    preview_vae: the same, a tiny one, for previews alone, in place of the one that lies in the
+      model's folder as preview_vae/.
     refiner: a model that takes over for the last steps, as SDXL's refiner does.
     takes_paths: whether requests may name a LoRA or an embedding by its path. A server takes names
       alone.
@@ -89,6 +90,8 @@ def load_model(
         for use, name in given.items()
         if name is not None
     }
+    if preview_vae is None and (own := find_previews(source)) is not None:
+        vaes["preview_vae"] = own
     plan = with_autoencoders(read_plan(source, prediction_type, without=vaes), vaes)
     # What headers and configs tell comes first: to hash or to read a large file takes long.
     nets = {part: frame(plan, part) for part in plan.weights}

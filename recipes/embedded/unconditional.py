@@ -1,0 +1,110 @@
+"""What the unconditional model learns: few things, alone on white, that a person can name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from recipes.embedded.colours import WHITE, Pixels
+from recipes.embedded.judge import WHOLE, Judge
+from recipes.embedded.scenes import Scene
+from recipes.embedded.stage import Stage
+from safelight.model import Model
+from safelight.train import networks
+from safelight.train.autoencoder import to_pixels
+from safelight.train.loop import progress
+from safelight.train.sheet import grid
+
+NAMEABLE = (
+    "a red apple", "a banana", "a strawberry", "a pizza", "a cat", "a lion", "a panda", "a pig",
+    "a penguin", "a frog", "a fish", "a butterfly", "a car", "a bus", "a rocket", "a sailboat",
+    "a robot", "a pumpkin", "a key", "a guitar", "a balloon", "an umbrella", "a tree", "a star",
+)  # fmt: skip
+"""What it draws."""
+
+STYLE = "flat"
+VARIATIONS = 32
+"""Pictures of each thing, in several sizes and mirrored where that makes sense."""
+
+PIXELS_SCHEDULER: dict[str, Any] = {
+    **networks.PIXELS_SCHEDULER,
+    "prediction_type": "v_prediction",
+}
+"""Velocity: an error in the noise, where there is little else, would be a large one in the
+picture."""
+
+DRAWN = 200
+"""Pictures that are drawn to be judged."""
+
+DRAW_PIXELS_WITH: dict[str, Any] = {"sampler": "ddim", "steps": 30, "guidance_scale": 1.0}
+"""What the model draws best with."""
+
+
+def nameable(stage: Stage) -> Tensor:
+    """Return pictures of NAMEABLE, uint8 [n, side, side, 3], on the stage's device.
+
+    side: half the stage's size.
+    """
+    rng = np.random.default_rng(3)
+    names = [name for name in NAMEABLE if name in stage.scenes.names] or list(stage.scenes.names)
+    shown = [
+        stage.scenes.invent(rng, "one", concept, STYLE, WHITE, disturbed=False)
+        for concept in names
+        for _ in range(VARIATIONS)
+    ]
+    pictures = F.avg_pool2d(to_pixels(stage.compose(shown, rng)), 2)
+    return ((pictures + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def evaluate(
+    model: Model,
+    judge: Judge,
+    stage: Stage,
+    out: Path,
+    *,
+    share: float = 1.0,
+    log: Callable[[str], None] = progress,
+) -> Path:
+    """Draw from noise and ask the judge what it sees; returns out/evaluation.json.
+
+    share: of DRAWN pictures. Composed pictures of what the model learned from are judged, too.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    taught = nameable(Stage(stage.scenes, stage.device, 128))
+    rng = np.random.default_rng(0)
+    count = max(1, round(DRAWN * share))
+    composed = taught[torch.from_numpy(rng.integers(len(taught), size=count))].cpu().numpy()
+    result = model.generate(unconditional=True, count=count, seed=0, **DRAW_PIXELS_WITH)
+    drawn = np.stack([np.asarray(image) for image in result.images])
+    known = [list(stage.scenes.names).index(name) for name in NAMEABLE]
+    found = {
+        "model_sha256": model.sha256,
+        "pictures": count,
+        "drawn": named(judge, drawn, known),
+        "composed": named(judge, composed, known),
+    }
+    path = out / "evaluation.json"
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    grid(result.images[:100], 10).save(out / "sheet.png")
+    log(json.dumps(found))
+    return path
+
+
+def named(judge: Judge, pictures: Pixels, known: list[int]) -> dict[str, Any]:
+    """Return the share of pictures to which the judge gives a name, and how many names they have.
+
+    It gives one if it finds one of the `known` concepts more likely than all others together.
+    """
+    nothing = Scene("one", ("",), "")
+    verdict = judge.look(pictures, [nothing] * len(pictures))
+    chance = verdict.concepts[:, WHOLE, known].exp()
+    sure = chance.amax(dim=-1) >= 0.5
+    names = chance.argmax(dim=-1)[sure].unique()
+    return {"named": round(float(sure.float().mean()), 4), "names": len(names)}
