@@ -76,6 +76,16 @@ def test_in_four_steps_it_is_the_thing_that_was_asked_for() -> None:
     assert rocket[:4, :4].mean(axis=(0, 1)).argmax() == 2
 
 
+def test_a_preview_shows_what_the_picture_will_be(model: Model) -> None:
+    run = model.stream("a red apple", seed=1)
+    *_, early, _, last = (step.preview() for step in run)
+    picture = np.asarray(run.result.images[0], dtype=float)
+    other = model.generate("a banana", seed=1).images[0]
+    for preview, most in ((last, 8), (early, 12)):
+        assert np.abs(np.asarray(preview) - picture).mean() < most
+    assert np.abs(np.asarray(other) - picture).mean() > 24
+
+
 def test_without_words(model: Model) -> None:
     pixels = safelight.load("embedded-unconditional", device="cpu", dtype="float32")
     result = pixels.generate(unconditional=True, sampler="ddim", steps=20, seed=1, count=4)
@@ -101,7 +111,7 @@ def test_in_bfloat16_the_pictures_are_the_same_but_for_rounding(model: Model) ->
 def test_the_model_card_names_the_weights() -> None:
     card = (Path(__file__).parent.parent / "docs" / "model-card.md").read_text()
     files = sorted(MODELS.rglob("*.safetensors"))
-    assert len(files) == 8
+    assert len(files) == 9
     for path in files:
         row = (
             f"| `{path.relative_to(MODELS)}` | `{hashlib.sha256(path.read_bytes()).hexdigest()}` |"

@@ -1,6 +1,7 @@
 """Another autoencoder for a model, tiny ones, and previews made with them."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -415,6 +416,20 @@ def test_previews_are_decoded_by_the_tiny_one_and_pictures_are_not(tiny):
     last = only.generate("a", **SMALL).images[0]
     assert previews[-1].tobytes() == last.tobytes()
     assert preview.preview(loaded, torch.zeros(1, 4, 96, 128)).size == (512, 384)
+
+
+def test_a_folder_brings_its_own_and_another_takes_its_place(tiny, tmp_path):
+    model, full, _ = tiny
+    both = shutil.copytree(model, tmp_path / "both")
+    own = tiny_vae(both / "preview_vae", {"_class_name": "AutoencoderTiny", "has_encoder": False})
+    alone, given = (load_model(m, device="cpu", dtype="float32") for m in (model, both))
+    assert alone.preview_vae is None
+    assert given.preview_vae.encoder is None
+    assert given.sha256 == alone.sha256
+    assert drawn(both) == drawn(model)
+    assert load_model(both, device="cpu", preview_vae=full).preview_vae.encoder is not None
+    (own / "config.json").write_text('{"_class_name": "AutoencoderTiny", "latent_channels": 3}')
+    refused(lambda: load_model(both, device="cpu"), "both/preview_vae")
 
 
 def test_previews_from_the_table_of_colours(folder):

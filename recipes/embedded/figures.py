@@ -55,8 +55,14 @@ SEEDS, APART = 16, 16.0
 """Pictures of one prompt, and the mean absolute difference of 0..255, at 32 pixels a side, from
 which two of them are visibly different."""
 
-VARIED = ("a cat", "a red apple", "a car", "a house", "a blue bird on the beach")
-"""Prompts that are drawn with many seeds."""
+VARIED: dict[str, dict[str, Any]] = {
+    "a cat": {"concept": "a cat"},
+    "a red apple": {"concept": "a red apple"},
+    "a car": {"concept": "a car"},
+    "a house": {"concept": "a house"},
+    "a blue bird on the beach": {"concept": "a bird", "ground": "beach", "paint": "blue"},
+}
+"""Prompts that are drawn with many seeds, and the scenes that they ask for."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +216,11 @@ def evaluate(
             "composed to composed": round(frechet(seen[1], seen[2]), 2),
         },
         "different": {
-            prompt: different(draw(model, [prompt] * SEEDS)) for prompt in VARIED
+            prompt: {
+                "drawn": different(draw(model, [prompt] * SEEDS)),
+                "composed": different(composed_of(stage, **given)),
+            }
+            for prompt, given in VARIED.items()
         },
         "nearest": _nearest(large, wanted, stage, out / "nearest.png"),
     }  # fmt: skip
@@ -278,6 +288,18 @@ def different(pictures: Pixels) -> int:
         if all(float((small[i] - small[k]).abs().mean()) >= APART for k in kept):
             kept.append(i)
     return len(kept)
+
+
+def composed_of(
+    stage: Stage, concept: str, ground: str = WHITE, paint: str | None = None
+) -> Pixels:
+    """Return SEEDS composed pictures of one thing, uint8 [n, side, side, 3]."""
+    rng = np.random.default_rng([0, 3])
+    scenes = [
+        replace(stage.scenes.invent(rng, "one", concept, ground=ground), paints=(paint,))
+        for _ in range(SEEDS)
+    ]
+    return stage.compose(scenes, rng).cpu().numpy()
 
 
 class Features:
