@@ -133,7 +133,7 @@ data/cutouts.npz: | $(VENV)/.ready-dev
 	$(BIN)/python -m recipes.embedded data
 
 train: data/cutouts.npz
-	$(BIN)/python -m recipes.embedded train embedded decoder unconditional prompts $(ARGS)
+	$(BIN)/python -m recipes.embedded train embedded decoder previews unconditional prompts $(ARGS)
 	$(BIN)/safelight train distil runs/prompts.txt --model runs/embedded --out runs/fast
 
 clean:

@@ -45,10 +45,12 @@ from safelight.train.denoiser import (
 )
 from safelight.train.devices import accelerator
 from safelight.train.export import export_previews, export_text_to_image, export_unconditional
+from safelight.train.finetune import bring_along
 from safelight.train.loop import progress
 from safelight.train.plan import Plan
 from safelight.train.tokens import train_vocabulary
 from safelight.weights import load_model
+from safelight.weights.find import PREVIEWS
 
 UNET_STAGES = ("alone", "scenes")
 """What the UNet learns, in this order."""
@@ -105,6 +107,8 @@ class Recipe:
         self.digest = hashlib.sha256(made_from.encode()).hexdigest()
         self.model = out / "embedded"
         self.model.mkdir(parents=True, exist_ok=True)
+        if self.base is not None and not (self.model / PREVIEWS).exists():
+            bring_along(self.base, self.model)
         credit(self.model)
 
     def plan(self, plan: Plan, stage: str) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,13 +13,23 @@ from things import HELD_OUT
 from recipes.embedded import figures
 from recipes.embedded.captions import SCENES
 from recipes.embedded.colours import PAINTS, WHITE
-from recipes.embedded.figures import Asked, different, edge_energy, frechet, invent, score
+from recipes.embedded.figures import (
+    SEEDS,
+    Asked,
+    composed_of,
+    different,
+    edge_energy,
+    frechet,
+    invent,
+    score,
+)
 from recipes.embedded.judge import (
     FIRST,
     GROUNDS,
     NOTHING,
     SECOND,
     WHOLE,
+    Judge,
     Verdict,
     answers,
     judge_of,
@@ -26,6 +37,7 @@ from recipes.embedded.judge import (
 )
 from recipes.embedded.scenes import Scene, Scenes, held_back
 from recipes.embedded.stage import Stage
+from recipes.embedded.unconditional import named
 from safelight.errors import SafelightError
 from safelight.train.plan import Plan
 from safelight.words import split_words
@@ -162,6 +174,32 @@ def test_pictures_that_differ_and_edges() -> None:
     striped[:, :, ::2] = 255
     # Each pixel differs from its neighbour in the row by 2 of −1..1.
     assert edge_energy(striped) == pytest.approx(4.0)
+
+
+def test_composed_pictures_of_a_prompt(stage: Stage) -> None:
+    owls = composed_of(stage, "an owl", ground="snow", paint="red")
+    assert owls.shape == (SEEDS, stage.size, stage.size, 3)
+    assert len(np.unique(owls, axis=0)) == SEEDS
+    assert owls[:, 0, 0].mean() > owls[:, 32, 32, 1:].mean()  # light behind, red in the middle
+
+
+class Sure:
+    """A judge that is sure of one concept where a picture is dark, and of none elsewhere."""
+
+    def look(self, pictures: np.ndarray[Any, Any], scenes: list[Scene]) -> Verdict:
+        concepts = torch.zeros(len(pictures), 3, len(NAMES))
+        for i, picture in enumerate(pictures):
+            concepts[i, WHOLE, picture[0, 0, 0] % len(NAMES)] = 9.0 if picture.mean() < 128 else 0.0
+        nothing = torch.zeros(len(pictures))
+        return Verdict(concepts.log_softmax(-1), nothing, nothing, nothing)
+
+
+def test_pictures_that_a_judge_can_name() -> None:
+    pictures = np.zeros((6, 8, 8, 3), np.uint8)
+    pictures += np.array([0, 0, 1, 2, 200, 201], np.uint8)[:, None, None, None]
+    # The third concept is not among those that were taught.
+    found = named(cast(Judge, Sure()), pictures, [0, 1])
+    assert found == {"named": 0.5, "names": 2}
 
 
 def test_nearest_finds_a_copy(

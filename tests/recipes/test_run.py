@@ -139,7 +139,7 @@ recipe.decoder()
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
     state = torch.load(tmp_path / stage / "checkpoint.pt", weights_only=True)
     assert state["step"] == DRY.every
-    run(data, tmp_path, "embedded", "decoder")
+    run(data, tmp_path, "embedded", "decoder", "previews")
     assert hashes(tmp_path / "embedded") == hashes(made / "embedded")
 
 
@@ -251,13 +251,22 @@ def test_the_real_one_fits_in_what_may_ship() -> None:
     assert sum(SHARES.values()) <= 0.95
 
 
+def test_fewer_scenes_are_fewer_pictures_for_the_decoder() -> None:
+    half = FULL.with_scenes(FULL.scenes // 2)
+    assert (2 * half.pictures, 2 * half.redrawn) == (FULL.pictures, FULL.redrawn)
+    assert half.linear == FULL.linear
+
+
 def test_commands(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for arguments, message in (
         (["embedded"], "is missing: run the data stage first"),
         (["embedded", "--minutes", "0"], "--minutes 0: expected 0.05 to 100000"),
         (["embedded", "--scenes", "5"], "--scenes 5: expected 512 to 1000000"),
-        (["shiny"], "no stage 'shiny': the stages are alone, embedded, decoder, unconditional"),
+        (
+            ["shiny"],
+            "no stage 'shiny': the stages are alone, embedded, decoder, previews, unconditional",
+        ),
         (["decoder", "--batch", "0"], "--batch 0: expected 1 to 8192"),
         (["decoder", "--decoder-batch", "0"], "--decoder-batch 0: expected 1 to 8192"),
     ):
