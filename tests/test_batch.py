@@ -297,7 +297,7 @@ def test_the_cache_of_prompts_keeps_no_warnings() -> None:
     assert "was taught to draw with sampler ddim, steps 4" in unfit
     assert warnings() == []
     wide, unfit = warnings(width=128, sampler="euler")
-    assert "trained on 64x64" in wide
+    assert "trained on 256x256" in wide
     assert "was taught to draw with" in unfit
     assert len({id(t.job.conditioning.tokens) for t in engine.tickets}) == 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -19,14 +20,18 @@ TEXT = {"prompt": "a cat", "steps": 4, "sampler": "ddim", "seed": 1}
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    """A server with room for one of its models at a time; one of them is broken."""
+    """A server with room for one of its models at a time; one is broken, one does not know snow."""
     folder = tmp_path_factory.mktemp("models")
     models = folder / "library"
     broken = models / "broken"
     shutil.copytree(MODELS / "embedded", broken)
     weights = next((broken / "unet").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-100])
-    allowed = "embedded,embedded-fast,broken"
+    notes = shutil.copytree(MODELS / "embedded-fast", models / "few") / "safelight.json"
+    told = json.loads(notes.read_text())
+    told["words"].remove("snow")
+    notes.write_text(json.dumps(told))
+    allowed = "embedded,embedded-fast,broken,few"
     bounds = ("--models-dir", str(models), "--allow-models", allowed, "--model-memory", "580MB")
     with Serving(folder, "--dtype", "float32", *bounds) as running:
         running.ready()
@@ -107,7 +112,7 @@ def test_prompts_are_read_as_each_model_reads_them(server: Serving) -> None:
 
     snow = {"prompt": "a cat in the snow"}
     assert asked(**snow).json()["prompt"]["unknown"] == []
-    assert asked(**snow, model="embedded-fast").json()["prompt"]["unknown"] == ["snow"]
+    assert asked(**snow, model="few").json()["prompt"]["unknown"] == ["snow"]
     assert asked(model="nothing").status_code == 422
     assert "no model 'nothing'" in asked(model="nothing").json()["detail"]
     assert "model must be" in asked(model=3).json()["detail"]

@@ -1,6 +1,6 @@
 """Networks that small models are made of: sizes, noise schedules, plans of training.
 
-SMALL are those of `embedded-fast`, for 64 pixels a side; LARGE those of `embedded`, for 256.
+SMALL are for 64 pixels a side; LARGE, for 256, are those that `embedded` was made from.
 """
 
 from __future__ import annotations
