@@ -437,7 +437,7 @@ def test_the_form_shows_what_suits_the_model(server: Serving, fresh: Page) -> No
     expect(page.get_by_label("Width", exact=True)).to_be_visible()
     draw(page, "a boat")
     assert newest(server)["model"] == "embedded-fast"
-    expect(page.locator(".model .facts")).to_contain_text("64×64, float32")
+    expect(page.locator(".model .facts")).to_contain_text("256×256, float32")
     model.select_option("embedded")
     expect(steps).not_to_have_value("4")
     choose(page, "All its settings")
