@@ -25,13 +25,13 @@ from safelight.train.plan import Plan
 NOISE = 0.25
 """Largest standard deviation of the noise that is added to latents of unit variance."""
 
-WEIGHT = 0.7
+WEIGHT = 0.4
 """Of the discriminator's gradient over that of the other losses, both of the pixels."""
 
 RATE = 2e-4
 """Learning rate of the discriminator."""
 
-LISTEN, AHEAD = 1000, 100
+LISTEN, AHEAD = 1000, 300
 """Steps after which a decoder in closed form listens to the discriminator, and for how many steps
 it learns alone before. Recorded steps are all alike: there it learns from the first."""
 

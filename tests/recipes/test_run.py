@@ -202,6 +202,8 @@ def test_sharpen_lowers_its_loss(
     stage: Stage, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sharpening, "AHEAD", 5)
+    # What is measured is the error; what the discriminator wants is something else.
+    monkeypatch.setattr(sharpening, "WEIGHT", 0.2)
     torch.manual_seed(0)
     vae = AutoencoderKL(replace(DRY.networks.vae, scaling_factor=1.0))
     pool = Pool(stage, path, 8, 2, kind="one", ground="white")
