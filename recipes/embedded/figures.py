@@ -224,8 +224,7 @@ def evaluate(
         },
         "nearest": _nearest(large, wanted, stage, out / "nearest.png"),
     }  # fmt: skip
-    path = out / "evaluation.json"
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    path = written(found, out / "evaluation.json")
     tenth = [Image.fromarray(drawn[i]) for i in range(0, len(drawn), max(1, len(drawn) // 100))]
     grid(tenth[:100], 10).save(out / "sheet.png")
     said = "".join(f"{a.group}: {a.scene.said}\n" for a in asked)
@@ -261,7 +260,11 @@ def judge_levels(
             "psnr": round(float(np.mean(noise)), 1),
             **score(asked, judge.look(drawn, wanted), list(scenes.names)),
         }
-    path = out / "fast.json"
+    return written(found, out / "fast.json")
+
+
+def written(found: dict[str, Any], path: Path) -> Path:
+    """Write figures as JSON; returns the file."""
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return path
 

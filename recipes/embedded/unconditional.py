@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recipes.embedded.colours import WHITE, Pixels
+from recipes.embedded.figures import written
 from recipes.embedded.judge import WHOLE, Judge
 from recipes.embedded.scenes import Scene
 from recipes.embedded.stage import Stage
@@ -31,7 +32,7 @@ NAMEABLE = (
 
 STYLE = "flat"
 VARIATIONS = 32
-"""Pictures of each thing, in several sizes and mirrored where that makes sense."""
+"""Pictures of each thing, mirrored at random where that makes sense."""
 
 PIXELS_SCHEDULER: dict[str, Any] = {
     **networks.PIXELS_SCHEDULER,
@@ -90,11 +91,9 @@ def evaluate(
         "drawn": named(judge, drawn, known),
         "composed": named(judge, composed, known),
     }
-    path = out / "evaluation.json"
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     grid(result.images[:100], 10).save(out / "sheet.png")
     log(json.dumps(found))
-    return path
+    return written(found, out / "evaluation.json")
 
 
 def named(judge: Judge, pictures: Pixels, known: list[int]) -> dict[str, Any]:
