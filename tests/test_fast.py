@@ -209,15 +209,18 @@ def test_no_byte_depends_on_what_was_drawn_before(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("channels", [(40, 144), (64, 64), (512, 128)])
+@pytest.mark.parametrize("channels", [(40, 144), (64, 64), (320, 192), (512, 128)])
 def test_a_weight_is_packed_for_the_maps_that_come(
     channels: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Beside oneDNN's own choice for each shape, and few copies are kept."""
+    monkeypatch.setattr(onednn, "KEPT", 1)
     monkeypatch.setattr(onednn, "SHAPES_KEPT", 4)
+    monkeypatch.setattr(onednn, "_ORDERS", {})
     if not takes(dtype):
         dtype = torch.float32
     conv = nn.Conv2d(*channels, 3, padding=1).to(dtype)
-    shapes = [(b, channels[0], side, side) for b in (1, 2, 3) for side in (4, 9)] * 2
+    shapes = [(b, channels[0], side, side) for b in (1, 2, 3) for side in (1, 4, 9)] * 2
     used = Convolution(conv.weight.data, conv)
     for shape in shapes:
         x = torch.randn(shape).to(dtype)
@@ -225,7 +228,15 @@ def test_a_weight_is_packed_for_the_maps_that_come(
         assert result.equal(Convolution(conv.weight.data, conv)(x))
         true = F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)
         assert distance(result, true) <= 1.1 * distance(conv(x), true) + 1e-6
-        assert len(used._packed) <= 4
+        wanted = torch.ops.mkldnn._reorder_convolution_weight(conv.weight.data, *used.how, shape)
+        assert _order(used._packed_for(x.shape, used.how)) == _order(wanted)
+        assert len(used._packed) <= 2
+        assert len(onednn._ORDERS) <= 4
+
+
+def _order(packed: torch.Tensor) -> bytes:
+    told: torch.Tensor = torch.ops.mkldnn._get_mkldnn_serialized_md(packed)
+    return told.numpy().tobytes()
 
 
 @pytest.mark.usefixtures("kernels_of")

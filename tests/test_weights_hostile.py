@@ -203,7 +203,8 @@ def test_an_empty_weight_is_refused(folder, part, no_hashing):
     refused_cheaply(lambda: load_model(folder, device="cpu"), first, "is empty")
 
 
-def test_the_deepest_network_that_is_allowed_is_built_within_two_seconds():
+def test_the_deepest_network_that_is_allowed_has_few_modules():
+    """To build one takes some tenths of a millisecond."""
     config = {
         **UNET,
         "block_out_channels": [32] * 4,
@@ -214,10 +215,9 @@ def test_the_deepest_network_that_is_allowed_is_built_within_two_seconds():
     }
     config = UNetConfig.from_dict(config)
     assert MAX_LAYERS - 20 < config.depth <= MAX_LAYERS
-    began = time.process_time()
     with torch.device("meta"), load._Unfilled():
-        UNet2DConditionModel(config)
-    assert time.process_time() - began < 2
+        network = UNet2DConditionModel(config)
+    assert sum(1 for _ in network.modules()) < 5000
 
 
 # --- configs -------------------------------------------------------------------------------------

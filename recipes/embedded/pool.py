@@ -25,9 +25,9 @@ class Pool:
         shape = (count, size, size, 3)
         self.pictures = torch.empty(shape, dtype=torch.uint8, device=stage.device)
         for scenes, things, rng in parts(stage.scenes, path, count, seed, **given):
-            at, some = len(self.scenes), min(len(scenes), count - len(self.scenes))
-            self.pictures[at : at + some] = stage.draw(scenes[:some], things[:some], rng)
-            self.scenes += scenes[:some]
+            at = len(self.scenes)
+            self.pictures[at : at + len(scenes)] = stage.draw(scenes, things, rng)
+            self.scenes += scenes
 
     def __len__(self) -> int:
         return len(self.scenes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,6 +112,10 @@ def test_kill_in_the_middle_changes_no_weight(
     data: Path, made: Path, tmp_path: Path, stage: str
 ) -> None:
     """The run is killed by a signal that nothing can catch, after the stage's first checkpoint."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "decoder.safetensors").unlink()
+    for folder in ("decoder", "previews", "embedded"):
+        shutil.rmtree(tmp_path / folder)
     code = f"""
 import os, signal, sys
 from pathlib import Path

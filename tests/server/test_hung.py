@@ -31,8 +31,9 @@ from safelight.server.pulse import Pulse
 from safelight.server.store import Store, new_id
 
 pytestmark = pytest.mark.xdist_group("hung")
-QUICK = {"prompt": "a cat", "steps": 2, "sampler": "euler"}
-LONG = {"prompt": "a cat", "steps": 40, "sampler": "euler", "guidance_scale": 1.0}
+SMALL = {"prompt": "a cat", "sampler": "euler", "width": 64, "height": 64}
+QUICK = {**SMALL, "steps": 2}
+LONG = {**SMALL, "steps": 40, "guidance_scale": 1.0}
 GROUPS = next(
     (path for path in map(Path, ("/sys/fs/cgroup/memory", "/sys/fs/cgroup")) if path.is_dir()),
     Path("/nowhere"),

@@ -306,7 +306,7 @@ def choose(page: Page, action: str, where: str = ".now") -> None:
 
 
 def test_a_picture_develops_before_ones_eyes(server: Serving, page: Page) -> None:
-    ask(page, "a red apple", Steps=60)
+    ask(page, "a red apple", Steps=24)
     live = page.locator(".now .live")
     expect(live).to_be_visible()
     broken = "[...document.images].filter(i => i.complete && !i.naturalWidth && i.alt &&"
@@ -314,7 +314,7 @@ def test_a_picture_develops_before_ones_eyes(server: Serving, page: Page) -> Non
     assert page.evaluate(broken) == []
     for label in ("Clean estimate", "Noisy state"):
         expect(live.get_by_alt_text(label)).to_have_attribute("src", re.compile("^data:image/png"))
-    expect(live.locator(".left")).to_have_text(re.compile(r"Step \d+ of 60, \d+ s left"))
+    expect(live.locator(".left")).to_have_text(re.compile(r"Step \d+ of 24, \d+ s left"))
     assert page.evaluate(broken) == []
     shot(page, "live")
     expect(page.locator(".now .status")).to_have_text("“a red apple” is done.")
@@ -650,14 +650,14 @@ def test_settings_compared_on_one_picture(server: Serving, page: Page) -> None:
     page.get_by_label("Prompt", exact=True).fill("a cat")
     tab(page, "Compare")
     page.get_by_label("Values of the columns").fill("ddim, euler")
-    page.get_by_label("Values of the rows").fill("2, 120")
+    page.get_by_label("Values of the rows").fill("2, 40")
     page.get_by_role("button", name="Compare").click()
     status = page.locator("#compare-status .status")
     expect(status).to_have_text(re.compile("Drawing “a cat”: [0-3] of 4 cells are done."))
     expect(page.get_by_alt_text("The grid")).to_be_visible(timeout=60_000)
     expect(status).to_have_text("Done: “a cat”, 4 cells.")
     grids = list((server.data / "grids").rglob("*.png"))
-    assert read_recipe(grids[0])["grid"] == {"sampler": ["ddim", "euler"], "steps": [2, 120]}
+    assert read_recipe(grids[0])["grid"] == {"sampler": ["ddim", "euler"], "steps": [2, 40]}
     page.get_by_label("Values of the columns").fill("ddim, brush")
     page.get_by_role("button", name="Compare").click()
     expect(page.locator("#compare-problem")).to_contain_text("no sampler 'brush'")

@@ -12,16 +12,21 @@ from torch import Tensor, nn
 
 _mkldnn: Any = torch.ops.mkldnn
 
-ROWS, SIDE = 1024, 64
-"""Rows, and a map's sides, that all weights are packed for. What was packed for one row multiplies
-one row in another order than what was packed for more, and a picture's last bits must not depend on
-what was drawn first. It was no slower for any size that was measured."""
+ROWS = 1024
+"""Rows that all matrices are packed for. What was packed for one row multiplies one row in another
+order than what was packed for more, and a picture's last bits must not depend on what was drawn
+first. It was no slower for any size that was measured."""
 
-BLOCK, SMALL, SHAPES_KEPT = 64, 1 << 19, 256
-"""In what order oneDNN multiplies a convolution's weight goes by the map's shape, on some
-processors unless its output channels divide into blocks of so many. Such a weight, and one of at
-most SMALL numbers, is packed for the maps that come, for so many shapes. Shapes of one order, which
-is nearly all, share the packed weight."""
+KEPT = 1 << 23
+"""Numbers in the packed copies of one convolution's weight, each in another order, that are kept;
+of a large weight, two copies. All maps of one picture want the same order, with few exceptions."""
+
+SHAPES_KEPT = 1 << 14
+"""Shapes, of all convolutions together, whose order is remembered."""
+
+_ORDERS: dict[tuple[Any, ...], bytes] = {}
+"""In what order oneDNN multiplies a weight goes by its size, the map's shape, the precision, the
+threads and the processor. Layers of the same size find here what one of them has met."""
 
 
 def available() -> bool:
@@ -79,14 +84,10 @@ class Convolution:
     def __init__(self, weight: Tensor, conv: nn.Conv2d) -> None:
         """conv: says all but the weight."""
         self.how = (conv.padding, conv.stride, conv.dilation, 1)
-        weight = weight.contiguous(memory_format=torch.channels_last)
-        by_shape = len(weight) % BLOCK or weight.numel() <= SMALL
-        self._weight = weight if by_shape else None
-        self._packed: dict[tuple[int, ...], Tensor] = {}  # by shape
-        self._orders: dict[bytes, Tensor] = {}
-        if self._weight is None:
-            shape = (1, conv.in_channels, SIDE, SIDE)
-            self._packed[()] = _mkldnn._reorder_convolution_weight(weight, *self.how, shape)
+        self._size = (weight.shape, weight.dtype)
+        self._weight: Tensor | None = weight.contiguous(memory_format=torch.channels_last)
+        self._copies = max(2, KEPT // weight.numel())
+        self._packed: dict[bytes, Tensor] = {}  # by order
         self.bias = _aligned(conv.bias, weight.dtype)
 
     def __call__(
@@ -110,7 +111,7 @@ class Convolution:
             bias = _aligned(shift[0], x.dtype) if bias is None else bias + shift[0]
             shift = None
         x = x.contiguous(memory_format=torch.channels_last)
-        packed = self._packed_for(tuple(x.shape))
+        packed = self._packed_for(x.shape, (padding, *how))
         if plus is None:
             out = _mkldnn._convolution_pointwise(
                 x, packed, bias, padding, *how, "relu" if fused else "none", [], ""
@@ -135,22 +136,32 @@ class Convolution:
             out = out.add_(shift[:, :, None, None])
         return F.relu(out, inplace=True) if relu and not fused else out
 
-    def _packed_for(self, shape: tuple[int, ...]) -> Tensor:
+    def _packed_for(self, shape: torch.Size, how: tuple[Any, ...]) -> Tensor:
         """Return the weight in the order that oneDNN multiplies it in for maps of this shape.
 
-        In another order it would be brought into this one at each call, which takes some fifty
-        times as long as the products of a small map.
+        how: padding, stride, dilation, groups.
+
+        In another order oneDNN would bring it into this one at each call, a number at a time: for
+        a small map that takes hundreds of times as long as the products.
         """
-        if self._weight is None:
-            return self._packed[()]
-        packed = self._packed.get(shape)
-        if packed is None:
-            if len(self._packed) == SHAPES_KEPT:
-                self._packed.clear()
-                self._orders.clear()
-            packed = _mkldnn._reorder_convolution_weight(self._weight, *self.how, shape)
-            order = _mkldnn._get_mkldnn_serialized_md(packed).numpy().tobytes()
-            packed = self._packed[shape] = self._orders.setdefault(order, packed)
+        known = (*self._size, *how, shape, torch.get_num_threads())
+        packed = self._packed.get(_ORDERS.get(known, b""))
+        if packed is not None:
+            return packed
+        weight = self._weight
+        if weight is None:
+            dense = next(iter(self._packed.values())).to_dense()
+            # Blocks are made of rows of channels: ten times as fast as from any other dense order.
+            weight = dense.contiguous(memory_format=torch.channels_last)
+        packed = _mkldnn._reorder_convolution_weight(weight, *how, shape)
+        order = _mkldnn._get_mkldnn_serialized_md(packed).numpy().tobytes()
+        if len(_ORDERS) == SHAPES_KEPT:
+            _ORDERS.clear()
+        _ORDERS[known] = order
+        if order not in self._packed and len(self._packed) == self._copies:
+            del self._packed[next(iter(self._packed))]
+        packed = self._packed.setdefault(order, packed)
+        self._weight = None
         return packed
 
 
