@@ -15,7 +15,7 @@ from torch import Tensor
 from recipes.embedded.colours import WHITE, Pixels
 from recipes.embedded.figures import written
 from recipes.embedded.judge import WHOLE, Judge
-from recipes.embedded.scenes import Scene
+from recipes.embedded.scenes import Scene, Scenes
 from recipes.embedded.stage import Stage
 from safelight.model import Model
 from safelight.train import networks
@@ -41,23 +41,27 @@ PIXELS_SCHEDULER: dict[str, Any] = {
 """Velocity: an error in the noise, where there is little else, would be a large one in the
 picture."""
 
-DRAWN = 200
-"""Pictures that are drawn to be judged."""
+DRAWN, AT_ONCE = 200, 50
+"""Pictures that are drawn to be judged, and those of one call."""
 
 DRAW_PIXELS_WITH: dict[str, Any] = {"sampler": "ddim", "steps": 30, "guidance_scale": 1.0}
 """What the model draws best with."""
 
 
+def taught(scenes: Scenes) -> list[str]:
+    """Return NAMEABLE; where the data has none of them, all that it has."""
+    return [name for name in NAMEABLE if name in scenes.names] or list(scenes.names)
+
+
 def nameable(stage: Stage) -> Tensor:
-    """Return pictures of NAMEABLE, uint8 [n, side, side, 3], on the stage's device.
+    """Return pictures of what is taught, uint8 [n, side, side, 3], on the stage's device.
 
     side: half the stage's size.
     """
     rng = np.random.default_rng(3)
-    names = [name for name in NAMEABLE if name in stage.scenes.names] or list(stage.scenes.names)
     shown = [
         stage.scenes.invent(rng, "one", concept, STYLE, WHITE, disturbed=False)
-        for concept in names
+        for concept in taught(stage.scenes)
         for _ in range(VARIATIONS)
     ]
     pictures = F.avg_pool2d(to_pixels(stage.compose(shown, rng)), 2)
@@ -78,20 +82,26 @@ def evaluate(
     share: of DRAWN pictures. Composed pictures of what the model learned from are judged, too.
     """
     out.mkdir(parents=True, exist_ok=True)
-    taught = nameable(Stage(stage.scenes, stage.device, 128))
+    shown = nameable(Stage(stage.scenes, stage.device, 128))
     rng = np.random.default_rng(0)
     count = max(1, round(DRAWN * share))
-    composed = taught[torch.from_numpy(rng.integers(len(taught), size=count))].cpu().numpy()
-    result = model.generate(unconditional=True, count=count, seed=0, **DRAW_PIXELS_WITH)
-    drawn = np.stack([np.asarray(image) for image in result.images])
-    known = [list(stage.scenes.names).index(name) for name in NAMEABLE]
+    composed = shown[torch.from_numpy(rng.integers(len(shown), size=count))].cpu().numpy()
+    images = [
+        image
+        for seed in range(0, count, AT_ONCE)
+        for image in model.generate(
+            unconditional=True, count=min(AT_ONCE, count - seed), seed=seed, **DRAW_PIXELS_WITH
+        ).images
+    ]
+    drawn = np.stack([np.asarray(image) for image in images])
+    known = [list(stage.scenes.names).index(name) for name in taught(stage.scenes)]
     found = {
         "model_sha256": model.sha256,
         "pictures": count,
         "drawn": named(judge, drawn, known),
         "composed": named(judge, composed, known),
     }
-    grid(result.images[:100], 10).save(out / "sheet.png")
+    grid(images[:100], 10).save(out / "sheet.png")
     log(json.dumps(found))
     return written(found, out / "evaluation.json")
 

@@ -174,22 +174,39 @@ def test_guidance_embedding() -> None:
             "flip_sin_to_cos": False,
             "freq_shift": 1,
         },
+        # A level without attention may have fewer channels than a head.
+        {"block_out_channels": (16, 64, 64), "attention_head_dim": 32, "norm_num_groups": 16},
     ],
-    ids=["defaults", "ddpm"],
+    ids=["defaults", "ddpm", "narrow"],
 )
 @torch.inference_mode()
 def test_unet2d(extra: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    theirs = diffusers.UNet2DModel(
-        block_out_channels=(32, 64, 64),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        **extra,
-    )
+    blocks: dict[str, Any] = {
+        "block_out_channels": (32, 64, 64),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    }
+    theirs = diffusers.UNet2DModel(**(blocks | extra))
     ours = UNet2DModel(UNet2DConfig.from_dict(plain(theirs.config)))
     twin(ours, theirs)
     x = torch.randn(2, 3, 16, 20)
     assert error(ours(x, TIMES), theirs(x, TIMES).sample) < 1e-5
+
+
+@pytest.mark.parametrize("narrow", [0, 1, 2])
+def test_channels_of_a_level_with_attention_divide_into_heads(narrow: int) -> None:
+    channels = [64, 64, 64]
+    channels[narrow] = 16
+    config = {
+        "block_out_channels": channels,
+        "down_block_types": ["AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+        "attention_head_dim": 32,
+        "norm_num_groups": 16,
+    }  # the last level's are those of the middle, too
+    with pytest.raises(SafelightError, match="16 channels do not divide into heads"):
+        UNet2DConfig.from_dict(config)
 
 
 @torch.inference_mode()

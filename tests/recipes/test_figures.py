@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from things import HELD_OUT
 
-from recipes.embedded import figures
+import safelight
+from recipes.embedded import figures, unconditional
 from recipes.embedded.captions import SCENES
 from recipes.embedded.colours import PAINTS, WHITE
 from recipes.embedded.figures import (
@@ -200,6 +203,22 @@ def test_pictures_that_a_judge_can_name() -> None:
     # The third concept is not among those that were taught.
     found = named(cast(Judge, Sure()), pictures, [0, 1])
     assert found == {"named": 0.5, "names": 2}
+
+
+def test_a_model_without_words_is_judged(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unconditional, "DRAWN", 5)
+    monkeypatch.setattr(unconditional, "AT_ONCE", 2)
+    monkeypatch.setitem(unconditional.DRAW_PIXELS_WITH, "steps", 2)
+    model = safelight.load("embedded-unconditional", dtype="float32")
+    path = unconditional.evaluate(model, cast(Judge, Sure()), stage, tmp_path / "out")
+    found = json.loads(path.read_text())
+    assert found["pictures"] == 5
+    for of in ("drawn", "composed"):
+        assert 0 <= found[of]["names"] <= len(NAMES)
+    with Image.open(tmp_path / "out" / "sheet.png") as sheet:
+        assert sheet.width > 0
 
 
 def test_nearest_finds_a_copy(
