@@ -212,13 +212,19 @@ def test_a_model_without_words_is_judged(
     monkeypatch.setattr(unconditional, "AT_ONCE", 2)
     monkeypatch.setitem(unconditional.DRAW_PIXELS_WITH, "steps", 2)
     model = safelight.load("embedded-unconditional", dtype="float32")
-    path = unconditional.evaluate(model, cast(Judge, Sure()), stage, tmp_path / "out")
+    judge, seen = Sure(), list[int]()
+    look = judge.look
+    monkeypatch.setattr(
+        judge, "look", lambda some, *more: seen.append(len(some)) or look(some, *more)
+    )
+    path = unconditional.evaluate(model, cast(Judge, judge), stage, tmp_path / "out")
     found = json.loads(path.read_text())
     assert found["pictures"] == 5
     for of in ("drawn", "composed"):
         assert 0 <= found[of]["names"] <= len(NAMES)
+    assert seen == [5, 5]
     with Image.open(tmp_path / "out" / "sheet.png") as sheet:
-        assert sheet.width > 0
+        assert sheet.width > sheet.height > 0  # up to ten in a row
 
 
 def test_nearest_finds_a_copy(

@@ -339,7 +339,7 @@ class TestPaint:
 
 
 class TestPool:
-    def test_parts_depend_on_seed_and_number_alone(self, scenes, path):
+    def test_parts_depend_on_seed_number_and_length_alone(self, scenes, path):
         alone = list(parts(scenes, path, 600, 5))
         others = list(parts(scenes, path, 600, 5, workers=2))
         assert [len(one[0]) for one in alone] == [PART, 600 - PART]

@@ -25,8 +25,8 @@ SHAPES_KEPT = 1 << 14
 """Shapes, of all convolutions together, whose order is remembered."""
 
 _ORDERS: dict[tuple[Any, ...], bytes] = {}
-"""In what order oneDNN multiplies a weight goes by its size, the map's shape, the precision, the
-threads and the processor. Layers of the same size find here what one of them has met."""
+"""The order in which oneDNN multiplies a weight, by the weight's shape and dtype, padding, stride,
+dilation, groups, the map's shape and the number of threads. Layers of the same size share it."""
 
 
 def available() -> bool:

@@ -75,12 +75,12 @@ class UNet2DConfig(NetConfig):
                 self._refuse(
                     f"block {name!r:.40} is not supported; expected {', '.join(sorted(known))}"
                 )
+        head = self.attention_head_dim or 1
         blocks = zip(self.down_block_types, reversed(self.up_block_types), strict=True)
         for i, (channels, pair) in enumerate(zip(self.block_out_channels, blocks, strict=True)):
             # The middle attends at the lowest level, whatever its blocks do.
             attends = i == n - 1 or any(block.startswith("Attn") for block in pair)
-            heads = self.attention_head_dim or 1
-            if channels % self.norm_num_groups or (attends and channels % heads):
+            if channels % self.norm_num_groups or (attends and channels % head):
                 self._refuse(f"{channels} channels do not divide into heads and norm groups")
         self._check_sines(self.block_out_channels[0], self.freq_shift)
 
