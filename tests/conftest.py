@@ -25,11 +25,8 @@ hypothesis.settings.load_profile("suite")
 # A shell that starts something in the background lets it ignore Ctrl-C, which tests send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-MISSING = (
-    "this processor has no AMX",
-    "this processor has no AVX512-BF16",
-    "no CUDA GPU here",
-)
+MISSING = ("this processor has no ", "no CUDA GPU here")
+"""How the reasons of skips begin that no installation mends."""
 REMEDIES = {
     "chromium": "apt-get install chromium",
     "browser": "apt-get install chromium",
@@ -104,7 +101,8 @@ def pytest_sessionfinish(session, exitstatus) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if os.environ.get("SAFELIGHT_NO_SKIPS") != "1" or reporter is None:
         return
-    if any(_reason(report) not in MISSING for report in reporter.stats.get("skipped", [])):
+    reasons = map(_reason, reporter.stats.get("skipped", []))
+    if not all(reason.startswith(MISSING) for reason in reasons):
         session.exitstatus = session.exitstatus or 1
 
 

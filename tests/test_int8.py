@@ -41,6 +41,9 @@ def inference() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+NOT_BUILT = "no C++ compiler was there to build the kernels"
+
+
 @pytest.fixture(params=["portable", "avx512", "amx"])
 def by_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel in each variant."""
@@ -48,14 +51,18 @@ def by_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     if kernels.lacks(name):
         pytest.skip(f"this processor has no {kernels.lacks(name)}")
     if not kernels.built(name):
-        pytest.skip("no C++ compiler was there to build the kernels")
+        pytest.skip(NOT_BUILT)
     monkeypatch.setattr(kernels, "allowed", lambda: (name,))
 
 
 @pytest.fixture
 def takes_int8() -> None:
-    if not int8.available(torch.device("cpu"), torch.bfloat16):
-        pytest.skip("no kernel for 8-bit integers here")
+    """Pictures need oneDNN's bfloat16 and a kernel that counts as fast; both come with AVX512."""
+    if kernels.lacks("avx512"):
+        pytest.skip(f"this processor has no {kernels.lacks('avx512')}")
+    if not kernels.built("avx512"):
+        pytest.skip(NOT_BUILT)
+    assert int8.available(torch.device("cpu"), torch.bfloat16)
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:
