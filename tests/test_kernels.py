@@ -73,10 +73,8 @@ NORM = fields(
 ) | fields(rows=1, channels=16, eps=1e-5)
 GOOD: dict[str, dict[str, Any]] = {
     "attend": ATTENTION,
-    "attend_floats": ATTENTION,
     "split_attend": ATTENTION,
     "gate": GATE,
-    "split_gate": GATE,
     "int8_linear": fields(x=NUMBERS, weights=NUMBERS, factors=NUMBERS, offsets=NUMBERS)
     | fields(bias=None, plus=None, out=NUMBERS, rows=1, inner=64, columns=32),
     "layer_norm": NORM,
@@ -97,6 +95,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "gather": fields(sums=addressof(PLACES), bias=None, plus=None, out=NUMBERS, bias_step=0)
     | fields(height=2, width=2, channels=16, side=2, first=0, last=1),
 }
+GOOD |= {f"{name}_floats": GOOD[name] for name in kernels._EITHER}
 """Arguments that each kernel takes."""
 
 ODD = {"channels", "count", "columns", "inner"}
@@ -136,6 +135,7 @@ def test_what_does_not_fit_together_is_refused(library: Library) -> None:
         "split_linear": [{"inner": 0}],
         "int8_linear": [{"inner": 0}, {"inner": (1 << 16) + 16}],
     }
+    of |= {f"{name}_floats": of[name] for name in kernels._EITHER if name in of}
     for name, changes in of.items():
         for change in changes if name in kernels._ARGUMENTS[library.variant] else ():
             with pytest.raises(ValueError, match="not "):
@@ -221,17 +221,23 @@ def test_threads_change_no_byte(library: Library) -> None:
             assert all(one.equal(found[0]) for one in found)
 
 
+def kernels_of_norms(library: Library) -> list[tuple[torch.dtype, float]]:
+    """What norms and gates are for here, and how far they may be from float64."""
+    all_ = [("moments", torch.bfloat16, 5e-3), ("moments_floats", torch.float32, 2e-6)]
+    return [one[1:] for one in all_ if one[0] in kernels._ARGUMENTS[library.variant]]
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 7, 13), (3, 97, 2), (2, 1, 31), (0, 4, 4)])
 def test_maps(library: Library, shape: tuple[int, int, int]) -> None:
     """Norms, convolutions and enlargements."""
     batch, height, width = shape
     torch.set_num_threads(3)
-    if "moments" in kernels._ARGUMENTS[library.variant]:
+    for dtype, most in kernels_of_norms(library):
         norm = nn.GroupNorm(3, 48, eps=1e-3)
-        x = torch.randn(batch, 48, height, width).bfloat16()
+        x = torch.randn(batch, 48, height, width).to(dtype)
         found = vectors.group_norm(norm, x, norm.weight, norm.bias)
         if batch and height * width > 1:
-            assert distance(found, norm(x.float())) < 5e-3
+            assert distance(found, norm.double()(x.double())) < most
     if "conv" in kernels._ARGUMENTS[library.variant]:
         conv = nn.Conv2d(96, 32, 3, padding=1).bfloat16()
         x = torch.randn(batch, 96, height, width).bfloat16()
@@ -248,17 +254,17 @@ def test_maps(library: Library, shape: tuple[int, int, int]) -> None:
 def test_rows(library: Library, rows: int) -> None:
     """Norms, gates and linear layers."""
     torch.set_num_threads(3)
-    if "layer_norm" in kernels._ARGUMENTS[library.variant]:
+    for dtype, most in kernels_of_norms(library):
         norm = nn.LayerNorm(80)
-        x = torch.randn(rows, 80).bfloat16()
+        x = torch.randn(rows, 80).to(dtype)
         total, found = vectors.layer_norm(norm, x, norm.weight, norm.bias, x)
         assert distance(total, 2 * x) == 0
-        assert distance(found, norm(2 * x.float())) < 5e-3
+        assert distance(found, norm.double()(2 * x.double())) < most
         found = vectors.gate(x, 30 * x)
-        assert distance(found, x.float() * F.gelu(30 * x.float())) < 5e-3
+        assert distance(found, x.double() * F.gelu(30 * x.double())) < most
+        wide = torch.cat([x, torch.full((rows, 16), 1e30, dtype=dtype)], -1)
+        true = 3 * F.gelu(wide.double())
+        assert distance(vectors.gate(torch.full_like(wide, 3), wide), true) < most
     if "split_linear" in kernels._ARGUMENTS[library.variant]:
         weight, x = torch.randn(96, 1312), torch.randn(1, rows, 1312)
         assert distance(split.Matrix(weight, None)(x), x.double() @ weight.double().T) < 2**-17
-        wide = torch.cat([x[..., :80], torch.full((1, rows, 16), 1e30)], -1)
-        true = 3 * F.gelu(wide.double())
-        assert distance(split.gate(torch.full_like(wide, 3), wide), true) < 1e-5

@@ -114,7 +114,9 @@ def evaluate(
     share: Annotated[float, Option(help="Of the prompts.")] = 1.0,
     steps: Annotated[int, Option(help="How long the judge learns.")] = 6000,
 ) -> None:
-    """Train a judge unless OUT has one, and let it look at what the model draws."""
+    """Let a judge look at what the model draws: that of OUT, or the one that is kept. If neither
+    knows what the model was taught, or --steps differs from the kept one's, a judge is trained.
+    """
     from recipes.embedded import figures, unconditional
     from recipes.embedded.judge import PLAN, judge_of
     from recipes.embedded.scenes import Scenes

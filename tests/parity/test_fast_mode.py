@@ -13,6 +13,8 @@ import pytest
 import torch
 from test_pictures import draw, ours, scheduler, theirs
 
+from tests.crossed import crossed
+
 STEPS = 9
 PROMPT, NEGATIVE, SCALE = "a red apple on a table", "a dog", 5.0
 NO_GUIDANCE = 1 + 1e-9
@@ -127,11 +129,13 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
 @pytest.mark.parametrize(
-    "cuts", CASES, ids=lambda cuts: "-".join(f"{k}{v}" for k, v in cuts.items())
+    ("family", "cuts", "sampler"),
+    crossed(["sd1", "sd2"], CASES, ["ddim", "dpmpp_2m"]),
+    ids=lambda cuts: (
+        "-".join(f"{k}{v}" for k, v in cuts.items()) if isinstance(cuts, dict) else None
+    ),
 )
-@pytest.mark.parametrize("family", ["sd1", "sd2"])
 def test_what_is_taken_is_that_of_an_earlier_step(
     folders: dict[str, Path], family: str, cuts: dict[str, Any], sampler: str
 ) -> None:

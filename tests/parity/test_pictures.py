@@ -22,6 +22,7 @@ from safelight.model import Model
 from safelight.request import Request
 from safelight.sampling import SAMPLERS
 from safelight.weights import load_model
+from tests.crossed import crossed
 
 LATENTS, PIXELS = 1e-4, 2
 EXTRA: dict[str, dict[str, Any]] = {
@@ -99,11 +100,11 @@ AT_FULL_SIZE = ("ddim", "dpmpp_2m", "euler_a")
 """Samplers whose pictures by the model that ships are of its own size; the others' are small."""
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2"])
-@pytest.mark.parametrize(("sampler", "schedule"), cases())
+@pytest.mark.parametrize(("family", "case"), crossed(["sd1", "sd2"], cases()))
 def test_text_to_image(
-    worst: Worst, folders: dict[str, Path], family: str, sampler: str, schedule: str | None
+    worst: Worst, folders: dict[str, Path], family: str, case: tuple[str, str | None]
 ) -> None:
+    sampler, schedule = case
     pipe = theirs(folders[family], "StableDiffusionPipeline")
     pipe.scheduler, held = scheduler(pipe, sampler, schedule), pipe.scheduler
     asked = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "guidance_scale": 5.0}
@@ -162,8 +163,13 @@ NEAR = 40.0
 """Decibels: how near pictures in bfloat16 are to diffusers' in float32, at least."""
 
 
+def some(*samplers: str) -> list[Any]:
+    """Return samplers of which the first two are in the suite, and the others in the long run."""
+    return [*samplers[:2], *(pytest.param(one, marks=pytest.mark.soak) for one in samplers[2:])]
+
+
 # lms is left out: its four coefficients enlarge any rounding, diffusers' own too.
-@pytest.mark.parametrize("sampler", ["ddim", "euler", "heun", "euler_a", "dpmpp_2m", "unipc"])
+@pytest.mark.parametrize("sampler", some("euler_a", "dpmpp_2m", "ddim", "euler", "heun", "unipc"))
 def test_bfloat16(sampler: str) -> None:
     """In the median of three: now and then rounding decides between two pictures."""
     folder = BUILT_IN / "embedded"
@@ -196,8 +202,11 @@ def left_half(size: int = 64) -> Image.Image:
     return Image.fromarray(mask)
 
 
-@pytest.mark.parametrize("strength", [0.3, 0.8, 1.0])
-@pytest.mark.parametrize("sampler", [n for n in SAMPLERS if n not in ("lcm", "tcd")])
+CHANGING = [name for name in SAMPLERS if name not in ("lcm", "tcd")]
+"""Samplers that diffusers changes pictures with."""
+
+
+@pytest.mark.parametrize(("sampler", "strength"), crossed(CHANGING, [0.3, 0.8, 1.0]))
 def test_image_to_image(
     worst: Worst, folders: dict[str, Path], sampler: str, strength: float
 ) -> None:
@@ -219,9 +228,9 @@ def test_image_to_image(
         pipe.scheduler = held
 
 
-@pytest.mark.parametrize("strength", [0.6, 1.0])
-@pytest.mark.parametrize("sampler", [n for n in SAMPLERS if n not in ("lcm", "tcd")])
-@pytest.mark.parametrize("family", ["sd1", "inpainting"])
+@pytest.mark.parametrize(
+    ("family", "sampler", "strength"), crossed(["sd1", "inpainting"], CHANGING, [0.6, 1.0])
+)
 def test_inpainting(
     worst: Worst, folders: dict[str, Path], family: str, sampler: str, strength: float
 ) -> None:

@@ -9,6 +9,7 @@ import functools
 import inspect
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -495,7 +496,7 @@ def check_all(sampler: str, config: str, stride: int, *, exact: bool) -> None:
 
 @pytest.mark.parametrize(("sampler", "config"), PAIRS)
 def test_the_states_are_those_of_diffusers(sampler: str, config: str) -> None:
-    check_all(sampler, config, 3, exact=False)
+    check_all(sampler, config, 1 if os.environ.get("SAFELIGHT_SOAK") else 6, exact=False)
 
 
 @pytest.mark.parametrize(("sampler", "config"), [p for p in PAIRS if p[0] not in IN_FLOAT32])

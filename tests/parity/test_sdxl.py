@@ -12,6 +12,7 @@ from safelight.errors import SafelightError
 from safelight.families import sdxl
 from safelight.request import Request
 from safelight.weights import load_model
+from tests.crossed import crossed
 from tests.parity.sdxl_models import (
     REFINER,
     UNET,
@@ -68,24 +69,23 @@ def check(
         pipe.scheduler = held
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("name", ["base", "v"])
+@pytest.mark.parametrize(("name", "sampler"), crossed(["base", "v"], list(SAMPLERS)))
 def test_text_to_image(worst: Worst, models: dict[str, Path], name: str, sampler: str) -> None:
     given = {**ASKED, "num_inference_steps": 6, **SIZE}
     check(worst, models[name], XL, sampler, given, **ASKED, steps=6)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("name", ["base", "v"])
+@pytest.mark.parametrize(("name", "sampler"), crossed(["base", "v"], list(SAMPLERS)))
 def test_image_to_image(worst: Worst, models: dict[str, Path], name: str, sampler: str) -> None:
     asked = {**ASKED, "image": picture(), "strength": 0.6}
     given = {**asked, "num_inference_steps": 8}
     check(worst, models[name], IMAGE, sampler, given, **asked, steps=8)
 
 
-@pytest.mark.parametrize("strength", [0.6, 1.0])
-@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
-@pytest.mark.parametrize("name", ["base", "inpainting"])
+@pytest.mark.parametrize(
+    ("name", "sampler", "strength"),
+    crossed(["base", "inpainting"], ["euler", "dpmpp_2m"], [0.6, 1.0]),
+)
 def test_inpainting(
     worst: Worst, models: dict[str, Path], name: str, sampler: str, strength: float
 ) -> None:
@@ -160,8 +160,7 @@ def test_without_guidance(worst: Worst, models: dict[str, Path]) -> None:
     check(worst, models["v"], XL, "euler_a", given, **asked, steps=2)
 
 
-@pytest.mark.parametrize("share", [0.5, 0.8])
-@pytest.mark.parametrize("sampler", ["euler", "ddim", "dpmpp_2m"])
+@pytest.mark.parametrize(("sampler", "share"), crossed(["euler", "ddim", "dpmpp_2m"], [0.5, 0.8]))
 def test_the_refiner_takes_the_last_steps(
     worst: Worst, models: dict[str, Path], sampler: str, share: float
 ) -> None:

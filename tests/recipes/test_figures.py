@@ -83,11 +83,20 @@ def test_the_judge_learns_to_tell(
     found = score(asked, verdict, NAMES)
     assert found["thing, one"]["of"] == 40
     assert found["thing, one"]["right"] > 0.9
-    # It is kept, and refused for other data.
+    # It is kept, whatever the last bits of the drawings are, and refused where it knows others.
+    monkeypatch.setattr(stage.scenes, "sha256", "another")
     again = judge_of(stage, path, tmp_path, plan).look(pictures, wanted)
     assert torch.equal(again.concepts, verdict.concepts)
-    monkeypatch.setattr(stage.scenes, "sha256", "another")
-    with pytest.raises(SafelightError, match="trained on other data"):
+    # One that lies beside the recipe serves every folder.
+    monkeypatch.setattr("recipes.embedded.judge.KEPT", tmp_path / "judge.safetensors")
+    monkeypatch.setattr("recipes.embedded.judge.PLAN", plan)
+    elsewhere = judge_of(stage, path, tmp_path / "elsewhere", plan).look(pictures, wanted)
+    assert torch.equal(elsewhere.concepts, verdict.concepts)
+    assert not (tmp_path / "elsewhere").exists()
+    names = dict(stage.scenes.names)
+    names["a thing"] = names.pop(next(iter(names)))
+    monkeypatch.setattr(stage.scenes, "names", names)
+    with pytest.raises(SafelightError, match="trained on other things"):
         judge_of(stage, path, tmp_path, plan)
 
 

@@ -758,6 +758,7 @@ def test_on_a_phone(server: Serving, page: Page) -> None:
 
 
 def test_by_keyboard_alone(server: Serving, page: Page) -> None:
+    page.get_by_label("number input for Steps").fill("3")
     page.get_by_label("Prompt", exact=True).focus()
     page.keyboard.type("a key")
     page.keyboard.press("Tab")
@@ -784,7 +785,7 @@ def test_no_script_in_a_prompt_runs(server: Serving, context: BrowserContext) ->
     """In the live view, the gallery, the recipe, and a problem's sentence."""
     scripts = SCRIPTS[:: size(3, 1)]
     shown = min(len(scripts), 56)
-    how = {"steps": 1, "sampler": "euler", "guidance_scale": 1}
+    how = {"steps": 1, "sampler": "euler", "guidance_scale": 1, "width": 64, "height": 64}
     jobs = [server.submit(prompt=script, **how) for script in scripts[5:]]
     for job in reversed(jobs):
         assert server.finished(job)["status"] == "succeeded"

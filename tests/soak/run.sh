@@ -32,9 +32,16 @@ promises() {
     SAFELIGHT_SOAK=$FIGURES "$BIN/pytest" -n0 $files tests/prompt/test_reading.py tests/test_bounds.py
 }
 
+# What the suite takes a part of: every combination of samplers, schedules, families and sizes.
+tables() {
+    SAFELIGHT_SOAK=$FIGURES "$BIN/pytest" -m soak tests/parity tests/test_fast.py &&
+        SAFELIGHT_SOAK=$FIGURES "$BIN/pytest" tests/parity/test_sampler_tables.py
+}
+
 part fuzzers fuzz &
 fuzzers=$!
 part promises promises || status=1
+part tables tables || status=1
 part sanitizers "$BIN/python" tests/soak/sanitize.py || status=1
 ! command -v qemu-aarch64 > /dev/null || part ARM "$BIN/python" tests/soak/arm.py || status=1
 part company "$BIN/python" tests/soak/company.py || status=1

@@ -8,10 +8,10 @@
 - make an enlargement and the convolution after it four small convolutions of the small map.
 
 Their products are oneDNN's (`onednn`), or, where the CPU has AMX and the kernels were built, our
-own (`tiles`, and `split` for float32). Attention, norms and gates in bfloat16 are our own where it
-has AVX512-BF16 (`vectors`). In float32 large convolutions are made of fewer of them
-(`winograd`). Where oneDNN does not multiply bfloat16, weights are kept in bfloat16 and multiplied
-in float32. docs/performance.md tells what each of these brings.
+own (`tiles`, and `split` for float32). Attention, norms and gates are our own (`vectors`): in
+bfloat16 where it has AVX512-BF16, in float32 where it has AVX2. In float32 large convolutions are
+made of fewer products (`winograd`). Where oneDNN does not multiply bfloat16, weights are kept in
+bfloat16 and multiplied in float32. docs/performance.md tells what each of these brings.
 """
 
 from __future__ import annotations

@@ -1,41 +1,14 @@
-// Attention in float32 by vectors, for processors without AMX.
+// Attention, norms and gates in float32 by vectors; attention is for processors without AMX.
 
+#include "lanes.h"
 #include "attention.h"
+#include "norms.h"
 
 namespace {
 
-// A register's numbers, and rows of sums that fit into the registers beside each other.
-#ifdef __AVX512F__
-const int LANES = 16, ROWS = 8;
-#elif defined(__AVX2__)
-const int LANES = 8, ROWS = 6;
-#else
-const int LANES = 4, ROWS = 6;
-#endif
+// Rows of sums that fit into the registers beside each other.
+const int ROWS = LANES == 16 ? 8 : 6;
 const int WIDE = 2 * LANES;  // columns of a panel
-
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef int32_t ints __attribute__((vector_size(4 * LANES)));
-
-inline vec splat(float x) { return x - vec{}; }
-inline vec read(const float* p) {
-    vec x;
-    memcpy(&x, p, sizeof x);
-    return x;
-}
-inline void put(float* p, vec x) { memcpy(p, &x, sizeof x); }
-
-// 2^x, of -126 to 127.
-inline vec exp2(vec x) {
-    x = x < -126.f ? splat(-126.f) : x;  // NaN, if x is
-    x = x > 127.f ? splat(127.f) : x;
-    const vec shift = splat(12582912.f);  // 1.5 * 2^23: what is added to it becomes whole
-    vec n = (x + shift) - shift;
-    ints power = (__builtin_convertvector(x == x ? n : splat(0), ints) + 127) << 23;
-    vec scale;
-    memcpy(&scale, &power, sizeof scale);
-    return power_of_fraction(x - n) * scale;
-}
 
 // sums [rows][stride] = (or, with `add`, +=) a [ROWS][depth] · b [depth][WIDE].
 template <int regs>
@@ -46,7 +19,7 @@ inline void multiply(const float* a, int64_t a_row, const float* b, int64_t b_ro
         for (int x = 0; x < regs; x++) found[r][x] = splat(0);
     for (int64_t k = 0; k < depth; k++, b += b_row) {
         vec columns[regs];
-        for (int x = 0; x < regs; x++) columns[x] = read(b + x * LANES);
+        for (int x = 0; x < regs; x++) columns[x] = floats(b + x * LANES);
         for (int r = 0; r < ROWS; r++) {
             vec one = splat(a[r * a_row + k]);
             for (int x = 0; x < regs; x++) found[r][x] += one * columns[x];
@@ -56,7 +29,7 @@ inline void multiply(const float* a, int64_t a_row, const float* b, int64_t b_ro
     for (int r = 0; r < ROWS; r++)
         for (int x = 0; x < regs; x++) {
             float* to = sums + r * row + x * LANES;
-            put(to, add ? read(to) + found[r][x] : found[r][x]);
+            store(to, add ? floats(to) + found[r][x] : found[r][x]);
         }
 }
 
@@ -113,7 +86,7 @@ struct Floats {
         for (int64_t r = 0; r < TALL; r++) {
             vec top = splat(most[r]);
             for (int64_t n = 0; n < p.count; n += LANES) {
-                vec s = read(scores + r * KEYS + n);
+                vec s = floats(scores + r * KEYS + n);
                 top = s > top ? s : top;
             }
             for (int i = 0; i < LANES; i++) most[r] = top[i] > most[r] ? top[i] : most[r];
@@ -125,8 +98,8 @@ struct Floats {
             vec all = splat(0), shift = splat(most[r]);
             for (int64_t n = 0; n < p.count; n += LANES) {
                 float* s = scores + r * KEYS + n;
-                vec weight = exp2(read(s) - shift);
-                put(s, weight);
+                vec weight = exp2(floats(s) - shift);
+                store(s, weight);
                 all += weight;
             }
             for (int i = 0; i < LANES; i++) total[r] += all[i];
@@ -154,3 +127,7 @@ struct Floats {
 }  // namespace
 
 KERNEL safelight_attend_floats(const Attention<float>* a) { return attend<Floats>(*a); }
+KERNEL safelight_moments_floats(const Moments<float>* p) { return moments(*p); }
+KERNEL safelight_normalise_floats(const Normalise<float>* p) { return normalise(*p); }
+KERNEL safelight_layer_norm_floats(const LayerNorm<float>* p) { return layer_norm(*p); }
+KERNEL safelight_gate_floats(const Gate<float>* p) { return gate(*p); }

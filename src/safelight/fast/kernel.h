@@ -14,6 +14,8 @@
 
 namespace {
 
+const int LANES = 16;  // a vector's numbers
+
 // Fetches a line into the second-level cache.
 inline void fetch(const char* line) { __builtin_prefetch(line, 0, 2); }
 
@@ -22,36 +24,6 @@ inline vec exp2(vec x) {
     x = larger(splat(-126.f), x);  // NaN, if x is
     vec n = whole(x);
     return scale(power_of_fraction(x - n), n);
-}
-
-// x·Phi(x): erfc by Abramowitz and Stegun 7.1.26, to 2e-7; unless `fine`, to the 6e-5 of a quick
-// reciprocal, of which bfloat16 sees nothing.
-template <bool fine> inline vec gelu(vec x) {
-    const vec one = splat(1.f);
-    vec z = magnitude(x) * splat(0.70710678f);
-    vec t = fma(z, splat(0.3275911f), one);
-    t = fine ? one / t : inverse(t);
-    vec y = polynomial(
-        t, {1.061405429f, -1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f});
-    vec fall = exp2(z * z * splat(-LOG2E));
-    vec tail = (y * t) * (fall * splat(0.5f));
-    return x * complement(x, tail);
-}
-
-// value · gelu(gate), of `count` numbers, a multiple of 16 of them.
-template <class T> struct Gate {
-    const T *value, *gate;
-    T* out;
-    int64_t count;
-};
-inline vec load(const float* p) { return floats(p); }
-template <bool fine, class T> const char* gate(const Gate<T>& p) {
-    REQUIRE(sizes({p.count}) && p.count % 16 == 0);
-    REQUIRE(!p.count || pointers(p.value, p.gate, p.out));
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < p.count; i += 16)
-        store(p.out + i, load(p.value + i) * gelu<fine>(load(p.gate + i)));
-    return nullptr;
 }
 
 // 32 numbers of each of 16 rows, `stride` apart, into one tile of weights: pairs of k side by side.

@@ -2,11 +2,11 @@
 
 They are loaded by ctypes, one library for each set of instructions.
 
-- `_amx`: products by tiles, attention, norms, gates and 8-bit products in bfloat16, and float32 as
-  products of bfloat16, for CPUs with AMX and AVX512-BF16 (Linux).
-- `_avx512`: attention, norms, gates and 8-bit products in bfloat16, and attention in float32, for
-  CPUs with AVX512-BF16.
-- `_avx2`: Winograd convolutions and attention in float32.
+- `_amx`: products by tiles, attention, norms, gates and 8-bit products in bfloat16, and attention
+  and products in float32 as products of bfloat16, for CPUs with AMX and AVX512-BF16 (Linux).
+- `_avx512`: attention, norms and gates in bfloat16 and float32, and 8-bit products, for CPUs with
+  AVX512-BF16.
+- `_avx2`: Winograd convolutions, attention, norms and gates in float32.
 - `_portable`: the sources of all in plain C++, for any processor. It is slower than oneDNN
   wherever it was measured. It exists so that every machine can test the kernels' logic.
 
@@ -33,7 +33,7 @@ SETTINGS = ("auto", "avx512", "avx2", "portable", "off")
 LIBRARIES = ("amx", "avx512", "avx2", "portable")
 SUFFIX = ".dll" if sys.platform == "win32" else ".so"
 
-INTERFACE = 4
+INTERFACE = 5
 """What a library's safelight_interface() returns: call.h has the same number."""
 
 _STEPS = " ".join(
@@ -49,14 +49,15 @@ def _struct(pointers: str, sizes: str, floats: str = "") -> type[Structure]:
 
 
 _ATTENTION = _struct("q k v out", f"{_STEPS} batch heads queries keys size", "scale")
-_GATE = _struct("value gate out", "count")
-_VECTORS = {
+_EITHER = {
     "attend": _ATTENTION,
-    "gate": _GATE,
-    "int8_linear": _struct("x weights factors offsets bias plus out", "rows inner columns"),
+    "gate": _struct("value gate out", "count"),
     "layer_norm": _struct("x plus total factor shift out", "rows channels", "eps"),
     "moments": _struct("x scale shift factors", "images positions channels groups", "eps"),
     "normalise": _struct("x factors out", "images positions channels active"),
+}
+_VECTORS = _EITHER | {
+    "int8_linear": _struct("x weights factors offsets bias plus out", "rows inner columns")
 }
 _TILES = {
     "conv": _struct(
@@ -65,14 +66,13 @@ _TILES = {
     ),
     "lay": _struct("x factors out", "plane images height width channels first last"),
     "split_attend": _ATTENTION,
-    "split_gate": _GATE,
     "split_linear": _struct("x weights bias plus out", "rows inner columns"),
 }
 _WINOGRAD = {
     "gather": _struct("sums bias plus out", "bias_step height width channels side first last"),
     "spread": _struct("x planes", "plane height width channels scale side first last"),
 }
-_FLOATS = {"attend_floats": _ATTENTION}
+_FLOATS = {f"{name}_floats": struct for name, struct in _EITHER.items()}
 _ARGUMENTS = {
     "amx": _VECTORS | _TILES,
     "avx512": _VECTORS | _FLOATS,
@@ -151,7 +151,7 @@ def vectors() -> Library | None:
 
 
 def floats() -> Library | None:
-    """The library of attention in float32, or None."""
+    """The library of attention, norms and gates in float32, or None."""
     return _first(allowed(), "attend_floats")
 
 

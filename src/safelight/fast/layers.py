@@ -236,10 +236,8 @@ class FastGEGLU(layers.GEGLU):
                 for w, b in zip(_take(self.proj).chunk(2), self.proj.bias.chunk(2), strict=True)
             ]
         value, gate = (half(x) for half in self._halves)
-        if value.shape[-1] % 16 == 0:
-            for ours in (vectors, split):
-                if ours.available(x.dtype):
-                    return ours.gate(value, gate)
+        if vectors.fits_gate(value):
+            return vectors.gate(value, gate)
         return F.gelu(gate).mul_(value)
 
 
@@ -289,13 +287,11 @@ class FastHeads(layers.Attention):
         return _matrix(self.to_q, weight, bias)
 
     def product(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        for ours in (vectors, split):
-            if ours.available(q.dtype):
-                return ours.attend(q, k, v)
-        dtype = onednn.computes(q.dtype)
+        dtype = q.dtype if vectors.available(q.dtype) else onednn.computes(q.dtype)
         qkv = [t.to(dtype) for t in (q, k, v)]
-        if dtype == torch.float32 and kernels.floats() is not None:
-            return vectors.attend_floats(*qkv).to(q.dtype)
+        for ours in (split, vectors):
+            if ours.available(dtype):
+                return ours.attend(*qkv).to(q.dtype)
         return attend(*qkv).to(q.dtype).transpose(1, 2).flatten(2)
 
 

@@ -241,6 +241,4 @@ KERNEL safelight_split_linear(const Linear* p) {
     return nullptr;
 }
 
-KERNEL safelight_split_gate(const Gate<float>* p) { return gate<true>(*p); }
-
 KERNEL safelight_split_attend(const Attention<float>* a) { return attend<Split>(*a); }

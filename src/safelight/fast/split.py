@@ -42,14 +42,6 @@ class Matrix:
         return tiles.linear_by(library, "split_linear", torch.float32, self, x, plus)
 
 
-def gate(value: Tensor, by: Tensor) -> Tensor:
-    """As vectors.gate, in float32."""
-    value, by = value.contiguous(), by.contiguous()
-    out = torch.empty_like(value)
-    tiles.library().call("split_gate", value=value, gate=by, out=out, count=out.numel())
-    return out
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """As vectors.attend, in float32."""
     return vectors.attend_by(tiles.library(), "split_attend", torch.float32, q, k, v)

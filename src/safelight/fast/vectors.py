@@ -1,6 +1,7 @@
 """Attention, norms and gates: our own kernels.
 
-They are in attention.cpp and norms.cpp for bfloat16, and in floats.cpp for float32.
+They are in attention.cpp and norms.cpp for bfloat16, and in floats.cpp for float32. Tensors are of
+either dtype, and results of the same.
 """
 
 from __future__ import annotations
@@ -12,12 +13,19 @@ from safelight.fast import kernels
 from safelight.fast.kernels import Library
 
 
-def library() -> Library:
-    return kernels.required(kernels.vectors())
+def _library(dtype: torch.dtype) -> Library | None:
+    """Return the library for numbers of this dtype, or None."""
+    of = {torch.bfloat16: kernels.vectors, torch.float32: kernels.floats}.get(dtype)
+    return None if of is None else of()
 
 
 def available(dtype: torch.dtype) -> bool:
-    return dtype == torch.bfloat16 and kernels.vectors() is not None
+    return _library(dtype) is not None
+
+
+def _call(name: str, dtype: torch.dtype, **arguments: Tensor | int | float | None) -> None:
+    name = f"{name}_floats" if dtype == torch.float32 else name
+    kernels.required(_library(dtype)).call(name, **arguments)
 
 
 def fits_norm(norm: nn.GroupNorm, x: Tensor) -> bool:
@@ -42,8 +50,9 @@ def normalise(
     x = x.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(x) if out is None else out
     batch, channels, height, width = x.shape
-    library().call(
+    _call(
         "normalise",
+        x.dtype,
         x=x,
         factors=factors,
         out=out,
@@ -60,8 +69,9 @@ def moments(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tens
     batch, channels, height, width = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
     factors = torch.empty(batch, 2, channels)
-    library().call(
+    _call(
         "moments",
+        x.dtype,
         x=x,
         scale=scale,
         shift=shift,
@@ -87,8 +97,9 @@ def layer_norm(
     out, total = torch.empty_like(x), x
     if plus is not None:
         plus, total = plus.contiguous(), torch.empty_like(x)
-    library().call(
+    _call(
         "layer_norm",
+        x.dtype,
         x=x,
         plus=plus,
         total=total,
@@ -102,26 +113,26 @@ def layer_norm(
     return total, out
 
 
+def fits_gate(value: Tensor) -> bool:
+    return available(value.dtype) and value.shape[-1] % 16 == 0
+
+
 def gate(value: Tensor, by: Tensor) -> Tensor:
     """value · GELU(by), both [..., width] with a width of a multiple of 16."""
     value, by = value.contiguous(), by.contiguous()
     out = torch.empty_like(value)
-    library().call("gate", value=value, gate=by, out=out, count=out.numel())
+    _call("gate", value.dtype, value=value, gate=by, out=out, count=out.numel())
     return out
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return softmax(q·kᵀ/√d)·v in bfloat16, [batch, length, heads·d].
+    """Return softmax(q·kᵀ/√d)·v, [batch, length, heads·d].
 
     q, k, v: [batch, heads, length, d], d side by side.
     """
-    return attend_by(library(), "attend", torch.bfloat16, q, k, v)
-
-
-def attend_floats(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return what `attend` does, for float32."""
-    library = kernels.required(kernels.floats())
-    return attend_by(library, "attend_floats", torch.float32, q, k, v)
+    library = kernels.required(_library(q.dtype))
+    name = "attend_floats" if q.dtype == torch.float32 else "attend"
+    return attend_by(library, name, q.dtype, q, k, v)
 
 
 def attend_by(
