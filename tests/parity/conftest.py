@@ -11,20 +11,13 @@ import torch
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
-WORST = {"latents": 0.0, "pixels": 0.0}
 
-
-def pytest_terminal_summary(terminalreporter) -> None:
-    terminalreporter.write_line(
-        f"against diffusers: latents within {WORST['latents']:.1e}, "
-        f"pixels within {WORST['pixels']:.2g} of 255"
-    )
-
-
-@pytest.fixture(scope="session")
-def worst() -> dict[str, float]:
-    """The largest differences of whole pictures so far; the summary prints them."""
-    return WORST
+@pytest.fixture
+def worst(request: pytest.FixtureRequest) -> dict[str, float]:
+    """The largest differences of a test's whole pictures; the summary prints those of all."""
+    found = {"latents": 0.0, "pixels": 0.0}
+    request.node.user_properties.append(("against diffusers", found))
+    return found
 
 
 SD1_SCHEDULER = {
