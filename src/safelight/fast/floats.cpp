@@ -57,16 +57,22 @@ struct Floats {
         return panels(a.keys) * (a.size + registers(a.size)) * 4;
     }
 
-    // Keys in panels [size][WIDE]; values in rows. Those beyond the last are zeros.
+    // Keys in panels [size][WIDE], values in panels [keys][WIDE], of which the last may have LANES
+    // columns. What is beyond the last key and the last column is zero.
     void pack(const float* k, const float* v, int64_t begin, int64_t end) const {
-        memset(values + begin * across, 0, (end - begin) * across * 4);
         for (int64_t n = begin; n < end; n++) {
             float* panel = keys + n / WIDE * WIDE * a.size + n % WIDE;
             for (int64_t c = 0; c < a.size; c++)
                 panel[c * WIDE] = n < a.keys ? k[n * a.k_steps.row + c] : 0;
-            if (n < a.keys) memcpy(values + n * across, v + n * a.v_steps.row, a.size * 4);
+            for (int64_t c = 0; c < across; c += WIDE) {
+                float* to = values + c * padded + n * columns(c);
+                const int64_t count = a.size - c < WIDE ? a.size - c : WIDE;
+                memset(to, 0, columns(c) * 4);
+                if (n < a.keys) memcpy(to, v + n * a.v_steps.row + c, count * 4);
+            }
         }
     }
+    int64_t columns(int64_t c) const { return c + WIDE <= across ? WIDE : LANES; }
 
     void clear_queries() const { memset(query, 0, TALL * a.size * 4); }
     void lay(int64_t i, const float* from) const {  // in powers of 2
@@ -107,15 +113,16 @@ struct Floats {
     }
 
     void weigh(const Pass& p) const {
-        for (int64_t r = 0; r < TALL; r += ROWS)
-            for (int64_t c = 0; c < across; c += WIDE) {
-                const float *weights = scores + r * KEYS, *v = values + p.begin * across + c;
+        for (int64_t c = 0; c < across; c += WIDE) {
+            const int64_t wide = columns(c);
+            const float* v = values + c * padded + p.begin * wide;
+            for (int64_t r = 0; r < TALL; r += ROWS) {
+                const float* weights = scores + r * KEYS;
                 float* to = sums + r * across + c;
-                if (c + WIDE <= across)
-                    multiply<2>(weights, KEYS, v, across, p.count, to, across, p.begin);
-                else
-                    multiply<1>(weights, KEYS, v, across, p.count, to, across, p.begin);
+                if (wide == WIDE) multiply<2>(weights, KEYS, v, wide, p.count, to, across, p.begin);
+                else multiply<1>(weights, KEYS, v, wide, p.count, to, across, p.begin);
             }
+        }
     }
 
     void sum_up(float*) const {}

@@ -13,7 +13,7 @@ const int LANES = 8;
 const int LANES = 4;
 #endif
 typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
 
 inline vec splat(float x) { return x - vec{}; }
 inline vec floats(const float* p) {
@@ -28,12 +28,14 @@ inline void store(float* p, vec x) { memcpy(p, &x, sizeof x); }
 inline vec exp2(vec x) {
     x = x < -126.f ? splat(-126.f) : x;  // NaN, if x is
     x = x > 127.f ? splat(127.f) : x;
-    const vec shift = splat(12582912.f);  // 1.5 * 2^23: what is added to it becomes whole
-    vec n = (x + shift) - shift;
-    ints power = (__builtin_convertvector(x == x ? n : splat(0), ints) + 127) << 23;
+    const vec whole = splat(12582912.f);  // 1.5 * 2^23: the nearest whole number is in a sum's last bits
+    const vec shifted = x + whole;
+    bits power;
+    memcpy(&power, &shifted, sizeof power);
+    power = (power << 23) + (127u << 23);
     vec scale;
     memcpy(&scale, &power, sizeof scale);
-    return power_of_fraction(x - n) * scale;
+    return power_of_fraction(x - (shifted - whole)) * scale;
 }
 
 inline vec fma(vec a, vec b, vec c) { return a * b + c; }
