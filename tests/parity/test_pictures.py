@@ -163,13 +163,12 @@ NEAR = 40.0
 """Decibels: how near pictures in bfloat16 are to diffusers' in float32, at least."""
 
 
-def some(*samplers: str) -> list[Any]:
-    """Return samplers of which the first two are in the suite, and the others in the long run."""
-    return [*samplers[:2], *(pytest.param(one, marks=pytest.mark.soak) for one in samplers[2:])]
+LATER = [pytest.param(one, marks=pytest.mark.soak) for one in ("ddim", "euler", "heun", "unipc")]
+"""Samplers whose pictures in bfloat16 the long run draws. lms is left out: its four coefficients
+enlarge any rounding, diffusers' own too."""
 
 
-# lms is left out: its four coefficients enlarge any rounding, diffusers' own too.
-@pytest.mark.parametrize("sampler", some("euler_a", "dpmpp_2m", "ddim", "euler", "heun", "unipc"))
+@pytest.mark.parametrize("sampler", ["euler_a", "dpmpp_2m", *LATER])
 def test_bfloat16(sampler: str) -> None:
     """In the median of three: now and then rounding decides between two pictures."""
     folder = BUILT_IN / "embedded"
