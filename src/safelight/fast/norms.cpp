@@ -1,4 +1,4 @@
-// Norms, gates and the layout of maps in bfloat16. Sums are float32.
+// Norms, gates and the layout of maps in bfloat16.
 
 #include "kernel.h"
 #include "norms.h"
