@@ -37,6 +37,7 @@ from safelight.nets.unet import UNet2DConditionModel, UNetConfig
 from safelight.nets.unet2d import UNet2DConfig, UNet2DModel
 from safelight.nets.vae import AutoencoderKL, VAEConfig
 from tests.crossed import crossed
+from tests.needs import needs
 
 SD1 = UNetConfig(
     sample_size=16,
@@ -65,9 +66,6 @@ PIXELS = UNet2DConfig(
 )
 
 
-NOT_BUILT = "no C++ compiler was there to build the kernels"
-
-
 @pytest.fixture(params=["portable", "amx"])
 def by_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels of tiles in each variant, of which every machine has the portable one."""
@@ -84,10 +82,7 @@ def by_vectors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 def _use(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the kernels be those of a library, or skip the test."""
-    if kernels.lacks(variant):
-        pytest.skip(f"this processor has no {kernels.lacks(variant)}")
-    if not kernels.built(variant):
-        pytest.skip(NOT_BUILT)
+    needs(variant)
     monkeypatch.setenv("SAFELIGHT_KERNELS", {"amx": "auto"}.get(variant, variant))
 
 

@@ -21,6 +21,7 @@ from safelight.fast import accelerate, int8, kernels, layers, onednn
 from safelight.fast.int8 import Matrix
 from safelight.nets.unet import UNet2DConditionModel, UNetConfig
 from safelight.request import Request
+from tests.needs import needs
 
 TINY = UNetConfig(
     sample_size=16,
@@ -41,27 +42,18 @@ def inference() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-NOT_BUILT = "no C++ compiler was there to build the kernels"
-
-
 @pytest.fixture(params=["portable", "avx512", "amx"])
 def by_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel in each variant."""
     name = str(request.param)
-    if kernels.lacks(name):
-        pytest.skip(f"this processor has no {kernels.lacks(name)}")
-    if not kernels.built(name):
-        pytest.skip(NOT_BUILT)
+    needs(name)
     monkeypatch.setattr(kernels, "allowed", lambda: (name,))
 
 
 @pytest.fixture
 def takes_int8() -> None:
     """Pictures need oneDNN's bfloat16 and a kernel that counts as fast; both come with AVX512."""
-    if kernels.lacks("avx512"):
-        pytest.skip(f"this processor has no {kernels.lacks('avx512')}")
-    if not kernels.built("avx512"):
-        pytest.skip(NOT_BUILT)
+    needs("avx512")
     assert int8.available(torch.device("cpu"), torch.bfloat16)
 
 

@@ -13,13 +13,7 @@ from torch import Tensor, nn
 
 from safelight.fast import kernels, memory, split, tiles, vectors, winograd
 from safelight.fast.kernels import Library
-
-NOT_BUILT = "no C++ compiler was there to build the kernels"
-LACKING = {
-    "amx": "this processor has no AMX",
-    "avx512": "this processor has no AVX512-BF16",
-    "avx2": "this processor has no AVX2",
-}
+from tests.needs import needs
 
 
 @pytest.fixture(autouse=True)
@@ -35,10 +29,7 @@ def inference() -> Iterator[None]:
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Library:
     """Each library, and it is the one that is used."""
     name = str(request.param)
-    if kernels.lacks(name):
-        pytest.skip(LACKING[name])
-    if not kernels.built(name):
-        pytest.skip(NOT_BUILT)
+    needs(name)
     monkeypatch.setattr(kernels, "allowed", lambda: (name,))
     monkeypatch.setattr(memory, "total", lambda: 16 << 30)
     found = kernels._first((name,), next(iter(kernels._ARGUMENTS[name])))

@@ -25,7 +25,7 @@ inline void multiply(const float* a, int64_t a_row, const float* b, int64_t b_ro
             for (int x = 0; x < regs; x++) found[r][x] += one * columns[x];
         }
     }
-    // Added at the end: a sum of sums rounds less than one int64_t sum.
+    // Added at the end: a sum of sums rounds less than one long sum.
     for (int r = 0; r < ROWS; r++)
         for (int x = 0; x < regs; x++) {
             float* to = sums + r * row + x * LANES;

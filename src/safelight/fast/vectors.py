@@ -24,8 +24,12 @@ def available(dtype: torch.dtype) -> bool:
 
 
 def _call(name: str, dtype: torch.dtype, **arguments: Tensor | int | float | None) -> None:
-    name = f"{name}_floats" if dtype == torch.float32 else name
-    kernels.required(_library(dtype)).call(name, **arguments)
+    kernels.required(_library(dtype)).call(_kernel(name, dtype), **arguments)
+
+
+def _kernel(name: str, dtype: torch.dtype) -> str:
+    """Return the name of a kernel for numbers of this dtype."""
+    return f"{name}_floats" if dtype == torch.float32 else name
 
 
 def fits_norm(norm: nn.GroupNorm, x: Tensor) -> bool:
@@ -131,8 +135,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v: [batch, heads, length, d], d side by side.
     """
     library = kernels.required(_library(q.dtype))
-    name = "attend_floats" if q.dtype == torch.float32 else "attend"
-    return attend_by(library, name, q.dtype, q, k, v)
+    return attend_by(library, _kernel("attend", q.dtype), q.dtype, q, k, v)
 
 
 def attend_by(
