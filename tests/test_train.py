@@ -306,7 +306,7 @@ def test_unconditional_learns_and_its_folder_draws(tmp_path: Path) -> None:
     net = train_unconditional(
         config,
         SchedulerConfig.from_dict(networks.PIXELS_SCHEDULER),
-        lambda rng, n: green.repeat(n, axis=0),
+        lambda draw, n: green.repeat(n, axis=0),
         Plan(steps=300, batch=8, learning_rate=5e-3, warmup=20, ema=0.95),
         tmp_path / "run",
     )

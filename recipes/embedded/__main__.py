@@ -36,6 +36,7 @@ Count = Annotated[
 Native = Annotated[bool, Option("--native", help="Compile the networks first.")]
 
 
+BATCHES = ("--batch", "--decoder-batch", "--pixels-batch")
 STAGES = ("alone", "embedded", "decoder", "previews", "unconditional", "prompts")
 
 
@@ -65,6 +66,12 @@ def train(
         int | None,
         Option(help="Pictures a step of the decoder. [default: 32]", show_default=False),
     ] = None,
+    pixels_batch: Annotated[
+        int | None,
+        Option(
+            help="Pictures a step of the unconditional model. [default: 32]", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Run stages of the training; each goes on where it was stopped."""
     from recipes.embedded.train import Recipe
@@ -73,7 +80,7 @@ def train(
         raise SafelightError(f"--minutes {minutes:g}: expected 0.05 to 100000")
     if unknown := [stage for stage in stages if stage not in STAGES]:
         raise SafelightError(f"no stage {unknown[0]!r}: the stages are {', '.join(STAGES)}")
-    sizes = _sizes(dry_run, scenes, batch, decoder_batch)
+    sizes = _sizes(dry_run, scenes, batch, decoder_batch, pixels_batch)
     recipe = Recipe(data, out, minutes, sizes, native, begin)
     run = {
         "decoder": recipe.decoder,
@@ -154,23 +161,26 @@ def fast(
 
 
 def _sizes(
-    dry_run: bool, scenes: int | None, batch: int | None = None, decoder_batch: int | None = None
+    dry_run: bool,
+    scenes: int | None,
+    batch: int | None = None,
+    decoder_batch: int | None = None,
+    pixels_batch: int | None = None,
 ) -> Sizes:
     """Return the sizes that the options ask for."""
     from recipes.embedded.sizes import DRY, FULL
 
     if scenes is not None and not 512 <= scenes <= 1_000_000:
         raise SafelightError(f"--scenes {scenes}: expected 512 to 1000000")
-    for name, count in (("batch", batch), ("decoder-batch", decoder_batch)):
-        if count is not None and not 1 <= count <= 8192:
-            raise SafelightError(f"--{name} {count}: expected 1 to 8192")
     sizes = DRY if dry_run else FULL
     if scenes is not None:
         sizes = sizes.with_scenes(scenes)
-    if batch is not None:
-        sizes = replace(sizes, unet_plan=sizes.unet_plan.with_batch(batch))
-    if decoder_batch is not None:
-        sizes = replace(sizes, decoder_plan=sizes.decoder_plan.with_batch(decoder_batch))
+    asked = {"unet_plan": batch, "decoder_plan": decoder_batch, "pixels_plan": pixels_batch}
+    for name, (plan, count) in zip(BATCHES, asked.items(), strict=True):
+        if count is not None and not 1 <= count <= 8192:
+            raise SafelightError(f"{name} {count}: expected 1 to 8192")
+        if count is not None:
+            sizes = replace(sizes, **{plan: getattr(sizes, plan).with_batch(count)})
     return sizes
 
 

@@ -18,7 +18,7 @@ from recipes.embedded.disturb import disturb
 from safelight.errors import SafelightError
 from safelight.words import split_words
 
-KINDS = {"one": 40, "coloured": 17, "sized": 9, "pair": 21, "several": 13}
+KINDS = {"one": 34, "coloured": 15, "sized": 8, "pair": 28, "several": 15}
 """Kinds of scenes and their weights: one thing; in another colour; big, small or at a place; two
 things; one thing two to four times."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from os import cpu_count
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from recipes.embedded.scenes import Scene, Scenes, Thing
 
@@ -21,42 +22,60 @@ FEWEST = 4
 """Workers that are worth starting: each reads all cut-outs first."""
 
 Part = tuple[list[Scene], list[list[Thing]], np.random.Generator]
+"""Scenes, the things of each, and the generator, to go on from there."""
+
+Then = Callable[[Scenes, Part], Any]
+
+
+def whole(scenes: Scenes, part: Part) -> Part:
+    """Return the part as it is."""
+    return part
 
 
 def parts(
-    scenes: Scenes, path: Path, count: int, seed: int, workers: int | None = None, **given: Any
-) -> Iterator[Part]:
-    """Yield `count` scenes, PART at a time: the scenes, their things, and the generator, to go on
-    from there.
+    scenes: Scenes,
+    path: Path,
+    count: int,
+    seed: int,
+    workers: int | None = None,
+    then: Then = whole,
+    **given: Any,
+) -> Iterator[Any]:
+    """Yield `count` scenes, PART at a time, or what `then` makes of each part.
 
     path: of cutouts.npz, for the workers. workers: processes; by default as many as there are
-    processors, or none where they are few. They change nothing of what is invented. given: as
-    for `Scenes.invent`.
+    processors, or none where they are few. They change nothing of what is invented. then: is
+    pickled for the workers and called there; it returns what can be pickled. given: as for
+    `Scenes.invent`.
     """
     lengths = [min(PART, count - begin) for begin in range(0, count, PART)]
     if workers is None:
         workers = min(len(lengths), cpu_count() or 1)
         workers = workers if workers >= FEWEST else 0
     if not workers:
-        yield from (_part(scenes, seed, *part, given) for part in enumerate(lengths))
+        for number, length in enumerate(lengths):
+            yield then(scenes, _part(scenes, seed, number, length, given))
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), _begin, (path, scenes.alone)) as pool:
-        jobs = [pool.submit(_part_of_worker, seed, *part, given) for part in enumerate(lengths)]
+    told = path, scenes.alone, then
+    with ProcessPoolExecutor(workers, get_context("spawn"), _begin, told) as pool:
+        jobs = [pool.submit(_of_worker, seed, *part, given) for part in enumerate(lengths)]
         for job in jobs:
             yield job.result()
 
 
 _scenes: Scenes | None = None
+_then: Then = whole
 
 
-def _begin(path: Path, alone: bool) -> None:
-    global _scenes
-    _scenes = Scenes(path, alone=alone)
+def _begin(path: Path, alone: bool, then: Then) -> None:
+    global _scenes, _then
+    torch.set_num_threads(1)  # the others have the other processors
+    _scenes, _then = Scenes(path, alone=alone), then
 
 
-def _part_of_worker(seed: int, number: int, length: int, given: dict[str, Any]) -> Part:
+def _of_worker(seed: int, number: int, length: int, given: dict[str, Any]) -> Any:
     assert _scenes is not None
-    return _part(_scenes, seed, number, length, given)
+    return _then(_scenes, _part(_scenes, seed, number, length, given))
 
 
 def _part(scenes: Scenes, seed: int, number: int, length: int, given: dict[str, Any]) -> Part:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from recipes.embedded.cutouts import LOCK, notice
+from recipes.embedded.encode import Encoder, encoded
 from recipes.embedded.linear import Filters
 from recipes.embedded.looks import Looks
 from recipes.embedded.pool import Pool
@@ -26,7 +27,7 @@ from recipes.embedded.scenes import Scenes
 from recipes.embedded.sharpen import AHEAD, LISTEN, sharpen
 from recipes.embedded.sizes import SHARES, TINY, Sizes
 from recipes.embedded.stage import Stage
-from recipes.embedded.supply import PART, parts
+from recipes.embedded.supply import PART
 from recipes.embedded.unconditional import DRAW_PIXELS_WITH, PIXELS_SCHEDULER, nameable
 from recipes.embedded.words import teach
 from safelight.errors import SafelightError
@@ -46,7 +47,7 @@ from safelight.train.denoiser import (
 from safelight.train.devices import accelerator
 from safelight.train.export import export_previews, export_text_to_image, export_unconditional
 from safelight.train.finetune import bring_along
-from safelight.train.loop import progress
+from safelight.train.loop import Draw, progress
 from safelight.train.plan import Plan
 from safelight.train.tokens import train_vocabulary
 from safelight.weights import load_model
@@ -301,8 +302,8 @@ class Recipe:
         config = self.sizes.pixels
         small = nameable(self._stage(2 * (config.sample_size or 64), alone=True))
 
-        def some(rng: np.random.Generator, n: int) -> Tensor:
-            return small[torch.from_numpy(rng.integers(len(small), size=n)).to(small.device)]
+        def some(draw: Draw, n: int) -> Tensor:
+            return small[draw.pick(len(small), n)]
 
         def export(net: nn.Module, step: int) -> None:
             assert isinstance(net, UNet2DModel)
@@ -317,6 +318,7 @@ class Recipe:
             self.out / "unconditional",
             every=self.sizes.every,
             native=self.native,
+            on_device=True,
             on_checkpoint=export,
         )
         export(net, 0)
@@ -362,15 +364,10 @@ class Recipe:
         name = "alone" if alone else "scenes"
         path = self.out / f"latents-{name}-{told.hexdigest()[:16]}.safetensors"
         if not path.exists():
-            drawn = self._stage(size, alone=alone)
-            latents: list[Tensor] = []
-            said: list[str] = []
-            for scenes, things, rng in parts(drawn.scenes, self.path, count, size):
-                pixels = to_pixels(drawn.draw(scenes, things, rng))
-                latents.append(principal.encode(pixels).half().cpu())
-                said += [scene.said for scene in scenes]
-            ids = torch.tensor([tokenizer.encode(text).ids for text in said], dtype=torch.int16)
-            _keep({"latents": torch.cat(latents), "ids": ids}, path)
+            scenes = Scenes(self.path, alone=True) if alone else self.scenes
+            kept = self.model / PRINCIPAL
+            encoder = Encoder(self.device, size, self.sizes.variants, kept, tokenizer)
+            _keep(encoded(scenes, self.path, count, encoder), path)
         return load_file(path, device=str(self.device))
 
     def _timed(self, what: str, do: Callable[[], Any]) -> Any:

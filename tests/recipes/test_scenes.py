@@ -1,6 +1,7 @@
 """Captioned scenes: what is invented, where it stands, and what is said of it."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,11 +13,14 @@ from things import HELD_OUT, SHOWN, disc
 from recipes.embedded import scenes as scenes_module
 from recipes.embedded.captions import EITHER_SIDE, PLACES, RELATIONS, SCENES, STYLES
 from recipes.embedded.colours import COLOURS, backgrounds, oklab, paint, srgb
+from recipes.embedded.encode import Encoder, encoded
 from recipes.embedded.pool import Pool
+from recipes.embedded.principal import NUMBERS, Principal
 from recipes.embedded.scenes import FLOATING, GROUND, KINDS, Scenes, held_back
 from recipes.embedded.stage import Stage
 from recipes.embedded.supply import PART, parts
 from safelight.errors import SafelightError
+from safelight.train.tokens import train_vocabulary
 from safelight.words import split_words
 
 RED, BLUE = OWN["a red apple"], OWN["scissors"]
@@ -348,6 +352,23 @@ class TestPool:
             assert one[2].bit_generator.state == other[2].bit_generator.state
         assert next(iter(parts(scenes, path, PART, 5)))[:2] == alone[0][:2]
         assert next(iter(parts(scenes, path, 1, 6)))[0] != alone[0][0][:1]
+
+    def test_workers_draw_and_encode_the_same(self, scenes, path, data, tmp_path):
+        Principal(torch.zeros(NUMBERS), torch.eye(NUMBERS)[:, :2], torch.ones(2)).save(
+            tmp_path / "principal.safetensors"
+        )
+        tokenizer = train_vocabulary(scenes.captions_corpus(), 400, tmp_path / "tokenizer", 16)
+        place = torch.device("cpu")
+        encoder = Encoder(place, 64, 2, tmp_path / "principal.safetensors", tokenizer)
+        made = encoded(scenes, path, 20, encoder)
+        assert made["latents"].shape == (20, 2, 8, 8)
+        assert made["ids"].shape == (20, 16)
+        assert made["latents"].std() > 0.1
+        fresh = replace(encoder)
+        ((latents, ids),) = parts(scenes, path, 20, 64, workers=2, then=fresh)
+        # Convolutions of one thread may round otherwise than those of several.
+        assert np.abs(latents.astype(float) - made["latents"].double().numpy()).max() < 0.01
+        assert np.array_equal(ids, made["ids"].numpy())
 
     def test_the_same_pictures(self, stage, path):
         pool, again = (Pool(stage, path, 30, 5) for _ in range(2))

@@ -181,25 +181,39 @@ def train_text_to_image(
 def train_unconditional(
     config: UNet2DConfig,
     schedule: SchedulerConfig,
-    pictures_of: Callable[[np.random.Generator, int], NDArray[np.uint8] | Tensor],
+    pictures_of: Callable[[Draw, int], NDArray[np.uint8] | Tensor],
     plan: Plan,
     folder: Path,
     *,
     every: int = 500,
     native: bool = False,
+    on_device: bool = False,
     on_checkpoint: Show | None = None,
 ) -> UNet2DModel:
-    """pictures_of(rng, n) draws uint8 pictures [n, side, side, 3]."""
+    """Train a model that draws from noise alone, and return it.
+
+    pictures_of(draw, n) draws uint8 pictures [n, side, side, 3]. on_device: from the device alone,
+    see `loop.fit`.
+    """
     torch.manual_seed(plan.seed)
     net = initialise(UNet2DModel(config))
     noising = Noising(schedule)
 
     def loss_of(run: Any, draw: Draw) -> Tensor:
-        clean = to_pixels(pictures_of(draw.data, plan.batch)).to(draw.device)
+        clean = to_pixels(pictures_of(draw, plan.batch)).to(draw.device)
         return noising.loss(clean, draw, run)
 
     net.load_state_dict(
-        fit(net, loss_of, plan, folder, every=every, native=native, on_checkpoint=on_checkpoint)
+        fit(
+            net,
+            loss_of,
+            plan,
+            folder,
+            every=every,
+            native=native,
+            on_device=on_device,
+            on_checkpoint=on_checkpoint,
+        )
     )
     net.cpu()
     return net.eval().requires_grad_(False)

@@ -8,7 +8,9 @@ the student learns from the teacher's own trajectories from noise to a picture.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from safelight.picture import reason
 from safelight.request import Request
 from safelight.sampling import SCHEDULES, Level, SchedulerConfig, Table, table
 from safelight.train.denoiser import wanted
-from safelight.train.devices import autocast
+from safelight.train.devices import accelerator, autocast
 from safelight.train.export import export_text_to_image
 from safelight.train.finetune import bring_along, own_memory
 from safelight.train.folder import digest
@@ -42,6 +44,7 @@ BATCH = 64
 """Pictures that the teacher draws at once; its trajectories are kept after so many."""
 
 SHEET_PROMPTS = 6
+CHECKPOINT_EVERY = 500
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,18 @@ class Trajectories:
     states: Tensor
     levels: list[Level]
     timesteps: Tensor
+
+    def to(self, device: torch.device | str) -> Trajectories:
+        """Return the same on a device."""
+        return replace(self, states=self.states.to(device), timesteps=self.timesteps.to(device))
+
+    @cached_property
+    def numbers(self) -> Tensor:
+        """Sigma and norm of each step's level, and of the level on which it lands, [4, steps]."""
+        after = [*self.levels[1:], Level.exploding(0.0)]
+        both = ((level, name) for level in (self.levels, after) for name in ("sigma", "norm"))
+        rows = [[getattr(one, name) for one in level] for level, name in both]
+        return torch.tensor(rows, dtype=torch.float32, device=self.states.device)
 
 
 def distil(
@@ -99,7 +114,9 @@ def distil(
     assert text is not None
     assert base.tokenizer is not None
     student = own_memory(base.unet).train()
-    ids = torch.tensor([base.tokenizer.encode(c).ids for c in captions], dtype=torch.int32)
+    device = accelerator().device
+    taken, words = taken.to(device), copy.deepcopy(text).to(device)
+    ids = torch.tensor([base.tokenizer.encode(c).ids for c in captions], device=device)
     made = out / "model"
     made.mkdir(exist_ok=True)
     base.tokenizer.save(made / "tokenizer")
@@ -120,24 +137,29 @@ def distil(
         notes["words"] = sorted(base.words)
 
     def loss_of(run: Any, draw: Draw) -> Tensor:
-        pick = torch.from_numpy(draw.data.integers(len(captions), size=plan.batch))
-        step = torch.from_numpy(draw.data.integers(drawing_steps, size=plan.batch))
+        pick, step = draw.pick(len(captions), plan.batch), draw.pick(drawing_steps, plan.batch)
         state, target = training_pair(taken, pick, step, base.scheduler)
-        text.to(draw.device)
         with autocast(draw.device):
             with torch.no_grad():
-                context = text(ids[pick].long().to(draw.device))
-            predicted = run(
-                state.to(draw.device), taken.timesteps[step].float().to(draw.device), context
-            )
-        return (predicted.float() - target.to(draw.device)).square().mean()
+                context = words(ids[pick])
+            predicted = run(state, taken.timesteps[step], context)
+        return (predicted.float() - target).square().mean()
 
     def show(trained: Any, step: int) -> Image.Image:
         export_text_to_image(made, vae, text, trained, scheduler, notes)
         return draw_sheet(made, out / f"step-{step:06}.png", shown, **draw_with)
 
     student.load_state_dict(
-        fit(student, loss_of, plan, out, every=250, native=native, on_checkpoint=show)
+        fit(
+            student,
+            loss_of,
+            plan,
+            out,
+            every=CHECKPOINT_EVERY,
+            native=native,
+            on_device=True,
+            on_checkpoint=show,
+        )
     )
     after = show(student.cpu(), plan.steps)
     under(out / "teacher.png", after).save(out / "sheet.png")
@@ -221,10 +243,7 @@ def training_pair(
     With that output one step of DDIM leads to where the teacher came. pick, step: [n], which
     trajectories and which of the student's steps.
     """
-    sigma, norm, after, after_norm = (
-        torch.tensor(values, dtype=torch.float32)[step][:, None, None, None]
-        for values in _numbers(taken.levels)
-    )
+    sigma, norm, after, after_norm = taken.numbers[:, step, None, None, None]
     seen = taken.states[pick, step].float()
     state = seen * norm
     target = taken.states[pick, step + 1].float() * after_norm
@@ -233,9 +252,3 @@ def training_pair(
     clean = (target - kept * state) / (1 - kept)
     noise = (state - clean) / sigma
     return seen, wanted(schedule.prediction_type, clean, noise, 1 / norm.square())
-
-
-def _numbers(levels: list[Level]) -> list[list[float]]:
-    """Return sigma and norm of each step's level, and of the level on which it lands."""
-    after = [*levels[1:], Level.exploding(0.0)]
-    return [[getattr(o, name) for o in ls] for ls in (levels, after) for name in ("sigma", "norm")]

@@ -41,7 +41,7 @@ def unconditional(source: str, out: Path, plan: Plan, *, size: int, native: bool
     train_unconditional(
         network(size),
         SchedulerConfig.from_dict(PIXELS_SCHEDULER),
-        lambda rng, n: squares[rng.integers(len(squares), size=n)],
+        lambda draw, n: squares[draw.data.integers(len(squares), size=n)],
         plan,
         out,
         every=CHECKPOINT_EVERY,
