@@ -72,6 +72,13 @@ def train(
             help="Pictures a step of the unconditional model. [default: 32]", show_default=False
         ),
     ] = None,
+    learning_rate: Annotated[
+        float | None,
+        Option(
+            help="The UNet's highest. [default: 0.0008, times the root of its batch over 128]",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Run stages of the training; each goes on where it was stopped."""
     from recipes.embedded.train import Recipe
@@ -81,6 +88,11 @@ def train(
     if unknown := [stage for stage in stages if stage not in STAGES]:
         raise SafelightError(f"no stage {unknown[0]!r}: the stages are {', '.join(STAGES)}")
     sizes = _sizes(dry_run, scenes, batch, decoder_batch, pixels_batch)
+    if learning_rate is not None:
+        if not 0 < learning_rate < 1:
+            raise SafelightError(f"--learning-rate {learning_rate}: expected above 0 and below 1")
+        plan = replace(sizes.unet_plan, learning_rate=learning_rate)
+        sizes = replace(sizes, unet_plan=plan)
     recipe = Recipe(data, out, minutes, sizes, native, begin)
     run = {
         "decoder": recipe.decoder,

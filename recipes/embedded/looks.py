@@ -13,7 +13,7 @@ from torch import Tensor
 
 from recipes.embedded.captions import STYLES
 from recipes.embedded.principal import Principal
-from recipes.embedded.scenes import ALONE_SHARE, Scene, Thing, held_back
+from recipes.embedded.scenes import STEADY_SHARE, Scene, Thing, held_back
 from recipes.embedded.stage import AT_ONCE, Stage
 from safelight.train.autoencoder import to_pixels
 
@@ -44,7 +44,7 @@ class Looks:
                     if paint is None or not held_back(paint, concept):
                         self._rows[concept, style, paint] = len(shown)
                         shown.append(Scene("one", (concept,), style, paints=(paint,)))
-        rng, share, latents = np.random.default_rng(0), ALONE_SHARE[0], []
+        rng, share, latents = np.random.default_rng(0), STEADY_SHARE[0], []
         for i in range(0, len(shown), AT_ONCE):
             some = shown[i : i + AT_ONCE]
             things = [

@@ -45,17 +45,16 @@ HELD_OUT = 20
 """One combination in so many is never trained on: of a colour and a thing, and of a style and a
 thing."""
 
-LARGE_SHARE = (0.74, 0.86)
+LARGE_SHARE = (0.6, 0.9)
 """Longer side of a thing that is alone, as a share of the picture's side."""
 
-ALONE_SHARE = (0.8, 0.8)
-STANDING_SHARE = (0.52, 0.64)
+STEADY_SHARE = (0.8, 0.8)
+STANDING_SHARE = (0.46, 0.7)
 BIG_SHARE = (0.88, 0.98)
 SMALL_SHARE = (0.3, 0.42)
 PAIR_SHARE = (0.4, 0.47)
-REACH = 0.02
-"""How far a thing is from its place at most, as a share of the picture's side. With four times as
-much, half of what differed between two pictures of one caption was where the thing stood."""
+REACH = 0.05
+"""How far a thing is from its place at most, as a share of the picture's side."""
 
 TRIES = 10_000
 """Things that are tried before a kind of scene is taken to be impossible."""
@@ -111,12 +110,14 @@ class Thing:
 class Scenes:
     """An endless and reproducible supply of captioned scenes.
 
-    alone: one thing, in the middle, in one size, on a plain background, most often with its style
-    named. What a thing looks like is learned from such scenes much faster. Every method that draws
-    takes a NumPy generator.
+    alone: one thing on a plain background, most often with its style named. steady: it stands in
+    the middle and has one size; by default what is alone does. What a thing looks like is learned
+    from such scenes much faster. Every method that draws takes a NumPy generator.
     """
 
-    def __init__(self, cutouts: str | Path, *, alone: bool = False) -> None:
+    def __init__(
+        self, cutouts: str | Path, *, alone: bool = False, steady: bool | None = None
+    ) -> None:
         self.pictures, about = load(cutouts)
         self.rows: list[dict[str, Any]] = about["pictures"]
         self.sha256: str = about["sha256"]
@@ -137,7 +138,7 @@ class Scenes:
             [solid.any(axis=1).sum(axis=1), solid.any(axis=2).sum(axis=1)], axis=1
         ) / len(self.pictures[0])
         """Width and height of each cut-out over the side of its square, [n, 2]."""
-        self.alone = alone
+        self.alone, self.steady = alone, alone if steady is None else steady
         words = Path(cutouts).with_name("words.json")
         lists = json.loads(words.read_text(encoding="utf-8")) if words.exists() else {}
         self.unknown: list[str] = lists.get("shown", [])
@@ -313,9 +314,9 @@ class Scenes:
         shares = self._shares(scene)
         share = float(rng.uniform(*shares))
         mirrored = rng.random() < 0.5
-        reach = 0.0 if self.alone else REACH
+        reach = 0.0 if self.steady else REACH
         right, down = rng.uniform(-reach, reach), rng.uniform(-reach, reach)
-        turned = 0.0 if self.alone else TURNED
+        turned = 0.0 if self.steady else TURNED
         things = []
         # Of several, all are the same drawing.
         which = [choose(rng, self._drawings[c, scene.style]) for c in scene.concepts]
@@ -333,8 +334,8 @@ class Scenes:
         return things
 
     def _shares(self, scene: Scene) -> tuple[float, float]:
-        if self.alone:
-            return ALONE_SHARE
+        if self.steady:
+            return STEADY_SHARE
         if scene.size in BIG:
             return BIG_SHARE
         if scene.kind == "sized":

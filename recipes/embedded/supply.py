@@ -56,7 +56,7 @@ def parts(
         for number, length in enumerate(lengths):
             yield then(scenes, _part(scenes, seed, number, length, given))
         return
-    told = path, scenes.alone, then
+    told = path, scenes.alone, scenes.steady, then
     with ProcessPoolExecutor(workers, get_context("spawn"), _begin, told) as pool:
         jobs = [pool.submit(_of_worker, seed, *part, given) for part in enumerate(lengths)]
         for job in jobs:
@@ -67,10 +67,10 @@ _scenes: Scenes | None = None
 _then: Then = whole
 
 
-def _begin(path: Path, alone: bool, then: Then) -> None:
+def _begin(path: Path, alone: bool, steady: bool, then: Then) -> None:
     global _scenes, _then
     torch.set_num_threads(1)  # the others have the other processors
-    _scenes, _then = Scenes(path, alone=alone), then
+    _scenes, _then = Scenes(path, alone=alone, steady=steady), then
 
 
 def _of_worker(seed: int, number: int, length: int, given: dict[str, Any]) -> Any:

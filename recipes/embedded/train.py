@@ -347,24 +347,25 @@ class Recipe:
         """Return latents of a stage's pictures, float16 [n, channels, h, w], and the tokens of
         their captions, int16 [n, length], both on the device.
 
-        Scenes are mixed with half as many things alone: what is not shown is soon forgotten.
+        Scenes are mixed with half as many things alone, at any place and in any size: what is not
+        shown is soon forgotten.
         """
-        made = [self._composed(principal, tokenizer, True)]
-        if stage != "alone":
-            made.append(self._composed(principal, tokenizer, False))
+        kinds = ("alone",) if stage == "alone" else ("things", "scenes")
+        made = [self._composed(principal, tokenizer, kind) for kind in kinds]
         return torch.cat([m["latents"] for m in made]), torch.cat([m["ids"] for m in made])
 
-    def _composed(
-        self, principal: Principal, tokenizer: Tokenizer, alone: bool
-    ) -> dict[str, Tensor]:
-        """Return latents and tokens of scenes, or of things alone. They are kept in `out`."""
+    def _composed(self, principal: Principal, tokenizer: Tokenizer, kind: str) -> dict[str, Tensor]:
+        """Return latents and tokens of "scenes", or of "things" alone, or of those that stand in
+        the middle ("alone"). They are kept in `out`.
+        """
+        alone = kind != "scenes"
         size, count = self._half, self.sizes.scenes // 2 if alone else self.sizes.scenes
         told = hashlib.sha256(f"{self.scenes.sha256} {size} {count}".encode())
         told.update((principal.parts * principal.scale).numpy().tobytes())
-        name = "alone" if alone else "scenes"
-        path = self.out / f"latents-{name}-{told.hexdigest()[:16]}.safetensors"
+        path = self.out / f"latents-{kind}-{told.hexdigest()[:16]}.safetensors"
         if not path.exists():
-            scenes = Scenes(self.path, alone=True) if alone else self.scenes
+            steady = kind == "alone"
+            scenes = Scenes(self.path, alone=True, steady=steady) if alone else self.scenes
             kept = self.model / PRINCIPAL
             encoder = Encoder(self.device, size, self.sizes.variants, kept, tokenizer)
             _keep(encoded(scenes, self.path, count, encoder), path)

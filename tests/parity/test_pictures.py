@@ -136,7 +136,10 @@ def test_embedded(worst: Worst, sampler: str, schedule: str | None) -> None:
     model = ours(folder)
     native = sampler in AT_FULL_SIZE and schedule is None
     width, height = model.native_size if native else (64, 64)
-    asked: dict[str, Any] = {"prompt": "a red apple", "width": width, "height": height}
+    # At 7.5, which is too much for it, diffusers' own picture of this size moves by 3e-4 where its
+    # noise is one millionth stronger.
+    asked: dict[str, Any] = {"prompt": "a red apple", "guidance_scale": 4.0}
+    asked |= {"width": width, "height": height}
     try:
         compare(
             worst,
@@ -144,8 +147,6 @@ def test_embedded(worst: Worst, sampler: str, schedule: str | None) -> None:
             pipe,
             {**asked, "num_inference_steps": 5},
             **asked,
-            # diffusers' default, whatever the model says it draws best with.
-            guidance_scale=7.5,
             sampler=sampler,
             schedule=schedule,
             steps=5,

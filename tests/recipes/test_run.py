@@ -276,6 +276,8 @@ def test_commands(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ),
         (["decoder", "--batch", "0"], "--batch 0: expected 1 to 8192"),
         (["decoder", "--decoder-batch", "0"], "--decoder-batch 0: expected 1 to 8192"),
+        (["unconditional", "--pixels-batch", "9999"], "--pixels-batch 9999: expected 1 to 8192"),
+        (["embedded", "--learning-rate", "1"], "--learning-rate 1.0: expected above 0 and below 1"),
     ):
         result = CliRunner().invoke(app, ["train", *arguments])
         assert isinstance(result.exception, SafelightError)

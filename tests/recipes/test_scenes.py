@@ -166,6 +166,18 @@ class TestAlone:
             for found in (rows, columns):
                 assert (found.min() + found.max() + 1) / 2 == pytest.approx(SIZE / 2, abs=1)
 
+    def test_at_any_place_and_in_any_size(self, path):
+        stage = Stage(Scenes(path, alone=True, steady=False), "cpu", SIZE, variants=1)
+        given = {"concept": "apple", "ground": "white", "kind": "one"}
+        pictures = stage.batch(40, np.random.default_rng(30), **given)[0].numpy()
+        shown = [np.nonzero((picture < 250).any(-1)) for picture in pictures]
+        low, high = scenes_module.LARGE_SHARE
+        widths = [(np.ptp(columns) + 1) / SIZE for _, columns in shown]
+        assert low - 0.03 < min(widths) < low + 0.08
+        assert high - 0.08 < max(widths) < high + 0.03
+        middles = [(rows.min() + rows.max()) / 2 / SIZE for rows, _ in shown]
+        assert np.ptp(middles) > scenes_module.REACH
+
     def test_what_is_shown_and_said(self, path):
         scenes = Scenes(path, alone=True)
         rng = np.random.default_rng(31)
@@ -219,8 +231,9 @@ class TestKinds:
             picture, scene = drawn(stage, rng, kind="sized", concept="apple", ground="black")
             [(x, y)] = middles(picture, "black")
             wanted = PLACES[scene.where] if scene.where else (0.5, 0.5)
-            # 0.02 of chance, and half a pixel of 64 each way.
-            assert (x, y) == pytest.approx(wanted, abs=0.05)
+            # Half a pixel of 64 each way, and what a thing has more on one side.
+            near = scenes_module.REACH + 0.03
+            assert (x, y) == pytest.approx(wanted, abs=near)
             assert scene.size or scene.where
             assert scene.size is None or scene.size in scene.said
             assert scene.where is None or scene.where in scene.said

@@ -44,7 +44,7 @@ BATCH = 64
 """Pictures that the teacher draws at once; its trajectories are kept after so many."""
 
 SHEET_PROMPTS = 6
-CHECKPOINT_EVERY = 500
+CHECKPOINT_EVERY = 250
 
 
 @dataclass(frozen=True)
