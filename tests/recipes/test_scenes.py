@@ -366,7 +366,7 @@ class TestPool:
         assert next(iter(parts(scenes, path, PART, 5)))[:2] == alone[0][:2]
         assert next(iter(parts(scenes, path, 1, 6)))[0] != alone[0][0][:1]
 
-    def test_workers_draw_and_encode_the_same(self, scenes, path, data, tmp_path):
+    def test_workers_draw_and_encode_the_same(self, scenes, path, tmp_path):
         Principal(torch.zeros(NUMBERS), torch.eye(NUMBERS)[:, :2], torch.ones(2)).save(
             tmp_path / "principal.safetensors"
         )
@@ -379,7 +379,7 @@ class TestPool:
         assert made["latents"].std() > 0.1
         fresh = replace(encoder)
         ((latents, ids),) = parts(scenes, path, 20, 64, workers=2, then=fresh)
-        # Convolutions of one thread may round otherwise than those of several.
+        # Products of one thread may round otherwise than those of several.
         assert np.abs(latents.astype(float) - made["latents"].double().numpy()).max() < 0.01
         assert np.array_equal(ids, made["ids"].numpy())
 
