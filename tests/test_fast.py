@@ -86,11 +86,12 @@ def _use(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAFELIGHT_KERNELS", {"amx": "auto"}.get(variant, variant))
 
 
-@pytest.fixture(params=["portable", "avx2"])
+@pytest.fixture(params=["portable", "avx2", "avx512"])
 def by_winograd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel of Winograd's products in float32 in each variant."""
     _use(request.param, monkeypatch)
     monkeypatch.setattr(memory, "total", lambda: 16 << 30)
-    assert kernels.winograd() is not None, kernels.refusal(request.param)
+    assert kernels.floats().variant == request.param
 
 
 @pytest.fixture(params=["auto", "portable", "off"])
@@ -460,8 +461,8 @@ def test_a_convolution_adds_and_ends_in_relu(kind: Any, rows: int, consume: bool
     """rows: of the shift, none at all if 0."""
     if kind is winograd.Convolution and not winograd.ready():
         kind = onednn.Convolution
-    conv = nn.Conv2d(16, 32, 3, padding=1)
-    x, plus = torch.randn(2, 16, 9, 12), torch.randn(2, 32, 9, 12)
+    conv = nn.Conv2d(32, 32, 3, padding=1)
+    x, plus = torch.randn(2, 32, 9, 12), torch.randn(2, 32, 9, 12)
     shift = torch.randn(rows, 32) if rows else None
     added = 0 if shift is None else shift[:, :, None, None]
     product = kind(conv.weight, conv)
@@ -757,27 +758,72 @@ def test_what_has_no_tokens_is_not_split() -> None:
 @pytest.fixture(params=[2, 4])
 def side(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Of a tile's results."""
+    monkeypatch.setattr(winograd, "FEW", 0)
     monkeypatch.setattr(winograd, "MANY", 0 if request.param == 2 else 1 << 40)
     return int(request.param)
+
+
+def convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    assert conv.bias is not None
+    return F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)
 
 
 @pytest.mark.usefixtures("by_winograd")
 @pytest.mark.parametrize("shape", [(1, 8, 8), (2, 16, 12), (3, 7, 9), (1, 1, 1), (2, 5, 30)])
 @pytest.mark.parametrize("scale", [1, 2])
-def test_winograd(
-    shape: tuple[int, int, int], scale: int, side: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_winograd(shape: tuple[int, int, int], scale: int, side: int) -> None:
     batch, height, width = shape
-    conv = nn.Conv2d(48, 32, 3, padding=1)
+    conv = nn.Conv2d(48, 48, 3, padding=1)  # of a whole panel of weights, and half a one
     x = torch.randn(batch, 48, height, width)
     large = F.interpolate(x, scale_factor=scale, mode="nearest")
-    true = F.conv2d(large.double(), conv.weight.double(), conv.bias.double(), padding=1)
     kernel = winograd.Convolution(conv.weight, conv, scale)
     assert kernel.side == side
-    assert distance(kernel(x), true) < 5e-6
-    whole = kernel(x)
-    monkeypatch.setattr(winograd.Convolution, "_strip", lambda _: 5)
-    assert distance(kernel(x), whole) < 1e-6
+    assert distance(kernel(x), convolved(conv, large)) < 5e-6
+
+
+@pytest.fixture(params=["portable", "avx512", "amx"])
+def by_winograd_in_bfloat16(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _use(request.param, monkeypatch)
+    monkeypatch.setattr(memory, "total", lambda: 16 << 30)
+    assert winograd.ready(torch.bfloat16)
+
+
+@pytest.mark.usefixtures("by_winograd_in_bfloat16")
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 7, 9), (1, 1, 1), (2, 5, 30)])
+def test_winograd_in_bfloat16_rounds_its_results_alone(shape: tuple[int, int, int]) -> None:
+    batch, height, width = shape
+    conv = nn.Conv2d(64, 80, 3, padding=1).bfloat16()
+    x = torch.randn(batch, 64, height, width).bfloat16()
+    plus, shift = (
+        torch.randn(batch, 80, height, width).bfloat16(),
+        torch.randn(batch, 80).bfloat16(),
+    )
+    assert winograd.fits_conv(conv, torch.bfloat16)
+    kernel, true = winograd.Convolution(conv.weight, conv), convolved(conv, x)
+    rounded = distance(true.bfloat16(), true)
+    assert distance(kernel(x), true) < rounded + 1e-5
+    true = (true + shift[:, :, None, None].double() + plus.double()).relu()
+    assert distance(kernel(x, plus, shift, relu=True), true) < 2.5e-3
+    assert not winograd.fits_conv(conv, torch.bfloat16, scale=2)
+
+
+@pytest.mark.usefixtures("by_winograd")
+def test_winograd_gives_the_same_bytes_in_company_and_by_any_threads(side: int) -> None:
+    """Tiles are dealt out in parts, and of few tiles the channels, too."""
+    conv = nn.Conv2d(32, 80, 3, padding=1)
+    kernel, x = winograd.Convolution(conv.weight, conv), torch.randn(3, 32, 21, 18)
+    used, alone = torch.get_num_threads(), kernel(x[1:2])
+    try:
+        for threads in (1, 2, 3, 16):
+            torch.set_num_threads(threads)
+            assert kernel(x)[1:2].equal(alone)
+            assert kernel(x[1:2]).equal(alone)
+            rows = kernel(x[1:2, :, 3:14], tall=True)
+            assert distance(rows, alone[:, :, 4:13]) < 1e-6
+    finally:
+        torch.set_num_threads(used)
 
 
 @pytest.mark.usefixtures("by_winograd")
@@ -801,11 +847,13 @@ def test_winograd_adds_what_follows(side: int) -> None:
 
 
 @pytest.mark.usefixtures("by_winograd")
-def test_winograd_lets_nan_through(side: int) -> None:
+@pytest.mark.parametrize("relu", [False, True])
+def test_winograd_lets_nan_through(side: int, relu: bool) -> None:
     conv = nn.Conv2d(16, 16, 3, padding=1)
     x = torch.randn(1, 16, 8, 8)
     x[0, 3, 4, 5] = torch.nan
-    assert winograd.Convolution(conv.weight, conv)(x)[:, :, 3:6, 4:7].isnan().all()
+    found = winograd.Convolution(conv.weight, conv)(x, relu=relu)
+    assert found[:, :, 3:6, 4:7].isnan().all()
 
 
 @pytest.mark.usefixtures("by_winograd")

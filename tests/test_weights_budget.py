@@ -9,7 +9,7 @@ import torch
 
 from safelight.errors import SafelightError
 from safelight.families.sdxl import VARIANTS
-from safelight.fast import memory, onednn, winograd
+from safelight.fast import memory, winograd
 from safelight.weights.budget import budget, check_memory
 from safelight.weights.find import find
 from safelight.weights.load import _Unfilled
@@ -47,7 +47,8 @@ def dtypes(plan: Plan, dtype: torch.dtype) -> dict[str, torch.dtype]:
     return dict.fromkeys(plan.weights, dtype)
 
 
-def test_weights_are_those_that_stay_in_memory(plan: Plan) -> None:
+def test_weights_are_those_that_stay_in_memory(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "ready", lambda _: False)
     whole = budget(plan, dtypes(plan, HALF), fast=True, low_memory=False)
     assert whole.weights == 2 * (2_567_463_684 + 83_653_863)  # text encoders stay in the file
     low = budget(plan, dtypes(plan, HALF), fast=True, low_memory=True)
@@ -59,37 +60,40 @@ def test_weights_are_those_that_stay_in_memory(plan: Plan) -> None:
     assert whole.work == low.work < plain.work
 
 
-def test_in_float32_products_take_more_than_weights(
-    plan: Plan, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", [FULL, HALF])
+def test_products_take_more_than_weights(
+    plan: Plan, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(winograd, "ready", lambda: False)
-    plain = budget(plan, dtypes(plan, FULL), fast=True, low_memory=False)
-    assert plain.weights == 4 * (2_567_463_684 + 83_653_863)
-    monkeypatch.setattr(winograd, "ready", lambda: True)
-    grown = budget(plan, dtypes(plan, FULL), fast=True, low_memory=False)
+    monkeypatch.setattr(winograd, "ready", lambda _: False)
+    plain = budget(plan, dtypes(plan, dtype), fast=True, low_memory=False)
+    assert plain.weights == dtype.itemsize * (2_567_463_684 + 83_653_863)
+    monkeypatch.setattr(winograd, "ready", lambda _: True)
+    grown = budget(plan, dtypes(plan, dtype), fast=True, low_memory=False)
     assert plain.weights < grown.weights < 4 * plain.weights
+    low = budget(plan, dtypes(plan, dtype), fast=True, low_memory=True)
+    assert low.weights < plain.weights
 
 
-@pytest.mark.skipif(not onednn.available(), reason="PyTorch has no oneDNN")
+@pytest.mark.parametrize("dtype", [FULL, HALF])
 @pytest.mark.parametrize(
     ("shape", "scale"),
-    [((256, 256), 1), ((320, 320), 1), ((512, 256), 1), ((512, 256), 2), ((64, 64), 1)],
+    [((256, 256), 1), ((320, 320), 1), ((336, 320), 1), ((512, 256), 2), ((16, 32), 1)],
 )
 def test_products_are_counted_as_they_are_kept(
-    shape: tuple[int, int], scale: int, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int], scale: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(winograd, "ready", lambda: True)
+    monkeypatch.setattr(winograd, "ready", lambda _: True)
     monkeypatch.setattr(winograd, "MANY", 100_000)
-    conv = torch.nn.Conv2d(shape[1], shape[0], 3, padding=1)
-    told = winograd.kept(conv.weight.shape, scale)
-    if not winograd.fits_conv(conv, FULL):
-        assert told == conv.weight.numel()
-        return
-    places = winograd.Convolution(conv.weight.detach(), conv, scale).places
-    assert told == len(places) * shape[0] * shape[1]
+    conv = torch.nn.Conv2d(shape[1], shape[0], 3, padding=1).to(dtype)
+    told = winograd.numbers(conv.weight.shape, dtype, scale)
+    assert (told > 0) == winograd.fits_conv(conv, dtype, scale)
+    if told:
+        kept = winograd.Convolution(conv.weight.detach(), conv, scale).weights
+        assert told == kept.numel()
 
 
 def test_a_line_tells_all(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "ready", lambda _: False)
     monkeypatch.setattr(memory, "free", lambda: 12 * 10**9)
     line = str(budget(plan, dtypes(plan, HALF), fast=True, low_memory=False))
     assert line.startswith("memory: 5.3 GB of weights and ")

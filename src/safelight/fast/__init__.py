@@ -8,9 +8,9 @@
 - make an enlargement and the convolution after it four small convolutions of the small map.
 
 Their products are oneDNN's (`onednn`), or, where the CPU has AMX and the kernels were built, our
-own (`tiles`, and `split` for float32). Attention, norms and gates are our own (`vectors`): in
-bfloat16 where it has AVX512-BF16, in float32 where it has AVX2. In float32 large convolutions are
-made of fewer products (`winograd`). Where oneDNN does not multiply bfloat16, weights are kept in
+own (`tiles`, and `split` for float32). Attention, norms and gates are our own (`vectors`), and
+so are 3×3 convolutions of fewer products (`winograd`): in bfloat16 where it has AVX512-BF16, in
+float32 where it has AVX2. Where oneDNN does not multiply bfloat16, weights are kept in
 bfloat16 and multiplied in float32. docs/performance.md tells what each of these brings.
 """
 

@@ -1,37 +1,16 @@
-// Attention, norms and gates in float32 by vectors; attention is for processors without AMX.
+// Attention, norms, gates and Winograd convolutions in float32 by vectors; attention is for processors
+// without AMX.
 
 #include "lanes.h"
 #include "attention.h"
 #include "norms.h"
+#include "winograd.h"
 
 namespace {
 
 // Rows of sums that fit into the registers beside each other.
 const int ROWS = LANES == 16 ? 8 : 6;
 const int WIDE = 2 * LANES;  // columns of a panel
-
-// sums [rows][stride] = (or, with `add`, +=) a [ROWS][depth] · b [depth][WIDE].
-template <int regs>
-inline void multiply(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t depth,
-                     float* sums, int64_t row, bool add) {
-    vec found[ROWS][regs];
-    for (int r = 0; r < ROWS; r++)
-        for (int x = 0; x < regs; x++) found[r][x] = splat(0);
-    for (int64_t k = 0; k < depth; k++, b += b_row) {
-        vec columns[regs];
-        for (int x = 0; x < regs; x++) columns[x] = floats(b + x * LANES);
-        for (int r = 0; r < ROWS; r++) {
-            vec one = splat(a[r * a_row + k]);
-            for (int x = 0; x < regs; x++) found[r][x] += one * columns[x];
-        }
-    }
-    // Added at the end: a sum of sums rounds less than one long sum.
-    for (int r = 0; r < ROWS; r++)
-        for (int x = 0; x < regs; x++) {
-            float* to = sums + r * row + x * LANES;
-            store(to, add ? floats(to) + found[r][x] : found[r][x]);
-        }
-}
 
 struct Floats {
     typedef float Number;
@@ -82,8 +61,8 @@ struct Floats {
     void score(const Pass& p) const {
         for (int64_t r = 0; r < TALL; r += ROWS)
             for (int64_t n = 0; n < p.count; n += WIDE)
-                multiply<2>(query + r * a.size, a.size, keys + (p.begin + n) * a.size, WIDE, a.size,
-                            scores + r * KEYS + n, KEYS, false);
+                multiply<ROWS, 2>(query + r * a.size, a.size, keys + (p.begin + n) * a.size, WIDE,
+                                  a.size, scores + r * KEYS + n, KEYS, false);
         for (int64_t n = a.keys - p.begin; n < p.count; n++)
             for (int64_t r = 0; r < TALL; r++) scores[r * KEYS + n] = LEAST;
     }
@@ -119,8 +98,8 @@ struct Floats {
             for (int64_t r = 0; r < TALL; r += ROWS) {
                 const float* weights = scores + r * KEYS;
                 float* to = sums + r * across + c;
-                if (wide == WIDE) multiply<2>(weights, KEYS, v, wide, p.count, to, across, p.begin);
-                else multiply<1>(weights, KEYS, v, wide, p.count, to, across, p.begin);
+                if (wide == WIDE) multiply<ROWS, 2>(weights, KEYS, v, wide, p.count, to, across, p.begin);
+                else multiply<ROWS, 1>(weights, KEYS, v, wide, p.count, to, across, p.begin);
             }
         }
     }
@@ -138,3 +117,4 @@ KERNEL safelight_moments_floats(const Moments<float>* p) { return moments(*p); }
 KERNEL safelight_normalise_floats(const Normalise<float>* p) { return normalise(*p); }
 KERNEL safelight_layer_norm_floats(const LayerNorm<float>* p) { return layer_norm(*p); }
 KERNEL safelight_gate_floats(const Gate<float>* p) { return gate(*p); }
+KERNEL safelight_winograd_floats(const Winograd<float>* p) { return winograd(*p); }

@@ -2,11 +2,12 @@
 
 They are loaded by ctypes, one library for each set of instructions.
 
-- `_amx`: products by tiles, attention, norms, gates and 8-bit products in bfloat16, and attention
-  and products in float32 as products of bfloat16, for CPUs with AMX and AVX512-BF16 (Linux).
-- `_avx512`: attention, norms and gates in bfloat16 and float32, and 8-bit products, for CPUs with
-  AVX512-BF16.
-- `_avx2`: Winograd convolutions, attention, norms and gates in float32.
+- `_amx`: products by tiles, attention, norms, gates, Winograd convolutions and 8-bit products in
+  bfloat16, and attention and products in float32 as products of bfloat16, for CPUs with AMX and
+  AVX512-BF16 (Linux).
+- `_avx512`: attention, norms, gates and Winograd convolutions in bfloat16 and float32, and 8-bit
+  products, for CPUs with AVX512-BF16.
+- `_avx2`: the same in float32 alone.
 - `_portable`: the sources of all in plain C++, for any processor. It is slower than oneDNN
   wherever it was measured. It exists so that every machine can test the kernels' logic.
 
@@ -33,7 +34,7 @@ SETTINGS = ("auto", "avx512", "avx2", "portable", "off")
 LIBRARIES = ("amx", "avx512", "avx2", "portable")
 SUFFIX = ".dll" if sys.platform == "win32" else ".so"
 
-INTERFACE = 5
+INTERFACE = 6
 """What a library's safelight_interface() returns: call.h has the same number."""
 
 _STEPS = " ".join(
@@ -55,6 +56,10 @@ _EITHER = {
     "layer_norm": _struct("x plus total factor shift out", "rows channels", "eps"),
     "moments": _struct("x scale shift factors", "images positions channels groups", "eps"),
     "normalise": _struct("x factors out", "images positions channels active"),
+    "winograd": _struct(
+        "x weights bias plus out",
+        "bias_step images rows height width inner channels side scale above relu",
+    ),
 }
 _VECTORS = _EITHER | {
     "int8_linear": _struct("x weights factors offsets bias plus out", "rows inner columns")
@@ -68,16 +73,12 @@ _TILES = {
     "split_attend": _ATTENTION,
     "split_linear": _struct("x weights bias plus out", "rows inner columns"),
 }
-_WINOGRAD = {
-    "gather": _struct("sums bias plus out", "bias_step height width channels side first last"),
-    "spread": _struct("x planes", "plane height width channels scale side first last"),
-}
 _FLOATS = {f"{name}_floats": struct for name, struct in _EITHER.items()}
 _ARGUMENTS = {
     "amx": _VECTORS | _TILES,
     "avx512": _VECTORS | _FLOATS,
-    "avx2": _WINOGRAD | _FLOATS,
-    "portable": _VECTORS | _TILES | _WINOGRAD | _FLOATS,
+    "avx2": _FLOATS,
+    "portable": _VECTORS | _TILES | _FLOATS,
 }
 
 
@@ -146,18 +147,13 @@ def tiles() -> Library | None:
 
 
 def vectors() -> Library | None:
-    """The library of attention, norms and gates in bfloat16, or None."""
+    """The library of vectors in bfloat16, or None."""
     return _first(allowed(), "attend")
 
 
 def floats() -> Library | None:
-    """The library of attention, norms and gates in float32, or None."""
+    """The library of vectors in float32, or None."""
     return _first(allowed(), "attend_floats")
-
-
-def winograd() -> Library | None:
-    """The library of Winograd convolutions, or None."""
-    return _first(allowed(), "spread")
 
 
 def required(library: Library | None) -> Library:

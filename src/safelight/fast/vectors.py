@@ -23,7 +23,8 @@ def available(dtype: torch.dtype) -> bool:
     return _library(dtype) is not None
 
 
-def _call(name: str, dtype: torch.dtype, **arguments: Tensor | int | float | None) -> None:
+def call(name: str, dtype: torch.dtype, **arguments: Tensor | int | float | None) -> None:
+    """Run a kernel for numbers of this dtype; arguments: as of `Library.call`."""
     kernels.required(_library(dtype)).call(_kernel(name, dtype), **arguments)
 
 
@@ -54,7 +55,7 @@ def normalise(
     x = x.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(x) if out is None else out
     batch, channels, height, width = x.shape
-    _call(
+    call(
         "normalise",
         x.dtype,
         x=x,
@@ -73,7 +74,7 @@ def moments(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tens
     batch, channels, height, width = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
     factors = torch.empty(batch, 2, channels)
-    _call(
+    call(
         "moments",
         x.dtype,
         x=x,
@@ -101,7 +102,7 @@ def layer_norm(
     out, total = torch.empty_like(x), x
     if plus is not None:
         plus, total = plus.contiguous(), torch.empty_like(x)
-    _call(
+    call(
         "layer_norm",
         x.dtype,
         x=x,
@@ -125,7 +126,7 @@ def gate(value: Tensor, by: Tensor) -> Tensor:
     """value · GELU(by), both [..., width] with a width of a multiple of 16."""
     value, by = value.contiguous(), by.contiguous()
     out = torch.empty_like(value)
-    _call("gate", value.dtype, value=value, gate=by, out=out, count=out.numel())
+    call("gate", value.dtype, value=value, gate=by, out=out, count=out.numel())
     return out
 
 

@@ -64,15 +64,12 @@ def budget(
         _, network = plan.parts[part].load_classes()
         if fast and getattr(network, "runs_once", False):
             continue
-        sizes = {name: math.prod(weight.shape) for name, weight in those.items()}
-        held = dict(sizes)
-        if fast and dtypes[part] == torch.float32:
-            held = {name: _held(name, weight.shape) for name, weight in those.items()}
+        held = [_held(name, weight.shape, dtypes[part], fast) for name, weight in those.items()]
         if fast and low_memory:
-            small = [held[name] for name, n in sizes.items() if n < LARGE]
-            weights += (sum(small) + max(held.values())) * dtypes[part].itemsize
+            small = [size for numbers, size in held if numbers < LARGE]
+            weights += sum(small) + max(size for _, size in held)
         else:
-            weights += sum(held.values()) * dtypes[part].itemsize
+            weights += sum(size for _, size in held)
     width, height = plan.native_size
     channels = getattr(plan.configs.get("vae"), "block_out_channels", (0, 0))[:2][-1]
     itemsize = dtypes["vae"].itemsize if "vae" in dtypes else 4
@@ -80,11 +77,14 @@ def budget(
     return Budget(weights, work, memory.free(), memory.total())
 
 
-def _held(name: str, shape: tuple[int, ...]) -> int:
-    """Return how many numbers a weight is kept as by the fast layers in float32."""
-    if len(shape) != 4 or ".downsamplers." in name:
-        return math.prod(shape)
-    return winograd.kept(shape, 2 if ".upsamplers." in name else 1)
+def _held(name: str, shape: tuple[int, ...], dtype: torch.dtype, fast: bool) -> tuple[int, int]:
+    """Return how many numbers a weight is kept as, and their bytes."""
+    numbers = 0
+    if fast and len(shape) == 4 and ".downsamplers." not in name:
+        numbers = winograd.numbers(shape, dtype, 2 if ".upsamplers." in name else 1)
+    if numbers:
+        return numbers, 4 * numbers
+    return math.prod(shape), math.prod(shape) * dtype.itemsize
 
 
 def check_memory(plan: Plan, dtypes: Mapping[str, torch.dtype], *, fast: bool, low: bool) -> Budget:

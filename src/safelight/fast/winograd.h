@@ -1,0 +1,188 @@
+// 3×3 convolutions with a border of one, of fewer products (Lavin and Gray, "Fast Algorithms for
+// Convolutional Neural Networks", arXiv:1509.09308, section 4). A tile of SIDE + 2 positions a side
+// gives SIDE × SIDE results. A thread takes some tiles from the map to the results, so that what is
+// between stays in its cache.
+#pragma once
+
+#include "call.h"
+#include "products.h"
+
+namespace {
+
+const int64_t PANEL = 32;  // columns of weights that lie together
+const int64_t TILES = 36;  // that a thread takes at once, at most
+const int MANY = LANES == 16 ? 12 : 6, REST = 4;  // tiles whose sums fit into the registers, two wide
+
+// Maps are [images][height][width][channels], channels a multiple of 16. Each position of x, which has
+// `rows` rows, is read for scale × scale; `above`: whether it has the rows above and below that are read
+// beyond the results', else they are zero.
+template <class T> struct Winograd {
+    const T* x;
+    const float* weights;  // [channels / PANEL, rounded up][places][inner][PANEL]
+    const float* bias;     // [channels] or, where bias_step is not 0, [images][channels]; or null
+    const T* plus;         // added, or null
+    T* out;
+    int64_t bias_step, images, rows, height, width, inner, channels, side, scale, above, relu;
+};
+
+// What a row of a tile becomes, and what becomes of a row of sums. Points are 0, 1, -1, and for
+// four results also 2 and -2.
+template <int SIDE> struct Transform;
+template <> struct Transform<2> {
+    template <class Read, class Write> static inline void in(Read d, Write v) {
+        v(0, d(0) - d(2));
+        v(1, d(1) + d(2));
+        v(2, d(2) - d(1));
+        v(3, d(1) - d(3));
+    }
+    template <class Read, class Write> static inline void out(Read m, Write y) {
+        y(0, m(0) + m(1) + m(2));
+        y(1, m(1) - m(2) - m(3));
+    }
+};
+template <> struct Transform<4> {
+    template <class Read, class Write> static inline void in(Read d, Write v) {
+        const vec far = d(4) - 4 * d(2), near = d(4) - d(2);
+        const vec odd = d(3) - 4 * d(1), twice = 2 * (d(3) - d(1));
+        v(0, 4 * d(0) - 5 * d(2) + d(4));
+        v(1, far + odd);
+        v(2, far - odd);
+        v(3, near + twice);
+        v(4, near - twice);
+        v(5, 4 * d(1) - 5 * d(3) + d(5));
+    }
+    template <class Read, class Write> static inline void out(Read m, Write y) {
+        const vec even = m(1) + m(2), odd = m(1) - m(2), far = m(3) + m(4), apart = m(3) - m(4);
+        y(0, m(0) + even + far);
+        y(1, odd + 2 * apart);
+        y(2, even + 4 * far);
+        y(3, odd + 8 * apart + m(5));
+    }
+};
+
+// Some tiles of a map, in a thread's scratch.
+template <int SIDE, class T> struct Block {
+    static const int N = SIDE + 2, PLACES = N * N;
+    const Winograd<T>& p;
+    const int64_t across, each;  // tiles in a row of them, and of an image
+    // Lines apart, so that tiles and places do not share places in the cache.
+    const int64_t row, plane;
+    float *const laid, *const sums;
+
+    Block(const Winograd<T>& p)
+        : p(p), across((p.width + SIDE - 1) / SIDE), each((p.height + SIDE - 1) / SIDE * across),
+          row(p.inner + 16), plane(TILES * row + 16),
+          laid((float*)scratch(PLACES * (plane + TILES * PANEL) * 4)), sums(laid + PLACES * plane) {}
+
+    // The positions of a tile into [PLACES][TILES][inner].
+    void lay(int64_t tile, float* to) const {
+        alignas(64) static const T nothing[16] = {};
+        const int64_t image = tile / each, tall = p.rows / p.scale, wide = p.width / p.scale;
+        const int64_t top = tile % each / across * SIDE - !p.above, left = tile % across * SIDE - 1;
+        const T* at[PLACES];
+        for (int i = 0; i < PLACES; i++) {
+            const int64_t y = top + i / N, x = left + i % N;
+            const bool inside = y >= 0 && x >= 0 && y < p.rows && x < p.width;
+            at[i] = inside ? p.x + ((image * tall + y / p.scale) * wide + x / p.scale) * p.inner : nullptr;
+        }
+        for (int64_t c = 0; c < p.inner; c += LANES) {
+            vec half[PLACES];
+            for (int j = 0; j < N; j++)
+                Transform<SIDE>::in(
+                    [&](int i) { return load(at[i * N + j] ? at[i * N + j] + c : nothing); },
+                    [&](int i, vec v) { half[i * N + j] = v; });
+            for (int i = 0; i < N; i++)
+                Transform<SIDE>::in([&](int j) { return half[i * N + j]; },
+                                    [&](int j, vec v) { store(to + (i * N + j) * plane + c, v); });
+        }
+    }
+
+    // The products of `count` tiles and panel n of the weights, into [PLACES][TILES][PANEL].
+    void products(int64_t n, int64_t count) const {
+        for (int64_t i = 0; i < PLACES; i++) {
+            const float* w = p.weights + (n * PLACES + i) * p.inner * PANEL;
+            for (int64_t t = 0; t < count;) {
+                const float* from = laid + i * plane + t * row;
+                float* to = sums + (i * TILES + t) * PANEL;
+                const bool many = count - t >= MANY;
+                for (int64_t c = 0; c < PANEL; c += 2 * LANES)
+                    if (many) multiply<MANY, 2>(from, row, w + c, PANEL, p.inner, to + c, PANEL, false);
+                    else multiply<REST, 2>(from, row, w + c, PANEL, p.inner, to + c, PANEL, false);
+                t += many ? MANY : REST;
+            }
+        }
+    }
+
+    // The sums of a tile into the results, `wide` channels from c on.
+    void write(int64_t tile, const float* from, int64_t c, int64_t wide) const {
+        const int64_t image = tile / each;
+        const int64_t top = tile % each / across * SIDE, left = tile % across * SIDE;
+        for (const int64_t end = c + wide; c < end; c += LANES, from += LANES) {
+            const vec add = p.bias ? floats(p.bias + image * p.bias_step + c) : splat(0);
+            vec half[SIDE * N];
+            for (int j = 0; j < N; j++)
+                Transform<SIDE>::out(
+                    [&](int i) { return floats(from + (i * N + j) * TILES * PANEL); },
+                    [&](int i, vec v) { half[i * N + j] = v; });
+            for (int i = 0; i < SIDE && top + i < p.height; i++)
+                Transform<SIDE>::out(
+                    [&](int j) { return half[i * N + j]; },
+                    [&](int j, vec v) {
+                        if (left + j >= p.width) return;
+                        const int64_t y = image * p.height + top + i;
+                        const int64_t to = (y * p.width + left + j) * p.channels + c;
+                        v = v + add;
+                        if (p.plus) v = v + load(p.plus + to);
+                        if (p.relu) v = v < 0.f ? splat(0) : v;  // NaN stays
+                        store(p.out + to, v);
+                    });
+        }
+    }
+
+    // `count` tiles by the panels n0..n1.
+    void convolve(int64_t first, int64_t count, int64_t n0, int64_t n1) const {
+        for (int64_t t = 0; t < count; t++) lay(first + t, laid + t * row);
+        for (int64_t t = count; t % REST; t++)
+            for (int i = 0; i < PLACES; i++) memset(laid + i * plane + t * row, 0, p.inner * 4);
+        for (int64_t n = n0; n < n1; n++) {
+            products(n, count);
+            const int64_t left = p.channels - n * PANEL, wide = left < PANEL ? left : PANEL;
+            for (int64_t t = 0; t < count; t++) write(first + t, sums + t * PANEL, n * PANEL, wide);
+        }
+    }
+};
+
+template <int SIDE, class T> void winograd_of(const Winograd<T> p) {
+    const int64_t all = p.images * ((p.height + SIDE - 1) / SIDE) * ((p.width + SIDE - 1) / SIDE);
+    const int64_t panels = (p.channels + PANEL - 1) / PANEL, threads = omp_get_max_threads();
+    // Tiles in equal parts for all threads; of few tiles, panels in parts, too.
+    const int64_t turns = (all + threads * TILES - 1) / (threads * TILES);
+    const int64_t even = (all + turns * threads - 1) / (turns * threads);
+    const int64_t count = (even + REST - 1) / REST * REST;
+    const int64_t blocks = (all + count - 1) / count;
+    const int64_t wanted = blocks < threads ? (threads + blocks - 1) / blocks : 1;
+    const int64_t parts = wanted < panels ? wanted : panels;
+#pragma omp parallel for schedule(dynamic) firstprivate(p)
+    for (int64_t i = 0; i < blocks * parts; i++) {
+        const int64_t first = i / parts * count, part = i % parts;
+        Block<SIDE, T>(p).convolve(first, all - first < count ? all - first : count,
+                                   part * panels / parts, (part + 1) * panels / parts);
+    }
+}
+
+template <class T> const char* winograd(const Winograd<T>& p) {
+    REQUIRE(sizes({p.bias_step, p.images, p.rows, p.height, p.width, p.inner, p.channels}));
+    REQUIRE(p.inner % 16 == 0 && p.channels % 16 == 0 && (p.side == 2 || p.side == 4));
+    REQUIRE(p.scale >= 1 && p.rows % p.scale == 0 && p.width % p.scale == 0);
+    REQUIRE(p.above == 0 || p.above == 1);
+    REQUIRE(p.relu == 0 || p.relu == 1);
+    REQUIRE(p.rows == p.height + 2 * p.above);
+    if (!p.images || !p.height || !p.width || !p.channels) return nullptr;
+    REQUIRE(p.inner && pointers(p.x, p.weights, p.out));
+    REQUIRE(pointer_or_null(p.bias) && pointer_or_null(p.plus));
+    if (p.side == 4) winograd_of<4>(p);
+    else winograd_of<2>(p);
+    return nullptr;
+}
+
+}  // namespace
