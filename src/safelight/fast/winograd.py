@@ -34,7 +34,7 @@ where channels are many, maps are small, and have few tiles to read those weight
 
 ENOUGH = 12 << 30
 """Bytes of a machine's memory that this is for: Stable Diffusion 1.5 takes 3 GB more by it, and
-1.4 GB more in bfloat16. Not of what is free just now: a picture's last bits would hang on that."""
+1.6 GB more in bfloat16. Not of what is free just now: a picture's last bits would hang on that."""
 
 LANES = 16
 """What the numbers of channels are multiples of."""
