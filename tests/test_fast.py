@@ -759,6 +759,7 @@ def test_what_has_no_tokens_is_not_split() -> None:
 def side(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Of a tile's results."""
     monkeypatch.setattr(winograd, "FEW", 0)
+    monkeypatch.setattr(winograd, "SMALL", 0)
     monkeypatch.setattr(winograd, "MANY", 0 if request.param == 2 else 1 << 40)
     return int(request.param)
 

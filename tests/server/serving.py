@@ -12,6 +12,8 @@ from typing import Any, Self
 
 import httpx2 as httpx
 
+from safelight.weights.estimate import estimate
+
 IMPATIENT = """
 from safelight.server import bodies, supervisor
 bodies.SLOW = {slow} or bodies.SLOW
@@ -125,6 +127,12 @@ class Serving:
     def finished(self, job_id: str, seconds: float = 120) -> Any:
         wait_for(lambda: self.job(job_id)["status"] not in ("queued", "running"), seconds=seconds)
         return self.job(job_id)
+
+
+def room_for_one(model: str, dtype: str = "auto") -> str:
+    """A --model-memory in which two models of this size do not fit."""
+    needs = estimate(model, device="cpu", dtype=dtype)
+    return f"{(needs.weights * 3 // 2 + needs.work) // 10**6}MB"
 
 
 def wait_for(condition: Any, seconds: float = 120) -> None:

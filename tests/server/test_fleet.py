@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from serving import Serving, wait_for
+from serving import Serving, room_for_one, wait_for
 from working import Working
 
 import safelight
@@ -110,7 +110,8 @@ def test_a_worker_draws_several_models_and_declares_which(
     library, others = tmp_path / "library", "embedded-unconditional"
     shutil.copytree(MODELS / "embedded-fast", library / "borrowed")
     how = {"steps": 2, "sampler": "euler", "prompt": "a cat"}
-    only = ("--models-dir", str(library), "--allow-models", "borrowed", "--model-memory", "580MB")
+    room = ("--model-memory", room_for_one("embedded"))
+    only = ("--models-dir", str(library), "--allow-models", "borrowed", *room)
     with Serving(tmp_path, "--workers", "0", "--database", url, "--allow-models", others) as server:
         waits = server.submit(model=others, unconditional=True, steps=2)
         assert server.client.post("/api/jobs", json=how | {"model": "borrowed"}).status_code == 422

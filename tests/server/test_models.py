@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from serving import Serving
+from serving import Serving, room_for_one
 
 from safelight.server.metrics import MAX_MODELS, REST, Metrics
 from safelight.weights.find import MODELS
@@ -32,7 +32,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     told["words"].remove("snow")
     notes.write_text(json.dumps(told))
     allowed = "embedded,embedded-fast,broken,few"
-    bounds = ("--models-dir", str(models), "--allow-models", allowed, "--model-memory", "580MB")
+    room = room_for_one("embedded", "float32")
+    bounds = ("--models-dir", str(models), "--allow-models", allowed, "--model-memory", room)
     with Serving(folder, "--dtype", "float32", *bounds) as running:
         running.ready()
         yield running

@@ -27,10 +27,12 @@ _TAPS = {
 }
 """What three taps become, where a tile has 2×2 results and where it has 4×4."""
 
-FEW, MANY = 1 << 10, 3 << 19
-"""Input times output channels: with fewer there is nothing to gain, with more the tiles are small.
-36 products a tile need four times the memory of nine weights, 16 products less than twice; and
-where channels are many, maps are small, and have few tiles to read those weights for."""
+FEW, SMALL, MANY = 1 << 10, 1 << 14, 3 << 19
+"""Input times output channels. With fewer than FEW there is nothing to gain. With more than MANY
+the tiles have 2×2 results: 36 products a tile need four times the memory of nine weights, 16
+products less than twice; and where channels are many, maps are small, and have few tiles to read
+those weights for. So have those of float32 with fewer than SMALL: they take little time, and
+rounding is a sixth."""
 
 ENOUGH = 12 << 30
 """Bytes of a machine's memory that this is for: Stable Diffusion 1.5 takes 3 GB more by it, and
@@ -80,7 +82,7 @@ def _side(size: int, dtype: torch.dtype, scale: int) -> int:
     many = size > MANY * scale**2
     if dtype == torch.bfloat16:
         return 0 if many or scale > 1 else 4
-    return 2 if many else 4
+    return 2 if many or size < SMALL else 4
 
 
 class Convolution:
