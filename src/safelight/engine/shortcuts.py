@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 LEVELS: Mapping[int, Mapping[str, Any]] = {
     1: {"cache_every": 3},
-    2: {"cache_every": 3, "linears": "int8", "sampler": "dpmpp_2m", "steps": 13},
+    2: {"cache_every": 2, "linears": "int8", "sampler": "dpmpp_2m", "steps": 12},
     3: {
         "cache_every": 3,
         "guidance_start": 0.3,
