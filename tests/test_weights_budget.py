@@ -9,7 +9,7 @@ import torch
 
 from safelight.errors import SafelightError
 from safelight.families.sdxl import VARIANTS
-from safelight.fast import memory, winograd
+from safelight.fast import kernels, memory, winograd
 from safelight.weights.budget import budget, check_memory
 from safelight.weights.find import find
 from safelight.weights.load import _Unfilled
@@ -64,6 +64,7 @@ def test_weights_are_those_that_stay_in_memory(plan: Plan, monkeypatch: pytest.M
 def test_products_take_more_than_weights(
     plan: Plan, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(kernels, "tiles", lambda: None)
     monkeypatch.setattr(winograd, "ready", lambda _: False)
     plain = budget(plan, dtypes(plan, dtype), fast=True, low_memory=False)
     assert plain.weights == dtype.itemsize * (2_567_463_684 + 83_653_863)
@@ -90,6 +91,13 @@ def test_products_are_counted_as_they_are_kept(
     if told:
         kept = winograd.Convolution(conv.weight.detach(), conv, scale).weights
         assert told == kept.numel()
+
+
+def test_tiles_multiply_weights_as_they_are(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "ready", lambda _: True)
+    monkeypatch.setattr(kernels, "tiles", lambda: object())
+    found = budget(plan, dtypes(plan, HALF), fast=True, low_memory=False)
+    assert found.weights == 2 * (2_567_463_684 + 83_653_863)
 
 
 def test_a_line_tells_all(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,8 @@ def numbers(shape: Sequence[int], dtype: torch.dtype, scale: int = 1) -> int:
 
     scale: as of `Convolution`. Of a convolution with a stride, which is not, the number is wrong.
     """
+    if dtype == torch.bfloat16 and kernels.tiles() is not None:
+        return 0  # AMX multiplies directly, at many times the rate
     out, inner = shape[:2]
     side = _side(out * inner, dtype, scale)
     if tuple(shape[2:]) != (3, 3) or out % LANES or inner % LANES or not side or not ready(dtype):
