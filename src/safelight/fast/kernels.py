@@ -147,12 +147,12 @@ def tiles() -> Library | None:
 
 
 def vectors() -> Library | None:
-    """The library of vectors in bfloat16, or None."""
+    """The library of attention, norms, gates and Winograd convolutions in bfloat16, or None."""
     return _first(allowed(), "attend")
 
 
 def floats() -> Library | None:
-    """The library of vectors in float32, or None."""
+    """The library of attention, norms, gates and Winograd convolutions in float32, or None."""
     return _first(allowed(), "attend_floats")
 
 

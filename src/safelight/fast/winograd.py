@@ -51,7 +51,7 @@ def ready(dtype: torch.dtype = torch.float32) -> bool:
 
 
 def fits_conv(conv: nn.Conv2d, dtype: torch.dtype, scale: int = 1) -> bool:
-    """scale: as of `Convolution`."""
+    """Return whether a convolution is multiplied so. scale: as of `Convolution`."""
     shape = (conv.out_channels, conv.in_channels, 3, 3)
     return kernels.plain_3x3(conv, LANES) and numbers(shape, dtype, scale) > 0
 
@@ -60,7 +60,7 @@ def numbers(shape: Sequence[int], dtype: torch.dtype, scale: int = 1) -> int:
     """Return how many float32 numbers a weight [out, in, h, w] of this dtype is kept as, or 0 if
     it is not multiplied so.
 
-    scale: as of `Convolution`. Of a convolution with a stride, which is not, the number is wrong.
+    scale: as of `Convolution`. Not for a convolution with a stride, which is never multiplied so.
     """
     if dtype == torch.bfloat16 and kernels.tiles() is not None:
         return 0  # AMX multiplies directly, at many times the rate
