@@ -251,8 +251,8 @@ def test_no_call_has_more_rows_than_asked_for(
     monkeypatch.setattr(core, "advance", counted)
     engine = Engine(model, exact=False, rows=5)
     for i in range(4):
-        scale = 1.0 if i == 3 else 7.5
-        engine.add(Request(prompt="a cat", steps=2, sampler="euler", guidance_scale=scale), i)
+        asked = {"guidance_scale": 1.0 if i == 3 else 7.5, "guidance_start": 0}
+        engine.add(Request(prompt="a cat", steps=2, sampler="euler", **asked), i)
     drain(engine)
     assert max(calls) == 5
 

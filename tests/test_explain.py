@@ -84,7 +84,9 @@ class TestWatch:
         assert story.moments[-1].clean.tobytes() == story.picture.tobytes()
 
     def test_guidance_is_half_the_difference_on_gray(self, story: Story) -> None:
-        moment = story.moments[2]
+        moment, first = story.moments[2], story.moments[0]
+        assert first.guidance is not None
+        assert {*np.asarray(first.guidance).flatten()} == {128}  # a step that is not guided
         assert moment.guidance is not None
         clean, unguided = (np.asarray(p).astype(int) for p in (moment.clean, moment.unguided))
         expected = 128 + (clean - unguided) / 2
@@ -132,7 +134,7 @@ class TestAttention:
         loaded = safelight.load(device="cpu", dtype=dtype)
         layers = telling_layers(unet_of(loaded))
         with recorded(layers) as weights:
-            loaded.generate(PAIR.replace(steps=2))
+            loaded.generate(PAIR.replace(steps=2, guidance_start=0))
         assert len(weights) == 2 * len(layers) == 2
         for one in weights:
             assert one.shape == (2, 4, 64, 48)  # guided, heads, 8×8, tokens

@@ -116,7 +116,11 @@ def test_what_does_not_fit_together_is_refused(library: Library) -> None:
         "moments": [{"groups": 3}, {"groups": 0}, {"positions": 0}],
         "lay": [{"first": 1, "last": 0}, {"last": 2}, {"plane": 9 * 32 - 1}],
         "conv": [{"side": 9}, {"spread": 3}, {"down": 1}, {"border": 1}, {"plane": 31}],
-        "winograd": [{"side": 3}, {"scale": 0}, {"rows": 4}, {"above": 1, "rows": 3}, {"above": 2}],
+        "winograd": [
+            *({"side": 3}, {"scale": 0}, {"scale": 3}, {"rows": 4}, {"above": 2}),
+            *({"above": 1, "rows": 3}, {"above": 1, "rows": 4, "scale": 2}),
+            {"scale": 2, "width": 3},
+        ],
         "split_linear": [{"inner": 0}],
         "int8_linear": [{"inner": 0}, {"inner": (1 << 16) + 16}],
     }

@@ -24,13 +24,14 @@ def embedded() -> Model:
 
 
 CUTS: list[dict[str, Any]] = [
+    {"guidance_start": 0},
     {},
     {"cache_every": 3},
     {"cache_every": 3, "cache_branch": 2},
-    {"cache_every": 2, "guidance_start": 0.3, "guidance_end": 0.7},
+    {"cache_every": 2, "guidance_start": 0.2, "guidance_end": 0.7},
     {"text_end": 0.5},
     {"cache_every": 2, "guidance_end": 0.5, "text_end": 0.5},
-    {"fast": 3, "steps": 6},
+    {"fast": 3, "steps": 6, "text_end": 0.5},
 ]
 
 

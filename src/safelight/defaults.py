@@ -6,17 +6,20 @@ from typing import Any
 from safelight.errors import SafelightError
 from safelight.request import Request
 
+NEEDED = ("sampler", "steps", "guidance_scale")
+OPTIONAL = ("guidance_start", "guidance_end")
+
 
 def model_defaults(notes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sampler, steps and guidance scale that a model says it draws best with.
+    """Return the sampler, steps and guidance that a model says it draws best with.
 
-    notes: the content of its safelight.json. They stand under `draw_with`; the result is empty
-    if there is none, or none that is valid.
+    notes: the content of its safelight.json. They stand under `draw_with`, all of NEEDED and any
+    of OPTIONAL; the result is empty if there is none, or none that is valid.
     """
     said = notes.get("draw_with")
-    names = ("sampler", "steps", "guidance_scale")
     if not isinstance(said, dict):
         return {}
+    names = (*NEEDED, *(name for name in OPTIONAL if name in said))
     try:
         asked = Request(**{name: said[name] for name in names})
     except (KeyError, SafelightError):

@@ -54,7 +54,7 @@ def test_automatic1111s_clients_too() -> None:
         assert (asked.sampler, asked.steps, asked.guidance_scale) == found
 
 
-BEST = {"sampler": "dpmpp_2m", "steps": 3, "guidance_scale": 4.0}
+BEST = {"sampler": "dpmpp_2m", "steps": 3, "guidance_scale": 4.0, "guidance_start": 0.5}
 
 
 def model_that_says(folder: Path, **notes: Any) -> str:
@@ -75,6 +75,10 @@ def test_python_and_the_command_line_begin_there_too(
     # What is asked for holds, and a preference is no reason to warn.
     other = model.generate("a cat", seed=1, steps=2, guidance_scale=1.0)
     assert (other.settings["steps"], other.settings["sampler"]) == (2, "dpmpp_2m")
+    guided = model.generate("a cat", seed=1, guidance_start=0)
+    assert guided.images[0].tobytes() != made.images[0].tobytes()
+    with pytest.raises(SafelightError, match=r"guidance_end must be at least guidance_start, 0\.5"):
+        model.generate("a cat", guidance_end=0.2)
     assert made.warnings == other.warnings == []
     out = str(tmp_path / "a.png")
     command = ["generate", "a cat", "-s", "1", "-m", name, "--dtype", "float32", "-o", out]

@@ -104,7 +104,8 @@ VIEWS: dict[str, Text] = {
     "clean": Text("The clean estimate", "The network's guess of the picture under the noise."),
     "guidance": Text(
         "The effect of guidance",
-        "Gray means no change. A colour shows the direction of the change, at half strength.",
+        "Gray means no change: some models draw their first steps without guidance. A colour "
+        "shows the direction of the change, at half strength.",
     ),
 }
 """The pictures of each step."""

@@ -42,7 +42,8 @@ class Moment:
     step: from 1 to steps. sigma, timestep: noise level of the state, and the time given to the
     network. noisy: the state as the network sees it, decoded. latents: the same as one pixel for
     each latent, coloured by `Story.colours`; None for a model of pixels. clean: the clean
-    estimate. unguided: the clean estimate of the prompt alone; None where guidance is off.
+    estimate. unguided: the clean estimate of the prompt alone, that of a step without guidance the
+    same as `clean`; None for a picture without guidance.
     attention: float32 [words, h, w], see `explain.attention.word_maps`; None without words.
     """
 
@@ -199,6 +200,7 @@ def _pictures(model: Model, seen: list[_Seen], steps: int) -> tuple[list[Moment]
         latents = [tensor for one in seen for tensor in (one.noisy, one.clean)]
         shown = [picture for both in zip(noisy, clean, strict=True) for picture in both]
         colours = fit_colours(latents, shown)
+    guided = any(one.unguided is not None for one in seen)
     moments = [
         Moment(
             step=one.step,
@@ -208,7 +210,11 @@ def _pictures(model: Model, seen: list[_Seen], steps: int) -> tuple[list[Moment]
             noisy=noisy[i],
             latents=None if colours is None else in_colours(one.noisy, colours),
             clean=clean[i],
-            unguided=None if one.unguided is None else decode(model, one.unguided),
+            unguided=decode(model, one.unguided)
+            if one.unguided is not None
+            else clean[i]
+            if guided
+            else None,
             attention=one.attention,
         )
         for i, one in enumerate(seen)

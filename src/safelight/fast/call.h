@@ -84,4 +84,4 @@ template <class V> inline V power_of_fraction(V x) {
 }  // namespace
 
 // What kernels.py compares with its own number: raise both where a struct changes.
-extern "C" EXPORT inline __attribute__((used)) int safelight_interface() { return 6; }
+extern "C" EXPORT inline __attribute__((used)) int safelight_interface() { return 7; }

@@ -34,7 +34,7 @@ SETTINGS = ("auto", "avx512", "avx2", "portable", "off")
 LIBRARIES = ("amx", "avx512", "avx2", "portable")
 SUFFIX = ".dll" if sys.platform == "win32" else ".so"
 
-INTERFACE = 6
+INTERFACE = 7
 """What a library's safelight_interface() returns: call.h has the same number."""
 
 _STEPS = " ".join(

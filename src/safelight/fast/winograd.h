@@ -13,12 +13,12 @@ const int64_t PANEL = 32;  // columns of weights that lie together
 const int64_t TILES = 36;  // that a thread takes at once, at most
 const int MANY = LANES == 16 ? 12 : 6, REST = 4;  // tiles whose sums fit into the registers, two wide
 
-// Maps are [images][height][width][channels], channels a multiple of 16. Each position of x, which has
-// `rows` rows, is read for scale × scale; `above`: whether it has the rows above and below that are read
-// beyond the results', else they are zero.
+// Maps are [images][height][width][channels], channels a multiple of 16. Where scale is 2, each position of
+// x is read for 2 × 2, and `rows`, `height` and `width` count what is read. `above`: whether x has the rows
+// above and below that are read beyond the results', else they are zero.
 template <class T> struct Winograd {
     const T* x;
-    const float* weights;  // [channels / PANEL, rounded up][places][inner][PANEL]
+    const float* weights;  // [channels / PANEL, rounded up][places, see kept][inner][PANEL]
     const float* bias;     // [channels] or, where bias_step is not 0, [images][channels]; or null
     const T* plus;         // added, or null
     T* out;
@@ -26,7 +26,7 @@ template <class T> struct Winograd {
 };
 
 // What a row of a tile becomes, and what becomes of a row of sums. Points are 0, 1, -1, and for
-// four results also 2 and -2.
+// four results also 2 and -2. In a doubled map, d(1) is d(2) and d(3) is d(4), so that v(2) is zero.
 template <int SIDE> struct Transform;
 template <> struct Transform<2> {
     template <class Read, class Write> static inline void in(Read d, Write v) {
@@ -74,6 +74,9 @@ template <int SIDE, class T> struct Block {
           row(p.inner + 16), plane(TILES * row + 16),
           laid((float*)scratch(PLACES * (plane + TILES * PANEL) * 4)), sums(laid + PLACES * plane) {}
 
+    // Whether a place is multiplied, or zero.
+    bool kept(int64_t place) const { return p.scale == 1 || (place / N != 2 && place % N != 2); }
+
     // The positions of a tile into [PLACES][TILES][inner].
     void lay(int64_t tile, float* to) const {
         alignas(64) static const T nothing[16] = {};
@@ -99,8 +102,10 @@ template <int SIDE, class T> struct Block {
 
     // The products of `count` tiles and panel n of the weights, into [PLACES][TILES][PANEL].
     void products(int64_t n, int64_t count) const {
+        const int64_t places = p.scale == 1 ? PLACES : (N - 1) * (N - 1), next = p.inner * PANEL;
+        const float* w = p.weights + n * places * next;
         for (int64_t i = 0; i < PLACES; i++) {
-            const float* w = p.weights + (n * PLACES + i) * p.inner * PANEL;
+            if (!kept(i)) continue;
             for (int64_t t = 0; t < count;) {
                 const float* from = laid + i * plane + t * row;
                 float* to = sums + (i * TILES + t) * PANEL;
@@ -110,6 +115,7 @@ template <int SIDE, class T> struct Block {
                     else multiply<REST, 2>(from, row, w + c, PANEL, p.inner, to + c, PANEL, false);
                 t += many ? MANY : REST;
             }
+            w += next;
         }
     }
 
@@ -144,6 +150,8 @@ template <int SIDE, class T> struct Block {
         for (int64_t t = 0; t < count; t++) lay(first + t, laid + t * row);
         for (int64_t t = count; t % REST; t++)
             for (int i = 0; i < PLACES; i++) memset(laid + i * plane + t * row, 0, p.inner * 4);
+        for (int i = 0; i < PLACES; i++)
+            if (!kept(i)) memset(sums + i * TILES * PANEL, 0, TILES * PANEL * 4);
         for (int64_t n = n0; n < n1; n++) {
             products(n, count);
             const int64_t left = p.channels - n * PANEL, wide = left < PANEL ? left : PANEL;
@@ -173,7 +181,7 @@ template <int SIDE, class T> void winograd_of(const Winograd<T> p) {
 template <class T> const char* winograd(const Winograd<T>& p) {
     REQUIRE(sizes({p.bias_step, p.images, p.rows, p.height, p.width, p.inner, p.channels}));
     REQUIRE(p.inner % 16 == 0 && p.channels % 16 == 0 && (p.side == 2 || p.side == 4));
-    REQUIRE(p.scale >= 1 && p.rows % p.scale == 0 && p.width % p.scale == 0);
+    REQUIRE(p.scale == 1 || (p.scale == 2 && !p.above && p.rows % 2 == 0 && p.width % 2 == 0));
     REQUIRE(p.above == 0 || p.above == 1);
     REQUIRE(p.relu == 0 || p.relu == 1);
     REQUIRE(p.rows == p.height + 2 * p.above);

@@ -68,15 +68,14 @@ def numbers(shape: Sequence[int], dtype: torch.dtype, scale: int = 1) -> int:
     side = _side(out * inner, dtype, scale)
     if tuple(shape[2:]) != (3, 3) or out % LANES or inner % LANES or not side or not ready(dtype):
         return 0
-    return -(-out // PANEL) * PANEL * inner * (2 + side) ** 2
+    return -(-out // PANEL) * PANEL * inner * len(_taps(side, scale)) ** 2
 
 
 def _side(size: int, dtype: torch.dtype, scale: int) -> int:
     """Return how many results a tile has in a row, 0 if it does not pay off.
 
-    size: input times output channels. Where bfloat16 has twice the rate of float32, four small
-    convolutions of the map before it is enlarged take as long as 4×4, and 16 products for 2×2 gain
-    nothing.
+    size: input times output channels. Where bfloat16 has twice the rate of float32, 16 products for
+    2×2 gain nothing, and doubled maps too little for the memory that they take.
     """
     # Not by the map's size: a picture's last bits would hang on which size came first.
     if size < FEW:
@@ -87,16 +86,23 @@ def _side(size: int, dtype: torch.dtype, scale: int) -> int:
     return 2 if many or size < SMALL else 4
 
 
+def _taps(side: int, scale: int) -> list[list[float]]:
+    """Return what three taps become. In a map that is doubled, what the third of them would be
+    multiplied by is zero: two rows cancel out.
+    """
+    return [row for i, row in enumerate(_TAPS[side]) if scale == 1 or i != 2]
+
+
 class Convolution:
     """As onednn.Convolution, for 3×3 with a border of one."""
 
     def __init__(self, weight: Tensor, conv: nn.Conv2d, scale: int = 1) -> None:
-        """scale: how often each row and column of the map is repeated before."""
+        """scale: how often each row and column of the map is repeated before, 1 or 2."""
         self.out_channels, inner = weight.shape[:2]
         self.bias = None if conv.bias is None else conv.bias.float()
         self.scale = scale
         self.side = _side(self.out_channels * inner, weight.dtype, scale)
-        taps = torch.tensor(_TAPS[self.side])
+        taps = torch.tensor(_taps(self.side, scale))
         whole = torch.zeros(-(-self.out_channels // PANEL) * PANEL, inner, 9)
         whole[: self.out_channels] = weight.flatten(2)
         columns = whole.view(-1, PANEL, inner, 9).permute(0, 3, 2, 1).flatten(2)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from safelight.engine import Engine
 from safelight.engine.job import prepare
+from safelight.engine.shortcuts import Kept, Shortcuts
 from safelight.errors import SafelightError
 from safelight.model import Model
 from safelight.nets.unet import UNet2DConditionModel
@@ -85,8 +86,9 @@ def distil(
     """Teach a copy of `model` to draw the prompts of a file, one a line, in `drawing_steps` steps
     of ddim without guidance; write the folder out/model.
 
-    guidance_scale: the teacher's. Goes on where it was stopped. Beside the folder, out/sheet.png
-    has pictures of the first prompts by the teacher in its many steps, and by the student.
+    guidance_scale: the teacher's, in the steps that it says it guides. Goes on where it was
+    stopped. Beside the folder, out/sheet.png has pictures of the first prompts by the teacher in
+    its many steps, and by the student.
     """
     captions = read_prompts(prompts)
     teacher = load_model(model)
@@ -220,8 +222,11 @@ def _draw(teacher: Model, walk: Table, captions: list[str], guidance: float, see
     engine = Engine(teacher, exact=False, rows=2 * BATCH)
     for i, caption in enumerate(captions):
         request = Request(prompt=caption, guidance_scale=guidance, steps=len(walk.rows))
+        request = request.with_defaults(teacher.defaults)
         conditioning = teacher.family.encode(teacher, request)
-        engine.add_job(prepare(teacher, walk, conditioning, seed + i, teacher.native_size), i)
+        job = prepare(teacher, walk, conditioning, seed + i, teacher.native_size)
+        job.kept = Kept(Shortcuts.of(request))
+        engine.add_job(job, i)
     states = {ticket.tag: [ticket.job.view] for ticket in engine.tickets}
     while engine.tickets:  # the pictures themselves are not decoded
         stepped, failed = engine.step()
