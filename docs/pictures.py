@@ -34,7 +34,7 @@ HERO = (
     "a butterfly on a light blue background",
     "a 3d render of a teddy bear",
 )
-HERO_SEED = 1
+HERO_SEED = 5
 SAMPLERS = ("euler", "euler_a", "heun", "dpmpp_2m", "unipc", "lms", "pndm", "ddim")
 STEPS = (5, 10, 20)
 NOISE_AT = (0, 100, 200, 350, 500, 700, 999)  # timesteps

@@ -143,8 +143,13 @@ def test_prompts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "said",
-    [None, [], {"steps": 4}, {"sampler": "x", "steps": 4, "guidance_scale": 1.0}]
-    + [{"sampler": "ddim", "steps": 4, "guidance_scale": 2.0, "guidance_start": 3}],
+    [
+        None,
+        [],
+        {"steps": 4},
+        {"sampler": "x", "steps": 4, "guidance_scale": 1.0},
+        {"sampler": "ddim", "steps": 4, "guidance_scale": 2.0, "guidance_start": 3},
+    ],
 )
 def test_what_a_model_says_wrongly_is_no_default(said: Any) -> None:
     assert model_defaults({"draw_with": said}) == {}

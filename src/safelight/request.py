@@ -195,11 +195,13 @@ class Request(RequestFields, metaclass=_Listed):
     def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
         """Return the same request with these values where it asks for nothing.
 
-        defaults: valid settings, as `model_defaults` returns them.
+        defaults: valid settings, as `model_defaults` returns them. A request that says where
+        guidance ends gets no start of it, which could come after.
         """
-        return self.model_copy(
-            update={k: v for k, v in defaults.items() if k not in self.model_fields_set}
-        )
+        asked = set(self.model_fields_set)
+        if "guidance_end" in asked:
+            asked.add("guidance_start")
+        return self.model_copy(update={k: v for k, v in defaults.items() if k not in asked})
 
     def replace(self, **changes: Any) -> Self:
         """Return the same request with these settings changed, checked anew.

@@ -201,6 +201,10 @@ def _pictures(model: Model, seen: list[_Seen], steps: int) -> tuple[list[Moment]
         shown = [picture for both in zip(noisy, clean, strict=True) for picture in both]
         colours = fit_colours(latents, shown)
     guided = any(one.unguided is not None for one in seen)
+    unguided = [
+        (clean[i] if guided else None) if one.unguided is None else decode(model, one.unguided)
+        for i, one in enumerate(seen)
+    ]
     moments = [
         Moment(
             step=one.step,
@@ -210,11 +214,7 @@ def _pictures(model: Model, seen: list[_Seen], steps: int) -> tuple[list[Moment]
             noisy=noisy[i],
             latents=None if colours is None else in_colours(one.noisy, colours),
             clean=clean[i],
-            unguided=decode(model, one.unguided)
-            if one.unguided is not None
-            else clean[i]
-            if guided
-            else None,
+            unguided=unguided[i],
             attention=one.attention,
         )
         for i, one in enumerate(seen)
