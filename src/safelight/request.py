@@ -199,7 +199,7 @@ class Request(RequestFields, metaclass=_Listed):
         guidance ends gets no start of it, which could come after.
         """
         asked = set(self.model_fields_set)
-        if "guidance_end" in asked:
+        if self.guidance_end is not None:
             asked.add("guidance_start")
         return self.model_copy(update={k: v for k, v in defaults.items() if k not in asked})
 

@@ -434,15 +434,19 @@ def test_the_form_shows_what_suits_the_model(server: Serving, fresh: Page) -> No
         expect(page.get_by_label(label, exact=True)).to_have_count(0)
     model.select_option("embedded-fast")
     expect(steps).to_have_value("4")
+    start = page.get_by_label("Guidance start", exact=True)
+    expect(start).to_have_value("")
     expect(page.get_by_label("Width", exact=True)).to_be_visible()
     draw(page, "a boat")
     assert newest(server)["model"] == "embedded-fast"
     expect(page.locator(".model .facts")).to_contain_text("256×256, float32")
     model.select_option("embedded")
     expect(steps).not_to_have_value("4")
+    expect(start).to_have_value("0.25")
     choose(page, "All its settings")
     expect(model).to_have_value("embedded-fast")
     expect(steps).to_have_value("4")
+    expect(start).to_have_value("")
 
 
 def test_a_model_that_is_none_is_told_in_a_sentence(server: Serving) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from safelight.defaults import OPTIONAL
 from safelight.errors import SafelightError
 from safelight.request import MAX_PROMPT, Request
 from safelight.request_fields import draw_seed
@@ -71,7 +72,7 @@ def control(setting: Setting, value: Any, suits: Suits) -> Any:
         about["info"] = f"{setting.description}; one a line"
     if setting.kind in (str, tuple):
         return gr.Textbox(setting.text(value), max_length=MAX_PROMPT, **about)
-    if setting.about.slider is not None and value is not None:
+    if setting.about.slider is not None and not setting.optional:  # a slider is never empty
         low, high, step = setting.about.slider
         return gr.Slider(low, high, value, step=step, **about)
     return gr.Number(value, **about)
@@ -173,11 +174,12 @@ class Form:
 
     def looks(self, suits: Suits) -> list[dict[str, Any]]:
         """Return how each of `adapted` looks for a model, as keywords of gr.update."""
-        shown = {"visible": not suits.fixed_size}
+        shown, first = {"visible": not suits.fixed_size}, suits.first()
+        own = {name: {"value": getattr(first, name)} for name in OPTIONAL}
         return [
             {"placeholder": suits.placeholder},
             *({"info": suits.side(place), **shown} for place in (0, 1)),
-            *({"visible": suits.has(setting)} for setting in self._partly),
+            *({"visible": suits.has(s), **own.get(s.name, {})} for s in self._partly),
         ]
 
     @property
@@ -195,7 +197,7 @@ class Form:
         """Return updates of `fields`: values, and how those look that differ between models."""
         looks = {id(one): look for one, look in zip(self.adapted, self.looks(suits), strict=True)}
         return [
-            gr.update(value=value, **looks[id(one)]) if id(one) in looks else value
+            gr.update(**looks[id(one)] | {"value": value}) if id(one) in looks else value
             for one, value in zip(self.fields, values, strict=True)
         ]
 
