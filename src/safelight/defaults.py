@@ -7,7 +7,10 @@ from safelight.errors import SafelightError
 from safelight.request import Request
 
 NEEDED = ("sampler", "steps", "guidance_scale")
+"""The settings that stand in every `draw_with`."""
+
 OPTIONAL = ("guidance_start", "guidance_end")
+"""The settings that may stand there, too."""
 
 
 def model_defaults(notes: Mapping[str, Any]) -> dict[str, Any]:

@@ -74,7 +74,7 @@ template <int SIDE, class T> struct Block {
           row(p.inner + 16), plane(TILES * row + 16),
           laid((float*)scratch(PLACES * (plane + TILES * PANEL) * 4)), sums(laid + PLACES * plane) {}
 
-    // Whether a place is multiplied, or zero.
+    // Whether a place is multiplied: what a doubled map has at the others is zero.
     bool kept(int64_t place) const { return p.scale == 1 || (place / N != 2 && place % N != 2); }
 
     // The positions of a tile into [PLACES][TILES][inner].

@@ -173,7 +173,9 @@ class Form:
         self.die.click(lambda: str(draw_seed()), outputs=self.seed, show_progress="hidden")
 
     def looks(self, suits: Suits) -> list[dict[str, Any]]:
-        """Return how each of `adapted` looks for a model, as keywords of gr.update."""
+        """Return how each of `adapted` looks for a model, as keywords of gr.update; where guidance
+        begins and ends, with the model's own value.
+        """
         shown, first = {"visible": not suits.fixed_size}, suits.first()
         own = {name: {"value": getattr(first, name)} for name in OPTIONAL}
         return [

@@ -56,7 +56,7 @@ LOOK: dict[str, Any] = {"theme": _THEME, "css": STYLE, "head": HEAD}
 def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
     """Return the page of this server.
 
-    defaults: sampler, steps and guidance scale that its model draws best with. decoders: read what
+    defaults: what its model says it draws best with. decoders: read what
     is uploaded.
     """
     suits = Suits.of(hub.names, None, defaults)

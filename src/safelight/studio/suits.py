@@ -33,7 +33,7 @@ async def suits_of(hub: Hub, model: str | None) -> Suits:
 class Suits:
     """What suits a model; as it stands, of one of which nothing is known here.
 
-    defaults: sampler, steps and guidance scale that it draws best with, if it says. size: its own
+    defaults: what it says it draws best with (`model_defaults`). size: its own
     width and height. fixed_size: it draws no other. reads: the settings that it reads of those
     that some models do not; None for all.
     """
