@@ -87,12 +87,7 @@ def train(
         raise SafelightError(f"--minutes {minutes:g}: expected 0.05 to 100000")
     if unknown := [stage for stage in stages if stage not in STAGES]:
         raise SafelightError(f"no stage {unknown[0]!r}: the stages are {', '.join(STAGES)}")
-    sizes = _sizes(dry_run, scenes, batch, decoder_batch, pixels_batch)
-    if learning_rate is not None:
-        if not 0 < learning_rate < 1:
-            raise SafelightError(f"--learning-rate {learning_rate}: expected above 0 and below 1")
-        plan = replace(sizes.unet_plan, learning_rate=learning_rate)
-        sizes = replace(sizes, unet_plan=plan)
+    sizes = _sizes(dry_run, scenes, batch, decoder_batch, pixels_batch, learning_rate)
     recipe = Recipe(data, out, minutes, sizes, native, begin)
     run = {
         "decoder": recipe.decoder,
@@ -178,6 +173,7 @@ def _sizes(
     batch: int | None = None,
     decoder_batch: int | None = None,
     pixels_batch: int | None = None,
+    learning_rate: float | None = None,
 ) -> Sizes:
     """Return the sizes that the options ask for."""
     from recipes.embedded.sizes import DRY, FULL
@@ -193,6 +189,11 @@ def _sizes(
             raise SafelightError(f"{name} {count}: expected 1 to 8192")
         if count is not None:
             sizes = replace(sizes, **{plan: getattr(sizes, plan).with_batch(count)})
+    if learning_rate is not None:
+        if not 0 < learning_rate < 1:
+            raise SafelightError(f"--learning-rate {learning_rate}: expected above 0 and below 1")
+        plan = replace(sizes.unet_plan, learning_rate=learning_rate)
+        sizes = replace(sizes, unet_plan=plan)
     return sizes
 
 

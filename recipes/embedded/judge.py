@@ -58,31 +58,48 @@ class Verdict:
     counts: Tensor
 
 
+def _block(in_ch: int, out_ch: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_ch, out_ch, 3, stride, 1, bias=False), nn.BatchNorm2d(out_ch), nn.ReLU()
+    )
+
+
+class Residual(nn.Module):
+    """Two convolutions whose result is added to what they are given; at first it is nothing."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = _block(channels, channels)
+        self.second = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+        nn.init.zeros_(self.norm.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.norm(self.second(self.first(x))))
+
+
 class Judge(nn.Module):
     """Convolutions down to 8×8 positions; each question is a linear layer on their mean over the
-    whole picture or the half that it is about.
+    whole picture or the half that it is about. In the mean that is asked for things and colours,
+    positions count by what `attend` says of them.
     """
 
     def __init__(self, concepts: int) -> None:
         super().__init__()
-
-        def block(in_ch: int, out_ch: int, stride: int) -> nn.Sequential:
-            return nn.Sequential(
-                nn.Conv2d(in_ch, out_ch, 3, stride, 1, bias=False),
-                nn.BatchNorm2d(out_ch),
-                nn.ReLU(),
-            )
-
         self.body = nn.Sequential(
-            block(3, 32, 2),
-            block(32, 64, 2),
-            block(64, 64, 1),
-            block(64, 128, 2),
-            block(128, 128, 1),
-            block(128, 256, 2),
-            block(256, 256, 1),
-            block(256, 256, 1),
+            _block(3, 32, 2),
+            _block(32, 64, 2),
+            _block(64, 64),
+            _block(64, 128, 2),
+            _block(128, 128),
+            _block(128, 256, 2),
+            _block(256, 256),
+            _block(256, 256),
+            Residual(256),
+            Residual(256),
         )
+        self.attend = nn.Linear(256, 1)
+        nn.init.zeros_(self.attend.weight)
         self.concept = nn.Linear(256, concepts)
         self.ground = nn.Linear(256, len(GROUNDS))
         self.colour = nn.Linear(256, len(PAINTS))
@@ -93,9 +110,11 @@ class Judge(nn.Module):
         three places that `Verdict.concepts` speaks of.
         """
         seen = self.body(pixels)
-        at = torch.einsum("nchw,nphw->npc", seen, where)
-        whole = at[:, WHOLE]
-        return self.concept(at), self.ground(whole), self.colour(whole), self.count(whole)
+        scores = self.attend(seen.movedim(1, -1)).movedim(-1, 1).float() + where.log()
+        looks = scores.flatten(2).softmax(-1).unflatten(2, where.shape[2:])
+        at = torch.einsum("nchw,nphw->npc", seen, looks.to(seen.dtype))
+        whole = seen.mean((2, 3))
+        return self.concept(at), self.ground(whole), self.colour(at[:, WHOLE]), self.count(whole)
 
     @torch.inference_mode()
     def look(self, pictures: np.ndarray[Any, Any] | Tensor, scenes: list[Scene]) -> Verdict:
@@ -153,9 +172,9 @@ def judge_of(stage: Stage, path: Path, out: Path, plan: Plan = PLAN) -> Judge:
         return _loaded(KEPT, len(stage.scenes.names))
     out.mkdir(parents=True, exist_ok=True)
     judge = train_judge(stage, path, out / "judge", plan)
-    weights = {name: t.contiguous() for name, t in judge.state_dict().items()}
+    weights = {name: t.half().contiguous() for name, t in judge.state_dict().items()}
     save_file(weights, file, metadata={"answers": known, "trained_on": stage.scenes.sha256})
-    return judge
+    return _loaded(file, len(stage.scenes.names))
 
 
 def answers_known(names: list[str]) -> str:
@@ -179,16 +198,23 @@ def _loaded(file: Path, concepts: int) -> Judge:
 
 def train_judge(stage: Stage, path: Path, folder: Path, plan: Plan = PLAN) -> Judge:
     """Return a judge that has learned from all that scenes can show, held-out combinations
-    included. Goes on where it was stopped.
+    included. It begins as the one that is kept, if that knows the same things, and goes on where
+    it was stopped.
     """
     torch.manual_seed(plan.seed)
     judge = Judge(len(stage.scenes.names))
+    if _known(KEPT) == answers_known(list(stage.scenes.names)):
+        judge.load_state_dict(load_file(KEPT))
+    judge.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     number = {name: i for i, name in enumerate(stage.scenes.names)}
     whole = min(POOL, plan.steps * plan.batch) if plan.steps else POOL
     pools = [
         Pool(stage, path, round(share * whole), seed, **given)
         for share, seed, given in (
-            (0.84, 11, {}),
+            (0.5, 11, {}),
+            (0.16, 14, {"kind": "pair"}),
+            (0.09, 15, {"kind": "several"}),
+            (0.09, 16, {"kind": "coloured"}),
             (0.08, 12, {"kind": "one", "held_out": "style"}),
             (0.08, 13, {"kind": "coloured", "held_out": "colour"}),
         )

@@ -58,6 +58,31 @@ def test_places_of_a_pair() -> None:
     assert places(Scene("one", ("a",), "flat"))[FIRST].eq(1 / 64).all()
 
 
+def test_the_judge_looks_where_it_is_asked_to() -> None:
+    judge = Judge(2).eval()
+    seen = torch.zeros(1, 256, 8, 8)
+    seen[0, 0, 2, 1] = seen[0, 1, 5, 6] = 1  # what marks one thing on the left, one on the right
+    judge.body = torch.nn.Sequential(Given(seen))
+    judge.concept.load_state_dict({"weight": torch.eye(2, 256), "bias": torch.zeros(2)})
+    where = places(Scene("pair", ("a", "b"), "flat", where="to the left of"))[None]
+    plain = judge(torch.zeros(1, 3, 128, 128), where)[0][0]
+    assert plain.allclose(torch.tensor([[1 / 64, 1 / 64], [1 / 32, 0], [0, 1 / 32]]))
+    judge.attend.weight.data[0, 0] = 100
+    close = judge(torch.zeros(1, 3, 128, 128), where)[0][0]
+    assert close.allclose(torch.tensor([[1, 0], [1, 0], [0, 1 / 32]]))
+
+
+class Given(torch.nn.Module):
+    """Returns the same maps for all pictures."""
+
+    def __init__(self, maps: torch.Tensor) -> None:
+        super().__init__()
+        self.maps = maps
+
+    def forward(self, _: torch.Tensor) -> torch.Tensor:
+        return self.maps
+
+
 def test_what_the_judge_is_asked() -> None:
     number = {name: i for i, name in enumerate(NAMES)}
     one = Scene("coloured", ("an owl",), "flat", "pink", ("blue",))
@@ -93,6 +118,10 @@ def test_the_judge_learns_to_tell(
     elsewhere = judge_of(stage, path, tmp_path / "elsewhere", plan).look(pictures, wanted)
     assert torch.equal(elsewhere.concepts, verdict.concepts)
     assert not (tmp_path / "elsewhere").exists()
+    # Another plan goes on from it.
+    brief = Plan(steps=1, batch=16, learning_rate=1e-6)
+    further = judge_of(stage, path, tmp_path / "further", brief).look(pictures, wanted)
+    assert score(asked, further, NAMES)["thing, one"]["right"] > 0.9
     names = dict(stage.scenes.names)
     names["a thing"] = names.pop(next(iter(names)))
     monkeypatch.setattr(stage.scenes, "names", names)
