@@ -126,10 +126,13 @@ def evaluate(
     out: Out = Path("runs/evaluation"),
     model: Annotated[str, Option(help="The model to judge.")] = "embedded",
     share: Annotated[float, Option(help="Of the prompts.")] = 1.0,
-    steps: Annotated[int, Option(help="How long the judge learns.")] = 6000,
+    steps: Annotated[
+        int | None,
+        Option(help="Train the kept judge further first, for so many.", show_default=False),
+    ] = None,
 ) -> None:
     """Let a judge look at what the model draws: that of OUT, or the one that is kept. If neither
-    knows what the model was taught, or --steps differs from the kept one's, a judge is trained.
+    knows what the model was taught, one is trained.
     """
     from recipes.embedded import figures, unconditional
     from recipes.embedded.judge import PLAN, judge_of
@@ -140,7 +143,11 @@ def evaluate(
 
     path = data / "cutouts.npz"
     stage = Stage(Scenes(path), accelerator().device)
-    plan = replace(PLAN, steps=steps, warmup=min(PLAN.warmup, max(1, steps // 10)))
+    plan = None
+    if steps is not None:
+        if not 1 <= steps <= 1_000_000:
+            raise SafelightError(f"--steps {steps}: expected 1 to 1000000")
+        plan = replace(PLAN, steps=steps, warmup=min(PLAN.warmup, max(1, steps // 10)))
     judge, judged = judge_of(stage, path, out, plan), load_model(model)
     run = figures.evaluate if judged.uses_prompt else unconditional.evaluate
     typer.echo(run(judged, judge, stage, out, share=share))

@@ -156,10 +156,10 @@ def places(scene: Scene) -> Tensor:
     return weights
 
 
-def judge_of(stage: Stage, path: Path, out: Path, plan: Plan = PLAN) -> Judge:
+def judge_of(stage: Stage, path: Path, out: Path, plan: Plan | None = None) -> Judge:
     """Return the judge whose weights are out/judge.safetensors, or else the one that is kept beside
-    this file, if it knows the same things. If there is none, or another plan is asked for: train
-    one and write out/judge.safetensors.
+    this file, if it knows the same things. If there is none, or a plan is given: train one by that
+    plan, or PLAN, and write out/judge.safetensors.
 
     Raises SafelightError if that of `out` knows other things.
     """
@@ -168,10 +168,10 @@ def judge_of(stage: Stage, path: Path, out: Path, plan: Plan = PLAN) -> Judge:
         if _known(file) != known:
             raise SafelightError(f"{file} was trained on other things: remove it, or take its data")
         return _loaded(file, len(stage.scenes.names))
-    if plan == PLAN and _known(KEPT) == known:
+    if plan is None and _known(KEPT) == known:
         return _loaded(KEPT, len(stage.scenes.names))
     out.mkdir(parents=True, exist_ok=True)
-    judge = train_judge(stage, path, out / "judge", plan)
+    judge = train_judge(stage, path, out / "judge", plan or PLAN)
     weights = {name: t.half().contiguous() for name, t in judge.state_dict().items()}
     save_file(weights, file, metadata={"answers": known, "trained_on": stage.scenes.sha256})
     return _loaded(file, len(stage.scenes.names))
@@ -196,7 +196,7 @@ def _loaded(file: Path, concepts: int) -> Judge:
     return judge.float().eval().requires_grad_(False)
 
 
-def train_judge(stage: Stage, path: Path, folder: Path, plan: Plan = PLAN) -> Judge:
+def train_judge(stage: Stage, path: Path, folder: Path, plan: Plan) -> Judge:
     """Return a judge that has learned from all that scenes can show, held-out combinations
     included. It begins as the one that is kept, if that knows the same things, and goes on where
     it was stopped.

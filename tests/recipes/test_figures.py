@@ -114,8 +114,7 @@ def test_the_judge_learns_to_tell(
     assert torch.equal(again.concepts, verdict.concepts)
     # One that lies beside the recipe serves every folder.
     monkeypatch.setattr("recipes.embedded.judge.KEPT", tmp_path / "judge.safetensors")
-    monkeypatch.setattr("recipes.embedded.judge.PLAN", plan)
-    elsewhere = judge_of(stage, path, tmp_path / "elsewhere", plan).look(pictures, wanted)
+    elsewhere = judge_of(stage, path, tmp_path / "elsewhere").look(pictures, wanted)
     assert torch.equal(elsewhere.concepts, verdict.concepts)
     assert not (tmp_path / "elsewhere").exists()
     # Another plan goes on from it.
