@@ -32,7 +32,7 @@ from safelight.fast import (
 )
 from safelight.fast.onednn import Convolution, Doubling, takes
 from safelight.nets.clip import CLIPTextConfig, CLIPTextModel
-from safelight.nets.layers import ResnetBlock2D, Upsample2D
+from safelight.nets.layers import FeedForward, ResnetBlock2D, Upsample2D
 from safelight.nets.unet import UNet2DConditionModel, UNetConfig
 from safelight.nets.unet2d import UNet2DConfig, UNet2DModel
 from safelight.nets.vae import AutoencoderKL, VAEConfig
@@ -232,6 +232,19 @@ def _order(packed: torch.Tensor) -> bytes:
 
 
 @pytest.mark.usefixtures("kernels_of")
+@pytest.mark.usefixtures("kernels_of")
+@pytest.mark.parametrize("tokens", [2 * layers.PART - 1, 2 * layers.PART, 2 * layers.PART + 5])
+def test_a_feed_forward_of_many_tokens(tokens: int) -> None:
+    net = nn.Sequential(FeedForward(32)).eval()
+    x, plus = torch.randn(1, tokens, 32), torch.randn(1, tokens, 32)
+    swapped = fast(net)[0]
+    for more in (None, plus):
+        wanted = net[0](x, more)
+        assert distance(swapped(x, more), wanted) < plain_bound()
+        # The last tokens are a part of their own.
+        assert distance(swapped(x, more)[:, -5:], wanted[:, -5:]) < plain_bound()
+
+
 def test_pixel_model() -> None:
     net = UNet2DModel(PIXELS).eval()
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([500.0, 30.0])

@@ -192,7 +192,10 @@ def _known(file: Path) -> str | None:
 
 def _loaded(file: Path, concepts: int) -> Judge:
     judge = Judge(concepts)
-    judge.load_state_dict(load_file(file))
+    try:
+        judge.load_state_dict(load_file(file))
+    except RuntimeError:
+        raise SafelightError(f"{file} is a judge of other layers: remove it") from None
     return judge.float().eval().requires_grad_(False)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from things import HELD_OUT
 
 import safelight
@@ -35,6 +36,7 @@ from recipes.embedded.judge import (
     Judge,
     Verdict,
     answers,
+    answers_known,
     judge_of,
     places,
 )
@@ -121,6 +123,13 @@ def test_the_judge_learns_to_tell(
     brief = Plan(steps=1, batch=16, learning_rate=1e-6)
     further = judge_of(stage, path, tmp_path / "further", brief).look(pictures, wanted)
     assert score(asked, further, NAMES)["thing, one"]["right"] > 0.9
+    weights = load_file(tmp_path / "judge.safetensors")
+    del weights["attend.bias"]
+    kept = tmp_path / "elsewhere" / "judge.safetensors"
+    kept.parent.mkdir()
+    save_file(weights, kept, {"answers": answers_known(NAMES)})
+    with pytest.raises(SafelightError, match="of other layers: remove it"):
+        judge_of(stage, path, kept.parent)
     names = dict(stage.scenes.names)
     names["a thing"] = names.pop(next(iter(names)))
     monkeypatch.setattr(stage.scenes, "names", names)
