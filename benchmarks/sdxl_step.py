@@ -9,7 +9,6 @@ the weights and does not count.
 
 import argparse
 import importlib
-import math
 import statistics
 import subprocess
 import sys
@@ -78,7 +77,7 @@ def _step(name: str) -> Callable[[], Any]:
     ours = networks.meta(UNet2DConditionModel, UNetConfig.from_dict(config))
     # OpenVINO traces weights of 16 bits in float16 alone; it computes in bfloat16, too.
     dtype = torch.float16 if name == "openvino" else torch.bfloat16
-    state = _weights(ours, dtype)
+    state = networks.weights(ours, dtype)
     some = torch.Generator().manual_seed(1)
     x = torch.randn(2, 4, 128, 128, generator=some)
     words = torch.randn(2, 77, 2048, generator=some)
@@ -114,23 +113,6 @@ def _step(name: str) -> Callable[[], Any]:
     given = (x, torch.tensor([500.0, 500.0]), words, pooled, sizes)
     run = networks.by_openvino(step, given, "openvino bfloat16")
     return lambda: run(*given)
-
-
-def _weights(net: Any, dtype: Any) -> dict[str, Any]:
-    """Return random weights that keep the size of what passes through, in 16 bits from the start:
-    in 32 they would not fit."""
-    import torch
-
-    block = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0))
-    state = {}
-    for name, like in net.state_dict().items():
-        if like.dim() == 1:
-            value = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            state[name] = torch.full(like.shape, value, dtype=dtype)
-        else:
-            whole = block.repeat(-(-like.numel() // len(block)))[: like.numel()]
-            state[name] = (whole.view(like.shape) / math.sqrt(like[0].numel())).to(dtype)
-    return state
 
 
 if __name__ == "__main__":

@@ -36,17 +36,17 @@ def meta(network: Any, config: Any) -> Any:
         return network(config)
 
 
-def weights(net: nn.Module) -> State:
-    """Random weights that keep the size of what passes through."""
+def weights(net: nn.Module, dtype: torch.dtype = torch.float32) -> State:
+    """Return random weights that keep the size of what passes through."""
     generator = torch.Generator().manual_seed(0)
     state = {}
     for name, like in net.state_dict().items():
         if like.dim() == 1:  # a bias, or the scale of a norm
             value = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            state[name] = torch.full(like.shape, value)
+            state[name] = torch.full(like.shape, value, dtype=dtype)
         else:
             gain = 1 / math.sqrt(like[0].numel())
-            state[name] = torch.randn(like.shape, generator=generator) * gain
+            state[name] = (torch.randn(like.shape, generator=generator) * gain).to(dtype)
     return state
 
 
