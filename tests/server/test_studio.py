@@ -434,7 +434,7 @@ def test_the_form_shows_what_suits_the_model(server: Serving, fresh: Page) -> No
         expect(page.get_by_label(label, exact=True)).to_have_count(0)
     model.select_option("embedded-fast")
     expect(steps).to_have_value("4")
-    start = page.get_by_label("Guidance start", exact=True)
+    start = page.locator("#guidance_start input")
     expect(start).to_have_value("")
     expect(page.get_by_label("Width", exact=True)).to_be_visible()
     draw(page, "a boat")
@@ -447,6 +447,22 @@ def test_the_form_shows_what_suits_the_model(server: Serving, fresh: Page) -> No
     expect(model).to_have_value("embedded-fast")
     expect(steps).to_have_value("4")
     expect(start).to_have_value("")
+
+
+def test_fields_that_are_only_looked_at_change_no_setting(server: Serving, fresh: Page) -> None:
+    draw(fresh, "a boat", Steps=3)
+    untouched = newest(server)["settings"]
+    for name in ("Prompt, LoRAs and embeddings", "Size and schedule", "Change a picture"):
+        fresh.get_by_role("button", name=name).click()
+    for name in ("clip_skip", "text_end"):
+        expect(fresh.locator(f"#{name} input")).to_be_visible()
+    draw(fresh, "a boat", Steps=4)
+    wait_for(lambda: newest(server)["settings"]["steps"] == 4)
+    looked_at = newest(server)["settings"]
+    looked_at.pop("steps")
+    assert looked_at.pop("seed") != untouched.pop("seed")
+    untouched.pop("steps")
+    assert looked_at == untouched
 
 
 def test_a_model_that_is_none_is_told_in_a_sentence(server: Serving) -> None:

@@ -72,7 +72,9 @@ def control(setting: Setting, value: Any, suits: Suits) -> Any:
         about["info"] = f"{setting.description}; one a line"
     if setting.kind in (str, tuple):
         return gr.Textbox(setting.text(value), max_length=MAX_PROMPT, **about)
-    if setting.about.slider is not None and not setting.optional:  # a slider is never empty
+    if setting.optional:  # an empty gr.Number is 0 as soon as it is shown
+        return gr.Textbox(value, max_lines=1, max_length=20, **about)
+    if setting.about.slider is not None:
         low, high, step = setting.about.slider
         return gr.Slider(low, high, value, step=step, **about)
     return gr.Number(value, **about)
@@ -271,9 +273,9 @@ def request(
     for setting, value in zip(further_settings(Request), more, strict=True):
         if not suits.has(setting):
             continue
-        if setting.kind is tuple and isinstance(value, str):
-            value = setting.parse(value)
-        settings[setting.name] = None if setting.optional and _unset(setting, value) else value
+        if isinstance(value, str) and setting.kind in (tuple, int, float):
+            value = setting.parse(value.strip())
+        settings[setting.name] = None if setting.optional and value in ("", OWN) else value
     image, mask = painted(picture, enlarged)
     if not suits.uses_prompt:
         if prompt or negative_prompt or image is not None:
@@ -295,13 +297,6 @@ def request(
 
 def _steps(request: Request) -> int:
     return request.steps or SAMPLERS[request.sampler].steps
-
-
-def _unset(setting: Setting, value: Any) -> bool:
-    """Whether a field was left alone. An empty box for a number gives 0."""
-    if setting.kind in (int, float) and setting.lowest is not None and setting.lowest > 0:
-        return value in (None, "", 0)
-    return value in (None, OWN, "")
 
 
 def empty(prompt: Any) -> bool:
