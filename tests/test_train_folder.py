@@ -168,7 +168,7 @@ def test_fine_tuning_teaches_a_colour_and_diffusers_draws_the_same(
 ) -> None:
     monkeypatch.setattr("safelight.train.finetune.CHECKPOINT_EVERY", 30)
     monkeypatch.setattr("safelight.train.finetune.SHEET_PROMPTS", 2)
-    plan = Plan(steps=30, batch=4, learning_rate=1e-3, warmup=3, ema=0.8)
+    plan = Plan(steps=20, batch=4, learning_rate=1.5e-3, warmup=3, ema=0.8)
     out = tmp_path / "out"
     made = finetune(pictures, out, plan)
     model = safelight.load(str(made), dtype="float32")
@@ -302,7 +302,7 @@ def test_killed_and_resumed_ends_as_undisturbed(tmp_path: Path) -> None:
         "u.draw_sheet = lambda *_: None\n"
         "small = dict(block_out_channels=(16, 16, 16), norm_num_groups=8, attention_head_dim=8)\n"
         "u.network = lambda size: replace(u.PIXELS, sample_size=size, **small)\n"
-        "plan = Plan(steps=110, batch=2, learning_rate=1e-3, warmup=5)\n"
+        "plan = Plan(steps=63, batch=2, learning_rate=1e-3, warmup=5)\n"
         "print('go', flush=True)\n"
         "u.unconditional('digits', Path(sys.argv[1]), plan, size=16)\n"
     )
@@ -329,5 +329,5 @@ def test_killed_and_resumed_ends_as_undisturbed(tmp_path: Path) -> None:
     states = [torch.load(tmp_path / n / "checkpoint.pt", weights_only=True) for n in "ab"]
     for one, other in zip(states[0]["average"], states[1]["average"], strict=True):
         assert torch.equal(one, other)
-    assert len(curve(tmp_path / "a")) == 22  # of five steps each, which no checkpoint ends on
+    assert len(curve(tmp_path / "a")) == 21  # of three steps each, which no checkpoint ends on
     assert curve(tmp_path / "a") == curve(tmp_path / "b")

@@ -101,8 +101,8 @@ def test_what_the_judge_is_asked() -> None:
 def test_the_judge_learns_to_tell(
     stage: Stage, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("recipes.embedded.judge.POOL", 300)
-    plan = Plan(steps=40, batch=16, learning_rate=2e-3, warmup=5, ema=0.9)
+    monkeypatch.setattr("recipes.embedded.judge.POOL", 160)
+    plan = Plan(steps=25, batch=16, learning_rate=2e-3, warmup=3, ema=0.8)
     judge = judge_of(stage, path, tmp_path, plan)
     pictures, wanted = stage.batch(40, np.random.default_rng(1), kind="one", ground=WHITE)
     asked = [Asked("one", scene) for scene in wanted]

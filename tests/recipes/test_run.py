@@ -224,11 +224,11 @@ def test_sharpen_lowers_its_loss(
         return float((drawn - pixels).abs().mean() + edge_error(drawn, pixels))
 
     before = loss(latents, pixels), loss(redrawn, pixels[:4])
-    plan = replace(DRY.decoder_plan, steps=60, batch=4, learning_rate=2e-3, ema=0.9)
+    plan = replace(DRY.decoder_plan, steps=40, batch=4, learning_rate=2e-3, ema=0.9)
     sharpen(_Decode(vae), principal, pool, plan, tmp_path / "plain", listen=10)
     assert loss(latents, pixels) < 0.8 * before[0]
     plain = loss(redrawn, pixels[:4])
-    plan = replace(plan, steps=40)
+    plan = replace(plan, steps=30)
     sharpen(_Decode(vae), principal, pool, plan, tmp_path / "redrawn", redrawn=redrawn, listen=10)
     assert loss(redrawn, pixels[:4]) < 0.9 * plain
 

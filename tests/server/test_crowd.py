@@ -21,7 +21,7 @@ from safelight.server.limits import most
 
 pytestmark = pytest.mark.xdist_group("crowd")  # one server for them all
 LONG = {"prompt": "a cat", "steps": 500, "sampler": "euler"}
-MANY = size(200, 2000)
+MANY = size(100, 2000)
 TRUSTED = [part for last in (1, 2) for part in ("--trust-proxy", f"127.0.0.{last}")]
 
 
@@ -138,7 +138,7 @@ def memory(pid: int) -> float:
 def test_visits_leave_nothing_behind(server: Serving) -> None:
     known = server.client.get("/studio/config").json()["dependencies"]
     READ.append(next(one["id"] for one in known if one["api_name"] == "read"))
-    warm, count = size(50, 300), size(60, 10_000)
+    warm, count = size(20, 300), size(20, 10_000)
     grown: list[float] = []
 
     def visits(number: int) -> None:

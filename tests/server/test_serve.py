@@ -25,6 +25,7 @@ from safelight.recipe import read_recipe
 
 pytestmark = pytest.mark.xdist_group("serve")  # one server for them all
 QUICK = {"steps": 3, "sampler": "euler"}
+SMALL = {"width": 64, "height": 64}
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +315,7 @@ class TestDurability:
         """Server and worker, both by SIGKILL, in the middle of jobs."""
         # Exact: such a worker does not measure how many rows pay, and is there sooner.
         serving = Serving(tmp_path, "--dtype", "float32", "--exact")
-        wish: dict[str, Any] = {"prompt": "a cat", "steps": 10, "sampler": "euler"}
+        wish: dict[str, Any] = {"prompt": "a cat", "steps": 30, "sampler": "euler"} | SMALL
         with serving:
             serving.ready()
             jobs = [serving.submit(**wish, seed=i, count=2) for i in range(3)]
@@ -359,7 +360,7 @@ class TestDurability:
             serving.ready()
             poison = serving.submit(prompt="a dog", steps=1000, sampler="euler")
             wait_for(lambda: serving.job(poison)["progress"]["step"] > 0)
-            others = [serving.submit(prompt="a cat", **QUICK) for _ in range(3)]
+            others = [serving.submit(prompt="a cat", **QUICK, **SMALL) for _ in range(3)]
             for _ in range(3):
                 wait_for(lambda: serving.job(poison)["progress"]["step"] > 0)
                 os.kill(serving.worker(), signal.SIGSEGV)
