@@ -73,6 +73,7 @@ def control(setting: Setting, value: Any, suits: Suits) -> Any:
     if setting.kind in (str, tuple):
         return gr.Textbox(setting.text(value), max_length=MAX_PROMPT, **about)
     if setting.optional:  # an empty gr.Number is 0 as soon as it is shown
+        about["placeholder"] = setting.left_out
         return gr.Textbox(value, max_lines=1, max_length=20, **about)
     if setting.about.slider is not None:
         low, high, step = setting.about.slider
