@@ -82,7 +82,9 @@ def _shares(item) -> bool:
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter, exitstatus, config) -> None:
-    """Lines of how near pictures are to diffusers', and of what was skipped, and why."""
+    """Lines of how near pictures are to diffusers', of what was repeated and why, and of what was
+    skipped and why.
+    """
     near = [
         value
         for report in terminalreporter.stats.get("passed", [])
@@ -95,6 +97,11 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config) -> None:
             f"{max(one['latents'] for one in near):.1e}, pixels within "
             f"{max(one['pixels'] for one in near):.2g} of 255"
         )
+    for report in terminalreporter.stats.get("rerun", []):
+        # What passes at the second try may still be a bug that a user meets at the first.
+        crash = getattr(report.longrepr, "reprcrash", None)
+        why = " ".join((crash.message if crash else str(report.longrepr)).split())
+        terminalreporter.write_line(f"repeated: {report.nodeid}: {why[:400]}")
     reasons = collections.Counter(
         _reason(report) for report in terminalreporter.stats.get("skipped", [])
     )

@@ -533,7 +533,7 @@ def test_postgresql_restarted(tmp_path: Path, postgres: str) -> None:
 
         thread = threading.Thread(target=cut)
         thread.start()
-        time.sleep(5)
+        time.sleep(size(2, 5))
         ended.set()
         thread.join()
         for job in jobs:
