@@ -113,7 +113,13 @@ def requests(base: Request, x: Axis, y: Axis | None = None) -> list[list[Request
     if cells > MAX_CELLS:
         raise SafelightError(f"a grid must have at most {MAX_CELLS} cells, not {cells}")
     rows = [{}] if y is None else [{y.name: value} for value in y.values]
-    return [[base.replace(**row, **{x.name: value}) for value in x.values] for row in rows]
+    return [[_cell(base, {**row, x.name: value}) for value in x.values] for row in rows]
+
+
+def _cell(base: Request, values: dict[str, Any]) -> Request:
+    """Return the request of a cell; a value of None leaves that setting out."""
+    given = {name: value for name, value in values.items() if value is not None}
+    return base.without(*(values.keys() - given.keys())).replace(**given)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
-from safelight.defaults import model_defaults
+from safelight.defaults import defaults_of
 from safelight.errors import SafelightError
 from safelight.families import Family
 from safelight.sampling import SchedulerConfig
@@ -98,7 +98,7 @@ class Model:
     @property
     def defaults(self) -> dict[str, Any]:
         """Settings that it draws best with, where a request asks for nothing."""
-        return {**self.family.defaults, **model_defaults(self.notes)}
+        return defaults_of(self.family, self.notes)
 
     @property
     def precision(self) -> str:

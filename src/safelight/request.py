@@ -196,11 +196,14 @@ class Request(RequestFields, metaclass=_Listed):
         """Return the same request with these values where it asks for nothing.
 
         defaults: valid settings, as `model_defaults` returns them. A request that says where
-        guidance ends gets no start of it, which could come after.
+        guidance ends gets no start of it, which could come after, and one that says where it
+        begins no end that would come before.
         """
         asked = set(self.model_fields_set)
         if self.guidance_end is not None:
             asked.add("guidance_start")
+        if defaults.get("guidance_end", 1) < (self.guidance_start or 0):
+            asked.add("guidance_end")
         return self.model_copy(update={k: v for k, v in defaults.items() if k not in asked})
 
     def replace(self, **changes: Any) -> Self:
@@ -217,6 +220,13 @@ class Request(RequestFields, metaclass=_Listed):
             kept = {}
         made = type(self)(**{**asked, **changes})
         return made._with_pictures(kept, self._digests) if kept else made
+
+    def without(self, *names: str) -> Self:
+        """Return the same request as if these settings had been left out."""
+        plain = {name: self.__class__.model_fields[name].get_default() for name in names}
+        made = self.model_copy(update=plain)
+        made.__pydantic_fields_set__.difference_update(names)
+        return made
 
     def with_pictures(self, image: Image | None = None, mask: Image | None = None) -> Self:
         """Return the same request with a picture, RGB, and a mask, L of 0 and 255 alone.

@@ -14,8 +14,9 @@ from inside import Inside
 import safelight
 from safelight import cli
 from safelight.cli.tools import verify
-from safelight.compare import Axis, grid
+from safelight.compare import Axis, grid, requests
 from safelight.defaults import is_distilled
+from safelight.engine.requests import resolve_request
 from safelight.errors import SafelightError
 from safelight.picture import open_picture
 from safelight.recipe import read_recipe
@@ -78,7 +79,7 @@ def test_python_and_the_command_line_begin_there_too(
     guided = model.generate("a cat", seed=1, guidance_start=0)
     assert guided.images[0].tobytes() != made.images[0].tobytes()
     # Where guidance ends is asked for with where it begins: a default would lie after it.
-    assert model.generate("a cat", seed=1, guidance_end=0.2).settings["guidance_start"] is None
+    assert model.generate("a cat", seed=1, guidance_end=0.2).settings["guidance_start"] == 0
     assert made.warnings == other.warnings == []
     out = str(tmp_path / "a.png")
     command = ["generate", "a cat", "-s", "1", "-m", name, "--dtype", "float32", "-o", out]
@@ -93,6 +94,98 @@ def test_openai_s_route_begins_there_too(tmp_path: Path) -> None:
         answer = server.ask("POST", "/v1/images/generations", {"prompt": "a cat", "seed": 1})
         drawn = base64.b64decode(answer.json()["data"][0]["b64_json"])
         assert read_recipe(drawn)["settings"].items() >= BEST.items()
+
+
+FAST = {"cache_every": 3, "guidance_start": 0.3, "sampler": "dpmpp_2m", "steps": 10}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/api/jobs", {}),
+        ("/v1/images/generations", {}),
+        ("/sdapi/v1/txt2img", {"cfg_scale": 4.0, "prompt_syntax": "plain"}),
+    ],
+)
+def test_a_level_of_the_fast_mode_is_taken_by_a_server_too(
+    tmp_path: Path, path: str, body: dict[str, Any]
+) -> None:
+    wish = {"prompt": "a cat", "seed": 1, "fast": 3}
+    with Inside(tmp_path / "data", dtype="float32", exact=True) as server:
+        answer = server.ask("POST", path, wish | body).json()
+        if path == "/api/jobs":
+            assert answer["settings"].items() >= FAST.items()
+            server.finished(answer["id"])
+            drawn = server.picture(answer["id"])
+        elif "data" in answer:
+            drawn = base64.b64decode(answer["data"][0]["b64_json"])
+        else:
+            drawn = base64.b64decode(answer["images"][0])
+        slower = server.ask("POST", "/api/jobs", wish | {"steps": 12, "cache_every": 2}).json()
+        assert slower["settings"].items() >= {**FAST, "steps": 12, "cache_every": 2}.items()
+    settings = read_recipe(drawn)["settings"]
+    assert settings.items() >= FAST.items()
+    # The lossless picture has another recipe, and other pixels.
+    alone = safelight.load(dtype="float32").generate(**wish)
+    assert settings == alone.settings
+    assert open_picture(drawn).tobytes() == alone.images[0].tobytes()
+    assert not alone.warnings
+
+
+def test_a_distilled_model_keeps_its_steps_at_each_level(tmp_path: Path) -> None:
+    with Inside(tmp_path / "data", draws=False, model="embedded-fast") as server:
+        job = server.ask("POST", "/api/jobs", {"prompt": "a cat", "fast": 2}).json()
+    assert job["settings"].items() >= {"steps": 4, "sampler": "ddim", "cache_every": 2}.items()
+
+
+def test_a_family_s_own_are_filled_in(tmp_path: Path) -> None:
+    sdxl = pytest.importorskip("tests.parity.sdxl_models")
+    folder = sdxl.make_folder(tmp_path / "model", sdxl.UNET)
+    with Inside(tmp_path / "data", draws=False, model=str(folder)) as server:
+        job = server.ask("POST", "/api/jobs", {"prompt": "a cat"}).json()
+    wanted = {"sampler": "euler", "steps": 50, "guidance_scale": 5.0}
+    assert job["settings"].items() >= wanted.items()
+
+
+def test_those_of_a_model_that_is_elsewhere_are_left_to_whoever_draws_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plan(*_: Any) -> None:
+        raise SafelightError("no model of that name is here")
+
+    with Inside(tmp_path / "data", draws=False) as server:
+        monkeypatch.setattr(server.hub.names, "plan", plan)
+        job = server.ask("POST", "/api/jobs", {"prompt": "a cat", "steps": 9, "fast": 1}).json()
+    asked = Request.from_dict(job["settings"])
+    assert asked.steps == 9
+    drawn_with = resolve_request(safelight.load("embedded"), asked)
+    assert (drawn_with.sampler, drawn_with.guidance_scale) == ("dpmpp_2m", 4.0)
+    assert (drawn_with.steps, drawn_with.cache_every, drawn_with.guidance_start) == (9, 3, 0.25)
+
+
+def test_null_is_left_out(tmp_path: Path) -> None:
+    nothing = {"steps": None, "guidance_start": None, "linears": None, "seed": None, "image": None}
+    with Inside(tmp_path / "data", draws=False) as server:
+        sent = "POST", "/api/jobs", {"prompt": "a cat", **nothing}
+        first, again = (server.ask(*sent, idempotency_key="k").json() for _ in range(2))
+        assert first["settings"]["steps"] == 20
+        assert first["settings"]["guidance_start"] == 0.25
+        assert again["id"] == first["id"]
+        refused = server.ask("POST", "/api/jobs", {"prompt": None})
+        assert (refused.status, refused.json()["field"]) == (422, "prompt")
+
+
+def test_where_guidance_begins_may_lie_after_where_a_model_ends_it() -> None:
+    best = BEST | {"guidance_start": 0.0, "guidance_end": 0.4}
+    asked = Request(guidance_start=0.5).with_defaults(best)
+    assert (asked.guidance_start, asked.guidance_end) == (0.5, None)
+    assert Request(guidance_start=0.3).with_defaults(best).guidance_end == 0.4
+
+
+def test_none_in_a_grid_is_the_model_s_own() -> None:
+    cells = requests(Request(prompt="a cat", steps=7), Axis.parse("steps=none,8"))[0]
+    assert [cell.with_defaults({"steps": 4}).steps for cell in cells] == [4, 8]
+    assert cells[0].seed == cells[1].seed
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from safelight.engine import Engine
 from safelight.engine.job import prepare
-from safelight.engine.shortcuts import Kept, Shortcuts, with_level
+from safelight.engine.shortcuts import Kept, Shortcuts, shortened
 from safelight.families import Conditioning
 from safelight.families.sd import VARIANTS
 from safelight.fast import accelerate, native_bfloat16
@@ -242,7 +242,7 @@ def _model(unet: State, vae: State, dtype: torch.dtype) -> Model:
 
 
 def _our_picture(model: Model, context: Tensor, asked: dict[str, Any]) -> Tensor:
-    request = with_level(Request(seed=1, **asked), model)
+    request = shortened(Request(seed=1, **asked), model)
     request = request.with_defaults({"sampler": "dpmpp_2m", "steps": 20})
     side = SIDE * model.vae.config.factor
     engine = Engine(model)

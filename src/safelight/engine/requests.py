@@ -9,7 +9,7 @@ from safelight.adapters.embeddings import record
 from safelight.defaults import is_distilled
 from safelight.engine.job import Job, prepare
 from safelight.engine.refining import Second, table_of
-from safelight.engine.shortcuts import Kept, Shortcuts, remark, with_level
+from safelight.engine.shortcuts import Kept, Shortcuts, remark, shortened
 from safelight.families.base import Conditioning
 from safelight.machine import describe_machine
 from safelight.prompt.dynamic import draw
@@ -31,8 +31,14 @@ def resolve_request(model: Model, request: Request) -> Request:
     """
     family = model.family
     family.check_request(model, request)
-    request = with_level(request, model).with_defaults(model.defaults)
-    filled: dict[str, Any] = {}
+    request = shortened(request, model).with_defaults(model.defaults)
+    # A recipe says so: left out, the model's own would hold.
+    whole = {"guidance_start": 0.0, "guidance_end": 1.0}
+    filled: dict[str, Any] = {
+        name: value
+        for name, value in whole.items()
+        if name in model.defaults and getattr(request, name) is None
+    }
     if request.steps is None:
         filled["steps"] = SAMPLERS[request.sampler].steps
     request = request.fitted()

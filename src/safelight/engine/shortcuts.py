@@ -6,13 +6,12 @@ unless a request asks for them, by their names or by a level of `fast`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from safelight.defaults import is_distilled
+from safelight.defaults import LEVELS, with_level
 from safelight.families.base import SHORTCUTS, Conditioning
 from safelight.fast import int8
 from safelight.nets.reuse import Reuse
@@ -23,31 +22,10 @@ if TYPE_CHECKING:
     from safelight.model import Model
     from safelight.request import Request
 
-LEVELS: Mapping[int, Mapping[str, Any]] = {
-    1: {"cache_every": 3},
-    2: {"cache_every": 2, "linears": "int8", "sampler": "dpmpp_2m", "steps": 12},
-    3: {
-        "cache_every": 3,
-        "guidance_start": 0.3,
-        "linears": "int8",
-        "sampler": "dpmpp_2m",
-        "steps": 10,
-    },
-}
-"""The settings that a level stands for, where a request does not have its own. Where 8-bit integers
-cannot be had, linear layers are plain."""
 
-
-def with_level(request: Request, model: Model) -> Request:
-    """Return the request with the settings that its level stands for.
-
-    A distilled model keeps the sampler and steps that it was taught.
-    """
-    if not model.family.shortcuts:
-        return request
-    level = LEVELS.get(request.fast, {})
-    fixed = model.defaults if is_distilled(model.notes) else {}
-    request = request.with_defaults({k: v for k, v in level.items() if k not in fixed})
+def shortened(request: Request, model: Model) -> Request:
+    """Return the request with the settings that its level stands for, as they can be had here."""
+    request = with_level(request, model.family, model.notes)
     if request.linears == "int8" and not int8.available(model.device, model.dtype):
         return request.replace(linears="plain")
     return request
@@ -55,7 +33,7 @@ def with_level(request: Request, model: Model) -> Request:
 
 def remark(asked: Request, resolved: Request) -> str:
     """Return a sentence if a shortcut that was asked for by name cannot be had here; else empty."""
-    if asked.linears == resolved.linears or asked.linears is None:
+    if asked.linears in (None, resolved.linears, LEVELS.get(asked.fast, {}).get("linears")):
         return ""
     return (
         "linears int8 needs a model in bfloat16 on a processor with AVX512-BF16 or AMX, and "

@@ -8,12 +8,10 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from safelight.defaults import model_defaults
 from safelight.errors import SafelightError
 from safelight.server.jobs import ModelInfo, StoppingError, WorkerInfo
 from safelight.server.served import Served
 from safelight.server.settings import Settings
-from safelight.weights.find import notes_of
 
 log = logging.getLogger("safelight.server")
 
@@ -37,7 +35,6 @@ class Catalogue:
         self._settings, self._send, self._in_thread = settings, send, in_thread
         self.info = ModelInfo(name=self.served.default)
         self._others: dict[str, ModelInfo] = {}
-        self._defaults: dict[str, dict[str, Any]] = {}
         self._elsewhere: list[str] = []
         self.loads = Counter[str]()
         """How often each model was loaded since the start."""
@@ -145,22 +142,6 @@ class Catalogue:
         if self.stopping:
             raise StoppingError
         return self._get(name)
-
-    async def defaults(self, name: str) -> dict[str, Any]:
-        """Return what a model says it draws best with (`model_defaults`)."""
-        if name not in self._defaults:  # not before somebody asks: it takes a while
-            self._defaults[name] = model_defaults(await self._in_thread(self._notes, name))
-            if self._settings.wildcards_dir is not None:
-                self._defaults[name]["dynamic_prompts"] = True
-        return self._defaults[name]
-
-    def _notes(self, name: str) -> dict[str, Any]:
-        try:
-            source = self.served.source(name)
-        except SafelightError:  # the model of a worker elsewhere
-            return {}
-        given = self._settings.model if source is None else source
-        return notes_of(given, self._settings.models_dir)
 
     @property
     def loaded(self) -> list[str]:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safelight.defaults import defaults_of, with_level
 from safelight.errors import SafelightError
 from safelight.request import Request
 from safelight.server import tracing
@@ -39,6 +40,7 @@ from safelight.server.store import Store, new_id
 from safelight.server.supervisor import Supervisor
 from safelight.server.threads import Threads
 from safelight.server.webhooks import Webhooks
+from safelight.weights.plan import Plan as ModelPlan
 
 log = logging.getLogger("safelight.server")
 
@@ -219,7 +221,10 @@ class Hub:
         if self.stopping:
             raise StoppingError
         name = await self.find_model(model)
-        request = request.with_defaults(await self.defaults(name))
+        plan = await self._plan(name)
+        if plan is not None:
+            request = with_level(request, plan.family, plan.notes)
+        request = request.with_defaults(self._defaults(plan))
         steps = steps_of(request)
         if idempotency_key is not None and not 1 <= len(idempotency_key) <= 255:
             raise SafelightError("Idempotency-Key must have 1 to 255 characters")
@@ -233,6 +238,7 @@ class Hub:
             partial(
                 accept,
                 *(self.files, self.store, job_id, request),
+                known=plan is not None,
                 client=client,
                 cost=cost(request, steps, native),
                 bound=self._bound,
@@ -370,4 +376,15 @@ class Hub:
 
     async def defaults(self, model: str | None = None) -> dict[str, Any]:
         """See `jobs.Service`."""
-        return await self.catalogue.defaults(model or self.catalogue.info.name)
+        return self._defaults(await self._plan(model or self.catalogue.info.name))
+
+    async def _plan(self, model: str) -> ModelPlan | None:
+        """Return what a model is by its headers; None if it is not on this machine."""
+        try:
+            return await asyncio.to_thread(self.names.plan, model)
+        except (OSError, SafelightError):
+            return None
+
+    def _defaults(self, plan: ModelPlan | None) -> dict[str, Any]:
+        found = {} if plan is None else defaults_of(plan.family, plan.notes)
+        return found | ({"dynamic_prompts": True} if self.names.has_wildcards else {})

@@ -7,6 +7,7 @@ import hashlib
 import json
 from typing import Any
 
+from safelight.defaults import BY_MODEL
 from safelight.request import Request
 from safelight.server.files import Files
 from safelight.server.jobs import Job, StorageError
@@ -19,15 +20,20 @@ def accept(
     job_id: str,
     request: Request,
     *,
+    known: bool,
     key: str | None,
     named: str | None,
     **how: Any,
 ) -> tuple[Job, bool]:
     """Return the job and whether it is new.
 
+    known: whether the request has its model's defaults; if not, whoever draws it fills them in.
     named: the model, if the request names one. how: as `Store.submit` takes it.
     """
     settings = request.to_dict()
+    if not known:
+        for name in BY_MODEL - request.model_fields_set:
+            del settings[name]
     asked = settings | ({} if named is None else {"model": named})
     if "seed" not in request.model_fields_set:
         asked.pop("seed")  # drawn anew for the same body

@@ -239,5 +239,5 @@ class Service(Protocol):
         ...
 
     async def defaults(self, model: str | None = None) -> dict[str, Any]:
-        """Return what a model says it draws best with (`model_defaults`)."""
+        """Return what a model draws best with (`defaults_of`); empty if nothing is known of it."""
         ...

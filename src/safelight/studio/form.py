@@ -276,7 +276,8 @@ def request(
             continue
         if isinstance(value, str) and setting.kind in (tuple, int, float):
             value = setting.parse(value.strip())
-        settings[setting.name] = None if setting.optional and value in ("", OWN) else value
+        if not (setting.optional and value in (None, "", OWN)):
+            settings[setting.name] = value
     image, mask = painted(picture, enlarged)
     if not suits.uses_prompt:
         if prompt or negative_prompt or image is not None:

@@ -25,7 +25,7 @@ from safelight.server.jobs import Event, Job, ModelInfo, Status, WorkerInfo
 from safelight.server.sizes import enlarged_png
 from safelight.server.store import MAX_LISTED
 from safelight.server.webhooks import check_url
-from safelight.settings import json_schema, shown
+from safelight.settings import json_schema, settings_of, shown
 from safelight.sizes import MAX_SIDE, MIN_SIDE
 from safelight.storage import Stored
 
@@ -106,7 +106,10 @@ async def submit(
     webhook = settings.pop("webhook", None)
     if webhook is not None:
         webhook = check_url(webhook, private=hub(request).webhooks.private)
-    names = [name for name in ("image", "mask") if settings.get(name) is not None]
+    for name, setting in settings_of(Request).items():
+        if (setting.optional or name == "seed") and settings.get(name, ...) is None:
+            del settings[name]  # null is to leave it out
+    names = [name for name in ("image", "mask") if name in settings]
     async with turn(request) if names else nullcontext():
         data = {name: [decode_base64(settings.pop(name), name)] for name in names}
         asked = await asyncio.to_thread(lambda: Request(**settings))

@@ -74,7 +74,8 @@ def _settings(
     body: TextToImage | ImageToImage, defaults: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
     said = body.model_fields_set
-    if said & {"sampler_name", "sampler_index"} or "sampler" not in defaults:
+    names_sampler = bool(said & {"sampler_name", "sampler_index"})
+    if names_sampler or "sampler" not in defaults:
         name, joined = find_sampler(body.sampler_name or body.sampler_index)
     else:
         name, joined = defaults["sampler"], None
@@ -108,6 +109,10 @@ def _settings(
     overrides = body.override_settings
     settings |= {ours: overrides[name] for name, ours in OVERRIDES.items() if name in overrides}
     own = _own(body, settings)
+    if own.get("fast"):  # a level has its own sampler and steps, where the body names none
+        for name, given in (("sampler", names_sampler), ("steps", "steps" in said)):
+            if not given:
+                del settings[name]
     # What this API's clients write is meant as AUTOMATIC1111 reads it.
     own.setdefault("prompt_syntax", "a1111")
     if own["prompt_syntax"] == "a1111" and "emphasis" not in own:
