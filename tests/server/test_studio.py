@@ -449,6 +449,50 @@ def test_the_form_shows_what_suits_the_model(server: Serving, fresh: Page) -> No
     expect(start).to_have_value("")
 
 
+def test_of_two_models_chosen_at_once_the_last_counts(fresh: Page) -> None:
+    model = fresh.get_by_label("Model", exact=True)
+    for name in ("embedded-unconditional", "embedded-fast"):
+        model.select_option(name)
+    expect(fresh.get_by_label("number input for Steps")).to_have_value("4")
+    expect(fresh.locator("#prompt textarea")).to_have_attribute("placeholder", form.EXAMPLE)
+    expect(model).to_have_value("embedded-fast")
+
+
+def test_pages_begin_with_different_seeds(server: Serving, context: BrowserContext) -> None:
+    seeds: list[int] = []
+    for _ in range(2):
+        watched = Watched(context, server.url)
+        draw(watched.open(), "a ship", Steps=2)
+        seeds.append(newest(server)["pictures"][0]["seed"])
+        watched.close()
+    assert seeds[0] != seeds[1]
+
+
+def test_a_picture_is_used_without_its_styles(server: Serving, fresh: Page) -> None:
+    fresh.get_by_role("button", name="Prompt, LoRAs and embeddings").click()
+    fresh.locator("#styles textarea").fill("toy")
+    draw(fresh, "a drum", Steps=2)
+    fresh.get_by_label("Prompt", exact=True).fill("something else")
+    choose(fresh, "Use this one")
+    expect(fresh.get_by_label("Prompt", exact=True)).to_have_value("a drum")
+    assert newest(server)["pictures"][0]["recipe"]["settings"]["prompt"] == "a drum, toy"
+
+
+def test_a_slider_leaves_the_weight_of_the_text_encoder(fresh: Page) -> None:
+    fresh.get_by_role("button", name="Prompt, LoRAs and embeddings").click()
+    loras = fresh.locator("#loras textarea")
+    loras.fill("ink:0.8:0.4")
+    slider = fresh.get_by_label("Weight of ink", exact=True)
+    expect(slider).to_have_value("0.8")
+    slider.fill("1.5")
+    expect(loras).to_have_value("ink:1.5:0.4")
+
+
+def test_each_line_is_one_name() -> None:
+    given = values(styles="Photo, film\n toy \n", picture=None)
+    assert form.request(*given.values(), suits=Suits()).styles == ("Photo, film", "toy")
+
+
 def test_fields_that_are_only_looked_at_change_no_setting(server: Serving, fresh: Page) -> None:
     draw(fresh, "a boat", Steps=3)
     untouched = newest(server)["settings"]

@@ -274,7 +274,9 @@ def request(
     for setting, value in zip(further_settings(Request), more, strict=True):
         if not suits.has(setting):
             continue
-        if isinstance(value, str) and setting.kind in (tuple, int, float):
+        if isinstance(value, str) and setting.kind is tuple:
+            value = tuple(filter(None, map(str.strip, value.splitlines())))
+        elif isinstance(value, str) and setting.kind in (int, float):
             value = setting.parse(value.strip())
         if not (setting.optional and value in (None, "", OWN)):
             settings[setting.name] = value

@@ -100,16 +100,14 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
                 *form.filled([*values, *easel.on_easel(image, mask)], suits),
             ]
 
-        async def choose(event: gr.EventData) -> list[Any]:
+        async def choose(name: Any) -> list[Any]:
             """Let the form show what suits the model that was chosen."""
-            given = event._data
-            name = given.get("name") if isinstance(given, dict) else None
             try:
                 suits = await suits_of(hub, name)
             except SafelightError as error:
-                return [gr.skip(), str(error), *[gr.skip()] * len([*form.best, *form.adapted])]
+                return [str(error), *[gr.skip()] * len([*form.best, *form.adapted])]
             looks = [gr.update(**look) for look in form.looks(suits)]
-            return [name, "", *form.best_of(suits), *looks]
+            return ["", *form.best_of(suits), *looks]
 
         async def recall(now: str, event: gr.EventData, by: gr.Request) -> list[Any]:
             """Fill the form with all settings of a picture, its model and what it started from."""
@@ -132,7 +130,8 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
             return [
                 gr.Tabs(selected="make"),
                 gr.Accordion(open=True),
-                picture.recipe["settings"].get("prompt", ""),
+                # The styles that are in the form are put around it again.
+                picture.recipe.get("template", picture.recipe["settings"]).get("prompt", ""),
                 picture.width,
                 picture.height,
                 *easel.on_easel(await asyncio.to_thread(open_picture, data)),
@@ -168,8 +167,9 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
             used = [tabs, form.change, form.prompt, form.width, form.height, *form.fields[-2:]]
             shown.use(use, None, used, **quiet)
             shown.inside(look, None, [tabs, *inside.outputs], concurrency_limit=None, **quiet)
-        suited = [model, form.problem, *form.best, *form.adapted]
-        model.choose(choose, None, suited, **quiet)
+        suited = [form.problem, *form.best, *form.adapted]
+        # Of several models that are chosen while one is looked at, the last counts.
+        model.choose(choose, model, suited, trigger_mode="always_last", **quiet)
         dropped.change(read, [dropped, model], [find_told, *settled], **quiet)
         # Any new value loads the gallery. In the page alone: of two events that begin at once, the
         # answer to the second may be lost by Gradio's client, which closes their one stream.
@@ -212,7 +212,7 @@ def _make(hub: Hub, model: Any, suits: Suits, decoders: Decoders) -> tuple[forms
         told = f"The prompt is empty, so this draws the example: “{EXAMPLE}”."
         return job.id, str(request.seed), str(request.seed), "", told if example else ""
 
-    used = gr.State(None)
+    used = gr.State(form.seed.value)  # all pages begin with this one, which nobody chose
     for event in (form.draw.click, form.prompt.submit):
         event(
             submit,

@@ -67,9 +67,9 @@
     return select;
   };
 
-  const weighed = line => {  // "ink:0.8" is ink at 0.8
-    const [, name, weight] = line.match(/^(.*?)(?::([+-]?[\d.]+))?$/);
-    return [name, weight === undefined ? 1 : Number(weight)];
+  const weighed = line => {  // "ink:0.8:0.4" is ink at 0.8, in the text encoder at 0.4
+    const [, name, weight, text] = line.match(/^(.*?)(?::([+-]?[\d.]+))?(?::([+-]?[\d.]+))?$/);
+    return [name, weight === undefined ? 1 : Number(weight), text === undefined ? "" : `:${text}`];
   };
 
   // The lines of a box as rows, each with a slider if it has a weight, and a button to remove it.
@@ -84,7 +84,7 @@
         next.splice(place, 1, ...by);
         return next.join("\n");
       };
-      const [name, weight] = weights ? weighed(line) : [line, 1];
+      const [name, weight, text] = weights ? weighed(line) : [line, 1, ""];
       const row = make("li", {}, make("span", {textContent: name}));
       if (weights) {
         const told = make("output", {textContent: weight});
@@ -92,7 +92,7 @@
                                       ariaLabel: `Weight of ${name}`});
         slider.oninput = () => {
           told.textContent = slider.value;
-          there[place] = `${name}:${slider.value}`;
+          there[place] = `${name}:${slider.value}${text}`;
           list.dataset.shown = there.join("\n");  // the focus stays on the slider
           set(box, list.dataset.shown);
         };
