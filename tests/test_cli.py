@@ -604,3 +604,10 @@ class TestHelp:
             pytest.skip("the package is not installed")
         done = subprocess.run([script, "--version"], capture_output=True, text=True)
         assert done.stdout == f"safelight {safelight.__version__}\n"
+
+
+def test_two_names_of_one_setting_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["generate", "a cat", "--batch-size", "2", "--n-iter=3"]) == 2
+    assert capsys.readouterr().err == (
+        "error: --batch-size and --n-iter are both --count here: give one of them\n"
+    )

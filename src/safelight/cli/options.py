@@ -173,7 +173,7 @@ class RequestCommand(TyperCommand):
         from safelight.settings import settings_of
 
         names = {
-            alias: setting.option
+            alias: setting
             for setting in settings_of(Request).values()
             for alias in setting.about.aliases
         }
@@ -287,12 +287,25 @@ def _parameter(setting: "Setting") -> inspect.Parameter:
     )
 
 
-def _renamed(args: Sequence[str], names: dict[str, str]) -> list[str]:
-    """Replace option names, up to the `--` after which none are options."""
+def _renamed(args: Sequence[str], names: dict[str, "Setting"]) -> list[str]:
+    """Replace other programs' option names, up to the `--` after which none are options.
+
+    Raises SafelightError for two of them that are one setting here.
+    """
     found: list[str] = []
+    said: dict[str, str] = {}
     for i, argument in enumerate(args):
         if argument == "--":
             return found + list(args[i:])
         name, equals, value = argument.partition("=")
-        found.append(f"{names[name]}{equals}{value}" if name in names else argument)
+        if name not in names:
+            found.append(argument)
+            continue
+        setting = names[name]
+        before = said.setdefault(setting.name, name)
+        if before != name and setting.kind is not tuple:
+            raise SafelightError(
+                f"{before} and {name} are both {setting.option} here: give one of them"
+            )
+        found.append(f"{setting.option}{equals}{value}")
     return found
