@@ -738,7 +738,7 @@ def test_memory_of_threads_that_ended_is_given_back() -> None:
         thread.start()
         thread.join()
 
-    for _ in range(4):
+    for _ in range(24):  # until the allocator has its arenas
         once()
     before = own()
     for _ in range(24):

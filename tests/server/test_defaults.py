@@ -48,6 +48,7 @@ def test_automatic1111s_clients_too() -> None:
     said = {"sampler_name": "Euler a", "steps": 9, "cfg_scale": 3}
     for taught, body, found in (
         (wanted, {}, ("ddim", 4, 1.0)),
+        (wanted, {"sampler_name": ""}, ("ddim", 4, 1.0)),
         (wanted, said, ("euler_a", 9, 3.0)),
         ({}, {}, ("euler", 50, 7.0)),
     ):

@@ -458,6 +458,24 @@ def test_of_two_models_chosen_at_once_the_last_counts(fresh: Page) -> None:
     expect(model).to_have_value("embedded-fast")
 
 
+def test_a_level_shows_the_steps_that_it_takes(server: Serving, fresh: Page) -> None:
+    fresh.get_by_role("button", name="Size and schedule").click()
+    fast, steps = (fresh.get_by_label(f"number input for {n}") for n in ("Fast", "Steps"))
+    start = fresh.locator("#guidance_start input")
+    for level, shown, begins in ((3, "10", "0.3"), (0, "20", "0.25"), (2, "12", "0.25")):
+        fast.fill(str(level))
+        expect(steps).to_have_value(shown)
+        expect(start).to_have_value(begins)
+    draw(fresh, "a boat")
+    wanted = {"fast": 2, "steps": 12, "cache_every": 2, "linears": "int8", "text_end": None}
+    assert newest(server)["settings"].items() >= wanted.items()
+    fast.fill("0")
+    expect(steps).to_have_value("20")
+    choose(fresh, "All its settings")  # as they were drawn, not as the level has them now
+    expect(steps).to_have_value("12")
+    expect(fast).to_have_value("2")
+
+
 def test_pages_begin_with_different_seeds(server: Serving, context: BrowserContext) -> None:
     seeds: list[int] = []
     for _ in range(2):

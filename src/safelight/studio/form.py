@@ -144,6 +144,9 @@ class Form:
             rest = [name for name in settings if name not in made]
             made |= {name: control(settings[name], getattr(first, name), suits) for name in rest}
         self.further = [made[name] for name in settings]
+        self.fast = made["fast"]
+        self.levelled = [self.sampler, self.steps, made["guidance_start"]]
+        """The fields that a level of `fast` changes; see `level_of`. What they show is drawn."""
         self._partly = [s for s in settings.values() if s.about.some_models]
         self.adapted = [
             *(self.prompt, self.width, self.height),
@@ -197,6 +200,12 @@ class Form:
         """Return the values of `best` for a model."""
         first = suits.first()
         return [first.sampler, _steps(first), first.guidance_scale]
+
+    @staticmethod
+    def level_of(suits: Suits, fast: Any) -> list[Any]:
+        """Return the values of `levelled` for a model. Raises SafelightError for no level."""
+        asked = suits.first(fast=fast)
+        return [asked.sampler, _steps(asked), asked.guidance_start]
 
     def filled(self, values: Sequence[Any], suits: Suits) -> list[Any]:
         """Return updates of `fields`: values, and how those look that differ between models."""

@@ -212,6 +212,20 @@ def _make(hub: Hub, model: Any, suits: Suits, decoders: Decoders) -> tuple[forms
         told = f"The prompt is empty, so this draws the example: “{EXAMPLE}”."
         return job.id, str(request.seed), str(request.seed), "", told if example else ""
 
+    async def level(fast: Any, model: Any) -> list[Any]:
+        """Show the sampler, the steps and where guidance begins that a level stands for."""
+        try:
+            return ["", *form.level_of(await suits_of(hub, model), fast)]
+        except SafelightError as error:
+            return [str(error), *[gr.skip()] * len(form.levelled)]
+
+    form.fast.input(
+        level,
+        [form.fast, model],
+        [form.problem, *form.levelled],
+        show_progress="hidden",
+        trigger_mode="always_last",
+    )
     used = gr.State(form.seed.value)  # all pages begin with this one, which nobody chose
     for event in (form.draw.click, form.prompt.submit):
         event(

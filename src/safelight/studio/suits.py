@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from safelight.defaults import with_level
 from safelight.errors import SafelightError
 from safelight.request import Request
 from safelight.server.hub import Hub
 from safelight.server.names import Names
 from safelight.settings import Setting
+from safelight.weights.plan import Plan
 
 NATIVE = "0: the model's own"
 SIZE = (512, 512)
@@ -33,9 +35,9 @@ async def suits_of(hub: Hub, model: str | None) -> Suits:
 class Suits:
     """What suits a model; as it stands, of one of which nothing is known here.
 
-    defaults: what it says it draws best with (`model_defaults`). size: its own
-    width and height. fixed_size: it draws no other. reads: the settings that it reads of those
-    that some models do not; None for all.
+    defaults: what it draws best with (`defaults_of`). size: its own width and height. fixed_size:
+    it draws no other. reads: the settings that it reads of those that some models do not; None for
+    all. plan: what it is by its headers.
     """
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -43,6 +45,7 @@ class Suits:
     size: tuple[int, int] | None = None
     fixed_size: bool = False
     reads: frozenset[str] | None = None
+    plan: Plan | None = None
 
     @classmethod
     def of(cls, names: Names, model: str | None, defaults: Mapping[str, Any]) -> Suits:
@@ -52,12 +55,15 @@ class Suits:
             family, size, refiner = plan.family, plan.native_size, names.refiner(model)
         except (OSError, SafelightError):  # of a worker on another machine
             return cls(defaults)
-        best, reads = {**family.defaults, **defaults}, family.reads(refiner)
-        return cls(best, family.uses_prompt, size, family.fixed_size, reads)
+        reads = family.reads(refiner)
+        return cls(defaults, family.uses_prompt, size, family.fixed_size, reads, plan)
 
-    def first(self, request_type: type[Request] = Request) -> Request:
-        """Return the request that the form begins with."""
-        return request_type(sampler="dpmpp_2m").replace(**self.defaults)
+    def first(self, request_type: type[Request] = Request, fast: int = 0) -> Request:
+        """Return the request that the form begins with, or that a level of `fast` stands for."""
+        request = request_type(fast=fast)
+        if self.plan is not None:
+            request = with_level(request, self.plan.family, self.plan.notes)
+        return request.with_defaults({"sampler": "dpmpp_2m", **self.defaults})
 
     def has(self, setting: Setting) -> bool:
         """Return whether the model reads a setting."""

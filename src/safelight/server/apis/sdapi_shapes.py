@@ -74,7 +74,7 @@ def _settings(
     body: TextToImage | ImageToImage, defaults: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
     said = body.model_fields_set
-    names_sampler = bool(said & {"sampler_name", "sampler_index"})
+    names_sampler = bool(body.sampler_name) or "sampler_index" in said
     if names_sampler or "sampler" not in defaults:
         name, joined = find_sampler(body.sampler_name or body.sampler_index)
     else:
