@@ -195,7 +195,7 @@ class Request(RequestFields, metaclass=_Listed):
     def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
         """Return the same request with these values where it asks for nothing.
 
-        defaults: valid settings, as `model_defaults` returns them. A request that says where
+        defaults: valid settings, as `defaults.defaults_of` returns them. A request that says where
         guidance ends gets no start of it, which could come after, and one that says where it
         begins no end that would come before.
         """

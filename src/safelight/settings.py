@@ -185,7 +185,7 @@ class Setting:
         return text
 
     def text(self, value: Any) -> Any:
-        """Return a list of texts as `parse` reads it; other values unchanged."""
+        """Return a list of texts as one text, a line for each; other values unchanged."""
         return "\n".join(value) if self.kind is tuple else value
 
     def schema(self) -> dict[str, Any]:

@@ -126,7 +126,6 @@ def test_a_level_of_the_fast_mode_is_taken_by_a_server_too(
         assert slower["settings"].items() >= {**FAST, "steps": 12, "cache_every": 2}.items()
     settings = read_recipe(drawn)["settings"]
     assert settings.items() >= FAST.items()
-    # The lossless picture has another recipe, and other pixels.
     alone = safelight.load(dtype="float32").generate(**wish)
     assert settings == alone.settings
     assert open_picture(drawn).tobytes() == alone.images[0].tobytes()

@@ -32,7 +32,7 @@ def resolve_request(model: Model, request: Request) -> Request:
     family = model.family
     family.check_request(model, request)
     request = shortened(request, model).with_defaults(model.defaults)
-    # A recipe says so: left out, the model's own would hold.
+    # With None in its recipe, the picture would be drawn again with the model's own values.
     whole = {"guidance_start": 0.0, "guidance_end": 1.0}
     filled: dict[str, Any] = {
         name: value

@@ -54,7 +54,7 @@ def _line(name: str, kind: str, role: str) -> gr.HTML:
 def chooser(model: str) -> Any:
     """The list of models. Its value is the name of the one that is chosen; model: the first.
 
-    It has the event "choose", with the name of the one that was just chosen.
+    It has the event "choose", for when a person chooses another one.
     """
     return gr.HTML(
         model, html_template='<div class="model"></div>', js_on_load=_CHOOSE, elem_id="model"

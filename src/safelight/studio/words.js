@@ -189,7 +189,7 @@
     select.onfocus = look;  // new files may lie in the models folder
     select.onchange = () => {
       model = props.value = select.value;
-      trigger("choose", {name: model});
+      trigger("choose");
       show();
       look();
     };

@@ -41,7 +41,7 @@ def understand(
     """Return the request of a body. Resizes pictures, so it is for a thread.
 
     sent: the pictures of an ImageToImage; without them all else is checked. defaults: what the
-    model says it draws best with (`model_defaults`), in place of that API's defaults where the
+    model draws best with (`defaults_of`), in place of that API's defaults where the
     body says nothing.
 
     Raises SafelightError, or HTTPException with AUTOMATIC1111's status for names it does not find.
