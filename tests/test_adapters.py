@@ -372,6 +372,35 @@ class TestFiles:
         save_file(tensors, path, {"lora_adapter_metadata": metadata})
         assert told in refused(model, path)
 
+    def test_peft_s_alpha_lies_beside_the_weights(
+        self, model: Any, folder: Path, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "loras/mine"
+        path.mkdir(parents=True)
+        tensors = load_file(lora(tmp_path / "a.safetensors", text=False))
+        layer = f"lora_unet_{ATTENTION}attn1_to_q"
+        module = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+        pair = {
+            f"base_model.model.{module}.lora_A.weight": tensors[f"{layer}.lora_down.weight"],
+            f"base_model.model.{module}.lora_B.weight": tensors[f"{layer}.lora_up.weight"],
+        }
+        save_file(pair, path / "adapter_model.safetensors")
+        file, config = path / "adapter_model.safetensors", path / "adapter_config.json"
+        listed = load(folder, dtype="float32", models_dir=tmp_path)
+        seen: list[tuple[torch.Tensor, ...]] = []
+        for alpha in (2, 8):
+            config.write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": alpha}))
+            drawn = [answers(model.adapted([str(one)])) for one in (path, file)]
+            drawn.append(answers(listed.adapted(["mine"])))
+            assert all(equal(drawn[0], one) for one in drawn[1:])
+            seen.append(drawn[0])
+        assert not equal(*seen)
+        kept = [model.adapters.choose([AskedLora(str(path))]).records[0]["sha256"]]
+        save_file({key: 2 * value for key, value in pair.items()}, tmp_path / "new.safetensors")
+        file.write_bytes((tmp_path / "new.safetensors").read_bytes())  # the folder's times stay
+        kept.append(model.adapters.choose([AskedLora(str(path))]).records[0]["sha256"])
+        assert kept[0] != kept[1]
+
     def test_a_file_that_changes_under_our_hands(
         self, model: Any, folder: Path, tmp_path: Path
     ) -> None:
@@ -500,6 +529,18 @@ class TestRequests:
             with pytest.raises(SafelightError, match="no lora") as caught:
                 model.generate("an apple", loras=[name], **SETTINGS)
             assert "no file here" not in str(caught.value)
+
+    def test_a_folder_of_other_things_hides_no_lora(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lora((tmp_path / "Lora").mkdir() or tmp_path / "Lora" / "ink.safetensors")
+        (tmp_path / "work/ink").mkdir(parents=True)
+        (tmp_path / "work/film").mkdir()
+        monkeypatch.chdir(tmp_path / "work")
+        model = load(folder, models_dir=tmp_path)
+        assert model.adapters.choose([AskedLora("ink")]).asked[0].name == "ink"
+        with pytest.raises(SafelightError, match="a folder without adapter_model"):
+            model.adapters.choose([AskedLora("film")])
 
     def test_names_are_found_in_the_models_folder(self, folder: Path, tmp_path: Path) -> None:
         lora((tmp_path / "Lora").mkdir() or tmp_path / "Lora" / "ink.safetensors")

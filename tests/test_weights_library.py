@@ -111,6 +111,26 @@ def test_a_path_and_a_built_in_name_come_before_the_folder(root, tmp_path, monke
     assert here.is_dir()
 
 
+def test_a_folder_of_other_things_hides_no_model(root, tmp_path, monkeypatch):
+    there = text_folder(root / "checkpoints/tiny")
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert find("tiny", models_dir=root).path == there
+    assert find("empty", models_dir=root).path == Path("empty")
+
+
+def test_the_folder_of_a_lora_is_named_by_the_folder(root):
+    weights = file(root / "loras/mine/adapter_model.safetensors")
+    file(root / "loras/other/checkpoint-5/pytorch_lora_weights.safetensors")
+    file(root / "loras/adapter_model.safetensors")
+    library = Library(root)
+    names = [entry.name for entry in library.entries("lora")]
+    assert names == ["adapter_model", "mine", "other/checkpoint-5"]
+    assert library.find("mine", "lora").path == weights
+    assert library.find("loras/mine/adapter_model.safetensors", "lora").path == weights
+
+
 def test_a_name_of_two_files_is_an_error_that_lists_both(root):
     file(root / "loras/a/eyes.safetensors")
     file(root / "loras/b/eyes.safetensors")

@@ -28,6 +28,7 @@ from safelight.errors import SafelightError
 from safelight.weights.check import Header, printable, read_json
 from safelight.weights.digest import Original, digest_file
 from safelight.weights.headers import header_of
+from safelight.weights.library import IN_FOLDER
 
 FLOATS = ("F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2")
 METADATA = "lora_adapter_metadata"
@@ -35,7 +36,6 @@ METADATA = "lora_adapter_metadata"
 
 _SHARED = {"alpha", "dora_scale", "magnitude"}
 _OWNERS = {slot: one for one in ALGORITHMS for slot in (*one.needs, *one.optional)}
-_IN_FOLDER = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
 """The shape of each weight of a model, by part and name."""
@@ -88,11 +88,10 @@ def open_adapter(path: Path) -> AdapterFile:
     Raises SafelightError, one line, if it is not a weight file that adds up.
     """
     name, config = path.name, dict[str, Any]()
-    told = path / "adapter_config.json"
     try:
         path = file_in(path)
-        if told.is_file():
-            config = read_json(told, name=f"{name}/adapter_config.json")
+        if (told := config_of(path)) is not None:
+            config = read_json(told, name=f"{name}/{told.name}")
         header = header_of(path, name)
         digest = digest_file(path)
         original = Original(digest)
@@ -111,10 +110,16 @@ def file_in(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
-    for name in _IN_FOLDER:
+    for name in IN_FOLDER:
         if (path / name).is_file():
             return path / name
-    raise SafelightError(f"{printable(path.name, 60)}: a folder without {' or '.join(_IN_FOLDER)}")
+    raise SafelightError(f"{printable(path.name, 60)}: a folder without {' or '.join(IN_FOLDER)}")
+
+
+def config_of(path: Path) -> Path | None:
+    """Return PEFT's config beside a file of weights, which has its alpha; None without one."""
+    told = path.with_name("adapter_config.json")
+    return told if path.name in IN_FOLDER and told.is_file() else None
 
 
 def match(file: AdapterFile, table: Mapping[str, Target], shapes: Shapes, family: str) -> Match:

@@ -17,6 +17,8 @@ from safelight.adapters.file import (
     AdapterFile,
     Match,
     Shapes,
+    config_of,
+    file_in,
     match,
     open_adapter,
     refusal,
@@ -30,6 +32,8 @@ from safelight.errors import SafelightError
 from safelight.fast import memory
 from safelight.weights.check import printable
 from safelight.weights.digest import tensors_digest
+from safelight.weights.library import IN_FOLDER
+from safelight.weights.notes import stamp_of
 
 if TYPE_CHECKING:
     from safelight.model import Model
@@ -108,7 +112,7 @@ class Adapters:
         return Selection(
             tuple(names),
             tuple(chosen),
-            tuple((c.file.sha256, c.asked.weight, c.asked.text_weight) for c in chosen),
+            tuple(_key(c) for c in chosen),
             self._size(chosen),
             tuple(records),
             tuple(dict.fromkeys(warnings)),
@@ -172,7 +176,7 @@ class Adapters:
         if model.takes_paths and not asked.tagged:
             try:
                 path = Path(name).expanduser()
-                if path.exists():
+                if path.exists() and not self._hides(path, name):
                     return path, (path.resolve().stem if path.is_file() else path.resolve().name)
             except (OSError, RuntimeError, ValueError):
                 pass  # too long, or no home: not a path
@@ -186,12 +190,22 @@ class Adapters:
             )
         return model.library.find(name, "lora").path, name
 
+    def _hides(self, path: Path, name: str) -> bool:
+        """Return whether a path is a folder of other things, and the models folder has the name."""
+        if path.is_file() or any((path / one).is_file() for one in IN_FOLDER):
+            return False
+        library = self._model.library
+        return library is not None and bool(library.matches(name, "lora"))
+
     def _matched(self, path: Path) -> tuple[AdapterFile, Match]:
         try:
-            stat = path.stat()
+            weights = file_in(path)
+            config = config_of(weights)
+            key = (path, stamp_of(weights), config and stamp_of(config))
+        except SafelightError as error:
+            raise SafelightError(f"lora {error}", code=error.code, field="loras") from None
         except OSError as error:
             raise refusal(path.name, f"cannot be read ({error.strerror})") from None
-        key = (path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
         if key not in self._files:
             if self._table is None:
                 self._shapes = _shapes_of(self._model)
@@ -227,6 +241,13 @@ def _shapes_of(model: Model) -> Shapes:
         for name, part in model.parts.items()
         if isinstance(part, torch.nn.Module)
     }
+
+
+def _key(chosen: Chosen) -> tuple[Any, ...]:
+    """Return what is equal for equal changes. PEFT's alphas lie in a file of their own."""
+    asked, file = chosen.asked, chosen.file
+    alphas = tuple((change.alpha, change.rooted) for change in chosen.changes)
+    return file.sha256, asked.weight, asked.text_weight, alphas
 
 
 def _record(chosen: Chosen) -> dict[str, Any]:

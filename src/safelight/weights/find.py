@@ -75,11 +75,15 @@ def find_previews(source: Source) -> Source | None:
 
 
 def _find(name: str, kind: str, library: Library | None, download: bool, layout: Layout) -> Source:
-    if (found := on_disk(name)) is not None:
+    found = on_disk(name)
+    # A folder of other things is no model, and hides none.
+    if found is not None and (not found.path.is_dir() or _has_config(found.path)):
         return found
     if library is not None and library.matches(name, kind):
         entry = library.find(name, kind)
         return Source(entry.name, entry.path)
+    if found is not None:
+        return found  # loading it says what a model's folder would have
     hub_id = HUB_ID.fullmatch(name)
     # "models/sd15.safetensors" is a file that is not there, not a repository.
     if hub_id is None or name.endswith(ENDINGS) or ".." in name:
@@ -91,6 +95,11 @@ def _find(name: str, kind: str, library: Library | None, download: bool, layout:
             code="no_model",
         )
     return Source(name, from_hub(hub_id[1], hub_id[2], download=download, layout=layout))
+
+
+def _has_config(folder: Path) -> bool:
+    """Return whether a folder is that of a model, or of an autoencoder."""
+    return any((folder / name).is_file() for name in ("model_index.json", "config.json"))
 
 
 def on_disk(name: str) -> Source | None:

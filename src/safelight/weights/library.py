@@ -33,6 +33,9 @@ They lie in the folder itself or in its `models`, and are compared without regar
 """
 
 ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+IN_FOLDER = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+"""The files of LoRAs that PEFT and diffusers write, each into a folder of its own."""
+
 MAX_DEPTH = 8
 MAX_FILES = 100_000
 
@@ -225,7 +228,9 @@ def _walk(home: Path, kind: str, links: list[Path]) -> Iterator[Entry]:
             whole = (kind == "model" and is_model_folder(path)) or (
                 kind == "vae" and not path.is_symlink() and (path / "config.json").is_file()
             )
-            if whole or _is_file(path):
+            if kind == "lora" and folder != home and path.name in IN_FOLDER and path.is_file():
+                yield Entry(kind, folder.relative_to(home).as_posix(), path)
+            elif whole or _is_file(path):
                 yield Entry(kind, (path.relative_to(home).parent / _stem(path)).as_posix(), path)
             elif path.is_dir() and path.is_symlink():
                 links.append(path)
