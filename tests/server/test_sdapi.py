@@ -125,8 +125,7 @@ def two_halves(mode="L", left: object = 0, right: object = 255):
 def test_the_module_is_free_of_torch():
     code = (
         "import sys; from safelight.server.apis import sdapi, sdapi_shapes as shapes;"
-        "from safelight.server.jobs import ModelInfo;"
-        "shapes.understand(shapes.TextToImage(), ModelInfo(name='tiny'), {});"
+        "shapes.understand(shapes.TextToImage(), {});"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
@@ -258,9 +257,23 @@ class TestTextToImage:
         assert api.txt2img(styles=["anime"]).info["styles"] == ["anime"]
         assert service.requests[0].styles == ("anime",)
 
-    def test_whole_numbers_may_be_written_with_a_point(self, call, service):
-        assert call("txt2img", {"steps": 20.0, "width": 64.0}).status_code == 200
-        assert (service.requests[0].steps, service.requests[0].width) == (20, 64)
+    def test_numbers_may_be_written_in_other_ways(self, call, service):
+        """With a point, and as text; in the options, too, where null is the default."""
+        options = {"CLIP_stop_at_last_layers": 2.0, "sdxl_crop_left": "8", "sdxl_crop_top": None}
+        body = {"steps": "20", "width": 64.0, "seed": "5", "cfg_scale": "7.5"}
+        assert call("txt2img", {**body, "override_settings": options}).status_code == 200
+        asked = service.requests[0]
+        assert (asked.steps, asked.width, asked.seed, asked.guidance_scale) == (20, 64, 5, 7.5)
+        assert (asked.clip_skip, asked.crop_left, asked.crop_top) == (2, 8, 0)
+
+    def test_sides_are_rounded_down(self, call, service):
+        answer = call("txt2img", {"width": 100, "height": 71})
+        assert (service.requests[0].width, service.requests[0].height) == (96, 64)
+        assert (json.loads(answer.json()["info"])["width"], *warnings_of(answer)) == (
+            96,
+            "width: 96, the multiple of 8 below 100",
+            "height: 64, the multiple of 8 below 71",
+        )
 
     @pytest.mark.parametrize("seed", [-1, None])
     def test_a_seed_is_drawn(self, call, seed):
@@ -284,6 +297,14 @@ class TestTextToImage:
             ({"sampler_name": "Heun", "scheduler": "automatic"}, "heun", None),
             ({"sampler_name": "Heun", "scheduler": "Uniform"}, "heun", None),
             ({"sampler_name": "Heun", "scheduler": ""}, "heun", None),
+            ({"sampler_name": "DPM++ 2M"}, "dpmpp_2m", "karras"),
+            ({"sampler_name": "dpm2 A", "scheduler": "Automatic"}, "dpm2_a", "karras"),
+            ({"sampler_index": "DPM++ 2M SDE"}, "dpmpp_2m_sde", "exponential"),
+            ({"sampler_name": "DPM++ 2M", "scheduler": "Uniform"}, "dpmpp_2m", None),
+            ({"sampler_name": "DPM++ 2M", "scheduler": "Beta"}, "dpmpp_2m", "beta"),
+            ({"sampler_name": "DPM++ 2M Exponential"}, "dpmpp_2m", "exponential"),
+            ({"sampler_name": "dpmpp_2m"}, "dpmpp_2m", None),
+            ({"sampler_name": "DPMSolverMultistepScheduler"}, "dpmpp_2m", None),
         ],
     )
     def test_names_of_samplers_and_schedulers(self, call, service, body, sampler, schedule):
@@ -334,6 +355,29 @@ class TestTextToImage:
         assert call("txt2img", {"steps": 9, "scheduler": "karras"}).status_code == 200
         found = [(r.sampler, r.schedule, r.steps, r.guidance_scale) for r in service.requests]
         assert found == [("dpmpp_2m", None, 20, 4.0), ("dpmpp_2m", "karras", 9, 4.0)]
+        # The model means its own schedule; with another sampler it says nothing of it.
+        for name in ("DPM++ 2M", "DPM2"):
+            assert call("txt2img", {"sampler_name": name}).status_code == 200
+        assert [request.schedule for request in service.requests[2:]] == [None, "karras"]
+        assert call("txt2img", {"fast": 2}).status_code == 200
+        assert service.requests[-1].schedule is None
+
+    def test_what_was_drawn_with_is_told(self, call, service, monkeypatch):
+        """Also if it is filled in once the job is there: by a level of fast, or by a worker."""
+        filled = {"sampler": "dpmpp_2m", "schedule": "karras", "steps": 10, "guidance_scale": 4.0}
+        finished = service._finished
+
+        def finish(job, request, index, size):
+            return finished(job, request.replace(**filled, clip_skip=2), index, size)
+
+        monkeypatch.setattr(service, "_finished", finish)
+        answer = call("txt2img", {"fast": 3}).json()
+        info = json.loads(answer["info"])
+        assert (info["sampler_name"], info["steps"], info["cfg_scale"]) == ("DPM++ 2M", 10, 4.0)
+        assert info["extra_generation_params"] == {"Schedule type": "Karras"}
+        assert info["clip_skip"] == 2
+        assert "Steps: 10, Sampler: DPM++ 2M, Schedule type: Karras" in info["infotexts"][0]
+        assert (answer["parameters"]["steps"], answer["parameters"]["cfg_scale"]) == (10, 4.0)
 
     @pytest.mark.parametrize(
         "body",
@@ -372,7 +416,9 @@ class TestRefusals:
             ({"scheduler": "SGM Uniform"}, 404, "Scheduler not found: 'SGM Uniform'"),
             ({"script_name": "X/Y/Z plot"}, 422, "Script 'X/Y/Z plot' not found"),
             ({"cfg_scale": True}, 422, "cfg_scale"),
-            ({"cfg_scale": "7"}, 422, "cfg_scale"),
+            ({"cfg_scale": "much"}, 422, "cfg_scale"),
+            ({"cfg_scale": "inf"}, 422, "cfg_scale"),
+            ({"steps": "20.5"}, 422, "steps"),
             ({"cfg_scale": float("nan")}, 422, "cfg_scale"),
             ({"cfg_scale": float("inf")}, 422, "cfg_scale"),
             ({"subseed_strength": float("nan")}, 422, "subseed_strength"),
@@ -401,6 +447,13 @@ class TestRefusals:
             ({"styles": "anime"}, 422, "styles"),
             ({"override_settings": []}, 422, "override_settings"),
             ({"sampler_name": "DDIM", "eta": 2}, 422, "eta"),
+            ({"refiner_switch_at": 3}, 422, "refiner_switch_at must be"),
+            ({"refiner_start": 3}, 422, "refiner_start must be"),
+            (
+                {"override_settings": {"CLIP_stop_at_last_layers": 0}},
+                422,
+                "CLIP_stop_at_last_layers must be",
+            ),
         ],
     )
     def test_one_line_that_names_the_field(self, call, service, body, status, word):
@@ -752,14 +805,13 @@ class TestProgress:
 
 
 class TestInterrupt:
-    @pytest.mark.parametrize(("how", "said"), [("interrupt", "interrupted"), ("skip", "skipped")])
-    def test_the_call_answers_with_what_is_finished(self, client, service, later, how, said):
+    def test_the_call_answers_with_what_is_finished(self, client, service, later):
         service.pause = 6
         waiting = later(client().txt2img, seed=1, batch_size=3)
         api = client()
         until(lambda: api.get_progress()["progress"] == 0.5)
-        assert not api.get_progress()["state"][said]
-        assert getattr(api, how)() == {}
+        assert not api.get_progress()["state"]["interrupted"]
+        assert api.interrupt() == {}
         result = waiting.result(PATIENCE)
         assert [image.getpixel((0, 0)) for image in result.images] == [colour(1)]
         assert result.info["all_seeds"] == [1]
@@ -785,6 +837,16 @@ class TestInterrupt:
         assert [name for name in ("interrupted", "skipped") if state[name]] == [said]
         service.resume()
         waiting.result(PATIENCE)
+
+    def test_skip_leaves_a_batch_alone(self, client, service, later):
+        service.pause = 2
+        waiting = later(client().txt2img, batch_size=2)
+        api = client()
+        until(lambda: api.get_progress()["progress"] == 0.25)
+        assert api.skip() == {}
+        assert not api.get_progress()["state"]["skipped"]
+        service.resume()
+        assert len(waiting.result(PATIENCE).images) == 2
 
     def test_nothing_finished_is_an_answer_too(self, client, service, later):
         service.pause = 0
@@ -827,6 +889,11 @@ class TestLists:
         samplers = api.get_samplers()
         assert {"Euler a", "DPM++ 2M", "PLMS", "DDIM"} <= {entry["name"] for entry in samplers}
         assert all(set(entry) == {"name", "aliases", "options"} for entry in samplers)
+        own = {entry["name"]: entry["options"] for entry in samplers if entry["options"]}
+        assert own == {
+            **{name: {"scheduler": "karras"} for name in ("DPM2", "DPM2 a", "DPM++ 2M")},
+            "DPM++ 2M SDE": {"scheduler": "exponential"},
+        }
         aliases = itertools.chain.from_iterable(entry["aliases"] for entry in samplers)
         names = [*api.util_get_sampler_names(), *aliases]
         for name in names:
@@ -834,7 +901,8 @@ class TestLists:
         assert len(service.requests) == len(names) > len(samplers)
 
     def test_every_scheduler_that_is_listed_can_be_asked_for(self, api, service):
-        assert api.util_get_scheduler_names() == ["automatic", "beta", "exponential", "karras"]
+        names = ["automatic", "beta", "exponential", "karras", "uniform"]
+        assert api.util_get_scheduler_names() == names
         for entry in api.get_schedulers():
             assert set(entry) == {
                 "name",

@@ -135,12 +135,15 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
         images.append(base64.b64encode(data).decode())
     enlarged = {} if asked.size is None else {"enlarged": list(asked.size)}
     request, seeds = asked.request, [picture.seed for picture in pictures]
+    # What was drawn with: a level of `fast` and the model fill in what the body leaves open.
+    drawn: dict[str, Any] = pictures[0].recipe["settings"] if pictures else job.settings
+    sampler = drawn.get("sampler")
     width, height = asked.size or (
         (pictures[0].width, pictures[0].height)
         if pictures
         else (request.width or model.width, request.height or model.height)
     )
-    extra = {"Schedule type": (request.schedule or "").capitalize(), "Eta": request.eta}
+    extra = {"Schedule type": (drawn.get("schedule") or "").capitalize(), "Eta": drawn.get("eta")}
     # With styles and dynamic prompts each picture has words of its own.
     prompts, negatives = (
         [picture.recipe["settings"][name] for picture in pictures]
@@ -158,24 +161,23 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
         "subseed_strength": 0,
         "width": width,
         "height": height,
-        "sampler_name": sampler_label(request.sampler),
-        "cfg_scale": request.guidance_scale,
-        "steps": request.steps,
+        "sampler_name": sampler and sampler_label(sampler),
+        "cfg_scale": drawn.get("guidance_scale"),
+        "steps": drawn.get("steps"),
         "batch_size": body.batch_size,
         "sd_model_name": model.name,
         "sd_model_hash": model_hash(model),
-        "denoising_strength": request.strength,
+        "denoising_strength": drawn.get("strength"),
         "extra_generation_params": {name: value for name, value in extra.items() if value},
         "index_of_first_image": 0,
         "infotexts": [recipe_text({**picture.recipe, **enlarged}) for picture in pictures],
         "styles": body.styles,
         "job_timestamp": _timestamp(job),
-        "clip_skip": request.clip_skip or 1,
+        "clip_skip": drawn.get("clip_skip") or 1,
         "warnings": asked.warnings + job.warnings,
     }
-    parameters = asked.parameters
-    parameters["width"] = parameters["width"] or width
-    parameters["height"] = parameters["height"] or height
+    silent = {"width", "height", "steps", "cfg_scale"} - body.model_fields_set
+    parameters = asked.parameters | {name: info[name] for name in silent}
     return {"images": images, "parameters": parameters, "info": json.dumps(info)}
 
 
@@ -269,17 +271,18 @@ def _state(job: Job, call: _Call) -> dict[str, Any]:
 
 @router.post("/interrupt")
 async def interrupt(http: HttpRequest) -> dict[str, Any]:
-    return await _stop(http, "interrupt")
+    return await _stop(http, "interrupt", _own_calls(http))
 
 
 @router.post("/skip")
 async def skip(http: HttpRequest) -> dict[str, Any]:
-    return await _stop(http, "skip")
+    """Cancel the caller's jobs of one picture. Others go on: none of their pictures is left out."""
+    return await _stop(http, "skip", [call for call in _own_calls(http) if call.count == 1])
 
 
-async def _stop(http: HttpRequest, how: str) -> dict[str, Any]:
-    """Cancel all jobs that the caller waits for. Their calls answer with the finished pictures."""
-    for call in _own_calls(http):
+async def _stop(http: HttpRequest, how: str, calls: list[_Call]) -> dict[str, Any]:
+    """Cancel the jobs of these calls, which answer with the finished pictures."""
+    for call in calls:
         call.stopped = how
         await _service(http).cancel(call.job_id)
     return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, cast
 
@@ -19,13 +20,18 @@ from pydantic import (
 from safelight.request import Request
 
 
-def _whole(value: object) -> object:
-    """Return 20 for 20.0, which some languages write."""
+def plain_number(value: object) -> object:
+    """Return 20 for "20" and 20.0, which some programs send; what is no number, unchanged."""
+    if isinstance(value, str):
+        for kind in (int, float):
+            with suppress(ValueError):
+                value = kind(value)
+                break
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Whole = Annotated[StrictInt, BeforeValidator(_whole), Field(ge=-(2**63), le=2**64)]
-Number = Annotated[StrictFloat, Field(allow_inf_nan=False)]
+Whole = Annotated[StrictInt, BeforeValidator(plain_number), Field(ge=-(2**63), le=2**64)]
+Number = Annotated[StrictFloat, BeforeValidator(plain_number), Field(allow_inf_nan=False)]
 
 
 class Settings(BaseModel):

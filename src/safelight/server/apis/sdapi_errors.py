@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from safelight.errors import SafelightError
+from safelight.server.apis.sdapi_names import their_name
 from safelight.server.bodies import read_json_if_any
 from safelight.server.jobs import retry_after, status_of
 from safelight.server.wording import clipped, public
@@ -26,20 +27,24 @@ class Route(APIRoute):
         handler = super().get_route_handler()
 
         async def handle(http: HttpRequest) -> Response:
+            sent: dict[str, Any] | None = None
             try:
                 if http.method == "POST":  # FastAPI would parse it in the event loop
-                    http._json = await read_json_if_any(http, pictures=True)
-                    http._body = b"" if http._json is None else b"{}"
+                    http._json = sent = await read_json_if_any(http, pictures=True)
+                    http._body = b"" if sent is None else b"{}"
                 return await handler(http)
             except (SafelightError, RequestValidationError, HTTPException) as error:
-                return _refusal(error)
+                return _refusal(error, sent or {})
             except ClientDisconnect:
                 return Response(status_code=499)  # nobody is there to read it
 
         return handle
 
 
-def _refusal(error: SafelightError | RequestValidationError | HTTPException) -> JSONResponse:
+def _refusal(
+    error: SafelightError | RequestValidationError | HTTPException, sent: dict[str, Any]
+) -> JSONResponse:
+    """Return the answer; it calls a setting as the body does."""
     status, headers, detail = 422, None, str(error)
     if isinstance(error, HTTPException):
         # FastAPI's 400 is for a body that cannot be parsed at all: bad UTF-8, endless nesting.
@@ -51,6 +56,8 @@ def _refusal(error: SafelightError | RequestValidationError | HTTPException) -> 
         detail = f"{clipped(field)}: {clipped(first['msg'])}"
     else:
         status, headers = status_of(error), retry_after(error)
+        if error.field is not None:
+            detail = str(error.renamed(their_name(error.field, sent)))
     # That API sends the whole body back; ours may hold megabytes of pictures.
     detail = public(detail)
     content = {"error": type(error).__name__, "detail": detail, "body": "", "errors": detail}

@@ -11,10 +11,15 @@ from fastapi import Request as HttpRequest
 
 from safelight.errors import SafelightError
 from safelight.sampling import SAMPLERS
-from safelight.sampling.schedule import SCHEDULES
 from safelight.server.apis.sdapi_errors import Route
 from safelight.server.apis.sdapi_models import OPTION, choose, chosen
-from safelight.server.apis.sdapi_names import model_hash, model_title, sampler_label
+from safelight.server.apis.sdapi_names import (
+    AUTOMATIC,
+    SCHEDULERS,
+    model_hash,
+    model_title,
+    sampler_label,
+)
 from safelight.server.bodies import turn
 from safelight.server.callers import caller_of
 from safelight.server.jobs import Service
@@ -33,7 +38,11 @@ def _service(http: HttpRequest) -> Service:
 @router.get("/samplers")
 async def samplers() -> list[dict[str, Any]]:
     return [
-        {"name": label, "aliases": [name] if name != label else [], "options": {}}
+        {
+            "name": label,
+            "aliases": [name] if name != label else [],
+            "options": {"scheduler": AUTOMATIC[name]} if name in AUTOMATIC else {},
+        }
         for name in SAMPLERS
         for label in (sampler_label(name),)
     ]
@@ -49,7 +58,7 @@ async def schedulers() -> list[dict[str, Any]]:
             "default_rho": 7.0 if name == "karras" else -1.0,
             "need_inner_model": False,
         }
-        for name in ("automatic", *SCHEDULES)
+        for name in SCHEDULERS
     ]
 
 

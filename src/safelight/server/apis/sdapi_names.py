@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from fastapi import HTTPException
 
+from safelight.request import Request
 from safelight.sampler_names import sampler_and_schedule
 from safelight.sampling import SAMPLERS
 from safelight.sampling.schedule import SCHEDULES
 from safelight.server.jobs import ModelInfo
+from safelight.settings import settings_of
 
-_SCHEDULERS = {"automatic": None, "uniform": None} | {name: name for name in SCHEDULES}
+SCHEDULERS = ("automatic", "uniform", *SCHEDULES)
+"""That API's schedulers. "uniform" is the model's own schedule, "automatic" the sampler's."""
+
+AUTOMATIC: Mapping[str, str] = {
+    "dpm2": "karras",
+    "dpm2_a": "karras",
+    "dpmpp_2m": "karras",
+    "dpmpp_2m_sde": "exponential",
+}
+"""The schedule of each sampler that has another than the model's own there, by our names."""
 
 
 def sampler_label(name: str) -> str:
@@ -25,12 +39,21 @@ def find_sampler(label: str) -> tuple[str, str | None]:
     return known
 
 
-def find_scheduler(label: str | None) -> str | None:
-    """Return our name of a scheduler; None for the model's own."""
+def find_scheduler(label: str | None, automatic: str | None) -> str | None:
+    """Return our name of a scheduler; None for the model's own. automatic: the sampler's."""
     wanted = (label or "automatic").strip().lower()
-    if wanted not in _SCHEDULERS:
+    if wanted not in SCHEDULERS:
         raise HTTPException(404, f"Scheduler not found: {label!r:.60}; GET schedulers lists them")
-    return _SCHEDULERS[wanted]
+    return {"automatic": automatic, "uniform": None}.get(wanted, wanted)
+
+
+def automatic_schedule(label: str, name: str) -> str | None:
+    """Return the schedule of a sampler that goes by that API's name; None for the model's own.
+
+    label: as the body has it. name: ours, by which a sampler draws with the model's own schedule.
+    """
+    theirs = " ".join(label.lower().split()) == sampler_label(name).lower()
+    return AUTOMATIC.get(name) if theirs and label != name else None
 
 
 def model_hash(model: ModelInfo) -> str | None:
@@ -52,3 +75,14 @@ OVERRIDES = {
     "sdxl_refiner_low_aesthetic_score": "negative_aesthetic_score",
 }
 """That API's options that are settings here."""
+
+_THEIRS = {ours: theirs for theirs, ours in OVERRIDES.items()}
+_THEIRS["refiner_start"] = "refiner_switch_at"
+
+
+def their_name(setting: str, sent: Mapping[str, Any]) -> str:
+    """Return what a body calls a setting. sent: the body, which may have it by our name."""
+    known = settings_of(Request).get(setting)
+    if known is not None and known.about.a1111:
+        return known.about.a1111
+    return setting if setting in sent else _THEIRS.get(setting, setting)

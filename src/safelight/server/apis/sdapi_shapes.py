@@ -19,9 +19,16 @@ from safelight.errors import SafelightError
 from safelight.recipe import parse_recipe_text
 from safelight.request import Request
 from safelight.sampling import SAMPLERS
-from safelight.server.apis.sdapi_bodies import Asked, ImageToImage, Sent, TextToImage
+from safelight.server.apis.sdapi_bodies import (
+    Asked,
+    ImageToImage,
+    Sent,
+    TextToImage,
+    plain_number,
+)
 from safelight.server.apis.sdapi_names import (
     OVERRIDES,
+    automatic_schedule,
     find_sampler,
     find_scheduler,
     sampler_label,
@@ -30,7 +37,7 @@ from safelight.server.bodies import attached
 from safelight.server.jobs import ModelInfo
 from safelight.server.sizes import enlarging_note, fit_to_model
 from safelight.settings import settings_of
-from safelight.sizes import allowed_size
+from safelight.sizes import MIN_SIDE, SIDE_STEP, allowed_size
 
 
 def understand(
@@ -50,14 +57,14 @@ def understand(
         raise HTTPException(422, f"Script {body.script_name!r:.60} not found")
     settings, warnings = _settings(body, defaults)
     warnings += _ignored(body)
-    request = _request(settings)
+    request = Request(**settings)
     if isinstance(body, ImageToImage) and sent is not None:
         # The sides are known to be sane by now: pictures get resized to them.
         pictures, more = _pictures(body, request, sent)
         shown = pictures.pop("image"), pictures.pop("mask")
         request = request.replace(**pictures).with_pictures(*shown)
         warnings += more
-    return Asked(request, None, warnings, _echo(body, request))
+    return Asked(request, None, warnings, _echo(body))
 
 
 def fitted(asked: Asked, model: ModelInfo) -> Asked:
@@ -75,11 +82,16 @@ def _settings(
 ) -> tuple[dict[str, Any], list[str]]:
     said = body.model_fields_set
     names_sampler = bool(body.sampler_name) or "sampler_index" in said
+    automatic = None
     if names_sampler or "sampler" not in defaults:
-        name, joined = find_sampler(body.sampler_name or body.sampler_index)
+        label = body.sampler_name or body.sampler_index
+        name, joined = find_sampler(label)
+        # A model that says itself that it draws best with this sampler means its own schedule.
+        if name != defaults.get("sampler"):
+            automatic = automatic_schedule(label, name)
     else:
         name, joined = defaults["sampler"], None
-    schedule = joined or find_scheduler(body.scheduler)
+    schedule = joined or find_scheduler(body.scheduler, automatic)
     sampler, warnings = SAMPLERS[name], list[str]()
     if schedule is not None and schedule not in sampler.schedules:
         warnings.append(f"scheduler: {sampler_label(name)} has no {schedule}; the model's is used")
@@ -90,8 +102,6 @@ def _settings(
         "prompt": body.prompt,
         "negative_prompt": body.negative_prompt,
         "styles": body.styles,
-        "width": body.width,
-        "height": body.height,
         "seed": None if body.seed == -1 else body.seed,
         "count": body.batch_size * body.n_iter,
         "sampler": name,
@@ -99,6 +109,12 @@ def _settings(
         # Clients send eta 1 with every sampler; only those that have it should see it.
         "eta": (body.eta or 0.0) if sampler.eta else 0.0,
     }
+    for side in ("width", "height"):
+        asked = drawn = getattr(body, side)
+        if asked is not None and asked > MIN_SIDE and asked % SIDE_STEP:
+            drawn = asked - asked % SIDE_STEP
+            warnings.append(f"{side}: {drawn}, the multiple of {SIDE_STEP} below {asked}")
+        settings[side] = drawn
     for ours, theirs in (("steps", "steps"), ("guidance_scale", "cfg_scale")):
         silent = ours in defaults and theirs not in said
         settings[ours] = defaults[ours] if silent else getattr(body, theirs)
@@ -106,8 +122,9 @@ def _settings(
         settings["strength"] = body.denoising_strength
     if (share := body.refiner_switch_at) is not None:
         settings["refiner_start"] = share
-    overrides = body.override_settings
-    settings |= {ours: overrides[name] for name, ours in OVERRIDES.items() if name in overrides}
+    for name, ours in OVERRIDES.items():
+        if (value := body.override_settings.get(name)) is not None:
+            settings[ours] = plain_number(value)
     own = _own(body, settings)
     if own.get("fast"):  # a level has its own sampler and steps, where the body names none
         for name, given in (("sampler", names_sampler), ("steps", "steps" in said)):
@@ -131,17 +148,6 @@ def _own(body: TextToImage | ImageToImage, settings: Mapping[str, Any]) -> dict[
     known = settings_of(Request).items()
     own = {name for name, one in known if one.kind and not one.about.a1111} - {*settings}
     return {name: extra[name] for name in extra if name in own}
-
-
-def _request(settings: dict[str, Any]) -> Request:
-    """Return the Request; what it refuses is told by that API's name."""
-    try:
-        return Request(**settings)
-    except SafelightError as error:
-        setting = settings_of(Request).get(error.field or "")
-        if setting is None or not setting.about.a1111:
-            raise
-        raise error.renamed(setting.about.a1111) from None
 
 
 def _ignored(body: TextToImage | ImageToImage) -> list[str]:
@@ -263,21 +269,19 @@ def _inpainting(body: ImageToImage) -> list[str]:
     return [text for asked, text in found if asked]
 
 
-def _echo(body: TextToImage | ImageToImage, request: Request) -> dict[str, Any]:
-    """Return the body with the defaults that hold. NaN in fields that nobody reads becomes null."""
+def _echo(body: TextToImage | ImageToImage) -> dict[str, Any]:
+    """Return the body with that API's defaults. NaN in fields that nobody reads becomes null."""
     pictures = {"init_images", "mask"}
     hidden = pictures if isinstance(body, ImageToImage) and not body.include_init_images else None
     if hidden is None and isinstance(body, ImageToImage):
         body = body.model_copy(update={"init_images": [_again(one) for one in body.init_images]})
         body = body.model_copy(update={"mask": body.mask and _again(body.mask)})
-    drawn = {"steps": request.steps, "cfg_scale": request.guidance_scale}
     try:
-        echo = json.loads(body.model_dump_json(exclude=hidden)) | dict.fromkeys(hidden or ())
+        return json.loads(body.model_dump_json(exclude=hidden)) | dict.fromkeys(hidden or ())
     except ValueError:
         raise SafelightError(
             "the body must have text without lone surrogates, nested at most 200 deep"
         ) from None
-    return echo | {k: v for k, v in drawn.items() if k not in body.model_fields_set}
 
 
 def _again(text: str) -> str:
