@@ -12,14 +12,17 @@ from typing import Any
 
 import pytest
 from inside import Answer, Inside
+from PIL import Image
 from sqlalchemy import text
 from test_store import claim, submit
 
 from safelight import SafelightError
 from safelight.cli import run
+from safelight.request import Request
 from safelight.server import allowances, entrance, keyring
 from safelight.server.allowances import Allowance, SpentError, duration, parse
 from safelight.server.callers import Caller
+from safelight.server.costs import cost, pixel_steps
 from safelight.server.jobs import StorageError
 from safelight.server.people import digest
 from safelight.server.store import Store
@@ -238,6 +241,23 @@ def test_all_or_nothing_of_two_limits(store: Store) -> None:
     assert used == {"pictures": 1.0, "pixel_steps": 6e5}
 
 
+@pytest.mark.parametrize(
+    ("asked", "picture", "drawn"),
+    [
+        ({}, None, (256, 256)),
+        ({"width": 512}, None, (512, 256)),
+        ({}, (1024, 2048), (1024, 2048)),
+        ({"width": 512}, (64, 128), (512, 1024)),
+        ({"width": 64, "height": 64}, (1024, 1024), (64, 64)),
+    ],
+)
+def test_pixel_steps_are_of_the_size_to_draw(asked: Any, picture: Any, drawn: Any) -> None:
+    image = picture and Image.new("RGB", picture)
+    request = Request(prompt="a cat", image=image, count=2, **asked).fitted()
+    assert pixel_steps(request, 5, (256, 256)) == 2 * 5 * drawn[0] * drawn[1]
+    assert cost(request, 5, (256, 256)) == 2 * 2 * 5 * drawn[0] * drawn[1] // 256**2
+
+
 def test_a_retry_counts_again(store: Store) -> None:
     store.add_key("anna")
     store.allow("anna", [("pictures", parse("pictures", "3/day"))])
@@ -262,19 +282,21 @@ GENERATIONS = "/v1/images/generations"
 def test_all_three_interfaces_say_what_is_left(server: Inside, path: str, shape: Any) -> None:
     from safelight.server.jobs import ModelInfo
 
-    server.hub.catalogue.info = ModelInfo(name="embedded", width=64, height=64)
-    server.within(_loaded(server))
     name = path.strip("/").replace("/", ".")
     secret = server.hub.store.add_key(name)
-    limits = [("pictures", parse("", "2/day")), ("pixel_steps", parse("", "1e5/day"))]
+    limits = [("pictures", parse("", "2/day")), ("pixel_steps", parse("", "1e6/day"))]
     server.hub.store.allow(name, limits)
     forget(server)
+    # No worker has said yet how large the model's pictures are: its headers do.
+    server.hub.catalogue.info = ModelInfo(name="embedded")
     accepted = ask(server, secret, body={"prompt": "a cat", "steps": 5, "count": 2})
+    server.hub.catalogue.info = ModelInfo(name="embedded", width=256, height=256)
+    server.within(_loaded(server))
     assert accepted.status == 202
     assert accepted.headers["x-ratelimit-limit-requests"] == "2"
     assert accepted.headers["x-ratelimit-remaining-requests"] == "0"
     assert accepted.headers["x-ratelimit-reset-requests"] == "24h0m0s"
-    assert accepted.headers["x-ratelimit-remaining-pixel-steps"] == str(100000 - 2 * 5 * 64 * 64)
+    assert accepted.headers["x-ratelimit-remaining-pixel-steps"] == str(1000000 - 2 * 5 * 256 * 256)
     refused = ask(server, secret, path, {"prompt": "a cat", "steps": 5})
     assert refused.status == 429
     code, said = shape(refused.json())

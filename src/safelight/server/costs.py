@@ -24,8 +24,12 @@ def steps_of(request: Request) -> int:
 
 
 def pixel_steps(request: Request, steps: int, native: tuple[int, int]) -> int:
-    """Return width × height × steps × pictures. native: the model's own width and height."""
-    width, height = request.width or native[0], request.height or native[1]
+    """Return width × height × steps × pictures. native: the model's own width and height.
+
+    A picture to start from is counted as it is: at the size to draw, once it is `fitted`.
+    """
+    width, height = native if request.image is None else request.image.size
+    width, height = request.width or width, request.height or height
     return width * height * steps * request.count
 
 

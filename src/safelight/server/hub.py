@@ -230,7 +230,7 @@ class Hub:
             raise SafelightError("Idempotency-Key must have 1 to 255 characters")
         await asyncio.to_thread(self.names.check, request, name)
         request = await asyncio.to_thread(request.fitted)  # no more is kept than is drawn from
-        native = self.catalogue.size(name)
+        native = self.catalogue.size(name) if plan is None else plan.native_size
         job_id = new_id()
         # Large pictures, which take a while to write, hold up none without.
         submitting = self._in_database if request.image is None else self._threads.with_inputs
