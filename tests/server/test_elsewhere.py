@@ -303,7 +303,7 @@ def test_a_store_that_cannot_be_used_is_one_line(
 
 
 def test_a_worker_that_waits_for_a_store_is_not_taken_for_hung() -> None:
-    """It beats, and renews its leases; on this machine a call is no other thread's."""
+    """It beats; on this machine a call is no other thread's."""
 
     class Waiting(Holder):
         def __init__(self, place: str) -> None:
@@ -315,9 +315,6 @@ def test_a_worker_that_waits_for_a_store_is_not_taken_for_hung() -> None:
             self.beats += 1
             if self.beats == 3:
                 self.enough.set()
-
-        def _renew(self) -> None:
-            self._count()
 
     elsewhere = Waiting("memory://x")
     assert elsewhere._stored(lambda: elsewhere.enough.wait(60))

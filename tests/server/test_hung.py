@@ -23,8 +23,8 @@ from serving import Serving, wait_for
 from sqlalchemy.exc import DatabaseError, OperationalError, ProgrammingError
 
 from safelight import progress
+from safelight.server import claims, holder, supervisor, threads
 from safelight.server import pulse as pulses
-from safelight.server import supervisor, threads
 from safelight.server.database import open_engine
 from safelight.server.jobs import StorageError
 from safelight.server.pulse import Pulse
@@ -344,6 +344,33 @@ def test_postgresql_away_under_load(tmp_path: Path, how: str) -> None:
                 )
     finally:
         database.close()
+
+
+# --- leases --------------------------------------------------------------------------------------
+
+
+def test_a_job_is_its_worker_s_within_a_long_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that hangs in it loses the job, when the lease is over."""
+    monkeypatch.setattr(claims, "LEASE", 0.6)
+    monkeypatch.setattr(holder, "LEASE", 0.6)
+    with Inside(tmp_path) as server:
+        worker, begun, go_on = server.worker, threading.Event(), threading.Event()
+        assert worker is not None
+
+        def step() -> None:
+            begun.set()
+            go_on.wait()
+
+        monkeypatch.setattr(worker, "_step", step)
+        server.submit(**QUICK)
+        assert begun.wait(30)
+        time.sleep(1)
+        assert server.hub.store.claim("b" * 32, alone=True) is None
+        worker._pulse.well = False
+        wait_for(lambda: server.hub.store.claim("b" * 32, alone=True))
+        go_on.set()
 
 
 # --- the pulse -----------------------------------------------------------------------------------

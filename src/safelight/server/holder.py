@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import time
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
@@ -48,7 +48,7 @@ class Holder:
         self._stuck: str | None = None
         self._spans = JobSpans(self._id)
         self._started = self._stopping = self._draining = self._woken = False
-        self._renewed = time.monotonic()
+        self._over = threading.Event()
 
     # --- what a Worker has -----------------------------------------------------------------------
 
@@ -148,12 +148,15 @@ class Holder:
             claims.remove(claim)
             self._spans.ended(claim.id, "put_back")
 
-    def _renew(self) -> None:
-        if self._claims and time.monotonic() - self._renewed > LEASE / 4:
-            with contextlib.suppress(StorageError):
-                self._store.renew(self._id)
-            self._renewed = time.monotonic()
-            self._pulse.count()
+    def _keep_claims(self) -> None:
+        """Renew the leases of the jobs until the worker ends. Runs in a thread.
+
+        A step may take longer than a lease lasts. Of a worker that hangs they run out.
+        """
+        while not self._over.wait(LEASE / 4):
+            if (self._held or self._coming) and self._pulse.well:
+                with contextlib.suppress(StorageError):
+                    self._store.renew(self._id)
 
     def _patiently(self, claim: Claim, call: Callable[[], T]) -> T:
         """Return what a call returns that reads or writes, once it can: jobs wait meanwhile.
@@ -169,7 +172,6 @@ class Holder:
                 self._tell_stuck(None)
                 return found
             self._on_messages(1.0)
-            self._renew()
             self._forget_cancelled()
             self._pulse.count()
             if self._stopping or claim.id not in self._held:
@@ -178,14 +180,13 @@ class Holder:
     def _stored(self, call: Callable[[], T]) -> T:
         """Return what a call returns that reads or writes files.
 
-        A storage elsewhere may take longer than a worker may be silent, and than a lease lasts.
+        A storage elsewhere may take longer than a worker may be silent.
         """
         if self._files.local:
             return call()
         coming = self._threads.submit(call)
         while not wait([coming], BEAT).done:
             self._pulse.count()
-            self._renew()
         return coming.result()
 
     def _commit(self, held: Held, image: Any, index: int, seed: int, dtype: str) -> None:
@@ -248,4 +249,3 @@ class Holder:
                 if self._stopping:
                     return
                 self._on_messages(1.0)
-                self._renew()

@@ -47,6 +47,8 @@ class Pulse:
 
     def __init__(self, told: Connection | None = None) -> None:
         self._told = told
+        self.well = True
+        """Whether the work got on when it was last looked at, and the server still hears of it."""
         self._patient = 1
         self._accelerated = False
         self._threads: dict[int, _Thread] = {}
@@ -115,10 +117,12 @@ class Pulse:
             well = [thread.is_well(self._accelerated) for thread in list(self._threads.values())]
             if hasattr(signal, "pthread_kill") and main is not None:
                 signal.pthread_kill(main, signal.SIGUSR1)
-            if (all(well) or self._patient) and self._told is not None:
+            self.well = all(well) or self._patient > 0
+            if self.well and self._told is not None:
                 try:
                     self._told.send_bytes(b".")
                 except OSError:
+                    self.well = False
                     return  # the server is gone, as the main thread finds out
 
 

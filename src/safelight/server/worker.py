@@ -5,6 +5,7 @@ It may be killed at any moment. The next one draws again what it had not committ
 
 from __future__ import annotations
 
+import threading
 import time
 from multiprocessing.connection import Connection
 from typing import Any
@@ -53,6 +54,7 @@ class Worker(Holder):
         """Draw until told to stop, or until the server's own model is not what was loaded."""
         while not (self._started or self._stopping):  # until the server has tidied up
             self._on_messages(1.0)
+        threading.Thread(target=self._keep_claims, name="leases", daemon=True).start()
         while not (self._stopping or self._spoilt or self._drained):
             idle = LOADING if self._coming else 1.0
             self._on_messages(0 if self._models.busy else idle)
@@ -64,7 +66,7 @@ class Worker(Holder):
             else:
                 self._claim()
             self._step()
-            self._renew()
+        self._over.set()
         # What cannot be put back the server does, now or when it starts again.
         self._put_back(self._unclaimed + self._claims)
         self._models.close()
