@@ -1,6 +1,8 @@
 """Requests to pictures, on the models that ship."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -64,6 +66,27 @@ def test_picture_i_of_several_is_that_of_seed_plus_i(model: Model) -> None:
     for seed, image in zip(several.seeds, several.images, strict=True):
         alone = model.generate("a cat", seed=seed, **settings).images[0]
         assert image.tobytes() == alone.tobytes()
+
+
+def test_threads_share_a_model(model: Model) -> None:
+    """None draws another's prompt, and none packs weights that another is packing."""
+    prompts = ["a red apple", "a blue car", "a green frog", "a black cat"]
+    settings = {**FEW, "width": 64, "height": 64, "negative_prompt": "a dog", "seed": 5}
+
+    def draw(one: Model, prompt: str) -> bytes:
+        return one.generate(prompt, **settings).images[0].tobytes()
+
+    fresh = safelight.load(device="cpu", dtype="float32")
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        drawn = list(threads.map(partial(draw, fresh), prompts))
+    assert drawn == [draw(model, prompt) for prompt in prompts]
+
+
+def test_a_step_that_is_looked_at_holds_up_no_thread(model: Model) -> None:
+    waiting = iter(model.stream("a cat", seed=1, **FEW))
+    next(waiting)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(model.generate, "a dog", seed=1, **FEW).result(60)
 
 
 def test_jobs_of_all_kinds_advance_together(model: Model) -> None:

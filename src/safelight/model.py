@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
@@ -52,6 +53,8 @@ class Model:
       of strangers.
     lora_files, embedding_files: names of LoRAs and embeddings that mean these files.
     base, selection: of an adapted model, the one without LoRAs, and those that it has.
+    lock: held while it computes, so that several threads may draw with it; its adapted models have
+      the same one.
     """
 
     name: str
@@ -77,6 +80,7 @@ class Model:
     embedding_files: dict[str, Path] = field(default_factory=dict)
     base: Model | None = None
     selection: Selection | None = None
+    lock: RLock = field(default_factory=RLock, compare=False)
 
     def __repr__(self) -> str:
         width, height = self.native_size
@@ -161,8 +165,9 @@ class Model:
 
         base = self.base or self
         asked = [AskedLora.parse(text) for text in loras]
-        selection = base.adapters.choose(asked, unmatched, after=self.selection)
-        return base.adapters.adapted(selection)
+        with self.lock:
+            selection = base.adapters.choose(asked, unmatched, after=self.selection)
+            return base.adapters.adapted(selection)
 
     def generate(
         self,

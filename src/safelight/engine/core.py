@@ -63,6 +63,10 @@ class Engine:
     rows: most rows of a call, or what learns how many pay off; None learns it anew.
     background: for a server. To encode a picture to start from is a step of its own, and pictures
     are decoded in a thread beside the steps, one at a time, each within `working()`.
+
+    Engines of one model, each in a thread of its own, take turns by `Model.lock`: layers keep what
+    they packed, and the text of their last call. A thread that decodes needs no turn, as what it
+    computes with belongs to it alone; so a model has one engine with `background`, and no other.
     """
 
     def __init__(
@@ -116,7 +120,7 @@ class Engine:
         """
         model = self.model
         try:
-            with torch.inference_mode():
+            with model.lock, torch.inference_mode():
                 resolved = resolve_request(model, request)
                 result = new_result(model, request, resolved, self.exact)
                 (table, _), arrived = table_of(model, resolved), time.monotonic()
@@ -239,9 +243,10 @@ class Engine:
 
     def _serve(self, tickets: list[Ticket]) -> tuple[list[Ticket], list[Ticket]]:
         """Let these take a step, and note who had the time."""
-        began = time.monotonic()
-        outcome = self._advance(tickets) if tickets[0].prepared else self._prepare(tickets[0])
-        self._turns.note(tickets, time.monotonic() - began)
+        with self.model.lock:
+            began = time.monotonic()
+            outcome = self._advance(tickets) if tickets[0].prepared else self._prepare(tickets[0])
+            self._turns.note(tickets, time.monotonic() - began)
         return outcome
 
     def _prepare(self, ticket: Ticket) -> tuple[list[Ticket], list[Ticket]]:
@@ -303,7 +308,8 @@ class Engine:
         else:
             future = Future()
             try:
-                future.set_result(self._finish(ticket.job))
+                with self.model.lock:
+                    future.set_result(self._finish(ticket.job))
             except Exception as error:
                 future.set_exception(error)
         self._decoding[future] = ticket

@@ -40,7 +40,7 @@ class Step:
 
         It is decoded by the tiny autoencoder if one was loaded for previews (`preview_vae`).
         """
-        with torch.inference_mode():
+        with self.model.lock, torch.inference_mode():
             if self.model.preview_vae is not None:
                 return decode_tiny(self.model, self.clean)
             return decode(self.model, self.clean)

@@ -113,7 +113,8 @@ def watch(model: Model, request: Request, on_step: Callable[[Step], object] | No
     engine = Engine(model)
     result = engine.add(request)
     [ticket] = engine.tickets
-    job, model = ticket.job, ticket.model
+    with engine.model.lock:
+        job, model = ticket.job, ticket.model
     rows = job.table.rows
     words = _words(model, request, result)
     wanted = _evenly(len(rows))
@@ -127,14 +128,14 @@ def watch(model: Model, request: Request, on_step: Callable[[Step], object] | No
             continue
         assert job.clean is not None
         if cursor in wanted:
-            with torch.inference_mode():
+            with engine.model.lock, torch.inference_mode():
                 who = job.model_at(cursor, model)
                 seen.append(_look(who, job, cursor, state, job.clean, words))
         if on_step is not None:
             on_step(Step(0, job.cursor, len(rows), job.clean, model))
     assert ticket.image is not None
     result.images.append(ticket.image)
-    with torch.inference_mode():
+    with engine.model.lock, torch.inference_mode():
         latents = final_latents(job)
         moments, colours = _pictures(model, seen, len(rows))
         channels, height, width = latents.shape[1:]
