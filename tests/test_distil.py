@@ -133,6 +133,8 @@ def test_prompts(tmp_path: Path) -> None:
     path = tmp_path / "p.txt"
     path.write_text("\n  a cat\n\na dog  \n")
     assert read_prompts(path) == ["a cat", "a dog"]
+    path.write_bytes(b"\xef\xbb\xbfa cat\r\n")  # as Windows' editors write it
+    assert read_prompts(path) == ["a cat"]
     path.write_text(" \n")
     with pytest.raises(SafelightError, match="has no prompts: expected one a line"):
         read_prompts(path)

@@ -9,7 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,12 +25,20 @@ import safelight
 from recipes.embedded.sizes import DRY
 from safelight import SafelightError
 from safelight.cli import app
+from safelight.defaults import is_distilled
+from safelight.nets.vae import AutoencoderKL
+from safelight.prompt.tokenizer import clip_tokenizer
+from safelight.train import autoencoder, devices
 from safelight.train import folder as folders
+from safelight.train.autoencoder import to_pixels
+from safelight.train.distil import distil
 from safelight.train.finetune import finetune
+from safelight.train.networks import PIXELS
 from safelight.train.plan import Plan
 from safelight.train.scratch import networks as scratch_networks
 from safelight.train.scratch import text_to_image
-from safelight.train.unconditional import network
+from safelight.train.tokens import token_ids
+from safelight.train.unconditional import network, unconditional
 
 
 def square(path: Path, colour: str, size: tuple[int, int] = (80, 64)) -> None:
@@ -175,7 +186,10 @@ def test_fine_tuning_teaches_a_colour_and_diffusers_draws_the_same(
     base = safelight.load("embedded", dtype="float32")
     assert model.words is not None
     assert "flag" in model.words
+    assert model.defaults == safelight.load("embedded").defaults
+    assert not is_distilled(model.notes)
     settings: dict[str, Any] = {"steps": 8, "seed": 3, "sampler": "ddim", "guidance_scale": 3.0}
+    settings["guidance_start"] = 0  # as in diffusers, not as the model's own
     blue = np.array([0, 0, 255])
 
     def error(drawn: Any) -> float:
@@ -207,6 +221,110 @@ def test_fine_tuning_teaches_a_colour_and_diffusers_draws_the_same(
     assert apart.max() <= 1
 
 
+def test_what_is_refused_changes_nothing_beside_the_checkpoint(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(*_: Any, **__: Any) -> None:
+        raise AssertionError("it drew or wrote something")
+
+    out = tmp_path / "out"
+    (out / "model").mkdir(parents=True)
+    plan = Plan(steps=2, batch=1, learning_rate=1e-4)
+    made_by = json.dumps(asdict(replace(plan, recipe="another")))
+    torch.save({"plan": made_by, "step": 1}, out / "checkpoint.pt")
+    for name in ("finetune.draw_sheet", "distil.draw_sheet", "distil.trajectories"):
+        monkeypatch.setattr(f"safelight.train.{name}", nothing)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat")
+    calls: list[Callable[[], Path]] = [
+        lambda: finetune(pictures, out, plan),
+        lambda: distil(prompts, out, plan),
+        lambda: unconditional(str(pictures), out, plan, size=16),
+        lambda: text_to_image(pictures, out, plan),
+    ]
+    for call in calls:
+        with pytest.raises(SafelightError, match="made by another plan"):
+            call()
+    assert not list((out / "model").iterdir())
+
+
+def test_pictures_are_not_learned_from_what_was_drawn(pictures: Path, tmp_path: Path) -> None:
+    plan = Plan(steps=1, batch=1, learning_rate=1e-4)
+    for call in (
+        lambda: unconditional(str(pictures), pictures / "run", plan, size=16),
+        lambda: finetune(pictures, pictures, plan),
+        lambda: text_to_image(pictures, pictures / "a" / ".." / "run", plan),
+    ):
+        with pytest.raises(SafelightError, match=r"^out .* is in .*pictures, where .* beside it$"):
+            call()
+    assert not (pictures / "run").exists()
+
+
+def test_out_below_a_file_is_one_line(pictures: Path) -> None:
+    plan = Plan(steps=1, batch=1, learning_rate=1e-4)
+    for call in (
+        lambda out: unconditional("digits", out, plan, size=16),
+        lambda out: finetune(pictures, out, plan),
+    ):
+        with pytest.raises(SafelightError, match="cannot be a folder: Not a directory"):
+            call(Path(__file__) / "run")
+
+
+def test_a_finished_run_writes_its_model_if_it_is_missing(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = replace(PIXELS, block_out_channels=(8, 8, 8), norm_num_groups=8, attention_head_dim=8)
+    monkeypatch.setattr("safelight.train.unconditional.PIXELS", small)
+    monkeypatch.setattr("safelight.train.unconditional.draw_sheet", lambda *_: None)
+    plan = Plan(steps=2, batch=1, learning_rate=1e-4)
+    out = tmp_path / "out"
+    made = unconditional(str(pictures), out, plan, size=16)
+    weights = made / "unet" / "diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
+    weights.unlink()
+    unconditional(str(pictures), out, plan, size=16)
+    assert weights.read_bytes() == before
+    weights.unlink()
+    weights.mkdir()
+    with pytest.raises(
+        SafelightError, match=r"model could not be written .*; checkpoints are kept"
+    ):
+        unconditional(str(pictures), out, plan, size=16)
+
+
+def test_native_without_a_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
+    monkeypatch.setattr(devices, "accelerator", lambda: SimpleNamespace(device=torch.device("cpu")))
+    with pytest.raises(SafelightError, match=r"--native needs a C\+\+ compiler"):
+        devices.compiled(torch.nn.Linear(1, 1), wanted=True)
+
+
+def test_captions_beyond_the_text_length_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = clip_tokenizer("<|endoftext|>", 8)
+    ids = token_ids(tokenizer, ["a red flag", "a red flag " * 9, "one two three four five six"])
+    assert ids.shape == (3, 8)
+    assert "1 of 3 captions are longer than the 6 tokens" in capsys.readouterr().err
+
+
+def test_latents_are_made_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All pictures in float32 would be four times what they are."""
+    sizes: list[int] = []
+
+    def noted(part: Any) -> torch.Tensor:
+        sizes.append(len(part))
+        return to_pixels(part)
+
+    monkeypatch.setattr(autoencoder, "to_pixels", noted)
+    monkeypatch.setattr(autoencoder, "AT_ONCE", 2 * 64 * 64)
+    vae = AutoencoderKL(DRY.networks.vae)
+    squares = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
+    latents = autoencoder.encode(vae, squares)
+    assert sizes == [2, 2, 1]
+    assert torch.equal(latents[4:], autoencoder.encode(vae, squares[4:]))
+
+
 def test_from_nothing_to_a_model_that_draws(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,14 +342,19 @@ def test_from_nothing_to_a_model_that_draws(
     assert drawn.warnings == []
     with Image.open(tmp_path / "out" / "step-000008.png") as sheet:
         assert sheet.height == 64
-    # It ended: called again it draws no step anew, and of other pictures it is refused.
+    # It ended: called again it takes no step, and writes what the run before could not.
     before = (made / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    (made / "model_index.json").unlink()
     text_to_image(pictures, tmp_path / "out", plan, autoencoder_steps=8)
     assert (made / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+    assert safelight.load(str(made)).sha256 == model.sha256
+    # Of other pictures it is refused, and the finished model stays as it is.
+    vocabulary = (made / "tokenizer" / "vocab.json").read_bytes()
     square(pictures / "more.png", "green")
-    (pictures / "more.txt").write_text("a green flag")
+    (pictures / "more.txt").write_text("quite another caption")
     with pytest.raises(SafelightError, match="made by another plan"):
         text_to_image(pictures, tmp_path / "out", plan, autoencoder_steps=8)
+    assert (made / "tokenizer" / "vocab.json").read_bytes() == vocabulary
 
 
 @pytest.mark.parametrize("size", [64, 96, 128, 256])
@@ -261,6 +384,13 @@ def test_what_cannot_be_trained_further(pictures: Path, tmp_path: Path) -> None:
         (["unconditional", "digits", "--out", "o", "--size", "20"], "size 20: expected a multiple"),
         (["unconditional", "digits", "--out", "o", "--steps", "0"], "--steps 0: expected 1"),
         (["fine-tune", ".", "--out", "o", "--learning-rate", "2"], "expected above 0 and below 1"),
+        (["fine-tune", ".", "--out", "o", "--min-snr", "nan"], "--min-snr nan: expected a number"),
+        (["fine-tune", ".", "--out", "o", "--min-snr", "0"], "--min-snr 0: expected a number"),
+        (["unconditional", "digits", "--out", "o", "--seed", "-1"], "--seed -1: expected a whole"),
+        (
+            ["text-to-image", ".", "--out", "o", "--autoencoder-steps", "0"],
+            "--autoencoder-steps 0: expected 1",
+        ),
         (["text-to-image", "nowhere", "--out", "o"], "nowhere is not a folder"),
         (
             ["text-to-image", ".", "--out", "o", "--size", "72"],

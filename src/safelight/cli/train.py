@@ -1,5 +1,6 @@
 """`safelight train`: models from your own pictures."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,7 +49,8 @@ def fine_tune(
     native: Native = False,
 ) -> None:
     """Teach a model your pictures; goes on where it was stopped. The result is OUT/model."""
-    _numbers(steps, batch, learning_rate)
+    if min_snr is not None and not 0 < min_snr < math.inf:
+        raise SafelightError(f"--min-snr {min_snr:g}: expected a number above 0")
     plan = _plan(steps, batch, learning_rate, seed, warmup=50, ema=0.99)
     from safelight.train.finetune import finetune
 
@@ -72,8 +74,7 @@ def text_to_image(
     """Train a model of words from nothing; goes on where it was stopped. It wants thousands of
     pictures, and hours: `fine-tune` wants few.
     """
-    _numbers(steps, batch, learning_rate)
-    _numbers(autoencoder_steps, batch, learning_rate)
+    _whole("autoencoder-steps", autoencoder_steps)
     cooldown = max(1, steps * 2 // 3)
     plan = _plan(steps, batch, learning_rate, seed, warmup=100, cooldown=cooldown)
     from safelight.train.scratch import text_to_image as train
@@ -93,7 +94,6 @@ def unconditional(
     native: Native = False,
 ) -> None:
     """Train a model that draws from noise alone; goes on where it was stopped."""
-    _numbers(steps, batch, learning_rate)
     plan = _plan(steps, batch, learning_rate, seed, warmup=200)
     from safelight.train.unconditional import unconditional as train
 
@@ -118,7 +118,6 @@ def distil(
     native: Native = False,
 ) -> None:
     """Teach a copy of a model to draw in few steps; goes on where it was stopped."""
-    _numbers(steps, batch, learning_rate)
     if not 1 <= drawing_steps <= 50:
         raise SafelightError(f"--drawing-steps {drawing_steps}: expected 1 to 50")
     if not 1 <= guidance_scale <= 100:
@@ -145,7 +144,15 @@ def distil(
 def _plan(
     steps: int, batch: int, learning_rate: float, seed: int, *, warmup: int, **other: Any
 ) -> "Plan":
-    """warmup: steps, fewer in a short run."""
+    """Return the plan, once its numbers are checked. warmup: steps, fewer in a short run."""
+    from safelight.request_fields import MAX_SEED
+
+    _whole("steps", steps)
+    _whole("batch", batch)
+    if not 0 < learning_rate < 1:
+        raise SafelightError(f"--learning-rate {learning_rate}: expected above 0 and below 1")
+    if not 0 <= seed <= MAX_SEED:
+        raise SafelightError(f"--seed {seed}: expected a whole number from 0 to {MAX_SEED}")
     import_torch()
     from safelight.train.plan import Plan
 
@@ -159,9 +166,6 @@ def _plan(
     )
 
 
-def _numbers(steps: int, batch: int, learning_rate: float) -> None:
-    for name, value in (("steps", steps), ("batch", batch)):
-        if not 1 <= value <= 10_000_000:
-            raise SafelightError(f"--{name} {value}: expected 1 or more")
-    if not 0 < learning_rate < 1:
-        raise SafelightError(f"--learning-rate {learning_rate}: expected above 0 and below 1")
+def _whole(name: str, value: int) -> None:
+    if not 1 <= value <= 10_000_000:
+        raise SafelightError(f"--{name} {value}: expected 1 to 10000000")

@@ -99,12 +99,12 @@ def to_pixels(pictures: NDArray[np.uint8] | Tensor) -> Tensor:
 @torch.inference_mode()
 def encode(vae: AutoencoderKL, pictures: NDArray[np.uint8] | Tensor) -> Tensor:
     """uint8 [n, size, size, 3] to float16 latents [n, 4, h, w] on the CPU, scaled."""
-    pixels = to_pixels(pictures)
-    vae.to(pixels.device)
+    pictures = torch.as_tensor(pictures)
+    vae.to(pictures.device)
     parts = []
-    for part in pixels.split(max(1, AT_ONCE // pixels[0, 0].numel())):
+    for part in pictures.split(max(1, AT_ONCE // pictures[0, ..., 0].numel())):
         with autocast(part.device):
-            mean = vae.encode(part)[0]
+            mean = vae.encode(to_pixels(part))[0]
         parts.append((mean.float() * vae.config.scaling_factor).half())
     return torch.cat(parts).cpu()
 

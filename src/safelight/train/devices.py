@@ -48,6 +48,18 @@ def compiled(net: nn.Module, wanted: bool) -> Any:
     """The net as torch.compile makes it, after minutes of compiling: on two quiet cores a third
     faster to train, on one no faster.
 
-    It needs a C++ compiler on the machine, so it is asked for, never assumed.
+    On a CPU it needs a C++ compiler on the machine, so it is asked for, never assumed. Raises
+    SafelightError if there is none.
     """
-    return torch.compile(net, dynamic=False) if wanted else net
+    if not wanted:
+        return net
+    if accelerator().device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        try:
+            get_cpp_compiler()
+        except RuntimeError:
+            raise SafelightError(
+                "--native needs a C++ compiler: install one (apt-get install g++), or leave it out"
+            ) from None
+    return torch.compile(net, dynamic=False)

@@ -30,12 +30,13 @@ from safelight.request import Request
 from safelight.sampling import SCHEDULES, Level, SchedulerConfig, Table, table
 from safelight.train.denoiser import wanted
 from safelight.train.devices import accelerator, autocast
-from safelight.train.export import export_text_to_image
+from safelight.train.export import export_text_to_image, writing
 from safelight.train.finetune import bring_along, own_memory
 from safelight.train.folder import digest
-from safelight.train.loop import Draw, fit, progress, save_whole
+from safelight.train.loop import Draw, check_plan, fit, progress, save_whole
 from safelight.train.plan import Plan
 from safelight.train.sheet import draw_sheet, under
+from safelight.train.tokens import token_ids
 from safelight.weights import load_model
 
 SUBSTEPS = 4
@@ -103,11 +104,13 @@ def distil(
         raise SafelightError(f"{teacher.name} reads a mask beside the picture: take another")
     told = f"{drawing_steps} steps, guidance {guidance_scale}"
     plan = replace(plan, recipe=digest(np.zeros(0, np.uint8), [teacher.sha256, told, *captions]))
-    out.mkdir(parents=True, exist_ok=True)
+    check_plan(out, plan)
     taken = trajectories(teacher, captions, drawing_steps, guidance_scale, out / "ways", plan)
     shown = captions[:SHEET_PROMPTS]
-    if not (out / "teacher.png").exists():
-        draw_sheet(model, out / "teacher.png", shown, guidance_scale=guidance_scale)
+    made = out / "model"
+    with writing(made):
+        if not (out / "teacher.png").exists():
+            draw_sheet(model, out / "teacher.png", shown, guidance_scale=guidance_scale)
 
     base = load_model(model, device="cpu", dtype="float32", plain=True)
     assert isinstance(base.unet, UNet2DConditionModel)
@@ -118,11 +121,10 @@ def distil(
     student = own_memory(base.unet).train()
     device = accelerator().device
     taken, words = taken.to(device), copy.deepcopy(text).to(device)
-    ids = torch.tensor([base.tokenizer.encode(c).ids for c in captions], device=device)
-    made = out / "model"
-    made.mkdir(exist_ok=True)
-    base.tokenizer.save(made / "tokenizer")
-    bring_along(base, made)
+    ids = token_ids(base.tokenizer, captions).to(device)
+    with writing(made):
+        base.tokenizer.save(made / "tokenizer")
+        bring_along(base, made)
     draw_with = {"sampler": "ddim", "steps": drawing_steps, "guidance_scale": 1.0}
     scheduler = {
         **base.scheduler.to_dict(),
@@ -148,8 +150,9 @@ def distil(
         return (predicted.float() - target).square().mean()
 
     def show(trained: Any, step: int) -> Image.Image:
-        export_text_to_image(made, vae, text, trained, scheduler, notes)
-        return draw_sheet(made, out / f"step-{step:06}.png", shown, **draw_with)
+        with writing(made):
+            export_text_to_image(made, vae, text, trained, scheduler, notes)
+            return draw_sheet(made, out / f"step-{step:06}.png", shown, **draw_with)
 
     student.load_state_dict(
         fit(
@@ -164,14 +167,15 @@ def distil(
         )
     )
     after = show(student.cpu(), plan.steps)
-    under(out / "teacher.png", after).save(out / "sheet.png")
+    with writing(made):
+        under(out / "teacher.png", after).save(out / "sheet.png")
     return made
 
 
 def read_prompts(path: Path) -> list[str]:
     """Return the lines of a text file that are not empty."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise SafelightError(f"{path} cannot be read: {reason(error)}") from None
     except UnicodeDecodeError:

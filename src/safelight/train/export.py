@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
+from safelight.errors import SafelightError
 from safelight.nets.clip import CLIPTextModel
 from safelight.nets.tiny import AutoencoderTiny
 from safelight.nets.unet import UNet2DConditionModel
 from safelight.nets.unet2d import UNet2DModel
 from safelight.nets.vae import AutoencoderKL
+from safelight.picture import reason
 from safelight.weights.find import PREVIEWS
 
 DIFFUSERS = "0.42.0"
 """The version of diffusers whose layout is written and tested against."""
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Within it, an error of writing the model or its sheet is one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise SafelightError(
+            f"{folder} could not be written ({reason(error)}); checkpoints are kept: make room "
+            "and start the same command again"
+        ) from None
 
 
 def export_text_to_image(

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from safelight.defaults import is_distilled
 from safelight.errors import SafelightError
 from safelight.model import Model
 from safelight.nets.clip import CLIPTextModel
@@ -18,10 +19,12 @@ from safelight.nets.unet import UNet2DConditionModel
 from safelight.train.autoencoder import encode
 from safelight.train.denoiser import TextToImage, train_text_to_image
 from safelight.train.devices import Net
-from safelight.train.export import export_text_to_image
-from safelight.train.folder import captioned, digest, read
+from safelight.train.export import export_text_to_image, writing
+from safelight.train.folder import captioned, check_apart, digest, read
+from safelight.train.loop import check_plan
 from safelight.train.plan import Plan
 from safelight.train.sheet import draw_sheet, under
+from safelight.train.tokens import token_ids
 from safelight.weights import load_model
 from safelight.weights.find import PREVIEWS
 from safelight.words import words_in
@@ -56,27 +59,30 @@ def finetune(
     side = size or min(base.native_size)
     if side % 8 or side < 64:
         raise SafelightError(f"size {side}: expected a multiple of 8, 64 or more")
+    check_apart(folder, out)
     examples = captioned(folder)
     captions = [example.caption for example in examples]
     squares = read([example.path for example in examples], side)
     plan = replace(plan, recipe=digest(squares, [base.sha256, *captions]))
+    check_plan(out, plan)
     made = out / "model"
-    made.mkdir(parents=True, exist_ok=True)
     prompts = list(dict.fromkeys(captions))[:SHEET_PROMPTS]
-    if not (out / "before.png").exists():
-        draw_sheet(model, out / "before.png", prompts)
+    with writing(made):
+        if not (out / "before.png").exists():
+            draw_sheet(model, out / "before.png", prompts)
+        tokenizer.save(made / "tokenizer")
 
     latents = encode(vae, squares)
-    ids = torch.tensor([tokenizer.encode(text).ids for text in captions], dtype=torch.int32)
+    ids = token_ids(tokenizer, captions)
     empty = torch.tensor(tokenizer.encode("").ids, dtype=torch.int32)
     net = _trainable(base)
-    tokenizer.save(made / "tokenizer")
     notes = _notes(base, captions)
 
     def show(trained: Any, step: int) -> Image.Image:
-        text_encoder, unet = trained.text_encoder, trained.unet
-        export_text_to_image(made, vae, text_encoder, unet, base.scheduler.to_dict(), notes)
-        return draw_sheet(made, out / f"step-{step:06}.png", prompts)
+        parts = vae, trained.text_encoder, trained.unet
+        with writing(made):
+            export_text_to_image(made, *parts, base.scheduler.to_dict(), notes)
+            return draw_sheet(made, out / f"step-{step:06}.png", prompts)
 
     train_text_to_image(
         net,
@@ -92,8 +98,9 @@ def finetune(
         on_checkpoint=show,
     )
     after = show(net, plan.steps)
-    under(out / "before.png", after).save(out / "sheet.png")
-    bring_along(base, made)
+    with writing(made):
+        under(out / "before.png", after).save(out / "sheet.png")
+        bring_along(base, made)
     return made
 
 
@@ -133,7 +140,13 @@ def own_memory(net: Net) -> Net:
 
 def _notes(base: Model, captions: list[str]) -> dict[str, Any]:
     words = {word for caption in captions for word in words_in(caption)}
-    notes: dict[str, Any] = {"made_from": f"{base.name}, sha256 {base.sha256}"}
+    kept = {name: base.notes[name] for name in ("draw_with", "prompts") if name in base.notes}
+    notes = {
+        **kept,
+        "made_from": f"{base.name}, sha256 {base.sha256}",
+        # Said always: with the two above, a model that does not say counts as distilled.
+        "distilled": is_distilled(base.notes),
+    }
     if base.words is not None:
         notes["words"] = sorted(base.words | words)
     return notes

@@ -63,6 +63,15 @@ def captioned(folder: Path) -> list[Example]:
     return examples
 
 
+def check_apart(folder: Path, out: Path) -> None:
+    """Raise SafelightError if what is written would be among the pictures to learn from."""
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise SafelightError(
+            f"out {out} is in {folder}, where sheets of samples would be learned from, too: give "
+            "a folder beside it"
+        )
+
+
 def pictures(folder: Path) -> list[Path]:
     """All pictures of a folder and its subfolders. Raises SafelightError if there are none."""
     if not folder.is_dir():

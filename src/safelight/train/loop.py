@@ -119,10 +119,7 @@ def fit(
     is compiled first. Raises SafelightError when the folder holds the checkpoint of another plan,
     when the loss is not finite for LOOKS steps in a row, or when a checkpoint cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SafelightError(f"out {folder} cannot be a folder: {error.strerror}") from None
+    make_folder(folder)
     machine = accelerator()
     net.to(machine.device)
     if machine.device.type == "cuda":
@@ -314,6 +311,41 @@ def save_whole(path: Path, value: Any, what: str, kept: str) -> None:
         ) from None
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder of a run. Raises SafelightError if it cannot be one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SafelightError(f"out {folder} cannot be a folder: {error.strerror}") from None
+
+
+def check_plan(folder: Path, plan: Plan) -> None:
+    """Make the folder of a run. Raises SafelightError if it cannot be one, or holds another plan's
+    checkpoint: `fit` does so, too, but once the finished model beside it has been written into.
+    """
+    make_folder(folder)
+    if (folder / "checkpoint.pt").exists():
+        # Of what is mapped, the tensors are never read.
+        _load(folder / "checkpoint.pt", plan, mmap=True)
+
+
+def _load(path: Path, plan: Plan, *, mmap: bool = False) -> tuple[dict[str, Any], int]:
+    """Return a checkpoint and its step. Raises SafelightError if it is not of this plan."""
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
+        step, made_by = int(state["step"]), Plan(**json.loads(state["plan"]))
+    except Exception as error:  # of a damaged file it raises anything
+        raise SafelightError(
+            f"{path} is not a checkpoint of ours ({reason(error)}): remove it to begin anew"
+        ) from None
+    if not plan.agrees(made_by, step):
+        raise SafelightError(
+            f"{path} was made by another plan ({_difference(made_by, plan)}): give another "
+            "folder, or the same settings to go on"
+        )
+    return state, step
+
+
 def _resume(
     path: Path,
     plan: Plan,
@@ -325,18 +357,7 @@ def _resume(
     """The step to go on from; and of the line of the log that it is in, the steps, those that were
     finite, and the sum of their losses.
     """
-    try:
-        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-        step, made_by = int(state["step"]), Plan(**json.loads(state["plan"]))
-    except Exception as error:  # of a damaged file it raises anything
-        raise SafelightError(
-            f"{path} is not a checkpoint of ours ({reason(error)}): remove it to begin anew"
-        ) from None
-    if not plan.agrees(made_by, step):
-        raise SafelightError(
-            f"{path} was made by another plan ({_difference(made_by, plan)}): give another "
-            "folder, or the same settings to go on"
-        )
+    state, step = _load(path, plan)
     _copy(state["params"], params)
     _copy(state["average"], average)
     optimizer.load_state_dict(state["optimizer"])

@@ -15,13 +15,14 @@ from safelight.nets.clip import CLIPTextModel
 from safelight.sampling.schedule import SchedulerConfig
 from safelight.train.autoencoder import encode, latent_spread, train_autoencoder
 from safelight.train.denoiser import TextToImage, teach_words, train_text_to_image
-from safelight.train.export import export_text_to_image
-from safelight.train.folder import Pixels, captioned, digest, read
-from safelight.train.loop import Draw
+from safelight.train.devices import accelerator
+from safelight.train.export import export_text_to_image, writing
+from safelight.train.folder import Pixels, captioned, check_apart, digest, read
+from safelight.train.loop import Draw, check_plan
 from safelight.train.networks import LARGE, SCHEDULER, SMALL, TEXT_PLAN, VAE_PLAN, Networks
 from safelight.train.plan import Plan
 from safelight.train.sheet import draw_sheet
-from safelight.train.tokens import train_vocabulary
+from safelight.train.tokens import token_ids, train_vocabulary
 from safelight.words import words_in
 
 CHECKPOINT_EVERY = 500
@@ -61,19 +62,13 @@ def text_to_image(
         raise SafelightError(f"size {size}: expected a multiple of 32 from 64 to 512")
     net = networks(size)
     vae_config, text_config, unet_config = net.vae, net.text, net.unet
+    check_apart(folder, out)
     examples = captioned(folder)
     captions = [example.caption for example in examples]
     squares = read([example.path for example in examples], size)
     album = Album(squares, captions)
     recipe = digest(squares, captions)
     plan = replace(plan, recipe=recipe)
-    made = out / "model"
-    tokenizer = train_vocabulary(
-        captions,
-        text_config.vocab_size,
-        made / "tokenizer",
-        text_config.max_position_embeddings,
-    )
     first = replace(
         VAE_PLAN,
         steps=autoencoder_steps,
@@ -81,20 +76,30 @@ def text_to_image(
         seed=plan.seed,
         recipe=recipe,
     )
-    vae = train_autoencoder(vae_config, album, first, out / "autoencoder", native=native)
-    spread = latent_spread(vae, album, Draw.of(plan.seed, 0))
-    vae.config = replace(vae.config, scaling_factor=round(1 / spread, 5))
-    latents = encode(vae, squares)
-    ids = torch.tensor([tokenizer.encode(caption).ids for caption in captions], dtype=torch.int32)
-
-    torch.manual_seed(plan.seed)
-    text = CLIPTextModel(text_config)
     second = replace(
         TEXT_PLAN,
         steps=min(TEXT_PLAN.steps, plan.steps),
         seed=plan.seed,
         recipe=recipe,
     )
+    for stage, its in ((out / "autoencoder", first), (out / "words", second), (out, plan)):
+        check_plan(stage, its)
+    made = out / "model"
+    with writing(made):
+        tokenizer = train_vocabulary(
+            captions,
+            text_config.vocab_size,
+            made / "tokenizer",
+            text_config.max_position_embeddings,
+        )
+    vae = train_autoencoder(vae_config, album, first, out / "autoencoder", native=native)
+    spread = latent_spread(vae, album, Draw.of(plan.seed, 0))
+    vae.config = replace(vae.config, scaling_factor=round(1 / spread, 5))
+    latents = encode(vae, squares)
+    ids = token_ids(tokenizer, captions)
+
+    torch.manual_seed(plan.seed)
+    text = CLIPTextModel(text_config)
     teach_words(text, latents, ids, tokenizer.eos, second, out / "words")
     both = TextToImage(text, unet_config)
     prompts = list(dict.fromkeys(captions))[:SHEET_PROMPTS]
@@ -102,8 +107,9 @@ def text_to_image(
 
     def show(trained: Any, step: int) -> Image.Image:
         parts = vae, trained.text_encoder, trained.unet
-        export_text_to_image(made, *parts, SCHEDULER, notes)
-        return draw_sheet(made, out / f"step-{step:06}.png", prompts)
+        with writing(made):
+            export_text_to_image(made, *parts, SCHEDULER, notes)
+            return draw_sheet(made, out / f"step-{step:06}.png", prompts)
 
     train_text_to_image(
         both,
@@ -117,6 +123,8 @@ def text_to_image(
         native=native,
         on_checkpoint=show,
     )
+    if accelerator().is_main_process:  # an earlier run may have ended before it was written
+        show(both, plan.steps)
     return made
 
 

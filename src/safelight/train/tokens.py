@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from safelight.prompt.tokenizer import BOS, EOS, WORDS
 from safelight.prompt.tokenizer import Tokenizer as CLIPTokenizer
+from safelight.train.loop import progress
 
 WORD_END = "</w>"
 
@@ -61,3 +63,15 @@ def train_vocabulary(
     found = CLIPTokenizer({t: i for i, t in enumerate(tokens)}, merges, max_length=length)
     found.save(folder)
     return found
+
+
+def token_ids(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> torch.Tensor:
+    """Return the ids of captions, int32 [n, length], and say how many captions are cut."""
+    encoded = [tokenizer.encode(caption) for caption in captions]
+    cut = sum(one.cut is not None for one in encoded)
+    if cut:
+        progress(
+            f"{cut} of {len(captions)} captions are longer than the {tokenizer.max_length - 2} "
+            "tokens that the text encoder reads: their ends are not learned"
+        )
+    return torch.tensor([one.ids for one in encoded], dtype=torch.int32)

@@ -12,8 +12,10 @@ from safelight.errors import SafelightError
 from safelight.nets.unet2d import UNet2DConfig
 from safelight.sampling.schedule import SchedulerConfig
 from safelight.train.denoiser import train_unconditional
-from safelight.train.export import export_unconditional
-from safelight.train.folder import digest, digits, pictures, read
+from safelight.train.devices import accelerator
+from safelight.train.export import export_unconditional, writing
+from safelight.train.folder import check_apart, digest, digits, pictures, read
+from safelight.train.loop import check_plan
 from safelight.train.networks import PIXELS, PIXELS_SCHEDULER
 from safelight.train.plan import Plan
 from safelight.train.sheet import draw_sheet
@@ -30,15 +32,21 @@ def unconditional(source: str, out: Path, plan: Plan, *, size: int, native: bool
     """
     if size % 8 or not 16 <= size <= 256:
         raise SafelightError(f"size {size}: expected a multiple of 8 from 16 to 256")
-    squares = digits(size) if source == DIGITS else read(pictures(Path(source)), size)
+    if source == DIGITS:
+        squares = digits(size)
+    else:
+        check_apart(Path(source), out)
+        squares = read(pictures(Path(source)), size)
     plan = replace(plan, recipe=digest(squares, []))
+    check_plan(out, plan)
     made = out / "model"
 
     def show(net: Any, step: int) -> Image.Image:
-        export_unconditional(made, net, PIXELS_SCHEDULER, {})
-        return draw_sheet(made, out / f"step-{step:06}.png")
+        with writing(made):
+            export_unconditional(made, net, PIXELS_SCHEDULER, {})
+            return draw_sheet(made, out / f"step-{step:06}.png")
 
-    train_unconditional(
+    net = train_unconditional(
         network(size),
         SchedulerConfig.from_dict(PIXELS_SCHEDULER),
         lambda draw, n: squares[draw.data.integers(len(squares), size=n)],
@@ -48,6 +56,8 @@ def unconditional(source: str, out: Path, plan: Plan, *, size: int, native: bool
         native=native,
         on_checkpoint=show,
     )
+    if accelerator().is_main_process:  # an earlier run may have ended before it was written
+        show(net, plan.steps)
     return made
 
 
