@@ -1,9 +1,10 @@
 import json
+import shutil
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import CLIPTokenizer
+from transformers import AddedToken, CLIPTokenizer
 
 from safelight.errors import SafelightError
 from safelight.prompt import tokenizer as module
@@ -128,9 +129,41 @@ def test_a_saved_tokenizer_of_transformers_is_read(pair, tmp_path):
         assert ours.encode(text).ids == reference(pair["!"][1], text)
 
 
+@pytest.mark.parametrize("how", ["saved", "older", "written"])
+def test_added_tokens_are_those_of_transformers(how, pair, tmp_path):
+    theirs = CLIPTokenizer.from_pretrained(pair["!"][2])
+    theirs.add_tokens(["<Cat-Toy>"])
+    if how != "older":
+        theirs.add_tokens([AddedToken("zzq", single_word=True), AddedToken("Lf", normalized=False)])
+    folder = text_folder(tmp_path)
+    shutil.rmtree(folder / "tokenizer")
+    if how == "older":
+        shutil.copytree(pair["!"][2], folder / "tokenizer")
+        write(folder / "tokenizer/added_tokens.json", {"<Cat-Toy>": 49408})
+    else:
+        theirs.save_pretrained(folder / "tokenizer")
+    ours = folder_tokenizer(Folder(folder, "tiny"), 49411, 77)
+    if how == "written":
+        shutil.rmtree(folder / "tokenizer")
+        ours.save(folder / "tokenizer")
+        theirs = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        ours = folder_tokenizer(Folder(folder, "tiny"), 49411, 77)
+    for text in ("a <cat-toy> on <Cat-Toy>s", "zzq xzzqx Zzq!", "a Lf lf Lfs!", *PROMPTS[:4]):
+        assert ours.encode(text).ids == reference(theirs, text)
+    assert 49408 in ours.ids("a <cat-toy>!")
+    assert 0 not in ours.ids("a <cat-toy>!")
+    with pytest.raises(SafelightError, match="token id 49408; the text encoder has 49408"):
+        folder_tokenizer(Folder(folder, "tiny"), 49408, 77)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "word"),
     [
+        ("added_tokens.json", {"a": "x"}, "token id 'x'"),
+        ("added_tokens.json", {"": 2}, "the added token 2 is ''"),
+        ("tokenizer.json", {"added_tokens": [5]}, "token id None"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {}}}, "token id 'x'"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"2": {}}}, "the added token 2 is None"),
         ("vocab.json", {"a": 0}, "not in the tokenizer's vocabulary"),
         ("vocab.json", {"a": -1, BOS: 0, EOS: 1, "!": 2}, "token id -1"),
         ("vocab.json", {"a": 600, BOS: 0, EOS: 1, "!": 2}, "token id 600"),

@@ -15,7 +15,6 @@ from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
 
 from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
@@ -23,7 +22,16 @@ from tokenizers.models import BPE
 
 from safelight.errors import SafelightError
 from safelight.prompt.learned import Learned, taught, two_of_one_name
-from safelight.weights.check import read_bytes, refusal
+from safelight.prompt.tables import (
+    LARGE,
+    added_tokens,
+    check_id,
+    mark,
+    merges_in,
+    pairs,
+    tokenizer_json,
+)
+from safelight.weights.check import refusal
 from safelight.weights.folder import Folder
 from safelight.words import known_alone
 
@@ -33,7 +41,6 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
-_LARGE = 2**23
 _ENDS = ("bos", "eos")
 _CLIP_VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 _CLIP_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
@@ -62,6 +69,7 @@ class Tokenizer:
 
     vocab: token to id. merges: pairs of tokens, the most frequent first. bos, eos, pad: the
       tokens that begin, end and fill a prompt. max_length: ids per prompt, the marks included.
+    added: tokens that stand for themselves wherever their text does, by id.
 
     Raises SafelightError if the tables do not fit each other.
     """
@@ -75,7 +83,11 @@ class Tokenizer:
         eos: str = EOS,
         pad: str = EOS,
         max_length: int = 77,
+        added: Mapping[int, AddedToken] | None = None,
     ) -> None:
+        added = added or {}
+        vocab = {**{one.content: number for number, one in added.items()}, **vocab}
+        self._added = {i: one for i, one in added.items() if one.content not in (bos, eos, pad)}
         for token in (bos, eos, pad):
             if token not in vocab:
                 raise SafelightError(
@@ -85,7 +97,7 @@ class Tokenizer:
             raise SafelightError(f"a text length of {max_length} leaves no room for a word")
         try:
             model = BPE(
-                vocab=dict(vocab),
+                vocab=vocab,
                 merges=list(merges),
                 unk_token=eos,
                 continuing_subword_prefix="",
@@ -117,6 +129,7 @@ class Tokenizer:
         # SD 2.x, which pads with "!", is id 0 and not the id of a "!" that ends a word.
         texts = dict.fromkeys(self._marks[f"{name}_token"] for name in marks)
         backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in texts])
+        backend.add_tokens(list(self._added.values()))
         return backend
 
     @cached_property
@@ -264,6 +277,9 @@ class Tokenizer:
             **self._marks,
             "model_max_length": self.max_length,
         }
+        if self._added:
+            told = {str(number): one.__getstate__() for number, one in self._added.items()}
+            config["added_tokens_decoder"] = told
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -284,21 +300,19 @@ def folder_tokenizer(
 ) -> Tokenizer:
     """Return the tokenizer in a part of a model folder.
 
-    Its tables are vocab.json and merges.txt, or the same two out of tokenizer.json. vocab_size,
-    positions: how many ids, and how long a text, the text encoder knows.
+    Its tables are vocab.json and merges.txt, or the same two out of tokenizer.json, and the tokens
+    that were added to them. vocab_size, positions: how many ids, and how long a text, the text
+    encoder knows.
     """
     config = folder.json(f"{part}/tokenizer_config.json") or {}
     marks = {**(folder.json(f"{part}/special_tokens_map.json") or {}), **config}
-    vocab = folder.json(f"{part}/vocab.json", _LARGE)
+    vocab = folder.json(f"{part}/vocab.json", LARGE)
     if vocab is not None:
-        merges = _merges(folder, f"{part}/merges.txt")
+        merges = merges_in(folder, f"{part}/merges.txt")
     else:
-        vocab, merges = _tokenizer_json(folder, part)
+        vocab, merges = tokenizer_json(folder, part)
     for number in vocab.values():
-        if type(number) is not int or not 0 <= number < vocab_size:
-            raise refusal(
-                folder.label, f"token id {number!r:.40}; the text encoder has {vocab_size}"
-            )
+        check_id(number, vocab_size, folder.label)
     length = config.get("model_max_length", positions)
     if isinstance(length, bool) or not isinstance(length, int | float):
         raise refusal(f"{part}/tokenizer_config.json", f"model_max_length is {length!r:.40}")
@@ -306,62 +320,15 @@ def folder_tokenizer(
         return Tokenizer(
             vocab,
             merges,
-            bos=_mark(marks, "bos_token", BOS, part),
-            eos=_mark(marks, "eos_token", EOS, part),
-            pad=_mark(marks, "pad_token", EOS, part),
+            added=added_tokens(folder, part, config, vocab_size),
+            bos=mark(marks, "bos_token", BOS, part),
+            eos=mark(marks, "eos_token", EOS, part),
+            pad=mark(marks, "pad_token", EOS, part),
             # Some configs give a length beyond all numbers when they mean none.
             max_length=int(min(length, positions)),
         )
     except SafelightError as e:
         raise refusal(folder.label, str(e)) from None
-
-
-def _mark(marks: Mapping[str, Any], name: str, default: str, part: str) -> str:
-    mark = marks.get(name, default)
-    mark = mark.get("content") if isinstance(mark, dict) else mark
-    if not isinstance(mark, str) or not mark:
-        raise refusal(f"{part}/tokenizer_config.json", f"{name} is {mark!r:.40}")
-    return mark
-
-
-def _merges(folder: Folder, name: str) -> list[tuple[str, str]]:
-    path = folder.file(name)
-    if path is None:
-        raise refusal(folder.label, f"{name} is missing")
-    try:
-        lines = read_bytes(path, _LARGE, name).decode().splitlines()
-    except UnicodeDecodeError:
-        raise refusal(name, "not valid UTF-8") from None
-    return _pairs((line for line in lines if line and not line.startswith("#version")), name)
-
-
-def _tokenizer_json(folder: Folder, part: str) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    name = f"{part}/tokenizer.json"
-    content = folder.json(name, _LARGE)
-    if content is None:
-        raise refusal(folder.label, f"{part}/vocab.json is missing, and tokenizer.json too")
-    model = content.get("model")
-    if not isinstance(model, dict) or model.get("end_of_word_suffix") != "</w>":
-        raise refusal(name, "not a byte-pair tokenizer of CLIP's kind")
-    vocab, merges = model.get("vocab"), model.get("merges")
-    if not isinstance(vocab, dict) or not isinstance(merges, list):
-        raise refusal(name, "no vocabulary and merges in it")
-    return vocab, _pairs(merges, name)
-
-
-def _pairs(merges: Any, name: str) -> list[tuple[str, str]]:
-    """Return the merges as pairs; each is written "a b" or [a, b]."""
-    pairs: list[tuple[str, str]] = []
-    for merge in merges:
-        pair = merge.split(" ") if isinstance(merge, str) else merge
-        if (
-            not isinstance(pair, list)
-            or len(pair) != 2
-            or not all(isinstance(p, str) for p in pair)
-        ):
-            raise refusal(name, f"{merge!r:.60} is not a pair of tokens")
-        pairs.append((pair[0], pair[1]))
-    return pairs
 
 
 @lru_cache(1)
@@ -372,7 +339,7 @@ def _clip_tables() -> tuple[dict[str, int], list[tuple[str, str]]]:
     bytes, the same at a word's end, one token a merge, and the two marks.
     """
     lines = _clip_file().decode().split("\n")[1 : 1 + _CLIP_MERGES]
-    merges = _pairs(lines, _CLIP_VOCABULARY)
+    merges = pairs(lines, _CLIP_VOCABULARY)
     # Bytes that print come first, as themselves; the rest stand in as characters from U+0100.
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, *(c + "</w>" for c in letters), *(a + b for a, b in merges), BOS, EOS]

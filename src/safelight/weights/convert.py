@@ -35,6 +35,7 @@ PRECISIONS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _TOKENIZER = (
     "vocab.json",
     "merges.txt",
+    "added_tokens.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
