@@ -1,5 +1,7 @@
 """Pictures of SDXL against diffusers: its variants, its files, and what it is told."""
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +195,21 @@ def test_the_refiner_takes_the_last_steps(
     assert np.asarray(alone).tolist() != np.asarray(run.result.images[0]).tolist()
     recipe = run.result.recipe()
     assert recipe["refiner"] == {"name": "refiner", "sha256": both.refiner.sha256}
+
+
+def test_a_refiner_of_the_same_family_reads_by_its_own_text_encoders(
+    models: dict[str, Path],
+) -> None:
+    """As that of two single files of one variant, whose family is one object."""
+    model = ours(models["base"])
+    text_encoder = copy.deepcopy(model.text_encoder)
+    for parameter in text_encoder.parameters():
+        parameter.data *= 1.5
+    refiner = replace(model, parts={**model.parts, "text_encoder": text_encoder})
+    other = replace(refiner, family=copy.copy(model.family))
+    asked = {**ASKED, "steps": 4, "seed": 5, "sampler": "euler", "refiner_start": 0.5}
+    one, two = (replace(model, refiner=r).generate(**asked).images[0] for r in (refiner, other))
+    assert one.tobytes() == two.tobytes()
 
 
 def test_the_refiner_is_asked_by_whole_steps(models: dict[str, Path]) -> None:

@@ -348,7 +348,7 @@ class Engine:
         """
         family, chosen = model.family, (before or model).embeddings.choose(request)
         key = (
-            id(family),
+            before is None,  # a refiner of the same family has text encoders of its own
             selection and selection.key,
             key_of(chosen),
             family.conditioning_key(request),
