@@ -435,6 +435,12 @@ class TestRequests:
         assert "an apple <lora:ink:0.5:0.8>" in text
         assert f'Lora hashes: "ink: {told["hash"]}"' in text
 
+    def test_each_of_several_pictures_tells_its_own(self, model: Any, ink: Path) -> None:
+        drawn = model.generate("an apple", loras=[f"{ink}:0.8"], count=2, **SETTINGS)
+        first, second = (drawn.recipe(i)["loras"] for i in (0, 1))
+        assert [one["name"] for one in second] == ["ink"]
+        assert first == second
+
     def test_pictures_share_a_call_with_the_same_set_alone(
         self, model: Any, ink: Path, film: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

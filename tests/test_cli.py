@@ -367,12 +367,13 @@ class TestInterrupted:
         finally:
             signal.signal(signal.SIGINT, before)
 
-    def test_what_is_made_stays(self, run, model, tmp_path):
+    @pytest.mark.parametrize("step", [5, 6])  # of four for each picture
+    def test_what_is_made_stays(self, run, model, tmp_path, step):
         taken = []
 
         def at_the_second_picture():
             taken.append(1)
-            if len(taken) == 6:
+            if len(taken) == step:
                 self.interrupt()
 
         model.before_step = at_the_second_picture
@@ -380,6 +381,20 @@ class TestInterrupted:
         assert (done.code, done.out, done.err) == (130, "safelight-1.png\n", "stopped\n")
         assert [path.name for path in tmp_path.iterdir()] == ["safelight-1.png"]
         assert read_recipe(tmp_path / "safelight-1.png")["settings"]["seed"] == 1
+
+    def test_what_is_made_before_an_error_stays(self, run, model, tmp_path):
+        taken = []
+
+        def at_the_second_picture():
+            taken.append(1)
+            if len(taken) == 5:
+                raise SafelightError("not finite")
+
+        model.before_step = at_the_second_picture
+        done = run("generate", "a", "--count", "2", "--steps", "4", "--seed", "1")
+        assert (done.code, done.out) == (2, "safelight-1.png\n")
+        assert "not finite" in done.err
+        assert [path.name for path in tmp_path.iterdir()] == ["safelight-1.png"]
 
     def test_during_saving(self, run, model, tmp_path, monkeypatch):
         monkeypatch.setattr(os, "fsync", lambda _: self.interrupt())

@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -172,6 +173,26 @@ def test_stream_yields_every_step_with_a_preview(model: Model) -> None:
     assert seen == [(i, s, 3, (256, 256)) for i in range(2) for s in (1, 2, 3)]
     assert len(run.result.images) == 2
     assert set(run.result.timings) == {"text", "denoise", "decode", "total"}
+
+
+def test_a_run_takes_each_step_once(model: Model, tmp_path: Path) -> None:
+    run = model.stream("a cat", seed=1, count=2, **FEW)
+    taken = 0
+    for taken, _ in enumerate(run, 1):
+        if taken == 4:  # the first of the second picture
+            break
+    assert [path.name for path in run.made.save(tmp_path / "cat.png")] == ["cat-1.png"]
+    assert len(run.result.images) == 2
+    assert list(run) == []
+    assert len(run.result.images) == 2
+
+
+def test_a_run_that_failed_has_no_result(model: Model) -> None:
+    run = model.stream("a cat", clip_skip=48)
+    with pytest.raises(SafelightError, match="clip_skip"):
+        list(run)
+    with pytest.raises(SafelightError, match="ended with an error"):
+        _ = run.result
 
 
 def test_the_last_preview_is_the_picture(model: Model) -> None:

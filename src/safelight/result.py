@@ -77,12 +77,12 @@ class Result:
         }
 
     def save(self, out: str | Path, *, overwrite: bool = False) -> list[Path]:
-        """Write every picture with its recipe; return the paths, in order.
+        """Write every picture that is there with its recipe; return the paths, in order.
 
         out: a file name or a folder, see `safelight.picture.output_paths`. Raises SafelightError
         if a file exists or cannot be written; pictures written before that stay.
         """
-        paths = output_paths(out, self.seeds, overwrite=overwrite)
+        paths = output_paths(out, self.seeds, overwrite=overwrite)[: len(self.images)]
         for path in paths:
             check_writable(path, overwrite=overwrite)
         for i, path in enumerate(paths):

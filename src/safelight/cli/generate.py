@@ -64,10 +64,12 @@ def generate(
         run = loaded.stream(request)
         try:
             for step in run:
-                # Each picture is saved once it is made: Ctrl-C loses only the unfinished one.
+                # Each picture is saved once it is made: Ctrl-C or an error loses only the
+                # unfinished one.
                 _save(run.made, paths, overwrite=overwrite)
                 on_step(step)
-        except KeyboardInterrupt:
+        except BaseException:
+            _save(run.made, paths, overwrite=overwrite)
             for path in run.made.paths if run.made else ():
                 say(path)
             raise

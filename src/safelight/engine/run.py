@@ -14,6 +14,7 @@ from torch import Tensor
 from safelight.engine.core import Engine
 from safelight.engine.job import decode
 from safelight.engine.preview import decode_tiny
+from safelight.errors import SafelightError
 from safelight.request import Request
 from safelight.result import Result
 
@@ -49,28 +50,34 @@ class Step:
 class Run:
     """The making of a request's pictures: iterate for its steps, then read `result`.
 
+    Each step is taken once: to iterate again goes on after the last one.
     made: the result so far. A picture is in it when the next one takes its first step.
     """
 
     def __init__(self, model: Model, request: Request) -> None:
         self._model, self._request = model, request
-        self._done = False
+        self._steps = self._draw()
         self.made: Result | None = None
 
     @property
     def result(self) -> Result:
-        """The finished result. It takes the steps that nobody iterated over."""
-        if not self._done:
-            for _ in self:
-                pass
-        assert self.made is not None
+        """The finished result. It takes the steps that nobody iterated over.
+
+        Raises SafelightError if an earlier step ended the run with an error.
+        """
+        for _ in self:
+            pass
+        if self.made is None or len(self.made.images) < self._request.count:
+            raise SafelightError("the run ended with an error: generate the pictures again")
         return self.made
 
     def __iter__(self) -> Iterator[Step]:
+        return self._steps
+
+    def _draw(self) -> Iterator[Step]:
         engine = Engine(self._model)
         timings = {"text": 0.0, "denoise": 0.0, "decode": 0.0}
         count = self._request.count
-        self.made = None
         for i in range(count):
             # One at a time: the first picture need not wait until all are prepared.
             began = time.perf_counter()
@@ -78,6 +85,9 @@ class Run:
             result = engine.add(self._request, done=others)
             if self.made is None:
                 self.made, result.timings = result, timings
+            else:  # each knows the LoRAs of its own picture
+                self.made.loras |= result.loras
+                self.made.warnings[:] = dict.fromkeys((*self.made.warnings, *result.warnings))
             timings["text"] += time.perf_counter() - began
             while engine.busy:
                 began = time.perf_counter()
@@ -95,4 +105,3 @@ class Run:
                     assert job.clean is not None
                     yield Step(i, job.cursor, ticket.steps, job.clean, self._model)
         timings["total"] = sum(timings.values())
-        self._done = True
