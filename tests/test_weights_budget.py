@@ -9,7 +9,7 @@ import torch
 
 from safelight.errors import SafelightError
 from safelight.families.sdxl import VARIANTS
-from safelight.fast import kernels, memory, winograd
+from safelight.fast import memory
 from safelight.weights.budget import budget, check_memory
 from safelight.weights.find import find
 from safelight.weights.load import _Unfilled
@@ -47,8 +47,7 @@ def dtypes(plan: Plan, dtype: torch.dtype) -> dict[str, torch.dtype]:
     return dict.fromkeys(plan.weights, dtype)
 
 
-def test_weights_are_those_that_stay_in_memory(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(winograd, "ready", lambda _: False)
+def test_weights_are_those_that_stay_in_memory(plan: Plan) -> None:
     whole = budget(plan, dtypes(plan, HALF), fast=True, low_memory=False)
     assert whole.weights == 2 * (2_567_463_684 + 83_653_863)  # text encoders stay in the file
     low = budget(plan, dtypes(plan, HALF), fast=True, low_memory=True)
@@ -60,48 +59,7 @@ def test_weights_are_those_that_stay_in_memory(plan: Plan, monkeypatch: pytest.M
     assert whole.work == low.work < plain.work
 
 
-@pytest.mark.parametrize("dtype", [FULL, HALF])
-def test_products_take_more_than_weights(
-    plan: Plan, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kernels, "tiles", lambda: None)
-    monkeypatch.setattr(winograd, "ready", lambda _: False)
-    plain = budget(plan, dtypes(plan, dtype), fast=True, low_memory=False)
-    assert plain.weights == dtype.itemsize * (2_567_463_684 + 83_653_863)
-    monkeypatch.setattr(winograd, "ready", lambda _: True)
-    grown = budget(plan, dtypes(plan, dtype), fast=True, low_memory=False)
-    assert plain.weights < grown.weights < 4 * plain.weights
-    low = budget(plan, dtypes(plan, dtype), fast=True, low_memory=True)
-    assert low.weights < plain.weights
-
-
-@pytest.mark.parametrize("dtype", [FULL, HALF])
-@pytest.mark.parametrize(
-    ("shape", "scale"),
-    [((256, 256), 1), ((320, 320), 1), ((336, 320), 1), ((512, 256), 2), ((16, 32), 1)],
-)
-def test_products_are_counted_as_they_are_kept(
-    shape: tuple[int, int], scale: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(winograd, "ready", lambda _: True)
-    monkeypatch.setattr(winograd, "MANY", 100_000)
-    conv = torch.nn.Conv2d(shape[1], shape[0], 3, padding=1).to(dtype)
-    told = winograd.numbers(conv.weight.shape, dtype, scale)
-    assert (told > 0) == winograd.fits_conv(conv, dtype, scale)
-    if told:
-        kept = winograd.Convolution(conv.weight.detach(), conv, scale).weights
-        assert told == kept.numel()
-
-
-def test_tiles_multiply_weights_as_they_are(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(winograd, "ready", lambda _: True)
-    monkeypatch.setattr(kernels, "tiles", lambda: object())
-    found = budget(plan, dtypes(plan, HALF), fast=True, low_memory=False)
-    assert found.weights == 2 * (2_567_463_684 + 83_653_863)
-
-
 def test_a_line_tells_all(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(winograd, "ready", lambda _: False)
     monkeypatch.setattr(memory, "free", lambda: 12 * 10**9)
     line = str(budget(plan, dtypes(plan, HALF), fast=True, low_memory=False))
     assert line.startswith("memory: 5.3 GB of weights and ")

@@ -124,15 +124,7 @@ def _kernels() -> dict[str, Any]:
             states[name] = "active"
         else:
             states[name] = "for tests" if name == "portable" else "switched off"
-    if states["avx2"] == "active" and memory.total() < kernels_memory():
-        states["avx2"] = f"not used: it is for {kernels_memory() >> 30} GB of memory or more"
     return {"setting": setting, "states": states}
-
-
-def kernels_memory() -> int:
-    from safelight.fast.winograd import ENOUGH
-
-    return ENOUGH
 
 
 def _available() -> int:
@@ -207,8 +199,6 @@ def _advice(found: dict[str, Any]) -> list[str]:
     for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA"):
         if name in os.environ:
             advice.append(f"unset {name}, which keeps PyTorch from this processor's instructions")
-    if states["avx2"].startswith("not used"):
-        advice.append("more memory: Winograd convolutions in float32 take up to 3 GB more")
     if found["devices"] == ["cpu"]:
         few = "the model embedded-fast draws in 4 steps" if sys.platform != "darwin" else "mps"
         advice.append(f"a GPU; without one, {few}")

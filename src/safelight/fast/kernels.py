@@ -34,7 +34,7 @@ SETTINGS = ("auto", "avx512", "avx2", "portable", "off")
 LIBRARIES = ("amx", "avx512", "avx2", "portable")
 SUFFIX = ".dll" if sys.platform == "win32" else ".so"
 
-INTERFACE = 7
+INTERFACE = 8
 """What a library's safelight_interface() returns: call.h has the same number."""
 
 _STEPS = " ".join(

@@ -122,13 +122,11 @@ class FastConv2d(layers.Conv2d):
         return self._product(x, plus, shift, consume, relu)
 
     def _pack(self) -> Any:
+        store = _store(self, self.weight.numel())
         if tiles.fits_conv(self, self.precision):
-            store = _store(self, self.weight.numel())
             return tiles.Convolution(_take(self), self, store)
         if winograd.fits_conv(self, self.precision):
-            store = _store(self, winograd.numbers(self.weight.shape, self.precision))
             return _packed(_take(self), lambda w: winograd.Convolution(w, self), store)
-        store = _store(self, self.weight.numel())
         return _packed(_take(self), lambda w: onednn.Convolution(w, self), store)
 
     def reads_maps(self) -> bool:
@@ -175,10 +173,9 @@ class FastEnlargingConv2d(layers.EnlargingConv2d):
         return F.conv2d(x.to(dtype), weight, bias, padding=1).to(self.precision)
 
     def _pack(self, weight: Tensor) -> Any:
-        if winograd.fits_conv(self, self.precision, scale=2):
-            store = _store(self, winograd.numbers(weight.shape, self.precision, scale=2))
-            return _packed(weight, lambda w: winograd.Convolution(w, self, scale=2), store)
         store = _store(self, weight.numel())
+        if winograd.fits_conv(self, self.precision):
+            return _packed(weight, lambda w: winograd.Convolution(w, self, scale=2), store)
         if tiles.fits_conv(self, self.precision):
             return tiles.Doubling(weight, self, store)
         return _packed(weight, lambda w: onednn.Doubling(w, self), store)

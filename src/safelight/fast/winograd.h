@@ -1,7 +1,8 @@
 // 3×3 convolutions with a border of one, of fewer products (Lavin and Gray, "Fast Algorithms for
 // Convolutional Neural Networks", arXiv:1509.09308, section 4). A tile of SIDE + 2 positions a side
-// gives SIDE × SIDE results. A thread takes some tiles from the map to the results, so that what is
-// between stays in its cache.
+// gives SIDE × SIDE results. A thread takes some tiles from the map to the results, DEPTH channels at a
+// time, so that what it multiplies stays in its cache. Weights are as they were loaded: to transform those
+// of a part takes a fraction of its products, and to read them transformed would take four times the memory.
 #pragma once
 
 #include "call.h"
@@ -11,6 +12,7 @@ namespace {
 
 const int64_t PANEL = 32;  // columns of weights that lie together
 const int64_t TILES = 36;  // that a thread takes at once, at most
+const int64_t DEPTH = 64;  // channels of the map that it takes at once
 const int MANY = LANES == 16 ? 12 : 6, REST = 4;  // tiles whose sums fit into the registers, two wide
 
 // Maps are [images][height][width][channels], channels a multiple of 16. Where scale is 2, each position of
@@ -18,15 +20,15 @@ const int MANY = LANES == 16 ? 12 : 6, REST = 4;  // tiles whose sums fit into t
 // above and below that are read beyond the results', else they are zero.
 template <class T> struct Winograd {
     const T* x;
-    const float* weights;  // [channels / PANEL, rounded up][places, see kept][inner][PANEL]
-    const float* bias;     // [channels] or, where bias_step is not 0, [images][channels]; or null
-    const T* plus;         // added, or null
+    const T* weights;   // [channels / PANEL, rounded up][inner][9 taps][PANEL]
+    const float* bias;  // [channels] or, where bias_step is not 0, [images][channels]; or null
+    const T* plus;      // added, or null
     T* out;
     int64_t bias_step, images, rows, height, width, inner, channels, side, scale, above, relu;
 };
 
-// What a row of a tile becomes, and what becomes of a row of sums. Points are 0, 1, -1, and for
-// four results also 2 and -2. In a doubled map, d(1) is d(2) and d(3) is d(4), so that v(2) is zero.
+// What a row of a tile becomes, what three taps become, and what becomes of a row of sums. Points are
+// 0, 1, -1, and for four results also 2 and -2. In a doubled map, d(1) is d(2) and d(3) is d(4), so that v(2) is zero.
 template <int SIDE> struct Transform;
 template <> struct Transform<2> {
     template <class Read, class Write> static inline void in(Read d, Write v) {
@@ -34,6 +36,13 @@ template <> struct Transform<2> {
         v(1, d(1) + d(2));
         v(2, d(2) - d(1));
         v(3, d(1) - d(3));
+    }
+    template <class Read, class Write> static inline void taps(Read g, Write v) {
+        const vec even = .5f * (g(0) + g(2)), odd = .5f * g(1);
+        v(0, g(0));
+        v(1, even + odd);
+        v(2, even - odd);
+        v(3, g(2));
     }
     template <class Read, class Write> static inline void out(Read m, Write y) {
         y(0, m(0) + m(1) + m(2));
@@ -51,6 +60,15 @@ template <> struct Transform<4> {
         v(4, near - twice);
         v(5, 4 * d(1) - 5 * d(3) + d(5));
     }
+    template <class Read, class Write> static inline void taps(Read g, Write v) {
+        const vec near = g(0) + g(2), far = g(0) * (1 / 24.f) + g(2) * (1 / 6.f), odd = g(1) * (1 / 12.f);
+        v(0, .25f * g(0));
+        v(1, (near + g(1)) * (-1 / 6.f));
+        v(2, (near - g(1)) * (-1 / 6.f));
+        v(3, far + odd);
+        v(4, far - odd);
+        v(5, g(2));
+    }
     template <class Read, class Write> static inline void out(Read m, Write y) {
         const vec even = m(1) + m(2), odd = m(1) - m(2), far = m(3) + m(4), apart = m(3) - m(4);
         y(0, m(0) + even + far);
@@ -60,25 +78,27 @@ template <> struct Transform<4> {
     }
 };
 
-// Some tiles of a map, in a thread's scratch.
+// Some tiles of a map by the panels n0..n1 of the weights, in a thread's scratch.
 template <int SIDE, class T> struct Block {
     static const int N = SIDE + 2, PLACES = N * N;
+    // A line more, so that places do not share sets of the cache.
+    static const int64_t LAID = TILES * DEPTH + 16, TAPS = DEPTH * PANEL + 16, SUMS = TILES * PANEL;
     const Winograd<T>& p;
+    const int64_t n0, n1;
     const int64_t across, each;  // tiles in a row of them, and of an image
-    // Lines apart, so that tiles and places do not share places in the cache.
-    const int64_t row, plane;
-    float *const laid, *const sums;
+    float *const laid, *const taps, *const sums;
 
-    Block(const Winograd<T>& p)
-        : p(p), across((p.width + SIDE - 1) / SIDE), each((p.height + SIDE - 1) / SIDE * across),
-          row(p.inner + 16), plane(TILES * row + 16),
-          laid((float*)scratch(PLACES * (plane + TILES * PANEL) * 4)), sums(laid + PLACES * plane) {}
+    Block(const Winograd<T>& p, int64_t n0, int64_t n1)
+        : p(p), n0(n0), n1(n1), across((p.width + SIDE - 1) / SIDE),
+          each((p.height + SIDE - 1) / SIDE * across),
+          laid((float*)scratch(PLACES * (LAID + TAPS + (n1 - n0) * SUMS) * 4)),
+          taps(laid + PLACES * LAID), sums(taps + PLACES * TAPS) {}
 
     // Whether a place is multiplied: what a doubled map has at the others is zero.
     bool kept(int64_t place) const { return p.scale == 1 || (place / N != 2 && place % N != 2); }
 
-    // The positions of a tile into [PLACES][TILES][inner].
-    void lay(int64_t tile, float* to) const {
+    // The positions of a tile, `depth` channels from k on, into [PLACES][TILES][DEPTH].
+    void lay(int64_t tile, int64_t k, int64_t depth, float* to) const {
         alignas(64) static const T nothing[16] = {};
         const int64_t image = tile / each, tall = p.rows / p.scale, wide = p.width / p.scale;
         const int64_t top = tile % each / across * SIDE - !p.above, left = tile % across * SIDE - 1;
@@ -86,9 +106,9 @@ template <int SIDE, class T> struct Block {
         for (int i = 0; i < PLACES; i++) {
             const int64_t y = top + i / N, x = left + i % N;
             const bool inside = y >= 0 && x >= 0 && y < p.rows && x < p.width;
-            at[i] = inside ? p.x + ((image * tall + y / p.scale) * wide + x / p.scale) * p.inner : nullptr;
+            at[i] = inside ? p.x + ((image * tall + y / p.scale) * wide + x / p.scale) * p.inner + k : nullptr;
         }
-        for (int64_t c = 0; c < p.inner; c += LANES) {
+        for (int64_t c = 0; c < depth; c += LANES) {
             vec half[PLACES];
             for (int j = 0; j < N; j++)
                 Transform<SIDE>::in(
@@ -96,26 +116,43 @@ template <int SIDE, class T> struct Block {
                     [&](int i, vec v) { half[i * N + j] = v; });
             for (int i = 0; i < N; i++)
                 Transform<SIDE>::in([&](int j) { return half[i * N + j]; },
-                                    [&](int j, vec v) { store(to + (i * N + j) * plane + c, v); });
+                                    [&](int j, vec v) { store(to + (i * N + j) * LAID + c, v); });
         }
     }
 
-    // The products of `count` tiles and panel n of the weights, into [PLACES][TILES][PANEL].
-    void products(int64_t n, int64_t count) const {
-        const int64_t places = p.scale == 1 ? PLACES : (N - 1) * (N - 1), next = p.inner * PANEL;
-        const float* w = p.weights + n * places * next;
-        for (int64_t i = 0; i < PLACES; i++) {
+    const T* weights(int64_t n, int64_t k) const { return p.weights + (n * p.inner + k) * 9 * PANEL; }
+
+    // The weights of a panel, of `depth` channels, into [PLACES][DEPTH][PANEL].
+    void weigh(const T* w, int64_t depth) const {
+        for (float *to = taps, *end = to + depth * PANEL; to < end; to += PANEL, w += 9 * PANEL)
+            for (int64_t c = 0; c < PANEL; c += LANES) {
+                vec half[3 * N];
+                for (int j = 0; j < 3; j++)
+                    Transform<SIDE>::taps([&](int i) { return load(w + (3 * i + j) * PANEL + c); },
+                                          [&](int i, vec v) { half[3 * i + j] = v; });
+                for (int i = 0; i < N; i++)
+                    Transform<SIDE>::taps([&](int j) { return half[3 * i + j]; },
+                                          [&](int j, vec v) { store(to + (i * N + j) * TAPS + c, v); });
+            }
+    }
+
+    // The products of `count` tiles into sums [PLACES][TILES][PANEL], or with `add` added to them.
+    // next: weights to be read after these, which are fetched meanwhile.
+    void products(int64_t count, int64_t depth, float* sums, bool add, const T* next) const {
+        const char* const line = (const char*)next;
+        for (int64_t i = 0, fetched = 0; i < PLACES; i++) {
+            const int64_t until = (i + 1) * 9 * depth * PANEL * sizeof(T) / PLACES;
+            for (; fetched < until; fetched += 64) __builtin_prefetch(line + fetched, 0, 2);
             if (!kept(i)) continue;
             for (int64_t t = 0; t < count;) {
-                const float* from = laid + i * plane + t * row;
+                const float *from = laid + i * LAID + t * DEPTH, *w = taps + i * TAPS;
                 float* to = sums + (i * TILES + t) * PANEL;
                 const bool many = count - t >= MANY;
                 for (int64_t c = 0; c < PANEL; c += 2 * LANES)
-                    if (many) multiply<MANY, 2>(from, row, w + c, PANEL, p.inner, to + c, PANEL, false);
-                    else multiply<REST, 2>(from, row, w + c, PANEL, p.inner, to + c, PANEL, false);
+                    if (many) multiply<MANY, 2>(from, DEPTH, w + c, PANEL, depth, to + c, PANEL, add);
+                    else multiply<REST, 2>(from, DEPTH, w + c, PANEL, depth, to + c, PANEL, add);
                 t += many ? MANY : REST;
             }
-            w += next;
         }
     }
 
@@ -128,7 +165,7 @@ template <int SIDE, class T> struct Block {
             vec half[SIDE * N];
             for (int j = 0; j < N; j++)
                 Transform<SIDE>::out(
-                    [&](int i) { return floats(from + (i * N + j) * TILES * PANEL); },
+                    [&](int i) { return floats(from + (i * N + j) * SUMS); },
                     [&](int i, vec v) { half[i * N + j] = v; });
             for (int i = 0; i < SIDE && top + i < p.height; i++)
                 Transform<SIDE>::out(
@@ -145,17 +182,25 @@ template <int SIDE, class T> struct Block {
         }
     }
 
-    // `count` tiles by the panels n0..n1.
-    void convolve(int64_t first, int64_t count, int64_t n0, int64_t n1) const {
-        for (int64_t t = 0; t < count; t++) lay(first + t, laid + t * row);
-        for (int64_t t = count; t % REST; t++)
-            for (int i = 0; i < PLACES; i++) memset(laid + i * plane + t * row, 0, p.inner * 4);
-        for (int i = 0; i < PLACES; i++)
-            if (!kept(i)) memset(sums + i * TILES * PANEL, 0, TILES * PANEL * 4);
+    // `count` tiles from the first.
+    void convolve(int64_t first, int64_t count) const {
+        for (int64_t k = 0; k < p.inner; k += DEPTH) {
+            const int64_t depth = p.inner - k < DEPTH ? p.inner - k : DEPTH;
+            for (int64_t t = 0; t < count; t++) lay(first + t, k, depth, laid + t * DEPTH);
+            for (int64_t t = count; t % REST; t++)
+                for (int i = 0; i < PLACES; i++) memset(laid + i * LAID + t * DEPTH, 0, DEPTH * 4);
+            for (int64_t n = n0; n < n1; n++) {
+                weigh(weights(n, k), depth);
+                const T* next = n + 1 < n1 ? weights(n + 1, k) : weights(n0, k + depth);
+                products(count, depth, sums + (n - n0) * PLACES * SUMS, k > 0, next);
+            }
+        }
         for (int64_t n = n0; n < n1; n++) {
-            products(n, count);
+            float* const found = sums + (n - n0) * PLACES * SUMS;
+            for (int i = 0; i < PLACES; i++)
+                if (!kept(i)) memset(found + i * SUMS, 0, SUMS * 4);
             const int64_t left = p.channels - n * PANEL, wide = left < PANEL ? left : PANEL;
-            for (int64_t t = 0; t < count; t++) write(first + t, sums + t * PANEL, n * PANEL, wide);
+            for (int64_t t = 0; t < count; t++) write(first + t, found + t * PANEL, n * PANEL, wide);
         }
     }
 };
@@ -173,8 +218,8 @@ template <int SIDE, class T> void winograd_of(const Winograd<T> p) {
 #pragma omp parallel for schedule(dynamic) firstprivate(p)
     for (int64_t i = 0; i < blocks * parts; i++) {
         const int64_t first = i / parts * count, part = i % parts;
-        Block<SIDE, T>(p).convolve(first, all - first < count ? all - first : count,
-                                   part * panels / parts, (part + 1) * panels / parts);
+        Block<SIDE, T>(p, part * panels / parts, (part + 1) * panels / parts)
+            .convolve(first, all - first < count ? all - first : count);
     }
 }
 

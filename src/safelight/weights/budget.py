@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from safelight.errors import SafelightError
-from safelight.fast import memory, winograd
+from safelight.fast import memory
 from safelight.fast.layers import LARGE
 from safelight.weights.check import refusal
 from safelight.weights.plan import Plan
@@ -64,27 +64,15 @@ def budget(
         _, network = plan.parts[part].load_classes()
         if fast and getattr(network, "runs_once", False):
             continue
-        held = [_held(name, weight.shape, dtypes[part], fast) for name, weight in those.items()]
+        held = [math.prod(weight.shape) for weight in those.values()]
         if fast and low_memory:
-            small = [size for numbers, size in held if numbers < LARGE]
-            weights += sum(small) + max(size for _, size in held)
-        else:
-            weights += sum(size for _, size in held)
+            held = [numbers for numbers in held if numbers < LARGE] + [max(held)]
+        weights += sum(held) * dtypes[part].itemsize
     width, height = plan.native_size
     channels = getattr(plan.configs.get("vae"), "block_out_channels", (0, 0))[:2][-1]
     itemsize = dtypes["vae"].itemsize if "vae" in dtypes else 4
     work = PROGRAM + MAPS * width * height * channels * itemsize
     return Budget(weights, work, memory.free(), memory.total())
-
-
-def _held(name: str, shape: tuple[int, ...], dtype: torch.dtype, fast: bool) -> tuple[int, int]:
-    """Return how many numbers a weight is kept as, and their bytes."""
-    numbers = 0
-    if fast and len(shape) == 4 and ".downsamplers." not in name:
-        numbers = winograd.numbers(shape, dtype, 2 if ".upsamplers." in name else 1)
-    if numbers:
-        return numbers, 4 * numbers
-    return math.prod(shape), math.prod(shape) * dtype.itemsize
 
 
 def check_memory(plan: Plan, dtypes: Mapping[str, torch.dtype], *, fast: bool, low: bool) -> Budget:
