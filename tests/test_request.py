@@ -250,6 +250,12 @@ class TestIdle:
             {"strength": 0.5, "image": PICTURE, "mask": MASK},
             {"unconditional": True},
             {"sampler": "ddim", "eta": 0.5},
+            {
+                "prompt": "a cat AND a dog",
+                "prompt_syntax": "a1111",
+                "negative_prompt": "a bird",
+                "guidance_scale": 1,
+            },
         ],
     )
     def test_others_are_not(self, given):

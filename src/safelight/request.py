@@ -163,7 +163,7 @@ class Request(RequestFields, metaclass=_Listed):
         from safelight.sampling import SAMPLERS
 
         found: list[str] = []
-        if self.negative_prompt and self.guidance_scale <= 1:
+        if self.negative_prompt and self.guidance_scale <= 1 and not self._is_composed():
             found.append("negative_prompt does nothing at guidance_scale 1 or less: try 7.5")
         if self.strength is not None and self.image is None:
             found.append("strength does nothing without a picture: give image, or leave it out")
@@ -177,6 +177,13 @@ class Request(RequestFields, metaclass=_Listed):
         if self.mask is not None and self.mask.getbbox() is None:
             found.append("mask has no white: nothing of the picture is repainted")
         return found
+
+    def _is_composed(self) -> bool:
+        """Return whether the prompt has AND or a weight as a whole, and so a negative prompt."""
+        from safelight.prompt.dialects import read
+
+        parts = read(self.prompt, self.prompt_syntax, steps=1, emphasis=self.emphasis).parts
+        return len(parts) > 1 or parts[0].weight != 1
 
     @property
     def strength_taken(self) -> float | None:
