@@ -100,8 +100,15 @@ class _Call:
             return await asyncio.to_thread(read)
 
     async def preview(self, png: bytes) -> dict[str, Any]:
-        """Return a preview as the answer has it."""
-        return await asyncio.to_thread(encoded, png, self.body)
+        """Return a preview as the answer has it: at the size of the picture."""
+        asked = self.job.settings
+        width, height = self.size or (asked["width"], asked["height"])
+        if width is None or height is None:
+            facts = await self.service.facts(self.job.model)
+            width, height = facts.width, facts.height
+        size = None if width is None or height is None else (width, height)
+        async with turn(self.http):
+            return await asyncio.to_thread(encoded, png, self.body, size=size)
 
     def totals(self, job: Job) -> dict[str, Any]:
         """Return usage and warnings. Nothing is charged for; clients need the fields."""
