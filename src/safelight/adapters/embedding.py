@@ -100,13 +100,15 @@ class EmbeddingFile:
         widths: what each encoder reads. Raises SafelightError if one has none that fit.
         """
         found: dict[str, Vectors] = {}
+        # SDXL's refiner alone reads one half of what is for two; elsewhere half would be lost.
+        whole = len(self.vectors) <= len(widths) or any(name.endswith("_2") for name in widths)
         for encoder, width in widths.items():
             place = "clip_g" if encoder.endswith("_2") else "clip_l"
             fit = [one for one in self.vectors if one.width == width]
             exact = [one for one in fit if one.place == place] or [v for v in fit if v.place == ""]
             # With one encoder there is no doubt about which is meant.
             exact = exact or [one for one in fit if len(widths) == 1]
-            if not exact:
+            if not exact or not whole:
                 mine, theirs = self.widths, tuple(sorted(widths.values()))
                 raise _refusal(
                     self.name,

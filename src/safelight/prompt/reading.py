@@ -85,6 +85,14 @@ class Reading:
     warnings: tuple[str, ...] = ()
     networks: tuple[tuple[str, ...], ...] = ()
 
+    @property
+    def texts(self) -> Iterator[tuple[Section, ...]]:
+        """The texts of all stages, in order."""
+        for part in self.parts:
+            for stage in part.stages:
+                for blend in stage.blends:
+                    yield from blend.texts
+
 
 def one_part(steps: int, sections: tuple[Section, ...]) -> Part:
     """Return the part of one text that holds for all steps."""
