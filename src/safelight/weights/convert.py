@@ -23,7 +23,8 @@ from safelight.sampling import SchedulerConfig
 from safelight.weights.autoencoders import with_autoencoders
 from safelight.weights.check import refusal
 from safelight.weights.digest import digest_files
-from safelight.weights.find import Source, find, find_vae
+from safelight.weights.find import PREVIEWS, Source, find, find_vae
+from safelight.weights.folder import DIFFUSION
 from safelight.weights.load import frame
 from safelight.weights.names import Original, Weight, original_names
 from safelight.weights.plan import Plan, read_plan
@@ -93,7 +94,10 @@ def convert(
                 _write_file(new, plan, parts, originals)
             else:
                 _write_folder(new, plan, parts)
-            return _check_written(new, plan, "one file" if single else "a folder")
+            told = _check_written(new, plan, "one file" if single else "a folder")
+            if single and (beside := {name.partition("/")[0] for name in _beside(plan)}):
+                told.append(f"one file does not hold the model's {' and '.join(sorted(beside))}")
+            return told
 
 
 def _check_place(path: Path, plan: Plan) -> None:
@@ -207,6 +211,23 @@ def _write_folder(folder: Path, plan: Plan, parts: Parts) -> None:
     _write_json(folder / "model_index.json", index)
     if plan.folder is not None and (notes := plan.folder.json("safelight.json")) is not None:
         _write_json(folder / "safelight.json", notes)
+
+    for name, source in _beside(plan).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, folder / name)
+
+
+def _beside(plan: Plan) -> dict[str, Path]:
+    """Return what else a model's folder brings, by the names inside it: credits, and a decoder of
+    previews, which another autoencoder's latents are not for.
+    """
+    if plan.folder is None:
+        return {}
+    names = ["NOTICE"]
+    if "vae" not in plan.autoencoders:
+        names += (f"{PREVIEWS}/{file}" for file in ("config.json", f"{DIFFUSION}.safetensors"))
+    found = {name: plan.folder.file(name) for name in names}
+    return {name: path for name, path in found.items() if path is not None}
 
 
 def _library(part: Part) -> str:
