@@ -183,7 +183,7 @@ class Request(RequestFields, metaclass=_Listed):
         from safelight.prompt.dialects import read
 
         parts = read(self.prompt, self.prompt_syntax, steps=1, emphasis=self.emphasis).parts
-        return len(parts) > 1 or parts[0].weight != 1
+        return len(parts) > 1 or any(part.weight != 1 for part in parts)
 
     @property
     def strength_taken(self) -> float | None:
