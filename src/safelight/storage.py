@@ -254,11 +254,16 @@ class Remote(Storage):
         self._do(lambda: self.fs.pipe_file(self._place(name), data))
 
     def write_with(self, name: str, write: Callable[[BinaryIO], object]) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            here = Path(folder) / "file"
-            with here.open("wb") as file:
-                write(file)
-            self._do(lambda: self.fs.put_file(str(here), self._place(name)))
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                here = Path(folder) / "file"
+                with here.open("wb") as file:
+                    write(file)
+                self._do(lambda: self.fs.put_file(str(here), self._place(name)))
+        except OSError as error:
+            raise StorageError(
+                f"the folder for temporary files cannot be used: {reason(error)}"
+            ) from None
 
     def read(self, name: str) -> bytes | None:
         return self._do(lambda: self.fs.cat_file(self.path(name)), missing=None)

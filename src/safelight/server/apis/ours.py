@@ -23,7 +23,6 @@ from safelight.server.files import Files
 from safelight.server.hub import Hub
 from safelight.server.jobs import Event, Job, ModelInfo, Status, WorkerInfo
 from safelight.server.sizes import enlarged_png
-from safelight.server.store import MAX_LISTED
 from safelight.server.webhooks import check_url
 from safelight.settings import json_schema, settings_of, shown
 from safelight.sizes import MAX_SIDE, MIN_SIDE
@@ -145,7 +144,7 @@ async def list_jobs(
 
     If there may be more, the header `Link` has the address of the next ones.
     """
-    jobs = await hub(request).list(
+    jobs, more = await hub(request).list(
         status=status,
         search=search.replace("\0", ""),
         before=None if before is None else _seconds(before),
@@ -154,7 +153,7 @@ async def list_jobs(
     )
     body = await asyncio.to_thread(_JOBS.dump_json, jobs)
     headers = {}
-    if jobs and (len(jobs) == limit or len(body) > MAX_LISTED // 2):
+    if more:
         at = jobs[-1].created_at.isoformat().replace("+00:00", "Z")
         link = request.url.include_query_params(before=at)
         headers["Link"] = f'<{link.path}?{link.query}>; rel="next"'
