@@ -258,6 +258,15 @@ def test_pixel_steps_are_of_the_size_to_draw(asked: Any, picture: Any, drawn: An
     assert cost(request, 5, (256, 256)) == 2 * 2 * 5 * drawn[0] * drawn[1] // 256**2
 
 
+def test_keys_need_the_server_s_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("safelight.cli.serve.find_spec", lambda _: None)
+    for arguments in (["list"], ["add", "anna", "--pictures", "3/day"]):
+        assert command(tmp_path, *arguments) == 2
+        assert "pip install 'safelight[server]'" in capsys.readouterr().err
+
+
 def test_a_retry_counts_again(store: Store) -> None:
     store.add_key("anna")
     store.allow("anna", [("pictures", parse("pictures", "3/day"))])

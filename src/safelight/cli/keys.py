@@ -14,7 +14,7 @@ from typer import Argument, Option
 
 from safelight.cli.groups import spread
 from safelight.cli.output import note, say, table
-from safelight.cli.serve import data_folder
+from safelight.cli.serve import data_folder, make_sure_of_server
 from safelight.errors import SafelightError
 from safelight.server import private
 
@@ -44,6 +44,7 @@ class Where:
     @contextmanager
     def opened(self) -> Iterator["People"]:
         """The database of keys, closed afterwards."""
+        make_sure_of_server()
         private.keep()
         url = self.database or f"sqlite:///{data_folder(self.data_dir) / private.DATABASE}"
         from safelight.server.people import People
@@ -74,6 +75,7 @@ class Limits:
 
     def parsed(self) -> list[Any]:
         """Return those that were given, by kind. Raises SafelightError for one that is none."""
+        make_sure_of_server()
         from safelight.server.allowances import parse
 
         given = {"pictures": self.pictures, "pixel_steps": self.pixel_steps}
