@@ -30,6 +30,7 @@ from safelight.errors import SafelightError
 from safelight.picture import opened
 from safelight.weights.check import Header, printable, refusal
 from safelight.weights.headers import header_of
+from safelight.weights.kinds import PNG_TEXT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +41,6 @@ MAX_FILE = 64 * 2**20
 MAX_VECTORS = 512
 MAX_WIDTH = 2**16
 PNG = b"\x89PNG\r\n\x1a\n"
-PNG_TEXT = "sd-ti-embedding"
 BUNDLE = "bundle_emb."
 
 Place = Literal["clip_l", "clip_g", ""]
@@ -156,9 +156,9 @@ def look_at(path: Path, name: str | None = None) -> EmbeddingFile:
             is_picture = file.read(len(PNG)) == PNG
     except OSError as error:
         raise _refusal(path.name, f"cannot be read ({error.strerror})") from None
-    name = name or path.stem
     if is_picture:
         return _look_at_picture(path, name)
+    name = name or path.stem
     with _about_embeddings():
         header = header_of(path)
     for key, told in header.tensors.items():
@@ -236,8 +236,8 @@ def _vectors(
     return Vectors(place, count, width, tuple(keys))
 
 
-def _look_at_picture(path: Path, name: str) -> EmbeddingFile:
-    """Return the embedding in a picture's text. It is called what the text says."""
+def _look_at_picture(path: Path, name: str | None) -> EmbeddingFile:
+    """Return the embedding in a picture's text. Without a name it is called what the text says."""
     with _about_embeddings(), opened(path, path.name) as image:
         text = cast("Any", image).text.get(PNG_TEXT)
     if text is None:
@@ -254,7 +254,7 @@ def _look_at_picture(path: Path, name: str) -> EmbeddingFile:
         raise _refusal(path.name, f"its text {PNG_TEXT!r} is damaged")
     shapes = {"string_to_param.*": (len(numbers), len(numbers[0]))}
     token, vectors = _understand(shapes, named if isinstance(named, str) else None, path.name)
-    return EmbeddingFile(token or name, token, vectors, path, numbers=numbers)
+    return EmbeddingFile(name or token or path.stem, token, vectors, path, numbers=numbers)
 
 
 @contextmanager
