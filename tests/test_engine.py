@@ -228,6 +228,7 @@ def test_nan_is_an_error_and_never_a_black_picture(model: Model, monkeypatch) ->
             {"prompt": "a cat", "negative_prompt": "a dog", "guidance_scale": 1.0},
             "negative_prompt does nothing",
         ),
+        ({"prompt": "a cat", "image": photo(100, 83)}, "image of 100x83 was resized to 96x80"),
         ({"prompt": "a cat", "strength": 0.5}, "strength does nothing"),
         ({"prompt": "a cat", "cache_branch": 2}, "cache_branch does nothing without cache_every"),
         (
@@ -267,7 +268,7 @@ def test_what_pixel_models_do_not_read_is_a_warning(pixels: Model, name: str, va
     ("settings", "said"),
     [
         ({"unconditional": True}, "draws from words"),
-        ({"prompt": "a cat", "image": photo(100, 64)}, "ask for width 96 and height 64"),
+        ({"prompt": "a cat", "image": photo(100, 32)}, "ask for width 200 and height 64"),
         ({"prompt": "a cat", "sampler": "ddim", "schedule": "karras"}, "karras"),
     ],
 )

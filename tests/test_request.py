@@ -304,12 +304,22 @@ class TestJson:
         assert again.fitted().image is fitted.image
         assert fitted.fitted().image is fitted.image
 
+    def test_sides_are_brought_to_the_nearest_multiple_of_eight(self):
+        pictures = {"image": Image.new("RGB", (500, 333)), "mask": Image.new("L", (500, 333))}
+        request = Request(**pictures)
+        fitted = request.fitted()
+        assert fitted.image.size == fitted.mask.size == (496, 336)
+        assert fitted.to_dict() == request.to_dict()
+        assert fitted.fitted() is fitted
+
     def test_fitted_of_what_needs_no_other_size(self):
         request = Request(image=PICTURE)
         assert request.fitted() is request
         assert Request().fitted().image is None
-        with pytest.raises(SafelightError, match="ask for width 96 and height 80"):
-            Request(image=Image.new("RGB", (100, 80))).fitted()
+        with pytest.raises(SafelightError, match="ask for width 2048 and height 1536"):
+            Request(image=Image.new("RGB", (4000, 3000))).fitted()
+        with pytest.raises(SafelightError, match="ask for width 64 and height 128"):
+            Request(image=Image.new("RGB", (50, 100))).fitted()
         settings = request.to_dict()
         with pytest.raises(SafelightError, match="image is needed again"):
             Request.from_dict(settings, fitted=True)

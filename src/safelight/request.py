@@ -24,7 +24,7 @@ from safelight.keywords import RequestSettings
 from safelight.pixels import as_mask, as_rgb, picture_sha256, resized
 from safelight.request_fields import MAX_SEED, RequestFields, draw_seed
 from safelight.settings import document, settings_of, shown, unknown_setting
-from safelight.sizes import check_size, size_of
+from safelight.sizes import size_of
 
 MAX_PROMPT = 16 * 1024
 STRENGTH = 0.8
@@ -252,14 +252,13 @@ class Request(RequestFields, metaclass=_Listed):
     def fitted(self) -> Self:
         """Return the same request with its pictures at the size to draw.
 
-        They are named as they were given, in `to_dict`. Raises SafelightError for a picture that
-        cannot be drawn at its own size, where no other is asked for.
+        They are named as they were given, in `to_dict`. Raises SafelightError for a picture that is
+        too small or too large, where no size is asked for.
         """
         if self.image is None:
             return self
         size = size_of(self.image.size, self.width, self.height)
         if self.image.size == size:
-            check_size(size)
             return self
         pictures = {"image": resized(self.image, size)}
         if self.mask is not None:
