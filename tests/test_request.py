@@ -200,6 +200,12 @@ class TestPictures:
         assert request.image is not None
         assert request.image.getpixel((0, 0)) == (255, 0, 0)
 
+    @pytest.mark.parametrize("mode", ["I", "F"])
+    def test_what_does_not_say_what_white_is(self, mode):
+        assert f"image has PIL's mode {mode}" in refusal(image=Image.new(mode, (64, 64)))
+        message = refusal(image=PICTURE, mask=Image.new(mode, (64, 64)))
+        assert message.startswith(f"mask has PIL's mode {mode}")
+
     def test_mask_without_picture(self):
         assert refusal(mask=MASK) == "mask needs a picture to repaint: give image as well"
 

@@ -114,6 +114,12 @@ class Request(RequestFields, metaclass=_Listed):
         if value is None:
             return None
         name = info.field_name
+        if value.mode in ("I", "F"):
+            raise SafelightError(
+                f"{name} has PIL's mode {value.mode}, which does not say what white is: bring it "
+                "to 0 to 255 and convert it to L",
+                field=name,
+            )
         try:
             return as_rgb(value) if name == "image" else as_mask(value)
         except (OSError, SyntaxError) as error:  # PIL decodes a file when it is first used
