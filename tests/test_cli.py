@@ -621,8 +621,28 @@ class TestHelp:
         assert done.stdout == f"safelight {safelight.__version__}\n"
 
 
-def test_two_names_of_one_setting_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["generate", "a cat", "--batch-size", "2", "--n-iter=3"]) == 2
-    assert capsys.readouterr().err == (
-        "error: --batch-size and --n-iter are both --count here: give one of them\n"
-    )
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (["--batch-size", "2"], ["--n-iter=3"]),
+        (["--batch-size", "2"], ["--count", "3"]),
+        (["--count", "2"], ["-n", "3"]),
+        (["-n3"], ["--batch-size", "2"]),
+        (["--negative", "x"], ["--negative-prompt", "y"]),
+    ],
+)
+def test_two_names_of_one_setting_are_refused(run, model, one, other) -> None:
+    first, second = (names[0].partition("=")[0].removesuffix("3") for names in (one, other))
+    told = f"error: {first} and {second} are one setting: give one of them\n"
+    assert run("generate", "a cat", *one, *other).err == told
+    assert model.loaded == []
+
+
+def test_the_same_name_twice_is_the_last(run, model) -> None:
+    assert run("generate", "a", "-n", "3", "-n", "2", "--lora", "x", "--lora", "y").code == 0
+    assert (model.requests[0].count, len(model.requests[0].loras)) == (2, 2)
+
+
+def test_another_program_s_option_that_a_command_does_not_take(run, model) -> None:
+    done = run("compare", "a", "--x", "steps=1,2", "--batch-size", "2")
+    assert refused(done, "No such option: --batch-size")
