@@ -1,5 +1,6 @@
 """The command line, on a model that draws one plain colour for each seed."""
 
+import io
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from PIL import Image
 
 import safelight
 from safelight import cli
+from safelight.cli.output import note
 from safelight.errors import SafelightError
 from safelight.interrupt import ctrl_c_waits
 from safelight.picture import save_png
@@ -612,6 +614,23 @@ class TestHelp:
             )
         assert done.returncode == 2
         assert done.stderr == "error: stdout cannot be written: No space left on device\n"
+
+    @pytest.mark.parametrize("as_json", [[], ["--json"]])
+    def test_characters_that_stdout_cannot_hold_are_escaped(self, model, monkeypatch, as_json):
+        stdout = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+        monkeypatch.setattr(sys, "stdout", stdout)
+        name = "é日\U0001f34e.png"
+        assert cli.run(["generate", "a", "--out", name, *as_json]) == 0
+        said = stdout.buffer.getvalue().decode("latin-1")
+        assert "é\\u65e5\\ud83c\\udf4e.png" in said
+        assert not as_json or json.loads(said)["paths"] == [name]
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+    def test_a_message_that_cannot_be_written_does_not_end_the_work(self, capsys, monkeypatch):
+        with monkeypatch.context() as patched, Path("/dev/full").open("wb", buffering=0) as full:
+            patched.setattr(sys, "stderr", io.TextIOWrapper(full, write_through=True))
+            note("loading")
+        assert capsys.readouterr().err == ""
 
     def test_the_console_script(self):
         script = Path(sys.executable).with_name("safelight")

@@ -29,7 +29,7 @@ from safelight.cli import (
     train,
     worker,
 )
-from safelight.cli.output import fail, note, say
+from safelight.cli.output import escape_what_stdout_lacks, fail, note, say
 from safelight.errors import SafelightError
 
 BAD_INPUT = 2
@@ -78,6 +78,7 @@ def _options(
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code: 2 for bad input, 130 after Ctrl-C."""
+    escape_what_stdout_lacks()
     try:
         code = app(arguments, prog_name="safelight", standalone_mode=False) or 0
     except SafelightError as error:
