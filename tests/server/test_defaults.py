@@ -189,7 +189,7 @@ def test_steps_of_a_schedule_are_the_model_s(tmp_path: Path) -> None:
         for body, steps in (({}, 20), ({"model": "embedded-fast"}, 4), ({"steps": 50}, 50)):
             told = server.ask("POST", "/api/tokens", {**asked, **body}).json()["prompt"]
             stages = told["parts"][0]["stages"]
-            assert [stage["until"] for stage in stages] == [steps // 2, steps]
+            assert [stage["until"] for stage in stages] == [steps // 2 + 1, steps]
 
 
 def test_what_the_headers_rule_out_is_refused_at_once(tmp_path: Path) -> None:

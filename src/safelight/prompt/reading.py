@@ -45,6 +45,7 @@ class Blend:
 class Stage:
     """What holds up to and including a step, counted from 1.
 
+    A stage that follows one of the same step never holds; in A1111 it weighs in the mean of all.
     blends: their states follow each other along the tokens (compel's `.and()`).
     """
 

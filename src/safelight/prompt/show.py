@@ -7,7 +7,7 @@ from typing import Any
 
 from safelight.errors import SafelightError
 from safelight.prompt.chunks import Chunk, chunks_by_text
-from safelight.prompt.reading import Reading, Section, Stage, Syntax
+from safelight.prompt.reading import Part, Reading, Section, Stage, Syntax
 from safelight.prompt.tokenizer import Tokenizer
 from safelight.words import unknown_words
 
@@ -41,7 +41,7 @@ def describe(
         "parts": [
             {
                 "weight": part.weight,
-                "stages": [_stage(stage, chunks) for stage in part.stages],
+                "stages": [_stage(stage, chunks) for stage in _that_hold(part)],
             }
             for part in reading.parts
         ],
@@ -52,6 +52,11 @@ def describe(
     if syntax == "plain" and (cut := tokenizer.encode(text).cut) is not None:
         found["warnings"].append(f"cut at {tokenizer.max_length} tokens; left out: {cut[:100]!r}")
     return found
+
+
+def _that_hold(part: Part) -> list[Stage]:
+    before = (0, *(stage.until for stage in part.stages))
+    return [stage for last, stage in zip(before, part.stages, strict=False) if stage.until > last]
 
 
 def _stage(stage: Stage, chunks: Mapping[tuple[Section, ...], Any]) -> dict[str, Any]:
