@@ -539,7 +539,16 @@ class TestHelp:
 
     def test_without_a_command(self, run):
         assert run().out == run("--help").out
-        assert run("--version").out == f"safelight {safelight.__version__}\n"
+        for arguments in (["--version"], ["--version", "samplers"]):
+            done = run(*arguments)
+            assert (done.code, done.out) == (0, f"safelight {safelight.__version__}\n")
+
+    @pytest.mark.parametrize("group", ["keys", "train"])
+    def test_a_group_without_a_command(self, run, group):
+        done = run(group)
+        assert (done.code, done.err) == (0, "")
+        assert done.out == run(group, "--help").out
+        assert run(group, "x").err == "error: No such command 'x'.\n"
 
     @pytest.mark.parametrize(
         ("arguments", "needed"),

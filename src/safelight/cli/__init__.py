@@ -29,7 +29,7 @@ from safelight.cli import (
     train,
     worker,
 )
-from safelight.cli.output import escape_what_stdout_lacks, fail, note, say
+from safelight.cli.output import escape_what_stdout_lacks, fail, help_alone, note, say
 from safelight.errors import SafelightError
 
 BAD_INPUT = 2
@@ -72,8 +72,8 @@ def _options(
 ) -> None:
     if version:
         say(f"safelight {__version__}")
-    elif context.invoked_subcommand is None:
-        say(context.get_help())
+        raise typer.Exit
+    help_alone(context)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -13,7 +13,7 @@ import typer
 from typer import Argument, Option
 
 from safelight.cli.groups import spread
-from safelight.cli.output import note, say, table
+from safelight.cli.output import help_alone, note, say, table
 from safelight.cli.serve import data_folder, make_sure_of_server
 from safelight.errors import SafelightError
 from safelight.server import private
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Give out keys to a server, take them back, and bound what each may ask for.",
-    no_args_is_help=True,
+    invoke_without_command=True,
+    callback=help_alone,
     rich_markup_mode=None,
 )
 

@@ -46,6 +46,12 @@ def say(text: object) -> None:
         raise SafelightError(f"stdout cannot be written: {error.strerror}") from None
 
 
+def help_alone(context: typer.Context) -> None:
+    """Print the help of a group of commands, unless one of them is given."""
+    if context.invoked_subcommand is None:
+        say(context.get_help())
+
+
 def note(text: str) -> None:
     """Print a line on stderr. One that cannot be written does not end the work."""
     with suppress(OSError):
