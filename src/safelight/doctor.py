@@ -157,7 +157,7 @@ def _devices() -> list[str]:
 def _folders() -> dict[str, str]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
     folders = {
         "hub cache": Path(HF_HUB_CACHE),
         "server's data": Path(data) / "safelight",
@@ -167,6 +167,10 @@ def _folders() -> dict[str, str]:
 
 
 def _state(folder: Path) -> str:
+    try:
+        folder = folder.expanduser()
+    except RuntimeError:
+        return "none: there is no home directory"
     there = next((p for p in (folder, *folder.parents) if p.exists()), folder)
     writable = "writable" if os.access(there, os.W_OK) else "not writable"
     try:

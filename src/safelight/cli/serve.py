@@ -216,9 +216,11 @@ def token_of(argument: str | None, file: Path | None) -> tuple[str | None, bool]
 
 def data_folder(given: Path | None) -> Path:
     """Return the folder that was named, or the user's own by the XDG base directories; made."""
-    base = os.environ.get("XDG_DATA_HOME")
-    own = (Path(base) if base else Path.home() / ".local" / "share") / "safelight"
-    root = (given or own).resolve()
+    own = Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share") / "safelight"
+    try:
+        root = (given or own).expanduser().resolve()
+    except RuntimeError:
+        raise SafelightError("there is no home directory: give --data-dir as a full path") from None
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
