@@ -18,7 +18,7 @@ from safelight.cli import app
 from safelight.cli.loading import load
 from safelight.cli.serve import data_folder
 from safelight.errors import SafelightError
-from safelight.fast import kernels
+from safelight.fast import kernels, memory
 from safelight.server.wording import public
 from safelight.weights import notes
 
@@ -58,6 +58,17 @@ def test_no_names_and_no_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         assert "jane" not in text
         assert str(tmp_path) not in text
         assert "~/.cache/hub, not there yet, writable" in text
+
+
+@pytest.mark.parametrize(("free", "told"), [(3 * 10**9, ", 3.0 GB of it free"), (0, "")])
+def test_free_memory_is_what_this_container_may_take(
+    monkeypatch: pytest.MonkeyPatch, free: int, told: str
+) -> None:
+    monkeypatch.setattr(memory, "free", lambda: free)
+    monkeypatch.setattr(memory, "total", lambda: 8 * 10**9)
+    found = doctor.examine()
+    assert found["memory"] == {"total": 8 * 10**9, "available": free}
+    assert f"Memory      8.0 GB{told}" in doctor.report(found)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="homes of POSIX")
