@@ -77,7 +77,9 @@ class PromptReader:
     def _inside_loras(self, request: Request) -> list[EmbeddingFile]:
         """Return the embeddings inside the LoRAs of a request that are in the models folder."""
         library, found = self._finder.library, dict[tuple[Path, str], EmbeddingFile]()
-        for lora in asked_of(request)[0] if library is not None else ():
+        if library is None:
+            return []
+        for lora in asked_of(request)[0]:
             entries = library.matches(lora.name, "lora")
             if len(entries) == 1 and (lora.weight or lora.text_weight):
                 path = entries[0].path
