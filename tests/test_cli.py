@@ -25,6 +25,7 @@ from safelight.request import Request
 from safelight.result import Result
 from safelight.sampling import SAMPLERS
 from safelight.settings import settings_of
+from safelight.storage import storage_at
 
 DIGEST = "ab" * 32
 
@@ -243,6 +244,21 @@ class TestGenerate:
         assert model.loaded == []
         assert run("generate", "a", "--out", "a.png", "--overwrite").code == 0
         assert read_recipe(path)
+
+    def test_a_home_directory_that_the_shell_left(self, run, model, monkeypatch, tmp_path):
+        for name in ("HOME", "USERPROFILE"):
+            monkeypatch.setenv(name, str(tmp_path / "home"))
+        (tmp_path / "home").mkdir()
+        Image.new("RGB", (64, 64), "red").save("home/in.png")
+        (tmp_path / "home" / "styles.csv").write_text("name,prompt,negative_prompt\ninky,ink,\n")
+        done = run(
+            *("generate", "a", "--image=~/in.png", "--out=~/a.png"),
+            *("--styles-file=~/styles.csv", "--style=inky"),
+        )
+        assert (done.code, done.err) == (0, "")
+        assert done.out == f"{tmp_path / 'home' / 'a.png'}\n"
+        assert not (tmp_path / "~").exists()
+        assert storage_at("~/batch").root == str(tmp_path / "home" / "batch")
 
     def test_show(self, run, model, monkeypatch):
         shown = []

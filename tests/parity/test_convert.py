@@ -245,6 +245,12 @@ def refused(call, *words) -> None:
         assert word in line, line
 
 
+@pytest.mark.parametrize("ending", ["ckpt", "PT", "bin"])
+def test_other_files_of_weights_are_not_written(tmp_path, ending):
+    refused(lambda: convert("embedded", tmp_path / f"x.{ending}"), "must end in .safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nothing_is_overwritten_unasked(files, tmp_path):
     folder, file = tmp_path / "folder", tmp_path / "x.safetensors"
     for out in (folder, file):

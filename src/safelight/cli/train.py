@@ -10,6 +10,7 @@ from typer import Argument, Option
 from safelight.cli.loading import import_torch
 from safelight.cli.output import help_alone, note, say
 from safelight.errors import SafelightError
+from safelight.paths import expanded
 
 if TYPE_CHECKING:
     from safelight.train.plan import Plan
@@ -21,7 +22,9 @@ app = typer.Typer(
     callback=help_alone,
 )
 
-Out = Annotated[Path, Option(help="Where checkpoints, samples and the model go.")]
+Out = Annotated[
+    Path, Option(callback=expanded, help="Where checkpoints, samples and the model go.")
+]
 Native = Annotated[
     bool, Option("--native", help="Compile the networks first; needs a C++ compiler.")
 ]

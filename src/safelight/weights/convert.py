@@ -19,12 +19,14 @@ from torch import Tensor
 from safelight.errors import SafelightError
 from safelight.families import Part
 from safelight.families.base import NO_PART
+from safelight.paths import expanded
 from safelight.sampling import SchedulerConfig
 from safelight.weights.autoencoders import with_autoencoders
 from safelight.weights.check import refusal
 from safelight.weights.digest import digest_files
 from safelight.weights.find import PREVIEWS, Source, find, find_vae
 from safelight.weights.folder import DIFFUSION
+from safelight.weights.library import ENDINGS
 from safelight.weights.load import frame
 from safelight.weights.names import Original, Weight, original_names
 from safelight.weights.plan import Plan, read_plan
@@ -70,7 +72,10 @@ def convert(
     """
     if dtype not in (None, *PRECISIONS):
         raise SafelightError(f"dtype {dtype!r:.40}; expected {', '.join(PRECISIONS)}")
-    path = Path(out).expanduser()
+    path = expanded(out)
+    single = path.suffix.lower() == ".safetensors"
+    if not single and path.suffix.lower() in ENDINGS:
+        raise SafelightError(f"out must end in .safetensors, or be a folder, not {path.name!r}")
     source, vaes = find(name, download=download, models_dir=models_dir), dict[str, Source]()
     if vae is not None:
         vaes["vae"] = find_vae(vae, download=download, models_dir=models_dir)
@@ -78,7 +83,6 @@ def convert(
     _check_place(path, plan)
     for part in plan.weights:
         frame(plan, part)
-    single = path.suffix.lower() == ".safetensors"
     originals = _originals(plan) if single else {}
     for files in (plan.files, *(each.files for each in plan.autoencoders.values())):
         digest_files(files)  # finds a damaged download

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safelight.errors import SafelightError
+from safelight.paths import expanded
 from safelight.weights.check import printable
 from safelight.weights.digest import digest_file, known_digest, old_digest, tensors_digest
 from safelight.weights.headers import header_of
@@ -70,7 +71,7 @@ class Library:
     """
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root).expanduser()
+        self.root = expanded(root)
         if not self.root.is_dir():
             raise SafelightError(
                 f"there is no models folder {printable(str(root)[-100:], 100)!r}", code="no_model"
