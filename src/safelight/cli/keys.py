@@ -43,11 +43,20 @@ class Where:
     )
 
     @contextmanager
-    def opened(self) -> Iterator["People"]:
-        """The database of keys, closed afterwards."""
+    def opened(self, *, make: bool = False) -> Iterator["People"]:
+        """The database of keys, closed afterwards. make: whether a new data folder is made."""
         make_sure_of_server()
         private.keep()
-        url = self.database or f"sqlite:///{data_folder(self.data_dir) / private.DATABASE}"
+        url = self.database
+        if url is None:
+            root = data_folder(self.data_dir, make=make)
+            if not (root / private.DATABASE).exists():
+                if not make:
+                    raise SafelightError(
+                        f"{root} has no server's jobs: give its --data-dir or --database"
+                    )
+                note(f"no server has used {root} so far")
+            url = f"sqlite:///{root / private.DATABASE}"
         from safelight.server.people import People
 
         people = People(url)
@@ -88,7 +97,7 @@ class Limits:
 def add(name: Name, *, limits: Limits, where: Where) -> None:
     """Make a key and print it. It is kept as a hash: it cannot be shown again."""
     allowed = limits.parsed()
-    with where.opened() as people:
+    with where.opened(make=True) as people:
         secret = people.add_key(name)
         people.allow(name, allowed)
     say(secret)

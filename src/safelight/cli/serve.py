@@ -214,13 +214,18 @@ def token_of(argument: str | None, file: Path | None) -> tuple[str | None, bool]
     return secret, made
 
 
-def data_folder(given: Path | None) -> Path:
-    """Return the folder that was named, or the user's own by the XDG base directories; made."""
+def data_folder(given: Path | None, *, make: bool = True) -> Path:
+    """Return the folder that was named, or the user's own by the XDG base directories.
+
+    make: whether it is made if it is not there.
+    """
     own = Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share") / "safelight"
     try:
         root = (given or own).expanduser().resolve()
     except RuntimeError:
         raise SafelightError("there is no home directory: give --data-dir as a full path") from None
+    if not make:
+        return root
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
