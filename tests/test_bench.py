@@ -1,11 +1,12 @@
 """What the benchmark compares is the same work: seen on small networks."""
 
+import importlib.util
 from typing import Any
 
 import pytest
 import torch
 
-from safelight import bench
+from safelight import bench, cli
 from safelight.errors import SafelightError
 
 pytest.importorskip("diffusers")
@@ -80,3 +81,33 @@ def test_the_ways_of_the_fast_mode(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unknown_names(wrong: dict[str, Any]) -> None:
     with pytest.raises(SafelightError, match="'x'"):
         bench.run(**wrong)
+
+
+def test_a_part_or_model_that_cannot_be_measured_is_said_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for wrong in ("none/such.safetensors", "embedded-unconditional"):
+        with pytest.raises(SafelightError, match=wrong):
+            bench.run([], parts=["fast"], model=wrong)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "skimage" else find(name)
+    )
+    assert bench.parts_here() == [part for part in bench.PARTS if part != "fast"]
+    with pytest.raises(SafelightError, match=r"safelight\[bench\]"):
+        bench.run([], parts=["fast"])
+
+
+def test_each_part_is_printed_when_it_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(names: list[str], *, parts: list[str], **_: Any) -> dict[str, Any]:
+        if parts == ["busy"]:
+            raise SafelightError("a process ended")
+        return {"start": {"seconds": {"safelight float32": 2}, "ratio": {"safelight float32": {}}}}
+
+    monkeypatch.setattr(bench, "run", run)
+    assert cli.run(["bench", "--part", "start", "--part", "busy"]) == 2
+    said = capsys.readouterr()
+    assert "START" in said.out
+    assert said.err == "error: a process ended\n"

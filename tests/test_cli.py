@@ -1,5 +1,6 @@
 """The command line, on a model that draws one plain colour for each seed."""
 
+import io
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from PIL import Image
 
 import safelight
 from safelight import cli
+from safelight.cli.output import note
 from safelight.errors import SafelightError
 from safelight.interrupt import ctrl_c_waits
 from safelight.picture import save_png
@@ -23,6 +25,7 @@ from safelight.request import Request
 from safelight.result import Result
 from safelight.sampling import SAMPLERS
 from safelight.settings import settings_of
+from safelight.storage import storage_at
 
 DIGEST = "ab" * 32
 
@@ -241,6 +244,21 @@ class TestGenerate:
         assert model.loaded == []
         assert run("generate", "a", "--out", "a.png", "--overwrite").code == 0
         assert read_recipe(path)
+
+    def test_a_home_directory_that_the_shell_left(self, run, model, monkeypatch, tmp_path):
+        for name in ("HOME", "USERPROFILE"):
+            monkeypatch.setenv(name, str(tmp_path / "home"))
+        (tmp_path / "home").mkdir()
+        Image.new("RGB", (64, 64), "red").save("home/in.png")
+        (tmp_path / "home" / "styles.csv").write_text("name,prompt,negative_prompt\ninky,ink,\n")
+        done = run(
+            *("generate", "a", "--image=~/in.png", "--out=~/a.png"),
+            *("--styles-file=~/styles.csv", "--style=inky"),
+        )
+        assert (done.code, done.err) == (0, "")
+        assert done.out == f"{tmp_path / 'home' / 'a.png'}\n"
+        assert not (tmp_path / "~").exists()
+        assert storage_at("~/batch").root == str(tmp_path / "home" / "batch")
 
     def test_show(self, run, model, monkeypatch):
         shown = []
@@ -537,7 +555,16 @@ class TestHelp:
 
     def test_without_a_command(self, run):
         assert run().out == run("--help").out
-        assert run("--version").out == f"safelight {safelight.__version__}\n"
+        for arguments in (["--version"], ["--version", "samplers"]):
+            done = run(*arguments)
+            assert (done.code, done.out) == (0, f"safelight {safelight.__version__}\n")
+
+    @pytest.mark.parametrize("group", ["keys", "train"])
+    def test_a_group_without_a_command(self, run, group):
+        done = run(group)
+        assert (done.code, done.err) == (0, "")
+        assert done.out == run(group, "--help").out
+        assert run(group, "x").err == "error: No such command 'x'.\n"
 
     @pytest.mark.parametrize(
         ("arguments", "needed"),
@@ -613,6 +640,23 @@ class TestHelp:
         assert done.returncode == 2
         assert done.stderr == "error: stdout cannot be written: No space left on device\n"
 
+    @pytest.mark.parametrize("as_json", [[], ["--json"]])
+    def test_characters_that_stdout_cannot_hold_are_escaped(self, model, monkeypatch, as_json):
+        stdout = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+        monkeypatch.setattr(sys, "stdout", stdout)
+        name = "é日\U0001f34e.png"
+        assert cli.run(["generate", "a", "--out", name, *as_json]) == 0
+        said = stdout.buffer.getvalue().decode("latin-1")
+        assert "é\\u65e5\\ud83c\\udf4e.png" in said
+        assert not as_json or json.loads(said)["paths"] == [name]
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+    def test_a_message_that_cannot_be_written_does_not_end_the_work(self, capsys, monkeypatch):
+        with monkeypatch.context() as patched, Path("/dev/full").open("wb", buffering=0) as full:
+            patched.setattr(sys, "stderr", io.TextIOWrapper(full, write_through=True))
+            note("loading")
+        assert capsys.readouterr().err == ""
+
     def test_the_console_script(self):
         script = Path(sys.executable).with_name("safelight")
         if not script.exists():
@@ -621,8 +665,28 @@ class TestHelp:
         assert done.stdout == f"safelight {safelight.__version__}\n"
 
 
-def test_two_names_of_one_setting_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["generate", "a cat", "--batch-size", "2", "--n-iter=3"]) == 2
-    assert capsys.readouterr().err == (
-        "error: --batch-size and --n-iter are both --count here: give one of them\n"
-    )
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (["--batch-size", "2"], ["--n-iter=3"]),
+        (["--batch-size", "2"], ["--count", "3"]),
+        (["--count", "2"], ["-n", "3"]),
+        (["-n3"], ["--batch-size", "2"]),
+        (["--negative", "x"], ["--negative-prompt", "y"]),
+    ],
+)
+def test_two_names_of_one_setting_are_refused(run, model, one, other) -> None:
+    first, second = (names[0].partition("=")[0].removesuffix("3") for names in (one, other))
+    told = f"error: {first} and {second} are one setting: give one of them\n"
+    assert run("generate", "a cat", *one, *other).err == told
+    assert model.loaded == []
+
+
+def test_the_same_name_twice_is_the_last(run, model) -> None:
+    assert run("generate", "a", "-n", "3", "-n", "2", "--lora", "x", "--lora", "y").code == 0
+    assert (model.requests[0].count, len(model.requests[0].loras)) == (2, 2)
+
+
+def test_another_program_s_option_that_a_command_does_not_take(run, model) -> None:
+    done = run("compare", "a", "--x", "steps=1,2", "--batch-size", "2")
+    assert refused(done, "No such option: --batch-size")

@@ -46,7 +46,8 @@ class TestAxis:
             ("width=64,128", "width", (64, 128)),
             ("prompt=a cat|a dog, sitting", "prompt", ("a cat", "a dog, sitting")),
             ("prompt=x=y", "prompt", ("x=y",)),
-            ("negative_prompt=|none", "negative_prompt", ("", "none")),
+            ("prompt=none|a cat", "prompt", ("none", "a cat")),
+            ("negative_prompt=|none|ugly", "negative_prompt", ("", "", "ugly")),
         ],
     )
     def test_reads(self, text: str, name: str, values: tuple[object, ...]) -> None:

@@ -1,6 +1,7 @@
 """What `safelight doctor` says, and what it keeps to itself."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,11 @@ from typer.testing import CliRunner
 from safelight import doctor, threads
 from safelight.cli import app
 from safelight.cli.loading import load
-from safelight.fast import kernels
+from safelight.cli.serve import data_folder
+from safelight.errors import SafelightError
+from safelight.fast import kernels, memory
+from safelight.server.wording import public
+from safelight.weights import notes
 
 
 @pytest.fixture
@@ -53,6 +58,41 @@ def test_no_names_and_no_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         assert "jane" not in text
         assert str(tmp_path) not in text
         assert "~/.cache/hub, not there yet, writable" in text
+
+
+@pytest.mark.parametrize(("free", "told"), [(3 * 10**9, ", 3.0 GB of it free"), (0, "")])
+def test_free_memory_is_what_this_container_may_take(
+    monkeypatch: pytest.MonkeyPatch, free: int, told: str
+) -> None:
+    monkeypatch.setattr(memory, "free", lambda: free)
+    monkeypatch.setattr(memory, "total", lambda: 8 * 10**9)
+    found = doctor.examine()
+    assert found["memory"] == {"total": 8 * 10**9, "available": free}
+    assert f"Memory      8.0 GB{told}" in doctor.report(found)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="homes of POSIX")
+def test_without_a_home_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As a container has it whose user is a number alone."""
+    import pwd
+
+    def nobody(uid: int) -> None:
+        raise KeyError(uid)
+
+    for name in ("HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    found = doctor.examine()
+    assert found["folders"]["server's data"] == "none: there is no home directory"
+    assert found["models"]["cached"] == []
+    stamp = notes.stamp_of(tmp_path)
+    notes.keep("size", tmp_path, stamp, 7)
+    assert notes.recall("size", tmp_path, stamp) is None
+    assert public("no model here") == "no model here"
+    with pytest.raises(SafelightError, match="give --data-dir as a full path"):
+        data_folder(None)
+    assert data_folder(tmp_path / "data").is_dir()
 
 
 @pytest.mark.parametrize(
@@ -119,8 +159,6 @@ def test_a_command_says_once_that_there_are_no_kernels(
 
 
 def waiting(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    import os
-
     for name in threads.SETTINGS:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -148,8 +186,6 @@ def test_what_the_user_chose_stays(chosen: Any, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_onednn_keeps_is_set_unless_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
     name, value = threads.PRIMITIVES
     monkeypatch.delenv(name, raising=False)
     threads.before_torch()
@@ -167,8 +203,6 @@ def test_it_is_set_before_pytorch_is_loaded() -> None:
         "os._exit = lambda code: print(os.environ['OMP_WAIT_POLICY'])\n"
         "safelight.__main__.main()\n"
     )
-    import os
-
     environment = {k: v for k, v in os.environ.items() if k not in threads.SETTINGS}
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True

@@ -13,7 +13,7 @@ from PIL import Image
 import safelight
 from safelight import SafelightError
 from safelight.engine import job
-from safelight.engine.requests import create_job, resolve_request
+from safelight.engine.requests import create_job, new_result, resolve_request
 from safelight.families.base import clean_estimate
 from safelight.model import Model
 from safelight.request import Request
@@ -228,7 +228,13 @@ def test_nan_is_an_error_and_never_a_black_picture(model: Model, monkeypatch) ->
             {"prompt": "a cat", "negative_prompt": "a dog", "guidance_scale": 1.0},
             "negative_prompt does nothing",
         ),
+        ({"prompt": "a cat", "image": photo(100, 83)}, "image of 100x83 was resized to 96x80"),
         ({"prompt": "a cat", "strength": 0.5}, "strength does nothing"),
+        ({"prompt": "a cat", "cache_branch": 2}, "cache_branch does nothing without cache_every"),
+        (
+            {"prompt": "a cat", "guidance_scale": 1.0, "guidance_start": 0.4},
+            "guidance_start does nothing at guidance_scale 1",
+        ),
     ],
 )
 def test_what_a_person_should_know_is_a_warning(model: Model, settings, said: str) -> None:
@@ -236,15 +242,33 @@ def test_what_a_person_should_know_is_a_warning(model: Model, settings, said: st
     assert any(said in warning for warning in result.warnings), result.warnings
 
 
-def test_a_plain_request_has_no_warnings(model: Model) -> None:
-    assert model.generate("a red apple on a blue background", seed=1, **FEW).warnings == []
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"guidance_scale": 1.0},
+        {"guidance_scale": 1.0, "guidance_start": 0.25},  # the model's own, as a recipe has it
+        {"guidance_scale": 1.0, "fast": 3, "guidance_start": 0.3},  # as a server fills it in
+        {"cache_branch": 1, "cache_every": 2},
+    ],
+)
+def test_a_plain_request_has_no_warnings(model: Model, settings) -> None:
+    request = Request(prompt="a red apple on a blue background", seed=1, **{**FEW, **settings})
+    assert new_result(model, request, resolve_request(model, request)).warnings == []
+
+
+@pytest.mark.parametrize(("name", "value"), [("guidance_scale", 3.0), ("clip_skip", 2)])
+def test_what_pixel_models_do_not_read_is_a_warning(pixels: Model, name: str, value) -> None:
+    request = Request(**{name: value})
+    [warning] = new_result(pixels, request, resolve_request(pixels, request)).warnings
+    assert warning == f"{name} does nothing with embedded-unconditional: leave it out"
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
         ({"unconditional": True}, "draws from words"),
-        ({"prompt": "a cat", "image": photo(100, 64)}, "ask for width 96 and height 64"),
+        ({"prompt": "a cat", "image": photo(100, 32)}, "ask for width 200 and height 64"),
         ({"prompt": "a cat", "sampler": "ddim", "schedule": "karras"}, "karras"),
     ],
 )

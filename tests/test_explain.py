@@ -15,17 +15,26 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import safelight
 from safelight import Request, SafelightError, cli
 from safelight.explain import texts
-from safelight.explain.attention import recorded, telling_layers, word_maps, words_of
+from safelight.explain.attention import (
+    recorded,
+    telling_layers,
+    word_maps,
+    words_of,
+    words_of_chunks,
+)
 from safelight.explain.forward import forward
 from safelight.explain.page import page
 from safelight.explain.watch import Story, fit_colours, in_colours, watch
 from safelight.model import Model
 from safelight.nets.layers import Attention
 from safelight.nets.unet import UNet2DConditionModel, UNetConfig
+from safelight.prompt.chunks import chunks_of
+from safelight.prompt.reading import Piece, Syntax
 
 PAIR = Request(
     prompt="a cat above a pizza", seed=1, steps=6, sampler="dpmpp_2m", guidance_scale=4.0
@@ -176,6 +185,38 @@ class TestAttention:
         assert all(a.tokens.stop == b.tokens.start for a, b in pairwise(words))
         zeppelin = words[5].tokens
         assert zeppelin.stop - zeppelin.start > 1
+
+    @pytest.mark.parametrize("syntax", ["plain", "a1111"])
+    def test_words_are_in_their_own_letters(self, model: Model, syntax: Syntax) -> None:
+        tokenizer = model.tokenizer.with_words(None)
+        chunks = chunks_of(tokenizer, ((Piece("Ελλάδα 🐱 café"),),), syntax)
+        assert [word.text for word in words_of_chunks(tokenizer, chunks)] == [
+            "ελλάδα",
+            "🐱",
+            "café",
+        ]
+
+    @pytest.mark.parametrize("syntax", ["plain", "a1111", "comfy"])
+    def test_a_textual_inversion_is_one_word(self, model: Model, tmp_path: Path, syntax) -> None:
+        width = model.text_encoder.config.hidden_size
+        save_file({"emb_params": torch.randn(4, width) * 0.05}, tmp_path / "my-ink.safetensors")
+        name = "embedding:my-ink" if syntax == "comfy" else "my-ink"
+        asked = Request(
+            prompt=f"a {name} apple",
+            prompt_syntax=syntax,
+            embeddings=(str(tmp_path / "my-ink.safetensors"),),
+            steps=1,
+            sampler="euler",
+            seed=1,
+            width=64,
+            height=64,
+        )
+        words = watch(model, asked).words
+        assert [(word.text, word.tokens.start, word.tokens.stop) for word in words] == [
+            ("a", 1, 2),
+            ("my-ink", 2, 6),
+            ("apple", 6, 7),
+        ]
 
     @pytest.mark.parametrize(
         "text", ["", "...", "it's 1985", "Ελλάδα café 猫", "a" * 500, "a " * 99]

@@ -200,6 +200,12 @@ class TestPictures:
         assert request.image is not None
         assert request.image.getpixel((0, 0)) == (255, 0, 0)
 
+    @pytest.mark.parametrize("mode", ["I", "F"])
+    def test_what_does_not_say_what_white_is(self, mode):
+        assert f"image has PIL's mode {mode}" in refusal(image=Image.new(mode, (64, 64)))
+        message = refusal(image=PICTURE, mask=Image.new(mode, (64, 64)))
+        assert message.startswith(f"mask has PIL's mode {mode}")
+
     def test_mask_without_picture(self):
         assert refusal(mask=MASK) == "mask needs a picture to repaint: give image as well"
 
@@ -250,6 +256,12 @@ class TestIdle:
             {"strength": 0.5, "image": PICTURE, "mask": MASK},
             {"unconditional": True},
             {"sampler": "ddim", "eta": 0.5},
+            {
+                "prompt": "a cat AND a dog",
+                "prompt_syntax": "a1111",
+                "negative_prompt": "a bird",
+                "guidance_scale": 1,
+            },
         ],
     )
     def test_others_are_not(self, given):
@@ -298,12 +310,22 @@ class TestJson:
         assert again.fitted().image is fitted.image
         assert fitted.fitted().image is fitted.image
 
+    def test_sides_are_brought_to_the_nearest_multiple_of_eight(self):
+        pictures = {"image": Image.new("RGB", (500, 333)), "mask": Image.new("L", (500, 333))}
+        request = Request(**pictures)
+        fitted = request.fitted()
+        assert fitted.image.size == fitted.mask.size == (496, 336)
+        assert fitted.to_dict() == request.to_dict()
+        assert fitted.fitted() is fitted
+
     def test_fitted_of_what_needs_no_other_size(self):
         request = Request(image=PICTURE)
         assert request.fitted() is request
         assert Request().fitted().image is None
-        with pytest.raises(SafelightError, match="ask for width 96 and height 80"):
-            Request(image=Image.new("RGB", (100, 80))).fitted()
+        with pytest.raises(SafelightError, match="ask for width 2048 and height 1536"):
+            Request(image=Image.new("RGB", (4000, 3000))).fitted()
+        with pytest.raises(SafelightError, match="ask for width 64 and height 128"):
+            Request(image=Image.new("RGB", (50, 100))).fitted()
         settings = request.to_dict()
         with pytest.raises(SafelightError, match="image is needed again"):
             Request.from_dict(settings, fitted=True)

@@ -364,6 +364,7 @@ def test_the_old_name_warns() -> None:
         (("euler", 10, {"strength": 0.0}), "strength"),
         (("euler", 10, {"strength": math.nan}), "strength"),
         (("euler", 10, {"strength": 0.05}), "leaves none"),
+        (("pndm", 1, {"strength": 0.8}), "leaves none of 1 steps; it should be at least 1, or"),
         (("ddim", 10, {"eta": 1.5}), "eta"),
         (("euler", 10, {"schedule": "karas"}), "karras, exponential, beta"),
         (("ddim", 10, {"schedule": "karras"}), "samplers that do: lms, euler, heun"),

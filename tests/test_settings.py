@@ -50,8 +50,9 @@ class TestANewSetting:
         theirs = openai_shapes.body_of(Longer, "application/json")
         theirs_body = theirs["requestBody"]["content"]["application/json"]["schema"]
         for schema in (ours_body, theirs_body, json_schema(Longer)):
-            found = schema["properties"]["clip_skip"]
+            found, none = schema["properties"]["clip_skip"]["anyOf"]
             assert (found["type"], found["minimum"], found["maximum"]) == ("integer", 1, 12)
+            assert none == {"type": "null"}
             assert schema["properties"]["upscaler"]["anyOf"][1] == {"type": "null"}
 
     def test_is_on_the_page(self) -> None:
@@ -100,7 +101,8 @@ class TestAListOfTexts:
 
     def test_is_an_array_in_the_apis(self) -> None:
         schema: Any = json_schema(Listing)["properties"]["helpers"]
-        assert (schema["type"], schema["items"]) == ("array", {"type": "string"})
+        listed = schema["anyOf"][0]
+        assert (listed["type"], listed["items"]) == ("array", {"type": "string"})
         assert schema["default"] == []
         made = Listing.from_json('{"helpers": ["one", "two"]}')
         assert made.helpers == ("one", "two")
@@ -142,7 +144,7 @@ class TestTheSettings:
         width: Any = properties["width"]["anyOf"][0]
         assert width == {"type": "integer", "minimum": 64, "maximum": 2048, "multipleOf": 8}
         assert properties["strength"]["anyOf"][0]["exclusiveMinimum"] == 0
-        assert properties["sampler"]["enum"] == list(SAMPLERS)
+        assert properties["sampler"]["anyOf"][0]["enum"] == list(SAMPLERS)
         assert properties["schedule"]["anyOf"][0]["enum"] == ["karras", "exponential", "beta"]
         assert not {"ge", "le", "gt", "multiple_of"} & set(
             str(properties).replace("'", " ").split()

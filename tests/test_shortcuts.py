@@ -88,6 +88,20 @@ def test_a_full_step_is_the_last_one() -> None:
     assert not kept.plan(4, 10, 1, 1).taken  # what had a row for the negative prompt
 
 
+@pytest.mark.parametrize("prompt", ["a red apple AND a blue car", "a red apple :2"])
+def test_a_composed_prompt_without_guidance_is_at_guidance_one(prompt: str) -> None:
+    asked = {"prompt_syntax": "a1111", "steps": 3, "seed": 4, "width": 64, "height": 64}
+    guided, late, plain = (
+        embedded().generate(prompt, **asked, **cuts).images[0].tobytes()
+        for cuts in (
+            {"guidance_start": 0.0},
+            {"guidance_start": 1.0},
+            {"guidance_scale": 1.0, "guidance_start": 0.0},
+        )
+    )
+    assert late == plain != guided
+
+
 @pytest.mark.parametrize("level", [1, 2, 3])
 def test_a_level_is_its_settings(level: int) -> None:
     """The recipe has them, and draws the same picture without the level."""

@@ -19,7 +19,7 @@ from safelight.nets.unet import UNetConfig
 from safelight.nets.unet2d import UNet2DConfig
 from safelight.nets.vae import AutoencoderKL, VAEConfig
 from safelight.sampling.schedule import SchedulerConfig
-from safelight.train import loop, networks
+from safelight.train import devices, loop, networks
 from safelight.train.denoiser import (
     Noising,
     TextToImage,
@@ -34,6 +34,15 @@ from safelight.train.tokens import train_vocabulary
 from safelight.weights import load_model
 
 PLAN = Plan(steps=12, batch=4, learning_rate=1e-2, warmup=2)
+
+
+@pytest.mark.parametrize("missing", ["accelerate", "tensorboard"])
+def test_without_a_package_that_training_needs(
+    monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    monkeypatch.setattr(devices, "find_spec", lambda name: None if name == missing else 1)
+    with pytest.raises(SafelightError, match=r"pip install 'safelight\[train\]'"):
+        devices.accelerator.__wrapped__()
 
 
 class KilledError(Exception):

@@ -436,6 +436,10 @@ def test_previews_from_the_table_of_colours(folder):
     model = load_model(folder, device="cpu", dtype="float32")
     assert model.family.latent_rgb is None  # a model of other latents has no known colours
     assert preview.preview(model, torch.zeros(1, 4, 8, 8)).size == (16, 16)
+    # Latents that reach beyond the picture, by half of the last one.
+    reach = 8 * model.family.factor(model)
+    size = reach, reach - model.family.factor(model) // 2
+    assert preview.preview(model, torch.zeros(1, 4, 8, 8), size).size == (16, 15)
     model = replace(model, family=replace(model.family, latent_rgb=colours.SDXL))
     latents = torch.randn(1, 4, 1, 1).expand(1, 4, 8, 8)
     picture = preview.preview(model, latents)

@@ -1,5 +1,6 @@
 """The models folder: what is found in it by name and by hash, and what never is."""
 
+import base64
 import hashlib
 import json
 import os
@@ -8,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
 
 from safelight import cli
+from safelight.adapters.embeddings import EmbeddingFinder
 from safelight.errors import SafelightError
 from safelight.weights import library as module
 from safelight.weights import load_model, plan
@@ -87,6 +90,38 @@ def test_a_file_in_the_root_is_what_its_content_says(root):
     write(root / "notes/a.safetensors", "a folder that no program has")
     found = {(e.kind, e.name) for e in Library(root).entries()}
     assert found == {(k, f"{k}-file") for k in A1111} | {("model", "pixels")}
+
+
+def test_a_lora_of_diffusers_older_names_is_no_model(root):
+    names = [f"unet.down.attn1.processor.to_q_lora.{half}.weight" for half in ("down", "up")]
+    file(root / "old.safetensors", {name: torch.ones(2, 2) for name in names})
+    assert [(e.kind, e.name) for e in Library(root).entries()] == [("lora", "old")]
+
+
+def test_a_picture_with_an_embedding_is_one_and_its_preview_is_not(root, capsys):
+    content = {"string_to_param": {"*": {"TORCHTENSOR": [[0.5] * 24]}}, "name": "its own"}
+    text = base64.b64encode(json.dumps(content).encode()).decode()
+    home = root / "embeddings/styles"
+    home.mkdir(parents=True)
+    for name, texts in (("ink", {"sd-ti-embedding": text}), ("ink.preview", {}), ("moss", {})):
+        Image.new("RGB", (8, 8)).save(home / f"{name}.png", pnginfo=plain_text(texts))
+    Image.new("RGB", (8, 8)).save(root / "a.png", pnginfo=plain_text({"sd-ti-embedding": text}))
+    write(home / "broken.png", "x")
+    library = Library(root)
+    assert [e.name for e in library.entries()] == ["styles/ink"]
+    assert library.find("ink.png", "embedding").path == home / "ink.png"
+    found = EmbeddingFinder(library).located("ink")
+    assert (found.name, found.token, found.widths) == ("ink", "its own", (24,))
+    assert cli.run(["models", "--all", "--models-dir", str(root)]) == 0
+    [line] = [each for each in capsys.readouterr().out.splitlines() if "styles/ink" in each]
+    assert line.endswith("models folder")
+
+
+def plain_text(texts):
+    info = PngImagePlugin.PngInfo()
+    for key, value in texts.items():
+        info.add_text(key, value)
+    return info
 
 
 def test_models_are_found_by_name(root, monkeypatch):

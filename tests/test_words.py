@@ -10,9 +10,16 @@ from safetensors.torch import save_file
 
 import safelight
 from safelight import cli
+from safelight.adapters.embeddings import EmbeddingFinder
+from safelight.adapters.reader import PromptReader
 from safelight.errors import SafelightError
+from safelight.prompt import chunks
 from safelight.recipe import read_recipe, recipe_text
+from safelight.request import Request
 from safelight.weights.digest import digest_file
+from safelight.weights.find import find
+from safelight.weights.library import Library
+from safelight.weights.plan import read_plan
 from weights_tiny import TEXT, text_folder
 
 FAST = ["--steps", "2", "--sampler", "ddim", "--seed", "3"]
@@ -109,6 +116,32 @@ def test_a_lora_brings_its_embeddings_along(model, folder):
     assert same(draw(model, "ale foxglove <lora:garden:1>", prompt_syntax="a1111"), result)
     comfy = {"prompt_syntax": "comfy", "loras": ["garden"]}
     assert same(draw(model, "ale embedding:foxglove", **comfy), result)
+    # What a server sees before it takes a request in, without weights.
+    plan = read_plan(find("tiny", models_dir=folder))
+    reader = PromptReader(plan, EmbeddingFinder(Library(folder)))
+    reader.check(Request(prompt="ale embedding:foxglove", **comfy))
+    with pytest.raises(SafelightError, match="no embedding 'foxglove'"):
+        reader.check(Request(prompt="ale embedding:foxglove", prompt_syntax="comfy"))
+
+
+def test_many_chunks_are_refused_before_they_are_made(folder, monkeypatch):
+    made = []
+    make = chunks.chunks_of
+    monkeypatch.setattr(chunks, "chunks_of", lambda *how: made.append(how) or make(*how))
+    plan = read_plan(find("tiny", models_dir=folder))
+    reader = PromptReader(plan, EmbeddingFinder())
+    asked = {"prompt_syntax": "a1111", "steps": 1000}
+    turns = "[" + "|".join("abcdefg") + "]" + "[" + "|".join("hijklmnopqr") + "]"
+    reader.check(Request(prompt=f"a {turns}", **asked))
+    assert len(made) == 77 + 1  # not of each step; and the empty negative prompt
+    long = " ".join(f"{turns} {letter}" for letter in "abcdefghijklmnopqrstuvwxyz" * 2)
+    for call in (reader.check, reader.describe):
+        made.clear()
+        with pytest.raises(SafelightError, match="more than 512 different chunks"):
+            call(Request(prompt=long, **asked))
+        assert len(made) < 100
+    with pytest.raises(SafelightError, match="at most 4096 are shown"):
+        reader.describe(Request(prompt=f"[a|b] {'ale ' * 40}", **asked))
 
 
 def test_the_negative_prompt_names_them_too(model):
@@ -161,7 +194,15 @@ def test_a_picture_of_an_embedding_is_made_again(run, folder, tmp_path):
     assert f"embedding inkx of SHA-256 {sha256[:9]}" in err
     assert "--embedding" in err
     assert run(*bare, "--embedding", other)[:2] == (0, "0")
+    for given in ("nowhere.pt", "inkx"):
+        code, _, err = run(*bare, "--embedding", given)
+        assert (code, len(err.splitlines())) == (2, 1)
+        assert f"no file '{given}': --embedding takes the path of a file" in err
     other.rename(tmp_path / "empty" / "renamed.safetensors")
+    assert run(*bare)[:2] == (0, "0")
+    # One that came since has the name of a word of the prompt.
+    (tmp_path / "empty" / "embeddings").mkdir()
+    save_file({"emb_params": torch.ones(1, 24) * 9}, tmp_path / "empty/embeddings/ale.safetensors")
     assert run(*bare)[:2] == (0, "0")
 
 

@@ -86,7 +86,9 @@ class Axis:
 
 
 def _value(setting: Setting, text: str) -> Any:
-    if text == "none" and (setting.optional or setting.kind is tuple):
+    can_be_left_out = setting.optional or setting.default in ((), "")
+    # But a prompt is always there: one of the word "none" is that word.
+    if text == "none" and can_be_left_out and setting.name != "prompt":
         return setting.default
     return setting.parse(text)
 

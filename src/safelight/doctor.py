@@ -25,7 +25,7 @@ _INSTRUCTIONS = ("avx2", "avx512_f", "avx512_bf16", "avx512_vnni", "amx_tile", "
 
 def examine() -> dict[str, Any]:
     """What `safelight doctor --json` prints: versions, processor, threads, precision, kernels,
-    memory (bytes), devices, folders, models and advice.
+    memory (bytes, 0 where the system does not tell), devices, folders, models and advice.
     """
     found = {
         "versions": _versions(),
@@ -34,7 +34,7 @@ def examine() -> dict[str, Any]:
         "threads": _threads(),
         "precision": _precision(),
         "kernels": _kernels(),
-        "memory": {"total": memory.total(), "available": _available()},
+        "memory": {"total": memory.total(), "available": memory.free()},
         "devices": _devices(),
         "folders": _folders(),
         "models": _models(),
@@ -57,8 +57,9 @@ def report(found: dict[str, Any]) -> list[str]:
         f"Kernels     SAFELIGHT_KERNELS={found['kernels']['setting']}",
     ]
     lines += [f"            {name}: {state}" for name, state in found["kernels"]["states"].items()]
+    free = f", {has['available'] / 1e9:.1f} GB of it free" if has["available"] else ""
     lines += [
-        f"Memory      {has['total'] / 1e9:.1f} GB, {has['available'] / 1e9:.1f} GB of it free",
+        f"Memory      {has['total'] / 1e9:.1f} GB{free}",
         f"Devices     {', '.join(found['devices'])}",
     ]
     for i, (name, state) in enumerate(found["folders"].items()):
@@ -127,16 +128,6 @@ def _kernels() -> dict[str, Any]:
     return {"setting": setting, "states": states}
 
 
-def _available() -> int:
-    """Bytes of memory that are free; 0 if the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 0
-    sizes = dict(line.split(":") for line in lines)
-    return int(sizes.get("MemAvailable", "0 kB").split()[0]) * 1024
-
-
 def _devices() -> list[str]:
     found = [
         f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())
@@ -149,7 +140,7 @@ def _devices() -> list[str]:
 def _folders() -> dict[str, str]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
     folders = {
         "hub cache": Path(HF_HUB_CACHE),
         "server's data": Path(data) / "safelight",
@@ -159,6 +150,10 @@ def _folders() -> dict[str, str]:
 
 
 def _state(folder: Path) -> str:
+    try:
+        folder = folder.expanduser()
+    except RuntimeError:
+        return "none: there is no home directory"
     there = next((p for p in (folder, *folder.parents) if p.exists()), folder)
     writable = "writable" if os.access(there, os.W_OK) else "not writable"
     try:

@@ -110,6 +110,11 @@ class Model:
         return str(self.dtype).removeprefix("torch.")
 
     @property
+    def configs(self) -> dict[str, Any]:
+        """The config of each network."""
+        return {name: p.config for name, p in self.parts.items() if hasattr(p, "config")}
+
+    @property
     def network(self) -> Any:
         """The network that denoises."""
         return self.parts[self.family.network]

@@ -20,6 +20,7 @@ from PIL import ExifTags, Image, ImageChops, PngImagePlugin
 from safelight import plain_png
 from safelight.bounds import check_structure
 from safelight.errors import SafelightError
+from safelight.paths import expanded
 from safelight.pixels import as_mask, as_rgb, upright
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def open_mask(source: str | Path | bytes, what: str = "mask") -> Image.Image:
 def opened(source: str | Path | bytes, name: str) -> Image.Image:
     """Return the picture with its header read and its size checked, not yet decoded."""
     if not isinstance(source, bytes):
-        source = _read(Path(source), name)
+        source = _read(expanded(source), name)
     check_structure(source, name)
     try:
         with warnings.catch_warnings():
@@ -196,7 +197,7 @@ def output_paths(out: str | Path, seeds: Sequence[int], *, overwrite: bool = Fal
     name-2.png…; `{seed}` in the name is replaced by each picture's seed instead. A name that
     Safelight chooses itself gets the next free number rather than meet a file that exists.
     """
-    path = Path(out)
+    path = expanded(out)
     # Path.is_dir raises for a name that is too long.
     folder = os.path.isdir(path)  # noqa: PTH112
     if path.suffix.lower() in SUFFIXES and not folder:

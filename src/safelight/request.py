@@ -24,7 +24,7 @@ from safelight.keywords import RequestSettings
 from safelight.pixels import as_mask, as_rgb, picture_sha256, resized
 from safelight.request_fields import MAX_SEED, RequestFields, draw_seed
 from safelight.settings import document, settings_of, shown, unknown_setting
-from safelight.sizes import check_size, size_of
+from safelight.sizes import size_of
 
 MAX_PROMPT = 16 * 1024
 STRENGTH = 0.8
@@ -114,6 +114,12 @@ class Request(RequestFields, metaclass=_Listed):
         if value is None:
             return None
         name = info.field_name
+        if value.mode in ("I", "F"):
+            raise SafelightError(
+                f"{name} has PIL's mode {value.mode}, which does not say what white is: bring it "
+                "to 0 to 255 and convert it to L",
+                field=name,
+            )
         try:
             return as_rgb(value) if name == "image" else as_mask(value)
         except (OSError, SyntaxError) as error:  # PIL decodes a file when it is first used
@@ -163,7 +169,7 @@ class Request(RequestFields, metaclass=_Listed):
         from safelight.sampling import SAMPLERS
 
         found: list[str] = []
-        if self.negative_prompt and self.guidance_scale <= 1:
+        if self.negative_prompt and self.guidance_scale <= 1 and not self._is_composed():
             found.append("negative_prompt does nothing at guidance_scale 1 or less: try 7.5")
         if self.strength is not None and self.image is None:
             found.append("strength does nothing without a picture: give image, or leave it out")
@@ -177,6 +183,13 @@ class Request(RequestFields, metaclass=_Listed):
         if self.mask is not None and self.mask.getbbox() is None:
             found.append("mask has no white: nothing of the picture is repainted")
         return found
+
+    def _is_composed(self) -> bool:
+        """Return whether the prompt has AND or a weight as a whole, and so a negative prompt."""
+        from safelight.prompt.dialects import read
+
+        parts = read(self.prompt, self.prompt_syntax, steps=1, emphasis=self.emphasis).parts
+        return len(parts) > 1 or any(part.weight != 1 for part in parts)
 
     @property
     def strength_taken(self) -> float | None:
@@ -245,14 +258,13 @@ class Request(RequestFields, metaclass=_Listed):
     def fitted(self) -> Self:
         """Return the same request with its pictures at the size to draw.
 
-        They are named as they were given, in `to_dict`. Raises SafelightError for a picture that
-        cannot be drawn at its own size, where no other is asked for.
+        They are named as they were given, in `to_dict`. Raises SafelightError for a picture that is
+        too small or too large, where no size is asked for.
         """
         if self.image is None:
             return self
         size = size_of(self.image.size, self.width, self.height)
         if self.image.size == size:
-            check_size(size)
             return self
         pictures = {"image": resized(self.image, size)}
         if self.mask is not None:

@@ -189,7 +189,9 @@ class Setting:
         return "\n".join(value) if self.kind is tuple else value
 
     def schema(self) -> dict[str, Any]:
-        """The setting in JSON Schema's own keywords. A picture is a string of base64."""
+        """The setting in JSON Schema's own keywords. A picture is a string of base64, and null is
+        to leave the setting out.
+        """
         kinds = {str: "string", int: "integer", float: "number", bool: "boolean", None: "string"}
         kinds |= {tuple: "array"}
         plain: dict[str, Any] = {"type": kinds[self.kind]}
@@ -203,8 +205,7 @@ class Setting:
             plain["maximum"] = self.highest
         if self.multiple is not None:
             plain["multipleOf"] = self.multiple
-        if self.optional:
-            plain = {"anyOf": [plain, {"type": "null"}]}
+        plain = {"anyOf": [plain, {"type": "null"}]}
         accepts = self.accepts if self.kind else "a PNG, JPEG or WebP picture in base64"
         plain["description"] = f"{self.description}: {accepts} (left out: {self.left_out})"
         if self.default is not None and self.kind is not None and not callable(self.default):

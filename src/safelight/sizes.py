@@ -32,25 +32,25 @@ def drawable_size(size: tuple[int, int], native: tuple[int, int]) -> tuple[int, 
 def size_of(picture: tuple[int, int], width: int | None, height: int | None) -> tuple[int, int]:
     """Return the width and height to draw a picture at that is started from.
 
-    Where one side is asked for, the other keeps the picture's proportions.
+    Where one side is asked for, the other keeps the picture's proportions; where none is, both are
+    the nearest multiples of SIDE_STEP. Raises SafelightError for a picture that is too small or
+    too large for that.
     """
     if width is None and height is None:
-        return picture
+        near = (
+            round(picture[0] / SIDE_STEP) * SIDE_STEP,
+            round(picture[1] / SIDE_STEP) * SIDE_STEP,
+        )
+        if MIN_SIDE <= min(near) <= max(near) <= MAX_SIDE:
+            return near
+        # A photo at MAX_SIDE takes hours on a CPU, which somebody should ask for.
+        wide, high = allowed_size(picture)
+        raise SafelightError(
+            f"image is {picture[0]}x{picture[1]}; sides must be from {MIN_SIDE} to {MAX_SIDE}: "
+            f"ask for width {wide} and height {high} to have it resized",
+            field="image",
+        )
     if width is not None and height is not None:
         return width, height
     scale = width / picture[0] if width is not None else (height or picture[1]) / picture[1]
     return width or allowed_side(picture[0] * scale), height or allowed_side(picture[1] * scale)
-
-
-def check_size(size: tuple[int, int]) -> None:
-    """Raise SafelightError for a picture that cannot be drawn at its own size."""
-    width, height = size
-    sides_fit = not (width % SIDE_STEP or height % SIDE_STEP)
-    if not sides_fit or not MIN_SIDE <= min(size) <= max(size) <= MAX_SIDE:
-        near = [allowed_side(side) for side in size]
-        raise SafelightError(
-            f"image is {width}x{height}; sides must be multiples of {SIDE_STEP} from "
-            f"{MIN_SIDE} to {MAX_SIDE}: ask for width {near[0]} and height {near[1]} to have "
-            "it resized",
-            field="image",
-        )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from safelight.errors import AwayError, SafelightError, StorageError
+from safelight.paths import expanded
 from safelight.picture import reason, save_whole
 
 CHUNK = 4 << 20
@@ -37,7 +38,7 @@ def storage_at(where: str | Path) -> Storage:
     text = str(where)
     if text.startswith("file://"):
         text = text.removeprefix("file://")
-    return Remote(text) if "://" in text else Folder(Path(text))
+    return Remote(text) if "://" in text else Folder(expanded(text))
 
 
 def checked(given: str) -> str:
@@ -48,7 +49,7 @@ def checked(given: str) -> str:
     """
     scheme, mark, rest = given.partition("://")
     if not mark:
-        return str(Path(given).resolve())
+        return str(expanded(given).resolve())
     if "@" in rest.partition("/")[0]:
         raise SafelightError(
             "--storage must be a URL without credentials: those of S3 are taken from "
@@ -254,11 +255,16 @@ class Remote(Storage):
         self._do(lambda: self.fs.pipe_file(self._place(name), data))
 
     def write_with(self, name: str, write: Callable[[BinaryIO], object]) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            here = Path(folder) / "file"
-            with here.open("wb") as file:
-                write(file)
-            self._do(lambda: self.fs.put_file(str(here), self._place(name)))
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                here = Path(folder) / "file"
+                with here.open("wb") as file:
+                    write(file)
+                self._do(lambda: self.fs.put_file(str(here), self._place(name)))
+        except OSError as error:
+            raise StorageError(
+                f"the folder for temporary files cannot be used: {reason(error)}"
+            ) from None
 
     def read(self, name: str) -> bytes | None:
         return self._do(lambda: self.fs.cat_file(self.path(name)), missing=None)

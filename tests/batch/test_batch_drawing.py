@@ -150,7 +150,7 @@ def test_a_fault_of_every_row_ends_the_run(model, monkeypatch: pytest.MonkeyPatc
         raise RuntimeError("boom")
 
     monkeypatch.setattr(Engine, "add", failing)
-    many = rows([{"id": i} for i in range(20)])
+    many = rows([{"id": i, "prompt": "a cat"} for i in range(20)])
     with pytest.raises(RuntimeError, match="boom"):
         list(drawer(model).draw(many))
 
@@ -171,7 +171,7 @@ def test_an_estimate_grows_with_the_work(model, monkeypatch: pytest.MonkeyPatch)
     values += [{"id": "x", "width": 512, "height": 512, "guidance_scale": 1.0, "count": 2}]
     with WorkList() as work:
         columns = [Columns(i, one) for i, one in enumerate(values, 1)]
-        assert not list(work.fill(columns, Rules(defaults=FEW)))
+        assert not list(work.fill(columns, Rules(defaults={"prompt": "a cat", **FEW})))
         found = estimate(work, "embedded", EXACT, print)
     # Measured: two of one unit and one of eight, in 6 seconds; all are eleven units.
     assert (found.rows, found.seconds) == (4, pytest.approx(6 * 11 / 10))

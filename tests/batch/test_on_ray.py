@@ -1,13 +1,16 @@
 """What is ours around Ray: how many workers, and rows whose workers die. Ray itself: tests/soak."""
 
+import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from safelight.batch.check import Row, Rules
-from safelight.batch.on_ray import Cluster, _Crew
+from safelight.batch.on_ray import Cluster, DrawingActor, _Crew
 from safelight.batch.output import Outcome
 from safelight.batch.rows import Columns
 from safelight.batch.run import How
@@ -63,9 +66,23 @@ def test_rows_whose_workers_die_are_tried_alone_and_then_fail(monkeypatch: pytes
                 yield from (Outcome(row.id, row.name, {"line": row.line}) for row in task)
 
     monkeypatch.setattr(_Crew, "_draw", draw)
-    rows = [Rules().row(i, Columns(i, {"id": str(i)})) for i in range(1, 7)]
+    rules = Rules(defaults={"prompt": "a cat"})
+    rows = [rules.row(i, Columns(i, {"id": str(i)})) for i in range(1, 7)]
     made = list(_Crew(1, 1, 1, 0).draw_all("embedded", How(), rows, 2))
     assert tasks == [["1", "2"], ["3", "4"], ["5", "6"], ["3"], ["4"]]
     assert [one.row_id for one in made] == ["1", "2", "5", "6", "4", "3"]
     failed = [(one.row_id, one.error[0]) for one in made if one.error is not None]
     assert failed == [("3", "worker_died")]
+
+
+@pytest.mark.parametrize("spares", [True, False])
+def test_a_model_that_cannot_be_loaded_fails_its_own_rows(spares: bool):
+    """Where there are other models; else it ends the batch, as in one process."""
+    values = {"prompt": "a cat", "model": "/none"}
+    rows = [Rules().row(i, Columns(i, values)) for i in (1, 2)]
+    table = pa.table({"row": [json.dumps(asdict(row)) for row in rows]})
+    made = list(DrawingActor("/none", How({"device": "cpu"}), spares)(table))
+    told = [json.loads(one["outcome"][0].as_py()) for one in made]
+    assert [(one["row_id"], one["error"][0]) for one in told] == (
+        [("1", "no_model"), ("2", "no_model")] if spares else [("1", "fatal")]
+    )

@@ -3,10 +3,11 @@
 import io
 import json
 import os
+import sys
 import tarfile
 import uuid
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import pytest
 from safelight.batch.check import Rules
 from safelight.batch.lines import Lines
 from safelight.batch.output import Outcome, Output
-from safelight.batch.run import How, Job, run
+from safelight.batch.run import How, Job, leave_out_done, read, run
+from safelight.batch.worklist import WorkList
 from safelight.errors import SafelightError
-from safelight.storage import Folder, Remote, storage_at
+from safelight.storage import Folder, Remote, Storage, storage_at
 
 ROWS = 7
 
@@ -41,7 +43,7 @@ def out(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def job(file: str, out: str, **more: Any) -> Job:
-    return Job(file, out, Rules(), How(), **more)
+    return Job(file, out, Rules(defaults={"prompt": "a cat"}), How(), **more)
 
 
 def draw(work: Any, how: How, tell: object) -> Generator[Outcome]:
@@ -245,5 +247,120 @@ def test_no_rows_and_no_model_are_errors(tmp_path: Path):
     with pytest.raises(SafelightError, match="no row in the file"):
         run(job(str(path), str(tmp_path / "out")), draw)
     path.write_text('{"model": "none"}\n')
-    with pytest.raises(SafelightError, match="no model 'none'"):
-        run(job(str(path), str(tmp_path / "out")), draw)
+    for skip in (False, True):
+        with pytest.raises(SafelightError, match=r"^no model 'none'"):
+            run(job(str(path), str(tmp_path / "out"), skip_invalid=skip), draw)
+
+
+def test_a_model_that_is_not_there_fails_its_own_rows(file: str, out: str):
+    text = Path(file).read_text()
+    Path(file).write_text('{"id": "a", "model": "none"}\n' + text)
+    with pytest.raises(
+        SafelightError, match=r"^1 rows are not valid .*: line 1: .*no model 'none'"
+    ):
+        run(job(file, out), draw)
+    report = run(job(file, out, skip_invalid=True), draw)
+    assert (report.rows, report.drawn, report.failed) == (9, 7, 2)
+
+
+def test_what_parquet_needs_is_missed_before_the_work(
+    file: str, out: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for more in ({"index": "parquet"}, {"shards": "parquet"}):
+        with pytest.raises(SafelightError, match="Parquet needs pyarrow"):
+            run(job(file, out, **more), draw)
+    assert not storage_at(out).names()
+
+
+def test_looking_changes_nothing(file: str, out: str):
+    """As before a dry run, in a folder that a run has left in a mess."""
+    for kind in (None, "webdataset"):
+        asked = job(file, f"{out}-{kind}", shards=kind, shard_rows=3)
+        run(asked, draw)
+        storage = storage_at(asked.out)
+        if kind is None:
+            storage.remove(["pictures/row%201@2.png"])
+            storage.write("pictures/.safelight-0.part", b"half")
+        storage.write("index.jsonl", (storage.read("index.jsonl") or b"")[:-5])
+        storage.write("pending/9.png", b"a picture")
+
+        def all_of(storage: Storage = storage) -> dict[str, bytes | None]:
+            folders = ("", "pictures/", "pending/", "shards/")
+            names = [f"{f}{name}" for f in folders for name in storage.names(f.rstrip("/"))]
+            return {name: storage.read(name) for name in names}
+
+        before = all_of()
+        with WorkList() as work:
+            read(asked, work)
+            leave_out_done(asked, work)
+            assert 0 < work.count(done=True) < ROWS
+        assert all_of() == before
+        if kind is None:
+            storage.remove(["pending/9.png"])
+        run(asked, draw)
+        assert found(asked) == WANTED
+
+
+def outcome(number: int) -> Outcome:
+    record = {"id": str(number), "line": number, "model": "m", "request": "x", "warnings": []}
+    recipe = {"size": [8, 8], "settings": {"prompt": "", "negative_prompt": "", "seed": 1}}
+    return Outcome(str(number), str(number), record, [b"picture %d" % number], [recipe])
+
+
+def output(storage: Storage) -> Output:
+    """Open a folder for writing, as a run does; all rows are done or not, as it says."""
+    made = Output(storage, {}, shards="webdataset", shard_rows=3)
+    with WorkList() as work:
+        made.resume(work)
+    made.begin([])
+    return made
+
+
+def test_two_kills_lose_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One while a shard is written, one as its waiting rows are removed."""
+    storage = Folder(tmp_path)
+    first = output(storage)
+
+    def killed(*_: Any) -> None:
+        raise KilledError
+
+    monkeypatch.setattr(first._shards, "_write", killed)
+    for number in (1, 2, 3):
+        first.keep(outcome(number))
+    with pytest.raises(KilledError):
+        first.keep(outcome(4))
+    remove = storage.remove
+    second = output(storage)
+
+    def remove_one(names: Iterable[str]) -> None:
+        remove([next(iter(names))])
+        raise KilledError
+
+    monkeypatch.setattr(storage, "remove", remove_one)
+    with pytest.raises(KilledError):
+        second.keep(outcome(4))
+    monkeypatch.setattr(storage, "remove", remove)
+    third = output(storage)
+    for number in (4, 5):
+        third.keep(outcome(number))
+    third.finish()
+    inside = [pictures_of("webdataset", (storage.read(f"shards/{n}") or b""))
+        for n in sorted(storage.names("shards"))]  # fmt: skip
+    assert [sorted(one) for one in inside] == [["1.png", "2.png", "3.png"], ["4.png", "5.png"]]
+    assert all(data == b"picture " + n[:1].encode() for one in inside for n, data in one.items())
+    assert not storage.names("pending")
+
+
+def test_a_waiting_row_whose_picture_is_gone_is_drawn_again(tmp_path: Path):
+    storage = Folder(tmp_path)
+    first = output(storage)
+    for number in (1, 2):
+        first.keep(outcome(number))
+    storage.remove(["pending/1.png"])
+    with pytest.raises(SafelightError, match=r"pending/1\.png is gone .*: start the same command"):
+        first.finish()
+    second = output(storage)
+    assert second._shards is not None
+    assert [*second._shards.pending()] == ["2"]
+    assert storage.names("pending") == {"2.png", "2.json"}

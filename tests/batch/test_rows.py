@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def settings(file: str, **rules: Any) -> dict[str, dict[str, Any]]:
 
 
 def row(values: dict[str, Any], number: int = 1, **rules: Any) -> Row:
-    return Rules(**rules).row(number, Columns(number, values))
+    given = {"prompt": "a cat", **values}
+    return Rules(**rules).row(number, Columns(number, given))
 
 
 @pytest.mark.parametrize("end", ["jsonl", "jsonl.gz", "csv", "tsv", "parquet"])
@@ -63,9 +65,10 @@ def test_three_formats_say_the_same(tmp_path: Path, end: str):
 
 
 def test_integers_that_pandas_made_floats_are_integers_again(tmp_path: Path):
-    table = pa.table({"id": [1.0, 2.0], "steps": [4.0, float("nan")]})
+    table = pa.table({"id": [1.0, 2.0], "steps": [4.0, float("nan")], "prompt": ["", ""]})
     pq.write_table(table, tmp_path / "rows.parquet")
     found = settings(str(tmp_path / "rows.parquet"))
+    assert [one.pop("prompt") for one in found.values()] == ["", ""]
     assert found == {"1": {"steps": 4, "seed": seed_of("1")}, "2": {"seed": seed_of("2")}}
 
 
@@ -104,6 +107,10 @@ def test_a_row_comes_before_the_command_line_and_a_template_before_the_row():
         ({"image": 3}, {}, "image must be the path of a picture"),
         ({"mask": "none.png"}, {}, "mask: there is no file"),
         ({"model": 3}, {}, "model must be a name"),
+        ({"model": 0}, {}, "model must be a name, not 0"),
+        ({"model": []}, {}, "model must be a name"),
+        ({"model": "\ud800"}, {}, "model must be a name, not '\\ud800'"),
+        ({"id": ""}, {"id_column": "id"}, "column 'id', the row's id, is missing or empty"),
         ({"unconditional": True, "prompt": "x"}, {}, "prompt cannot be used with unconditional"),
     ],
 )
@@ -127,6 +134,66 @@ def test_pictures_are_named_by_paths_beside_the_file(tmp_path: Path):
     assert request.image.getpixel((0, 0)) == (255, 0, 0)
     with pytest.raises(SafelightError, match="give image as well"):
         row({"mask": "a.png"}, folder=tmp_path)
+
+
+def test_a_row_without_a_prompt_is_refused_and_an_empty_one_skipped(tmp_path: Path):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,steps,negative_prompt\na cat,2,\n,,\n,3,ugly\n")
+    with WorkList() as work:
+        (problem,) = work.fill(read_rows(str(path)), Rules())
+        assert work.count() == 1
+    assert (problem.line, problem.message.partition(":")[0]) == (4, "prompt is missing")
+    for values in ({"unconditional": True}, {"prompt": ""}):
+        assert Rules().row(1, Columns(1, values))
+
+
+def test_an_empty_id_is_none():
+    assert row({"id": ""}, number=4).name == "4"
+
+
+def test_a_row_that_no_encoding_has_is_a_problem_that_one_has():
+    values = {"id": "\ud800", "prompt": "a cat"}
+    with WorkList() as work:
+        (problem,) = work.fill([Columns(1, values)], Rules())
+    assert problem.row_id.encode() == b"?"
+
+
+def test_ignored_columns_are_left_out_even_those_of_settings():
+    values = {"id": "a", "seed": 5, "model": "none", "steps": 3, "note": 1}
+    ignored = frozenset({"id", "seed", "model", "note"})
+    made = row(values, number=7, ignored=ignored, templates={"prompt": "{note}"})
+    assert (made.id, made.model) == ("7", "embedded")
+    assert made.settings == {"prompt": "1", "steps": 3, "seed": seed_of("7")}
+    made = row({"prompt": "x"}, id_column="prompt", ignored=frozenset({"prompt"}),
+        templates={"prompt": "a {prompt}"})  # fmt: skip
+    assert (made.id, made.settings["prompt"]) == ("x", "a x")
+
+
+def test_a_template_of_the_model_comes_before_its_column():
+    values = {"kind": "embedded", "model": "none"}
+    assert row(values, templates={"model": "{kind}"}).model == "embedded"
+
+
+def test_a_digest_tells_what_a_picture_shows_and_not_where_it_is(tmp_path: Path):
+    for name, colour in (("a", "red"), ("b", "red"), ("c", "blue")):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (64, 64), colour).save(tmp_path / name / "x.png")
+
+    def digest(folder: str) -> str:
+        return row({"image": "x.png"}, folder=tmp_path / folder).digest
+
+    before = digest("a")
+    assert digest("b") == before != digest("c")
+    Image.new("RGB", (64, 64), "blue").save(tmp_path / "a" / "x.png")
+    os.utime(tmp_path / "a" / "x.png", (1, 1))
+    assert digest("a") == digest("c")
+
+
+def test_a_digest_is_the_same_in_every_format(tmp_path: Path):
+    rows = [{"id": "a", "prompt": "a cat", "guidance_scale": 7, "loras": ["x:0.5"]}]
+    files = [write(tmp_path / f"rows.{end}", rows) for end in ("jsonl", "csv", "parquet")]
+    made = [Rules().row(1, columns) for file in files for columns in read_rows(file)]
+    assert len({one.digest for one in made}) == 1
 
 
 def test_a_seed_depends_on_the_id_alone():
@@ -155,6 +222,9 @@ def test_names_of_files_are_one_to_one_and_harmless():
         ("rows.parquet", "no", "is not Parquet"),
         ("rows.jsonl", b"\xff\xfe{", "not text in UTF-8"),
         ("rows.jsonl.gz", "no", "cannot be read"),
+        ("rows.jsonl.xz", "no", "cannot be read"),
+        ("rows.jsonl.gz", gzip.compress(b"{}")[:10] + b"damaged", "cannot be read"),
+        ("rows.csv.zip", "no", "cannot be read"),
         ("none://x/rows.jsonl", None, "cannot be read"),
     ],
 )
@@ -170,9 +240,10 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, name: str, text,
 def test_every_problem_has_its_line(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
     lines = ['{"id": "a"}', "", "{no", "[1]", '{"id": "a"}', '{"id": "A"}', '{"steps": 0}']
+    rules = Rules(defaults={"prompt": "a cat"})
     path.write_text("\n".join(lines))
     with WorkList() as work:
-        problems = list(work.fill(read_rows(str(path)), Rules()))
+        problems = list(work.fill(read_rows(str(path)), rules))
         assert work.count() == 1
     assert [p.line for p in problems] == [3, 4, 5, 6, 7]
     assert [p.code for p in problems] == [
@@ -195,7 +266,8 @@ def test_rows_come_by_model_and_size():
         [("b", 64), ("a", 128), ("b", 72), ("a", 64), ("a", 128)]
     )]  # fmt: skip
     with WorkList() as work:
-        assert not list(work.fill([Columns(i, v) for i, v in enumerate(values, 1)], Rules()))
+        rules = Rules(defaults={"prompt": "a cat"})
+        assert not list(work.fill([Columns(i, v) for i, v in enumerate(values, 1)], rules))
         assert work.models() == [("a", 3), ("b", 2)]
         assert [r.id for m, _ in work.models() for r in work.rows(m)] == ["3", "1", "4", "0", "2"]
         assert [r.id for r in work.sample("a", 3)] == ["3", "1", "4"]

@@ -201,6 +201,25 @@ def test_models_of_other_shapes_are_folders(tmp_path):
     assert not (tmp_path / "x.safetensors").exists()
 
 
+def test_a_folder_brings_its_credits_and_its_decoder_of_previews(files, tmp_path):
+    folder = tmp_path / "folder"
+    convert(files["sd2"], folder)
+    (folder / "NOTICE").write_text("by someone")
+    (folder / "preview_vae").mkdir()
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        (folder / "preview_vae" / name).write_text(name)
+    assert convert(folder, tmp_path / "again") == []
+    for name in ("NOTICE", "preview_vae/config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+    assert len([*(tmp_path / "again" / "preview_vae").iterdir()]) == 2
+    (told,) = convert(folder, tmp_path / "x.safetensors")
+    assert told == "one file does not hold the model's NOTICE and preview_vae"
+    # Of other latents it would make nothing.
+    convert(folder, tmp_path / "other", vae=files["sd2"])
+    assert (tmp_path / "other" / "NOTICE").is_file()
+    assert not (tmp_path / "other" / "preview_vae").exists()
+
+
 def test_what_one_file_does_not_hold_is_told(files, tmp_path, capsys):
     folder = tmp_path / "folder"
     convert(files["sd2"], folder)
@@ -224,6 +243,12 @@ def refused(call, *words) -> None:
     assert line.isprintable()
     for word in words:
         assert word in line, line
+
+
+@pytest.mark.parametrize("ending", ["ckpt", "PT", "bin"])
+def test_other_files_of_weights_are_not_written(tmp_path, ending):
+    refused(lambda: convert("embedded", tmp_path / f"x.{ending}"), "must end in .safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_overwritten_unasked(files, tmp_path):

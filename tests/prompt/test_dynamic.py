@@ -41,6 +41,7 @@ def test_wildcards(tmp_path):
     (tmp_path / "sub/of.txt").write_text("a __animal__\n")
     (tmp_path / "loop.txt").write_text("__loop__ __loop__\n")
     (tmp_path / "empty.txt").write_text("# none\n")
+    (tmp_path / "latin.txt").write_bytes("caf\xe9\n".encode("latin-1"))
     (tmp_path.parent / "outside.txt").write_text("secret")
     assert set(drawn("__animal__", wildcards=tmp_path)) == {"cat", "big dog", "small dog"}
     assert "a cat" in drawn("__sub/of__", wildcards=tmp_path)
@@ -48,6 +49,7 @@ def test_wildcards(tmp_path):
         ("__bird__", "there are: animal"),
         ("__loop__", "20 deep"),
         ("__empty__", "no lines"),
+        ("__latin__", "wildcard latin.txt is not UTF-8: save it as UTF-8"),
     ):
         with pytest.raises(SafelightError, match=said):
             draw([text], 1, tmp_path)

@@ -310,3 +310,16 @@ def test_another_width_names_what_would_fit(tmp_path):
         "this model reads 768 and 1280 (SDXL)"
     )
     assert caught.value.field == "embeddings"
+
+
+def test_half_of_an_embedding_for_two_text_encoders_is_refused(tmp_path):
+    vectors = {"clip_l": torch.zeros(2, 768), "clip_g": torch.zeros(2, 1280)}
+    save_file(vectors, tmp_path / "ink.safetensors")
+    torch.save([{"x": one[:1]} for one in vectors.values()], tmp_path / "list.pt")
+    for name in ("ink.safetensors", "list.pt"):
+        found = look_at(tmp_path / name)
+        with pytest.raises(
+            SafelightError, match=r"768 and 1280 numbers \(SDXL\); this model reads"
+        ):
+            found.fitting({"text_encoder": 768})
+        assert found.fitting({"text_encoder_2": 1280})["text_encoder_2"].width == 1280  # a refiner

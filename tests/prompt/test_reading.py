@@ -5,6 +5,7 @@ import gc
 import os
 import random
 import time
+from itertools import pairwise
 
 import pytest
 
@@ -13,6 +14,8 @@ from safelight.prompt import a1111, comfy, compel
 from safelight.prompt.dialects import read
 from safelight.prompt.reading import Piece
 from safelight.prompt.schedule import stages_of
+from safelight.prompt.show import describe
+from safelight.prompt.tokenizer import clip_tokenizer
 from tests.prompt import reference
 
 
@@ -104,6 +107,28 @@ def test_schedules_are_what_an_earley_parser_of_the_grammar_finds():
         assert found == reference.a1111_schedule(text, 10), text
         scheduled += len(found) > 1
     assert scheduled > 10
+
+
+@pytest.mark.parametrize(
+    ("text", "steps", "wanted"),
+    [
+        ("[a:b:5]", 10, "aaaaaabbbb"),
+        ("[a:b:0.5]", 10, "aaaaaabbbb"),
+        ("[a|b]", 6, "aababa"),
+        ("[a:b:0]", 3, "bbb"),
+        ("[a:b:9]", 10, "a" * 10),
+        ("[a:b:1]", 1, "a"),
+    ],
+)
+def test_stages_change_at_the_steps_of_the_web_ui(text, steps, wanted):
+    [part] = read(text, "a1111", steps=steps).parts
+    stages = [part.stages[part.index_at(step)] for step in range(1, steps + 1)]
+    assert "".join(next(stage.pieces).text for stage in stages) == wanted
+    # The web UI takes the first stage of its table that ends at or after a step, counted from 0.
+    table = reference.a1111_schedule(text, steps)
+    assert wanted == "".join(next(t for e, t in table if step <= e) for step in range(steps))
+    shown = describe(read(text, "a1111", steps=steps), clip_tokenizer("!", 77), "a1111")
+    assert len(shown["parts"][0]["stages"]) == 1 + sum(a != b for a, b in pairwise(wanted[1:]))
 
 
 def test_break_and_its_blanks():

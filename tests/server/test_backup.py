@@ -97,7 +97,8 @@ def test_there_and_back(years: Years, tmp_path: Path, postgres: str) -> None:
         assert contents(tmp_path / name) == files
         assert not (tmp_path / name / "restore.unfinished").exists()
         again, store = start(tmp_path / name, there)
-        assert again.pictures() == {picture.id for job in store.list() for picture in job.pictures}
+        drawn = {picture.id for job in store.list()[0] for picture in job.pictures}
+        assert again.pictures() == drawn
         assert store.counts() == {"succeeded": 1, "failed": 1, "cancelled": 1, "queued": 1}
         store.close()
 
@@ -229,12 +230,31 @@ def test_a_restore_that_was_cut_off(
     assert contents(tmp_path / "again") == contents(root)
 
 
+def test_a_restore_to_a_database_that_was_cut_off(
+    drawn: tuple[Path, set[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, postgres: str
+) -> None:
+    root, _ = drawn
+    back_up(root, f"sqlite:///{root / 'jobs.sqlite3'}", tmp_path / "backup")
+    empty(postgres)
+
+    def cut_off(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshot, "select", cut_off)  # before the first row is read
+        with pytest.raises(KeyboardInterrupt):
+            restore(tmp_path / "backup", tmp_path / "again", postgres)
+    assert rows(postgres) == {}
+    restore(tmp_path / "backup", tmp_path / "again", postgres)
+    assert rows(postgres)["jobs"]
+
+
 def test_jobs_that_are_deleted_meanwhile(
     years: Years, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their rows are taken out again; a picture that was lost before is told of."""
     url = years.store.engine.url.render_as_string(hide_password=False)
-    going, damaged, *_ = [job for job in years.store.list() if job.pictures]
+    going, damaged, *_ = [job for job in years.store.list()[0] if job.pictures]
     years.files.remove_pictures([damaged.pictures[0].id])
     real: Any = snapshot.take
 
@@ -305,7 +325,7 @@ def test_under_load(tmp_path: Path) -> None:
         for path in (again / "pictures").iterdir():
             with Image.open(path) as image:
                 image.load()
-        for job in store.list(limit=1000):
+        for job in store.list(limit=1000)[0]:
             assert files.input(job.id, "image") is not None
         store.close()
         assert not list((again / "quarantine").rglob("*.png"))

@@ -104,12 +104,16 @@ def test_a_cancelled_wait_keeps_no_place() -> None:
 def test_a_large_body_is_taken_apart() -> None:
     picture = bytes(range(256)) * 5000
     text = base64.b64encode(picture).decode()
-    sent = json.dumps({"prompt": "a", "image": text, "init_images": [text], "text": "x" * 20_001})
+    within_objects = {"scripts": {"net": {"args": [{"image": text, "weight": 1}, "x" * 20_001]}}}
+    body = {"prompt": "a", "image": text, "init_images": [text], "text": "x" * 20_001}
+    sent = json.dumps(body | within_objects)
     reduced, one, two = within(lambda d: d.call("safelight.server.caged:body", [sent.encode()]))
     assert (one, two) == (picture, picture)
     assert reduced["prompt"] == "a"
     assert reduced["text"] == "x" * 20_001
     assert (reduced["image"], reduced["init_images"]) == ({"": 0}, [{"": 1}])
+    # Pictures for a web UI's extensions are read by nobody.
+    assert reduced["scripts"]["net"]["args"] == [{"image": None, "weight": 1}, "x" * 20_001]
 
 
 def test_a_body_that_was_read_is_freed_at_once() -> None:

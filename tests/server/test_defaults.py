@@ -22,6 +22,7 @@ from safelight.picture import open_picture
 from safelight.recipe import read_recipe
 from safelight.request import Request
 from safelight.server.apis.sdapi_shapes import TextToImage, understand
+from safelight.settings import settings_of
 
 
 def test_a_server_fills_in_what_a_model_draws_best_with(tmp_path: Path) -> None:
@@ -164,15 +165,59 @@ def test_those_of_a_model_that_is_elsewhere_are_left_to_whoever_draws_it(
 
 
 def test_null_is_left_out(tmp_path: Path) -> None:
-    nothing = {"steps": None, "guidance_start": None, "linears": None, "seed": None, "image": None}
+    nothing = dict.fromkeys({*settings_of(Request)} - {"prompt"})
     with Inside(tmp_path / "data", draws=False) as server:
         sent = "POST", "/api/jobs", {"prompt": "a cat", **nothing}
         first, again = (server.ask(*sent, idempotency_key="k").json() for _ in range(2))
         assert first["settings"]["steps"] == 20
         assert first["settings"]["guidance_start"] == 0.25
         assert again["id"] == first["id"]
-        refused = server.ask("POST", "/api/jobs", {"prompt": None})
-        assert (refused.status, refused.json()["field"]) == (422, "prompt")
+        assert (first["settings"]["sampler"], first["settings"]["guidance_scale"]) == (
+            "dpmpp_2m",
+            4.0,
+        )
+        assert server.ask("POST", "/api/jobs", {"prompt": None}).json()["settings"]["prompt"] == ""
+        refused = server.ask("POST", "/api/jobs", {"promt": None})
+        assert (refused.status, refused.json()["field"]) == (422, "promt")
+        nothing = {"negative_prompt": None, "steps": None, "embeddings": None}
+        assert server.ask("POST", "/api/tokens", {"prompt": "a cat", **nothing}).status == 200
+
+
+def test_steps_of_a_schedule_are_the_model_s(tmp_path: Path) -> None:
+    asked = {"prompt": "a [cat:dog:0.5]", "prompt_syntax": "a1111"}
+    with Inside(tmp_path / "data", draws=False) as server:
+        for body, steps in (({}, 20), ({"model": "embedded-fast"}, 4), ({"steps": 50}, 50)):
+            told = server.ask("POST", "/api/tokens", {**asked, **body}).json()["prompt"]
+            stages = told["parts"][0]["stages"]
+            assert [stage["until"] for stage in stages] == [steps // 2 + 1, steps]
+
+
+def test_what_the_headers_rule_out_is_refused_at_once(tmp_path: Path) -> None:
+    noise = {"model": "embedded-unconditional"}
+    chosen = {"override_settings": {"sd_model_checkpoint": noise["model"]}}
+    skipped = {"override_settings": {"CLIP_stop_at_last_layers": 12}}
+    with Inside(tmp_path / "data", draws=False) as server:
+        for name, side in (("embedded", 256), (noise["model"], 64)):  # as a worker says it
+            facts = {"name": name, "width": side, "height": side}
+            server.hub.catalogue.on_message("loaded", [name, facts])
+        server.hub.catalogue.arrived.set()
+        for path, body, status, line in (
+            ("/api/jobs", {"clip_skip": 12}, 422, "clip_skip must be at most 4"),
+            ("/api/jobs", {"cache_branch": 99}, 422, "cache_branch must be at most"),
+            ("/api/jobs", {"unconditional": True, "prompt": ""}, 422, "draws from words"),
+            ("/api/jobs", noise, 422, "embedded-unconditional draws from noise alone"),
+            ("/sdapi/v1/txt2img", skipped, 422, "CLIP_stop_at_last_layers must be at most 4"),
+            ("/sdapi/v1/txt2img", {"clip_skip": 12}, 422, "clip_skip must be at most 4"),
+            ("/sdapi/v1/txt2img", chosen, 422, "embedded-unconditional draws from noise alone"),
+            ("/v1/images/generations", {"clip_skip": 12}, 400, '"param":"clip_skip"'),
+            ("/v1/images/generations", noise, 400, "model must be one that reads a prompt"),
+        ):
+            answer = server.ask("POST", path, {"prompt": "a cat", **body})
+            assert (answer.status, line in answer.body.decode()) == (status, True), answer.body
+        listed = server.ask("GET", "/v1/models").json()["data"]
+        assert [one["id"] for one in listed] == ["embedded", "embedded-fast"]
+        assert server.ask("GET", "/v1/models/embedded-unconditional").status == 404
+        assert server.ask("POST", "/api/jobs", {**noise, "unconditional": True}).status == 202
 
 
 def test_where_guidance_begins_may_lie_after_where_a_model_ends_it() -> None:

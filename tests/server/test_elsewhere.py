@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import tempfile
 import threading
 import uuid
 from collections.abc import Iterator
@@ -176,7 +177,7 @@ def test_a_storage_that_was_emptied_takes_nothing(begun: Begun) -> None:
 def test_retention_by_size(begun: Begun) -> None:
     for _ in range(3):
         draw(begun.files, begun.store, 2)
-    first = min(begun.store.list(), key=lambda job: job.created_at)
+    first = min(begun.store.list()[0], key=lambda job: job.created_at)
     size = begun.files.total_size()
     kept = Retention(begun.files, begun.store, Keep(size=size - 1))
     kept.look()
@@ -186,7 +187,7 @@ def test_retention_by_size(begun: Begun) -> None:
         db.execute(text("UPDATE jobs SET expires = 1 WHERE expires > 0"))
     kept.look()
     assert (kept.freed.jobs, kept.freed.pictures, kept.freed.size) == (1, 2, size // 3)
-    left = {picture.id for job in begun.store.list() for picture in job.pictures}
+    left = {picture.id for job in begun.store.list()[0] for picture in job.pictures}
     assert begun.files.pictures() == left
     assert not left & {picture.id for picture in first.pictures}
 
@@ -321,6 +322,21 @@ def test_a_worker_that_waits_for_a_store_is_not_taken_for_hung() -> None:
     with pytest.raises(AwayError):
         elsewhere._stored(lambda: (_ for _ in ()).throw(AwayError("away")))
     assert Waiting("/here")._stored(threading.get_ident) == threading.get_ident()
+
+
+@pytest.mark.parametrize("how", ["full", "nowhere"])
+def test_a_temporary_folder_that_cannot_be_used_is_waited_for(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker waits for a StorageError; anything else would end it."""
+
+    def write(file: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    if how == "nowhere":
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(StorageError, match="the folder for temporary files cannot be used: "):
+        storage_at(f"memory://{uuid.uuid4().hex}").write_with("a", write)
 
 
 QUICK: dict[str, Any] = {"prompt": "a cat", "steps": 2, "sampler": "euler"}

@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from safelight.errors import SafelightError
 from safelight.server import bodies, entrance
+from safelight.server.callers import network
 from safelight.server.guard import Guard, Rules
+from safelight.server.listening import host_name
 
 TOKEN = "s3cret"
 SILENCE = b"nothing comes"
@@ -38,6 +41,7 @@ def ask(
     app: Any = _echo,
     take: Any = None,
     query: bytes = b"",
+    client: str = "",
 ) -> tuple[int, dict[str, str], bytes]:
     """Status, headers and body of the answer."""
     pairs = list(headers.items()) if isinstance(headers, dict) else headers
@@ -47,6 +51,7 @@ def ask(
         "path": path,
         "query_string": query,
         "server": ("127.0.0.1", 7860),
+        "client": (client, 1),
         "headers": [(k.encode(), v if isinstance(v, bytes) else v.encode()) for k, v in pairs],
     }
     parts = list(body or [b""])
@@ -151,6 +156,52 @@ def test_hosts() -> None:
         assert status(rules, {"host": host}) == 400, host
     assert status(rules, {}) == 400
     assert status(rules, [("host", "localhost"), ("host", "evil.example")]) == 400
+
+
+@pytest.mark.parametrize(
+    ("given", "host"),
+    [
+        ("Studio.Example.com", "studio.example.com"),
+        ("studio.example.com.", "STUDIO.example.com:8080"),
+        ("my_box", "my_box"),
+        ("2001:DB8:0::1", "[2001:db8::1]:7860"),
+    ],
+)
+def test_a_name_that_is_allowed_is_known_in_any_spelling(given: str, host: str) -> None:
+    rules = Rules(hosts=frozenset({host_name(given)}))
+    assert status(rules, {"host": host}) == 200
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["http://a.example", "a.example:8080", "*.example", "a.example/x", "", ".", "a b", "ä.de"],
+)
+def test_what_is_no_name_is_not_allowed(given: str) -> None:
+    with pytest.raises(SafelightError, match="expected a name or an address alone"):
+        host_name(given)
+
+
+@pytest.mark.parametrize(
+    ("told", "trusted", "scheme"),
+    [
+        ("https", "127.0.0.0/8", "https"),
+        ("http, https", "127.0.0.1", "https"),
+        ("https", "10.0.0.1", "http"),
+        ("javascript", "127.0.0.1", "http"),
+    ],
+)
+def test_links_have_the_scheme_that_a_trusted_proxy_tells(
+    told: str, trusted: str, scheme: str
+) -> None:
+    seen: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope.get("scheme", "http"))
+        await _echo(scope, receive, send)
+
+    headers = {"host": "localhost", "x-forwarded-proto": told}
+    ask(Rules(proxies=[network(trusted)]), headers, app=app, client="127.0.0.1")
+    assert seen == [scheme]
 
 
 METHODS = ["GET", "HEAD", "POST", "DELETE", "PUT", "PATCH", "OPTIONS"]

@@ -10,6 +10,7 @@ import logging
 import sys
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,8 +30,9 @@ from safelight.pixels import picture_sha256
 from safelight.prompt.styles import Style, apply_styles
 from safelight.request import Request
 from safelight.server import connections, entrance, limits, logs
+from safelight.server.events import Events
 from safelight.server.guard import Guard, Rules
-from safelight.server.jobs import ModelInfo
+from safelight.server.jobs import Job, ModelInfo, Progress, Status
 from safelight.server.listening import listen
 from safelight.server.store import MAX_LISTED
 from safelight.server.turns import Turns
@@ -208,12 +210,24 @@ def test_a_list_of_long_prompts_comes_in_parts(
     assert largest < MAX_LISTED + (2 << 20)
 
 
+@pytest.mark.parametrize("status", [Status.QUEUED, Status.RUNNING, Status.SUCCEEDED])
+def test_only_a_job_that_is_drawn_has_a_worker_s_progress(status: Status) -> None:
+    """What is told of a job after its end comes to nothing."""
+    events = Events(lambda *_: None, lambda _: None)
+    told = {"id": "a", "client": "api", "created_at": datetime.now(UTC), "settings": {}}
+    job = Job.model_validate({**told, "status": status})
+    events.publish("progress", "a", [7, 20])
+    shown = events.with_progress(job).progress
+    assert shown == (Progress(step=7, steps=20) if status == Status.RUNNING else job.progress)
+    assert bool(events._progress) is not status.final
+
+
 def test_events_bring_no_recipes_but_of_their_picture(server: Inside) -> None:
     from safelight.server.apis.ours import _brief
     from safelight.server.jobs import Event
 
     server.within(_submit(server, count=3))
-    job = server.within(server.hub.list(limit=1))[0]
+    job = server.within(server.hub.list(limit=1))[0][0]
     for kind in ("progress", "preview", "picture"):
         told = _brief(Event(kind=kind, job=job, index=1))
         full = [bool(picture.recipe) for picture in told.job.pictures]

@@ -15,7 +15,7 @@ from test_guard import ask
 from safelight.errors import SafelightError
 from safelight.server import limits, tokens
 from safelight.server.bodies import RefusedError
-from safelight.server.callers import Caller, address_of, shortened
+from safelight.server.callers import Caller, address_of, network, shortened
 from safelight.server.guard import Guard, Rules
 from safelight.server.limits import Guesses, Share, Sparing
 from safelight.server.listening import listen
@@ -43,21 +43,30 @@ def _status(rules: Rules, authorization: bytes) -> int:
 @pytest.mark.parametrize("token", ["", " ", "\n", "\t "])
 def test_an_empty_token_is_none(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SAFELIGHT_TOKEN", raising=False)
-    assert tokens.read_token(token, None) is None
+    assert tokens.read_token(token, None) == (None, False)
     with pytest.raises(SafelightError, match="token"):
-        listen("0.0.0.0", 0, tokens.read_token(token, None))
+        listen("0.0.0.0", 0, tokens.read_token(token, None)[0])
 
 
 def test_where_the_token_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "token"
     file.write_text("of the file\n")
     monkeypatch.setenv("SAFELIGHT_TOKEN", "of the environment")
-    assert tokens.read_token("argument", file) == "of the file"
-    assert tokens.read_token("argument", None) == "argument"
+    assert tokens.read_token("argument", file) == ("of the file", False)
+    assert tokens.read_token("argument", None) == ("argument", False)
     monkeypatch.setenv("SAFELIGHT_TOKEN", "of the environment")
-    assert tokens.read_token(None, None) == "of the environment"
-    assert tokens.read_token(None, None) is None  # children do not inherit it
-    assert len(tokens.read_token("auto", None) or "") >= 32
+    assert tokens.read_token(None, None) == ("of the environment", False)
+    assert tokens.read_token(None, None) == (None, False)  # children do not inherit it
+    file.write_text("auto\n")
+    monkeypatch.setenv("SAFELIGHT_TOKEN", "auto")
+    for given in (
+        {"argument": None, "file": None},
+        {"argument": "auto", "file": None},
+        {"argument": None, "file": file},
+    ):
+        token, made = tokens.read_token(**given)
+        assert len(token or "") >= 32
+        assert made  # else nobody could know it
     file.write_text("\n")
     for bad in (file, tmp_path / "nowhere", tmp_path):
         with pytest.raises(SafelightError):
@@ -125,6 +134,11 @@ def test_a_share_for_each_client() -> None:
         ("10.0.0.1", "6.6.6.6", (), "10.0.0.1"),
         ("127.0.0.1", "6.6.6.6", (), "local"),
         ("127.0.0.1", "6.6.6.6, 7.7.7.7", ("127.0.0.1",), "7.7.7.7"),
+        ("10.9.8.7", "7.7.7.7", ("192.0.2.1", "10.0.0.0/8"), "7.7.7.7"),
+        ("11.9.8.7", "7.7.7.7", ("10.0.0.0/8",), "11.9.8.7"),
+        ("::ffff:10.0.0.1", "7.7.7.7", ("10.0.0.1",), "7.7.7.7"),
+        ("10.0.0.1", "7.7.7.7", ("::ffff:10.0.0.1",), "7.7.7.7"),
+        ("2001:db8::1", "7.7.7.7", ("2001:0DB8:0::1",), "7.7.7.7"),
         ("::1", None, (), "local"),
         ("::ffff:10.0.0.1", None, (), "10.0.0.1"),
         ("2001:db8::1:2:3:4", None, (), "2001:db8::"),
@@ -134,8 +148,17 @@ def test_a_share_for_each_client() -> None:
 )
 def test_addresses(told: str, forwarded: str | None, trusted: Any, expected: str) -> None:
     headers = [] if forwarded is None else [(b"x-forwarded-for", forwarded.encode())]
-    assert address_of({"client": (told, 1), "headers": headers}, frozenset(trusted)) == expected
+    proxies = [network(one) for one in trusted]
+    assert address_of({"client": (told, 1), "headers": headers}, proxies) == expected
     assert shortened("192.0.2.77") == "192.0.2.0"
+
+
+@pytest.mark.parametrize(
+    "given", ["proxy.lan", "10.0.0.1:80", "*", "", "10.0.0.0/99", "::ffff:0:0/96"]
+)
+def test_a_proxy_is_an_address_or_a_network(given: str) -> None:
+    with pytest.raises(SafelightError, match="expected an address or a network"):
+        network(given)
 
 
 def test_who_sees_whose_jobs() -> None:

@@ -396,6 +396,20 @@ class TestStream:
             assert abs(event.created_at - time.time()) < 60
         assert not service.was_cancelled.is_set()
 
+    @pytest.mark.parametrize("size", ["1024x512", "auto"])
+    @pytest.mark.parametrize("format", ["png", "jpeg"])
+    def test_a_preview_has_the_size_of_the_picture(self, client, service, size, format):
+        service.info = ModelInfo(name="tiny", width=128, height=128, ready=True)
+        asked = {"prompt": "a", "size": size, "output_format": format}
+        service.pause = 4  # its previews are of 64x64
+        with client.images.generate(**asked, stream=True, partial_images=1) as stream:
+            partial = next(stream)
+            service.resume()
+        wanted = (1024, 512) if size != "auto" else (128, 128)
+        assert partial.type == "image_generation.partial_image"
+        assert pixels(partial.b64_json).size == wanted
+        assert partial.size == "{}x{}".format(*wanted)
+
     def test_previews_that_come_late_are_not_made_up_for(self, client, service):
         service.first_preview = 5
         with client.images.generate(prompt="a", stream=True, partial_images=3) as stream:

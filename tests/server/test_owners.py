@@ -162,15 +162,15 @@ def test_automatic1111_s_progress_and_interrupt_are_one_s_own(two: Two, how: str
         body = {"prompt": "a secret", "steps": 2}
         bearer = {"authorization": f"Bearer {KEYS['ann']}"}
         call = asyncio.ensure_future(two.server.asked("POST", "/sdapi/v1/txt2img", body, **bearer))
-        while not (jobs := await two.server.hub.list(limit=1, status="queued")):
+        while not (jobs := (await two.server.hub.list(limit=1, status="queued"))[0]):
             await asyncio.sleep(0.01)
         other = {"authorization": f"Bearer {KEYS['bob']}"}
         seen = await two.server.asked("GET", "/sdapi/v1/progress", **other)
         await two.server.asked("POST", f"/sdapi/v1/{how}", {}, **other)
-        kept = (await two.server.hub.list(limit=1))[0].status
+        kept = (await two.server.hub.list(limit=1))[0][0].status
         own = await two.server.asked("GET", "/sdapi/v1/progress", **bearer)
         await two.server.asked("POST", f"/sdapi/v1/{how}", {}, **bearer)
-        ended = (await two.server.hub.list(limit=1))[0].status
+        ended = (await two.server.hub.list(limit=1))[0][0].status
         await call
         return (
             seen.json()["state"]["job_count"],

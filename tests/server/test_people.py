@@ -258,6 +258,33 @@ def test_pixel_steps_are_of_the_size_to_draw(asked: Any, picture: Any, drawn: An
     assert cost(request, 5, (256, 256)) == 2 * 2 * 5 * drawn[0] * drawn[1] // 256**2
 
 
+def test_a_data_folder_that_is_none_is_not_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in (["list"], ["remove", "anna"], ["limit", "anna", "--pictures", "3/day"]):
+        for folder in (tmp_path, tmp_path / "typo"):
+            assert command(folder, *arguments) == 2
+            assert capsys.readouterr().err == (
+                f"error: {folder} has no server's jobs: give its --data-dir or --database\n"
+            )
+    assert list(tmp_path.iterdir()) == []
+    # The first key may come before the server.
+    assert command(tmp_path / "new", "add", "anna") == 0
+    assert capsys.readouterr().err.startswith(f"no server has used {tmp_path / 'new'} so far\n")
+    assert command(tmp_path / "new", "list") == 0
+    assert command(tmp_path / "new", "add", "ben") == 0
+    assert "so far" not in capsys.readouterr().err
+
+
+def test_keys_need_the_server_s_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("safelight.cli.serve.find_spec", lambda _: None)
+    for arguments in (["list"], ["add", "anna", "--pictures", "3/day"]):
+        assert command(tmp_path, *arguments) == 2
+        assert "pip install 'safelight[server]'" in capsys.readouterr().err
+
+
 def test_a_retry_counts_again(store: Store) -> None:
     store.add_key("anna")
     store.allow("anna", [("pictures", parse("pictures", "3/day"))])

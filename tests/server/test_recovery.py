@@ -324,9 +324,9 @@ def test_a_folder_of_the_first_version_opens_and_migrates(tmp_path: Path, databa
     (root / "folder.id").unlink()
     files, store = start(root, database)
     assert files.pictures() == ids
-    jobs = store.list(owner="default")
+    jobs = store.list(owner="default")[0]
     assert {picture.id for picture in jobs[0].pictures} == ids
-    assert store.list(owner="another") == []
+    assert store.list(owner="another")[0] == []
     store.close()
     backups = list(tmp_path.rglob("jobs.sqlite3.schema-0001"))
     assert len(backups) == database.startswith("sqlite")

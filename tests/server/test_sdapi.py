@@ -16,12 +16,14 @@ import pytest
 import requests
 import webuiapi
 from fake import PATIENCE, FakeService, colour, encoded, running, until
-from PIL import Image, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin
 from safetensors.numpy import save_file
 from sd_parsers import ParserManager
 
+from safelight.picture import encode
 from safelight.recipe import read_recipe
-from safelight.server import bodies
+from safelight.server import bodies, caged
+from safelight.server.decoder import Sent
 from safelight.server.jobs import ModelInfo
 from safelight.server.names import Names
 from safelight.server.settings import Settings
@@ -343,6 +345,13 @@ class TestTextToImage:
     def test_what_is_not_done_is_said(self, call, body, word):
         (warning,) = warnings_of(call("txt2img", body))
         assert word in warning
+
+    def test_a_large_picture_for_an_extension_is_not_in_the_way(self, call):
+        unit = {"image": encoded(Image.effect_noise((1200, 1200), 90))}
+        answer = call("txt2img", {"alwayson_scripts": {"ControlNet": {"args": [unit]}}})
+        assert ["ControlNet" in warning for warning in warnings_of(answer)] == [True]
+        scripts = answer.json()["parameters"]["alwayson_scripts"]
+        assert scripts == {"ControlNet": {"args": [{"image": None}]}}
 
     def test_settings_without_a_field_there_have_their_own_names(self, call, service):
         assert call("txt2img", {"spacing": "trailing"}).status_code == 200
@@ -1030,6 +1039,33 @@ class TestPngInfo:
         assert json.loads(result.json["items"]["safelight"])["settings"]["seed"] == 5
         other = ParserManager().parse(io.BytesIO(base64.b64decode(drawn.json["images"][0])))
         assert other.full_prompt == "a red apple, ripe"
+
+    @pytest.mark.parametrize("form", ["JPEG", "WEBP"])
+    def test_of_our_own_in_another_format(self, call, form):
+        text = "a café ☕\nSteps: 3, Sampler: Euler, Seed: 5"
+        data = encode(Image.new("RGB", (64, 64)), form, {"parameters": text})
+        answer = call("png-info", {"image": base64.b64encode(data).decode()}).json()
+        assert (answer["info"], answer["items"]) == (text, {})
+        assert (answer["parameters"]["Prompt"], answer["parameters"]["Seed"]) == ("a café ☕", "5")
+
+    @pytest.mark.parametrize(
+        ("comment", "text"),
+        [
+            (b"UNICODE\0" + "a cat, é".encode("utf-16-le"), "a cat, é"),
+            (b"ASCII\0\0\0a cat\0", "a cat"),
+            (bytes(8) + "é".encode(), "é"),
+            (b"a cat and a dog", "a cat and a dog"),
+            (b"UNICODE\0\xd8", "\ufffd"),
+            ("in letters", ""),
+            (7, ""),
+        ],
+    )
+    def test_comments_of_other_programs(self, comment, text):
+        exif, buffer = Image.Exif(), io.BytesIO()
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+        Image.new("RGB", (64, 64)).save(buffer, "JPEG", exif=exif)
+        found = caged.texts(Sent(buffer.getvalue()), "the picture")
+        assert found == ({"parameters": text} if text else {})
 
     def test_of_another_program_s(self, call):
         text = 'a cat\nSteps: 3, Sampler: DPM fast, Lora: "a: b, c"'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from safelight import SafelightError
 from safelight.server import claims
 from safelight.server.claims import Claim, LostError
-from safelight.server.jobs import BusyError, Job, Picture, Status
+from safelight.server.jobs import BusyError, Job, Picture, Status, StorageError
 from safelight.server.store import Store, new_id
 
 
@@ -252,7 +253,7 @@ def test_cancel_retry_delete(store: Store) -> None:
     assert store.has_picture(drawn.id)
     assert store.delete(job.id)
     assert store.get(job.id) is None
-    assert store.list() == []
+    assert store.list()[0] == []
     assert store.gone() == {job.id: [drawn.id]}
     store.forget([job.id])
     assert not store.has_picture(drawn.id)
@@ -263,15 +264,79 @@ def test_cancel_retry_delete(store: Store) -> None:
 def test_the_list_is_searched_and_paged(store: Store) -> None:
     for prompt in ("a red Apple", "a cat", "an apple 100% red", "a_b"):
         submit(store, prompt)
-    prompts = [job.settings["prompt"] for job in store.list()]
+    prompts = [job.settings["prompt"] for job in store.list()[0]]
     assert prompts == ["a_b", "an apple 100% red", "a cat", "a red Apple"]
-    assert len(store.list(search="apple RED")) == 2
-    assert [j.settings["prompt"] for j in store.list(search="100%")] == ["an apple 100% red"]
-    assert [j.settings["prompt"] for j in store.list(search="a_b")] == ["a_b"]
-    newest = store.list(limit=1)[0]
-    rest = store.list(before=newest.created_at.timestamp())
+    assert len(store.list(search="apple RED")[0]) == 2
+    assert [j.settings["prompt"] for j in store.list(search="100%")[0]] == ["an apple 100% red"]
+    assert [j.settings["prompt"] for j in store.list(search="a_b")[0]] == ["a_b"]
+    newest = store.list(limit=1)[0][0]
+    rest = store.list(before=newest.created_at.timestamp())[0]
     assert [job.settings["prompt"] for job in rest] == prompts[1:]
-    assert store.list(status=Status.FAILED) == []
+    assert store.list(status=Status.FAILED)[0] == []
+
+
+def test_the_list_is_searched_in_all_languages(tmp_path: Path) -> None:
+    """PostgreSQL lowers by its own locale."""
+    store = Store(f"sqlite:///{tmp_path / 'jobs.sqlite3'}")
+    store.migrate()
+    for prompt in ("Ein Korb voll Äpfel", "Красное яблоко"):
+        submit(store, prompt)
+    for words, count in (("Äpfel", 1), ("korb äPFEL", 1), ("КРАСНОЕ Яблоко", 1), ("apfel", 0)):
+        assert len(store.list(search=words)[0]) == count, words
+    store.close()
+
+
+def test_a_list_says_whether_it_was_cut(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(3):
+        submit(store, "я" * 1000)
+    assert store.list()[1] is False
+    assert store.list(limit=3)[1] is True
+    monkeypatch.setattr("safelight.server.store.MAX_LISTED", 15_000)
+    jobs, more = store.list()
+    assert (len(jobs), more) == (2, True)
+    assert store.list(before=jobs[-1].created_at.timestamp())[1] is False
+
+
+def test_a_retry_begins_anew(store: Store) -> None:
+    job = submit(store)
+    mine = claim(store)
+    store.finish(job.id, mine.token, warnings=["of the first time"], error="broken")
+    again = store.retry(job.id, 100)
+    assert again is not None
+    assert (again.started_at, again.finished_at, again.error, again.warnings) == (None,) * 3 + ([],)
+    claim(store)
+    begun = store.get(job.id)
+    assert begun is not None
+    assert begun.started_at is not None
+    assert begun.started_at >= begun.created_at
+
+
+def test_more_than_may_ever_wait_is_refused_for_good(store: Store) -> None:
+    with pytest.raises(SafelightError, match="count must be at most 3") as refused:
+        submit(store, count=4, bound=3)
+    assert (type(refused.value), refused.value.field) == (SafelightError, "count")
+    submit(store, count=3, bound=3)
+
+
+def test_an_idle_worker_takes_no_lock_for_what_it_cannot_draw(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit(store, model="another")
+
+    def locked() -> Any:
+        raise AssertionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_write", locked)
+        assert store.claim("w", able=["mine"]) is None
+    assert claim(store, able=["another"])
+
+
+@pytest.mark.parametrize("url", ["postgresql://me:secret@host:port/x", "me:secret@host"])
+def test_a_bad_url_is_one_line_without_its_password(url: str) -> None:
+    with pytest.raises(StorageError, match="the database of jobs cannot be used: ") as refused:
+        Store(url)
+    assert "secret" not in str(refused.value)
 
 
 def test_a_database_that_cannot_be_opened() -> None:

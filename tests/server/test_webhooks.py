@@ -10,6 +10,7 @@ import ipaddress
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -79,6 +80,19 @@ def ended(store: Store, **how: Any) -> str:
     mine = claim(store, alone=True)
     store.finish(mine.id, mine.token, warnings=[])
     return job.id
+
+
+def test_a_job_stays_until_its_webhook_was_told(store: Store) -> None:
+    """Retention deletes its row, and with it whom to tell."""
+    job = ended(store)
+    end = time.time() + 100
+    assert store.mark(end, end) == (0, 0)
+    store.ended(end)
+    assert store.next_notice(end, [], end + 60) is not None
+    store.noticed(job, end, end + 7200)  # not taken: it is tried again
+    assert store.mark(end, end) == (0, 0)
+    store.noticed(job, end, None)
+    assert store.mark(end, end) == (1, 0)
 
 
 # --- where they go --------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def check_backup(place: Path, again: Path, waiting: set[str], ended: int) -> Non
     restore(place, again)
     files, store = Files(again), Store(f"sqlite:///{again / 'jobs.sqlite3'}")
     recover(files, store)
-    jobs = store.list(limit=10**6)
+    jobs = store.list(limit=10**6)[0]
     known, _ = store.known_files()
     assert files.pictures() == known, "a picture of the backup is lost"
     assert waiting <= {job.id for job in jobs}, "a job that waited is lost"

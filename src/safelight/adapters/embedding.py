@@ -30,6 +30,7 @@ from safelight.errors import SafelightError
 from safelight.picture import opened
 from safelight.weights.check import Header, printable, refusal
 from safelight.weights.headers import header_of
+from safelight.weights.kinds import PNG_TEXT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +41,6 @@ MAX_FILE = 64 * 2**20
 MAX_VECTORS = 512
 MAX_WIDTH = 2**16
 PNG = b"\x89PNG\r\n\x1a\n"
-PNG_TEXT = "sd-ti-embedding"
 BUNDLE = "bundle_emb."
 
 Place = Literal["clip_l", "clip_g", ""]
@@ -100,13 +100,15 @@ class EmbeddingFile:
         widths: what each encoder reads. Raises SafelightError if one has none that fit.
         """
         found: dict[str, Vectors] = {}
+        # SDXL's refiner alone reads one half of what is for two; elsewhere half would be lost.
+        whole = len(self.vectors) <= len(widths) or any(name.endswith("_2") for name in widths)
         for encoder, width in widths.items():
             place = "clip_g" if encoder.endswith("_2") else "clip_l"
             fit = [one for one in self.vectors if one.width == width]
             exact = [one for one in fit if one.place == place] or [v for v in fit if v.place == ""]
             # With one encoder there is no doubt about which is meant.
             exact = exact or [one for one in fit if len(widths) == 1]
-            if not exact:
+            if not exact or not whole:
                 mine, theirs = self.widths, tuple(sorted(widths.values()))
                 raise _refusal(
                     self.name,
@@ -154,9 +156,9 @@ def look_at(path: Path, name: str | None = None) -> EmbeddingFile:
             is_picture = file.read(len(PNG)) == PNG
     except OSError as error:
         raise _refusal(path.name, f"cannot be read ({error.strerror})") from None
-    name = name or path.stem
     if is_picture:
         return _look_at_picture(path, name)
+    name = name or path.stem
     with _about_embeddings():
         header = header_of(path)
     for key, told in header.tensors.items():
@@ -234,8 +236,8 @@ def _vectors(
     return Vectors(place, count, width, tuple(keys))
 
 
-def _look_at_picture(path: Path, name: str) -> EmbeddingFile:
-    """Return the embedding in a picture's text. It is called what the text says."""
+def _look_at_picture(path: Path, name: str | None) -> EmbeddingFile:
+    """Return the embedding in a picture's text. Without a name it is called what the text says."""
     with _about_embeddings(), opened(path, path.name) as image:
         text = cast("Any", image).text.get(PNG_TEXT)
     if text is None:
@@ -252,7 +254,7 @@ def _look_at_picture(path: Path, name: str) -> EmbeddingFile:
         raise _refusal(path.name, f"its text {PNG_TEXT!r} is damaged")
     shapes = {"string_to_param.*": (len(numbers), len(numbers[0]))}
     token, vectors = _understand(shapes, named if isinstance(named, str) else None, path.name)
-    return EmbeddingFile(token or name, token, vectors, path, numbers=numbers)
+    return EmbeddingFile(name or token or path.stem, token, vectors, path, numbers=numbers)
 
 
 @contextmanager

@@ -46,7 +46,7 @@ class EmbeddingFinder:
         tokenizer: Tokenizer,
         widths: Mapping[str, int],
         *,
-        known: Collection[str] | None = None,
+        known: Collection[str] = (),
         warnings: list[str] | None = None,
     ) -> tuple[EmbeddingFile, ...]:
         """Return the embeddings of a request whose prompts are drawn.
@@ -55,8 +55,7 @@ class EmbeddingFinder:
         A1111 finds in a prompt and does not fit is text, with a line in `warnings`.
 
         widths: what each text encoder reads. known: names that need not be found, since a LoRA
-        brings them; None asks for no name to be found. Raises SafelightError for one that is not
-        found, or is none.
+        brings them. Raises SafelightError for one that is not found, or is none.
         """
         found: dict[Path, EmbeddingFile] = {}
         for name in request.embeddings:
@@ -100,21 +99,19 @@ class EmbeddingFinder:
         return look_at(entry.path, _last(entry.name))
 
     def _marked(
-        self, request: Request, there: set[str], known: Collection[str] | None
+        self, request: Request, there: set[str], known: Collection[str]
     ) -> Iterator[tuple[Path, str]]:
         """Yield path and name of each `embedding:name`, but for those that are there."""
 
         def is_there(name: str) -> bool:
-            return name in there or name in (known or ()) or bool(self._matches(name))
+            return name in there or name in known or bool(self._matches(name))
 
         for text in _pieces(request):
             for name, _ in marked(text, is_there):
-                if not name or name in there or name in (known or ()):
+                if not name or name in there or name in known:
                     continue
                 found = self._matches(name)
-                if self.library is not None and (
-                    len(found) > 1 or (not found and known is not None)
-                ):
+                if self.library is not None and len(found) != 1:
                     self.library.find(name, "embedding")  # says which there are
                 yield from found[:1]
 

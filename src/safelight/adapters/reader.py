@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+from safelight.adapters.asked import asked_of
+from safelight.adapters.embedding import EmbeddingFile, bundled
 from safelight.adapters.embeddings import EmbeddingFinder
 from safelight.adapters.learned import words_of
 from safelight.errors import SafelightError
+from safelight.prompt.chunks import chunks_by_text
 from safelight.prompt.dialects import read
+from safelight.prompt.reading import Reading
 from safelight.prompt.show import describe
+from safelight.prompt.tokenizer import Tokenizer
 from safelight.request import Request
+from safelight.weights.headers import header_of
 from safelight.weights.plan import Plan
 
 STEPS = 50
@@ -34,19 +41,7 @@ class PromptReader:
             raise SafelightError(
                 f"{self.plan.source.name} reads no prompt: name a model that does", field="prompt"
             )
-        name, encoder = self.plan.family.text_parts[0]
-        tokenizer = self._tokenizers[name]
-        widths = {key: config.hidden_size for key, config in self.encoders.items()}
-        said: list[str] = []
-        chosen = self._finder.choose(request, tokenizer, widths, warnings=said)
-        tokenizer = tokenizer.with_learned(list(words_of(self.encoders, chosen)[encoder]))
-        reading = read(
-            request.negative_prompt if negative else request.prompt,
-            request.prompt_syntax,
-            steps=request.steps or STEPS,
-            emphasis=request.emphasis,
-            negative=negative,
-        )
+        reading, tokenizer, said = self._read(request, negative=negative)
         found = describe(reading, tokenizer, request.prompt_syntax, self.plan.words)
         found["warnings"] += said
         return found
@@ -55,7 +50,41 @@ class PromptReader:
         """Raise SafelightError for a prompt that cannot be read, such as one that is too long."""
         if self.plan.family.text_parts:
             for negative in (False, True):
-                self.describe(request, negative=negative)
+                reading, tokenizer, _ = self._read(request, negative=negative)
+                known = tokenizer.with_words(self.plan.words)
+                chunks_by_text(known, reading, request.prompt_syntax)
+
+    def _read(self, request: Request, *, negative: bool) -> tuple[Reading, Tokenizer, list[str]]:
+        """Return a prompt's reading, the tokenizer that knows its embeddings, and warnings."""
+        name, encoder = self.plan.family.text_parts[0]
+        tokenizer = self._tokenizers[name]
+        widths = {key: config.hidden_size for key, config in self.encoders.items()}
+        said: list[str] = []
+        inside = self._inside_loras(request)
+        known = [one.name for one in inside]
+        chosen = self._finder.choose(request, tokenizer, widths, known=known, warnings=said)
+        chosen = (*chosen, *inside)
+        tokenizer = tokenizer.with_learned(list(words_of(self.encoders, chosen)[encoder]))
+        reading = read(
+            request.negative_prompt if negative else request.prompt,
+            request.prompt_syntax,
+            steps=request.steps or STEPS,
+            emphasis=request.emphasis,
+            negative=negative,
+        )
+        return reading, tokenizer, said
+
+    def _inside_loras(self, request: Request) -> list[EmbeddingFile]:
+        """Return the embeddings inside the LoRAs of a request that are in the models folder."""
+        library, found = self._finder.library, dict[tuple[Path, str], EmbeddingFile]()
+        if library is None:
+            return []
+        for lora in asked_of(request)[0]:
+            entries = library.matches(lora.name, "lora")
+            if len(entries) == 1 and (lora.weight or lora.text_weight):
+                path = entries[0].path
+                found |= {(path, one.name): one for one in bundled(header_of(path))}
+        return list(found.values())
 
     @property
     def encoders(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def recorded_files(
 
     Raises SafelightError for one that none of the files is.
     """
-    there = {digest_file(file_in(Path(path))).sha256: Path(path) for path in given}
+    there = {_sha256(path, kind): Path(path) for path in given}
     found: dict[str, Path] = {}
     records = recipe.get(f"{kind}s", [])
     for record in records if isinstance(records, list) else ():
@@ -44,6 +44,16 @@ def recorded_files(
         if found.setdefault(name, path) != path:
             raise SafelightError(f"the recipe has two {kind}s with the name {printable(name, 60)}")
     return found
+
+
+def _sha256(path: str, kind: str) -> str:
+    try:
+        return digest_file(file_in(Path(path))).sha256
+    except (OSError, ValueError):
+        raise SafelightError(
+            f"there is no file {printable(path[-80:], 80)!r}: --{kind} takes the path of a file",
+            field=f"{kind}s",
+        ) from None
 
 
 def _in_library(library: Library, kind: str, name: str, sha256: str) -> Path | None:

@@ -7,12 +7,14 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from safelight.batch.rows import Columns
 from safelight.errors import SafelightError
+from safelight.picture import open_mask, open_picture, reason
 from safelight.request import Request
 from safelight.settings import Setting, settings_of, shown, unknown_setting
 
@@ -43,8 +45,6 @@ class Row:
 
     def request(self) -> Request:
         """Return its request, with its pictures opened. Raises SafelightError if one cannot be."""
-        from safelight.picture import open_mask, open_picture
-
         given = dict(self.settings)
         readers: dict[str, Callable[[str, str], Any]] = {"image": open_picture, "mask": open_mask}
         given |= {name: read(given[name], name) for name, read in readers.items() if name in given}
@@ -57,7 +57,7 @@ class Rules:
 
     defaults: settings of rows that do not name them. templates: texts with `{column}` in them, by
     the settings that they are for. id_column: None takes the column "id", or else the row's
-    number. ignored: columns that are no settings, and may be there. model: of rows that name none,
+    number. ignored: columns that are left out. model: of rows that name none,
     None is the one that ships. folder: what paths of pictures are relative to.
     """
 
@@ -77,16 +77,15 @@ class Rules:
         """Return the row of these columns, checked. Raises SafelightError, one line."""
         if columns.problem is not None:
             raise SafelightError(columns.problem, code="unreadable")
-        values = dict(columns.values)
         used = {name for text in self.templates.values() for name in places(text)}
-        filled = {name: fill(text, values) for name, text in self.templates.items()}
+        filled = {name: fill(text, columns.values) for name, text in self.templates.items()}
+        hidden = self.ignored - {self.id_column}
+        values = {name: value for name, value in columns.values.items() if name not in hidden}
         row_id = self._id(number, values)
-        model = filled.pop("model", None) or values.pop("model", None) or self.model
-        given = {
-            name: values[name]
-            for name in values
-            if not (name in filled or (name in used | self.ignored and name not in _SETTINGS))
-        }
+        named = (filled.pop("model", None), values.pop("model", None), self.model)
+        model = next((one for one in named if one not in (None, "")), None)
+        left_out = {*filled, *self.ignored, *(used - _SETTINGS.keys())}
+        given = {name: value for name, value in values.items() if name not in left_out}
         for name in given:
             if name not in _SETTINGS:
                 raise _unknown_column(name)
@@ -106,19 +105,26 @@ class Rules:
                 "mask needs a picture to repaint: give image as well", field="mask"
             )
         request = Request(**{n: v for n, v in settings.items() if n not in PICTURES})
+        if "prompt" not in settings and not request.unconditional:
+            raise SafelightError(
+                'prompt is missing: give it in a column or by --set prompt="…", or give '
+                "unconditional",
+                field="prompt",
+            )
         if request.unconditional and "image" in settings:
             raise SafelightError("image cannot be used with unconditional", field="image")
         if model is None:
             model = "embedded-unconditional" if request.unconditional else "embedded"
-        elif not isinstance(model, str):
+        elif not isinstance(model, str) or not model.isprintable():
             raise SafelightError(f"model must be a name, not {shown(model)}")
-        told = json.dumps([model, settings], sort_keys=True, ensure_ascii=False)
+        told = json.dumps([model, _told(settings)], sort_keys=True, ensure_ascii=False)
         digest = hashlib.sha256(told.encode()).hexdigest()[:16]
         return Row(number, columns.line, row_id, name_of(row_id), model, settings, digest)
 
     def _id(self, number: int, values: dict[str, Any]) -> str:
         column = self.id_column or "id"
-        if column not in values:
+        if values.get(column, "") == "":
+            values.pop(column, None)
             if self.id_column is not None:
                 raise SafelightError(f"column {shown(column)}, the row's id, is missing or empty")
             return str(number)
@@ -142,6 +148,28 @@ class Rules:
         except (OSError, RuntimeError, ValueError):  # as of a name that is too long
             pass
         raise SafelightError(f"{name}: there is no file {shown(given)}", field=name)
+
+
+def _told(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a digest tells of settings, however a file has them: 7 is 7.0, and a picture is
+    the SHA-256 of its file, wherever that is.
+    """
+    numbers = {n: float(v) if _SETTINGS[n].kind is float else v for n, v in settings.items()}
+    return numbers | {n: _sha256_of(settings[n]) for n in PICTURES if n in settings}
+
+
+def _sha256_of(path: str) -> str:
+    try:
+        return _sha256(path, Path(path).stat().st_mtime_ns)
+    except OSError as error:
+        raise SafelightError(f"{shown(path)} cannot be read: {reason(error)}") from None
+
+
+@lru_cache
+def _sha256(path: str, changed: int) -> str:
+    """changed: when, so that a file that many rows share is read once, and another one anew."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def name_of(row_id: str) -> str:

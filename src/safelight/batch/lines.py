@@ -19,6 +19,9 @@ class Lines:
 
     On this machine lines are appended to it. Elsewhere files cannot be appended to: parts of PART
     lines are written, and put together at the end.
+
+    whole: False if a line was cut off when the file was loaded; then it must be replaced before
+    it grows.
     """
 
     PART = 100
@@ -26,16 +29,16 @@ class Lines:
     def __init__(self, storage: Storage, stem: str) -> None:
         self._storage, self._stem = storage, stem
         self.name = f"{stem}.jsonl"
+        self.whole = True
         self._waiting: list[str] = []
         self._part = 0
         self._file: BinaryIO | None = None
 
     def load(self) -> list[dict[str, Any]]:
-        """Return the objects. A last line that was cut off is not among them, and is cut away."""
+        """Return the objects, without a last line that was cut off: see `whole`."""
         data = self._storage.read(self.name) or b""
+        self.whole = data.endswith(b"\n") or not data
         lines = data[: data.rfind(b"\n") + 1].splitlines()
-        if data and not data.endswith(b"\n"):
-            self._replace(lines)
         for part in self._parts():
             self._part = int(part.rpartition("-")[2].partition(".")[0])
             lines += (self._storage.read(part) or b"").splitlines()
@@ -62,13 +65,11 @@ class Lines:
 
     def replace(self, records: Iterable[dict[str, Any]]) -> None:
         """Write the file anew, with these objects alone."""
-        self._replace(json.dumps(record, ensure_ascii=False).encode() for record in records)
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+        self.close()
+        self._storage.write(self.name, "".join(lines).encode())
         self._waiting = []
         self._storage.remove(self._parts())
-
-    def _replace(self, lines: Iterable[bytes]) -> None:
-        self.close()
-        self._storage.write(self.name, b"".join(line + b"\n" for line in lines))
 
     def finish(self) -> None:
         """Put all parts together."""

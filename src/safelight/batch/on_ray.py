@@ -55,7 +55,9 @@ class Cluster:
             crew = self._crew(ray, how)
             tell(f"{crew.size} workers on {crew.nodes} nodes, {crew.told}")
             how = dataclasses.replace(how, threads=crew.threads)
-            for model, _ in work.models():
+            models = work.models()
+            crew = dataclasses.replace(crew, spares=len(models) > 1)
+            for model, _ in models:
                 rows = work.rows(model)
                 while segment := list(islice(rows, SEGMENT)):
                     yield from crew.draw_all(model, how, segment, self.rows)
@@ -82,10 +84,13 @@ class Cluster:
 
 @dataclass(frozen=True)
 class _Crew:
+    """spares: whether rows of other models are drawn if one cannot be loaded."""
+
     size: int
     nodes: int
     threads: int
     gpus: float
+    spares: bool = False
 
     @property
     def told(self) -> str:
@@ -116,7 +121,7 @@ class _Crew:
             warnings.simplefilter("ignore", RayDeprecationWarning)
             drawn = ray.data.from_arrow(tables).map_batches(
                 DrawingActor,
-                fn_constructor_args=(model, how),
+                fn_constructor_args=(model, how, self.spares),
                 batch_format="pyarrow",
                 batch_size=None,
                 compute=ray.data.ActorPoolStrategy(size=self.size),
@@ -138,18 +143,24 @@ _FATAL = "fatal"
 class DrawingActor:
     """A worker, as Ray Data calls it: a table of rows in, tables of outcomes out."""
 
-    def __init__(self, model: str, how: How) -> None:
-        self._model, self._how = model, how
+    def __init__(self, model: str, how: How, spares: bool = False) -> None:
+        self._model, self._how, self._spares = model, how, spares
         self._drawer: Drawer | None = None
 
     def __call__(self, table: Any) -> Iterator[Any]:
         """Yield what became of each row, with its pictures."""
+        from safelight.batch.drawing import Drawer, failed
+
         rows = [Row(**json.loads(text)) for text in table["row"].to_pylist()]
         try:
             if self._drawer is None:
-                from safelight.batch.drawing import Drawer
-
-                self._drawer = Drawer(self._model, self._how)
+                try:
+                    self._drawer = Drawer(self._model, self._how)
+                except SafelightError as error:
+                    if not self._spares:
+                        raise
+                    yield from (as_table(failed(row, error)) for row in rows)
+                    return
             yield from map(as_table, self._drawer.draw(rows))
         except SafelightError as error:  # what no other row would be spared
             yield as_table(Outcome(rows[0].id, rows[0].name, error=(_FATAL, str(error))))

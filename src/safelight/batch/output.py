@@ -67,6 +67,7 @@ class Output:
         self.storage, self._about, self._ending = storage, about, ending
         self._index, self._errors = Lines(storage, "index"), Lines(storage, "errors")
         self._shards = Shards(storage, self._index, shards, shard_rows) if shards else None
+        self._mended: list[dict[str, Any]] | None = None
         self.failed = 0
         self.warned = 0
 
@@ -99,8 +100,8 @@ class Output:
     def resume(self, work: WorkList) -> int:
         """Mark rows that are done in a list. Returns how many rows of the index are not in it.
 
-        A row whose picture is gone is drawn anew. Raises SafelightError if the folder belongs to a
-        batch with other settings.
+        A row whose picture is gone is drawn anew. Nothing is written before `begin`. Raises
+        SafelightError if the folder belongs to a batch with other settings.
         """
         found = self.storage.read(ABOUT)
         if found is None and self._index.name in self.storage.names():
@@ -114,24 +115,29 @@ class Output:
                 "same, or another --out",
                 code="changed",
             )
-        for folder in ("", PICTURES, *FOLDERS):
-            halves = fnmatch.filter(self.storage.names(folder), HALF)
-            self.storage.remove(f"{folder}/{name}" for name in halves)
         records = {record["id"]: record for record in self._index.load()}
         if self._shards is not None:
-            records = self._shards.mend(records)
-            done, kept = records | self._shards.pending(), records
+            kept = self._shards.load(records)
+            done = kept | self._shards.pending()
         else:
             there = self.storage.names(PICTURES)
             there = {f"{PICTURES}/{name}" for name in there}
             kept = {i: record for i, record in records.items() if there.issuperset(record["files"])}
-            if len(kept) < len(records):
-                self._index.replace(kept.values())
             done = kept
+        if len(kept) < len(records) or not self._index.whole:
+            self._mended = list(kept.values())
         return sum(not work.mark_done(i, record["request"]) for i, record in done.items())
 
     def begin(self, problems: list[Problem]) -> None:
-        """Write what the batch is, and begin the list of errors anew."""
+        """Write what the batch is, mend what a kill has left, and begin the list of errors anew."""
+        for folder in ("", PICTURES, *FOLDERS):
+            halves = fnmatch.filter(self.storage.names(folder), HALF)
+            self.storage.remove(f"{folder}/{name}" for name in halves)
+        if self._mended is not None:
+            self._index.replace(self._mended)
+            self._mended = None
+        if self._shards is not None:
+            self._shards.clear()
         self.storage.write(ABOUT, f"{json.dumps(self._about, indent=1)}\n".encode())
         self._errors.replace([])
         self.fail(*problems)

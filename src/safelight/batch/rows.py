@@ -77,7 +77,7 @@ def read_rows(file: str) -> Iterator[Columns]:
         raise SafelightError(f"{shown(file)} cannot be read as CSV: {error}") from None
     except SafelightError:
         raise
-    except (OSError, ValueError, ImportError, EOFError) as error:
+    except Exception as error:  # decoders of damaged files raise anything
         raise SafelightError(f"{shown(file)} cannot be read: {reason(error)}") from None
 
 
@@ -107,7 +107,7 @@ def _csv(text: Any) -> Iterator[Columns]:
     before = reader.line_num
     for cells in reader:
         line, before = before + 1, reader.line_num
-        if not cells:
+        if not any(cells):  # as spreadsheets write them at the end
             continue
         if len(cells) == len(names):
             values = {name: cell for name, cell in zip(names, cells, strict=True) if cell != ""}

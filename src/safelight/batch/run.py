@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
 from safelight import __version__
+from safelight.batch.arrow import arrow
 from safelight.batch.check import Rules
 from safelight.batch.output import Outcome, Output
 from safelight.batch.rows import read_rows
@@ -75,10 +76,21 @@ class Report:
 def read(job: Job, work: WorkList) -> list[Problem]:
     """Read all rows of a batch into a list. Returns the problems of those that are not valid.
 
-    Raises SafelightError with the first of them, unless they are to be skipped, and if there is
-    no row at all.
+    Raises SafelightError with the first of them, unless they are to be skipped; if there is no row
+    at all; and if the one model of all rows is not there.
     """
+    from safelight.weights.find import find
+
     problems = list(work.fill(read_rows(job.file), job.rules))
+    models = work.models() if job.skip_invalid or not problems else []
+    for model, _ in models:
+        try:
+            find(model, models_dir=job.how.loading.get("models_dir"))  # fetches it from the hub
+        except SafelightError as error:
+            if len(models) == 1:  # no row is spared by it
+                raise
+            problems += work.fail(model, error)
+    problems.sort(key=lambda one: one.line)
     if problems and not job.skip_invalid:
         told = "; ".join(f"line {one.line}: {one.message}" for one in problems[:MAX_TOLD])
         more = f"; and {len(problems) - MAX_TOLD} more" if len(problems) > MAX_TOLD else ""
@@ -89,8 +101,6 @@ def read(job: Job, work: WorkList) -> list[Problem]:
         )
     if not work.count() and not problems:
         raise SafelightError("there is no row in the file")
-    for model, _ in work.models():
-        _find(model, job.how.loading)
     return problems
 
 
@@ -155,6 +165,8 @@ def draw_here(work: WorkList, how: How, tell: Callable[[str], object]) -> Genera
 
 
 def _output(job: Job) -> Output:
+    if "parquet" in (job.shards, job.index):
+        arrow()  # or the work would be done before it is missed
     return Output(
         storage_at(job.out),
         _about(job),
@@ -162,13 +174,6 @@ def _output(job: Job) -> Output:
         shards=job.shards,
         shard_rows=job.shard_rows,
     )
-
-
-def _find(model: str, loading: Mapping[str, Any]) -> None:
-    """Raise SafelightError if a model is not there; fetch it if it is on the hub."""
-    from safelight.weights.find import find
-
-    find(model, models_dir=loading.get("models_dir"))
 
 
 def _about(job: Job) -> dict[str, Any]:

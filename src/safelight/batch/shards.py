@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from safelight.batch.lines import Lines
+from safelight.errors import SafelightError
+from safelight.settings import shown
 from safelight.storage import Storage
 
 if TYPE_CHECKING:
@@ -34,30 +36,36 @@ class Shards:
             "parquet": ("parquet", write_parquet),
         }[kind]
         self._waiting: dict[str, str] = {}
+        self._left: set[str] = set()
         self._number = 0
 
-    def mend(self, records: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    def load(self, records: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """Return the records of the index, without those of a shard that is not whole in it.
 
-        Rows that wait are in none of them or in all of them; else a kill came between.
+        Rows that wait are in none of them or in all of them; else a kill came between. A row whose
+        pictures are not all there does not wait: they were being removed.
         """
         names = self._storage.names(WAITING)
-        waiting = {}
+        waiting, used = {}, set[str]()
         for name in sorted(n for n in names if n.endswith(".json")):
-            record = json.loads(self._storage.read(f"{WAITING}/{name}") or b"{}")["record"]
-            waiting[record["id"]] = name
+            row = self._read(name)
+            if names.issuperset(row["files"]):
+                waiting[row["record"]["id"]] = name
+                used |= {name, *row["files"]}
         both = waiting.keys() & records.keys()
         if both and both != waiting.keys():
             torn = {records[i]["shard"] for i in both}
             records = {i: r for i, r in records.items() if r["shard"] not in torn}
-            self._index.replace(records.values())
         elif both:
-            self._storage.remove(f"{WAITING}/{name}" for name in names)
-            waiting = {}
-        self._waiting = waiting
+            waiting, used = {}, set[str]()
+        self._waiting, self._left = waiting, names - used
         numbers = [int(r["shard"].rpartition("/")[2].partition(".")[0]) for r in records.values()]
         self._number = max(numbers, default=-1) + 1
         return records
+
+    def clear(self) -> None:
+        """Remove what is left of rows that do not wait."""
+        self._storage.remove(f"{WAITING}/{name}" for name in self._left)
 
     def pending(self) -> dict[str, dict[str, Any]]:
         """Return the records of rows that wait for their shard, by id."""
@@ -65,6 +73,10 @@ class Shards:
 
     def keep(self, outcome: Outcome, names: list[str]) -> None:
         """Take in a row. names: of its pictures."""
+        # Before it is taken in: the rows that wait are then never those of two shards, of which
+        # an earlier run was killed as it wrote the first.
+        while len(self._waiting) >= self._rows:
+            self._build()
         for name, data in zip(names, outcome.pictures, strict=True):
             self._storage.write(f"{WAITING}/{name}", data)
         told = {"record": outcome.record, "files": names, "recipes": outcome.recipes}
@@ -72,8 +84,6 @@ class Shards:
         data = json.dumps(told, ensure_ascii=False).encode()
         self._storage.write(f"{WAITING}/{name}", data)
         self._waiting[outcome.row_id] = name
-        while len(self._waiting) >= self._rows:
-            self._build()
 
     def finish(self) -> None:
         """Write the rows that still wait into shards."""
@@ -95,17 +105,28 @@ class Shards:
         self._number += 1
 
     def _read(self, name: str) -> dict[str, Any]:
-        return json.loads(self._storage.read(f"{WAITING}/{name}") or b"")
+        return json.loads(self._file(name))
+
+    def _file(self, name: str) -> bytes:
+        data = self._storage.read(f"{WAITING}/{name}")
+        if data is None:
+            raise SafelightError(
+                f"{WAITING}/{name} is gone from {shown(self._storage.url)}: start the same command "
+                "again, which draws its row anew"
+            )
+        return data
 
     def _samples(self, names: list[str]) -> Iterator[dict[str, Any]]:
         """Yield each picture of waiting rows with all that is known of it."""
         for name in names:
             row = self._read(name)
             for i, file in enumerate(row["files"]):
-                data = self._storage.read(f"{WAITING}/{file}") or b""
-                recipe = row["recipes"][i]
-                yield {"record": row["record"], "number": i + 1, "file": file, "image": data} | {
-                    "recipe": recipe
+                yield {
+                    "record": row["record"],
+                    "number": i + 1,
+                    "file": file,
+                    "image": self._file(file),
+                    "recipe": row["recipes"][i],
                 }
 
 

@@ -64,6 +64,7 @@ class WorkList:
                 self._add(rules.row(number, columns))
             except SafelightError as error:
                 row_id = str(columns.values.get(rules.id_column or "id", number))[:200]
+                row_id = row_id.encode(errors="replace").decode()
                 yield Problem(columns.line, row_id, error.code, str(error))
         self._database.execute(f"CREATE INDEX order_of_drawing ON rows (done, {_ORDER})")
         self._database.commit()
@@ -105,19 +106,25 @@ class WorkList:
     def mark_done(self, row_id: str, digest: str) -> bool:
         """Leave out a row that is done. Returns whether there is such a row.
 
-        Raises SafelightError if it has other settings than those it was drawn with.
+        Raises SafelightError if it has other settings or pictures than those it was drawn with.
         """
         found = self._one("SELECT line, digest FROM rows WHERE id = ?", row_id)
         if found is None:
             return False
         if found[1] != digest:
             raise SafelightError(
-                f"line {found[0]}: row {shown(row_id)} was drawn with other settings; give another "
-                "--out, or remove its picture to have it drawn anew",
+                f"line {found[0]}: row {shown(row_id)} was drawn with other settings or pictures; "
+                "give another --out, or remove its picture to have it drawn anew",
                 code="changed",
             )
         self._database.execute("UPDATE rows SET done = 1 WHERE id = ?", (row_id,))
         return True
+
+    def fail(self, model: str, error: SafelightError) -> list[Problem]:
+        """Take out all rows of a model, and return a problem for each."""
+        problems = [Problem(row.line, row.id, error.code, str(error)) for row in self.rows(model)]
+        self._database.execute("DELETE FROM rows WHERE model = ?", (model,))
+        return problems
 
     def models(self) -> list[tuple[str, int]]:
         """Return the models of rows that are not done, with their numbers of rows, in order."""

@@ -22,6 +22,8 @@ from safelight.bench.networks import Run
 from safelight.errors import SafelightError
 from safelight.fast import native_bfloat16
 from safelight.weights import load_model
+from safelight.weights.find import find
+from safelight.weights.plan import read_plan
 
 STEP_FLOP = 1.607e12
 """Of one guided step at 512×512 as it is usually computed, attention counted."""
@@ -38,6 +40,12 @@ def contenders() -> list[str]:
 
 
 PARTS = ("step", "decode", "picture", "one-step", "start", "busy", "threads", "fast")
+
+
+def parts_here() -> list[str]:
+    """Those that can run here: "fast" compares pictures by scikit-image."""
+    return [part for part in PARTS if part != "fast" or importlib.util.find_spec("skimage")]
+
 
 COUNTS = (1, 2, 4, 8, 16)
 """Threads that a step is made with, in the part "threads"."""
@@ -62,17 +70,10 @@ def run(
     threads": a step of Safelight, in bfloat16 if that is named, with each of COUNTS, and ratios to
     as many as there are cores.
 
-    Raises SafelightError for names of contenders or parts that there are not.
+    Raises SafelightError for what `check` refuses.
     """
     names, parts = list(names), list(parts)
-    unknown = [name for name in names if name not in contenders()]
-    if unknown:
-        raise SafelightError(
-            f"{unknown[0]!r:.40} cannot run here; there are {', '.join(contenders())}"
-        )
-    strange = [part for part in parts if part not in PARTS]
-    if strange:
-        raise SafelightError(f"no part {strange[0]!r:.40}; there are {', '.join(PARTS)}")
+    check(names, parts, model)
     found: dict[str, Any] = {
         "cpu": torch.cpu.get_capabilities().get("architecture", ""),
         "threads": torch.get_num_threads(),
@@ -108,6 +109,23 @@ def run(
         log("the same, alone and beside two others")
         found["busy"] = processes.busy_summary(processes.busy(repeat, log))
     return found
+
+
+def check(names: Iterable[str], parts: Iterable[str], model: str) -> None:
+    """Raise SafelightError for contenders, parts or a model that cannot be measured here."""
+    unknown = [name for name in names if name not in contenders()]
+    if unknown:
+        raise SafelightError(
+            f"{unknown[0]!r:.40} cannot run here; there are {', '.join(contenders())}"
+        )
+    strange = [part for part in parts if part not in PARTS]
+    if strange:
+        raise SafelightError(f"no part {strange[0]!r:.40}; there are {', '.join(PARTS)}")
+    if "fast" in parts:
+        if "fast" not in parts_here():
+            raise SafelightError("the part fast needs more: pip install 'safelight[bench]'")
+        if not read_plan(find(model)).family.tokenizers:
+            raise SafelightError(f"{model} draws from noise alone: give a --model that draws words")
 
 
 def _by_threads(names: list[str], repeat: int, log: Callable[[str], None]) -> dict[str, Any]:

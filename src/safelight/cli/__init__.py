@@ -29,7 +29,7 @@ from safelight.cli import (
     train,
     worker,
 )
-from safelight.cli.output import fail, note, say
+from safelight.cli.output import escape_what_stdout_lacks, fail, help_alone, note, say
 from safelight.errors import SafelightError
 
 BAD_INPUT = 2
@@ -72,12 +72,13 @@ def _options(
 ) -> None:
     if version:
         say(f"safelight {__version__}")
-    elif context.invoked_subcommand is None:
-        say(context.get_help())
+        raise typer.Exit
+    help_alone(context)
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code: 2 for bad input, 130 after Ctrl-C."""
+    escape_what_stdout_lacks()
     try:
         code = app(arguments, prog_name="safelight", standalone_mode=False) or 0
     except SafelightError as error:

@@ -9,6 +9,7 @@ from safelight.cli import options
 from safelight.cli.output import note, say
 from safelight.cli.serve import data_folder, make_sure_of_server
 from safelight.errors import SafelightError
+from safelight.paths import expanded
 from safelight.server import private
 
 
@@ -28,7 +29,7 @@ def backup(
 ) -> None:
     """Copy jobs and pictures to a new folder, while they are served."""
     make_sure_of_server()
-    if data_dir is not None and not data_dir.is_dir():
+    if data_dir is not None and not expanded(data_dir).is_dir():
         raise SafelightError(f"--data-dir {data_dir} is no folder")
     root = data_folder(data_dir)
     private.keep()

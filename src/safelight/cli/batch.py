@@ -66,9 +66,7 @@ def batch(
     ] = None,
     ignore: Annotated[
         list[str] | None,
-        Option(
-            help="A column that is no setting; may be given more than once.", show_default=False
-        ),
+        Option(help="A column that is left out; may be given more than once.", show_default=False),
     ] = None,
     form: Annotated[Format, Option("--format", help="The pictures' format.")] = "png",
     shards: Annotated[

@@ -17,7 +17,7 @@ def bench(
         list[str] | None,
         Option(
             help="step, decode, picture, one-step, start, busy, threads or fast; may be repeated. "
-            "[all]"
+            "[all that can run here]"
         ),
     ] = None,
     repeat: Annotated[int, Option(min=1, max=100, help="Rounds.")] = 5,
@@ -29,35 +29,42 @@ def bench(
     """Measure this machine: Stable Diffusion 1.5 with random weights, beside what is installed."""
     from safelight import bench
 
-    names, parts = only or bench.contenders(), part or list(bench.PARTS)
-    found = bench.run(names, parts=parts, repeat=repeat, model=model, log=note)
+    names, parts = only or bench.contenders(), part or bench.parts_here()
+    bench.check(names, parts, model)
+    told: dict[str, Any] = {}
+    for what in dict.fromkeys(parts):
+        found = bench.run(names, parts=[what], repeat=repeat, model=model, log=note)
+        if as_json:
+            told |= found
+        else:  # at once: a later part may fail
+            _say(what, found["by threads" if what == "threads" else what])
     if as_json:
-        say(json.dumps(found))
+        say(json.dumps(told))
+
+
+def _say(what: str, taken: dict[str, Any]) -> None:
+    if what == "busy":
+        _say_busy(taken)
         return
-    for what in parts:
-        taken = found["by threads" if what == "threads" else what]
-        if what == "busy":
-            _say_busy(taken)
-            continue
-        if what == "fast":
-            _say_fast(taken)
-            continue
-        ours = list(taken["ratio"])
-        lines = [
-            (
-                name,
-                f"{seconds:.2f} s",
-                *(f"{taken['ratio'][mine][name]:.2f}" if name != mine else "" for mine in ours),
-            )
-            for name, seconds in taken["seconds"].items()
-        ]
-        for line in table([(what.upper(), "MEDIAN", *(f"× {name}" for name in ours)), *lines]):
-            say(line)
-        if "matmul_gflops" in taken:
-            say(f"a large matrix product: {taken['matmul_gflops']:.0f} GFLOP/s")
-        for name, error in taken.get("error", {}).items():
-            say(f"error of {name}: {error:.2g}")
-        say("")
+    if what == "fast":
+        _say_fast(taken)
+        return
+    ours = list(taken["ratio"])
+    lines = [
+        (
+            name,
+            f"{seconds:.2f} s",
+            *(f"{taken['ratio'][mine][name]:.2f}" if name != mine else "" for mine in ours),
+        )
+        for name, seconds in taken["seconds"].items()
+    ]
+    for line in table([(what.upper(), "MEDIAN", *(f"× {name}" for name in ours)), *lines]):
+        say(line)
+    if "matmul_gflops" in taken:
+        say(f"a large matrix product: {taken['matmul_gflops']:.0f} GFLOP/s")
+    for name, error in taken.get("error", {}).items():
+        say(f"error of {name}: {error:.2g}")
+    say("")
 
 
 def _say_busy(taken: dict[str, Any]) -> None:

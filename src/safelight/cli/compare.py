@@ -38,6 +38,7 @@ def compare(
     Prints the path of the grid; its recipe is inside the file.
     """
     from safelight.compare import Axis, grid, requests
+    from safelight.paths import expanded
     from safelight.picture import check_writable
 
     across = Axis.parse(x)
@@ -55,6 +56,7 @@ def compare(
     requests(base, across, down)
     if not out.lower().endswith(".png"):
         raise SafelightError(f"out must be name.png, not {out[-100:]!r}")
+    out = str(expanded(out))
     check_writable(out, overwrite=overwrite, need=2**24)
 
     with StepBar(1) as on_step:

@@ -33,6 +33,7 @@ def convert(
 
     Weights stay equal to the bit unless --dtype asks for another precision. Prints the path.
     """
+    from safelight.paths import expanded
     from safelight.weights import convert as writer
 
     for line in writer.convert(
@@ -45,4 +46,4 @@ def convert(
         overwrite=overwrite,
     ):
         warn(line)
-    say(out)
+    say(expanded(out))

@@ -26,10 +26,12 @@ def explain(
     options.check_prompt(settings, 'explain "a cat above a pizza"')
     settings = loading.with_words(settings)
     request = options.request_of(settings)
+    from safelight.paths import expanded
     from safelight.picture import check_writable, save_whole
 
     if not out.lower().endswith((".html", ".htm")):
         raise SafelightError(f"out must be name.html, not {out[-100:]!r}")
+    out = str(expanded(out))
     check_writable(out, overwrite=overwrite, need=2**24)
     with StepBar(1) as on_step:
         loaded = loading.load(options.model_for(request, model))

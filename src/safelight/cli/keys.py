@@ -13,8 +13,8 @@ import typer
 from typer import Argument, Option
 
 from safelight.cli.groups import spread
-from safelight.cli.output import note, say, table
-from safelight.cli.serve import data_folder
+from safelight.cli.output import help_alone, note, say, table
+from safelight.cli.serve import data_folder, make_sure_of_server
 from safelight.errors import SafelightError
 from safelight.server import private
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Give out keys to a server, take them back, and bound what each may ask for.",
-    no_args_is_help=True,
+    invoke_without_command=True,
+    callback=help_alone,
     rich_markup_mode=None,
 )
 
@@ -42,10 +43,20 @@ class Where:
     )
 
     @contextmanager
-    def opened(self) -> Iterator["People"]:
-        """The database of keys, closed afterwards."""
+    def opened(self, *, make: bool = False) -> Iterator["People"]:
+        """The database of keys, closed afterwards. make: whether a new data folder is made."""
+        make_sure_of_server()
         private.keep()
-        url = self.database or f"sqlite:///{data_folder(self.data_dir) / private.DATABASE}"
+        url = self.database
+        if url is None:
+            root = data_folder(self.data_dir, make=make)
+            if not (root / private.DATABASE).exists():
+                if not make:
+                    raise SafelightError(
+                        f"{root} has no server's jobs: give its --data-dir or --database"
+                    )
+                note(f"no server has used {root} so far")
+            url = f"sqlite:///{root / private.DATABASE}"
         from safelight.server.people import People
 
         people = People(url)
@@ -74,6 +85,7 @@ class Limits:
 
     def parsed(self) -> list[Any]:
         """Return those that were given, by kind. Raises SafelightError for one that is none."""
+        make_sure_of_server()
         from safelight.server.allowances import parse
 
         given = {"pictures": self.pictures, "pixel_steps": self.pixel_steps}
@@ -85,7 +97,7 @@ class Limits:
 def add(name: Name, *, limits: Limits, where: Where) -> None:
     """Make a key and print it. It is kept as a hash: it cannot be shown again."""
     allowed = limits.parsed()
-    with where.opened() as people:
+    with where.opened(make=True) as people:
         secret = people.add_key(name)
         people.allow(name, allowed)
     say(secret)

@@ -172,10 +172,12 @@ class RequestCommand(TyperCommand):
         from safelight.request import Request
         from safelight.settings import settings_of
 
+        taken = {parameter.name for parameter in self.params}
         names = {
-            alias: setting
+            name: setting
             for setting in settings_of(Request).values()
-            for alias in setting.about.aliases
+            for name in (setting.option, setting.about.short, *setting.about.aliases)
+            if setting.name in taken
         }
         return super().parse_args(ctx, _renamed(args, names))
 
@@ -290,7 +292,7 @@ def _parameter(setting: "Setting") -> inspect.Parameter:
 def _renamed(args: Sequence[str], names: dict[str, "Setting"]) -> list[str]:
     """Replace other programs' option names, up to the `--` after which none are options.
 
-    Raises SafelightError for two of them that are one setting here.
+    names: all names of settings, ours too. Raises SafelightError for two of one setting.
     """
     found: list[str] = []
     said: dict[str, str] = {}
@@ -298,14 +300,15 @@ def _renamed(args: Sequence[str], names: dict[str, "Setting"]) -> list[str]:
         if argument == "--":
             return found + list(args[i:])
         name, equals, value = argument.partition("=")
+        if re.fullmatch(r"-[a-zA-Z][0-9]+", argument):  # as -n2
+            name = argument[:2]
         if name not in names:
             found.append(argument)
             continue
         setting = names[name]
         before = said.setdefault(setting.name, name)
         if before != name and setting.kind is not tuple:
-            raise SafelightError(
-                f"{before} and {name} are both {setting.option} here: give one of them"
-            )
-        found.append(f"{setting.option}{equals}{value}")
+            raise SafelightError(f"{before} and {name} are one setting: give one of them")
+        aliased = name in setting.about.aliases
+        found.append(f"{setting.option}{equals}{value}" if aliased else argument)
     return found

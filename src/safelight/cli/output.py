@@ -1,7 +1,11 @@
 """Print for people and for programs: lines, tables, a progress bar."""
 
+import codecs
+import io
+import json
 import os
 import sys
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,6 +22,18 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
+def escape_what_stdout_lacks() -> None:
+    """Let stdout escape characters that its encoding lacks, as JSON does: JSON stays JSON."""
+    codecs.register_error("json", _escaped)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="json")
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
 def say(text: object) -> None:
     """Print a line on stdout. If the reader is gone, end the command with exit code 1."""
     try:
@@ -30,8 +46,16 @@ def say(text: object) -> None:
         raise SafelightError(f"stdout cannot be written: {error.strerror}") from None
 
 
+def help_alone(context: typer.Context) -> None:
+    """Print the help of a group of commands, unless one of them is given."""
+    if context.invoked_subcommand is None:
+        say(context.get_help())
+
+
 def note(text: str) -> None:
-    typer.echo(printable(text), err=True)
+    """Print a line on stderr. One that cannot be written does not end the work."""
+    with suppress(OSError):
+        typer.echo(printable(text), err=True)
 
 
 def warn(text: str) -> None:

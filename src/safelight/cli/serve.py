@@ -14,8 +14,9 @@ from safelight.cli.groups import Serving, spread
 from safelight.cli.output import note
 from safelight.errors import SafelightError
 from safelight.server import private
+from safelight.server.callers import network
 from safelight.server.keep import Keep
-from safelight.server.listening import hold, listen
+from safelight.server.listening import hold, host_name, listen
 from safelight.server.process import Settings, spawn
 from safelight.server.scaling import IDLE, Plan, bounds
 from safelight.server.served import Served
@@ -59,7 +60,7 @@ def serve(
     ] = None,
     trust_proxy: Annotated[
         list[str] | None,
-        Option(help="Address whose X-Forwarded-For is believed.", show_default=False),
+        Option(help="Address or network whose X-Forwarded-… is believed.", show_default=False),
     ] = None,
     short_addresses: Annotated[
         bool, Option("--short-addresses", help="Clients' addresses in the log by network alone.")
@@ -128,7 +129,9 @@ def serve(
         given = f"--workers {workers}" if plan is None else "--ray"
         raise SafelightError(f"{given} needs a --database of PostgreSQL, which workers can join")
     kept = None if keep is None else Keep.parse(keep)
-    secret = token_of(token, token_file)
+    hosts = frozenset(map(host_name, allow_host or ()))
+    proxies = tuple(map(network, trust_proxy or ()))
+    secret, made = token_of(token, token_file)
     if secret is None and trust_proxy:
         raise SafelightError(
             "--trust-proxy lets other machines in: give a token as well, by --token-file or "
@@ -151,9 +154,9 @@ def serve(
         draws=plan or bool(most),
         host=host,
         token=secret,
-        auto=token == AUTO,
-        hosts=frozenset(allow_host or ()),
-        proxies=frozenset(trust_proxy or ()),
+        auto=made,
+        hosts=hosts,
+        proxies=proxies,
         short_addresses=short_addresses,
         webhooks_to_private=webhooks_to_private,
         bound=queue,
@@ -196,23 +199,33 @@ def make_sure_of_server() -> None:
         raise SafelightError("serving needs more: pip install 'safelight[server]'")
 
 
-def token_of(argument: str | None, file: Path | None) -> str | None:
-    """Return the server's token. One among the arguments is taken out of the process list."""
-    secret = read_token(argument, file)
+def token_of(argument: str | None, file: Path | None) -> tuple[str | None, bool]:
+    """Return the server's token, and whether it was made.
+
+    One among the arguments is taken out of the process list.
+    """
+    secret, made = read_token(argument, file)
     if argument is not None and argument != AUTO:
         note(
             "--token: all users of this machine can read arguments for a moment; "
             "--token-file or SAFELIGHT_TOKEN takes its place in the next version"
         )
         hide_argument(secret)
-    return secret
+    return secret, made
 
 
-def data_folder(given: Path | None) -> Path:
-    """Return the folder that was named, or the user's own by the XDG base directories; made."""
-    base = os.environ.get("XDG_DATA_HOME")
-    own = (Path(base) if base else Path.home() / ".local" / "share") / "safelight"
-    root = (given or own).resolve()
+def data_folder(given: Path | None, *, make: bool = True) -> Path:
+    """Return the folder that was named, or the user's own by the XDG base directories.
+
+    make: whether it is made if it is not there.
+    """
+    own = Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share") / "safelight"
+    try:
+        root = (given or own).expanduser().resolve()
+    except RuntimeError:
+        raise SafelightError("there is no home directory: give --data-dir as a full path") from None
+    if not make:
+        return root
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:

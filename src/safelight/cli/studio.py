@@ -41,7 +41,7 @@ def studio(
         raise SafelightError("the studio needs more: pip install 'safelight[studio]'")
     if token not in (None, AUTO):
         raise SafelightError("--token must be auto: others go into the variable SAFELIGHT_TOKEN")
-    secret = read_token(token, None)
+    secret, made = read_token(token, None)
     root = data_folder(data_dir)
     settings = serving.settings(model, f"sqlite:///{root / 'jobs.sqlite3'}", str(root))
     host = "127.0.0.1"
@@ -61,7 +61,7 @@ def studio(
     if browser:  # in a thread: some browsers are waited for
         address = _opened(root, link(listening, secret))
         threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
-    start(settings, listening, host=host, token=secret, auto=token == AUTO)
+    start(settings, listening, host=host, token=secret, auto=made)
 
 
 def _opened(root: Path, link: str) -> str:

@@ -38,10 +38,9 @@ def tokens(
 
     Of the model only the tokenizer is loaded. A bar joins the tokens of one word.
     """
-    from pathlib import Path
-
     from safelight.adapters.embeddings import EmbeddingFinder
     from safelight.adapters.reader import PromptReader
+    from safelight.paths import expanded
     from safelight.prompt.dynamic import draw
     from safelight.prompt.show import lines
     from safelight.request import Request
@@ -60,7 +59,7 @@ def tokens(
     plan = read_plan(find(model or "embedded", models_dir=models_dir))
     text = prompt
     if dynamic_prompts or wildcards is not None:
-        [text] = draw([prompt], seed, None if wildcards is None else Path(wildcards))
+        [text] = draw([prompt], seed, None if wildcards is None else expanded(wildcards))
     own = "negative_prompt" if negative else "prompt"
     reader = PromptReader(plan, EmbeddingFinder(open_library(models_dir), takes_paths=True))
     found = reader.describe(

@@ -199,6 +199,7 @@ def verify(
         library = open_library(models_dir)
         loaded.lora_files = recorded_files(recipe, "lora", library, lora or ())
         loaded.embedding_files = recorded_files(recipe, "embedding", library, embedding or ())
+        loaded.library = None  # an embedding that came since would be found by the prompt's words
         recorded = machine.recorded_machine(recipe)
         with machine.threads_of(recorded):
             result = loaded.generate(request, on_step=on_step)

@@ -8,8 +8,9 @@ import typer
 from typer import Argument, Option
 
 from safelight.cli.loading import import_torch
-from safelight.cli.output import note, say
+from safelight.cli.output import help_alone, note, say
 from safelight.errors import SafelightError
+from safelight.paths import expanded
 
 if TYPE_CHECKING:
     from safelight.train.plan import Plan
@@ -17,10 +18,13 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Teach a model your own pictures, or make a new one from them.",
     rich_markup_mode=None,
-    no_args_is_help=True,
+    invoke_without_command=True,
+    callback=help_alone,
 )
 
-Out = Annotated[Path, Option(help="Where checkpoints, samples and the model go.")]
+Out = Annotated[
+    Path, Option(callback=expanded, help="Where checkpoints, samples and the model go.")
+]
 Native = Annotated[
     bool, Option("--native", help="Compile the networks first; needs a C++ compiler.")
 ]

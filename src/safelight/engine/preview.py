@@ -25,13 +25,26 @@ ENLARGED = 4
 """Pixels of a preview from the table for each latent."""
 
 
-def preview(model: Model, latents: Tensor) -> Image.Image:
+def preview(model: Model, latents: Tensor, size: tuple[int, int] | None = None) -> Image.Image:
     """Return latents, float32 [1, channels, h, w], as a small picture.
+
+    size: width and height of the finished picture, which the latents may reach beyond; None: all
+      that they reach.
 
     Decoded by the tiny autoencoder if one was loaded for previews, else made by the family's table
     of latents to colours, else decoded by the model's own autoencoder. Large latents are averaged
     down before they are decoded.
     """
+    shown = _shown(model, latents)
+    if size is None:
+        return shown
+    reach = model.family.factor(model)
+    width = round(shown.width * size[0] / (latents.shape[3] * reach))
+    height = round(shown.height * size[1] / (latents.shape[2] * reach))
+    return shown.crop((0, 0, max(width, 1), max(height, 1)))
+
+
+def _shown(model: Model, latents: Tensor) -> Image.Image:
     table = model.family.latent_rgb
     with torch.inference_mode():
         if model.preview_vae is not None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from safelight.adapters.asked import asked_of
 from safelight.adapters.embeddings import record
-from safelight.defaults import is_distilled
+from safelight.defaults import LEVELS, is_distilled
 from safelight.engine.job import Job, prepare
 from safelight.engine.refining import Second, table_of
 from safelight.engine.shortcuts import Kept, Shortcuts, remark, shortened
@@ -18,6 +18,7 @@ from safelight.request import Request
 from safelight.result import Result
 from safelight.sampling import SAMPLERS
 from safelight.settings import settings_of
+from safelight.sizes import SIDE_STEP
 
 if TYPE_CHECKING:
     from safelight.adapters.select import Selection
@@ -134,7 +135,16 @@ def _warnings(model: Model, asked: Request, resolved: Request) -> list[str]:
         read = not setting.about.some_models or name in read_by_family
         if not read and getattr(asked, name) != setting.default:
             found.append(f"{name} does nothing with {model.name}: leave it out")
+    found += _without_effect(model, asked, resolved)
     width, height = resolved.width, resolved.height
+    if asked.image is not None and asked.width is None and asked.height is None:
+        given, drawn = asked.image.size, (width, height)
+        if given != drawn:
+            found.append(
+                "image of {}x{} was resized to {}x{}: sides are multiples of {}".format(
+                    *given, *drawn, SIDE_STEP
+                )
+            )
     if None not in (width, height) and (width, height) != model.native_size:
         trained = "{}x{}".format(*model.native_size)
         found.append(
@@ -148,6 +158,26 @@ def _warnings(model: Model, asked: Request, resolved: Request) -> list[str]:
             found.append(
                 f"{model.name} was taught to draw with {told}; with other settings it draws worse"
             )
+    return found
+
+
+def _without_effect(model: Model, asked: Request, resolved: Request) -> list[str]:
+    """Return warnings about settings that change nothing beside the others of the request."""
+    found: list[str] = []
+    if not model.uses_prompt:
+        if asked.guidance_scale not in (1, 7.5) and not asked.unconditional:
+            found.append(f"guidance_scale does nothing with {model.name}: leave it out")
+        if asked.clip_skip is not None:
+            found.append(f"clip_skip does nothing with {model.name}: leave it out")
+        return found
+    if asked.cache_branch and resolved.cache_every in (None, 1):
+        found.append("cache_branch does nothing without cache_every: try cache_every 2")
+    for name, everything in (("guidance_start", 0), ("guidance_end", 1)):
+        # What a level or the model says, a server fills in: nobody asked for it.
+        filled = (LEVELS.get(asked.fast, {}).get(name), model.defaults.get(name))
+        unasked = getattr(asked, name) in (None, everything, *filled)
+        if resolved.guidance_scale <= 1 and not unasked:
+            found.append(f"{name} does nothing at guidance_scale 1 or less: leave it out")
     return found
 
 

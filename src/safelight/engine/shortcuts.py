@@ -6,7 +6,7 @@ unless a request asks for them, by their names or by a level of `fast`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,7 +49,7 @@ class Shortcuts:
       network from it (DeepCache, arXiv:2312.00858). Counted back from the last row, which shows
       most. cache_branch: how many more layers than the outermost one the others compute.
     guidance_start, guidance_end: rows between these shares are guided; the others see the prompt
-      alone (arXiv:2404.07724).
+      alone (arXiv:2404.07724), and are at guidance 1 where it is composed.
     text_end: after this share, what attention to the text gave stays (T-GATE, arXiv:2404.02747).
     linears: "int8": linear layers and 1×1 convolutions multiply integers of 8 bits.
     """
@@ -91,8 +91,11 @@ class Kept:
 
     def asked(self, conditioning: Conditioning, row: int, rows: int) -> Conditioning:
         """Return what steers a row: the conditioning, or the prompt's own part without guidance."""
-        if conditioning.evaluations != 2 or self.shortcuts.guided(row / rows):
+        if conditioning.evaluations < 2 or self.shortcuts.guided(row / rows):
             return conditioning
+        if conditioning.evaluations > 2 or conditioning.weights is not None:
+            # Prompts with AND or a weight are composed against the negative one, guided or not.
+            return replace(conditioning, guidance=min(conditioning.guidance, 1.0))
         key = id(conditioning)  # kept: what is computed from the same tensor is not computed again
         if key not in self._alone:
             self._alone[key] = conditioning.positive()

@@ -7,7 +7,6 @@ positions are a map of where it was listened to (arXiv:2208.01626, arXiv:2210.04
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,14 +14,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Regex
-from tokenizers.pre_tokenizers import Split
 from torch import Tensor, nn
 
 from safelight.nets.layers import Attention
 from safelight.nets.unet import UNet2DConditionModel
-from safelight.prompt.chunks import Chunk
-from safelight.prompt.tokenizer import WORDS, Tokenizer
+from safelight.prompt.chunks import Chunk, chunks_of
+from safelight.prompt.reading import Piece
+from safelight.prompt.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -34,27 +32,27 @@ class Word:
 
 
 def words_of(tokenizer: Tokenizer, prompt: str) -> list[Word]:
-    """The words that the tokenizer parts a prompt into, up to where it is cut."""
-    small = unicodedata.normalize("NFC", prompt).lower()
-    words: list[Word] = []
-    start, room = 1, tokenizer.max_length - 1  # the ids begin and end with a mark
-    for text, _ in Split(Regex(WORDS), "removed", invert=True).pre_tokenize_str(small):
-        # Tokens never reach over the end of a word: alone it has the tokens that it has here.
-        end = min(start + tokenizer.encode(text).count, room)
-        if end > start:
-            words.append(Word(text, slice(start, end)))
-        start = end
-    return words
+    """Return the words of a prompt that is read plainly, up to where it is cut."""
+    return words_of_chunks(tokenizer, chunks_of(tokenizer, ((Piece(prompt),),), "plain"))
 
 
 def words_of_chunks(tokenizer: Tokenizer, chunks: Sequence[Chunk]) -> list[Word]:
-    """Return the words of chunks that follow each other."""
+    """Return the words of chunks that follow each other; a textual inversion is one of its name."""
+    learned = {number: one for one in tokenizer.learned for number in one.ids}
+    marks = {tokenizer.bos, tokenizer.eos, tokenizer.pad}
     words: list[Word] = []
     for number, chunk in enumerate(chunks):
         start, first = 1, number * tokenizer.max_length
         for place in range(1, chunk.count + 1):
-            if tokenizer.name(chunk.ids[place]).endswith("</w>") or place == chunk.count:
+            here, after = chunk.ids[place], chunk.ids[place + 1]
+            one = learned.get(here)
+            if one is not None:
+                text, ends = one.name, learned.get(after) is not one or after != here + 1
+            else:
                 text = tokenizer.text(chunk.ids[start : place + 1]).strip()
+                ends = after in learned or place == chunk.count
+                ends = ends or here in marks or tokenizer.name(here).endswith("</w>")
+            if ends:
                 words.append(Word(text, slice(first + start, first + place + 1)))
                 start = place + 1
     return words

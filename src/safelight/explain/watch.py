@@ -12,13 +12,13 @@ from torch import Tensor
 from safelight.engine import Engine, Job, Step
 from safelight.engine.denoiser import clip_or_threshold, estimate
 from safelight.engine.job import decode, final_latents
+from safelight.engine.requests import with_drawn
 from safelight.errors import SafelightError
 from safelight.explain.attention import (
     Word,
     recorded,
     telling_layers,
     word_maps,
-    words_of,
     words_of_chunks,
 )
 from safelight.explain.forward import Noised, forward
@@ -115,8 +115,8 @@ def watch(model: Model, request: Request, on_step: Callable[[Step], object] | No
     [ticket] = engine.tickets
     with engine.model.lock:
         job, model = ticket.job, ticket.model
+        words = _words(model, request, result)
     rows = job.table.rows
-    words = _words(model, request, result)
     wanted = _evenly(len(rows))
     seen: list[_Seen] = []
     while engine.busy:
@@ -155,14 +155,13 @@ def _words(model: Model, request: Request, result: Result) -> list[Word]:
     if model.tokenizer is None:
         return []
     [seed] = result.seeds
-    prompt = result.words.get(seed, (request.prompt,))[0]
-    if request.prompt_syntax == "plain":
-        return words_of(model.tokenizer, prompt)
+    one = with_drawn(request, result, seed)
+    tokenizer = model.embeddings.model(model.embeddings.choose(one)).tokenizer
     reading = read(
-        prompt, request.prompt_syntax, steps=result.settings["steps"], emphasis=request.emphasis
+        one.prompt, one.prompt_syntax, steps=result.settings["steps"], emphasis=one.emphasis
     )
     text = reading.parts[-1].stages[0].blends[0].texts[0]
-    return words_of_chunks(model.tokenizer, chunks_of(model.tokenizer, text, request.prompt_syntax))
+    return words_of_chunks(tokenizer, chunks_of(tokenizer, text, one.prompt_syntax))
 
 
 def _evenly(count: int) -> set[int]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from safelight.weights.check import Header
     from safelight.weights.folder import Folder
     from safelight.weights.names import Section, Weight
+    from safelight.weights.plan import Plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,8 +284,11 @@ class Family:
 
     # --- drawing -----------------------------------------------------------------------------
 
-    def check_request(self, model: Model, request: Request) -> None:
-        """Raise SafelightError if a request asks for what the family cannot draw."""
+    def check_request(self, model: Model | Plan, request: Request) -> None:
+        """Raise SafelightError if a request asks for what a model of the family cannot draw.
+
+        model: also by its headers alone, so that a server refuses the request at once.
+        """
 
     def warnings(self, model: Model, request: Request) -> list[str]:
         """Return what a person should know about a resolved request."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from safelight.families.latent import LatentFamily
     from safelight.model import Model
     from safelight.request import Request
+    from safelight.weights.plan import Plan
 
 
 class Read(NamedTuple):
@@ -36,9 +37,9 @@ class Read(NamedTuple):
     pooled: Tensor | None
 
 
-def check_request(family: LatentFamily, model: Model, request: Request) -> None:
+def check_request(family: LatentFamily, model: Model | Plan, request: Request) -> None:
     """Raise SafelightError for a clip_skip that leaves no layer of a text encoder."""
-    layers = min(model.parts[name].config.num_hidden_layers for _, name in family.text_parts)
+    layers = min(model.configs[name].num_hidden_layers for _, name in family.text_parts)
     if request.clip_skip is not None and request.clip_skip > layers:
         raise SafelightError(
             f"clip_skip must be at most {layers}, the layers of {model.name}'s text encoder, "

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from safelight.nets.reuse import Reuse
     from safelight.request import Request
     from safelight.weights.folder import Folder
+    from safelight.weights.plan import Plan
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 """Where a single file in the layout of the original code has the two networks."""
@@ -204,7 +205,7 @@ class LatentFamily(Family):
 
     # --- drawing -----------------------------------------------------------------------------
 
-    def check_request(self, model: Model, request: Request) -> None:
+    def check_request(self, model: Model | Plan, request: Request) -> None:
         if request.unconditional:
             raise SafelightError(
                 f"{model.name} draws from words: leave out unconditional, or load "
@@ -212,7 +213,7 @@ class LatentFamily(Family):
                 field="unconditional",
             )
         encoding.check_request(self, model, request)
-        skips = model.network.config.skips
+        skips = model.configs[self.network].skips
         if request.cache_branch is not None and request.cache_branch >= skips:
             raise SafelightError(
                 f"cache_branch must be at most {skips - 1}, the layers of {model.name}'s network, "

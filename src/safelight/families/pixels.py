@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from safelight.model import Model
     from safelight.nets.reuse import Reuse
     from safelight.request import Request
+    from safelight.weights.plan import Plan
 
 
 class Pixels(Family):
@@ -42,7 +43,7 @@ class Pixels(Family):
             raise SafelightError("unet/config.json needs a sample_size")
         return side, side
 
-    def check_request(self, model: Model, request: Request) -> None:
+    def check_request(self, model: Model | Plan, request: Request) -> None:
         for field in ("prompt", "image"):
             if getattr(request, field):
                 raise SafelightError(

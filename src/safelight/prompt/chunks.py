@@ -11,11 +11,14 @@ from dataclasses import dataclass
 
 from safelight.errors import SafelightError
 from safelight.prompt.learned import groups
-from safelight.prompt.reading import Section, Syntax
+from safelight.prompt.reading import Reading, Section, Syntax
 from safelight.prompt.tokenizer import Tokenizer
 
 MAX_CHUNKS = 32
 """Chunks of one text: 2,400 tokens with CLIP. Each costs time and memory at every step."""
+
+MAX_ENCODED = 512
+"""Chunks that one prompt may ask a text encoder for, over all of its stages."""
 
 COMMA_REACH = 20
 """A1111 moves what follows a comma that is at most so many tokens back to the next chunk."""
@@ -66,6 +69,33 @@ def chunks_of(tokenizer: Tokenizer, text: Sequence[Section], syntax: Syntax) -> 
             f"prompt has {len(rows)} chunks of {room} tokens; at most {MAX_CHUNKS} can be used"
         )
     return [_chunk(tokenizer, row) for row in rows]
+
+
+def chunks_by_text(
+    tokenizer: Tokenizer, reading: Reading, syntax: Syntax
+) -> dict[tuple[Section, ...], list[Chunk]]:
+    """Return the chunks of each different text of a prompt.
+
+    Raises SafelightError as `chunks_of` does, and for more than MAX_ENCODED different chunks.
+    """
+    found: dict[tuple[Section, ...], list[Chunk]] = {}
+    different: set[tuple[int, ...]] = set()
+    for text in reading.texts:
+        if text not in found:
+            found[text] = chunks_of(tokenizer, text, syntax)
+            different.update(chunk.ids for chunk in found[text])
+            if len(different) > MAX_ENCODED:
+                raise too_many_chunks()
+    return found
+
+
+def too_many_chunks() -> SafelightError:
+    """Return the error for a prompt of more than MAX_ENCODED different chunks."""
+    return SafelightError(
+        f"prompt has more than {MAX_ENCODED} different chunks over its steps: "
+        "take fewer schedules, or a shorter text",
+        field="prompt",
+    )
 
 
 def _chunk(tokenizer: Tokenizer, row: list[_Token]) -> Chunk:

@@ -135,7 +135,11 @@ def read_wildcard(folder: Path, name: str) -> list[str]:
         if file.stat().st_size > _LARGEST_FILE:
             raise SafelightError(f"wildcard {name[:60]}.txt is over 4 MiB", field="prompt")
         lines = file.read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError):
+    except UnicodeDecodeError:
+        raise SafelightError(
+            f"wildcard {name[:60]}.txt is not UTF-8: save it as UTF-8", field="prompt"
+        ) from None
+    except OSError:
         there = sorted(path.stem for path in folder.glob("*.txt"))[:8] if folder.is_dir() else []
         known = ", ".join(there) or "none"
         raise SafelightError(

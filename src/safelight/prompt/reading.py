@@ -45,6 +45,7 @@ class Blend:
 class Stage:
     """What holds up to and including a step, counted from 1.
 
+    A stage that follows one of the same step never holds; in A1111 it weighs in the mean of all.
     blends: their states follow each other along the tokens (compel's `.and()`).
     """
 
@@ -84,6 +85,14 @@ class Reading:
     parts: tuple[Part, ...]
     warnings: tuple[str, ...] = ()
     networks: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def texts(self) -> Iterator[tuple[Section, ...]]:
+        """The texts of all stages, in order."""
+        for part in self.parts:
+            for stage in part.stages:
+                for blend in stage.blends:
+                    yield from blend.texts
 
 
 def one_part(steps: int, sections: tuple[Section, ...]) -> Part:

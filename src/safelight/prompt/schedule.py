@@ -53,7 +53,10 @@ class _Open:
 
 
 def stages_of(text: str, steps: int) -> tuple[list[tuple[int, str]], tuple[str, ...]]:
-    """Return (last step, text) of each stage of a prompt, and warnings. Steps count from 1."""
+    """Return (last step, text) of each stage of a prompt, and warnings.
+
+    The steps are those of the web UI's own table, which count from 0 as a picture is drawn.
+    """
     if "[" not in text:
         return [(steps, text)], ()
     tree, bar = _parse(text)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from typing import Any
 
-from safelight.prompt.chunks import Chunk, chunks_of
-from safelight.prompt.reading import Reading, Stage, Syntax
+from safelight.errors import SafelightError
+from safelight.prompt.chunks import Chunk, chunks_by_text
+from safelight.prompt.reading import Part, Reading, Section, Stage, Syntax
 from safelight.prompt.tokenizer import Tokenizer
 from safelight.words import unknown_words
+
+MAX_SHOWN = 4096
+"""Chunks that are shown of one prompt, over all of its stages."""
 
 
 def describe(
@@ -17,9 +21,19 @@ def describe(
     """Return the parts of a reading with their stages, chunks, tokens and weights, as JSON has it.
 
     known: the words that the model was trained on; None if it does not say. Raises SafelightError
-    as `chunks_of` does.
+    as `chunks_by_text` does, and for more than MAX_SHOWN chunks.
     """
     tokenizer = tokenizer.with_words(known)
+    chunks = {
+        text: [_chunk(chunk, tokenizer) for chunk in found]
+        for text, found in chunks_by_text(tokenizer, reading, syntax).items()
+    }
+    if (count := sum(len(chunks[text]) for text in reading.texts)) > MAX_SHOWN:
+        raise SafelightError(
+            f"prompt has {count} chunks over its steps; at most {MAX_SHOWN} are shown: "
+            "take fewer steps, or a shorter text",
+            field="prompt",
+        )
     pieces = [p for part in reading.parts for s in part.stages for p in s.pieces]
     text = " ".join(dict.fromkeys(piece.text for piece in pieces))
     found: dict[str, Any] = {
@@ -27,7 +41,7 @@ def describe(
         "parts": [
             {
                 "weight": part.weight,
-                "stages": [_stage(stage, tokenizer, syntax) for stage in part.stages],
+                "stages": [_stage(stage, chunks) for stage in _that_hold(part)],
             }
             for part in reading.parts
         ],
@@ -40,11 +54,16 @@ def describe(
     return found
 
 
-def _stage(stage: Stage, tokenizer: Tokenizer, syntax: Syntax) -> dict[str, Any]:
+def _that_hold(part: Part) -> list[Stage]:
+    before = (0, *(stage.until for stage in part.stages))
+    return [stage for last, stage in zip(before, part.stages, strict=False) if stage.until > last]
+
+
+def _stage(stage: Stage, chunks: Mapping[tuple[Section, ...], Any]) -> dict[str, Any]:
     texts = [
         {
             "weight": blend.weight if len(blend.texts) == 1 else weight,
-            "chunks": [_chunk(c, tokenizer) for c in chunks_of(tokenizer, text, syntax)],
+            "chunks": chunks[text],
         }
         for blend in stage.blends
         for text, weight in zip(blend.texts, blend.weights, strict=True)

@@ -16,17 +16,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from safelight.errors import SafelightError
-from safelight.prompt.chunks import Chunk, chunks_of
+from safelight.prompt.chunks import MAX_ENCODED, Chunk, chunks_of, too_many_chunks
 from safelight.prompt.reading import Blend, Emphasis, Part, Section, Stage, Syntax
 from safelight.prompt.tokenizer import Tokenizer
 
 Encode = Callable[[Tensor, Tensor | None], Tensor]
 """A text encoder: ids [1, length], and which of them may be looked at, bool [1, length], None for
 all. Returns states [1, length, width]."""
-
-MAX_ENCODED = 512
-"""Chunks that one prompt may ask a text encoder for, over all of its stages."""
 
 _SMALLEST = 1e-5
 
@@ -63,10 +59,7 @@ class States:
         key = (chunk.ids, without)
         if key not in self._known:
             if len(self._known) >= MAX_ENCODED:
-                raise SafelightError(
-                    f"prompt has more than {MAX_ENCODED} different chunks over its steps: "
-                    "take fewer schedules, or a shorter text"
-                )
+                raise too_many_chunks()
             seen = None
             if without:
                 seen = torch.ones(1, len(chunk.ids), dtype=torch.bool)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safelight.errors import SafelightError
+from safelight.paths import expanded
 
 _LARGEST_FILE = 4 * 2**20
 MAX_PROMPT = 16 * 1024
@@ -27,7 +28,7 @@ def read_styles(file: str | Path) -> dict[str, Style]:
 
     Raises SafelightError if it cannot be read.
     """
-    path = Path(file)
+    path = expanded(file)
     try:
         if path.stat().st_size > _LARGEST_FILE:
             raise SafelightError(f"{path.name} is over 4 MiB: styles are a few lines")

@@ -262,7 +262,7 @@ class Tokenizer:
 
     def text(self, ids: Sequence[int]) -> str:
         """The text that tokens stand for."""
-        joined = "".join(map(self.name, ids)).replace("</w>", " ")
+        joined = "".join(map(self.name, ids)).replace("</w>", "Ġ")  # a blank, as a byte's letter
         return decoders.ByteLevel().decode([joined])
 
     def save(self, folder: Path) -> None:

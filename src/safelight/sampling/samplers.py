@@ -28,8 +28,8 @@ class Sampler:
     in this package, with the keywords in `options`. steps: how many are taken by default. a1111:
     AUTOMATIC1111's name, None if it has none. noisy: draws fresh noise on the way; samplers with
     `eta` do so when it is above 0. evaluations: of the network in a step (with 2, the last step
-    takes one). more: rows that it takes beyond the steps. eta: whether the setting eta has an
-    effect.
+    takes one). more: rows that it takes beyond the steps, if these are several. eta: whether the
+    setting eta has an effect.
     """
 
     name: str
@@ -294,7 +294,7 @@ def check(
         raise SafelightError(
             f"strength should be above 0 and at most 1, not {strength!r:.40}", field="strength"
         )
-    if int(steps * strength) + chosen.more < 1:
+    if int(steps * strength) + (chosen.more if steps > 1 else 0) < 1:
         raise SafelightError(
             f"strength {strength:g} leaves none of {steps} steps; "
             f"it should be at least {math.ceil(1000 / steps) / 1000:g}, or steps more",

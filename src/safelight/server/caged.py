@@ -6,7 +6,7 @@ import base64
 import json
 from typing import Any
 
-from PIL import Image, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin
 
 from safelight.errors import SafelightError
 from safelight.picture import opened, reason
@@ -59,11 +59,34 @@ def with_alpha(sent: Sent, name: str) -> tuple[Strips, Strips | None]:
 
 
 def texts(sent: Sent, name: str) -> dict[str, str]:
-    """Return the texts of a PNG by keyword; of other pictures none. All of it must be intact."""
+    """Return the texts of a PNG by keyword. All of it must be intact.
+
+    A picture without a text `parameters`, as any JPEG or WebP, may have it as the EXIF comment.
+    """
     data = sent.take()
     _decoded(data, name)
     with opened(data, name) as image:
-        return dict(image.text) if isinstance(image, PngImagePlugin.PngImageFile) else {}
+        found = dict(image.text) if isinstance(image, PngImagePlugin.PngImageFile) else {}
+        if "parameters" not in found and (comment := _comment(image)):
+            found["parameters"] = comment
+        return found
+
+
+def _comment(image: Image.Image) -> str:
+    """Return the comment in a picture's EXIF; nothing of one that cannot be read."""
+    try:
+        found = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+    except Exception:  # Pillow raises anything at broken EXIF
+        return ""
+    if not isinstance(found, bytes):
+        return ""
+    kind, text = found[:8], found[8:]
+    if kind == b"UNICODE\0":
+        # UTF-16 in either order: the higher byte of a Latin letter is 0.
+        little = text[1::2].count(0) > text[::2].count(0)
+        return text.decode("utf-16-le" if little else "utf-16-be", "replace").strip("\0\ufeff")
+    known = kind in (b"ASCII\0\0\0", bytes(8))
+    return (text if known else found).decode("utf-8", "replace").strip("\0")
 
 
 def _decoded(data: bytes, name: str) -> Image.Image:
@@ -85,7 +108,8 @@ def body(sent: Sent) -> tuple[Any, ...]:
     """Return the JSON object of a request's body, and the bytes of pictures within.
 
     The object has a number in the place of each base64 string of LARGE characters or more: that of
-    its picture, as {"": number}.
+    its picture, as {"": number}. Within objects inside it, as those of a web UI's extensions, such
+    a string becomes null: nobody reads pictures there.
     """
     try:
         found = json.loads(sent.take())
@@ -101,19 +125,25 @@ def body(sent: Sent) -> tuple[Any, ...]:
     return found, *pictures
 
 
-def _without(pictures: list[bytes], value: Any) -> Any:
+def _without(pictures: list[bytes] | None, value: Any) -> Any:
     """Return a value with numbers in the place of its pictures, which are added to the list.
 
-    It is no function within `body`: one that calls itself keeps what it sees from being freed.
+    pictures: None to have null in their place. It is no function within `body`: one that calls
+    itself keeps what it sees from being freed.
     """
     if isinstance(value, str) and len(value) >= LARGE:
         try:
-            pictures.append(from_base64(value))
+            found = from_base64(value)
         except ValueError:
             return value
+        if pictures is None:
+            return None
+        pictures.append(found)
         return {"": len(pictures) - 1}
     if isinstance(value, list):
         return [_without(pictures, entry) for entry in value]
+    if isinstance(value, dict):
+        return {name: _without(None, entry) for name, entry in value.items()}
     return value
 
 

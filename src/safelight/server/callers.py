@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import ipaddress
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
+
+from safelight.errors import SafelightError
+
+Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 ADMIN = "admin"
 """The name of the key that sees all jobs: a server's `token`."""
@@ -59,27 +65,59 @@ def caller_of(scope: Any) -> Caller:
     return scope.get(SCOPE) or Caller()
 
 
-def address_of(scope: Any, proxies: frozenset[str] = frozenset()) -> str:
+def network(given: str) -> Network:
+    """Return the network of a proxy that is trusted; an address is one by itself.
+
+    Raises SafelightError for what is neither.
+    """
+    one = parsed(given)
+    with contextlib.suppress(ValueError):
+        found = ipaddress.ip_network(given if one is None else str(one), strict=False)
+        if not getattr(found.network_address, "ipv4_mapped", None):  # IPv4 goes by its own form
+            return found
+    raise SafelightError(
+        f"--trust-proxy {given[:80]!r}: expected an address or a network, as 10.0.0.1 or 10.0.0.0/8"
+    )
+
+
+def parsed(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Return an address, None if it is none; of an IPv4 client on an IPv6 socket that of IPv4."""
+    try:
+        found = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    return getattr(found, "ipv4_mapped", None) or found
+
+
+def forwarded(scope: Any, proxies: Sequence[Network], name: bytes) -> str | None:
+    """Return the last entry of a header that a trusted proxy sets; None if none has set it."""
+    told = None
+    peer = parsed(_peer(scope))
+    if peer is not None and any(peer in trusted for trusted in proxies):
+        for key, value in scope["headers"]:
+            if key == name:
+                told = value.decode("latin-1").rpartition(",")[2].strip()
+    return told
+
+
+def address_of(scope: Any, proxies: Sequence[Network] = ()) -> str:
     """Return the client's address; an IPv6 one by its network of 64 bits, which one client owns.
 
-    proxies: addresses whose X-Forwarded-For is believed, its last entry.
+    proxies: those whose X-Forwarded-For is believed, its last entry.
     """
-    told = (scope.get("client") or ("",))[0]
-    if told in proxies:
-        for name, value in scope["headers"]:
-            if name == b"x-forwarded-for":
-                told = value.decode("latin-1").rpartition(",")[2].strip()
-    try:
-        address = ipaddress.ip_address(told.partition("%")[0])
-    except ValueError:
+    told = forwarded(scope, proxies, b"x-forwarded-for")
+    found = parsed(_peer(scope) if told is None else told)
+    if found is None:
         return "unknown"
-    mapped = getattr(address, "ipv4_mapped", None)
-    address = mapped or address
-    if address.is_loopback:
+    if found.is_loopback:
         return LOCAL
-    if address.version == 6:
-        return str(ipaddress.ip_network((address, 64), strict=False).network_address)
-    return str(address)
+    if found.version == 6:
+        return str(ipaddress.ip_network((found, 64), strict=False).network_address)
+    return str(found)
+
+
+def _peer(scope: Any) -> str:
+    return (scope.get("client") or ("",))[0]
 
 
 def shortened(address: str) -> str:

@@ -283,7 +283,8 @@ def _waits(
     below: float | None,
 ) -> bool:
     """Return whether `claim` may find a job. how: as `shares.next_job` has it."""
-    owner, able = shares.next_owner(db, now), how[-1]
+    able = how[-1]
+    owner = shares.next_owner(db, now, able=able)
     if below is None or owner is None:
         return owner is not None
     first = shares.next_job(db, now, owner, *how)

@@ -108,6 +108,11 @@ def open_engine(url: str) -> Engine:
         engine = create_engine(url, pool_timeout=PATIENCE, **how)
     except (SQLAlchemyError, ImportError, TypeError) as error:
         raise StorageError(f"the database of jobs cannot be used: {_line(error)}") from None
+    except ValueError:  # it quotes the part, which may be one of a password
+        raise StorageError(
+            "the database of jobs cannot be used: its URL cannot be read: expected one as "
+            "postgresql://user@host:5432/name"
+        ) from None
     if engine.dialect.name == "sqlite":
         _set_up_sqlite(engine)
     return engine
@@ -160,6 +165,8 @@ def _set_up_sqlite(engine: Engine) -> None:
     @event.listens_for(engine, "connect")
     def _(connection: Any, record: Any) -> None:
         connection.isolation_level = None  # the driver would begin transactions of its own
+        # SQLite's own lowers ASCII alone, and prompts that are searched are in all languages.
+        connection.create_function("lower", 1, str.lower, deterministic=True)
         record.info["file"] = _identity(file)
         for pragma in (
             f"busy_timeout={PATIENCE * 1000}",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from safelight.server.jobs import Job, Progress
+from safelight.server.jobs import Job, Progress, Status
 
 MAX_WAITING = 100
 """Messages kept for a listener that does not read; beyond it progress is dropped."""
@@ -69,9 +69,13 @@ class Events:
         self._progress.clear()
 
     def with_progress(self, job: Job) -> Job:
-        """Return the job with its progress, where a worker has told of it."""
+        """Return the job with its progress, where it is drawn and a worker has told of it."""
+        if job.status.final:  # what is told of it later, or came too late, is of no use
+            self._progress.pop(job.id, None)
         progress = self._progress.get(job.id)
-        return job if progress is None else job.model_copy(update={"progress": progress})
+        if progress is None or job.status != Status.RUNNING:
+            return job
+        return job.model_copy(update={"progress": progress})
 
     def _watch(self, job_id: str, more: int) -> None:
         before = self._watchers.get(job_id, 0)

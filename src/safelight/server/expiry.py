@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from sqlalchemy import ColumnElement, Connection, func, select
 
 from safelight.server.claims import Claims
-from safelight.server.tables import UNFINISHED, jobs, pictures
+from safelight.server.tables import UNFINISHED, jobs, pictures, webhooks
 
 GONE = 0.0
 """What `expires` is of a job that is being deleted."""
@@ -53,10 +53,13 @@ class Expiry(Claims):
     def mark(self, horizon: float, expires: float) -> tuple[int, int]:
         """Mark the jobs that ended before a time for deletion, and take the marks of others away.
 
-        Returns how many were marked, and how many marks were taken away.
+        Those whose webhook is still to be told stay so long. Returns how many were marked, and how
+        many marks were taken away.
         """
         marked = jobs.c.expires.is_not(None)
+        untold = (webhooks.c.job == jobs.c.id) & webhooks.c.told.is_(None)
         old = _finished() & (jobs.c.finished < horizon) & ~marked
+        old &= ~select(webhooks.c.job).where(untold).exists()
         young = marked & (jobs.c.expires != GONE) & (jobs.c.finished >= horizon)
         return self._set_expires(old, expires), self._set_expires(young, None)
 

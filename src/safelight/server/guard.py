@@ -6,12 +6,11 @@ import asyncio
 import base64
 import binascii
 import contextlib
-import ipaddress
 import json
 import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,7 +18,16 @@ from urllib.parse import urlsplit
 from safelight.errors import SafelightError
 from safelight.server import bodies, entrance, tokens
 from safelight.server.bodies import RefusedError
-from safelight.server.callers import ADMIN, SCOPE, Caller, address_of, shortened
+from safelight.server.callers import (
+    ADMIN,
+    SCOPE,
+    Caller,
+    Network,
+    address_of,
+    forwarded,
+    parsed,
+    shortened,
+)
 from safelight.server.keyring import Keyring
 from safelight.server.limits import Guesses, Share
 
@@ -45,14 +53,14 @@ class Rules:
 
     token: the admin's. Without one and without keys everyone may, on loopback alone. hosts: names
     that a Host header may have besides loopback's. keys: those of people, whose jobs are apart.
-    proxies: addresses whose X-Forwarded-For is believed. short: whether the log has shortened
-    addresses.
+    proxies: those whose X-Forwarded-For and X-Forwarded-Proto are believed. short: whether the log
+    has shortened addresses.
     """
 
     token: str | None = None
     hosts: frozenset[str] = frozenset()
     keys: Keyring | None = None
-    proxies: frozenset[str] = frozenset()
+    proxies: Sequence[Network] = ()
     short: bool = False
 
     def __post_init__(self) -> None:
@@ -113,6 +121,9 @@ class Guard:
 
         unread, headers = receive, _headers(scope)
         address, client, taken = address_of(scope, self.rules.proxies), "", 0
+        scheme = forwarded(scope, self.rules.proxies, b"x-forwarded-proto")
+        if scheme in ("http", "https"):
+            scope["scheme"] = scheme  # links of an answer begin with it
 
         async def counted() -> Any:
             nonlocal taken
@@ -236,7 +247,7 @@ class Guard:
             return False
         if name == "localhost" or name in self.rules.hosts:
             return True
-        asked, own = _address(name), _address(str((scope.get("server") or ("",))[0]))
+        asked, own = parsed(name), parsed(str((scope.get("server") or ("",))[0]))
         return asked is not None and (asked.is_loopback or asked == own)
 
     async def _caller(self, headers: dict[str, list[str]], caller: Caller) -> Caller | None:
@@ -259,15 +270,6 @@ class Guard:
             return None
         key = await self._key(value.strip(), caller.address)
         return None if key is None else replace(caller, key=key)
-
-
-def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """Return an address; of an IPv4 client on an IPv6 socket that of IPv4."""
-    try:
-        found = ipaddress.ip_address(name.partition("%")[0])
-    except ValueError:
-        return None
-    return getattr(found, "ipv4_mapped", None) or found
 
 
 def _is_stream(scope: Any) -> bool:

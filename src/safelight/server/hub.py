@@ -335,10 +335,10 @@ class Hub:
         await self._threads.with_files(clear, self.files, self.store, [job_id])
         return True
 
-    async def list(self, **how: Any) -> list[Job]:
-        """Return jobs, newest first. how: as `Store.list` takes it."""
-        jobs = await self._in_database(partial(self.store.list, **how))
-        return [self._events.with_progress(job) for job in jobs]
+    async def list(self, **how: Any) -> tuple[list[Job], bool]:
+        """Return jobs, newest first, and whether there may be more; see `Store.list`."""
+        jobs, more = await self._in_database(partial(self.store.list, **how))
+        return [self._events.with_progress(job) for job in jobs], more
 
     async def counts(self) -> dict[str, dict[str, int]]:
         """Return how many jobs there are of each status, by model."""

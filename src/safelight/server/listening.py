@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,22 @@ def link(listening: socket.socket, token: str | None) -> str:
     """Return the address of the studio, with the token in it."""
     query = "" if token is None else f"?token={quote(token, safe='')}"
     return f"{shown(listening)}/studio{query}"
+
+
+def host_name(given: str) -> str:
+    """Return a name that a server is reached by as the guard compares it.
+
+    Raises SafelightError for what is neither a name nor an address.
+    """
+    name = given.lower().rstrip(".")
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(name))
+    if re.fullmatch(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*", name) is None:
+        raise SafelightError(
+            f"--allow-host {given[:80]!r}: expected a name or an address alone, without http://, "
+            "port or path, as studio.example.com"
+        )
+    return name
 
 
 def everywhere(host: str) -> bool:

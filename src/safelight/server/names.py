@@ -6,6 +6,7 @@ It is looked up without PyTorch, so that a name which is not there is refused at
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any
@@ -15,14 +16,16 @@ from safelight.adapters.embedding import EmbeddingFile, look_at
 from safelight.adapters.embeddings import EmbeddingFinder
 from safelight.adapters.keys import family_of_width, text_width
 from safelight.adapters.reader import PromptReader
+from safelight.defaults import defaults_of
 from safelight.errors import SafelightError
-from safelight.families import Family
+from safelight.families import Family, family_of_folder
 from safelight.prompt.styles import Style, apply_styles, read_styles
 from safelight.request import Request
 from safelight.server.served import Served
 from safelight.server.settings import Settings
 from safelight.weights.check import printable, read_header
 from safelight.weights.find import Source, find
+from safelight.weights.folder import Folder
 from safelight.weights.library import Entry, Library, open_library
 from safelight.weights.plan import Plan, read_plan
 
@@ -91,10 +94,12 @@ class Names:
 
     def check(self, request: Request, model: str | None = None) -> None:
         """Raise SafelightError for a name in a request that is not there, for a LoRA of another
-        kind of model, and for a prompt that its model cannot read.
+        kind of model, for what the model cannot draw by its headers, and for a prompt that it
+        cannot read.
 
         What dynamic prompts will say is not known yet.
         """
+        asked = request
         styled = apply_styles(
             self.styles(), request.styles, request.prompt, request.negative_prompt
         )
@@ -118,6 +123,7 @@ class Names:
             reader = self._reader(model)
         except (SafelightError, OSError):
             return  # the model may be back when its turn comes; the worker says so if it is not
+        reader.plan.family.check_request(reader.plan, asked)
         for entry in loras:
             _check_width(entry, reader.plan)
         reader.check(request)
@@ -125,12 +131,31 @@ class Names:
     def describe(
         self, request: Request, *, model: str | None = None, negative: bool = False
     ) -> dict[str, Any]:
-        """Return how a model reads a request's prompt; see `PromptReader.describe`."""
-        return self._reader(model).describe(request, negative=negative)
+        """Return how a model reads a request's prompt; see `PromptReader.describe`.
+
+        Steps are the model's own, unless the request names some.
+        """
+        reader = self._reader(model)
+        request = request.with_defaults(defaults_of(reader.plan.family, reader.plan.notes))
+        return reader.describe(request, negative=negative)
 
     def plan(self, model: str | None = None) -> Plan:
         """Return what a model is by its headers. Raises SafelightError if it is not here."""
         return self._reader(model).plan
+
+    def without_prompt(self) -> set[str]:
+        """Return the names of the models on this machine that draw from noise alone.
+
+        A single file is none of them: `family_of_file` knows models that read a prompt.
+        """
+        found: set[str] = set()
+        for name, source in self._served.sources().items():
+            with suppress(OSError, SafelightError):  # one that cannot be read is told of when drawn
+                source = source or self._own()
+                if source.path.is_dir():
+                    index = Folder(source.path, name).index
+                    found |= set() if family_of_folder(index, name).uses_prompt else {name}
+        return found
 
     def refiner(self, model: str | None = None) -> Family | None:
         """Return the family of the model that takes a model's last steps; None without one."""
@@ -140,13 +165,18 @@ class Names:
         found = find(settings.refiner, models_dir=settings.models_dir, download=False)
         return read_plan(found).family
 
+    def _own(self) -> Source:
+        """Return where the server's own model is."""
+        settings = self._settings
+        return find(settings.model, models_dir=settings.models_dir, download=False)
+
     def _source(self, model: str | None) -> Source | None:
         """Return where a model is; None for the server's own."""
         return None if model in (None, self._served.default) else self._served.source(model)
 
     def _reader(self, model: str | None) -> PromptReader:
         settings, given = self._settings, self._source(model)
-        source = given or find(settings.model, models_dir=settings.models_dir, download=False)
+        source = given or self._own()
         index = source.path / "model_index.json"
         written = (index if index.is_file() else source.path).stat().st_mtime
         before = self._readers.pop(source.path, None)

@@ -9,12 +9,14 @@ import logging
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import uvicorn
 
 from safelight.server import tracing
 from safelight.server.app import PageOf, application
+from safelight.server.callers import Network
 from safelight.server.connections import (
     ACCEPTED,
     H11WithTimeouts,
@@ -69,7 +71,7 @@ def serve(
     token: str | None,
     auto: bool = False,
     hosts: frozenset[str] = frozenset(),
-    proxies: frozenset[str] = frozenset(),
+    proxies: Sequence[Network] = (),
     short_addresses: bool = False,
     webhooks_to_private: bool = False,
     bound: int = 1000,
@@ -86,7 +88,7 @@ def serve(
     hub = Hub(settings, child, bound=bound)
     hub.webhooks.private = webhooks_to_private
     retention = Retention(hub.files, hub.store, keep or Keep())
-    names = hosts | ({host} if not everywhere(host) else frozenset())
+    names = hosts | ({host.lower().rstrip(".")} if not everywhere(host) else frozenset())
     rules = Rules(token, names, hub.keys, proxies, short_addresses)
     if token is None and hub.keys.names:
         log.warning("everyone needs a key here, and without a token nobody sees all jobs")

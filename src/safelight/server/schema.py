@@ -78,10 +78,9 @@ def version_of(engine: Engine) -> str | None:
         return _version(db)
 
 
-def make(engine: Engine, version: str) -> None:
+def make(db: Connection, version: str) -> None:
     """Make the tables of a schema in an empty database."""
-    with engine.begin() as db:
-        _alembic(db, lambda command, config: command.upgrade(config, version))
+    _alembic(db, lambda command, config: command.upgrade(config, version))
 
 
 def is_current(engine: Engine) -> bool:

@@ -10,7 +10,7 @@ from safelight.picture import encode
 from safelight.recipe import enlarge, png_texts, read_recipe
 from safelight.request import Request
 from safelight.server.jobs import ModelInfo
-from safelight.sizes import drawable_size
+from safelight.sizes import drawable_size, size_of
 
 
 def fit_to_model(request: Request, model: ModelInfo) -> tuple[Request, tuple[int, int] | None]:
@@ -42,12 +42,16 @@ def enlarging_note(request: Request, size: tuple[int, int] | None, model: ModelI
     ]
 
 
-def enlarged_png(png: bytes, size: tuple[int, int] | None) -> bytes:
-    """Return a PNG of ours at another size, with its recipe; the same bytes for its own size."""
+def enlarged_png(png: bytes, size: tuple[int | None, int | None] | None) -> bytes:
+    """Return a PNG of ours at another size, with its recipe; the same bytes for its own size.
+
+    size: one side may be None, and keeps the picture's proportions.
+    """
     if size is None:
         return png
     with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
-        if image.size == size:
+        wanted = size_of(image.size, *size)
+        if image.size == wanted:
             return png
-        picture, recipe = enlarge(image, read_recipe(png), size)
+        picture, recipe = enlarge(image, read_recipe(png), wanted)
         return encode(picture, "PNG", png_texts(recipe))

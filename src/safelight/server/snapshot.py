@@ -71,14 +71,14 @@ def _copy_file(file: Path, place: Path) -> None:
 def _copy_rows(source: Engine, url: str, version: str) -> None:
     target = open_engine(url)
     try:
-        schema.make(target, version)
-        tables = MetaData()
-        tables.reflect(target)
         level = "SERIALIZABLE" if sqlite_file(source) else "REPEATABLE READ"
         with (
             source.connect().execution_options(isolation_level=level, reads=True) as reading,
             target.begin() as writing,
         ):
+            schema.make(writing, version)  # with the rows: a copy that is cut off leaves nothing
+            tables = MetaData()
+            tables.reflect(writing)
             for table in tables.sorted_tables:
                 if table.name != "alembic_version":
                     rows = reading.execution_options(yield_per=ROWS).execute(select(table))

@@ -158,6 +158,8 @@ class Store(Expiry, People, Outbox):
                     kills=0,
                     ends=0,
                     error=None,
+                    warnings="[]",
+                    started=None,
                     finished=None,
                     expires=None,
                     token=None,
@@ -196,8 +198,10 @@ class Store(Expiry, People, Outbox):
         before: float | None = None,
         limit: int = 50,
         owner: str | None = None,
-    ) -> list[Job]:
-        """Return jobs, newest first: at most `limit`, and of MAX_LISTED bytes, but one at least.
+    ) -> tuple[list[Job], bool]:
+        """Return jobs, newest first, and whether there may be more.
+
+        They are at most `limit`, and of MAX_LISTED bytes, but one at least.
 
         search: words of the prompt. before: created earlier.
         """
@@ -207,8 +211,8 @@ class Store(Expiry, People, Outbox):
             query = query.where(jobs.c.status == status)
         if before is not None:
             query = query.where(jobs.c.created < before)
-        for word in search.lower().split():
-            query = query.where(func.lower(jobs.c.prompt).contains(word, autoescape=True))
+        for word in search.split():
+            query = query.where(jobs.c.prompt.icontains(word, autoescape=True))
         found: list[Job] = []
         size = 0
         with self._read() as db:
@@ -216,9 +220,9 @@ class Store(Expiry, People, Outbox):
                 drawn = self._pictures(db, row)
                 size += len(row["request"]) + sum(len(one["recipe"]) for one in drawn)
                 if found and size > MAX_LISTED:
-                    break
+                    return found, True
                 found.append(read_job(row, drawn))
-        return found
+        return found, len(found) == limit
 
     def counts(self) -> dict[str, int]:
         """Return how many jobs there are of each status."""
@@ -326,6 +330,11 @@ def _of(owner: str | None) -> ColumnElement[bool]:
 
 
 def _make_sure_of_room(db: Connection, count: int, bound: int) -> None:
+    if count > bound:
+        raise SafelightError(
+            f"count must be at most {bound}, as many pictures as may wait here, not {count}",
+            field="count",
+        )
     query = select(func.coalesce(func.sum(jobs.c.pictures), 0))
     waiting = db.execute(query.where(jobs.c.status.in_(UNFINISHED))).scalar_one()
     if waiting + count > bound:

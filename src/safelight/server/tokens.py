@@ -15,10 +15,11 @@ AUTO = "auto"
 MAX_LENGTH = 1024
 
 
-def read_token(argument: str | None, file: Path | None) -> str | None:
+def read_token(argument: str | None, file: Path | None) -> tuple[str | None, bool]:
     """Return the token of a file, of `--token`, or of the environment, in this order.
 
-    None if there is none; an empty one is none. `auto` makes one. It is taken out of the
+    None if there is none; an empty one is none. `auto` makes one, and the second value is true
+    then: nobody knows it, unless it is told. It is taken out of the
     environment, which processes that this one starts would inherit. Raises SafelightError for a
     token that no client could send.
     """
@@ -35,15 +36,15 @@ def read_token(argument: str | None, file: Path | None) -> str | None:
         argument = found.rstrip("\r\n")
     token = argument if argument is not None else inherited
     if token is None or not token.strip():
-        return None
+        return None, False
     if token == AUTO:
-        return secrets.token_urlsafe(24)
+        return secrets.token_urlsafe(24), True
     if len(token) > MAX_LENGTH or token != token.strip() or not token.isprintable():
         raise SafelightError(
             f"the token must be one line of at most {MAX_LENGTH} printable characters, "
             "without spaces around it"
         )
-    return token
+    return token, False
 
 
 def hide_argument(token: str | None) -> None:

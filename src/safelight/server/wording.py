@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -22,7 +23,8 @@ def hide(*paths: str | Path) -> None:
 
 def public(text: str) -> str:
     """Return the line of an error as a stranger may read it."""
-    for path in (*_HIDDEN, str(Path.home()), str(Path(__file__).parents[2])):
+    home = os.path.expanduser("~")  # noqa: PTH111 - Path.home raises where there is none
+    for path in (*_HIDDEN, home, str(Path(__file__).parents[2])):
         if len(path) > 1 and path in text:
             text = re.sub(rf"{re.escape(path)}(?=/|\b|')", "…", text)
     return _whole(text if len(text) <= MAX_ERROR else f"{text[:MAX_ERROR]}…")

@@ -347,7 +347,8 @@ class Worker(Holder):
         held.previewed = now
         job, model, ended = ticket.job, held.loaded.model, time.time()
         try:
-            shown = [encoded_preview(model, latents) for latents in (job.clean, job.view)]
+            both = job.clean, job.view
+            shown = [encoded_preview(model, latents, job.size) for latents in both]
         except (SafelightError, MemoryError, RuntimeError):
             return  # NaN, or too large: whether there is a picture is seen in the end
         self._pipe.send(("preview", held.claim.id, ticket.index, *shown, ended))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
@@ -14,10 +15,10 @@ from safelight.errors import SafelightError
 @cache
 def accelerator() -> Any:
     """accelerate's, which knows the devices, and the other processes that train along."""
-    try:
-        from accelerate import Accelerator
-    except ImportError:
-        raise SafelightError("training needs more: pip install 'safelight[train]'") from None
+    if any(find_spec(name) is None for name in ("accelerate", "tensorboard")):
+        raise SafelightError("training needs more: pip install 'safelight[train]'")
+    from accelerate import Accelerator
+
     return Accelerator()
 
 

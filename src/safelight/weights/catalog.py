@@ -13,7 +13,7 @@ from safelight.weights.check import Header
 from safelight.weights.find import BUILT_IN, MODELS, Source
 from safelight.weights.headers import header_of
 from safelight.weights.hub import cached_folders
-from safelight.weights.library import Library
+from safelight.weights.library import PICTURE, Library
 from safelight.weights.notes import Stamp, keep, recall, stamp_of
 
 
@@ -98,7 +98,7 @@ def _size(path: Path) -> int:
 
 def _facts(kind: str, name: str, path: Path) -> dict[str, Any]:
     """Return family, bytes and dtypes, as JSON has them."""
-    if path.is_dir():
+    if path.is_dir() or path.suffix.lower() == PICTURE:
         if kind != "model":
             return {"family": None, "bytes": _size(path), "dtypes": []}
         # Its configs are read with the networks' own classes, which import PyTorch.

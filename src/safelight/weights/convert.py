@@ -19,11 +19,14 @@ from torch import Tensor
 from safelight.errors import SafelightError
 from safelight.families import Part
 from safelight.families.base import NO_PART
+from safelight.paths import expanded
 from safelight.sampling import SchedulerConfig
 from safelight.weights.autoencoders import with_autoencoders
 from safelight.weights.check import refusal
 from safelight.weights.digest import digest_files
-from safelight.weights.find import Source, find, find_vae
+from safelight.weights.find import PREVIEWS, Source, find, find_vae
+from safelight.weights.folder import DIFFUSION
+from safelight.weights.library import ENDINGS
 from safelight.weights.load import frame
 from safelight.weights.names import Original, Weight, original_names
 from safelight.weights.plan import Plan, read_plan
@@ -69,7 +72,10 @@ def convert(
     """
     if dtype not in (None, *PRECISIONS):
         raise SafelightError(f"dtype {dtype!r:.40}; expected {', '.join(PRECISIONS)}")
-    path = Path(out).expanduser()
+    path = expanded(out)
+    single = path.suffix.lower() == ".safetensors"
+    if not single and path.suffix.lower() in ENDINGS:
+        raise SafelightError(f"out must end in .safetensors, or be a folder, not {path.name!r}")
     source, vaes = find(name, download=download, models_dir=models_dir), dict[str, Source]()
     if vae is not None:
         vaes["vae"] = find_vae(vae, download=download, models_dir=models_dir)
@@ -77,7 +83,6 @@ def convert(
     _check_place(path, plan)
     for part in plan.weights:
         frame(plan, part)
-    single = path.suffix.lower() == ".safetensors"
     originals = _originals(plan) if single else {}
     for files in (plan.files, *(each.files for each in plan.autoencoders.values())):
         digest_files(files)  # finds a damaged download
@@ -93,7 +98,10 @@ def convert(
                 _write_file(new, plan, parts, originals)
             else:
                 _write_folder(new, plan, parts)
-            return _check_written(new, plan, "one file" if single else "a folder")
+            told = _check_written(new, plan, "one file" if single else "a folder")
+            if single and (beside := {name.partition("/")[0] for name in _beside(plan)}):
+                told.append(f"one file does not hold the model's {' and '.join(sorted(beside))}")
+            return told
 
 
 def _check_place(path: Path, plan: Plan) -> None:
@@ -207,6 +215,23 @@ def _write_folder(folder: Path, plan: Plan, parts: Parts) -> None:
     _write_json(folder / "model_index.json", index)
     if plan.folder is not None and (notes := plan.folder.json("safelight.json")) is not None:
         _write_json(folder / "safelight.json", notes)
+
+    for name, source in _beside(plan).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, folder / name)
+
+
+def _beside(plan: Plan) -> dict[str, Path]:
+    """Return what else a model's folder brings, by the names inside it: credits, and a decoder of
+    previews, which another autoencoder's latents are not for.
+    """
+    if plan.folder is None:
+        return {}
+    names = ["NOTICE"]
+    if "vae" not in plan.autoencoders:
+        names += (f"{PREVIEWS}/{file}" for file in ("config.json", f"{DIFFUSION}.safetensors"))
+    found = {name: plan.folder.file(name) for name in names}
+    return {name: path for name, path in found.items() if path is not None}
 
 
 def _library(part: Part) -> str:

@@ -192,7 +192,7 @@ def cached_folders() -> list[tuple[str, Path]]:
 
     try:
         repos = scan_cache_dir().repos
-    except CacheNotFound:
+    except (CacheNotFound, RuntimeError):  # the latter where there is no home directory
         return []
     found: list[tuple[str, Path]] = []
     for repo in repos:

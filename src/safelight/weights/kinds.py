@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Protocol
 
+PNG_TEXT = "sd-ti-embedding"
+"""The text of a PNG that A1111 keeps an embedding in."""
+
 _ADAPTER = re.compile(
-    r"(^|\.)(lora_|lycoris_)|\.(lora_(A|B|up|down|mid)|hada_|lokr_|alpha$|dora_scale|diff(_b)?$)"
+    r"(^|\.)(lora_|lycoris_)|_lora\.(up|down)\."
+    r"|\.(lora_(A|B|up|down|mid)|hada_|lokr_|alpha$|dora_scale|diff(_b)?$)"
 )
 _VAE = re.compile(r"(vae\.|first_stage_model\.)?((en|de)coder\.|(post_)?quant_conv\.)")
 _EMBEDDING = ("emb_params", "clip_l", "clip_g", "string_to_param")
@@ -36,3 +41,14 @@ def kind_of(tensors: Mapping[str, _Shaped]) -> str | None:
     if few and (len(tensors) == 1 or any(n.startswith(_EMBEDDING) for n in tensors)):
         return "embedding"
     return "model"
+
+
+def holds_embedding(picture: Path) -> bool:
+    """Return whether a picture has an embedding in its text.
+
+    Raises SafelightError if it is no picture.
+    """
+    from safelight.picture import opened
+
+    with opened(picture, picture.name) as image:
+        return PNG_TEXT in image.info

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safelight.errors import SafelightError
+from safelight.paths import expanded
 from safelight.weights.check import printable
 from safelight.weights.digest import digest_file, known_digest, old_digest, tensors_digest
 from safelight.weights.headers import header_of
-from safelight.weights.kinds import kind_of
+from safelight.weights.kinds import holds_embedding, kind_of
 from safelight.weights.notes import keep, recall, stamp_of
 
 VARIABLE = "SAFELIGHT_MODELS"
@@ -33,11 +34,16 @@ They lie in the folder itself or in its `models`, and are compared without regar
 """
 
 ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+PICTURE = ".png"
+"""The ending of a picture, which may hold an embedding."""
+
 IN_FOLDER = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 """The files of LoRAs that PEFT and diffusers write, each into a folder of its own."""
 
 MAX_DEPTH = 8
 MAX_FILES = 100_000
+_FACTS = "facts-2"
+"""What `facts_of` is remembered as: another number where `kind_of` says otherwise of a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +71,7 @@ class Library:
     """
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root).expanduser()
+        self.root = expanded(root)
         if not self.root.is_dir():
             raise SafelightError(
                 f"there is no models folder {printable(str(root)[-100:], 100)!r}", code="no_model"
@@ -191,7 +197,7 @@ def is_model_folder(path: Path) -> bool:
 
 
 def facts_of(path: Path) -> dict[str, str]:
-    """Return what a weight file says about itself: its "kind", and the "alias" of a LoRA.
+    """Return what a file says about itself: its "kind", and the "alias" of a LoRA.
 
     It is empty if the file cannot be read. It is remembered, because a header takes milliseconds
     to read, and a folder may hold thousands.
@@ -199,13 +205,16 @@ def facts_of(path: Path) -> dict[str, str]:
     try:
         real = path.resolve()
         stamp = stamp_of(real)
-        facts = recall("facts", real, stamp)
+        facts = recall(_FACTS, real, stamp)
         if not isinstance(facts, dict):
-            header = header_of(real)
-            alias = header.metadata.get("ss_output_name")
-            told = {"kind": kind_of(header.tensors), "alias": alias}
+            if path.suffix.lower() == PICTURE:
+                told = {"kind": "embedding" if holds_embedding(real) else None}
+            else:
+                header = header_of(real)
+                alias = header.metadata.get("ss_output_name")
+                told = {"kind": kind_of(header.tensors), "alias": alias}
             facts = {key: value for key, value in told.items() if value is not None}
-            keep("facts", real, stamp, facts)
+            keep(_FACTS, real, stamp, facts)
     except (OSError, SafelightError):
         return {}
     return facts
@@ -230,7 +239,7 @@ def _walk(home: Path, kind: str, links: list[Path]) -> Iterator[Entry]:
             )
             if kind == "lora" and folder != home and path.name in IN_FOLDER and path.is_file():
                 yield Entry(kind, folder.relative_to(home).as_posix(), path)
-            elif whole or _is_file(path):
+            elif whole or _is_file(path) or (kind == "embedding" and _is_picture(path)):
                 yield Entry(kind, (path.relative_to(home).parent / _stem(path)).as_posix(), path)
             elif path.is_dir() and path.is_symlink():
                 links.append(path)
@@ -241,6 +250,12 @@ def _walk(home: Path, kind: str, links: list[Path]) -> Iterator[Entry]:
 def _is_file(path: Path) -> bool:
     """Return whether it is a weight file, or a link to one: people link their large files."""
     return path.suffix.lower() in ENDINGS and path.is_file()
+
+
+def _is_picture(path: Path) -> bool:
+    """Return whether it is a PNG that holds an embedding, and no preview of one."""
+    is_png = path.suffix.lower() == PICTURE and path.is_file()
+    return is_png and facts_of(path).get("kind") == "embedding"
 
 
 def _stem(path: Path) -> str:

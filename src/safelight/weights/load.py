@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from safelight.errors import SafelightError
 from safelight.fast import accelerate, helps, memory, native_bfloat16, remark
 from safelight.model import Model
+from safelight.paths import expanded
 from safelight.prompt.styles import read_styles
 from safelight.prompt.tokenizer import Tokenizer
 from safelight.weights.autoencoders import with_autoencoders
@@ -78,7 +79,7 @@ def load_model(
     Raises SafelightError, one line, if the model is not found or not usable: a missing,
     left-over or misshapen weight is named, and so is one that is not finite.
     """
-    if wildcards_dir is not None and not Path(wildcards_dir).is_dir():
+    if wildcards_dir is not None and not expanded(wildcards_dir).is_dir():
         raise SafelightError(f"there is no folder of wildcards {str(wildcards_dir)[-100:]!r}")
     styles = {} if styles_file is None else read_styles(styles_file)
     where = pick_device(device)
@@ -156,7 +157,7 @@ def load_model(
         device=where,
         dtype=precision,
         warnings=warnings,
-        wildcards_dir=None if wildcards_dir is None else Path(wildcards_dir),
+        wildcards_dir=None if wildcards_dir is None else expanded(wildcards_dir),
         styles=styles,
         library=open_library(models_dir),
         refiner=second,

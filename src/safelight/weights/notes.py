@@ -25,7 +25,7 @@ def stamp_of(file: int | Path) -> Stamp:
 
 def recall(what: str, path: Path, stamp: Stamp) -> Any:
     """Return what was kept of a file, None if nothing was or the file is another by now."""
-    with suppress(OSError, ValueError, TypeError):
+    with suppress(OSError, RuntimeError, ValueError, TypeError):
         kept = json.loads(_note(what, path).read_text())
         if kept[:-1] == [os.fsencode(path).hex(), *stamp]:
             return kept[-1]
@@ -34,8 +34,8 @@ def recall(what: str, path: Path, stamp: Stamp) -> Any:
 
 def keep(what: str, path: Path, stamp: Stamp, value: Any) -> None:
     """Keep a value, as JSON has it, of a file. Without a folder to write in, nothing is kept."""
-    note = _note(what, path)
-    with suppress(OSError):
+    with suppress(OSError, RuntimeError):
+        note = _note(what, path)
         note.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=note.parent)
         with os.fdopen(handle, "w") as f:
@@ -44,7 +44,10 @@ def keep(what: str, path: Path, stamp: Stamp, value: Any) -> None:
 
 
 def cache_folder() -> Path:
-    """Return the folder for what can be computed again: $XDG_CACHE_HOME/safelight."""
+    """Return the folder for what can be computed again: $XDG_CACHE_HOME/safelight.
+
+    Raises RuntimeError if that is not set and there is no home directory.
+    """
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(home).expanduser() / "safelight"
 

@@ -49,6 +49,11 @@ class Plan:
     raw: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     autoencoders: Mapping[str, VaePlan] = field(default_factory=dict)
 
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.source.name
+
 
 def read_plan(
     source: Source, prediction_type: str | None = None, *, without: Collection[str] = ()

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 
 from safelight.errors import SafelightError
 from safelight.request import Request
-from safelight.server.apis.ours import MODEL, Problem, named
+from safelight.server.apis.ours import MODEL, Problem, given, named
 from safelight.server.bodies import read_json, turn
 from safelight.server.names import Names
 from safelight.server.wording import public
@@ -100,7 +100,7 @@ async def tokens(http: HttpRequest) -> dict[str, Any]:
     """
     if not http.headers.get("content-type", "").startswith("application/json"):
         raise SafelightError("the body must be JSON: send content-type application/json")
-    settings = await read_json(http)
+    settings = given(await read_json(http))
     model = await _found(http, named(settings))
     other = [name for name in settings if name not in READ]
     if other:

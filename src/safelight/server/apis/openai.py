@@ -100,8 +100,15 @@ class _Call:
             return await asyncio.to_thread(read)
 
     async def preview(self, png: bytes) -> dict[str, Any]:
-        """Return a preview as the answer has it."""
-        return await asyncio.to_thread(encoded, png, self.body)
+        """Return a preview as the answer has it: at the size of the picture."""
+        asked = self.job.settings
+        width, height = self.size or (asked["width"], asked["height"])
+        if width is None or height is None:
+            facts = await self.service.facts(self.job.model)
+            width, height = facts.width, facts.height
+        size = None if width is None or height is None else (width, height)
+        async with turn(self.http):
+            return await asyncio.to_thread(encoded, png, self.body, size=size)
 
     def totals(self, job: Job) -> dict[str, Any]:
         """Return usage and warnings. Nothing is charged for; clients need the fields."""
@@ -269,21 +276,28 @@ def _entry(served: ModelInfo) -> dict[str, Any]:
 
 
 async def _served(http: HttpRequest) -> list[ModelInfo]:
+    """Return the models that draw what a prompt says: this API cannot ask for anything else."""
     service: Service = http.app.state.service
-    return await service.models()
+    others = await asyncio.to_thread(service.names.without_prompt)
+    return [one for one in await service.models() if one.uses_prompt and one.name not in others]
 
 
 async def _model_of(http: HttpRequest, body: ImagesBody) -> str | None:
     """Return the served model that a body means; None for the server's own, as OpenAI's names do.
 
-    Raises ApiError for the name of no model.
+    Raises ApiError for the name of no model, and for a model that reads no prompt.
     """
     service: Service = http.app.state.service
+    asked = body.model
     try:
-        return None if body.model is None else await service.find_model(body.model)
+        name = await service.find_model(asked)
     except SafelightError as error:
         if error.code != "no_model":
             raise
-        if body.model is not None and body.model.startswith(OPENAI_MODELS):
-            return None
-        raise no_such_model(str(error)) from None
+        if asked is None or not asked.startswith(OPENAI_MODELS):
+            raise no_such_model(str(error)) from None
+        asked, name = None, await service.find_model(None)
+    if all(one.name != name for one in await _served(http)):
+        told = f"model must be one that reads a prompt; {name} draws from noise alone"
+        raise ApiError(400, told, "model")
+    return None if asked is None else name

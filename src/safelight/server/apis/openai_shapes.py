@@ -239,12 +239,19 @@ def about(body: ImagesBody, size: tuple[int, int]) -> dict[str, Any]:
     return {**described, "quality": "high", "background": "opaque"}
 
 
-def encoded(png: bytes, body: ImagesBody, text: str = "") -> dict[str, Any]:
-    """Return a PNG as it is, or as JPEG or WebP with the text in its EXIF."""
+def encoded(
+    png: bytes, body: ImagesBody, text: str = "", *, size: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """Return a PNG as it is, or as JPEG or WebP with the text in its EXIF.
+
+    size: what it is resized to, None to keep its own.
+    """
     with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
-        size = image.size
-        if body.form != "png":
+        shown = image
+        if size is not None and size != image.size:
+            shown = image.resize(size, Image.Resampling.LANCZOS)
+        if shown is not image or body.form != "png":
             quality = 100 if body.output_compression is None else body.output_compression
             texts = {"parameters": text} if text else {}
-            png = encode(image, body.form.upper(), texts, quality=quality)
-    return {"b64_json": base64.b64encode(png).decode(), **about(body, size)}
+            png = encode(shown, body.form.upper(), texts, quality=quality)
+        return {"b64_json": base64.b64encode(png).decode(), **about(body, shown.size)}

@@ -23,7 +23,6 @@ from safelight.server.files import Files
 from safelight.server.hub import Hub
 from safelight.server.jobs import Event, Job, ModelInfo, Status, WorkerInfo
 from safelight.server.sizes import enlarged_png
-from safelight.server.store import MAX_LISTED
 from safelight.server.webhooks import check_url
 from safelight.settings import json_schema, settings_of, shown
 from safelight.sizes import MAX_SIDE, MIN_SIDE
@@ -68,6 +67,12 @@ def body_of(request_type: type[Request]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
+def given(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a body without those that are null, which is to leave them out."""
+    known = settings_of(Request)
+    return {name: v for name, v in settings.items() if v is not None or name not in known}
+
+
 def named(settings: dict[str, Any]) -> str | None:
     """Take the model out of a body's settings."""
     model = settings.pop("model", None)
@@ -101,14 +106,11 @@ async def submit(
     """Accept a job. The answer comes once the job is durable; follow it by its id."""
     if not request.headers.get("content-type", "").startswith("application/json"):
         raise SafelightError("the body must be JSON: send content-type application/json")
-    settings = await read_json(request, pictures=True)
+    settings = given(await read_json(request, pictures=True))
     model = named(settings)
     webhook = settings.pop("webhook", None)
     if webhook is not None:
         webhook = check_url(webhook, private=hub(request).webhooks.private)
-    for name, setting in settings_of(Request).items():
-        if (setting.optional or name == "seed") and settings.get(name, ...) is None:
-            del settings[name]  # null is to leave it out
     names = [name for name in ("image", "mask") if name in settings]
     async with turn(request) if names else nullcontext():
         data = {name: [decode_base64(settings.pop(name), name)] for name in names}
@@ -142,7 +144,7 @@ async def list_jobs(
 
     If there may be more, the header `Link` has the address of the next ones.
     """
-    jobs = await hub(request).list(
+    jobs, more = await hub(request).list(
         status=status,
         search=search.replace("\0", ""),
         before=None if before is None else _seconds(before),
@@ -151,7 +153,7 @@ async def list_jobs(
     )
     body = await asyncio.to_thread(_JOBS.dump_json, jobs)
     headers = {}
-    if jobs and (len(jobs) == limit or len(body) > MAX_LISTED // 2):
+    if more:
         at = jobs[-1].created_at.isoformat().replace("+00:00", "Z")
         link = request.url.include_query_params(before=at)
         headers["Link"] = f'<{link.path}?{link.query}>; rel="next"'
@@ -214,12 +216,14 @@ async def picture(
     width: Annotated[int | None, Query(ge=MIN_SIDE, le=MAX_SIDE)] = None,
     height: Annotated[int | None, Query(ge=MIN_SIDE, le=MAX_SIDE)] = None,
 ) -> Any:
-    """Get a PNG with its recipe inside. With width and height it is resized by Lanczos."""
+    """Get a PNG with its recipe inside. With a width or height, or both, it is resized by Lanczos;
+    one alone keeps the picture's proportions.
+    """
     files = hub(request).files
     found = await asyncio.to_thread(files.picture, picture_id)
     if found is None or await _foreign(request, picture_id):
         return _missing("picture")
-    if width is None or height is None:
+    if width is None and height is None:
         return _png(found)
     async with turn(request):
         data = await asyncio.to_thread(_enlarged, files, picture_id, (width, height))
@@ -249,7 +253,7 @@ def _png(found: Stored) -> Response:
     return StreamingResponse(found.parts(), headers=size, media_type="image/png")
 
 
-def _enlarged(files: Files, picture_id: str, size: tuple[int, int]) -> bytes | None:
+def _enlarged(files: Files, picture_id: str, size: tuple[int | None, int | None]) -> bytes | None:
     data = files.picture_bytes(picture_id)
     return None if data is None else enlarged_png(data, size)
 
