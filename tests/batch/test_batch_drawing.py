@@ -209,6 +209,9 @@ def test_the_command(run, tmp_path: Path):
     ("more", "said"),
     [
         (["--workers", 2], "need --ray local"),
+        (["--task-rows", 2], "need --ray local"),
+        (["--shard-rows", 2], "--shard-rows needs --shards"),
+        (["--set", "negative-prompt=x", "--set", "negative_prompt=y"], "is given twice"),
         (["--set", "prompt"], "--set must be as in"),
         (["--set", "promt=x"], "did you mean prompt"),
         (["--ray", "local"], "--ray needs Ray: pip install"),

@@ -8,6 +8,7 @@ import tarfile
 import uuid
 from collections import Counter
 from collections.abc import Generator, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,33 @@ def test_new_rows_are_added_and_changed_ones_refused(file: str, out: str):
         run(job(file, out), draw)
     with pytest.raises(SafelightError, match="a batch with another shards"):
         run(job(file, out, shards="webdataset"), draw)
+
+
+@KINDS
+def test_a_run_that_drew_nothing_binds_nobody(file: str, out: str, kind: str | None):
+    def fail(work: Any, how: How, tell: object) -> Generator[Outcome]:
+        raise SafelightError("there is no device 'foo'")
+        yield
+
+    asked = replace(job(file, out, shards=kind), how=How(loading={"device": "cpu"}))
+    wrong = replace(asked, how=How(loading={"device": "foo"}))
+    with pytest.raises(SafelightError, match="foo"):
+        run(wrong, fail)
+    run(asked, draw)
+    assert found(asked) == WANTED
+    with pytest.raises(SafelightError, match="a batch with another device"):
+        run(wrong, draw)
+
+
+def test_a_batch_whose_rows_all_wait_is_not_another_s(file: str, out: str):
+    def stop(work: Any, how: How, tell: object) -> Generator[Outcome]:
+        yield next(draw(work, how, tell))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(job(file, out, shards="webdataset"), stop)
+    with pytest.raises(SafelightError, match="a batch with another shards"):
+        run(job(file, out), draw)
 
 
 def test_a_second_run_into_the_same_folder_waits_its_turn(file: str, tmp_path: Path):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safelight.batch.lines import Lines
-from safelight.batch.shards import FOLDERS, Shards
+from safelight.batch.shards import FOLDERS, WAITING, Shards
 from safelight.batch.worklist import Problem, WorkList
 from safelight.errors import SafelightError
 from safelight.picture import HALF
@@ -101,7 +101,7 @@ class Output:
         """Mark rows that are done in a list. Returns how many rows of the index are not in it.
 
         A row whose picture is gone is drawn anew. Nothing is written before `begin`. Raises
-        SafelightError if the folder belongs to a batch with other settings.
+        SafelightError if the folder has rows of a batch with other settings.
         """
         found = self.storage.read(ABOUT)
         if found is None and self._index.name in self.storage.names():
@@ -109,13 +109,15 @@ class Output:
                 f"{shown(self.storage.url)} has an {self._index.name} and no {ABOUT}: it is not of "
                 "a batch; give another --out"
             )
-        if found is not None and (other := _differing(found, self._about)):
+        records = {record["id"]: record for record in self._index.load()}
+        # A run that drew nothing, as with a device that is not there, binds nobody.
+        begun = records or self.storage.names(WAITING)
+        if found is not None and begun and (other := _differing(found, self._about)):
             raise SafelightError(
                 f"{shown(self.storage.url)} has rows of a batch with another {other}: give the "
                 "same, or another --out",
                 code="changed",
             )
-        records = {record["id"]: record for record in self._index.load()}
         if self._shards is not None:
             kept = self._shards.load(records)
             done = kept | self._shards.pending()

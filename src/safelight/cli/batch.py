@@ -14,6 +14,7 @@ from safelight.cli.groups import Loading, spread
 from safelight.cli.loading import import_torch
 from safelight.cli.output import bar, note, say, warn
 from safelight.errors import SafelightError
+from safelight.paths import expanded
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -72,7 +73,9 @@ def batch(
     shards: Annotated[
         Shards | None, Option(help="Write many pictures into one file.", show_default=False)
     ] = None,
-    shard_rows: Annotated[int, Option(min=1, help="Rows of a shard.")] = 1000,
+    shard_rows: Annotated[
+        int | None, Option(min=1, help="With --shards: rows of each [1000].", show_default=False)
+    ] = None,
     index: Annotated[
         Index, Option(help="parquet writes the index as index.parquet, too, at the end.")
     ] = "jsonl",
@@ -105,8 +108,13 @@ def batch(
         Option(min=0, help="With --ray: GPUs of each worker, as 0.5.", show_default=False),
     ] = None,
     task_rows: Annotated[
-        int, Option(min=1, help="With --ray: rows that a worker is given at once.")
-    ] = 8,
+        int | None,
+        Option(
+            min=1,
+            help="With --ray: rows that a worker is given at once [8].",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Draw a file of requests, a row for each, and go on where a run was killed.
 
@@ -115,8 +123,12 @@ def batch(
     from safelight.batch.check import Rules
     from safelight.batch.run import How, Job
 
+    if shard_rows is not None and shards is None:
+        raise SafelightError("--shard-rows needs --shards webdataset or parquet")
     settings = loading.with_words(settings)
-    pictures = {n: str(Path(settings[n]).absolute()) for n in ("image", "mask") if n in settings}
+    pictures = {
+        n: str(expanded(settings[n]).absolute()) for n in ("image", "mask") if n in settings
+    }
     rules = Rules(
         defaults={**settings, **pictures},
         templates=_templates(given or []),
@@ -132,7 +144,7 @@ def batch(
         rules=rules,
         how=How(loading.keywords, exact, threads, form),
         shards=shards,
-        shard_rows=shard_rows,
+        shard_rows=shard_rows or 1000,
         index=index,
         skip_invalid=skip_invalid,
     )
@@ -150,20 +162,25 @@ def _templates(given: list[str]) -> dict[str, str]:
             raise SafelightError(
                 f'--set must be as in prompt="{{animal}} in {{place}}", not {text!r:.60}'
             )
-        found[name.strip().replace("-", "_")] = template
+        name = name.strip().replace("-", "_")
+        if name in found:
+            raise SafelightError(f"--set {name} is given twice: give it once")
+        found[name] = template
     return found
 
 
 def _cluster(
-    ray: str | None, workers: int | None, gpus: float | None, rows: int
+    ray: str | None, workers: int | None, gpus: float | None, rows: int | None
 ) -> "Cluster | None":
     if ray is None:
-        if workers is not None or gpus is not None:
-            raise SafelightError("--workers and --gpus need --ray local, or a cluster's address")
+        if {workers, gpus, rows} != {None}:
+            raise SafelightError(
+                "--workers, --gpus and --task-rows need --ray local, or a cluster's address"
+            )
         return None
     from safelight.batch.on_ray import Cluster
 
-    return Cluster(ray, workers, gpus, rows)
+    return Cluster(ray, workers, gpus, rows or 8)
 
 
 def _run(job: "Job", cluster: "Cluster | None") -> None:
