@@ -368,6 +368,13 @@ class TestInterrupted:
         assert (done.code, done.out, done.err) == (130, "", "stopped\n")
         assert list(tmp_path.iterdir()) == []
 
+    def test_as_a_picture_is_written(self, run, model, monkeypatch):
+        monkeypatch.setattr(
+            "safelight.picture._sync_folder", lambda _: signal.raise_signal(signal.SIGINT)
+        )
+        done = run("generate", "a", "--seed", "3")
+        assert (done.code, done.out, done.err) == (130, "safelight-3.png\n", "stopped\n")
+
     def test_ctrl_c_waits_where_it_must(self):
         reached = False
         with pytest.raises(KeyboardInterrupt), ctrl_c_waits():  # noqa: PT012

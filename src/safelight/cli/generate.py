@@ -8,6 +8,7 @@ from typer import Option
 from safelight.cli import options
 from safelight.cli.groups import Loading, spread
 from safelight.cli.output import StepBar, say, warn
+from safelight.interrupt import ctrl_c_waits
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,12 +69,12 @@ def generate(
                 # unfinished one.
                 _save(run.made, paths, overwrite=overwrite)
                 on_step(step)
+            _save(run.result, paths, overwrite=overwrite)
         except BaseException:
             _save(run.made, paths, overwrite=overwrite)
             for path in run.made.paths if run.made else ():
                 say(path)
             raise
-    _save(run.result, paths, overwrite=overwrite)
     _report(run.result, as_json=as_json, show=show)
 
 
@@ -94,10 +95,11 @@ def _warn_of_size(request: "Request", model: str, native: tuple[int, int]) -> No
 
 
 def _save(result: "Result | None", paths: "list[Path]", *, overwrite: bool) -> None:
-    """Write the pictures that have been added."""
+    """Write the pictures that have been added; Ctrl-C waits until each is written and counted."""
     if result is not None:
         for i in range(len(result.paths), len(result.images)):
-            result.save_one(i, paths[i], overwrite=overwrite)
+            with ctrl_c_waits():
+                result.save_one(i, paths[i], overwrite=overwrite)
 
 
 def _report(result: "Result", *, as_json: bool, show: bool) -> None:
