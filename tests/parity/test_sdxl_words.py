@@ -150,7 +150,7 @@ def test_compel(model: Model, theirs: Any, text: str) -> None:
 def test_stages_have_pooled_states_of_their_own(model: Model) -> None:
     made = encode(model, "a [cat:dog:5]", "a1111")
     [(step, then)] = made.later
-    assert step == 5
+    assert step == 6  # as in the web UI, one later than said
     for now, text in ((made, "a cat"), (then, "a dog")):
         assert now.pooled is not None
         alone = encode(model, text, "a1111").pooled

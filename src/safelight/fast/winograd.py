@@ -8,6 +8,7 @@ float32, in winograd.h, weights included: they are kept as they are, in another 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from safelight.fast import kernels, vectors
@@ -47,9 +48,9 @@ class Convolution:
         # Not by the map's size: a picture's last bits would hang on which size came first.
         small = weight.dtype == torch.float32 and self.out_channels * inner < SMALL
         self.side = 2 if small else 4
-        whole = weight.new_zeros(-(-self.out_channels // PANEL) * PANEL, inner, 9)
-        whole[: self.out_channels] = weight.flatten(2)
-        self.weights = whole.view(-1, PANEL, inner, 9).permute(0, 2, 3, 1).contiguous()
+        rows = F.pad(weight.flatten(1), (0, 0, 0, -self.out_channels % PANEL))
+        # [panels, in * 9, PANEL]
+        self.weights = rows.view(-1, PANEL, inner * 9).transpose(1, 2).contiguous()
 
     def __call__(
         self,
