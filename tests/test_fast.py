@@ -794,6 +794,20 @@ def test_winograd(shape: tuple[int, int, int], scale: int, side: int) -> None:
     assert distance(kernel(x), convolved(conv, large)) < 5e-6
 
 
+@pytest.mark.usefixtures("by_winograd")
+@pytest.mark.parametrize("tiles", [1, 5, 11, 23, 31, 33, 34, 35, 36, 37, 71, 72])
+def test_winograd_of_any_number_of_tiles(tiles: int, side: int) -> None:
+    """Tiles are taken some at once, and the last ones of a part with those that lie behind it."""
+    conv = nn.Conv2d(80, 48, 3, padding=1)
+    x = torch.randn(1, 80, side, side * tiles)
+    kernel, used = winograd.Convolution(conv.weight, conv), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert distance(kernel(x), convolved(conv, x)) < 5e-6
+    finally:
+        torch.set_num_threads(used)
+
+
 @pytest.fixture(params=["portable", "avx512", "amx"])
 def by_winograd_in_bfloat16(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch

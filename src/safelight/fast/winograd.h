@@ -147,7 +147,8 @@ template <int SIDE, class T> struct Block {
             for (int64_t t = 0; t < count;) {
                 const float *from = laid + i * LAID + t * DEPTH, *w = taps + i * TAPS;
                 float* to = sums + (i * TILES + t) * PANEL;
-                const bool many = count - t >= MANY;
+                // One tile less is multiplied with one of zeros: REST twice would reach beyond TILES.
+                const bool many = count - t >= MANY - 1;
                 for (int64_t c = 0; c < PANEL; c += 2 * LANES)
                     if (many) multiply<MANY, 2>(from, DEPTH, w + c, PANEL, depth, to + c, PANEL, add);
                     else multiply<REST, 2>(from, DEPTH, w + c, PANEL, depth, to + c, PANEL, add);
