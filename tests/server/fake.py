@@ -262,6 +262,9 @@ class FakeService:
         self.loading = False
         return self.info
 
+    async def knows(self, model: str) -> bool:
+        return True
+
     async def defaults(self, model: str | None = None) -> dict[str, Any]:
         assert model in (None, self.info.name)
         return self.best

@@ -57,6 +57,71 @@ def test_automatic1111s_clients_too() -> None:
         assert (asked.sampler, asked.steps, asked.guidance_scale) == found
 
 
+@pytest.mark.parametrize(
+    ("body", "left_out", "schedule"),
+    [
+        ({"fast": 1}, set(), None),
+        ({"fast": 1, "scheduler": "Karras"}, set(), "karras"),
+        ({"fast": 2}, {"sampler", "steps"}, None),
+        ({"fast": 2, "scheduler": "Karras"}, {"sampler", "steps"}, "karras"),
+        ({"fast": 2, "sampler_name": "DDIM", "steps": 9}, set(), None),
+    ],
+)
+def test_automatic1111s_clients_leave_out_what_a_level_has_itself(
+    body: dict[str, Any], left_out: set[str], schedule: str | None
+) -> None:
+    asked = understand(TextToImage(**body), {}).request
+    assert {"sampler", "steps", "guidance_scale"} - asked.model_fields_set == left_out
+    assert asked.schedule == schedule
+    if "sampler" in left_out:  # the schedule is for the level's sampler, not for the model's
+        assert understand(TextToImage(**body), {"sampler": "ddim"}).request.schedule == schedule
+
+
+@pytest.mark.parametrize("fast", [[1], {"a": 1}, "2", 2.5])
+def test_what_is_no_level_is_told(fast: Any) -> None:
+    with pytest.raises(SafelightError, match="fast must be a whole number from 0 to 3"):
+        understand(TextToImage.model_validate({"fast": fast}), {})
+
+
+def test_automatic1111s_clients_leave_a_model_that_is_elsewhere_to_its_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for body, said in (
+        ({}, set[str]()),
+        ({"fast": 2, "scheduler": "Automatic"}, set[str]()),
+        ({"sampler_name": "DPM++ 2M", "cfg_scale": 3}, {"sampler", "guidance_scale"}),
+        ({"steps": 9}, {"steps"}),
+    ):
+        asked = understand(TextToImage(**body), None)
+        assert {"sampler", "steps", "guidance_scale"} & asked.request.model_fields_set == said
+        assert (asked.request.schedule, asked.warnings) == (None, [])
+    asked = understand(TextToImage(scheduler="Karras"), None)
+    assert asked.request.schedule is None
+    assert "needs a sampler_name" in asked.warnings[0]
+    named = TextToImage(sampler_name="DPM++ 2M", scheduler="Karras")
+    assert understand(named, None).request.schedule == "karras"
+
+    def plan(*_: Any) -> None:
+        raise SafelightError("no model of that name is here")
+
+    stored: dict[str, Any] = {}
+
+    async def submit(request: Request, **how: Any) -> None:
+        stored.update(request.model_dump(exclude_unset=True))
+        raise SafelightError("enough")
+
+    with Inside(tmp_path / "data", draws=False) as server:
+        catalogue = server.hub.catalogue
+        name = catalogue.info.name
+        catalogue.on_message("loaded", [name, {"name": name, "width": 256, "height": 256}])
+        catalogue.arrived.set()
+        monkeypatch.setattr(server.hub.names, "plan", plan)
+        monkeypatch.setattr(server.hub, "submit", submit)
+        server.ask("POST", "/sdapi/v1/txt2img", {"prompt": "a cat"})
+    assert stored["prompt"] == "a cat"
+    assert not {"sampler", "steps", "guidance_scale"} & stored.keys()
+
+
 BEST = {"sampler": "dpmpp_2m", "steps": 3, "guidance_scale": 4.0, "guidance_start": 0.5}
 
 

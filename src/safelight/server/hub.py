@@ -374,6 +374,10 @@ class Hub:
         """See `jobs.Service`."""
         return await self.catalogue.facts(model or self.catalogue.info.name)
 
+    async def knows(self, model: str) -> bool:
+        """See `jobs.Service`."""
+        return await self._plan(model) is not None
+
     async def defaults(self, model: str | None = None) -> dict[str, Any]:
         """See `jobs.Service`."""
         return self._defaults(await self._plan(model or self.catalogue.info.name))

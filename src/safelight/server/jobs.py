@@ -238,6 +238,10 @@ class Service(Protocol):
         """Return a model by its name, once its size is known."""
         ...
 
+    async def knows(self, model: str) -> bool:
+        """Return whether a model is on this machine, so that its defaults are known."""
+        ...
+
     async def defaults(self, model: str | None = None) -> dict[str, Any]:
         """Return what a model draws best with (`defaults_of`); empty if nothing is known of it."""
         ...

@@ -106,7 +106,7 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
     service = _service(http)
     # What cannot be is refused at once; only its size has to wait until the model is known.
     name = await model_of(http, body)
-    defaults = await service.defaults(name)
+    defaults = await service.defaults(name) if await service.knows(name) else None
     asked = await asyncio.to_thread(understand, body, defaults)
     if isinstance(body, ImageToImage):
         first_picture(body)

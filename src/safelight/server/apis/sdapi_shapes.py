@@ -15,6 +15,7 @@ from typing import Any, cast
 from fastapi import HTTPException
 from PIL import Image, ImageOps
 
+from safelight.defaults import LEVELS
 from safelight.errors import SafelightError
 from safelight.recipe import parse_recipe_text
 from safelight.request import Request
@@ -42,14 +43,14 @@ from safelight.sizes import MIN_SIDE, SIDE_STEP, allowed_size
 
 def understand(
     body: TextToImage | ImageToImage,
-    defaults: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None,
     sent: Sent | None = None,
 ) -> Asked:
     """Return the request of a body. Resizes pictures, so it is for a thread.
 
     sent: the pictures of an ImageToImage; without them all else is checked. defaults: what the
     model draws best with (`defaults_of`), in place of that API's defaults where the
-    body says nothing.
+    body says nothing. None: the model is on another machine alone, whose worker fills them in.
 
     Raises SafelightError, or HTTPException with AUTOMATIC1111's status for names it does not find.
     """
@@ -76,28 +77,27 @@ def fitted(asked: Asked, model: ModelInfo) -> Asked:
 
 # --- settings ------------------------------------------------------------------------------------
 
+_NUMBERS = {"steps": "steps", "guidance_scale": "cfg_scale"}
+"""Settings that a model has defaults of, and that API's names of them."""
+
 
 def _settings(
-    body: TextToImage | ImageToImage, defaults: Mapping[str, Any]
+    body: TextToImage | ImageToImage, defaults: Mapping[str, Any] | None
 ) -> tuple[dict[str, Any], list[str]]:
     said = body.model_fields_set
-    names_sampler = bool(body.sampler_name) or "sampler_index" in said
-    automatic = None
-    if names_sampler or "sampler" not in defaults:
-        label = body.sampler_name or body.sampler_index
-        name, joined = find_sampler(label)
-        # A model that says itself that it draws best with this sampler means its own schedule.
-        if name != defaults.get("sampler"):
-            automatic = automatic_schedule(label, name)
-    else:
-        name, joined = defaults["sampler"], None
-    schedule = joined or find_scheduler(body.scheduler, automatic)
-    sampler, warnings = SAMPLERS[name], list[str]()
-    if schedule is not None and schedule not in sampler.schedules:
-        warnings.append(f"scheduler: {sampler_label(name)} has no {schedule}; the model's is used")
-        schedule = None
-    if sampler.noisy and body.eta not in (None, 1):
-        warnings.append(f"eta: {sampler_label(name)} always draws all of its noise, as with 1")
+    level = _level(body)
+    named = {"sampler"} if body.sampler_name or "sampler_index" in said else set[str]()
+    named |= {ours for ours, theirs in _NUMBERS.items() if theirs in said}
+    # What the level stands for, or a worker elsewhere knows, is filled in where the body is silent.
+    left_out = {"sampler", *_NUMBERS} - named
+    if defaults is not None:
+        left_out &= level.keys()
+    name, schedule, warnings = _sampler(body, defaults, level, named="sampler" in named)
+    sampler = None if name is None else SAMPLERS[name]
+    if sampler is not None and sampler.noisy and body.eta not in (None, 1):
+        warnings.append(
+            f"eta: {sampler_label(sampler.name)} always draws all of its noise, as with 1"
+        )
     settings = {
         "prompt": body.prompt,
         "negative_prompt": body.negative_prompt,
@@ -107,7 +107,7 @@ def _settings(
         "sampler": name,
         "schedule": schedule,
         # Clients send eta 1 with every sampler; only those that have it should see it.
-        "eta": (body.eta or 0.0) if sampler.eta else 0.0,
+        "eta": (body.eta or 0.0) if sampler is not None and sampler.eta else 0.0,
     }
     for side in ("width", "height"):
         asked = drawn = getattr(body, side)
@@ -115,9 +115,9 @@ def _settings(
             drawn = asked - asked % SIDE_STEP
             warnings.append(f"{side}: {drawn}, the multiple of {SIDE_STEP} below {asked}")
         settings[side] = drawn
-    for ours, theirs in (("steps", "steps"), ("guidance_scale", "cfg_scale")):
-        silent = ours in defaults and theirs not in said
-        settings[ours] = defaults[ours] if silent else getattr(body, theirs)
+    for ours, theirs in _NUMBERS.items():
+        value = getattr(body, theirs)
+        settings[ours] = value if ours in named else (defaults or {}).get(ours, value)
     if isinstance(body, ImageToImage):
         settings["strength"] = body.denoising_strength
     if (share := body.refiner_switch_at) is not None:
@@ -126,15 +126,51 @@ def _settings(
         if (value := body.override_settings.get(name)) is not None:
             settings[ours] = plain_number(value)
     own = _own(body, settings)
-    if own.get("fast"):  # a level has its own sampler and steps, where the body names none
-        for name, given in (("sampler", names_sampler), ("steps", "steps" in said)):
-            if not given:
-                del settings[name]
     # What this API's clients write is meant as AUTOMATIC1111 reads it.
     own.setdefault("prompt_syntax", "a1111")
     if own["prompt_syntax"] == "a1111" and "emphasis" not in own:
         own |= _emphasis(body.override_settings.get("emphasis"))
-    return settings | own, warnings
+    return {n: v for n, v in (settings | own).items() if n not in left_out}, warnings
+
+
+def _sampler(
+    body: TextToImage | ImageToImage,
+    defaults: Mapping[str, Any] | None,
+    level: Mapping[str, Any],
+    *,
+    named: bool,
+) -> tuple[str | None, str | None, list[str]]:
+    """Return our names of the sampler and of its schedule, and warnings.
+
+    The sampler is None where only a worker elsewhere knows it. named: whether the body names one.
+    """
+    if not named and defaults is None:
+        if find_scheduler(body.scheduler, None) is None:
+            return None, None, []
+        what = "needs a sampler_name, as the model's own sampler is not known here"
+        return None, None, [f"scheduler: {what}; the model's is used"]
+    best = {**(defaults or {}), **level}
+    automatic = joined = None
+    if named or "sampler" not in best:
+        label = body.sampler_name or body.sampler_index
+        name, joined = find_sampler(label)
+        # A model that says itself that it draws best with this sampler means its own schedule. What
+        # one elsewhere says is not known.
+        if defaults is not None and name != defaults.get("sampler"):
+            automatic = automatic_schedule(label, name)
+    else:
+        name = best["sampler"]
+    schedule = joined or find_scheduler(body.scheduler, automatic)
+    if schedule is None or schedule in SAMPLERS[name].schedules:
+        return name, schedule, []
+    told = f"scheduler: {sampler_label(name)} has no {schedule}; the model's is used"
+    return name, None, [told]
+
+
+def _level(body: TextToImage | ImageToImage) -> Mapping[str, Any]:
+    """Return the settings that the body's level of `fast` stands for; none if it is no level."""
+    fast = (body.model_extra or {}).get("fast")
+    return LEVELS.get(fast, {}) if isinstance(fast, int) else {}
 
 
 def _emphasis(label: object) -> dict[str, Any]:
