@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tokenizers import AddedToken
 
 import safelight
 from safelight import Request, SafelightError, cli
@@ -34,7 +35,10 @@ from safelight.model import Model
 from safelight.nets.layers import Attention
 from safelight.nets.unet import UNet2DConditionModel, UNetConfig
 from safelight.prompt.chunks import chunks_of
+from safelight.prompt.dialects import read
 from safelight.prompt.reading import Piece, Syntax
+from safelight.prompt.show import describe, lines
+from safelight.prompt.tokenizer import Tokenizer
 
 PAIR = Request(
     prompt="a cat above a pizza", seed=1, steps=6, sampler="dpmpp_2m", guidance_scale=4.0
@@ -195,6 +199,18 @@ class TestAttention:
             "🐱",
             "café",
         ]
+
+    def test_an_added_token_is_a_word_of_its_own(self, model: Model, tmp_path: Path) -> None:
+        model.tokenizer.save(tmp_path)
+        vocab = json.loads((tmp_path / "vocab.json").read_text())
+        table = (tmp_path / "merges.txt").read_text().splitlines()[1:]
+        merges = [(left, right) for left, right in map(str.split, table)]
+        added = {len(vocab): AddedToken("<sks>"), len(vocab) + 1: AddedToken("дом")}
+        tokenizer = Tokenizer(vocab, merges, max_length=32, added=added)
+        words = words_of(tokenizer, "a <sks> cat, дом cat<sks>")
+        assert [word.text for word in words] == ["a", "<sks>", "cat", ",", "дом", "cat", "<sks>"]
+        shown = describe(read("a <sks> cat", "plain", steps=4), tokenizer, "plain")
+        assert lines(shown)[-1].strip() == "a <sks> cat"
 
     @pytest.mark.parametrize("syntax", ["plain", "a1111", "comfy"])
     def test_a_textual_inversion_is_one_word(self, model: Model, tmp_path: Path, syntax) -> None:

@@ -37,8 +37,12 @@ def words_of(tokenizer: Tokenizer, prompt: str) -> list[Word]:
 
 
 def words_of_chunks(tokenizer: Tokenizer, chunks: Sequence[Chunk]) -> list[Word]:
-    """Return the words of chunks that follow each other; a textual inversion is one of its name."""
+    """Return the words of chunks that follow each other.
+
+    A textual inversion is one of its name, and a token that was added to the tokenizer of its text.
+    """
     learned = {number: one for one in tokenizer.learned for number in one.ids}
+    alone = {*learned, *tokenizer.added}
     marks = {tokenizer.bos, tokenizer.eos, tokenizer.pad}
     words: list[Word] = []
     for number, chunk in enumerate(chunks):
@@ -48,9 +52,11 @@ def words_of_chunks(tokenizer: Tokenizer, chunks: Sequence[Chunk]) -> list[Word]
             one = learned.get(here)
             if one is not None:
                 text, ends = one.name, learned.get(after) is not one or after != here + 1
+            elif here in tokenizer.added:
+                text, ends = tokenizer.added[here], True
             else:
                 text = tokenizer.text(chunk.ids[start : place + 1]).strip()
-                ends = after in learned or place == chunk.count
+                ends = after in alone or place == chunk.count
                 ends = ends or here in marks or tokenizer.name(here).endswith("</w>")
             if ends:
                 words.append(Word(text, slice(first + start, first + place + 1)))

@@ -88,9 +88,10 @@ def _chunk(chunk: Chunk, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _name(tokenizer: Tokenizer, number: int) -> str:
-    """Return a token's name. A vector of an embedding is a word of its own."""
+    """Return a token's name. A vector of an embedding, or an added token, is a word."""
     name = tokenizer.name(number)
-    return f"{name}</w>" if any(number in one.ids for one in tokenizer.learned) else name
+    alone = number in tokenizer.added or any(number in one.ids for one in tokenizer.learned)
+    return f"{name}</w>" if alone else name
 
 
 def lines(described: dict[str, Any]) -> list[str]:

@@ -69,7 +69,8 @@ class Tokenizer:
 
     vocab: token to id. merges: pairs of tokens, the most frequent first. bos, eos, pad: the
       tokens that begin, end and fill a prompt. max_length: ids per prompt, the marks included.
-    added: tokens that stand for themselves wherever their text does, by id.
+    added: tokens that stand for themselves wherever their text does, by id. The attribute has
+      their texts.
 
     Raises SafelightError if the tables do not fit each other.
     """
@@ -93,6 +94,7 @@ class Tokenizer:
                 raise SafelightError(
                     f"the token {token!r:.40} is not in the tokenizer's vocabulary"
                 )
+        self.added = {vocab[one.content]: one.content for one in self._added.values()}
         if max_length < 3:
             raise SafelightError(f"a text length of {max_length} leaves no room for a word")
         try:
