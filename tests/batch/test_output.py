@@ -291,6 +291,36 @@ def test_a_model_that_is_not_there_fails_its_own_rows(file: str, out: str):
     assert (report.rows, report.drawn, report.failed) == (9, 7, 2)
 
 
+def test_rows_that_are_done_need_no_model(file: str, out: str, monkeypatch: pytest.MonkeyPatch):
+    def find(model: str, **_: Any) -> None:
+        raise SafelightError(f"no model {model!r}")
+
+    Path(file).write_text('{"id": "a"}\n{"id": "b"}\n')
+    run(job(file, out), draw)
+    monkeypatch.setattr("safelight.weights.find.find", find)
+    report = run(job(file, out), draw)
+    assert (report.rows, report.before, report.drawn, report.failed) == (2, 2, 0, 0)
+    with Path(file).open("a") as rows:
+        rows.write('{"id": "c"}\n')
+    with pytest.raises(SafelightError, match=r"^1 rows are not valid .*: line 3: no model"):
+        run(job(file, out), draw)
+    report = run(job(file, out, skip_invalid=True), draw)
+    assert (report.rows, report.before, report.drawn, report.failed) == (3, 2, 0, 1)
+
+
+def test_looking_into_a_folder_without_a_batch_leaves_nothing(file: str, tmp_path: Path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one.png").write_bytes(b"a picture")
+    for folder in ("photos", "none"):
+        asked = job(file, str(tmp_path / folder))
+        with WorkList() as work:
+            read(asked, work)
+            leave_out_done(asked, work)
+            assert work.count(done=True) == 0
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["one.png"]
+    assert not (tmp_path / "none").exists()
+
+
 def test_what_parquet_needs_is_missed_before_the_work(
     file: str, out: str, monkeypatch: pytest.MonkeyPatch
 ):

@@ -11,7 +11,7 @@ from typing import Any
 from safelight import __version__
 from safelight.batch.arrow import arrow
 from safelight.batch.check import Rules
-from safelight.batch.output import Outcome, Output
+from safelight.batch.output import ABOUT, Outcome, Output
 from safelight.batch.rows import read_rows
 from safelight.batch.worklist import Problem, WorkList
 from safelight.errors import SafelightError
@@ -76,20 +76,39 @@ class Report:
 def read(job: Job, work: WorkList) -> list[Problem]:
     """Read all rows of a batch into a list. Returns the problems of those that are not valid.
 
-    Raises SafelightError with the first of them, unless they are to be skipped; if there is no row
-    at all; and if the one model of all rows is not there.
+    Raises SafelightError with the first of them, unless they are to be skipped, and if there is no
+    row at all.
+    """
+    problems = list(work.fill(read_rows(job.file), job.rules))
+    _stop_at(problems, job)
+    if not work.count() and not problems:
+        raise SafelightError("there is no row in the file")
+    return problems
+
+
+def find_models(job: Job, work: WorkList) -> list[Problem]:
+    """Find the models of all rows that are not done, fetching them from the hub.
+
+    Takes rows out whose model is not there, and returns their problems. Raises SafelightError as
+    `read` does, and if no row at all is spared.
     """
     from safelight.weights.find import find
 
-    problems = list(work.fill(read_rows(job.file), job.rules))
-    models = work.models() if job.skip_invalid or not problems else []
-    for model, _ in models:
+    problems: list[Problem] = []
+    total = work.count()
+    for model, rows in work.models():
         try:
-            find(model, models_dir=job.how.loading.get("models_dir"))  # fetches it from the hub
+            find(model, models_dir=job.how.loading.get("models_dir"))
         except SafelightError as error:
-            if len(models) == 1:  # no row is spared by it
+            if rows == total:
                 raise
             problems += work.fail(model, error)
+    _stop_at(problems, job)
+    return problems
+
+
+def _stop_at(problems: list[Problem], job: Job) -> None:
+    """Raise SafelightError for rows that are not valid, unless they are to be skipped."""
     problems.sort(key=lambda one: one.line)
     if problems and not job.skip_invalid:
         told = "; ".join(f"line {one.line}: {one.message}" for one in problems[:MAX_TOLD])
@@ -99,9 +118,6 @@ def read(job: Job, work: WorkList) -> list[Problem]:
             f"{told}{more}",
             code=problems[0].code,
         )
-    if not work.count() and not problems:
-        raise SafelightError("there is no row in the file")
-    return problems
 
 
 def run(
@@ -123,6 +139,8 @@ def run(
         report = Report(rows=work.count() + len(problems), problems=problems)
         with output.locked():
             report.elsewhere = output.resume(work)
+            problems += find_models(job, work)
+            problems.sort(key=lambda one: one.line)
             report.before = work.count(done=True)
             begin(report)
             try:
@@ -142,9 +160,9 @@ def run(
 def leave_out_done(job: Job, work: WorkList) -> None:
     """Mark the rows of a list that an earlier run has drawn, as `run` does before it draws."""
     output = _output(job)
-    if output.storage.names():
-        with output.locked():
-            output.resume(work)
+    # A folder without a batch stays as it is.
+    with output.locked() if ABOUT in output.storage.names() else contextlib.nullcontext():
+        output.resume(work)
 
 
 def draw_here(work: WorkList, how: How, tell: Callable[[str], object]) -> Generator[Outcome]:

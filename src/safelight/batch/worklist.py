@@ -121,9 +121,9 @@ class WorkList:
         return True
 
     def fail(self, model: str, error: SafelightError) -> list[Problem]:
-        """Take out all rows of a model, and return a problem for each."""
+        """Take out a model's rows that are not done, and return a problem for each."""
         problems = [Problem(row.line, row.id, error.code, str(error)) for row in self.rows(model)]
-        self._database.execute("DELETE FROM rows WHERE model = ?", (model,))
+        self._database.execute("DELETE FROM rows WHERE NOT done AND model = ?", (model,))
         return problems
 
     def models(self) -> list[tuple[str, int]]:

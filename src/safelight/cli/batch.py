@@ -223,12 +223,13 @@ def _tell(report: "Report") -> None:
 
 
 def _dry_run(job: "Job", workers: int) -> None:
-    from safelight.batch.run import leave_out_done, read
+    from safelight.batch.run import find_models, leave_out_done, read
     from safelight.batch.worklist import WorkList
 
     with WorkList() as work:
         problems = read(job, work)
         leave_out_done(job, work)
+        problems += find_models(job, work)
         import_torch()
         from safelight.batch.estimate import estimate, memory
 
