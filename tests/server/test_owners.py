@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from fastapi import FastAPI
@@ -21,7 +21,7 @@ from safelight.server.bodies import RefusedError
 from safelight.server.callers import SCOPE, Caller
 from safelight.server.guard import Rules
 from safelight.server.uploads import Uploads
-from safelight.studio.mount import _kept
+from safelight.studio.mount import EVENT, MESSAGES, Studio, _kept
 from safelight.studio.paths import KEPT_AT, folder_of
 from safelight.studio.sessions import MAX_EVENTS, MAX_SESSIONS, Sessions
 
@@ -235,7 +235,41 @@ def test_a_session_of_the_page_is_its_client_s() -> None:
     sessions.check("of-ann", "ann")
     for number in range(3000):  # many clients: Gradio never drops one by itself
         sessions.check(f"c{number}", f"c{number // 100}")
-    assert len(sessions._clients) < 2000
+    assert len(sessions._owners) < 2000
+
+
+def test_a_page_with_a_key_may_change_its_address(tmp_path: Path) -> None:
+    """As a phone does that leaves its Wi-Fi. Without keys a page goes by its address."""
+
+    async def page(scope: Any, receive: Any, send: Any) -> None:
+        served.append(scope["path"])
+
+    async def body() -> Any:
+        return {"type": "http.request", "body": b'{"session_hash": "one"}', "more_body": False}
+
+    async def visits() -> None:
+        studio = Studio(None, cast(Any, SimpleNamespace(root=tmp_path)), cast(Any, None))
+        studio._page = asyncio.get_running_loop().create_future()
+        studio._page.set_result(page)
+        for key, other in (("ann", "bob"), (None, None)):
+            queue = SimpleNamespace(active_jobs=[], event_queue_per_concurrency_id={})
+            studio._sessions = Sessions(queue)
+            for path, method in ((EVENT, "POST"), (MESSAGES, "GET")):
+                scope = {"type": "http", "path": path, "method": method, "headers": []}
+                scope |= {"query_string": b"session_hash=one"}
+                callers = [Caller("10.0.0.1", key), Caller("192.0.2.7", other)]
+                callers += [Caller("192.0.2.7", key)] * (key is not None)
+                for caller in callers:
+                    try:
+                        await studio(scope | {SCOPE: caller}, body, None)
+                        told.append(200)
+                    except RefusedError as error:
+                        told.append(error.status_code)
+
+    served, told = list[str](), list[int]()
+    asyncio.run(visits())
+    assert told == [200, 403, 200] * 2 + [200, 403] * 2
+    assert served.count(EVENT) == served.count(MESSAGES) == 3
 
 
 def test_one_client_has_a_share_of_the_page_s_events() -> None:

@@ -18,9 +18,11 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 from urllib.parse import urlsplit
 
+import gradio
 import numpy
 import pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -35,11 +37,14 @@ from safelight.families import family_of_folder
 from safelight.recipe import read_recipe
 from safelight.request import Request
 from safelight.server.decoding import Decoders
+from safelight.server.settings import Settings
 from safelight.studio import form
+from safelight.studio.inside import Inside as Looking
 from safelight.studio.page import blocks
 from safelight.studio.recipes import recipe_settings
 from safelight.studio.run import Command
 from safelight.studio.suits import Suits, suits_of
+from safelight.studio.train import Train
 from safelight.weights.find import MODELS
 
 pytestmark = [
@@ -474,6 +479,15 @@ def test_a_level_shows_the_steps_that_it_takes(server: Serving, fresh: Page) -> 
     choose(fresh, "All its settings")  # as they were drawn, not as the level has them now
     expect(steps).to_have_value("12")
     expect(fast).to_have_value("2")
+    fast.fill("3")
+    expect(steps).to_have_value("10")
+    width = fresh.get_by_label("Width", exact=True)
+    width.fill("128")
+    for name, shown in (("embedded-fast", "4"), ("embedded", "10")):
+        fresh.get_by_label("Model", exact=True).select_option(name)
+        expect(steps).to_have_value(shown)
+        expect(start).to_have_value("0.3")
+        expect(width).to_have_value("0")
 
 
 def test_pages_begin_with_different_seeds(server: Serving, context: BrowserContext) -> None:
@@ -492,6 +506,7 @@ def test_a_picture_is_used_without_its_styles(server: Serving, fresh: Page) -> N
     draw(fresh, "a drum", Steps=2)
     fresh.get_by_label("Prompt", exact=True).fill("something else")
     choose(fresh, "Use this one")
+    expect(fresh.locator("#picture dd", has_text="a drum, toy")).to_have_count(1)  # as it was drawn
     expect(fresh.get_by_label("Prompt", exact=True)).to_have_value("a drum")
     assert newest(server)["pictures"][0]["recipe"]["settings"]["prompt"] == "a drum, toy"
 
@@ -652,8 +667,17 @@ def test_downloaded_and_deleted(server: Serving, page: Page, tmp_path: Path) -> 
     download.value.save_as(tmp_path / "lemon.png")
     assert read_recipe(tmp_path / "lemon.png")["settings"]["prompt"] == "a lemon"
     job = newest(server)
-    page.locator("#picture").get_by_role("button", name="Delete").click()
-    page.locator("#picture").get_by_role("button", name="Delete for good?").click()
+    now = {**job, "status": "running", "pictures": job["pictures"] * 2}
+    page.route(f"**/api/jobs/{job['id']}", lambda route: route.fulfill(json=now))
+    delete = page.locator("#picture").get_by_role("button", name="Delete")
+    delete.click()  # the dialog knows the job as it was; a job that goes on would be cancelled
+    expect(page.locator("#picture")).to_contain_text("It is still being drawn: cancel it first.")
+    expect(delete).to_have_text("Delete")
+    now["status"] = "succeeded"
+    delete.click()
+    expect(delete).to_have_text("Delete all 2 for good?")
+    page.unroute_all()
+    delete.click()
     expect(page.locator("#picture")).not_to_be_visible()
     wait_for(lambda: server.client.get(f"/api/jobs/{job['id']}").status_code == 404)
 
@@ -1107,6 +1131,59 @@ def test_two_pages_look_inside(server: Serving) -> None:
         assert server.client.get(f"/studio/kept/inside/{data[2]}.html").status_code == 200
 
 
+def in_a_thread(task: Any) -> Any:
+    """The result of a coroutine. This thread has the browser's loop."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, task).result()
+
+
+def test_inside_draws_from_the_server_s_wildcards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[tuple[str, ...]] = []
+
+    async def start(*arguments: str) -> Any:
+        started.append(arguments)
+        return SimpleNamespace(ended=lambda: asyncio.sleep(0, True), kill=lambda: None)
+
+    monkeypatch.setattr(Command, "start", start)
+    hub: Any = SimpleNamespace(
+        root=tmp_path, settings=Settings("x", "x", "x", wildcards_dir="words")
+    )
+    page: Any = SimpleNamespace(_hub=hub)
+    by: Any = SimpleNamespace(request=None, session_hash="one")
+
+    async def look(**settings: Any) -> None:
+        async for _ in Looking._explained(page, "a __colour__ apple", settings, None, by):
+            pass
+
+    for drawn in (True, False):  # explain draws choices as soon as it has a folder of them
+        in_a_thread(look(dynamic_prompts=drawn))
+    assert ["--wildcards=words" in arguments for arguments in started] == [True, False]
+    assert "--dynamic-prompts" in started[0]
+
+
+def test_two_starts_at_once_train_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[str, ...]] = []
+
+    async def start(*arguments: str) -> Any:
+        await asyncio.sleep(0.01)
+        started.append(arguments)
+        return SimpleNamespace(running=True, stopped=False, lines=[], failed=False)
+
+    async def twice() -> None:
+        with gradio.Blocks() as page:
+            Train(cast(Any, SimpleNamespace(root=tmp_path)))
+        [begin] = [one.fn for one in page.fns.values() if one.name == "begin"]
+        by = SimpleNamespace(request=None)
+        assert begin is not None
+        await asyncio.gather(begin(3, by), begin(3, by))
+
+    monkeypatch.setattr(Command, "start", start)
+    in_a_thread(twice())
+    assert len(started) == 1
+
+
 def test_a_prompt_is_not_in_the_list_of_processes() -> None:
     async def run() -> tuple[bytes, str]:
         command = await Command.start("explain", "--model=none", "--", "a secret")
@@ -1117,8 +1194,7 @@ def test_a_prompt_is_not_in_the_list_of_processes() -> None:
             command.kill()
         return listed, command.last
 
-    with ThreadPoolExecutor(1) as thread:  # this one has the browser's loop
-        listed, last = thread.submit(asyncio.run, run()).result()
+    listed, last = in_a_thread(run())
     assert b"safelight.studio.run" in listed
     assert b"secret" not in listed
     assert "none" in last  # it came to read the arguments

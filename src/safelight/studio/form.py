@@ -178,11 +178,12 @@ class Form:
         plain(*self.fields[:-1])
         self.die.click(lambda: str(draw_seed()), outputs=self.seed, show_progress="hidden")
 
-    def looks(self, suits: Suits) -> list[dict[str, Any]]:
-        """Return how each of `adapted` looks for a model, as keywords of gr.update; where guidance
-        begins and ends, with the model's own value.
+    def looks(self, suits: Suits, fast: int = 0) -> list[dict[str, Any]]:
+        """Return how each of `adapted` looks for a model, as keywords of gr.update; the size and
+        where guidance begins and ends with the model's own value at a level of `fast`.
         """
-        shown, first = {"visible": not suits.fixed_size}, suits.first()
+        first = suits.first(fast=fast)
+        shown = {"value": 0, "visible": not suits.fixed_size}
         own = {name: {"value": getattr(first, name)} for name in OPTIONAL}
         return [
             {"placeholder": suits.placeholder},
@@ -196,9 +197,9 @@ class Form:
         return [self.sampler, self.steps, self.guidance_scale]
 
     @staticmethod
-    def best_of(suits: Suits) -> list[Any]:
-        """Return the values of `best` for a model."""
-        first = suits.first()
+    def best_of(suits: Suits, fast: int) -> list[Any]:
+        """Return the values of `best` for a model at a level of `fast`."""
+        first = suits.first(fast=fast)
         return [first.sampler, _steps(first), first.guidance_scale]
 
     @staticmethod

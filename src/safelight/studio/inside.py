@@ -132,11 +132,14 @@ class Inside:
             "",
             gr.skip(),
         )
+        # With this option explain draws choices: those of a finished picture are drawn already.
+        drawn = settings.get("dynamic_prompts")
+        wildcards = {"wildcards": self._hub.settings.wildcards_dir if drawn else None}
         command = await Command.start(
             "explain",
             f"--out={folder / name}.html",
             *model_options(self._hub.settings, source),
-            *options(settings),
+            *options({**wildcards, **settings}),
             "--",
             prompt,
         )

@@ -113,7 +113,7 @@ class Studio:
             receive = await self._bounded(scope, receive)
         elif path == MESSAGES:
             given = HttpRequest(scope).query_params.get("session_hash") or ""
-            self._sessions.check(given, caller_of(scope).name)
+            self._sessions.check(given, caller_of(scope).owner)
         await page(scope, receive, _with_policy(send))
 
     async def _bounded(self, scope: Any, receive: Any) -> Any:
@@ -124,9 +124,9 @@ class Studio:
         body = await read_body(HttpRequest(scope, receive), MAX_JSON, marks=MAX_MARKS)
         if scope["path"] == EVENT:
             event = await asyncio.to_thread(read_event, body)
-            client = caller_of(scope).name
-            self._sessions.check(event.get("session_hash"), client)
-            self._sessions.check_event(client)
+            caller = caller_of(scope)
+            self._sessions.check(event.get("session_hash"), caller.owner)
+            self._sessions.check_event(caller.name)
         elif body:
             await asyncio.to_thread(read_event, body)
         waiting = [{"type": "http.request", "body": body, "more_body": False}]

@@ -100,14 +100,14 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
                 *form.filled([*values, *easel.on_easel(image, mask)], suits),
             ]
 
-        async def choose(name: Any) -> list[Any]:
-            """Let the form show what suits the model that was chosen."""
+        async def choose(name: Any, fast: Any) -> list[Any]:
+            """Let the form show what suits the model that was chosen, at the level of `fast`."""
             try:
                 suits = await suits_of(hub, name)
+                looks = [gr.update(**look) for look in form.looks(suits, fast)]
+                return ["", *form.best_of(suits, fast), *looks]
             except SafelightError as error:
                 return [str(error), *[gr.skip()] * len([*form.best, *form.adapted])]
-            looks = [gr.update(**look) for look in form.looks(suits)]
-            return ["", *form.best_of(suits), *looks]
 
         async def recall(now: str, event: gr.EventData, by: gr.Request) -> list[Any]:
             """Fill the form with all settings of a picture, its model and what it started from."""
@@ -169,7 +169,7 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
             shown.inside(look, None, [tabs, *inside.outputs], concurrency_limit=None, **quiet)
         suited = [form.problem, *form.best, *form.adapted]
         # Of several models that are chosen while one is looked at, the last counts.
-        model.choose(choose, model, suited, trigger_mode="always_last", **quiet)
+        model.choose(choose, [model, form.fast], suited, trigger_mode="always_last", **quiet)
         dropped.change(read, [dropped, model], [find_told, *settled], **quiet)
         # Any new value loads the gallery. In the page alone: of two events that begin at once, the
         # answer to the second may be lost by Gradio's client, which closes their one stream.

@@ -1,4 +1,4 @@
-"""Sessions of the page: each is its client's, and one client has a share of them and of events.
+"""Sessions of the page: each is its owner's, who has a share of them; a client has one of events.
 
 Gradio knows a session by the name that its page made up, keeps the messages of the last 2,000 of
 them, and has one line of events for all clients.
@@ -14,7 +14,7 @@ from safelight.server.bodies import RefusedError
 from safelight.server.callers import caller_of
 
 MAX_SESSIONS = 200
-"""Sessions of one client that are kept; its oldest goes first."""
+"""Sessions of one owner that are kept; its oldest goes first."""
 
 MAX_KNOWN = 1900
 """Sessions in all: fewer than Gradio keeps, so that it never drops one of its own accord."""
@@ -32,22 +32,25 @@ class Sessions:
 
     def __init__(self, queue: Any) -> None:
         self._queue = queue
-        self._clients: OrderedDict[str, str] = OrderedDict()
+        self._owners: OrderedDict[str, str] = OrderedDict()
 
-    def check(self, session: Any, client: str) -> None:
-        """Raise RefusedError for a session of another client, or one too many."""
+    def check(self, session: Any, owner: str) -> None:
+        """Raise RefusedError for a session of another owner; forget sessions that are too many.
+
+        owner: `Caller.owner`, so that a page with a key may change its address.
+        """
         if not isinstance(session, str) or not _NAME.fullmatch(session):
             raise RefusedError(422, "session_hash must be up to 64 letters and digits")
-        if self._clients.setdefault(session, client) != client:
+        if self._owners.setdefault(session, owner) != owner:
             raise RefusedError(403, "this session is another client's")
-        self._clients.move_to_end(session)
-        while (oldest := self._one_too_many(client)) is not None:
-            del self._clients[oldest]
+        self._owners.move_to_end(session)
+        while (oldest := self._one_too_many(owner)) is not None:
+            del self._owners[oldest]
             self._queue.pending_messages_per_session.pop(oldest, None)
             self._queue.pending_event_ids_session.pop(oldest, None)
 
     def check_event(self, client: str) -> None:
-        """Raise RefusedError if the client has as many events as it may."""
+        """Raise RefusedError if the client (`Caller.name`) has as many events as it may."""
         lists = [*self._queue.active_jobs, *self._waiting()]
         events = [event for one in lists if one for event in one]
         if sum(caller_of(event.request.scope).name == client for event in events) >= MAX_EVENTS:
@@ -56,10 +59,10 @@ class Sessions:
     def _waiting(self) -> list[list[Any]]:
         return [one.queue for one in self._queue.event_queue_per_concurrency_id.values()]
 
-    def _one_too_many(self, client: str) -> str | None:
-        if sum(name == client for name in self._clients.values()) > MAX_SESSIONS:
-            return next(one for one, name in self._clients.items() if name == client)
-        if len(self._clients) > MAX_KNOWN:  # of the client that has most
-            most = Counter(self._clients.values()).most_common(1)[0][0]
-            return next(one for one, name in self._clients.items() if name == most)
+    def _one_too_many(self, owner: str) -> str | None:
+        if sum(name == owner for name in self._owners.values()) > MAX_SESSIONS:
+            return next(one for one, name in self._owners.items() if name == owner)
+        if len(self._owners) > MAX_KNOWN:  # of the owner that has most
+            most = Counter(self._owners.values()).most_common(1)[0][0]
+            return next(one for one, name in self._owners.items() if name == most)
         return None

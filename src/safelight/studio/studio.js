@@ -51,7 +51,7 @@ const safelight = (() => {
       },
     });
     const size = `${picture.width}×${picture.height}`;
-    const settings = {...job.settings, seed: picture.seed, size};
+    const settings = {...picture.recipe.settings, seed: picture.seed, size};  // a job's has wildcards
     const recipe = make("dl");
     for (const [name, value] of Object.entries(settings)) {
       if ([null, "", false].includes(value) || value.length === 0) continue;
@@ -66,12 +66,19 @@ const safelight = (() => {
     const remove = make("button", {
       type: "button", textContent: several ? `Delete${several}` : "Delete",
       onclick: async () => {
-        if (remove.dataset.sure !== "yes") {
-          remove.dataset.sure = "yes";
-          remove.textContent = "Delete for good?";
-          return;
-        }
+        problem.textContent = "";
         try {
+          if (remove.dataset.sure !== "yes") {  // `job` is as it was when the dialog opened
+            const present = await ask(`/api/jobs/${job.id}`);
+            if (!final(present)) {
+              problem.textContent = "It is still being drawn: cancel it first.";
+              return;
+            }
+            const many = present.pictures.length;
+            remove.dataset.sure = "yes";
+            remove.textContent = many > 1 ? `Delete all ${many} for good?` : "Delete for good?";
+            return;
+          }
           await ask(`/api/jobs/${job.id}`, {method: "DELETE"});
           box.close();
           changed();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ class Train:
         earlier = sorted(folder.glob("digits-*"), key=lambda path: path.stat().st_mtime)
         self._out = earlier[-1] if earlier else folder
         self._command: Command | None = None
+        self._starting = asyncio.Lock()
         self._owner = ""
         gr.HTML(
             "<p>Trains a small model that draws digits, on the 1,797 handwritten digits of "
@@ -50,20 +52,21 @@ class Train:
         async def begin(steps: Any, by: gr.Request) -> tuple[Any, ...]:
             if not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
                 return f"Training steps must be 1 to {MAX_STEPS}.", *self._look()[1:]
-            if self._command is not None and self._command.stopped:
-                await self._command.ended()  # it saves its state
-            if self._command is None or not self._command.running:
-                self._owner = asker(by).owner
-                # Another number of steps is another training: it cannot resume from this state.
-                self._out = folder / f"digits-{steps}"
-                self._out.mkdir(parents=True, exist_ok=True)
-                self._command = await Command.start(
-                    "train",
-                    "unconditional",
-                    "digits",
-                    f"--out={self._out}",
-                    f"--steps={steps}",
-                )
+            async with self._starting:  # of two Starts at once, the second finds the first's
+                if self._command is not None and self._command.stopped:
+                    await self._command.ended()  # it saves its state
+                if self._command is None or not self._command.running:
+                    self._owner = asker(by).owner
+                    # Another number of steps is another training: it cannot resume from this state.
+                    self._out = folder / f"digits-{steps}"
+                    self._out.mkdir(parents=True, exist_ok=True)
+                    self._command = await Command.start(
+                        "train",
+                        "unconditional",
+                        "digits",
+                        f"--out={self._out}",
+                        f"--steps={steps}",
+                    )
             return self._look()
 
         def end(by: gr.Request) -> tuple[Any, ...]:
