@@ -1,6 +1,8 @@
 """Requests to pictures, on the models that ship."""
 
+import pickle
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy, deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -81,6 +83,15 @@ def test_threads_share_a_model(model: Model) -> None:
     with ThreadPoolExecutor(len(prompts)) as threads:
         drawn = list(threads.map(partial(draw, fresh), prompts))
     assert drawn == [draw(model, prompt) for prompt in prompts]
+
+
+def test_a_model_that_was_loaded_can_be_copied_and_pickled(model: Model) -> None:
+    fresh = safelight.load(device="cpu", dtype="float32")
+    for copied in (deepcopy(fresh), pickle.loads(pickle.dumps(fresh))):
+        assert copied.lock is not fresh.lock
+        with copied.lock, copied.lock:
+            pass
+    assert copy(fresh).lock is fresh.lock  # they have the same networks
 
 
 def test_a_step_that_is_looked_at_holds_up_no_thread(model: Model) -> None:

@@ -29,6 +29,22 @@ if TYPE_CHECKING:
     from safelight.weights.stored import Stored
 
 
+class Lock:
+    """An RLock that is a new one where a model is copied in depth, or read from a pickle."""
+
+    def __init__(self) -> None:
+        self._lock = RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[Lock], tuple[()]]:
+        return Lock, ()
+
+
 @dataclass(repr=False)
 class Model:
     """A model that is ready to draw, as `safelight.load` returns it.
@@ -80,7 +96,7 @@ class Model:
     embedding_files: dict[str, Path] = field(default_factory=dict)
     base: Model | None = None
     selection: Selection | None = None
-    lock: RLock = field(default_factory=RLock, compare=False)
+    lock: Lock = field(default_factory=Lock, compare=False)
 
     def __repr__(self) -> str:
         width, height = self.native_size
