@@ -15,8 +15,10 @@ from fake import FakeService, running, until
 from PIL import ExifTags, Image
 from sd_parsers import ParserManager
 
+from safelight.errors import SafelightError
 from safelight.recipe import read_recipe
 from safelight.request import Request
+from safelight.server.apis.openai_shapes import refused
 from safelight.server.jobs import ModelInfo, Status
 
 pytestmark = pytest.mark.xdist_group("openai")  # one server for them all
@@ -463,6 +465,13 @@ class TestStream:
 
 
 class TestErrors:
+    def test_a_count_is_called_n(self):
+        error = SafelightError("count must be at most 3, as many as may wait, not 4", field="count")
+        told = refused(error).body["error"]
+        assert (told["param"], told["message"][:15]) == ("n", "n must be at mo")
+        told = refused(SafelightError("width must be a multiple of 8", field="width")).body["error"]
+        assert (told["param"], told["message"][:13]) == ("size", "width must be")
+
     def test_settings_are_checked_by_request(self, client):
         with pytest.raises(openai.BadRequestError, match="multiple of 8") as raised:
             client.images.generate(prompt="a", size="1000x1001")

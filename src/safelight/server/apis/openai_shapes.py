@@ -202,6 +202,8 @@ def refused(error: SafelightError) -> ApiError:
         return ApiError(status, str(error), kind="server_error")
     if error.code == "unknown_setting":
         return ApiError(400, str(error), error.field, code="unknown_parameter")
+    if error.field == "count":  # a size is told of by its sides
+        error = error.renamed("n")
     return ApiError(400, str(error), _THEIRS.get(error.field or "", error.field))
 
 
