@@ -262,7 +262,7 @@ class FakeService:
         self.loading = False
         return self.info
 
-    async def knows(self, model: str) -> bool:
+    async def knows(self, model: str | None = None) -> bool:
         return True
 
     async def defaults(self, model: str | None = None) -> dict[str, Any]:

@@ -70,11 +70,14 @@ def test_automatic1111s_clients_too() -> None:
 def test_automatic1111s_clients_leave_out_what_a_level_has_itself(
     body: dict[str, Any], left_out: set[str], schedule: str | None
 ) -> None:
-    asked = understand(TextToImage(**body), {}).request
+    asked = understand(TextToImage.model_validate(body), {}).request
     assert {"sampler", "steps", "guidance_scale"} - asked.model_fields_set == left_out
     assert asked.schedule == schedule
     if "sampler" in left_out:  # the schedule is for the level's sampler, not for the model's
-        assert understand(TextToImage(**body), {"sampler": "ddim"}).request.schedule == schedule
+        assert (
+            understand(TextToImage.model_validate(body), {"sampler": "ddim"}).request.schedule
+            == schedule
+        )
 
 
 @pytest.mark.parametrize("fast", [[1], {"a": 1}, "2", 2.5])
@@ -92,7 +95,7 @@ def test_automatic1111s_clients_leave_a_model_that_is_elsewhere_to_its_worker(
         ({"sampler_name": "DPM++ 2M", "cfg_scale": 3}, {"sampler", "guidance_scale"}),
         ({"steps": 9}, {"steps"}),
     ):
-        asked = understand(TextToImage(**body), None)
+        asked = understand(TextToImage.model_validate(body), None)
         assert {"sampler", "steps", "guidance_scale"} & asked.request.model_fields_set == said
         assert (asked.request.schedule, asked.warnings) == (None, [])
     asked = understand(TextToImage(scheduler="Karras"), None)

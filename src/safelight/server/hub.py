@@ -374,9 +374,9 @@ class Hub:
         """See `jobs.Service`."""
         return await self.catalogue.facts(model or self.catalogue.info.name)
 
-    async def knows(self, model: str) -> bool:
+    async def knows(self, model: str | None = None) -> bool:
         """See `jobs.Service`."""
-        return await self._plan(model) is not None
+        return await self._plan(model or self.catalogue.info.name) is not None
 
     async def defaults(self, model: str | None = None) -> dict[str, Any]:
         """See `jobs.Service`."""

@@ -238,7 +238,7 @@ class Service(Protocol):
         """Return a model by its name, once its size is known."""
         ...
 
-    async def knows(self, model: str) -> bool:
+    async def knows(self, model: str | None = None) -> bool:
         """Return whether a model is on this machine, so that its defaults are known."""
         ...
 
