@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
 from collections import Counter
 from typing import Any
 
@@ -211,6 +213,44 @@ def test_dropped_before_its_turn(model: Model) -> None:
     engine.step()
     engine.drop("large")
     assert not engine.busy
+
+
+def test_a_request_that_is_refused_leaves_no_picture(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each picture of a dynamic prompt has words of its own, and a later one may be refused."""
+    real: Any = core.with_drawn
+
+    def with_drawn(request: Request, result: Any, seed: int) -> Request:
+        if seed == 8:
+            raise SafelightError("too many words")
+        return real(request, result, seed)
+
+    monkeypatch.setattr(core, "with_drawn", with_drawn)
+    engine = Engine(model)
+    with pytest.raises(SafelightError, match="too many words"):
+        engine.add(Request(prompt="a cat", seed=7, count=2))
+    assert not engine.busy
+
+
+def test_a_dropped_picture_keeps_its_engine_busy_while_it_is_decoded(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    monkeypatch.setattr(core, "finish", lambda *_: go_on.wait(20))
+    engine = Engine(model, background=True)
+    engine.add(Request(prompt="a cat", steps=1, sampler="euler"), "job")
+    while engine.tickets:
+        engine.step()
+    engine.drop("job")
+    assert engine.busy
+    began = time.monotonic()
+    assert engine.step(listen=0.1) == ([], [])
+    assert 0.1 <= time.monotonic() - began < 10  # no loop that takes all of a core
+    engine.close()  # waits for nothing: of who waits it is taken that it hangs
+    assert engine.busy
+    go_on.set()
+    assert drain(engine) == []
 
 
 def test_the_same_picture_whether_it_is_encoded_at_once_or_in_turn(model: Model) -> None:

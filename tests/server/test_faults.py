@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import itertools
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -147,6 +149,50 @@ def test_a_preview_of_no_numbers_is_left_out(
     job_id = server.submit(prompt="a cat", steps=20, sampler="euler")
     assert server.ask("GET", f"/api/jobs/{job_id}/events").body.endswith(b"\n\n")
     assert server.job(job_id)["status"] == "succeeded"
+
+
+@pytest.mark.parametrize(
+    ("own", "decoding", "shown"), [(True, True, 0), (True, False, 2), (False, True, 2)]
+)
+def test_no_preview_is_decoded_beside_a_picture_of_the_same_autoencoder(
+    monkeypatch: pytest.MonkeyPatch, own: bool, decoding: bool, shown: int
+) -> None:
+    """Each would pack the layers that the other packs."""
+    made: list[Any] = []
+    monkeypatch.setattr(
+        "safelight.server.worker.encoded_preview", lambda *given: made.append(given)
+    )
+    model = SimpleNamespace(
+        preview_vae=None if own else "tiny", family=SimpleNamespace(latent_rgb=None)
+    )
+    one: Any = SimpleNamespace(model=model, engine=SimpleNamespace(decoding=decoding))
+    held: Any = SimpleNamespace(previewed=0.0, loaded=one, claim=SimpleNamespace(id="x"))
+    job = SimpleNamespace(done=False, clean=1, view=2, size=(8, 8))
+    worker: Any = SimpleNamespace(_pipe=SimpleNamespace(send=lambda _: None))
+    Worker._preview(worker, held, SimpleNamespace(job=job, index=0))
+    assert len(made) == shown
+
+
+def test_a_model_that_decodes_for_a_cancelled_job_is_in_use(
+    server: Inside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To let go of it would wait for the decoder, as if the worker hung."""
+    go_on, real = threading.Event(), core.finish
+
+    def finish(*given: Any) -> Any:
+        go_on.wait(20)
+        return real(*given)
+
+    monkeypatch.setattr(core, "finish", finish)
+    worker, engine = server.worker, loaded(server).engine
+    assert worker is not None
+    job = server.submit(prompt="a cat", steps=1, sampler="euler")
+    wait_for(lambda: engine._in_flight is not None and not engine._in_flight.done())
+    assert server.ask("DELETE", f"/api/jobs/{job}").status < 300
+    wait_for(lambda: not worker._held)
+    assert worker._drawing == {"embedded"}
+    go_on.set()
+    wait_for(lambda: not worker._drawing)
 
 
 def test_to_look_for_them_costs_nothing(server: Inside) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from sqlalchemy.exc import OperationalError
 
 from safelight import picture
 from safelight.server.database import Database
+from safelight.server.jobs import StorageError
 from safelight.server.store import Store
 
 pytestmark = pytest.mark.xdist_group("storage")  # one server for them all
@@ -177,12 +179,36 @@ def test_jobs_of_a_dead_worker_are_put_back_when_the_database_takes_it_again(
             raise server_is_full
         return real(store, worker, **how)
 
-    from safelight.server.jobs import StorageError
-
     server_is_full = StorageError("full")
     monkeypatch.setattr(Store, "release", release)
     server.hub.supervisor.release("gone")
     assert calls == ["gone", "gone"]
+
+
+def test_an_input_that_was_away_holds_up_no_suspect_job_and_none_after_it(
+    server: Inside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A suspect job is drawn alone, and is put back as its input cannot be read."""
+    worker, read = server.worker, list[str]()
+    assert worker is not None
+    real_claim: Any = Store.claim
+    real_input: Any = worker._files.input
+
+    def claim(*given: Any, **how: Any) -> Any:
+        found = real_claim(*given, **how)
+        return found and replace(found, suspect=True)
+
+    def away_once(job_id: str, name: str) -> Any:
+        read.append(job_id)
+        if len(read) == 1:
+            raise StorageError("the storage is away")
+        return real_input(job_id, name)
+
+    monkeypatch.setattr(Store, "claim", claim)
+    monkeypatch.setattr(worker._files, "input", away_once)
+    jobs = [server.submit(**QUICK, image=png()), server.submit(**QUICK)]
+    assert [server.finished(job, 20)["status"] for job in jobs] == ["succeeded"] * 2
+    assert read == [jobs[0]] * 2
 
 
 @pytest.fixture

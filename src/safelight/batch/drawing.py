@@ -69,10 +69,8 @@ class Drawer:
                 try:
                     held[row.number] = self._begin(row)
                 except SafelightError as error:
-                    self._engine.drop(row.number)
                     yield failed(row, error)
                 except Exception as error:
-                    self._engine.drop(row.number)
                     yield self._fault(row, error)
             if not held:
                 return

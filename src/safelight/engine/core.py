@@ -95,8 +95,13 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether a picture is not finished."""
-        return bool(self.tickets or self._undecoded or self._decoding)
+        """Whether a picture is not finished, or one that was dropped is still being decoded."""
+        return bool(self.tickets or self._undecoded or self._decoding or self.decoding)
+
+    @property
+    def decoding(self) -> bool:
+        """Whether the thread decodes a picture now, be it one that was dropped."""
+        return self._in_flight is not None and not self._in_flight.done()
 
     @property
     def rows(self) -> int:
@@ -119,6 +124,7 @@ class Engine:
         Raises SafelightError if the request does not fit the model.
         """
         model = self.model
+        tickets: list[Ticket] = []
         try:
             with model.lock, torch.inference_mode():
                 resolved = resolve_request(model, request)
@@ -143,12 +149,13 @@ class Engine:
                     waits = self._decoder is not None and request.image is not None
                     if selection is None and not waits:
                         _ = ticket.job
-                    self.tickets.append(ticket)
+                    tickets.append(ticket)
         except (MemoryError, RuntimeError) as error:  # of a large picture to start from
             if not out_of_memory(error):
                 raise
             free_memory(model.device)
             raise too_large() from None
+        self.tickets += tickets
         return result
 
     def add_job(self, job: Job, tag: Any = None, *, index: int = 0, seed: int = 0) -> Ticket:
@@ -178,9 +185,9 @@ class Engine:
         return max(1.0, math.prod(shape) / math.prod(own))
 
     def close(self) -> None:
-        """End the thread that decodes; nothing can be added any more."""
+        """End the thread that decodes, after the picture that it is at; nothing can be added."""
         if self._decoder is not None:
-            self._decoder.shutdown()
+            self._decoder.shutdown(wait=False)
 
     def drop(self, tag: Any) -> None:
         """Forget the pictures of this tag."""
@@ -207,8 +214,8 @@ class Engine:
                     self._undecoded.append(ticket)
             if self._decoder is not None:
                 self._begin_decoding()
-        elif self._decoding:
-            wait(self._decoding, listen)
+        elif self._in_flight is not None:
+            wait([self._in_flight], listen)
         finished += list(self._decoded())
         return stepped, finished
 
@@ -298,7 +305,7 @@ class Engine:
         Of two of one size, it is the one whose share had less time. None is begun beside another:
         what comes later may be smaller.
         """
-        if not self._undecoded or (self._in_flight is not None and not self._in_flight.done()):
+        if not self._undecoded or self.decoding:
             return
         had = self._turns.had
         ticket = min(self._undecoded, key=lambda ticket: (ticket.size, had(ticket.share)))

@@ -44,6 +44,11 @@ def preview(model: Model, latents: Tensor, size: tuple[int, int] | None = None) 
     return shown.crop((0, 0, max(width, 1), max(height, 1)))
 
 
+def decodes_previews(model: Model) -> bool:
+    """Return whether previews are decoded by the model's own autoencoder."""
+    return model.preview_vae is None and model.family.latent_rgb is None
+
+
 def _shown(model: Model, latents: Tensor) -> Image.Image:
     table = model.family.latent_rgb
     with torch.inference_mode():

@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from safelight.engine.capacity import out_of_memory
+from safelight.engine.preview import decodes_previews
 from safelight.errors import SafelightError
 from safelight.request import Request
 from safelight.server.claims import Claim, LostError
@@ -150,7 +151,10 @@ class Worker(Holder):
 
     @property
     def _drawing(self) -> set[str]:
-        return {held.loaded.name for held in self._held.values()}
+        """The models that draw, or still decode a picture of a job that was cancelled."""
+        return {held.loaded.name for held in self._held.values()} | {
+            one.name for one in self._models.busy
+        }
 
     # --- jobs ------------------------------------------------------------------------------------
 
@@ -236,6 +240,7 @@ class Worker(Holder):
         except StorageError as error:
             self._tell_stuck(error)
             self._unclaimed.append(claim)
+            self._alone = False
             return False
         except SafelightError as error:
             self._end(claim, [], error)
@@ -344,6 +349,8 @@ class Worker(Holder):
         now = time.monotonic()
         if now - held.previewed < PREVIEW_EVERY or ticket.job.done:
             return
+        if decodes_previews(held.loaded.model) and held.loaded.engine.decoding:
+            return  # both would pack the layers of one autoencoder
         held.previewed = now
         job, model, ended = ticket.job, held.loaded.model, time.time()
         try:
