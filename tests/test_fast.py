@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import errno
+import mmap
 import subprocess
 import sys
 import threading
@@ -25,6 +27,7 @@ from safelight.fast import (
     onednn,
     remark,
     split,
+    store,
     strips,
     tiles,
     vectors,
@@ -272,6 +275,34 @@ def test_loaded_weights_are_let_go_once_packed() -> None:
     before = sum(p.numel() for p in net.parameters())
     net(torch.randn(1, 4, 16, 16), torch.tensor([1.0]), text(SD1, 1))
     assert sum(p.numel() for p in net.parameters()) < before / 5
+
+
+def test_a_packing_that_was_interrupted_is_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the first picture, or a full disk, leaves a network that draws the next one."""
+    net, calls, real = UNet2DConditionModel(SD1).eval(), [], layers._packed
+
+    def packed(*given: Any) -> Any:
+        calls.append(given)
+        if len(calls) % 3 == 1:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    arguments = torch.randn(1, 4, 16, 16), torch.tensor([1.0]), text(SD1, 1)
+    wanted, used, found = fast(net)(*arguments), fast(net), None
+    monkeypatch.setattr(layers, "_packed", packed)
+    while found is None:
+        with contextlib.suppress(KeyboardInterrupt):
+            found = used(*arguments)
+    assert found.equal(wanted)
+    assert len(calls) > 20
+
+
+def test_blocks_of_memory_where_the_system_has_no_private_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on Windows."""
+    monkeypatch.delattr(mmap, "MAP_PRIVATE")
+    assert store.Arena().room(100).fill_(1).sum() == 128
 
 
 def test_doubling_is_enlarging_and_convolving() -> None:

@@ -33,10 +33,13 @@ def _count(x: Tensor) -> int:
     return x.numel() // x.shape[-1]
 
 
-def _take(layer: Any) -> Tensor:
-    """A layer's weight in its precision, to be packed; the layer lets go of the one it loaded."""
+def _weight(layer: Any) -> Tensor:
+    """A layer's weight in its precision, to be packed.
+
+    The layer keeps the one it loaded until it has what was packed: to pack may be interrupted, or
+    fail for want of room, and is tried again at the next use.
+    """
     loaded: Tensor = layer.weight
-    layer.weight = None
     weight = loaded.to(layer.precision)
     if weight is not loaded:
         memory.page_out(loaded)
@@ -89,10 +92,11 @@ class FastLinear(layers.Linear):
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         if self._product is None:
             if x.dim() > 2:
-                self._product = _matrix(self, _take(self), self.bias)
+                self._product = _matrix(self, _weight(self), self.bias)
             else:  # what has no tokens, the time's embedding, has but a row for each picture
-                store = _store(self, self.weight.numel())
-                self._product = _packed(_take(self), lambda w: onednn.Matrix(w, self.bias), store)
+                store, weight = _store(self, self.weight.numel()), _weight(self)
+                self._product = _packed(weight, lambda w: onednn.Matrix(w, self.bias), store)
+            self.weight = None
         return self._product(x, plus)
 
 
@@ -117,6 +121,7 @@ class FastConv2d(layers.Conv2d):
             _make_room(x.x if normed else x)
         if self._product is None:
             self._product = self._pack()
+            self.weight = None
         if normed:
             return strips.convolve(self._product, x, self.out_channels, plus, shift, consume, relu)
         return self._product(x, plus, shift, consume, relu)
@@ -124,10 +129,10 @@ class FastConv2d(layers.Conv2d):
     def _pack(self) -> Any:
         store = _store(self, self.weight.numel())
         if tiles.fits_conv(self, self.precision):
-            return tiles.Convolution(_take(self), self, store)
+            return tiles.Convolution(_weight(self), self, store)
         if winograd.fits_conv(self, self.precision):
-            return _packed(_take(self), lambda w: winograd.Convolution(w, self), store)
-        return _packed(_take(self), lambda w: onednn.Convolution(w, self), store)
+            return _packed(_weight(self), lambda w: winograd.Convolution(w, self), store)
+        return _packed(_weight(self), lambda w: onednn.Convolution(w, self), store)
 
     def reads_maps(self) -> bool:
         """Whether it takes a tiles.Map, normed on the way."""
@@ -146,7 +151,8 @@ class FastPointwise(layers.Pointwise):
 
     def tokens(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         if self._product is None:
-            self._product = _matrix(self, _take(self).flatten(1), self.bias)
+            self._product = _matrix(self, _weight(self).flatten(1), self.bias)
+            self.weight = None
         return self._product(x, plus)
 
 
@@ -233,8 +239,9 @@ class FastGEGLU(layers.GEGLU):
             # Two products: one of twice the width would not stay in the cache.
             self._halves = [
                 _matrix(self.proj, w.clone(), b)
-                for w, b in zip(_take(self.proj).chunk(2), self.proj.bias.chunk(2), strict=True)
+                for w, b in zip(_weight(self.proj).chunk(2), self.proj.bias.chunk(2), strict=True)
             ]
+            self.proj.weight = None
         value, gate = (half(x) for half in self._halves)
         if vectors.fits_gate(value):
             return vectors.gate(value, gate)
@@ -251,11 +258,12 @@ class FastFeedForward(layers.FeedForward):
         amx = x.dtype == torch.bfloat16 and kernels.tiles() is not None
         part = PART // 2 if amx else PART
         out = torch.empty_like(x)
+        # In three dimensions: of two, FastLinear takes the rows for what has no tokens.
         for i in range(0, count, part):
             get_on()
             here = slice(i, i + part)
-            more = None if plus is None else plus.flatten(0, -2)[here]
-            out.flatten(0, -2)[here] = super().forward(x.flatten(0, -2)[here], more)
+            more = None if plus is None else plus.flatten(0, -2)[None, here]
+            out.flatten(0, -2)[None, here] = super().forward(x.flatten(0, -2)[None, here], more)
         return out
 
 
@@ -274,6 +282,7 @@ class FastHeads(layers.Attention):
         if context is None:
             if self._own is None:
                 self._own = self._pack()
+                self.to_q.weight = self.to_k.weight = self.to_v.weight = None
             q, k, v = (self.split_heads(t) for t in self._own(x).chunk(3, dim=-1))
             return q, k, v
         if self._text is None or self._text[0] is not context:
@@ -285,7 +294,7 @@ class FastHeads(layers.Attention):
     def _pack(self) -> Any:
         parts = (self.to_q, self.to_k, self.to_v)
         bias = None if self.to_q.bias is None else torch.cat([part.bias for part in parts])
-        weight = torch.cat([_take(part) for part in parts])
+        weight = torch.cat([_weight(part) for part in parts])
         return _matrix(self.to_q, weight, bias)
 
     def product(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

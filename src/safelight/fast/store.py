@@ -33,6 +33,8 @@ def _large_pages(size: int) -> Tensor:
     """Memory of `size` bytes in large pages: the kernels read gigabytes of weights in each step,
     and looking up pages of 4 KB costs a fifth of the time. Only what is used of it is taken.
     """
+    if not hasattr(mmap, "MAP_PRIVATE"):  # as on Windows
+        return torch.empty(size // 2, dtype=torch.bfloat16)
     # Private: shared memory has large pages only where the administrator allows it.
     memory = mmap.mmap(-1, size + _PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
