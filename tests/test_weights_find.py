@@ -18,7 +18,7 @@ from safelight.weights import load_model
 from safelight.weights.digest import digest_file, digest_files, model_digest
 from safelight.weights.find import find
 from safelight.weights.folder import Folder, choose_weights
-from safelight.weights.hub import files_of
+from safelight.weights.hub import MODEL, _complete, files_of
 from safelight.weights.notes import cache_folder
 from weights_tiny import change, pixel_folder, raw_file, text_folder, write
 
@@ -278,6 +278,18 @@ def test_supported_pipelines(pipeline, kind):
 
 def test_a_folder_without_an_index_is_refused(tmp_path):
     refused(lambda: Folder(tmp_path, "x"), "no model_index.json")
+
+
+def test_a_download_that_was_cut_between_shards_is_not_complete(tmp_path):
+    folder = text_folder(tmp_path / "model")
+    whole = folder / "unet/diffusion_pytorch_model.safetensors"
+    shards = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    whole.rename(whole.with_name(shards[0]))
+    index = {"weight_map": {"a": shards[0], "b": shards[1]}}
+    write(whole.with_name(f"{whole.name}.index.json"), index)
+    assert not _complete(folder, "org/tiny", MODEL)
+    write(whole.with_name(shards[1]), "x")
+    assert _complete(folder, "org/tiny", MODEL)
 
 
 def test_the_plain_weights_come_before_the_fp16_variant():

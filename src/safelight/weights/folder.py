@@ -11,6 +11,9 @@ from safelight.weights.check import Header, read_json, refusal
 from safelight.weights.headers import header_of
 
 MAX_SHARDS = 256
+INDEX_LIMIT = 1 << 22
+"""Bytes of the index of a part in shards, at most."""
+
 DIFFUSION = "diffusion_pytorch_model"
 """What diffusers calls the weight files of its networks."""
 
@@ -78,8 +81,8 @@ class Folder:
         name = choose_weights(part, self.names(part), self.label, stem)
         if not name.endswith(".json"):
             return [self.header(name)]
-        index = self.json(name, 2**22)
-        shards = _shards(index or {}, name)
+        index = self.json(name, INDEX_LIMIT)
+        shards = shards_of(index or {}, name)
         folder = PurePosixPath(name).parent
         headers = {shard: self.header(str(folder / shard)) for shard in set(shards.values())}
         found = {key: shard for shard, header in headers.items() for key in header.tensors}
@@ -124,7 +127,7 @@ def choose_weights(part: str, names: Collection[str], where: str, stem: str = DI
     raise refusal(where, f"{part}/{stem}.safetensors is missing")
 
 
-def _shards(index: Mapping[str, Any], name: str) -> dict[str, str]:
+def shards_of(index: Mapping[str, Any], name: str) -> dict[str, str]:
     """Return which file holds each tensor; all must lie in the folder of the index."""
     shards = index.get("weight_map")
     if not isinstance(shards, dict) or not shards:

@@ -12,7 +12,7 @@ from safelight.errors import SafelightError
 from safelight.families import family_of_folder
 from safelight.weights.check import printable, read_json
 from safelight.weights.digest import digest_file
-from safelight.weights.folder import choose_weights
+from safelight.weights.folder import INDEX_LIMIT, choose_weights, shards_of
 
 
 def files_of(index: Mapping[str, Any], names: Collection[str], where: str) -> list[str]:
@@ -156,10 +156,15 @@ def _complete(folder: Path, repo: str, layout: Layout) -> bool:
     """
     names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
     try:
-        layout.files(read_json(folder / layout.index), names, repo)
+        files = layout.files(read_json(folder / layout.index), names, repo)
+        return all(
+            (folder / name).with_name(shard).is_file()
+            for name in files
+            if name.endswith(".json") and ".index." in name
+            for shard in shards_of(read_json(folder / name, INDEX_LIMIT), name).values()
+        )
     except SafelightError:
         return False
-    return True
 
 
 def _reason(error: Exception) -> str:
