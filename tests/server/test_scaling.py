@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -118,7 +119,9 @@ def test_a_worker_has_the_paths_of_the_server(
     for name in ("embedded", "models"):
         Path(name).mkdir()
     given = Settings("embedded", "postgresql://db/x", "/data", models_dir="models", vae="org/vae")
-    found = on_nodes(given)
+    found = on_nodes(replace(given, allowed=("./models", "embedded", "org/x")))
+    assert found.allowed == (str(tmp_path / "models"), "embedded", "org/x")
+    assert on_nodes(given).allowed is None
     assert (found.model, found.vae) == ("embedded", "org/vae")
     assert found.models_dir == str(tmp_path / "models")
     assert found.elsewhere

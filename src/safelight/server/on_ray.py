@@ -144,12 +144,15 @@ def on_nodes(settings: Settings) -> Settings:
     """Return the settings of a worker on any node: paths as the nodes have them, too."""
     names = ("model", "models_dir", "vae", "refiner", "preview_vae", "wildcards_dir", "styles_file")
     given = {name: getattr(settings, name) for name in names}
-    paths = {
-        name: str(Path(value).expanduser().absolute())
-        for name, value in given.items()
-        if value not in (None, *BUILT_IN) and Path(value).expanduser().exists()
-    }
-    return replace(settings, elsewhere=True, **paths)
+    paths = {name: _absolute(value) for name, value in given.items() if value is not None}
+    allowed = settings.allowed and tuple(_absolute(value) for value in settings.allowed)
+    return replace(settings, elsewhere=True, allowed=allowed, **paths)
+
+
+def _absolute(value: str) -> str:
+    """Return a path that is there in full, and any other name as it is."""
+    path = Path(value).expanduser()
+    return str(path.absolute()) if value not in BUILT_IN and path.exists() else value
 
 
 def start(plan: Plan, settings: Settings) -> tuple[Any, Connection]:
