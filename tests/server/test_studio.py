@@ -27,14 +27,14 @@ import numpy
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from inside import Inside, size
-from PIL import Image, ImageFilter, PngImagePlugin
+from PIL import ExifTags, Image, ImageFilter, PngImagePlugin
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 from safetensors.numpy import save_file
 from serving import Serving, wait_for
 
 import safelight
 from safelight.families import family_of_folder
-from safelight.recipe import read_recipe
+from safelight.recipe import read_recipe, recipe_text
 from safelight.request import Request
 from safelight.server.decoding import Decoders
 from safelight.server.settings import Settings
@@ -1017,6 +1017,38 @@ def test_a_sampler_that_is_not_had_is_told(tmp_path: Path) -> None:
     _, told = form.shown(recipe_settings(tmp_path / "theirs.png"), Suits())
     assert told[0].startswith("there is no sampler 'Magic'")
     assert told[1].startswith("schedule must be")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_a_web_ui_s_text_is_read_wherever_it_stands(kind: str) -> None:
+    pairs = {"Sampler": "DDIM", "Eta": "0.3", "Emphasis": "No norm", "Size": "64x96", "Model": "x"}
+    pairs |= {"Denoising strength": "0.7", "Hires upscale": "2"}
+    line = ", ".join(f"{name}: {value}" for name, value in pairs.items())
+    text = f"a (red:1.3) violin\nNegative prompt: grey\nSteps: 9, {line}"
+    comment, written = Image.Exif(), PngImagePlugin.PngInfo()
+    written.add_text("parameters", text)
+    comment.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + text.encode(
+        "utf-16-be"
+    )
+    how: dict[str, Any] = {"pnginfo": written} if kind == "PNG" else {"exif": comment}
+    Image.new("RGB", (64, 64)).save(file := io.BytesIO(), kind, **how)
+    found = recipe_settings(file.getvalue())
+    wanted = {"prompt_syntax": "a1111", "emphasis": "no-norm", "eta": 0.3, "height": 96, "steps": 9}
+    assert found.items() >= wanted.items()
+    assert form.shown(found, Suits())[1] == [
+        "there is no setting Denoising strength, Hires upscale"
+    ]
+
+
+def test_a_text_of_our_own_keeps_its_syntax() -> None:
+    told = {"prompt": "a (red) cat", "negative_prompt": "", "steps": 9, "guidance_scale": 7.5}
+    given = Request(**told, seed=1).to_dict()
+    model = {"name": "x", "sha256": "0" * 64}
+    made = {"settings": given, "model": model, "size": [64, 64], "safelight": "1"}
+    written = PngImagePlugin.PngInfo()
+    written.add_text("parameters", recipe_text(made))
+    Image.new("RGB", (64, 64)).save(file := io.BytesIO(), "PNG", pnginfo=written)
+    assert recipe_settings(file.getvalue())["prompt_syntax"] == "plain"
 
 
 def test_a_changed_picture_is_made_again(server: Serving, fresh: Page) -> None:

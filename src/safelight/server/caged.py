@@ -67,12 +67,12 @@ def texts(sent: Sent, name: str) -> dict[str, str]:
     _decoded(data, name)
     with opened(data, name) as image:
         found = dict(image.text) if isinstance(image, PngImagePlugin.PngImageFile) else {}
-        if "parameters" not in found and (comment := _comment(image)):
+        if "parameters" not in found and (comment := exif_comment(image)):
             found["parameters"] = comment
         return found
 
 
-def _comment(image: Image.Image) -> str:
+def exif_comment(image: Image.Image) -> str:
     """Return the comment in a picture's EXIF; nothing of one that cannot be read."""
     try:
         found = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)

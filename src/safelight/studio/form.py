@@ -326,11 +326,15 @@ def shown(settings: dict[str, Any], suits: Suits) -> tuple[list[Any], list[str]]
     """
     known: dict[str, Any] = {}
     told: list[str] = []
+    others: list[str] = []
     for name, value in settings.items():
         if name in ("image_sha256", "mask_sha256") or value is None:
             continue
+        if name not in settings_of(Request):
+            others.append(str(name)[:40])
+            continue
         try:
-            Request(**{str(name): value})
+            Request(**{name: value})
             known[name] = value
         except SafelightError as error:
             told.append(str(error))
@@ -340,6 +344,9 @@ def shown(settings: dict[str, Any], suits: Suits) -> tuple[list[Any], list[str]]
     for name, setting in settings_of(Request).items():
         if getattr(asked, name) != setting.default and not suits.has(setting):
             told.append(f"{name} does nothing with this model")
+    if others:
+        more = ", …" if len(others) > 8 else ""
+        told.append(f"there is no setting {', '.join(others[:8])}{more}")
     values = [
         asked.prompt,
         asked.negative_prompt,

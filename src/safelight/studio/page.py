@@ -245,7 +245,7 @@ def _find() -> tuple[Any, Any, Any]:
             found = gallery()
         with gr.Column(scale=3, min_width=260):
             dropped = gr.File(
-                label="Drop a PNG to read its settings",
+                label="Drop a picture to read its settings",
                 file_types=["image"],
                 type="filepath",
                 height=160,

@@ -7,12 +7,32 @@ from pathlib import Path
 from typing import Any
 
 from safelight.errors import SafelightError
-from safelight.recipe import read_recipe
+from safelight.picture import opened
+from safelight.recipe import parse_recipe_text, read_recipe
 from safelight.sampler_names import sampler_and_schedule
+from safelight.server.caged import exif_comment
 from safelight.server.decoder import Sent
 
 _PLAIN = ("", "normal", "automatic", "uniform")
 """Names that others give a model's own schedule."""
+
+_SETTINGS = {
+    "Sampler": "sampler",
+    "Schedule type": "schedule",
+    "Steps": "steps",
+    "CFG scale": "guidance_scale",
+    "Seed": "seed",
+    "Size": "size",
+    "Clip skip": "clip_skip",
+    "Eta": "eta",
+}
+"""The settings that AUTOMATIC1111's pairs stand for."""
+
+_APART = (
+    *("Model", "Model hash", "VAE", "VAE hash", "Hashes", "Lora hashes", "TI hashes"),
+    *("Version", "Prompt syntax", "Emphasis"),
+)
+"""Pairs that are no settings, or are read apart."""
 
 
 def settings_in(sent: Sent, name: str) -> dict[str, Any]:
@@ -23,41 +43,50 @@ def settings_in(sent: Sent, name: str) -> dict[str, Any]:
 def recipe_settings(source: str | Path | bytes) -> dict[str, Any]:
     """Return the settings of a Request that the picture stores.
 
-    Reads Safelight's recipes, AUTOMATIC1111's text and ComfyUI's graph. Raises SafelightError for a
-    picture without any of them.
+    Reads Safelight's recipes, AUTOMATIC1111's text and ComfyUI's graph. A pair of AUTOMATIC1111's
+    that is no setting keeps its name. Raises SafelightError for a picture without any of them.
     """
+    # Bytes, for the uploaded file's name means nothing to the user.
+    data = source if isinstance(source, bytes) else Path(source).read_bytes()
     try:
-        # Bytes, for the uploaded file's name means nothing to the user.
-        recipe = read_recipe(source if isinstance(source, bytes) else Path(source).read_bytes())
+        recipe = read_recipe(data)
     except SafelightError as error:
-        found = _graph(source)
-        if found is None:
+        if (found := _graph(data)) is not None:
+            return found
+        if (recipe := _commented(data)) is None:
             raise error
-        return found
     if "safelight" in recipe:
         return recipe["settings"]
     pairs = recipe["parameters"]
-    return _settings(
-        recipe["prompt"],
-        recipe["negative_prompt"],
-        {
-            "sampler": pairs.get("Sampler", ""),
-            "schedule": pairs.get("Schedule type", ""),
-            "steps": pairs.get("Steps"),
-            "guidance_scale": pairs.get("CFG scale"),
-            "seed": pairs.get("Seed"),
-            "size": pairs.get("Size", ""),
-            "clip_skip": pairs.get("Clip skip"),
-        },
-    ) | {"prompt_syntax": "a1111"}
+    given = {"sampler": "", "schedule": ""} | {
+        name: pairs[pair] for pair, name in _SETTINGS.items() if pair in pairs
+    }
+    found = _settings(recipe["prompt"], recipe["negative_prompt"], given)
+    # Safelight names a syntax that is not its own usual one.
+    ours = pairs.get("Version", "").startswith("Safelight ")
+    found["prompt_syntax"] = pairs.get("Prompt syntax", "plain" if ours else "a1111")
+    if "Emphasis" in pairs:
+        found["emphasis"] = pairs["Emphasis"].lower().replace(" ", "-")
+    others = {name: v for name, v in pairs.items() if name not in (*_SETTINGS, *_APART)}
+    return others | found
 
 
-def _graph(source: str | Path | bytes) -> dict[str, Any] | None:
+def _commented(data: bytes) -> dict[str, Any] | None:
+    """Return the recipe that AUTOMATIC1111 writes into a JPEG's or WebP's comment, or None."""
+    try:
+        with opened(data, "picture") as image:
+            return parse_recipe_text(exif_comment(image))
+    except SafelightError:
+        return None
+
+
+def _graph(data: bytes) -> dict[str, Any] | None:
     """Return the settings that sd-parsers finds in ComfyUI's graph, or None."""
     from sd_parsers import ParserManager
+    from sd_parsers.parsers import ComfyUIParser
 
     try:
-        info = ParserManager().parse(BytesIO(source) if isinstance(source, bytes) else source)
+        info = ParserManager(managed_parsers=[ComfyUIParser]).parse(BytesIO(data))
     except Exception:  # parsers of broken files raise anything
         return None
     if info is None or not info.samplers:
@@ -84,7 +113,7 @@ def _settings(prompt: str, negative_prompt: str, given: dict[str, Any]) -> dict[
     found["sampler"], joined = known or (given["sampler"] or None, "")
     schedule = str(given["schedule"]).lower() or joined
     found["schedule"] = None if schedule in _PLAIN else schedule
-    numbers = {"steps": int, "guidance_scale": float, "seed": int, "clip_skip": int}
+    numbers = {"steps": int, "guidance_scale": float, "seed": int, "clip_skip": int, "eta": float}
     for name, kind in numbers.items():
         try:
             found[name] = kind(given[name])
