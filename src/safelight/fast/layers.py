@@ -85,6 +85,7 @@ def _make_room(x: Tensor) -> None:
 class FastLinear(layers.Linear):
     """shelf: where large weights are kept, if not in memory."""
 
+    weight: Any  # None once it is packed
     precision: torch.dtype
     shelf: Shelf | None = None
     _product: Any = None
@@ -103,6 +104,7 @@ class FastLinear(layers.Linear):
 class FastConv2d(layers.Conv2d):
     """shelf: where large weights are kept, if not in memory."""
 
+    weight: Any  # None once it is packed
     precision: torch.dtype
     shelf: Shelf | None = None
     _product: Any = None
@@ -142,6 +144,7 @@ class FastConv2d(layers.Conv2d):
 
 
 class FastPointwise(layers.Pointwise):
+    weight: Any  # None once it is packed
     precision: torch.dtype
     shelf: Shelf | None = None
     _product: Any = None
