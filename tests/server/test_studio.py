@@ -72,7 +72,7 @@ def models_folder(root: Path) -> Path:
     shapes = {f"{query}.lora_A.weight": (2, width), f"{query}.lora_B.weight": (width, 2)}
     weights = {name: draw(shape).astype("float32") for name, shape in shapes.items()}
     save_file(weights, root / "loras" / "ink.safetensors")
-    for name, numbers in {"mossy": width, "foreign": width + 1}.items():
+    for name, numbers in {"mossy": width, "red, ink": width, "foreign": width + 1}.items():
         vectors = draw((2, numbers)).astype("float32")
         save_file({"emb_params": vectors}, root / "embeddings" / f"{name}.safetensors")
     styles = 'name,prompt,negative_prompt\ntoy,"{prompt}, toy",\n'
@@ -395,6 +395,10 @@ def test_words_are_chosen_and_counted(server: Serving, fresh: Page) -> None:
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("a red apple mossy")
     expect(count).to_have_text("Prompt: 5 of 46 tokens")
     expect(page.locator("#embeddings")).to_contain_text("foreign: vectors of")
+    for names in (["red, ink"], []):  # a name may have a comma
+        with page.expect_request("**/api/tokens") as counted:
+            page.locator("#embeddings textarea").fill("\n".join(names))
+        assert counted.value.post_data_json["embeddings"] == names
     page.get_by_label("Add a LoRA").select_option("ink")
     page.get_by_label("Weight of ink").fill("0.5")
     page.get_by_label("Add a style").select_option("toy")
@@ -452,6 +456,11 @@ def test_the_form_shows_what_suits_the_model(server: Serving, fresh: Page) -> No
     expect(model).to_have_value("embedded-fast")
     expect(steps).to_have_value("4")
     expect(start).to_have_value("")
+    inside = page.locator("#inside-steps input[type=number]")
+    tab(page, "Inside")
+    for name, shown in (("embedded", "20"), ("embedded-fast", "4")):
+        model.select_option(name)
+        expect(inside).to_have_value(shown)
 
 
 def test_of_two_models_chosen_at_once_the_last_counts(fresh: Page) -> None:
@@ -741,6 +750,9 @@ def test_a_dropped_recipe_fills_the_form(
     expect(page.get_by_label("number input for Steps")).to_have_value("9")
     expect(page.get_by_label("number input for Guidance")).to_have_value("6.5")
     expect(page.get_by_label("Seed", exact=True)).to_have_value("77")
+    # Its section opens: the tokens are counted by its fields.
+    syntax = "a1111" if "parameters" in texts else "comfy"
+    expect(page.get_by_label("Prompt syntax")).to_have_value(syntax)
     page.get_by_role("button", name="Size and schedule").click()
     expect(page.get_by_label("Schedule")).to_have_value("karras")
 
@@ -753,15 +765,16 @@ def test_a_picture_without_a_recipe_is_told(page: Page, tmp_path: Path) -> None:
 
 
 def test_settings_compared_on_one_picture(server: Serving, page: Page) -> None:
-    page.get_by_label("Prompt", exact=True).fill("a cat")
+    page.get_by_label("Prompt", exact=True).fill("a cat, zeppelin")
     tab(page, "Compare")
     page.get_by_label("Values of the columns").fill("ddim, euler")
     page.get_by_label("Values of the rows").fill("2, 40")
     page.get_by_role("button", name="Compare").click()
     status = page.locator("#compare-status .status")
-    expect(status).to_have_text(re.compile("Drawing “a cat”: [0-3] of 4 cells are done."))
+    expect(status).to_have_text(re.compile("Drawing “a cat, zeppelin”: [0-3] of 4 cells"))
     expect(page.get_by_alt_text("The grid")).to_be_visible(timeout=60_000)
-    expect(status).to_have_text("Done: “a cat”, 4 cells.")
+    expect(status).to_contain_text("Done: “a cat, zeppelin”, 4 cells. Note: ")
+    expect(status).to_contain_text("zeppelin; left out.")
     grids = list((server.data / "grids").rglob("*.png"))
     assert read_recipe(grids[0])["grid"] == {"sampler": ["ddim", "euler"], "steps": [2, 40]}
     page.get_by_label("Values of the columns").fill("ddim, brush")
@@ -1141,6 +1154,16 @@ def test_a_failure_is_told_though_another_is_shown(server: Serving, page: Page) 
     page.route("**/api/jobs?limit=60", failed)
     expect(page.get_by_role("alert").get_by_text("“a bad one” failed: the picture")).to_be_visible()
     expect(page.locator(".now .live .prompt")).to_have_text("a slow one")
+
+    def hidden(route: Any) -> None:  # by sixty newer ones
+        bad = next(one for one in route.fetch().json() if one["settings"]["prompt"] == "a bad one")
+        route.fulfill(json=[bad | {"id": "0" * 32}], headers={"link": "</api/jobs>; rel=next"})
+
+    page.route("**/api/jobs?limit=60", hidden)
+    expect(page.locator(".now .waiting li").first).to_be_visible()
+    page.wait_for_timeout(1500)
+    expect(page.locator(".now .live .prompt")).to_have_text("a slow one")
+    assert page.locator(".now .newest button").count()
     page.unroute_all()
     server.client.delete(f"/api/jobs/{newest(server)['id']}")
     page.locator(".now .live").get_by_role("button", name="Cancel").click()
@@ -1297,6 +1320,9 @@ def test_what_was_typed_outlives_a_reload(page: Page) -> None:
     page.get_by_label("Prompt", exact=True).fill("words that took me long")
     page.reload()
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("words that took me long")
+    page.evaluate("document.querySelector('#prompt textarea').value = 'of a recipe'")  # no event
+    page.reload()
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("of a recipe")
 
 
 def test_it_goes_on_after_a_restart(

@@ -82,11 +82,12 @@ def compare(hub: Hub, form: forms.Form, model: Any, decoders: Decoders) -> None:
             _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
         try:
             made = [wait.result() for wait in waits]
-            grid = await asyncio.to_thread(_sheet, hub, made, axes, folder_of(asker(by)))
+            grid, warnings = await asyncio.to_thread(_sheet, hub, made, axes, folder_of(asker(by)))
         except SafelightError as error:
             yield str(error), "", "", gr.skip(), []
             return
-        yield "", f"Done: {prompts}, {len(waits)} cells.", "", grid, []
+        notes = f" Note: {'; '.join(warnings)}." if warnings else ""
+        yield "", f"Done: {prompts}, {len(waits)} cells.{notes}", "", grid, []
 
     async def cancel(ids: list[str], by: gr.Request) -> None:
         for job_id in ids:
@@ -106,8 +107,9 @@ def _short(prompt: str) -> str:
     return prompt if len(prompt) <= 80 else f"{prompt[:80]}…"
 
 
-def _sheet(hub: Hub, jobs: list[Job], axes: list[Axis], owner: str) -> str:
-    """Write the grid into the owner's folder of the data folder, and return its path there.
+def _sheet(hub: Hub, jobs: list[Job], axes: list[Axis], owner: str) -> tuple[str, list[str]]:
+    """Write the grid into the owner's folder of the data folder. Return its path there and its
+    warnings.
 
     Raises SafelightError if a cell was not drawn.
     """
@@ -121,8 +123,9 @@ def _sheet(hub: Hub, jobs: list[Job], axes: list[Axis], owner: str) -> str:
     folder = hub.root / "grids" / owner
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{new_id()}.png"
-    Grid(axes[0], axes[1] if len(axes) > 1 else None, rows).save(path)
-    return f"grids/{owner}/{path.name}"
+    grid = Grid(axes[0], axes[1] if len(axes) > 1 else None, rows)
+    grid.save(path)
+    return f"grids/{owner}/{path.name}", grid.warnings
 
 
 def _result(hub: Hub, job: Job) -> Result:

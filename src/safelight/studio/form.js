@@ -74,7 +74,9 @@
       prompt.value = sessionStorage.getItem("prompt") ?? "";
       prompt.dispatchEvent(new Event("input", {bubbles: true}));
     }
-    prompt.addEventListener("input", () => sessionStorage.setItem("prompt", prompt.value));
+    const keep = () => sessionStorage.setItem("prompt", prompt.value);
+    prompt.addEventListener("input", keep);
+    addEventListener("pagehide", keep);  // what a recipe filled in raises no event
   };
   typed();
 

@@ -122,7 +122,7 @@ class Form:
             self.die = gr.Button("New seed", scale=1, min_width=100)
         settings = {setting.name: setting for setting in further_settings(request_type)}
         made: dict[str, Any] = {}
-        with gr.Accordion("Prompt, LoRAs and embeddings", open=False):
+        with gr.Accordion("Prompt, LoRAs and embeddings", open=False) as self.words:
             made |= {
                 n: control(settings[n], getattr(first, n), suits) for n in _WORDS if n in settings
             }
@@ -316,6 +316,15 @@ def _steps(request: Request) -> int:
 def empty(prompt: Any) -> bool:
     """Whether a prompt is text without a letter."""
     return isinstance(prompt, str) and not prompt.strip()
+
+
+def says_more(settings: dict[str, Any]) -> bool:
+    """Return whether a recipe has settings of `Form.words` that are not as at first.
+
+    The tokens are counted by those fields, and a section that was never open has none on the page.
+    """
+    known = settings_of(Request)
+    return any(settings.get(n) and settings[n] != known[n].default for n in _WORDS)
 
 
 def shown(settings: dict[str, Any], suits: Suits) -> tuple[list[Any], list[str]]:

@@ -31,6 +31,11 @@ STEPS = 20
 PICTURES = ("image", "mask")
 
 
+def steps_of(suits: Suits) -> int:
+    """Return the steps that a picture of a model is looked into with."""
+    return suits.defaults.get("steps") or STEPS
+
+
 class Inside:
     """Builds the tab."""
 
@@ -48,7 +53,7 @@ class Inside:
                 scale=4,
             )
             self.steps = gr.Slider(
-                1, 50, suits.defaults.get("steps") or STEPS, step=1, label="Steps", scale=2
+                1, 50, steps_of(suits), step=1, label="Steps", scale=2, elem_id="inside-steps"
             )
             self.look = gr.Button("Look inside", variant="primary", scale=1, elem_id="look")
         plain(self.prompt, self.steps)

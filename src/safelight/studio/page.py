@@ -20,7 +20,7 @@ from safelight.server.hub import Hub
 from safelight.studio import easel
 from safelight.studio import form as forms
 from safelight.studio.compare import compare
-from safelight.studio.inside import PICTURES, Inside
+from safelight.studio.inside import PICTURES, Inside, steps_of
 from safelight.studio.parts import HEAD, STYLE, asker, chooser, gallery, now, problem
 from safelight.studio.suits import EXAMPLE, Suits, suits_of
 from safelight.studio.train import Train
@@ -75,7 +75,7 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
             with gr.Tab("Train", id="train") as training:
                 train = Train(hub)
 
-        settled = [tabs, model, form.problem, form.keep, form.change, *form.fields]
+        settled = [tabs, model, form.problem, form.keep, form.change, form.words, *form.fields]
 
         async def settle(
             settings: dict[str, Any],
@@ -97,6 +97,7 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
                 f"Not used from this recipe: {'; '.join(told[:3])}" if told else "",
                 True,
                 gr.Accordion(open=True) if "image_sha256" in settings else gr.skip(),
+                gr.Accordion(open=True) if forms.says_more(settings) else gr.skip(),
                 *form.filled([*values, *easel.on_easel(image, mask)], suits),
             ]
 
@@ -105,9 +106,9 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
             try:
                 suits = await suits_of(hub, name)
                 looks = [gr.update(**look) for look in form.looks(suits, fast)]
-                return ["", *form.best_of(suits, fast), *looks]
+                return ["", steps_of(suits), *form.best_of(suits, fast), *looks]
             except SafelightError as error:
-                return [str(error), *[gr.skip()] * len([*form.best, *form.adapted])]
+                return [str(error), *[gr.skip()] * (len(suited) - 1)]
 
         async def recall(now: str, event: gr.EventData, by: gr.Request) -> list[Any]:
             """Fill the form with all settings of a picture, its model and what it started from."""
@@ -167,7 +168,7 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
             used = [tabs, form.change, form.prompt, form.width, form.height, *form.fields[-2:]]
             shown.use(use, None, used, **quiet)
             shown.inside(look, None, [tabs, *inside.outputs], concurrency_limit=None, **quiet)
-        suited = [form.problem, *form.best, *form.adapted]
+        suited = [form.problem, inside.steps, *form.best, *form.adapted]
         # Of several models that are chosen while one is looked at, the last counts.
         model.choose(choose, [model, form.fast], suited, trigger_mode="always_last", **quiet)
         dropped.change(read, [dropped, model], [find_told, *settled], **quiet)

@@ -245,12 +245,32 @@ const safelight = (() => {
       else status.textContent = `“${words(job)}” is done.`;
     };
 
+    // What 60 newer jobs leave out: those that run, the last pictures, and the next of this page's.
+    const older = async jobs => {
+      const listed = new Set(jobs.map(job => job.id)), rest = [];
+      const awaited = [...new Set([...mine, ...seen])].filter(id => !listed.has(id)).slice(0, 8);
+      const found = await Promise.all([
+        ask("/api/jobs?status=running"), ask("/api/jobs?status=succeeded&limit=8"),
+        ...awaited.map(id => ask(`/api/jobs/${id}`).catch(() => {  // deleted
+          mine.delete(id);
+          seen.delete(id);
+          return [];
+        })),
+      ]);
+      for (const job of found.flat()) {
+        if (!listed.has(job.id)) rest.push(job);
+        listed.add(job.id);
+      }
+      return rest.sort((a, b) => a.created_at < b.created_at ? 1 : -1);
+    };
+
     const refresh = async () => {
       clearTimeout(timer);
       const turn = ++turns;
       let busy = true;
       try {
         const jobs = await ask("/api/jobs?limit=60");
+        if (jobs.more) jobs.push(...await older(jobs));
         if (turn !== turns) return;  // a newer look has started
         if (down) status.textContent = "The server is back.";
         down = false;

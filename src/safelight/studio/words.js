@@ -10,7 +10,7 @@
   };
 
   const syntax = () => field("prompt_syntax")?.value || "plain";  // folded away, it is as at first
-  const lines = id => (field(id)?.value || "").split(/[,\n]/).map(one => one.trim()).filter(Boolean);
+  const lines = id => (field(id)?.value || "").split("\n").map(one => one.trim()).filter(Boolean);
 
   // --- tokens, counted as one types -------------------------------------------------------------
 
