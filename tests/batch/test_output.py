@@ -403,6 +403,8 @@ def test_two_kills_lose_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for number in (4, 5):
         third.keep(outcome(number))
     third.finish()
+    for one in (first, second, third):
+        one.close()
     inside = [pictures_of("webdataset", (storage.read(f"shards/{n}") or b""))
         for n in sorted(storage.names("shards"))]  # fmt: skip
     assert [sorted(one) for one in inside] == [["1.png", "2.png", "3.png"], ["4.png", "5.png"]]

@@ -110,7 +110,7 @@ def test_a_worker_draws_several_models_and_declares_which(
     library, others = tmp_path / "library", "embedded-unconditional"
     shutil.copytree(MODELS / "embedded-fast", library / "borrowed")
     how = {"steps": 2, "sampler": "euler", "prompt": "a cat"}
-    room = ("--model-memory", room_for_one("embedded"))
+    room = ("--model-memory", room_for_one("embedded", "float32"))
     only = ("--models-dir", str(library), "--allow-models", "borrowed", *room)
     with Serving(tmp_path, "--workers", "0", "--database", url, "--allow-models", others) as server:
         waits = server.submit(model=others, unconditional=True, steps=2)
