@@ -1,6 +1,6 @@
 """What requests may name on this server: LoRAs, embeddings, autoencoders and styles.
 
-It is looked up without PyTorch, so that a name which is not there is refused at once.
+It is looked up without a model's weights, so that a name which is not there is refused at once.
 """
 
 from __future__ import annotations
