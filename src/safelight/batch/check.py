@@ -17,6 +17,7 @@ from safelight.errors import SafelightError
 from safelight.picture import open_mask, open_picture, reason
 from safelight.request import Request
 from safelight.settings import Setting, settings_of, shown, unknown_setting
+from safelight.weights.digest import digest_file
 
 MAX_NAME = 200
 """Bytes of a picture's name, which every file system takes with its ending."""
@@ -168,8 +169,7 @@ def _sha256_of(path: str) -> str:
 @lru_cache
 def _sha256(path: str, changed: int) -> str:
     """changed: when, so that a file that many rows share is read once, and another one anew."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return digest_file(Path(path)).sha256
 
 
 def name_of(row_id: str) -> str:
