@@ -1,7 +1,7 @@
-"""What a key may ask for: pictures and pixel-steps, in a window of time.
+"""Allowances: how many pictures and pixel-steps a key may ask for in a window of time.
 
-A window begins with the first request after the last one ended. What was used is in the database,
-so that a restart forgets nothing.
+A window begins with the first request after the last window ended. Usage is kept in the database,
+so a restart forgets nothing.
 """
 
 from __future__ import annotations
@@ -18,17 +18,21 @@ from safelight.server.jobs import TooMuchError
 from safelight.server.tables import allowances
 
 KINDS = {"pictures": "pictures", "pixel_steps": "pixel-steps"}
-"""What is counted, and what it is called. Pixel-steps are width × height × steps × pictures."""
+"""The kinds that are counted, with their names. Pixel-steps: width × height × steps × pictures."""
 
 HEADERS = {"pictures": "requests", "pixel_steps": "pixel-steps"}
-"""How the headers call it: OpenAI's programs look for `requests`."""
+"""The names in the headers. OpenAI's clients look for `requests`."""
 
 PERIODS = {"minute": 60, "hour": 3600, "day": 86400, "week": 604800, "month": 30 * 86400}
 
 
 @dataclass(frozen=True)
 class Allowance:
-    """amount: of a kind in `period` seconds. since: when its window began; used: in that one."""
+    """How much of one kind a key may ask for in each window.
+
+    amount: the most in `period` seconds. since: when the current window began, in seconds since
+    1970. used: what was asked for in that window.
+    """
 
     kind: str
     amount: float
@@ -41,7 +45,7 @@ class Allowance:
         return f"{self.amount:.12g}/{name}"
 
     def wait(self, now: float) -> float:
-        """Return the seconds until all of it is there again; 0 if it is."""
+        """Return the seconds until the full amount is available again; 0 if it is now."""
         return max(0.0, self.since + self.period - now) if self.used else 0.0
 
     def left(self, now: float) -> float:
@@ -57,7 +61,10 @@ class SpentError(TooMuchError):
 
 
 def parse(kind: str, text: str) -> Allowance | None:
-    """Return the allowance of a text such as 100/day; None for "none"."""
+    """Return the allowance of a text such as 100/day; None for "none".
+
+    Raises SafelightError for any other text.
+    """
     if text == "none":
         return None
     number, _, name = text.partition("/")
@@ -79,10 +86,10 @@ def read(row: Any) -> Allowance:
 
 
 def spend(db: Connection, key: str, wanted: Mapping[str, float], now: float) -> None:
-    """Count what a key asks for: all of it, or nothing.
+    """Count a request against the allowances of a key: all of it, or nothing.
 
-    wanted: how much of each kind. Raises SpentError if less is left, SafelightError for more than
-    is ever there at once.
+    wanted: the amount of each kind. Raises SpentError if less is left now, SafelightError if it is
+    more than a whole window allows.
     """
     query = select(allowances).where(allowances.c.key == key)
     mine = [read(row) for row in db.execute(query)]
@@ -113,7 +120,7 @@ def spend(db: Connection, key: str, wanted: Mapping[str, float], now: float) -> 
 
 
 def headers(mine: Iterable[Allowance], now: float) -> list[tuple[str, str]]:
-    """Return the headers that say what is left, in the form of OpenAI's."""
+    """Return the headers that say what is left, in OpenAI's form."""
     found: list[tuple[str, str]] = []
     for one in mine:
         what = HEADERS[one.kind]
@@ -126,7 +133,7 @@ def headers(mine: Iterable[Allowance], now: float) -> list[tuple[str, str]]:
 
 
 def duration(seconds: int) -> str:
-    """Return seconds as OpenAI's headers have them: 1s, 6m0s, 23h59m59s."""
+    """Return seconds in the form of OpenAI's headers: 1s, 6m0s, 23h59m59s."""
     minutes, left = divmod(seconds, 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -27,25 +27,25 @@ from safelight.server.wording import clipped, hide, public
 
 
 class Page(Protocol):
-    """An ASGI application around another, that serves a page beside its routes."""
+    """An ASGI application around another one; it serves a page beside that one's routes."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answer a request, or pass it on."""
         ...
 
     async def close(self) -> None:
-        """Let go of what it holds; the server ends."""
+        """Release what it holds when the server ends."""
         ...
 
 
 PageOf = Callable[[Any, Hub, Decoders], Page]
-"""Puts a page around an application; the command line gives the studio's."""
+"""Wraps an application with a page. The command line passes the studio's."""
 
 
 def application(
     hub: Hub, rules: Rules, *, page: PageOf | None = None, retention: Retention | None = None
 ) -> Any:
-    """Return the ASGI application that serves a hub. retention: runs while it does."""
+    """Return the ASGI application of a hub. retention: runs as long as the application does."""
 
     if isinstance(hub, Hub):
         hide(
@@ -68,7 +68,7 @@ def application(
             await asyncio.to_thread(retention.stop)
         await hub.stop()
 
-    # Its /docs needs nothing from other hosts, as FastAPI's own does.
+    # FastAPI's own /docs loads files from another host; this one does not.
     app = FastAPIOffline(redoc_url=None, title="Safelight", version=__version__, lifespan=life)
     app.state.service, app.state.metrics = hub, Metrics(retention)
     app.state.decoders = decoders
@@ -86,7 +86,7 @@ def application(
 
 
 def problems(*statuses: int, model: Any = None) -> dict[int | str, dict[str, Any]]:
-    """Return what OpenAPI says of answers that are errors."""
+    """Return the OpenAPI description of answers that are errors."""
     about = {"description": "One line says what is wrong."}
     return {status: about | ({"model": model} if model else {}) for status in statuses}
 

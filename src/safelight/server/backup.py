@@ -1,8 +1,8 @@
 """Back up a data folder while its server serves, and restore it.
 
-A backup is a folder that is laid out as a data folder is, with two files more: SHA256SUMS, which
-`sha256sum --check` understands, and backup.json, which is written last. Without it the backup did
-not come to its end.
+A backup is a folder laid out like a data folder, with two more files: SHA256SUMS, which
+`sha256sum --check` understands, and backup.json, which is written last. Without backup.json the
+backup is not complete.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DATABASE = "jobs.sqlite3"
 FORMAT = 1
 
 KEPT = ("grids", "inside", "training")
-"""Folders of the studio, which are copied as they are. Thumbnails are made again; uploads that no
+"""Folders of the studio that are copied as they are. Thumbnails can be made again; uploads that no
 job has used, and the quarantine, are left out.
 """
 STORED = ("pictures", "inputs")
@@ -46,8 +46,10 @@ TOP = (DATABASE, MARK)
 
 @dataclass
 class Backup:
-    """What a backup holds. linked: files that it shares with an earlier one. lost: pictures and
-    inputs whose rows are there, and that the data folder itself does not have any more.
+    """What a backup holds.
+
+    linked: files shared with an earlier backup. lost: pictures and inputs that have a row, but
+    whose file the data folder itself no longer has.
     """
 
     version: str
@@ -67,10 +69,10 @@ def back_up(
 ) -> Backup:
     """Copy the data folder `root` and its database to a new folder.
 
-    A picture whose row is in the backup is in the backup: the database is copied first, and
-    pictures stay as they are once they have a row. Jobs that are deleted meanwhile are taken out.
-    earlier: a backup whose files become hard links where they are the same. storage: where pictures
-    and inputs are, if not in the data folder. Raises StorageError.
+    Each picture whose row is in the backup is in the backup too: the database is copied first, and
+    a picture does not change once it has a row. Jobs that are deleted meanwhile are taken out.
+    earlier: a backup; files that are the same become hard links to its files. storage: where
+    pictures and inputs are, if not in the data folder. Raises StorageError.
     """
     known: dict[str, str] = {}
     if earlier is not None:
@@ -123,15 +125,15 @@ def _make(
 def restore(
     place: Path, root: Path, url: str | None = None, *, storage: str | None = None
 ) -> Backup:
-    """Copy a backup to an empty data folder, and each file is compared with its SHA-256.
+    """Copy a backup to an empty data folder and compare each file with its SHA-256.
 
-    url: an empty database that the rows go to, in place of a SQLite file. storage: an empty place
-    for pictures and inputs, in place of the data folder. Raises StorageError if a folder is not
-    empty or a file of the backup is damaged; the folders are empty again then.
+    url: an empty database for the rows, in place of a SQLite file. storage: an empty place for
+    pictures and inputs, in place of the data folder. Raises StorageError if a folder is not empty
+    or a file of the backup is damaged; what was copied is then removed again.
     """
     made, to = _about(place), storage_at(storage or root)
     try:
-        if (root / RESTORING).is_file():  # of one that was cut off
+        if (root / RESTORING).is_file():  # left by a restore that was cut off
             _clear(root)
         _make_empty(root, "a backup is restored to an empty folder")
         (root / RESTORING).touch(mode=0o600)
@@ -181,7 +183,7 @@ def _about(place: Path) -> Backup:
 
 
 def _sums(place: Path) -> Iterator[tuple[str, str]]:
-    """Yield name and SHA-256 of each file of a backup whose description was read."""
+    """Yield the name and the SHA-256 of each file of a backup. Call `_about` first."""
     with (place / SUMS).open(encoding="utf-8") as lines:
         for line in lines:
             digest, name = line.rstrip("\n").split("  ", 1)
@@ -208,7 +210,7 @@ def _others(root: Path) -> Iterator[str]:
         for path in sorted((root / folder).rglob("*")):
             if path.is_file() and not path.is_symlink():
                 name = path.relative_to(root).as_posix()
-                if "\n" in name:  # SHA256SUMS has a line for each
+                if "\n" in name:  # SHA256SUMS has one line per file
                     raise SafelightError(f"{name!r} has a line break in its name: rename it")
                 yield name
 
@@ -246,7 +248,7 @@ def _copied(
 
 
 def _restored(place: Path, root: Path, storage: Storage, name: str) -> str:
-    """Copy one file of a backup; return the SHA-256 of what was copied, "" of one that is lost."""
+    """Copy one file of a backup; return the SHA-256 of the copy, "" if the file is missing."""
     found = storage_at(place).find(name)
     if found is None:
         return ""
@@ -280,7 +282,7 @@ def _pour(found: Stored, file: BinaryIO, digest: hashlib._Hash) -> None:
 def _take_out(place: Path, url: str, missing: list[tuple[str, str]], sums: dict[str, str]) -> int:
     """Take jobs that were deleted meanwhile out of a backup; return how many files are lost.
 
-    A file is lost if its job is still in the database that is served.
+    A missing file is lost if the served database still has its job.
     """
     now = place / f"{DATABASE}.now"
     snapshot.take(url, now)
@@ -296,7 +298,7 @@ def _take_out(place: Path, url: str, missing: list[tuple[str, str]], sums: dict[
         for job_id, name in list(_names(place / DATABASE)):
             if job_id in deleted and sums.pop(name, None):
                 (place / name).unlink()
-        db.execute("PRAGMA foreign_keys=ON")  # what else belongs to these jobs goes with them
+        db.execute("PRAGMA foreign_keys=ON")  # deletes the other rows of these jobs as well
         db.executemany("DELETE FROM pictures WHERE job = ?", [(job_id,) for job_id in deleted])
         db.executemany("DELETE FROM jobs WHERE id = ?", [(job_id,) for job_id in deleted])
         db.commit()
@@ -344,7 +346,7 @@ def _begin_elsewhere(to: Storage) -> None:
     """Make sure that a storage elsewhere is empty, and mark it as half restored."""
     if to.local:
         return
-    if to.find(RESTORING) is not None:  # of one that was cut off
+    if to.find(RESTORING) is not None:  # left by a restore that was cut off
         _clear_elsewhere(to)
     if to.find(MARK) is not None or any(to.sizes(folder) for folder in STORED):
         raise SafelightError(f"{to.url} is not empty: a backup is restored to an empty storage")

@@ -21,18 +21,18 @@ from safelight.server.decoding import Decoders
 MAX_BODY = 64 << 20
 SLOW = 30.0
 MIN_BYTES = 16 << 10
-"""A client sends, and takes of an answer, at least MIN_BYTES in SLOW seconds, or all that is left.
-One byte now and then would hold a connection for ever.
+"""The slowest rate that a client may send or read at: MIN_BYTES in SLOW seconds, or all that is
+left. Otherwise a client that sends single bytes would hold a connection for ever.
 """
 
 MAX_MARKS = 40_000
-"""The most brackets, colons and commas in a JSON body: each may be a value, and has to be parsed
-to see it. Two prompts of 16 KiB may be commas alone.
+"""The most brackets, colons and commas in a JSON body. Each may stand for a value, which only
+parsing shows. Two prompts of 16 KiB may consist of commas alone.
 """
 
 MAX_VALUES = 5_000
-"""The most values in a JSON body, all levels together: what checks and answers takes a while over
-each, and nobody else is answered meanwhile.
+"""The most values in a JSON body, all levels together. Checks and answers take time for each value,
+and no other client is answered meanwhile.
 """
 
 MAX_DEPTH = 60
@@ -43,15 +43,15 @@ _SHAPE = (
 )
 
 _ATTACHED: ContextVar[dict[str, bytes] | None] = ContextVar("attached", default=None)
-"""The pictures of a large body that was read in a decoder's process, by what stands for them."""
+"""The pictures of a large body that a decoder's process read, by the text in place of each."""
 
 
 class RefusedError(HTTPException):
-    """Raised while a body is read: each API answers it in a shape of its own."""
+    """Raised while a body is read; each API answers it in its own shape."""
 
 
 def limited(receive: Any, content_length: str) -> Any:
-    """Return an ASGI `receive` that raises RefusedError for a body too long or too slow."""
+    """Return an ASGI `receive` that raises RefusedError if a body is too long or too slow."""
     if content_length and not (content_length.isascii() and content_length.isdigit()):
         raise RefusedError(400, "Content-Length is no number")
     if content_length and int(content_length) > MAX_BODY:
@@ -82,7 +82,7 @@ def limited(receive: Any, content_length: str) -> Any:
 async def read_body(
     http: HttpRequest, limit: int | None = None, *, marks: int | None = None
 ) -> bytes | bytearray:
-    """Return the body; raise RefusedError once it is longer than `limit` bytes (MAX_BODY).
+    """Return the body; raise RefusedError if it is longer than `limit` bytes (default MAX_BODY).
 
     marks: the most brackets, colons and commas in it.
     """
@@ -100,11 +100,11 @@ async def read_body(
 
 
 async def read_json(http: HttpRequest, *, pictures: bool = False) -> dict[str, Any]:
-    """Return the JSON object in a body. Raises SafelightError, code "not_json", for others.
+    """Return the JSON object in a body. Raises SafelightError, code "not_json", for other bodies.
 
-    pictures: whether it may hold some in base64. Then it may have MAX_BODY bytes, of which those
-    that are no pictures are at most MAX_JSON; it is read in a decoder's process, for the parser
-    would hold up all others, and `decode_base64` returns its pictures.
+    pictures: whether the body may hold pictures in base64. Then it may have MAX_BODY bytes, at most
+    MAX_JSON of them outside pictures. A body beyond MAX_JSON is read in a decoder's process, since
+    the parser would hold up all other clients; `decode_base64` returns its pictures.
     """
     found = await read_json_if_any(http, pictures=pictures)
     if found is None:
@@ -144,7 +144,7 @@ def _parsed(body: bytes | bytearray) -> Any:
 
 
 def _named(value: Any, names: list[str]) -> Any:
-    """Return a value with names in the place of the numbers of pictures; see `caged.body`."""
+    """Return a value with the names of pictures in place of their numbers; see `caged.body`."""
     if isinstance(value, list):
         return [_named(entry, names) for entry in value]
     if isinstance(value, dict) and list(value) == [""] and isinstance(value[""], int):
@@ -153,10 +153,10 @@ def _named(value: Any, names: list[str]) -> Any:
 
 
 def read_event(body: bytes | bytearray) -> dict[str, Any]:
-    """Return the JSON object in a body that is parsed once more.
+    """Return the JSON object in a body that another parser reads again afterwards.
 
-    Raises RefusedError for other bodies, for one beyond our bounds, and for one with half a pair of
-    surrogates, which no answer can repeat.
+    Raises RefusedError for other bodies, for one beyond the bounds above, and for lone surrogates,
+    which no answer can repeat.
     """
     found = _parsed(body)
     if not isinstance(found, dict) or not _fits(found):
@@ -188,8 +188,9 @@ def _fits(value: Any) -> bool:
 def decode_base64(text: Any, name: str, *, again: bool = False) -> bytes:
     """Return the bytes of base64, with or without a data URI's prefix; line breaks are skipped.
 
-    again: whether it is asked for once more; if not, the picture of a large body is let go of.
-    Raises SafelightError with the field `name`. An address is refused, never fetched.
+    again: whether the same text is decoded again later; if not, a picture of a large body is
+    released to free memory. Raises SafelightError with the field `name`. A URL is refused, never
+    fetched.
     """
     if not isinstance(text, str):
         raise SafelightError(f"{name} must be {PICTURE}", field=name)
@@ -211,7 +212,7 @@ def attached(text: str) -> bytes | None:
 
 
 def turn(http: HttpRequest) -> AbstractAsyncContextManager[None]:
-    """Return the client's turn to hold a decoded picture, or to make a file of one."""
+    """Return a context: the client's turn to hold a decoded picture, or to encode one."""
     decoders: Decoders = http.app.state.decoders
     return decoders.handling.turn(caller_of(http.scope).name)
 
@@ -219,10 +220,10 @@ def turn(http: HttpRequest) -> AbstractAsyncContextManager[None]:
 async def decoded(
     http: HttpRequest, function: str, data: list[bytes], name: str, what: str = ""
 ) -> Any:
-    """Return what a function of `caged` makes of a picture; an error carries the field `name`.
+    """Return the result of a function of `caged` for a picture; an error carries the field `name`.
 
-    data: the picture's bytes, which the list has no more once a decoder has them. what: what an
-    error calls the picture.
+    data: the picture's bytes; the list is emptied once a decoder has them. what: the picture's name
+    in errors.
     """
     decoders: Decoders = http.app.state.decoders
     client = caller_of(http.scope).name

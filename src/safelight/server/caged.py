@@ -14,13 +14,17 @@ from safelight.pixels import Strips, alpha_of, mask_of, rgb_of, upright
 from safelight.server.decoder import Sent
 
 LARGE = 16 << 10
-"""Bytes from which on a string of a JSON body is handed over apart: no text is as long."""
+"""A JSON string of this length or more may be a picture, and is passed on apart: no text is as
+long.
+"""
 
 MAX_JSON = 1 << 20
-"""For JSON without pictures: two prompts of 16 KiB with every letter escaped fit several times."""
+"""The most bytes of JSON without pictures. Two prompts of 16 KiB fit several times, even with every
+letter escaped.
+"""
 
 PIECE = 4 << 20
-"""Characters of base64 that are decoded at a time: no second copy of it all is made."""
+"""Characters of base64 that are decoded at a time, to avoid a second copy of the whole."""
 
 PICTURE = "a PNG, JPEG or WebP picture in base64"
 
@@ -36,9 +40,10 @@ def mask(sent: Sent, name: str) -> Strips:
 
 
 def strokes(sent: Sent, name: str) -> Strips:
-    """Return a mask of a drawing program: with transparency, what is opaque, whatever its colour.
+    """Return the mask that a drawing program sent.
 
-    Those programs send their strokes on a transparent layer.
+    Such programs send strokes on a transparent layer. If the picture has transparency, the mask is
+    what is opaque, whatever its colour.
     """
     image = _decoded(sent.take(), name)
     drawn = alpha_of(image)
@@ -59,9 +64,9 @@ def with_alpha(sent: Sent, name: str) -> tuple[Strips, Strips | None]:
 
 
 def texts(sent: Sent, name: str) -> dict[str, str]:
-    """Return the texts of a PNG by keyword. All of it must be intact.
+    """Return the texts of a PNG by keyword. The whole file must be intact.
 
-    A picture without a text `parameters`, as any JPEG or WebP, may have it as the EXIF comment.
+    If there is no text `parameters`, as in any JPEG or WebP, the EXIF comment takes its place.
     """
     data = sent.take()
     _decoded(data, name)
@@ -73,7 +78,7 @@ def texts(sent: Sent, name: str) -> dict[str, str]:
 
 
 def exif_comment(image: Image.Image) -> str:
-    """Return the comment in a picture's EXIF; nothing of one that cannot be read."""
+    """Return the comment in a picture's EXIF; "" if it cannot be read."""
     try:
         found = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
     except Exception:  # Pillow raises anything at broken EXIF
@@ -105,11 +110,11 @@ def _decoded(data: bytes, name: str) -> Image.Image:
 
 
 def body(sent: Sent) -> tuple[Any, ...]:
-    """Return the JSON object of a request's body, and the bytes of pictures within.
+    """Return the JSON object of a request's body, and the bytes of its pictures.
 
-    The object has a number in the place of each base64 string of LARGE characters or more: that of
-    its picture, as {"": number}. Within objects inside it, as those of a web UI's extensions, such
-    a string becomes null: nobody reads pictures there.
+    In the object, {"": number} stands for each base64 string of LARGE characters or more: the
+    number of its picture, from 0. Inside nested objects, as a web UI's extensions send them, such a
+    string becomes null: nobody reads pictures there.
     """
     try:
         found = json.loads(sent.take())
@@ -119,17 +124,17 @@ def body(sent: Sent) -> tuple[Any, ...]:
         raise SafelightError("the body must be a JSON object", code="not_json")
     pictures: list[bytes] = []
     for name, value in found.items():
-        found[name] = _without(pictures, value)  # in its place: one copy of a picture is enough
+        found[name] = _without(pictures, value)  # replaced at once: one copy of a picture is enough
     if len(json.dumps(found)) > MAX_JSON:
         raise SafelightError(f"the body must have at most {MAX_JSON >> 20} MiB without pictures")
     return found, *pictures
 
 
 def _without(pictures: list[bytes] | None, value: Any) -> Any:
-    """Return a value with numbers in the place of its pictures, which are added to the list.
+    """Return a value with numbers in place of its pictures, which are appended to the list.
 
-    pictures: None to have null in their place. It is no function within `body`: one that calls
-    itself keeps what it sees from being freed.
+    pictures: None to put null in their place. This is no function inside `body`: a closure that
+    calls itself would keep its variables from being freed.
     """
     if isinstance(value, str) and len(value) >= LARGE:
         try:
@@ -165,6 +170,6 @@ def from_base64(text: str) -> bytes:
             found += base64.b64decode(whole, validate=True)
         if rest:
             raise ValueError
-    except (ValueError, UnicodeEncodeError):  # binascii's error is one
+    except (ValueError, UnicodeEncodeError):  # binascii.Error is a ValueError
         raise ValueError("not base64") from None
     return bytes(found)

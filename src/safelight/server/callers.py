@@ -1,4 +1,4 @@
-"""Who asks: the address and the key of a request, and whose jobs that lets them see."""
+"""The caller of a request: its address, its key, and whose jobs it may see."""
 
 from __future__ import annotations
 
@@ -17,63 +17,63 @@ ADMIN = "admin"
 """The name of the key that sees all jobs: a server's `token`."""
 
 LOCAL = "local"
-"""The address of all who are on this machine: IPv4 and IPv6 are two ways to one person."""
+"""The address of all clients on this machine: they are one person, by IPv4 or by IPv6."""
 
 SCOPE = "safelight.caller"
 MAX_OWNER = 64
-"""Characters of an owner, as the database keeps it."""
+"""The most characters of an owner; the database has room for as many."""
 
 
 @dataclass(frozen=True)
 class Caller:
-    """key: the name of the key that a request came with; None on a server that asks for none."""
+    """Who sent a request. key: the name of the key sent; None on a server that asks for none."""
 
     address: str = LOCAL
     key: str | None = None
 
     @property
     def owner(self) -> str:
-        """Who the jobs of this caller belong to: at most 64 characters."""
+        """The owner of this caller's jobs: at most 64 characters."""
         name = f"at:{self.address}" if self.key is None else f"key:{self.key}"
-        if len(name) > MAX_OWNER:  # cut off, two long names could be one
+        if len(name) > MAX_OWNER:  # if cut off, two long names could become equal
             return f"key#{hashlib.sha256(name.encode()).hexdigest()[: MAX_OWNER - 4]}"
         return name
 
     @property
     def sees(self) -> str | None:
-        """The owner whose jobs this caller sees; None for all.
+        """The owner whose jobs this caller sees; None for all jobs.
 
-        All are for the admin's key, and for the person at the machine of a server without keys.
+        The admin's key sees all jobs. On a server without keys, so does a client on its machine.
         """
         everything = self.key == ADMIN or (self.key is None and self.address == LOCAL)
         return None if everything else self.owner
 
     @property
     def name(self) -> str:
-        """Key and address together: what limits are counted by."""
+        """Key and address together; limits are counted by it."""
         return f"{self.key or ''}@{self.address}"
 
 
 def key_of(owner: str | None) -> str | None:
-    """Return the name of the key that an owner is; None for one who has no key."""
+    """Return the name of the key of an owner; None for an owner without a key."""
     kind, _, name = (owner or "").partition(":")
     return name if kind == "key" else None
 
 
 def caller_of(scope: Any) -> Caller:
-    """Return who sent the request of an ASGI scope, as the guard found."""
+    """Return who sent the request of an ASGI scope, as set by the guard."""
     return scope.get(SCOPE) or Caller()
 
 
 def network(given: str) -> Network:
-    """Return the network of a proxy that is trusted; an address is one by itself.
+    """Return the network of a trusted proxy; a single address is a network of one.
 
-    Raises SafelightError for what is neither.
+    Raises SafelightError for a text that is neither.
     """
     one = parsed(given)
     with contextlib.suppress(ValueError):
         found = ipaddress.ip_network(given if one is None else str(one), strict=False)
-        if not getattr(found.network_address, "ipv4_mapped", None):  # IPv4 goes by its own form
+        if not getattr(found.network_address, "ipv4_mapped", None):  # IPv4 must be written as IPv4
             return found
     raise SafelightError(
         f"--trust-proxy {given[:80]!r}: expected an address or a network, as 10.0.0.1 or 10.0.0.0/8"
@@ -81,7 +81,7 @@ def network(given: str) -> Network:
 
 
 def parsed(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """Return an address, None if it is none; of an IPv4 client on an IPv6 socket that of IPv4."""
+    """Return an IP address, or None for other text. An IPv4 address mapped to IPv6 becomes IPv4."""
     try:
         found = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
@@ -90,7 +90,7 @@ def parsed(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def forwarded(scope: Any, proxies: Sequence[Network], name: bytes) -> str | None:
-    """Return the last entry of a header that a trusted proxy sets; None if none has set it."""
+    """Return the last entry of a header that a trusted proxy set; None if none did."""
     told = None
     peer = parsed(_peer(scope))
     if peer is not None and any(peer in trusted for trusted in proxies):
@@ -101,9 +101,9 @@ def forwarded(scope: Any, proxies: Sequence[Network], name: bytes) -> str | None
 
 
 def address_of(scope: Any, proxies: Sequence[Network] = ()) -> str:
-    """Return the client's address; an IPv6 one by its network of 64 bits, which one client owns.
+    """Return the client's address; for IPv6, its network of 64 bits, which belongs to one client.
 
-    proxies: those whose X-Forwarded-For is believed, its last entry.
+    proxies: the trusted ones; the last entry of their X-Forwarded-For is the client.
     """
     told = forwarded(scope, proxies, b"x-forwarded-for")
     found = parsed(_peer(scope) if told is None else told)
@@ -121,7 +121,7 @@ def _peer(scope: Any) -> str:
 
 
 def shortened(address: str) -> str:
-    """Return an address without what tells apart the machines of one network."""
+    """Return an address without the part that tells apart machines of one network."""
     try:
         found = ipaddress.ip_address(address)
     except ValueError:

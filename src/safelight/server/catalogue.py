@@ -1,4 +1,4 @@
-"""What the server knows of the models that it may draw with: their facts, and which are loaded."""
+"""What the server knows about the models it may draw with: facts, and which are loaded."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from safelight.server.settings import Settings
 log = logging.getLogger("safelight.server")
 
 ASK_AGAIN = 2.0
-"""Seconds after which a worker is asked again what a model is: it may be another one by now."""
+"""Seconds after which a worker is asked about a model again: another worker may run by now."""
 
 UNKNOWN = 30.0
-"""Seconds after which one who asks for a model that no worker knows is told so."""
+"""Seconds until a caller that asks for a model's facts gets an error if no worker has told them."""
 
 
 class Catalogue:
-    """For the event loop. send: sends a message to the worker. in_thread: calls in a thread."""
+    """The models and their facts. For use in the event loop.
+
+    send: sends a message to the worker. in_thread: calls a function in a thread.
+    """
 
     def __init__(
         self,
@@ -45,7 +48,9 @@ class Catalogue:
     # --- the worker ------------------------------------------------------------------------------
 
     def on_message(self, kind: str, rest: list[Any]) -> bool:
-        """Take in what the worker says of a model; return whether the message was that."""
+        """Take in a worker's message about a model; return False if the message is about something
+        else.
+        """
         if kind == "ready":
             self._on_ready(ModelInfo(**rest[0]))
         elif kind == "loaded":
@@ -62,12 +67,12 @@ class Catalogue:
         return True
 
     def on_worker_end(self) -> None:
-        """Nothing is loaded any more."""
+        """Mark all models as neither ready nor loaded."""
         for info in (self.info, *self._others.values()):
             info.ready = info.loaded = False
 
     def on_fleet(self, workers: Sequence[WorkerInfo]) -> None:
-        """Take in what the workers elsewhere draw with, for a server that has none of its own."""
+        """Take in which models workers elsewhere have, for a server without a worker of its own."""
         models = [worker.model for worker in workers]
         self.info.ready = bool(models)
         self._elsewhere = [*dict.fromkeys(name for one in workers for name in one.models)]
@@ -77,7 +82,7 @@ class Catalogue:
             self.arrived.set()
 
     def stop(self) -> None:
-        """Let go of those who wait."""
+        """Release all callers that wait."""
         self.stopping = True
         self.arrived.set()
 
@@ -123,7 +128,7 @@ class Catalogue:
     async def facts(self, name: str) -> ModelInfo:
         """Return a model's facts, once they are known.
 
-        Raises SafelightError if it has none, or if no worker has said them within UNKNOWN.
+        Raises SafelightError if it has none, or if no worker has told them within UNKNOWN seconds.
         """
         await self.arrived.wait()
         loop = asyncio.get_running_loop()
@@ -150,11 +155,11 @@ class Catalogue:
 
     @property
     def in_memory(self) -> dict[str, int]:
-        """1 for each model in the worker's memory, 0 for those that were there before."""
+        """By name: 1 for each model in the worker's memory, 0 for each that was there before."""
         return {name: int(self._get(name).loaded) for name in self.loads}
 
     def size(self, name: str) -> tuple[int, int]:
-        """Return a model's own width and height; Stable Diffusion's until they are known."""
+        """Return a model's own width and height in pixels; 512 × 512 until they are known."""
         info = self._get(name)
         return info.width or 512, info.height or 512
 

@@ -1,7 +1,7 @@
 """What a worker does to jobs: claim, renew, give back, add a picture, finish.
 
-A job is run at least once and committed once: it is claimed with a lease and a token that no one
-else has, and what is done for a job counts only while its token is still the same.
+A job is run at least once and committed once. It is claimed with a lease and a token that no other
+claim has; what is done for a job counts only while it still has this token.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ ATTEMPTS = 3
 """The most attempts at a job; if no worker finishes it, the job is at fault."""
 
 KILLS = 3
-"""So often a worker may be killed from outside while a job is drawn in company, and as often again
-while it is drawn alone, before the job is at fault. Who kills workers is mostly not the job.
+"""How often a worker may be killed from outside while it draws a job in company, and as often again
+while it draws the job alone, before the job is at fault. Mostly the job is not the cause.
 """
 
 
 ENDS = 10
-"""So often the whole server may end while a job is drawn alone, after KILLS times in company, and
-without a picture in between. Power cuts and restarts are no job's fault; but one that takes the
-machine down with it would do so after every start.
+"""How often the whole server may end while a job is drawn alone, after KILLS times in company, and
+without a finished picture in between. Power cuts and restarts are no job's fault, but a job that
+takes down the machine would do so after every start.
 """
 
 
@@ -48,11 +48,12 @@ class LostError(Exception):
 
 @dataclass(frozen=True)
 class Claim:
-    """A job to draw. done: its finished pictures. cost: as it was submitted with. suspect: it is
-    to be drawn alone, since workers ended while they drew it. model: the name of the one that draws
-    it; None for the server's own. left: the ids of pictures that a worker whose lease ran out may
-    have written without a row. waited: seconds since it was made. trace: the place in a trace that
-    it comes from.
+    """A job to draw.
+
+    done: indexes of its finished pictures. cost: as given to `submit`. suspect: whether it must be
+    drawn alone, since workers ended while they drew it. model: name of the model that draws it;
+    None for the server's own. left: ids of pictures that a worker whose lease ran out may have
+    written without a row. waited: seconds since the job was made. trace: its place in a trace.
     """
 
     id: str
@@ -73,7 +74,7 @@ class Claim:
 
 
 def _picture_id(token: str, index: int) -> str:
-    """Opaque, as the token is, and known again after a worker ended in the middle."""
+    """Return a picture's id: opaque, and computable again after a worker ended midway."""
     return hashlib.blake2b(f"{token}:{index}".encode(), digest_size=16).hexdigest()
 
 
@@ -93,31 +94,30 @@ class Claims(Roster):
         patience: float = 0.0,
         able: Collection[str] | None = None,
     ) -> Claim | None:
-        """Return the next job for this worker, its attempt counted; None if there is none.
+        """Return the next job for this worker and count the attempt; None if there is none.
 
-        Owners come in turn, as `shares` has it; of each, short jobs come first. `ageing` is the
-        cost that a second of waiting makes up for. cheaper_than: only a job that costs less, or
-        one of an owner who is not among those of the jobs that are `held`. known: the tokens of
-        all claims that the worker knows of, given after one that raised: a database can go away
-        between its commit and its answer. Others of its claims wait again.
-        loaded: the models that the worker has in memory; jobs of others wait for `patience`
-        seconds longer, so that models are not exchanged at each job. able: the models that it has
-        at all; None for all that there are.
-        A suspect job is claimed only by a worker that is `alone` with it, so that it takes no
-        other down; when its turn comes, others wait. One that was begun too often fails.
+        Owners take turns, as in `shares`; of each, short jobs come first. ageing: the cost that a
+        second of waiting makes up for. cheaper_than: take only a job that costs less, or one of an
+        owner who is not in `held`, the owners of the worker's jobs. known: the tokens of all claims
+        that the worker knows of; its other claims wait again. It is given after a call that raised:
+        a database can go away between its commit and its answer. loaded: the models in the worker's
+        memory; jobs of other models wait `patience` seconds longer, so that models are not
+        exchanged at each job. able: the models that it can load; None for all. A suspect job is
+        claimed only by a worker that is `alone` with it, so that it takes down no other job; when
+        its turn comes, other jobs wait. A job that was begun too often fails.
         """
         now = self._now()
         how = (ageing, loaded, ageing * patience, able)
         if known is None:
-            with self._read() as db:  # which excludes no one, as a transaction that writes does
+            with self._read() as db:  # blocks nobody, unlike a transaction that writes
                 if not _waits(db, now, *how, but=held, below=cheaper_than):
                     return None
         with self._write() as db:
-            now = self._now()  # it may have waited for others that write
+            now = self._now()  # the transaction may have waited for others
             if known is not None:
                 strays = jobs.c.token.startswith(worker + ":") & jobs.c.token.not_in(known)
                 _put_back(db, strays)
-            self._renew(db, worker, now)  # a database that was away made it late
+            self._renew(db, worker, now)  # it is late if the database was away
             first = None
             if cheaper_than is not None:
                 first = _first(db, now, *how, but=held)
@@ -154,12 +154,12 @@ class Claims(Roster):
             )
 
     def renew(self, worker: str) -> None:
-        """Keep the jobs of this worker its own for another lease."""
+        """Extend the leases of this worker's jobs."""
         with self._write() as db:
             self._renew(db, worker, self._now())
 
     def holds(self, job_id: str, token: str) -> bool:
-        """Return whether a job is still this token's."""
+        """Return whether a job still has this token."""
         with self._read() as db:
             return _held(db, job_id, token)
 
@@ -171,11 +171,11 @@ class Claims(Roster):
         killed: bool = False,
         ended: bool = False,
     ) -> list[str]:
-        """Let the jobs of a worker that ended, or of all but the fleet's, wait again.
+        """Let the jobs of a worker that ended wait again; without a name, all jobs but the fleet's.
 
-        told_to: it was told to end, so that this was no attempt. killed: from outside; ended: with
-        the whole server: both count by themselves. Returns the ids of pictures that it may have
-        written without a row.
+        told_to: the worker was told to end, so this was no attempt. killed: it was killed from
+        outside. ended: the whole server ended. Kills and ends have counters of their own. Returns
+        the ids of pictures that the worker may have written without a row.
         """
         mine = jobs.c.status == Status.RUNNING
         claimed = jobs.c.token.is_not(None)
@@ -206,9 +206,9 @@ class Claims(Roster):
             _put_back(db, (jobs.c.id == job_id) & (jobs.c.token == token))
 
     def add_picture(self, job_id: str, token: str, picture: Picture) -> None:
-        """Add a finished picture; one that has its row already, of an earlier call, is fine.
+        """Add a finished picture, unless an earlier call has added it.
 
-        Raises LostError if the job is not this token's, or has another picture there.
+        Raises LostError if the job is not this token's, or has another picture at this index.
         """
         try:
             with self._write() as db:
@@ -228,7 +228,7 @@ class Claims(Roster):
                         recipe=json.dumps(picture.recipe),
                     )
                 )
-                # What ended workers and servers before did not keep it from getting on.
+                # The job gets on: earlier ends of workers and servers were not its fault.
                 db.execute(jobs.update().where(jobs.c.id == job_id).values(kills=0, ends=0))
         except IntegrityError:
             raise LostError(job_id) from None
@@ -282,7 +282,7 @@ def _waits(
     but: Collection[str],
     below: float | None,
 ) -> bool:
-    """Return whether `claim` may find a job. how: as `shares.next_job` has it."""
+    """Return whether `claim` may find a job. how: arguments of `shares.next_job`."""
     able = how[-1]
     owner = shares.next_owner(db, now, able=able)
     if below is None or owner is None:
@@ -301,7 +301,7 @@ def _first(
     able: Collection[str] | None,
     but: Collection[str] = (),
 ) -> RowMapping | None:
-    """Return the job whose turn it is. Those that cannot be drawn any more fail."""
+    """Return the job whose turn it is. Jobs before it that cannot be drawn any more fail."""
     while (owner := shares.next_owner(db, now, but, able)) is not None:
         first = shares.next_job(db, now, owner, ageing, loaded, more, able)
         if first is None:
@@ -316,17 +316,21 @@ def _first(
 
 
 def uncommitted(db: Connection, rows: Iterable[RowMapping]) -> list[str]:
-    """Return the ids that pictures of these jobs' claims would have, and no row has."""
+    """Return the ids that pictures of these jobs' claims would have, without those that have a row.
+    """
     ids = [_picture_id(row["token"], i) for row in rows for i in range(row["pictures"])]
     known: set[str] = set()
-    for start in range(0, len(ids), 500):  # databases bound the parameters of a statement
+    for start in range(0, len(ids), 500):  # databases limit the parameters of a statement
         query = select(pictures.c.id).where(pictures.c.id.in_(ids[start : start + 500]))
         known |= set(db.execute(query).scalars())
     return [picture_id for picture_id in ids if picture_id not in known]
 
 
 def _worn_out(job: Any) -> list[tuple[str, Any]]:
-    """Return why a job is not tried again, and whether that is so; of a row or of the columns."""
+    """Return the reasons not to try a job again, each with whether it holds.
+
+    job: a row, or the columns of the table, which give SQL conditions.
+    """
     stopped = f"the worker stopped {ATTEMPTS} times while it drew this"
     killed = f"the worker was killed {2 * KILLS} times while it drew this, {KILLS} times alone"
     ended = f"the server ended {KILLS + ENDS} times while it drew this, {ENDS} times alone"

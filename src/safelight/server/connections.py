@@ -1,4 +1,4 @@
-"""Connections: slow and idle ones are closed, and there are never more than files can be opened."""
+"""Connections: slow and idle ones are closed, and there are never more than the open-file limit."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from safelight.server.limits import MOST, OWN_FILES, RESERVE, most
 log = logging.getLogger("safelight.http")
 
 ACCEPTED = 16
-"""Connections accepted at a time. asyncio tries this often, too, when no file can be opened."""
+"""Connections accepted at a time. asyncio also tries this often when no file can be opened."""
 
 _SHORT = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 def raise_open_files() -> None:
-    """Let this process open as many files as it may, up to what MOST connections need."""
+    """Raise this process's limit of open files, up to what MOST connections need."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -37,8 +37,8 @@ def raise_open_files() -> None:
 def on_exception(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """Log what a task or a callback raised.
 
-    That no file can be opened is one line; asyncio waits a second and tries again. asyncio's own
-    handler writes the words of exceptions, which may quote a prompt.
+    If no file can be opened, one line is logged; asyncio tries again after a second. asyncio's own
+    handler would log the text of exceptions, which may quote a prompt.
     """
     error = context.get("exception")
     if isinstance(error, OSError) and error.errno in _SHORT:
@@ -50,7 +50,7 @@ def on_exception(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
 class H11WithTimeouts(H11Protocol):
     """Closes a connection that sends no request, or reads no answer, for bodies.SLOW seconds.
 
-    uvicorn's own protocol waits for both for ever.
+    uvicorn's own protocol waits for both without limit.
     """
 
     def connection_made(self, transport: Any) -> None:
@@ -90,7 +90,7 @@ class H11WithTimeouts(H11Protocol):
     def _abort_if_stuck(self, unsent: int) -> None:
         now = self.transport.get_write_buffer_size()
         if now > unsent - bodies.MIN_BYTES:
-            self.transport.abort()  # to close would wait until all of it is taken
+            self.transport.abort()  # close() would wait until the client has read it all
         else:
             self._look_again(now)
 
@@ -101,7 +101,7 @@ class H11WithTimeouts(H11Protocol):
         super().connection_lost(exc)
 
     def _admit(self) -> None:
-        """Make room for this connection, or let it do no more than ask whether the server lives."""
+        """Make room for this connection, or let it ask for the server's health only."""
         limit = most()
         if len(self.connections) <= limit:
             return

@@ -1,4 +1,4 @@
-"""What a request takes, before it is drawn."""
+"""The cost of a request, computed before it is drawn."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from safelight.request import Request
 from safelight.sampling import SAMPLERS, check
 
 MAX_STEPS = 4000
-"""Steps of all pictures of one request together."""
+"""The most steps of one request, all pictures together."""
 
 
 def steps_of(request: Request) -> int:
@@ -26,7 +26,7 @@ def steps_of(request: Request) -> int:
 def pixel_steps(request: Request, steps: int, native: tuple[int, int]) -> int:
     """Return width × height × steps × pictures. native: the model's own width and height.
 
-    A picture to start from is counted as it is: at the size to draw, once it is `fitted`.
+    A picture to start from counts at its own size, the size to draw once the request is `fitted`.
     """
     width, height = native if request.image is None else request.image.size
     width, height = request.width or width, request.height or height
@@ -34,6 +34,6 @@ def pixel_steps(request: Request, steps: int, native: tuple[int, int]) -> int:
 
 
 def cost(request: Request, steps: int, native: tuple[int, int]) -> int:
-    """Return the rows of the network that a job takes, a large picture's counting for more."""
+    """Return a job's cost: rows of the network, counted in pictures of the model's own size."""
     rows = pixel_steps(request, steps, native) * (2 if request.guidance_scale > 1 else 1)
     return max(1, round(rows / (native[0] * native[1])))

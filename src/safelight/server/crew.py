@@ -1,7 +1,8 @@
-"""Workers as Ray actors: started, watched and let go, in a process that is connected to Ray.
+"""Workers as Ray actors: started, watched and ended, in a process that is connected to Ray.
 
-The server is not: Ray ends a process that has lost its cluster for a minute. Which jobs there are
-and whose they are stands in the database; an actor, a node or this process may go at any time.
+The server itself is not connected: Ray ends a process that has lost its cluster for a minute. The
+database says which jobs there are and whose they are, so an actor, a node or this process may end
+at any time.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ TICK = 1.0
 """Seconds between two looks at the workers."""
 
 UNANSWERED = 5.0
-"""Seconds after which an actor that has not answered yet is said to wait for room."""
+"""Seconds without a first answer after which an actor is reported as waiting for room."""
 
 PAUSE = 60.0
-"""The most seconds before another try where actors cannot be started."""
+"""The longest pause in seconds before the next try when actors cannot be started."""
 
 ENDING = 12.0
 """Seconds that actors have to put back their jobs when the server ends."""
@@ -43,8 +44,10 @@ ENDING = 12.0
 
 @dataclass(frozen=True)
 class State:
-    """What an actor says of itself. worker: the name on the roster, of the process that draws now.
-    ended: it draws no more; refusal: since it cannot.
+    """What an actor says of itself.
+
+    worker: name on the roster of the process that draws now. ended: whether it has stopped drawing.
+    refusal: why it cannot draw.
     """
 
     worker: str | None = None
@@ -58,7 +61,7 @@ class Actor:
 
     def __init__(self, settings: Settings) -> None:
         private.keep()
-        log_to_stderr()  # which Ray keeps among its logs
+        log_to_stderr()  # Ray keeps it with its logs
         self._refusal: str | None = None
         self._station = Station(settings, spawn(settings))
         self._thread = threading.Thread(target=self._work, name="station", daemon=True)
@@ -74,20 +77,22 @@ class Actor:
             self._refusal = None if refusal is None else str(refusal)
 
     def state(self) -> State:
-        """Return how it is."""
+        """Return the actor's state."""
         station = self._station
         ended = not self._thread.is_alive()
         return State(station.supervisor.name, station.draws, ended, self._refusal)
 
     def end(self, drain: bool) -> None:
-        """Draw no more; see `Station.end`."""
+        """Stop drawing; see `Station.end`."""
         self._station.end(drain=drain)
 
 
 @dataclass(eq=False)
 class Hand:
-    """An actor as the crew knows it. answer: the state that it was asked for last. answered:
-    whether it has a place on a node. idle: since when it draws nothing.
+    """An actor as the crew knows it.
+
+    answer: the pending answer to the last question for its state. answered: whether it has answered
+    once, and so has a place on a node. idle: since when it has drawn nothing, None while it draws.
     """
 
     actor: Any
@@ -100,8 +105,11 @@ class Hand:
 
 
 class Crew:
-    """ray: the module, connected. tell(kind, what): says "workers", with the names of all that may
-    have jobs, and "trouble", with what keeps workers from drawing, or None. actor: the class.
+    """Keeps the workers of a plan.
+
+    ray: the module, connected. tell(kind, what): called with "workers" and the names of all that
+    may have jobs, or "trouble" and what keeps workers from drawing (None if nothing does). actor:
+    the class of the actors.
     """
 
     def __init__(
@@ -132,12 +140,12 @@ class Crew:
             self.close()
 
     def look(self) -> None:
-        """Take in what became of the actors, and start or let go some."""
+        """Learn what became of the actors, then start or end some if needed."""
         asked = [hand.answer for hand in self._hands]
         done = set(self._ray.wait(asked, num_returns=len(asked), timeout=TICK)[0] if asked else ())
         for hand in [hand for hand in self._hands if hand.answer in done]:
             self._hear(hand)
-        with contextlib.suppress(StorageError):  # the server says that it is away
+        with contextlib.suppress(StorageError):  # the server itself reports that it is away
             self._scale(*self._store.load(self._plan.patience))
         names = [hand.state.worker for hand in self._hands]
         self._say("workers", sorted(name for name in names if name is not None))
@@ -147,7 +155,7 @@ class Crew:
         """Let all actors put their jobs back, and end."""
         until = time.monotonic() + ENDING
         left = [hand for hand in self._hands if hand.answered]
-        with contextlib.suppress(Exception):  # who is left goes with the connection to Ray
+        with contextlib.suppress(Exception):  # the others end with the connection to Ray
             for hand in left:
                 hand.actor.end.remote(False)
             while left and time.monotonic() < until:
@@ -169,7 +177,7 @@ class Crew:
     def _hear(self, hand: Hand) -> None:
         try:
             state = self._ray.get(hand.answer)
-        except self._ray.exceptions.ActorUnavailableError:  # for a while, as Ray has it
+        except self._ray.exceptions.ActorUnavailableError:  # temporary, by Ray's definition
             pass
         except self._ray.exceptions.RayError as error:
             self._hands.remove(hand)

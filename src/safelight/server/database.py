@@ -1,4 +1,4 @@
-"""Open the database, in short transactions, and turn its errors into StorageError."""
+"""Access to the database in short transactions; its errors become StorageError."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ LOCK = 0x5AFE
 """The number of our advisory lock in PostgreSQL: held by each transaction that writes."""
 
 PATIENCE = 5
-"""Seconds to wait for a lock or a connection: less than the silence that a worker is replaced
-after, so that one who waits here does not pass for hung.
+"""Seconds to wait for a lock or a connection. A worker is replaced after a longer silence, so one
+that waits here does not count as hung.
 """
 
 
@@ -32,17 +32,17 @@ CONNECTING: dict[str, Any] = {
     "keepalives_count": 3,
     "tcp_user_timeout": PATIENCE * 1000,
 }
-"""How PostgreSQL is connected to: one that a network swallowed is soon found out."""
+"""Arguments of connections to PostgreSQL: one that the network dropped is noticed soon."""
 
 CLOCK = 900
 """Seconds after which the database's clock is read again."""
 
 
 class Database:
-    """url: as SQLAlchemy has it. Nothing is opened before the first transaction.
+    """A database. url: in SQLAlchemy's form. Nothing is opened before the first transaction.
 
-    Methods of the subclasses block. Those that write are one transaction each, and raise
-    StorageError if it fails.
+    Methods of subclasses block. Each method that writes is one transaction, and raises StorageError
+    if it fails.
     """
 
     def __init__(self, url: str) -> None:
@@ -76,7 +76,9 @@ class Database:
 
     @contextmanager
     def _write(self, *, alone: bool = True) -> Iterator[Connection]:
-        """A transaction. alone: no other such one of ours runs beside it."""
+        """Begin a transaction that writes. alone: no other `alone` transaction runs at the same
+        time.
+        """
         with storage_errors(), self.engine.begin() as connection:
             if alone and not self._lite:  # SQLite's begins with BEGIN IMMEDIATE
                 connection.execute(select(func.pg_advisory_xact_lock(LOCK)))
@@ -96,9 +98,9 @@ class Database:
 
 
 def open_engine(url: str) -> Engine:
-    """Return the engine of a database. Raises StorageError for a URL that means none.
+    """Return the engine of a database. Raises StorageError for an invalid URL.
 
-    Its errors hide the parameters of a statement: a prompt may be among them.
+    The engine's errors hide the parameters of a statement, which may contain a prompt.
     """
     how: dict[str, Any] = {"hide_parameters": True}
     if url.startswith("postgresql"):
@@ -108,7 +110,7 @@ def open_engine(url: str) -> Engine:
         engine = create_engine(url, pool_timeout=PATIENCE, **how)
     except (SQLAlchemyError, ImportError, TypeError) as error:
         raise StorageError(f"the database of jobs cannot be used: {_line(error)}") from None
-    except ValueError:  # it quotes the part, which may be one of a password
+    except ValueError:  # its text may quote part of a password
         raise StorageError(
             "the database of jobs cannot be used: its URL cannot be read: expected one as "
             "postgresql://user@host:5432/name"
@@ -127,7 +129,7 @@ def sqlite_file(engine: Engine) -> Path | None:
 
 @contextmanager
 def storage_errors() -> Iterator[None]:
-    """Raise StorageError for each error of the database but a broken constraint."""
+    """Turn each error of the database into StorageError, except a violated constraint."""
     try:
         yield
     except IntegrityError:
@@ -152,20 +154,20 @@ def _line(error: BaseException | None) -> str:
 
 
 def _set_up_sqlite(engine: Engine) -> None:
-    # Before 3.51.3 a reset of the write-ahead log may lose what was committed.
+    # Before 3.51.3, a reset of the write-ahead log may lose committed data.
     journal = "WAL" if sqlite3.sqlite_version_info >= (3, 51, 3) else "DELETE"
     file = sqlite_file(engine)
 
     @event.listens_for(engine, "do_connect")
     def _(*_: Any) -> None:
-        # SQLite would make an empty database in the place of one that was moved away.
+        # SQLite would create an empty database where one was moved away.
         if file is not None and not file.is_file():
             raise sqlite3.OperationalError(f"{file.name} is not there")
 
     @event.listens_for(engine, "connect")
     def _(connection: Any, record: Any) -> None:
-        connection.isolation_level = None  # the driver would begin transactions of its own
-        # SQLite's own lowers ASCII alone, and prompts that are searched are in all languages.
+        connection.isolation_level = None  # else the driver begins transactions itself
+        # SQLite's own `lower` knows ASCII only, but prompts are searched in all languages.
         connection.create_function("lower", 1, str.lower, deterministic=True)
         record.info["file"] = _identity(file)
         for pragma in (
@@ -178,13 +180,13 @@ def _set_up_sqlite(engine: Engine) -> None:
 
     @event.listens_for(engine, "checkout")
     def _(_connection: Any, record: Any, _proxy: Any) -> None:
-        # An open connection would go on with a file that has lost its name.
+        # An open connection would keep using a file that was moved away or deleted.
         if record.info.get("file") != _identity(file):
             raise DisconnectionError
 
     @event.listens_for(engine, "begin")
     def _(connection: Connection) -> None:
-        # Taken at once, a lock to write is waited for; taken on the way it may be refused.
+        # A write lock requested at the start is waited for; requested later, it may be refused.
         reads = connection.get_execution_options().get("reads")
         connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
 

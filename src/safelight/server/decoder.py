@@ -1,7 +1,7 @@
 """The process that reads the bytes of strangers, within limits of memory and time.
 
-`decoding.Decoders` starts it and asks through its standard input; it answers on its standard
-output. Both directions have JSON and raw bytes alone: a decoder that a hostile file has taken over
+`decoding.Decoders` starts it and writes calls to its standard input; answers come on its standard
+output. Both directions carry JSON and raw bytes only: a decoder that a hostile file has taken over
 must not be able to make the server run anything.
 
 A message is the length of a header (4 bytes), the header as JSON, and the bytes it lists.
@@ -19,13 +19,13 @@ from importlib import import_module
 from typing import Any, BinaryIO
 
 SECONDS = 5
-"""The most processor time for one call."""
+"""The most seconds of processor time for one call."""
 
 MEMORY = 256 << 20
-"""The most address space that a call may add to what the process has when it has started."""
+"""The most bytes of address space that a call may add to what the process has at its start."""
 
 MAX_PIXELS = 25_000_000
-"""The largest picture that is taken over HTTP: the server itself holds it once it is decoded."""
+"""The most pixels of a picture sent over HTTP: the server itself holds it once it is decoded."""
 
 MAX_TOLD = 2 << 20
 """The most bytes of JSON in an answer."""
@@ -35,20 +35,21 @@ MAX_BYTES = 4 * MAX_PIXELS
 
 
 class Sent:
-    """Bytes that came with a call. Who takes them may let go of them before the call ends."""
+    """Bytes that came with a call. A function that takes them can free them before the call ends.
+    """
 
     def __init__(self, data: bytes) -> None:
         self._data: bytes | None = data
 
     def take(self) -> bytes:
-        """Return them, once."""
+        """Return the bytes; works once."""
         data, self._data = self._data, None
         assert data is not None
         return data
 
 
 def send(out: BinaryIO, header: dict[str, Any], blobs: Iterator[bytes] | list[bytes]) -> None:
-    """Write a message. header: says in `sizes` how many bytes the blobs are, joined as need be."""
+    """Write a message. header: `sizes` has the bytes of each blob; a blob may come in pieces."""
     text = json.dumps(header).encode()
     out.write(len(text).to_bytes(4, "big") + text)
     for blob in blobs:
@@ -73,7 +74,7 @@ def main() -> None:
     """Answer calls until standard input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides
     source, out = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a library prints is no answer
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # keeps what libraries print out of the answers
     from safelight import picture
 
     picture.MAX_PIXELS = MAX_PIXELS
@@ -102,7 +103,7 @@ def _answer(header: dict[str, Any], blobs: list[Sent]) -> tuple[dict[str, Any], 
         problem = {"message": str(error), "code": error.code, "field": error.field}
     except MemoryError:
         problem = {"message": "", "code": "memory", "field": None}
-    except Exception as error:  # a fault of ours: its kind, and nothing of the input
+    except Exception as error:  # our own fault: name its type, quote no input
         problem = {"message": type(error).__name__, "code": "fault", "field": None}
     return {"error": problem, "sizes": []}, iter(())
 

@@ -1,4 +1,4 @@
-"""Processes that read what strangers send; shared fairly by the clients of all interfaces."""
+"""Processes that read what strangers send, shared fairly by the clients of all APIs."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ WALL = 60.0
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
-    # What a large picture took goes back to the system when it is read: a decoder waits for long.
+    # Memory of a large picture goes back to the system at once: a decoder is idle for long.
     "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 20),
 }
 
 
 class Decoder:
-    """One process, started with the first call and replaced when it ends. For one thread."""
+    """One decoder process, started with the first call and replaced when it ends. For one thread.
+    """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -52,7 +53,7 @@ class Decoder:
         keywords: dict[str, Any],
         wall: float,
     ) -> Any:
-        """Return what the function returns; see `Decoders.call`. blobs: none is left of them."""
+        """Return what the function returns; see `Decoders.call`. blobs: the list is emptied."""
         process = self._started()
         timer = threading.Timer(wall, process.kill)
         timer.daemon = True
@@ -99,10 +100,10 @@ class Decoder:
 
 
 class Decoders:
-    """A few decoders, at which clients take turns. For one event loop.
+    """A few decoders that clients take turns at. For one event loop.
 
-    handling: turns for what is done with a picture around its decoding. Who holds a decoded
-    picture, or makes a file of one, has one of them: their number bounds the memory it takes.
+    handling: turns for the work around decoding. Each client that holds a decoded picture, or
+    encodes one, has a turn, so that their number bounds the memory for pictures.
     """
 
     def __init__(self, count: int | None = None) -> None:
@@ -121,12 +122,12 @@ class Decoders:
         wall: float = WALL,
         **keywords: Any,
     ) -> Any:
-        """Return what a function returns, called in a decoder's process.
+        """Call a function in a decoder's process and return its result.
 
         function: "module:name". It gets the blobs as `decoder.Sent`, and returns pictures, bytes,
-        or what JSON has, or a tuple of them. blobs: the list is emptied once they are sent, so
-        that they take no memory any more. client: who asks. Raises SafelightError if the function
-        does, or does not keep to the limits.
+        JSON values, or a tuple of these. blobs: the list is emptied once they are sent, to free
+        their memory. client: who asks. Raises SafelightError if the function does, or if it exceeds
+        a limit.
         """
         await self._turns.take(client)
         given = [] if blobs is None else blobs
@@ -165,9 +166,10 @@ class Decoders:
 
 
 def _parts(header: dict[str, Any], source: BinaryIO) -> Any:
-    """Read the parts of an answer. It is checked: the decoder may be a stranger's by now.
+    """Read the parts of an answer. They are checked: a hostile file may have taken over the
+    decoder.
 
-    Raises ValueError or KeyError for what none of ours would send.
+    Raises ValueError or KeyError for what our own decoder never sends.
     """
     problem = header.get("error")
     if problem is not None:

@@ -15,9 +15,9 @@ T = TypeVar("T")
 
 
 async def attended(receive: Receive, service: Service, job_id: str, work: Awaitable[T]) -> T:
-    """Return what `work` returns while the client stays.
+    """Return the result of `work`, as long as the client stays connected.
 
-    If the client goes away, or `work` fails, the job is cancelled; ClientDisconnect or the
+    If the client leaves, or `work` fails, the job is cancelled, and ClientDisconnect or the
     exception is raised. receive: of a request whose body has been read.
     """
 

@@ -1,4 +1,4 @@
-"""Let a browser in: a person types the token once and gets a cookie in its place.
+"""Log a browser in: a person types the token once and gets a cookie in its place.
 
 A browser cannot send a bearer token by itself. The cookie is derived from the token by HMAC.
 """
@@ -13,7 +13,7 @@ COOKIE = "safelight"
 ENTER = "/studio/enter"
 MAX_FORM = 4096
 MAX_COOKIES = 2
-"""Our cookies in one request that are looked at: each is a guess at the token."""
+"""The most of our cookies in one request that are checked: each is a guess at the token."""
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Safelight</title>
@@ -50,7 +50,7 @@ def token_in(form: bytes) -> bytes:
 def onward() -> bytes:
     """Return a page that leads to the studio.
 
-    A redirect would not do: after a link from elsewhere it carries no strict cookie.
+    A redirect does not work: browsers send no strict cookie with it after a link on another site.
     """
     return (
         b'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Safelight</title>'
@@ -68,19 +68,19 @@ def set_cookie(token: str) -> bytes:
 
 def cookies_in(headers: list[str]) -> bytes | None:
     """Return our cookies in these Cookie headers, joined by ";"; None if there is none."""
-    # http.cookies drops all if it cannot read one, which another server here may have set.
+    # http.cookies drops all cookies if it cannot read one, which another server here may have set.
     pairs = (pair.strip().partition("=") for header in headers for pair in header.split(";"))
     found = [value for name, _, value in pairs if name == COOKIE]
     return ";".join(found[:MAX_COOKIES]).encode("latin-1", "replace") if found else None
 
 
 def matches(cookies: bytes, token: str) -> bool:
-    """Return whether one of these cookies is what `set_cookie` gave out for this token."""
+    """Return whether one of these cookies is the one that `set_cookie` sets for this token."""
     value = cookie_of(token).encode()
-    # Browsers send two of one name if another path set one as well.
+    # Browsers send two cookies of one name if another path has set one too.
     return any(hmac.compare_digest(given, value) for given in cookies.split(b";"))
 
 
 def cookie_of(token: str) -> str:
-    """Return what stands for a token in the cookie: it does not lead back to it."""
+    """Return the cookie's value for a token. The token cannot be computed from it."""
     return hmac.new(token.encode(), b"safelight studio", hashlib.sha256).hexdigest()

@@ -1,4 +1,4 @@
-"""Pass messages about jobs to listeners. They may be lost; what the database holds may not."""
+"""Pass messages about jobs to listeners. Messages may be lost; the database loses nothing."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from safelight.server.jobs import Job, Progress, Status
 
 MAX_WAITING = 100
-"""Messages kept for a listener that does not read; beyond it progress is dropped."""
+"""The most messages kept for a listener that does not read; later ones but the end are dropped."""
 
 
 class Events:
     """Listeners, previews asked for, and the progress of each running job. For the event loop.
 
-    send: sends a message to the workers: "watch" and "unwatch", as previews are asked for.
+    send: sends a message to the workers: "watch" and "unwatch", as previews are requested or not.
     on_end: called with the id of a job that may have ended.
     """
 
@@ -27,7 +27,7 @@ class Events:
         self._watchers: dict[str, int] = {}
 
     def watch_again(self) -> None:
-        """Say whose previews are asked for: a new worker does not know."""
+        """Tell the workers again whose previews are requested: a new worker does not know."""
         for job_id in self._watchers:
             self._send("watch", job_id)
 
@@ -69,8 +69,8 @@ class Events:
         self._progress.clear()
 
     def with_progress(self, job: Job) -> Job:
-        """Return the job with its progress, where it is drawn and a worker has told of it."""
-        if job.status.final:  # what is told of it later, or came too late, is of no use
+        """Return the job with its progress, if it runs and a worker has reported any."""
+        if job.status.final:  # later reports are of no use
             self._progress.pop(job.id, None)
         progress = self._progress.get(job.id)
         if progress is None or job.status != Status.RUNNING:

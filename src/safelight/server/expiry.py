@@ -1,8 +1,8 @@
-"""The database as retention uses it: which finished jobs are the oldest, and deleting in steps.
+"""What retention asks of the database: the oldest finished jobs, and their deletion in steps.
 
-A job's `expires` is NULL while it stays, and the time of its deletion once it is marked. It is 0
-when the job is being deleted: nobody sees it any more, and its files go before its rows do. A
-process that ends in between leaves a job that the next one goes on with.
+A job's `expires` is NULL while the job stays, and the time of its deletion once it is marked. It
+is 0 while the job is being deleted: then nobody sees it, and its files are deleted before its rows.
+If the process ends in between, the next one goes on.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from safelight.server.claims import Claims
 from safelight.server.tables import UNFINISHED, jobs, pictures, webhooks
 
 GONE = 0.0
-"""What `expires` is of a job that is being deleted."""
+"""The value of `expires` for a job that is being deleted."""
 
 BATCH = 500
-"""Jobs of one transaction: others wait for it."""
+"""Jobs per transaction: other writers wait for it."""
 
 
 class Expiry(Claims):
-    """Methods for the oldest jobs. Marks are set and taken in batches of short transactions."""
+    """Methods for the oldest jobs. Marks are set and removed in batches of short transactions."""
 
     def newest_finished(self, count: int) -> float | None:
         """Return when the count-th newest finished job ended; None if there are fewer."""
@@ -32,9 +32,9 @@ class Expiry(Claims):
             return db.scalar(query.offset(count - 1).limit(1))
 
     def oldest_finished(self) -> Iterator[tuple[float, str, list[str]]]:
-        """Yield finished jobs, the oldest first: when it ended, its id, and those of its pictures.
+        """Yield the end time, the id and the picture ids of each finished job, the oldest first.
 
-        Reads BATCH jobs at a time. Jobs that end within one moment come in the order of their ids.
+        Reads BATCH jobs at a time. Jobs that ended at the same time come in the order of their ids.
         """
         at, after = -math.inf, ""
         while True:
@@ -51,10 +51,10 @@ class Expiry(Claims):
             at, after = rows[-1]
 
     def mark(self, horizon: float, expires: float) -> tuple[int, int]:
-        """Mark the jobs that ended before a time for deletion, and take the marks of others away.
+        """Mark jobs that ended before `horizon` for deletion, and take away the marks of others.
 
-        Those whose webhook is still to be told stay so long. Returns how many were marked, and how
-        many marks were taken away.
+        Jobs whose webhook has not been told yet are not marked. Returns how many jobs were marked,
+        and how many marks were taken away.
         """
         marked = jobs.c.expires.is_not(None)
         untold = (webhooks.c.job == jobs.c.id) & webhooks.c.told.is_(None)
@@ -64,9 +64,9 @@ class Expiry(Claims):
         return self._set_expires(old, expires), self._set_expires(young, None)
 
     def expire(self, now: float) -> int:
-        """Begin to delete the marked jobs whose time has come: nobody sees them from now on.
+        """Begin to delete the marked jobs whose time has come, and return how many there are.
 
-        Returns how many there are.
+        From now on nobody sees them.
         """
         due = jobs.c.expires.is_not(None) & (jobs.c.expires != GONE) & (jobs.c.expires <= now)
         return self._set_expires(due & _finished(), GONE)
@@ -80,7 +80,7 @@ class Expiry(Claims):
     def gone(self, job_ids: Sequence[str] | None = None) -> dict[str, list[str]]:
         """Return at most BATCH jobs that are being deleted, each with the ids of its pictures.
 
-        job_ids: only those of them.
+        job_ids: consider only these.
         """
         which = jobs.c.expires == GONE
         if job_ids is not None:
@@ -90,7 +90,7 @@ class Expiry(Claims):
             return _drawn(db, ids)
 
     def forget(self, job_ids: Sequence[str]) -> None:
-        """Delete the rows of jobs that are being deleted; their files are gone."""
+        """Delete the rows of jobs that are being deleted and whose files are gone."""
         with self._write() as db:
             ids = select(jobs.c.id).where(jobs.c.id.in_(job_ids), jobs.c.expires == GONE)
             going = db.execute(ids).scalars().all()
@@ -98,7 +98,7 @@ class Expiry(Claims):
             db.execute(jobs.delete().where(jobs.c.id.in_(going)))
 
     def _set_expires(self, which: ColumnElement[bool], expires: float | None) -> int:
-        # A key of the past is free again once its job is going.
+        # Once its job is being deleted, an idempotency key is free again.
         more = {"key": None} if expires == GONE else {}
         changed = 0
         while True:
@@ -111,7 +111,7 @@ class Expiry(Claims):
 
 
 def seen() -> ColumnElement[bool]:
-    """Return the condition of jobs that are not being deleted."""
+    """Return the SQL condition for jobs that are not being deleted."""
     return jobs.c.expires.is_distinct_from(GONE)
 
 

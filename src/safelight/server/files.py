@@ -1,4 +1,4 @@
-"""The pictures, the inputs of jobs and the thumbnails, in a folder or at a URL.
+"""The files of a server: pictures, inputs of jobs and thumbnails, in a folder or at a URL.
 
 File names are ids of ours.
 """
@@ -31,17 +31,17 @@ MARK = "folder.id"
 """The file that says which database a storage belongs to."""
 
 RESTORING = "restore.unfinished"
-"""A file that is there while a backup is copied to a storage."""
+"""A file that exists while a backup is copied to a storage."""
 
 _ID = re.compile(r"[0-9a-f]{32}")
 _OURS = re.compile(r"([0-9a-f]{32})(?:-(?:image|mask))?\.png")
-"""Files that this class writes. Others in its folders are a person's, and stay."""
+"""Names of files that this class writes. Other files in its folders are a person's, and stay."""
 
 
 class Files:
     """The files of a server. Reading and writing raise StorageError.
 
-    where: a folder of this machine, as the data folder, or a URL that fsspec knows.
+    where: a folder of this machine, such as the data folder, or a URL that fsspec knows.
     """
 
     def __init__(self, where: Path | str) -> None:
@@ -77,7 +77,7 @@ class Files:
             raise StorageError(f"the data folder cannot be used: {error.strerror}") from None
 
     def mark(self) -> str | None:
-        """Return what this storage is known by in its database; None for a new one."""
+        """Return the mark by which its database knows this storage; None for a new storage."""
         try:
             return (self.storage.read(MARK) or b"").decode().strip() or None
         except UnicodeDecodeError as error:
@@ -87,7 +87,7 @@ class Files:
         self.storage.write(MARK, mark.encode())
 
     def make_sure(self) -> None:
-        """Raise StorageError if the storage is away, as that of a disk which came loose."""
+        """Raise StorageError if the storage is away, as when a disk came loose."""
         if self.storage.find(MARK) is None:
             what = "the data folder" if self.local else f"the storage {self.storage.url}"
             raise StorageError(f"{what} is not there")
@@ -101,7 +101,7 @@ class Files:
         return self.storage.read(_picture(picture_id)) if _ID.fullmatch(picture_id) else None
 
     def thumbnail(self, picture_id: str) -> Stored | None:
-        """Return a picture of at most 256 pixels a side, which is made on the first call."""
+        """Return a picture of at most 256 pixels a side, made on the first call."""
         if self.picture(picture_id) is None:
             return None
         name = _thumbnail(picture_id)
@@ -120,16 +120,16 @@ class Files:
         self._save(_input(job_id, name), lambda file: write_plain_png(file, image))
 
     def input_bytes(self, job_id: str, name: str) -> bytes | None:
-        """Return the PNG of a picture that a job starts from, None if it has none."""
+        """Return the PNG of an input picture of a job; None if it has none."""
         data = self.storage.read(_input(job_id, name))
         if data is None:
             self.make_sure()
         return data
 
     def input_path(self, job_id: str, name: str, folder: Path) -> Path | None:
-        """Return where a picture that a job starts from lies on this machine, None if it has none.
+        """Return the path of an input picture of a job on this machine; None if it has none.
 
-        From elsewhere it is copied to `folder`.
+        A picture in a storage elsewhere is copied to `folder`.
         """
         if self.local:
             return Path(self.storage.path(_input(job_id, name)))
@@ -141,7 +141,7 @@ class Files:
         return path
 
     def input(self, job_id: str, name: str) -> Image.Image | None:
-        """Return a picture that a job starts from, None if it has none.
+        """Return an input picture of a job; None if it has none.
 
         Raises StorageError if it cannot be read now, SafelightError if it is damaged.
         """
@@ -156,7 +156,7 @@ class Files:
             raise SafelightError(f"the {name} cannot be read again: {reason(error)}") from None
 
     def keep(self, image: Image.Image, picture_id: str, texts: Mapping[str, str]) -> None:
-        """Write a finished picture; it gets its name once all of it is kept."""
+        """Write a finished picture; the file gets its name once it is complete."""
         self.make_sure()
         self._save(_picture(picture_id), lambda file: write_png(file, image, texts))
 
@@ -186,12 +186,12 @@ class Files:
         return {name.stem for name in names if name.suffix == ".png" and _ID.fullmatch(name.stem)}
 
     def sweep(self, known: Callable[[], tuple[set[str], set[str]]]) -> int:
-        """Put the files of no known picture or job into quarantine; return how many.
+        """Move the files of unknown pictures and jobs into quarantine; return how many.
 
-        known: returns the ids of pictures and jobs. It is asked after the folders were looked at,
+        known: returns the ids of pictures and jobs. It is called after the folders were listed,
         since workers of a fleet draw meanwhile.
 
-        A database that was restored, moved or exchanged does not know them. Folders, and files
+        Files may be unknown after the database was restored, moved or exchanged. Folders, and files
         with names of other kinds, are left as they are. What was half written when a process was
         killed is removed.
         """
@@ -224,7 +224,7 @@ class Files:
         try:
             self.storage.write_with(name, write)
         except StorageError:
-            if self.local:  # it may have its name, and not be on the disk
+            if self.local:  # the file may have its name, and not be on the disk
                 with contextlib.suppress(StorageError):
                     self.storage.remove([name])
             raise

@@ -20,10 +20,10 @@ LOOK = 2.0
 
 
 class Fleet:
-    """Who is on the roster, and news to and from them. A database in a file has no fleet.
+    """The workers on the roster, and messages to and from them. A database in a file has no fleet.
 
-    on_message(kind, rest) is called in the event loop for news of a job; on_change() there after
-    each look at the roster and when a worker has begun.
+    on_message(kind, rest) is called in the event loop for a message about a job; on_change() is
+    called there after each look at the roster and when a worker has started.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Fleet:
     async def _look(self) -> None:
         try:
             found = await asyncio.to_thread(self._store.fleet)
-        except StorageError:  # looked at again; what was known goes on meanwhile
+        except StorageError:  # tried again; the last known roster counts meanwhile
             return
         before, self.workers = {worker.id for worker in self.workers}, found
         now = {worker.id for worker in found}
@@ -88,7 +88,7 @@ class Fleet:
 
 
 class Elsewhere:
-    """In the place of a `Supervisor` in a server that draws nothing itself."""
+    """Takes the place of a `Supervisor` in a server that draws nothing itself."""
 
     restarts = 0
     refusal: SafelightError | None = None

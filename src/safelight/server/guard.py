@@ -34,10 +34,10 @@ from safelight.server.limits import Guesses, Share
 log = logging.getLogger("safelight.http")
 
 LINGER = 5.0
-"""Seconds that a refused body is read on for, so that the client sees the answer."""
+"""Seconds for which a refused body is still read, so that the client sees the answer."""
 
 OPEN = frozenset({"/healthz"})
-"""Paths that need no token: that the process lives."""
+"""Paths that need no token: the check that the process lives."""
 
 HEADERS = (
     (b"x-content-type-options", b"nosniff"),
@@ -49,12 +49,12 @@ HEADERS = (
 
 @dataclass(frozen=True)
 class Rules:
-    """Who may ask.
+    """Who may send requests.
 
-    token: the admin's. Without one and without keys everyone may, on loopback alone. hosts: names
-    that a Host header may have besides loopback's. keys: those of people, whose jobs are apart.
-    proxies: those whose X-Forwarded-For and X-Forwarded-Proto are believed. short: whether the log
-    has shortened addresses.
+    token: the admin's. Without a token and without keys everyone may; such a server listens on
+    loopback only. hosts: names that a Host header may have besides loopback's. keys: those of
+    people, who see only their own jobs. proxies: those whose X-Forwarded-For and X-Forwarded-Proto
+    are believed. short: whether the log has shortened addresses.
     """
 
     token: str | None = None
@@ -72,9 +72,9 @@ class Rules:
         return self.token is not None or (self.keys is not None and await self.keys.some())
 
     async def key_of(self, given: bytes, *, cookies: bool = False) -> str | None:
-        """Return the name of the key that is given, or the admin's; None if it is none.
+        """Return the name of the given key, or the admin's for the token; None if neither matches.
 
-        cookies: whether these are cookies, joined by ";", in the place of a token.
+        cookies: whether `given` holds cookies, joined by ";", in place of a token.
         """
         if self.token is not None:
             same = entrance.matches if cookies else tokens.same
@@ -88,7 +88,7 @@ class Rules:
 
 
 class Guard:
-    """An ASGI application around another. counted: called with method, route and status."""
+    """An ASGI application around another one. counted: called with method, route and status."""
 
     def __init__(self, app: Any, rules: Rules, counted: Any = lambda *_: None) -> None:
         self.app, self.rules, self.counted = app, rules, counted
@@ -123,7 +123,7 @@ class Guard:
         address, client, taken = address_of(scope, self.rules.proxies), "", 0
         scheme = forwarded(scope, self.rules.proxies, b"x-forwarded-proto")
         if scheme in ("http", "https"):
-            scope["scheme"] = scheme  # links of an answer begin with it
+            scope["scheme"] = scheme  # for links in answers
 
         async def counted() -> Any:
             nonlocal taken
@@ -160,7 +160,7 @@ class Guard:
                 raise RefusedError(401, "a token is needed: Authorization: Bearer …", challenge)
         except RefusedError as refusal:
             if not sent:
-                held = True  # by this answer itself
+                held = True  # _answer leaves the response open
                 await _answer(reply, refusal.status_code, refusal.detail, refusal.headers)
                 if refusal.status_code == 413 and not taken and "expect" not in headers:
                     await _discard(unread)
@@ -190,13 +190,13 @@ class Guard:
             raise RefusedError(403, "cross-site requests are refused")
         site = headers.get("sec-fetch-site", ["none"])
         if site[0] not in ("none", "same-origin"):
-            # A link from another page may lead here; nothing else from there may.
+            # A link on another page may lead here; no other cross-site request may.
             mode = headers.get("sec-fetch-mode", [""])[0]
             if scope["method"] not in ("GET", "HEAD") or mode != "navigate":
                 raise RefusedError(403, "cross-site requests are refused")
 
     async def _enter(self, receive: Any, reply: Any, address: str) -> None:
-        """Answer a browser's form with the token in it: set a cookie, and lead to the page."""
+        """Answer a browser's form that has the token: set a cookie and lead to the page."""
         form, more = b"", True
         while more and len(form) <= entrance.MAX_FORM:
             message = await receive()
@@ -209,7 +209,7 @@ class Guard:
         await _page(reply, 303, b"", [(b"location", b"/studio"), *cookie])
 
     async def _enter_by_link(self, given: bytes, reply: Any, address: str) -> None:
-        """Answer a link with the token in it, as the command line opens it."""
+        """Answer a link that has the token, as the command line opens it."""
         cookie = await self._cookie(given, address)
         if cookie is None:
             await _page(reply, 401, entrance.page("That is not this server's token."))
@@ -223,12 +223,12 @@ class Guard:
         key = await self._key(given, address)
         if key is None:
             return None
-        # The admin's token may have letters that were sent in another encoding.
+        # A client may send the admin's token in another encoding: the cookie is made of ours.
         token = self.rules.token if key == ADMIN else given.decode("latin-1")
         return [(b"set-cookie", entrance.set_cookie(token or ""))]
 
     async def _key(self, given: bytes, address: str, *, cookies: bool = False) -> str | None:
-        """Return the name of the key that is given. An address with many wrong ones has to wait.
+        """Return the name of the given key. An address with many wrong keys has to wait.
 
         cookies: as for `Rules.key_of`.
         """
@@ -241,7 +241,7 @@ class Guard:
         return key
 
     def _known_host(self, host: str, scope: Any) -> bool:
-        # A foreign name that resolves to this machine is how a web page reaches it (DNS rebinding).
+        # DNS rebinding: a web page reaches this machine by a foreign name that resolves to it.
         name = _name(host)
         if name is None:
             return False
@@ -251,7 +251,7 @@ class Guard:
         return asked is not None and (asked.is_loopback or asked == own)
 
     async def _caller(self, headers: dict[str, list[str]], caller: Caller) -> Caller | None:
-        """Return who asks, with the key; None without a valid one."""
+        """Return the caller with its key; None without a valid key."""
         if not await self.rules.ask():
             return caller
         if (cookie := entrance.cookies_in(headers.get("cookie", []))) is not None:
@@ -261,7 +261,7 @@ class Guard:
         given = headers.get("authorization", [])
         kind, _, text = (given[0] if len(given) == 1 else "").partition(" ")
         value = text.strip().encode("latin-1")
-        if kind.lower() == "basic":  # of clients that know name and password alone
+        if kind.lower() == "basic":  # for clients that know only name and password
             try:
                 value = base64.b64decode(value, validate=True).partition(b":")[2]
             except binascii.Error:
@@ -314,7 +314,7 @@ def _same(origin: str, host: str) -> bool:
 
 
 async def _answer(send: Any, status: int, text: str, headers: Mapping[str, str] | None) -> None:
-    # In the shapes of all three APIs.
+    # One body that fits the shapes of all three APIs.
     error = {"message": text, "type": "invalid_request_error", "param": None, "code": None}
     body = json.dumps({"detail": text, "error": error})
     await send(
@@ -334,7 +334,7 @@ async def _answer(send: Any, status: int, text: str, headers: Mapping[str, str] 
 async def _discard(receive: Any) -> None:
     """Read on for a moment after a body was refused unread.
 
-    To close a connection with bytes unread resets it, and the client may lose the answer.
+    Closing a connection with unread bytes resets it, and the client may lose the answer.
     """
     seen = 0
     with contextlib.suppress(TimeoutError):

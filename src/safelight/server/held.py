@@ -1,4 +1,4 @@
-"""What a worker knows of a job that it draws."""
+"""What a worker knows about a job that it draws."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ if TYPE_CHECKING:
 
 JOBS = 48
 INPUTS = 1 << 30
-"""The most jobs in the making at once, and bytes of pictures that they start from. Beyond it only
-jobs that are shorter than all of those are taken in, and up to as many again of owners who have
+"""The most jobs in the making at once, and the most bytes of their input pictures. Beyond that, up
+to twice as many, only jobs shorter than all of these are taken in, and jobs of owners who have
 none; others wait in the database.
 """
 
 FEWEST = 2
-"""A worker of a fleet takes in as many jobs as fill a call of the network, this many at least: one
-is drawn while another one is decoded. More would wait here while other workers are idle.
+"""A worker of a fleet takes in as many jobs as fill a call of the network, and at least this many:
+one is drawn while another is decoded. More jobs would wait here while other workers are idle.
 """
 
 
 @dataclass
 class Held:
-    """A claimed job. result: what its pictures' recipes are made of; loaded: the model that draws
-    it; left: pictures to come; taken, total: steps of all its pictures.
+    """A claimed job.
+
+    result: what its pictures' recipes are made of. loaded: the model that draws it. left: pictures
+    still to come. taken, total: steps taken and steps in all, over all its pictures.
     """
 
     claim: Claim
@@ -45,9 +47,9 @@ class Held:
 
 
 def bound(held: Collection[Held], most: int) -> float | None:
-    """Return the cost that a job must stay below to be taken in as well; None for any.
+    """Return the cost that another job must stay below to be taken in; None for any cost.
 
-    most: jobs in the making, of which there may be more.
+    most: jobs in the making from which on there is such a bound.
     """
     if not _beyond(held, most):
         return None
@@ -55,7 +57,7 @@ def bound(held: Collection[Held], most: int) -> float | None:
 
 
 def full(held: Collection[Held], most: int) -> bool:
-    """Return whether no job of anybody is to be taken in."""
+    """Return whether no further job may be taken in, whoever owns it."""
     return _beyond(held, most, 2)
 
 

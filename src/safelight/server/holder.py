@@ -1,4 +1,4 @@
-"""The jobs that a worker holds: kept its own by a lease, committed, finished, or put back."""
+"""The jobs that a worker holds: leases are renewed; each is committed, finished or put back."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from safelight.server.tracing import JobSpans
 T = TypeVar("T")
 
 BEAT = 0.25
-"""Seconds between two signs of life while a storage elsewhere is waited for."""
+"""Seconds between two signs of life while the worker waits for a storage elsewhere."""
 
 
 class Holder:
-    """What a worker does with its jobs beside drawing them, which is the `Worker`'s.
+    """What a worker does with its jobs besides drawing them; `Worker` adds the drawing.
 
     Its jobs are those in the making (`_held`) and those that wait until their model is loaded
     (`_coming`).
@@ -61,7 +61,7 @@ class Holder:
         raise NotImplementedError
 
     def _note(self, model: str | None, error: Exception | None) -> None:
-        """Look at the error that a job of a model ended with."""
+        """Handle the error that a job of a model ended with."""
         raise NotImplementedError
 
     def _drop(self, job_id: str) -> None:
@@ -71,7 +71,7 @@ class Holder:
     # --- messages --------------------------------------------------------------------------------
 
     def _on_messages(self, seconds: float) -> None:
-        """Act on the server's messages; wait for the first so long."""
+        """Act on the server's messages; wait up to `seconds` for the first."""
         self._pulse.count()
         while self._pipe.poll(seconds):
             seconds = 0
@@ -100,7 +100,7 @@ class Holder:
         self._pipe.send((kind, held.claim.id, held.taken, held.total))
 
     def _tell_stuck(self, error: Exception | None) -> None:
-        """Tell the server that nothing can be kept or read, or that it can again."""
+        """Tell the server that the storage cannot be read or written, or that it can again."""
         told = None if error is None else str(error)
         if told != self._stuck:
             self._stuck = told
@@ -109,7 +109,7 @@ class Holder:
     # --- the jobs --------------------------------------------------------------------------------
 
     def _forget_cancelled(self) -> None:
-        """Drop the jobs that were cancelled. One that was also retried is claimed anew."""
+        """Drop jobs that were cancelled. A job that was then retried is claimed anew."""
         for job_id in list(self._cancelled):
             mine = [claim for claim in self._claims if claim.id == job_id]
             try:
@@ -121,12 +121,12 @@ class Holder:
 
     @property
     def _claims(self) -> list[Claim]:
-        """The claims of all its jobs: those that are drawn, and those that wait for a model."""
+        """The claims of all its jobs: those being drawn, and those that wait for a model."""
         return [*(held.claim for held in self._held.values()), *self._coming]
 
     @property
     def _drained(self) -> bool:
-        """Whether it was told to take no more jobs, and has none left."""
+        """Whether the worker was told to take no more jobs, and has none left."""
         return self._draining and not (self._claims or self._unclaimed)
 
     def _forget(self, job_id: str) -> None:
@@ -139,7 +139,7 @@ class Holder:
             self._pipe.send(("end", job_id, None))
 
     def _put_back(self, claims: list[Claim]) -> None:
-        """Let claimed jobs wait again; those that cannot yet are tried again."""
+        """Let claimed jobs wait again. Those that cannot be put back now are tried again later."""
         for claim in list(claims):
             try:
                 self._store.put_back(claim.id, claim.token)
@@ -151,7 +151,7 @@ class Holder:
     def _keep_claims(self) -> None:
         """Renew the leases of the jobs until the worker ends. Runs in a thread.
 
-        A step may take longer than a lease lasts. Of a worker that hangs they run out.
+        A step may take longer than a lease lasts. If the worker hangs, its leases run out.
         """
         while not self._over.wait(LEASE / 4):
             if (self._held or self._coming) and self._pulse.well:
@@ -159,9 +159,9 @@ class Holder:
                     self._store.renew(self._id)
 
     def _patiently(self, claim: Claim, call: Callable[[], T]) -> T:
-        """Return what a call returns that reads or writes, once it can: jobs wait meanwhile.
+        """Return the result of a call that reads or writes; repeat it until it succeeds.
 
-        Raises LostError if the job is cancelled or the worker told to stop before.
+        Jobs wait meanwhile. Raises LostError if the job is cancelled or the worker is told to stop.
         """
         while True:
             try:
@@ -178,9 +178,9 @@ class Holder:
                 raise LostError(claim.id)
 
     def _stored(self, call: Callable[[], T]) -> T:
-        """Return what a call returns that reads or writes files.
+        """Return the result of a call that reads or writes files.
 
-        A storage elsewhere may take longer than a worker may be silent.
+        A storage elsewhere may take longer than a worker may be silent, so signs of life go on.
         """
         if self._files.local:
             return call()
@@ -190,7 +190,7 @@ class Holder:
         return coming.result()
 
     def _commit(self, held: Held, image: Any, index: int, seed: int, dtype: str) -> None:
-        """Write the file first, then the row: what has a row has a file.
+        """Write the file first, then the row: every row has its file.
 
         dtype: the precision that this picture was drawn in.
         """
@@ -219,7 +219,7 @@ class Holder:
                     claim, lambda: self._store.add_picture(claim.id, claim.token, picture)
                 )
         except LostError:
-            # A database that went away in the middle may have it nevertheless.
+            # If the database went away midway, it may have the row all the same.
             with contextlib.suppress(StorageError, OSError):
                 if not self._store.has_picture(picture.id):
                     self._stored(lambda: self._files.remove_pictures([picture.id]))
@@ -233,7 +233,7 @@ class Holder:
         held = self._held.pop(claim.id, None)
         if held is not None and held.input_bytes:
             del held
-            memory.give_back()  # else the process keeps what large pictures took
+            memory.give_back()  # else the process keeps the memory of large pictures
         self._alone = False
         self._spans.ended(claim.id, None if error is None else getattr(error, "code", "failed"))
         self._pipe.send(("end", claim.id, getattr(error, "code", None)))
@@ -244,7 +244,7 @@ class Holder:
                 self._store.finish(claim.id, claim.token, warnings=warnings, error=error)
                 self._tell_stuck(None)
                 return
-            except StorageError as problem:  # nothing else could be kept either: wait
+            except StorageError as problem:  # no other job could be stored either: wait
                 self._tell_stuck(problem)
                 if self._stopping:
                     return
