@@ -7,7 +7,7 @@ from safelight.threads import before_torch
 
 
 def main() -> None:
-    """Run the command line; Ctrl-C is quiet even while it is still being imported."""
+    """Run the command line. Ctrl-C is quiet even during its import."""
     before_torch()
     try:
         from safelight.cli import run
@@ -17,9 +17,9 @@ def main() -> None:
 
 
 def leave(code: int) -> None:
-    """End the process, without half a second of taking PyTorch's modules apart.
+    """End the process at once: an ordinary exit spends half a second on unloading PyTorch.
 
-    By now every file is closed, and all that was said has been flushed line by line.
+    Every file is closed by now, and all output has been flushed line by line.
     """
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -31,7 +31,7 @@ MAX_PROFILE = 1 << 20
 PNG = b"\x89PNG\r\n\x1a\n"
 _EXIF = b"Exif\0\0"
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
-"""Bytes of a value of each type of TIFF."""
+"""Bytes of one value, by TIFF's type."""
 
 _ORIENTATION = 0x0112
 _MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])", re.DOTALL)
@@ -129,7 +129,7 @@ def _check_exif(exif: bytes, name: str) -> None:
 
 
 def _entries(tiff: bytes) -> Iterator[tuple[int, int, int, bytes]]:
-    """Yield tag, type, count and the four bytes of the value of TIFF's first directory."""
+    """Yield tag, type, count and the four value bytes of each entry in TIFF's first directory."""
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     if order is None or len(tiff) < 8:
         return

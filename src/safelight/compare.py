@@ -39,15 +39,15 @@ TEXTS = ("prompt", "negative_prompt", *(n for n, s in SETTINGS.items() if s.kind
 
 PAPER, INK, MUTED, FRAME = "#fbfaf8", "#211e1b", "#7d756c", "#d9d3ca"
 SMALLEST_CELL = 192
-"""Pixels: smaller pictures are enlarged, each pixel whole, until their labels can be read."""
+"""Pixels of the shorter side. Smaller pictures are enlarged by a whole factor, for the labels."""
 
 MAX_PIXELS = 32_000_000
-"""Of all cells together; larger ones are shrunk."""
+"""Pixels of all cells together; larger cells are shrunk."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A setting by its name in Request, and its values in order; None leaves it out."""
+    """A setting, by its name in Request, and its values in order; None leaves the setting out."""
 
     name: str
     values: tuple[Any, ...]
@@ -58,8 +58,8 @@ class Axis:
 
         Values of TEXTS are separated by |, as in `prompt=a cat|a dog, sitting` and
         `loras=none|ink:0.5|ink:0.5,film`. `none` leaves out a setting that can be left out, as in
-        `schedule=none,karras`. Raises SafelightError for anything else but values, which
-        `requests` checks.
+        `schedule=none,karras`. Raises SafelightError for any other form. `requests` checks the
+        values.
         """
         name, equals, values = text.partition("=")
         name = name.strip().replace("-", "_")
@@ -87,7 +87,7 @@ class Axis:
 
 def _value(setting: Setting, text: str) -> Any:
     can_be_left_out = setting.optional or setting.default in ((), "")
-    # But a prompt is always there: one of the word "none" is that word.
+    # A prompt cannot be left out: there "none" is the prompt itself.
     if text == "none" and can_be_left_out and setting.name != "prompt":
         return setting.default
     return setting.parse(text)
@@ -105,7 +105,7 @@ def requests(base: Request, x: Axis, y: Axis | None = None) -> list[list[Request
     """Return the request of every cell, row by row: base with x's and y's values.
 
     All have base's seed, and so its noise, unless seed is an axis. Raises SafelightError for the
-    first value that cannot be, and for a grid of more than 100 cells.
+    first value that is not valid, and for a grid of more than 100 cells.
     """
     if y is not None and x.name == y.name:
         raise SafelightError(f"x and y must be two settings, not {x.name} twice")
@@ -168,7 +168,7 @@ class Grid:
         return all(result.settings[name] == first for row in self.results for result in row)
 
     def _shared(self) -> dict[str, Any]:
-        """Return the settings that all cells share, those that are empty left out."""
+        """Return the settings that all cells share, without empty ones."""
         names = [name for name in SETTINGS if name not in ("prompt", "width", "height")]
         first = self.results[0][0].settings
         return {name: first[name] for name in names if first[name] and self._same(name)}
@@ -183,11 +183,11 @@ def grid(
     on_cell: Callable[[int, int, Image.Image], object] | None = None,
     on_step: Callable[[int, int], object] | None = None,
 ) -> Grid:
-    """Draw every cell; many share a call of the network (decision 0005 has what that rounds).
+    """Draw every cell. Cells share calls of the network (decision 0005 says how that rounds).
 
-    on_cell is called with column, row and picture of each cell, as it is finished; on_step after
-    each step of each cell with the steps taken and those of all cells. Raises SafelightError
-    before the first step if any cell cannot be, later if one turns to NaN.
+    on_cell is called with column, row and picture when a cell is finished; on_step after each step
+    of a cell, with the number of steps taken and of all steps. Raises SafelightError before the
+    first step if a cell is not valid, and later if a cell's values become NaN.
     """
     from safelight.engine import Engine
 
@@ -228,8 +228,8 @@ def sheet(
 ) -> Image.Image:
     """Return pictures, row by row, on one page, with a label over each column and beside each row.
 
-    title stands above all and note, in small, below. The font is Pillow's own, which has the
-    letters of English; accents are left out, and other scripts are boxes.
+    title stands at the top and note, smaller, at the bottom. The font is Pillow's own, which has
+    only English letters: accents are left out, and other scripts become boxes.
     """
     width, height = (max(picture.size[i] for row in pictures for picture in row) for i in (0, 1))
     count = len(pictures) * len(pictures[0])
@@ -273,7 +273,7 @@ def sheet(
             shown = _scaled(picture, scale)
             corner = left + j * (width + gap), first + i * (height + gap)
             page.paste(shown, corner)
-            # A picture on white would have no edge.
+            # Without a frame, a white picture has no visible edge.
             edge = (corner[0] + shown.width - 1, corner[1] + shown.height - 1)
             pen.rectangle((*corner, *edge), outline=FRAME)
     small.write(pen, (margin, first + down + size), foot, MUTED)

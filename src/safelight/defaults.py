@@ -1,4 +1,4 @@
-"""What holds where a request asks for nothing: a model's own settings, and levels of `fast`."""
+"""Defaults for settings that a request leaves out: a model's own, and the levels of `fast`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from safelight.families import Family
 
 NEEDED = ("sampler", "steps", "guidance_scale")
-"""The settings that stand in every `draw_with`."""
+"""The settings that every `draw_with` must have."""
 
 OPTIONAL = ("guidance_start", "guidance_end")
-"""The settings that may stand there, too."""
+"""The settings that a `draw_with` may have as well."""
 
 LEVELS: Mapping[int, Mapping[str, Any]] = {
     1: {"cache_every": 3},
@@ -28,8 +28,8 @@ LEVELS: Mapping[int, Mapping[str, Any]] = {
         "steps": 10,
     },
 }
-"""The settings that a level of `fast` stands for, where a request does not have its own. Where
-8-bit integers cannot be had, linear layers are plain."""
+"""The settings that each level of `fast` stands for; a request's own come first. Where 8-bit
+integers are not available, linear layers are plain."""
 
 BY_MODEL = frozenset({*NEEDED, *OPTIONAL}.union(*LEVELS.values()))
 """The settings whose defaults depend on the model."""
@@ -38,8 +38,8 @@ BY_MODEL = frozenset({*NEEDED, *OPTIONAL}.union(*LEVELS.values()))
 def model_defaults(notes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sampler, steps and guidance that a model says it draws best with.
 
-    notes: the content of its safelight.json. They stand under `draw_with`, all of NEEDED and any
-    of OPTIONAL; the result is empty if there is none, or none that is valid.
+    notes: the content of its safelight.json, where `draw_with` has all of NEEDED and any of
+    OPTIONAL. The result is empty if `draw_with` is missing or not valid.
     """
     said = notes.get("draw_with")
     if not isinstance(said, dict):
@@ -48,15 +48,15 @@ def model_defaults(notes: Mapping[str, Any]) -> dict[str, Any]:
     try:
         asked = Request(**{name: said[name] for name in names})
     except (KeyError, SafelightError):
-        return {}  # a file of someone else's
+        return {}  # not a file that we wrote
     return {name: getattr(asked, name) for name in names}
 
 
 def is_distilled(notes: Mapping[str, Any]) -> bool:
-    """Return whether a model draws well with its own `model_defaults` alone.
+    """Return whether a model draws well only with its own `model_defaults`.
 
-    notes: the content of its safelight.json: `"distilled": true`, or what our distillation wrote
-    before it wrote that: the model it was made from, and what to draw with.
+    notes: the content of its safelight.json. A distilled model has `"distilled": true`; one that
+    our older distillation wrote has `made_from` and `draw_with` instead.
     """
     return notes.get("distilled", "made_from" in notes and "draw_with" in notes) is True
 
@@ -70,8 +70,7 @@ def defaults_of(family: Family, notes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_level(request: Request, family: Family, notes: Mapping[str, Any]) -> Request:
-    """Return the request with the settings that its level of `fast` stands for, where it asks for
-    nothing.
+    """Return the request with its level of `fast` filled in for settings that it leaves out.
 
     A distilled model keeps the sampler and steps that it was taught. notes: the content of its
     safelight.json.

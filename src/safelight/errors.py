@@ -1,4 +1,4 @@
-"""The error that users are meant to read, and two kinds of it that pass by themselves."""
+"""The error whose message users read, and two kinds of it about storage."""
 
 from typing import Self
 
@@ -9,9 +9,9 @@ class SafelightError(ValueError):
     The message is one line for a person: what is wrong and what would be right. The command line
     prints it and exits with 2. Any other exception is a fault of ours and keeps its traceback.
 
-    code: for programs; "invalid", or a narrower word that the raising module documents, as
+    code: for programs; "invalid", or a narrower word that the raising module documents, such as
       "unknown_setting", "not_finite" or "queue_full".
-    field: the setting at fault by its name in `Request`, None if it is none of them.
+    field: the name in `Request` of the setting at fault; None if no setting is at fault.
     """
 
     def __init__(self, message: str, *, code: str = "invalid", field: str | None = None) -> None:
@@ -42,7 +42,7 @@ class StorageError(SafelightError):
 
 
 class AwayError(StorageError):
-    """A storage elsewhere, as an object store, cannot be used now."""
+    """A remote storage, such as an object store, cannot be used now."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, code="storage_away")

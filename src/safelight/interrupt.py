@@ -1,4 +1,4 @@
-"""Ctrl-C that waits for a good moment."""
+"""Delay Ctrl-C while work must not be interrupted."""
 
 import signal
 import threading
@@ -8,7 +8,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def ctrl_c_waits() -> Iterator[None]:
-    """Within it, Ctrl-C is noted, and raised at its end."""
+    """Delay Ctrl-C: KeyboardInterrupt is raised at the end of the block, not within it.
+
+    It does nothing outside the main thread, or if SIGINT has another handler than Python's.
+    """
     usual = signal.default_int_handler
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGINT) is not usual:

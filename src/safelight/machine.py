@@ -17,10 +17,10 @@ import torch
 from safelight.fast import memory, variant
 
 COMPANY = {"float32": 2, "bfloat16": 64}
-"""The most that a pixel, of 255, may differ between a picture drawn alone and in company.
+"""By how much of 255 a pixel may differ if a picture is drawn in a batch with others, not alone.
 
-About twice the largest difference that was measured on CPUs, since a rare picture differs more than
-most do: see docs/reliability.md and `tests/soak/company.py`. Other precisions were not measured.
+About twice the largest difference that was measured on CPUs, because rare pictures differ more than
+most: see docs/reliability.md and `tests/soak/company.py`. Other precisions were not measured.
 """
 
 _WORDS = {
@@ -36,11 +36,11 @@ _WORDS = {
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Return what the last bits of a picture that is drawn now on this device depend on.
+    """Return what decides the last bits of a picture that is drawn on this device now.
 
-    instructions: what PyTorch uses, and what else this processor has for products. processor: its
-    architecture, or the name of a GPU. threads: that share a product. torch: its version. kernels:
-    the libraries that make products.
+    instructions: those that PyTorch uses, and others of this processor for matrix products.
+    processor: its architecture, or the name of a GPU. threads: how many share a product. torch:
+    PyTorch's version. kernels: the libraries that compute products.
     """
     return {
         "instructions": _instructions(),
@@ -74,10 +74,10 @@ def _instructions() -> str:
 
 
 def recorded_machine(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a recipe, which may be a stranger's, says about how it was drawn.
+    """Return what a recipe says about how it was drawn; it may be a stranger's recipe.
 
-    Its keys are those of `describe_machine` and `exact`, whether the picture had each call of the
-    network for itself. What is missing, or of another type, is left out.
+    The keys are those of `describe_machine`, and `exact`: whether the picture shared no call of
+    the network with others. What is missing, or of another type, is left out.
     """
     drawn = recipe.get("drawn")
     kinds = {**dict.fromkeys(_WORDS, str), "threads": int, "exact": bool}
@@ -113,7 +113,7 @@ def differences(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> list[st
 def expected_difference(
     recorded: Mapping[str, Any], here: Mapping[str, Any], dtype: str
 ) -> tuple[int | None, str]:
-    """Return by how much of 255 a picture may differ from its recipe drawn again alone, and why.
+    """Return by how much of 255 a picture may change if it is drawn again, alone; and why.
 
     0: not at all. None: no bound is known.
     """

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Lock:
-    """An RLock that is a new one where a model is copied in depth, or read from a pickle."""
+    """An RLock; a model that is deep-copied or unpickled gets a new one."""
 
     def __init__(self) -> None:
         self._lock = RLock()
@@ -50,7 +50,7 @@ class Model:
     """A model that is ready to draw, as `safelight.load` returns it.
 
     name, path: as it was asked for, and where it was found.
-    sha256: of a single file, its own; of a folder, of the names and digests of all its files.
+    sha256: the digest of a single file, or of the names and digests of all files of a folder.
     family: what it is and how it draws; its name is "sd1", "sd1-inpainting", "sd2",
       "sd2-inpainting", "sdxl", "sdxl-inpainting", "sdxl-refiner", "ssd-1b", "vega" or "pixels";
       "custom", "sdxl-custom" and "sdxl-refiner-custom" are of other shapes.
@@ -60,17 +60,17 @@ class Model:
     native_size: width and height, in pixels, of the pictures it was trained on.
     warnings: what the user should know about how it was loaded.
     wildcards_dir: the folder that `__name__` in a prompt is drawn from, None if there is none.
-    styles: words by name that a request may have put around its prompts.
+    styles: named words that a request may put around its prompts.
     library: the models folder that LoRAs and embeddings are found in, None if there is none.
     other_vae: name and sha256 of the autoencoder that took the place of its own, None if none did.
     refiner: the model that takes the last steps, None if none does.
     stored: its weights where they are stored; None if it was not loaded from files.
-    takes_paths: whether a LoRA or an embedding may be named by its path, which is not for requests
-      of strangers.
-    lora_files, embedding_files: names of LoRAs and embeddings that mean these files.
-    base, selection: of an adapted model, the one without LoRAs, and those that it has.
-    lock: held while it computes, so that several threads may draw with it; its adapted models have
-      the same one.
+    takes_paths: whether a LoRA or an embedding may be named by its path; not for requests of
+      strangers.
+    lora_files, embedding_files: files by the names of LoRAs and embeddings that stand for them.
+    base, selection: of an adapted model, the model without LoRAs, and the LoRAs merged into it.
+    lock: held while it computes, so that several threads may draw with it; its adapted models
+      share it.
     """
 
     name: str
@@ -117,7 +117,7 @@ class Model:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Settings that it draws best with, where a request asks for nothing."""
+        """The settings that it draws best with, for those that a request leaves out."""
         return defaults_of(self.family, self.notes)
 
     @property
@@ -177,10 +177,10 @@ class Model:
         """Return a model with LoRAs and their kin merged, which shares all else with this one.
 
         loras: as `Request.loras` has them, added to those that this model has. unmatched: "warn"
-        leaves out keys that belong to nothing in the model. The last few models stay, so that the
-        same LoRAs give the same object. This model draws as before.
+        leaves out keys that belong to nothing in the model. The last few adapted models are kept,
+        so that the same LoRAs give the same object. This model draws as before.
 
-        Raises SafelightError, one line, for a file that is not found, damaged or does not fit.
+        Raises SafelightError, one line, for a file that is not found, is damaged or does not fit.
         """
         from safelight.adapters.asked import AskedLora
 
@@ -209,7 +209,7 @@ class Model:
         return run.result
 
     def stream(self, prompt: Request | str = "", **settings: Unpack[GenerateSettings]) -> Run:
-        """Return the same as `generate`, to iterate over:
+        """Return a run that draws as `generate` does, to iterate over step by step:
 
         run = model.stream("a red apple", seed=7)
         for step in run:

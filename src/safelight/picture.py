@@ -34,8 +34,8 @@ MAX_PIXELS = 64_000_000
 MAX_BYTES = 256 * 2**20
 MIN_SIDE = 8
 MAX_SIDE = 65_535
-"""The most pixels of a side, as of a JPEG. To resize three million in one row takes half a second
-and 150 MB, for the weights alone.
+"""The most pixels of a side, as in JPEG. Resizing a row of three million pixels takes half a second
+and 150 MB for the filter's weights alone.
 """
 MAX_COMMENT = 65_000
 """Bytes of text in a JPEG, which holds EXIF in one segment of 64 KiB, other tags included."""
@@ -106,7 +106,7 @@ def opened(source: str | Path | bytes, name: str) -> Image.Image:
 
 def _read(path: Path, name: str) -> bytes:
     try:
-        status = path.stat()  # before it is opened, which for a pipe waits for someone to write
+        status = path.stat()  # before it is opened: opening a pipe waits for a writer
         if stat.S_ISDIR(status.st_mode):
             raise SafelightError(f"{name} is a folder: give the picture's file")
         if not stat.S_ISREG(status.st_mode):
@@ -195,7 +195,7 @@ def output_paths(out: str | Path, seeds: Sequence[int], *, overwrite: bool = Fal
     out: a name that ends in .png, .jpg, .jpeg or .webp, or a folder (one that exists, or a name
     without such an end), for safelight-<seed>.png. Several pictures become name-1.png,
     name-2.png…; `{seed}` in the name is replaced by each picture's seed instead. A name that
-    Safelight chooses itself gets the next free number rather than meet a file that exists.
+    Safelight chooses itself gets the next free number if its file exists.
     """
     path = expanded(out)
     # Path.is_dir raises for a name that is too long.
@@ -241,7 +241,7 @@ def check_writable(path: str | Path, *, overwrite: bool = False, need: int = 2**
         folder = path.parent
         while not folder.exists():
             folder = folder.parent
-        # Trying is the only test that a read-only disk, a quota and root all answer truly.
+        # Only writing tells the truth on a read-only disk, with a quota and as root.
         probe = _temporary(folder / "probe")
         try:
             probe.touch(exist_ok=False)
@@ -264,9 +264,9 @@ def encode(
 ) -> bytes:
     """Return a picture as a file; the same input gives the same bytes.
 
-    form: "PNG", "JPEG" or "WEBP". A PNG holds all texts. The others hold the text `parameters`
-    alone, as the EXIF comment, and none that is too long for it. quality: of JPEG and WebP, 0 to
-    100; None is 95 for JPEG and 90 for WebP.
+    form: "PNG", "JPEG" or "WEBP". A PNG holds all texts. The others hold only the text
+    `parameters`, as the EXIF comment, and leave it out if it is too long. quality: of JPEG and
+    WebP, 0 to 100; None is 95 for JPEG and 90 for WebP.
     """
     buffer = io.BytesIO()
     if form == "PNG":
@@ -287,7 +287,7 @@ def encode(
 def save_picture(
     image: Image.Image, path: str | Path, texts: Mapping[str, str], *, overwrite: bool = False
 ) -> None:
-    """Write a picture and its texts in the format of the name's end (`SUFFIXES`).
+    """Write a picture and its texts in the format of the name's ending (`SUFFIXES`).
 
     Raises as `save_whole`.
     """
@@ -308,7 +308,7 @@ def write_png(file: BinaryIO, image: Image.Image, texts: Mapping[str, str]) -> N
 
 
 def write_plain_png(file: BinaryIO, image: Image.Image) -> None:
-    """Write a picture of mode RGB or L as a PNG that is larger, and written with little memory."""
+    """Write a picture of mode RGB or L as a PNG with little memory; the file is larger."""
     for part in plain_png.parts(image):
         _write(file, part)
 

@@ -21,7 +21,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 BETWEEN = 2**24
-"""The most pixels that a picture may have half-way to another size, if it had fewer before."""
+"""The most pixels of the picture between the two passes of a resize, if the original has fewer."""
 
 _XMP = re.compile(rb"tiff:Orientation(?:=\"|>)([1-8])")
 
@@ -33,7 +33,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def _orientation(info: Mapping[Any, Any]) -> int:
-    """Return the orientation, 1 to 8. Pillow reads all of EXIF for it, which may be hostile."""
+    """Return the orientation, 1 to 8. Pillow's function reads all of EXIF, which may be hostile."""
     exif, hexadecimal = info.get("exif"), info.get("Raw profile type exif")
     if not exif and isinstance(hexadecimal, str) and len(hexadecimal) < 2 * MAX_PROFILE:
         with contextlib.suppress(ValueError):  # ImageMagick's: three lines, then the bytes
@@ -74,7 +74,7 @@ def rgb_of(image: Image.Image) -> "Strips":
 class Strips:
     """A picture that is converted strip by strip: a whole copy takes up to four times its memory.
 
-    mode, size: as Pillow has them. strip: returns what is within a box.
+    mode, size: as Pillow has them. strip: returns the part within a box.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Strips:
         return (self.strip(box) for box in strips(self.size))
 
     def whole(self) -> Image.Image:
-        """Return the picture in one."""
+        """Return the whole picture."""
         return joined(self.mode, self.size, iter(self))
 
 
@@ -107,9 +107,9 @@ def resized(
 ) -> Image.Image:
     """Return a picture at another size.
 
-    Pillow first brings every row to the new width: what is 8 pixels wide and three million high
-    would take 25 GB on its way to 2048. Where that takes more than the picture itself, and than
-    BETWEEN, columns are brought to the new height first.
+    Pillow changes the width first: a picture 8 pixels wide and three million high would take 25 GB
+    on its way to a width of 2048. If the picture in between would have more pixels than the
+    original and than BETWEEN, the height is changed first.
     """
     if size[0] * image.height > max(image.width * image.height, BETWEEN):
         image = image.resize((image.width, size[1]), how)
@@ -121,7 +121,7 @@ def strips(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
     width, height = size
     rows = max(1, 2**20 // max(width, 1))
     for top in range(0, height, rows):
-        get_on()  # of a large picture it may take long
+        get_on()  # a large picture may take long
         yield 0, top, width, min(top + rows, height)
 
 

@@ -1,4 +1,4 @@
-"""PNG files that are large, and made with little memory, strip by strip."""
+"""Write PNG files strip by strip, with little memory; they are larger than Pillow's."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from safelight.pixels import strips
 def parts(image: Image.Image) -> Iterator[bytes]:
     """Yield the parts of a PNG of mode RGB or L, whose rows are not filtered (specification, 9.2).
 
-    Other threads go on meanwhile: Pillow's own writer would let none of them run for as long as it
-    takes to make 64 KiB, which of a plain picture is all of it.
+    Other threads run meanwhile. Pillow's own writer stops them until it has made 64 KiB, which for
+    an evenly coloured picture is the whole file.
     """
     colour = {"L": 0, "RGB": 2}[image.mode]
     yield PNG + _chunk(b"IHDR", struct.pack(">IIBBBBB", *image.size, 8, colour, 0, 0, 0))

@@ -1,6 +1,6 @@
-"""Where long work says that it gets on, for whoever watches that it does not hang.
+"""Long work reports its progress here, so that a watchdog sees that it does not hang.
 
-Networks need not: their blocks are watched by hooks. Loops within a layer do.
+Networks need not report: hooks watch their blocks. Loops within a layer do.
 """
 
 import io
@@ -10,18 +10,18 @@ _listening: list[Callable[[], object]] = []
 
 
 def listen(call: Callable[[], object]) -> None:
-    """From now on call this when work gets on, in the thread that does it."""
+    """Call `call` at each report from now on, in the thread that reports."""
     _listening.append(call)
 
 
 def get_on() -> None:
-    """Say that work gets on."""
+    """Report progress."""
     for call in _listening:
         call()
 
 
 class Reader(io.BytesIO):
-    """Bytes in memory; work gets on with each piece that is read."""
+    """Bytes in memory; reading a piece reports progress."""
 
     def read(self, size: int | None = -1) -> bytes:
         get_on()

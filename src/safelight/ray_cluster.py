@@ -14,12 +14,12 @@ HERE = "local"
 
 
 def connect(address: str, *modules: str) -> Any:
-    """Return the module ray, connected. modules: more of Ray that is needed, as "ray.data".
+    """Return the module ray, connected. modules: others of Ray to import, such as "ray.data".
 
     Raises SafelightError if Ray is missing or the cluster is not reached.
     """
-    # Nothing is told to Ray's makers, accelerators stay as they are for workers without GPUs, and
-    # this process prints no log of Ray's own.
+    # Ray sends no usage statistics, leaves accelerators as they are for workers without GPUs, and
+    # prints no log in this process.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")

@@ -91,7 +91,7 @@ def _tag(lora: dict[str, Any]) -> str:
 
 
 def _plain(name: str) -> str:
-    """Return a name without the marks that part names in the web UI's text."""
+    """Return a name without the marks that separate names in the web UI's text."""
     return re.sub(r"[:,<>]", "", name)
 
 
@@ -112,8 +112,8 @@ def _quoted(value: object) -> str:
 def parse_recipe_text(text: str) -> dict[str, Any]:
     """Return the parts of a `parameters` text: prompt, negative_prompt, and the pairs as strings.
 
-    Takes time linear in the text, whatever it holds. Raises SafelightError if there is no line
-    of pairs at its end.
+    Takes time linear in the length of any text. Raises SafelightError if there is no line of pairs
+    at its end.
     """
     body, _, last = text.strip("\n").rpartition("\n")
     pairs: dict[str, str] = {}
@@ -125,7 +125,7 @@ def parse_recipe_text(text: str) -> dict[str, Any]:
                 value, at = json.JSONDecoder().raw_decode(last, at)
             except ValueError:
                 break
-            value = value.encode(errors="replace").decode()  # no halves of character pairs
+            value = value.encode(errors="replace").decode()  # no lone surrogates
         else:
             comma = last.find(",", at)
             end = comma if comma >= 0 else len(last)

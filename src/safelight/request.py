@@ -1,6 +1,6 @@
 """A request: the settings of a picture, checked together, without PyTorch.
 
-`safelight.request_fields` describes each setting; what holds between them is here.
+`safelight.request_fields` describes each setting; the rules between settings are here.
 """
 
 import json
@@ -32,7 +32,7 @@ STRENGTH = 0.8
 
 
 class _Listed(type(BaseModel)):
-    """Lists what is Safelight's own in `dir` and `help`, which pydantic's methods would bury."""
+    """Lists only Safelight's own names in `dir` and `help`, without pydantic's methods."""
 
     def __dir__(cls) -> list[str]:
         own = [base for base in cls.__mro__ if base.__module__.partition(".")[0] == "safelight"]
@@ -110,7 +110,7 @@ class Request(RequestFields, metaclass=_Listed):
     @field_validator("image", "mask")
     @classmethod
     def _copy_picture(cls, value: Image | None, info: ValidationInfo) -> Image | None:
-        """Convert a copy: what the caller does to theirs later does not change the request."""
+        """Return a converted copy: later changes to the caller's picture do not reach it."""
         if value is None:
             return None
         name = info.field_name
@@ -185,7 +185,7 @@ class Request(RequestFields, metaclass=_Listed):
         return found
 
     def _is_composed(self) -> bool:
-        """Return whether the prompt has AND or a weight as a whole, and so a negative prompt."""
+        """Return whether the prompt has AND or an overall weight, which use the negative prompt."""
         from safelight.prompt.dialects import read
 
         parts = read(self.prompt, self.prompt_syntax, steps=1, emphasis=self.emphasis).parts
@@ -193,7 +193,7 @@ class Request(RequestFields, metaclass=_Listed):
 
     @property
     def strength_taken(self) -> float | None:
-        """How much of the picture is changed, also if the request does not say; None without."""
+        """How much of the picture is changed, by default if not given; None without a picture."""
         if self.image is None:
             return None
         own = STRENGTH if self.mask is None else 1.0
@@ -206,11 +206,11 @@ class Request(RequestFields, metaclass=_Listed):
         return max(1, min(int(self.steps * (self.strength or 1)), self.steps))
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
-        """Return the same request with these values where it asks for nothing.
+        """Return the same request with these values for settings that it leaves out.
 
-        defaults: valid settings, as `defaults.defaults_of` returns them. A request that says where
-        guidance ends gets no start of it, which could come after, and one that says where it
-        begins no end that would come before.
+        defaults: valid settings, as `defaults.defaults_of` returns them. A request with its own
+        guidance_end gets no guidance_start, which could come after it; one with its own
+        guidance_start gets no guidance_end that comes before it.
         """
         asked = set(self.model_fields_set)
         if self.guidance_end is not None:
@@ -250,7 +250,7 @@ class Request(RequestFields, metaclass=_Listed):
         return self._with_pictures({n: one for n, one in given.items() if one is not None}, {})
 
     def _with_pictures(self, pictures: Mapping[str, Image], digests: Mapping[str, str]) -> Self:
-        """digests: of pictures that are not as they were given."""
+        """Return the same request with pictures. digests: of the originals, where they differ."""
         made = self.model_copy(update=dict(pictures))
         made._digests = {name: digests[name] for name in pictures if name in digests}
         return made._check_together()
@@ -258,8 +258,8 @@ class Request(RequestFields, metaclass=_Listed):
     def fitted(self) -> Self:
         """Return the same request with its pictures at the size to draw.
 
-        They are named as they were given, in `to_dict`. Raises SafelightError for a picture that is
-        too small or too large, where no size is asked for.
+        `to_dict` has the digests of the originals. Raises SafelightError for a picture that is too
+        small or too large, if no size is asked for.
         """
         if self.image is None:
             return self
@@ -302,7 +302,7 @@ class Request(RequestFields, metaclass=_Listed):
     ) -> Self:
         """Return the request that `to_dict` wrote, given its picture and mask pixel for pixel.
 
-        fitted: they are what `Request.fitted` made of those, and are not copied.
+        fitted: `Request.fitted` has resized them already; they are not copied.
         """
         settings = {str(name): value for name, value in settings.items()}
         digests = {name: settings.pop(f"{name}_sha256", None) for name in ("image", "mask")}

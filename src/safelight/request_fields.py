@@ -41,7 +41,7 @@ Share = Annotated[Number, Field(ge=0, le=1)]
 _OWN = "the model's own"
 _OWN_SIZE = "the model's own, or the picture's"
 ClipSkip = Annotated[Whole, Field(ge=1, le=48)]
-# What SDXL is told about sizes: numbers of any picture, which need not be one that is drawn.
+# Sizes that SDXL is told. They need not be sizes that can be drawn.
 ToldSide = Annotated[Whole, Field(ge=1, le=2**15)]
 ToldPlace = Annotated[Whole, Field(ge=0, le=2**15)]
 Score = Annotated[Number, Field(ge=0, le=10)]

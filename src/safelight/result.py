@@ -18,13 +18,13 @@ class Result:
 
     settings: those of `Request.to_dict`, with the defaults of model and sampler filled in.
     seeds: seeds[i] made images[i]. timings: in seconds. paths: where the pictures were saved.
-    drawn: what their last bits depend on besides: see `safelight.machine`.
+    drawn: what else their last bits depend on, see `safelight.machine`.
     words: with styles or dynamic prompts, the prompt and negative prompt of each seed.
-    embeddings: of each seed, name and sha256 of the textual inversions that it was drawn with.
+    embeddings: for each seed, name and sha256 of its textual inversions.
     vae: name and sha256 of the autoencoder, if it is not the model's own.
-    refiner: those of the model that took the last steps, if one did.
-    loras: of each seed that was drawn with some, name, weights, SHA-256, A1111's hash, and whether
-      it stands in the prompt.
+    refiner: name and sha256 of the model that took the last steps, if one did.
+    loras: for each seed with LoRAs, their name, weights, SHA-256, A1111's hash, and whether it
+      stands in the prompt.
     """
 
     images: list[Image]
@@ -47,8 +47,8 @@ class Result:
     def recipe(self, i: int = 0) -> dict[str, Any]:
         """Return everything that makes picture i again, alone. It is written into its PNG.
 
-        With styles and dynamic prompts it has the words that they gave, and what these came from
-        as `template`.
+        With styles or dynamic prompts it has the resulting words, and the original texts as
+        `template`.
         """
         seed = self.seeds[i]
         settings, template = {**self.settings, "seed": seed, "count": 1}, {}
@@ -58,7 +58,7 @@ class Result:
             settings |= dict(zip(names, self.words[seed], strict=True))
             settings |= {"dynamic_prompts": False, "styles": []}
         embeddings = list(self.embeddings.get(seed, ()))
-        if embeddings:  # by names that tell nothing of this machine
+        if embeddings:  # by name: a path would tell about this machine
             settings["embeddings"] = [one["name"] for one in embeddings]
         return {
             "safelight": __version__,

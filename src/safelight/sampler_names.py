@@ -46,7 +46,7 @@ def sampler_and_schedule(name: str) -> tuple[str, str | None] | None:
 def in_our_names(given: dict[str, Any]) -> dict[str, Any]:
     """Return settings with our name of their sampler, and the schedule that its name includes.
 
-    A name that nobody knows stays. Raises SafelightError for another schedule beside one in the
+    An unknown name stays. Raises SafelightError if the settings have another schedule than the
     sampler's name.
     """
     found = sampler_and_schedule(given["sampler"])

@@ -1,4 +1,4 @@
-"""The settings of a Request as every surface needs them: limits in words, names, parsing.
+"""The settings of a Request as every interface needs them: limits in words, names, parsing.
 
 `Request` describes each setting once. The command line, the three APIs, the page's form, grids,
 recipes and docs/settings.md are made from what the functions here read out of that description.
@@ -39,7 +39,7 @@ MAX_TEXTS = 32
 
 
 def _plain_number(value: object) -> object:
-    """numpy's scalars are numbers too; booleans are left for the strict check to refuse."""
+    """Return numpy's scalars as plain numbers; booleans stay, and the strict check refuses them."""
     if isinstance(value, bool | int | float):
         return value
     if isinstance(value, numbers.Integral):
@@ -63,7 +63,7 @@ Texts = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(max_length=
 
 @dataclass(frozen=True)
 class About:
-    """What surfaces need to know of a setting besides its type, limits and description.
+    """What interfaces need to know of a setting besides its type, limits and description.
 
     default: what holds where the setting is left out, in words; empty if the field's default
       says it.
@@ -166,7 +166,7 @@ class Setting:
         return self.name.replace("_", " ")
 
     def parse(self, text: str) -> Any:
-        """Return the value that a text says; a text that cannot be one, unchanged.
+        """Return the value that a text stands for, or the text unchanged if it is no such value.
 
         The texts of a list are separated by commas or line ends. `Request` checks the value, and
         says what would be right.
@@ -189,8 +189,9 @@ class Setting:
         return "\n".join(value) if self.kind is tuple else value
 
     def schema(self) -> dict[str, Any]:
-        """The setting in JSON Schema's own keywords. A picture is a string of base64, and null is
-        to leave the setting out.
+        """Return the setting's JSON Schema.
+
+        A picture is a string of base64; null leaves the setting out.
         """
         kinds = {str: "string", int: "integer", float: "number", bool: "boolean", None: "string"}
         kinds |= {tuple: "array"}
@@ -333,7 +334,7 @@ def _setting(name: str, field: FieldInfo) -> Setting:
 
 
 def _flat(annotation: Any) -> tuple[list[Any], list[Any]]:
-    """The types of an annotation and all that is annotated to them, unions and FieldInfo undone."""
+    """Return the types and the metadata of an annotation, with unions and FieldInfo taken apart."""
     if get_origin(annotation) is Annotated:
         inner, *extra = get_args(annotation)
         types_, metadata = _flat(inner)

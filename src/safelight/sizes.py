@@ -11,7 +11,7 @@ def allowed_side(pixels: float) -> int:
 
 
 def allowed_size(size: tuple[int, int]) -> tuple[int, int]:
-    """Return a size itself, or the nearest of its proportions that a picture may have."""
+    """Return the nearest size of the same proportions that a picture may have."""
     scale = max(min(1.0, MAX_SIDE / max(size)), MIN_SIDE / min(size))
     return allowed_side(size[0] * scale), allowed_side(size[1] * scale)
 
@@ -30,7 +30,7 @@ def drawable_size(size: tuple[int, int], native: tuple[int, int]) -> tuple[int, 
 
 
 def size_of(picture: tuple[int, int], width: int | None, height: int | None) -> tuple[int, int]:
-    """Return the width and height to draw a picture at that is started from.
+    """Return the width and height to draw at, for a picture to start from.
 
     Where one side is asked for, the other keeps the picture's proportions; where none is, both are
     the nearest multiples of SIDE_STEP. Raises SafelightError for a picture that is too small or
@@ -43,7 +43,7 @@ def size_of(picture: tuple[int, int], width: int | None, height: int | None) -> 
         )
         if MIN_SIDE <= min(near) <= max(near) <= MAX_SIDE:
             return near
-        # A photo at MAX_SIDE takes hours on a CPU, which somebody should ask for.
+        # A photo at MAX_SIDE takes hours on a CPU, so the user has to ask for it.
         wide, high = allowed_size(picture)
         raise SafelightError(
             f"image is {picture[0]}x{picture[1]}; sides must be from {MIN_SIDE} to {MAX_SIDE}: "

@@ -25,8 +25,8 @@ _OBJECTS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"})
 """Protocols of object stores, which have names with slashes and no folders to make."""
 
 _PATIENCE = {"connect_timeout": 3, "read_timeout": 8, "retries": {"max_attempts": 1}}
-"""What S3's client waits for, in seconds, and how often it asks again: callers ask again as well,
-and their own callers wait.
+"""Timeouts of S3's client in seconds, and its attempts. Both are low, because callers try again as
+well, and their own callers wait.
 """
 
 
@@ -44,8 +44,8 @@ def storage_at(where: str | Path) -> Storage:
 def checked(given: str) -> str:
     """Return where a server's storage is, as it was given; a path is made absolute.
 
-    Raises SafelightError for a URL with credentials, which would be seen by all users of the
-    machine, and for one of a memory that ends with its process.
+    Raises SafelightError for a URL with credentials, which all users of the machine could see, for
+    memory://, which ends with its process, and for a URL without a bucket or with ? # * [ or ].
     """
     scheme, mark, rest = given.partition("://")
     if not mark:
@@ -73,7 +73,7 @@ class Stored:
 
     @property
     def path(self) -> Path | None:
-        """Where it is on this machine; None elsewhere."""
+        """Its path, if the storage is on this machine; else None."""
         return Path(self.storage.path(self.name)) if self.storage.local else None
 
     def parts(self) -> Iterator[bytes]:
@@ -84,7 +84,7 @@ class Stored:
 class Storage(ABC):
     """Files under one folder. A file's name may have folders, divided by slashes.
 
-    url: where it is. root: the same as its file system names it. local: whether it is of this
+    url: where it is. root: the same in the form of its file system. local: whether it is on this
     machine, where files have paths and can be appended to.
 
     Methods raise StorageError, one line, if it cannot be read or written.
@@ -246,7 +246,7 @@ class Remote(Storage):
         except ValueError as error:
             raise SafelightError(f"{url} cannot be used: {reason(error)}") from None
         if hasattr(self.fs, "retries"):
-            self.fs.retries = 1  # its client does that
+            self.fs.retries = 1  # its client tries again by itself
         self.root = str(root).rstrip("/")
         self._makes_folders = protocol not in _OBJECTS
         self._made: set[str] = set()
@@ -298,7 +298,7 @@ class Remote(Storage):
         where = self.path(folder)
         self.fs.invalidate_cache()
         found = self._do(lambda: self.fs.ls(where, detail=True), missing=[])
-        self.fs.invalidate_cache()  # a million names are not to be kept
+        self.fs.invalidate_cache()  # it would keep a million names
         return [one for one in found if one["name"].strip("/") != where.strip("/")]
 
     def remove(self, names: Iterable[str]) -> None:
@@ -319,7 +319,7 @@ class Remote(Storage):
         self.remove([name])
 
     def _place(self, name: str) -> str:
-        """Return the full name of a file whose folder is there."""
+        """Return the full name of a file, and make its folder where that is needed."""
         folder = self.path(name).rpartition("/")[0]
         if self._makes_folders and folder not in self._made:
             self.fs.makedirs(folder, exist_ok=True)
@@ -327,7 +327,7 @@ class Remote(Storage):
         return self.path(name)
 
     def _do(self, call: Callable[[], Any], **missing: Any) -> Any:
-        """Return what a call returns. missing: what it is if there is no such file or folder."""
+        """Return what a call returns, or `missing`, if given, for a file or folder not there."""
         try:
             return call()
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -338,7 +338,7 @@ class Remote(Storage):
             raise self._failed(error) from None
 
     def _failed(self, error: Exception) -> AwayError:
-        # An address may be one that nobody else should know.
+        # The message may hold a private address.
         why = re.sub(r'"?https?://\S*', "…", reason(error))
         return AwayError(f"the storage {self.url} cannot be used: {why}")
 

@@ -1,25 +1,27 @@
-"""What is set for PyTorch before it is loaded: how its threads wait, and how many compiled
-primitives oneDNN keeps. This module imports nothing heavy.
+"""Settings for PyTorch before it is loaded: how its threads wait, and how many compiled primitives
+oneDNN keeps. This module imports nothing heavy.
 
-OpenMP's threads spin while they wait. Beside another process they so keep off the processor the
-very thread they wait for: a picture beside two others took five times as long as alone. Threads
-that sleep at once take a seventh longer for a small picture on a quiet machine. Threads that spin
-for some microseconds and then sleep do well in both cases: docs/performance.md has the figures.
+OpenMP's threads spin while they wait. If other processes need the processor too, the spinning
+threads keep off it the thread that they wait for: a picture beside two others took five times as
+long as alone. Threads that sleep at once take a seventh longer for a small picture on a quiet
+machine. Threads that spin for some microseconds and then sleep do well in both cases:
+docs/performance.md has the figures.
 """
 
 import os
 
 SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-"""Variables by which a user may have chosen: then nothing is changed."""
+"""Variables by which a user chooses how threads wait. If one is set, nothing is changed."""
 
 BRIEFLY = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1500"}
-"""Threads of GCC's OpenMP spin for so many turns before they sleep, LLVM's sleep at once."""
+"""Threads of GCC's OpenMP spin for this many turns before they sleep; LLVM's sleep at once."""
 
 PRIMITIVES = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096"
-"""A variable, and its value: how many compiled primitives oneDNN keeps, of some 100 KB each. It
-compiles one for each shape of a product. A call of `embedded` needs 150, others for each number of
-rows. Of the 1,024 that are kept by default, a server whose calls hold 2 to 64 rows compiled most
-again at each call, for 20 ms."""
+"""A variable and its value: how many compiled primitives oneDNN keeps, of some 100 KB each.
+
+oneDNN compiles one for each shape of a product. A call of `embedded` needs 150, and different ones
+for each number of rows. With the default of 1,024, a server whose calls have 2 to 64 rows compiled
+most of them again at each call, which took 20 ms."""
 
 
 def before_torch() -> None:

@@ -19,11 +19,11 @@ def unknown_words(text: str, known: Set[str]) -> list[str]:
 
 
 def known_alone(text: str, known: Set[str]) -> str:
-    """Return a text with blanks in place of words that are not known, at the same places."""
+    """Return a text in which each unknown word is replaced by as many blanks as it has letters."""
 
     def kept(match: re.Match[str]) -> str:
         word = match[0]
-        mark = word.startswith("<|")  # of CLIP's own
+        mark = word.startswith("<|")  # one of CLIP's own
         return word if mark or _is_known(word.lower(), known) else " " * len(word)
 
     return re.sub(rf"<\|\w+\|>|{_WORD}", kept, text)

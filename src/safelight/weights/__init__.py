@@ -10,7 +10,7 @@ __all__ = ["inspect", "load_model"]
 
 
 def __getattr__(name: str) -> object:
-    # Finding and checking a file needs no torch, so that loading is fetched when it is asked for.
+    # Finding and checking files needs no torch, so loading is imported only when it is asked for.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module("safelight.weights.load"), name)

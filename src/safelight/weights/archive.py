@@ -25,7 +25,10 @@ _TAIL = 98
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """pickle: the content of data.pkl. records: start and size of the bytes of each storage."""
+    """What an archive holds.
+
+    pickle: the content of data.pkl. records: start and size, in bytes, of each storage in the file.
+    """
 
     pickle: bytes
     records: dict[str, tuple[int, int]]
@@ -41,7 +44,7 @@ def read_archive(path: Path, name: str) -> Archive:
             return _read(file, name)
     except OSError as e:
         raise refusal(name, f"cannot be read ({e.strerror})") from None
-    # The zip library raises what its parts raise of a broken file.
+    # For a broken file the zip library raises whatever its parts raise.
     except (
         zipfile.BadZipFile,
         struct.error,

@@ -1,8 +1,8 @@
-"""Another autoencoder for a model: planned from its headers and config alone, as a model is.
+"""Plan another autoencoder for a model, from headers and configs alone.
 
-Known are diffusers' folders of AutoencoderKL and AutoencoderTiny, a whole model's folder, single
-files in the names of the original code or of diffusers, with and without a prefix, and the two
-files of TAESD.
+It may be diffusers' folder of an AutoencoderKL or AutoencoderTiny, a whole model's folder, a single
+file with the original code's names or diffusers', with or without a prefix, or the two files of
+TAESD.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from safelight.weights.plan import Plan
 PARTS = {VAE_PART.network: VAE_PART, **VAE_PART.others}
 
 _PREFIXES = ("first_stage_model.", "vae.")
-# What training needed, and the constants of some writers.
+# Tensors that only training needs, and constants that some writers add.
 _UNUSED = re.compile(r"(loss|model_ema)\..*|.*\bnum_batches_tracked")
 _TAESD = re.compile(r"(\d+)\.(.+)")
 
@@ -149,7 +149,7 @@ def _taesd_plan(source: Source, header: Header) -> VaePlan:
 def _numbered(header: Header, half: str, first: int) -> dict[str, Weight]:
     """Return the weights of one half of TAESD, which numbers its layers in one list.
 
-    first: the number of the first layer with weights; its decoder begins with a clamp.
+    first: the number of the first layer with weights; the decoder begins with a clamp.
     """
     found: dict[str, Weight] = {}
     for key, info in header.tensors.items():
@@ -190,7 +190,7 @@ def _config(source: Source, part: Part, told: Mapping[str, Any]) -> Any:
 
 
 def _check_fit(plan: VaePlan, model: Plan, own: Any) -> None:
-    """Refuse an autoencoder for other latents than the model's."""
+    """Refuse an autoencoder whose latents are not those of the model."""
     name, config = plan.source.name, plan.config
     if config.depth > len(plan.weights):
         raise refusal(name, "its config has more layers than its file tensors")
@@ -217,7 +217,7 @@ def _file(source: Source) -> dict[str, Path]:
 
 
 def _warnings(plan: VaePlan, model: Plan) -> list[str]:
-    """Return what a person should know about an autoencoder in place of a model's own."""
+    """Return warnings about an autoencoder in place of a model's own."""
     theirs, ours = plan.config.scaling_factor, model.configs["vae"].scaling_factor
     if {plan.part.network, model.parts["vae"].network} != {VAE_PART.network}:
         return []  # a tiny one scales in its weights

@@ -1,4 +1,4 @@
-"""How much memory a model takes on a CPU, told before it is loaded."""
+"""Estimate how much memory a model takes on a CPU, before it is loaded."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ PROGRAM = 450 << 20
 """Bytes of Python, PyTorch and a tokenizer."""
 
 MAPS = 4
-"""Maps of the autoencoder's second width at a picture's full size that a decoder holds at once.
+"""Feature maps of the autoencoder's second width, at full size, that a decoder holds at once.
 
-As was measured of Stable Diffusion 1.5 and XL; other work takes less.
+Measured with Stable Diffusion 1.5 and XL; other work takes less.
 """
 
 TOLD_FROM = 1 << 30
-"""Bytes below which nobody needs to be told."""
+"""Bytes above which the user is told."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes. weights: that stay in memory. work: of the program and a picture in the making.
+    """Memory in bytes. weights: those that stay in memory. work: the program and drawing a picture.
 
-    free: of this machine now; total: of this machine; 0 where it does not tell.
+    free, total: this machine's memory that is free now, and all of it; 0 if the system does not
+    tell.
     """
 
     weights: int
@@ -56,8 +57,8 @@ def budget(
 ) -> Budget:
     """Return what a model takes while it draws a picture of its own size.
 
-    dtypes: of its networks. fast: they get the fast layers, which leave the text encoders, and
-    with low_memory all large weights, in files.
+    dtypes: of its networks. fast: whether they get the fast layers, which leave text encoders in
+    files, and with low_memory all large weights.
     """
     weights = 0
     for part, those in plan.weights.items():
@@ -76,7 +77,7 @@ def budget(
 
 
 def check_memory(plan: Plan, dtypes: Mapping[str, torch.dtype], *, fast: bool, low: bool) -> Budget:
-    """Return the budget. Raises SafelightError with what would help a machine that is too small."""
+    """Return the budget. Raises SafelightError if the memory is too small, with what would help."""
     found = budget(plan, dtypes, fast=fast, low_memory=low)
     if not found.total or found.needed <= found.total:
         return found

@@ -19,11 +19,11 @@ from safelight.weights.notes import Stamp, keep, recall, stamp_of
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """One thing that is there.
+    """One model, LoRA, embedding or autoencoder.
 
-    kind: "model", "lora", "embedding" or "vae". family: of a model its variant; of a LoRA what its
-    training says it is for; None if unknown. bytes: on disk. dtypes: that numbers are stored in.
-    where: what brought it. why_not: the reason, if it cannot be used.
+    kind: "model", "lora", "embedding" or "vae". family: a model's variant, or what a LoRA's
+    training says it is for; None if unknown. bytes: on disk. dtypes: of the stored numbers. where:
+    where it comes from. why_not: the reason, if it cannot be used.
     """
 
     kind: str

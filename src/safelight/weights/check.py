@@ -300,7 +300,7 @@ def read_bytes(path: Path, limit: int, name: str | None = None) -> bytes:
 def read_json(path: Path, limit: int = 2**20, name: str | None = None) -> dict[str, Any]:
     """Read a config: a JSON object of at most `limit` bytes, in UTF-8, with no key twice.
 
-    All its numbers are finite, and would be as floats. name: as for `read_bytes`.
+    All its numbers are finite, also when read as floats. name: as for `read_bytes`.
 
     Raises SafelightError that names the file.
     """

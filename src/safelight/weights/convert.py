@@ -1,4 +1,4 @@
-"""Write a model that can be loaded in another layout: a folder of diffusers', or one file.
+"""Write a model in another layout: a folder as diffusers has it, or one file.
 
 No network computes: weights go from file to file, by the names that a plan gives them.
 """
@@ -47,7 +47,7 @@ _BOOKKEEPING = ("sample_size", "projection_dim", "eos_token_id")
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
 Parts = dict[str, dict[str, Out]]
-"""What is written of each network, by our names."""
+"""The tensors to write, by network and our name."""
 
 
 def convert(
@@ -67,8 +67,8 @@ def convert(
     dtype: "float32", "float16" or "bfloat16"; without it each weight stays as it is stored, to
       the bit.
 
-    Returns what a person should know about what was written. Raises SafelightError if the model
-    cannot be loaded, if `out` is there and not to be overwritten, or if one file cannot hold it.
+    Returns one line for each thing that the new layout does not hold. Raises SafelightError if the
+    model cannot be loaded, if `out` exists and overwrite is false, or if one file cannot hold it.
     """
     if dtype not in (None, *PRECISIONS):
         raise SafelightError(f"dtype {dtype!r:.40}; expected {', '.join(PRECISIONS)}")
@@ -131,7 +131,7 @@ def _open(plan: Plan) -> Iterator[Callable[[Weight], Tensor]]:
 
 
 def _out(part: str, weight: Weight, read: Callable[[Weight], Tensor], dtype: str | None) -> Out:
-    """Return what is written of a weight, checked when its turn comes."""
+    """Return the tensor to write for a weight; it is checked when it is written."""
     stored = weight.dtype if dtype is None else dtype
 
     def checked() -> Tensor:
@@ -222,8 +222,10 @@ def _write_folder(folder: Path, plan: Plan, parts: Parts) -> None:
 
 
 def _beside(plan: Plan) -> dict[str, Path]:
-    """Return what else a model's folder brings, by the names inside it: credits, and a decoder of
-    previews, which another autoencoder's latents are not for.
+    """Return the other files of a model's folder, by the names inside it.
+
+    They are the credits, and the decoder of previews unless the model gets another autoencoder,
+    whose latents it cannot decode.
     """
     if plan.folder is None:
         return {}
@@ -263,11 +265,11 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-# --- what became of it ---------------------------------------------------------------------------
+# --- the check of the result ---------------------------------------------------------------------
 
 
 def _check_written(path: Path, plan: Plan, layout: str) -> list[str]:
-    """Read what was written, and refuse it if it is another model; return what it does not say.
+    """Read what was written; raise SafelightError if it is another model, return what it lacks.
 
     layout: what to call it in errors.
     """
@@ -299,7 +301,7 @@ def _check_written(path: Path, plan: Plan, layout: str) -> list[str]:
 
 
 def _told(config: Any) -> dict[str, Any]:
-    """Return a config in one form of several, without what no network computes with."""
+    """Return a config in a form to compare, without entries that no network computes with."""
     told = {k: v for k, v in asdict(config).items() if k not in _BOOKKEEPING}
     heads, levels = told.get("attention_head_dim"), len(told.get("block_out_channels", ()))
     if isinstance(heads, int):

@@ -17,13 +17,13 @@ from safelight.weights.notes import Stamp, keep, recall, stamp_of
 
 # Below this a file is hashed faster than its digest is looked up.
 _CACHED_FROM = 16 * 2**20
-# Stays in a processor's cache while it is hashed and looked at.
+# Bytes; few enough to stay in the processor's cache while they are hashed and looked at.
 _PIECE = 2**18
 
 
 @dataclass(frozen=True, slots=True)
 class FileDigest:
-    """The SHA-256 of a file, and what the file's system said about it when it was hashed."""
+    """The SHA-256 of a file, and the file's stamp when it was hashed."""
 
     path: Path
     sha256: str
@@ -31,7 +31,7 @@ class FileDigest:
 
 
 Look = Callable[[memoryview, int], object]
-"""What is shown each piece of a file while it is hashed, and where in the file the piece begins."""
+"""Called with each piece of a file while it is hashed, and the piece's offset in the file."""
 
 
 def digest_files(
@@ -39,7 +39,7 @@ def digest_files(
 ) -> dict[str, FileDigest]:
     """Return the digest of each file of a model. files: names inside the model to paths.
 
-    looks: by resolved paths; called only where a file is read now.
+    looks: by resolved paths; called only for files that are read now, not for remembered digests.
 
     Raises SafelightError if a file in a hub cache is not what its name says it is.
     """
@@ -117,7 +117,7 @@ def old_digest(path: Path) -> str:
 
 
 class Original:
-    """A weight file that is mapped, held against the digest of what was read of it.
+    """A mapped weight file, compared with the digest that it had when it was loaded.
 
     Weights stay in their file until they are first used, and a file can be overwritten in place.
     The file is kept open, so that another file under its name changes nothing.
@@ -126,7 +126,7 @@ class Original:
     def __init__(self, digest: FileDigest) -> None:
         self._digest = digest
         self._seen = digest.stamp
-        # A descriptor: a file object that nobody closes is warned about.
+        # A descriptor, because Python warns about a file object that nobody closes.
         self._file = os.open(digest.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         weakref.finalize(self, os.close, self._file)
 
@@ -135,7 +135,7 @@ class Original:
 
     @property
     def openable(self) -> str:
-        """A path of the file for libraries that take UTF-8 alone."""
+        """A path of the file for libraries that take only UTF-8."""
         path = str(self._digest.path)
         try:
             path.encode()
@@ -147,14 +147,14 @@ class Original:
         """Raise SafelightError, code "weights_changed", unless the file holds what was hashed.
 
         It takes a microsecond while size and times stay. If they do not, the file is hashed
-        again: it may have been touched, or removed from its folder.
+        again: it may only have been touched, or removed from its folder.
         """
         stamp = stamp_of(self._file)
         if stamp == self._seen:
             return
         if stamp[0] == self._seen[0]:
             digest, at = hashlib.sha256(), 0
-            # Each piece by its place: another thread may be reading, too.
+            # Reads by offset, because another thread may read from the same descriptor.
             while piece := os.pread(self._file, 2**20, at):
                 digest.update(piece)
                 at += len(piece)

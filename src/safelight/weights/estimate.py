@@ -1,4 +1,4 @@
-"""What a model is and what memory it takes, by its headers and configs, before it is loaded."""
+"""Tell what a model is and how much memory it takes, from its headers and configs alone."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from safelight.weights.plan import read_plan
 
 @dataclass(frozen=True)
 class Estimate:
-    """weights, work: bytes that its weights take, and the making of a picture of its own size.
+    """What a model is and what it takes.
 
-    native_size: width and height of that. name: of the model. dtype: what it computes in.
+    weights, work: bytes for its weights, and for drawing a picture of its native size. native_size:
+    width and height in pixels. name: of the model. dtype: what it computes in.
     """
 
     name: str

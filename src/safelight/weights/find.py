@@ -1,4 +1,4 @@
-"""From the name that a user gives to files on this machine: built in, a path, or the hub."""
+"""Find a model's files by the name that a user gives: built in, a path, or a hub id."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safelight.weights.library import ENDINGS, VARIABLE, Library, open_library
 BUILT_IN = ("embedded", "embedded-fast", "embedded-unconditional")
 MODELS = Path(__file__).parent.parent / "models"
 PREVIEWS = "preview_vae"
-"""The part of a model's folder that has its own tiny autoencoder, which diffusers ignores."""
+"""The subfolder with a model's own tiny autoencoder for previews; diffusers ignores it."""
 HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w.-]*))?")
 """A hub id: "org/name", or "org/name@revision" with a branch, a tag or a commit."""
 
@@ -76,14 +76,14 @@ def find_previews(source: Source) -> Source | None:
 
 def _find(name: str, kind: str, library: Library | None, download: bool, layout: Layout) -> Source:
     found = on_disk(name)
-    # A folder of other things is no model, and hides none.
+    # A folder without a config is no model, and must not hide a model of the same name.
     if found is not None and (not found.path.is_dir() or _has_config(found.path)):
         return found
     if library is not None and library.matches(name, kind):
         entry = library.find(name, kind)
         return Source(entry.name, entry.path)
     if found is not None:
-        return found  # loading it says what a model's folder would have
+        return found  # the error of loading it says what is missing
     hub_id = HUB_ID.fullmatch(name)
     # "models/sd15.safetensors" is a file that is not there, not a repository.
     if hub_id is None or name.endswith(ENDINGS) or ".." in name:

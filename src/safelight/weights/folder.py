@@ -12,7 +12,7 @@ from safelight.weights.headers import header_of
 
 MAX_SHARDS = 256
 INDEX_LIMIT = 1 << 22
-"""Bytes of the index of a part in shards, at most."""
+"""Most bytes of the index of a part in shards."""
 
 DIFFUSION = "diffusion_pytorch_model"
 """What diffusers calls the weight files of its networks."""

@@ -16,7 +16,7 @@ from safelight.weights.folder import INDEX_LIMIT, choose_weights, shards_of
 
 
 def files_of(index: Mapping[str, Any], names: Collection[str], where: str) -> list[str]:
-    """Return the files, of all that a repository has, that a model is read from.
+    """Return which of a repository's files a model is read from.
 
     Raises SafelightError that names what is missing.
     """
@@ -43,7 +43,7 @@ def files_of(index: Mapping[str, Any], names: Collection[str], where: str) -> li
 
 
 def vae_files(index: Mapping[str, Any], names: Collection[str], where: str) -> list[str]:
-    """Return the files, of all that an autoencoder's repository has, that it is read from."""
+    """Return which of a repository's files an autoencoder is read from."""
     return ["config.json", choose_weights("vae", names, where)]
 
 
@@ -51,8 +51,8 @@ def vae_files(index: Mapping[str, Any], names: Collection[str], where: str) -> l
 class Layout:
     """What a repository has to hold.
 
-    index: the file that says what it is. files: from that file's content, the names of all files,
-    and what to call it in errors, to those that are read.
+    index: the file that says what it is. files: returns the files to read; it is given the index's
+    content, the names of all files, and what to call the repository in errors.
     """
 
     index: str
@@ -95,10 +95,10 @@ def from_hub(
 def download(repo: str, revision: str | None, tell: Callable[[str], None]) -> Path:
     """Download a model or an autoencoder into the hub's cache, and check it; return its folder.
 
-    What is there already stays, and a download that was cut short goes on. tell: is given a line
+    What is there already stays, and a download that was cut short goes on. tell: called with a line
     about the sizes before it begins.
 
-    Raises SafelightError if it cannot be had, or if a file is not what the hub says it is.
+    Raises SafelightError if it cannot be downloaded, or if a file is not what the hub says it is.
     """
     get = f"safelight download {repo}{f'@{revision}' if revision else ''}"
     folder = _fetch(repo, revision, (MODEL, VAE), get, tell)
@@ -192,7 +192,7 @@ def cached() -> list[str]:
 
 
 def cached_folders() -> list[tuple[str, Path]]:
-    """Return the names of the models in the hub's cache, and the folder of each one's newest."""
+    """Return the models in the hub's cache: the name, and the folder of the newest revision."""
     from huggingface_hub import CacheNotFound, scan_cache_dir
 
     try:

@@ -1,4 +1,4 @@
-"""A folder of one's own with models, LoRAs, embeddings and autoencoders, which are found by name.
+"""The user's models folder: models, LoRAs, embeddings and autoencoders, found by name.
 
 It may be laid out as A1111 or ComfyUI have it, or as one flat folder. A name is looked up in a
 list of what is there. It is never made into a path, so that no name leads out of the folder.
@@ -43,7 +43,7 @@ IN_FOLDER = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 MAX_DEPTH = 8
 MAX_FILES = 100_000
 _FACTS = "facts-2"
-"""What `facts_of` is remembered as: another number where `kind_of` says otherwise of a file."""
+"""The name of what `facts_of` remembers. Raise the number when `kind_of` changes its answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Entry:
 
 
 class Library:
-    """A models folder. It is read anew at each question, so that new files are found.
+    """A models folder. It is read again at each call, so that new files are found.
 
     Raises SafelightError if the folder is not there.
     """
@@ -115,7 +115,7 @@ class Library:
         raise SafelightError(why, code="no_model", field=field)
 
     def matches(self, name: str, kind: str) -> list[Entry]:
-        """Return the entries that a name may mean; those of the most exact reading alone."""
+        """Return the entries that a name may mean, by the most exact reading that finds any."""
         entries = self.entries(kind)
         folded = name.casefold()
         readings: tuple[Callable[[Entry], bool], ...] = (
@@ -138,7 +138,7 @@ class Library:
 
         digest: in hex. The SHA-256 of the whole file, or its first 10 digits or more, as A1111
           names models; 12 digits of what A1111 or kohya's scripts name a LoRA by; 8 digits of
-          A1111's old hash. Files that have been hashed before are asked first.
+          A1111's old hash. Remembered hashes are compared before files are hashed.
         """
         digest = digest.lower()
         if not digest or set(digest) - set("0123456789abcdef") or len(digest) < 8:

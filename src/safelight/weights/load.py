@@ -1,4 +1,4 @@
-"""From a name to a model that is ready to draw."""
+"""Load a model by name, ready to draw."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def load_model(
       file until they are first used; others are converted one by one.
     prediction_type: "epsilon", "v_prediction" or "sample", in place of what the checkpoint says.
     low_memory: on the CPU, keep large weights in a file between their uses: the same pictures, a
-      little later.
+      little slower.
     plain: without the fast layers, which cannot be trained.
     download: False takes a hub model from the cache alone.
     wildcards_dir: a folder of text files, whose lines `__name__` in a prompt is drawn from.
@@ -94,7 +94,7 @@ def load_model(
     if preview_vae is None and (own := find_previews(source)) is not None:
         vaes["preview_vae"] = own
     plan = with_autoencoders(read_plan(source, prediction_type, without=vaes), vaes)
-    # What headers and configs tell comes first: to hash or to read a large file takes long.
+    # Headers and configs are checked first, because hashing or reading a large file takes long.
     nets = {part: frame(plan, part) for part in plan.weights}
     fast = helps(where, precision) and not plain
     dtypes = {part: plan.family.dtype_of(part, plan.configs[part], precision) for part in nets}
@@ -217,7 +217,8 @@ def _summary(weights: Mapping[str, Weight]) -> dict[str, Any]:
 
 
 def pick_device(name: str | torch.device) -> torch.device:
-    """Return the device of this name; SafelightError names those that are there if it is not."""
+    """Return the device of this name. Raises SafelightError, with those that exist, if it does not.
+    """
     there = ["cpu"]
     if torch.backends.mps.is_available():
         there.insert(0, "mps")
@@ -231,7 +232,7 @@ def pick_device(name: str | torch.device) -> torch.device:
 
 
 def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype of this name; SafelightError if no network computes in it."""
+    """Return the dtype of this name. Raises SafelightError if no network computes in it."""
     if name == "auto":
         if device.type != "cpu":
             return torch.float16
@@ -245,8 +246,8 @@ def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
 class _Unfilled(TorchFunctionMode):
     """A context in which networks are built without drawing random weights.
 
-    The file's weights take their place. To draw normal numbers on the meta device, torch first
-    imports its compiler, which takes longer than the rest of a small picture.
+    The file's weights take their place. To draw normal numbers on the meta device, torch imports
+    its compiler, which takes longer than the rest of a small picture.
     """
 
     def __torch_function__(
@@ -258,7 +259,7 @@ class _Unfilled(TorchFunctionMode):
 
 
 def frame(plan: Plan, part: str) -> Any:
-    """Return a network without weights, once those of its file are seen to fit it."""
+    """Return a network without weights, after a check that the file's weights fit it."""
     _, network_class = plan.parts[part].load_classes()
     with torch.device("meta"), _Unfilled():
         network = network_class(plan.configs[part])
@@ -291,9 +292,9 @@ def _fill(
 ) -> None:
     """Give a network its weights.
 
-    originals, numbers: its files, by their paths. mapped: weights stay in the file, in the
-    precision that they are stored in, until they are used; before and after each use it is seen
-    that the file still holds what was hashed.
+    originals, numbers: its files, by their paths. mapped: weights stay in the file, in their stored
+    precision, until they are used; before and after each use the file is checked to hold what was
+    hashed.
     """
     state: dict[str, Tensor] = {}
     files: list[Original] = []
@@ -309,7 +310,7 @@ def _fill(
     # Weights that were converted are not in the file any more.
     if not mapped and all(w.dtype != _STORED[dtype] for w in weights.values()):
         return
-    # The autoencoder is used by its parts.
+    # Children as well: the autoencoder's parts are called by themselves.
     for module in (network, *network.children()):
         for file in files:
             module.register_forward_pre_hook(file.check)
@@ -344,8 +345,8 @@ def _read(
 ) -> dict[str, Tensor]:
     """Return weights by our names.
 
-    path: where the file is opened. keep: leave them in the mapped file, in the precision that
-    they are stored in. seen: keys whose numbers are known to be finite.
+    path: where the file is opened. keep: leave them in the mapped file, in their stored precision.
+    seen: keys whose numbers are known to be finite.
     """
     state: dict[str, Tensor] = {}
     with open_tensors(header, path) as read:
@@ -354,7 +355,7 @@ def _read(
             if weight.dtype in SMALL:
                 tensor = tensor.to(dtype)  # torch does not compute in 8 bits
             if tensor.data_ptr() % tensor.element_size():
-                tensor = tensor.clone()  # the file need not align it, our kernels do
+                tensor = tensor.clone()  # a file need not align it, but our kernels need it aligned
             if not keep:
                 tensor = tensor.to(device, dtype)
             if weight.key not in seen:

@@ -1,9 +1,9 @@
 """Where each weight of our networks lies in a checkpoint.
 
-Our names are those of diffusers' folders, so a folder needs two rules for old names only. A
+Our names are those of diffusers' folders, so a folder needs only two rules, for old names. A
 single file has the names of the original code (CompVis latent-diffusion for UNet and VAE,
 OpenCLIP for the text encoder of SD 2.x). `unet_names`, `vae_names` and `open_clip_names` are the
-tables from those to ours; a family says which parts of a file they are for.
+tables from those names to ours; a family says which parts of a file they are for.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def original_names(
             theirs = renamed(name, back)
             if theirs is None:
                 raise KeyError(name)
-            # The VAE's attention is of 1×1 convolutions there.
+            # There the VAE's attention has 1×1 convolutions.
             conv = 2 if part == "vae" and ".attentions." in name and len(shape) == 2 else 0
             turned = name in section.transposed
             found[prefix + theirs] = Original(part, (name,), conv, turned)
@@ -211,8 +211,8 @@ def some(names: Iterable[str]) -> str:
 def unet_names(config: Mapping[str, Any]) -> dict[str, str]:
     """Return the modules of a UNet, from the original names to ours.
 
-    The original numbers all blocks on one list, a downsampler being a block of its own, an
-    upsampler the last member of a block.
+    The original numbers all blocks in one list. A downsampler is a block of its own; an upsampler
+    is the last member of a block.
     """
     names = {
         "time_embed.0": "time_embedding.linear_1",
@@ -257,8 +257,8 @@ def unet_names(config: Mapping[str, Any]) -> dict[str, str]:
 def vae_names(config: Mapping[str, Any]) -> dict[str, str]:
     """Return the modules of a VAE, from the original names to ours.
 
-    The original counts the decoder's levels from the picture's side, we count in the order in
-    which they run.
+    The original counts the decoder's levels from the picture's side; ours are in the order in which
+    they run.
     """
     names = {n: n for n in ("quant_conv", "post_quant_conv")}
     levels, layers = len(config["block_out_channels"]), config["layers_per_block"]
@@ -322,7 +322,7 @@ def vae_folder_name(key: str) -> str:
 
 
 def vae_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape to read a tensor in: the VAE's attention was once of 1×1 convolutions."""
+    """Return the shape to read a tensor in: older VAEs have 1×1 convolutions in their attention."""
     if ".attentions." in name and len(shape) > 2 and set(shape[2:]) == {1}:
         return shape[:2]
     return shape

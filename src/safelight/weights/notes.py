@@ -1,4 +1,4 @@
-"""What was computed of a file, remembered as long as its size and times stay.
+"""Remember what was computed from a file, as long as its size and times stay.
 
 Each note is a small JSON file in the user's cache folder. It can be deleted at any time.
 """
@@ -24,7 +24,7 @@ def stamp_of(file: int | Path) -> Stamp:
 
 
 def recall(what: str, path: Path, stamp: Stamp) -> Any:
-    """Return what was kept of a file, None if nothing was or the file is another by now."""
+    """Return what was kept for a file; None if nothing was, or if the file has changed."""
     with suppress(OSError, RuntimeError, ValueError, TypeError):
         kept = json.loads(_note(what, path).read_text())
         if kept[:-1] == [os.fsencode(path).hex(), *stamp]:
@@ -33,7 +33,7 @@ def recall(what: str, path: Path, stamp: Stamp) -> Any:
 
 
 def keep(what: str, path: Path, stamp: Stamp, value: Any) -> None:
-    """Keep a value, as JSON has it, of a file. Without a folder to write in, nothing is kept."""
+    """Keep a JSON value for a file. If the cache folder cannot be written, nothing is kept."""
     with suppress(OSError, RuntimeError):
         note = _note(what, path)
         note.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""That the weights of a file are finite: seen while it is hashed, and remembered with its hash."""
+"""Check that a file's weights are finite, while the file is hashed, and remember the result."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from safelight.weights.tensors import DTYPES
 
 _BITS = {"F16": np.uint16, "BF16": np.uint16, "F32": np.uint32}
 _SIGNED = {np.uint16: np.int16, np.uint32: np.int32}
-"""Integers of as many bits. PyTorch's threads would cost more here than they save."""
+"""Integers of as many bits. numpy's, because PyTorch's threads would cost more than they save."""
 
 
 class Numbers:
-    """The weights of one file, and in which precision each is computed.
+    """The weights of one file, and the precision in which each computes.
 
     wanted: precisions by the keys of the file. `seen`: keys whose numbers are known to be finite.
     """
@@ -38,8 +38,8 @@ class Numbers:
         if not header.pickled:
             with header.path.open("rb") as file:
                 base = 8 + int.from_bytes(file.read(8), "little")
-        # Where each begins and ends in the file. Numbers that are not aligned in it may lie on both
-        # sides of a piece's end: those are looked at later, one by one.
+        # Where each begins and ends in the file. A number that is not aligned may be split between
+        # two pieces: such tensors are checked later, one by one.
         self._places = [
             (base + info.start, base + info.end, key)
             for key, info in header.tensors.items()
@@ -55,9 +55,9 @@ class Numbers:
         }
 
     def look(self, piece: memoryview, at: int) -> None:
-        """Look at bytes of the file. Pieces come in order; all but the last have 4 KiB · n.
+        """Check a piece of the file. Pieces come in order; all but the last are n · 4 KiB long.
 
-        at: where in the file they begin.
+        at: its offset in the file, in bytes.
         """
         end = at + len(piece)
         first = bisect_right(self._places, at, key=lambda place: place[1])
@@ -69,15 +69,15 @@ class Numbers:
                 bits, limit = self._limits[key]
                 count = (high - low) // np.dtype(bits).itemsize
                 values: Any = np.frombuffer(piece, bits, count, low - at)
-                # By their bits, numbers without a sign are in order, NaN being the last; those
-                # with one come after them as unsigned, and before them as signed integers.
+                # Read as integers, floats of 0 or more are in order, with NaN last. Those with a
+                # sign come after them as unsigned integers, and before them as signed ones.
                 sign = np.iinfo(bits).max // 2 + 1
                 good = int(values.view(_SIGNED[bits]).max()) <= limit
                 good = good and int(values.max()) <= sign + limit
                 self._good[key] = self._good.get(key, True) and good
 
     def looked(self, path: Path, stamp: Stamp) -> None:
-        """Note what is known after the file was hashed, now or before."""
+        """Set `seen` after the file was hashed, now or at an earlier load."""
         if recall(self._note, path, stamp) is True:
             self.seen = self._wanted.keys()
         else:
@@ -90,7 +90,7 @@ class Numbers:
 
 @lru_cache
 def _largest(stored: torch.dtype, dtype: torch.dtype) -> int:
-    """Return the bits of the largest number of the one dtype that is finite in the other."""
+    """Return the bits of the largest number in `stored` that is finite in `dtype`."""
     kind = {2: torch.int16, 4: torch.int32}[stored.itemsize]
     low, high = 0, int(torch.iinfo(kind).max)
     while low < high:

@@ -1,8 +1,8 @@
 """Read what a file of torch.save holds, without running it.
 
-A pickle is a program for a stack machine, which may call any function. Here its few instructions
-that build tables of tensors are followed, with tensors as descriptions. Anything else is refused
-before torch.load(weights_only=True), which checks again, sees the file.
+A pickle is a program for a stack machine, which may call any function. This module follows only the
+few instructions that build tables of tensors, with tensors as descriptions. Anything else is
+refused before torch.load(weights_only=True), which checks again, sees the file.
 Instructions: the module `pickletools` of Python.
 """
 
@@ -35,7 +35,7 @@ INERT = tuple(
     f"{package}.callbacks.model_checkpoint.ModelCheckpoint"
     for package in ("pytorch_lightning", "lightning.pytorch")
 )
-"""Classes that the trainer of Stable Diffusion 1 left in its checkpoints as names: see `loaded`."""
+"""Classes whose names the trainer of Stable Diffusion 1 left in its checkpoints; see `tensors`."""
 
 _MAX_DEPTH = 4
 _STORAGES = {
@@ -87,8 +87,8 @@ class BrokenPickleError(Exception):
 def read_pickled_header(path: Path, name: str) -> Header:
     """Return the checked header of a file that torch.save wrote.
 
-    name: what to call the file in errors. Keys of nested tables are joined by dots; of a file with
-    a `state_dict`, that is taken. Short texts and numbers beside the tensors are its metadata.
+    name: what to call the file in errors. Keys of nested tables are joined by dots; if the file has
+    a `state_dict`, only that is read. Short texts and numbers beside the tensors are its metadata.
 
     Raises SafelightError, one line of at most 200 characters, if the file is anything else, or if
     a tensor does not lie within its bytes in the file.
@@ -98,7 +98,7 @@ def read_pickled_header(path: Path, name: str) -> Header:
         root = _follow(archive.pickle)
     except BrokenPickleError as e:
         raise refusal(name, str(e)) from None
-    # What pickletools and the stack raise of a broken program.
+    # What pickletools and the stack raise for a broken program.
     except (ValueError, IndexError, KeyError, TypeError, UnicodeError, OverflowError):
         raise refusal(name, "a broken pickle; a .safetensors file is needed") from None
     tensors: dict[str, TensorInfo] = {}
@@ -122,10 +122,10 @@ def read_pickled_header(path: Path, name: str) -> Header:
 
 
 def leaves(root: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what is in nested tables, with the keys joined by dots.
+    """Yield the entries of nested tables, with their keys joined by dots.
 
-    Of a table with a `state_dict`, that is taken; the keys of a list are places in it, from 0.
-    Raises BrokenPickleError in a table without end.
+    If the table has a `state_dict`, only that is read. The keys of a list are its indices, from 0.
+    Raises BrokenPickleError for anything but a table, and for tables nested without end.
     """
     if isinstance(root, dict) and isinstance(root.get("state_dict"), dict):
         root = root["state_dict"]
@@ -219,13 +219,13 @@ def _follow(program: bytes) -> Any:
                 raise BrokenPickleError("an object that is no table; convert it to safetensors")
         elif name == "STOP":
             return stack.pop()
-        elif argument != 2:  # of PROTO: torch.save writes no other
+        elif argument != 2:  # PROTO's: torch.save writes no other
             raise BrokenPickleError(f"a pickle of protocol {argument}; torch.save writes 2")
     raise BrokenPickleError("a pickle without an end")
 
 
 def _instructions(program: bytes) -> Iterator[tuple[str, Any]]:
-    """Yield the instructions of a pickle and their arguments; none that is not followed is read."""
+    """Yield the instructions of a pickle and their arguments; refuse those not followed, unread."""
     file = io.BytesIO(program)
     for _ in range(MAX_STEPS):
         code = file.read(1)
@@ -275,7 +275,7 @@ _KNOWN = {
 
 
 def _known(name: str) -> str:
-    """Return the name of a global, refused unless a table of tensors has it."""
+    """Return the name of a global; refuse it unless tables of tensors use it."""
     if name not in _KNOWN:
         raise BrokenPickleError(
             f"holds code ({name:.50}), which is not run; have it converted to safetensors"
@@ -284,7 +284,7 @@ def _known(name: str) -> str:
 
 
 def _popped(stack: list[Any], count: int) -> list[Any]:
-    """Return the items on top of the stack, taken off it, the first the lowest."""
+    """Pop `count` items from the stack and return them, the lowest first."""
     items = [stack.pop() for _ in range(count)]
     return items[::-1]
 

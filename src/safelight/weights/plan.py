@@ -30,8 +30,8 @@ class Plan:
 
     family: the variant. configs and weights: of each network. files: what it is made of, names
     inside the model to paths. folder: None for a single file. parts: what each network is built
-    from. raw: the configs as they were written, the scheduler's too. autoencoders: where those in
-    place of the model's own, or beside it, come from.
+    from. raw: the configs as they were written, the scheduler's too. autoencoders: the plans of
+    those that replace the model's own, or stand beside it.
     """
 
     source: Source
@@ -165,7 +165,7 @@ def _check_weights(source: Source, weights: Mapping[str, Mapping[str, Weight]]) 
     for header, keys in used.values():
         sizes = {key: info.end - info.start for key, info in header.tensors.items()}
         needed = sum(sizes[key] for key in keys)
-        # A training's moving average doubles what half precision takes, twice.
+        # A moving average of training may be stored beside the weights, and in twice the precision.
         if sum(sizes.values()) > 4 * needed + 2**26:
             largest = max(sizes.keys() - keys, key=lambda key: sizes[key])
             raise refusal(header.name, f"mostly not weights of the model: {largest:.60}")

@@ -1,4 +1,4 @@
-"""A model's weights where they are stored, to be read again after the networks have packed them."""
+"""Read a model's weights from its files again, after the networks have packed them."""
 
 from __future__ import annotations
 

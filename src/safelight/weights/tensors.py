@@ -51,12 +51,12 @@ def open_tensors(header: Header, path: str | None = None) -> Iterator[Callable[[
 
 def is_finite(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Return whether all values are finite in `dtype`: a large float32 is not, as float16."""
-    # NaN is passed on by both, and conversion keeps the order.
+    # The smallest and the largest are NaN if any value is, and conversion keeps their order.
     return all(bool(end.to(dtype).isfinite()) for end in torch.aminmax(tensor))
 
 
 class _Inert:
-    """What a name in a pickle stands for that is not used."""
+    """Stands for a class that a pickle names and that is not used."""
 
 
 def _unpickled(header: Header, path: str) -> dict[str, Tensor]:
@@ -68,7 +68,7 @@ def _unpickled(header: Header, path: str) -> dict[str, Tensor]:
             where = f"/dev/fd/{file.fileno()}" if path.endswith(".safetensors") else path
             root = torch.load(where, map_location="cpu", weights_only=True, mmap=True)
         found = {key: value for key, value in leaves(root) if isinstance(value, Tensor)}
-    except Exception as e:  # of a broken file it raises what its parts raise
+    except Exception as e:  # for a broken file it raises whatever its parts raise
         why = str(e).strip().splitlines() or [type(e).__name__]
         raise refusal(header.name, f"cannot be read: {why[-1]}") from None
     if found.keys() != header.tensors.keys():

@@ -28,7 +28,7 @@ PIECE = 2**26
 
 @dataclass(frozen=True, slots=True)
 class Out:
-    """A tensor to write. dtype: as a header names it. read: returns it when its turn comes."""
+    """A tensor to write. dtype: as a header names it. read: returns it when it is written."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -36,7 +36,7 @@ class Out:
 
     @property
     def bytes(self) -> int:
-        """How many it takes."""
+        """Its size in bytes."""
         return math.prod(self.shape) * DTYPES[self.dtype]
 
 
@@ -73,9 +73,9 @@ def _write(file: BinaryIO, tensor: Tensor) -> None:
 def written(path: Path, need: int, *, overwrite: bool, folder: bool) -> Iterator[Path]:
     """Yield a temporary path beside `path`, which takes its name when all has gone well.
 
-    need: bytes on the disk. folder: whether it is one; else a file.
+    need: bytes on the disk. folder: whether a folder is written; else it is a file.
 
-    Raises SafelightError if `path` is there and not to be overwritten, or cannot be written. What
+    Raises SafelightError if `path` exists and overwrite is false, or if it cannot be written. What
     was there before stays until the new one is complete.
     """
     parent = path.resolve().parent
