@@ -1,7 +1,7 @@
-"""What imitates diffusers' schedulers and is in no paper: defaults, rounding, repeated steps.
+"""Details of diffusers' schedulers that no paper has: defaults, rounding, repeated steps.
 
-A Twin says how a sampler's formula is called so that its table equals that of a diffusers class,
-number for number. A sampler without a twin has its formula called on `sigma_grid(config, steps)`.
+A Twin calls a sampler's formula such that its table equals that of a diffusers class, number for
+number. A sampler without a twin calls its formula on `sigma_grid(config, steps)`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Formula = Callable[..., list[Row]]
 Build = Callable[[Formula, SchedulerConfig, int, int, float], Table]
-"""(formula, settings, steps, steps that are skipped at the start, eta) → table."""
+"""(formula, config, steps, number of first steps to skip, eta) → table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Twin:
     """A diffusers scheduler.
 
     scheduler: its class. defaults: the settings of a scheduler_config.json that the class knows,
-    and its value for each that the file leaves out. build: makes the table.
+    with its default values. build: makes the table.
     """
 
     scheduler: str
@@ -50,10 +50,13 @@ def sigma_grid(
 ) -> Grid:
     """Return the grid of a sampler that works on sigmas.
 
-    whole: the network is given whole timesteps, and karras, exponential and beta span all levels
-    of the schedule; else timesteps are fractional and these span the chosen timesteps.
-    rounded: schedules whose timesteps are rounded to the nearest; those of others are cut off.
-    repeat_last: final_sigmas_type sigma_min means the last sigma of the grid, not of the model.
+    whole: the network is given whole timesteps, and the schedules karras, exponential and beta
+    span all trained levels. Else timesteps are fractional, and these schedules span the levels of
+    the chosen timesteps.
+    rounded: schedules whose timesteps are rounded to the nearest whole number. With `whole`,
+    those of the others are truncated.
+    repeat_last: final_sigmas_type "sigma_min" repeats the last sigma of such a schedule. Else it
+    is the model's smallest.
     """
     import numpy as np
 
@@ -83,7 +86,8 @@ def sigma_grid(
         last = sigmas[-1] if repeat_last and config.schedule else trained[0]
     levels = tuple(map(Level.exploding, np.append(sigmas, last).astype(np.float32).tolist()))
     largest = max(levels, key=lambda level: level.sigma)
-    # The schedulers that give whole timesteps start at √(1 + sigma²), the others only here.
+    # With fractional timesteps, only "leading" starts at √(1 + sigma²). Tables with whole ones
+    # take that norm from their first row, see `_exponential_table`.
     hypotenuse = not whole and config.timestep_spacing == "leading"
     return Grid(levels, tuple(times.tolist()), largest.norm if hypotenuse else largest.sigma)
 
@@ -102,17 +106,17 @@ def _timestep_of(config: SchedulerConfig) -> Callable[[float], float]:
 
 
 def _bounds(config: SchedulerConfig) -> dict[str, Any]:
-    """Return how D is held to the range of pictures; thresholding goes before clipping."""
+    """Return the bounds of D, as keywords of Table; thresholding takes precedence over clipping."""
     if config.thresholding:
         return {"threshold": (config.dynamic_thresholding_ratio, config.sample_max_value)}
     return {"clip": config.clip_sample_range if config.clip_sample else None}
 
 
 def _ode_table(rows: list[Row], grid: Grid, config: SchedulerConfig) -> Table:
-    """Return the table of a sampler of `euler`.
+    """Return the table of a sampler in `euler`.
 
-    These schedulers return the last state as it is, where it ends above sigma 0, and ours divides
-    it by the norm: so the last row multiplies by it.
+    These schedulers return the last state undivided even above sigma 0. The engine divides it by
+    its level's norm, so the last row multiplies by that norm.
     """
     if rows and rows[-1].lands.sigma > 0:
         last, scale = rows[-1], rows[-1].lands.norm
@@ -138,7 +142,7 @@ def _exponential_table(rows: list[Row], config: SchedulerConfig) -> Table:
 
 
 def _few(config: SchedulerConfig, steps: int) -> bool:
-    """Return whether the order falls at the end: below 15 steps, if the config allows it."""
+    """Return whether the last steps have a lower order: below 15 steps, if the config says so."""
     return config.lower_order_final and steps < 15
 
 
@@ -149,8 +153,8 @@ def _slope(config: SchedulerConfig) -> str:
 def _dpmpp_2m(
     formula: Formula, config: SchedulerConfig, steps: int, skip: int, eta: float
 ) -> Table:
-    # A rounded cosine schedule is too coarse near pure noise, so karras keeps its fractions
-    # there; they are then cut off, as the network is given whole timesteps.
+    # With a cosine schedule diffusers does not round karras timesteps, as that is too coarse near
+    # pure noise. `sigma_grid` truncates them, as the network is given whole timesteps.
     rounded = () if config.beta_schedule == "squaredcos_cap_v2" else ("karras",)
     grid = sigma_grid(config, steps, whole=True, rounded=rounded)
     last: tuple[int, ...] = ()
@@ -227,7 +231,7 @@ def _ddim(formula: Formula, config: SchedulerConfig, steps: int, skip: int, eta:
         walk,
         stride=config.num_train_timesteps // steps,
         eta=eta,
-        # The direction keeps the noise that the network predicted, not that of the clipped D.
+        # Where D is clipped, the direction still has the noise that the network predicted.
         keep_noise=any(bounds.values()),
     )
     return _exponential_table(rows, config)
@@ -240,11 +244,11 @@ def _ddpm(formula: Formula, config: SchedulerConfig, steps: int, skip: int, eta:
 
 
 def _pndm(formula: Formula, config: SchedulerConfig, steps: int, skip: int, eta: float) -> Table:
-    """The table of PNDMScheduler.
+    """Return the table of PNDMScheduler.
 
-    A walk that starts part of the way (strength below 1) still has the second evaluation in its
-    plan of timesteps, only elsewhere: from its third row on, the state is one timestep noisier
-    than the network is told.
+    PLMS takes the first step twice, so the plan of timesteps repeats one at its start. A walk that
+    starts part of the way (strength below 1) takes its first step twice without that timestep:
+    from its third row on, the state is one step noisier than the network is told.
     """
     descending = _spaced(config, steps)
     stride = config.num_train_timesteps // steps
@@ -271,7 +275,7 @@ def _pndm(formula: Formula, config: SchedulerConfig, steps: int, skip: int, eta:
 
 
 def _distilled_times(name: str, config: SchedulerConfig, steps: int) -> list[int]:
-    """Return timesteps out of those that a consistency model was distilled on."""
+    """Return falling timesteps, picked from those that a consistency model was distilled on."""
     import numpy as np
 
     trained = config.original_inference_steps

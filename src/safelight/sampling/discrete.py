@@ -1,9 +1,11 @@
-"""Samplers that walk on the trained timesteps themselves: DDIM and DDPM, PNDM, LCM and TCD.
+"""Samplers on the trained timesteps: DDIM, DDPM, PNDM, LCM and TCD.
 
-They are written on √ᾱ·x, the state as the network sees it. Some of them land between the timestep
-they came from and the one that follows, and go on as if they had landed on the latter (linspace
-spacing, or PNDM started part of the way). The network's view is handed on unchanged there, so the
-state of the table is counted from the level as which the next row treats it.
+They are written for √ᾱ·x, the state as the network sees it. With linspace spacing, or when PNDM
+starts part of the way, a step can land between two timesteps, and the next row treats its result as
+if it were at the later one. The network's view is passed on unchanged there, so `Row.lands` is the
+level that the next row assumes.
+
+Each function adds rows to a Walk and returns them.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from safelight.sampling.levels import alphas_cumprod
 from safelight.sampling.rows import D, Level, Mix, Row, make_row, noise, x
 from safelight.sampling.schedule import SchedulerConfig
 
-# ᾱ of a level that was trained as pure noise, where these samplers need ᾱ = 0. It keeps the state
-# finite, and what it adds to a step is below the precision of float32.
+# Stands for ᾱ = 0, the level of pure noise. It keeps the state finite, and its effect on a step is
+# below the precision of float32.
 _PURE_NOISE = 1e-20
 
 
@@ -29,7 +31,7 @@ def _sigma(bar: float) -> float:
 class Walk:
     """Timesteps to visit, ᾱ of each, and the rows made so far.
 
-    ends_clean: the walk ends at ᾱ = 1; else at ᾱ of the first timestep.
+    ends_clean: the walk ends at ᾱ = 1; else at ᾱ of timestep 0.
     """
 
     def __init__(self, config: SchedulerConfig, times: Sequence[int], *, ends_clean: bool) -> None:
@@ -53,8 +55,8 @@ class Walk:
     def add(self, after: Mix, lands: float, c: float | None = None, kept: float = 0.0) -> None:
         """Append the row whose step takes the network's view to `after`.
 
-        lands: ᾱ on which the last row lands. c, kept: weights of `Row.c` and of its
-        `clip_correction`, in the network's view.
+        lands: ᾱ that it lands on, if it is the last row. c, kept: `Row.c` and
+        `Row.clip_correction`, in the network's view.
         """
         row = len(self.rows)
         last = row == len(self.times) - 1
@@ -76,8 +78,8 @@ class Walk:
 def ddim(walk: Walk, *, stride: int, eta: float = 0.0, keep_noise: bool = False) -> list[Row]:
     """Denoising diffusion implicit models, arXiv:2010.02502, equations 12 and 16.
 
-    stride: timesteps of a step. keep_noise: where D is clipped, the direction keeps the noise
-    of before.
+    stride: timesteps per step. eta: from 0 (no fresh noise) to 1 (that of DDPM). keep_noise: the
+    direction uses the noise predicted before D was clipped.
     """
     for row, time in enumerate(walk.times):
         here, there = walk.bar(time), walk.bar(time - stride)
@@ -95,7 +97,7 @@ def ddim(walk: Walk, *, stride: int, eta: float = 0.0, keep_noise: bool = False)
 def ddpm(walk: Walk, *, large_variance: bool = False) -> list[Row]:
     """The posterior of denoising diffusion, arXiv:2006.11239, equations 6 and 7.
 
-    large_variance: fresh noise of variance β, in place of the posterior's.
+    large_variance: fresh noise has variance β instead of the posterior's.
     """
     for row, time in enumerate(walk.times):
         here = walk.bar(time)
@@ -116,12 +118,12 @@ def pndm(
 ) -> list[Row]:
     """Pseudo numerical methods for diffusion, arXiv:2202.09778, algorithm 2 (F-PNDM).
 
-    Four outputs of the network, in whatever it predicts, are combined by Adams and Bashforth's
-    weights and put into equation 9.
+    Up to four outputs of the network (noise or v) are combined with Adams-Bashforth weights and
+    put into equation 9.
 
-    stride: timesteps of a step. plan: the timesteps of the whole walk. runge_kutta: three
-    Runge-Kutta steps lead in; else (PLMS) a second evaluation improves the first step. velocity:
-    the network predicts v, not noise.
+    stride: timesteps per step. plan: the timesteps of the walk before any are skipped.
+    runge_kutta: the first three steps are Runge-Kutta steps; else (PLMS) a second evaluation
+    improves the first step. velocity: the network predicts v, not noise.
     """
     lead = 12 if runge_kutta else 0
     outputs: list[Mix] = []
@@ -172,10 +174,10 @@ def _output(walk: Walk, row: int, velocity: bool) -> Mix:
 
 
 def lcm(walk: Walk, *, scaling: float = 10.0) -> list[Row]:
-    """Latent consistency models, arXiv:2310.04378: to the clean estimate, then fresh noise.
+    """Latent consistency models, arXiv:2310.04378: the clean estimate, with fresh noise added.
 
     The boundary condition (section 4.1, sigma_data ½) mixes in a little of the state, so the
-    weights do not sum to 1. scaling: of the timestep in it.
+    weights do not sum to 1. scaling: the factor of the timestep in that condition.
     """
     for row, time in enumerate(walk.times):
         scaled = time * scaling

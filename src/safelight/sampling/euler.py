@@ -1,10 +1,10 @@
-"""Samplers that integrate the ordinary differential equation of the noise (arXiv:2206.00364).
+"""Samplers that integrate the probability flow ODE (arXiv:2206.00364).
 
-With the state x = alpha·clean + sigma·noise, the equation is dx = D·dalpha + ε·dsigma. Euler's and
-Heun's methods take it at any levels, flow matching's straight line among them. The others are
-written for variance-exploding levels, where alpha is 1 and dx/dsigma = ε.
+With the state x = alpha·clean + sigma·noise, the equation is dx = D·dalpha + ε·dsigma. `euler` and
+`heun` work at any levels, also those of flow matching. The others are written for
+variance-exploding levels, where alpha is 1 and dx/dsigma = ε.
 
-Each function returns rows. grid: the levels; skip: how many of its steps are left out at the start.
+Each function returns rows. grid: the levels; skip: the number of first steps to leave out.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def euler(grid: Grid, skip: int = 0) -> list[Row]:
 def heun(grid: Grid, skip: int = 0) -> list[Row]:
     """Heun's method: arXiv:2206.00364, algorithm 1. Order 2, two rows a step.
 
-    The second row takes the mean of the changes at both ends. The last step is Euler's.
+    The second row uses the mean of the changes at both ends. The last step is one of Euler's.
     """
     steps = steps_of(grid, skip)
     rows: list[Row] = []
@@ -49,7 +49,10 @@ def heun(grid: Grid, skip: int = 0) -> list[Row]:
 
 
 def euler_a(grid: Grid, skip: int = 0) -> list[Row]:
-    """Ancestral sampling: Euler's method to a lower level, then noise up to the next."""
+    """Ancestral sampling: Euler's method to a lower level, then noise up to the next.
+
+    As `sample_euler_ancestral` of k-diffusion.
+    """
     rows = []
     for row, (s, t, time) in enumerate(steps_of(grid, skip)):
         down, up = _ancestral(s, t)
@@ -58,10 +61,10 @@ def euler_a(grid: Grid, skip: int = 0) -> list[Row]:
 
 
 def dpm2(grid: Grid, skip: int = 0, *, timestep_of: Callable[[float], float]) -> list[Row]:
-    """DPM-Solver-2, arXiv:2206.00927, in sigma: the slope midway in log sigma. Order 2.
+    """DPM-Solver-2, arXiv:2206.00927, in sigma: the slope at the middle in log sigma. Order 2.
 
-    timestep_of: the network's timestep at a sigma. The row that goes midway lands, for
-    inpainting, on the end of its step.
+    timestep_of: the network's timestep at a sigma. The row to the middle has the end of the step as
+    its `lands`, so inpainting uses that level.
     """
     return _midpoint(grid, skip, timestep_of, lambda s, t: (t.sigma, None))
 
@@ -96,8 +99,8 @@ def _midpoint(
 def lms(grid: Grid, skip: int = 0, *, order: int = 4) -> list[Row]:
     """Linear multistep: integrates the polynomial through the last `order` slopes, at most 4.
 
-    The weights are those of a walk from the start of the grid. A walk that skips steps leaves
-    out the slopes that it does not have, as diffusers does.
+    As `sample_lms` of k-diffusion. The weights are those of a walk from the start of the grid; a
+    walk that skips steps leaves out the slopes that it lacks, as in diffusers.
     """
     rows = []
     for row, (s, t, time) in enumerate(steps_of(grid, skip)):
@@ -112,7 +115,7 @@ def lms(grid: Grid, skip: int = 0, *, order: int = 4) -> list[Row]:
 
 
 def _integrals(nodes: Sequence[float], start: float, end: float) -> list[float]:
-    """Return ∫ of each Lagrange polynomial over the nodes, at most four, from start to end."""
+    """Return each Lagrange polynomial's integral from start to end. nodes: at most four."""
     # Two Gauss points integrate cubics exactly.
     half, centre = (end - start) / 2, (end + start) / 2
     points = centre + half * np.array([-1, 1]) / math.sqrt(3)
@@ -127,8 +130,8 @@ def _integrals(nodes: Sequence[float], start: float, end: float) -> list[float]:
 def _ancestral(level: Level, after: Level) -> tuple[float, float]:
     """Return the sigma to go down to and the noise to add: down² + up² = next sigma².
 
-    Computed in float32, as every implementation does. The difference of squares is coarse for
-    long steps and decides which levels the network sees. Where it vanishes, down is t²/s.
+    Computed in float32, as other implementations do: in long steps the difference of squares is
+    coarse, and the levels that the network sees depend on it. Where it is 0, down is t²/s.
     """
     s, t = np.float32(level.sigma), np.float32(after.sigma)
     up = np.sqrt(t * t * (s * s - t * t) / (s * s))

@@ -4,11 +4,12 @@ With λ = log(alpha/sigma), h = λ₊ − λ and r = e^(−h), the step of first
 
     x₊ = (sigma₊/sigma)·x + alpha₊·(1 − r)·D
 
-which is DDIM. Higher orders estimate from earlier rows how D changes with λ; DEIS takes ε in place
-of D. All hold at any levels, flow matching's among them. From pure noise (alpha 0), where h is
-infinite, the first step is of first order, and so is what would look back on it.
+which is DDIM. Higher orders estimate from earlier rows how D changes with λ; DEIS uses ε instead of
+D. All work at any levels, also those of flow matching. At pure noise (alpha 0) h is infinite: the
+first step has order 1, and later steps that would look back to it have a lower order.
 
-Each function returns rows. grid: the levels; skip: how many of its steps are left out at the start.
+Each function returns rows. grid: the levels; skip: the number of first steps to leave out.
+last_orders: the highest order of each of the last rows.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def _gap(level: Level, after: Level) -> float:
 
 
 def _order(order: int, row: int, rows: int, last_orders: Sequence[int]) -> int:
-    """Return the order that a row can have: no more than its past, and than `last_orders` say."""
+    """Return the order of a row: at most `order`, the rows so far, and its entry in last_orders."""
     at = row - (rows - len(last_orders))
     return min(order, row + 1, last_orders[at] if at >= 0 else order)
 
@@ -46,8 +47,8 @@ def dpmpp_2m(
 ) -> list[Row]:
     """DPM-Solver++(2M), arXiv:2211.01095, algorithm 2; (3M) with order 3.
 
-    last_orders: the highest orders of the last rows. slope: how the change of D is weighed.
-    stochastic: SDE-DPM-Solver++ (section 5), the same on the reverse stochastic equation.
+    slope: the weight of the change of D, as `solver_type` in diffusers.
+    stochastic: SDE-DPM-Solver++ (section 5), the same for the reverse SDE, with fresh noise.
     """
     levels, rows = grid.levels, []
     steps = steps_of(grid, skip)
@@ -69,7 +70,7 @@ def dpmpp_2m(
                 second = (D(row - 1) - D(row - 2)) * (h / h1)
                 bend = (first - second) * (h / (h0 + h1))
                 curve = (kept - 1 + length) / length**2 if length else 0.5
-                # With noise diffusers takes the half with the other sign.
+                # With fresh noise, diffusers adds ½ instead of subtracting it.
                 curve += 0.5 if stochastic else -0.5
                 clean = clean + weight * (first + bend * (h0 / h)) - curve * bend
         after = (t.sigma / s.sigma) * (r if stochastic else 1.0) * x(row) + t.alpha * clean
@@ -88,8 +89,9 @@ def dpmpp_2s(
     """DPM-Solver++(2S), arXiv:2211.01095, algorithm 1; with orders 1, 2, 3, 1 …
     DPM-Solver-3, arXiv:2206.00927.
 
-    orders: of each step of the grid. A row of order 2 goes back to the state before the row
-    before it, one of order 3 to that before the two before it. None: 1, 2, 1, 2 …, at last 1.
+    orders: one for each step of the grid. A row of order 2 starts from the state of the row
+    before it, a row of order 3 from the state two rows before. None: 1, 2, 1, 2 …, and 1 at last.
+    slope: as in `dpmpp_2m`.
     """
     levels, rows = grid.levels, []
     if orders is None:
@@ -129,15 +131,13 @@ def unipc(
     b: Literal["bh1", "bh2"] = "bh2",
     uncorrected: Sequence[int] = (),
 ) -> list[Row]:
-    """UniPC on D, arXiv:2302.04867, algorithms 5 to 8, with B(h) of either kind.
+    """UniPC for D, arXiv:2302.04867, algorithms 5 to 8, with either B(h).
 
-    Each row first corrects the state that it was handed, now that D is known there, and then
-    predicts the next. The correction is a change of the state by a combination of D alone, so
-    one row of the table holds both; it changes the state as handed on, even where an inpainting
-    mask has overwritten it.
+    Each row first corrects its state, now that D is known there, and then predicts the next one.
+    The correction adds a combination of D to the state, so one row of the table holds both. It is
+    added even where inpainting has put the known part back.
 
-    last_orders: the highest orders of the last rows. uncorrected: steps of the grid whose result
-    is left uncorrected.
+    b: which B(h). uncorrected: steps of the grid whose result is not corrected.
     """
     levels, rows = grid.levels, []
     steps = steps_of(grid, skip)
@@ -158,9 +158,9 @@ def unipc(
 def _unified(
     levels: Sequence[Level], at: int, order: int, row: int, b: str, *, corrector: bool
 ) -> Mix:
-    """Return what D adds in the step from levels[at], over alpha of where it lands.
+    """Return what D adds to the state in the step from levels[at], divided by the next alpha.
 
-    row: the row that predicts, or with `corrector` the one after it, which knows D at the end.
+    row: the row of that step, or with `corrector` the next one, where D at the end is known.
     """
     base = row - corrector
     h = _gap(levels[at], levels[at + 1])
@@ -173,7 +173,7 @@ def _unified(
     order = len(ratios) + 1
     changes = [(D(base - k) - D(base)) / ratio for k, ratio in enumerate(ratios, start=1)]
     big = h if b == "bh1" else lost
-    # Moments of the exact step that the weights have to meet, one for each order.
+    # Moments of the exact step, one for each order; the weights have to match them.
     moments, phi, factorial = [], lost / h - 1, 1
     for k in range(1, order + 1):
         moments.append(phi * factorial / -big)
@@ -200,7 +200,7 @@ def deis(
 ) -> list[Row]:
     """DEIS with polynomials in log(sigma/alpha) (ρAB-DEIS), arXiv:2204.13902, section 3.
 
-    The grid must not end at sigma 0. last_orders: the highest orders of the last rows.
+    The grid must not end at sigma 0.
     """
     rows = []
     steps = steps_of(grid, skip)
@@ -217,7 +217,10 @@ def deis(
 
 
 def _log_integrals(nodes: Sequence[float], start: float, end: float) -> list[float]:
-    """Return ∫ dρ from start to end of each Lagrange polynomial in log ρ over at most 3 nodes."""
+    """Return the integral over ρ from start to end of each Lagrange polynomial in log ρ.
+
+    nodes: at most 3.
+    """
 
     def primitives(rho: float) -> np.ndarray:
         log = math.log(rho)

@@ -91,16 +91,16 @@ def spaced(
 ) -> Floats:
     """Return `steps` falling timesteps, spaced by config.timestep_spacing (2305.08891, table 2).
 
-    fractional: linspace keeps its fractions. spare: leading and linspace count one timestep more
-    and leave out the last, for solvers that step to the end of the schedule by themselves.
+    fractional: linspace timesteps are not rounded. spare: leading and linspace make one timestep
+    more and leave out the last, for solvers that step to the end of the schedule by themselves.
     """
     total = config.num_train_timesteps
-    # Solvers can leave out the levels that are noisier than lambda = −log sigma.
+    # lambda_min_clipped leaves out the levels below this lambda = −log sigma, the noisiest.
     loudest = math.exp(min(-config.lambda_min_clipped, 700.0))
     top = int(np.searchsorted(sigmas_of(alphas_cumprod(config)), loudest, side="right"))
     count = steps + spare
     if config.timestep_spacing == "trailing":
-        # An end of the range that rounding lets in would be timestep −1.
+        # Rounding can let in the end of the range, which would be timestep −1.
         times = np.round(np.arange(top, 0, -total / steps))[:steps] - 1
     else:
         if config.timestep_spacing == "linspace":
@@ -115,7 +115,10 @@ def spaced(
 
 
 def sigma_to_timestep(sigmas: Floats, trained: Floats) -> Floats:
-    """Return the fractional timestep of each sigma: linear in log sigma between trained levels."""
+    """Return the fractional timestep of each sigma: linear in log sigma between trained levels.
+
+    trained: sigma of each timestep, rising. Sigmas outside that range get its first or last one.
+    """
     logs = np.log(trained.astype(np.float32))
     wanted = np.log(np.maximum(sigmas, 1e-10))
     low = np.clip(np.searchsorted(logs, wanted, side="right") - 1, 0, len(logs) - 2)
@@ -131,7 +134,7 @@ def karras(high: float, low: float, count: int) -> Floats:
 
 
 def exponential(high: float, low: float, count: int) -> Floats:
-    """Return `count` sigmas from high to low, even in log sigma."""
+    """Return `count` sigmas from high to low, even in log sigma (as in k-diffusion)."""
     return np.exp(np.linspace(math.log(high), math.log(low), count))
 
 
@@ -146,9 +149,9 @@ CURVES = {"karras": karras, "exponential": exponential, "beta": beta}
 def beta_quantile(q: Floats, a: float) -> Floats:
     """Return the quantiles q, in 0 … 1, of the symmetric distribution Beta(a, a), 0 < a < 1.
 
-    With u = x^a the distribution function is a power series with rising terms (DLMF 8.17.7), so
-    Newton's method falls on the root from above. Past the middle, symmetry keeps x ≤ ½, where the
-    series gains a bit per term.
+    With u = x^a the distribution function is a power series with positive terms (DLMF 8.17.7), so
+    Newton's method approaches the root from above. Symmetry keeps x ≤ ½, where each term of the
+    series adds a bit of precision.
     """
     n = np.arange(60)
     # (1 − a)ₙ / n! / (a + n), the weights of xⁿ

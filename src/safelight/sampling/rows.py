@@ -13,7 +13,7 @@ State = TypeVar("State")
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """A level of noise: the state there is alpha·clean + sigma·noise, the noise of deviation 1.
+    """A level of noise: its states are alpha·clean + sigma·noise, with noise of variance 1.
 
     Variance exploding is (1, sigma), variance preserving (cos φ, sin φ), and flow matching
     (1 − t, t). The network is given state / norm.
@@ -61,13 +61,13 @@ class Row:
 
         x₊ = Σ a[k]·x₋ₖ + Σ b[k]·D₋ₖ + c·ε + clip_correction·(D − D before clipping)
 
-    where x₋ₖ and D₋ₖ are the state and the estimate of k rows before.
+    where x₋ₖ and D₋ₖ are the state and the estimate k rows before.
     """
 
     level: Level
-    """Level at which the state is taken to be."""
+    """Level of the state, as the sampler assumes it."""
     timestep: float
-    """Time that the network is given; it may be fractional."""
+    """Timestep that the network is given; it may be fractional."""
     lands: Level
     """Level of x₊. Inpainting puts the known part back at this level."""
     a: tuple[float, ...]
@@ -83,9 +83,9 @@ class Table:
 
     rows: tuple[Row, ...]
     noise_scale: float
-    """A walk from pure noise ε starts at x = noise_scale·ε."""
+    """From pure noise ε, the first state is x = noise_scale·ε."""
     clip: float | None = None
-    """D is clamped to −clip … clip. None: it is left as it is."""
+    """D is clamped to −clip … clip. None: it is not."""
     threshold: tuple[float, float] | None = None
     """(ratio, maximum) of dynamic thresholding, arXiv:2205.11487: with s the quantile `ratio` of
     |D|, held to 1 … maximum, D is clamped to −s … s and divided by s. None: it is not."""
@@ -93,10 +93,10 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Levels to walk down.
+    """The levels of n steps, from noisy to clean.
 
-    levels: n + 1 of them, the last being where the walk ends. timesteps: n, what the network is
-    given at each level but the last. noise_scale: standard deviation of the first state.
+    levels: n + 1 of them. timesteps: n, those that the network is given at each level but the
+    last. noise_scale: standard deviation of the first state.
     """
 
     levels: tuple[Level, ...]
@@ -111,8 +111,8 @@ class Grid:
 class Mix:
     """A linear combination of states and clean estimates, each named by its row.
 
-    Samplers are written with Mixes in place of tensors, as their papers have them. The result
-    holds the weights of the table.
+    Samplers are written with Mixes in place of tensors, so that they read like their papers and
+    give the weights of the table.
     """
 
     __slots__ = ("terms",)

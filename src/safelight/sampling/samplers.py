@@ -1,7 +1,7 @@
-"""The registry of samplers, and the table of one of them for a model.
+"""The registry of samplers, and the table of a sampler for a model.
 
-A new sampler needs a function of rows (see `euler` and `exponential`) and an entry here. A twin in
-diffusers is optional: see `diffusers.TWINS`.
+A new sampler needs a function that returns rows (see `euler` and `exponential`) and an entry here.
+A twin in diffusers is optional: see `diffusers.TWINS`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ class Sampler:
     """One entry of the registry.
 
     name: what users call it. summary: one line for a list of choices. formula: "module.function"
-    in this package, with the keywords in `options`. steps: how many are taken by default. a1111:
-    AUTOMATIC1111's name, None if it has none. noisy: draws fresh noise on the way; samplers with
-    `eta` do so when it is above 0. evaluations: of the network in a step (with 2, the last step
-    takes one). more: rows that it takes beyond the steps, if these are several. eta: whether the
-    setting eta has an effect.
+    in this package, called with `options`. steps: the default. a1111: AUTOMATIC1111's name, None
+    if it has none. noisy: adds fresh noise at each step; samplers with `eta` do so when it is above
+    0. evaluations: network calls per step (with 2, the last step takes one). more: rows beyond one
+    per step, where there is more than one step. eta: whether the setting eta has an effect.
     """
 
     name: str
@@ -69,10 +68,10 @@ class Sampler:
 
     @property
     def function(self) -> Formula:
-        """The formula with its options, from a grid to rows.
+        """The formula with its options; it takes a Grid or a Walk and returns rows.
 
-        It is imported now, as NumPy comes with it: that takes 0.1 s, which a server or a help
-        text does not need.
+        It is imported here, not with this module: it needs NumPy, which takes 0.1 s to import and
+        which a server or a help text does not need.
         """
         module, name = self.formula.split(".")
         formula: Formula = getattr(import_module(f"safelight.sampling.{module}"), name)
@@ -232,13 +231,13 @@ def table(
     strength: float = 1.0,
     skip: int | None = None,
 ) -> Table:
-    """Return the rows of a sampler for a model's noise schedule.
+    """Return the Table of a sampler for a model's noise schedule.
 
-    steps: from 1 to the model's timesteps. schedule and spacing: one that the sampler takes, or
-    None for the model's. eta: noise from 0 to 1 for samplers that have it, no effect on others.
-    strength: above 0, at most 1; below 1 the walk starts part of the way down, with a picture
-    noised to rows[0].level, and the first (1 − strength) of the steps are left out. skip: how many
-    are, in place of strength.
+    steps: from 1 to the model's number of timesteps. schedule and spacing: one that the sampler
+    takes, or None for the model's own. eta: fresh noise from 0 to 1, for samplers that have it.
+    strength: above 0, at most 1; below 1, the first (1 − strength) of the steps are left out, and
+    sampling starts from a picture noised to rows[0].level. skip: the number of first steps to
+    leave out, instead of strength.
 
     Raises SafelightError for settings that the sampler or the model cannot take.
     """

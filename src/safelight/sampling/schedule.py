@@ -1,6 +1,6 @@
-"""What a model's scheduler_config.json says: how it was trained, and how it likes to be sampled.
+"""The settings of a model's scheduler_config.json: how it was trained, and how to sample it.
 
-The numbers that follow from it are made in `levels`.
+`levels` computes the noise levels from them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "original_inference_steps": (1, 100_000),
     "timestep_scaling": (1e-6, 1e6),
 }
-# Settings that change what a sampler does and that we have in one form alone.
+# Settings that change what a sampler does, each with the one value that is supported.
 _ONLY: dict[str, Any] = {
     "use_flow_sigmas": False,
     "use_lu_lambdas": False,
@@ -51,10 +51,10 @@ _ONLY: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """A model's `scheduler_config.json`: how it was trained, and how it likes to be sampled.
+    """A model's `scheduler_config.json`: how it was trained, and how to sample it.
 
-    `given` holds the keys that the file names. The value of any other key is the default of the
-    class of scheduler that reads the file, and classes differ: `resolved` fills them in.
+    `given` holds the keys in the file. The defaults of the others differ between scheduler
+    classes; `resolved` fills them in.
     """
 
     num_train_timesteps: int = 1000
@@ -92,10 +92,10 @@ class SchedulerConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SchedulerConfig:
-        """Reads the content of a `scheduler_config.json`; null is the same as absent.
+        """Return the settings in a `scheduler_config.json`'s content; null is the same as absent.
 
-        Raises SafelightError for a setting that is known and cannot be used, naming what can.
-        Keys that mean nothing here are ignored.
+        Raises SafelightError, with the values that can be used, for a known setting that cannot.
+        Unknown keys are ignored.
         """
         if not isinstance(values, Mapping):
             raise SafelightError("the scheduler's config should be a JSON object of settings")
@@ -111,19 +111,22 @@ class SchedulerConfig:
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """What a `scheduler_config.json` of it holds."""
+        """Return the content of a `scheduler_config.json` with these settings."""
         given = {key: getattr(self, key) for key in sorted(self.given)}
         return {"_class_name": "PNDMScheduler", "skip_prk_steps": True, **given}
 
     def override(self, **values: Any) -> SchedulerConfig:
-        """A copy in which these settings count as named by the file."""
+        """Return a copy in which these settings count as given by the file.
+
+        Raises SafelightError as `from_dict` does.
+        """
         return SchedulerConfig.from_dict({**{k: getattr(self, k) for k in self.given}, **values})
 
     def resolved(self, defaults: Mapping[str, Any]) -> SchedulerConfig:
-        """The settings as a class of scheduler with these defaults sees them.
+        """Return the settings as a scheduler class with these defaults reads them.
 
-        Settings that are not in `defaults` are ones that the class does not know; they are left
-        at the values of this class, where they have no effect.
+        The class does not know settings that are not in `defaults`. Those get the defaults of
+        SchedulerConfig, which have no effect.
         """
         values = {k: getattr(self, k) if k in self.given else v for k, v in defaults.items()}
         return SchedulerConfig(**values, given=frozenset(values))
@@ -135,7 +138,7 @@ class SchedulerConfig:
 
 
 def _checked(key: str, value: Any) -> Any:
-    """One setting of a config file, converted to its type; SafelightError if it is not usable."""
+    """Return a setting's value, converted to its type; SafelightError if it is not usable."""
     default = getattr(SchedulerConfig, key)
     wrong = SafelightError(f"scheduler setting {key} is {value!r:.40}, which is not usable")
     if key in _CHOICES:
@@ -163,7 +166,7 @@ def _checked(key: str, value: Any) -> Any:
 
 
 def _check_together(config: SchedulerConfig) -> None:
-    """Refuses settings that are fine alone and contradict each other."""
+    """Raise SafelightError for settings that contradict each other."""
     betas = config.trained_betas
     if betas is not None and (
         len(betas) != config.num_train_timesteps or not all(0 < b < 1 for b in betas)
