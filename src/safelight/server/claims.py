@@ -316,8 +316,7 @@ def _first(
 
 
 def uncommitted(db: Connection, rows: Iterable[RowMapping]) -> list[str]:
-    """Return the ids that pictures of these jobs' claims would have, without those that have a row.
-    """
+    """Return the ids that pictures of these claims would have, without those that have a row."""
     ids = [_picture_id(row["token"], i) for row in rows for i in range(row["pictures"])]
     known: set[str] = set()
     for start in range(0, len(ids), 500):  # databases limit the parameters of a statement

@@ -45,16 +45,16 @@ from safelight.weights.plan import Plan as ModelPlan
 log = logging.getLogger("safelight.server")
 
 LOOK_AGAIN = 2.0
-"""Seconds after which one who waits looks into the database: messages may be lost."""
+"""Seconds after which a waiting call looks into the database, since messages may be lost."""
 
 
 class Hub:
     """The jobs of a data folder and the workers that draw them; see `jobs.Service`.
 
-    child: the first worker of this server, or the workers that it keeps on Ray; None leaves all to
-    others. bound: the most pictures that may wait. on_refusal: called if no worker can draw with
-    these settings; `refusal` is then the reason. files: those of the jobs, in the data folder or
-    elsewhere; root: the data folder.
+    child: the server's first worker, or the plan of its workers on Ray; None leaves all jobs to
+    workers elsewhere. bound: the most pictures that may wait. on_refusal: called if no worker can
+    draw with these settings; then `refusal` is the reason. files: those of the jobs, in the data
+    folder or elsewhere. root: the data folder.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Hub:
 
     @property
     def alive(self) -> bool:
-        """Whether a worker is kept running; false after none could be."""
+        """Whether a worker is kept running; False once none could be started."""
         return self.supervisor.alive or self.stopping
 
     @property
@@ -119,13 +119,13 @@ class Hub:
         return Supervisor(self.settings, child, **how)
 
     def start(self) -> None:
-        """Begin, within the event loop. Requests are accepted while the model is loaded."""
+        """Begin, within the event loop. Requests are accepted while the model is loading."""
         self.supervisor.start()
         self.fleet.start()
         self.webhooks.start()
 
     async def stop(self) -> None:
-        """End the worker; what it has not finished waits for the next start."""
+        """End the worker; its unfinished jobs wait for the next start."""
         self.drain()
         await self.supervisor.stop()
         await self.fleet.stop()
@@ -136,7 +136,7 @@ class Hub:
         self.store.close()
 
     def drain(self) -> None:
-        """Take no more jobs, and let go of those who wait."""
+        """Take no more jobs, and release all calls that wait."""
         self.supervisor.stopping = True
         self.catalogue.stop()
         self._events.stop()
@@ -148,7 +148,7 @@ class Hub:
     async def trouble(self, seconds: float = 30.0) -> str | None:
         """Return what keeps jobs from being taken or drawn right now, None if nothing does.
 
-        The worker takes a real step, unless one comes to its end by itself within `seconds`.
+        The worker takes a real step for this, unless one ends by itself within `seconds`.
         """
         if self.stopping:
             return "the server is stopping"
@@ -158,9 +158,9 @@ class Hub:
                 await self._threads.with_files(self._look)
             except StorageError as error:
                 return str(error)
-            if isinstance(self.supervisor, Supervisor):  # those of the fleet say it by themselves
+            if isinstance(self.supervisor, Supervisor):  # the fleet's workers report it themselves
                 well = await self._steps.taken(lambda: self.supervisor.send("check"), seconds)
-                if well is None:  # within a step that takes longer, or hung, which the pulse says
+                if well is None:  # in a longer step, or hung: the pulse tells which
                     return self.supervisor.trouble
                 found = None if well else "the worker could not take a step"
         return found
@@ -187,7 +187,7 @@ class Hub:
         self.fleet.send(*message)
 
     def _on_fleet(self) -> None:
-        """Take what the fleet draws with for what this server does, if it draws nothing itself."""
+        """Take over the fleet's models as the server's own, if it draws nothing itself."""
         self._events.watch_again()
         if isinstance(self.supervisor, Elsewhere):
             self.catalogue.on_fleet(self.fleet.workers)
@@ -217,7 +217,7 @@ class Hub:
         model: str | None = None,
         webhook: str | None = None,
     ) -> Job:
-        """See `jobs.Service`. webhook: a URL that is told of the job's end."""
+        """See `jobs.Service`. webhook: a URL that is told when the job ends."""
         if self.stopping:
             raise StoppingError
         name = await self.find_model(model)
@@ -229,10 +229,10 @@ class Hub:
         if idempotency_key is not None and not 1 <= len(idempotency_key) <= 255:
             raise SafelightError("Idempotency-Key must have 1 to 255 characters")
         await asyncio.to_thread(self.names.check, request, name)
-        request = await asyncio.to_thread(request.fitted)  # no more is kept than is drawn from
+        request = await asyncio.to_thread(request.fitted)  # only what is drawn from is kept
         native = self.catalogue.size(name) if plan is None else plan.native_size
         job_id = new_id()
-        # Large pictures, which take a while to write, hold up none without.
+        # Large pictures take a while to write, and must not hold up jobs without pictures.
         submitting = self._in_database if request.image is None else self._threads.with_inputs
         job, new = await submitting(
             partial(
@@ -272,7 +272,7 @@ class Hub:
     async def events(
         self, job_id: str, *, previews: bool = True, owner: str | None = None
     ) -> AsyncIterator[Event]:
-        """See `jobs.Service`. Ends without "end" if the server does."""
+        """See `jobs.Service`. Stops without the event "end" if the server ends."""
         with self._events.listen(job_id, previews=previews) as queue:
             job = await self.get(job_id, owner=owner)
             if job is None:
@@ -301,7 +301,7 @@ class Hub:
             yield Event(kind="end", job=job)
 
     async def _refreshed(self, job: Job, kind: str) -> Job:
-        """Return the job as it stands; for mere progress the database is not asked."""
+        """Return the job as it stands. For mere progress the database is not read."""
         if kind in ("progress", "preview") and job.status == Status.RUNNING:
             return self._events.with_progress(job)
         try:

@@ -1,4 +1,4 @@
-"""Make a job durable: its inputs first, then its row."""
+"""Make a job durable: first its input pictures, then its row."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def accept(
     named: str | None,
     **how: Any,
 ) -> tuple[Job, bool]:
-    """Return the job and whether it is new.
+    """Store a job with its input pictures; return it and whether it is new.
 
-    known: whether the request has its model's defaults; if not, whoever draws it fills them in.
-    named: the model, if the request names one. how: as `Store.submit` takes it.
+    known: whether the request has its model's defaults; if not, the worker that draws it fills them
+    in. named: the model, if the request names one. how: arguments of `Store.submit`.
     """
     settings = request.to_dict()
     if not known:
@@ -36,7 +36,7 @@ def accept(
             del settings[name]
     asked = settings | ({} if named is None else {"model": named})
     if "seed" not in request.model_fields_set:
-        asked.pop("seed")  # drawn anew for the same body
+        asked.pop("seed")  # each submission of one body draws another seed
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     kept = False
     try:
@@ -49,14 +49,16 @@ def accept(
         raise
     finally:
         if not kept and request.image is not None:
-            with contextlib.suppress(StorageError):  # the next start puts them into quarantine
+            with contextlib.suppress(StorageError):  # else the next start puts them into quarantine
                 files.remove_inputs(job_id)
     return job, kept
 
 
 def _may_be_there(store: Store, job_id: str) -> bool:
-    """Return whether a job is there that could not be kept: a database can go away between its
-    commit and its answer. What it starts from is left for the next start to look at then.
+    """Return whether a job that could not be stored may be there all the same.
+
+    A database can go away between its commit and its answer. Then the job's input pictures are left
+    for the next start to look at.
     """
     try:
         return store.get(job_id) is not None

@@ -1,4 +1,4 @@
-"""The shapes of jobs that the routes answer with, the errors, and what routes need of a service."""
+"""Jobs as the routes answer with them, their errors, and the service that routes need."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Picture(BaseModel):
 
 
 class Progress(BaseModel):
-    """Steps taken and steps in all, over all pictures of a job together."""
+    """Steps taken and steps in all, summed over all pictures of a job."""
 
     step: int = 0
     steps: int = 0
@@ -71,11 +71,11 @@ class Job(BaseModel):
 
 
 class Event(BaseModel):
-    """What happened to a job just now.
+    """Something that happened to a job just now.
 
     kind: "progress"; "preview", with the clean estimate of picture `index` and its noisy state,
-    each a PNG in base64; "picture", when picture `index` is finished; "end", the last one. `job`
-    is the job as it stood then.
+    each a PNG in base64; "picture", when picture `index` is finished; "end", the last event. `job`
+    is the job at that time.
     """
 
     kind: str
@@ -108,7 +108,7 @@ class ModelInfo(BaseModel):
 
 
 class WorkerInfo(BaseModel):
-    """A worker of the fleet, as it said of itself."""
+    """A worker of the fleet, as it described itself."""
 
     id: str
     model: ModelInfo = Field(description="the one that it began with")
@@ -171,8 +171,8 @@ def retry_after(error: SafelightError) -> dict[str, str]:
 class Service(Protocol):
     """What the routes need of the server: `app.state.service`. Errors are SafelightErrors.
 
-    owner: who asks, the name of a key or a client; another's job is as none. None may do all.
-    names: what requests may name, besides the model.
+    owner: who asks, by the name of a key or a client. Jobs of other owners are treated as missing;
+    None may see and do all. names: what requests may name, besides the model.
     """
 
     @property
@@ -187,7 +187,8 @@ class Service(Protocol):
         owner: str | None = None,
         model: str | None = None,
     ) -> Job:
-        """Return the job once it is durable; for a key seen before, the owner's job of then.
+        """Return the job once it is durable; for an idempotency key seen before, the owner's
+        earlier job.
 
         model: what `find_model` takes. Raises BusyError when the queue is full.
         """
@@ -212,7 +213,7 @@ class Service(Protocol):
         ...
 
     def picture_bytes(self, picture_id: str) -> bytes | None:
-        """Return the PNG of a finished picture, its recipe inside; called in a thread."""
+        """Return the PNG of a finished picture, with its recipe. To be called in a thread."""
         ...
 
     async def models(self) -> list[ModelInfo]:
@@ -227,21 +228,22 @@ class Service(Protocol):
         ...
 
     async def chosen(self, owner: str | None) -> str | None:
-        """Return the model that an owner chose for requests which name none; None for none."""
+        """Return the model that an owner chose for requests without a model; None if it chose none.
+        """
         ...
 
     async def choose(self, model: str, owner: str | None) -> None:
-        """Keep a choice of a model, by its name."""
+        """Store an owner's choice of a model, by its name."""
         ...
 
     async def facts(self, model: str | None = None) -> ModelInfo:
-        """Return a model by its name, once its size is known."""
+        """Return the facts of a model by its name, once its size is known."""
         ...
 
     async def knows(self, model: str | None = None) -> bool:
-        """Return whether a model is on this machine, so that its defaults are known."""
+        """Return whether a model is on this machine, and its defaults are known."""
         ...
 
     async def defaults(self, model: str | None = None) -> dict[str, Any]:
-        """Return what a model draws best with (`defaults_of`); empty if nothing is known of it."""
+        """Return a model's best settings (`defaults_of`); empty if nothing is known of it."""
         ...

@@ -19,8 +19,8 @@ _UNITS = {unit.lower(): unit for unit in (*AGES, *SIZES)}
 class Keep:
     """Limits beyond which finished jobs are deleted, the oldest first; None is no limit.
 
-    seconds: since a job ended. size: bytes of all pictures and of what jobs start from. jobs: how
-    many finished jobs.
+    seconds: time since a job ended. size: bytes of all pictures, finished ones and inputs. jobs:
+    number of finished jobs.
     """
 
     seconds: float | None = None

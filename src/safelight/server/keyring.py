@@ -1,4 +1,4 @@
-"""The keys as a running server knows them: read anew each second, so that none is for ever."""
+"""The keys as a running server knows them: read again each second, so that removals take effect."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from safelight.server.people import Key, digest
 log = logging.getLogger("safelight.server")
 
 FRESH = 1.0
-"""Seconds that what was read is good for: so long a key that was removed goes on working."""
+"""Seconds for which the keys that were read are used: a removed key works for as long."""
 
 PATIENCE = 2.0
-"""Seconds that a request waits for the keys. Beyond it those of before count, as no job is taken
-without the database either.
+"""Seconds that a request waits for the keys. After that the last ones read are used; without the
+database no job is taken in any case.
 """
 
 
 class Keyring:
-    """For the event loop. read: returns all keys, in a thread."""
+    """The keys of people. For use in the event loop. read: returns all keys; runs in a thread."""
 
     def __init__(self, read: Callable[[], list[Key]]) -> None:
         self._read = read
@@ -38,7 +38,7 @@ class Keyring:
         self._at = time.monotonic()
 
     async def refresh(self) -> None:
-        """Read the keys anew. Those who ask meanwhile share one reading."""
+        """Read the keys again. Calls at the same time share one reading."""
         if self._reading is None or self._reading.done():
             self._reading = asyncio.ensure_future(self._refresh())
         await asyncio.wait({self._reading}, timeout=PATIENCE)
@@ -55,7 +55,7 @@ class Keyring:
 
     @property
     def names(self) -> list[str]:
-        """The names of the keys, as they were read last."""
+        """The names of the keys that were read last."""
         return list(self._named)
 
     async def some(self) -> bool:
@@ -64,7 +64,7 @@ class Keyring:
         return bool(self._named)
 
     async def of_token(self, given: bytes) -> str | None:
-        """Return the name of the key that was given; None if it is none."""
+        """Return the name of the key that was given; None if there is no such key."""
         await self._fresh()
         return self._tokens.get(digest(given))
 
@@ -75,7 +75,7 @@ class Keyring:
         return next((name for name in names if name is not None), None)
 
     async def spent(self, owner: str | None) -> None:
-        """Look at what an owner's key has left, which the answer says."""
+        """Read again what an owner's key has left, for the headers of the answer."""
         key = self._named.get(key_of(owner) or "")
         if key is not None and key.allowances:
             await self.refresh()

@@ -1,6 +1,6 @@
-"""Limits by client: wrong tokens, requests and streams at once, bytes on the way, lines of log.
+"""Limits by client: wrong tokens, requests and streams at once, bytes under way, lines of log.
 
-All of it is bounded in memory, however many addresses there are. For the event loop.
+All of it takes bounded memory, however many addresses there are. For use in the event loop.
 """
 
 from __future__ import annotations
@@ -19,38 +19,38 @@ from typing import Any
 from safelight.server.bodies import RefusedError
 
 MOST = 4000
-"""The most connections, where the system lets this many files be open; half of them may be streams.
+"""The most connections, if the system lets this many files be open. At most half may be streams.
 """
 
 OWN_FILES = 64
 """Files that the server needs beside connections: the database, pictures, pipes."""
 
 RESERVE = 16
-"""Connections beyond the most, which may ask whether the server lives."""
+"""Connections beyond the most, which may only ask for the server's health."""
 
 MAX_REQUESTS = 128
-"""Requests of one client that may be answered at once; half of them may be streams."""
+"""The most requests of one client at once; at most half of them may be streams."""
 
 MAX_STREAMS = 64
 
 MAX_BYTES = 160 << 20
-"""Bytes of bodies of one client that are on the way at once: two of the largest, and some."""
+"""The most bytes of one client's bodies under way at once: room for two of the largest."""
 
 MAX_BYTES_OF_ALL = 640 << 20
 
 FREE_GUESSES = 10
-"""Wrong tokens of an address within FORGET seconds that cost nothing."""
+"""Wrong tokens that an address may send within FORGET seconds without having to wait."""
 
 FORGET = 60.0
 PAUSE = 1.0
-"""Seconds between two guesses of an address beyond that."""
+"""Seconds between two guesses of an address after that."""
 
 MAX_WAITING = 8
 MAX_KNOWN = 4096
-"""Addresses, and good tokens by address, that are remembered."""
+"""The most addresses that are remembered, and the most pairs of address and right token."""
 
 LINES = 100
-"""Lines of one kind that are logged in a second."""
+"""The most lines of one kind that are logged in a second."""
 
 
 @cache
@@ -66,7 +66,7 @@ def most() -> int:
 
 
 class Guesses:
-    """Slows those who try tokens. One who has shown the right one before is never slowed."""
+    """Slows down guesses at tokens. A right token known from an address is never slowed."""
 
     def __init__(self) -> None:
         self._wrong: OrderedDict[str, tuple[int, float]] = OrderedDict()
@@ -75,7 +75,7 @@ class Guesses:
         self._next: dict[str, float] = {}
 
     async def wait(self, address: str, given: bytes) -> None:
-        """Wait until this address may try a token. Raises RefusedError if too many wait."""
+        """Wait until this address may try a token. Raises RefusedError, 429, if too many wait."""
         if self._mark(address, given) in self._good or self._count(address) < FREE_GUESSES:
             return
         if self._waiting[address] >= MAX_WAITING:
@@ -107,7 +107,7 @@ class Guesses:
 
 
 class Share:
-    """What each client has in progress."""
+    """Counts what each client has in progress."""
 
     def __init__(self) -> None:
         self._requests: Counter[str] = Counter()
@@ -118,7 +118,7 @@ class Share:
     def request(self, client: str, *, stream: bool) -> Iterator[None]:
         """Count a request while it is answered. Raises RefusedError, 429, for one too many.
 
-        Streams stay open, so that those of all leave room for others' connections.
+        Streams stay open, so the streams of all clients leave room for other connections.
         """
         if stream and self._streams.total() >= most() // 2:
             raise RefusedError(429, "too many streams at once", {"retry-after": "5"})
@@ -151,7 +151,7 @@ class Share:
 
 
 class Sparing(logging.Filter):
-    """Lets LINES lines of a kind through in a second, and says how many were left out."""
+    """Lets through LINES lines of a kind in a second, and says how many were left out."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from urllib.parse import quote
 from safelight.errors import SafelightError
 
 _HELD: list[Any] = []
-"""What is locked for as long as this process lives."""
+"""The locks that are held as long as this process lives."""
 
 
 class ServedError(SafelightError):
@@ -25,13 +25,13 @@ class ServedError(SafelightError):
 
 
 BACKLOG = 1024
-"""Connections that may wait to be accepted."""
+"""The most connections that may wait to be accepted."""
 
 
 def hold(root: Path, listening: socket.socket) -> None:
     """Lock a data folder for this server. Raises ServedError if another one holds it.
 
-    A second server would take the jobs of the first for left over, and draw them again.
+    A second server would take the first one's running jobs for leftovers and draw them again.
     """
     from filelock import FileLock, Timeout
 
@@ -43,21 +43,21 @@ def hold(root: Path, listening: socket.socket) -> None:
         told = address.read_text().strip() if address.is_file() else ""
         raise ServedError(root, told or "another address") from None
     except OSError:
-        return  # who comes to write there says it better
+        return  # a later write there gives a better error
     _HELD.append(lock)
-    with contextlib.suppress(OSError):  # a full disk: it is held nevertheless
+    with contextlib.suppress(OSError):  # a full disk: the lock is held all the same
         address.write_text(shown(listening))
 
 
 def listen(host: str, port: int, token: str | None) -> socket.socket:
-    """Return a listening socket. Raises SafelightError if it cannot be, or needs a token."""
+    """Return a listening socket. Raises SafelightError if that fails, or if a token is needed."""
     if token is None and not _loopback(host):
         raise SafelightError(
             f"--host {host} can be reached from other machines: give a token as well, by "
             "--token-file or SAFELIGHT_TOKEN; an empty one is none"
         )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # With protocol 0, asyncio would leave Nagle's algorithm on: 40 ms more for an answer.
+    # With protocol 0, asyncio leaves Nagle's algorithm on, which adds 40 ms to an answer.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -74,7 +74,7 @@ def listen(host: str, port: int, token: str | None) -> socket.socket:
 
 
 def shown(listening: socket.socket) -> str:
-    """Return the address that a person types."""
+    """Return the server's address, as a person types it into a browser."""
     host, port = listening.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
@@ -86,9 +86,9 @@ def link(listening: socket.socket, token: str | None) -> str:
 
 
 def host_name(given: str) -> str:
-    """Return a name that a server is reached by as the guard compares it.
+    """Return a host name or an address in the form that the guard compares.
 
-    Raises SafelightError for what is neither a name nor an address.
+    Raises SafelightError for a text that is neither.
     """
     name = given.lower().rstrip(".")
     with contextlib.suppress(ValueError):

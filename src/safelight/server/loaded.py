@@ -1,4 +1,4 @@
-"""The models in a worker's memory: loaded on demand within a bound, dropped least recently used."""
+"""The models in a worker's memory: loaded on demand within a bound, least recently used dropped."""
 
 from __future__ import annotations
 
@@ -26,21 +26,23 @@ if TYPE_CHECKING:
     from safelight.model import Model
 
 SHARE = 0.75
-"""The share of the machine's memory, or a GPU's, that models may take if no bound is given."""
+"""The share of the machine's memory, or of a GPU's, for models if no bound is given."""
 
 PATIENCE = 4
-"""A model that must be loaded waits for so many times its loading longer than one that is there: so
-loading takes at most about a fifth of the time.
+"""A job whose model must be loaded waits longer than others, by this many times the loading time:
+so loading takes at most about a fifth of the time.
 """
 
 SHORTEST, LONGEST = 2.0, 120.0
-"""Seconds that it waits longer, at least and at most."""
+"""The least and the most seconds of that wait."""
 
 
 @dataclass(eq=False)
 class Loaded:
-    """A model that draws. needs: its memory, as estimated. seconds: that its loading took. used:
-    when it took a step last. spent: seconds of its steps, to share time by.
+    """A model in memory.
+
+    needs: its estimated memory. seconds: how long loading took. used: time of its last step. spent:
+    seconds of all its steps, by which models share the time.
     """
 
     name: str
@@ -55,7 +57,7 @@ class Loaded:
 
     @property
     def weights(self) -> int:
-        """Bytes of all its weights: twice for float32 beside them, and those of its LoRAs."""
+        """Bytes of its weights, with those of its LoRAs and of a second copy in float32, if any."""
         own = self.needs.weights + self.model.adapters.size
         if self.precise is not None:
             own += self.needs.weights * 4 // self.model.dtype.itemsize
@@ -63,7 +65,7 @@ class Loaded:
 
 
 class LoadedModels:
-    """Loads one model at a time, beside the steps of those that are there.
+    """Loads one model at a time, while models that are loaded go on with their steps.
 
     on_change(kind, name, info): called when a model was "loaded", with its facts, or "dropped".
     """
@@ -88,45 +90,45 @@ class LoadedModels:
 
     @property
     def names(self) -> list[str]:
-        """The models that are there."""
+        """The names of the models in memory."""
         return list(self._there)
 
     @property
     def able(self) -> list[str] | None:
-        """The models that this worker could load, where others may have more; None for all."""
+        """The models that this worker can load, if other workers may have more; None for all."""
         return list(self.served.sources()) if self._settings.elsewhere else None
 
     @property
     def loading(self) -> str | None:
-        """The model that is being loaded."""
+        """The model that is being loaded; None if none is."""
         return None if self._coming is None else self._coming[0]
 
     @property
     def busy(self) -> list[Loaded]:
-        """Those with pictures that are not finished."""
+        """The models with unfinished pictures."""
         return [one for one in self._there.values() if one.engine.busy]
 
     @property
     def latest(self) -> Loaded | None:
-        """The model that drew last; None while none is there."""
+        """The model that drew last; None if no model is in memory."""
         return max(self._there.values(), key=lambda one: one.used, default=None)
 
     @property
     def rows_a_second(self) -> float:
-        """Rows a second of the model that drew last."""
+        """Rows of the network a second, of the model that drew last."""
         return 0.0 if self.latest is None else self.latest.engine.rows_a_second
 
     @property
     def patience(self) -> float:
-        """Seconds that a job of a model which is not there waits longer; see PATIENCE."""
+        """Seconds that a job waits longer if its model is not in memory; see PATIENCE."""
         return min(max(PATIENCE * self._seconds, SHORTEST), LONGEST)
 
     def get(self, name: str) -> Loaded | None:
-        """Return a model that is there."""
+        """Return a model that is in memory; None for others."""
         return self._there.get(name)
 
     def load_first(self) -> ModelInfo:
-        """Load the default model, now. Raises SafelightError if it cannot draw."""
+        """Load the default model at once. Raises SafelightError if it cannot draw."""
         name = self.default
         began = time.monotonic()
         needs = None
@@ -136,22 +138,22 @@ class LoadedModels:
         return self._take(name, model, needs or self._needs(name), time.monotonic() - began)
 
     def room_for(self, name: str, in_use: Collection[str]) -> bool:
-        """Return whether a model is there, or can be with those in use, there or not yet."""
+        """Return whether a model is in memory, or fits beside those in use or about to be."""
         if name in self._there or name == self.loading:
             return True
         try:
             if name not in self._estimates:  # headers are not read at each step
                 self._estimates[name] = self._needs(name)
         except SafelightError:
-            return True  # said when it is loaded
+            return True  # loading it will raise this error
         return self._fits(self._estimates[name], [one for one in in_use if one != name])
 
     def begin(self, name: str, in_use: Collection[str]) -> None:
-        """Begin to load a model, in a thread; others go, the one used longest ago first.
+        """Begin to load a model in a thread; drop others if needed, least recently used first.
 
-        Raises SafelightError if it cannot be loaded, as far as its headers tell.
+        Raises SafelightError if the headers already show that it cannot be loaded.
         """
-        needs = self._estimates[name] = self._needs(name)  # the file may be another by now
+        needs = self._estimates[name] = self._needs(name)  # the file may have changed
         idle = sorted(
             (one for n, one in self._there.items() if n not in in_use), key=lambda one: one.used
         )
@@ -160,7 +162,10 @@ class LoadedModels:
         self._coming = name, needs, time.monotonic(), self._loader.submit(self._load, name)
 
     def arrived(self) -> tuple[str, SafelightError | None] | None:
-        """Return the name of the model whose loading has ended, and why if it is not there now."""
+        """Return the name of a model whose loading has just ended, and its error or None.
+
+        None while no loading has ended.
+        """
         if self._coming is None or not self._coming[3].done():
             return None
         (name, needs, began, future), self._coming = self._coming, None
@@ -180,22 +185,22 @@ class LoadedModels:
         )
 
     def describe(self, name: str) -> ModelInfo:
-        """Return what a model is, by its headers if it is not there. Raises SafelightError."""
+        """Return a model's facts, by its headers if it is not loaded. Raises SafelightError."""
         one = self._there.get(name)
         return _info(name, self._needs(name)) if one is None else _info_of(name, one.model)
 
     def turn(self) -> Loaded | None:
-        """Return the model whose turn it is to take a step: each has the same share of the time."""
+        """Return the model that takes the next step: busy models share the time equally."""
         able = [one for one in self._there.values() if one.engine.tickets]
         at_it = [one.spent for one in able if not one.waited]
         for one in self._there.values():
-            if one in able and one.waited and at_it:  # what it did not use is not owed to it
+            if one in able and one.waited and at_it:  # unused time is not saved up
                 one.spent = max(one.spent, min(at_it))
             one.waited = one not in able
         return min(able, key=lambda one: one.spent, default=None)
 
     def precise(self, one: Loaded) -> Model:
-        """Return the same model in float32, loaded now if it was not before."""
+        """Return the same model in float32, loading it on the first call."""
         if one.precise is None:
             with self._pulse.patient():
                 one.precise = self._load(one.name, "float32")
@@ -208,13 +213,13 @@ class LoadedModels:
         device = one.model.device
         one.engine.close()
         del one
-        gc.collect()  # networks have circles
+        gc.collect()  # networks have reference cycles
         memory.give_back()
         free_memory(device)
         self._on_change("dropped", name, None)
 
     def close(self) -> None:
-        """Wait for nothing that is being loaded."""
+        """End without waiting for a model that is being loaded."""
         self._loader.shutdown(wait=False)
 
     def _take(self, name: str, model: Model, needs: Estimate, seconds: float) -> ModelInfo:
@@ -240,7 +245,7 @@ class LoadedModels:
         return load_model(source, dtype=dtype or settings.dtype, **settings.loading_others)
 
     def _needs(self, name: str) -> Estimate:
-        """Return what a model takes. Raises SafelightError, also for more than the bound alone."""
+        """Return what a model needs. Raises SafelightError, also if it alone exceeds the bound."""
         settings, source = self._settings, self.served.source(name)
         own = {} if source is not None else {"vae": settings.vae, "refiner": settings.refiner}
         found = estimate(

@@ -31,10 +31,10 @@ class Lines(logging.Formatter):
 
 
 def without_words(error: BaseException) -> str:
-    """Return where an exception and its causes were raised, and their kinds.
+    """Return where an exception and its causes were raised, and their types.
 
-    The words of an exception may quote a prompt: those of a KeyError, or of a failed validation.
-    Only the system's words for its own errors are kept, and names in the code.
+    The text of an exception may quote a prompt, as that of a KeyError or of a failed validation
+    does. Only the system's messages for its own errors, and names in the code, are kept.
     """
     parts: list[str] = []
     seen: set[int] = set()
@@ -57,7 +57,7 @@ def without_words(error: BaseException) -> str:
 
 def log_to_stderr() -> None:
     """Write all records and exceptions to standard error, as lines of JSON."""
-    from safelight.server.limits import Sparing  # with much that a drawing process does not need
+    from safelight.server.limits import Sparing  # imports much that a drawing process does not need
 
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Lines())
@@ -67,7 +67,7 @@ def log_to_stderr() -> None:
 
 
 def log_all_exceptions() -> None:
-    """Send what no one catches to the log, in place of Python's own words on standard error."""
+    """Log exceptions that nothing catches, in place of Python's own text on standard error."""
 
     def of_thread(given: threading.ExceptHookArgs) -> None:
         if given.exc_value is not None:

@@ -1,4 +1,4 @@
-"""Figures for Prometheus."""
+"""The server's metrics for Prometheus."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from safelight.server.retention import Retention
 from safelight.server.wording import METHODS
 
 MAX_MODELS = 100
-"""Models that have figures of their own, those with most jobs; REST has the jobs of all others."""
+"""Models with figures of their own: those with the most jobs; REST sums up the others."""
 
 REST, NONE = "(others)", "(none)"
 
 
 class Metrics:
-    """retention: whose figures are among those of the server."""
+    """The metrics of a server. retention: its figures are included."""
 
     def __init__(self, retention: Retention | None = None) -> None:
         self._retention = retention
@@ -99,8 +99,8 @@ class Metrics:
         )
 
     def count(self, method: str, route: str, status: int) -> None:
-        # By the route's pattern: paths have ids. Strangers could fill the memory with names of
-        # their own for either.
+        # By the route's pattern, since paths contain ids. Both labels take known values only:
+        # strangers could fill the memory with names of their own.
         self._requests.labels(method if method in METHODS else "other", route, str(status)).inc()
 
     async def text(self, hub: Hub) -> str:
@@ -113,10 +113,10 @@ class Metrics:
                 self._key_jobs.labels(key).set(count)
             asked = await asyncio.to_thread(hub.store.asked)
             for gauge, kind in ((self._pictures, "pictures"), (self._pixel_steps, "pixel_steps")):
-                gauge.clear()  # a key that was removed is not told of
+                gauge.clear()  # removed keys are left out
                 for key, much in asked.items():
                     gauge.labels(key).set(much[kind])
-        except StorageError:  # the figures of before stay, and this one says why
+        except StorageError:  # the old figures stay, and `ready` is 0
             well = False
         catalogue = hub.catalogue
         for gauge, values in ((self._loaded, catalogue.in_memory), (self._loads, catalogue.loads)):
@@ -136,7 +136,7 @@ class Metrics:
         return generate_latest(self._registry).decode()
 
     def _set_jobs(self, counts: dict[str, dict[str, int]]) -> None:
-        """Tell of all jobs by status, and of those of each model."""
+        """Set the numbers of jobs, by status and by model."""
         for status in Status:
             self._jobs.labels(status).set(sum(one.get(status, 0) for one in counts.values()))
         self._model_jobs.clear()

@@ -1,6 +1,6 @@
 """What requests may name on this server: LoRAs, embeddings, autoencoders and styles.
 
-It is looked up without a model's weights, so that a name which is not there is refused at once.
+They are looked up without a model's weights, so that a missing name is refused at once.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ from safelight.weights.library import Entry, Library, open_library
 from safelight.weights.plan import Plan, read_plan
 
 MAX_READERS = 8
-"""Models whose tokenizers are kept, those asked for last."""
+"""The number of models whose tokenizers are kept: the ones used last."""
 
 
 class Names:
-    """The files that requests may name, and how their prompts are read. For threads: it reads
-    files at each question, so that new ones are found.
+    """The files that requests may name, and how prompts are read.
+
+    For use in threads: it reads files on each call, so that new ones are found.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -48,13 +49,13 @@ class Names:
         return open_library(self._settings.models_dir)
 
     def styles(self) -> Mapping[str, Style]:
-        """Return the styles by name; none without a file of them."""
+        """Return the styles by name; empty without a file of styles."""
         file = self._settings.styles_file
         return {} if file is None else read_styles(file)
 
     @property
     def vae(self) -> str | None:
-        """The autoencoder that was chosen in place of the model's own, by its name."""
+        """The file name of the autoencoder that replaces the model's own; None without one."""
         chosen = self._settings.vae
         return None if chosen is None else PurePath(chosen).name
 
@@ -64,14 +65,14 @@ class Names:
         return self._settings.wildcards_dir is not None
 
     def entries(self, kind: str) -> list[Entry]:
-        """Return what the models folder has of a kind; see `Library.entries`."""
+        """Return the models folder's files of a kind; see `Library.entries`."""
         return [] if self.library is None else self.library.entries(kind)
 
     def embeddings(self, model: str | None = None) -> dict[str, EmbeddingFile | SafelightError]:
-        """Return the embeddings of the models folder by name; an error for those that are none, or
-        none of a model.
+        """Return the embeddings of the models folder by name.
 
-        model: by the name that `Served.find` returns; None for the server's own.
+        The value is an error for a file that is not an embedding, or does not fit the model. model:
+        a name that `Served.find` returns; None for the server's own.
         """
         widths = {key: net.hidden_size for key, net in self._reader(model).encoders.items()}
         found: dict[str, EmbeddingFile | SafelightError] = {}
@@ -86,25 +87,25 @@ class Names:
         return found
 
     def metadata(self, entry: Entry) -> dict[str, str]:
-        """Return what a LoRA's file says of itself; nothing of one that cannot be read."""
+        """Return the metadata in a LoRA's file; empty if it cannot be read."""
         try:
             return read_header(entry.path).metadata
         except SafelightError:
             return {}
 
     def check(self, request: Request, model: str | None = None) -> None:
-        """Raise SafelightError for a name in a request that is not there, for a LoRA of another
-        kind of model, for what the model cannot draw by its headers, and for a prompt that it
-        cannot read.
+        """Raise SafelightError for a request that cannot be drawn, as far as headers tell.
 
-        What dynamic prompts will say is not known yet.
+        That is a name that is not there, a LoRA for another kind of model, a setting that the model
+        cannot draw, or a prompt that it cannot read. The words that dynamic prompts choose are not
+        known yet.
         """
         asked = request
         styled = apply_styles(
             self.styles(), request.styles, request.prompt, request.negative_prompt
         )
         words = ("", "") if request.dynamic_prompts else styled
-        # A copy as it is: to check it anew would convert its pictures once more.
+        # A copy without validation, which would convert the request's pictures again.
         update: dict[str, Any] = dict(zip(("prompt", "negative_prompt"), words, strict=True))
         request = request.model_copy(update=update)
         finder = EmbeddingFinder(self.library)
@@ -122,7 +123,7 @@ class Names:
         try:
             reader = self._reader(model)
         except (SafelightError, OSError):
-            return  # the model may be back when its turn comes; the worker says so if it is not
+            return  # it may be back by then; the worker tells if not
         reader.plan.family.check_request(reader.plan, asked)
         for entry in loras:
             _check_width(entry, reader.plan)
@@ -140,17 +141,17 @@ class Names:
         return reader.describe(request, negative=negative)
 
     def plan(self, model: str | None = None) -> Plan:
-        """Return what a model is by its headers. Raises SafelightError if it is not here."""
+        """Return a model's plan, from its headers. Raises SafelightError if it is not here."""
         return self._reader(model).plan
 
     def without_prompt(self) -> set[str]:
         """Return the names of the models on this machine that draw from noise alone.
 
-        A single file is none of them: `family_of_file` knows models that read a prompt.
+        Single files are left out: `family_of_file` only knows models that read a prompt.
         """
         found: set[str] = set()
         for name, source in self._served.sources().items():
-            with suppress(OSError, SafelightError):  # one that cannot be read is told of when drawn
+            with suppress(OSError, SafelightError):  # drawing with it gives the error
                 source = source or self._own()
                 if source.path.is_dir():
                     index = Folder(source.path, name).index
@@ -158,7 +159,7 @@ class Names:
         return found
 
     def refiner(self, model: str | None = None) -> Family | None:
-        """Return the family of the model that takes a model's last steps; None without one."""
+        """Return the family of the refiner, which takes a model's last steps; None without one."""
         settings = self._settings
         if settings.refiner is None or self._source(model) is not None:
             return None
@@ -166,12 +167,12 @@ class Names:
         return read_plan(found).family
 
     def _own(self) -> Source:
-        """Return where the server's own model is."""
+        """Return the source of the server's own model."""
         settings = self._settings
         return find(settings.model, models_dir=settings.models_dir, download=False)
 
     def _source(self, model: str | None) -> Source | None:
-        """Return where a model is; None for the server's own."""
+        """Return a model's source; None for the server's own."""
         return None if model in (None, self._served.default) else self._served.source(model)
 
     def _reader(self, model: str | None) -> PromptReader:
@@ -193,7 +194,7 @@ class Names:
 def _check_width(entry: Entry, plan: Plan) -> None:
     """Raise SafelightError for a LoRA whose network reads text states of another width.
 
-    Whatever else does not fit is told by the worker, which reads the whole file.
+    The worker reads the whole file, and reports whatever else does not fit.
     """
     try:
         header = read_header(entry.path)

@@ -1,4 +1,4 @@
-"""The server's side of workers on Ray: a process that keeps them is kept, and says how it is."""
+"""The server's side of workers on Ray: it keeps the process that keeps them, and its reports."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from safelight.weights.find import BUILT_IN
 log = logging.getLogger("safelight.server")
 
 GRACE = 20.0
-"""Seconds that the process has to end, when told to: its workers put their jobs back."""
+"""Seconds that the process has to end when told to; its workers put back their jobs."""
 
 LONGEST_PAUSE = 60.0
-"""Seconds between two tries to reach Ray, at most."""
+"""The most seconds between two tries to reach Ray."""
 
 
 class OnRay(Elsewhere):
-    """In the place of a `Supervisor`: keeps a `crew.Crew` in a process of its own.
+    """Takes the place of a `Supervisor`: keeps a `crew.Crew` in a process of its own.
 
     put_back(worker, killed): lets the jobs of a worker that is gone wait again.
     """
@@ -51,7 +51,7 @@ class OnRay(Elsewhere):
 
     @property
     def trouble(self) -> str | None:
-        """What is wrong with all workers, in words; None if one of the fleet is well."""
+        """What is wrong with all workers, in words; None if a worker of the fleet is well."""
         return super().trouble and (self._away or self._told or "no worker has joined yet")
 
     @property
@@ -63,7 +63,7 @@ class OnRay(Elsewhere):
         self._keeper.start()
 
     async def stop(self) -> None:
-        """Let the workers put back what they have not finished, and end."""
+        """Let the workers put back their unfinished jobs, and end."""
         import asyncio
 
         self.stopping = True
@@ -100,7 +100,7 @@ class OnRay(Elsewhere):
     def _serve(self) -> str:
         """Start the process and listen to it until it ends; return why. Raises OSError."""
         process, self._pipe = start(self._plan, self._settings)
-        if self.stopping:  # it was told to end before it was there
+        if self.stopping:  # it was told to end before it had started
             self._tell_to_end()
         refused = self._listen(self._pipe)
         process.join(GRACE)
@@ -112,7 +112,7 @@ class OnRay(Elsewhere):
         return refused or f"the process that keeps its workers has ended ({ended})"
 
     def _listen(self, pipe: Connection) -> str | None:
-        """Take in what the process says until it ends; return why, if it said so."""
+        """Take in the process's messages until it ends; return why it ended, if it said so."""
         while True:
             try:
                 kind, what = pipe.recv()
@@ -128,20 +128,21 @@ class OnRay(Elsewhere):
                 self._away, self._told = None, what
 
     def _lose(self, there: Collection[str]) -> None:
-        """Let the jobs of workers that are not there any more wait again, at once."""
+        """Let the jobs of workers that are gone wait again, at once. there: workers that are left.
+        """
         for worker in self._workers - set(there):
             while not self.stopping:
                 try:
-                    self._put_back(worker, True)  # those that left by themselves have none
+                    self._put_back(worker, True)  # a worker that left by itself has no jobs
                     break
-                except Exception as error:  # whatever it is, jobs wait and the next try may do it
+                except Exception as error:  # jobs wait meanwhile; the next try may work
                     log.warning("jobs cannot be put back yet: %s", type(error).__name__)
                     self._ended.wait(1.0)
         self._workers = set(there)
 
 
 def on_nodes(settings: Settings) -> Settings:
-    """Return the settings of a worker on any node: paths as the nodes have them, too."""
+    """Return the settings of a worker on any node: absolute paths, as the nodes have them too."""
     names = ("model", "models_dir", "vae", "refiner", "preview_vae", "wildcards_dir", "styles_file")
     given = {name: getattr(settings, name) for name in names}
     paths = {name: _absolute(value) for name, value in given.items() if value is not None}
@@ -150,7 +151,7 @@ def on_nodes(settings: Settings) -> Settings:
 
 
 def _absolute(value: str) -> str:
-    """Return a path that is there in full, and any other name as it is."""
+    """Return an existing path in its absolute form, and any other text unchanged."""
     path = Path(value).expanduser()
     return str(path.absolute()) if value not in BUILT_IN and path.exists() else value
 
@@ -174,7 +175,7 @@ def _run(pipe: Connection, plan: Plan, settings: Settings) -> None:
     from safelight.server.logs import log_to_stderr
 
     log_to_stderr()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Ray prints what we log
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Ray would print our log there again
     with contextlib.suppress(BrokenPipeError, ConnectionError):  # the server is gone
         try:
             ray = connect(plan.address)
@@ -184,6 +185,6 @@ def _run(pipe: Connection, plan: Plan, settings: Settings) -> None:
                 ray.shutdown()
         except SafelightError as error:
             pipe.send(("refused", str(error)))
-        except Exception as error:  # of Ray, which goes away in many ways
+        except Exception as error:  # Ray fails in many ways
             told = (str(error).splitlines() or [""])[0]
             pipe.send(("refused", f"{type(error).__name__}: {told:.150}"))

@@ -1,4 +1,4 @@
-"""The webhooks of jobs, in the database: whom to tell of a job's end, and when to try next."""
+"""The webhooks of jobs in the database: where to send the end of a job, and when to try next."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from safelight.server.jobs import Job
 from safelight.server.tables import UNFINISHED, facts, jobs, pictures, read_job, webhooks
 
 SECRET = "webhooks"
-"""The fact that the secrets of all owners are derived from."""
+"""The name of the fact from which all owners' secrets are derived."""
 
 BATCH = 500
-"""Jobs that are looked at in one transaction."""
+"""The most jobs in one transaction."""
 
 
 @dataclass(frozen=True)
 class Notice:
-    """What is to be sent. tries: how often, this time included."""
+    """A webhook to send now. tries: the number of this try, from 1."""
 
     job: Job
     owner: str
@@ -35,13 +35,13 @@ class Notice:
 class Outbox(Database):
     """Methods for the webhooks of jobs.
 
-    A row's `due` is NULL until its job has ended, and once its notice was taken or given up.
+    A row's `due` is NULL until its job has ended, and again once the webhook was taken or given up.
     """
 
     def ended(self, now: float, job_ids: Collection[str] | None = None) -> int:
-        """Let the notices of jobs that have ended be sent, at most BATCH; return how many.
+        """Make the webhooks of ended jobs due, at most BATCH; return how many.
 
-        job_ids: only those of them.
+        job_ids: consider only these.
         """
         query = select(webhooks.c.job).join(jobs, jobs.c.id == webhooks.c.job)
         query = query.where(
@@ -56,13 +56,13 @@ class Outbox(Database):
         return len(found)
 
     def next_notice(self, now: float, busy: Collection[str], until: float) -> Notice | None:
-        """Return the next notice to be sent, counted as a try; None if none is due.
+        """Return the next webhook that is due and count the try; None if none is due.
 
-        busy: owners that are left out. until: when it is due again, if nobody says how it went.
+        busy: owners that are left out. until: when it is due again if `noticed` is not called.
         """
         query = select(webhooks).where(webhooks.c.due <= now, webhooks.c.owner.not_in(busy))
         query = query.order_by(webhooks.c.due).limit(1)
-        with self._read() as db:  # there is seldom one: others need not wait for that
+        with self._read() as db:  # mostly none is due: do not hold up writers
             if db.execute(query).first() is None:
                 return None
         with self._write() as db:
@@ -78,15 +78,15 @@ class Outbox(Database):
         return Notice(job, row["owner"], row["url"], row["tries"] + 1)
 
     def noticed(self, job_id: str, now: float, due: float | None) -> None:
-        """Keep how a try went. due: when the next one is; None for no other."""
+        """Store the result of a try. due: time of the next try; None if there is none."""
         with self._write() as db:
             values = {"due": due} if due is not None else {"due": None, "told": now}
             db.execute(webhooks.update().where(webhooks.c.job == job_id).values(values))
 
     def webhook_secret(self, owner: str) -> str:
-        """Return the secret that an owner's notices are signed with, as Standard Webhooks has it.
+        """Return the secret that signs an owner's webhooks, in the form of Standard Webhooks.
 
-        All are derived from one, which is made now if there is none.
+        All secrets are derived from one, which is made on the first call.
         """
         with self._read() as db:
             key = db.scalar(select(facts.c.value).where(facts.c.name == SECRET))
@@ -101,11 +101,11 @@ class Outbox(Database):
 
 
 def expect(db: Connection, job_id: str, owner: str, url: str) -> None:
-    """Keep whom to tell of a job's end, with the job."""
+    """Store with a job which URL is told of its end."""
     db.execute(webhooks.insert().values(job=job_id, owner=owner, url=url, tries=0))
 
 
 def expect_again(db: Connection, job_id: str) -> None:
-    """Let a job's end be told anew: it is tried again."""
+    """Let the end of a job that is tried again be sent again."""
     values = {"due": None, "told": None, "tries": 0}
     db.execute(webhooks.update().where(webhooks.c.job == job_id).values(values))

@@ -1,4 +1,4 @@
-"""The keys of people, in the database: by name, hashed, with what each may ask for."""
+"""The keys of people in the database: names, hashes, and what each key may ask for."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from safelight.server.tables import UNFINISHED, allowances, jobs, keys, shares, 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
 
 PREFIX = "slk_"
-"""What a key begins with, so that it is known where it should not be: in a log, in a repository."""
+"""The beginning of each key, so that one is recognised where it must not be, as in a log."""
 
 MOST_TOLD = 200
-"""Keys that figures are told of, the oldest ones: each is a line at each look."""
+"""The most keys with figures of their own, the oldest first: each is one line of the metrics."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """A key by its name. token, cookie: the hashes that it, and a browser's cookie, is known by."""
+    """A key, by its name. token, cookie: the hashes of the key and of a browser's cookie for it."""
 
     name: str
     token: str
@@ -47,14 +47,14 @@ def digest(secret: bytes) -> str:
 
 
 class People(Database):
-    """The database, as those who hand out keys use it."""
+    """The database as used for handing out keys."""
 
     def prepare(self) -> None:
         """Make the tables of an empty database. Raises StorageError for another version's."""
         schema.migrate(self.engine, only_new=True)
 
     def all_keys(self) -> list[Key]:
-        """Return all keys, by name."""
+        """Return all keys, ordered by name."""
         with self._read() as db:
             mine: dict[str, list[Allowance]] = {}
             for row in db.execute(select(allowances).order_by(allowances.c.kind)):
@@ -65,7 +65,7 @@ class People(Database):
             ]
 
     def asked(self) -> dict[str, dict[str, float]]:
-        """Return what each key has asked for in all, by name and kind."""
+        """Return how much each key has asked for since it was made, by name and kind."""
         query = select(keys.c.name, shares).join(shares, shares.c.owner == "key:" + keys.c.name)
         with self._read() as db:
             return {
@@ -74,7 +74,7 @@ class People(Database):
             }
 
     def unfinished(self) -> dict[str, int]:
-        """Return how many jobs of each key wait or are drawn, for keys with any."""
+        """Return how many jobs of each key are unfinished, for keys that have any."""
         query = select(keys.c.name, func.count()).join(jobs, jobs.c.owner == "key:" + keys.c.name)
         query = query.where(jobs.c.status.in_(UNFINISHED)).group_by(keys.c.name)
         with self._read() as db:
@@ -82,7 +82,8 @@ class People(Database):
             return {row[0]: row[1] for row in rows}
 
     def add_key(self, name: str, secret: str | None = None) -> str:
-        """Add a key and return it: it is not kept. secret: in place of a random one."""
+        """Add a key and return its secret, which is not stored. secret: in place of a random one.
+        """
         if not NAME.fullmatch(name) or name.lower() == ADMIN:
             raise SafelightError(
                 f"{name[:60]!r} is no name of a key: expected 1 to 40 letters, digits, dots, "
@@ -103,14 +104,14 @@ class People(Database):
         return secret
 
     def remove_key(self, name: str) -> None:
-        """Remove a key. Its jobs stay, and are those of a later key of this name."""
+        """Remove a key. Its jobs stay, and belong to a later key of the same name."""
         with self._write() as db:
             db.execute(allowances.delete().where(allowances.c.key == name))
             if not db.execute(keys.delete().where(keys.c.name == name)).rowcount:
                 raise _missing(name)
 
     def allow(self, name: str, given: Sequence[tuple[str, Allowance | None]]) -> None:
-        """Set what a key may ask for; None for as much as it likes. What was used stays counted."""
+        """Set what a key may ask for; None for no limit. What was used already stays counted."""
         with self._write() as db:
             if db.scalar(select(keys.c.name).where(keys.c.name == name)) is None:
                 raise _missing(name)

@@ -1,4 +1,4 @@
-"""Small pictures of a job in the making."""
+"""Previews of unfinished pictures."""
 
 from __future__ import annotations
 

@@ -15,16 +15,17 @@ DATABASE = "jobs.sqlite3"
 
 
 def keep() -> None:
-    """Close what this process and its children make from now on to other users."""
+    """Make files that this process and its children write unreadable for other users."""
     os.umask(0o077)
 
 
 def close(root: Path) -> None:
-    """Close a data folder that an earlier version left open, if it is this user's.
+    """Remove other users' rights to a data folder that an earlier version left open to them.
 
-    A folder that has other things in it, as /tmp has, stays as it is; what is ours in it does not.
+    Only files of this user are changed. In a folder with other things in it, such as /tmp, only our
+    files and folders are closed.
     """
-    if os.name == "nt":  # folders of a user are closed there
+    if os.name == "nt":  # a user's folders are closed to others there
         return
     entries = list(root.iterdir())
     ours = [path for path in entries if path.name in OURS or path.name.startswith(DATABASE)]
@@ -38,13 +39,13 @@ def close(root: Path) -> None:
 
 
 def _close(path: Path) -> bool:
-    """Return whether the path was open, and is closed now."""
+    """Remove other users' rights to a path; return whether there were any."""
     found = path.lstat()
     mode = found.st_mode & 0o7777
     if found.st_uid != os.geteuid() or path.is_symlink() or not mode & 0o077:
         return False
     try:
         path.chmod(mode & 0o700)
-    except OSError:  # a file system without rights
+    except OSError:  # a file system without permissions
         return False
     return True

@@ -1,6 +1,6 @@
 """Start the worker's process before anything heavy is imported.
 
-It loads its model while the server is still starting.
+The worker then loads its model while the server is still starting.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from safelight.server.settings import Settings
 from safelight.threads import before_torch
 
 FIRST = 500
-"""Thousandths of the machine's memory that Linux adds to a worker's where it looks for a process to
-end: `oom_score_adj` of proc(5).
+"""A worker's `oom_score_adj` (proc(5)): Linux adds this many thousandths of the machine's memory to
+its memory when it looks for a process to end.
 """
 
 
 @dataclass(frozen=True)
 class Child:
-    """A worker, and the server's ends of the pipes from it.
+    """A worker, and the server's ends of the pipes to it.
 
-    pipe: messages, both ways. pulse: a byte each second that it is well; None is not watched.
+    pipe: messages, both ways. pulse: receives one byte for each second in which the worker is well;
+    a worker without it is not watched.
     """
 
     process: BaseProcess
@@ -41,7 +42,7 @@ def spawn(settings: Settings) -> Child:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     heard, told = context.Pipe(duplex=False)
-    # A daemon: it ends with the server, whatever that ends of.
+    # A daemon process ends with the server, however the server ends.
     process = context.Process(
         target=_run, args=(theirs, told, settings), name="safelight-worker", daemon=True
     )
@@ -52,8 +53,9 @@ def spawn(settings: Settings) -> Child:
 
 
 def _be_ended_first() -> None:
-    """Let Linux end this process, rather than the server, where memory runs out: a worker is
-    replaced, and the job that took the memory is known.
+    """Let Linux end this process rather than the server if memory runs out.
+
+    A worker is replaced, and the job that took the memory is known.
     """
     score = Path("/proc/self/oom_score_adj")
     with contextlib.suppress(OSError, ValueError):
@@ -64,7 +66,7 @@ def _run(pipe: Connection, told: Connection, settings: Settings) -> None:
     """Draw until told to stop, or until the server is gone."""
     before_torch()  # before the worker's import of PyTorch
     _be_ended_first()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server tells when to end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server says when to end
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     from safelight.server.pulse import Pulse
 
@@ -82,14 +84,14 @@ def _run(pipe: Connection, told: Connection, settings: Settings) -> None:
         try:
             worker = Worker(pipe, settings, pulse)
         except StorageError:
-            raise  # another one may have more luck
+            raise  # another worker may succeed
         except SafelightError as error:
             pipe.send(("refused", str(error), error.code))
         else:
             worker.run()
     except (EOFError, BrokenPipeError, ConnectionError):
         pass  # the server is gone
-    except Exception as error:  # its words may quote a prompt
+    except Exception as error:  # its text may quote a prompt
         sys.stderr.write(f"the worker failed: {without_words(error)}\n")
         code = 1
     tracing.stop()

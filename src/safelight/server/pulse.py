@@ -1,14 +1,14 @@
-"""The worker's pulse: a byte to the server each second in which it gets on with its work.
+"""The worker's pulse: one byte to the server for each second in which its work gets on.
 
-A thread sends it, so that a process which is stopped, or in which nothing runs, has none. It looks
-at each thread that works, which are the one that steps and the one that decodes, and keeps still if
-one of them does not get on:
+A thread sends it, so a process that is stopped, or in which no code runs, has no pulse. It looks at
+each working thread, the one that steps and the one that decodes, and sends nothing if one of them
+does not get on:
 
-- It counts: calls of a network's blocks, messages, jobs. More than a second ago is well.
-- It computes in native code, as a large convolution does for minutes: it takes time of a processor
-  and stays where it is in its Python code. That is well, for LONGEST at most.
-- It waits in native code for what does not come: no time is taken.
-- It moves in its Python code and nothing is counted: an endless loop.
+- The thread counts: calls of a network's blocks, messages, jobs. A new count is well.
+- It computes in native code, as a large convolution does for minutes: it takes processor time and
+  stays at one place in its Python code. That is well, for LONGEST at most.
+- It waits in native code for something that does not come: it takes no processor time. Not well.
+- It moves in its Python code, but counts nothing: an endless loop. Not well.
 """
 
 from __future__ import annotations
@@ -30,34 +30,34 @@ EVERY = 1.0
 """Seconds between two beats."""
 
 LOOKS = 10
-"""How often a beat looks where the threads are."""
+"""How often the threads' places are looked up for each beat."""
 
 LONGEST = 600.0
-"""Seconds that one call of native code may take."""
+"""The most seconds that one call of native code may take."""
 
 BUSY = 0.05
-"""The share of a processor that a call of native code takes at least."""
+"""The least share of a processor that a computing call of native code takes."""
 
 _BETWEEN = ("RESUME", "BACKWARD")
-"""In the names of instructions at which a thread is found only between two calls."""
+"""Parts of names of instructions: a thread is found at these only between two calls."""
 
 
 class Pulse:
-    """told: where the beats go to; None for a worker that nobody watches."""
+    """Sends the worker's pulse. told: where beats are sent; None for a worker without a watcher."""
 
     def __init__(self, told: Connection | None = None) -> None:
         self._told = told
         self.well = True
-        """Whether the work got on when it was last looked at, and the server still hears of it."""
+        """Whether the work got on at the last look, and the server still receives beats."""
         self._patient = 1
         self._accelerated = False
         self._threads: dict[int, _Thread] = {}
 
     def __deepcopy__(self, memo: object) -> Pulse:
-        return self  # a network that is copied goes on counting here
+        return self  # a copied network keeps counting here
 
     def start(self) -> None:
-        """Begin to beat. For the main thread."""
+        """Begin to beat. To be called in the main thread."""
         main = _Thread()
         self._threads[main.ident] = main
         if hasattr(signal, "pthread_kill"):
@@ -65,14 +65,14 @@ class Pulse:
         threading.Thread(target=self._beat, name="pulse", daemon=True).start()
 
     def count(self, *_: object) -> None:
-        """Say that the work of this thread gets on."""
+        """Count: the work of this thread gets on."""
         thread = self._threads.get(threading.get_ident())
         if thread is not None:
             thread.counted += 1
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """Within it this thread works, too; the main one does anyway."""
+        """Watch this thread, too, inside the `with` block. The main thread is always watched."""
         if threading.get_ident() in self._threads:
             self.count()
             yield
@@ -84,13 +84,13 @@ class Pulse:
             del self._threads[thread.ident]
 
     def loaded(self) -> None:
-        """From now on look at what the threads do: the worker has a model to draw with."""
+        """Look at the threads from now on: the worker has a model to draw with."""
         listen(self.count)
         self._patient -= 1
 
     def watch(self, model: Any) -> None:
         """Count the calls of a model's blocks."""
-        self._accelerated |= str(model.device) != "cpu"  # it waits without taking time
+        self._accelerated |= str(model.device) != "cpu"  # waiting for it takes no processor time
         networks = [part for part in model.parts.values() if hasattr(part, "modules")]
         for net in networks:
             for block in net.modules():
@@ -99,7 +99,7 @@ class Pulse:
 
     @contextlib.contextmanager
     def patient(self) -> Iterator[None]:
-        """Within it the worker loads: it beats as long as the thread runs."""
+        """Beat as long as the process runs, inside the `with` block: the worker is loading."""
         self._patient += 1
         try:
             yield
@@ -127,7 +127,7 @@ class Pulse:
 
 
 class _Thread:
-    """What is seen of a thread that works; made by the thread itself."""
+    """What is seen of a working thread; created by that thread itself."""
 
     def __init__(self) -> None:
         self.ident = threading.get_ident()
@@ -141,11 +141,11 @@ class _Thread:
         self._taken, self._since = self._time(), time.monotonic()
 
     def move(self, *_: object) -> None:
-        """Say that it went from one instruction to the next."""
+        """Note that the thread went from one instruction to the next."""
         self._moved = True
 
     def look(self) -> None:
-        """Look where it is."""
+        """Look at which place in its code the thread is."""
         frame = sys._current_frames().get(self.ident)
         place = None if frame is None else (id(frame), frame.f_lasti)
         if place != self._place or (frame is not None and _between(frame)):
@@ -153,7 +153,7 @@ class _Thread:
         self._place = place
 
     def is_well(self, accelerated: bool) -> bool:
-        """Return whether it got on since it was asked before."""
+        """Return whether the thread got on since the last call."""
         now, taken = time.monotonic(), self._time()
         if self.counted != self._seen:
             well, self._since = True, now
@@ -164,7 +164,7 @@ class _Thread:
         return well
 
     def _time(self) -> float:
-        """Return the seconds of a processor that it took; of the process where that is not told."""
+        """Return the thread's processor time in seconds; where unknown, that of the process."""
         try:
             return time.process_time() if self._clock is None else time.clock_gettime(self._clock)
         except OSError:  # it has ended just now

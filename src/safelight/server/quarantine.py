@@ -1,4 +1,4 @@
-"""Where files go that no database knows: nothing is deleted for being unknown."""
+"""The quarantine of files that no database knows: unknown files are not deleted at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DAYS = 30
 """Days after which a file in quarantine is deleted."""
 
 FIRST = date(2025, 1, 1)
-"""No day of a quarantine is earlier. A machine without a battery starts in 1970."""
+"""The first possible day of a quarantine. A machine without a battery starts in 1970."""
 
 
 def put_away(storage: Storage, name: str) -> None:
@@ -29,13 +29,13 @@ def put_away(storage: Storage, name: str) -> None:
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        # The folder is a disk of its own.
+        # The folder is on another disk.
         storage.move(name, _free(storage, f"{folder}/{NAME}/{today}/{file}"))
 
 
 def forget(storage: Storage, folders: Iterable[str]) -> None:
-    """Delete what has been in quarantine for more than DAYS."""
-    # A store elsewhere has no folder that is a disk of its own.
+    """Delete what has been in quarantine for more than DAYS days."""
+    # Only a local storage can have a folder on another disk.
     own = [f"{folder}/{NAME}" for folder in folders] if storage.local else []
     for place in (NAME, *own):
         try:
@@ -53,8 +53,8 @@ def _too_old(day: str) -> bool:
     try:
         put = date.fromisoformat(day)
     except ValueError:
-        return False  # somebody else's
-    # Before there was a quarantine, the clock was wrong.
+        return False  # not ours
+    # A day before FIRST was written while the clock was wrong.
     return FIRST <= put < _today() - timedelta(days=DAYS)
 
 

@@ -1,4 +1,4 @@
-"""What a start does before it takes jobs: is this the right database, and what was left over?"""
+"""What a server does before it takes jobs: check that files and database match, then tidy up."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from safelight.server.store import Store, new_id
 
 
 def recover(files: Files, store: Store) -> None:
-    """Make folder and database ready. Raises StorageError, in one line, if they are no pair.
+    """Make the folder and the database ready. Raises StorageError, one line, if they do not match.
 
-    Jobs that an earlier server left running wait again. What ended it is not known, and mostly no
-    job's fault: see `claims.ENDS`. Workers of a fleet go on meanwhile.
+    Jobs that an earlier server left running wait again. Why that server ended is not known, and
+    mostly it was no job's fault: see `claims.ENDS`. Workers of a fleet go on meanwhile.
     """
     files.prepare()
     store.migrate()
@@ -30,19 +30,19 @@ def recover(files: Files, store: Store) -> None:
             "move that folder away to begin anew"
         )
     if files.mark() != mark:
-        files.set_mark(mark)  # first: it may be that nothing can be written there
+        files.set_mark(mark)  # before the database: this write may fail
     store.set_folder(mark)
     store.release(ended=True)
-    clear(files, store)  # what was being deleted
-    # A picture without its row may be half of a commit, or newer than a backup that was restored.
+    clear(files, store)  # jobs that were being deleted
+    # A picture without a row may be a commit that was cut off, or newer than a restored backup.
     files.sweep(store.known_or_coming)
 
 
 def belongs(files: Files, store: Store) -> bool:
-    """Return whether a worker may draw with this storage; False before a server made both ready.
+    """Return whether a worker may draw with this storage; False until a server made it ready.
 
-    Raises SafelightError, in one line, for the storage of another database, and StorageError if
-    one of them cannot be asked now.
+    Raises SafelightError, one line, if the storage belongs to another database, and StorageError if
+    storage or database cannot be read now.
     """
     mark = store.folder() if schema.is_current(store.engine) else None
     if mark is None:
@@ -57,7 +57,8 @@ def belongs(files: Files, store: Store) -> bool:
 
 
 def _mark(files: Files, store: Store, knows: bool, knows_these: bool) -> str:
-    """Return what this folder is known by in its database. Raises StorageError for another's."""
+    """Return the mark that names this folder in its database. Raises StorageError if they differ.
+    """
     here, there = files.mark(), store.folder()
     file = sqlite_file(store.engine)
     within = files.local and file is not None and files.root in file.resolve().parents

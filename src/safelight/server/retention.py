@@ -1,8 +1,8 @@
-"""Delete the oldest finished jobs beyond what is to be kept, and never what waits or is drawn.
+"""Delete the oldest finished jobs beyond what is kept, and never a job that waits or is drawn.
 
-In two steps, each of which survives the end of the process at any point: a job is marked, and after
-a grace its files and then its rows are deleted. A mark is taken away if the job is retried, or no
-longer beyond the limits, as after a start with wider ones.
+Deletion has two steps, each of which survives the end of the process at any point: a job is marked,
+and after a grace period its files and then its rows are deleted. A mark is taken away if the job
+is retried, or is within the limits again, as after a start with wider limits.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from safelight.server.tables import timestamp
 log = logging.getLogger("safelight.server")
 
 GRACE = 3600.0
-"""Seconds from the mark of a job to its deletion: somebody may be looking at it just now, and who
-starts a server may have meant another number.
+"""Seconds from the mark of a job to its deletion: somebody may be looking at it, and a person who
+starts a server may have meant another limit.
 """
 
 PAUSE = 300.0
 """Seconds between two looks at what is beyond the limits."""
 
 SLOW_PAUSE = 3600.0
-"""The same for a limit of size with a storage elsewhere: each thousand names is a request."""
+"""The same for a limit of size with a storage elsewhere: each thousand names take a request."""
 
 
 @dataclass
@@ -52,8 +52,8 @@ class Freed:
 class Retention:
     """Keeps to the limits while a server serves, in a thread of its own.
 
-    freed: what was deleted since the start. marked: how many jobs are to be. size: bytes of all
-    files of jobs, as they were last counted; None where nobody has asked.
+    freed: what was deleted since the start. marked: number of jobs marked for deletion. size: bytes
+    of all files of jobs at the last count; None if they were never counted.
     """
 
     def __init__(self, files: Files, store: Store, keep: Keep) -> None:
@@ -65,12 +65,12 @@ class Retention:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin. Without limits it looks once, and takes the marks of an earlier start away."""
+        """Begin. Without limits it looks once, and removes the marks of an earlier start."""
         self._thread = threading.Thread(target=self._run, name="retention", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """End after the batch that is at work."""
+        """End after the current batch."""
         self._stopped.set()
         if self._thread is not None:
             self._thread.join()
@@ -105,14 +105,14 @@ class Retention:
         while not self._stopped.is_set():
             part = clear(self._files, self._store)
             freed += part
-            if part.jobs < BATCH:  # all of them, or what the disk does not let go now
+            if part.jobs < BATCH:  # no more jobs, or the disk refuses the rest now
                 break
         return freed
 
     def _horizon(self, now: float) -> float:
         """Return a time: jobs that ended before it are beyond the limits.
 
-        Jobs that ended in the same moment as one that stays do stay.
+        Jobs that ended at the same moment as one that stays stay as well.
         """
         keep, horizon = self._keep, -math.inf
         if keep.seconds is not None:
@@ -125,7 +125,7 @@ class Retention:
         return horizon
 
     def _until_small_enough(self, excess: int) -> float:
-        """Return when the oldest job ended that may stay if so many bytes are to go."""
+        """Return the end time of the oldest job that may stay if `excess` bytes have to go."""
         if excess <= 0:
             return -math.inf
         last = -math.inf
@@ -144,20 +144,21 @@ class Retention:
                     return
             except SafelightError as error:
                 log.warning("--keep waits: %s", error)
-            except Exception:  # the next look may do it
+            except Exception:  # the next look may succeed
                 log.exception("--keep failed")
             slow = self._keep.size is not None and not self._files.local
             self._stopped.wait(SLOW_PAUSE if slow else PAUSE)
 
 
 def clear(files: Files, store: Store, job_ids: Sequence[str] | None = None) -> Freed:
-    """Delete files and rows of at most BATCH jobs that are being deleted; return how much.
+    """Delete files and rows of at most BATCH jobs that are being deleted; return how much was
+    freed.
 
-    job_ids: only those of them. A job whose files cannot be deleted keeps its rows, so that the
+    job_ids: consider only these. A job whose files cannot be deleted keeps its rows, so that the
     next call tries again. Raises StorageError.
     """
     freed, done = Freed(), []
-    files.make_sure()  # nothing is deleted from a disk that is away
+    files.make_sure()  # delete no rows while the disk is away
     for job_id, drawn in store.gone(job_ids).items():
         try:
             size = files.size_of(job_id, drawn)
@@ -165,7 +166,7 @@ def clear(files: Files, store: Store, job_ids: Sequence[str] | None = None) -> F
             files.remove_pictures(drawn)
         except StorageError as error:
             log.warning("files of a deleted job cannot be removed yet: %s", error)
-            if isinstance(error, AwayError):  # nor can the others
+            if isinstance(error, AwayError):  # the other files are away as well
                 break
             continue
         done.append(job_id)

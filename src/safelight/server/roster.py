@@ -1,4 +1,4 @@
-"""The roster: which workers of a fleet there are, what they draw with, and when they were seen."""
+"""The roster: the workers of a fleet, what they draw with, and when they were last seen."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from safelight.server.jobs import ModelInfo, Status, WorkerInfo
 from safelight.server.tables import jobs, workers
 
 BEAT = 10.0
-"""Seconds between two times that a worker of the fleet says that it is well."""
+"""Seconds between two reports of a worker that it is well."""
 
 GONE = 60.0
-"""Seconds after which a worker that said nothing is taken for gone."""
+"""Seconds without a report after which a worker counts as gone."""
 
 COUNTED = 1000
-"""Most waiting jobs that are counted: more workers than for so many are not started at once."""
+"""The most waiting jobs that are counted: no more workers than these need start at once."""
 
 
 class Roster(Database):
-    """The database as workers of a fleet register with it."""
+    """The database as used by workers of a fleet to register."""
 
     def beat(
         self,
@@ -33,14 +33,14 @@ class Roster(Database):
         memory: int | None,
         models: Sequence[str] = (),
     ) -> None:
-        """Say that a worker is well; the first time it is put on the roster.
+        """Report that a worker is well; the first report puts it on the roster.
 
         place: its machine and process, for a person. memory: MiB of the device that it draws on.
-        models: names of all that it draws jobs of, besides `model`.
+        models: names of all models that it draws with, besides `model`.
         """
         now, names = self._now(), [*dict.fromkeys((model.name, *models))]
         told = {"seen": now, "model": json.dumps({**model.model_dump(), "models": names})}
-        with self._write(alone=False) as db:  # a row that is this worker's own
+        with self._write(alone=False) as db:  # only this worker writes this row
             if db.execute(workers.update().where(workers.c.id == worker).values(**told)).rowcount:
                 return
             told |= {"joined": now, "place": place[:255], "memory": memory}
@@ -52,12 +52,12 @@ class Roster(Database):
             db.execute(workers.delete().where(workers.c.id == worker))
 
     def forget_gone(self) -> None:
-        """Take the workers off the roster that are gone. Their jobs are free as leases run out."""
+        """Take workers that are gone off the roster. Their jobs become free as leases run out."""
         with self._write() as db:
             db.execute(workers.delete().where(workers.c.seen < self._now() - GONE))
 
     def fleet(self) -> list[WorkerInfo]:
-        """Return the workers that are well, the first to join first."""
+        """Return the workers that are well, in the order in which they joined."""
         query = select(workers).where(workers.c.seen > self._now() - GONE)
         with self._read() as db:
             rows = db.execute(query.order_by(workers.c.joined)).mappings().all()
@@ -74,8 +74,10 @@ class Roster(Database):
         ]
 
     def load(self, patience: float) -> tuple[int, dict[str, int]]:
-        """Return how many jobs wait longer than `patience` seconds, COUNTED at most, and how many
-        each worker has taken in.
+        """Return how many jobs are late, and how many jobs each worker has taken in.
+
+        patience: seconds of waiting after which a job is late. At most COUNTED late jobs are
+        counted.
         """
         now, name = self._now(), func.substr(jobs.c.token, 1, 32)
         late = (jobs.c.status == Status.QUEUED) & (jobs.c.created < now - patience)
@@ -87,6 +89,6 @@ class Roster(Database):
             return count, {row[0]: row[1] for row in rows}
 
     def _of_fleet(self) -> ColumnElement[bool]:
-        """Whether a job's token is one of a worker on the roster that is well."""
+        """Return the SQL condition for jobs of workers on the roster that are well."""
         mine = workers.c.id == func.substr(jobs.c.token, 1, 32)
         return select(workers.c.id).where(mine, workers.c.seen > self._now() - GONE).exists()

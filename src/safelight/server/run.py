@@ -44,7 +44,7 @@ class Server(uvicorn.Server):
         asyncio.get_running_loop().set_exception_handler(on_exception)
         await super().startup(sockets)
         for listening in sockets or ():
-            listening.listen(BACKLOG)  # asyncio has set its own, ACCEPTED
+            listening.listen(BACKLOG)  # asyncio has set its own backlog, ACCEPTED
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self._hub.drain()
@@ -52,10 +52,10 @@ class Server(uvicorn.Server):
 
 
 def return_large_blocks() -> None:
-    """Let the memory of pictures go back to the system as soon as they are gone.
+    """Make glibc return the memory of pictures to the system as soon as they are freed.
 
-    glibc keeps blocks for later that are as large as one that was freed before, up to 32 MB, and
-    Pillow's have 16.
+    After a block of up to 32 MB was freed, glibc keeps later blocks of that size for reuse;
+    Pillow's blocks have 16 MB.
     """
     threshold = -3  # M_MMAP_THRESHOLD of <malloc.h>
     with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc here
@@ -78,7 +78,7 @@ def serve(
     keep: Keep | None = None,
     page: PageOf | None = None,
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C. child: as `Hub` takes it; page: as `application` does.
+    """Serve until SIGTERM or Ctrl-C. child: as for `Hub`. page: as for `application`.
 
     Raises SafelightError if the server or the model cannot start.
     """
@@ -102,7 +102,7 @@ def serve(
         server_header=False,
         timeout_graceful_shutdown=5,
         h11_max_incomplete_event_size=64 << 10,
-        proxy_headers=False,  # the guard reads them, of proxies that it was told of
+        proxy_headers=False,  # the guard reads them, from trusted proxies only
         backlog=ACCEPTED,
     )
     server = Server(config, hub)
@@ -111,10 +111,10 @@ def serve(
         server.should_exit = True
 
     hub.on_refusal = end
-    # uvicorn raises the signal again that ended it: to be told to end is no failure.
+    # uvicorn raises the signal that ended it again: ending on request is no failure.
     signal.signal(signal.SIGTERM, lambda *_: None)
     sys.stderr.write(f"Safelight is at {shown(listening)}\n")
-    if auto:  # made for this run: who sees this line is who started it
+    if auto:  # made for this run: only whoever started it sees this line
         sys.stderr.write(f"Open {link(listening, token)}\n")
     sys.stderr.flush()
     asyncio.run(server.serve(sockets=[listening]))
