@@ -1,6 +1,6 @@
 """From requests to pictures, a step at a time.
 
-`Engine` has the only step loop. `Run` makes the pictures of one request with it.
+`Engine` has the only step loop. `Run` uses it for the pictures of one request.
 """
 
 from safelight.engine.core import Engine

@@ -1,4 +1,4 @@
-"""How much a model can take at once."""
+"""How many rows a call of a model's network holds, learned from how long calls take."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ if TYPE_CHECKING:
     from safelight.model import Model
 
 FEWEST, MOST = 2, 64
-"""Rows of a call, at first and at most."""
+"""Rows of a call of the network: at first, and at most."""
 
 TRIES = 3
-"""Calls of one size that are timed."""
+"""Calls that are timed before the size changes."""
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Return whether an exception says that memory ran out."""
-    # On the CPU torch says so in words alone.
+    # On the CPU only the message of torch's RuntimeError says so.
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "t allocate memory" in str(error)
     )
 
 
 def free_memory(device: torch.device) -> None:
-    """Give the memory that PyTorch keeps for reuse back to a GPU."""
+    """Give the memory that PyTorch keeps for reuse back to the GPU."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":
@@ -37,8 +37,8 @@ def free_memory(device: torch.device) -> None:
 class Capacity:
     """The largest batch at which throughput still improves, learned from the calls themselves.
 
-    It begins at 2 rows, and is doubled while a row costs at most 0.95 times what it did in calls of
-    half as many. rows: the most rows of a call, of pictures of the model's own size; given, nothing
+    It begins at 2 rows and doubles while a row takes at most 0.95 times as long as in calls of half
+    the size. rows: the most rows of a call, in pictures of the model's own size; if given, nothing
     is learned.
     """
 
@@ -49,13 +49,13 @@ class Capacity:
         self._before = math.inf
 
     def note(self, load: float, seconds: float) -> None:
-        """Learn from a call of `load` rows, of a network that computed all of itself."""
+        """Learn from a call of `load` rows in which the whole network was computed."""
         if self._learned or not self.rows / 2 < load <= self.rows:
             return
         self._costs.append(seconds / load)
         if len(self._costs) < TRIES:
             return
-        cost = min(self._costs)  # the first packs weights; others may have had the processor
+        cost = min(self._costs)  # the first call packs weights; other programs may slow one down
         if cost > 0.95 * self._before:
             self.set(self.rows // 2)
         elif self.rows == MOST:
@@ -64,12 +64,15 @@ class Capacity:
             self.rows, self._before, self._costs = 2 * self.rows, cost, []
 
     def set(self, rows: int) -> None:
-        """Hold it at so many rows."""
+        """Fix the number of rows; nothing more is learned."""
         self.rows, self._learned = rows, True
 
 
 def probe(model: Model, rows: int) -> Tensor:
-    """Return the network's outputs for `rows` pictures of the model's own size."""
+    """Return the network's outputs for `rows` pictures of the model's own size.
+
+    float32 [rows, channels, h, w].
+    """
     family = model.family
     x = torch.ones(family.latent_shape(model, model.native_size), device=model.device)
     return family.call(model, [x] * rows, [1.0] * rows, [family.example(model)] * rows)

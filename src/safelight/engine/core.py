@@ -41,32 +41,32 @@ if TYPE_CHECKING:
     from safelight.model import Model
 
 LISTEN = 0.2
-"""Seconds after which one who waits for a picture to be decoded may do something else."""
+"""Seconds that `Engine.step` waits for a picture to be decoded before it returns."""
 
 MAX_PROMPTS = 64
-"""Prompts whose conditioning is kept."""
+"""The most prompts whose conditioning is cached."""
 
 
 def too_large() -> SafelightError:
-    """Return the error for a picture that there is no memory for."""
+    """Return the error for a picture that does not fit in memory."""
     return SafelightError("out of memory: ask for a smaller picture", code="out_of_memory")
 
 
 class Engine:
-    """Steps pictures in turn, so that short ones do not wait for long ones, nor these for ever; see
-    `Turns`.
+    """Draws many pictures, a step at a time.
 
-    Clients add requests, call `step` while `busy`, and take the tickets that are finished. They
-    may look at a ticket's job between steps, and must not change it.
+    Short pictures do not wait for long ones, nor long ones for ever; see `Turns`. Clients add
+    requests, call `step` while `busy`, and take the tickets that are finished. They may look at a
+    ticket's job between steps, and must not change it.
 
-    exact: each call of the network holds one picture, so that no neighbour changes a last bit.
-    rows: most rows of a call, or what learns how many pay off; None learns it anew.
-    background: for a server. To encode a picture to start from is a step of its own, and pictures
-    are decoded in a thread beside the steps, one at a time, each within `working()`.
+    exact: each call of the network holds one picture, so that no other picture changes its last
+    bits. rows: the most rows of a call, or the Capacity to use. None: 1 if `exact`, else learned.
+    background: for a server. Encoding an input picture is a step of its own, and a thread decodes
+    pictures beside the steps, one at a time. working: a context for decoding and applying LoRAs.
 
-    Engines of one model, each in a thread of its own, take turns by `Model.lock`: layers keep what
-    they packed, and the text of their last call. A thread that decodes needs no turn, as what it
-    computes with belongs to it alone; so a model has one engine with `background`, and no other.
+    Engines of one model in several threads take turns by `Model.lock`, because layers keep packed
+    weights and the text of their last call. The decoding thread takes no lock, as only it uses the
+    decoder: so a model with a `background` engine has no other engine.
     """
 
     def __init__(
@@ -95,33 +95,33 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether a picture is not finished, or one that was dropped is still being decoded."""
+        """Whether a picture is unfinished, or a dropped one is still being decoded."""
         return bool(self.tickets or self._undecoded or self._decoding or self.decoding)
 
     @property
     def decoding(self) -> bool:
-        """Whether the thread decodes a picture now, be it one that was dropped."""
+        """Whether the thread is decoding a picture now, even one that was dropped."""
         return self._in_flight is not None and not self._in_flight.done()
 
     @property
     def rows(self) -> int:
-        """The most rows of a call, of pictures of the model's own size."""
+        """The most rows of a call, in pictures of the model's own size."""
         return self.capacity.rows
 
     @property
     def rows_a_second(self) -> float:
-        """Rows of the model's own size."""
+        """Rows per second, in pictures of the model's own size, as measured."""
         return 1 / self._seconds_a_row
 
     def add(
         self, request: Request, tag: Any = None, done: Collection[int] = (), share: Any = None
     ) -> Result:
-        """Take in the pictures of a request, without those whose index is in `done`.
+        """Add the pictures of a request, without those whose index is in `done`.
 
-        They join at the next step. Pictures to start from are encoded now, or in a server when
-        their turn comes. share: whose they are; shares have the same time. Returns the result that
-        they belong to, without pictures yet.
-        Raises SafelightError if the request does not fit the model.
+        They join at the next step. Input pictures are encoded now, or with `background` when their
+        turn comes. share: the owner; all owners get the same time. Returns the result of the
+        request, without pictures yet.
+        Raises SafelightError if the request does not fit the model or the memory.
         """
         model = self.model
         tickets: list[Ticket] = []
@@ -145,7 +145,7 @@ class Engine:
                         selection=selection,
                         arrived=arrived,
                     )
-                    # What takes long waits for its turn: LoRAs, and in a server pictures.
+                    # Slow preparations wait for their turn: LoRAs, and input pictures in a server.
                     waits = self._decoder is not None and request.image is not None
                     if selection is None and not waits:
                         _ = ticket.job
@@ -159,7 +159,7 @@ class Engine:
         return result
 
     def add_job(self, job: Job, tag: Any = None, *, index: int = 0, seed: int = 0) -> Ticket:
-        """Take in a job that was prepared elsewhere, and return its ticket."""
+        """Add a job that was prepared elsewhere, and return its ticket."""
         size, rows = self._size(tuple(job.state.shape)), job.conditioning.evaluations
         ticket = Ticket(job.table, rows, size, index, seed, self.model.precision, tag)
         ticket.prepare = lambda: (self.model, job)
@@ -185,27 +185,27 @@ class Engine:
         return max(1.0, math.prod(shape) / math.prod(own))
 
     def close(self) -> None:
-        """End the thread that decodes, after the picture that it is at; nothing can be added."""
+        """End the decoding thread after its current picture; nothing can be added afterwards."""
         if self._decoder is not None:
             self._decoder.shutdown(wait=False)
 
     def drop(self, tag: Any) -> None:
-        """Forget the pictures of this tag."""
+        """Remove the pictures with this tag."""
         self.tickets = [ticket for ticket in self.tickets if ticket.tag != tag]
         self._undecoded = [ticket for ticket in self._undecoded if ticket.tag != tag]
         self._decoding = {f: t for f, t in self._decoding.items() if t.tag != tag}
 
     def step(self, listen: float = LISTEN) -> tuple[list[Ticket], list[Ticket]]:
-        """Take the first in turn a step further, or encode or decode a picture.
+        """Take a step of the pictures whose turn it is, or encode or decode a picture.
 
-        listen: the seconds to wait where pictures are decoded and there is nothing else to do.
+        listen: seconds to wait for a picture to be decoded when there is nothing else to do.
         Returns the tickets that took a step, and those that are finished, with image or error.
         """
         stepped: list[Ticket] = []
         finished: list[Ticket] = []
         self._begin_decoding()
         if self._decoder is None and self._decoding:
-            pass  # that was the step
+            pass  # decoding was the step
         elif self.tickets:
             stepped, finished = self._serve(self._turn())
             for ticket in stepped:
@@ -225,10 +225,10 @@ class Engine:
             return bool(probe(self.model, 1).isfinite().all())
 
     def _turn(self) -> list[Ticket]:
-        """Return the first in turn, and those that fit beside it.
+        """Return the ticket whose turn it is, and those that share its call.
 
-        No other share has more of the call than the share whose turn it is: more rows make a call
-        longer, and one picture would wait for many of a share that has more.
+        No other share gets more of the call than the share whose turn it is. Otherwise a share with
+        one picture would wait for the many pictures of another, as more rows make a call longer.
         """
         tickets = self.tickets
         if any(ticket.selection for ticket in tickets):
@@ -249,7 +249,7 @@ class Engine:
         return chosen
 
     def _serve(self, tickets: list[Ticket]) -> tuple[list[Ticket], list[Ticket]]:
-        """Let these take a step, and note who had the time."""
+        """Take a step of these tickets, and note the time of each share."""
         with self.model.lock:
             began = time.monotonic()
             outcome = self._advance(tickets) if tickets[0].prepared else self._prepare(tickets[0])
@@ -276,7 +276,7 @@ class Engine:
         except NotFiniteError as error:
             lost = [t for t in tickets if any(t.job is job for job in error.jobs)]
             return [t for t in tickets if t not in lost], self._fail(lost, error)
-        except SafelightError as error:  # as of weights that were overwritten
+        except SafelightError as error:  # for example, the file of weights was overwritten
             return [], self._fail(tickets, error)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
@@ -284,7 +284,7 @@ class Engine:
             free_memory(self.model.device)
             if len(tickets) == 1:
                 return [], self._fail(tickets, too_large())
-            # None has moved: half of them now, and no more at once from here on.
+            # No job has advanced: retry with half of them, and keep later calls as small.
             self.capacity.set(max(1, sum(ticket.rows for ticket in tickets) // 2))
             return self._advance(tickets[: len(tickets) // 2])
         seconds, load = time.monotonic() - began, sum(ticket.load for ticket in tickets)
@@ -300,10 +300,10 @@ class Engine:
         return tickets
 
     def _begin_decoding(self) -> None:
-        """Begin to decode the smallest picture, or decode it here where there is no thread for it.
+        """Start decoding the smallest picture in the thread, or decode it here if there is none.
 
-        Of two of one size, it is the one whose share had less time. None is begun beside another:
-        what comes later may be smaller.
+        Among equal sizes, the one whose share had the least time is first. Only one picture is
+        decoded at a time, as a smaller one may come meanwhile.
         """
         if not self._undecoded or self.decoding:
             return
@@ -350,8 +350,8 @@ class Engine:
     ) -> Conditioning:
         """Return the cached conditioning of a resolved request.
 
-        model: with its LoRAs. before: the model whose steps a refiner goes on from; both read the
-        same embeddings.
+        model: with its LoRAs. before: where `model` is a refiner, the model whose steps it
+        continues; both read the same embeddings.
         """
         family, chosen = model.family, (before or model).embeddings.choose(request)
         key = (
@@ -363,7 +363,7 @@ class Engine:
         if key not in self._prompts:
             made = family.encode(model.embeddings.model(chosen), request)
             if not made.is_finite:
-                return made  # what went wrong once may go well the next time
+                return made  # not cached: the next try may be finite
             self._prompts[key] = made
             while len(self._prompts) > MAX_PROMPTS:
                 self._prompts.popitem(last=False)

@@ -1,4 +1,4 @@
-"""From a state to the network's estimate of the clean picture, with guidance."""
+"""The network's estimate of the clean picture from a state, with guidance."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def estimate(
 ) -> list[Tensor]:
     """Return the clean estimate D of each picture, from one call of the network.
 
-    states: float32 [1, channels, h, w] of one shape. rows: the row that each is at.
-    conditionings: of one `call_key`. reuse: what the call takes from earlier ones. Returns float32
-    tensors of the states' shape.
+    states: float32 [1, channels, h, w], all of one shape. rows: the current row of each picture.
+    conditionings: all with the same `call_key`. reuse: what the call reuses from earlier ones.
+    Returns float32 tensors of the states' shape.
     """
     family = model.family
     inputs = [row.level.view(state) for state, row in zip(states, rows, strict=True)]
@@ -50,10 +50,10 @@ def estimate(
 def clip_or_threshold(
     clean: Tensor, clip: float | None, threshold: tuple[float, float] | None
 ) -> Tensor:
-    """Return D held to the range of pictures, as models of pixels are sampled.
+    """Return D, [batch, channels, h, w], limited to the range of pixels, for models of pixels.
 
     clip: the largest absolute value. threshold: (ratio, maximum) of dynamic thresholding
-    (arXiv:2205.11487, section 2.3), which scales down what would otherwise be cut off.
+    (arXiv:2205.11487, section 2.3), which scales D down instead of cutting it off.
     """
     if threshold is not None:
         ratio, maximum = threshold

@@ -1,7 +1,7 @@
-"""One picture in the making: prepare, advance, finish.
+"""The job of one picture: prepare, advance, finish.
 
 A job is plain data: a table of rows, a cursor, a few tensors, a generator. Only `prepare` knows
-which task it is (text, picture, mask, or nothing to start from).
+whether there is an input picture or a mask.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class NotFiniteError(SafelightError):
 
 @dataclass
 class Known:
-    """The part of a picture that stays, while the rest is painted anew.
+    """The known part of a picture in inpainting.
 
     latents, noise: [1, channels, h, w]; mask: [1, 1, h, w], 1 where to paint.
     """
@@ -54,12 +54,12 @@ class Known:
 
 @dataclass
 class Job:
-    """state: float32 [1, channels, h, w], at `level`; cursor: the next row. second: who takes
-    over, if anyone does.
+    """The state of one picture between two steps.
 
-    clean: the clean estimate of the last row taken, None before the first. steps: how many steps
-    the rows make up, which some samplers take several rows for; None: one row each. size: width and
-    height of the picture; None: all that the latents reach.
+    state: float32 [1, channels, h, w], at `level`. cursor: index of the next row. second: the
+    refiner that takes over, if any. clean: the clean estimate of the last row taken, None before
+    the first. steps: the number of steps, as some samplers have several rows per step; None: one
+    row per step. size: width and height of the picture in pixels; None: all that the latents cover.
     """
 
     table: Table
@@ -91,12 +91,12 @@ class Job:
         return self.kept.asked(conditioning.at(cursor * (self.steps or rows) // rows), cursor, rows)
 
     def plan(self, model: Model) -> Plan:
-        """Return what the next row takes from earlier ones. model: the one that takes it."""
+        """Return what the next row reuses from earlier ones. model: the one that takes the row."""
         rows = len(self.table.rows)
         return self.kept.plan(self.cursor, rows, id(model), self.asked.evaluations)
 
     def model_at(self, cursor: int, first: Model) -> Model:
-        """Return who takes a row. first: who takes the first."""
+        """Return the model that takes a row. first: the model of the first row."""
         second = self._second_at(cursor)
         return first if second is None else second.model
 
@@ -134,10 +134,10 @@ def prepare(
 ) -> Job:
     """Return a job at its first row.
 
-    size: width and height in pixels; image (RGB) and mask (L, 0 or 255) have that size. Noise is
-    drawn by a CPU generator of this picture's own, in diffusers' order for the task. So a seed
-    means the same picture there, and batch and neighbours never change it. Where the latents reach
-    beyond the picture, its last pixels are repeated there.
+    size: width and height in pixels; image (RGB) and mask (L, 0 or 255) have that size. Each
+    picture draws its noise from its own CPU generator, in diffusers' order for the task. So a seed
+    gives the same picture as in diffusers, and other pictures of the batch never change it. Where
+    the latents cover more than the picture, its edge pixels are repeated.
     """
     family = model.family
     generator = torch.Generator().manual_seed(seed)
@@ -147,7 +147,7 @@ def prepare(
         return torch.randn(shape, generator=generator).to(model.device)
 
     def draw_to_encode() -> Tensor:
-        # A tiny autoencoder is not sampled, and diffusers then draws nothing.
+        # A tiny autoencoder's latents are not sampled, and diffusers draws no noise for them.
         samples = model.vae is None or model.vae.samples
         return draw() if samples else torch.zeros(shape, device=model.device)
 
@@ -193,8 +193,8 @@ def advance(model: Model, jobs: list[Job]) -> None:
     """Take each job one row further, with one call of the network for all.
 
     The jobs' states have one shape, their conditionings one `call_key`, and their plans are equal;
-    samplers, steps, tasks and guidance may differ. Raises NotFiniteError, after all have taken the
-    step, for those whose state is no longer finite; they stay where they were.
+    samplers, steps, tasks and guidance may differ. Raises NotFiniteError for jobs whose new state
+    is not finite, after the others have taken the step; those jobs stay at their row.
     """
     asked, kept = [job.asked for job in jobs], [job.kept for job in jobs]
     evaluations = [conditioning.evaluations for conditioning in asked]
@@ -214,7 +214,7 @@ def advance(model: Model, jobs: list[Job]) -> None:
 
 
 def _step(job: Job, unclipped: Tensor) -> bool:
-    """Take the step of a row; return False, with the job where it was, if it is not finite."""
+    """Take the step of a row; return False, and leave the job at it, if the state is not finite."""
     row, table = job.row, job.table
     clean = clip_or_threshold(unclipped, table.clip, table.threshold)
     job.clean = clean
@@ -243,7 +243,7 @@ def _step(job: Job, unclipped: Tensor) -> bool:
 
 
 def _forget(job: Job) -> None:
-    """Drop the past states that no row to come looks at."""
+    """Drop the past states and estimates that no later row uses."""
     rest = job.table.rows[job.cursor :]
     states = max((len(row.a) for row in rest), default=1) - 1
     cleans = max((len(row.b) for row in rest), default=1) - 1
@@ -259,7 +259,7 @@ def finish(model: Model, job: Job) -> Image.Image:
     Raises SafelightError if the picture is not finite.
     """
     if model.device.type == "cpu":
-        memory.give_back()  # the steps' activations: those of the decoder are the largest
+        memory.give_back()  # the steps' activations, as those of the decoder are the largest
     painted = decode(model, final_latents(job))
     if job.size is not None and job.size != painted.size:
         painted = painted.crop((0, 0, *job.size))
@@ -269,8 +269,8 @@ def finish(model: Model, job: Job) -> Image.Image:
 
 
 def final_latents(job: Job) -> Tensor:
-    """Return the last state as the network would see it: some samplers end above sigma 0."""
+    """Return the last state as the network would see it, as some samplers end above sigma 0."""
     if job.known is None:
         return job.view
-    # put_back laid the known part down clean; only what was painted is at the last level.
+    # put_back made the known part clean; only the painted part is at the last level.
     return torch.where(job.known.mask > 0.5, job.view, job.state)

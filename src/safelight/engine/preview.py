@@ -1,4 +1,4 @@
-"""Small pictures of latents in the making, in a fraction of the time that decoding them takes."""
+"""Small previews of latents, in a fraction of the time that decoding the picture takes."""
 
 from __future__ import annotations
 
@@ -22,18 +22,17 @@ MAX_TINY = 512
 """The same for a tiny autoencoder."""
 
 ENLARGED = 4
-"""Pixels of a preview from the table for each latent."""
+"""Pixels per latent, along each side, of a preview made by the table of colours."""
 
 
 def preview(model: Model, latents: Tensor, size: tuple[int, int] | None = None) -> Image.Image:
     """Return latents, float32 [1, channels, h, w], as a small picture.
 
-    size: width and height of the finished picture, which the latents may reach beyond; None: all
-      that they reach.
+    size: width and height of the finished picture, if the latents cover more; None: show them all.
 
-    Decoded by the tiny autoencoder if one was loaded for previews, else made by the family's table
-    of latents to colours, else decoded by the model's own autoencoder. Large latents are averaged
-    down before they are decoded.
+    The tiny autoencoder decodes it if one was loaded for previews. Else the family's table of
+    latents to colours makes it, or if there is none, the model's own autoencoder. Large latents are
+    averaged down before they are decoded.
     """
     shown = _shown(model, latents)
     if size is None:
@@ -64,7 +63,7 @@ def _shown(model: Model, latents: Tensor) -> Image.Image:
 
 
 def decode_tiny(model: Model, latents: Tensor) -> Image.Image:
-    """Return the picture of latents, decoded by the tiny autoencoder for previews."""
+    """Return the picture of latents, [1, channels, h, w], by the tiny autoencoder for previews."""
     vae = model.preview_vae
     return from_tensor(vae.decode(vae.config.unscale(latents).to(model.dtype)).float())
 
@@ -79,7 +78,7 @@ def _smaller(latents: Tensor, side: int) -> Tensor:
 def _colours(latents: Tensor, table: tuple[tuple[float, ...], ...]) -> Tensor:
     """Return pixels from −1 to 1, [1, 3, h, w]: a linear map of each latent's channels.
 
-    table: red, green and blue of each channel, and last those of latents of 0.
+    table: weights of red, green and blue for each channel, and last the colour of latents of 0.
     """
     *rows, bias = (latents.new_tensor(row) for row in table)
     pixels = torch.einsum("bchw,cr->brhw", latents, torch.stack(rows)) + bias.view(1, 3, 1, 1)

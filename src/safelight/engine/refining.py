@@ -1,8 +1,8 @@
 """The last steps of a picture, which a refiner takes over (arXiv:2307.01952, section 2.5).
 
-As diffusers has it (`denoising_end`, `denoising_start`): both walk on the same grid of timesteps,
-and no noise is added between them. A sampler with past estimates begins anew with the refiner.
-diffusers parts a step of two evaluations in the middle; here the refiner takes the whole step.
+As in diffusers (`denoising_end`, `denoising_start`), both models use the same grid of timesteps,
+and no noise is added between them. A multistep sampler starts over with the refiner. diffusers
+splits a step of two evaluations in the middle; here the model that begins a step completes it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Second:
-    """Who takes over, from which row on, and what steers it."""
+    """The refiner that takes over, its first row, and its conditioning."""
 
     model: Model
     row: int
@@ -28,7 +28,7 @@ class Second:
 
 
 def table_of(model: Model, request: Request) -> tuple[Table, int]:
-    """Return the rows of a resolved request, and how many of them the model itself takes."""
+    """Return the table of a resolved request, and how many of its rows the model itself takes."""
     table, refiner = model.family.table(model, request), model.refiner
     if refiner is None or request.refiner_start == 1:
         return table, len(table.rows)

@@ -1,4 +1,4 @@
-"""From a request to its jobs and its result."""
+"""The jobs and the result of a request."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def resolve_request(model: Model, request: Request) -> Request:
     family = model.family
     family.check_request(model, request)
     request = shortened(request, model).with_defaults(model.defaults)
-    # With None in its recipe, the picture would be drawn again with the model's own values.
+    # A recipe with None would draw the picture again with the model's own values.
     whole = {"guidance_start": 0.0, "guidance_end": 1.0}
     filled: dict[str, Any] = {
         name: value
@@ -53,7 +53,7 @@ def resolve_request(model: Model, request: Request) -> Request:
 def new_result(model: Model, asked: Request, resolved: Request, exact: bool = True) -> Result:
     """Return the result of a request, without pictures yet, with its warnings.
 
-    exact: each picture has the calls of the network for itself.
+    exact: each call of the network holds one picture.
     """
     seeds = [resolved.seed + i for i in range(resolved.count)]
     result = Result(
@@ -93,9 +93,9 @@ def new_result(model: Model, asked: Request, resolved: Request, exact: bool = Tr
 def select_loras(
     model: Model, request: Request, result: Result, seed: int, own: Selection | None
 ) -> Selection | None:
-    """Return the LoRAs of one picture of a resolved request, None without; note them in the result.
+    """Return the LoRAs of one picture of a resolved request, or None; note them in the result.
 
-    own: those that the model came with. Raises SafelightError for one that does not fit.
+    own: those loaded with the model. Raises SafelightError for one that does not fit.
     """
     asked, warnings = asked_of(request)
     result.warnings += [warning for warning in warnings if warning not in result.warnings]
@@ -103,7 +103,7 @@ def select_loras(
         return None
     selection = model.adapters.choose(asked, request.lora_unmatched, after=own)
     result.loras[seed] = selection.records
-    # By names that tell nothing of this machine.
+    # As names, which tell nothing about this machine.
     result.settings["loras"] = [str(one) for one in selection.asked if not one.tagged]
     result.warnings += [said for said in selection.warnings if said not in result.warnings]
     return selection if selection.key else None
@@ -125,7 +125,7 @@ def _styled(model: Model, request: Request) -> tuple[str, str]:
 
 
 def _warnings(model: Model, asked: Request, resolved: Request) -> list[str]:
-    """Return what a person should know about a request: each line says one thing."""
+    """Return warnings about a request, one line each."""
     found = list(model.warnings)
     found += asked.with_defaults(model.defaults).unused_settings()
     if unavailable := remark(asked, resolved):
@@ -162,7 +162,7 @@ def _warnings(model: Model, asked: Request, resolved: Request) -> list[str]:
 
 
 def _without_effect(model: Model, asked: Request, resolved: Request) -> list[str]:
-    """Return warnings about settings that change nothing beside the others of the request."""
+    """Return warnings about settings that do nothing, given the request's other settings."""
     found: list[str] = []
     if not model.uses_prompt:
         if asked.guidance_scale not in (1, 7.5) and not asked.unconditional:
@@ -173,7 +173,7 @@ def _without_effect(model: Model, asked: Request, resolved: Request) -> list[str
     if asked.cache_branch and resolved.cache_every in (None, 1):
         found.append("cache_branch does nothing without cache_every: try cache_every 2")
     for name, everything in (("guidance_start", 0), ("guidance_end", 1)):
-        # What a level or the model says, a server fills in: nobody asked for it.
+        # A server fills in the values of the level or the model: nobody asked for those.
         filled = (LEVELS.get(asked.fast, {}).get(name), model.defaults.get(name))
         unasked = getattr(asked, name) in (None, everything, *filled)
         if resolved.guidance_scale <= 1 and not unasked:

@@ -48,10 +48,10 @@ class Step:
 
 
 class Run:
-    """The making of a request's pictures: iterate for its steps, then read `result`.
+    """Draws a request's pictures: iterate over the steps, then read `result`.
 
-    Each step is taken once: to iterate again goes on after the last one.
-    made: the result so far. A picture is in it when the next one takes its first step.
+    Each step is taken once; a second iteration continues after the last step taken.
+    made: the result so far. It has a picture by the time the next one takes its first step.
     """
 
     def __init__(self, model: Model, request: Request) -> None:
@@ -61,7 +61,7 @@ class Run:
 
     @property
     def result(self) -> Result:
-        """The finished result. It takes the steps that nobody iterated over.
+        """The finished result. Reading it takes the remaining steps.
 
         Raises SafelightError if an earlier step ended the run with an error.
         """
@@ -79,13 +79,13 @@ class Run:
         timings = {"text": 0.0, "denoise": 0.0, "decode": 0.0}
         count = self._request.count
         for i in range(count):
-            # One at a time: the first picture need not wait until all are prepared.
+            # One at a time, so that the first picture does not wait until all are prepared.
             began = time.perf_counter()
             others = [other for other in range(count) if other != i]
             result = engine.add(self._request, done=others)
             if self.made is None:
                 self.made, result.timings = result, timings
-            else:  # each knows the LoRAs of its own picture
+            else:  # each result has only the LoRAs of its own picture
                 self.made.loras |= result.loras
                 self.made.warnings[:] = dict.fromkeys((*self.made.warnings, *result.warnings))
             timings["text"] += time.perf_counter() - began
@@ -99,7 +99,7 @@ class Run:
                         assert ticket.error is not None
                         raise ticket.error
                     self.made.images.append(ticket.image)
-                # The clock stops while the caller looks at the step.
+                # The time that the caller spends on a step does not count.
                 for ticket in stepped:
                     job = ticket.job
                     assert job.clean is not None

@@ -1,7 +1,7 @@
-"""The fast mode: what of a step is not computed, at which steps, and what that leaves for the next.
+"""The fast mode: which parts of a step are skipped, at which steps, and what is reused for them.
 
-Each of them changes the picture. They stand between a job and the network, add up, and are off
-unless a request asks for them, by their names or by a level of `fast`.
+Each shortcut changes the picture. They can be combined, and are off unless a request asks for
+them by name or by a level of `fast`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def shortened(request: Request, model: Model) -> Request:
-    """Return the request with the settings that its level stands for, as they can be had here."""
+    """Return the request with the settings of its `fast` level, as far as they work here."""
     request = with_level(request, model.family, model.notes)
     if request.linears == "int8" and not int8.available(model.device, model.dtype):
         return request.replace(linears="plain")
@@ -32,7 +32,7 @@ def shortened(request: Request, model: Model) -> Request:
 
 
 def remark(asked: Request, resolved: Request) -> str:
-    """Return a sentence if a shortcut that was asked for by name cannot be had here; else empty."""
+    """Return a warning if a shortcut that was asked for by name does not work here, else ""."""
     if asked.linears in (None, resolved.linears, LEVELS.get(asked.fast, {}).get("linears")):
         return ""
     return (
@@ -43,15 +43,15 @@ def remark(asked: Request, resolved: Request) -> str:
 
 @dataclass(frozen=True)
 class Shortcuts:
-    """What is left out, and when. Shares are of the rows that a picture takes.
+    """Which parts are skipped, and when. Shares are of a picture's rows, from 0 to 1.
 
-    cache_every: of so many rows, one is computed in full; the others take the deep part of the
-      network from it (DeepCache, arXiv:2312.00858). Counted back from the last row, which shows
-      most. cache_branch: how many more layers than the outermost one the others compute.
-    guidance_start, guidance_end: rows between these shares are guided; the others see the prompt
-      alone (arXiv:2404.07724), and are at guidance 1 where it is composed.
-    text_end: after this share, what attention to the text gave stays (T-GATE, arXiv:2404.02747).
-    linears: "int8": linear layers and 1×1 convolutions multiply integers of 8 bits.
+    cache_every: one row in so many is computed in full; the others reuse the deep part of the
+      network from it (DeepCache, arXiv:2312.00858). Counted back from the last row, where errors
+      show most. cache_branch: layers that the others compute beyond the outermost one.
+    guidance_start, guidance_end: rows between these shares are guided (arXiv:2404.07724). The
+      others see the prompt alone, or a composed prompt at a guidance of at most 1.
+    text_end: after this share, outputs of cross-attention are reused (T-GATE, arXiv:2404.02747).
+    linears: "int8": linear layers and 1×1 convolutions multiply 8-bit integers.
     """
 
     cache_every: int = 1
@@ -63,7 +63,7 @@ class Shortcuts:
 
     @classmethod
     def of(cls, request: Request) -> Shortcuts:
-        """Return those of a resolved request."""
+        """Return the shortcuts of a resolved request."""
         asked = {name: getattr(request, name) for name in SHORTCUTS}
         return cls(**{name: value for name, value in asked.items() if value is not None})
 
@@ -74,11 +74,11 @@ class Shortcuts:
 
 @dataclass
 class Kept:
-    """What a picture's last rows left for the next ones.
+    """What a picture's earlier rows left for later ones.
 
-    shortcuts: what may be taken, and when. deep, texts: see `nets.reuse.Reuse`, of this picture
-    alone. model, evaluations: who left it, and of how many evaluations. told: of how many the
-    texts are.
+    shortcuts: which parts may be skipped, and when. deep, texts: as in `nets.reuse.Reuse`, for
+    this picture alone. model, evaluations: the id of the model that left them, and its evaluations
+    at that row. told: the number of evaluations in `texts`.
     """
 
     shortcuts: Shortcuts = field(default_factory=Shortcuts)
@@ -90,19 +90,19 @@ class Kept:
     _alone: dict[int, Conditioning] = field(default_factory=dict)
 
     def asked(self, conditioning: Conditioning, row: int, rows: int) -> Conditioning:
-        """Return what steers a row: the conditioning, or the prompt's own part without guidance."""
+        """Return the conditioning of a row; without guidance, the prompt's own part of it."""
         if conditioning.evaluations < 2 or self.shortcuts.guided(row / rows):
             return conditioning
         if conditioning.evaluations > 2 or conditioning.weights is not None:
             # Prompts with AND or a weight are composed against the negative one, guided or not.
             return replace(conditioning, guidance=min(conditioning.guidance, 1.0))
-        key = id(conditioning)  # kept: what is computed from the same tensor is not computed again
+        key = id(conditioning)  # cached: layers reuse what they computed from the same tensor
         if key not in self._alone:
             self._alone[key] = conditioning.positive()
         return self._alone[key]
 
     def plan(self, row: int, rows: int, model: int, evaluations: int) -> Plan:
-        """Return what a row takes and keeps."""
+        """Return what a row reuses and keeps. model: the id of the model that takes it."""
         cuts = self.shortcuts
         begun = self.model == model and row > 0
         deep = begun and self.deep is not None and self.evaluations == evaluations
@@ -117,8 +117,10 @@ class Kept:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a row takes from earlier ones and keeps, and how its linear layers multiply: pictures
-    that share a call have equal ones.
+    """What a row reuses and keeps, and how its linear layers multiply; equal within a call.
+
+    skips, taken, told: as in `nets.reuse.Reuse`. texts: whether outputs of cross-attention are
+    kept. int8: see `Shortcuts.linears`.
     """
 
     skips: int = 0
@@ -129,14 +131,14 @@ class Plan:
 
     @property
     def full(self) -> bool:
-        """Whether the network computes everything, and nothing is kept."""
+        """Whether nothing is reused or kept."""
         return not (self.skips or self.texts)
 
 
 def gather(plan: Plan, kept: list[Kept], evaluations: list[int]) -> Reuse | None:
-    """Return what a call of the network for these pictures takes and keeps, None if nothing.
+    """Return what a call of the network for these pictures reuses and keeps, None if nothing.
 
-    plan: that of each of them. evaluations: of each, in this call.
+    plan: the same for all of them. evaluations: of each picture in this call.
     """
     if plan.full:
         return None
@@ -144,7 +146,7 @@ def gather(plan: Plan, kept: list[Kept], evaluations: list[int]) -> Reuse | None
     if plan.taken:
         reuse.deep = torch.cat([one.deep for one in kept if one.deep is not None])
     if plan.texts:
-        # Blocks that one of them has not left anything of are computed.
+        # A block is computed if one of the pictures has kept nothing of it.
         blocks = [block for block in kept[0].texts if all(block in one.texts for one in kept)]
         reuse.texts = {
             block: torch.cat(
@@ -156,7 +158,7 @@ def gather(plan: Plan, kept: list[Kept], evaluations: list[int]) -> Reuse | None
 
 
 def scatter(reuse: Reuse | None, kept: list[Kept], model: int, evaluations: list[int]) -> None:
-    """Note what a call has left with each of its pictures."""
+    """Store what a call has kept with each of its pictures. model: the id of the model."""
     if reuse is None:
         return
     ends = torch.tensor(evaluations).cumsum(0).tolist()
@@ -170,10 +172,10 @@ def scatter(reuse: Reuse | None, kept: list[Kept], model: int, evaluations: list
         if reuse.texts is not None:
             if count != one.told:
                 one.texts, one.told = {}, count
-            # Blocks that this row did not come to keep what they gave before.
+            # Blocks that this row skipped keep their earlier outputs.
             one.texts |= {block: told[here] for block, told in reuse.texts.items()}
 
 
 def _fitted(told: Tensor, evaluations: int) -> Tensor:
-    """Return what the text gave, for so many evaluations: without guidance, the mean of both."""
+    """Return outputs of cross-attention for so many evaluations; without guidance, the mean."""
     return told if len(told) == evaluations else told.mean(0, keepdim=True)

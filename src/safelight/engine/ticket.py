@@ -1,4 +1,4 @@
-"""One picture in the making, as the engine keeps it."""
+"""A ticket for each picture that the engine draws."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Ticket:
-    """One picture in the making.
+    """One picture that is being drawn or waits for it.
 
-    table: of its job. size: its latents' numbers, as a multiple of those of the model's own size.
-    index: which picture of its request. tag: whatever the client knows it by. share: whose it is,
-    as `Turns` has it. dtype: the precision that it is drawn in. evaluations: rows of the network's
-    call, at each step; about so many before it is prepared. prepare: makes the job, and the model
-    that draws it, when its turn comes. selection: its LoRAs, None without. image or error: set when
-    it is finished.
+    table: of its job. size: of its latents, as a multiple of the model's own size, at least 1.
+    index: which picture of its request. tag: the client's key. share: the owner, see `Turns`.
+    dtype: the precision that it is drawn in. evaluations: rows in a call of the network at each
+    step, an estimate until it is prepared. prepare: makes the job, and the model that draws it,
+    when its turn comes. selection: its LoRAs, or None. arrived: `time.monotonic` in seconds. image
+    or error: set when it is finished.
     """
 
     table: Table
@@ -46,12 +46,12 @@ class Ticket:
 
     @property
     def job(self) -> Job:
-        """Its state; made now if its turn has not come yet."""
+        """Its job; made now if it was not prepared yet."""
         return self._ready[1]
 
     @property
     def model(self) -> Model:
-        """The model that takes its next step; made now if its turn has not come yet."""
+        """The model that takes its next step; made now if it was not prepared yet."""
         model, job = self._ready
         return job.model_at(job.cursor, model)
 
@@ -68,23 +68,23 @@ class Ticket:
 
     @property
     def steps(self) -> int:
-        """Rows of its table, those that are taken included."""
+        """Rows of its table, including those already taken."""
         return len(self.table.rows)
 
     @property
     def rows(self) -> int:
-        """Rows of the network's call, at each step."""
+        """Rows that its next step has in a call of the network."""
         return self.job.asked.evaluations if self.prepared else self.evaluations
 
     @property
     def load(self) -> float:
-        """Rows of the model's own size that take as long as a step."""
+        """Cost of a step, in rows of the model's own size."""
         return self.rows * self.size
 
     @property
     def work_left(self) -> float:
-        """Rows of the model's own size that take as long as all of its steps to come."""
-        taken = self.job.cursor if self.prepared else -1  # to prepare is a step, too
+        """Cost of its remaining steps, in rows of the model's own size."""
+        taken = self.job.cursor if self.prepared else -1  # preparing counts as a step
         return (self.steps - taken) * self.load
 
     @property
@@ -103,10 +103,10 @@ def admitted(tickets: list[Ticket], fits: Callable[[list[int]], bool]) -> list[T
     """Return the tickets that may be served now.
 
     Each set of LoRAs takes the memory of the weights that it changes. A picture whose set does not
-    fit beside those in the making waits for their end. While the oldest waits so, no other picture
-    with LoRAs is begun: its turn comes.
+    fit beside those in use waits until they end. While the oldest picture waits for this, no other
+    picture with LoRAs is begun, so that the oldest gets its turn.
 
-    fits: whether sets of so many bytes may be there at once.
+    fits: whether sets of these sizes in bytes may be in memory at once.
     """
     live = {t.set_key: t.selection.size for t in tickets if t.prepared and t.selection}
 

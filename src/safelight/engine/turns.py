@@ -9,10 +9,10 @@ from safelight.engine.ticket import Ticket
 
 
 class Turns:
-    """Gives the shares of an engine the same time, however many pictures each of them has.
+    """Gives all shares (owners) of an engine the same time, however many pictures each has.
 
-    Of a share, half of the time goes to the picture with the least left to do, half to the oldest
-    request. A share that comes begins with as much as the one that had the least until then.
+    Within a share, half of the time goes to the picture with the least work left, half to the
+    oldest request. A new share starts with as much time as the share that has had the least.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Turns:
         return oldest if self._owing < 0 else shortest
 
     def note(self, tickets: Sequence[Ticket], seconds: float) -> None:
-        """Note who had the time of a step. The first one is `first`'s."""
+        """Add the seconds of a step to the shares of its tickets. tickets[0] is from `first`."""
         self._owed += self._owing * seconds
         load = sum(ticket.load for ticket in tickets)
         for ticket in tickets:
@@ -44,5 +44,5 @@ class Turns:
             self._had[ticket.share] = self.had(ticket.share) + part
 
     def had(self, share: Any) -> float:
-        """Return the seconds that a share had, as far as it is known."""
+        """Return the seconds that a share has had, 0 if it is unknown."""
         return self._had.get(share, 0.0)
