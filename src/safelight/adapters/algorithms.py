@@ -1,4 +1,4 @@
-"""What each kind of adapter does to a weight: one small class a kind.
+"""What each kind of adapter does to a weight: one small class for each kind.
 
 Formulas: LoRA arXiv:2106.09685; LoHa arXiv:2108.06098; LoKr arXiv:2309.14859 (LyCORIS, which also
 has LoCon, Tucker's form and IA³ for pictures); DoRA arXiv:2402.09353; GLoRA arXiv:2306.07967;
@@ -104,7 +104,7 @@ class LoRA(Algorithm):
     def apply(cls, found: Tensors, weight: Tensor, scale: float, strength: float) -> Tensor:
         if found.keys() & {"mid", "dora_scale"}:
             return super().apply(found, weight, scale, strength)
-        # In one pass over the weight, which is most of the time that a merge takes.
+        # One pass over the weight: passes over it take most of a merge's time.
         up, down = found["up"].flatten(1), found["down"].flatten(1)
         weight.view(weight.shape[0], -1).addmm_(up, down, alpha=scale * strength)
         return weight
@@ -148,7 +148,7 @@ class LoKr(Algorithm):
     """ΔW = w1 ⊗ w2, Kronecker's product. Each factor is whole, or of low rank; `t2` is Tucker's."""
 
     title = "LoKr"
-    needs = ()  # `check` sees which of them there are
+    needs = ()  # `check` decides by those that are there
     optional = ("kr1", "kr1_a", "kr1_b", "kr2", "kr2_a", "kr2_b", "kr_t2")
     dora = True
 
@@ -165,7 +165,7 @@ class LoKr(Algorithm):
 
     @classmethod
     def _factor(cls, shapes: Shapes, name: str) -> Shape:
-        """Return the shape of a factor, after its parts are seen to fit one another."""
+        """Return the shape of a factor, after a check that its parts fit one another."""
         a, b = f"{name}_a", f"{name}_b"
         if name in shapes and not {a, b} & shapes.keys():
             if len(shapes[name]) < 2:
@@ -206,7 +206,7 @@ class LoKr(Algorithm):
 
 
 class GLoRA(Algorithm):
-    """ΔW = W·a1·a2 + b1·b2; files of before LyCORIS 2 have W·a2·a1 + b2·b1."""
+    """ΔW = W·a1·a2 + b1·b2; files from before LyCORIS 2 have W·a2·a1 + b2·b1."""
 
     title = "GLoRA"
     needs, dora = ("a1", "a2", "b1", "b2"), True
@@ -225,7 +225,7 @@ class GLoRA(Algorithm):
     def _is_old(cls, shapes: Shapes) -> bool:
         """Return whether the first factors are the narrow ones, as in old files.
 
-        Square factors, whose order nothing tells, are read as new ones.
+        Square factors do not show their order, and are read as in new files.
         """
         return any(
             shapes[one][0] < math.prod(shapes[one][1:]) for one in ("a1", "b1") if shapes[one]
@@ -245,7 +245,7 @@ class GLoRA(Algorithm):
 
 
 class Full(Algorithm):
-    """ΔW is in the file as it is: of a layer, its bias, or a norm."""
+    """ΔW itself is in the file, for the weight or bias of a layer or a norm."""
 
     title = "full difference"
     needs = ("diff",)
@@ -260,7 +260,7 @@ class Full(Algorithm):
 
 
 class SetWeight(Algorithm):
-    """The weight itself is in the file; less than strength 1 is on the way to it."""
+    """The new weight itself is in the file; a strength below 1 goes part of the way to it."""
 
     title = "weight to set"
     needs = ("set",)
@@ -296,10 +296,10 @@ class IA3(Algorithm):
 
 
 class OFT(Algorithm):
-    """W turned: each block of its outputs by an orthogonal matrix, (I + Q)·(I − Q)⁻¹.
+    """W with each block of its outputs turned by an orthogonal matrix, R = (I + Q)·(I − Q)⁻¹.
 
-    Blocks of four dimensions are BOFT's: one turn after another, of blocks that lie interleaved.
-    `alpha`, times the outputs, bounds the length of Q. Strength s turns by s·R + (1 − s)·I.
+    Four dimensions are BOFT's: several turns, one after another, over interleaved blocks. `alpha`
+    times the number of outputs bounds the norm of Q. Strength s turns by s·R + (1 − s)·I.
     """
 
     title = "OFT"
@@ -363,9 +363,9 @@ def check_dora(lengths: Shape, layer: Shape) -> None:
 
 
 def _expect(shapes: Shapes, slot: str, wanted: Shape) -> None:
-    """Raise UnfitError unless a tensor has a shape; sides of 1 at its end may be missing.
+    """Raise UnfitError unless a tensor has the wanted shape; sides of 1 at its end may be missing.
 
-    A convolution's inner side and its kernel may be one.
+    A convolution's inner side and its kernel may be flattened into one side.
     """
     there, flat = shapes[slot], (*wanted[:1], math.prod(wanted[1:]))
     matrix = len(there) > 1 or len(wanted) < 2
@@ -380,7 +380,7 @@ def _bare(shape: Shape) -> Shape:
 
 
 def _tucker(core: Tensor, a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
-    """Return a difference in a weight's shape: of a core [i, j, …], a [i, out] and b [j, inner]."""
+    """Return Tucker's product in a weight's shape: core [i, j, …], a [i, out], b [j, inner]."""
     core = core.reshape(len(a), len(b), *weight.shape[2:])
     return torch.einsum("i j ..., i p, j r -> p r ...", core, a, b)
 
@@ -392,7 +392,7 @@ def _turned(turn: Tensor, weight: Tensor) -> Tensor:
 
 
 def _butterfly(turn: Tensor, weight: Tensor, i: int) -> Tensor:
-    """Return a weight after the i-th turn of BOFT: outputs 2ⁱ half blocks apart meet in a block."""
+    """Return a weight after turn i of BOFT, whose blocks join outputs 2ⁱ half blocks apart."""
     rest, apart = weight.flatten(1), turn.shape[-1] // 2 * 2**i
     mixed = rest.view(-1, 2, apart, rest.shape[1]).transpose(1, 2).reshape(rest.shape)
     turned = _turned(turn.transpose(-1, -2), mixed)

@@ -1,4 +1,4 @@
-"""What a request asks for: LoRAs by name, with their weights. Without PyTorch."""
+"""The LoRAs that a request asks for, by name and with their weights. Needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_NAME = 1024
 MAX_WEIGHT = 100.0
 
 Unmatched = Literal["error", "warn"]
-"""What becomes of keys of a LoRA that belong to nothing in the model."""
+"""What is done about a LoRA's keys that belong to nothing in the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class AskedLora:
 def asked_of(request: Request) -> tuple[list[AskedLora], list[str]]:
     """Return the LoRAs that a request's setting and prompt ask for, and warnings.
 
-    In `prompt_syntax` plain nothing in a prompt but its words means anything.
+    With `prompt_syntax` plain a prompt is text alone; a LoRA's tag in it gives a warning.
     """
     asked = [AskedLora.parse(text) for text in request.loras]
     _, tags = split_networks(request.prompt, loras_alone=True)

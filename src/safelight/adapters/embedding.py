@@ -67,9 +67,9 @@ class Vectors:
 class EmbeddingFile:
     """A textual inversion in a file.
 
-    name: its file's, without the ending: what it is called by in A1111 and ComfyUI. token: what
-    the file itself calls it, None if it does not. header: of the file. numbers: the vectors, where
-    the file is a picture.
+    name: the file's name without its ending, as A1111 and ComfyUI call it. token: what the file
+    itself calls it, None if it does not. header: of the file. numbers: the vectors, if the file is
+    a picture.
     """
 
     name: str
@@ -81,7 +81,7 @@ class EmbeddingFile:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """The numbers of each vector, of all text encoders."""
+        """The widths of the vectors for all text encoders, in ascending order."""
         return tuple(sorted(one.width for one in self.vectors))
 
     @property
@@ -97,10 +97,10 @@ class EmbeddingFile:
     def fitting(self, widths: Mapping[str, int]) -> dict[str, Vectors]:
         """Return the vectors of each text encoder of a model, by the encoders' names.
 
-        widths: what each encoder reads. Raises SafelightError if one has none that fit.
+        widths: of the vectors that each encoder reads. Raises SafelightError if none fit one.
         """
         found: dict[str, Vectors] = {}
-        # SDXL's refiner alone reads one half of what is for two; elsewhere half would be lost.
+        # Only SDXL's refiner reads one half of an embedding for two; elsewhere half would be lost.
         whole = len(self.vectors) <= len(widths) or any(name.endswith("_2") for name in widths)
         for encoder, width in widths.items():
             place = "clip_g" if encoder.endswith("_2") else "clip_l"
@@ -195,7 +195,7 @@ def bundled(header: Header) -> list[EmbeddingFile]:
 def _understand(
     shapes: Mapping[str, tuple[int, ...]], named: str | None, file: str
 ) -> tuple[str | None, tuple[Vectors, ...]]:
-    """Return the token and the vectors of a file. shapes: of its tensors. named: by its `name`."""
+    """Return a file's token and vectors. shapes: of its tensors. named: the `name` in the file."""
     keys = list(shapes)
     if all(key.startswith("string_to_param.") for key in keys):
         if len(keys) != 1:
@@ -215,7 +215,7 @@ def _understand(
 
 
 def _token(token: str | None) -> str | None:
-    """Return the name that a file gives, None for one that stands for any."""
+    """Return the name that a file gives, None for a placeholder."""
     if token is None or not token.strip() or token in _NAMELESS or len(token) > 256:
         return None
     return token.strip()
@@ -259,7 +259,7 @@ def _look_at_picture(path: Path, name: str | None) -> EmbeddingFile:
 
 @contextmanager
 def _about_embeddings() -> Iterator[None]:
-    """Say of an error within that it is about an embedding."""
+    """Turn an error within the block into one about an embedding."""
     try:
         yield
     except SafelightError as error:

@@ -32,8 +32,8 @@ MAX_SETS = 8
 class EmbeddingFinder:
     """Where textual inversions are found.
 
-    library: the models folder. takes_paths: whether one may be named by its path. files: names
-    that mean these files.
+    library: the models folder. takes_paths: whether one may be named by its path. files: files by
+    the names that stand for them.
     """
 
     library: Library | None = None
@@ -49,13 +49,13 @@ class EmbeddingFinder:
         known: Collection[str] = (),
         warnings: list[str] | None = None,
     ) -> tuple[EmbeddingFile, ...]:
-        """Return the embeddings of a request whose prompts are drawn.
+        """Return the embeddings of a request, once its dynamic prompts are drawn.
 
-        In `prompt_syntax` a1111 and comfy the prompts name those of the models folder, too. What
-        A1111 finds in a prompt and does not fit is text, with a line in `warnings`.
+        With `prompt_syntax` a1111 and comfy, the prompts also name embeddings of the models folder.
+        In a1111, one that does not fit the model is read as text, with a line in `warnings`.
 
-        widths: what each text encoder reads. known: names that need not be found, since a LoRA
-        brings them. Raises SafelightError for one that is not found, or is none.
+        widths: of the vectors that each text encoder reads. known: names that a LoRA brings, which
+        need not be found. Raises SafelightError for one that is not found, or is no embedding.
         """
         found: dict[Path, EmbeddingFile] = {}
         for name in request.embeddings:
@@ -101,7 +101,7 @@ class EmbeddingFinder:
     def _marked(
         self, request: Request, there: set[str], known: Collection[str]
     ) -> Iterator[tuple[Path, str]]:
-        """Yield path and name of each `embedding:name`, but for those that are there."""
+        """Yield path and name of each `embedding:name`, without those in `there` or `known`."""
 
         def is_there(name: str) -> bool:
             return name in there or name in known or bool(self._matches(name))
@@ -131,14 +131,14 @@ class EmbeddingFinder:
         for path, name in known:
             plain = " ".join(name.lower().split())
             for small, text in texts:
-                # Most names are not even in the text, which is quickly seen.
+                # A quick test first: most names are not in the text.
                 if plain and plain in small and _within(tokenizer.ids(name), tokenizer.ids(text)):
                     yield path, name
                     break
 
 
 class Embeddings:
-    """The textual inversions of one model: the last few sets stay as models that know them."""
+    """The textual inversions of one model. The last few sets are kept, as models that know them."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
@@ -147,10 +147,10 @@ class Embeddings:
     def choose(
         self, request: Request, warnings: list[str] | None = None
     ) -> tuple[EmbeddingFile, ...]:
-        """Return the embeddings of a request whose prompts are drawn, and those inside its LoRAs.
+        """Return the embeddings of a request, and those inside its LoRAs.
 
-        warnings: where to say which were left out. Raises SafelightError for one that is not found
-        or does not fit the model.
+        Its dynamic prompts must be drawn. warnings: gets a line for each that was left out. Raises
+        SafelightError for one that is not found or does not fit the model.
         """
         model = self._model
         if not model.family.text_parts:
@@ -204,7 +204,7 @@ class Embeddings:
 
 
 def key_of(chosen: Sequence[EmbeddingFile]) -> tuple[Any, ...]:
-    """Return what is equal for the same embeddings, as long as their files stay."""
+    """Return a key that is equal for the same embeddings, as long as their files stay."""
     return tuple((one.name, one.path, stamp_of(one.path)) for one in chosen)
 
 
@@ -214,7 +214,7 @@ def record(embedding: EmbeddingFile) -> dict[str, Any]:
 
 
 def _pieces(request: Request) -> list[str]:
-    """Return the texts of one weight of both prompts."""
+    """Return the texts of all pieces of both prompts, each once."""
     found: dict[str, None] = {}
     for text, negative in ((request.prompt, False), (request.negative_prompt, True)):
         reading = read(

@@ -1,4 +1,4 @@
-"""The file of a LoRA or its kin: opened, and every key of it matched to a layer of a model.
+"""Open the file of a LoRA or its kin, and match each of its keys to a layer of a model.
 
 Only the header is read here. It comes from a stranger: `weights.check` checks it.
 """
@@ -43,7 +43,7 @@ Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
 
 @dataclass(frozen=True, eq=False)
 class AdapterFile:
-    """An adapter's file, held open against the digest of what was read of it.
+    """An adapter's file, kept open and compared with its digest.
 
     name: what it is called in messages. settings: PEFT's config for each part, under "" for all.
     """
@@ -62,8 +62,8 @@ class AdapterFile:
 class Change:
     """What a file does to one weight.
 
-    parameter: its name in its part. keys: of the tensors, by slot. alpha: where no tensor says
-    it; rooted: it is divided by the root of the rank (arXiv:2312.03732).
+    parameter: the weight's name in its part. keys: of the tensors, by slot. alpha: by PEFT's config,
+    if no tensor holds it. rooted: alpha is divided by the root of the rank (arXiv:2312.03732).
     """
 
     part: str
@@ -85,7 +85,7 @@ class Match:
 def open_adapter(path: Path) -> AdapterFile:
     """Open a file, or a folder that PEFT or diffusers wrote.
 
-    Raises SafelightError, one line, if it is not a weight file that adds up.
+    Raises SafelightError, one line, if it is not a valid weight file.
     """
     name, config = path.name, dict[str, Any]()
     try:
@@ -104,7 +104,7 @@ def open_adapter(path: Path) -> AdapterFile:
 
 
 def file_in(path: Path) -> Path:
-    """Return the file of weights in a folder that PEFT or diffusers wrote; a file itself.
+    """Return the weight file in a folder that PEFT or diffusers wrote; a file's path as it is.
 
     Raises SafelightError if a folder has none.
     """
@@ -117,7 +117,7 @@ def file_in(path: Path) -> Path:
 
 
 def config_of(path: Path) -> Path | None:
-    """Return PEFT's config beside a file of weights, which has its alpha; None without one."""
+    """Return the path of PEFT's config beside a weight file, which has alpha; None without one."""
     told = path.with_name("adapter_config.json")
     return told if path.name in IN_FOLDER and told.is_file() else None
 
@@ -126,13 +126,13 @@ def match(file: AdapterFile, table: Mapping[str, Target], shapes: Shapes, family
     """Return what a file does to a model.
 
     table: see `names.table`. shapes: of the model's weights. family: what the model is, for
-    errors. Raises SafelightError for a tensor that does not fit its layer, a pair of which one
-    half is missing, and a kind that is not supported.
+    errors. Raises SafelightError for a tensor that does not fit its layer, for a pair that lacks
+    one half, and for a kind that is not supported.
     """
     found, groups = Match(), dict[Target, dict[str, str]]()
     for key in file.header.tensors:
         if key.startswith(BUNDLE):
-            continue  # an embedding that lies in the file, too
+            continue  # an embedding inside the file
         taken = next(((table[s], e) for s, e in endings(key) if s in table), None)
         if taken is None:
             found.unmatched.append(key)
@@ -155,7 +155,7 @@ def match(file: AdapterFile, table: Mapping[str, Target], shapes: Shapes, family
 
 
 def refusal(name: str, why: str) -> SafelightError:
-    """Return the error for a LoRA: one line, that a hostile key can neither break nor push away."""
+    """Return the error for a LoRA. It is one line, which a hostile key can neither break nor hide."""
     return SafelightError(f"lora {printable(name, 60)}: {printable(why, 300)}", field="loras")
 
 
@@ -173,7 +173,7 @@ def told_unmatched(file: AdapterFile, keys: list[str]) -> str:
 
 
 def _hint(file: AdapterFile, family: str) -> str:
-    """Return what the file was made for, where that is not what the model is."""
+    """Return what kind of model the file was made for, if this model is another."""
     shapes = {key: info.shape for key, info in file.header.tensors.items()}
     made_for = family_of(shapes, file.header.metadata)
     if made_for is None or made_for == family:
@@ -200,7 +200,7 @@ def _add(
             found.changes.append(Change(target.part, bias, Full, {"diff": key}))
     owners = {_OWNERS[slot] for slot in slots if slot not in _SHARED}
     if not owners:
-        found.unmatched += slots.values()  # an alpha of nothing
+        found.unmatched += slots.values()  # an alpha without factors
         return
     if len(owners) > 1:
         keys = " and ".join(f"{key:.60}" for key in list(slots.values())[:2])
@@ -271,14 +271,14 @@ def _settings(name: str, header: Header, config: Mapping[str, Any]) -> dict[str,
 
 
 def _alpha(file: AdapterFile, target: Target) -> tuple[float | None, bool]:
-    """Return the alpha of a layer by PEFT's config, and whether its rank's root divides it."""
+    """Return the alpha of a layer by PEFT's config, and whether the root of the rank divides it."""
     settings = file.settings.get(target.part) or file.settings.get("")
     if settings is None:
         return None, False
     alpha: Any = settings.get("lora_alpha", settings.get("alpha"))
     patterns = settings.get("alpha_pattern")
     for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-        # PEFT takes these for regular expressions; a stranger's may take for ever.
+        # PEFT reads these as regular expressions; a stranger's may run for ever.
         plain = pattern.removeprefix("^").replace("\\.", ".")
         if re.search(r"[^\w.]", plain):
             raise refusal(file.name, f"its alpha_pattern {pattern!r:.40} is not a layer's name")

@@ -1,4 +1,4 @@
-"""The keys of an adapter's file: what each tensor is to its layer, by how the key ends."""
+"""Read the keys of an adapter's file: a key's ending says what its tensor is to the layer."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ WRITTEN = {
     **{f".hada_w{n}_{half}": f"w{n}_{half}" for n in "12" for half in "ab"},
     **{f".lokr_w{n}{half}": f"kr{n}{half}" for n in "12" for half in ("", "_a", "_b")},
 }
-"""How keys end, and what such a tensor is to its layer."""
+"""The endings of keys, and what such a tensor is to its layer."""
 
 REFUSED = {
     ".oft_R.weight": "PEFT's OFT",
@@ -73,7 +73,7 @@ REFUSED = {
     ".bm.weight": "GLoRA in Tucker's form",
     ".lora_B.bias": "a LoRA with a bias of its own",
 }
-"""The same of kinds that are not supported, with what they are called."""
+"""The endings of kinds that are not supported, and what the kinds are called."""
 
 _LONGEST_FIRST = sorted((*WRITTEN, *REFUSED), key=len, reverse=True)
 
@@ -95,7 +95,7 @@ def refused_kind(ending: str) -> str:
     return REFUSED[ending]
 
 
-# Beginnings of keys that tell a file of another kind of model, for the error about it.
+# Parts of keys that show that a file is for another kind of model, which the error names.
 _FOREIGN = (
     (("double_blocks", "single_blocks", "single_transformer_blocks"), "Flux"),
     (("joint_blocks",), "Stable Diffusion 3"),
@@ -115,12 +115,12 @@ _WIDTHS = {
 
 
 def family_of_width(width: int | None) -> str | None:
-    """Return the family whose network reads text states of so many numbers."""
+    """Return the family whose network reads text states of this width."""
     return _WIDTHS.get(width or 0)
 
 
 def text_width(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    """Return how many numbers the text states have that an adapter's network reads, if it tells."""
+    """Return the width of the text states that an adapter is for, None if its file does not tell."""
     for key, shape in shapes.items():
         reads = "attn2_to_k" in key or "attn2.to_k" in key or "attn2.processor.to_k" in key
         if reads and key.endswith(("down.weight", "lora_A.weight")) and len(shape) > 1:

@@ -18,10 +18,10 @@ TextParts = Sequence[tuple[str, str]]
 def with_embeddings(
     parts: Mapping[str, Any], text_parts: TextParts, embeddings: Sequence[EmbeddingFile]
 ) -> dict[str, Any]:
-    """Return the parts of a model with textual inversions. The parts that are given stay as they
-    are, and share all weights with those that are returned.
+    """Return the parts of a model with textual inversions.
 
-    Raises SafelightError for an embedding that does not fit, or cannot be read.
+    The given parts stay as they are, and share all weights with the returned ones. Raises
+    SafelightError for an embedding that does not fit, or cannot be read.
     """
     import torch
 
@@ -41,10 +41,10 @@ def with_embeddings(
 def words_of(
     configs: Mapping[str, Any], embeddings: Sequence[EmbeddingFile]
 ) -> dict[str, dict[Learned, tuple[EmbeddingFile, Any]]]:
-    """Return what embeddings are in the vocabulary of each text encoder, and their vectors there.
+    """Return, for each text encoder, the embeddings as words of its vocabulary, with the vectors.
 
     configs: of the text encoders. Raises SafelightError for one that does not fit, and for two of
-    one name.
+    the same name.
     """
     widths = {name: config.hidden_size for name, config in configs.items()}
     fitting = [(one, one.fitting(widths)) for one in embeddings]

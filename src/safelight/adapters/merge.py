@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 LARGEST_ALPHA = 1e9
-"""Far beyond what trainings write, and far below what overflows."""
+"""Far above what training writes, and far below what overflows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +78,7 @@ def merged(model: Model, chosen: Sequence[Chosen]) -> Model:
 
 
 def _originals(model: Model, part: str, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yield weights as they are stored; those of a model without files, as it has them."""
+    """Yield weights as they are stored; for a model without files, as its networks hold them."""
     if model.stored is not None:
         yield from model.stored.read(part, names)
         return
@@ -128,7 +128,7 @@ def _scale(change: Change, found: dict[str, Tensor]) -> float:
     if change.algorithm is OFT:
         return alpha or 0.0
     rank = change.algorithm.rank({slot: tuple(t.shape) for slot, t in found.items()})
-    if not alpha or rank is None:  # kohya's scripts write 0 for as much as the rank
+    if not alpha or rank is None:  # kohya's scripts write 0 for an alpha equal to the rank
         return 1.0
     return alpha / rank**0.5 if change.rooted else alpha / rank
 

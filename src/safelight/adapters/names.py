@@ -1,4 +1,4 @@
-"""Which layer of a model a key of an adapter's file means.
+"""Find the layer of a model that a key of an adapter's file means.
 
 Trainers write a layer's path with dots, or with underscores in their place, after one of several
 prefixes, and in one of two namings. With underscores a path cannot be taken apart again, so a key
@@ -76,7 +76,7 @@ def table(model: Model, modules: Mapping[str, set[str]]) -> dict[str, Target]:
         config = model.parts[part].config
         original = model.family.original_names(part, asdict(config))
         back = {ours: theirs for theirs, ours in original.items()}
-        # What files call the text encoder is the only one, where there is one.
+        # If the model has only its second text encoder, files may call it "text_encoder".
         alone = part == "text_encoder_2" and "text_encoder" not in modules
         called = (part, "text_encoder") if alone else (part,)
         for module in sorted(modules[part]):

@@ -21,11 +21,11 @@ from safelight.weights.headers import header_of
 from safelight.weights.plan import Plan
 
 STEPS = 50
-"""Steps that schedules are shares of, where a request does not say."""
+"""Steps of which schedules are shares, if a request does not say how many."""
 
 
 class PromptReader:
-    """A model's tokenizer, and where embeddings are found."""
+    """Reads prompts with a model's tokenizer and with the embeddings that a finder finds."""
 
     def __init__(self, plan: Plan, finder: EmbeddingFinder) -> None:
         self.plan, self._finder = plan, finder
@@ -33,9 +33,9 @@ class PromptReader:
     def describe(self, request: Request, *, negative: bool = False) -> dict[str, Any]:
         """Return how the prompt of a request is read, as `safelight.prompt.show.describe` does.
 
-        negative: its negative prompt. With two text encoders, it is as the first one reads it.
-        Raises SafelightError for a model that reads no prompt, and for an embedding that is not
-        there.
+        negative: whether it is the negative prompt. If the model has two text encoders, the first
+        one's reading is returned. Raises SafelightError for a model that reads no prompt, and for
+        an embedding that is not there.
         """
         if not self.plan.family.text_parts:
             raise SafelightError(

@@ -23,7 +23,7 @@ def recorded_files(
     kind: "lora" or "embedding". library: the models folder, if there is one. given: paths that are
     looked at first. The recipe may be a stranger's: nothing in it is taken for a path.
 
-    Raises SafelightError for one that none of the files is.
+    Raises SafelightError for one whose file is not found.
     """
     there = {_sha256(path, kind): Path(path) for path in given}
     found: dict[str, Path] = {}

@@ -1,4 +1,4 @@
-"""The LoRAs of a request: found by name, matched to the model, merged; the last few sets stay."""
+"""Find a request's LoRAs, match them to the model and merge them; the last few sets are kept."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from safelight.model import Model
 
 MAX_SETS = 4
-"""Adapted models that stay, and those that are drawn with at once."""
+"""Adapted models that are kept, and that may be drawn with at once."""
 
 MEMORY_SHARE = 0.25
 """The share of the machine's memory that they may take together."""
@@ -82,7 +82,7 @@ class Adapters:
         unmatched: Unmatched = "error",
         after: Selection | None = None,
     ) -> Selection:
-        """Return the LoRAs that are asked for, seen to fit the model; no weight is read yet.
+        """Return the LoRAs that are asked for, after a check that they fit; reads no weight.
 
         after: a selection that they are added to. Raises SafelightError for one that is not found
         or does not fit, and for keys that belong to nothing if `unmatched` is "error".
@@ -145,11 +145,11 @@ class Adapters:
         return sum(size for _, size in self._kept.values())
 
     def fits(self, sizes: Sequence[int]) -> bool:
-        """Return whether models that change so many bytes each may be there at once."""
+        """Return whether models with these numbers of changed bytes may be held at once."""
         return len(sizes) <= 1 or (len(sizes) <= MAX_SETS and sum(sizes) <= self._budget)
 
     def _make_room(self, size: int) -> None:
-        """Forget the models that were used longest ago, until one of `size` bytes fits, too."""
+        """Forget the models that were used longest ago, until one of `size` bytes fits."""
         more = [size] if size else []
         while self._kept and not self.fits([*(s for _, s in self._kept.values()), *more]):
             self._kept.popitem(last=False)
@@ -169,7 +169,7 @@ class Adapters:
         return family_of_width(width) or self._model.family.name
 
     def _locate(self, asked: AskedLora) -> tuple[Path, str]:
-        """Return the path of a LoRA, and a name of it that tells nothing of this machine."""
+        """Return the path of a LoRA, and a name for it that tells nothing about this machine."""
         model, name = self._model, asked.name
         if name in model.lora_files:
             return model.lora_files[name], name
@@ -191,7 +191,7 @@ class Adapters:
         return model.library.find(name, "lora").path, name
 
     def _hides(self, path: Path, name: str) -> bool:
-        """Return whether a path is a folder of other things, and the models folder has the name."""
+        """Return whether a path is a folder without a LoRA, and the models folder has the name."""
         if path.is_file() or any((path / one).is_file() for one in IN_FOLDER):
             return False
         library = self._model.library
@@ -244,7 +244,7 @@ def _shapes_of(model: Model) -> Shapes:
 
 
 def _key(chosen: Chosen) -> tuple[Any, ...]:
-    """Return what is equal for equal changes. PEFT's alphas lie in a file of their own."""
+    """Return a key that is equal for equal changes. PEFT's alphas are in a file of their own."""
     asked, file = chosen.asked, chosen.file
     alphas = tuple((change.alpha, change.rooted) for change in chosen.changes)
     return file.sha256, asked.weight, asked.text_weight, alphas

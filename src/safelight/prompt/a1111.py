@@ -45,7 +45,7 @@ def read(text: str, *, steps: int, emphasis: Emphasis, negative: bool) -> Readin
             if stage not in read_before:
                 read_before[stage], said = emphasised(stage, emphasis)
                 warnings += said
-            # The web UI counts from 0 where it looks a stage up: each holds for one step more.
+            # The web UI counts from 0 when it looks a stage up, so each holds for one step more.
             stages.append(Stage(min(until + 1, steps), (Blend((read_before[stage],)),)))
         parts.append(Part(tuple(stages), weight))
     return Reading(tuple(parts), tuple(dict.fromkeys(warnings)), networks)

@@ -21,19 +21,22 @@ MAX_ENCODED = 512
 """Chunks that one prompt may ask a text encoder for, over all of its stages."""
 
 COMMA_REACH = 20
-"""A1111 moves what follows a comma that is at most so many tokens back to the next chunk."""
+"""If a full chunk's last comma is at most this many tokens before its end, A1111 moves what follows
+the comma to the next chunk."""
 
 WHOLE_BELOW = 8
-"""ComfyUI moves pieces and embeddings of fewer tokens to the next chunk as a whole."""
+"""ComfyUI moves pieces and embeddings with fewer tokens than this to the next chunk as a whole."""
 
 _SENTENCE, _PHRASE = (".",), (".", ",", ";", ":")
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """ids: `max_length` token ids. weights: of each. sources: which piece of its text each is of.
+    """What the text encoder reads at once.
 
-    Marks and padding weigh 1 and are of piece −1. count: tokens that are neither.
+    ids: `max_length` token ids. weights: one for each id. sources: the number of the piece that
+    each id comes from. Marks and padding have weight 1 and piece −1. count: the tokens that are
+    neither.
     """
 
     ids: tuple[int, ...]
@@ -109,8 +112,8 @@ def _chunk(tokenizer: Tokenizer, row: list[_Token]) -> Chunk:
 def _a1111(tokenizer: Tokenizer, sections: list[list[list[_Token]]]) -> list[list[_Token]]:
     """A new section begins a new chunk. A full chunk ends after a comma that is near its end.
 
-    The tokens of an embedding stay together. The web UI leaves its vectors behind where the comma
-    rule moves them; here they move with it.
+    The tokens of an embedding stay together. Where the comma rule moves them, the web UI leaves the
+    vectors behind; here they move along.
     """
     room, comma = tokenizer.max_length - 2, tokenizer.id_of(",</w>")
     rows: list[list[_Token]] = []
@@ -134,7 +137,7 @@ def _a1111(tokenizer: Tokenizer, sections: list[list[list[_Token]]]) -> list[lis
             if len(row) + len(group) > room:
                 rows.append(row)
                 # A comma that does not fit is the first token of the next chunk, but the web UI
-                # forgets that it is one.
+                # does not count it as a comma there.
                 row, last_comma = [], -1
             row += group
     if row or not rows:
@@ -154,7 +157,7 @@ def _comfy(tokenizer: Tokenizer, sections: list[list[list[_Token]]]) -> list[lis
                 rows[-1] += rest[:free]
                 rest = rest[free:]
             elif not rows[-1]:
-                # It would not fit into an empty chunk either, in a text encoder that is that short.
+                # In a very short text encoder it does not fit into an empty chunk either.
                 rows[-1] += rest[:room]
                 rest = rest[room:]
             rows.append([])

@@ -1,8 +1,8 @@
 """ComfyUI's dialect: round brackets alone. `(a)` multiplies by 1.1, `(a:1.3)` sets 1.3.
 
-What stands in a bracket with a number is at that weight whatever is around it: `((a:1.2))` is at
-1.2. An escaped bracket, `\\(`, is text. An opening bracket that is never closed makes text of what
-follows it, and one that closes nothing makes text of the opening one after it.
+Text in a bracket with a number has that weight, whatever is around it: `((a:1.2))` is at 1.2. An
+escaped bracket, `\\(`, is text. An opening bracket that is never closed makes the brackets after it
+text. A closing bracket without a partner makes the next opening one text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _STRAY_MARK = re.compile(r"(?<=\S)embedding:")
 
 
 class _Groups:
-    """The brackets around pieces: each with its parent and its own weight, None for 1.1 times."""
+    """The brackets around pieces: each has a parent and a weight, None for 1.1 times its parent's."""
 
     def __init__(self) -> None:
         self.parents: list[int] = [0]
@@ -82,12 +82,13 @@ def read(text: str) -> tuple[tuple[Section, ...], tuple[str, ...]]:
 
 
 def _brackets(text: str) -> tuple[int, int, tuple[str, ...]]:
-    """Return from where to where brackets are text, and warnings.
+    """Return the start and the end of the span in which brackets are text, and warnings.
 
     ComfyUI cuts a prompt into items: an item begins at a bracket that opens at depth 0, and ends
-    where the depth is 0 again. The last item may not end. It still counts as one in brackets if
-    it ends with a closing one, and so does what is inside; so its last closing brackets belong to
-    the first opening ones. The opening ones that are left over begin what is text.
+    where the depth is 0 again. The last item may not end. It still counts as one in brackets if its
+    last character is a closing bracket, and the same holds for what is inside it. So its last
+    closing brackets belong to its first opening ones. The span begins at the first opening bracket
+    that is left over.
     """
     depth, stray = 0, 0
     opened: list[int] = []

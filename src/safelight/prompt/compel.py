@@ -3,7 +3,7 @@
 Each `+` multiplies a weight by 1.1 and each `-` by 0.9; nested weights multiply. A whole prompt
 may be a list: `("a cat", "a dog").blend(1, 0.5)` adds the states of its texts,
 `("a cat", "a dog").and()` puts one after the other. Brackets and quotes that have no partner, or
-hold what compel's grammar has no place for, are text.
+hold what compel's grammar does not allow, are text.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _list(text: str) -> tuple[list[str], str, list[float], bool] | None:
 
 
 def _skip(text: str, at: int) -> int:
-    """Return where the blanks that stand here end."""
+    """Return the end of the blanks at this place."""
     blanks = _SPACE.match(text, at)
     return blanks.end() if blanks else at
 
@@ -102,7 +102,7 @@ def _balanced(text: str, at: int) -> int:
 
 
 def _entry(entry: str) -> Section:
-    """Return the pieces of a list's entry: as of a text in brackets, if it can be in some."""
+    """Return the pieces of a list's entry, read as a text in brackets if it can be one."""
     partners, _ = _matched(f"({entry})")
     if partners.get(0) == len(entry) + 1:
         return _pieces(f"({entry})", partners)
@@ -113,7 +113,7 @@ def _matched(text: str) -> tuple[dict[int, int], dict[str, int]]:
     """Return where each bracket and quote that has a partner is closed, and counts of the others.
 
     A bracket holds words, marks and brackets. A sign that stands alone, or an equals sign, cannot
-    be in one: all that are open then are text.
+    be in one: it makes all open brackets text.
     """
     partners: dict[int, int] = {}
     stack: list[tuple[str, int]] = []
@@ -207,13 +207,13 @@ def _fragments(text: str, partners: dict[int, int]) -> Iterator[tuple[str, float
 
 
 def _run(text: str, at: int) -> str:
-    """Return what stands here up to the next blank."""
+    """Return the text from this place to the next blank."""
     run = _RUN.match(text, at)
     return run[0] if run else text[at:]
 
 
 def _operator(text: str, at: int, *, numbers: bool) -> tuple[int, float]:
-    """Return where the weight that stands here ends, and its factor; 1 if there is none.
+    """Return the end of the weight at this place, and its factor; 1 if there is none.
 
     numbers: whether a number is a weight here, as it is after a bracket.
     """

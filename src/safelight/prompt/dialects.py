@@ -18,14 +18,14 @@ def read(
 ) -> Reading:
     """Return what a prompt says in a dialect.
 
-    steps: how many are taken, which A1111's schedules are shares of. emphasis: A1111's mode; with
-    "none" brackets are text. negative: a negative prompt, which is not split at AND.
+    steps: how many are taken; A1111's schedules are shares of them. emphasis: A1111's mode; with
+    "none" brackets are text. negative: whether it is a negative prompt, which is not split at AND.
 
     Raises SafelightError for a weight that is no finite number.
     """
     networks: tuple[tuple[str, ...], ...] = ()
     if syntax in ("comfy", "compel"):
-        # These tools have no LoRAs in their prompts; people paste them, and mean LoRAs.
+        # These tools have no LoRAs in prompts, but people paste A1111's tags and mean LoRAs.
         text, networks = split_networks(text, loras_alone=True)
     if syntax == "a1111":
         reading = a1111.read(text, steps=steps, emphasis=emphasis, negative=negative)

@@ -1,9 +1,9 @@
 """Dynamic prompts: `{a|b}` and wildcards, `__name__`, drawn with a picture's seed.
 
-`{a|b}` is one of them; `{2::a|b}` draws a twice as often; `{2$$a|b|c}` are two of them, in the
-order drawn, parted by ", "; `{1-2$$ and $$a|b|c}` one or two, parted by " and ". `__animal__` is a
-line of animal.txt in the folder of wildcards. What is drawn may hold such choices again. A
-backslash makes text of a brace or a bar.
+`{a|b}` draws one of them; `{2::a|b}` draws a twice as often as b; `{2$$a|b|c}` draws two, in the
+order drawn, separated by ", "; `{1-2$$ and $$a|b|c}` draws one or two, separated by " and ".
+`__animal__` draws a line of animal.txt in the folder of wildcards. What is drawn may hold choices
+again. A brace or a bar after a backslash is text.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def draw(texts: list[str], seed: int, wildcards: Path | None = None) -> list[str
 
 class _Drawing:
     def __init__(self, generator: random.Random, wildcards: Path | None) -> None:
-        # random() alone is the same in every version of Python.
+        # Only random() gives the same numbers in every version of Python.
         self._random, self._folder = generator.random, wildcards
         self._lines: dict[str, list[str]] = {}
         self._drawn = 0
@@ -100,7 +100,7 @@ class _Drawing:
         return separator.join(chosen)
 
     def _pick(self, weights: list[float]) -> int:
-        """Return a place, drawn in proportion to its weight; equal ones where all are 0."""
+        """Return a place, drawn in proportion to its weight; if all weights are 0, evenly."""
         total = sum(weights)
         if not 0 < total < float("inf"):
             return int(self._random() * len(weights))
@@ -161,7 +161,7 @@ def _take_weight(option: list[_Node]) -> float:
 
 
 def _parse(text: str) -> list[_Node]:
-    """Return the tree of a text. A brace without a partner is text, and so is a bar outside."""
+    """Return the tree of a text. A brace without a partner is text, as is a bar outside braces."""
     root: list[_Node] = []
     stack: list[_Choice] = []
     for match in _TOKEN.finditer(text):
@@ -183,7 +183,7 @@ def _parse(text: str) -> list[_Node]:
 
 
 def _append(nodes: list[_Node], node: _Node) -> None:
-    """Append a node; text that follows text is joined, so that counts and weights are whole."""
+    """Append a node. Text after text is joined, so that counts and weights are not split."""
     last = nodes[-1] if nodes else None
     texts = [one for one in (last, node) if isinstance(one, str)]
     if len(texts) == 2 and not any(one.startswith(("\\", "__")) for one in texts):

@@ -44,7 +44,7 @@ class Learned:
 
 
 def two_of_one_name(name: str) -> SafelightError:
-    """Return the error for two textual inversions that one name stands for."""
+    """Return the error for two textual inversions of the same name."""
     return SafelightError(
         f"two embeddings are called {name[:60]!r}: rename the file of one", field="embeddings"
     )
@@ -93,8 +93,8 @@ def _by_mark(tokenizer: Tokenizer, text: str) -> Iterator[Group]:
 def marked(text: str, there: Callable[[str], bool]) -> Iterator[tuple[str | None, str]]:
     """Yield the name of each `embedding:name` of a text, with the text that follows it.
 
-    The text before the first has None. there: whether an embedding of a name is there; commas
-    around a name that is not there are text.
+    The text before the first comes with None. there: returns whether an embedding of a name is
+    there; commas around a name that is not there are text.
     """
     ends = [*(match.start() for match in _MARK.finditer(text)), len(text)]
     yield None, text[: ends[0]]

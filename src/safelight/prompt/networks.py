@@ -1,4 +1,4 @@
-"""What stands in a prompt in `<kind:…>`, as A1111 writes LoRAs."""
+"""Take `<kind:…>` out of a prompt: A1111 writes LoRAs so."""
 
 import re
 

@@ -1,8 +1,8 @@
 """What a prompt says, in any dialect: weighted texts, changing by step, composed of parts.
 
 A dialect is read into a `Reading` (`safelight.prompt.dialects`) without PyTorch and without a
-tokenizer. The time is linear in the length of the prompt, and nothing that a person can type is an
-error here but a number beyond all floats.
+tokenizer. The time is linear in the length of the prompt. The only error is a number that is too
+large for a float.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Section = tuple[Piece, ...]
 
 @dataclass(frozen=True)
 class Blend:
-    """Texts whose states are added up: compel's `.blend()`. Elsewhere one text of weight 1.
+    """Texts whose states are added up: compel's `.blend()`. Other dialects: one text of weight 1.
 
     texts: each a tuple of sections. normalize: the weights are divided by their sum. weight: how
     far the result is from the states of the empty prompt (compel's `.and(0.5, 1)`).
@@ -43,10 +43,10 @@ class Blend:
 
 @dataclass(frozen=True)
 class Stage:
-    """What holds up to and including a step, counted from 1.
+    """The texts that hold up to and including a step, counted from 1.
 
-    A stage that follows one of the same step never holds; in A1111 it weighs in the mean of all.
-    blends: their states follow each other along the tokens (compel's `.and()`).
+    A stage with the same last step as the one before never holds, but counts in A1111's mean of all
+    stages. blends: their states follow each other along the tokens (compel's `.and()`).
     """
 
     until: int
@@ -78,8 +78,8 @@ class Part:
 class Reading:
     """A prompt that was read.
 
-    warnings: what may not be meant as it was read. networks: what stood in `<…>`, as A1111 names
-    LoRAs: the kind, then what the colons part.
+    warnings: what may have been meant otherwise. networks: what stood in each `<…>`, A1111's way to
+    name LoRAs: the kind, then the parts between colons.
     """
 
     parts: tuple[Part, ...]
@@ -96,7 +96,7 @@ class Reading:
 
 
 def one_part(steps: int, sections: tuple[Section, ...]) -> Part:
-    """Return the part of one text that holds for all steps."""
+    """Return a part with one text that holds for all steps."""
     return Part((Stage(steps, (Blend((sections,)),)),))
 
 

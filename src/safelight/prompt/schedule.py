@@ -1,8 +1,8 @@
 """A1111's schedules: `[from:to:when]`, `[to:when]`, `[from::when]`, and turns, `[a|b]`.
 
 `when` is a step if it is a whole number, and a share of all steps if it has a point. Turns change
-with every step. Brackets are matched with one stack. What has no partner, or is no schedule, is
-text, and so are the brackets around it; that is how the web UI's grammar resolves them.
+with every step. Brackets are matched with one stack. A bracket that has no partner, or is no
+schedule, is text, and so are the brackets around it, as in the web UI's grammar.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Switch:
 
 @dataclass
 class _Turns:
-    """One of them at each step, in turn."""
+    """One of the options at each step, in turn."""
 
     options: list[list[_Node]]
 
@@ -45,7 +45,7 @@ class _Open:
         self.parts: list[list[_Node]] = [[]]
 
     def as_text(self) -> Iterator[_Node]:
-        """What it is when it is no bracket."""
+        """Yield the bracket and what it holds, as text."""
         yield self.bracket
         for part, mark in zip(self.parts, (*self.marks, ""), strict=True):
             yield from part
@@ -55,7 +55,8 @@ class _Open:
 def stages_of(text: str, steps: int) -> tuple[list[tuple[int, str]], tuple[str, ...]]:
     """Return (last step, text) of each stage of a prompt, and warnings.
 
-    The steps are those of the web UI's own table, which count from 0 as a picture is drawn.
+    The steps are those of the web UI's own table. It counts from 0 when it looks them up: see
+    `a1111.read`.
     """
     if "[" not in text:
         return [(steps, text)], ()
@@ -82,7 +83,7 @@ def _step(when: str, steps: int) -> int:
 
 
 def _parse(text: str) -> tuple[list[_Node], bool]:
-    """Return the tree of a text, and whether a bar stands in it that parts nothing."""
+    """Return the tree of a text, and whether it has a bar that separates no options."""
     root: list[_Node] = []
     stack: list[_Open] = []
     bar = False

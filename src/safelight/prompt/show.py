@@ -88,7 +88,7 @@ def _chunk(chunk: Chunk, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _name(tokenizer: Tokenizer, number: int) -> str:
-    """Return a token's name. A vector of an embedding, or an added token, is a word."""
+    """Return a token's name. A vector of an embedding, or an added token, counts as a word."""
     name = tokenizer.name(number)
     alone = number in tokenizer.added or any(number in one.ids for one in tokenizer.learned)
     return f"{name}</w>" if alone else name
@@ -119,7 +119,7 @@ def lines(described: dict[str, Any]) -> list[str]:
 
 
 def _words(tokens: list[dict[str, Any]]) -> str:
-    """The tokens, those of one word joined by a bar, and weights other than 1."""
+    """Return the tokens, joined by a bar within a word, with weights other than 1."""
     said: list[str] = []
     for token in tokens:
         weight = "" if token["weight"] == 1 else f":{token['weight']:.3g}"

@@ -21,8 +21,8 @@ from safelight.prompt.reading import Blend, Emphasis, Part, Section, Stage, Synt
 from safelight.prompt.tokenizer import Tokenizer
 
 Encode = Callable[[Tensor, Tensor | None], Tensor]
-"""A text encoder: ids [1, length], and which of them may be looked at, bool [1, length], None for
-all. Returns states [1, length, width]."""
+"""A text encoder: takes ids [1, length], and which of them attention may read, bool [1, length],
+None for all. Returns states [1, length, width]."""
 
 _SMALLEST = 1e-5
 
@@ -45,7 +45,7 @@ class States:
     def of_part(self, part: Part) -> list[Tensor]:
         """Return the states of each stage, [1, tokens, width], all of one length.
 
-        Stages that say the same share one tensor.
+        Stages with the same text share one tensor.
         """
         if self.syntax == "a1111":
             return self._a1111([stage.blends[0].texts[0] for stage in part.stages])
@@ -54,7 +54,7 @@ class States:
     def _z(self, chunk: Chunk, without: frozenset[int] = frozenset()) -> Tensor:
         """Return the states of a chunk, float32 [1, length, width].
 
-        without: places that none of the others looks at.
+        without: places that attention does not read.
         """
         key = (chunk.ids, without)
         if key not in self._known:
@@ -99,7 +99,7 @@ class States:
         return [joined[text] for text in texts]
 
     def _mean_ratio(self, chunks: Sequence[tuple[Chunk, int]]) -> Tensor | None:
-        """Return mean(z) / mean(w·z) over all of these chunks; None where no weight differs.
+        """Return mean(z) / mean(w·z) over all of these chunks; None if all weights are 1.
 
         chunks: each with how many times it counts.
         """
@@ -154,7 +154,7 @@ class States:
     def _compel(self, chunks: Sequence[Chunk]) -> Tensor:
         """Blend with the states without each phrase of a weight below 1.
 
-        The phrase stays in its place, and no token looks at it. At a weight w its share is
+        The phrase stays in its place, and attention does not read it. At a weight w its share is
         tan((1 − w)·π/2): none at 1, half at 0.5, all of it at 0.
         """
         light = dict.fromkeys(
@@ -174,12 +174,12 @@ class States:
 
 
 def first_chunk(tokenizer: Tokenizer, stage: Stage, syntax: Syntax) -> Chunk:
-    """Return the first chunk of what holds at a stage."""
+    """Return the first chunk of a stage's first text."""
     return chunks_of(tokenizer, stage.blends[0].texts[0], syntax)[0]
 
 
 def same_length(states: Sequence[Tensor]) -> list[Tensor]:
-    """Return the states with their tokens repeated as a whole, so that all have as many.
+    """Return the states, each with its whole sequence of tokens repeated until all are as long.
 
     Each is [1, tokens, width]. Attention to repeated tokens gives the same as to one of each: the
     softmax shares the same weight among the copies. It is how ComfyUI pairs a long prompt with a

@@ -27,7 +27,7 @@ def mark(marks: Mapping[str, Any], name: str, default: str, part: str) -> str:
 
 
 def merges_in(folder: Folder, name: str) -> list[tuple[str, str]]:
-    """Return the merges of a file of lines."""
+    """Return the merges in a text file, one a line."""
     path = folder.file(name)
     if path is None:
         raise refusal(folder.label, f"{name} is missing")
@@ -79,7 +79,7 @@ def added_tokens(
 ) -> dict[int, AddedToken]:
     """Return the tokens that were added to a vocabulary, by their ids.
 
-    config: the content of tokenizer_config.json, which tells them in newer folders.
+    config: the content of tokenizer_config.json, which lists them in newer folders.
     """
     found: dict[int, AddedToken] = {}
     for number, told in _told(folder, part, config):

@@ -1,4 +1,4 @@
-"""Words to CLIP's token ids, byte-pair encoding over lower-cased text (arXiv:2103.00020).
+"""Turn words into CLIP's token ids: byte-pair encoding of lower-cased text (arXiv:2103.00020).
 
 The splitting itself is done by the `tokenizers` library. Only the tables of a model's tokenizer
 are read, vocabulary and merges; the pipeline around them is always CLIP's.
@@ -52,7 +52,7 @@ class Encoded:
     """A prompt as the text encoder reads it.
 
     ids: as many as the model's text length, begin and end marks and padding included.
-    cut: the end of the prompt that found no room, None if all of it did.
+    cut: the end of the prompt that did not fit, None if all of it did.
     count: the prompt's own tokens, those that were cut included.
     """
 
@@ -62,15 +62,14 @@ class Encoded:
 
 
 class Tokenizer:
-    """CLIP's tokenizer over a vocabulary of a model's own.
+    """CLIP's tokenizer with a model's own vocabulary.
 
     learned: textual inversions, which `encode` and `expanded_ids` look for. words: those that the
-    model was taught; others are left out of a text. None: it does not say, and reads all.
+    model was taught; others are left out of a text. With None the model reads all words.
 
     vocab: token to id. merges: pairs of tokens, the most frequent first. bos, eos, pad: the
       tokens that begin, end and fill a prompt. max_length: ids per prompt, the marks included.
-    added: tokens that stand for themselves wherever their text does, by id. The attribute has
-      their texts.
+    added: by id, tokens that are found wherever their text stands. The attribute has their texts.
 
     Raises SafelightError if the tables do not fit each other.
     """
@@ -127,8 +126,8 @@ class Tokenizer:
                 pre_tokenizers.ByteLevel(add_prefix_space=False),
             ]
         )
-        # A mark that a user types is that mark, as in diffusers. It is why "!" in a prompt for
-        # SD 2.x, which pads with "!", is id 0 and not the id of a "!" that ends a word.
+        # A mark that a user types is that mark, as in diffusers. So "!" in a prompt for SD 2.x,
+        # which pads with "!", is id 0 and not the id of a "!" that ends a word.
         texts = dict.fromkeys(self._marks[f"{name}_token"] for name in marks)
         backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in texts])
         backend.add_tokens(list(self._added.values()))
@@ -136,11 +135,11 @@ class Tokenizer:
 
     @cached_property
     def _words(self) -> Backend:
-        """A backend for which what fills a prompt is text, as A1111 and ComfyUI have it."""
+        """A backend that reads the padding token's text as text, as A1111 and ComfyUI do."""
         return self._backend if self.pad in (self.bos, self.eos) else self._new_backend(_ENDS)
 
     def with_learned(self, learned: Sequence[Learned]) -> Tokenizer:
-        """Return a tokenizer that knows these textual inversions, too. This one stays as it is."""
+        """Return a tokenizer that also knows these textual inversions. This one stays as it is."""
         other = copy(self)
         other.learned = (*self.learned, *learned)
         for name in ("learned_ids", "_expanding", "known"):
@@ -156,11 +155,11 @@ class Tokenizer:
 
     @cached_property
     def known(self) -> Set[str] | None:
-        """The words that are read, names of textual inversions among them; None for all."""
+        """The words that are read, with the names of textual inversions; None for all words."""
         return None if self.words is None else taught(self.words, self)
 
     def _read(self, text: str) -> str:
-        """Return what of a text is read. Raises SafelightError if it is not valid Unicode."""
+        """Return a text without unknown words. Raises SafelightError if it is not valid Unicode."""
         _check_unicode(text)
         return text if self.known is None else known_alone(text, self.known)
 
@@ -178,15 +177,15 @@ class Tokenizer:
         return Encoded(ids, cut, len(found))
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of a text, without marks and padding, as many as it has.
+        """Return all token ids of a text, without marks and padding.
 
-        Textual inversions are text here, and so is what fills a prompt ("!" for SD 2.x). Raises
+        Textual inversions are read as text, and so is the padding token ("!" for SD 2.x). Raises
         SafelightError as `encode` does.
         """
         return self._words.encode(self._read(text), add_special_tokens=False).ids
 
     def expanded_ids(self, text: str) -> list[int]:
-        """Return the same with the ids of textual inversions, found by diffusers' rule."""
+        """Return the ids of a text, with textual inversions found by diffusers' rule."""
         return [number for number, _ in self._expanded(text)]
 
     def _expanded(self, text: str) -> list[tuple[int, int]]:
@@ -230,10 +229,10 @@ class Tokenizer:
         }
 
     def tokens_of(self, learned: Learned) -> list[str]:
-        """Return what stands for a textual inversion by diffusers' rule.
+        """Return the texts that stand for a textual inversion by diffusers' rule.
 
-        It is found anywhere in a text, so it must be no word of the model's own: it would be found
-        within other words. Raises SafelightError if there is nothing else.
+        They are found anywhere in a prompt, also within words, so none of them may be a word of the
+        model's own. Raises SafelightError if no other text is left.
         """
         token, name = learned.token, learned.name
         found = [token] if token is not None and token not in self._vocab else []
@@ -249,9 +248,9 @@ class Tokenizer:
         return found
 
     def name(self, number: int) -> str:
-        """A token as it stands in the vocabulary, where `</w>` ends a word.
+        """Return a token as it stands in the vocabulary, where `</w>` ends a word.
 
-        A vector of a textual inversion is named by it, as in `<ink 1/2>`.
+        A vector of a textual inversion is named after it, as in `<ink 1/2>`.
         """
         for one in self.learned:
             if number in one.ids:
@@ -259,11 +258,11 @@ class Tokenizer:
         return self._backend.id_to_token(number) or ""
 
     def id_of(self, token: str) -> int | None:
-        """The id of a token as it stands in the vocabulary, None if it is not in it."""
+        """Return the id of a token of the vocabulary, None if it is not in it."""
         return self._vocab.get(token)
 
     def text(self, ids: Sequence[int]) -> str:
-        """The text that tokens stand for."""
+        """Return the text that tokens stand for."""
         joined = "".join(map(self.name, ids)).replace("</w>", "Ġ")  # a blank, as a byte's letter
         return decoders.ByteLevel().decode([joined])
 
@@ -326,7 +325,7 @@ def folder_tokenizer(
             bos=mark(marks, "bos_token", BOS, part),
             eos=mark(marks, "eos_token", EOS, part),
             pad=mark(marks, "pad_token", EOS, part),
-            # Some configs give a length beyond all numbers when they mean none.
+            # Some configs give a huge length when they mean no limit.
             max_length=int(min(length, positions)),
         )
     except SafelightError as e:

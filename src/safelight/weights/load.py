@@ -217,8 +217,7 @@ def _summary(weights: Mapping[str, Weight]) -> dict[str, Any]:
 
 
 def pick_device(name: str | torch.device) -> torch.device:
-    """Return the device of this name. Raises SafelightError, with those that exist, if it does not.
-    """
+    """Return the device of this name. Raises SafelightError if it is not there."""
     there = ["cpu"]
     if torch.backends.mps.is_available():
         there.insert(0, "mps")
