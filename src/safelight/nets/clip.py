@@ -1,4 +1,4 @@
-"""CLIPTextModel: words to the states that the UNet attends to (arXiv:2103.00020)."""
+"""CLIPTextModel: from tokens to the states that the UNet attends to (arXiv:2103.00020)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safelight.nets.layers import ACTIVATIONS
 
 @dataclass(frozen=True)
 class CLIPTextConfig(NetConfig):
-    """The keys of text_encoder/config.json that we build from. Defaults are transformers'."""
+    """The keys of text_encoder/config.json that we build from, with transformers' defaults."""
 
     vocab_size: int = 49408
     hidden_size: int = 512
@@ -39,7 +39,10 @@ class CLIPTextConfig(NetConfig):
 
 
 class Embeddings(nn.Module):
-    """learned: vectors of textual inversions [n, hidden_size], whose ids follow the vocabulary's"""
+    """Token and position embeddings.
+
+    learned: vectors of textual inversions, [n, hidden_size]; their ids follow the vocabulary's.
+    """
 
     def __init__(self, cfg: CLIPTextConfig) -> None:
         super().__init__()
@@ -74,7 +77,7 @@ class SelfAttention(nn.Module):
             t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for t in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         )
-        # Causal: a word sees those before it, as CLIP was trained.
+        # Causal, as CLIP was trained: a token sees those before it.
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
@@ -132,7 +135,7 @@ class TextTransformer(nn.Module):
         return self.final_layer_norm(x) if norm else x
 
     def both(self, ids: Tensor, skip: int, seen: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the states without the last `skip` layers and the final norm, and with both."""
+        """Return the states before the last `skip` layers and the final norm, and after both."""
         end = len(self.encoder.layers)
         states = self.encoder.between(self.embeddings(ids), 0, end - skip, seen)
         return states, self.final_layer_norm(self.encoder.between(states, end - skip, end, seen))
@@ -140,7 +143,7 @@ class TextTransformer(nn.Module):
 
 class _TextEncoder(nn.Module):
     runs_once = True
-    """Once for a prompt: to pack its weights for speed would take longer than that."""
+    """It runs once for a prompt, so packing its weights would take longer than it saves."""
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
@@ -148,9 +151,9 @@ class _TextEncoder(nn.Module):
         self.text_model = TextTransformer(config)
 
     def with_learned(self, vectors: Tensor) -> Self:
-        """Return a text encoder that shares all weights and knows further tokens.
+        """Return a text encoder that shares all weights and has further tokens.
 
-        vectors: [n, hidden_size]; token vocab_size + i is the i-th of them.
+        vectors: [n, hidden_size]; the i-th is that of token vocab_size + i.
         """
         embeddings = _twin(self.text_model.embeddings)
         embeddings.learned = vectors
@@ -163,21 +166,20 @@ class CLIPTextModel(_TextEncoder):
     def forward(
         self, ids: Tensor, skip: int = 0, visible: Tensor | None = None, norm: bool = True
     ) -> Tensor:
-        """ids: int64 [batch, length ≤ max_position_embeddings]. Returns the last layer's
-        states after the final norm, [batch, length, hidden_size].
+        """Return the last layer's states after the final norm, [batch, length, hidden_size].
 
-        skip: layers at the end that are left out. visible: bool [batch, length], the tokens that
-        others may look at; None for all. norm: False leaves out the final norm, which SDXL does
-        not read.
+        ids: int64 [batch, length ≤ max_position_embeddings]. skip: number of last layers to leave
+        out. visible: bool [batch, length], the tokens that others may attend to; None for all.
+        norm: False leaves out the final norm, as SDXL needs.
 
-        SD 2.x reads the layer before OpenCLIP's last: its folders hold one layer less, so the
-        last that is there is the one that is meant.
+        SD 2.x reads the layer before OpenCLIP's last. Its folders lack the last layer, so skip is
+        0 there too.
         """
         return self.text_model(ids, skip, _seen(ids, visible), norm)
 
 
 class CLIPTextModelWithProjection(_TextEncoder):
-    """CLIP's text encoder with the head that it was compared with pictures by."""
+    """CLIP's text encoder with the projection that CLIP compares with pictures."""
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__(config)
@@ -186,20 +188,20 @@ class CLIPTextModelWithProjection(_TextEncoder):
     def forward(
         self, ids: Tensor, skip: int = 0, visible: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return states without the last `skip` layers and the final norm, [batch, length,
-        hidden_size], and the pooled state of each text, [batch, projection_dim].
+        """Return the states of each token and the pooled state of each text.
 
-        The pooled state is that of the end mark after all layers and the norm. ids, visible: as
-        `CLIPTextModel` takes them.
+        The states, [batch, length, hidden_size], are those before the last `skip` layers and the
+        final norm. The pooled state, [batch, projection_dim], is the end token's after all layers
+        and the norm, projected. ids, visible: as in `CLIPTextModel`.
         """
         states, last = self.text_model.both(ids, skip, _seen(ids, visible))
         return states, self.text_projection(last[torch.arange(len(ids)), self._ends(ids)])
 
     def _ends(self, ids: Tensor) -> Tensor:
-        """Return where the end mark of each text is.
+        """Return the position of each text's end token, [batch].
 
-        Configs of before 2023 say 2 for it, and mean the largest id of the vocabulary. Ids beyond
-        it are those of learned words.
+        Configs from before 2023 give its id as 2, but it is the largest id of the vocabulary. Ids
+        beyond that are those of textual inversions.
         """
         cfg = self.config
         if cfg.eos_token_id == 2:
@@ -208,7 +210,7 @@ class CLIPTextModelWithProjection(_TextEncoder):
 
 
 def _seen(ids: Tensor, visible: Tensor | None) -> Tensor | None:
-    """Return what each token looks at, bool [batch, 1, length, length]; None: all before it."""
+    """Return what each token attends to, bool [batch, 1, length, length]; None: all before it."""
     if visible is None:
         return None
     earlier = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
@@ -216,7 +218,7 @@ def _seen(ids: Tensor, visible: Tensor | None) -> Tensor | None:
 
 
 def _twin(module: Any, **modules: nn.Module) -> Any:
-    """Return a module that shares everything with another but these parts of it."""
+    """Return a copy of a module that shares everything with it except these submodules."""
     twin = copy(module)
     twin._modules = {**module._modules, **modules}
     return twin

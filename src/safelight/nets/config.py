@@ -47,17 +47,17 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "transformer_layers_per_block": (1, 32),
     "vocab_size": (3, 2**20),
 }
-"""The least and the largest value of each number in a config. Of a list, of each member.
+"""The smallest and the largest value of each number in a config, or of each number in a list.
 
-They lie far outside what published models have, and keep what is built from a stranger's config
-small: a network's shapes are known, and compared with its file's, before memory is taken.
+They are far outside those of published models, and keep a network from a stranger's config small:
+its shapes are known, and compared with those of its file, before memory is taken.
 """
 
 _OTHERS = (0, 2**24)
-"""The same for a number that stands in no network here."""
+"""The same for numbers that are not in BOUNDS."""
 
 MAX_LEVELS = 12
-"""The most values in a list: one for each level of a network, which halve the side."""
+"""The most values in a list: one for each level of a network. Each level halves the sides."""
 
 MAX_LAYERS = 128
 """The most layers of a network. Building one takes milliseconds, even without weights."""
@@ -66,19 +66,19 @@ MAX_LAYERS = 128
 class NetConfig:
     """Base of the frozen config dataclasses.
 
-    A config is data from a stranger. A key we build from is a field; a key that would change
-    the arithmetic and that we do not build stands in `_inert` with the values under which it
-    changes nothing; any other key is bookkeeping of the library that wrote it and is ignored.
+    A config is data from a stranger. A key that we build from is a field. A key that would change
+    the arithmetic, and that we do not build, is in `_inert` with the values that change nothing.
+    Other keys are bookkeeping of the library that wrote the file, and are ignored.
     """
 
     _inert: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     @classmethod
     def from_dict(cls, json: Mapping[str, Any]) -> Self:
-        """Build the config from a parsed config.json.
+        """Return the config of a parsed config.json.
 
         Raises SafelightError when a key asks for a part that Safelight does not build, or when
-        a value has the wrong type.
+        a value has the wrong type or is out of bounds.
         """
         for key, harmless in cls._inert.items():
             value = json.get(key, harmless[0])
@@ -102,7 +102,7 @@ class NetConfig:
 
     @property
     def depth(self) -> int:
-        """Return about how many layers the network has."""
+        """About how many layers the network has."""
         layers = (getattr(self, key, 1) for key in ("num_hidden_layers", "layers_per_block"))
         return math.prod(layers) * len(getattr(self, "block_out_channels", (0,)))
 
@@ -111,10 +111,10 @@ class NetConfig:
         return cls.__name__.removesuffix("Config")
 
     def _validate(self) -> None:
-        """Further checks of one kind of config; raises SafelightError."""
+        """Check what is particular to one kind of config; raises SafelightError."""
 
     def _check_sines(self, width: int, shift: int) -> None:
-        """Refuse a timestep's embedding whose formula divides by `width` / 2 − `shift`, if 0."""
+        """Raise SafelightError unless `width` // 2 − `shift`, a divisor of the sines, is above 0."""
         if width // 2 <= shift:
             self._refuse(f"{width} channels are too few for the sines of a timestep")
 
@@ -123,14 +123,14 @@ class NetConfig:
 
 
 def shown(value: Any) -> str:
-    """Return a value of a config as a message shows it: short, whatever it is."""
+    """Return a config's value as a short text for a message."""
     if isinstance(value, list | tuple | dict):
         return f"a {'list' if isinstance(value, list | tuple) else 'table'} of {len(value)}"
     return f"{value!r:.40}"
 
 
 def _tuples(value: Any) -> Any:
-    """Return a value of JSON with its lists as tuples."""
+    """Return a JSON value with its lists as tuples."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
@@ -172,7 +172,7 @@ def _is(value: Any, kind: str) -> bool:
     if kind == "bool":
         return isinstance(value, bool)
     if kind in ("int", "float"):
-        # NaN passes here, and no bound.
+        # NaN passes here, but not the check of bounds.
         allowed = int if kind == "int" else int | float
         return isinstance(value, allowed) and not isinstance(value, bool)
     return isinstance(value, str)

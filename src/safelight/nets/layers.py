@@ -1,12 +1,12 @@
 """The layers that the networks share.
 
-Names are those of the diffusers folders' keys (`to_out.0`, `ff.net.2`, ...): a state dict loads
-with no map. Pictures and latents are [batch, channels, height, width]; token sequences are
+Names are the keys of diffusers folders (`to_out.0`, `ff.net.2`, ...), so a state dict loads
+without renaming. Pictures and latents are [batch, channels, height, width]; token sequences are
 [batch, length, width].
 
-`safelight.fast` replaces leaves: linear layers, convolutions, norms, gates, enlargements and the
-product of attention. A leaf takes what follows it (`plus`, `shift`) as an argument, so that a
-faster one can do both at once. No block is written a second time.
+`safelight.fast` replaces leaf modules: linear layers, convolutions, norms, GEGLU, upsampling and
+the product of attention. A leaf takes the addition that follows it (`plus`, `shift`) as an
+argument, so that a faster leaf can do both at once, and no block has to be written twice.
 """
 
 from __future__ import annotations
@@ -51,24 +51,24 @@ def timestep_embedding(timestep: Tensor, dim: int, flip: bool, freq_shift: float
 
 
 def rows(x: Tensor, n: int) -> Tensor:
-    """`x` with each of its rows repeated in place, to make n of them.
+    """Return `x` with each of its rows repeated next to itself, n rows in all.
 
-    Both halves of guidance are equal until the text is first attended to; until then they are
-    one row, and cost as much.
+    The evaluations of guidance are equal until the first cross-attention. Until then they are one
+    row, and cost as much as one.
     """
     if len(x) == n:
         return x
-    # Unlike repeat_interleave, this keeps a map's order in memory.
+    # Unlike repeat_interleave, this keeps the memory format of a feature map.
     return torch.cat([row for row in x.split(1) for _ in range(n // len(x))])
 
 
 def as_tokens(x: Tensor) -> Tensor:
-    """A map [batch, channels, h, w] as tokens [batch, h·w, channels]."""
+    """Return a feature map [batch, channels, h, w] as tokens [batch, h·w, channels]."""
     return x.flatten(2).transpose(1, 2)
 
 
 def as_map(tokens: Tensor, like: Tensor) -> Tensor:
-    """Tokens [batch, h·w, channels] as a map of the height and width of `like`."""
+    """Return tokens [batch, h·w, channels] as a feature map of the height and width of `like`."""
     return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
 
 
@@ -80,15 +80,15 @@ class Linear(nn.Linear):
         return out if plus is None else plus + out
 
     def tokens(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
-        """The same: see Pointwise."""
+        """Return the same as `forward`; `Pointwise` has this method too."""
         return self(x, plus)
 
 
 class Conv2d(nn.Conv2d):
     """A convolution that can add to its result, and end in a ReLU.
 
-    shift: [1 or batch, out_channels]; plus: of the result's shape. consume: nobody reads `plus`
-    afterwards, and the result may take its memory. relu: of the whole sum.
+    shift: [1 or batch, out_channels]; plus: of the result's shape. consume: `plus` is not read
+    afterwards, so the result may use its memory. relu: applied to the whole sum.
     """
 
     def forward(  # type: ignore[override]
@@ -107,37 +107,37 @@ class Conv2d(nn.Conv2d):
 
 
 class Pointwise(nn.Conv2d):
-    """A 1×1 convolution, which is a linear layer of a map's positions."""
+    """A 1×1 convolution, which is a linear layer applied to each position."""
 
     def __init__(self, in_ch: int, out_ch: int) -> None:
         super().__init__(in_ch, out_ch, 1)
 
     def tokens(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
-        """x: [batch, h·w, in_ch]; plus, of the result's shape, is added to it."""
+        """Return [batch, h·w, out_ch] from x, [batch, h·w, in_ch]; plus is added to the result."""
         out = F.linear(x, self.weight.flatten(1), self.bias)
         return out if plus is None else plus + out
 
 
 class GroupNorm(nn.GroupNorm):
     def silu(self, x: Tensor, conv: nn.Conv2d) -> Any:
-        """Return silu(norm(x)) in a form that `conv`, which alone reads it, takes."""
+        """Return silu(norm(x)) in a form that `conv`, its only reader, takes."""
         return F.silu(self(x))
 
 
 class LayerNorm(nn.LayerNorm):
     def add(self, x: Tensor, plus: Tensor) -> tuple[Tensor, Tensor]:
-        """Return plus + x, and the norm of it. Nobody reads x afterwards."""
+        """Return plus + x, and the norm of that sum. x is not read afterwards."""
         total = plus + x
         return total, self(total)
 
 
 class TimestepEmbedding(nn.Module):
-    """Two linear layers that turn the sines of a timestep into what the blocks listen to."""
+    """Two linear layers from a timestep's sines to the embedding that the resnets add."""
 
     def __init__(self, in_dim: int, dim: int, cond_dim: int | None = None) -> None:
         super().__init__()
         self.linear_1 = nn.Linear(in_dim, dim)
-        # Guidance-distilled networks (LCM) are told the guidance scale here.
+        # Guidance-distilled networks (LCM) read the guidance scale here.
         self.cond_proj = None if cond_dim is None else nn.Linear(cond_dim, in_dim, bias=False)
         self.linear_2 = nn.Linear(dim, dim)
 
@@ -148,9 +148,9 @@ class TimestepEmbedding(nn.Module):
 
 
 class ResnetBlock2D(nn.Module):
-    """norm, SiLU, conv, twice, around a shortcut; the timestep is added between the halves.
+    """Norm, SiLU and convolution, twice, with a shortcut; the timestep is added in the middle.
 
-    consumes: nobody looks at the input afterwards, and the output may take its memory.
+    consumes: the input is not read afterwards, so the output may use its memory.
     """
 
     def __init__(
@@ -185,9 +185,9 @@ class ResnetBlock2D(nn.Module):
 
 
 class Downsample2D(nn.Module):
-    """Half the height and width by a strided convolution.
+    """A strided convolution that halves height and width.
 
-    padding 0 pads one row and column at the far sides only, as the autoencoder was trained.
+    padding 0 pads a row at the bottom and a column at the right, as the autoencoder was trained.
     """
 
     def __init__(self, channels: int, padding: int = 1) -> None:
@@ -200,9 +200,9 @@ class Downsample2D(nn.Module):
 
 
 class EnlargingConv2d(nn.Conv2d):
-    """Nearest-neighbour enlargement, then a 3×3 convolution with a border of one.
+    """Nearest-neighbour upsampling, then a 3×3 convolution with padding 1.
 
-    size: height and width of the result; by default each side becomes twice as long.
+    size: height and width of the result; by default twice those of the input.
     """
 
     def __init__(self, in_ch: int, out_ch: int, bias: bool = True) -> None:
@@ -214,7 +214,7 @@ class EnlargingConv2d(nn.Conv2d):
 
 
 class Upsample2D(nn.Module):
-    """`size` is that of the skip connection to be met, which for odd sides is not the double."""
+    """Upsampling to `size`, the skip connection's size: for odd sides it is not the double."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -225,7 +225,7 @@ class Upsample2D(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q·kᵀ/√d)·v for q, k, v of [batch, heads, length, d] (arXiv:1706.03762)."""
+    """Return softmax(q·kᵀ/√d)·v (arXiv:1706.03762). q, k, v: [batch, heads, length, d]."""
     if q.device.type == "cpu" and q.shape[-2] * k.shape[-2] <= 2**18:
         # torch's fused CPU kernel is several times slower than two products at these lengths.
         return torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1) @ v
@@ -233,7 +233,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention of `x` to `context` (to itself where none is given)."""
+    """Multi-head attention of `x` to `context`, or to itself if there is none."""
 
     def __init__(
         self, dim: int, heads: int, *, context: int | None = None, qkv_bias: bool = False
@@ -248,11 +248,11 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor | None = None, plus: Tensor | None = None
     ) -> Tensor:
-        """plus: of the shape of x, added to the result."""
+        """Return [batch, length, dim]. plus: of the shape of x, added to the result."""
         return self.to_out[0](self.product(*self.project(x, context)), plus)
 
     def project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of x, keys and values of what it attends to: each [batch, heads, length, d]."""
+        """Return queries of x, keys and values of the context, each [batch, heads, length, d]."""
         context = x if context is None else context
         return (
             self.split_heads(self.to_q(x)),
@@ -261,7 +261,7 @@ class Attention(nn.Module):
         )
 
     def product(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """What `attend` gives, with the heads side by side: [batch, length, heads·d]."""
+        """Return the result of `attend` with the heads side by side: [batch, length, heads·d]."""
         return attend(q, k, v).transpose(1, 2).flatten(2)
 
     def split_heads(self, t: Tensor) -> Tensor:
@@ -269,7 +269,7 @@ class Attention(nn.Module):
 
 
 class SpatialAttention(Attention):
-    """Self-attention over the positions of a picture, with its own norm and shortcut."""
+    """Self-attention over the positions of a feature map, with norm and shortcut."""
 
     def __init__(self, channels: int, heads: int, *, groups: int, eps: float) -> None:
         super().__init__(channels, heads, qkv_bias=True)
@@ -283,7 +283,7 @@ class SpatialAttention(Attention):
 
 
 class GEGLU(nn.Module):
-    """A linear layer whose one half, through GELU, gates the other (arXiv:2002.05202)."""
+    """A linear layer; GELU of one half of its outputs gates the other (arXiv:2002.05202)."""
 
     def __init__(self, dim: int, inner: int) -> None:
         super().__init__()
@@ -297,16 +297,16 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
-        # Index 1 is dropout in the checkpoints' layout; it holds no weights and does nothing here.
+        # Index 1 is dropout in checkpoints; it has no weights and does nothing here.
         self.net = nn.ModuleList([GEGLU(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim)])
 
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
-        """plus: of the shape of x, added to the result."""
+        """Return [batch, length, dim]. plus: of the shape of x, added to the result."""
         return self.net[2](self.net[0](x), plus)
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, attention to the text, feed-forward: each behind its norm and shortcut."""
+    """Self-attention, cross-attention and feed-forward, each with a norm and a shortcut."""
 
     def __init__(self, dim: int, heads: int, context: int, *, only_cross: bool = False) -> None:
         super().__init__()
@@ -334,8 +334,8 @@ class BasicTransformerBlock(nn.Module):
 class Transformer2DModel(nn.Module):
     """Transformer blocks over the positions of a feature map.
 
-    SD 1.x projects in and out by 1×1 convolutions, SD 2.x by linear layers: the same
-    arithmetic, two shapes of weight.
+    SD 1.x projects in and out by 1×1 convolutions, SD 2.x by linear layers: the arithmetic is the
+    same, only the shapes of the weights differ.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """AutoencoderTiny: pictures to latents and back with 2.4 million weights.
 
-TAESD, github.com/madebyollin/taesd. It imitates an AutoencoderKL, in a fraction of its time, and
-loses fine detail. Its latents are those that the denoiser sees.
+TAESD, github.com/madebyollin/taesd. It imitates an AutoencoderKL in a fraction of the time, and
+loses fine detail. Its latents have the scale that the denoiser sees.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safelight.nets.layers import Conv2d, EnlargingConv2d
 
 @dataclass(frozen=True)
 class TinyConfig(NetConfig):
-    """The keys of config.json that we build from. Defaults are diffusers'."""
+    """The keys of config.json that we build from, with diffusers' defaults."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -40,12 +40,12 @@ class TinyConfig(NetConfig):
 
     @property
     def factor(self) -> int:
-        """Sides of a picture over sides of its latents."""
+        """Side of a picture divided by the side of its latents."""
         return 2 ** (len(self.decoder_block_out_channels) - 1)
 
     @property
     def depth(self) -> int:
-        """Return how many layers the network has."""
+        """Number of blocks in both networks, for the bound on layers."""
         return sum(self.num_encoder_blocks) + sum(self.num_decoder_blocks)
 
     def scale(self, latents: Tensor) -> Tensor:
@@ -66,12 +66,12 @@ class TinyConfig(NetConfig):
 
 
 class Block(nn.Module):
-    """Three convolutions beside the identity."""
+    """Three convolutions with a shortcut."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         convs = [Conv2d(width, width, 3, padding=1) for _ in range(3)]
-        # Their numbers are those of checkpoints, which count the activations between them.
+        # The numbers of checkpoints, which also count the activations between them.
         self.conv = nn.ModuleDict(dict(zip("024", convs, strict=True)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,21 +105,21 @@ class Decoder(nn.Module):
         for i, blocks in enumerate(cfg.num_decoder_blocks):
             layers += [Block(width) for _ in range(blocks)]
             if i < last:
-                # Checkpoints count an enlargement of its own.
+                # Identity, as checkpoints count the upsampling as a layer of its own.
                 layers += [nn.Identity(), EnlargingConv2d(width, width, bias=False)]
         layers.append(nn.Conv2d(width, cfg.out_channels, 3, padding=1))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, z: Tensor) -> Tensor:
-        # Latents beyond 3 are rare, and were drawn in softly in training.
+        # Latents beyond ±3 are rare; training limited them softly in this way.
         return self.layers(torch.tanh(z / 3) * 3)
 
 
 class AutoencoderTiny(nn.Module):
-    """has_encoder: False in the config leaves the encoder out, for previews."""
+    """The tiny autoencoder. With config.has_encoder False it only decodes, for previews."""
 
     samples: ClassVar[bool] = False
-    """Whether `encode` is to be sampled: its standard deviation is 0."""
+    """Whether latents of `encode` are sampled. They are not: their standard deviation is 0."""
 
     def __init__(self, config: TinyConfig) -> None:
         super().__init__()
@@ -128,8 +128,10 @@ class AutoencoderTiny(nn.Module):
         self.decoder = Decoder(config)
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """pixels: [batch, 3, h, w] in −1..1. Returns the latents, [batch, latent_channels,
-        h/factor, w/factor], not yet scaled, and a standard deviation of 0.
+        """Return the unscaled latents, and their standard deviation of 0.
+
+        pixels: [batch, 3, h, w] in −1..1. Latents: [batch, latent_channels, h/factor, w/factor].
+        Raises SafelightError if there is no encoder.
         """
         if self.encoder is None:
             raise SafelightError(
@@ -140,5 +142,8 @@ class AutoencoderTiny(nn.Module):
         return latents, torch.zeros_like(latents)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """latents: [batch, latent_channels, h, w], unscaled. Returns pixels around −1..1."""
+        """Return pixels around −1..1, [batch, 3, h·factor, w·factor].
+
+        latents: [batch, latent_channels, h, w], unscaled.
+        """
         return self.decoder(latents) * 2 - 1

@@ -1,9 +1,9 @@
 """UNet2DConditionModel: the denoiser of Stable Diffusion 1.x, 2.x (arXiv:2112.10752) and XL
 (arXiv:2307.01952), and of the smaller networks that were distilled from them.
 
-Latents go down through blocks that halve the side, across the middle, and up again, each up
-block reading what its twin on the way down left for it. The timestep is added in every resnet;
-the text is attended to in every transformer.
+Latents go through down blocks, which halve the sides, a middle block, and up blocks. Each up block
+reads the skip connections of the down block at its level. The timestep is added in every resnet;
+every transformer attends to the text.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from safelight.nets.unet_config import UNetConfig
 
 
 class DownBlock2D(nn.Module):
-    """Resnets, each followed by a transformer where the block has them, then a halving."""
+    """Resnets, each followed by a transformer if the block has them, then downsampling."""
 
     def __init__(self, cfg: UNetConfig, i: int) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class DownBlock2D(nn.Module):
         reuse: Reuse | None = None,
         most: int | None = None,
     ) -> list[Tensor]:
-        """most: how many skips are wanted, None for all."""
+        """Return the states for the skip connections. most: how many of them; None: all."""
         skips = []
         for j, block in enumerate(self.resnets[:most]):
             x = block(x, temb)
@@ -70,7 +70,7 @@ class DownBlock2D(nn.Module):
 
 
 class UpBlock2D(nn.Module):
-    """Resnets that read a skip each, transformers where the block has them, then a doubling."""
+    """Resnets that read one skip each, transformers if the block has them, then upsampling."""
 
     def __init__(self, cfg: UNetConfig, i: int) -> None:
         super().__init__()
@@ -106,7 +106,10 @@ class UpBlock2D(nn.Module):
         reuse: Reuse | None = None,
         first: int = 0,
     ) -> Tensor:
-        """first: the resnet that x meets, where those before it are not computed again."""
+        """Return the state after the block. It removes the skips that it reads from `skips`.
+
+        first: index of the resnet that reads x; those before it are not run.
+        """
         for j in range(first, len(self.resnets)):
             if reuse is not None:
                 reuse.meet(x, len(skips))
@@ -120,7 +123,7 @@ class UpBlock2D(nn.Module):
 
 
 class MidBlock2D(nn.Module):
-    """Two resnets around a transformer; of some small networks, one resnet alone."""
+    """Two resnets around a transformer; in some small networks one resnet alone."""
 
     def __init__(self, cfg: UNetConfig) -> None:
         super().__init__()
@@ -169,12 +172,13 @@ class UNet2DConditionModel(nn.Module):
         sizes: Tensor | None = None,
         reuse: Reuse | None = None,
     ) -> Tensor:
-        """x: [batch, in_channels, h, w]; timestep: [batch], may be fractional and differ by row;
-        context: text states [k·batch, tokens, cross_attention_dim], k in turn for each row of x;
-        guidance: [batch, time_cond_proj_dim] embedded guidance scale, for networks distilled
-        with it. pooled: text states [k·batch, width] and sizes: [k·batch, numbers], for networks
-        with an `addition_embed_type`. reuse: what is taken from an earlier call of the same rows.
-        Returns [k·batch, out_channels, h, w]: noise, velocity or clean latents, as trained.
+        """Return noise, velocity or clean latents, as trained: [k·batch, out_channels, h, w].
+
+        x: [batch, in_channels, h, w]. timestep: [batch], may be fractional and differ by row.
+        context: text states [k·batch, tokens, cross_attention_dim], k in turn for each row of x.
+        guidance: embedded guidance scale [batch, time_cond_proj_dim], for networks distilled with
+        it. pooled: text states [k·batch, width] and sizes: [k·batch, numbers], for networks with an
+        `addition_embed_type`. reuse: what is reused from an earlier call of the same rows.
         """
         cfg = self.config
         sines = timestep_embedding(
@@ -185,7 +189,7 @@ class UNet2DConditionModel(nn.Module):
         if self.add_embedding is not None:
             assert pooled is not None
             assert sizes is not None
-            # Each row of the context has a text and sizes of its own: no two rows stay equal.
+            # Each row of the context has its own pooled text and sizes: the rows differ from here.
             temb = rows(temb, len(pooled)) + self.add_embedding(self._added(pooled, sizes))
             x = rows(x, len(pooled))
         if reuse is not None and reuse.taken:
@@ -202,7 +206,7 @@ class UNet2DConditionModel(nn.Module):
         return self.conv_out(self.conv_norm_out.silu(x, self.conv_out))
 
     def _shallow(self, x: Tensor, temb: Tensor, context: Tensor, reuse: Reuse) -> Tensor:
-        """Return the state after the last up block, whose deep part an earlier call computed."""
+        """Return the state after the last up block, reusing the deep part of an earlier call."""
         assert reuse.deep is not None
         skips = [x]
         for down in self.down_blocks:
@@ -216,8 +220,10 @@ class UNet2DConditionModel(nn.Module):
         return x
 
     def _added(self, pooled: Tensor, sizes: Tensor) -> Tensor:
-        """Return pooled text states with the sines of each size number behind them
-        (arXiv:2307.01952, section 2.2)."""
+        """Return pooled text states followed by the sines of each size number.
+
+        [k·batch, width + numbers · addition_time_embed_dim] (arXiv:2307.01952, section 2.2).
+        """
         cfg = self.config
         assert cfg.addition_time_embed_dim is not None
         sines = timestep_embedding(
@@ -245,9 +251,9 @@ def transformer(
 
 
 def guidance_embedding(scale: Sequence[float], dim: int) -> Tensor:
-    """The guidance scale as sines, for networks distilled with guidance (arXiv:2310.04378).
+    """Return the sines of guidance scales, for networks distilled with guidance, as LCM is.
 
-    Returns float32 [len(scale), dim].
+    float32 [len(scale), dim] (arXiv:2310.04378).
     """
     w = (torch.tensor(scale, dtype=torch.float32) - 1) * 1000
     return timestep_embedding(w, dim, flip=False, freq_shift=1)

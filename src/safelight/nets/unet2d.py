@@ -22,7 +22,7 @@ from safelight.nets.layers import (
 
 @dataclass(frozen=True)
 class UNet2DConfig(NetConfig):
-    """The keys of a UNet2DModel's config.json that we build from. Defaults are diffusers'."""
+    """The keys of a UNet2DModel's config.json that we build from, with diffusers' defaults."""
 
     sample_size: int | None = None
     in_channels: int = 3
@@ -89,7 +89,7 @@ class UNet2DConfig(NetConfig):
 
 
 class _Block(nn.Module):
-    """Resnets, each followed by attention where the block's name asks for it."""
+    """Resnets, each followed by attention if `attn` is set."""
 
     def __init__(self, cfg: UNet2DConfig, ins: list[int], out_ch: int, attn: bool) -> None:
         super().__init__()
@@ -179,9 +179,9 @@ class UNet2DModel(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
-        """x: [batch, in_channels, h, w] in −1..1 plus noise; timestep: [batch].
+        """Return the noise, or what it was trained to predict: [batch, out_channels, h, w].
 
-        Returns [batch, out_channels, h, w]: the noise, or what it was trained to predict.
+        x: [batch, in_channels, h, w], pixels in −1..1 with noise. timestep: [batch].
         """
         cfg = self.config
         sines = timestep_embedding(

@@ -10,7 +10,7 @@ from safelight.nets.config import Depths, NetConfig
 
 @dataclass(frozen=True)
 class UNetConfig(NetConfig):
-    """The keys of unet/config.json that the arithmetic depends on. Defaults are diffusers'."""
+    """The keys of unet/config.json that the arithmetic depends on, with diffusers' defaults."""
 
     sample_size: int | None = None
     in_channels: int = 4
@@ -29,12 +29,12 @@ class UNetConfig(NetConfig):
     )
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
-    # Of each level on the way down; of each on the way up, where those are not the same.
+    # For each down level; and for each up level, if those differ.
     transformer_layers_per_block: int | Depths = 1
     reverse_transformer_layers_per_block: Depths | None = None
     mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
-    # The number of heads, one for all blocks or one per block: the key's name in the
-    # checkpoints says otherwise, and is kept.
+    # The number of heads, one for all blocks or one per block. The key has the name that it has in
+    # checkpoints, although that says something else.
     attention_head_dim: int | tuple[int, ...] = 8
     cross_attention_dim: int = 1280
     use_linear_projection: bool = False
@@ -72,13 +72,13 @@ class UNetConfig(NetConfig):
 
     @property
     def heads(self) -> tuple[int, ...]:
-        """Attention heads of each block, on the way down."""
+        """Attention heads of each down block."""
         h = self.attention_head_dim
         return h if isinstance(h, tuple) else (h,) * len(self.block_out_channels)
 
     @property
     def skips(self) -> int:
-        """How many states the way down leaves for the way up."""
+        """The number of skip connections."""
         return len(self.block_out_channels) * (self.layers_per_block + 1)
 
     @property
@@ -87,13 +87,13 @@ class UNetConfig(NetConfig):
 
     @property
     def down_depths(self) -> tuple[tuple[int, ...], ...]:
-        """Blocks of each transformer on the way down, by level and layer."""
+        """Blocks of each transformer in the down blocks, by level and layer."""
         levels, layers = len(self.block_out_channels), self.layers_per_block
         return _spread(self.transformer_layers_per_block, levels, layers)
 
     @property
     def up_depths(self) -> tuple[tuple[int, ...], ...]:
-        """The same on the way up, in the order in which the levels run."""
+        """The same for the up blocks, in the order in which they run."""
         levels, layers = len(self.block_out_channels), self.layers_per_block + 1
         if self.reverse_transformer_layers_per_block is not None:
             return _spread(self.reverse_transformer_layers_per_block, levels, layers)
@@ -125,7 +125,7 @@ class UNetConfig(NetConfig):
         self._check_added()
 
     def _check_depths(self) -> None:
-        """Refuse numbers of transformer blocks that do not fit the levels and layers."""
+        """Raise SafelightError if transformer depths do not fit the levels and layers."""
         down, up = self.transformer_layers_per_block, self.reverse_transformer_layers_per_block
         uneven = isinstance(down, tuple) and any(isinstance(level, tuple) for level in down)
         if uneven and up is None:
@@ -143,7 +143,7 @@ class UNetConfig(NetConfig):
             self._refuse("the middle's transformer has no single number of blocks")
 
     def _check_added(self) -> None:
-        """Refuse an embedding of pooled text and sizes that is incomplete."""
+        """Raise SafelightError if the embedding of pooled text and sizes is incomplete."""
         if self.addition_embed_type not in (None, "text_time"):
             self._refuse(
                 f"addition_embed_type={self.addition_embed_type!r:.40} is not supported; "

@@ -21,7 +21,7 @@ from safelight.nets.layers import (
 
 @dataclass(frozen=True)
 class VAEConfig(NetConfig):
-    """The keys of vae/config.json that we build from. Defaults are diffusers'."""
+    """The keys of vae/config.json that we build from, with diffusers' defaults."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -44,7 +44,7 @@ class VAEConfig(NetConfig):
 
     @property
     def factor(self) -> int:
-        """Sides of a picture over sides of its latents."""
+        """Side of a picture divided by the side of its latents."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     def scale(self, latents: Tensor) -> Tensor:
@@ -129,8 +129,10 @@ class UpBlock(nn.Module):
             self.upsamplers = nn.ModuleList([Upsample2D(out_ch)])
 
     def layers(self) -> Iterator[nn.Module]:
-        """In the order in which they run. The decoder runs them, so that no one else holds on to a
-        map: the last are the largest of all.
+        """Return the layers in the order in which they run.
+
+        The decoder runs them itself, so that nothing else keeps a feature map alive: the last ones
+        are the largest.
         """
         yield from self.resnets
         if self.upsamplers is not None:
@@ -174,7 +176,7 @@ class Decoder(nn.Module):
 
 class AutoencoderKL(nn.Module):
     samples: ClassVar[bool] = True
-    """Whether `encode` is to be sampled."""
+    """Whether latents of `encode` are sampled from their mean and standard deviation."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -186,8 +188,9 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(z, z, 1) if config.use_post_quant_conv else None
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """pixels: [batch, 3, h, w] in −1..1. Returns mean and standard deviation of the
-        latents, each [batch, latent_channels, h/factor, w/factor], not yet scaled.
+        """Return mean and standard deviation of the latents, unscaled.
+
+        Each is [batch, latent_channels, h/factor, w/factor]. pixels: [batch, 3, h, w] in −1..1.
         """
         moments = self.encoder(pixels)
         if self.quant_conv is not None:
@@ -197,7 +200,10 @@ class AutoencoderKL(nn.Module):
         return mean, torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """latents: [batch, latent_channels, h, w], unscaled. Returns pixels around −1..1."""
+        """Return pixels around −1..1, [batch, 3, h·factor, w·factor].
+
+        latents: [batch, latent_channels, h, w], unscaled.
+        """
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)
         return self.decoder(latents)
