@@ -25,9 +25,9 @@ __all__ = [
 ]
 
 FAMILIES: list[Family] = [SD, SDXL, REFINER, Pixels()]
-"""One of each family. Another one is added here, or by whoever brings it along."""
+"""One instance of each family. A new family is added here, or by the code that defines it."""
 
-# Parts of pipelines that no picture is made from.
+# Parts of pipelines that drawing does not use.
 _IGNORED = {"safety_checker", "feature_extractor", "image_encoder"}
 _FOREIGN = (
     ("conditioner.embedders.", "a part of Stable Diffusion XL; the whole model is needed"),
@@ -46,8 +46,8 @@ _FOREIGN = (
 def family_of_folder(index: Mapping[str, Any], where: str) -> Family:
     """Return the family that a model_index.json describes.
 
-    Raises SafelightError if it is of another, or has a part that its family has not. A config is
-    data: nothing is imported by a name that stands in it.
+    Raises SafelightError if the family is not supported, or if it has no such part. A config is
+    data: no name in it is ever imported.
     """
     pipeline = index.get("_class_name")
     family = next((f for f in FAMILIES if f.owns(index)), None)
@@ -74,7 +74,7 @@ def family_of_folder(index: Mapping[str, Any], where: str) -> Family:
 def family_of_file(header: Header) -> Family:
     """Return the variant of a single-file checkpoint, by its keys and shapes.
 
-    Raises SafelightError that says what the file is instead, where its keys tell.
+    Raises SafelightError if it is of none, and says what the file is if its keys tell.
     """
     for family in FAMILIES:
         variant = family.identify(header)

@@ -1,7 +1,7 @@
-"""What a family of models is: its parts, its files, and how it draws.
+"""The base of all families of models: their parts, their files, and how they draw.
 
-Nothing here imports PyTorch when it is imported, so that a server or `safelight models` can ask a
-family about its files.
+Importing this does not import PyTorch, so that a server or `safelight models` can ask a family
+about its files.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
-    """What steers the network for one picture.
+    """The text and the other inputs that guide the network for one picture.
 
-    tokens: text states [n, tokens, width], one of each evaluation of the network: with guidance
-      two, those of the negative prompt first. None: the network reads no text.
-    pooled: states of a whole text, [n, width]; sizes: numbers about the picture, [n, numbers].
-    guidance: the scale; used with two evaluations, or by a network that was distilled with it.
+    tokens: text states [n, tokens, width], one row for each evaluation of the network: with
+      guidance two, those of the negative prompt first. None: the network reads no text.
+    pooled: states of whole texts, [n, width]. sizes: numbers about the picture, [n, numbers].
+    guidance: the scale, for two or more evaluations or a network that was distilled with it.
     extra: channels that the network reads beside the state, [1, channels, h, w].
-    controls: what else adds to the network's states, one object each.
-    weights: of each evaluation after the negative one, times guidance. None is 1 for each.
+    controls: objects that add to the network's states.
+    weights: of each evaluation after the negative one, multiplied by guidance. None: 1 for each.
     later: conditionings that take over, each with the step, counted from 0, at which it does. They
       have as many evaluations, and states of the same shapes.
     """
@@ -55,7 +55,7 @@ class Conditioning:
     later: tuple[tuple[int, Conditioning], ...] = ()
 
     def at(self, step: int) -> Conditioning:
-        """Return what holds at a step, counted from 0."""
+        """Return the conditioning of a step, counted from 0."""
         place = bisect_right(self.later, step, key=lambda one: one[0])
         return self.later[place - 1][1] if place else self
 
@@ -66,7 +66,7 @@ class Conditioning:
 
     @property
     def evaluations(self) -> int:
-        """How many outputs of the network one step takes."""
+        """Evaluations of the network per step."""
         return 1 if self.tokens is None else len(self.tokens)
 
     @property
@@ -85,7 +85,7 @@ class Conditioning:
     def positive(self) -> Conditioning:
         """Return the prompt's own part, without the negative prompt and guidance.
 
-        Of several that are composed, the last.
+        For a composed prompt, that is its last part.
         """
 
         def last(tensor: Tensor | None) -> Tensor | None:
@@ -102,7 +102,7 @@ class Conditioning:
 
 
 def clean_estimate(state: Tensor, level: Level, output: Tensor, prediction_type: str) -> Tensor:
-    """Return the clean picture D that the network's output means, in the state's shape.
+    """Return the clean picture D that follows from the network's output, in the state's shape.
 
     prediction_type: what it was trained to predict (arXiv:2202.00512): "sample" is the picture
     itself, "epsilon" the noise, "v_prediction" the velocity alpha'·noise − sigma'·clean, where
@@ -119,13 +119,13 @@ def clean_estimate(state: Tensor, level: Level, output: Tensor, prediction_type:
 class Part:
     """One network of a model.
 
-    module, network, config: where its class and that of its config are, as names, so that
-      PyTorch is imported when the network is built.
-    classes: what model_index.json may call it; none means `network`.
+    module, network, config: names of the module, of the network's class and of its config's class.
+      As they are names, PyTorch is imported only when the network is built.
+    classes: names that model_index.json may give it; if empty, only `network`.
     stem: the name of its weight files in a folder.
     rename: from a key of a folder's file to our name, None for a key that is not used.
     reshape: from name and stored shape to the shape that is read.
-    others: what a folder may have in its place, by the class that model_index.json names.
+    others: parts that a folder may have in its place, by their class in model_index.json.
     """
 
     module: str
@@ -150,24 +150,23 @@ SHORTCUTS = (
 """The settings of the fast mode, besides its level; see `engine.shortcuts`."""
 
 NO_PART = (None, None)
-"""What a model_index.json has in place of a part that is not there."""
+"""The value in model_index.json of a part that is absent."""
 
 
 class Family:
     """A kind of model. One file holds one family; an instance is one variant of it.
 
-    name: of the variant, as `safelight inspect` shows it. kind: "text" or "pixels", as the APIs
-    have it. title: of the family, in messages. uses_prompt: whether it draws what a prompt says.
-    pipelines: classes in model_index.json. parts: its networks by their folder's names.
-    tokenizers: the same of tokenizers, with the classes that model_index.json may name.
-    text_parts: tokenizer and text encoder, by their parts' names, of each that a prompt is read by.
-    flat: a folder may keep the files of the one network in its root. network: the part that
+    name: of the variant, as `safelight inspect` shows it. kind: "text" or "pixels", as in the
+    APIs. title: of the family, in messages. uses_prompt: whether a prompt has an effect.
+    pipelines: classes in model_index.json. parts: its networks by the names of their folders.
+    tokenizers: names of their folders, with the classes that model_index.json may name.
+    text_parts: the names of tokenizer and text encoder, for each text encoder that reads a prompt.
+    flat: a folder may have the files of the one network in its root. network: the part that
     denoises. fixed_size: it draws its native size alone. conditioned_on: the settings of a
     request that `encode` reads. defaults: settings that it draws best with. trainable: whether
-    `train` knows how. refinable: whether another model of the family can take its last steps.
-    shortcuts: whether its network knows those of the fast mode.
-    latent_rgb: colours of latents for previews, see `families.colours`; None if its latents have no
-    known ones.
+    `train` supports it. refinable: whether another model of the family can take its last steps.
+    shortcuts: whether its network supports the fast mode.
+    latent_rgb: colours of latents for previews, see `families.colours`; None if they are unknown.
     """
 
     name: str
@@ -202,7 +201,7 @@ class Family:
     __hash__ = object.__hash__
 
     def reads(self, refiner: Family | None = None) -> frozenset[str]:
-        """Return the settings that it reads, of those that some models do not.
+        """Return which of the settings that only some models read this family reads.
 
         refiner: the family of the model that takes its last steps.
         """
@@ -216,24 +215,24 @@ class Family:
     # --- files -------------------------------------------------------------------------------
 
     def owns(self, index: Mapping[str, Any]) -> bool:
-        """Return whether a model_index.json is of this family."""
+        """Return whether a model_index.json belongs to this family."""
         return index.get("_class_name") in self.pipelines
 
     def variant(
         self, configs: Mapping[str, Any], index: Mapping[str, Any], scheduler: Mapping[str, Any]
     ) -> Family:
-        """Return the variant that a folder is of; self by default.
+        """Return the variant of a folder; self by default.
 
         configs: of its networks. index, scheduler: its model_index.json and its scheduler's config.
         """
         return self
 
     def dtype_of(self, part: str, config: NetConfig, dtype: torch.dtype) -> torch.dtype:
-        """Return the precision that a network computes in, where the model has this one."""
+        """Return the precision that a part computes in, for a model in precision `dtype`."""
         return dtype
 
     def check_configs(self, configs: Mapping[str, Any]) -> None:
-        """Raise SafelightError if networks that are fine alone do not fit one another."""
+        """Raise SafelightError if the networks do not fit one another."""
 
     def native_size(self, configs: Mapping[str, Any]) -> tuple[int, int]:
         """Return width and height in pixels of the pictures that a folder was trained on.
@@ -243,9 +242,9 @@ class Family:
         raise NotImplementedError
 
     def original_names(self, part: str, config: Mapping[str, Any]) -> Mapping[str, str]:
-        """Return the modules of a network, from the names of the original code to ours.
+        """Return our names of a network's modules, by their names in the original code.
 
-        config: the network's own. Empty if the code that came first has the same names.
+        config: the network's own. Empty if the names are the same.
         """
         return {}
 
@@ -254,7 +253,7 @@ class Family:
         return {}
 
     def identify(self, header: Header) -> Family | None:
-        """Return the variant that a single file is of, by its keys and shapes, None if of none.
+        """Return the variant of a single file, by its keys and shapes, or None.
 
         Raises SafelightError for a file of this family in an unknown variant.
         """
@@ -263,35 +262,35 @@ class Family:
     def sections(self) -> Mapping[str, Section]:
         """Return which keys of a single file belong to which network, by their prefixes.
 
-        Of several for one network, the first is the one that `safelight convert` writes.
+        If a network has several prefixes, `safelight convert` writes the first.
         """
         return {}
 
     def file_marks(self, scheduler: SchedulerConfig) -> tuple[str, ...]:
-        """Return the keys of empty tensors that tell how a single file was trained."""
+        """Return the keys of the empty tensors by which a single file says how it was trained."""
         return ()
 
     def index(self, configs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what a model_index.json says of this variant, without its parts."""
+        """Return the model_index.json of this variant, without its parts."""
         return {"_class_name": self.pipelines[0]}
 
     def single_file(self, header: Header) -> SingleFile:
         """Return what a single file of this variant holds.
 
-        Raises SafelightError that names keys which belong to nothing.
+        Raises SafelightError with the keys that belong to no network.
         """
         raise NotImplementedError
 
     # --- drawing -----------------------------------------------------------------------------
 
     def check_request(self, model: Model | Plan, request: Request) -> None:
-        """Raise SafelightError if a request asks for what a model of the family cannot draw.
+        """Raise SafelightError if a model of the family cannot draw a request.
 
-        model: also by its headers alone, so that a server refuses the request at once.
+        model: may be a Plan, read from headers alone, so that a server can refuse at once.
         """
 
     def warnings(self, model: Model, request: Request) -> list[str]:
-        """Return what a person should know about a resolved request."""
+        """Return warnings about a resolved request, one line each."""
         return []
 
     def encode(self, model: Model, request: Request) -> Conditioning:
@@ -299,17 +298,17 @@ class Family:
         return Conditioning()
 
     def conditioning_key(self, request: Request) -> tuple[Any, ...]:
-        """Return what `encode` reads of a request: requests of one key have one conditioning."""
+        """Return what `encode` reads of a request: equal keys have the same conditioning."""
         return tuple(getattr(request, name) for name in self.conditioned_on)
 
     def scheduler(self, config: SchedulerConfig) -> SchedulerConfig:
-        """Return the scheduler config that tables are made from."""
+        """Return the scheduler config for tables, from that of the model."""
         return config
 
     def table(self, model: Model, request: Request, skip: int | None = None) -> Table:
-        """Return the rows of a resolved request.
+        """Return the table of a resolved request.
 
-        skip: steps that another model has taken, in place of those that strength leaves out.
+        skip: number of first steps to leave out, as another model takes them, instead of strength.
         """
         assert request.steps is not None
         return table(
@@ -334,30 +333,30 @@ class Family:
         """Return the network's outputs, float32 [sum of evaluations, channels, h, w].
 
         inputs: each picture's state as the network sees it, float32 [1, channels, h, w].
-        timesteps, conditionings: of each picture. All have one `Conditioning.call_key`. reuse: what
-        is taken from earlier calls, where the family has `shortcuts`. The outputs of one picture
-        follow each other, in the order of its conditioning.
+        timesteps, conditionings: of each picture. All have the same `Conditioning.call_key`.
+        reuse: what is reused from earlier calls, if the family has `shortcuts`. The outputs of a
+        picture are adjacent, in the order of its conditioning.
         """
         raise NotImplementedError
 
     def clean(self, model: Model, state: Tensor, level: Level, output: Tensor) -> Tensor:
-        """Return the clean estimate that an output means."""
+        """Return the clean estimate that follows from an output, in the state's shape."""
         return clean_estimate(state, level, output, model.scheduler.prediction_type)
 
     def example(self, model: Model) -> Conditioning:
-        """Return any conditioning of one evaluation, to measure the network with."""
+        """Return some conditioning of one evaluation, to measure the network with."""
         return Conditioning()
 
     # --- pictures and latents ----------------------------------------------------------------
 
     def factor(self, model: Model) -> int:
-        """Return how many pixels a latent is wide."""
+        """Return how many pixels wide a latent is."""
         return 1
 
     def latent_shape(self, model: Model, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """Return the shape of the state for a width and height in pixels.
 
-        Where a side is no multiple of `factor`, the latents reach beyond the picture.
+        If a side is not a multiple of `factor`, the latents cover more than the picture.
         """
         width, height = (-(-side // self.factor(model)) for side in size)
         return 1, model.network.config.out_channels, height, width
@@ -369,7 +368,7 @@ class Family:
     def encode_picture(self, model: Model, pixels: Tensor, noise: Tensor) -> Tensor:
         """Return the latents of a picture, float32 [1, channels, h, w].
 
-        pixels: [1, 3, H, W] from −1 to 1; noise: what the autoencoder draws with.
+        pixels: [1, 3, H, W] from −1 to 1. noise: of the latents' shape, to sample them with.
         """
         return pixels
 
@@ -380,12 +379,12 @@ class Family:
 
 @dataclass(frozen=True, slots=True)
 class SingleFile:
-    """What a single file holds, and the facts that it does not carry.
+    """The contents of a single file, and the facts that it does not hold.
 
     configs: of each network, in diffusers' keys. weights: of each network, by our names.
-    scheduler: its config. native: side in pixels of the pictures it was trained on. v_native: the
-    same for v-prediction, None if there are no checkpoints that do not say which they are.
-    prediction: what the network predicts, if a key of the file says so.
+    scheduler: its config. native: side in pixels of the training pictures. v_native: the same for
+    v-prediction; None if files of this kind always say what they predict. prediction: what the
+    network predicts, if a key of the file says so.
     """
 
     configs: Mapping[str, Mapping[str, Any]]

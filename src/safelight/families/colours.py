@@ -1,7 +1,7 @@
-"""The colours that latents have by a linear map: red, green and blue of each channel, and last
-those of latents of 0.
+"""Linear maps from latents to colours: red, green and blue of each channel, and last the colour of
+latents of 0.
 
-A least-squares fit to what the published autoencoders decode; the numbers are ComfyUI's
+They are least-squares fits to what the published autoencoders decode. The numbers are ComfyUI's
 (comfy/latent_formats.py).
 """
 

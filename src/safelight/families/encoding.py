@@ -1,8 +1,8 @@
-"""How the prompts of a request become a conditioning, for families that read text by CLIP.
+"""From the prompts of a request to a conditioning, for families that read text with CLIP.
 
-With two text encoders, the states of a token stand side by side. The pooled state is that of the
-text's first chunk, whatever its weights: so do A1111, ComfyUI and diffusers. compel takes the
-prompt as it was typed, its signs included.
+With two text encoders, a token's states are concatenated. The pooled state is that of the text's
+first chunk, whatever its weights, as in A1111, ComfyUI and diffusers. compel takes it from the
+prompt as it was typed, including the signs of its syntax.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 
 
 class Read(NamedTuple):
-    """One text as the network reads it: states [1, tokens, width], and a pooled state [1, width]
-    where it reads one."""
+    """The states of one text, [1, tokens, width], and its pooled state, [1, width] or None."""
 
     tokens: Tensor
     pooled: Tensor | None
@@ -49,7 +48,7 @@ def check_request(family: LatentFamily, model: Model | Plan, request: Request) -
 
 
 def warnings(family: LatentFamily, model: Model, request: Request) -> list[str]:
-    """Return what was left out of the prompts, or may not be meant as it was read."""
+    """Return warnings about what was left out of the prompts, or may have been read wrongly."""
     found: list[str] = []
     readings = _readings(model, request)
     tokenizer = model.parts[family.text_parts[0][0]]
@@ -84,7 +83,7 @@ def warnings(family: LatentFamily, model: Model, request: Request) -> list[str]:
 
 
 def encode(family: LatentFamily, model: Model, request: Request) -> Conditioning:
-    """Return the conditioning of a resolved request, which may change from step to step."""
+    """Return the conditioning of a resolved request; it may change from step to step."""
     readings = _readings(model, request)
     parts = [part for reading in readings.values() for part in reading.parts]
     negative = "negative_prompt" in readings
@@ -154,7 +153,7 @@ def _plain(
         for name in readings
     }
     for skip in dict.fromkeys(skips.values()):
-        # Texts that are read alike are one call.
+        # Texts with the same skip are encoded in one call.
         names = [name for name in readings if skips[name] == skip]
         encoders = _encoders(family, model, request, names[-1])
         ids = [[e.tokenizer.encode(getattr(request, n)).ids for n in names] for e in encoders]
@@ -168,7 +167,7 @@ def _plain(
 def _in_dialect(
     family: LatentFamily, model: Model, request: Request, readings: dict[str, Reading]
 ) -> list[list[Read]]:
-    """Return the states of each stage of each part. Stages that say the same share a tensor."""
+    """Return the states of each stage of each part. Equal stages share a tensor."""
     from safelight.prompt.states import States, first_chunk
 
     encoders = _encoders(family, model, request, "prompt")
@@ -197,7 +196,10 @@ def _in_dialect(
 
 
 def _side_by_side(states: list[Tensor]) -> Tensor:
-    """Return the states of several encoders for the same texts as one, as long as the shortest."""
+    """Return the concatenated states of several encoders for the same texts.
+
+    They are as long as the shortest.
+    """
     import torch
 
     if len(states) == 1:
@@ -207,7 +209,7 @@ def _side_by_side(states: list[Tensor]) -> Tensor:
 
 
 def _zeros(family: LatentFamily, model: Model, like: Read) -> Read:
-    """Return the states of an empty negative prompt of zeros."""
+    """Return zeros for the states of an empty negative prompt."""
     import torch
 
     length = model.parts[family.text_parts[0][0]].max_length
@@ -218,7 +220,7 @@ def _zeros(family: LatentFamily, model: Model, like: Read) -> Read:
 def _sizes(
     family: LatentFamily, model: Model, request: Request, count: int, *, negative: bool
 ) -> Tensor | None:
-    """Return what each evaluation is told about the picture's size, float32 [count, numbers]."""
+    """Return the numbers about sizes for each evaluation, float32 [count, numbers], or None."""
     import torch
 
     rows = [family.size_numbers(model, request, negative=negative and i == 0) for i in range(count)]
@@ -227,7 +229,7 @@ def _sizes(
 
 
 def _scheduled(parts: list[Part], states: list[list[Read]], base: Conditioning) -> Conditioning:
-    """Return the conditioning of parts, the negative prompt first where there is one.
+    """Return the conditioning of parts; a negative prompt, if there is one, is the first of them.
 
     states: of each stage of each part. base: what all steps have in common.
     """
@@ -256,7 +258,7 @@ def _scheduled(parts: list[Part], states: list[list[Read]], base: Conditioning) 
 
 
 def _readings(model: Model, request: Request) -> dict[str, Reading]:
-    """Return how each of the texts is read, in the order of `_texts`."""
+    """Return the parsed texts, in the order of `_texts`."""
     found: dict[str, Reading] = {}
     for name in ("prompt", "negative_prompt"):
         found[name] = read(
@@ -279,9 +281,9 @@ def _readings(model: Model, request: Request) -> dict[str, Reading]:
 
 
 def _texts(model: Model, request: Request, *, composed: bool = False) -> dict[str, str]:
-    """Return the texts to encode, the negative prompt first where it is evaluated.
+    """Return the texts to encode; the negative prompt, if it is evaluated, is the first.
 
-    composed: whether the prompt has parts, which are composed against the negative prompt.
+    composed: whether the prompt has parts, which are composed with the negative prompt.
     """
     texts = {"prompt": request.prompt}
     if composed or (request.guidance_scale > 1 and not _distilled(model)):

@@ -1,6 +1,6 @@
 """What Stable Diffusion 1.x, 2.x and XL have in common: latents, CLIP, a UNet that reads text.
 
-arXiv:2112.10752. Each of them is a file beside this one.
+arXiv:2112.10752. Their own files are `sd` and `sdxl`.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from safelight.weights.plan import Plan
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
-"""Where a single file in the layout of the original code has the two networks."""
+"""The prefixes of both networks in a single file in the layout of the original code."""
 
 END = "<|endoftext|>"
 
-# What a checkpoint may hold besides the weights: the training's moving average, its constants,
-# the noise levels as tables (ours come from the scheduler's config), and what only CLIP's
+# Keys that a checkpoint may hold besides the weights: the moving average of training, its
+# constants, tables of noise levels (ours come from the scheduler's config), and what only CLIP's
 # comparison with pictures needs.
 IGNORED = re.compile(
     r"model_ema\..*|global_step|scale_factor|betas|(sqrt_)?alphas_cumprod(_prev)?|logvar"
@@ -109,10 +109,10 @@ BETAS: dict[str, Any] = {
 
 
 class LatentFamily(Family):
-    """The base of the families.
+    """The base of the families of Stable Diffusion.
 
-    text_parts: tokenizer and text encoder, by their parts' names, of each that a prompt is read
-    by. Their states stand side by side; the last may give a pooled state as well.
+    text_parts: the names of tokenizer and text encoder, for each text encoder that reads a prompt.
+    Their states are concatenated; the last encoder may give a pooled state as well.
     """
 
     shortcuts: ClassVar[bool] = True
@@ -138,26 +138,26 @@ class LatentFamily(Family):
     # --- how prompts are read ----------------------------------------------------------------
 
     final_norm: ClassVar[bool] = True
-    """Whether the text encoder's final norm follows the layer that is read."""
+    """Whether the text encoder's final norm is applied to the states of the layer that is read."""
 
     def layers_left_out(self, request: Request, *, negative: bool) -> int:
-        """Return how many layers at the end of the text encoders are not read."""
+        """Return the number of last layers of the text encoders to leave out."""
         return (request.clip_skip or 1) - 1
 
     def reads_zeros(self, request: Request) -> bool:
-        """Return whether an empty negative prompt stands for states of zeros."""
+        """Return whether an empty negative prompt is read as states of zeros."""
         return False
 
     def size_numbers(
         self, model: Model, request: Request, *, negative: bool
     ) -> tuple[float, ...] | None:
-        """Return what the network is told about the picture's size, None if it is not."""
+        """Return the numbers about sizes that the network reads, None if it reads none."""
         return None
 
     # --- files -------------------------------------------------------------------------------
 
     def pad_token(self, tokenizer: str) -> str:
-        """Return the token that fills a short prompt, for single files, which do not say."""
+        """Return the token that fills up a short prompt; single files do not hold it."""
         return END
 
     def check_configs(self, configs: Mapping[str, Any]) -> None:
@@ -174,7 +174,7 @@ class LatentFamily(Family):
             raise SafelightError(
                 f"its vae decodes {channels} channels, and its unet gives {unet.out_channels}"
             )
-        # The state alone; or beside it a mask and the picture around it.
+        # The state alone, or the state, a mask and the masked picture.
         if unet.in_channels not in (channels, 2 * channels + 1):
             raise SafelightError(
                 f"its unet reads {unet.in_channels} channels; expected {channels}, "
@@ -228,7 +228,7 @@ class LatentFamily(Family):
         return encoding.encode(self, model, request)
 
     def conditioning_key(self, request: Request) -> tuple[Any, ...]:
-        # Schedules are shares of the steps that are taken; no other prompt depends on them.
+        # A1111's prompt schedules depend on the number of steps taken; other syntaxes do not.
         steps = request.steps_taken if request.prompt_syntax == "a1111" else None
         return (*super().conditioning_key(request), steps)
 
@@ -245,8 +245,8 @@ class LatentFamily(Family):
         from safelight.nets.unet import guidance_embedding
 
         net, x, times, scales = model.network, [], [], []
-        # Both evaluations of a guided picture read one row, unless pictures without guidance are
-        # among them: the network wants as many texts for each row as for any other.
+        # The evaluations of a guided picture share a row, unless other pictures have another
+        # number of evaluations: the network needs as many texts for each row as for any other.
         shared = len({conditioning.evaluations for conditioning in conditionings}) == 1
         for state, timestep, asked in zip(inputs, timesteps, conditionings, strict=True):
             seen = state if asked.extra is None else torch.cat([state, asked.extra], dim=1)
@@ -303,7 +303,7 @@ class LatentFamily(Family):
 
 
 def added_numbers(unet: Any, encoder: Any) -> int:
-    """Return how many numbers about sizes a UNet's config reads beside an encoder's pooled state.
+    """Return how many numbers about sizes a UNet reads beside an encoder's pooled state.
 
     Raises SafelightError unless they are SDXL's six or its refiner's five.
     """
@@ -318,10 +318,10 @@ def added_numbers(unet: Any, encoder: Any) -> int:
 
 
 def _joined(tensors: list[Tensor | None], dtype: torch.dtype) -> Tensor | None:
-    """Return the rows of all, None if they have none.
+    """Return the rows of all tensors, or None if there are none.
 
-    The text of one picture stays the same tensor from step to step, so that what is computed from
-    it alone can be kept.
+    The text of a single picture stays the same tensor from step to step, so that layers can keep
+    what they compute from it.
     """
     import torch
 

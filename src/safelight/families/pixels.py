@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Pixels(Family):
-    """arXiv:2006.11239, as diffusers' DDPMPipeline has it."""
+    """Models of diffusers' DDPMPipeline (arXiv:2006.11239)."""
 
     name = "pixels"
     kind = "pixels"

@@ -1,6 +1,6 @@
 """Stable Diffusion 1.x and 2.x: latents, one CLIP text encoder, a UNet with cross-attention.
 
-arXiv:2112.10752. A single file holds weights and no configs. The facts here are those of the
+arXiv:2112.10752. A single file holds weights and no configs. The configs here are those of the
 published folders of each variant, in diffusers' keys.
 """
 
@@ -66,11 +66,11 @@ _SCHEDULER_2 = {"_class_name": "DDIMScheduler", **BETAS}
 
 @dataclass(frozen=True, eq=False)
 class StableDiffusion(LatentFamily):
-    """One variant, and the shapes that tell its single files from the others'.
+    """One variant, and the shapes by which its single files are recognised.
 
-    width: channels of the UNet's first block. context: channels of the text states. native: the
-    side, in pixels, of the pictures it was trained on. v_native: the same for its v-prediction
-    checkpoints, None if it has none. pad: the token that fills a short prompt.
+    width: channels of the UNet's first block. context: channels of the text states. native: side,
+    in pixels, of the training pictures. v_native: the same for its v-prediction checkpoints, None
+    if it has none. pad: the token that fills up a short prompt.
     """
 
     name: str
@@ -117,8 +117,8 @@ class StableDiffusion(LatentFamily):
     def dtype_of(self, part: str, config: NetConfig, dtype: torch.dtype) -> torch.dtype:
         import torch
 
-        # Of a small model, such as `embedded`: it takes few milliseconds, and one that began in
-        # closed form takes differences of large numbers, which costs 20 dB in bfloat16.
+        # The autoencoder of a small model, such as `embedded`, takes a few milliseconds. One whose
+        # training began with a closed form subtracts large numbers: bfloat16 costs it 20 dB.
         return torch.float32 if part == "vae" and not self.width else dtype
 
     def pad_token(self, tokenizer: str) -> str:
@@ -157,7 +157,7 @@ class StableDiffusion(LatentFamily):
         return {**super().index(configs), **checker}
 
     def single_file(self, header: Header) -> SingleFile:
-        # The states before OpenCLIP's last layer are read, which is therefore not built.
+        # OpenCLIP's last layer is not built, as the states before it are read.
         layers = self.text_encoder["num_hidden_layers"]
         unused = f"{OPEN_CLIP}transformer.resblocks.{layers}."
         weights = names.from_single_file(
@@ -171,8 +171,8 @@ class StableDiffusion(LatentFamily):
     # --- drawing -----------------------------------------------------------------------------
 
     def scheduler(self, config: SchedulerConfig) -> SchedulerConfig:
-        # diffusers' pipelines hold every checkpoint to this, whatever its file says: timesteps
-        # begin at 1, and latents have no range to be clipped to.
+        # diffusers' pipelines set both for every checkpoint, whatever its file says: timesteps
+        # begin at 1, and latents have no range to clip them to.
         return config.override(steps_offset=1, clip_sample=False)
 
 
@@ -197,7 +197,7 @@ VARIANTS = (
     StableDiffusion("sd2-inpainting", 320, 1024, 9, pad="!", **_2),
 )
 SD = StableDiffusion("custom")
-"""The family of folders whose UNet has other shapes than the published variants."""
+"""The family of folders whose UNet has the shapes of no published variant."""
 
 
 def _variant(width: int, context: int, in_channels: int) -> StableDiffusion | None:

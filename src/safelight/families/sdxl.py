@@ -1,9 +1,9 @@
 """Stable Diffusion XL (arXiv:2307.01952), its refiner, and the smaller networks made from it.
 
 Two CLIP text encoders are read, both before their last layer and without the final norm; the
-second gives a pooled state as well. The network is also told sizes: those of the picture that it
-was cropped from, where it was cropped, and the size aimed at. The facts here are those of the
-published folders, in diffusers' keys.
+second gives a pooled state as well. The network also reads numbers about sizes: the original size,
+the place of the crop, and the target size. The configs here are those of the published folders, in
+diffusers' keys.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from safelight.request import Request
 
 EMBEDDERS = "conditioner.embedders."
-"""Where a single file has the text encoders, numbered from 0; the refiner's 0 is the second."""
+"""Prefix of the text encoders in a single file, numbered from 0. A refiner's only encoder, number
+0, is the second one of SDXL."""
 
 _UNET: dict[str, Any] = {
     **UNET_CONFIG,
@@ -98,7 +99,7 @@ _SCHEDULER = {
     "timestep_spacing": "leading",
 }
 _DEFAULTS = MappingProxyType({"sampler": "euler", "steps": 50, "guidance_scale": 5.0})
-"""Those of diffusers' pipelines."""
+"""The defaults of diffusers' pipelines."""
 
 _EDM = "the model is made for EDM's noise levels, which are not supported"
 _TEXT_PART_2 = replace(TEXT_PART, network="CLIPTextModelWithProjection")
@@ -113,9 +114,9 @@ _READ = (
 class StableDiffusionXL(LatentFamily):
     """One variant.
 
-    unet: its config, and with it what tells its single files from others'. native: the side, in
-    pixels, of the pictures it was trained on. zeros: an empty negative prompt stands for states of
-    zeros, if a request does not say. defaults: settings where a request asks for nothing.
+    unet: its config; its shapes tell its single files from those of others. native: side, in
+    pixels, of the training pictures. zeros: whether an empty negative prompt is read as states of
+    zeros, unless a request says. defaults: settings for what a request leaves out.
     """
 
     name: str
@@ -208,7 +209,7 @@ class StableDiffusionXL(LatentFamily):
     def dtype_of(self, part: str, config: NetConfig, dtype: torch.dtype) -> torch.dtype:
         import torch
 
-        # Its activations are beyond the range of float16: pictures would be black.
+        # The autoencoder's activations overflow float16, which would make pictures black.
         if dtype == torch.float16 and getattr(config, "force_upcast", False):
             return torch.float32
         return dtype
@@ -233,7 +234,7 @@ class StableDiffusionXL(LatentFamily):
 
     @property
     def marks(self) -> tuple[Any, ...]:
-        """What tells its single files from others': see `_marks_of`."""
+        """The shapes by which its single files are recognised: see `_marks_of`."""
         unet = self.unet
         depths = unet["transformer_layers_per_block"]
         blocks = unet["down_block_types"]
@@ -277,7 +278,7 @@ class StableDiffusionXL(LatentFamily):
         )
         scheduler = dict(_SCHEDULER)
         if "ztsnr" in header.tensors:
-            # Trained down to pure noise, whose timestep "leading" never visits (arXiv:2305.08891).
+            # Trained on pure noise too, whose timestep "leading" never visits (arXiv:2305.08891).
             scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         return SingleFile(
             self.configs,
@@ -290,10 +291,10 @@ class StableDiffusionXL(LatentFamily):
     # --- drawing -----------------------------------------------------------------------------
 
     def layers_left_out(self, request: Request, *, negative: bool) -> int:
-        """The layer before the last is read where nothing is asked for.
+        """Return the number of last layers to leave out: 1 without `clip_skip`.
 
-        diffusers counts further ones from there, and not for the negative prompt; ComfyUI counts
-        from the last; A1111 and compel have no such setting for SDXL.
+        diffusers counts `clip_skip` from the layer before the last, and ignores it for the negative
+        prompt. ComfyUI counts from the last layer. A1111 and compel have no such setting for SDXL.
         """
         asked = request.clip_skip
         if request.prompt_syntax == "comfy":
@@ -303,7 +304,7 @@ class StableDiffusionXL(LatentFamily):
         return 1
 
     def reads_zeros(self, request: Request) -> bool:
-        """A1111 reads an empty negative prompt as zeros, ComfyUI as a text."""
+        """Return what the request says, else: A1111 reads zeros, ComfyUI a text, others as `zeros`."""
         rule = request.empty_negative
         if rule is None:
             rule = {"a1111": "zeros", "comfy": "encoded"}.get(request.prompt_syntax, "model")
@@ -328,7 +329,7 @@ class StableDiffusionXL(LatentFamily):
 
 @dataclass(frozen=True, eq=False)
 class Refiner(StableDiffusionXL):
-    """The network for the last steps. It reads the second text encoder, and an aesthetic score."""
+    """The model for the last steps; it reads the second text encoder and an aesthetic score."""
 
     zeros: bool = False
 
@@ -378,12 +379,14 @@ VARIANTS: tuple[StableDiffusionXL, ...] = (
 )
 SDXL = StableDiffusionXL("sdxl-custom")
 REFINER = Refiner("sdxl-refiner-custom")
-"""The families of folders, of any shapes."""
+"""The families of folders whose UNet has the shapes of no variant."""
 
 
 def _marks_of(header: Header) -> tuple[Any, ...]:
-    """Return the UNet's first width, its input channels, the width of what it reads of pooled text
-    and sizes, and the depths of its transformers on the way down.
+    """Return the shapes of a UNet that tell variants apart.
+
+    Its first width, its input channels, the width of its input of pooled text and sizes, and the
+    depths of the transformers in its down blocks.
     """
     shapes = {key: info.shape for key, info in header.tensors.items() if key.startswith(UNET)}
     first = shapes.get(f"{UNET}input_blocks.0.0.weight", (0, 0))

@@ -114,7 +114,7 @@ class NetConfig:
         """Check what is particular to one kind of config; raises SafelightError."""
 
     def _check_sines(self, width: int, shift: int) -> None:
-        """Raise SafelightError unless `width` // 2 − `shift`, a divisor of the sines, is above 0."""
+        """Raise SafelightError unless `width` // 2 − `shift`, by which sines divide, is above 0."""
         if width // 2 <= shift:
             self._refuse(f"{width} channels are too few for the sines of a timestep")
 
