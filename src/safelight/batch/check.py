@@ -1,4 +1,4 @@
-"""From the columns of a row to the settings of its request."""
+"""Make the settings of a request from the columns of a row."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from safelight.settings import Setting, settings_of, shown, unknown_setting
 from safelight.weights.digest import digest_file
 
 MAX_NAME = 200
-"""Bytes of a picture's name, which every file system takes with its ending."""
+"""The most bytes of a picture's name: every file system takes as many, with the ending."""
 
 PICTURES = ("image", "mask")
 _SETTINGS = settings_of(Request)
@@ -31,8 +31,8 @@ _PLACE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 class Row:
     """A row that is ready to be drawn.
 
-    number: from 1, in the order of the file. line: where it stands there. name: its id as it is
-    in names of files. settings: of its request, pictures by their paths. digest: of all that its
+    number: from 1, in the file's order. line: its line in the file. name: its id in the form used
+    in file names. settings: of its request, with paths for pictures. digest: hash of all that its
     pictures depend on.
     """
 
@@ -45,7 +45,7 @@ class Row:
     digest: str
 
     def request(self) -> Request:
-        """Return its request, with its pictures opened. Raises SafelightError if one cannot be."""
+        """Return its request, with its pictures opened. Raises SafelightError if that fails."""
         given = dict(self.settings)
         readers: dict[str, Callable[[str, str], Any]] = {"image": open_picture, "mask": open_mask}
         given |= {name: read(given[name], name) for name, read in readers.items() if name in given}
@@ -56,10 +56,10 @@ class Row:
 class Rules:
     """How columns become settings.
 
-    defaults: settings of rows that do not name them. templates: texts with `{column}` in them, by
-    the settings that they are for. id_column: None takes the column "id", or else the row's
-    number. ignored: columns that are left out. model: of rows that name none,
-    None is the one that ships. folder: what paths of pictures are relative to.
+    defaults: settings for rows that do not name them. templates: texts with `{column}` in them, by
+    the setting that they make. id_column: None takes the column "id", or else the row's number.
+    ignored: columns that are left out. model: for rows that name none; None is the shipped one.
+    folder: what paths of pictures are relative to.
     """
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -75,7 +75,7 @@ class Rules:
                 raise unknown_setting(name, _SETTINGS)
 
     def row(self, number: int, columns: Columns) -> Row:
-        """Return the row of these columns, checked. Raises SafelightError, one line."""
+        """Return the checked row of these columns. Raises SafelightError with one line."""
         if columns.problem is not None:
             raise SafelightError(columns.problem, code="unreadable")
         used = {name for text in self.templates.values() for name in places(text)}
@@ -95,7 +95,7 @@ class Rules:
             **{n: _value(_SETTINGS[n], v, columns.typed) for n, v in given.items()},
             **{n: _value(_SETTINGS[n], v, typed=False) for n, v in filled.items()},
         }
-        # As web UIs have it, a seed of -1 is none.
+        # A seed of -1 means a random seed in web UIs: treat it as missing.
         settings = {n: v for n, v in settings.items() if v is not None and (n, v) != ("seed", -1)}
         settings.setdefault("seed", seed_of(row_id))
         settings |= {
@@ -129,7 +129,7 @@ class Rules:
             if self.id_column is not None:
                 raise SafelightError(f"column {shown(column)}, the row's id, is missing or empty")
             return str(number)
-        # A setting may be the id as well.
+        # The id column may also be a setting.
         found = values[column] if column in _SETTINGS else values.pop(column)
         if isinstance(found, float) and found.is_integer():  # pandas has no missing integers
             found = int(found)
@@ -146,14 +146,15 @@ class Rules:
             path = self.folder / Path(given).expanduser()
             if path.is_file():
                 return str(path)
-        except (OSError, RuntimeError, ValueError):  # as of a name that is too long
+        except (OSError, RuntimeError, ValueError):  # such as a name that is too long
             pass
         raise SafelightError(f"{name}: there is no file {shown(given)}", field=name)
 
 
 def _told(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a digest tells of settings, however a file has them: 7 is 7.0, and a picture is
-    the SHA-256 of its file, wherever that is.
+    """Return settings in the form that is hashed, independent of how a file writes them.
+
+    7 becomes 7.0, and a picture becomes the SHA-256 of its file, wherever that is.
     """
     numbers = {n: float(v) if _SETTINGS[n].kind is float else v for n, v in settings.items()}
     return numbers | {n: _sha256_of(settings[n]) for n in PICTURES if n in settings}
@@ -168,15 +169,15 @@ def _sha256_of(path: str) -> str:
 
 @lru_cache
 def _sha256(path: str, changed: int) -> str:
-    """changed: when, so that a file that many rows share is read once, and another one anew."""
+    """Return a file's SHA-256. changed: its time, so that unchanged files are read only once."""
     return digest_file(Path(path)).sha256
 
 
 def name_of(row_id: str) -> str:
-    """Return an id as it stands in names of files: letters, digits, - and _, the rest as %XX.
+    """Return an id in the form used in file names: letters, digits, - and _; the rest as %XX.
 
-    There is no dot in it, at which a WebDataset would end the name, and no @, after which the
-    pictures of one row are numbered.
+    It has no dot, since a WebDataset ends the key at the first one, and no @, which precedes the
+    number of a picture of the row.
     """
     return quote(row_id, safe="").replace(".", "%2E").replace("~", "%7E")
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from safelight.result import Result
 
 MAX_FAULTS = 5
-"""Rows one after the other at which the program itself may fail before the run ends."""
+"""The number of rows in succession that may fail by a fault of the program before the run ends."""
 
 
 @dataclass
@@ -56,13 +56,14 @@ class Drawer:
 
     @property
     def at_once(self) -> int:
-        """Rows that are taken in at once: more than a call of the network holds, so that it is full
-        while some are decoded.
+        """Rows that are taken in at once: more than fill a call of the network.
+
+        So the calls stay full while some rows are decoded.
         """
         return 1 if self._how.exact else max(2, self._engine.rows)
 
     def draw(self, rows: Iterable[Row]) -> Iterator[Outcome]:
-        """Yield what becomes of each row, in the order in which they are finished."""
+        """Yield the outcome of each row, in the order in which they finish."""
         waiting, held = iter(rows), dict[int, _Held]()
         while True:
             while len(held) < self.at_once and (row := next(waiting, None)) is not None:
@@ -79,7 +80,7 @@ class Drawer:
             except (SafelightError, GeneratorExit):
                 raise
             except Exception as error:
-                # Whose fault it is shows when each is drawn alone.
+                # Drawing each row alone shows which one is at fault.
                 suspects = [one.row for one in held.values()]
                 held.clear()
                 self._engine = Engine(self.model, exact=self._how.exact, rows=self._engine.capacity)
@@ -99,7 +100,7 @@ class Drawer:
         _, finished = self._engine.step()
         for ticket in finished:
             one = held.get(ticket.tag)
-            if one is None:  # it ended with another picture's error
+            if one is None:  # the error of another picture ended it
                 continue
             if ticket.error is not None:
                 self._engine.drop(ticket.tag)
@@ -134,7 +135,7 @@ class Drawer:
 def failed(row: Row, error: Exception) -> Outcome:
     """Return the outcome of a row that cannot be drawn.
 
-    Raises the error if no other row would be spared by it.
+    Raises the error instead if every other row would fail by it, too.
     """
     code = getattr(error, "code", "internal")
     if code == "weights_changed":

@@ -1,4 +1,4 @@
-"""How long a batch would take and how much memory, measured on a few rows."""
+"""Estimate how long a batch would take and how much memory, from a few rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHAPE = ("width", "height", "steps", "sampler", "guidance_scale", "strength", "c
 
 @dataclass(frozen=True)
 class Estimate:
-    """rows: of one model that are to be drawn. seconds: for all of them, in one process."""
+    """An estimate for one model. rows: to be drawn. seconds: for all of them, in one process."""
 
     model: str
     rows: int
@@ -35,7 +35,7 @@ class Estimate:
 def estimate(work: WorkList, model: str, how: How, tell: Callable[[str], object]) -> Estimate:
     """Draw three rows of a model and return how long all of its rows would take.
 
-    Time is taken to grow with pixels, steps and network calls. Loading is not in it.
+    Time is assumed to be proportional to pixels, steps and network calls. Loading is not included.
     Raises SafelightError if the model, or each of the three rows, cannot be drawn.
     """
     drawer = Drawer(model, how, tell=tell)
@@ -54,7 +54,7 @@ def estimate(work: WorkList, model: str, how: How, tell: Callable[[str], object]
 
 
 def memory() -> str:
-    """Return the most memory that this process has had so far, and that of a GPU, in words."""
+    """Return the most memory that this process and its GPU have used so far, in words."""
     told = []
     try:
         import resource
@@ -71,7 +71,7 @@ def memory() -> str:
 def _cost(model: Model, settings: Mapping[str, Any]) -> float:
     """Return pixels times steps times calls of the network, for all pictures of a row."""
     known = {name: settings[name] for name in SHAPE if settings.get(name) is not None}
-    # Of a picture to start from, only how much of it is changed counts.
+    # With a picture to start from, only the share of the steps given by `strength` is taken.
     strength = known.pop("strength", 1.0)
     request = resolve_request(model, Request(**known))
     width, height = model.native_size

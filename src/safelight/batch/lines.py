@@ -1,4 +1,4 @@
-"""Files of JSON objects, one a line, that grow."""
+"""Growing files of JSON objects, one in each line."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from safelight.storage import Storage
 
 
 class Lines:
-    """A file of JSON objects, one a line, that grows.
+    """A growing file of JSON objects, one in each line.
 
-    On this machine lines are appended to it. Elsewhere files cannot be appended to: parts of PART
-    lines are written, and put together at the end.
+    On this machine, lines are appended to it. Files elsewhere cannot be appended to, so parts of
+    PART lines are written, and joined at the end.
 
-    whole: False if a line was cut off when the file was loaded; then it must be replaced before
-    it grows.
+    whole: False if a line was cut off when the file was loaded; then the file must be replaced
+    before it grows.
     """
 
     PART = 100
@@ -35,14 +35,14 @@ class Lines:
         self._file: BinaryIO | None = None
 
     def load(self) -> list[dict[str, Any]]:
-        """Return the objects, without a last line that was cut off: see `whole`."""
+        """Return the objects, without a last line that was cut off; see `whole`."""
         data = self._storage.read(self.name) or b""
         self.whole = data.endswith(b"\n") or not data
         lines = data[: data.rfind(b"\n") + 1].splitlines()
         for part in self._parts():
             self._part = int(part.rpartition("-")[2].partition(".")[0])
             lines += (self._storage.read(part) or b"").splitlines()
-        # A kill between putting parts together and removing them leaves lines twice.
+        # A kill after the parts were joined and before they were removed leaves lines twice.
         return [self._parsed(line) for line in dict.fromkeys(lines)]
 
     def append(self, *records: dict[str, Any]) -> None:
@@ -56,7 +56,7 @@ class Lines:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits for its part to be full."""
+        """Write lines that wait for their part to fill."""
         if self._waiting:
             self._part += 1
             name = f"{self._stem}-{self._part:08d}.part.jsonl"
@@ -64,7 +64,7 @@ class Lines:
             self._waiting = []
 
     def replace(self, records: Iterable[dict[str, Any]]) -> None:
-        """Write the file anew, with these objects alone."""
+        """Replace the file by one with these objects alone."""
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
         self.close()
         self._storage.write(self.name, "".join(lines).encode())
@@ -72,14 +72,14 @@ class Lines:
         self._storage.remove(self._parts())
 
     def finish(self) -> None:
-        """Put all parts together."""
+        """Join all parts."""
         self.flush()
         self.close()
         if self._parts():
             self.replace(self.load())
 
     def close(self) -> None:
-        """Close the file, with all of it on the disk."""
+        """Close the file, after all of it is on the disk."""
         if self._file is not None:
             os.fsync(self._file.fileno())
             self._file.close()

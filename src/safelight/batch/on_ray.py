@@ -1,7 +1,7 @@
 """Draw rows with many workers: Ray Data's actors, each of which holds the model.
 
-Ray distributes, restarts and waits. What is done is in our own index: docs/decisions/0053 says why
-Ray's checkpoints are not used. This process alone writes, so workers need no shared folder.
+Ray distributes rows and restarts workers. Our own index says what is done: docs/decisions/0053 says
+why Ray's checkpoints are not used. Only this process writes, so workers need no shared folder.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from safelight.batch.run import How
 
 SEGMENT = 5_000
-"""Rows that Ray is given at once. Between two segments workers are started anew: seconds."""
+"""Rows given to Ray at once. Between two such segments workers start anew, which takes seconds."""
 
 TRIES = 5
-"""Further tries of a task whose worker died. Then each of its rows is a task of its own, which is
-tried as often again, and is a row that failed if its workers die, too.
+"""Further tries of a task whose worker died. After them each of its rows becomes a task of its own,
+with as many tries; if its workers die, too, the row has failed.
 """
 
 
@@ -39,8 +39,8 @@ class Cluster:
     """The workers of a batch.
 
     address: of a Ray cluster; "local" starts one on this machine. workers: None is one for each
-    GPU, or one for each node without. gpus: of each worker, may be a fraction; None is 1 where
-    there are some. rows: of a task, all of which are drawn again if its worker dies.
+    GPU, or, without GPUs, one for each node. gpus: of each worker, may be a fraction; None is 1 if
+    there are some. rows: of a task; all of them are drawn again if its worker dies.
     """
 
     address: str = HERE
@@ -49,7 +49,7 @@ class Cluster:
     rows: int = 8
 
     def draw(self, work: WorkList, how: How, tell: Callable[[str], object]) -> Generator[Outcome]:
-        """Yield what becomes of each row of a list, in the order in which they are finished."""
+        """Yield the outcome of each row of a list, in the order in which they finish."""
         ray = _start(self.address)
         try:
             crew = self._crew(ray, how)
@@ -71,7 +71,7 @@ class Cluster:
         wants_gpu = how.loading.get("device", "auto").startswith(("auto", "cuda"))
         gpus = self.gpus if self.gpus is not None else float(bool(there) and wants_gpu)
         size = self.workers or (max(1, int(there / gpus)) if gpus else nodes)
-        # Of a worker on a CPU, all that it may use; the same for all, which exact mode needs.
+        # A worker on a CPU uses all threads that it may; each has the same number, for exact mode.
         threads = how.threads or (1 if gpus else max(1, cpus // size))
         if threads * size > cpus or gpus * size > there + 1e-9:
             each = f"{threads} threads" + (f" and {gpus:g} GPUs" if gpus else "")
@@ -84,7 +84,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class _Crew:
-    """spares: whether rows of other models are drawn if one cannot be loaded."""
+    """The workers as planned. spares: whether other models go on if one cannot be loaded."""
 
     size: int
     nodes: int
@@ -97,7 +97,7 @@ class _Crew:
         return f"each with {self.gpus:g} GPU" if self.gpus else f"each with {self.threads} threads"
 
     def draw_all(self, model: str, how: How, rows: list[Row], at_once: int) -> Iterator[Outcome]:
-        """Yield the outcomes of rows; rows whose workers die again and again fail."""
+        """Yield the outcomes of rows. A row whose workers die again and again fails."""
         left = {row.id: row for row in rows}
         for each in dict.fromkeys((at_once, 1)):
             if not left:
@@ -141,14 +141,14 @@ _FATAL = "fatal"
 
 
 class DrawingActor:
-    """A worker, as Ray Data calls it: a table of rows in, tables of outcomes out."""
+    """A worker, in Ray Data's form: it takes a table of rows and yields tables of outcomes."""
 
     def __init__(self, model: str, how: How, spares: bool = False) -> None:
         self._model, self._how, self._spares = model, how, spares
         self._drawer: Drawer | None = None
 
     def __call__(self, table: Any) -> Iterator[Any]:
-        """Yield what became of each row, with its pictures."""
+        """Yield the outcome of each row, with its pictures, as a table."""
         from safelight.batch.drawing import Drawer, failed
 
         rows = [Row(**json.loads(text)) for text in table["row"].to_pylist()]
@@ -162,7 +162,7 @@ class DrawingActor:
                     yield from (as_table(failed(row, error)) for row in rows)
                     return
             yield from map(as_table, self._drawer.draw(rows))
-        except SafelightError as error:  # what no other row would be spared
+        except SafelightError as error:  # every other row would fail by it, too
             yield as_table(Outcome(rows[0].id, rows[0].name, error=(_FATAL, str(error))))
 
 
@@ -176,9 +176,9 @@ def as_table(outcome: Outcome) -> Any:
 
 
 def _start(address: str) -> Any:
-    """Return the module ray, connected, and Ray Data told to be quiet. Raises SafelightError."""
+    """Return the module ray, connected, with Ray Data's log quiet. Raises SafelightError."""
     ray = connect(address, "ray.data")
-    # Ray Data tells of each task whose worker died; what is lost in the end we tell.
+    # Ray Data reports each task whose worker died; we report only what is lost in the end.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

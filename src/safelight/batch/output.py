@@ -1,6 +1,7 @@
 """What a batch writes: pictures or shards of them, one index, and the rows that failed.
 
-A row is done when it is in the index. Its pictures are written before, each whole or not at all.
+A row is done once it is in the index. Its pictures are written before that, each completely or not
+at all.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ PICTURES = "pictures"
 
 @dataclass
 class Outcome:
-    """What became of a row.
+    """The outcome of a row.
 
     record: its line in the index, without the names of files. pictures: each as a file's bytes.
-    recipes: of each picture. error: code and one line, if it failed; then there are no pictures.
+    recipes: one for each picture. error: code and message (one line) if it failed; then there are
+    no pictures.
     """
 
     row_id: str
@@ -41,7 +43,7 @@ class Outcome:
     error: tuple[str, str] | None = None
 
     def names(self, ending: str) -> list[str]:
-        """Return the names of its files: with @1, @2… where there are several."""
+        """Return the names of its files, with @1, @2… if there are several."""
         if len(self.pictures) == 1:
             return [f"{self.name}.{ending}"]
         return [f"{self.name}@{i}.{ending}" for i in range(1, len(self.pictures) + 1)]
@@ -51,8 +53,8 @@ class Output:
     """The folder of a batch, open for writing.
 
     about: what all rows have in common; another run into the same folder must have the same.
-    shards: "webdataset" or "parquet"; None writes each picture as a file of its own.
-    shard_rows: rows of a shard. ending: of the pictures' names, which says their format.
+    shards: "webdataset" or "parquet"; None writes each picture as a file of its own. shard_rows:
+    rows of a shard. ending: of the pictures' names, which gives their format.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class Output:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Within it no other run on this machine writes into the folder."""
+        """Keep other runs on this machine out of the folder inside the `with` block."""
         if not self.storage.local:
             yield
             return
@@ -98,9 +100,9 @@ class Output:
             lock.release()
 
     def resume(self, work: WorkList) -> int:
-        """Mark rows that are done in a list. Returns how many rows of the index are not in it.
+        """Mark the rows of a list that are done. Returns how many rows of the index it lacks.
 
-        A row whose picture is gone is drawn anew. Nothing is written before `begin`. Raises
+        A row whose picture is gone is drawn again. Nothing is written before `begin`. Raises
         SafelightError if the folder has rows of a batch with other settings.
         """
         found = self.storage.read(ABOUT)
@@ -110,7 +112,7 @@ class Output:
                 "a batch; give another --out"
             )
         records = {record["id"]: record for record in self._index.load()}
-        # A run that drew nothing, as with a device that is not there, binds nobody.
+        # A run that drew nothing, as if its device is missing, does not fix the settings.
         begun = records or self.storage.names(WAITING)
         if found is not None and begun and (other := _differing(found, self._about)):
             raise SafelightError(
@@ -131,7 +133,7 @@ class Output:
         return sum(not work.mark_done(i, record["request"]) for i, record in done.items())
 
     def begin(self, problems: list[Problem]) -> None:
-        """Write what the batch is, mend what a kill has left, and begin the list of errors anew."""
+        """Write what the batch is, repair what a kill has left, and empty the list of errors."""
         for folder in ("", PICTURES, *FOLDERS):
             halves = fnmatch.filter(self.storage.names(folder), HALF)
             self.storage.remove(f"{folder}/{name}" for name in halves)
@@ -145,7 +147,7 @@ class Output:
         self.fail(*problems)
 
     def keep(self, outcome: Outcome) -> None:
-        """Write what became of a row."""
+        """Write the outcome of a row."""
         if outcome.error is not None:
             self.fail(Problem(outcome.record["line"], outcome.row_id, *outcome.error))
             return
@@ -160,19 +162,19 @@ class Output:
         self._index.append({**outcome.record, "files": files})
 
     def fail(self, *problems: Problem) -> None:
-        """Note rows that failed."""
+        """Write rows that failed into the list of errors."""
         self.failed += len(problems)
         for one in problems:
             told = {"id": one.row_id, "line": one.line, "code": one.code, "message": one.message}
             self._errors.append(told)
 
     def flush(self) -> None:
-        """Write what waits, as before a pause."""
+        """Write the lines that wait, as before a pause."""
         self._index.flush()
         self._errors.flush()
 
     def close(self) -> None:
-        """Write what waits, and close the files."""
+        """Write the lines that wait, and close the files."""
         self.flush()
         self._index.close()
         self._errors.close()
@@ -196,7 +198,7 @@ class Output:
 
 
 def _differing(found: bytes, about: dict[str, Any]) -> str:
-    """Return the first name whose value differs from that in a batch.json, or nothing."""
+    """Return the first name whose value differs from that in a batch.json; "" if none does."""
     try:
         before = json.loads(found)
     except ValueError:

@@ -23,7 +23,7 @@ KINDS = {
     ".tsv": "csv",
     ".parquet": "parquet",
 }
-"""Formats by the end of a file's name; the text formats may have one of COMPRESSED after it."""
+"""Formats by the ending of a file's name. Text formats may have one of COMPRESSED after it."""
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zip")
 SEPARATORS = (",", ";", "\t")
@@ -33,9 +33,8 @@ SEPARATORS = (",", ";", "\t")
 class Columns:
     """A row as it stands in the file.
 
-    line: its line, or in Parquet its number, from 1. values: by the names of the columns, without
-    those that are empty. typed: whether numbers are numbers, and not yet text. problem: why it
-    cannot be read, None if it can.
+    line: its line, from 1; in Parquet its number. values: by column, without empty ones. typed:
+    False if numbers are still text. problem: why the row cannot be read, None if it can.
     """
 
     line: int
@@ -45,7 +44,7 @@ class Columns:
 
 
 def kind_of(file: str) -> str:
-    """Return "jsonl", "csv" or "parquet". Raises SafelightError for another end of the name."""
+    """Return "jsonl", "csv" or "parquet". Raises SafelightError for another ending."""
     suffixes = [suffix.lower() for suffix in PurePosixPath(file).suffixes]
     if suffixes and suffixes[-1] in COMPRESSED and KINDS.get(suffixes[-2:][0]) != "parquet":
         suffixes.pop()
@@ -57,7 +56,7 @@ def kind_of(file: str) -> str:
 
 
 def read_rows(file: str) -> Iterator[Columns]:
-    """Yield the rows of a file, in their order.
+    """Yield the rows of a file in order.
 
     Raises SafelightError if the file cannot be read at all. A row that cannot be read is yielded
     with its problem.

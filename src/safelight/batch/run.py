@@ -1,4 +1,4 @@
-"""A batch from its file to its index."""
+"""Run a batch, from its file of rows to its index."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from safelight.errors import SafelightError
 from safelight.storage import storage_at
 
 MAX_TOLD = 10
-"""Problems that an error tells of."""
+"""The most problems that an error lists."""
 
 Draw = Callable[[WorkList, "How", Callable[[str], object]], Generator[Outcome]]
-"""Draws all rows of a list that are not done: on this machine, or by Ray."""
+"""Draws all rows of a list that are not done, on this machine or with Ray."""
 
 
 @dataclass(frozen=True)
 class How:
     """How all rows of a batch are drawn.
 
-    loading: keywords of `load_model`. exact: each picture alone, equal to the byte whoever draws
-    it. threads: of PyTorch in each process, None for its own choice. ending: of the pictures'
-    names, which says their format.
+    loading: keywords of `load_model`. exact: each picture is drawn alone, with the same bytes on
+    every worker. threads: of PyTorch in each process; None for PyTorch's choice. ending: of the
+    pictures' names, which gives their format.
     """
 
     loading: dict[str, Any] = field(default_factory=dict)
@@ -41,10 +41,10 @@ class How:
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked of a batch.
+    """What a batch is to do.
 
     file: of rows. out: a folder or a URL. shards, shard_rows, index: see `Output`. skip_invalid:
-    rows that are not valid become rows that failed; else they are an error before the work starts.
+    whether invalid rows count as failed; otherwise they are an error before the work starts.
     """
 
     file: str
@@ -59,8 +59,11 @@ class Job:
 
 @dataclass
 class Report:
-    """rows: of the file. before: done by an earlier run. drawn, failed: by this one. warned: drawn
-    with warnings. elsewhere: rows of the index that are not in the file. index: its full name.
+    """The result of a run.
+
+    rows: number of rows in the file. before: done by an earlier run. drawn, failed: by this run.
+    warned: drawn with warnings. elsewhere: rows of the index that are not in the file. index: its
+    full name.
     """
 
     rows: int
@@ -74,10 +77,10 @@ class Report:
 
 
 def read(job: Job, work: WorkList) -> list[Problem]:
-    """Read all rows of a batch into a list. Returns the problems of those that are not valid.
+    """Read all rows of a batch into a list. Returns the problems of invalid rows.
 
-    Raises SafelightError with the first of them, unless they are to be skipped, and if there is no
-    row at all.
+    Raises SafelightError that lists the first problems, unless invalid rows are to be skipped, and
+    if there is no row at all.
     """
     problems = list(work.fill(read_rows(job.file), job.rules))
     _stop_at(problems, job)
@@ -87,10 +90,10 @@ def read(job: Job, work: WorkList) -> list[Problem]:
 
 
 def find_models(job: Job, work: WorkList) -> list[Problem]:
-    """Find the models of all rows that are not done, fetching them from the hub.
+    """Find the models of all rows that are not done; fetch them from the hub if needed.
 
-    Takes rows out whose model is not there, and returns their problems. Raises SafelightError as
-    `read` does, and if no row at all is spared.
+    Removes rows whose model cannot be found, and returns their problems. Raises SafelightError as
+    `read` does, and if no row is left.
     """
     from safelight.weights.find import find
 
@@ -108,7 +111,7 @@ def find_models(job: Job, work: WorkList) -> list[Problem]:
 
 
 def _stop_at(problems: list[Problem], job: Job) -> None:
-    """Raise SafelightError for rows that are not valid, unless they are to be skipped."""
+    """Raise SafelightError for invalid rows, unless they are to be skipped."""
     problems.sort(key=lambda one: one.line)
     if problems and not job.skip_invalid:
         told = "; ".join(f"line {one.line}: {one.message}" for one in problems[:MAX_TOLD])
@@ -128,10 +131,10 @@ def run(
     on_row: Callable[[Outcome], object] = lambda outcome: None,
     tell: Callable[[str], object] = lambda text: None,
 ) -> Report:
-    """Draw all rows that are not done yet. Returns what was done.
+    """Draw all rows that are not done yet. Returns a report.
 
-    begin: called before the first row is drawn. on_row: called after each. tell: called with what
-    a person should know. Raises SafelightError for what stops the batch as a whole.
+    begin: called before the first row is drawn. on_row: called after each row. tell: called with
+    messages for a person. Raises SafelightError for what stops the whole batch.
     """
     output = _output(job)
     with WorkList() as work:
@@ -160,7 +163,7 @@ def run(
 def leave_out_done(job: Job, work: WorkList) -> None:
     """Mark the rows of a list that an earlier run has drawn, as `run` does before it draws."""
     output = _output(job)
-    # A folder without a batch stays as it is.
+    # Do not write into a folder without a batch.
     with output.locked() if ABOUT in output.storage.names() else contextlib.nullcontext():
         output.resume(work)
 
@@ -184,7 +187,7 @@ def draw_here(work: WorkList, how: How, tell: Callable[[str], object]) -> Genera
 
 def _output(job: Job) -> Output:
     if "parquet" in (job.shards, job.index):
-        arrow()  # or the work would be done before it is missed
+        arrow()  # fail now if it is missing, not after the work
     return Output(
         storage_at(job.out),
         _about(job),
@@ -195,7 +198,7 @@ def _output(job: Job) -> Output:
 
 
 def _about(job: Job) -> dict[str, Any]:
-    """Return what all rows of a batch have in common, and what their pictures depend on."""
+    """Return what all rows of a batch have in common and their pictures depend on."""
     how = dataclasses.asdict(job.how)
     return {
         "safelight": __version__,

@@ -18,15 +18,16 @@ if TYPE_CHECKING:
 
 FOLDERS = FOLDER, WAITING = "shards", "pending"
 GROUP = 100
-"""Pictures of a row group of Parquet: as many are in memory at once."""
+"""Pictures in a row group of Parquet; this many are in memory at once."""
 
 
 class Shards:
-    """Writes shards of so many rows each.
+    """Writes shards of a fixed number of rows.
 
     Until there are enough, pictures wait in a folder of their own, so that none is drawn again
-    after a kill: first the pictures, then a JSON file that says that the row is done. A shard is
-    written whole, then all of its rows are added to the index, then the waiting files are removed.
+    after a kill: first the pictures are written, then a JSON file that marks the row as done. A
+    shard is written completely, then all of its rows are added to the index, then the waiting files
+    are removed.
     """
 
     def __init__(self, storage: Storage, index: Lines, kind: str, rows: int) -> None:
@@ -40,10 +41,10 @@ class Shards:
         self._number = 0
 
     def load(self, records: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Return the records of the index, without those of a shard that is not whole in it.
+        """Return the records of the index, without those of a shard that is incomplete in it.
 
-        Rows that wait are in none of them or in all of them; else a kill came between. A row whose
-        pictures are not all there does not wait: they were being removed.
+        The rows that wait are all in the index or none is; otherwise a kill came in between. A row
+        without all of its pictures does not wait: its files were being removed.
         """
         names = self._storage.names(WAITING)
         waiting, used = {}, set[str]()
@@ -64,7 +65,7 @@ class Shards:
         return records
 
     def clear(self) -> None:
-        """Remove what is left of rows that do not wait."""
+        """Remove files left of rows that do not wait."""
         self._storage.remove(f"{WAITING}/{name}" for name in self._left)
 
     def pending(self) -> dict[str, dict[str, Any]]:
@@ -72,9 +73,9 @@ class Shards:
         return {i: self._read(name)["record"] for i, name in self._waiting.items()}
 
     def keep(self, outcome: Outcome, names: list[str]) -> None:
-        """Take in a row. names: of its pictures."""
-        # Before it is taken in: the rows that wait are then never those of two shards, of which
-        # an earlier run was killed as it wrote the first.
+        """Take in a row's outcome. names: of its pictures."""
+        # Build shards before the row is taken in, so that all waiting rows belong to one shard,
+        # even if an earlier run was killed while it wrote one.
         while len(self._waiting) >= self._rows:
             self._build()
         for name, data in zip(names, outcome.pictures, strict=True):
@@ -98,7 +99,7 @@ class Shards:
         rows = [self._read(name) for name in names]
         self._index.append(*({**r["record"], "shard": shard, "files": r["files"]} for r in rows))
         self._index.flush()
-        # The JSON last: a row without it is no row, and its pictures are replaced.
+        # The JSON is removed last: pictures without one belong to no row and are replaced.
         self._storage.remove(f"{WAITING}/{file}" for row in rows for file in row["files"])
         self._storage.remove(f"{WAITING}/{name}" for name in names)
         self._waiting = dict(list(self._waiting.items())[len(names) :])
@@ -117,7 +118,7 @@ class Shards:
         return data
 
     def _samples(self, names: list[str]) -> Iterator[dict[str, Any]]:
-        """Yield each picture of waiting rows with all that is known of it."""
+        """Yield each picture of waiting rows, with all that is known about it."""
         for name in names:
             row = self._read(name)
             for i, file in enumerate(row["files"]):
@@ -135,7 +136,7 @@ Writer = Callable[[BinaryIO, Samples], None]
 
 
 def write_tar(file: BinaryIO, samples: Samples) -> None:
-    """Write a WebDataset: of each picture KEY.png, KEY.json (id and recipe) and KEY.txt (prompt).
+    """Write a WebDataset: for each picture KEY.png, KEY.json (id and recipe) and KEY.txt (prompt).
 
     Format: webdataset.github.io; the key ends at the first dot. Owners and times are left out, so
     that the same pictures give the same bytes.
@@ -157,7 +158,7 @@ def write_tar(file: BinaryIO, samples: Samples) -> None:
 
 
 def write_parquet(file: BinaryIO, samples: Samples) -> None:
-    """Write a table with a row for each picture; `image` is what data sets on the hub have."""
+    """Write a table with one row for each picture; `image` has the form of the hub's data sets."""
     from safelight.batch.arrow import arrow, parquet
 
     pa = arrow()

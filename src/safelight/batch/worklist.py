@@ -29,7 +29,7 @@ _ROW = "number, line, id, name, model, settings, digest"
 
 @dataclass(frozen=True)
 class Problem:
-    """A row that cannot be drawn as it stands. row_id: its number where it has no other id."""
+    """A row that cannot be drawn. row_id: its id, or its number if it has none."""
 
     line: int
     row_id: str
@@ -38,7 +38,7 @@ class Problem:
 
 
 class WorkList:
-    """Rows to draw, in the order in which they are drawn: by model and size, then as they stand."""
+    """Rows in the order of drawing: by model and size, then in the file's order."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="safelight-batch-")
@@ -58,7 +58,7 @@ class WorkList:
         self._folder.cleanup()
 
     def fill(self, rows: Iterable[Columns], rules: Rules) -> Iterator[Problem]:
-        """Take in rows, and yield a problem for each that is not valid."""
+        """Take in rows; yield a problem for each invalid row."""
         for number, columns in enumerate(rows, 1):
             try:
                 self._add(rules.row(number, columns))
@@ -104,9 +104,9 @@ class WorkList:
             ) from None
 
     def mark_done(self, row_id: str, digest: str) -> bool:
-        """Leave out a row that is done. Returns whether there is such a row.
+        """Mark a row as done. Returns whether the list has such a row.
 
-        Raises SafelightError if it has other settings or pictures than those it was drawn with.
+        Raises SafelightError if the row has other settings or pictures than when it was drawn.
         """
         found = self._one("SELECT line, digest FROM rows WHERE id = ?", row_id)
         if found is None:
@@ -121,23 +121,23 @@ class WorkList:
         return True
 
     def fail(self, model: str, error: SafelightError) -> list[Problem]:
-        """Take out a model's rows that are not done, and return a problem for each."""
+        """Remove a model's rows that are not done, and return a problem for each."""
         problems = [Problem(row.line, row.id, error.code, str(error)) for row in self.rows(model)]
         self._database.execute("DELETE FROM rows WHERE NOT done AND model = ?", (model,))
         return problems
 
     def models(self) -> list[tuple[str, int]]:
-        """Return the models of rows that are not done, with their numbers of rows, in order."""
+        """Return the models of rows that are not done, each with its number of rows, in order."""
         return self._all(
             "SELECT model, COUNT(*) FROM rows WHERE NOT done GROUP BY model ORDER BY model"
         )
 
     def count(self, *, done: bool | None = None) -> int:
-        """Return how many rows there are: all, those that are done, or those that are not."""
+        """Return the number of rows: of all, of those that are done, or of those that are not."""
         return self._one("SELECT COUNT(*) FROM rows WHERE ? IS NULL OR done = ?", done, done)[0]
 
     def rows(self, model: str, more: str = "") -> Iterator[Row]:
-        """Yield the rows of a model that are not done yet, in order. more: of the SQL."""
+        """Yield a model's rows that are not done yet, in order. more: further SQL."""
         found = self._database.execute(
             f"SELECT {_ROW} FROM rows WHERE NOT done AND model = ? ORDER BY {_ORDER} {more}",  # nosec B608
             (model,),
@@ -146,14 +146,14 @@ class WorkList:
             yield Row(number, line, row_id, name, of, json.loads(settings), digest)
 
     def sample(self, model: str, most: int) -> list[Row]:
-        """Return so many rows of a model that are not done, from first to last, evenly spread."""
+        """Return up to `most` of a model's rows that are not done, evenly spread over the list."""
         count = dict(self.models()).get(model, 0)
         number = min(most, count)
         places = [i * (count - 1) // max(1, number - 1) for i in range(number)]
         return [next(self.rows(model, f"LIMIT 1 OFFSET {at}")) for at in places]
 
     def shapes(self, model: str, names: Sequence[str]) -> list[tuple[dict[str, Any], int]]:
-        """Return the different values of these settings in a model's rows, each with its count."""
+        """Return the distinct values of settings in a model's rows, each with its count."""
         columns = ", ".join(f"json_extract(settings, '$.{name}')" for name in names)
         groups = ", ".join(str(i + 1) for i in range(len(names)))
         found = self._all(

@@ -28,7 +28,7 @@ FAILED = 1
 """The exit code if some rows failed."""
 
 TOLD_EVERY = 60
-"""Seconds between two lines of progress where there is no terminal."""
+"""Seconds between two lines of progress without a terminal."""
 
 Format = Literal["png", "jpg", "webp"]
 Shards = Literal["webdataset", "parquet"]
@@ -246,7 +246,7 @@ def _dry_run(job: "Job", workers: int) -> None:
 
 
 class Bar(AbstractContextManager["Bar"]):
-    """Progress with the time that is left, on stderr: a bar on terminals, a line a minute else."""
+    """Shows progress and the time left on stderr: a bar on terminals, else a line a minute."""
 
     def __init__(self) -> None:
         self._progress: Progress | None = None

@@ -35,7 +35,7 @@ def explain(
     check_writable(out, overwrite=overwrite, need=2**24)
     with StepBar(1) as on_step:
         loaded = loading.load(options.model_for(request, model))
-        # Not before: they import PyTorch, in which Ctrl-C has to wait.
+        # Imported only now: they import PyTorch, during which Ctrl-C has to wait.
         from safelight.explain.page import page
         from safelight.explain.watch import watch
 

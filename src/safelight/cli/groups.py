@@ -1,6 +1,6 @@
-"""Options that several commands take together, as dataclasses: one field for each option.
+"""Options that several commands share, as dataclasses: one field for each option.
 
-A command has a parameter of such a class; `spread` makes options of its fields.
+A command has one parameter of such a class; `spread` turns the fields into options.
 """
 
 import inspect
@@ -62,9 +62,9 @@ class Serving(Loading):
     model_memory: options.ModelMemory = None
 
     def settings(self, model: str, url: str, root: str, **how: Any) -> Settings:
-        """Return the worker's settings. how: fields of `Settings` besides.
+        """Return the worker's settings. how: further fields of `Settings`.
 
-        Raises SafelightError for a value that cannot be one.
+        Raises SafelightError for an invalid value.
         """
         self.with_words({})
         return Settings(
@@ -80,7 +80,7 @@ class Serving(Loading):
 
 
 def spread(function: Callable[..., None]) -> Callable[..., None]:
-    """Return a function that takes the fields of its dataclasses as parameters of its own."""
+    """Return a function that takes the fields of its dataclass parameters as parameters."""
     signature = inspect.signature(function)
     found: list[inspect.Parameter] = []
     groups: dict[str, type] = {}

@@ -1,4 +1,4 @@
-"""`safelight keys`: the keys of those who use a server, each with a name and limits of its own."""
+"""`safelight keys`: the keys of people who use a server, each with a name and its own limits."""
 
 import json
 import time
@@ -44,7 +44,7 @@ class Where:
 
     @contextmanager
     def opened(self, *, make: bool = False) -> Iterator["People"]:
-        """The database of keys, closed afterwards. make: whether a new data folder is made."""
+        """Open the database of keys for a `with` block. make: whether to make a data folder."""
         make_sure_of_server()
         private.keep()
         url = self.database
@@ -84,7 +84,7 @@ class Limits:
     ] = None
 
     def parsed(self) -> list[Any]:
-        """Return those that were given, by kind. Raises SafelightError for one that is none."""
+        """Return the limits that were given, by kind. Raises SafelightError for an invalid one."""
         make_sure_of_server()
         from safelight.server.allowances import parse
 

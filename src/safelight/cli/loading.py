@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 def load(name: str, **how: Any) -> "Model":
-    """Load a model as `safelight.load`; Ctrl-C waits until PyTorch has been imported.
+    """Load a model with `safelight.load`; Ctrl-C waits until PyTorch has been imported.
 
-    A line says before it how much memory a large model takes, and a warning that there are no
-    compiled kernels, where they could be used.
+    A line says beforehand how much memory a large model takes. A warning says if compiled kernels
+    could be used and are missing.
     """
     import safelight
     from safelight.cli.output import note, warn
@@ -28,6 +28,6 @@ def load(name: str, **how: Any) -> "Model":
 
 
 def import_torch() -> None:
-    """Import PyTorch while Ctrl-C waits: in the midst of it an exception can abort the process."""
+    """Import PyTorch while Ctrl-C waits: an exception during the import can abort the process."""
     with ctrl_c_waits():
         importlib.import_module("torch")

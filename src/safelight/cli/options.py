@@ -1,4 +1,4 @@
-"""Options that several commands take; those of a request are derived from `Request`."""
+"""Options that several commands share; those of a request are derived from `Request`."""
 
 import inspect
 import re
@@ -130,8 +130,8 @@ def register(
 ) -> None:
     """Add a command that takes the settings of a request besides its own options.
 
-    function: gets the settings that were given, as a dict, and its own options by name.
-    without: settings that this command does not take.
+    function: called with the given settings, as a dict, and its own options by name. without:
+    settings that the command does not take.
     """
 
     def stand_in() -> None: ...
@@ -148,7 +148,7 @@ def register(
 
 
 class RequestCommand(TyperCommand):
-    """A command that imports `Request` when it is run or asked for its options, not before."""
+    """A command that imports `Request` only when it is run or asked for its options."""
 
     def build(self) -> TyperCommand:
         """Return the command with all of its options."""
@@ -165,10 +165,10 @@ class RequestCommand(TyperCommand):
 
     @params.setter
     def params(self, _: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        pass  # those of the stand-in: none
+        pass  # the stand-in has none
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse arguments, with other programs' names for options replaced by ours."""
+        """Parse arguments; other programs' names of options are replaced by ours."""
         from safelight.request import Request
         from safelight.settings import settings_of
 
@@ -196,7 +196,7 @@ def command_of(
 
     def call(**given: Any) -> None:
         asked = {name: given.pop(name) for name in settings}
-        # A list that is not given at all comes empty from some versions of typer.
+        # Some versions of typer give an empty list for an option that is not given.
         function({name: value for name, value in asked.items() if value not in (None, [])}, **given)
 
     derived = [_parameter(setting) for setting in settings.values()]
@@ -216,7 +216,7 @@ def command_of(
 
 
 def request_of(settings: dict[str, Any]) -> "Request":
-    """Return the request of the options that were given; image and mask are names of files."""
+    """Return the request of the given options; image and mask are names of files."""
     from safelight.picture import open_mask, open_picture
     from safelight.request import Request
 
@@ -233,9 +233,9 @@ def request_of(settings: dict[str, Any]) -> "Request":
 def with_words(
     settings: dict[str, Any], *, styles_file: str | None, wildcards: str | None
 ) -> dict[str, Any]:
-    """Return the settings, with choices drawn where there are wildcards.
+    """Return the settings, with wildcards replaced by drawn choices.
 
-    Raises SafelightError for a style that is not in the file: before a model is loaded.
+    Raises SafelightError for an unknown style, before a model is loaded.
     """
     from safelight.prompt.styles import apply_styles, read_styles
 
@@ -246,7 +246,7 @@ def with_words(
 
 
 def model_for(request: "Request", name: str | None) -> str:
-    """Return the model that was named, or the one that ships for such a request."""
+    """Return the model that was named, or the shipped model for such a request."""
     if name is not None:
         return name
     return "embedded-unconditional" if request.unconditional else "embedded"
@@ -290,9 +290,9 @@ def _parameter(setting: "Setting") -> inspect.Parameter:
 
 
 def _renamed(args: Sequence[str], names: dict[str, "Setting"]) -> list[str]:
-    """Replace other programs' option names, up to the `--` after which none are options.
+    """Replace other programs' names of options by ours, up to `--`, after which none are options.
 
-    names: all names of settings, ours too. Raises SafelightError for two of one setting.
+    names: all names of settings, ours included. Raises SafelightError for two names of one setting.
     """
     found: list[str] = []
     said: dict[str, str] = {}

@@ -23,7 +23,7 @@ def printable(text: object) -> str:
 
 
 def escape_what_stdout_lacks() -> None:
-    """Let stdout escape characters that its encoding lacks, as JSON does: JSON stays JSON."""
+    """Make stdout escape characters that its encoding lacks, as JSON does: JSON stays JSON."""
     codecs.register_error("json", _escaped)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="json")
@@ -39,7 +39,7 @@ def say(text: object) -> None:
     try:
         typer.echo(text)
     except OSError as error:
-        # What is left in the buffer must not be tried again at exit.
+        # The rest of the buffer must not be written again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             raise typer.Exit(1) from None
@@ -47,13 +47,13 @@ def say(text: object) -> None:
 
 
 def help_alone(context: typer.Context) -> None:
-    """Print the help of a group of commands, unless one of them is given."""
+    """Print the help of a group of commands if no command was given."""
     if context.invoked_subcommand is None:
         say(context.get_help())
 
 
 def note(text: str) -> None:
-    """Print a line on stderr. One that cannot be written does not end the work."""
+    """Print a line on stderr. If it cannot be written, the work goes on."""
     with suppress(OSError):
         typer.echo(printable(text), err=True)
 
@@ -67,7 +67,7 @@ def fail(text: str) -> None:
 
 
 def pairs(values: dict[str, Any], prefix: str = "") -> list[str]:
-    """Return `key: value` lines with dotted keys for nested dictionaries, without empty values."""
+    """Return `key: value` lines without empty values; nested dictionaries give dotted keys."""
     lines: list[str] = []
     for key, value in values.items():
         if isinstance(value, dict):
@@ -89,7 +89,7 @@ def table(rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def bar(*, elapsed: bool = False) -> "Progress | None":
-    """Return a progress bar on stderr, not yet started; None where that is no terminal."""
+    """Return a progress bar on stderr, not yet started; None if stderr is no terminal."""
     if sys.stderr is None or not sys.stderr.isatty():
         return None
     from rich.console import Console
@@ -114,7 +114,7 @@ def bar(*, elapsed: bool = False) -> "Progress | None":
 
 
 class StepBar:
-    """A progress bar on stderr that `Model.generate(on_step=…)` moves, on terminals alone."""
+    """A progress bar on stderr that `Model.generate(on_step=…)` moves; shown on terminals only."""
 
     def __init__(self, count: int) -> None:
         self._count = count

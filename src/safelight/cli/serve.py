@@ -167,15 +167,15 @@ def serve(
 def start(settings: Settings, listening: socket, *, draws: bool | Plan = True, **how: Any) -> None:
     """Serve with the studio's page until told to end.
 
-    draws: whether with a worker of its own, or the workers that it keeps on Ray. how: as
-    `server.run.serve` takes it.
+    draws: True for a worker of its own, a Plan for workers on Ray, False for none. how: arguments
+    of `server.run.serve`.
     """
     make_sure_of_server()
     Served(settings).check()
     child = draws if isinstance(draws, Plan) else None
     if draws is True:
-        child = spawn(settings)  # loads its model while the imports below go on
-    gc.disable()  # a tenth of the time that they take: what they make stays
+        child = spawn(settings)  # it loads its model during the imports below
+    gc.disable()  # it takes a tenth of the imports' time, for objects that stay
     from safelight.server.run import serve as run
     from safelight.studio.mount import Studio
 
@@ -185,7 +185,7 @@ def start(settings: Settings, listening: socket, *, draws: bool | Plan = True, *
 
 
 def make_sure_of_ray(plan: Plan) -> None:
-    """Raise SafelightError if Ray is not installed, or is to keep no workers."""
+    """Raise SafelightError if Ray is not installed, or if the plan keeps no worker."""
     if find_spec("ray") is None:
         raise SafelightError("--ray needs Ray: pip install 'safelight[ray]'", code="not_installed")
     if not plan.least:
@@ -200,9 +200,9 @@ def make_sure_of_server() -> None:
 
 
 def token_of(argument: str | None, file: Path | None) -> tuple[str | None, bool]:
-    """Return the server's token, and whether it was made.
+    """Return the server's token, and whether it was made here.
 
-    One among the arguments is taken out of the process list.
+    A token among the arguments is removed from the process list.
     """
     secret, made = read_token(argument, file)
     if argument is not None and argument != AUTO:
@@ -215,9 +215,9 @@ def token_of(argument: str | None, file: Path | None) -> tuple[str | None, bool]
 
 
 def data_folder(given: Path | None, *, make: bool = True) -> Path:
-    """Return the folder that was named, or the user's own by the XDG base directories.
+    """Return the named folder, or the user's own by the XDG base directories.
 
-    make: whether it is made if it is not there.
+    make: whether to make it if it does not exist.
     """
     own = Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share") / "safelight"
     try:

@@ -58,16 +58,17 @@ def studio(
         if browser:
             webbrowser.open(f"{served.address}/studio")
         return
-    if browser:  # in a thread: some browsers are waited for
+    if browser:  # in a thread: the call may wait for the browser
         address = _opened(root, link(listening, secret))
         threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
     start(settings, listening, host=host, token=secret, auto=made)
 
 
 def _opened(root: Path, link: str) -> str:
-    """Return what the browser is to open: a link with a token through a file of ours alone.
+    """Return what the browser is to open: the link, or a private file that leads to it.
 
-    All users of the machine can read the arguments that the browser is started with.
+    All users of the machine can read the arguments of the browser, so a link with a token must not
+    be among them.
     """
     if "?" not in link:
         return link

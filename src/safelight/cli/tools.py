@@ -111,7 +111,7 @@ def _is_png(file: str) -> bool:
         with Path(file).open("rb") as opened:
             return opened.read(len(PNG_SIGNATURE)) == PNG_SIGNATURE
     except (OSError, ValueError):
-        return False  # no name of a file: a model's, or weights.inspect says what is wrong
+        return False  # not a file's name: a model's, or weights.inspect gives the error
 
 
 def verify(
@@ -183,8 +183,8 @@ def verify(
                 models_dir=models_dir,
                 device=device or recipe.get("device", "auto"),
                 dtype=dtype or recipe.get("dtype", "auto"),
-                # A picture from a stranger does not get to fetch gigabytes of its choice, nor to
-                # name files here.
+                # A stranger's picture must not choose gigabytes to download, nor name files of this
+                # machine.
                 download=model is not None,
                 takes_paths=False,
             )
@@ -199,7 +199,7 @@ def verify(
         library = open_library(models_dir)
         loaded.lora_files = recorded_files(recipe, "lora", library, lora or ())
         loaded.embedding_files = recorded_files(recipe, "embedding", library, embedding or ())
-        loaded.library = None  # an embedding that came since would be found by the prompt's words
+        loaded.library = None  # else the prompt's words could find newer embeddings
         recorded = machine.recorded_machine(recipe)
         with machine.threads_of(recorded):
             result = loaded.generate(request, on_step=on_step)
@@ -219,7 +219,7 @@ def verify(
 
 
 def _recorded(kind: str, used: dict[str, str] | None, models_dir: str | None) -> str | None:
-    """Return where a recipe's model or vae is: in the models folder by its hash, else by name."""
+    """Return a recipe's model or vae: its path in the models folder by hash, or else its name."""
     from safelight.weights.digest import digest_file
     from safelight.weights.library import open_library
 
@@ -227,7 +227,7 @@ def _recorded(kind: str, used: dict[str, str] | None, models_dir: str | None) ->
     if used is None or library is None:
         return None if used is None else used["name"]
     named = library.matches(used["name"], kind)
-    # A folder has no hash of its own: that is made of all its files, when they are loaded.
+    # A folder's hash is made of all its files when they are loaded.
     if any(e.path.is_dir() or digest_file(e.path).sha256 == used["sha256"] for e in named):
         return used["name"]
     found = library.by_hash(used["sha256"], kind)
@@ -235,7 +235,7 @@ def _recorded(kind: str, used: dict[str, str] | None, models_dir: str | None) ->
 
 
 def _check_used(kind: str, used: dict[str, str] | None, sha256: str | None) -> None:
-    """Raise SafelightError if what was loaded is not what made the picture."""
+    """Raise SafelightError if the loaded files are not those that made the picture."""
     wanted = None if used is None else used["sha256"]
     if wanted == sha256:
         return

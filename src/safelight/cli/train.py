@@ -148,7 +148,7 @@ def distil(
 def _plan(
     steps: int, batch: int, learning_rate: float, seed: int, *, warmup: int, **other: Any
 ) -> "Plan":
-    """Return the plan, once its numbers are checked. warmup: steps, fewer in a short run."""
+    """Return the plan, once its numbers are checked. warmup: in steps; short runs use fewer."""
     from safelight.request_fields import MAX_SEED
 
     _whole("steps", steps)

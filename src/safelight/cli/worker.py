@@ -40,7 +40,7 @@ def worker(
 
     private.keep()
     settings = serving.settings(model, queue, checked(storage), exact=exact, elsewhere=True)
-    child = spawn(settings)  # loads its model while the imports below go on
+    child = spawn(settings)  # it loads its model during the imports below
     from safelight.server.station import work
 
     work(settings, child)

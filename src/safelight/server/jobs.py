@@ -187,8 +187,7 @@ class Service(Protocol):
         owner: str | None = None,
         model: str | None = None,
     ) -> Job:
-        """Return the job once it is durable; for an idempotency key seen before, the owner's
-        earlier job.
+        """Return the job once it is durable; for a known idempotency key, the owner's earlier job.
 
         model: what `find_model` takes. Raises BusyError when the queue is full.
         """
@@ -228,7 +227,7 @@ class Service(Protocol):
         ...
 
     async def chosen(self, owner: str | None) -> str | None:
-        """Return the model that an owner chose for requests without a model; None if it chose none.
+        """Return the model that an owner chose for requests without a model; None for none.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""The server's side of workers on Ray: it keeps the process that keeps them, and its reports."""
+"""The server's side of workers on Ray: the process that keeps them, and its reports."""
 
 from __future__ import annotations
 
@@ -128,8 +128,7 @@ class OnRay(Elsewhere):
                 self._away, self._told = None, what
 
     def _lose(self, there: Collection[str]) -> None:
-        """Let the jobs of workers that are gone wait again, at once. there: workers that are left.
-        """
+        """Let the jobs of workers that are gone wait again, at once. there: workers left."""
         for worker in self._workers - set(there):
             while not self.stopping:
                 try:

@@ -65,7 +65,7 @@ class People(Database):
             ]
 
     def asked(self) -> dict[str, dict[str, float]]:
-        """Return how much each key has asked for since it was made, by name and kind."""
+        """Return how much each key has asked for in all, by name and kind."""
         query = select(keys.c.name, shares).join(shares, shares.c.owner == "key:" + keys.c.name)
         with self._read() as db:
             return {
@@ -82,8 +82,7 @@ class People(Database):
             return {row[0]: row[1] for row in rows}
 
     def add_key(self, name: str, secret: str | None = None) -> str:
-        """Add a key and return its secret, which is not stored. secret: in place of a random one.
-        """
+        """Add a key and return its secret, which is not stored. secret: instead of a random one."""
         if not NAME.fullmatch(name) or name.lower() == ADMIN:
             raise SafelightError(
                 f"{name[:60]!r} is no name of a key: expected 1 to 40 letters, digits, dots, "

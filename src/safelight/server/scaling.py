@@ -1,4 +1,4 @@
-"""How many workers a fleet needs: a decision of numbers alone, without Ray and without a clock."""
+"""How many workers a fleet needs, decided by numbers alone: without Ray and without a clock."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from safelight.errors import SafelightError
 from safelight.ray_cluster import HERE
 
 PATIENCE = 5.0
-"""Seconds after which a job that waits is late: workers take in what they can at once."""
+"""Seconds of waiting after which a job is late: workers that have room take jobs in at once."""
 
 IDLE = 60.0
-"""Seconds without a job after which a worker is one too many."""
+"""Seconds without a job after which a worker is surplus."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """The workers that a server keeps on a Ray cluster.
 
-    least, most: how many. address: of the cluster. cpus, gpus: of each worker, may be fractions;
-    None for what `room` finds. patience, idle: as PATIENCE and IDLE.
+    least, most: bounds of their number. address: of the cluster. cpus, gpus: of each worker, may be
+    fractions; None for what `room` finds. patience, idle: as PATIENCE and IDLE, in seconds.
     """
 
     least: int
@@ -36,11 +36,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Load:
-    """What is going on.
+    """The present load.
 
-    late: jobs that wait longer than the plan's patience. drawn: jobs that the workers have taken
-    in. ready: workers that draw or could. starting: those that wait for room in the cluster, or
-    load their model. idle: of each worker that draws nothing, for how many seconds.
+    late: jobs that have waited longer than the plan's patience. drawn: jobs that the workers have
+    taken in. ready: workers that draw or could draw. starting: workers that wait for room in the
+    cluster or load their model. idle: for each worker that draws nothing, for how many seconds.
     """
 
     late: int = 0
@@ -51,12 +51,12 @@ class Load:
 
 
 def change(load: Load, plan: Plan) -> int:
-    """Return how many workers to start; if it is negative, how many to let go."""
+    """Return how many workers to start, or as a negative number, how many to end."""
     there = load.ready + load.starting
     if there < plan.least:
         return plan.least - there
-    # What a worker could draw, one that is idle takes within a second. So jobs that wait beside
-    # idle workers are none that they can draw, and more workers could not either.
+    # An idle worker takes a job that it can draw within a second. So jobs that wait beside idle
+    # workers are jobs that they cannot draw, and more workers could not draw them either.
     if load.late and not any(seconds >= plan.patience for seconds in load.idle):
         each = max(1, load.drawn // max(1, load.ready))
         short = math.ceil(load.late / each) - load.starting
@@ -66,10 +66,10 @@ def change(load: Load, plan: Plan) -> int:
 
 
 def room(nodes: Sequence[dict[str, float]], plan: Plan, device: str) -> tuple[float, float]:
-    """Return the CPUs and the GPUs that each worker takes, of nodes with these resources.
+    """Return the CPUs and the GPUs of each worker, on nodes with these resources.
 
-    A worker with a GPU takes one CPU. Workers without take as many as all of the plan can have;
-    all the same, which exact mode needs.
+    A worker with a GPU takes one CPU. Workers without a GPU take as many CPUs as leave room for all
+    of the plan's workers; all take the same number, which exact mode needs.
     """
     gpus = plan.gpus
     if gpus is None:

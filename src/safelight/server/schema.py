@@ -1,7 +1,7 @@
 """Bring a database to the schema of this version: Alembic's migrations, in `migrations/`.
 
 To change the tables: change `tables.py`, add `migrations/versions/NNNN_what.py`, and set HEAD. A
-test compares both.
+test compares the tables with the migrations.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ log = logging.getLogger("safelight.server")
 
 HEAD = "0011"
 FIRST = "0001"
-"""The schema of databases from before versions were written down."""
+"""The schema of databases that are older than version numbers."""
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 
 
 def migrate(engine: Engine, *, only_new: bool = False) -> None:
-    """Make the tables of an empty database, or bring those of an older version up to date.
+    """Make the tables of an empty database, or bring older tables up to date.
 
-    A SQLite file is copied beside itself before. only_new: those of an older version, which a
-    server may be using, are left alone, and refused. Raises StorageError, in one line, for a
+    A SQLite file is first copied, in its own folder. only_new: refuse databases of an older
+    version, which a server may be using, and leave them alone. Raises StorageError, one line, for a
     database that is damaged, of a newer version, or not ours.
     """
     file = sqlite_file(engine)
@@ -65,12 +65,12 @@ def migrate(engine: Engine, *, only_new: bool = False) -> None:
 
 
 def versions() -> set[str]:
-    """Return the schemas that this version knows."""
+    """Return the schema versions that this program knows."""
     return {path.name[:4] for path in (MIGRATIONS / "versions").glob("0*.py")}
 
 
 def version_of(engine: Engine) -> str | None:
-    """Return the schema of a database; None for one without tables of ours.
+    """Return the schema version of a database; None if it has no tables of ours.
 
     Raises StorageError for a newer one.
     """
@@ -84,9 +84,9 @@ def make(db: Connection, version: str) -> None:
 
 
 def is_current(engine: Engine) -> bool:
-    """Return whether a database has this version's schema, False for an older or empty one.
+    """Return whether a database has the current schema; False for an older or empty one.
 
-    Raises SafelightError for a newer one, StorageError if it cannot be asked.
+    Raises SafelightError for a newer one, StorageError if it cannot be read now.
     """
     with storage_errors(), engine.connect() as db:
         try:
@@ -96,7 +96,7 @@ def is_current(engine: Engine) -> bool:
 
 
 def _version(db: Connection) -> str | None:
-    """Return the version of the schema; None for a database without tables of ours."""
+    """Return the version of the schema; None if the database has no tables of ours."""
     tables = inspect(db).get_table_names()
     if "alembic_version" in tables:
         found = db.execute(text("SELECT version_num FROM alembic_version")).scalar()
@@ -121,7 +121,7 @@ def _upgrade(db: Connection, version: str | None) -> None:
 
 
 def _alembic(db: Connection, do: Callable[[Any, Any], None]) -> None:
-    """Call with Alembic's commands and their configuration, for a connection of ours."""
+    """Call `do` with Alembic's commands and a configuration that uses our connection."""
     logging.getLogger("alembic").setLevel(logging.WARNING)
     from alembic import command
     from alembic.config import Config

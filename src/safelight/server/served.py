@@ -1,7 +1,7 @@
-"""The models that a server draws with: their names, and where each one is.
+"""The models that a server draws with: their names and their sources.
 
 A name is looked up in a list; it is never made into a path. The server and its worker have the same
-list, since both read it from the same settings.
+list, since both make it from the same settings.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from safelight.weights.find import BUILT_IN, MODELS, Source, find, on_disk
 from safelight.weights.library import ENDINGS, Entry, Library, open_library
 
 MAX_TOLD = 6
-"""Names that an error lists."""
+"""The most names that an error lists."""
 
 _TITLE = re.compile(r"(.+?) \[([0-9a-f]{8,64})\]")
-"""A model as A1111 shows it: its name, and the beginning of its SHA-256."""
+"""A model as A1111 shows it: its name and the beginning of its SHA-256."""
 
 
 class Served:
-    """The models of a server. For threads: it reads the models folder at each question."""
+    """The models of a server. For use in threads: it reads the models folder on each call."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
     @cached_property
     def default(self) -> str:
-        """The name of the model that draws where a request names none."""
+        """The name of the model that draws if a request names none."""
         name = self._settings.model
         if name in BUILT_IN:
             return name
@@ -46,9 +46,9 @@ class Served:
         return name
 
     def sources(self) -> dict[str, Source | None]:
-        """Return where each model is, by its name; None for the default one.
+        """Return the source of each model, by name; None for the default model.
 
-        The default model comes first. Without an allowlist, the others are those that ship and
+        The default model comes first. Without an allowlist, the others are the models that ship and
         those of the models folder.
         """
         found: dict[str, Source | None] = {self.default: None}
@@ -71,14 +71,14 @@ class Served:
         elsewhere: Iterable[str] = (),
         digests: Mapping[str, str] | None = None,
     ) -> str:
-        """Return the name of a model that a request names; None names the default one.
+        """Return the name of the model that a request means; None means the default one.
 
-        asked: a name, or its last part, with or without its ending and in any case; or as A1111
-        shows it, "name [hash]", or a hash of 8 digits or more of a model whose hash is known.
-        elsewhere: names of models that workers on other machines have. digests: the SHA-256 of
-        models that have been loaded, by name.
+        asked: a name, or its last part, with or without its ending and in any case; or, as A1111
+        shows it, "name [hash]"; or the first 8 or more digits of a known SHA-256. elsewhere: names
+        of models that workers on other machines have. digests: the SHA-256 of models that have been
+        loaded, by name.
 
-        Raises SafelightError with the code "no_model", and the closest name, if none is meant.
+        Raises SafelightError, code "no_model", with the closest name, if no model or several fit.
         """
         if asked is None:
             return self.default
@@ -108,9 +108,9 @@ class Served:
         raise _no_model(f"no model {clipped(asked)!r} on this server; {_closest(plain, names)}")
 
     def source(self, name: str) -> Source | None:
-        """Return where a model of this name is; None for the default one.
+        """Return the source of a model of this name; None for the default one.
 
-        Raises SafelightError if it is not there any more.
+        Raises SafelightError if the model is not there any more.
         """
         names = self.sources()
         if name not in names:
@@ -119,7 +119,7 @@ class Served:
         return names[name]
 
     def check(self) -> None:
-        """Raise SafelightError for a model of the allowlist that is not there."""
+        """Raise SafelightError if a model of the allowlist is not there."""
         _ = self._allowed
 
     @cached_property
@@ -136,14 +136,14 @@ class Served:
 
 
 def _named(entries: Iterable[Entry]) -> dict[str, Entry]:
-    """Return entries by name, those that share one by their files' names."""
+    """Return entries by name; entries that share a name by their files' names."""
     entries = list(entries)
     counts = Counter(entry.name for entry in entries)
     return {entry.name if counts[entry.name] == 1 else entry.file_name: entry for entry in entries}
 
 
 def _plain(name: str) -> str:
-    """Return a name without the ending of a file of weights."""
+    """Return a name without the file ending of weights."""
     lower = name.lower()
     ending = next((one for one in ENDINGS if lower.endswith(one)), "")
     return name[: len(name) - len(ending)]
@@ -161,7 +161,7 @@ def _digest(source: Source) -> str | None:
 
 
 def _closest(asked: str, names: Iterable[str]) -> str:
-    """Return what to say of the names that there are."""
+    """Return the end of an error: the closest name, or the names that there are."""
     names = list(names)
     folded = {_plain(name).casefold(): name for name in names}
     near = get_close_matches(_last(asked).casefold(), folded, 1, 0.6)

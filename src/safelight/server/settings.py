@@ -1,4 +1,4 @@
-"""The settings that a worker is started with."""
+"""The settings of a worker."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a worker.
+    """The settings that a worker is started with.
 
-    allowed: names of the models that requests may name besides `model`; None allows those that
-    ship and those of the models folder. model_memory: bytes that loaded models may take together;
-    None for a share of the machine's. elsewhere: the server's machine may have other models: jobs
-    of those that are not here are left to others. root: the data folder; of a worker elsewhere, its
-    storage. storage: where pictures and inputs are, a folder or a URL; None for the data folder.
+    allowed: names of the models that requests may name besides `model`; None allows those that ship
+    and those of the models folder. model_memory: the most bytes of all loaded models; None for a
+    share of the machine's memory. elsewhere: other machines may have other models, so jobs of
+    models that are not here are left to their workers. root: the data folder; of a worker
+    elsewhere, its storage. storage: where pictures and inputs are, a folder or a URL; None for the
+    data folder.
     """
 
     model: str
@@ -38,18 +39,18 @@ class Settings:
 
     @property
     def place(self) -> str:
-        """Where pictures and inputs are."""
+        """The folder or URL where pictures and inputs are."""
         return self.storage or self.root
 
     @property
     def loading(self) -> dict[str, Any]:
-        """The keywords of `load_model` besides the model's name and the precision."""
+        """The keywords of `load_model` besides the model's name and precision."""
         names = ("vae", "refiner", "preview_vae")
         return {**self.loading_others, **{name: getattr(self, name) for name in names}}
 
     @property
     def loading_others(self) -> dict[str, Any]:
-        """The same for models that requests name, which are drawn with as they are."""
+        """The same keywords for models that requests name, without the server model's own parts."""
         names = ("device", "low_memory", "models_dir", "wildcards_dir", "styles_file")
-        # A client may name files of the models folder, and no path.
+        # A client may name models of the models folder, but no path.
         return {**{name: getattr(self, name) for name in names}, "takes_paths": False}

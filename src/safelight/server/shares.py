@@ -1,9 +1,9 @@
-"""Fair shares of the queue: whose job comes next, and which of theirs.
+"""Fair shares of the queue: which owner's job comes next, and which of the owner's jobs.
 
-Start-time fair queueing (Goyal, Vin and Cheng, 1996): the queue has a clock of work that was handed
-out. A job begins at the clock, or where its owner's job before it ended, whichever is later, and
-ends its cost after that. The owner whose last job ended first comes next. Who was away for long has
-nothing saved up, and a thousand jobs of one owner do not hold up another's one.
+Start-time fair queueing (Goyal, Vin and Cheng, 1996): the queue has a virtual clock. A job begins
+at the clock's time or when its owner's previous job ended, whichever is later, and ends its cost
+after that. The owner whose last job ended first comes next. An owner that was away saves nothing
+up, and a thousand jobs of one owner do not hold up another owner's single job.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from safelight.server.tables import jobs, shares
 
 
 def count(db: Connection, owner: str, asked: Mapping[str, float]) -> None:
-    """Count what an owner asks for, which makes them known to the queue.
+    """Count what an owner asks for; this also makes the owner known to the queue.
 
-    asked: how much of each kind that `allowances` knows.
+    asked: the amount of each kind of `allowances`.
     """
     more = {shares.c[kind]: shares.c[kind] + much for kind, much in asked.items()}
     if not db.execute(shares.update().where(shares.c.owner == owner).values(more)).rowcount:
@@ -28,7 +28,7 @@ def count(db: Connection, owner: str, asked: Mapping[str, float]) -> None:
 
 
 def charge(db: Connection, owner: str, cost: float) -> None:
-    """Note that a job of an owner was handed out."""
+    """Charge an owner for a job that was handed out."""
     clock = db.scalar(select(func.max(shares.c.began))) or 0.0
     ended = db.scalar(select(shares.c.ended).where(shares.c.owner == owner)) or 0.0
     began = max(clock, ended)
@@ -43,12 +43,12 @@ def next_owner(
     but: Collection[str] = (),
     able: Collection[str] | None = None,
 ) -> str | None:
-    """Return the owner whose turn it is, None if no job waits.
+    """Return the owner whose turn it is; None if no job waits.
 
-    but: owners that are left out. able: models whose jobs are looked at; None for all.
+    but: owners that are left out. able: models whose jobs are considered; None for all.
     """
-    # A scalar subquery asks an index once for each owner. Without its order PostgreSQL would read
-    # the whole table for those of whom nothing waits.
+    # A scalar subquery needs one index look-up for each owner. Without its order, PostgreSQL would
+    # read the whole table for each owner without a waiting job.
     shortest = jobs.c.cost, jobs.c.created
     waits = or_(
         _one(_queued(able), shares.c.owner, *shortest).is_not(None),
@@ -67,14 +67,15 @@ def next_job(
     more: float = 0.0,
     able: Collection[str] | None = None,
 ) -> RowMapping | None:
-    """Return the job of an owner whose turn it is.
+    """Return the job whose turn it is among an owner's jobs.
 
-    It is the shortest one, or the one that has waited longest if that makes up for its cost: the
-    two ends of the queue, which indexes find at once however long it is. Of jobs whose worker is
-    silent there are few: all are looked at.
+    It is the shortest job, or the one that has waited longest if that makes up for its cost. These
+    are the two ends of the queue, which indexes find at once however long it is. Jobs whose worker
+    is silent are few: all of them are considered.
 
     ageing: the cost that a second of waiting makes up for. loaded: models that are in memory: the
-    oldest job of each is looked at, too; those of other models cost so much `more`. able: as above.
+    oldest job of each is considered too; jobs of other models cost `more`. able: as in
+    `next_owner`.
     """
     ends = [
         _one(_queued(able), owner, jobs.c.cost, jobs.c.created),

@@ -16,8 +16,8 @@ from safelight.sizes import drawable_size, size_of
 def fit_to_model(request: Request, model: ModelInfo) -> tuple[Request, tuple[int, int] | None]:
     """Return a request that the model can draw, and the size to enlarge its pictures to.
 
-    The size is None, and the request the same, where the model draws what was asked for; see
-    `drawable_size`. A picture to start from without a size is asked for at its own.
+    The size is None, and the request unchanged, if the model draws the requested size; see
+    `drawable_size`. Without a requested size, a picture to start from asks for its own.
     """
     if model.width is None or model.height is None:
         return request, None
@@ -33,7 +33,7 @@ def fit_to_model(request: Request, model: ModelInfo) -> tuple[Request, tuple[int
 
 
 def enlarging_note(request: Request, size: tuple[int, int] | None, model: ModelInfo) -> list[str]:
-    """Return the warning about a picture that is drawn smaller than it was asked for."""
+    """Return the warning about a picture that is drawn smaller than requested, or no warning."""
     if size is None:
         return []
     return [
@@ -43,9 +43,10 @@ def enlarging_note(request: Request, size: tuple[int, int] | None, model: ModelI
 
 
 def enlarged_png(png: bytes, size: tuple[int | None, int | None] | None) -> bytes:
-    """Return a PNG of ours at another size, with its recipe; the same bytes for its own size.
+    """Return a PNG of ours at another size, with its recipe; the same bytes if the size is the
+    same.
 
-    size: one side may be None, and keeps the picture's proportions.
+    size: width and height; None for one side keeps the picture's proportions.
     """
     if size is None:
         return png

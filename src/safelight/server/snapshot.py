@@ -14,14 +14,14 @@ from safelight.server.database import open_engine, reason, sqlite_file
 from safelight.server.jobs import StorageError
 
 ROWS = 1000
-"""Rows that are read and written at a time."""
+"""The number of rows read and written at a time."""
 
 
 def take(url: str, place: Path) -> str:
-    """Copy a database as it stands into a new SQLite file; return the version of its schema.
+    """Copy a database in its present state to a new SQLite file; return its schema version.
 
-    SQLite copies itself. Of another database one transaction reads all rows, which are written to
-    tables of the same schema. Raises StorageError.
+    SQLite copies itself. For another database, one transaction reads all rows and they are written
+    to tables of the same schema. Raises StorageError.
     """
     engine = open_engine(url)
     try:
@@ -61,7 +61,7 @@ def _copy_file(file: Path, place: Path) -> None:
     with closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=rw", uri=True)) as source:
         source.execute("PRAGMA busy_timeout=60000")
         with closing(sqlite3.connect(place)) as copy:
-            source.backup(copy)  # in one go: who writes meanwhile waits, and nothing begins anew
+            source.backup(copy)  # in one go: writers wait, and the copy need not restart
             copy.execute("PRAGMA journal_mode=DELETE")  # one file, without a log beside it
             found = copy.execute("PRAGMA integrity_check").fetchone()[0]
     if found != "ok":
@@ -76,7 +76,7 @@ def _copy_rows(source: Engine, url: str, version: str) -> None:
             source.connect().execution_options(isolation_level=level, reads=True) as reading,
             target.begin() as writing,
         ):
-            schema.make(writing, version)  # with the rows: a copy that is cut off leaves nothing
+            schema.make(writing, version)  # in the rows' transaction: a copy cut off leaves nothing
             tables = MetaData()
             tables.reflect(writing)
             for table in tables.sorted_tables:

@@ -1,7 +1,7 @@
 """`safelight worker`: a worker process that draws the jobs of a server elsewhere.
 
-This process keeps it running as a server does, puts it on the roster, says that it is well, and
-passes news on. What is true is in the database and in the storage, which all share.
+This process keeps a drawing process running as a server does, puts it on the roster, reports that
+it is well, and passes messages on. The truth is in the database and the storage, which all share.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ NEWS = ("progress", "preview", "picture", "end", "described")
 ORDERS = ("wake", "cancel", "watch", "unwatch", "describe")
 
 DRAINING = 2.0
-"""Seconds between two times that a worker is told to finish what it has, and says that it is well.
+"""Seconds between two reports of a draining worker, at which it is also told again to finish.
 """
 
 
 def work(settings: Settings, child: Child) -> None:
-    """Draw until SIGTERM or Ctrl-C. Raises SafelightError if these settings cannot."""
+    """Draw until SIGTERM or Ctrl-C. Raises SafelightError if it cannot draw with these settings."""
     log_to_stderr()
     station = Station(settings, child)
     asyncio.run(station.run())
@@ -47,7 +47,7 @@ def work(settings: Settings, child: Child) -> None:
 
 
 class Station:
-    """child: the first worker process."""
+    """A worker of the fleet. child: the first drawing process."""
 
     def __init__(self, settings: Settings, child: Child) -> None:
         self._settings = settings
@@ -78,7 +78,7 @@ class Station:
         )
 
     async def run(self) -> None:
-        """Join the fleet, draw, and leave it when told to end: by a signal, or by `end`."""
+        """Join the fleet, draw, and leave it when told to: by a signal or by `end`."""
         self._loop = asyncio.get_running_loop()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -105,8 +105,10 @@ class Station:
             self._store.close()
 
     def end(self, *, drain: bool) -> None:
-        """Draw no more. drain: finish what is begun first, else it waits for others. For threads;
-        who drains may be told to stop at once.
+        """Stop drawing. drain: finish the jobs that are begun; otherwise they wait for other
+        workers.
+
+        May be called from any thread, and again without `drain` to stop at once.
         """
         self._draining = drain
         if self._loop is None:
@@ -117,13 +119,13 @@ class Station:
 
     @property
     def draws(self) -> bool:
-        """Whether a worker is on the roster, or about to be."""
+        """Whether its worker is on the roster, or about to be."""
         return self._model is not None
 
     async def _joined(self) -> bool:
         """Wait until a server has made database and storage ready; return False if told to end.
 
-        Raises SafelightError for the storage of another database, or a newer one.
+        Raises SafelightError if the storage belongs to another database, or the database is newer.
         """
         while not self._stop.is_set():
             try:
@@ -137,7 +139,7 @@ class Station:
         return False
 
     async def _either(self, seconds: float) -> None:
-        """Wait so long, or until there is something to do."""
+        """Wait for `seconds`, or until there is something to do."""
         waits = [asyncio.create_task(event.wait()) for event in (self._stop, self._now)]
         await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         for task in waits:
@@ -150,12 +152,12 @@ class Station:
         self._told = why
 
     async def _beat(self) -> None:
-        """Say that the worker is well, if it is."""
+        """Report that the worker is well, if it is."""
         name, model = self.supervisor.name, self._model
         if name is None or model is None or self.supervisor.trouble is not None:
             return
         try:
-            models = await asyncio.to_thread(self._served.sources)  # new files are told of
+            models = await asyncio.to_thread(self._served.sources)  # so that new files are reported
             told = (name, self._place, model, self._memory, [*models])
             await asyncio.to_thread(self._store.beat, *told)
             self._note(None)
@@ -171,7 +173,7 @@ class Station:
         elif kind == "stuck":
             self._note(rest[0])
         elif kind == "described" and rest[1] is None:
-            pass  # another one may have that model
+            pass  # another worker may have that model
         elif kind in NEWS:
             self._wire.send(kind, *rest)
 
@@ -183,7 +185,7 @@ class Station:
             self.supervisor.send(kind, *rest)
 
     def _on_open(self) -> None:
-        self._wire.send("ready")  # it says again which previews are asked for
+        self._wire.send("ready")  # the server tells again which previews are requested
         self.supervisor.send("wake")
 
     def _put_back(self, worker: str, killed: bool) -> None:

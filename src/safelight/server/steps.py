@@ -1,4 +1,4 @@
-"""Ask a worker for a real step, to see whether it draws."""
+"""Ask a worker for a real step, to see whether it can draw."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Callable
 
 
 class Steps:
-    """Those who wait for a step of the worker. For the event loop."""
+    """Calls that wait for a step of the worker. For use in the event loop."""
 
     def __init__(self) -> None:
         self._waiting: list[asyncio.Future[bool]] = []
 
     async def taken(self, ask: Callable[[], None], seconds: float) -> bool | None:
-        """Return whether a step could be taken; None if none came to its end within `seconds`.
+        """Return whether a step could be taken; None if no step ended within `seconds`.
 
-        ask: asks the worker. One step answers all who wait for it.
+        ask: asks the worker. One step answers all calls that wait for it.
         """
         future = asyncio.get_running_loop().create_future()
         if not self._waiting:
@@ -31,7 +31,7 @@ class Steps:
                 self._waiting.remove(future)
 
     def answer(self, well: bool) -> None:
-        """Tell all who wait."""
+        """Answer all calls that wait. well: whether the step could be taken."""
         for future in self._waiting:
             if not future.done():
                 future.set_result(well)

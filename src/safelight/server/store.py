@@ -27,21 +27,21 @@ from safelight.server.people import People
 from safelight.server.tables import UNFINISHED, choices, facts, jobs, pictures, read_job
 
 MAX_LISTED = 4 << 20
-"""Bytes of the jobs of one list, about: one of 64 pictures with long prompts takes 2 MiB."""
+"""The most bytes of one list of jobs, roughly: one job of 64 pictures can take 2 MiB."""
 
 FOLDER = "folder"
-"""The fact that says which data folder has the pictures."""
+"""The name of the fact that says which data folder has the pictures."""
 
 
 def new_id() -> str:
-    """Return a new id: opaque, and not to be guessed."""
+    """Return a new id, opaque and unguessable."""
     return secrets.token_hex(16)
 
 
 class Store(Expiry, People, Outbox):
-    """The database as clients use it; `Claims` is what workers do, `Expiry` what retention does.
+    """The database as the server uses it; `Claims` serves workers, `Expiry` retention.
 
-    owner: who asks. A job is there for the owner that made it, and for None, who may do all.
+    owner: who asks. A job exists for the owner that made it, and for None, who sees all jobs.
     """
 
     def __init__(self, url: str) -> None:
@@ -73,15 +73,16 @@ class Store(Expiry, People, Outbox):
         trace: str | None = None,
         webhook: str | None = None,
     ) -> tuple[Job, bool]:
-        """Add a job; return it and whether it is new. A key seen before returns the job of then.
+        """Add a job; return it and whether it is new. For a known key, return the earlier job.
 
-        cost: rows of the network it will take; bound: most pictures that may wait; model: the name
-        of the one that is to draw it; trace: the place in a trace that it comes from; webhook: whom
-        to tell of its end. Raises BusyError beyond the bound, SpentError if the owner has less
-        left, SafelightError for a key that came with another request.
+        cost: rows of the network that it will take. bound: the most pictures that may wait. key:
+        the idempotency key; digest: of the request. model: name of the model that draws it. trace:
+        its place in a trace. webhook: the URL that is told of its end. Raises BusyError beyond the
+        bound, SpentError if the owner has less left, SafelightError for a key that came with
+        another request.
         """
         count = int(settings["count"])
-        if key is not None and owner is not None:  # one key of two owners is two keys
+        if key is not None and owner is not None:  # two owners may use the same key
             key = hashlib.sha256(f"{owner}\0{key}".encode()).hexdigest()
         with self._write() as db:
             if key is not None:
@@ -118,7 +119,7 @@ class Store(Expiry, People, Outbox):
             return self._job(db, row), True
 
     def _count(self, db: Connection, owner: str, count: float, pixel_steps: float) -> None:
-        """Count what is asked for. Raises SpentError if the owner's key has less left."""
+        """Count what a job asks for. Raises SpentError if the owner's key has less left."""
         asked = {"pictures": float(count), "pixel_steps": pixel_steps}
         if (name := key_of(owner)) is not None:
             spend(db, name, asked, self._now())
@@ -135,9 +136,9 @@ class Store(Expiry, People, Outbox):
             return self._one(db, job_id, owner)
 
     def retry(self, job_id: str, bound: int, owner: str | None = None) -> Job | None:
-        """Put a job that failed or was cancelled back into the queue, from its first attempt.
+        """Put a job that failed or was cancelled back into the queue, with its attempts at 0.
 
-        It counts as much as a new one. Raises BusyError if more than `bound` pictures would wait,
+        It counts like a new job. Raises BusyError if more than `bound` pictures would wait,
         SpentError if the owner has less left.
         """
         with self._write() as db:
@@ -169,9 +170,9 @@ class Store(Expiry, People, Outbox):
             return self._one(db, job_id, owner)
 
     def delete(self, job_id: str, owner: str | None = None) -> bool:
-        """Begin to delete a job that is over: nobody sees it from now on, `clear` does the rest.
+        """Begin to delete a finished job: nobody sees it from now on, and `clear` does the rest.
 
-        Returns False if there is none.
+        Returns False if there is no such job.
         """
         with self._write() as db:
             changed = db.execute(
@@ -201,9 +202,10 @@ class Store(Expiry, People, Outbox):
     ) -> tuple[list[Job], bool]:
         """Return jobs, newest first, and whether there may be more.
 
-        They are at most `limit`, and of MAX_LISTED bytes, but one at least.
+        There are at most `limit` jobs of about MAX_LISTED bytes in all, but at least one.
 
-        search: words of the prompt. before: created earlier.
+        search: words that the prompt must contain. before: seconds since 1970; only jobs made
+        earlier.
         """
         query = select(jobs).where(_of(owner)).order_by(jobs.c.created.desc(), jobs.c.id)
         query = query.limit(limit)
@@ -231,9 +233,9 @@ class Store(Expiry, People, Outbox):
             return {row[0]: row[1] for row in db.execute(query)}
 
     def counts_by_model(self) -> dict[str, dict[str, int]]:
-        """Return how many jobs there are of each status, by the name of the model.
+        """Return how many jobs there are of each status, by the model's name.
 
-        Those of before there were several stand under "".
+        Jobs from before servers had several models are listed under "".
         """
         query = select(jobs.c.model, jobs.c.status, func.count()).where(seen())
         found: dict[str, dict[str, int]] = {}
@@ -254,20 +256,19 @@ class Store(Expiry, People, Outbox):
             return known, set(db.execute(select(jobs.c.id)).scalars())
 
     def known_or_coming(self) -> tuple[set[str], set[str]]:
-        """Return `known_files`, and the ids of pictures that workers may be writing just now."""
-        coming = set(self.leftovers())  # first: one that gets its row meanwhile is in both
+        """Return `known_files`, with the ids of pictures that workers may be writing now."""
+        coming = set(self.leftovers())  # read first: one that gets its row meanwhile is in both
         known, ids = self.known_files()
         return known | coming, ids
 
     def hold(self) -> None:
-        """Keep other servers from a PostgreSQL until this one closes it.
+        """Lock a PostgreSQL database against other servers until this one closes it.
 
-        Raises StorageError if another one has it. A SQLite file is in a data folder, which is held
-        by itself.
+        Raises StorageError if another server has it. A SQLite file is locked by its data folder.
         """
         if self._lite:
             return
-        until = time.monotonic() + PATIENCE  # a server that was killed holds it a little longer
+        until = time.monotonic() + PATIENCE  # a killed server's lock lasts a little longer
         with storage_errors():
             self._holding = self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
             while not self._holding.scalar(select(func.pg_try_advisory_lock(LOCK + 1))):
@@ -282,18 +283,18 @@ class Store(Expiry, People, Outbox):
         super().close()
 
     def leftovers(self) -> list[str]:
-        """Return the ids of pictures that a worker may have written without a row."""
+        """Return the ids of pictures that workers may have written without a row."""
         held = select(jobs).where(jobs.c.token.is_not(None))
         with self._read() as db:
             return uncommitted(db, db.execute(held).mappings())
 
     def folder(self) -> str | None:
-        """Return the mark of the data folder that has the pictures; None before the first."""
+        """Return the mark of the data folder that has the pictures; None before one is set."""
         with self._read() as db:
             return db.scalar(select(facts.c.value).where(facts.c.name == FOLDER))
 
     def set_folder(self, mark: str) -> None:
-        """Say which data folder has the pictures. Raises StorageError if another one has."""
+        """Store which data folder has the pictures. Raises StorageError if it is another one."""
         with self._write() as db:
             found = db.scalar(select(facts.c.value).where(facts.c.name == FOLDER))
             if found is None:
@@ -302,13 +303,13 @@ class Store(Expiry, People, Outbox):
                 raise StorageError("the database of jobs belongs to another --data-dir")
 
     def choose(self, owner: str, model: str) -> None:
-        """Keep the model that an owner chose for requests which name none."""
+        """Store the model that an owner chose for requests that name none."""
         with self._write() as db:
             db.execute(choices.delete().where(choices.c.owner == owner))
             db.execute(choices.insert().values(owner=owner, model=model))
 
     def chosen(self, owner: str) -> str | None:
-        """Return the model that an owner chose."""
+        """Return the model that an owner chose; None if it chose none."""
         with self._read() as db:
             return db.scalar(select(choices.c.model).where(choices.c.owner == owner))
 

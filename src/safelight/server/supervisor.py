@@ -20,33 +20,33 @@ from safelight.server.settings import Settings
 log = logging.getLogger("safelight.server")
 
 GRACE = 10.0
-"""Seconds that the worker has to end, when told to."""
+"""Seconds that the worker has to end when told to."""
 
 SILENCE = 12.0
-"""Seconds without a pulse after which a worker is replaced; LOADING before it is ready, since
-Python reads large libraries in one go.
+"""Seconds without a pulse after which a worker is replaced. Before it is ready it has LOADING
+seconds, since Python reads large libraries in one go.
 """
 LOADING = 120.0
 
 LONGEST_PAUSE = 5.0
-"""Seconds between two workers where each of them ends at once."""
+"""The most seconds between two workers that end at once."""
 
 LONGEST_WAIT = 60.0
-"""Seconds between two workers where none can be made of the model that is there now."""
+"""The most seconds between two workers while the model that is there cannot be loaded."""
 
 DOUBT = 5.0
-"""Seconds without a pulse after which the server calls itself not ready."""
+"""Seconds without a pulse after which the server reports that it is not ready."""
 
 
 class Supervisor:
     """One worker process, replaced when it ends or hangs.
 
-    child: the first worker. name: of the one that runs now, once it said so. on_message(kind,
+    child: the first worker. name: of the present worker, once it has told it. on_message(kind,
     rest), on_end() and on_refusal() are called in the event loop: for a message of the worker,
-    after the worker ended, and if the first one cannot draw with these settings. Where a later one
-    cannot, since the model's files are others by then, another one is tried from time to time.
-    put_back(worker, killed) is called in a thread: it lets the jobs of a worker that ended wait
-    again. It is called until it raises no error.
+    after a worker ended, and if the first worker cannot draw with these settings. If a later worker
+    cannot, because the model's files have changed, another one is tried from time to time.
+    put_back(worker, killed) is called in a thread, again until it raises no error: it lets the jobs
+    of a worker that ended wait again.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Supervisor:
 
     @property
     def alive(self) -> bool:
-        """Whether the thread that keeps a worker runs."""
+        """Whether the thread that keeps a worker is running."""
         return self._keeper.is_alive()
 
     @property
@@ -99,25 +99,25 @@ class Supervisor:
         return None
 
     def send(self, *message: Any) -> None:
-        """Send a message to the worker; one that is not there never gets it."""
+        """Send a message to the worker; it is lost if there is no worker now."""
         self._outbox.put(message)
 
     def drain(self) -> None:
-        """Let the worker finish the jobs that it has, and end; no other one is started.
+        """Let the worker finish its jobs and end; no other worker is started.
 
-        It is to be said until the worker has ended: one that was being started does not hear it.
+        Call it until the worker has ended: a worker that is just starting does not receive it.
         """
         self.stopping = True
         self._ended.set()
         self.send("drain")
 
     def ended(self, seconds: float) -> bool:
-        """Return whether no worker is kept any more, after waiting for that so long."""
+        """Wait up to `seconds` and return whether no worker is kept any more."""
         self._keeper.join(seconds)
         return not self.alive
 
     async def stop(self) -> None:
-        """Let the worker put back what it has not finished, and end."""
+        """Let the worker put back its unfinished jobs, and end."""
         self.stopping = True
         self._ended.set()
         while self._keeper.is_alive():  # it may have started another worker just before
@@ -129,14 +129,14 @@ class Supervisor:
             await asyncio.to_thread(self._keeper.join, GRACE)
 
     def release(self, worker: str, *, killed: bool = False) -> None:
-        """Let the jobs of a worker that ended wait again, as soon as the database takes that."""
+        """Let the jobs of a worker that ended wait again, once the database accepts that."""
         while True:
             try:
                 self._put_back(worker, killed)
                 return
-            except Exception as error:  # whatever it is, jobs wait and the next try may do it
+            except Exception as error:  # jobs wait meanwhile; the next try may work
                 log.warning("jobs cannot be put back yet: %s", _line(error))
-                if self.stopping:  # the next start does it
+                if self.stopping:  # the server's next start does it
                     return
                 time.sleep(1)
 
@@ -178,7 +178,7 @@ class Supervisor:
         self.send("start")
         self._listen(child.pipe)
         self._ready = False
-        child.process.join(GRACE)  # one that a disk holds may take longer, and can do no harm
+        child.process.join(GRACE)  # one stuck on a disk may take longer; it does no harm
         self._in_loop(self._on_end)
         if self.name is not None:
             self.release(self.name, killed=self._killed(child, short))
@@ -187,12 +187,12 @@ class Supervisor:
         while True:
             try:
                 return spawn(self._settings)
-            except Exception as error:  # no memory for a process, say
+            except Exception as error:  # such as no memory for a process
                 log.warning("a worker cannot be started: %s", _line(error))
                 time.sleep(1)
 
     def _watch(self, child: Child) -> None:
-        """End a worker that is silent. Runs in a thread, until the worker ends."""
+        """Kill a silent worker. Runs in a thread until the worker ends."""
         assert child.pulse is not None
         while True:
             try:
@@ -202,7 +202,8 @@ class Supervisor:
                     continue
             except (EOFError, OSError):
                 return
-            # Counted, not measured: if this process stood still, too, that is no silence.
+            # Seconds are counted, not measured: a pause of this process is no silence of the
+            # worker.
             self.silent += 1.0
             if self.silent >= (SILENCE if self._ready else LOADING):
                 self._stopped = _is_stopped(child.process.pid)
@@ -211,9 +212,9 @@ class Supervisor:
                 return
 
     def _killed(self, child: Child, short: int) -> bool:
-        """Return whether the worker's end was the work of others, as far as can be told.
+        """Return whether others ended the worker from outside, as far as can be told.
 
-        short: how often memory had run out before it started.
+        short: out-of-memory kills before the worker started.
         """
         code = child.process.exitcode
         if self._stopped:
@@ -249,16 +250,16 @@ class Supervisor:
             self._loop.call_soon_threadsafe(call, *given)
 
     def _send_loop(self) -> None:
-        """Send in a thread: the pipe holds a few hundred messages, and a step may take minutes."""
+        """Send messages, in a thread: the pipe holds a few hundred, and a step may take minutes."""
         while True:
             message = self._outbox.get()
-            # A worker that is not there asks the database when it comes.
+            # A missed message is no harm: a new worker asks the database.
             with contextlib.suppress(OSError, ValueError):
                 self.child.pipe.send(message)
 
 
 def ending(code: int | None) -> str:
-    """Return in words how a process ended."""
+    """Return a description of how a process ended."""
     if code is None or code >= 0:
         return f"exit code {code}"
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
@@ -272,7 +273,7 @@ def _line(error: Exception) -> str:
 
 
 def _is_stopped(pid: int | None) -> bool:
-    """Return whether a process was told to stand still, as by SIGSTOP. Linux says it."""
+    """Return whether a process is stopped, as by SIGSTOP. Known on Linux only; otherwise False."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -281,8 +282,9 @@ def _is_stopped(pid: int | None) -> bool:
 
 
 def _out_of_memory_kills() -> int:
-    """Return how many processes Linux has ended for want of memory, of our group of processes
-    where it counts those; 0 where it does not say.
+    """Return how many processes Linux has ended because memory ran out; 0 if unknown.
+
+    Where Linux counts them by control group, only those of our group.
     """
     try:
         group = Path("/proc/self/cgroup").read_text().rpartition("0::")[2].split("\n")[0]

@@ -47,25 +47,25 @@ jobs = Table(
     Column("error", Text),
     Column("key", String(255), unique=True),
     Column("digest", String(64)),
-    Column("owner", String(64), index=True),  # who made it; empty where nobody was asked
+    Column("owner", String(64), index=True),  # who made it; empty without an owner
     Column("kills", Integer, nullable=False, server_default="0"),  # of its worker, from outside
-    Column("ends", Integer, nullable=False, server_default="0"),  # of the server while it was drawn
+    Column("ends", Integer, nullable=False, server_default="0"),  # of the server, midway
     Column("expires", Float, index=True),  # when it is deleted; see expiry.py
-    Column("model", Text),  # its name; None, of before there were several: the server's own
+    Column("model", Text),  # name; None in old rows: the server's own
     Column("pixel_steps", Float, nullable=False, server_default="0"),  # see allowances.py
-    Column("trace", String(55)),  # where it was asked for, as W3C's traceparent: see tracing.py
-    # The two ends of an owner's queue: the shortest job, and the one that waits longest.
+    Column("trace", String(55)),  # W3C's traceparent of its request: see tracing.py
+    # The two ends of an owner's queue: the shortest job, and the job that has waited longest.
     Index("ix_jobs_shortest", "status", "owner", "cost", "created"),
     Index("ix_jobs_oldest", "status", "owner", "created", "cost"),
-    Index("ix_jobs_model", "status", "owner", "model", "created"),  # the oldest of a model
+    Index("ix_jobs_model", "status", "owner", "model", "created"),  # the oldest job of a model
 )
 shares = Table(
     "shares",
     meta,
     Column("owner", String(64), primary_key=True),
-    Column("began", Float, nullable=False),  # the last job that was handed out: see shares.py
+    Column("began", Float, nullable=False),  # of the last job handed out: see shares.py
     Column("ended", Float, nullable=False),
-    Column("pictures", Float, nullable=False, server_default="0"),  # asked for, in all
+    Column("pictures", Float, nullable=False, server_default="0"),  # asked for in all
     Column("pixel_steps", Float, nullable=False, server_default="0"),
 )
 keys = Table(
@@ -81,9 +81,9 @@ allowances = Table(
     meta,
     Column("key", ForeignKey("keys.name"), primary_key=True),
     Column("kind", String(16), primary_key=True),
-    Column("amount", Float, nullable=False),  # in so many seconds
+    Column("amount", Float, nullable=False),  # per period of so many seconds
     Column("period", Integer, nullable=False),
-    Column("since", Float, nullable=False),  # when the window began, and what was used in it
+    Column("since", Float, nullable=False),  # start of the window; used: the amount in it
     Column("used", Float, nullable=False),
 )
 pictures = Table(
@@ -92,7 +92,7 @@ pictures = Table(
     Column("id", String(32), primary_key=True),
     Column("job", ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False, index=True),
     Column("number", Integer, nullable=False),
-    Column("seed", String(20), nullable=False),  # 63 bits, which not all clients of JSON keep
+    Column("seed", String(20), nullable=False),  # 63 bits: more than a number in JSON keeps
     Column("width", Integer, nullable=False),
     Column("height", Integer, nullable=False),
     Column("created", Float, nullable=False, index=True),
@@ -135,12 +135,12 @@ UNFINISHED = (Status.QUEUED, Status.RUNNING)
 
 
 def timestamp() -> float:
-    """Return the seconds since 1970, as fine as a date can say."""
+    """Return the seconds since 1970, in whole microseconds as a datetime has them."""
     return round(time.time(), 6)
 
 
 def read_job(row: RowMapping, drawn: Sequence[RowMapping]) -> Job:
-    """Return the job of a row. drawn: the rows of its pictures, in order."""
+    """Return the job of a row. drawn: the rows of its pictures, in order of their numbers."""
     settings = loads(row["request"])
     status = Status(row["status"])
     return Job(
@@ -172,7 +172,7 @@ def read_job(row: RowMapping, drawn: Sequence[RowMapping]) -> Job:
 
 
 def loads(text: str) -> dict[str, Any]:
-    """Return a JSON object of ours; an empty one for a text that was damaged."""
+    """Return a JSON object that we wrote; an empty one if the text is damaged."""
     try:
         found = json.loads(text)
     except ValueError:
@@ -188,7 +188,7 @@ def _list(text: str) -> list[str]:
 
 
 def _progress(settings: dict[str, Any], count: int, done: int) -> Progress:
-    """Return the progress of a job that is over: steps asked for, times its pictures."""
+    """Return the progress of a job that is over, in steps of all its pictures."""
     sampler = SAMPLERS.get(settings.get("sampler", ""))
     steps = settings.get("steps") or (sampler.steps if sampler else 1)
     return Progress(step=steps * done, steps=steps * count)

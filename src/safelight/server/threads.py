@@ -1,4 +1,4 @@
-"""The threads in which a server waits for its database and its files, while others are served."""
+"""Threads that wait for the database and for files while the server serves others."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from safelight.server.database import reason
 from safelight.server.jobs import StorageError
 
 UNANSWERED = 20.0
-"""Seconds after which who asked is told that the database does not answer."""
+"""Seconds after which a caller is told that the database does not answer."""
 
 T = TypeVar("T")
 
 
 class Threads:
-    """Methods that call a function in a thread, and raise StorageError for what it waits for.
+    """Runs functions in threads; what goes wrong raises StorageError.
 
     local: whether files are on this machine.
     """
@@ -30,15 +30,15 @@ class Threads:
         self._local = local
 
     async def in_database(self, call: Callable[..., T], *given: Any) -> T:
-        """Call what asks the database, which may wait for a lock."""
+        """Call a function that asks the database, which may wait for a lock."""
         return await _called(self._database, call, *given)
 
     async def with_files(self, call: Callable[..., T], *given: Any) -> T:
-        """Call what also looks at files: those elsewhere may keep it waiting."""
+        """Call a function that also looks at files, which may take long if they are elsewhere."""
         return await _called(self._database if self._local else self._inputs, call, *given)
 
     async def with_inputs(self, call: Callable[..., T], *given: Any) -> T:
-        """Call what also writes pictures."""
+        """Call a function that also writes pictures."""
         return await _called(self._inputs, call, *given)
 
     def close(self) -> None:
@@ -50,7 +50,7 @@ async def _called(threads: Executor, call: Callable[..., T], *given: Any) -> T:
     try:
         async with asyncio.timeout(UNANSWERED):
             return await asyncio.get_running_loop().run_in_executor(threads, call, *given)
-    except TimeoutError:  # as of one that stands still with its connections open
+    except TimeoutError:  # such as a stopped database with open connections
         raise StorageError("the database of jobs does not answer") from None
     except OSError as error:
         raise StorageError(f"the data folder does not take it: {error.strerror}") from None

@@ -1,4 +1,4 @@
-"""The server's token: where it comes from, and whether a request carries it."""
+"""The server's token: read it, hide it, and compare a request's token with it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ MAX_LENGTH = 1024
 
 
 def read_token(argument: str | None, file: Path | None) -> tuple[str | None, bool]:
-    """Return the token of a file, of `--token`, or of the environment, in this order.
+    """Return the token and whether it was made here.
 
-    None if there is none; an empty one is none. `auto` makes one, and the second value is true
-    then: nobody knows it, unless it is told. It is taken out of the
-    environment, which processes that this one starts would inherit. Raises SafelightError for a
-    token that no client could send.
+    It is read from a file, from `--token` or from the environment, in this order; None if there is
+    none or it is empty. `auto` makes a random one, which nobody knows until it is shown. The
+    variable is removed from the environment, which child processes would inherit. Raises
+    SafelightError for a token that no client could send.
     """
     inherited = os.environ.pop(VARIABLE, None)
     if file is not None:
@@ -48,9 +48,9 @@ def read_token(argument: str | None, file: Path | None) -> tuple[str | None, boo
 
 
 def hide_argument(token: str | None) -> None:
-    """Start this program again without `--token` among its arguments, which all users can read.
+    """Restart this program without `--token` among its arguments, which all users can read.
 
-    The token goes through the environment, which this user alone can read.
+    The token goes through the environment, which only this user can read.
     """
     kept, given = without_token(sys.orig_argv)
     if token is None or given is None or token == AUTO or os.name == "nt":
@@ -59,7 +59,7 @@ def hide_argument(token: str | None) -> None:
 
 
 def without_token(arguments: list[str]) -> tuple[list[str], str | None]:
-    """Return arguments without `--token`, and its value; None if it is not there."""
+    """Return arguments without `--token`, and its value; None if it is absent."""
     kept: list[str] = []
     given, rest = None, iter(arguments)
     for argument in rest:
@@ -73,10 +73,10 @@ def without_token(arguments: list[str]) -> tuple[list[str], str | None]:
 
 
 def same(given: bytes, token: str) -> bool:
-    """Compare in constant time. Clients send letters beyond ASCII as UTF-8 or as Latin-1."""
+    """Compare tokens in constant time. Clients send non-ASCII letters as UTF-8 or as Latin-1."""
     well = hmac.compare_digest(given, token.encode("utf-8", "surrogateescape"))
     try:
         latin = token.encode("latin-1")
-    except UnicodeEncodeError:  # "?" in the place of a letter would be another token
+    except UnicodeEncodeError:  # replacing a letter by "?" would give another token
         return well
     return hmac.compare_digest(given, latin) | well

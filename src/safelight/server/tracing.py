@@ -1,9 +1,9 @@
 """OpenTelemetry traces: a span for each request, and for what a worker does with a job.
 
-Off unless OTEL_EXPORTER_OTLP_ENDPOINT, or the one of traces alone, says where to send them and the
-packages of the extra `tracing` are installed. The place in a trace goes with a job's row, as W3C's
-Trace Context writes it, so that one trace shows a job's way over machines. No span has words of a
-prompt, an address or an error, only names and numbers of ours.
+Tracing is off unless OTEL_EXPORTER_OTLP_ENDPOINT, or its variant for traces, says where to send
+spans and the packages of the extra `tracing` are installed. A job's row stores its place in a
+trace, in the form of W3C's Trace Context, so that one trace shows a job's way over machines. Spans
+contain no words of a prompt, no address and no error text, only names and numbers of ours.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ log = logging.getLogger("safelight.server")
 PLACES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
 FLUSH = 2.0
-"""Seconds that the last spans have to be sent, when a process ends."""
+"""Seconds that the last spans have to be sent when a process ends."""
 
 SHOWN = ("count", "steps", "sampler", "width", "height")
-"""Settings of a job that its span has."""
+"""The settings of a job that its span shows."""
 
 _tracer: Any = None
 _provider: Any = None
 
 
 def start(service: str, exporter: Any = None) -> None:
-    """Send spans from now on, if the variables ask for it. exporter: of a test, in their place."""
+    """Send spans from now on, if the variables ask for it. exporter: of a test, instead of them."""
     global _tracer, _provider
     off = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
     if exporter is None and (off or not any(os.environ.get(name) for name in PLACES)):
@@ -63,10 +63,10 @@ def start(service: str, exporter: Any = None) -> None:
 
 
 def stop() -> None:
-    """Send what is left, and no more."""
+    """Send the spans that are left, and stop."""
     global _tracer, _provider
     provider, _tracer, _provider = _provider, None, None
-    if provider is not None:  # a collector that is away would hold up the end
+    if provider is not None:  # a collector that is away must not delay the end
         last = threading.Thread(target=provider.shutdown, daemon=True)
         last.start()
         last.join(FLUSH)
@@ -78,7 +78,7 @@ def on() -> bool:
 
 
 def here() -> str | None:
-    """Return the place in the trace of what runs now, as a traceparent; None without one."""
+    """Return the current place in the trace, as a traceparent; None without a trace."""
     if _tracer is None:
         return None
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -97,8 +97,9 @@ def _context(traceparent: str | None) -> Any:
 
 
 class Telling:
-    """An exporter around another, which would tell of each try: says once that spans cannot be
-    sent, and that they can again.
+    """An exporter around another one, which would log each failed try.
+
+    This one logs once that spans cannot be sent, and once that they can again.
     """
 
     def __init__(self, exporter: Any) -> None:
@@ -106,7 +107,7 @@ class Telling:
         logging.getLogger("opentelemetry.exporter").setLevel(logging.CRITICAL)
 
     def export(self, spans: Any) -> Any:
-        """Send spans; they are lost if that fails."""
+        """Send spans; they are lost if this fails."""
         result = self._exporter.export(spans)
         away = result.name != "SUCCESS"
         if away and not self._away:
@@ -117,7 +118,7 @@ class Telling:
         return result
 
     def shutdown(self) -> None:
-        """Send no more."""
+        """Stop sending."""
         self._exporter.shutdown()
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
@@ -126,7 +127,7 @@ class Telling:
 
 
 class Traced:
-    """An ASGI application around another: a span for each request, which goes on a client's."""
+    """An ASGI application around another one: a span for each request, in the client's trace."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -145,7 +146,7 @@ class Traced:
             context=_context(parent),
             kind=SpanKind.SERVER,
             attributes={"http.request.method": method},
-            record_exception=False,  # its words may be a prompt's
+            record_exception=False,  # its text may quote a prompt
             set_status_on_exception=False,
         ) as span:
 
@@ -159,7 +160,7 @@ class Traced:
             try:
                 await self.app(scope, receive, reply)
             finally:
-                # By the route's pattern: paths have ids, and links tokens.
+                # By the route's pattern: paths contain ids, and links contain tokens.
                 route = getattr(scope.get("route"), "path", "")
                 if route:
                     span.set_attribute("http.route", route)
@@ -167,10 +168,10 @@ class Traced:
 
 
 class JobSpans:
-    """The spans of a worker's jobs; without traces it does nothing.
+    """The spans of a worker's jobs; without tracing it does nothing.
 
-    A job has one from when it was made to its end, and within it: queued; encode, the prompt and
-    what it starts from; and for each picture steps, decode and save. worker: its name.
+    A job's span lasts from when the job was made to its end. Within it are: queued; encode, for the
+    prompt and the input pictures; and for each picture steps, decode and save. worker: its name.
     """
 
     def __init__(self, worker: str) -> None:
@@ -179,7 +180,7 @@ class JobSpans:
         self._steps: dict[tuple[str, int], tuple[int, int]] = {}
 
     def claimed(self, claim: Claim) -> None:
-        """A job was taken in."""
+        """Begin the span of a job that was taken in."""
         if _tracer is None:
             return
         now = time.time_ns()
@@ -194,7 +195,7 @@ class JobSpans:
 
     @contextmanager
     def measured(self, name: str, job_id: str, picture: int | None = None) -> Iterator[None]:
-        """A span of what is done within."""
+        """Record a span of what is done inside the `with` block."""
         began = time.time_ns()
         try:
             yield
@@ -202,20 +203,20 @@ class JobSpans:
             self._span(job_id, name, began, time.time_ns(), picture)
 
     def stepped(self, job_id: str, picture: int, seconds: float) -> None:
-        """A picture took a step, of so many seconds, that has just ended."""
+        """Note that a picture has just taken a step, which took `seconds`."""
         if job_id in self._jobs:
             now = time.time_ns()
             began, _ = self._steps.get((job_id, picture), (now - round(1e9 * seconds), 0))
             self._steps[job_id, picture] = began, now
 
     def decoded(self, job_id: str, picture: int) -> None:
-        """A picture that took its last step before is decoded."""
+        """Record the spans of a picture's steps and of its decoding, which has just ended."""
         if (found := self._steps.pop((job_id, picture), None)) is not None:
             self._span(job_id, "steps", *found, picture)
             self._span(job_id, "decode", found[1], time.time_ns(), picture)
 
     def ended(self, job_id: str, why: str | None = None) -> None:
-        """A job is over. why: the code of its error, or what became of it; None if it is drawn."""
+        """End a job's span. why: the code of its error, or what became of it; None for success."""
         if (span := self._jobs.pop(job_id, None)) is None:
             return
         self._steps = {key: value for key, value in self._steps.items() if key[0] != job_id}
@@ -227,7 +228,7 @@ class JobSpans:
         span.end()
 
     def close(self) -> None:
-        """The worker ends: its jobs wait for others."""
+        """End the spans of all jobs: the worker ends, and they wait for others."""
         for job_id in list(self._jobs):
             self.ended(job_id, "put_back")
 

@@ -1,4 +1,4 @@
-"""A few places for work that takes a processor or memory; clients take turns at them."""
+"""A few places for work that takes processor time or memory; clients take turns at them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from contextlib import asynccontextmanager
 
 
 def usual_count() -> int:
-    """Return how many places suit this machine."""
+    """Return the usual number of places on this machine."""
     return max(2, min(4, os.cpu_count() or 2))
 
 
 class Turns:
-    """For one event loop. One client never has all places, so that it holds up no other's work."""
+    """Places for one event loop. No client ever has all, so none holds up all the others."""
 
     def __init__(self, count: int | None = None) -> None:
         self.count = count or usual_count()
@@ -24,7 +24,7 @@ class Turns:
 
     @asynccontextmanager
     async def turn(self, client: str) -> AsyncIterator[None]:
-        """Hold a place within."""
+        """Hold a place inside the `with` block."""
         await self.take(client)
         try:
             yield
@@ -32,7 +32,7 @@ class Turns:
             self.leave(client)
 
     async def take(self, client: str) -> None:
-        """Wait for a place, which `leave` gives back."""
+        """Wait for a place; give it back with `leave`."""
         if self._free(client):
             self._running[client] += 1
             return
@@ -46,7 +46,7 @@ class Turns:
             raise
 
     def leave(self, client: str) -> None:
-        """Give a place back, to the clients that wait for one in turn."""
+        """Give a place back, and pass free places to waiting clients in turn."""
         self._running[client] -= 1
         if not self._running[client]:
             del self._running[client]
@@ -54,7 +54,7 @@ class Turns:
             if not self._free(name):
                 continue
             queue = self._waiting[name]
-            while queue and queue[0].done():  # given up
+            while queue and queue[0].done():  # its caller gave up
                 queue.popleft()
             if queue:
                 self._running[name] += 1

@@ -1,4 +1,4 @@
-"""Pictures that were uploaded and not used yet: bounded by owner and in all, and cleaned up."""
+"""Uploaded pictures that no job has used yet: bounded by owner and in all, and cleaned up."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ log = logging.getLogger("safelight.server")
 
 OWN = 256 << 20
 ALL = 1 << 30
-"""Bytes that the uploads of one owner, and those of all, may take."""
+"""The most bytes of one owner's uploads, and of all uploads."""
 
 LEAST = 64 << 10
-"""Bytes that an upload counts at least: millions of empty ones would be a burden, too."""
+"""The least bytes that an upload counts for: millions of empty ones would be a burden, too."""
 
 FRESH = 3600.0
-"""Seconds for which an upload stays, whatever else needs its space: its page may still be open."""
+"""Seconds for which an upload is never removed to make room: its page may still be open."""
 
 OLD = 7 * 24 * 3600.0
-"""Seconds after which an upload is forgotten; what was drawn from it has a copy."""
+"""Seconds after which an upload is removed; jobs drawn from it have a copy."""
 
 _KEPT = re.compile(r"[0-9a-f]{32,128}")
 _COMING = re.compile(r"tmp[0-9a-z_]{8,10}")
-"""Names that Gradio gives: a digest for a folder of an upload, and one of `tempfile`. Whatever else
-is in the folder is not ours, and stays.
+"""Names that Gradio gives: a digest for an upload's folder, and one of `tempfile` while it is
+written. Everything else in the folder is not ours, and stays.
 """
 
 LONGEST = 64 << 20
-"""Bytes of an upload that does not say how long it is."""
+"""The bytes assumed for an upload that does not state its length."""
 
 
 class Uploads:
     """An ASGI application around the one that writes uploads to a folder.
 
-    While one is written its name begins with tmp; then it lies in a folder of its own.
+    While an upload is written, its name begins with tmp; then it gets a folder of its own.
     """
 
     def __init__(self, app: Any, folder: Path) -> None:
@@ -92,8 +92,10 @@ class Uploads:
             await send(message)
 
     def clean_up(self, seconds: float = 60.0) -> None:
-        """Remove what was broken off: tmp* that nobody writes to; beside other uploads, that
-        nobody has written to for so long.
+        """Remove uploads that were broken off.
+
+        These are tmp* files: all while no upload is in progress, otherwise those that nobody has
+        written to for `seconds`.
         """
         busy = sum(self._coming.values()) > 0
         for path in self._entries():
@@ -101,14 +103,17 @@ class Uploads:
                 _remove(path)
 
     def forget(self) -> None:
-        """Remove what was uploaded long ago, and what was broken off."""
+        """Remove old uploads, and those that were broken off."""
         self.clean_up()
         for path in self._entries():
             if _KEPT.fullmatch(path.name) and _age(path) > OLD:
                 _remove(path)
 
     def _make_room(self, owner: str, size: int) -> bool:
-        """Return whether an upload fits, after those that are not fresh went, the oldest first."""
+        """Remove uploads if room is needed, the oldest first; return whether a new one fits.
+
+        size: its bytes. Uploads that are still FRESH stay.
+        """
         while True:
             kept = [path for path in self._entries() if _KEPT.fullmatch(path.name)]
             coming = [path for path in self._entries() if _COMING.fullmatch(path.name)]
@@ -128,7 +133,7 @@ class Uploads:
             _remove(oldest)
 
     def _note(self, owner: str, held: list[Any]) -> None:
-        """Write down whose files these are, by Gradio's answer: a list of their paths."""
+        """Note the owner of uploaded files. held: Gradio's answer, a list of their paths."""
         try:
             paths = json.loads(b"".join(message.get("body", b"") for message in held))
         except ValueError:

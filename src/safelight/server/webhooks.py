@@ -1,7 +1,7 @@
-"""Tell others that a job has ended: a signed POST, tried again until it is taken.
+"""Webhooks: a signed POST that a job has ended, repeated until the receiver accepts it.
 
 The form is that of Standard Webhooks (standardwebhooks.com): the headers webhook-id,
-webhook-timestamp and webhook-signature, an HMAC-SHA256 of id.timestamp.body.
+webhook-timestamp and webhook-signature, which is an HMAC-SHA256 of id.timestamp.body.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ if TYPE_CHECKING:
 log = logging.getLogger("safelight.server")
 
 WAITS = (5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400)
-"""Seconds before each further try, as the standard advises: three days in all."""
+"""Seconds before each further try, as the standard advises; three days in all."""
 
 PATIENCE = 20.0
-"""Seconds that a receiver has to answer, its name's lookup and its connection included."""
+"""Seconds that a receiver has to answer, including the look-up of its name and the connection."""
 
 MOST, EACH = 16, 2
-"""Notices on the way at once, of all owners and of one: slow receivers hold up their own."""
+"""The most webhooks under way, of all owners and of one: slow receivers delay only their own."""
 
 LOOK = 30.0
-"""Seconds after which the database is looked at without being told of an end."""
+"""Seconds after which the database is searched for ended jobs that nobody reported."""
 
 MAX_URL = 2000
 
 
 class BlockedError(Exception):
-    """The address is not one that notices go to."""
+    """The address is one that webhooks are not sent to."""
 
 
 def check_url(url: Any, *, private: bool) -> str:
-    """Return a webhook's URL. Raises SafelightError for one that nothing could be sent to.
+    """Return a webhook's URL. Raises SafelightError for a URL that nothing can be sent to.
 
-    private: whether addresses of this machine and its networks are allowed. A name is looked up
-    when the notice is sent.
+    private: whether addresses of this machine and its networks are allowed. A host's name is looked
+    up only when the webhook is sent.
     """
 
     def wrong(why: str) -> SafelightError:
@@ -83,11 +83,11 @@ def check_url(url: Any, *, private: bool) -> str:
 
 
 def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Return whether an address is one of the open network, as what it stands for is."""
+    """Return whether an address is public, and so is an IPv4 address that it stands for."""
     if isinstance(address, ipaddress.IPv6Address):
         number = int(address)
         inner = address.ipv4_mapped or address.sixtofour
-        if address in ipaddress.ip_network("64:ff9b::/96"):  # a gateway's names for IPv4
+        if address in ipaddress.ip_network("64:ff9b::/96"):  # NAT64: stands for IPv4
             inner = ipaddress.IPv4Address(number & 0xFFFFFFFF)
         if inner is not None:
             return is_public(inner)
@@ -95,10 +95,10 @@ def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
 
 
 async def resolve(host: str, port: int, *, private: bool) -> list[str]:
-    """Return the addresses of a host. Raises BlockedError if one of them is not to be sent to.
+    """Return the addresses of a host. Raises BlockedError if one of them is not allowed.
 
-    What is connected to is what was looked at: a name that is looked up twice may lead elsewhere
-    the second time (DNS rebinding).
+    The caller connects to one of these checked addresses: a second look-up of the name could lead
+    elsewhere (DNS rebinding).
     """
     loop = asyncio.get_running_loop()
     found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -109,7 +109,7 @@ async def resolve(host: str, port: int, *, private: bool) -> list[str]:
 
 
 def body_of(job: Job) -> bytes:
-    """Return what is told of a job: how it ended, and where its pictures are."""
+    """Return the body of a job's webhook: how the job ended, and where its pictures are."""
     told = job.model_dump(mode="json", exclude={"settings", "progress", "pictures"})
     told["pictures"] = [
         {**one.model_dump(mode="json", exclude={"recipe"}), "url": f"/api/pictures/{one.id}"}
@@ -120,7 +120,7 @@ def body_of(job: Job) -> bytes:
 
 
 def signed(job: Job, body: bytes, secret: str, now: float) -> dict[str, str]:
-    """Return the headers of a notice. Its id is the same at each try."""
+    """Return the headers of a webhook. Its id is the same at each try."""
     ended = job.finished_at or job.created_at
     name, at = f"msg_{job.id}_{ended.timestamp():.6f}".replace(".", "_"), str(int(now))
     key = base64.b64decode(secret.removeprefix("whsec_"))
@@ -135,10 +135,10 @@ def signed(job: Job, body: bytes, secret: str, now: float) -> dict[str, str]:
 
 
 class Webhooks:
-    """Sends the notices of an outbox. For the event loop.
+    """Sends the webhooks of an outbox. For use in the event loop.
 
     private: whether they may go to addresses of this machine and its networks. Failures are logged
-    without the URL, which may have a secret in it.
+    without the URL, which may contain a secret.
     """
 
     def __init__(self, outbox: Outbox, *, private: bool = False) -> None:
@@ -155,7 +155,7 @@ class Webhooks:
         self._task = asyncio.ensure_future(self._run())
 
     async def stop(self) -> None:
-        """End; what was on the way is sent again after the next start."""
+        """End; webhooks under way are sent again after the next start."""
         tasks = [task for task in (self._task, *self._sending) if task is not None]
         for task in tasks:
             task.cancel()
@@ -164,7 +164,7 @@ class Webhooks:
             await self._client.aclose()
 
     def ended(self, job_id: str) -> None:
-        """Note that a job may have ended. Where nobody says so, it is seen within LOOK seconds."""
+        """Note that a job may have ended. Unreported ends are found within LOOK seconds."""
         self._ended.add(job_id)
         self._wake.set()
 
@@ -182,18 +182,18 @@ class Webhooks:
                     ids, self._ended = list(self._ended)[:100], set(list(self._ended)[100:])
                     await self._asked(self._outbox.ended, time.time(), ids)
                 await self._begin()
-            except StorageError:  # looked at again
+            except StorageError:  # tried again
                 look = 0.0
-            except Exception:  # this task is the only one that sends
+            except Exception:  # this task must go on: no other one sends
                 log.exception("webhooks cannot be sent")
             wait = 0.0 if self._ended else 1.0
-            # Of Python 3.11's wait_for a cancellation is lost that comes at the same moment.
+            # Python 3.11's wait_for loses a cancellation that comes at the same moment.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait or 0.01):
                     await self._wake.wait()
 
     async def _begin(self) -> None:
-        """Begin to send what is due, as much as may be on the way at once."""
+        """Begin to send the webhooks that are due, up to the most under way at once."""
         while len(self._sending) < MOST:
             counts = Counter(self._sending.values())
             busy = [owner for owner, count in counts.items() if count >= EACH]
@@ -228,7 +228,7 @@ class Webhooks:
             await self._asked(self._outbox.noticed, notice.job.id, now, due)
 
     async def _status(self, notice: Notice) -> str:
-        """Send a notice; return the status that it was answered with, or what came between."""
+        """Send a webhook; return the status of the answer, or what prevented one."""
         try:
             async with asyncio.timeout(PATIENCE):
                 return str(await self._post(notice))
@@ -238,14 +238,14 @@ class Webhooks:
             return "no answer"
         except StorageError:
             return "no secret"
-        except Exception as error:  # of the lookup, the connection, TLS, what was answered
+        except Exception as error:  # of the look-up, the connection, TLS or the answer
             return type(error).__name__
 
     async def _post(self, notice: Notice) -> int:
         import httpx2
 
         if self._client is None:
-            # Connections are not kept: one address may be that of several names.
+            # Connections are not kept: several names may share one address.
             self._client = await asyncio.to_thread(
                 lambda: httpx2.AsyncClient(
                     trust_env=False,
@@ -262,8 +262,8 @@ class Webhooks:
         body = body_of(notice.job)
         headers = {"host": url.netloc.decode("ascii"), "connection": "close"}
         headers |= signed(notice.job, body, secret, time.time())
-        address = addresses[(notice.tries - 1) % len(addresses)]  # another one at the next try
-        # The certificate has to be the name's, not the address's.
+        address = addresses[(notice.tries - 1) % len(addresses)]  # another address at the next try
+        # The certificate must be valid for the name, not for the address.
         request = self._client.build_request(
             "POST",
             url.copy_with(host=address),
@@ -272,7 +272,7 @@ class Webhooks:
             extensions={"sni_hostname": host},
         )
         answer = await self._client.send(request, stream=True)
-        await answer.aclose()  # what it says beyond its status is not read
+        await answer.aclose()  # only the status is read
         return answer.status_code
 
     async def _asked(self, call: Callable[..., Any], *given: Any) -> Any:

@@ -1,6 +1,6 @@
-"""News between a server and the workers of a fleet, over PostgreSQL's LISTEN and NOTIFY.
+"""Messages between a server and the workers of a fleet, by PostgreSQL's LISTEN and NOTIFY.
 
-They may be lost: jobs and pictures are in the database, and who waits for them looks there.
+Messages may be lost: jobs and pictures are in the database, and waiting callers look there.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from safelight.server.database import CONNECTING, open_engine
 log = logging.getLogger("safelight.server")
 
 TO_SERVER, TO_WORKERS = "safelight_server", "safelight_workers"
-"""The channels."""
+"""The names of the two channels."""
 
 PIECE = 7000
-"""Bytes of a notification, which PostgreSQL bounds at 8,000: longer messages come in pieces."""
+"""The most bytes of a piece. PostgreSQL's limit is 8,000; longer messages are cut to pieces."""
 
 MOST = 1 << 20
-"""Bytes of a message. None of ours is longer."""
+"""The most bytes of a message. None of ours is longer."""
 
 SLOWLY = 0.25
-"""Seconds between two times that progress and previews are sent. Other news go at once."""
+"""Seconds between two times that progress and previews are sent. Other messages go at once."""
 
 SLOW = ("progress", "preview")
 
 
 class Wire:
-    """One end. url: as SQLAlchemy has it. hears, tells: the channels.
+    """One end of the connection. url: in SQLAlchemy's form. hears, tells: the channels.
 
-    on_message(kind, rest) and on_open() are called in a thread: for a message of the other end,
-    and each time that the connection is there again, before which messages may have been lost.
+    on_message(kind, rest) and on_open() are called in a thread: for a message of the other end, and
+    each time the connection is made anew, before which messages may have been lost.
     """
 
     def __init__(
@@ -64,12 +64,13 @@ class Wire:
         self._thread = threading.Thread(target=self._run, name="wire", daemon=True)
 
     def start(self) -> None:
-        """Connect, again and again until closed."""
+        """Connect, and reconnect until closed."""
         self._thread.start()
 
     def send(self, *message: Any) -> None:
-        """Send a message soon; it is lost if the database is away. Of news of one kind about one
-        job only the last ones are sent.
+        """Send a message soon; it is lost if the database is away.
+
+        Of several messages of one slow kind about one job, only the last is sent.
         """
         kind = message[0]
         slow = kind in SLOW
@@ -84,7 +85,7 @@ class Wire:
             self._ring()
 
     def close(self) -> None:
-        """Send what is left, and end."""
+        """Send the messages that are left, and end."""
         self._closed = True
         self._ring()
         if self._thread.is_alive():
@@ -163,18 +164,18 @@ class Wire:
 
 
 class _Pieces:
-    """Puts messages together again. The pieces of one come in order and without others between."""
+    """Joins pieces to messages. The pieces of one message come in order, with none in between."""
 
     def __init__(self) -> None:
         self._head = ""
         self._got: list[str] = []
 
     def whole(self, payload: str) -> str | None:
-        """Return a message with its last piece, None before."""
+        """Return a message with its last piece, and None for earlier pieces."""
         head, number, count, piece = payload.split(" ", 3)
         if int(number) == 0:
             self._head, self._got = head, []
         if head != self._head or len(self._got) != int(number):
-            return None  # the connection was made in the middle
+            return None  # the connection was made in the middle of a message
         self._got.append(piece)
         return "".join(self._got) if len(self._got) == int(count) else None

@@ -1,4 +1,4 @@
-"""What an answer may say: short, and without a path of this machine."""
+"""The wording of answers: short, and without a path of this machine."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import re
 from pathlib import Path
 
 MAX_ERROR = 1000
-"""Characters of an error's line. What it repeats of a request is at most 200 of them."""
+"""The most characters of an error's line. At most 200 of them repeat text of a request."""
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-"""Methods of HTTP that figures and traces name. Strangers may send any word."""
+"""The HTTP methods that metrics and traces name. Strangers may send any word."""
 
 _HIDDEN: list[str] = []
 
 
 def hide(*paths: str | Path) -> None:
-    """Leave these paths out of what `public` returns from now on."""
+    """Hide these paths in what `public` returns from now on."""
     found = {str(Path(path).resolve()) for path in paths} | {str(path) for path in paths}
     _HIDDEN[:] = sorted({*_HIDDEN, *(path for path in found if len(path) > 1)}, key=len)[::-1]
 
 
 def public(text: str) -> str:
-    """Return the line of an error as a stranger may read it."""
+    """Return an error's line in a form that strangers may read."""
     home = os.path.expanduser("~")  # noqa: PTH111 - Path.home raises where there is none
     for path in (*_HIDDEN, home, str(Path(__file__).parents[2])):
         if len(path) > 1 and path in text:
@@ -31,11 +31,11 @@ def public(text: str) -> str:
 
 
 def clipped(text: object, length: int = 100) -> str:
-    """Return the beginning of what a client sent, on one line."""
+    """Return the beginning of a client's text, on one line."""
     shown = _whole(" ".join(str(text)[: length + 1].split()))
     return shown if len(shown) <= length else f"{shown[:length]}…"
 
 
 def _whole(text: str) -> str:
-    """Return a text without halves of character pairs, which no answer can be written with."""
+    """Return a text without lone surrogates, which no answer can contain."""
     return text.encode("utf-8", "replace").decode()

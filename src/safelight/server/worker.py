@@ -1,6 +1,6 @@
 """The worker: a process that holds models, claims jobs, draws, and commits pictures.
 
-It may be killed at any moment. The next one draws again what it had not committed.
+It may be killed at any moment. The next worker draws again what was not committed.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ PREVIEW_EVERY = 0.2
 """Seconds between two previews of a picture."""
 
 LOOK = 0.05
-"""While it draws: seconds that jobs are taken in between two steps, and seconds until the queue is
-looked into again that had nothing to take in."""
+"""While it draws: the most seconds for taking in jobs between two steps, and seconds until an empty
+queue is looked into again."""
 
 LOADING = 0.05
-"""Seconds between two looks whether a model was loaded, while nothing is drawn."""
+"""Seconds between two checks whether a model was loaded, while nothing is drawn."""
 
 
 class Worker(Holder):
@@ -52,8 +52,8 @@ class Worker(Holder):
         self._pulse.loaded()
 
     def run(self) -> None:
-        """Draw until told to stop, or until the server's own model is not what was loaded."""
-        while not (self._started or self._stopping):  # until the server has tidied up
+        """Draw until told to stop, or until the files of the server's own model have changed."""
+        while not (self._started or self._stopping):  # wait until the server has tidied up
             self._on_messages(1.0)
         threading.Thread(target=self._keep_claims, name="leases", daemon=True).start()
         while not (self._stopping or self._spoilt or self._drained):
@@ -68,7 +68,7 @@ class Worker(Holder):
                 self._claim()
             self._step()
         self._over.set()
-        # What cannot be put back the server does, now or when it starts again.
+        # What cannot be put back here the server puts back, now or at its next start.
         self._put_back(self._unclaimed + self._claims)
         self._models.close()
         self._store.close()
@@ -80,7 +80,7 @@ class Worker(Holder):
 
     def _check(self) -> bool:
         one = self._models.latest
-        if one is None:  # the first step comes when it is loaded
+        if one is None:  # there is no model to step with yet
             return True
         try:
             return one.engine.check()
@@ -95,7 +95,7 @@ class Worker(Holder):
             return None, str(error)
 
     def _note(self, model: str | None, error: Exception | None) -> None:
-        """Remember that a model's files are others by now: no job would be spared."""
+        """Remember if a model's files have changed: all of its jobs would fail."""
         if getattr(error, "code", None) != "weights_changed":
             return
         name = self._name(model)
@@ -105,7 +105,7 @@ class Worker(Holder):
             self._changed.add(name)
 
     def _drop_changed(self) -> None:
-        """Let go of models whose files are others by now; their jobs wait until they are loaded."""
+        """Drop models whose files have changed; their jobs wait until they are loaded again."""
         for name in self._changed:
             for held in [one for one in self._held.values() if one.loaded.name == name]:
                 self._drop(held.claim.id)
@@ -116,7 +116,7 @@ class Worker(Holder):
         self._changed.clear()
 
     def _load(self) -> None:
-        """Begin the jobs whose model is loaded by now, and to load the next one that is awaited."""
+        """Begin the jobs whose model is loaded now, then begin to load the next model needed."""
         arrived = self._models.arrived()
         if arrived is not None:
             self._begin_coming(*arrived)
@@ -125,14 +125,14 @@ class Worker(Holder):
         name, drawing = self._name(self._coming[0].model), self._drawing
         if self._models.get(name) is not None:
             self._begin_coming(name, None)
-        elif self._models.room_for(name, drawing):  # LoRAs may have taken it meanwhile
+        elif self._models.room_for(name, drawing):  # LoRAs may have taken the room
             try:
                 self._models.begin(name, drawing)
             except SafelightError as error:
                 self._begin_coming(name, error)
 
     def _begin_coming(self, name: str, error: SafelightError | None) -> None:
-        """Begin the jobs that waited for a model, or fail them if it cannot be loaded."""
+        """Begin the jobs that waited for a model, or fail them if it could not be loaded."""
         mine = [claim for claim in self._coming if self._name(claim.model) == name]
         self._coming = [claim for claim in self._coming if claim not in mine]
         for claim in mine:
@@ -146,12 +146,12 @@ class Worker(Holder):
 
     @property
     def _in_use(self) -> set[str]:
-        """The models of all jobs that are in the making, or will be when theirs is loaded."""
+        """The models of all jobs that are being drawn, or wait for their model."""
         return self._drawing | {self._name(claim.model) for claim in self._coming}
 
     @property
     def _drawing(self) -> set[str]:
-        """The models that draw, or still decode a picture of a job that was cancelled."""
+        """The models that draw, or still decode a picture of a cancelled job."""
         return {held.loaded.name for held in self._held.values()} | {
             one.name for one in self._models.busy
         }
@@ -163,14 +163,14 @@ class Worker(Holder):
             held.loaded.engine.drop(job_id)
 
     def _claim(self) -> None:
-        """Take in jobs until there are none, or until the next one has to wait."""
+        """Take in jobs until the queue is empty, or the next job has to wait."""
         models, began = self._models, time.monotonic()
         if models.busy and not self._woken and began - self._looked < LOOK:
             return
         while not (self._alone or self._stopping or self._draining or self._full):
             if models.busy and time.monotonic() - began > LOOK:
                 return
-            # When the turn of a job comes whose model has no room, others wait, until it has.
+            # If the next job's model has no room, all others wait until it has.
             if self._awaited and not models.room_for(self._awaited, self._in_use):
                 return
             self._awaited = None
@@ -182,7 +182,7 @@ class Worker(Holder):
                 self._awaited = name
                 self._unclaimed.append(claim)
                 return
-            self._forget(claim.id)  # of before it was cancelled and retried
+            self._forget(claim.id)  # left from before it was cancelled and retried
             self._spans.claimed(claim)
             self._alone = claim.suspect
             if models.get(name) is None:
@@ -196,20 +196,20 @@ class Worker(Holder):
 
     @property
     def _most(self) -> int:
-        """The most jobs that it takes in at once, but for short ones and those of other owners."""
+        """The most jobs taken in at once, not counting shorter jobs and jobs of other owners."""
         latest = self._models.latest
         if not self._elsewhere or latest is None:
             return JOBS
         return min(JOBS, max(FEWEST, latest.engine.rows))
 
     def _next(self) -> Claim | None:
-        """Return the next job; None if there is none, or none can be read now."""
+        """Return the next job; None if there is none, or the database cannot be read now."""
         models, held = self._models, self._held.values()
         try:
             claim = self._store.claim(
                 self._id,
                 alone=not self._claims,
-                # A second makes up for the rows that it takes to run.
+                # A second of waiting makes up for the rows that the network computes in it.
                 ageing=models.rows_a_second,
                 cheaper_than=bound(held, self._most),
                 held={claim.owner for claim in self._claims},
@@ -229,7 +229,7 @@ class Worker(Holder):
         return claim
 
     def _begin(self, claim: Claim) -> bool:
-        """Take a job in. Returns False if it has to wait, since it cannot be read now."""
+        """Take in a job. Returns False if it has to wait because it cannot be read now."""
         one = self._models.get(self._name(claim.model))
         assert one is not None
         try:
@@ -265,7 +265,10 @@ class Worker(Holder):
         return True
 
     def _inputs(self, claim: Claim) -> list[Any]:
-        """Return what a job starts from, None for none, and remove what was left of it before."""
+        """Return a job's picture and mask, None for each it lacks.
+
+        Pictures of it that another worker wrote without a row are removed first.
+        """
         if claim.left:
             self._files.remove_pictures(claim.left)
         return [
@@ -276,7 +279,7 @@ class Worker(Holder):
     # --- drawing ---------------------------------------------------------------------------------
 
     def _step(self) -> None:
-        """Let the model whose turn it is take a step, and take the pictures that are finished."""
+        """Let the model whose turn it is take a step, and collect finished pictures."""
         first = self._models.turn()
         for one in self._models.busy:
             began = time.monotonic()
@@ -284,14 +287,14 @@ class Worker(Holder):
                 moved = one.engine.step()
                 one.used = time.monotonic()
                 one.spent += one.used - began
-            elif not one.engine.tickets:  # its pictures are decoded beside
+            elif not one.engine.tickets:  # it only decodes, beside the steps of others
                 moved = one.engine.step() if first is None else one.engine.step(listen=0)
             else:
                 continue
             self._see(*moved, seconds=time.monotonic() - began)
 
     def _see(self, stepped: list[Any], finished: list[Any], *, seconds: float) -> None:
-        """Tell of the steps that were taken, of so many seconds, and keep what is finished."""
+        """Report steps that took `seconds`, and store the pictures that are finished."""
         moved: dict[str, Held] = {}
         for ticket in stepped:
             self._spans.stepped(ticket.tag, ticket.index, seconds)
@@ -304,7 +307,7 @@ class Worker(Holder):
             self._tell("progress", held)
         for ticket in finished:
             self._spans.decoded(ticket.tag, ticket.index)
-            # Its job may have ended by another picture's error.
+            # The error of another picture may have ended its job.
             if ticket.tag in self._held:
                 self._picture(self._held[ticket.tag], ticket)
 
@@ -329,7 +332,7 @@ class Worker(Holder):
             self._end(held.claim, held.warnings, None)
 
     def _again(self, held: Held, seed: int, error: Exception) -> tuple[Any, Exception | None]:
-        """Draw a picture that came out as NaN once more, in float32."""
+        """Draw a picture that came out as NaN again, in float32."""
         precision = held.loaded.model.precision
         if precision == "float32":
             return None, error
@@ -338,7 +341,7 @@ class Worker(Holder):
             made = precise.generate(held.request.replace(seed=seed, count=1))
         except SafelightError as problem:
             return None, error if problem.code == "out_of_memory" else problem
-        except (MemoryError, RuntimeError) as problem:  # of loading
+        except (MemoryError, RuntimeError) as problem:  # raised by loading
             if not out_of_memory(problem):
                 raise
             return None, error
@@ -350,12 +353,12 @@ class Worker(Holder):
         if now - held.previewed < PREVIEW_EVERY or ticket.job.done:
             return
         if decodes_previews(held.loaded.model) and held.loaded.engine.decoding:
-            return  # both would pack the layers of one autoencoder
+            return  # both would pack layers of the same autoencoder
         held.previewed = now
         job, model, ended = ticket.job, held.loaded.model, time.time()
         try:
             both = job.clean, job.view
             shown = [encoded_preview(model, latents, job.size) for latents in both]
         except (SafelightError, MemoryError, RuntimeError):
-            return  # NaN, or too large: whether there is a picture is seen in the end
+            return  # NaN, or out of memory: the end shows whether there is a picture
         self._pipe.send(("preview", held.claim.id, ticket.index, *shown, ended))

@@ -27,7 +27,7 @@ _WHOLE = Image.Resampling.NEAREST
 def turn(
     values: Sequence[Any], decoders: Decoders, client: str
 ) -> AbstractAsyncContextManager[None]:
-    """Return the client's turn to hold the editor's pictures, decoded; none is needed without."""
+    """Return the client's turn to hold the editor's decoded pictures; empty without a picture."""
     picture = values[-2]
     empty = picture is None or picture.background is None
     return nullcontext() if empty else decoders.handling.turn(client)
@@ -36,8 +36,9 @@ def turn(
 async def read_easel(values: Sequence[Any], decoders: Decoders, client: str) -> list[Any]:
     """Return the values of all fields with the editor's pictures decoded.
 
-    In the place of the editor's value stand its background, as RGB and alpha channel, and a list of
-    its layers' alpha channels; None without a background. client: who asks. Raises SafelightError.
+    The editor's value is replaced by its background (RGB and alpha channel) and a list of its
+    layers' alpha channels, or by None without a background. client: who asks. Raises
+    SafelightError.
     """
     *others, picture, enlarged = values
     if picture is None or picture.background is None:
@@ -52,7 +53,7 @@ async def read_easel(values: Sequence[Any], decoders: Decoders, client: str) -> 
 
 
 async def read_file(decoders: Decoders, function: str, path: str | Path, client: str) -> Any:
-    """Return what a function of `caged`, or another by its full name, makes of an uploaded file."""
+    """Return the result of a function of `caged`, or of "module:name", for an uploaded file."""
     if Path(path).stat().st_size > MAX_BODY:
         raise SafelightError(f"the picture must have at most {MAX_BODY >> 20} MiB")
     data = [await asyncio.to_thread(Path(path).read_bytes)]

@@ -26,7 +26,7 @@ _NAMES = {"ddpm": "DDPM", "dpmpp_2s": "DPM++ 2S", "deis": "DEIS", "tcd": "TCD"}
 
 
 def sampler_choices() -> list[tuple[str, str]]:
-    """Label and name of each sampler, such as ("DPM++ 2M (dpmpp_2m)", "dpmpp_2m")."""
+    """Return label and name of each sampler, such as ("DPM++ 2M (dpmpp_2m)", "dpmpp_2m")."""
     return [
         (f"{one.a1111 or _NAMES.get(name, name)} ({name})", name) for name, one in SAMPLERS.items()
     ]
@@ -146,7 +146,7 @@ class Form:
         self.further = [made[name] for name in settings]
         self.fast = made["fast"]
         self.levelled = [self.sampler, self.steps, made["guidance_start"]]
-        """The fields that a level of `fast` changes; see `level_of`. What they show is drawn."""
+        """The fields that a level of `fast` sets; see `level_of`. What they show is drawn with."""
         self._partly = [s for s in settings.values() if s.about.some_models]
         self.adapted = [
             *(self.prompt, self.width, self.height),
@@ -167,7 +167,7 @@ class Form:
                 transforms=(),
                 layers=False,
                 brush=gr.Brush(default_size=40, colors=["#ff5a36"], color_mode="fixed"),
-                eraser=gr.Eraser(default_size=40),  # its own is a fiftieth of the picture
+                eraser=gr.Eraser(default_size=40),  # Gradio's default is a fiftieth of the picture
                 height=460,
                 elem_id="easel",
             )
@@ -179,8 +179,10 @@ class Form:
         self.die.click(lambda: str(draw_seed()), outputs=self.seed, show_progress="hidden")
 
     def looks(self, suits: Suits, fast: int = 0) -> list[dict[str, Any]]:
-        """Return how each of `adapted` looks for a model, as keywords of gr.update; the size and
-        where guidance begins and ends with the model's own value at a level of `fast`.
+        """Return how each field of `adapted` looks for a model, as keywords of gr.update.
+
+        Width and height get 0, the model's own size. Where guidance begins and ends gets the
+        model's values at a level of `fast`.
         """
         first = suits.first(fast=fast)
         shown = {"value": 0, "visible": not suits.fixed_size}
@@ -204,12 +206,12 @@ class Form:
 
     @staticmethod
     def level_of(suits: Suits, fast: Any) -> list[Any]:
-        """Return the values of `levelled` for a model. Raises SafelightError for no level."""
+        """Return the values of `levelled` for a model. Raises SafelightError for a bad level."""
         asked = suits.first(fast=fast)
         return [asked.sampler, _steps(asked), asked.guidance_start]
 
     def filled(self, values: Sequence[Any], suits: Suits) -> list[Any]:
-        """Return updates of `fields`: values, and how those look that differ between models."""
+        """Return updates of `fields`: their values, and the looks of those that differ by model."""
         looks = {id(one): look for one, look in zip(self.adapted, self.looks(suits), strict=True)}
         return [
             gr.update(**looks[id(one)] | {"value": value}) if id(one) in looks else value
@@ -319,9 +321,9 @@ def empty(prompt: Any) -> bool:
 
 
 def says_more(settings: dict[str, Any]) -> bool:
-    """Return whether a recipe has settings of `Form.words` that are not as at first.
+    """Return whether a recipe changes settings of `Form.words`.
 
-    The tokens are counted by those fields, and a section that was never open has none on the page.
+    Those fields count the tokens, and a section that was never open has no fields on the page.
     """
     known = settings_of(Request)
     return any(settings.get(n) and settings[n] != known[n].default for n in _WORDS)

@@ -137,7 +137,8 @@ class Inside:
             "",
             gr.skip(),
         )
-        # With this option explain draws choices: those of a finished picture are drawn already.
+        # With this option explain draws choices. A finished picture's choices are already in its
+        # prompt.
         drawn = settings.get("dynamic_prompts")
         wildcards = {"wildcards": self._hub.settings.wildcards_dir if drawn else None}
         command = await Command.start(

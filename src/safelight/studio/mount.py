@@ -47,8 +47,8 @@ _ASKED = re.compile(
     r"|upload_progress|startup-events|app_id|file=(?!http).+))?)?"
 )
 SESSIONS = 40
-"""The most pages whose state Gradio keeps, those used last: each takes a third of a megabyte. All
-that an older one loses is which seed it drew last.
+"""The most pages whose state Gradio keeps, the ones used last; each takes a third of a megabyte. An
+older page loses only the seed that it drew last.
 """
 
 UPLOADS = "uploads"
@@ -176,7 +176,7 @@ def _build(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> tuple[Any,
     """Return the application that serves the page, and Gradio's page."""
     # Gradio reads this when it is imported; it switches off its telemetry.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    # The default is in /tmp: for ever, under a name that another user may have taken.
+    # Gradio's default is a folder in /tmp that is never cleaned, and that another user may own.
     os.environ["GRADIO_TEMP_DIR"] = str(hub.root / UPLOADS)
     from fastapi import FastAPI
     from gradio import mount_gradio_app, processing_utils, queueing, route_utils, routes
@@ -204,8 +204,8 @@ def _build(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> tuple[Any,
         max_file_size="64mb",
         **LOOK,
     )
-    # It holds one of the six connections that a browser has to one host, for each tab; what it is
-    # for, that a closed page's state goes, state_session_capacity does.
+    # Each tab's heartbeat would hold one of the six connections that a browser has to a host. It
+    # ends the state of closed pages, which state_session_capacity does here.
     page.config["connect_heartbeat"] = False
     return mounted, page
 
@@ -215,7 +215,7 @@ async def _not_fetched(url: str, *_: Any, **__: Any) -> str:
 
 
 class _Logged:
-    """Gradio's `traceback`: an exception's words may quote a prompt, and stderr has no limit."""
+    """Replaces Gradio's `traceback`: an exception may quote a prompt, and stderr has no limit."""
 
     def print_exc(self, *_: Any) -> None:
         log.exception("an event of the page failed")
@@ -225,16 +225,16 @@ class _Logged:
 
 
 def _kept(root: Path, path: str, caller: Caller) -> Response:
-    """Return a file that the page shows: the caller's own of explain or compare, or a training's.
+    """Return a file that the page shows: of explain or compare only the caller's own.
 
-    A training is the server's: it has no prompt.
+    Files of a training are the server's: they contain no prompt.
     """
     name = path.removeprefix(KEPT_AT)
     found = _SHOWN.fullmatch(name)
     foreign = found and found[1] and caller.sees and f"/{folder_of(caller)}/" not in name
     if not found or foreign or not (root / name).is_file():
         return PlainTextResponse("there is no such file\n", 404)
-    # A page of explain has its own policy; this header takes it out of our origin.
+    # A page of explain has a policy of its own; this header separates it from our origin.
     return FileResponse(root / name, headers={"content-security-policy": "sandbox allow-scripts"})
 
 

@@ -131,7 +131,7 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
             return [
                 gr.Tabs(selected="make"),
                 gr.Accordion(open=True),
-                # The styles that are in the form are put around it again.
+                # Without the styles: those in the form are applied again.
                 picture.recipe.get("template", picture.recipe["settings"]).get("prompt", ""),
                 picture.width,
                 picture.height,
@@ -169,11 +169,12 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
             shown.use(use, None, used, **quiet)
             shown.inside(look, None, [tabs, *inside.outputs], concurrency_limit=None, **quiet)
         suited = [form.problem, inside.steps, *form.best, *form.adapted]
-        # Of several models that are chosen while one is looked at, the last counts.
+        # If several models are chosen in a row, the last one counts.
         model.choose(choose, [model, form.fast], suited, trigger_mode="always_last", **quiet)
         dropped.change(read, [dropped, model], [find_told, *settled], **quiet)
-        # Any new value loads the gallery. In the page alone: of two events that begin at once, the
-        # answer to the second may be lost by Gradio's client, which closes their one stream.
+        # Any new value loads the gallery. This runs in the browser alone: if two events begin at
+        # once, Gradio's client may lose the answer to the second when it closes their shared
+        # stream.
         find.select(None, None, found, js="() => String(Math.random())")
         training.select(train.look, None, train.outputs, show_progress="hidden")
     return page
@@ -227,7 +228,7 @@ def _make(hub: Hub, model: Any, suits: Suits, decoders: Decoders) -> tuple[forms
         show_progress="hidden",
         trigger_mode="always_last",
     )
-    used = gr.State(form.seed.value)  # all pages begin with this one, which nobody chose
+    used = gr.State(form.seed.value)  # every page begins with this one, which nobody chose
     for event in (form.draw.click, form.prompt.submit):
         event(
             submit,

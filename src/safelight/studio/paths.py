@@ -9,5 +9,5 @@ KEPT_AT = f"{PATH}/kept/"
 
 
 def folder_of(caller: Caller) -> str:
-    """Return the name of the folder that what a caller has drawn for the page is kept in."""
+    """Return the name of the folder for what a caller draws on the page."""
     return hashlib.sha256(caller.owner.encode()).hexdigest()[:16]

@@ -14,7 +14,7 @@ from safelight.server.caged import exif_comment
 from safelight.server.decoder import Sent
 
 _PLAIN = ("", "normal", "automatic", "uniform")
-"""Names that others give a model's own schedule."""
+"""Other programs' names of a model's own schedule."""
 
 _SETTINGS = {
     "Sampler": "sampler",
@@ -26,27 +26,27 @@ _SETTINGS = {
     "Clip skip": "clip_skip",
     "Eta": "eta",
 }
-"""The settings that AUTOMATIC1111's pairs stand for."""
+"""Our settings, by AUTOMATIC1111's names of them."""
 
 _APART = (
     *("Model", "Model hash", "VAE", "VAE hash", "Hashes", "Lora hashes", "TI hashes"),
     *("Version", "Prompt syntax", "Emphasis"),
 )
-"""Pairs that are no settings, or are read apart."""
+"""Names that are not settings, or are read elsewhere."""
 
 
 def settings_in(sent: Sent, name: str) -> dict[str, Any]:
-    """Return `recipe_settings` of a file's bytes, for a decoder's process. name: is not used."""
+    """Return `recipe_settings` of a file's bytes, for a decoder's process. name: not used."""
     return recipe_settings(sent.take())
 
 
 def recipe_settings(source: str | Path | bytes) -> dict[str, Any]:
     """Return the settings of a Request that the picture stores.
 
-    Reads Safelight's recipes, AUTOMATIC1111's text and ComfyUI's graph. A pair of AUTOMATIC1111's
-    that is no setting keeps its name. Raises SafelightError for a picture without any of them.
+    Reads Safelight's recipes, AUTOMATIC1111's text and ComfyUI's graph. An entry of AUTOMATIC1111's
+    text that is no setting keeps its name. Raises SafelightError for a picture without any of them.
     """
-    # Bytes, for the uploaded file's name means nothing to the user.
+    # Read bytes, so that errors do not show the uploaded file's name, which the user does not know.
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
     try:
         recipe = read_recipe(data)
@@ -62,7 +62,7 @@ def recipe_settings(source: str | Path | bytes) -> dict[str, Any]:
         name: pairs[pair] for pair, name in _SETTINGS.items() if pair in pairs
     }
     found = _settings(recipe["prompt"], recipe["negative_prompt"], given)
-    # Safelight names a syntax that is not its own usual one.
+    # Safelight names the prompt syntax only if it is not "plain".
     ours = pairs.get("Version", "").startswith("Safelight ")
     found["prompt_syntax"] = pairs.get("Prompt syntax", "plain" if ours else "a1111")
     if "Emphasis" in pairs:
@@ -109,7 +109,7 @@ def _graph(data: bytes) -> dict[str, Any] | None:
 def _settings(prompt: str, negative_prompt: str, given: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative_prompt}
     known = sampler_and_schedule(str(given["sampler"]))
-    # An unknown one stays, so that the form can report it.
+    # An unknown sampler stays, so that the form can report it.
     found["sampler"], joined = known or (given["sampler"] or None, "")
     schedule = str(given["schedule"]).lower() or joined
     found["schedule"] = None if schedule in _PLAIN else schedule

@@ -1,7 +1,7 @@
-"""Sessions of the page: each is its owner's, who has a share of them; a client has one of events.
+"""Limits of the page's sessions and events: by owner, by client, and in all.
 
-Gradio knows a session by the name that its page made up, keeps the messages of the last 2,000 of
-them, and has one line of events for all clients.
+Gradio identifies a session by a name that its page made up, keeps the messages of the last 2,000
+sessions, and has one queue of events for all clients.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from safelight.server.bodies import RefusedError
 from safelight.server.callers import caller_of
 
 MAX_SESSIONS = 200
-"""Sessions of one owner that are kept; its oldest goes first."""
+"""The most sessions of one owner; the owner's oldest one is dropped first."""
 
 MAX_KNOWN = 1900
-"""Sessions in all: fewer than Gradio keeps, so that it never drops one of its own accord."""
+"""The most sessions in all: fewer than Gradio keeps, so that Gradio never drops one itself."""
 
 MAX_EVENTS = 16
-"""Events of one client at once, waiting or running: of MAX_RUNNING of all."""
+"""The most events of one client, waiting or running; all clients together may run MAX_RUNNING."""
 
 MAX_RUNNING = 256
 
@@ -28,14 +28,15 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class Sessions:
-    """queue: Gradio's queue of events."""
+    """Checks sessions and events. queue: Gradio's queue of events."""
 
     def __init__(self, queue: Any) -> None:
         self._queue = queue
         self._owners: OrderedDict[str, str] = OrderedDict()
 
     def check(self, session: Any, owner: str) -> None:
-        """Raise RefusedError for a session of another owner; forget sessions that are too many.
+        """Raise RefusedError if a session is another owner's; drop the oldest ones beyond the
+        limits.
 
         owner: `Caller.owner`, so that a page with a key may change its address.
         """
@@ -62,7 +63,7 @@ class Sessions:
     def _one_too_many(self, owner: str) -> str | None:
         if sum(name == owner for name in self._owners.values()) > MAX_SESSIONS:
             return next(one for one, name in self._owners.items() if name == owner)
-        if len(self._owners) > MAX_KNOWN:  # of the owner that has most
+        if len(self._owners) > MAX_KNOWN:  # drop one of the owner with the most sessions
             most = Counter(self._owners.values()).most_common(1)[0][0]
             return next(one for one, name in self._owners.items() if name == most)
         return None

@@ -1,4 +1,4 @@
-"""What suits a model, as the form shows it: its size, its defaults, the settings that it reads."""
+"""What suits a model, for the form: its size, its defaults, and the settings that it reads."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from safelight.weights.plan import Plan
 
 NATIVE = "0: the model's own"
 SIZE = (512, 512)
-"""Taken for the own size of a model of which nothing is known."""
+"""The size, width and height, of a model of which nothing is known."""
 
 EXAMPLE = "three teddy bears on a yellow background"
-"""The prompt that the empty box shows, and that is drawn if the box stays empty."""
+"""The prompt that an empty box shows, and that is drawn if it stays empty."""
 
 
 async def suits_of(hub: Hub, model: str | None) -> Suits:
-    """Return what suits a model of a server. Raises SafelightError if it has none of that name."""
+    """Return what suits a model. Raises SafelightError if the server has no model of that name."""
     if not isinstance(model, str | None):  # events come from strangers
         raise SafelightError("model must be the name of a model", field="model")
     name = await hub.find_model(model)
@@ -33,11 +33,11 @@ async def suits_of(hub: Hub, model: str | None) -> Suits:
 
 @dataclass(frozen=True)
 class Suits:
-    """What suits a model; as it stands, of one of which nothing is known here.
+    """What suits a model. The defaults of the fields are for a model that is not known here.
 
-    defaults: what it draws best with (`defaults_of`). size: its own width and height. fixed_size:
-    it draws no other. reads: the settings that it reads of those that some models do not; None for
-    all. plan: what it is by its headers.
+    defaults: its best settings (`defaults_of`). size: its own width and height. fixed_size: whether
+    it draws no other size. reads: of the settings that only some models read, those that it reads;
+    None for all. plan: from its headers.
     """
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -49,17 +49,17 @@ class Suits:
 
     @classmethod
     def of(cls, names: Names, model: str | None, defaults: Mapping[str, Any]) -> Suits:
-        """Return what suits a model, by its headers. model: None for the server's own."""
+        """Return what suits a model, from its headers. model: None for the server's own."""
         try:
             plan = names.plan(model)
             family, size, refiner = plan.family, plan.native_size, names.refiner(model)
-        except (OSError, SafelightError):  # of a worker on another machine
+        except (OSError, SafelightError):  # the model is on another machine
             return cls(defaults)
         reads = family.reads(refiner)
         return cls(defaults, family.uses_prompt, size, family.fixed_size, reads, plan)
 
     def first(self, request_type: type[Request] = Request, fast: int = 0) -> Request:
-        """Return the request that the form begins with, or that a level of `fast` stands for."""
+        """Return the request of the form's first values, at a level of `fast`."""
         request = request_type(fast=fast)
         if self.plan is not None:
             request = with_level(request, self.plan.family, self.plan.notes)
@@ -72,10 +72,10 @@ class Suits:
         return self.reads is None or not setting.about.some_models or setting.name in self.reads
 
     def side(self, place: int) -> str:
-        """Return what stands below width (0) or height (1)."""
+        """Return the hint below the field of width (0) or height (1)."""
         return NATIVE if self.size is None else f"{NATIVE}, {self.size[place]}"
 
     @property
     def placeholder(self) -> str:
-        """What the empty box for the prompt shows."""
+        """The text in the prompt's box while it is empty."""
         return EXAMPLE if self.uses_prompt else "this model takes no prompt: leave it empty"

@@ -52,7 +52,7 @@ class Train:
         async def begin(steps: Any, by: gr.Request) -> tuple[Any, ...]:
             if not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
                 return f"Training steps must be 1 to {MAX_STEPS}.", *self._look()[1:]
-            async with self._starting:  # of two Starts at once, the second finds the first's
+            async with self._starting:  # so that a second Start sees the first's
                 if self._command is not None and self._command.stopped:
                     await self._command.ended()  # it saves its state
                 if self._command is None or not self._command.running:

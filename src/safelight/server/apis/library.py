@@ -21,7 +21,7 @@ from safelight.weights.library import SUBFOLDERS
 router = APIRouter(tags=["models"])
 
 MAX_MODEL = 300
-"""Characters of a model's name in a query."""
+"""The most characters of a model's name in a query."""
 
 READ = ("prompt", "negative_prompt", "prompt_syntax", "emphasis", "steps", "embeddings")
 """The settings that say how prompts are read."""
@@ -47,7 +47,7 @@ class Library(BaseModel):
 
 
 def names_of(http: HttpRequest) -> Names:
-    """Return the names that the server knows."""
+    """Return the names that requests may use on this server."""
     return http.app.state.service.names
 
 

@@ -1,7 +1,8 @@
 """The images API of OpenAI, which many programs speak.
 
-What its models have and Stable Diffusion has not (quality, style, moderation…) is accepted and has
-no effect. What Safelight has beyond it (seed, steps, sampler…) are further fields of the body.
+Fields that Stable Diffusion has nothing for (quality, style, moderation…) are accepted and have no
+effect. Settings of Safelight that OpenAI lacks (seed, steps, sampler…) are further fields of the
+body.
 """
 
 from __future__ import annotations
@@ -46,11 +47,11 @@ from safelight.server.jobs import Job, ModelInfo, Picture, Service, Status
 from safelight.server.sizes import enlarged_png, enlarging_note, fit_to_model
 
 OPENAI_MODELS = ("dall-e-", "gpt-image-", "chatgpt-image-")
-"""Names that begin so mean the server's own model: programs have one of them written into them."""
+"""A name that begins so means the server's own model: many programs have one built in."""
 
 
 class _Route(APIRoute):
-    """Answers errors in OpenAI's shape, whatever the app makes of those of other routes."""
+    """Answers errors in OpenAI's shape, while other routes answer them in their own."""
 
     def get_route_handler(self) -> Callable[[HttpRequest], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -76,7 +77,7 @@ class _Route(APIRoute):
 
 @dataclass(frozen=True)
 class _Call:
-    """A job and what its pictures become. size: what they are enlarged to, None to keep them."""
+    """A job and how its pictures are answered. size: to enlarge them to; None to keep them."""
 
     http: HttpRequest
     service: Service
@@ -86,7 +87,7 @@ class _Call:
     notes: list[str]
 
     async def picture(self, picture: Picture) -> dict[str, Any]:
-        """Return a finished picture as the answer has it."""
+        """Return a finished picture in the answer's form."""
 
         def read() -> dict[str, Any]:
             data = self.service.picture_bytes(picture.id)
@@ -100,7 +101,7 @@ class _Call:
             return await asyncio.to_thread(read)
 
     async def preview(self, png: bytes) -> dict[str, Any]:
-        """Return a preview as the answer has it: at the size of the picture."""
+        """Return a preview in the answer's form, at the size of the picture."""
         asked = self.job.settings
         width, height = self.size or (asked["width"], asked["height"])
         if width is None or height is None:
@@ -124,7 +125,7 @@ def _check_succeeded(job: Job) -> None:
 
 
 def _check_form(body: ImagesBody) -> None:
-    """Raise ApiError for what an answer cannot be at once."""
+    """Raise ApiError for forms of an answer that are not possible."""
     if body.response_format == "url" and body.stream:
         raise ApiError(400, "response_format must be b64_json in a stream", "response_format")
     if body.response_format == "url" and body.form != "png":
@@ -146,7 +147,7 @@ async def _submitted(
 
 
 async def _answer(call: _Call, kind: str) -> Response:
-    """Answer with a job's pictures. kind: the first half of the names of a stream's events."""
+    """Answer with a job's pictures. kind: the first half of the names of the stream's events."""
     http, service, body, job, size = call.http, call.service, call.body, call.job, call.size
     if body.stream:
         return _EventStream(call, _events(call, kind))
@@ -168,7 +169,7 @@ async def _answer(call: _Call, kind: str) -> Response:
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events about a job, which is cancelled if nobody is left to read them."""
+    """Server-sent events about a job. The job is cancelled if the client leaves."""
 
     def __init__(self, call: _Call, events: AsyncIterator[bytes]) -> None:
         headers = {"Cache-Control": "no-store"}
@@ -183,7 +184,7 @@ class _EventStream(StreamingResponse):
 
 
 async def _events(call: _Call, kind: str) -> AsyncIterator[bytes]:
-    """Yield previews, evenly over the steps, and each picture once it is finished."""
+    """Yield previews, spread evenly over the steps, and each picture once it is finished."""
     wanted = call.body.partial_images or 0
     marks = [i / (wanted + 1) for i in range(1, wanted + 1)]
     shown = 0
@@ -239,7 +240,7 @@ async def edit(http: HttpRequest) -> Response:
     _check_form(body)
     separate = "mask" in files
     async with turn(http):
-        if separate:  # the mask first: it takes less memory meanwhile
+        if separate:  # the mask first: while it waits, it takes less memory
             alpha = await decoded(http, "alpha", [files.pop("mask")], "mask")
             read = [await decoded(http, "picture", [files.pop("image")], "image"), alpha]
         else:
@@ -247,7 +248,7 @@ async def edit(http: HttpRequest) -> Response:
         request = await asyncio.to_thread(edit_request, settings, *read, separate=separate)
         read.clear()
         call = await _submitted(http, body, request, model)
-        del request  # it is not held while the job waits
+        del request  # so that it is not held while the job waits
     return await _answer(call, "image_edit")
 
 
@@ -276,16 +277,17 @@ def _entry(served: ModelInfo) -> dict[str, Any]:
 
 
 async def _served(http: HttpRequest) -> list[ModelInfo]:
-    """Return the models that draw what a prompt says: this API cannot ask for anything else."""
+    """Return the models that read a prompt: this API cannot ask for anything else."""
     service: Service = http.app.state.service
     others = await asyncio.to_thread(service.names.without_prompt)
     return [one for one in await service.models() if one.uses_prompt and one.name not in others]
 
 
 async def _model_of(http: HttpRequest, body: ImagesBody) -> str | None:
-    """Return the served model that a body means; None for the server's own, as OpenAI's names do.
+    """Return the served model that a body names; None for the server's own.
 
-    Raises ApiError for the name of no model, and for a model that reads no prompt.
+    OpenAI's own names mean the server's model. Raises ApiError if there is no such model, or if the
+    model reads no prompt.
     """
     service: Service = http.app.state.service
     asked = body.model

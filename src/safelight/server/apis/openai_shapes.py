@@ -30,7 +30,7 @@ _UNUSED = "text; it has no effect"
 
 
 class ImagesBody(BaseModel):
-    """OpenAI's fields of both routes. A description is the text of the field's error message too.
+    """OpenAI's fields of both routes. A field's description is also the text of its error message.
 
     Further fields of a body are Safelight's own settings (`own_settings`), which Request checks.
     """
@@ -66,13 +66,13 @@ _THEIRS = {"width": "size", "height": "size", "count": "n"}
 
 
 def own_settings(request_type: type[Request]) -> dict[str, Setting]:
-    """Return the settings of a Request that are further fields of a body."""
+    """Return the settings of a Request that a body may have as further fields."""
     left_out = {"prompt", "image", "mask", "unconditional", *_THEIRS}
     return {n: s for n, s in settings_of(request_type).items() if n not in left_out}
 
 
 def body_of(request_type: type[Request], media_type: str, *files: str) -> dict[str, Any]:
-    """Return what OpenAPI says of a body. files: names of pictures; the first is needed."""
+    """Return the OpenAPI description of a body. files: names of pictures; the first is required."""
     schema = ImagesBody.model_json_schema()
     schema["properties"] |= {n: s.schema() for n, s in own_settings(request_type).items()}
     schema["properties"] |= {name: {"type": "string", "format": "binary"} for name in files}
@@ -84,7 +84,7 @@ def body_of(request_type: type[Request], media_type: str, *files: str) -> dict[s
 
 
 def read_settings(fields: dict[str, Any], *, text: bool) -> tuple[ImagesBody, dict[str, Any]]:
-    """Return OpenAI's fields of a body, and the settings of a Request, pictures apart.
+    """Return OpenAI's fields of a body, and the settings of a Request without pictures.
 
     text: whether all values are strings, as in a form.
     """
@@ -143,11 +143,11 @@ async def read_form(http: HttpRequest) -> tuple[ImagesBody, dict[str, Any], dict
 def edit_request(
     settings: dict[str, Any], picture: Image.Image, alpha: Image.Image | None, *, separate: bool
 ) -> Request:
-    """Return the request to edit a picture. Looks at the alpha channel, so it is for a thread.
+    """Return the request to edit a picture. It looks at the alpha channel: call it in a thread.
 
-    alpha: the channel of the mask, or with none sent (`separate` false) of the picture; wholly
-    transparent pixels are repainted. Where no size is asked for, the picture keeps its own, or is
-    brought in its proportions to the nearest one that is allowed.
+    alpha: of the mask, or if none was sent (`separate` false), of the picture; fully transparent
+    pixels are repainted. Without a requested size, the picture keeps its own size, or gets the
+    nearest allowed size of the same proportions.
     """
     if separate and alpha is None:
         raise SafelightError("mask must have an alpha channel: 0 where to repaint", field="mask")
@@ -183,7 +183,7 @@ class ApiError(Exception):
 
 
 def failed(message: str) -> ApiError:
-    """Return the answer about a job that failed. The client does not have it drawn again."""
+    """Return the answer about a job that failed. It tells the client not to try again."""
     return ApiError(500, message, kind="server_error", headers={"x-should-retry": "false"})
 
 
@@ -202,22 +202,22 @@ def refused(error: SafelightError) -> ApiError:
         return ApiError(status, str(error), kind="server_error")
     if error.code == "unknown_setting":
         return ApiError(400, str(error), error.field, code="unknown_parameter")
-    if error.field == "count":  # a size is told of by its sides
+    if error.field == "count":  # errors of the size name a side
         error = error.renamed("n")
     return ApiError(400, str(error), _THEIRS.get(error.field or "", error.field))
 
 
 def _explained(error: ValidationError) -> ApiError:
-    """Return one line for the first of pydantic's findings."""
+    """Return an answer with one line about the first error that pydantic found."""
     first = error.errors(include_url=False, include_input=False)[0]
-    if not first["loc"]:  # a name that is no text
+    if not first["loc"]:  # a name that is not text
         return ApiError(400, f"the body: {first['msg']}")
     name = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
         known = ", ".join([*ImagesBody.model_fields, *own_settings(Request)])
         message = f"there is no setting {_quoted(name)}; known: {known}"
         return ApiError(400, message, name[:40], code="unknown_parameter")
-    if name not in ImagesBody.model_fields:  # a name with half a pair of surrogates, say
+    if name not in ImagesBody.model_fields:  # such as a name with a lone surrogate
         return ApiError(400, f"the body cannot be read: {clipped(first['msg'])}")
     verb = "is needed:" if first["type"] == "missing" else "must be"
     return ApiError(400, f"{name} {verb} {ImagesBody.model_fields[name].description}", name)
@@ -236,7 +236,7 @@ def no_such_model(message: str) -> ApiError:
 
 
 def about(body: ImagesBody, size: tuple[int, int]) -> dict[str, Any]:
-    """Return what is said of a picture. There is one quality, and no transparency."""
+    """Return the facts that the answer states about a picture. Quality and background are fixed."""
     described = {"size": f"{size[0]}x{size[1]}", "output_format": body.form}
     return {**described, "quality": "high", "background": "opaque"}
 

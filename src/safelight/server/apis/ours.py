@@ -31,7 +31,7 @@ from safelight.storage import Stored
 router = APIRouter()
 
 KEEP_ALIVE = 15.0
-"""Seconds after which a stream without events says that it is still there."""
+"""Seconds without an event after which a stream sends a sign of life."""
 
 EXAMPLE = {"prompt": "a red apple", "steps": 20, "sampler": "dpmpp_2m", "seed": 7}
 
@@ -58,7 +58,7 @@ class Sampler(BaseModel):
 
 
 def body_of(request_type: type[Request]) -> dict[str, Any]:
-    """Return what OpenAPI says of a body with a request's settings, and an example that works."""
+    """Return the OpenAPI description of a body with a request's settings, and a working example."""
     schema = json_schema(request_type)
     schema["properties"]["model"] = {"type": ["string", "null"], "description": MODEL}
     told = "a URL that is told of the job's end, by a signed POST"
@@ -68,13 +68,13 @@ def body_of(request_type: type[Request]) -> dict[str, Any]:
 
 
 def given(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a body without those that are null, which is to leave them out."""
+    """Return the settings of a body, without those that are null: null leaves a setting out."""
     known = settings_of(Request)
     return {name: v for name, v in settings.items() if v is not None or name not in known}
 
 
 def named(settings: dict[str, Any]) -> str | None:
-    """Take the model out of a body's settings."""
+    """Remove the model's name from a body's settings and return it; None if there is none."""
     model = settings.pop("model", None)
     if model is None or isinstance(model, str):
         return model
@@ -115,7 +115,7 @@ async def submit(
     async with turn(request) if names else nullcontext():
         data = {name: [decode_base64(settings.pop(name), name)] for name in names}
         asked = await asyncio.to_thread(lambda: Request(**settings))
-        kinds = {"mask": "mask", "image": "picture"}  # the smaller one first, which is held longer
+        kinds = {"mask": "mask", "image": "picture"}  # the smaller one first: it is held for longer
         asked = asked.with_pictures(
             **{
                 name: await decoded(request, kind, data[name], name)
@@ -332,9 +332,10 @@ async def _stream(service: Hub, job_id: str) -> AsyncIterator[str]:
 
 
 def _brief(event: Event) -> Event:
-    """Return an event without the recipes of pictures that it is not about, but the last one.
+    """Return an event without recipes, except that of the picture it reports.
 
-    With long prompts, those of 64 pictures take 2 MiB, and an event comes with each step.
+    Recipes of 64 pictures with long prompts take 2 MiB, and each step has an event. The event "end"
+    has all recipes.
     """
     if event.kind == "end":
         return event
@@ -348,7 +349,7 @@ def _brief(event: Event) -> Event:
 
 
 def _seconds(date: datetime) -> float:
-    """Return the seconds since 1970 of any date, the first and the last ones, too."""
+    """Return the seconds since 1970 of any date, even the first and the last possible ones."""
     if date.tzinfo is None:
         date = date.replace(tzinfo=UTC)
     return (date - datetime(1970, 1, 1, tzinfo=UTC)).total_seconds()

@@ -1,7 +1,7 @@
 """AUTOMATIC1111's API, /sdapi/v1, for the clients that speak it.
 
-A call is answered when its pictures are drawn. That API knows one job at a time: here progress,
-interrupt and skip are about the jobs that the same caller waits for.
+A call is answered when its pictures are drawn. That API knows one job at a time; here, progress,
+interrupt and skip apply to the jobs that the same caller waits for.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _Call:
 
 
 def caller(http: HttpRequest) -> str:
-    """Return who asks: by key, address and the name in Basic credentials."""
+    """Return the caller's identity: key, address and the name in Basic credentials."""
     return f"{caller_of(http.scope).name} {http.headers.get('authorization', '')}"
 
 
@@ -71,7 +71,7 @@ def _own_calls(http: HttpRequest) -> list[_Call]:
 
 
 async def _finished(http: HttpRequest, job: Job, count: int) -> Job:
-    """Return a job of `count` pictures when it has ended. It is cancelled if the client leaves."""
+    """Return a job of `count` pictures once it has ended. It is cancelled if the client leaves."""
     service, calls = _service(http), _calls(http)
     call = _Call(caller(http), job.id, count)
     calls.append(call)
@@ -102,9 +102,9 @@ async def img2img(http: HttpRequest, body: ImageToImage) -> dict[str, Any]:
 
 
 async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str, Any]:
-    """Return the answer to a call; one that was interrupted has the pictures that were finished."""
+    """Return the answer to a call; an interrupted call has the pictures finished so far."""
     service = _service(http)
-    # What cannot be is refused at once; only its size has to wait until the model is known.
+    # Refuse at once what is not possible. Only the size has to wait until the model is known.
     name = await model_of(http, body)
     defaults = await service.defaults(name) if await service.knows(name) else None
     asked = await asyncio.to_thread(understand, body, defaults)
@@ -119,12 +119,12 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
         asked = await asyncio.to_thread(fitted, asked, model)
         owner = caller_of(http.scope).owner
         job = await service.submit(asked.request, client="sdapi", owner=owner, model=name)
-        # The decoded pictures are not held while the job waits.
+        # Release the decoded pictures while the job waits.
         asked = replace(asked, request=asked.request.without_pictures())
     job = await _finished(http, job, asked.request.count)
     if job.status is Status.FAILED:
         raise HTTPException(500, job.error or "the job failed")
-    model = await service.facts(name)  # its hash is known now
+    model = await service.facts(name)  # now its hash is known
     pictures = sorted(job.pictures, key=lambda picture: picture.index)
     images: list[str] = []
     for picture in pictures if body.send_images else ():
@@ -135,7 +135,7 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
         images.append(base64.b64encode(data).decode())
     enlarged = {} if asked.size is None else {"enlarged": list(asked.size)}
     request, seeds = asked.request, [picture.seed for picture in pictures]
-    # What was drawn with: a level of `fast` and the model fill in what the body leaves open.
+    # The settings drawn with: a level of `fast` and the model fill in what the body leaves open.
     drawn: dict[str, Any] = pictures[0].recipe["settings"] if pictures else job.settings
     sampler = drawn.get("sampler")
     width, height = asked.size or (
@@ -144,7 +144,7 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
         else (request.width or model.width, request.height or model.height)
     )
     extra = {"Schedule type": (drawn.get("schedule") or "").capitalize(), "Eta": drawn.get("eta")}
-    # With styles and dynamic prompts each picture has words of its own.
+    # Styles and dynamic prompts give each picture a prompt of its own.
     prompts, negatives = (
         [picture.recipe["settings"][name] for picture in pictures]
         for name in ("prompt", "negative_prompt")
@@ -184,7 +184,7 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
 async def _sent(http: HttpRequest, body: ImageToImage) -> Sent:
     """Return the pictures of a body, decoded."""
     again, mask = body.include_init_images, None
-    if body.mask:  # first: it takes less memory meanwhile
+    if body.mask:  # first: while it waits, it takes less memory
         data = [decode_base64(body.mask, "mask", again=again)]
         mask = await decoded(http, "strokes", data, "mask")
     data = [decode_base64(first_picture(body), "init_images", again=again)]
@@ -228,8 +228,8 @@ _IDLE: dict[str, Any] = {
 async def progress(http: HttpRequest, skip_current_image: bool = False) -> dict[str, Any]:
     """Return how far the caller's oldest job is.
 
-    Previews are asked for from the first look on, so that nobody pays for those that no one
-    sees; that first look has none yet.
+    Previews are requested from the first call on, so that none is made that nobody sees; the first
+    answer has none yet.
     """
     service, share, eta, state, preview = _service(http), 0.0, 0.0, _IDLE, None
     for call in _own_calls(http):
@@ -254,7 +254,7 @@ async def progress(http: HttpRequest, skip_current_image: bool = False) -> dict[
 
 
 def _state(job: Job, call: _Call) -> dict[str, Any]:
-    """Return how far a job is: (job_no + sampling_step / sampling_steps) / job_count."""
+    """Return a job's progress: (job_no + sampling_step / sampling_steps) / job_count."""
     steps = job.progress.steps // call.count
     done = min(job.progress.step // max(steps, 1), call.count - 1)
     return _IDLE | {
@@ -276,12 +276,12 @@ async def interrupt(http: HttpRequest) -> dict[str, Any]:
 
 @router.post("/skip")
 async def skip(http: HttpRequest) -> dict[str, Any]:
-    """Cancel the caller's jobs of one picture. Others go on: none of their pictures is left out."""
+    """Cancel the caller's jobs of one picture. Others go on: no picture of them can be left out."""
     return await _stop(http, "skip", [call for call in _own_calls(http) if call.count == 1])
 
 
 async def _stop(http: HttpRequest, how: str, calls: list[_Call]) -> dict[str, Any]:
-    """Cancel the jobs of these calls, which answer with the finished pictures."""
+    """Cancel the jobs of these calls; the calls answer with the finished pictures."""
     for call in calls:
         call.stopped = how
         await _service(http).cancel(call.job_id)

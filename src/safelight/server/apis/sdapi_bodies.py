@@ -21,7 +21,7 @@ from safelight.request import Request
 
 
 def plain_number(value: object) -> object:
-    """Return 20 for "20" and 20.0, which some programs send; what is no number, unchanged."""
+    """Return 20 for "20" and for 20.0, which some programs send; other values unchanged."""
     if isinstance(value, str):
         for kind in (int, float):
             with suppress(ValueError):
@@ -57,8 +57,8 @@ class Settings(BaseModel):
     n_iter: Annotated[Whole, Field(ge=1)] = 1
     steps: Whole = 50
     cfg_scale: Number = 7.0
-    # 512 there, where every model draws that. Left out, it is the model's own size, or the
-    # picture's: a model of 64 pixels makes nothing of 512.
+    # 512 in A1111, where every model draws that size. Here the default is the model's own size, or
+    # the picture's: a model of 64 pixels cannot draw 512.
     width: Whole | None = None
     height: Whole | None = None
     restore_faces: bool = False
@@ -74,7 +74,7 @@ class Settings(BaseModel):
     script_name: str | None = None
     alwayson_scripts: dict[str, Any] = {}
     send_images: bool = True
-    # Every picture is kept by the server anyway.
+    # The server keeps every picture anyway.
     save_images: bool = False
 
     @model_validator(mode="before")
@@ -110,7 +110,7 @@ class PngInfo(BaseModel):
 
 @dataclass(frozen=True)
 class Sent:
-    """The decoded pictures of a body: RGB, and L of 0 and 255."""
+    """The decoded pictures of a body: the picture in RGB, the mask in L with values 0 and 255."""
 
     image: Image.Image
     mask: Image.Image | None = None
@@ -120,8 +120,8 @@ class Sent:
 class Asked:
     """A body that was understood.
 
-    parameters: its echo, as JSON has it. size: what the pictures are enlarged to, None to keep
-    them as they are drawn.
+    parameters: the body as the answer repeats it, in JSON's types. size: what the pictures are
+    enlarged to; None to keep them as drawn.
     """
 
     request: Request

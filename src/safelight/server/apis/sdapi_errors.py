@@ -1,4 +1,4 @@
-"""The errors of AUTOMATIC1111's API, and its bodies read within our limits."""
+"""Routes of AUTOMATIC1111's API: errors in its shape, and bodies read within our limits."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class Route(APIRoute):
 def _refusal(
     error: SafelightError | RequestValidationError | HTTPException, sent: dict[str, Any]
 ) -> JSONResponse:
-    """Return the answer; it calls a setting as the body does."""
+    """Return the answer for an error. It names a setting as the body does."""
     status, headers, detail = 422, None, str(error)
     if isinstance(error, HTTPException):
-        # FastAPI's 400 is for a body that cannot be parsed at all: bad UTF-8, endless nesting.
+        # FastAPI's 400 is for a body that cannot be parsed at all: bad UTF-8, or nested too deep.
         status = 422 if error.status_code == 400 else error.status_code
         headers, detail = error.headers, str(error.detail)
     elif isinstance(error, RequestValidationError):
@@ -58,7 +58,7 @@ def _refusal(
         status, headers = status_of(error), retry_after(error)
         if error.field is not None:
             detail = str(error.renamed(their_name(error.field, sent)))
-    # That API sends the whole body back; ours may hold megabytes of pictures.
+    # A1111's errors repeat the whole body; ours may hold megabytes of pictures.
     detail = public(detail)
     content = {"error": type(error).__name__, "detail": detail, "body": "", "errors": detail}
     return JSONResponse(content, status, headers)

@@ -1,4 +1,4 @@
-"""What AUTOMATIC1111's API says of the server: samplers, models, options."""
+"""What AUTOMATIC1111's API tells about the server: samplers, models, options."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from safelight.server.jobs import Service
 from safelight.server.names import Names
 
 MAX_TOLD = 4 << 20
-"""Characters of what LoRAs say of themselves that one answer repeats: each may say megabytes."""
+"""The most characters of LoRAs' metadata in one answer: each file may hold megabytes."""
 
 router = APIRouter(route_class=Route)
 
@@ -94,7 +94,7 @@ async def get_options(http: HttpRequest) -> dict[str, Any]:
 
 @router.post("/options")
 async def set_options(http: HttpRequest, options: dict[str, Any]) -> None:
-    """Choose the model of the caller's calls. Other options are accepted and change nothing."""
+    """Choose the model of the caller's requests. Other options are accepted and change nothing."""
     wanted = options.get(OPTION)
     if wanted is not None:
         await choose(http, wanted)
@@ -107,7 +107,7 @@ async def loras(http: HttpRequest) -> list[dict[str, Any]]:
 
 
 def _loras(names: Names) -> list[dict[str, Any]]:
-    """Return the LoRAs of the models folder. No path of the server is told: `path` is a name."""
+    """Return the LoRAs of the models folder. `path` is a name: no path of the server is shown."""
     found: list[dict[str, Any]] = []
     told = 0
     for entry in names.entries("lora"):
@@ -128,7 +128,7 @@ async def embeddings(http: HttpRequest) -> dict[str, Any]:
 
 
 def _embeddings(names: Names, model: str | None) -> dict[str, Any]:
-    """Return the embeddings of the models folder: those that fit a model, and the others."""
+    """Return the models folder's embeddings: those that fit the model, and the others."""
     found: dict[str, dict[str, Any]] = {"loaded": {}, "skipped": {}}
     for name, one in names.embeddings(model).items():
         fits = not isinstance(one, SafelightError)

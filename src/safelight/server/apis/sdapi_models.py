@@ -1,4 +1,4 @@
-"""Which model a call of AUTOMATIC1111's API means: its own, or the one the client chose before."""
+"""The model of a call of AUTOMATIC1111's API: its own, or the one that the caller chose before."""
 
 from __future__ import annotations
 
@@ -29,13 +29,16 @@ async def chosen(http: HttpRequest) -> str | None:
 
 
 async def choose(http: HttpRequest, label: object) -> None:
-    """Let a model draw the caller's calls from now on. Nobody else's change."""
+    """Choose the model for the caller's later calls. Other callers' models do not change."""
     name = await found(http, label)
     await _service(http).choose(name, caller_of(http.scope).owner)
 
 
 async def found(http: HttpRequest, label: object) -> str:
-    """Return the name of the model that a name, title or hash means; HTTPException if none."""
+    """Return the name of the model that a name, title or hash means.
+
+    Raises HTTPException, 404, if there is none.
+    """
     try:
         return await _service(http).find_model(str(label))
     except SafelightError as error:

@@ -15,7 +15,7 @@ from safelight.server.jobs import ModelInfo
 from safelight.settings import settings_of
 
 SCHEDULERS = ("automatic", "uniform", *SCHEDULES)
-"""That API's schedulers. "uniform" is the model's own schedule, "automatic" the sampler's."""
+"""A1111's schedulers. "uniform" is the model's own schedule, "automatic" the sampler's."""
 
 AUTOMATIC: Mapping[str, str] = {
     "dpm2": "karras",
@@ -23,7 +23,7 @@ AUTOMATIC: Mapping[str, str] = {
     "dpmpp_2m": "karras",
     "dpmpp_2m_sde": "exponential",
 }
-"""The schedule of each sampler that has another than the model's own there, by our names."""
+"""The default schedule in A1111, by our sampler's name, if it is not the model's own."""
 
 
 def sampler_label(name: str) -> str:
@@ -32,7 +32,7 @@ def sampler_label(name: str) -> str:
 
 
 def find_sampler(label: str) -> tuple[str, str | None]:
-    """Return our names of a sampler, and of the schedule that its name includes."""
+    """Return our name of a sampler, and of the schedule that the label includes or None."""
     known = sampler_and_schedule(label)
     if known is None:
         raise HTTPException(404, f"Sampler not found: {label!r:.60}; GET samplers lists them")
@@ -48,16 +48,17 @@ def find_scheduler(label: str | None, automatic: str | None) -> str | None:
 
 
 def automatic_schedule(label: str, name: str) -> str | None:
-    """Return the schedule of a sampler that goes by that API's name; None for the model's own.
+    """Return A1111's default schedule of a sampler, if its label is A1111's; otherwise None.
 
-    label: as the body has it. name: ours, by which a sampler draws with the model's own schedule.
+    label: as in the body. name: our name; with our own name as label a sampler uses the model's own
+    schedule.
     """
     theirs = " ".join(label.lower().split()) == sampler_label(name).lower()
     return AUTOMATIC.get(name) if theirs and label != name else None
 
 
 def model_hash(model: ModelInfo) -> str | None:
-    """Return the short hash of a model, None while it is not known."""
+    """Return the short hash of a model, None until it is known."""
     return model.sha256[:10] if model.sha256 else None
 
 
@@ -74,14 +75,14 @@ OVERRIDES = {
     "sdxl_refiner_high_aesthetic_score": "aesthetic_score",
     "sdxl_refiner_low_aesthetic_score": "negative_aesthetic_score",
 }
-"""That API's options that are settings here."""
+"""A1111's options that are settings here, with our names."""
 
 _THEIRS = {ours: theirs for theirs, ours in OVERRIDES.items()}
 _THEIRS["refiner_start"] = "refiner_switch_at"
 
 
 def their_name(setting: str, sent: Mapping[str, Any]) -> str:
-    """Return what a body calls a setting. sent: the body, which may have it by our name."""
+    """Return the name of a setting in a body. sent: the body, which may use our name."""
     known = settings_of(Request).get(setting)
     if known is not None and known.about.a1111:
         return known.about.a1111

@@ -1,7 +1,7 @@
 """The Request that a body of AUTOMATIC1111's API means.
 
-Request checks ranges; here are that API's names, and pictures in base64. What was asked for and is
-not done becomes a warning, not an error: clients send fields that they do not need.
+Request checks ranges; this module handles that API's names, and pictures in base64. A field that is
+not supported gives a warning, not an error: clients send fields that they do not need.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def understand(
     defaults: Mapping[str, Any] | None,
     sent: Sent | None = None,
 ) -> Asked:
-    """Return the request of a body. Resizes pictures, so it is for a thread.
+    """Return the request of a body. It resizes pictures: call it in a thread.
 
-    sent: the pictures of an ImageToImage; without them all else is checked. defaults: what the
-    model draws best with (`defaults_of`), in place of that API's defaults where the
-    body says nothing. None: the model is on another machine alone, whose worker fills them in.
+    sent: the pictures of an ImageToImage; without them everything else is checked. defaults: the
+    model's best settings (`defaults_of`), which replace that API's defaults where the body says
+    nothing; None if only another machine has the model, whose worker fills them in.
 
-    Raises SafelightError, or HTTPException with AUTOMATIC1111's status for names it does not find.
+    Raises SafelightError, or HTTPException with AUTOMATIC1111's status for unknown names.
     """
     if body.script_name not in (None, "", "None"):
         raise HTTPException(422, f"Script {body.script_name!r:.60} not found")
@@ -60,7 +60,7 @@ def understand(
     warnings += _ignored(body)
     request = Request(**settings)
     if isinstance(body, ImageToImage) and sent is not None:
-        # The sides are known to be sane by now: pictures get resized to them.
+        # The sides are checked by now: pictures get resized to them.
         pictures, more = _pictures(body, request, sent)
         shown = pictures.pop("image"), pictures.pop("mask")
         request = request.replace(**pictures).with_pictures(*shown)
@@ -69,7 +69,7 @@ def understand(
 
 
 def fitted(asked: Asked, model: ModelInfo) -> Asked:
-    """Return what was asked at a size that the model, once it is loaded, can draw."""
+    """Return the request at a size that the model can draw, for a model whose facts are known."""
     request, size = fit_to_model(asked.request, model)
     warnings = asked.warnings + enlarging_note(request, size, model)
     return replace(asked, request=request, size=size, warnings=warnings)
@@ -78,7 +78,7 @@ def fitted(asked: Asked, model: ModelInfo) -> Asked:
 # --- settings ------------------------------------------------------------------------------------
 
 _NUMBERS = {"steps": "steps", "guidance_scale": "cfg_scale"}
-"""Settings that a model has defaults of, and that API's names of them."""
+"""Settings that models have defaults for, with that API's names of them."""
 
 
 def _settings(
@@ -88,7 +88,7 @@ def _settings(
     level = _level(body)
     named = {"sampler"} if body.sampler_name or "sampler_index" in said else set[str]()
     named |= {ours for ours, theirs in _NUMBERS.items() if theirs in said}
-    # What the level stands for, or a worker elsewhere knows, is filled in where the body is silent.
+    # Leave out settings that the level of `fast`, or a worker elsewhere, fills in.
     left_out = {"sampler", *_NUMBERS} - named
     if defaults is not None:
         left_out &= level.keys()
@@ -106,7 +106,7 @@ def _settings(
         "count": body.batch_size * body.n_iter,
         "sampler": name,
         "schedule": schedule,
-        # Clients send eta 1 with every sampler; only those that have it should see it.
+        # Clients send eta 1 with every sampler; only samplers with an eta get it.
         "eta": (body.eta or 0.0) if sampler is not None and sampler.eta else 0.0,
     }
     for side in ("width", "height"):
@@ -126,7 +126,7 @@ def _settings(
         if (value := body.override_settings.get(name)) is not None:
             settings[ours] = plain_number(value)
     own = _own(body, settings)
-    # What this API's clients write is meant as AUTOMATIC1111 reads it.
+    # Clients of this API write prompts as AUTOMATIC1111 reads them.
     own.setdefault("prompt_syntax", "a1111")
     if own["prompt_syntax"] == "a1111" and "emphasis" not in own:
         own |= _emphasis(body.override_settings.get("emphasis"))
@@ -142,7 +142,7 @@ def _sampler(
 ) -> tuple[str | None, str | None, list[str]]:
     """Return our names of the sampler and of its schedule, and warnings.
 
-    The sampler is None where only a worker elsewhere knows it. named: whether the body names one.
+    The sampler is None if only a worker elsewhere knows it. named: whether the body names one.
     """
     if not named and defaults is None:
         if find_scheduler(body.scheduler, None) is None:
@@ -154,8 +154,8 @@ def _sampler(
     if named or "sampler" not in best:
         label = body.sampler_name or body.sampler_index
         name, joined = find_sampler(label)
-        # A model that says itself that it draws best with this sampler means its own schedule. What
-        # one elsewhere says is not known.
+        # If the model's own default is this sampler, it is meant with the model's own schedule. The
+        # defaults of a model elsewhere are not known.
         if defaults is not None and name != defaults.get("sampler"):
             automatic = automatic_schedule(label, name)
     else:
@@ -168,7 +168,7 @@ def _sampler(
 
 
 def _level(body: TextToImage | ImageToImage) -> Mapping[str, Any]:
-    """Return the settings that the body's level of `fast` stands for; none if it is no level."""
+    """Return the settings that the body's level of `fast` stands for; empty if it is no level."""
     fast = (body.model_extra or {}).get("fast")
     return LEVELS.get(fast, {}) if isinstance(fast, int) else {}
 
@@ -230,7 +230,7 @@ def _listed(names: list[str]) -> str:
 
 
 def describe(texts: dict[str, str]) -> dict[str, Any]:
-    """Return the answer to png-info for a picture's texts, also without a recipe in them."""
+    """Return the answer to png-info for a picture's texts, with or without a recipe."""
     texts = dict(texts)
     text = texts.pop("parameters", "")
     try:
@@ -256,8 +256,8 @@ def first_picture(body: ImageToImage) -> str:
 def _pictures(body: ImageToImage, request: Request, sent: Sent) -> tuple[dict[str, Any], list[str]]:
     """Return the settings image, mask, width and height, and warnings.
 
-    With no side asked for, the picture keeps its own size, or in its proportions the nearest that
-    can be drawn.
+    If no side is requested, the picture keeps its own size, or gets the nearest allowed size of the
+    same proportions.
     """
     image = sent.image
     mask, warnings = None, list[str]()
@@ -271,7 +271,7 @@ def _pictures(body: ImageToImage, request: Request, sent: Sent) -> tuple[dict[st
     if width is None and height is None:
         width, height = allowed_size(image.size)
     elif width is not None and height is not None and body.resize_mode in (1, 2):
-        # Plain resizing, mode 0, is the engine's work, and so is a single side.
+        # The engine does plain resizing, mode 0, and single sides.
         fit = ImageOps.fit if body.resize_mode == 1 else ImageOps.pad
         if min(image.size) * min(width / image.width, height / image.height) < 1:
             raise SafelightError(
@@ -289,9 +289,8 @@ def _pictures(body: ImageToImage, request: Request, sent: Sent) -> tuple[dict[st
 def _inpainting(body: ImageToImage) -> list[str]:
     """Return warnings about a mask.
 
-    Safelight repaints a hard-edged mask within the whole picture. At denoising_strength 1 it
-    begins from noise alone, and below from the picture's own content, which is
-    inpainting_fill 1.
+    Safelight repaints a hard-edged mask within the whole picture. At denoising_strength 1 it begins
+    with noise alone; below 1, with the picture's own content, which is inpainting_fill 1.
     """
     found = [
         (body.mask_blur > 0, "mask_blur: the mask's edge stays hard"),
@@ -321,6 +320,6 @@ def _echo(body: TextToImage | ImageToImage) -> dict[str, Any]:
 
 
 def _again(text: str) -> str:
-    """Return a picture as it was sent: that of a large body stands apart."""
+    """Return a picture as it was sent, also one that was taken out of a large body."""
     data = attached(text)
     return text if data is None else base64.b64encode(data).decode()
