@@ -62,8 +62,8 @@ class AdapterFile:
 class Change:
     """What a file does to one weight.
 
-    parameter: the weight's name in its part. keys: of the tensors, by slot. alpha: by PEFT's config,
-    if no tensor holds it. rooted: alpha is divided by the root of the rank (arXiv:2312.03732).
+    parameter: the weight's name in its part. keys: of the tensors, by slot. alpha: PEFT's, if no
+    tensor holds it. rooted: alpha is divided by the root of the rank (arXiv:2312.03732).
     """
 
     part: str
@@ -155,7 +155,7 @@ def match(file: AdapterFile, table: Mapping[str, Target], shapes: Shapes, family
 
 
 def refusal(name: str, why: str) -> SafelightError:
-    """Return the error for a LoRA. It is one line, which a hostile key can neither break nor hide."""
+    """Return the error for a LoRA: one line, which a hostile key can neither break nor hide."""
     return SafelightError(f"lora {printable(name, 60)}: {printable(why, 300)}", field="loras")
 
 

@@ -120,7 +120,7 @@ def family_of_width(width: int | None) -> str | None:
 
 
 def text_width(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    """Return the width of the text states that an adapter is for, None if its file does not tell."""
+    """Return the width of the text states that an adapter is for, None if no key tells."""
     for key, shape in shapes.items():
         reads = "attn2_to_k" in key or "attn2.to_k" in key or "attn2.processor.to_k" in key
         if reads and key.endswith(("down.weight", "lora_A.weight")) and len(shape) > 1:

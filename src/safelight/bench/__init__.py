@@ -1,9 +1,9 @@
-"""How fast this machine is with Safelight, and with what else is installed, in one run.
+"""Measure how fast this machine is with Safelight and with other installed programs, in one run.
 
-Stable Diffusion 1.5's networks with random weights of unit gain, the same for all. The contenders
-take turns, so that what else the machine does meets them alike, and a product of two large
-matrices between them tells what the processor gives at that moment. Report ratios: each is the
-median of the ratios within a round.
+All contenders have Stable Diffusion 1.5's networks with the same random weights of unit gain. They
+take turns, so that other load on the machine affects them alike, and a product of two large
+matrices between them shows the processor's speed at that moment. Report ratios: each is the median
+of the ratios within a round.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from safelight.weights.find import find
 from safelight.weights.plan import read_plan
 
 STEP_FLOP = 1.607e12
-"""Of one guided step at 512×512 as it is usually computed, attention counted."""
+"""Operations of one guided step at 512×512 as it is usually computed, attention included."""
 
 
 def contenders() -> list[str]:
-    """Those that can run here, ours first."""
+    """Return the contenders that can run here, ours first."""
     found = ["safelight float32", "diffusers float32", "openvino float32"]
     if native_bfloat16():
         found[1:1] = ["safelight bfloat16", "diffusers bfloat16", "openvino bfloat16"]
@@ -43,12 +43,12 @@ PARTS = ("step", "decode", "picture", "one-step", "start", "busy", "threads", "f
 
 
 def parts_here() -> list[str]:
-    """Those that can run here: "fast" compares pictures by scikit-image."""
+    """Return the parts that can run here: "fast" needs scikit-image to compare pictures."""
     return [part for part in PARTS if part != "fast" or importlib.util.find_spec("skimage")]
 
 
 COUNTS = (1, 2, 4, 8, 16)
-"""Threads that a step is made with, in the part "threads"."""
+"""Numbers of threads that the part "threads" measures."""
 
 
 def run(
@@ -59,16 +59,16 @@ def run(
     model: str = "embedded",
     log: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Steps, decodes, pictures and cold starts of the contenders named, `repeat` rounds each.
+    """Return the times of the contenders named, in `repeat` rounds.
 
-    Returns, for each of `parts`: "seconds" (the median of each contender), "times" (all of them),
-    and "ratio" (how many times as long each took as each Safelight, the median over the rounds);
-    for step, decode, picture and one-step also "matmul_gflops" and "error" (relative to diffusers,
-    or Safelight, in float32). A picture takes 20 steps of dpmpp_2m and a decode, its text encoded
-    before; OpenVINO, which brings no sampler, has diffusers'. The parts "busy" and "fast" are
+    For each of `parts` there are "seconds" (the median of each contender), "times" (all of them),
+    and "ratio" (each contender's time over that of each Safelight, the median over the rounds); for
+    step, decode, picture and one-step also "matmul_gflops" and "error" (relative to diffusers, or
+    Safelight, in float32). A picture takes 20 steps of dpmpp_2m and a decode; its text is encoded
+    before. OpenVINO, which brings no sampler, has diffusers'. The parts "busy" and "fast" measure
     Safelight alone: see `processes.busy_summary` and `shortcuts`. The part "threads" is in "by
-    threads": a step of Safelight, in bfloat16 if that is named, with each of COUNTS, and ratios to
-    as many as there are cores.
+    threads": a step of Safelight, in bfloat16 if that is named, with each of COUNTS; its ratios are
+    to a step with as many threads as there are cores.
 
     Raises SafelightError for what `check` refuses.
     """
@@ -184,7 +184,7 @@ def _times(
 
 
 def _summary(times: dict[str, list[float]], to: Iterable[str] | None = None) -> dict[str, Any]:
-    """to: whom the others are compared to, each Safelight if it is None."""
+    """Return medians, times and ratios. to: those to compare with, each Safelight if None."""
     ours = [name for name in times if name.startswith("safelight")] if to is None else to
     return {
         "seconds": {name: statistics.median(t) for name, t in times.items()},

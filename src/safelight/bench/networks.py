@@ -25,7 +25,7 @@ from safelight.request import Request
 from safelight.sampling.schedule import SchedulerConfig
 
 SIDE = 64
-"""Of the latents: the pictures have 512 pixels a side."""
+"""Side of the latents: the pictures have 512 pixels a side."""
 
 State = dict[str, Tensor]
 Run = Callable[[], Any]
@@ -37,7 +37,7 @@ def meta(network: Any, config: Any) -> Any:
 
 
 def weights(net: nn.Module, dtype: torch.dtype = torch.float32) -> State:
-    """Return random weights that keep the size of what passes through."""
+    """Return random weights that keep the scale of activations."""
     generator = torch.Generator().manual_seed(0)
     state = {}
     for name, like in net.state_dict().items():
@@ -66,19 +66,19 @@ def ours(net: nn.Module, state: State, dtype: torch.dtype) -> Any:
 
 
 def theirs(kind: str, config: dict[str, Any], state: State, dtype: torch.dtype) -> Any:
-    """diffusers' network of the same config; in bfloat16 channels-last, which is its best."""
+    """Return diffusers' network of the same config; in bfloat16 channels-last, its fastest."""
     import diffusers
 
-    network = getattr(diffusers, kind)  # imported by this: not where "meta" is the default
+    network = getattr(diffusers, kind)  # this imports it, outside of `meta`'s default device
     net = _filled(meta(network.from_config, config), state, dtype)
     return net.to(memory_format=torch.channels_last) if dtype == torch.bfloat16 else net
 
 
 def by_openvino(net: nn.Module, inputs: tuple[Tensor, ...], name: str) -> Callable[..., Tensor]:
-    """Return what runs `net`, which is in float32, by OpenVINO.
+    """Return a function that runs `net`, which is in float32, by OpenVINO.
 
-    In int8 as nncf quantises it: weights and what comes to them, by the range that these inputs
-    have. What stays a float is bfloat16 where the processor has it.
+    For int8, nncf quantises weights and activations, by the ranges that these inputs give. What
+    stays a float is bfloat16 if the processor has it.
     """
     openvino: Any = importlib.import_module("openvino")
     low = dtype_of(name) == torch.bfloat16 or (name.endswith("int8") and native_bfloat16())
@@ -175,7 +175,7 @@ def decodes(names: list[str], log: Callable[[str], None]) -> dict[str, Run]:
 
 
 def pictures(names: list[str], log: Callable[[str], None]) -> dict[str, Run]:
-    """Whole pictures, of the same noise; the two networks are those of the parts above."""
+    """Return what draws whole pictures, all from the same noise, with the two networks above."""
     unet, vae = _config("unet"), _config("vae")
     unet_state, vae_state = _unet_weights(unet), _vae_weights(vae)
     context = torch.randn(2, 77, unet["cross_attention_dim"], generator=_seeded())
@@ -185,7 +185,7 @@ def pictures(names: list[str], log: Callable[[str], None]) -> dict[str, Run]:
         if name.startswith("safelight"):
             model = _model(unet_state, vae_state, dtype)
             return lambda: _our_picture(model, context.to(dtype), {})
-        own = torch.float32 if name.startswith("openvino") else dtype  # which converts by itself
+        own = torch.float32 if name.startswith("openvino") else dtype  # OpenVINO converts itself
         net = Step(theirs("UNet2DConditionModel", unet, unet_state, own))
         decoder = Decode(theirs("AutoencoderKL", vae, vae_state, own))
         text = context.to(own)
@@ -206,7 +206,7 @@ def pictures(names: list[str], log: Callable[[str], None]) -> dict[str, Run]:
 
 
 def fast_pictures(dtype: str, log: Callable[[str], None]) -> Callable[[dict[str, Any]], Tensor]:
-    """Return what draws one of our whole pictures, as above, with settings of the fast mode."""
+    """Return a function that draws a whole picture by Safelight with settings of the fast mode."""
     log(f"  preparing safelight {dtype}")
     unet, vae = _config("unet"), _config("vae")
     model = _model(_unet_weights(unet), _vae_weights(vae), dtype_of(dtype))
@@ -263,7 +263,7 @@ def _their_picture(
     context: Tensor,
     scale: float,
 ) -> Tensor:
-    """As diffusers' pipeline goes about it, with the text encoded before.
+    """Draw a picture as diffusers' pipeline does, with the text encoded before.
 
     step, decode: the two networks. scale: of the autoencoder.
     """

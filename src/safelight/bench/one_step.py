@@ -30,7 +30,7 @@ TINY: dict[str, Any] = {}
 
 
 def pictures(names: list[str], log: Callable[[str], None]) -> dict[str, Run]:
-    """Return one call of the network without guidance and one decode, for each contender."""
+    """Return what makes one network call without guidance and one decode, for each contender."""
     config, tiny = UNetConfig.from_dict(UNET), TinyConfig.from_dict(TINY)
     state = networks.weights(networks.meta(UNet2DConditionModel, config))
     tiny_state = networks.weights(networks.meta(AutoencoderTiny, tiny))

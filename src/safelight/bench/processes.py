@@ -33,12 +33,12 @@ image.images[0].save(sys.argv[2])
 """
 
 _SPINNING = {"GOMP_SPINCOUNT": "300000"}
-"""How OpenMP waits unless it is told otherwise (libgomp's own default), which Safelight leaves
-alone because it is set."""
+"""How OpenMP waits by default (libgomp's own value). Because it is set here, Safelight does not
+change it."""
 
 
 def starts(names: list[str], repeat: int, log: Callable[[str], None]) -> dict[str, list[float]]:
-    """Seconds of processes that load `embedded` and draw one picture in 20 steps of dpmpp_2m."""
+    """Return seconds of processes that load `embedded` and draw a picture, 20 steps of dpmpp_2m."""
     known = [name for name in names if not name.startswith("openvino")]
     times: dict[str, list[float]] = {name: [] for name in known}
     with tempfile.TemporaryDirectory(prefix="safelight-") as folder:
@@ -54,9 +54,9 @@ def starts(names: list[str], repeat: int, log: Callable[[str], None]) -> dict[st
 
 
 def busy(repeat: int, log: Callable[[str], None]) -> dict[str, list[float]]:
-    """Seconds of the same picture alone and beside two processes that draw without end.
+    """Return seconds of the same picture alone and beside two processes that draw without end.
 
-    Each once as PyTorch's threads wait by default and once as Safelight's do.
+    Both are measured with threads that wait as PyTorch's do by default, and as Safelight's do.
     """
     ways = {"spinning": _SPINNING, "asleep": {}}
     times: dict[str, list[float]] = {
@@ -76,7 +76,7 @@ def busy(repeat: int, log: Callable[[str], None]) -> dict[str, list[float]]:
 
 
 def busy_summary(times: dict[str, list[float]]) -> dict[str, Any]:
-    """Medians of the seconds, and of the ratios within a round."""
+    """Return medians of the seconds, and of the ratios within a round."""
 
     def ratio(over: str, under: str) -> float:
         return statistics.median(a / b for a, b in zip(times[over], times[under], strict=True))
@@ -96,7 +96,7 @@ def busy_summary(times: dict[str, list[float]]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _neighbours(count: int, folder: Path, more: dict[str, str]) -> Iterator[None]:
-    """Other processes that draw one picture after the other for as long as this is open."""
+    """Run other processes that draw one picture after the other until the block ends."""
     over = threading.Event()
 
     def draw(i: int) -> None:
@@ -128,9 +128,9 @@ def _command(name: str, out: Path) -> list[str]:
 
 
 def _draw(command: list[str], more: dict[str, str], over: threading.Event | None = None) -> float:
-    """Seconds that a process took; killed, if `over` is set meanwhile.
+    """Return the seconds that a process took. It is killed if `over` is set meanwhile.
 
-    SafelightError, if it failed.
+    Raises SafelightError if it failed.
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     for name in ("PYTHONDONTWRITEBYTECODE", *SETTINGS):  # an install has its modules compiled

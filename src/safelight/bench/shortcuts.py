@@ -1,5 +1,7 @@
-"""What the fast mode costs and saves: seconds on the shapes of Stable Diffusion 1.5, and how far
-pictures of a real model are from those without it.
+"""Measure what the fast mode saves and costs.
+
+That is seconds on the shapes of Stable Diffusion 1.5, and how far a real model's pictures are from
+those without it.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "linears int8": {"linears": "int8"},
     "13 steps": {"steps": 13},
 }
-"""Each level, and what it is made of, alone."""
+"""Each level of the fast mode, and each of its parts alone."""
 
 PROMPTS = (
     "a red apple",
@@ -59,9 +61,10 @@ PROMPTS = (
 
 
 def seconds(names: list[str], log: Callable[[str], None]) -> dict[str, Run]:
-    """Return whole pictures of 512×512 by way: random weights, 20 steps unless the way has its own.
+    """Return what draws a picture of 512×512 in each way, with random weights.
 
-    names: ours, of which the first is taken.
+    It takes 20 steps unless the way has its own. names: contenders; the first of ours gives the
+    precision.
     """
     dtype = next((name.split()[1] for name in names if name.startswith("safelight")), "float32")
     draw = fast_pictures(dtype, log)
@@ -69,8 +72,9 @@ def seconds(names: list[str], log: Callable[[str], None]) -> dict[str, Run]:
 
 
 def distances(model: Model, log: Callable[[str], None]) -> dict[str, dict[str, float]]:
-    """Return how far pictures of the prompts are from the full ones: "psnr" in decibels and "ssim",
-    the mean over the pictures, and the worst.
+    """Return how far each way's pictures of PROMPTS are from the full ones.
+
+    "psnr" is in decibels; it and "ssim" are means over the pictures, beside the worst.
     """
     found: dict[str, dict[str, float]] = {}
     full: list[Any] = []

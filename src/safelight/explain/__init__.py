@@ -6,5 +6,5 @@
     story = watch(model, Request(prompt="a cat above a pizza", seed=1))
     Path("explain.html").write_text(page(story), encoding="utf-8")
 
-Nothing is imported here: who only wants the texts need not load PyTorch.
+Nothing is imported here, so that the texts can be read without PyTorch.
 """

@@ -1,8 +1,8 @@
-"""What each word was read by: the cross-attention of a UNet, recorded while it answers.
+"""Record the cross-attention of a UNet: where in the picture each word was used.
 
-In cross-attention every position of a map asks which tokens of the text it should listen to; the
-answer is a softmax over the tokens (arXiv:1706.03762). Seen from a token, its weights over all
-positions are a map of where it was listened to (arXiv:2208.01626, arXiv:2210.04885).
+In cross-attention every position of the picture weighs the tokens of the text by a softmax
+(arXiv:1706.03762). A token's weights over all positions are a map of where it was used
+(arXiv:2208.01626, arXiv:2210.04885).
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ from safelight.prompt.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Word:
-    """One word of a prompt, in small letters; tokens: its places among the prompt's ids."""
+    """One word of a prompt, in lower case. tokens: its places among the prompt's ids."""
 
     text: str
     tokens: slice
 
 
 def words_of(tokenizer: Tokenizer, prompt: str) -> list[Word]:
-    """Return the words of a prompt that is read plainly, up to where it is cut."""
+    """Return the words of a prompt in the syntax "plain", up to where it is cut."""
     return words_of_chunks(tokenizer, chunks_of(tokenizer, ((Piece(prompt),),), "plain"))
 
 
 def words_of_chunks(tokenizer: Tokenizer, chunks: Sequence[Chunk]) -> list[Word]:
     """Return the words of chunks that follow each other.
 
-    A textual inversion is one of its name, and a token that was added to the tokenizer of its text.
+    A textual inversion is one word, its name. A token that was added to the tokenizer is one word,
+    its text.
     """
     learned = {number: one for one in tokenizer.learned for number in one.ids}
     alone = {*learned, *tokenizer.added}
@@ -65,13 +66,13 @@ def words_of_chunks(tokenizer: Tokenizer, chunks: Sequence[Chunk]) -> list[Word]
 
 
 def telling_layers(unet: UNet2DConditionModel) -> list[Attention]:
-    """The attention to the text whose maps show best where things are.
+    """Return the cross-attention layers whose maps show best where things are.
 
-    That is the last of the block on the way up whose maps have half the side of the latents, or
-    in other networks the nearest to it. On `embedded` 82 % of its weight for a thing is on the half
-    of the picture where the thing was asked for, in each of 40 maps more than half. The other six
-    layers are at 48 to 55 %, which is chance, and the mean of all seven at 53 %. Over the steps it
-    falls from 84 to 79 %, so that all of them can be shown (benchmarks/attention.py).
+    They are the last of the up block whose maps have half the side of the latents, or of the block
+    nearest to that. In `embedded` it is one layer. 82 % of its weight for a thing is on the half of
+    the picture where the thing was asked for, and in each of 40 maps more than half. The other six
+    layers are at 48 to 55 %, which is chance, and the mean of all seven is at 53 %. The share falls
+    from 84 to 79 % over the steps, so that all steps can be shown (benchmarks/attention.py).
     """
     blocks: Any = list(unet.up_blocks)
     levels = {len(blocks) - 1 - i: block for i, block in enumerate(blocks) if block.attentions}
@@ -84,11 +85,11 @@ def telling_layers(unet: UNet2DConditionModel) -> list[Attention]:
 
 @contextmanager
 def recorded(layers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
-    """While it is open, the attention of these layers of a UNet, in the order they were called.
+    """Record the attention of these layers of a UNet within the block, in the order of their calls.
 
-    Yields a list that fills with float32 [batch, heads, positions, tokens], which over the tokens
-    sum to 1. The layers answer as ever; outside, nothing is left of it. They are asked for queries
-    and keys once more, as fast layers do not form the softmax where it could be seen.
+    Yields a list that fills with float32 [batch, heads, positions, tokens], which sum to 1 over the
+    tokens. The layers' results do not change, and the hooks are removed at the end. Queries and
+    keys are computed once more, because fast layers do not show their softmax.
     """
     found: list[Tensor] = []
 
@@ -111,10 +112,11 @@ def recorded(layers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
 def word_maps(
     weights: Sequence[Tensor], words: Sequence[Word], latents: tuple[int, int]
 ) -> Tensor | None:
-    """Where each word was listened to, from 0 to 1: float32 [words, h, w], None without weights.
+    """Return where each word was used, from 0 to 1: float32 [words, h, w]; None without weights.
 
-    weights: as `recorded` has them, of one picture; latents: its height and width in latents. The
-    mean over heads and layers, of the sum over a word's tokens; h and w are the finest layer's.
+    weights: as `recorded` has them, of one picture. latents: its height and width in latents. A map
+    is the mean over heads and layers of the sum over a word's tokens; h and w are the finest
+    layer's.
     """
     if not weights or not words:
         return None
@@ -130,7 +132,7 @@ def word_maps(
 
 
 def _side(positions: int, latents: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of a map of so many positions: the latents' sides, halved and rounded up."""
+    """Return a map's height and width: the latents' sides, halved (rounded up) until they fit."""
     height, width = latents
     while height * width > positions:
         height, width = -(-height // 2), -(-width // 2)

@@ -1,4 +1,4 @@
-"""The forward way: what the noise schedule makes of a picture, as it did in training."""
+"""The forward process: noise is added to a picture as the schedule did in training."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from safelight.model import Model
 from safelight.sampling.levels import alphas_cumprod, sigmas_of
 
 SHARES = (0.05, 0.15, 0.3, 0.45, 0.65, 1.0)
-"""Which of the model's timesteps are shown, as shares of them all."""
+"""The timesteps that are shown, as shares of the model's last one."""
 
 
 @dataclass(frozen=True)
 class Noised:
     """The picture at one level of noise.
 
-    sigma: of the noise beside a picture that keeps its strength; timestep: the model's name for
-    the level. At sigma 0, which no timestep has, it is the picture itself.
+    sigma: the noise level, if the picture keeps its scale. timestep: the model's number for it;
+    None at sigma 0, which is the picture itself.
     """
 
     sigma: float
@@ -30,10 +30,10 @@ class Noised:
 
 
 def forward(model: Model, latents: Tensor, seed: int) -> list[Noised]:
-    """A picture at growing levels of one and the same noise, clean first.
+    """Return a picture at growing levels of the same noise, the clean one first.
 
     latents: the finished picture's, float32 [1, channels, h, w] (pixels for a model without
-    autoencoder); seed: of the noise. What is shown is what the network is given,
+    autoencoder). seed: of the noise. Each picture is the network's input at that level,
     x = √ᾱ·z + √(1 − ᾱ)·ε (arXiv:2006.11239, equation 4), decoded.
     """
     generator = torch.Generator().manual_seed(seed)

@@ -14,23 +14,23 @@ PARTS: dict[str, Text] = {
     "diffusion": Text(
         "What a diffusion model is",
         "Add noise to a picture, a little at a time, until only noise is left. A diffusion model "
-        "is trained on such noisy pictures: it learns to tell the noise from the picture. To draw "
-        "a new picture, the process runs backwards. It starts from pure noise. The network "
+        "is trained on such noisy pictures: it learns to separate the noise from the picture. To "
+        "draw a new picture, the process runs backwards. It starts from pure noise. The network "
         "estimates the picture under the noise, a little of the noise is removed, and the network "
         "estimates again.",
     ),
     "autoencoder": Text(
         "The autoencoder",
         "The autoencoder compresses a picture into a much smaller grid of numbers, the latents, "
-        "and turns latents back into a picture. All steps work on latents. Only the last ones are "
-        "decoded for the finished picture.",
+        "and turns latents back into a picture. All steps work on latents. Only the latents of the "
+        "last step are decoded into the finished picture.",
     ),
     "unet": Text(
         "The UNet",
         "The UNet is the network that does the work. Its input is the noisy latents, their noise "
-        "level and the encoded prompt. Its output is the noise in the latents; subtracting it "
-        "leaves an estimate of the finished picture. Early estimates are averages of many "
-        "possible pictures, so they are blurred.",
+        "level and the encoded prompt. Its output says what the noise in the latents is. Without "
+        "that noise, an estimate of the finished picture is left. Early estimates are averages of "
+        "many possible pictures, so they are blurred.",
     ),
     "text_encoder": Text(
         "The text encoder",
@@ -69,7 +69,7 @@ SETTINGS: dict[str, Text] = {
         "Guidance",
         "How strongly the picture follows the prompt. The network runs twice, with your prompt "
         "and with the negative prompt, and the difference is multiplied by this number. 1 turns "
-        "guidance off and halves the work. High values burn the colours.",
+        "guidance off and halves the work. High values make the colours too strong.",
     ),
     "seed": Text(
         "Seed",
@@ -99,7 +99,7 @@ SETTINGS: dict[str, Text] = {
 VIEWS: dict[str, Text] = {
     "noisy": Text("The noisy state", "The input of the network at this step, decoded."),
     "latents": Text(
-        "Its latents", "The same state as numbers: each place in the colour it stands for."
+        "Its latents", "The same state as numbers: each is shown in the colour that it stands for."
     ),
     "clean": Text("The clean estimate", "The network's guess of the picture under the noise."),
     "guidance": Text(
@@ -111,9 +111,9 @@ VIEWS: dict[str, Text] = {
 """The pictures of each step."""
 
 ATTENTION = (
-    "Light shows where the network used a word most, over the clean estimate of the step. Each "
-    "map has a scale of its own. The percentage is the word's share of all attention. Small "
-    "shares are normal, and a word such as “a” may have a larger share than a noun, because most "
-    "attention rests on the marks at the start and the end of the prompt:"
+    "The maps lie over the clean estimate of the step. A place is light where the network used the "
+    "word most. Each map has its own scale. The percentage is the word's share of all attention. "
+    "Small shares are normal, and a word such as “a” may have a larger share than a noun, because "
+    "most attention goes to the marks at the start and the end of the prompt:"
 )
 """How to read the maps of attention. The share of the marks follows."""

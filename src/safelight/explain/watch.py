@@ -32,7 +32,7 @@ from safelight.result import Result
 from safelight.sampling import Row
 
 MAX_MOMENTS = 50
-"""Steps that are recorded. Of more, this many are, evenly spaced, with the first and last."""
+"""Most steps that are recorded. Of more steps, so many are, evenly spaced, from first to last."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Moment:
     step: from 1 to steps. sigma, timestep: noise level of the state, and the time given to the
     network. noisy: the state as the network sees it, decoded. latents: the same as one pixel for
     each latent, coloured by `Story.colours`; None for a model of pixels. clean: the clean
-    estimate. unguided: the clean estimate of the prompt alone, that of a step without guidance the
-    same as `clean`; None for a picture without guidance.
+    estimate. unguided: the clean estimate with the prompt alone; in a step without guidance it is
+    `clean`, and in a picture without guidance None.
     attention: float32 [words, h, w], see `explain.attention.word_maps`; None without words.
     """
 
@@ -71,8 +71,8 @@ class Story:
 
     result: the picture, as `Model.generate` returns it. sigmas: the noise level before each step
     and after the last. shape: of the latents, channels, height, width. colours: float32
-    [channels + 1, 3], see `fit_colours`; None without autoencoder. forward: the picture turned to
-    noise.
+    [channels + 1, 3], see `fit_colours`; None without autoencoder. forward: the picture at growing
+    noise levels.
     """
 
     result: Result
@@ -151,7 +151,7 @@ def watch(model: Model, request: Request, on_step: Callable[[Step], object] | No
 
 
 def _words(model: Model, request: Request, result: Result) -> list[Word]:
-    """Return the words of the prompt; of one that changes or has parts, those it begins with."""
+    """Return the words of the prompt; if it has parts or stages, the last part's first stage."""
     if model.tokenizer is None:
         return []
     [seed] = result.seeds
@@ -226,7 +226,7 @@ def fit_colours(latents: list[Tensor], pictures: list[Image.Image]) -> Tensor:
     """Return the linear map from a latent's channels to a colour, float32 [channels + 1, 3].
 
     It is a least-squares fit of latents ([1, channels, h, w] each) to their decoded pictures at
-    the latents' size; the last row is added. Unlike the axes of a PCA it gives the picture's
+    the latents' size; the last row is the constant. Unlike the axes of a PCA it gives the picture's
     colours. The fit takes noisy and clean latents, because in a plain picture some directions
     never occur.
     """

@@ -19,7 +19,7 @@ _STRAY_MARK = re.compile(r"(?<=\S)embedding:")
 
 
 class _Groups:
-    """The brackets around pieces: each has a parent and a weight, None for 1.1 times its parent's."""
+    """The brackets around pieces: each one's parent, and its weight, None for 1.1 times."""
 
     def __init__(self) -> None:
         self.parents: list[int] = [0]

@@ -1,1 +1,1 @@
-"""How the models that ship were made, and how to make them again."""
+"""Training: the loop, fine-tuning, training from nothing, and distillation."""

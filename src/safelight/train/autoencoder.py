@@ -27,7 +27,7 @@ class Pictures(Protocol):
     def batch(
         self, n: int, rng: np.random.Generator
     ) -> tuple[NDArray[np.uint8] | Tensor, list[str]]:
-        """`n` pictures, uint8 [n, size, size, 3], and their captions."""
+        """Return `n` pictures, uint8 [n, size, size, 3], and their captions."""
         ...
 
 
@@ -40,11 +40,11 @@ def train_autoencoder(
     native: bool = False,
     on_checkpoint: Show | None = None,
 ) -> AutoencoderKL:
-    """Train on composed scenes, then set scaling_factor so that latents have unit variance.
+    """Return an autoencoder trained on pictures, on the CPU; `latent_spread` tells its scale.
 
-    The loss is the absolute and squared error of pixels, the absolute error of their differences
-    to the neighbours (which keeps the outlines crisp), and the KL term of arXiv:2112.10752 at
-    its tiny weight. With `native` the network is compiled first.
+    The loss is the absolute error of pixels, the absolute error of the differences between
+    neighbouring pixels (which keeps outlines crisp), and the KL term of arXiv:2112.10752 at its
+    tiny weight. With `native` the network is compiled first.
     """
     torch.manual_seed(plan.seed)
     vae = AutoencoderKL(config)
@@ -85,20 +85,20 @@ class _Pass(nn.Module):
 
 
 def edge_error(a: Tensor, b: Tensor) -> Tensor:
-    """Return the mean absolute error of the differences between neighbours."""
+    """Return the mean absolute error of the differences between neighbouring pixels."""
     down = (a.diff(dim=-2) - b.diff(dim=-2)).abs().mean()
     right = (a.diff(dim=-1) - b.diff(dim=-1)).abs().mean()
     return down + right
 
 
 def to_pixels(pictures: NDArray[np.uint8] | Tensor) -> Tensor:
-    """uint8 [n, h, w, 3] to float32 [n, 3, h, w] in −1..1, where they are."""
+    """Return uint8 pictures [n, h, w, 3] as float32 [n, 3, h, w] in −1..1, on their device."""
     return torch.as_tensor(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 @torch.inference_mode()
 def encode(vae: AutoencoderKL, pictures: NDArray[np.uint8] | Tensor) -> Tensor:
-    """uint8 [n, size, size, 3] to float16 latents [n, 4, h, w] on the CPU, scaled."""
+    """Return the scaled latents, float16 [n, 4, h, w] on the CPU, of uint8 [n, size, size, 3]."""
     pictures = torch.as_tensor(pictures)
     vae.to(pictures.device)
     parts = []
@@ -111,7 +111,7 @@ def encode(vae: AutoencoderKL, pictures: NDArray[np.uint8] | Tensor) -> Tensor:
 
 @torch.inference_mode()
 def latent_spread(vae: AutoencoderKL, scenes: Pictures, draw: Draw, count: int = 1024) -> float:
-    """Standard deviation of the latents over `count` scenes; its inverse is scaling_factor."""
+    """Return the standard deviation of the latents of `count` scenes: 1 / scaling_factor."""
     pictures = to_pixels(scenes.batch(count, draw.data)[0])
     vae.to(pictures.device)
     return float(torch.cat([vae.encode(part)[0] for part in pictures.split(64)]).std())

@@ -1,4 +1,4 @@
-"""Train a denoiser: noise is added to a clean thing, and the network learns to take it away."""
+"""Train a denoiser: noise is added to clean data, and the network learns to remove it."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ DROP_CAPTION = 0.1
 
 
 class Noising:
-    """Adds noise as the schedule says, and scores what the network made of it.
+    """Adds noise as the schedule says, and scores the network's prediction.
 
-    min_snr: γ of min-SNR weighting, None for equal weights. A network of velocity that learns
-    from words does better with equal ones: its target has unit variance at every level, and
-    min-SNR all but leaves out the noisy levels, where words decide the most.
+    min_snr: γ of min-SNR weighting, None for equal weights. A network that predicts velocity and
+    learns from captions does better with equal weights: its target has unit variance at every
+    level, and min-SNR almost leaves out the noisy levels, where the caption decides most.
 
-    middle: draw timesteps between the ends more often. Where nearly all is noise a network can say
-    no more than the mean of what a caption may look like, and where there is little noise the
-    picture itself shows what it is.
+    middle: whether timesteps between the ends are drawn more often. At high noise a network can
+    predict only the mean of all pictures that fit the caption, and at low noise the picture itself
+    shows what it is.
     """
 
     def __init__(
@@ -45,7 +45,10 @@ class Noising:
         self.bars = torch.from_numpy(alphas_cumprod(schedule)).float()
 
     def loss(self, clean: Tensor, draw: Draw, net: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """clean: [n, channels, h, w]; net maps (noisy, timestep [n]) to its prediction."""
+        """Return the weighted mean squared error of the predictions, at drawn timesteps.
+
+        clean: [n, channels, h, w]; net maps (noisy, timestep [n]) to its prediction.
+        """
         n = len(clean)
         # One timestep from each n-th of the range: the same expectation, less variance.
         where = (torch.arange(n, device=draw.device) + draw.uniform([n])) / n
@@ -65,7 +68,7 @@ class Noising:
         return (error * self._weight(bar)).mean()
 
     def _weight(self, bar: Tensor) -> Tensor | float:
-        """By noise level: min-SNR-γ (arXiv:2303.09556), or all alike."""
+        """Return the weight of each noise level: min-SNR-γ (arXiv:2303.09556), or 1."""
         if self.min_snr is None:
             return 1.0
         snr = bar / (1 - bar)
@@ -74,7 +77,10 @@ class Noising:
 
 
 def wanted(kind: str, clean: Tensor, noise: Tensor, bar: Tensor) -> Tensor:
-    """What a network of this prediction type is to say of √ᾱ·clean + √(1 − ᾱ)·noise; bar: ᾱ."""
+    """Return what such a network should predict for √ᾱ·clean + √(1 − ᾱ)·noise.
+
+    kind: its prediction type. bar: ᾱ.
+    """
     if kind == "epsilon":
         return noise
     if kind == "sample":
@@ -83,7 +89,7 @@ def wanted(kind: str, clean: Tensor, noise: Tensor, bar: Tensor) -> Tensor:
 
 
 class Sketch(nn.Module):
-    """A text encoder, and what a coarse picture looks like from each of its states."""
+    """A text encoder, and a linear layer that predicts a coarse picture from each of its states."""
 
     def __init__(self, text: CLIPTextModel, values: int) -> None:
         super().__init__()
@@ -97,12 +103,12 @@ class Sketch(nn.Module):
 def teach_words(
     text: CLIPTextModel, latents: Tensor, ids: Tensor, end: int, plan: Plan, folder: Path
 ) -> None:
-    """Teach the text encoder, alone, what its captions look like.
+    """Train the text encoder, alone, to predict what its captions look like.
 
-    From every state at and after the end mark a linear layer tells the latents, halved in size.
-    It costs a few minutes. Without it the one word that matters is one state among `length`,
-    which the UNet's attention has to find first: after a thousand steps it still drew the same
-    thing for every prompt.
+    From every state at and after the end mark a linear layer predicts the latents, halved in size.
+    It takes a few minutes. Without it, the word that matters is one state among `length`, which the
+    UNet's attention has to find first: after a thousand steps the UNet still drew the same thing
+    for every prompt.
 
     latents: [n, 4, h, w]; ids: [n, length]; end: the id of the end mark, which also pads.
     """
@@ -192,8 +198,8 @@ def train_unconditional(
 ) -> UNet2DModel:
     """Train a model that draws from noise alone, and return it.
 
-    pictures_of(draw, n) draws uint8 pictures [n, side, side, 3]. on_device: from the device alone,
-    see `loop.fit`.
+    pictures_of(draw, n) returns uint8 pictures [n, side, side, 3]. on_device: whether it takes them
+    from the device alone, see `loop.fit`.
     """
     torch.manual_seed(plan.seed)
     net = initialise(UNet2DModel(config))

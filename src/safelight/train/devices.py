@@ -14,7 +14,7 @@ from safelight.errors import SafelightError
 
 @cache
 def accelerator() -> Any:
-    """accelerate's, which knows the devices, and the other processes that train along."""
+    """Return accelerate's Accelerator, which knows the devices and the other processes."""
     if any(find_spec(name) is None for name in ("accelerate", "tensorboard")):
         raise SafelightError("training needs more: pip install 'safelight[train]'")
     from accelerate import Accelerator
@@ -23,7 +23,7 @@ def accelerator() -> Any:
 
 
 def autocast(device: torch.device | str = "cpu") -> torch.autocast:
-    """bfloat16 for the products where the processor multiplies it natively; else float32."""
+    """Return a context: products are bfloat16 if the device has it natively, else float32."""
     kind = torch.device(device).type
     fast = kind == "cuda" or (kind == "cpu" and torch.cpu._is_avx512_bf16_supported())
     return torch.autocast(kind, dtype=torch.bfloat16, enabled=fast)
@@ -35,8 +35,8 @@ Net = TypeVar("Net", bound=nn.Module)
 def initialise(net: Net) -> Net:
     """Zero the last layer of every residual branch and of the net.
 
-    Each block then begins as the identity, and the net by predicting its mean: training starts
-    smoothly (arXiv:2105.05233, appendix).
+    Each block then begins as the identity, and the net predicts zero: training starts smoothly
+    (arXiv:2105.05233, appendix).
     """
     for name, parameter in net.named_parameters():
         module = name.rsplit(".", 1)[0]
@@ -46,11 +46,11 @@ def initialise(net: Net) -> Net:
 
 
 def compiled(net: nn.Module, wanted: bool) -> Any:
-    """The net as torch.compile makes it, after minutes of compiling: on two quiet cores a third
-    faster to train, on one no faster.
+    """Return the net as torch.compile makes it, if wanted, else the net itself.
 
-    On a CPU it needs a C++ compiler on the machine, so it is asked for, never assumed. Raises
-    SafelightError if there is none.
+    Compiling takes minutes. Training is then a third faster on two quiet cores, and no faster on
+    one. On a CPU it needs a C++ compiler on the machine, so it is done only if asked for. Raises
+    SafelightError if there is no compiler.
     """
     if not wanted:
         return net

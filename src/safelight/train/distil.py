@@ -43,7 +43,7 @@ SUBSTEPS = 4
 """The teacher's steps for each of the student's."""
 
 BATCH = 64
-"""Pictures that the teacher draws at once; its trajectories are kept after so many."""
+"""Pictures that the teacher draws at once; their trajectories are saved in one file."""
 
 SHEET_PROMPTS = 6
 CHECKPOINT_EVERY = 250
@@ -84,12 +84,12 @@ def distil(
     guidance_scale: float = 4.0,
     native: bool = False,
 ) -> Path:
-    """Teach a copy of `model` to draw the prompts of a file, one a line, in `drawing_steps` steps
-    of ddim without guidance; write the folder out/model.
+    """Teach a copy of `model` to draw in a few steps without guidance; return out/model.
 
-    guidance_scale: the teacher's, in the steps that it says it guides. Goes on where it was
-    stopped. Beside the folder, out/sheet.png has pictures of the first prompts by the teacher in
-    its many steps, and by the student.
+    prompts: a file with one prompt a line. drawing_steps: the student's steps, of ddim.
+    guidance_scale: the teacher's, in the steps that its defaults guide. A call with the same `out`
+    continues where it was stopped. out/sheet.png has pictures of the first prompts by the teacher,
+    in its many steps, and by the student.
     """
     captions = read_prompts(prompts)
     teacher = load_model(model)
@@ -189,10 +189,9 @@ def read_prompts(path: Path) -> list[str]:
 def trajectories(
     teacher: Model, captions: list[str], steps: int, guidance: float, folder: Path, plan: Plan
 ) -> Trajectories:
-    """Let the teacher draw each caption once, with a seed of its own.
+    """Return the teacher's trajectories, one for each caption, each with a seed of its own.
 
-    The states are kept in `folder`, BATCH captions a file, and are not drawn again when this is
-    called again.
+    The states are kept in `folder`, BATCH captions a file; another call reads them from there.
     """
     # Euler's step is DDIM's, and lands on the level of the next row for any number of steps.
     config = teacher.scheduler.override(
@@ -222,7 +221,7 @@ def trajectories(
 
 @torch.inference_mode()
 def _draw(teacher: Model, walk: Table, captions: list[str], guidance: float, seed: int) -> Tensor:
-    """Return `Trajectories.states` of these captions, the first with this seed."""
+    """Return `Trajectories.states` of these captions. seed: of the first."""
     engine = Engine(teacher, exact=False, rows=2 * BATCH)
     for i, caption in enumerate(captions):
         request = Request(prompt=caption, guidance_scale=guidance, steps=len(walk.rows))
@@ -249,8 +248,8 @@ def training_pair(
 ) -> tuple[Tensor, Tensor]:
     """Return the network's input and the output that it must learn.
 
-    With that output one step of DDIM leads to where the teacher came. pick, step: [n], which
-    trajectories and which of the student's steps.
+    With that output one step of DDIM leads to the teacher's state at the next level. pick, step:
+    [n], which trajectories and which of the student's steps.
     """
     sigma, norm, after, after_norm = taken.numbers[:, step, None, None, None]
     seen = taken.states[pick, step].float()

@@ -29,7 +29,7 @@ DIFFUSERS = "0.42.0"
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Within it, an error of writing the model or its sheet is one line."""
+    """Turn an error of writing the model or its sheet into a SafelightError of one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -87,7 +87,7 @@ def export_text_to_image(
             "eos_token_id": vocabulary["<|endoftext|>"],
             "pad_token_id": vocabulary["<|endoftext|>"],
             "projection_dim": text.config.hidden_size,
-            # Else transformers computes in the stored precision, and the UNet in another.
+            # Without it transformers computes in the stored precision, and the UNet in another.
             "dtype": "float32",
         },
     )

@@ -55,7 +55,7 @@ def finetune(
     vae, tokenizer = base.vae, base.tokenizer
     assert vae is not None
     assert tokenizer is not None
-    tokenizer = tokenizer.with_words(None)  # it learns what it was never taught
+    tokenizer = tokenizer.with_words(None)  # it learns words that it was never taught
     side = size or min(base.native_size)
     if side % 8 or side < 64:
         raise SafelightError(f"size {side}: expected a multiple of 8, 64 or more")
@@ -144,7 +144,7 @@ def _notes(base: Model, captions: list[str]) -> dict[str, Any]:
     notes = {
         **kept,
         "made_from": f"{base.name}, sha256 {base.sha256}",
-        # Said always: with the two above, a model that does not say counts as distilled.
+        # Always written: a model with the two above and without this counts as distilled.
         "distilled": is_distilled(base.notes),
     }
     if base.words is not None:
@@ -153,8 +153,9 @@ def _notes(base: Model, captions: list[str]) -> dict[str, Any]:
 
 
 def bring_along(base: Model, made: Path) -> None:
-    """Copy the NOTICE of the model that the weights were made from, and its decoder of previews,
-    since the autoencoder stays the same.
+    """Copy the NOTICE and the preview decoder of the model that the weights were made from.
+
+    The decoder still fits, because the autoencoder stays the same.
     """
     notice, previews = (Path(base.path) / name for name in ("NOTICE", PREVIEWS))
     if notice.is_file():

@@ -35,11 +35,11 @@ class Example:
 
 
 def captioned(folder: Path) -> list[Example]:
-    """The pictures of a folder and its subfolders with their captions, in the order of names.
+    """Return the pictures of a folder and its subfolders with their captions, sorted by path.
 
-    A caption is the text file of a picture's name beside it (cat.png, cat.txt), or the line of
-    metadata.jsonl, {"file_name": "cat.png", "text": "a cat"}, as Hugging Face's image folders
-    have it. Raises SafelightError if pictures are missing, or captions, or if there is nothing.
+    The caption of cat.png is the text of cat.txt beside it, or a line of metadata.jsonl,
+    {"file_name": "cat.png", "text": "a cat"}, as in Hugging Face's image folders. Raises
+    SafelightError if there are no pictures, or if pictures or captions are missing.
     """
     paths = pictures(folder)
     listed = _metadata(folder)
@@ -73,7 +73,7 @@ def check_apart(folder: Path, out: Path) -> None:
 
 
 def pictures(folder: Path) -> list[Path]:
-    """All pictures of a folder and its subfolders. Raises SafelightError if there are none."""
+    """Return all pictures of a folder and its subfolders. Raises SafelightError if it has none."""
     if not folder.is_dir():
         raise SafelightError(f"{folder} is not a folder")
     found = sorted(
@@ -87,7 +87,7 @@ def pictures(folder: Path) -> list[Path]:
 
 
 def read(paths: Sequence[Path], size: int) -> Pixels:
-    """uint8 [n, size, size, 3]: the middle square of each, resized.
+    """Return the middle square of each picture, resized: uint8 [n, size, size, 3].
 
     Raises SafelightError that names those that cannot be read.
     """
@@ -109,13 +109,13 @@ def read(paths: Sequence[Path], size: int) -> Pixels:
 
 
 def digest(squares: Pixels, captions: Sequence[str]) -> str:
-    """SHA-256 of what is learned from."""
+    """Return the SHA-256 of what is learned from."""
     words = json.dumps([list(captions), squares.shape]).encode()
     return hashlib.sha256(words + np.ascontiguousarray(squares).tobytes()).hexdigest()
 
 
 def digits(size: int) -> Pixels:
-    """scikit-learn's 1,797 handwritten digits, ink on white, uint8 [n, size, size, 3]."""
+    """Return scikit-learn's 1,797 handwritten digits, ink on white, uint8 [n, size, size, 3]."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -136,7 +136,7 @@ def _metadata(folder: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     listed: dict[str, str] = {}
-    # By newlines alone: JSON may hold the other ends of a line that splitlines() knows.
+    # Split at newlines alone: JSON may hold other characters at which splitlines() splits.
     for number, line in enumerate(_text(path, MAX_METADATA).split("\n"), 1):
         if not line.strip():
             continue
@@ -145,7 +145,7 @@ def _metadata(folder: Path) -> dict[str, str]:
                 raise ValueError
             row = json.loads(line)
             name, text = row["file_name"], row["text"]
-            (name + text).encode()  # no half of a character pair
+            (name + text).encode()  # refuses a lone surrogate
         except (ValueError, KeyError, TypeError, RecursionError):
             name = text = None
         if not (isinstance(name, str) and isinstance(text, str)):

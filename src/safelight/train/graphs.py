@@ -68,7 +68,7 @@ class Steps:
                 self._loss = self._once(draw)
             self._graph = graph
         except RuntimeError as error:
-            # Slower, and the same otherwise.
+            # Without the recording training is slower, and otherwise the same.
             self._fails = True
             self.noise = draw.noise = torch.Generator("cuda").manual_seed(seed)
             self._optimizer.zero_grad(set_to_none=True)

@@ -3,7 +3,7 @@
 A step's data and noise depend on the seed and the step's number alone, so a run that was killed
 and goes on from its last checkpoint sees what an undisturbed run sees.
 
-Devices, and several of them, are accelerate's: `accelerate launch -m safelight train …`.
+accelerate handles devices, also several at once: `accelerate launch -m safelight train …`.
 """
 
 from __future__ import annotations
@@ -32,14 +32,16 @@ from safelight.train.graphs import Steps
 from safelight.train.plan import PACE, Plan
 
 LOOKS = 20
-"""Steps on a GPU between two looks at whether the loss is finite; so many in a row may not be. A
-step that is not finite changes no weight."""
+"""Steps on a GPU between two checks that the loss is finite. If it is not in so many steps in a
+row, training ends. Such a step changes no weight."""
 
 
 @dataclass
 class Draw:
-    """The randomness of one step: numpy's for the data, torch's for the noise, drawn where it is
-    used, since a GPU would wait for the CPU's. A seed means the same on devices of one kind.
+    """The randomness of one step: numpy's for the data, torch's for the noise.
+
+    Noise is drawn on the device that uses it, because a GPU would have to wait for the CPU's. A
+    seed gives the same noise on devices of one kind.
     """
 
     data: np.random.Generator
@@ -47,8 +49,8 @@ class Draw:
     device: torch.device | str = "cpu"
     step: int = 0
     number: Tensor | None = None
-    """The step's number on the device, where steps are recorded: what Python decides by `step` is
-    then decided once for all.
+    """The step's number on the device, if steps are recorded: then Python's decisions by `step` are
+    made only once, for all steps.
     """
 
     @classmethod
@@ -60,8 +62,10 @@ class Draw:
         device: str | torch.device = "cpu",
         steps: Steps | None = None,
     ) -> Draw:
-        """rank: of several processes that train together, each with its own share of the data.
-        steps: recorded ones, whose generator and number on the device are taken.
+        """Return the randomness of a step.
+
+        rank: of several processes that train together, each with its own share of the data. steps:
+        recorded ones, whose generator and number on the device are used.
         """
         key = [seed, step, rank] if rank else [seed, step]
         torch_seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
@@ -88,7 +92,7 @@ Show = Callable[[Any, int], Image.Image | None]
 
 
 def progress(line: str) -> None:
-    """stdout is for results."""
+    """Write a line to stderr: stdout is for results."""
     sys.stderr.write(line + "\n")
     sys.stderr.flush()
 
@@ -156,7 +160,7 @@ def fit(
     chief = machine.is_main_process
     board = _board(folder, start) if chief else None
     began, saved, marked = time.monotonic(), start, 0.0
-    # Steps of one figure of the loss: of a short training there are twenty, too.
+    # Steps for one figure of the loss. A short training also has twenty figures.
     window = 100 if plan.seconds is not None else min(100, max(1, plan.steps // 20))
 
     def save(step: int) -> None:
@@ -193,7 +197,7 @@ def fit(
     step = start
     try:
         while not plan.steps or step < plan.steps:
-            # Between two steps all is as a checkpoint needs it.
+            # Only between two steps is the state complete for a checkpoint.
             with ctrl_c_waits():
                 for group in optimizer.param_groups:
                     if steps is None:
@@ -215,7 +219,7 @@ def fit(
                     counted += finite
                     in_a_row = torch.where(finite, 0, in_a_row + 1)
                 seen += 1
-                # To look at a number of a GPU is to wait for it.
+                # Reading a number from a GPU waits for the GPU.
                 looks = machine.device.type == "cpu" or seen % LOOKS == 0
                 most = min(LOOKS, plan.steps or LOOKS)
                 if looks and int(in_a_row) >= most:
@@ -267,7 +271,7 @@ def fit(
 
 
 def _board(folder: Path, start: int) -> Any:
-    """TensorBoard's writer; of a run that goes on it hides what comes after the checkpoint."""
+    """Return TensorBoard's writer, which hides what an earlier run wrote after step `start`."""
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
@@ -275,7 +279,7 @@ def _board(folder: Path, start: int) -> Any:
 
 @contextmanager
 def _averaged(params: list[nn.Parameter], average: list[Tensor]) -> Iterator[None]:
-    """Within it, the parameters hold their averages."""
+    """Let the parameters hold their averages within the block."""
     held = [p.detach().clone() for p in params]
     _copy(average, params)
     yield
@@ -295,7 +299,7 @@ def _copy(values: Iterable[Tensor], into: Iterable[Tensor]) -> None:
 
 
 def save_whole(path: Path, value: Any, what: str, kept: str) -> None:
-    """Write by a rename. Raises SafelightError if it fails, with what it was and what is kept."""
+    """Write a file by a rename. Raises SafelightError if it fails, which says what is kept."""
     beside = path.with_suffix(".part")
     try:
         with beside.open("wb") as file:
@@ -320,12 +324,14 @@ def make_folder(folder: Path) -> None:
 
 
 def check_plan(folder: Path, plan: Plan) -> None:
-    """Make the folder of a run. Raises SafelightError if it cannot be one, or holds another plan's
-    checkpoint: `fit` does so, too, but once the finished model beside it has been written into.
+    """Make the folder of a run. Raises SafelightError if it holds another plan's checkpoint.
+
+    `fit` checks this as well, but only after files were written into the model beside it. Also
+    raises SafelightError if the folder cannot be made.
     """
     make_folder(folder)
     if (folder / "checkpoint.pt").exists():
-        # Of what is mapped, the tensors are never read.
+        # Mapped: the tensors are never read.
         _load(folder / "checkpoint.pt", plan, mmap=True)
 
 
@@ -334,7 +340,7 @@ def _load(path: Path, plan: Plan, *, mmap: bool = False) -> tuple[dict[str, Any]
     try:
         state = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
         step, made_by = int(state["step"]), Plan(**json.loads(state["plan"]))
-    except Exception as error:  # of a damaged file it raises anything
+    except Exception as error:  # for a damaged file it raises anything
         raise SafelightError(
             f"{path} is not a checkpoint of ours ({reason(error)}): remove it to begin anew"
         ) from None
@@ -354,8 +360,9 @@ def _resume(
     optimizer: torch.optim.Optimizer,
     also: Mapping[str, Any],
 ) -> tuple[int, tuple[int, int, float]]:
-    """The step to go on from; and of the line of the log that it is in, the steps, those that were
-    finite, and the sum of their losses.
+    """Load a checkpoint; return the step to go on from, and the state of the log's current line.
+
+    That state is the steps, those that were finite, and the sum of their losses.
     """
     state, step = _load(path, plan)
     _copy(state["params"], params)

@@ -1,4 +1,4 @@
-"""What a training does: its steps, its batch, its learning rate."""
+"""The plan of a training: its steps, its batch, its learning rate."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run does. A checkpoint is resumed only by the same plan; its steps may change as
-    long as the learning rate has not begun to fall.
+    """The settings of a run.
 
-    recipe: what is learned from what, by digest: another data set is another run.
-    seconds: how long, in place of `steps`, which is then 0 until the first steps have told the
-    pace. It is kept beside the checkpoint, so that a run that goes on has the same steps.
+    A checkpoint is resumed only by the same plan. With `cooldown`, its steps may change as long as
+    the learning rate has not begun to fall.
+
+    recipe: a digest of what is learned from what: another data set is another run.
+    seconds: how long to train, in place of `steps`, which is 0 until the first steps have shown the
+    pace. The steps are then kept beside the checkpoint, so that a run that goes on has the same.
     """
 
     steps: int
@@ -28,9 +30,10 @@ class Plan:
     seconds: float | None = None
 
     def rate(self, step: int) -> float:
-        """Learning rate: linear warm-up, then half a cosine down to zero; or, with `cooldown`,
-        constant and then linear down to zero over that many steps, so that a run may be made
-        longer or shorter on the way (arXiv:2405.18392).
+        """Return the learning rate: a linear warm-up, then half a cosine down to zero.
+
+        With `cooldown` it is constant, and then linear down to zero over that many steps, so that a
+        run may be made longer or shorter on the way (arXiv:2405.18392).
         """
         rise = min(1.0, (step + 1) / self.warmup)
         if not self.steps:
@@ -45,7 +48,7 @@ class Plan:
         return replace(self, batch=batch, learning_rate=rate)
 
     def agrees(self, other: Plan, step: int) -> bool:
-        """Whether a run of `other` has done, by this step, what this plan would have."""
+        """Return whether a run of `other` has done, by this step, what this plan would have."""
         if self.seconds is not None and not other.steps:
             # It was stopped before its pace was known.
             return replace(other, steps=self.steps, cooldown=self.cooldown) == self
@@ -56,14 +59,14 @@ class Plan:
         return self.cooldown is not None and step <= min(self.steps, other.steps) - self.cooldown
 
     def paced(self, steps: int) -> Plan:
-        """A plan of seconds, now that it is known how many steps they are."""
-        # It must not begin to fall before that is known, or a run that goes on would differ.
+        """Return a plan of seconds with the number of steps that they turned out to be."""
+        # The learning rate must not fall before that is known, or a run that goes on would differ.
         fall = min(round(steps * COOLDOWN), steps - 2 * PACE[1])
         return replace(self, steps=steps, cooldown=max(1, fall))
 
 
 PACE = (10, 40)
-"""Steps of a plan of seconds between which its pace is taken: the first ones are slow."""
+"""Steps of a plan of seconds between which its pace is measured: the first ones are slow."""
 
 COOLDOWN = 0.5
 """Share of the steps of such a plan in which the learning rate falls."""

@@ -38,7 +38,7 @@ class Album:
         self.squares, self.captions = squares, captions
 
     def batch(self, n: int, rng: np.random.Generator) -> tuple[Pixels, list[str]]:
-        """`n` of them, drawn with replacement."""
+        """Return `n` of them, drawn with replacement."""
         pick = rng.integers(len(self.captions), size=n)
         return self.squares[pick], [self.captions[i] for i in pick]
 
@@ -52,11 +52,11 @@ def text_to_image(
     autoencoder_steps: int = VAE_PLAN.steps,
     native: bool = False,
 ) -> Path:
-    """Train autoencoder, text encoder and UNet on the pictures of `folder` (see
-    `train.folder.captioned`), and write the folder out/model.
+    """Train autoencoder, text encoder and UNet on captioned pictures; return out/model.
 
-    plan: of the UNet; size: side of the squares that pictures are cut to. Each stage goes on where
-    it was stopped. Raises SafelightError if there is nothing to learn from.
+    folder: see `train.folder.captioned`. plan: of the UNet. size: side of the squares that pictures
+    are cut to. Each stage goes on where it was stopped. Raises SafelightError if there is nothing
+    to learn from.
     """
     if size % 32 or not 64 <= size <= 512:
         raise SafelightError(f"size {size}: expected a multiple of 32 from 64 to 512")

@@ -12,8 +12,9 @@ from PIL import Image
 def sheets(
     model: Path, export: Callable[[Any], None], every: int, prompts: Sequence[str] = ()
 ) -> Callable[[Any, int], Image.Image | None]:
-    """What `loop.fit` calls at a checkpoint: writes the model's folder, and beside it each `every`
-    steps a sheet of what it draws.
+    """Return what `loop.fit` calls at a checkpoint: it writes the model's folder.
+
+    Every `every` steps it also draws a sheet with the model, and writes it beside the folder.
     """
 
     def show(net: Any, step: int) -> Image.Image | None:
@@ -28,9 +29,10 @@ def sheets(
 def draw_sheet(
     model: str | Path, path: Path, prompts: Sequence[str] = (), **other: Any
 ) -> Image.Image:
-    """Twelve pictures of a model, by name or folder, or one of each prompt; saved and returned.
+    """Return a sheet of pictures that a model draws, and save it.
 
-    other: settings of `Model.generate` in place of ours.
+    model: a name or a folder. It has one picture for each prompt, or twelve if the model reads no
+    prompt. other: settings of `Model.generate` in place of ours.
     """
     from safelight.weights import load_model
 
@@ -48,13 +50,13 @@ def draw_sheet(
 
 
 def under(first: Path, second: Image.Image) -> Image.Image:
-    """A sheet that was saved, and another below it."""
+    """Return a saved sheet with another below it."""
     with Image.open(first) as saved:
         return grid([saved.convert("RGB"), second], 1)
 
 
 def grid(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Pictures of one size, row by row."""
+    """Return pictures of one size as one picture, row by row."""
     width, height = pictures[0].size
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (min(columns, len(pictures)) * width, rows * height), "white")

@@ -19,7 +19,7 @@ WORD_END = "</w>"
 def train_vocabulary(
     captions: Iterable[str], size: int, folder: Path, length: int
 ) -> CLIPTokenizer:
-    """The tokenizer of at most `size` tokens and prompts of `length` that suits the captions.
+    """Return a tokenizer made for the captions: at most `size` tokens, prompts of `length`.
 
     Writes vocab.json, merges.txt and tokenizer_config.json into the folder.
 
@@ -28,9 +28,9 @@ def train_vocabulary(
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     symbols = alphabet + [letter + WORD_END for letter in alphabet]
-    # Given the word's end as a suffix, the trainer numbers the marked letters as a hash map happens
-    # to order the words, and breaks ties by number. As letters of their own they are in order, and
-    # the same captions give the same merges.
+    # If the word's end is a suffix, the trainer numbers the letters that have it in a hash map's
+    # order, and breaks ties by number. As letters of their own they have a fixed order, and the
+    # same captions give the same merges.
     marked = {letter: chr(0xE000 + i) for i, letter in enumerate(alphabet)}
     suffixed = {mark: letter + WORD_END for letter, mark in marked.items()}
     lower = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])

@@ -25,7 +25,7 @@ CHECKPOINT_EVERY = 500
 
 
 def unconditional(source: str, out: Path, plan: Plan, *, size: int, native: bool = False) -> Path:
-    """Train on the pictures of a folder, or on "digits", and write the folder out/model.
+    """Train on the pictures of a folder, or on "digits"; return the folder out/model.
 
     size: side of the squares that pictures are cut to. Goes on where it was stopped. Raises
     SafelightError if there is nothing to learn from.
@@ -62,7 +62,7 @@ def unconditional(source: str, out: Path, plan: Plan, *, size: int, native: bool
 
 
 def network(size: int) -> UNet2DConfig:
-    """Three levels, the last with attention; a fourth for pictures of more than 64 pixels."""
+    """Return the config: three levels, the last with attention; a fourth above 64 pixels."""
     shapes = PIXELS
     if size <= 64:
         return replace(shapes, sample_size=size)
