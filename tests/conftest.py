@@ -1,4 +1,7 @@
-"""The suite runs in several processes of one thread each. Its summary says what was skipped."""
+"""Settings of the test suite: it runs in several processes of one thread each.
+
+Its summary says which tests were skipped, and why.
+"""
 
 import collections
 import os
@@ -10,23 +13,23 @@ import pytest
 
 from safelight.threads import before_torch
 
-# Read when PyTorch is imported, and by the processes that tests start.
+# PyTorch reads this when it is imported; processes started by tests inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 before_torch()
 
-# Tests start some hundred processes; without kept bytecode each would compile all of Safelight.
+# Tests start some hundred processes. Without stored bytecode, each would compile all of Safelight.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
-# A busy machine is slow, which is no fault of the example that it was slow with.
+# No deadline: on a busy machine, a slow example is no fault of the example.
 hypothesis.settings.register_profile("suite", deadline=None)
 hypothesis.settings.load_profile("suite")
 
-# A shell that starts something in the background lets it ignore Ctrl-C, which tests send.
+# A shell makes background processes ignore Ctrl-C, which the tests send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MISSING = ("this processor has no ", "no CUDA GPU here")
-"""How the reasons of skips begin that no installation mends."""
+"""The beginnings of reasons to skip that no installation can remove."""
 REMEDIES = {
     "chromium": "apt-get install chromium",
     "browser": "apt-get install chromium",
@@ -35,19 +38,20 @@ REMEDIES = {
     "compiler": "apt-get install g++ && make clean test",
     "could not import": "make test",
 }
-"""Words of a skip's reason, and the command that brings what is missing."""
+"""By a word in the reason of a skip: the command that installs what is missing."""
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One more than processors: who drives a browser or waits for a server leaves one idle."""
+    """Return one more than the processors: a test that waits for a browser leaves one idle."""
     return (os.cpu_count() or 1) + 1
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items) -> None:
-    """Leave out what is of the long run alone. What shares a module's fixture shares a process.
-    Modules that wait for servers and modules that compute alternate: side by side, the processes
-    keep the processors busy.
+    """Leave out the tests of the long run, and order and group the others.
+
+    Tests that share a module's fixture run in one process. Modules that wait for servers and
+    modules that compute alternate, so that the processes together keep the processors busy.
     """
     for item in items:
         if _shares(item) and not item.get_closest_marker("xdist_group"):
@@ -60,9 +64,9 @@ def pytest_collection_modifyitems(config, items) -> None:
 
 
 def _alternating(items: list) -> list:
-    """Return the tests in an order in which both kinds of module are spread over the whole run.
+    """Return the tests in an order that spreads both kinds of module over the whole run.
 
-    The studio's come first: they share one process, and would be the last to end.
+    The studio's tests come first: they share one process, and would otherwise end last.
     """
     modules = collections.defaultdict(list)
     for item in items:
@@ -82,8 +86,7 @@ def _shares(item) -> bool:
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter, exitstatus, config) -> None:
-    """Lines of how near pictures are to diffusers', of what was repeated and why, and of what was
-    skipped and why.
+    """Write how near pictures are to diffusers', what was repeated and why, and what was skipped.
     """
     near = [
         value
@@ -98,7 +101,7 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config) -> None:
             f"{max(one['pixels'] for one in near):.2g} of 255"
         )
     for report in terminalreporter.stats.get("rerun", []):
-        # What passes at the second try may still be a bug that a user meets at the first.
+        # A test that passes at its second try may show a bug that a user meets at the first.
         crash = getattr(report.longrepr, "reprcrash", None)
         why = " ".join((crash.message if crash else str(report.longrepr)).split())
         terminalreporter.write_line(f"repeated: {report.nodeid}: {why[:400]}")
@@ -116,7 +119,7 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config) -> None:
 
 
 def pytest_sessionfinish(session, exitstatus) -> None:
-    """SAFELIGHT_NO_SKIPS=1: the run fails if anything was skipped but for want of a processor."""
+    """Fail the run, with SAFELIGHT_NO_SKIPS=1, for any skip but those for lack of a processor."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if os.environ.get("SAFELIGHT_NO_SKIPS") != "1" or reporter is None:
         return

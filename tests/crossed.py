@@ -1,4 +1,4 @@
-"""Tables of tests of which the suite takes a part, and the long run all."""
+"""Tables of tests, of which the suite runs a part and the long run everything."""
 
 import itertools
 import random
@@ -11,8 +11,9 @@ import pytest
 def crossed(*axes: Sequence[Any]) -> list[Any]:
     """Return every combination of some lists, for parametrize.
 
-    The suite has as many as the longest list is long: in them each value of each list comes up, of
-    a shorter list equally often. The others are marked `soak`, and tests/soak/run.sh runs them.
+    The suite runs as many as the longest list has; they contain each value of each list, and the
+    values of a shorter list equally often. The others are marked `soak`; tests/soak/run.sh runs
+    them.
     """
     many = max(len(axis) for axis in axes)
     columns = []

@@ -6,7 +6,7 @@ from safelight.fast import kernels
 
 
 def needs(library: str) -> None:
-    """Skip the test if this processor cannot run a library of kernels, or it was not built."""
+    """Skip the test if this processor cannot run a library of kernels, or if it was not built."""
     if kernels.lacks(library):
         pytest.skip(f"this processor has no {kernels.lacks(library)}")
     if not kernels.built(library):

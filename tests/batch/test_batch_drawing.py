@@ -78,7 +78,7 @@ def opened(data: bytes) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def alone(model: Model, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[bytes]]:
-    """The files that `Model.generate` writes for these rows."""
+    """Return the files that `Model.generate` writes for these rows."""
     folder = tmp_path_factory.mktemp("alone")
     made = {row.id: model.generate(row.request()).save(folder / f"{row.id}.png") for row in rows()}
     return {row_id: [path.read_bytes() for path in paths] for row_id, paths in made.items()}
@@ -112,7 +112,7 @@ def test_an_actor_of_ray_draws_the_same(model, alone, monkeypatch: pytest.Monkey
 
 
 def test_rows_that_fail_leave_the_others(model, alone, monkeypatch: pytest.MonkeyPatch):
-    """One that does not fit, one that makes the engine fail, and one that fails at a step."""
+    """Three rows fail: one does not fit, one makes the engine fail, one fails at a step."""
     add, step = Engine.add, Engine.step
 
     def failing_add(self: Engine, request: Any, *more: Any) -> Any:
@@ -173,7 +173,7 @@ def test_an_estimate_grows_with_the_work(model, monkeypatch: pytest.MonkeyPatch)
         columns = [Columns(i, one) for i, one in enumerate(values, 1)]
         assert not list(work.fill(columns, Rules(defaults={"prompt": "a cat", **FEW})))
         found = estimate(work, "embedded", EXACT, print)
-    # Measured: two of one unit and one of eight, in 6 seconds; all are eleven units.
+    # Two rows of one unit and one of eight were measured, in 6 seconds; all rows are eleven units.
     assert (found.rows, found.seconds) == (4, pytest.approx(6 * 11 / 10))
 
 

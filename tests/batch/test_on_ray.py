@@ -18,7 +18,7 @@ from safelight.errors import SafelightError
 
 
 def ray(nodes: int, cpus: float, gpus: float = 0) -> Any:
-    """Stands in for the module, connected to a cluster."""
+    """Replaces the module ray, connected to a cluster."""
     return SimpleNamespace(
         cluster_resources=lambda: {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus},
         nodes=lambda: [{"Alive": True}] * nodes + [{"Alive": False}],
@@ -77,7 +77,7 @@ def test_rows_whose_workers_die_are_tried_alone_and_then_fail(monkeypatch: pytes
 
 @pytest.mark.parametrize("spares", [True, False])
 def test_a_model_that_cannot_be_loaded_fails_its_own_rows(spares: bool):
-    """Where there are other models; else it ends the batch, as in one process."""
+    """Other models go on. If there is only one model, the batch ends, as in one process."""
     values = {"prompt": "a cat", "model": "/none"}
     rows = [Rules().row(i, Columns(i, values)) for i in (1, 2)]
     table = pa.table({"row": [json.dumps(asdict(row)) for row in rows]})

@@ -27,7 +27,7 @@ ROWS = 7
 
 
 class KilledError(BaseException):
-    """Stands in for a kill: nothing catches it."""
+    """Replaces a kill: nothing catches it."""
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def draw(work: Any, how: How, tell: object) -> Generator[Outcome]:
 
 
 def found(job: Job) -> Counter[bytes]:
-    """Return all pictures, where the index says that they are, each as often as it is there."""
+    """Return all pictures at the places that the index names, each as often as it is there."""
     storage = storage_at(job.out)
     records = [json.loads(line) for line in (storage.read("index.jsonl") or b"").splitlines()]
     assert sorted(r["id"] for r in records) == [f"row {i}" for i in range(ROWS)]
@@ -332,7 +332,7 @@ def test_what_parquet_needs_is_missed_before_the_work(
 
 
 def test_looking_changes_nothing(file: str, out: str):
-    """As before a dry run, in a folder that a run has left in a mess."""
+    """A dry run looks into the messy folder of a killed run."""
     for kind in (None, "webdataset"):
         asked = job(file, f"{out}-{kind}", shards=kind, shard_rows=3)
         run(asked, draw)
@@ -367,7 +367,7 @@ def outcome(number: int) -> Outcome:
 
 
 def output(storage: Storage) -> Output:
-    """Open a folder for writing, as a run does; all rows are done or not, as it says."""
+    """Open a folder for writing, as a run does; as it says, all rows are done or none."""
     made = Output(storage, {}, shards="webdataset", shard_rows=3)
     with WorkList() as work:
         made.resume(work)
@@ -376,7 +376,7 @@ def output(storage: Storage) -> Output:
 
 
 def test_two_kills_lose_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """One while a shard is written, one as its waiting rows are removed."""
+    """One kill comes while a shard is written, one while its waiting rows are removed."""
     storage = Folder(tmp_path)
     first = output(storage)
 

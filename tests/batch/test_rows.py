@@ -25,7 +25,7 @@ ROWS: list[dict[str, Any]] = [
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    """Write rows in the format of the name's end, as other programs do."""
+    """Write rows in the format of the file's ending, as other programs do."""
     if path.suffix == ".parquet":
         columns = {name for row in rows for name in row}
         pq.write_table(pa.table({n: [row.get(n) for row in rows] for n in columns}), path)

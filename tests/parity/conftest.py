@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 @pytest.fixture
 def worst(request: pytest.FixtureRequest) -> dict[str, float]:
-    """The largest differences of a test's whole pictures; the summary prints those of all."""
+    """Collect the largest differences of a test's whole pictures, for the suite's summary."""
     found = {"latents": 0.0, "pixels": 0.0}
     request.node.user_properties.append(("against diffusers", found))
     return found
@@ -33,7 +33,7 @@ SD1_SCHEDULER = {
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """What diffusers and transformers say about themselves is not ours to fail on."""
+    """Ignore the warnings of diffusers and transformers about themselves."""
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
     with warnings.catch_warnings():
@@ -70,7 +70,7 @@ def _stable_diffusion(folder: Path, *, in_channels: int = 4, v2: bool = False) -
         use_linear_projection=v2,
         norm_num_groups=8,
     )
-    # Random weights as they come barely react to their input; louder, they tell errors apart.
+    # Usual random weights hardly react to their input; larger ones show errors.
     with torch.no_grad():
         unet.conv_out.weight.mul_(4)
     vae = diffusers.AutoencoderKL(

@@ -77,7 +77,7 @@ def drawn(path: Path, **how) -> bytes:
     ],
 )
 def test_a_file_becomes_a_folder_and_the_same_file_again(files, tmp_path, kind):
-    """diffusers reads both: the same weights, and of the folder the same settings."""
+    """diffusers reads both with the same weights, and the folder with the same settings."""
     folder, again = tmp_path / "folder", tmp_path / "again.safetensors"
     assert convert(files[kind], folder) == []
     assert convert(folder, again) == []
@@ -102,7 +102,7 @@ PUBLISHED = (*sd.VARIANTS, *sdxl.VARIANTS)
 
 @pytest.mark.parametrize("family", PUBLISHED, ids=str)
 def test_the_published_networks_have_a_place_for_every_weight(family, monkeypatch):
-    """Written by the original names and read again, each of our weights has its name and shape."""
+    """Each of our weights keeps its name and shape when written by the original names and read."""
     monkeypatch.undo()
     wanted: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, part in family.parts.items():
@@ -131,7 +131,7 @@ def assert_equal(pipe, model) -> None:
 
 
 def test_a_folder_that_diffusers_wrote_comes_back(tmp_path):
-    """With its scheduler, its configs and its tokenizers, sdxl-v."""
+    """Scheduler, configs and tokenizers come back too, also of sdxl-v."""
     folder = make_folder(tmp_path / "theirs", UNET, ZERO_SNR, zeros=False)
     assert convert(folder, tmp_path / "ours") == []
     for path in folder.rglob("*.json"):
@@ -214,7 +214,7 @@ def test_a_folder_brings_its_credits_and_its_decoder_of_previews(files, tmp_path
     assert len([*(tmp_path / "again" / "preview_vae").iterdir()]) == 2
     (told,) = convert(folder, tmp_path / "x.safetensors")
     assert told == "one file does not hold the model's NOTICE and preview_vae"
-    # Of other latents it would make nothing.
+    # It is of no use for other latents.
     convert(folder, tmp_path / "other", vae=files["sd2"])
     assert (tmp_path / "other" / "NOTICE").is_file()
     assert not (tmp_path / "other" / "preview_vae").exists()

@@ -1,5 +1,6 @@
-"""The fast mode against diffusers, whose network computes everything: what ours takes from an
-earlier step is put in its place by hooks.
+"""The fast mode against diffusers, whose network computes everything.
+
+Hooks put in what our network takes from an earlier step.
 """
 
 from collections.abc import Iterator
@@ -51,7 +52,8 @@ class Put:
         return torch.cat([self.kept["deep"], x[:, channels:]], dim=1), *given[1:]
 
     def told(self, layer: Any, skip: int, found: torch.Tensor) -> torch.Tensor:
-        """skip: which of the states that the way up reads is beside the layer."""
+        """Keep a layer's output or put in the kept one. skip: index of the skip beside the layer.
+        """
         begins = self.step > 0 and self.guided(self.step) and not self.guided(self.step - 1)
         if (self.step / STEPS < self.text or begins) and (self.full or skip <= self.branch):
             # Without guidance ours computes the prompt's row alone.
@@ -61,7 +63,9 @@ class Put:
 
 
 def beside(name: str, unet: Any) -> int:
-    """Return the skip that a layer gives or meets; of the middle, more than there are."""
+    """Return the index of the skip that a layer gives or takes; for the middle, more than there
+    are.
+    """
     part, i, _, j = name.split(".")[:4]
     layers = unet.config.layers_per_block + 1
     if part == "mid_block":

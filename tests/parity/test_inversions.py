@@ -29,7 +29,8 @@ def save_png(content, path):
 
 
 def layouts(vectors):
-    """Each layout: the name of its file, how it is written, and the token diffusers finds in it.
+    """Yield each layout: the file's name, how it is written, and the token that diffusers finds in
+    it.
 
     Where diffusers cannot read a file, it is given the vectors themselves.
     """

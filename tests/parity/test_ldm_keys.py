@@ -69,7 +69,7 @@ def test_names_and_shapes_are_those_of_diffusers(name):
 
 
 def inverted(table, names):
-    """Names of a table's other side for `names`."""
+    """Return the names on the other side of a table."""
     back = {b: a for a, b in table.items()}
     found = {}
     for name in names:
@@ -225,7 +225,7 @@ def test_folders_that_diffusers_writes_fit(small, tmp_path):
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_the_family_is_told_by_shapes(name, tmp_path):
-    """On a sparse file of the full size, of which only the header is read."""
+    """A sparse file has the full size; only its header is read."""
     end, header = 0, {}
     for key, shape in ldm_shapes(FAMILY[name]).items():
         start, end = end, end + 2 * math.prod(shape)

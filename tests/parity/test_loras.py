@@ -341,7 +341,8 @@ def test_lycoris(kind: str, model: Any, pipeline: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("algo", ["loha", "lokr"])
 def test_alpha_of_products(algo: str, model: Any, pipeline: Any, tmp_path: Path) -> None:
-    """As the trained layers compute: LyCORIS 4.1 merges with the scale twice."""
+    """The reference is the layers as trained: LyCORIS 4.1 applies the scale twice when it merges.
+    """
     unet = copy.deepcopy(pipeline.unet)
     made = adapter(unet, {"algo": algo, "factor": 4, "linear_dim": 2, "linear_alpha": 1})
     path = tmp_path / "a.safetensors"
@@ -377,7 +378,7 @@ def drawn(pipeline: Any) -> Any:
 def test_pictures(
     weights: tuple[float, ...], model: Any, folder: Path, pipeline: Any, tmp_path: Path
 ) -> None:
-    """One LoRA or two, with weights of either sign: the pictures of diffusers with PEFT."""
+    """One LoRA or two, with weights of either sign, give the pictures of diffusers with PEFT."""
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder)
     theirs.set_progress_bar_config(disable=True)
     asked: list[str] = []
@@ -448,7 +449,7 @@ def xl_tensors(pipeline: Any, naming: str, ends: tuple[str, str]) -> Pair:
 
 @pytest.mark.parametrize("naming", XL_NAMINGS)
 def test_sdxl(naming: str, xl: tuple[Any, Any], tmp_path: Path) -> None:
-    """Both text encoders, each with the text's weight."""
+    """Both text encoders get the LoRA, each with the text's weight."""
     theirs, ours = xl
     path = tmp_path / "a.safetensors"
     ends = _PEFT if naming == "diffusers" else _KOHYA

@@ -56,7 +56,7 @@ def scheduler(pipe: Any, sampler: str, schedule: str | None) -> Any:
 
 
 def draw(model: Model, **settings: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Our final latents and picture, before anything is laid back outside a mask."""
+    """Return our final latents and picture, before the part outside a mask is restored."""
     request = resolve_request(model, Request(**settings))
     with torch.inference_mode():
         conditioning = model.family.encode(model, request)
@@ -158,7 +158,7 @@ def test_embedded(worst: Worst, sampler: str, schedule: str | None) -> None:
 
 
 def test_embedded_fast(worst: Worst) -> None:
-    """With the settings that it was taught, which nobody has to ask for."""
+    """It is drawn with the settings that it was taught, which are its defaults."""
     folder = BUILT_IN / "embedded-fast"
     pipe = theirs(folder, "StableDiffusionPipeline")
     said = {"prompt": "a red apple", "num_inference_steps": 4, "guidance_scale": 1.0}
@@ -176,7 +176,7 @@ enlarge any rounding, diffusers' own too."""
 
 @pytest.mark.parametrize("sampler", ["euler_a", "dpmpp_2m", *LATER])
 def test_bfloat16(sampler: str) -> None:
-    """In the median of three: now and then rounding decides between two pictures."""
+    """The median of three counts: now and then, rounding decides between two pictures."""
     folder = BUILT_IN / "embedded"
     pipe = theirs(folder, "StableDiffusionPipeline")
     pipe.scheduler, held = scheduler(pipe, sampler, None), pipe.scheduler

@@ -1,7 +1,7 @@
 """Every sampler table against the diffusers scheduler that it follows, state by state.
 
-A made-up network, smooth and not linear, is walked down twice: by the scheduler as its pipelines
-drive it, and by a·x̃ + b·D + c·ε. Both see the same noise from equal generators.
+A made-up network, smooth and not linear, is walked down in two ways: by the scheduler as its
+pipelines use it, and by a·x̃ + b·D + c·ε. Both get the same noise from equal generators.
 """
 
 import copy
@@ -24,7 +24,8 @@ from safelight.sampling.schedule import SCHEDULES, SchedulerConfig
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 diffusers.utils.logging.set_verbosity_error()
-# Diffusers warns about how it calls numpy and about its own NaN; ours have tests of their own.
+# Diffusers warns about its own use of numpy and its own NaN; our samplers are tested for that
+# apart.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 SD1 = {
@@ -58,7 +59,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "steep-v": SD1
     | {"beta_end": 0.02, "prediction_type": "v_prediction", "set_alpha_to_one": True},
 }
-# One run each: settings that a config file may hold and that the ones above leave alone.
+# Settings that a config file may have and that the cases above do not cover: one run each.
 ODD: dict[str, tuple[str, dict[str, Any], int]] = {
     "no-settings-pndm": ("pndm", {}, 6),
     "no-settings-ddim": ("ddim", {}, 6),
@@ -148,7 +149,7 @@ SHAPE = (1, 2, 3, 4)
 @dataclass
 class Walk:
     states: list[Any]
-    """After each row, as diffusers keeps them."""
+    """The states after each row, in the form that diffusers keeps them."""
     timesteps: list[float]
     generator: Any
 
@@ -166,7 +167,7 @@ def _scheduler(sampler: str, config: str) -> Any:
 
 
 def scheduler_of(sampler: str, config: str, schedule: str | None, spacing: str | None) -> Any:
-    """A scheduler as from_config makes it; set_timesteps, called next, makes it new."""
+    """Return a scheduler as from_config makes it; set_timesteps, called next, resets it."""
     scheduler = copy.copy(_scheduler(sampler, config))
     changes: dict[str, Any] = {"timestep_spacing": spacing} if spacing else {}
     if schedule:
@@ -176,7 +177,8 @@ def scheduler_of(sampler: str, config: str, schedule: str | None, spacing: str |
 
 
 def start_of(sampler: str) -> tuple[Any, Any, Any]:
-    """A generator, noise and a picture; this one scheduler draws float32 whatever the state is."""
+    """Return a generator, noise and a picture. One scheduler draws float32 for any dtype of state.
+    """
     dtype = torch.float32 if sampler == "dpmpp_2m_sde" else torch.float64
     generator = torch.Generator().manual_seed(7)
     noise = torch.randn(SHAPE, generator=generator, dtype=dtype).double()
@@ -238,7 +240,7 @@ def walk_scheduler(
 
 
 def moved(exact: Any, generator: Any, units: float = 1.0) -> Any:
-    """Each number moved by at most so many halves of a unit of float32's last place."""
+    """Return numbers each moved by at most so many half units of float32's last place."""
     by = 2 * torch.rand(exact.shape, generator=generator, dtype=torch.float64) - 1
     return exact * (1 + units * 2**-24 * by)
 
@@ -310,13 +312,13 @@ def walk_table(
 @dataclass
 class Compared:
     error: float
-    """The largest relative error of a state, NaN where diffusers has NaN itself."""
+    """The largest relative error of a state; NaN where diffusers itself has NaN."""
     own: Callable[[], float]
-    """How far diffusers is from itself: as `error`, of its walk in float32 beside float64."""
+    """The same error between diffusers' walks in float32 and in float64."""
     slack: float
-    """What `state_slack` says."""
+    """The result of `state_slack`."""
     shaken: Callable[[], float]
-    """The same for its walk in float64 with tables that are shaken, beside those that are not."""
+    """The same error between diffusers' walks in float64 with and without shaken tables."""
 
 
 def distance(some: Walk, others: Walk) -> float:
@@ -380,13 +382,13 @@ def compare(
 
 
 def steepest(scheduler: Any) -> float:
-    """Timesteps for each unit of a level's logarithm, at most."""
+    """Return the most timesteps per unit of a level's logarithm."""
     bars = scheduler.alphas_cumprod.double()
     return float(2 / ((1 - bars) / bars).log().diff().min())
 
 
 def levels_of(scheduler: Any) -> list[float]:
-    """sigma before each step and after the last; where each step has two evaluations, of steps."""
+    """Return sigma before each step and after the last, without the second evaluations of steps."""
     sigmas = [float(s) for s in scheduler.sigmas]
     return sigmas if scheduler.order == 1 else [sigmas[0], *sigmas[1::2]]
 
@@ -424,7 +426,8 @@ def state_slack(sampler: str, scheduler: Any) -> float:
 
 
 def cases(sampler: str) -> Iterator[dict[str, Any]]:
-    """Steps, schedules, spacings, eta and strengths that cover the pairs of them."""
+    """Return cases of steps, schedules, spacings, eta and strengths that cover all pairs of them.
+    """
     spec = SAMPLERS[sampler]
     for steps in (1, 2, 3, 5, 10, 20, 50):
         yield {"steps": steps}
@@ -441,10 +444,10 @@ def cases(sampler: str) -> Iterator[dict[str, Any]]:
             yield {"steps": 10, "eta": eta, "strength": strength}
 
 
-# Diffusers ends in NaN: a root of a negative number, 0/0 where float32 has nothing left.
+# Here diffusers ends in NaN: the root of a negative number, or 0/0 where float32 has no digits
+# left.
 BROKEN = {("ddim", "zero-snr-v", 10), ("dpm2_a", "pixels-small", 2)}
-# These decide on levels by a difference in float32, which we follow: they cannot be walked in
-# float64.
+# These choose levels by a difference in float32, as we do: they cannot be walked in float64.
 IN_FLOAT32 = {"euler_a", "dpm2_a"}
 PAIRS = [
     (sampler, config)
@@ -454,7 +457,7 @@ PAIRS = [
 
 
 def refuses(sampler: str, config: str, case: dict[str, Any]) -> bool:
-    """Whether there is nothing to compare: diffusers fails there, with less of an explanation."""
+    """Return whether there is nothing to compare: diffusers fails there, with a poorer message."""
     if sampler == "pndm":
         return case["steps"] < 4 and not CONFIGS[config].get("skip_prk_steps")
     return int(case["steps"] * case.get("strength", 1.0)) == 0
@@ -477,7 +480,8 @@ def check(found: Compared, *, exact: bool, what: Any) -> None:
 
 
 def check_all(sampler: str, config: str, stride: int, *, exact: bool) -> None:
-    """Each stride-th case, beginning elsewhere for each config, so that some config has it."""
+    """Check each stride-th case; each config starts elsewhere, so that some config has each case.
+    """
     for case in itertools.islice(
         cases(sampler), list(CONFIGS).index(config) % stride, None, stride
     ):
@@ -501,7 +505,7 @@ def test_the_states_are_those_of_diffusers(sampler: str, config: str) -> None:
 
 @pytest.mark.parametrize(("sampler", "config"), [p for p in PAIRS if p[0] not in IN_FLOAT32])
 def test_what_differs_is_rounding_alone(sampler: str, config: str) -> None:
-    """With the scheduler's own numbers held in float64."""
+    """Compare with the scheduler's own numbers held in float64."""
     check_all(sampler, config, 6, exact=True)
 
 
@@ -515,7 +519,9 @@ def test_settings_of_the_config_file(name: str) -> None:
 
 @pytest.mark.parametrize("config", [*CONFIGS, "cosine", "trained-betas"])
 def test_levels_are_those_of_training(config: str) -> None:
-    """Bit for bit; zero-SNR rescaling goes through torch's square root, which may be a bit off."""
+    """They are equal to the bit, but zero-SNR rescaling uses torch's square root: one bit may
+    differ.
+    """
     bars = alphas_cumprod(SchedulerConfig.from_dict(ALL[config]), floor=0.0)
     theirs = diffusers.DDIMScheduler.from_config(ALL[config]).alphas_cumprod.double().numpy()
     tolerance = 1e-4 if ALL[config].get("rescale_betas_zero_snr") else 0.0
@@ -525,7 +531,7 @@ def test_levels_are_those_of_training(config: str) -> None:
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_registry_names_what_diffusers_takes(sampler: str) -> None:
-    """Every setting with the class's own default, and the same schedules and steps."""
+    """It has every setting, with the class's own default, and the same schedules and steps."""
     spec = SAMPLERS[sampler]
     theirs = inspect.signature(getattr(diffusers, spec.diffusers)).parameters
     for key, value in spec.defaults.items():

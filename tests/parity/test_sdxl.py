@@ -63,7 +63,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def check(
     worst: Worst, folder: Path, task: str, sampler: str, given: dict[str, Any], **settings: Any
 ) -> None:
-    """Compare pictures of a sampler; given: diffusers' keywords."""
+    """Compare pictures of a sampler. given: keywords of diffusers' pipeline."""
     pipe = theirs(folder, task)
     pipe.scheduler, held = scheduler(pipe, sampler, None), pipe.scheduler
     try:
@@ -200,7 +200,8 @@ def test_the_refiner_takes_the_last_steps(
 def test_a_refiner_of_the_same_family_reads_by_its_own_text_encoders(
     models: dict[str, Path],
 ) -> None:
-    """As that of two single files of one variant, whose family is one object."""
+    """Two single files of one variant share one family object; the refiner must not use the base's.
+    """
     model = ours(models["base"])
     text_encoder = copy.deepcopy(model.text_encoder)
     for parameter in text_encoder.parameters():
@@ -225,7 +226,7 @@ def test_the_refiner_is_asked_by_whole_steps(models: dict[str, Path]) -> None:
         {"sampler": "euler", "prompt": "a [cat:dog:0.5]", "prompt_syntax": "a1111"},
     ):
         assert both.generate(Request(**{**asked, **settings})).images
-    # Never taken over from is the model alone.
+    # A refiner that never takes over leaves the base model's picture.
     alone = ours(models["base"]).generate(Request(**asked)).images[0]
     never = both.generate(Request(**asked, refiner_start=1.0)).images[0]
     assert np.array_equal(np.asarray(alone), np.asarray(never))

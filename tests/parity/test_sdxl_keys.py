@@ -88,7 +88,7 @@ SMALL: dict[str, tuple[dict[str, Any], int]] = {
 
 
 def wanted_shapes(family: Any, part: str) -> dict[str, tuple[int, ...]]:
-    """Of diffusers and transformers."""
+    """Return the shapes of diffusers' and transformers' networks."""
     if part == "text_encoder_2":
         with torch.device("meta"):
             network = CLIPTextModelWithProjection(CLIPTextConfig(**family.configs[part]))
@@ -123,7 +123,7 @@ def test_small_networks_are_those_of_diffusers(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_family_of_a_single_file_is_told_by_its_shapes(name: str, tmp_path: Path) -> None:
-    """On a sparse file of the full size, of which only the header is read."""
+    """A sparse file has the full size; only its header is read."""
     family = FAMILIES[name]
     file: dict[str, tuple[int, ...]] = {}
     for prefix, section in family.sections().items():

@@ -103,7 +103,7 @@ def pooled(theirs: Any, ids: list[int]) -> Tensor:
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_a1111(model: Model, theirs: Any, text: str) -> None:
-    """Weighted states of each encoder side by side; the first chunk pooled without its weights."""
+    """Weighted states of both encoders are joined; the first chunk is pooled without weights."""
     made = encode(model, text, "a1111", empty_negative="encoded", clip_skip=3)
     parts = [reference.a1111_states(*reader, [text], clip_skip=2)[0] for reader in readers(theirs)]
     assert made.tokens is not None
@@ -150,7 +150,7 @@ def test_compel(model: Model, theirs: Any, text: str) -> None:
 def test_stages_have_pooled_states_of_their_own(model: Model) -> None:
     made = encode(model, "a [cat:dog:5]", "a1111")
     [(step, then)] = made.later
-    assert step == 6  # as in the web UI, one later than said
+    assert step == 6  # as in the web UI, one later than written
     for now, text in ((made, "a cat"), (then, "a dog")):
         assert now.pooled is not None
         alone = encode(model, text, "a1111").pooled

@@ -20,7 +20,7 @@ EOS = "<|endoftext|>"
 
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory):
-    """A tiny random CLIP, ours and transformers', with CLIP's own vocabulary."""
+    """Return a tiny random CLIP, ours and transformers', with CLIP's own vocabulary."""
     import transformers
 
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
 """How A1111 and ComfyUI read a prompt, written from their published rules (docs/prompts.md).
 
-Nothing of Safelight is used here but the table of words. The ways are the plainest there are:
-quadratic, recursive, a string at a time, with transformers' tokenizer and text encoder.
+Only Safelight's table of words is used here. The algorithms are the plainest possible: quadratic,
+recursive, one string at a time, with transformers' tokenizer and text encoder.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""What a model was never taught is left out of a prompt, in every dialect, and told."""
+"""Words that a model was never taught are left out of prompts in every dialect, with a warning."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from safelight.prompt.states import States, last_repeated, same_length
 from tests.prompt import reference
 from tests.prompt.reference import prompts
 
-# Two implementations of one CLIP in float32, three layers deep, and sums in another order.
+# Two implementations of one CLIP in float32, three layers deep, add numbers in different orders.
 BOUND = 1e-5
 
 
@@ -86,7 +86,7 @@ COMPEL = ["({})1.3", "({})++", "({})0.6", "({})--", '"{}"1.2', "({})", "{}", "((
 def compel(clip):
     """compel 2 as its makers ship it, with long prompts in chunks."""
     module = pytest.importorskip("compel")
-    # Its parser tries the same places again and again: without this, 60 ms a prompt.
+    # Its parser tries the same places repeatedly: without this, it takes 60 ms a prompt.
     pyparsing.ParserElement.enable_packrat()
     return module.Compel(clip.hf_tokenizer, clip.hf_encoder, truncate_long_prompts=False)
 

@@ -15,7 +15,7 @@ from safelight.server.store import Store
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[str]:
-    """The URL of a server of our own, which ends with the session."""
+    """Return the URL of our own PostgreSQL server, which ends with the session."""
     server = Postgres()
     yield server.url
     server.close()
@@ -23,7 +23,7 @@ def postgres() -> Iterator[str]:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of an empty database."""
+    """Return the URL of an empty database."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'jobs.sqlite3'}"
     url: str = request.getfixturevalue("postgres")
@@ -37,7 +37,7 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def shared(tmp_path: Path, postgres: str) -> Iterator[tuple[Files, Store, str]]:
-    """A folder, and an empty PostgreSQL, as a server has made them ready."""
+    """Return a folder and an empty PostgreSQL database, made ready as a server does it."""
     import psycopg
 
     with psycopg.connect(postgres.replace("+psycopg", ""), autocommit=True) as connection:

@@ -3,8 +3,8 @@
     apt-get install g++-aarch64-linux-gnu qemu-user
     python tests/soak/arm.py [pytest's arguments]
 
-The tests run on this machine. Each call of a kernel goes, with the memory of its tensors, to a
-process that runs under qemu-aarch64 (arm.c), and what it has written comes back. It shows that
+The tests run on this machine. Each call of a kernel, with the memory of its tensors, is sent to a
+process that runs under qemu-aarch64 (arm.c), and what the kernel wrote comes back. This shows that
 results are right, not that they are fast.
 """
 
@@ -27,7 +27,7 @@ VARIANTS = {"of any ARM processor": [], "with bfloat16": ["-march=armv8.2-a+bf16
 
 
 def build(folder: Path, flags: list[str]) -> list[str]:
-    """Compile the library and what calls it, and return the command that runs it."""
+    """Compile the library and its caller; return the command that runs them."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     extensions = project["tool"]["setuptools"]["ext-modules"]
     own = next(one for one in extensions if one["name"].endswith("._portable"))
@@ -41,7 +41,7 @@ def build(folder: Path, flags: list[str]) -> list[str]:
 
 
 class Emulated:
-    """Has `call` of kernels.Library, and makes the calls elsewhere."""
+    """Replaces `call` of kernels.Library: calls run in the emulator."""
 
     def __init__(self, command: list[str]) -> None:
         self.calls = 0

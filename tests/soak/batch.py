@@ -1,10 +1,10 @@
-"""A batch by Ray under kills: every row once, equal to the byte. `make soak` runs it at full size.
+"""A batch with Ray under kills: each row once, equal to the byte. `make soak` runs it in full.
 
     python tests/soak/batch.py [--rows 2000] [--kills 50] [--drivers 2] [--seed 0]
 
-Draws the same rows with one worker and without Ray, with two bare engines, with two workers of
-Ray, again while workers and the driver are killed by SIGKILL, and on a cluster of three nodes that
-loses one. Prints rows a second, and raises AssertionError for what docs/batch.md forbids.
+Draws the same rows with one worker and without Ray, with two bare engines, with two workers of Ray,
+again while workers and the driver are killed by SIGKILL, and on a cluster of three nodes that loses
+one. Prints rows per second, and raises AssertionError for what docs/batch.md forbids.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SAMPLERS = ("euler", "ddim", "euler_a", "dpmpp_2m")
 WORKERS = 2
 LOADING = {"device": "cpu", "dtype": "float32"}
 STORE = 200 << 20
-"""Bytes of Ray's store of objects on each node."""
+"""Bytes of Ray's object store on each node."""
 
 
 def main() -> None:
@@ -73,7 +73,7 @@ def write_rows(path: Path, count: int, chance: random.Random, steps: int) -> Non
 
 
 def bare(path: Path, part: int) -> None:
-    """Draw every second row with the engine alone, and print the seconds."""
+    """Draw every second row with the engine alone; print the seconds."""
     import torch
 
     from safelight import load
@@ -96,9 +96,9 @@ def bare(path: Path, part: int) -> None:
 def speed(rows: int) -> None:
     """Compare two workers of Ray with two bare engines, by the clock and by processor time.
 
-    The clock says little beside other programs; processor time is that of all of Ray's processes
-    and of the driver, which writes. The bare engines draw before and after, since a shared machine
-    is not always as fast.
+    While other programs run, the clock says little. Processor time counts all processes of Ray and
+    the driver, which writes. The bare engines draw before and after, since a shared machine changes
+    its speed.
     """
     before = bare_engines(rows)
     cluster = start_cluster(1, WORKERS)
@@ -122,7 +122,9 @@ def speed(rows: int) -> None:
 
 
 def bare_engines(rows: int) -> tuple[float, float]:
-    """Return the seconds that two bare engines take for all rows, and of a core for each."""
+    """Return the seconds that two bare engines take for all rows, and a core's seconds for each
+    row.
+    """
     parts = [
         subprocess.Popen([sys.executable, __file__, "--bare", str(i)], stdout=subprocess.PIPE)
         for i in range(WORKERS)
@@ -133,7 +135,7 @@ def bare_engines(rows: int) -> tuple[float, float]:
 
 
 def disturbed(rows: int, kills: int, restarts: int, chance: random.Random) -> None:
-    """Kill workers and drivers at moments of chance, which the number of rows done sets."""
+    """Kill workers and drivers at random moments, given as numbers of rows done."""
     cluster = start_cluster(1, WORKERS)
     moments = [(chance.random() * rows * 0.95, "worker") for _ in range(kills)]
     moments += [(chance.uniform(0.2, 0.8) * rows, "driver") for _ in range(restarts)]
@@ -161,7 +163,7 @@ def disturbed(rows: int, kills: int, restarts: int, chance: random.Random) -> No
 
 
 def lost_node(rows: int) -> None:
-    """Three nodes with a worker each, one of which is lost when a third of the rows is done."""
+    """Draw on three nodes with a worker each; lose one node when a third of the rows is done."""
     cluster = start_cluster(3, 1)
     try:
         driver = batch("lost", cluster.address, workers=3)
@@ -196,7 +198,7 @@ def start_cluster(nodes: int, cpus: int) -> Any:
 
 
 def actors(cluster: Any) -> list[int]:
-    """Return the processes of the workers, which are children of the nodes' raylets."""
+    """Return the process ids of the workers, which are children of the nodes' raylets."""
     nodes = [cluster.head_node, *cluster.worker_nodes]
     parents = {node.all_processes["raylet"][0].process.pid for node in nodes}
     found = []
@@ -211,7 +213,7 @@ def actors(cluster: Any) -> list[int]:
 
 
 def processor_time() -> float:
-    """Return the seconds that all processes below this one have used."""
+    """Return the processor time in seconds of all processes below this one."""
     parents, times = {}, {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -245,7 +247,7 @@ def ended(process: subprocess.Popen[bytes]) -> bool:
 
 
 def check(out: str, rows: int) -> None:
-    """Raises AssertionError unless each row is there once, as one worker drew it."""
+    """Raise AssertionError unless each row is there once, as one worker drew it."""
     records = [json.loads(line) for line in Path(out, "index.jsonl").read_bytes().splitlines()]
     assert sorted(r["id"] for r in records) == sorted(f"row-{i}" for i in range(rows))
     assert not Path(out, "errors.jsonl").read_bytes()

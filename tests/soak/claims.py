@@ -2,10 +2,10 @@
 
     python tests/soak/claims.py [--jobs 1000000] [--workers 1000] [--drawing 10] [--seconds 120]
 
-Each worker is a thread with a name of its own that claims, sleeps for as long as drawing takes,
-adds a picture and finishes, and meanwhile renews its lease and says that it is well, as a real one
-does. The threads are spread over a few processes, whose connections they share. Prints claims a
-second, how long a claim took, what else was written, and how the database finds the next job
+Each worker is a thread with its own name. It claims a job, sleeps for as long as drawing takes,
+adds a picture and finishes; meanwhile it renews its lease and reports that it is well, as a real
+worker does. The threads are spread over a few processes, and share their connections. Prints claims
+per second, how long a claim took, what else was written, and how the database finds the next job
 (EXPLAIN).
 """
 
@@ -44,12 +44,12 @@ def say(line: str) -> None:
 
 
 def fill(store: Store, jobs: int) -> float:
-    """Submit a job of each owner, and let the database copy them to `jobs`. Returns the seconds."""
+    """Submit a job for each owner, copy them in the database to `jobs` jobs; return the seconds."""
     began = time.monotonic()
     for owner in range(OWNERS):
         settings = {"prompt": "a red apple", "steps": 20, "count": 1}
         store.submit(new_id(), settings, client="web", cost=40, bound=10**9, owner=f"key:{owner}")
-    for owner in range(OWNERS, 2 * OWNERS):  # owners of whom nothing waits
+    for owner in range(OWNERS, 2 * OWNERS):  # owners without a waiting job
         job, _ = store.submit(
             new_id(), {"count": 1}, client="web", cost=1, bound=10**9, owner=f"key:{owner}"
         )
@@ -71,7 +71,7 @@ def fill(store: Store, jobs: int) -> float:
 
 
 class Worker(threading.Thread):
-    """noted: (what was called, seconds) of each transaction."""
+    """A worker that draws nothing. noted: name and seconds of each transaction."""
 
     def __init__(self, store: Store, drawing: float, until: float, wait: float) -> None:
         super().__init__(daemon=True)
@@ -124,7 +124,7 @@ class Worker(threading.Thread):
 def work(url: str, threads: int, drawing: float, seconds: float, results: Any) -> None:
     store = Store(url)
     until = time.monotonic() + seconds
-    # They join over a second drawing's time, as a fleet does that is started.
+    # They join during the time of one drawing, as the workers of a starting fleet do.
     crew = [Worker(store, drawing, until, random.uniform(0, drawing)) for _ in range(threads)]
     for one in crew:
         one.start()
@@ -134,7 +134,7 @@ def work(url: str, threads: int, drawing: float, seconds: float, results: Any) -
 
 
 def explained(store: Store) -> str:
-    """Return how the database finds the owner and the job whose turn it is."""
+    """Return the database's plan for finding the owner and the job whose turn it is."""
     told: list[str] = []
 
     def before(_conn: Any, cursor: Any, statement: str, parameters: Any, *_: Any) -> None:

@@ -1,9 +1,9 @@
-"""How far pictures drawn in company differ from those drawn alone: the bounds that `verify` states.
+"""How far pictures drawn with others differ from those drawn alone: the bounds of `verify`.
 
     python tests/soak/company.py [--pictures 40] [--dtype float32 --dtype bfloat16]
 
-Each picture is drawn alone in exact mode, in companies of 2, 3 and 8, alone by an engine that has
-measured its batch, and alone by one thread. Prints the largest difference of any pixel of 255.
+Each picture is drawn alone in exact mode, together with 1, 2 and 7 others, alone by an engine that
+has measured its batch, and alone with one thread. Prints the largest difference of a pixel, of 255.
 """
 
 from __future__ import annotations

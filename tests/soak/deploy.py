@@ -1,4 +1,4 @@
-"""deploy/ against the linter of Dockerfiles and the schemas of compose files and Kubernetes.
+"""Check deploy/ with a linter for Dockerfiles and the schemas of compose and Kubernetes.
 
     make deploy
 
@@ -36,7 +36,9 @@ def main() -> None:
 
 
 def known(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a document that Kubernetes' own schemas describe; the pods of one of KubeRay's."""
+    """Return the parts of a document that Kubernetes' own schemas describe: for KubeRay's, its
+    pods.
+    """
     if not document["apiVersion"].startswith("ray.io/"):
         return [document]
     cluster = document["spec"].get("rayClusterSpec", document["spec"])

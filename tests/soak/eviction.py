@@ -1,4 +1,4 @@
-"""Whether a model that is dropped gives its memory back. `make soak` runs it.
+"""Check that a dropped model gives its memory back. `make soak` runs it.
 
     python tests/soak/eviction.py [--rounds 12] [--width 160] [--size 256] [--dtype auto]
 
@@ -28,7 +28,7 @@ from safelight.weights.find import MODELS
 
 SMALL, LARGE = "embedded", ("one", "other")
 NEEDED = 0.95
-"""The share of a model's memory that has to come back."""
+"""The share of a model's memory that must come back."""
 
 
 def make(folder: Path, width: int) -> None:
@@ -64,13 +64,13 @@ def make(folder: Path, width: int) -> None:
 
 
 def memory(server: Serving) -> float:
-    """Return the worker's memory in MB, without pages of files, which the kernel takes back."""
+    """Return the worker's memory in MB, without pages of files, which the kernel can take back."""
     status = Path(f"/proc/{server.worker()}/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) / 1e3
 
 
 def after(server: Serving, model: str, size: int) -> float:
-    """Return the worker's memory after a picture of a model, which is then alone in it."""
+    """Return the worker's memory in MB after a picture of a model that is then alone in memory."""
     asked: dict[str, Any] = {"prompt": "a cat", "steps": 2, "sampler": "euler", "seed": 1}
     asked |= {"width": size, "height": size} if model != SMALL else {}
     job = server.finished(server.submit(**asked, model=model), seconds=600)

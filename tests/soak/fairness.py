@@ -1,10 +1,10 @@
-"""Fairness: one key with many jobs, another with one. How many jobs' time does the one wait?
+"""Fairness: one key has many jobs, another key one. How long does the one job wait?
 
     python tests/soak/fairness.py [--jobs 1000] [--exact] [--tries 3]
 
-A real server in this process draws with the embedded model. The time of a job is measured on the
-idle server; then one key queues JOBS of them, and another key asks for one. Prints how long that
-took from the request to its end, and how many of the first key's jobs ended meanwhile.
+A real server in this process draws with the embedded model. The time of one job is measured on the
+idle server; then one key queues JOBS of them, and another key asks for one. Prints the time from
+that request to its job's end, and how many jobs of the first key ended meanwhile.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def ask(server: Inside, name: str, method: str, path: str, body: Any = None) -> 
 
 
 def drawn(server: Inside, name: str) -> tuple[float, float]:
-    """Return the seconds from a request to its job's end, and those before its worker took it."""
+    """Return the seconds from a request to its job's end, and to the moment a worker took it."""
     began = time.monotonic()
     job = ask(server, name, "POST", "/api/jobs", BODY)["id"]
     wait_for(lambda: ask(server, name, "GET", f"/api/jobs/{job}")["status"] == "succeeded", 600)
@@ -65,7 +65,7 @@ def main() -> None:
         assert info.width is not None
         assert info.height is not None
         native = info.width, info.height
-        for _ in range(options.jobs):  # beside HTTP, which would take longer than to draw them
+        for _ in range(options.jobs):  # not over HTTP, which would take longer than the drawing
             server.hub.store.submit(
                 new_id(),
                 request.to_dict(),

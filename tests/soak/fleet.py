@@ -2,14 +2,14 @@
 
     python tests/soak/fleet.py [--jobs 1000] [--kills 100] [--seed 0] [--bucket]
 
-A server without a worker of its own, a real PostgreSQL and three `safelight worker`s on a shared
-folder. While jobs come in, they are killed in turn by SIGKILL, the database by an immediate
-shutdown, and started again: the server, the process that draws in one of the workers, a whole
-worker, the whole pool, the database. In the end every job that was acknowledged is in exactly one
-final state, each of its pictures is there once, files match rows, and pixels are those of an
-undisturbed run. Leases are 8 s here, so that a run takes minutes. With --bucket pictures are in
-moto's S3 in place of the folder. In its turn it is away for some seconds, and every second time it
-takes connections and does not answer for 20 s, which is longer than a worker may be silent.
+A server without a worker of its own, a real PostgreSQL and three `safelight worker`s share a
+folder. While jobs come in, these are killed in turn and started again: the server, the process that
+draws in one of the workers, a whole worker, the whole pool, all by SIGKILL, and the database, by an
+immediate shutdown. In the end every acknowledged job is in exactly one final state, each of its
+pictures is there once, files match rows, and pixels equal those of an undisturbed run. Leases are 8
+s here, so that a run takes minutes. With --bucket, pictures are in moto's S3 in place of the
+folder. In its turn it is away for some seconds; every second time it accepts connections and does
+not answer for 20 s, which is longer than a worker may be silent.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ FLEET = 3
 KINDS = ("server", "process that draws", "worker", "database", "pool")
 AWAY = "store"
 ANSWERS = {202, 429, 503, 507}
-"""What a request may be answered with."""
+"""The statuses that a request may be answered with."""
 
 HOUR = 3600.0
 
@@ -58,7 +58,7 @@ def main() -> None:
     given = parser.parse_args()
     hurried = str(Path(__file__).parent / "hurried")
     path = os.pathsep.join(filter(None, [hurried, os.environ.get("PYTHONPATH")]))
-    # More threads add up in another order, which may move a pixel by one.
+    # More threads add numbers in another order, which may change a pixel by one.
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "SAFELIGHT_TEST_LEASE": "8"}
     database = Postgres()
     try:
@@ -92,7 +92,7 @@ def run(
         finally:
             for worker in pool:
                 worker.process.kill()
-        # What was half written by who was killed is cleaned up at a start.
+        # A start cleans up what killed processes left half written.
         kill(serving)
         serving.start()
     check(storage_at(place), database, report)
@@ -100,7 +100,7 @@ def run(
 
 
 class Sender(threading.Thread):
-    """Submits jobs, each again and again until it is acknowledged, under one key."""
+    """Submits jobs, each repeatedly under one key until it is acknowledged."""
 
     def __init__(self, serving: Serving, jobs: int) -> None:
         super().__init__(daemon=True)
@@ -194,7 +194,7 @@ def unfinished(serving: Serving) -> int:
 
 
 def check(storage: Storage, database: Postgres, report: dict[str, Any]) -> None:
-    """Raises AssertionError for what a promise forbids."""
+    """Raise AssertionError if a promise is broken."""
     import psycopg
 
     import safelight

@@ -3,9 +3,10 @@
     python tests/soak/image.py [--debian bookworm] [--volume PATH ...] [--keep FOLDER]
 
 Needs root, and Debian's packages buildah, debootstrap and bubblewrap. debootstrap makes the base
-image, so that no registry of images is asked. --volume: what pip needs of this machine to find its
-packages, such as /etc/pip.conf, or under another path there, as pip.conf:/etc/pip.conf; it is there
-while the image is built, and not in it. --keep: where base and layers stay for the next run.
+image, so that no registry of images is used. --volume: a file of this machine that pip needs to
+find its packages, such as /etc/pip.conf, also as pip.conf:/etc/pip.conf for another path there; it
+exists while the image is built, and is not in it. --keep: a folder that keeps base and layers for
+the next run.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def work(folder: Path, given: Any) -> None:
         shutil.rmtree(root, ignore_errors=True)
         command = ["debootstrap", "--variant=minbase", given.debian, root, given.mirror]
         subprocess.run(command, check=True, stdout=sys.stderr)
-        # As the image of Debian has it: dpkg does not sync each file.
+        # As in Debian's image: dpkg does not sync each file.
         (root / "etc/dpkg/dpkg.cfg.d/speed").write_text("force-unsafe-io\n")
     if "debian" not in buildah("images", "--format", "{{.Name}}"):
         base = buildah("from", "scratch")
@@ -129,7 +130,7 @@ def work(folder: Path, given: Any) -> None:
 
 
 def run(root: Path, about: dict[str, Any], folder: Path) -> None:
-    """Run the image's command as its user, without a network, on files that cannot be written."""
+    """Run the image's command as its user, without a network, on files that it cannot write."""
     size = subprocess.run(["du", "-s", "--bytes", root], capture_output=True, text=True)
     sys.stdout.write(f"the image has {int(size.stdout.split()[0]) / 1e9:.2f} GB\n")
     with tempfile.TemporaryDirectory(dir=folder) as data:

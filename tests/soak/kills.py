@@ -2,9 +2,9 @@
 
     python tests/soak/kills.py [--jobs 1000] [--kills 200] [--seed 0]
 
-Server and worker are killed by SIGKILL at moments of chance while jobs come in. In the end every
-job that was acknowledged is in exactly one final state, each of its pictures is there once, files
-match rows, and pixels are those of an undisturbed run.
+Server and worker are killed by SIGKILL at random moments while jobs come in. In the end every
+acknowledged job is in exactly one final state, each of its pictures is there once, files match
+rows, and pixels equal those of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-# As the servers of the tests have it (serving.py): more threads add up in another order, which
-# may move a pixel by one.
+# As in the tests' servers (serving.py): more threads add numbers in another order, which may change
+# a pixel by one.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import httpx2 as httpx
@@ -56,7 +56,7 @@ def disturb(serving: Serving, jobs: int, kills: int, chance: random.Random) -> d
     done = threading.Event()
 
     def submit() -> None:
-        """Again and again until it is acknowledged, under one key."""
+        """Submit a job repeatedly under one key until it is acknowledged."""
         for i in range(jobs):
             while True:
                 try:
@@ -109,7 +109,7 @@ def unfinished(serving: Serving) -> int:
 
 
 def check(serving: Serving, report: dict[str, Any]) -> None:
-    """Raises AssertionError for what a promise forbids."""
+    """Raise AssertionError if a promise is broken."""
     import safelight
 
     acknowledged: dict[str, int] = report["acknowledged"]

@@ -1,9 +1,9 @@
-"""A server under users of Locust: how long answers take, and what fails. `make load` runs it.
+"""A server under load by Locust: how long answers take, and what fails. `make load` runs it.
 
     python tests/soak/load.py --locust PATH [--users 20] [--seconds 180] [--keep 100]
 
-Jobs are drawn and deleted at once: --keep is the server's, with a grace of 10 seconds and a look
-each second. Prints a row for each kind of request.
+Jobs are drawn and deleted at the same time: --keep is passed to the server, with a grace period of
+10 seconds and a look each second. Prints a row for each kind of request.
 """
 
 from __future__ import annotations

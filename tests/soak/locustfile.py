@@ -1,8 +1,8 @@
-"""People who draw, and people who look: users of Locust. `load.py` starts a server for them.
+"""Users of Locust, some who draw and some who look. `load.py` starts a server for them.
 
     locust --locustfile tests/soak/locustfile.py --host http://localhost:7860
 
-The variable SAFELIGHT_TOKEN is the server's token, where it has one.
+The variable SAFELIGHT_TOKEN is the server's token, if it has one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Person(HttpUser):
 
 
 class Drawer(Person):
-    """Asks for a picture, follows its job, and gets picture and thumbnail."""
+    """Requests a picture, follows its job, and gets picture and thumbnail."""
 
     weight = 3
 
@@ -37,7 +37,7 @@ class Drawer(Person):
         thing = THINGS[int(began * 1000) % len(THINGS)]
         settings = {"prompt": f"a red {thing}", "steps": 4, "sampler": "euler"}
         with self.client.post("/api/jobs", json=settings, catch_response=True) as answer:
-            if answer.status_code == 429:  # what a full queue says, and how long to wait
+            if answer.status_code == 429:  # a full queue, with the time to wait
                 answer.success()
                 time.sleep(int(answer.headers["Retry-After"]))
                 return
@@ -62,7 +62,7 @@ class Drawer(Person):
 
 
 class Looker(Person):
-    """Looks through what was drawn."""
+    """Looks through the pictures."""
 
     weight = 2
 

@@ -1,8 +1,8 @@
-"""The kernels' tests with libraries that watch memory and undefined behaviour.
+"""The kernels' tests with libraries that check memory accesses and undefined behaviour.
 
     python tests/soak/sanitize.py [pytest's arguments]
 
-All libraries are compiled with AddressSanitizer and UndefinedBehaviorSanitizer (GCC) beside a copy
+All libraries are compiled with AddressSanitizer and UndefinedBehaviorSanitizer (GCC), beside a copy
 of the package. Those that this processor can run are tested; a fault ends the tests.
 """
 
@@ -20,7 +20,7 @@ FLAGS = (
 
 
 def runtime(name: str) -> str:
-    """Return the file of one of GCC's libraries."""
+    """Return the path of one of GCC's libraries."""
     done = subprocess.run(
         ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
     )
@@ -37,7 +37,7 @@ def main() -> int:
         environment = os.environ | {
             "PYTHONPATH": folder,
             "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libubsan.so')}",
-            # Python and PyTorch leave memory to the end of the process.
+            # Python and PyTorch do not free all memory at the end of the process.
             "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
             "UBSAN_OPTIONS": "print_stacktrace=1",
         }

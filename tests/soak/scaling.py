@@ -2,9 +2,9 @@
 
     python tests/soak/scaling.py [--jobs 60] [--kills 6]
 
-A server with `--ray local --workers 1:2` and a real PostgreSQL. Jobs come in faster than one worker
-draws them; meanwhile are killed in turn, by SIGKILL: an actor, the process that is connected to
-Ray, and the whole cluster with it. In the end every job has succeeded, each of its pictures is
+A server runs with `--ray local --workers 1:2` and a real PostgreSQL. Jobs come in faster than one
+worker draws them. Meanwhile SIGKILL hits in turn an actor, the process that is connected to Ray,
+and that process with the whole cluster. In the end every job has succeeded, each of its pictures is
 there once, files match rows, and there is one worker again.
 """
 
@@ -36,7 +36,7 @@ SETTINGS: dict[str, Any] = {
 IDLE = 8
 KINDS = ("actor", "process", "cluster")
 FAR = 300
-"""Seconds that anything may take here."""
+"""The most seconds that anything may take here."""
 
 
 def main() -> None:
@@ -100,7 +100,7 @@ def ready(server: Serving) -> bool:
 
 
 def names(server: Serving) -> set[str]:
-    """The workers on the roster."""
+    """Return the names of the workers on the roster."""
     return {worker["id"] for worker in server.client.get("/api/workers").json()}
 
 

@@ -1,9 +1,9 @@
-"""Training under kills: nothing is lost and nothing differs. `make soak` runs it at full size.
+"""Training under kills: nothing is lost or changed. `make soak` runs it at full size.
 
     python tests/soak/training.py [--kills 5] [--steps 400] [--seed 0]
 
-The pixel model learns the digits; SIGKILL comes at moments of chance, and the same command goes on.
-In the end the averaged weights and the loss curve are, bit for bit, those of an undisturbed run.
+The pixel model learns the digits. SIGKILL ends it at random moments, and the same command goes on.
+In the end the averaged weights and the loss curve equal, to the bit, those of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def start(out: Path, steps: int) -> subprocess.Popen[bytes]:
 
 
 def kill(out: Path, steps: int, least: int, chance: random.Random) -> int:
-    """Kill a run somewhere after the checkpoint of step `least`; the step it will go on from."""
+    """Kill a run after the checkpoint of step `least`; return the step from which it will go on."""
     process = start(out, steps)
     path = out / "checkpoint.pt"
     until = time.monotonic() + 600
@@ -80,7 +80,7 @@ def kill(out: Path, steps: int, least: int, chance: random.Random) -> int:
 
 
 def reached(path: Path) -> int:
-    """Of the checkpoint, which is only ever replaced as a whole."""
+    """Return the step of the checkpoint, which is only ever replaced as a whole."""
     return int(torch.load(path, weights_only=True)["step"]) if path.exists() else 0
 
 

@@ -1,11 +1,11 @@
-"""Retention and backups under load and kills: nothing is lost that should stay.
+"""Retention and backups under load and kills: nothing that should stay is lost.
 
     python tests/soak/years.py [--jobs 400] [--kills 15] [--keep 40] [--seed 0]
 
-Jobs come in, half of them with a picture to start from, while a server keeps the newest alone,
-deletes the others after a second, and is killed by SIGKILL at moments of chance. Backups are made
-one after the other, each with what it shares with the last one. In the end the newest jobs are
-there, each with its pictures; and each backup is restored, opened as a server opens it, and whole.
+Jobs come in, half of them with a picture to start from, while a server keeps only the newest,
+deletes the others after a second, and is killed by SIGKILL at random moments. Backups are made one
+after the other, each sharing unchanged files with the last. In the end the newest jobs are there,
+each with its pictures; and each backup is restored, opened as a server opens it, and complete.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from safelight.server.recovery import recover
 from safelight.server.store import Store
 
 LISTED = 200
-"""The most jobs that the server lists at a time."""
+"""The most jobs that the server lists at once."""
 
 SETTINGS: dict[str, Any] = {"prompt": "a cat", "steps": 2, "sampler": "euler"}
 
@@ -72,9 +72,9 @@ def main() -> None:
 def work(
     serving: Serving, base: Path, given: Any, chance: random.Random
 ) -> tuple[list[str], list[tuple[Path, set[str], int]]]:
-    """Submit, kill and back up at once; return the jobs and the backups.
+    """Submit, kill and back up at the same time; return the jobs and the backups.
 
-    A backup comes with the jobs that waited when it began, and how many had ended then.
+    Each backup comes with the jobs that waited when it began, and how many had ended then.
     """
     made: list[str] = []
     backups: list[tuple[Path, set[str], int]] = []
@@ -127,7 +127,7 @@ def work(
 
 
 def unfinished(serving: Serving) -> set[str]:
-    """The jobs that wait or are drawn; of a server that is down none are known."""
+    """Return the jobs that wait or are drawn; none if the server is down."""
     found: set[str] = set()
     try:
         for status in ("queued", "running"):
@@ -139,7 +139,7 @@ def unfinished(serving: Serving) -> set[str]:
 
 
 def settled(serving: Serving, keep: int) -> list[Any]:
-    """Return the jobs that are left when all have ended and the others have gone."""
+    """Return the jobs that are left once all have ended and the others are deleted."""
     wait_for(lambda: serving.client.get("/readyz").status_code == 200, seconds=300)
     wait_for(lambda: not unfinished(serving), seconds=3600)
     wait_for(lambda: len(serving.client.get("/api/jobs?limit=200").json()) == keep, seconds=60)

@@ -1,6 +1,6 @@
-"""Gives a fleet less patience, in all of its processes: SAFELIGHT_TEST_LEASE seconds of a lease.
+"""Shortens a fleet's patience, in all of its processes: a lease lasts SAFELIGHT_TEST_LEASE seconds.
 
-Python runs a module of this name at its start. For fleet.py.
+Python runs a module of this name at its start. fleet.py uses it.
 """
 
 import importlib.abc
