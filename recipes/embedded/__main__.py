@@ -18,7 +18,7 @@ app = typer.Typer(help=__doc__, rich_markup_mode=None, no_args_is_help=True)
 
 Data = Annotated[Path, Option(help="The folder of the cut-outs.")]
 Out = Annotated[Path, Option(help="Where checkpoints, samples and models go.")]
-Minutes = Annotated[float, Option(help="Of computing, over all stages.")]
+Minutes = Annotated[float, Option(help="Minutes of computing, over all stages.")]
 Dry = Annotated[
     bool, Option("--dry-run", help="Tiny networks and a few steps: to see that all of it works.")
 ]
@@ -110,7 +110,7 @@ def compose(
     begin: Begin = None,
     scenes: Count = None,
 ) -> None:
-    """Compose and encode the pictures of stages, beside a training that needs them later."""
+    """Compose and encode the pictures of stages, while a training runs that needs them later."""
     from recipes.embedded.train import Recipe
 
     if unknown := [stage for stage in stages if stage not in ("alone", "embedded")]:
@@ -128,11 +128,11 @@ def evaluate(
     share: Annotated[float, Option(help="Of the prompts.")] = 1.0,
     steps: Annotated[
         int | None,
-        Option(help="Train the kept judge further first, for so many.", show_default=False),
+        Option(help="Train the kept judge further first, for so many steps.", show_default=False),
     ] = None,
 ) -> None:
-    """Let a judge look at what the model draws: that of OUT, or the one that is kept. If neither
-    knows what the model was taught, one is trained.
+    """Judge what the model draws, with the judge of OUT or else the kept one. If neither knows the
+    things that the model was taught, a judge is trained.
     """
     from recipes.embedded import figures, unconditional
     from recipes.embedded.judge import PLAN, judge_of
@@ -160,7 +160,7 @@ def fast(
     model: Annotated[str, Option(help="The model to judge.")] = "embedded",
     share: Annotated[float, Option(help="Of the prompts.")] = 1.0,
 ) -> None:
-    """Let the judge look at what the model draws at each level of the fast mode."""
+    """Judge what the model draws at each level of the fast mode."""
     from recipes.embedded.figures import judge_levels
     from recipes.embedded.judge import judge_of
     from recipes.embedded.scenes import Scenes

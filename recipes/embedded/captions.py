@@ -224,5 +224,5 @@ def weighted(rng: np.random.Generator, weights: Mapping[str, int]) -> str:
 
 @cache
 def _repeated(words: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the words with the first repeated: most people say it, half of the time."""
+    """Return the words with the first repeated, so that half of the draws are that one."""
     return (words[0],) * max(1, len(words) - 1) + words[1:] if len(words) > 1 else words

@@ -49,8 +49,10 @@ LOOKED_AT = 80
 
 
 def look(picture: Pixels) -> dict[str, Any]:
-    """Return what composing needs to know of a cut-out, uint8 [h, w, 4]: its main colour, and, for
-    its own colours and each that it can be given, the backgrounds that it would vanish on.
+    """Return what composing needs to know of a cut-out, uint8 [h, w, 4].
+
+    That is its main colour, and the backgrounds on which it would vanish, for its own colours and
+    for each that it can be given.
     """
     step = max(1, len(picture) // LOOKED_AT)
     picture = np.ascontiguousarray(picture[::step, ::step])
@@ -70,7 +72,10 @@ def above(alpha: Image.Image, level: int) -> Image.Image:
 
 
 def backgrounds(picture: Pixels) -> tuple[str, ...]:
-    """The colours from which the edge of a cut-out, uint8 [h, w, 4], stands out on average."""
+    """Return the colours from which a cut-out's edge stands out on average.
+
+    picture: uint8 [h, w, 4].
+    """
     alpha = Image.fromarray(picture[..., 3])
     solid = above(alpha, 127)
     edge = (np.asarray(solid) > 0) & (np.asarray(solid.filter(ImageFilter.MinFilter(5))) == 0)
@@ -93,13 +98,14 @@ class Main:
     mean: tuple[float, float, float]
 
     def lacks(self, colour: str) -> bool:
-        """Whether another colour would change it."""
+        """Return whether this colour would change it."""
         return bool(np.linalg.norm(self.mean - oklab(np.array(COLOURS[colour]))) >= ALREADY)
 
 
 def main_colour(picture: Pixels) -> Main | None:
-    """Of a cut-out, uint8 [h, w, 4]: the hue that most of the coloured pixels have, and the mean
-    of those of like hue; None if they are too few.
+    """Return the main colour of a cut-out, uint8 [h, w, 4]; None if too few pixels have it.
+
+    It is the hue that most of the coloured pixels have, and the mean of the pixels near that hue.
     """
     solid = picture[..., 3] > 127
     seen = oklab(picture[..., :3])
@@ -119,11 +125,11 @@ def main_colour(picture: Pixels) -> Main | None:
 
 
 def paint(picture: Pixels, colour: str, main: Main | None = None) -> Pixels | None:
-    """A cut-out, uint8 [h, w, 4], with its main colour turned into another; None if it has none.
-    `main` is it, where it is known.
+    """Return a cut-out, uint8 [h, w, 4], with its main colour turned into another.
 
-    The pixels of like hue turn by the same angle, and their lightness and chroma move by as much
-    as the main colour's have to: shading and highlights stay.
+    The result is None if it has no main colour, or this one already. main: its main colour, if that
+    is known. Pixels near its hue turn by the same angle, and their lightness and chroma move by as
+    much as the main colour's have to: shading and highlights stay.
     """
     main = main or main_colour(picture)
     if main is None or not main.lacks(colour):
@@ -149,7 +155,7 @@ def paint(picture: Pixels, colour: str, main: Main | None = None) -> Pixels | No
 
 
 def towards(mean: NDArray[Any], target: NDArray[Any]) -> tuple[float, float]:
-    """By how much chroma grows and hue turns on the way from a main colour to another."""
+    """Return by which factor chroma grows, and by which angle hue turns, to another colour."""
     wanted = np.hypot(target[1], target[2])
     scale = wanted / max(np.hypot(mean[1], mean[2]), 1e-6)
     turn = 0.0 if wanted < 0.02 else np.arctan2(target[2], target[1]) - np.arctan2(mean[2], mean[1])
@@ -157,20 +163,20 @@ def towards(mean: NDArray[Any], target: NDArray[Any]) -> tuple[float, float]:
 
 
 def _share(hue: NDArray[Any], chroma: NDArray[Any], main: float) -> NDArray[Any]:
-    """How much each pixel is of the main colour."""
+    """Return how much each pixel belongs to the main colour, from 0 to 1."""
     away = np.abs(np.angle(np.exp(1j * (hue - main))))
     return np.clip((1.2 - away) / 0.4, 0, 1) * np.clip((chroma - 0.02) / 0.04, 0, 1)
 
 
 def oklab(rgb: NDArray[Any]) -> NDArray[np.float64]:
-    """sRGB bytes [..., 3] in Oklab, where distances match the eye (B. Ottosson, 2020)."""
+    """Return sRGB bytes [..., 3] in Oklab, where distances match the eye (B. Ottosson, 2020)."""
     value = rgb / 255
     linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
     return np.cbrt(linear @ TO_CONES.T) @ TO_LAB.T
 
 
 def srgb(lab: NDArray[Any]) -> Pixels:
-    """Oklab [..., 3] as sRGB bytes, cut to what they can show."""
+    """Return Oklab [..., 3] as sRGB bytes, clipped to what they can show."""
     linear = (lab @ np.linalg.inv(TO_LAB).T) ** 3 @ np.linalg.inv(TO_CONES).T
     linear = np.clip(linear, 0, 1)
     value = np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)

@@ -30,7 +30,7 @@ from safelight.errors import SafelightError
 from safelight.words import split_words
 
 SIDE = 240
-"""Pixels of a cut-out's longer side: what the 3D pictures, of 256 pixels, have."""
+"""Pixels of a cut-out's longer side, as in the 3D pictures, which have 256 pixels a side."""
 
 FOLDER = Path(__file__).parent
 CONCEPTS = FOLDER / "concepts.json"
@@ -74,10 +74,10 @@ def build(out_dir: str | Path) -> Path:
 
 
 def unknown_words(names: bytes, known: Collection[str]) -> dict[str, list[str]]:
-    """Return words of emojibase's labels and tags that mean nothing to the recipe: "shown" are
-    mixed into captions, "held_out", one in five, are never seen in training.
+    """Return words of emojibase's labels and tags that mean nothing to the recipe.
 
-    names: the tarball of emojibase-data.
+    "shown" are mixed into captions; "held_out", one in five, are never seen in training. names: the
+    tarball of emojibase-data. known: words with a meaning.
     """
     path = "package/en/data.json"
     found: set[str] = set()
@@ -102,8 +102,8 @@ def save(
 ) -> Path:
     """Write cut-outs, uint8 [n, side, side, 4], with one row (concept, style) for each.
 
-    The pictures are kept as WebP of quality 90, a third of the size without loss, so that they
-    can be sent to a machine that has a GPU and no network. Each row also says what `colours.look`
+    The pictures are kept as WebP of quality 90, a third of their lossless size, so that they can
+    be sent to a machine that has a GPU and no network. Each row also says what `colours.look`
     finds, which takes minutes for thousands. The JSON has a SHA-256 of pictures and rows.
     """
     out = Path(out_dir)
@@ -202,9 +202,7 @@ def members(data: bytes, wanted: Collection[str]) -> dict[str, bytes]:
 
 
 def notice(packages: Sequence[Mapping[str, str]]) -> str:
-    """Return the text that credits packages of the lock: what, by whom, licence, packaged by
-    whom.
-    """
+    """Return the text that credits packages of the lock: work, author, licence and packager."""
     lines = ["The pictures that the model learned from were made from these packages:", ""]
     for package in packages:
         lines += [

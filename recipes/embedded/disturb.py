@@ -1,4 +1,4 @@
-"""Mix words without a meaning into captions, so that a model passes over what it does not know."""
+"""Mix words without a meaning into captions, so that a model ignores what it does not know."""
 
 from __future__ import annotations
 

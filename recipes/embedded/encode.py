@@ -46,8 +46,8 @@ class Encoder:
 def encoded(scenes: Scenes, path: Path, count: int, encoder: Encoder) -> dict[str, torch.Tensor]:
     """Return the latents and ids of `count` scenes. path: of cutouts.npz.
 
-    Where there are processors for it, each part is invented, drawn and encoded in one of several
-    processes, on a GPU, too: it waits for Python.
+    With enough processors, each part is invented, drawn and encoded in one of several processes.
+    This helps a GPU as well, which waits for Python.
     """
     made = list(parts(scenes, path, count, encoder.size, then=encoder))
     latents, ids = (torch.from_numpy(np.concatenate(each)) for each in zip(*made, strict=True))

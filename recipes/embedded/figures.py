@@ -42,8 +42,8 @@ GROUPS: dict[str, tuple[int, dict[str, Any]]] = {
     "pair": (130, {"kind": "pair"}),
     "unknown word": (200, {"kind": "one", "ground": WHITE}),
 }
-"""How many prompts, and of which scenes. "unknown word" asks what "one" asks, with a word in it
-that no training has seen."""
+"""How many prompts, and of which scenes. "unknown word" has the prompts of "one", with a word in
+each that no training has seen."""
 
 BATCH = 25
 SETTINGS: dict[str, Any] = {"sampler": "dpmpp_2m", "steps": 20, "guidance_scale": 4.0}
@@ -148,7 +148,7 @@ def draw(
 
 
 def score(asked: list[Asked], verdict: Verdict, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Return for each question the share that is right, and of how many."""
+    """Return, for each question, the share of right answers and their number."""
     number = {name: i for i, name in enumerate(names)}
     right: dict[str, list[bool]] = {}
 
@@ -270,7 +270,7 @@ def written(found: dict[str, Any], path: Path) -> Path:
 
 
 def enlarged(pictures: Pixels, side: int = SIDE) -> Pixels:
-    """Return pictures of `side` pixels."""
+    """Return pictures enlarged to `side` pixels a side."""
     if pictures.shape[1] == side:
         return pictures
     images = [Image.fromarray(picture) for picture in pictures]
@@ -346,9 +346,10 @@ def frechet(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
 
 
 def _nearest(drawn: Pixels, wanted: list[Scene], stage: Stage, path: Path) -> dict[str, float]:
-    """Return how near each picture of one thing on white is to the nearest of what training may
-    have shown: every drawing, alone on white. In mean absolute difference of 0..255 at 64 pixels
-    a side. Writes the nearest pairs to `path`.
+    """Return how near pictures of one thing on white are to what training may have shown.
+
+    Each is compared with every drawing, alone on white; the distance to the nearest is a mean
+    absolute difference of 0..255 at 64 pixels a side. Writes the nearest pairs to `path`.
     """
     rng, drawn = np.random.default_rng(0), enlarged(drawn)
     shown = [Scene("one", (row["concept"],), row["style"]) for row in stage.scenes.rows]

@@ -1,4 +1,4 @@
-"""The judge: a classifier, trained apart on composed scenes, that says what is on a picture."""
+"""The judge: a classifier, trained apart on composed scenes, that says what a picture shows."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _block(in_ch: int, out_ch: int, stride: int = 1) -> nn.Sequential:
 
 
 class Residual(nn.Module):
-    """Two convolutions whose result is added to what they are given; at first it is nothing."""
+    """Two convolutions whose result is added to their input; at first it is zero."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -79,9 +79,10 @@ class Residual(nn.Module):
 
 
 class Judge(nn.Module):
-    """Convolutions down to 8×8 positions; each question is a linear layer on their mean over the
-    whole picture or the half that it is about. In the mean that is asked for things and colours,
-    positions count by what `attend` says of them.
+    """Convolutions down to 8×8 positions, and a linear layer for each question.
+
+    The layer reads the mean over the whole picture, or over the half that the question is about.
+    For things and colours, `attend` gives the positions' weights in that mean.
     """
 
     def __init__(self, concepts: int) -> None:
@@ -106,8 +107,10 @@ class Judge(nn.Module):
         self.count = nn.Linear(256, 4)
 
     def forward(self, pixels: Tensor, where: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """pixels: [n, 3, 128, 128] in −1..1; where: [n, 3, 8, 8], the weights of positions for the
-        three places that `Verdict.concepts` speaks of.
+        """Return logits of concepts [n, 3, concepts], and of ground, colour and count [n, answers].
+
+        pixels: [n, 3, 128, 128] in −1..1. where: [n, 3, 8, 8], the weights of positions for the
+        three places of `Verdict.concepts`.
         """
         seen = self.body(pixels)
         scores = self.attend(seen.movedim(1, -1)).movedim(-1, 1).float() + where.log()
@@ -157,11 +160,13 @@ def places(scene: Scene) -> Tensor:
 
 
 def judge_of(stage: Stage, path: Path, out: Path, plan: Plan | None = None) -> Judge:
-    """Return the judge whose weights are out/judge.safetensors, or else the one that is kept beside
-    this file, if it knows the same things. If there is none, or a plan is given: train one by that
-    plan, or PLAN, and write out/judge.safetensors.
+    """Return the judge of `out`, or the kept one, or else train one.
 
-    Raises SafelightError if that of `out` knows other things.
+    The weights are those of out/judge.safetensors. If there is no such file, they are the ones kept
+    beside this file, if these know the same things and no plan is given. Else a judge is trained,
+    by the plan or PLAN, and written to out/judge.safetensors.
+
+    Raises SafelightError if the judge of `out` knows other things.
     """
     file, known = out / "judge.safetensors", answers_known(list(stage.scenes.names))
     if file.exists():
@@ -180,7 +185,7 @@ def judge_of(stage: Stage, path: Path, out: Path, plan: Plan | None = None) -> J
 def answers_known(names: list[str]) -> str:
     """Return a hash of what the judge's answers stand for. names: of all concepts, in order.
 
-    Not of the pictures: the same drawings differ in their last bits from machine to machine.
+    The pictures are left out: their last bits differ from machine to machine.
     """
     return hashlib.sha256(json.dumps([names, GROUNDS, list(PAINTS)]).encode()).hexdigest()
 
@@ -200,9 +205,10 @@ def _loaded(file: Path, concepts: int) -> Judge:
 
 
 def train_judge(stage: Stage, path: Path, folder: Path, plan: Plan) -> Judge:
-    """Return a judge that has learned from all that scenes can show, held-out combinations
-    included. It begins as the one that is kept, if that knows the same things, and goes on where
-    it was stopped.
+    """Return a judge trained on all that scenes can show, with the held-out combinations.
+
+    It begins with the weights of the kept one, if that knows the same things. A training that was
+    stopped goes on.
     """
     torch.manual_seed(plan.seed)
     judge = Judge(len(stage.scenes.names))
@@ -241,7 +247,7 @@ def train_judge(stage: Stage, path: Path, folder: Path, plan: Plan) -> Judge:
         return loss
 
     weights = fit(judge, loss_of, plan, folder)
-    # The averaged weights have other statistics than those that trained: measured anew.
+    # The averaged weights have other batch statistics than the trained ones; measure them again.
     judge.load_state_dict(weights, strict=False)
     judge.train()
     for module in judge.modules():
@@ -261,8 +267,10 @@ def _error(logits: Tensor, right: Tensor) -> Tensor:
 
 
 def answers(scene: Scene, number: dict[str, int]) -> tuple[int, ...]:
-    """Return concepts on the whole, at the first place and at the second; ground, colour and
-    count − 1. NOTHING stands where the question makes no sense.
+    """Return the right answers, NOTHING where a question makes no sense.
+
+    They are the concepts on the whole picture, at the first place and at the second; ground, colour
+    and count − 1.
     """
     first, *others = (number[concept] for concept in scene.concepts)
     concepts = (NOTHING, first, others[0]) if others else (first, NOTHING, NOTHING)
@@ -276,7 +284,7 @@ def answers(scene: Scene, number: dict[str, int]) -> tuple[int, ...]:
 
 
 def _worn(pixels: Tensor, draw: Draw) -> Tensor:
-    """Return them half of the time blurred, all with a little noise: as drawn, not composed."""
+    """Return pixels with a little noise, and half of them blurred: as drawn, not composed."""
     soft = F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, 1)
     share = draw.uniform([len(pixels), 1, 1, 1])
     share = (2 * share - 1).clamp(min=0)

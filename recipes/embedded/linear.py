@@ -2,14 +2,14 @@
 
 A decoder in AutoencoderKL's layout repeats each place (nearest-neighbour upsampling), then
 convolves with kernels of 3×3. It has to learn which of the repeated places it is in, and that takes
-long: after minutes of a GPU its pictures were worse than plain sums of the components. But what it
-can do linearly is known. A pixel gets a filter over the latents of 3×3 cells, by its place in the
-cell; and a row of latents that are all alike must become a row of pixels that are all alike, for
-the repeated places cannot be told apart then. Among those filters, least squares finds the best,
-and `into` writes it as weights. Training goes on from there.
+long: after minutes on a GPU its pictures were worse than plain sums of the components. But its
+linear part can be computed. Each pixel of a cell has a filter over the latents of 3×3 cells. A row
+of equal latents must become a row of equal pixels, because the repeated places cannot be told apart
+then. Least squares finds the best filters of this kind, and `into` writes them as weights. Training
+goes on from there.
 
-How one level becomes a convolution, in one dimension: places 2k and 2k + 1 are to have E[k] and
-O[k]. Their difference has no constant part, so it is t[k + 1] − t[k] for some t. With E and t as
+How one level becomes a convolution, in one dimension: places 2k and 2k + 1 must have E[k] and O[k].
+Their difference has no constant part, so it is t[k + 1] − t[k] for some t. With E and t as
 channels, the kernels (0, 1, 0) over E and (0, −1, 1) over t give E at even places and O at odd.
 """
 
@@ -31,13 +31,13 @@ NOISE = 0.15
 """Standard deviation of the errors that latents are expected to have."""
 
 HERE, NEXT = torch.tensor([0.0, 1.0, 0.0]), torch.tensor([0.0, -1.0, 1.0])
-"""Kernels of one dimension: of what both places get, and of what the second gets beside."""
+"""Kernels of one dimension: for what both places get, and for what the second gets in addition."""
 
 SMOOTH = torch.tensor([0.25, 0.5, 0.25])
-"""After repeating, linear interpolation."""
+"""Turns repeated places into linear interpolation."""
 
-# Combinations of the latents of the cells before, here, and after: the first is that of here, and
-# the others vanish where all are alike.
+# Combinations of the latents of the cell before, the cell itself and the cell after. The first is
+# that of the cell itself; the others are zero where all three are equal.
 _BASIS = torch.tensor([[0.0, 1.0, 0.0], [1.0, -1.0, 0.0], [0.0, -1.0, 1.0]], dtype=torch.float64)
 
 
@@ -46,8 +46,8 @@ class Filters:
     """Pixels as sums over the latents of 3×3 cells.
 
     weights: [3, SIDE, SIDE, channels, 3, 3]: colour, phase down and right, latent, cell down and
-    right; bias: [3]. They read latents from which `white`, [channels], was subtracted: those of
-    a white patch, as if all were white beyond the picture.
+    right; bias: [3]. They read latents minus `white`, [channels], the latents of a white patch, so
+    that padding with zeros means white beyond the picture.
     """
 
     weights: Tensor
@@ -56,7 +56,7 @@ class Filters:
 
     @classmethod
     def of(cls, principal: Principal, halves: Iterable[Tensor]) -> Filters:
-        """Find the best for halved pictures, [n, 3, side, side] each, from −1 to 1."""
+        """Return the best filters for halved pictures, [n, 3, side, side] each, from −1 to 1."""
         channels = len(principal.scale)
         patch = torch.ones(1, 3, SIDE, SIDE)
         white = principal.encode(patch).flatten()
@@ -86,11 +86,10 @@ class Filters:
 
     @torch.no_grad()
     def into(self, vae: AutoencoderKL) -> None:
-        """Write the weights of vae.decoder and vae.post_quant_conv, so that it draws `picture`,
-        enlarged to twice its sides by linear interpolation.
+        """Write the weights of vae.decoder and vae.post_quant_conv: they then draw `picture`.
 
-        Residual branches are zero at first. Channels that are not needed keep the weights that they
-        have, and nothing reads them yet.
+        It is enlarged to twice its sides by linear interpolation. Residual branches are zero at
+        first. Channels that are not needed keep their weights, and nothing reads them yet.
         """
         channels = len(self.white)
         check(vae.config, channels)
@@ -146,10 +145,11 @@ def check(config: VAEConfig, channels: int) -> None:
 
 
 def _solve(gram: Tensor, products: Tensor, channels: int) -> tuple[Tensor, Tensor]:
-    """Return weights and bias of `Filters` from the sums of products of features, and with pixels.
+    """Return weights and bias of `Filters`.
 
-    The features: 9 cells of each latent, and 1. Those of _BASIS that are constant down or right
-    have one weight for all phases in that direction.
+    gram, products: the sums of products of features with each other, and with pixels. The features
+    are the 9 cells of each latent, and 1. Those of _BASIS that are constant down or right have one
+    weight for all phases in that direction.
     """
     change = torch.eye(len(gram)).double()
     change[:-1, :-1] = torch.kron(torch.eye(channels).double(), torch.kron(_BASIS, _BASIS))
@@ -177,14 +177,15 @@ def _solve(gram: Tensor, products: Tensor, channels: int) -> tuple[Tensor, Tenso
 
 
 def _kernels() -> Tensor:
-    """Return [4, 3, 3]: the kernels of what `_coarser` makes, in its order."""
+    """Return the kernels for the filters of `_coarser`, in its order, [4, 3, 3]."""
     pairs = (HERE, HERE), (HERE, NEXT), (NEXT, HERE), (NEXT, NEXT)
     return torch.stack([down.outer(right) for down, right in pairs])
 
 
 def _coarser(finer: Tensor) -> Tensor:
-    """Return filters [4·n, p/2, p/2, …] from which a convolution makes those of twice the places,
-    [n, p, p, channels, 3, 3].
+    """Return filters [4·n, p/2, p/2, …], from which a convolution makes the finer ones.
+
+    finer: [n, p, p, channels, 3, 3].
     """
     first = finer[:, ::2, ::2]
     right, down = finer[:, ::2, 1::2] - first, finer[:, 1::2, ::2] - first
@@ -199,7 +200,7 @@ def _coarser(finer: Tensor) -> Tensor:
 
 
 def _summed(steps: Tensor, phases: int, cells: int) -> Tensor:
-    """Return the filters whose differences from one place to the next are these.
+    """Return the filters whose differences from one place to the next are `steps`.
 
     phases, cells: the dimensions that count the places of a cell, and the cells.
     """
@@ -209,7 +210,7 @@ def _summed(steps: Tensor, phases: int, cells: int) -> Tensor:
 
 
 def _write(conv: Any, kernels: Tensor) -> None:
-    """Make the first outputs of a convolution of its first inputs alone."""
+    """Write kernels that make the first outputs of a convolution from its first inputs alone."""
     outputs, inputs = kernels.shape[:2]
     conv.weight[:outputs] = 0
     conv.bias[:outputs] = 0

@@ -1,8 +1,8 @@
 """What each thing looks like: latents of one picture of it, cut into parts.
 
-A UNet alone learns slowly what 458 things look like: after two million samples it had not learned
-so much as the mean picture of each. A text encoder learns it within minutes, if each of its last
-states is to tell one part of the picture. The UNet can then read what to draw where.
+A UNet alone learns slowly what 458 things look like: after two million samples it had not even
+learned the mean picture of each. A text encoder learns it within minutes, if each of its last
+states has to tell one part of the picture. The UNet can then read what to draw where.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ class Looks:
         self.parts = parts / parts.std()
 
     def rows(self, scene: Scene) -> list[int]:
-        """Return the rows of `parts` that a caption tells: of each thing, of each style.
+        """Return the rows of `parts` that a caption tells, for each thing and each style.
 
-        −1 stands for what there is not: a second thing, or a style that is held out.
+        −1 stands for what does not exist: a second thing, or a style that is held out.
         """
         found: list[int] = []
         for i in range(THINGS):
@@ -70,7 +70,7 @@ class Looks:
 
     @property
     def numbers(self) -> int:
-        """How many numbers one state is to tell."""
+        """How many numbers one state has to tell."""
         return THINGS * len(STYLES) * self.parts.shape[-1]
 
     def unexplained(self, told: Tensor, rows: Tensor) -> Tensor:

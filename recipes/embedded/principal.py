@@ -1,9 +1,9 @@
 """Latents in closed form: the principal components of a picture's patches.
 
 A picture is halved, cut into patches of 8×8 pixels, and each patch becomes a few numbers: how much
-of each principal component it holds. That takes seconds to compute, where an encoder that was
-trained with 43,000 pictures on a GPU told less. It can be written as the weights of an encoder in
-AutoencoderKL's layout, so every program that loads such a folder computes the same.
+of each principal component it holds. The components take seconds to compute; an encoder that was
+trained on 43,000 pictures on a GPU kept less of a picture. They can be written as the weights of an
+encoder in AutoencoderKL's layout, so every program that loads such a folder computes the same.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from safelight.nets.vae import AutoencoderKL, VAEConfig
 from safelight.train.autoencoder import to_pixels
 
 SIDE = 8
-"""Of a patch, in pixels of the halved picture."""
+"""Side of a patch, in pixels of the halved picture."""
 
 NUMBERS = 3 * SIDE**2
 
 FACTOR = 2 * SIDE
-"""Sides of a picture over sides of its latents."""
+"""The side of a picture over the side of its latents."""
 
 EVEN = 0.5
-"""How far the components' spreads are made alike: 0 leaves them, with 1 all have unit variance. The
-first, a patch's mean colour, has twelve times the spread of the eighth. Left so, a denoiser's loss
-is that of the picture; evened out, it would be mostly that of details."""
+"""How far the components' spreads are evened out: 0 leaves them, with 1 all have unit variance. The
+first, a patch's mean colour, has twelve times the spread of the eighth. With 0 a denoiser's loss is
+that of the picture; with 1 it would be mostly that of details."""
 
 QUIET = -20.0
-"""Logarithm of the variance of an encoder's latents: it is sure of them."""
+"""Logarithm of the variance of an encoder's latents: there is almost none."""
 
 STEADY = 64.0
-"""Of the constants that keep a norm from changing what passes through it."""
+"""Size of the constants that keep a norm from changing what passes through it."""
 
 AT_ONCE = 1 << 25
 """Numbers of patches that are held at a time."""
@@ -57,7 +57,7 @@ class Principal:
 
     @classmethod
     def of(cls, pictures: Iterable[Tensor], channels: int) -> Principal:
-        """Find the components of halved pictures, uint8 [n, side, side, 3] each.
+        """Return the components of halved pictures, uint8 [n, side, side, 3] each.
 
         The latents have zero mean and, over all channels, unit variance.
         """
@@ -109,12 +109,11 @@ class Principal:
 
     @torch.no_grad()
     def into(self, vae: AutoencoderKL) -> None:
-        """Write the weights of vae.encoder and vae.quant_conv, so that it encodes whole pictures as
-        `encode` does their halves.
+        """Write the weights of vae.encoder and vae.quant_conv, which then halve and encode pictures.
 
-        Residual branches are zero. Strided convolutions average 2×2 pixels, then gather 2×2 into
-        channels. The last norm is kept from changing anything by large constants beside the
-        latents, and its SiLU by taking silu(x) − silu(−x), which is x.
+        Residual branches are zero. The first strided convolution averages 2×2 pixels, the others
+        gather 2×2 into channels. Large constants beside the latents keep the last norm from
+        changing them. Its SiLU changes nothing either, since silu(x) − silu(−x) is x.
         """
         channels = len(self.scale)
         check(vae.config, channels)
@@ -151,7 +150,7 @@ class Principal:
         self._steady(vae)
 
     def _steady(self, vae: AutoencoderKL) -> None:
-        """Take the latents through the last norm: what comes before it lays them out."""
+        """Write the weights that take the latents through the last norm unchanged."""
         encoder: Any = vae.encoder
         quant: Any = vae.quant_conv
         channels = len(self.scale)
@@ -190,7 +189,7 @@ def _patches(pixels: Tensor) -> Tensor:
 
 
 def pass_through(conv: Any, count: int) -> None:
-    """Let the first `count` channels through as they are, and no others."""
+    """Write weights that let the first `count` channels through as they are, and no others."""
     conv.weight.zero_()
     conv.bias.zero_()
     middle = conv.weight.shape[-1] // 2
@@ -201,10 +200,10 @@ def pass_through(conv: Any, count: int) -> None:
 def steady(
     lay: Any, kernel: Tensor, norm: Any, out: Any, count: int, groups: int, *, rest: bool = False
 ) -> None:
-    """Take `count` channels from the convolution `lay` through a group norm and SiLU to `out`, with
-    nothing changed but what `kernel`, that of `lay`, does.
+    """Write weights that take `count` channels through `lay`, a group norm and SiLU to `out`.
 
-    rest: let the groups that are not needed keep their weights; `out` does not read them.
+    Only `kernel`, that of the convolution `lay`, changes them. rest: whether groups that are not
+    needed keep their weights; `out` does not read them.
     """
     out.weight.zero_()
     out.bias.zero_()

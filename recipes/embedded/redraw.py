@@ -1,4 +1,4 @@
-"""Composed pictures as the denoiser draws them again: its own errors, for a decoder to learn."""
+"""Draw composed pictures again with the denoiser, so that a decoder learns from its errors."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from safelight.train.autoencoder import to_pixels
 from safelight.train.loop import progress
 
 STEPS, GUIDANCE = 10, 4.0
-"""Of the picture that is drawn again."""
+"""Steps and guidance scale with which a picture is drawn again."""
 
 LAST = (2, 5)
-"""How many of the steps are taken, at least and at most: with more, it becomes another picture."""
+"""How many of the steps are taken, at least and at most; with more the picture becomes another."""
 
 AT_ONCE = 64
 """Pictures drawn side by side."""
@@ -30,8 +30,9 @@ AT_ONCE = 64
 
 @torch.inference_mode()
 def redraw(model: Model, principal: Principal, pool: Pool, count: int) -> Tensor:
-    """Return latents, float16 [count, channels, h, w], of the pool's first pictures, each noised
-    and drawn again with its caption.
+    """Return latents of the pool's first pictures, each noised and drawn again with its caption.
+
+    They are float16 [count, channels, h, w].
     """
     engine = Engine(model, exact=False, rows=2 * AT_ONCE)
     rng, made = np.random.default_rng(6), {}

@@ -23,7 +23,7 @@ KINDS = {"one": 34, "coloured": 15, "sized": 8, "pair": 28, "several": 15}
 things; one thing two to four times."""
 
 KINDS_ALONE = {"one": 80, "coloured": 20}
-"""The same of scenes of things that are alone."""
+"""The same for scenes of one thing alone."""
 
 ON_SCENE = 0.36
 """Share of the things that stand in a scene rather than on a plain background."""
@@ -42,8 +42,8 @@ PAINTED_TOO = 0.2
 
 TURNED = 0.12
 HELD_OUT = 20
-"""One combination in so many is never trained on: of a colour and a thing, and of a style and a
-thing."""
+"""One in so many combinations of a colour and a thing, or of a style and a thing, is never trained
+on."""
 
 LARGE_SHARE = (0.6, 0.9)
 """Longer side of a thing that is alone, as a share of the picture's side."""
@@ -54,7 +54,7 @@ BIG_SHARE = (0.88, 0.98)
 SMALL_SHARE = (0.3, 0.42)
 PAIR_SHARE = (0.4, 0.47)
 REACH = 0.05
-"""How far a thing is from its place at most, as a share of the picture's side."""
+"""How far a thing may be from its place, as a share of the picture's side."""
 
 TRIES = 10_000
 """Things that are tried before a kind of scene is taken to be impossible."""
@@ -79,7 +79,7 @@ class Scene:
     """The colour of each concept, or None for its own."""
     count: int = 1
     where: str | None = None
-    """A place, or what the first thing is to the second."""
+    """A place, or the relation of the first thing to the second."""
     size: str | None = None
     """A word of BIG or SMALL."""
     said: str = ""
@@ -110,9 +110,9 @@ class Thing:
 class Scenes:
     """An endless and reproducible supply of captioned scenes.
 
-    alone: one thing on a plain background, most often with its style named. steady: it stands in
-    the middle and has one size; by default what is alone does. What a thing looks like is learned
-    from such scenes much faster. Every method that draws takes a NumPy generator.
+    alone: whether a scene is one thing on a plain background, mostly with its style named. steady:
+    whether the thing is in the middle and has one size; by default as `alone`. What a thing looks
+    like is learned from such scenes much faster. Every method that draws takes a NumPy generator.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class Scenes:
         return scene
 
     def paints(self, concept: str, style: str) -> list[str]:
-        """Return the colours that a thing can be given, of a name that does not say another."""
+        """Return the colours that a thing can be given; none if all of its names say a colour."""
         if self._colourless(concept) is None or not self._paintable[concept]:
             return []
         each = [self.rows[i]["clashes"] for i in self._drawings[concept, style]]
@@ -318,7 +318,7 @@ class Scenes:
         right, down = rng.uniform(-reach, reach), rng.uniform(-reach, reach)
         turned = 0.0 if self.steady else TURNED
         things = []
-        # Of several, all are the same drawing.
+        # Several things of a kind are all the same drawing.
         which = [choose(rng, self._drawings[c, scene.style]) for c in scene.concepts]
         paints = scene.paints + (None,) * len(which)
         for i, (x, y) in enumerate(self._places(rng, scene)):

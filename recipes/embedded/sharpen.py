@@ -1,9 +1,9 @@
 """Train a decoder to draw crisp pictures from latents that are not quite right.
 
-A denoiser's latents have errors, and a decoder that has seen only perfect ones draws them soft.
+A denoiser's latents have errors, and a decoder that has seen only perfect ones draws soft pictures.
 Here noise is added to the latents, half of them are drawn again by the denoiser, and a small
-discriminator that looks at patches judges the pictures (arXiv:1611.07004, with the hinge loss of
-arXiv:1705.02894), weighed against the other losses by their gradients (arXiv:2012.09841).
+discriminator judges patches of the pictures (arXiv:1611.07004, with the hinge loss of
+arXiv:1705.02894). Its loss is weighted against the others by their gradients (arXiv:2012.09841).
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ NOISE = 0.25
 """Largest standard deviation of the noise that is added to latents of unit variance."""
 
 WEIGHT = 0.4
-"""Of the discriminator's gradient over that of the other losses, both of the pixels."""
+"""The discriminator's gradient over that of the other losses, both by the pixels."""
 
 RATE = 2e-4
 """Learning rate of the discriminator."""
 
 LISTEN, AHEAD = 1000, 300
-"""Steps after which a decoder in closed form listens to the discriminator, and for how many steps
-it learns alone before. Recorded steps are all alike: there it learns from the first."""
+"""Steps after which a decoder in closed form learns from the discriminator, and for how many steps
+before that the discriminator learns alone. Recorded steps are all the same: with them it learns
+from the first step."""
 
 
 class Patches(nn.Module):
@@ -75,10 +76,10 @@ def sharpen(
     """Train a decoder in place on the pictures of `pool`, from the latents of `principal`.
 
     decoder: maps latents [n, channels, h, w] to pixels [n, 3, height, width] in −1..1. redrawn:
-    latents of the pool's first pictures as a denoiser draws them; where a picture has them, they
-    stand in for its own in half of the cases. listen: steps after which the decoder listens to the
-    discriminator, infinite for never. Every `every` steps all that a run needs to go on goes to
-    `folder`, the discriminator and its optimizer included.
+    latents of the pool's first pictures as a denoiser draws them; in half of the cases they replace
+    a picture's own. listen: steps after which the decoder learns from the discriminator, infinite
+    for never. Every `every` steps the state of the run goes to `folder`, with the discriminator and
+    its optimizer.
     """
     device = pool.pictures.device
     decoder.to(device).requires_grad_(True)
@@ -113,8 +114,8 @@ def sharpen(
             return plain
         with autocast(draw.device):
             fooled = -critic(drawn).float().mean()
-        # By the gradients of the pixels: to go back through the decoder for each would cost as
-        # much as the step.
+        # Gradients by the pixels: going back through the decoder for each loss would cost as much
+        # as the step.
         of_plain, of_fooled = (
             torch.autograd.grad(loss, drawn, retain_graph=True)[0].norm()
             for loss in (plain, fooled)

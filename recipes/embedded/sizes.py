@@ -1,4 +1,4 @@
-"""How much of everything a run of the recipe takes: networks, data, batches, minutes."""
+"""The sizes of a run of the recipe: networks, data, batches and minutes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHARES = {
     "previews": 0.02,
     "unconditional": 0.07,
 }
-"""Of the minutes that a run is given; the rest is for composing, starting, compiling and
+"""Shares of the minutes that a run is given; the rest is for composing, starting, compiling and
 `embedded-fast`."""
 
 NETWORKS = replace(
@@ -42,20 +42,20 @@ TINY = TinyConfig(
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of networks, data and batches. A plan without steps gets them from the minutes."""
+    """The sizes of networks, data and batches. A plan without steps gets them from the minutes."""
 
     size: int
-    """Of the pictures that are drawn. Their latents are those of halved pictures."""
+    """Side in pixels of the pictures that are drawn. Their latents are those of halved pictures."""
     scenes: int
-    """Composed and encoded once; half as many of things alone."""
+    """Scenes that are composed and encoded once; of things alone there are half as many."""
     pictures: int
-    """Composed for the decoder, and for the components."""
+    """Pictures that are composed for the decoder, and for the components."""
     linear: int
-    """Composed for the decoder in closed form."""
+    """Pictures that are composed for the decoder in closed form."""
     redrawn: int
-    """Of the decoder's, how many the UNet draws again."""
+    """How many of the decoder's pictures the UNet draws again."""
     captions: int
-    """That the text encoder learns from."""
+    """Captions that the text encoder learns from."""
     networks: networks.Networks
     decoder_plan: Plan
     previews_plan: Plan
@@ -69,7 +69,7 @@ class Sizes:
     """Pictures of each drawn ground."""
 
     def with_scenes(self, scenes: int) -> Sizes:
-        """Return sizes with another number of scenes, and in proportion of the decoder's."""
+        """Return sizes with another number of scenes, and the decoder's pictures in proportion."""
         pictures, redrawn = (
             round(count * scenes / self.scenes) for count in (self.pictures, self.redrawn)
         )
@@ -98,7 +98,7 @@ FULL = Sizes(
     pixels_plan=Plan(steps=0, batch=32, learning_rate=1e-3, warmup=200),
 )
 
-# The same way in small: to see on any machine, within seconds, that all of it works.
+# The same in small: it shows within seconds, on any machine, that all stages work.
 DRY = Sizes(
     size=64,
     scenes=64,

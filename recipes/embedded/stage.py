@@ -17,7 +17,7 @@ from recipes.embedded.colours import COLOURS, TO_CONES, TO_LAB, Main, oklab, tow
 from recipes.embedded.scenes import Scene, Scenes, Thing
 
 AT_ONCE = 256
-"""Things drawn at a time: at 240 pixels of float32 a gigabyte, with all that painting needs."""
+"""Things drawn at a time. At 240 pixels in float32 they take a gigabyte, painting included."""
 
 
 class Stage:
@@ -85,14 +85,14 @@ class Stage:
             out[drawn] = torch.where(flipped[:, None, None, None], pictures.flip(3), pictures)
         if plain:
             colours = np.array([COLOURS[scenes[i].ground] for i in plain], np.float32)
-            # White stays pure; of other colours no two are quite the same.
+            # White stays pure; other colours vary a little.
             change = rng.integers(-6, 7, colours.shape) * (colours.min(1, keepdims=True) < 255)
             colours = torch.from_numpy(np.clip(colours + change, 0, 255)).float().to(self.device)
             out[plain] = colours[:, :, None, None]
         return out
 
     def _layer(self, things: list[Thing]) -> Tensor:
-        """Return one thing each: premultiplied colours and alpha, [n, 4, size, size]."""
+        """Return a layer for each thing: premultiplied colours and alpha, [n, 4, size, size]."""
         index = torch.tensor([thing.index for thing in things], device=self.device)
         pictures = self._cutouts[index].float()
         self._paint(pictures, things)
@@ -100,7 +100,7 @@ class Stage:
         layers = torch.cat([pictures[..., :3] * alpha, alpha], dim=-1).permute(0, 3, 1, 2)
         theta = torch.tensor(np.stack([self._place(t) for t in things]), device=self.device)
         out = torch.zeros(len(things), 4, self.size, self.size, device=self.device)
-        # Averaged by as much as they shrink, or fine lines would break up.
+        # Averaged by the factor by which they shrink, or fine lines would break up.
         scale = [max(1, round(layers.shape[-1] / (thing.share * self.size))) for thing in things]
         level = torch.tensor(scale, device=self.device)
         for times in sorted(set(scale)):
@@ -112,8 +112,9 @@ class Stage:
         return out
 
     def _place(self, thing: Thing) -> np.ndarray:
-        """Return the map [2, 3] from places on the picture to places on the square of its cut-out,
-        both in −1..1. A thing that is turned keeps its size.
+        """Return the map [2, 3] from places on the picture to places on the cut-out's square.
+
+        Both are in −1..1. A thing that is turned keeps its size.
         """
         angle = math.radians(thing.angle)
         cos, sin = math.cos(angle), math.sin(angle)

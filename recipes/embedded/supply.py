@@ -1,4 +1,4 @@
-"""Invent scenes on all processors: Python alone invents some thousand a second."""
+"""Invent scenes on all processors: one process invents only about a thousand a second."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import torch
 from recipes.embedded.scenes import Scene, Scenes, Thing
 
 PART = 512
-"""Scenes that share a random generator: a part depends on the seed, its number and its length
-alone. All but the last have so many."""
+"""Scenes of a part, except the last one. They share a random generator: a part depends only on the
+seed, its number and its length."""
 
 FEWEST = 4
 """Workers that are worth starting: each reads all cut-outs first."""
 
 Part = tuple[list[Scene], list[list[Thing]], np.random.Generator]
-"""Scenes, the things of each, and the generator, to go on from there."""
+"""Scenes, the things of each, and the generator as it is after them."""
 
 Then = Callable[[Scenes, Part], Any]
 
@@ -44,8 +44,8 @@ def parts(
     """Yield `count` scenes, PART at a time, or what `then` makes of each part.
 
     path: of cutouts.npz, for the workers. workers: processes; by default as many as there are
-    processors, or none where they are few. They change nothing of what is invented. then: is
-    pickled for the workers and called there; it returns what can be pickled. given: as for
+    processors, or none if there are few. The scenes are the same for any number of them. then: is
+    pickled for the workers and called there; what it returns must be picklable. given: as for
     `Scenes.invent`.
     """
     lengths = [min(PART, count - begin) for begin in range(0, count, PART)]

@@ -65,10 +65,10 @@ SHEET = (
 """Prompts whose pictures are drawn while it trains, so that progress can be seen."""
 
 DECODER = "decoder.safetensors"
-"""An autoencoder whose decoder is trained."""
+"""The file of an autoencoder with a trained decoder."""
 
 PRINCIPAL = "principal.safetensors"
-"""The components that are the encoder, beside the model that was trained on their latents."""
+"""The file of the components that make the encoder, beside the model trained on their latents."""
 
 DRAW_WITH = {
     "sampler": "dpmpp_2m",
@@ -76,7 +76,8 @@ DRAW_WITH = {
     "guidance_scale": 4.0,
     "guidance_start": 0.25,
 }
-"""What the model draws best with. Guided from the first step on, most seeds come to one picture."""
+"""What the model draws best with. If guidance begins at the first step, most seeds give one
+picture."""
 
 
 class Recipe:
@@ -129,8 +130,8 @@ class Recipe:
     def embedded(self) -> Path:
         """Do what `alone` does, and go on with scenes.
 
-        Given weights to begin from, the UNet learns scenes, and things alone if that was begun in
-        `out`.
+        With `begin`, the UNet learns scenes; it learns things alone only if `out` has a checkpoint
+        of that stage.
         """
         return self._unet("scenes")
 
@@ -145,7 +146,7 @@ class Recipe:
         return self.model
 
     def compose(self, stage: str) -> None:
-        """Compose and encode what a stage of the UNet learns from, for a training to come."""
+        """Compose and encode what a stage of the UNet learns from, for a later training."""
         self._encoded(self._principal(), self._vocabulary(), stage)
 
     def _stage(self, size: int, *, alone: bool = False) -> Stage:
@@ -169,7 +170,7 @@ class Recipe:
         else:
             _take(net.text_encoder, self.base.text_encoder)
             _take(net.unet, self.base.unet)
-        # What the questions taught is more than the denoiser's loss can tell it.
+        # It stays as it is: the denoiser's loss could teach it less than the questions did.
         net.text_encoder.requires_grad_(False)
         return tokenizer, net
 
@@ -216,7 +217,7 @@ class Recipe:
         return train_vocabulary(captions, text.vocab_size, folder, text.max_position_embeddings)
 
     def _principal(self) -> Principal:
-        """Return the components that are the encoder; they are kept in `out` and in the model."""
+        """Return the components that make the encoder; they are kept in `out` and in the model."""
         path, kept = self.out / PRINCIPAL, self.model / PRINCIPAL
         if self.begin is not None:
             path = self.begin / PRINCIPAL
@@ -231,9 +232,7 @@ class Recipe:
         return principal
 
     def _autoencoder(self, principal: Principal) -> AutoencoderKL:
-        """Return the autoencoder with the best decoder there is: trained, or of `begin`, or in
-        closed form.
-        """
+        """Return the autoencoder with the best decoder: trained, of `begin`, or in closed form."""
         path = self.out / DECODER
         if not path.exists():
             return self._untrained(principal).eval().requires_grad_(False)
@@ -254,8 +253,10 @@ class Recipe:
         return vae
 
     def decoder(self) -> Path:
-        """Train the decoder, also on what the UNet of out/embedded or else of `begin` draws;
-        out/embedded gets it if it is there.
+        """Train the decoder, also on what a UNet draws, and return out/embedded.
+
+        The UNet is that of out/embedded, or else of `begin`. If out/embedded has an autoencoder,
+        the decoder is written into it.
         """
         principal = self._principal()
         vae = self._untrained(principal)
@@ -265,7 +266,7 @@ class Recipe:
         sharpen(
             *(_Decode(vae), principal, pool, plan, folder),
             redrawn=self._timed("drawn again", lambda: self._redrawn(principal, pool)),
-            # A decoder that is trained has only to wait until the discriminator knows something.
+            # A trained decoder waits only until the discriminator has learned something.
             listen=LISTEN if self.base is None else AHEAD,
             every=every,
             native=self.native,
@@ -338,7 +339,7 @@ class Recipe:
         return path
 
     def notes(self) -> dict[str, Any]:
-        """Return what goes to safelight.json."""
+        """Return the content of safelight.json."""
         return {
             "data_sha256": self.scenes.sha256,
             "words": sorted(self.scenes.words()),
@@ -349,19 +350,20 @@ class Recipe:
     def _encoded(
         self, principal: Principal, tokenizer: Tokenizer, stage: str
     ) -> tuple[Tensor, Tensor]:
-        """Return latents of a stage's pictures, float16 [n, channels, h, w], and the tokens of
-        their captions, int16 [n, length], both on the device.
+        """Return latents of a stage's pictures and the tokens of their captions, on the device.
 
-        Scenes are mixed with half as many things alone, at any place and in any size: what is not
-        shown is soon forgotten.
+        They are float16 [n, channels, h, w] and int16 [n, length]. Scenes are mixed with half as
+        many things alone, at any place and in any size, because the UNet soon forgets what it is
+        not shown.
         """
         kinds = ("alone",) if stage == "alone" else ("things", "scenes")
         made = [self._composed(principal, tokenizer, kind) for kind in kinds]
         return torch.cat([m["latents"] for m in made]), torch.cat([m["ids"] for m in made])
 
     def _composed(self, principal: Principal, tokenizer: Tokenizer, kind: str) -> dict[str, Tensor]:
-        """Return latents and tokens of "scenes", or of "things" alone, or of those that stand in
-        the middle ("alone"). They are kept in `out`.
+        """Return latents and tokens of one kind of scenes; they are kept in `out`.
+
+        kind: "scenes"; "things", each alone at any place; or "alone", each alone in the middle.
         """
         alone = kind != "scenes"
         size, count = self._half, self.sizes.scenes // 2 if alone else self.sizes.scenes
@@ -386,7 +388,7 @@ class Recipe:
 
 
 class _Decode(nn.Module):
-    """The half of the autoencoder that draws."""
+    """The decoding half of the autoencoder."""
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
@@ -398,7 +400,7 @@ class _Decode(nn.Module):
 
 
 class _Tiny(nn.Module):
-    """The same of the one for previews, whose decoder draws pixels of 0..1."""
+    """The decoder for previews; its pixels of 0..1 are returned as −1..1."""
 
     def __init__(self, vae: AutoencoderTiny) -> None:
         super().__init__()
@@ -419,7 +421,7 @@ def _save(net: nn.Module, path: Path) -> None:
 
 
 def _keep(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write by a rename, so that what is there is whole."""
+    """Write a file by a rename, so that it is there as a whole or not at all."""
     beside = path.with_suffix(".part")
     whole = {name: t.cpu().contiguous() for name, t in tensors.items()}
     save_file(whole, beside, metadata={"format": "pt"})

@@ -38,8 +38,8 @@ PIXELS_SCHEDULER: dict[str, Any] = {
     **networks.PIXELS_SCHEDULER,
     "prediction_type": "v_prediction",
 }
-"""Velocity: an error in the noise, where there is little else, would be a large one in the
-picture."""
+"""The model predicts velocity. At high noise, a small error in predicted noise would be a large
+error in the picture."""
 
 DRAWN, AT_ONCE = 200, 50
 """Pictures that are drawn to be judged, and those of one call."""

@@ -1,4 +1,4 @@
-"""Teach the text encoder, alone, to say what its captions mean.
+"""Train the text encoder, alone, to tell what its captions mean.
 
 A denoiser's loss says little about which thing a word names: most of a picture's error is its
 brightness and colours, so after a million samples all things were still blobs. Questions with
@@ -29,9 +29,9 @@ from safelight.train.plan import Plan
 
 
 class Questions:
-    """What is asked about a caption, each question with a list of answers.
+    """The questions about a caption, each with a list of answers.
 
-    What does not apply is an answer, too: the second thing of a caption that names one.
+    None is the answer if a question does not apply, as for the second thing where there is one.
     """
 
     def __init__(self, scenes: Scenes) -> None:
@@ -51,10 +51,10 @@ class Questions:
         self._at = [{answer: i for i, answer in enumerate(some)} for some in self.answers]
 
     def right(self, scene: Scene) -> list[int]:
-        """Return the right answer to each question, by its number.
+        """Return the number of the right answer to each question.
 
-        The style is asked for even where the caption leaves it open: the best answer is then to
-        find all alike.
+        The style is asked for even if the caption leaves it open: the best answer is then that all
+        are equally likely.
         """
         size = "big" if scene.size in BIG else "small" if scene.size in SMALL else None
         first, second = (*scene.concepts, None)[:2]
@@ -69,12 +69,14 @@ class Questions:
 
 
 LOOKS = 10.0
-"""What the share of the looks that is not told weighs, beside the questions' cross entropy."""
+"""Weight of the unexplained share of the looks, beside the questions' cross entropy."""
 
 
 class Reader(nn.Module):
-    """A text encoder, and two linear layers: one answers all questions from any of its states, one
-    tells from each of its last states a part of what the things look like.
+    """A text encoder, and two linear layers on its states.
+
+    One answers all questions from any state. The other tells, from each of the last states, a part
+    of what the things look like.
     """
 
     def __init__(self, text: CLIPTextModel, sizes: list[int], numbers: int) -> None:
@@ -103,8 +105,8 @@ class Reader(nn.Module):
 def ends(ids: Tensor, end: int, draw: Draw) -> Tensor:
     """Return two positions [n, 2] of each caption: its end mark, and one after it at random.
 
-    The end mark also pads, and a denoiser reads all states, so all must know, but for the last
-    ones, which tell what things look like.
+    The end mark also pads, and a denoiser reads all states, so all states must know the answers.
+    The last ones are left out: they tell what things look like.
     """
     first = (ids == end).int().argmax(dim=1)
     left = (ids.shape[1] - PARTS - first).clamp(min=1)
@@ -126,8 +128,9 @@ def teach(
     """Train `text`, in place, to answer the questions about `captions` invented captions, and to
     tell the looks of their things.
 
-    path: of cutouts.npz, for the processes that invent. folder: for checkpoints. Returns,
-    of other captions, the share whose first thing it tells, and the share of the looks' variance.
+    path: of cutouts.npz, for the processes that invent. folder: for checkpoints. Returns, for other
+    captions, the share whose first thing it tells, and the share of the looks' variance that it
+    explains.
     """
     questions = Questions(scenes)
     reader = Reader(text, questions.sizes, looks.numbers)
@@ -161,8 +164,9 @@ def teach(
 
 @torch.inference_mode()
 def understood(reader: Reader, ids: Tensor, right: Tensor, end: int) -> tuple[list[float], Tensor]:
-    """Return the share of right answers to each question, at the end mark of each caption, and
-    what is told of the looks.
+    """Return the share of right answers to each question, and what the states tell of the looks.
+
+    The answers are those at the end mark of each caption.
     """
     where = (ids == end).int().argmax(dim=1, keepdim=True)
     logits, parts_told = reader(ids, where)

@@ -99,7 +99,7 @@ SETTINGS: dict[str, Text] = {
 VIEWS: dict[str, Text] = {
     "noisy": Text("The noisy state", "The input of the network at this step, decoded."),
     "latents": Text(
-        "Its latents", "The same state as numbers: each is shown in the colour that it stands for."
+        "Its latents", "The same state as numbers, each place in the colour that they stand for."
     ),
     "clean": Text("The clean estimate", "The network's guess of the picture under the noise."),
     "guidance": Text(
