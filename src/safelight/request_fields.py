@@ -214,24 +214,27 @@ class RequestFields(BaseModel):
         Share, About(aliases=("--refiner-switch-at",), slider=(0, 1, 0.05), some_models=True)
     ] = Field(0.8, description="share of the steps after which a refiner takes over; 1 is never")
     aesthetic_score: Annotated[Score, About(slider=(0, 10, 0.5), some_models=True)] = Field(
-        6.0, description="how beautiful SDXL's refiner is told that the picture is"
+        6.0, description="aesthetic score that SDXL's refiner is told for the picture"
     )
     negative_aesthetic_score: Annotated[Score, About(slider=(0, 10, 0.5), some_models=True)] = (
-        Field(2.5, description="the same for what to keep out of the picture")
+        Field(2.5, description="aesthetic score for what to keep out of the picture")
     )
     fast: Annotated[Level, About(slider=(0, 3, 1), some_models=True)] = Field(
-        0, description="how much of the picture may be given for speed; 0 gives nothing"
+        0, description="how far the picture may change for more speed; 0 changes nothing"
     )
     cache_every: Annotated[
         CacheEvery | None, About(default=_LEVELS, slider=(1, 10, 1), some_models=True)
     ] = Field(
         None,
-        description="of so many steps, one computes the whole network; the others take its deep "
-        "part from it (DeepCache)",
+        description="the whole network is computed in one of so many steps; the others reuse its "
+        "deep part (DeepCache)",
     )
     cache_branch: Annotated[
         CacheBranch | None, About(default=_LEVELS, slider=(0, 11, 1), some_models=True)
-    ] = Field(None, description="how much more than the outermost layer such a step computes")
+    ] = Field(
+        None,
+        description="layers beyond the outermost one that steps with a reused deep part compute",
+    )
     guidance_start: Annotated[
         Share | None, About(default=_LEVELS, slider=(0, 1, 0.05), some_models=True)
     ] = Field(None, description="share of the steps after which guidance begins")
