@@ -52,8 +52,7 @@ class Put:
         return torch.cat([self.kept["deep"], x[:, channels:]], dim=1), *given[1:]
 
     def told(self, layer: Any, skip: int, found: torch.Tensor) -> torch.Tensor:
-        """Keep a layer's output or put in the kept one. skip: index of the skip beside the layer.
-        """
+        """Keep a layer's output, or return the kept one. skip: index of the skip beside it."""
         begins = self.step > 0 and self.guided(self.step) and not self.guided(self.step - 1)
         if (self.step / STEPS < self.text or begins) and (self.full or skip <= self.branch):
             # Without guidance ours computes the prompt's row alone.
@@ -63,9 +62,7 @@ class Put:
 
 
 def beside(name: str, unet: Any) -> int:
-    """Return the index of the skip that a layer gives or takes; for the middle, more than there
-    are.
-    """
+    """Return the index of the skip that a layer gives or takes; the middle's is beyond all."""
     part, i, _, j = name.split(".")[:4]
     layers = unet.config.layers_per_block + 1
     if part == "mid_block":

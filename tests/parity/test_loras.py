@@ -341,8 +341,7 @@ def test_lycoris(kind: str, model: Any, pipeline: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("algo", ["loha", "lokr"])
 def test_alpha_of_products(algo: str, model: Any, pipeline: Any, tmp_path: Path) -> None:
-    """The reference is the layers as trained: LyCORIS 4.1 applies the scale twice when it merges.
-    """
+    """The trained layers are the reference: LyCORIS 4.1 merges with the scale twice."""
     unet = copy.deepcopy(pipeline.unet)
     made = adapter(unet, {"algo": algo, "factor": 4, "linear_dim": 2, "linear_alpha": 1})
     path = tmp_path / "a.safetensors"

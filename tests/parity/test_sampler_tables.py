@@ -177,8 +177,7 @@ def scheduler_of(sampler: str, config: str, schedule: str | None, spacing: str |
 
 
 def start_of(sampler: str) -> tuple[Any, Any, Any]:
-    """Return a generator, noise and a picture. One scheduler draws float32 for any dtype of state.
-    """
+    """Return a generator, noise and a picture. One scheduler always draws float32 noise."""
     dtype = torch.float32 if sampler == "dpmpp_2m_sde" else torch.float64
     generator = torch.Generator().manual_seed(7)
     noise = torch.randn(SHAPE, generator=generator, dtype=dtype).double()
@@ -426,8 +425,7 @@ def state_slack(sampler: str, scheduler: Any) -> float:
 
 
 def cases(sampler: str) -> Iterator[dict[str, Any]]:
-    """Return cases of steps, schedules, spacings, eta and strengths that cover all pairs of them.
-    """
+    """Return cases that cover all pairs of steps, schedules, spacings, eta and strengths."""
     spec = SAMPLERS[sampler]
     for steps in (1, 2, 3, 5, 10, 20, 50):
         yield {"steps": steps}
@@ -480,8 +478,7 @@ def check(found: Compared, *, exact: bool, what: Any) -> None:
 
 
 def check_all(sampler: str, config: str, stride: int, *, exact: bool) -> None:
-    """Check each stride-th case; each config starts elsewhere, so that some config has each case.
-    """
+    """Check each stride-th case; configs start at different ones, so all cases come up."""
     for case in itertools.islice(
         cases(sampler), list(CONFIGS).index(config) % stride, None, stride
     ):
@@ -519,9 +516,7 @@ def test_settings_of_the_config_file(name: str) -> None:
 
 @pytest.mark.parametrize("config", [*CONFIGS, "cosine", "trained-betas"])
 def test_levels_are_those_of_training(config: str) -> None:
-    """They are equal to the bit, but zero-SNR rescaling uses torch's square root: one bit may
-    differ.
-    """
+    """They are equal to the bit; after zero-SNR rescaling, a square root may be a bit off."""
     bars = alphas_cumprod(SchedulerConfig.from_dict(ALL[config]), floor=0.0)
     theirs = diffusers.DDIMScheduler.from_config(ALL[config]).alphas_cumprod.double().numpy()
     tolerance = 1e-4 if ALL[config].get("rescale_betas_zero_snr") else 0.0

@@ -200,8 +200,7 @@ def test_the_refiner_takes_the_last_steps(
 def test_a_refiner_of_the_same_family_reads_by_its_own_text_encoders(
     models: dict[str, Path],
 ) -> None:
-    """Two single files of one variant share one family object; the refiner must not use the base's.
-    """
+    """Base and refiner may share one family object, as two single files of one variant do."""
     model = ours(models["base"])
     text_encoder = copy.deepcopy(model.text_encoder)
     for parameter in text_encoder.parameters():

@@ -121,9 +121,7 @@ def test_compel_expands_as_diffusers(learned):
     from compel import Compel
 
     class Manager:
-        """Does what compel's own manager does, without a text that transformers 5 writes
-        differently.
-        """
+        """Does as compel's own, which goes through a text that transformers 5 writes otherwise."""
 
         def expand_textual_inversion_token_ids_if_necessary(self, ids):
             names = {i: name for name, some in learned.named.items() for i in some[:1]}

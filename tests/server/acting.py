@@ -14,7 +14,7 @@ from safelight.server.store import Store, new_id
 
 
 class Acting:
-    """In the place of `crew.Actor`. It draws one job at a time, once there is a file `open`."""
+    """Takes the place of `crew.Actor`. It draws one job at a time, once a file `open` exists."""
 
     def __init__(self, settings: Settings) -> None:
         self._store, self._root = Store(settings.url), Path(settings.root)

@@ -18,7 +18,7 @@ ENVIRONMENT = {
 
 
 class Bucket:
-    """An S3 on a free port, with a bucket of its own; it can be away for a while."""
+    """An S3 on a free port, with a bucket of its own. It can be made unreachable for a while."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         from moto.moto_server.threaded_moto_server import ThreadedMotoServer
@@ -39,17 +39,17 @@ class Bucket:
         self.fs.mkdir("pictures-of-all")
 
     def url(self) -> str:
-        """A place in it that is empty."""
+        """Return the URL of an empty place in the bucket."""
         return f"s3://pictures-of-all/{next(self._count)}"
 
     def leave(self, *, silent: bool = False) -> None:
-        """silent: whether it still takes connections, and does not answer."""
+        """Become unreachable. silent: whether it still accepts connections, but does not answer."""
         self._server.stop()
         if silent:
             self._silent = socket.create_server(("127.0.0.1", self._port))
 
     def come_back(self) -> None:
-        """With what was in it."""
+        """Become reachable again, with its old content."""
         if self._silent is not None:
             self._silent.close()
             self._silent = None

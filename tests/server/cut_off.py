@@ -1,4 +1,4 @@
-"""Serving with the network cut: run by test_network.py in a network of its own, with loopback."""
+"""Serving without a network: test_network.py runs it where only loopback exists."""
 
 import base64
 import fcntl

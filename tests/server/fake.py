@@ -1,7 +1,7 @@
 """A service that draws plain colours, behind the real application on a real socket.
 
-The tests of the compatibility APIs share it: `running` serves, `FakeService` is what its routes
-ask, and a test may put another one in its place.
+The tests of the compatibility APIs share it. `running` serves; the routes ask `FakeService`, and a
+test may replace it.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ def until(done: Any) -> Any:
 
 
 class FakeService:
-    """Draws a colour for each seed, over the picture to start from where the mask lets it.
+    """Draws a colour for each seed; a picture to start from stays where the mask keeps it.
 
     A job begins when somebody waits or listens. It pauses before the step `pause` of all its
-    pictures until `resume`. paint: drawn in place of the colours. error: how jobs fail. eager:
-    whether a job is done before anybody can listen.
+    pictures until `resume`. paint: a picture drawn in place of the colours. error: how jobs fail.
+    eager: whether a job is finished before anybody can listen.
     """
 
     def __init__(self, folder: Path, info: ModelInfo, steps: int) -> None:
@@ -164,7 +164,7 @@ class FakeService:
         )
 
     def _preview(self, size: tuple[int, int], step: int) -> str:
-        """The picture of seed 0, with the step as the red of its first pixel."""
+        """Return the picture of seed 0, with the step as the red value of its first pixel."""
         image = self._painted(0, size)
         image.putpixel((0, 0), (step, 0, 0))
         return encoded(image)
@@ -272,7 +272,7 @@ class FakeService:
 
 @dataclass
 class Running:
-    """The real application, and the service that it asks just now."""
+    """The real application, and the service that it asks at the moment."""
 
     port: int = 0
     app: Any = None

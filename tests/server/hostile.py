@@ -22,13 +22,13 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def with_chunks(*chunks: bytes) -> bytes:
-    """A PNG with more chunks behind its header."""
+    """Return a PNG with more chunks after its header."""
     plain = encoded()
     return plain[:33] + b"".join(chunks) + plain[33:]
 
 
 def exif(entries: int, size: int, order: str = ">") -> bytes:
-    """EXIF whose entries all point at the same bytes."""
+    """Return EXIF whose entries all point at the same bytes."""
     head = (b"MM\0*" if order == ">" else b"II*\0") + struct.pack(f"{order}I", 8)
     at = 8 + 2 + 12 * entries + 4
     rows = b"".join(
@@ -42,14 +42,14 @@ def segment(marker: int, data: bytes) -> bytes:
 
 
 def scans(count: int) -> bytes:
-    """A progressive JPEG whose last scan comes again and again."""
+    """Return a progressive JPEG whose last scan is repeated."""
     plain = encoded(kind="JPEG", progressive=True)
     last = plain.rindex(b"\xff\xda")
     return plain[:last] + plain[last:-2] * count + b"\xff\xd9"
 
 
 def riff(kind: bytes, data: bytes, count: int = 1) -> bytes:
-    """A WebP with more chunks at its end."""
+    """Return a WebP with more chunks at its end."""
     more = (kind + struct.pack("<I", len(data)) + data + b"\0" * (len(data) % 2)) * count
     plain = encoded(kind="WEBP")[12:] + more
     return b"RIFF" + struct.pack("<I", len(plain) + 4) + b"WEBP" + plain

@@ -1,7 +1,7 @@
 """The whole server in this process: its application called without a socket, its worker a thread.
 
-What a test patches here, the server meets. The same tests run small in the suite and at full size
-in `make soak`, where what they measured is written down.
+What a test patches here takes effect in the server. The same tests run small in the suite and at
+full size in `make soak`, which writes down the figures.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from safelight.server.process import Child, Settings
 from safelight.server.worker import Worker
 
 SOAK = os.environ.get("SAFELIGHT_SOAK")
-"""The file that the figures of a full-size run go to."""
+"""The file for the figures of a full-size run."""
 
 
 SHARE = float(os.environ.get("SAFELIGHT_SOAK_SHARE", "1"))
-"""What part of the full numbers is run, of those that are 100 or more."""
+"""The share of the full numbers that is run; numbers below 100 are not reduced."""
 
 
 def size(small: int, full: int) -> int:
@@ -42,7 +42,7 @@ def size(small: int, full: int) -> int:
 
 
 def share(cases: list[Any]) -> list[Any]:
-    """Return the cases of a full run: all, or SHARE of them, spread evenly."""
+    """Return the cases of a full run: all of them, or a share of SHARE, evenly spread."""
     count = max(min(len(cases), 5), round(len(cases) * SHARE))
     return [cases[i * len(cases) // count] for i in range(count)]
 
@@ -54,7 +54,7 @@ def figure(line: str) -> None:
 
 
 class Thread(threading.Thread):
-    """A worker's process, as far as the hub looks at one."""
+    """A thread with the attributes of a worker's process that the hub uses."""
 
     pid = exitcode = 0
 
@@ -72,7 +72,7 @@ class Answer:
 
 
 class Inside:
-    """draws: whether there is a worker; without one, jobs wait."""
+    """A server in this process. draws: whether it has a worker; without one, jobs wait."""
 
     def __init__(
         self,
@@ -125,18 +125,18 @@ class Inside:
         try:
             self.within(self.hub.stop())
         except TimeoutError:
-            faulthandler.dump_traceback()  # which thread does not end, and where
+            faulthandler.dump_traceback()  # shows which thread does not end, and where
             raise
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._runs.join()
         self._loop.close()
 
     def within(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """Done in the server's event loop."""
+        """Run a coroutine in the server's event loop."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
 
     def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
-        """path: decoded, as an application gets it; body: bytes, or what becomes JSON."""
+        """Call a route. path: decoded. body: bytes, or values that become JSON."""
         return self.within(self.asked(method, path, body, **headers))
 
     async def asked(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:

@@ -1,4 +1,4 @@
-"""A server that takes one job in and kills itself at one of its writes: run by test_killed.py."""
+"""A server that takes in one job and kills itself at one of its writes; test_killed.py runs it."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""A PostgreSQL of Debian's package, run for the tests."""
+"""A PostgreSQL server from Debian's package, for the tests."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def _programs() -> Path | None:
 
 
 class Postgres:
-    """A server of our own."""
+    """A PostgreSQL server of our own."""
 
     def __init__(self) -> None:
         programs = _programs()
         if programs is None:
             pytest.skip("PostgreSQL is not installed")
-        # Not in pytest's folder, which each other run of pytest closes to the user that this runs
-        # as.
+        # Not in pytest's folder: every other run of pytest closes that to the user that this server
+        # runs as.
         self._folder = Path(tempfile.mkdtemp(prefix="safelight-postgres-"))
         self._user, self._port = None, free_port()
-        if os.geteuid() == 0:  # it refuses to run as root
+        if os.geteuid() == 0:  # PostgreSQL refuses to run as root
             self._user = "postgres"
             os.chown(self._folder, pwd.getpwnam(self._user).pw_uid, -1)
         self._data = self._folder / "data"
@@ -81,7 +81,7 @@ class Postgres:
                 time.sleep(0.1)
 
     def crash(self) -> None:
-        """End it as a crash would: every connection is cut."""
+        """End the server as a crash would: every connection is cut."""
         self._process.send_signal(signal.SIGQUIT)
         self._process.wait(20)
 

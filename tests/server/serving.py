@@ -23,14 +23,15 @@ main()
 """
 
 INJECTED = Path(__file__).parent / "injected"
-"""A folder whose sitecustomize every process of a server runs first."""
+"""A folder with a sitecustomize that every process of a server runs first."""
 
 
 class Serving:
-    """`safelight serve` on a free port, with `arguments` more.
+    """`safelight serve` on a free port, with further `arguments`.
 
-    log: [folder/server.log]; slow, silence: seconds that a guard, and a supervisor, wait in place
-    of their own. hang: a file that says where the worker hangs; see injected/sitecustomize.py.
+    log: the log file [folder/server.log]. slow, silence: seconds that the guard and the supervisor
+    wait in place of their own values. hang: a file that says where the worker hangs; see
+    injected/sitecustomize.py.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class Serving:
 
 
 def room_for_one(model: str, dtype: str = "auto") -> str:
-    """A --model-memory in which two models of this size do not fit."""
+    """Return a --model-memory that is too small for two models of this size."""
     needs = estimate(model, device="cpu", dtype=dtype)
     return f"{(needs.weights * 3 // 2 + needs.work) // 10**6}MB"
 

@@ -74,7 +74,7 @@ def years(tmp_path: Path, database: str) -> Any:
 
 
 def test_there_and_back(years: Years, tmp_path: Path, postgres: str) -> None:
-    """From each kind of database to each kind; the same rows, the same files."""
+    """Backups go from each kind of database to each kind, with the same rows and the same files."""
     url = years.store.engine.url.render_as_string(hide_password=False)
     before, files = rows(url), contents(years.root)
     made = back_up(years.root, url, tmp_path / "backup")
@@ -164,7 +164,7 @@ def damage(place: Path, what: str) -> None:
 def test_a_damaged_backup_is_refused(
     drawn: tuple[Path, set[str]], tmp_path: Path, what: str, said: str
 ) -> None:
-    """In one line, and nothing stays in the folder."""
+    """The refusal is one line, and nothing stays in the folder."""
     root, _ = drawn
     back_up(root, f"sqlite:///{root / 'jobs.sqlite3'}", tmp_path / "backup")
     damage(tmp_path / "backup", what)
@@ -221,7 +221,7 @@ def test_a_restore_that_was_cut_off(
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "_copy", copy)
-        patch.setattr(module, "_clear", lambda _: None)  # as of kill -9
+        patch.setattr(module, "_clear", lambda _: None)  # as after kill -9
         with pytest.raises(KeyboardInterrupt):
             restore(tmp_path / "backup", tmp_path / "again")
     with pytest.raises(StorageError, match="run `safelight restore` again"):
@@ -252,7 +252,7 @@ def test_a_restore_to_a_database_that_was_cut_off(
 def test_jobs_that_are_deleted_meanwhile(
     years: Years, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their rows are taken out again; a picture that was lost before is told of."""
+    """Their rows are taken out again; a picture that was lost before is reported."""
     url = years.store.engine.url.render_as_string(hide_password=False)
     going, damaged, *_ = [job for job in years.store.list()[0] if job.pictures]
     years.files.remove_pictures([damaged.pictures[0].id])
@@ -278,7 +278,7 @@ def test_jobs_that_are_deleted_meanwhile(
 
 
 def test_a_folder_of_the_first_version(drawn: tuple[Path, set[str]], tmp_path: Path) -> None:
-    """Backed up by this version before it is migrated."""
+    """This version backs it up before it is migrated."""
     root, ids = drawn
     _, store = start(root)
     to_first(store)

@@ -40,13 +40,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
 
 
 def connected(server: Serving) -> socket.socket:
-    """Of an address of its own, so that the connections are a stranger's."""
+    """Open a connection from another address, so that it is a stranger's."""
     host, port = server.url.removeprefix("http://").split(":")
     return socket.create_connection((host, int(port)), 30, source_address=("127.0.0.2", 0))
 
 
 def draws(server: Serving) -> float:
-    """Seconds until another's job is drawn."""
+    """Return the seconds until another client's job is drawn."""
     with httpx.Client(base_url=server.url, headers=OTHER, timeout=60) as client:
         began = time.perf_counter()
         job = client.post("/api/jobs", json=QUICK).json()["id"]
@@ -72,7 +72,7 @@ def test_idle_connections(server: Serving) -> None:
 
 
 def test_half_open_streams(server: Serving) -> None:
-    """Of many addresses, each of a job that is there; nobody reads them."""
+    """Many addresses each open the stream of an existing job, and read nothing."""
     before, each = draws(server), 50
     jobs: list[tuple[dict[str, str], str]] = []
     with httpx.Client(base_url=server.url, headers=KEY, timeout=60) as client:
@@ -113,7 +113,7 @@ def test_half_open_streams(server: Serving) -> None:
 
 
 def visit(client: httpx.Client) -> None:
-    """As a browser opens the page, asks it for something, and is closed."""
+    """Open the page, ask it for something and close it, as a browser does."""
     page = client.get("/studio/")
     assert page.status_code == 200
     session = secrets.token_hex(5)

@@ -56,7 +56,7 @@ def test_a_stuck_or_dying_decoder_is_replaced(function: str) -> None:
 
 
 def test_memory_is_limited() -> None:
-    """secrets.token_bytes makes as many bytes as it is told to."""
+    """secrets.token_bytes returns as many bytes as it is told to, so it can use up memory."""
     with pytest.raises(SafelightError, match="too much memory"):
         within(lambda d: d.call("secrets:token_bytes", nbytes=1 << 30))
 
@@ -117,7 +117,7 @@ def test_a_large_body_is_taken_apart() -> None:
 
 
 def test_a_body_that_was_read_is_freed_at_once() -> None:
-    """Not with the next collection: until then a decoder would hold its pictures."""
+    """Until the next garbage collection, a decoder would hold its pictures."""
     text = base64.b64encode(bytes(50_000)).decode()
     sent = json.dumps({"image": text, "init_images": [text]}).encode()
     gc.collect()

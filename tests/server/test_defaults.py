@@ -1,4 +1,4 @@
-"""A model says what it draws best with, and every surface begins there."""
+"""A model states its best settings, and every interface starts with them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from safelight.settings import settings_of
 
 
 def test_a_server_fills_in_what_a_model_draws_best_with(tmp_path: Path) -> None:
-    """And is not asked for more by a model that says nothing, or nothing that can be."""
+    """A model without such settings gets only the usual defaults."""
     model = tmp_path / "model"
     shutil.copytree(Path(safelight.__file__).parent / "models" / "embedded", model)
     wanted = {"sampler": "ddim", "steps": 4, "guidance_scale": 1.0}
@@ -325,7 +325,7 @@ def test_a_distilled_model_warns_of_other_values(tmp_path: Path) -> None:
 
 
 def test_a_grid_and_a_warning_too(tmp_path: Path) -> None:
-    """What is neither an axis nor an option is what the model was taught."""
+    """Settings that are neither axes nor options are those that the model was taught."""
     model = safelight.load("embedded-fast")
     made = grid(model, Request(prompt="a cat", seed=1, eta=0.5), Axis.parse("seed=1,2"))
     for result in made.results[0]:

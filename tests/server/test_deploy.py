@@ -32,14 +32,14 @@ def container(name: str) -> dict[str, Any]:
 
 
 def instruction(name: str) -> list[str]:
-    """The words of the last instruction of a name in the Dockerfile."""
+    """Return the words of the Dockerfile's last instruction of this name."""
     text = (DEPLOY / "Dockerfile").read_text().replace("\\\n", " ")
     lines = [line for line in text.splitlines() if line.startswith(f"{name} ")]
     return lines[-1].removeprefix(f"{name} ").split(None, 1)
 
 
 def arguments() -> list[Any]:
-    """Each command line of safelight that is started somewhere."""
+    """Yield each command line in deploy/ that starts safelight."""
     image = json.loads(" ".join(instruction("CMD")))
     composed = documents("compose.yaml")[0]["services"]["server"]["command"]
     composed = [re.sub(r"\$\{\w+:-(.*?)\}", r"\1", part) for part in composed]

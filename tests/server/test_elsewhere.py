@@ -57,7 +57,7 @@ def place(request: pytest.FixtureRequest) -> str:
 
 
 class Begun:
-    """Database and storage, as a server has made them ready; `again` is its next start."""
+    """A database and a storage, made ready by a server; `again` is its next start."""
 
     def __init__(self, folder: Path, place: str) -> None:
         folder.mkdir(exist_ok=True)
@@ -72,7 +72,7 @@ class Begun:
         return self.files
 
     def names(self) -> set[str]:
-        """Of all files, and of those in quarantine without the day."""
+        """Return the names of all files; those in quarantine without the day."""
         storage, found = self.files.storage, set()
         for folder in ("pictures", "inputs", "thumbnails"):
             found |= {f"{folder}/{name}" for name in storage.names(folder)}
@@ -135,7 +135,7 @@ def test_a_file_in_parts(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_no_row_knows_goes_to_quarantine(begun: Begun) -> None:
-    """And is deleted a month later; what a person put there stays."""
+    """It is deleted a month later; what a person put there stays."""
     ids = draw(begun.files, begun.store, 3)
     strays = {f"pictures/{new_id()}.png", f"inputs/{new_id()}-mask.png"}
     for name in (*strays, "pictures/of a person.txt", "inputs/mine/a.png"):
@@ -224,7 +224,7 @@ def test_a_backup_and_back(begun: Begun, tmp_path: Path, to: str) -> None:
 
 
 def test_a_damaged_backup_leaves_nothing(begun: Begun, tmp_path: Path) -> None:
-    """Nor does one that was cut off stand in the way, or is served."""
+    """A restore that was cut off is not served, and does not block the next one."""
     ids = draw(begun.files, begun.store, 2)
     back_up(begun.folder, begun.url, tmp_path / "one", storage=begun.place)
     picture = tmp_path / "one" / "pictures" / f"{min(ids)}.png"
@@ -266,7 +266,7 @@ def test_each_command_takes_a_storage(
     capsys: pytest.CaptureFixture[str],
     command: str,
 ) -> None:
-    """And says of a wrong one what would be right."""
+    """Each says what would be right if the storage is wrong."""
     monkeypatch.setattr("safelight.server.private.keep", lambda: None)
     given = {"serve": [], "worker": ["--queue", "postgresql://db/x"]}.get(command, ["here"])
     if command != "worker":
@@ -288,7 +288,7 @@ def test_where_a_storage_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_store_that_cannot_be_used_is_one_line(
     bucket: Bucket, tmp_path: Path, trouble: str
 ) -> None:
-    """Nothing is begun with it, and no bucket is made."""
+    """The server does not start with it, and no bucket is made."""
     place = "s3://no-such-bucket/x" if trouble == "no bucket" else bucket.url()
     if trouble == "away":
         bucket.leave()
@@ -304,7 +304,7 @@ def test_a_store_that_cannot_be_used_is_one_line(
 
 
 def test_a_worker_that_waits_for_a_store_is_not_taken_for_hung() -> None:
-    """It beats; on this machine a call is no other thread's."""
+    """It keeps beating. With a folder on this machine, calls run in the same thread."""
 
     class Waiting(Holder):
         def __init__(self, place: str) -> None:
@@ -328,7 +328,7 @@ def test_a_worker_that_waits_for_a_store_is_not_taken_for_hung() -> None:
 def test_a_temporary_folder_that_cannot_be_used_is_waited_for(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker waits for a StorageError; anything else would end it."""
+    """A worker waits after a StorageError; any other error would end it."""
 
     def write(file: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -343,7 +343,7 @@ QUICK: dict[str, Any] = {"prompt": "a cat", "steps": 2, "sampler": "euler"}
 
 
 def test_a_store_that_is_away_for_a_while_loses_nothing(bucket: Bucket, tmp_path: Path) -> None:
-    """Answers are 503 in a line; a picture that cannot be written waits, and its job with it."""
+    """Requests get 503 and one line. A picture that cannot be written waits, as does its job."""
     place, image = bucket.url(), _png()
     with Inside(tmp_path / "data", dtype="float32", storage=place) as server:
         first = server.submit(**QUICK, image=image, strength=1.0)
@@ -390,7 +390,7 @@ def test_a_store_that_is_away_for_a_while_loses_nothing(bucket: Bucket, tmp_path
 def test_a_server_and_a_worker_that_share_no_folder(
     bucket: Bucket, tmp_path: Path, postgres: str
 ) -> None:
-    """Pictures equal to the byte, and no credentials in any line."""
+    """Pictures are equal to the byte, and no line of a log has credentials."""
     import psycopg
 
     with psycopg.connect(postgres.replace("+psycopg", ""), autocommit=True) as connection:

@@ -1,4 +1,4 @@
-"""The network says what is no number, or there is no memory for it: that job alone is hurt."""
+"""The network returns values that are no numbers, or memory runs out: only that job is affected."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def model_of(server: Inside) -> Model:
 
 
 def poison(patch: pytest.MonkeyPatch, model: Any, place: str, call: int, value: float) -> list[int]:
-    """Puts the value into the answer to this call, at a place of chance. Returns the calls.
+    """Put the value into the result of this call, at a random place; return the list of calls.
 
-    A text is encoded again as long as the answer is not finite: there, into each.
+    A text whose result is not finite is encoded again, so for a text each call gets the value.
     """
     owner, name = {
         "text": (model.text_encoder, "forward"),
@@ -84,7 +84,7 @@ CASES = list(itertools.product(PLACES, VALUES, SAMPLERS))
 def test_what_is_no_number_is_never_a_picture(
     server: Inside, monkeypatch: pytest.MonkeyPatch, part: int
 ) -> None:
-    """180 cases in all; each has one retry in float32, and a warning that says so."""
+    """There are 180 cases; each is tried once more in float32, with a warning."""
     assert server.worker is not None
     cases = CASES[part :: size(90, 4)]
     for i, ((place, call), value, sampler) in enumerate(cases):
@@ -139,7 +139,7 @@ def test_no_numbers_in_float32_either(server: Inside, monkeypatch: pytest.Monkey
 def test_a_preview_of_no_numbers_is_left_out(
     server: Inside, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server goes on: a decoder that fails half-way may not fail in the end."""
+    """The server goes on: a decoder that fails midway may succeed in the end."""
     from safelight.engine import preview
 
     def refuse(*_: Any) -> None:
@@ -157,7 +157,7 @@ def test_a_preview_of_no_numbers_is_left_out(
 def test_no_preview_is_decoded_beside_a_picture_of_the_same_autoencoder(
     monkeypatch: pytest.MonkeyPatch, own: bool, decoding: bool, shown: int
 ) -> None:
-    """Each would pack the layers that the other packs."""
+    """Both would pack the same layers at the same time."""
     made: list[Any] = []
     monkeypatch.setattr(
         "safelight.server.worker.encoded_preview", lambda *given: made.append(given)
@@ -176,7 +176,7 @@ def test_no_preview_is_decoded_beside_a_picture_of_the_same_autoencoder(
 def test_a_model_that_decodes_for_a_cancelled_job_is_in_use(
     server: Inside, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To let go of it would wait for the decoder, as if the worker hung."""
+    """Dropping it would wait for the decoder, as if the worker hung."""
     go_on, real = threading.Event(), core.finish
 
     def finish(*given: Any) -> Any:
@@ -196,7 +196,7 @@ def test_a_model_that_decodes_for_a_cancelled_job_is_in_use(
 
 
 def test_to_look_for_them_costs_nothing(server: Inside) -> None:
-    """At most a hundredth of a step."""
+    """It takes at most a hundredth of a step."""
     model = model_of(server)
     state = torch.randn(1, 4, 8, 8)
 
@@ -217,7 +217,7 @@ def test_to_look_for_them_costs_nothing(server: Inside) -> None:
 
 
 def short_of_memory(patch: pytest.MonkeyPatch) -> list[int]:
-    """Room for two rows, of small pictures. Returns how often it ran out."""
+    """Make room for two rows of small pictures only; the list returned grows at each failure."""
     ran_out: list[int] = []
 
     def step(model: Model, jobs: list[Job]) -> None:
@@ -284,7 +284,7 @@ def test_nothing_was_left_of_all_that(server: Inside) -> None:
 def test_cancelled_while_it_is_committed_and_retried(
     server: Inside, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it starts from is kept, and the new attempt draws all of it."""
+    """Its input pictures are kept, and the new attempt draws all of it."""
     real, seen = Worker._commit, list[str]()
 
     def commit(worker: Worker, held: Any, *given: Any) -> None:

@@ -36,7 +36,7 @@ def claimed(store: Store, worker: str) -> Any:
 
 
 def again(files: Files, store: Store, url: str) -> Store:
-    """The server ends as by a kill, and starts again."""
+    """End the server as a kill does, and start it again."""
     store.close()
     store = Store(url)
     recover(files, store)
@@ -46,7 +46,7 @@ def again(files: Files, store: Store, url: str) -> Store:
 def test_a_server_that_starts_again_leaves_the_fleet_its_jobs(
     shared: tuple[Files, Store, str],
 ) -> None:
-    """And what it is just writing; those of other workers wait again."""
+    """It also leaves pictures that the fleet is writing; jobs of other workers wait again."""
     files, store, url = shared
     member, own = new_id(), new_id()
     store.beat(member, "there", MODEL, 1)
@@ -89,7 +89,7 @@ def test_the_roster_forgets_who_is_gone(
 def test_a_lease_that_ran_out_says_what_may_be_left(
     shared: tuple[Files, Store, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A picture without its row, of a machine that is gone, is cleaned up by who goes on."""
+    """The next worker cleans up pictures without a row that a lost machine left."""
     _, store, _ = shared
     monkeypatch.setattr(claims, "LEASE", -1.0)
     first = claimed(store, "a" * 32)
@@ -104,7 +104,7 @@ def test_a_lease_that_ran_out_says_what_may_be_left(
 def test_a_worker_draws_several_models_and_declares_which(
     tmp_path: Path, shared: tuple[Files, Store, str]
 ) -> None:
-    """One of them is on its machine alone; a job of a model that it may not draw waits."""
+    """One model is only on the worker's machine; jobs of models it may not draw wait."""
     _, store, url = shared
     store.close()
     library, others = tmp_path / "library", "embedded-unconditional"
@@ -134,7 +134,7 @@ def test_a_worker_draws_several_models_and_declares_which(
 
 @pytest.mark.parametrize("change", ["unmarked", "another", "newer", "older", "none"])
 def test_who_may_join(shared: tuple[Files, Store, str], tmp_path: Path, change: str) -> None:
-    """The storage must be the database's own, and both made ready by a server."""
+    """The storage must belong to the database, and a server must have made both ready."""
     files, store, _ = shared
     expected: Any = True
     if change == "another":
@@ -167,7 +167,7 @@ def _run(store: Store, statement: str) -> None:
 def test_machines_go_by_the_clock_of_the_database(
     shared: tuple[Files, Store, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One whose clock is an hour ahead takes no lease of others for late."""
+    """A machine whose clock is an hour ahead does not treat the leases of others as expired."""
     _, store, url = shared
     mine = claimed(store, "a" * 32)
     import time
@@ -181,7 +181,7 @@ def test_machines_go_by_the_clock_of_the_database(
 
 
 def test_news_long_and_short_arrive_in_order(postgres: str) -> None:
-    """Of progress only the last; after a message, all that was sent before it has come."""
+    """Only the last progress arrives; messages arrive in the order in which they were sent."""
     heard: list[Any] = []
     there, done = threading.Barrier(3), threading.Event()
 
@@ -211,8 +211,10 @@ def test_news_long_and_short_arrive_in_order(postgres: str) -> None:
 
 
 def test_a_fleet_draws_and_drains(tmp_path: Path, shared: tuple[Files, Store, str]) -> None:
-    """A server without a worker of its own, and one that joins: pictures to the byte, progress and
-    previews, cancelling; told to end, it lets its job wait and leaves.
+    """A server without a worker draws with one that joins, and lets it go.
+
+    Pictures are equal to the byte; progress, previews and cancelling work. Told to end, the worker
+    lets its job wait and leaves.
     """
     _, store, url = shared
     store.close()

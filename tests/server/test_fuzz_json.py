@@ -1,7 +1,7 @@
-"""A fuzzer of the bodies of JSON that the APIs take; see tests/test_fuzz.py.
+"""A fuzzer of the JSON bodies that the APIs take; see tests/test_fuzz.py.
 
-Each is refused in one line, in the shape of its API, or would be drawn. The jobs themselves are
-not: all are refused by a queue that is full.
+Each body is refused in one line, in the shape of its API, or is valid. No job is drawn: the queue
+is full and refuses all of them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ ROUTES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Inside]:
-    """Its queue is full, and its model is said to be loaded."""
+    """Return a server whose queue is full, and whose model counts as loaded."""
     with Inside(tmp_path_factory.mktemp("fuzz"), draws=False) as running:
 
         async def submit(*_: Any, **__: Any) -> Any:

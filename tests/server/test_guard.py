@@ -1,4 +1,4 @@
-"""What stands before the routes: tokens, hosts, origins, sizes, slowness."""
+"""The checks before the routes: tokens, hosts, origins, sizes, slowness."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BEARER = {"authorization": f"Bearer {TOKEN}"}
 
 
 async def _echo(scope: Any, receive: Any, send: Any) -> None:
-    """Reads all of the body and says how long it was."""
+    """Read the whole body and answer with its length."""
     size, more = 0, True
     while more:
         message = await receive()
@@ -101,7 +101,7 @@ def test_a_token_as_the_password_of_basic() -> None:
 
 
 def test_the_cookie_among_others() -> None:
-    """Cookies know no ports: those of every server of this machine come along."""
+    """Cookies are shared by all ports: those of every server on this machine are sent along."""
     mine = entrance.set_cookie(TOKEN).decode().partition(";")[0]
     rules, host = Rules(TOKEN), {"host": "localhost"}
     for others in ("", 'j={"a": 1}; ', "a[]=1; ", "expires=1; ", "safelight=of another; "):

@@ -50,7 +50,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
 
 
 def test_a_stopped_worker_is_replaced(server: Serving) -> None:
-    """By SIGSTOP. The server says that it is not ready, and the job is drawn."""
+    """SIGSTOP stops it. The server says that it is not ready, and the job is drawn."""
     job = server.submit(**LONG)
     wait_for(lambda: server.job(job)["progress"]["step"] > 0)
     stopped = server.worker()
@@ -77,7 +77,7 @@ def test_linux_ends_the_worker_first_where_memory_runs_out(server: Serving) -> N
 def test_a_worker_that_linux_ends_for_want_of_memory_is_replaced(
     server: Serving, small: Callable[[int, int], None]
 ) -> None:
-    """In a group of processes that may have little more memory than the worker has."""
+    """The worker is in a process group that allows little more memory than it has."""
     for _ in range(3):
         server.ready()
         ended = server.worker()
@@ -97,7 +97,7 @@ def test_a_worker_that_linux_ends_for_want_of_memory_is_replaced(
 
 @pytest.fixture
 def small() -> Iterator[Callable[[int, int], None]]:
-    """Put a process into a group that may have so many bytes more than it has."""
+    """Put a process into a group that allows it `more` bytes beyond what it has."""
     if not os.access(GROUPS, os.W_OK):
         pytest.skip("no group of processes with less memory can be made here")
     group = GROUPS / f"safelight-{os.getpid()}"
@@ -105,7 +105,8 @@ def small() -> Iterator[Callable[[int, int], None]]:
     limit = next(group / n for n in LIMITS if (group / n).exists())
 
     def limited(pid: int, more: int) -> None:
-        # What it has stays counted where it was: the group counts what comes from now on.
+        # Memory that it has stays counted in its old group; this group counts what comes from now
+        # on.
         limit.write_text(str(more))
         (group / "cgroup.procs").write_text(str(pid))
 
@@ -114,7 +115,7 @@ def small() -> Iterator[Callable[[int, int], None]]:
 
 
 def test_kills_from_outside_are_no_fault_of_the_job(server: Serving) -> None:
-    """Two of them, of two kinds; what is left of promise 5 is in test_store."""
+    """The suite kills twice, by two signals; test_store has the rest of promise 5."""
     job = server.submit(**LONG)
     for number in range(size(2, 4)):
         wait_for(lambda: server.job(job)["progress"]["step"] > 0)
@@ -126,7 +127,7 @@ def test_kills_from_outside_are_no_fault_of_the_job(server: Serving) -> None:
 
 
 def test_the_database_away_for_a_while(server: Serving) -> None:
-    """Moved, locked, exchanged for a text, moved again while the worker is killed."""
+    """It is moved, locked, replaced by a text, and moved again while the worker is killed."""
     file = server.data / "jobs.sqlite3"
     away = server.data.parent / "away.sqlite3"
     jobs = [server.submit(**LONG), server.submit(**QUICK, seed=1)]
@@ -165,7 +166,7 @@ def test_the_database_away_for_a_while(server: Serving) -> None:
 
 
 def test_the_data_folder_away(server: Serving) -> None:
-    """As that of a disk that came loose: what starts from a picture waits for it."""
+    """It is away like a disk that came loose: a job with a picture to start from waits for it."""
     from test_storage import png
 
     pictures = [server.data / name for name in ("pictures", "inputs", "folder.id")]
@@ -202,7 +203,7 @@ def hanging(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Serving,
 
 @pytest.mark.parametrize("how", HANGS[: size(1, len(HANGS))])
 def test_a_hung_worker_is_replaced(hanging: tuple[Serving, Path], how: str) -> None:
-    """In the thread that steps, and in the one that decodes while the other goes on."""
+    """It hangs in the thread that steps, or in the one that decodes while the other goes on."""
     server, hang = hanging
     beside = server.submit(**LONG)
     wait_for(lambda: server.job(beside)["progress"]["step"] > 0)
@@ -222,7 +223,7 @@ def test_a_hung_worker_is_replaced(hanging: tuple[Serving, Path], how: str) -> N
 
 @pytest.mark.soak
 def test_a_worker_without_memory_costs_no_other_job(hanging: tuple[Serving, Path]) -> None:
-    """It may use no more than it has: what cannot be drawn fails, and the next job is drawn."""
+    """It gets no more memory: what cannot be drawn fails, and the next job is drawn."""
     import resource
 
     server, _ = hanging
@@ -250,7 +251,7 @@ AWAY = size(3, 60)
 
 
 class Load:
-    """Clients that submit jobs all the time. accepted: the ids of those that were."""
+    """Clients that submit jobs all the time. accepted: the ids of accepted jobs."""
 
     def __init__(self, server: Serving) -> None:
         self._server, self.accepted, self.refused = server, list[str](), 0
@@ -283,7 +284,7 @@ class Load:
 def survives(
     server: Serving, what: str, away: Callable[[], None], back: Callable[[], None]
 ) -> None:
-    """Check that what was accepted is drawn, once, after the database was away under load."""
+    """Check that accepted jobs are drawn once, after the database was away under load."""
     workers = {server.worker()}
     with Load(server) as load:
         wait_for(lambda: len(load.accepted) >= 6)
@@ -352,7 +353,7 @@ def test_postgresql_away_under_load(tmp_path: Path, how: str) -> None:
 def test_a_job_is_its_worker_s_within_a_long_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that hangs in it loses the job, when the lease is over."""
+    """A worker that hangs loses the job when the lease is over."""
     monkeypatch.setattr(claims, "LEASE", 0.6)
     monkeypatch.setattr(holder, "LEASE", 0.6)
     with Inside(tmp_path) as server:
@@ -377,9 +378,9 @@ def test_a_job_is_its_worker_s_within_a_long_step(
 
 
 def beats(work: Any, seconds: float, *, aside: bool = False) -> int:
-    """Return how many beats a process has that works for so long.
+    """Return how many beats a process sends that works for `seconds`.
 
-    aside: the work is that of a second thread, beside a main one that gets on.
+    aside: whether a second thread does the work, beside a main thread that gets on.
     """
     ours, theirs = Pipe(duplex=False)
     child = os.fork()
@@ -412,26 +413,26 @@ def beats(work: Any, seconds: float, *, aside: bool = False) -> int:
 
 
 def loops(_: Pulse) -> None:
-    """An endless loop in Python."""
+    """Loop in Python."""
     for _ in range(100_000):
         pass
 
 
 def calls(_: Pulse) -> None:
-    """An endless loop of functions."""
+    """Loop over calls of native functions."""
     for i in range(100_000):
         str(abs(i))
 
 
 def counts(pulse: Pulse) -> None:
-    """Steps."""
+    """Count a step."""
     pulse.count()
     time.sleep(0.1)
 
 
 def sleeps(_: Pulse) -> None:
-    """A write that blocks."""
-    # Else it would wake up in Python.
+    """Block, as a write may."""
+    # Otherwise the signal would wake it up.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     time.sleep(2)
 
@@ -441,7 +442,7 @@ def sleeps(_: Pulse) -> None:
     ("work", "most", "least"), [(loops, 1, 0), (calls, 1, 0), (counts, 99, 2), (sleeps, 1, 0)]
 )
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
-# A thread that a busy machine gives no time is not seen to move, and so beats now and then.
+# On a busy machine, a thread without processor time does not seem to move, and may beat.
 @pytest.mark.flaky(reruns=2)
 def test_a_pulse_tells_work_from_none(work: Any, most: int, least: int, aside: bool) -> None:
     assert least <= beats(work, 2, aside=aside) <= most
@@ -480,7 +481,7 @@ def test_long_loops_within_a_layer_get_on() -> None:
 
 
 def test_silence_is_short_enough() -> None:
-    """SILENCE, the second that is counted last, and a second to start another process."""
+    """It takes SILENCE, the second counted last, and a second to start another process."""
     assert supervisor.SILENCE + 2 * pulses.EVERY <= 15
 
 
@@ -538,7 +539,7 @@ def test_errors_of_the_database_are_one_line_without_values(database: str) -> No
 
 
 def test_postgresql_restarted(tmp_path: Path, postgres: str) -> None:
-    """Its connections are cut, again and again, under jobs that are drawn: none fails."""
+    """Its connections are cut again and again while jobs are drawn: none fails."""
     import psycopg
 
     plain = postgres.replace("+psycopg", "")

@@ -1,4 +1,4 @@
-"""Killed at each of its writes in turn: what was acknowledged is there, once, and nothing else."""
+"""A server killed at each of its writes: acknowledged jobs are there once, and nothing else."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KILLED_AT = Path(__file__).with_name("killed_at.py")
 
 
 def test_killed_at_each_write(tmp_path: Path) -> None:
-    """By SIGKILL; one server after the other, on one folder."""
+    """SIGKILL ends one server after the other, on one folder."""
     sites = SITES if size(0, 1) else ["keep: rename", "finish: commit"]
     for site in sites:
         done = subprocess.run([sys.executable, KILLED_AT, tmp_path, site], timeout=120)

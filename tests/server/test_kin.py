@@ -1,4 +1,4 @@
-"""Kin of what an attack found: other places of the same faults; see docs/attack.md."""
+"""Variants of what an attack found: other places with the same faults; see docs/attack.md."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_turns_are_shared_by_clients() -> None:
 
 @pytest.mark.parametrize("what", ["upload", "enlarge", "thumbnail"])
 def test_pictures_of_one_client_keep_a_place_for_others(server: Inside, what: str) -> None:
-    """While one client has as many turns as it may, another's are still free."""
+    """While one client has all the turns that it may have, another client still gets one."""
 
     async def run() -> Any:
         turns = server.app.app.state.decoders.handling
@@ -212,7 +212,7 @@ def test_a_list_of_long_prompts_comes_in_parts(
 
 @pytest.mark.parametrize("status", [Status.QUEUED, Status.RUNNING, Status.SUCCEEDED])
 def test_only_a_job_that_is_drawn_has_a_worker_s_progress(status: Status) -> None:
-    """What is told of a job after its end comes to nothing."""
+    """Progress that is reported after a job's end has no effect."""
     events = Events(lambda *_: None, lambda _: None)
     told = {"id": "a", "client": "api", "created_at": datetime.now(UTC), "settings": {}}
     job = Job.model_validate({**told, "status": status})
@@ -237,7 +237,7 @@ def test_events_bring_no_recipes_but_of_their_picture(server: Inside) -> None:
 
 
 def test_the_editor_has_few_layers() -> None:
-    """Each is decoded, and one uploaded file may be named thousands of times."""
+    """Each layer is decoded, and one uploaded file may be named thousands of times."""
     layers = [SimpleNamespace(path="x")] * (easel.MAX_LAYERS + 1)
     picture = SimpleNamespace(background=SimpleNamespace(path="x"), layers=layers)
     with pytest.raises(SafelightError, match="layers"):
@@ -472,7 +472,7 @@ def test_a_retried_job_has_what_it_starts_from(server: Inside, when: str) -> Non
 
 
 def test_no_more_is_kept_than_is_drawn_from(server: Inside) -> None:
-    """The worker reads inputs again: at their own size they would take its memory, too."""
+    """The worker reads inputs again: at full size they would take its memory as well."""
     start = Image.effect_noise((300, 200), 60).convert("RGB")
     body = {"image": as_base64(start), "mask": as_base64(start), "width": 96, "height": 64}
     job = server.ask("POST", "/api/jobs", body).json()
@@ -501,7 +501,7 @@ def test_styles_around_styles_stay_short() -> None:
 
 
 def test_a_prompt_names_few_loras() -> None:
-    """Each is looked for in the models folder, and applied."""
+    """Each LoRA is looked up in the models folder, and applied."""
     tags = "".join(f"<lora:a:0.{n}>" for n in range(1, 65))
     request = Request(prompt=tags, prompt_syntax="a1111")
     assert len(asked_of(request)[0]) == 64

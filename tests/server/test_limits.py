@@ -1,4 +1,4 @@
-"""Tokens, limits by client, addresses, errors: what an attack found, and its kin."""
+"""Tokens, limits by client, addresses, errors: what an attack found, and variants."""
 
 from __future__ import annotations
 

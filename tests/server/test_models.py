@@ -20,7 +20,7 @@ TEXT = {"prompt": "a cat", "steps": 4, "sampler": "ddim", "seed": 1}
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    """A server with room for one of its models at a time; one is broken, one does not know snow."""
+    """A server with room for one model at a time; one model is broken, one does not know snow."""
     folder = tmp_path_factory.mktemp("models")
     models = folder / "library"
     broken = models / "broken"
@@ -44,7 +44,7 @@ def loaded(server: Serving) -> list[str]:
 
 
 def test_each_job_is_drawn_by_its_model(server: Serving) -> None:
-    """There is room for one: it is dropped for the other, and nobody waits for ever."""
+    """One model is dropped for the other, and no job waits for ever."""
     jobs = [(name, server.submit(**TEXT, model=name)) for name in ("embedded", "embedded-fast") * 2]
     digests: dict[str, set[str]] = {}
     for name, job in jobs:

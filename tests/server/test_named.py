@@ -1,4 +1,4 @@
-"""LoRAs of a server: names of the models folder alone, and a merge in place of a load."""
+"""LoRAs of a server: only names of the models folder, and merging instead of loading again."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def drawn(server: Inside, **settings: Any) -> tuple[bytes, Any]:
 def test_another_set_costs_no_load(
     server: Inside, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each set is merged once, and the pictures are those of Python."""
+    """Each set is merged once, and the pictures equal those made in Python."""
     from safelight.adapters import select
     from safelight.server import loaded
 
@@ -161,7 +161,7 @@ def test_a_prompt_that_is_too_long_is_refused_at_once(server: Inside) -> None:
 
 
 def test_the_web_ui_s_api(server: Inside) -> None:
-    """Tags in the prompt, and the list of what there is."""
+    """The prompt may have tags, and the LoRAs are listed."""
     assert server.ask("GET", "/api/library").json()["loras"] == ["film", "ink", "odd", "wide"]
     theirs = server.ask("GET", "/sdapi/v1/loras").json()
     assert [(one["name"], one["alias"]) for one in theirs][:2] == [

@@ -1,4 +1,4 @@
-"""Serving asks nobody outside: it works with the network cut."""
+"""Serving contacts no other host: it works without a network."""
 
 import subprocess
 import sys

@@ -49,7 +49,7 @@ def base(server):
 
 @pytest.fixture(scope="module")
 def connected(base):
-    """To make a client takes longer than most tests."""
+    """Return a shared client: making one takes longer than most tests."""
     with openai.OpenAI(base_url=f"{base}/v1", api_key="any", max_retries=0) as client:
         yield client
 
@@ -61,7 +61,7 @@ def client(service, connected):
 
 @pytest.fixture
 def post(server, service):
-    """Sends bytes no client would; returns the status and the parsed body."""
+    """Send bytes that no client would send; return the status and the parsed body."""
 
     def send(path, body, kind="application/json"):
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
@@ -100,7 +100,7 @@ def plain(size=(64, 64), mode="RGB"):
 
 
 def with_hole(box, size=(64, 64), alpha=0):
-    """Opaque but for a box of this alpha."""
+    """Return a picture that is opaque but for a box of this alpha."""
     image = plain(size, "RGBA")
     image.paste((9, 9, 9, alpha), box)
     return image

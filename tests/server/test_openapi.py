@@ -1,5 +1,6 @@
-"""What the OpenAPI document says is what the routes do: schemathesis sends what it allows, and what
-it does not.
+"""The OpenAPI document describes what the routes do.
+
+schemathesis sends requests that it allows, and requests that it does not.
 """
 
 import subprocess

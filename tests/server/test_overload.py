@@ -1,6 +1,4 @@
-"""More than the server can take: too much work, and clients that are too slow. The others see none
-of it.
-"""
+"""Overload: too much work, and clients that are too slow. Other clients do not notice it."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ from serving import Serving, wait_for
 
 pytestmark = pytest.mark.xdist_group("overload")  # one server for them all
 PATIENCE = size(2, 30)
-"""Seconds that the server has for a client."""
+"""Seconds that the server waits for a client."""
 
 BOUND = size(20, 1000)
 
@@ -30,10 +28,10 @@ BOUND = size(20, 1000)
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     folder = tmp_path_factory.mktemp("overload")
-    # A worker that stands still is replaced; here it must not be, for as long as all submit.
+    # A stopped worker is replaced; here it must not be while clients submit.
     with Serving(folder, "--queue", str(BOUND), slow=PATIENCE, silence=600) as running:
         running.ready()
-        # The studio is imported behind a server that answers; it is not what is measured here.
+        # The studio is imported while the server answers; that is not measured here.
         wait_for(lambda: running.client.get("/studio/").status_code != 503)
         yield running
 
@@ -42,13 +40,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
 
 
 def memory(pid: int) -> float:
-    """MB of a process's own."""
+    """Return a process's own memory in MB."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) / 1024
 
 
 class Health:
-    """How long /healthz took, asked again and again."""
+    """Measures how long /healthz takes, again and again."""
 
     def __init__(self, server: Serving) -> None:
         self.seconds: list[float] = []
@@ -73,12 +71,12 @@ class Health:
 
     @property
     def late(self) -> float:
-        """Milliseconds at the 99th percentile."""
+        """Return the 99th percentile in milliseconds."""
         return 1000 * statistics.quantiles(self.seconds, n=100)[98]
 
 
 def test_a_queue_is_bounded_while_submissions_hammer(server: Serving) -> None:
-    """All or nothing, by a worker that takes none of it."""
+    """A job is accepted completely or not at all; the worker is stopped meanwhile."""
     n = size(400, 10_000)
     worker = server.worker()
     os.kill(worker, signal.SIGSTOP)
@@ -121,7 +119,7 @@ def submitted(server: Serving, seed: int) -> Any:
 
 
 def retried_is_refused(server: Serving, taken: list[str]) -> bool:
-    """One that was cancelled, and whose place another has."""
+    """Return whether a cancelled job is refused again once another job has its place."""
     server.client.delete(f"/api/jobs/{taken[0]}")
     assert submitted(server, 0).status_code == 202
     answer = server.client.post(f"/api/jobs/{taken[0]}/retry")
@@ -129,7 +127,7 @@ def retried_is_refused(server: Serving, taken: list[str]) -> bool:
 
 
 def test_readiness_is_asked_of_the_worker_once(server: Serving) -> None:
-    """However many ask: one step answers them all."""
+    """One step answers all callers at once."""
     worker = server.worker()
     os.kill(worker, signal.SIGSTOP)
     try:
@@ -157,8 +155,8 @@ AT_ONCE = {"body": len(SLOW["body"]) - len(BODY), "chunked body": len(HEAD) + 33
 
 
 def held(server: Serving) -> dict[int, str]:
-    """The ports of the clients whose connections the server's process holds, and what waits in
-    the kernel for each.
+    """Return the ports of clients that the server is connected to, with the bytes that wait in the
+    kernel for each.
     """
     own, found = int(server.url.rsplit(":", 1)[1]), {}
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
@@ -175,7 +173,7 @@ def connected(server: Serving) -> socket.socket:
 
 
 def dripped(server: Serving, what: str) -> float:
-    """Seconds until a client is cut that sends a byte each third of the server's patience."""
+    """Return the seconds until a client is cut that sends a byte each third of PATIENCE."""
     with connected(server) as raw:
         if what == "second head":
             raw.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -198,7 +196,7 @@ def dripped(server: Serving, what: str) -> float:
 
 
 def never_read(server: Serving) -> float:
-    """Seconds until a client is cut that asks for more than fits and reads none of it."""
+    """Return the seconds until a client is cut that asks for much and reads nothing."""
     host, port = server.url.removeprefix("http://").split(":")
     with socket.socket() as raw:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

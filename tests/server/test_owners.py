@@ -1,4 +1,4 @@
-"""What has a name belongs to its owner: all routes, walked by two owners and an admin."""
+"""Named things belong to their owner: all routes, tried by two owners and an admin."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ KEYS = {"ann": "token of ann", "bob": "token of bob"}
 
 @dataclass
 class Two:
-    """A server of two keys, and a job of ann's with a picture."""
+    """A server with two keys, and a job of ann's with a picture."""
 
     server: Inside
     job: str = ""
@@ -49,7 +49,7 @@ class Two:
 
 
 def finish(server: Inside) -> dict[str, str]:
-    """Draw all that waits; return a picture of each job."""
+    """Draw all jobs that wait; return a picture of each job."""
     from safelight.server.jobs import Picture
 
     store, files, found = server.hub.store, server.hub.files, {}
@@ -89,10 +89,10 @@ NAMED: dict[tuple[str, str], Callable[[Two], Any]] = {
     ("GET", "/api/pictures/{picture_id}"): lambda two: None,
     ("GET", "/api/pictures/{picture_id}/thumbnail"): lambda two: None,
 }
-"""The routes that name a thing, and what puts it back after one was asked."""
+"""The routes with an id or a name, and what restores the thing after a call."""
 
 UNOWNED = {("GET", "/v1/models/{name}")}
-"""The served models are everybody's."""
+"""The served models belong to everybody."""
 
 
 def test_no_route_that_names_a_thing_is_left_out(two: Two) -> None:
@@ -239,7 +239,7 @@ def test_a_session_of_the_page_is_its_client_s() -> None:
 
 
 def test_a_page_with_a_key_may_change_its_address(tmp_path: Path) -> None:
-    """As a phone does that leaves its Wi-Fi. Without keys a page goes by its address."""
+    """A phone that leaves its Wi-Fi does so. Without keys, a page is identified by its address."""
 
     async def page(scope: Any, receive: Any, send: Any) -> None:
         served.append(scope["path"])

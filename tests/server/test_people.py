@@ -1,4 +1,4 @@
-"""Keys of people: given out, counted, taken back, while a server runs."""
+"""Keys of people: given out, counted and taken back while a server runs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def ask(server: Inside, secret: str | None, path: str = "/api/jobs", body: Any =
 
 
 def forget(server: Inside) -> None:
-    """As after a second: the keys are read anew at the next request."""
+    """Act as if a second had passed: the next request reads the keys again."""
     server.hub.keys._at -= keyring.FRESH
 
 

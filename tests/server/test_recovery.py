@@ -1,4 +1,4 @@
-"""What a start makes of a folder and a database: nothing is deleted because it is unknown."""
+"""What a start does with a folder and a database: no file is deleted for being unknown."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from safelight.storage import Folder
 
 
 def start(root: Path, url: str | None = None) -> tuple[Files, Store]:
-    """What a server does first."""
+    """Do what a server does first."""
     root.mkdir(exist_ok=True)
     files, store = Files(root), Store(url or f"sqlite:///{root / 'jobs.sqlite3'}")
     try:
@@ -84,7 +84,7 @@ def another(root: Path) -> str | None:
 
 
 def older(root: Path) -> str | None:
-    """A backup from before the first picture."""
+    """Return a backup from before the first picture."""
     with closing(sqlite3.connect(root / "jobs.sqlite3", isolation_level=None)) as db:
         db.execute("DELETE FROM pictures")
         db.execute("DELETE FROM jobs")
@@ -121,7 +121,7 @@ WAYS = [moved, emptied, another, older, of_another_server, damaged, no_database,
 
 @pytest.mark.parametrize("way", WAYS)
 def test_another_database_costs_no_picture(drawn: tuple[Path, set[str]], way: Any) -> None:
-    """12 starts each: refused, in one line, and every picture is where it was."""
+    """Each of 12 starts is refused in one line, and every picture stays where it was."""
     root, ids = drawn
     url = way(root)
     for _ in range(12):
@@ -159,7 +159,7 @@ def test_what_an_older_backup_does_not_know_is_kept_for_a_month(
 
 
 def test_what_is_not_ours_stays(drawn: tuple[Path, set[str]]) -> None:
-    """Folders of the file system, links, and folders of a person."""
+    """Folders of the file system, links and a person's folders stay."""
     root, ids = drawn
     for folder in ("pictures", "inputs", "thumbnails"):
         (root / folder / "lost+found").mkdir(mode=0o700)
@@ -195,7 +195,7 @@ def test_a_folder_on_a_disk_of_its_own(
 
 
 def test_what_was_half_written_is_cleaned_up(drawn: tuple[Path, set[str]]) -> None:
-    """By a process that was killed: temporary files, and a picture without its row."""
+    """A killed process leaves temporary files, and a picture without its row."""
     root, ids = drawn
     files, store = start(root)
     store.submit(new_id(), {"prompt": "a", "count": 3}, client="api", cost=1, bound=100)
@@ -226,7 +226,7 @@ def test_the_first_picture_without_its_row_is_no_reason_to_refuse(tmp_path: Path
 
 
 def test_one_database_has_one_folder(tmp_path: Path, database: str) -> None:
-    """Another folder, an empty one, a copy beside a running server: refused in a line."""
+    """Another folder, an empty one, and a copy beside a running server are refused in one line."""
     files, store = start(tmp_path / "one", database)
     for name in ("two", "three"):
         with pytest.raises(StorageError) as refused:
@@ -247,7 +247,7 @@ def test_one_database_has_one_folder(tmp_path: Path, database: str) -> None:
 def test_two_servers_on_one_postgresql(
     tmp_path: Path, postgres: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On copies of one folder, which each lock their own."""
+    """They run on copies of one folder, of which each server locks its own."""
     monkeypatch.setattr("safelight.server.store.PATIENCE", 0)
     import psycopg
 
@@ -267,7 +267,7 @@ def modes(root: Path) -> set[int]:
 
 
 def test_others_on_this_machine_are_kept_out(drawn: tuple[Path, set[str]]) -> None:
-    """Of a folder that an earlier version left open, too."""
+    """A folder that an earlier version left open is closed, too."""
     root, _ = drawn
     for path in (root, *root.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
@@ -276,7 +276,7 @@ def test_others_on_this_machine_are_kept_out(drawn: tuple[Path, set[str]]) -> No
 
 
 def test_a_folder_of_others_is_not_closed(drawn: tuple[Path, set[str]]) -> None:
-    """As of --data-dir /tmp: what is ours in it is, alone."""
+    """With --data-dir /tmp, only our files and folders in it are closed."""
     root, _ = drawn
     (root / "somebody's").write_bytes(b"x")
     for path in root.rglob("*"):
@@ -396,7 +396,7 @@ def test_the_quarantine_overwrites_nothing(tmp_path: Path) -> None:
 
 
 def test_a_person_s_folder_costs_that_person_nothing(tmp_path: Path) -> None:
-    """A data folder that has folders of our names already, with other things in them."""
+    """The data folder already has folders with our names, and other things in them."""
     theirs = [
         *("pictures/holiday.jpg", "pictures/a.png", "pictures/film.part", "thumbnails/x.png"),
         *("inputs/letter.txt", "uploads/tmp/cv.pdf", "uploads/tmp.txt", "uploads/2019/a.jpg"),
@@ -420,7 +420,7 @@ def test_a_person_s_folder_costs_that_person_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("when", ["1970-01-01", "2019-12-31"])
 def test_a_clock_that_was_wrong_deletes_nothing(drawn: tuple[Path, set[str]], when: str) -> None:
-    """A machine without a battery starts in 1970, and knows the day a little later."""
+    """A machine without a battery starts in 1970, and learns the date a little later."""
     root, _ = drawn
     (root / "quarantine" / when).mkdir(parents=True)
     start(root)[1].close()
@@ -428,7 +428,7 @@ def test_a_clock_that_was_wrong_deletes_nothing(drawn: tuple[Path, set[str]], wh
 
 
 def test_what_a_backup_in_the_middle_of_a_job_does_not_know_is_kept(tmp_path: Path) -> None:
-    """The restored database says that a job is being drawn, whose pictures are there since."""
+    """The restored database says that a job is running, whose pictures were finished since."""
     root = tmp_path / "data"
     files, store = start(root)
     draw(files, store, 1)

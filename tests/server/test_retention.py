@@ -1,4 +1,4 @@
-"""What is beyond --keep goes, in two steps; nothing else does."""
+"""Jobs beyond --keep are deleted, in two steps; nothing else is."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_other_limits_are_refused_in_a_line(said: str) -> None:
 
 
 class Years:
-    """A data folder whose clock is turned by hand."""
+    """A data folder with a clock that the test sets."""
 
     def __init__(self, root: Path, url: str | None = None) -> None:
         self.root, self.url = root, url
@@ -85,7 +85,7 @@ class Years:
         self.files, self.store = start(self.root, self.url)
 
     def draw(self, age: float = 0.0, status: str = "succeeded", size: int = 8) -> str:
-        """A job of two pictures and an input that ended some seconds ago."""
+        """Add a job of two pictures and an input that ended some seconds ago."""
         job_id = new_id()
         self.files.keep_input(job_id, "image", Image.new("RGB", (8, 8)))
         settings = {"prompt": "a cat", "count": 2, "image_sha256": "0"}
@@ -125,7 +125,7 @@ class Years:
         return {job.id for job in self.store.list(limit=10**6)[0]}
 
     def whole(self) -> None:
-        """Rows and files are the same, and nothing was put into quarantine."""
+        """Check that rows and files match, and that nothing is in quarantine."""
         pictures, jobs = self.store.known_files()
         assert self.files.pictures() == pictures
         assert {p.name.split("-")[0] for p in (self.root / "inputs").iterdir()} == jobs
@@ -206,7 +206,7 @@ def test_jobs_that_ended_in_one_moment_stay_together(lite: Years) -> None:
 
 
 def test_a_mark_is_taken_away(lite: Years) -> None:
-    """By wider limits, by a start without any, and by a retry."""
+    """Wider limits, a start without limits, and a retry take it away."""
     failed, other = lite.draw(50 * DAY, "failed"), lite.draw(40 * DAY)
     lite.keep("9d").look()
     assert lite.store.marked() == 2
@@ -283,12 +283,12 @@ def test_what_the_disk_does_not_let_go_is_tried_again(
 
 
 class Killed(BaseException):
-    """The end of the process, at one of its writes."""
+    """Stands for the end of the process at one of its writes."""
 
 
 @contextmanager
 def killed_at(patch: pytest.MonkeyPatch, number: int) -> Iterator[list[int]]:
-    """Raises at the number-th write: of the database, before and after its commit, or of a file."""
+    """Raise at the number-th write: of the database, before and after its commit, or of a file."""
     met = [0]
 
     def count() -> None:
@@ -317,7 +317,7 @@ def killed_at(patch: pytest.MonkeyPatch, number: int) -> Iterator[list[int]]:
 
 
 def test_killed_at_each_write(lite: Years, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What stays is whole each time, and what goes has gone in the end."""
+    """What stays is complete each time, and in the end everything that should go is gone."""
     young = {lite.draw(DAY), lite.draw(2 * DAY, "failed")}
     waiting = lite.draw(status="queued")
     number, kills = 1, 0
@@ -392,7 +392,7 @@ def test_exactly_what_is_beyond_the_limits_goes(
 
 
 def test_under_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jobs come, are drawn and go at once: the newest three are there in the end, whole."""
+    """Jobs come, are drawn and deleted at once; in the end the newest three are complete."""
     monkeypatch.setattr(module, "GRACE", 0.0)
     monkeypatch.setattr(module, "PAUSE", 0.01)
     with Inside(tmp_path, dtype="float32", rows=8) as server:

@@ -37,7 +37,7 @@ def settings() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_the_same_picture_in_any_company(tmp_path: Path, exact: bool) -> None:
-    """To the byte with --exact; in float32 within 1 of 255 without."""
+    """Pictures are equal to the byte with --exact; without it, in float32, within 1 of 255."""
     model = safelight.load(device="cpu", dtype="float32")
     wishes = settings()
     alone = [model.generate(**wish).images[0] for wish in wishes]

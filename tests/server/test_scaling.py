@@ -1,4 +1,4 @@
-"""Workers that a server keeps on Ray: how many, by whom, and what becomes of lost ones."""
+"""Workers that a server keeps on Ray: how many, who starts them, and what replaces lost ones."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_a_worker_has_the_paths_of_the_server(
 
 
 class Scripted:
-    """In the place of the process: says what it is told to, and then ends or waits for its end."""
+    """Takes the place of the process: sends given messages, then ends or waits for its end."""
 
     def __init__(self, *says: tuple[str, Any], stays: bool = False) -> None:
         self._says, self._stays = says, stays
@@ -154,7 +154,7 @@ class Scripted:
 def test_ray_is_away_and_comes_again(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is said once, and tried again; what was lost with it waits for others at once."""
+    """The server says so once and tries again; jobs of lost workers wait again at once."""
     caplog.set_level("INFO")
     away = Scripted(("refused", "the Ray cluster 'x:1' is not reached: no"))
     lost = Scripted(("trouble", None), ("workers", ["a", "b"]), ("workers", ["b"]))
@@ -200,7 +200,7 @@ def test_ray_is_away_and_comes_again(
 def actor_of(
     shared: tuple[Files, Store, str], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[Callable[[Connection], None]], crew.Actor]:
-    """Makes an actor whose process that draws is a thread."""
+    """Return a maker of actors whose drawing process is a thread."""
     files, _, url = shared
 
     def make(script: Callable[[Connection], None]) -> crew.Actor:
@@ -258,11 +258,11 @@ def test_an_actor_says_why_it_cannot_draw(actor_of: Callable[..., crew.Actor]) -
 def test_a_worker_that_is_let_go_finishes_its_jobs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And takes no other one. As one of a fleet it takes in no more than it can draw at once."""
+    """It takes no other job. As in a fleet, it takes in no more than it draws at once."""
     drawn = Worker._step
 
     def step(worker: Worker) -> None:
-        """Draw nothing before it has two jobs and was told."""
+        """Draw nothing until it has two jobs and was told to end."""
         while len(worker._held) > 1 and not worker._draining:
             worker._on_messages(0.1)
         if worker._draining:
@@ -303,7 +303,7 @@ def ray() -> Iterator[Any]:
 def test_workers_come_with_the_queue_and_go_with_it(
     ray: Any, shared: tuple[Files, Store, str]
 ) -> None:
-    """From one to two and back; one is killed, and every job is drawn once."""
+    """The number goes from one to two and back; one is killed, and every job is drawn once."""
     files, store, url = shared
     told: dict[str, Any] = {}
     plan = Plan(1, 2, cpus=0.5, patience=0.1, idle=0.5)

@@ -56,7 +56,7 @@ def port(server, service):
 
 @pytest.fixture
 def client(port):
-    """Makes clients: by address alone, or with a name of their own."""
+    """Return a maker of clients: by address only, or with a name."""
     made = []
 
     def make(username=None):
@@ -76,7 +76,7 @@ def api(client):
 
 @pytest.fixture
 def call(port):
-    """Bare HTTP: call("txt2img", {...}) posts, call("progress") gets."""
+    """Return a function for bare HTTP: call("txt2img", {...}) posts, call("progress") gets."""
 
     def call(path, body=None, **more):
         method = "GET" if body is None and not more else "POST"
@@ -88,7 +88,7 @@ def call(port):
 
 @pytest.fixture
 def line(port):
-    """A connection of one's own."""
+    """Return a connection for this test alone."""
     with contextlib.closing(
         http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
     ) as line:
@@ -97,7 +97,7 @@ def line(port):
 
 @pytest.fixture
 def later(service):
-    """Runs calls in threads of their own."""
+    """Return a function that runs calls in their own threads."""
     with ThreadPoolExecutor(4) as pool:
         yield pool.submit
         service.resume()  # else a test that fails would wait for its calls forever
@@ -108,7 +108,7 @@ def warnings_of(answer):
 
 
 def refused(answer, status=422):
-    """The one line of an error, in that API's shape."""
+    """Return the line of an error in that API's shape."""
     assert answer.status_code == status, answer.text
     body = answer.json()
     assert set(body) == {"error", "detail", "body", "errors"}
@@ -260,7 +260,7 @@ class TestTextToImage:
         assert service.requests[0].styles == ("anime",)
 
     def test_numbers_may_be_written_in_other_ways(self, call, service):
-        """With a point, and as text; in the options, too, where null is the default."""
+        """They may have a point or be text, also in the options, where null is the default."""
         options = {"CLIP_stop_at_last_layers": 2.0, "sdxl_crop_left": "8", "sdxl_crop_top": None}
         body = {"steps": "20", "width": 64.0, "seed": "5", "cfg_scale": "7.5"}
         assert call("txt2img", {**body, "override_settings": options}).status_code == 200
@@ -372,7 +372,7 @@ class TestTextToImage:
         assert service.requests[-1].schedule is None
 
     def test_what_was_drawn_with_is_told(self, call, service, monkeypatch):
-        """Also if it is filled in once the job is there: by a level of fast, or by a worker."""
+        """This includes what a level of fast, or a worker, fills in once the job is there."""
         filled = {"sampler": "dpmpp_2m", "schedule": "karras", "steps": 10, "guidance_scale": 4.0}
         finished = service._finished
 
@@ -658,7 +658,7 @@ class TestImageToImage:
         assert latent.startswith("resize_mode 3")
 
     def test_resizing(self, call, service):
-        """A red left and a blue right half, twice as wide as the picture that is asked for."""
+        """The picture is red on the left and blue on the right, and twice as wide as requested."""
         start = two_halves("RGB", "red", "blue").resize((256, 128), 0)
         mask = two_halves().resize((256, 128), 0)
         body = {"init_images": [encoded(start)], "mask": encoded(mask), "width": 128, "height": 128}
@@ -829,7 +829,7 @@ class TestInterrupt:
 
     @pytest.mark.parametrize(("how", "said"), [("interrupt", "interrupted"), ("skip", "skipped")])
     def test_progress_says_so(self, client, service, later, monkeypatch, how, said):
-        """Between the wish and the end of the job."""
+        """It does so from the request until the job has ended."""
 
         async def slow(job_id):
             wishes.append(job_id)

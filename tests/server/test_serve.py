@@ -224,7 +224,7 @@ def test_a_strength_that_leaves_no_step(
 
 
 def test_a_body_of_another_type(server: Serving) -> None:
-    """What a page of another site can send without asking first."""
+    """Another site's page can send such a body without asking first."""
     answer = server.client.post("/api/jobs", content=b"{}", headers={"content-type": "text/plain"})
     assert answer.status_code == 422
 
@@ -314,7 +314,7 @@ def test_health_answers_while_pictures_are_drawn(server: Serving) -> None:
 
 class TestDurability:
     def test_killed_and_started_again(self, tmp_path: Path) -> None:
-        """Server and worker, both by SIGKILL, in the middle of jobs."""
+        """SIGKILL ends server and worker in the middle of jobs."""
         # Exact: such a worker does not measure how many rows pay, and is there sooner.
         serving = Serving(tmp_path, "--dtype", "float32", "--exact")
         wish: dict[str, Any] = {"prompt": "a cat", "steps": 30, "sampler": "euler"} | SMALL
@@ -408,6 +408,6 @@ def test_what_does_not_start(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("absent", ["torch", "safelight.studio", "gradio"])
 def test_it_serves_without(absent: str) -> None:
-    """PyTorch is the worker's alone, and the page is put around the server by the command line."""
+    """PyTorch belongs to the worker, and the command line adds the page to the server."""
     code = f"import sys, safelight.server.run; sys.exit({absent!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

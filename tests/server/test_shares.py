@@ -23,7 +23,7 @@ def store(database: str) -> Iterator[Store]:
 
 
 def whose(store: Store, count: int) -> str:
-    """The owners of the next jobs, a letter each."""
+    """Return the owners of the next jobs, one letter each."""
     return "".join(claim(store, alone=True).owner for _ in range(count))
 
 
@@ -81,7 +81,7 @@ def test_an_owner_s_short_jobs_come_first_and_old_ones_do_not_starve(
 
 
 def test_the_next_job_is_found_by_indexes_alone(tmp_path: Path) -> None:
-    """No part of SQLite's plan walks through jobs. docs/scale.md has PostgreSQL's."""
+    """No part of SQLite's plan scans the jobs. docs/scale.md has PostgreSQL's plan."""
     store = Store(f"sqlite:///{tmp_path / 'jobs.sqlite3'}")
     store.migrate()
     submit(store, owner="a")

@@ -1,4 +1,4 @@
-"""Weights that are overwritten under a server: said in one line, and no loop of restarts."""
+"""Weights overwritten while a server runs: one line says so, and no restart loops."""
 
 from __future__ import annotations
 

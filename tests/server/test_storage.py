@@ -1,5 +1,6 @@
-"""A disk that is full, or fails, at each write in turn: nothing is torn, nothing is in the way of
-what comes after.
+"""A disk that is full or fails, at each write in turn.
+
+No file is left half written, and nothing blocks what comes after.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def png() -> str:
 
 
 class Fault:
-    """Raises at one site, once: the function of ours that writes, and which of its writes."""
+    """Raises once, at one site: a function of ours, and the number of its write."""
 
     def __init__(self, patch: pytest.MonkeyPatch, site: str, code: int) -> None:
         self.function, self.part = site.split(": ")
@@ -144,7 +145,7 @@ def test_each_write_in_turn(server: Inside, monkeypatch: pytest.MonkeyPatch, sit
 
 
 def whole(data: Path) -> None:
-    """Files are those of the rows, and can be read to their end."""
+    """Check that files match rows and can be read to the end."""
     with sqlite3.connect(data / "jobs.sqlite3") as database:
         assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         rows = {row[0] for row in database.execute("SELECT id FROM pictures")}
@@ -188,7 +189,7 @@ def test_jobs_of_a_dead_worker_are_put_back_when_the_database_takes_it_again(
 def test_an_input_that_was_away_holds_up_no_suspect_job_and_none_after_it(
     server: Inside, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A suspect job is drawn alone, and is put back as its input cannot be read."""
+    """A suspect job is drawn alone. It is put back because its input cannot be read."""
     worker, read = server.worker, list[str]()
     assert worker is not None
     real_claim: Any = Store.claim

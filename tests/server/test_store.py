@@ -110,7 +110,7 @@ def test_a_poison_job_fails_after_three_attempts_and_the_rest_go_on(store: Store
 
 
 def test_ends_of_the_whole_server_are_no_fault_of_a_job(store: Store) -> None:
-    """Three in company, ten alone, and no picture in between: only then it may be the job."""
+    """A job is at fault only after three ends in company and ten alone, without a picture."""
     job = submit(store, count=2)
     for number in range(12):
         mine = claim(store, f"w{number}", alone=True)
@@ -276,7 +276,7 @@ def test_the_list_is_searched_and_paged(store: Store) -> None:
 
 
 def test_the_list_is_searched_in_all_languages(tmp_path: Path) -> None:
-    """PostgreSQL lowers by its own locale."""
+    """PostgreSQL lowers letters by its own locale."""
     store = Store(f"sqlite:///{tmp_path / 'jobs.sqlite3'}")
     store.migrate()
     for prompt in ("Ein Korb voll Äpfel", "Красное яблоко"):

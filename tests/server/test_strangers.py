@@ -30,7 +30,7 @@ pytestmark = pytest.mark.xdist_group("strangers")  # one server for them all
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Inside]:
-    """Nobody draws: jobs wait."""
+    """Return a server without a worker: jobs wait."""
     folder = tmp_path_factory.mktemp("strangers") / "data"
     with Inside(folder, draws=False, bound=1_000_000) as running:
         yield running
@@ -50,7 +50,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **how: Any) -> bytes:
 
 
 def png(width: int, height: int, *extra: tuple[bytes, bytes]) -> bytes:
-    """A PNG that says it has this size, with 4 KB of pixels at most."""
+    """Return a PNG that claims this size, with at most 4 KB of pixels."""
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     pixels = zlib.compress(b"\0" * min((width + 1) * height, 4160))
     chunks = [(b"IHDR", header), *extra, (b"IDAT", pixels), (b"IEND", b"")]
@@ -110,7 +110,7 @@ ODD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_pictures_are_refused_at_once(server: Inside, name: str) -> None:
-    """By each way in; within half a second."""
+    """Every entrance refuses them within half a second."""
     data = BAD[name]
     text = base64.b64encode(data).decode()
     form, kind = multipart(prompt=b"a cat", image=data)
@@ -170,7 +170,7 @@ def prompts(n: int) -> Iterator[str]:
 
 
 def test_prompts_are_parsed_in_linear_time() -> None:
-    """What the processor does for them is timed: a suite shares it."""
+    """Processor time is measured, since other tests share the processor."""
     from safelight.weights import load_model
     from safelight.words import unknown_words
 
@@ -284,7 +284,7 @@ def test_the_product_of_steps_and_count_is_bounded(server: Inside) -> None:
 
 
 def places(app: Any) -> set[str]:
-    """The routes of the application that is within all that stands before it."""
+    """Return the routes of the application inside its wrappers."""
     while not isinstance(app, FastAPI):
         app = app.app
     return {route.path for route in app.routes if isinstance(route, Route)} | {
@@ -353,7 +353,7 @@ IMPORTING = {
     *("/etc/mime.types", "/proc/stat", "/proc/sys/kernel/random/boot_id"),
     "/usr/share/zoneinfo/UTC",
 }
-"""What Python and Gradio read besides their own modules."""
+"""Files that Python and Gradio read besides their own modules."""
 
 listens = False
 opened: list[str] | None = None
@@ -366,7 +366,7 @@ def listen(event: str, given: tuple[Any, ...]) -> None:
 
 @pytest.fixture
 def all_opened() -> Iterator[list[str]]:
-    """The files that Python opens."""
+    """Yield the list of files that Python opens."""
     global opened, listens
     if not listens:
         sys.addaudithook(listen)  # for good

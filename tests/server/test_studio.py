@@ -94,8 +94,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Sandboxed frames stay in the page's process: on a busy machine Playwright did not find one in
-    four of those with a process of their own.
+    """Return a browser that keeps sandboxed frames in the page's process.
+
+    On a busy machine, Playwright did not find one in four frames with a process of their own.
     """
     if CHROMIUM is None:
         pytest.skip("Chromium is not installed")
@@ -152,7 +153,7 @@ class Watched:
         self.check()
 
     def reset(self) -> None:
-        """Put the form back to what the tests that share this page begin with."""
+        """Reset the form to the values that the tests on this page start with."""
         self.page.unroute_all()
         tab(self.page, "Make")
         for label, value in {"Steps": 20, "Pictures": 1}.items():
@@ -163,7 +164,7 @@ class Watched:
 
 @pytest.fixture(scope="module")
 def kept_open() -> Iterator[list[Watched]]:
-    """The page that tests share: empty before the first, and after one that failed."""
+    """The page that tests share: made for the first test, and again after one that failed."""
     pages: list[Watched] = []
     yield pages
     for one in pages:
@@ -202,7 +203,7 @@ def page(
 def fresh(
     server: Serving, context: BrowserContext, request: pytest.FixtureRequest
 ) -> Iterator[Page]:
-    """A page of its own, for a test that leaves more in the form."""
+    """Return a page of its own, for a test that changes more than the form."""
     watched = Watched(context, server.url)
     yield watched.open()
     shot(watched.page, request.node.name)
@@ -215,7 +216,7 @@ def shot(page: Page, name: str) -> None:
 
 
 def event(server: Serving, name: str, *data: Any) -> dict[str, Any]:
-    """What an event of Gradio's answers to a client that is no browser: `data`, or `error`."""
+    """Return Gradio's answer to an event of a client that is no browser: `data` or `error`."""
     known = server.client.get("/studio/config").json()["dependencies"]
     body = {
         "data": data,
@@ -234,7 +235,7 @@ def event(server: Serving, name: str, *data: Any) -> dict[str, Any]:
 
 
 def values(**fields: Any) -> dict[str, Any]:
-    """The values of all fields of the form, some of them given."""
+    """Return the values of all fields of the form; some are given."""
     usual = {
         "prompt": "a cat",
         "negative_prompt": "",
@@ -261,13 +262,13 @@ def values(**fields: Any) -> dict[str, Any]:
 
 
 def submitted(server: Serving, **fields: Any) -> str:
-    """The problem that Make reports for these fields; empty if it draws."""
+    """Return the problem that Make reports for these fields; empty if it draws."""
     output = event(server, "submit", True, None, "embedded", *values(**fields).values())
     return str(output["data"][3] if "data" in output else output["error"])
 
 
 def draw(page: Page, prompt: str, **fields: int) -> None:
-    """Ask for a picture, and wait for it."""
+    """Request a picture and wait for it."""
     ask(page, prompt, **fields)
     expect(page.locator(".now .status")).to_have_text(f"“{prompt}” is done.")
 
@@ -288,7 +289,7 @@ def tab(page: Page, name: str) -> None:
 
 
 def on_easel(page: Page, colour: tuple[int, int, int]) -> Any:
-    """Wait until the editor shows this colour in its middle; returns where the middle is."""
+    """Wait until the middle of the editor has this colour; return where the middle is."""
     canvas = page.locator("#easel canvas").first
     expect(canvas).to_be_visible()
 
@@ -361,7 +362,7 @@ def test_what_cannot_be_is_told_in_a_sentence(page: Page) -> None:
 
 
 def test_the_seed_shown_is_that_of_the_picture(server: Serving, page: Page) -> None:
-    """So that “Keep it” keeps the seed of the picture that one likes."""
+    """So “Keep it” keeps the seed of the picture that the user likes."""
     seed = page.get_by_label("Seed", exact=True)
     before = seed.input_value()
     page.get_by_role("button", name="New seed").click()
@@ -590,7 +591,7 @@ def test_a_warning_is_beside_the_finished_picture(page: Page) -> None:
 
 
 def test_a_picture_is_there_when_it_is_said_to_be_done(page: Page) -> None:
-    """Who clicks the first picture then opens that one, however slowly the list comes."""
+    """A click on the first picture then opens that picture, however slowly the list comes."""
 
     def late(route: Any) -> None:
         answer = route.fetch()
@@ -810,7 +811,7 @@ def test_the_example_is_trained(page: Page) -> None:
 
 
 def test_training_with_other_steps_is_another_training(server: Serving, page: Page) -> None:
-    """It cannot go on from a plan of other steps, and nobody on this page could give a folder."""
+    """It cannot resume a plan with other steps, and the page has no field for a folder."""
     tab(page, "Train")
     for wrong in (None, "x", 10**9):
         assert event(server, "begin", wrong)["data"][0] == "Training steps must be 1 to 3000."
@@ -852,8 +853,9 @@ def still(page: Page) -> None:
 
 
 def test_on_a_phone(server: Serving, page: Page) -> None:
-    """Nothing is wider than the screen, the page stays at the form, and a button leads to the
-    picture and back.
+    """Nothing is wider than the screen, and the page stays at the form.
+
+    A button leads to the picture and back.
     """
     sides = page.viewport_size
     page.set_viewport_size({"width": 390, "height": 844})
@@ -901,7 +903,7 @@ SCRIPTS = [
 
 
 def test_no_script_in_a_prompt_runs(server: Serving, context: BrowserContext) -> None:
-    """In the live view, the gallery, the recipe, and a problem's sentence."""
+    """It does not run in the live view, the gallery, the recipe, or a problem's sentence."""
     scripts = SCRIPTS[:: size(3, 1)]
     shown = min(len(scripts), 56)
     how = {"steps": 1, "sampler": "euler", "guidance_scale": 1, "width": 64, "height": 64}
@@ -930,7 +932,7 @@ def test_no_script_in_a_prompt_runs(server: Serving, context: BrowserContext) ->
 
 
 def test_a_request_names_no_file_and_no_address(server: Serving, tmp_path: Path) -> None:
-    """Gradio's events take files by their paths: those alone that the page uploaded."""
+    """Gradio's events take paths of files: only those that the page uploaded are allowed."""
     Image.new("RGB", (64, 64), "red").save(tmp_path / "private.png")
     theirs = [tmp_path / "private.png", server.data / "uploads" / ".." / "jobs.sqlite3"]
     for path in (*map(str, theirs), "/etc/hostname", "http://127.0.0.1:1/x.png"):
@@ -947,7 +949,7 @@ def test_a_request_names_no_file_and_no_address(server: Serving, tmp_path: Path)
 
 
 def test_an_open_page_holds_no_connection(server: Serving) -> None:
-    """A browser has six to one host: a stream for each tab would use them up."""
+    """A browser has six connections to a host: one stream for each tab would use them up."""
     assert server.client.get("/studio/config").json()["connect_heartbeat"] is False
 
 
@@ -1011,7 +1013,7 @@ def test_half_a_character_is_refused_before_gradio_repeats_it(server: Serving) -
 
 
 def test_a_recipe_of_anything_at_all() -> None:
-    """Files come from strangers: what can be had is taken, and the rest is told."""
+    """Files come from strangers: usable settings are taken, and the rest is reported."""
     anything = {"prompt": "a cat", "seed": {}, "steps": -1, "sampler": [], "z": 1}
     values, told = form.shown(anything, Suits())
     assert values[0] == "a cat"
@@ -1170,7 +1172,7 @@ def test_a_failure_is_told_though_another_is_shown(server: Serving, page: Page) 
 
 
 def test_two_pages_look_inside(server: Serving) -> None:
-    """One after the other, since each loads the model; neither ends the other's."""
+    """They take turns, since each loads the model; neither ends the other's run."""
     shown: list[Any] = []
 
     def look() -> None:
@@ -1187,7 +1189,7 @@ def test_two_pages_look_inside(server: Serving) -> None:
 
 
 def in_a_thread(task: Any) -> Any:
-    """The result of a coroutine. This thread has the browser's loop."""
+    """Return the result of a coroutine, run in a thread: the browser's loop runs in this one."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, task).result()
 
@@ -1256,7 +1258,7 @@ def test_a_prompt_is_not_in_the_list_of_processes() -> None:
 
 
 def test_what_runs_beside_the_server_ends_with_it(tmp_path: Path) -> None:
-    """However the server ends: here by SIGKILL."""
+    """It ends however the server ends: here by SIGKILL."""
     arguments = ["train", "unconditional", "digits", f"--out={tmp_path / 'out'}", "--steps=60"]
     server = (
         "import asyncio, sys\nfrom safelight.studio.run import Command\n"
@@ -1304,7 +1306,7 @@ def test_a_model_without_words(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("command", "code"), [("studio", 0), ("serve", 2)])
 def test_one_server_to_a_data_folder(server: Serving, command: str, code: int) -> None:
-    """A second one would take what the first draws for left over. The studio leads to the first."""
+    """A second one would draw the first one's jobs as leftovers. The studio leads to the first."""
     arguments = ["--data-dir", str(server.data), *(["--no-browser"] if code == 0 else ["--port=0"])]
     done = subprocess.run(
         [sys.executable, "-m", "safelight", command, *arguments],

@@ -1,4 +1,4 @@
-"""Traces: one for a picture's way, with the client's, and without its words."""
+"""Traces: one shows a picture's whole way, within the client's trace, without the prompt."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SECRET = "a zebra with stripes"
 
 @pytest.fixture
 def sent() -> Iterator[Any]:
-    """The spans that were sent, by an exporter that keeps them."""
+    """Return the spans that were sent, from an exporter that keeps them."""
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
     exporter = InMemorySpanExporter()
@@ -33,7 +33,7 @@ def sent() -> Iterator[Any]:
 
 
 def test_one_trace_shows_the_way_of_a_picture(tmp_path: Path, sent: Any) -> None:
-    """From the client's own span over the request to each part of the worker's work."""
+    """It goes from the client's own span over the request to each part of the worker's work."""
     how = {"prompt": SECRET, "negative_prompt": SECRET, "count": 2, "steps": 2, "sampler": "euler"}
     with Inside(tmp_path) as server:
         answer = server.ask("POST", "/api/jobs?token=secret", how, traceparent=CLIENT)

@@ -1,8 +1,8 @@
 """A data folder of an earlier version opens, migrates and serves, with all its pictures.
 
-`schema-0002.zip` was written by the code of 26 November 2026: jobs that succeeded with
-text alone and with image and mask, a cancelled one, and two that wait, one of them with an image
-and one with an Idempotency-Key. Its `postgresql.sql` is the same database as pg_dump wrote it.
+`schema-0002.zip` was written by the code of 26 November 2026. It has succeeded jobs, from text
+alone and with image and mask, a cancelled job, and two that wait, one with an image and one with an
+Idempotency-Key. Its `postgresql.sql` is the same database, written by pg_dump.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def test_on_postgresql(folder: Path, postgres: str) -> None:
 def test_the_newest_schema_is_refused_by_an_earlier_version(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the version that wrote the folder refuses it once it has been migrated."""
+    """The version that wrote the folder refuses it so once it has been migrated."""
     start(folder)[1].close()
     monkeypatch.setattr("safelight.server.schema.HEAD", "0002")
     monkeypatch.setattr("safelight.server.schema.versions", lambda: {"0001", "0002"})

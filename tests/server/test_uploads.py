@@ -1,4 +1,4 @@
-"""Uploads that nobody has used yet: a quota, and nothing of broken-off ones stays."""
+"""Uploads that no job has used yet: they have a quota, and broken-off ones leave nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safelight.server.uploads import Uploads
 
 
 class Gradio:
-    """Writes as Gradio does: a file tmp*, which then gets a folder of its own."""
+    """Writes as Gradio does: a file tmp*, which is then moved to a folder of its own."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.number = folder, 0
@@ -72,7 +72,7 @@ def test_one_owner_is_bounded_and_costs_the_others_nothing(gradio: Gradio) -> No
 
 
 def test_all_together_are_bounded(gradio: Gradio) -> None:
-    """After a start, when it is not known whose they are, too."""
+    """This holds after a start as well, when their owners are not known."""
     app = Uploads(gradio, gradio.folder)
     said = [upload(app, 200, client=f"10.0.0.{i}") for i in range(7)]
     assert said == [200] * 5 + [429] * 2
@@ -109,7 +109,7 @@ def test_broken_off_uploads_leave_nothing(gradio: Gradio) -> None:
 
 
 def test_what_an_earlier_server_left_is_cleaned_up(gradio: Gradio) -> None:
-    """Files and folders; whole uploads stay."""
+    """Broken-off files and folders are removed; complete uploads stay."""
     upload(Uploads(gradio, gradio.folder), 100)
     (gradio.folder / "tmpabc_0123").write_bytes(b"x")
     (gradio.folder / "tmpdef_4567").mkdir()

@@ -1,4 +1,4 @@
-"""`safelight verify` makes the pictures of a server again: equal if they were drawn alone."""
+"""`safelight verify` repeats pictures of a server: they are equal if they were drawn alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Webhooks: whom they go to, how they are signed, and that none is lost."""
+"""Webhooks: where they are sent, how they are signed, and that none is lost."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ URL = "https://example.com/done"
 
 
 class Receiver(HTTPServer):
-    """Keeps what it is sent. statuses: of the next answers; 200 after them."""
+    """Keeps what it receives. statuses: of the next answers; then 200."""
 
     def __init__(self) -> None:
         self.got: list[tuple[dict[str, str], bytes]] = []
@@ -75,7 +75,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 
 def ended(store: Store, **how: Any) -> str:
-    """A job with a webhook, that has ended."""
+    """Return a job with a webhook that has ended."""
     job = submit(store, webhook=URL, **how)
     mine = claim(store, alone=True)
     store.finish(mine.id, mine.token, warnings=[])
@@ -83,7 +83,7 @@ def ended(store: Store, **how: Any) -> str:
 
 
 def test_a_job_stays_until_its_webhook_was_told(store: Store) -> None:
-    """Retention deletes its row, and with it whom to tell."""
+    """Retention deletes the job's row, and with it the webhook's."""
     job = ended(store)
     end = time.time() + 100
     assert store.mark(end, end) == (0, 0)
@@ -187,7 +187,7 @@ def test_a_name_is_looked_up_once_and_that_address_is_connected_to(
 
 
 def _run(store: Store, done: Any) -> Webhooks:
-    """Send what is due, until a condition is met."""
+    """Send webhooks that are due until a condition is met."""
 
     async def run() -> Webhooks:
         sender = Webhooks(store, private=True)
@@ -301,7 +301,7 @@ def test_a_retry_is_told_anew_and_what_waits_is_not_told(store: Store) -> None:
 
 @pytest.mark.parametrize("turns", range(4))
 def test_it_stops_though_a_job_ends_at_that_moment(store: Store, turns: int) -> None:
-    """turns: of the event loop between the two."""
+    """turns: of the event loop between the job's end and the stop."""
 
     async def run() -> None:
         hooks = Webhooks(store)

@@ -1,4 +1,4 @@
-"""The worst pictures and bodies of JSON: what they cost the server, and the others."""
+"""The worst pictures and JSON bodies: what they cost the server and other clients."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
 
 @pytest.fixture(scope="module")
 def before(server: Serving) -> float:
-    """The memory of the server's processes before the worst comes."""
+    """Return the memory of the server's processes before the worst input comes."""
     with Tree(server.process.pid) as tree:
         return tree.now()
 
 
 class Tree:
-    """The most memory that a process and all of its children have, beyond what they had at first.
+    """Measures the most memory that a process and all its children take, beyond `before`.
 
-    before: what they had; what they have now.
+    before: their memory at first; by default what they have now.
     """
 
     def __init__(self, pid: int, before: float | None = None) -> None:
@@ -89,7 +89,7 @@ class Tree:
         return found
 
     def now(self) -> float:
-        """MB of their own, files that are mapped apart."""
+        """Return their own memory in MB, without mapped files."""
         total = 0
         for pid in self._pids:
             try:
@@ -101,7 +101,7 @@ class Tree:
 
 
 class Others:
-    """What another client waits for meanwhile: /healthz, and a picture of its own to be taken."""
+    """Measures what another client waits for: /healthz, and the acceptance of its own picture."""
 
     def __init__(self, server: Serving, *, pictures: bool = True) -> None:
         self._url, self._pictures = server.url, pictures
@@ -141,7 +141,7 @@ class Others:
 
 
 def sent(client: httpx.Client, path: str, **how: Any) -> Callable[[], int]:
-    """Return what sends a request that is made already: to make it holds up this process."""
+    """Return a function that sends a prepared request: preparing it would hold up this process."""
     request = client.build_request("POST", path, **how)
     request.read()
     return lambda: client.send(request).status_code
@@ -152,7 +152,7 @@ def jobs(client: httpx.Client, data: bytes) -> Callable[[], int]:
 
 
 def masked(client: httpx.Client, data: bytes) -> Callable[[], int]:
-    """A picture and a mask of its size, both at their worst."""
+    """Return what sends a picture and a mask of the same size, both the worst."""
     text = base64.b64encode(data).decode()
     return sent(client, "/api/jobs", json=QUICK | {"image": text, "mask": text})
 
@@ -175,7 +175,7 @@ def edits(client: httpx.Client, data: bytes) -> Callable[[], int]:
 
 
 def upload(client: httpx.Client, data: bytes) -> Callable[[], int]:
-    """As the page does with a picture that is dropped to read its recipe."""
+    """Return what uploads a picture as the page does when one is dropped on it."""
     known = client.get("/studio/config").json()["dependencies"]
     read = next(one["id"] for one in known if one["api_name"] == "read")
     path = "/studio/gradio_api/upload"
@@ -300,7 +300,7 @@ def test_the_worst_json(server: Serving, name: str) -> None:
 
 
 def waited(server: Serving, route: str, body: bytes) -> float:
-    """Return how long /healthz waited at most, the least of three times: others use the machine."""
+    """Return the longest wait of /healthz, the least of three runs: others use the machine."""
     found: list[float] = []
     headers = {**STRANGER, "Content-Type": "application/json"}
     for _ in range(size(1, 3)):

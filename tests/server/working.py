@@ -13,7 +13,7 @@ from serving import wait_for
 
 
 class Working:
-    """url: of the database. storage: the folder. arguments: more of them."""
+    """A `safelight worker`. url: of the database. storage: a folder. arguments: further ones."""
 
     def __init__(self, url: str, storage: Path | str, log: Path, *arguments: str) -> None:
         self._log = log
@@ -35,13 +35,13 @@ class Working:
             )
 
     def stop(self) -> int:
-        """Tell it to end; return its exit code."""
+        """Tell the worker to end; return its exit code."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         return int(self.process.wait(30))
 
     def said(self, words: str) -> None:
-        """Wait until it has said this."""
+        """Wait until the worker's log has this text."""
         wait_for(lambda: words in self.log() or self.process.poll() is not None)
         assert words in self.log(), self.log()
 
@@ -49,7 +49,7 @@ class Working:
         return self._log.read_text() if self._log.exists() else ""
 
     def child(self) -> int:
-        """The id of the process that draws; 0 if there is none now."""
+        """The process id of the process that draws; 0 if there is none now."""
         found = subprocess.run(
             ["pgrep", "-P", str(self.process.pid), "-f", "spawn_main"],
             capture_output=True,

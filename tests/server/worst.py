@@ -1,6 +1,6 @@
-"""The largest and slowest of what strangers may send: pictures of up to 64 MiB, and bodies of JSON.
+"""The largest and slowest input that strangers may send: pictures up to 64 MiB, and bodies of JSON.
 
-`PICTURES` and `bodies` make each one when it is asked for: together they are gigabytes.
+`PICTURES` and `bodies` make each one only when it is used: together they take gigabytes.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from hostile import chunk, encoded, exif, segment
 from PIL import Image
 
 MOST = 62 << 20
-"""Bytes of a picture: what a body of 64 MiB holds, with what is around it."""
+"""The most bytes of a picture in a body of 64 MiB, which also has other fields."""
 
 SIDE = 5000
-"""25 million pixels, the most that is taken over HTTP."""
+"""Pixels a side: 25 million in all, the most that is accepted over HTTP."""
 
 
 def noise(mode: str, width: int, height: int) -> Image.Image:
@@ -30,12 +30,12 @@ def noise(mode: str, width: int, height: int) -> Image.Image:
 
 
 def smooth(width: int = SIDE, height: int = SIDE) -> Image.Image:
-    """What compresses well."""
+    """Return a picture that compresses well."""
     return Image.linear_gradient("L").resize((width, height)).convert("RGB")
 
 
 def png(kind: int, depth: int, width: int, height: int, *before: bytes, level: int = 1) -> bytes:
-    """A PNG of any colour type and depth: of noise or, at level 9, of zeros."""
+    """Return a PNG of any colour type and depth: of noise or, at level 9, of zeros."""
     channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]
     row = -(-width * channels * depth // 8)
     packed, rows, chance = zlib.compressobj(level), [], np.random.default_rng(1)
@@ -56,7 +56,7 @@ PALETTE = chunk(b"PLTE", bytes(range(256)) * 3)
 
 
 def jpeg(image: Image.Image, scans: int = 0, **how: Any) -> bytes:
-    """scans: so often does the last one come again, of a progressive one."""
+    """Return a JPEG. scans: how often the last scan of a progressive one is repeated."""
     plain = encoded(image, "JPEG", progressive=bool(scans), **how)
     if scans:
         last = plain.rindex(b"\xff\xda")
@@ -75,7 +75,7 @@ def rough_webp() -> bytes:
 
 
 def text(kind: bytes, size: int, letter: str = "a") -> bytes:
-    """A chunk of text that unpacks to so many bytes."""
+    """Return a chunk of text that unpacks to so many bytes."""
     words = (letter * (size // len(letter.encode()))).encode()
     if kind == b"tEXt":
         return chunk(kind, b"key\0" + words)
@@ -154,7 +154,7 @@ COSTLY = [
     "PNG, turned by EXIF",
     "JPEG, progressive, noise",
 ]
-"""Those that come by every entrance in the long run."""
+"""The pictures that the long run sends by every entrance."""
 
 TWICE = [
     "PNG, RGBA, 16 bit, 25 MP",
@@ -164,10 +164,10 @@ TWICE = [
     "JPEG, progressive, noise",
     "WebP, lossless",
 ]
-"""Those of which two fit into a body: a picture and its mask."""
+"""The pictures of which two fit into a body, as picture and mask."""
 
 SMALL = ["PNG, gray, 16 bit, 50 MB", "JPEG, CMYK, progressive"]
-"""Those of the suite: what cost the most before."""
+"""The pictures that the suite sends: the ones that cost most before."""
 
 
 FIELDS = ("prompt", "negative_prompt", "sampler", "schedule", "size", "model", "sampler_name")
@@ -175,7 +175,7 @@ FIELDS += ("scheduler", "styles", "loras", "embeddings")
 
 
 def json_bodies(size: int) -> dict[str, bytes]:
-    """Bodies of JSON that keep a parser or a check busy, of about so many bytes."""
+    """Return bodies of JSON of about `size` bytes that keep a parser or a check busy."""
 
     def told(value: Any) -> bytes:
         return json.dumps(value).encode()

@@ -122,9 +122,7 @@ def speed(rows: int) -> None:
 
 
 def bare_engines(rows: int) -> tuple[float, float]:
-    """Return the seconds that two bare engines take for all rows, and a core's seconds for each
-    row.
-    """
+    """Return the seconds of two bare engines for all rows, and those of a core for each row."""
     parts = [
         subprocess.Popen([sys.executable, __file__, "--bare", str(i)], stdout=subprocess.PIPE)
         for i in range(WORKERS)

@@ -36,9 +36,7 @@ def main() -> None:
 
 
 def known(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the parts of a document that Kubernetes' own schemas describe: for KubeRay's, its
-    pods.
-    """
+    """Return what Kubernetes' own schemas describe of a document: for KubeRay's, the pods."""
     if not document["apiVersion"].startswith("ray.io/"):
         return [document]
     cluster = document["spec"].get("rayClusterSpec", document["spec"])

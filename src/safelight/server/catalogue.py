@@ -48,9 +48,7 @@ class Catalogue:
     # --- the worker ------------------------------------------------------------------------------
 
     def on_message(self, kind: str, rest: list[Any]) -> bool:
-        """Take in a worker's message about a model; return False if the message is about something
-        else.
-        """
+        """Take in a worker's message about a model; return False for any other message."""
         if kind == "ready":
             self._on_ready(ModelInfo(**rest[0]))
         elif kind == "loaded":

@@ -76,9 +76,7 @@ class Database:
 
     @contextmanager
     def _write(self, *, alone: bool = True) -> Iterator[Connection]:
-        """Begin a transaction that writes. alone: no other `alone` transaction runs at the same
-        time.
-        """
+        """Begin a transaction that writes. alone: it excludes all other `alone` transactions."""
         with storage_errors(), self.engine.begin() as connection:
             if alone and not self._lite:  # SQLite's begins with BEGIN IMMEDIATE
                 connection.execute(select(func.pg_advisory_xact_lock(LOCK)))

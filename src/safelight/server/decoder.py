@@ -35,8 +35,7 @@ MAX_BYTES = 4 * MAX_PIXELS
 
 
 class Sent:
-    """Bytes that came with a call. A function that takes them can free them before the call ends.
-    """
+    """Bytes that came with a call. The function that takes them can free them early."""
 
     def __init__(self, data: bytes) -> None:
         self._data: bytes | None = data

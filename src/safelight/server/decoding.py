@@ -36,8 +36,7 @@ ENVIRONMENT = {
 
 
 class Decoder:
-    """One decoder process, started with the first call and replaced when it ends. For one thread.
-    """
+    """A decoder process, started by the first call, replaced when it ends. For one thread."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None

@@ -227,8 +227,7 @@ class Service(Protocol):
         ...
 
     async def chosen(self, owner: str | None) -> str | None:
-        """Return the model that an owner chose for requests without a model; None for none.
-        """
+        """Return an owner's model for requests that name none; None if it chose none."""
         ...
 
     async def choose(self, model: str, owner: str | None) -> None:

@@ -57,8 +57,7 @@ def belongs(files: Files, store: Store) -> bool:
 
 
 def _mark(files: Files, store: Store, knows: bool, knows_these: bool) -> str:
-    """Return the mark that names this folder in its database. Raises StorageError if they differ.
-    """
+    """Return this folder's mark in its database. Raises StorageError if another has it."""
     here, there = files.mark(), store.folder()
     file = sqlite_file(store.engine)
     within = files.local and file is not None and files.root in file.resolve().parents

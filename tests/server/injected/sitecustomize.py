@@ -1,4 +1,4 @@
-"""Makes a worker hang once, where and how a file says: "finish loops". For test_hung.py.
+"""Makes a worker hang once. A file says where and how, as "finish loops". For test_hung.py.
 
 Python runs a module of this name at its start, in the server's processes, too.
 """
@@ -14,13 +14,13 @@ FILE = Path(os.environ["SAFELIGHT_TEST_HANG"])
 
 
 def loops():
-    """An endless loop in Python."""
+    """Loop for ever in Python."""
     while True:
         pass
 
 
 def computes():
-    """An endless loop of calls of native code."""
+    """Loop for ever over calls of native code."""
     import torch
 
     a = torch.ones(64, 64)
@@ -30,7 +30,7 @@ def computes():
 
 
 def waits():
-    """A lock that nobody opens."""
+    """Wait for a lock that nobody releases."""
     lock = threading.Lock()
     lock.acquire()
     lock.acquire()
