@@ -27,9 +27,9 @@ def compiler() -> str:
 
 
 def link() -> list[str]:
-    """Return flags that make a library which shares the threads of PyTorch's OpenMP.
+    """Return the flags that link a library which shares the threads of PyTorch's OpenMP.
 
-    macOS has none: PyTorch brings its own there, without the file that one would compile with.
+    On macOS it has one thread: PyTorch brings an OpenMP of its own, without files to compile with.
     """
     if WINDOWS:
         return ["-shared", "-fopenmp=libiomp5"]
@@ -37,7 +37,7 @@ def link() -> list[str]:
 
 
 class Build(build_ext):
-    """Compiles each library by one call of the compiler."""
+    """Compiles each library with one call of the compiler."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + (".dll" if WINDOWS else ".so")
@@ -64,7 +64,7 @@ class Build(build_ext):
 
 
 def changed() -> float:
-    """Return when what libraries are made of was changed last."""
+    """Return when the sources and flags of the libraries last changed, in seconds since 1970."""
     here = Path(__file__).parent
     sources = [*here.glob("src/safelight/fast/*.cpp"), *here.glob("src/safelight/fast/*.h")]
     return max(

@@ -1,12 +1,12 @@
-"""Whether the words of a prompt light up where their things are: twenty prompts of two things.
+"""Measure whether attention maps show where things are: twenty prompts of two things each.
 
     python benchmarks/attention.py [--model embedded] [--json]
 
-Each prompt asks for one thing on a half of the picture and for another on the other half. The
-figure of a map is the share of its mass on the half where the thing was asked for; by chance that
-is 50 %, and half of the maps have more than that. It is told of each layer of cross-attention, of
-the mean of all, and of those that `safelight explain` shows, over all steps and over each quarter
-of them.
+Each prompt asks for one thing on one half of the picture and for another on the other half. A map's
+figure is the share of its mass on the half where its thing was asked for. By chance that is 50 %,
+and half of the maps have more than that. The figures are printed for each layer of cross-attention,
+for the mean of all, and for those that `safelight explain` shows, over all steps and over each
+quarter of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from safelight.explain.attention import recorded, telling_layers, word_maps, wor
 from safelight.nets.layers import BasicTransformerBlock
 from safelight.nets.unet import UNet2DConditionModel
 
-# Other things than those that the layer was chosen with.
+# Not the things with which the layers that are shown were chosen.
 THINGS = (
     ("a fox", "a doughnut"),
     ("a panda", "a bus"),
@@ -67,7 +67,7 @@ def main() -> None:
 def measure(
     model: safelight.Model, first: str, relation: str, second: str, seed: int
 ) -> dict[str, list[float]]:
-    """The shares of the first thing and of the second, by what the maps are of."""
+    """Return the shares of the first thing and of the second, for each layer or group of layers."""
     prompt = f"{first} {relation} {second}"
     unet = model.unet
     assert isinstance(unet, UNet2DConditionModel)
@@ -104,7 +104,7 @@ def measure(
 
 
 def share(found: Tensor, relation: str, first: bool) -> float:
-    """How much of a map [h, w] is on the half where the first thing, or the second, should be."""
+    """Return the share of a map [h, w] on the half for the first thing, or for the second."""
     along = found.sum(1) if relation in ("above", "below") else found.sum(0)
     early = (relation in ("above", "to the left of")) == first
     half = len(along) // 2

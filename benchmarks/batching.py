@@ -1,10 +1,10 @@
-"""What batching by the step gives: 32 mixed requests at once, beside the same one by one.
+"""Compare batching by the step with one request after the other, for 32 mixed requests.
 
     python benchmarks/batching.py [--model embedded] [--rounds 5] [--requests 32] [--longest 50]
     python benchmarks/batching.py --model sd15.safetensors --rounds 3 --requests 4 --longest 6
 
-Each round takes both ways, so that what else the machine does meets them alike. Throughput is
-requests a second; latency is from the moment that all are there to that of a picture.
+Each round measures both, so that other load on the machine affects them alike. Throughput is
+requests a second; latency is the time from when all requests are there until a picture is finished.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from safelight import Request
 from safelight.engine import Engine
 
 SHORT = 4
-"""Steps of the requests whose latency is looked at."""
+"""Steps of the requests whose latency is measured."""
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
     for i in range(given.rounds + 1):
         one = one_by_one(model, requests)
         many = at_once(engine, requests)
-        if i:  # the first packs weights
+        if i:  # the first round packs weights
             rounds.append(
                 {
                     "throughput": max(one) / max(many),
@@ -63,7 +63,7 @@ def say(line: str) -> None:
 
 
 def mixed(n: int, size: tuple[int, int], longest: int) -> list[Request]:
-    """4 to `longest` steps, three samplers, two tasks; a third are short, spread among them."""
+    """Return n requests: three samplers, two tasks, 4 to `longest` steps; every third is short."""
     chance = random.Random(0)
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     photo = Image.fromarray(noise)
@@ -82,7 +82,7 @@ def mixed(n: int, size: tuple[int, int], longest: int) -> list[Request]:
 
 
 def one_by_one(model: safelight.Model, requests: list[Request]) -> list[float]:
-    """Seconds until each is there, first in, first out."""
+    """Return the seconds until each picture is finished, one request after the other."""
     began = time.perf_counter()
     taken = []
     for request in requests:
@@ -92,6 +92,7 @@ def one_by_one(model: safelight.Model, requests: list[Request]) -> list[float]:
 
 
 def at_once(engine: Engine, requests: list[Request]) -> list[float]:
+    """Return the seconds until each picture is finished, all requests together."""
     began = time.perf_counter()
     taken = [0.0] * len(requests)
     for i, request in enumerate(requests):
@@ -103,7 +104,7 @@ def at_once(engine: Engine, requests: list[Request]) -> list[float]:
 
 
 def late(requests: list[Request], taken: list[float]) -> float:
-    """The 95th percentile of the latency of the short ones."""
+    """Return the 95th percentile of the latency of the short requests, in seconds."""
     short = [t for r, t in zip(requests, taken, strict=True) if r.steps == SHORT]
     return float(np.percentile(short, 95))
 

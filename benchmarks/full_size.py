@@ -1,11 +1,11 @@
-"""A full-size model of random weights, from one file to a picture of its own size.
+"""Measure a full-size model of random weights, from one file to a picture of its own size.
 
     python benchmarks/full_size.py [--family sdxl] [--dtype bfloat16] [--low-memory] [--json]
 
-Writes the checkpoint of Stable Diffusion 1.5 or SDXL (layout of the original code, float16, 2.1 or
-6.9 GB) to a temporary folder, or takes the one of --checkpoint, and for each precision
-starts a fresh process that loads it and draws one picture in 2 steps with guidance. Meanwhile
-the memory of that process is read from the kernel. The folder is removed afterwards.
+It writes a checkpoint of Stable Diffusion 1.5 or SDXL (layout of the original code, float16, 2.1 or
+6.9 GB) to a temporary folder, or uses that of --checkpoint. For each precision it starts a fresh
+process, which loads the checkpoint and draws one picture in 2 steps with guidance, and reads that
+process's memory from the kernel meanwhile. The folder is removed afterwards.
 """
 
 import argparse
@@ -45,14 +45,14 @@ ROWS = {
 
 
 def family_of(name: str) -> Any:
-    """The published variant of this name."""
+    """Return the published variant of this name."""
     from safelight.families import sd, sdxl
 
     return next(v for v in (*sd.VARIANTS, *sdxl.VARIANTS) if v.name == name)
 
 
 def shapes_by_key(name: str) -> dict[str, tuple[int, ...]]:
-    """The tensors of a checkpoint of this family, by their names in a single file."""
+    """Return the shapes of a checkpoint's tensors, by their names in a single file."""
     import torch
 
     from safelight.weights.names import original_names
@@ -73,7 +73,7 @@ def shapes_by_key(name: str) -> dict[str, tuple[int, ...]]:
 
 
 def write_checkpoint(path: Path, family: str) -> int:
-    """Writes random weights tensor by tensor, and returns the number of parameters."""
+    """Write random weights tensor by tensor, and return the number of parameters."""
     shapes = shapes_by_key(family)
     header: dict[str, Any] = {}
     end = 0
@@ -82,7 +82,7 @@ def write_checkpoint(path: Path, family: str) -> int:
         header[key] = {"dtype": "F16", "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    # One block of numbers, from another place for each tensor: to draw 3.5 billion takes a minute.
+    # One block of numbers, rolled for each tensor, as drawing 3.5 billion takes a minute.
     pool = np.random.default_rng(0).standard_normal(1 << 22, np.float32)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
@@ -92,7 +92,7 @@ def write_checkpoint(path: Path, family: str) -> int:
 
 
 def _write_weight(file: BinaryIO, key: str, shape: tuple[int, ...], pool: np.ndarray) -> None:
-    """Weights that keep the size of what passes through, so that no precision overflows."""
+    """Write a tensor that keeps the size of activations, so that no precision overflows."""
     if len(shape) == 1:  # a bias, or the scale of a norm
         values = np.full(shape, 1.0 if key.endswith("weight") else 0.0)
     else:
@@ -104,7 +104,7 @@ def _write_weight(file: BinaryIO, key: str, shape: tuple[int, ...], pool: np.nda
 
 
 def draw(checkpoint: str, dtype: str, low_memory: bool) -> None:
-    """Loads and draws, names each phase as it begins, and ends with what it took as JSON."""
+    """Load and draw; print each phase as it begins, and at the end the measurements as JSON."""
     import safelight
 
     began = time.perf_counter()
@@ -138,7 +138,7 @@ def draw(checkpoint: str, dtype: str, low_memory: bool) -> None:
             {
                 "load_s": load,
                 "text_s": result.timings["text"],
-                # The first step's clock also holds the text encoder.
+                # The first step's time includes the text encoder.
                 "step_s": result.timings["denoise"] / STEPS,
                 "steps_s": [steps[0] - result.timings["text"], *steps[1:]],
                 "decode_s": result.timings["decode"],
@@ -158,10 +158,10 @@ def mark(text: str) -> None:
 
 
 def peak_resident() -> int:
-    """The most bytes that this process ever had resident, pages of mapped files included."""
+    """Return the most bytes that this process had resident, with pages of mapped files."""
     status = Path("/proc/self/status")
     if status.exists():
-        # ru_maxrss would begin with what the parent had when it started this process.
+        # ru_maxrss would begin with the memory of the parent when it started this process.
         return memory(status)["VmHWM"]
     import resource
 
@@ -170,7 +170,7 @@ def peak_resident() -> int:
 
 
 def memory(status: Path) -> dict[str, int]:
-    """The kernel's account of a process, in bytes."""
+    """Return the kernel's figures of a process's memory, in bytes."""
     lines = (line.partition(":") for line in status.read_text().splitlines())
     return {key: int(value.split()[0]) * 1024 for key, _, value in lines if value.endswith(" kB")}
 
@@ -181,8 +181,8 @@ def memory(status: Path) -> dict[str, int]:
 class Watch(threading.Thread):
     """Reads a process's memory 50 times a second, and keeps the peaks of each phase.
 
-    Own memory is that of no file. Pages of the mapped checkpoint count as resident too, while it
-    is open, but the kernel drops them where memory is short.
+    Own memory is that of no file. Pages of the mapped checkpoint count as resident too while it is
+    open, but the kernel drops them when memory is short.
     """
 
     def __init__(self, pid: int) -> None:
@@ -208,7 +208,7 @@ class Watch(threading.Thread):
 
 
 def measure(checkpoint: Path, dtype: str, low_memory: bool, cache: Path) -> dict[str, Any]:
-    # A model's SHA-256 is remembered between runs; a first load is what is measured here.
+    # A fresh cache, as it keeps a model's SHA-256, and a first load is measured.
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache / dtype)}
     command = [sys.executable, __file__, "--draw", str(checkpoint), "--dtype", dtype]
     command += ["--low-memory"] * low_memory

@@ -1,4 +1,4 @@
-"""SDXL's network alone: a guided step of 1024×1024 pixels by Safelight, OpenVINO and diffusers.
+"""Compare a guided step of SDXL's network, at 1024×1024, in Safelight, OpenVINO and diffusers.
 
     python benchmarks/sdxl_step.py [--only safelight] [--rounds 2]
 
@@ -65,7 +65,7 @@ def measured(name: str) -> list[float]:
 
 
 def _step(name: str) -> Callable[[], Any]:
-    """Return what computes the noise of two rows, with the prompt and without."""
+    """Return a function that computes the noise of two rows, with the prompt and without."""
     import torch
 
     from safelight.bench import networks
@@ -75,7 +75,7 @@ def _step(name: str) -> Callable[[], Any]:
     family = next(variant for variant in sdxl.VARIANTS if variant.name == "sdxl")
     config = dict(family.configs["unet"])
     ours = networks.meta(UNet2DConditionModel, UNetConfig.from_dict(config))
-    # OpenVINO traces weights of 16 bits in float16 alone; it computes in bfloat16, too.
+    # OpenVINO traces 16-bit weights only in float16; it can still compute in bfloat16.
     dtype = torch.float16 if name == "openvino" else torch.bfloat16
     state = networks.weights(ours, dtype)
     some = torch.Generator().manual_seed(1)

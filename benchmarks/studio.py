@@ -1,9 +1,9 @@
-"""How soon the studio is there, and how late a preview is: in Debian's Chromium, headless.
+"""Measure how soon the studio is ready and how late previews are, in Debian's headless Chromium.
 
     python benchmarks/studio.py [--rounds 5]
 
-First paint is the browser's own figure, of a page that no cache holds. Lateness is from the end of
-a step in the worker to when its two pictures are set in the page; both have one clock.
+First paint is the browser's own figure, for a page that is in no cache. Lateness is the time from
+the end of a step in the worker until its two pictures are set in the page; both use one clock.
 """
 
 from __future__ import annotations

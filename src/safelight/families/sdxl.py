@@ -304,7 +304,7 @@ class StableDiffusionXL(LatentFamily):
         return 1
 
     def reads_zeros(self, request: Request) -> bool:
-        """Return what the request says, else: A1111 reads zeros, ComfyUI a text, others as `zeros`."""
+        """Return `empty_negative`; by default A1111 has zeros, ComfyUI a text, others `zeros`."""
         rule = request.empty_negative
         if rule is None:
             rule = {"a1111": "zeros", "comfy": "encoded"}.get(request.prompt_syntax, "model")

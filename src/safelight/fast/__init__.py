@@ -3,15 +3,15 @@
 `accelerate` gives the leaves of a loaded network the classes of `layers`, which
 
 - pack each weight once into the order in which it is multiplied;
-- leave additions, GELU and its gate to the products that they follow;
+- fuse additions into the products before them, and GELU with its gate;
 - compute the text's keys and values once per prompt;
-- make an enlargement and the convolution after it four small convolutions of the small map.
+- replace upsampling and its convolution by four small convolutions of the small feature map.
 
-Their products are oneDNN's (`onednn`), or, where the CPU has AMX and the kernels were built, our
-own (`tiles`, and `split` for float32). Attention, norms and gates are our own (`vectors`), and
-so are 3×3 convolutions of fewer products (`winograd`): in bfloat16 where it has AVX512-BF16, in
-float32 where it has AVX2. Where oneDNN does not multiply bfloat16, weights are kept in
-bfloat16 and multiplied in float32. docs/performance.md tells what each of these brings.
+Products are oneDNN's (`onednn`), or our own if the CPU has AMX and the kernels were built (`tiles`,
+and `split` for float32). Attention, norms and gates (`vectors`) and Winograd's 3×3 convolutions
+(`winograd`) are our own: in bfloat16 with AVX512-BF16, in float32 with AVX2. Where oneDNN does not
+multiply bfloat16, weights are kept in bfloat16 and multiplied in float32. docs/performance.md says
+what each of these gains.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ __all__ = ["accelerate", "helps", "missing_kernels", "native_bfloat16", "remark"
 
 
 def helps(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether there is a faster way on this device in this precision."""
+    """Return whether `accelerate` makes a network faster on this device in this precision."""
     return device.type == "cpu" and dtype != torch.float16 and onednn.available()
 
 
 def accelerate(net: nn.Module, dtype: torch.dtype, low_memory: bool = False) -> None:
     """Make `net`, on the CPU, compute faster and in `dtype`, whatever precision it was loaded in.
 
-    In place. It can then no longer be trained, and its state dict loses what is packed at the
-    first call. A network whose class says `runs_once` is not packed: its weights stay in their
-    file. low_memory: large convolutions' weights are kept in files between their uses; results
-    are the same to the byte.
+    In place. It can then no longer be trained, and its state dict loses the weights that the first
+    call packs. A network whose class sets `runs_once` is not packed: its weights stay in their
+    file. low_memory: large weights are kept in a file between their uses; results are the same to
+    the byte.
     """
     memory.keep_freed()
     if getattr(net, "runs_once", False):
@@ -49,10 +49,10 @@ def accelerate(net: nn.Module, dtype: torch.dtype, low_memory: bool = False) -> 
 
 
 def variant(device: torch.device) -> str:
-    """Return the names of the libraries that make products on this device.
+    """Return the names of the libraries that compute products on this device, joined by "+".
 
     A picture's last bits depend on them: "onednn", and of ours "amx", "avx512", "portable" and
-    "winograd".
+    "winograd"; or "torch" alone.
     """
     if device.type != "cpu" or not onednn.available():
         return "torch"
@@ -63,16 +63,16 @@ def variant(device: torch.device) -> str:
 
 
 def native_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 faster than float32.
+    """Return whether this CPU multiplies bfloat16 faster than float32.
 
-    That is so with AMX, with AMD's AVX512-BF16, and with ARM's bf16 outside Apple. Intel's
+    It does with AMX, with AMD's AVX512-BF16, and with ARM's bf16 outside Apple. Intel's
     AVX512-BF16 without AMX has no higher rate than its float32.
     """
     return not bfloat16_doubt()
 
 
 def bfloat16_doubt() -> str:
-    """Why bfloat16 is not the faster precision here; empty if it is."""
+    """Return why bfloat16 is not faster than float32 here; "" if it is."""
     if not (onednn.available() and onednn.takes(torch.bfloat16)):
         return "no instructions for bfloat16 that oneDNN uses"
     below = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
@@ -87,7 +87,7 @@ def bfloat16_doubt() -> str:
 
 
 def remark(device: torch.device, dtype: torch.dtype) -> str:
-    """One sentence about a precision that saves memory and no time here; else empty."""
+    """Return a sentence about a precision that saves no time on this device, else ""."""
     if device.type != "cpu" or dtype == torch.float32:
         return ""
     if dtype == torch.float16:
@@ -101,7 +101,7 @@ def remark(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def missing_kernels(device: torch.device) -> str:
-    """Return a sentence about kernels that could be used on this device and are not; else empty."""
+    """Return a sentence about kernels that this device could use but that are missing, else ""."""
     if device.type != "cpu" or not onednn.available() or not (names := kernels.missing()):
         return ""
     return (

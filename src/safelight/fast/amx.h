@@ -1,4 +1,4 @@
-// Tiles for CPUs with AMX; portable.h has the same for every other processor.
+// Tiles for CPUs with AMX; portable.h has the same interface for every other processor.
 //
 // A tile holds 16 rows of 64 bytes. _tile_dpbf16ps multiplies 16 rows of 32 numbers by 16 columns
 // of weights, which pack_tile lays out.
@@ -23,7 +23,7 @@ struct alignas(64) Config {
     uint8_t rows[16] = {};
 };
 
-// Configures this thread's tiles. oneDNN has a configuration of its own, which is put back.
+// Configures this thread's tiles, and restores oneDNN's configuration afterwards.
 struct Tiles {
     Config before;
     Tiles() {

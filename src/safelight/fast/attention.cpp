@@ -6,7 +6,7 @@ namespace {
 
 const bf16 ONE = 0x3f80, NOT_A_NUMBER = 0x7fc0;
 
-// How far f, of 128, is above 128·(2^(f/128) - 1).
+// f - 128·(2^(f/128) - 1), rounded, for f from 0 to 127.
 struct Fractions {
     uint8_t apart[128];
     Fractions() {
@@ -14,7 +14,7 @@ struct Fractions {
     }
 };
 
-// Which of 32 keys is at a place: the order in which `powers` packs two vectors of scores.
+// The key, of 32, at a place in the order in which `powers` packs two vectors of scores.
 inline int64_t key_at(int64_t place) { return place % 8 / 4 * 16 + place / 8 * 4 + place % 4; }
 
 struct Rounded : Head<bf16, 1, 1> {
@@ -22,8 +22,8 @@ struct Rounded : Head<bf16, 1, 1> {
 
     Rounded(const Attention<bf16>& a, char* packed) : Head(a, packed), counted(a.size % 16) {}
 
-    // What is no number in a key would become a weight of 0, as 2^x is made here: then the value is
-    // none either.
+    // NaN or infinity in a key would give a weight of 0, as 2^x is computed here. So such a key's
+    // value is made NaN.
     bool finite(const bf16* key) const {
         bool found = true;
         for (int64_t c = 0; c < a.size; c++) found &= (key[c] & 0x7f80) != 0x7f80;
@@ -54,7 +54,7 @@ struct Rounded : Head<bf16, 1, 1> {
 
     // In bfloat16 2^x needs no polynomial (N. Schraudolph, 1999, with a table in place of his
     // constant): as an integer of 1/128ths, x has its whole part where a float has its exponent,
-    // and beside it the fraction f where 2^f - 1 belongs. A table tells how far apart these are.
+    // and its fraction f where 2^f - 1 belongs. A table has the differences between these two.
     template <bool sum_them> void soften_by(const Pass& p, const float* most, float* total) const {
         alignas(64) static const Fractions fractions;
         const Table table(fractions.apart);

@@ -1,22 +1,22 @@
-// Attention, some queries of a head at a time, over its keys a pass at a time (arXiv:2112.05682): what
-// every precision shares.
+// Attention for all precisions: some queries of a head at a time, over its keys a pass at a time
+// (arXiv:2112.05682).
 #pragma once
 
 #include "call.h"
 
 namespace {
 
-const int64_t KEYS = 256;        // of one pass: their scores stay near the first-level cache
-const int64_t PACKED = 16 << 20; // bytes of packed keys and values that are there at once
-const float LEAST = -1e30f;      // of a score
-const float MOST = 1e15f;        // of a sum of weights: beyond, its product with values may overflow
+const int64_t KEYS = 256;        // keys of a pass: their scores stay near the first-level cache
+const int64_t PACKED = 16 << 20; // bytes of packed keys and values in memory at once
+const float LEAST = -1e30f;      // the lowest score
+const float MOST = 1e15f;        // the largest sum of weights: beyond it products with values may overflow
 
-// A place in [batch, length, heads, size]: numbers between neighbours; the last lie side by side.
+// Strides of [batch, length, heads, size], in numbers; the last one is 1.
 struct Steps {
     int64_t batch, row, head;
 };
 
-// softmax(q·kᵀ·scale)·v of [batch, length, heads, size], each at its own steps.
+// softmax(q·kᵀ·scale)·v of [batch, length, heads, size], each with strides of its own.
 template <class T> struct Attention {
     const T *q, *k, *v;
     T* out;
@@ -25,7 +25,7 @@ template <class T> struct Attention {
     float scale;
 };
 
-// One pass: a block's queries by up to KEYS keys, in whole groups of Kernel::GROUP.
+// One pass: a block's queries by up to KEYS keys, from the padded ones.
 struct Pass {
     int64_t begin, count;
 };
@@ -35,8 +35,8 @@ template <class Kernel, class Do> void each_pass(const Kernel& h, Do act) {
         act(Pass{begin, h.padded - begin < KEYS ? h.padded - begin : KEYS});
 }
 
-// exp is taken of a score's distance to the largest of the first pass. Any number not far below the
-// largest of all does: floats lose nothing by a factor. False if that one was too far below.
+// Subtracts the largest score of the first pass from scores before exp. Any number that is not far below
+// the largest of all will do: a factor costs floats no precision. Returns false if it was too far below.
 template <class Kernel> bool attend_by(const Kernel& h, float* most, float* total) {
     for (int i = 0; i < Kernel::TALL; i++) total[i] = 0;
     each_pass(h, [&](const Pass& p) {
@@ -67,20 +67,20 @@ void attend_rows(const Kernel& h, const T* q, T* out, int64_t count) {
     for (int64_t i = 0; i < count; i++) h.write(i, out + i * h.a.out_steps.row, total[i]);
 }
 
-// Many heads are dealt out to whichever thread is free. Of few, keys and values are packed by all threads,
-// and then blocks of queries are dealt out.
+// With many heads, a free thread takes the next head. With few, all threads pack keys and values, and then
+// a free thread takes the next block of queries.
 //
-// A Kernel works for one head, in a thread's scratch. It is made of the arguments and the head's
-// packed keys and values, of packed_bytes(a), and has
-//   Number, TALL, GROUP, padded         of keys, in whole groups
+// A Kernel computes one head in a thread's scratch memory. It is made from the arguments and memory of
+// packed_bytes(a) for the head's packed keys and values, and has
+//   Number, TALL, padded                type of numbers; queries in a block; keys, with padding
 //   Tiles                               what a thread sets up
-//   void pack(k, v, begin, end)         keys and values begin..end, of the padded ones
-//   void clear_queries(), lay(i, from)  query i; what is not written is zero
-//   void score(p), peaks(p, most)       scores of a pass; the largest of each query, or what it was
-//   void soften(p, most, total)         exp(score - most) as weights; their sums are added to total
+//   void pack(k, v, begin, end)         packs keys and values begin..end, of the padded ones
+//   void clear_queries(), lay(i, from)  set all queries to zero; write query i
+//   void score(p), peaks(p, most)       scores of a pass; raises most to the largest of each query
+//   void soften(p, most, total)         makes weights exp(score - most); adds their sums to total
 //   void weigh(p)                       adds weights·values to sums
-//   void sum_up(total)                  if the sums of weights come otherwise
-//   void write(i, out, total)           sums of query i
+//   void sum_up(total)                  writes the sums of weights, if soften does not add them
+//   void write(i, out, total)           writes the result of query i
 template <class Kernel> const char* attend(const Attention<typename Kernel::Number>& a) {
     REQUIRE(sizes({a.batch, a.heads, a.queries, a.keys, a.size}));
     const int64_t heads = a.batch * a.heads;

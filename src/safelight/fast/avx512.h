@@ -36,12 +36,12 @@ inline void store(bf16* p, vec low, vec high) {
     _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(high, low));
 }
 
-// As bytes to which 128 is added, of -128 to 127.
+// Stores numbers from -128 to 127 as bytes, with 128 added.
 inline void store_bytes(uint8_t* p, vec x) {
     __m128i bytes = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x));
     _mm_storeu_si128((__m128i*)p, _mm_xor_si128(bytes, _mm_set1_epi8(-128)));
 }
-// Sums that are integers, less others.
+// Integer sums minus other integers, as float32.
 inline vec whole_sums(const float* p, const int32_t* less) {
     return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(p), _mm512_loadu_si512(less)));
 }
@@ -56,8 +56,8 @@ inline void store_first(bf16* p, halves x, int64_t count) {
     _mm256_mask_storeu_epi16(p, first(count), x);
 }
 
-// 2^(x/128 - 127) of 32 numbers x as bfloat16, by integers: attention.cpp says how. The order of
-// the results is that of key_at. Adds them to `total`.
+// 2^(x/128 - 127) of 32 numbers x as bfloat16, by integers: attention.cpp explains it. The order of
+// the results is that of key_at. With `add`, they are added to `total`.
 struct Table {  // of 128 bytes
     __m512i low, high;
     explicit Table(const uint8_t* p) : low(_mm512_load_si512(p)), high(_mm512_load_si512(p + 64)) {}

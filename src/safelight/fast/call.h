@@ -1,6 +1,6 @@
 // What the C functions of all kernels share. Each takes one struct, which safelight/fast/kernels.py
-// describes once more: pointers first, then 64-bit integers, then floats. It returns null, or the
-// condition that its arguments break: then nothing has been read or written.
+// repeats: pointers first, then 64-bit integers, then floats. It returns null, or the condition that
+// its arguments break, before it reads or writes anything.
 #pragma once
 
 #include <initializer_list>
@@ -32,7 +32,7 @@ const float LOG2E = 1.44269504f;
 
 namespace {
 
-// Whether these are sizes of something in memory.
+// Whether these can be sizes of something in memory.
 inline bool sizes(std::initializer_list<int64_t> all) {
     for (int64_t n : all)
         if (n < 0 || n > INT64_C(1) << 31) return false;
@@ -45,8 +45,8 @@ template <class T, class... More> inline bool pointers(const T* p, More... more)
 }
 template <class T> inline bool pointer_or_null(const T* p) { return !p || pointers(p); }
 
-// Memory for as long as this lives. Where there is none, the process ends: there is no way out of a
-// parallel region but the last.
+// Memory for as long as this lives. If there is none, the process ends, as an exception cannot leave a
+// parallel region.
 struct Memory {
     static constexpr std::align_val_t PAGE{4096};
     char* at = nullptr;
@@ -62,7 +62,7 @@ struct Memory {
     }
     ~Memory() { release(); }
 };
-// Memory of this thread, until it asks for more or ends.
+// Memory of this thread, valid until the thread asks for more or ends.
 inline void* scratch(size_t bytes) {
     static thread_local Memory mine;
     mine.need(bytes);
@@ -83,6 +83,6 @@ template <class V> inline V power_of_fraction(V x) {
 
 }  // namespace
 
-// What kernels.py compares with its own number: raise both where a struct changes, or what
-// it points to is laid out otherwise.
+// kernels.py compares this with its own number. Raise both when a struct changes, or the layout of
+// what it points to.
 extern "C" EXPORT inline __attribute__((used)) int safelight_interface() { return 8; }

@@ -1,34 +1,33 @@
 // 3x3 convolutions in bfloat16 by tiles. Sums are float32 throughout; results are rounded once.
 //
-// Every product is made of blocks of 32 rows by 32 columns: two tiles of rows and two of weights
-// give four tiles of sums, one load for each product.
+// All products are blocks of 32 rows by 32 columns: two tiles of rows and two of weights give four
+// tiles of sums, with one load per product.
 
 #include "kernel.h"
 
 namespace {
 
-// A side by side convolution of what safelight_lay wrote, a map with a border of `border` positions
-// in all between its rows; `plane` numbers lie between its planes, and `x` is readable for 16 +
-// side·(width + border) positions beyond the last. Where `spread` is 2, the result is one of the
-// four pixels (down, right) that each pixel of an output twice as large is made of, and taps begin
-// there, too.
+// A side × side convolution of a map as safelight_lay writes it: rows have `border` positions
+// between them, planes are `plane` numbers apart, and `x` is readable for 16 + side·(width + border)
+// positions beyond the last. With `spread` 2 the output is twice as large: of the four pixels that
+// each position gives, this writes the one at (down, right), and taps begin there, too.
 struct Conv {
     const bf16 *x, *weights;  // weights [columns/32][planes][taps][1024]
-    const float* bias;        // or null; bias_step numbers lie between two images'
+    const float* bias;        // or null; those of two images are bias_step numbers apart
     const bf16* plus;         // added, as wide as the output; or null
     bf16* out;
     int64_t plane, bias_step, images, height, width, border, channels, columns, side, spread, down,
         right;
 };
 
-// The same, and where its rows are read and written. A row is a position of the output map. The map
-// that is read is cut into planes of 32 channels, so that 16 positions one after the other are one
-// tile, and what the taps of a plane read lies close together.
+// A Conv, and where its rows are read and written. A row is a position of the output map. The input
+// map is in planes of 32 channels, so that 16 consecutive positions are one tile, and the taps of a
+// plane read memory that is close together.
 struct Convolution : Conv {
     const int64_t padded_h = height + border, padded_w = width + border;
     const int64_t planes = channels / 32, taps = side * side;
-    const bool narrow = width % 16;  // the map's rows are no multiple of 16: walk the padded map
-    // Rows of one image, and of all, those that are not written among them.
+    const bool narrow = width % 16;  // no multiple of 16: rows are positions of the padded map
+    // Rows of one image, and of all images, including those that are not written.
     const int64_t each = narrow ? (height * padded_w + 15) / 16 * 16 : height * width;
     const int64_t count = images * each;
     int64_t offsets[25];  // of each tap, in numbers from a row's place
@@ -42,7 +41,7 @@ struct Convolution : Conv {
         int64_t at = narrow ? p : p / width * padded_w + p % width;
         return (image * padded_h * padded_w + at) * 32;
     }
-    int64_t output(int64_t m) const {  // -1 for a position that is none
+    int64_t output(int64_t m) const {  // -1 if the row is not written
         if (!narrow && spread == 1) return m;
         int64_t wide = narrow ? padded_w : width;
         int64_t image = m / each, p = m % each, y = p / wide, x = p % wide;
@@ -51,8 +50,8 @@ struct Convolution : Conv {
     }
 };
 
-// 32 rows by a panel of 32 columns: of each of `planes`, all taps. Meanwhile `ahead` lines of
-// `next`, what will be read later, are fetched for every tile of a row.
+// Adds the products of 32 rows and a panel of 32 columns, for all taps of `planes` planes. Meanwhile
+// it fetches `ahead` cache lines of `next`, which is read later, for each tap of a plane.
 inline void multiply(const Convolution& p, const bf16* top, const bf16* low, int64_t planes,
                      const bf16* w, const char* next, int64_t ahead) {
     const int64_t plane = p.plane, taps = p.taps;
@@ -67,7 +66,7 @@ inline void multiply(const Convolution& p, const bf16* top, const bf16* low, int
 void finish(const Convolution& p, const float* sums, int64_t m, int64_t m_end, int64_t n) {
     for (int half = 0; half < 2; half++, m += 16, sums += 512) {
         if (m >= m_end) return;
-        // Sixteen rows are of one image.
+        // All 16 rows belong to one image.
         const float* bias = p.bias ? p.bias + m / p.each * p.bias_step + n : nullptr;
         vec bias_left = bias ? floats(bias) : splat(0);
         vec bias_right = bias ? floats(bias + 16) : splat(0);
@@ -87,7 +86,7 @@ void finish(const Convolution& p, const float* sums, int64_t m, int64_t m_end, i
     }
 }
 
-// Numbers of a map that stay in the second-level cache, and tiles of weights.
+// Numbers of a map, and tiles of weights, that stay in the second-level cache.
 const int64_t INPUT = 1 << 18, PANEL = 96;
 
 int64_t planes_at_once(const Convolution& p) {
@@ -95,8 +94,8 @@ int64_t planes_at_once(const Convolution& p) {
     return most < 1 ? 1 : most < p.planes ? most : p.planes;
 }
 
-// Rows m0..m1 by columns n0..n1. Of each panel of 32 columns, the weights for a few planes stay in
-// the cache while the rows pass; the rows' sums wait for the next planes.
+// Computes rows m0..m1 by columns n0..n1. For each panel of 32 columns, the weights for a few planes
+// stay in the cache for all rows; the rows' sums are kept for the next planes.
 void region(const Convolution& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
     int64_t tall = (m1 - m0 + 31) / 32;
     int64_t* at = (int64_t*)scratch((2 * tall + 8) * 8 + (tall + 1) * 4096);
@@ -107,8 +106,8 @@ void region(const Convolution& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1
     }
     int64_t most = planes_at_once(p);
     const bf16* w = p.weights + n0 * p.planes * p.taps * 32;
-    // A block's sums are finished while the next block's are made: what tiles have stored cannot
-    // be read at once.
+    // A block's sums are finished while the next block is multiplied, as memory that tiles have
+    // just stored cannot be read at once.
     const float* ready = nullptr;
     int64_t ready_m = 0, ready_n = 0, turn = 0;
     for (int64_t n = n0; n < n1; n += 32)

@@ -1,5 +1,5 @@
-// Attention, norms, gates and Winograd convolutions in float32 by vectors; attention is for processors
-// without AMX.
+// Attention, norms, gates and Winograd convolutions in float32 by vectors. The attention is for
+// processors without AMX.
 
 #include "lanes.h"
 #include "attention.h"
@@ -8,13 +8,13 @@
 
 namespace {
 
-// Rows of sums that fit into the registers beside each other.
+// Rows of sums that fit into the registers at once.
 const int ROWS = LANES == 16 ? 8 : 6;
 const int WIDE = 2 * LANES;  // columns of a panel
 
 struct Floats {
     typedef float Number;
-    static const int TALL = 4 * ROWS;  // keys and values are read once for all
+    static const int TALL = 4 * ROWS;  // keys and values are read once for all of them
     struct Tiles {
         Tiles() {}
     };
@@ -54,7 +54,7 @@ struct Floats {
     int64_t columns(int64_t c) const { return c + WIDE <= across ? WIDE : LANES; }
 
     void clear_queries() const { memset(query, 0, TALL * a.size * 4); }
-    void lay(int64_t i, const float* from) const {  // in powers of 2
+    void lay(int64_t i, const float* from) const {  // scaled, so that exp2 of a score is its weight
         for (int64_t c = 0; c < a.size; c++) query[i * a.size + c] = from[c] * (a.scale * LOG2E);
     }
 

@@ -8,7 +8,7 @@ namespace {
 
 const int64_t STEP = KEYS + 32;  // numbers between two rows of weights
 
-// A query is PARTS times its size in bfloat16; COPIES of values and weights lie one after the other.
+// A query takes PARTS times its size in bfloat16. Values and weights have COPIES, one after the other.
 template <class T, int PARTS, int COPIES> struct Head {
     typedef T Number;
     typedef ::Tiles Tiles;
@@ -36,9 +36,9 @@ template <class T, int PARTS, int COPIES> struct Head {
         return (a.keys + 31) / 32 * 32 * (inner * 64 + COPIES * outer * 32);
     }
 
-    // Keys begin..end in tiles; put(from, to) writes a key in bfloat16.
+    // Packs keys begin..end into tiles; put(from, to) writes a key in bfloat16.
     template <class Put> void pack_keys(const T* k, int64_t begin, int64_t end, Put put) const {
-        bf16* rows = query;  // not needed yet: 16 keys
+        bf16* rows = query;  // 16 keys, in memory that queries do not need yet
         for (int64_t n = begin; n < end; n += 16) {
             memset(rows, 0, 16 * inner * 64);
             for (int64_t i = 0; i < 16 && n + i < a.keys; i++)
@@ -51,7 +51,7 @@ template <class T, int PARTS, int COPIES> struct Head {
 
     void clear_queries() const { memset(query, 0, 32 * inner * 64); }
 
-    // The scores of a pass; those beyond the last key are as low as can be.
+    // Computes the scores of a pass; those beyond the last key are LEAST.
     void score(const Pass& p) const {
         fence();
         for (int64_t j = 0; j < p.count / 32; j++)
@@ -75,7 +75,7 @@ template <class T, int PARTS, int COPIES> struct Head {
         }
     }
 
-    // Where the values of a query are, from tile t on.
+    // The sums of query i, from tile t on.
     const float* summed(int64_t i, int64_t t) const { return sums + place(i, t); }
 
     void sum_up(float*) const {}

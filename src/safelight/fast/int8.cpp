@@ -1,5 +1,5 @@
-// Linear layers by products of 8-bit integers: of a row, whole multiples of a 127th of its largest
-// number; of a column's weights, of theirs. Sums of products are whole, and nothing of them is rounded.
+// Linear layers by products of 8-bit integers. A row's numbers are whole multiples of 1/127 of the largest
+// in the row, a column's weights of 1/127 of theirs. Sums of products are integers, and exact.
 
 #include "kernel.h"
 
@@ -7,12 +7,12 @@ namespace {
 
 const int64_t HELD = 640 << 10;  // bytes of rows that stay in the second-level cache
 
-// out = x·weightsᵀ + bias + plus. Of a column, 128 times the sum of its weights is in `offsets`, for
-// rows have 128 added to their numbers.
+// out = x·weightsᵀ + bias + plus. `offsets` has 128 times the sum of each column's weights, because 128 is
+// added to the numbers of rows.
 struct Int8Linear {
     const bf16* x;            // [rows][inner]
-    const int32_t* weights;   // fours with a sign, in tiles: [panels of 32 columns][blocks][2][256]
-    const float* factors;     // [32 · panels]: what one is worth
+    const int32_t* weights;   // four signed bytes each, in tiles: [panels of 32 columns][blocks][2][256]
+    const float* factors;     // [32 · panels]: the value of an integer's 1
     const int32_t* offsets;   // [32 · panels]
     const float* bias;        // [32 · panels], or null
     const bf16* plus;         // [rows][columns], or null
@@ -20,7 +20,7 @@ struct Int8Linear {
     int64_t rows, inner, columns;
 };
 
-// Writes a row as whole numbers and returns what one is worth: NaN, if one number is not finite.
+// Writes a row as integers and returns the value of their 1: NaN if a number is not finite.
 inline float quantise(const bf16* from, int64_t count, uint8_t* to) {
     vec most = splat(0), odd = splat(0);
     for (int64_t c = 0; c < count; c += 16) {
@@ -29,12 +29,12 @@ inline float quantise(const bf16* from, int64_t count, uint8_t* to) {
         odd = fma(x, splat(0), odd);
     }
     const float peak = top(most);
-    const vec by = splat(peak > 1e-30f ? 127 / peak : 0);  // beyond, 127 / peak overflows
+    const vec by = splat(peak > 1e-30f ? 127 / peak : 0);  // below that, 127 / peak overflows
     for (int64_t c = 0; c < count; c += 16) store_bytes(to + c, load(from + c) * by);
     return peak / 127 + sum(odd);
 }
 
-// Rows m0..m1 by panels n0..n1.
+// Computes rows m0..m1 by panels n0..n1.
 void region(const Int8Linear& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
     const int64_t count = m1 - m0, depth = (p.inner + 63) / 64 * 64, tall = (count + 31) / 32 * 32;
     uint8_t* rows = (uint8_t*)scratch(tall * (depth + 4) + 4096);

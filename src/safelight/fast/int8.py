@@ -1,8 +1,8 @@
 """Linear layers in 8-bit integers, for the fast mode: our own kernel, in int8.cpp.
 
-A weight is rounded to a 127th of the largest of its column, once; a number that comes to it to a
-127th of the largest of its row, in the kernel. On random numbers the result's relative error is
-1 %, where bfloat16's is 0.2 %.
+Weights are rounded once, to multiples of 1/127 of the largest in their column. Inputs are rounded
+in the kernel, to multiples of 1/127 of the largest in their row. On random numbers the result's
+relative error is 1 %; that of bfloat16 is 0.2 %.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _asked: ContextVar[bool] = ContextVar("int8", default=False)
 
 @contextmanager
 def asked(yes: bool) -> Iterator[None]:
-    """Let the layers within compute in 8-bit integers, or not."""
+    """In this context, layers compute in 8-bit integers if `yes`."""
     before = _asked.set(yes)
     try:
         yield
@@ -33,7 +33,7 @@ def asked(yes: bool) -> Iterator[None]:
 
 
 def available(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether networks on this device in this precision can be asked."""
+    """Return whether networks on this device in this precision can use 8-bit integers."""
     return (
         device.type == "cpu"
         and dtype == torch.bfloat16
@@ -44,7 +44,7 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def fits(weight: Tensor) -> bool:
-    """Return whether the kernel multiplies by a weight [out, in]."""
+    """Return whether the kernel supports a weight [out, in]."""
     columns, inner = weight.shape
     return (
         available(weight.device, weight.dtype)
@@ -54,9 +54,9 @@ def fits(weight: Tensor) -> bool:
 
 
 class Either:
-    """A product in bfloat16; in 8-bit integers where that is asked for.
+    """A product in bfloat16, or in 8-bit integers within `asked`.
 
-    plain: the one in bfloat16, which has the weight. store: where that of the other is kept.
+    plain: the product in bfloat16, which has the weight. store: keeps the rounded weight.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Either:
 
 
 class Matrix:
-    """As onednn.Matrix, for bfloat16: weight [out, in], both multiples of 16, bias [out]."""
+    """Like onednn.Matrix, for bfloat16: weight [out, in], both multiples of 16, bias [out]."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, store: Store = ARENA) -> None:
         self.columns, self.inner = weight.shape

@@ -1,4 +1,4 @@
-// What kernels of bfloat16 and of tiles share: functions of vectors, blocks of tiles, threads.
+// What the kernels in bfloat16 and the kernels by tiles share: vectors, blocks of tiles, threads.
 #pragma once
 
 #include "call.h"
@@ -26,7 +26,7 @@ inline vec exp2(vec x) {
     return scale(power_of_fraction(x - n), n);
 }
 
-// 32 numbers of each of 16 rows, `stride` apart, into one tile of weights: pairs of k side by side.
+// Packs 32 numbers of each of 16 rows, `stride` apart, into one tile of weights, in pairs along a row.
 inline void pack_tile(const bf16* rows, int64_t stride, bf16* out) {
     uint32_t* pairs = (uint32_t*)out;
     for (int n = 0; n < 16; n++)
@@ -35,8 +35,8 @@ inline void pack_tile(const bf16* rows, int64_t stride, bf16* out) {
         }
 }
 
-// Four tiles of sums, of 32 rows by 32 columns, lie one after the other; further columns follow.
-// This is where row i of the columns 16·t begins.
+// Sums are in blocks of four tiles, 32 rows by 32 columns; further columns follow. Returns where row i
+// of the columns from 16·t on begins.
 inline int64_t place(int64_t i, int64_t t) {
     return i / 16 * 512 + i % 16 * 16 + t / 2 * 1024 + t % 2 * 256;
 }
@@ -51,15 +51,15 @@ inline int64_t place(int64_t i, int64_t t) {
 
 namespace {
 
-// Tiles of columns that `products` takes next.
+// How many tiles of columns `products` takes next, of those that are left.
 inline int64_t at_once(int64_t left) {
     return WIDEST == 3 && left > 2 && left != 4 ? 3 : left < 2 ? left : 2;
 }
 
-// 32 rows, `stride` numbers apart, of which `depth` are multiplied by `wide` tiles of weights side by
-// side; those of the next 64 bytes of a row are `apart` from them. Numbers are bfloat16, or bytes: then
-// weights have a sign, and sums are integers of 32 bits. The sums go to columns 16·t on, t even;
-// `add`: are added to what is there.
+// Multiplies 32 rows of `depth` numbers, `stride` numbers apart, by `wide` adjacent tiles of weights; the
+// tiles for the next 64 bytes of a row are `apart` from these. Numbers are bfloat16, or bytes: then
+// weights are signed, and sums are 32-bit integers. Sums go to the columns from 16·t on, t even, or are
+// added there with `add`.
 template <class T>
 inline void products(int64_t wide, const T* rows, int64_t stride, int64_t depth, const T* w,
                      int64_t apart, float* sums, int64_t t, bool add) {
@@ -68,7 +68,7 @@ inline void products(int64_t wide, const T* rows, int64_t stride, int64_t depth,
     else products_of<WIDEST>(rows, stride, depth, w, apart, sums, t, add);
 }
 
-// act(m0, m1, n0, n1) by all threads: rows in chunks of `tall`, panels of columns in `splits` parts.
+// Runs act(m0, m1, n0, n1) in all threads: rows in chunks of `tall`, panels of columns in `splits` parts.
 template <class Do> void regions(int64_t rows, int64_t tall, int64_t panels, int64_t splits, Do act) {
     int64_t chunks = (rows + tall - 1) / tall;
     if (splits > panels) splits = panels;

@@ -1,4 +1,4 @@
-"""Our own kernels, compiled: which there are, which are used.
+"""Our own compiled kernels: which exist, and which are used.
 
 They are loaded by ctypes, one library for each set of instructions.
 
@@ -8,8 +8,8 @@ They are loaded by ctypes, one library for each set of instructions.
 - `_avx512`: attention, norms, gates and Winograd convolutions in bfloat16 and float32, and 8-bit
   products, for CPUs with AVX512-BF16.
 - `_avx2`: the same in float32 alone.
-- `_portable`: the sources of all in plain C++, for any processor. It is slower than oneDNN
-  wherever it was measured. It exists so that every machine can test the kernels' logic.
+- `_portable`: all of them in plain C++, for any processor. It is slower than oneDNN wherever it was
+  measured. It exists so that every machine can test the kernels' logic.
 
 SAFELIGHT_KERNELS chooses: `auto` (the default: what this processor has), `avx512` (no AMX), `avx2`
 (no AVX512 either), `portable` (the portable library in place of all), or `off`.
@@ -35,7 +35,7 @@ LIBRARIES = ("amx", "avx512", "avx2", "portable")
 SUFFIX = ".dll" if sys.platform == "win32" else ".so"
 
 INTERFACE = 8
-"""What a library's safelight_interface() returns: call.h has the same number."""
+"""The result of a library's safelight_interface(); call.h has the same number."""
 
 _STEPS = " ".join(
     f"{name}_{dim}" for name in ("q", "k", "v", "out") for dim in ("batch", "row", "head")
@@ -108,9 +108,10 @@ class Library:
         return self.variant != "amx" or bool(self._library.safelight_init())
 
     def call(self, name: str, **arguments: Tensor | int | float | None) -> None:
-        """Run a kernel. A tensor stands for the address of its first number.
+        """Run a kernel. A tensor is passed as the address of its first number.
 
-        ValueError names the condition in C++ that the arguments break; nothing has been computed.
+        Raises ValueError with the C++ condition that the arguments break, before anything is
+        computed, and TypeError for other names than the kernel's.
         """
         kernel, struct, names = self._kernels[name]
         if arguments.keys() != names:
@@ -122,7 +123,7 @@ class Library:
 
 
 def setting() -> str:
-    """What SAFELIGHT_KERNELS says. SafelightError if there is no such setting."""
+    """Return the value of SAFELIGHT_KERNELS. Raises SafelightError if it is unknown."""
     said = os.environ.get("SAFELIGHT_KERNELS", "") or "auto"
     said = {"0": "off", "1": "auto"}.get(said, said)
     if said not in SETTINGS:
@@ -131,7 +132,7 @@ def setting() -> str:
 
 
 def allowed() -> tuple[str, ...]:
-    """The libraries that SAFELIGHT_KERNELS lets through, the fastest first."""
+    """Return the libraries that SAFELIGHT_KERNELS allows, the fastest first."""
     return {
         "auto": ("amx", "avx512", "avx2"),
         "avx512": ("avx512", "avx2"),
@@ -142,22 +143,22 @@ def allowed() -> tuple[str, ...]:
 
 
 def tiles() -> Library | None:
-    """The library of products by tiles (AMX, or portable where that is asked for), or None."""
+    """Return the library of products by tiles (AMX, or portable if that is set), or None."""
     return _first(allowed(), "conv")
 
 
 def vectors() -> Library | None:
-    """The library of attention, norms, gates and Winograd convolutions in bfloat16, or None."""
+    """Return the library of attention, norms, gates and Winograd in bfloat16, or None."""
     return _first(allowed(), "attend")
 
 
 def floats() -> Library | None:
-    """The library of attention, norms, gates and Winograd convolutions in float32, or None."""
+    """Return the library of attention, norms, gates and Winograd in float32, or None."""
     return _first(allowed(), "attend_floats")
 
 
 def required(library: Library | None) -> Library:
-    """Return a library that is there. RuntimeError if it is not."""
+    """Return the library. Raises RuntimeError if it is None."""
     if library is None:
         raise RuntimeError("these kernels cannot run here: `safelight doctor` says why")
     return library
@@ -165,7 +166,7 @@ def required(library: Library | None) -> Library:
 
 @cache
 def _first(names: tuple[str, ...], kernel: str) -> Library | None:
-    """The first of these libraries that has a kernel and can run here, or None."""
+    """Return the first of these libraries that has a kernel and can run here, or None."""
     return next((_load(n) for n in names if kernel in _ARGUMENTS[n] and not refusal(n)), None)
 
 
@@ -173,7 +174,7 @@ NOT_BUILT = "not built: there was no C++ compiler when Safelight was installed"
 
 
 def lacks(name: str) -> str:
-    """What of a library's instructions this processor lacks; empty if none."""
+    """Return the instructions of a library that this processor lacks; "" if none."""
     has = {
         "amx": has_amx,
         "avx512": has_avx512,
@@ -185,7 +186,7 @@ def lacks(name: str) -> str:
 
 
 def refusal(name: str) -> str:
-    """Why a library cannot run here; empty if it can."""
+    """Return why a library cannot run here; "" if it can."""
     if missing := lacks(name):
         return f"this processor has no {missing}"
     if built(name) is None:
@@ -197,23 +198,23 @@ def refusal(name: str) -> str:
 
 
 def missing() -> list[str]:
-    """Names of libraries that this processor could use and that cannot be loaded."""
+    """Return the names of libraries that this processor could use but that cannot be loaded."""
     return [name for name in allowed() if not lacks(name) and refusal(name)]
 
 
 def has_amx() -> bool:
-    """Whether this processor has what the library "amx" needs."""
+    """Return whether this processor has what the library "amx" needs."""
     return torch.cpu._is_amx_tile_supported() and has_avx512()
 
 
 def has_avx512() -> bool:
-    """Whether this processor has what the library "avx512" needs."""
+    """Return whether this processor has what the library "avx512" needs."""
     has = torch.cpu.get_capabilities()
     return all(has.get(f"avx512_{name}") for name in ("bf16", "vbmi", "vnni"))
 
 
 def built(name: str) -> Path | None:
-    """The file of a library, if it was built."""
+    """Return the file of a library, or None if it was not built."""
     file = Path(__file__).with_name(f"_{name}{SUFFIX}")
     return file if file.exists() else None
 
@@ -224,7 +225,7 @@ def _load(name: str) -> Library:
 
 
 def plain_3x3(conv: nn.Conv2d, lanes: int) -> bool:
-    """Whether it is a 3×3 convolution with a border of one, of whole `lanes` of channels."""
+    """Return whether it is a plain 3×3 convolution, padding 1, channels multiples of `lanes`."""
     return (
         not (conv.in_channels % lanes or conv.out_channels % lanes)
         and conv.kernel_size == (3, 3)

@@ -1,4 +1,4 @@
-// The vectors of kernels in float32, for any processor: as long as its registers are.
+// The vectors of the kernels in float32, as long as the processor's registers.
 #pragma once
 
 #include "call.h"
@@ -28,7 +28,7 @@ inline void store(float* p, vec x) { memcpy(p, &x, sizeof x); }
 inline vec exp2(vec x) {
     x = x < -126.f ? splat(-126.f) : x;  // NaN, if x is
     x = x > 127.f ? splat(127.f) : x;
-    const vec whole = splat(12582912.f);  // 1.5 * 2^23: the nearest whole number is in a sum's last bits
+    const vec whole = splat(12582912.f);  // 1.5 * 2^23: the last bits of x + whole are x as a whole number
     const vec shifted = x + whole;
     bits power;
     memcpy(&power, &shifted, sizeof power);

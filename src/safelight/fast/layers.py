@@ -1,7 +1,7 @@
-"""Leaves of the networks with another way to compute: the same names, weights and arguments.
+"""Fast classes for the networks' leaf modules, with the same names, weights and arguments.
 
-A layer packs its weights at its first use, and lets go of those that were loaded. Maps are
-channels-last in memory, so that a map's positions are tokens with no copy.
+A layer packs its weights at its first use, and releases the loaded ones. Feature maps are
+channels-last in memory, so that a map's positions are tokens without a copy.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from safelight.nets.layers import as_map, as_tokens, attend
 from safelight.progress import get_on
 
 LARGE = 1 << 22
-"""Numbers in a weight that low_memory keeps in a file, and whose memory is given back at once."""
+"""Numbers from which a weight is large: low_memory keeps it in a file, and packing frees memory."""
 
 HUGE = 1 << 24
-"""Numbers in a map that does not fit where smaller ones were."""
+"""Numbers in a map that is too large for the memory that smaller ones freed."""
 
 PART = 2048
-"""Tokens that pass a feed-forward at once, if there are more; half as many where AMX multiplies."""
+"""Tokens in a part, when a feed-forward has at least twice as many; half of that with AMX."""
 
 
 def _count(x: Tensor) -> int:
@@ -34,47 +34,47 @@ def _count(x: Tensor) -> int:
 
 
 def _weight(layer: Any) -> Tensor:
-    """A layer's weight in its precision, to be packed.
+    """Return a layer's weight in its precision, to be packed.
 
-    The layer keeps the one it loaded until it has what was packed: to pack may be interrupted, or
-    fail for want of room, and is tried again at the next use.
+    The layer keeps the loaded weight until it has the packed one: if packing is interrupted or runs
+    out of memory, the next use tries it again.
     """
     loaded: Tensor = layer.weight
     weight = loaded.to(layer.precision)
     if weight is not loaded:
         memory.page_out(loaded)
     if weight.numel() >= LARGE:
-        memory.give_back()  # of the layer before, by now packed
+        memory.give_back()  # that of the layer before, which is packed by now
     return weight
 
 
 def _packed(weight: Tensor, pack: Callable[[Tensor], Any], store: Store = ARENA) -> Any:
-    """What `pack` makes of a weight: once, or at each use where that has to be."""
+    """Return the packed weight: packed now, or at each use where it is kept unpacked."""
     if store is ARENA and onednn.takes(weight.dtype):
         return pack(weight)
     return onednn.Held(store.keep(weight), weight.dtype, pack)
 
 
 def _store(layer: Any, numbers: int) -> Store:
-    """Where so many numbers of a layer's weight are kept."""
+    """Return where to keep a layer's weight of so many numbers."""
     return ARENA if layer.shelf is None or numbers < LARGE else layer.shelf
 
 
 def _matrix(layer: Any, weight: Tensor, bias: Tensor | None) -> Any:
-    """What multiplies the rows of tokens by a layer's weight [out, in]."""
-    # Those of our kernels in float32 are packed once, and stay in memory.
+    """Return an object that multiplies tokens by a layer's weight [out, in]."""
+    # Weights of our float32 kernels are packed once, and stay in memory.
     store = ARENA if split.available(layer.precision) else _store(layer, weight.numel())
     plain = _packed(weight, lambda w: split.matrix(w, bias), store)
     return int8.Either(plain, bias, store) if int8.fits(weight) else plain
 
 
 def _make_room(x: Tensor) -> None:
-    """Choose where the results of a convolution of this map come from.
+    """Choose where the memory for the result of a convolution of this map comes from.
 
-    Up to HUGE numbers: from what was freed. The last four maps of a tiny decoder at 512×512 have as
-    many, and took a quarter of its time when each came from the kernel. Larger ones come from it,
-    once the memory of maps that are done with is given back: what was freed would seldom fit them,
-    and a picture would take more memory.
+    Up to HUGE numbers it is freed memory. The last four maps of a tiny decoder at 512×512 have as
+    many, and took a quarter of its time when each came from the operating system. Memory for larger
+    maps comes from the operating system, after freed memory is given back: they would seldom fit
+    into freed memory, and a picture would take more memory.
     """
     large = x.numel() > HUGE
     memory.map_large(large)
@@ -83,7 +83,7 @@ def _make_room(x: Tensor) -> None:
 
 
 class FastLinear(layers.Linear):
-    """shelf: where large weights are kept, if not in memory."""
+    """A linear layer. shelf: where its weight is kept if it is large; None: in memory."""
 
     weight: Any  # None once it is packed
     precision: torch.dtype
@@ -94,7 +94,7 @@ class FastLinear(layers.Linear):
         if self._product is None:
             if x.dim() > 2:
                 self._product = _matrix(self, _weight(self), self.bias)
-            else:  # what has no tokens, the time's embedding, has but a row for each picture
+            else:  # no tokens: a timestep embedding has one row per picture
                 store, weight = _store(self, self.weight.numel()), _weight(self)
                 self._product = _packed(weight, lambda w: onednn.Matrix(w, self.bias), store)
             self.weight = None
@@ -102,7 +102,7 @@ class FastLinear(layers.Linear):
 
 
 class FastConv2d(layers.Conv2d):
-    """shelf: where large weights are kept, if not in memory."""
+    """A convolution. shelf: where its weight is kept if it is large; None: in memory."""
 
     weight: Any  # None once it is packed
     precision: torch.dtype
@@ -137,7 +137,7 @@ class FastConv2d(layers.Conv2d):
         return _packed(_weight(self), lambda w: onednn.Convolution(w, self), store)
 
     def reads_maps(self) -> bool:
-        """Whether it takes a tiles.Map, normed on the way."""
+        """Return whether it takes a tiles.Map, which norms as it is laid out."""
         return isinstance(self._product, tiles.Convolution) or (
             self._product is None and tiles.fits_conv(self, self.precision)
         )
@@ -160,7 +160,7 @@ class FastPointwise(layers.Pointwise):
 
 
 class FastEnlargingConv2d(layers.EnlargingConv2d):
-    """Its weight stays as it was loaded, for sides that are not doubled: those are rare."""
+    """Upsampling and a convolution. The loaded weight stays, for rare sides that do not double."""
 
     precision: torch.dtype
     shelf: Shelf | None = None
@@ -191,7 +191,7 @@ class FastEnlargingConv2d(layers.EnlargingConv2d):
 
 
 def _affine(norm: FastGroupNorm | FastLayerNorm) -> tuple[Tensor, Tensor]:
-    """A norm's weight and bias in float32, as the kernels read them, made once."""
+    """Return a norm's weight and bias in float32, as the kernels read them; converted once."""
     if norm._float is None:
         norm._float = norm.weight.float(), norm.bias.float()
     return norm._float
@@ -239,7 +239,7 @@ class FastGEGLU(layers.GEGLU):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._halves is None:
-            # Two products: one of twice the width would not stay in the cache.
+            # Two products, as one of twice the width would not stay in the cache.
             self._halves = [
                 _matrix(self.proj, w.clone(), b)
                 for w, b in zip(_weight(self.proj).chunk(2), self.proj.bias.chunk(2), strict=True)
@@ -252,7 +252,7 @@ class FastGEGLU(layers.GEGLU):
 
 
 class FastFeedForward(layers.FeedForward):
-    """Of many tokens a part at a time, so that what is between the products stays in the cache."""
+    """Computes many tokens in parts, so that values between the products stay in the cache."""
 
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         count = _count(x)
@@ -261,7 +261,7 @@ class FastFeedForward(layers.FeedForward):
         amx = x.dtype == torch.bfloat16 and kernels.tiles() is not None
         part = PART // 2 if amx else PART
         out = torch.empty_like(x)
-        # In three dimensions: of two, FastLinear takes the rows for what has no tokens.
+        # In three dimensions, as FastLinear takes a tensor of two for one without tokens.
         for i in range(0, count, part):
             get_on()
             here = slice(i, i + part)
@@ -271,8 +271,8 @@ class FastFeedForward(layers.FeedForward):
 
 
 class FastHeads(layers.Attention):
-    """Queries, keys and values of a map's own positions come from one product; the keys and values
-    of a text are kept for as long as the text is the same tensor.
+    """Self-attention gets queries, keys and values from one product. Cross-attention keeps a text's
+    keys and values as long as the text is the same tensor.
     """
 
     to_q: Any
@@ -289,7 +289,7 @@ class FastHeads(layers.Attention):
             q, k, v = (self.split_heads(t) for t in self._own(x).chunk(3, dim=-1))
             return q, k, v
         if self._text is None or self._text[0] is not context:
-            with int8.asked(False):  # they serve calls that ask and calls that do not
+            with int8.asked(False):  # they are kept for calls with int8 and without
                 k, v = (self.split_heads(to(context)) for to in (self.to_k, self.to_v))
             self._text = (context, k, v)
         return self.split_heads(self.to_q(x)), *self._text[1:]
@@ -318,7 +318,7 @@ class FastSpatialAttention(FastHeads, layers.SpatialAttention):
 
 
 class MappedLinear(nn.Linear):
-    """For what runs once for a prompt: to pack it would take longer, and to hold it, memory."""
+    """For a network that runs once per prompt: packing would take longer, and more memory."""
 
     precision: torch.dtype
     mapped = True
@@ -363,14 +363,14 @@ _FAST: dict[type[nn.Module], type[nn.Module]] = {
 _WAITING = (
     FastLinear | FastConv2d | FastPointwise | FastEnlargingConv2d | MappedLinear | MappedEmbedding
 )
-"""Layers whose weights stay as they were loaded until they are used."""
+"""Layers whose weights stay as loaded until they are used."""
 
 
 def swap(net: nn.Module, precision: torch.dtype, shelf: Shelf | None = None) -> None:
     """Give the layers of `net`, in place, their fast classes.
 
-    Weights that will be packed stay as they were loaded until then, in whatever precision; all
-    else is converted.
+    Weights that will be packed keep the precision they were loaded in until then; all other
+    parameters are converted.
     """
     for module in net.modules():
         kind = _FAST.get(type(module), type(module))
@@ -383,14 +383,14 @@ def swap(net: nn.Module, precision: torch.dtype, shelf: Shelf | None = None) -> 
 
 
 def leave_mapped(net: nn.Module, precision: torch.dtype) -> None:
-    """Let the matrices of `net` stay in the mapped file, to be converted at each use."""
+    """Leave the matrices of `net` in the mapped file; each use converts them."""
     for module in net.modules():
         module.__class__ = _MAPPED.get(type(module), type(module))
         _convert(module, precision)
 
 
 def _convert(module: Any, precision: torch.dtype) -> None:
-    """Convert a layer's parameters, save a weight that waits to be used."""
+    """Convert a layer's parameters, except a weight of `_WAITING`."""
     waits = isinstance(module, _WAITING)
     if waits:
         module.precision = precision

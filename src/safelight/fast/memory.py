@@ -1,4 +1,4 @@
-"""How much memory there is, and what becomes of that of activations and of packed weights."""
+"""How much memory there is, and how the C library manages it for activations and weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MB = 1 << 20
 
 @cache
 def _libc() -> Any:
-    """The C library, if it is one with these knobs."""
+    """Return the C library, or None if it lacks these functions."""
     if not sys.platform.startswith("linux"):
         return None
     library = ctypes.CDLL(None)
@@ -33,9 +33,7 @@ def _libc() -> Any:
 
 @cache
 def total() -> int:
-    """Bytes of memory that this machine has, or that this container may use of it; 0 if it does
-    not tell.
-    """
+    """Return the bytes of memory that this machine has, or its container's limit; 0 if unknown."""
     try:
         most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows has no sysconf
@@ -47,7 +45,7 @@ def total() -> int:
 
 
 def free() -> int:
-    """Bytes of memory that are free or can be made free, for this container; 0 if unknown."""
+    """Return the bytes of memory that are free or can be freed, in this container; 0 if unknown."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         most = next(int(ln.split()[1]) * 1024 for ln in lines if ln.startswith("MemAvailable"))
@@ -63,13 +61,13 @@ def free() -> int:
 
 @cache
 def keep_freed() -> None:
-    """Let memory that is freed be kept for the next activation.
+    """Keep freed memory for the next activation.
 
-    By default every block of some MB goes back to the kernel when it is freed, which then hands
-    out zeroed pages for the next: that took a third of the time of an elementwise operation.
+    By default each block of several MB goes back to the operating system when it is freed, and the
+    next block gets zeroed pages: that took a third of the time of an elementwise operation.
     """
     if (libc := _libc()) is not None:
-        libc.mallopt(_M_MMAP_THRESHOLD, 32 * _MB)  # the most that it takes
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 * _MB)  # the largest value allowed
         libc.mallopt(_M_TRIM_THRESHOLD, 256 * _MB)  # more than a tiny decoder frees at its end
         libc.mallopt(_M_TOP_PAD, 64 * _MB)
 
@@ -78,7 +76,7 @@ _mapping: bool | None = None
 
 
 def map_large(wanted: bool) -> None:
-    """Take blocks of over 32 MB from the kernel each time; unless `wanted`, from what was freed."""
+    """Take blocks of over 32 MB from the operating system if `wanted`, else from freed memory."""
     global _mapping
     if wanted != _mapping and (libc := _libc()) is not None:
         libc.mallopt(_M_MMAP_MAX, _MAPPED if wanted else 0)
@@ -86,15 +84,15 @@ def map_large(wanted: bool) -> None:
 
 
 def give_back() -> None:
-    """Return what is free after all: loaded weights, once they are packed."""
+    """Return freed memory to the operating system, as that of loaded weights after packing."""
     if (libc := _libc()) is not None:
         libc.malloc_trim(0)
 
 
 def page_out(tensor: Tensor) -> None:
-    """Let the kernel take the pages of a tensor in a mapped file: they are read again if asked for.
+    """Drop a tensor's pages of a mapped file from memory; they are read again when needed.
 
-    Unlike MADV_DONTNEED this can lose nothing, whatever the tensor's memory turns out to be.
+    Unlike MADV_DONTNEED this cannot lose data, whatever kind of memory the tensor has.
     """
     if (libc := _libc()) is None:
         return

@@ -8,9 +8,9 @@ KERNEL safelight_normalise(const Normalise<bf16>* p) { return normalise(*p); }
 KERNEL safelight_layer_norm(const LayerNorm<bf16>* p) { return layer_norm(*p); }
 KERNEL safelight_gate(const Gate<bf16>* p) { return gate(*p); }
 
-// The rows first..last of a map [images, height, width, channels], as a convolution reads them: in
-// planes [channels/32][images][rows][width + 2][32] that are `plane` numbers apart, with a border
-// of zeros and a row more at both ends. With factors, normed by them and through SiLU.
+// Lays out the rows first..last of a map [images, height, width, channels] as a convolution reads
+// them: in planes [channels/32][images][rows][width + 2][32] that are `plane` numbers apart, with a
+// border of zeros and one more row at both ends. With factors, it norms by them and applies SiLU.
 struct Lay {
     const bf16* x;
     const float* factors;  // or null

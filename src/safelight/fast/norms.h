@@ -1,13 +1,13 @@
-// Norms and gates of numbers T, bfloat16 or float; a result is rounded to T once. Before this comes
-// a header of vectors: kernel.h, whose vectors have 16 numbers, or lanes.h.
+// Norms and gates of numbers T, bfloat16 or float; a result is rounded to T once. Include a header of
+// vectors before this: kernel.h, whose vectors have 16 numbers, or lanes.h.
 #pragma once
 
 namespace {
 
 template <class V> inline V silu(V x) { return x / (exp2(x * splat(-LOG2E)) + splat(1.f)); }
 
-// x·Phi(x): erfc by Abramowitz and Stegun 7.1.26, to 2e-7; unless `fine`, to the 6e-5 of a quick
-// reciprocal, of which bfloat16 sees nothing.
+// x·Phi(x), with erfc by Abramowitz and Stegun 7.1.26. With `fine` the error is 2e-7, else the 6e-5 of a
+// fast reciprocal, which is below the precision of bfloat16.
 template <bool fine, class V> inline V gelu(V x) {
     const V one = splat(1.f);
     V z = magnitude(x) * splat(0.70710678f);
@@ -36,7 +36,7 @@ template <class T> const char* gate(const Gate<T>& p) {
     return nullptr;
 }
 
-// Of a group norm of a map [images, positions, channels]: each channel's factor and addend.
+// Computes each channel's factor and addend in the group norm of a map [images, positions, channels].
 template <class T> struct Moments {
     const T* x;
     const float *scale, *shift;  // [channels]
@@ -51,8 +51,8 @@ template <class T> const char* moments(const Moments<T>& p) {
     if (!images || !channels) return nullptr;
     REQUIRE(positions > 0);
     REQUIRE(pointers(p.x, p.scale, p.shift, p.factors));
-    // A row is the sums and the sums of squares of all images' channels. Each thread has one in
-    // float64, and another in float32 of PART positions: longer sums would lose digits.
+    // A row has the sums and the sums of squares of all channels of all images. Each thread has one in
+    // float64, and sums of PART positions in float32, as longer ones would lose digits.
     const int64_t threads = omp_get_max_threads(), row = images * 2 * channels, PART = 256;
     Memory memory;
     memory.need(threads * (row * 8 + 2 * channels * 4));
@@ -66,7 +66,7 @@ template <class T> const char* moments(const Moments<T>& p) {
         for (int64_t i = 0; i < images; i++) {
             int64_t begin = positions * t / team, end = positions * (t + 1) / team;
             double* all = sums + t * row + i * 2 * channels;
-            // A few positions at a time, so that their lines are still there for the next channels.
+            // A few positions at a time, so that they are still in the cache for the next channels.
             for (int64_t at = begin; at < end; at += 16) {
                 int64_t last = at + 16 < end ? at + 16 : end;
                 if ((at - begin) % PART == 0) memset(first, 0, 2 * channels * 4);
@@ -105,7 +105,7 @@ template <class T> const char* moments(const Moments<T>& p) {
     return nullptr;
 }
 
-// x · factor + addend of a map [images, positions, channels], through SiLU if `active` is not 0.
+// x · factor + addend of a map [images, positions, channels], with SiLU if `active` is not 0.
 template <class T> struct Normalise {
     const T* x;
     const float* factors;
@@ -129,8 +129,8 @@ template <class T> const char* normalise(const Normalise<T>& given) {
     return nullptr;
 }
 
-// Layer norm of rows of `channels`, a multiple of 16. With `plus`, of the sum of both, which goes
-// to `total`.
+// Layer norm of rows of `channels`, a multiple of 16. With `plus`, that of x + plus, which goes to
+// `total`.
 template <class T> struct LayerNorm {
     const T *x, *plus;
     T* total;

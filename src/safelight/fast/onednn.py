@@ -1,4 +1,4 @@
-"""Products on any CPU: oneDNN's, with weights packed into the order that it multiplies them in."""
+"""oneDNN's products, on any CPU, with weights packed into the order in which it multiplies."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor, nn
 _mkldnn: Any = torch.ops.mkldnn
 
 ROWS = 1024
-"""Rows that all matrices are packed for. What was packed for one row multiplies one row in another
-order than what was packed for more, and a picture's last bits must not depend on what was drawn
-first. It was no slower for any size that was measured."""
+"""The number of rows that all matrices are packed for. One packed for a single row multiplies a row
+in another order than one packed for more, and a picture's last bits must not depend on what was
+drawn first. It was no slower for any size that was measured."""
 
 KEPT = 1 << 23
-"""Numbers in the packed copies of one convolution's weight, each in another order, that are kept;
-of a large weight, two copies. All maps of one picture want the same order, with few exceptions."""
+"""The most numbers in all kept copies of one convolution's weight, each packed in another order; a
+large weight still has two copies. Nearly all maps of a picture need the same order."""
 
 SHAPES_KEPT = 1 << 14
-"""Shapes, of all convolutions together, whose order is remembered."""
+"""The most shapes, of all convolutions together, whose order is remembered."""
 
 _ORDERS: dict[tuple[Any, ...], bytes] = {}
 """The order in which oneDNN multiplies a weight, by the weight's shape and dtype, padding, stride,
@@ -35,7 +35,7 @@ def available() -> bool:
 
 @cache
 def takes(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies this dtype here. bfloat16 needs AVX512 or AVX-NE-CONVERT."""
+    """Return whether oneDNN multiplies this dtype here. bfloat16 needs AVX512 or AVX-NE-CONVERT."""
     try:
         _mkldnn._reorder_linear_weight(torch.zeros(1, 1, dtype=dtype), 1)
     except RuntimeError:
@@ -44,15 +44,15 @@ def takes(dtype: torch.dtype) -> bool:
 
 
 def computes(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that weights of this dtype are multiplied in: itself, or float32."""
+    """Return the dtype that weights of this dtype are multiplied in: itself, or float32."""
     return dtype if takes(dtype) else torch.float32
 
 
 def _aligned(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Return the bias in this dtype, at an address that divides by 16.
+    """Return the bias in this dtype, at an address that is a multiple of 16.
 
-    In a file it may begin anywhere. On a processor without AVX, a convolution of oneDNN with a sum
-    ends the process if it does not divide.
+    In a mapped file it may begin at any address. On a processor without AVX, one of oneDNN's
+    convolutions with a sum crashes the process if the address is not a multiple of 16.
     """
     if bias is None:
         return None
@@ -68,13 +68,13 @@ class Matrix:
         self.bias = _aligned(bias, weight.dtype)
 
     def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
-        """x: [..., in]; plus, of the result's shape, is added to it."""
+        """Return [..., out] from x, [..., in]; plus, of the result's shape, is added."""
         if plus is None:
             return _mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "none")
         return _mkldnn._linear_pointwise.binary(x, plus, self.packed, self.bias, "add")
 
     def weight(self) -> Tensor:
-        """Return the weight, as it was given."""
+        """Return the unpacked weight."""
         return self.packed.to_dense()
 
 
@@ -82,7 +82,7 @@ class Convolution:
     """A convolution's weight [out, in, side, side] and bias."""
 
     def __init__(self, weight: Tensor, conv: nn.Conv2d) -> None:
-        """conv: says all but the weight."""
+        """conv: has everything but the weight."""
         self.how = (conv.padding, conv.stride, conv.dilation, 1)
         self._size = (weight.shape, weight.dtype)
         self._weight: Tensor | None = weight.contiguous(memory_format=torch.channels_last)
@@ -100,9 +100,10 @@ class Convolution:
         *,
         tall: bool = False,
     ) -> Tensor:
-        """x: [batch, in, h, w]; shift: [1 or batch, out], added to the bias; plus: added, and with
-        `consume` its memory is the result's; relu: of all that. tall: x has the rows above and
-        below that the convolution reads beyond the result's.
+        """Return the convolution of x, [batch, in, h, w].
+
+        shift: [1 or batch, out], added to the bias. plus: added; with `consume` the result takes
+        its memory. relu: applied to the sum. tall: x includes the padding rows above and below.
         """
         bias, (padding, *how) = self.bias, self.how
         padding = (0, padding[1]) if tall else padding
@@ -141,8 +142,8 @@ class Convolution:
 
         how: padding, stride, dilation, groups.
 
-        In another order oneDNN would bring it into this one at each call, a number at a time: for
-        a small map that takes hundreds of times as long as the products.
+        From another order oneDNN would reorder it at each call, a number at a time: for a small map
+        that takes hundreds of times as long as the products.
         """
         known = (*self._size, *how, shape, torch.get_num_threads())
         packed = self._packed.get(_ORDERS.get(known, b""))
@@ -151,7 +152,7 @@ class Convolution:
         weight = self._weight
         if weight is None:
             dense = next(iter(self._packed.values())).to_dense()
-            # Blocks are made of rows of channels: ten times as fast as from any other dense order.
+            # Packing from channels-last is ten times as fast as from any other dense order.
             weight = dense.contiguous(memory_format=torch.channels_last)
         packed = _mkldnn._reorder_convolution_weight(weight, *how, shape)
         order = _mkldnn._get_mkldnn_serialized_md(packed).numpy().tobytes()
@@ -166,9 +167,9 @@ class Convolution:
 
 
 class Doubling:
-    """Nearest-neighbour doubling and a 3×3 convolution, as four 2×2 ones of the small map.
+    """Nearest-neighbour upsampling by 2 and a 3×3 convolution, as four 2×2 ones of the small map.
 
-    Of the nine products around a pixel of the doubled map, several read the same pixel of the
+    Of the nine products around a pixel of the upsampled map, several read the same pixel of the
     small one: their weights are summed.
     """
 
@@ -188,7 +189,7 @@ class Doubling:
 
 
 def quarters(weight: Tensor) -> list[list[Tensor]]:
-    """Of a 3×3 weight, the 2×2 ones for even and odd rows, and in them even and odd columns."""
+    """Return the four 2×2 weights of a 3×3 weight: for [even, odd] rows, [even, odd] columns."""
 
     def halves(w: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         first, middle, last = w.unbind(dim)
@@ -200,10 +201,12 @@ def quarters(weight: Tensor) -> list[list[Tensor]]:
 
 
 class Held:
-    """Weights that are packed at each use: they lie in a file, or in a dtype that oneDNN does not
-    multiply here, and then they are multiplied in float32. Results have the dtype of the weights.
+    """Weights that are packed at each use.
 
-    fetch: gives the weights back; pack: makes one of the classes above of them.
+    They are in a file, or in a dtype that oneDNN does not multiply here; in that case they are
+    multiplied in float32. Results have the dtype of the weights.
+
+    fetch: returns the weights. pack: makes one of the classes above from them.
     """
 
     def __init__(
@@ -213,11 +216,11 @@ class Held:
         self._computed = computes(dtype)
 
     def __call__(self, *inputs: Any, **how: Any) -> Tensor:
-        """As the class that `pack` makes, whose arguments these are. how: those without maps."""
+        """Return the result of the object that `pack` makes, for these arguments."""
         layer = self._pack(self._fetch().to(self._computed))
         cast = [x.to(self._computed) if isinstance(x, Tensor) else x for x in inputs]
         return layer(*cast, **how).to(self._dtype)
 
     def weight(self) -> Tensor:
-        """Return the weight, until another one is fetched."""
+        """Return the weight; it is valid until another one is fetched."""
         return self._fetch()

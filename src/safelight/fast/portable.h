@@ -1,5 +1,5 @@
-// The interface of amx.h in plain C++ with vectors of 16 that the compiler breaks up, for any
-// processor. Results are those of amx.h up to the order of sums and the rounding of products.
+// The interface of amx.h in plain C++, for any processor, with vectors of 16 numbers that the compiler
+// splits. Results equal those of amx.h up to the order of sums and the rounding of products.
 #pragma once
 
 namespace {
@@ -14,7 +14,7 @@ struct Tiles {
     Tiles() {}
 };
 
-// By value in registers that a processor may lack: GCC remarks on the calling convention.
+// GCC warns about the calling convention of vectors that need registers a processor may lack.
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 template <class T, class From> inline T read(const From* p) {
@@ -97,7 +97,7 @@ struct Table {
 };
 template <bool add> inline vec powers(vec x, vec y, const Table& apart, bf16* out, vec total) {
     for (int i = 0; i < 32; i++) {
-        // As _mm512_packs_epi32 lays them: four of x, four of y.
+        // In the order of _mm512_packs_epi32: four of x, four of y.
         float value = i % 8 < 4 ? x[i / 8 * 4 + i % 4] : y[i / 8 * 4 + i % 4];
         int bits = value > 0 ? value < 32767 ? int(lrintf(value)) : 32767 : 0;  // 0 if NaN
         out[i] = bits - apart.at[bits % 128];

@@ -1,4 +1,4 @@
-// A product of float32 by vectors, whose sums are as many as there are registers for.
+// A float32 product by vectors whose sums stay in the registers.
 #pragma once
 
 #include "call.h"
@@ -20,7 +20,7 @@ inline void multiply(const float* a, int64_t a_row, const float* b, int64_t b_ro
             for (int x = 0; x < regs; x++) found[r][x] = found[r][x] + one * columns[x];
         }
     }
-    // Added at the end: a sum of sums rounds less than one long sum.
+    // Added at the end, as a sum of sums rounds less than one long sum.
     for (int r = 0; r < rows; r++)
         for (int x = 0; x < regs; x++) {
             float* to = sums + r * row + x * LANES;

@@ -1,4 +1,4 @@
-"""A copy of a network in which some weights are others, and everything else is shared."""
+"""A copy of a network with some other weights, which shares everything else."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from safelight.fast.layers import FastGEGLU, FastHeads, MappedLinear
 from safelight.fast.store import Shelf
 
 _PACKED = ("_product", "_float", "_own", "_halves", "_text")
-"""What fast layers make of weights at their first use."""
+"""Attributes that fast layers make from weights at their first use."""
 
 _JOINED: dict[type[nn.Module], tuple[str, ...]] = {
     FastHeads: ("to_q", "to_k", "to_v"),
     FastGEGLU: ("proj",),
 }
-"""Fast layers that pack the weights of layers in them, and which."""
+"""Fast layers that pack the weights of their submodules, and the names of those."""
 
 Read = Callable[[Iterable[str]], Mapping[str, Tensor]]
 
@@ -28,7 +28,7 @@ def with_weights(net: nn.Module, changed: Mapping[str, Tensor], read: Read) -> n
     """Return a network that computes with other weights. `net` stays as it is, to the byte.
 
     changed: new weights by name, in the precision that the network computes in. read: returns
-    weights of `net` in the same way, for layers that have packed theirs and let go of them.
+    weights of `net` by name, for layers that have released theirs after packing.
     """
     layers = dict(net.named_modules())
     weights, joined = dict(changed), set[str]()
@@ -39,8 +39,8 @@ def with_weights(net: nn.Module, changed: Mapping[str, Tensor], read: Read) -> n
             joined.add(path)
         elif not any(one.startswith(f"{path}.") for one in touched) or _is_packed(layer):
             continue
-        # What this layer packs together must not be shared, or one network would take it from the
-        # other. A text's keys and values are packed by layers of their own.
+        # Layers that this one packs together must not be shared, or one network would take their
+        # weights from the other. The layers of a text's keys and values pack themselves.
         touched |= {one for one in inside if not _is_packed(layers[one])}
     missing = [
         f"{path}.weight"
@@ -52,7 +52,10 @@ def with_weights(net: nn.Module, changed: Mapping[str, Tensor], read: Read) -> n
 
 
 class _Copier:
-    """touched: layers whose weights change or are read again. joined: those that packed them."""
+    """Copies the modules that change.
+
+    touched: layers whose weights change or are read again. joined: those that pack others' weights.
+    """
 
     def __init__(self, weights: Mapping[str, Tensor], touched: set[str], joined: set[str]) -> None:
         self._weights, self._touched, self._joined = weights, touched, joined
@@ -66,7 +69,7 @@ class _Copier:
             return module
         new = copy(module)
         for name, value in vars(module).items():
-            if isinstance(value, OrderedDict):  # hooks: later ones are of one network alone
+            if isinstance(value, OrderedDict):  # hooks: those added later belong to one network
                 new.__dict__[name] = value.copy()
         new._parameters = dict(module._parameters)
         new._modules = {
@@ -89,7 +92,7 @@ class _Copier:
         if isinstance(layer, MappedLinear):
             layer.mapped = False
         if getattr(found, "shelf", None) is not None:
-            # A file of their own, which ends with them.
+            # The changed layers have a file of their own, which is closed with them.
             self._shelf = self._shelf or Shelf()
             found.shelf = self._shelf
 
@@ -103,7 +106,7 @@ def _members(layer: nn.Module) -> tuple[str, ...]:
 
 
 def _let_go(layer: nn.Module) -> bool:
-    """Return whether a layer has packed its weight, or another has, and none is left."""
+    """Return whether a layer's weight was released, as it or another layer has packed it."""
     return "weight" in layer._parameters and layer._parameters["weight"] is None
 
 

@@ -11,7 +11,7 @@ struct Tiles {
 
 const int WIDEST = 3;  // tiles of columns at once: with eight rows their sums stay in registers
 
-// Adds 32 bits of a row times those of 16 columns.
+// Adds the products of a row's 32 bits, in each lane of `row`, and those of 16 columns.
 inline vec dot(vec sum, __m512i row, __m512i columns, bf16) {
     return _mm512_dpbf16_ps(sum, (__m512bh)row, (__m512bh)columns);
 }

@@ -1,12 +1,12 @@
-// Products of float32 on AMX tiles, which take bfloat16: each number is the sum of two, its head and
-// what is left of it, and a product is head·head + left·head + head·left (Henry, Tang and Heinecke,
-// arXiv:1904.06376). What is missing is about 2^-17 of it. Sums are float32.
+// Products of float32 on AMX tiles, which multiply bfloat16. Each number is split into a head and a
+// rest, and a product is head·head + rest·head + head·rest (Henry, Tang and Heinecke,
+// arXiv:1904.06376). This leaves out about 2^-17 of the product. Sums are float32.
 
 #include "heads.h"
 
 namespace {
 
-// 32 numbers as 32 heads and 32 times what is left.
+// Splits 32 numbers into 32 heads and 32 rests.
 inline void halve(vec low, vec high, bf16* heads, bf16* lefts) {
     store(heads, low, high);
     store(lefts, low - load(heads), high - load(heads + 16));
@@ -17,10 +17,10 @@ inline void halve(const float* from, bf16* heads, bf16* lefts) {
 
 // --- linear layers ------------------------------------------------------------------------------
 
-// 32 by 32 numbers are four tiles: two of heads, two of what is left.
+// 32 by 32 numbers are four tiles: two of heads, two of rests.
 const int64_t BLOCK = 2048;
 // Rows that a thread takes at once, and blocks of 32 of their numbers: they stay in the
-// second-level cache while all columns' weights pass.
+// second-level cache while the weights of all columns are read.
 const int64_t TALL = 256, DEEP = 40;
 
 // out = x·weightsᵀ + bias + plus; out and plus are [rows][columns], bias and plus may be null.
@@ -32,8 +32,8 @@ struct Linear {
     int64_t rows, inner, columns;
 };
 
-// Adds `blocks` products of 32 rows and a panel of 32 columns to the tiles of sums. Meanwhile the
-// lines of `next`, if any, are fetched: what tiles read costs more than what they multiply.
+// Adds `blocks` products of 32 rows and a panel of 32 columns to the tiles of sums. Meanwhile it
+// fetches the cache lines of `next`, if any, as loading tiles takes longer than multiplying them.
 inline void multiply(const bf16* x, const bf16* w, int64_t blocks, const char* next) {
     for (int64_t k = 0; k < blocks; k++, x += BLOCK, w += BLOCK) {
         _tile_loadd(4, x, 64);
@@ -61,7 +61,7 @@ inline void multiply(const bf16* x, const bf16* w, int64_t blocks, const char* n
     }
 }
 
-// The sums of 32 rows, from m to m_end at most, by 32 columns.
+// Writes the sums of 32 rows, from m to m_end at most, by 32 columns.
 void finish(const Linear& p, const float* sums, int64_t m, int64_t m_end, int64_t n, bool first) {
     for (int64_t i = 0; i < 32 && m + i < m_end; i++)
         for (int64_t c = 0; c < 32; c += 16) {
@@ -74,7 +74,7 @@ void finish(const Linear& p, const float* sums, int64_t m, int64_t m_end, int64_
         }
 }
 
-// Rows m0..m1 by panels n0..n1.
+// Computes rows m0..m1 by panels n0..n1.
 void region(const Linear& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
     int64_t tall = (m1 - m0 + 31) / 32, blocks = p.inner / 32, deep = blocks < DEEP ? blocks : DEEP;
     bf16* x = (bf16*)scratch(tall * deep * BLOCK * 2 + 2 * 4096);
@@ -89,8 +89,8 @@ void region(const Linear& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
             }
         }
         fence();
-        // A block's sums are finished while the next block's are made: what tiles have stored
-        // cannot be read at once.
+        // A block's sums are finished while the next block is multiplied, as memory that tiles
+        // have just stored cannot be read at once.
         const float* ready = nullptr;
         int64_t ready_m = 0, ready_n = 0, turn = 0;
         for (int64_t n = n0; n < n1; n++) {
@@ -111,8 +111,8 @@ void region(const Linear& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
 
 // --- attention ----------------------------------------------------------------------------------
 
-// Scores are one product: of (head, rest, head) of a query and (head, head, rest) of a key. Of the
-// weights and the values, heads and rests lie apart.
+// A score is one product, of (head, rest, head) of a query and (head, head, rest) of a key. The heads
+// and the rests of weights and values are stored apart.
 struct Split : Head<float, 3, 2> {
     bf16 *const value_rests, *const weight_rests;
 
@@ -120,7 +120,7 @@ struct Split : Head<float, 3, 2> {
         : Head(a, packed), value_rests(values + padded * outer * 16),
           weight_rests(weights + 32 * STEP) {}
 
-    // A query or a key: its heads, and its rests in the second or the third place.
+    // Writes a query or a key: heads, and rests in the second place (query) or the third (key).
     void lay_out(const float* from, bf16* to, bool is_query) const {
         for (int64_t c = 0; c < a.size; c += 16) {
             vec x = load_first(from + c, a.size - c);
@@ -171,8 +171,8 @@ struct Split : Head<float, 3, 2> {
             else weigh_tiles<false>(p, t);
         }
     }
-    // Two of the value's tiles, or the last one of an odd number: what the weights' rests give then
-    // goes where the second one's sums would be, for sums of two tiles alone wait for one another.
+    // Multiplies two tiles of values, or the last one if their number is odd. Then products of the
+    // weights' rests go to the second tile's place, as sums in only two tiles wait for one another.
     template <bool two> void weigh_tiles(const Pass& p, int64_t t) const {
         const bf16 *w = weights, *rests = weight_rests;
         int64_t at = p.begin * outer * 16 + t * 512;
@@ -234,7 +234,7 @@ KERNEL safelight_split_linear(const Linear* p) {
     REQUIRE(pointer_or_null(p->plus));
     int64_t threads = omp_get_max_threads(), panels = p->columns / 32;
     int64_t chunks = (p->rows + TALL - 1) / TALL;
-    // Of few rows each thread takes them all, and some of the columns.
+    // With few rows, each thread takes all of them and some of the columns.
     int64_t splits = chunks % threads && chunks < 2 * threads ? threads : 1;
     regions(p->rows, TALL, panels, splits,
             [&](int64_t m0, int64_t m1, int64_t n0, int64_t n1) { region(*p, m0, m1, n0, n1); });

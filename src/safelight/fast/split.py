@@ -1,7 +1,7 @@
-"""Products of float32 on CPUs with AMX tiles: three of bfloat16 for each, in split.cpp.
+"""float32 products on CPUs with AMX: each is three products of bfloat16, in split.cpp.
 
-A number is the sum of two of bfloat16, so that about 16 of its 24 bits count. Such a product's
-relative error is 3e-6, where float32's own is 3e-7, and bfloat16's 3e-3.
+A number is split into the sum of two of bfloat16, which keeps about 16 of its 24 bits. Such a
+product's relative error is 3e-6; that of float32 is 3e-7, and that of bfloat16 3e-3.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ def available(dtype: torch.dtype) -> bool:
 
 
 def matrix(weight: Tensor, bias: Tensor | None) -> onednn.Matrix | Matrix:
-    """A weight [out, in] for the rows of tokens, by the fastest way there is."""
+    """Return the fastest Matrix here for a weight [out, in], to multiply tokens by."""
     if available(weight.dtype) and not (weight.shape[0] % 32 or weight.shape[1] % 32):
         return Matrix(weight, bias)
     return onednn.Matrix(weight, bias)
 
 
 class Matrix:
-    """As onednn.Matrix, in float32, for weights whose sides are multiples of 32."""
+    """Like onednn.Matrix, in float32, for weights whose sides are multiples of 32."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.columns, self.inner = weight.shape
@@ -43,5 +43,5 @@ class Matrix:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As vectors.attend, in float32."""
+    """Like vectors.attend, in float32."""
     return vectors.attend_by(tiles.library(), "split_attend", torch.float32, q, k, v)

@@ -1,4 +1,4 @@
-"""Where packed weights are kept between their uses: in memory, or in a file where that is short."""
+"""Where packed weights are kept between their uses: in memory, or in a file to save memory."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ _PAGE = 2 << 20
 
 class Store(Protocol):
     def room(self, count: int) -> Tensor:
-        """Memory for so many numbers in bfloat16, to pack weights into, before they are kept."""
+        """Return memory for so many bfloat16 numbers, to pack weights into before `keep`."""
         ...
 
     def keep(self, weights: Tensor) -> Callable[[], Tensor]:
-        """What gives these weights back, until others are asked for."""
+        """Return a function that returns these weights; they are valid until others are fetched."""
         ...
 
 
 def _large_pages(size: int) -> Tensor:
-    """Memory of `size` bytes in large pages: the kernels read gigabytes of weights in each step,
-    and looking up pages of 4 KB costs a fifth of the time. Only what is used of it is taken.
+    """Return memory of `size` bytes in large pages. Pages that are not used take no memory.
+
+    Our kernels read gigabytes of weights in each step, and looking up pages of 4 KB would cost a
+    fifth of the time.
     """
     if not hasattr(mmap, "MAP_PRIVATE"):  # as on Windows
         return torch.empty(size // 2, dtype=torch.bfloat16)
@@ -44,9 +46,9 @@ def _large_pages(size: int) -> Tensor:
 
 
 class Arena:
-    """Memory, in few blocks."""
+    """Keeps weights in memory, in a few large blocks."""
 
-    BLOCK = 64 << 20  # one is there as long as a weight in it is, of whichever network
+    BLOCK = 64 << 20  # bytes; a block lives as long as a weight in it, of any network
 
     def __init__(self) -> None:
         self._rest = torch.empty(0, dtype=torch.bfloat16)
@@ -68,9 +70,10 @@ ARENA = Arena()
 
 
 class Shelf:
-    """A nameless file, gone with the process. What is fetched overwrites what was fetched before.
+    """Keeps weights in an unlinked file, which ends with the process.
 
-    The kernel keeps as much of the file in its cache as there is room for.
+    What is fetched overwrites what was fetched before. The operating system caches as much of the
+    file as there is memory for. `keep` raises SafelightError if the file cannot be written.
     """
 
     def __init__(self) -> None:
@@ -118,7 +121,7 @@ def _bytes(numbers: Tensor) -> memoryview:
 
 
 def _disk() -> str:
-    """A folder that is not itself in memory, as /tmp often is."""
+    """Return a folder on a disk; /tmp is often in memory."""
     lasting = Path("/var/tmp")  # mkstemp's name in it, unlinked at once  # nosec B108
     if "TMPDIR" not in os.environ and os.access(lasting, os.W_OK):
         return str(lasting)

@@ -1,6 +1,6 @@
-"""Large maps between a norm and its convolution, a strip of rows at a time.
+"""A norm and its convolution on large maps, a strip of rows at a time.
 
-Of a map of hundreds of MB there is then no normed copy.
+So a map of hundreds of MB has no normed copy.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from safelight.fast import vectors
 
 STRIP = 1 << 22
-"""Numbers of a strip."""
+"""Numbers in a strip."""
 
 
 class Normed:
-    """silu(norm(x)) of a map [batch, channels, h, w], made where it is read.
+    """silu(norm(x)) of a map [batch, channels, h, w], computed when it is read.
 
     factors: float32 [batch, 2, channels], each channel's factor and addend.
     """
@@ -28,8 +28,10 @@ class Normed:
         self.x, self.factors = x, factors
 
     def rows(self, picture: int, first: int, last: int) -> Tensor:
-        """Return these rows of one picture, [1, channels, last - first, w]. Beyond the map's edges
-        they are zeros."""
+        """Return these rows of one picture, [1, channels, last - first, w].
+
+        Rows beyond the map's edges are zeros.
+        """
         _, channels, height, width = self.x.shape
         out = self.x.new_empty(1, last - first, width, channels).permute(0, 3, 1, 2)
         top, end = max(first, 0), min(last, height)
@@ -57,7 +59,7 @@ def strips(x: Tensor) -> Iterator[tuple[int, int, int]]:
 
 
 def moments(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """Return what vectors.moments does, without a kernel, for any precision."""
+    """Return the same as vectors.moments, without a kernel, for any precision."""
     batch, channels = x.shape[:2]
     sums = torch.zeros(2, batch, channels, dtype=torch.float64)
     for picture, first, last in strips(x):
@@ -74,8 +76,10 @@ def moments(norm: nn.GroupNorm, x: Tensor) -> Tensor:
 
 
 def _sums(part: Tensor) -> Tensor:
-    """Return the sum of each channel of [channels, h, w], float64: of 64 numbers in float32 first,
-    which is five times as fast."""
+    """Return the float64 sum of each channel of [channels, h, w].
+
+    Groups of 64 numbers are summed in float32 first, which is five times as fast.
+    """
     flat = part.permute(1, 2, 0).reshape(-1, len(part))
     whole = len(flat) // 64 * 64
     blocks = flat[:whole].view(-1, 64, len(part)).sum(1)
@@ -91,10 +95,10 @@ def convolve(
     consume: bool,
     relu: bool = False,
 ) -> Tensor:
-    """Return the convolution, 3×3 with a border of one, of a normed map.
+    """Return the 3×3 convolution, with padding 1, of a normed map.
 
-    product: the convolution of rows whose border above and below is there, as onednn.Convolution
-    has it with `tall`. channels: of the result. plus, shift, consume, relu: see layers.Conv2d.
+    product: the convolution of rows with their padding rows, as onednn.Convolution with `tall`.
+    channels: of the result. plus, shift, consume, relu: see layers.Conv2d.
     """
     x = map_.x
     batch, _, height, width = x.shape

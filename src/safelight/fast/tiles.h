@@ -27,13 +27,14 @@ inline void give(float* sums) {
     fence();
 }
 
-// Tiles' numbers are part of an instruction, so no function can take them.
+// A tile's number is part of an instruction, so it cannot be a function's argument.
 #define DOT(to, a, b) do { \
     if (sizeof(T) == 2) _tile_dpbf16ps(to, a, b); \
     else _tile_dpbusd(to, a, b); \
 } while (0)
 
-// Adds the products of 32 rows' next 64 bytes, 16 of them from `low` on, by `wide` tiles of weights.
+// Adds the products of the next 64 bytes of 32 rows, 16 from `rows` on and 16 from `low` on, and `wide`
+// tiles of weights.
 template <int wide, class T>
 inline void multiply_block(const T* rows, const T* low, int64_t stride, const T* w) {
     _tile_loadd(4, rows, stride * sizeof(T));

@@ -1,4 +1,4 @@
-"""Convolutions in bfloat16 by tiles: our own kernels, in convolution.cpp."""
+"""bfloat16 convolutions by tiles: our own kernels, in convolution.cpp."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ def available(dtype: torch.dtype) -> bool:
 
 
 def in_tiles(rows: Tensor) -> Tensor:
-    """Return weights in the order that products by tiles read them in.
+    """Return weights in the order in which products by tiles read them.
 
-    rows: int32 [columns, n], a weight's numbers for a column, in pairs of bfloat16 or fours of
-    bytes; columns a multiple of 32, n of 16. Returns [columns / 32, n / 16, 2, 16, 16]: a tile
-    has the columns side by side.
+    rows: int32 [columns, n], the weights of each column, as pairs of bfloat16 or fours of bytes;
+    columns is a multiple of 32, n of 16. Returns [columns / 32, n / 16, 2, 16, 16]: the columns of
+    a tile are its last dimension.
     """
     columns, count = rows.shape
     return rows.view(columns // 32, 2, 16, count // 16, 16).permute(0, 3, 1, 4, 2)
 
 
 class _Weights:
-    """A convolution's weights in the order of the kernel: of 32 columns, plane by plane of 32
-    channels, all taps.
+    """A convolution's weights in the order of the kernel.
+
+    That is: for each 32 columns, for each plane of 32 channels, all taps.
     """
 
     def __init__(self, weight: Tensor, store: Store) -> None:
@@ -52,13 +53,14 @@ class _Weights:
 
 
 STRIP = 1 << 22
-"""Numbers of a map's padded copy: larger maps are convolved strip by strip of their rows."""
+"""The most numbers in a map's padded copy; larger maps are convolved in strips of rows."""
 
 
 class Map:
-    """A map [batch, channels, h, w] as a convolution reads it: in planes of 32 channels with a
-    border of zeros one wide, and normed on the way where it comes from a norm. It is made a strip
-    of rows at a time, so that of a large picture there is never a second copy.
+    """A map [batch, channels, h, w] in the layout that a convolution reads.
+
+    That is planes of 32 channels with a border of zeros one wide, normed if there are `factors`. It
+    is made a strip of rows at a time, so that a large map is never copied as a whole.
     """
 
     def __init__(self, x: Tensor, factors: Tensor | None = None) -> None:
@@ -68,7 +70,7 @@ class Map:
         self.factors = factors
 
     def strips(self) -> list[tuple[slice, int, int]]:
-        """Which pictures, and from which row to which."""
+        """Return the strips: which pictures, and the first and the end row."""
         batch, channels, height, width = self.shape
         row = (width + 2) * channels
         if batch * (height + 2) * row <= STRIP:
@@ -81,11 +83,11 @@ class Map:
         ]
 
     def laid(self, pictures: slice, first: int, last: int) -> tuple[Tensor, int]:
-        """These rows in planes of 32 channels, and how far one is from the next."""
+        """Return these rows in planes of 32 channels, and the size of a plane in numbers."""
         x = self.x[pictures]
         batch, channels, height, width = x.shape
         plane = batch * (last - first + 2) * (width + 2) * 32
-        # Beyond the end, numbers are read for whole tiles, multiplied, and not kept.
+        # Tiles are read as a whole; products of numbers beyond the end are not kept.
         memory = torch.empty(channels // 32 * plane + (16 + 3 * (width + 2)) * 32, dtype=x.dtype)
         memory[channels // 32 * plane :] = 0
         library().call(
@@ -109,7 +111,7 @@ def fits_conv(conv: nn.Conv2d, dtype: torch.dtype) -> bool:
 
 
 class Convolution:
-    """As onednn.Convolution, for 3×3 with a border of one."""
+    """Like onednn.Convolution, for 3×3 with padding 1."""
 
     def __init__(self, weight: Tensor, conv: nn.Conv2d, store: Store = ARENA) -> None:
         self.weights = _Weights(weight, store)
@@ -159,8 +161,8 @@ def linear_by(
 ) -> Tensor:
     """Return x times a packed matrix, plus its bias and `plus`, by a kernel for x of this dtype.
 
-    matrix: has `packed`, `bias`, `inner` and `columns`. x: [..., inner]. more: arguments that this
-    kernel has besides. ValueError if x does not fit.
+    matrix: has `packed`, `bias`, `inner` and `columns`. x: [..., inner]. more: further arguments of
+    this kernel. Raises ValueError if x does not fit.
     """
     if x.dtype != dtype or x.shape[-1] != matrix.inner:
         raise ValueError(f"{x.dtype} of {tuple(x.shape)} by a matrix of {matrix.inner} rows")
@@ -192,7 +194,10 @@ def _convolve(
     out: Tensor,
     spread: tuple[int, int, int] = (1, 0, 0),
 ) -> None:
-    """out: [batch, h, w, columns], h and w those of the map times the first of spread."""
+    """Write a convolution to out, [batch, h, w, columns].
+
+    h and w are those of the map times spread[0].
+    """
     per_picture = bias is not None and bias.dim() == 2 and len(bias) > 1
     library().call(
         "conv",
@@ -217,7 +222,7 @@ def _convolve(
 
 
 class Doubling:
-    """As onednn.Doubling: the four convolutions write where their pixels belong."""
+    """Like onednn.Doubling; the four convolutions write directly to their pixels."""
 
     def __init__(self, weight: Tensor, conv: nn.Conv2d, store: Store = ARENA) -> None:
         self.bias = None if conv.bias is None else conv.bias.float()

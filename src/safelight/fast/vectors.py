@@ -1,7 +1,7 @@
 """Attention, norms and gates: our own kernels.
 
-They are in attention.cpp and norms.cpp for bfloat16, and in floats.cpp for float32. Tensors are of
-either dtype, and results of the same.
+They are in attention.cpp and norms.cpp for bfloat16, and in floats.cpp for float32. Tensors have
+either dtype, and results have the same.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def available(dtype: torch.dtype) -> bool:
 
 
 def call(name: str, dtype: torch.dtype, **arguments: Tensor | int | float | None) -> None:
-    """Run a kernel for numbers of this dtype; arguments: as of `Library.call`."""
+    """Run a kernel for numbers of this dtype. arguments: as in `Library.call`."""
     kernels.required(_library(dtype)).call(_kernel(name, dtype), **arguments)
 
 
@@ -40,7 +40,7 @@ def fits_norm(norm: nn.GroupNorm, x: Tensor) -> bool:
 def group_norm(
     norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor, *, silu: bool = False
 ) -> Tensor:
-    """The norm of a map, through SiLU if asked; scale and shift are weight and bias in float32."""
+    """Return the norm of a map, with SiLU if asked. scale, shift: weight and bias in float32."""
     x = x.contiguous(memory_format=torch.channels_last)
     return normalise(x, moments(norm, x, scale, shift), silu=silu)
 
@@ -48,9 +48,9 @@ def group_norm(
 def normalise(
     x: Tensor, factors: Tensor, *, silu: bool = False, out: Tensor | None = None
 ) -> Tensor:
-    """Return a map times factor plus addend, through SiLU if asked. factors: as of `moments`.
+    """Return a map times factor plus addend, with SiLU if asked. factors: as from `moments`.
 
-    out: where it is written to, channels-last as well.
+    out: a channels-last tensor for the result; None: a new one.
     """
     x = x.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(x) if out is None else out
@@ -97,7 +97,7 @@ def fits_layer_norm(norm: nn.LayerNorm, x: Tensor) -> bool:
 def layer_norm(
     norm: nn.LayerNorm, x: Tensor, scale: Tensor, shift: Tensor, plus: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """x, or with `plus` the sum of both, and its norm; scale, shift: weight and bias in float32."""
+    """Return x or x + plus, and the norm of it. scale, shift: weight and bias in float32."""
     x = x.contiguous()
     out, total = torch.empty_like(x), x
     if plus is not None:
@@ -123,7 +123,7 @@ def fits_gate(value: Tensor) -> bool:
 
 
 def gate(value: Tensor, by: Tensor) -> Tensor:
-    """value · GELU(by), both [..., width] with a width of a multiple of 16."""
+    """Return value · GELU(by). Both are [..., width], width a multiple of 16."""
     value, by = value.contiguous(), by.contiguous()
     out = torch.empty_like(value)
     call("gate", value.dtype, value=value, gate=by, out=out, count=out.numel())
@@ -133,7 +133,7 @@ def gate(value: Tensor, by: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return softmax(q·kᵀ/√d)·v, [batch, length, heads·d].
 
-    q, k, v: [batch, heads, length, d], d side by side.
+    q, k, v: [batch, heads, length, d].
     """
     library = kernels.required(_library(q.dtype))
     return attend_by(library, _kernel("attend", q.dtype), q.dtype, q, k, v)
@@ -142,7 +142,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def attend_by(
     of: Library, kernel: str, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor
 ) -> Tensor:
-    """`attend` by a kernel for numbers of this dtype. ValueError if these do not fit together."""
+    """Return `attend` by a kernel for this dtype. Raises ValueError for other dtypes or shapes."""
     batch, heads, queries, size = q.shape
     if {q.dtype, k.dtype, v.dtype} != {dtype} or not (
         k.shape == v.shape == (batch, heads, k.shape[2], size)

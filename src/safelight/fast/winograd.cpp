@@ -1,4 +1,4 @@
-// Winograd convolutions of maps in bfloat16, with all that is between in float32.
+// Winograd convolutions of maps in bfloat16, with everything in between in float32.
 
 #include "kernel.h"
 #include "winograd.h"

@@ -1,8 +1,8 @@
-// 3×3 convolutions with a border of one, of fewer products (Lavin and Gray, "Fast Algorithms for
+// 3×3 convolutions with padding 1 by Winograd's algorithm (Lavin and Gray, "Fast Algorithms for
 // Convolutional Neural Networks", arXiv:1509.09308, section 4). A tile of SIDE + 2 positions a side
 // gives SIDE × SIDE results. A thread takes some tiles from the map to the results, DEPTH channels at a
-// time, so that what it multiplies stays in its cache. Weights are as they were loaded: to transform those
-// of a part takes a fraction of its products, and to read them transformed would take four times the memory.
+// time, so that what it multiplies stays in its cache. Weights are stored untransformed: transforming those
+// of a part takes a fraction of the time of its products, and transformed ones take four times the memory.
 #pragma once
 
 #include "call.h"
@@ -10,14 +10,14 @@
 
 namespace {
 
-const int64_t PANEL = 32;  // columns of weights that lie together
-const int64_t TILES = 36;  // that a thread takes at once, at most
-const int64_t DEPTH = 64;  // channels of the map that it takes at once
-const int MANY = LANES == 16 ? 12 : 6, REST = 4;  // tiles whose sums fit into the registers, two wide
+const int64_t PANEL = 32;  // columns of weights that are stored together
+const int64_t TILES = 36;  // the most tiles that a thread takes at once
+const int64_t DEPTH = 64;  // channels of the map that a thread takes at once
+const int MANY = LANES == 16 ? 12 : 6, REST = 4;  // tiles whose sums, two vectors wide, fit into the registers
 
-// Maps are [images][height][width][channels], channels a multiple of 16. Where scale is 2, each position of
-// x is read for 2 × 2, and `rows`, `height` and `width` count what is read. `above`: whether x has the rows
-// above and below that are read beyond the results', else they are zero.
+// Maps are [images][height][width][channels], channels a multiple of 16. With scale 2, each position of x is
+// read as 2 × 2 positions, and `rows`, `height` and `width` count those. `above`: whether x includes the
+// padding rows above and below, which else are zero.
 template <class T> struct Winograd {
     const T* x;
     const T* weights;   // [channels / PANEL, rounded up][inner][9 taps][PANEL]
@@ -27,8 +27,9 @@ template <class T> struct Winograd {
     int64_t bias_step, images, rows, height, width, inner, channels, side, scale, above, relu;
 };
 
-// What a row of a tile becomes, what three taps become, and what becomes of a row of sums. Points are
-// 0, 1, -1, and for four results also 2 and -2. In a doubled map, d(1) is d(2) and d(3) is d(4), so that v(2) is zero.
+// The transforms of a row of a tile (in), of three taps (taps) and of a row of sums (out). The points are
+// 0, 1, -1, and for four results also 2 and -2. In a map with scale 2, d(1) is d(2) and d(3) is d(4), so
+// v(2) of `in` is zero.
 template <int SIDE> struct Transform;
 template <> struct Transform<2> {
     template <class Read, class Write> static inline void in(Read d, Write v) {
@@ -78,14 +79,14 @@ template <> struct Transform<4> {
     }
 };
 
-// Some tiles of a map by the panels n0..n1 of the weights, in a thread's scratch.
+// Convolves some tiles of a map by the panels n0..n1 of the weights, in a thread's scratch memory.
 template <int SIDE, class T> struct Block {
     static const int N = SIDE + 2, PLACES = N * N;
-    // A line more, so that places do not share sets of the cache.
+    // One cache line more, so that places do not share sets of the cache.
     static const int64_t LAID = TILES * DEPTH + 16, TAPS = DEPTH * PANEL + 16, SUMS = TILES * PANEL;
     const Winograd<T>& p;
     const int64_t n0, n1;
-    const int64_t across, each;  // tiles in a row of them, and of an image
+    const int64_t across, each;  // tiles across an image, and of an image
     float *const laid, *const taps, *const sums;
 
     Block(const Winograd<T>& p, int64_t n0, int64_t n1)
@@ -94,10 +95,10 @@ template <int SIDE, class T> struct Block {
           laid((float*)scratch(PLACES * (LAID + TAPS + (n1 - n0) * SUMS) * 4)),
           taps(laid + PLACES * LAID), sums(taps + PLACES * TAPS) {}
 
-    // Whether a place is multiplied: what a doubled map has at the others is zero.
+    // Whether a place is multiplied; with scale 2 the others are zero.
     bool kept(int64_t place) const { return p.scale == 1 || (place / N != 2 && place % N != 2); }
 
-    // The positions of a tile, `depth` channels from k on, into [PLACES][TILES][DEPTH].
+    // Transforms the positions of a tile, `depth` channels from k on, into [PLACES][TILES][DEPTH].
     void lay(int64_t tile, int64_t k, int64_t depth, float* to) const {
         alignas(64) static const T nothing[16] = {};
         const int64_t image = tile / each, tall = p.rows / p.scale, wide = p.width / p.scale;
@@ -122,7 +123,7 @@ template <int SIDE, class T> struct Block {
 
     const T* weights(int64_t n, int64_t k) const { return p.weights + (n * p.inner + k) * 9 * PANEL; }
 
-    // The weights of a panel, of `depth` channels, into [PLACES][DEPTH][PANEL].
+    // Transforms the weights of a panel, of `depth` channels, into [PLACES][DEPTH][PANEL].
     void weigh(const T* w, int64_t depth) const {
         for (float *to = taps, *end = to + depth * PANEL; to < end; to += PANEL, w += 9 * PANEL)
             for (int64_t c = 0; c < PANEL; c += LANES) {
@@ -136,8 +137,8 @@ template <int SIDE, class T> struct Block {
             }
     }
 
-    // The products of `count` tiles into sums [PLACES][TILES][PANEL], or with `add` added to them.
-    // next: weights to be read after these, which are fetched meanwhile.
+    // Writes the products of `count` tiles to sums [PLACES][TILES][PANEL], or adds them with `add`.
+    // next: the weights that are read after these; they are fetched meanwhile.
     void products(int64_t count, int64_t depth, float* sums, bool add, const T* next) const {
         const char* const line = (const char*)next;
         for (int64_t i = 0, fetched = 0; i < PLACES; i++) {
@@ -147,7 +148,7 @@ template <int SIDE, class T> struct Block {
             for (int64_t t = 0; t < count;) {
                 const float *from = laid + i * LAID + t * DEPTH, *w = taps + i * TAPS;
                 float* to = sums + (i * TILES + t) * PANEL;
-                // One tile less is multiplied with one of zeros: REST twice would reach beyond TILES.
+                // MANY - 1 tiles are multiplied with one of zeros, as REST twice would go beyond TILES.
                 const bool many = count - t >= MANY - 1;
                 for (int64_t c = 0; c < PANEL; c += 2 * LANES)
                     if (many) multiply<MANY, 2>(from, DEPTH, w + c, PANEL, depth, to + c, PANEL, add);
@@ -157,7 +158,7 @@ template <int SIDE, class T> struct Block {
         }
     }
 
-    // The sums of a tile into the results, `wide` channels from c on.
+    // Transforms the sums of a tile and writes its results, `wide` channels from c on.
     void write(int64_t tile, const float* from, int64_t c, int64_t wide) const {
         const int64_t image = tile / each;
         const int64_t top = tile % each / across * SIDE, left = tile % across * SIDE;
@@ -183,7 +184,7 @@ template <int SIDE, class T> struct Block {
         }
     }
 
-    // `count` tiles from the first.
+    // Convolves `count` tiles from the first on.
     void convolve(int64_t first, int64_t count) const {
         for (int64_t k = 0; k < p.inner; k += DEPTH) {
             const int64_t depth = p.inner - k < DEPTH ? p.inner - k : DEPTH;
@@ -209,7 +210,7 @@ template <int SIDE, class T> struct Block {
 template <int SIDE, class T> void winograd_of(const Winograd<T> p) {
     const int64_t all = p.images * ((p.height + SIDE - 1) / SIDE) * ((p.width + SIDE - 1) / SIDE);
     const int64_t panels = (p.channels + PANEL - 1) / PANEL, threads = omp_get_max_threads();
-    // Tiles in equal parts for all threads; of few tiles, panels in parts, too.
+    // All threads get equal parts of the tiles; with few tiles, panels are split, too.
     const int64_t turns = (all + threads * TILES - 1) / (threads * TILES);
     const int64_t even = (all + turns * threads - 1) / (turns * threads);
     const int64_t count = (even + REST - 1) / REST * REST;

@@ -1,8 +1,8 @@
-"""3×3 convolutions by Winograd's products (Lavin and Gray, arXiv:1509.09308).
+"""3×3 convolutions by Winograd's algorithm (Lavin and Gray, arXiv:1509.09308).
 
-A tile of 6×6 positions and the nine taps are each brought into a form in which 36 products give
-4×4 results, which by definition take 144. Maps are float32 or bfloat16; all that is between is
-float32, in winograd.h, weights included: they are kept as they are, in another order.
+A tile of 6×6 positions and the nine taps are each transformed such that 36 products give 4×4
+results; without it they take 144. Maps are float32 or bfloat16. Everything in between, transformed
+weights included, is float32, in winograd.h. Weights are kept untransformed, in another order.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from safelight.fast import kernels, vectors
 
 FEW, SMALL = 1 << 10, 1 << 14
-"""Input times output channels. With fewer than FEW there is nothing to gain. With fewer than SMALL
-in float32, tiles have 2×2 results: such layers take little time, and rounding is a sixth."""
+"""Input times output channels. Below FEW there is nothing to gain. Below SMALL in float32, tiles
+have 2×2 results: such layers take little time, and the rounding error is a sixth."""
 
 LANES = 16
-"""What the numbers of channels are multiples of."""
+"""Numbers of channels are multiples of this."""
 
 PANEL = 32
-"""Columns of weights that lie together: winograd.h has the same number."""
+"""Columns of weights that are stored together; winograd.h has the same number."""
 
 
 def ready(dtype: torch.dtype = torch.float32) -> bool:
@@ -32,20 +32,20 @@ def ready(dtype: torch.dtype = torch.float32) -> bool:
 
 
 def fits_conv(conv: nn.Conv2d, dtype: torch.dtype) -> bool:
-    """Return whether a convolution is multiplied so."""
+    """Return whether a convolution is computed in this way."""
     enough = conv.in_channels * conv.out_channels >= FEW
     return enough and kernels.plain_3x3(conv, LANES) and ready(dtype)
 
 
 class Convolution:
-    """As onednn.Convolution, for 3×3 with a border of one."""
+    """Like onednn.Convolution, for 3×3 with padding 1."""
 
     def __init__(self, weight: Tensor, conv: nn.Conv2d, scale: int = 1) -> None:
-        """scale: how often each row and column of the map is repeated before, 1 or 2."""
+        """scale: 2 for nearest-neighbour upsampling by 2 before the convolution, else 1."""
         self.out_channels, inner = weight.shape[:2]
         self.bias = None if conv.bias is None else conv.bias.float()
         self.scale = scale
-        # Not by the map's size: a picture's last bits would hang on which size came first.
+        # Not by the map's size, or a picture's last bits would depend on which size came first.
         small = weight.dtype == torch.float32 and self.out_channels * inner < SMALL
         self.side = 2 if small else 4
         rows = F.pad(weight.flatten(1), (0, 0, 0, -self.out_channels % PANEL))
