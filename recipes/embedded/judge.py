@@ -253,7 +253,7 @@ def train_judge(stage: Stage, path: Path, folder: Path, plan: Plan) -> Judge:
     for module in judge.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.reset_running_stats()
-            module.momentum = None  # the plain mean over what comes
+            module.momentum = None  # the plain mean over all batches
     with torch.no_grad():
         for some in pixels[torch.randperm(len(pixels))[:2000]].split(100):
             judge.body(some.float())

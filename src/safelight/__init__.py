@@ -6,7 +6,7 @@
     result = model.generate("a red apple", steps=20, sampler="dpmpp_2m", seed=7)
     result.save("apple.png")
 
-Names are fetched when they are first used, so that importing the package costs nothing: PyTorch
+Names are imported when they are first used, so that importing the package costs nothing: PyTorch
 is loaded with the first model.
 """
 

@@ -24,8 +24,10 @@ _INSTRUCTIONS = ("avx2", "avx512_f", "avx512_bf16", "avx512_vnni", "amx_tile", "
 
 
 def examine() -> dict[str, Any]:
-    """What `safelight doctor --json` prints: versions, processor, threads, precision, kernels,
-    memory (bytes, 0 where the system does not tell), devices, folders, models and advice.
+    """Return what `safelight doctor --json` prints.
+
+    That is versions, processor, threads, precision, kernels, memory (bytes, 0 if the system does
+    not tell), devices, folders, models and advice.
     """
     found = {
         "versions": _versions(),
@@ -43,7 +45,7 @@ def examine() -> dict[str, Any]:
 
 
 def report(found: dict[str, Any]) -> list[str]:
-    """A page of what `examine` found."""
+    """Return the lines of a page about what `examine` found."""
     versions, processor, waits = found["versions"], found["processor"], found["threads"]
     has, precision = found["memory"], found["precision"]
     lines = [

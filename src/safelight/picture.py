@@ -190,7 +190,7 @@ def largest_difference(one: Image.Image, other: Image.Image) -> int:
 
 
 def output_paths(out: str | Path, seeds: Sequence[int], *, overwrite: bool = False) -> list[Path]:
-    """Return where the pictures of these seeds go.
+    """Return the paths for the pictures of these seeds.
 
     out: a name that ends in .png, .jpg, .jpeg or .webp, or a folder (one that exists, or a name
     without such an end), for safelight-<seed>.png. Several pictures become name-1.png,

@@ -82,7 +82,7 @@ class Stored:
 
 
 class Storage(ABC):
-    """Files under one folder. A file's name may have folders, divided by slashes.
+    """Files under one folder. A file's name may have folders, separated by slashes.
 
     url: where it is. root: the same in the form of its file system. local: whether it is on this
     machine, where files have paths and can be appended to.

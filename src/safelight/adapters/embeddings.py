@@ -112,7 +112,7 @@ class EmbeddingFinder:
                     continue
                 found = self._matches(name)
                 if self.library is not None and len(found) != 1:
-                    self.library.find(name, "embedding")  # says which there are
+                    self.library.find(name, "embedding")  # raises an error that lists them
                 yield from found[:1]
 
     def _matches(self, name: str) -> list[tuple[Path, str]]:

@@ -151,7 +151,7 @@ def _by_threads(names: list[str], repeat: int, log: Callable[[str], None]) -> di
 
 
 def _compare(runs: dict[str, Run], repeat: int, log: Callable[[str], None]) -> dict[str, Any]:
-    outputs = {name: torch.as_tensor(run()).float() for name, run in runs.items()}  # and warm
+    outputs = {name: torch.as_tensor(run()).float() for name, run in runs.items()}  # warms up, too
     products: list[float] = []
     times = _times(runs, repeat, log, products)
     exact = next((n for n in ("diffusers float32", "safelight float32") if n in outputs), None)

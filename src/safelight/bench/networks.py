@@ -88,7 +88,7 @@ def by_openvino(net: nn.Module, inputs: tuple[Tensor, ...], name: str) -> Callab
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }
-    with warnings.catch_warnings():  # of tracing: the shapes are fixed here
+    with warnings.catch_warnings():  # tracing warns of fixed shapes, which they are here
         warnings.simplefilter("ignore")
         converted = openvino.convert_model(net, example_input=inputs)
     if name.endswith("int8"):

@@ -133,7 +133,7 @@ def _draw(command: list[str], more: dict[str, str], over: threading.Event | None
     Raises SafelightError if it failed.
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    for name in ("PYTHONDONTWRITEBYTECODE", *SETTINGS):  # an install has its modules compiled
+    for name in ("PYTHONDONTWRITEBYTECODE", *SETTINGS):  # an installed package is compiled
         environment.pop(name, None)
     began = time.perf_counter()
     process = subprocess.Popen(

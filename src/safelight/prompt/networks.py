@@ -1,4 +1,4 @@
-"""Take `<kind:…>` out of a prompt: A1111 writes LoRAs so."""
+"""Take `<kind:…>` out of a prompt, which is A1111's way to name LoRAs."""
 
 import re
 

@@ -147,7 +147,7 @@ class Tokenizer:
         return other
 
     def with_words(self, words: Set[str] | None) -> Tokenizer:
-        """Return a tokenizer that leaves out other words than these. This one stays as it is."""
+        """Return a tokenizer that reads only these words, None for all. This one stays as it is."""
         other = copy(self)
         other.words = words
         other.__dict__.pop("known", None)

@@ -1,4 +1,4 @@
-"""What is on this machine: models, LoRAs, embeddings and autoencoders, by their headers alone."""
+"""List the models, LoRAs, embeddings and autoencoders of this machine, by their headers alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read what a checkpoint says about itself, and refuse what does not add up.
+"""Read what a checkpoint says about itself, and refuse what is inconsistent.
 
 A file comes from a stranger. Its kind is decided by its bytes, and its header is read here,
 strictly and within bounded memory, before any library opens it. Format:

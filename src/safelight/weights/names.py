@@ -139,7 +139,7 @@ def from_single_file(
 
 @dataclass(frozen=True, slots=True)
 class Original:
-    """A tensor of a single file that is written.
+    """A tensor to write into a single file.
 
     part: the network. names: our weights that it is made of: one, or those whose rows it stacks.
     conv: the axes of size 1 that the original has at its end. transposed: rows and columns are
