@@ -183,7 +183,7 @@ def grid(
     on_cell: Callable[[int, int, Image.Image], object] | None = None,
     on_step: Callable[[int, int], object] | None = None,
 ) -> Grid:
-    """Draw every cell. Cells share calls of the network (decision 0005 says how that rounds).
+    """Draw every cell. Many share a call of the network (decision 0005 says how that rounds).
 
     on_cell is called with column, row and picture when a cell is finished; on_step after each step
     of a cell, with the number of steps taken and of all steps. Raises SafelightError before the
