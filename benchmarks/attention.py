@@ -24,7 +24,7 @@ from safelight.explain.attention import recorded, telling_layers, word_maps, wor
 from safelight.nets.layers import BasicTransformerBlock
 from safelight.nets.unet import UNet2DConditionModel
 
-# Not the things with which the layers that are shown were chosen.
+# Other things than those that served to choose the layers that are shown.
 THINGS = (
     ("a fox", "a doughnut"),
     ("a panda", "a bus"),

@@ -75,7 +75,7 @@ def _step(name: str) -> Callable[[], Any]:
     family = next(variant for variant in sdxl.VARIANTS if variant.name == "sdxl")
     config = dict(family.configs["unet"])
     ours = networks.meta(UNet2DConditionModel, UNetConfig.from_dict(config))
-    # OpenVINO traces 16-bit weights only in float16; it can still compute in bfloat16.
+    # OpenVINO traces 16-bit weights only in float16; it still computes in bfloat16.
     dtype = torch.float16 if name == "openvino" else torch.bfloat16
     state = networks.weights(ours, dtype)
     some = torch.Generator().manual_seed(1)
@@ -106,7 +106,7 @@ def _step(name: str) -> Callable[[], Any]:
             return self.net(x, t, words, added_cond_kwargs=also).sample
 
     patch_model: Any = importlib.import_module("openvino.frontend.pytorch.patch_model")
-    with warnings.catch_warnings():  # of tracing: the shapes are fixed here
+    with warnings.catch_warnings():  # tracing warns about fixed shapes; here they are fixed
         warnings.simplefilter("ignore")
         step = Step()
         patch_model.__make_16bit_traceable(step)

@@ -150,7 +150,7 @@ class Engine:
                     if selection is None and not waits:
                         _ = ticket.job
                     tickets.append(ticket)
-        except (MemoryError, RuntimeError) as error:  # of a large picture to start from
+        except (MemoryError, RuntimeError) as error:  # from a large input picture
             if not out_of_memory(error):
                 raise
             free_memory(model.device)
@@ -261,7 +261,7 @@ class Engine:
             _ = ticket.job
         except SafelightError as error:
             return [], self._fail([ticket], error)
-        except (MemoryError, RuntimeError) as error:  # of a large picture to start from
+        except (MemoryError, RuntimeError) as error:  # from a large input picture
             if not out_of_memory(error):
                 raise
             free_memory(self.model.device)

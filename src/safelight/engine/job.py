@@ -113,6 +113,7 @@ class Job:
 
     @property
     def level(self) -> Level:
+        """The level of the state."""
         return self.table.rows[-1].lands if self.done else self.row.level
 
     @property
@@ -185,7 +186,10 @@ def prepare(
 
 
 def decode(model: Model, latents: Tensor) -> Image.Image:
-    """Return the picture of clean latents, float32 [1, channels, h, w]."""
+    """Return the picture of clean latents, float32 [1, channels, h, w].
+
+    Raises SafelightError if its pixels are not finite.
+    """
     return from_tensor(model.family.decode_latents(model, latents))
 
 

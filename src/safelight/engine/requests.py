@@ -78,7 +78,7 @@ def new_result(model: Model, asked: Request, resolved: Request, exact: bool = Tr
             drawn = draw(texts, seed, model.wildcards_dir) if resolved.dynamic_prompts else texts
             result.words[seed] = tuple(drawn)
     result.warnings += _warnings(model, asked, resolved)
-    # Each picture may have words of its own.
+    # Each picture may have its own prompts.
     for words in dict.fromkeys(map(result.words.get, seeds)):
         same = [seed for seed in seeds if result.words.get(seed) == words]
         one = with_drawn(resolved, result, same[0])

@@ -75,7 +75,7 @@ template <class V, size_t n> inline V polynomial(V x, const float (&c)[n]) {
     for (size_t i = 1; i < n; i++) y = y * x + c[i];
     return y;
 }
-// 2^x, of -0.5 to 0.5; the relative error is below 2e-7.
+// 2^x for x from -0.5 to 0.5; the relative error is below 2e-7.
 template <class V> inline V power_of_fraction(V x) {
     return polynomial(x, {1.54035304e-4f, 1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f,
                           2.40226507e-1f, 6.93147182e-1f, 1.f});

@@ -7,7 +7,7 @@ They are loaded by ctypes, one library for each set of instructions.
   AVX512-BF16 (Linux).
 - `_avx512`: attention, norms, gates and Winograd convolutions in bfloat16 and float32, and 8-bit
   products, for CPUs with AVX512-BF16.
-- `_avx2`: the same in float32 alone.
+- `_avx2`: attention, norms, gates and Winograd convolutions in float32, for CPUs with AVX2.
 - `_portable`: all of them in plain C++, for any processor. It is slower than oneDNN wherever it was
   measured. It exists so that every machine can test the kernels' logic.
 

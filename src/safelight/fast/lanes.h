@@ -24,7 +24,7 @@ inline vec floats(const float* p) {
 inline vec load(const float* p) { return floats(p); }
 inline void store(float* p, vec x) { memcpy(p, &x, sizeof x); }
 
-// 2^x, of -126 to 127.
+// 2^x for x from -126 to 127.
 inline vec exp2(vec x) {
     x = x < -126.f ? splat(-126.f) : x;  // NaN, if x is
     x = x > 127.f ? splat(127.f) : x;

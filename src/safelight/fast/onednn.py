@@ -30,6 +30,7 @@ dilation, groups, the map's shape and the number of threads. Layers of the same 
 
 
 def available() -> bool:
+    """Return whether this PyTorch has oneDNN and its fused products."""
     return torch.backends.mkldnn.is_available() and hasattr(_mkldnn, "_linear_pointwise")
 
 

@@ -14,6 +14,7 @@ from safelight.fast.store import ARENA
 
 
 def available(dtype: torch.dtype) -> bool:
+    """Return whether products of this dtype can be split here: float32 with AMX."""
     return dtype == torch.float32 and kernels.tiles() is not None
 
 

@@ -20,6 +20,8 @@ _PAGE = 2 << 20
 
 
 class Store(Protocol):
+    """A place for packed weights."""
+
     def room(self, count: int) -> Tensor:
         """Return memory for so many bfloat16 numbers, to pack weights into before `keep`."""
         ...

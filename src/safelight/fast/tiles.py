@@ -16,10 +16,12 @@ from safelight.progress import get_on
 
 
 def library() -> Library:
+    """Return the library of products by tiles. Raises RuntimeError if there is none here."""
     return kernels.required(kernels.tiles())
 
 
 def available(dtype: torch.dtype) -> bool:
+    """Return whether this dtype is convolved by tiles here."""
     return dtype == torch.bfloat16 and kernels.tiles() is not None
 
 
@@ -107,6 +109,7 @@ class Map:
 
 
 def fits_conv(conv: nn.Conv2d, dtype: torch.dtype) -> bool:
+    """Return whether a convolution in this dtype is computed by tiles."""
     return available(dtype) and kernels.plain_3x3(conv, 32)
 
 

@@ -20,6 +20,7 @@ def _library(dtype: torch.dtype) -> Library | None:
 
 
 def available(dtype: torch.dtype) -> bool:
+    """Return whether there are kernels for this dtype here."""
     return _library(dtype) is not None
 
 
@@ -34,6 +35,7 @@ def _kernel(name: str, dtype: torch.dtype) -> str:
 
 
 def fits_norm(norm: nn.GroupNorm, x: Tensor) -> bool:
+    """Return whether the kernels support a group norm of x."""
     return available(x.dtype) and norm.num_channels % 16 == 0
 
 
@@ -91,6 +93,7 @@ def moments(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tens
 
 
 def fits_layer_norm(norm: nn.LayerNorm, x: Tensor) -> bool:
+    """Return whether the kernels support a layer norm of x."""
     return available(x.dtype) and x.shape[-1] % 16 == 0 and len(norm.normalized_shape) == 1
 
 
@@ -119,6 +122,7 @@ def layer_norm(
 
 
 def fits_gate(value: Tensor) -> bool:
+    """Return whether the kernels support a gate of this value."""
     return available(value.dtype) and value.shape[-1] % 16 == 0
 
 

@@ -64,6 +64,8 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
+    """Multi-head self-attention of x, [batch, length, dim]; causal unless `seen` is given."""
+
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -83,6 +85,8 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers with an activation between them."""
+
     def __init__(self, cfg: CLIPTextConfig) -> None:
         super().__init__()
         self.act = ACTIVATIONS[cfg.hidden_act]
@@ -94,6 +98,8 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
+    """Self-attention and an MLP, each with a norm and a shortcut."""
+
     def __init__(self, cfg: CLIPTextConfig) -> None:
         super().__init__()
         self.self_attn = SelfAttention(cfg.hidden_size, cfg.num_attention_heads)
@@ -107,6 +113,8 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
+    """The layers of the text encoder; the last `skip` are left out."""
+
     def __init__(self, cfg: CLIPTextConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.num_hidden_layers))
@@ -122,6 +130,8 @@ class Encoder(nn.Module):
 
 
 class TextTransformer(nn.Module):
+    """From ids, int64 [batch, length], to states, [batch, length, hidden_size]."""
+
     def __init__(self, cfg: CLIPTextConfig) -> None:
         super().__init__()
         self.embeddings = Embeddings(cfg)

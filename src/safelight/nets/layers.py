@@ -23,7 +23,7 @@ from safelight.nets.reuse import Reuse
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """x·sigmoid(1.702·x): the approximation that OpenAI's CLIP was trained with."""
+    """Return x·sigmoid(1.702·x), the approximation of GELU that OpenAI's CLIP was trained with."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -36,7 +36,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def timestep_embedding(timestep: Tensor, dim: int, flip: bool, freq_shift: float) -> Tensor:
-    """Sines and cosines of a timestep at `dim`/2 frequencies (arXiv:1706.03762, section 3.5).
+    """Return sines and cosines of timesteps at `dim`/2 frequencies (arXiv:1706.03762, section 3.5).
 
     timestep: [batch], may be fractional. Returns float32 [batch, dim]: sines first, or cosines
     first where `flip` is set.
@@ -119,12 +119,16 @@ class Pointwise(nn.Conv2d):
 
 
 class GroupNorm(nn.GroupNorm):
+    """A group norm that can be followed by SiLU and a convolution."""
+
     def silu(self, x: Tensor, conv: nn.Conv2d) -> Any:
         """Return silu(norm(x)) in a form that `conv`, its only reader, takes."""
         return F.silu(self(x))
 
 
 class LayerNorm(nn.LayerNorm):
+    """A layer norm that can add before it norms."""
+
     def add(self, x: Tensor, plus: Tensor) -> tuple[Tensor, Tensor]:
         """Return plus + x, and the norm of that sum. x is not read afterwards."""
         total = plus + x
@@ -265,6 +269,7 @@ class Attention(nn.Module):
         return attend(q, k, v).transpose(1, 2).flatten(2)
 
     def split_heads(self, t: Tensor) -> Tensor:
+        """Return [batch, heads, length, d] of t, [batch, length, heads·d]."""
         return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
@@ -295,6 +300,8 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """GEGLU to four times the width, and a linear layer back."""
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         # Index 1 is dropout in checkpoints; it has no weights and does nothing here.

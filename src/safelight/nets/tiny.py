@@ -80,6 +80,8 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
+    """From pixels in 0..1, [batch, 3, h, w], to latents."""
+
     def __init__(self, cfg: TinyConfig) -> None:
         super().__init__()
         width = cfg.encoder_block_out_channels[0]
@@ -98,6 +100,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """From latents to pixels around 0..1, [batch, 3, h·factor, w·factor]."""
+
     def __init__(self, cfg: TinyConfig) -> None:
         super().__init__()
         width, last = cfg.decoder_block_out_channels[0], len(cfg.num_decoder_blocks) - 1

@@ -145,6 +145,8 @@ class MidBlock2D(nn.Module):
 
 
 class UNet2DConditionModel(nn.Module):
+    """The UNet that reads text."""
+
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
@@ -233,12 +235,14 @@ class UNet2DConditionModel(nn.Module):
 
 
 def resnet(cfg: UNetConfig, in_ch: int, out_ch: int, temb: int) -> ResnetBlock2D:
+    """Return a resnet of this network. temb: width of the timestep's embedding."""
     return ResnetBlock2D(in_ch, out_ch, temb=temb, groups=cfg.norm_num_groups, eps=cfg.norm_eps)
 
 
 def transformer(
     cfg: UNetConfig, channels: int, heads: int, depth: int, mid: bool = False
 ) -> Transformer2DModel:
+    """Return a transformer of this network, of `depth` blocks. mid: that of the middle block."""
     return Transformer2DModel(
         channels,
         heads,

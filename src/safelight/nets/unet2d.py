@@ -78,13 +78,14 @@ class UNet2DConfig(NetConfig):
         head = self.attention_head_dim or 1
         blocks = zip(self.down_block_types, reversed(self.up_block_types), strict=True)
         for i, (channels, pair) in enumerate(zip(self.block_out_channels, blocks, strict=True)):
-            # The middle attends at the lowest level, whatever its blocks do.
+            # The middle block has attention at the lowest level, whatever the others have there.
             attends = i == n - 1 or any(block.startswith("Attn") for block in pair)
             if channels % self.norm_num_groups or (attends and channels % head):
                 self._refuse(f"{channels} channels do not divide into heads and norm groups")
         self._check_sines(self.block_out_channels[0], self.freq_shift)
 
     def heads(self, channels: int) -> int:
+        """Return the number of attention heads for so many channels."""
         return channels // (self.attention_head_dim or channels)
 
 
@@ -113,6 +114,8 @@ class _Block(nn.Module):
 
 
 class DownBlock(_Block):
+    """Returns the states for the skip connections; the last is downsampled."""
+
     def __init__(self, cfg: UNet2DConfig, i: int) -> None:
         out_ch = cfg.block_out_channels[i]
         ins = [cfg.block_out_channels[max(i - 1, 0)]] + [out_ch] * (cfg.layers_per_block - 1)
@@ -132,6 +135,8 @@ class DownBlock(_Block):
 
 
 class UpBlock(_Block):
+    """Reads a skip connection in each layer, then upsamples."""
+
     def __init__(self, cfg: UNet2DConfig, i: int) -> None:
         widths = cfg.block_out_channels[::-1]
         out_ch, prev = widths[i], widths[max(i - 1, 0)]
@@ -153,6 +158,8 @@ class UpBlock(_Block):
 
 
 class MidBlock(_Block):
+    """Two resnets around self-attention."""
+
     def __init__(self, cfg: UNet2DConfig) -> None:
         ch = cfg.block_out_channels[-1]
         super().__init__(cfg, [ch, ch], ch, attn=False)
@@ -166,6 +173,8 @@ class MidBlock(_Block):
 
 
 class UNet2DModel(nn.Module):
+    """The UNet without text."""
+
     def __init__(self, config: UNet2DConfig) -> None:
         super().__init__()
         self.config = config

@@ -83,6 +83,7 @@ class UNetConfig(NetConfig):
 
     @property
     def depth(self) -> int:
+        """Number of transformer blocks, for the bound on layers."""
         return sum(map(sum, self.down_depths)) + sum(map(sum, self.up_depths))
 
     @property

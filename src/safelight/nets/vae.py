@@ -75,12 +75,15 @@ class VAEConfig(NetConfig):
 
 
 def resnet(cfg: VAEConfig, in_ch: int, out_ch: int) -> ResnetBlock2D:
+    """Return a resnet of this network, without a timestep."""
     return ResnetBlock2D(
         in_ch, out_ch, temb=None, groups=cfg.norm_num_groups, eps=1e-6, consumes=True
     )
 
 
 class MidBlock(nn.Module):
+    """Two resnets around self-attention, if the config has it."""
+
     def __init__(self, cfg: VAEConfig) -> None:
         super().__init__()
         ch = cfg.block_out_channels[-1]
@@ -99,6 +102,8 @@ class MidBlock(nn.Module):
 
 
 class DownBlock(nn.Module):
+    """Resnets, then downsampling, except at the last level."""
+
     def __init__(self, cfg: VAEConfig, i: int) -> None:
         super().__init__()
         out_ch, in_ch = cfg.block_out_channels[i], cfg.block_out_channels[max(i - 1, 0)]
@@ -116,6 +121,8 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
+    """Resnets, then upsampling, except at the last level."""
+
     def __init__(self, cfg: VAEConfig, i: int) -> None:
         super().__init__()
         widths = cfg.block_out_channels[::-1]
@@ -140,6 +147,8 @@ class UpBlock(nn.Module):
 
 
 class Encoder(nn.Module):
+    """From pixels to means and log variances, [batch, 2·latent_channels, h/factor, w/factor]."""
+
     def __init__(self, cfg: VAEConfig) -> None:
         super().__init__()
         widths = cfg.block_out_channels
@@ -157,6 +166,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """From latents to pixels, [batch, 3, h·factor, w·factor]."""
+
     def __init__(self, cfg: VAEConfig) -> None:
         super().__init__()
         widths = cfg.block_out_channels[::-1]
@@ -175,6 +186,8 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
+    """The encoder from pixels to latents, and the decoder back."""
+
     samples: ClassVar[bool] = True
     """Whether latents of `encode` are sampled from their mean and standard deviation."""
 

@@ -95,7 +95,7 @@ def ddim(walk: Walk, *, stride: int, eta: float = 0.0, keep_noise: bool = False)
 
 
 def ddpm(walk: Walk, *, large_variance: bool = False) -> list[Row]:
-    """The posterior of denoising diffusion, arXiv:2006.11239, equations 6 and 7.
+    """Denoising diffusion probabilistic models, arXiv:2006.11239: the posterior, equations 6 and 7.
 
     large_variance: fresh noise has variance β instead of the posterior's.
     """

@@ -1,4 +1,4 @@
-"""The noise levels a model was trained on, and curves of sigmas to walk down.
+"""The noise levels that a model was trained on, and schedules of sigmas.
 
 A trained level has three names, for a picture z and unit noise ε:
 
@@ -95,7 +95,7 @@ def spaced(
     more and leave out the last, for solvers that step to the end of the schedule by themselves.
     """
     total = config.num_train_timesteps
-    # lambda_min_clipped leaves out the levels below this lambda = −log sigma, the noisiest.
+    # Leaves out the noisiest levels: those whose lambda, −log sigma, is below lambda_min_clipped.
     loudest = math.exp(min(-config.lambda_min_clipped, 700.0))
     top = int(np.searchsorted(sigmas_of(alphas_cumprod(config)), loudest, side="right"))
     count = steps + spare

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 State = TypeVar("State")
-"""A tensor of torch, or an array of NumPy: whatever knows + and * with numbers."""
+"""A tensor of torch or an array of NumPy: any type with + and * by numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Level:
         return mixed
 
     def view(self, state: State) -> State:
-        """Return a state of this level as the network is given it."""
+        """Return the network's input for a state of this level."""
         return state / self.norm  # type: ignore[operator]
 
 
@@ -85,10 +85,10 @@ class Table:
     noise_scale: float
     """From pure noise ε, the first state is x = noise_scale·ε."""
     clip: float | None = None
-    """D is clamped to −clip … clip. None: it is not."""
+    """D is clamped to −clip … clip. None: no clipping."""
     threshold: tuple[float, float] | None = None
     """(ratio, maximum) of dynamic thresholding, arXiv:2205.11487: with s the quantile `ratio` of
-    |D|, held to 1 … maximum, D is clamped to −s … s and divided by s. None: it is not."""
+    |D|, limited to 1 … maximum, D is clamped to −s … s and divided by s. None: no thresholding."""
 
 
 @dataclass(frozen=True, slots=True)
