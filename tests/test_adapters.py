@@ -1,4 +1,4 @@
-"""LoRAs: what a file may be, models that share all but what changes, and requests with them."""
+"""LoRAs: valid and invalid files, models that share unchanged layers, and requests with LoRAs."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def load(folder: Path, **how: Any) -> Any:
 
 
 def answers(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the networks of a model make of some input."""
+    """Return what the networks of a model compute for some input."""
     torch.manual_seed(0)
     ids = torch.randint(0, 500, (1, 16))
     x, text = torch.randn(1, 4, 8, 8).to(model.dtype), torch.randn(1, 16, 24).to(model.dtype)
@@ -97,7 +97,7 @@ def equal(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> bool:
 
 
 def refused(model: Any, path: Path, **how: Any) -> str:
-    """The one line that a file is refused with; the model answers as before."""
+    """Return the line that a file is refused with; check that the model answers as before."""
     before = answers(model)
     with pytest.raises(SafelightError) as caught:
         model.adapted([str(path)], **how)
@@ -126,10 +126,10 @@ class TestAnotherModel:
     def test_computes_with_the_new_weights(
         self, how: dict[str, Any], used: bool, folder: Path, ink: Path, film: Path
     ) -> None:
-        """As a model in which they were from the start; the base answers as before."""
+        """It computes as a model loaded with these weights; the base model answers as before."""
         base, plain = load(folder, **how), load(folder, dtype="float32", plain=True)
         before = answers(load(folder, **how))
-        if used:  # its weights are packed, and let go of
+        if used:  # so that its weights are packed, then released
             assert equal(answers(base), before)
         asked = [f"{ink}:0.7:-0.4", str(film)]
         adapted = base.adapted(asked)
@@ -231,7 +231,7 @@ class TestFiles:
         path = tmp_path / "ink.pt"
         torch.save(load_file(ink), path)
         assert equal(answers(model.adapted([str(path)])), answers(model.adapted([str(ink)])))
-        torch.save({"a": Path}, path)  # a name that is none of a tensor's
+        torch.save({"a": Path}, path)  # a class that is none of a tensor's
         refused(model, path)
 
     def test_half_a_file(self, model: Any, ink: Path, tmp_path: Path) -> None:
@@ -470,7 +470,7 @@ class TestRequests:
     def test_many_sets_take_their_turns(
         self, model: Any, ink: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """No more than fit are there at once, and each is merged once."""
+        """No more sets than fit are in memory at once, and each is merged once."""
         merges: list[Any] = []
         merged = select.merged
         monkeypatch.setattr(

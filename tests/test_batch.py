@@ -1,4 +1,4 @@
-"""Many pictures at once: each is what it is alone, and the short ones do not wait for the long."""
+"""Many pictures at once: each is as if drawn alone, and short ones do not wait for long ones."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def drain(engine: Engine) -> list[Ticket]:
 
 
 def mixed(n: int) -> list[Request]:
-    """Samplers, steps, tasks and guidance of chance."""
+    """Return requests with random samplers, steps, tasks and guidance."""
     chance = random.Random(0)
     requests = []
     for i in range(n):
@@ -59,7 +59,7 @@ def mixed(n: int) -> list[Request]:
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_pictures_are_what_they_are_alone(model: Model, exact: bool) -> None:
-    """They join and leave at steps of chance."""
+    """Pictures join and leave at random steps."""
     requests = mixed(6)
     alone = [np.asarray(model.generate(r).images[0]).astype(int) for r in requests]
     chance = random.Random(1)
@@ -130,7 +130,7 @@ def test_many_of_one_share_do_not_hold_up_another_s_one(model: Model, rows: int)
 
 
 def test_no_other_share_has_more_of_a_call(model: Model) -> None:
-    """Pictures of one step count share calls; of many shares with one picture each, all do."""
+    """Pictures of one step count share calls; if many shares have one picture, all do."""
     engine = Engine(model, exact=False, rows=16)
     few = {"steps": 6, "sampler": "euler", "guidance_scale": 1.0}
     engine.add(Request(prompt="a cat", count=12, **few), share="a")
@@ -152,7 +152,7 @@ def test_no_other_share_has_more_of_a_call(model: Model) -> None:
 
 
 class Tagged:
-    """A ticket, as far as its turn goes."""
+    """A ticket, with the attributes that decide its turn."""
 
     def __init__(self, share: str, left: int) -> None:
         self.share, self.tag, self.work_left, self.arrived, self.load = share, self, left, 0.0, 1.0
@@ -179,7 +179,7 @@ def test_shares_have_the_same_time() -> None:
 
 
 def test_large_pictures_to_start_from_hold_nobody_up(model: Model) -> None:
-    """Each is encoded in a turn of its own, and decoded one at a time, the small ones first."""
+    """Each is encoded in its own turn; pictures are decoded one by one, small ones first."""
     engine = Engine(model, exact=False, rows=4, background=True)
     large = Request(prompt="a cat", image=photo(512), count=6, steps=2, sampler="euler")
     engine.add(large, "large")
@@ -194,7 +194,7 @@ def test_large_pictures_to_start_from_hold_nobody_up(model: Model) -> None:
 
 
 def test_a_late_short_one_does_not_wait_for_all_of_an_old_one(model: Model) -> None:
-    """However long the old one has waited."""
+    """The old one has waited very long; the new one still comes early."""
     engine = Engine(model, exact=False, rows=2)
     engine.add(Request(prompt="a cat", steps=5, count=4, sampler="euler"), "old")
     for ticket in engine.tickets:
@@ -207,7 +207,7 @@ def test_a_late_short_one_does_not_wait_for_all_of_an_old_one(model: Model) -> N
 
 
 def test_dropped_before_its_turn(model: Model) -> None:
-    """What was not encoded yet never is."""
+    """Pictures that were not encoded yet never are."""
     engine = Engine(model, exact=False, rows=2, background=True)
     engine.add(Request(prompt="a cat", image=photo(256), count=20, steps=2), "large")
     engine.step()
@@ -218,7 +218,7 @@ def test_dropped_before_its_turn(model: Model) -> None:
 def test_a_request_that_is_refused_leaves_no_picture(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each picture of a dynamic prompt has words of its own, and a later one may be refused."""
+    """Each picture of a dynamic prompt has its own prompt, and a later one may be refused."""
     real: Any = core.with_drawn
 
     def with_drawn(request: Request, result: Any, seed: int) -> Request:
@@ -246,8 +246,8 @@ def test_a_dropped_picture_keeps_its_engine_busy_while_it_is_decoded(
     assert engine.busy
     began = time.monotonic()
     assert engine.step(listen=0.1) == ([], [])
-    assert 0.1 <= time.monotonic() - began < 10  # no loop that takes all of a core
-    engine.close()  # waits for nothing: of who waits it is taken that it hangs
+    assert 0.1 <= time.monotonic() - began < 10  # it does not loop at full load
+    engine.close()  # does not wait: a process that waits counts as hung
     assert engine.busy
     go_on.set()
     assert drain(engine) == []
@@ -325,7 +325,7 @@ def test_one_prompt_is_encoded_once(model: Model) -> None:
 
 
 def test_the_cache_of_prompts_keeps_no_warnings() -> None:
-    """Each request has its own, whatever its prompt shares with one that came before."""
+    """Each request has its own warnings, even if its prompt was encoded for an earlier one."""
     fast = safelight.load("embedded-fast", device="cpu", dtype="float32")
     engine = Engine(fast, exact=False, rows=4)
 

@@ -1,4 +1,4 @@
-"""What the benchmark compares is the same work: seen on small networks."""
+"""The benchmark compares equal work: checked on small networks."""
 
 import importlib.util
 from typing import Any
@@ -42,7 +42,7 @@ def test_step_decode_and_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     parts.append("one-step")
     found = bench.run(names, parts=parts, repeat=2)
     for part in parts:
-        # Twenty guided steps of random networks enlarge what one step rounds.
+        # Twenty guided steps of random networks amplify the rounding of one step.
         most = 1e-2 if part == "picture" else 1e-4
         assert found[part]["error"]["safelight float32"] < most
         assert [len(times) for times in found[part]["times"].values()] == [2, 2]

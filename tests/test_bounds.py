@@ -53,7 +53,7 @@ def test_no_orientation_in_what_is_no_exif() -> None:
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
 def test_strips_are_the_whole_picture(mode: str) -> None:
-    """Transparency is laid on white in strips; the picture is as if it were done at once."""
+    """Transparency is laid on white strip by strip, with the same picture as all at once."""
     picture = Image.effect_noise((1100, 2100), 90).convert("RGBA")
     picture.putalpha(Image.effect_noise(picture.size, 90))
     picture = picture.convert(mode) if mode != "P" else picture.convert("RGB").quantize(9)

@@ -31,7 +31,7 @@ DIGEST = "ab" * 32
 
 
 class PlainModel:
-    """Stands in for a loaded model, and remembers what it was asked."""
+    """Replaces a loaded model, and remembers its requests."""
 
     def __init__(self):
         self.sha256 = DIGEST
@@ -59,7 +59,7 @@ class PlainModel:
 
 
 class PlainRun:
-    """Stands in for an engine's run: pictures of one colour."""
+    """Replaces an engine's run: pictures of one colour."""
 
     def __init__(self, model, request):
         self.model, self.request = model, request
@@ -111,7 +111,7 @@ def run(capsys):
 
 
 def refused(done, *parts):
-    """Whether a run ended with one line of error and nothing else."""
+    """Return whether a run ended with one line of error and nothing else."""
     assert done.code == 2
     assert done.out == ""
     assert done.err.startswith("error: ")

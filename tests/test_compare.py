@@ -1,4 +1,4 @@
-"""Grids over two settings: what can be an axis, what is drawn, what the page looks like."""
+"""Grids over two settings: possible axes, what is drawn, and the look of the sheet."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def model() -> Model:
 
 @pytest.fixture(scope="module")
 def told() -> list[tuple[int, int]]:
-    """Which cells `made` said were finished."""
+    """Return the cells that `made` reported as finished."""
     return []
 
 

@@ -23,7 +23,7 @@ PLAN = Plan(steps=25, batch=8, learning_rate=5e-4, warmup=4, weight_decay=0.0, e
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_who_says_the_target_comes_where_the_teacher_came(kind: str) -> None:
-    """By diffusers' DDIM, from the state that the network reads."""
+    """A student that predicts the target lands where the teacher did, by diffusers' DDIM."""
     from diffusers import DDIMScheduler
 
     config = {
@@ -52,7 +52,7 @@ def test_who_says_the_target_comes_where_the_teacher_came(kind: str) -> None:
 
 
 def test_the_teachers_trajectories_are_its_pictures(tmp_path: Path) -> None:
-    """They end where ddim of as many steps ends, and are not drawn again."""
+    """Each ends where ddim with as many steps ends, and is not drawn again."""
     teacher = safelight.load("embedded", dtype="float32")
     plan = replace(PLAN, recipe="0123456789abcdef", seed=5)
     taken = trajectories(teacher, ["a cat"], 2, 4.0, tmp_path, plan)
@@ -89,7 +89,7 @@ def test_a_student_comes_nearer_and_diffusers_draws_the_same(
     states = torch.load(next((tmp_path / "out" / "ways").iterdir()), weights_only=True)
 
     def error(model: Any) -> float:
-        """To the picture that the teacher made of this noise."""
+        """Return the distance to the picture that the teacher made of this noise."""
         for i in range(2):
             generator = torch.Generator().manual_seed(PLAN.seed + i)
             noise = torch.randn((8, 16, 16), generator=generator)
@@ -121,7 +121,7 @@ def test_a_student_comes_nearer_and_diffusers_draws_the_same(
     ).images[0]
     ours = student.generate("a cat", **fast, seed=3)
     assert ours.warnings == []
-    # What is not asked for is what it was taught.
+    # Settings that are not given are those that it was taught.
     assert student.generate("a cat", seed=3).images[0].tobytes() == ours.images[0].tobytes()
     (warning,) = student.generate("a cat", steps=8).warnings
     assert "was taught to draw with sampler ddim, steps 4, guidance_scale 1.0;" in warning

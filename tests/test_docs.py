@@ -28,7 +28,7 @@ def read(path: Path) -> str:
 
 
 def rows(text: str) -> dict[str, list[str]]:
-    """Rows of the tables of a text, by each name in backticks in their first cell."""
+    """Return the rows of a text's tables, by each name in backticks in their first cell."""
     cells = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in text.splitlines()
@@ -43,7 +43,7 @@ GENERATE = rows(_GENERATE)
 
 
 def commands(text: str) -> list[list[str]]:
-    """Arguments of each safelight command in the code blocks of a text."""
+    """Yield the arguments of each safelight command in a text's code blocks."""
     joined = text.replace("\\\n", " ")
     lines = re.findall(r"^ {4}(?:.*&& )?safelight (.*)$", joined, flags=re.MULTILINE)
     return [shlex.split(line, comments=True) for line in lines]
@@ -102,7 +102,7 @@ def test_every_option_of_a_server_is_documented(page: str, command: str):
 
 
 def test_every_option_of_batch_is_documented():
-    """Those that it shares with generate stand on the page of generate."""
+    """Options that it shares with generate are on the page of generate."""
     found = set(rows(read(DOCS / "batch.md").partition("\n## Options\n")[2]))
     own = [p for p in COMMANDS["batch"].params if p.name not in {*SETTINGS, "file", "help"}]
     real = {option for parameter in own for option in parameter.opts}
@@ -151,7 +151,7 @@ def test_every_page_is_in_the_index():
 
 
 def test_the_readme_quotes_the_model_card():
-    """Figures of the bundled models stand in one table of the README, each as in the model card."""
+    """The README has the bundled models' figures in one table, each as in the model card."""
     _, _, after = read(ROOT / "README.md").partition("\n## The bundled models\n")
     quoted = re.findall(r"\d+ %", after.partition("\n## ")[0])
     assert len(quoted) >= 14

@@ -1,4 +1,4 @@
-"""What `safelight doctor` says, and what it keeps to itself."""
+"""What `safelight doctor` shows, and what it does not."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def test_the_json_is_what_the_page_is_made_of() -> None:
 
 
 def test_no_names_and_no_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A home directory is ~, every other folder goes unnamed."""
+    """A home directory is shown as ~; other folders are not named."""
     home = tmp_path / "home" / "jane.doe"
     (home / ".cache").mkdir(parents=True)
     monkeypatch.setenv("HOME", str(home))
@@ -73,7 +73,7 @@ def test_free_memory_is_what_this_container_may_take(
 
 @pytest.mark.skipif(os.name == "nt", reason="homes of POSIX")
 def test_without_a_home_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As a container has it whose user is a number alone."""
+    """A container whose user is only a number has none."""
     import pwd
 
     def nobody(uid: int) -> None:
@@ -119,7 +119,7 @@ def test_a_missing_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def loaded_anew() -> Iterator[None]:
-    """No library is loaded before the test, and none that the test loaded is there after it."""
+    """Forget the loaded libraries of kernels before and after the test."""
     caches = kernels._first, kernels._load
     for cache in caches:
         cache.cache_clear()

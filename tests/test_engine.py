@@ -72,7 +72,7 @@ def test_picture_i_of_several_is_that_of_seed_plus_i(model: Model) -> None:
 
 
 def test_threads_share_a_model(model: Model) -> None:
-    """None draws another's prompt, and none packs weights that another is packing."""
+    """No thread draws another's prompt, or packs weights that another is packing."""
     prompts = ["a red apple", "a blue car", "a green frog", "a black cat"]
     settings = {**FEW, "width": 64, "height": 64, "negative_prompt": "a dog", "seed": 5}
 
@@ -102,7 +102,7 @@ def test_a_step_that_is_looked_at_holds_up_no_thread(model: Model) -> None:
 
 
 def test_jobs_of_all_kinds_advance_together(model: Model) -> None:
-    """Samplers, steps, tasks and guidance may differ; each state is what it is alone."""
+    """Samplers, steps, tasks and guidance may differ; each state is as if alone."""
     requests = [
         Request(prompt="a cat", seed=1, sampler="euler_a", steps=6, width=64, height=64),
         Request(
@@ -151,8 +151,8 @@ def test_outside_the_mask_nothing_changes(model: Model, sampler: str) -> None:
 def test_strength_says_how_much_changes(model: Model) -> None:
     original = model.generate("a cat", seed=1, sampler="dpmpp_2m", steps=8).images[0]
 
-    # At 7.5 the small model redraws whatever it is given: its one step of a strength of 0.1 goes
-    # 7.5 times as far from the cat as the word alone would.
+    # At a guidance scale of 7.5 the small model redraws any input: its one step at strength 0.1
+    # moves 7.5 times as far from the cat as the prompt alone would.
     settings = {"seed": 3, "sampler": "dpmpp_2m", "steps": 10, "guidance_scale": 2.0}
 
     def moved(strength: float) -> float:
@@ -207,7 +207,7 @@ def test_a_run_that_failed_has_no_result(model: Model) -> None:
 
 
 def test_the_last_preview_is_the_picture(model: Model) -> None:
-    """To the byte where no tiny autoencoder stands in for the model's own."""
+    """It is equal to the byte if no tiny autoencoder decodes the previews."""
     own = {name: part for name, part in model.parts.items() if name != "preview_vae"}
     run = replace(model, parts=own).stream("a cat", seed=1, **FEW)
     last = [step.preview() for step in run][-1]
@@ -368,7 +368,7 @@ def test_v_prediction_and_epsilon_agree(model: Model) -> None:
 
 
 def test_nine_channels_keep_outside_too(model: Model) -> None:
-    """A job remembers its original whatever network paints it."""
+    """A job keeps its original, whichever network paints it."""
     resolved = resolve_request(
         model, Request(prompt="a cat", image=photo(), mask=spot(), seed=1, **FEW)
     )

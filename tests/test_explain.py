@@ -1,4 +1,4 @@
-"""A picture watched, and the page about it."""
+"""Watching a picture's steps, and the page about them."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class TestWatch:
     def test_the_picture_is_that_of_generate(self, dtype: str, settings: dict[str, Any]) -> None:
         loaded = safelight.load(device="cpu", dtype=dtype)
         request = PAIR.replace(steps=3, width=64, height=64, **settings)
-        # Watched first: what it leaves behind must not change the next picture either.
+        # Watch first: this must not change the next picture either.
         watched, drawn = watch(loaded, request).result, loaded.generate(request)
         assert watched.images[0].tobytes() == drawn.images[0].tobytes()
         assert watched.recipe() == drawn.recipe()
@@ -143,7 +143,7 @@ class TestWatch:
 class TestAttention:
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
     def test_sums_to_one_over_the_tokens(self, dtype: str) -> None:
-        """With the fast layers (float32, bfloat16) and the plain ones (float16)."""
+        """This holds for the fast layers (float32, bfloat16) and the plain ones (float16)."""
         loaded = safelight.load(device="cpu", dtype=dtype)
         layers = telling_layers(unet_of(loaded))
         with recorded(layers) as weights:
@@ -292,7 +292,7 @@ class TestForward:
 
 
 class Reader(HTMLParser):
-    """What a browser makes of a page, as far as it matters: elements, attributes, text."""
+    """Reads a page as a browser does, as far as it matters: elements, attributes, text."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -355,7 +355,7 @@ class TestPage:
         assert set(texts.SETTINGS) <= known
 
     def test_texts_and_axes_need_no_torch(self) -> None:
-        """The server, which shows the one and reads the other, never imports it."""
+        """The server shows the texts and reads the axes, and never imports PyTorch."""
         code = (
             "import sys, safelight.compare, safelight.explain.texts; print('torch' in sys.modules)"
         )

@@ -1,4 +1,4 @@
-"""A family is one file: the toy's file brings one along, and everything draws with it."""
+"""A family of models is one file: everything draws with the toy family's file."""
 
 from __future__ import annotations
 

@@ -71,43 +71,43 @@ PIXELS = UNet2DConfig(
 
 @pytest.fixture(params=["portable", "amx"])
 def by_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels of tiles in each variant, of which every machine has the portable one."""
+    """Use the kernels of tiles in each variant; every machine has the portable one."""
     _use(request.param, monkeypatch)
     assert kernels.tiles() is not None, kernels.refusal(request.param)
 
 
 @pytest.fixture(params=["portable", "avx512", "amx"])
 def by_vectors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels of attention, norms and gates in bfloat16 in each variant."""
+    """Use the kernels of attention, norms and gates in bfloat16 in each variant."""
     _use(request.param, monkeypatch)
     assert kernels.vectors().variant == request.param
 
 
 def _use(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the kernels be those of a library, or skip the test."""
+    """Use a library's kernels, or skip the test."""
     needs(variant)
     monkeypatch.setenv("SAFELIGHT_KERNELS", {"amx": "auto"}.get(variant, variant))
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512"])
 def by_winograd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel of Winograd's products in float32 in each variant."""
+    """Use the kernel of Winograd's products in float32 in each variant."""
     _use(request.param, monkeypatch)
     assert kernels.floats().variant == request.param
 
 
 @pytest.fixture(params=["auto", "portable", "off"])
 def kernels_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A network's kernels: those of this processor, the portable ones, none."""
+    """Use this processor's kernels, the portable ones, or none."""
     monkeypatch.setenv("SAFELIGHT_KERNELS", request.param)
     return str(request.param)
 
 
 def plain_bound() -> float:
-    """How far a network in float32 may be from the plain one.
+    """Return how far a network in float32 may be from the plain one.
 
-    Products are rounded to 2⁻²⁴; over a network's few hundred sums in another order that makes
-    some 1e-6. Split products keep 16 of 24 bits, 3e-6 each.
+    Products are rounded to 2⁻²⁴. A network's few hundred sums in another order make that about
+    1e-6. Split products keep 16 of 24 bits, which makes 3e-6 each.
     """
     return 2e-5 if split.available(torch.float32) else 1e-5
 
@@ -190,7 +190,7 @@ def test_size_and_batch_may_change_between_calls() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_byte_depends_on_what_was_drawn_before(dtype: torch.dtype) -> None:
-    """The first map packs the weights: here each size is the first once, and comes after others."""
+    """The first map packs the weights: each size comes once first, and once after others."""
     net = UNet2DConditionModel(SD1).eval().to(dtype)
     inputs = [
         (torch.randn(batch, 4, *sides).to(dtype), torch.full((batch,), 9.0), text(SD1, batch))
@@ -207,7 +207,7 @@ def test_no_byte_depends_on_what_was_drawn_before(dtype: torch.dtype) -> None:
 def test_a_weight_is_packed_for_the_maps_that_come(
     channels: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beside oneDNN's own choice for each shape, and few copies are kept."""
+    """oneDNN's own choice for a shape is used too, and few copies are kept."""
     monkeypatch.setattr(onednn, "KEPT", 1)
     monkeypatch.setattr(onednn, "SHAPES_KEPT", 4)
     monkeypatch.setattr(onednn, "_ORDERS", {})
@@ -278,7 +278,7 @@ def test_loaded_weights_are_let_go_once_packed() -> None:
 
 
 def test_a_packing_that_was_interrupted_is_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C in the first picture, or a full disk, leaves a network that draws the next one."""
+    """After Ctrl-C in the first picture, or a full disk, the network draws the next picture."""
     net, calls, real = UNet2DConditionModel(SD1).eval(), [], layers._packed
 
     def packed(*given: Any) -> Any:
@@ -300,7 +300,7 @@ def test_a_packing_that_was_interrupted_is_done_again(monkeypatch: pytest.Monkey
 def test_blocks_of_memory_where_the_system_has_no_private_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As on Windows."""
+    """Windows has none."""
     monkeypatch.delattr(mmap, "MAP_PRIVATE")
     assert store.Arena().room(100).fill_(1).sum() == 128
 
@@ -357,7 +357,7 @@ def test_a_text_encoder_in_float16_computes_in_what_is_asked(dtype: torch.dtype)
 
 
 def kernels_of_attention() -> list[tuple[Any, torch.dtype]]:
-    """Ours, each with the precision it is for: that of split numbers needs tiles."""
+    """Return our kernels, each with its precision; that of split numbers needs tiles."""
     found: list[tuple[Any, torch.dtype]] = [(vectors, torch.bfloat16)]
     return found + ([(split, torch.float32)] if kernels.tiles() is not None else [])
 
@@ -376,7 +376,7 @@ def test_attention(queries: int, keys: int, size: int) -> None:
 
 @pytest.fixture(params=["portable", "avx2", "avx512"])
 def by_floats(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels of attention, norms and gates in float32 in each variant."""
+    """Use the kernels of attention, norms and gates in float32 in each variant."""
     _use(request.param, monkeypatch)
     assert kernels.floats().variant == request.param
 
@@ -501,7 +501,7 @@ def test_a_large_map_is_normed_in_strips(
 @pytest.mark.parametrize("rows", [0, 1, 2])
 @pytest.mark.parametrize("consume", [False, True])
 def test_a_convolution_adds_and_ends_in_relu(kind: Any, rows: int, consume: bool) -> None:
-    """rows: of the shift, none at all if 0."""
+    """rows: rows of the shift; 0 for no shift."""
     if kind is winograd.Convolution and not winograd.ready():
         kind = onednn.Convolution
     conv = nn.Conv2d(32, 32, 3, padding=1)
@@ -522,7 +522,7 @@ def test_a_convolution_adds_and_ends_in_relu(kind: Any, rows: int, consume: bool
 
 @pytest.mark.parametrize("offset", [1, 2, 4])
 def test_a_bias_may_begin_at_any_address(offset: int) -> None:
-    """As it does in a file. Without AVX, oneDNN's sums with a bias at some end the process."""
+    """In a file, it does. Without AVX, oneDNN crashes for some addresses of a bias in a sum."""
     conv, linear = nn.Conv2d(64, 64, 3, padding=1), nn.Linear(64, 64)
     for layer in (conv, linear):
         moved = torch.empty(64 + offset)[offset:]
@@ -546,7 +546,7 @@ def test_a_bias_may_begin_at_any_address(offset: int) -> None:
     ids=lambda param: "-".join(param),
 )
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    """Each precision that norms and gates have kernels for, in each variant."""
+    """Yield each precision that norms and gates have kernels for, in each variant."""
     name, variant = request.param
     _use(variant, monkeypatch)
     dtype = getattr(torch, name)
@@ -578,7 +578,7 @@ def test_group_norm(dtype: torch.dtype, sides: tuple[int, int], mean: float, sil
 
 
 def test_the_sums_of_a_large_map_keep_their_digits(dtype: torch.dtype) -> None:
-    """Summed one after the other in float32, a third of a million numbers lose four digits."""
+    """Added one by one in float32, a third of a million numbers lose four digits."""
     norm = nn.GroupNorm(2, 16)
     x = (torch.randn(1, 16, 600, 603).abs() + 1).to(dtype)
     factors = vectors.moments(norm, x, norm.weight, norm.bias)
@@ -740,7 +740,7 @@ def test_linear_of_split_numbers(rows: int, inner: int, columns: int) -> None:
 
 @pytest.mark.usefixtures("by_tiles")
 def test_what_does_not_fit_is_refused() -> None:
-    """Before a kernel reads beyond its end."""
+    """It is refused before a kernel reads beyond its end."""
     matrix = split.Matrix(torch.randn(64, 32), None)
     for x in (torch.randn(1, 3, 64), torch.randn(1, 3, 32).double(), torch.randn(1, 3, 16)):
         with pytest.raises(ValueError, match="by a matrix of 32 rows"):
@@ -779,7 +779,7 @@ def test_memory_of_threads_that_ended_is_given_back() -> None:
 
 @pytest.mark.usefixtures("by_tiles")
 def test_numbers_far_apart_are_split() -> None:
-    """An exponent is as wide in bfloat16 as in float32: very large and very small ones are good."""
+    """bfloat16 has float32's exponents: very large and very small numbers are good."""
     x = torch.randn(64, 64) * 10.0 ** torch.linspace(-30, 30, 64)[:, None]
     weight = torch.randn(32, 64)
     true = x.double() @ weight.double().T
@@ -789,7 +789,7 @@ def test_numbers_far_apart_are_split() -> None:
 
 @pytest.mark.usefixtures("by_tiles")
 def test_what_has_no_tokens_is_not_split() -> None:
-    """A time's embedding is one row for each picture."""
+    """A timestep's embedding has one row for each picture."""
     net = fast(UNet2DConditionModel(SD1).eval())
     net(torch.randn(1, 4, 16, 16), torch.tensor([1.0]), text(SD1, 1))
     assert isinstance(net.time_embedding.linear_1._product, onednn.Matrix)
@@ -800,7 +800,7 @@ def test_what_has_no_tokens_is_not_split() -> None:
 
 @pytest.fixture(params=[2, 4])
 def side(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Of a tile's results."""
+    """Return the side of a tile's results."""
     monkeypatch.setattr(winograd, "FEW", 0)
     monkeypatch.setattr(winograd, "SMALL", 1 << 40 if request.param == 2 else 0)
     return int(request.param)
@@ -828,7 +828,7 @@ def test_winograd(shape: tuple[int, int, int], scale: int, side: int) -> None:
 @pytest.mark.usefixtures("by_winograd")
 @pytest.mark.parametrize("tiles", [1, 5, 11, 23, 31, 33, 34, 35, 36, 37, 71, 72])
 def test_winograd_of_any_number_of_tiles(tiles: int, side: int) -> None:
-    """Tiles are taken some at once, and the last ones of a part with those that lie behind it."""
+    """Tiles are taken several at once; a part's last ones with those that come after it."""
     conv = nn.Conv2d(80, 48, 3, padding=1)
     x = torch.randn(1, 80, side, side * tiles)
     kernel, used = winograd.Convolution(conv.weight, conv), torch.get_num_threads()
@@ -866,7 +866,7 @@ def test_winograd_in_bfloat16_rounds_its_results_alone(shape: tuple[int, int, in
 
 @pytest.mark.usefixtures("by_winograd")
 def test_winograd_gives_the_same_bytes_in_company_and_by_any_threads(side: int) -> None:
-    """Tiles are dealt out in parts, and of few tiles the channels, too."""
+    """Tiles are divided among threads in parts; if there are few tiles, channels are too."""
     conv = nn.Conv2d(32, 80, 3, padding=1)
     kernel, x = winograd.Convolution(conv.weight, conv), torch.randn(3, 32, 21, 18)
     used, alone = torch.get_num_threads(), kernel(x[1:2])
@@ -924,7 +924,7 @@ def test_winograd_takes_the_large_convolutions_of_float32() -> None:
 
 @pytest.mark.usefixtures("by_winograd")
 def test_low_memory_convolves_as_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights are brought into the kernel's order at each use."""
+    """Weights are put into the kernel's order at each use."""
     monkeypatch.setattr(layers, "LARGE", 1)
     net = AutoencoderKL(VAEConfig(block_out_channels=(256, 256), latent_channels=4)).eval()
     z = torch.randn(1, 4, 8, 12)
@@ -954,7 +954,7 @@ def test_a_precision_that_saves_no_time_is_remarked(monkeypatch: pytest.MonkeyPa
 def test_what_onednn_does_not_take_is_computed_in_float32(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As on a processor without bfloat16, on any processor: nothing else could give these bytes."""
+    """Any processor does here as one without bfloat16: only float32 gives these bytes."""
     monkeypatch.setattr(onednn, "takes", lambda dtype: dtype == torch.float32)
     monkeypatch.setenv("SAFELIGHT_KERNELS", "off")
     net = UNet2DConditionModel(SD1).eval()

@@ -21,21 +21,21 @@ Formula = Callable[[Grid], list[Row]]
 
 
 def flow(steps: int, start: float = 1.0, end: float = 0.0) -> Grid:
-    """Levels of flow matching, even in t."""
+    """Return the levels of flow matching, evenly spaced in t."""
     times = [start + (end - start) * i / steps for i in range(steps + 1)]
     levels = tuple(Level(1 - t, t) for t in times)
     return Grid(levels, tuple(1000 * t for t in times[:-1]), start)
 
 
 def ideal(level: Level, x: tuple[float, float]) -> tuple[float, float]:
-    """E[clean | x], as constant and weight of the first noise."""
+    """Return E[clean | x], as a constant and the weight of the first noise."""
     a, s = level.alpha, level.sigma
     gain = a * DEVIATION**2 / (a**2 * DEVIATION**2 + s**2)
     return MEAN + gain * (x[0] - a * MEAN), gain * x[1]
 
 
 def walk(rows: Sequence[Row], start: tuple[float, float]) -> tuple[float, float]:
-    """The state after the rows, as its mean and the weight of the noise that it started from."""
+    """Return the state after the rows: its mean, and the weight of its starting noise."""
     xs, ds = [start], []
     for row in rows:
         ds.insert(0, ideal(row.level, xs[0]))
@@ -45,7 +45,7 @@ def walk(rows: Sequence[Row], start: tuple[float, float]) -> tuple[float, float]
 
 
 def exact(level: Level, end: Level, start: tuple[float, float]) -> tuple[float, float]:
-    """The path of the differential equation: it keeps the distance to the mean in deviations."""
+    """Return the exact path: it keeps the distance to the mean, in standard deviations."""
 
     def spread(at: Level) -> float:
         return math.hypot(at.alpha * DEVIATION, at.sigma)
@@ -61,7 +61,7 @@ def error(formula: Formula, grid: Grid) -> float:
 
 
 def full(formula: Callable[..., list[Row]]) -> Formula:
-    """The formula at full order to the last row, for walks that end above t = 0."""
+    """Return the formula at full order to the last row, for walks that end above t = 0."""
     return lambda grid: formula(grid, last_orders=())
 
 
@@ -76,7 +76,7 @@ SAMPLERS: dict[str, Formula] = {
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_from_pure_noise_to_the_gaussian(sampler: str) -> None:
-    """Mean and deviation come out, the closer the more steps there are."""
+    """Mean and standard deviation come out, the closer the more steps there are."""
     apart = []
     for steps in (50, 400):
         mean, deviation = walk(SAMPLERS[sampler](flow(steps)), (0.0, 1.0))
@@ -103,7 +103,7 @@ def test_from_pure_noise_to_the_gaussian(sampler: str) -> None:
 def test_order_of_convergence(
     sampler: str, formula: Formula, low: float, high: float, start: float
 ) -> None:
-    """Twice the steps, the error falls by 2 to the order, from pure noise as well."""
+    """With twice the steps, the error falls by 2 to the order, also from pure noise."""
     errors = [error(formula, flow(steps, start, 0.1)) for steps in (50, 100, 200)]
     orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     assert all(low <= order <= high for order in orders), (orders, errors)
@@ -117,7 +117,7 @@ def test_deis_takes_any_level_but_pure_noise() -> None:
 
 @pytest.mark.parametrize("formula", SAMPLERS.values(), ids=SAMPLERS)
 def test_a_finished_picture_stays(formula: Formula) -> None:
-    """From a state and estimates of one picture, each row lands on that picture: Σa·α + Σb = α₊."""
+    """If state and estimates are of one picture, each row lands on it: Σa·α + Σb = α₊."""
     rows = formula(flow(10))
     for i, row in enumerate(rows):
         past = [rows[i - k].level.alpha for k in range(len(row.a))]

@@ -1,7 +1,7 @@
-"""Fuzzers of what strangers' files say: each is refused in a line, or works.
+"""Fuzzers of files from strangers: each is refused in one line, or works.
 
-A few hundred examples of each run in the suite. With SAFELIGHT_FUZZ=SECONDS each fuzzer runs for
-so long, with new examples all the time; `make soak` does that, and prints the figures.
+The suite runs a few hundred examples of each fuzzer. With SAFELIGHT_FUZZ=SECONDS each runs for that
+long, always with new examples; `make soak` does that, and prints the figures.
 """
 
 import contextlib
@@ -41,20 +41,20 @@ from weights_tiny import NETS, PIXELS, SCHEDULER, pixel_folder, raw_file, text_f
 
 SECONDS = float(os.environ.get("SAFELIGHT_FUZZ", 0))
 SLOWEST = 2.0
-"""Seconds of a processor that one example may take: what promise 1 allows for a refusal."""
+"""The most processor time in seconds for one example: what promise 1 allows for a refusal."""
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class Figures:
-    """What became of a fuzzer's examples."""
+    """The outcomes of a fuzzer's examples."""
 
     def __init__(self, longest: int) -> None:
         self.ended, self.slowest, self.longest = Counter(), 0.0, longest
 
     def one(self, try_it):
-        """Run one example: only SafelightError, of one line, may come out of it."""
-        gc.disable()  # it walks all that Hypothesis keeps, for seconds after some thousand examples
+        """Run one example: it may raise only SafelightError, of one line."""
+        gc.disable()  # after some thousand examples, a collection takes seconds
         began = time.process_time()
         try:
             try_it()
@@ -72,9 +72,9 @@ class Figures:
 
 
 def fuzz(name, examples, strategy, try_it, capfd, longest=400):
-    """Feed examples of a strategy to `try_it`: a number of them, or for so many seconds.
+    """Feed examples of a strategy to `try_it`: a number of them, or for some seconds.
 
-    longest: how many characters a refusal may have.
+    longest: the most characters of a refusal.
     """
     figures, end, run = Figures(longest), time.monotonic() + SECONDS, 0
 
@@ -130,7 +130,7 @@ VALUES = st.one_of(
 
 
 def changes(known):
-    """Some keys of a JSON object with other values, or, for "…", without the key."""
+    """Return a strategy for an object's keys with other values, or, for "…", without the key."""
     keys = st.one_of(st.sampled_from(sorted(known)), TEXTS)
     return st.dictionaries(keys, st.one_of(VALUES, st.just("…")), min_size=1, max_size=3)
 
@@ -196,7 +196,7 @@ def test_configs(folders, kind, tmp_path, capfd):
 
 
 def mutated(content: bytes, spots):
-    """Bytes with a few changed, cut out or put in."""
+    """Return bytes with a few changed, removed or inserted."""
     found = bytearray(content)
     for at, kind, byte in spots:
         place = at % max(1, len(found))
@@ -276,7 +276,7 @@ TENSOR = st.fixed_dictionaries(
 
 
 def fitting(sizes):
-    """A header whose tensors follow each other, which is mostly valid."""
+    """Return a header whose tensors follow each other, which is mostly valid."""
     header, end = {}, 0
     for i, (dtype, shape) in enumerate(sizes):
         count = DTYPES[dtype]
@@ -333,7 +333,7 @@ FAMILIES = tuple(
 
 
 def adapter(parts):
-    """The header of an adapter's file, and how many bytes its tensors take."""
+    """Return the header of an adapter's file, and the bytes of its tensors."""
     header, end = {}, 0
     for key, dtype, shape in parts:
         size = math.prod(shape) * DTYPES[dtype]
@@ -343,7 +343,7 @@ def adapter(parts):
 
 
 def tensors(endings):
-    """Some tensors of one kind of adapter, for one layer or several."""
+    """Return some tensors of one kind of adapter, for one layer or several."""
     key = st.builds(
         str.__add__, st.sampled_from(SPELLINGS[:3] + SPELLINGS), st.sampled_from(endings)
     )
@@ -377,7 +377,7 @@ VALID = [
 
 @st.composite
 def nearly_valid(draw):
-    """The tensors of an adapter that fits, and perhaps one thing that does not."""
+    """Return the tensors of an adapter that fits, and perhaps one that does not."""
     shapes = draw(st.sampled_from(VALID))
     parts = [[SPELLINGS[0] + ending, "F32", shape] for ending, shape in shapes.items()]
     victim = draw(st.integers(0, len(parts) - 1))
@@ -412,7 +412,7 @@ def test_loras(folders, tmp_path, capfd):
         adapted = model.adapted([f"{path}:0.5"], unmatched="warn")
         assert adapted is not model
 
-    for shapes in VALID:  # what takes long the first time is loaded
+    for shapes in VALID:  # loads what takes long the first time
         parts = [[SPELLINGS[0] + ending, "F32", shape] for ending, shape in shapes.items()]
         try_it((parts, None, 60))
     fuzz("loras", 300, strategy, try_it, capfd)
@@ -431,7 +431,7 @@ PIECES = st.sampled_from(
 
 
 def test_pickles(tmp_path, capfd):
-    """Of an archive that is right, the program: bytes of it changed, or pieces put in."""
+    """The program of a valid archive gets changed bytes or inserted pieces."""
     path = tmp_path / "x.ckpt"
     good = pickled({"state_dict": {"a": tensor(), "b": tensor(shape=(1, 2), stride=(2, 1))}})
     strategy = st.one_of(
@@ -473,7 +473,7 @@ RECIPE = {
 
 
 def read_all(data):
-    """All that is done with a stranger's recipe before its model is loaded."""
+    """Do everything that is done with a stranger's recipe before its model is loaded."""
     recipe = read_recipe(data)
     if "safelight" not in recipe:
         return

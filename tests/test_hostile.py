@@ -1,4 +1,4 @@
-"""What a hostile or an unlucky user does, from end to end, on checkpoints of a few kilobytes."""
+"""What a hostile or unlucky user does, from end to end, on checkpoints of a few kilobytes."""
 
 import json
 import os
@@ -126,7 +126,7 @@ def test_count_is_single_runs_byte_for_byte(folders, here, capsys):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("corner", [(0, 0), (-1, -1)])
 def test_one_nan_of_the_network_is_an_error(sampler, corner, model, monkeypatch):
-    """Wherever it is said, under the part of a picture that is kept too."""
+    """It may be anywhere, also in a part of the picture that is kept."""
     calls = 0
     forward = model.unet.forward
 
@@ -227,10 +227,10 @@ def test_ctrl_c_at_any_moment_leaves_whole_pictures_alone(folders, tmp_path, sec
             time.sleep(seconds)
         child.send_signal(2)
         said, _ = child.communicate(timeout=60)
-    # Interrupted inside a library's exec(), Python ends by the signal; a shell says 130 too.
+    # If a library's exec() is interrupted, Python ends by the signal; a shell also reports 130.
     assert child.returncode in (130, -2)
     made = sorted(str(path) for path in out.iterdir())
-    # The last may have been written and not yet been named.
+    # The last picture may be written and its path not yet printed.
     assert set(said.splitlines()) <= set(made)
     assert len(made) - len(said.splitlines()) <= 1
     if seconds is None:

@@ -45,7 +45,7 @@ def inference() -> Iterator[None]:
 
 @pytest.fixture(params=["portable", "avx512", "amx"])
 def by_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel in each variant."""
+    """Use the kernel in each variant."""
     name = str(request.param)
     needs(name)
     monkeypatch.setattr(kernels, "allowed", lambda: (name,))
@@ -53,7 +53,7 @@ def by_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def takes_int8() -> None:
-    """Pictures need oneDNN's bfloat16 and a kernel that counts as fast; both come with AVX512."""
+    """Skip without AVX512, which brings oneDNN's bfloat16 and a kernel that counts as fast."""
     needs("avx512")
     assert int8.available(torch.device("cpu"), torch.bfloat16)
 
@@ -63,7 +63,7 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 
 
 def rounded(rows: Tensor) -> Tensor:
-    """Return rows, each rounded to a 127th of its largest number, in float64."""
+    """Return rows in float64, each rounded to multiples of a 127th of its largest number."""
     rows = rows.float()
     peak = rows.abs().amax(-1, keepdim=True)
     return (rows * (127 / peak)).round().double() * (peak.double() / 127)
@@ -99,7 +99,7 @@ def test_a_product_is_that_of_rounded_numbers(rows: int, inner: int, columns: in
 
 @pytest.mark.usefixtures("by_kernel")
 def test_a_product_is_as_near_as_its_steps_are_small() -> None:
-    """A number is off by up to half a step, 1/√12 of it in the mean, and so is a sum of many."""
+    """A number is off by up to half a step, 1/√12 of a step on average, and so is a sum of many."""
     weight, x = torch.randn(96, 640).bfloat16(), torch.randn(1, 200, 640).bfloat16()
 
     def off(rows: Tensor) -> float:
@@ -115,7 +115,7 @@ def test_a_product_is_as_near_as_its_steps_are_small() -> None:
 
 @pytest.mark.usefixtures("by_kernel")
 def test_rows_that_hurt() -> None:
-    """Zeros, NaN, infinity, the largest and the smallest numbers: each in its own row alone."""
+    """Zeros, NaN, infinity, the largest and the smallest numbers affect only their own row."""
     bias = torch.randn(32).bfloat16()
     weight = torch.randn(32, 80).bfloat16()
     product = Matrix(weight, bias)
@@ -185,7 +185,7 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_what_is_asked_for_depends_on_nothing_that_was_drawn_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A network is asked in turns, for the same text; whichever is first packs its weights."""
+    """Both kinds of layer are asked for in turns, for one text; the first call packs weights."""
     net = UNet2DConditionModel(TINY).eval().bfloat16()
     given = torch.randn(1, 4, 16, 16).bfloat16(), torch.tensor([500.0])
     context = torch.randn(2, 7, 48).bfloat16()
@@ -253,9 +253,11 @@ def drawn(dtype: str, **asked: Any) -> list[Any]:
 
 @pytest.mark.usefixtures("takes_int8")
 def test_pictures_are_as_near_as_their_products() -> None:
-    """The errors of many products add up as those of bfloat16's do, and are as much larger: so
-    pictures may be as many decibels further from float32's, and one more: a network's numbers are
-    not those of this product.
+    """Pictures may be further from float32's than bfloat16's by as many decibels as the products
+    are.
+
+    The errors of many products add up in both alike. One decibel more is allowed, since a network's
+    numbers are not those of this product.
     """
     x, weight = torch.randn(1, 256, 96), torch.randn(96, 96)
     product, low = x.double() @ weight.double().T, (x.bfloat16(), weight.bfloat16())

@@ -1,4 +1,4 @@
-"""The C side of the kernels: what it refuses, shapes that hurt, threads; more is in test_fast."""
+"""The C side of the kernels: what it refuses, difficult shapes, threads; test_fast has more."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def inference() -> Iterator[None]:
 
 @pytest.fixture(params=["portable", "avx2", "avx512", "amx"])
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Library:
-    """Each library, and it is the one that is used."""
+    """Use each library, and check that it is in use."""
     name = str(request.param)
     needs(name)
     monkeypatch.setattr(kernels, "allowed", lambda: (name,))
@@ -84,7 +84,7 @@ GOOD: dict[str, dict[str, Any]] = {
     | fields(side=2, scale=1, above=0, relu=0),
 }
 GOOD |= {f"{name}_floats": GOOD[name] for name in kernels._EITHER}
-"""Arguments that each kernel takes."""
+"""The arguments of each kernel."""
 
 ODD = {"channels", "count", "columns", "inner"}
 ANY = {"scale", "eps", "right", "down", "active", *kernels._STEPS.split()}
@@ -155,7 +155,7 @@ SHAPES = [
 
 
 def kernels_of_attention(library: Library) -> list[tuple[str, torch.dtype, float]]:
-    """Names, what they are for, and how far they may be from float64."""
+    """Return names, precisions, and how far results may be from float64."""
     all_ = [
         ("attend", torch.bfloat16, 6e-3),
         ("attend_floats", torch.float32, 3e-6),
@@ -165,7 +165,7 @@ def kernels_of_attention(library: Library) -> list[tuple[str, torch.dtype, float
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return plain attention in float64, as vectors.attend lays it out."""
+    """Return plain attention in float64, in the layout of vectors.attend."""
     q, k, v = (t.double() for t in (q, k, v))
     weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
     return (weights @ v).transpose(1, 2).flatten(2)
@@ -181,7 +181,7 @@ def test_attention(library: Library, queries: int, keys: int, size: int) -> None
 
 
 def test_attention_of_views(library: Library) -> None:
-    """Heads of one product, one key's values for all, every second query, a turned matrix."""
+    """Heads of one product, one key's values for all, every second query, a transposed matrix."""
     both = torch.randn(2, 70, 3 * 2 * 24)
     q, k, v = (t.unflatten(-1, (2, 24)).transpose(1, 2) for t in both.chunk(3, dim=-1))
     one = torch.randn(1, 1, 70, 24).expand(2, 2, 70, 24)
@@ -198,7 +198,7 @@ def test_attention_of_views(library: Library) -> None:
 
 
 def test_threads_change_no_byte(library: Library) -> None:
-    """One head and several, fewer and more than there are threads."""
+    """Heads are one or several, fewer or more than the threads."""
     for heads in (1, 3, 16):
         q, k, v = (torch.randn(1, heads, n, 40) for n in (130, 600, 600))
         for name, dtype, _ in kernels_of_attention(library):
@@ -211,7 +211,7 @@ def test_threads_change_no_byte(library: Library) -> None:
 
 
 def kernels_of_norms(library: Library) -> list[tuple[torch.dtype, float]]:
-    """What norms and gates are for here, and how far they may be from float64."""
+    """Return the precisions of norms and gates here, and how far results may be from float64."""
     all_ = [("moments", torch.bfloat16, 5e-3), ("moments_floats", torch.float32, 2e-6)]
     return [one[1:] for one in all_ if one[0] in kernels._ARGUMENTS[library.variant]]
 

@@ -390,7 +390,7 @@ class TestCheckWritable:
             check_writable(tmp_path / "a.png")
 
     def test_folder_without_permission(self):
-        # Root may write anywhere, so that another user asks; pytest's own folders are closed to it.
+        # Root may write anywhere: another user tries, to whom pytest's own folders are closed.
         program = (
             "import os, sys; from pathlib import Path; import safelight.picture as p\n"
             "os.geteuid() or os.setuid(65534)\n"

@@ -1,9 +1,9 @@
-"""What must hold of every sampler table, whatever it is modelled on.
+"""What must hold of every sampler table, whatever its model.
 
-Three oracles, none of which needs a network: with a clean picture of zeros (D = 0) a state is
-noise alone and has to come down level by level; on a Gaussian the ideal estimate and the exact
-path are known in closed form; and the same Gaussian, walked with noise, has to come out with its
-own mean and variance.
+Three references, none of which needs a network: with a clean picture of zeros (D = 0) a state is
+only noise, and must come down level by level; on a Gaussian the ideal estimate and the exact path
+are known in closed form; and the same Gaussian, walked with noise, must come out with its own mean
+and variance.
 """
 
 import functools
@@ -58,7 +58,7 @@ CONFIGS = {
 
 @functools.cache
 def tables(sampler: str) -> list[tuple[str, dict[str, Any], Table]]:
-    """Tables over configs, schedules, spacings, eta and strength: (config, settings, table)."""
+    """Yield (config, settings, table) over configs, schedules, spacings, eta and strength."""
     spec = SAMPLERS[sampler]
     settings: list[dict[str, Any]] = [{}]
     settings += [{"schedule": name} for name in spec.schedules]
@@ -72,10 +72,10 @@ def tables(sampler: str) -> list[tuple[str, dict[str, Any], Table]]:
 
 
 def lands_elsewhere(sampler: str, config: str, setting: dict[str, Any]) -> bool:
-    """Whether states are handed on between levels: see safelight.sampling.discrete.
+    """Return whether states are handed on between levels: see safelight.sampling.discrete.
 
-    ddim and pndm go down by a whole number of timesteps, which only leading spacing does too;
-    pndm started part of the way is a step behind.
+    ddim and pndm go down by a whole number of timesteps, as only leading spacing does; pndm started
+    part of the way is one step behind.
     """
     spacing = setting.get("spacing") or ("trailing" if config == "zero-snr" else "leading")
     return (sampler in ("ddim", "pndm") and spacing != "leading") or (
@@ -105,7 +105,7 @@ def test_a_finished_picture_stays(sampler: str) -> None:
 
 
 def test_handed_on_between_levels_x_is_kept() -> None:
-    """The second exception, in full: Σa + Σb is √(ᾱ landed on/ᾱ treated as)."""
+    """The second exception in full: Σa + Σb is √(ᾱ landed on/ᾱ treated as)."""
     config = CONFIGS["latent"]
     bars = alphas_cumprod(config)
     cases: list[tuple[str, dict[str, Any]]] = [
@@ -133,10 +133,10 @@ def test_pndm_on_v_keeps_a_picture_the_better_the_finer(steps: int) -> None:
 
 
 def walk(rows: tuple[Row, ...], start: np.ndarray, clean: Any) -> list[np.ndarray]:
-    """States as vectors of weights over independent unit noises, (rows + 2,) each.
+    """Return states as vectors of weights over independent unit noises, (rows + 2,) each.
 
-    Entry 0 is a constant, entry 1 the noise of the start, entry i + 2 that of row i. `clean`
-    makes D of a state and a sigma. The first state is in the answer.
+    Entry 0 is a constant, entry 1 the starting noise, entry i + 2 the noise of row i. `clean` makes
+    D from a state and a sigma. The first state is included.
     """
     xs, ds, states = [start], [], [start]
     for i, row in enumerate(rows):
@@ -186,7 +186,7 @@ def test_noise_lands_on_the_next_level(sampler: str) -> None:
 
 
 def test_large_variance_adds_more_noise_than_it_took() -> None:
-    """ddpm with fixed_large overshoots; what a row adds is β, not the posterior's variance."""
+    """ddpm with fixed_large overshoots: a row adds β, not the posterior's variance."""
     config = SchedulerConfig.from_dict(PIXELS | {"variance_type": "fixed_large"})
     for row in table("ddpm", config, 20).rows[:-1]:
         assert row.c is not None
@@ -226,17 +226,17 @@ MEAN, DEVIATION = 0.4, 0.6
 
 
 def ideal(x: np.ndarray, sigma: float) -> np.ndarray:
-    """E[clean | x̃] for the Gaussian, linear in x̃ and a constant."""
+    """Return E[clean | x̃] for the Gaussian, linear in x̃ and a constant."""
     constant = np.zeros_like(x)
     constant[0] = MEAN
     return (DEVIATION**2 * x + sigma**2 * constant) / (DEVIATION**2 + sigma**2)
 
 
 def path_error(sampler: str, steps: int, **settings: Any) -> float:
-    """Error of a walk from one deviation of noise, against the exact path at the same level.
+    """Return the error of a walk from one deviation of noise, against the exact path.
 
-    The last row is left out: it goes to sigma 0 at once in all of them, which costs the same
-    whatever the steps.
+    The last row is left out: it goes to sigma 0 at once in all samplers, with an error that does
+    not depend on the steps.
     """
     rows = table(sampler, CONFIGS["latent"], steps, **settings).rows
     start = np.zeros(len(rows) + 2)
@@ -266,7 +266,7 @@ def path_error(sampler: str, steps: int, **settings: Any) -> float:
 def test_order_of_convergence(
     sampler: str, settings: dict[str, Any], low: float, high: float
 ) -> None:
-    """Twice the steps, the error falls by 2 to the order."""
+    """With twice the steps, the error falls by 2 to the order."""
     errors = [path_error(sampler, steps, **settings) for steps in (50, 100, 200)]
     orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     assert all(low <= order <= high for order in orders), (orders, errors)
@@ -286,11 +286,11 @@ def test_order_of_convergence(
 def test_a_gaussian_comes_out_as_it_is(
     sampler: str, settings: dict[str, Any], steps: int, coarse: float
 ) -> None:
-    """Mean and deviation of what sampling with noise makes; there is no chance in it.
+    """Mean and deviation of sampling with noise are computed; there is no chance in it.
 
-    They start as those of the noised Gaussian, whose mean is nothing beside the noise. Before
-    the last row, which removes the noise at once, they have to be those of the Gaussian noised
-    to that level, the closer the more steps there are.
+    They start as those of the noised Gaussian, whose mean is small beside the noise. Before the
+    last row, which removes the noise at once, they must be those of the Gaussian noised to that
+    level, the closer the more steps there are.
     """
     errors = []
     for count in (steps, 2 * steps):
@@ -318,7 +318,7 @@ def test_names() -> None:
 
 
 def test_a_sampler_is_one_function_and_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a twin in diffusers: on the model's own grid, with every schedule and spacing."""
+    """It needs no twin in diffusers: on the model's own grid, with every schedule and spacing."""
 
     def restless(grid: Grid, skip: int = 0, *, share: float) -> list[Row]:
         rows = []
@@ -430,7 +430,7 @@ def test_keys_that_mean_nothing_and_nulls_are_ignored() -> None:
 
 
 def test_absent_keys_are_the_classes_defaults() -> None:
-    """An Euler grid starts at the last timestep, a DDIM one does not; a file decides for both."""
+    """An Euler grid starts at the last timestep, a DDIM grid does not; a file decides for both."""
     bare, told = SchedulerConfig(), SchedulerConfig.from_dict({"timestep_spacing": "trailing"})
     assert table("euler", bare, 10).rows[0].timestep == 999
     assert table("ddim", bare, 10).rows[0].timestep == 900
@@ -462,7 +462,7 @@ def test_spacings() -> None:
 
 @pytest.mark.parametrize("steps", [61, 103, 499])
 def test_trailing_has_as_many_timesteps_as_steps(steps: int) -> None:
-    """Where 1000/steps rounds so that a naive range has one more, of timestep −1."""
+    """This is where 1000/steps rounds so that a naive range has one more timestep, −1."""
     times = spaced(SchedulerConfig(timestep_spacing="trailing"), steps)
     assert len(times) == steps
     assert times[-1] >= 0
@@ -493,7 +493,7 @@ def test_grids_by_hand() -> None:
 
 
 def test_beta_quantiles() -> None:
-    """Against the distribution function, integrated by t = sin² θ, which has no poles."""
+    """They are compared with the distribution function, integrated by t = sin² θ, without poles."""
     q = np.linspace(0, 1, 21)
     x = beta_quantile(q, 0.6)
     assert [x[0], x[10], x[-1]] == pytest.approx([0, 0.5, 1])

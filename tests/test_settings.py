@@ -1,4 +1,4 @@
-"""A setting is described once, in Request: every surface derives its part from that."""
+"""A setting is described once, in Request; every interface derives its part from that."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Layers = Annotated[Whole, Field(ge=1, le=12)]
 
 
 class Longer(Request):
-    """A Request with a setting more."""
+    """A Request with one more setting."""
 
     clip_skip: Annotated[Layers, About(short="-c", infotext="Clip skip", slider=(1, 12, 1))] = (
         Field(1, description="text layers to leave out")
@@ -80,7 +80,7 @@ class TestANewSetting:
 
 
 class Listing(Request):
-    """A Request with a list of texts more."""
+    """A Request with one more list of texts."""
 
     helpers: Annotated[Texts, About(option="--helper", accepts="a name")] = Field(
         (), description="who helps"
@@ -129,7 +129,7 @@ class TestAListOfTexts:
 
 class TestTheSettings:
     def test_keywords_are_those_of_the_request(self) -> None:
-        """What editors complete, and type checkers check, of Request and Model.generate."""
+        """Editors complete, and type checkers check, the keywords of Request and Model.generate."""
         assert set(RequestSettings.__annotations__) | set(GenerateSettings.__annotations__) == set(
             Request.model_fields
         )

@@ -1,4 +1,4 @@
-"""The models that ship: small enough, and they draw what they are told to."""
+"""The models that ship: they are small enough, and draw what prompts say."""
 
 import hashlib
 from pathlib import Path
@@ -27,7 +27,7 @@ def model() -> Model:
 
 
 def draw(model: Model, prompt: str) -> np.ndarray:
-    """Mean of four pictures, reduced to float [64, 64, 3]: one seed may be unlucky."""
+    """Return the mean of four pictures, as float [64, 64, 3]: one seed may be unlucky."""
     result = model.generate(prompt, seed=1, count=4, steps=8, sampler="dpmpp_2m")
     assert result.warnings == []
     small = [image.reduce(image.width // 64) for image in result.images]
@@ -52,7 +52,7 @@ def test_the_background_has_the_colour_that_was_asked_for(
 
 
 def test_words_change_the_picture(model: Model) -> None:
-    """Banana is yellow, a frog is green, coal-black a bomb: middle by middle."""
+    """A banana is yellow, a frog green, a bomb coal-black, in the middle of the picture."""
     banana, frog, bomb = (
         draw(model, f"a {thing}")[16:48, 16:48].mean(axis=(0, 1))
         for thing in ("banana", "frog", "bomb")
@@ -89,7 +89,7 @@ def test_without_words(model: Model) -> None:
     pixels = safelight.load("embedded-unconditional", device="cpu", dtype="float32")
     result = pixels.generate(unconditional=True, sampler="ddim", steps=20, seed=1, count=4)
     pictures = np.stack([np.asarray(image, float) for image in result.images])
-    # An object in the middle of white: the rim is bright, what is inside is not.
+    # An object in the middle of white: the rim is bright, the middle is not.
     rim = np.concatenate([pictures[:, 0].ravel(), pictures[:, :, 0].ravel()])
     assert rim.mean() > 200
     assert pictures[:, 8:24, 8:24].mean() < rim.mean() - 30
@@ -137,12 +137,12 @@ def test_two_things_stand_where_they_are_told_to(model: Model) -> None:
         picture = draw(model, prompt)
         other = np.s_[:, 32:]
         banana, frog = ((255 - picture[half]).reshape(-1, 3).sum(axis=0) for half in (first, other))
-        # Of what is not white: a banana lacks blue alone, a frog lacks red as well.
+        # Of pixels that are not white: a banana's lack only blue, a frog's lack red as well.
         assert banana[0] / banana[2] < frog[0] / frog[2]
 
 
 def test_counts(model: Model) -> None:
-    """Four fill the corners of a square, two its sides."""
+    """Four things fill the corners of a square, two fill its sides."""
     ink = [255 - draw(model, f"{n} strawberries").mean(axis=2) for n in ("two", "four")]
     corners = [i[8:24, 8:24].mean() + i[40:56, 8:24].mean() for i in ink]
     assert corners[1] > corners[0]

@@ -36,7 +36,7 @@ CUTS: list[dict[str, Any]] = [
 
 
 def drawn(exact: bool) -> list[Any]:
-    """Pictures of all cuts, drawn by one engine."""
+    """Return pictures of all cuts, drawn by one engine."""
     engine, made = Engine(embedded(), exact=exact, rows=16), dict[int, Image.Image]()
     with torch.inference_mode():
         for i, cuts in enumerate(CUTS):
@@ -55,7 +55,7 @@ def alone() -> list[Any]:
 
 
 def test_company_changes_nothing(alone: list[Any]) -> None:
-    """Pictures that take a step in full and others that do not are in one engine."""
+    """One engine draws pictures that take a step in full and others that do not."""
     for mine, in_company in zip(alone, drawn(exact=False), strict=True):
         assert np.abs(mine - in_company).max() <= 1
 
@@ -84,8 +84,8 @@ def test_a_full_step_is_the_last_one() -> None:
     kept.model, kept.evaluations, kept.deep = 1, 2, torch.zeros(1)
     taken = [kept.plan(row, 10, 1, 2).taken for row in range(10)]
     assert [row for row in range(10) if not taken[row]] == [0, 3, 6, 9]
-    assert not kept.plan(4, 10, 2, 2).taken  # what another model left
-    assert not kept.plan(4, 10, 1, 1).taken  # what had a row for the negative prompt
+    assert not kept.plan(4, 10, 2, 2).taken  # left by another model
+    assert not kept.plan(4, 10, 1, 1).taken  # had a row for the negative prompt
 
 
 @pytest.mark.parametrize("prompt", ["a red apple AND a blue car", "a red apple :2"])
@@ -104,7 +104,7 @@ def test_a_composed_prompt_without_guidance_is_at_guidance_one(prompt: str) -> N
 
 @pytest.mark.parametrize("level", [1, 2, 3])
 def test_a_level_is_its_settings(level: int) -> None:
-    """The recipe has them, and draws the same picture without the level."""
+    """The recipe has the settings, and draws the same picture without the level."""
     result = embedded().generate("a cat", fast=level, seed=8)
     wanted = dict(shortcuts.LEVELS[level])
     if "linears" in wanted:

@@ -1,4 +1,4 @@
-"""The structure of src/: which file may import which, and what stands in one place alone."""
+"""The structure of src/: which file may import which, and what exists in one place only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_LINES = 400
 
 @cache
 def modules() -> dict[str, Path]:
-    """Every module of the package by its dotted name."""
+    """Return every module of the package by its dotted name."""
     found = {}
     for path in sorted(ROOT.rglob("*.py")):
         parts = ["safelight", *path.relative_to(ROOT).with_suffix("").parts]
@@ -34,7 +34,7 @@ def tree(name: str) -> ast.Module:
 
 
 def nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """All nodes below, without what is there for a type checker alone."""
+    """Yield all nodes below, without those for a type checker only."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
             continue
@@ -44,7 +44,7 @@ def nodes(node: ast.AST) -> Iterator[ast.AST]:
 
 @cache
 def imports(name: str) -> frozenset[str]:
-    """The modules of the package that a module imports, on top or in a function."""
+    """Return the modules of the package that a module imports, at the top or in a function."""
     found: set[str] = set()
     for node in nodes(tree(name)):
         if isinstance(node, ast.Import):
@@ -57,7 +57,7 @@ def imports(name: str) -> frozenset[str]:
 
 
 def circles() -> list[list[str]]:
-    """Groups of modules that import each other, by Tarjan's algorithm."""
+    """Return groups of modules that import each other, by Tarjan's algorithm."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -86,11 +86,11 @@ def circles() -> list[list[str]]:
 
 
 def test_no_import_circle() -> None:
-    """Imports inside functions count; those for a type checker alone do not."""
+    """Imports inside functions count; those for a type checker do not."""
     assert circles() == []
 
 
-# Each package, and those below it that must not know of it.
+# BELOW: all that a package may import. NOT_ABOVE: what a package must not import.
 BELOW = {
     "sampling": ("errors", "sampling"),
     "nets": ("errors", "nets"),
@@ -111,7 +111,7 @@ def package(name: str) -> str:
 
 @pytest.mark.parametrize("name", [*BELOW, *NOT_ABOVE])
 def test_no_arrow_runs_back_up(name: str) -> None:
-    """cli and studio know the server, the server the engine, the engine families and sampling."""
+    """cli and studio know the server, it knows the engine, the engine families and sampling."""
     mine = [module for module in modules() if package(module) == name]
     assert mine
     arrows = {(module, package(other)) for module in mine for other in imports(module)}
@@ -122,7 +122,7 @@ def test_no_arrow_runs_back_up(name: str) -> None:
 
 
 def calls(name: str, function: str) -> int:
-    """How often a module calls a function, by its own name or as an attribute."""
+    """Return how often a module calls a function, by its own name or as an attribute."""
     names = [
         getattr(node.func, "id", getattr(node.func, "attr", None))
         for node in ast.walk(tree(name))
@@ -132,7 +132,7 @@ def calls(name: str, function: str) -> int:
 
 
 def test_the_engine_alone_steps_jobs() -> None:
-    """One call of `advance`; nobody takes it under another name."""
+    """`advance` is called once, and nobody imports it under another name."""
     assert {name: n for name in modules() if (n := calls(name, "advance"))} == {
         "safelight.engine.core": 1
     }
@@ -151,7 +151,7 @@ def text(name: str) -> str:
 
 @cache
 def code(name: str) -> str:
-    """The module without docstrings and comments."""
+    """Return the module without docstrings and comments."""
     return ast.unparse(_Bare().visit(ast.parse(text(name))))
 
 
@@ -161,7 +161,7 @@ class _Bare(ast.NodeTransformer):
 
 
 def test_the_scale_of_variance_exploding_stands_once() -> None:
-    """√(1 + σ²), its square and its inverse: in `Level.exploding` alone."""
+    """√(1 + σ²), its square and its inverse are only in `Level.exploding`."""
     shapes = (
         r"1(\.0)? \+ \w*(\.\w+)*sigma\w* ?\*\* ?2",
         r"1(\.0)? \+ (\w*sigma\w*) \* \2",
@@ -178,7 +178,7 @@ def test_nothing_waits_by_wait_for() -> None:
 
 
 def test_nobody_asks_for_a_kind_of_model() -> None:
-    """What differs between families is asked of the family."""
+    """The family answers what differs between families."""
     kinds = {"text", "pixels"}
     found = set()
     for name in modules():
@@ -203,7 +203,7 @@ def test_a_file_can_be_read_in_one_sitting(ending: str) -> None:
 
 
 def test_families_and_samplers_need_no_pytorch() -> None:
-    """A server and `safelight models` ask them without loading it."""
+    """A server and `safelight models` ask them without loading PyTorch."""
     import subprocess
     import sys
 

@@ -1,4 +1,4 @@
-"""Training: noise added and taken away, checkpoints, the folder that comes out."""
+"""Training: adding and removing noise, checkpoints, and the resulting folder."""
 
 import errno
 import math
@@ -46,11 +46,11 @@ def test_without_a_package_that_training_needs(
 
 
 class KilledError(Exception):
-    """Stands for what leaves no time to save."""
+    """Stands for an end without time to save."""
 
 
 class Line(torch.nn.Module):
-    """y = w·x, to be found from noisy points."""
+    """y = w·x, where w is to be found from noisy points."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ def test_a_plan_with_a_cooldown_may_change_its_length(tmp_path: Path) -> None:
         train_line(tmp_path / "a", long, stop_at=7)
     train_line(tmp_path / "b", short)
     assert torch.equal(train_line(tmp_path / "a", short), train_line(tmp_path / "b", short))
-    # Its learning rate has fallen: what a longer run would have done is lost.
+    # The learning rate has fallen already: it could not go on as a longer run would have.
     with pytest.raises(SafelightError, match="another plan"):
         train_line(tmp_path / "a", long)
 
@@ -166,7 +166,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(
 
 
 def test_min_snr_weighs_clean_levels_less() -> None:
-    """Table and formula of arXiv:2303.09556: min(SNR, γ) over SNR, for velocity over SNR + 1."""
+    """The weights follow arXiv:2303.09556: min(SNR, γ) over SNR, for velocity over SNR + 1."""
     bars = torch.tensor([0.99, 0.5, 0.01])
     snr = bars / (1 - bars)
     for kind, over in (("epsilon", snr), ("v_prediction", snr + 1), ("sample", torch.ones(3))):
@@ -215,7 +215,7 @@ def test_a_network_that_knows_the_answer_has_no_loss(kind: str) -> None:
 
 @pytest.mark.parametrize(("middle", "share"), [(False, 0.5), (True, 0.70)])
 def test_timesteps_are_spread_over_the_range(middle: bool, share: float) -> None:
-    """And none lies beyond it, where the last share of the range is rounded up."""
+    """No timestep lies beyond the range, even where its last share is rounded up."""
     noising = Noising(SchedulerConfig.from_dict({}), middle=middle)
     drawn: list[torch.Tensor] = []
 
@@ -348,7 +348,7 @@ class TestMinutes:
         whole_run = self.train(tmp_path / "a")
         steps = int((tmp_path / "a" / "steps").read_text())
         assert loop.PACE[1] < steps <= 250
-        # Another run of as many steps, stopped before its pace was known and after.
+        # Another run with as many steps is stopped before its pace was known, and after.
         with pytest.raises(KeyboardInterrupt):
             self.train(tmp_path / "b", stop_at=20)
         (tmp_path / "b" / "steps").write_text(str(steps))

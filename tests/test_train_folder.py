@@ -309,7 +309,7 @@ def test_captions_beyond_the_text_length_are_told(capsys: pytest.CaptureFixture[
 
 
 def test_latents_are_made_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All pictures in float32 would be four times what they are."""
+    """All pictures at once in float32 would take four times their bytes."""
     sizes: list[int] = []
 
     def noted(part: Any) -> torch.Tensor:
@@ -342,13 +342,13 @@ def test_from_nothing_to_a_model_that_draws(
     assert drawn.warnings == []
     with Image.open(tmp_path / "out" / "step-000008.png") as sheet:
         assert sheet.height == 64
-    # It ended: called again it takes no step, and writes what the run before could not.
+    # It has ended: called again, it takes no step, and writes what the run before could not write.
     before = (made / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     (made / "model_index.json").unlink()
     text_to_image(pictures, tmp_path / "out", plan, autoencoder_steps=8)
     assert (made / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
     assert safelight.load(str(made)).sha256 == model.sha256
-    # Of other pictures it is refused, and the finished model stays as it is.
+    # With other pictures it is refused, and the finished model stays as it is.
     vocabulary = (made / "tokenizer" / "vocab.json").read_bytes()
     square(pictures / "more.png", "green")
     (pictures / "more.txt").write_text("quite another caption")
@@ -419,7 +419,7 @@ def curve(folder: Path) -> list[tuple[int, float]]:
 
 
 def test_killed_and_resumed_ends_as_undisturbed(tmp_path: Path) -> None:
-    """The pixel model on the digits, killed at moments of chance."""
+    """The pixel model learns the digits and is killed at random moments."""
     script = tmp_path / "train.py"
     script.write_text(
         "import sys, torch\n"
@@ -442,7 +442,7 @@ def test_killed_and_resumed_ends_as_undisturbed(tmp_path: Path) -> None:
 
     killed = 0
     checkpoint = tmp_path / "b" / "checkpoint.pt"
-    for after in (2,):  # checkpoints; tests/soak/training.py does it five times
+    for after in (2,):  # checkpoints; tests/soak/training.py kills five times
         process = start("b")
         until = time.monotonic() + 120
         steps, last = 0, checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0

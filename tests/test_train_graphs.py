@@ -1,4 +1,4 @@
-"""Steps that a GPU repeats from a recording train as steps that Python starts."""
+"""Steps that a GPU replays from a recording train like steps that Python starts."""
 
 from __future__ import annotations
 

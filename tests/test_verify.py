@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def made(request, folder, tmp_path_factory):
-    """A picture drawn alone, and one of the same request drawn in company."""
+    """Return a picture drawn alone, and one of the same request drawn with others."""
     out = tmp_path_factory.mktemp("out")
     model = safelight.load(folder, device="cpu", dtype=request.param)
     model.generate("a", **ASKED).save(out / "alone.png")
@@ -59,7 +59,7 @@ def verify(folder, capsys):
 
 
 def rewrite(name, change=lambda recipe: recipe, shift=0):
-    """Write a PNG again with another recipe, and one pixel another."""
+    """Write a PNG again with another recipe and one changed pixel."""
     recipe = change(read_recipe(name))
     with Image.open(name) as image:
         image.load()
@@ -189,7 +189,7 @@ def test_a_strangers_recipe_may_say_anything(drawn):
 
 
 def test_loras_are_found_by_hash(folder, tmp_path, capsys, monkeypatch):
-    """By --lora, or in the models folder under whatever name; a recipe names no path."""
+    """They are found by --lora, or in the models folder by any name; a recipe has no path."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"

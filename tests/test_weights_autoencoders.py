@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def other():
-    """Weights of an autoencoder of the model's shape, and not its own."""
+    """Return other weights for an autoencoder of the model's shape."""
     found = weights(AutoencoderKL, VAEConfig.from_dict(VAE))
     return {name: tensor.flip(0).contiguous() for name, tensor in found.items()}
 
@@ -56,7 +56,7 @@ def tiny_vae(path, config=TINY):
 
 
 def original(tensors):
-    """The same by the names of the original code."""
+    """Return the same weights by the names of the original code."""
     table = {ours: theirs for theirs, ours in vae_names(VAE).items()}
     found = {}
     for name, tensor in tensors.items():
@@ -166,7 +166,7 @@ def test_the_recipe_names_it_and_verify_finds_it(folder, other, tmp_path, monkey
 
 
 def test_means_and_deviations_of_latents(folder, tmp_path):
-    """As diffusers has them: latents·std/scale + mean is decoded, and the inverse encoded."""
+    """As in diffusers, latents·std/scale + mean is decoded, and encoding is the inverse."""
     config = VAEConfig.from_dict(
         {**VAE, "scaling_factor": 0.5, "latents_mean": [1, 2, 3, 4.5], "latents_std": [8, 6, 7, 5]}
     )
@@ -388,7 +388,7 @@ def test_a_decoder_alone_draws_and_says_that_it_cannot_encode(tiny, tmp_path):
 
 
 def test_pictures_start_from_a_tiny_encoder_as_in_diffusers(tiny):
-    """It is not sampled: the first noise that is drawn is the picture's own."""
+    """Its latents are not sampled: the first noise drawn is the picture's own."""
     model, full, _ = tiny
     loaded = load_model(model, device="cpu", dtype="float32", vae=full)
     picture = loaded.generate("a", **SMALL).images[0]

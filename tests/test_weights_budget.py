@@ -1,4 +1,4 @@
-"""The memory that a model takes, told and refused before it is loaded."""
+"""The memory that a model takes is told, and refused if too much, before it is loaded."""
 
 import json
 import math
@@ -21,7 +21,7 @@ HALF, FULL = torch.bfloat16, torch.float32
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    """Of a sparse file of SDXL's full size."""
+    """Return the plan of a sparse file of SDXL's full size."""
     family = VARIANTS[0]
     shapes = {}
     for part, config in family.configs.items():

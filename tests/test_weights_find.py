@@ -37,7 +37,7 @@ def refused(call, *words):
 
 
 def cached(cache, folder, repo="org/tiny"):
-    """`folder` as the hub's cache holds it: blobs by hash, a snapshot of links to them."""
+    """Return `folder` as in the hub's cache: blobs by hash, a snapshot of links to them."""
     base = cache / f"models--{repo.replace('/', '--')}"
     write(base / "refs/main", COMMIT)
     for path in folder.rglob("*"):

@@ -1,4 +1,4 @@
-"""Checkpoints that would cost time or memory, or draw something else than what was hashed."""
+"""Checkpoints that would cost time or memory, or draw something else than was hashed."""
 
 import dataclasses
 import json
@@ -58,7 +58,7 @@ def refused(call, *words):
 
 
 def refused_cheaply(call, *words):
-    """Within 2 s of a processor and 64 MB, which the promise allows."""
+    """Check that it is refused within 2 s of processor time and 64 MB, as promised."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.process_time()
     refused(call, *words)
@@ -204,7 +204,7 @@ def test_an_empty_weight_is_refused(folder, part, no_hashing):
 
 
 def test_the_deepest_network_that_is_allowed_has_few_modules():
-    """To build one takes some tenths of a millisecond."""
+    """Building one module takes some tenths of a millisecond."""
     config = {
         **UNET,
         "block_out_channels": [32] * 4,
@@ -331,7 +331,7 @@ def overwrite(path, value=0.5):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_weights_overwritten_before_their_first_use_are_found(folder, part, dtype):
     file = weight_file(folder, part)
-    # As the part computes: what is converted needs its file no more.
+    # As the part computes: a converted tensor does not need its file any more.
     kind = torch.float32 if part == "vae" else getattr(torch, dtype)
     save_file({name: tensor.to(kind) for name, tensor in load_file(file).items()}, file)
     model = load_model(folder, device="cpu", dtype=dtype)

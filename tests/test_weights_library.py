@@ -1,4 +1,4 @@
-"""The models folder: what is found in it by name and by hash, and what never is."""
+"""The models folder: what is found in it by name and by hash, and what is never found."""
 
 import base64
 import hashlib

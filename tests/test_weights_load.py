@@ -229,7 +229,7 @@ def test_one_weight_under_two_names_is_refused(folder):
     ],
 )
 def test_networks_that_do_not_fit_one_another(folder, part, key, value, told):
-    """Each with its own weights, as if two checkpoints had been mixed up."""
+    """Each network has its own weights, as if two checkpoints had been mixed up."""
     change(folder / part / "config.json", key, value)
     config = json.loads((folder / part / "config.json").read_text())
     (file,) = (folder / part).glob("*.safetensors")

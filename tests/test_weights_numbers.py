@@ -1,4 +1,4 @@
-"""Weights are looked at while their file is hashed: each number once, wherever it lies."""
+"""Weights are checked while their file is hashed: each number once, wherever it lies."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def looked_at(path: Path, dtype: torch.dtype) -> Numbers:
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """So that tensors lie on both sides of their ends."""
+    """Make pieces small, so that tensors cross their ends."""
     monkeypatch.setattr(digest, "_PIECE", 64)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 

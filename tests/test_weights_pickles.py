@@ -1,4 +1,4 @@
-"""Files of torch.save: read as safetensors are, and without running a line of them."""
+"""Files of torch.save: read like safetensors, without running any of their code."""
 
 import collections
 import io
@@ -114,7 +114,7 @@ def test_a_modules_state_dict_and_what_lies_beside_the_tensors(tmp_path):
 
 
 def test_a_trainers_checkpoint_with_the_name_of_its_callback_is_read(tmp_path):
-    """As the published files of Stable Diffusion 1 are; the class is not imported."""
+    """The published files of Stable Diffusion 1 have one; the class is not imported."""
     program = pickled({"callbacks": {NAMED: 1}, "state_dict": {"a": tensor()}})
     program = program.replace(b"c__main__\nModelCheckpoint\n", CALLBACK)
     program = program.replace(b"ctest_weights_pickles\nNamed\n", CALLBACK)
@@ -126,7 +126,7 @@ CALLBACK = b"cpytorch_lightning.callbacks.model_checkpoint\nModelCheckpoint\n"
 
 
 class Named:
-    """Stands for a class that is named in a checkpoint, and not called."""
+    """Stands for a class that a checkpoint names and does not call."""
 
 
 NAMED = Named
@@ -180,14 +180,14 @@ def test_a_ckpt_overwritten_after_it_was_loaded_is_found(tmp_path, tiny_family):
 
 
 class Stored:
-    """A storage in a pickle by hand."""
+    """A hand-made storage in a pickle."""
 
     def __init__(self, count=2, key="0", kind=torch.FloatStorage, tag="storage"):
         self.told = (tag, kind, key, "cpu", count)
 
 
 class Called:
-    """A call in a pickle by hand."""
+    """A hand-made call in a pickle."""
 
     def __init__(self, function, *arguments, state=None):
         self.reduced = (function, arguments) if state is None else (function, arguments, state)
@@ -215,7 +215,7 @@ def pickled(content, protocol=2) -> bytes:
 
 
 def archived(path, program, records=None, extra=(), compress=zipfile.ZIP_STORED) -> Path:
-    """An archive as torch.save writes it; extra: more entries, or others of the same name."""
+    """Return an archive as torch.save writes it. extra: more entries, or replaced ones."""
     records = {"0": b"\0" * 8} if records is None else records
     entries = [("x/data.pkl", program), ("x/byteorder", b"little")]
     entries += [(f"x/data/{key}", content) for key, content in records.items()]
@@ -239,7 +239,7 @@ def touch(path) -> str:
 
 
 def gadgets(canary: Path) -> dict[str, object]:
-    """Contents that would make the canary's file when they are unpickled."""
+    """Return contents that would create the canary's file when they are unpickled."""
     code, command = touch(canary), f"touch {shlex.quote(str(canary))}"
     inner = pickle.dumps(Called(os.system, command))
     return {
@@ -359,7 +359,7 @@ def nested(depth):
 
 
 def bomb():
-    """A few tables, each twice or more in the next: 10⁴ paths for each level."""
+    """Return a few tables, each several times in the next: 10⁴ paths for each level."""
     table = {str(i): 0 for i in range(300)}
     for _ in range(3):
         table = {str(i): table for i in range(300)}
@@ -374,7 +374,7 @@ def test_hostile_tables_are_refused(tmp_path, which):
 
 
 def refused_cheaply(call, *words) -> None:
-    """Within 2 s of a processor and 64 MB, which the promise allows."""
+    """Check that it is refused within 2 s of processor time and 64 MB, as promised."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.process_time()
     refused(call, *words)
@@ -483,12 +483,12 @@ def test_a_file_cut_short_anywhere_is_refused(tmp_path):
 
 
 def test_overlapping_entries_are_refused(tmp_path):
-    """Two names for the same bytes: a small file that reads as a large one."""
+    """Two names share the same bytes: a small file would read as a large one."""
     path = archived(tmp_path / "x.ckpt", GOOD, {"0": b"\0" * 8, "1": b"\0" * 8})
     content = path.read_bytes()
     with zipfile.ZipFile(path) as file:
         first, second = (file.getinfo(f"x/data/{i}").header_offset for i in (0, 1))
-    # The list of entries gives the second the place of the first, whose name there is the first's.
+    # In the list, the second entry gets the first one's place, whose own name is the first's.
     at = content.rindex(struct.pack("<I", second))
     moved = content[:at] + struct.pack("<I", first) + content[at + 4 :]
     path.write_bytes(moved)
@@ -496,7 +496,7 @@ def test_overlapping_entries_are_refused(tmp_path):
 
 
 def test_every_flipped_byte_is_refused_or_harmless(tmp_path):
-    """Each is one line, or gives the same table; none runs anything or takes long."""
+    """Each gives one line of error or the same table; none runs code or takes long."""
     content = archived(tmp_path / "x.ckpt", GOOD).read_bytes()
     path, read_equal, lines = tmp_path / "flipped.ckpt", 0, []
     for at in range(len(content)):

@@ -47,7 +47,7 @@ def model(folder):
 
 @pytest.fixture
 def run(folder, capsys, tmp_path, monkeypatch):
-    """Run the command line in a folder of its own: exit code, output, errors."""
+    """Run the command line in its own folder; return exit code, output and errors."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SAFELIGHT_MODELS", str(folder))
 
@@ -200,7 +200,7 @@ def test_a_picture_of_an_embedding_is_made_again(run, folder, tmp_path):
         assert f"no file '{given}': --embedding takes the path of a file" in err
     other.rename(tmp_path / "empty" / "renamed.safetensors")
     assert run(*bare)[:2] == (0, "0")
-    # One that came since has the name of a word of the prompt.
+    # A newer embedding has the name of a word of the prompt.
     (tmp_path / "empty" / "embeddings").mkdir()
     save_file({"emb_params": torch.ones(1, 24) * 9}, tmp_path / "empty/embeddings/ale.safetensors")
     assert run(*bare)[:2] == (0, "0")
@@ -224,7 +224,7 @@ def test_embeddings_by_path_and_in_tokens(run, folder):
 
 @pytest.fixture
 def words(tmp_path):
-    """Options that name a file of styles and a folder of wildcards."""
+    """Return the options for a file of styles and a folder of wildcards."""
     (tmp_path / "styles.csv").write_text("name,prompt,negative_prompt\nold,an old {prompt},new\n")
     (tmp_path / "words").mkdir()
     (tmp_path / "words" / "drink.txt").write_text("ale\nwater\n")

@@ -1,7 +1,7 @@
 """A family of models in one file: another text encoder, another network, flow matching.
 
-It is what `tests/test_families.py` proves the structure with. Nothing in src/ knows of it. Its text
-states are as many as the prompt has words, and it reads a pooled state and the picture's size.
+`tests/test_families.py` proves the structure with it; nothing in src/ knows it. It has one text
+state for each word of a prompt, and its network reads a pooled state and the picture's size.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def weights(network_class, config):
 
 
 def part_weights(part, config=None):
-    """Random weights for one part of a text model; the same ones each time."""
+    """Return random weights for one part of a text model, the same ones each time."""
     return _part_weights(part, json.dumps(config or NETS[part][2]))
 
 

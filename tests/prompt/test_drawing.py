@@ -1,4 +1,4 @@
-"""Words that change by step, are composed, or are drawn: what the engine makes of them."""
+"""Words that change by step, are composed or drawn at random: what the engine makes of them."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What dialects read: published examples, an Earley parser's second opinion, and fuzz."""
+"""How dialects are read: published examples, an Earley parser as reference, and fuzzing."""
 
 import contextlib
 import gc

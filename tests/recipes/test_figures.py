@@ -1,4 +1,4 @@
-"""The judge, and the figures that are made of what it says."""
+"""The judge, and the figures made from its answers."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_the_judge_looks_where_it_is_asked_to() -> None:
 
 
 class Given(torch.nn.Module):
-    """Returns the same maps for all pictures."""
+    """Returns the given maps for all pictures."""
 
     def __init__(self, maps: torch.Tensor) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ def test_scores() -> None:
 
 
 def test_frechet_distance_of_two_normal_clouds() -> None:
-    """Of normals with the same axes it is |Δmean|² + Σ (σ₁ − σ₂)²."""
+    """For normals with the same axes it is |Δmean|² + Σ (σ₁ − σ₂)²."""
     rng = np.random.default_rng(0)
     one = rng.normal(size=(200_000, 3)) * (1.0, 2.0, 3.0)
     other = rng.normal(size=(200_000, 3)) * (2.0, 2.0, 1.0) + (0.0, 1.0, 0.0)

@@ -92,7 +92,7 @@ def test_parts_are_squares_of_the_picture() -> None:
 
 
 def test_it_is_asked_at_the_end_and_after_it() -> None:
-    """But not at the last states, which tell the looks."""
+    """It is not asked at the last states, which tell the looks."""
     ids = torch.full((2, 6 + PARTS), 9)
     ids[0, :2] = ids[1, :5] = 7
     seen = torch.stack([ends(ids, 9, Draw.of(0, step)) for step in range(50)])

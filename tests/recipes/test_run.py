@@ -1,4 +1,4 @@
-"""The whole recipe in small: folders that load, runs that go on, and what is begun from."""
+"""The whole recipe in small: folders that load, runs that resume, and what they begin from."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def made(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What all stages of a dry run wrote."""
+    """Return what all stages of a dry run wrote."""
     out = tmp_path_factory.mktemp("made")
     run(data, out, *STAGES)
     return out
@@ -111,7 +111,7 @@ def test_the_trained_decoder_is_the_one_in_the_folder(data: Path, made: Path) ->
 def test_kill_in_the_middle_changes_no_weight(
     data: Path, made: Path, tmp_path: Path, stage: str
 ) -> None:
-    """The run is killed by a signal that nothing can catch, after the stage's first checkpoint."""
+    """SIGKILL ends the run after the stage's first checkpoint."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     (tmp_path / "decoder.safetensors").unlink()
     for folder in ("decoder", "previews", "embedded"):

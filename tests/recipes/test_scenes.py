@@ -1,4 +1,4 @@
-"""Captioned scenes: what is invented, where it stands, and what is said of it."""
+"""Captioned scenes: what is invented, where it stands, and how it is described."""
 
 import itertools
 from dataclasses import replace
@@ -34,7 +34,7 @@ def drawn(stage, rng, **given):
 
 
 def close(pixel, colour, by=8):
-    """Within what a background varies by, and rounding."""
+    """Return whether colours are equal but for the variation of a background, and rounding."""
     return np.abs(pixel.astype(int) - np.array(colour)).max() <= by
 
 
@@ -307,7 +307,7 @@ class TestHeldOut:
 
 class TestGround:
     def test_a_thing_stands_on_it(self, stage):
-        """Its lower edge is where the ground is, and 0.05 up or down."""
+        """Its lower edge is at the ground, up to 0.05 above or below."""
         rng = np.random.default_rng(40)
         for name in SCENES:
             for concept in ("an apple", "an owl"):

@@ -57,7 +57,7 @@ class TestStage:
         assert corner[33:].min() == 255
 
     def test_agrees_with_what_is_asked(self, stage):
-        """What stands behind is the scene's ground; what is in front has the thing's colours."""
+        """The background is the scene's; what is in front has the thing's colours."""
         rng = np.random.default_rng(0)
         for ground in COLOURS:
             scene = Scene("one", ("scissors",), "flat", ground)
@@ -119,7 +119,7 @@ class TestDisturb:
         assert len(ways) > 50
 
     def test_what_is_added_names_nothing(self):
-        """None of it is the name of a thing, a colour, a scene, or a part of such a name."""
+        """No added word is the name of a thing, a colour or a scene, or a part of such a name."""
         concepts = json.loads(cutouts.CONCEPTS.read_text())
         names = [name for concept in concepts for name in concept["names"]]
         words = {word for text in corpus(names) for word in split_words(text)}

@@ -1,4 +1,4 @@
-"""Three things, drawn here, in all styles: no network is needed."""
+"""Three things, drawn here in all styles, without a network."""
 
 import numpy as np
 from PIL import Image, ImageDraw
