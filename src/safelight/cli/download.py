@@ -13,8 +13,8 @@ def download(
 ) -> None:
     """Download a model or an autoencoder from the hub.
 
-    Says sizes first, goes on where it was cut short, takes what is read and no more, and checks
-    each file's digest. Prints the folder.
+    Tells the sizes first, resumes a download that was cut short, fetches only files that are read,
+    and checks each file's digest. Prints the folder.
     """
     from safelight.weights import hub
     from safelight.weights.find import HUB_ID

@@ -36,7 +36,7 @@ def tokens(
 ) -> None:
     """Show how a prompt is read: chunks, tokens, weights, schedule, and what is unknown.
 
-    Of the model only the tokenizer is loaded. A bar joins the tokens of one word.
+    Only the model's tokenizer is loaded. A bar joins the tokens of one word.
     """
     from safelight.adapters.embeddings import EmbeddingFinder
     from safelight.adapters.reader import PromptReader

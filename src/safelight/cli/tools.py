@@ -84,7 +84,7 @@ def inspect(
 ) -> None:
     """Show a PNG's recipe, or what a checkpoint holds.
 
-    Of a checkpoint, its family, size and precision; it is not loaded for this.
+    For a checkpoint: its family, size and precision, without loading it.
     """
     found = _recipe_or_checkpoint(file, models_dir)
     if as_json:
@@ -147,8 +147,9 @@ def verify(
 ) -> None:
     """Make a picture again from its recipe.
 
-    Prints the largest difference of any pixel, 0 to 255, and why one is expected. The exit code is
-    0 if it is 0, or within the bound for a picture that a server drew in company; else 1.
+    Prints the largest difference of any pixel, 0 to 255, and why a difference is expected. The exit
+    code is 0 if there is none, or if it is within the bound for a picture that a server drew with
+    others; else it is 1.
     """
     import safelight
     from safelight import machine

@@ -40,7 +40,7 @@ def fine_tune(
     ],
     out: Out,
     model: Annotated[str, Option(help="As `generate --model`: what to begin from.")] = "embedded",
-    steps: Annotated[int, Option(help="How long.")] = 1000,
+    steps: Annotated[int, Option(help="Training steps.")] = 1000,
     batch: Batch = 8,
     learning_rate: Rate = 2e-4,
     size: Annotated[
@@ -68,15 +68,15 @@ def text_to_image(
     ],
     out: Out,
     size: Annotated[int, Option(help="Pictures are cut to squares of it.")] = 64,
-    steps: Annotated[int, Option(help="How long, of the UNet.")] = 10_000,
-    autoencoder_steps: Annotated[int, Option(help="How long, of the autoencoder before.")] = 3500,
+    steps: Annotated[int, Option(help="Training steps of the UNet.")] = 10_000,
+    autoencoder_steps: Annotated[int, Option(help="Training steps of the autoencoder.")] = 3500,
     batch: Batch = 16,
     learning_rate: Rate = 6e-4,
     seed: Seed = 0,
     native: Native = False,
 ) -> None:
-    """Train a model of words from nothing; goes on where it was stopped. It wants thousands of
-    pictures, and hours: `fine-tune` wants few.
+    """Train a text-to-image model from nothing; goes on where it was stopped. It needs thousands
+    of pictures, and hours; `fine-tune` needs few.
     """
     _whole("autoencoder-steps", autoencoder_steps)
     cooldown = max(1, steps * 2 // 3)
@@ -91,7 +91,7 @@ def unconditional(
     source: Annotated[str, Argument(help='A folder of pictures, or "digits".')],
     out: Out,
     size: Annotated[int, Option(help="Pictures are cut to squares of it.")] = 32,
-    steps: Annotated[int, Option(help="How long.")] = 3000,
+    steps: Annotated[int, Option(help="Training steps.")] = 3000,
     batch: Batch = 32,
     learning_rate: Rate = 1e-3,
     seed: Seed = 0,
@@ -115,7 +115,7 @@ def distil(
     guidance_scale: Annotated[
         float, Option(help="The teacher's; the student draws without.")
     ] = 4.0,
-    steps: Annotated[int, Option(help="How long.")] = 2000,
+    steps: Annotated[int, Option(help="Training steps.")] = 2000,
     batch: Batch = 32,
     learning_rate: Rate = 2e-4,
     seed: Seed = 0,

@@ -1,4 +1,4 @@
-"""Who made a job, how often its worker was killed from outside, and whose folder this is."""
+"""The owner of a job, how often its worker was killed from outside, and whose folder this is."""
 
 import sqlalchemy as sa
 from alembic import op

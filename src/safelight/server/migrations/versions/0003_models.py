@@ -1,4 +1,4 @@
-"""The model that a job is drawn with, and the model that an owner chose."""
+"""The model that draws a job, and the model that an owner chose."""
 
 import sqlalchemy as sa
 from alembic import op

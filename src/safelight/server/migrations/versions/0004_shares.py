@@ -1,4 +1,4 @@
-"""Whose turn it is in the queue, and indexes that find the next job of a million at once."""
+"""The turns of owners in the queue, and indexes that find the next of a million jobs at once."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
-"""Whom to tell of a job's end."""
+"""The webhooks of jobs: where to send their end."""
 
 import sqlalchemy as sa
 from alembic import op
