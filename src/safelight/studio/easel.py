@@ -27,7 +27,7 @@ _WHOLE = Image.Resampling.NEAREST
 def turn(
     values: Sequence[Any], decoders: Decoders, client: str
 ) -> AbstractAsyncContextManager[None]:
-    """Return the client's turn to hold the editor's decoded pictures; empty without a picture."""
+    """Return the client's turn to hold the editor's decoded pictures; without a picture, no turn."""
     picture = values[-2]
     empty = picture is None or picture.background is None
     return nullcontext() if empty else decoders.handling.turn(client)

@@ -146,7 +146,7 @@ class Form:
         self.further = [made[name] for name in settings]
         self.fast = made["fast"]
         self.levelled = [self.sampler, self.steps, made["guidance_start"]]
-        """The fields that a level of `fast` sets; see `level_of`. What they show is drawn with."""
+        """The fields that a level of `fast` sets; see `level_of`. They show what is drawn."""
         self._partly = [s for s in settings.values() if s.about.some_models]
         self.adapted = [
             *(self.prompt, self.width, self.height),
