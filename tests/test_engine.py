@@ -91,7 +91,7 @@ def test_a_model_that_was_loaded_can_be_copied_and_pickled(model: Model) -> None
         assert copied.lock is not fresh.lock
         with copied.lock, copied.lock:
             pass
-    assert copy(fresh).lock is fresh.lock  # they have the same networks
+    assert copy(fresh).lock is fresh.lock  # both use the same networks
 
 
 def test_a_step_that_is_looked_at_holds_up_no_thread(model: Model) -> None:

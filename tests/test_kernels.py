@@ -103,7 +103,7 @@ def test_what_is_wrong_is_refused_before_anything_is_read(library: Library) -> N
                 continue
             else:
                 wrong = [-1, 1 << 40] + ([value + 1] if field in ODD else [])
-            if field == "total":  # which is not written to where there is no `plus`
+            if field == "total":  # it is not written to without `plus`
                 continue
             for one in wrong:
                 with pytest.raises(ValueError, match=rf"(?s){name}\(.*not "):

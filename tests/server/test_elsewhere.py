@@ -300,7 +300,7 @@ def test_a_store_that_cannot_be_used_is_one_line(
     else:
         assert not bucket.fs.exists("no-such-bucket")
         place = bucket.url()
-    Begun(tmp_path / "data", place).store.close()  # the database is nobody else's
+    Begun(tmp_path / "data", place).store.close()  # no other storage has this database yet
 
 
 def test_a_worker_that_waits_for_a_store_is_not_taken_for_hung() -> None:

@@ -89,7 +89,7 @@ def test_what_is_no_number_is_never_a_picture(
     cases = CASES[part :: size(90, 4)]
     for i, ((place, call), value, sampler) in enumerate(cases):
         with monkeypatch.context() as patch:
-            loaded(server).engine._prompts.clear()  # those that came before are not encoded again
+            loaded(server).engine._prompts.clear()  # else prompts seen before are not encoded again
             calls = poison(patch, model_of(server), place, call, VALUES[value])
             job = server.finished(
                 server.submit(
@@ -102,7 +102,7 @@ def test_what_is_no_number_is_never_a_picture(
             )
         assert len(calls) >= call
         assert job["status"] == "succeeded", (place, call, value, sampler, job["error"])
-        # Beside it, that this processor has no instructions for bfloat16, if it has none.
+        # Another warning comes if this processor has no instructions for bfloat16.
         assert job["warnings"][-1] == f"seed {i} gave NaN in bfloat16 and was drawn in float32"
         assert len(job["warnings"]) == 1 + len(model_of(server).warnings)
         assert job["pictures"][0]["recipe"]["dtype"] == "float32"
@@ -301,7 +301,7 @@ def test_cancelled_while_it_is_committed_and_retried(
     job = server.submit(
         prompt="", image=base64.b64encode(start.getvalue()).decode(), steps=2, strength=1.0
     )
-    # It is cancelled for a moment, which is not its end.
+    # It is cancelled for a moment, but that is not its end.
     wait_for(lambda: server.job(job)["status"] in ("succeeded", "failed"), seconds=60)
     ended = server.job(job)
     assert (ended["status"], ended["error"], len(ended["pictures"])) == ("succeeded", None, 1)

@@ -342,7 +342,7 @@ def test_no_exception_brings_a_prompt_to_the_log(
                 hook(SimpleNamespace(exc_value=error))
     told = logged(caplog)
     assert SECRET not in told
-    assert fails.__name__ in told  # where it was raised is known
+    assert fails.__name__ in told  # the place where it was raised is shown
     assert "Error" in told or "ExceptionGroup" in told
 
 

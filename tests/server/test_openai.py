@@ -38,7 +38,7 @@ def service(server, tmp_path, caplog):
     server.service = FakeService(tmp_path, ModelInfo(name="acme/photo", ready=True), STEPS)
     yield server.service
     server.service.resume()
-    # What is answered is one thing; nothing of ours may have been raised past the routes either.
+    # Answers are checked by the tests; here, that no error of ours passed the routes.
     assert [r for r in caplog.get_records("call") if r.levelno >= logging.ERROR] == []
 
 
@@ -209,7 +209,7 @@ class TestGenerate:
     @pytest.mark.parametrize("format", ["jpeg", "webp"])
     def test_compression(self, client, service, format):
         service.paint = Image.effect_noise((64, 64), 90).convert("RGB")
-        seed = {"seed": 1}  # which stands in the recipe, and may be longer or shorter
+        seed = {"seed": 1}  # it is in the recipe, and its length varies
         answers = (
             client.images.generate(
                 prompt="a", output_format=format, output_compression=level, extra_body=seed
@@ -620,7 +620,7 @@ class TestDisconnect:
         assert service.was_cancelled.wait(30)
 
     def test_from_a_stream_that_is_not_read(self, client, service):
-        # More than fits into the buffers on the way: the server is still sending.
+        # More than fits into the buffers in between: the server is still sending.
         service.paint = Image.effect_noise((1024, 1024), 90).convert("RGB")
         service.first_preview = service.pause = 4
         with client.images.generate(prompt="a", size="2048x2048", stream=True, partial_images=1):
@@ -633,7 +633,7 @@ class TestDisconnect:
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             head = b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99"
             connection.sendall(head + b'\r\n\r\n{"prompt"')
-        # Told of when the request is over; an error, which the fixture looks for, comes before.
+        # Logged when the request is over; an error, which the fixture looks for, comes before.
         until(lambda: any(r.name == "safelight.http" for r in caplog.records))
         assert service.requests == []
 

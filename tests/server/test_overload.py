@@ -161,7 +161,7 @@ def held(server: Serving) -> dict[int, str]:
     own, found = int(server.url.rsplit(":", 1)[1]), {}
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
         _, here, there, state, waits = line.split()[:5]
-        # Established, or closed by the client alone.
+        # Established, or closed only by the client.
         if int(here[-4:], 16) == own and state in ("01", "08"):
             found[int(there[-4:], 16)] = waits
     return found
@@ -204,7 +204,7 @@ def never_read(server: Serving) -> float:
         raw.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 150)
         waited, began = "", time.monotonic()
         while waits := held(server).get(raw.getsockname()[1]):
-            if waits != waited:  # the kernel still takes of it
+            if waits != waited:  # the kernel still accepts some of it
                 waited, began = waits, time.monotonic()
             assert time.monotonic() - began < 5 * PATIENCE, "a client that never reads is not cut"
             time.sleep(0.1)

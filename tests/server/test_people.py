@@ -314,7 +314,7 @@ def test_all_three_interfaces_say_what_is_left(server: Inside, path: str, shape:
     limits = [("pictures", parse("", "2/day")), ("pixel_steps", parse("", "1e6/day"))]
     server.hub.store.allow(name, limits)
     forget(server)
-    # No worker has said yet how large the model's pictures are: its headers do.
+    # No worker has told the size of the model's pictures yet, but its headers do.
     server.hub.catalogue.info = ModelInfo(name="embedded")
     accepted = ask(server, secret, body={"prompt": "a cat", "steps": 5, "count": 2})
     server.hub.catalogue.info = ModelInfo(name="embedded", width=256, height=256)

@@ -39,10 +39,10 @@ pytestmark = pytest.mark.xdist_group("fleet")
     [
         (Load(), 1),  # from nothing to the fewest
         (Load(starting=1), 0),
-        (Load(ready=1, drawn=2), 0),  # it keeps up
+        (Load(ready=1, drawn=2), 0),  # the worker keeps up
         (Load(late=1, ready=1, drawn=2), 1),
         (Load(late=5, ready=1, drawn=2), 3),  # two jobs a worker
-        (Load(late=5, ready=1, starting=2, drawn=2), 1),  # two are coming already
+        (Load(late=5, ready=1, starting=2, drawn=2), 1),  # two are starting already
         (Load(late=2, ready=1, starting=1, drawn=2), 0),
         (Load(late=900, ready=2, drawn=4), 2),  # no more than the most
         (Load(late=900, ready=4, drawn=8), 0),
@@ -294,7 +294,7 @@ def ray() -> Iterator[Any]:
     pytest.importorskip("ray")
     handler = signal.getsignal(signal.SIGTERM)
     module = connect("local")
-    module.cloudpickle.register_pickle_by_value(acting)  # which its workers cannot import
+    module.cloudpickle.register_pickle_by_value(acting)  # its workers cannot import it
     yield module
     module.shutdown()
     signal.signal(signal.SIGTERM, handler)

@@ -168,11 +168,11 @@ def test_a_claim_that_the_worker_never_heard_of_waits_again(store: Store) -> Non
     known, lost = (submit(store) for _ in range(2))
     mine = store.claim("w")
     assert mine is not None
-    assert store.claim("w") is not None  # nobody heard this one
+    assert store.claim("w") is not None  # the worker never received this claim
     again = store.claim("w", known=[mine.token])
     assert again is not None
     assert {mine.id, again.id} == {known.id, lost.id}
-    assert not again.suspect  # it was no attempt
+    assert not again.suspect  # the lost claim was no attempt
     assert store.holds(mine.id, mine.token)
 
 

@@ -256,7 +256,7 @@ LIMITS = [
         ("/sdapi/v1/txt2img", name, value, "")
         for name, values in OTHERS.items()
         for value in values
-        # There, seed and others below 0 mean that they are not given; text is read as numbers.
+        # In that API, seed and some others below 0 count as not given; text is read as numbers.
         if value not in ("-1", "-1e308", '"8"', "true")
     ),
 ]
@@ -266,7 +266,7 @@ def test_one_past_each_limit_is_named(server: Inside) -> None:
     for path, name, value, named in LIMITS:
         body = f'{{"prompt": "a cat", "{name}": {value}}}'
         answer = server.ask("POST", path, body.encode())
-        # OpenAI's API says 400 of a body that is wrong.
+        # OpenAI's API answers 400 to a wrong body.
         assert answer.status == (400 if path.startswith("/v1") else 422), (path, body[:100])
         said = answer.body.decode()
         assert named in said, (body[:100], said)
@@ -395,8 +395,8 @@ def test_no_name_leads_out_of_the_data_folder(
             assert b"root:" not in answer.body
             assert b"SQLite" not in answer.body
     inside = str(server.data)
-    # A module may be imported on the way, and the server's models are looked at; none of them is a
-    # name of ours.
+    # Modules may be imported meanwhile, and the server's models are read; none of these files has a
+    # name of this test.
     outside = {
         path
         for path in set(all_opened) - IMPORTING

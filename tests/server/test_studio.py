@@ -486,7 +486,7 @@ def test_a_level_shows_the_steps_that_it_takes(server: Serving, fresh: Page) -> 
     assert newest(server)["settings"].items() >= wanted.items()
     fast.fill("0")
     expect(steps).to_have_value("20")
-    choose(fresh, "All its settings")  # as they were drawn, not as the level has them now
+    choose(fresh, "All its settings")  # as they were drawn, not the level's present values
     expect(steps).to_have_value("12")
     expect(fast).to_have_value("2")
     fast.fill("3")
@@ -637,7 +637,7 @@ def test_a_picture_is_changed_and_then_a_part_of_it(server: Serving, fresh: Page
         now = Image.composite(black, image, painted)
         then = Image.composite(black, before.resize((256, 256), Image.Resampling.LANCZOS), painted)
         assert 0.005 < mask.convert("L").histogram()[255] / (mask.width * mask.height) < 0.5
-        assert safelight.picture.largest_difference(now, then) == 0  # but for what was painted
+        assert safelight.picture.largest_difference(now, then) == 0  # except for what was painted
 
 
 def test_found_by_words_and_all_settings_brought_back(server: Serving, fresh: Page) -> None:
@@ -680,7 +680,7 @@ def test_downloaded_and_deleted(server: Serving, page: Page, tmp_path: Path) -> 
     now = {**job, "status": "running", "pictures": job["pictures"] * 2}
     page.route(f"**/api/jobs/{job['id']}", lambda route: route.fulfill(json=now))
     delete = page.locator("#picture").get_by_role("button", name="Delete")
-    delete.click()  # the dialog knows the job as it was; a job that goes on would be cancelled
+    delete.click()  # the dialog shows the job's old state; a running job would be cancelled
     expect(page.locator("#picture")).to_contain_text("It is still being drawn: cancel it first.")
     expect(delete).to_have_text("Delete")
     now["status"] = "succeeded"
@@ -1103,7 +1103,7 @@ def test_what_is_no_picture_is_told_and_a_large_one_made_fit(
     page = fresh
     (tmp_path / "notes.png").write_text("no picture")
     Image.new("RGB", (4096, 512), "teal").save(tmp_path / "large.jpg")
-    # The editor starts late: what it is given before that would be lost.
+    # The editor starts late: values given to it before would be lost.
     held: list[Any] = []
     page.route("**/WebGLRenderer*.js", lambda script: held.append(script))
     page.get_by_role("button", name="Change a picture").click()
@@ -1254,7 +1254,7 @@ def test_a_prompt_is_not_in_the_list_of_processes() -> None:
     listed, last = in_a_thread(run())
     assert b"safelight.studio.run" in listed
     assert b"secret" not in listed
-    assert "none" in last  # it came to read the arguments
+    assert "none" in last  # it got as far as reading the arguments
 
 
 def test_what_runs_beside_the_server_ends_with_it(tmp_path: Path) -> None:

@@ -261,13 +261,13 @@ def test_what_is_not_taken_is_tried_again_later(
 
 def test_a_restart_goes_on_where_it_was(store: Store) -> None:
     job = ended(store)
-    assert store.next_notice(100, (), 160) is None  # nobody has looked at its end
+    assert store.next_notice(100, (), 160) is None  # its end was not noticed yet
     assert store.ended(100) == 1
     first = store.next_notice(100, (), 160)
     assert isinstance(first, Notice)
     assert (first.job.id, first.url, first.tries) == (job, URL, 1)
     assert store.next_notice(159, (), 200) is None  # it is on the way
-    again = store.next_notice(160, (), 200)  # it was, when the server ended
+    again = store.next_notice(160, (), 200)  # it was under way when the server ended
     assert again is not None
     assert again.tries == 2
     store.noticed(job, 170, None)

@@ -27,7 +27,7 @@ _WHOLE = Image.Resampling.NEAREST
 def turn(
     values: Sequence[Any], decoders: Decoders, client: str
 ) -> AbstractAsyncContextManager[None]:
-    """Return the client's turn to hold the editor's decoded pictures; without a picture, no turn."""
+    """Return the client's turn to hold the editor's decoded pictures; none without a picture."""
     picture = values[-2]
     empty = picture is None or picture.background is None
     return nullcontext() if empty else decoders.handling.turn(client)
