@@ -91,7 +91,7 @@ def test_a_worker_that_linux_ends_for_want_of_memory_is_replaced(
         figure(f"24: a worker ended by Linux for want of memory: another draws after {took:.1f} s")
         assert took < 15
         found = server.finished(job, 120)
-        assert (found["status"], found["attempts"]) == ("succeeded", 2)  # an attempt: the job took it
+        assert (found["status"], found["attempts"]) == ("succeeded", 2)  # its own fault
         assert "SIGKILL" in server.log()
 
 
