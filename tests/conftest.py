@@ -86,7 +86,7 @@ def _shares(item) -> bool:
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter, exitstatus, config) -> None:
-    """Write how near pictures are to diffusers, what was repeated, and what was skipped, and why."""
+    """Write how near pictures are to diffusers, and what was repeated or skipped, and why."""
     near = [
         value
         for report in terminalreporter.stats.get("passed", [])
