@@ -82,16 +82,21 @@ def ended(store: Store, **how: Any) -> str:
     return job.id
 
 
+def next_notice(store: Store, now: float) -> Notice:
+    found = store.next_notice(now, (), now + 60)
+    assert found is not None
+    return found
+
+
 def test_a_job_stays_until_its_webhook_was_told(store: Store) -> None:
     """Retention deletes the job's row, and with it the webhook's."""
-    job = ended(store)
+    ended(store)
     end = time.time() + 100
     assert store.mark(end, end) == (0, 0)
     store.ended(end)
-    assert store.next_notice(end, [], end + 60) is not None
-    store.noticed(job, end, end + 7200)  # not taken: it is tried again
+    store.noticed(next_notice(store, end), end, end + 7200)  # not taken: it is tried again
     assert store.mark(end, end) == (0, 0)
-    store.noticed(job, end, None)
+    store.noticed(next_notice(store, end + 7200), end, None)
     assert store.mark(end, end) == (1, 0)
 
 
@@ -270,7 +275,7 @@ def test_a_restart_goes_on_where_it_was(store: Store) -> None:
     again = store.next_notice(160, (), 200)  # it was under way when the server ended
     assert again is not None
     assert again.tries == 2
-    store.noticed(job, 170, None)
+    store.noticed(again, 170, None)
     assert store.ended(200) == 0
     assert store.next_notice(1e9, (), 1e9) is None
 
@@ -288,15 +293,34 @@ def test_a_retry_is_told_anew_and_what_waits_is_not_told(store: Store) -> None:
     assert store.ended(100) == 0
     store.cancel(job.id)
     assert store.ended(100, [job.id]) == 1
-    store.noticed(job.id, 100, None)
+    store.noticed(next_notice(store, 100), 100, None)
     store.retry(job.id, 9)
     assert store.ended(100) == 0
     mine = claim(store)
     store.finish(mine.id, mine.token, warnings=[], error="no")
     assert store.ended(100) == 1
-    notice = store.next_notice(100, (), 160)
-    assert notice is not None
+    notice = next_notice(store, 100)
     assert (notice.tries, notice.job.status) == (1, "failed")
+
+
+@pytest.mark.parametrize("due", [None, 106])
+def test_an_answer_after_a_retry_does_not_count_for_the_second_end(
+    store: Store, due: float | None
+) -> None:
+    """The receiver retries the job before it answers. due: None if it took the notice."""
+    job = submit(store, webhook=URL)
+    mine = claim(store)
+    store.finish(mine.id, mine.token, warnings=[], error="no")
+    store.ended(100)
+    first = next_notice(store, 100)
+    store.retry(job.id, 9)
+    store.noticed(first, 101, due)
+    assert store.next_notice(200, (), 260) is None  # the job waits
+    mine = claim(store)
+    store.finish(mine.id, mine.token, warnings=[])
+    assert store.ended(300) == 1
+    second = next_notice(store, 300)
+    assert (second.tries, second.job.status) == (1, "succeeded")
 
 
 @pytest.mark.parametrize("turns", range(4))

@@ -24,12 +24,16 @@ BATCH = 500
 
 @dataclass(frozen=True)
 class Notice:
-    """A webhook to send now. tries: the number of this try, from 1."""
+    """A webhook to send now.
+
+    tries: the number of this try, from 1. until: when it is due again without an answer.
+    """
 
     job: Job
     owner: str
     url: str
     tries: int
+    until: float
 
 
 class Outbox(Database):
@@ -75,13 +79,17 @@ class Outbox(Database):
             drawn = select(pictures).where(pictures.c.job == row["job"])
             drawn = drawn.order_by(pictures.c.number)
             job = read_job(found, db.execute(drawn).mappings().all())
-        return Notice(job, row["owner"], row["url"], row["tries"] + 1)
+        return Notice(job, row["owner"], row["url"], row["tries"] + 1, until)
 
-    def noticed(self, job_id: str, now: float, due: float | None) -> None:
-        """Store the result of a try. due: time of the next try; None if there is none."""
+    def noticed(self, notice: Notice, now: float, due: float | None) -> None:
+        """Store the result of a try. due: time of the next try; None if there is none.
+
+        It does nothing if the job was retried meanwhile: the job's second end is still to be told.
+        """
         with self._write() as db:
             values = {"due": due} if due is not None else {"due": None, "told": now}
-            db.execute(webhooks.update().where(webhooks.c.job == job_id).values(values))
+            mine = (webhooks.c.job == notice.job.id) & (webhooks.c.due == notice.until)
+            db.execute(webhooks.update().where(mine).values(values))
 
     def webhook_secret(self, owner: str) -> str:
         """Return the secret that signs an owner's webhooks, in the form of Standard Webhooks.

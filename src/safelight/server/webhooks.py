@@ -225,7 +225,7 @@ class Webhooks:
                 extra={"job": notice.job.id},
             )
         with contextlib.suppress(StorageError):  # it is sent once more
-            await self._asked(self._outbox.noticed, notice.job.id, now, due)
+            await self._asked(self._outbox.noticed, notice, now, due)
 
     async def _status(self, notice: Notice) -> str:
         """Send a webhook; return the status of the answer, or what prevented one."""
