@@ -689,6 +689,12 @@ def test_two_names_of_one_setting_are_refused(run, model, one, other) -> None:
     assert model.loaded == []
 
 
+@pytest.mark.parametrize("empty", [[""], ["--negative-prompt", ""], ["--", ""]])
+def test_an_empty_text_is_no_option(run, model, empty) -> None:
+    assert run("generate", "--unconditional", *empty).code == 0
+    assert model.requests[0].unconditional
+
+
 def test_the_same_name_twice_is_the_last(run, model) -> None:
     assert run("generate", "a", "-n", "3", "-n", "2", "--lora", "x", "--lora", "y").code == 0
     assert (model.requests[0].count, len(model.requests[0].loras)) == (2, 2)

@@ -177,7 +177,7 @@ class RequestCommand(TyperCommand):
             name: setting
             for setting in settings_of(Request).values()
             for name in (setting.option, setting.about.short, *setting.about.aliases)
-            if setting.name in taken
+            if name and setting.name in taken
         }
         return super().parse_args(ctx, _renamed(args, names))
 
