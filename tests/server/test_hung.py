@@ -350,8 +350,9 @@ def test_postgresql_away_under_load(tmp_path: Path, how: str) -> None:
 # --- leases --------------------------------------------------------------------------------------
 
 
-def test_a_job_is_its_worker_s_within_a_long_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("long", ["_step", "_inputs"])
+def test_a_job_stays_its_worker_s_while_it_is_read_and_drawn(
+    long: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker that hangs loses the job when the lease is over."""
     monkeypatch.setattr(claims, "LEASE", 0.6)
@@ -360,11 +361,12 @@ def test_a_job_is_its_worker_s_within_a_long_step(
         worker, begun, go_on = server.worker, threading.Event(), threading.Event()
         assert worker is not None
 
-        def step() -> None:
+        def wait(*_: Any) -> list[None]:
             begun.set()
             go_on.wait()
+            return [None, None]
 
-        monkeypatch.setattr(worker, "_step", step)
+        monkeypatch.setattr(worker, long, wait)
         server.submit(**QUICK)
         assert begun.wait(30)
         time.sleep(1)

@@ -29,8 +29,8 @@ BEAT = 0.25
 class Holder:
     """What a worker does with its jobs besides drawing them; `Worker` adds the drawing.
 
-    Its jobs are those in the making (`_held`) and those that wait until their model is loaded
-    (`_coming`).
+    Its jobs are those in the making (`_held`), those that wait until their model is loaded
+    (`_coming`), and the one that is being taken in (`_beginning`).
     """
 
     def __init__(self, pipe: Connection, settings: Settings, pulse: Pulse) -> None:
@@ -44,6 +44,7 @@ class Holder:
         self._watched: set[str] = set()
         self._cancelled: set[str] = set()
         self._coming: list[Claim] = []
+        self._beginning = False
         self._unclaimed: list[Claim] = []
         self._stuck: str | None = None
         self._spans = JobSpans(self._id)
@@ -154,7 +155,7 @@ class Holder:
         A step may take longer than a lease lasts. If the worker hangs, its leases run out.
         """
         while not self._over.wait(LEASE / 4):
-            if (self._held or self._coming) and self._pulse.well:
+            if (self._held or self._coming or self._beginning) and self._pulse.well:
                 with contextlib.suppress(StorageError):
                     self._store.renew(self._id)
 

@@ -232,6 +232,7 @@ class Worker(Holder):
         """Take in a job. Returns False if it has to wait because it cannot be read now."""
         one = self._models.get(self._name(claim.model))
         assert one is not None
+        self._beginning = True
         try:
             image, mask = self._stored(lambda: self._inputs(claim))
             request = Request.from_dict(claim.settings, image=image, mask=mask, fitted=True)
@@ -245,6 +246,8 @@ class Worker(Holder):
         except SafelightError as error:
             self._end(claim, [], error)
             return True
+        finally:
+            self._beginning = False
         mine = [ticket for ticket in one.engine.tickets if ticket.tag == claim.id]
         each = mine[0].steps if mine else 0
         given = [picture for picture in (image, mask) if picture is not None]
