@@ -33,6 +33,7 @@ from safetensors.numpy import save_file
 from serving import Serving, wait_for
 
 import safelight
+from safelight.errors import SafelightError
 from safelight.families import family_of_folder
 from safelight.recipe import read_recipe, recipe_text
 from safelight.request import Request
@@ -1037,7 +1038,7 @@ def test_a_sampler_that_is_not_had_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_a_web_ui_s_text_is_read_wherever_it_stands(kind: str) -> None:
     pairs = {"Sampler": "DDIM", "Eta": "0.3", "Emphasis": "No norm", "Size": "64x96", "Model": "x"}
-    pairs |= {"Denoising strength": "0.7", "Hires upscale": "2"}
+    pairs |= {"Denoising strength": "0.35", "Hires upscale": "2", "Hires steps": "5"}
     line = ", ".join(f"{name}: {value}" for name, value in pairs.items())
     text = f"a (red:1.3) violin\nNegative prompt: grey\nSteps: 9, {line}"
     comment, written = Image.Exif(), PngImagePlugin.PngInfo()
@@ -1050,20 +1051,58 @@ def test_a_web_ui_s_text_is_read_wherever_it_stands(kind: str) -> None:
     found = recipe_settings(file.getvalue())
     wanted = {"prompt_syntax": "a1111", "emphasis": "no-norm", "eta": 0.3, "height": 96, "steps": 9}
     assert found.items() >= wanted.items()
-    assert form.shown(found, Suits())[1] == [
-        "there is no setting Denoising strength, Hires upscale"
-    ]
+    values, told = form.shown(found, Suits())
+    assert 0.35 in values
+    assert told == ["there is no setting Hires upscale, Hires steps"]
 
 
-def test_a_text_of_our_own_keeps_its_syntax() -> None:
+def png_with(**texts: str) -> bytes:
+    """A PNG with text chunks."""
+    written = PngImagePlugin.PngInfo()
+    for name, text in texts.items():
+        written.add_text(name, text)
+    Image.new("RGB", (64, 64)).save(file := io.BytesIO(), "PNG", pnginfo=written)
+    return file.getvalue()
+
+
+def test_a_text_of_our_own_keeps_its_syntax_loras_and_embeddings() -> None:
     told = {"prompt": "a (red) cat", "negative_prompt": "", "steps": 9, "guidance_scale": 7.5}
     given = Request(**told, seed=1).to_dict()
     model = {"name": "x", "sha256": "0" * 64}
     made = {"settings": given, "model": model, "size": [64, 64], "safelight": "1"}
-    written = PngImagePlugin.PngInfo()
-    written.add_text("parameters", recipe_text(made))
-    Image.new("RGB", (64, 64)).save(file := io.BytesIO(), "PNG", pnginfo=written)
-    assert recipe_settings(file.getvalue())["prompt_syntax"] == "plain"
+    assert recipe_settings(png_with(parameters=recipe_text(made)))["prompt_syntax"] == "plain"
+    weights = {"weight": 0.8, "text_weight": 0.5}
+    made["loras"] = [{"name": "ink", **weights, "hash": "ab", "in_prompt": False}]
+    made["embeddings"] = [{"name": "moss", "sha256": "1" * 64}, {"name": "fog", "sha256": "2" * 64}]
+    found = recipe_settings(png_with(parameters=recipe_text(made)))
+    assert (found["prompt"], found["prompt_syntax"]) == ("a (red) cat", "plain")
+    assert (found["loras"], found["embeddings"]) == (["ink:0.8:0.5"], ["moss", "fog"])
+
+
+INVOKE = {"positive_prompt": "a cat", "negative_prompt": "grey", "seed": 5, "cfg_scale": 6.0}
+INVOKE |= {"steps": 7, "scheduler": "euler", "model": {"model_name": "x", "model_hash": "y"}}
+NOVEL = {"steps": 7, "sampler": "k_euler", "seed": 5, "scale": 6.0, "uc": "grey"}
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        {"invokeai_metadata": {"app_version": "3.4.0", **INVOKE}},
+        {"Description": "a cat", "Software": "NovelAI", "Source": "x", "Comment": NOVEL},
+    ],
+)
+def test_other_programs_pictures_are_read(texts: dict[str, Any]) -> None:
+    written = {n: t if isinstance(t, str) else json.dumps(t) for n, t in texts.items()}
+    found = recipe_settings(png_with(**written))
+    wanted = {"prompt": "a cat", "negative_prompt": "grey", "seed": 5, "guidance_scale": 6.0}
+    assert found.items() >= wanted.items()
+    assert "prompt_syntax" not in found
+
+
+def test_a_jpeg_without_settings_is_told() -> None:
+    Image.new("RGB", (64, 64)).save(file := io.BytesIO(), "JPEG")
+    with pytest.raises(SafelightError, match="its JPEG file has no comment with settings"):
+        recipe_settings(file.getvalue())
 
 
 def test_a_changed_picture_is_made_again(server: Serving, fresh: Page) -> None:

@@ -1,4 +1,4 @@
-"""Read the settings stored in a picture by Safelight, AUTOMATIC1111 or ComfyUI."""
+"""Read the settings stored in a picture by Safelight or by another program."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from safelight.adapters.asked import AskedLora
 from safelight.errors import SafelightError
 from safelight.picture import opened
+from safelight.prompt.networks import split_networks
 from safelight.recipe import parse_recipe_text, read_recipe
 from safelight.sampler_names import sampler_and_schedule
 from safelight.server.caged import exif_comment
@@ -25,6 +27,7 @@ _SETTINGS = {
     "Size": "size",
     "Clip skip": "clip_skip",
     "Eta": "eta",
+    "Denoising strength": "strength",
 }
 """Our settings, by AUTOMATIC1111's names of them."""
 
@@ -43,15 +46,16 @@ def settings_in(sent: Sent, name: str) -> dict[str, Any]:
 def recipe_settings(source: str | Path | bytes) -> dict[str, Any]:
     """Return the settings of a Request that the picture stores.
 
-    Reads Safelight's recipes, AUTOMATIC1111's text and ComfyUI's graph. An entry of AUTOMATIC1111's
-    text that is no setting keeps its name. Raises SafelightError for a picture without any of them.
+    Reads Safelight's recipes, AUTOMATIC1111's text, and what sd-parsers knows. An entry of
+    AUTOMATIC1111's text that is no setting keeps its name. Raises SafelightError for a picture
+    without any of them.
     """
     # Read bytes, so that errors do not show the uploaded file's name, which the user does not know.
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
     try:
         recipe = read_recipe(data)
     except SafelightError as error:
-        if (found := _graph(data)) is not None:
+        if (found := _parsed(data)) is not None:
             return found
         if (recipe := _commented(data)) is None:
             raise error
@@ -67,33 +71,61 @@ def recipe_settings(source: str | Path | bytes) -> dict[str, Any]:
     found["prompt_syntax"] = pairs.get("Prompt syntax", "plain" if ours else "a1111")
     if "Emphasis" in pairs:
         found["emphasis"] = pairs["Emphasis"].lower().replace(" ", "-")
+    if ours and found["prompt_syntax"] != "a1111":
+        found |= _networks(found["prompt"], pairs)
     others = {name: v for name, v in pairs.items() if name not in (*_SETTINGS, *_APART)}
     return others | found
 
 
+def _networks(prompt: str, pairs: dict[str, str]) -> dict[str, Any]:
+    """Return prompt, LoRAs and embeddings of Safelight's own text, outside of A1111's syntax.
+
+    `recipe_text` appends the LoRAs to the prompt as tags, which other syntaxes may read as words.
+    """
+    found: dict[str, Any] = {}
+    if "Lora hashes" in pairs:
+        text, tags = split_networks(prompt, loras_alone=True)
+        found = {"prompt": text.rstrip(), "loras": [str(AskedLora.of_tag(tag)) for tag in tags]}
+    if "TI hashes" in pairs:
+        hashes = pairs["TI hashes"].split(", ")
+        found["embeddings"] = [one.partition(":")[0] for one in hashes]
+    return found
+
+
 def _commented(data: bytes) -> dict[str, Any] | None:
-    """Return the recipe that AUTOMATIC1111 writes into a JPEG's or WebP's comment, or None."""
+    """Return the recipe that AUTOMATIC1111 writes into a JPEG's or WebP's comment.
+
+    Returns None for a PNG without one. Raises SafelightError for another file without one.
+    """
+    with opened(data, "picture") as image:
+        kind, text = image.format, exif_comment(image)
     try:
-        with opened(data, "picture") as image:
-            return parse_recipe_text(exif_comment(image))
+        return parse_recipe_text(text)
     except SafelightError:
-        return None
+        if kind == "PNG":
+            return None
+        raise SafelightError(
+            f"the picture carries no recipe: its {kind} file has no comment with settings"
+        ) from None
 
 
-def _graph(data: bytes) -> dict[str, Any] | None:
-    """Return the settings that sd-parsers finds in ComfyUI's graph, or None."""
+def _parsed(data: bytes) -> dict[str, Any] | None:
+    """Return the settings that sd-parsers finds, as in ComfyUI's graph, or None."""
     from sd_parsers import ParserManager
-    from sd_parsers.parsers import ComfyUIParser
+    from sd_parsers.data import Generators
+    from sd_parsers.parsers import MANAGED_PARSERS, AUTOMATIC1111Parser
 
+    # AUTOMATIC1111's text is read by Safelight itself.
+    parsers = [one for one in MANAGED_PARSERS if one is not AUTOMATIC1111Parser]
     try:
-        info = ParserManager(managed_parsers=[ComfyUIParser]).parse(BytesIO(data))
+        info = ParserManager(managed_parsers=parsers).parse(BytesIO(data))
     except Exception:  # parsers of broken files raise anything
         return None
     if info is None or not info.samplers:
         return None
     sampler = info.samplers[0]
     given = sampler.parameters
-    return _settings(
+    found = _settings(
         info.full_prompt,
         info.full_negative_prompt,
         {
@@ -103,7 +135,10 @@ def _graph(data: bytes) -> dict[str, Any] | None:
             "guidance_scale": given.get("cfg_scale"),
             "seed": given.get("seed"),
         },
-    ) | {"prompt_syntax": "comfy"}
+    )
+    if info.generator == Generators.COMFYUI:
+        found["prompt_syntax"] = "comfy"
+    return found
 
 
 def _settings(prompt: str, negative_prompt: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -113,7 +148,8 @@ def _settings(prompt: str, negative_prompt: str, given: dict[str, Any]) -> dict[
     found["sampler"], joined = known or (given["sampler"] or None, "")
     schedule = str(given["schedule"]).lower() or joined
     found["schedule"] = None if schedule in _PLAIN else schedule
-    numbers = {"steps": int, "guidance_scale": float, "seed": int, "clip_skip": int, "eta": float}
+    numbers = {"steps": int, "guidance_scale": float, "seed": int, "clip_skip": int}
+    numbers |= {"eta": float, "strength": float}
     for name, kind in numbers.items():
         try:
             found[name] = kind(given[name])
