@@ -69,6 +69,7 @@ def test_the_teachers_trajectories_are_its_pictures(tmp_path: Path) -> None:
     )
     assert (taken.states[0, -1].float() - drawn[-1][0]).abs().max() < 0.05
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert all("-5-" in path.name for path in kept)  # another seed is not read from it
     assert torch.equal(
         trajectories(teacher, ["a cat"], 2, 4.0, tmp_path, plan).states, taken.states
     )

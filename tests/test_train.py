@@ -2,6 +2,7 @@
 
 import errno
 import math
+import os
 import signal
 import time
 from collections.abc import Iterable
@@ -133,6 +134,12 @@ def test_another_recipe_does_not_resume(tmp_path: Path) -> None:
     train_line(tmp_path, replace(PLAN, recipe="cats"))
     with pytest.raises(SafelightError, match="recipe was cats, now dogs"):
         train_line(tmp_path, replace(PLAN, recipe="dogs"))
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SafelightError, match="must have a name in UTF-8"):
+        train_line(tmp_path / os.fsdecode(b"\xff"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:

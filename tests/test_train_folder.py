@@ -248,6 +248,58 @@ def test_what_is_refused_changes_nothing_beside_the_checkpoint(
     assert not list((out / "model").iterdir())
 
 
+def test_what_training_needs_is_checked_before_the_teacher_draws(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(*_: Any, **__: Any) -> None:
+        raise AssertionError("it drew something")
+
+    def missing() -> None:
+        raise SafelightError("missing")
+
+    for name in ("finetune.draw_sheet", "distil.draw_sheet", "distil.trajectories"):
+        monkeypatch.setattr(f"safelight.train.{name}", nothing)
+    prompts, plan = tmp_path / "prompts.txt", Plan(steps=2, batch=1, learning_rate=1e-4)
+    prompts.write_text("a cat")
+    for name, native in (("check_compiler", True), ("accelerator", False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"safelight.train.loop.{name}", missing)
+            with pytest.raises(SafelightError, match="missing"):
+                finetune(pictures, tmp_path / "a", plan, native=native)
+            with pytest.raises(SafelightError, match="missing"):
+                distil(prompts, tmp_path / "b", plan, native=native)
+
+
+def test_a_run_without_a_checkpoint_begins_anew(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its sheet of before is drawn again, and its plan names the weighting of the loss."""
+    drawn: list[str] = []
+    plans: list[str] = []
+
+    def sheet(model: str, path: Path, *_: Any) -> None:
+        drawn.append(model)
+        path.touch()
+
+    def stopped(*given: Any, **_: Any) -> None:
+        plans.append(given[5].recipe)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("safelight.train.finetune.draw_sheet", sheet)
+    monkeypatch.setattr("safelight.train.finetune.train_text_to_image", stopped)
+    plan, out = Plan(steps=2, batch=1, learning_rate=1e-4), tmp_path / "out"
+    for model, min_snr in (("embedded", None), ("embedded-fast", None), ("embedded-fast", 5.0)):
+        with pytest.raises(KeyboardInterrupt):
+            finetune(pictures, out, plan, model=model, min_snr=min_snr, size=64)
+    assert drawn == ["embedded", "embedded-fast", "embedded-fast"]
+    assert len(set(plans)) == 3
+    made_by = json.dumps(asdict(replace(plan, recipe=plans[2])))
+    torch.save({"plan": made_by, "step": 1}, out / "checkpoint.pt")
+    with pytest.raises(KeyboardInterrupt):
+        finetune(pictures, out, plan, model="embedded-fast", min_snr=5.0, size=64)
+    assert len(drawn) == 3
+
+
 def test_pictures_are_not_learned_from_what_was_drawn(pictures: Path, tmp_path: Path) -> None:
     plan = Plan(steps=1, batch=1, learning_rate=1e-4)
     for call in (

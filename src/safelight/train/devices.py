@@ -54,6 +54,12 @@ def compiled(net: nn.Module, wanted: bool) -> Any:
     """
     if not wanted:
         return net
+    check_compiler()
+    return torch.compile(net, dynamic=False)
+
+
+def check_compiler() -> None:
+    """Raise SafelightError if torch.compile lacks the C++ compiler that it needs on a CPU."""
     if accelerator().device.type == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler
 
@@ -63,4 +69,3 @@ def compiled(net: nn.Module, wanted: bool) -> Any:
             raise SafelightError(
                 "--native needs a C++ compiler: install one (apt-get install g++), or leave it out"
             ) from None
-    return torch.compile(net, dynamic=False)

@@ -104,12 +104,13 @@ def distil(
         raise SafelightError(f"{teacher.name} reads a mask beside the picture: take another")
     told = f"{drawing_steps} steps, guidance {guidance_scale}"
     plan = replace(plan, recipe=digest(np.zeros(0, np.uint8), [teacher.sha256, told, *captions]))
-    check_plan(out, plan)
+    check_plan(out, plan, native=native)
     taken = trajectories(teacher, captions, drawing_steps, guidance_scale, out / "ways", plan)
     shown = captions[:SHEET_PROMPTS]
     made = out / "model"
     with writing(made):
-        if not (out / "teacher.png").exists():
+        # Without a checkpoint, a sheet may be of another teacher.
+        if not ((out / "teacher.png").exists() and (out / "checkpoint.pt").exists()):
             draw_sheet(model, out / "teacher.png", shown, guidance_scale=guidance_scale)
 
     base = load_model(model, device="cpu", dtype="float32", plain=True)
@@ -204,7 +205,7 @@ def trajectories(
     folder.mkdir(exist_ok=True)
     parts = []
     for first in range(0, len(captions), BATCH):
-        path = folder / f"{plan.recipe[:12]}-{first:08}.pt"
+        path = folder / f"{plan.recipe[:12]}-{plan.seed}-{first:08}.pt"
         if not path.exists():
             part = captions[first : first + BATCH]
             states = _draw(teacher, walk, part, guidance, plan.seed + first)

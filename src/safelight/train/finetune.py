@@ -63,12 +63,14 @@ def finetune(
     examples = captioned(folder)
     captions = [example.caption for example in examples]
     squares = read([example.path for example in examples], side)
-    plan = replace(plan, recipe=digest(squares, [base.sha256, *captions]))
-    check_plan(out, plan)
+    told = [] if min_snr is None else [f"min-snr {min_snr:g}"]
+    plan = replace(plan, recipe=digest(squares, [base.sha256, *told, *captions]))
+    check_plan(out, plan, native=native)
     made = out / "model"
     prompts = list(dict.fromkeys(captions))[:SHEET_PROMPTS]
     with writing(made):
-        if not (out / "before.png").exists():
+        # Without a checkpoint, a sheet may be of another model that was to be trained here.
+        if not ((out / "before.png").exists() and (out / "checkpoint.pt").exists()):
             draw_sheet(model, out / "before.png", prompts)
         tokenizer.save(made / "tokenizer")
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from safelight.errors import SafelightError
 from safelight.interrupt import ctrl_c_waits
 from safelight.picture import reason
-from safelight.train.devices import accelerator, compiled
+from safelight.train.devices import accelerator, check_compiler, compiled
 from safelight.train.graphs import Steps
 from safelight.train.plan import PACE, Plan
 
@@ -318,17 +318,24 @@ def save_whole(path: Path, value: Any, what: str, kept: str) -> None:
 def make_folder(folder: Path) -> None:
     """Make the folder of a run. Raises SafelightError if it cannot be one."""
     try:
+        str(folder).encode()  # TensorBoard writes to no other
         folder.mkdir(parents=True, exist_ok=True)
+    except UnicodeEncodeError:
+        raise SafelightError(f"out {folder} must have a name in UTF-8") from None
     except OSError as error:
         raise SafelightError(f"out {folder} cannot be a folder: {error.strerror}") from None
 
 
-def check_plan(folder: Path, plan: Plan) -> None:
+def check_plan(folder: Path, plan: Plan, *, native: bool = False) -> None:
     """Make the folder of a run. Raises SafelightError if it holds another plan's checkpoint.
 
-    `fit` checks this as well, but only after files were written into the model beside it. Also
-    raises SafelightError if the folder cannot be made.
+    Also raises SafelightError if the folder cannot be made, or if a package that training needs is
+    missing, or with `native` the compiler. `fit` checks all of this as well, but only after
+    pictures were drawn and files were written into the model beside the checkpoint.
     """
+    accelerator()
+    if native:
+        check_compiler()
     make_folder(folder)
     if (folder / "checkpoint.pt").exists():
         # Mapped: the tensors are never read.

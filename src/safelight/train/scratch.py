@@ -83,7 +83,7 @@ def text_to_image(
         recipe=recipe,
     )
     for stage, its in ((out / "autoencoder", first), (out / "words", second), (out, plan)):
-        check_plan(stage, its)
+        check_plan(stage, its, native=native)
     made = out / "model"
     with writing(made):
         tokenizer = train_vocabulary(

@@ -38,7 +38,7 @@ def unconditional(source: str, out: Path, plan: Plan, *, size: int, native: bool
         check_apart(Path(source), out)
         squares = read(pictures(Path(source)), size)
     plan = replace(plan, recipe=digest(squares, []))
-    check_plan(out, plan)
+    check_plan(out, plan, native=native)
     made = out / "model"
 
     def show(net: Any, step: int) -> Image.Image:
