@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ from working import Working
 import safelight
 from safelight import SafelightError
 from safelight.server import claims, roster
+from safelight.server.catalogue import Catalogue
 from safelight.server.files import Files
-from safelight.server.jobs import ModelInfo, Picture
+from safelight.server.jobs import ModelInfo, Picture, WorkerInfo
 from safelight.server.recovery import belongs, recover
+from safelight.server.settings import Settings
 from safelight.server.store import Store, new_id
 from safelight.server.wire import PIECE, Wire
 from safelight.weights.find import MODELS
@@ -130,6 +134,32 @@ def test_a_worker_draws_several_models_and_declares_which(
             answer = server.client.post("/v1/images/generations", json=body)
             assert answer.status_code == 200, answer.text
         assert server.job(waits)["status"] == "queued"
+
+
+def test_the_default_model_is_the_server_s_own_whoever_joins_first(tmp_path: Path) -> None:
+    async def in_thread(call: Any, *given: Any) -> Any:
+        return call(*given)
+
+    url = f"sqlite:///{tmp_path / 'jobs.sqlite3'}"
+    known = Catalogue(Settings("embedded", url, str(tmp_path)), lambda *_: None, in_thread)
+
+    def default(*names: str) -> str:
+        """Return the default model while workers with these models are there."""
+        now = datetime.now(UTC)
+        known.on_fleet(
+            [
+                WorkerInfo(id=n, model=ModelInfo(name=n), models=[n], joined_at=now, seen_at=now)
+                for n in names
+            ]
+        )
+        return asyncio.run(known.find(None))
+
+    assert default() == "embedded"
+    assert default("sdxl", "embedded-fast") == "sdxl"
+    assert default("sdxl", "embedded-fast", "embedded") == "embedded"
+    assert default("sdxl") == "embedded"  # jobs wait until its worker is back
+    assert [one.name for one in asyncio.run(known.all())][:2] == ["embedded", "sdxl"]
+    assert known.info.ready
 
 
 @pytest.mark.parametrize("change", ["unmarked", "another", "newer", "older", "none"])

@@ -70,14 +70,24 @@ class Catalogue:
             info.ready = info.loaded = False
 
     def on_fleet(self, workers: Sequence[WorkerInfo]) -> None:
-        """Take in which models workers elsewhere have, for a server without a worker of its own."""
-        models = [worker.model for worker in workers]
-        self.info.ready = bool(models)
+        """Take in which models workers elsewhere have, for a server without a worker of its own.
+
+        The model of this server's settings stays the default one once a worker has joined with it.
+        Before that, it is the model of the worker that joined first.
+        """
         self._elsewhere = [*dict.fromkeys(name for one in workers for name in one.models)]
-        if models:
-            self.info = models[0]
-            self._others |= {model.name: model for model in models[1:]}
+        if workers:
+            own = {worker.model.name: worker.model for worker in reversed(workers)}
+            name = self.served.default
+            if name not in own and not (self.arrived.is_set() and self.info.name == name):
+                name = workers[0].model.name
+            elif self.info.loaded and name not in self._elsewhere:
+                self.info.loaded = False
+                log.warning("no worker has %s any more: jobs that name no model wait for one", name)
+            self._others |= own
+            self.info = self._others.pop(name, self.info)
             self.arrived.set()
+        self.info.ready = bool(workers)
 
     def stop(self) -> None:
         """Release all callers that wait."""
