@@ -130,7 +130,7 @@ def test_many_of_one_share_do_not_hold_up_another_s_one(model: Model, rows: int)
 
 
 def test_no_other_share_has_more_of_a_call(model: Model) -> None:
-    """Pictures of one step count share calls; if many shares have one picture, all do."""
+    """Pictures with equal steps share calls, also if many shares have one picture each."""
     engine = Engine(model, exact=False, rows=16)
     few = {"steps": 6, "sampler": "euler", "guidance_scale": 1.0}
     engine.add(Request(prompt="a cat", count=12, **few), share="a")

@@ -33,7 +33,7 @@ OPENINGS = ("draw me", "please draw", "i want", "show me", "generate", "make", "
 
 
 def disturb(rng: np.random.Generator, caption: str, unknown: Sequence[str]) -> str:
-    """Return the caption with one or two additions that change nothing of the picture.
+    """Return the caption with one or two additions that do not change the picture.
 
     All words of the caption stay, in their order; "a" may become "an". unknown: words that no
     caption uses otherwise.

@@ -326,7 +326,7 @@ class Scenes:
             angle = float(rng.uniform(-15, 15)) if rng.random() < turned else 0.0
             flip = mirrored and self._flips[scene.concepts[k]]
             if scene.ground in SCENES and scene.ground not in FLOATING and len(which) == 1:
-                # What is alone stands on the ground; several of a kind keep their places.
+                # One thing stands on the ground; several of a kind keep their places.
                 if scene.count == 1:
                     y = GROUND - share * self.extents[which[k]][1] / 2
                 angle = 0.0

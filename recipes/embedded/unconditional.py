@@ -28,7 +28,7 @@ NAMEABLE = (
     "a penguin", "a frog", "a fish", "a butterfly", "a car", "a bus", "a rocket", "a sailboat",
     "a robot", "a pumpkin", "a key", "a guitar", "a balloon", "an umbrella", "a tree", "a star",
 )  # fmt: skip
-"""What it draws."""
+"""The things that the model draws."""
 
 STYLE = "flat"
 VARIATIONS = 32
@@ -42,7 +42,7 @@ PIXELS_SCHEDULER: dict[str, Any] = {
 error in the picture."""
 
 DRAWN, AT_ONCE = 200, 50
-"""Pictures that are drawn to be judged, and those of one call."""
+"""How many pictures are drawn to be judged, and how many in one call."""
 
 DRAW_PIXELS_WITH: dict[str, Any] = {"sampler": "ddim", "steps": 30, "guidance_scale": 1.0}
 """What the model draws best with."""

@@ -31,7 +31,7 @@ from safelight.train.plan import Plan
 class Questions:
     """The questions about a caption, each with a list of answers.
 
-    None is the answer if a question does not apply, as for the second thing where there is one.
+    None is the answer if a question does not apply: one about a second thing, if there is only one.
     """
 
     def __init__(self, scenes: Scenes) -> None:

@@ -32,7 +32,8 @@ from safelight.result import Result
 from safelight.sampling import Row
 
 MAX_MOMENTS = 50
-"""Most steps that are recorded. Of more steps, so many are, evenly spaced, from first to last."""
+"""The most steps that are recorded. If there are more, this many are recorded, evenly spaced, with
+the first and the last."""
 
 
 @dataclass(frozen=True)

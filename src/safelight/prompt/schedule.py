@@ -89,7 +89,7 @@ def _parse(text: str) -> tuple[list[_Node], bool]:
     bar = False
 
     def fall_back() -> None:
-        """Make text of all open brackets: what they hold cannot be in a bracket."""
+        """Turn all open brackets, with what they hold so far, into text."""
         nonlocal bar
         for one in stack:
             bar = bar or "|" in one.marks

@@ -306,7 +306,7 @@ class Hub:
             return self._events.with_progress(job)
         try:
             found = await self.get(job.id)
-        except StorageError:  # it is looked at again
+        except StorageError:  # the caller looks again later
             return job
         return found or job.model_copy(update={"status": Status.CANCELLED})
 

@@ -109,7 +109,7 @@ class Outbox(Database):
 
 
 def expect(db: Connection, job_id: str, owner: str, url: str) -> None:
-    """Store with a job which URL is told of its end."""
+    """Store the URL that is told of a job's end, in the transaction that stores the job."""
     db.execute(webhooks.insert().values(job=job_id, owner=owner, url=url, tries=0))
 
 

@@ -19,7 +19,7 @@ GONE = 60.0
 """Seconds without a report after which a worker counts as gone."""
 
 COUNTED = 1000
-"""The most waiting jobs that are counted: no more workers than these need start at once."""
+"""The most late jobs that are counted. Workers for more are not started at once."""
 
 
 class Roster(Database):

@@ -1,9 +1,10 @@
 """Fair shares of the queue: which owner's job comes next, and which of the owner's jobs.
 
-Start-time fair queueing (Goyal, Vin and Cheng, 1996): the queue has a virtual clock. A job begins
-at the clock's time or when its owner's previous job ended, whichever is later, and ends its cost
-after that. The owner whose last job ended first comes next. An owner that was away saves nothing
-up, and a thousand jobs of one owner do not hold up another owner's single job.
+Start-time fair queueing (Goyal, Vin and Cheng, 1996): the queue has a virtual clock, in units of
+cost: the latest begin of a job that was handed out. A job begins at the clock's time or when its
+owner's previous job ended, whichever is later, and ends its cost after that. The owner whose last
+job ended first comes next. An owner that was away saves nothing up, and a thousand jobs of one
+owner do not hold up another owner's single job.
 """
 
 from __future__ import annotations

@@ -81,8 +81,8 @@ allowances = Table(
     meta,
     Column("key", ForeignKey("keys.name"), primary_key=True),
     Column("kind", String(16), primary_key=True),
-    Column("amount", Float, nullable=False),  # per period of so many seconds
-    Column("period", Integer, nullable=False),
+    Column("amount", Float, nullable=False),  # for each window
+    Column("period", Integer, nullable=False),  # of a window, in seconds
     Column("since", Float, nullable=False),  # start of the window; used: the amount in it
     Column("used", Float, nullable=False),
 )

@@ -19,9 +19,10 @@ T = TypeVar("T")
 
 
 class Threads:
-    """Runs functions in threads; what goes wrong raises StorageError.
+    """Runs functions in threads.
 
-    local: whether files are on this machine.
+    The methods raise StorageError if the database or the files cannot be used, or if the function
+    takes longer than UNANSWERED seconds. local: whether files are on this machine.
     """
 
     def __init__(self, *, local: bool) -> None:

@@ -83,7 +83,7 @@ def check_url(url: Any, *, private: bool) -> str:
 
 
 def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Return whether an address is public, and so is an IPv4 address that it stands for."""
+    """Return whether an address is public, and the IPv4 address that it stands for, if any, too."""
     if isinstance(address, ipaddress.IPv6Address):
         number = int(address)
         inner = address.ipv4_mapped or address.sixtofour

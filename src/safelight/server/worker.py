@@ -28,8 +28,8 @@ PREVIEW_EVERY = 0.2
 """Seconds between two previews of a picture."""
 
 LOOK = 0.05
-"""While it draws: the most seconds for taking in jobs between two steps, and seconds until an empty
-queue is looked into again."""
+"""While it draws: the most seconds for taking in jobs between two steps, and seconds until the next
+look into a queue that had no job to take in."""
 
 LOADING = 0.05
 """Seconds between two checks whether a model was loaded, while nothing is drawn."""
@@ -163,7 +163,7 @@ class Worker(Holder):
             held.loaded.engine.drop(job_id)
 
     def _claim(self) -> None:
-        """Take in jobs until the queue is empty, or the next job has to wait."""
+        """Take in jobs until none is left to take in, or the next one has to wait."""
         models, began = self._models, time.monotonic()
         if models.busy and not self._woken and began - self._looked < LOOK:
             return
@@ -335,7 +335,7 @@ class Worker(Holder):
             self._end(held.claim, held.warnings, None)
 
     def _again(self, held: Held, seed: int, error: Exception) -> tuple[Any, Exception | None]:
-        """Draw a picture that came out as NaN again, in float32."""
+        """Draw a picture once more, in float32, because it came out as NaN."""
         precision = held.loaded.model.precision
         if precision == "float32":
             return None, error

@@ -49,7 +49,7 @@ def train_autoencoder(
     torch.manual_seed(plan.seed)
     vae = AutoencoderKL(config)
     if vae.quant_conv is not None:
-        # Begin with little noise in the latents: at unit variance it drowns what they say, and
+        # Begin with little noise in the latents: at unit variance it hides their content, and
         # training settles on one gray picture for all.
         with torch.no_grad():
             vae.quant_conv.bias[config.latent_channels :] -= 6  # type: ignore[index]

@@ -13,7 +13,7 @@ class Plan:
     A checkpoint is resumed only by the same plan. With `cooldown`, its steps may change as long as
     the learning rate has not begun to fall.
 
-    recipe: a digest of what is learned from what: another data set is another run.
+    recipe: a digest of the task and its data: another data set is another run.
     seconds: how long to train, in place of `steps`, which is 0 until the first steps have shown the
     pace. The steps are then kept beside the checkpoint, so that a run that goes on has the same.
     """

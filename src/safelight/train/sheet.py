@@ -31,8 +31,8 @@ def draw_sheet(
 ) -> Image.Image:
     """Return a sheet of pictures that a model draws, and save it.
 
-    model: a name or a folder. It has one picture for each prompt, or twelve if the model reads no
-    prompt. other: settings of `Model.generate` in place of ours.
+    model: a name or a folder. The sheet has one picture for each prompt, or twelve if the model
+    reads no prompt. other: settings of `Model.generate` in place of ours.
     """
     from safelight.weights import load_model
 

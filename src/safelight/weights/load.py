@@ -217,7 +217,7 @@ def _summary(weights: Mapping[str, Weight]) -> dict[str, Any]:
 
 
 def pick_device(name: str | torch.device) -> torch.device:
-    """Return the device of this name. Raises SafelightError if it is not there."""
+    """Return a device by its name. Raises SafelightError, with the devices there, for others."""
     there = ["cpu"]
     if torch.backends.mps.is_available():
         there.insert(0, "mps")

@@ -113,7 +113,7 @@ async def read_form(http: HttpRequest) -> tuple[ImagesBody, dict[str, Any], dict
     fields: dict[str, Any] = {}
     own = own_settings(Request)
     files: dict[str, bytes] = {}
-    # A picture sent as text is let in, to hear what is wrong with it.
+    # Room for a picture that is sent as text: its error then says what is wrong with it.
     form = http.form(max_files=32, max_fields=64, max_part_size=MAX_BODY)
     async with form as parts:
         for name, value in parts.multi_items():
@@ -246,7 +246,7 @@ def encoded(
 ) -> dict[str, Any]:
     """Return a PNG as it is, or as JPEG or WebP with the text in its EXIF.
 
-    size: what it is resized to, None to keep its own.
+    size: width and height to resize it to; None to keep its own.
     """
     with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
         shown = image
