@@ -268,6 +268,21 @@ def test_a_plain_request_has_no_warnings(model: Model, settings) -> None:
     assert new_result(model, request, resolve_request(model, request)).warnings == []
 
 
+@pytest.mark.parametrize("scale", [1.0, 7.5])
+def test_what_a_network_with_guidance_as_an_input_does_not_read_is_a_warning(
+    model: Model, monkeypatch: pytest.MonkeyPatch, scale: float
+) -> None:
+    monkeypatch.setattr(model.unet, "config", replace(model.unet.config, time_cond_proj_dim=32))
+    given = {"negative_prompt": "a dog", "guidance_start": 0.25, "guidance_end": 0.5}
+    request = Request(prompt="a cat", guidance_scale=scale, **{**FEW, **given})
+    asked = {**given, "guidance_start": 0.3}
+    found = []
+    for one in (request, request.replace(**asked)):
+        found.append(new_result(model, one, resolve_request(model, one)).warnings)
+    told = [f"{name} does nothing with embedded: leave it out" for name in given]
+    assert found == [[told[0], told[2]], told]  # 0.25 is the model's own
+
+
 @pytest.mark.parametrize(("name", "value"), [("guidance_scale", 3.0), ("clip_skip", 2)])
 def test_what_pixel_models_do_not_read_is_a_warning(pixels: Model, name: str, value) -> None:
     request = Request(**{name: value})

@@ -11,6 +11,7 @@ from safelight.engine.job import Job, prepare
 from safelight.engine.refining import Second, table_of
 from safelight.engine.shortcuts import Kept, Shortcuts, remark, shortened
 from safelight.families.base import Conditioning
+from safelight.families.encoding import takes_guidance
 from safelight.machine import describe_machine
 from safelight.prompt.dynamic import draw
 from safelight.prompt.styles import apply_styles
@@ -127,7 +128,10 @@ def _styled(model: Model, request: Request) -> tuple[str, str]:
 def _warnings(model: Model, asked: Request, resolved: Request) -> list[str]:
     """Return warnings about a request, one line each."""
     found = list(model.warnings)
-    found += asked.with_defaults(model.defaults).unused_settings()
+    filled = asked.with_defaults(model.defaults)
+    if takes_guidance(model):  # a larger scale would not help: see `_without_effect`
+        filled = filled.replace(negative_prompt="")
+    found += filled.unused_settings()
     if unavailable := remark(asked, resolved):
         found.append(unavailable)
     read_by_family = model.family.reads(model.refiner and model.refiner.family)
@@ -172,11 +176,15 @@ def _without_effect(model: Model, asked: Request, resolved: Request) -> list[str
         return found
     if asked.cache_branch and resolved.cache_every in (None, 1):
         found.append("cache_branch does nothing without cache_every: try cache_every 2")
+    if takes_guidance(model) and asked.negative_prompt:
+        found.append(f"negative_prompt does nothing with {model.name}: leave it out")
     for name, everything in (("guidance_start", 0), ("guidance_end", 1)):
         # A server fills in the values of the level or the model: nobody asked for those.
         filled = (LEVELS.get(asked.fast, {}).get(name), model.defaults.get(name))
         unasked = getattr(asked, name) in (None, everything, *filled)
-        if resolved.guidance_scale <= 1 and not unasked:
+        if takes_guidance(model) and not unasked:
+            found.append(f"{name} does nothing with {model.name}: leave it out")
+        elif resolved.guidance_scale <= 1 and not unasked:
             found.append(f"{name} does nothing at guidance_scale 1 or less: leave it out")
     return found
 
