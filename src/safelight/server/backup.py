@@ -72,7 +72,8 @@ def back_up(
     Each picture whose row is in the backup is in the backup too: the database is copied first, and
     a picture does not change once it has a row. Jobs that are deleted meanwhile are taken out.
     earlier: a backup; files that are the same become hard links to its files. storage: where
-    pictures and inputs are, if not in the data folder. Raises StorageError.
+    pictures and inputs are, if not in the data folder. Raises SafelightError if `place` is not
+    empty, StorageError if the backup cannot be made.
     """
     known: dict[str, str] = {}
     if earlier is not None:
@@ -128,8 +129,8 @@ def restore(
     """Copy a backup to an empty data folder and compare each file with its SHA-256.
 
     url: an empty database for the rows, in place of a SQLite file. storage: an empty place for
-    pictures and inputs, in place of the data folder. Raises StorageError if a folder is not empty
-    or a file of the backup is damaged; what was copied is then removed again.
+    pictures and inputs, in place of the data folder. Raises SafelightError if one of them is not
+    empty, StorageError if a file of the backup is damaged; what was copied is then removed again.
     """
     made, to = _about(place), storage_at(storage or root)
     try:
