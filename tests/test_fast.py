@@ -773,7 +773,7 @@ def test_memory_of_threads_that_ended_is_given_back() -> None:
     before = own()
     for _ in range(24):
         once()
-    # Each takes ten megabytes. In a process of thousands of tests some are found anew.
+    # Each takes ten megabytes. In a process of thousands of tests, some memory is allocated again.
     assert own() - before < 120 << 20
 
 

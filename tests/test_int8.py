@@ -163,7 +163,7 @@ def test_threads_change_no_byte() -> None:
         torch.set_num_threads(threads)
         found.append(product(x))
     assert all(one.equal(found[0]) for one in found)
-    # Nor do the rows beside a row.
+    # The number of threads changes no bit; neither do the rows beside a row.
     assert product(x[:, 100:101]).equal(found[0][:, 100:101])
 
 

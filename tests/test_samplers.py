@@ -85,7 +85,7 @@ def lands_elsewhere(sampler: str, config: str, setting: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_finished_picture_stays(sampler: str) -> None:
-    """Σa + Σb = 1: with no noise anywhere, the state stays what it is.
+    """Σa + Σb = 1: with no noise anywhere, the state does not change.
 
     Not so for lcm, whose boundary condition mixes in the state before it is scaled back; for
     states that are handed on between levels, where x and not x̃ is kept; and for pndm on v, which

@@ -273,7 +273,7 @@ def test_what_training_needs_is_checked_before_the_teacher_draws(
 def test_a_run_without_a_checkpoint_begins_anew(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its sheet of before is drawn again, and its plan names the weighting of the loss."""
+    """Its sheet before.png is drawn again, and its plan names the weighting of the loss."""
     drawn: list[str] = []
     plans: list[str] = []
 

@@ -109,7 +109,7 @@ class Principal:
 
     @torch.no_grad()
     def into(self, vae: AutoencoderKL) -> None:
-        """Write the weights of vae.encoder and vae.quant_conv: they halve pictures, then `encode`.
+        """Write the weights of vae.encoder and vae.quant_conv: they halve pictures and encode them.
 
         Residual branches are zero. The first strided convolution averages 2×2 pixels, the others
         gather 2×2 into channels. Large constants beside the latents keep the last norm from

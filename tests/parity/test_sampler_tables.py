@@ -464,12 +464,13 @@ def refuses(sampler: str, config: str, case: dict[str, Any]) -> bool:
 def check(found: Compared, *, exact: bool, what: Any) -> None:
     """The bounds, each with its reason.
 
-    Our tables are made in float64. Beside a scheduler whose tables are held in float64, what is
-    left is that these were rounded to float32 before: 1e-6, or, where the case enlarges that, four
-    times what shaking its numbers by as much does (of three draws; the sum of a row's few
-    roundings may be that much larger). Beside the scheduler as it is, 1e-5, or twice what its
-    float32 is away from its own float64, which for levels of 4,096 or steps from 157 to 0.01 is
-    more: by the triangle inequality we are no further. `state_slack` says what neither walk shows.
+    Our tables are made in float64. Against a scheduler whose tables are held in float64, the only
+    difference is that these were rounded to float32 before. The bound is 1e-6, or, if the case
+    enlarges that, four times the effect of shaking its numbers by as much (the largest of three
+    draws; the sum of a row's few roundings may be that much larger). Against the scheduler as it
+    is, the bound is 1e-5, or twice the distance of its float32 from its own float64, which is more
+    for levels of 4,096 or steps from 157 to 0.01: by the triangle inequality we are no further.
+    `state_slack` says what neither walk shows.
     """
     limit = 1e-6 if exact else 1e-5
     if found.error > limit:

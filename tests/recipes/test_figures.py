@@ -110,7 +110,7 @@ def test_the_judge_learns_to_tell(
     found = score(asked, verdict, NAMES)
     assert found["thing, one"]["of"] == 40
     assert found["thing, one"]["right"] > 0.9
-    # It is kept, whatever the last bits of the drawings are, and refused where it knows others.
+    # The judge is kept if only last bits of the drawings differ, and refused if the names do.
     monkeypatch.setattr(stage.scenes, "sha256", "another")
     again = judge_of(stage, path, tmp_path, plan).look(pictures, wanted)
     assert torch.equal(again.concepts, verdict.concepts)
@@ -154,7 +154,7 @@ def test_prompts_of_all_groups(scenes: Scenes) -> None:
         )
     one, other = ([a.scene for a in asked if a.group == group] for group in ("one", "unknown word"))
     assert [s.concepts for s in one] == [s.concepts for s in other]
-    # Where nothing is unknown, or a word was never taught, there are none.
+    # Without a word that training has never seen, there are no such prompts.
     assert not [a for a in invent(scenes, None, [], share=0.1) if a.group == "unknown word"]
 
 

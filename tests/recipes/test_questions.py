@@ -76,7 +76,7 @@ def test_what_is_told_is_compared_with_the_looks(scenes: Scenes, looks: Looks) -
     right = looks.parts[rows.clamp(min=0)].transpose(1, 2).flatten(2)
     assert right.shape == (2, PARTS, looks.numbers)
     assert float(looks.unexplained(right, rows)) == 0
-    # What is not there is not asked for.
+    # Rows of −1, things that do not exist, do not count.
     other = torch.where((rows < 0)[:, None, :, None], 7.0, right.unflatten(2, (rows.shape[1], -1)))
     assert float(looks.unexplained(other.flatten(2), rows)) == 0
     nothing = float(looks.unexplained(torch.zeros_like(right), rows))

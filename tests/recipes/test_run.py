@@ -207,7 +207,7 @@ def test_sharpen_lowers_its_loss(
     stage: Stage, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sharpening, "AHEAD", 5)
-    # What is measured is the error; what the discriminator wants is something else.
+    # The test measures the error, which the discriminator does not lower: give it less weight.
     monkeypatch.setattr(sharpening, "WEIGHT", 0.2)
     torch.manual_seed(0)
     vae = AutoencoderKL(replace(DRY.networks.vae, scaling_factor=1.0))

@@ -364,7 +364,7 @@ class TestTextToImage:
         assert call("txt2img", {"steps": 9, "scheduler": "karras"}).status_code == 200
         found = [(r.sampler, r.schedule, r.steps, r.guidance_scale) for r in service.requests]
         assert found == [("dpmpp_2m", None, 20, 4.0), ("dpmpp_2m", "karras", 9, 4.0)]
-        # The model means its own schedule; with another sampler it says nothing of it.
+        # With its own sampler the model has its own schedule; with another, the sampler's default.
         for name in ("DPM++ 2M", "DPM2"):
             assert call("txt2img", {"sampler_name": name}).status_code == 200
         assert [request.schedule for request in service.requests[2:]] == [None, "karras"]

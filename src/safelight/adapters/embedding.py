@@ -97,7 +97,7 @@ class EmbeddingFile:
     def fitting(self, widths: Mapping[str, int]) -> dict[str, Vectors]:
         """Return the vectors of each text encoder of a model, by the encoders' names.
 
-        widths: of the vectors that each encoder reads. Raises SafelightError unless each gets some.
+        widths: of the vectors that each encoder reads. Raises SafelightError unless some fit each.
         """
         found: dict[str, Vectors] = {}
         # Only SDXL's refiner reads one half of an embedding for two; elsewhere half would be lost.
