@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from inside import Inside
+from PIL import Image
 
 import safelight
 from safelight import cli
@@ -22,6 +23,7 @@ from safelight.picture import open_picture
 from safelight.recipe import read_recipe
 from safelight.request import Request
 from safelight.server.apis.sdapi_shapes import TextToImage, understand
+from safelight.server.costs import steps_of
 from safelight.settings import settings_of
 
 
@@ -143,7 +145,7 @@ def test_python_and_the_command_line_begin_there_too(
     model = safelight.load(name, dtype="float32")
     made = model.generate("a cat", seed=1)
     assert made.settings.items() >= BEST.items()
-    # What is asked for holds, and a preference is no reason to warn.
+    # Requested settings win, without a warning: the model only prefers its own.
     other = model.generate("a cat", seed=1, steps=2, guidance_scale=1.0)
     assert (other.settings["steps"], other.settings["sampler"]) == (2, "dpmpp_2m")
     guided = model.generate("a cat", seed=1, guidance_start=0)
@@ -224,12 +226,25 @@ def test_those_of_a_model_that_is_elsewhere_are_left_to_whoever_draws_it(
 
     with Inside(tmp_path / "data", draws=False) as server:
         monkeypatch.setattr(server.hub.names, "plan", plan)
-        job = server.ask("POST", "/api/jobs", {"prompt": "a cat", "steps": 9, "fast": 1}).json()
+        body = {"prompt": "a cat", "steps": 9, "fast": 1, "schedule": "karras"}
+        job = server.ask("POST", "/api/jobs", body).json()
+        refused = server.ask("POST", "/api/jobs", body | {"sampler": "ddim"})
+    assert refused.json()["detail"].startswith("ddim has no schedule karras")
     asked = Request.from_dict(job["settings"])
-    assert asked.steps == 9
+    assert (asked.steps, asked.schedule) == (9, "karras")
     drawn_with = resolve_request(safelight.load("embedded"), asked)
     assert (drawn_with.sampler, drawn_with.guidance_scale) == ("dpmpp_2m", 4.0)
     assert (drawn_with.steps, drawn_with.cache_every, drawn_with.guidance_start) == (9, 3, 0.25)
+
+
+@pytest.mark.parametrize("said", [{}, {"sampler": "ddim"}, {"steps": 20}])
+def test_a_strength_is_checked_against_steps_that_are_known(said: dict[str, Any]) -> None:
+    """The worker that draws may know more: a number of steps, or a sampler with one step more."""
+    picture = Image.new("RGB", (8, 8))
+    request = Request(prompt="a cat", strength=0.01, image=picture, **said)
+    steps_of(request, known=False)
+    with pytest.raises(SafelightError, match=r"strength 0.01 leaves none of"):
+        steps_of(request.replace(sampler="ddim", steps=20), known=False)
 
 
 def test_null_is_left_out(tmp_path: Path) -> None:

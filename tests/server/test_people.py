@@ -295,6 +295,29 @@ def test_a_retry_counts_again(store: Store) -> None:
         store.retry(job.id, 100, "key:anna")
 
 
+def test_a_model_that_only_workers_have_counts_at_its_own_size(
+    server: Inside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plan(*_: Any) -> None:
+        raise SafelightError("no model of that name is here")
+
+    def describe(_: str, name: str) -> None:
+        facts = {"name": name, "width": 1024, "height": 1024}
+        catalogue.on_message("described", [name, facts, None])
+
+    catalogue = server.hub.catalogue
+    monkeypatch.setattr(server.hub.names, "plan", plan)
+    monkeypatch.setattr(catalogue, "_elsewhere", ["large"])
+    monkeypatch.setattr(catalogue, "_send", describe)
+    server.within(_loaded(server))
+    secret = server.hub.store.add_key("far")
+    server.hub.store.allow("far", [("pixel_steps", parse("pixel_steps", "1e6/day"))])
+    forget(server)
+    refused = ask(server, secret, body={"prompt": "a cat", "model": "large", "steps": 1})
+    assert (refused.status, refused.json()["code"]) == (422, "over_limit")
+    assert "takes 1048576 pixel-steps" in refused.json()["detail"]
+
+
 GENERATIONS = "/v1/images/generations"
 
 

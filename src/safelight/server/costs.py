@@ -10,11 +10,17 @@ MAX_STEPS = 4000
 """The most steps of one request, all pictures together."""
 
 
-def steps_of(request: Request) -> int:
-    """Return the steps of each picture. Raises SafelightError if they cannot be taken."""
-    steps = request.steps or SAMPLERS[request.sampler].steps
-    strength = request.strength_taken or 1.0
-    check(SAMPLERS[request.sampler], steps, request.schedule, request.spacing, strength=strength)
+def steps_of(request: Request, *, known: bool) -> int:
+    """Return the steps of each picture. Raises SafelightError if they cannot be taken.
+
+    known: whether the request has its model's defaults. If not, the worker that draws it checks
+    what depends on a sampler or a number of steps that the request leaves out.
+    """
+    sampler, said = SAMPLERS[request.sampler], request.model_fields_set
+    steps = request.steps or sampler.steps
+    if known or "sampler" in said:
+        strength = request.strength_taken if known or "steps" in said else None
+        check(sampler, steps, request.schedule, request.spacing, strength=strength or 1.0)
     if steps * request.count > MAX_STEPS:
         raise SafelightError(
             f"steps × count must be at most {MAX_STEPS}, not {steps * request.count}",

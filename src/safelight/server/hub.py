@@ -225,11 +225,14 @@ class Hub:
         if plan is not None:
             request = with_level(request, plan.family, plan.notes)
         request = request.with_defaults(self._defaults(plan))
-        steps = steps_of(request)
+        steps = steps_of(request, known=plan is not None)
         if idempotency_key is not None and not 1 <= len(idempotency_key) <= 255:
             raise SafelightError("Idempotency-Key must have 1 to 255 characters")
         await asyncio.to_thread(self.names.check, request, name)
         request = await asyncio.to_thread(request.fitted)  # only what is drawn from is kept
+        sized = request.image is not None or (request.width and request.height)
+        if plan is None and not sized and "pixel_steps" in self.keys.limits(owner):
+            await self.facts(name)  # without them it would count as 512 × 512 pixels
         native = self.catalogue.size(name) if plan is None else plan.native_size
         job_id = new_id()
         # Large pictures take a while to write, and must not hold up jobs without pictures.

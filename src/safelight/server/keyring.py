@@ -74,10 +74,14 @@ class Keyring:
         names = (self._cookies.get(digest(cookie)) for cookie in given)
         return next((name for name in names if name is not None), None)
 
+    def limits(self, owner: str | None) -> set[str]:
+        """Return the kinds of limits that an owner's key has."""
+        key = self._named.get(key_of(owner) or "")
+        return set() if key is None else {one.kind for one in key.allowances}
+
     async def spent(self, owner: str | None) -> None:
         """Read again what an owner's key has left, for the headers of the answer."""
-        key = self._named.get(key_of(owner) or "")
-        if key is not None and key.allowances:
+        if self.limits(owner):
             await self.refresh()
 
     def headers(self, name: str) -> list[tuple[bytes, bytes]]:
