@@ -156,6 +156,21 @@ def test_added_tokens_are_those_of_transformers(how, pair, tmp_path):
         folder_tokenizer(Folder(folder, "tiny"), 49408, 77)
 
 
+@pytest.mark.parametrize("more", [{}, {"<sks>": 599}])
+def test_files_that_add_no_token_are_no_part_of_the_model(more, tmp_path):
+    path = text_folder(tmp_path)
+    folder = Folder(path, "tiny")
+    marks = {BOS: folder_tokenizer(folder, 600, 16).bos}
+    without = set(folder.files)
+    write(path / "tokenizer/added_tokens.json", marks)
+    listed = [{"id": number, "content": text} for text, number in (marks | more).items()]
+    write(path / "tokenizer/tokenizer.json", {"added_tokens": listed})
+    folder = Folder(path, "tiny")
+    assert list(folder_tokenizer(folder, 600, 16).added.values()) == list(more)
+    added = {"tokenizer/added_tokens.json", "tokenizer/tokenizer.json"}
+    assert set(folder.files) == (without | added if more else without)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "word"),
     [

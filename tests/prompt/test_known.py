@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken
 
 import safelight
 from safelight.model import Model
 from safelight.prompt.learned import Learned
-from safelight.prompt.tokenizer import Tokenizer, clip_tokenizer
+from safelight.prompt.tokenizer import Tokenizer, _clip_tables, clip_tokenizer
 from safelight.train.finetune import _notes
 from safelight.words import known_alone, unknown_words
 
@@ -61,6 +62,12 @@ def test_a_tokenizer_leaves_out_what_it_was_not_taught(tokenizer: Tokenizer) -> 
 def test_the_names_of_embeddings_are_known(tokenizer: Tokenizer) -> None:
     inked = tokenizer.with_words(KNOWN).with_learned([Learned("inkx7", None, (50000, 50001))])
     assert inked.expanded_ids("a snow inkx7") == [*tokenizer.ids("a"), 50000, 50001]
+
+
+def test_added_tokens_are_known() -> None:
+    vocab, merges = _clip_tables()
+    adding = Tokenizer(vocab, merges, added={49408: AddedToken("<sks-7>")}).with_words(KNOWN)
+    assert adding.ids("a snow <sks-7> cat") == [*adding.ids("a"), 49408, *adding.ids("cat")]
 
 
 @pytest.mark.parametrize(

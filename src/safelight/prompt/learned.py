@@ -117,8 +117,9 @@ def find(learned: Iterable[Learned], name: str) -> Learned | None:
 
 
 def taught(known: Set[str], tokenizer: Tokenizer) -> Set[str]:
-    """Return the words that a model knows, with those of its embeddings' names."""
+    """Return the words that a model knows, with those of its embeddings' names and added tokens."""
     names = {name for one in tokenizer.learned for name in (one.name, one.token) if name}
+    names |= set(tokenizer.added.values())
     return known | {word for name in names for word in words_in(name)}
 
 

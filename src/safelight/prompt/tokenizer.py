@@ -155,7 +155,7 @@ class Tokenizer:
 
     @cached_property
     def known(self) -> Set[str] | None:
-        """The words that are read, with the names of textual inversions; None for all words."""
+        """The words that are read, with embeddings' names and added tokens; None for all words."""
         return None if self.words is None else taught(self.words, self)
 
     def _read(self, text: str) -> str:
@@ -317,8 +317,9 @@ def folder_tokenizer(
     length = config.get("model_max_length", positions)
     if isinstance(length, bool) or not isinstance(length, int | float):
         raise refusal(f"{part}/tokenizer_config.json", f"model_max_length is {length!r:.40}")
+    tables = set(folder.files)
     try:
-        return Tokenizer(
+        tokenizer = Tokenizer(
             vocab,
             merges,
             added=added_tokens(folder, part, config, vocab_size),
@@ -330,6 +331,11 @@ def folder_tokenizer(
         )
     except SafelightError as e:
         raise refusal(folder.label, str(e)) from None
+    if not tokenizer.added:
+        # Files that added nothing are no part of the model: recipes name its digest without them.
+        for name in folder.files.keys() - tables:
+            del folder.files[name]
+    return tokenizer
 
 
 @lru_cache(1)
