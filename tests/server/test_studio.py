@@ -460,6 +460,7 @@ def test_the_form_shows_what_suits_the_model(server: Serving, fresh: Page) -> No
     expect(start).to_have_value("")
     inside = page.locator("#inside-steps input[type=number]")
     tab(page, "Inside")
+    expect(inside).to_have_value("4")
     for name, shown in (("embedded", "20"), ("embedded-fast", "4")):
         model.select_option(name)
         expect(inside).to_have_value(shown)
@@ -759,6 +760,18 @@ def test_a_dropped_recipe_fills_the_form(
     expect(page.get_by_label("Schedule")).to_have_value("karras")
 
 
+def test_all_that_is_not_used_of_a_recipe_is_told(page: Page, tmp_path: Path) -> None:
+    bad = {"seed": -1, "steps": 0, "width": 1, "height": 1, "image_sha256": "0" * 64}
+    used = {"name": "x", "sha256": "0" * 64}
+    made = {"safelight": "1", "model": used, "settings": {"prompt": "a fig", **bad}}
+    (tmp_path / "ours.png").write_bytes(png_with(safelight=json.dumps(made)))
+    tab(page, "Find")
+    page.locator("#recipe input[type=file]").set_input_files(tmp_path / "ours.png")
+    told = "Not used from this recipe: the picture to start from is not stored: add it below; seed"
+    expect(page.locator("#make-problem")).to_contain_text(told)
+    expect(page.locator("#make-problem")).to_contain_text(re.compile("steps .*width .*height "))
+
+
 def test_a_picture_without_a_recipe_is_told(page: Page, tmp_path: Path) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "plain.png")
     tab(page, "Find")
@@ -922,7 +935,7 @@ def test_no_script_in_a_prompt_runs(server: Serving, context: BrowserContext) ->
         page.keyboard.press("Escape")
     choose(page, "All its settings", ".find")
     assert page.title() == "Safelight"
-    watched.close()  # one that is opened anew tells of the streams that it broke off
+    watched.close()  # reloading it instead would report the streams that it broke off
     watched = Watched(context, server.url)
     page = watched.open()
     page.get_by_label("Seed", exact=True).fill("<img src=x onerror=document.title=1>")

@@ -75,7 +75,8 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
             with gr.Tab("Train", id="train") as training:
                 train = Train(hub)
 
-        settled = [tabs, model, form.problem, form.keep, form.change, form.words, *form.fields]
+        settled = [tabs, model, form.problem, form.keep, form.change, form.words, inside.steps]
+        settled += form.fields
 
         async def settle(
             settings: dict[str, Any],
@@ -90,14 +91,15 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
             suits = await suits_of(hub, name)
             values, told = forms.shown(settings, suits)
             if image is None and settings.get("image_sha256") is not None:
-                told.append("the picture to start from is not stored: add it below")
+                told.insert(0, "the picture to start from is not stored: add it below")
             return [
                 gr.Tabs(selected="make"),
                 name,
-                f"Not used from this recipe: {'; '.join(told[:3])}" if told else "",
+                f"Not used from this recipe: {'; '.join(told)}" if told else "",
                 True,
                 gr.Accordion(open=True) if "image_sha256" in settings else gr.skip(),
                 gr.Accordion(open=True) if forms.says_more(settings) else gr.skip(),
+                steps_of(suits),
                 *form.filled([*values, *easel.on_easel(image, mask)], suits),
             ]
 
