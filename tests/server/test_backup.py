@@ -30,6 +30,7 @@ from safelight.server import snapshot
 from safelight.server.backup import back_up, restore
 from safelight.server.files import Files
 from safelight.server.jobs import StorageError
+from safelight.storage import storage_at
 
 __all__ = ["drawn"]
 
@@ -329,6 +330,18 @@ def test_under_load(tmp_path: Path) -> None:
             assert files.input(job.id, "image") is not None
         store.close()
         assert not list((again / "quarantine").rglob("*.png"))
+
+
+def test_a_storage_that_is_not_empty_leaves_no_mark_in_the_folder(
+    drawn: tuple[Path, set[str]], tmp_path: Path
+) -> None:
+    root, _ = drawn
+    back_up(root, f"sqlite:///{root / 'jobs.sqlite3'}", tmp_path / "backup")
+    there = "memory://not-empty"
+    storage_at(there).write("pictures/a.png", b"a")
+    with pytest.raises(SafelightError, match="is not empty"):
+        restore(tmp_path / "backup", tmp_path / "again", storage=there)
+    assert not any((tmp_path / "again").iterdir())
 
 
 def test_the_commands(

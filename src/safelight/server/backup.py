@@ -137,8 +137,8 @@ def restore(
         if (root / RESTORING).is_file():  # left by a restore that was cut off
             _clear(root)
         _make_empty(root, "a backup is restored to an empty folder")
-        (root / RESTORING).touch(mode=0o600)
         _begin_elsewhere(to)
+        (root / RESTORING).touch(mode=0o600)  # after what may be refused
         try:
             damaged = [
                 name for name, digest in _sums(place) if _restored(place, root, to, name) != digest
