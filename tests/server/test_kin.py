@@ -61,6 +61,12 @@ def test_no_host_beyond_loopback_without_a_token(host: str) -> None:
         listen(host, 0, None)
 
 
+@pytest.mark.parametrize("host", ["b\xfccher..de", "\udcff", "a\0b"])
+def test_a_host_that_no_name_can_be_is_one_line(host: str) -> None:
+    with pytest.raises(SafelightError, match=r"cannot be listened on .* another --host"):
+        listen(host, 0, "a token")
+
+
 def test_a_trusted_proxy_needs_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SAFELIGHT_TOKEN", raising=False)
     given = ["serve", "--data-dir", str(tmp_path), "--trust-proxy", "127.0.0.1"]

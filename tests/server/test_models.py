@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from serving import Serving, room_for_one
 
+from safelight.errors import SafelightError
+from safelight.server.loaded import LoadedModels
 from safelight.server.metrics import MAX_MODELS, REST, Metrics
+from safelight.server.pulse import Pulse
+from safelight.server.settings import Settings
 from safelight.weights.find import MODELS
 
 pytestmark = pytest.mark.xdist_group("models")  # they share a server
@@ -159,3 +164,23 @@ def test_openai_s_clients_name_one(server: Serving) -> None:
     assert answer.status_code == 200, answer.text
     newest = server.client.get("/api/jobs", params={"limit": 1}).json()[0]
     assert newest["model"] == "embedded-fast"
+
+
+def test_a_model_of_the_hub_is_downloaded_before_its_memory_is_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cached = set[str]()
+
+    def from_hub(repo: str, *_: Any, download: bool, **__: Any) -> Path:
+        if download:
+            cached.add(repo)
+        if repo not in cached:
+            raise SafelightError(f"{repo} is not in the hub cache")
+        return MODELS / "embedded" / ("vae" if repo == "org/vae" else "")
+
+    monkeypatch.setattr("safelight.weights.find.from_hub", from_hub)
+    parts = {"vae": "org/vae", "refiner": "org/refiner"}
+    models = LoadedModels(Settings("org/model", "", "", **parts, model_memory=1), Pulse(), print)
+    with pytest.raises(SafelightError, match="and --model-memory is 0"):
+        models.load_first()
+    assert cached == {"org/model", *parts.values()}

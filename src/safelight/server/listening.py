@@ -64,10 +64,11 @@ def listen(host: str, port: int, token: str | None) -> socket.socket:
         if everywhere(host) and family == socket.AF_INET6:  # IPv4 as well
             listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         listening.bind((host, port))
-    except OSError as error:
+    except (OSError, TypeError) as error:  # the second for a text that no host name can be
         listening.close()
+        why = error.strerror if isinstance(error, OSError) else error
         raise SafelightError(
-            f"{host}:{port} cannot be listened on ({error.strerror}): another --port?"
+            f"{host}:{port} cannot be listened on ({why}): another --host or --port?"
         ) from None
     listening.listen(BACKLOG)
     return listening

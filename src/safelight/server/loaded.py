@@ -20,6 +20,7 @@ from safelight.server.pulse import Pulse
 from safelight.server.served import Served
 from safelight.server.settings import Settings
 from safelight.weights.estimate import Estimate, estimate
+from safelight.weights.find import find, find_vae
 from safelight.weights.load import load_model, pick_device
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ class LoadedModels:
         began = time.monotonic()
         needs = None
         if self._settings.model_memory is not None:
+            self._download()
             needs = self._needs(name)  # before it takes the memory
         model = self._load(name)
         return self._take(name, model, needs or self._needs(name), time.monotonic() - began)
@@ -243,6 +245,15 @@ class LoadedModels:
         if source is None:
             return load_model(settings.model, dtype=dtype or settings.dtype, **settings.loading)
         return load_model(source, dtype=dtype or settings.dtype, **settings.loading_others)
+
+    def _download(self) -> None:
+        """Download the default model, its autoencoder and its refiner if they are on the hub."""
+        settings = self._settings
+        find(settings.model, models_dir=settings.models_dir)
+        if settings.vae is not None:
+            find_vae(settings.vae, models_dir=settings.models_dir)
+        if settings.refiner is not None:
+            find(settings.refiner, models_dir=settings.models_dir)
 
     def _needs(self, name: str) -> Estimate:
         """Return what a model needs. Raises SafelightError, also if it alone exceeds the bound."""
