@@ -179,7 +179,7 @@ def test_a_model_of_the_hub_is_downloaded_before_its_memory_is_compared(
         return MODELS / "embedded" / ("vae" if repo == "org/vae" else "")
 
     monkeypatch.setattr("safelight.weights.find.from_hub", from_hub)
-    parts = {"vae": "org/vae", "refiner": "org/refiner"}
+    parts: dict[str, Any] = {"vae": "org/vae", "refiner": "org/refiner"}
     models = LoadedModels(Settings("org/model", "", "", **parts, model_memory=1), Pulse(), print)
     with pytest.raises(SafelightError, match="and --model-memory is 0"):
         models.load_first()
