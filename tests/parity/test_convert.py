@@ -205,13 +205,16 @@ def test_a_folder_brings_its_credits_and_its_decoder_of_previews(files, tmp_path
     folder = tmp_path / "folder"
     convert(files["sd2"], folder)
     (folder / "NOTICE").write_text("by someone")
-    (folder / "preview_vae").mkdir()
-    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
-        (folder / "preview_vae" / name).write_text(name)
+    tiny = tiny_vae(tmp_path / "tiny")
+    stem = "diffusion_pytorch_model"
+    (tiny / f"{stem}.safetensors").rename(tiny / f"{stem}.fp16.safetensors")
+    (folder / "preview_vae").symlink_to(tiny)
     assert convert(folder, tmp_path / "again") == []
-    for name in ("NOTICE", "preview_vae/config.json"):
+    for name in ("NOTICE", "preview_vae/config.json", f"preview_vae/{stem}.fp16.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
     assert len([*(tmp_path / "again" / "preview_vae").iterdir()]) == 2
+    assert load_model(tmp_path / "again").preview_vae is not None
+    refused(lambda: convert(folder, tiny, overwrite=True), "is or holds what is read")
     (told,) = convert(folder, tmp_path / "x.safetensors")
     assert told == "one file does not hold the model's NOTICE and preview_vae"
     # It is of no use for other latents.

@@ -24,8 +24,7 @@ from safelight.sampling import SchedulerConfig
 from safelight.weights.autoencoders import with_autoencoders
 from safelight.weights.check import refusal
 from safelight.weights.digest import digest_files
-from safelight.weights.find import PREVIEWS, Source, find, find_vae
-from safelight.weights.folder import DIFFUSION
+from safelight.weights.find import PREVIEWS, Source, find, find_previews, find_vae
 from safelight.weights.library import ENDINGS
 from safelight.weights.load import frame
 from safelight.weights.names import Original, Weight, original_names
@@ -80,7 +79,8 @@ def convert(
     if vae is not None:
         vaes["vae"] = find_vae(vae, download=download, models_dir=models_dir)
     plan = with_autoencoders(read_plan(source, prediction_type, without=vaes), vaes)
-    _check_place(path, plan)
+    beside = _beside(plan)
+    _check_place(path, plan, beside)
     for part in plan.weights:
         frame(plan, part)
     originals = _originals(plan) if single else {}
@@ -97,17 +97,18 @@ def convert(
             if single:
                 _write_file(new, plan, parts, originals)
             else:
-                _write_folder(new, plan, parts)
+                _write_folder(new, plan, parts, beside)
             told = _check_written(new, plan, "one file" if single else "a folder")
-            if single and (beside := {name.partition("/")[0] for name in _beside(plan)}):
-                told.append(f"one file does not hold the model's {' and '.join(sorted(beside))}")
+            if single and beside:
+                lost = sorted({name.partition("/")[0] for name in beside})
+                told.append(f"one file does not hold the model's {' and '.join(lost)}")
             return told
 
 
-def _check_place(path: Path, plan: Plan) -> None:
+def _check_place(path: Path, plan: Plan, beside: Mapping[str, Path]) -> None:
     """Refuse to write over or into what is read."""
     here = path.resolve()
-    read = [file.resolve() for file in plan.files.values()]
+    read = [file.resolve() for file in (*plan.files.values(), *beside.values())]
     inside = plan.folder is not None and plan.folder.root in (here, *here.parents)
     if inside or any(here in (file, *file.parents) for file in read):
         raise SafelightError(f"{str(path)[-100:]!r} is or holds what is read: give another --out")
@@ -194,7 +195,7 @@ def _joined(original: Original, parts: Parts) -> Out:
 # --- a folder ------------------------------------------------------------------------------------
 
 
-def _write_folder(folder: Path, plan: Plan, parts: Parts) -> None:
+def _write_folder(folder: Path, plan: Plan, parts: Parts, beside: Mapping[str, Path]) -> None:
     for name, outs in parts.items():
         part = plan.parts[name]
         config = {**_identity(part), **plan.raw[name]}
@@ -215,9 +216,8 @@ def _write_folder(folder: Path, plan: Plan, parts: Parts) -> None:
     _write_json(folder / "model_index.json", index)
     if plan.folder is not None and (notes := plan.folder.json("safelight.json")) is not None:
         _write_json(folder / "safelight.json", notes)
-
-    for name, source in _beside(plan).items():
-        (folder / name).parent.mkdir(exist_ok=True)
+    for name, source in beside.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, folder / name)
 
 
@@ -227,13 +227,12 @@ def _beside(plan: Plan) -> dict[str, Path]:
     They are the credits, and the decoder of previews unless the model gets another autoencoder,
     whose latents it cannot decode.
     """
-    if plan.folder is None:
-        return {}
-    names = ["NOTICE"]
-    if "vae" not in plan.autoencoders:
-        names += (f"{PREVIEWS}/{file}" for file in ("config.json", f"{DIFFUSION}.safetensors"))
-    found = {name: plan.folder.file(name) for name in names}
-    return {name: path for name, path in found.items() if path is not None}
+    notice = None if plan.folder is None else plan.folder.file("NOTICE")
+    found = {} if notice is None else {"NOTICE": notice}
+    if "vae" not in plan.autoencoders and (previews := find_previews(plan.source)) is not None:
+        own = with_autoencoders(plan, {PREVIEWS: previews}).autoencoders[PREVIEWS]
+        found |= {f"{PREVIEWS}/{name}": path for name, path in own.files.items()}
+    return found
 
 
 def _library(part: Part) -> str:
