@@ -421,6 +421,21 @@ class TestInterrupted:
         assert "not finite" in done.err
         assert [path.name for path in tmp_path.iterdir()] == ["safelight-1.png"]
 
+    @pytest.mark.parametrize("as_json", [False, True])
+    def test_what_is_saved_before_the_disk_is_full_is_told(self, run, model, monkeypatch, as_json):
+        save = Result.save_one
+
+        def full(result, i, path, **how):
+            if i == 1:
+                raise SafelightError("the disk is full")
+            save(result, i, path, **how)
+
+        monkeypatch.setattr(Result, "save_one", full)
+        done = run("generate", "a", "-n", "2", "-s", "1", *(["--json"] if as_json else []))
+        assert (done.code, done.err) == (2, "error: the disk is full\n")
+        paths = json.loads(done.out)["paths"] if as_json else done.out.splitlines()
+        assert paths == ["safelight-1.png"]
+
     def test_during_saving(self, run, model, tmp_path, monkeypatch):
         monkeypatch.setattr(os, "fsync", lambda _: self.interrupt())
         (tmp_path / "a.png").write_text("mine")

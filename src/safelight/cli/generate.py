@@ -1,5 +1,6 @@
 """`safelight generate`: make pictures from a prompt, and perhaps from a picture."""
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -8,6 +9,7 @@ from typer import Option
 from safelight.cli import options
 from safelight.cli.groups import Loading, spread
 from safelight.cli.output import StepBar, say, warn
+from safelight.errors import SafelightError
 from safelight.interrupt import ctrl_c_waits
 
 if TYPE_CHECKING:
@@ -71,9 +73,10 @@ def generate(
                 on_step(step)
             _save(run.result, paths, overwrite=overwrite)
         except BaseException:
-            _save(run.made, paths, overwrite=overwrite)
-            for path in run.made.paths if run.made else ():
-                say(path)
+            with suppress(SafelightError):  # the first error is the one to tell
+                _save(run.made, paths, overwrite=overwrite)
+            if run.made is not None and run.made.paths:
+                _print(run.made, as_json=as_json)
             raise
     _report(run.result, as_json=as_json, show=show)
 
@@ -105,14 +108,15 @@ def _save(result: "Result | None", paths: "list[Path]", *, overwrite: bool) -> N
 def _report(result: "Result", *, as_json: bool, show: bool) -> None:
     for warning in result.warnings:
         warn(warning)
-    if as_json:
-        say(result.to_json())
-    else:
-        for path in result.paths:
-            say(path)
+    _print(result, as_json=as_json)
     if show:
         for path in result.paths:
             _open(str(path))
+
+
+def _print(result: "Result", *, as_json: bool) -> None:
+    for line in [result.to_json()] if as_json else result.paths:
+        say(line)
 
 
 def _open(path: str) -> None:
