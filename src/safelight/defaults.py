@@ -69,14 +69,21 @@ def defaults_of(family: Family, notes: Mapping[str, Any]) -> dict[str, Any]:
     return {**family.defaults, **model_defaults(notes)}
 
 
+def level_of(fast: int, family: Family, notes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a level of `fast` stands for with a model.
+
+    A distilled model keeps the sampler and steps that it was taught. A family without the fast mode
+    has no such settings. notes: the content of the model's safelight.json.
+    """
+    if not family.shortcuts:
+        return {}
+    fixed = defaults_of(family, notes) if is_distilled(notes) else {}
+    return {k: v for k, v in LEVELS.get(fast, {}).items() if k not in fixed}
+
+
 def with_level(request: Request, family: Family, notes: Mapping[str, Any]) -> Request:
     """Return the request with its level of `fast` filled in for settings that it leaves out.
 
-    A distilled model keeps the sampler and steps that it was taught. notes: the content of its
-    safelight.json.
+    notes: the content of the model's safelight.json.
     """
-    if not family.shortcuts:
-        return request
-    fixed = defaults_of(family, notes) if is_distilled(notes) else {}
-    level = LEVELS.get(request.fast, {})
-    return request.with_defaults({k: v for k, v in level.items() if k not in fixed})
+    return request.with_defaults(level_of(request.fast, family, notes))

@@ -17,11 +17,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import uvicorn
 from PIL import Image
 
+from safelight.families import SD
 from safelight.picture import save_png
 from safelight.recipe import png_texts
 from safelight.request import Request
@@ -262,12 +264,9 @@ class FakeService:
         self.loading = False
         return self.info
 
-    async def knows(self, model: str | None = None) -> bool:
-        return True
-
-    async def defaults(self, model: str | None = None) -> dict[str, Any]:
+    async def plan(self, model: str | None = None) -> Any:
         assert model in (None, self.info.name)
-        return self.best
+        return SimpleNamespace(family=SD, notes={"draw_with": self.best})
 
 
 @dataclass

@@ -6,6 +6,7 @@ import base64
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,12 +20,15 @@ from safelight.compare import Axis, grid, requests
 from safelight.defaults import is_distilled
 from safelight.engine.requests import resolve_request
 from safelight.errors import SafelightError
+from safelight.families import SD
 from safelight.picture import open_picture
 from safelight.recipe import read_recipe
 from safelight.request import Request
 from safelight.server.apis.sdapi_shapes import TextToImage, understand
 from safelight.server.costs import steps_of
 from safelight.settings import settings_of
+from safelight.weights.find import find
+from safelight.weights.plan import read_plan
 
 
 def test_a_server_fills_in_what_a_model_draws_best_with(tmp_path: Path) -> None:
@@ -46,6 +50,11 @@ def test_a_server_fills_in_what_a_model_draws_best_with(tmp_path: Path) -> None:
             assert "has no schedule karras" in refused.json()["detail"]
 
 
+def plan_with(best: dict[str, Any]) -> Any:
+    """Return a model's plan, as far as its defaults are concerned."""
+    return SimpleNamespace(family=SD, notes={"draw_with": best})
+
+
 def test_automatic1111s_clients_too() -> None:
     wanted = {"sampler": "ddim", "steps": 4, "guidance_scale": 1.0}
     said = {"sampler_name": "Euler a", "steps": 9, "cfg_scale": 3}
@@ -55,7 +64,7 @@ def test_automatic1111s_clients_too() -> None:
         (wanted, said, ("euler_a", 9, 3.0)),
         ({}, {}, ("euler", 50, 7.0)),
     ):
-        asked = understand(TextToImage(**body), taught).request
+        asked = understand(TextToImage(**body), plan_with(taught)).request
         assert (asked.sampler, asked.steps, asked.guidance_scale) == found
 
 
@@ -72,20 +81,28 @@ def test_automatic1111s_clients_too() -> None:
 def test_automatic1111s_clients_leave_out_what_a_level_has_itself(
     body: dict[str, Any], left_out: set[str], schedule: str | None
 ) -> None:
-    asked = understand(TextToImage.model_validate(body), {}).request
+    asked = understand(TextToImage.model_validate(body), plan_with({})).request
     assert {"sampler", "steps", "guidance_scale"} - asked.model_fields_set == left_out
     assert asked.schedule == schedule
     if "sampler" in left_out:  # the schedule is for the level's sampler, not for the model's
-        assert (
-            understand(TextToImage.model_validate(body), {"sampler": "ddim"}).request.schedule
-            == schedule
-        )
+        own = plan_with({"sampler": "ddim", "steps": 4, "guidance_scale": 1.0})
+        assert understand(TextToImage.model_validate(body), own).request.schedule == schedule
+
+
+@pytest.mark.parametrize("model", ["embedded-fast", "embedded-unconditional"])
+def test_automatic1111s_clients_get_no_sampler_of_a_level_that_the_model_leaves_out(
+    model: str,
+) -> None:
+    body = {"fast": 2, "scheduler": "Karras", "eta": 0.5}
+    asked = understand(TextToImage.model_validate(body), read_plan(find(model)))
+    assert (asked.request.sampler, asked.request.schedule, asked.request.eta) == ("ddim", None, 0.5)
+    assert asked.warnings == ["scheduler: DDIM has no karras; the model's is used"]
 
 
 @pytest.mark.parametrize("fast", [[1], {"a": 1}, "2", 2.5])
 def test_what_is_no_level_is_told(fast: Any) -> None:
     with pytest.raises(SafelightError, match="fast must be a whole number from 0 to 3"):
-        understand(TextToImage.model_validate({"fast": fast}), {})
+        understand(TextToImage.model_validate({"fast": fast}), plan_with({}))
 
 
 def test_automatic1111s_clients_leave_a_model_that_is_elsewhere_to_its_worker(

@@ -127,7 +127,7 @@ def two_halves(mode="L", left: object = 0, right: object = 255):
 def test_the_module_is_free_of_torch():
     code = (
         "import sys; from safelight.server.apis import sdapi, sdapi_shapes as shapes;"
-        "shapes.understand(shapes.TextToImage(), {});"
+        "shapes.understand(shapes.TextToImage(), None);"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

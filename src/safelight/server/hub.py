@@ -221,7 +221,7 @@ class Hub:
         if self.stopping:
             raise StoppingError
         name = await self.find_model(model)
-        plan = await self._plan(name)
+        plan = await self.plan(name)
         if plan is not None:
             request = with_level(request, plan.family, plan.notes)
         request = request.with_defaults(self._defaults(plan))
@@ -377,18 +377,14 @@ class Hub:
         """See `jobs.Service`."""
         return await self.catalogue.facts(model or self.catalogue.info.name)
 
-    async def knows(self, model: str | None = None) -> bool:
-        """See `jobs.Service`."""
-        return await self._plan(model or self.catalogue.info.name) is not None
-
     async def defaults(self, model: str | None = None) -> dict[str, Any]:
-        """See `jobs.Service`."""
-        return self._defaults(await self._plan(model or self.catalogue.info.name))
+        """Return a model's best settings (`defaults_of`); none of its own if it is not here."""
+        return self._defaults(await self.plan(model))
 
-    async def _plan(self, model: str) -> ModelPlan | None:
-        """Return what a model is by its headers; None if it is not on this machine."""
+    async def plan(self, model: str | None = None) -> ModelPlan | None:
+        """See `jobs.Service`."""
         try:
-            return await asyncio.to_thread(self.names.plan, model)
+            return await asyncio.to_thread(self.names.plan, model or self.catalogue.info.name)
         except (OSError, SafelightError):
             return None
 

@@ -15,6 +15,7 @@ from safelight.request import Request
 
 if TYPE_CHECKING:
     from safelight.server.names import Names
+    from safelight.weights.plan import Plan
 
 
 class Status(StrEnum):
@@ -238,10 +239,6 @@ class Service(Protocol):
         """Return the facts of a model by its name, once its size is known."""
         ...
 
-    async def knows(self, model: str | None = None) -> bool:
-        """Return whether a model is on this machine, and its defaults are known."""
-        ...
-
-    async def defaults(self, model: str | None = None) -> dict[str, Any]:
-        """Return a model's best settings (`defaults_of`); empty if nothing is known of it."""
+    async def plan(self, model: str | None = None) -> Plan | None:
+        """Return what a model is by its headers; None if it is not on this machine."""
         ...

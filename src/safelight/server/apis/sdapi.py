@@ -106,14 +106,14 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
     service = _service(http)
     # Refuse at once what is not possible. Only the size has to wait until the model is known.
     name = await model_of(http, body)
-    defaults = await service.defaults(name) if await service.knows(name) else None
-    asked = await asyncio.to_thread(understand, body, defaults)
+    plan = await service.plan(name)
+    asked = await asyncio.to_thread(understand, body, plan)
     if isinstance(body, ImageToImage):
         first_picture(body)
     async with turn(http) if isinstance(body, ImageToImage) else nullcontext():
         if isinstance(body, ImageToImage):
             sent = await _sent(http, body)
-            asked = await asyncio.to_thread(understand, body, defaults, sent)
+            asked = await asyncio.to_thread(understand, body, plan, sent)
             del sent
         model = await service.facts(name)
         asked = await asyncio.to_thread(fitted, asked, model)

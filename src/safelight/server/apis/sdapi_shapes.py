@@ -10,12 +10,12 @@ import base64
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import HTTPException
 from PIL import Image, ImageOps
 
-from safelight.defaults import LEVELS
+from safelight.defaults import defaults_of, level_of
 from safelight.errors import SafelightError
 from safelight.recipe import parse_recipe_text
 from safelight.request import Request
@@ -40,23 +40,26 @@ from safelight.server.sizes import enlarging_note, fit_to_model
 from safelight.settings import settings_of
 from safelight.sizes import MIN_SIDE, SIDE_STEP, allowed_size
 
+if TYPE_CHECKING:
+    from safelight.weights.plan import Plan
+
 
 def understand(
     body: TextToImage | ImageToImage,
-    defaults: Mapping[str, Any] | None,
+    plan: Plan | None,
     sent: Sent | None = None,
 ) -> Asked:
     """Return the request of a body. It resizes pictures: call it in a thread.
 
-    sent: the pictures of an ImageToImage; without them everything else is checked. defaults: the
-    model's best settings (`defaults_of`), which replace that API's defaults where the body says
+    sent: the pictures of an ImageToImage; without them everything else is checked. plan: the
+    model, whose best settings (`defaults_of`) replace that API's defaults where the body says
     nothing; None if only another machine has the model, whose worker fills them in.
 
     Raises SafelightError, or HTTPException with AUTOMATIC1111's status for unknown names.
     """
     if body.script_name not in (None, "", "None"):
         raise HTTPException(422, f"Script {body.script_name!r:.60} not found")
-    settings, warnings = _settings(body, defaults)
+    settings, warnings = _settings(body, plan)
     warnings += _ignored(body)
     request = Request(**settings)
     if isinstance(body, ImageToImage) and sent is not None:
@@ -82,10 +85,11 @@ _NUMBERS = {"steps": "steps", "guidance_scale": "cfg_scale"}
 
 
 def _settings(
-    body: TextToImage | ImageToImage, defaults: Mapping[str, Any] | None
+    body: TextToImage | ImageToImage, plan: Plan | None
 ) -> tuple[dict[str, Any], list[str]]:
     said = body.model_fields_set
-    level = _level(body)
+    defaults = None if plan is None else defaults_of(plan.family, plan.notes)
+    level = {} if plan is None else _level(body, plan)
     named = {"sampler"} if body.sampler_name or "sampler_index" in said else set[str]()
     named |= {ours for ours, theirs in _NUMBERS.items() if theirs in said}
     # Leave out settings that the level of `fast`, or a worker elsewhere, fills in.
@@ -167,10 +171,10 @@ def _sampler(
     return name, None, [told]
 
 
-def _level(body: TextToImage | ImageToImage) -> Mapping[str, Any]:
+def _level(body: TextToImage | ImageToImage, plan: Plan) -> Mapping[str, Any]:
     """Return the settings that the body's level of `fast` stands for; empty if it is no level."""
     fast = (body.model_extra or {}).get("fast")
-    return LEVELS.get(fast, {}) if isinstance(fast, int) else {}
+    return level_of(fast, plan.family, plan.notes) if isinstance(fast, int) else {}
 
 
 def _emphasis(label: object) -> dict[str, Any]:
