@@ -368,3 +368,19 @@ def test_the_commands(
     finally:
         os.umask(mask)
     assert Files(Path(again)).pictures()
+
+
+def test_what_is_not_there_is_not_made_and_home_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("HOME", "XDG_DATA_HOME"):
+        monkeypatch.setenv(name, os.fspath(tmp_path))
+    mask = os.umask(0o077)
+    try:
+        assert run(["backup", os.fspath(tmp_path / "b")]) == 2
+        assert "jobs.sqlite3 is not there" in capsys.readouterr().err
+        assert not (tmp_path / "safelight").exists()
+        assert run(["backup", os.fspath(tmp_path / "b"), "--earlier=~/a"]) == 2
+        assert f"{tmp_path}/a is no finished backup" in capsys.readouterr().err
+    finally:
+        os.umask(mask)

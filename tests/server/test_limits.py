@@ -53,6 +53,8 @@ def test_where_the_token_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     file.write_text("of the file\n")
     monkeypatch.setenv("SAFELIGHT_TOKEN", "of the environment")
     assert tokens.read_token("argument", file) == ("of the file", False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert tokens.read_token(None, Path("~/token")) == ("of the file", False)
     assert tokens.read_token("argument", None) == ("argument", False)
     monkeypatch.setenv("SAFELIGHT_TOKEN", "of the environment")
     assert tokens.read_token(None, None) == ("of the environment", False)

@@ -31,14 +31,15 @@ def backup(
     make_sure_of_server()
     if data_dir is not None and not expanded(data_dir).is_dir():
         raise SafelightError(f"--data-dir {data_dir} is no folder")
-    root = data_folder(data_dir)
+    root = data_folder(data_dir, make=False)
     private.keep()
     from safelight.server.backup import back_up
     from safelight.storage import checked
 
     url = database or f"sqlite:///{root / 'jobs.sqlite3'}"
     elsewhere = None if storage is None else checked(storage)
-    made = back_up(root, url, place, earlier=earlier, storage=elsewhere)
+    before = None if earlier is None else expanded(earlier)
+    made = back_up(root, url, place, earlier=before, storage=elsewhere)
     linked = f", {made.linked} of them linked" if earlier is not None else ""
     note(
         f"{made.jobs} jobs and {made.pictures} pictures: {made.files} files{linked}, "

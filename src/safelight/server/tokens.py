@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from safelight.errors import SafelightError
+from safelight.paths import expanded
 
 VARIABLE = "SAFELIGHT_TOKEN"
 AUTO = "auto"
@@ -26,7 +27,7 @@ def read_token(argument: str | None, file: Path | None) -> tuple[str | None, boo
     inherited = os.environ.pop(VARIABLE, None)
     if file is not None:
         try:
-            with file.open("rb") as opened:
+            with expanded(file).open("rb") as opened:
                 found = opened.read(MAX_LENGTH + 2).decode()
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
