@@ -1,11 +1,14 @@
 """Requests to pictures, on the models that ship."""
 
 import pickle
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy, deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +20,7 @@ from safelight import SafelightError
 from safelight.engine import job
 from safelight.engine.requests import create_job, new_result, resolve_request
 from safelight.families.base import clean_estimate
-from safelight.model import Model
+from safelight.model import Lock, Model
 from safelight.request import Request
 from safelight.sampling import Level
 
@@ -92,6 +95,28 @@ def test_a_model_that_was_loaded_can_be_copied_and_pickled(model: Model) -> None
         with copied.lock, copied.lock:
             pass
     assert copy(fresh).lock is fresh.lock  # both use the same networks
+
+
+@pytest.mark.parametrize("at", [("__enter__", "return"), ("__exit__", "call")])
+def test_an_interrupt_leaves_no_lock_held(at: tuple[str, str]) -> None:
+    """Ctrl-C can come at any place in a Python function, and not within a C function."""
+
+    def interrupt(frame: FrameType, event: str, _: object) -> Any:
+        if (frame.f_code.co_name, event) == at:
+            raise KeyboardInterrupt
+        return interrupt
+
+    lock, tracing = Lock(), sys.gettrace()
+    sys.settrace(interrupt)
+    try:
+        with lock:
+            pass
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(tracing)
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(lock._lock.acquire, blocking=False).result()
 
 
 def test_a_step_that_is_looked_at_holds_up_no_thread(model: Model) -> None:

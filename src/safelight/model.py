@@ -30,16 +30,21 @@ if TYPE_CHECKING:
 
 
 class Lock:
-    """An RLock; a model that is deep-copied or unpickled gets a new one."""
+    """An RLock; a model that is deep-copied or unpickled gets a new one.
+
+    `with` calls the RLock's own methods: Ctrl-C within a Python method could leave it held.
+    """
 
     def __init__(self) -> None:
         self._lock = RLock()
 
-    def __enter__(self) -> None:
-        self._lock.acquire()
+    @property
+    def __enter__(self) -> Callable[[], object]:
+        return self._lock.__enter__
 
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
+    @property
+    def __exit__(self) -> Callable[..., None]:
+        return self._lock.__exit__
 
     def __reduce__(self) -> tuple[type[Lock], tuple[()]]:
         return Lock, ()
