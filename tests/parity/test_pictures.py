@@ -79,14 +79,17 @@ def check(worst: Worst, latents: float, pixels: float) -> None:
 
 def compare(worst: Worst, model: Model, pipe: Any, kwargs: dict[str, Any], **settings: Any) -> None:
     latents, picture = draw(model, **settings)
+    steps: list[Any] = []
 
-    def call(output: str) -> Any:
-        generator = torch.Generator().manual_seed(settings["seed"])
-        return pipe(generator=generator, output_type=output, **kwargs).images
+    def stepped(_pipe: Any, _step: int, _time: Any, made: dict[str, Any]) -> dict[str, Any]:
+        steps.append(made["latents"])
+        return {}
 
-    expected = call("latent").numpy()
+    generator = torch.Generator().manual_seed(settings["seed"])
+    made = pipe(generator=generator, callback_on_step_end=stepped, **kwargs)
+    expected = steps[-1].numpy()
     error = np.linalg.norm(latents - expected) / np.linalg.norm(expected)
-    shown = np.asarray(call("pil")[0]).astype(int)
+    shown = np.asarray(made.images[0]).astype(int)
     check(worst, float(error), float(np.abs(picture.astype(int) - shown).max()))
 
 
