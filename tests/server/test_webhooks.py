@@ -220,9 +220,14 @@ def test_a_notice_is_signed_as_the_standard_has_it(
         assert refused.status == 422
         assert refused.json()["field"] == "webhook"
         server.hub.webhooks.private = True
-        made = server.ask("POST", "/api/jobs", {"prompt": "a secret", "webhook": receiver.url})
+        body = {"prompt": "a secret", "webhook": receiver.url}
+        made = server.ask("POST", "/api/jobs", body, idempotency_key="k")
         assert made.status == 202
         assert "webhook" not in made.json()["settings"]
+        other = {"prompt": "a secret", "webhook": f"{receiver.url}&y=2"}
+        refused = server.ask("POST", "/api/jobs", other, idempotency_key="k")
+        assert refused.status == 422
+        assert "came with another request" in refused.json()["detail"]
         picture = finish(server)[made.json()["id"]]
         wait_for(lambda: receiver.got)
         secret = server.ask("GET", "/api/webhook-secret").json()["secret"]

@@ -23,6 +23,7 @@ def accept(
     known: bool,
     key: str | None,
     named: str | None,
+    webhook: str | None,
     **how: Any,
 ) -> tuple[Job, bool]:
     """Store a job with its input pictures; return it and whether it is new.
@@ -34,7 +35,8 @@ def accept(
     if not known:
         for name in BY_MODEL - request.model_fields_set:
             del settings[name]
-    asked = settings | ({} if named is None else {"model": named})
+    beside = {"model": named, "webhook": webhook}
+    asked = settings | {name: value for name, value in beside.items() if value is not None}
     if "seed" not in request.model_fields_set:
         asked.pop("seed")  # each submission of one body draws another seed
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
@@ -43,7 +45,7 @@ def accept(
         for name, image in (("image", request.image), ("mask", request.mask)):
             if image is not None:
                 files.keep_input(job_id, name, image)
-        job, kept = store.submit(job_id, settings, key=key, digest=digest, **how)
+        job, kept = store.submit(job_id, settings, key=key, digest=digest, webhook=webhook, **how)
     except StorageError:
         kept = _may_be_there(store, job_id)
         raise
