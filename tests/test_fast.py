@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import errno
+import io
 import mmap
 import subprocess
 import sys
@@ -303,6 +304,17 @@ def test_blocks_of_memory_where_the_system_has_no_private_ones(
     """Windows has none."""
     monkeypatch.delattr(mmap, "MAP_PRIVATE")
     assert store.Arena().room(100).fill_(1).sum() == 128
+
+
+def test_too_little_memory_for_weights_is_an_error_that_a_picture_may_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def none(*_: Any) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", none)
+    with pytest.raises(MemoryError, match="no 64 MB for packed weights"):
+        store.Arena().room(100)
 
 
 def test_doubling_is_enlarging_and_convolving() -> None:
@@ -693,13 +705,50 @@ def test_low_memory_changes_no_picture(monkeypatch: pytest.MonkeyPatch, dtype: t
         assert low(*arguments).equal(wanted)
 
 
+class OnSmallDisk(io.BytesIO):
+    """A file that may have so many bytes."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def write(self, data: Any) -> int:
+        if self.tell() == self.most:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(data[: self.most - self.tell()])
+
+
+def test_a_weight_that_found_a_full_disk_takes_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: OnSmallDisk(100))
+    shelf, one, two = store.Shelf(), torch.ones(10), torch.ones(15)
+    first = shelf.keep(one)
+    for _ in range(2):
+        with pytest.raises(SafelightError, match="No space left"):
+            shelf.keep(torch.zeros(50))
+    second = shelf.keep(two)
+    assert first().equal(one)
+    assert second().equal(two)
+
+
+def test_weights_are_kept_in_a_file_where_there_is_no_pread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Windows has none; a copy has a file of its own."""
+    for name in ("pwrite", "preadv"):
+        monkeypatch.delattr(f"os.{name}", raising=False)
+    shelf, weights = store.Shelf(), torch.randn(3, 3, 5).unbind()
+    first = shelf.keep(weights[0])
+    copied = copy.deepcopy(shelf).keep(weights[1].half())
+    second = shelf.keep(weights[2])
+    assert first().equal(weights[0])
+    assert copied().equal(weights[1].half())
+    assert second().equal(weights[2])
+
+
 @pytest.mark.usefixtures("by_tiles")
 def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     monkeypatch.setattr(layers, "LARGE", 1)
-    monkeypatch.setattr("os.pwrite", full)
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: OnSmallDisk(0))
     net = UNet2DConditionModel(SD1).eval().bfloat16()
     accelerate(net, torch.bfloat16, low_memory=True)
     with pytest.raises(SafelightError, match="No space left on device; name another folder in TMP"):

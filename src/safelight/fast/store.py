@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,12 +35,15 @@ def _large_pages(size: int) -> Tensor:
     """Return memory of `size` bytes in large pages. Pages that are not used take no memory.
 
     Our kernels read gigabytes of weights in each step, and looking up pages of 4 KB would cost a
-    fifth of the time.
+    fifth of the time. Raises MemoryError.
     """
     if not hasattr(mmap, "MAP_PRIVATE"):  # as on Windows
         return torch.empty(size // 2, dtype=torch.bfloat16)
     # Private: shared memory has large pages only where the administrator allows it.
-    memory = mmap.mmap(-1, size + _PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, size + _PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:
+        raise MemoryError(f"no {size >> 20} MB for packed weights") from None
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     block = torch.frombuffer(memory, dtype=torch.bfloat16)
@@ -72,15 +75,20 @@ ARENA = Arena()
 
 
 class Shelf:
-    """Keeps weights in an unlinked file, which ends with the process.
+    """Keeps weights in a temporary file, which ends with the process.
 
     What is fetched overwrites what was fetched before. The operating system caches as much of the
     file as there is memory for. `keep` raises SafelightError if the file cannot be written.
+    A deep copy is a new one: the layers that are packed already use the old one.
     """
 
     def __init__(self) -> None:
         self._desk = torch.empty(0, dtype=torch.bfloat16)
-        self._file, self._end = -1, 0
+        self._file: Any = None
+        self._end = 0
+
+    def __reduce__(self) -> tuple[type[Shelf], tuple[()]]:
+        return Shelf, ()
 
     def room(self, count: int) -> Tensor:
         if len(self._desk) < count:
@@ -88,31 +96,33 @@ class Shelf:
         return self._desk[:count]
 
     def keep(self, weights: Tensor) -> Callable[[], Tensor]:
-        dtype, shape, weights = weights.dtype, weights.shape, weights.contiguous()
+        dtype, shape, left = weights.dtype, weights.shape, _bytes(weights.contiguous())
+        place, size = self._end, len(left)
         try:
-            if self._file < 0:
-                self._file, name = tempfile.mkstemp(prefix="safelight-", dir=_disk())
-                Path(name).unlink()
-                weakref.finalize(self, os.close, self._file)
-            place, left = self._end, _bytes(weights)
-            size = len(left)
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(  # noqa: SIM115  # closed when this ends
+                    prefix="safelight-", dir=_disk(), buffering=0
+                )
+                weakref.finalize(self, self._file.close)
+            self._file.seek(place)
             while left:
-                written = os.pwrite(self._file, left, self._end)
-                self._end, left = self._end + written, left[written:]
+                left = left[self._file.write(left) :]
         except OSError as e:
             raise SafelightError(
                 f"low_memory could not write weights to {_disk()}: {e.strerror}; "
                 "name another folder in TMPDIR"
             ) from None
+        self._end = place + size  # only now: the next weight overwrites one that was cut off
 
         def fetch() -> Tensor:
-            weights, at = self.room(-(-size // 2)).view(torch.uint8)[:size], place
+            weights = self.room(-(-size // 2)).view(torch.uint8)[:size]
             left = _bytes(weights)
+            self._file.seek(place)
             while left:
-                got = os.preadv(self._file, [left], at)
+                got = self._file.readinto(left)
                 if not got:
                     raise OSError("the file of packed weights ends early")
-                at, left = at + got, left[got:]
+                left = left[got:]
             return weights.view(dtype).view(shape)
 
         return fetch
@@ -124,7 +134,7 @@ def _bytes(numbers: Tensor) -> memoryview:
 
 def _disk() -> str:
     """Return a folder on a disk; /tmp is often in memory."""
-    lasting = Path("/var/tmp")  # mkstemp's name in it, unlinked at once  # nosec B108
+    lasting = Path("/var/tmp")  # for a TemporaryFile, which has no name there  # nosec B108
     if "TMPDIR" not in os.environ and os.access(lasting, os.W_OK):
         return str(lasting)
     return tempfile.gettempdir()
