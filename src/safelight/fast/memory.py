@@ -54,8 +54,10 @@ def free() -> int:
     try:
         group = Path("/sys/fs/cgroup")
         used = int((group / "memory.current").read_text())
+        counts = dict(ln.split() for ln in (group / "memory.stat").read_text().splitlines())
+        used -= int(counts["active_file"]) + int(counts["inactive_file"])  # cached: can be freed
         return min(most, int((group / "memory.max").read_text()) - used)
-    except (OSError, ValueError):  # none, or "max"
+    except (OSError, ValueError, KeyError):  # none, or "max"
         return most
 
 
