@@ -914,6 +914,15 @@ def test_winograd_in_bfloat16_rounds_its_results_alone(shape: tuple[int, int, in
 
 
 @pytest.mark.usefixtures("by_winograd")
+def test_winograd_refuses_what_its_weights_do_not_fit() -> None:
+    conv = nn.Conv2d(32, 32, 3, padding=1)
+    kernel, x = winograd.Convolution(conv.weight, conv), torch.randn(1, 32, 8, 8)
+    for wrong in (x.bfloat16(), x.double(), torch.randn(1, 48, 8, 8)):
+        with pytest.raises(ValueError, match=r"by 32 channels of torch\.float32"):
+            kernel(wrong)
+
+
+@pytest.mark.usefixtures("by_winograd")
 def test_winograd_gives_the_same_bytes_in_company_and_by_any_threads(side: int) -> None:
     """Tiles are divided among threads in parts; if there are few tiles, channels are too."""
     conv = nn.Conv2d(32, 80, 3, padding=1)

@@ -64,6 +64,9 @@ class Convolution:
     ) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         batch, inner, rows, width = x.shape
+        dtype, taps = self.weights.dtype, self.weights.shape[1]
+        if x.dtype != dtype or 9 * inner != taps:
+            raise ValueError(f"{x.dtype} of {tuple(x.shape)} by {taps // 9} channels of {dtype}")
         rows, width = rows * self.scale, width * self.scale
         height = rows - 2 if tall else rows
         bias = self.bias
