@@ -5,11 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safelight.errors import SafelightError
 from safelight.weights.check import printable
-from safelight.weights.folder import Folder
 from safelight.weights.hub import MODEL, VAE, Layout, from_hub
 from safelight.weights.library import ENDINGS, VARIABLE, Library, open_library
 
@@ -111,14 +109,3 @@ def on_disk(name: str) -> Source | None:
     except (OSError, RuntimeError, ValueError):
         pass  # too long, a NUL in it, no home: not a path
     return None
-
-
-def notes_of(name: str | Path | Source, models_dir: str | Path | None = None) -> dict[str, Any]:
-    """Return the content of a model's safelight.json; empty if it has none or is not here."""
-    try:
-        source = find(name, download=False, models_dir=models_dir)
-        if not source.path.is_dir():
-            return {}
-        return Folder(source.path, source.name).json("safelight.json") or {}
-    except SafelightError:
-        return {}  # said when it is loaded
