@@ -23,7 +23,6 @@ from safelight.weights import digest, load, load_model
 from weights_tiny import NETS, UNET, change, pixel_folder, raw_file, text_folder, write
 
 SMALL = {"seed": 1, "steps": 1, "sampler": "euler", "width": 64, "height": 64}
-MB = 2**20
 
 
 @pytest.fixture(scope="module")

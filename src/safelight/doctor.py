@@ -167,11 +167,11 @@ def _state(folder: Path) -> str:
 
 def _models() -> dict[str, list[str]]:
     from safelight.weights.find import BUILT_IN, MODELS
-    from safelight.weights.hub import cached
+    from safelight.weights.hub import cached_folders
 
     return {
         "shipped": [name for name in BUILT_IN if (MODELS / name).is_dir()],
-        "cached": cached(),
+        "cached": [name for name, _ in cached_folders()],
     }
 
 

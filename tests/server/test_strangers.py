@@ -63,7 +63,6 @@ def png(width: int, height: int, *extra: tuple[bytes, bytes]) -> bytes:
 PLAIN = Image.effect_noise((64, 64), 60).convert("RGB")
 EXIF = Image.Exif()
 EXIF[0x0112] = 6  # turned by 90 degrees
-TALL = PLAIN.resize((64, 128))
 BAD = {
     "empty": b"",
     "a name": b"../../etc/passwd",

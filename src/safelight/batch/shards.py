@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from safelight.batch.lines import Lines
@@ -132,7 +132,6 @@ class Shards:
 
 
 Samples = Iterator[dict[str, Any]]
-Writer = Callable[[BinaryIO, Samples], None]
 
 
 def write_tar(file: BinaryIO, samples: Samples) -> None:

@@ -186,11 +186,6 @@ def _missing(repo: str, why: str, get: str) -> SafelightError:
     return SafelightError(printable(f"{repo} {why}; to get it: {get}", 500), code="no_model")
 
 
-def cached() -> list[str]:
-    """Return the names of the models in the hub's cache."""
-    return [name for name, _ in cached_folders()]
-
-
 def cached_folders() -> list[tuple[str, Path]]:
     """Return the models in the hub's cache: the name, and the folder of the newest revision."""
     from huggingface_hub import CacheNotFound, scan_cache_dir
