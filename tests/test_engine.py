@@ -264,7 +264,10 @@ def test_nan_is_an_error_and_never_a_black_picture(model: Model, monkeypatch) ->
             {"prompt": "a cat", "negative_prompt": "a dog", "guidance_scale": 1.0},
             "negative_prompt does nothing",
         ),
-        ({"prompt": "a cat", "image": photo(100, 83)}, "image of 100x83 was resized to 96x80"),
+        (
+            {"prompt": "a cat", "image": photo(100, 83)},
+            "image was resized to 96x80: sides are multiples of 8",
+        ),
         ({"prompt": "a cat", "strength": 0.5}, "strength does nothing"),
         ({"prompt": "a cat", "cache_branch": 2}, "cache_branch does nothing without cache_every"),
         (
@@ -306,6 +309,15 @@ def test_what_a_network_with_guidance_as_an_input_does_not_read_is_a_warning(
         found.append(new_result(model, one, resolve_request(model, one)).warnings)
     told = [f"{name} does nothing with embedded: leave it out" for name in given]
     assert found == [[told[0], told[2]], told]  # 0.25 is the model's own
+
+
+@pytest.mark.parametrize(("image", "count"), [(photo(100, 83), 1), (photo(96, 80), 0)])
+def test_a_server_warns_of_another_size_too(model: Model, image: Image.Image, count: int) -> None:
+    """It stores the picture at the size to draw."""
+    kept = Request(prompt="a cat", image=image, **FEW).fitted()
+    request = Request.from_dict(kept.to_dict(), image=kept.image, fitted=True)
+    found = new_result(model, request, resolve_request(model, request)).warnings
+    assert len([said for said in found if "was resized to 96x80" in said]) == count
 
 
 @pytest.mark.parametrize(("name", "value"), [("guidance_scale", 3.0), ("clip_skip", 2)])

@@ -276,6 +276,13 @@ class Request(RequestFields, metaclass=_Listed):
         """Return the SHA-256 of a picture as it was given."""
         return self._digests.get(name) or picture_sha256(picture)
 
+    @property
+    def was_resized(self) -> bool:
+        """Whether its picture was given at another size and is `fitted` now."""
+        if self.image is None or "image" not in self._digests:
+            return False
+        return self._digests["image"] != picture_sha256(self.image)
+
     def without_pictures(self) -> Self:
         """Return the same request without its picture and mask, which take much memory."""
         return self.model_copy(update={"image": None, "mask": None})

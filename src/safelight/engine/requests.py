@@ -141,14 +141,8 @@ def _warnings(model: Model, asked: Request, resolved: Request) -> list[str]:
             found.append(f"{name} does nothing with {model.name}: leave it out")
     found += _without_effect(model, asked, resolved)
     width, height = resolved.width, resolved.height
-    if asked.image is not None and asked.width is None and asked.height is None:
-        given, drawn = asked.image.size, (width, height)
-        if given != drawn:
-            found.append(
-                "image of {}x{} was resized to {}x{}: sides are multiples of {}".format(
-                    *given, *drawn, SIDE_STEP
-                )
-            )
+    if asked.width is None and asked.height is None and resolved.was_resized:
+        found.append(f"image was resized to {width}x{height}: sides are multiples of {SIDE_STEP}")
     if None not in (width, height) and (width, height) != model.native_size:
         trained = "{}x{}".format(*model.native_size)
         found.append(
