@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import typing
-from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
@@ -54,21 +51,6 @@ class TestANewSetting:
             assert (found["type"], found["minimum"], found["maximum"]) == ("integer", 1, 12)
             assert none == {"type": "null"}
             assert schema["properties"]["upscaler"]["anyOf"][1] == {"type": "null"}
-
-    def test_is_on_the_page(self) -> None:
-        # In a process of its own: Gradio leaves an event loop open.
-        code = (
-            "import gradio as gr; from test_settings import Longer;"
-            "from safelight.studio.form import Form, Suits\n"
-            "with gr.Blocks(): form = Form(Suits(), Longer)\n"
-            "found = {f.label: f for f in form.fields if getattr(f, 'label', None)}\n"
-            "print(type(found['Clip skip']).__name__, found['Clip skip'].maximum)\n"
-            "print(type(found['Upscaler']).__name__)"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent
-        )
-        assert done.stdout.split("\n") == ["Slider 12", "Textbox", ""], done.stderr
 
     def test_is_in_the_table_of_the_docs(self) -> None:
         row = "| `clip_skip` | `-c`, `--clip-skip` | text layers to leave out | a whole number"

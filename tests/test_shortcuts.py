@@ -23,6 +23,7 @@ def embedded() -> Model:
     return safelight.load("embedded", dtype="float32")
 
 
+APPLE: dict[str, Any] = {"prompt": "a red apple", "seed": 4, "width": 128, "height": 128}
 CUTS: list[dict[str, Any]] = [
     {"guidance_start": 0},
     {},
@@ -40,8 +41,7 @@ def drawn(exact: bool) -> list[Any]:
     engine, made = Engine(embedded(), exact=exact, rows=16), dict[int, Image.Image]()
     with torch.inference_mode():
         for i, cuts in enumerate(CUTS):
-            asked = {"steps": 6, "seed": 4, "prompt": "a red apple", **cuts}
-            engine.add(Request(**asked, count=2), i)
+            engine.add(Request(**APPLE, **{"steps": 6, **cuts}, count=2), i)
         while engine.busy:
             for ticket in engine.step()[1]:
                 assert ticket.image is not None
@@ -75,7 +75,7 @@ def test_off_is_the_picture_without(alone: list[Any]) -> None:
         "guidance_end": 1.0,
         "text_end": 1.0,
     }
-    image = embedded().generate("a red apple", steps=6, seed=4, **off).images[0]
+    image = embedded().generate(**APPLE, steps=6, **off).images[0]
     assert np.array_equal(np.asarray(image), alone[0])
 
 

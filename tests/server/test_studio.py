@@ -831,7 +831,7 @@ def test_training_with_other_steps_is_another_training(server: Serving, page: Pa
         assert event(server, "begin", wrong)["data"][0] == "Training steps must be 1 to 3000."
     page.get_by_label("number input for Training steps").fill("40")
     page.get_by_role("button", name="Start").click()
-    expect(page.locator("#train-status")).to_contain_text(re.compile("Starting|step"))
+    expect(page.locator("#train-status")).to_contain_text(re.compile("Starting|Step [0-9]+ of 40"))
     page.get_by_role("button", name="Stop").click()
     expect(page.locator("#train-status")).to_contain_text("Ended.", timeout=60_000)
     expect(page.locator("#train-problem")).to_have_text("")
@@ -1270,6 +1270,19 @@ def test_inside_draws_from_the_server_s_wildcards(
         in_a_thread(look(dynamic_prompts=drawn))
     assert ["--wildcards=words" in arguments for arguments in started] == [True, False]
     assert "--dynamic-prompts" in started[0]
+
+
+def test_a_new_setting_is_on_the_page() -> None:
+    from test_settings import Longer
+
+    async def made() -> form.Form:
+        with gradio.Blocks():
+            return form.Form(Suits(), Longer)
+
+    found = {getattr(one, "label", None): one for one in in_a_thread(made()).fields}
+    assert isinstance(found["Clip skip"], gradio.Slider)
+    assert found["Clip skip"].maximum == 12
+    assert isinstance(found["Upscaler"], gradio.Textbox)
 
 
 def test_two_starts_at_once_train_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
