@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from safelight import cli
 from safelight.engine import preview
 from safelight.engine.job import prepare
-from safelight.errors import SafelightError
 from safelight.families import colours, sd
 from safelight.fast import accelerate
 from safelight.nets.tiny import AutoencoderTiny, TinyConfig
@@ -23,7 +22,7 @@ from safelight.request import Request
 from safelight.weights import inspect, load_model
 from safelight.weights.names import vae_names
 from test_weights_load import single_file
-from weights_tiny import FAMILY, VAE, change, pixel_folder, text_folder, weights, write
+from weights_tiny import FAMILY, VAE, change, pixel_folder, refused, text_folder, weights, write
 
 SMALL = {"seed": 1, "steps": 2, "sampler": "euler", "width": 64, "height": 64}
 TINY = {
@@ -65,16 +64,6 @@ def original(tensors):
             tensor = tensor[:, :, None, None]
         found[f"{table[module]}.{leaf}"] = tensor.contiguous()
     return found
-
-
-def refused(call, *words) -> None:
-    with pytest.raises(SafelightError) as error:
-        call()
-    line = str(error.value)
-    assert len(line) <= 250
-    assert line.isprintable()
-    for word in words:
-        assert word in line, line
 
 
 def drawn(folder, dtype="float32", **how) -> bytes:

@@ -11,7 +11,6 @@ import pytest
 from huggingface_hub import constants, errors
 
 from safelight import cli
-from safelight.errors import SafelightError
 from safelight.families import family_of_folder
 from safelight.weights import find as module
 from safelight.weights import load_model
@@ -20,20 +19,9 @@ from safelight.weights.find import find
 from safelight.weights.folder import Folder, choose_weights
 from safelight.weights.hub import MODEL, _complete, files_of
 from safelight.weights.notes import cache_folder
-from weights_tiny import change, pixel_folder, raw_file, text_folder, write
+from weights_tiny import change, pixel_folder, raw_file, refused, text_folder, write
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-def refused(call, *words):
-    with pytest.raises(SafelightError) as error:
-        call()
-    line = str(error.value)
-    assert len(line) <= 200
-    assert line.isprintable()
-    for word in words:
-        assert word in line
-    return line
 
 
 def cached(cache, folder, repo="org/tiny"):

@@ -3,16 +3,13 @@
 import dataclasses
 import json
 import os
-import resource
 import shutil
-import time
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from safelight import cli
-from safelight.errors import SafelightError
 from safelight.nets.clip import CLIPTextConfig
 from safelight.nets.config import BOUNDS, MAX_LAYERS
 from safelight.nets.unet import UNet2DConditionModel, UNetConfig
@@ -20,7 +17,17 @@ from safelight.nets.unet2d import UNet2DConfig
 from safelight.nets.vae import VAEConfig
 from safelight.recipe import read_recipe
 from safelight.weights import digest, load, load_model
-from weights_tiny import NETS, UNET, change, pixel_folder, raw_file, text_folder, write
+from weights_tiny import (
+    NETS,
+    UNET,
+    change,
+    pixel_folder,
+    raw_file,
+    refused,
+    refused_cheaply,
+    text_folder,
+    write,
+)
 
 SMALL = {"seed": 1, "steps": 1, "sampler": "euler", "width": 64, "height": 64}
 
@@ -44,26 +51,6 @@ def pixels(made, tmp_path):
 def weight_file(folder, part):
     stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
     return folder / part / f"{stem}.safetensors"
-
-
-def refused(call, *words):
-    with pytest.raises(SafelightError) as error:
-        call()
-    line = str(error.value)
-    assert len(line) <= 200
-    assert line.isprintable()
-    for word in words:
-        assert word in line
-
-
-def refused_cheaply(call, *words):
-    """Check that it is refused within 2 s of processor time and 64 MB, as promised."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    began = time.process_time()
-    refused(call, *words)
-    assert time.process_time() - began < 2
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert grown < 64 * 2**10  # in KB
 
 
 # --- kinds of number -----------------------------------------------------------------------------

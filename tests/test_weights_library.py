@@ -14,13 +14,12 @@ from safetensors.torch import save_file
 
 from safelight import cli
 from safelight.adapters.embeddings import EmbeddingFinder
-from safelight.errors import SafelightError
 from safelight.weights import library as module
 from safelight.weights import load_model, plan
 from safelight.weights.digest import digest_file
 from safelight.weights.find import find
 from safelight.weights.library import Library, open_library
-from weights_tiny import pixel_folder, text_folder, write
+from weights_tiny import pixel_folder, refused, text_folder, write
 
 LORA = {"lora_unet_x.lora_down.weight": torch.ones(2, 4), "lora_unet_x.alpha": torch.ones(())}
 EMBEDDING = {"emb_params": torch.ones(2, 24)}
@@ -51,16 +50,6 @@ def file(path: Path, tensors=LORA, metadata=None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, metadata)
     return path
-
-
-def refused(call, *words) -> None:
-    with pytest.raises(SafelightError) as error:
-        call()
-    line = str(error.value)
-    assert len(line) <= 250
-    assert line.isprintable()
-    for word in words:
-        assert word in line
 
 
 @pytest.mark.parametrize("folders", [A1111, COMFY, {k: f"models/{v}" for k, v in COMFY.items()}])

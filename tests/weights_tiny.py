@@ -1,13 +1,17 @@
 """Checkpoints of a few kilobytes, with the structure of real ones."""
 
 import json
+import resource
 import struct
+import time
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
+from safelight.errors import SafelightError
 from safelight.families.sd import StableDiffusion
 from safelight.nets.clip import CLIPTextConfig, CLIPTextModel
 from safelight.nets.unet import UNet2DConditionModel, UNetConfig
@@ -159,3 +163,25 @@ def change(path, key, value):
     content = json.loads(path.read_text())
     content.pop(key, None)
     write(path, {**content, key: value} if value is not None else content)
+
+
+def refused(call, *words):
+    """Check that a call is refused in one line of at most 200 characters; return the line."""
+    with pytest.raises(SafelightError) as error:
+        call()
+    line = str(error.value)
+    assert len(line) <= 200, line
+    assert line.isprintable(), line
+    for word in words:
+        assert word in line, line
+    return line
+
+
+def refused_cheaply(call, *words):
+    """Check that it is refused within 2 s of processor time and 64 MB, as promised."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.process_time()
+    refused(call, *words)
+    assert time.process_time() - began < 2
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 64 * 2**10  # in KB

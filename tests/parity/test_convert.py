@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from safelight import cli
-from safelight.errors import SafelightError
 from safelight.families import family_of_file, sd, sdxl
 from safelight.weights import load_model
 from safelight.weights.check import Header, TensorInfo
@@ -22,7 +21,7 @@ from test_weights_autoencoders import tiny_vae
 from test_weights_load import single_file as sd_file
 from tests.parity.sdxl_models import REFINER, UNET, ZERO_SNR, make_folder, tiny_family
 from tests.parity.sdxl_models import single_file as sdxl_file
-from weights_tiny import FAMILY, VAE, part_weights, pixel_folder, text_folder, write
+from weights_tiny import FAMILY, VAE, part_weights, pixel_folder, refused, text_folder, write
 
 SD1 = replace(FAMILY, name="sd1", pad=sd.END)
 SD2 = replace(FAMILY, name="sd2")
@@ -236,16 +235,6 @@ def test_what_one_file_does_not_hold_is_told(files, tmp_path, capsys):
     convert(folder, v, prediction_type="v_prediction")
     assert load_model(v).scheduler.prediction_type == "v_prediction"
     refused(lambda: convert(folder, tmp_path / "s.safetensors", prediction_type="sample"), "type")
-
-
-def refused(call, *words) -> None:
-    with pytest.raises(SafelightError) as error:
-        call()
-    line = str(error.value)
-    assert len(line) <= 250
-    assert line.isprintable()
-    for word in words:
-        assert word in line, line
 
 
 @pytest.mark.parametrize("ending", ["ckpt", "PT", "bin"])
