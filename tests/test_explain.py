@@ -43,6 +43,7 @@ from safelight.prompt.tokenizer import Tokenizer
 PAIR = Request(
     prompt="a cat above a pizza", seed=1, steps=6, sampler="dpmpp_2m", guidance_scale=4.0
 )
+SMALL = PAIR.replace(width=64, height=64)
 SCRIPT = "<script>alert(1)</script></script><img src=x onerror=alert(2)>"
 
 
@@ -76,7 +77,7 @@ class TestWatch:
     )
     def test_the_picture_is_that_of_generate(self, dtype: str, settings: dict[str, Any]) -> None:
         loaded = safelight.load(device="cpu", dtype=dtype)
-        request = PAIR.replace(steps=3, width=64, height=64, **settings)
+        request = SMALL.replace(steps=3, **settings)
         # Watch first: this must not change the next picture either.
         watched, drawn = watch(loaded, request).result, loaded.generate(request)
         assert watched.images[0].tobytes() == drawn.images[0].tobytes()
@@ -107,7 +108,7 @@ class TestWatch:
         assert np.abs(clean - unguided).max() > 20
 
     def test_without_guidance_there_is_none(self, model: Model) -> None:
-        moment = watch(model, PAIR.replace(steps=1, guidance_scale=1.0)).moments[0]
+        moment = watch(model, SMALL.replace(steps=1, guidance_scale=1.0)).moments[0]
         assert moment.guidance is None
         assert moment.attention is not None
 
@@ -121,14 +122,14 @@ class TestWatch:
         assert "Attention to each word" not in page(story)
 
     def test_an_empty_prompt(self, model: Model) -> None:
-        story = watch(model, PAIR.replace(prompt="", steps=1))
+        story = watch(model, SMALL.replace(prompt="", steps=1))
         assert story.words == []
         assert "A picture without a prompt" in page(story)
 
     def test_many_steps_are_thinned(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("safelight.explain.watch.MAX_MOMENTS", 8)
         steps: list[int] = []
-        request = PAIR.replace(steps=12, guidance_scale=1.0, sampler="euler")
+        request = SMALL.replace(steps=12, guidance_scale=1.0, sampler="euler")
         story = watch(model, request, on_step=lambda step: steps.append(step.step))
         assert steps == list(range(1, 13))
         seen = [moment.step for moment in story.moments]
@@ -286,7 +287,7 @@ class TestForward:
         assert story.forward[0].picture.tobytes() == story.picture.tobytes()
 
     def test_the_same_seed_is_the_same_noise(self, model: Model) -> None:
-        latents = torch.zeros(1, 8, 16, 16)
+        latents = torch.zeros(1, 8, 8, 8)
         one, two, other = (forward(model, latents, seed)[-1].picture for seed in (1, 1, 2))
         assert one.tobytes() == two.tobytes() != other.tobytes()
 
@@ -329,7 +330,7 @@ class TestPage:
         assert (policy["content"] or "").startswith("default-src 'none'; img-src data:;")
 
     def test_no_prompt_adds_a_tag_or_a_script(self, model: Model, story: Story) -> None:
-        hostile = PAIR.replace(prompt=SCRIPT, negative_prompt=SCRIPT + "'\" $title &amp;")
+        hostile = SMALL.replace(prompt=SCRIPT, negative_prompt=SCRIPT + "'\" $title &amp;")
         read, plain = Reader(page(watch(model, hostile))), Reader(page(story))
         assert read.tags().count("script") == plain.tags().count("script") == 2
         assert set(read.tags()) == set(plain.tags())
@@ -372,6 +373,7 @@ class TestCommand:
     def test_explain(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         path = tmp_path / "explain.html"
         arguments = ["explain", "a cat", "--steps", "2", "--seed", "1", "--out", str(path)]
+        arguments += ["--width", "64", "--height", "64"]
         assert cli.run(arguments) == 0
         assert capsys.readouterr().out == f"{path}\n"
         assert path.read_text(encoding="utf-8").startswith("<!doctype html>")

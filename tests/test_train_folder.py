@@ -39,6 +39,7 @@ from safelight.train.scratch import networks as scratch_networks
 from safelight.train.scratch import text_to_image
 from safelight.train.tokens import token_ids
 from safelight.train.unconditional import network, unconditional
+from small_training import learn
 
 
 def square(path: Path, colour: str, size: tuple[int, int] = (80, 64)) -> None:
@@ -472,30 +473,11 @@ def curve(folder: Path) -> list[tuple[int, float]]:
 
 def test_killed_and_resumed_ends_as_undisturbed(tmp_path: Path) -> None:
     """The pixel model learns the digits and is killed at random moments."""
-    script = tmp_path / "train.py"
-    script.write_text(
-        "import sys, torch\n"
-        "from dataclasses import replace\n"
-        "from pathlib import Path\n"
-        "from safelight.train import unconditional as u\n"
-        "from safelight.train.plan import Plan\n"
-        "torch.set_num_threads(1)\n"
-        "u.CHECKPOINT_EVERY = 8\n"
-        "u.draw_sheet = lambda *_: None\n"
-        "small = dict(block_out_channels=(16, 16, 16), norm_num_groups=8, attention_head_dim=8)\n"
-        "u.network = lambda size: replace(u.PIXELS, sample_size=size, **small)\n"
-        "plan = Plan(steps=63, batch=2, learning_rate=1e-3, warmup=5)\n"
-        "print('go', flush=True)\n"
-        "u.unconditional('digits', Path(sys.argv[1]), plan, size=16)\n"
-    )
-
-    def start(out: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, str(script), str(tmp_path / out)])
-
+    script = Path(__file__).with_name("small_training.py")
     killed = 0
     checkpoint = tmp_path / "b" / "checkpoint.pt"
     for after in (2,):  # checkpoints; tests/soak/training.py kills five times
-        process = start("b")
+        process = subprocess.Popen([sys.executable, str(script), str(tmp_path / "b")])
         until = time.monotonic() + 120
         steps, last = 0, checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
         while steps < after and process.poll() is None and time.monotonic() < until:
@@ -506,8 +488,8 @@ def test_killed_and_resumed_ends_as_undisturbed(tmp_path: Path) -> None:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     assert killed == 1
-    assert start("b").wait() == 0
-    assert start("a").wait() == 0
+    learn(tmp_path / "b")
+    learn(tmp_path / "a")
     states = [torch.load(tmp_path / n / "checkpoint.pt", weights_only=True) for n in "ab"]
     for one, other in zip(states[0]["average"], states[1]["average"], strict=True):
         assert torch.equal(one, other)
