@@ -122,7 +122,7 @@ class Others:
             thread.join()
 
     def _ask(self) -> None:
-        with httpx.Client(base_url=self._url, timeout=60) as client:
+        with httpx.Client(base_url=self._url, timeout=60, verify=False) as client:
             while not self._over.wait(0.003 if SOAK else 0.02):
                 began = time.perf_counter()
                 assert client.get("/healthz").status_code == 200
@@ -305,10 +305,10 @@ def waited(server: Serving, route: str, body: bytes) -> float:
     headers = {**STRANGER, "Content-Type": "application/json"}
     for _ in range(size(1, 3)):
         with (
-            httpx.Client(base_url=server.url, headers=headers, timeout=120) as client,
+            httpx.Client(base_url=server.url, headers=headers, timeout=120, verify=False) as client,
             Others(server, pictures=False) as others,
         ):
-            wait_for(lambda: len(others.health) > 20)
+            wait_for(lambda: len(others.health) > size(4, 20))
             answer = client.post(route, content=body)
             assert answer.status_code < 500, answer.text
             assert "Traceback" not in answer.text
