@@ -188,6 +188,16 @@ def test_a_strangers_recipe_may_say_anything(drawn):
     assert len(why) < 1000
 
 
+@pytest.mark.parametrize("path", ["/etc/passwd", "../other", "..", "~/model", "./here", "a/b/c"])
+@pytest.mark.parametrize("key", ["model", "vae", "refiner"])
+def test_a_strangers_recipe_names_no_file(capsys, here, key, path):
+    """A recipe has names and hub ids: what lies at a path is not opened."""
+    known = {"model": {"name": "embedded", "sha256": "0" * 64}}
+    rewrite("alone.png", lambda old: old | known | {key: {"name": path, "sha256": "0" * 64}})
+    assert cli.run(["verify", "alone.png"]) == 2
+    assert f"by a path, {path!r}" in capsys.readouterr().err
+
+
 def test_loras_are_found_by_hash(folder, tmp_path, capsys, monkeypatch):
     """They are found by --lora, or in the models folder by any name; a recipe has no path."""
     monkeypatch.chdir(tmp_path)

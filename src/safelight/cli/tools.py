@@ -174,11 +174,10 @@ def verify(
         mask=None if mask is None else open_mask(mask),
     )
     used = {key: recipe.get(key) for key in ("model", "vae", "refiner")}
-    name = recipe["model"]["name"]
     with StepBar(count=1) as on_step:
         try:
             loaded = load(
-                model or _recorded("model", used["model"], models_dir) or name,
+                model or _recorded("model", used["model"], models_dir) or "",
                 vae=vae or _recorded("vae", used["vae"], models_dir),
                 refiner=refiner or _recorded("model", used["refiner"], models_dir),
                 models_dir=models_dir,
@@ -220,19 +219,29 @@ def verify(
 
 
 def _recorded(kind: str, used: dict[str, str] | None, models_dir: str | None) -> str | None:
-    """Return a recipe's model or vae: its path in the models folder by hash, or else its name."""
+    """Return a recipe's model or vae: its path in the models folder by hash, or else its name.
+
+    Raises SafelightError if the name is a path: no recipe of Safelight's has one.
+    """
     from safelight.weights.digest import digest_file
+    from safelight.weights.find import HUB_ID
     from safelight.weights.library import open_library
 
-    library = open_library(models_dir)
-    if used is None or library is None:
-        return None if used is None else used["name"]
-    named = library.matches(used["name"], kind)
-    # A folder's hash is made of all its files when they are loaded.
-    if any(e.path.is_dir() or digest_file(e.path).sha256 == used["sha256"] for e in named):
-        return used["name"]
-    found = library.by_hash(used["sha256"], kind)
-    return used["name"] if found is None else str(found.path)
+    if used is None:
+        return None
+    library, name = open_library(models_dir), used["name"]
+    if library is not None:
+        named = library.matches(name, kind)
+        # A folder's hash is made of all its files when they are loaded.
+        if any(e.path.is_dir() or digest_file(e.path).sha256 == used["sha256"] for e in named):
+            return name
+        found = library.by_hash(used["sha256"], kind)
+        if found is not None:
+            return str(found.path)
+    plain = Path(name).name == name and name != ".." and not name.startswith("~")
+    if not plain and (HUB_ID.fullmatch(name) is None or ".." in name):
+        raise SafelightError(f"the recipe names a {kind} by a path, {name[:60]!r}")
+    return name
 
 
 def _check_used(kind: str, used: dict[str, str] | None, sha256: str | None) -> None:
