@@ -30,17 +30,17 @@ one is drawn while another is decoded. More jobs would wait here while other wor
 class Held:
     """A claimed job.
 
-    result: what its pictures' recipes are made of. loaded: the model that draws it. left: pictures
-    still to come. taken, total: steps taken and steps in all, over all its pictures.
+    result: what its pictures' recipes are made of. loaded: the model that draws it. pictures_left:
+    pictures still to come. steps_done, steps_total: steps over all its pictures.
     """
 
     claim: Claim
     request: Request
     result: Result
     loaded: Loaded
-    left: int
-    total: int
-    taken: int
+    pictures_left: int
+    steps_total: int
+    steps_done: int
     input_bytes: int = 0
     warnings: list[str] = field(default_factory=list)
     previewed: float = 0.0
@@ -53,7 +53,7 @@ def bound(held: Collection[Held], most: int) -> float | None:
     """
     if not _beyond(held, most):
         return None
-    return min(one.claim.cost * one.left / one.request.count for one in held)
+    return min(one.claim.cost * one.pictures_left / one.request.count for one in held)
 
 
 def full(held: Collection[Held], most: int) -> bool:

@@ -30,7 +30,8 @@ class Holder:
     """What a worker does with its jobs besides drawing them; `Worker` adds the drawing.
 
     Its jobs are those in the making (`_held`), those that wait until their model is loaded
-    (`_coming`), and the one that is being taken in (`_beginning`).
+    (`_awaiting_model`), and the one that is being taken in (`_beginning`). Claimed jobs that must
+    wait in the database again are in `_to_put_back`.
     """
 
     def __init__(self, pipe: Connection, settings: Settings, pulse: Pulse) -> None:
@@ -43,9 +44,9 @@ class Holder:
         self._alone = False
         self._watched: set[str] = set()
         self._cancelled: set[str] = set()
-        self._coming: list[Claim] = []
+        self._awaiting_model: list[Claim] = []
         self._beginning = False
-        self._unclaimed: list[Claim] = []
+        self._to_put_back: list[Claim] = []
         self._stuck: str | None = None
         self._spans = JobSpans(self._id)
         self._started = self._stopping = self._draining = self._woken = False
@@ -98,7 +99,7 @@ class Holder:
         self._pulse.count()
 
     def _tell(self, kind: str, held: Held) -> None:
-        self._pipe.send((kind, held.claim.id, held.taken, held.total))
+        self._pipe.send((kind, held.claim.id, held.steps_done, held.steps_total))
 
     def _tell_stuck(self, error: Exception | None) -> None:
         """Tell the server that the storage cannot be read or written, or that it can again."""
@@ -123,18 +124,18 @@ class Holder:
     @property
     def _claims(self) -> list[Claim]:
         """The claims of all its jobs: those being drawn, and those that wait for a model."""
-        return [*(held.claim for held in self._held.values()), *self._coming]
+        return [*(held.claim for held in self._held.values()), *self._awaiting_model]
 
     @property
     def _drained(self) -> bool:
         """Whether the worker was told to take no more jobs, and has none left."""
-        return self._draining and not (self._claims or self._unclaimed)
+        return self._draining and not (self._claims or self._to_put_back)
 
     def _forget(self, job_id: str) -> None:
         if any(claim.id == job_id for claim in self._claims):
             self._drop(job_id)
             self._held.pop(job_id, None)
-            self._coming = [claim for claim in self._coming if claim.id != job_id]
+            self._awaiting_model = [claim for claim in self._awaiting_model if claim.id != job_id]
             self._alone = False
             self._spans.ended(job_id, "lost")
             self._pipe.send(("end", job_id, None))
@@ -155,7 +156,7 @@ class Holder:
         A step may take longer than a lease lasts. If the worker hangs, its leases run out.
         """
         while not self._over.wait(LEASE / 4):
-            if (self._held or self._coming or self._beginning) and self._pulse.well:
+            if (self._held or self._awaiting_model or self._beginning) and self._pulse.well:
                 with contextlib.suppress(StorageError):
                     self._store.renew(self._id)
 

@@ -42,18 +42,18 @@ SHORTEST, LONGEST = 2.0, 120.0
 class Loaded:
     """A model in memory.
 
-    needs: its estimated memory. seconds: how long loading took. used: time of its last step. spent:
-    seconds of all its steps, by which models share the time.
+    needs: its estimated memory. used: time of its last step. step_seconds: seconds of all its
+    steps, by which models share the time. was_idle: whether it had no steps to take at the last
+    turn. precise: the same model in float32, if a picture needed it.
     """
 
     name: str
     model: Model
     engine: Engine
     needs: Estimate
-    seconds: float
     used: float = field(default_factory=time.monotonic)
-    spent: float = 0.0
-    waited: bool = True
+    step_seconds: float = 0.0
+    was_idle: bool = True
     precise: Model | None = None
 
     @property
@@ -63,6 +63,16 @@ class Loaded:
         if self.precise is not None:
             own += self.needs.weights * 4 // self.model.dtype.itemsize
         return own
+
+
+@dataclass(frozen=True)
+class Loading:
+    """A model that is being loaded. began: when its loading began."""
+
+    name: str
+    needs: Estimate
+    began: float
+    future: Future[Model]
 
 
 class LoadedModels:
@@ -80,19 +90,19 @@ class LoadedModels:
         self._settings, self._pulse, self._on_change = settings, pulse, on_change
         self.served = Served(settings)
         self.default = self.served.default
-        self._there: dict[str, Loaded] = {}
+        self._loaded: dict[str, Loaded] = {}
         self._estimates: dict[str, Estimate] = {}
         self._capacities: dict[str, Capacity] = {}
         self._seconds = 0.0
         self._loader = ThreadPoolExecutor(1, "load")
-        self._coming: tuple[str, Estimate, float, Future[Model]] | None = None
+        self._loading: Loading | None = None
         self.memory = device_memory(pick_device(settings.device))
         self.bound = settings.model_memory or ((self.memory or 0) << 20) * SHARE or math.inf
 
     @property
     def names(self) -> list[str]:
         """The names of the models in memory."""
-        return list(self._there)
+        return list(self._loaded)
 
     @property
     def able(self) -> list[str] | None:
@@ -102,17 +112,17 @@ class LoadedModels:
     @property
     def loading(self) -> str | None:
         """The model that is being loaded; None if none is."""
-        return None if self._coming is None else self._coming[0]
+        return None if self._loading is None else self._loading.name
 
     @property
     def busy(self) -> list[Loaded]:
         """The models with unfinished pictures."""
-        return [one for one in self._there.values() if one.engine.busy]
+        return [loaded for loaded in self._loaded.values() if loaded.engine.busy]
 
     @property
     def latest(self) -> Loaded | None:
         """The model that drew last; None if no model is in memory."""
-        return max(self._there.values(), key=lambda one: one.used, default=None)
+        return max(self._loaded.values(), key=lambda loaded: loaded.used, default=None)
 
     @property
     def rows_a_second(self) -> float:
@@ -126,7 +136,7 @@ class LoadedModels:
 
     def get(self, name: str) -> Loaded | None:
         """Return a model that is in memory; None for others."""
-        return self._there.get(name)
+        return self._loaded.get(name)
 
     def load_first(self) -> ModelInfo:
         """Load the default model at once. Raises SafelightError if it cannot draw."""
@@ -141,14 +151,14 @@ class LoadedModels:
 
     def room_for(self, name: str, in_use: Collection[str]) -> bool:
         """Return whether a model is in memory, or fits beside those in use or about to be."""
-        if name in self._there or name == self.loading:
+        if name in self._loaded or name == self.loading:
             return True
         try:
             if name not in self._estimates:  # headers are not read at each step
                 self._estimates[name] = self._needs(name)
         except SafelightError:
             return True  # loading it will raise this error
-        return self._fits(self._estimates[name], [one for one in in_use if one != name])
+        return self._fits(self._estimates[name], [other for other in in_use if other != name])
 
     def begin(self, name: str, in_use: Collection[str]) -> None:
         """Begin to load a model in a thread; drop others if needed, least recently used first.
@@ -157,24 +167,27 @@ class LoadedModels:
         """
         needs = self._estimates[name] = self._needs(name)  # the file may have changed
         idle = sorted(
-            (one for n, one in self._there.items() if n not in in_use), key=lambda one: one.used
+            (loaded for loaded in self._loaded.values() if loaded.name not in in_use),
+            key=lambda loaded: loaded.used,
         )
-        while idle and not self._fits(needs, self._there):
+        while idle and not self._fits(needs, self._loaded):
             self.drop(idle.pop(0).name)
-        self._coming = name, needs, time.monotonic(), self._loader.submit(self._load, name)
+        future = self._loader.submit(self._load, name)
+        self._loading = Loading(name, needs, time.monotonic(), future)
 
     def arrived(self) -> tuple[str, SafelightError | None] | None:
         """Return the name of a model whose loading has just ended, and its error or None.
 
         None while no loading has ended.
         """
-        if self._coming is None or not self._coming[3].done():
+        coming = self._loading
+        if coming is None or not coming.future.done():
             return None
-        (name, needs, began, future), self._coming = self._coming, None
-        error = future.exception()
+        self._loading = None
+        name, error = coming.name, coming.future.exception()
         if error is None:
-            model = future.result()
-            info = self._take(name, model, needs, time.monotonic() - began)
+            seconds = time.monotonic() - coming.began
+            info = self._take(name, coming.future.result(), coming.needs, seconds)
             self._on_change("loaded", name, info.model_dump())
             return name, None
         if isinstance(error, SafelightError):
@@ -188,33 +201,33 @@ class LoadedModels:
 
     def describe(self, name: str) -> ModelInfo:
         """Return a model's facts, by its headers if it is not loaded. Raises SafelightError."""
-        one = self._there.get(name)
-        return _info(name, self._needs(name)) if one is None else _info_of(name, one.model)
+        loaded = self._loaded.get(name)
+        return _info(name, self._needs(name)) if loaded is None else _info_of(name, loaded.model)
 
     def turn(self) -> Loaded | None:
         """Return the model that takes the next step: busy models share the time equally."""
-        able = [one for one in self._there.values() if one.engine.tickets]
-        at_it = [one.spent for one in able if not one.waited]
-        for one in self._there.values():
-            if one in able and one.waited and at_it:  # unused time is not saved up
-                one.spent = max(one.spent, min(at_it))
-            one.waited = one not in able
-        return min(able, key=lambda one: one.spent, default=None)
+        able = [loaded for loaded in self._loaded.values() if loaded.engine.tickets]
+        at_it = [loaded.step_seconds for loaded in able if not loaded.was_idle]
+        for loaded in self._loaded.values():
+            if loaded in able and loaded.was_idle and at_it:  # unused time is not saved up
+                loaded.step_seconds = max(loaded.step_seconds, min(at_it))
+            loaded.was_idle = loaded not in able
+        return min(able, key=lambda loaded: loaded.step_seconds, default=None)
 
-    def precise(self, one: Loaded) -> Model:
+    def precise(self, loaded: Loaded) -> Model:
         """Return the same model in float32, loading it on the first call."""
-        if one.precise is None:
+        if loaded.precise is None:
             with self._pulse.patient():
-                one.precise = self._load(one.name, "float32")
-            self._pulse.watch(one.precise)
-        return one.precise
+                loaded.precise = self._load(loaded.name, "float32")
+            self._pulse.watch(loaded.precise)
+        return loaded.precise
 
     def drop(self, name: str) -> None:
         """Let go of a model and its memory."""
-        one = self._there.pop(name)
-        device = one.model.device
-        one.engine.close()
-        del one
+        loaded = self._loaded.pop(name)
+        device = loaded.model.device
+        loaded.engine.close()
+        del loaded
         gc.collect()  # networks have reference cycles
         memory.give_back()
         free_memory(device)
@@ -236,7 +249,7 @@ class LoadedModels:
             background=True,
             working=self._pulse.working,
         )
-        self._there[name] = Loaded(name, model, engine, needs, seconds)
+        self._loaded[name] = Loaded(name, model, engine, needs)
         self._seconds = seconds
         return _info_of(name, model)
 
@@ -280,10 +293,10 @@ class LoadedModels:
         """Return whether a model fits into the bound beside others; alone it always does."""
         weights, work = needs.weights, needs.work
         for name in beside:
-            one = self._there.get(name)
-            known = self._estimates.get(name) if one is None else one.needs
+            loaded = self._loaded.get(name)
+            known = self._estimates.get(name) if loaded is None else loaded.needs
             if known is not None:
-                weights += known.weights if one is None else one.weights
+                weights += known.weights if loaded is None else loaded.weights
                 work = max(work, known.work)
         return not beside or weights + work <= self.bound
 

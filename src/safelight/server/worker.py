@@ -41,11 +41,11 @@ class Worker(Holder):
         self._models = LoadedModels(
             settings, self._pulse, lambda kind, name, info: pipe.send((kind, name, info))
         )
-        self._awaited: str | None = None
+        self._blocked_on: str | None = None
         self._changed: set[str] = set()
         self._spoilt: str | None = None
         self._elsewhere = settings.elsewhere
-        self._unsure = False
+        self._last_claim_unknown = False
         self._looked = 0.0
         info = self._models.load_first().model_dump()
         pipe.send(("ready", info, self._models.memory))
@@ -57,19 +57,19 @@ class Worker(Holder):
             self._on_messages(1.0)
         threading.Thread(target=self._keep_claims, name="leases", daemon=True).start()
         while not (self._stopping or self._spoilt or self._drained):
-            idle = LOADING if self._coming else 1.0
+            idle = LOADING if self._awaiting_model else 1.0
             self._on_messages(0 if self._models.busy else idle)
             self._forget_cancelled()
             self._drop_changed()
             self._load()
-            if self._unclaimed:
-                self._put_back(self._unclaimed)
+            if self._to_put_back:
+                self._put_back(self._to_put_back)
             else:
                 self._claim()
             self._step()
         self._over.set()
         # What cannot be put back here the server puts back, now or at its next start.
-        self._put_back(self._unclaimed + self._claims)
+        self._put_back(self._to_put_back + self._claims)
         self._models.close()
         self._store.close()
         self._spans.close()
@@ -79,13 +79,13 @@ class Worker(Holder):
     # --- models ----------------------------------------------------------------------------------
 
     def _check(self) -> bool:
-        one = self._models.latest
-        if one is None:  # there is no model to step with yet
+        loaded = self._models.latest
+        if loaded is None:  # there is no model to step with yet
             return True
         try:
-            return one.engine.check()
+            return loaded.engine.check()
         except SafelightError as error:
-            self._note(one.name, error)
+            self._note(loaded.name, error)
             return False
 
     def _describe(self, name: str) -> tuple[dict[str, Any] | None, str | None]:
@@ -110,7 +110,7 @@ class Worker(Holder):
             for held in [one for one in self._held.values() if one.loaded.name == name]:
                 self._drop(held.claim.id)
                 del self._held[held.claim.id]
-                self._unclaimed.append(held.claim)
+                self._to_put_back.append(held.claim)
                 self._alone = False
             self._models.drop(name)
         self._changed.clear()
@@ -119,22 +119,22 @@ class Worker(Holder):
         """Begin the jobs whose model is loaded now, then begin to load the next model needed."""
         arrived = self._models.arrived()
         if arrived is not None:
-            self._begin_coming(*arrived)
-        if not self._coming or self._models.loading is not None:
+            self._begin_awaiting(*arrived)
+        if not self._awaiting_model or self._models.loading is not None:
             return
-        name, drawing = self._name(self._coming[0].model), self._drawing
+        name, drawing = self._name(self._awaiting_model[0].model), self._drawing
         if self._models.get(name) is not None:
-            self._begin_coming(name, None)
+            self._begin_awaiting(name, None)
         elif self._models.room_for(name, drawing):  # LoRAs may have taken the room
             try:
                 self._models.begin(name, drawing)
             except SafelightError as error:
-                self._begin_coming(name, error)
+                self._begin_awaiting(name, error)
 
-    def _begin_coming(self, name: str, error: SafelightError | None) -> None:
+    def _begin_awaiting(self, name: str, error: SafelightError | None) -> None:
         """Begin the jobs that waited for a model, or fail them if it could not be loaded."""
-        mine = [claim for claim in self._coming if self._name(claim.model) == name]
-        self._coming = [claim for claim in self._coming if claim not in mine]
+        mine = [claim for claim in self._awaiting_model if self._name(claim.model) == name]
+        self._awaiting_model = [claim for claim in self._awaiting_model if claim not in mine]
         for claim in mine:
             if error is not None:
                 self._end(claim, [], error)
@@ -147,13 +147,13 @@ class Worker(Holder):
     @property
     def _in_use(self) -> set[str]:
         """The models of all jobs that are being drawn, or wait for their model."""
-        return self._drawing | {self._name(claim.model) for claim in self._coming}
+        return self._drawing | {self._name(claim.model) for claim in self._awaiting_model}
 
     @property
     def _drawing(self) -> set[str]:
         """The models that draw, or still decode a picture of a cancelled job."""
         return {held.loaded.name for held in self._held.values()} | {
-            one.name for one in self._models.busy
+            loaded.name for loaded in self._models.busy
         }
 
     # --- jobs ------------------------------------------------------------------------------------
@@ -171,28 +171,28 @@ class Worker(Holder):
             if models.busy and time.monotonic() - began > LOOK:
                 return
             # If the next job's model has no room, all others wait until it has.
-            if self._awaited and not models.room_for(self._awaited, self._in_use):
+            if self._blocked_on and not models.room_for(self._blocked_on, self._in_use):
                 return
-            self._awaited = None
+            self._blocked_on = None
             claim = self._next()
             if claim is None:
                 return
             name = self._name(claim.model)
             if not models.room_for(name, self._in_use):
-                self._awaited = name
-                self._unclaimed.append(claim)
+                self._blocked_on = name
+                self._to_put_back.append(claim)
                 return
             self._forget(claim.id)  # left from before it was cancelled and retried
             self._spans.claimed(claim)
             self._alone = claim.suspect
             if models.get(name) is None:
-                self._coming.append(claim)
+                self._awaiting_model.append(claim)
             elif not self._begin(claim):
                 return
 
     @property
     def _full(self) -> bool:
-        return full(self._held.values(), self._most) or len(self._coming) >= self._most
+        return full(self._held.values(), self._most) or len(self._awaiting_model) >= self._most
 
     @property
     def _most(self) -> int:
@@ -213,16 +213,16 @@ class Worker(Holder):
                 ageing=models.rows_a_second,
                 cheaper_than=bound(held, self._most),
                 held={claim.owner for claim in self._claims},
-                known=[claim.token for claim in self._claims] if self._unsure else None,
+                known=[claim.token for claim in self._claims] if self._last_claim_unknown else None,
                 loaded=models.names,
                 patience=models.patience,
                 able=models.able,
             )
         except StorageError as error:  # tried again after the next step, or in a second
-            self._unsure = True
+            self._last_claim_unknown = True
             self._tell_stuck(error)
             return None
-        self._unsure = False
+        self._last_claim_unknown = False
         self._tell_stuck(None)
         if claim is None:
             self._looked, self._woken = time.monotonic(), False
@@ -230,17 +230,17 @@ class Worker(Holder):
 
     def _begin(self, claim: Claim) -> bool:
         """Take in a job. Returns False if it has to wait because it cannot be read now."""
-        one = self._models.get(self._name(claim.model))
-        assert one is not None
+        loaded = self._models.get(self._name(claim.model))
+        assert loaded is not None
         self._beginning = True
         try:
             image, mask = self._stored(lambda: self._inputs(claim))
             request = Request.from_dict(claim.settings, image=image, mask=mask, fitted=True)
             with self._spans.measured("encode", claim.id):
-                result = one.engine.add(request, claim.id, claim.done, claim.owner)
+                result = loaded.engine.add(request, claim.id, claim.done, claim.owner)
         except StorageError as error:
             self._tell_stuck(error)
-            self._unclaimed.append(claim)
+            self._to_put_back.append(claim)
             self._alone = False
             return False
         except SafelightError as error:
@@ -248,17 +248,17 @@ class Worker(Holder):
             return True
         finally:
             self._beginning = False
-        mine = [ticket for ticket in one.engine.tickets if ticket.tag == claim.id]
+        mine = [ticket for ticket in loaded.engine.tickets if ticket.tag == claim.id]
         each = mine[0].steps if mine else 0
         given = [picture for picture in (image, mask) if picture is not None]
         self._held[claim.id] = Held(
             claim,
             request,
             result,
-            one,
-            left=len(mine),
-            total=each * request.count,
-            taken=each * len(claim.done),
+            loaded,
+            pictures_left=len(mine),
+            steps_total=each * request.count,
+            steps_done=each * len(claim.done),
             warnings=list(result.warnings),
             input_bytes=sum(3 * picture.width * picture.height for picture in given),
         )
@@ -284,14 +284,14 @@ class Worker(Holder):
     def _step(self) -> None:
         """Let the model whose turn it is take a step, and collect finished pictures."""
         first = self._models.turn()
-        for one in self._models.busy:
+        for loaded in self._models.busy:
             began = time.monotonic()
-            if one is first:
-                moved = one.engine.step()
-                one.used = time.monotonic()
-                one.spent += one.used - began
-            elif not one.engine.tickets:  # it only decodes, beside the steps of others
-                moved = one.engine.step() if first is None else one.engine.step(listen=0)
+            if loaded is first:
+                moved = loaded.engine.step()
+                loaded.used = time.monotonic()
+                loaded.step_seconds += loaded.used - began
+            elif not loaded.engine.tickets:  # it only decodes, beside the steps of others
+                moved = loaded.engine.step() if first is None else loaded.engine.step(listen=0)
             else:
                 continue
             self._see(*moved, seconds=time.monotonic() - began)
@@ -302,7 +302,7 @@ class Worker(Holder):
         for ticket in stepped:
             self._spans.stepped(ticket.tag, ticket.index, seconds)
             held = self._held[ticket.tag]
-            held.taken += 1
+            held.steps_done += 1
             moved[ticket.tag] = held
             if ticket.tag in self._watched:
                 self._preview(held, ticket)
@@ -329,9 +329,9 @@ class Worker(Holder):
             self._drop(held.claim.id)
             self._end(held.claim, held.warnings, error)
             return
-        held.left -= 1
+        held.pictures_left -= 1
         self._tell("picture", held)
-        if not held.left:
+        if not held.pictures_left:
             self._end(held.claim, held.warnings, None)
 
     def _again(self, held: Held, seed: int, error: Exception) -> tuple[Any, Exception | None]:
