@@ -36,6 +36,15 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
+def store(database: str) -> Iterator[Store]:
+    """Return an empty database of jobs with its tables."""
+    opened = Store(database)
+    opened.migrate()
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
 def shared(tmp_path: Path, postgres: str) -> Iterator[tuple[Files, Store, str]]:
     """Return a folder and an empty PostgreSQL database, made ready as a server does it."""
     import psycopg

@@ -28,14 +28,6 @@ from safelight.server.people import digest
 from safelight.server.store import Store
 
 
-@pytest.fixture
-def store(database: str) -> Iterator[Store]:
-    opened = Store(database)
-    opened.migrate()
-    yield opened
-    opened.close()
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Inside]:
     with Inside(tmp_path_factory.mktemp("people"), draws=False, token="the admin's") as opened:

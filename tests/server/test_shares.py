@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,6 @@ from sqlalchemy import event
 from test_store import claim, submit
 
 from safelight.server.store import Store
-
-
-@pytest.fixture
-def store(database: str) -> Iterator[Store]:
-    opened = Store(database)
-    opened.migrate()
-    yield opened
-    opened.close()
 
 
 def whose(store: Store, count: int) -> str:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, func, select, text
+from sqlalchemy import Connection, Engine, create_engine, event, func, select
 from sqlalchemy.exc import DBAPIError, DisconnectionError, IntegrityError, SQLAlchemyError
 
 from safelight.server.jobs import StorageError
@@ -86,13 +86,6 @@ class Database:
     def _read(self) -> Iterator[Connection]:
         with storage_errors(), self.engine.connect() as connection:
             yield connection.execution_options(reads=True)
-
-    def check(self) -> str:
-        """Return "ok", or what the database finds wrong with itself."""
-        if not self._lite:
-            return "ok"
-        with self._read() as db:
-            return str(db.execute(text("PRAGMA integrity_check")).scalar_one())
 
 
 def open_engine(url: str) -> Engine:
