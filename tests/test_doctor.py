@@ -20,7 +20,7 @@ from safelight.cli.serve import data_folder
 from safelight.errors import SafelightError
 from safelight.fast import kernels, memory
 from safelight.server.wording import public
-from safelight.weights import notes
+from safelight.weights import cache
 
 
 @pytest.fixture
@@ -97,9 +97,9 @@ def test_without_a_home_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     found = doctor.examine()
     assert found["folders"]["server's data"] == "none: there is no home directory"
     assert found["models"]["cached"] == []
-    stamp = notes.stamp_of(tmp_path)
-    notes.keep("size", tmp_path, stamp, 7)
-    assert notes.recall("size", tmp_path, stamp) is None
+    stamp = cache.stamp_of(tmp_path)
+    cache.keep("size", tmp_path, stamp, 7)
+    assert cache.recall("size", tmp_path, stamp) is None
     assert public("no model here") == "no model here"
     with pytest.raises(SafelightError, match="give --data-dir as a full path"):
         data_folder(None)
@@ -132,11 +132,11 @@ def test_a_missing_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def loaded_anew() -> Iterator[None]:
     """Forget the loaded libraries of kernels before and after the test."""
     caches = kernels._first, kernels._load
-    for cache in caches:
-        cache.cache_clear()
+    for each in caches:
+        each.cache_clear()
     yield
-    for cache in caches:
-        cache.cache_clear()
+    for each in caches:
+        each.cache_clear()
 
 
 @pytest.mark.usefixtures("loaded_anew")

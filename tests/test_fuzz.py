@@ -32,7 +32,7 @@ from safelight.prompt.tokenizer import folder_tokenizer
 from safelight.recipe import parse_recipe_text, png_texts, read_recipe, recipe_text
 from safelight.request import Request
 from safelight.weights import load_model
-from safelight.weights.check import DTYPES, read_header
+from safelight.weights.check import ITEM_SIZES, read_header
 from safelight.weights.folder import Folder
 from safelight.weights.headers import header_of
 from safelight.weights.tensors import open_tensors
@@ -263,7 +263,7 @@ def test_tokenizers(folders, tmp_path, capfd):
 
 TENSOR = st.fixed_dictionaries(
     {
-        "dtype": st.one_of(st.sampled_from([*DTYPES, "F4", "C64", "f32", ""]), VALUES),
+        "dtype": st.one_of(st.sampled_from([*ITEM_SIZES, "F4", "C64", "f32", ""]), VALUES),
         "shape": st.one_of(
             st.lists(st.sampled_from([0, 1, 2, 3, 2**31, 2**62, 2**63, -1, 1.0]), max_size=9),
             VALUES,
@@ -279,7 +279,7 @@ def fitting(sizes):
     """Return a header whose tensors follow each other, which is mostly valid."""
     header, end = {}, 0
     for i, (dtype, shape) in enumerate(sizes):
-        count = DTYPES[dtype]
+        count = ITEM_SIZES[dtype]
         for side in shape:
             count *= side
         header[f"t{i}"] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + count]}
@@ -288,7 +288,8 @@ def fitting(sizes):
 
 
 FITTING = st.lists(
-    st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 3), max_size=3)), max_size=4
+    st.tuples(st.sampled_from(sorted(ITEM_SIZES)), st.lists(st.integers(0, 3), max_size=3)),
+    max_size=4,
 ).map(fitting)
 
 
@@ -336,7 +337,7 @@ def adapter(parts):
     """Return the header of an adapter's file, and the bytes of its tensors."""
     header, end = {}, 0
     for key, dtype, shape in parts:
-        size = math.prod(shape) * DTYPES[dtype]
+        size = math.prod(shape) * ITEM_SIZES[dtype]
         header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
         end += size
     return header, end
@@ -387,7 +388,7 @@ def nearly_valid(draw):
     elif what == "key":
         parts[victim][0] = draw(st.sampled_from(SPELLINGS)) + draw(st.sampled_from([*keys.WRITTEN]))
     elif what == "dtype":
-        parts[victim][1] = draw(st.sampled_from(sorted(DTYPES)))
+        parts[victim][1] = draw(st.sampled_from(sorted(ITEM_SIZES)))
     elif what == "shape":
         parts[victim][2] = draw(st.lists(st.sampled_from(SIDES[:8]), max_size=4))
     return parts

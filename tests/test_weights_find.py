@@ -14,11 +14,11 @@ from safelight import cli
 from safelight.families import family_of_folder
 from safelight.weights import find as module
 from safelight.weights import load_model
+from safelight.weights.cache import cache_folder
 from safelight.weights.digest import digest_file, digest_files, model_digest
 from safelight.weights.find import find
 from safelight.weights.folder import Folder, choose_weights
 from safelight.weights.hub import MODEL, _complete, files_of
-from safelight.weights.notes import cache_folder
 from weights_tiny import change, pixel_folder, raw_file, refused, text_folder, write
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

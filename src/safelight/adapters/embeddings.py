@@ -14,9 +14,9 @@ from safelight.adapters.learned import with_embeddings
 from safelight.errors import SafelightError
 from safelight.prompt.dialects import read
 from safelight.prompt.learned import marked
+from safelight.weights.cache import stamp_of
 from safelight.weights.check import printable
 from safelight.weights.digest import digest_file
-from safelight.weights.notes import stamp_of
 
 if TYPE_CHECKING:
     from safelight.model import Model

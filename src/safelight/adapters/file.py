@@ -26,7 +26,7 @@ from safelight.adapters.keys import endings, family_of, refused_kind, slot_of
 from safelight.adapters.names import Target
 from safelight.errors import SafelightError
 from safelight.weights.check import Header, printable, read_json
-from safelight.weights.digest import Original, digest_file
+from safelight.weights.digest import HashedFile, digest_file
 from safelight.weights.headers import header_of
 from safelight.weights.library import IN_FOLDER
 
@@ -51,7 +51,7 @@ class AdapterFile:
     name: str
     header: Header
     sha256: str
-    original: Original
+    hashed: HashedFile
     settings: Mapping[str, Mapping[str, Any]]
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -94,13 +94,13 @@ def open_adapter(path: Path) -> AdapterFile:
             config = read_json(told, name=f"{name}/{told.name}")
         header = header_of(path, name)
         digest = digest_file(path)
-        original = Original(digest)
+        hashed = HashedFile(digest)
     except SafelightError as error:
         raise SafelightError(f"lora {error}", code=error.code, field="loras") from None
     except OSError as error:
         raise refusal(name, f"cannot be read ({error.strerror})") from None
     settings = _settings(name, header, config)
-    return AdapterFile(name, header, digest.sha256, original, settings)
+    return AdapterFile(name, header, digest.sha256, hashed, settings)
 
 
 def file_in(path: Path) -> Path:

@@ -65,7 +65,7 @@ def merged(model: Model, chosen: Sequence[Chosen]) -> Model:
                 for name, weight in _originals(model, part, wanted)
             }
         for one in chosen:
-            one.file.original.check()
+            one.file.hashed.check()
         parts[part] = with_weights(
             parts[part],
             changed,
@@ -139,8 +139,8 @@ class _Opened:
     def __init__(self, file: AdapterFile, stack: ExitStack) -> None:
         self._file = file
         try:
-            file.original.check()
-            self._read = stack.enter_context(open_tensors(file.header, file.original.openable))
+            file.hashed.check()
+            self._read = stack.enter_context(open_tensors(file.header, file.hashed.openable))
         except SafelightError as error:
             raise SafelightError(f"lora {error}", field="loras") from None
 

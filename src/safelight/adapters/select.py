@@ -30,10 +30,10 @@ from safelight.adapters.merge import Chosen, merged
 from safelight.adapters.names import Target, table
 from safelight.errors import SafelightError
 from safelight.fast import memory
+from safelight.weights.cache import stamp_of
 from safelight.weights.check import printable
 from safelight.weights.digest import tensors_digest
 from safelight.weights.library import IN_FOLDER
-from safelight.weights.notes import stamp_of
 
 if TYPE_CHECKING:
     from safelight.model import Model

@@ -9,12 +9,12 @@ from typing import Any
 
 from safelight.errors import SafelightError
 from safelight.families import family_of_file
+from safelight.weights.cache import Stamp, keep, recall, stamp_of
 from safelight.weights.check import Header
 from safelight.weights.find import BUILT_IN, MODELS, Source
 from safelight.weights.headers import header_of
 from safelight.weights.hub import cached_folders
 from safelight.weights.library import PICTURE, Library
-from safelight.weights.notes import Stamp, keep, recall, stamp_of
 
 
 @dataclass(frozen=True, slots=True)

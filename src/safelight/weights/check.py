@@ -19,8 +19,8 @@ from typing import Any, NoReturn
 
 from safelight.errors import SafelightError
 
-# Bytes of one element.
-DTYPES = {
+# In bytes, by the name of the type.
+ITEM_SIZES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
     **dict.fromkeys(("U32", "I32", "F32"), 4),
@@ -138,7 +138,7 @@ def _check_layout(where: str, tensors: dict[str, TensorInfo], size: int) -> None
     end = 0
     for name, t in tensors.items():
         # Python's integers do not overflow, so a shape that would in C just fails to match.
-        need = math.prod(t.shape) * DTYPES[t.dtype]
+        need = math.prod(t.shape) * ITEM_SIZES[t.dtype]
         if math.prod(d or 1 for d in t.shape) >= 2**63:
             raise refusal(where, f"{name!r:.60}: the shape {t.shape} is too large")
         if t.end - t.start != need:
@@ -198,7 +198,7 @@ class _Scanner:
                 self.fail(f"unknown entry {key!r:.40} of tensor {name!r:.60}")
         if len(found) < 3:
             self.fail(f"{name!r:.60} needs dtype, shape and data_offsets")
-        if found["dtype"] not in DTYPES:
+        if found["dtype"] not in ITEM_SIZES:
             self.fail(f"{name!r:.60} has unknown dtype {found['dtype']!r:.20}")
         if len(found["data_offsets"]) != 2:
             self.fail(f"{name!r:.60} needs two data_offsets")

@@ -12,8 +12,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Self
 
+from safelight.weights.cache import Stamp, keep, recall, stamp_of
 from safelight.weights.check import refusal
-from safelight.weights.notes import Stamp, keep, recall, stamp_of
 
 # Below this a file is hashed faster than its digest is looked up.
 _CACHED_FROM = 16 * 2**20
@@ -116,7 +116,7 @@ def old_digest(path: Path) -> str:
         return hashlib.sha256(file.read(2**16)).hexdigest()[:8]
 
 
-class Original:
+class HashedFile:
     """A mapped weight file, compared with the digest that it had when it was loaded.
 
     Weights stay in their file until they are first used, and a file can be overwritten in place.

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from safelight.errors import SafelightError
 from safelight.paths import expanded
+from safelight.weights.cache import keep, recall, stamp_of
 from safelight.weights.check import printable
 from safelight.weights.digest import digest_file, known_digest, old_digest, tensors_digest
 from safelight.weights.headers import header_of
 from safelight.weights.kinds import holds_embedding, kind_of
-from safelight.weights.notes import keep, recall, stamp_of
 
 VARIABLE = "SAFELIGHT_MODELS"
 """The environment variable that names the folder."""

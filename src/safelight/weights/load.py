@@ -19,12 +19,12 @@ from safelight.prompt.styles import read_styles
 from safelight.prompt.tokenizer import Tokenizer
 from safelight.weights.autoencoders import with_autoencoders
 from safelight.weights.budget import TOLD_FROM, check_memory
-from safelight.weights.check import DTYPES, Header, printable, refusal
-from safelight.weights.digest import Original, digest_files, model_digest
+from safelight.weights.check import ITEM_SIZES, Header, printable, refusal
+from safelight.weights.digest import FileDigest, HashedFile, digest_files, model_digest
 from safelight.weights.find import Source, find, find_previews, find_vae
+from safelight.weights.finite import FiniteCheck
 from safelight.weights.library import open_library
 from safelight.weights.names import Weight, some
-from safelight.weights.numbers import Numbers
 from safelight.weights.plan import Plan, read_plan
 from safelight.weights.stored import SMALL, Stored, stored_tensor
 from safelight.weights.tensors import is_finite, open_tensors
@@ -99,30 +99,14 @@ def load_model(
     fast = helps(where, precision) and not plain
     dtypes = {part: plan.family.dtype_of(part, plan.configs[part], precision) for part in nets}
     if where.type == "cpu":
-        found = check_memory(plan, dtypes, fast=fast, low=low_memory)
-        if on_plan is not None and found.needed > TOLD_FROM:
-            on_plan(str(found))
+        needs = check_memory(plan, dtypes, fast=fast, low=low_memory)
+        if on_plan is not None and needs.needed > TOLD_FROM:
+            on_plan(str(needs))
     tokenizers = {
         name: one.with_words(plan.words) if isinstance(one, Tokenizer) else one
         for name, one in plan.family.load_tokenizers(plan.folder, plan.configs).items()
     }
-    # After all files are found, and before any weight of a damaged download is used.
-    numbers = _numbers(plan, dtypes)
-    looks = {path: found.look for path, found in numbers.items()}
-    digests = digest_files(plan.files, looks)
-    others = {use: digest_files(other.files, looks) for use, other in plan.autoencoders.items()}
-    originals = {
-        found.path: Original(found)
-        for each in (digests, *others.values())
-        for found in each.values()
-    }
-    stamps = {f.path: f.stamp for each in (digests, *others.values()) for f in each.values()}
-    for path, found in numbers.items():
-        found.looked(path, stamps[path])
-    for part, net in nets.items():
-        _fill(net, plan.weights[part], originals, numbers, where, dtypes[part], fast)
-    for path, found in numbers.items():
-        found.keep(path, stamps[path])
+    digests, files = _filled(plan, nets, dtypes, where, mapped=fast)
     for part, net in nets.items() if fast else ():
         accelerate(net, dtypes[part], low_memory)
     warnings = list(plan.warnings)
@@ -147,7 +131,7 @@ def load_model(
     return Model(
         name=plan.source.name,
         path=str(plan.source.path),
-        sha256=model_digest(digests),
+        sha256=model_digest(digests[""]),
         family=plan.family,
         parts={**tokenizers, **nets},
         scheduler=plan.scheduler,
@@ -163,11 +147,11 @@ def load_model(
         refiner=second,
         takes_paths=takes_paths,
         other_vae=(
-            {"name": vaes["vae"].name, "sha256": model_digest(others["vae"])}
-            if "vae" in others
+            {"name": vaes["vae"].name, "sha256": model_digest(digests["vae"])}
+            if "vae" in digests
             else None
         ),
-        stored=Stored(plan.weights, originals),
+        stored=Stored(plan.weights, files),
     )
 
 
@@ -212,7 +196,7 @@ def _summary(weights: Mapping[str, Weight]) -> dict[str, Any]:
     return {
         "parameters": sum(n for n, _ in sizes),
         "dtypes": sorted({d for _, d in sizes}),
-        "bytes": sum(n * DTYPES[d] for n, d in sizes),
+        "bytes": sum(n * ITEM_SIZES[d] for n, d in sizes),
     }
 
 
@@ -266,44 +250,67 @@ def frame(plan: Plan, part: str) -> Any:
     return network
 
 
-def _numbers(plan: Plan, dtypes: Mapping[str, torch.dtype]) -> dict[Path, Numbers]:
-    """Return what is known of the weights of each file, by its path.
+def _filled(
+    plan: Plan,
+    nets: Mapping[str, nn.Module],
+    dtypes: Mapping[str, torch.dtype],
+    device: torch.device,
+    mapped: bool,
+) -> tuple[dict[str, dict[str, FileDigest]], dict[Path, HashedFile]]:
+    """Give the networks their weights; return the digests of the files, and the files by path.
 
-    dtypes: of each network.
+    The digests are of the model's own files under "", and of each other autoencoder's under its
+    use. No weight of a damaged download is used, because all files are hashed first.
     """
+    checks = _finite_checks(plan, dtypes)
+    looks = {path: check.check_piece for path, check in checks.items()}
+    sources = {"": plan, **plan.autoencoders}
+    digests = {use: digest_files(source.files, looks) for use, source in sources.items()}
+    by_path = {digest.path: digest for each in digests.values() for digest in each.values()}
+    files = {path: HashedFile(digest) for path, digest in by_path.items()}
+    for path, check in checks.items():
+        check.finish(path, by_path[path].stamp)
+    for part, net in nets.items():
+        _fill(net, plan.weights[part], files, checks, device, dtypes[part], mapped)
+    for path, check in checks.items():
+        check.keep(path, by_path[path].stamp)
+    return digests, files
+
+
+def _finite_checks(plan: Plan, dtypes: Mapping[str, torch.dtype]) -> dict[Path, FiniteCheck]:
+    """Return the check of each file's weights, by its path. dtypes: of each network."""
     wanted: dict[int, dict[str, torch.dtype]] = {}
     headers: dict[int, Header] = {}
     for part, weights in plan.weights.items():
         for weight in weights.values():
             headers[id(weight.header)] = weight.header
             wanted.setdefault(id(weight.header), {})[weight.key] = dtypes[part]
-    return {h.path.resolve(): Numbers(h, wanted[key]) for key, h in headers.items()}
+    return {h.path.resolve(): FiniteCheck(h, wanted[key]) for key, h in headers.items()}
 
 
 def _fill(
     network: nn.Module,
     weights: Mapping[str, Weight],
-    originals: Mapping[Path, Original],
-    numbers: Mapping[Path, Numbers],
+    files: Mapping[Path, HashedFile],
+    checks: Mapping[Path, FiniteCheck],
     device: torch.device,
     dtype: torch.dtype,
     mapped: bool,
 ) -> None:
     """Give a network its weights.
 
-    originals, numbers: its files, by their paths. mapped: weights stay in the file, in their stored
-    precision, until they are used; before and after each use the file is checked to hold what was
-    hashed.
+    files, checks: by path. mapped: weights stay in the file, in their stored precision, until they
+    are used; before and after each use the file is checked to hold what was hashed.
     """
     state: dict[str, Tensor] = {}
-    files: list[Original] = []
+    own: list[HashedFile] = []
     for header in {id(w.header): w.header for w in weights.values()}.values():
         here = {name: w for name, w in weights.items() if w.header is header}
         path = header.path.resolve()
-        file, seen = originals[path], numbers[path].seen
-        state |= _read(header, here, file.openable, device, dtype, keep=mapped, seen=seen)
+        file, finite = files[path], checks[path].finite_keys
+        state |= _read(header, here, file.openable, device, dtype, keep=mapped, finite=finite)
         file.check()
-        files.append(file)
+        own.append(file)
     network.load_state_dict(state, strict=True, assign=True)
     network.eval().requires_grad_(False)
     # Weights that were converted are not in the file any more.
@@ -311,7 +318,7 @@ def _fill(
         return
     # Children as well: the autoencoder's parts are called by themselves.
     for module in (network, *network.children()):
-        for file in files:
+        for file in own:
             module.register_forward_pre_hook(file.check)
             module.register_forward_hook(file.check)
 
@@ -340,12 +347,12 @@ def _read(
     device: torch.device,
     dtype: torch.dtype,
     keep: bool,
-    seen: Set[str] = frozenset(),
+    finite: Set[str] = frozenset(),
 ) -> dict[str, Tensor]:
     """Return weights by our names.
 
     path: where the file is opened. keep: leave them in the mapped file, in their stored precision.
-    seen: keys whose numbers are known to be finite.
+    finite: keys whose numbers are known to be finite.
     """
     state: dict[str, Tensor] = {}
     with open_tensors(header, path) as read:
@@ -357,7 +364,7 @@ def _read(
                 tensor = tensor.clone()  # a file need not align it, but our kernels need it aligned
             if not keep:
                 tensor = tensor.to(device, dtype)
-            if weight.key not in seen:
+            if weight.key not in finite:
                 if not is_finite(tensor, dtype):
                     raise refusal(header.name, f"{weight.key} holds NaN or Inf as {dtype}")
                 if keep:

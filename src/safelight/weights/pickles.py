@@ -18,7 +18,7 @@ from typing import Any
 
 from safelight.weights.archive import read_archive
 from safelight.weights.check import (
-    DTYPES,
+    ITEM_SIZES,
     MAX_DIMS,
     MAX_METADATA,
     MAX_STRING,
@@ -159,7 +159,7 @@ def _is_text(key: str) -> bool:
 
 def _placed(tensor: _Tensor, records: dict[str, tuple[int, int]]) -> TensorInfo:
     """Return where a tensor lies in the file."""
-    storage, itemsize = tensor.storage, DTYPES[tensor.dtype]
+    storage, itemsize = tensor.storage, ITEM_SIZES[tensor.dtype]
     start, size = records.get(storage.key, (0, -1))
     if size != storage.count * (1 if storage.dtype is None else itemsize):
         raise BrokenPickleError(f"the bytes of storage {storage.key!r:.40} are not all in the file")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from safelight.weights.digest import Original
+from safelight.weights.digest import HashedFile
 from safelight.weights.names import Weight
 from safelight.weights.tensors import open_tensors
 
@@ -21,7 +21,7 @@ class Stored:
     """The weights of each network by name, and the files that they are in, by path."""
 
     weights: Mapping[str, Mapping[str, Weight]]
-    files: Mapping[Path, Original]
+    files: Mapping[Path, HashedFile]
 
     @property
     def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:

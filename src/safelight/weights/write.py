@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from safelight.errors import SafelightError
-from safelight.weights.check import DTYPES
+from safelight.weights.check import ITEM_SIZES
 
 PIECE = 2**26
 """Bytes that are written at once."""
@@ -37,7 +37,7 @@ class Out:
     @property
     def bytes(self) -> int:
         """Its size in bytes."""
-        return math.prod(self.shape) * DTYPES[self.dtype]
+        return math.prod(self.shape) * ITEM_SIZES[self.dtype]
 
 
 def write_tensors(
@@ -46,7 +46,7 @@ def write_tensors(
     """Write a safetensors file. Raises OSError, and what reading a tensor raises."""
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     # Wide numbers first, so that each tensor lies at a multiple of its width.
-    order = sorted(tensors, key=lambda name: (-DTYPES[tensors[name].dtype], name))
+    order = sorted(tensors, key=lambda name: (-ITEM_SIZES[tensors[name].dtype], name))
     at = 0
     for name in order:
         out = tensors[name]

@@ -1,6 +1,6 @@
 """Remember what was computed from a file, as long as its size and times stay.
 
-Each note is a small JSON file in the user's cache folder. It can be deleted at any time.
+Each value is in a small JSON file in the user's cache folder. It can be deleted at any time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def stamp_of(file: int | Path) -> Stamp:
 def recall(what: str, path: Path, stamp: Stamp) -> Any:
     """Return what was kept for a file; None if nothing was, or if the file has changed."""
     with suppress(OSError, RuntimeError, ValueError, TypeError):
-        kept = json.loads(_note(what, path).read_text())
+        kept = json.loads(_file(what, path).read_text())
         if kept[:-1] == [os.fsencode(path).hex(), *stamp]:
             return kept[-1]
     return None
@@ -35,12 +35,12 @@ def recall(what: str, path: Path, stamp: Stamp) -> Any:
 def keep(what: str, path: Path, stamp: Stamp, value: Any) -> None:
     """Keep a JSON value for a file. If the cache folder cannot be written, nothing is kept."""
     with suppress(OSError, RuntimeError):
-        note = _note(what, path)
-        note.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=note.parent)
+        file = _file(what, path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=file.parent)
         with os.fdopen(handle, "w") as f:
             f.write(json.dumps([os.fsencode(path).hex(), *stamp, value]))
-        Path(name).replace(note)
+        Path(name).replace(file)
 
 
 def cache_folder() -> Path:
@@ -52,5 +52,5 @@ def cache_folder() -> Path:
     return Path(home).expanduser() / "safelight"
 
 
-def _note(what: str, path: Path) -> Path:
+def _file(what: str, path: Path) -> Path:
     return cache_folder() / f"{what}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"

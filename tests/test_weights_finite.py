@@ -10,17 +10,17 @@ from safetensors.torch import save_file
 from safelight.weights import digest
 from safelight.weights.check import read_header
 from safelight.weights.digest import digest_file
-from safelight.weights.numbers import Numbers, _largest
+from safelight.weights.finite import FiniteCheck, _largest
 from tests.weights_tiny import raw_file
 
 INF, NAN = float("inf"), float("nan")
 
 
-def looked_at(path: Path, dtype: torch.dtype) -> Numbers:
+def checked(path: Path, dtype: torch.dtype) -> FiniteCheck:
     header = read_header(path)
-    found = Numbers(header, dict.fromkeys(header.tensors, dtype))
-    done = digest_file(path, found.look)
-    found.looked(path, done.stamp)
+    found = FiniteCheck(header, dict.fromkeys(header.tensors, dtype))
+    done = digest_file(path, found.check_piece)
+    found.finish(path, done.stamp)
     return found
 
 
@@ -41,7 +41,7 @@ def test_what_is_not_finite_is_not_seen(
     bad[place] = value
     path = tmp_path / "a.safetensors"
     save_file({"bad": bad, "good": torch.full((100,), -3.5).to(stored)}, path)
-    assert set(looked_at(path, torch.float32).seen) == {"good"}
+    assert set(checked(path, torch.float32).finite_keys) == {"good"}
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_the_largest_number_is_that_of_the_precision(
     beyond = torch.tensor([_largest(stored, dtype) + 1], dtype=bits).view(stored)
     path = tmp_path / "a.safetensors"
     save_file({"fits": -limit, "not": -beyond}, path)
-    assert set(looked_at(path, dtype).seen) == {"fits"}
+    assert set(checked(path, dtype).finite_keys) == {"fits"}
 
 
 @pytest.mark.parametrize("odd", [False, True])
@@ -70,21 +70,21 @@ def test_numbers_that_are_not_aligned_are_left_for_later(tmp_path: Path, odd: bo
     header = json.dumps({"a": {"dtype": "F16", "shape": [3], "data_offsets": [0, 6]}}).encode()
     header += b" " * (len(header) % 2 != odd)
     path = raw_file(tmp_path / "a.safetensors", header, bytes(6))
-    assert set(looked_at(path, torch.float32).seen) == (set() if odd else {"a"})
+    assert set(checked(path, torch.float32).finite_keys) == (set() if odd else {"a"})
 
 
 def test_what_was_seen_is_remembered_as_long_as_the_file_stays(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file({"a": torch.ones(9)}, path)
-    found = looked_at(path, torch.float32)
+    found = checked(path, torch.float32)
     stamp = digest_file(path).stamp
     found.keep(path, stamp)
     header = read_header(path)
-    again = Numbers(header, {"a": torch.float32})
-    again.looked(path, stamp)
-    assert set(again.seen) == {"a"}
+    again = FiniteCheck(header, {"a": torch.float32})
+    again.finish(path, stamp)
+    assert set(again.finite_keys) == {"a"}
     for dtype, when in ((torch.float16, stamp), (torch.float32, (*stamp[:-1], 0))):
-        other = Numbers(header, {"a": dtype})
-        other.looked(path, when)
-        assert not other.seen
+        other = FiniteCheck(header, {"a": dtype})
+        other.finish(path, when)
+        assert not other.finite_keys
     assert list((tmp_path / "cache" / "safelight").iterdir())

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from safelight.weights.check import DTYPES as SIZES
-from safelight.weights.check import Header
-from safelight.weights.notes import Stamp, keep, recall
+from safelight.weights.cache import Stamp, keep, recall
+from safelight.weights.check import ITEM_SIZES, Header
 from safelight.weights.tensors import DTYPES
 
 _BITS = {"F16": np.uint16, "BF16": np.uint16, "F32": np.uint32}
@@ -22,17 +21,18 @@ _SIGNED = {np.uint16: np.int16, np.uint32: np.int32}
 """Integers of as many bits. numpy's, because PyTorch's threads would cost more than they save."""
 
 
-class Numbers:
-    """The weights of one file, and the precision in which each computes.
+class FiniteCheck:
+    """Checks the weights of one file, piece by piece.
 
-    wanted: precisions by the keys of the file. `seen`: keys whose numbers are known to be finite.
+    wanted: the precision in which each computes, by its key in the file. finite_keys: those whose
+    numbers are all known to be finite.
     """
 
     def __init__(self, header: Header, wanted: Mapping[str, torch.dtype]) -> None:
-        self.seen: Set[str] = frozenset()
+        self.finite_keys: Set[str] = frozenset()
         self._wanted = wanted
         text = "\n".join(f"{key} {dtype}" for key, dtype in sorted(wanted.items()))
-        self._note = f"finite-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        self._what = f"finite-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         self._good: dict[str, bool] = {}
         base = 0
         if not header.pickled:
@@ -46,7 +46,7 @@ class Numbers:
             if key in wanted
             and info.dtype in _BITS
             and not header.pickled
-            and not (base + info.start) % SIZES[info.dtype]
+            and not (base + info.start) % ITEM_SIZES[info.dtype]
         ]
         self._limits = {
             key: (_BITS[stored], _largest(DTYPES[stored], wanted[key]))
@@ -54,7 +54,7 @@ class Numbers:
             for stored in [header.tensors[key].dtype]
         }
 
-    def look(self, piece: memoryview, at: int) -> None:
+    def check_piece(self, piece: memoryview, at: int) -> None:
         """Check a piece of the file. Pieces come in order; all but the last are n · 4 KiB long.
 
         at: its offset in the file, in bytes.
@@ -76,16 +76,16 @@ class Numbers:
                 good = good and int(values.max()) <= sign + limit
                 self._good[key] = self._good.get(key, True) and good
 
-    def looked(self, path: Path, stamp: Stamp) -> None:
-        """Set `seen` after the file was hashed, now or at an earlier load."""
-        if recall(self._note, path, stamp) is True:
-            self.seen = self._wanted.keys()
+    def finish(self, path: Path, stamp: Stamp) -> None:
+        """Set `finite_keys` after the file was hashed, now or at an earlier load."""
+        if recall(self._what, path, stamp) is True:
+            self.finite_keys = self._wanted.keys()
         else:
-            self.seen = {key for key, good in self._good.items() if good}
+            self.finite_keys = {key for key, good in self._good.items() if good}
 
     def keep(self, path: Path, stamp: Stamp) -> None:
         """Remember that all numbers are finite."""
-        keep(self._note, path, stamp, True)
+        keep(self._what, path, stamp, True)
 
 
 @lru_cache
