@@ -226,18 +226,15 @@ def settings_of(request_type: type[Request]) -> dict[str, Setting]:
     return _READ[request_type]
 
 
-def json_schema(
-    request_type: type[Request], *, example: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def json_schema(request_type: type[Request]) -> dict[str, Any]:
     """Return the schema of a JSON object that holds a request's settings."""
-    schema = {
+    return {
         "type": "object",
         "title": request_type.__name__,
         "description": "Settings of one generation of `count` images.",
         "properties": {name: s.schema() for name, s in settings_of(request_type).items()},
         "additionalProperties": False,
     }
-    return schema | ({"example": dict(example)} if example is not None else {})
 
 
 def markdown(request_type: type[Request]) -> str:

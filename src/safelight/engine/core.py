@@ -158,10 +158,10 @@ class Engine:
         self.tickets += tickets
         return result
 
-    def add_job(self, job: Job, tag: Any = None, *, index: int = 0, seed: int = 0) -> Ticket:
+    def add_job(self, job: Job, tag: Any = None) -> Ticket:
         """Add a job that was prepared elsewhere, and return its ticket."""
         size, rows = self._size(tuple(job.state.shape)), job.conditioning.evaluations
-        ticket = Ticket(job.table, rows, size, index, seed, self.model.precision, tag)
+        ticket = Ticket(job.table, rows, size, 0, 0, dtype=self.model.precision, tag=tag)
         ticket.prepare = lambda: (self.model, job)
         _ = ticket.job
         self.tickets.append(ticket)

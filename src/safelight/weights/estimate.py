@@ -19,10 +19,9 @@ class Estimate:
     """What a model is and what it takes.
 
     weights, work: bytes for its weights, and for drawing a picture of its native size. native_size:
-    width and height in pixels. name: of the model. dtype: what it computes in.
+    width and height in pixels. dtype: what it computes in.
     """
 
-    name: str
     family: Family
     native_size: tuple[int, int]
     dtype: str
@@ -59,7 +58,6 @@ def estimate(
             refiner, device=device, dtype=dtype, low_memory=low_memory, models_dir=models_dir
         ).weights
     return Estimate(
-        name=plan.source.name,
         family=plan.family,
         native_size=plan.native_size,
         dtype=str(precision).removeprefix("torch."),
