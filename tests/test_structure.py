@@ -202,6 +202,14 @@ def test_a_file_can_be_read_in_one_sitting(ending: str) -> None:
     assert long == set()
 
 
+def test_the_server_s_modules_are_in_its_table() -> None:
+    """Each stands once in the lists by subject in `server/__init__.py`."""
+    table = (ast.get_docstring(tree("safelight.server")) or "").split("\n- ")[1:]
+    listed = sorted(name.strip() for row in table for name in row.split(":")[1].split(","))
+    within = [name.split(".")[2] for name in modules() if name.startswith("safelight.server.")]
+    assert listed == sorted(set(within))
+
+
 def test_families_and_samplers_need_no_pytorch() -> None:
     """A server and `safelight models` ask them without loading PyTorch."""
     import subprocess
