@@ -32,6 +32,9 @@ def photo(side: int = 64) -> Image.Image:
     return Image.fromarray(values)
 
 
+SMALL: dict[str, Any] = {"prompt": "a cat", "sampler": "euler", "width": 64, "height": 64}
+
+
 def drain(engine: Engine) -> list[Ticket]:
     finished: list[Ticket] = []
     while engine.busy:
@@ -99,20 +102,20 @@ def test_several_pictures_of_one_request(model: Model) -> None:
 
 def test_a_short_one_does_not_wait_for_a_long_one(model: Model) -> None:
     engine = Engine(model, exact=False, rows=2)
-    engine.add(Request(prompt="a cat", steps=30, sampler="euler"), "long")
+    engine.add(Request(**SMALL, steps=30), "long")
     for _ in range(3):
         engine.step()
-    engine.add(Request(prompt="a cat", steps=3, sampler="euler"), "short")
+    engine.add(Request(**SMALL, steps=3), "short")
     order = [ticket.tag for ticket in drain(engine)]
     assert order == ["short", "long"]
 
 
 def test_a_long_one_has_its_turn(model: Model) -> None:
     engine = Engine(model, exact=False, rows=2)
-    engine.add(Request(prompt="a cat", steps=10, sampler="euler"), "long")
+    engine.add(Request(**SMALL, steps=10), "long")
     done: list[Any] = []
     for i in range(60):  # there is always a shorter one
-        engine.add(Request(prompt="a cat", steps=3, sampler="euler"), i)
+        engine.add(Request(**SMALL, steps=3), i)
         done += [ticket.tag for ticket in engine.step()[1]]
     assert "long" in done
 
@@ -120,24 +123,24 @@ def test_a_long_one_has_its_turn(model: Model) -> None:
 @pytest.mark.parametrize("rows", [1, 4])
 def test_many_of_one_share_do_not_hold_up_another_s_one(model: Model, rows: int) -> None:
     engine = Engine(model, exact=rows == 1, rows=rows)
-    few = {"steps": 3, "sampler": "euler", "guidance_scale": 1.0}
+    few = {**SMALL, "steps": 3, "guidance_scale": 1.0}
     for i in range(12):
-        engine.add(Request(prompt="a cat", **few), i, share="a")
+        engine.add(Request(**few), i, share="a")
     for _ in range(2):
         engine.step()
-    engine.add(Request(prompt="a cat", **few), "b", share="b")
+    engine.add(Request(**few), "b", share="b")
     assert [ticket.tag for ticket in drain(engine)].index("b") <= 2 * rows
 
 
 def test_no_other_share_has_more_of_a_call(model: Model) -> None:
     """Pictures with equal steps share calls, also if many shares have one picture each."""
     engine = Engine(model, exact=False, rows=16)
-    few = {"steps": 6, "sampler": "euler", "guidance_scale": 1.0}
-    engine.add(Request(prompt="a cat", count=12, **few), share="a")
+    few = {**SMALL, "steps": 6, "guidance_scale": 1.0}
+    engine.add(Request(count=12, **few), share="a")
     stepped, _ = engine.step()
     assert len(stepped) == 12
-    engine.add(Request(prompt="a cat", count=2, **few), share="b")
-    engine.add(Request(prompt="a cat", **few), share="c")
+    engine.add(Request(count=2, **few), share="b")
+    engine.add(Request(**few), share="c")
     while {"b", "c"} & {ticket.share for ticket in engine.tickets}:
         stepped, _ = engine.step()
         shares = [ticket.share for ticket in stepped]
@@ -145,7 +148,7 @@ def test_no_other_share_has_more_of_a_call(model: Model) -> None:
             assert max(Counter(shares).values()) == shares.count(shares[0])
             assert "a" in shares
     for share in "defghi":
-        engine.add(Request(prompt="a cat", **few), share=share)
+        engine.add(Request(**few), share=share)
     while not (stepped := engine.step()[0]):
         pass  # it decodes
     assert set("defghi") <= {ticket.share for ticket in stepped}
@@ -196,12 +199,12 @@ def test_large_pictures_to_start_from_hold_nobody_up(model: Model) -> None:
 def test_a_late_short_one_does_not_wait_for_all_of_an_old_one(model: Model) -> None:
     """The old one has waited very long; the new one still comes early."""
     engine = Engine(model, exact=False, rows=2)
-    engine.add(Request(prompt="a cat", steps=5, count=4, sampler="euler"), "old")
+    engine.add(Request(**SMALL, steps=5, count=4), "old")
     for ticket in engine.tickets:
         ticket.arrived -= 10_000
     for _ in range(3):
         engine.step()
-    engine.add(Request(prompt="a cat", steps=2, sampler="euler"), "new")
+    engine.add(Request(**SMALL, steps=2), "new")
     order = [ticket.tag for ticket in drain(engine)]
     assert order.index("new") <= 1
 
