@@ -328,23 +328,31 @@ def _move(file: Path, to: Path) -> None:
     file.rename(to)
 
 
-@pytest.mark.parametrize("how", ["crashed", "frozen"][: size(1, 2)])
-def test_postgresql_away_under_load(tmp_path: Path, how: str) -> None:
-    database = Postgres()
+@pytest.fixture(scope="module")
+def on_postgresql(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[Postgres, Serving]]:
+    database, folder = Postgres(), tmp_path_factory.mktemp("postgresql")
     try:
-        with Serving(tmp_path, "--exact", "--database", database.url) as server:
-            server.ready()
-            if how == "crashed":
-                survives(server, "PostgreSQL", database.crash, database.start)
-            else:
-                survives(
-                    server,
-                    "PostgreSQL (frozen)",
-                    lambda: database.signal_all(signal.SIGSTOP),
-                    lambda: database.signal_all(signal.SIGCONT),
-                )
+        with Serving(folder, "--exact", "--database", database.url) as running:
+            running.ready()
+            yield database, running
     finally:
         database.close()
+
+
+@pytest.mark.parametrize("how", ["crashed", "frozen"][: size(1, 2)])
+def test_postgresql_away_under_load(on_postgresql: tuple[Postgres, Serving], how: str) -> None:
+    database, server = on_postgresql
+    if how == "crashed":
+        survives(server, "PostgreSQL", database.crash, database.start)
+    else:
+        survives(
+            server,
+            "PostgreSQL (frozen)",
+            lambda: database.signal_all(signal.SIGSTOP),
+            lambda: database.signal_all(signal.SIGCONT),
+        )
 
 
 # --- leases --------------------------------------------------------------------------------------
@@ -540,31 +548,27 @@ def test_errors_of_the_database_are_one_line_without_values(database: str) -> No
     store.close()
 
 
-def test_postgresql_restarted(tmp_path: Path, postgres: str) -> None:
+def test_postgresql_restarted(on_postgresql: tuple[Postgres, Serving]) -> None:
     """Its connections are cut again and again while jobs are drawn: none fails."""
     import psycopg
 
-    plain = postgres.replace("+psycopg", "")
-    with psycopg.connect(plain, autocommit=True) as connection:
-        connection.execute("DROP SCHEMA public CASCADE")
-        connection.execute("CREATE SCHEMA public")
-    with Serving(tmp_path, "--exact", "--database", postgres) as server:
-        server.ready()
-        jobs = [server.submit(**QUICK, seed=i, count=2) for i in range(12)]
-        ended = threading.Event()
+    database, server = on_postgresql
+    plain = database.url.replace("+psycopg", "")
+    jobs = [server.submit(**QUICK, seed=i, count=2) for i in range(12)]
+    ended = threading.Event()
 
-        def cut() -> None:
-            with psycopg.connect(plain, autocommit=True) as connection:
-                while not ended.wait(0.2):
-                    connection.execute(
-                        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-                        "WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
-                    )
+    def cut() -> None:
+        with psycopg.connect(plain, autocommit=True) as connection:
+            while not ended.wait(0.2):
+                connection.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                    "WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
+                )
 
-        thread = threading.Thread(target=cut)
-        thread.start()
-        time.sleep(size(2, 5))
-        ended.set()
-        thread.join()
-        for job in jobs:
-            assert server.finished(job)["status"] == "succeeded", server.job(job)
+    thread = threading.Thread(target=cut)
+    thread.start()
+    time.sleep(size(2, 5))
+    ended.set()
+    thread.join()
+    for job in jobs:
+        assert server.finished(job)["status"] == "succeeded", server.job(job)
