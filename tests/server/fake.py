@@ -12,7 +12,7 @@ import io
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -248,10 +248,10 @@ class FakeService:
     async def models(self) -> list[ModelInfo]:
         return [ModelInfo(name=self.info.name) if self.loading else self.info]
 
-    async def find_model(self, asked: str | None) -> str:
+    async def find_model(self, asked: str | None, hidden: Container[str] = ()) -> str:
         served = Served(Settings(model=self.info.name, url="", root="", allowed=()))
         digests = {} if self.info.sha256 is None else {self.info.name: self.info.sha256}
-        return served.find(asked, (), digests)
+        return served.find(asked, (), digests, hidden)
 
     async def chosen(self, owner: str | None) -> str | None:
         return self.choices.get(owner)

@@ -24,6 +24,7 @@ from safelight.families import SD
 from safelight.picture import open_picture
 from safelight.recipe import read_recipe
 from safelight.request import Request
+from safelight.server import catalogue
 from safelight.server.apis.sdapi_shapes import TextToImage, understand
 from safelight.server.costs import steps_of
 from safelight.settings import settings_of
@@ -133,15 +134,36 @@ def test_automatic1111s_clients_leave_a_model_that_is_elsewhere_to_its_worker(
         raise SafelightError("enough")
 
     with Inside(tmp_path / "data", draws=False) as server:
-        catalogue = server.hub.catalogue
-        name = catalogue.info.name
-        catalogue.on_message("loaded", [name, {"name": name, "width": 256, "height": 256}])
-        catalogue.arrived.set()
+        known = server.hub.catalogue
+        name = known.info.name
+        known.on_message("loaded", [name, {"name": name, "width": 256, "height": 256}])
+        known.arrived.set()
         monkeypatch.setattr(server.hub.names, "plan", plan)
         monkeypatch.setattr(server.hub, "submit", submit)
         server.ask("POST", "/sdapi/v1/txt2img", {"prompt": "a cat"})
     assert stored["prompt"] == "a cat"
     assert not {"sampler", "steps", "guidance_scale"} & stored.keys()
+
+
+def test_while_no_worker_has_joined_nothing_waits_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def plan(*_: Any) -> None:
+        """The model is not on this machine."""
+
+    told = "no worker has joined yet: try again once one has"
+    monkeypatch.setattr(catalogue, "UNKNOWN", 0.05)
+    with Inside(tmp_path / "data", draws=False) as server:
+        monkeypatch.setattr(server.hub, "plan", plan)
+        monkeypatch.setattr(server.hub.catalogue, "_own_worker", False)
+        monkeypatch.setattr(server.hub.keys, "limits", lambda _: ["pixel_steps"])
+        for path, body, found in (
+            ("/sdapi/v1/txt2img", {}, lambda body: body["detail"]),
+            ("/v1/images/generations", {"size": "256x256"}, lambda body: body["error"]["message"]),
+            ("/api/jobs", {}, lambda body: body["detail"]),
+        ):
+            answer = server.ask("POST", path, {"prompt": "a cat", **body})
+            assert (answer.status, found(answer.json())) == (503, told)
 
 
 BEST = {"sampler": "dpmpp_2m", "steps": 3, "guidance_scale": 4.0, "guidance_start": 0.5}
@@ -317,6 +339,11 @@ def test_what_the_headers_rule_out_is_refused_at_once(tmp_path: Path) -> None:
         listed = server.ask("GET", "/v1/models").json()["data"]
         assert [one["id"] for one in listed] == ["embedded", "embedded-fast"]
         assert server.ask("GET", "/v1/models/embedded-unconditional").status == 404
+        for asked in ("nothing", "embeded-unconditional"):
+            body = {"prompt": "a cat", "model": asked}
+            answer = server.ask("POST", "/v1/images/generations", body)
+            told = f"no model {asked!r} on this server; there are embedded, embedded-fast"
+            assert (answer.status, answer.json()["error"]["message"]) == (404, told)
         assert server.ask("POST", "/api/jobs", {**noise, "unconditional": True}).status == 202
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Container, Sequence
 from typing import Any
 
 from safelight.errors import SafelightError
@@ -25,7 +25,8 @@ UNKNOWN = 30.0
 class Catalogue:
     """The models and their facts. For use in the event loop.
 
-    send: sends a message to the worker. in_thread: calls a function in a thread.
+    send: sends a message to the worker. in_thread: calls a function in a thread. own_worker:
+    whether the server has a worker of its own, which is waited for while it loads its model.
     """
 
     def __init__(
@@ -33,9 +34,11 @@ class Catalogue:
         settings: Settings,
         send: Callable[..., None],
         in_thread: Callable[..., Awaitable[Any]],
+        *,
+        own_worker: bool = True,
     ) -> None:
         self.served = Served(settings)
-        self._settings, self._send, self._in_thread = settings, send, in_thread
+        self._send, self._in_thread, self._own_worker = send, in_thread, own_worker
         self.info = ModelInfo(name=self.served.default)
         self._others: dict[str, ModelInfo] = {}
         self._elsewhere: list[str] = []
@@ -117,14 +120,14 @@ class Catalogue:
 
     # --- what there is ---------------------------------------------------------------------------
 
-    async def find(self, asked: str | None) -> str:
+    async def find(self, asked: str | None, hidden: Container[str] = ()) -> str:
         """Return the name of the model that a request means; see `Served.find`."""
         if asked is None or asked == self.info.name:
             return self.info.name
         elsewhere = [self.info.name, *self._elsewhere]
         infos = (self.info, *self._others.values())
         digests = {one.name: one.sha256 for one in infos if one.sha256 is not None}
-        return await self._in_thread(self.served.find, asked, elsewhere, digests)
+        return await self._in_thread(self.served.find, asked, elsewhere, digests, hidden)
 
     async def all(self) -> list[ModelInfo]:
         """Return the models that may be drawn with, the default one first."""
@@ -138,7 +141,12 @@ class Catalogue:
 
         Raises SafelightError if it has none, or if no worker has told them within UNKNOWN seconds.
         """
-        await self.arrived.wait()
+        try:
+            async with asyncio.timeout(None if self._own_worker else UNKNOWN):
+                await self.arrived.wait()
+        except TimeoutError:
+            told = "no worker has joined yet: try again once one has"
+            raise SafelightError(told, code="no_worker") from None
         loop = asyncio.get_running_loop()
         until = loop.time() + UNKNOWN
         while self._get(name).width is None:

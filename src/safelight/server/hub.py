@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Container
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,8 @@ class Hub:
             on_change=self._on_fleet,
         )
         self.supervisor = self._supervise(child)
-        self.catalogue = Catalogue(settings, self._send, self._in_database)
+        own = isinstance(self.supervisor, Supervisor)
+        self.catalogue = Catalogue(settings, self._send, self._in_database, own_worker=own)
         self._steps = Steps()
         self._stuck: str | None = None
 
@@ -361,9 +362,9 @@ class Hub:
         """See `jobs.Service`."""
         return await self.catalogue.all()
 
-    async def find_model(self, asked: str | None) -> str:
+    async def find_model(self, asked: str | None, hidden: Container[str] = ()) -> str:
         """See `jobs.Service`."""
-        return await self.catalogue.find(asked)
+        return await self.catalogue.find(asked, hidden)
 
     async def chosen(self, owner: str | None) -> str | None:
         """See `jobs.Service`."""

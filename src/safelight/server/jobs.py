@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Container
 from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
@@ -149,6 +149,7 @@ _STATUS = {
     "queue_full": 429,
     "limit_reached": 429,
     "stopping": 503,
+    "no_worker": 503,
     "storage": 507,
     "storage_away": 503,
     "not_found": 404,
@@ -220,10 +221,10 @@ class Service(Protocol):
         """Return the models that are served, the server's own first; see `ModelInfo`."""
         ...
 
-    async def find_model(self, asked: str | None) -> str:
+    async def find_model(self, asked: str | None, hidden: Container[str] = ()) -> str:
         """Return the name of the served model that a request means; None means the server's own.
 
-        Raises SafelightError with the code "no_model".
+        Raises SafelightError with the code "no_model". hidden: names that it leaves out.
         """
         ...
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from difflib import get_close_matches
 from functools import cached_property
 
@@ -70,13 +70,14 @@ class Served:
         asked: str | None,
         elsewhere: Iterable[str] = (),
         digests: Mapping[str, str] | None = None,
+        hidden: Container[str] = (),
     ) -> str:
         """Return the name of the model that a request means; None means the default one.
 
         asked: a name, or its last part, with or without its ending and in any case; or, as A1111
         shows it, "name [hash]"; or the first 8 or more digits of a known SHA-256. elsewhere: names
         of models that workers on other machines have. digests: the SHA-256 of models that have been
-        loaded, by name.
+        loaded, by name. hidden: names that the error leaves out.
 
         Raises SafelightError, code "no_model", with the closest name, if no model or several fit.
         """
@@ -105,7 +106,8 @@ class Served:
                 own = (digests or {}).get(name) or (None if source is None else _digest(source))
                 if (own or "").startswith(digest):
                     return name
-        raise _no_model(f"no model {clipped(asked)!r} on this server; {_closest(plain, names)}")
+        shown = [name for name in names if name not in hidden]
+        raise _no_model(f"no model {clipped(asked)!r} on this server; {_closest(plain, shown)}")
 
     def source(self, name: str) -> Source | None:
         """Return the source of a model of this name; None for the default one.

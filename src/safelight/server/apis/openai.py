@@ -279,8 +279,14 @@ def _entry(served: ModelInfo) -> dict[str, Any]:
 async def _served(http: HttpRequest) -> list[ModelInfo]:
     """Return the models that read a prompt: this API cannot ask for anything else."""
     service: Service = http.app.state.service
-    others = await asyncio.to_thread(service.names.without_prompt)
-    return [one for one in await service.models() if one.uses_prompt and one.name not in others]
+    hidden = await _hidden(service)
+    return [one for one in await service.models() if one.name not in hidden]
+
+
+async def _hidden(service: Service) -> set[str]:
+    """Return the names of the models that read no prompt."""
+    found = set(await asyncio.to_thread(service.names.without_prompt))
+    return found | {one.name for one in await service.models() if not one.uses_prompt}
 
 
 async def _model_of(http: HttpRequest, body: ImagesBody) -> str | None:
@@ -290,16 +296,16 @@ async def _model_of(http: HttpRequest, body: ImagesBody) -> str | None:
     model reads no prompt.
     """
     service: Service = http.app.state.service
-    asked = body.model
+    asked, hidden = body.model, await _hidden(service)
     try:
-        name = await service.find_model(asked)
+        name = await service.find_model(asked, hidden)
     except SafelightError as error:
         if error.code != "no_model":
             raise
         if asked is None or not asked.startswith(OPENAI_MODELS):
             raise no_such_model(str(error)) from None
         asked, name = None, await service.find_model(None)
-    if all(one.name != name for one in await _served(http)):
+    if name in hidden:
         told = f"model must be one that reads a prompt; {name} draws from noise alone"
         raise ApiError(400, told, "model")
     return None if asked is None else name
