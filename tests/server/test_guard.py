@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from safelight.server import bodies, entrance
 from safelight.server.callers import network
 from safelight.server.guard import Guard, Rules
 from safelight.server.listening import host_name
+from safelight.server.wording import route_of
 
 TOKEN = "s3cret"
 SILENCE = b"nothing comes"
@@ -237,6 +239,24 @@ def test_a_link_from_another_site_may_lead_here() -> None:
     headers = {"host": "localhost", "sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
     assert status(Rules(), headers) == 200
     assert status(Rules(), headers, method="POST") == 403
+
+
+@pytest.mark.parametrize(
+    ("path", "base", "route", "told"),
+    [
+        ("/api/jobs/7", "", "/api/jobs/{job_id}", "/api/jobs/{job_id}"),
+        ("/studio/config", "/studio", "/config", "/studio/config"),
+        ("/static-offline-docs/a.css", "/static-offline-docs", None, "/static-offline-docs"),
+        ("/openapi.json", "", None, "/openapi.json"),
+        ("/studio/", "", None, "/studio/"),
+        ("/nothing", "", None, ""),
+    ],
+)
+def test_figures_name_a_route_by_its_pattern(
+    path: str, base: str, route: str | None, told: str
+) -> None:
+    found = {} if route is None else {"route": SimpleNamespace(path=route)}
+    assert route_of({"path": path, "root_path": base, **found}) == told
 
 
 def test_what_is_served_is_inert() -> None:

@@ -714,7 +714,7 @@ class TestImageToImage:
                 f"mask {NOT_BASE64}",
             ),
             ({"mask": base64.b64encode(b"x").decode()}, 422, "the mask must be a PNG"),
-            ({"denoising_strength": 0}, 422, "denoising_strength must be"),
+            ({"denoising_strength": 0}, 422, "must be a number above 0, up to 1, not 0"),
             ({"denoising_strength": 1.1}, 422, "denoising_strength must be"),
             ({"resize_mode": 4}, 422, "resize_mode"),
             ({"width": 10**9, "height": 10**9, "resize_mode": 1}, 422, "width must be"),
@@ -943,6 +943,13 @@ class TestLists:
         assert api.util_get_model_names() == [title]
         assert api.util_get_current_model() == title
         assert api.get_options()["sd_checkpoint_hash"] == SHA
+
+    def test_figures_name_the_whole_route(self, api, server):
+        api.get_samplers()
+        figures = server.app.state.metrics._requests.collect()[0].samples
+        routes = {sample.labels["route"] for sample in figures}
+        assert "/sdapi/v1/samplers" in routes
+        assert "/samplers" not in routes
 
     @pytest.mark.parametrize(
         "name", ["tiny", "Tiny", f"tiny [{SHA[:10]}]", "tiny.safetensors", SHA, SHA[:10]]

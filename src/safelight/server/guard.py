@@ -30,6 +30,7 @@ from safelight.server.callers import (
 )
 from safelight.server.keyring import Keyring
 from safelight.server.limits import Guesses, Share
+from safelight.server.wording import route_of
 
 log = logging.getLogger("safelight.http")
 
@@ -167,7 +168,7 @@ class Guard:
                 await reply({"type": "http.response.body"})
         finally:
             self._share.release(client, taken)
-            route = getattr(scope.get("route"), "path", "")
+            route = route_of(scope)
             self.counted(scope["method"], route, status)
             log.info(
                 "request",

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from safelight.server.wording import METHODS
+from safelight.server.wording import METHODS, route_of
 
 if TYPE_CHECKING:
     from safelight.server.claims import Claim
@@ -161,8 +161,7 @@ class Traced:
                 await self.app(scope, receive, reply)
             finally:
                 # By the route's pattern: paths contain ids, and links contain tokens.
-                route = getattr(scope.get("route"), "path", "")
-                if route:
+                if route := route_of(scope):
                     span.set_attribute("http.route", route)
                     span.update_name(f"{method} {route}")
 

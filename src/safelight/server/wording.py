@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 MAX_ERROR = 1000
 """The most characters of an error's line. At most 200 of them repeat text of a request."""
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 """The HTTP methods that metrics and traces name. Strangers may send any word."""
+
+PAGES = frozenset({"/openapi.json", "/favicon.ico", "/studio", "/studio/"})
+"""Paths that are answered without one of our routes, at least at times."""
 
 _HIDDEN: list[str] = []
 
@@ -28,6 +32,16 @@ def public(text: str) -> str:
         if len(path) > 1 and path in text:
             text = re.sub(rf"{re.escape(path)}(?=/|\b|')", "…", text)
     return _whole(text if len(text) <= MAX_ERROR else f"{text[:MAX_ERROR]}…")
+
+
+def route_of(scope: Any) -> str:
+    """Return the pattern of a request's route, which has no value of the request; "" without one.
+
+    Inside a mounted application it begins with the mount's path.
+    """
+    if scope["path"] in PAGES:
+        return scope["path"]
+    return scope.get("root_path", "") + getattr(scope.get("route"), "path", "")
 
 
 def clipped(text: object, length: int = 100) -> str:

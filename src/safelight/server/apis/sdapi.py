@@ -19,7 +19,6 @@ from fastapi import Request as HttpRequest
 from starlette.exceptions import HTTPException
 
 from safelight.recipe import recipe_text
-from safelight.server.apis import sdapi_facts
 from safelight.server.apis.sdapi_bodies import ImageToImage, PngInfo, Sent, TextToImage
 from safelight.server.apis.sdapi_errors import Route
 from safelight.server.apis.sdapi_models import model_of
@@ -286,6 +285,3 @@ async def _stop(http: HttpRequest, how: str, calls: list[_Call]) -> dict[str, An
         call.stopped = how
         await _service(http).cancel(call.job_id)
     return {}
-
-
-router.include_router(sdapi_facts.router)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -18,6 +19,9 @@ from safelight.server.apis.sdapi_names import their_name
 from safelight.server.bodies import read_json_if_any
 from safelight.server.jobs import retry_after, status_of
 from safelight.server.wording import clipped, public
+
+_OUR_DEFAULT = re.compile(r" \(left out: [^)]*\)")
+"""What an error says of a setting that is left out. In this API that API's defaults hold."""
 
 
 class Route(APIRoute):
@@ -58,6 +62,7 @@ def _refusal(
         status, headers = status_of(error), retry_after(error)
         if error.field is not None:
             detail = str(error.renamed(their_name(error.field, sent)))
+            detail = _OUR_DEFAULT.sub("", detail, count=1)
     # A1111's errors repeat the whole body; ours may hold megabytes of pictures.
     detail = public(detail)
     content = {"error": type(error).__name__, "detail": detail, "body": "", "errors": detail}

@@ -28,7 +28,7 @@ from safelight.server.names import Names
 MAX_TOLD = 4 << 20
 """The most characters of LoRAs' metadata in one answer: each file may hold megabytes."""
 
-router = APIRouter(route_class=Route)
+router = APIRouter(prefix="/sdapi/v1", route_class=Route, tags=["AUTOMATIC1111"])
 
 
 def _service(http: HttpRequest) -> Service:
