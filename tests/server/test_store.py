@@ -322,8 +322,8 @@ def test_an_idle_worker_takes_no_lock_for_what_it_cannot_draw(
 
     with monkeypatch.context() as patch:
         patch.setattr(store, "_write", locked)
-        assert store.claim("w", able=["mine"]) is None
-    assert claim(store, able=["another"])
+        assert store.claim("w", models=["mine"]) is None
+    assert claim(store, models=["another"])
 
 
 @pytest.mark.parametrize("url", ["postgresql://me:secret@host:port/x", "me:secret@host"])

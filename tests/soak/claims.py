@@ -146,7 +146,7 @@ def explained(store: Store) -> str:
     with store.engine.begin() as db:
         owner = shares.next_owner(db, time.time())
         assert owner is not None
-        shares.next_job(db, time.time(), owner, AGEING)
+        shares.next_job(db, time.time(), owner, shares.Preference(AGEING))
     event.remove(store.engine, "before_cursor_execute", before)
     return "\n\n".join(told)
 

@@ -21,6 +21,7 @@ from sqlalchemy.exc import IntegrityError
 from safelight.server import shares
 from safelight.server.jobs import Picture, Status
 from safelight.server.roster import Roster
+from safelight.server.shares import Preference
 from safelight.server.tables import jobs, loads, pictures
 
 LEASE = 60.0
@@ -92,7 +93,7 @@ class Claims(Roster):
         known: Collection[str] | None = None,
         loaded: Collection[str] = (),
         patience: float = 0.0,
-        able: Collection[str] | None = None,
+        models: Collection[str] | None = None,
     ) -> Claim | None:
         """Return the next job for this worker and count the attempt; None if there is none.
 
@@ -102,15 +103,15 @@ class Claims(Roster):
         that the worker knows of; its other claims wait again. It is given after a call that raised:
         a database can go away between its commit and its answer. loaded: the models in the worker's
         memory; jobs of other models wait `patience` seconds longer, so that models are not
-        exchanged at each job. able: the models that it can load; None for all. A suspect job is
+        exchanged at each job. models: the models that it can load; None for all. A suspect job is
         claimed only by a worker that is `alone` with it, so that it takes down no other job; when
         its turn comes, other jobs wait. A job that was begun too often fails.
         """
         now = self._now()
-        how = (ageing, loaded, ageing * patience, able)
+        preference = Preference(ageing, loaded, ageing * patience, models)
         if known is None:
             with self._read() as db:  # blocks nobody, unlike a transaction that writes
-                if not _waits(db, now, *how, but=held, below=cheaper_than):
+                if not _waits(db, now, preference, excluding=held, below=cheaper_than):
                     return None
         with self._write() as db:
             now = self._now()  # the transaction may have waited for others
@@ -120,9 +121,9 @@ class Claims(Roster):
             self._renew(db, worker, now)  # it is late if the database was away
             first = None
             if cheaper_than is not None:
-                first = _first(db, now, *how, but=held)
+                first = _first(db, now, preference, excluding=held)
             if first is None:
-                first = _first(db, now, *how)
+                first = _first(db, now, preference)
                 if first is None or first["cost"] >= (cheaper_than or math.inf):
                     return None
             suspect = bool(first["attempts"] or max(first["kills"], first["ends"]) >= KILLS)
@@ -278,32 +279,28 @@ def _held(db: Connection, job_id: str, token: str) -> bool:
 def _waits(
     db: Connection,
     now: float,
-    *how: Any,
-    but: Collection[str],
+    preference: Preference,
+    excluding: Collection[str],
     below: float | None,
 ) -> bool:
-    """Return whether `claim` may find a job. how: arguments of `shares.next_job`."""
-    able = how[-1]
-    owner = shares.next_owner(db, now, able=able)
+    """Return whether `claim` may find a job."""
+    owner = shares.next_owner(db, now, models=preference.models)
     if below is None or owner is None:
         return owner is not None
-    first = shares.next_job(db, now, owner, *how)
+    first = shares.next_job(db, now, owner, preference)
     cheap = first is not None and first["cost"] < below
-    return cheap or shares.next_owner(db, now, but, able) is not None
+    return cheap or shares.next_owner(db, now, excluding, preference.models) is not None
 
 
 def _first(
     db: Connection,
     now: float,
-    ageing: float,
-    loaded: Collection[str],
-    more: float,
-    able: Collection[str] | None,
-    but: Collection[str] = (),
+    preference: Preference,
+    excluding: Collection[str] = (),
 ) -> RowMapping | None:
     """Return the job whose turn it is. Jobs before it that cannot be drawn any more fail."""
-    while (owner := shares.next_owner(db, now, but, able)) is not None:
-        first = shares.next_job(db, now, owner, ageing, loaded, more, able)
+    while (owner := shares.next_owner(db, now, excluding, preference.models)) is not None:
+        first = shares.next_job(db, now, owner, preference)
         if first is None:
             return None
         whys = [why for why, so in _worn_out(first) if so]

@@ -105,7 +105,7 @@ class LoadedModels:
         return list(self._loaded)
 
     @property
-    def able(self) -> list[str] | None:
+    def loadable(self) -> list[str] | None:
         """The models that this worker can load, if other workers may have more; None for all."""
         return list(self.served.sources()) if self._settings.elsewhere else None
 

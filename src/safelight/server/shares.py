@@ -10,12 +10,28 @@ owner do not hold up another owner's single job.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, Connection, Select, case, func, or_, select, true
 from sqlalchemy.engine import RowMapping
 
 from safelight.server.jobs import Status
 from safelight.server.tables import jobs, shares
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Which of an owner's jobs a worker prefers.
+
+    ageing: the cost that a second of waiting makes up for. loaded: models that are in memory: the
+    oldest job of each is considered too; jobs of other models cost `penalty` more. models: those
+    whose jobs are considered; None for all.
+    """
+
+    ageing: float = 0.0
+    loaded: Collection[str] = ()
+    penalty: float = 0.0
+    models: Collection[str] | None = None
 
 
 def count(db: Connection, owner: str, asked: Mapping[str, float]) -> None:
@@ -41,70 +57,59 @@ def charge(db: Connection, owner: str, cost: float) -> None:
 def next_owner(
     db: Connection,
     now: float,
-    but: Collection[str] = (),
-    able: Collection[str] | None = None,
+    excluding: Collection[str] = (),
+    models: Collection[str] | None = None,
 ) -> str | None:
     """Return the owner whose turn it is; None if no job waits.
 
-    but: owners that are left out. able: models whose jobs are considered; None for all.
+    excluding: owners that are left out. models: as in `Preference`.
     """
     # A scalar subquery needs one index look-up for each owner. Without its order, PostgreSQL would
     # read the whole table for each owner without a waiting job.
     shortest = jobs.c.cost, jobs.c.created
     waits = or_(
-        _one(_queued(able), shares.c.owner, *shortest).is_not(None),
-        _one(_late(now, able), shares.c.owner).is_not(None),
+        _first_id(_queued(models), shares.c.owner, *shortest).is_not(None),
+        _first_id(_late(now, models), shares.c.owner).is_not(None),
     )
-    query = select(shares.c.owner).where(waits, shares.c.owner.not_in(but))
+    query = select(shares.c.owner).where(waits, shares.c.owner.not_in(excluding))
     return db.scalar(query.order_by(shares.c.ended, shares.c.owner).limit(1))
 
 
-def next_job(
-    db: Connection,
-    now: float,
-    owner: str,
-    ageing: float,
-    loaded: Collection[str] = (),
-    more: float = 0.0,
-    able: Collection[str] | None = None,
-) -> RowMapping | None:
+def next_job(db: Connection, now: float, owner: str, preference: Preference) -> RowMapping | None:
     """Return the job whose turn it is among an owner's jobs.
 
     It is the shortest job, or the one that has waited longest if that makes up for its cost. These
     are the two ends of the queue, which indexes find at once however long it is. Jobs whose worker
     is silent are few: all of them are considered.
-
-    ageing: the cost that a second of waiting makes up for. loaded: models that are in memory: the
-    oldest job of each is considered too; jobs of other models cost `more`. able: as in
-    `next_owner`.
     """
+    queued, loaded = _queued(preference.models), preference.loaded
+    urgency = jobs.c.cost - preference.ageing * (now - jobs.c.created)
     ends = [
-        _one(_queued(able), owner, jobs.c.cost, jobs.c.created),
-        _one(_queued(able), owner, jobs.c.created, jobs.c.cost),
-        _one(_late(now, able), owner, jobs.c.cost - ageing * (now - jobs.c.created)),
+        _first_id(queued, owner, jobs.c.cost, jobs.c.created),
+        _first_id(queued, owner, jobs.c.created, jobs.c.cost),
+        _first_id(_late(now, preference.models), owner, urgency),
     ]
-    ends += [_one(_queued(able) & (jobs.c.model == name), owner, jobs.c.created) for name in loaded]
-    urgency = jobs.c.cost - ageing * (now - jobs.c.created)
+    ends += [_first_id(queued & (jobs.c.model == name), owner, jobs.c.created) for name in loaded]
     if loaded:
-        urgency += case((jobs.c.model.in_(loaded), 0.0), else_=more)
+        urgency += case((jobs.c.model.in_(loaded), 0.0), else_=preference.penalty)
     query = select(jobs).where(jobs.c.id.in_(ends)).order_by(urgency, jobs.c.created).limit(1)
     return db.execute(query).mappings().first()
 
 
-def _one(
+def _first_id(
     which: ColumnElement[bool], owner: ColumnElement[str] | str, *order: ColumnElement[float]
 ) -> ColumnElement[str]:
     found: Select[tuple[str]] = select(jobs.c.id).where(which, jobs.c.owner == owner)
     return found.order_by(*order).limit(1).scalar_subquery()
 
 
-def _queued(able: Collection[str] | None) -> ColumnElement[bool]:
-    return (jobs.c.status == Status.QUEUED) & _of_models(able)
+def _queued(models: Collection[str] | None) -> ColumnElement[bool]:
+    return (jobs.c.status == Status.QUEUED) & _of_models(models)
 
 
-def _late(now: float, able: Collection[str] | None) -> ColumnElement[bool]:
-    return (jobs.c.status == Status.RUNNING) & (jobs.c.lease < now) & _of_models(able)
+def _late(now: float, models: Collection[str] | None) -> ColumnElement[bool]:
+    return (jobs.c.status == Status.RUNNING) & (jobs.c.lease < now) & _of_models(models)
 
 
-def _of_models(able: Collection[str] | None) -> ColumnElement[bool]:
-    return true() if able is None else jobs.c.model.in_(able)
+def _of_models(models: Collection[str] | None) -> ColumnElement[bool]:
+    return true() if models is None else jobs.c.model.in_(models)

@@ -216,7 +216,7 @@ class Worker(Holder):
                 known=[claim.token for claim in self._claims] if self._last_claim_unknown else None,
                 loaded=models.names,
                 patience=models.patience,
-                able=models.able,
+                models=models.loadable,
             )
         except StorageError as error:  # tried again after the next step, or in a second
             self._last_claim_unknown = True
