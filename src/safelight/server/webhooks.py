@@ -18,7 +18,6 @@ import random
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -175,12 +174,12 @@ class Webhooks:
             try:
                 now = time.monotonic()
                 if now >= look:
-                    while await self._asked(self._outbox.ended, time.time(), None):
+                    while await asyncio.to_thread(self._outbox.ended, time.time(), None):
                         pass
                     look = now + LOOK
                 elif self._ended:
                     ids, self._ended = list(self._ended)[:100], set(list(self._ended)[100:])
-                    await self._asked(self._outbox.ended, time.time(), ids)
+                    await asyncio.to_thread(self._outbox.ended, time.time(), ids)
                 await self._begin()
             except StorageError:  # tried again
                 look = 0.0
@@ -198,7 +197,8 @@ class Webhooks:
             counts = Counter(self._sending.values())
             busy = [owner for owner, count in counts.items() if count >= EACH]
             now = time.time()
-            notice = await self._asked(self._outbox.next_notice, now, busy, now + 3 * PATIENCE)
+            until = now + 3 * PATIENCE
+            notice = await asyncio.to_thread(self._outbox.next_notice, now, busy, until)
             if notice is None:
                 return
             task = asyncio.ensure_future(self._send(notice))
@@ -225,7 +225,7 @@ class Webhooks:
                 extra={"job": notice.job.id},
             )
         with contextlib.suppress(StorageError):  # it is sent once more
-            await self._asked(self._outbox.noticed, notice, now, due)
+            await asyncio.to_thread(self._outbox.noticed, notice, now, due)
 
     async def _status(self, notice: Notice) -> str:
         """Send a webhook; return the status of the answer, or what prevented one."""
@@ -254,7 +254,7 @@ class Webhooks:
                     limits=httpx2.Limits(max_keepalive_connections=0),
                 )
             )
-        secret = await self._asked(self._outbox.webhook_secret, notice.owner)
+        secret = await asyncio.to_thread(self._outbox.webhook_secret, notice.owner)
         url = httpx2.URL(check_url(notice.url, private=self.private))
         host = url.raw_host.decode("ascii").strip("[]")
         port = url.port or {"http": 80, "https": 443}[url.scheme]
@@ -274,6 +274,3 @@ class Webhooks:
         answer = await self._client.send(request, stream=True)
         await answer.aclose()  # only the status is read
         return answer.status_code
-
-    async def _asked(self, call: Callable[..., Any], *given: Any) -> Any:
-        return await asyncio.to_thread(call, *given)
