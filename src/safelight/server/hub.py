@@ -32,7 +32,7 @@ from safelight.server.keyring import Keyring
 from safelight.server.names import Names
 from safelight.server.on_ray import OnRay
 from safelight.server.process import Child, Settings
-from safelight.server.recovery import recover
+from safelight.server.recovery import put_back, recover
 from safelight.server.retention import clear
 from safelight.server.scaling import Plan
 from safelight.server.steps import Steps
@@ -46,6 +46,9 @@ log = logging.getLogger("safelight.server")
 
 LOOK_AGAIN = 2.0
 """Seconds after which a waiting call looks into the database, since messages may be lost."""
+
+STEP = 30.0
+"""Seconds within which the worker should end a step; see `Hub.trouble`."""
 
 
 class Hub:
@@ -142,14 +145,10 @@ class Hub:
         self.catalogue.stop()
         self._events.stop()
 
-    async def check(self, seconds: float = 30.0) -> bool:
-        """Return whether jobs are taken and drawn right now."""
-        return await self.trouble(seconds) is None
-
-    async def trouble(self, seconds: float = 30.0) -> str | None:
+    async def trouble(self) -> str | None:
         """Return what keeps jobs from being taken or drawn right now, None if nothing does.
 
-        The worker takes a real step for this, unless one ends by itself within `seconds`.
+        The worker takes a real step for this, unless one ends by itself within STEP seconds.
         """
         if self.stopping:
             return "the server is stopping"
@@ -160,7 +159,7 @@ class Hub:
             except StorageError as error:
                 return str(error)
             if isinstance(self.supervisor, Supervisor):  # the fleet's workers report it themselves
-                well = await self._steps.taken(lambda: self.supervisor.send("check"), seconds)
+                well = await self._steps.taken(lambda: self.supervisor.send("check"), STEP)
                 if well is None:  # in a longer step, or hung: the pulse tells which
                     return self.supervisor.trouble
                 found = None if well else "the worker could not take a step"
@@ -200,11 +199,7 @@ class Hub:
         self._steps.answer(False)
 
     def _put_back(self, worker: str, killed: bool) -> None:
-        left = self.store.release(
-            worker, told_to=self.stopping, killed=killed and not self.stopping
-        )
-        self.files.remove_pictures(left)
-        self.store.leave(worker)
+        put_back(self.files, self.store, worker, killed=killed, stopping=self.stopping)
 
     # --- jobs ------------------------------------------------------------------------------------
 
@@ -273,12 +268,10 @@ class Hub:
                 return event.job
         raise StoppingError
 
-    async def events(
-        self, job_id: str, *, previews: bool = True, owner: str | None = None
-    ) -> AsyncIterator[Event]:
+    async def events(self, job_id: str, *, previews: bool = True) -> AsyncIterator[Event]:
         """See `jobs.Service`. Stops without the event "end" if the server ends."""
         with self._events.listen(job_id, previews=previews) as queue:
-            job = await self.get(job_id, owner=owner)
+            job = await self.get(job_id)
             if job is None:
                 raise SafelightError("there is no such job", code="not_found")
             told = {picture.index for picture in job.pictures}

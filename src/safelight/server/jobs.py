@@ -203,9 +203,7 @@ class Service(Protocol):
         """Return the job when its status is final."""
         ...
 
-    def events(
-        self, job_id: str, *, previews: bool = True, owner: str | None = None
-    ) -> AsyncIterator[Event]:
+    def events(self, job_id: str, *, previews: bool = True) -> AsyncIterator[Event]:
         """Yield what happens to a job from now on; the last event is "end"."""
         ...
 
