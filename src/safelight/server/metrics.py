@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
@@ -30,72 +31,43 @@ class Metrics:
             ("method", "route", "status"),
             registry=self._registry,
         )
-        self._jobs = Gauge(
-            "safelight_jobs", "Jobs in the database.", ("status",), registry=self._registry
-        )
-        self._model_jobs = Gauge(
+        gauge = partial(Gauge, registry=self._registry)
+        self._jobs = gauge("safelight_jobs", "Jobs in the database.", ("status",))
+        self._model_jobs = gauge(
             "safelight_model_jobs",
             "Jobs in the database, by the model that they name.",
             ("model", "status"),
-            registry=self._registry,
         )
-        self._loaded = Gauge(
-            "safelight_model_loaded",
-            "Whether a model is in the worker's memory.",
-            ("model",),
-            registry=self._registry,
+        self._loaded = gauge(
+            "safelight_model_loaded", "Whether a model is in the worker's memory.", ("model",)
         )
-        self._loads = Gauge(
-            "safelight_model_loads",
-            "Times a model was loaded since the start.",
-            ("model",),
-            registry=self._registry,
+        self._loads = gauge(
+            "safelight_model_loads", "Times a model was loaded since the start.", ("model",)
         )
-        self._key_jobs = Gauge(
-            "safelight_key_unfinished_jobs",
-            "Jobs of a key that wait or are drawn.",
-            ("key",),
-            registry=self._registry,
+        self._key_jobs = gauge(
+            "safelight_key_unfinished_jobs", "Jobs of a key that wait or are drawn.", ("key",)
         )
-        self._restarts = Gauge(
-            "safelight_worker_restarts", "Times the worker was replaced.", registry=self._registry
+        self._restarts = gauge("safelight_worker_restarts", "Times the worker was replaced.")
+        self._ready = gauge("safelight_ready", "Whether jobs are taken and drawn.")
+        self._pictures = gauge(
+            "safelight_key_pictures", "Pictures that a key has asked for.", ("key",)
         )
-        self._ready = Gauge(
-            "safelight_ready", "Whether jobs are taken and drawn.", registry=self._registry
-        )
-        self._pictures = Gauge(
-            "safelight_key_pictures",
-            "Pictures that a key has asked for.",
-            ("key",),
-            registry=self._registry,
-        )
-        self._pixel_steps = Gauge(
+        self._pixel_steps = gauge(
             "safelight_key_pixel_steps",
             "Pixel-steps that a key has asked for: width x height x steps x pictures.",
             ("key",),
-            registry=self._registry,
         )
-        self._webhooks = Gauge(
-            "safelight_webhooks",
-            "Tries to send a webhook since the start.",
-            ("outcome",),
-            registry=self._registry,
+        self._webhooks = gauge(
+            "safelight_webhooks", "Tries to send a webhook since the start.", ("outcome",)
         )
-        self._expiring = Gauge(
-            "safelight_expiring_jobs",
-            "Jobs that are marked for deletion by --keep.",
-            registry=self._registry,
+        self._expiring = gauge(
+            "safelight_expiring_jobs", "Jobs that are marked for deletion by --keep."
         )
-        self._deleted = Gauge(
-            "safelight_expired",
-            "What --keep has deleted since the start.",
-            ("what",),
-            registry=self._registry,
+        self._deleted = gauge(
+            "safelight_expired", "What --keep has deleted since the start.", ("what",)
         )
-        self._stored = Gauge(
-            "safelight_stored_bytes",
-            "Files of all jobs, as last counted for a limit of --keep.",
-            registry=self._registry,
+        self._stored = gauge(
+            "safelight_stored_bytes", "Files of all jobs, as last counted for a limit of --keep."
         )
 
     def count(self, method: str, route: str, status: int) -> None:
