@@ -1,4 +1,4 @@
-"""What a server does before it takes jobs: check that files and database match, then tidy up."""
+"""Tidy up: before a server takes jobs (files and database match), and after a worker has ended."""
 
 from __future__ import annotations
 
@@ -54,6 +54,16 @@ def belongs(files: Files, store: Store) -> bool:
             "the server has it"
         )
     return True
+
+
+def put_back(files: Files, store: Store, worker: str, *, killed: bool, stopping: bool) -> None:
+    """Let the jobs of a worker that ended wait again, without what it wrote for them.
+
+    killed: it was killed from outside. stopping: it was told to end, which counts against no job.
+    """
+    left = store.release(worker, told_to=stopping, killed=killed and not stopping)
+    files.remove_pictures(left)
+    store.leave(worker)
 
 
 def _mark(files: Files, store: Store, knows: bool, knows_these: bool) -> str:

@@ -19,7 +19,7 @@ from safelight.server.files import Files
 from safelight.server.jobs import ModelInfo, StorageError
 from safelight.server.logs import log_to_stderr
 from safelight.server.process import Child
-from safelight.server.recovery import belongs
+from safelight.server.recovery import belongs, put_back
 from safelight.server.roster import BEAT
 from safelight.server.served import Served
 from safelight.server.settings import Settings
@@ -190,6 +190,4 @@ class Station:
 
     def _put_back(self, worker: str, killed: bool) -> None:
         stopping = self.supervisor.stopping
-        left = self._store.release(worker, told_to=stopping, killed=killed and not stopping)
-        self._files.remove_pictures(left)
-        self._store.leave(worker)
+        put_back(self._files, self._store, worker, killed=killed, stopping=stopping)
