@@ -73,7 +73,8 @@ def train_line(folder: Path, plan: Plan = PLAN, stop_at: int | None = None) -> t
         steps += 1
         return run(draw)
 
-    return fit(line, loss_of, plan, folder, every=5, log=lambda _: None)["w"]
+    fit(line, loss_of, plan, folder, every=5, log=lambda _: None)
+    return line.w.detach()
 
 
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path) -> None:
@@ -349,7 +350,9 @@ class TestMinutes:
             return (run(torch.randn(4, 2, generator=draw.noise)) - 1).square().mean()
 
         torch.manual_seed(0)
-        return fit(torch.nn.Linear(2, 1), loss_of, plan, folder, log=lambda _: None)["weight"]
+        net = torch.nn.Linear(2, 1)
+        fit(net, loss_of, plan, folder, log=lambda _: None)
+        return net.weight.detach()
 
     def test_end_in_time_and_go_on_as_begun(self, tmp_path: Path) -> None:
         whole_run = self.train(tmp_path / "a")

@@ -246,9 +246,8 @@ def train_judge(stage: Stage, path: Path, folder: Path, plan: Plan) -> Judge:
             loss = loss + _error(logits.float(), answer)
         return loss
 
-    weights = fit(judge, loss_of, plan, folder)
+    fit(judge, loss_of, plan, folder)
     # The averaged weights have other batch statistics than the trained ones; measure them again.
-    judge.load_state_dict(weights, strict=False)
     judge.train()
     for module in judge.modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -126,16 +126,14 @@ def sharpen(
         return plain + weight * fooled
 
     also = {"discriminator": critic, "its optimizer": optimizer}
-    decoder.load_state_dict(
-        fit(
-            decoder,
-            loss_of,
-            plan,
-            folder,
-            every=every,
-            native=native,
-            on_device=True,
-            also=also,
-        )
+    fit(
+        decoder,
+        loss_of,
+        plan,
+        folder,
+        every=every,
+        native=native,
+        on_device=True,
+        also=also,
     )
     decoder.cpu().eval().requires_grad_(False)

@@ -152,7 +152,7 @@ def teach(
         unexplained = looks.unexplained(told, rows[pick])
         return reader.error(logits, right[pick]) + LOOKS * unexplained
 
-    reader.load_state_dict(fit(reader, loss_of, plan, folder))
+    fit(reader, loss_of, plan, folder)
     ids, right, rows = asked(PART, 6)
     told, parts_told = understood(reader, ids, right, tokenizer.eos)
     explained = 1 - float(looks.unexplained(parts_told, rows))

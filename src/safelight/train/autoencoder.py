@@ -67,7 +67,7 @@ def train_autoencoder(
         )
 
     net = _Pass(vae)
-    net.load_state_dict(fit(net, loss_of, plan, folder, native=native, on_checkpoint=on_checkpoint))
+    fit(net, loss_of, plan, folder, native=native, on_checkpoint=on_checkpoint)
     vae = vae.cpu()
     return vae.eval().requires_grad_(False)
 

@@ -123,7 +123,7 @@ def teach_words(
         error = (told.float() - shown[:, None].to(draw.device)).square().mean(dim=-1)
         return error[words == end].mean()
 
-    sketch.load_state_dict(fit(sketch, loss_of, plan, folder))
+    fit(sketch, loss_of, plan, folder)
     sketch.cpu()
 
 
@@ -169,17 +169,15 @@ def train_text_to_image(
         words = torch.where(drop[:, None], empty, ids[pick]).long()
         return noising.loss(latents[pick].float(), draw, lambda x, t: run(x, t, words))
 
-    net.load_state_dict(
-        fit(
-            net,
-            loss_of,
-            plan,
-            folder,
-            every=every,
-            native=native,
-            on_device=True,
-            on_checkpoint=on_checkpoint,
-        )
+    fit(
+        net,
+        loss_of,
+        plan,
+        folder,
+        every=every,
+        native=native,
+        on_device=True,
+        on_checkpoint=on_checkpoint,
     )
     net.cpu()
 
@@ -209,17 +207,15 @@ def train_unconditional(
         clean = to_pixels(pictures_of(draw, plan.batch)).to(draw.device)
         return noising.loss(clean, draw, run)
 
-    net.load_state_dict(
-        fit(
-            net,
-            loss_of,
-            plan,
-            folder,
-            every=every,
-            native=native,
-            on_device=on_device,
-            on_checkpoint=on_checkpoint,
-        )
+    fit(
+        net,
+        loss_of,
+        plan,
+        folder,
+        every=every,
+        native=native,
+        on_device=on_device,
+        on_checkpoint=on_checkpoint,
     )
     net.cpu()
     return net.eval().requires_grad_(False)

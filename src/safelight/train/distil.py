@@ -155,17 +155,15 @@ def distil(
             export_text_to_image(made, vae, text, trained, scheduler, notes)
             return draw_sheet(made, out / f"step-{step:06}.png", shown, **draw_with)
 
-    student.load_state_dict(
-        fit(
-            student,
-            loss_of,
-            plan,
-            out,
-            every=CHECKPOINT_EVERY,
-            native=native,
-            on_device=True,
-            on_checkpoint=show,
-        )
+    fit(
+        student,
+        loss_of,
+        plan,
+        out,
+        every=CHECKPOINT_EVERY,
+        native=native,
+        on_device=True,
+        on_checkpoint=show,
     )
     after = show(student.cpu(), plan.steps)
     with writing(made):

@@ -29,6 +29,7 @@ from safelight.interrupt import ctrl_c_waits
 from safelight.picture import reason
 from safelight.train.devices import accelerator, check_compiler, compiled
 from safelight.train.graphs import Steps
+from safelight.train.losses import Losses
 from safelight.train.plan import PACE, Plan
 
 LOOKS = 20
@@ -109,8 +110,8 @@ def fit(
     log: Callable[[str], None] = progress,
     on_checkpoint: Show | None = None,
     also: Mapping[str, Any] | None = None,
-) -> dict[str, Tensor]:
-    """Train `net`, in place, and return its averaged (EMA) weights.
+) -> None:
+    """Train `net`, in place: in the end it holds its averaged (EMA) weights.
 
     on_device: `loss_of` takes its data from the device and nothing from `Draw.data`, so a GPU can
     do whole steps without Python (see `graphs.Steps`).
@@ -141,22 +142,18 @@ def fit(
     path, pace_path = folder / "checkpoint.pt", folder / "steps"
     if plan.seconds is not None and pace_path.exists():
         plan = plan.paced(int(pace_path.read_text()))
-    # Of the current line of the log: steps, those that were finite, and the sum of their losses.
-    start, seen, total = 0, 0, torch.zeros((), device=machine.device)
-    counted = torch.zeros((), dtype=torch.int64, device=machine.device)
-    in_a_row = torch.zeros_like(counted)
+    start, losses = 0, Losses(machine.device)
     if path.exists():
-        start, (seen, whole, before) = _resume(path, plan, params, average, optimizer, also or {})
-        total += before
-        counted += whole
+        start, before = _resume(path, plan, params, average, optimizer, also or {})
+        losses = Losses(machine.device, before)
     for group in optimizer.param_groups:
         # A recorded step reads its learning rate from the device.
         group["capturable"] = graphed
         group["lr"] = torch.zeros((), device=machine.device) if graphed else 0.0
     run, optimizer = machine.prepare(compiled(net, native), optimizer)
-    names = [name for name, _ in net.named_parameters()]
     if plan.steps and start >= plan.steps:
-        return dict(zip(names, average, strict=True))
+        _copy(average, params)
+        return
     chief = machine.is_main_process
     board = _board(folder, start) if chief else None
     began, saved, marked = time.monotonic(), start, 0.0
@@ -170,7 +167,7 @@ def fit(
             state = {
                 "plan": json.dumps(asdict(plan)),
                 "step": step,
-                "line": (seen, int(counted), float(total)),
+                "line": losses.state,
                 "params": [p.detach() for p in params],
                 "average": average,
                 "optimizer": optimizer.state_dict(),
@@ -199,11 +196,7 @@ def fit(
         while not plan.steps or step < plan.steps:
             # Only between two steps is the state complete for a checkpoint.
             with ctrl_c_waits():
-                for group in optimizer.param_groups:
-                    if steps is None:
-                        group["lr"] = plan.rate(step)
-                    else:
-                        group["lr"].fill_(plan.rate(step))
+                _set_rate(optimizer, plan.rate(step))
                 draw = Draw.of(plan.seed, step, machine.process_index, machine.device, steps)
                 if steps is None:
                     loss = once(draw)
@@ -214,15 +207,10 @@ def fit(
                 keep = min(plan.ema, (1 + step) / (10 + step))
                 with torch.no_grad():
                     _towards(average, params, 1 - keep)
-                    finite = torch.isfinite(loss)
-                    total += torch.where(finite, loss, 0)
-                    counted += finite
-                    in_a_row = torch.where(finite, 0, in_a_row + 1)
-                seen += 1
-                # Reading a number from a GPU waits for the GPU.
-                looks = machine.device.type == "cpu" or seen % LOOKS == 0
+                losses.add(loss)
+                looks = machine.device.type == "cpu" or losses.steps % LOOKS == 0
                 most = min(LOOKS, plan.steps or LOOKS)
-                if looks and int(in_a_row) >= most:
+                if looks and losses.diverged(most):
                     raise SafelightError(
                         f"the loss is not finite at step {step}, nor at the {most - 1} before it: "
                         f"a lower learning rate than {plan.learning_rate:g} would help; the last "
@@ -230,28 +218,15 @@ def fit(
                     )
                 step += 1
             if not plan.steps and step - start in PACE:
-                float(total)
-            if not plan.steps and step - start == PACE[0]:
-                marked = time.monotonic()
-            if not plan.steps and step - start == PACE[1]:
-                assert plan.seconds is not None
-                now = time.monotonic()
-                pace = (now - marked) / (PACE[1] - PACE[0])
-                plan = plan.paced(step + max(1, round((plan.seconds - (now - began)) / pace)))
-                pace_path.write_text(str(plan.steps))
+                losses.wait()
+                if step - start == PACE[0]:
+                    marked = time.monotonic()
+                else:
+                    plan = _paced(plan, step, began, marked)
+                    pace_path.write_text(str(plan.steps))
             if board is not None and (step % window == 0 or step == plan.steps):
                 pace = (time.monotonic() - began) / (step - start)
-                left = pace * (plan.steps - step) / 60
-                whole = int(counted)
-                mean = float(total) / max(1, whole)
-                log(
-                    f"step {step}/{plan.steps}  loss {mean:.4f}  "
-                    f"{plan.batch / pace:.0f} samples/s  {left:.1f} min left"
-                    + (f"  {seen - whole} steps left out: not finite" if whole < seen else "")
-                )
-                board.add_scalar("loss", mean, step)
-                board.add_scalar("learning rate", plan.rate(step - 1), step)
-                seen, total, counted = 0, torch.zeros_like(total), torch.zeros_like(counted)
+                losses.report(plan, step, pace, log, board)
             if step % every == 0 or step == plan.steps:
                 save(step)
                 if board is not None and on_checkpoint is not None:
@@ -267,7 +242,26 @@ def fit(
     finally:
         if board is not None:
             board.close()
-    return dict(zip(names, average, strict=True))
+    _copy(average, params)
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def _paced(plan: Plan, step: int, began: float, marked: float) -> Plan:
+    """Return a plan of seconds with its number of steps, from the pace since `marked`.
+
+    began, marked: `time.monotonic` at the first step, and PACE[0] steps later.
+    """
+    assert plan.seconds is not None
+    now = time.monotonic()
+    pace = (now - marked) / (PACE[1] - PACE[0])
+    return plan.paced(step + max(1, round((plan.seconds - (now - began)) / pace)))
 
 
 def _board(folder: Path, start: int) -> Any:
