@@ -1,9 +1,12 @@
 """Checkpoints of a few kilobytes, with the structure of real ones."""
 
 import json
+import math
+import os
 import resource
 import struct
 import time
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -155,6 +158,17 @@ def raw_file(path: Path, header, data=b"", length=None) -> Path:
     """A file with the layout of safetensors and any content: `header` as bytes or as JSON."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return path
+
+
+def sparse_file(path: Path, shapes: Mapping[str, Sequence[int]]) -> Path:
+    """Write a safetensors file of float16 zeros, which takes no room on the disk."""
+    end, header = 0, {}
+    for key, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[key] = {"dtype": "F16", "shape": shape, "data_offsets": [start, end]}
+    raw_file(path, header)
+    os.truncate(path, path.stat().st_size + end)
     return path
 
 

@@ -1,8 +1,6 @@
 """Names and shapes of our networks, and the map of single files, against diffusers."""
 
-import json
 import math
-import struct
 from dataclasses import replace
 
 import pytest
@@ -27,6 +25,7 @@ from safelight.weights.names import (
     unet_names,
     vae_names,
 )
+from tests.weights_tiny import sparse_file
 
 # Parameters of the published checkpoints: UNet, VAE, text encoder.
 PARAMETERS = {
@@ -226,16 +225,7 @@ def test_folders_that_diffusers_writes_fit(small, tmp_path):
 @pytest.mark.parametrize("name", FAMILY)
 def test_the_family_is_told_by_shapes(name, tmp_path):
     """A sparse file has the full size; only its header is read."""
-    end, header = 0, {}
-    for key, shape in ldm_shapes(FAMILY[name]).items():
-        start, end = end, end + 2 * math.prod(shape)
-        header[key] = {"dtype": "F16", "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    path = tmp_path / "full.safetensors"
-    with path.open("wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text)
-        f.truncate(8 + len(text) + end)
-    read = read_header(path)
+    read = read_header(sparse_file(tmp_path / "full.safetensors", ldm_shapes(FAMILY[name])))
     family = family_of_file(read)
     assert family.name == name
     for part, weights in family.single_file(read).weights.items():

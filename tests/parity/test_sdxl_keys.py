@@ -1,8 +1,6 @@
 """Names and shapes of SDXL's variants and of the small networks, on the meta device."""
 
-import json
 import math
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from safelight.weights.check import read_header
 from safelight.weights.load import _check_fit
 from tests.parity.sdxl_models import original_names
 from tests.parity.test_ldm_keys import ours, shapes, theirs
+from tests.weights_tiny import sparse_file
 
 FAMILIES = {family.name: family for family in VARIANTS}
 # UNet, autoencoder, text encoders.
@@ -131,16 +130,7 @@ def test_the_family_of_a_single_file_is_told_by_its_shapes(name: str, tmp_path: 
         for key, tensor in original_names(section, state).items():
             file[prefix + key] = tuple(tensor.shape)
     assert KNOWN.get(name, {}).items() <= file.items()
-    end, header = 0, {}
-    for key, shape in file.items():
-        start, end = end, end + 2 * math.prod(shape)
-        header[key] = {"dtype": "F16", "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    path = tmp_path / "full.safetensors"
-    with path.open("wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text)
-        f.truncate(8 + len(text) + end)
-    read = read_header(path)
+    read = read_header(sparse_file(tmp_path / "full.safetensors", file))
     found = family_of_file(read)
     assert found.name == name
     for part, weights in found.single_file(read).weights.items():

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from safelight.errors import SafelightError
+from safelight.families.base import NO_PART
 from safelight.nets.clip import CLIPTextModel
 from safelight.nets.tiny import AutoencoderTiny
 from safelight.nets.unet import UNet2DConditionModel
@@ -22,6 +23,7 @@ from safelight.nets.unet2d import UNet2DModel
 from safelight.nets.vae import AutoencoderKL
 from safelight.picture import reason
 from safelight.weights.find import PREVIEWS
+from safelight.weights.folder import DIFFUSION
 
 DIFFUSERS = "0.42.0"
 """The version of diffusers whose layout is written and tested against."""
@@ -55,7 +57,7 @@ def export_text_to_image(
     _network(
         folder / "vae",
         vae,
-        "diffusion_pytorch_model",
+        DIFFUSION,
         {
             "_class_name": "AutoencoderKL",
             **asdict(vae.config),
@@ -68,7 +70,7 @@ def export_text_to_image(
     _network(
         folder / "unet",
         unet,
-        "diffusion_pytorch_model",
+        DIFFUSION,
         {
             "_class_name": "UNet2DConditionModel",
             **asdict(unet.config),
@@ -97,10 +99,10 @@ def export_text_to_image(
         {
             "_class_name": "StableDiffusionPipeline",
             "_diffusers_version": DIFFUSERS,
-            "feature_extractor": [None, None],
-            "image_encoder": [None, None],
+            "feature_extractor": NO_PART,
+            "image_encoder": NO_PART,
             "requires_safety_checker": False,
-            "safety_checker": [None, None],
+            "safety_checker": NO_PART,
             "scheduler": ["diffusers", scheduler["_class_name"]],
             "text_encoder": ["transformers", "CLIPTextModel"],
             "tokenizer": ["transformers", "CLIPTokenizer"],
@@ -114,7 +116,7 @@ def export_text_to_image(
 def export_previews(folder: Path, vae: AutoencoderTiny) -> None:
     """Add a tiny autoencoder, which decodes previews, to the folder of a model."""
     raw = {"_class_name": "AutoencoderTiny", **asdict(vae.config)}
-    _network(folder / PREVIEWS, vae, "diffusion_pytorch_model", raw)
+    _network(folder / PREVIEWS, vae, DIFFUSION, raw)
 
 
 def export_unconditional(
@@ -124,7 +126,7 @@ def export_unconditional(
     _network(
         folder / "unet",
         unet,
-        "diffusion_pytorch_model",
+        DIFFUSION,
         {
             "_class_name": "UNet2DModel",
             **asdict(unet.config),

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from safelight.errors import SafelightError
 from safelight.weights.check import ITEM_SIZES
+from safelight.weights.library import is_model_folder
 
 PIECE = 2**26
 """Bytes that are written at once."""
@@ -82,7 +83,7 @@ def written(path: Path, need: int, *, overwrite: bool, folder: bool) -> Iterator
     if path.exists() or path.is_symlink():
         if not overwrite:
             raise SafelightError(f"{_shown(path)} is there already: give --overwrite to replace it")
-        if path.is_dir() != folder or (folder and not _is_model(path)):
+        if path.is_dir() != folder or (folder and not is_model_folder(path)):
             raise SafelightError(f"{_shown(path)} is no model, and is not replaced by one")
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -106,10 +107,6 @@ def written(path: Path, need: int, *, overwrite: bool, folder: bool) -> Iterator
         raise SafelightError(f"{_shown(path)} cannot be written: {error.strerror}") from None
     finally:
         shutil.rmtree(room, ignore_errors=True)
-
-
-def _is_model(path: Path) -> bool:
-    return not path.is_symlink() and (path / "model_index.json").is_file()
 
 
 def _shown(path: Path) -> str:
