@@ -1,4 +1,4 @@
-"""The error whose message users read, and two kinds of it about storage."""
+"""The error whose message users read, two kinds of it about storage, and errors of others."""
 
 from typing import Self
 
@@ -46,3 +46,11 @@ class AwayError(StorageError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, code="storage_away")
+
+
+def first_line(error: BaseException | None, most: int = 100) -> str:
+    """Return the first line of an error's text, at most `most` characters; its type if it has none.
+
+    For errors of others in our messages, which are one line.
+    """
+    return (str(error).splitlines() or [type(error).__name__])[0][:most]

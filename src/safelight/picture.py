@@ -19,7 +19,7 @@ from PIL import ExifTags, Image, ImageChops, PngImagePlugin
 
 from safelight import plain_png
 from safelight.bounds import check_structure
-from safelight.errors import SafelightError
+from safelight.errors import SafelightError, first_line
 from safelight.paths import expanded
 from safelight.pixels import as_mask, as_rgb, upright
 
@@ -133,8 +133,7 @@ def _short(path: str | Path) -> str:
 def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    lines = str(error).splitlines()
-    return lines[0][:80] if lines else type(error).__name__
+    return first_line(error, 80)
 
 
 # --- tensors -------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import logging
 import os
 from typing import Any
 
-from safelight.errors import SafelightError
+from safelight.errors import SafelightError, first_line
 
 HERE = "local"
 """The address that starts a cluster on this machine."""
@@ -35,6 +35,6 @@ def connect(address: str, *modules: str) -> Any:
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **here)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        told = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SafelightError(f"the Ray cluster {address!r} is not reached: {told:.200}") from None
+        told = first_line(error, 200)
+        raise SafelightError(f"the Ray cluster {address!r} is not reached: {told}") from None
     return ray

@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, create_engine, event, func, select
 from sqlalchemy.exc import DBAPIError, DisconnectionError, IntegrityError, SQLAlchemyError
 
-from safelight.server.jobs import StorageError
+from safelight.errors import StorageError, first_line
 from safelight.server.tables import timestamp
 
 LOCK = 0x5AFE
@@ -100,7 +100,7 @@ def open_engine(url: str) -> Engine:
     try:
         engine = create_engine(url, pool_timeout=PATIENCE, **how)
     except (SQLAlchemyError, ImportError, TypeError) as error:
-        raise StorageError(f"the database of jobs cannot be used: {_line(error)}") from None
+        raise StorageError(f"the database of jobs cannot be used: {first_line(error)}") from None
     except ValueError:  # its text may quote part of a password
         raise StorageError(
             "the database of jobs cannot be used: its URL cannot be read: expected one as "
@@ -137,11 +137,7 @@ def reason(error: Exception) -> str:
         "DatabaseError",
         "InterfaceError",
     )
-    return _line(original) if speaks else type(original).__name__
-
-
-def _line(error: BaseException | None) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:100]
+    return first_line(original) if speaks else type(original).__name__
 
 
 def _set_up_sqlite(engine: Engine) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from safelight.errors import SafelightError
+from safelight.errors import SafelightError, first_line
 from safelight.server.process import Child, spawn
 from safelight.server.settings import Settings
 
@@ -135,7 +135,7 @@ class Supervisor:
                 self._put_back(worker, killed)
                 return
             except Exception as error:  # jobs wait meanwhile; the next try may work
-                log.warning("jobs cannot be put back yet: %s", _line(error))
+                log.warning("jobs cannot be put back yet: %s", first_line(error, 200))
                 if self.stopping:  # the server's next start does it
                     return
                 time.sleep(1)
@@ -188,7 +188,7 @@ class Supervisor:
             try:
                 return spawn(self._settings)
             except Exception as error:  # such as no memory for a process
-                log.warning("a worker cannot be started: %s", _line(error))
+                log.warning("a worker cannot be started: %s", first_line(error, 200))
                 time.sleep(1)
 
     def _watch(self, child: Child) -> None:
@@ -266,10 +266,6 @@ def ending(code: int | None) -> str:
     if name == "SIGBUS":
         return "SIGBUS: a file that it reads was cut short, or its disk fails"
     return name
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _is_stopped(pid: int | None) -> bool:

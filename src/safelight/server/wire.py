@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from safelight.errors import first_line
 from safelight.server.database import CONNECTING, open_engine
 
 log = logging.getLogger("safelight.server")
@@ -109,7 +110,7 @@ class Wire:
                     self._on_open()
                     self._exchange(connection)
             except (psycopg.Error, OSError) as error:
-                why = (str(error).splitlines() or [type(error).__name__])[0][:100]
+                why = first_line(error)
                 if why != told:
                     log.warning("news of the fleet do not come: %s", why)
                 told = why
