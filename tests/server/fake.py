@@ -269,7 +269,7 @@ class FakeService:
 
 @dataclass
 class Running:
-    """The real application, and the service that it asks at the moment."""
+    """The real application, and the service that it asks at the moment in place of a Hub."""
 
     port: int = 0
     app: Any = None

@@ -70,7 +70,7 @@ def application(
 
     # FastAPI's own /docs loads files from another host; this one does not.
     app = FastAPIOffline(redoc_url=None, title="Safelight", version=__version__, lifespan=life)
-    app.state.service, app.state.metrics = hub, Metrics(retention)
+    app.state.hub, app.state.metrics = hub, Metrics(retention)
     app.state.decoders = decoders
     app.include_router(ours.router, responses=problems(400, 422, model=ours.Problem))
     app.include_router(library.router, responses=problems(400, 422, model=ours.Problem))

@@ -9,12 +9,12 @@ from typing import TypeVar
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from safelight.server.jobs import Service
+from safelight.server.hub import Hub
 
 T = TypeVar("T")
 
 
-async def attended(receive: Receive, service: Service, job_id: str, work: Awaitable[T]) -> T:
+async def attended(receive: Receive, hub: Hub, job_id: str, work: Awaitable[T]) -> T:
     """Return the result of `work`, as long as the client stays connected.
 
     If the client leaves, or `work` fails, the job is cancelled, and ClientDisconnect or the
@@ -32,7 +32,7 @@ async def attended(receive: Receive, service: Service, job_id: str, work: Awaita
             raise ClientDisconnect
         return working.result()
     except BaseException:
-        await asyncio.shield(service.cancel(job_id))
+        await asyncio.shield(hub.cancel(job_id))
         raise
     finally:
         working.cancel()

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fastapi import Request as HttpRequest
+
 from safelight.defaults import defaults_of, with_level
 from safelight.errors import SafelightError
 from safelight.request import Request
@@ -20,14 +22,7 @@ from safelight.server.events import Events
 from safelight.server.files import Files
 from safelight.server.fleet import Elsewhere, Fleet
 from safelight.server.intake import accept
-from safelight.server.jobs import (
-    Event,
-    Job,
-    ModelInfo,
-    Status,
-    StoppingError,
-    StorageError,
-)
+from safelight.server.jobs import Event, Job, ModelInfo, Status, StoppingError, StorageError
 from safelight.server.keyring import Keyring
 from safelight.server.names import Names
 from safelight.server.on_ray import OnRay
@@ -52,7 +47,10 @@ STEP = 30.0
 
 
 class Hub:
-    """The jobs of a data folder and the workers that draw them; see `jobs.Service`.
+    """The jobs of a data folder and the workers that draw them: what the routes ask.
+
+    In its methods, owner is who asks, by the name of a key or a client: jobs of other owners are
+    treated as missing; None may see and do all.
 
     child: the server's first worker, or the plan of its workers on Ray; None leaves all jobs to
     workers elsewhere. bound: the most pictures that may wait. on_refusal: called if no worker can
@@ -213,7 +211,12 @@ class Hub:
         model: str | None = None,
         webhook: str | None = None,
     ) -> Job:
-        """See `jobs.Service`. webhook: a URL that is told when the job ends."""
+        """Return the job once it is durable; for a known idempotency key, the owner's earlier job.
+
+        model: what `find_model` takes. webhook: a URL that is told when the job ends.
+
+        Raises BusyError when the queue is full.
+        """
         if self.stopping:
             raise StoppingError
         name = await self.find_model(model)
@@ -257,19 +260,19 @@ class Hub:
         return self._events.with_progress(job)
 
     async def get(self, job_id: str, *, owner: str | None = None) -> Job | None:
-        """See `jobs.Service`."""
+        """Return a job as it stands, None if there is none."""
         job = await self._in_database(self.store.get, job_id, owner)
         return None if job is None else self._events.with_progress(job)
 
     async def wait(self, job_id: str) -> Job:
-        """See `jobs.Service`."""
+        """Return the job when its status is final."""
         async for event in self.events(job_id, previews=False):
             if event.kind == "end":
                 return event.job
         raise StoppingError
 
     async def events(self, job_id: str, *, previews: bool = True) -> AsyncIterator[Event]:
-        """See `jobs.Service`. Stops without the event "end" if the server ends."""
+        """Yield what happens to a job, up to its event "end"; stops before if the server ends."""
         with self._events.listen(job_id, previews=previews) as queue:
             job = await self.get(job_id)
             if job is None:
@@ -308,7 +311,7 @@ class Hub:
         return found or job.model_copy(update={"status": Status.CANCELLED})
 
     async def cancel(self, job_id: str, *, owner: str | None = None) -> Job | None:
-        """See `jobs.Service`."""
+        """Cancel a job; return it. One that runs ends within one step."""
         job = await self._in_database(self.store.cancel, job_id, owner)
         if job is not None and job.status == Status.CANCELLED:
             self._send("cancel", job_id)
@@ -342,7 +345,7 @@ class Hub:
         return await self._in_database(self.store.counts_by_model)
 
     def picture_bytes(self, picture_id: str) -> bytes | None:
-        """See `jobs.Service`."""
+        """Return the PNG of a finished picture, with its recipe. To be called in a thread."""
         return self.files.picture_bytes(picture_id)
 
     async def job_of(self, picture_id: str, *, owner: str | None = None) -> Job | None:
@@ -352,23 +355,26 @@ class Hub:
     # --- models ----------------------------------------------------------------------------------
 
     async def models(self) -> list[ModelInfo]:
-        """See `jobs.Service`."""
+        """Return the models that are served, the server's own first; see `ModelInfo`."""
         return await self.catalogue.all()
 
     async def find_model(self, asked: str | None, hidden: Container[str] = ()) -> str:
-        """See `jobs.Service`."""
+        """Return the name of the served model that a request means; None means the server's own.
+
+        Raises SafelightError with the code "no_model". hidden: names that it leaves out.
+        """
         return await self.catalogue.find(asked, hidden)
 
     async def chosen(self, owner: str | None) -> str | None:
-        """See `jobs.Service`."""
+        """Return an owner's model for requests that name none; None if it chose none."""
         return await self._in_database(self.store.chosen, owner or "")
 
     async def choose(self, model: str, owner: str | None) -> None:
-        """See `jobs.Service`."""
+        """Store an owner's choice of a model, by its name."""
         await self._in_database(self.store.choose, owner or "", model)
 
     async def facts(self, model: str | None = None) -> ModelInfo:
-        """See `jobs.Service`."""
+        """Return the facts of a model by its name, once its size is known."""
         return await self.catalogue.facts(model or self.catalogue.info.name)
 
     async def defaults(self, model: str | None = None) -> dict[str, Any]:
@@ -376,7 +382,7 @@ class Hub:
         return self._defaults(await self.plan(model))
 
     async def plan(self, model: str | None = None) -> ModelPlan | None:
-        """See `jobs.Service`."""
+        """Return what a model is by its headers; None if it is not on this machine."""
         try:
             return await asyncio.to_thread(self.names.plan, model or self.catalogue.info.name)
         except (OSError, SafelightError):
@@ -385,3 +391,8 @@ class Hub:
     def _defaults(self, plan: ModelPlan | None) -> dict[str, Any]:
         found = {} if plan is None else defaults_of(plan.family, plan.notes)
         return found | ({"dynamic_prompts": True} if self.names.has_wildcards else {})
+
+
+def hub_of(http: HttpRequest) -> Hub:
+    """Return the hub that a request's server asks."""
+    return http.app.state.hub

@@ -1,21 +1,15 @@
-"""Jobs as the routes answer with them, their errors, and the service that routes need."""
+"""Jobs as the routes answer with them, and their errors."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Container
 from datetime import datetime
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from pydantic import BaseModel, Field
 
 from safelight.errors import SafelightError
 from safelight.errors import StorageError as StorageError
-from safelight.request import Request
-
-if TYPE_CHECKING:
-    from safelight.server.names import Names
-    from safelight.weights.plan import Plan
 
 
 class Status(StrEnum):
@@ -168,76 +162,3 @@ def retry_after(error: SafelightError) -> dict[str, str]:
     found = {"Retry-After": str(error.retry_after)}
     # OpenAI's clients try again by themselves, sooner than that.
     return found if error.retry_after <= 60 else {**found, "x-should-retry": "false"}
-
-
-class Service(Protocol):
-    """What the routes need of the server: `app.state.service`. Errors are SafelightErrors.
-
-    owner: who asks, by the name of a key or a client. Jobs of other owners are treated as missing;
-    None may see and do all. names: what requests may name, besides the model.
-    """
-
-    @property
-    def names(self) -> Names: ...
-
-    async def submit(
-        self,
-        request: Request,
-        *,
-        client: str = "api",
-        idempotency_key: str | None = None,
-        owner: str | None = None,
-        model: str | None = None,
-    ) -> Job:
-        """Return the job once it is durable; for a known idempotency key, the owner's earlier job.
-
-        model: what `find_model` takes. Raises BusyError when the queue is full.
-        """
-        ...
-
-    async def get(self, job_id: str, *, owner: str | None = None) -> Job | None:
-        """Return a job as it stands, None if there is none."""
-        ...
-
-    async def wait(self, job_id: str) -> Job:
-        """Return the job when its status is final."""
-        ...
-
-    def events(self, job_id: str, *, previews: bool = True) -> AsyncIterator[Event]:
-        """Yield what happens to a job from now on; the last event is "end"."""
-        ...
-
-    async def cancel(self, job_id: str, *, owner: str | None = None) -> Job | None:
-        """Cancel a job; return it. One that runs ends within one step."""
-        ...
-
-    def picture_bytes(self, picture_id: str) -> bytes | None:
-        """Return the PNG of a finished picture, with its recipe. To be called in a thread."""
-        ...
-
-    async def models(self) -> list[ModelInfo]:
-        """Return the models that are served, the server's own first; see `ModelInfo`."""
-        ...
-
-    async def find_model(self, asked: str | None, hidden: Container[str] = ()) -> str:
-        """Return the name of the served model that a request means; None means the server's own.
-
-        Raises SafelightError with the code "no_model". hidden: names that it leaves out.
-        """
-        ...
-
-    async def chosen(self, owner: str | None) -> str | None:
-        """Return an owner's model for requests that name none; None if it chose none."""
-        ...
-
-    async def choose(self, model: str, owner: str | None) -> None:
-        """Store an owner's choice of a model, by its name."""
-        ...
-
-    async def facts(self, model: str | None = None) -> ModelInfo:
-        """Return the facts of a model by its name, once its size is known."""
-        ...
-
-    async def plan(self, model: str | None = None) -> Plan | None:
-        """Return what a model is by its headers; None if it is not on this machine."""
-        ...

@@ -13,6 +13,7 @@ from safelight.errors import SafelightError
 from safelight.request import Request
 from safelight.server.apis.ours import MODEL, Problem, given, named
 from safelight.server.bodies import read_json, turn
+from safelight.server.hub import hub_of
 from safelight.server.names import Names
 from safelight.server.wording import public
 from safelight.settings import json_schema
@@ -48,7 +49,7 @@ class Library(BaseModel):
 
 def names_of(http: HttpRequest) -> Names:
     """Return the names that requests may use on this server."""
-    return http.app.state.service.names
+    return hub_of(http).names
 
 
 @router.get("/api/library", response_model=Library, responses={422: {"model": Problem}})
@@ -63,7 +64,7 @@ async def library(
 
 
 async def _found(http: HttpRequest, model: str | None) -> str | None:
-    return None if model is None else await http.app.state.service.find_model(model)
+    return None if model is None else await hub_of(http).find_model(model)
 
 
 def _library(names: Names, model: str | None) -> Library:

@@ -43,7 +43,8 @@ from safelight.server.apis.openai_shapes import (
 from safelight.server.bodies import decoded, read_json, turn
 from safelight.server.callers import caller_of
 from safelight.server.disconnects import attended
-from safelight.server.jobs import Job, ModelInfo, Picture, Service, Status
+from safelight.server.hub import Hub, hub_of
+from safelight.server.jobs import Job, ModelInfo, Picture, Status
 from safelight.server.sizes import enlarged_png, enlarging_note, fit_to_model
 
 OPENAI_MODELS = ("dall-e-", "gpt-image-", "chatgpt-image-")
@@ -80,7 +81,7 @@ class _Call:
     """A job and how its pictures are answered. size: to enlarge them to; None to keep them."""
 
     http: HttpRequest
-    service: Service
+    hub: Hub
     body: ImagesBody
     job: Job
     size: tuple[int, int] | None
@@ -90,7 +91,7 @@ class _Call:
         """Return a finished picture in the answer's form."""
 
         def read() -> dict[str, Any]:
-            data = self.service.picture_bytes(picture.id)
+            data = self.hub.picture_bytes(picture.id)
             if data is None:
                 raise failed(f"picture {picture.index} was deleted before it could be sent")
             png = enlarged_png(data, self.size)
@@ -105,7 +106,7 @@ class _Call:
         asked = self.job.settings
         width, height = self.size or (asked["width"], asked["height"])
         if width is None or height is None:
-            facts = await self.service.facts(self.job.model)
+            facts = await self.hub.facts(self.job.model)
             width, height = facts.width, facts.height
         size = None if width is None or height is None else (width, height)
         async with turn(self.http):
@@ -135,23 +136,23 @@ def _check_form(body: ImagesBody) -> None:
 async def _submitted(
     http: HttpRequest, body: ImagesBody, request: Request, model: str | None
 ) -> _Call:
-    service: Service = http.app.state.service
+    hub = hub_of(http)
     size, notes = None, list[str]()
     if request.width is not None:
-        facts = await service.facts(model)
+        facts = await hub.facts(model)
         request, size = await asyncio.to_thread(fit_to_model, request, facts)
         notes = enlarging_note(request, size, facts)
     owner = caller_of(http.scope).owner
-    job = await service.submit(request, client="openai", owner=owner, model=model)
-    return _Call(http, service, body, job, size, notes)
+    job = await hub.submit(request, client="openai", owner=owner, model=model)
+    return _Call(http, hub, body, job, size, notes)
 
 
 async def _answer(call: _Call, kind: str) -> Response:
     """Answer with a job's pictures. kind: the first half of the names of the stream's events."""
-    http, service, body, job, size = call.http, call.service, call.body, call.job, call.size
+    http, hub, body, job, size = call.http, call.hub, call.body, call.job, call.size
     if body.stream:
         return _EventStream(call, _events(call, kind))
-    job = await attended(http.receive, service, job.id, service.wait(job.id))
+    job = await attended(http.receive, hub, job.id, hub.wait(job.id))
     _check_succeeded(job)
     data: list[dict[str, Any]] = []
     for picture in job.pictures:
@@ -180,7 +181,7 @@ class _EventStream(StreamingResponse):
         """Stream until the end of the job, or until the client leaves."""
         with contextlib.suppress(ClientDisconnect):
             sending = self.stream_response(send)
-            await attended(receive, self.call.service, self.call.job.id, sending)
+            await attended(receive, self.call.hub, self.call.job.id, sending)
 
 
 async def _events(call: _Call, kind: str) -> AsyncIterator[bytes]:
@@ -190,7 +191,7 @@ async def _events(call: _Call, kind: str) -> AsyncIterator[bytes]:
     shown = 0
     sent: set[str] = set()
     try:
-        async for event in call.service.events(call.job.id, previews=wanted > 0):
+        async for event in call.hub.events(call.job.id, previews=wanted > 0):
             share = event.job.progress.share
             if event.preview is not None and marks and share >= marks[0]:
                 marks = [mark for mark in marks if mark > share]
@@ -278,15 +279,15 @@ def _entry(served: ModelInfo) -> dict[str, Any]:
 
 async def _served(http: HttpRequest) -> list[ModelInfo]:
     """Return the models that read a prompt: this API cannot ask for anything else."""
-    service: Service = http.app.state.service
-    hidden = await _hidden(service)
-    return [one for one in await service.models() if one.name not in hidden]
+    hub = hub_of(http)
+    hidden = await _hidden(hub)
+    return [one for one in await hub.models() if one.name not in hidden]
 
 
-async def _hidden(service: Service) -> set[str]:
+async def _hidden(hub: Hub) -> set[str]:
     """Return the names of the models that read no prompt."""
-    found = set(await asyncio.to_thread(service.names.without_prompt))
-    return found | {one.name for one in await service.models() if not one.uses_prompt}
+    found = set(await asyncio.to_thread(hub.names.without_prompt))
+    return found | {one.name for one in await hub.models() if not one.uses_prompt}
 
 
 async def _model_of(http: HttpRequest, body: ImagesBody) -> str | None:
@@ -295,16 +296,16 @@ async def _model_of(http: HttpRequest, body: ImagesBody) -> str | None:
     OpenAI's own names mean the server's model. Raises ApiError if there is no such model, or if the
     model reads no prompt.
     """
-    service: Service = http.app.state.service
-    asked, hidden = body.model, await _hidden(service)
+    hub = hub_of(http)
+    asked, hidden = body.model, await _hidden(hub)
     try:
-        name = await service.find_model(asked, hidden)
+        name = await hub.find_model(asked, hidden)
     except SafelightError as error:
         if error.code != "no_model":
             raise
         if asked is None or not asked.startswith(OPENAI_MODELS):
             raise no_such_model(str(error)) from None
-        asked, name = None, await service.find_model(None)
+        asked, name = None, await hub.find_model(None)
     if name in hidden:
         told = f"model must be one that reads a prompt; {name} draws from noise alone"
         raise ApiError(400, told, "model")

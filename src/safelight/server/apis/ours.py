@@ -20,7 +20,7 @@ from safelight.sampling.schedule import SCHEDULES
 from safelight.server.bodies import decode_base64, decoded, read_json, turn
 from safelight.server.callers import caller_of
 from safelight.server.files import Files
-from safelight.server.hub import Hub
+from safelight.server.hub import Hub, hub_of
 from safelight.server.jobs import Event, Job, ModelInfo, Status, WorkerInfo
 from safelight.server.sizes import enlarged_png
 from safelight.server.webhooks import check_url
@@ -81,11 +81,6 @@ def named(settings: dict[str, Any]) -> str | None:
     raise SafelightError(f"model must be {MODEL}, not {shown(model)}", field="model")
 
 
-def hub(request: HttpRequest) -> Hub:
-    """Return the service behind the routes."""
-    return request.app.state.service
-
-
 @router.post(
     "/api/jobs",
     status_code=202,
@@ -110,7 +105,7 @@ async def submit(
     model = named(settings)
     webhook = settings.pop("webhook", None)
     if webhook is not None:
-        webhook = check_url(webhook, private=hub(request).webhooks.private)
+        webhook = check_url(webhook, private=hub_of(request).webhooks.private)
     names = [name for name in ("image", "mask") if name in settings]
     async with turn(request) if names else nullcontext():
         data = {name: [decode_base64(settings.pop(name), name)] for name in names}
@@ -123,7 +118,7 @@ async def submit(
                 if name in data
             }
         )
-        return await hub(request).submit(
+        return await hub_of(request).submit(
             asked,
             idempotency_key=idempotency_key,
             owner=caller_of(request.scope).owner,
@@ -144,7 +139,7 @@ async def list_jobs(
 
     If there may be more, the header `Link` has the address of the next ones.
     """
-    jobs, more = await hub(request).list(
+    jobs, more = await hub_of(request).list(
         status=status,
         search=search.replace("\0", ""),
         before=None if before is None else _seconds(before),
@@ -162,7 +157,7 @@ async def list_jobs(
 
 @router.get("/api/jobs/{job_id}", response_model=Job, responses={404: {}}, tags=["jobs"])
 async def get_job(request: HttpRequest, job_id: JobId) -> Any:
-    return await hub(request).get(job_id, owner=_sees(request)) or _missing("job")
+    return await hub_of(request).get(job_id, owner=_sees(request)) or _missing("job")
 
 
 @router.get(
@@ -173,22 +168,22 @@ async def get_job(request: HttpRequest, job_id: JobId) -> Any:
 )
 async def events(request: HttpRequest, job_id: JobId) -> Any:
     """Stream server-sent events: progress, preview, picture, and a last one, end."""
-    service = hub(request)
-    if await service.get(job_id, owner=_sees(request)) is None:
+    hub = hub_of(request)
+    if await hub.get(job_id, owner=_sees(request)) is None:
         return _missing("job")
-    return StreamingResponse(_stream(service, job_id), media_type="text/event-stream")
+    return StreamingResponse(_stream(hub, job_id), media_type="text/event-stream")
 
 
 @router.delete("/api/jobs/{job_id}", response_model=Job, responses={404: {}}, tags=["jobs"])
 async def cancel(request: HttpRequest, job_id: JobId) -> Any:
     """Cancel a job within one step. A job that is over is removed, with its pictures."""
-    service, owner = hub(request), _sees(request)
-    job = await service.get(job_id, owner=owner)
+    hub, owner = hub_of(request), _sees(request)
+    job = await hub.get(job_id, owner=owner)
     if job is None:
         return _missing("job")
     if not job.status.final:
-        return await service.cancel(job_id, owner=owner) or _missing("job")
-    await service.delete(job_id, owner=owner)
+        return await hub.cancel(job_id, owner=owner) or _missing("job")
+    await hub.delete(job_id, owner=owner)
     return job
 
 
@@ -201,7 +196,7 @@ async def cancel(request: HttpRequest, job_id: JobId) -> Any:
 )
 async def retry(request: HttpRequest, job_id: JobId) -> Any:
     """Put a job that failed or was cancelled into the queue again. Others stay as they are."""
-    return await hub(request).retry(job_id, owner=_sees(request)) or _missing("job")
+    return await hub_of(request).retry(job_id, owner=_sees(request)) or _missing("job")
 
 
 @router.get(
@@ -219,7 +214,7 @@ async def picture(
     """Get a PNG with its recipe inside. With a width or height, or both, it is resized by Lanczos;
     one alone keeps the picture's proportions.
     """
-    files = hub(request).files
+    files = hub_of(request).files
     found = await asyncio.to_thread(files.picture, picture_id)
     if found is None or await _foreign(request, picture_id):
         return _missing("picture")
@@ -241,7 +236,7 @@ async def thumbnail(request: HttpRequest, picture_id: JobId) -> Any:
     if await _foreign(request, picture_id):
         return _missing("picture")
     async with turn(request):
-        found = await asyncio.to_thread(hub(request).files.thumbnail, picture_id)
+        found = await asyncio.to_thread(hub_of(request).files.thumbnail, picture_id)
     return _missing("picture") if found is None else _png(found)
 
 
@@ -262,19 +257,19 @@ def _enlarged(files: Files, picture_id: str, size: tuple[int | None, int | None]
 async def webhook_secret(request: HttpRequest) -> dict[str, str]:
     """Get the secret that webhooks of the caller's jobs are signed with."""
     owner = caller_of(request.scope).owner
-    return {"secret": await asyncio.to_thread(hub(request).store.webhook_secret, owner)}
+    return {"secret": await asyncio.to_thread(hub_of(request).store.webhook_secret, owner)}
 
 
 @router.get("/api/models", response_model=list[ModelInfo], tags=["models"])
 async def models(request: HttpRequest) -> list[ModelInfo]:
     """List the models that can be drawn with; the first one draws where a job names none."""
-    return await hub(request).models()
+    return await hub_of(request).models()
 
 
 @router.get("/api/workers", response_model=list[WorkerInfo], tags=["models"])
 async def workers(request: HttpRequest) -> list[WorkerInfo]:
     """The workers that joined from elsewhere (`safelight worker`) and are well."""
-    return hub(request).fleet.workers
+    return hub_of(request).fleet.workers
 
 
 @router.get("/api/samplers", tags=["models"])
@@ -288,7 +283,7 @@ async def samplers() -> dict[str, Any]:
 @router.get("/healthz", response_class=PlainTextResponse, tags=["server"])
 async def healthz(request: HttpRequest) -> Any:
     """Say that the process lives. Needs no token."""
-    if not hub(request).alive:
+    if not hub_of(request).alive:
         return PlainTextResponse("no worker can be started any more\n", 503)
     return "ok\n"
 
@@ -296,21 +291,21 @@ async def healthz(request: HttpRequest) -> Any:
 @router.get("/readyz", responses={503: {"model": Problem}}, tags=["server"])
 async def readyz(request: HttpRequest) -> Any:
     """Say whether the worker takes a step right now, and which models are in its memory."""
-    trouble = await hub(request).trouble()
+    trouble = await hub_of(request).trouble()
     if trouble is None:
-        return {"status": "ready", "models": hub(request).catalogue.loaded}
+        return {"status": "ready", "models": hub_of(request).catalogue.loaded}
     return JSONResponse({"detail": trouble, "code": "not_ready", "field": None}, 503)
 
 
 @router.get("/metrics", response_class=PlainTextResponse, tags=["server"])
 async def metrics(request: HttpRequest) -> PlainTextResponse:
     """Get figures for Prometheus."""
-    text = await request.app.state.metrics.text(hub(request))
+    text = await request.app.state.metrics.text(hub_of(request))
     return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-async def _stream(service: Hub, job_id: str) -> AsyncIterator[str]:
-    source = service.events(job_id).__aiter__()
+async def _stream(hub: Hub, job_id: str) -> AsyncIterator[str]:
+    source = hub.events(job_id).__aiter__()
     coming: asyncio.Task[Event] | None = None
     try:
         while True:
@@ -363,7 +358,7 @@ def _sees(request: HttpRequest) -> str | None:
 async def _foreign(request: HttpRequest, picture_id: str) -> bool:
     """Return whether a picture belongs to a job that the caller does not see."""
     owner = _sees(request)
-    return owner is not None and await hub(request).job_of(picture_id, owner=owner) is None
+    return owner is not None and await hub_of(request).job_of(picture_id, owner=owner) is None
 
 
 def _missing(what: str) -> JSONResponse:

@@ -27,7 +27,8 @@ from safelight.server.apis.sdapi_shapes import describe, first_picture, fitted, 
 from safelight.server.bodies import decode_base64, decoded, turn
 from safelight.server.callers import caller_of
 from safelight.server.disconnects import attended
-from safelight.server.jobs import Job, Service, Status
+from safelight.server.hub import Hub, hub_of
+from safelight.server.jobs import Job, Status
 from safelight.server.sizes import enlarged_png
 
 router = APIRouter(prefix="/sdapi/v1", route_class=Route, tags=["AUTOMATIC1111"])
@@ -53,10 +54,6 @@ def caller(http: HttpRequest) -> str:
     return f"{caller_of(http.scope).name} {http.headers.get('authorization', '')}"
 
 
-def _service(http: HttpRequest) -> Service:
-    return http.app.state.service
-
-
 def _calls(http: HttpRequest) -> list[_Call]:
     """Return all calls that wait, oldest first."""
     state = http.app.state
@@ -71,19 +68,19 @@ def _own_calls(http: HttpRequest) -> list[_Call]:
 
 async def _finished(http: HttpRequest, job: Job, count: int) -> Job:
     """Return a job of `count` pictures once it has ended. It is cancelled if the client leaves."""
-    service, calls = _service(http), _calls(http)
+    hub, calls = hub_of(http), _calls(http)
     call = _Call(caller(http), job.id, count)
     calls.append(call)
     try:
-        return await attended(http.receive, service, job.id, service.wait(job.id))
+        return await attended(http.receive, hub, job.id, hub.wait(job.id))
     finally:
         calls.remove(call)
         if call.watcher is not None:
             call.watcher.cancel()
 
 
-async def _watch(service: Service, call: _Call) -> None:
-    async for event in service.events(call.job_id, previews=True):
+async def _watch(hub: Hub, call: _Call) -> None:
+    async for event in hub.events(call.job_id, previews=True):
         call.preview = event.preview or call.preview
 
 
@@ -102,10 +99,10 @@ async def img2img(http: HttpRequest, body: ImageToImage) -> dict[str, Any]:
 
 async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str, Any]:
     """Return the answer to a call; an interrupted call has the pictures finished so far."""
-    service = _service(http)
+    hub = hub_of(http)
     # Refuse at once what is not possible. Only the size has to wait until the model is known.
     name = await model_of(http, body)
-    plan = await service.plan(name)
+    plan = await hub.plan(name)
     asked = await asyncio.to_thread(understand, body, plan)
     if isinstance(body, ImageToImage):
         first_picture(body)
@@ -114,21 +111,21 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
             sent = await _sent(http, body)
             asked = await asyncio.to_thread(understand, body, plan, sent)
             del sent
-        model = await service.facts(name)
+        model = await hub.facts(name)
         asked = await asyncio.to_thread(fitted, asked, model)
         owner = caller_of(http.scope).owner
-        job = await service.submit(asked.request, client="sdapi", owner=owner, model=name)
+        job = await hub.submit(asked.request, client="sdapi", owner=owner, model=name)
         # Release the decoded pictures while the job waits.
         asked = replace(asked, request=asked.request.without_pictures())
     job = await _finished(http, job, asked.request.count)
     if job.status is Status.FAILED:
         raise HTTPException(500, job.error or "the job failed")
-    model = await service.facts(name)  # now its hash is known
+    model = await hub.facts(name)  # now its hash is known
     pictures = sorted(job.pictures, key=lambda picture: picture.index)
     images: list[str] = []
     for picture in pictures if body.send_images else ():
         async with turn(http):
-            data = await asyncio.to_thread(_picture, service, picture.id, asked.size)
+            data = await asyncio.to_thread(_picture, hub, picture.id, asked.size)
         if data is None:
             raise HTTPException(500, f"picture {picture.index + 1} is no longer there")
         images.append(base64.b64encode(data).decode())
@@ -191,8 +188,8 @@ async def _sent(http: HttpRequest, body: ImageToImage) -> Sent:
     return Sent(await decoded(http, "picture", data, "init_images", what), mask)
 
 
-def _picture(service: Service, picture_id: str, size: tuple[int, int] | None) -> bytes | None:
-    data = service.picture_bytes(picture_id)
+def _picture(hub: Hub, picture_id: str, size: tuple[int, int] | None) -> bytes | None:
+    data = hub.picture_bytes(picture_id)
     return None if data is None else enlarged_png(data, size)
 
 
@@ -230,13 +227,13 @@ async def progress(http: HttpRequest, skip_current_image: bool = False) -> dict[
     Previews are requested from the first call on, so that none is made that nobody sees; the first
     answer has none yet.
     """
-    service, share, eta, state, preview = _service(http), 0.0, 0.0, _IDLE, None
+    hub, share, eta, state, preview = hub_of(http), 0.0, 0.0, _IDLE, None
     for call in _own_calls(http):
-        job = await service.get(call.job_id)
+        job = await hub.get(call.job_id)
         if job is None or job.status.final or call not in _calls(http):
             continue
         if call.watcher is None and not skip_current_image:
-            call.watcher = asyncio.create_task(_watch(service, call))
+            call.watcher = asyncio.create_task(_watch(hub, call))
         share, state = job.progress.share, _state(job, call)
         preview = None if skip_current_image else call.preview
         if share and job.started_at:
@@ -283,5 +280,5 @@ async def _stop(http: HttpRequest, how: str, calls: list[_Call]) -> dict[str, An
     """Cancel the jobs of these calls; the calls answer with the finished pictures."""
     for call in calls:
         call.stopped = how
-        await _service(http).cancel(call.job_id)
+        await hub_of(http).cancel(call.job_id)
     return {}

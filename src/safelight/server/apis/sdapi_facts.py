@@ -22,17 +22,13 @@ from safelight.server.apis.sdapi_names import (
 )
 from safelight.server.bodies import turn
 from safelight.server.callers import caller_of
-from safelight.server.jobs import Service
+from safelight.server.hub import hub_of
 from safelight.server.names import Names
 
 MAX_TOLD = 4 << 20
 """The most characters of LoRAs' metadata in one answer: each file may hold megabytes."""
 
 router = APIRouter(prefix="/sdapi/v1", route_class=Route, tags=["AUTOMATIC1111"])
-
-
-def _service(http: HttpRequest) -> Service:
-    return http.app.state.service
 
 
 @router.get("/samplers")
@@ -73,20 +69,20 @@ async def sd_models(http: HttpRequest) -> list[dict[str, Any]]:
             "filename": model.name,
             "config": None,
         }
-        for model in await _service(http).models()
+        for model in await hub_of(http).models()
     ]
 
 
 @router.get("/options")
 async def get_options(http: HttpRequest) -> dict[str, Any]:
-    service = _service(http)
-    models = await service.models()
-    name = await service.chosen(caller_of(http.scope).owner)
+    hub = hub_of(http)
+    models = await hub.models()
+    name = await hub.chosen(caller_of(http.scope).owner)
     model = next((one for one in models if one.name == name), models[0])
     return {
         OPTION: model_title(model),
         "sd_checkpoint_hash": model.sha256,
-        "sd_vae": service.names.vae or "Automatic",
+        "sd_vae": hub.names.vae or "Automatic",
         "samples_format": "png",
         "CLIP_stop_at_last_layers": 1,
     }
@@ -103,7 +99,7 @@ async def set_options(http: HttpRequest, options: dict[str, Any]) -> None:
 @router.get("/loras")
 async def loras(http: HttpRequest) -> list[dict[str, Any]]:
     async with turn(http):
-        return await asyncio.to_thread(_loras, _service(http).names)
+        return await asyncio.to_thread(_loras, hub_of(http).names)
 
 
 def _loras(names: Names) -> list[dict[str, Any]]:
@@ -124,7 +120,7 @@ def _loras(names: Names) -> list[dict[str, Any]]:
 async def embeddings(http: HttpRequest) -> dict[str, Any]:
     model = await chosen(http)
     async with turn(http):
-        return await asyncio.to_thread(_embeddings, _service(http).names, model)
+        return await asyncio.to_thread(_embeddings, hub_of(http).names, model)
 
 
 def _embeddings(names: Names, model: str | None) -> dict[str, Any]:
@@ -144,13 +140,13 @@ def _embeddings(names: Names, model: str | None) -> dict[str, Any]:
 
 @router.get("/sd-vae")
 async def sd_vae(http: HttpRequest) -> list[dict[str, Any]]:
-    entries = await asyncio.to_thread(_service(http).names.entries, "vae")
+    entries = await asyncio.to_thread(hub_of(http).names.entries, "vae")
     return [{"model_name": entry.file_name, "filename": entry.file_name} for entry in entries]
 
 
 @router.get("/prompt-styles")
 async def prompt_styles(http: HttpRequest) -> list[dict[str, Any]]:
-    styles = await asyncio.to_thread(_service(http).names.styles)
+    styles = await asyncio.to_thread(hub_of(http).names.styles)
     return [
         {"name": name, "prompt": style.prompt, "negative_prompt": style.negative_prompt}
         for name, style in styles.items()

@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 from safelight.errors import SafelightError
 from safelight.server.apis.sdapi_bodies import Settings
 from safelight.server.callers import caller_of
-from safelight.server.jobs import Service
+from safelight.server.hub import hub_of
 
 OPTION = "sd_model_checkpoint"
 
@@ -24,14 +24,14 @@ async def chosen(http: HttpRequest) -> str | None:
 
     Raises HTTPException if that model is not there any more.
     """
-    name = await _service(http).chosen(caller_of(http.scope).owner)
+    name = await hub_of(http).chosen(caller_of(http.scope).owner)
     return None if name is None else await found(http, name)
 
 
 async def choose(http: HttpRequest, label: object) -> None:
     """Choose the model for the caller's later calls. Other callers' models do not change."""
     name = await found(http, label)
-    await _service(http).choose(name, caller_of(http.scope).owner)
+    await hub_of(http).choose(name, caller_of(http.scope).owner)
 
 
 async def found(http: HttpRequest, label: object) -> str:
@@ -40,12 +40,8 @@ async def found(http: HttpRequest, label: object) -> str:
     Raises HTTPException, 404, if there is none.
     """
     try:
-        return await _service(http).find_model(str(label))
+        return await hub_of(http).find_model(str(label))
     except SafelightError as error:
         if error.code != "no_model":
             raise
         raise HTTPException(404, f"Model not found: {error}") from None
-
-
-def _service(http: HttpRequest) -> Service:
-    return http.app.state.service
