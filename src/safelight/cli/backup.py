@@ -36,7 +36,7 @@ def backup(
     from safelight.server.backup import back_up
     from safelight.storage import checked
 
-    url = database or f"sqlite:///{root / 'jobs.sqlite3'}"
+    url = database or private.database_url(root)
     elsewhere = None if storage is None else checked(storage)
     before = None if earlier is None else expanded(earlier)
     made = back_up(root, url, place, earlier=before, storage=elsewhere)

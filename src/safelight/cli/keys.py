@@ -56,7 +56,7 @@ class Where:
                         f"{root} has no server's jobs: give its --data-dir or --database"
                     )
                 note(f"no server has used {root} so far")
-            url = f"sqlite:///{root / private.DATABASE}"
+            url = private.database_url(root)
         from safelight.server.people import People
 
         people = People(url)

@@ -143,7 +143,7 @@ def serve(
 
     private.keep()
     root = data_folder(data_dir)
-    url = database or f"sqlite:///{root / 'jobs.sqlite3'}"
+    url = database or private.database_url(root)
     elsewhere = None if storage is None else checked(storage)
     settings = serving.settings(model, url, str(root), exact=exact, storage=elsewhere)
     listening = listen(host, port, secret)

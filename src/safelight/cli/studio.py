@@ -15,6 +15,7 @@ from safelight.cli.output import note
 from safelight.cli.serve import data_folder, start
 from safelight.errors import SafelightError
 from safelight.server.listening import ServedError, hold, link, listen
+from safelight.server.private import database_url
 from safelight.server.tokens import AUTO, read_token
 
 
@@ -43,7 +44,7 @@ def studio(
         raise SafelightError("--token must be auto: others go into the variable SAFELIGHT_TOKEN")
     secret, made = read_token(token, None)
     root = data_folder(data_dir)
-    settings = serving.settings(model, f"sqlite:///{root / 'jobs.sqlite3'}", str(root))
+    settings = serving.settings(model, database_url(root), str(root))
     host = "127.0.0.1"
     try:
         listening = listen(host, 7860 if port is None else port, secret)

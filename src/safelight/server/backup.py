@@ -21,16 +21,15 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from safelight import __version__
-from safelight.errors import SafelightError
+from safelight.errors import SafelightError, StorageError
 from safelight.picture import save_whole
 from safelight.server import schema, snapshot
-from safelight.server.files import MARK, RESTORING
-from safelight.server.jobs import StorageError
+from safelight.server.files import INPUTS, MARK, RESTORING, input_name, picture_name
+from safelight.server.private import DATABASE
 from safelight.storage import Storage, Stored, storage_at
 
 ABOUT = "backup.json"
 SUMS = "SHA256SUMS"
-DATABASE = "jobs.sqlite3"
 FORMAT = 1
 
 KEPT = ("grids", "inside", "training")
@@ -198,11 +197,11 @@ def _names(database: Path) -> Iterator[tuple[str, str]]:
     """Yield each job's id with the names of its files, the oldest job first."""
     with closing(sqlite3.connect(database)) as db:
         for job_id, request in db.execute("SELECT id, request FROM jobs ORDER BY created"):
-            for which in ("image", "mask"):
+            for which in INPUTS:
                 if f'"{which}_sha256"' in request:
-                    yield job_id, f"inputs/{job_id}-{which}.png"
+                    yield job_id, input_name(job_id, which)
         for job_id, picture_id in db.execute("SELECT job, id FROM pictures ORDER BY created"):
-            yield job_id, f"pictures/{picture_id}.png"
+            yield job_id, picture_name(picture_id)
 
 
 def _others(root: Path) -> Iterator[str]:

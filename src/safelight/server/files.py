@@ -94,17 +94,17 @@ class Files:
 
     def picture(self, picture_id: str) -> Stored | None:
         """Return a picture; None for an id that is invalid or has no file."""
-        return self.storage.find(_picture(picture_id)) if _ID.fullmatch(picture_id) else None
+        return self.storage.find(picture_name(picture_id)) if _ID.fullmatch(picture_id) else None
 
     def picture_bytes(self, picture_id: str) -> bytes | None:
         """Return the bytes of a picture; None for an id that is invalid or has no file."""
-        return self.storage.read(_picture(picture_id)) if _ID.fullmatch(picture_id) else None
+        return self.storage.read(picture_name(picture_id)) if _ID.fullmatch(picture_id) else None
 
     def thumbnail(self, picture_id: str) -> Stored | None:
         """Return a picture of at most 256 pixels a side, made on the first call."""
         if self.picture(picture_id) is None:
             return None
-        name = _thumbnail(picture_id)
+        name = thumbnail_name(picture_id)
         if (found := self.storage.find(name)) is not None:
             return found
         whole = self.picture_bytes(picture_id)
@@ -117,11 +117,11 @@ class Files:
 
     def keep_input(self, job_id: str, name: str, image: Image.Image) -> None:
         self.make_sure()
-        self._save(_input(job_id, name), lambda file: write_plain_png(file, image))
+        self._save(input_name(job_id, name), lambda file: write_plain_png(file, image))
 
     def input_bytes(self, job_id: str, name: str) -> bytes | None:
         """Return the PNG of an input picture of a job; None if it has none."""
-        data = self.storage.read(_input(job_id, name))
+        data = self.storage.read(input_name(job_id, name))
         if data is None:
             self.make_sure()
         return data
@@ -132,7 +132,7 @@ class Files:
         A picture in a storage elsewhere is copied to `folder`.
         """
         if self.local:
-            return Path(self.storage.path(_input(job_id, name)))
+            return Path(self.storage.path(input_name(job_id, name)))
         data = self.input_bytes(job_id, name)
         if data is None:
             return None
@@ -158,21 +158,23 @@ class Files:
     def keep(self, image: Image.Image, picture_id: str, texts: Mapping[str, str]) -> None:
         """Write a finished picture; the file gets its name once it is complete."""
         self.make_sure()
-        self._save(_picture(picture_id), lambda file: write_png(file, image, texts))
+        self._save(picture_name(picture_id), lambda file: write_png(file, image, texts))
 
     def remove_inputs(self, job_id: str) -> None:
-        self.storage.remove(_input(job_id, name) for name in INPUTS)
+        self.storage.remove(input_name(job_id, name) for name in INPUTS)
 
     def remove_pictures(self, picture_ids: Iterable[str]) -> None:
         self.storage.remove(
-            name(picture_id) for picture_id in picture_ids for name in (_picture, _thumbnail)
+            name(picture_id)
+            for picture_id in picture_ids
+            for name in (picture_name, thumbnail_name)
         )
 
     def size_of(self, job_id: str, picture_ids: Iterable[str]) -> int:
         """Return the bytes of all files of a job."""
-        names = [_input(job_id, name) for name in INPUTS]
+        names = [input_name(job_id, name) for name in INPUTS]
         for picture_id in picture_ids:
-            names += [_picture(picture_id), _thumbnail(picture_id)]
+            names += [picture_name(picture_id), thumbnail_name(picture_id)]
         found = (self.storage.find(name) for name in names)
         return sum(one.size for one in found if one is not None)
 
@@ -230,13 +232,16 @@ class Files:
             raise
 
 
-def _picture(picture_id: str) -> str:
+def picture_name(picture_id: str) -> str:
+    """Return the name of a picture's file in the storage."""
     return f"pictures/{picture_id}.png"
 
 
-def _thumbnail(picture_id: str) -> str:
+def thumbnail_name(picture_id: str) -> str:
+    """Return the name of the file of a picture's thumbnail in the storage."""
     return f"thumbnails/{picture_id}.png"
 
 
-def _input(job_id: str, name: str) -> str:
+def input_name(job_id: str, name: str) -> str:
+    """Return the name of the file of a job's input picture in the storage."""
     return f"inputs/{job_id}-{name}.png"

@@ -14,6 +14,11 @@ OURS = frozenset(
 DATABASE = "jobs.sqlite3"
 
 
+def database_url(root: Path) -> str:
+    """Return the URL of the database in a data folder."""
+    return f"sqlite:///{root / DATABASE}"
+
+
 def keep() -> None:
     """Make files that this process and its children write unreadable for other users."""
     os.umask(0o077)
