@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -11,6 +12,9 @@ from safelight.recipe import enlarge, png_texts, read_recipe
 from safelight.request import Request
 from safelight.server.jobs import ModelInfo
 from safelight.sizes import drawable_size, size_of
+
+if TYPE_CHECKING:
+    from safelight.server.hub import Hub
 
 
 def fit_to_model(request: Request, model: ModelInfo) -> tuple[Request, tuple[int, int] | None]:
@@ -42,13 +46,16 @@ def enlarging_note(request: Request, size: tuple[int, int] | None, model: ModelI
     ]
 
 
-def enlarged_png(png: bytes, size: tuple[int | None, int | None] | None) -> bytes:
-    """Return a PNG of ours at another size, with its recipe; the same bytes if the size is the
-    same.
+def picture_at(
+    hub: Hub, picture_id: str, size: tuple[int | None, int | None] | None
+) -> bytes | None:
+    """Return the PNG of a finished picture at a size, with its recipe; None if it is gone.
 
-    size: width and height; None for one side keeps the picture's proportions.
+    size: width and height; None for one side keeps the picture's proportions. Without a size, the
+    PNG is as it was saved. To be called in a thread.
     """
-    if size is None:
+    png = hub.picture_bytes(picture_id)
+    if png is None or size is None:
         return png
     with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
         wanted = size_of(image.size, *size)

@@ -11,8 +11,8 @@ from pydantic import BaseModel, Field
 
 from safelight.errors import SafelightError
 from safelight.request import Request
-from safelight.server.apis.ours import MODEL, Problem, given, named
-from safelight.server.bodies import read_json, turn
+from safelight.server.apis.ours import MODEL, Problem, named, settings_of_body
+from safelight.server.bodies import turn
 from safelight.server.hub import hub_of
 from safelight.server.names import Names
 from safelight.server.wording import public
@@ -99,9 +99,7 @@ async def tokens(http: HttpRequest) -> dict[str, Any]:
 
     The answer has `prompt` and `negative_prompt`, each as `safelight tokens --json` prints it.
     """
-    if not http.headers.get("content-type", "").startswith("application/json"):
-        raise SafelightError("the body must be JSON: send content-type application/json")
-    settings = given(await read_json(http))
+    settings = await settings_of_body(http)
     model = await _found(http, named(settings))
     other = [name for name in settings if name not in READ]
     if other:

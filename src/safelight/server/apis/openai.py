@@ -45,7 +45,7 @@ from safelight.server.callers import caller_of
 from safelight.server.disconnects import attended
 from safelight.server.hub import Hub, hub_of
 from safelight.server.jobs import Job, ModelInfo, Picture, Status
-from safelight.server.sizes import enlarged_png, enlarging_note, fit_to_model
+from safelight.server.sizes import enlarging_note, fit_to_model, picture_at
 
 OPENAI_MODELS = ("dall-e-", "gpt-image-", "chatgpt-image-")
 """A name that begins so means the server's own model: many programs have one built in."""
@@ -91,10 +91,9 @@ class _Call:
         """Return a finished picture in the answer's form."""
 
         def read() -> dict[str, Any]:
-            data = self.hub.picture_bytes(picture.id)
-            if data is None:
+            png = picture_at(self.hub, picture.id, self.size)
+            if png is None:
                 raise failed(f"picture {picture.index} was deleted before it could be sent")
-            png = enlarged_png(data, self.size)
             text = "" if self.body.form == "png" else recipe_text(read_recipe(png))
             return encoded(png, self.body, text)
 

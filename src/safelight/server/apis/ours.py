@@ -19,10 +19,9 @@ from safelight.sampling import SAMPLERS
 from safelight.sampling.schedule import SCHEDULES
 from safelight.server.bodies import decode_base64, decoded, read_json, turn
 from safelight.server.callers import caller_of
-from safelight.server.files import Files
 from safelight.server.hub import Hub, hub_of
 from safelight.server.jobs import Event, Job, ModelInfo, Status, WorkerInfo
-from safelight.server.sizes import enlarged_png
+from safelight.server.sizes import picture_at
 from safelight.server.webhooks import check_url
 from safelight.settings import json_schema, settings_of, shown
 from safelight.sizes import MAX_SIDE, MIN_SIDE
@@ -67,9 +66,14 @@ def body_of(request_type: type[Request]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
-def given(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a body, without those that are null: null leaves a setting out."""
-    known = settings_of(Request)
+async def settings_of_body(http: HttpRequest, *, pictures: bool = False) -> dict[str, Any]:
+    """Return the settings of a body of JSON, without those that are null: null leaves one out.
+
+    pictures: as for `read_json`.
+    """
+    if not http.headers.get("content-type", "").startswith("application/json"):
+        raise SafelightError("the body must be JSON: send content-type application/json")
+    settings, known = await read_json(http, pictures=pictures), settings_of(Request)
     return {name: v for name, v in settings.items() if v is not None or name not in known}
 
 
@@ -99,9 +103,7 @@ async def submit(
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> Job:
     """Accept a job. The answer comes once the job is durable; follow it by its id."""
-    if not request.headers.get("content-type", "").startswith("application/json"):
-        raise SafelightError("the body must be JSON: send content-type application/json")
-    settings = given(await read_json(request, pictures=True))
+    settings = await settings_of_body(request, pictures=True)
     model = named(settings)
     webhook = settings.pop("webhook", None)
     if webhook is not None:
@@ -214,14 +216,14 @@ async def picture(
     """Get a PNG with its recipe inside. With a width or height, or both, it is resized by Lanczos;
     one alone keeps the picture's proportions.
     """
-    files = hub_of(request).files
-    found = await asyncio.to_thread(files.picture, picture_id)
+    hub = hub_of(request)
+    found = await asyncio.to_thread(hub.files.picture, picture_id)
     if found is None or await _foreign(request, picture_id):
         return _missing("picture")
     if width is None and height is None:
         return _png(found)
     async with turn(request):
-        data = await asyncio.to_thread(_enlarged, files, picture_id, (width, height))
+        data = await asyncio.to_thread(picture_at, hub, picture_id, (width, height))
     return _missing("picture") if data is None else Response(data, media_type="image/png")
 
 
@@ -246,11 +248,6 @@ def _png(found: Stored) -> Response:
         return FileResponse(found.path, media_type="image/png")
     size = {"content-length": str(found.size)}
     return StreamingResponse(found.parts(), headers=size, media_type="image/png")
-
-
-def _enlarged(files: Files, picture_id: str, size: tuple[int | None, int | None]) -> bytes | None:
-    data = files.picture_bytes(picture_id)
-    return None if data is None else enlarged_png(data, size)
 
 
 @router.get("/api/webhook-secret", tags=["jobs"])

@@ -29,7 +29,7 @@ from safelight.server.callers import caller_of
 from safelight.server.disconnects import attended
 from safelight.server.hub import Hub, hub_of
 from safelight.server.jobs import Job, Status
-from safelight.server.sizes import enlarged_png
+from safelight.server.sizes import picture_at
 
 router = APIRouter(prefix="/sdapi/v1", route_class=Route, tags=["AUTOMATIC1111"])
 
@@ -125,7 +125,7 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
     images: list[str] = []
     for picture in pictures if body.send_images else ():
         async with turn(http):
-            data = await asyncio.to_thread(_picture, hub, picture.id, asked.size)
+            data = await asyncio.to_thread(picture_at, hub, picture.id, asked.size)
         if data is None:
             raise HTTPException(500, f"picture {picture.index + 1} is no longer there")
         images.append(base64.b64encode(data).decode())
@@ -186,11 +186,6 @@ async def _sent(http: HttpRequest, body: ImageToImage) -> Sent:
     data = [decode_base64(first_picture(body), "init_images", again=again)]
     what = "the picture of init_images"
     return Sent(await decoded(http, "picture", data, "init_images", what), mask)
-
-
-def _picture(hub: Hub, picture_id: str, size: tuple[int, int] | None) -> bytes | None:
-    data = hub.picture_bytes(picture_id)
-    return None if data is None else enlarged_png(data, size)
 
 
 def _timestamp(job: Job) -> str:
