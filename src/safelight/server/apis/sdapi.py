@@ -19,7 +19,7 @@ from fastapi import Request as HttpRequest
 from starlette.exceptions import HTTPException
 
 from safelight.recipe import recipe_text
-from safelight.server.apis.sdapi_bodies import ImageToImage, PngInfo, Sent, TextToImage
+from safelight.server.apis.sdapi_bodies import Asked, ImageToImage, PngInfo, Sent, TextToImage
 from safelight.server.apis.sdapi_errors import Route
 from safelight.server.apis.sdapi_models import model_of
 from safelight.server.apis.sdapi_names import model_hash, sampler_label
@@ -28,7 +28,7 @@ from safelight.server.bodies import decode_base64, decoded, turn
 from safelight.server.callers import caller_of
 from safelight.server.disconnects import attended
 from safelight.server.hub import Hub, hub_of
-from safelight.server.jobs import Job, Status
+from safelight.server.jobs import Job, ModelInfo, Picture, Status
 from safelight.server.sizes import picture_at
 
 router = APIRouter(prefix="/sdapi/v1", route_class=Route, tags=["AUTOMATIC1111"])
@@ -129,6 +129,17 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
         if data is None:
             raise HTTPException(500, f"picture {picture.index + 1} is no longer there")
         images.append(base64.b64encode(data).decode())
+    return {"images": images, **_told(body, asked, job, pictures, model)}
+
+
+def _told(
+    body: TextToImage | ImageToImage,
+    asked: Asked,
+    job: Job,
+    pictures: list[Picture],
+    model: ModelInfo,
+) -> dict[str, Any]:
+    """Return what an answer says of a job and its pictures: `parameters` and `info`."""
     enlarged = {} if asked.size is None else {"enlarged": list(asked.size)}
     request, seeds = asked.request, [picture.seed for picture in pictures]
     # The settings drawn with: a level of `fast` and the model fill in what the body leaves open.
@@ -174,7 +185,7 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
     }
     silent = {"width", "height", "steps", "cfg_scale"} - body.model_fields_set
     parameters = asked.parameters | {name: info[name] for name in silent}
-    return {"images": images, "parameters": parameters, "info": json.dumps(info)}
+    return {"parameters": parameters, "info": json.dumps(info)}
 
 
 async def _sent(http: HttpRequest, body: ImageToImage) -> Sent:

@@ -34,7 +34,7 @@ Whole = Annotated[StrictInt, BeforeValidator(plain_number), Field(ge=-(2**63), l
 Number = Annotated[StrictFloat, BeforeValidator(plain_number), Field(allow_inf_nan=False)]
 
 
-class Settings(BaseModel):
+class DrawBody(BaseModel):
     """The fields that both kinds of picture share, with AUTOMATIC1111's defaults.
 
     Fields that are not named here are echoed and change nothing.
@@ -86,12 +86,12 @@ class Settings(BaseModel):
         return {name: value for name, value in fields.items() if value is not None}
 
 
-class TextToImage(Settings):
+class TextToImage(DrawBody):
     enable_hr: bool = False
     denoising_strength: Number | None = None
 
 
-class ImageToImage(Settings):
+class ImageToImage(DrawBody):
     init_images: list[str] = []
     resize_mode: Annotated[Whole, Field(ge=0, le=3)] = 0
     denoising_strength: Number = 0.75

@@ -6,14 +6,14 @@ from fastapi import Request as HttpRequest
 from starlette.exceptions import HTTPException
 
 from safelight.errors import SafelightError
-from safelight.server.apis.sdapi_bodies import Settings
+from safelight.server.apis.sdapi_bodies import DrawBody
 from safelight.server.callers import caller_of
 from safelight.server.hub import hub_of
 
 OPTION = "sd_model_checkpoint"
 
 
-async def model_of(http: HttpRequest, body: Settings) -> str | None:
+async def model_of(http: HttpRequest, body: DrawBody) -> str | None:
     """Return the model of a call: its own, else the caller's choice, else None for the server's."""
     named = body.override_settings.get(OPTION)
     return await chosen(http) if named in (None, "") else await found(http, named)
