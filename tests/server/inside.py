@@ -24,7 +24,8 @@ from safelight.server.app import application
 from safelight.server.guard import Rules
 from safelight.server.hub import Hub
 from safelight.server.keyring import Keyring
-from safelight.server.process import Child, Settings
+from safelight.server.process import Child
+from safelight.server.settings import Settings
 from safelight.server.worker import Worker
 
 SOAK = os.environ.get("SAFELIGHT_SOAK")

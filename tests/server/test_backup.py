@@ -24,12 +24,11 @@ from test_retention import Years
 from test_storage import QUICK, png
 
 from safelight.cli import run
-from safelight.errors import SafelightError
+from safelight.errors import SafelightError, StorageError
 from safelight.server import backup as module
 from safelight.server import snapshot
 from safelight.server.backup import back_up, restore
 from safelight.server.files import Files
-from safelight.server.jobs import StorageError
 from safelight.storage import storage_at
 
 __all__ = ["drawn"]

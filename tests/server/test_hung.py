@@ -23,10 +23,10 @@ from serving import Serving, wait_for
 from sqlalchemy.exc import DatabaseError, OperationalError, ProgrammingError
 
 from safelight import progress
+from safelight.errors import StorageError
 from safelight.server import claims, holder, supervisor, threads
 from safelight.server import pulse as pulses
 from safelight.server.database import open_engine
-from safelight.server.jobs import StorageError
 from safelight.server.pulse import Pulse
 from safelight.server.store import Store, new_id
 

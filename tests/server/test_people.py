@@ -18,12 +18,12 @@ from test_store import claim, submit
 
 from safelight import SafelightError
 from safelight.cli import run
+from safelight.errors import StorageError
 from safelight.request import Request
 from safelight.server import allowances, entrance, keyring
 from safelight.server.allowances import Allowance, SpentError, duration, parse
 from safelight.server.callers import Caller
 from safelight.server.costs import cost, pixel_steps
-from safelight.server.jobs import StorageError
 from safelight.server.people import digest
 from safelight.server.store import Store
 

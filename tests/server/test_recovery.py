@@ -18,10 +18,11 @@ from alembic.script import ScriptDirectory
 from PIL import Image
 from sqlalchemy import text
 
+from safelight.errors import StorageError
 from safelight.server import quarantine, schema
 from safelight.server import uploads as module
 from safelight.server.files import Files
-from safelight.server.jobs import Picture, StorageError
+from safelight.server.jobs import Picture
 from safelight.server.recovery import recover
 from safelight.server.store import Store, new_id
 from safelight.server.tables import meta

@@ -20,10 +20,10 @@ from sqlalchemy import text
 from test_recovery import start
 from test_storage import QUICK, png, whole
 
-from safelight.errors import SafelightError
+from safelight.errors import SafelightError, StorageError
 from safelight.server import retention as module
 from safelight.server.database import Database
-from safelight.server.jobs import Picture, Status, StorageError
+from safelight.server.jobs import Picture, Status
 from safelight.server.keep import Keep
 from safelight.server.retention import GRACE, Retention, clear
 from safelight.server.store import new_id

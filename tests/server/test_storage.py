@@ -25,8 +25,8 @@ from serving import Serving, wait_for
 from sqlalchemy.exc import OperationalError
 
 from safelight import picture
+from safelight.errors import StorageError
 from safelight.server.database import Database
-from safelight.server.jobs import StorageError
 from safelight.server.store import Store
 
 pytestmark = pytest.mark.xdist_group("storage")  # one server for them all

@@ -11,9 +11,10 @@ import pytest
 from sqlalchemy import text
 
 from safelight import SafelightError
+from safelight.errors import StorageError
 from safelight.server import claims
 from safelight.server.claims import Claim, LostError
-from safelight.server.jobs import BusyError, Job, Picture, Status, StorageError
+from safelight.server.jobs import BusyError, Job, Picture, Status
 from safelight.server.store import Store, new_id
 
 

@@ -19,9 +19,9 @@ from inside import Inside
 from sqlalchemy import text
 from test_recovery import start
 
+from safelight.errors import StorageError
 from safelight.recipe import read_recipe
 from safelight.server.database import open_engine
-from safelight.server.jobs import StorageError
 from safelight.server.schema import HEAD
 
 WRITTEN = Path(__file__).with_name("schema-0002.zip")

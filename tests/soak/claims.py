@@ -26,9 +26,10 @@ from sqlalchemy import event, text
 sys.path.insert(0, str(Path(__file__).parent.parent / "server"))
 from postgresql import Postgres
 
+from safelight.errors import StorageError
 from safelight.server import shares
 from safelight.server.claims import LEASE
-from safelight.server.jobs import ModelInfo, Picture, StorageError
+from safelight.server.jobs import ModelInfo, Picture
 from safelight.server.roster import BEAT
 from safelight.server.store import Store, new_id
 

@@ -30,9 +30,9 @@ from load import BETWEEN
 from serving import Serving, wait_for
 from test_storage import png
 
+from safelight.errors import StorageError
 from safelight.server.backup import back_up, restore
 from safelight.server.files import Files
-from safelight.server.jobs import StorageError
 from safelight.server.recovery import recover
 from safelight.server.store import Store
 

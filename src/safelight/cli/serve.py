@@ -17,9 +17,10 @@ from safelight.server import private
 from safelight.server.callers import network
 from safelight.server.keep import Keep
 from safelight.server.listening import hold, host_name, listen
-from safelight.server.process import Settings, spawn
+from safelight.server.process import spawn
 from safelight.server.scaling import IDLE, Plan, bounds
 from safelight.server.served import Served
+from safelight.server.settings import Settings
 from safelight.server.tokens import AUTO, hide_argument, read_token
 
 

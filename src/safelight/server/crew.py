@@ -17,9 +17,8 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
-from safelight.errors import SafelightError
+from safelight.errors import SafelightError, StorageError
 from safelight.server import private
-from safelight.server.jobs import StorageError
 from safelight.server.logs import log_to_stderr
 from safelight.server.process import spawn
 from safelight.server.scaling import Load, Plan, change, room

@@ -15,11 +15,10 @@ from typing import BinaryIO
 
 from PIL import Image
 
-from safelight.errors import SafelightError
+from safelight.errors import SafelightError, StorageError
 from safelight.picture import HALF, open_picture, reason, write_plain_png, write_png
 from safelight.progress import Reader
 from safelight.server import private, quarantine
-from safelight.server.jobs import StorageError
 from safelight.storage import Stored, storage_at
 
 log = logging.getLogger("safelight.server")

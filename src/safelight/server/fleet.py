@@ -8,8 +8,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from safelight.errors import SafelightError
-from safelight.server.jobs import StorageError, WorkerInfo
+from safelight.errors import SafelightError, StorageError
+from safelight.server.jobs import WorkerInfo
 from safelight.server.store import Store
 from safelight.server.wire import TO_SERVER, TO_WORKERS, Wire
 

@@ -10,11 +10,12 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
+from safelight.errors import StorageError
 from safelight.fast import memory
 from safelight.server.claims import LEASE, Claim, LostError
 from safelight.server.files import Files
 from safelight.server.held import Held
-from safelight.server.jobs import Picture, StorageError
+from safelight.server.jobs import Picture
 from safelight.server.pulse import Pulse
 from safelight.server.settings import Settings
 from safelight.server.store import Store, new_id

@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import Request as HttpRequest
 
 from safelight.defaults import defaults_of, with_level
-from safelight.errors import SafelightError
+from safelight.errors import SafelightError, StorageError
 from safelight.request import Request
 from safelight.server import tracing
 from safelight.server.catalogue import Catalogue
@@ -22,14 +22,15 @@ from safelight.server.events import Events
 from safelight.server.files import Files
 from safelight.server.fleet import Elsewhere, Fleet
 from safelight.server.intake import accept
-from safelight.server.jobs import Event, Job, ModelInfo, Status, StoppingError, StorageError
+from safelight.server.jobs import Event, Job, ModelInfo, Status, StoppingError
 from safelight.server.keyring import Keyring
 from safelight.server.names import Names
 from safelight.server.on_ray import OnRay
-from safelight.server.process import Child, Settings
+from safelight.server.process import Child
 from safelight.server.recovery import put_back, recover
 from safelight.server.retention import clear
 from safelight.server.scaling import Plan
+from safelight.server.settings import Settings
 from safelight.server.steps import Steps
 from safelight.server.store import Store, new_id
 from safelight.server.supervisor import Supervisor

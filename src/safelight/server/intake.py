@@ -8,9 +8,10 @@ import json
 from typing import Any
 
 from safelight.defaults import BY_MODEL
+from safelight.errors import StorageError
 from safelight.request import Request
 from safelight.server.files import Files
-from safelight.server.jobs import Job, StorageError
+from safelight.server.jobs import Job
 from safelight.server.store import Store
 
 

@@ -9,7 +9,6 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from safelight.errors import SafelightError
-from safelight.errors import StorageError as StorageError
 
 
 class Status(StrEnum):

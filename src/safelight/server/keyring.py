@@ -7,9 +7,9 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 
+from safelight.errors import StorageError
 from safelight.server import allowances
 from safelight.server.callers import key_of
-from safelight.server.jobs import StorageError
 from safelight.server.people import Key, digest
 
 log = logging.getLogger("safelight.server")

@@ -8,8 +8,9 @@ from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
+from safelight.errors import StorageError
 from safelight.server.hub import Hub
-from safelight.server.jobs import Status, StorageError
+from safelight.server.jobs import Status
 from safelight.server.retention import Retention
 from safelight.server.wording import METHODS
 

@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from safelight.errors import SafelightError, StorageError
 from safelight.server.settings import Settings
 from safelight.threads import before_torch
 
@@ -72,9 +73,7 @@ def _run(pipe: Connection, told: Connection, settings: Settings) -> None:
 
     pulse = Pulse(told)
     pulse.start()
-    from safelight.errors import SafelightError
     from safelight.server import tracing
-    from safelight.server.jobs import StorageError
     from safelight.server.logs import without_words
     from safelight.server.worker import Worker
 

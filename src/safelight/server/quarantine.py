@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable
 from datetime import UTC, date, datetime, timedelta
 
-from safelight.server.jobs import StorageError
+from safelight.errors import StorageError
 from safelight.storage import Storage
 
 log = logging.getLogger("safelight.server")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from safelight.errors import SafelightError
+from safelight.errors import SafelightError, StorageError
 from safelight.server import schema
 from safelight.server.database import sqlite_file
 from safelight.server.files import Files
-from safelight.server.jobs import StorageError
 from safelight.server.retention import clear
 from safelight.server.store import Store, new_id
 

@@ -28,9 +28,10 @@ from safelight.server.hub import Hub
 from safelight.server.keep import Keep
 from safelight.server.listening import BACKLOG, everywhere, link, shown
 from safelight.server.logs import log_to_stderr
-from safelight.server.process import Child, Settings
+from safelight.server.process import Child
 from safelight.server.retention import Retention
 from safelight.server.scaling import Plan
+from safelight.server.settings import Settings
 
 log = logging.getLogger("safelight.server")
 

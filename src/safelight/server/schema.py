@@ -16,9 +16,8 @@ from typing import Any
 from sqlalchemy import Connection, Engine, func, inspect, select, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from safelight.errors import SafelightError
+from safelight.errors import SafelightError, StorageError
 from safelight.server.database import LOCK, reason, sqlite_file, storage_errors
-from safelight.server.jobs import StorageError
 from safelight.server.tables import meta
 
 log = logging.getLogger("safelight.server")

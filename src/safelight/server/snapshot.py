@@ -9,9 +9,9 @@ from pathlib import Path
 from sqlalchemy import Engine, MetaData, inspect, select
 from sqlalchemy.exc import SQLAlchemyError
 
+from safelight.errors import StorageError
 from safelight.server import schema
 from safelight.server.database import open_engine, reason, sqlite_file
-from safelight.server.jobs import StorageError
 
 ROWS = 1000
 """The number of rows read and written at a time."""

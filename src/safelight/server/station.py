@@ -15,8 +15,9 @@ import signal
 import threading
 from typing import Any
 
+from safelight.errors import StorageError
 from safelight.server.files import Files
-from safelight.server.jobs import ModelInfo, StorageError
+from safelight.server.jobs import ModelInfo
 from safelight.server.logs import log_to_stderr
 from safelight.server.process import Child
 from safelight.server.recovery import belongs, put_back

@@ -14,14 +14,14 @@ from sqlalchemy import ColumnElement, Connection, func, select
 from sqlalchemy.engine import RowMapping
 from sqlalchemy.exc import SQLAlchemyError
 
-from safelight.errors import SafelightError
+from safelight.errors import SafelightError, StorageError
 from safelight.server import schema, shares
 from safelight.server.allowances import spend
 from safelight.server.callers import key_of
 from safelight.server.claims import uncommitted
 from safelight.server.database import LOCK, PATIENCE, storage_errors
 from safelight.server.expiry import GONE, Expiry, seen
-from safelight.server.jobs import BusyError, Job, Status, StorageError
+from safelight.server.jobs import BusyError, Job, Status
 from safelight.server.outbox import Outbox, expect, expect_again
 from safelight.server.people import People
 from safelight.server.tables import UNFINISHED, choices, facts, jobs, pictures, read_job

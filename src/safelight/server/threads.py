@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from safelight.errors import StorageError
 from safelight.server.database import reason
-from safelight.server.jobs import StorageError
 
 UNANSWERED = 20.0
 """Seconds after which a caller is told that the database does not answer."""

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from safelight import __version__
-from safelight.errors import SafelightError
-from safelight.server.jobs import Job, StorageError
+from safelight.errors import SafelightError, StorageError
+from safelight.server.jobs import Job
 from safelight.server.outbox import Notice, Outbox
 
 if TYPE_CHECKING:

@@ -12,13 +12,12 @@ from typing import Any
 
 from safelight.engine.capacity import out_of_memory
 from safelight.engine.preview import decodes_previews
-from safelight.errors import SafelightError
+from safelight.errors import SafelightError, StorageError
 from safelight.request import Request
 from safelight.server.claims import Claim, LostError
 from safelight.server.files import INPUTS
 from safelight.server.held import FEWEST, JOBS, Held, bound, full
 from safelight.server.holder import Holder
-from safelight.server.jobs import StorageError
 from safelight.server.loaded import LoadedModels
 from safelight.server.previews import encoded_preview
 from safelight.server.pulse import Pulse

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from safelight.request import Request
-from safelight.server.process import Settings
+from safelight.server.settings import Settings
 from safelight.settings import settings_of
 from safelight.weights.find import Source
 
