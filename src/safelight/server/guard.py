@@ -89,10 +89,10 @@ class Rules:
 
 
 class Guard:
-    """An ASGI application around another one. counted: called with method, route and status."""
+    """An ASGI application around another one. on_answer: called with method, route and status."""
 
-    def __init__(self, app: Any, rules: Rules, counted: Any = lambda *_: None) -> None:
-        self.app, self.rules, self.counted = app, rules, counted
+    def __init__(self, app: Any, rules: Rules, on_answer: Any = lambda *_: None) -> None:
+        self.app, self.rules, self.on_answer = app, rules, on_answer
         self._guesses, self._share = Guesses(), Share()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -102,35 +102,35 @@ class Guard:
         assert scope["type"] == "http"  # websockets are off
         began, status = time.monotonic(), 500
         request_id = secrets.token_hex(8)
-        sent = held = False
+        started = body_open = False
         key: str | None = None
 
         async def reply(message: Any) -> None:
-            nonlocal status, sent, held
+            nonlocal status, started, body_open
             if message["type"] == "http.response.start":
-                status, sent = message["status"], True
-                given = [(k, v) for k, v in message["headers"] if k not in dict(HEADERS)]
+                status, started = message["status"], True
+                kept = [(k, v) for k, v in message["headers"] if k not in dict(HEADERS)]
                 if status in (408, 413):  # the rest of the body is not waited for
-                    given.append((b"connection", b"close"))
+                    kept.append((b"connection", b"close"))
                 if key is not None and self.rules.keys is not None:
-                    given += self.rules.keys.headers(key)
-                message["headers"] = [*given, *HEADERS, (b"x-request-id", request_id.encode())]
-            elif status == 413 and not held and not message.get("more_body", False):
-                held, message = True, {**message, "more_body": True}
+                    kept += self.rules.keys.headers(key)
+                message["headers"] = [*kept, *HEADERS, (b"x-request-id", request_id.encode())]
+            elif status == 413 and not body_open and not message.get("more_body", False):
+                body_open, message = True, {**message, "more_body": True}
             async with asyncio.timeout(bodies.SLOW):
                 await send(message)
 
         unread, headers = receive, _headers(scope)
-        address, client, taken = address_of(scope, self.rules.proxies), "", 0
+        address, client, received = address_of(scope, self.rules.proxies), "", 0
         scheme = forwarded(scope, self.rules.proxies, b"x-forwarded-proto")
         if scheme in ("http", "https"):
             scope["scheme"] = scheme  # for links in answers
 
-        async def counted() -> Any:
-            nonlocal taken
+        async def metered() -> Any:
+            nonlocal received
             message = await unread()
             size = len(message.get("body", b""))
-            taken += size
+            received += size
             self._share.add(client, size)
             return message
 
@@ -139,37 +139,37 @@ class Guard:
             if scope["path"] in OPEN:
                 await self.app(scope, bodies.limited(receive, ""), reply)
                 return
-            receive = bodies.limited(counted, _single(headers, "content-length"))
+            receive = bodies.limited(metered, _single(headers, "content-length"))
             caller = Caller(address)
             client = caller.name
             if scope["path"] == entrance.ENTER and scope["method"] == "POST":
                 with self._share.request(client, stream=False):
                     await self._enter(receive, reply, address)
-            elif (found := await self._caller(headers, caller)) is not None:
-                scope[SCOPE], client, key = found, found.name, found.key
+            elif (known := await self._caller(headers, caller)) is not None:
+                scope[SCOPE], client, key = known, known.name, known.key
                 with self._share.request(client, stream=_is_stream(scope)):
                     await self.app(scope, receive, reply)
-                    if held:  # a route refused the body before its end
+                    if body_open:  # a route refused the body before its end
                         await _discard(unread)
                         await reply({"type": "http.response.body"})
-            elif scope["method"] == "GET" and (given := _linked(scope)):
-                await self._enter_by_link(given, reply, address)
+            elif scope["method"] == "GET" and (token := _linked(scope)):
+                await self._enter_by_link(token, reply, address)
             elif scope["method"] == "GET" and scope["path"].startswith("/studio"):
                 await _page(reply, 401, entrance.page())
             else:
                 challenge = {"www-authenticate": "Bearer"}
                 raise RefusedError(401, "a token is needed: Authorization: Bearer …", challenge)
         except RefusedError as refusal:
-            if not sent:
-                held = True  # _answer leaves the response open
+            if not started:
+                body_open = True  # _answer leaves the response open
                 await _answer(reply, refusal.status_code, refusal.detail, refusal.headers)
-                if refusal.status_code == 413 and not taken and "expect" not in headers:
+                if refusal.status_code == 413 and not received and "expect" not in headers:
                     await _discard(unread)
                 await reply({"type": "http.response.body"})
         finally:
-            self._share.release(client, taken)
+            self._share.release(client, received)
             route = route_of(scope)
-            self.counted(scope["method"], route, status)
+            self.on_answer(scope["method"], route, status)
             log.info(
                 "request",
                 extra={
