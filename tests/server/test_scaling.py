@@ -26,7 +26,7 @@ from safelight.server.files import Files
 from safelight.server.jobs import ModelInfo
 from safelight.server.on_ray import OnRay, on_nodes
 from safelight.server.process import Child
-from safelight.server.scaling import Load, Plan, bounds, change, room
+from safelight.server.scaling import Load, WorkerPlan, bounds, change, room
 from safelight.server.settings import Settings
 from safelight.server.store import Store, new_id
 from safelight.server.worker import Worker
@@ -57,25 +57,25 @@ pytestmark = pytest.mark.xdist_group("fleet")
     ],
 )
 def test_how_many_workers_are_started_or_let_go(load: Load, expected: int) -> None:
-    assert change(load, Plan(1, 4, idle=60.0, patience=5.0)) == expected
+    assert change(load, WorkerPlan(1, 4, idle=60.0, patience=5.0)) == expected
 
 
 @pytest.mark.parametrize(
     ("nodes", "plan", "device", "expected"),
     [
-        ([{"CPU": 8}], Plan(1, 2), "auto", (4, 0)),
-        ([{"CPU": 8}, {"CPU": 4}], Plan(1, 3), "auto", (4, 0)),
-        ([{"CPU": 8}, {"CPU": 8}], Plan(1, 3), "auto", (4, 0)),
-        ([{"CPU": 2}], Plan(1, 8), "auto", (1, 0)),
-        ([{}], Plan(1, 8), "auto", (1, 0)),  # nodes are still to come
-        ([{"CPU": 32, "GPU": 2}], Plan(1, 2), "auto", (1, 1)),
-        ([{"CPU": 32, "GPU": 2}], Plan(1, 4, gpus=0.5), "cuda", (1, 0.5)),
-        ([{"CPU": 32, "GPU": 2}], Plan(1, 4), "cpu", (8, 0)),
-        ([{"CPU": 32, "GPU": 2}], Plan(1, 4, cpus=2, gpus=0), "auto", (2, 0)),
+        ([{"CPU": 8}], WorkerPlan(1, 2), "auto", (4, 0)),
+        ([{"CPU": 8}, {"CPU": 4}], WorkerPlan(1, 3), "auto", (4, 0)),
+        ([{"CPU": 8}, {"CPU": 8}], WorkerPlan(1, 3), "auto", (4, 0)),
+        ([{"CPU": 2}], WorkerPlan(1, 8), "auto", (1, 0)),
+        ([{}], WorkerPlan(1, 8), "auto", (1, 0)),  # nodes are still to come
+        ([{"CPU": 32, "GPU": 2}], WorkerPlan(1, 2), "auto", (1, 1)),
+        ([{"CPU": 32, "GPU": 2}], WorkerPlan(1, 4, gpus=0.5), "cuda", (1, 0.5)),
+        ([{"CPU": 32, "GPU": 2}], WorkerPlan(1, 4), "cpu", (8, 0)),
+        ([{"CPU": 32, "GPU": 2}], WorkerPlan(1, 4, cpus=2, gpus=0), "auto", (2, 0)),
     ],
 )
 def test_what_each_worker_takes(
-    nodes: list[Any], plan: Plan, device: str, expected: tuple[float, float]
+    nodes: list[Any], plan: WorkerPlan, device: str, expected: tuple[float, float]
 ) -> None:
     assert room(nodes, plan, device) == expected
 
@@ -137,7 +137,7 @@ class Scripted:
         self._says, self._stays = says, stays
         self.heard: list[Any] = []
 
-    def start(self, plan: Plan, settings: Settings) -> tuple[Any, Connection]:
+    def start(self, plan: WorkerPlan, settings: Settings) -> tuple[Any, Connection]:
         ours, theirs = Pipe()
         thread = inside.Thread(target=self._run, args=(theirs,), daemon=True)
         thread.start()
@@ -168,7 +168,7 @@ def test_ray_is_away_and_comes_again(
     def take(worker: str, killed: bool) -> None:
         put_back.append((worker, killed))
 
-    made = OnRay(Settings("m", "", ""), Plan(1, 2), fleet, take)
+    made = OnRay(Settings("m", "", ""), WorkerPlan(1, 2), fleet, take)
     monkeypatch.setattr(made._ended, "wait", lambda _: seen.append(made.trouble))
     assert made.trouble == "the workers on Ray are starting"
     made.start()
@@ -306,7 +306,7 @@ def test_workers_come_with_the_queue_and_go_with_it(
     """The number goes from one to two and back; one is killed, and every job is drawn once."""
     files, store, url = shared
     told: dict[str, Any] = {}
-    plan = Plan(1, 2, cpus=0.5, patience=0.1, idle=0.5)
+    plan = WorkerPlan(1, 2, cpus=0.5, patience=0.1, idle=0.5)
     settings = Settings("m", url, str(files.root), elsewhere=True)
     made = crew.Crew(ray, plan, settings, lambda kind, what: told.update({kind: what}), Acting)
 

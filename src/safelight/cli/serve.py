@@ -18,7 +18,7 @@ from safelight.server.callers import network
 from safelight.server.keep import Keep
 from safelight.server.listening import hold, host_name, listen
 from safelight.server.process import spawn
-from safelight.server.scaling import IDLE, Plan, bounds
+from safelight.server.scaling import IDLE, WorkerPlan, bounds
 from safelight.server.served import Served
 from safelight.server.settings import Settings
 from safelight.server.tokens import AUTO, hide_argument, read_token
@@ -116,7 +116,7 @@ def serve(
     plan = None
     if ray is not None:
         idle = IDLE if idle_timeout is None else idle_timeout
-        plan = Plan(least, most, ray, cpus_per_worker, gpus_per_worker, idle=idle)
+        plan = WorkerPlan(least, most, ray, cpus_per_worker, gpus_per_worker, idle=idle)
         make_sure_of_ray(plan)
     elif {cpus_per_worker, gpus_per_worker, idle_timeout} != {None}:
         raise SafelightError(
@@ -165,15 +165,17 @@ def serve(
     )
 
 
-def start(settings: Settings, listening: socket, *, draws: bool | Plan = True, **how: Any) -> None:
+def start(
+    settings: Settings, listening: socket, *, draws: bool | WorkerPlan = True, **how: Any
+) -> None:
     """Serve with the studio's page until told to end.
 
-    draws: True for a worker of its own, a Plan for workers on Ray, False for none. how: arguments
-    of `server.run.serve`.
+    draws: True for a worker of its own, a WorkerPlan for workers on Ray, False for none. how:
+    arguments of `server.run.serve`.
     """
     make_sure_of_server()
     Served(settings).check()
-    child = draws if isinstance(draws, Plan) else None
+    child = draws if isinstance(draws, WorkerPlan) else None
     if draws is True:
         child = spawn(settings)  # it loads its model during the imports below
     gc.disable()  # it takes a tenth of the imports' time, for objects that stay
@@ -185,7 +187,7 @@ def start(settings: Settings, listening: socket, *, draws: bool | Plan = True, *
     run(settings, child, listening, page=Studio, **how)
 
 
-def make_sure_of_ray(plan: Plan) -> None:
+def make_sure_of_ray(plan: WorkerPlan) -> None:
     """Raise SafelightError if Ray is not installed, or if the plan keeps no worker."""
     if find_spec("ray") is None:
         raise SafelightError("--ray needs Ray: pip install 'safelight[ray]'", code="not_installed")

@@ -21,7 +21,7 @@ from safelight.errors import SafelightError, StorageError
 from safelight.server import private
 from safelight.server.logs import log_to_stderr
 from safelight.server.process import spawn
-from safelight.server.scaling import Load, Plan, change, room
+from safelight.server.scaling import Load, WorkerPlan, change, room
 from safelight.server.settings import Settings
 from safelight.server.station import Station
 from safelight.server.store import Store
@@ -114,7 +114,7 @@ class Crew:
     def __init__(
         self,
         ray: Any,
-        plan: Plan,
+        plan: WorkerPlan,
         settings: Settings,
         tell: Callable[[str, Any], None],
         actor: type = Actor,

@@ -29,14 +29,14 @@ from safelight.server.on_ray import OnRay
 from safelight.server.process import Child
 from safelight.server.recovery import put_back, recover
 from safelight.server.retention import clear
-from safelight.server.scaling import Plan
+from safelight.server.scaling import WorkerPlan
 from safelight.server.settings import Settings
 from safelight.server.steps import Steps
 from safelight.server.store import Store, new_id
 from safelight.server.supervisor import Supervisor
 from safelight.server.threads import Threads
 from safelight.server.webhooks import Webhooks
-from safelight.weights.plan import Plan as ModelPlan
+from safelight.weights.plan import Plan
 
 log = logging.getLogger("safelight.server")
 
@@ -60,7 +60,7 @@ class Hub:
     """
 
     def __init__(
-        self, settings: Settings, child: Child | Plan | None, *, bound: int = 1000
+        self, settings: Settings, child: Child | WorkerPlan | None, *, bound: int = 1000
     ) -> None:
         self.settings, self._bound = settings, bound
         self.files, self.root = Files(settings.place), Path(settings.root)
@@ -112,8 +112,8 @@ class Hub:
 
     # --- the worker ------------------------------------------------------------------------------
 
-    def _supervise(self, child: Child | Plan | None) -> Supervisor | Elsewhere:
-        if isinstance(child, Plan):
+    def _supervise(self, child: Child | WorkerPlan | None) -> Supervisor | Elsewhere:
+        if isinstance(child, WorkerPlan):
             return OnRay(self.settings, child, self.fleet, self._put_back)
         if child is None:
             return Elsewhere(self.fleet)
@@ -382,14 +382,14 @@ class Hub:
         """Return a model's best settings (`defaults_of`); none of its own if it is not here."""
         return self._defaults(await self.plan(model))
 
-    async def plan(self, model: str | None = None) -> ModelPlan | None:
+    async def plan(self, model: str | None = None) -> Plan | None:
         """Return what a model is by its headers; None if it is not on this machine."""
         try:
             return await asyncio.to_thread(self.names.plan, model or self.catalogue.info.name)
         except (OSError, SafelightError):
             return None
 
-    def _defaults(self, plan: ModelPlan | None) -> dict[str, Any]:
+    def _defaults(self, plan: Plan | None) -> dict[str, Any]:
         found = {} if plan is None else defaults_of(plan.family, plan.notes)
         return found | ({"dynamic_prompts": True} if self.names.has_wildcards else {})
 

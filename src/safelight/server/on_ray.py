@@ -17,7 +17,7 @@ from typing import Any
 
 from safelight.errors import SafelightError
 from safelight.server.fleet import Elsewhere, Fleet
-from safelight.server.scaling import Plan
+from safelight.server.scaling import WorkerPlan
 from safelight.server.settings import Settings
 from safelight.server.supervisor import ending
 from safelight.weights.find import BUILT_IN
@@ -38,7 +38,11 @@ class OnRay(Elsewhere):
     """
 
     def __init__(
-        self, settings: Settings, plan: Plan, fleet: Fleet, put_back: Callable[[str, bool], None]
+        self,
+        settings: Settings,
+        plan: WorkerPlan,
+        fleet: Fleet,
+        put_back: Callable[[str, bool], None],
     ) -> None:
         super().__init__(fleet)
         self._settings, self._plan, self._put_back = on_nodes(settings), plan, put_back
@@ -155,7 +159,7 @@ def _absolute(value: str) -> str:
     return str(path.absolute()) if value not in BUILT_IN and path.exists() else value
 
 
-def start(plan: Plan, settings: Settings) -> tuple[Any, Connection]:
+def start(plan: WorkerPlan, settings: Settings) -> tuple[Any, Connection]:
     """Start the process; return it and our end of a pipe to it."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -167,7 +171,7 @@ def start(plan: Plan, settings: Settings) -> tuple[Any, Connection]:
     return process, ours
 
 
-def _run(pipe: Connection, plan: Plan, settings: Settings) -> None:
+def _run(pipe: Connection, plan: WorkerPlan, settings: Settings) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server tells when to end
     from safelight.ray_cluster import connect
     from safelight.server.crew import Crew

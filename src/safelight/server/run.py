@@ -30,7 +30,7 @@ from safelight.server.listening import BACKLOG, everywhere, link, shown
 from safelight.server.logs import log_to_stderr
 from safelight.server.process import Child
 from safelight.server.retention import Retention
-from safelight.server.scaling import Plan
+from safelight.server.scaling import WorkerPlan
 from safelight.server.settings import Settings
 
 log = logging.getLogger("safelight.server")
@@ -65,7 +65,7 @@ def return_large_blocks() -> None:
 
 def serve(
     settings: Settings,
-    child: Child | Plan | None,
+    child: Child | WorkerPlan | None,
     listening: socket.socket,
     *,
     host: str,

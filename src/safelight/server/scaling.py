@@ -18,7 +18,7 @@ IDLE = 60.0
 
 
 @dataclass(frozen=True)
-class Plan:
+class WorkerPlan:
     """The workers that a server keeps on a Ray cluster.
 
     least, most: bounds of their number. address: of the cluster. cpus, gpus: of each worker, may be
@@ -50,7 +50,7 @@ class Load:
     idle: Sequence[float] = ()
 
 
-def change(load: Load, plan: Plan) -> int:
+def change(load: Load, plan: WorkerPlan) -> int:
     """Return how many workers to start, or as a negative number, how many to end."""
     there = load.ready + load.starting
     if there < plan.least:
@@ -65,7 +65,7 @@ def change(load: Load, plan: Plan) -> int:
     return -min(idle, there - plan.least)
 
 
-def room(nodes: Sequence[dict[str, float]], plan: Plan, device: str) -> tuple[float, float]:
+def room(nodes: Sequence[dict[str, float]], plan: WorkerPlan, device: str) -> tuple[float, float]:
     """Return the CPUs and the GPUs of each worker, on nodes with these resources.
 
     A worker with a GPU takes one CPU. Workers without a GPU take as many CPUs as leave room for all
