@@ -9,14 +9,14 @@ from pathlib import Path
 from safelight.server.claims import LostError
 from safelight.server.crew import State
 from safelight.server.jobs import ModelInfo, Picture
-from safelight.server.settings import Settings
+from safelight.server.settings import WorkerSettings
 from safelight.server.store import Store, new_id
 
 
 class Acting:
     """Takes the place of `crew.Actor`. It draws one job at a time, once a file `open` exists."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: WorkerSettings) -> None:
         self._store, self._root = Store(settings.url), Path(settings.root)
         self._name, self._draining = new_id(), threading.Event()
         model = ModelInfo(name="m", width=64, height=64, ready=True)

@@ -42,7 +42,7 @@ from safelight.server.jobs import (
 )
 from safelight.server.names import Names
 from safelight.server.served import Served
-from safelight.server.settings import Settings
+from safelight.server.settings import WorkerSettings
 
 PATIENCE = 30
 
@@ -90,7 +90,7 @@ class FakeService:
         self.paint: Image.Image | None = None
         self.error: str | None = None
         self.warnings: list[str] = []
-        self.names = Names(Settings(model="embedded", url="", root=""))
+        self.names = Names(WorkerSettings(model="embedded", url="", root=""))
         self.best: dict[str, Any] = {}
         self.submitted, self.held, self.was_cancelled = (threading.Event() for _ in range(3))
         self._go = threading.Event()
@@ -247,7 +247,7 @@ class FakeService:
         return [ModelInfo(name=self.info.name) if self.loading else self.info]
 
     async def find_model(self, asked: str | None, hidden: Container[str] = ()) -> str:
-        served = Served(Settings(model=self.info.name, url="", root="", allowed=()))
+        served = Served(WorkerSettings(model=self.info.name, url="", root="", allowed=()))
         digests = {} if self.info.sha256 is None else {self.info.name: self.info.sha256}
         return served.find(asked, (), digests, hidden)
 

@@ -25,7 +25,7 @@ from safelight.server.guard import Rules
 from safelight.server.hub import Hub
 from safelight.server.keyring import Keyring
 from safelight.server.process import Child
-from safelight.server.settings import Settings
+from safelight.server.settings import WorkerSettings
 from safelight.server.worker import Worker
 
 SOAK = os.environ.get("SAFELIGHT_SOAK")
@@ -88,7 +88,7 @@ class Inside:
     ) -> None:
         folder.mkdir(exist_ok=True)
         self.data = folder
-        settings = Settings(
+        settings = WorkerSettings(
             model, f"sqlite:///{folder / 'jobs.sqlite3'}", str(folder), device="cpu", **how
         )
         ours, theirs = Pipe()

@@ -21,7 +21,7 @@ from safelight.server.catalogue import Catalogue
 from safelight.server.files import Files
 from safelight.server.jobs import ModelInfo, Picture, WorkerInfo
 from safelight.server.recovery import belongs, recover
-from safelight.server.settings import Settings
+from safelight.server.settings import WorkerSettings
 from safelight.server.store import Store, new_id
 from safelight.server.wire import PIECE, Wire
 from safelight.weights.find import MODELS
@@ -141,7 +141,7 @@ def test_the_default_model_is_the_server_s_own_whoever_joins_first(tmp_path: Pat
         return call(*given)
 
     url = f"sqlite:///{tmp_path / 'jobs.sqlite3'}"
-    known = Catalogue(Settings("embedded", url, str(tmp_path)), lambda *_: None, in_thread)
+    known = Catalogue(WorkerSettings("embedded", url, str(tmp_path)), lambda *_: None, in_thread)
 
     def default(*names: str) -> str:
         """Return the default model while workers with these models are there."""

@@ -15,7 +15,7 @@ from safelight.errors import SafelightError
 from safelight.server.loaded import LoadedModels
 from safelight.server.metrics import MAX_MODELS, REST, Metrics
 from safelight.server.pulse import Pulse
-from safelight.server.settings import Settings
+from safelight.server.settings import WorkerSettings
 from safelight.weights.find import MODELS
 
 pytestmark = pytest.mark.xdist_group("models")  # they share a server
@@ -180,7 +180,9 @@ def test_a_model_of_the_hub_is_downloaded_before_its_memory_is_compared(
 
     monkeypatch.setattr("safelight.weights.find.from_hub", from_hub)
     parts: dict[str, Any] = {"vae": "org/vae", "refiner": "org/refiner"}
-    models = LoadedModels(Settings("org/model", "", "", **parts, model_memory=1), Pulse(), print)
+    models = LoadedModels(
+        WorkerSettings("org/model", "", "", **parts, model_memory=1), Pulse(), print
+    )
     with pytest.raises(SafelightError, match="and --model-memory is 0"):
         models.load_first()
     assert cached == {"org/model", *parts.values()}

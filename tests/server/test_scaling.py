@@ -27,7 +27,7 @@ from safelight.server.jobs import ModelInfo
 from safelight.server.on_ray import OnRay, on_nodes
 from safelight.server.process import Child
 from safelight.server.scaling import Load, WorkerPlan, bounds, change, room
-from safelight.server.settings import Settings
+from safelight.server.settings import WorkerSettings
 from safelight.server.store import Store, new_id
 from safelight.server.worker import Worker
 
@@ -118,7 +118,9 @@ def test_a_worker_has_the_paths_of_the_server(
     monkeypatch.chdir(tmp_path)
     for name in ("embedded", "models"):
         Path(name).mkdir()
-    given = Settings("embedded", "postgresql://db/x", "/data", models_dir="models", vae="org/vae")
+    given = WorkerSettings(
+        "embedded", "postgresql://db/x", "/data", models_dir="models", vae="org/vae"
+    )
     found = on_nodes(replace(given, allowed=("./models", "embedded", "org/x")))
     assert found.allowed == (str(tmp_path / "models"), "embedded", "org/x")
     assert on_nodes(given).allowed is None
@@ -137,7 +139,7 @@ class Scripted:
         self._says, self._stays = says, stays
         self.heard: list[Any] = []
 
-    def start(self, plan: WorkerPlan, settings: Settings) -> tuple[Any, Connection]:
+    def start(self, plan: WorkerPlan, settings: WorkerSettings) -> tuple[Any, Connection]:
         ours, theirs = Pipe()
         thread = inside.Thread(target=self._run, args=(theirs,), daemon=True)
         thread.start()
@@ -168,7 +170,7 @@ def test_ray_is_away_and_comes_again(
     def take(worker: str, killed: bool) -> None:
         put_back.append((worker, killed))
 
-    made = OnRay(Settings("m", "", ""), WorkerPlan(1, 2), fleet, take)
+    made = OnRay(WorkerSettings("m", "", ""), WorkerPlan(1, 2), fleet, take)
     monkeypatch.setattr(made._ended, "wait", lambda _: seen.append(made.trouble))
     assert made.trouble == "the workers on Ray are starting"
     made.start()
@@ -204,7 +206,7 @@ def actor_of(
     files, _, url = shared
 
     def make(script: Callable[[Connection], None]) -> crew.Actor:
-        def spawn(_: Settings) -> Child:
+        def spawn(_: WorkerSettings) -> Child:
             ours, theirs = Pipe()
             thread: Any = inside.Thread(target=script, args=(theirs,), daemon=True)
             thread.start()
@@ -212,7 +214,7 @@ def actor_of(
 
         for name, fake in (("spawn", spawn), ("log_to_stderr", bool), ("private.keep", bool)):
             monkeypatch.setattr(f"safelight.server.crew.{name}", fake)
-        return crew.Actor(Settings("m", url, str(files.root), elsewhere=True))
+        return crew.Actor(WorkerSettings("m", url, str(files.root), elsewhere=True))
 
     return make
 
@@ -307,7 +309,7 @@ def test_workers_come_with_the_queue_and_go_with_it(
     files, store, url = shared
     told: dict[str, Any] = {}
     plan = WorkerPlan(1, 2, cpus=0.5, patience=0.1, idle=0.5)
-    settings = Settings("m", url, str(files.root), elsewhere=True)
+    settings = WorkerSettings("m", url, str(files.root), elsewhere=True)
     made = crew.Crew(ray, plan, settings, lambda kind, what: told.update({kind: what}), Acting)
 
     def looked(done: Callable[[], bool]) -> bool:

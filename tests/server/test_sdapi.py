@@ -26,7 +26,7 @@ from safelight.server import bodies, caged
 from safelight.server.decoder import Sent
 from safelight.server.jobs import ModelInfo
 from safelight.server.names import Names
-from safelight.server.settings import Settings
+from safelight.server.settings import WorkerSettings
 from safelight.weights.find import MODELS
 
 pytestmark = pytest.mark.xdist_group("sdapi")  # one server for them all
@@ -1009,7 +1009,7 @@ class TestLists:
         styles = tmp_path / "styles.csv"
         styles.write_text("name,prompt,negative_prompt\nold,an old {prompt},new\n")
         service.names = Names(
-            Settings("embedded", "", "", models_dir=str(tmp_path), styles_file=str(styles))
+            WorkerSettings("embedded", "", "", models_dir=str(tmp_path), styles_file=str(styles))
         )
         [lora] = call("loras").json()
         assert (lora["name"], lora["alias"], lora["path"]) == ("ink", "The ink", "ink.safetensors")

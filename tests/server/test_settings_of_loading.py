@@ -2,12 +2,12 @@
 
 import inspect
 
-from safelight.server.settings import Settings
+from safelight.server.settings import WorkerSettings
 from safelight.weights import load_model
 
 
 def test_every_keyword_of_loading_is_one_that_loading_takes() -> None:
-    settings = Settings("m", "sqlite://", "/", vae="v", preview_vae="p", models_dir="d")
+    settings = WorkerSettings("m", "sqlite://", "/", vae="v", preview_vae="p", models_dir="d")
     taken = inspect.signature(load_model).parameters
     assert set(settings.loading) <= set(taken)
     assert (settings.loading["vae"], settings.loading["preview_vae"]) == ("v", "p")

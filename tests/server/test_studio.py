@@ -38,7 +38,7 @@ from safelight.families import family_of_folder
 from safelight.recipe import read_recipe, recipe_text
 from safelight.request import Request
 from safelight.server.decoding import Decoders
-from safelight.server.settings import Settings
+from safelight.server.settings import WorkerSettings
 from safelight.studio import form
 from safelight.studio.inside import Inside as Looking
 from safelight.studio.page import blocks
@@ -1257,7 +1257,7 @@ def test_inside_draws_from_the_server_s_wildcards(
 
     monkeypatch.setattr(Command, "start", start)
     hub: Any = SimpleNamespace(
-        root=tmp_path, settings=Settings("x", "x", "x", wildcards_dir="words")
+        root=tmp_path, settings=WorkerSettings("x", "x", "x", wildcards_dir="words")
     )
     page: Any = SimpleNamespace(_hub=hub)
     by: Any = SimpleNamespace(request=None, session_hash="one")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from safelight.cli import options
-from safelight.server.settings import Settings
+from safelight.server.settings import WorkerSettings
 
 if TYPE_CHECKING:
     from safelight.model import Model
@@ -61,13 +61,13 @@ class Serving(Loading):
     allow_models: options.AllowModels = None
     model_memory: options.ModelMemory = None
 
-    def settings(self, model: str, url: str, root: str, **how: Any) -> Settings:
-        """Return the worker's settings. how: further fields of `Settings`.
+    def settings(self, model: str, url: str, root: str, **how: Any) -> WorkerSettings:
+        """Return the worker's settings. how: further fields of `WorkerSettings`.
 
         Raises SafelightError for an invalid value.
         """
         self.with_words({})
-        return Settings(
+        return WorkerSettings(
             model=model,
             url=url,
             root=root,

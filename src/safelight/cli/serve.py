@@ -20,7 +20,7 @@ from safelight.server.listening import hold, host_name, listen
 from safelight.server.process import spawn
 from safelight.server.scaling import IDLE, WorkerPlan, bounds
 from safelight.server.served import Served
-from safelight.server.settings import Settings
+from safelight.server.settings import WorkerSettings
 from safelight.server.tokens import AUTO, hide_argument, read_token
 
 
@@ -166,7 +166,7 @@ def serve(
 
 
 def start(
-    settings: Settings, listening: socket, *, draws: bool | WorkerPlan = True, **how: Any
+    settings: WorkerSettings, listening: socket, *, draws: bool | WorkerPlan = True, **how: Any
 ) -> None:
     """Serve with the studio's page until told to end.
 

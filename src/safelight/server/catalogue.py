@@ -11,7 +11,7 @@ from typing import Any
 from safelight.errors import SafelightError
 from safelight.server.jobs import ModelInfo, StoppingError, WorkerInfo
 from safelight.server.served import Served
-from safelight.server.settings import Settings
+from safelight.server.settings import WorkerSettings
 
 log = logging.getLogger("safelight.server")
 
@@ -31,7 +31,7 @@ class Catalogue:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: WorkerSettings,
         send: Callable[..., None],
         in_thread: Callable[..., Awaitable[Any]],
         *,

@@ -22,7 +22,7 @@ from safelight.server import private
 from safelight.server.logs import log_to_stderr
 from safelight.server.process import spawn
 from safelight.server.scaling import Load, WorkerPlan, change, room
-from safelight.server.settings import Settings
+from safelight.server.settings import WorkerSettings
 from safelight.server.station import Station
 from safelight.server.store import Store
 
@@ -58,7 +58,7 @@ class State:
 class Actor:
     """A `safelight worker` as a Ray actor."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: WorkerSettings) -> None:
         private.keep()
         log_to_stderr()  # Ray keeps it with its logs
         self._refusal: str | None = None
@@ -115,7 +115,7 @@ class Crew:
         self,
         ray: Any,
         plan: WorkerPlan,
-        settings: Settings,
+        settings: WorkerSettings,
         tell: Callable[[str, Any], None],
         actor: type = Actor,
     ) -> None:

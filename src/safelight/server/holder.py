@@ -17,7 +17,7 @@ from safelight.server.files import Files
 from safelight.server.held import Held
 from safelight.server.jobs import Picture
 from safelight.server.pulse import Pulse
-from safelight.server.settings import Settings
+from safelight.server.settings import WorkerSettings
 from safelight.server.store import Store, new_id
 from safelight.server.tracing import JobSpans
 
@@ -35,7 +35,7 @@ class Holder:
     wait in the database again are in `_to_put_back`.
     """
 
-    def __init__(self, pipe: Connection, settings: Settings, pulse: Pulse) -> None:
+    def __init__(self, pipe: Connection, settings: WorkerSettings, pulse: Pulse) -> None:
         self._pipe, self._pulse = pipe, pulse
         self._id = new_id()
         pipe.send(("worker", self._id))

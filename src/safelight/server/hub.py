@@ -30,7 +30,7 @@ from safelight.server.process import Child
 from safelight.server.recovery import put_back, recover
 from safelight.server.retention import clear
 from safelight.server.scaling import WorkerPlan
-from safelight.server.settings import Settings
+from safelight.server.settings import WorkerSettings
 from safelight.server.steps import Steps
 from safelight.server.store import Store, new_id
 from safelight.server.supervisor import Supervisor
@@ -60,7 +60,7 @@ class Hub:
     """
 
     def __init__(
-        self, settings: Settings, child: Child | WorkerPlan | None, *, bound: int = 1000
+        self, settings: WorkerSettings, child: Child | WorkerPlan | None, *, bound: int = 1000
     ) -> None:
         self.settings, self._bound = settings, bound
         self.files, self.root = Files(settings.place), Path(settings.root)

@@ -18,7 +18,7 @@ from safelight.machine import device_memory
 from safelight.server.jobs import ModelInfo
 from safelight.server.pulse import Pulse
 from safelight.server.served import Served
-from safelight.server.settings import Settings
+from safelight.server.settings import WorkerSettings
 from safelight.weights.estimate import Estimate, estimate
 from safelight.weights.find import find, find_vae
 from safelight.weights.load import load_model, pick_device
@@ -83,7 +83,7 @@ class LoadedModels:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: WorkerSettings,
         pulse: Pulse,
         on_change: Callable[[str, str, dict[str, Any] | None], None],
     ) -> None:

@@ -22,7 +22,7 @@ from safelight.families import Family, family_of_folder
 from safelight.prompt.styles import Style, apply_styles, read_styles
 from safelight.request import Request
 from safelight.server.served import Served
-from safelight.server.settings import Settings
+from safelight.server.settings import WorkerSettings
 from safelight.weights.check import printable, read_header
 from safelight.weights.find import Source, find
 from safelight.weights.folder import Folder
@@ -39,7 +39,7 @@ class Names:
     For use in threads: it reads files on each call, so that new ones are found.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: WorkerSettings) -> None:
         self._settings, self._served = settings, Served(settings)
         self._readers: dict[Path, tuple[float, PromptReader]] = {}
 

@@ -18,7 +18,7 @@ from typing import Any
 from safelight.errors import SafelightError
 from safelight.server.fleet import Elsewhere, Fleet
 from safelight.server.scaling import WorkerPlan
-from safelight.server.settings import Settings
+from safelight.server.settings import WorkerSettings
 from safelight.server.supervisor import ending
 from safelight.weights.find import BUILT_IN
 
@@ -39,7 +39,7 @@ class OnRay(Elsewhere):
 
     def __init__(
         self,
-        settings: Settings,
+        settings: WorkerSettings,
         plan: WorkerPlan,
         fleet: Fleet,
         put_back: Callable[[str, bool], None],
@@ -144,7 +144,7 @@ class OnRay(Elsewhere):
         self._workers = set(there)
 
 
-def on_nodes(settings: Settings) -> Settings:
+def on_nodes(settings: WorkerSettings) -> WorkerSettings:
     """Return the settings of a worker on any node: absolute paths, as the nodes have them too."""
     names = ("model", "models_dir", "vae", "refiner", "preview_vae", "wildcards_dir", "styles_file")
     given = {name: getattr(settings, name) for name in names}
@@ -159,7 +159,7 @@ def _absolute(value: str) -> str:
     return str(path.absolute()) if value not in BUILT_IN and path.exists() else value
 
 
-def start(plan: WorkerPlan, settings: Settings) -> tuple[Any, Connection]:
+def start(plan: WorkerPlan, settings: WorkerSettings) -> tuple[Any, Connection]:
     """Start the process; return it and our end of a pipe to it."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -171,7 +171,7 @@ def start(plan: WorkerPlan, settings: Settings) -> tuple[Any, Connection]:
     return process, ours
 
 
-def _run(pipe: Connection, plan: WorkerPlan, settings: Settings) -> None:
+def _run(pipe: Connection, plan: WorkerPlan, settings: WorkerSettings) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server tells when to end
     from safelight.ray_cluster import connect
     from safelight.server.crew import Crew

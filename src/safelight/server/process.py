@@ -16,7 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from safelight.errors import SafelightError, StorageError
-from safelight.server.settings import Settings
+from safelight.server.settings import WorkerSettings
 from safelight.threads import before_torch
 
 FIRST = 500
@@ -38,7 +38,7 @@ class Child:
     pulse: Connection | None = None
 
 
-def spawn(settings: Settings) -> Child:
+def spawn(settings: WorkerSettings) -> Child:
     """Start a worker. Raises OSError."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -63,7 +63,7 @@ def _be_ended_first() -> None:
         score.write_text(str(max(int(score.read_text()), FIRST)))
 
 
-def _run(pipe: Connection, told: Connection, settings: Settings) -> None:
+def _run(pipe: Connection, told: Connection, settings: WorkerSettings) -> None:
     """Draw until told to stop, or until the server is gone."""
     before_torch()  # before the worker's import of PyTorch
     _be_ended_first()

@@ -31,7 +31,7 @@ from safelight.server.logs import log_to_stderr
 from safelight.server.process import Child
 from safelight.server.retention import Retention
 from safelight.server.scaling import WorkerPlan
-from safelight.server.settings import Settings
+from safelight.server.settings import WorkerSettings
 
 log = logging.getLogger("safelight.server")
 
@@ -64,7 +64,7 @@ def return_large_blocks() -> None:
 
 
 def serve(
-    settings: Settings,
+    settings: WorkerSettings,
     child: Child | WorkerPlan | None,
     listening: socket.socket,
     *,

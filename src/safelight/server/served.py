@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from functools import cached_property
 
 from safelight.errors import SafelightError
-from safelight.server.settings import Settings
+from safelight.server.settings import WorkerSettings
 from safelight.server.wording import clipped
 from safelight.weights.digest import known_digest
 from safelight.weights.find import BUILT_IN, MODELS, Source, find, on_disk
@@ -29,7 +29,7 @@ _TITLE = re.compile(r"(.+?) \[([0-9a-f]{8,64})\]")
 class Served:
     """The models of a server. For use in threads: it reads the models folder on each call."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
 
     @cached_property

@@ -7,7 +7,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Settings:
+class WorkerSettings:
     """The settings that a worker is started with.
 
     allowed: names of the models that requests may name besides `model`; None allows those that ship

@@ -23,7 +23,7 @@ from safelight.server.process import Child
 from safelight.server.recovery import belongs, put_back
 from safelight.server.roster import BEAT
 from safelight.server.served import Served
-from safelight.server.settings import Settings
+from safelight.server.settings import WorkerSettings
 from safelight.server.store import Store
 from safelight.server.supervisor import Supervisor
 from safelight.server.wire import TO_SERVER, TO_WORKERS, Wire
@@ -38,7 +38,7 @@ DRAINING = 2.0
 """
 
 
-def work(settings: Settings, child: Child) -> None:
+def work(settings: WorkerSettings, child: Child) -> None:
     """Draw until SIGTERM or Ctrl-C. Raises SafelightError if it cannot draw with these settings."""
     log_to_stderr()
     station = Station(settings, child)
@@ -50,7 +50,7 @@ def work(settings: Settings, child: Child) -> None:
 class Station:
     """A worker of the fleet. child: the first drawing process."""
 
-    def __init__(self, settings: Settings, child: Child) -> None:
+    def __init__(self, settings: WorkerSettings, child: Child) -> None:
         self._settings = settings
         self._files, self._store = Files(settings.place), Store(settings.url)
         self._place = f"{platform.node()}:{os.getpid()}"

@@ -15,7 +15,7 @@ from typing import Any
 
 from safelight.errors import SafelightError, first_line
 from safelight.server.process import Child, spawn
-from safelight.server.settings import Settings
+from safelight.server.settings import WorkerSettings
 
 log = logging.getLogger("safelight.server")
 
@@ -51,7 +51,7 @@ class Supervisor:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: WorkerSettings,
         child: Child,
         *,
         on_message: Callable[[str, list[Any]], None],

@@ -21,7 +21,7 @@ from safelight.server.holder import Holder
 from safelight.server.loaded import LoadedModels
 from safelight.server.previews import encoded_preview
 from safelight.server.pulse import Pulse
-from safelight.server.settings import Settings
+from safelight.server.settings import WorkerSettings
 
 PREVIEW_EVERY = 0.2
 """Seconds between two previews of a picture."""
@@ -35,7 +35,9 @@ LOADING = 0.05
 
 
 class Worker(Holder):
-    def __init__(self, pipe: Connection, settings: Settings, pulse: Pulse | None = None) -> None:
+    def __init__(
+        self, pipe: Connection, settings: WorkerSettings, pulse: Pulse | None = None
+    ) -> None:
         super().__init__(pipe, settings, pulse or Pulse())
         self._models = LoadedModels(
             settings, self._pulse, lambda kind, name, info: pipe.send((kind, name, info))

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from safelight.request import Request
-from safelight.server.settings import Settings
+from safelight.server.settings import WorkerSettings
 from safelight.settings import settings_of
 from safelight.weights.find import Source
 
@@ -97,7 +97,7 @@ def options(settings: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def model_options(settings: Settings, source: Source | None = None) -> list[str]:
+def model_options(settings: WorkerSettings, source: Source | None = None) -> list[str]:
     """Return the options that load a model on the server's device.
 
     source: where it is; None for the server's own, with its other autoencoder and its refiner.
