@@ -266,6 +266,11 @@ class FakeService:
         assert model in (None, self.info.name)
         return SimpleNamespace(family=SD, notes={"draw_with": self.best})
 
+    async def native_size(self, model: str | None = None) -> tuple[int, int]:
+        assert model in (None, self.info.name)
+        self.loading = False
+        return self.info.width or 64, self.info.height or 64
+
 
 @dataclass
 class Running:

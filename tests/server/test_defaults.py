@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from inside import Inside
 from PIL import Image
+from serving import wait_for
 
 import safelight
 from safelight import cli
@@ -164,6 +166,25 @@ def test_while_no_worker_has_joined_nothing_waits_for_ever(
         ):
             answer = server.ask("POST", path, {"prompt": "a cat", **body})
             assert (answer.status, found(answer.json())) == (503, told)
+
+
+@pytest.mark.parametrize(
+    ("path", "more"), [("/sdapi/v1/txt2img", {}), ("/v1/images/generations", {"size": "256x256"})]
+)
+def test_a_call_is_queued_before_any_worker_has_joined(
+    tmp_path: Path, path: str, more: dict[str, Any]
+) -> None:
+    """Workers that start with the queue would else never start."""
+    with Inside(tmp_path / "data", draws=False) as server:
+        body = {"prompt": "a cat", **more}
+        asking = threading.Thread(target=server.ask, args=("POST", path, body), daemon=True)
+        asking.start()
+        wait_for(lambda: len(server.ask("GET", "/api/jobs").json()) == 1)
+        assert not server.hub.catalogue.arrived.is_set()
+        (job,) = server.ask("GET", "/api/jobs").json()
+        server.ask("DELETE", f"/api/jobs/{job['id']}")
+        asking.join(20)
+        assert not asking.is_alive()
 
 
 BEST = {"sampler": "dpmpp_2m", "steps": 3, "guidance_scale": 4.0, "guidance_start": 0.5}

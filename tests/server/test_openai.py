@@ -286,10 +286,12 @@ class TestEdit:
         ],
     )
     def test_any_size_is_brought_to_one_that_is_allowed(self, client, service, size, near):
+        service.info = ModelInfo(name="tiny", width=2048, height=2048, ready=True)
         client.images.edit(image=file(plain(size)), prompt="a")
         assert (service.requests[0].width, service.requests[0].height) == near
 
     def test_a_size_that_is_asked_for(self, client, service):
+        service.info = ModelInfo(name="tiny", width=256, height=256, ready=True)
         client.images.edit(image=file(plain((70, 70))), prompt="a", size="256x128")
         assert (service.requests[0].width, service.requests[0].height) == (256, 128)
 

@@ -1,4 +1,4 @@
-"""The caller of a request: its address, its key, and whose jobs it may see."""
+"""The caller of a request: its address, its key, and whose jobs it may see. The hub it asks."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ import hashlib
 import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from fastapi import Request as HttpRequest
 
 from safelight.errors import SafelightError
+
+if TYPE_CHECKING:
+    from safelight.server.hub import Hub
 
 Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -128,3 +133,8 @@ def shortened(address: str) -> str:
         return address
     prefix = 24 if found.version == 4 else 48
     return str(ipaddress.ip_network((address, prefix), strict=False).network_address)
+
+
+def hub_of(http: HttpRequest) -> Hub:
+    """Return the hub of the server that got a request."""
+    return http.app.state.hub

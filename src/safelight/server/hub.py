@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastapi import Request as HttpRequest
-
 from safelight.defaults import defaults_of, with_level
 from safelight.errors import SafelightError, StorageError
 from safelight.request import Request
@@ -378,6 +376,13 @@ class Hub:
         """Return the facts of a model by its name, once its size is known."""
         return await self.catalogue.facts(model or self.catalogue.info.name)
 
+    async def native_size(self, model: str | None = None) -> tuple[int, int]:
+        """Return the width and height that a model draws best, from its headers or a worker."""
+        if (plan := await self.plan(model)) is not None:
+            return plan.native_size
+        await self.facts(model)
+        return self.catalogue.size(model or self.catalogue.info.name)
+
     async def defaults(self, model: str | None = None) -> dict[str, Any]:
         """Return a model's best settings (`defaults_of`); none of its own if it is not here."""
         return self._defaults(await self.plan(model))
@@ -392,8 +397,3 @@ class Hub:
     def _defaults(self, plan: Plan | None) -> dict[str, Any]:
         found = {} if plan is None else defaults_of(plan.family, plan.notes)
         return found | ({"dynamic_prompts": True} if self.names.has_wildcards else {})
-
-
-def hub_of(http: HttpRequest) -> Hub:
-    """Return the hub that a request's server asks."""
-    return http.app.state.hub

@@ -10,22 +10,21 @@ from PIL import Image
 from safelight.picture import encode
 from safelight.recipe import enlarge, png_texts, read_recipe
 from safelight.request import Request
-from safelight.server.jobs import ModelInfo
 from safelight.sizes import drawable_size, size_of
 
 if TYPE_CHECKING:
     from safelight.server.hub import Hub
 
 
-def fit_to_model(request: Request, model: ModelInfo) -> tuple[Request, tuple[int, int] | None]:
-    """Return a request that the model can draw, and the size to enlarge its pictures to.
+def fit_to_model(
+    request: Request, native: tuple[int, int]
+) -> tuple[Request, tuple[int, int] | None]:
+    """Return a request that a model can draw, and the size to enlarge its pictures to.
 
     The size is None, and the request unchanged, if the model draws the requested size; see
-    `drawable_size`. Without a requested size, a picture to start from asks for its own.
+    `drawable_size`. Without a requested size, a picture to start from asks for its own. native: the
+    width and height that the model draws best.
     """
-    if model.width is None or model.height is None:
-        return request, None
-    native = model.width, model.height
     own = native if request.image is None else request.image.size
     if request.image is not None and (request.width is None) != (request.height is None):
         return request, None  # the engine keeps the picture's proportions
@@ -36,12 +35,14 @@ def fit_to_model(request: Request, model: ModelInfo) -> tuple[Request, tuple[int
     return request.replace(width=drawn[0], height=drawn[1]), size
 
 
-def enlarging_note(request: Request, size: tuple[int, int] | None, model: ModelInfo) -> list[str]:
+def enlarging_note(
+    request: Request, size: tuple[int, int] | None, model: str, native: tuple[int, int]
+) -> list[str]:
     """Return the warning about a picture that is drawn smaller than requested, or no warning."""
     if size is None:
         return []
     return [
-        f"{model.name} draws {model.width}x{model.height}: drawn at "
+        f"{model} draws {native[0]}x{native[1]}: drawn at "
         f"{request.width}x{request.height} and enlarged to {size[0]}x{size[1]}"
     ]
 

@@ -13,7 +13,7 @@ from safelight.errors import SafelightError
 from safelight.request import Request
 from safelight.server.apis.ours import MODEL, Problem, named, settings_of_body
 from safelight.server.bodies import turn
-from safelight.server.hub import hub_of
+from safelight.server.callers import hub_of
 from safelight.server.names import Names
 from safelight.server.wording import public
 from safelight.settings import json_schema

@@ -41,9 +41,9 @@ from safelight.server.apis.openai_shapes import (
     refused,
 )
 from safelight.server.bodies import decoded, read_json, turn
-from safelight.server.callers import caller_of
+from safelight.server.callers import caller_of, hub_of
 from safelight.server.disconnects import attended
-from safelight.server.hub import Hub, hub_of
+from safelight.server.hub import Hub
 from safelight.server.jobs import Job, ModelInfo, Picture, Status
 from safelight.server.sizes import enlarging_note, fit_to_model, picture_at
 
@@ -105,11 +105,9 @@ class _Call:
         asked = self.job.settings
         width, height = self.size or (asked["width"], asked["height"])
         if width is None or height is None:
-            facts = await self.hub.facts(self.job.model)
-            width, height = facts.width, facts.height
-        size = None if width is None or height is None else (width, height)
+            width, height = await self.hub.native_size(self.job.model)
         async with turn(self.http):
-            return await asyncio.to_thread(encoded, png, self.body, size=size)
+            return await asyncio.to_thread(encoded, png, self.body, size=(width, height))
 
     def totals(self, job: Job) -> dict[str, Any]:
         """Return usage and warnings. Nothing is charged for; clients need the fields."""
@@ -138,9 +136,9 @@ async def _submitted(
     hub = hub_of(http)
     size, notes = None, list[str]()
     if request.width is not None:
-        facts = await hub.facts(model)
-        request, size = await asyncio.to_thread(fit_to_model, request, facts)
-        notes = enlarging_note(request, size, facts)
+        native = await hub.native_size(model)
+        request, size = await asyncio.to_thread(fit_to_model, request, native)
+        notes = enlarging_note(request, size, await hub.find_model(model), native)
     owner = caller_of(http.scope).owner
     job = await hub.submit(request, client="openai", owner=owner, model=model)
     return _Call(http, hub, body, job, size, notes)

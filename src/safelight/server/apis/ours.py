@@ -18,8 +18,8 @@ from safelight.request import Request
 from safelight.sampling import SAMPLERS
 from safelight.sampling.schedule import SCHEDULES
 from safelight.server.bodies import decode_base64, decoded, read_json, turn
-from safelight.server.callers import caller_of
-from safelight.server.hub import Hub, hub_of
+from safelight.server.callers import caller_of, hub_of
+from safelight.server.hub import Hub
 from safelight.server.jobs import Event, Job, ModelInfo, Status, WorkerInfo
 from safelight.server.sizes import picture_at
 from safelight.server.webhooks import check_url

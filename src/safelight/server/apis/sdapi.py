@@ -25,9 +25,9 @@ from safelight.server.apis.sdapi_models import model_of
 from safelight.server.apis.sdapi_names import model_hash, sampler_label
 from safelight.server.apis.sdapi_shapes import describe, first_picture, fitted, understand
 from safelight.server.bodies import decode_base64, decoded, turn
-from safelight.server.callers import caller_of
+from safelight.server.callers import caller_of, hub_of
 from safelight.server.disconnects import attended
-from safelight.server.hub import Hub, hub_of
+from safelight.server.hub import Hub
 from safelight.server.jobs import Job, ModelInfo, Picture, Status
 from safelight.server.sizes import picture_at
 
@@ -100,7 +100,7 @@ async def img2img(http: HttpRequest, body: ImageToImage) -> dict[str, Any]:
 async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str, Any]:
     """Return the answer to a call; an interrupted call has the pictures finished so far."""
     hub = hub_of(http)
-    # Refuse at once what is not possible. Only the size has to wait until the model is known.
+    # Refuse at once what is not possible. Only the size may have to wait for a worker.
     name = await model_of(http, body)
     plan = await hub.plan(name)
     asked = await asyncio.to_thread(understand, body, plan)
@@ -111,8 +111,8 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
             sent = await _sent(http, body)
             asked = await asyncio.to_thread(understand, body, plan, sent)
             del sent
-        model = await hub.facts(name)
-        asked = await asyncio.to_thread(fitted, asked, model)
+        meant, native = await hub.find_model(name), await hub.native_size(name)
+        asked = await asyncio.to_thread(fitted, asked, meant, native)
         owner = caller_of(http.scope).owner
         job = await hub.submit(asked.request, client="sdapi", owner=owner, model=name)
         # Release the decoded pictures while the job waits.
@@ -120,7 +120,9 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
     job = await _finished(http, job, asked.request.count)
     if job.status is Status.FAILED:
         raise HTTPException(500, job.error or "the job failed")
-    model = await hub.facts(name)  # now its hash is known
+    # A model that has drawn is known, with its hash. An interrupted call may have met no worker.
+    known = await hub.facts(name) if job.pictures else None
+    model = known or ModelInfo(name=meant, width=native[0], height=native[1])
     pictures = sorted(job.pictures, key=lambda picture: picture.index)
     images: list[str] = []
     for picture in pictures if body.send_images else ():

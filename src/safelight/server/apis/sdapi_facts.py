@@ -21,8 +21,7 @@ from safelight.server.apis.sdapi_names import (
     sampler_label,
 )
 from safelight.server.bodies import turn
-from safelight.server.callers import caller_of
-from safelight.server.hub import hub_of
+from safelight.server.callers import caller_of, hub_of
 from safelight.server.names import Names
 
 MAX_TOLD = 4 << 20

@@ -7,8 +7,7 @@ from starlette.exceptions import HTTPException
 
 from safelight.errors import SafelightError
 from safelight.server.apis.sdapi_bodies import DrawBody
-from safelight.server.callers import caller_of
-from safelight.server.hub import hub_of
+from safelight.server.callers import caller_of, hub_of
 
 OPTION = "sd_model_checkpoint"
 

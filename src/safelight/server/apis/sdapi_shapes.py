@@ -35,7 +35,6 @@ from safelight.server.apis.sdapi_names import (
     sampler_label,
 )
 from safelight.server.bodies import attached
-from safelight.server.jobs import ModelInfo
 from safelight.server.sizes import enlarging_note, fit_to_model
 from safelight.settings import settings_of
 from safelight.sizes import MIN_SIDE, SIDE_STEP, allowed_size
@@ -71,10 +70,10 @@ def understand(
     return Asked(request, None, warnings, _echo(body))
 
 
-def fitted(asked: Asked, model: ModelInfo) -> Asked:
-    """Return the request at a size that the model can draw, for a model whose facts are known."""
-    request, size = fit_to_model(asked.request, model)
-    warnings = asked.warnings + enlarging_note(request, size, model)
+def fitted(asked: Asked, model: str, native: tuple[int, int]) -> Asked:
+    """Return the request at a size that a model can draw. native: the size it draws best."""
+    request, size = fit_to_model(asked.request, native)
+    warnings = asked.warnings + enlarging_note(request, size, model, native)
     return replace(asked, request=request, size=size, warnings=warnings)
 
 
