@@ -436,6 +436,22 @@ class TestInterrupted:
         paths = json.loads(done.out)["paths"] if as_json else done.out.splitlines()
         assert paths == ["safelight-1.png"]
 
+    def test_a_finished_picture_that_cannot_be_saved_is_told(self, run, model, monkeypatch):
+        taken = []
+
+        def at_the_second_picture():
+            taken.append(1)
+            if len(taken) == 5:
+                self.interrupt()
+
+        def full(result, i, path, **how):
+            raise SafelightError("the disk is full")
+
+        model.before_step = at_the_second_picture
+        monkeypatch.setattr(Result, "save_one", full)
+        done = run("generate", "a", "-n", "2", "--steps", "4", "-s", "1")
+        assert (done.code, done.err) == (130, "warning: the disk is full\nstopped\n")
+
     def test_during_saving(self, run, model, tmp_path, monkeypatch):
         monkeypatch.setattr(os, "fsync", lambda _: self.interrupt())
         (tmp_path / "a.png").write_text("mine")
@@ -601,7 +617,7 @@ class TestHelp:
     def test_imports_nothing_heavy(self, arguments, needed):
         code = (
             "import sys; from safelight import cli; cli.run(sys.argv[1:])\n"
-            "print([m for m in ('torch', 'numpy', 'diffusers', 'huggingface_hub', 'PIL',"
+            "print([m for m in ('torch', 'numpy', 'diffusers', 'huggingface_hub', 'fastapi', 'PIL',"
             f" 'safelight.request') if m in sys.modules and m not in {needed}])"
         )
         done = subprocess.run(

@@ -7,7 +7,7 @@ from copy import copy, deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,12 @@ from PIL import Image
 import safelight
 from safelight import SafelightError
 from safelight.engine import job
-from safelight.engine.requests import create_job, new_result, resolve_request
+from safelight.engine.requests import (
+    _without_effect,
+    create_job,
+    new_result,
+    resolve_request,
+)
 from safelight.families.base import clean_estimate
 from safelight.model import Lock, Model
 from safelight.request import Request
@@ -309,6 +314,16 @@ def test_what_a_network_with_guidance_as_an_input_does_not_read_is_a_warning(
         found.append(new_result(model, one, resolve_request(model, one)).warnings)
     told = [f"{name} does nothing with embedded: leave it out" for name in given]
     assert found == [[told[0], told[2]], told]  # 0.25 is the model's own
+
+
+def test_a_refiner_reads_what_a_network_with_guidance_as_an_input_does_not(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refiner = SimpleNamespace(network=SimpleNamespace(config=model.unet.config))
+    monkeypatch.setattr(model.unet, "config", replace(model.unet.config, time_cond_proj_dim=32))
+    monkeypatch.setattr(model, "refiner", refiner)
+    request = Request(prompt="a cat", negative_prompt="a dog", guidance_end=0.5, **FEW)
+    assert _without_effect(model, request, resolve_request(model, request)) == []
 
 
 @pytest.mark.parametrize(("image", "count"), [(photo(100, 83), 1), (photo(96, 80), 0)])

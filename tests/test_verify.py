@@ -188,14 +188,20 @@ def test_a_strangers_recipe_may_say_anything(drawn):
     assert len(why) < 1000
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "../other", "..", "~/model", "./here", "a/b/c"])
+@pytest.mark.parametrize(
+    "path",
+    ["/etc/passwd", "../other", "..", "~/model", "./here", "a/b c/d", "models/secret", "secret"],
+)
 @pytest.mark.parametrize("key", ["model", "vae", "refiner"])
 def test_a_strangers_recipe_names_no_file(capsys, here, key, path):
-    """A recipe has names and hub ids: what lies at a path is not opened."""
+    """What lies at a path is not opened, though the path looks like a name or a hub id."""
+    (here / "models").mkdir()
+    for secret in (here / "models" / "secret", here / "secret"):
+        secret.write_text("a secret of this machine")
     known = {"model": {"name": "embedded", "sha256": "0" * 64}}
     rewrite("alone.png", lambda old: old | known | {key: {"name": path, "sha256": "0" * 64}})
     assert cli.run(["verify", "alone.png"]) == 2
-    assert f"by a path, {path!r}" in capsys.readouterr().err
+    assert f"{path!r} is not in the models folder, and a recipe's path" in capsys.readouterr().err
 
 
 def test_loras_are_found_by_hash(folder, tmp_path, capsys, monkeypatch):

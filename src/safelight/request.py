@@ -242,10 +242,7 @@ class Request(RequestFields, metaclass=_Listed):
         return made
 
     def with_pictures(self, image: Image | None = None, mask: Image | None = None) -> Self:
-        """Return the same request with a picture, RGB, and a mask, L of 0 and 255 alone.
-
-        They are shared, not copied: a large one takes much memory.
-        """
+        """Return the same request with a picture, RGB, and a mask, L of 0 and 255; not copied."""
         given = {"image": image, "mask": mask}
         return self._with_pictures({n: one for n, one in given.items() if one is not None}, {})
 

@@ -1,6 +1,5 @@
 """`safelight generate`: make pictures from a prompt, and perhaps from a picture."""
 
-from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -72,9 +71,12 @@ def generate(
                 _save(run.made, paths, overwrite=overwrite)
                 on_step(step)
             _save(run.result, paths, overwrite=overwrite)
-        except BaseException:
-            with suppress(SafelightError):  # the first error is the one to tell
+        except BaseException as error:
+            try:
                 _save(run.made, paths, overwrite=overwrite)
+            except SafelightError as lost:
+                if str(lost) != str(error):
+                    warn(str(lost))
             if run.made is not None and run.made.paths:
                 _print(run.made, as_json=as_json)
             raise

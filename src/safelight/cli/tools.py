@@ -219,28 +219,39 @@ def verify(
 
 
 def _recorded(kind: str, used: dict[str, str] | None, models_dir: str | None) -> str | None:
-    """Return a recipe's model or vae: its path in the models folder by hash, or else its name.
+    """Return where a recipe's model or vae is: its path in the models folder, or else its name.
 
-    Raises SafelightError if the name is a path: no recipe of Safelight's has one.
+    A file elsewhere on this machine is not opened for a recipe, which may be a stranger's: of what
+    is outside the models folder, only a folder here that has the very name counts.
+
+    Raises SafelightError if the name could only be a path.
     """
     from safelight.weights.digest import digest_file
-    from safelight.weights.find import HUB_ID
+    from safelight.weights.find import BUILT_IN, HUB_ID, on_disk
     from safelight.weights.library import open_library
 
     if used is None:
         return None
-    library, name = open_library(models_dir), used["name"]
+    library, name, sha256 = open_library(models_dir), used["name"], used["sha256"]
+    if name in BUILT_IN:
+        return name
     if library is not None:
         named = library.matches(name, kind)
         # A folder's hash is made of all its files when they are loaded.
-        if any(e.path.is_dir() or digest_file(e.path).sha256 == used["sha256"] for e in named):
-            return name
-        found = library.by_hash(used["sha256"], kind)
+        right = (e for e in named if e.path.is_dir() or digest_file(e.path).sha256 == sha256)
+        found = next(right, None) or library.by_hash(sha256, kind)
+        found = found or next(iter(named), None)  # the check of its hash says what is wrong
         if found is not None:
             return str(found.path)
-    plain = Path(name).name == name and name != ".." and not name.startswith("~")
-    if not plain and (HUB_ID.fullmatch(name) is None or ".." in name):
-        raise SafelightError(f"the recipe names a {kind} by a path, {name[:60]!r}")
+    here = on_disk(name)
+    if Path(name).name == name and name != ".." and not name.startswith("~"):
+        allowed = here is None or here.path.is_dir()
+    else:
+        allowed = here is None and HUB_ID.fullmatch(name) is not None and ".." not in name
+    if not allowed:
+        raise SafelightError(
+            f"{kind} {name[:60]!r} is not in the models folder, and a recipe's path is not opened"
+        )
     return name
 
 

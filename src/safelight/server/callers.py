@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from fastapi import Request as HttpRequest
-
 from safelight.errors import SafelightError
 
 if TYPE_CHECKING:
+    from fastapi import Request as HttpRequest
+
     from safelight.server.hub import Hub
 
 Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network

@@ -136,8 +136,8 @@ class Catalogue:
         found = [self._get(name) for name in dict.fromkeys(names)]
         return [one.model_copy(update={"ready": ready}) for one in found]
 
-    async def facts(self, name: str) -> ModelInfo:
-        """Return a model's facts, once they are known.
+    async def facts(self, name: str | None) -> ModelInfo:
+        """Return a model's facts, once they are known. None is the default model by then.
 
         Raises SafelightError if it has none, or if no worker has told them within UNKNOWN seconds.
         """
@@ -147,6 +147,7 @@ class Catalogue:
         except TimeoutError:
             told = "no worker has joined yet: try again once one has"
             raise SafelightError(told, code="no_worker") from None
+        name = name or self.info.name
         loop = asyncio.get_running_loop()
         until = loop.time() + UNKNOWN
         while self._get(name).width is None:

@@ -373,8 +373,8 @@ class Hub:
         await self._in_database(self.store.choose, owner or "", model)
 
     async def facts(self, model: str | None = None) -> ModelInfo:
-        """Return the facts of a model by its name, once its size is known."""
-        return await self.catalogue.facts(model or self.catalogue.info.name)
+        """Return the facts of a model by its name, once its size is known; None is the default."""
+        return await self.catalogue.facts(model)
 
     async def native_size(self, model: str | None = None) -> tuple[int, int]:
         """Return the width and height that a model draws best, from its headers or a worker."""

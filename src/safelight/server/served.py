@@ -170,7 +170,7 @@ def _closest(asked: str, names: Iterable[str]) -> str:
     if near:
         return f"did you mean {folded[near[0]]!r}?"
     shown = ", ".join(clipped(name, 60) for name in names[:MAX_TOLD])
-    return f"there are {shown}{' …' if len(names) > MAX_TOLD else ''}"
+    return f"there are {shown or 'none'}{' …' if len(names) > MAX_TOLD else ''}"
 
 
 def _no_model(message: str) -> SafelightError:

@@ -263,10 +263,8 @@ async def model(http: HttpRequest, name: str) -> dict[str, Any]:
     for one in served:
         if one.name == name:
             return _entry(one)
-    told = (
-        f"no model {name[:40]!r} on this server; there are {', '.join(one.name for one in served)}"
-    )
-    raise no_such_model(told)
+    names = ", ".join(one.name for one in served) or "none"
+    raise no_such_model(f"no model {name[:40]!r} on this server; there are {names}")
 
 
 def _entry(served: ModelInfo) -> dict[str, Any]:

@@ -111,7 +111,8 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
             sent = await _sent(http, body)
             asked = await asyncio.to_thread(understand, body, plan, sent)
             del sent
-        meant, native = await hub.find_model(name), await hub.native_size(name)
+        native = await hub.native_size(name)
+        meant = await hub.find_model(name)
         asked = await asyncio.to_thread(fitted, asked, meant, native)
         owner = caller_of(http.scope).owner
         job = await hub.submit(asked.request, client="sdapi", owner=owner, model=name)
@@ -121,7 +122,7 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
     if job.status is Status.FAILED:
         raise HTTPException(500, job.error or "the job failed")
     # A model that has drawn is known, with its hash. An interrupted call may have met no worker.
-    known = await hub.facts(name) if job.pictures else None
+    known = await hub.facts(job.model) if job.pictures else None
     model = known or ModelInfo(name=meant, width=native[0], height=native[1])
     pictures = sorted(job.pictures, key=lambda picture: picture.index)
     images: list[str] = []
