@@ -760,7 +760,8 @@ def test_a_dropped_recipe_fills_the_form(
     expect(page.get_by_label("Schedule")).to_have_value("karras")
 
 
-def test_all_that_is_not_used_of_a_recipe_is_told(page: Page, tmp_path: Path) -> None:
+def test_all_that_is_not_used_of_a_recipe_is_told(fresh: Page, tmp_path: Path) -> None:
+    page = fresh
     bad = {"seed": -1, "steps": 0, "width": 1, "height": 1, "image_sha256": "0" * 64}
     used = {"name": "x", "sha256": "0" * 64}
     made = {"safelight": "1", "model": used, "settings": {"prompt": "a fig", **bad}}
