@@ -1066,8 +1066,8 @@ def test_a_web_ui_s_text_is_read_wherever_it_stands(kind: str) -> None:
     wanted = {"prompt_syntax": "a1111", "emphasis": "no-norm", "eta": 0.3, "height": 96, "steps": 9}
     assert found.items() >= wanted.items()
     values, told = form.shown(found, Suits())
-    assert 0.35 in values
-    assert told == ["there is no setting Hires upscale, Hires steps"]
+    assert 0.35 not in values  # it is the strength of a second pass
+    assert told == ["there is no setting Denoising strength, Hires upscale, Hires steps"]
 
 
 def png_with(**texts: str) -> bytes:
@@ -1093,9 +1093,49 @@ def test_a_text_of_our_own_keeps_its_syntax_loras_and_embeddings() -> None:
     assert (found["loras"], found["embeddings"]) == (["ink:0.8:0.5"], ["moss", "fog"])
 
 
-INVOKE = {"positive_prompt": "a cat", "negative_prompt": "grey", "seed": 5, "cfg_scale": 6.0}
-INVOKE |= {"steps": 7, "scheduler": "euler", "model": {"model_name": "x", "model_hash": "y"}}
-NOVEL = {"steps": 7, "sampler": "k_euler", "seed": 5, "scale": 6.0, "uc": "grey"}
+def test_a_plain_text_keeps_the_tags_of_its_prompt() -> None:
+    """There they are words. Those of its LoRAs stand behind them."""
+    prompt = "a <lora:moon:high> cat <lora:fog:1>"
+    given = Request(prompt=prompt, steps=9, guidance_scale=7.5, seed=1).to_dict()
+    made = {"settings": given, "model": {"name": "x", "sha256": "0" * 64}, "size": [64, 64]}
+    used = {"weight": 0.8, "text_weight": 0.8, "hash": "ab", "in_prompt": False}
+    made |= {"safelight": "1", "loras": [{"name": "my ink=2", **used}, {"name": "b", **used}]}
+    found = recipe_settings(png_with(parameters=recipe_text(made)))
+    assert (found["prompt"], found["loras"]) == (prompt, ["my ink=2:0.8", "b:0.8"])
+    given["prompt_syntax"] = "comfy"
+    found = recipe_settings(png_with(parameters=recipe_text(made)))
+    assert found["prompt"] == f"{prompt} <lora:my ink=2:0.8> <lora:b:0.8>"
+    assert "loras" not in found
+
+
+def test_a_text_with_a_strength_tells_that_its_picture_is_missing(tmp_path: Path) -> None:
+    text = "a cat\nSteps: 9, Denoising strength: 0.4"
+    (tmp_path / "theirs.png").write_bytes(png_with(parameters=text))
+
+    async def dropped() -> Any:
+        page = blocks(server.hub, await server.hub.defaults(), decoders)
+        [read] = [one.fn for one in page.fns.values() if one.name == "read"]
+        assert read is not None
+        return await read(str(tmp_path / "theirs.png"), None, SimpleNamespace(request=None))
+
+    decoders = Decoders(2)
+    with Inside(tmp_path / "data", draws=False) as server:
+        _, _, _, told, _, change, *_ = server.within(dropped())
+    decoders.close()
+    assert told == (
+        "Not used from this recipe: the picture to start from is not stored: add it below"
+    )
+    assert change.open
+
+
+SIZED = {"steps": 7, "seed": 5, "width": 64, "height": 96}
+INVOKE = {"positive_prompt": "a cat", "negative_prompt": "grey", "cfg_scale": 6.0, **SIZED}
+INVOKE |= {"scheduler": "euler", "model": {"model_name": "x", "model_hash": "y"}}
+NOVEL = {"sampler": "k_euler", "scale": 6.0, "uc": "grey", **SIZED}
+FOOOCUS = {"prompt": "a cat", "full_prompt": ["a cat, film still", "a cat"], "sampler": "euler"}
+FOOOCUS |= {"negative_prompt": "grey", "full_negative_prompt": ["grey, ugly"], "steps": 7}
+FOOOCUS |= {"seed": "5", "guidance_scale": 6.0, "scheduler": "normal", "resolution": "(64, 96)"}
+FOOOCUS |= {"base_model": "x", "base_model_hash": "y"}
 
 
 @pytest.mark.parametrize(
@@ -1103,14 +1143,21 @@ NOVEL = {"steps": 7, "sampler": "k_euler", "seed": 5, "scale": 6.0, "uc": "grey"
     [
         {"invokeai_metadata": {"app_version": "3.4.0", **INVOKE}},
         {"Description": "a cat", "Software": "NovelAI", "Source": "x", "Comment": NOVEL},
+        {"parameters": FOOOCUS, "fooocus_scheme": "fooocus"},
     ],
 )
 def test_other_programs_pictures_are_read(texts: dict[str, Any]) -> None:
     written = {n: t if isinstance(t, str) else json.dumps(t) for n, t in texts.items()}
     found = recipe_settings(png_with(**written))
-    wanted = {"prompt": "a cat", "negative_prompt": "grey", "seed": 5, "guidance_scale": 6.0}
+    wanted = {"prompt": "a cat", "negative_prompt": "grey", "guidance_scale": 6.0, **SIZED}
     assert found.items() >= wanted.items()
     assert "prompt_syntax" not in found
+
+
+def test_another_program_s_prompt_that_is_no_text_is_told() -> None:
+    written = json.dumps({**INVOKE, "positive_prompt": 5})
+    with pytest.raises(SafelightError, match="carries no recipe"):
+        recipe_settings(png_with(invokeai_metadata=written))
 
 
 def test_a_jpeg_without_settings_is_told() -> None:

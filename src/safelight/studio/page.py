@@ -90,14 +90,16 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
             """
             suits = await suits_of(hub, name)
             values, told = forms.shown(settings, suits)
-            if image is None and settings.get("image_sha256") is not None:
+            # Of a picture to start from, AUTOMATIC1111's text has the strength alone.
+            started = any(settings.get(n) is not None for n in ("image_sha256", "strength"))
+            if image is None and started:
                 told.insert(0, "the picture to start from is not stored: add it below")
             return [
                 gr.Tabs(selected="make"),
                 name,
                 f"Not used from this recipe: {'; '.join(told)}" if told else "",
                 True,
-                gr.Accordion(open=True) if "image_sha256" in settings else gr.skip(),
+                gr.Accordion(open=True) if started else gr.skip(),
                 gr.Accordion(open=True) if forms.says_more(settings) else gr.skip(),
                 steps_of(suits),
                 *form.filled([*values, *easel.on_easel(image, mask)], suits),

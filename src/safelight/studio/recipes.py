@@ -6,10 +6,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from safelight.adapters.asked import AskedLora
 from safelight.errors import SafelightError
 from safelight.picture import opened
-from safelight.prompt.networks import split_networks
 from safelight.recipe import parse_recipe_text, read_recipe
 from safelight.sampler_names import sampler_and_schedule
 from safelight.server.caged import exif_comment
@@ -24,7 +22,6 @@ _SETTINGS = {
     "Steps": "steps",
     "CFG scale": "guidance_scale",
     "Seed": "seed",
-    "Size": "size",
     "Clip skip": "clip_skip",
     "Eta": "eta",
     "Denoising strength": "strength",
@@ -33,7 +30,7 @@ _SETTINGS = {
 
 _APART = (
     *("Model", "Model hash", "VAE", "VAE hash", "Hashes", "Lora hashes", "TI hashes"),
-    *("Version", "Prompt syntax", "Emphasis"),
+    *("Version", "Prompt syntax", "Emphasis", "Size"),
 )
 """Names that are not settings, or are read elsewhere."""
 
@@ -62,30 +59,41 @@ def recipe_settings(source: str | Path | bytes) -> dict[str, Any]:
     if "safelight" in recipe:
         return recipe["settings"]
     pairs = recipe["parameters"]
+    ours = pairs.get("Version", "").startswith("Safelight ")
+    names = dict(_SETTINGS)
+    if not ours and pairs.keys() & {"Hires upscale", "Hires resize"}:
+        # It is the strength of a second pass, which Safelight does not have.
+        del names["Denoising strength"]
     given = {"sampler": "", "schedule": ""} | {
-        name: pairs[pair] for pair, name in _SETTINGS.items() if pair in pairs
+        name: pairs[pair] for pair, name in names.items() if pair in pairs
     }
+    given["width"], _, given["height"] = pairs.get("Size", "").partition("x")
     found = _settings(recipe["prompt"], recipe["negative_prompt"], given)
     # Safelight names the prompt syntax only if it is not "plain".
-    ours = pairs.get("Version", "").startswith("Safelight ")
     found["prompt_syntax"] = pairs.get("Prompt syntax", "plain" if ours else "a1111")
     if "Emphasis" in pairs:
         found["emphasis"] = pairs["Emphasis"].lower().replace(" ", "-")
     if ours and found["prompt_syntax"] != "a1111":
-        found |= _networks(found["prompt"], pairs)
-    others = {name: v for name, v in pairs.items() if name not in (*_SETTINGS, *_APART)}
+        found |= _networks(found, pairs)
+    others = {name: v for name, v in pairs.items() if name not in (*names, *_APART)}
     return others | found
 
 
-def _networks(prompt: str, pairs: dict[str, str]) -> dict[str, Any]:
+def _networks(settings: dict[str, Any], pairs: dict[str, str]) -> dict[str, Any]:
     """Return prompt, LoRAs and embeddings of Safelight's own text, outside of A1111's syntax.
 
-    `recipe_text` appends the LoRAs to the prompt as tags, which other syntaxes may read as words.
+    `recipe_text` appends the LoRAs to the prompt as tags, which `plain` reads as words. The other
+    syntaxes read them as LoRAs, so there they stay in the prompt.
     """
     found: dict[str, Any] = {}
-    if "Lora hashes" in pairs:
-        text, tags = split_networks(prompt, loras_alone=True)
-        found = {"prompt": text.rstrip(), "loras": [str(AskedLora.of_tag(tag)) for tag in tags]}
+    if "Lora hashes" in pairs and settings["prompt_syntax"] == "plain":
+        # Each LoRA has one tag at the end. Tags before these are words of the prompt.
+        count = len(pairs["Lora hashes"].split(", "))
+        prompt, *tags = settings["prompt"].rsplit(" <lora:", count)
+        parts = [tag.removesuffix(">").split(":") for tag in tags]
+        # A tag has the text encoder's weight first, the setting has it last.
+        loras = [":".join([name, *reversed(weights)]) for name, *weights in parts]
+        found = {"prompt": prompt, "loras": loras}
     if "TI hashes" in pairs:
         hashes = pairs["TI hashes"].split(", ")
         found["embeddings"] = [one.partition(":")[0] for one in hashes]
@@ -119,21 +127,29 @@ def _parsed(data: bytes) -> dict[str, Any] | None:
     parsers = [one for one in MANAGED_PARSERS if one is not AUTOMATIC1111Parser]
     try:
         info = ParserManager(managed_parsers=parsers).parse(BytesIO(data))
+        if info is None or not info.samplers:
+            return None
+        # Not `full_prompt`: Fooocus's is a list, with the words of its styles.
+        prompt, negative = (
+            ", ".join(map(str, texts)) for texts in (info.prompts, info.negative_prompts)
+        )
     except Exception:  # parsers of broken files raise anything
         return None
-    if info is None or not info.samplers:
-        return None
     sampler = info.samplers[0]
-    given = sampler.parameters
+    given = info.metadata | sampler.parameters
+    # Fooocus writes its size as "(896, 1152)".
+    width, _, height = str(given.get("resolution", "")).strip("()").partition(", ")
     found = _settings(
-        info.full_prompt,
-        info.full_negative_prompt,
+        prompt,
+        negative,
         {
             "sampler": sampler.name,
             "schedule": given.get("scheduler", ""),
             "steps": given.get("steps"),
             "guidance_scale": given.get("cfg_scale"),
             "seed": given.get("seed"),
+            "width": given.get("width", width),
+            "height": given.get("height", height),
         },
     )
     if info.generator == Generators.COMFYUI:
@@ -149,13 +165,10 @@ def _settings(prompt: str, negative_prompt: str, given: dict[str, Any]) -> dict[
     schedule = str(given["schedule"]).lower() or joined
     found["schedule"] = None if schedule in _PLAIN else schedule
     numbers = {"steps": int, "guidance_scale": float, "seed": int, "clip_skip": int}
-    numbers |= {"eta": float, "strength": float}
+    numbers |= {"eta": float, "strength": float, "width": int, "height": int}
     for name, kind in numbers.items():
         try:
             found[name] = kind(given[name])
         except (KeyError, TypeError, ValueError, OverflowError):
             continue
-    width, _, height = str(given.get("size", "")).partition("x")
-    if width.isdecimal() and height.isdecimal():
-        found |= {"width": int(width), "height": int(height)}
     return found
