@@ -823,6 +823,8 @@ def test_the_example_is_trained(page: Page) -> None:
     told = re.compile("^Step [123] of 3, loss [0-9.]+, .* left.$|^Ended")
     expect(page.locator("#train-status .status")).to_have_text(told)
     expect(page.get_by_alt_text("Samples of the model")).to_be_visible(timeout=60_000)
+    # A second Start does nothing while this one runs.
+    expect(page.locator("#train-status")).to_contain_text("Ended.", timeout=60_000)
 
 
 def test_training_with_other_steps_is_another_training(server: Serving, page: Page) -> None:
@@ -1241,6 +1243,7 @@ def test_each_page_shows_its_own_first(
 
 
 def test_a_failure_is_told_though_another_is_shown(server: Serving, page: Page) -> None:
+    draw(page, "an earlier one", Steps=2)
     ask(page, "a slow one", Steps=150, Pictures=16)
     expect(page.locator(".now .live .prompt")).to_have_text("a slow one")
     ask(page, "a bad one", Steps=150)
@@ -1259,7 +1262,9 @@ def test_a_failure_is_told_though_another_is_shown(server: Serving, page: Page) 
 
     def hidden(route: Any) -> None:  # by sixty newer ones
         bad = next(one for one in route.fetch().json() if one["settings"]["prompt"] == "a bad one")
-        route.fulfill(json=[bad | {"id": "0" * 32}], headers={"link": "</api/jobs>; rel=next"})
+        # It has ended, so that the page does not ask for it later: there is no such job.
+        newer = bad | {"id": "0" * 32, "status": "cancelled"}
+        route.fulfill(json=[newer], headers={"link": "</api/jobs>; rel=next"})
 
     page.route("**/api/jobs?limit=60", hidden)
     expect(page.locator(".now .waiting li").first).to_be_visible()
