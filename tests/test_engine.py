@@ -323,7 +323,9 @@ def test_a_refiner_reads_what_a_network_with_guidance_as_an_input_does_not(
     monkeypatch.setattr(model.unet, "config", replace(model.unet.config, time_cond_proj_dim=32))
     monkeypatch.setattr(model, "refiner", refiner)
     request = Request(prompt="a cat", negative_prompt="a dog", guidance_end=0.5, **FEW)
-    assert _without_effect(model, request, resolve_request(model, request)) == []
+    resolved = resolve_request(model, request)
+    assert _without_effect(model, request, resolved) == []
+    assert len(_without_effect(model, request, resolved.replace(refiner_start=1))) == 2
 
 
 @pytest.mark.parametrize(("image", "count"), [(photo(100, 83), 1), (photo(96, 80), 0)])

@@ -201,7 +201,26 @@ def test_a_strangers_recipe_names_no_file(capsys, here, key, path):
     known = {"model": {"name": "embedded", "sha256": "0" * 64}}
     rewrite("alone.png", lambda old: old | known | {key: {"name": path, "sha256": "0" * 64}})
     assert cli.run(["verify", "alone.png"]) == 2
-    assert f"{path!r} is not in the models folder, and a recipe's path" in capsys.readouterr().err
+    assert f"{key} {path!r} is in no models folder, and is not" in capsys.readouterr().err
+
+
+def test_a_strangers_vae_named_like_a_built_in_model_is_no_file(capsys, here):
+    (here / "embedded").write_text("a secret of this machine")
+    named = {"name": "embedded", "sha256": "0" * 64}
+    rewrite("alone.png", lambda old: old | {"model": named, "vae": named})
+    assert cli.run(["verify", "alone.png"]) == 2
+    assert "vae 'embedded' is in no models folder" in capsys.readouterr().err
+
+
+def test_a_folder_here_comes_before_one_of_the_models_folder(folder, here, capsys):
+    """That is how it was drawn, too."""
+    shutil.copytree(folder, "tiny")
+    other = here / "lib" / "Stable-diffusion" / "tiny.safetensors"
+    other.parent.mkdir(parents=True)
+    save_file({"a": torch.zeros(1)}, other)
+    safelight.load("tiny", device="cpu", dtype="float32").generate("a", **ASKED).save("b.png")
+    assert cli.run(["verify", "b.png", "--models-dir", "lib"]) == 0
+    assert capsys.readouterr().out == "0\n"
 
 
 def test_loras_are_found_by_hash(folder, tmp_path, capsys, monkeypatch):

@@ -179,7 +179,7 @@ def verify(
             loaded = load(
                 model or _recorded("model", used["model"], models_dir) or "",
                 vae=vae or _recorded("vae", used["vae"], models_dir),
-                refiner=refiner or _recorded("model", used["refiner"], models_dir),
+                refiner=refiner or _recorded("refiner", used["refiner"], models_dir),
                 models_dir=models_dir,
                 device=device or recipe.get("device", "auto"),
                 dtype=dtype or recipe.get("dtype", "auto"),
@@ -190,7 +190,8 @@ def verify(
             )
         except SafelightError as error:
             raise SafelightError(
-                f"{error}; --model, --vae, --device and --dtype take the place of the recipe's"
+                f"{error}; --model, --vae, --refiner, --device and --dtype take the place of the "
+                "recipe's"
             ) from None
         _check_used("model", used["model"], loaded.sha256)
         _check_used("vae", used["vae"], (loaded.other_vae or {}).get("sha256"))
@@ -219,7 +220,7 @@ def verify(
 
 
 def _recorded(kind: str, used: dict[str, str] | None, models_dir: str | None) -> str | None:
-    """Return where a recipe's model or vae is: its path in the models folder, or else its name.
+    """Return a recipe's model, vae or refiner: its path in the models folder, or else its name.
 
     A file elsewhere on this machine is not opened for a recipe, which may be a stranger's: of what
     is outside the models folder, only a folder here that has the very name counts.
@@ -233,24 +234,26 @@ def _recorded(kind: str, used: dict[str, str] | None, models_dir: str | None) ->
     if used is None:
         return None
     library, name, sha256 = open_library(models_dir), used["name"], used["sha256"]
-    if name in BUILT_IN:
+    looked = "vae" if kind == "vae" else "model"
+    if looked == "model" and name in BUILT_IN:
         return name
+    here = on_disk(name)
+    plain = Path(name).name == name and name != ".." and not name.startswith("~")
+    own = plain and here is not None and here.path.is_dir()  # what generate takes first
     if library is not None:
-        named = library.matches(name, kind)
+        named = library.matches(name, looked)
         # A folder's hash is made of all its files when they are loaded.
-        right = (e for e in named if e.path.is_dir() or digest_file(e.path).sha256 == sha256)
-        found = next(right, None) or library.by_hash(sha256, kind)
-        found = found or next(iter(named), None)  # the check of its hash says what is wrong
+        folder = next((e for e in named if e.path.is_dir()), None)
+        right = (e for e in named if e.path.is_file() and digest_file(e.path).sha256 == sha256)
+        found = next(right, None) or (None if folder else library.by_hash(sha256, looked))
+        if found is None and not own:  # the check of its hash says what is wrong
+            found = folder or next(iter(named), None)
         if found is not None:
             return str(found.path)
-    here = on_disk(name)
-    if Path(name).name == name and name != ".." and not name.startswith("~"):
-        allowed = here is None or here.path.is_dir()
-    else:
-        allowed = here is None and HUB_ID.fullmatch(name) is not None and ".." not in name
-    if not allowed:
+    hub_id = HUB_ID.fullmatch(name) is not None and ".." not in name
+    if not (own or (here is None and (plain or hub_id))):
         raise SafelightError(
-            f"{kind} {name[:60]!r} is not in the models folder, and a recipe's path is not opened"
+            f"the recipe's {kind} {name[:60]!r} is in no models folder, and is not opened as a path"
         )
     return name
 

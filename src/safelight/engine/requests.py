@@ -129,7 +129,7 @@ def _warnings(model: Model, asked: Request, resolved: Request) -> list[str]:
     """Return warnings about a request, one line each."""
     found = list(model.warnings)
     filled = asked.with_defaults(model.defaults)
-    if _ignores_guidance(model):  # a larger scale would not help: see `_without_effect`
+    if _ignores_guidance(model, resolved):  # a larger scale would not help: see `_without_effect`
         filled = filled.replace(negative_prompt="")
     found += filled.unused_settings()
     if unavailable := remark(asked, resolved):
@@ -159,12 +159,13 @@ def _warnings(model: Model, asked: Request, resolved: Request) -> list[str]:
     return found
 
 
-def _ignores_guidance(model: Model) -> bool:
+def _ignores_guidance(model: Model, resolved: Request) -> bool:
     """Return whether a negative prompt and bounds of guidance change nothing.
 
-    That is so where guidance is an input of the network, and of the refiner's if there is one.
+    That is so where guidance is an input of the network, and of the refiner's if one draws.
     """
-    return takes_guidance(model) and (model.refiner is None or takes_guidance(model.refiner))
+    refiner = None if resolved.refiner_start == 1 else model.refiner
+    return takes_guidance(model) and (refiner is None or takes_guidance(refiner))
 
 
 def _without_effect(model: Model, asked: Request, resolved: Request) -> list[str]:
@@ -178,13 +179,13 @@ def _without_effect(model: Model, asked: Request, resolved: Request) -> list[str
         return found
     if asked.cache_branch and resolved.cache_every in (None, 1):
         found.append("cache_branch does nothing without cache_every: try cache_every 2")
-    if _ignores_guidance(model) and asked.negative_prompt:
+    if _ignores_guidance(model, resolved) and asked.negative_prompt:
         found.append(f"negative_prompt does nothing with {model.name}: leave it out")
     for name, everything in (("guidance_start", 0), ("guidance_end", 1)):
         # A server fills in the values of the level or the model: nobody asked for those.
         filled = (LEVELS.get(asked.fast, {}).get(name), model.defaults.get(name))
         unasked = getattr(asked, name) in (None, everything, *filled)
-        if _ignores_guidance(model) and not unasked:
+        if _ignores_guidance(model, resolved) and not unasked:
             found.append(f"{name} does nothing with {model.name}: leave it out")
         elif resolved.guidance_scale <= 1 and not unasked:
             found.append(f"{name} does nothing at guidance_scale 1 or less: leave it out")

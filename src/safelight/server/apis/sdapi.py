@@ -121,10 +121,10 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
     job = await _finished(http, job, asked.request.count)
     if job.status is Status.FAILED:
         raise HTTPException(500, job.error or "the job failed")
-    # A model that has drawn is known, with its hash. An interrupted call may have met no worker.
-    known = await hub.facts(job.model) if job.pictures else None
-    model = known or ModelInfo(name=meant, width=native[0], height=native[1])
     pictures = sorted(job.pictures, key=lambda picture: picture.index)
+    # The recipe has the hash of the model that drew.
+    drew = pictures[0].recipe["model"]["sha256"] if pictures else None
+    model = ModelInfo(name=job.model or meant, sha256=drew, width=native[0], height=native[1])
     images: list[str] = []
     for picture in pictures if body.send_images else ():
         async with turn(http):
