@@ -174,7 +174,7 @@ def test_while_no_worker_has_joined_nothing_waits_for_ever(
 def test_a_call_is_queued_before_any_worker_has_joined(
     tmp_path: Path, path: str, more: dict[str, Any]
 ) -> None:
-    """If it is cancelled before one does, the web UI's clients get an answer without pictures."""
+    """A job that is cancelled then answers the web UI's clients without pictures."""
     with Inside(tmp_path / "data", draws=False) as server:
         body = {"prompt": "a cat", **more}
         answers: list[Any] = []

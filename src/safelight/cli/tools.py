@@ -222,8 +222,8 @@ def verify(
 def _recorded(kind: str, used: dict[str, str] | None, models_dir: str | None) -> str | None:
     """Return a recipe's model, vae or refiner: its path in the models folder, or else its name.
 
-    A file elsewhere on this machine is not opened for a recipe, which may be a stranger's: of what
-    is outside the models folder, only a folder here that has the very name counts.
+    The recipe may be a stranger's, so no file outside the models folder is opened for it. A folder
+    in the working directory counts only if it has exactly this name.
 
     Raises SafelightError if the name could only be a path.
     """

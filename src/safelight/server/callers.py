@@ -1,4 +1,4 @@
-"""The caller of a request: its address, its key, and whose jobs it may see. The hub it asks."""
+"""The caller of a request: its address, key, and whose jobs it may see; and the server's hub."""
 
 from __future__ import annotations
 
