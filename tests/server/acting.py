@@ -19,19 +19,26 @@ class Acting:
     def __init__(self, settings: WorkerSettings) -> None:
         self._store, self._root = Store(settings.url), Path(settings.root)
         self._name, self._draining = new_id(), threading.Event()
-        model = ModelInfo(name="m", width=64, height=64, ready=True)
-        self._store.beat(self._name, str(os.getpid()), model, 1)
+        self._beat()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
+
+    def _beat(self) -> None:
+        """Stay on the roster and keep the claimed job: another actor can take a minute to start."""
+        model = ModelInfo(name="m", width=64, height=64, ready=True)
+        self._store.beat(self._name, str(os.getpid()), model, 1)
+        self._store.renew(self._name)
 
     def _work(self) -> None:
         while not self._draining.is_set():
             claim = self._store.claim(self._name, alone=True)
             if claim is None:
-                self._draining.wait(0.05)
+                self._beat()
+                self._draining.wait(0.1)
                 continue
             while not (self._root / "open").exists():
-                threading.Event().wait(0.05)
+                self._beat()
+                threading.Event().wait(0.1)
             picture = Picture(id=claim.picture_id(0), index=0, seed=1, width=8, height=8, recipe={})
             try:
                 self._store.add_picture(claim.id, claim.token, picture)

@@ -308,7 +308,7 @@ def test_workers_come_with_the_queue_and_go_with_it(
     """The number goes from one to two and back; one is killed, and every job is drawn once."""
     files, store, url = shared
     told: dict[str, Any] = {}
-    plan = WorkerPlan(1, 2, cpus=0.5, patience=0.1, idle=0.5)
+    plan = WorkerPlan(1, 2, cpus=0.5, patience=0.1, idle=4.0)
     settings = WorkerSettings("m", url, str(files.root), elsewhere=True)
     made = crew.Crew(ray, plan, settings, lambda kind, what: told.update({kind: what}), Acting)
 
