@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from safelight.nets.unet2d import UNet2DConfig
 from safelight.nets.vae import VAEConfig
 from safelight.recipe import read_recipe
 from safelight.weights import digest, load, load_model
+from safelight.weights.headers import header_of
 from weights_tiny import (
     NETS,
     UNET,
@@ -366,22 +368,59 @@ def replaced(folder, file):
     (folder / "new").replace(file)
 
 
-@pytest.mark.parametrize(
-    "harmless",
-    [
-        lambda folder, file: file.touch(),
-        lambda folder, file: file.chmod(0o400),
-        lambda folder, file: file.unlink(),
-        lambda folder, file: file.write_bytes(file.read_bytes()),
-        replaced,
-        lambda folder, file: shutil.rmtree(folder),
-    ],
-)
+HARMLESS = [
+    lambda folder, file: file.touch(),
+    lambda folder, file: file.chmod(0o400),
+    lambda folder, file: file.unlink(),
+    lambda folder, file: file.write_bytes(file.read_bytes()),
+    replaced,
+    lambda folder, file: shutil.rmtree(folder),
+]
+
+
+@pytest.mark.parametrize("harmless", HARMLESS)
 def test_what_leaves_the_loaded_bytes_alone_changes_nothing(folder, harmless):
     model = load_model(folder, device="cpu", dtype="float32")
     wanted = load_model(folder, device="cpu", dtype="float32").generate("a", **SMALL).images[0]
     harmless(folder, weight_file(folder, "unet"))
     assert model.generate("a", **SMALL).images[0].tobytes() == wanted.tobytes()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="opens a file as Linux can")
+@pytest.mark.parametrize("harmless", HARMLESS)
+def test_a_lora_is_merged_into_the_loaded_bytes(folder, harmless, tmp_path):
+    """A LoRA needs the weights as they are stored, so their files are opened again."""
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    halves = {"down": torch.ones(2, 32), "up": torch.ones(32, 2)}
+    ink = tmp_path / "ink.safetensors"
+    save_file({f"{name}.lora_{half}.weight": each for half, each in halves.items()}, ink)
+    wanted = load_model(folder, device="cpu", dtype="float32").adapted([str(ink)])
+    model = load_model(folder, device="cpu", dtype="float32")
+    harmless(folder, weight_file(folder, "unet"))
+    inked = model.adapted([str(ink)])
+    assert all(
+        torch.equal(weight, wanted.unet.state_dict()[key])
+        for key, weight in inked.unet.state_dict().items()
+    )
+
+
+def test_where_a_file_cannot_be_opened_anew_another_one_is_refused(folder, monkeypatch):
+    """macOS has no /proc."""
+    file = digest.HashedFile(digest.digest_file(weight_file(folder, "unet")))
+    monkeypatch.setattr(digest, "REOPENED", "/nowhere/{}")
+    assert file.openable == str(weight_file(folder, "unet"))
+    replaced(folder, weight_file(folder, "unet"))
+    refused(lambda: file.openable, "replaced after it was loaded")
+    weight_file(folder, "unet").unlink()
+    refused(lambda: file.openable, "replaced after it was loaded")
+
+
+def test_a_header_names_the_file_that_a_link_led_to(made, tmp_path):
+    """The link may lead to another version when the tensors are read again."""
+    pixels = weight_file(made[1], "unet")
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(pixels)
+    assert header_of(link).path == pixels.resolve()
 
 
 def test_converted_weights_need_their_file_no_more(folder):

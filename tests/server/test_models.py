@@ -166,6 +166,22 @@ def test_openai_s_clients_name_one(server: Serving) -> None:
     assert newest["model"] == "embedded-fast"
 
 
+def test_a_picture_is_drawn_again_only_by_the_same_files(tmp_path: Path) -> None:
+    """In float32, after NaN: its files are found by name, and may be another model's by now."""
+    folder = shutil.copytree(MODELS / "embedded-unconditional", tmp_path / "mine")
+    models = LoadedModels(WorkerSettings(str(folder), "", "", dtype="bfloat16"), Pulse(), print)
+    models.load_first()
+    held = models.get(models.default)
+    assert held is not None
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text() + "\n")
+    with pytest.raises(SafelightError, match="were replaced after it was loaded") as caught:
+        models.precise(held)
+    assert caught.value.code == "weights_changed"
+    assert held.precise is None
+    models.close()
+
+
 def test_a_model_of_the_hub_is_downloaded_before_its_memory_is_compared(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

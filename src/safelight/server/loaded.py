@@ -215,10 +215,20 @@ class LoadedModels:
         return min(able, key=lambda loaded: loaded.step_seconds, default=None)
 
     def precise(self, loaded: Loaded) -> Model:
-        """Return the same model in float32, loading it on the first call."""
+        """Return the same model in float32, loading it on the first call.
+
+        Raises SafelightError, code "weights_changed", if its name leads to other files now.
+        """
         if loaded.precise is None:
             with self._pulse.patient():
-                loaded.precise = self._load(loaded.name, "float32")
+                precise = self._load(loaded.name, "float32")
+            if _digests(precise) != _digests(loaded.model):
+                raise SafelightError(
+                    f"the files of model {loaded.name!r} were replaced after it was loaded; "
+                    "load the model again",
+                    code="weights_changed",
+                )
+            loaded.precise = precise
             self._pulse.watch(loaded.precise)
         return loaded.precise
 
@@ -299,6 +309,11 @@ class LoadedModels:
                 weights += known.weights if loaded is None else loaded.weights
                 work = max(work, known.work)
         return not beside or weights + work <= self.bound
+
+
+def _digests(model: Model) -> tuple[Any, ...]:
+    """Return what says which files a model was loaded from."""
+    return model.sha256, model.other_vae, model.refiner and model.refiner.sha256
 
 
 def _info_of(name: str, model: Model) -> ModelInfo:

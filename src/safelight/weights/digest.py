@@ -12,11 +12,17 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Self
 
+from safelight.errors import SafelightError
 from safelight.weights.cache import Stamp, keep, recall, stamp_of
 from safelight.weights.check import refusal
 
 # Below this a file is hashed faster than its digest is looked up.
 _CACHED_FROM = 16 * 2**20
+REOPENED = "/proc/self/fd/{}"
+"""A path by which Linux opens an open file again, whatever has its name now.
+
+macOS has /dev/fd alone, where both would share one place in the file.
+"""
 # Bytes; few enough to stay in the processor's cache while they are hashed and looked at.
 _PIECE = 2**18
 
@@ -135,13 +141,18 @@ class HashedFile:
 
     @property
     def openable(self) -> str:
-        """A path of the file for libraries that take only UTF-8."""
-        path = str(self._digest.path)
-        try:
-            path.encode()
-        except UnicodeEncodeError:
-            return f"/dev/fd/{self._file}"
-        return path
+        """A path, in UTF-8, by which this very file is opened, also if another has its name now.
+
+        Raises SafelightError, code "weights_changed", if the system has no such path and the name
+        leads to another file, or to none.
+        """
+        opened = Path(REOPENED.format(self._file))
+        if opened.exists():
+            return str(opened)
+        path = self._digest.path
+        if not path.exists() or not os.path.samestat(path.stat(), os.fstat(self._file)):
+            raise self._changed("replaced")
+        return str(path)
 
     def check(self, *_: object) -> None:
         """Raise SafelightError, code "weights_changed", unless the file holds what was hashed.
@@ -161,11 +172,11 @@ class HashedFile:
             if digest.hexdigest() == self._digest.sha256:
                 self._seen = stamp
                 return
-        raise refusal(
-            self._digest.path.name,
-            "was overwritten after it was loaded; load the model again",
-            code="weights_changed",
-        )
+        raise self._changed("overwritten")
+
+    def _changed(self, how: str) -> SafelightError:
+        why = f"was {how} after it was loaded; load the model again"
+        return refusal(self._digest.path.name, why, code="weights_changed")
 
 
 def _sha256(file: BufferedReader, look: Look | None) -> str:

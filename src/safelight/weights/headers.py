@@ -24,6 +24,7 @@ def header_of(path: Path, name: str | None = None) -> Header:
             raise refusal(name, "not a file; a .safetensors file is needed")
         with path.open("rb") as file:
             zipped = file.read(len(ZIP)) == ZIP
+        path = path.resolve()  # a link may lead elsewhere when the tensors are read
     except OSError as e:
         raise refusal(name, f"cannot be read ({e.strerror})") from None
     return read_pickled_header(path, name) if zipped else read_header(path, name)

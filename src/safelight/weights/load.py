@@ -285,7 +285,7 @@ def _finite_checks(plan: Plan, dtypes: Mapping[str, torch.dtype]) -> dict[Path, 
         for weight in weights.values():
             headers[id(weight.header)] = weight.header
             wanted.setdefault(id(weight.header), {})[weight.key] = dtypes[part]
-    return {h.path.resolve(): FiniteCheck(h, wanted[key]) for key, h in headers.items()}
+    return {h.path: FiniteCheck(h, wanted[key]) for key, h in headers.items()}
 
 
 def _fill(
@@ -306,8 +306,7 @@ def _fill(
     own: list[HashedFile] = []
     for header in {id(w.header): w.header for w in weights.values()}.values():
         here = {name: w for name, w in weights.items() if w.header is header}
-        path = header.path.resolve()
-        file, finite = files[path], checks[path].finite_keys
+        file, finite = files[header.path], checks[header.path].finite_keys
         state |= _read(header, here, file.openable, device, dtype, keep=mapped, finite=finite)
         file.check()
         own.append(file)

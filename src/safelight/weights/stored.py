@@ -40,7 +40,7 @@ class Stored:
         by_file: dict[Path, dict[str, Weight]] = {}
         for name, weight in self.weights[part].items():
             if name in wanted:
-                by_file.setdefault(weight.header.path.resolve(), {})[name] = weight
+                by_file.setdefault(weight.header.path, {})[name] = weight
         for path, weights in by_file.items():
             file = self.files[path]
             header = next(iter(weights.values())).header
