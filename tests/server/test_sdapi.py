@@ -317,6 +317,37 @@ class TestTextToImage:
         answer = call("txt2img", {"sampler_name": "Euler a", "scheduler": "Karras"})
         assert service.requests[0].schedule is None
         assert "Euler a has no karras" in warnings_of(answer)[0]
+        answer = call("txt2img", {"sampler_name": "LCM", "scheduler": "SGM Uniform"})
+        assert (service.requests[1].schedule, service.requests[1].spacing) == (None, None)
+        assert "LCM has no SGM Uniform" in warnings_of(answer)[0]
+
+    @pytest.mark.parametrize(
+        ("label", "spacing"),
+        [
+            ("normal", None),
+            ("Uniform", None),
+            ("SGM Uniform", "trailing"),
+            ("sgm_uniform", "trailing"),
+            ("Simple", "trailing"),
+            ("DDIM", "leading"),
+        ],
+    )
+    def test_schedulers_that_are_the_model_s_own_schedule(self, call, service, label, spacing):
+        answer = call("txt2img", {"sampler_name": "DPM++ 2M", "scheduler": label})
+        assert (service.requests[0].schedule, service.requests[0].spacing) == (None, spacing)
+        assert warnings_of(answer) == []
+
+    def test_a_spacing_by_our_name_precedes_the_scheduler_s(self, call, service):
+        body = {"sampler_name": "Euler", "scheduler": "Simple", "spacing": "linspace"}
+        assert call("txt2img", body).status_code == 200
+        assert service.requests[0].spacing == "linspace"
+
+    @pytest.mark.parametrize("label", ["KL Optimal", "turbo", "é" * 999])
+    def test_a_scheduler_that_is_not_here_is_automatic_with_a_warning(self, call, service, label):
+        answer = call("txt2img", {"sampler_name": "DPM++ 2M", "scheduler": label})
+        assert service.requests[0].schedule == "karras"
+        assert "is not here, Automatic is used" in warnings_of(answer)[0]
+        assert len(warnings_of(answer)[0]) < 150
 
     def test_eta_is_for_samplers_that_have_it(self, call, service):
         ours = call("txt2img", {"sampler_name": "DDIM", "eta": 0.5})
@@ -422,7 +453,6 @@ class TestRefusals:
         [
             ({"sampler_name": "Euler a Turbo"}, 404, "Sampler not found: 'Euler a Turbo'"),
             ({"sampler_name": "\ud800" * 999}, 404, "Sampler not found"),
-            ({"scheduler": "SGM Uniform"}, 404, "Scheduler not found: 'SGM Uniform'"),
             ({"script_name": "X/Y/Z plot"}, 422, "Script 'X/Y/Z plot' not found"),
             ({"cfg_scale": True}, 422, "cfg_scale"),
             ({"cfg_scale": "much"}, 422, "cfg_scale"),
@@ -910,8 +940,8 @@ class TestLists:
         assert len(service.requests) == len(names) > len(samplers)
 
     def test_every_scheduler_that_is_listed_can_be_asked_for(self, api, service):
-        names = ["automatic", "beta", "exponential", "karras", "uniform"]
-        assert api.util_get_scheduler_names() == names
+        names = ["automatic", "beta", "ddim", "exponential", "karras", "normal"]
+        assert api.util_get_scheduler_names() == [*names, "sgm_uniform", "simple", "uniform"]
         for entry in api.get_schedulers():
             assert set(entry) == {
                 "name",
@@ -927,6 +957,7 @@ class TestLists:
             "exponential",
             "beta",
         }
+        assert {request.spacing for request in service.requests} == {None, "leading", "trailing"}
 
     def test_the_model(self, api):
         title = f"tiny [{SHA[:10]}]"
@@ -960,6 +991,17 @@ class TestLists:
     def test_setting_the_model_that_is_served(self, api, name):
         assert api.set_options({"sd_model_checkpoint": name}) is None
         assert api.set_options({"sd_model_checkpoint": None, "samples_format": "jpg"}) is None
+
+    def test_a_choice_that_is_gone_is_none(self, api, call, service):
+        api.set_options({"sd_model_checkpoint": "tiny"})
+        service.choices = dict.fromkeys(service.choices, "foo")
+        assert warnings_of(call("txt2img", {})) == [
+            "sd_model_checkpoint: the chosen model 'foo' is not here any more; the server's is used"
+        ]
+        assert api.get_options()["sd_model_checkpoint"] == f"tiny [{SHA[:10]}]"
+        assert call("embeddings").status_code == 200
+        named = {"override_settings": {"sd_model_checkpoint": "tiny"}}
+        assert warnings_of(call("txt2img", named)) == []
 
     def test_the_client_s_way_to_set_it(self, api, monkeypatch):
         answers = []

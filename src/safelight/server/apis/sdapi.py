@@ -101,7 +101,7 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
     """Return the answer to a call; an interrupted call has the pictures finished so far."""
     hub = hub_of(http)
     # Refuse at once what is not possible. Only the size may have to wait for a worker.
-    name = await model_of(http, body)
+    name, warnings = await model_of(http, body)
     plan = await hub.plan(name)
     asked = await asyncio.to_thread(understand, body, plan)
     if isinstance(body, ImageToImage):
@@ -117,7 +117,11 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
         owner = caller_of(http.scope).owner
         job = await hub.submit(asked.request, client="sdapi", owner=owner, model=name)
         # Release the decoded pictures while the job waits.
-        asked = replace(asked, request=asked.request.without_pictures())
+        asked = replace(
+            asked,
+            request=asked.request.without_pictures(),
+            warnings=warnings + asked.warnings,
+        )
     job = await _finished(http, job, asked.request.count)
     if job.status is Status.FAILED:
         raise HTTPException(500, job.error or "the job failed")

@@ -19,9 +19,10 @@ from safelight.server.apis.sdapi_names import (
     model_hash,
     model_title,
     sampler_label,
+    scheduler_label,
 )
 from safelight.server.bodies import turn
-from safelight.server.callers import caller_of, hub_of
+from safelight.server.callers import hub_of
 from safelight.server.names import Names
 
 MAX_TOLD = 4 << 20
@@ -48,7 +49,7 @@ async def schedulers() -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "label": name.capitalize(),
+            "label": scheduler_label(name),
             "aliases": None,
             "default_rho": 7.0 if name == "karras" else -1.0,
             "need_inner_model": False,
@@ -76,7 +77,7 @@ async def sd_models(http: HttpRequest) -> list[dict[str, Any]]:
 async def get_options(http: HttpRequest) -> dict[str, Any]:
     hub = hub_of(http)
     models = await hub.models()
-    name = await hub.chosen(caller_of(http.scope).owner)
+    name, _ = await chosen(http)
     model = next((one for one in models if one.name == name), models[0])
     return {
         OPTION: model_title(model),
@@ -117,7 +118,7 @@ def _loras(names: Names) -> list[dict[str, Any]]:
 
 @router.get("/embeddings")
 async def embeddings(http: HttpRequest) -> dict[str, Any]:
-    model = await chosen(http)
+    model, _ = await chosen(http)
     async with turn(http):
         return await asyncio.to_thread(_embeddings, hub_of(http).names, model)
 

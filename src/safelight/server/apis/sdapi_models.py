@@ -12,19 +12,29 @@ from safelight.server.callers import caller_of, hub_of
 OPTION = "sd_model_checkpoint"
 
 
-async def model_of(http: HttpRequest, body: DrawBody) -> str | None:
-    """Return the model of a call: its own, else the caller's choice, else None for the server's."""
+async def model_of(http: HttpRequest, body: DrawBody) -> tuple[str | None, list[str]]:
+    """Return the model of a call, and warnings.
+
+    It is the call's own model, else the caller's choice, else None for the server's.
+    """
     named = body.override_settings.get(OPTION)
-    return await chosen(http) if named in (None, "") else await found(http, named)
+    return await chosen(http) if named in (None, "") else (await found(http, named), [])
 
 
-async def chosen(http: HttpRequest) -> str | None:
-    """Return the model that the caller chose, None if it chose none.
+async def chosen(http: HttpRequest) -> tuple[str | None, list[str]]:
+    """Return the model that the caller chose, and warnings.
 
-    Raises HTTPException if that model is not there any more.
+    The model is None if the caller chose none, or one that is not there any more. The choice is
+    kept, as the model may come back.
     """
     name = await hub_of(http).chosen(caller_of(http.scope).owner)
-    return None if name is None else await found(http, name)
+    if name is None:
+        return None, []
+    try:
+        return await found(http, name), []
+    except HTTPException:
+        told = f"{OPTION}: the chosen model {name!r:.60} is not here any more; the server's is used"
+        return None, [told]
 
 
 async def choose(http: HttpRequest, label: object) -> None:

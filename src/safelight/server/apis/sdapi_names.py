@@ -14,8 +14,13 @@ from safelight.sampling.schedule import SCHEDULES
 from safelight.server.jobs import ModelInfo
 from safelight.settings import settings_of
 
-SCHEDULERS = ("automatic", "uniform", *SCHEDULES)
-"""A1111's schedulers. "uniform" is the model's own schedule, "automatic" the sampler's."""
+SPACINGS: Mapping[str, str] = {"sgm_uniform": "trailing", "simple": "trailing", "ddim": "leading"}
+"""A1111's schedulers that are a spacing of the model's own schedule here, by A1111's name."""
+
+SCHEDULERS = ("automatic", "uniform", "normal", *SCHEDULES, *SPACINGS)
+"""A1111's names of its schedulers that are here. "uniform" and "normal" are the model's own
+schedule, "automatic" is the sampler's.
+"""
 
 AUTOMATIC: Mapping[str, str] = {
     "dpm2": "karras",
@@ -39,12 +44,18 @@ def find_sampler(label: str) -> tuple[str, str | None]:
     return known
 
 
-def find_scheduler(label: str | None, automatic: str | None) -> str | None:
-    """Return our name of a scheduler; None for the model's own. automatic: the sampler's."""
-    wanted = (label or "automatic").strip().lower()
-    if wanted not in SCHEDULERS:
-        raise HTTPException(404, f"Scheduler not found: {label!r:.60}; GET schedulers lists them")
-    return {"automatic": automatic, "uniform": None}.get(wanted, wanted)
+def scheduler_label(name: str) -> str:
+    """Return AUTOMATIC1111's label of one of SCHEDULERS."""
+    return {"sgm_uniform": "SGM Uniform", "ddim": "DDIM"}.get(name, name.capitalize())
+
+
+def find_scheduler(label: str | None) -> str | None:
+    """Return the one of SCHEDULERS that a label or name means; None if there is none.
+
+    Without a label it is "automatic".
+    """
+    wanted = "_".join((label or "automatic").lower().split())
+    return wanted if wanted in SCHEDULERS else None
 
 
 def automatic_schedule(label: str, name: str) -> str | None:

@@ -20,6 +20,7 @@ from safelight.errors import SafelightError
 from safelight.recipe import parse_recipe_text
 from safelight.request import Request
 from safelight.sampling import SAMPLERS
+from safelight.sampling.schedule import SCHEDULES
 from safelight.server.apis.sdapi_bodies import (
     Asked,
     ImageToImage,
@@ -29,10 +30,12 @@ from safelight.server.apis.sdapi_bodies import (
 )
 from safelight.server.apis.sdapi_names import (
     OVERRIDES,
+    SPACINGS,
     automatic_schedule,
     find_sampler,
     find_scheduler,
     sampler_label,
+    scheduler_label,
 )
 from safelight.server.bodies import attached
 from safelight.server.sizes import enlarging_note, fit_to_model
@@ -95,7 +98,7 @@ def _settings(
     left_out = {"sampler", *_NUMBERS} - named
     if defaults is not None:
         left_out &= level.keys()
-    name, schedule, warnings = _sampler(body, defaults, level, named="sampler" in named)
+    name, schedule, spacing, warnings = _sampler(body, defaults, level, named="sampler" in named)
     sampler = None if name is None else SAMPLERS[name]
     if sampler is not None and sampler.noisy and body.eta not in (None, 1):
         warnings.append(
@@ -129,6 +132,8 @@ def _settings(
         if (value := body.override_settings.get(name)) is not None:
             settings[ours] = plain_number(value)
     own = _own(body, settings)
+    if spacing is not None:
+        own.setdefault("spacing", spacing)
     # Clients of this API write prompts as AUTOMATIC1111 reads them.
     own.setdefault("prompt_syntax", "a1111")
     if own["prompt_syntax"] == "a1111" and "emphasis" not in own:
@@ -142,16 +147,20 @@ def _sampler(
     level: Mapping[str, Any],
     *,
     named: bool,
-) -> tuple[str | None, str | None, list[str]]:
-    """Return our names of the sampler and of its schedule, and warnings.
+) -> tuple[str | None, str | None, str | None, list[str]]:
+    """Return our names of the sampler, of its schedule and of its spacing, and warnings.
 
     The sampler is None if only a worker elsewhere knows it. named: whether the body names one.
     """
+    scheduler, warnings = find_scheduler(body.scheduler), list[str]()
+    if scheduler is None:
+        told = f"{body.scheduler!r:.60} is not here, Automatic is used; GET schedulers lists others"
+        scheduler, warnings = "automatic", [f"scheduler: {told}"]
     if not named and defaults is None:
-        if find_scheduler(body.scheduler, None) is None:
-            return None, None, []
-        what = "needs a sampler_name, as the model's own sampler is not known here"
-        return None, None, [f"scheduler: {what}; the model's is used"]
+        if scheduler in (*SCHEDULES, *SPACINGS):
+            what = "needs a sampler_name, as the model's own sampler is not known here"
+            warnings.append(f"scheduler: {what}; the model's is used")
+        return None, None, None, warnings
     best = {**(defaults or {}), **level}
     automatic = joined = None
     if named or "sampler" not in best:
@@ -163,11 +172,15 @@ def _sampler(
             automatic = automatic_schedule(label, name)
     else:
         name = best["sampler"]
-    schedule = joined or find_scheduler(body.scheduler, automatic)
-    if schedule is None or schedule in SAMPLERS[name].schedules:
-        return name, schedule, []
-    told = f"scheduler: {sampler_label(name)} has no {schedule}; the model's is used"
-    return name, None, [told]
+    theirs = {"automatic": automatic, **{name: name for name in SCHEDULES}}
+    schedule = joined or theirs.get(scheduler)
+    spacing = None if joined else SPACINGS.get(scheduler)
+    sampler = SAMPLERS[name]
+    if (schedule or spacing) in (None, *sampler.schedules, *sampler.spacings):
+        return name, schedule, spacing, warnings
+    lacking = schedule or scheduler_label(scheduler)
+    told = f"scheduler: {sampler_label(name)} has no {lacking}; the model's is used"
+    return name, None, None, [*warnings, told]
 
 
 def _level(body: TextToImage | ImageToImage, plan: Plan) -> Mapping[str, Any]:
