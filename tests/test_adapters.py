@@ -306,6 +306,16 @@ class TestFiles:
         save_file({f"{base}.{name}": torch.ones(shape) for name, shape in tensors.items()}, path)
         assert told in refused(model, path)
 
+    @pytest.mark.parametrize("alpha", [1e5, 9_999_999_999, float("nan")])
+    def test_an_alpha_that_scales_nothing(self, alpha: float, model: Any, tmp_path: Path) -> None:
+        """LoKr with whole factors has no rank. Trainers write an alpha beside it all the same."""
+        base = f"lora_unet_{ATTENTION}attn1_to_q"
+        tensors = {f"{base}.lokr_w1": torch.eye(4), f"{base}.lokr_w2": torch.eye(8)}
+        save_file(tensors, plain := tmp_path / "plain.safetensors")
+        tensors[f"{base}.alpha"] = torch.tensor(alpha).half()
+        save_file(tensors, told := tmp_path / "told.safetensors")
+        assert equal(*(answers(model.adapted([str(path)])) for path in (plain, told)))
+
     def test_whole_numbers(self, model: Any, tmp_path: Path) -> None:
         path = tmp_path / "a.safetensors"
         base = f"lora_unet_{ATTENTION}attn1_to_q"

@@ -255,6 +255,8 @@ def test_a_pipeline_of_another_kind_is_refused(index, word, tmp_path):
         ("StableDiffusionPipeline", "text"),
         ("StableDiffusionImg2ImgPipeline", "text"),
         ("StableDiffusionInpaintPipeline", "text"),
+        ("LatentConsistencyModelPipeline", "text"),
+        ("LatentConsistencyModelImg2ImgPipeline", "text"),
         ("DDPMPipeline", "pixels"),
         ("DDIMPipeline", "pixels"),
     ],

@@ -168,6 +168,23 @@ def test_embedded_fast(worst: Worst) -> None:
     compare(worst, ours(folder), pipe, said, prompt="a red apple", seed=3)
 
 
+def test_a_latent_consistency_model(worst: Worst, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Its network takes the guidance scale as an input, and its folder names its own pipeline."""
+    plain = theirs(folders["sd1"], "StableDiffusionPipeline")
+    torch.manual_seed(0)
+    config = {**plain.unet.config, "time_cond_proj_dim": 32}
+    unet = diffusers.UNet2DConditionModel.from_config(config).eval()
+    with torch.no_grad():
+        unet.conv_out.weight.mul_(4)
+    times = diffusers.LCMScheduler.from_config(plain.scheduler.config)
+    parts = plain.vae, plain.text_encoder, plain.tokenizer, unet, times, None, None
+    pipe = diffusers.LatentConsistencyModelPipeline(*parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(tmp_path)
+    said = {"prompt": PROMPT, "guidance_scale": 8.5, "height": 64, "width": 64}
+    compare(worst, ours(tmp_path), pipe, {**said, "num_inference_steps": 4}, **said, seed=11)
+
+
 NEAR = 40.0
 """Decibels: how near pictures in bfloat16 are to diffusers' in float32, at least."""
 

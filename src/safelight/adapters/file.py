@@ -15,6 +15,7 @@ from typing import Any
 
 from safelight.adapters.algorithms import (
     ALGORITHMS,
+    OFT,
     Algorithm,
     Full,
     SetWeight,
@@ -226,6 +227,8 @@ def _add(
     if "magnitude" in slots:
         held["dora_scale"] = (math.prod(held["dora_scale"]),)
     _check(algorithm, held, shapes[weight])
+    if algorithm is not OFT and algorithm.rank(held) is None:
+        keys.pop("alpha", None)  # it scales nothing: trainers write any number, also inf
     alpha, rooted = _alpha(file, target)
     found.changes.append(Change(target.part, weight, algorithm, keys, alpha, rooted))
 

@@ -7,7 +7,8 @@ published folders of each variant, in diffusers' keys.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.families import colours
@@ -62,6 +63,8 @@ _TEXT_2 = {
 }
 _SCHEDULER_1 = {"_class_name": "PNDMScheduler", **BETAS}
 _SCHEDULER_2 = {"_class_name": "DDIMScheduler", **BETAS}
+_CONSISTENT = MappingProxyType({"sampler": "lcm", "steps": 4, "guidance_scale": 8.5})
+"""The defaults of diffusers' LatentConsistencyModelPipeline."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +73,8 @@ class StableDiffusion(LatentFamily):
 
     width: channels of the UNet's first block. context: channels of the text states. native: side,
     in pixels, of the training pictures. v_native: the same for its v-prediction checkpoints, None
-    if it has none. pad: the token that fills up a short prompt.
+    if it has none. pad: the token that fills up a short prompt. defaults: settings for what a
+    request leaves out.
     """
 
     name: str
@@ -84,6 +88,7 @@ class StableDiffusion(LatentFamily):
     vae: Mapping[str, Any] = field(default_factory=dict)
     text_encoder: Mapping[str, Any] = field(default_factory=dict)
     scheduler_config: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     latent_rgb: tuple[tuple[float, ...], ...] | None = None
 
     title: ClassVar[str] = "Stable Diffusion 1.x and 2.x"
@@ -91,6 +96,8 @@ class StableDiffusion(LatentFamily):
         "StableDiffusionPipeline",
         "StableDiffusionImg2ImgPipeline",
         "StableDiffusionInpaintPipeline",
+        "LatentConsistencyModelPipeline",
+        "LatentConsistencyModelImg2ImgPipeline",
     )
     parts: ClassVar[Mapping[str, Part]] = {
         "unet": UNET_PART,
@@ -112,7 +119,11 @@ class StableDiffusion(LatentFamily):
     ) -> Family:
         unet = configs["unet"]
         shapes = unet.block_out_channels[0], unet.cross_attention_dim, unet.in_channels
-        return _variant(*shapes) or self
+        found = _variant(*shapes) or self
+        # A network that takes the guidance scale as an input is a latent consistency model.
+        if unet.time_cond_proj_dim is None:
+            return found
+        return replace(found, defaults=_CONSISTENT)
 
     def dtype_of(self, part: str, config: NetConfig, dtype: torch.dtype) -> torch.dtype:
         import torch
