@@ -18,6 +18,7 @@ from sd_parsers import ParserManager
 from safelight.errors import SafelightError
 from safelight.recipe import read_recipe
 from safelight.request import Request
+from safelight.server import streams
 from safelight.server.apis.openai_shapes import refused
 from safelight.server.jobs import ModelInfo, Status
 
@@ -133,6 +134,29 @@ class TestGenerate:
         urls = [f"{base}/api/pictures/job0-picture{i}" for i in range(2)]
         assert [image.url for image in answer.data] == urls
         assert [image.b64_json for image in answer.data] == [None, None]
+
+    def test_programs_made_for_dall_e_get_an_address_too(
+        self, client, service, base
+    ):
+        url = f"{base}/api/pictures/job0-picture0"
+        made = client.images.generate(prompt="a", model="dall-e-3").data[0]
+        assert made.url == url
+        assert base64.b64decode(made.b64_json) == service.files["job0-picture0"].read_bytes()
+        edited = client.images.edit(image=PLAIN, prompt="a", model="dall-e-2").data[0]
+        assert (edited.url, bool(edited.b64_json)) == (url.replace("job0", "job1"), True)
+
+    @pytest.mark.parametrize(
+        ("asked", "has_url", "has_picture"),
+        [
+            ({"model": "dall-e-3", "response_format": "b64_json"}, False, True),
+            ({"model": "dall-e-3", "response_format": "url"}, True, False),
+            ({"model": "dall-e-3", "output_format": "jpeg"}, False, True),
+            ({"model": "gpt-image-1"}, False, True),
+        ],
+    )
+    def test_nobody_else_gets_both(self, client, asked, has_url, has_picture):
+        made = client.images.generate(prompt="a", **asked).data[0]
+        assert (made.url is not None, made.b64_json is not None) == (has_url, has_picture)
 
     @pytest.mark.parametrize("size", [{}, {"size": "auto"}, {"size": None}])
     def test_a_size_left_out_is_the_models_own(self, client, service, size):
@@ -432,6 +456,23 @@ class TestStream:
         names = [f"image_generation.{name}" for name in ("partial_image", "completed")]
         assert [event for event, _ in events] == [f"event: {name}" for name in names]
         assert [json.loads(data.removeprefix("data: "))["type"] for _, data in events] == names
+
+    def test_a_sign_of_life_while_nothing_comes(self, server, service, monkeypatch):
+        monkeypatch.setattr(streams, "KEEP_ALIVE", 0.01)
+        service.pause = 0
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+        body = json.dumps({"prompt": "a", "model": "dall-e-3", "stream": True})
+        connection.request("POST", "/v1/images/generations", body)
+        answer = connection.getresponse()
+        assert answer.headers["X-Accel-Buffering"] == "no"
+        assert answer.headers["Cache-Control"] == "no-store"
+        assert [answer.readline() for _ in range(4)] == [b": still here\n", b"\n"] * 2
+        service.resume()
+        *alive, told, end = answer.read().decode().split("\n\n")
+        connection.close()
+        assert set(alive) <= {": still here"}
+        assert told.startswith("event: image_generation.completed\n")
+        assert end == ""
 
     def test_edit(self, client):
         with client.images.edit(

@@ -88,6 +88,7 @@ def test_events_of_a_job(server: Serving) -> None:
     kinds: list[str] = []
     with server.client.stream("GET", f"/api/jobs/{job_id}/events") as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
+        assert answer.headers["x-accel-buffering"] == "no"
         for line in answer.iter_lines():
             if line.startswith("event: "):
                 kinds.append(line.removeprefix("event: "))

@@ -18,7 +18,7 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -28,6 +28,7 @@ from safelight.errors import SafelightError
 from safelight.recipe import read_recipe, recipe_text
 from safelight.request import Request
 from safelight.server.apis.openai_shapes import (
+    DALL_E,
     ApiError,
     ImagesBody,
     about,
@@ -46,8 +47,9 @@ from safelight.server.disconnects import attended
 from safelight.server.hub import Hub
 from safelight.server.jobs import Job, ModelInfo, Picture, Status
 from safelight.server.sizes import enlarging_note, fit_to_model, picture_at
+from safelight.server.streams import EventStream
 
-OPENAI_MODELS = ("dall-e-", "gpt-image-", "chatgpt-image-")
+OPENAI_MODELS = (DALL_E, "gpt-image-", "chatgpt-image-")
 """A name that begins so means the server's own model: many programs have one built in."""
 
 
@@ -153,12 +155,13 @@ async def _answer(call: _Call, kind: str) -> Response:
     _check_succeeded(job)
     data: list[dict[str, Any]] = []
     for picture in job.pictures:
-        if body.response_format == "url":
+        shown: dict[str, Any] = {"revised_prompt": None}
+        if body.has_urls:
             query = f"?width={size[0]}&height={size[1]}" if size else ""
-            shown = {"url": f"{http.base_url}api/pictures/{picture.id}{query}"}
-        else:
-            shown = {"b64_json": (await call.picture(picture))["b64_json"]}
-        data.append({**shown, "revised_prompt": None})
+            shown["url"] = f"{http.base_url}api/pictures/{picture.id}{query}"
+        if body.response_format != "url":
+            shown["b64_json"] = (await call.picture(picture))["b64_json"]
+        data.append(shown)
     created = int((job.finished_at or job.created_at).timestamp())
     shown_size = size or (job.pictures[0].width, job.pictures[0].height)
     return JSONResponse(
@@ -166,12 +169,11 @@ async def _answer(call: _Call, kind: str) -> Response:
     )
 
 
-class _EventStream(StreamingResponse):
+class _EventStream(EventStream):
     """Server-sent events about a job. The job is cancelled if the client leaves."""
 
     def __init__(self, call: _Call, events: AsyncIterator[bytes]) -> None:
-        headers = {"Cache-Control": "no-store"}
-        super().__init__(events, headers=headers, media_type="text/event-stream")
+        super().__init__(events)
         self.call = call
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

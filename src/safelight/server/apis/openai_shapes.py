@@ -28,6 +28,9 @@ def _field(description: str, **limits: Any) -> Any:
 
 _UNUSED = "text; it has no effect"
 
+DALL_E = "dall-e-"
+"""The beginning of the names of OpenAI's models whose pictures are addresses by default."""
+
 
 class ImagesBody(BaseModel):
     """OpenAI's fields of both routes. A field's description is also the text of its error message.
@@ -59,6 +62,15 @@ class ImagesBody(BaseModel):
     def form(self) -> str:
         """The format of the pictures: png, jpeg or webp."""
         return self.output_format or "png"
+
+    @property
+    def has_urls(self) -> bool:
+        """Whether the answer has addresses: if requested, and by default for models of DALL·E.
+
+        Addresses are the default of these models at OpenAI, and programs made for them rely on it.
+        """
+        silent = self.response_format is None and self.form == "png"
+        return self.response_format == "url" or (silent and (self.model or "").startswith(DALL_E))
 
 
 _THEIRS = {"width": "size", "height": "size", "count": "n"}

@@ -22,15 +22,13 @@ from safelight.server.callers import caller_of, hub_of
 from safelight.server.hub import Hub
 from safelight.server.jobs import Event, Job, ModelInfo, Status, WorkerInfo
 from safelight.server.sizes import picture_at
+from safelight.server.streams import EventStream
 from safelight.server.webhooks import check_url
 from safelight.settings import json_schema, settings_of, shown
 from safelight.sizes import MAX_SIDE, MIN_SIDE
 from safelight.storage import Stored
 
 router = APIRouter()
-
-KEEP_ALIVE = 15.0
-"""Seconds without an event after which a stream sends a sign of life."""
 
 EXAMPLE = {"prompt": "a red apple", "steps": 20, "sampler": "dpmpp_2m", "seed": 7}
 
@@ -173,7 +171,7 @@ async def events(request: HttpRequest, job_id: JobId) -> Any:
     hub = hub_of(request)
     if await hub.get(job_id, owner=_sees(request)) is None:
         return _missing("job")
-    return StreamingResponse(_stream(hub, job_id), media_type="text/event-stream")
+    return EventStream(_stream(hub, job_id))
 
 
 @router.delete("/api/jobs/{job_id}", response_model=Job, responses={404: {}}, tags=["jobs"])
@@ -301,26 +299,10 @@ async def metrics(request: HttpRequest) -> PlainTextResponse:
     return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-async def _stream(hub: Hub, job_id: str) -> AsyncIterator[str]:
-    source = hub.events(job_id).__aiter__()
-    coming: asyncio.Task[Event] | None = None
-    try:
-        while True:
-            coming = coming or asyncio.ensure_future(anext(source))
-            done, _ = await asyncio.wait({coming}, timeout=KEEP_ALIVE)
-            if not done:
-                yield ": still here\n\n"
-                continue
-            try:
-                event = coming.result()
-            except StopAsyncIteration:
-                return
-            coming = None
-            data = _brief(event).model_dump_json(exclude_none=True)
-            yield f"event: {event.kind}\ndata: {data}\n\n"
-    finally:
-        if coming is not None:
-            coming.cancel()
+async def _stream(hub: Hub, job_id: str) -> AsyncIterator[bytes]:
+    async for event in hub.events(job_id):
+        data = _brief(event).model_dump_json(exclude_none=True)
+        yield f"event: {event.kind}\ndata: {data}\n\n".encode()
 
 
 def _brief(event: Event) -> Event:
