@@ -396,7 +396,7 @@ def test_a_single_file_loads(tiny_family, tmp_path):
     assert model.tokenizer is not None
     assert model.tokenizer.encode("cat").ids[:4] == [49406, 2368, 49407, 0]
     assert len(model.warnings) == 1
-    assert "v_prediction" in model.warnings[0]
+    assert "safelight convert --prediction-type v_prediction" in model.warnings[0]
     assert model.scheduler.prediction_type == "epsilon"
 
 
@@ -405,6 +405,8 @@ def test_a_single_file_loads(tiny_family, tmp_path):
     [
         ({"modelspec.prediction_type": "v"}, "v_prediction", 24),
         ({"modelspec.prediction_type": "epsilon"}, "epsilon", 16),
+        ({"modelspec.predict_key": "v"}, "v_prediction", 24),
+        ({"modelspec.predict_key": "epsilon"}, "epsilon", 16),
         ({"modelspec.architecture": "stable-diffusion-v2-768-v"}, "v_prediction", 24),
         ({"modelspec.architecture": "stable-diffusion-v2-512"}, "epsilon", 16),
         ({"modelspec.prediction_type": "v", "modelspec.resolution": "40x40"}, "v_prediction", 40),
@@ -416,6 +418,17 @@ def test_a_single_file_may_say_what_it_predicts(metadata, prediction, size, tiny
     assert found["prediction_type"] == prediction
     assert found["native_size"] == (size, size)
     assert found["warnings"] == []
+
+
+def test_a_single_file_may_be_marked_as_comfyui_does(tiny_family, tmp_path):
+    """By empty tensors, in the files of every family."""
+    marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    file = single_file(tmp_path / "model.safetensors", FAMILY, extra=marks)
+    model = load_model(str(file), device="cpu")
+    assert (model.warnings, model.native_size) == ([], (24, 24))
+    assert model.scheduler.prediction_type == "v_prediction"
+    assert model.scheduler.rescale_betas_zero_snr
+    assert model.scheduler.timestep_spacing == "trailing"
 
 
 def test_a_forced_prediction_needs_no_warning(tiny_family, tmp_path):

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from safelight.model import Model
     from safelight.nets.reuse import Reuse
     from safelight.request import Request
+    from safelight.sampling import SchedulerConfig
+    from safelight.weights.check import Header
     from safelight.weights.folder import Folder
     from safelight.weights.plan import Plan
 
@@ -31,7 +33,7 @@ END = "<|endoftext|>"
 
 # Keys that a checkpoint may hold besides the weights: the moving average of training, its
 # constants, tables of noise levels (ours come from the scheduler's config), and what only CLIP's
-# comparison with pictures needs.
+# comparison with pictures needs. The last two are marks, see `told_by_marks`.
 IGNORED = re.compile(
     r"model_ema\..*|global_step|scale_factor|betas|(sqrt_)?alphas_cumprod(_prev)?|logvar"
     r"|(sqrt|log)_one_minus_alphas_cumprod|sqrt_recip(m1)?_alphas_cumprod"
@@ -42,6 +44,7 @@ IGNORED = re.compile(
     r"|(cond_stage_model|conditioner\.embedders\.\d)\.(transformer|model)"
     r"\.(text_model\.)?(embeddings\.)?position_ids"
     r"|(cond_stage_model|conditioner\.embedders\.\d)\.(model\.)?(logit_scale|attn_mask)"
+    r"|v_pred|ztsnr"
 )
 
 UNET_PART = Part("safelight.nets.unet", "UNet2DConditionModel", "UNetConfig")
@@ -125,6 +128,10 @@ class LatentFamily(Family):
         "emphasis",
         "clip_skip",
     )
+
+    def file_marks(self, scheduler: SchedulerConfig) -> tuple[str, ...]:
+        v, zero = scheduler.prediction_type == "v_prediction", scheduler.rescale_betas_zero_snr
+        return ("v_pred",) * v + ("ztsnr",) * zero
 
     def index(self, configs: Mapping[str, Any]) -> dict[str, Any]:
         inpaints = configs["unet"].in_channels > configs["unet"].out_channels
@@ -300,6 +307,20 @@ class LatentFamily(Family):
         config = model.vae.config
         latents = config.unscale(latents)
         return model.vae.decode(latents.to(self.dtype_of("vae", config, model.dtype))).float()
+
+
+def told_by_marks(
+    header: Header, scheduler: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], str | None]:
+    """Return a single file's scheduler and what its network predicts, by its marks.
+
+    They are empty tensors, `v_pred` and `ztsnr`. scheduler: the config of files without marks.
+    """
+    if "ztsnr" in header.tensors:
+        # Trained on pure noise too, whose timestep "leading" never visits (arXiv:2305.08891).
+        zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        scheduler = {**scheduler, **zero}
+    return scheduler, "v_prediction" if "v_pred" in header.tensors else None
 
 
 def added_numbers(unet: Any, encoder: Any) -> int:

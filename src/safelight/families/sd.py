@@ -27,6 +27,7 @@ from safelight.families.latent import (
     VAE_CONFIG,
     VAE_PART,
     LatentFamily,
+    told_by_marks,
 )
 from safelight.sampling import SchedulerConfig
 from safelight.weights import names
@@ -177,7 +178,8 @@ class StableDiffusion(LatentFamily):
             self.sections(),
             lambda key: key.startswith(unused) or IGNORED.fullmatch(key) is not None,
         )
-        return SingleFile(self.configs, weights, self.scheduler_config, self.native, self.v_native)
+        scheduler, prediction = told_by_marks(header, self.scheduler_config)
+        return SingleFile(self.configs, weights, scheduler, self.native, self.v_native, prediction)
 
     # --- drawing -----------------------------------------------------------------------------
 

@@ -30,8 +30,8 @@ from safelight.families.latent import (
     VAE_PART,
     LatentFamily,
     added_numbers,
+    told_by_marks,
 )
-from safelight.sampling import SchedulerConfig
 from safelight.weights import names
 from safelight.weights.check import Header, refusal
 
@@ -262,10 +262,6 @@ class StableDiffusionXL(LatentFamily):
             f"{EMBEDDERS}1.model.": second,
         }
 
-    def file_marks(self, scheduler: SchedulerConfig) -> tuple[str, ...]:
-        v, zero = scheduler.prediction_type == "v_prediction", scheduler.rescale_betas_zero_snr
-        return ("v_pred",) * v + ("ztsnr",) * zero
-
     def index(self, configs: Mapping[str, Any]) -> dict[str, Any]:
         return {**super().index(configs), "force_zeros_for_empty_prompt": self.zeros}
 
@@ -274,19 +270,10 @@ class StableDiffusionXL(LatentFamily):
             header,
             self.parts,
             self.sections(),
-            lambda key: key in ("v_pred", "ztsnr") or IGNORED.fullmatch(key) is not None,
+            lambda key: IGNORED.fullmatch(key) is not None,
         )
-        scheduler = dict(_SCHEDULER)
-        if "ztsnr" in header.tensors:
-            # Trained on pure noise too, whose timestep "leading" never visits (arXiv:2305.08891).
-            scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-        return SingleFile(
-            self.configs,
-            weights,
-            scheduler,
-            self.native,
-            prediction="v_prediction" if "v_pred" in header.tensors else None,
-        )
+        scheduler, prediction = told_by_marks(header, _SCHEDULER)
+        return SingleFile(self.configs, weights, scheduler, self.native, prediction=prediction)
 
     # --- drawing -----------------------------------------------------------------------------
 

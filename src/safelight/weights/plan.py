@@ -133,8 +133,9 @@ def _file_plan(source: Source, prediction_type: str | None, without: Collection[
     prediction_type = prediction_type or file.prediction or _stated_prediction(header)
     if prediction_type is None and file.v_native:
         warnings.append(
-            f"{printable(header.name, 60)} does not say what it predicts: epsilon is assumed; "
-            'if pictures are noise, load it with prediction_type="v_prediction"'
+            f"{printable(header.name, 60)} does not say what it predicts: epsilon is assumed; if "
+            "pictures are noise, write one that says it with safelight convert --prediction-type "
+            'v_prediction, or in Python load it with prediction_type="v_prediction"'
         )
     scheduler = _scheduler(source, file.scheduler, prediction_type)
     side = file.native
@@ -210,7 +211,9 @@ def _scheduler(
 
 def _stated_prediction(header: Header) -> str | None:
     """Return what a file's metadata says it predicts (github.com/Stability-AI/ModelSpec)."""
-    stated = header.metadata.get("modelspec.prediction_type", "").lower()
+    # ComfyUI writes the second key.
+    keys = "modelspec.prediction_type", "modelspec.predict_key"
+    stated = next((header.metadata[key] for key in keys if header.metadata.get(key)), "").lower()
     if stated:
         return {"v": "v_prediction", "epsilon": "epsilon"}.get(stated.removesuffix("_prediction"))
     architecture = header.metadata.get("modelspec.architecture", "").lower()
