@@ -35,6 +35,7 @@ LAYERS = {  # with the shape of each, and what its kind of fast layer packs
     "down_blocks_0_resnets_0_time_emb_proj": (32, 128),
     "up_blocks_0_upsamplers_0_conv": (64, 64, 3, 3),
 }
+PLAIN = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 TEXT = "text_model_encoder_layers_0_self_attn_q_proj"
 SETTINGS: dict[str, Any] = {"steps": 2, "seed": 3, "width": 64, "height": 64, "sampler": "ddim"}
 
@@ -370,6 +371,7 @@ class TestFiles:
             ('{"unet.lora_alpha": 1e999}', "a number is needed"),
             ('{"unet.lora_alpha": 1e39}', "has the alpha 1e+39; at most 1e+09 is taken"),
             ('{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(a+)+$": 1}}', "not a layer's name"),
+            (f'{{"unet.lora_alpha": 1{" " * 2**21}}}', "2097152 are the most"),
         ],
     )
     def test_peft_s_settings(self, metadata: str, told: str, model: Any, tmp_path: Path) -> None:
@@ -382,6 +384,30 @@ class TestFiles:
         save_file(tensors, path, {"lora_adapter_metadata": metadata})
         assert told in refused(model, path)
 
+    @pytest.mark.parametrize(
+        ("patterns", "alpha"),
+        [
+            ({}, 8.0),
+            ({f"{i}.{'x' * 50}": 1.0 for i in range(5000)} | {"attn1.to_q": 4.0}, 4.0),
+            ({"to_k": 3.0, "to_q": 2.0, "attn1\\.to_q": 4.0}, 2.0),
+            ({"^attn1.to_q": 3.0, "1.to_q": 3.0, f"^{PLAIN}": 5.0}, 5.0),
+        ],
+        ids=["none", "300 KB of them", "the first of two", "a whole name"],
+    )
+    def test_peft_s_alpha_of_a_layer(
+        self, patterns: dict[str, float], alpha: float, model: Any, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "a.safetensors"
+        halves = {"A": torch.ones(2, 32), "B": torch.ones(32, 2)}
+        told = {"unet.lora_alpha": 8.0, "unet.r": 2, "unet.alpha_pattern": patterns}
+        save_file(
+            {f"unet.{PLAIN}.lora_{half}.weight": each for half, each in halves.items()},
+            path,
+            {"lora_adapter_metadata": json.dumps(told)},
+        )
+        [chosen] = model.adapters.choose([AskedLora(str(path))]).chosen
+        assert [change.alpha for change in chosen.changes] == [alpha]
+
     def test_peft_s_alpha_lies_beside_the_weights(
         self, model: Any, folder: Path, tmp_path: Path
     ) -> None:
@@ -389,10 +415,9 @@ class TestFiles:
         path.mkdir(parents=True)
         tensors = load_file(lora(tmp_path / "a.safetensors", text=False))
         layer = f"lora_unet_{ATTENTION}attn1_to_q"
-        module = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
         pair = {
-            f"base_model.model.{module}.lora_A.weight": tensors[f"{layer}.lora_down.weight"],
-            f"base_model.model.{module}.lora_B.weight": tensors[f"{layer}.lora_up.weight"],
+            f"base_model.model.{PLAIN}.lora_A.weight": tensors[f"{layer}.lora_down.weight"],
+            f"base_model.model.{PLAIN}.lora_B.weight": tensors[f"{layer}.lora_up.weight"],
         }
         save_file(pair, path / "adapter_model.safetensors")
         file, config = path / "adapter_model.safetensors", path / "adapter_config.json"

@@ -68,6 +68,40 @@ def same(a, b):
     return ImageChops.difference(a.images[0], b.images[0]).getbbox() is None
 
 
+@pytest.fixture
+def twins(tmp_path):
+    """A models folder with two files of one name that fit, and two of which one fits."""
+    width = TEXT["hidden_size"]
+    (tmp_path / "embeddings" / "xl").mkdir(parents=True)
+    for name, shape in {"ink": (2, width), "moss": (1, width), "xl/moss": (1, 99)}.items():
+        save_file({"emb_params": torch.ones(shape)}, tmp_path / f"embeddings/{name}.safetensors")
+    table = {"string_to_param": {"*": torch.ones(2, width)}, "name": "ink"}
+    torch.save(table, tmp_path / "embeddings" / "ink.pt")
+    return tmp_path
+
+
+def test_of_two_files_of_one_name_one_is_used(model, twins):
+    """As the web UI, which many people downloaded such pairs for."""
+    finder = EmbeddingFinder(Library(twins))
+    widths = {"text_encoder": TEXT["hidden_size"]}
+
+    def choose(prompt, *named, known=()):
+        asked = Request(prompt=prompt, prompt_syntax="a1111", embeddings=named)
+        said: list[str] = []
+        found = finder.choose(asked, model.tokenizer, widths, known=known, warnings=said)
+        return [one.path.relative_to(twins / "embeddings").as_posix() for one in found], said
+
+    found, [said] = choose("an ale, ink")
+    assert found == ["ink.safetensors"]
+    assert said == (
+        "two embeddings are called 'ink': embeddings/ink.safetensors is used; the setting "
+        "embeddings may name embeddings/ink.pt"
+    )
+    assert choose("an ale, ink", "ink.pt") == (["ink.pt"], [])
+    assert choose("an ale, ink", known=["ink"]) == ([], [])  # a LoRA brings it
+    assert choose("an ale, moss") == (["moss.safetensors"], [])
+
+
 def test_a_prompt_names_embeddings_of_the_models_folder(model):
     without = draw(model, "ale")
     for syntax, prompt in (("a1111", "ale inkx"), ("comfy", "ale embedding:inkx")):

@@ -252,11 +252,28 @@ def test_an_embedding_in_a_lora(tmp_path):
         },
         path,
     )
-    ink, moss = bundled(read_header(path))
+    ink, moss = bundled(read_header(path), "", None)
     assert (ink.name, moss.name) == ("ink", "moss")
     assert torch.equal(ink.read(ink.vectors[0]), vectors)
     assert [one.place for one in moss.vectors] == ["clip_l", "clip_g"]
     assert torch.equal(moss.read(moss.vectors[1]), vectors * 2)
+
+
+@pytest.mark.parametrize("keys", [["clip_l", "clip_l_out"], ["clip_l_out"]])
+def test_an_embedding_of_a_text_encoders_output_in_a_lora(keys, tmp_path):
+    """OneTrainer trains such vectors, too. Drawing with the others alone would be another word."""
+    path = tmp_path / "lora.safetensors"
+    tensors = {f"bundle_emb.<me>.{key}": torch.ones(2, 32) for key in keys}
+    save_file({**tensors, "bundle_emb.moss.clip_l": torch.ones(2, 32)}, path)
+    said: list[str] = []
+    [moss] = bundled(read_header(path), "a cat", said)
+    assert moss.name == "moss"
+    assert said == [
+        "embedding lora.safetensors: <me> has clip_l_out, vectors for the text encoder's output; "
+        "it is left out"
+    ]
+    with pytest.raises(SafelightError, match=r"<me> has clip_l_out, .*: they are not supported"):
+        bundled(read_header(path), "a photo of <Me>", None)
 
 
 class Hostile:

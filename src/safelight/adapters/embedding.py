@@ -169,10 +169,13 @@ def look_at(path: Path, name: str | None = None) -> EmbeddingFile:
     return EmbeddingFile(name, token, vectors, path, header)
 
 
-def bundled(header: Header) -> list[EmbeddingFile]:
+def bundled(header: Header, prompts: str, warnings: list[str] | None) -> list[EmbeddingFile]:
     """Return the embeddings inside the file of a LoRA; they are keys that begin with BUNDLE.
 
-    Raises SafelightError as `look_at` does.
+    One with vectors for a text encoder's output, as OneTrainer trains them, cannot be used: it is
+    left out, with a line in `warnings`. prompts: the text that could name it.
+
+    Raises SafelightError as `look_at` does, and for a name in the prompts that cannot be used.
     """
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, told in header.tensors.items():
@@ -181,6 +184,13 @@ def bundled(header: Header) -> list[EmbeddingFile]:
             found.setdefault(name, {})[inner] = told.shape
     embeddings: list[EmbeddingFile] = []
     for name, shapes in found.items():
+        if outputs := [key for key in shapes if key.endswith("_out")]:
+            why = f"{name:.40} has {outputs[0]:.20}, vectors for the text encoder's output"
+            if name.casefold() in prompts.casefold():
+                raise _refusal(header.name, f"{why}: they are not supported")
+            if warnings is not None:
+                warnings.append(f"{_refusal(header.name, why)}; it is left out")
+            continue
         _, vectors = _understand(shapes, None, header.name)
         keyed = tuple(
             replace(v, keys=tuple(f"{BUNDLE}{name}.{k}" for k in v.keys)) for v in vectors

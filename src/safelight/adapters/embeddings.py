@@ -52,7 +52,8 @@ class EmbeddingFinder:
         """Return the embeddings of a request, once its dynamic prompts are drawn.
 
         With `prompt_syntax` a1111 and comfy, the prompts also name embeddings of the models folder.
-        In a1111, one that does not fit the model is read as text, with a line in `warnings`.
+        In a1111, one that does not fit the model is read as text, and of several files with one
+        name one is used, with a line in `warnings`.
 
         widths: of the vectors that each text encoder reads. known: names that a LoRA brings, which
         need not be found. Raises SafelightError for one that is not found, or is no embedding.
@@ -66,14 +67,14 @@ class EmbeddingFinder:
             for path, name in self._marked(request, there, known):
                 found.setdefault(path, look_at(path, name))
         elif request.prompt_syntax == "a1111":
-            for path, name in self._in_words(request, tokenizer):
-                try:
-                    one = look_at(path, name)
-                    one.fitting(widths)
-                    found.setdefault(path, one)
-                except SafelightError as error:
-                    if warnings is not None:
-                        warnings.append(f"{error}; its name in the prompt is read as text")
+            there = {one.name for one in found.values()}
+            said: list[str] = []
+            for name, paths in self._in_words(request, tokenizer).items():
+                if name not in there and name not in known:
+                    one = _first_fitting(name, paths, widths, said)
+                    found |= {} if one is None else {one.path: one}
+            if warnings is not None:
+                warnings += said
         return tuple(found.values())
 
     def located(self, name: str) -> EmbeddingFile:
@@ -122,7 +123,9 @@ class EmbeddingFinder:
             found = [(entry.path, _last(entry.name)) for entry in entries]
         return found
 
-    def _in_words(self, request: Request, tokenizer: Tokenizer) -> Iterator[tuple[Path, str]]:
+    def _in_words(self, request: Request, tokenizer: Tokenizer) -> dict[str, list[Path]]:
+        """Return the files that the prompts name, by their names."""
+        found: dict[str, list[Path]] = {}
         known = [(path, name) for name, path in self.files.items()]
         if self.library is not None:
             entries = self.library.entries("embedding")
@@ -133,8 +136,9 @@ class EmbeddingFinder:
             for small, text in texts:
                 # A quick test first: most names are not in the text.
                 if plain and plain in small and _within(tokenizer.ids(name), tokenizer.ids(text)):
-                    yield path, name
+                    found.setdefault(name, []).append(path)
                     break
+        return found
 
 
 class Embeddings:
@@ -162,7 +166,7 @@ class Embeddings:
             return ()
         finder = EmbeddingFinder(model.library, model.takes_paths, model.embedding_files)
         tokenizer, _ = model.family.text_parts[0]
-        inside = self._inside_loras(request)
+        inside = self._inside_loras(request, warnings)
         chosen = finder.choose(
             request,
             model.parts[tokenizer],
@@ -172,7 +176,7 @@ class Embeddings:
         )
         return (*chosen, *inside)
 
-    def _inside_loras(self, request: Request) -> list[EmbeddingFile]:
+    def _inside_loras(self, request: Request, warnings: list[str] | None) -> list[EmbeddingFile]:
         model = self._model
         asked, _ = asked_of(request)
         if not asked and model.selection is None:
@@ -182,7 +186,7 @@ class Embeddings:
         found = {
             (lora.file.sha256, one.name): one
             for lora in selection.chosen
-            for one in bundled(lora.file.header)
+            for one in bundled(lora.file.header, prompts_of(request), warnings)
         }
         return list(found.values())
 
@@ -211,6 +215,39 @@ def key_of(chosen: Sequence[EmbeddingFile]) -> tuple[Any, ...]:
 def record(embedding: EmbeddingFile) -> dict[str, Any]:
     """Return an embedding as a recipe has it."""
     return {"name": embedding.name, "sha256": digest_file(embedding.path).sha256}
+
+
+def prompts_of(request: Request) -> str:
+    """Return both prompts as one text."""
+    return f"{request.prompt}\n{request.negative_prompt}"
+
+
+def _first_fitting(
+    name: str, paths: Sequence[Path], widths: Mapping[str, int], warnings: list[str]
+) -> EmbeddingFile | None:
+    """Return the first of some files of one name that fits a model, safetensors first; or None.
+
+    widths, warnings: see `EmbeddingFinder.choose`.
+    """
+    fitting: list[EmbeddingFile] = []
+    errors: list[SafelightError] = []
+    for path in sorted(paths, key=lambda path: path.suffix.lower() != ".safetensors"):
+        try:
+            one = look_at(path, name)
+            one.fitting(widths)
+            fitting.append(one)
+        except SafelightError as error:
+            errors.append(error)
+    if not fitting:
+        warnings += [f"{error}; its name in the prompt is read as text" for error in errors]
+        return None
+    if len(fitting) > 1:
+        used, other = (f"{one.path.parent.name}/{one.path.name}" for one in fitting[:2])
+        warnings.append(
+            f"two embeddings are called {printable(repr(name), 60)}: {printable(used, 60)} is "
+            f"used; the setting embeddings may name {printable(other, 60)}"
+        )
+    return fitting[0]
 
 
 def _pieces(request: Request) -> list[str]:

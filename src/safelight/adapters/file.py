@@ -258,11 +258,8 @@ def _check_float(file: AdapterFile, key: str) -> None:
 def _settings(name: str, header: Header, config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Return PEFT's settings by part: those of a folder's config, or of the header's metadata."""
     found: dict[str, dict[str, Any]] = {"": dict(config)} if config else {}
-    text = header.metadata.get(METADATA)
-    if text is None:
-        return dict(found)
     try:
-        told = json.loads(text)
+        told = json.loads(header.metadata.get(METADATA, "{}"))
     except (ValueError, RecursionError):
         told = None
     if not isinstance(told, dict):
@@ -270,7 +267,24 @@ def _settings(name: str, header: Header, config: Mapping[str, Any]) -> dict[str,
     for key, value in told.items():
         part, _, setting = key.partition(".")
         found.setdefault(part, {})[setting] = value
+    for settings in found.values():
+        settings["alpha_pattern"] = _patterns(name, settings.get("alpha_pattern"))
     return dict(found)
+
+
+def _patterns(name: str, patterns: Any) -> dict[str, tuple[int, Any]]:
+    """Return PEFT's alphas of single layers, each with its place, by the end of a layer's name.
+
+    A key that begins with ^ is a whole name.
+    """
+    found: dict[str, tuple[int, Any]] = {}
+    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+        # PEFT reads these as regular expressions; a stranger's may run for ever.
+        plain = pattern.replace("\\.", ".")
+        if not re.fullmatch(r"\^?[\w.]*", plain):
+            raise refusal(name, f"its alpha_pattern {pattern!r:.40} is not a layer's name")
+        found.setdefault(plain, (len(found), value))
+    return found
 
 
 def _alpha(file: AdapterFile, target: Target) -> tuple[float | None, bool]:
@@ -279,16 +293,10 @@ def _alpha(file: AdapterFile, target: Target) -> tuple[float | None, bool]:
     if settings is None:
         return None, False
     alpha: Any = settings.get("lora_alpha", settings.get("alpha"))
-    patterns = settings.get("alpha_pattern")
-    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-        # PEFT reads these as regular expressions; a stranger's may run for ever.
-        plain = pattern.removeprefix("^").replace("\\.", ".")
-        if re.search(r"[^\w.]", plain):
-            raise refusal(file.name, f"its alpha_pattern {pattern!r:.40} is not a layer's name")
-        exact = pattern.startswith("^")
-        if target.module == plain or (not exact and target.module.endswith(f".{plain}")):
-            alpha = value
-            break
+    patterns, names = settings["alpha_pattern"], target.module.split(".")
+    ends = [f"^{target.module}", *(".".join(names[i:]) for i in range(len(names)))]
+    if told := [patterns[end] for end in ends if end in patterns]:
+        _, alpha = min(told, key=lambda one: one[0])  # the first counts, as in PEFT
     if alpha is None:
         return None, False
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):

@@ -33,8 +33,11 @@ MAX_TENSORS = 2**13
 MAX_METADATA = 2**12
 MAX_DIMS = 8
 MAX_STRING = 2**10
-LONG_METADATA = {"lora_adapter_metadata": 2**17}
-"""Texts of the metadata that may be longer, and are read."""
+LONG_METADATA = {"lora_adapter_metadata": 2**21}
+"""Texts of the metadata that may be longer, and are read: their keys, and the most bytes.
+
+Other long texts are skipped. These say how weights are used, so longer ones are refused.
+"""
 
 _MAGIC = (
     (b"PK\x03\x04", "a zip archive, as torch.save writes it; convert it to safetensors"),
@@ -183,6 +186,8 @@ class _Scanner:
                 value = self.token("string", "a string")
                 if len(value) <= LONG_METADATA.get(key, MAX_STRING):
                     metadata[key] = self.decode(value)
+                elif key in LONG_METADATA:
+                    self.fail(f"{key} of {len(value)} bytes, {LONG_METADATA[key]} are the most")
         if self.text[self.at :].strip(b" \t\r\n"):
             self.fail("something after the header's end")
         return tensors, metadata
