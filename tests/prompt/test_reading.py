@@ -182,10 +182,31 @@ def test_compels_signs_numbers_and_lists():
     assert "taken as text" in compel.read('("a", "b").blend(1)')[1][0]
 
 
-def test_a_weight_that_is_no_number_is_refused():
-    for syntax, text in (("a1111", f"(a:{'9' * 400})"), ("comfy", "(a:1e999)")):
-        with pytest.raises(SafelightError, match="no finite number"):
-            read(text, syntax, steps=10)
+@pytest.mark.parametrize(
+    ("syntax", "text"),
+    [
+        ("a1111", f"(a:{'9' * 400})"),
+        ("a1111", f"(a:{'9' * 39})"),  # beyond float32
+        ("a1111", "a AND b:-1000001"),
+        ("comfy", "(a:1e999)"),
+        ("comfy", "(a:-1e7)"),
+        ("compel", "a" + "+" * 200),
+        ("compel", "a" + "+" * 7500),  # beyond all floats
+        ("compel", '("a", "b").and(1, 1000001)'),
+    ],
+)
+def test_a_weight_that_is_too_large_is_refused(syntax, text):
+    with pytest.raises(SafelightError, match="not between -1,000,000 and 1,000,000"):
+        read(text, syntax, steps=10)
+
+
+def test_a_blend_that_is_divided_by_0_is_refused():
+    for weights in ("1, -1, 0", "0, 0, 0", "0.1, 0.2, -0.3"):
+        text = f'("a", "b", "c").blend({weights})'
+        with pytest.raises(SafelightError, match="sum to 0"):
+            read(text, "compel", steps=10)
+        read(text.replace(")", ", no_normalize)"), "compel", steps=10)
+    read('("a").blend(0)', "compel", steps=10)  # alone it is not divided
 
 
 SIGNS = [
@@ -212,7 +233,7 @@ def test_fuzzed_prompts_are_read_or_refused():
 
 
 HARD = [
-    *("(", ")", "[", "]", "()", "(a)", "[a|b]", "[a:", "(a:1.1)", "BREAK ", "\\", '"', "a+ "),
+    *("(", ")", "[", "]", "()", "(a)", "[a|b]", "[a:", "(a:1.1)", "BREAK ", "\\", '"', "a+ ", "+"),
     *(": ", " ", "((a)+", "<a:", ".5", "AND ", "((a", "a))"),
 ]
 

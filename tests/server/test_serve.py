@@ -22,6 +22,8 @@ from PIL import Image
 from serving import Serving, wait_for
 
 import safelight
+from safelight.engine import core
+from safelight.engine.requests import resolve_request
 from safelight.recipe import read_recipe
 
 pytestmark = pytest.mark.xdist_group("serve")  # one server for them all
@@ -383,6 +385,26 @@ class TestDurability:
             assert int(answer.headers["retry-after"]) > 0
             server.ask("DELETE", f"/api/jobs/{first}")
             assert server.ask("POST", "/api/jobs", {"prompt": "a cat"}).status == 202
+
+
+def test_a_fault_of_ours_fails_one_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The worker goes on, and its log says where the fault is, without the prompt."""
+
+    def resolve(model: Any, request: Any) -> Any:
+        if request.prompt == "a secret":
+            raise OverflowError(request.prompt)
+        return resolve_request(model, request)
+
+    monkeypatch.setattr(core, "resolve_request", resolve)
+    with Inside(tmp_path, dtype="float32") as server:
+        bad, good = (server.submit(prompt=prompt, **QUICK) for prompt in ("a secret", "a cat"))
+        assert server.finished(good)["status"] == "succeeded"
+        assert "Safelight has a fault" in server.finished(bad)["error"]
+    log = capfd.readouterr().err
+    assert all(words in log for words in ("a job failed", "OverflowError", "in resolve"))
+    assert "a secret" not in log
 
 
 def refused(*arguments: str, folder: Path) -> str:

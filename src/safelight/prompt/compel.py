@@ -8,6 +8,7 @@ hold what compel's grammar does not allow, are text.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 
@@ -218,7 +219,10 @@ def _operator(text: str, at: int, *, numbers: bool) -> tuple[int, float]:
     numbers: whether a number is a weight here, as it is after a bracket.
     """
     if signs := _SIGNS.match(text, at):
-        return signs.end(), (PLUS if signs[0][0] == "+" else MINUS) ** len(signs[0])
+        try:
+            return signs.end(), (PLUS if signs[0][0] == "+" else MINUS) ** len(signs[0])
+        except OverflowError:
+            return signs.end(), math.inf
     if numbers and (number := _NUMBER.match(text, at)):
         return number.end(), float(number[0])
     return at, 1.0

@@ -1,11 +1,12 @@
 """Reads a prompt in any dialect."""
 
-import math
-
 from safelight.errors import SafelightError
 from safelight.prompt import a1111, comfy, compel
 from safelight.prompt.networks import split_networks
 from safelight.prompt.reading import Emphasis, Part, Piece, Reading, Stage, Syntax, one_part
+
+LARGEST = 1e6
+"""The largest weight. States that are multiplied by a few of these stay finite in float32."""
 
 
 def read(
@@ -21,7 +22,7 @@ def read(
     steps: how many are taken; A1111's schedules are shares of them. emphasis: A1111's mode; with
     "none" brackets are text. negative: whether it is a negative prompt, which is not split at AND.
 
-    Raises SafelightError for a weight that is no finite number.
+    Raises SafelightError for a weight beyond LARGEST, and for a blend whose weights sum to 0.
     """
     networks: tuple[tuple[str, ...], ...] = ()
     if syntax in ("comfy", "compel"):
@@ -48,5 +49,18 @@ def _check(reading: Reading) -> None:
             weights += [piece.weight for piece in stage.pieces]
             for blend in stage.blends:
                 weights += [blend.weight, *blend.weights]
-        if not all(map(math.isfinite, weights)):
-            raise SafelightError("prompt holds a weight that is no finite number: take one near 1")
+                if len(blend.texts) > 1 and blend.normalize and _cancel(blend.weights):
+                    raise SafelightError(
+                        "prompt has a blend whose weights sum to 0, and it is divided by their sum:"
+                        " change one, or add no_normalize"
+                    )
+        if not all(abs(weight) <= LARGEST for weight in weights):  # not so for NaN
+            raise SafelightError(
+                f"prompt has a weight that is not between -{LARGEST:,.0f} and {LARGEST:,.0f}: "
+                "take one near 1"
+            )
+
+
+def _cancel(weights: tuple[float, ...]) -> bool:
+    """Return whether weights sum to 0, or to so little that float32 may make it 0."""
+    return abs(sum(weights)) <= 1e-6 * sum(map(abs, weights))

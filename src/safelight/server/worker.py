@@ -5,6 +5,7 @@ It may be killed at any moment. The next worker draws again what was not committ
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from multiprocessing.connection import Connection
@@ -19,6 +20,7 @@ from safelight.server.files import INPUTS
 from safelight.server.held import FEWEST, JOBS, Held, bound, full
 from safelight.server.holder import Holder
 from safelight.server.loaded import LoadedModels
+from safelight.server.logs import without_words
 from safelight.server.previews import encoded_preview
 from safelight.server.pulse import Pulse
 from safelight.server.settings import WorkerSettings
@@ -32,6 +34,9 @@ look into a queue that had no job to take in."""
 
 LOADING = 0.05
 """Seconds between two checks whether a model was loaded, while nothing is drawn."""
+
+FAULT = "Safelight has a fault that this request meets, and its log says where: try another prompt"
+"""The error of a job that none of our checks refuses, and that cannot be begun."""
 
 
 class Worker(Holder):
@@ -246,6 +251,12 @@ class Worker(Holder):
             return False
         except SafelightError as error:
             self._end(claim, [], error)
+            return True
+        except (MemoryError, OSError, RuntimeError):
+            raise  # memory, disk or device is at fault: another worker may be able to
+        except Exception as error:  # a fault of ours, which would also end the next worker
+            sys.stderr.write(f"a job failed: {without_words(error)}\n")
+            self._end(claim, [], SafelightError(FAULT, code="failed"))
             return True
         finally:
             self._beginning = False
