@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from safetensors.torch import save_file
 import safelight
 from safelight import cli, machine
 from safelight.engine import Engine
+from safelight.errors import SafelightError
 from safelight.recipe import read_recipe
 from safelight.request import Request
+from safelight.weights import find, library
 from weights_tiny import text_folder
 
 ASKED = {"steps": 3, "sampler": "euler_a", "width": 64, "height": 64, "seed": 7}
@@ -221,6 +224,43 @@ def test_a_folder_here_comes_before_one_of_the_models_folder(folder, here, capsy
     safelight.load("tiny", device="cpu", dtype="float32").generate("a", **ASKED).save("b.png")
     assert cli.run(["verify", "b.png", "--models-dir", "lib"]) == 0
     assert capsys.readouterr().out == "0\n"
+
+
+def test_a_given_prediction_type_is_in_the_recipe(folder, tmp_path, monkeypatch, verify):
+    monkeypatch.chdir(tmp_path)
+    for given in (None, "v_prediction"):
+        model = safelight.load(folder, device="cpu", dtype="float32", prediction_type=given)
+        model.generate("a", **ASKED).save(f"{given}.png")
+        assert read_recipe(f"{given}.png").get("prediction_type") == given
+        assert verify(f"{given}.png") == (0, "0\n", "")
+    rewrite("v_prediction.png", lambda recipe: recipe | {"prediction_type": ["v"]})
+    code, _, told = verify("v_prediction.png")
+    assert (code, "expected one of epsilon" in told) == (2, True)
+
+
+def test_a_model_of_the_hub_is_not_searched_in_other_files(folder, here, capsys, monkeypatch):
+    """Else every file of the models folder is hashed, which takes minutes."""
+    cached = {"org/tiny": Path(folder)}
+
+    def from_hub(repo, *_, download, **__):
+        if download or repo not in cached:
+            raise SafelightError(f"{repo} is not in the hub cache")
+        return cached[repo]
+
+    def hashed(*_):
+        raise AssertionError("it read all files of the models folder")
+
+    monkeypatch.setattr(find, "from_hub", from_hub)
+    monkeypatch.setattr(library.Library, "by_hash", hashed)
+    (here / "lib").mkdir()
+    sha256 = read_recipe("alone.png")["model"]["sha256"]
+    named = {"model": {"name": "org/tiny", "sha256": sha256}}
+    rewrite("alone.png", lambda recipe: recipe | named)
+    cli.run(["verify", "alone.png", "--models-dir", "lib"])
+    assert capsys.readouterr().out == "0\n"
+    cached.clear()
+    with pytest.raises(AssertionError, match="it read all files"):
+        cli.run(["verify", "alone.png", "--models-dir", "lib"])
 
 
 def test_loras_are_found_by_hash(folder, tmp_path, capsys, monkeypatch):

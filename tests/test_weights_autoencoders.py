@@ -122,9 +122,15 @@ def test_a_folder_and_a_models_folder_give_the_same(folder, other, tmp_path):
     whole = text_folder(tmp_path / "whole")
     change(whole / "vae/config.json", "_class_name", "AutoencoderKL")
     save_file(other, whole / "vae/diffusion_pytorch_model.safetensors")
+    snapshot = tmp_path / "hub/snapshots/0123"  # a whole model's, as links into the blobs
+    (snapshot / "vae").mkdir(parents=True)
+    (tmp_path / "hub/blobs").mkdir()
+    for file in (whole / "model_index.json", *(whole / "vae").iterdir()):
+        blob = shutil.copy(file, tmp_path / "hub/blobs")
+        (snapshot / file.relative_to(whole)).symlink_to(blob)
     wanted = drawn(folder, vae=tmp_path / "other.safetensors")
     assert wanted != drawn(folder)
-    for vae in (tmp_path / "vae", str(tmp_path / "vae"), whole):
+    for vae in (tmp_path / "vae", str(tmp_path / "vae"), whole, snapshot, snapshot / "vae"):
         assert drawn(folder, vae=vae) == wanted
 
 

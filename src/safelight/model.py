@@ -68,6 +68,7 @@ class Model:
     styles: named words that a request may put around its prompts.
     library: the models folder that LoRAs and embeddings are found in, None if there is none.
     other_vae: name and sha256 of the autoencoder that took the place of its own, None if none did.
+    prediction_type: what its network predicts, if that was given and not taken from its files.
     refiner: the model that takes the last steps, None if none does.
     stored: its weights where they are stored; None if it was not loaded from files.
     takes_paths: whether a LoRA or an embedding may be named by its path; not for requests of
@@ -94,6 +95,7 @@ class Model:
     styles: Mapping[str, Style] = field(default_factory=dict)
     library: Library | None = None
     other_vae: dict[str, str] | None = None
+    prediction_type: str | None = None
     refiner: Model | None = None
     stored: Stored | None = None
     takes_paths: bool = True

@@ -22,6 +22,7 @@ class Result:
     words: with styles or dynamic prompts, the prompt and negative prompt of each seed.
     embeddings: for each seed, name and sha256 of its textual inversions.
     vae: name and sha256 of the autoencoder, if it is not the model's own.
+    prediction_type: what the network predicts, if that was given when the model was loaded.
     refiner: name and sha256 of the model that took the last steps, if one did.
     loras: for each seed with LoRAs, their name, weights, SHA-256, A1111's hash, and whether it
       stands in the prompt.
@@ -41,6 +42,7 @@ class Result:
     words: dict[int, tuple[str, ...]] = field(default_factory=dict)
     embeddings: dict[int, tuple[dict[str, Any], ...]] = field(default_factory=dict)
     vae: dict[str, str] | None = None
+    prediction_type: str | None = None
     refiner: dict[str, str] | None = None
     loras: dict[int, tuple[dict[str, Any], ...]] = field(default_factory=dict)
 
@@ -71,6 +73,7 @@ class Result:
             "warnings": self.warnings,
             **({} if self.vae is None else {"vae": self.vae}),
             **({} if self.refiner is None else {"refiner": self.refiner}),
+            **({} if self.prediction_type is None else {"prediction_type": self.prediction_type}),
             **({"embeddings": embeddings} if embeddings else {}),
             **({"loras": list(self.loras[seed])} if seed in self.loras else {}),
             **template,

@@ -181,6 +181,7 @@ def verify(
                 vae=vae or _recorded("vae", used["vae"], models_dir),
                 refiner=refiner or _recorded("refiner", used["refiner"], models_dir),
                 models_dir=models_dir,
+                prediction_type=recipe.get("prediction_type"),
                 device=device or recipe.get("device", "auto"),
                 dtype=dtype or recipe.get("dtype", "auto"),
                 # A stranger's picture must not choose gigabytes to download, nor name files of this
@@ -228,7 +229,7 @@ def _recorded(kind: str, used: dict[str, str] | None, models_dir: str | None) ->
     Raises SafelightError if the name could only be a path.
     """
     from safelight.weights.digest import digest_file
-    from safelight.weights.find import BUILT_IN, HUB_ID, on_disk
+    from safelight.weights.find import BUILT_IN, HUB_ID, is_cached, on_disk
     from safelight.weights.library import open_library
 
     if used is None:
@@ -239,19 +240,22 @@ def _recorded(kind: str, used: dict[str, str] | None, models_dir: str | None) ->
         return name
     here = on_disk(name)
     plain = Path(name).name == name and name != ".." and not name.startswith("~")
+    hub_id = HUB_ID.fullmatch(name) if ".." not in name else None
     own = plain and here is not None and here.path.is_dir()  # what generate takes first
     if library is not None:
         named = library.matches(name, looked)
         # A folder's hash is made of all its files when they are loaded.
         folder = next((e for e in named if e.path.is_dir()), None)
         right = (e for e in named if e.path.is_file() and digest_file(e.path).sha256 == sha256)
-        found = next(right, None) or (None if folder else library.by_hash(sha256, looked))
+        found = next(right, None)
+        # A model of the hub is a folder, too, and by_hash reads all files once.
+        if found is None and folder is None and not (hub_id and is_cached(hub_id, looked)):
+            found = library.by_hash(sha256, looked)
         if found is None and not own:  # the check of its hash says what is wrong
             found = folder or next(iter(named), None)
         if found is not None:
             return str(found.path)
-    hub_id = HUB_ID.fullmatch(name) is not None and ".." not in name
-    if not (own or (here is None and (plain or hub_id))):
+    if not (own or (here is None and (plain or hub_id is not None))):
         raise SafelightError(
             f"the recipe's {kind} {name[:60]!r} is in no models folder, and is not opened as a path"
         )

@@ -67,6 +67,7 @@ def new_result(model: Model, asked: Request, resolved: Request, exact: bool = Tr
         dtype=model.precision,
         drawn={"exact": exact, **describe_machine(model.device)},
         vae=model.other_vae,
+        prediction_type=model.prediction_type,
         refiner=(
             None
             if model.refiner is None

@@ -100,6 +100,15 @@ def _has_config(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("model_index.json", "config.json"))
 
 
+def is_cached(hub_id: re.Match[str], kind: str) -> bool:
+    """Return whether a model or an autoencoder is in the hub's cache. hub_id: a match of HUB_ID."""
+    try:
+        from_hub(*hub_id.groups(), download=False, layout=VAE if kind == "vae" else MODEL)
+    except SafelightError:
+        return False
+    return True
+
+
 def on_disk(name: str) -> Source | None:
     """Return what lies at a path, None if nothing does."""
     try:

@@ -50,8 +50,9 @@ class Folder:
             return None
         path = (self.path / name).resolve()
         allowed = [self.root]
-        if self.root.parent.name == "snapshots":
-            allowed.append(self.root.parent.parent / "blobs")
+        for snapshots in self.root.parents[:2]:  # the folder may be one part of a snapshot
+            if snapshots.name == "snapshots":
+                allowed.append(snapshots.parent / "blobs")
         if not any(path.is_relative_to(a) for a in allowed):
             raise refusal(self.label, f"{name} is a link out of the folder; copy the file instead")
         self.files[name] = path

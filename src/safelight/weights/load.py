@@ -144,6 +144,7 @@ def load_model(
         wildcards_dir=None if wildcards_dir is None else expanded(wildcards_dir),
         styles=styles,
         library=open_library(models_dir),
+        prediction_type=prediction_type,
         refiner=second,
         takes_paths=takes_paths,
         other_vae=(
