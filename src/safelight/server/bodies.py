@@ -99,6 +99,12 @@ async def read_body(
     return bytes(body) if len(body) <= MAX_JSON else body  # a large one is not copied
 
 
+def check_json(http: HttpRequest) -> None:
+    """Raise SafelightError for a body whose content type is not JSON's."""
+    if not http.headers.get("content-type", "").startswith("application/json"):
+        raise SafelightError("the body must be JSON: send content-type application/json")
+
+
 async def read_json(http: HttpRequest, *, pictures: bool = False) -> dict[str, Any]:
     """Return the JSON object in a body. Raises SafelightError, code "not_json", for other bodies.
 

@@ -17,7 +17,7 @@ from safelight.errors import SafelightError
 from safelight.request import Request
 from safelight.sampling import SAMPLERS
 from safelight.sampling.schedule import SCHEDULES
-from safelight.server.bodies import decode_base64, decoded, read_json, turn
+from safelight.server.bodies import check_json, decode_base64, decoded, read_json, turn
 from safelight.server.callers import caller_of, hub_of
 from safelight.server.hub import Hub
 from safelight.server.jobs import Event, Job, ModelInfo, Status, WorkerInfo
@@ -69,8 +69,7 @@ async def settings_of_body(http: HttpRequest, *, pictures: bool = False) -> dict
 
     pictures: as for `read_json`.
     """
-    if not http.headers.get("content-type", "").startswith("application/json"):
-        raise SafelightError("the body must be JSON: send content-type application/json")
+    check_json(http)
     settings, known = await read_json(http, pictures=pictures), settings_of(Request)
     return {name: v for name, v in settings.items() if v is not None or name not in known}
 

@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 
 from safelight.errors import SafelightError
 from safelight.server.apis.sdapi_names import their_name
-from safelight.server.bodies import read_json_if_any
+from safelight.server.bodies import check_json, read_json_if_any
 from safelight.server.jobs import retry_after, status_of
 from safelight.server.wording import clipped, public
 
@@ -33,6 +33,8 @@ class Route(APIRoute):
         async def handle(http: HttpRequest) -> Response:
             sent: dict[str, Any] | None = None
             try:
+                if self.body_field is not None:
+                    check_json(http)
                 if http.method == "POST":  # FastAPI would parse it in the event loop
                     http._json = sent = await read_json_if_any(http, pictures=True)
                     http._body = b"" if sent is None else b"{}"
