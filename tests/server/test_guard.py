@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import itertools
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,8 @@ from safelight.errors import SafelightError
 from safelight.server import bodies, entrance
 from safelight.server.callers import network
 from safelight.server.guard import Guard, Rules
-from safelight.server.listening import host_name
+from safelight.server.limits import Guesses
+from safelight.server.listening import host_name, origin_of
 from safelight.server.wording import route_of
 
 TOKEN = "s3cret"
@@ -83,7 +85,7 @@ def status(rules: Rules, headers: Any, **how: Any) -> int:
 
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE", "PUT", "PATCH", "OPTIONS", "HEAD"])
 @pytest.mark.parametrize(
-    "path", ["/", "/api/jobs", "/v1/models", "/sdapi/v1/options", "/metrics", "/docs", "/nowhere"]
+    "path", ["/api/jobs", "/v1/models", "/sdapi/v1/options", "/metrics", "/docs", "/nowhere"]
 )
 def test_without_the_token_nothing_but_liveness(method: str, path: str) -> None:
     rules = Rules(TOKEN)
@@ -104,12 +106,32 @@ def test_a_token_as_the_password_of_basic() -> None:
 
 def test_the_cookie_among_others() -> None:
     """Cookies are shared by all ports: those of every server on this machine are sent along."""
-    mine = entrance.set_cookie(TOKEN).decode().partition(";")[0]
+    mine = entrance.set_cookie(TOKEN, "localhost").decode().partition(";")[0]
     rules, host = Rules(TOKEN), {"host": "localhost"}
     for others in ("", 'j={"a": 1}; ', "a[]=1; ", "expires=1; ", "safelight=of another; "):
         assert status(rules, {**host, "cookie": others + mine}) == 200
     for wrong in ("", "safelight=", mine[:-1], f"{mine}0", f"x{mine}", mine.replace("=", "=%")):
         assert status(rules, {**host, "cookie": wrong}) == 401
+
+
+@pytest.mark.parametrize("host", ["localhost:7860", "[::1]:7860", "localhost"])
+def test_a_cookie_of_a_server_on_another_port_is_no_guess(
+    host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, theirs = (
+        entrance.set_cookie(token, at).decode().partition(";")[0]
+        for token, at in ((TOKEN, host), ("another", "localhost:7861"))
+    )
+    monkeypatch.setattr(Guesses, "wrong", lambda *_: pytest.fail("it counts as a guess"))
+    assert status(Rules(TOKEN), {"host": host, "cookie": theirs}) == 401
+    assert status(Rules(TOKEN), {"host": host, "cookie": f"{theirs}; {mine}"}) == 200
+
+
+@pytest.mark.parametrize("path", ["/", "/studio"])
+def test_a_browser_without_the_token_gets_the_form(path: str) -> None:
+    code, headers, body = ask(Rules(TOKEN), {"host": "localhost"}, path=path)
+    assert (code, headers["content-type"]) == (401, "text/html; charset=utf-8")
+    assert body == entrance.page()
 
 
 def test_the_form_that_asks_for_the_token() -> None:
@@ -125,7 +147,7 @@ def test_the_form_that_asks_for_the_token() -> None:
         path=entrance.ENTER,
         body=[b"token=s3cret"],
     )
-    assert (code, headers["location"]) == (303, "/studio")
+    assert (code, headers["location"]) == (303, "/")
 
 
 def test_two_authorizations_are_none() -> None:
@@ -233,6 +255,109 @@ def test_origins_and_sites(method: str, origin: str | None, site: str | None) ->
     code, answer, _ = ask(Rules(), headers, method=method)
     assert code == expected
     assert "access-control-allow-origin" not in answer
+
+
+PAGE = "http://localhost:3000"
+OURS = {"host": "localhost:7860"}
+SHARED = Rules(TOKEN, origins=frozenset({PAGE}))
+PREFLIGHT = {
+    **OURS,
+    "sec-fetch-site": "same-site",
+    "access-control-request-method": "POST",
+    "access-control-request-headers": "authorization,x-stainless-os",
+}
+
+
+def test_a_page_of_an_allowed_origin_may_ask() -> None:
+    code, headers, _ = ask(SHARED, {**PREFLIGHT, "origin": PAGE}, method="OPTIONS")
+    assert (code, headers["access-control-allow-origin"], headers["vary"]) == (204, PAGE, "Origin")
+    assert headers["access-control-allow-headers"] == "authorization,x-stainless-os"
+    assert {"GET", "POST", "DELETE"} <= set(headers["access-control-allow-methods"].split(", "))
+    asked = {**OURS, "origin": PAGE, "sec-fetch-site": "same-site"}
+    for method in ("GET", "POST", "DELETE"):
+        for given, expected in (({}, 401), (BEARER, 200)):
+            code, headers, _ = ask(SHARED, {**asked, **given}, method=method)
+            assert (code, headers["access-control-allow-origin"]) == (expected, PAGE)
+            assert "access-control-allow-credentials" not in headers
+            assert "access-control-allow-headers" not in headers
+    _, headers, _ = ask(SHARED, {**OURS, **BEARER})
+    assert ("access-control-allow-origin" in headers, headers["vary"]) == (False, "Origin")
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        *("http://localhost:3001", "https://localhost:3000", f"{PAGE}/", f"{PAGE}.evil.example"),
+        *("HTTP://LOCALHOST:3000", "http://localhost", "null", "file://", f"{PAGE} null", ""),
+    ],
+)
+def test_origins_are_compared_exactly(origin: str) -> None:
+    for method in ("OPTIONS", "GET", "POST"):
+        code, headers, _ = ask(SHARED, {**PREFLIGHT, **BEARER, "origin": origin}, method=method)
+        assert code == 403
+        assert "access-control-allow-origin" not in headers
+    twice = [*OURS.items(), ("origin", PAGE), ("origin", PAGE)]
+    assert status(SHARED, twice) == 403
+
+
+@pytest.mark.parametrize("origin", ["null", "file://"])
+def test_pages_without_a_site_only_if_they_are_allowed(origin: str) -> None:
+    rules = Rules(origins=frozenset({origin}))
+    assert status(rules, {**OURS, "origin": origin, "sec-fetch-site": "cross-site"}) == 200
+
+
+def test_a_cookie_lets_no_page_of_another_origin_in() -> None:
+    cookie = entrance.set_cookie(TOKEN, OURS["host"]).decode().partition(";")[0]
+    for method in ("GET", "POST", "DELETE"):
+        asked = {**OURS, "cookie": cookie}
+        assert status(SHARED, asked, method=method) == 200
+        assert status(SHARED, {**asked, "origin": "http://localhost:7860"}, method=method) == 200
+        assert status(SHARED, {**asked, "origin": PAGE}, method=method) == 401
+
+
+def test_an_allowed_origin_makes_no_other_host_known() -> None:
+    assert status(SHARED, {"host": "evil.example", "origin": PAGE, **BEARER}) == 400
+
+
+def test_what_the_page_s_own_server_says_of_origins_does_not_count() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        allowed = [(b"access-control-allow-credentials", b"true")]
+        await send({"type": "http.response.start", "status": 200, "headers": allowed})
+        await send({"type": "http.response.body", "body": b""})
+
+    for origin in ({}, {"origin": PAGE}):
+        _, headers, _ = ask(SHARED, {**OURS, **BEARER, **origin}, app=app)
+        assert "access-control-allow-credentials" not in headers
+
+
+def test_a_refusal_says_what_would_allow_it() -> None:
+    _, _, body = ask(Rules(), {**OURS, "origin": PAGE})
+    assert f"safelight serve --allow-origin {PAGE} allows" in body.decode()
+    _, _, body = ask(Rules(), {"host": "pics.lan:7860"})
+    assert "safelight serve --allow-host pics.lan allows" in body.decode()
+    _, _, body = ask(Rules(), {**OURS, "origin": "x" * 9999})
+    assert len(json.loads(body)["detail"]) < 250
+
+
+@pytest.mark.parametrize(
+    ("given", "origin"),
+    [
+        ("http://localhost:3000", PAGE),
+        ("HTTPS://Chat.Example", "https://chat.example"),
+        ("http://[::1]:8000", "http://[::1]:8000"),
+        ("app://obsidian.md", "app://obsidian.md"),
+        ("null", "null"),
+        ("file://", "file://"),
+    ],
+)
+def test_an_origin_is_known_in_any_spelling(given: str, origin: str) -> None:
+    assert origin_of(given) == origin
+
+
+@pytest.mark.parametrize("given", ["*", "", "localhost:3000", f"{PAGE}/", "http://", f"{PAGE},x"])
+def test_what_is_no_origin_is_not_allowed(given: str) -> None:
+    with pytest.raises(SafelightError, match="expected an origin as browsers send it"):
+        origin_of(given)
 
 
 def test_a_link_from_another_site_may_lead_here() -> None:

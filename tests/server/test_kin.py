@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from fake import encoded as as_base64
@@ -74,6 +74,30 @@ def test_a_trusted_proxy_needs_a_token(tmp_path: Path, monkeypatch: pytest.Monke
     assert "--trust-proxy lets other machines in: give a token" in str(done.exception)
 
 
+def test_the_address_that_is_printed_leads_on(
+    server: Inside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = mount.Studio(server.app, server.hub, cast(Any, None))
+    for installed, wanted in ((True, "/studio"), (False, "/docs")):
+        monkeypatch.setattr(mount, "available", lambda found=installed: found)
+        code, headers, _ = ask(Rules(), {"host": "localhost"}, path="/", app=page)
+        assert (code, headers["location"]) == (307, wanted)
+
+
+def test_an_allowed_origin_reaches_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.delenv("SAFELIGHT_TOKEN", raising=False)
+    monkeypatch.setattr("safelight.cli.serve.start", lambda *_, **how: given.update(how))
+    for does in ("private.keep", "listen", "hold"):
+        monkeypatch.setattr(f"safelight.cli.serve.{does}", lambda *_: None)
+    pages = ["--allow-origin", "http://localhost:3000", "--allow-origin", "null"]
+    done = CliRunner().invoke(command_line, ["serve", "--data-dir", str(tmp_path), *pages])
+    assert given["origins"] == {"http://localhost:3000", "null"}
+    assert "every page of that origin may use this server" in done.stderr
+
+
 # --- row 34: other ways to try tokens -------------------------------------------------------------
 
 
@@ -84,7 +108,7 @@ def _basic(guess: str) -> dict[str, str]:
 WAYS: dict[str, Any] = {
     "bearer": lambda g: ({"authorization": f"Bearer {g}"}, {}),
     "basic": lambda g: (_basic(g), {}),
-    "cookie": lambda g: ({"cookie": entrance.set_cookie(g).decode().split(";")[0]}, {}),
+    "cookie": lambda g: ({"cookie": f"safelight={entrance.cookie_of(g)}"}, {}),
     "two cookies": lambda g: ({"cookie": f"safelight=x; safelight={entrance.cookie_of(g)}"}, {}),
     "link": lambda g: ({}, {"path": "/studio", "query": f"token={g}".encode()}),
     "form": lambda g: (

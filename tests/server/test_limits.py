@@ -13,10 +13,10 @@ import pytest
 from test_guard import ask
 
 from safelight.errors import SafelightError
-from safelight.server import limits, tokens
+from safelight.server import limits, sites, tokens
 from safelight.server.bodies import RefusedError
 from safelight.server.callers import Caller, address_of, network, shortened
-from safelight.server.guard import Guard, Rules
+from safelight.server.guard import Rules
 from safelight.server.limits import Guesses, Share, Sparing
 from safelight.server.listening import listen
 from safelight.server.wording import clipped, hide, public
@@ -206,8 +206,7 @@ def test_no_delay_and_both_families() -> None:
     ],
 )
 def test_the_host_of_a_dual_stack(server: str, host: str, code: int) -> None:
-    guard = Guard(None, Rules())
-    assert guard._known_host(host, {"server": (server, 7860)}) is (code == 200)
+    assert sites._known_host(host, {"server": (server, 7860)}, frozenset()) is (code == 200)
 
 
 def test_errors_are_short_and_have_no_path(tmp_path: Path) -> None:

@@ -135,9 +135,7 @@ class TestGenerate:
         assert [image.url for image in answer.data] == urls
         assert [image.b64_json for image in answer.data] == [None, None]
 
-    def test_programs_made_for_dall_e_get_an_address_too(
-        self, client, service, base
-    ):
+    def test_programs_made_for_dall_e_get_an_address_too(self, client, service, base):
         url = f"{base}/api/pictures/job0-picture0"
         made = client.images.generate(prompt="a", model="dall-e-3").data[0]
         assert made.url == url

@@ -1476,7 +1476,7 @@ class TestToken:
             wait_for(lambda: server.client.get("/studio/").status_code == 200)
             own = opened(browser)
             watched = Watched(own, server.url)
-            watched.page.goto(f"{server.url}/studio")
+            watched.page.goto(server.url)
             watched.page.get_by_label("token").fill("wrong")
             watched.page.get_by_role("button", name="Enter").click()
             expect(watched.page.get_by_role("alert")).to_contain_text("not this server's token")

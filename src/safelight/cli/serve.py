@@ -16,7 +16,7 @@ from safelight.errors import SafelightError
 from safelight.server import private
 from safelight.server.callers import network
 from safelight.server.keep import Keep
-from safelight.server.listening import hold, host_name, listen
+from safelight.server.listening import hold, host_name, listen, origin_of
 from safelight.server.process import spawn
 from safelight.server.scaling import IDLE, WorkerPlan, bounds
 from safelight.server.served import Served
@@ -58,6 +58,10 @@ def serve(
     ] = None,
     allow_host: Annotated[
         list[str] | None, Option(help="A name that this server is reached by.", show_default=False)
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        Option(help="Origin of other web pages that may use this server.", show_default=False),
     ] = None,
     trust_proxy: Annotated[
         list[str] | None,
@@ -131,6 +135,7 @@ def serve(
         raise SafelightError(f"{given} needs a --database of PostgreSQL, which workers can join")
     kept = None if keep is None else Keep.parse(keep)
     hosts = frozenset(map(host_name, allow_host or ()))
+    origins = frozenset(map(origin_of, allow_origin or ()))
     proxies = tuple(map(network, trust_proxy or ()))
     secret, made = token_of(token, token_file)
     if secret is None and trust_proxy:
@@ -140,6 +145,8 @@ def serve(
         )
     if secret is None and allow_host:
         note("--allow-host without a token: whoever reaches this server by that name may use it")
+    if secret is None and allow_origin:
+        note("--allow-origin without a token: every page of that origin may use this server")
     from safelight.storage import checked
 
     private.keep()
@@ -157,6 +164,7 @@ def serve(
         token=secret,
         auto=made,
         hosts=hosts,
+        origins=origins,
         proxies=proxies,
         short_addresses=short_addresses,
         webhooks_to_private=webhooks_to_private,

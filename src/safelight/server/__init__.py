@@ -10,8 +10,8 @@ Its modules, by subject:
 - the database: tables, schema, migrations, database, store, claims, roster, shares, people,
   allowances, outbox, expiry
 - files: files, quarantine, keep, retention, private, backup, snapshot, recovery
-- HTTP: run, app, listening, guard, callers, bodies, limits, connections, disconnects, tokens,
-  entrance, keyring, wording, apis
+- HTTP: run, app, listening, guard, sites, callers, bodies, limits, connections, disconnects,
+  streams, tokens, entrance, keyring, wording, apis
 - what the routes ask for: hub, jobs, intake, uploads, costs, names, sizes, served, catalogue,
   events, webhooks, threads, metrics, logs, tracing
 - pictures of strangers: decoding, decoder, caged, turns

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, RedirectResponse
 from fastapi_offline import FastAPIOffline
 
 from safelight import __version__
@@ -77,6 +77,7 @@ def application(
     app.include_router(openai.router, responses=problems(400, 404, 413, 422, 429, 500, 503))
     for router in (sdapi.router, sdapi_facts.router):
         app.include_router(router, responses=problems(404, 413, 422, 429, 500, model=ours.Problem))
+    app.add_api_route("/", root, include_in_schema=False)
     app.add_exception_handler(SafelightError, refused)
     app.add_exception_handler(RequestValidationError, invalid)
     paged = None if page is None else page(app, hub, decoders)
@@ -88,6 +89,11 @@ def problems(*statuses: int, model: Any = None) -> dict[int | str, dict[str, Any
     """Return the OpenAPI description of answers that are errors."""
     about = {"description": "One line says what is wrong."}
     return {status: about | ({"model": model} if model else {}) for status in statuses}
+
+
+async def root() -> RedirectResponse:
+    """Lead a browser to what can be seen without a page."""
+    return RedirectResponse("/docs")
 
 
 async def refused(_: HttpRequest, error: Exception) -> JSONResponse:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 from urllib.parse import parse_qs
 
 COOKIE = "safelight"
@@ -59,18 +60,27 @@ def onward() -> bytes:
     )
 
 
-def set_cookie(token: str) -> bytes:
-    """Return the Set-Cookie header. Strict: requests that another site starts do not carry it."""
+def set_cookie(token: str, host: str) -> bytes:
+    """Return the Set-Cookie header. Strict: requests that another site starts do not carry it.
+
+    host: the server's, as the browser names it.
+    """
     month = 30 * 24 * 3600
-    value = f"{COOKIE}={cookie_of(token)}; Path=/; HttpOnly; SameSite=Strict; Max-Age={month}"
-    return value.encode()
+    value = f"{cookie_name(host)}={cookie_of(token)}"
+    return f"{value}; Path=/; HttpOnly; SameSite=Strict; Max-Age={month}".encode()
 
 
-def cookies_in(headers: list[str]) -> bytes | None:
+def cookie_name(host: str) -> str:
+    """Return the cookie's name: with the port, since a host's cookies go to all of its ports."""
+    port = re.search(r":(\d+)$", host, re.ASCII)
+    return COOKIE if port is None else f"{COOKIE}-{port[1]}"
+
+
+def cookies_in(headers: list[str], host: str) -> bytes | None:
     """Return our cookies in these Cookie headers, joined by ";"; None if there is none."""
     # http.cookies drops all cookies if it cannot read one, which another server here may have set.
     pairs = (pair.strip().partition("=") for header in headers for pair in header.split(";"))
-    found = [value for name, _, value in pairs if name == COOKIE]
+    found = [value for name, _, value in pairs if name == cookie_name(host)]
     return ";".join(found[:MAX_COOKIES]).encode("latin-1", "replace") if found else None
 
 

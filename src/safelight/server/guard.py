@@ -13,7 +13,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-from urllib.parse import urlsplit
 
 from safelight.errors import SafelightError
 from safelight.server import bodies, entrance, tokens
@@ -25,11 +24,11 @@ from safelight.server.callers import (
     Network,
     address_of,
     forwarded,
-    parsed,
     shortened,
 )
 from safelight.server.keyring import Keyring
 from safelight.server.limits import Guesses, Share
+from safelight.server.sites import Headers, check_site, headers_of, shared, single
 from safelight.server.wording import route_of
 
 log = logging.getLogger("safelight.http")
@@ -55,7 +54,8 @@ class Rules:
     token: the admin's. Without a token and without keys everyone may; such a server listens on
     loopback only. hosts: names that a Host header may have besides loopback's. keys: those of
     people, who see only their own jobs. proxies: those whose X-Forwarded-For and X-Forwarded-Proto
-    are believed. short: whether the log has shortened addresses.
+    are believed. short: whether the log has shortened addresses. origins: those of pages of other
+    sites that may send requests; cookies do not count in these.
     """
 
     token: str | None = None
@@ -63,6 +63,7 @@ class Rules:
     keys: Keyring | None = None
     proxies: Sequence[Network] = ()
     short: bool = False
+    origins: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.token is not None and not self.token.strip():
@@ -104,12 +105,19 @@ class Guard:
         request_id = secrets.token_hex(8)
         started = body_open = False
         key: str | None = None
+        origin = ""  # of another site's page that may have the answer
 
         async def reply(message: Any) -> None:
             nonlocal status, started, body_open
             if message["type"] == "http.response.start":
                 status, started = message["status"], True
-                kept = [(k, v) for k, v in message["headers"] if k not in dict(HEADERS)]
+                kept = [
+                    (k, v)
+                    for k, v in message["headers"]
+                    if k not in dict(HEADERS) and not k.startswith(b"access-control-")
+                ]
+                if self.rules.origins:
+                    kept += shared(origin, headers)
                 if status in (408, 413):  # the rest of the body is not waited for
                     kept.append((b"connection", b"close"))
                 if key is not None and self.rules.keys is not None:
@@ -120,7 +128,8 @@ class Guard:
             async with asyncio.timeout(bodies.SLOW):
                 await send(message)
 
-        unread, headers = receive, _headers(scope)
+        unread, headers = receive, headers_of(scope)
+        host = single(headers, "host")
         address, client, received = address_of(scope, self.rules.proxies), "", 0
         scheme = forwarded(scope, self.rules.proxies, b"x-forwarded-proto")
         if scheme in ("http", "https"):
@@ -135,17 +144,24 @@ class Guard:
             return message
 
         try:
-            self._check_site(scope, headers)
+            origin = check_site(scope, headers, self.rules.hosts, self.rules.origins)
+            if origin:
+                # Browsers send the cookie for another port of this host along, too.
+                headers.pop("cookie", None)
+                if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
+                    await reply({"type": "http.response.start", "status": 204, "headers": []})
+                    await reply({"type": "http.response.body"})
+                    return
             if scope["path"] in OPEN:
                 await self.app(scope, bodies.limited(receive, ""), reply)
                 return
-            receive = bodies.limited(metered, _single(headers, "content-length"))
+            receive = bodies.limited(metered, single(headers, "content-length"))
             caller = Caller(address)
             client = caller.name
             if scope["path"] == entrance.ENTER and scope["method"] == "POST":
                 with self._share.request(client, stream=False):
-                    await self._enter(receive, reply, address)
-            elif (known := await self._caller(headers, caller)) is not None:
+                    await self._enter(receive, reply, address, host)
+            elif (known := await self._caller(headers, caller, host)) is not None:
                 scope[SCOPE], client, key = known, known.name, known.key
                 with self._share.request(client, stream=_is_stream(scope)):
                     await self.app(scope, receive, reply)
@@ -153,8 +169,8 @@ class Guard:
                         await _discard(unread)
                         await reply({"type": "http.response.body"})
             elif scope["method"] == "GET" and (token := _linked(scope)):
-                await self._enter_by_link(token, reply, address)
-            elif scope["method"] == "GET" and scope["path"].startswith("/studio"):
+                await self._enter_by_link(token, reply, address, host)
+            elif scope["method"] == "GET" and _is_page(scope["path"]):
                 await _page(reply, 401, entrance.page())
             else:
                 challenge = {"www-authenticate": "Bearer"}
@@ -182,42 +198,30 @@ class Guard:
                 },
             )
 
-    def _check_site(self, scope: Any, headers: dict[str, list[str]]) -> None:
-        host = _single(headers, "host")
-        if not self._known_host(host, scope):
-            raise RefusedError(400, "this Host is not served here")
-        origin = headers.get("origin")
-        if origin is not None and (len(origin) != 1 or not _same(origin[0], host)):
-            raise RefusedError(403, "cross-site requests are refused")
-        site = headers.get("sec-fetch-site", ["none"])
-        if site[0] not in ("none", "same-origin"):
-            # A link on another page may lead here; no other cross-site request may.
-            mode = headers.get("sec-fetch-mode", [""])[0]
-            if scope["method"] not in ("GET", "HEAD") or mode != "navigate":
-                raise RefusedError(403, "cross-site requests are refused")
-
-    async def _enter(self, receive: Any, reply: Any, address: str) -> None:
+    async def _enter(self, receive: Any, reply: Any, address: str, host: str) -> None:
         """Answer a browser's form that has the token: set a cookie and lead to the page."""
         form, more = b"", True
         while more and len(form) <= entrance.MAX_FORM:
             message = await receive()
             form += message.get("body", b"")
             more = message.get("more_body", False)
-        cookie = await self._cookie(entrance.token_in(form), address)
+        cookie = await self._cookie(entrance.token_in(form), address, host)
         if cookie is None:
             await _page(reply, 401, entrance.page("That is not this server's token."))
             return
-        await _page(reply, 303, b"", [(b"location", b"/studio"), *cookie])
+        await _page(reply, 303, b"", [(b"location", b"/"), *cookie])
 
-    async def _enter_by_link(self, given: bytes, reply: Any, address: str) -> None:
+    async def _enter_by_link(self, given: bytes, reply: Any, address: str, host: str) -> None:
         """Answer a link that has the token, as the command line opens it."""
-        cookie = await self._cookie(given, address)
+        cookie = await self._cookie(given, address, host)
         if cookie is None:
             await _page(reply, 401, entrance.page("That is not this server's token."))
             return
         await _page(reply, 200, entrance.onward(), [(b"cache-control", b"no-store"), *cookie])
 
-    async def _cookie(self, given: bytes, address: str) -> list[tuple[bytes, bytes]] | None:
+    async def _cookie(
+        self, given: bytes, address: str, host: str
+    ) -> list[tuple[bytes, bytes]] | None:
         """Return the header that sets the cookie for a token; None for a wrong one."""
         if not await self.rules.ask():
             return []
@@ -226,7 +230,7 @@ class Guard:
             return None
         # A client may send the admin's token in another encoding: the cookie is made of ours.
         token = self.rules.token if key == ADMIN else given.decode("latin-1")
-        return [(b"set-cookie", entrance.set_cookie(token or ""))]
+        return [(b"set-cookie", entrance.set_cookie(token or "", host))]
 
     async def _key(self, given: bytes, address: str, *, cookies: bool = False) -> str | None:
         """Return the name of the given key. An address with many wrong keys has to wait.
@@ -241,21 +245,11 @@ class Guard:
             self._guesses.wrong(address)
         return key
 
-    def _known_host(self, host: str, scope: Any) -> bool:
-        # DNS rebinding: a web page reaches this machine by a foreign name that resolves to it.
-        name = _name(host)
-        if name is None:
-            return False
-        if name == "localhost" or name in self.rules.hosts:
-            return True
-        asked, own = parsed(name), parsed(str((scope.get("server") or ("",))[0]))
-        return asked is not None and (asked.is_loopback or asked == own)
-
-    async def _caller(self, headers: dict[str, list[str]], caller: Caller) -> Caller | None:
+    async def _caller(self, headers: Headers, caller: Caller, host: str) -> Caller | None:
         """Return the caller with its key; None without a valid key."""
         if not await self.rules.ask():
             return caller
-        if (cookie := entrance.cookies_in(headers.get("cookie", []))) is not None:
+        if (cookie := entrance.cookies_in(headers.get("cookie", []), host)) is not None:
             key = await self._key(cookie, caller.address, cookies=True)
             if key is not None:
                 return replace(caller, key=key)
@@ -278,40 +272,15 @@ def _is_stream(scope: Any) -> bool:
     return path.endswith(("/events", "/queue/data")) or "/heartbeat/" in path
 
 
+def _is_page(path: str) -> bool:
+    return path == "/" or path.startswith("/studio")
+
+
 def _linked(scope: Any) -> bytes:
     """Return the token in a link to the studio; empty if there is none."""
     if scope["path"] != "/studio":
         return b""
     return entrance.token_in(scope.get("query_string", b"")[: entrance.MAX_FORM])
-
-
-def _headers(scope: Any) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for name, value in scope["headers"]:
-        found.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
-    return found
-
-
-def _single(headers: dict[str, list[str]], name: str) -> str:
-    values = headers.get(name, [])
-    return values[0] if len(values) == 1 else ""
-
-
-def _name(host: str) -> str | None:
-    """Return the name in a Host header, without its port; None if it is invalid."""
-    try:
-        parts = urlsplit("//" + host)
-        _ = parts.port
-    except ValueError:
-        return None
-    if parts.netloc != host or parts.username is not None or parts.path or not parts.hostname:
-        return None
-    return parts.hostname.rstrip(".")
-
-
-def _same(origin: str, host: str) -> bool:
-    parts = urlsplit(origin)
-    return parts.scheme in ("http", "https") and parts.netloc == host
 
 
 async def _answer(send: Any, status: int, text: str, headers: Mapping[str, str] | None) -> None:

@@ -102,6 +102,17 @@ def host_name(given: str) -> str:
     return name
 
 
+def origin_of(given: str) -> str:
+    """Return an origin as browsers send it. Raises SafelightError for a text that is none."""
+    origin = given.lower()
+    if re.fullmatch(r"null|file://|[a-z][a-z0-9+.-]*://[a-z0-9._:\[\]-]+", origin) is None:
+        raise SafelightError(
+            f"--allow-origin {given[:80]!r}: expected an origin as browsers send it, without a "
+            "path, as http://localhost:3000"
+        )
+    return origin
+
+
 def everywhere(host: str) -> bool:
     """Return whether a host means all addresses of this machine."""
     try:

@@ -72,6 +72,7 @@ def serve(
     token: str | None,
     auto: bool = False,
     hosts: frozenset[str] = frozenset(),
+    origins: frozenset[str] = frozenset(),
     proxies: Sequence[Network] = (),
     short_addresses: bool = False,
     webhooks_to_private: bool = False,
@@ -90,7 +91,7 @@ def serve(
     hub.webhooks.private = webhooks_to_private
     retention = Retention(hub.files, hub.store, keep or Keep())
     names = hosts | ({host.lower().rstrip(".")} if not everywhere(host) else frozenset())
-    rules = Rules(token, names, hub.keys, proxies, short_addresses)
+    rules = Rules(token, names, hub.keys, proxies, short_addresses, origins)
     if token is None and hub.keys.names:
         log.warning("everyone needs a key here, and without a token nobody sees all jobs")
     raise_open_files()

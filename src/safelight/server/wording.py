@@ -13,7 +13,7 @@ MAX_ERROR = 1000
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 """The HTTP methods that metrics and traces name. Strangers may send any word."""
 
-PAGES = frozenset({"/openapi.json", "/favicon.ico", "/studio", "/studio/"})
+PAGES = frozenset({"/", "/openapi.json", "/favicon.ico", "/studio", "/studio/"})
 """Paths that are answered without one of our routes, at least at times."""
 
 _HIDDEN: list[str] = []

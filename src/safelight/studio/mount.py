@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, Response
+from starlette.responses import (
+    FileResponse,
+    HTMLResponse,
+    PlainTextResponse,
+    RedirectResponse,
+    Response,
+)
 
 from safelight.errors import SafelightError
 from safelight.server.bodies import (
@@ -76,6 +82,8 @@ def available() -> bool:
 class Studio:
     """An ASGI application that serves /studio with Gradio and passes all else to `app`.
 
+    / leads to the page if Gradio is installed.
+
     Gradio takes seconds and memory to import, so it is imported on the first request of the page.
     """
 
@@ -89,6 +97,9 @@ class Studio:
         path = scope.get("path", "")
         if path == "/favicon.ico":
             await Response(_ICON, media_type="image/svg+xml")(scope, receive, send)
+            return
+        if path == "/" and scope["method"] == "GET" and available():
+            await RedirectResponse(PATH)(scope, receive, send)
             return
         if scope["type"] != "http" or not (path == PATH or path.startswith(PATH + "/")):
             await self.app(scope, receive, send)
