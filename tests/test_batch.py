@@ -158,7 +158,7 @@ class Tagged:
     """A ticket, with the attributes that decide its turn."""
 
     def __init__(self, share: str, left: int) -> None:
-        self.share, self.tag, self.work_left, self.arrived, self.load = share, self, left, 0.0, 1.0
+        self.share, self.tag, self.work_left, self.arrived = share, self, left, 0.0
 
 
 def test_shares_have_the_same_time() -> None:
@@ -173,11 +173,10 @@ def test_shares_have_the_same_time() -> None:
             had = dict.fromkeys("abc", 0.0)
         first = turns.first(tickets)
         seconds = 3.0 if first.share == "b" else 1.0
-        turns.note([first], seconds)
+        turns.note([(first.share, 1.0)], seconds)
         had[first.share] += seconds
     assert max(had.values()) - min(had.values()) <= 3
-    beside = [tickets[0], tickets[1], tickets[-2]]
-    turns.note(beside, 9.0)
+    turns.note([("a", 1.0), ("a", 1.0), ("b", 1.0)], 9.0)
     assert turns.first(tickets).share == "c"
 
 
@@ -459,6 +458,24 @@ def test_calls_that_say_nothing_of_the_rows_are_not_counted() -> None:
         capacity.note(1, 1.0)  # half empty
         capacity.note(16, 1.0)  # one large picture
     assert capacity.rows == FEWEST
+
+
+def test_rows_are_learned_from_the_load_that_ran(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step where guidance begins or ends has another load than the next one."""
+    engine = Engine(model, exact=False)
+    noted: list[float] = []
+    shared: list[float] = []
+    monkeypatch.setattr(engine.capacity, "note", lambda load, seconds: noted.append(load))
+    note = engine._turns.note
+    monkeypatch.setattr(
+        engine._turns, "note", lambda loads, seconds: (shared.append(loads[0][1]), note(loads, 1.0))
+    )
+    where = {"guidance_start": 0.25, "guidance_end": 0.75}
+    engine.add(Request(prompt="a cat", steps=4, sampler="euler", **where))
+    drain(engine)
+    assert noted == shared == [1, 2, 2, 1]
 
 
 def test_rows_that_were_given_stay() -> None:

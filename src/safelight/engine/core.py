@@ -251,9 +251,9 @@ class Engine:
     def _serve(self, tickets: list[Ticket]) -> tuple[list[Ticket], list[Ticket]]:
         """Take a step of these tickets, and note the time of each share."""
         with self.model.lock:
-            began = time.monotonic()
+            began, loads = time.monotonic(), [(ticket.share, ticket.load) for ticket in tickets]
             outcome = self._advance(tickets) if tickets[0].prepared else self._prepare(tickets[0])
-            self._turns.note(tickets, time.monotonic() - began)
+            self._turns.note(loads, time.monotonic() - began)
         return outcome
 
     def _prepare(self, ticket: Ticket) -> tuple[list[Ticket], list[Ticket]]:
@@ -270,6 +270,7 @@ class Engine:
 
     def _advance(self, tickets: list[Ticket]) -> tuple[list[Ticket], list[Ticket]]:
         began, full = time.monotonic(), tickets[0].job.plan(tickets[0].model).full
+        load = sum(ticket.load for ticket in tickets)  # the next step's may be another
         try:
             with torch.inference_mode():
                 advance(tickets[0].model, [ticket.job for ticket in tickets])
@@ -287,7 +288,7 @@ class Engine:
             # No job has advanced: retry with half of them, and keep later calls as small.
             self.capacity.set(max(1, sum(ticket.rows for ticket in tickets) // 2))
             return self._advance(tickets[: len(tickets) // 2])
-        seconds, load = time.monotonic() - began, sum(ticket.load for ticket in tickets)
+        seconds = time.monotonic() - began
         self._seconds_a_row += 0.1 * (seconds / load - self._seconds_a_row)
         if full:
             self.capacity.note(load, seconds)

@@ -35,13 +35,15 @@ class Turns:
             self._owing = -1.0 if self._owed > 0 else 1.0
         return oldest if self._owing < 0 else shortest
 
-    def note(self, tickets: Sequence[Ticket], seconds: float) -> None:
-        """Add the seconds of a step to the shares of its tickets. tickets[0] is from `first`."""
+    def note(self, loads: Sequence[tuple[Any, float]], seconds: float) -> None:
+        """Add the seconds of a step to the shares of its tickets.
+
+        loads: the share and the load of each ticket, the one from `first` among them.
+        """
         self._owed += self._owing * seconds
-        load = sum(ticket.load for ticket in tickets)
-        for ticket in tickets:
-            part = seconds * ticket.load / load
-            self._had[ticket.share] = self.had(ticket.share) + part
+        total = sum(load for _, load in loads)
+        for share, load in loads:
+            self._had[share] = self.had(share) + seconds * load / total
 
     def had(self, share: Any) -> float:
         """Return the seconds that a share has had, 0 if it is unknown."""
