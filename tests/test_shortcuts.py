@@ -82,10 +82,25 @@ def test_off_is_the_picture_without(alone: list[Any]) -> None:
 def test_a_full_step_is_the_last_one() -> None:
     kept = shortcuts.Kept(shortcuts.Shortcuts(cache_every=3))
     kept.model, kept.evaluations, kept.deep = 1, 2, torch.zeros(1)
-    taken = [kept.plan(row, 10, 1, 2).taken for row in range(10)]
+    taken = [kept.plan(row, 10, 1, 2, None).taken for row in range(10)]
     assert [row for row in range(10) if not taken[row]] == [0, 3, 6, 9]
-    assert not kept.plan(4, 10, 2, 2).taken  # left by another model
-    assert not kept.plan(4, 10, 1, 1).taken  # had a row for the negative prompt
+    assert not kept.plan(4, 10, 2, 2, None).taken  # left by another model
+    assert not kept.plan(4, 10, 1, 1, None).taken  # had a row for the negative prompt
+
+
+@pytest.mark.parametrize("cuts", [{}, {"cache_every": 2}, {"guidance_end": 0.6}])
+def test_a_schedule_goes_on_after_text_end(cuts: dict[str, Any]) -> None:
+    """The first step of a stage computes attention to its text, whatever was kept before."""
+    asked = {"prompt_syntax": "a1111", "steps": 8, "seed": 4, "width": 64, "height": 64}
+    one, changes = (
+        embedded().generate(prompt, **asked, **cuts, text_end=0.25).images[0].tobytes()
+        for prompt in ("a red apple", "[a red apple:a blue car:0.5]")
+    )
+    assert one != changes
+    kept = shortcuts.Kept(shortcuts.Shortcuts(text_end=0.25))
+    kept.model, kept.told, kept.words = 1, 2, torch.zeros(1)
+    assert kept.plan(4, 8, 1, 2, kept.words).told
+    assert not kept.plan(4, 8, 1, 2, torch.zeros(1)).told
 
 
 @pytest.mark.parametrize("prompt", ["a red apple AND a blue car", "a red apple :2"])

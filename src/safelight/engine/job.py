@@ -85,15 +85,24 @@ class Job:
 
     def asked_at(self, cursor: int) -> Conditioning:
         """Return the conditioning of a row."""
+        return self.kept.asked(self._stage_at(cursor), cursor, len(self.table.rows))
+
+    @property
+    def words(self) -> Tensor | None:
+        """The text states of the next row, as if it were guided."""
+        return self._stage_at(self.cursor).tokens
+
+    def _stage_at(self, cursor: int) -> Conditioning:
+        """Return the conditioning of a row, as if it were guided."""
         rows = len(self.table.rows)
         second = self._second_at(cursor)
         conditioning = self.conditioning if second is None else second.conditioning
-        return self.kept.asked(conditioning.at(cursor * (self.steps or rows) // rows), cursor, rows)
+        return conditioning.at(cursor * (self.steps or rows) // rows)
 
     def plan(self, model: Model) -> Plan:
         """Return what the next row reuses from earlier ones. model: the one that takes the row."""
         rows = len(self.table.rows)
-        return self.kept.plan(self.cursor, rows, id(model), self.asked.evaluations)
+        return self.kept.plan(self.cursor, rows, id(model), self.asked.evaluations, self.words)
 
     def model_at(self, cursor: int, first: Model) -> Model:
         """Return the model that takes a row. first: the model of the first row."""
@@ -206,7 +215,7 @@ def advance(model: Model, jobs: list[Job]) -> None:
     reuse = gather(plan, kept, evaluations)
     with int8.asked(plan.int8):
         cleans = estimate(model, states, [job.row for job in jobs], asked, reuse)
-    scatter(reuse, kept, id(model), evaluations)
+    scatter(reuse, kept, id(model), evaluations, [job.words for job in jobs])
     lost = [job for job, clean in zip(jobs, cleans, strict=True) if not _step(job, clean)]
     if lost:
         advice = "" if model.dtype == torch.float32 else "dtype float32, or "

@@ -78,7 +78,7 @@ class Kept:
 
     shortcuts: which parts may be skipped, and when. deep, texts: as in `nets.reuse.Reuse`, for
     this picture alone. model, evaluations: the id of the model that left them, and its evaluations
-    at that row. told: the number of evaluations in `texts`.
+    at that row. told: the number of evaluations in `texts`. words: the text states behind `texts`.
     """
 
     shortcuts: Shortcuts = field(default_factory=Shortcuts)
@@ -87,6 +87,7 @@ class Kept:
     model: int | None = None
     evaluations: int = 0
     told: int = 0
+    words: Tensor | None = None
     _alone: dict[int, Conditioning] = field(default_factory=dict)
 
     def asked(self, conditioning: Conditioning, row: int, rows: int) -> Conditioning:
@@ -101,8 +102,11 @@ class Kept:
             self._alone[key] = conditioning.positive()
         return self._alone[key]
 
-    def plan(self, row: int, rows: int, model: int, evaluations: int) -> Plan:
-        """Return what a row reuses and keeps. model: the id of the model that takes it."""
+    def plan(self, row: int, rows: int, model: int, evaluations: int, words: Tensor | None) -> Plan:
+        """Return what a row reuses and keeps.
+
+        model: the id of the model that takes it. words: its text states, as if it were guided.
+        """
         cuts = self.shortcuts
         begun = self.model == model and row > 0
         deep = begun and self.deep is not None and self.evaluations == evaluations
@@ -110,7 +114,12 @@ class Kept:
             skips=cuts.cache_branch + 1 if cuts.cache_every > 1 else 0,
             taken=deep and (rows - 1 - row) % cuts.cache_every != 0,
             texts=cuts.text_end < 1,
-            told=begun and 0 < evaluations <= self.told and row / rows >= cuts.text_end,
+            told=(
+                begun
+                and 0 < evaluations <= self.told
+                and self.words is words  # a schedule's next stage is computed
+                and row / rows >= cuts.text_end
+            ),
             int8=cuts.linears == "int8",
         )
 
@@ -157,12 +166,18 @@ def gather(plan: Plan, kept: list[Kept], evaluations: list[int]) -> Reuse | None
     return reuse
 
 
-def scatter(reuse: Reuse | None, kept: list[Kept], model: int, evaluations: list[int]) -> None:
-    """Store what a call has kept with each of its pictures. model: the id of the model."""
+def scatter(
+    reuse: Reuse | None,
+    kept: list[Kept],
+    model: int,
+    evaluations: list[int],
+    words: list[Tensor | None],
+) -> None:
+    """Store what a call has kept with each of its pictures. model, words: as in `Kept.plan`."""
     if reuse is None:
         return
     ends = torch.tensor(evaluations).cumsum(0).tolist()
-    for one, count, end in zip(kept, evaluations, ends, strict=True):
+    for one, count, end, said in zip(kept, evaluations, ends, words, strict=True):
         here = slice(end - count, end)
         if one.model != model:
             one.texts = {}
@@ -170,8 +185,8 @@ def scatter(reuse: Reuse | None, kept: list[Kept], model: int, evaluations: list
         if reuse.deep is not None and not reuse.taken:
             one.deep = reuse.deep[here]
         if reuse.texts is not None:
-            if count != one.told:
-                one.texts, one.told = {}, count
+            if count != one.told or said is not one.words:
+                one.texts, one.told, one.words = {}, count, said
             # Blocks that this row skipped keep their earlier outputs.
             one.texts |= {block: told[here] for block, told in reuse.texts.items()}
 
