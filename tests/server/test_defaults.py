@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import shutil
+import sqlite3
 import threading
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -331,6 +334,27 @@ def test_null_is_left_out(tmp_path: Path) -> None:
         assert (refused.status, refused.json()["field"]) == (422, "promt")
         nothing = {"negative_prompt": None, "steps": None, "embeddings": None}
         assert server.ask("POST", "/api/tokens", {"prompt": "a cat", **nothing}).status == 200
+
+
+def test_a_key_stays_one_job_when_the_server_has_other_defaults(tmp_path: Path) -> None:
+    body = {"prompt": "a cat", "width": 256}
+    sent = "POST", "/api/jobs", body
+    with Inside(tmp_path / "data", draws=False) as server:
+        first = server.ask(*sent, idempotency_key="k").json()
+        earlier = dict(first["settings"])
+        del earlier["seed"]
+        digest = hashlib.sha256(json.dumps(earlier, sort_keys=True).encode()).hexdigest()
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "a.txt").write_text("red\n")
+    how: Any = {"draws": False, "wildcards_dir": str(tmp_path / "words")}
+    with Inside(tmp_path / "data", model="embedded-fast", **how) as server:
+        assert server.ask(*sent, idempotency_key="k").json()["id"] == first["id"]
+        for other in ({"prompt": "a cat"}, {**body, "steps": 20}, {**body, "seed": 1}):
+            assert server.ask("POST", "/api/jobs", other, idempotency_key="k").status == 422
+    with closing(sqlite3.connect(tmp_path / "data" / "jobs.sqlite3")) as db, db:
+        db.execute("UPDATE jobs SET digest = ?", (digest,))  # as earlier versions stored it
+    with Inside(tmp_path / "data", draws=False) as server:
+        assert server.ask(*sent, idempotency_key="k").json()["id"] == first["id"]
 
 
 def test_steps_of_a_schedule_are_the_model_s(tmp_path: Path) -> None:

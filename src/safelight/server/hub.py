@@ -218,7 +218,7 @@ class Hub:
         """
         if self.stopping:
             raise StoppingError
-        name = await self.find_model(model)
+        name, asked = await self.find_model(model), request.model_fields_set
         plan = await self.plan(name)
         if plan is not None:
             request = with_level(request, plan.family, plan.notes)
@@ -238,7 +238,7 @@ class Hub:
         job, new = await submitting(
             partial(
                 accept,
-                *(self.files, self.store, job_id, request),
+                *(self.files, self.store, job_id, request, asked),
                 known=plan is not None,
                 client=client,
                 cost=cost(request, steps, native),

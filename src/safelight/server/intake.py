@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from collections.abc import Container
 from typing import Any
 
 from safelight.defaults import BY_MODEL
@@ -20,6 +21,7 @@ def accept(
     store: Store,
     job_id: str,
     request: Request,
+    asked: Container[str],
     *,
     known: bool,
     key: str | None,
@@ -29,24 +31,28 @@ def accept(
 ) -> tuple[Job, bool]:
     """Store a job with its input pictures; return it and whether it is new.
 
-    known: whether the request has its model's defaults; if not, the worker that draws it fills them
-    in. named: the model, if the request names one. how: arguments of `Store.submit`.
+    asked: names of the settings that the request had before defaults were filled in. known: whether
+    it has its model's defaults; if not, the worker that draws it fills them in. named: the model,
+    if the request names one. how: arguments of `Store.submit`.
     """
     settings = request.to_dict()
     if not known:
         for name in BY_MODEL - request.model_fields_set:
             del settings[name]
     beside = {"model": named, "webhook": webhook}
-    asked = settings | {name: value for name, value in beside.items() if value is not None}
-    if "seed" not in request.model_fields_set:
-        asked.pop("seed")  # each submission of one body draws another seed
-    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    beside = {name: value for name, value in beside.items() if value is not None}
+    # Defaults are left out: another start of the server may have others.
+    own = {name: v for name, v in settings.items() if name.removesuffix("_sha256") in asked}
+    whole = settings | beside
+    if "seed" not in asked:
+        del whole["seed"]  # each submission of one body draws another seed
+    how |= {"digest": _digest(own | beside), "earlier": _digest(whole)}
     kept = False
     try:
         for name, image in (("image", request.image), ("mask", request.mask)):
             if image is not None:
                 files.keep_input(job_id, name, image)
-        job, kept = store.submit(job_id, settings, key=key, digest=digest, webhook=webhook, **how)
+        job, kept = store.submit(job_id, settings, key=key, webhook=webhook, **how)
     except StorageError:
         kept = _may_be_there(store, job_id)
         raise
@@ -55,6 +61,10 @@ def accept(
             with contextlib.suppress(StorageError):  # else the next start puts them into quarantine
                 files.remove_inputs(job_id)
     return job, kept
+
+
+def _digest(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _may_be_there(store: Store, job_id: str) -> bool:

@@ -67,6 +67,7 @@ class Store(Expiry, People, Outbox):
         bound: int,
         key: str | None = None,
         digest: str | None = None,
+        earlier: str | None = None,
         owner: str | None = None,
         model: str | None = None,
         pixel_steps: float = 0.0,
@@ -76,10 +77,11 @@ class Store(Expiry, People, Outbox):
         """Add a job; return it and whether it is new. For a known key, return the earlier job.
 
         cost: rows of the network that it will take. bound: the most pictures that may wait. key:
-        the idempotency key; digest: of the request. model: name of the model that draws it. trace:
-        its place in a trace. webhook: the URL that is told of its end. Raises BusyError beyond the
-        bound, SpentError if the owner has less left, SafelightError for a key that came with
-        another request.
+        the idempotency key; digest: of the request; earlier: its digest in rows of earlier
+        versions, with defaults. model: name of the model that draws it. trace: its place in a
+        trace. webhook: the URL that is told of its end. Raises BusyError beyond the bound,
+        SpentError if the owner has less left, SafelightError for a key that came with another
+        request.
         """
         count = int(settings["count"])
         if key is not None and owner is not None:  # two owners may use the same key
@@ -88,7 +90,7 @@ class Store(Expiry, People, Outbox):
             if key is not None:
                 old = db.execute(select(jobs).where(jobs.c.key == key)).mappings().first()
                 if old is not None:
-                    if old["digest"] != digest:
+                    if old["digest"] not in (digest, earlier):
                         raise SafelightError(
                             "this Idempotency-Key came with another request before: use a new one"
                         )
