@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,6 +76,28 @@ def test_the_teachers_trajectories_are_its_pictures(tmp_path: Path) -> None:
         trajectories(teacher, ["a cat"], 2, 4.0, tmp_path, plan).states, taken.states
     )
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == kept
+
+
+def test_each_process_draws_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[list[str]] = []
+
+    def draw(_: Any, __: Any, captions: list[str], *___: Any) -> torch.Tensor:
+        drawn.append(captions)
+        return torch.zeros(1, 2, 8, 4, 4)
+
+    def wait() -> None:
+        [mine] = tmp_path.iterdir()
+        assert mine.name.endswith("-00000001.pt")
+        shutil.copy(mine, mine.with_name(mine.name.replace("1.pt", "0.pt")))
+
+    second = SimpleNamespace(num_processes=2, process_index=1, wait_for_everyone=wait)
+    monkeypatch.setattr(distil, "accelerator", lambda: second)
+    monkeypatch.setattr(distil, "_draw", draw)
+    monkeypatch.setattr(distil, "BATCH", 1)
+    teacher = safelight.load("embedded", dtype="float32")
+    taken = trajectories(teacher, ["a cat", "a dog"], 1, 4.0, tmp_path, PLAN)
+    assert drawn == [["a dog"]]
+    assert len(taken.states) == 2
 
 
 def test_a_student_comes_nearer_and_diffusers_draws_the_same(

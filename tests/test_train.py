@@ -16,7 +16,8 @@ import torch
 
 from safelight import SafelightError
 from safelight.nets.clip import CLIPTextConfig, CLIPTextModel
-from safelight.nets.unet import UNetConfig
+from safelight.nets.tiny import AutoencoderTiny, TinyConfig
+from safelight.nets.unet import UNet2DConditionModel, UNetConfig
 from safelight.nets.unet2d import UNet2DConfig
 from safelight.nets.vae import AutoencoderKL, VAEConfig
 from safelight.sampling.schedule import SchedulerConfig
@@ -28,7 +29,7 @@ from safelight.train.denoiser import (
     train_text_to_image,
     train_unconditional,
 )
-from safelight.train.export import export_text_to_image, export_unconditional
+from safelight.train.export import export_text_to_image, export_unconditional, replacing
 from safelight.train.loop import Draw, fit
 from safelight.train.plan import Plan
 from safelight.train.tokens import train_vocabulary
@@ -133,8 +134,20 @@ def test_ctrl_c_loses_no_step(tmp_path: Path) -> None:
 
 def test_another_recipe_does_not_resume(tmp_path: Path) -> None:
     train_line(tmp_path, replace(PLAN, recipe="cats"))
-    with pytest.raises(SafelightError, match="recipe was cats, now dogs"):
+    with pytest.raises(SafelightError, match=r"\(the pictures, captions, .* changed\): give"):
         train_line(tmp_path, replace(PLAN, recipe="dogs"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory: 9 bytes")],
+)
+def test_too_little_memory_is_one_line(tmp_path: Path, error: Exception) -> None:
+    def loss_of(run: torch.nn.Module, draw: Draw) -> torch.Tensor:
+        raise error
+
+    with pytest.raises(SafelightError, match=r"^cpu has too little memory .* smaller --batch"):
+        fit(Line(), loss_of, PLAN, tmp_path)
 
 
 def test_a_folder_whose_name_is_not_utf_8_is_refused(tmp_path: Path) -> None:
@@ -308,6 +321,52 @@ def test_text_to_image_learns_and_its_folder_draws(tmp_path: Path) -> None:
         means[prompt] = float([step.clean for step in run][-1].mean())
     assert means["a cat"] > 0.5
     assert means["a dog"] < -0.5
+
+
+def test_a_model_with_a_tiny_autoencoder_is_written(tmp_path: Path) -> None:
+    tokenizer = train_vocabulary(["a cat"], 540, tmp_path / "tokenizer", 8)
+    text = CLIPTextConfig(
+        vocab_size=540,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+    )
+    widths = dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), (8,) * 4)
+    vae = AutoencoderTiny(TinyConfig(**widths))
+    parts = CLIPTextModel(text), UNet2DConditionModel(UNET)
+    export_text_to_image(tmp_path, vae, *parts, networks.SCHEDULER, {})
+    model = load_model(str(tmp_path), dtype="float32")
+    assert isinstance(model.vae, AutoencoderTiny)
+    assert model.tokenizer is not None
+    assert model.tokenizer.encode("a cat").ids == tokenizer.encode("a cat").ids
+    z = torch.randn(1, 4, 8, 8)
+    assert torch.allclose(model.vae.decode(z), vae.decode(z), atol=0.05)  # float16 in the file
+
+
+def test_a_model_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    with replacing(folder) as new:
+        (new / "a").write_text("first")
+
+    def stopped(by: type[BaseException]) -> None:
+        with replacing(folder) as new:
+            (new / "a").write_text("sec")
+            raise by
+
+    for by in (OSError, KeyboardInterrupt):
+        with pytest.raises(by):
+            stopped(by)
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+        assert (folder / "a").read_text() == "first"
+    (tmp_path / "model.part" / "b").mkdir(parents=True)  # as SIGKILL leaves it
+    with replacing(folder) as new:
+        (new / "c").write_text("second")
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == [
+        "model",
+        "model/c",
+    ]
 
 
 def test_unconditional_learns_and_its_folder_draws(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,7 +28,7 @@ from recipes.embedded.sizes import DRY
 from safelight import SafelightError
 from safelight.cli import app
 from safelight.defaults import is_distilled
-from safelight.nets.vae import AutoencoderKL
+from safelight.nets.vae import AutoencoderKL, VAEConfig
 from safelight.prompt.tokenizer import clip_tokenizer
 from safelight.train import autoencoder, devices
 from safelight.train import folder as folders
@@ -39,6 +41,7 @@ from safelight.train.scratch import networks as scratch_networks
 from safelight.train.scratch import text_to_image
 from safelight.train.tokens import token_ids
 from safelight.train.unconditional import network, unconditional
+from safelight.weights import load_model
 from small_training import learn
 
 
@@ -337,8 +340,7 @@ def test_a_finished_run_writes_its_model_if_it_is_missing(
     weights.unlink()
     unconditional(str(pictures), out, plan, size=16)
     assert weights.read_bytes() == before
-    weights.unlink()
-    weights.mkdir()
+    (out / "model.part").touch()  # where the folder is written first
     with pytest.raises(
         SafelightError, match=r"model could not be written .*; checkpoints are kept"
     ):
@@ -376,6 +378,119 @@ def test_latents_are_made_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
     latents = autoencoder.encode(vae, squares)
     assert sizes == [2, 2, 1]
     assert torch.equal(latents[4:], autoencoder.encode(vae, squares[4:]))
+
+
+def test_latents_have_the_scale_of_the_denoiser(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are scaled by `latents_mean` and `latents_std`, as when a picture is drawn."""
+    monkeypatch.setattr(autoencoder, "TOLD_EVERY", 0.0)
+    statistics = {"latents_mean": (3.0, -2.0, 1.0, 4.0), "latents_std": (2.0, 3.0, 4.0, 5.0)}
+    vae = AutoencoderKL(VAEConfig(block_out_channels=(8,) * 4, norm_num_groups=4, **statistics))
+    squares = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    with torch.no_grad():
+        wanted = vae.config.scale(vae.encode(to_pixels(squares))[0])
+    assert torch.allclose(autoencoder.encode(vae, squares).float(), wanted, atol=0.05)
+    assert capsys.readouterr().err == "encoded 2/2 pictures\n"
+
+
+def test_latents_are_kept_for_the_next_run(
+    tmp_path: Path,
+    pictures: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given: list[torch.Tensor] = []
+
+    def stopped(_: Any, __: Any, latents: torch.Tensor, *___: Any, **____: Any) -> None:
+        given.append(latents)
+        raise KeyboardInterrupt
+
+    def loaded(name: str, **settings: Any) -> Any:
+        model = load_model(name, **settings)
+        model.warnings.append("it has a flaw")
+        return model
+
+    monkeypatch.setattr("safelight.train.finetune.load_model", loaded)
+    monkeypatch.setattr("safelight.train.finetune.draw_sheet", lambda *_: None)
+    monkeypatch.setattr("safelight.train.finetune.train_text_to_image", stopped)
+    plan = Plan(steps=2, batch=1, learning_rate=1e-4)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            finetune(pictures, tmp_path / "out", plan, size=64)
+        monkeypatch.setattr("safelight.train.finetune.encode", None)
+    assert torch.equal(given[0], given[1])
+    said = capsys.readouterr().err.splitlines()
+    assert said[:2] == [
+        "warning: it has a flaw",
+        "13 million weights are trained, which takes 0.3 GB of memory beside the pictures of a "
+        "step; a checkpoint has 0.2 GB",
+    ]
+
+
+class Second(SimpleNamespace):
+    """The second of two processes, whose first one does its work while this one waits."""
+
+    device, num_processes, process_index, is_main_process = torch.device("cpu"), 2, 1, False
+
+
+def test_the_second_process_writes_nothing(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(*_: Any, **__: Any) -> None:
+        raise AssertionError("it drew or wrote something")
+
+    out = tmp_path / "out"
+    kept = torch.zeros(4, 8, 4, 4).half()
+
+    def wait() -> None:
+        [recipe] = recipes
+        torch.save(kept, out / f"latents-{recipe[:12]}.pt")
+
+    def trained(*given: Any, **_: Any) -> None:
+        assert torch.equal(given[2], kept)
+
+    recipes: list[str] = []
+    monkeypatch.setattr(
+        "safelight.train.finetune.check_plan",
+        lambda folder, plan, **_: (folder.mkdir(), recipes.append(plan.recipe)),
+    )
+    machine = Second(wait_for_everyone=wait)
+    for name in ("draw_sheet", "encode", "save_whole", "export_text_to_image", "progress"):
+        monkeypatch.setattr(f"safelight.train.finetune.{name}", nothing)
+    monkeypatch.setattr("safelight.train.finetune.accelerator", lambda: machine)
+    monkeypatch.setattr("safelight.train.finetune.train_text_to_image", trained)
+    finetune(pictures, out, Plan(steps=2, batch=1, learning_rate=1e-4), size=64)
+    assert [path.name[:8] for path in out.iterdir()] == ["latents-"]
+
+
+@pytest.mark.soak
+def test_two_processes_train_together(tmp_path: Path, pictures: Path) -> None:
+    """The first one writes everything, except for the second one's share of the trajectories."""
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    told = {
+        "ACCELERATE_USE_CPU": "true",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+    }
+    script = Path(__file__).with_name("training_together.py")
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(tmp_path)],
+            env={**os.environ, **told, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+        )
+        for rank in "01"
+    ]
+    first, second = (set(json.loads(one.communicate(timeout=300)[0])) for one in running)
+    assert {"fine/before.png", "fine/sheet.png", "fast/teacher.png", "fast/sheet.png"} <= first
+    [share] = second
+    assert re.fullmatch(r"fast/ways/\w+-0-00000001\.part", share)
+    for made in ("fine/model", "fast/model"):
+        assert safelight.load(str(tmp_path / made)).words
 
 
 def test_from_nothing_to_a_model_that_draws(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,9 +12,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from safelight.nets.tiny import AutoencoderTiny
 from safelight.nets.vae import AutoencoderKL, VAEConfig
-from safelight.train.devices import autocast
-from safelight.train.loop import Draw, Show, fit
+from safelight.train.devices import accelerator, autocast, memory_told
+from safelight.train.loop import Draw, Show, fit, progress
 from safelight.train.plan import Plan
 
 KL_WEIGHT = 1e-6
@@ -21,6 +23,9 @@ EDGE_WEIGHT = 1.0
 
 AT_ONCE = 1 << 21
 """Pixels that are encoded in one call."""
+
+TOLD_EVERY = 15.0
+"""Seconds between two lines about the encoding."""
 
 
 class Pictures(Protocol):
@@ -96,22 +101,32 @@ def to_pixels(pictures: NDArray[np.uint8] | Tensor) -> Tensor:
     return torch.as_tensor(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-@torch.inference_mode()
-def encode(vae: AutoencoderKL, pictures: NDArray[np.uint8] | Tensor) -> Tensor:
-    """Return the scaled latents, float16 [n, 4, h, w] on the CPU, of uint8 [n, size, size, 3]."""
-    pictures = torch.as_tensor(pictures)
-    vae.to(pictures.device)
-    parts = []
+@memory_told()
+@torch.no_grad()
+def encode(vae: AutoencoderKL | AutoencoderTiny, pictures: NDArray[np.uint8] | Tensor) -> Tensor:
+    """Return the latents as the denoiser sees them, float16 [n, 4, h, w] on the CPU.
+
+    pictures: uint8 [n, size, size, 3]. They are encoded part by part, on the GPU if there is one.
+    """
+    pictures, device = torch.as_tensor(pictures), accelerator().device
+    vae.to(device)
+    parts, done, told = [], 0, time.monotonic()
     for part in pictures.split(max(1, AT_ONCE // pictures[0, ..., 0].numel())):
-        with autocast(part.device):
-            mean = vae.encode(to_pixels(part))[0]
-        parts.append((mean.float() * vae.config.scaling_factor).half())
-    return torch.cat(parts).cpu()
+        with autocast(device):
+            mean = vae.encode(to_pixels(part.to(device)))[0]
+        parts.append(vae.config.scale(mean.float()).half().cpu())
+        done += len(part)
+        if time.monotonic() - told > TOLD_EVERY:
+            told = time.monotonic()
+            progress(f"encoded {done}/{len(pictures)} pictures")
+    vae.cpu()
+    return torch.cat(parts)
 
 
 @torch.inference_mode()
 def latent_spread(vae: AutoencoderKL, scenes: Pictures, draw: Draw, count: int = 1024) -> float:
     """Return the standard deviation of the latents of `count` scenes: 1 / scaling_factor."""
-    pictures = to_pixels(scenes.batch(count, draw.data)[0])
-    vae.to(pictures.device)
-    return float(torch.cat([vae.encode(part)[0] for part in pictures.split(64)]).std())
+    pictures, device = torch.as_tensor(scenes.batch(count, draw.data)[0]), accelerator().device
+    vae.to(device)
+    parts = [vae.encode(to_pixels(part.to(device)))[0] for part in pictures.split(64)]
+    return float(torch.cat(parts).std())

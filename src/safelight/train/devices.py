@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, TypeVar
@@ -9,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from safelight.engine.capacity import out_of_memory
 from safelight.errors import SafelightError
 
 
@@ -18,8 +22,25 @@ def accelerator() -> Any:
     if any(find_spec(name) is None for name in ("accelerate", "tensorboard")):
         raise SafelightError("training needs more: pip install 'safelight[train]'")
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
-    return Accelerator()
+    # The other processes wait while the first one encodes pictures and draws sheets.
+    waits = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+    return Accelerator(kwargs_handlers=[waits])
+
+
+@contextmanager
+def memory_told() -> Iterator[None]:
+    """Turn an error of too little memory into a SafelightError of one line."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise SafelightError(
+            f"{accelerator().device} has too little memory for this training: a smaller --batch "
+            "or smaller pictures (--size) take less"
+        ) from None
 
 
 def autocast(device: torch.device | str = "cpu") -> torch.autocast:

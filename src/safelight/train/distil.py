@@ -30,8 +30,8 @@ from safelight.request import Request
 from safelight.sampling import SCHEDULES, Level, SchedulerConfig, Table, table
 from safelight.train.denoiser import wanted
 from safelight.train.devices import accelerator, autocast
-from safelight.train.export import export_text_to_image, writing
-from safelight.train.finetune import bring_along, own_memory
+from safelight.train.export import export_text_to_image, replacing, writing
+from safelight.train.finetune import bring_along, own_memory, tell
 from safelight.train.folder import digest
 from safelight.train.loop import Draw, check_plan, fit, progress, save_whole
 from safelight.train.plan import Plan
@@ -92,6 +92,7 @@ def distil(
     in its many steps, and by the student.
     """
     captions = read_prompts(prompts)
+    machine = accelerator()  # it chooses the GPU of each process, on which the teacher is loaded
     teacher = load_model(model)
     if not teacher.uses_prompt:
         raise SafelightError(f"{teacher.name} draws from noise alone: there is no guidance to save")
@@ -105,27 +106,25 @@ def distil(
     told = f"{drawing_steps} steps, guidance {guidance_scale}"
     plan = replace(plan, recipe=digest(np.zeros(0, np.uint8), [teacher.sha256, told, *captions]))
     check_plan(out, plan, native=native)
+    base = load_model(model, device="cpu", dtype="float32", plain=True)
+    assert isinstance(base.unet, UNet2DConditionModel)
+    tell(base, base.unet)
     taken = trajectories(teacher, captions, drawing_steps, guidance_scale, out / "ways", plan)
     shown = captions[:SHEET_PROMPTS]
     made = out / "model"
-    with writing(made):
-        # Without a checkpoint, a sheet may be of another teacher.
-        if not ((out / "teacher.png").exists() and (out / "checkpoint.pt").exists()):
+    # Without a checkpoint, a sheet may be of another teacher.
+    begun = (out / "teacher.png").exists() and (out / "checkpoint.pt").exists()
+    if machine.is_main_process and not begun:
+        with writing(made):
             draw_sheet(model, out / "teacher.png", shown, guidance_scale=guidance_scale)
 
-    base = load_model(model, device="cpu", dtype="float32", plain=True)
-    assert isinstance(base.unet, UNet2DConditionModel)
-    vae, text = base.vae, base.text_encoder
+    vae, text, tokenizer = base.vae, base.text_encoder, base.tokenizer
     assert vae is not None
     assert text is not None
-    assert base.tokenizer is not None
+    assert tokenizer is not None
     student = own_memory(base.unet).train()
-    device = accelerator().device
-    taken, words = taken.to(device), copy.deepcopy(text).to(device)
-    ids = token_ids(base.tokenizer, captions).to(device)
-    with writing(made):
-        base.tokenizer.save(made / "tokenizer")
-        bring_along(base, made)
+    taken, words = taken.to(machine.device), copy.deepcopy(text).to(machine.device)
+    ids = token_ids(tokenizer, captions).to(machine.device)
     draw_with = {"sampler": "ddim", "steps": drawing_steps, "guidance_scale": 1.0}
     scheduler = {
         **base.scheduler.to_dict(),
@@ -152,7 +151,10 @@ def distil(
 
     def show(trained: Any, step: int) -> Image.Image:
         with writing(made):
-            export_text_to_image(made, vae, text, trained, scheduler, notes)
+            with replacing(made) as new:
+                tokenizer.save(new / "tokenizer")
+                bring_along(base, new)
+                export_text_to_image(new, vae, text, trained, scheduler, notes)
             return draw_sheet(made, out / f"step-{step:06}.png", shown, **draw_with)
 
     fit(
@@ -165,9 +167,10 @@ def distil(
         on_device=True,
         on_checkpoint=show,
     )
-    after = show(student.cpu(), plan.steps)
-    with writing(made):
-        under(out / "teacher.png", after).save(out / "sheet.png")
+    if machine.is_main_process:
+        after = show(student.cpu(), plan.steps)
+        with writing(made):
+            under(out / "teacher.png", after).save(out / "sheet.png")
     return made
 
 
@@ -190,7 +193,8 @@ def trajectories(
 ) -> Trajectories:
     """Return the teacher's trajectories, one for each caption, each with a seed of its own.
 
-    The states are kept in `folder`, BATCH captions a file; another call reads them from there.
+    The states are kept in `folder`, BATCH captions a file; another call reads them from there. Of
+    several processes each draws its share of the files, and then reads all.
     """
     # Euler's step is DDIM's, and lands on the level of the next row for any number of steps.
     config = teacher.scheduler.override(
@@ -201,18 +205,20 @@ def trajectories(
     walk = table("euler", config, steps * SUBSTEPS)
     walk = replace(walk, noise_scale=walk.rows[0].level.norm)
     folder.mkdir(exist_ok=True)
-    parts = []
+    machine, paths = accelerator(), list[Path]()
     for first in range(0, len(captions), BATCH):
         path = folder / f"{plan.recipe[:12]}-{plan.seed}-{first:08}.pt"
-        if not path.exists():
+        mine = len(paths) % machine.num_processes == machine.process_index
+        paths.append(path)
+        if mine and not path.exists():
             part = captions[first : first + BATCH]
             states = _draw(teacher, walk, part, guidance, plan.seed + first)
             save_whole(path, states, "what the teacher drew", "the parts before it are kept")
             progress(f"the teacher drew {first + len(part)}/{len(captions)}")
-        parts.append(torch.load(path, weights_only=True))
+    machine.wait_for_everyone()
     starts = walk.rows[::SUBSTEPS]
     return Trajectories(
-        torch.cat(parts),
+        torch.cat([torch.load(path, weights_only=True) for path in paths]),
         [row.level for row in starts],
         torch.tensor([row.timestep for row in starts], dtype=torch.float32),
     )

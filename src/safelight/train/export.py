@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -41,9 +42,26 @@ def writing(folder: Path) -> Iterator[None]:
         ) from None
 
 
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `folder`, which takes its place once all is written."""
+    new, old = (folder.with_name(f"{folder.name}.{end}") for end in ("part", "old"))
+    shutil.rmtree(new, ignore_errors=True)  # left by a run that was killed
+    new.mkdir(parents=True)
+    try:
+        yield new
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.replace(old)
+        new.replace(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
 def export_text_to_image(
     folder: Path,
-    vae: AutoencoderKL,
+    vae: AutoencoderKL | AutoencoderTiny,
     text: CLIPTextModel,
     unet: UNet2DConditionModel,
     scheduler: Mapping[str, Any],
@@ -53,20 +71,23 @@ def export_text_to_image(
 
     notes become safelight.json: the words it was trained on, and what made it.
     """
-    depth = len(vae.config.block_out_channels)
-    _network(
-        folder / "vae",
-        vae,
-        DIFFUSION,
-        {
-            "_class_name": "AutoencoderKL",
-            **asdict(vae.config),
-            "down_block_types": ["DownEncoderBlock2D"] * depth,
-            "up_block_types": ["UpDecoderBlock2D"] * depth,
-            "sample_size": (unet.config.sample_size or 0) * vae.config.factor,
-            "act_fn": "silu",
-        },
-    )
+    if isinstance(vae, AutoencoderTiny):
+        _tiny(folder / "vae", vae)
+    else:
+        depth = len(vae.config.block_out_channels)
+        _network(
+            folder / "vae",
+            vae,
+            DIFFUSION,
+            {
+                "_class_name": "AutoencoderKL",
+                **asdict(vae.config),
+                "down_block_types": ["DownEncoderBlock2D"] * depth,
+                "up_block_types": ["UpDecoderBlock2D"] * depth,
+                "sample_size": (unet.config.sample_size or 0) * vae.config.factor,
+                "act_fn": "silu",
+            },
+        )
     _network(
         folder / "unet",
         unet,
@@ -76,7 +97,7 @@ def export_text_to_image(
             **asdict(unet.config),
         },
     )
-    vocabulary = json.loads((folder / "tokenizer" / "vocab.json").read_text())
+    vocabulary = json.loads((folder / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
     _network(
         folder / "text_encoder",
         text,
@@ -107,7 +128,7 @@ def export_text_to_image(
             "text_encoder": ["transformers", "CLIPTextModel"],
             "tokenizer": ["transformers", "CLIPTokenizer"],
             "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
+            "vae": ["diffusers", type(vae).__name__],
         },
     )
     _json(folder / "safelight.json", dict(notes))
@@ -115,8 +136,7 @@ def export_text_to_image(
 
 def export_previews(folder: Path, vae: AutoencoderTiny) -> None:
     """Add a tiny autoencoder, which decodes previews, to the folder of a model."""
-    raw = {"_class_name": "AutoencoderTiny", **asdict(vae.config)}
-    _network(folder / PREVIEWS, vae, DIFFUSION, raw)
+    _tiny(folder / PREVIEWS, vae)
 
 
 def export_unconditional(
@@ -145,6 +165,10 @@ def export_unconditional(
     _json(folder / "safelight.json", dict(notes))
 
 
+def _tiny(folder: Path, vae: AutoencoderTiny) -> None:
+    _network(folder, vae, DIFFUSION, {"_class_name": "AutoencoderTiny", **asdict(vae.config)})
+
+
 def _network(folder: Path, net: nn.Module, stem: str, config: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # float16 halves what ships; the networks are run in float32 all the same.
@@ -157,4 +181,5 @@ def _network(folder: Path, net: nn.Module, stem: str, config: Mapping[str, Any])
 
 def _json(path: Path, value: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", newline="\n")

@@ -9,19 +9,21 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from safelight.defaults import is_distilled
 from safelight.errors import SafelightError
 from safelight.model import Model
 from safelight.nets.clip import CLIPTextModel
+from safelight.nets.tiny import AutoencoderTiny
 from safelight.nets.unet import UNet2DConditionModel
+from safelight.nets.vae import AutoencoderKL
 from safelight.train.autoencoder import encode
 from safelight.train.denoiser import TextToImage, train_text_to_image
-from safelight.train.devices import Net
-from safelight.train.export import export_text_to_image, writing
-from safelight.train.folder import captioned, check_apart, digest, read
-from safelight.train.loop import check_plan
+from safelight.train.devices import Net, accelerator
+from safelight.train.export import export_text_to_image, replacing, writing
+from safelight.train.folder import Pixels, captioned, check_apart, digest, read
+from safelight.train.loop import check_plan, progress, save_whole
 from safelight.train.plan import Plan
 from safelight.train.sheet import draw_sheet, under
 from safelight.train.tokens import token_ids
@@ -67,14 +69,15 @@ def finetune(
     plan = replace(plan, recipe=digest(squares, [base.sha256, *told, *captions]))
     check_plan(out, plan, native=native)
     made = out / "model"
+    tell(base, base.unet, base.text_encoder)
     prompts = list(dict.fromkeys(captions))[:SHEET_PROMPTS]
-    with writing(made):
-        # Without a checkpoint, a sheet may be of another model that was to be trained here.
-        if not ((out / "before.png").exists() and (out / "checkpoint.pt").exists()):
+    chief = accelerator().is_main_process
+    # Without a checkpoint, a sheet may be of another model that was to be trained here.
+    if chief and not ((out / "before.png").exists() and (out / "checkpoint.pt").exists()):
+        with writing(made):
             draw_sheet(model, out / "before.png", prompts)
-        tokenizer.save(made / "tokenizer")
 
-    latents = encode(vae, squares)
+    latents = _latents(vae, squares, out / f"latents-{plan.recipe[:12]}.pt")
     ids = token_ids(tokenizer, captions)
     empty = torch.tensor(tokenizer.encode("").ids, dtype=torch.int32)
     net = _trainable(base)
@@ -83,7 +86,10 @@ def finetune(
     def show(trained: Any, step: int) -> Image.Image:
         parts = vae, trained.text_encoder, trained.unet
         with writing(made):
-            export_text_to_image(made, *parts, base.scheduler.to_dict(), notes)
+            with replacing(made) as new:
+                tokenizer.save(new / "tokenizer")
+                bring_along(base, new)
+                export_text_to_image(new, *parts, base.scheduler.to_dict(), notes)
             return draw_sheet(made, out / f"step-{step:06}.png", prompts)
 
     train_text_to_image(
@@ -99,10 +105,10 @@ def finetune(
         min_snr=min_snr,
         on_checkpoint=show,
     )
-    after = show(net, plan.steps)
-    with writing(made):
-        under(out / "before.png", after).save(out / "sheet.png")
-        bring_along(base, made)
+    if chief:
+        after = show(net, plan.steps)
+        with writing(made):
+            under(out / "before.png", after).save(out / "sheet.png")
     return made
 
 
@@ -121,6 +127,32 @@ def _check(base: Model) -> None:
             f"{base.name} reads a mask beside the picture: such models cannot be trained further "
             "yet; take the one it was made from"
         )
+
+
+def tell(base: Model, *nets: Any) -> None:
+    """Say what loading a model warned of, and what its training takes.
+
+    Each weight is kept five times in float32: with its gradient, its average and the two moments of
+    the optimizer. A checkpoint has all but the gradient.
+    """
+    if not accelerator().is_main_process:
+        return
+    for warning in base.warnings:
+        progress(f"warning: {warning}")
+    count = sum(p.numel() for net in nets for p in net.parameters())
+    progress(
+        f"{count / 1e6:,.0f} million weights are trained, which takes {count * 20 / 1e9:.1f} GB of "
+        f"memory beside the pictures of a step; a checkpoint has {count * 16 / 1e9:.1f} GB"
+    )
+
+
+def _latents(vae: AutoencoderKL | AutoencoderTiny, squares: Pixels, path: Path) -> Tensor:
+    """Return the latents of pictures, which the first process makes and keeps in a file."""
+    machine = accelerator()
+    if machine.is_main_process and not path.exists():
+        save_whole(path, encode(vae, squares), "the latents of the pictures", "nothing is lost")
+    machine.wait_for_everyone()
+    return torch.load(path, weights_only=True)
 
 
 def _trainable(base: Model) -> TextToImage:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from safelight.errors import SafelightError
 from safelight.interrupt import ctrl_c_waits
 from safelight.picture import reason
-from safelight.train.devices import accelerator, check_compiler, compiled
+from safelight.train.devices import accelerator, check_compiler, compiled, memory_told
 from safelight.train.graphs import Steps
 from safelight.train.losses import Losses
 from safelight.train.plan import PACE, Plan
@@ -98,6 +98,7 @@ def progress(line: str) -> None:
     sys.stderr.flush()
 
 
+@memory_told()
 def fit(
     net: nn.Module,
     loss_of: Loss,
@@ -242,6 +243,7 @@ def fit(
     finally:
         if board is not None:
             board.close()
+    machine.wait_for_everyone()  # what the first process has written is read next
     _copy(average, params)
 
 
@@ -376,6 +378,10 @@ def _resume(
 
 def _difference(old: Plan, new: Plan) -> str:
     was, wanted = asdict(old), asdict(new)
+    other = [name for name in was if was[name] != wanted[name]]
     return ", ".join(
-        f"{name} was {was[name]}, now {wanted[name]}" for name in was if was[name] != wanted[name]
+        "the pictures, captions, prompts, size, base model or an option such as --min-snr changed"
+        if name == "recipe"
+        else f"{name} was {was[name]}, now {wanted[name]}"
+        for name in other
     )

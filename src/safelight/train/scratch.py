@@ -16,7 +16,7 @@ from safelight.sampling.schedule import SchedulerConfig
 from safelight.train.autoencoder import encode, latent_spread, train_autoencoder
 from safelight.train.denoiser import TextToImage, teach_words, train_text_to_image
 from safelight.train.devices import accelerator
-from safelight.train.export import export_text_to_image, writing
+from safelight.train.export import export_text_to_image, replacing, writing
 from safelight.train.folder import Pixels, captioned, check_apart, digest, read
 from safelight.train.loop import Draw, check_plan
 from safelight.train.networks import LARGE, SCHEDULER, SMALL, TEXT_PLAN, VAE_PLAN, Networks
@@ -85,13 +85,9 @@ def text_to_image(
     for stage, its in ((out / "autoencoder", first), (out / "words", second), (out, plan)):
         check_plan(stage, its, native=native)
     made = out / "model"
-    with writing(made):
-        tokenizer = train_vocabulary(
-            captions,
-            text_config.vocab_size,
-            made / "tokenizer",
-            text_config.max_position_embeddings,
-        )
+    tokenizer = train_vocabulary(
+        captions, text_config.vocab_size, None, text_config.max_position_embeddings
+    )
     vae = train_autoencoder(vae_config, album, first, out / "autoencoder", native=native)
     spread = latent_spread(vae, album, Draw.of(plan.seed, 0))
     vae.config = replace(vae.config, scaling_factor=round(1 / spread, 5))
@@ -108,7 +104,9 @@ def text_to_image(
     def show(trained: Any, step: int) -> Image.Image:
         parts = vae, trained.text_encoder, trained.unet
         with writing(made):
-            export_text_to_image(made, *parts, SCHEDULER, notes)
+            with replacing(made) as new:
+                tokenizer.save(new / "tokenizer")
+                export_text_to_image(new, *parts, SCHEDULER, notes)
             return draw_sheet(made, out / f"step-{step:06}.png", prompts)
 
     train_text_to_image(

@@ -17,11 +17,11 @@ WORD_END = "</w>"
 
 
 def train_vocabulary(
-    captions: Iterable[str], size: int, folder: Path, length: int
+    captions: Iterable[str], size: int, folder: Path | None, length: int
 ) -> CLIPTokenizer:
     """Return a tokenizer made for the captions: at most `size` tokens, prompts of `length`.
 
-    Writes vocab.json, merges.txt and tokenizer_config.json into the folder.
+    Writes vocab.json, merges.txt and tokenizer_config.json into the folder, if one is given.
 
     Every byte has a token, alone and as the end of a word, so no text is ever out of the
     vocabulary; the merges are learned from the captions.
@@ -61,7 +61,8 @@ def train_vocabulary(
     merges = merges[: size - len(symbols) - 2]
     tokens = symbols + ["".join(pair) for pair in merges] + [BOS, EOS]
     found = CLIPTokenizer({t: i for i, t in enumerate(tokens)}, merges, max_length=length)
-    found.save(folder)
+    if folder is not None:
+        found.save(folder)
     return found
 
 

@@ -13,7 +13,7 @@ from safelight.nets.unet2d import UNet2DConfig
 from safelight.sampling.schedule import SchedulerConfig
 from safelight.train.denoiser import train_unconditional
 from safelight.train.devices import accelerator
-from safelight.train.export import export_unconditional, writing
+from safelight.train.export import export_unconditional, replacing, writing
 from safelight.train.folder import check_apart, digest, digits, pictures, read
 from safelight.train.loop import check_plan
 from safelight.train.networks import PIXELS, PIXELS_SCHEDULER
@@ -43,7 +43,8 @@ def unconditional(source: str, out: Path, plan: Plan, *, size: int, native: bool
 
     def show(net: Any, step: int) -> Image.Image:
         with writing(made):
-            export_unconditional(made, net, PIXELS_SCHEDULER, {})
+            with replacing(made) as new:
+                export_unconditional(new, net, PIXELS_SCHEDULER, {})
             return draw_sheet(made, out / f"step-{step:06}.png")
 
     net = train_unconditional(
