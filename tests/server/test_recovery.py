@@ -257,8 +257,10 @@ def test_two_servers_on_one_postgresql(
         connection.execute("CREATE SCHEMA public")
     _, store = start(tmp_path / "one", postgres)
     shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    to_first(store)  # as if the first server were of an older version
     with pytest.raises(StorageError, match="another server draws the jobs"):
         start(tmp_path / "copy", postgres)
+    assert schema.version_of(store.engine) == schema.FIRST
     store.close()
     start(tmp_path / "copy", postgres)[1].close()
 

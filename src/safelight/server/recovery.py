@@ -17,8 +17,8 @@ def recover(files: Files, store: Store) -> None:
     mostly it was no job's fault: see `claims.ENDS`. Workers of a fleet go on meanwhile.
     """
     files.prepare()
+    store.hold()  # first, so that a refused server leaves the tables as the other one needs them
     store.migrate()
-    store.hold()
     known, _ = store.known_files()
     present = files.pictures() - set(store.leftovers())
     mark = _mark(files, store, bool(known), bool(known & present))
