@@ -62,17 +62,17 @@ class EmbeddingFinder:
         for name in request.embeddings:
             one = self.located(name)
             found.setdefault(one.path, one)
+        there = {one.name for one in found.values()}
         if request.prompt_syntax == "comfy":
-            there = {one.name for one in found.values()}
             for path, name in self._marked(request, there, known):
                 found.setdefault(path, look_at(path, name))
         elif request.prompt_syntax == "a1111":
-            there = {one.name for one in found.values()}
             said: list[str] = []
             for name, paths in self._in_words(request, tokenizer).items():
-                if name not in there and name not in known:
-                    one = _first_fitting(name, paths, widths, said)
-                    found |= {} if one is None else {one.path: one}
+                if name in there or name in known:
+                    continue
+                if (one := _first_fitting(name, paths, widths, said)) is not None:
+                    found[one.path] = one
             if warnings is not None:
                 warnings += said
         return tuple(found.values())
