@@ -7,8 +7,9 @@ import torch
 from PIL import ImageChops
 
 import safelight
-from safelight.engine import Engine
+from safelight.engine import Engine, core
 from safelight.errors import SafelightError
+from safelight.families import encoding
 from safelight.recipe import recipe_text
 from tests.weights_tiny import text_folder
 
@@ -91,6 +92,27 @@ def test_prompts_of_any_length(model):
     assert said.startswith("prompt was cut")
     with pytest.raises(SafelightError, match="at most 32"):
         picture(model, "apple " * 600)
+
+
+def test_the_states_of_a_schedule_are_bounded(model, monkeypatch):
+    """In all of its stages together, and in the cache."""
+    turns = f"[{'|'.join('abcdefghij')}]"
+    one, all_of_it = (
+        core._bytes(job_of(model, prompt, steps=20).conditioning) for prompt in ("a", turns)
+    )
+    assert all_of_it == 10 * one
+    monkeypatch.setattr(encoding, "MAX_HELD", 2 * 16 * 9)
+    with pytest.raises(SafelightError, match="take fewer schedules"):
+        job_of(model, turns, steps=20)
+    engine = Engine(model)
+    monkeypatch.setattr(core, "MAX_CACHED", 2 * one)
+    for prompt in ("apple", "ale", "a", "apple ale " * 20):
+        engine.add(safelight.Request(prompt=prompt, prompt_syntax="a1111"))
+    kept = [core._bytes(conditioning) for conditioning in engine._prompts.values()]
+    assert len(kept) == 1  # larger than the bound alone
+    engine.add(safelight.Request(prompt="a", prompt_syntax="a1111"))
+    engine.add(safelight.Request(prompt="ale", prompt_syntax="a1111"))
+    assert len(engine._prompts) == 2
 
 
 def test_batches_hold_prompts_of_different_lengths(model):

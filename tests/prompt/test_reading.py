@@ -209,6 +209,14 @@ def test_a_blend_that_is_divided_by_0_is_refused():
     read('("a").blend(0)', "compel", steps=10)  # alone it is not divided
 
 
+def test_a_list_of_too_many_texts_is_refused():
+    for operator in ("and", "blend"):
+        listed = ",".join("a" * 512)
+        read(f"({listed}).{operator}()", "compel", steps=10)
+        with pytest.raises(SafelightError, match="list of 513 texts; at most 512"):
+            read(f"({listed},a).{operator}()", "compel", steps=10)
+
+
 SIGNS = [
     *"()[]:|{}<>,.\\+-\"'= \n",
     *("BREAK", " AND ", "1.2", ":0.5", "a cat", "__", "$$", "::", "].blend(", ".and("),

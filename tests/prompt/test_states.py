@@ -4,6 +4,7 @@ import pyparsing
 import pytest
 import torch
 
+from safelight.errors import SafelightError
 from safelight.prompt.dialects import read
 from safelight.prompt.states import States, last_repeated, same_length
 from tests.prompt import reference
@@ -140,6 +141,12 @@ def test_repeating_a_whole_context_changes_no_attention():
     torch.testing.assert_close(once, twice)
     lengths = [s.shape[1] for s in same_length([torch.ones(1, n, 2) for n in (77, 154, 231)])]
     assert lengths == [462, 462, 462]
+
+
+def test_a_repeated_context_is_bounded():
+    assert same_length([torch.ones(1, n * 77, 1) for n in (7, 8)])[0].shape[1] == 56 * 77
+    with pytest.raises(SafelightError, match="2,387 and 2,464 tokens"):
+        same_length([torch.ones(1, n * 77, 1) for n in (31, 32)])
 
 
 def test_the_parts_of_and_repeat_their_last_token():

@@ -46,6 +46,9 @@ LISTEN = 0.2
 MAX_PROMPTS = 64
 """The most prompts whose conditioning is cached."""
 
+MAX_CACHED = 1 << 28
+"""The most bytes of conditioning that are cached, unless one prompt takes more."""
+
 
 def too_large() -> SafelightError:
     """Return the error for a picture that does not fit in memory."""
@@ -366,10 +369,18 @@ class Engine:
             if not made.is_finite:
                 return made  # not cached: the next try may be finite
             self._prompts[key] = made
-            while len(self._prompts) > MAX_PROMPTS:
+            while len(self._prompts) > MAX_PROMPTS or (
+                len(self._prompts) > 1 and sum(map(_bytes, self._prompts.values())) > MAX_CACHED
+            ):
                 self._prompts.popitem(last=False)
         self._prompts.move_to_end(key)
         return self._prompts[key]
+
+
+def _bytes(conditioning: Conditioning) -> int:
+    """Return the bytes of a conditioning's text states; its stages may share them."""
+    stages = (conditioning, *(later for _, later in conditioning.later))
+    return sum({id(t): t.nbytes for one in stages if (t := one.tokens) is not None}.values())
 
 
 def _latents(model: Model, request: Request) -> tuple[int, ...]:

@@ -18,7 +18,8 @@ MAX_CHUNKS = 32
 """Chunks of one text: 2,400 tokens with CLIP. Each costs time and memory at every step."""
 
 MAX_ENCODED = 512
-"""Chunks that one prompt may ask a text encoder for, over all of its stages."""
+"""Chunks that one prompt may ask a text encoder for, over all of its stages, and that the different
+texts of its stages may have. Their states are in memory at once."""
 
 COMMA_REACH = 20
 """If a full chunk's last comma is at most this many tokens before its end, A1111 moves what follows
@@ -79,23 +80,23 @@ def chunks_by_text(
 ) -> dict[tuple[Section, ...], list[Chunk]]:
     """Return the chunks of each different text of a prompt.
 
-    Raises SafelightError as `chunks_of` does, and for more than MAX_ENCODED different chunks.
+    Raises SafelightError as `chunks_of` does, and for more than MAX_ENCODED chunks.
     """
     found: dict[tuple[Section, ...], list[Chunk]] = {}
-    different: set[tuple[int, ...]] = set()
+    total = 0
     for text in reading.texts:
         if text not in found:
             found[text] = chunks_of(tokenizer, text, syntax)
-            different.update(chunk.ids for chunk in found[text])
-            if len(different) > MAX_ENCODED:
+            total += len(found[text])
+            if total > MAX_ENCODED:
                 raise too_many_chunks()
     return found
 
 
 def too_many_chunks() -> SafelightError:
-    """Return the error for a prompt of more than MAX_ENCODED different chunks."""
+    """Return the error for a prompt of more than MAX_ENCODED chunks."""
     return SafelightError(
-        f"prompt has more than {MAX_ENCODED} different chunks over its steps: "
+        f"prompt has more than {MAX_ENCODED} chunks over its steps: "
         "take fewer schedules, or a shorter text",
         field="prompt",
     )

@@ -8,6 +8,9 @@ from safelight.prompt.reading import Emphasis, Part, Piece, Reading, Stage, Synt
 LARGEST = 1e6
 """The largest weight. States that are multiplied by a few of these stay finite in float32."""
 
+MAX_LISTED = 512
+"""Texts in one of compel's lists. All of their states are in memory at once."""
+
 
 def read(
     text: str,
@@ -22,7 +25,8 @@ def read(
     steps: how many are taken; A1111's schedules are shares of them. emphasis: A1111's mode; with
     "none" brackets are text. negative: whether it is a negative prompt, which is not split at AND.
 
-    Raises SafelightError for a weight beyond LARGEST, and for a blend whose weights sum to 0.
+    Raises SafelightError for a weight beyond LARGEST, for a blend whose weights sum to 0, and for a
+    list of more than MAX_LISTED texts.
     """
     networks: tuple[tuple[str, ...], ...] = ()
     if syntax in ("comfy", "compel"):
@@ -46,6 +50,11 @@ def _check(reading: Reading) -> None:
     for part in reading.parts:
         weights = [part.weight]
         for stage in part.stages:
+            listed = sum(len(blend.texts) for blend in stage.blends)
+            if listed > MAX_LISTED:
+                raise SafelightError(
+                    f"prompt is a list of {listed:,} texts; at most {MAX_LISTED} can be used"
+                )
             weights += [piece.weight for piece in stage.pieces]
             for blend in stage.blends:
                 weights += [blend.weight, *blend.weights]

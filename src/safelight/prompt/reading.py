@@ -1,8 +1,8 @@
 """What a prompt says, in any dialect: weighted texts, changing by step, composed of parts.
 
 A dialect is read into a `Reading` (`safelight.prompt.dialects`) without PyTorch and without a
-tokenizer. The time is linear in the length of the prompt. The only error is a weight that cannot be
-used.
+tokenizer. The time is linear in the length of the prompt. The only errors are weights and lists
+that cannot be used.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from safelight.errors import SafelightError
 from safelight.prompt.chunks import MAX_ENCODED, Chunk, chunks_of, too_many_chunks
 from safelight.prompt.reading import Blend, Emphasis, Part, Section, Stage, Syntax
 from safelight.prompt.tokenizer import Tokenizer
@@ -23,6 +24,10 @@ from safelight.prompt.tokenizer import Tokenizer
 Encode = Callable[[Tensor, Tensor | None], Tensor]
 """A text encoder: takes ids [1, length], and which of them attention may read, bool [1, length],
 None for all. Returns states [1, length, width]."""
+
+MAX_LENGTH = 5000
+"""The most tokens that the network reads at a step, among them marks and repetitions: 64 chunks of
+CLIP. Each costs time and memory in every attention to the text."""
 
 _SMALLEST = 1e-5
 
@@ -83,6 +88,8 @@ class States:
         times = Counter(texts)
         rows = {text: chunks_of(self.tokenizer, text, "a1111") for text in times}
         longest = max(map(len, rows.values()))
+        if longest * len(rows) > MAX_ENCODED:
+            raise too_many_chunks()
         empty = self._empty_chunk()
         found: dict[tuple[Section, ...], list[Tensor]] = {text: [] for text in times}
         for i in range(longest):
@@ -184,8 +191,17 @@ def same_length(states: Sequence[Tensor]) -> list[Tensor]:
     Each is [1, tokens, width]. Attention to repeated tokens gives the same as to one of each: the
     softmax shares the same weight among the copies. It is how ComfyUI pairs a long prompt with a
     short negative one, and equal to running them one after the other, as A1111 does.
+    Raises SafelightError if they become longer than MAX_LENGTH.
     """
-    length = math.lcm(*(s.shape[1] for s in states))
+    lengths = sorted({s.shape[1] for s in states})
+    length = math.lcm(*lengths)
+    if length > MAX_LENGTH:
+        told = " and ".join(f"{one:,}" for one in lengths)
+        raise SafelightError(
+            f"prompt and negative_prompt have {told} tokens with their marks, in one length "
+            f"{length:,}; at most {MAX_LENGTH:,} can be used: make them equally long, or shorter",
+            field="prompt",
+        )
     return [s if s.shape[1] == length else s.repeat(1, length // s.shape[1], 1) for s in states]
 
 
