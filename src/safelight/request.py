@@ -206,13 +206,13 @@ class Request(RequestFields, metaclass=_Listed):
         return max(1, min(int(self.steps * (self.strength or 1)), self.steps))
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
-        """Return the same request with these values for settings that it leaves out.
+        """Return the same request with these values for settings that are left out or None.
 
         defaults: valid settings, as `defaults.defaults_of` returns them. A request with its own
         guidance_end gets no guidance_start, which could come after it; one with its own
         guidance_start gets no guidance_end that comes before it.
         """
-        asked = set(self.model_fields_set)
+        asked = {name for name in self.model_fields_set if getattr(self, name) is not None}
         if self.guidance_end is not None:
             asked.add("guidance_start")
         if defaults.get("guidance_end", 1) < (self.guidance_start or 0):

@@ -406,6 +406,12 @@ def test_where_guidance_begins_may_lie_after_where_a_model_ends_it() -> None:
     assert Request(guidance_start=0.3).with_defaults(best).guidance_end == 0.4
 
 
+def test_none_is_the_model_s_own() -> None:
+    asked = Request(steps=None, guidance_start=None, guidance_end=0.5)
+    filled = asked.with_defaults({"steps": 4, "guidance_start": 0.2, "guidance_end": 0.9})
+    assert (filled.steps, filled.guidance_start, filled.guidance_end) == (4, None, 0.5)
+
+
 def test_none_in_a_grid_is_the_model_s_own() -> None:
     cells = requests(Request(prompt="a cat", steps=7), Axis.parse("steps=none,8"))[0]
     assert [cell.with_defaults({"steps": 4}).steps for cell in cells] == [4, 8]
