@@ -94,6 +94,23 @@ def test_prompts_of_any_length(model):
         picture(model, "apple " * 600)
 
 
+@pytest.mark.parametrize("syntax", ["plain", "a1111", "comfy", "compel"])
+def test_a_layer_computes_keys_of_a_text_once(tmp_path, monkeypatch, syntax):
+    """In bfloat16, too: the network gets one tensor for the text at all steps."""
+    text_folder(tmp_path)
+    model = safelight.load(tmp_path, device="cpu", dtype="bfloat16")
+    read, contexts = model.unet.forward, []
+
+    def forward(x, at, context, *rest):
+        contexts.append(context)
+        return read(x, at, context, *rest)
+
+    monkeypatch.setattr(model.unet, "forward", forward)
+    picture(model, "(apple:1.2)", prompt_syntax=syntax, width=64, height=64)
+    assert len(contexts) == 4
+    assert all(context is contexts[0] for context in contexts)
+
+
 def test_the_states_of_a_schedule_are_bounded(model, monkeypatch):
     """In all of its stages together, and in the cache."""
     turns = f"[{'|'.join('abcdefghij')}]"

@@ -21,6 +21,7 @@ from safelight.prompt.reading import Part, Reading, Stage
 from safelight.words import unknown_words
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from safelight.families.latent import LatentFamily
@@ -103,7 +104,7 @@ def encode(family: LatentFamily, model: Model, request: Request) -> Conditioning
         guidance=request.guidance_scale,
         weights=None if all(weight == 1 for weight in weights) else weights,
     )
-    return _scheduled(parts, states, base)
+    return _scheduled(parts, states, base, model.dtype)
 
 
 class _Encoder:
@@ -232,10 +233,12 @@ def _sizes(
     return torch.tensor(there, dtype=torch.float32, device=model.device) if there else None
 
 
-def _scheduled(parts: list[Part], states: list[list[Read]], base: Conditioning) -> Conditioning:
+def _scheduled(
+    parts: list[Part], states: list[list[Read]], base: Conditioning, dtype: torch.dtype
+) -> Conditioning:
     """Return the conditioning of parts; a negative prompt, if there is one, is the first of them.
 
-    states: of each stage of each part. base: what all steps have in common.
+    states: of each stage of each part. base: what all steps have in common. dtype: the network's.
     """
     import torch
 
@@ -251,7 +254,8 @@ def _scheduled(parts: list[Part], states: list[list[Read]], base: Conditioning) 
             rows = [read.tokens for read in now]
             negative, positives = rows[:1], last_repeated(rows[1:]) if len(rows) > 1 else []
             pooled = [read.pooled for read in now if read.pooled is not None]
-            tokens = torch.cat(same_length([*negative, *positives]))
+            # In the network's precision from here on: layers keep what they compute of one tensor.
+            tokens = torch.cat(same_length([*negative, *positives])).to(dtype)
             held += tokens.shape[0] * tokens.shape[1]
             if made and held > MAX_HELD:
                 raise SafelightError(
