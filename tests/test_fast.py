@@ -626,6 +626,12 @@ def test_gate(dtype: torch.dtype) -> None:
     assert vectors.gate(torch.ones_like(far), far).allclose(F.relu(far))
 
 
+def test_silu_of_numbers_far_below_zero_is_zero(dtype: torch.dtype) -> None:
+    x = torch.tensor([-88.0, -1e9, -2e9, -1e20] * 4).to(dtype).view(1, 16, 1, 1)
+    factors = torch.tensor([1.0, 0.0]).repeat_interleave(16).view(1, 2, 16)
+    assert vectors.normalise(x, factors, silu=True).abs().max() < 1e-17
+
+
 def test_norms_and_gates_hide_no_nan(dtype: torch.dtype) -> None:
     for wrong in (torch.nan, torch.inf, -torch.inf):
         x = torch.randn(1, 32, 4, 4).to(dtype)

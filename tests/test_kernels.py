@@ -198,7 +198,7 @@ def test_attention_of_views(library: Library) -> None:
 
 
 def test_threads_change_no_byte(library: Library) -> None:
-    """Heads are one or several, fewer or more than the threads."""
+    """Attention of one head or several, fewer or more than the threads; and a group norm's sums."""
     for heads in (1, 3, 16):
         q, k, v = (torch.randn(1, heads, n, 40) for n in (130, 600, 600))
         for name, dtype, _ in kernels_of_attention(library):
@@ -208,6 +208,12 @@ def test_threads_change_no_byte(library: Library) -> None:
                 torch.set_num_threads(threads)
                 found.append(vectors.attend_by(library, name, dtype, *given))
             assert all(one.equal(found[0]) for one in found)
+    for dtype, _ in kernels_of_norms(library):
+        norm, x, found = nn.GroupNorm(3, 48), torch.randn(2, 48, 40, 33).to(dtype), []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(vectors.moments(norm, x, norm.weight, norm.bias))
+        assert all(one.equal(found[0]) for one in found)
 
 
 def kernels_of_norms(library: Library) -> list[tuple[torch.dtype, float]]:

@@ -4,15 +4,14 @@
 // of weights, which pack_tile lays out.
 #pragma once
 
+#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "avx512.h"
-
-namespace {
-
-// Asks the operating system for the tiles' registers: true if this process may use them.
-inline bool permitted() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
+// Asks the operating system for the tiles' registers: 1 if this process may use them.
+extern "C" EXPORT inline __attribute__((used)) int safelight_init() {
+    return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+}
 
 // The compiler does not know that tile instructions read and write memory.
 inline void fence() { __asm__ volatile("" ::: "memory"); }
@@ -38,5 +37,3 @@ struct Tiles {
         else _tile_release();
     }
 };
-
-}  // namespace

@@ -2,8 +2,6 @@
 
 #include "heads.h"
 
-namespace {
-
 const bf16 ONE = 0x3f80, NOT_A_NUMBER = 0x7fc0;
 
 // f - 128·(2^(f/128) - 1), rounded, for f from 0 to 127.
@@ -93,7 +91,5 @@ struct Rounded : Head<bf16, 1, 1> {
         }
     }
 };
-
-}  // namespace
 
 KERNEL safelight_attend(const Attention<bf16>* a) { return attend<Rounded>(*a); }

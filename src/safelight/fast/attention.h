@@ -4,8 +4,6 @@
 
 #include "call.h"
 
-namespace {
-
 const int64_t KEYS = 256;        // keys of a pass: their scores stay near the first-level cache
 const int64_t PACKED = 16 << 20; // bytes of packed keys and values in memory at once
 const float LEAST = -1e30f;      // the lowest score
@@ -73,7 +71,6 @@ void attend_rows(const Kernel& h, const T* q, T* out, int64_t count) {
 // A Kernel computes one head in a thread's scratch memory. It is made from the arguments and memory of
 // packed_bytes(a) for the head's packed keys and values, and has
 //   Number, TALL, padded                type of numbers; queries in a block; keys, with padding
-//   Tiles                               what a thread sets up
 //   void pack(k, v, begin, end)         packs keys and values begin..end, of the padded ones
 //   void clear_queries(), lay(i, from)  set all queries to zero; write query i
 //   void score(p), peaks(p, most)       scores of a pass; raises most to the largest of each query
@@ -111,7 +108,7 @@ template <class Kernel> const char* attend(const Attention<typename Kernel::Numb
     };
 #pragma omp parallel
     {
-        typename Kernel::Tiles tiles;
+        Tiles tiles;
         if (many) {
             const Kernel h(a, packed + omp_get_thread_num() * each);
 #pragma omp for schedule(dynamic)
@@ -132,5 +129,3 @@ template <class Kernel> const char* attend(const Attention<typename Kernel::Numb
     }
     return nullptr;
 }
-
-}  // namespace

@@ -2,27 +2,8 @@
 // portable.h has the same interface for every other processor; keep the two alike.
 #pragma once
 
-#include <immintrin.h>
-
-namespace {
-
-typedef __m512 vec;      // 16 numbers in float32
 typedef __m256i halves;  // 16 numbers in bfloat16
 
-inline vec splat(float x) { return _mm512_set1_ps(x); }
-inline vec floats(const float* p) { return _mm512_loadu_ps(p); }
-inline void store(float* p, vec x) { _mm512_storeu_ps(p, x); }
-inline vec fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
-inline vec larger(vec a, vec b) { return _mm512_max_ps(a, b); }  // b, if either is NaN
-inline vec magnitude(vec x) { return _mm512_abs_ps(x); }
-inline vec whole(vec x) { return _mm512_roundscale_ps(x, 0); }
-inline vec scale(vec x, vec by) { return _mm512_scalef_ps(x, by); }  // x * 2^by
-inline vec inverse(vec x) { return _mm512_rcp14_ps(x); }             // to 6e-5
-inline vec complement(vec x, vec y) {  // 1 - y where x is positive, else y
-    __mmask16 up = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ);
-    return _mm512_mask_sub_ps(y, up, splat(1.f), y);
-}
-inline float sum(vec x) { return _mm512_reduce_add_ps(x); }
 inline float top(vec x) { return _mm512_reduce_max_ps(x); }
 
 inline halves narrow(vec x) { return (halves)_mm512_cvtneps_pbh(x); }
@@ -46,16 +27,6 @@ inline vec whole_sums(const float* p, const int32_t* less) {
     return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(p), _mm512_loadu_si512(less)));
 }
 
-// The first `count` numbers; at most 16.
-inline __mmask16 first(int64_t count) { return count >= 16 ? 0xffff : (1u << count) - 1; }
-inline vec load_first(const float* p, int64_t count) {  // the others are 0
-    return count <= 0 ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(first(count), p);
-}
-inline void store_first(float* p, vec x, int64_t count) { _mm512_mask_storeu_ps(p, first(count), x); }
-inline void store_first(bf16* p, halves x, int64_t count) {
-    _mm256_mask_storeu_epi16(p, first(count), x);
-}
-
 // 2^(x/128 - 127) of 32 numbers x as bfloat16, by integers: attention.cpp explains it. The order of
 // the results is that of key_at. With `add`, they are added to `total`.
 struct Table {  // of 128 bytes
@@ -71,5 +42,3 @@ template <bool add> inline vec powers(vec x, vec y, const Table& apart, bf16* ou
     if (!add) return total;
     return _mm512_dpbf16_ps(total, (__m512bh)both, (__m512bh)_mm512_set1_epi16(0x3f80));
 }
-
-}  // namespace

@@ -30,7 +30,15 @@ typedef uint16_t bf16;
 
 const float LOG2E = 1.44269504f;
 
-namespace {
+#if defined(__AMX_BF16__) || defined(__AMXBF16__)  // as GCC says, and as Clang does
+#define AMX
+#include "amx.h"
+#else
+inline void fence() {}
+struct Tiles {
+    Tiles() {}
+};
+#endif
 
 // Whether these can be sizes of something in memory.
 inline bool sizes(std::initializer_list<int64_t> all) {
@@ -80,8 +88,6 @@ template <class V> inline V power_of_fraction(V x) {
     return polynomial(x, {1.54035304e-4f, 1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f,
                           2.40226507e-1f, 6.93147182e-1f, 1.f});
 }
-
-}  // namespace
 
 // kernels.py compares this with its own number. Raise both when a struct changes, or the layout of
 // what it points to.

@@ -5,8 +5,6 @@
 
 #include "kernel.h"
 
-namespace {
-
 // A side × side convolution of a map as safelight_lay writes it: rows have `border` positions
 // between them, planes are `plane` numbers apart, and `x` is readable for 16 + side·(width + border)
 // positions beyond the last. With `spread` 2 the output is twice as large: of the four pixels that
@@ -63,7 +61,7 @@ inline void multiply(const Convolution& p, const bf16* top, const bf16* low, int
 }
 
 // Four tiles of sums [2][2][16][16] become 32 rows of the output.
-void finish(const Convolution& p, const float* sums, int64_t m, int64_t m_end, int64_t n) {
+static void finish(const Convolution& p, const float* sums, int64_t m, int64_t m_end, int64_t n) {
     for (int half = 0; half < 2; half++, m += 16, sums += 512) {
         if (m >= m_end) return;
         // All 16 rows belong to one image.
@@ -89,14 +87,14 @@ void finish(const Convolution& p, const float* sums, int64_t m, int64_t m_end, i
 // Numbers of a map, and tiles of weights, that stay in the second-level cache.
 const int64_t INPUT = 1 << 18, PANEL = 96;
 
-int64_t planes_at_once(const Convolution& p) {
+static int64_t planes_at_once(const Convolution& p) {
     int64_t most = PANEL / p.taps;
     return most < 1 ? 1 : most < p.planes ? most : p.planes;
 }
 
 // Computes rows m0..m1 by columns n0..n1. For each panel of 32 columns, the weights for a few planes
 // stay in the cache for all rows; the rows' sums are kept for the next planes.
-void region(const Convolution& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
+static void region(const Convolution& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
     int64_t tall = (m1 - m0 + 31) / 32;
     int64_t* at = (int64_t*)scratch((2 * tall + 8) * 8 + (tall + 1) * 4096);
     float* held = (float*)(at + (2 * tall + 7) / 8 * 8);
@@ -133,7 +131,7 @@ void region(const Convolution& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1
     if (ready) finish(p, ready, ready_m, m1, ready_n);
 }
 
-void run(const Convolution& p) {
+static void run(const Convolution& p) {
     int64_t threads = omp_get_max_threads(), panels = p.columns / 32;
     int64_t tall = INPUT / (planes_at_once(p) * 32) / 32 * 32;
     int64_t chunks = (p.count + tall - 1) / tall;
@@ -148,11 +146,6 @@ void run(const Convolution& p) {
         region(p, m0, m1, n0 * 32, n1 * 32);
     });
 }
-
-}  // namespace
-
-// 1 if this process may use the kernels.
-extern "C" EXPORT int safelight_init() { return permitted(); }
 
 KERNEL safelight_conv(const Conv* a) {
     REQUIRE(sizes({a->plane, a->bias_step, a->images, a->height, a->width, a->border}));

@@ -1,12 +1,9 @@
 // Attention, norms, gates and Winograd convolutions in float32 by vectors. The attention is for
 // processors without AMX.
 
-#include "lanes.h"
 #include "attention.h"
 #include "norms.h"
 #include "winograd.h"
-
-namespace {
 
 // Rows of sums that fit into the registers at once.
 const int ROWS = LANES == 16 ? 8 : 6;
@@ -15,9 +12,6 @@ const int WIDE = 2 * LANES;  // columns of a panel
 struct Floats {
     typedef float Number;
     static const int TALL = 4 * ROWS;  // keys and values are read once for all of them
-    struct Tiles {
-        Tiles() {}
-    };
     const Attention<float>& a;
     const int64_t padded, across;  // keys, and numbers of a value, in whole panels and registers
     float *keys, *values, *query, *scores, *sums;
@@ -109,8 +103,6 @@ struct Floats {
         for (int64_t c = 0; c < a.size; c++) out[c] = sums[i * across + c] / total;
     }
 };
-
-}  // namespace
 
 KERNEL safelight_attend_floats(const Attention<float>* a) { return attend<Floats>(*a); }
 KERNEL safelight_moments_floats(const Moments<float>* p) { return moments(*p); }

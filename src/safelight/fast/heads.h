@@ -4,14 +4,11 @@
 #include "attention.h"
 #include "kernel.h"
 
-namespace {
-
 const int64_t STEP = KEYS + 32;  // numbers between two rows of weights
 
 // A query takes PARTS times its size in bfloat16. Values and weights have COPIES, one after the other.
 template <class T, int PARTS, int COPIES> struct Head {
     typedef T Number;
-    typedef ::Tiles Tiles;
     static const int TALL = 32;
     const Attention<T>& a;
     const int64_t depth, inner, outer, padded;  // numbers and tiles of a query, tiles of a value, keys
@@ -80,5 +77,3 @@ template <class T, int PARTS, int COPIES> struct Head {
 
     void sum_up(float*) const {}
 };
-
-}  // namespace

@@ -3,8 +3,6 @@
 
 #include "kernel.h"
 
-namespace {
-
 const int64_t HELD = 640 << 10;  // bytes of rows that stay in the second-level cache
 
 // out = x·weightsᵀ + bias + plus. `offsets` has 128 times the sum of each column's weights, because 128 is
@@ -35,7 +33,7 @@ inline float quantise(const bf16* from, int64_t count, uint8_t* to) {
 }
 
 // Computes rows m0..m1 by panels n0..n1.
-void region(const Int8Linear& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
+static void region(const Int8Linear& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
     const int64_t count = m1 - m0, depth = (p.inner + 63) / 64 * 64, tall = (count + 31) / 32 * 32;
     uint8_t* rows = (uint8_t*)scratch(tall * (depth + 4) + 4096);
     float *sums = (float*)(rows + tall * depth), *factors = sums + 1024;
@@ -59,8 +57,6 @@ void region(const Int8Linear& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1)
         }
     }
 }
-
-}  // namespace
 
 KERNEL safelight_int8_linear(const Int8Linear* p) {
     REQUIRE(sizes({p->rows, p->inner, p->columns}) && p->inner % 16 == 0 && p->columns % 16 == 0);

@@ -1,29 +1,29 @@
 // What the kernels in bfloat16 and the kernels by tiles share: vectors, blocks of tiles, threads.
 #pragma once
 
-#include "call.h"
+#include "lanes.h"
 
-#if defined(__AMX_BF16__) || defined(__AMXBF16__)  // as GCC says, and as Clang does
-#define AMX
-#include "amx.h"
-#elif defined(__AVX512BF16__)
+#ifdef __AVX512BF16__
 #include "avx512.h"
 #else
 #include "portable.h"
 #endif
 
-namespace {
-
-const int LANES = 16;  // a vector's numbers
-
 // Fetches a line into the second-level cache.
 inline void fetch(const char* line) { __builtin_prefetch(line, 0, 2); }
 
-// 2^x.
-inline vec exp2(vec x) {
-    x = larger(splat(-126.f), x);  // NaN, if x is
-    vec n = whole(x);
-    return scale(power_of_fraction(x - n), n);
+// The first `count` numbers, of 16 at most. Of those that are loaded the others are 0.
+inline vec load_first(const float* p, int64_t count) {
+    float all[16] = {};
+    if (count >= 16) return floats(p);
+    for (int64_t i = 0; i < count; i++) all[i] = p[i];
+    return floats(all);
+}
+template <class T, class V> inline void store_first(T* p, V x, int64_t count) {
+    T all[16];
+    if (count >= 16) return store(p, x);
+    store(all, x);
+    memcpy(p, all, count * sizeof(T));
 }
 
 // Packs 32 numbers of each of 16 rows, `stride` apart, into one tile of weights, in pairs along a row.
@@ -41,15 +41,11 @@ inline int64_t place(int64_t i, int64_t t) {
     return i / 16 * 512 + i % 16 * 16 + t / 2 * 1024 + t % 2 * 256;
 }
 
-}  // namespace
-
 #if defined(__AVX512BF16__) && !defined(AMX)
 #include "rows.h"
 #else
 #include "tiles.h"
 #endif
-
-namespace {
 
 // How many tiles of columns `products` takes next, of those that are left.
 inline int64_t at_once(int64_t left) {
@@ -82,5 +78,3 @@ template <class Do> void regions(int64_t rows, int64_t tall, int64_t panels, int
                     (s + 1) * panels / splits);
     }
 }
-
-}  // namespace

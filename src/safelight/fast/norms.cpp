@@ -1,12 +1,14 @@
-// Norms, gates and the layout of maps in bfloat16.
+// Norms, gates, Winograd convolutions and the layout of maps in bfloat16.
 
 #include "kernel.h"
 #include "norms.h"
+#include "winograd.h"
 
 KERNEL safelight_moments(const Moments<bf16>* p) { return moments(*p); }
 KERNEL safelight_normalise(const Normalise<bf16>* p) { return normalise(*p); }
 KERNEL safelight_layer_norm(const LayerNorm<bf16>* p) { return layer_norm(*p); }
 KERNEL safelight_gate(const Gate<bf16>* p) { return gate(*p); }
+KERNEL safelight_winograd(const Winograd<bf16>* p) { return winograd(*p); }
 
 // Lays out the rows first..last of a map [images, height, width, channels] as a convolution reads
 // them: in planes [channels/32][images][rows][width + 2][32] that are `plane` numbers apart, with a
@@ -36,16 +38,12 @@ KERNEL safelight_lay(const Lay* given) {
             memset(to, 0, beyond ? wide * 64 : 64);
             if (beyond) continue;
             to += 32;
-            if (p.factors) {
-                const float* factor = p.factors + i * 2 * p.channels + c;
-                const float* addend = factor + p.channels;
-                vec f0 = floats(factor), f1 = floats(factor + 16);
-                vec a0 = floats(addend), a1 = floats(addend + 16);
-                for (int64_t n = 0; n < p.width; n++, to += 32, from += p.channels)
-                    store(to, silu(fma(load(from + c), f0, a0)), silu(fma(load(from + c + 16), f1, a1)));
-            } else {
-                for (int64_t n = 0; n < p.width; n++, to += 32, from += p.channels)
-                    memcpy(to, from + c, 64);
+            for (int64_t n = 0; n < p.width; n++, to += 32, from += p.channels) {
+                if (!p.factors) memcpy(to, from + c, 64);
+                for (int h = 0; p.factors && h < 32; h += 16) {
+                    const float* factor = p.factors + i * 2 * p.channels + c + h;
+                    store(to + h, silu(fma(load(from + c + h), floats(factor), floats(factor + p.channels))));
+                }
             }
             memset(to, 0, 64);
         }

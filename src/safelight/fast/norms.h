@@ -1,23 +1,22 @@
-// Norms and gates of numbers T, bfloat16 or float; a result is rounded to T once. Include a header of
-// vectors before this: kernel.h, whose vectors have 16 numbers, or lanes.h.
+// Norms and gates of numbers T, bfloat16 or float; a result is rounded to T once. For bfloat16, include
+// kernel.h before this.
 #pragma once
 
-namespace {
+#include "lanes.h"
 
-template <class V> inline V silu(V x) { return x / (exp2(x * splat(-LOG2E)) + splat(1.f)); }
+inline vec silu(vec x) { return x / (exp2(x * splat(-LOG2E)) + splat(1.f)); }
 
 // x·Phi(x), with erfc by Abramowitz and Stegun 7.1.26. With `fine` the error is 2e-7, else the 6e-5 of a
 // fast reciprocal, which is below the precision of bfloat16.
-template <bool fine, class V> inline V gelu(V x) {
-    const V one = splat(1.f);
-    V z = magnitude(x) * splat(0.70710678f);
-    V t = fma(z, splat(0.3275911f), one);
-    if constexpr (fine) t = one / t;
-    else t = inverse(t);
-    V y = polynomial(
+template <bool fine> inline vec gelu(vec x) {
+    const vec one = splat(1.f);
+    vec z = magnitude(x) * splat(0.70710678f);
+    vec t = fma(z, splat(0.3275911f), one);
+    t = fine ? one / t : inverse(t);
+    vec y = polynomial(
         t, {1.061405429f, -1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f});
-    V fall = exp2(z * z * splat(-LOG2E));
-    V tail = (y * t) * (fall * splat(0.5f));
+    vec fall = exp2(z * z * splat(-LOG2E));
+    vec tail = (y * t) * (fall * splat(0.5f));
     return x * complement(x, tail);
 }
 
@@ -51,48 +50,37 @@ template <class T> const char* moments(const Moments<T>& p) {
     if (!images || !channels) return nullptr;
     REQUIRE(positions > 0);
     REQUIRE(pointers(p.x, p.scale, p.shift, p.factors));
-    // A row has the sums and the sums of squares of all channels of all images. Each thread has one in
-    // float64, and sums of PART positions in float32, as longer ones would lose digits.
-    const int64_t threads = omp_get_max_threads(), row = images * 2 * channels, PART = 256;
+    // Sums and sums of squares of PART positions are float32, as longer ones would lose digits.
+    const int64_t PART = 256, parts = (positions + PART - 1) / PART, row = 2 * channels;
     Memory memory;
-    memory.need(threads * (row * 8 + 2 * channels * 4));
-    double* sums = (double*)memory.at;
-    float* parts = (float*)(sums + threads * row);
-    memset(sums, 0, threads * row * 8);
-#pragma omp parallel num_threads(threads)
-    {
-        int64_t t = omp_get_thread_num(), team = omp_get_num_threads();
-        float *first = parts + t * 2 * channels, *second = first + channels;
-        for (int64_t i = 0; i < images; i++) {
-            int64_t begin = positions * t / team, end = positions * (t + 1) / team;
-            double* all = sums + t * row + i * 2 * channels;
-            // A few positions at a time, so that they are still in the cache for the next channels.
-            for (int64_t at = begin; at < end; at += 16) {
-                int64_t last = at + 16 < end ? at + 16 : end;
-                if ((at - begin) % PART == 0) memset(first, 0, 2 * channels * 4);
-                for (int64_t c = 0; c < channels; c += LANES) {
-                    vec s = floats(first + c), q = floats(second + c);
-                    for (int64_t n = at; n < last; n++) {
-                        vec v = load(p.x + (i * positions + n) * channels + c);
-                        s = s + v;
-                        q = fma(v, v, q);
-                    }
-                    store(first + c, s);
-                    store(second + c, q);
+    memory.need(images * parts * row * 4);
+    float* const sums = (float*)memory.at;
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < images * parts; n++) {
+        float *first = sums + n * row, *second = first + channels;
+        const int64_t begin = n % parts * PART, end = begin + PART < positions ? begin + PART : positions;
+        memset(first, 0, row * 4);
+        // A few positions at a time, so that they are still in the cache for the next channels.
+        for (int64_t at = begin; at < end; at += 16)
+            for (int64_t c = 0; c < channels; c += LANES) {
+                vec s = floats(first + c), q = floats(second + c);
+                for (int64_t m = at; m < at + 16 && m < end; m++) {
+                    vec v = load(p.x + (n / parts * positions + m) * channels + c);
+                    s = s + v;
+                    q = fma(v, v, q);
                 }
-                if (last == end || (last - begin) % PART == 0)
-                    for (int64_t c = 0; c < 2 * channels; c++) all[c] += first[c];
+                store(first + c, s);
+                store(second + c, q);
             }
-        }
     }
     const int64_t size = channels / p.groups;
     for (int64_t i = 0; i < images; i++)
         for (int64_t g = 0; g < p.groups; g++) {
             double s = 0, q = 0;
-            for (int64_t t = 0; t < threads; t++)
+            for (int64_t n = i * parts; n < (i + 1) * parts; n++)
                 for (int64_t c = g * size; c < (g + 1) * size; c++) {
-                    s += sums[t * row + i * 2 * channels + c];
-                    q += sums[t * row + (i * 2 + 1) * channels + c];
+                    s += sums[n * row + c];
+                    q += sums[n * row + channels + c];
                 }
             double n = double(size) * positions, mean = s / n, var = q / n - mean * mean;
             double factor = 1 / sqrt((var > 0 ? var : 0) + p.eps);
@@ -144,35 +132,23 @@ template <class T> const char* layer_norm(const LayerNorm<T>& given) {
     REQUIRE(sizes({p.rows, p.channels}) && p.channels % 16 == 0);
     if (!p.rows || !p.channels) return nullptr;
     REQUIRE(pointers(p.x, p.factor, p.shift, p.out) && (!p.plus || pointers(p.plus, p.total)));
-#pragma omp parallel firstprivate(p)
-    {
-        float* row = (float*)scratch(p.channels * 4);
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < p.rows; r++) {
-            const int64_t at = r * p.channels;
-            vec all = splat(0), square = splat(0);
-            for (int64_t c = 0; c < p.channels; c += LANES) {
-                vec v = load(p.x + at + c);
-                if (p.plus) {
-                    store(p.total + at + c, v + load(p.plus + at + c));
-                    v = load(p.total + at + c);
-                }
-                store(row + c, v);
-                all = all + v;
-            }
-            vec mean = splat(sum(all) / p.channels);
-            for (int64_t c = 0; c < p.channels; c += LANES) {
-                vec v = floats(row + c) - mean;
-                store(row + c, v);
-                square = fma(v, v, square);
-            }
-            vec inverse = splat(1 / sqrtf(sum(square) / p.channels + p.eps));
-            for (int64_t c = 0; c < p.channels; c += LANES)
-                store(p.out + at + c,
-                      fma(floats(row + c) * inverse, floats(p.factor + c), floats(p.shift + c)));
+#pragma omp parallel for schedule(static) firstprivate(p)
+    for (int64_t r = 0; r < p.rows; r++) {
+        const int64_t at = r * p.channels;
+        const T* row = p.x + at;
+        vec all = splat(0), square = splat(0);
+        for (int64_t c = 0; p.plus && c < p.channels; c += LANES)
+            store(p.total + at + c, load(row + c) + load(p.plus + at + c));
+        if (p.plus) row = p.total + at;
+        for (int64_t c = 0; c < p.channels; c += LANES) all = all + load(row + c);
+        const vec mean = splat(sum(all) / p.channels);
+        for (int64_t c = 0; c < p.channels; c += LANES) {
+            vec v = load(row + c) - mean;
+            square = fma(v, v, square);
         }
+        const vec by = splat(1 / sqrtf(sum(square) / p.channels + p.eps));
+        for (int64_t c = 0; c < p.channels; c += LANES)
+            store(p.out + at + c, fma((load(row + c) - mean) * by, floats(p.factor + c), floats(p.shift + c)));
     }
     return nullptr;
 }
-
-}  // namespace

@@ -2,17 +2,8 @@
 // splits. Results equal those of amx.h up to the order of sums and the rounding of products.
 #pragma once
 
-namespace {
-
-typedef float vec __attribute__((vector_size(64)));
 typedef int32_t ints __attribute__((vector_size(64)));
 typedef bf16 halves __attribute__((vector_size(32)));
-
-inline bool permitted() { return true; }
-inline void fence() {}
-struct Tiles {
-    Tiles() {}
-};
 
 // GCC warns about the calling convention of vectors that need registers a processor may lack.
 #pragma GCC diagnostic ignored "-Wpsabi"
@@ -29,25 +20,6 @@ template <class Do> inline vec each(Do value) {
     return out;
 }
 
-inline vec splat(float x) { return x - vec{}; }
-inline vec floats(const float* p) { return read<vec>(p); }
-inline void store(float* p, vec x) { memcpy(p, &x, sizeof x); }
-inline vec fma(vec a, vec b, vec c) { return a * b + c; }
-inline vec larger(vec a, vec b) { return a > b ? a : b; }
-inline vec magnitude(vec x) { return as<vec>(as<ints>(x) & 0x7fffffff); }
-inline vec whole(vec x) {
-    return each([&](int i) { return rintf(x[i]); });
-}
-inline vec scale(vec x, vec by) {
-    return each([&](int i) { return by[i] == by[i] ? ldexpf(x[i], int(by[i])) : by[i]; });
-}
-inline vec inverse(vec x) { return 1.f / x; }
-inline vec complement(vec x, vec y) { return x > 0.f ? 1.f - y : y; }
-inline float sum(vec x) {
-    float total = 0;
-    for (int i = 0; i < 16; i++) total += x[i];
-    return total;
-}
 inline float top(vec x) {
     float most = x[0];
     for (int i = 1; i < 16; i++) most = x[i] > most ? x[i] : most;
@@ -79,18 +51,6 @@ inline vec whole_sums(const float* p, const int32_t* less) {
     return __builtin_convertvector(read<ints>(p) - read<ints>(less), vec);
 }
 
-inline vec load_first(const float* p, int64_t count) {
-    vec x = {};
-    if (count > 0) memcpy(&x, p, (count < 16 ? count : 16) * sizeof *p);
-    return x;
-}
-inline void store_first(float* p, vec x, int64_t count) {
-    memcpy(p, &x, (count < 16 ? count : 16) * sizeof *p);
-}
-inline void store_first(bf16* p, halves x, int64_t count) {
-    memcpy(p, &x, (count < 16 ? count : 16) * sizeof *p);
-}
-
 struct Table {
     const uint8_t* at;
     explicit Table(const uint8_t* p) : at(p) {}
@@ -114,7 +74,7 @@ template <bool add> inline vec powers(vec x, vec y, const Table& apart, bf16* ou
 struct alignas(64) Tile {
     char row[16][64];
 };
-thread_local Tile tiles_of_thread[8];
+inline thread_local Tile tiles_of_thread[8];
 
 inline void _tile_zero(int t) { tiles_of_thread[t] = {}; }
 inline void _tile_loadd(int t, const void* from, int64_t stride) {
@@ -148,5 +108,3 @@ inline void _tile_dpbf16ps(int to, int a, int b) {
         }
     }
 }
-
-}  // namespace

@@ -1,14 +1,6 @@
 // Products of 32 rows by vectors, for CPUs with AVX512-BF16 and without AMX: the interface of tiles.h.
 #pragma once
 
-namespace {
-
-inline bool permitted() { return true; }
-inline void fence() {}
-struct Tiles {
-    Tiles() {}
-};
-
 const int WIDEST = 3;  // tiles of columns at once: with eight rows their sums stay in registers
 
 // Adds the products of a row's 32 bits, in each lane of `row`, and those of 16 columns.
@@ -48,5 +40,3 @@ inline void products_of(const T* rows, int64_t stride, int64_t depth, const T* w
             for (int x = 0; x < wide; x++) store(sums + place(i + r, t + x), found[r][x]);
     }
 }
-
-}  // namespace

@@ -4,8 +4,6 @@
 
 #include "heads.h"
 
-namespace {
-
 // Splits 32 numbers into 32 heads and 32 rests.
 inline void halve(vec low, vec high, bf16* heads, bf16* lefts) {
     store(heads, low, high);
@@ -13,6 +11,42 @@ inline void halve(vec low, vec high, bf16* heads, bf16* lefts) {
 }
 inline void halve(const float* from, bf16* heads, bf16* lefts) {
     halve(floats(from), floats(from + 16), heads, lefts);
+}
+
+// Adds the products of 32 numbers of 32 rows, `step` bytes apart, and of two tiles of columns or of one. Of
+// one, products of the rows' rests go to the second tile's place, as sums in only two tiles wait for one
+// another.
+template <bool two>
+inline void multiply(const bf16* heads, const bf16* rests, int64_t step, const bf16* w, const bf16* w_rests) {
+    _tile_loadd(4, heads, step);
+    _tile_loadd(6, w_rests, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, heads + 8 * step, step);
+    _tile_dpbf16ps(2, 5, 6);
+    if (two) {
+        _tile_loadd(7, w_rests + 512, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_loadd(6, w, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(2, 5, 6);
+    if (two) {
+        _tile_loadd(7, w + 512, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_loadd(4, rests, step);
+    _tile_loadd(5, rests + 8 * step, step);
+    if (two) {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(3, 5, 7);
+    } else {
+        _tile_dpbf16ps(1, 4, 6);
+        _tile_dpbf16ps(3, 5, 6);
+    }
 }
 
 // --- linear layers ------------------------------------------------------------------------------
@@ -32,37 +66,8 @@ struct Linear {
     int64_t rows, inner, columns;
 };
 
-// Adds `blocks` products of 32 rows and a panel of 32 columns to the tiles of sums. Meanwhile it
-// fetches the cache lines of `next`, if any, as loading tiles takes longer than multiplying them.
-inline void multiply(const bf16* x, const bf16* w, int64_t blocks, const char* next) {
-    for (int64_t k = 0; k < blocks; k++, x += BLOCK, w += BLOCK) {
-        _tile_loadd(4, x, 64);
-        _tile_loadd(6, w + 1024, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, w + 1536, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, x + 512, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-        _tile_loadd(6, w, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_loadd(7, w + 512, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(3, 5, 7);
-        _tile_loadd(4, x + 1024, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, x + 1536, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-        if (next)
-            for (int i = 0; i < 8; i++, next += 64) fetch(next);
-    }
-}
-
 // Writes the sums of 32 rows, from m to m_end at most, by 32 columns.
-void finish(const Linear& p, const float* sums, int64_t m, int64_t m_end, int64_t n, bool first) {
+static void finish(const Linear& p, const float* sums, int64_t m, int64_t m_end, int64_t n, bool first) {
     for (int64_t i = 0; i < 32 && m + i < m_end; i++)
         for (int64_t c = 0; c < 32; c += 16) {
             const int64_t at = (m + i) * p.columns + n + c;
@@ -75,7 +80,7 @@ void finish(const Linear& p, const float* sums, int64_t m, int64_t m_end, int64_
 }
 
 // Computes rows m0..m1 by panels n0..n1.
-void region(const Linear& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
+static void region(const Linear& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
     int64_t tall = (m1 - m0 + 31) / 32, blocks = p.inner / 32, deep = blocks < DEEP ? blocks : DEEP;
     bf16* x = (bf16*)scratch(tall * deep * BLOCK * 2 + 2 * 4096);
     float* sums = (float*)(x + tall * deep * BLOCK);
@@ -96,10 +101,14 @@ void region(const Linear& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
         for (int64_t n = n0; n < n1; n++) {
             const bf16* w = p.weights + (n * blocks + first) * BLOCK;
             for (int64_t i = 0; i < tall; i++, turn++) {
-                bool fetch = n + 1 < n1 && i < 8;
+                const bf16* from = x + i * now * BLOCK;
+                const char* next = (const char*)(w + blocks * BLOCK) + i * now * 512;
+                const int lines = n + 1 < n1 && i < 8 ? 8 : 0;  // of the next weights, as loading takes longest
                 clear();
-                multiply(x + i * now * BLOCK, w, now,
-                         fetch ? (const char*)(w + blocks * BLOCK) + i * now * 512 : nullptr);
+                for (int64_t k = 0; k < now * BLOCK; k += BLOCK) {
+                    multiply<true>(from + k, from + k + 1024, 64, w + k, w + k + 1024);
+                    for (int c = 0; c < lines; c++, next += 64) fetch(next);
+                }
                 if (ready) finish(p, ready, ready_m, m1, ready_n, !first);
                 give(sums + turn % 2 * 1024);
                 ready = sums + turn % 2 * 1024, ready_m = m0 + 32 * i, ready_n = n * 32;
@@ -167,49 +176,16 @@ struct Split : Head<float, 3, 2> {
     void weigh(const Pass& p) const {
         fence();
         for (int64_t t = 0; t < outer; t += 2) {
-            if (t + 1 < outer) weigh_tiles<true>(p, t);
-            else weigh_tiles<false>(p, t);
+            int64_t at = p.begin * outer * 16 + t * 512;
+            if (p.begin) take(sums + t * 512);
+            else clear();
+            for (int64_t j = 0; j < p.count; j += 32, at += outer * 512)
+                if (t + 1 < outer)
+                    multiply<true>(weights + j, weight_rests + j, STEP * 2, values + at, value_rests + at);
+                else
+                    multiply<false>(weights + j, weight_rests + j, STEP * 2, values + at, value_rests + at);
+            give(sums + t * 512);
         }
-    }
-    // Multiplies two tiles of values, or the last one if their number is odd. Then products of the
-    // weights' rests go to the second tile's place, as sums in only two tiles wait for one another.
-    template <bool two> void weigh_tiles(const Pass& p, int64_t t) const {
-        const bf16 *w = weights, *rests = weight_rests;
-        int64_t at = p.begin * outer * 16 + t * 512;
-        if (p.begin) take(sums + t * 512);
-        else clear();
-        for (int64_t j = 0; j < p.count; j += 32, w += 32, rests += 32, at += outer * 512) {
-            _tile_loadd(4, w, STEP * 2);
-            _tile_loadd(6, value_rests + at, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(5, w + 16 * STEP, STEP * 2);
-            _tile_dpbf16ps(2, 5, 6);
-            if (two) {
-                _tile_loadd(7, value_rests + at + 512, 64);
-                _tile_dpbf16ps(1, 4, 7);
-                _tile_dpbf16ps(3, 5, 7);
-            }
-            _tile_loadd(6, values + at, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(2, 5, 6);
-            if (two) {
-                _tile_loadd(7, values + at + 512, 64);
-                _tile_dpbf16ps(1, 4, 7);
-                _tile_dpbf16ps(3, 5, 7);
-            }
-            _tile_loadd(4, rests, STEP * 2);
-            _tile_loadd(5, rests + 16 * STEP, STEP * 2);
-            if (two) {
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(1, 4, 7);
-                _tile_dpbf16ps(3, 5, 7);
-            } else {
-                _tile_dpbf16ps(1, 4, 6);
-                _tile_dpbf16ps(3, 5, 6);
-            }
-        }
-        give(sums + t * 512);
     }
 
     void write(int64_t i, float* out, float total) const {
@@ -223,8 +199,6 @@ struct Split : Head<float, 3, 2> {
         }
     }
 };
-
-}  // namespace
 
 KERNEL safelight_split_linear(const Linear* p) {
     REQUIRE(sizes({p->rows, p->columns, p->inner}) && p->columns % 32 == 0 && p->inner % 32 == 0);

@@ -1,8 +1,6 @@
 // Products of 32 rows by tiles.
 #pragma once
 
-namespace {
-
 const int WIDEST = 2;  // tiles of columns at once
 
 // Tiles 0 to 3 are the sums of a block of 32 rows by 32 columns.
@@ -58,5 +56,3 @@ inline void products_of(const T* rows, int64_t stride, int64_t depth, const T* w
         multiply_block<wide>(rows, rows + 16 * stride, stride, w);
     give(sums + place(0, t));
 }
-
-}  // namespace

@@ -5,10 +5,7 @@
 // of a part takes a fraction of the time of its products, and transformed ones take four times the memory.
 #pragma once
 
-#include "call.h"
-#include "products.h"
-
-namespace {
+#include "lanes.h"
 
 const int64_t PANEL = 32;  // columns of weights that are stored together
 const int64_t TILES = 36;  // the most tiles that a thread takes at once
@@ -239,5 +236,3 @@ template <class T> const char* winograd(const Winograd<T>& p) {
     else winograd_of<2>(p);
     return nullptr;
 }
-
-}  // namespace
