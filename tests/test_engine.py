@@ -244,6 +244,24 @@ def test_the_last_preview_is_the_picture(model: Model) -> None:
     assert last.tobytes() == run.result.images[0].tobytes()
 
 
+def test_a_mask_that_the_model_does_not_see(model: Model) -> None:
+    """Of each latent's 16×16 pixels, the first one counts."""
+    image = photo(256, 248)  # the latents reach beyond it
+    for box, seen in (
+        ((97, 97, 111, 111), False),
+        ((97, 97, 113, 113), True),
+        ((240, 240, 241, 248), True),
+    ):
+        mask = Image.new("L", image.size)
+        mask.paste(255, box)
+        request = Request(prompt="a cat", image=image, mask=mask, **FEW)
+        resolved = resolve_request(model, request)
+        told = [w for w in new_result(model, request, resolved).warnings if w.startswith("mask")]
+        known = create_job(model, resolved, model.family.encode(model, resolved), 1).known
+        assert known is not None
+        assert bool(known.mask.any()) == seen == (not told)
+
+
 def test_unconditional(pixels: Model) -> None:
     result = pixels.generate(unconditional=True, sampler="ddim", steps=3, seed=1, count=2)
     assert [image.size for image in result.images] == [pixels.native_size] * 2

@@ -13,6 +13,7 @@ from safelight.engine.shortcuts import Kept, Shortcuts, remark, shortened
 from safelight.families.base import Conditioning
 from safelight.families.encoding import takes_guidance
 from safelight.machine import describe_machine
+from safelight.picture import to_tensor
 from safelight.prompt.dynamic import draw
 from safelight.prompt.styles import apply_styles
 from safelight.request import Request
@@ -141,6 +142,13 @@ def _warnings(model: Model, asked: Request, resolved: Request) -> list[str]:
         if not read and getattr(asked, name) != setting.default:
             found.append(f"{name} does nothing with {model.name}: leave it out")
     found += _without_effect(model, asked, resolved)
+    if resolved.mask is not None and asked.mask is not None and asked.mask.getbbox() is not None:
+        cell = model.family.factor(model)
+        if to_tensor(resolved.mask)[..., ::cell, ::cell].max() < 0:  # the pixels that count
+            found.append(
+                "mask has so little white that the model does not see it, and hardly anything is "
+                f"repainted: paint at least {cell}x{cell} pixels white"
+            )
     width, height = resolved.width, resolved.height
     if asked.width is None and asked.height is None and resolved.was_resized:
         found.append(f"image was resized to {width}x{height}: sides are multiples of {SIDE_STEP}")
