@@ -1,6 +1,7 @@
 """Training: adding and removing noise, checkpoints, and the resulting folder."""
 
 import errno
+import io
 import math
 import os
 import signal
@@ -323,7 +324,11 @@ def test_text_to_image_learns_and_its_folder_draws(tmp_path: Path) -> None:
     assert means["a dog"] < -0.5
 
 
-def test_a_model_with_a_tiny_autoencoder_is_written(tmp_path: Path) -> None:
+def test_a_model_with_a_tiny_autoencoder_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its texts are UTF-8, also on Windows, where that is not the default."""
+    monkeypatch.setattr(io, "text_encoding", lambda encoding, *_: encoding or "cp1252")
     tokenizer = train_vocabulary(["a cat"], 540, tmp_path / "tokenizer", 8)
     text = CLIPTextConfig(
         vocab_size=540,
@@ -336,8 +341,9 @@ def test_a_model_with_a_tiny_autoencoder_is_written(tmp_path: Path) -> None:
     widths = dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), (8,) * 4)
     vae = AutoencoderTiny(TinyConfig(**widths))
     parts = CLIPTextModel(text), UNet2DConditionModel(UNET)
-    export_text_to_image(tmp_path, vae, *parts, networks.SCHEDULER, {})
+    export_text_to_image(tmp_path, vae, *parts, networks.SCHEDULER, {"words": ["a", "cat", "кот"]})
     model = load_model(str(tmp_path), dtype="float32")
+    assert model.words == {"a", "cat", "кот"}
     assert isinstance(model.vae, AutoencoderTiny)
     assert model.tokenizer is not None
     assert model.tokenizer.encode("a cat").ids == tokenizer.encode("a cat").ids

@@ -7,6 +7,8 @@ import base64
 import io
 import json
 import logging
+import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -34,6 +36,7 @@ from safelight.server.events import Events
 from safelight.server.guard import Guard, Rules
 from safelight.server.jobs import Job, ModelInfo, Progress, Status
 from safelight.server.listening import listen
+from safelight.server.station import _on_signal
 from safelight.server.store import MAX_LISTED
 from safelight.server.turns import Turns
 from safelight.studio import easel, mount
@@ -65,6 +68,37 @@ def test_no_host_beyond_loopback_without_a_token(host: str) -> None:
 def test_a_host_that_no_name_can_be_is_one_line(host: str) -> None:
     with pytest.raises(SafelightError, match=r"cannot be listened on .* another --host"):
         listen(host, 0, "a token")
+
+
+def test_on_windows_a_port_is_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SO_REUSEADDR there lets two servers listen on one port."""
+    for name, shared in (("posix", True), ("nt", False)):
+        monkeypatch.setattr("safelight.server.listening.os", SimpleNamespace(name=name))
+        with listen("127.0.0.1", 0, None) as listening:
+            found = listening.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+            assert bool(found) == shared
+
+
+def test_on_windows_a_signal_ends_a_worker() -> None:
+    """Windows' event loops take no handlers of signals."""
+    called: list[bool] = []
+
+    class Loop(asyncio.SelectorEventLoop):
+        def add_signal_handler(self, *_: Any) -> None:
+            raise NotImplementedError
+
+    async def told() -> None:
+        _on_signal(asyncio.get_running_loop(), signal.SIGTERM, lambda: called.append(True))
+        signal.raise_signal(signal.SIGTERM)
+        await asyncio.sleep(0)
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with asyncio.Runner(loop_factory=Loop) as runner:
+            runner.run(told())
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert called == [True]
 
 
 def test_a_trusted_proxy_needs_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ from safelight.studio import form
 from safelight.studio.inside import Inside as Looking
 from safelight.studio.page import blocks
 from safelight.studio.recipes import recipe_settings
-from safelight.studio.run import Command
+from safelight.studio.run import Command, _interrupt_at_the_end_of_input
 from safelight.studio.suits import Suits, suits_of
 from safelight.studio.train import Train
 from safelight.weights.find import MODELS
@@ -1373,6 +1373,33 @@ def test_a_prompt_is_not_in_the_list_of_processes() -> None:
     assert b"safelight.studio.run" in listed
     assert b"secret" not in listed
     assert "none" in last  # it got as far as reading the arguments
+
+
+def test_what_runs_beside_the_server_is_stopped_without_a_signal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Windows has none for that. The end of its input stops it."""
+    program = "import sys; sys.stdin.read(); sys.stderr.write('stopped')"
+    pipe = asyncio.subprocess.PIPE
+
+    async def run() -> str:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", program, stdin=pipe, stderr=pipe
+        )
+        monkeypatch.setattr(process, "send_signal", None)
+        command = Command(process)
+        await asyncio.to_thread(command.stop)
+        assert await command.ended()
+        return command.last
+
+    assert in_a_thread(run()) == "stopped"
+
+
+def test_windows_interrupts_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("safelight.studio.run.os", SimpleNamespace(name="nt"))
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    with pytest.raises(KeyboardInterrupt):
+        _interrupt_at_the_end_of_input()
 
 
 def test_what_runs_beside_the_server_ends_with_it(tmp_path: Path) -> None:

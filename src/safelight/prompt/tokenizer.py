@@ -269,10 +269,7 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Write the three files of a model folder's tokenizer."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "vocab.json").write_text(json.dumps(dict(self._vocab), ensure_ascii=False))
-        (folder / "merges.txt").write_text(
-            "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in self._merges)
-        )
+        merges = "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in self._merges)
         config = {
             "tokenizer_class": "CLIPTokenizer",
             **self._marks,
@@ -281,7 +278,12 @@ class Tokenizer:
         if self._added:
             told = {str(number): one.__getstate__() for number, one in self._added.items()}
             config["added_tokens_decoder"] = told
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for name, text in (
+            ("vocab.json", json.dumps(dict(self._vocab), ensure_ascii=False)),
+            ("merges.txt", merges),
+            ("tokenizer_config.json", json.dumps(config, indent=2) + "\n"),
+        ):
+            (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
 
 def _check_unicode(text: str) -> None:

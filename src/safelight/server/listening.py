@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import os
 import re
 import socket
 from pathlib import Path
@@ -59,7 +60,8 @@ def listen(host: str, port: int, token: str | None) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # With protocol 0, asyncio leaves Nagle's algorithm on, which adds 40 ms to an answer.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if os.name == "posix":  # on Windows two servers could then have one port
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         if everywhere(host) and family == socket.AF_INET6:  # IPv4 as well
             listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)

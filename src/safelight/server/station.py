@@ -13,6 +13,7 @@ import os
 import platform
 import signal
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from safelight.errors import StorageError
@@ -83,7 +84,7 @@ class Station:
         self._loop = asyncio.get_running_loop()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._loop.add_signal_handler(number, self._stop.set)
+                _on_signal(self._loop, number, self._stop.set)
         try:
             if not await self._joined():
                 self.supervisor.child.process.kill()
@@ -192,3 +193,13 @@ class Station:
     def _put_back(self, worker: str, killed: bool) -> None:
         stopping = self.supervisor.stopping
         put_back(self._files, self._store, worker, killed=killed, stopping=stopping)
+
+
+def _on_signal(
+    loop: asyncio.AbstractEventLoop, number: signal.Signals, call: Callable[[], None]
+) -> None:
+    """Let a signal call a function in the event loop."""
+    try:
+        loop.add_signal_handler(number, call)
+    except NotImplementedError:  # on Windows
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(call))

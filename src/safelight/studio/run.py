@@ -1,11 +1,13 @@
 """Run Safelight's command line beside the server, for work that is no job.
 
 The arguments contain prompts, so they go through standard input: every user of the machine can read
-the arguments that a process is started with. The input stays open; when the server ends, it closes.
+the arguments that a process is started with. The input stays open until the run is to be
+interrupted, and closes when the server ends; Windows has no signal for that.
 """
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import json
 import os
@@ -27,7 +29,7 @@ class Command:
     """One run of `safelight …`. `lines` holds its standard error so far."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
+        self._process, self._loop = process, asyncio.get_running_loop()
         self.stopped = False
         self.lines = deque[str](maxlen=500)
         self._reader = asyncio.create_task(self._read())
@@ -64,10 +66,10 @@ class Command:
         return self._process.returncode == 0
 
     def stop(self) -> None:
-        """Interrupt it as Ctrl-C does; a training saves its state."""
+        """Interrupt it as Ctrl-C does; a training saves its state. May be called in any thread."""
         self.stopped = True
-        if self.running:
-            self._process.send_signal(signal.SIGINT)
+        assert self._process.stdin is not None
+        self._loop.call_soon_threadsafe(self._process.stdin.close)
 
     def kill(self) -> None:
         if self.running:
@@ -116,13 +118,16 @@ def model_options(settings: WorkerSettings, source: Source | None = None) -> lis
     )
 
 
-def _end_with_the_server() -> None:
-    """Interrupt this process when the server ends, so that a training saves its state."""
+def _interrupt_at_the_end_of_input() -> None:
+    """Interrupt this process when its input ends, so that a training saves its state."""
     sys.stdin.read()
-    os.kill(os.getpid(), signal.SIGINT)
+    if os.name == "posix":
+        os.kill(os.getpid(), signal.SIGINT)  # ends a wait, too
+    else:  # there `os.kill` ends the process at once
+        _thread.interrupt_main()
 
 
 if __name__ == "__main__":
     sys.argv[1:] = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_the_server, daemon=True).start()
+    threading.Thread(target=_interrupt_at_the_end_of_input, daemon=True).start()
     runpy.run_module("safelight", run_name="__main__")
