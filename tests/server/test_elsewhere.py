@@ -303,12 +303,13 @@ def test_a_store_that_cannot_be_used_is_one_line(
     Begun(tmp_path / "data", place).store.close()  # no other storage has this database yet
 
 
-def test_a_worker_that_waits_for_a_store_is_not_taken_for_hung() -> None:
-    """It keeps beating. With a folder on this machine, calls run in the same thread."""
+def test_a_worker_that_waits_for_another_machine_is_not_taken_for_hung() -> None:
+    """It keeps beating. With folder and database on this machine, calls run in the same thread."""
 
     class Waiting(Holder):
-        def __init__(self, place: str) -> None:
+        def __init__(self, place: str, shared: bool = False) -> None:
             self._files, self._threads = Files(place), ThreadPoolExecutor(1)
+            self._store: Any = SimpleNamespace(shared=shared)
             self.beats, self.enough = 0, threading.Event()
             self._pulse: Any = SimpleNamespace(count=self._count)
 
@@ -321,7 +322,10 @@ def test_a_worker_that_waits_for_a_store_is_not_taken_for_hung() -> None:
     assert elsewhere._stored(lambda: elsewhere.enough.wait(60))
     with pytest.raises(AwayError):
         elsewhere._stored(lambda: (_ for _ in ()).throw(AwayError("away")))
-    assert Waiting("/here")._stored(threading.get_ident) == threading.get_ident()
+    on_postgresql = Waiting("/here", shared=True)
+    assert on_postgresql._in_database(on_postgresql.enough.wait, timeout=60)
+    for call in (Waiting("/here")._stored, Waiting("/here")._in_database):
+        assert call(threading.get_ident) == threading.get_ident()
 
 
 @pytest.mark.parametrize("how", ["full", "nowhere"])

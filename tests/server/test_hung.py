@@ -384,6 +384,42 @@ def test_a_job_stays_its_worker_s_while_it_is_read_and_drawn(
         go_on.set()
 
 
+def test_a_worker_beats_whenever_it_waits_for_the_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Inside(tmp_path) as server:
+        worker: Any = server.worker
+        waits, seen = threading.Event(), set()
+        within = worker._in_database
+
+        def watched(call: Any, *given: Any, **how: Any) -> Any:
+            waits.set()
+            try:
+                return within(call, *given, **how)
+            finally:
+                waits.clear()
+
+        def watch(name: str) -> None:
+            real = getattr(worker._store, name)
+
+            def call(*given: Any, **how: Any) -> Any:
+                seen.add((name, waits.is_set()))
+                return real(*given, **how)
+
+            monkeypatch.setattr(worker._store, name, call)
+
+        for name in ("claim", "holds", "put_back", "add_picture", "finish", "has_picture"):
+            watch(name)
+        monkeypatch.setattr(worker, "_in_database", watched)
+        server.finished(server.submit(**QUICK))
+        cancelled = server.submit(**LONG)
+        wait_for(lambda: server.job(cancelled)["status"] == "running")
+        server.ask("DELETE", f"/api/jobs/{cancelled}")
+        wait_for(lambda: ("holds", True) in seen)
+    assert seen >= {("claim", True), ("add_picture", True), ("finish", True)}
+    assert not {name for name, within in seen if not within}
+
+
 # --- the pulse -----------------------------------------------------------------------------------
 
 

@@ -85,10 +85,33 @@ def test_a_lease_that_ran_out(store: Store, monkeypatch: pytest.MonkeyPatch) -> 
     submit(store)
     monkeypatch.setattr(claims, "LEASE", -1.0)
     claim(store, "gone")
-    assert claim(store, "here", alone=True).suspect
+    claim(store, "here")
     monkeypatch.setattr(claims, "LEASE", 60.0)
     store.renew("here")
     assert store.claim("third", alone=True) is None
+
+
+def test_a_machine_that_is_gone_is_no_fault_of_a_job(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counts as an end of the server: three in company, ten alone, without a picture."""
+    job = submit(store, count=2)
+    monkeypatch.setattr(claims, "LEASE", -1.0)
+    for number in range(12):
+        mine = claim(store, f"w{number}", alone=True)
+        assert (mine.id, mine.suspect) == (job.id, number >= 3)
+    mine = claim(store, "gets on", alone=True)
+    store.add_picture(job.id, mine.token, picture(0))
+    found = store.get(job.id)
+    assert found is not None
+    assert (found.status, found.attempts) == (Status.RUNNING, 1)
+    for number in range(12):
+        assert claim(store, f"x{number}", alone=True).suspect == (number >= 2)
+    assert store.claim("w", alone=True) is None
+    found = store.get(job.id)
+    assert found is not None
+    assert found.status == Status.FAILED
+    assert "the worker's machine ended 13 times" in str(found.error)
 
 
 def test_a_poison_job_fails_after_three_attempts_and_the_rest_go_on(store: Store) -> None:
@@ -102,6 +125,17 @@ def test_a_poison_job_fails_after_three_attempts_and_the_rest_go_on(store: Store
     assert found.status == Status.FAILED
     assert found.error == "the worker stopped 3 times while it drew this"
     assert claim(store, alone=True).id == innocent.id
+
+
+def test_a_picture_begins_the_count_of_attempts_anew(store: Store) -> None:
+    job = submit(store, count=3)
+    for index in range(3):
+        mine = claim(store, f"w{index}", alone=True)
+        store.add_picture(job.id, mine.token, picture(index))
+        store.release(f"w{index}")
+    found = store.get(job.id)
+    assert found is not None
+    assert (found.status, found.attempts) == (Status.QUEUED, 1)
 
 
 def test_ends_of_the_whole_server_are_no_fault_of_a_job(store: Store) -> None:
@@ -124,7 +158,8 @@ def test_ends_of_the_whole_server_are_no_fault_of_a_job(store: Store) -> None:
         store.release(ended=True)
     found = store.get(job.id)
     assert found is not None
-    assert found.error == "the server ended 13 times while it drew this, 10 times alone"
+    ended = "the server or the worker's machine ended 13 times"
+    assert found.error == f"{ended} while it drew this, 10 times alone"
 
 
 def test_a_worker_killed_from_outside_now_and_then_is_no_fault_of_a_job(store: Store) -> None:

@@ -10,12 +10,11 @@ import hashlib
 import json
 import math
 import secrets
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, func, select
-from sqlalchemy.engine import RowMapping
 from sqlalchemy.exc import IntegrityError
 
 from safelight.server import shares
@@ -37,9 +36,9 @@ while it draws the job alone, before the job is at fault. Mostly the job is not 
 
 
 ENDS = 10
-"""How often the whole server may end while a job is drawn alone, after KILLS times in company, and
-without a finished picture in between. Power cuts and restarts are no job's fault, but a job that
-takes down the machine would do so after every start.
+"""How often the whole server, or the machine of a worker, may end while a job is drawn alone, after
+KILLS times in company, and without a finished picture in between. Power cuts and restarts are no
+job's fault, but a job that takes down the machine would do so after every start.
 """
 
 
@@ -138,7 +137,8 @@ class Claims(Roster):
                     status=Status.RUNNING,
                     token=token,
                     lease=now + LEASE,
-                    attempts=jobs.c.attempts + 1,
+                    attempts=first["attempts"] + 1,
+                    ends=first["ends"],
                     started=func.coalesce(jobs.c.started, now),
                 )
             )
@@ -230,7 +230,8 @@ class Claims(Roster):
                     )
                 )
                 # The job gets on: earlier ends of workers and servers were not its fault.
-                db.execute(jobs.update().where(jobs.c.id == job_id).values(kills=0, ends=0))
+                new = {"attempts": 1, "kills": 0, "ends": 0}
+                db.execute(jobs.update().where(jobs.c.id == job_id).values(new))
         except IntegrityError:
             raise LostError(job_id) from None
 
@@ -297,12 +298,19 @@ def _first(
     now: float,
     preference: Preference,
     excluding: Collection[str] = (),
-) -> RowMapping | None:
-    """Return the job whose turn it is. Jobs before it that cannot be drawn any more fail."""
+) -> dict[str, Any] | None:
+    """Return the job whose turn it is. Jobs before it that cannot be drawn any more fail.
+
+    If its lease ran out, the machine of its worker ended, and this is counted in place of the
+    attempt: a worker that fails alone is noticed by the process that keeps it.
+    """
     while (owner := shares.next_owner(db, now, excluding, preference.models)) is not None:
-        first = shares.next_job(db, now, owner, preference)
-        if first is None:
+        found = shares.next_job(db, now, owner, preference)
+        if found is None:
             return None
+        first = dict(found)
+        if first["status"] == Status.RUNNING:
+            first |= {"attempts": first["attempts"] - 1, "ends": first["ends"] + 1}
         whys = [why for why, so in _worn_out(first) if so]
         if not loads(first["request"]):
             whys.append("its request was damaged on the disk")
@@ -312,7 +320,7 @@ def _first(
     return None
 
 
-def uncommitted(db: Connection, rows: Iterable[RowMapping]) -> list[str]:
+def uncommitted(db: Connection, rows: Iterable[Mapping[Any, Any]]) -> list[str]:
     """Return the ids that pictures of these claims would have, without those that have a row."""
     ids = [_picture_id(row["token"], i) for row in rows for i in range(row["pictures"])]
     known: set[str] = set()
@@ -329,7 +337,8 @@ def _worn_out(job: Any) -> list[tuple[str, Any]]:
     """
     stopped = f"the worker stopped {ATTEMPTS} times while it drew this"
     killed = f"the worker was killed {2 * KILLS} times while it drew this, {KILLS} times alone"
-    ended = f"the server ended {KILLS + ENDS} times while it drew this, {ENDS} times alone"
+    machine = "the server or the worker's machine ended"
+    ended = f"{machine} {KILLS + ENDS} times while it drew this, {ENDS} times alone"
     return [
         (stopped, job["attempts"] >= ATTEMPTS),
         (killed, job["kills"] >= 2 * KILLS),

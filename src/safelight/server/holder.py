@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ from safelight.server.tracing import JobSpans
 T = TypeVar("T")
 
 BEAT = 0.25
-"""Seconds between two signs of life while the worker waits for a storage elsewhere."""
+"""Seconds between two signs of life while the worker waits for another machine."""
 
 
 class Holder:
@@ -116,7 +117,7 @@ class Holder:
         for job_id in list(self._cancelled):
             mine = [claim for claim in self._claims if claim.id == job_id]
             try:
-                if mine and not self._store.holds(job_id, mine[0].token):
+                if mine and not self._in_database(self._store.holds, job_id, mine[0].token):
                     self._forget(job_id)
             except StorageError:  # asked again after the next step
                 return
@@ -145,7 +146,7 @@ class Holder:
         """Let claimed jobs wait again. Those that cannot be put back now are tried again later."""
         for claim in list(claims):
             try:
-                self._store.put_back(claim.id, claim.token)
+                self._in_database(self._store.put_back, claim.id, claim.token)
             except StorageError:
                 return
             claims.remove(claim)
@@ -181,12 +182,19 @@ class Holder:
                 raise LostError(claim.id)
 
     def _stored(self, call: Callable[[], T]) -> T:
-        """Return the result of a call that reads or writes files.
+        """Return the result of a call that reads or writes files."""
+        return call() if self._files.local else self._awaited(call)
 
-        A storage elsewhere may take longer than a worker may be silent, so signs of life go on.
+    def _in_database(self, call: Callable[..., T], *given: Any, **how: Any) -> T:
+        """Return the result of a call that asks the database."""
+        call = partial(call, *given, **how)
+        return self._awaited(call) if self._store.shared else call()
+
+    def _awaited(self, call: Callable[[], T]) -> T:
+        """Return the result of a call that waits for another machine.
+
+        That may take longer than a worker may be silent, so signs of life go on.
         """
-        if self._files.local:
-            return call()
         coming = self._threads.submit(call)
         while not wait([coming], BEAT).done:
             self._pulse.count()
@@ -218,13 +226,12 @@ class Holder:
                 self._patiently(
                     claim, lambda: self._stored(lambda: self._files.keep(image, picture.id, texts))
                 )
-                self._patiently(
-                    claim, lambda: self._store.add_picture(claim.id, claim.token, picture)
-                )
+                add = partial(self._store.add_picture, claim.id, claim.token, picture)
+                self._patiently(claim, lambda: self._in_database(add))
         except LostError:
             # If the database went away midway, it may have the row all the same.
             with contextlib.suppress(StorageError, OSError):
-                if not self._store.has_picture(picture.id):
+                if not self._in_database(self._store.has_picture, picture.id):
                     self._stored(lambda: self._files.remove_pictures([picture.id]))
             raise
 
@@ -244,7 +251,8 @@ class Holder:
     def _finish(self, claim: Claim, warnings: list[str], error: str | None) -> None:
         while True:
             try:
-                self._store.finish(claim.id, claim.token, warnings=warnings, error=error)
+                how = {"warnings": warnings, "error": error}
+                self._in_database(self._store.finish, claim.id, claim.token, **how)
                 self._tell_stuck(None)
                 return
             except StorageError as problem:  # no other job could be stored either: wait

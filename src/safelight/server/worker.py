@@ -212,7 +212,8 @@ class Worker(Holder):
         """Return the next job; None if there is none, or the database cannot be read now."""
         models, held = self._models, self._held.values()
         try:
-            claim = self._store.claim(
+            claim = self._in_database(
+                self._store.claim,
                 self._id,
                 alone=not self._claims,
                 # A second of waiting makes up for the rows that the network computes in it.
