@@ -262,6 +262,16 @@ def test_a_mask_that_the_model_does_not_see(model: Model) -> None:
         assert bool(known.mask.any()) == seen == (not told)
 
 
+def test_previews_are_as_large_as_the_picture(model: Model) -> None:
+    """The latents reach beyond it; also with the tiny autoencoder of previews."""
+    own = {name: part for name, part in model.parts.items() if name != "preview_vae"}
+    for one in (model, replace(model, parts=own)):
+        run = one.stream("a cat", width=72, height=88, seed=1, **FEW)
+        previews = [step.preview() for step in run]
+        assert {preview.size for preview in previews} == {run.result.images[0].size} == {(72, 88)}
+    assert previews[-1].tobytes() == run.result.images[0].tobytes()
+
+
 def test_unconditional(pixels: Model) -> None:
     result = pixels.generate(unconditional=True, sampler="ddim", steps=3, seed=1, count=2)
     assert [image.size for image in result.images] == [pixels.native_size] * 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import subprocess
@@ -29,7 +31,7 @@ from safelight.explain.attention import (
     words_of_chunks,
 )
 from safelight.explain.forward import forward
-from safelight.explain.page import page
+from safelight.explain.page import _mask, page
 from safelight.explain.watch import Story, fit_colours, in_colours, watch
 from safelight.model import Model
 from safelight.nets.layers import Attention
@@ -96,6 +98,22 @@ class TestWatch:
             assert moment.attention is not None
             assert moment.attention.shape == (5, 8, 8)
         assert story.moments[-1].clean.tobytes() == story.picture.tobytes()
+
+    def test_what_latents_cover_beyond_the_picture_is_not_seen(self, model: Model) -> None:
+        steps: list[Image.Image] = []
+        odd = PAIR.replace(width=72, height=88, steps=2, guidance_start=0.0)
+        story = watch(model, odd, lambda step: steps.append(step.preview()))
+        seen = [(m.noisy, m.clean, m.unguided, m.guidance) for m in story.moments]
+        shown = [*steps, *(one.picture for one in story.forward), *(p for m in seen for p in m)]
+        assert {picture.size for picture in shown if picture is not None} == {(72, 88)}
+        assert None not in shown
+        assert story.shown == (72 / 80, 88 / 96)
+        assert story.moments[-1].clean.tobytes() == story.picture.tobytes()
+        # An attention map lies over the picture: here only its left half is seen.
+        uri = _mask(torch.tensor([[0.0, 1.0, 0.0, 0.0]]), (0.5, 1.0))
+        mask = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).getchannel("A")
+        left, right = (mask.getpixel((x, 0)) for x in (0, mask.width - 1))
+        assert left < 64 < 128 < right
 
     def test_guidance_is_half_the_difference_on_gray(self, story: Story) -> None:
         moment, first = story.moments[2], story.moments[0]

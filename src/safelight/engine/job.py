@@ -202,6 +202,22 @@ def decode(model: Model, latents: Tensor) -> Image.Image:
     return from_tensor(model.family.decode_latents(model, latents))
 
 
+def cut(
+    model: Model, picture: Image.Image, latents: Tensor, size: tuple[int, int] | None
+) -> Image.Image:
+    """Return a picture of latents, of any scale, without what lies beyond the finished picture.
+
+    size: width and height of the finished picture; None: the latents cover no more.
+    """
+    if size is None:
+        return picture
+    reach = model.family.factor(model)
+    width = round(picture.width * size[0] / (latents.shape[3] * reach))
+    height = round(picture.height * size[1] / (latents.shape[2] * reach))
+    shown = max(width, 1), max(height, 1)
+    return picture if shown == picture.size else picture.crop((0, 0, *shown))
+
+
 def advance(model: Model, jobs: list[Job]) -> None:
     """Take each job one row further, with one call of the network for all.
 
@@ -273,9 +289,8 @@ def finish(model: Model, job: Job) -> Image.Image:
     """
     if model.device.type == "cpu":
         memory.give_back()  # the steps' activations, as those of the decoder are the largest
-    painted = decode(model, final_latents(job))
-    if job.size is not None and job.size != painted.size:
-        painted = painted.crop((0, 0, *job.size))
+    latents = final_latents(job)
+    painted = cut(model, decode(model, latents), latents, job.size)
     if job.mask is None or job.original is None:
         return painted
     return lay_back(job.original, painted, job.mask)

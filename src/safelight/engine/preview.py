@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from safelight.engine.job import decode
+from safelight.engine.job import cut, decode
 from safelight.picture import from_tensor
 
 if TYPE_CHECKING:
@@ -34,13 +34,7 @@ def preview(model: Model, latents: Tensor, size: tuple[int, int] | None = None) 
     latents to colours makes it, or if there is none, the model's own autoencoder. Large latents are
     averaged down before they are decoded.
     """
-    shown = _shown(model, latents)
-    if size is None:
-        return shown
-    reach = model.family.factor(model)
-    width = round(shown.width * size[0] / (latents.shape[3] * reach))
-    height = round(shown.height * size[1] / (latents.shape[2] * reach))
-    return shown.crop((0, 0, max(width, 1), max(height, 1)))
+    return cut(model, _shown(model, latents), latents, size)
 
 
 def decodes_previews(model: Model) -> bool:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from safelight.engine.core import Engine
-from safelight.engine.job import decode
+from safelight.engine.job import cut, decode
 from safelight.engine.preview import decode_tiny
 from safelight.errors import SafelightError
 from safelight.request import Request
@@ -27,7 +27,8 @@ class Step:
     """One step of one picture, just taken.
 
     image_index: which picture of the request. step: from 1 to steps. clean: the network's
-    estimate of the clean latents, float32 [1, channels, h, w].
+    estimate of the clean latents, float32 [1, channels, h, w]. size: width and height of the
+    picture; None: all that the latents cover.
     """
 
     image_index: int
@@ -35,6 +36,7 @@ class Step:
     steps: int
     clean: Tensor
     model: Model
+    size: tuple[int, int] | None = None
 
     def preview(self) -> Image.Image:
         """Return the clean estimate as a picture.
@@ -42,9 +44,8 @@ class Step:
         It is decoded by the tiny autoencoder if one was loaded for previews (`preview_vae`).
         """
         with self.model.lock, torch.inference_mode():
-            if self.model.preview_vae is not None:
-                return decode_tiny(self.model, self.clean)
-            return decode(self.model, self.clean)
+            decoded = decode if self.model.preview_vae is None else decode_tiny
+            return cut(self.model, decoded(self.model, self.clean), self.clean, self.size)
 
 
 class Run:
@@ -103,5 +104,5 @@ class Run:
                 for ticket in stepped:
                     job = ticket.job
                     assert job.clean is not None
-                    yield Step(i, job.cursor, ticket.steps, job.clean, self._model)
+                    yield Step(i, job.cursor, ticket.steps, job.clean, self._model, job.size)
         timings["total"] = sum(timings.values())

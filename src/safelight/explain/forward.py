@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from safelight.engine.job import decode
+from safelight.engine.job import cut, decode
 from safelight.model import Model
 from safelight.sampling.levels import alphas_cumprod, sigmas_of
 
@@ -29,22 +29,29 @@ class Noised:
     picture: Image.Image
 
 
-def forward(model: Model, latents: Tensor, seed: int) -> list[Noised]:
+def forward(
+    model: Model, latents: Tensor, seed: int, size: tuple[int, int] | None = None
+) -> list[Noised]:
     """Return a picture at growing levels of the same noise, the clean one first.
 
     latents: the finished picture's, float32 [1, channels, h, w] (pixels for a model without
-    autoencoder). seed: of the noise. Each picture is the network's input at that level,
+    autoencoder). seed: of the noise. size: of the finished picture; None: all that the latents
+    cover. Each picture is the network's input at that level,
     x = √ᾱ·z + √(1 − ᾱ)·ε (arXiv:2006.11239, equation 4), decoded.
     """
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     bars = alphas_cumprod(model.scheduler)
     sigmas = sigmas_of(bars)
+
+    def shown(state: Tensor) -> Image.Image:
+        return cut(model, decode(model, state), state, size)
+
     with torch.inference_mode():
-        made = [Noised(0.0, None, decode(model, latents))]
+        made = [Noised(0.0, None, shown(latents))]
         for share in SHARES:
             t = round(share * (len(bars) - 1))
             bar = float(bars[t])
             noisy = bar**0.5 * latents + (1 - bar) ** 0.5 * noise
-            made.append(Noised(float(sigmas[t]), t, decode(model, noisy)))
+            made.append(Noised(float(sigmas[t]), t, shown(noisy)))
     return made

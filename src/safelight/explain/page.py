@@ -108,11 +108,15 @@ def _uri(picture: Image.Image, largest: int = LARGEST) -> str:
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _mask(attention: Tensor) -> str:
-    """Return a map, float32 [h, w], as a picture that is opaque where the map is strongest."""
+def _mask(attention: Tensor, shown: tuple[float, float]) -> str:
+    """Return a map, float32 [h, w], as a picture that is opaque where the map is strongest.
+
+    shown: see `Story`; the rest is cut off.
+    """
     low, high = attention.min(), attention.max()
     strength = from_tensor(((attention - low) / (high - low + 1e-9))[None] * 2 - 1)
-    opaque = strength.resize((MASK, MASK), Image.Resampling.BICUBIC)
+    box = (0, 0, strength.width * shown[0], strength.height * shown[1])
+    opaque = strength.resize((MASK, MASK), Image.Resampling.BICUBIC, box)
     file = io.BytesIO()
     Image.merge("LA", (Image.new("L", opaque.size), opaque)).save(file, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
@@ -148,7 +152,7 @@ def _moment(story: Story, moment: Moment) -> dict[str, Any]:
         "noise": _percent(_noise(moment.sigma)),
         "x": x,
         "y": y,
-        "masks": [_mask(one) for one in maps],
+        "masks": [_mask(one, story.shown) for one in maps],
         "shares": [_percent(share) for share in shares],
         "rest": _percent(1 - sum(shares)),
     }

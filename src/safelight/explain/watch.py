@@ -11,7 +11,7 @@ from torch import Tensor
 
 from safelight.engine import Engine, Job, Step
 from safelight.engine.denoiser import clip_or_threshold, estimate
-from safelight.engine.job import decode, final_latents
+from safelight.engine.job import cut, decode, final_latents
 from safelight.engine.requests import with_drawn
 from safelight.errors import SafelightError
 from safelight.explain.attention import (
@@ -71,7 +71,8 @@ class Story:
     """The steps of one picture.
 
     result: the picture, as `Model.generate` returns it. sigmas: the noise level before each step
-    and after the last. shape: of the latents, channels, height, width. colours: float32
+    and after the last. shape: of the latents, channels, height, width. shown: the shares of their
+    width and height that the picture has, 1 unless they reach beyond it. colours: float32
     [channels + 1, 3], see `fit_colours`; None without autoencoder. forward: the picture at growing
     noise levels.
     """
@@ -79,6 +80,7 @@ class Story:
     result: Result
     sigmas: list[float]
     shape: tuple[int, int, int]
+    shown: tuple[float, float]
     words: list[Word]
     moments: list[Moment]
     colours: Tensor | None
@@ -133,21 +135,23 @@ def watch(model: Model, request: Request, on_step: Callable[[Step], object] | No
                 who = job.model_at(cursor, model)
                 seen.append(_look(who, job, cursor, state, job.clean, words))
         if on_step is not None:
-            on_step(Step(0, job.cursor, len(rows), job.clean, model))
+            on_step(Step(0, job.cursor, len(rows), job.clean, model, job.size))
     assert ticket.image is not None
     result.images.append(ticket.image)
     with engine.model.lock, torch.inference_mode():
         latents = final_latents(job)
-        moments, colours = _pictures(model, seen, len(rows))
+        moments, colours = _pictures(model, seen, len(rows), job.size)
         channels, height, width = latents.shape[1:]
+        reach, picture = model.family.factor(model), ticket.image
         return Story(
             result=result,
             sigmas=[*(row.level.sigma for row in rows), rows[-1].lands.sigma],
             shape=(channels, height, width),
+            shown=(picture.width / (width * reach), picture.height / (height * reach)),
             words=words,
             moments=moments,
             colours=colours,
-            forward=forward(model, latents, ticket.seed),
+            forward=forward(model, latents, ticket.seed, job.size),
         )
 
 
@@ -192,8 +196,10 @@ def _look(
     )
 
 
-def _pictures(model: Model, seen: list[_Seen], steps: int) -> tuple[list[Moment], Tensor | None]:
-    """Return the moments, and the colours of their latents."""
+def _pictures(
+    model: Model, seen: list[_Seen], steps: int, size: tuple[int, int] | None
+) -> tuple[list[Moment], Tensor | None]:
+    """Return the moments, and the colours of their latents. size: of the finished picture."""
     noisy = [decode(model, one.noisy) for one in seen]
     clean = [decode(model, one.clean) for one in seen]
     colours = None
@@ -201,9 +207,13 @@ def _pictures(model: Model, seen: list[_Seen], steps: int) -> tuple[list[Moment]
         latents = [tensor for one in seen for tensor in (one.noisy, one.clean)]
         shown = [picture for both in zip(noisy, clean, strict=True) for picture in both]
         colours = fit_colours(latents, shown)
+    noisy = [cut(model, noisy[i], one.noisy, size) for i, one in enumerate(seen)]
+    clean = [cut(model, clean[i], one.clean, size) for i, one in enumerate(seen)]
     guided = any(one.unguided is not None for one in seen)
     unguided = [
-        (clean[i] if guided else None) if one.unguided is None else decode(model, one.unguided)
+        (clean[i] if guided else None)
+        if one.unguided is None
+        else cut(model, decode(model, one.unguided), one.unguided, size)
         for i, one in enumerate(seen)
     ]
     moments = [
