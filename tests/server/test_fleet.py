@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 from PIL import Image
 from serving import Serving, room_for_one, wait_for
+from sqlalchemy import func, select, text
+from sqlalchemy.exc import DBAPIError
 from working import Working
 
 import safelight
 from safelight import SafelightError
-from safelight.server import claims, roster
+from safelight.errors import StorageError
+from safelight.server import claims, database, roster
 from safelight.server.catalogue import Catalogue
 from safelight.server.files import Files
 from safelight.server.jobs import ModelInfo, Picture, WorkerInfo
@@ -208,6 +211,32 @@ def test_machines_go_by_the_clock_of_the_database(
     assert other.claim("b" * 32, alone=True) is None
     assert store.holds(mine.id, mine.token)
     other.close()
+
+
+def test_what_a_lost_machine_leaves_holds_up_nobody_for_long(
+    shared: tuple[Files, Store, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostgreSQL ends its connections and transactions, and nobody waits for a lock for ever."""
+    monkeypatch.setattr(database, "PATIENCE", 0.2)
+    monkeypatch.setattr(database, "ABANDONED", 1)
+    _, _, url = shared
+    lost, store = Store(url), Store(url)
+    lock = select(func.pg_advisory_xact_lock(database.LOCK))
+    with store.engine.connect() as db:
+        for name, value in (("idle", 5), ("interval", 2), ("count", 3)):
+            assert db.scalar(text(f"SHOW tcp_keepalives_{name}")) in (str(value), f"{value}s")
+        db.rollback()
+        assert db.scalar(text("SHOW lock_timeout")) == "200ms"  # it survives a rollback
+    with lost.engine.connect() as left:
+        left.execute(lock)
+        with pytest.raises(StorageError, match="lock timeout"):
+            claimed(store, "a" * 32)
+        store.migrate()  # waits, as a migration of a large table takes its time
+        assert claimed(store, "a" * 32)
+        with pytest.raises(DBAPIError):
+            left.execute(lock)
+    lost.close()
+    store.close()
 
 
 def test_news_long_and_short_arrive_in_order(postgres: str) -> None:

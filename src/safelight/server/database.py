@@ -34,6 +34,9 @@ CONNECTING: dict[str, Any] = {
 }
 """Arguments of connections to PostgreSQL: one that the network dropped is noticed soon."""
 
+ABANDONED = 10
+"""Seconds after which PostgreSQL ends a transaction of ours that asks for nothing."""
+
 CLOCK = 900
 """Seconds after which the database's clock is read again."""
 
@@ -50,6 +53,7 @@ class Database:
         self._lite = self.engine.dialect.name == "sqlite"
         self._ahead, self._clock_read = 0.0, -math.inf
         if not self._lite:
+            event.listen(self.engine, "connect", _limit)
             event.listen(self.engine, "checkout", self._read_clock)
 
     def close(self) -> None:
@@ -109,6 +113,22 @@ def open_engine(url: str) -> Engine:
     if engine.dialect.name == "sqlite":
         _set_up_sqlite(engine)
     return engine
+
+
+def _limit(connection: Any, _: Any) -> None:
+    """Let PostgreSQL end what a lost machine leaves: its connections, transactions and locks.
+
+    They are no options of the connection, which poolers refuse.
+    """
+    limits = {
+        "tcp_keepalives_idle": "5s",
+        "tcp_keepalives_interval": "2s",
+        "tcp_keepalives_count": "3",
+        "idle_in_transaction_session_timeout": f"{ABANDONED}s",
+        "lock_timeout": f"{PATIENCE}s",
+    }
+    connection.execute("; ".join(f"SET {name} = '{value}'" for name, value in limits.items()))
+    connection.commit()
 
 
 def sqlite_file(engine: Engine) -> Path | None:

@@ -42,6 +42,8 @@ def migrate(engine: Engine, *, only_new: bool = False) -> None:
             file.touch(mode=0o600)
         with engine.begin() as db:
             if file is None:
+                for limit in ("lock_timeout", "idle_in_transaction_session_timeout"):
+                    db.execute(text(f"SET LOCAL {limit} = 0"))  # a large table takes its time
                 db.execute(select(func.pg_advisory_xact_lock(LOCK)))
             version = _version(db)
             if version not in (HEAD, None) and only_new:
