@@ -1,12 +1,16 @@
 """The states of 200 prompts in each dialect, against references that share no code with them."""
 
+import weakref
+
 import pyparsing
 import pytest
 import torch
 
 from safelight.errors import SafelightError
+from safelight.prompt import states
 from safelight.prompt.dialects import read
 from safelight.prompt.states import States, last_repeated, same_length
+from safelight.prompt.tokenizer import clip_tokenizer
 from tests.prompt import reference
 from tests.prompt.reference import prompts
 
@@ -141,6 +145,30 @@ def test_repeating_a_whole_context_changes_no_attention():
     torch.testing.assert_close(once, twice)
     lengths = [s.shape[1] for s in same_length([torch.ones(1, n, 2) for n in (77, 154, 231)])]
     assert lengths == [462, 462, 462]
+
+
+@pytest.mark.parametrize(
+    "text", [f'("{"cat " * 90}",{",".join("ab" * 20)}).blend()', "cat- dog " * 40]
+)
+def test_texts_that_are_added_up_are_not_all_in_memory(text, monkeypatch):
+    seen, most, add = [], 0, states._weighted_sum
+
+    def watched(texts):
+        nonlocal most
+        for one in texts:
+            seen.append(weakref.ref(one))
+            most = max(most, sum(ref() is not None for ref in seen))
+            yield one
+
+    monkeypatch.setattr(
+        states, "_weighted_sum", lambda texts, *how, **more: add(watched(texts), *how, **more)
+    )
+    tokenizer = clip_tokenizer("<|endoftext|>", 77)
+    reader = States(tokenizer, lambda ids, _: torch.ones(1, 77, 2), "compel")
+    [found] = reader.of_part(read(text, "compel", steps=2).parts[0])
+    assert found.shape == (1, 154, 2)
+    assert len(seen) == 41
+    assert most < 10
 
 
 def test_a_repeated_context_is_bounded():

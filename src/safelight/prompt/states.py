@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
@@ -128,24 +128,19 @@ class States:
     def _blend(self, blend: Blend) -> Tensor:
         of_one = self._comfy if self.syntax == "comfy" else self._compel
         texts = [of_one(chunks_of(self.tokenizer, text, self.syntax)) for text in blend.texts]
-        texts = self._equal_lengths(texts)
-        states = texts[0]
+        states, longest = texts[0], max(text.shape[1] for text in texts)
         if len(texts) > 1:
-            states = _weighted_sum(texts, blend.weights, normalize=blend.normalize)
+            filled = (self._filled(text, longest) for text in texts)  # one at a time in memory
+            states = _weighted_sum(filled, blend.weights, states.device, normalize=blend.normalize)
         if blend.weight != 1:
             empty = self._empty().repeat(1, states.shape[1] // self.tokenizer.max_length, 1)
             states = empty + (states - empty) * blend.weight
         return states
 
-    def _equal_lengths(self, states: list[Tensor]) -> list[Tensor]:
+    def _filled(self, states: Tensor, length: int) -> Tensor:
         """Return the states filled up with those of the empty prompt, as compel does."""
-        longest = max(s.shape[1] for s in states)
-        empty = self._empty()
-        missing = [(longest - s.shape[1]) // empty.shape[1] for s in states]
-        return [
-            torch.cat([s, empty.repeat(1, n, 1)], dim=1) if n else s
-            for s, n in zip(states, missing, strict=True)
-        ]
+        missing = (length - states.shape[1]) // self.tokenizer.max_length
+        return torch.cat([states, *[self._empty()] * missing], dim=1) if missing else states
 
     def _comfy(self, chunks: Sequence[Chunk]) -> Tensor:
         return torch.cat([self._from_empty(chunk) for chunk in chunks], dim=1)
@@ -170,14 +165,15 @@ class States:
             for source, weight in zip(chunk.sources, chunk.weights, strict=True)
             if weight < 1
         )
-        texts = [torch.cat([self._from_empty(chunk) for chunk in chunks], dim=1)]
-        shares = [1.0]
-        for source, weight in light:
-            without = [frozenset(i for i, s in enumerate(c.sources) if s == source) for c in chunks]
-            states = map(self._from_empty, chunks, without)
-            texts.append(torch.cat(list(states), dim=1))
-            shares.append(math.tan((1 - max(_SMALLEST, weight)) * math.pi / 2))
-        return _weighted_sum(texts, shares) if light else texts[0]
+        whole = self._comfy(chunks)
+
+        def without(source: int) -> Tensor:
+            places = [frozenset(i for i, s in enumerate(c.sources) if s == source) for c in chunks]
+            return torch.cat(list(map(self._from_empty, chunks, places)), dim=1)
+
+        shares = [math.tan((1 - max(_SMALLEST, weight)) * math.pi / 2) for _, weight in light]
+        texts = chain([whole], (without(source) for source, _ in light))  # one at a time in memory
+        return _weighted_sum(texts, [1.0, *shares], whole.device) if light else whole
 
 
 def first_chunk(tokenizer: Tokenizer, stage: Stage, syntax: Syntax) -> Chunk:
@@ -218,9 +214,13 @@ def spans(parts: Sequence[Part]) -> list[tuple[int, int]]:
 
 
 def _weighted_sum(
-    states: Sequence[Tensor], weights: Sequence[float], *, normalize: bool = True
+    states: Iterable[Tensor],
+    weights: Sequence[float],
+    device: torch.device,
+    *,
+    normalize: bool = True,
 ) -> Tensor:
-    shares = torch.tensor(weights, dtype=torch.float32, device=states[0].device)
+    shares = torch.tensor(weights, dtype=torch.float32, device=device)
     if normalize:
         shares = shares / shares.sum()
     return sum((s * share for s, share in zip(states, shares, strict=True)), torch.zeros(()))
