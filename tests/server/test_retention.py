@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 from inside import Inside
 from PIL import Image
 from serving import wait_for
-from sqlalchemy import text
+from sqlalchemy import event, text
+from sqlalchemy.exc import OperationalError
 from test_recovery import start
 from test_storage import QUICK, png, whole
 
@@ -280,6 +282,43 @@ def test_what_the_disk_does_not_let_go_is_tried_again(
     kept.look()
     assert lite.store.gone() == {}
     lite.whole()
+
+
+def test_a_full_disk_has_room_for_a_few_at_a_time(lite: Years) -> None:
+    old = {lite.draw(91 * DAY) for _ in range(12)}
+    young = lite.draw(1 * DAY)
+    kept = lite.keep("90d")
+    full = OperationalError("UPDATE", {}, sqlite3.OperationalError("database or disk is full"))
+
+    def write(_: Any, __: Any, statement: str, given: Any, *___: Any) -> None:
+        if statement.startswith("UPDATE jobs SET") and len(old.intersection(given)) > 7:
+            raise full
+
+    event.listen(lite.store.engine, "before_cursor_execute", write)
+    kept.look()
+    lite.pass_grace()
+    kept.look()
+    assert lite.jobs() == {young}
+    lite.whole()
+
+
+def test_a_disk_too_full_to_mark_is_freed_all_the_same(
+    lite: Years, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marked = lite.draw(91 * DAY)
+    kept = lite.keep("90d")
+    kept.look()
+    lite.pass_grace()
+    lite.draw(91 * DAY)
+
+    def full(*_: Any) -> None:
+        raise StorageError("the database of jobs does not take it: database or disk is full")
+
+    monkeypatch.setattr(lite.store, "mark", full)
+    with pytest.raises(StorageError, match="disk is full"):
+        kept.look()
+    assert marked not in lite.jobs()
+    assert kept.freed.jobs == 1
 
 
 class Killed(BaseException):

@@ -92,12 +92,12 @@ def test_a_job_stays_until_its_webhook_was_told(store: Store) -> None:
     """Retention deletes the job's row, and with it the webhook's."""
     ended(store)
     end = time.time() + 100
-    assert store.mark(end, end) == (0, 0)
+    assert store.mark(end, end) == 0
     store.ended(end)
     store.noticed(next_notice(store, end), end, end + 7200)  # not taken: it is tried again
-    assert store.mark(end, end) == (0, 0)
+    assert store.mark(end, end) == 0
     store.noticed(next_notice(store, end + 7200), end, None)
-    assert store.mark(end, end) == (1, 0)
+    assert store.mark(end, end) == 1
 
 
 # --- where they go --------------------------------------------------------------------------------

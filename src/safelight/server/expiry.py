@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from sqlalchemy import ColumnElement, Connection, func, select
 
+from safelight.errors import StorageError
 from safelight.server.claims import Claims
 from safelight.server.tables import UNFINISHED, jobs, pictures, webhooks
 
@@ -50,18 +51,19 @@ class Expiry(Claims):
                 return
             at, after = rows[-1]
 
-    def mark(self, horizon: float, expires: float) -> tuple[int, int]:
-        """Mark jobs that ended before `horizon` for deletion, and take away the marks of others.
+    def mark(self, horizon: float, expires: float) -> int:
+        """Mark jobs that ended before `horizon` for deletion, and return how many there are.
 
-        Jobs whose webhook has not been told yet are not marked. Returns how many jobs were marked,
-        and how many marks were taken away.
+        Jobs whose webhook has not been told yet are not marked.
         """
-        marked = jobs.c.expires.is_not(None)
         untold = (webhooks.c.job == jobs.c.id) & webhooks.c.told.is_(None)
-        old = _finished() & (jobs.c.finished < horizon) & ~marked
+        old = _finished() & (jobs.c.finished < horizon) & jobs.c.expires.is_(None)
         old &= ~select(webhooks.c.job).where(untold).exists()
-        young = marked & (jobs.c.expires != GONE) & (jobs.c.finished >= horizon)
-        return self._set_expires(old, expires), self._set_expires(young, None)
+        return self._set_expires(old, expires)
+
+    def spare(self, horizon: float) -> int:
+        """Take away the marks of jobs that ended later, and return how many there are."""
+        return self._set_expires((jobs.c.expires > GONE) & (jobs.c.finished >= horizon), None)
 
     def expire(self, now: float) -> int:
         """Begin to delete the marked jobs whose time has come, and return how many there are.
@@ -100,13 +102,20 @@ class Expiry(Claims):
     def _set_expires(self, which: ColumnElement[bool], expires: float | None) -> int:
         # Once its job is being deleted, an idempotency key is free again.
         more = {"key": None} if expires == GONE else {}
-        changed = 0
+        changed, most = 0, BATCH
         while True:
-            with self._write() as db:
-                ids = db.execute(select(jobs.c.id).where(which).limit(BATCH)).scalars().all()
-                db.execute(jobs.update().where(jobs.c.id.in_(ids)).values(expires=expires, **more))
+            try:
+                with self._write() as db:
+                    ids = db.execute(select(jobs.c.id).where(which).limit(most)).scalars().all()
+                    new = jobs.update().where(jobs.c.id.in_(ids))
+                    db.execute(new.values(expires=expires, **more))
+            except StorageError:
+                if most == 1:
+                    raise
+                most = max(1, most // 10)  # a full disk may have room for the journal of fewer
+                continue
             changed += len(ids)
-            if len(ids) < BATCH:
+            if len(ids) < most:
                 return changed
 
 

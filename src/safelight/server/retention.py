@@ -76,29 +76,30 @@ class Retention:
             self._thread.join()
 
     def look(self) -> None:
-        """Mark what is beyond the limits, and delete what was marked long enough ago.
+        """Delete what was marked long enough ago, and mark what is beyond the limits.
 
         Raises StorageError.
         """
         self._files.make_sure()
         now = timestamp()
-        marked, spared = self._store.mark(self._horizon(now), now + GRACE)
-        if marked:
-            log.info(
-                "%d jobs are beyond --keep, and are deleted in %d minutes",
-                *(marked, math.ceil(GRACE / 60)),
-            )
-        if spared:
+        horizon = self._horizon(now)
+        if spared := self._store.spare(horizon):
             log.info("%d jobs are within --keep again, and stay", spared)
         self._store.expire(now)
         freed = self._clear()
         self.freed += freed
-        self.marked = self._store.marked()
         if freed.jobs:
             log.info(
                 "deleted %d jobs beyond --keep: %d pictures, %.1f MB",
                 *(freed.jobs, freed.pictures, freed.size / 1e6),
             )
+        # Last, since a full disk may have room for it only now.
+        if marked := self._store.mark(horizon, now + GRACE):
+            log.info(
+                "%d jobs are beyond --keep, and are deleted in %d minutes",
+                *(marked, math.ceil(GRACE / 60)),
+            )
+        self.marked = self._store.marked()
 
     def _clear(self) -> Freed:
         freed = Freed()
