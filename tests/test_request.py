@@ -310,6 +310,18 @@ class TestJson:
         assert again.fitted().image is fitted.image
         assert fitted.fitted().image is fitted.image
 
+    def test_one_of_picture_and_mask_is_replaced(self):
+        request = Request(image=Image.new("RGB", (64, 64)), mask=Image.new("L", (64, 64)))
+        white = Image.new("L", (64, 64), 255)
+        for one in (request, request.replace(mask=None)):
+            assert one.replace(mask=white).mask.getextrema() == (255, 255)
+            assert one.replace(mask=white).image.size == (64, 64)
+        for wrong in ({"mask": Image.new("L", (32, 64))}, {"image": Image.new("RGB", (32, 64))}):
+            with pytest.raises(SafelightError, match="mask must have the picture's size"):
+                request.replace(**wrong)
+        with pytest.raises(SafelightError, match="needs a picture"):
+            request.replace(image=None)
+
     def test_sides_are_brought_to_the_nearest_multiple_of_eight(self):
         pictures = {"image": Image.new("RGB", (500, 333)), "mask": Image.new("L", (500, 333))}
         request = Request(**pictures)

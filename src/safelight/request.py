@@ -228,9 +228,8 @@ class Request(RequestFields, metaclass=_Listed):
         asked = {name: getattr(self, name) for name in (*self.model_fields_set, "seed")}
         pictures = {n: asked.pop(n, None) for n in ("image", "mask") if n not in changes}
         kept = {name: picture for name, picture in pictures.items() if picture is not None}
-        if "mask" in kept and "image" not in kept:  # it is checked against the new one
-            changes = {**changes, **kept}
-            kept = {}
+        if changes.keys() & {"image", "mask"}:  # one is checked against the other
+            changes, kept = {**changes, **kept}, {}
         made = type(self)(**{**asked, **changes})
         return made._with_pictures(kept, self._digests) if kept else made
 
