@@ -200,7 +200,10 @@ def _run(store: Store, statement: str) -> None:
 def test_machines_go_by_the_clock_of_the_database(
     shared: tuple[Files, Store, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A machine whose clock is an hour ahead does not treat the leases of others as expired."""
+    """A machine whose clock is an hour ahead does not treat the leases of others as expired.
+
+    Nor does one whose clock is set while it runs.
+    """
     _, store, url = shared
     mine = claimed(store, "a" * 32)
     import time
@@ -209,6 +212,10 @@ def test_machines_go_by_the_clock_of_the_database(
     monkeypatch.setattr("time.time", lambda: real() + 3600)
     other = Store(url)
     assert other.claim("b" * 32, alone=True) is None
+    for hours in (0, 2):
+        monkeypatch.setattr("time.time", lambda hours=hours: real() + hours * 3600)
+        assert abs(other._now() - real()) < 5
+        assert other.claim("b" * 32, alone=True) is None
     assert store.holds(mine.id, mine.token)
     other.close()
 

@@ -40,6 +40,9 @@ ABANDONED = 10
 CLOCK = 900
 """Seconds after which the database's clock is read again."""
 
+STEP = 1.0
+"""Seconds by which this machine's clock may step before the database's is read again."""
+
 
 class Database:
     """A database. url: in SQLAlchemy's form. Nothing is opened before the first transaction.
@@ -51,7 +54,7 @@ class Database:
     def __init__(self, url: str) -> None:
         self.engine = open_engine(url)
         self._lite = self.engine.dialect.name == "sqlite"
-        self._ahead, self._clock_read = 0.0, -math.inf
+        self._ahead, self._clock_read, self._steady = 0.0, -math.inf, 0.0
         if not self._lite:
             event.listen(self.engine, "connect", _limit)
             event.listen(self.engine, "checkout", self._read_clock)
@@ -61,13 +64,19 @@ class Database:
 
     def _now(self) -> float:
         """Return the time by the database's clock, which all machines of a fleet share."""
-        if not self._lite and self._clock_read == -math.inf:
+        if not (self._lite or self._knows_clock()):
             with self._read():
                 pass
         return round(timestamp() + self._ahead, 6)
 
+    def _knows_clock(self) -> bool:
+        """Return whether the database's clock was read, and ours was not set since then."""
+        steady = time.monotonic()
+        known = steady - self._clock_read < CLOCK
+        return known and abs(time.time() - steady - self._steady) < STEP
+
     def _read_clock(self, connection: Any, *_: Any) -> None:
-        if time.monotonic() - self._clock_read < CLOCK:
+        if self._knows_clock():
             return
         before = time.time()
         try:
@@ -75,8 +84,9 @@ class Database:
             connection.rollback()
         except self.engine.dialect.loaded_dbapi.Error as error:
             raise DisconnectionError from error
-        self._ahead = float(found[0]) - (before + time.time()) / 2
-        self._clock_read = time.monotonic()
+        now, self._clock_read = time.time(), time.monotonic()
+        self._ahead = float(found[0]) - (before + now) / 2
+        self._steady = now - self._clock_read
 
     @contextmanager
     def _write(self, *, alone: bool = True) -> Iterator[Connection]:
