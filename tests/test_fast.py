@@ -235,7 +235,6 @@ def _order(packed: torch.Tensor) -> bytes:
 
 
 @pytest.mark.usefixtures("kernels_of")
-@pytest.mark.usefixtures("kernels_of")
 @pytest.mark.parametrize("tokens", [2 * layers.PART - 1, 2 * layers.PART, 2 * layers.PART + 5])
 def test_a_feed_forward_of_many_tokens(tokens: int) -> None:
     net = nn.Sequential(FeedForward(32)).eval()

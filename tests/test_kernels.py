@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -129,6 +131,34 @@ def test_what_does_not_fit_together_is_refused(library: Library) -> None:
         for change in changes if name in kernels._ARGUMENTS[library.variant] else ():
             with pytest.raises(ValueError, match="not "):
                 library.call(name, **GOOD[name] | change)
+
+
+def test_too_little_memory_is_an_error(library: Library) -> None:
+    """These need more than any processor can address."""
+    for name in kernels._ARGUMENTS[library.variant]:
+        if "attend" in name:
+            more = fields(keys=1 << 31, size=1 << 20)
+        elif "moments" in name:
+            more = fields(positions=1 << 31, channels=1 << 31)
+        else:
+            continue
+        with pytest.raises(MemoryError, match=name):
+            library.call(name, **(GOOD[name] | more))
+
+
+@pytest.mark.skipif(memory._libc() is None, reason="nothing here tells what a process takes")
+def test_memory_of_a_large_picture_is_given_back(library: Library) -> None:
+    def own() -> int:
+        memory.give_back()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    name, dtype, _ = kernels_of_attention(library)[0]
+    k = torch.randn(1, 1, 20480, 512).to(dtype)
+    q = k[:, :, :1]
+    vectors.attend_by(library, name, dtype, q, k[:, :, :32], k[:, :, :32])
+    before = own()
+    vectors.attend_by(library, name, dtype, q, k, k)  # packs 40 MB or more
+    assert own() - before < 16 << 20
 
 
 def test_names_of_arguments_are_those_of_the_struct(library: Library) -> None:

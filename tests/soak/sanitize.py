@@ -38,7 +38,7 @@ def main() -> int:
             "PYTHONPATH": folder,
             "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libubsan.so')}",
             # Python and PyTorch do not free all memory at the end of the process.
-            "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
+            "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:allocator_may_return_null=1",
             "UBSAN_OPTIONS": "print_stacktrace=1",
         }
         command = [sys.executable, "-m", "pytest", "-n0", "-q", "-p", "no:cacheprovider", *tests]

@@ -91,7 +91,7 @@ template <class Kernel> const char* attend(const Attention<typename Kernel::Numb
     const int64_t group = many ? threads : room < heads ? room : heads;
     const int64_t share = group * blocks / (8 * threads) + 1;
     static thread_local Memory held;
-    held.need(group * each);
+    if (!held.need(group * each)) return "memory";
     char* const packed = held.at;
 
     auto pack = [&](int64_t n, const Kernel& h, int64_t pass) {
@@ -127,5 +127,6 @@ template <class Kernel> const char* attend(const Attention<typename Kernel::Numb
                 attend_block(first + i / blocks, Kernel(a, packed + i / blocks * each), i % blocks);
         }
     }
+    if (held.size > 2 * PACKED) held.release();  // of a large picture: others do not need it
     return nullptr;
 }

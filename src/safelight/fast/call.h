@@ -1,6 +1,6 @@
 // What the C functions of all kernels share. Each takes one struct, which safelight/fast/kernels.py
-// repeats: pointers first, then 64-bit integers, then floats. It returns null, or the condition that
-// its arguments break, before it reads or writes anything.
+// repeats: pointers first, then 64-bit integers, then floats. It returns null or, before it reads or
+// writes anything, the condition that its arguments break, or "memory" if there is too little.
 #pragma once
 
 #include <initializer_list>
@@ -8,6 +8,7 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #ifdef _OPENMP
@@ -53,27 +54,29 @@ template <class T, class... More> inline bool pointers(const T* p, More... more)
 }
 template <class T> inline bool pointer_or_null(const T* p) { return !p || pointers(p); }
 
-// Memory for as long as this lives. If there is none, the process ends, as an exception cannot leave a
-// parallel region.
+// Memory for as long as this lives.
 struct Memory {
     static constexpr std::align_val_t PAGE{4096};
     char* at = nullptr;
     size_t size = 0;
-    void need(size_t bytes) {
-        if (bytes <= size) return;
+    bool need(size_t bytes) {  // false if there is too little
+        if (bytes <= size) return true;
         release();
-        at = (char*)operator new(size = bytes, PAGE);
+        at = (char*)operator new(bytes, PAGE, std::nothrow);
+        size = at ? bytes : 0;
+        return at;
     }
     void release() {
-        if (at) operator delete(at, PAGE);
-        at = nullptr;
+        operator delete(at, PAGE);
+        at = nullptr, size = 0;
     }
     ~Memory() { release(); }
 };
-// Memory of this thread, valid until the thread asks for more or ends.
+// Memory of this thread, valid until the thread asks for more or ends. It is little; if there is none, the
+// process ends, as a parallel region cannot be left.
 inline void* scratch(size_t bytes) {
     static thread_local Memory mine;
-    mine.need(bytes);
+    if (!mine.need(bytes)) abort();
     return mine.at;
 }
 

@@ -110,14 +110,16 @@ class Library:
     def call(self, name: str, **arguments: Tensor | int | float | None) -> None:
         """Run a kernel. A tensor is passed as the address of its first number.
 
-        Raises ValueError with the C++ condition that the arguments break, before anything is
-        computed, and TypeError for other names than the kernel's.
+        Raises ValueError with the C++ condition that the arguments break, or MemoryError, before
+        anything is computed, and TypeError for other names than the kernel's.
         """
         kernel, struct, names = self._kernels[name]
         if arguments.keys() != names:
             raise TypeError(f"{name} takes {sorted(names)}")
         given = {n: a.data_ptr() if isinstance(a, Tensor) else a for n, a in arguments.items()}
         broken = kernel(byref(struct(**given)))
+        if broken == b"memory":
+            raise MemoryError(f"too little memory for {name}")
         if broken is not None:
             raise ValueError(f"{name}({given}): not {broken.decode()}")
 

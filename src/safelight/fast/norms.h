@@ -53,7 +53,7 @@ template <class T> const char* moments(const Moments<T>& p) {
     // Sums and sums of squares of PART positions are float32, as longer ones would lose digits.
     const int64_t PART = 256, parts = (positions + PART - 1) / PART, row = 2 * channels;
     Memory memory;
-    memory.need(images * parts * row * 4);
+    if (!memory.need(images * parts * row * 4)) return "memory";
     float* const sums = (float*)memory.at;
 #pragma omp parallel for schedule(static)
     for (int64_t n = 0; n < images * parts; n++) {
