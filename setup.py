@@ -2,11 +2,13 @@
 
 They are libraries of C functions for ctypes, not extensions of Python: a file's name has no version
 of Python in it, and one wheel serves all versions. They are written in GCC's dialect of C++, which
-GCC and Clang compile: CXX names the compiler, CXXFLAGS its options.
+GCC and Clang compile: CXX is the compiler, with options if need be, CXXFLAGS are more options.
 """
 
 import os
 import platform
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,9 +23,20 @@ WINDOWS, MACOS = sys.platform == "win32", sys.platform == "darwin"
 EVERYWHERE, OF_LINUX = "_portable", "_amx"
 
 
-def compiler() -> str:
-    """Return the C++ compiler: Clang on Windows, where GCC does not align vectors on the stack."""
-    return os.environ.get("CXX") or ("clang++" if WINDOWS or MACOS else "g++")
+def compiler() -> list[str]:
+    """Return the command of the C++ compiler.
+
+    It is Clang on Windows, where GCC does not align vectors on the stack.
+    """
+    if said := os.environ.get("CXX"):
+        return [said] if shutil.which(said) else words(said)  # a path may have blanks
+    names = ["clang++"] if WINDOWS or MACOS else ["g++", "clang++"]
+    return [next(filter(shutil.which, names), names[0])]
+
+
+def words(line: str) -> list[str]:
+    """Return the arguments in a line, as a shell does: quoted ones may have blanks."""
+    return shlex.split(line, posix=not WINDOWS)
 
 
 def link() -> list[str]:
@@ -52,13 +65,13 @@ class Build(build_ext):
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.exists() and not self.force and out.stat().st_mtime > changed():
             return
-        own = os.environ.get("CXXFLAGS", "").split()
+        own = words(os.environ.get("CXXFLAGS", ""))
         flags = [*ext.extra_compile_args, "-std=c++17", *own, *link()]
-        command = [compiler(), *flags, *ext.sources, "-o", str(out)]
+        command = [*compiler(), *flags, *ext.sources, "-o", str(out)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError as e:
-            raise CompileError(f"{compiler()} cannot be run: {e.strerror}") from None
+            raise CompileError(f"{command[0]} cannot be run: {e.strerror}") from None
         if done.returncode:
             raise CompileError(done.stderr)
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,7 +123,7 @@ def test_what_is_switched_off_is_said(
 
 def test_a_missing_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "built", lambda name: None)
-    monkeypatch.setattr(kernels, "has_amx", lambda: True)
+    monkeypatch.setattr(kernels, "lacks", lambda name: "")
     found = doctor.examine()
     assert "no C++ compiler" in found["kernels"]["states"]["amx"]
     assert any("g++" in line for line in found["advice"])
@@ -147,6 +148,29 @@ def test_kernels_of_another_version_are_not_used(monkeypatch: pytest.MonkeyPatch
     found = doctor.examine()
     assert "other sources" in found["kernels"]["states"]["portable"]
     assert any("another version" in line for line in found["advice"])
+
+
+@pytest.mark.usefixtures("loaded_anew")
+def test_kernels_that_cannot_be_loaded_are_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / f"_portable{kernels.SUFFIX}").write_text("half a file")
+    monkeypatch.setattr(kernels, "__file__", str(tmp_path / "kernels.py"))
+    monkeypatch.setenv("SAFELIGHT_KERNELS", "portable")
+    assert kernels.tiles() is None
+    found = doctor.examine()
+    assert found["kernels"]["states"]["portable"].startswith("cannot be loaded: ")
+    assert str(tmp_path) not in found["kernels"]["states"]["portable"]
+    assert any("cannot be loaded" in line for line in found["advice"])
+
+
+def test_a_library_needs_the_instructions_that_it_is_compiled_for() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    for extension in project["tool"]["setuptools"]["ext-modules"]:
+        flags = {f[2:].replace("-", "_") for f in extension["extra-compile-args"] if f[1] == "m"}
+        _, names = kernels._INSTRUCTIONS[extension["name"].rpartition("._")[2]]
+        needed = {n.replace("fma3", "fma").replace("avx512_", "avx512") for n in names.split()}
+        assert needed == flags
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

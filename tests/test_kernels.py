@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -159,6 +161,18 @@ def test_memory_of_a_large_picture_is_given_back(library: Library) -> None:
     before = own()
     vectors.attend_by(library, name, dtype, q, k, k)  # packs 40 MB or more
     assert own() - before < 16 << 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the compilers of other systems differ")
+def test_clang_compiles_where_there_is_no_gcc(tmp_path: Path) -> None:
+    compiler = tmp_path / "clang++"
+    compiler.write_text('#!/bin/sh\nfor out; do :; done\nprintf "%s\\n" "$@" >"$out"\n')
+    compiler.chmod(0o755)
+    found = {"PATH": str(tmp_path), "CXXFLAGS": "-DNAME='two words'"}
+    build = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path)]
+    subprocess.run(build, cwd=Path(__file__).parents[1], env=found, check=True)
+    given = (tmp_path / "safelight" / "fast" / "_portable.so").read_text().splitlines()
+    assert "-DNAME=two words" in given
 
 
 def test_names_of_arguments_are_those_of_the_struct(library: Library) -> None:

@@ -179,7 +179,12 @@ def _advice(found: dict[str, Any]) -> list[str]:
     advice = []
     states = found["kernels"]["states"]
     if any("no C++ compiler" in states[name] for name in kernels.LIBRARIES):
-        advice.append("install a C++ compiler (apt-get install g++) and Safelight again")
+        advice.append(
+            "install a C++ compiler, g++ 11 or clang++ 14 or later (apt-get install g++), and "
+            "Safelight again"
+        )
+    if any("cannot be loaded" in states[name] for name in kernels.LIBRARIES):
+        advice.append("install Safelight again: a library of its kernels cannot be loaded")
     if any("other sources" in states[name] for name in kernels.LIBRARIES):
         advice.append("install Safelight again: its kernels are of another version")
     if "switched off" in states.values():

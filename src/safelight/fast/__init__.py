@@ -79,7 +79,7 @@ def bfloat16_doubt() -> str:
     if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in below:
         return "ONEDNN_MAX_CPU_ISA forbids instructions for bfloat16"
     has = torch.cpu.get_capabilities()
-    if kernels.has_amx() or (has.get("avx512_bf16") and "AMD" in str(has.get("cpu_name"))):
+    if not kernels.lacks("amx") or (has.get("avx512_bf16") and "AMD" in str(has.get("cpu_name"))):
         return ""
     if has.get("bf16") and not torch.backends.mps.is_built():  # an ARM processor, not Apple's
         return ""

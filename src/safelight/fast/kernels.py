@@ -172,28 +172,39 @@ def _first(names: tuple[str, ...], kernel: str) -> Library | None:
     return next((_load(n) for n in names if kernel in _ARGUMENTS[n] and not refusal(n)), None)
 
 
-NOT_BUILT = "not built: there was no C++ compiler when Safelight was installed"
+NOT_BUILT = (
+    "not built: there was no C++ compiler that could (g++ 11, clang++ 14, or later) when Safelight "
+    "was installed"
+)
+_AVX512 = "fma3 avx512_f avx512_bw avx512_dq avx512_vl avx512_bf16 avx512_vbmi avx512_vnni"
+_INSTRUCTIONS = {
+    "amx": ("AMX", f"amx_tile amx_bf16 amx_int8 {_AVX512}"),
+    "avx512": ("AVX512-BF16", _AVX512),
+    "avx2": ("AVX2", "avx2 fma3"),
+    "portable": ("", ""),
+}
+"""The instructions of each library: in a word, and as PyTorch names them. pyproject.toml has them
+as flags of the compiler."""
 
 
 def lacks(name: str) -> str:
     """Return the instructions of a library that this processor lacks; "" if none."""
-    has = {
-        "amx": has_amx,
-        "avx512": has_avx512,
-        "avx2": torch.cpu._is_avx2_supported,
-        "portable": lambda: True,
-    }
-    names = {"amx": "AMX", "avx512": "AVX512-BF16", "avx2": "AVX2"}
-    return "" if has[name]() else names[name]
+    word, names = _INSTRUCTIONS[name]
+    has = torch.cpu.get_capabilities()
+    return "" if all(has.get(one) for one in names.split()) else word
 
 
 def refusal(name: str) -> str:
     """Return why a library cannot run here; "" if it can."""
     if missing := lacks(name):
         return f"this processor has no {missing}"
-    if built(name) is None:
+    file = built(name)
+    if file is None:
         return NOT_BUILT
-    library = _load(name)
+    try:
+        library = _load(name)
+    except OSError as e:
+        return "cannot be loaded: " + str(e).replace(f"{file.parent}{os.sep}", "")
     if not library.fits():
         return "built from other sources: install Safelight again"
     return "" if library.permitted() else "the operating system does not permit AMX"
@@ -202,17 +213,6 @@ def refusal(name: str) -> str:
 def missing() -> list[str]:
     """Return the names of libraries that this processor could use but that cannot be loaded."""
     return [name for name in allowed() if not lacks(name) and refusal(name)]
-
-
-def has_amx() -> bool:
-    """Return whether this processor has what the library "amx" needs."""
-    return torch.cpu._is_amx_tile_supported() and has_avx512()
-
-
-def has_avx512() -> bool:
-    """Return whether this processor has what the library "avx512" needs."""
-    has = torch.cpu.get_capabilities()
-    return all(has.get(f"avx512_{name}") for name in ("bf16", "vbmi", "vnni"))
 
 
 def built(name: str) -> Path | None:
