@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import safelight
 from safelight import cli
-from safelight.adapters.embeddings import EmbeddingFinder
+from safelight.adapters.embeddings import EmbeddingFinder, naming
 from safelight.adapters.reader import PromptReader
 from safelight.errors import SafelightError
 from safelight.prompt import chunks
@@ -100,6 +100,37 @@ def test_of_two_files_of_one_name_one_is_used(model, twins):
     assert choose("an ale, ink", "ink.pt") == (["ink.pt"], [])
     assert choose("an ale, ink", known=["ink"]) == ([], [])  # a LoRA brings it
     assert choose("an ale, moss") == (["moss.safetensors"], [])
+
+
+@pytest.mark.parametrize("layout", ["", "models/embeddings", "embeddings/old/sd1"])
+def test_the_warning_names_the_other_file_as_the_setting_takes_it(layout, model, twins, tmp_path):
+    folder = tmp_path / "other" / layout
+    folder.mkdir(parents=True)
+    for file in ("ink.safetensors", "ink.pt"):
+        shutil.copy(twins / "embeddings" / file, folder)
+    finder, said = EmbeddingFinder(Library(tmp_path / "other")), list[str]()
+    asked = Request(prompt="an ale, ink", prompt_syntax="a1111")
+    finder.choose(asked, model.tokenizer, {"text_encoder": TEXT["hidden_size"]}, warnings=said)
+    [told] = said
+    assert finder.located(told.rpartition(" ")[2]).path == folder / "ink.pt"
+
+
+@pytest.mark.parametrize(
+    ("syntax", "prompt", "used"),
+    [
+        ("a1111", "ale <lora:ink:1>", False),
+        ("a1111", "a pinkish ale", False),
+        ("a1111", "ale, (Ink:1.2)", True),
+        ("comfy", "ale, ink", False),
+        ("comfy", "ale, embedding:ink", True),
+        ("plain", "ale, Ink", True),
+        ("plain", "ale", False),
+    ],
+)
+def test_a_prompt_uses_a_name_by_its_syntax(syntax, prompt, used, model):
+    """A LoRA often has the name of the embedding in it, and its tag is no word of the prompt."""
+    asked = Request(prompt=prompt, prompt_syntax=syntax)
+    assert naming(asked, model.tokenizer)("ink") is used
 
 
 def test_a_prompt_names_embeddings_of_the_models_folder(model):

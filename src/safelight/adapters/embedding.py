@@ -20,7 +20,7 @@ import base64
 import binascii
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -169,11 +169,13 @@ def look_at(path: Path, name: str | None = None) -> EmbeddingFile:
     return EmbeddingFile(name, token, vectors, path, header)
 
 
-def bundled(header: Header, prompts: str, warnings: list[str] | None) -> list[EmbeddingFile]:
+def bundled(
+    header: Header, is_named: Callable[[str], bool], warnings: list[str] | None
+) -> list[EmbeddingFile]:
     """Return the embeddings inside the file of a LoRA; they are keys that begin with BUNDLE.
 
     One with vectors for a text encoder's output, as OneTrainer trains them, cannot be used: it is
-    left out, with a line in `warnings`. prompts: the text that could name it.
+    left out, with a line in `warnings`. is_named: whether the prompts use a name.
 
     Raises SafelightError as `look_at` does, and for a name in the prompts that cannot be used.
     """
@@ -186,7 +188,7 @@ def bundled(header: Header, prompts: str, warnings: list[str] | None) -> list[Em
     for name, shapes in found.items():
         if outputs := [key for key in shapes if key.endswith("_out")]:
             why = f"{name:.40} has {outputs[0]:.20}, vectors for the text encoder's output"
-            if name.casefold() in prompts.casefold():
+            if is_named(name):
                 raise _refusal(header.name, f"{why}: they are not supported")
             if warnings is not None:
                 warnings.append(f"{_refusal(header.name, why)}; it is left out")

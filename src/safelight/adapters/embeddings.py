@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,8 +71,8 @@ class EmbeddingFinder:
             for name, paths in self._in_words(request, tokenizer).items():
                 if name in there or name in known:
                     continue
-                if (one := _first_fitting(name, paths, widths, said)) is not None:
-                    found[one.path] = one
+                if (one := self._first_fitting(name, paths, widths, said)) is not None:
+                    found.setdefault(one.path, one)
             if warnings is not None:
                 warnings += said
         return tuple(found.values())
@@ -130,15 +130,44 @@ class EmbeddingFinder:
         if self.library is not None:
             entries = self.library.entries("embedding")
             known += [(entry.path, _last(entry.name)) for entry in entries]
-        texts = [(" ".join(text.lower().split()), text) for text in _pieces(request)]
+        is_named = naming(request, tokenizer)
         for path, name in known:
-            plain = " ".join(name.lower().split())
-            for small, text in texts:
-                # A quick test first: most names are not in the text.
-                if plain and plain in small and _within(tokenizer.ids(name), tokenizer.ids(text)):
-                    found.setdefault(name, []).append(path)
-                    break
+            if is_named(name):
+                found.setdefault(name, []).append(path)
         return found
+
+    def _first_fitting(
+        self, name: str, paths: Sequence[Path], widths: Mapping[str, int], warnings: list[str]
+    ) -> EmbeddingFile | None:
+        """Return the first of some files of one name that fits, safetensors first; or None.
+
+        widths, warnings: see `choose`.
+        """
+        fitting: list[EmbeddingFile] = []
+        errors: list[SafelightError] = []
+        for path in sorted(paths, key=lambda path: path.suffix.lower() != ".safetensors"):
+            try:
+                one = look_at(path, name)
+                one.fitting(widths)
+                fitting.append(one)
+            except SafelightError as error:
+                errors.append(error)
+        if not fitting:
+            warnings += [f"{error}; its name in the prompt is read as text" for error in errors]
+            return None
+        if len(fitting) > 1:
+            used, other = (printable(self._shown(one.path), 60) for one in fitting[:2])
+            warnings.append(
+                f"two embeddings are called {printable(repr(name), 60)}: {used} is used; the "
+                f"setting embeddings may name {other}"
+            )
+        return fitting[0]
+
+    def _shown(self, path: Path) -> str:
+        """Return a name by which `located` finds a file: its path below the models folder."""
+        if self.library is None or not path.is_relative_to(self.library.root):
+            return path.name
+        return path.relative_to(self.library.root).as_posix()
 
 
 class Embeddings:
@@ -165,28 +194,32 @@ class Embeddings:
                 )
             return ()
         finder = EmbeddingFinder(model.library, model.takes_paths, model.embedding_files)
-        tokenizer, _ = model.family.text_parts[0]
-        inside = self._inside_loras(request, warnings)
+        name, _ = model.family.text_parts[0]
+        tokenizer = model.parts[name]
+        inside = self._inside_loras(request, tokenizer, warnings)
         chosen = finder.choose(
             request,
-            model.parts[tokenizer],
+            tokenizer,
             {name: model.parts[name].config.hidden_size for _, name in model.family.text_parts},
             known=[one.name for one in inside],
             warnings=warnings,
         )
         return (*chosen, *inside)
 
-    def _inside_loras(self, request: Request, warnings: list[str] | None) -> list[EmbeddingFile]:
+    def _inside_loras(
+        self, request: Request, tokenizer: Tokenizer, warnings: list[str] | None
+    ) -> list[EmbeddingFile]:
         model = self._model
         asked, _ = asked_of(request)
         if not asked and model.selection is None:
             return []
         adapters = (model.base or model).adapters
         selection = adapters.choose(asked, request.lora_unmatched, after=model.selection)
+        is_named = naming(request, tokenizer)
         found = {
             (lora.file.sha256, one.name): one
             for lora in selection.chosen
-            for one in bundled(lora.file.header, prompts_of(request), warnings)
+            for one in bundled(lora.file.header, is_named, warnings)
         }
         return list(found.values())
 
@@ -217,37 +250,27 @@ def record(embedding: EmbeddingFile) -> dict[str, Any]:
     return {"name": embedding.name, "sha256": digest_file(embedding.path).sha256}
 
 
-def prompts_of(request: Request) -> str:
-    """Return both prompts as one text."""
-    return f"{request.prompt}\n{request.negative_prompt}"
+def naming(request: Request, tokenizer: Tokenizer) -> Callable[[str], bool]:
+    """Return a function that says whether the prompts use a name, by the rule of their syntax.
 
-
-def _first_fitting(
-    name: str, paths: Sequence[Path], widths: Mapping[str, int], warnings: list[str]
-) -> EmbeddingFile | None:
-    """Return the first of some files of one name that fits a model, safetensors first; or None.
-
-    widths, warnings: see `EmbeddingFinder.choose`.
+    The rules are those of `safelight.prompt.learned`.
     """
-    fitting: list[EmbeddingFile] = []
-    errors: list[SafelightError] = []
-    for path in sorted(paths, key=lambda path: path.suffix.lower() != ".safetensors"):
-        try:
-            one = look_at(path, name)
-            one.fitting(widths)
-            fitting.append(one)
-        except SafelightError as error:
-            errors.append(error)
-    if not fitting:
-        warnings += [f"{error}; its name in the prompt is read as text" for error in errors]
-        return None
-    if len(fitting) > 1:
-        used, other = (f"{one.path.parent.name}/{one.path.name}" for one in fitting[:2])
-        warnings.append(
-            f"two embeddings are called {printable(repr(name), 60)}: {printable(used, 60)} is "
-            f"used; the setting embeddings may name {printable(other, 60)}"
+    pieces = _pieces(request)
+    if request.prompt_syntax == "comfy":
+        return lambda name: any(
+            found == name for text in pieces for found, _ in marked(text, name.__eq__)
         )
-    return fitting[0]
+    texts = [(" ".join(text.lower().split()), text) for text in pieces]
+
+    def is_named(name: str) -> bool:
+        plain = " ".join(name.lower().split())
+        # A quick test first: most names are not in the text.
+        inside = [text for small, text in texts if plain and plain in small]
+        if request.prompt_syntax != "a1111":
+            return bool(inside)
+        return any(_within(tokenizer.ids(name), tokenizer.ids(text)) for text in inside)
+
+    return is_named
 
 
 def _pieces(request: Request) -> list[str]:

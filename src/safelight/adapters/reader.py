@@ -8,7 +8,7 @@ from typing import Any
 
 from safelight.adapters.asked import asked_of
 from safelight.adapters.embedding import EmbeddingFile, bundled
-from safelight.adapters.embeddings import EmbeddingFinder, prompts_of
+from safelight.adapters.embeddings import EmbeddingFinder, naming
 from safelight.adapters.learned import words_of
 from safelight.errors import SafelightError
 from safelight.prompt.chunks import chunks_by_text
@@ -60,7 +60,7 @@ class PromptReader:
         tokenizer = self._tokenizers[name]
         widths = {key: config.hidden_size for key, config in self.encoders.items()}
         said: list[str] = []
-        inside = self._inside_loras(request, said)
+        inside = self._inside_loras(request, tokenizer, said)
         known = [one.name for one in inside]
         chosen = self._finder.choose(request, tokenizer, widths, known=known, warnings=said)
         chosen = (*chosen, *inside)
@@ -74,7 +74,9 @@ class PromptReader:
         )
         return reading, tokenizer, said
 
-    def _inside_loras(self, request: Request, warnings: list[str]) -> list[EmbeddingFile]:
+    def _inside_loras(
+        self, request: Request, tokenizer: Tokenizer, warnings: list[str]
+    ) -> list[EmbeddingFile]:
         """Return the embeddings inside the LoRAs of a request that are in the models folder."""
         library, found = self._finder.library, dict[tuple[Path, str], EmbeddingFile]()
         if library is None:
@@ -83,7 +85,7 @@ class PromptReader:
             entries = library.matches(lora.name, "lora")
             if len(entries) == 1 and (lora.weight or lora.text_weight):
                 path = entries[0].path
-                inside = bundled(header_of(path), prompts_of(request), warnings)
+                inside = bundled(header_of(path), naming(request, tokenizer), warnings)
                 found |= {(path, one.name): one for one in inside}
         return list(found.values())
 
