@@ -12,9 +12,11 @@ from safelight.families import sd
 from safelight.nets.clip import CLIPTextModel
 from safelight.nets.unet import UNet2DConditionModel
 from safelight.nets.unet2d import UNet2DModel
-from safelight.weights import inspect, load_model
+from safelight.weights import inspect, load, load_model
+from safelight.weights.find import Source
 from safelight.weights.load import pick_device, pick_dtype
 from safelight.weights.names import open_clip_names, unet_names, vae_names
+from safelight.weights.plan import read_plan
 from weights_tiny import FAMILY, change, part_weights, pixel_folder, refused, text_folder, write
 
 
@@ -429,6 +431,18 @@ def test_a_single_file_may_be_marked_as_comfyui_does(tiny_family, tmp_path):
     assert model.scheduler.prediction_type == "v_prediction"
     assert model.scheduler.rescale_betas_zero_snr
     assert model.scheduler.timestep_spacing == "trailing"
+
+
+def test_a_link_may_lead_elsewhere_while_a_model_loads(tiny_family, tmp_path, monkeypatch):
+    """What is hashed and read is the file whose header was read."""
+    file = single_file(tmp_path / "model.safetensors", FAMILY)
+    wanted = load_model(str(file), device="cpu").sha256
+    (link := tmp_path / "link.safetensors").symlink_to(file)
+    plan = read_plan(Source("link", link))
+    link.unlink()
+    link.symlink_to(single_file(tmp_path / "other.safetensors", FAMILY, {"modelspec.title": "b"}))
+    monkeypatch.setattr(load, "read_plan", lambda *_, **__: plan)
+    assert load_model(str(link), device="cpu").sha256 == wanted
 
 
 def test_a_forced_prediction_needs_no_warning(tiny_family, tmp_path):

@@ -109,7 +109,7 @@ def _file_plan(source: Source, model: Plan) -> VaePlan:
         raw: Mapping[str, Any] = {"latent_channels": _channels(header, inner)}
         weights = _placed(header, TINY_PART, inner)
         config = _config(source, TINY_PART, raw)
-        return VaePlan(source, TINY_PART, raw, config, weights, _file(source))
+        return VaePlan(source, TINY_PART, raw, config, weights, {source.path.name: header.path})
     raw = model.raw["vae"] if model.parts["vae"] is VAE_PART else VAE_CONFIG
     config = _config(source, VAE_PART, raw)
     if any(key.startswith(("decoder.up.", "decoder.mid.")) for key in inner):
@@ -124,7 +124,7 @@ def _file_plan(source: Source, model: Plan) -> VaePlan:
             raise refusal(source.name, f"{len(unknown)} keys that we do not know: {some(unknown)}")
         inner = {str(name): inner[key] for key, name in renames.items()}
     weights = _placed(header, VAE_PART, inner)
-    return VaePlan(source, VAE_PART, raw, config, weights, _file(source))
+    return VaePlan(source, VAE_PART, raw, config, weights, {source.path.name: header.path})
 
 
 def _taesd_plan(source: Source, header: Header) -> VaePlan:
@@ -135,13 +135,14 @@ def _taesd_plan(source: Source, header: Header) -> VaePlan:
     if encoder == decoder or not decoder.is_file():
         raise refusal(source.name, "one half of a tiny autoencoder; name it taesd_decoder, and the "
                       "other taesd_encoder")  # fmt: skip
-    files, weights = {decoder.name: decoder}, {}
     header = header if decoder == path else header_of(decoder)
-    weights |= _numbered(header, "decoder", first=1)
+    files = {decoder.name: header.path}
+    weights = _numbered(header, "decoder", first=1)
     channels = weights["decoder.layers.0.weight"].shape[1]
     if encoder.is_file():
-        files[encoder.name] = encoder
-        weights |= _numbered(header_of(encoder), "encoder", first=0)
+        header = header_of(encoder)
+        files[encoder.name] = header.path
+        weights |= _numbered(header, "encoder", first=0)
     raw = {"latent_channels": channels, "has_encoder": encoder.is_file()}
     return VaePlan(source, TINY_PART, raw, _config(source, TINY_PART, raw), weights, files)
 
@@ -210,10 +211,6 @@ def _check_fit(plan: VaePlan, model: Plan, own: Any) -> None:
         model.family.check_configs({**model.configs, "vae": config})
     except SafelightError as e:
         raise refusal(name, str(e)) from None
-
-
-def _file(source: Source) -> dict[str, Path]:
-    return {source.path.name: source.path}
 
 
 def _warnings(plan: VaePlan, model: Plan) -> list[str]:

@@ -148,7 +148,7 @@ def _file_plan(source: Source, prediction_type: str | None, without: Collection[
         weights=file.weights,
         scheduler=scheduler,
         native_size=_stated_size(header) or (side, side),
-        files={source.path.name: source.path},
+        files={source.path.name: header.path},  # where a link led when it was read
         warnings=warnings,
         parts=family.parts,
         raw={**file.configs, "scheduler": file.scheduler},
