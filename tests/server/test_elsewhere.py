@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import tempfile
@@ -326,6 +327,29 @@ def test_a_worker_that_waits_for_another_machine_is_not_taken_for_hung() -> None
     assert on_postgresql._in_database(on_postgresql.enough.wait, timeout=60)
     for call in (Waiting("/here")._stored, Waiting("/here")._in_database):
         assert call(threading.get_ident) == threading.get_ident()
+
+
+def test_a_silent_store_holds_up_no_submission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that asks for many pictures of it takes its own turns, not all threads."""
+    go_on = threading.Event()
+    url = f"memory://{uuid.uuid4().hex}/safelight"
+    with Inside(tmp_path / "data", draws=False, storage=url) as server:
+        monkeypatch.setattr(server.hub.files, "picture", lambda _: go_on.wait(60) and None)
+
+        async def run() -> tuple[int, set[int]]:
+            fetches = [server.asked("GET", f"/api/pictures/{new_id()}") for _ in range(48)]
+            waiting = asyncio.gather(*fetches)
+            await asyncio.sleep(0.2)
+            try:
+                async with asyncio.timeout(20):
+                    made = await server.asked("POST", "/api/jobs", {"prompt": "a cat"})
+            finally:
+                go_on.set()
+            return made.status, {answer.status for answer in await waiting}
+
+        assert server.within(run()) == (202, {404})
 
 
 @pytest.mark.parametrize("how", ["full", "nowhere"])
