@@ -77,7 +77,7 @@ def level_of(fast: int, family: Family, notes: Mapping[str, Any]) -> dict[str, A
     """
     if not family.shortcuts:
         return {}
-    fixed = defaults_of(family, notes) if is_distilled(notes) else {}
+    fixed = defaults_of(family, notes) if family.distilled or is_distilled(notes) else {}
     return {k: v for k, v in LEVELS.get(fast, {}).items() if k not in fixed}
 
 

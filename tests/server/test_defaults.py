@@ -22,7 +22,7 @@ import safelight
 from safelight import cli
 from safelight.cli.tools import verify
 from safelight.compare import Axis, grid, requests
-from safelight.defaults import is_distilled
+from safelight.defaults import is_distilled, with_level
 from safelight.engine.requests import resolve_request
 from safelight.errors import SafelightError
 from safelight.families import SD
@@ -277,6 +277,16 @@ def test_a_distilled_model_keeps_its_steps_at_each_level(tmp_path: Path) -> None
     with Inside(tmp_path / "data", draws=False, model="embedded-fast") as server:
         job = server.ask("POST", "/api/jobs", {"prompt": "a cat", "fast": 2}).json()
     assert job["settings"].items() >= {"steps": 4, "sampler": "ddim", "cache_every": 2}.items()
+
+
+@pytest.mark.parametrize(("guided", "wanted"), [(256, ("lcm", 4)), (None, ("dpmpp_2m", 12))])
+def test_so_does_a_latent_consistency_model(guided: int | None, wanted: tuple[str, int]) -> None:
+    unet = SimpleNamespace(
+        block_out_channels=(320,), cross_attention_dim=768, in_channels=4, time_cond_proj_dim=guided
+    )
+    family = SD.variant({"unet": unet}, {}, {})
+    request = with_level(Request(prompt="a cat", fast=2), family, {}).with_defaults(family.defaults)
+    assert (request.sampler, request.steps, request.cache_every) == (*wanted, 2)
 
 
 def test_a_family_s_own_are_filled_in(tmp_path: Path) -> None:

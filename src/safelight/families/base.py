@@ -163,9 +163,10 @@ class Family:
     text_parts: the names of tokenizer and text encoder, for each text encoder that reads a prompt.
     flat: a folder may have the files of the one network in its root. network: the part that
     denoises. fixed_size: it draws its native size alone. conditioned_on: the settings of a
-    request that `encode` reads. defaults: settings that it draws best with. trainable: whether
-    `train` supports it. refinable: whether another model of the family can take its last steps.
-    shortcuts: whether its network supports the fast mode.
+    request that `encode` reads. defaults: settings that it draws best with. distilled:
+    whether it was taught to draw with these, in few steps. trainable: whether `train` supports it.
+    refinable: whether another model of the family can take its last steps. shortcuts: whether its
+    network supports the fast mode.
     latent_rgb: colours of latents for previews, see `families.colours`; None if they are unknown.
     """
 
@@ -182,6 +183,7 @@ class Family:
     fixed_size: ClassVar[bool] = False
     conditioned_on: ClassVar[tuple[str, ...]] = ()
     defaults: Mapping[str, Any] = MappingProxyType({})
+    distilled: bool = False
     trainable: ClassVar[bool] = True
     refinable: ClassVar[bool] = False
     shortcuts: ClassVar[bool] = False

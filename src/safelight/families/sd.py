@@ -75,7 +75,7 @@ class StableDiffusion(LatentFamily):
     width: channels of the UNet's first block. context: channels of the text states. native: side,
     in pixels, of the training pictures. v_native: the same for its v-prediction checkpoints, None
     if it has none. pad: the token that fills up a short prompt. defaults: settings for what a
-    request leaves out.
+    request leaves out. distilled: see `Family`.
     """
 
     name: str
@@ -90,6 +90,7 @@ class StableDiffusion(LatentFamily):
     text_encoder: Mapping[str, Any] = field(default_factory=dict)
     scheduler_config: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    distilled: bool = False
     latent_rgb: tuple[tuple[float, ...], ...] | None = None
 
     title: ClassVar[str] = "Stable Diffusion 1.x and 2.x"
@@ -124,7 +125,7 @@ class StableDiffusion(LatentFamily):
         # A network that takes the guidance scale as an input is a latent consistency model.
         if unet.time_cond_proj_dim is None:
             return found
-        return replace(found, defaults=_CONSISTENT)
+        return replace(found, defaults=_CONSISTENT, distilled=True)
 
     def dtype_of(self, part: str, config: NetConfig, dtype: torch.dtype) -> torch.dtype:
         import torch
