@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from inside import Inside
 from PIL import Image
 from serving import Serving, room_for_one, wait_for
 from sqlalchemy import func, select, text
@@ -19,7 +20,7 @@ from working import Working
 import safelight
 from safelight import SafelightError
 from safelight.errors import StorageError
-from safelight.server import claims, database, roster
+from safelight.server import claims, database, fleet, roster
 from safelight.server.catalogue import Catalogue
 from safelight.server.files import Files
 from safelight.server.jobs import ModelInfo, Picture, WorkerInfo
@@ -243,6 +244,49 @@ def test_what_a_lost_machine_leaves_holds_up_nobody_for_long(
         with pytest.raises(DBAPIError):
             left.execute(lock)
     lost.close()
+    store.close()
+
+
+def test_a_server_takes_its_lock_again(shared: tuple[Files, Store, str]) -> None:
+    """PostgreSQL ends the connection that has it. Meanwhile another server may come and go."""
+    _, store, url = shared
+    other = Store(url)
+    assert store.held()
+    assert not other.held()
+    for comes in (False, True):
+        with other.engine.begin() as db:
+            locks = "SELECT pid FROM pg_locks WHERE locktype = 'advisory'"
+            db.execute(text(f"SELECT pg_terminate_backend(({locks}), 5000)"))
+        with pytest.raises(StorageError):
+            store.held()
+        assert (other if comes else store).held()
+    assert not store.held()
+    other.close()
+    wait_for(store.held)
+
+
+def test_a_server_ends_once_another_has_its_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "LOOK", 0.05)
+    monkeypatch.setattr(fleet, "GIVE_UP", 0.4)
+    ended = threading.Event()
+    with Inside(tmp_path / "data", draws=False) as server:
+        server.hub.on_refusal = ended.set
+        has = [True]
+        monkeypatch.setattr(server.hub.store, "held", lambda: has[0])
+        server.submit(prompt="a cat")
+        own = server.hub.store.claim("b" * 32)
+        assert own is not None
+        looking = asyncio.run_coroutine_threadsafe(server.hub.fleet._keep_looking(), server._loop)
+        assert not ended.wait(1)
+        has[0] = False
+        wait_for(lambda: "another server" in server.ask("GET", "/readyz").json()["detail"])
+        assert ended.wait(10)
+        assert "another server" in str(server.hub.refusal)
+        looking.result(10)
+    store = Store(f"sqlite:///{tmp_path / 'data' / 'jobs.sqlite3'}")
+    assert store.holds(own.id, own.token)  # it may be the other server's
     store.close()
 
 

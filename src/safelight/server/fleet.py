@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
 from safelight.errors import SafelightError, StorageError
 from safelight.server.jobs import WorkerInfo
-from safelight.server.store import Store
+from safelight.server.store import TAKEN, Store
 from safelight.server.wire import TO_SERVER, TO_WORKERS, Wire
 
 log = logging.getLogger("safelight.server")
@@ -18,12 +19,18 @@ log = logging.getLogger("safelight.server")
 LOOK = 2.0
 """Seconds between two looks at the roster."""
 
+GIVE_UP = 30.0
+"""Seconds without the lock on the database after which the server ends. For about 12 s our own lost
+connection may have it.
+"""
+
 
 class Fleet:
     """The workers on the roster, and messages to and from them. A database in a file has no fleet.
 
     on_message(kind, rest) is called in the event loop for a message about a job; on_change() is
-    called there after each look at the roster and when a worker has started.
+    called there after each look at the roster and when a worker has started, on_lost() when another
+    server has the database; then `refusal` says so.
     """
 
     def __init__(
@@ -33,9 +40,12 @@ class Fleet:
         *,
         on_message: Callable[[str, list[Any]], None],
         on_change: Callable[[], None],
+        on_lost: Callable[[], None],
     ) -> None:
         self._store = store
-        self._on_message, self._on_change = on_message, on_change
+        self._on_message, self._on_change, self._on_lost = on_message, on_change, on_lost
+        self.trouble: str | None = None
+        self.refusal: SafelightError | None = None
         self.workers: list[WorkerInfo] = []
         self._wire: Wire | None = None
         self._task: asyncio.Task[None] | None = None
@@ -68,9 +78,17 @@ class Fleet:
                 self._loop.call_soon_threadsafe(self._on_message, kind, rest)
 
     async def _keep_looking(self) -> None:
-        while True:
+        held = time.monotonic()
+        while time.monotonic() - held < GIVE_UP:
             await self._look()
+            with contextlib.suppress(StorageError):  # the database is away for all servers
+                self.trouble = None if await asyncio.to_thread(self._store.held) else TAKEN
+            if self.trouble is None:
+                held = time.monotonic()
             await asyncio.sleep(LOOK)
+        self.refusal = StorageError(TAKEN)
+        log.error("the server ends: %s", self.refusal)
+        self._on_lost()
 
     async def _look(self) -> None:
         try:

@@ -53,8 +53,8 @@ class Hub:
 
     child: the server's first worker, or the plan of its workers on Ray; None leaves all jobs to
     workers elsewhere. bound: the most pictures that may wait. on_refusal: called if no worker can
-    draw with these settings; then `refusal` is the reason. files: those of the jobs, in the data
-    folder or elsewhere. root: the data folder.
+    draw with these settings, or another server has the database; then `refusal` is the reason.
+    files: those of the jobs, in the data folder or elsewhere. root: the data folder.
     """
 
     def __init__(
@@ -72,10 +72,10 @@ class Hub:
         self.webhooks = Webhooks(self.store)
         self._events = Events(self._send, self.webhooks.ended)
         self.fleet = Fleet(
-            self.store,
-            settings.url,
+            *(self.store, settings.url),
             on_message=lambda kind, rest: self._on_message(kind, rest, fleet=True),
             on_change=self._on_fleet,
+            on_lost=lambda: self.on_refusal(),
         )
         self.supervisor = self._supervise(child)
         own = isinstance(self.supervisor, Supervisor)
@@ -90,8 +90,8 @@ class Hub:
 
     @property
     def refusal(self) -> SafelightError | None:
-        """Why no worker can draw with these settings."""
-        return self.supervisor.refusal
+        """Why no worker can draw with these settings, or with this database."""
+        return self.supervisor.refusal or self.fleet.refusal
 
     @property
     def restarts(self) -> int:
@@ -132,7 +132,8 @@ class Hub:
         await self.fleet.stop()
         await self.webhooks.stop()
         with contextlib.suppress(StorageError):  # the next start does it
-            await self._in_database(partial(self.store.release, told_to=True))
+            if self.refusal is None:  # else they may be another server's
+                await self._in_database(partial(self.store.release, told_to=True))
         self._threads.close()
         self.store.close()
 
@@ -149,7 +150,7 @@ class Hub:
         """
         if self.stopping:
             return "the server is stopping"
-        found = self.supervisor.trouble or self._stuck
+        found = self.fleet.trouble or self.supervisor.trouble or self._stuck
         if found is None:
             try:
                 await self._threads.with_files(self._look)

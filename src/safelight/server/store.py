@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, func, select
+from sqlalchemy import ColumnElement, Connection, func, select, true
 from sqlalchemy.engine import RowMapping
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -28,6 +28,8 @@ from safelight.server.tables import UNFINISHED, choices, facts, jobs, pictures, 
 
 MAX_LISTED = 4 << 20
 """The most bytes of one list of jobs, roughly: one job of 64 pictures can take 2 MiB."""
+
+TAKEN = "another server draws the jobs of this --database already"
 
 FOLDER = "folder"
 """The name of the fact that says which data folder has the pictures."""
@@ -47,6 +49,7 @@ class Store(Expiry, People, Outbox):
     def __init__(self, url: str) -> None:
         super().__init__(url)
         self._holding: Connection | None = None
+        self._held = False
 
     @property
     def shared(self) -> bool:
@@ -271,17 +274,39 @@ class Store(Expiry, People, Outbox):
         if self._lite:
             return
         until = time.monotonic() + PATIENCE  # a killed server's lock lasts a little longer
-        with storage_errors():
-            self._holding = self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-            while not self._holding.scalar(select(func.pg_try_advisory_lock(LOCK + 1))):
-                if time.monotonic() > until:
-                    raise StorageError("another server draws the jobs of this --database already")
-                time.sleep(0.5)
+        while not self.held():
+            if time.monotonic() > until:
+                raise StorageError(TAKEN)
+            time.sleep(0.5)
 
-    def close(self) -> None:
+    def held(self) -> bool:
+        """Return whether this server has the lock on its database; take it if it is free.
+
+        The lock ends with its connection, as when PostgreSQL restarts. For one thread at a time.
+        Raises StorageError.
+        """
+        with storage_errors():
+            try:
+                if self._holding is None:
+                    made = self.engine.connect()
+                    self._holding = made.execution_options(isolation_level="AUTOCOMMIT")
+                    self._held = False
+                lock = func.pg_try_advisory_lock(LOCK + 1)
+                self._held = bool(self._holding.scalar(select(true() if self._held else lock)))
+            except SQLAlchemyError:
+                self._let_go()
+                raise
+        return self._held
+
+    def _let_go(self) -> None:
         if self._holding is not None:
             with contextlib.suppress(SQLAlchemyError):
+                self._holding.invalidate()
                 self._holding.close()
+            self._holding = None
+
+    def close(self) -> None:
+        self._let_go()
         super().close()
 
     def leftovers(self) -> list[str]:
