@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,6 +100,28 @@ def test_each_process_draws_its_share(tmp_path: Path, monkeypatch: pytest.Monkey
     taken = trajectories(teacher, ["a cat", "a dog"], 1, 4.0, tmp_path, PLAN)
     assert drawn == [["a dog"]]
     assert len(taken.states) == 2
+
+
+def test_the_teacher_makes_room_for_the_student(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teachers: list[weakref.ref[Any]] = []
+
+    def drawn(teacher: Any, *_: Any) -> distil.Trajectories:
+        teachers.append(weakref.ref(teacher))
+        return distil.Trajectories(torch.zeros(1, 5, 8, 16, 16), [], torch.zeros(4))
+
+    def learn(*_: Any, **__: Any) -> None:
+        gc.collect()
+        assert teachers[0]() is None
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distil, "trajectories", drawn)
+    monkeypatch.setattr(distil, "draw_sheet", lambda *_, **__: None)
+    monkeypatch.setattr(distil, "fit", learn)
+    (tmp_path / "prompts.txt").write_text("a cat")
+    with pytest.raises(KeyboardInterrupt):
+        distil.distil(tmp_path / "prompts.txt", tmp_path / "out", PLAN)
 
 
 def test_a_student_comes_nearer_and_diffusers_draws_the_same(

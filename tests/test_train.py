@@ -133,6 +133,29 @@ def test_ctrl_c_loses_no_step(tmp_path: Path) -> None:
     assert torch.equal(train_line(tmp_path / "a"), train_line(tmp_path / "b"))
 
 
+def test_processes_take_the_steps_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each finds another pace, and one that took more steps would wait for the others."""
+
+    class Second:
+        is_main_process = False
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(devices.accelerator(), name)
+
+    seen: list[float] = []
+    rate_of = Plan.rate
+    monkeypatch.setattr(Plan, "rate", lambda plan, step: seen.append(step) or rate_of(plan, step))
+    monkeypatch.setattr(loop, "accelerator", Second)
+    monkeypatch.setattr(
+        "accelerate.utils.broadcast_object_list", lambda plans: [plans[0].paced(43)]
+    )
+    train_line(tmp_path, replace(PLAN, steps=0, seconds=0.001))
+    assert seen[-1] == 42
+    assert not [*tmp_path.iterdir()]
+
+
 def test_another_recipe_does_not_resume(tmp_path: Path) -> None:
     train_line(tmp_path, replace(PLAN, recipe="cats"))
     with pytest.raises(SafelightError, match=r"\(the pictures, captions, .* changed\): give"):
@@ -366,6 +389,15 @@ def test_a_model_is_replaced_as_a_whole(tmp_path: Path) -> None:
             stopped(by)
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
         assert (folder / "a").read_text() == "first"
+    folder.rename(tmp_path / "disk")
+    folder.symlink_to("disk")
+    for text in ("once", "again"):  # a link stays one
+        with replacing(folder) as new:
+            (new / "a").write_text(text)
+        assert folder.is_symlink()
+        assert (tmp_path / "disk" / "a").read_text() == text
+    folder.unlink()
+    (tmp_path / "disk").rename(folder)
     (tmp_path / "model.part" / "b").mkdir(parents=True)  # as SIGKILL leaves it
     with replacing(folder) as new:
         (new / "c").write_text("second")

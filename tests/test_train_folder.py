@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -426,6 +427,29 @@ def test_latents_are_kept_for_the_next_run(
         "13 million weights are trained, which takes 0.3 GB of memory beside the pictures of a "
         "step; a checkpoint has 0.2 GB",
     ]
+
+
+@pytest.mark.parametrize(
+    ("module", "made", "first"),
+    [
+        ("finetune", "finetune", "load_model"),
+        ("distil", "distil", "read_prompts"),
+        ("scratch", "text_to_image", "networks"),
+        ("unconditional", "unconditional", "digits"),
+    ],
+)
+def test_too_little_memory_before_the_first_step_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, made: str, first: str
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    part = import_module(f"safelight.train.{module}")
+    monkeypatch.setattr(part, first, full)
+    plan = Plan(steps=1, batch=1, learning_rate=1e-4)
+    size = {} if made in ("finetune", "distil") else {"size": 64}
+    with pytest.raises(SafelightError, match=r"^cpu has too little memory .* smaller --batch"):
+        getattr(part, made)("digits", tmp_path, plan, **size)
 
 
 class Second(SimpleNamespace):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from safelight.nets.tiny import AutoencoderTiny
 from safelight.nets.vae import AutoencoderKL, VAEConfig
-from safelight.train.devices import accelerator, autocast, memory_told
+from safelight.train.devices import accelerator, autocast
 from safelight.train.loop import Draw, Show, fit, progress
 from safelight.train.plan import Plan
 
@@ -101,7 +101,6 @@ def to_pixels(pictures: NDArray[np.uint8] | Tensor) -> Tensor:
     return torch.as_tensor(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-@memory_told()
 @torch.no_grad()
 def encode(vae: AutoencoderKL | AutoencoderTiny, pictures: NDArray[np.uint8] | Tensor) -> Tensor:
     """Return the latents as the denoiser sees them, float16 [n, 4, h, w] on the CPU.

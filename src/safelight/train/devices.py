@@ -39,7 +39,7 @@ def memory_told() -> Iterator[None]:
             raise
         raise SafelightError(
             f"{accelerator().device} has too little memory for this training: a smaller --batch "
-            "or smaller pictures (--size) take less"
+            "takes less, and so does a smaller --size, which only distil lacks"
         ) from None
 
 

@@ -29,7 +29,7 @@ from safelight.picture import reason
 from safelight.request import Request
 from safelight.sampling import SCHEDULES, Level, SchedulerConfig, Table, table
 from safelight.train.denoiser import wanted
-from safelight.train.devices import accelerator, autocast
+from safelight.train.devices import accelerator, autocast, memory_told
 from safelight.train.export import export_text_to_image, replacing, writing
 from safelight.train.finetune import bring_along, own_memory, tell
 from safelight.train.folder import digest
@@ -74,6 +74,7 @@ class Trajectories:
         return torch.tensor(rows, dtype=torch.float32, device=self.states.device)
 
 
+@memory_told()
 def distil(
     prompts: Path,
     out: Path,
@@ -110,6 +111,7 @@ def distil(
     assert isinstance(base.unet, UNet2DConditionModel)
     tell(base, base.unet)
     taken = trajectories(teacher, captions, drawing_steps, guidance_scale, out / "ways", plan)
+    del teacher  # its memory is needed now
     shown = captions[:SHEET_PROMPTS]
     made = out / "model"
     # Without a checkpoint, a sheet may be of another teacher.

@@ -45,6 +45,7 @@ def writing(folder: Path) -> Iterator[None]:
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """Yield an empty folder beside `folder`, which takes its place once all is written."""
+    folder = folder.resolve()  # a link stays one
     new, old = (folder.with_name(f"{folder.name}.{end}") for end in ("part", "old"))
     shutil.rmtree(new, ignore_errors=True)  # left by a run that was killed
     new.mkdir(parents=True)

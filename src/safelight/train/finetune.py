@@ -20,7 +20,7 @@ from safelight.nets.unet import UNet2DConditionModel
 from safelight.nets.vae import AutoencoderKL
 from safelight.train.autoencoder import encode
 from safelight.train.denoiser import TextToImage, train_text_to_image
-from safelight.train.devices import Net, accelerator
+from safelight.train.devices import Net, accelerator, memory_told
 from safelight.train.export import export_text_to_image, replacing, writing
 from safelight.train.folder import Pixels, captioned, check_apart, digest, read
 from safelight.train.loop import check_plan, progress, save_whole
@@ -35,6 +35,7 @@ CHECKPOINT_EVERY = 100
 SHEET_PROMPTS = 6
 
 
+@memory_told()
 def finetune(
     folder: Path,
     out: Path,

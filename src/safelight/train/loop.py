@@ -223,8 +223,9 @@ def fit(
                 if step - start == PACE[0]:
                     marked = time.monotonic()
                 else:
-                    plan = _paced(plan, step, began, marked)
-                    pace_path.write_text(str(plan.steps))
+                    plan = _agreed(_paced(plan, step, began, marked))
+                    if chief:
+                        pace_path.write_text(str(plan.steps))
             if board is not None and (step % window == 0 or step == plan.steps):
                 pace = (time.monotonic() - began) / (step - start)
                 losses.report(plan, step, pace, log, board)
@@ -264,6 +265,14 @@ def _paced(plan: Plan, step: int, began: float, marked: float) -> Plan:
     now = time.monotonic()
     pace = (now - marked) / (PACE[1] - PACE[0])
     return plan.paced(step + max(1, round((plan.seconds - (now - began)) / pace)))
+
+
+def _agreed(plan: Plan) -> Plan:
+    """Return the first process's plan: processes that take different steps wait for ever."""
+    from accelerate.utils import broadcast_object_list
+
+    [first] = broadcast_object_list([plan])
+    return first
 
 
 def _board(folder: Path, start: int) -> Any:

@@ -15,7 +15,7 @@ from safelight.nets.clip import CLIPTextModel
 from safelight.sampling.schedule import SchedulerConfig
 from safelight.train.autoencoder import encode, latent_spread, train_autoencoder
 from safelight.train.denoiser import TextToImage, teach_words, train_text_to_image
-from safelight.train.devices import accelerator
+from safelight.train.devices import accelerator, memory_told
 from safelight.train.export import export_text_to_image, replacing, writing
 from safelight.train.folder import Pixels, captioned, check_apart, digest, read
 from safelight.train.loop import Draw, check_plan
@@ -43,6 +43,7 @@ class Album:
         return self.squares[pick], [self.captions[i] for i in pick]
 
 
+@memory_told()
 def text_to_image(
     folder: Path,
     out: Path,

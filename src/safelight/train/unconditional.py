@@ -12,7 +12,7 @@ from safelight.errors import SafelightError
 from safelight.nets.unet2d import UNet2DConfig
 from safelight.sampling.schedule import SchedulerConfig
 from safelight.train.denoiser import train_unconditional
-from safelight.train.devices import accelerator
+from safelight.train.devices import accelerator, memory_told
 from safelight.train.export import export_unconditional, replacing, writing
 from safelight.train.folder import check_apart, digest, digits, pictures, read
 from safelight.train.loop import check_plan
@@ -24,6 +24,7 @@ DIGITS = "digits"
 CHECKPOINT_EVERY = 500
 
 
+@memory_told()
 def unconditional(source: str, out: Path, plan: Plan, *, size: int, native: bool = False) -> Path:
     """Train on the pictures of a folder, or on "digits"; return the folder out/model.
 
