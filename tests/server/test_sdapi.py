@@ -336,11 +336,19 @@ class TestTextToImage:
         answer = call("txt2img", {"sampler_name": "DPM++ 2M", "scheduler": label})
         assert (service.requests[0].schedule, service.requests[0].spacing) == (None, spacing)
         assert warnings_of(answer) == []
+        told = json.loads(answer.json()["info"])["extra_generation_params"]
+        assert told == ({} if spacing is None else {"Spacing": spacing})
 
     def test_a_spacing_by_our_name_precedes_the_scheduler_s(self, call, service):
         body = {"sampler_name": "Euler", "scheduler": "Simple", "spacing": "linspace"}
         assert call("txt2img", body).status_code == 200
         assert service.requests[0].spacing == "linspace"
+
+    @pytest.mark.parametrize("label", [None, "", "  ", "Automatic"])
+    def test_without_a_scheduler_it_is_automatic(self, call, service, label):
+        answer = call("txt2img", {"sampler_name": "DPM++ 2M", "scheduler": label})
+        assert service.requests[0].schedule == "karras"
+        assert warnings_of(answer) == []
 
     @pytest.mark.parametrize("label", ["KL Optimal", "turbo", "é" * 999])
     def test_a_scheduler_that_is_not_here_is_automatic_with_a_warning(self, call, service, label):
@@ -530,6 +538,15 @@ class TestRefusals:
         assert line == "the body must be JSON: send content-type application/json"
         assert service.requests == []
         assert call("interrupt", data="{}", headers={"Content-Type": kind}).status_code == 200
+
+    @pytest.mark.parametrize(
+        "kind", ["Application/JSON", "application/json ; charset=utf-8", "application/problem+json"]
+    )
+    def test_any_spelling_of_json(self, call, service, kind):
+        answer = call("txt2img", data='{"prompt": "a"}', headers={"Content-Type": kind})
+        assert (answer.status_code, service.requests[0].prompt) == (200, "a")
+        answer = call("txt2img", data="{}", headers={"Content-Type": "application/jsonp"})
+        assert refused(answer) == "the body must be JSON: send content-type application/json"
 
     def test_numbers_that_json_lacks_do_not_come_back(self, call):
         headers = {"Content-Type": "application/json"}

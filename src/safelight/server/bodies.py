@@ -101,7 +101,10 @@ async def read_body(
 
 def check_json(http: HttpRequest) -> None:
     """Raise SafelightError for a body whose content type is not JSON's."""
-    if not http.headers.get("content-type", "").startswith("application/json"):
+    kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not (
+        kind.startswith("application/") and kind.endswith("+json")
+    ):
         raise SafelightError("the body must be JSON: send content-type application/json")
 
 

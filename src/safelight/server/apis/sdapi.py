@@ -158,6 +158,7 @@ def _told(
         else (request.width or model.width, request.height or model.height)
     )
     extra = {"Schedule type": (drawn.get("schedule") or "").capitalize(), "Eta": drawn.get("eta")}
+    extra["Spacing"] = drawn.get("spacing")
     # Styles and dynamic prompts give each picture a prompt of its own.
     prompts, negatives = (
         [picture.recipe["settings"][name] for picture in pictures]

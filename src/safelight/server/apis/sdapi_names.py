@@ -54,7 +54,7 @@ def find_scheduler(label: str | None) -> str | None:
 
     Without a label it is "automatic".
     """
-    wanted = "_".join((label or "automatic").lower().split())
+    wanted = "_".join((label or "").lower().split()) or "automatic"
     return wanted if wanted in SCHEDULERS else None
 
 
