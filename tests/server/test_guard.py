@@ -335,8 +335,18 @@ def test_a_refusal_says_what_would_allow_it() -> None:
     assert f"safelight serve --allow-origin {PAGE} allows" in body.decode()
     _, _, body = ask(Rules(), {"host": "pics.lan:7860"})
     assert "safelight serve --allow-host pics.lan allows" in body.decode()
+    for host in ({}, {"host": ""}, {"host": "a/b"}, {"host": "a:b"}):
+        _, _, body = ask(Rules(), host)
+        assert "the Host must be one name or address" in body.decode()
+    _, _, body = ask(SHARED, {**OURS, "sec-fetch-site": "same-site", "sec-fetch-mode": "no-cors"})
+    assert "that name an origin, and this one does not" in body.decode()
     _, _, body = ask(Rules(), {**OURS, "origin": "x" * 9999})
     assert len(json.loads(body)["detail"]) < 250
+
+
+@pytest.mark.parametrize("origin", ["http://[", "http://[::1", "http://[v1.x]", "//", "http://"])
+def test_an_origin_that_cannot_be_read_is_refused(origin: str) -> None:
+    assert status(Rules(), {**OURS, "origin": origin}) == 403
 
 
 @pytest.mark.parametrize(
@@ -345,6 +355,10 @@ def test_a_refusal_says_what_would_allow_it() -> None:
         ("http://localhost:3000", PAGE),
         ("HTTPS://Chat.Example", "https://chat.example"),
         ("http://[::1]:8000", "http://[::1]:8000"),
+        ("http://localhost:80", "http://localhost"),
+        ("https://[::1]:443", "https://[::1]"),
+        ("https://chat.example:80", "https://chat.example:80"),
+        ("app://localhost:80", "app://localhost:80"),
         ("app://obsidian.md", "app://obsidian.md"),
         ("null", "null"),
         ("file://", "file://"),
@@ -354,7 +368,13 @@ def test_an_origin_is_known_in_any_spelling(given: str, origin: str) -> None:
     assert origin_of(given) == origin
 
 
-@pytest.mark.parametrize("given", ["*", "", "localhost:3000", f"{PAGE}/", "http://", f"{PAGE},x"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        *("*", "", "localhost:3000", f"{PAGE}/", "http://", f"{PAGE},x"),
+        *("http://localhost:", "http://localhost:x", "http://[::1", "http://:80"),
+    ],
+)
 def test_what_is_no_origin_is_not_allowed(given: str) -> None:
     with pytest.raises(SafelightError, match="expected an origin as browsers send it"):
         origin_of(given)

@@ -114,8 +114,11 @@ def test_the_address_that_is_printed_leads_on(
     page = mount.Studio(server.app, server.hub, cast(Any, None))
     for installed, wanted in ((True, "/studio"), (False, "/docs")):
         monkeypatch.setattr(mount, "available", lambda found=installed: found)
-        code, headers, _ = ask(Rules(), {"host": "localhost"}, path="/", app=page)
-        assert (code, headers["location"]) == (307, wanted)
+        for method in ("GET", "HEAD"):
+            code, headers, _ = ask(
+                Rules(), {"host": "localhost"}, path="/", method=method, app=page
+            )
+            assert (code, headers["location"]) == (307, wanted)
 
 
 def test_an_allowed_origin_reaches_the_server(

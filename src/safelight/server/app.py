@@ -77,7 +77,7 @@ def application(
     app.include_router(openai.router, responses=problems(400, 404, 413, 422, 429, 500, 503))
     for router in (sdapi.router, sdapi_facts.router):
         app.include_router(router, responses=problems(404, 413, 422, 429, 500, model=ours.Problem))
-    app.add_api_route("/", root, include_in_schema=False)
+    app.add_api_route("/", root, methods=["GET", "HEAD"], include_in_schema=False)
     app.add_exception_handler(SafelightError, refused)
     app.add_exception_handler(RequestValidationError, invalid)
     paged = None if page is None else page(app, hub, decoders)

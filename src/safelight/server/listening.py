@@ -107,12 +107,14 @@ def host_name(given: str) -> str:
 def origin_of(given: str) -> str:
     """Return an origin as browsers send it. Raises SafelightError for a text that is none."""
     origin = given.lower()
-    if re.fullmatch(r"null|file://|[a-z][a-z0-9+.-]*://[a-z0-9._:\[\]-]+", origin) is None:
+    host = r"([a-z0-9._-]+|\[[0-9a-f:.]+\])"
+    if re.fullmatch(rf"null|file://|[a-z][a-z0-9+.-]*://{host}(:\d+)?", origin, re.A) is None:
         raise SafelightError(
             f"--allow-origin {given[:80]!r}: expected an origin as browsers send it, without a "
             "path, as http://localhost:3000"
         )
-    return origin
+    # Browsers leave out the port that the scheme has anyway.
+    return origin.removesuffix({"http": ":80", "https": ":443"}.get(origin.split(":")[0], ""))
 
 
 def everywhere(host: str) -> bool:

@@ -36,10 +36,11 @@ def check_site(scope: Any, headers: Headers, hosts: frozenset[str], origins: fro
     """
     host = single(headers, "host")
     if not _known_host(host, scope, hosts):
-        name = clipped(_name(host) or "NAME")
-        raise RefusedError(
-            400, f"this Host is not served here: safelight serve --allow-host {name} allows it"
-        )
+        name = _name(host)
+        if name is None:
+            raise RefusedError(400, "the Host must be one name or address, with or without a port")
+        told = f"safelight serve --allow-host {clipped(name)} allows it"
+        raise RefusedError(400, f"this Host is not served here: {told}")
     given = headers.get("origin", [])
     if given and not (len(given) == 1 and _same(given[0], host)):
         if len(given) == 1 and given[0] in origins:
@@ -51,7 +52,8 @@ def check_site(scope: Any, headers: Headers, hosts: frozenset[str], origins: fro
         # A link on another page may lead here; no other cross-site request may.
         mode = headers.get("sec-fetch-mode", [""])[0]
         if scope["method"] not in ("GET", "HEAD") or mode != "navigate":
-            raise RefusedError(403, "cross-site requests are refused")
+            told = "--allow-origin allows only those that name an origin, and this one does not"
+            raise RefusedError(403, f"cross-site requests are refused: {told}")
     return ""
 
 
@@ -94,5 +96,4 @@ def _name(host: str) -> str | None:
 
 
 def _same(origin: str, host: str) -> bool:
-    parts = urlsplit(origin)
-    return parts.scheme in ("http", "https") and parts.netloc == host
+    return origin in (f"http://{host}", f"https://{host}")

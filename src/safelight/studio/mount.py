@@ -98,7 +98,7 @@ class Studio:
         if path == "/favicon.ico":
             await Response(_ICON, media_type="image/svg+xml")(scope, receive, send)
             return
-        if path == "/" and scope["method"] == "GET" and available():
+        if path == "/" and scope["method"] in ("GET", "HEAD") and available():
             await RedirectResponse(PATH)(scope, receive, send)
             return
         if scope["type"] != "http" or not (path == PATH or path.startswith(PATH + "/")):
