@@ -37,7 +37,7 @@ class PlainModel:
         self.sha256 = DIGEST
         self.name, self.native_size = "plain", (64, 64)
         self.device = SimpleNamespace(type="meta")
-        self.loaded, self.other_vae, self.refiner = [], None, None
+        self.loaded, self.other_vae, self.refiner, self.control = [], None, None, None
         self.requests = []
         self.warnings = []
         self.before_step = lambda: None

@@ -117,7 +117,7 @@ def test_what_can_share_a_call() -> None:
     assert key(pooled=torch.ones(2, 8)) != plain
     assert key(sizes=torch.ones(2, 6)) == key(sizes=torch.zeros(1, 6)) != plain
     assert key(extra=torch.ones(1, 5, 8, 8)) != plain
-    assert key(controls=(net,)) == key(controls=(net,)) != plain
+    assert key(control=net) == key(control=net) != plain
 
 
 def test_the_prompts_own_part() -> None:

@@ -14,6 +14,14 @@ Linears = Literal["plain", "int8"]
 EmptyNegative = Literal["model", "zeros", "encoded"]
 
 
+class Pictures(TypedDict, total=False):
+    """The pictures of a request."""
+
+    image: Image | None
+    mask: Image | None
+    control_image: Image | None
+
+
 class GenerateSettings(TypedDict, total=False):
     """The keywords of `Model.generate`, for editors and type checkers."""
 
@@ -39,6 +47,10 @@ class GenerateSettings(TypedDict, total=False):
     eta: float
     image: Image | None
     mask: Image | None
+    control_image: Image | None
+    control_scale: float
+    control_start: float
+    control_end: float
     empty_negative: EmptyNegative | None
     original_width: int | None
     original_height: int | None

@@ -70,6 +70,7 @@ class Model:
     other_vae: name and sha256 of the autoencoder that took the place of its own, None if none did.
     prediction_type: what its network predicts, if that was given and not taken from its files.
     refiner: the model that takes the last steps, None if none does.
+    control: name and sha256 of its ControlNet, None if it has none.
     stored: its weights where they are stored; None if it was not loaded from files.
     takes_paths: whether a LoRA or an embedding may be named by its path; not for requests of
       strangers.
@@ -97,6 +98,7 @@ class Model:
     other_vae: dict[str, str] | None = None
     prediction_type: str | None = None
     refiner: Model | None = None
+    control: dict[str, str] | None = None
     stored: Stored | None = None
     takes_paths: bool = True
     lora_files: dict[str, Path] = field(default_factory=dict)
@@ -150,6 +152,11 @@ class Model:
     def vae(self) -> Any:
         """The autoencoder, None if the model draws pixels."""
         return self.parts.get("vae")
+
+    @property
+    def controlnet(self) -> Any:
+        """The network through which a request's control_image guides it, None if there is none."""
+        return self.parts.get("controlnet")
 
     @property
     def preview_vae(self) -> Any:

@@ -13,7 +13,7 @@ import stat
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from PIL import ExifTags, Image, ImageChops, PngImagePlugin
 
@@ -137,6 +137,17 @@ def reason(error: Exception) -> str:
 
 
 # --- tensors -------------------------------------------------------------------------------------
+
+
+def open_pictures(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the pictures of a request whose settings name them as files; others are left out."""
+    from safelight.request_fields import PICTURES
+
+    names = [name for name in PICTURES if settings.get(name) is not None]
+    return {
+        name: open_mask(settings[name]) if name == "mask" else open_picture(settings[name], name)
+        for name in names
+    }
 
 
 def to_tensor(image: Image.Image) -> "torch.Tensor":

@@ -58,6 +58,15 @@ def recipe_text(recipe: dict[str, Any]) -> str:
             "Refiner": f"{refiner['name']} [{refiner['sha256'][:10]}]",
             "Refiner switch at": settings["refiner_start"],
         }
+    if control := recipe.get("controlnet"):
+        guided = (
+            "Module: none",
+            f"Model: {control['name']} [{control['sha256'][:8]}]",
+            f"Weight: {settings['control_scale']:g}",
+            f"Guidance Start: {settings['control_start']:g}",
+            f"Guidance End: {settings['control_end']:g}",
+        )
+        pairs["ControlNet 0"] = ", ".join(guided)
     if vae := recipe.get("vae"):
         pairs |= {"VAE hash": vae["sha256"][:10], "VAE": vae["name"]}
     if embeddings := recipe.get("embeddings"):
@@ -169,7 +178,7 @@ def _parse_ours(text: str, name: str) -> dict[str, Any]:
         recipe = json.loads(text)
         if not isinstance(recipe["settings"], dict) or not isinstance(recipe["model"], dict):
             raise TypeError
-        used = [recipe[key] for key in ("model", "vae", "refiner") if key in recipe]
+        used = [recipe[key] for key in ("model", "vae", "refiner", "controlnet") if key in recipe]
         names = [part[key] for part in used for key in ("name", "sha256")]
         for value in (recipe["safelight"], *names):
             if not isinstance(value, str):

@@ -20,9 +20,9 @@ from pydantic import (
 
 from safelight.adapters.asked import MAX_NAME, AskedLora
 from safelight.errors import SafelightError
-from safelight.keywords import RequestSettings
+from safelight.keywords import Pictures, RequestSettings
 from safelight.pixels import as_mask, as_rgb, picture_sha256, resized
-from safelight.request_fields import MAX_SEED, RequestFields, draw_seed
+from safelight.request_fields import MAX_SEED, PICTURES, RequestFields, draw_seed
 from safelight.settings import document, settings_of, shown, unknown_setting
 from safelight.sizes import size_of
 
@@ -48,7 +48,7 @@ class Request(RequestFields, metaclass=_Listed):
     """
 
     _digests: dict[str, str] = PrivateAttr(default_factory=dict)
-    """The SHA-256 of image and mask as they were given, where the request has them resized."""
+    """The SHA-256 of pictures as they were given, where the request has them resized."""
 
     def __init__(self, **settings: Unpack[RequestSettings]) -> None:
         try:
@@ -107,7 +107,7 @@ class Request(RequestFields, metaclass=_Listed):
             raise SafelightError(str(error), code="unknown_sampler", field="sampler") from None
         return value
 
-    @field_validator("image", "mask")
+    @field_validator(*PICTURES)
     @classmethod
     def _copy_picture(cls, value: Image | None, info: ValidationInfo) -> Image | None:
         """Return a converted copy: later changes to the caller's picture do not reach it."""
@@ -121,7 +121,7 @@ class Request(RequestFields, metaclass=_Listed):
                 field=name,
             )
         try:
-            return as_rgb(value) if name == "image" else as_mask(value)
+            return as_mask(value) if name == "mask" else as_rgb(value)
         except (OSError, SyntaxError) as error:  # PIL decodes a file when it is first used
             raise SafelightError(f"{name} cannot be decoded: {error}", field=name) from None
 
@@ -131,7 +131,7 @@ class Request(RequestFields, metaclass=_Listed):
 
     def _check_together(self) -> Self:
         if self.unconditional:
-            for name in ("prompt", "negative_prompt", "image", "mask"):
+            for name in ("prompt", "negative_prompt", *PICTURES):
                 if getattr(self, name):
                     raise SafelightError(
                         f"{name} cannot be used with unconditional: such a model draws from "
@@ -155,6 +155,12 @@ class Request(RequestFields, metaclass=_Listed):
                 f"guidance_end must be at least guidance_start, {self.guidance_start}, "
                 f"not {self.guidance_end}",
                 field="guidance_end",
+            )
+        if self.control_start > self.control_end:
+            raise SafelightError(
+                f"control_end must be at least control_start, {self.control_start}, "
+                f"not {self.control_end}",
+                field="control_end",
             )
         if self.seed + self.count - 1 > MAX_SEED:
             raise SafelightError(
@@ -180,6 +186,10 @@ class Request(RequestFields, metaclass=_Listed):
         if self.eta and not SAMPLERS[self.sampler].eta:
             takes = ", ".join(name for name, sampler in SAMPLERS.items() if sampler.eta)
             found.append(f"eta does nothing with {self.sampler}; it is for {takes}")
+        for name in ("control_scale", "control_start", "control_end"):
+            given = getattr(self, name) != type(self).model_fields[name].default
+            if given and self.control_image is None:
+                found.append(f"{name} does nothing without control_image: give one as well")
         if self.mask is not None and self.mask.getbbox() is None:
             found.append("mask has no white: nothing of the picture is repainted")
         return found
@@ -226,10 +236,11 @@ class Request(RequestFields, metaclass=_Listed):
         shared, not copied.
         """
         asked = {name: getattr(self, name) for name in (*self.model_fields_set, "seed")}
-        pictures = {n: asked.pop(n, None) for n in ("image", "mask") if n not in changes}
+        pictures = {n: asked.pop(n, None) for n in PICTURES if n not in changes}
         kept = {name: picture for name, picture in pictures.items() if picture is not None}
         if changes.keys() & {"image", "mask"}:  # one is checked against the other
-            changes, kept = {**changes, **kept}, {}
+            both = {name: kept.pop(name) for name in ("image", "mask") if name in kept}
+            changes = {**changes, **both}
         made = type(self)(**{**asked, **changes})
         return made._with_pictures(kept, self._digests) if kept else made
 
@@ -240,9 +251,14 @@ class Request(RequestFields, metaclass=_Listed):
         made.__pydantic_fields_set__.difference_update(names)
         return made
 
-    def with_pictures(self, image: Image | None = None, mask: Image | None = None) -> Self:
-        """Return the same request with a picture, RGB, and a mask, L of 0 and 255; not copied."""
-        given = {"image": image, "mask": mask}
+    def with_pictures(
+        self,
+        image: Image | None = None,
+        mask: Image | None = None,
+        control_image: Image | None = None,
+    ) -> Self:
+        """Return the same request with pictures, RGB, and a mask, L of 0 and 255; not copied."""
+        given = {"image": image, "mask": mask, "control_image": control_image}
         return self._with_pictures({n: one for n, one in given.items() if one is not None}, {})
 
     def _with_pictures(self, pictures: Mapping[str, Image], digests: Mapping[str, str]) -> Self:
@@ -257,16 +273,30 @@ class Request(RequestFields, metaclass=_Listed):
         `to_dict` has the digests of the originals. Raises SafelightError for a picture that is too
         small or too large, if no size is asked for.
         """
-        if self.image is None:
+        if self.sized_by is None:
             return self
-        size = size_of(self.image.size, self.width, self.height)
-        if self.image.size == size:
+        name = "control_image" if self.image is None else "image"
+        size = size_of(self.sized_by.size, self.width, self.height, name=name)
+        how = {"mask": Resampling.NEAREST}
+        pictures = {
+            name: resized(picture, size, how.get(name, Resampling.LANCZOS))
+            for name, picture in self.pictures.items()
+            if picture.size != size
+        }
+        if not pictures:
             return self
-        pictures = {"image": resized(self.image, size)}
-        if self.mask is not None:
-            pictures["mask"] = resized(self.mask, size, Resampling.NEAREST)
         digests = {name: self._digest(name, getattr(self, name)) for name in pictures}
-        return self._with_pictures(pictures, digests)
+        return self._with_pictures({**self.pictures, **pictures}, {**self._digests, **digests})
+
+    @property
+    def pictures(self) -> dict[str, Image]:
+        """The pictures that it has, by their settings."""
+        return {n: one for n in PICTURES if (one := getattr(self, n)) is not None}
+
+    @property
+    def sized_by(self) -> Image | None:
+        """The picture whose size is drawn if none is asked for."""
+        return self.image or self.control_image
 
     def _digest(self, name: str, picture: Image) -> str:
         """Return the SHA-256 of a picture as it was given."""
@@ -280,46 +310,40 @@ class Request(RequestFields, metaclass=_Listed):
         return self._digests["image"] != picture_sha256(self.image)
 
     def without_pictures(self) -> Self:
-        """Return the same request without its picture and mask, which take much memory."""
-        return self.model_copy(update={"image": None, "mask": None})
+        """Return the same request without its pictures, which take much memory."""
+        return self.model_copy(update=dict.fromkeys(PICTURES))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON has them; a picture or mask by its SHA-256 alone."""
+        """Return the settings as JSON has them; pictures by their SHA-256 alone."""
         settings = self.model_dump()
         for name, setting in settings_of(type(self)).items():
             if setting.kind is tuple:
                 settings[name] = list(settings[name])
-        for name, picture in (("image", self.image), ("mask", self.mask)):
-            if picture is not None:
-                settings[f"{name}_sha256"] = self._digest(name, picture)
+        for name, picture in self.pictures.items():
+            settings[f"{name}_sha256"] = self._digest(name, picture)
         return settings
 
     @classmethod
     def from_dict(
-        cls,
-        settings: dict[str, Any],
-        *,
-        image: Image | None = None,
-        mask: Image | None = None,
-        fitted: bool = False,
+        cls, settings: dict[str, Any], *, fitted: bool = False, **pictures: Unpack[Pictures]
     ) -> Self:
-        """Return the request that `to_dict` wrote, given its picture and mask pixel for pixel.
+        """Return the request that `to_dict` wrote, given its pictures pixel for pixel.
 
         fitted: `Request.fitted` has resized them already; they are not copied.
         """
         settings = {str(name): value for name, value in settings.items()}
-        digests = {name: settings.pop(f"{name}_sha256", None) for name in ("image", "mask")}
+        digests = {name: settings.pop(f"{name}_sha256", None) for name in PICTURES}
         for name in digests.keys() & settings.keys():
             raise SafelightError(
                 f"{name} stands in a request as {name}_sha256 alone, its digest", field=name
             )
         if fitted:
-            request = cls(**settings).with_pictures(image, mask)
+            request = cls(**settings).with_pictures(**pictures)
             request._digests = {name: digest for name, digest in digests.items() if digest}
         else:
-            request = cls(**settings, image=image, mask=mask)
-        for name, picture in (("image", request.image), ("mask", request.mask)):
-            digest = digests[name]
+            request = cls(**settings, **pictures)
+        for name, digest in digests.items():
+            picture = getattr(request, name)
             if digest is None and picture is not None:
                 problem = "was not part of this request: leave it out"
             elif digest is not None and picture is None:
@@ -336,9 +360,7 @@ class Request(RequestFields, metaclass=_Listed):
         return json.dumps(self.to_dict(), ensure_ascii=False)
 
     @classmethod
-    def from_json(
-        cls, text: str | bytes, *, image: Image | None = None, mask: Image | None = None
-    ) -> Self:
+    def from_json(cls, text: str | bytes, **pictures: Unpack[Pictures]) -> Self:
         """Return the request that `to_json` wrote; see `from_dict`."""
         try:
             settings = json.loads(text)
@@ -346,7 +368,7 @@ class Request(RequestFields, metaclass=_Listed):
             raise SafelightError("a request must be a JSON object; this is not JSON") from None
         if not isinstance(settings, dict):
             raise SafelightError(f"a request must be a JSON object, not {shown(settings)}")
-        return cls.from_dict(settings, image=image, mask=mask)
+        return cls.from_dict(settings, **pictures)
 
     def idle(self) -> list[str]:
         """Deprecated: `unused_settings`."""

@@ -17,6 +17,8 @@ from safelight.settings import About, Number, Texts, Whole
 from safelight.sizes import MAX_SIDE, MIN_SIDE, SIDE_STEP
 
 MAX_SEED = 2**63 - 1
+PICTURES = ("image", "mask", "control_image")
+"""The settings that are pictures. Recipes and databases have their digests in their place."""
 
 
 def draw_seed() -> int:
@@ -37,6 +39,7 @@ Guidance = Annotated[Number, Field(ge=0, le=100)]
 Seed = Annotated[Whole, Field(ge=0, le=MAX_SEED)]
 Count = Annotated[Whole, Field(ge=1, le=64)]
 Strength = Annotated[Number, Field(gt=0, le=1)]
+ControlScale = Annotated[Number, Field(ge=0, le=10)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 _OWN = "the model's own"
 _OWN_SIZE = "the model's own, or the picture's"
@@ -185,6 +188,28 @@ class RequestFields(BaseModel):
     ] = Field(
         None, exclude=True, repr=False, description="where to repaint `image`: white, black to keep"
     )
+    control_image: Annotated[
+        Image | None,
+        About(
+            accepts="a PIL picture (safelight.picture.open_picture reads one from a file)",
+            some_models=True,
+        ),
+    ] = Field(
+        None,
+        exclude=True,
+        repr=False,
+        description="picture that guides the model's ControlNet, such as edges or depth",
+    )
+    control_scale: Annotated[
+        ControlScale,
+        About(aliases=("--controlnet-conditioning-scale",), slider=(0, 2, 0.05), some_models=True),
+    ] = Field(1.0, description="how much `control_image` guides; 0 is not at all")
+    control_start: Annotated[
+        Share, About(aliases=("--control-guidance-start",), slider=(0, 1, 0.05), some_models=True)
+    ] = Field(0.0, description="share of the steps after which `control_image` begins to guide")
+    control_end: Annotated[
+        Share, About(aliases=("--control-guidance-end",), slider=(0, 1, 0.05), some_models=True)
+    ] = Field(1.0, description="share of the steps after which `control_image` ends to guide")
     empty_negative: Annotated[
         EmptyNegative | None,
         About(default="model; zeros in a1111, encoded in comfy", some_models=True),

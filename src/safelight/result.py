@@ -24,6 +24,7 @@ class Result:
     vae: name and sha256 of the autoencoder, if it is not the model's own.
     prediction_type: what the network predicts, if that was given when the model was loaded.
     refiner: name and sha256 of the model that took the last steps, if one did.
+    controlnet: name and sha256 of the ControlNet that guided the pictures, if one did.
     loras: for each seed with LoRAs, their name, weights, SHA-256, A1111's hash, and whether it
       stands in the prompt.
     """
@@ -44,6 +45,7 @@ class Result:
     vae: dict[str, str] | None = None
     prediction_type: str | None = None
     refiner: dict[str, str] | None = None
+    controlnet: dict[str, str] | None = None
     loras: dict[int, tuple[dict[str, Any], ...]] = field(default_factory=dict)
 
     def recipe(self, i: int = 0) -> dict[str, Any]:
@@ -73,6 +75,7 @@ class Result:
             "warnings": self.warnings,
             **({} if self.vae is None else {"vae": self.vae}),
             **({} if self.refiner is None else {"refiner": self.refiner}),
+            **({} if self.controlnet is None else {"controlnet": self.controlnet}),
             **({} if self.prediction_type is None else {"prediction_type": self.prediction_type}),
             **({"embeddings": embeddings} if embeddings else {}),
             **({"loras": list(self.loras[seed])} if seed in self.loras else {}),

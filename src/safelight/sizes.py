@@ -29,8 +29,10 @@ def drawable_size(size: tuple[int, int], native: tuple[int, int]) -> tuple[int, 
     return allowed_size((max(1, round(size[0] * scale)), max(1, round(size[1] * scale))))
 
 
-def size_of(picture: tuple[int, int], width: int | None, height: int | None) -> tuple[int, int]:
-    """Return the width and height to draw at, for a picture to start from.
+def size_of(
+    picture: tuple[int, int], width: int | None, height: int | None, *, name: str = "image"
+) -> tuple[int, int]:
+    """Return the width and height to draw at, for a picture that is given. name: its setting.
 
     Where one side is asked for, the other keeps the picture's proportions; where none is, both are
     the nearest multiples of SIDE_STEP. Raises SafelightError for a picture that is too small or
@@ -46,9 +48,9 @@ def size_of(picture: tuple[int, int], width: int | None, height: int | None) -> 
         # A photo at MAX_SIDE takes hours on a CPU, so the user has to ask for it.
         wide, high = allowed_size(picture)
         raise SafelightError(
-            f"image is {picture[0]}x{picture[1]}; sides must be from {MIN_SIDE} to {MAX_SIDE}: "
+            f"{name} is {picture[0]}x{picture[1]}; sides must be from {MIN_SIDE} to {MAX_SIDE}: "
             f"ask for width {wide} and height {high} to have it resized",
-            field="image",
+            field=name,
         )
     if width is not None and height is not None:
         return width, height

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -14,15 +14,15 @@ from urllib.parse import quote
 
 from safelight.batch.rows import Columns
 from safelight.errors import SafelightError
-from safelight.picture import open_mask, open_picture, reason
+from safelight.picture import open_pictures, reason
 from safelight.request import Request
+from safelight.request_fields import PICTURES
 from safelight.settings import Setting, settings_of, shown, unknown_setting
 from safelight.weights.digest import digest_file
 
 MAX_NAME = 200
 """The most bytes of a picture's name: every file system takes as many, with the ending."""
 
-PICTURES = ("image", "mask")
 _SETTINGS = settings_of(Request)
 _PLACE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
@@ -46,10 +46,7 @@ class Row:
 
     def request(self) -> Request:
         """Return its request, with its pictures opened. Raises SafelightError if that fails."""
-        given = dict(self.settings)
-        readers: dict[str, Callable[[str, str], Any]] = {"image": open_picture, "mask": open_mask}
-        given |= {name: read(given[name], name) for name, read in readers.items() if name in given}
-        return Request(**given)
+        return Request(**{**self.settings, **open_pictures(self.settings)})
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,8 @@ def generate(
 
     settings = loading.with_words(settings)
     request = options.request_of(settings)
+    if loading.controlnet is not None and request.control_image is None:
+        warn("--controlnet does nothing without --control-image")
     seeds = range(request.seed, request.seed + request.count)
     need = (request.width or 512) * (request.height or 512) * 4 * request.count
     paths = output_paths(out, seeds, overwrite=overwrite)
@@ -85,8 +87,8 @@ def generate(
 
 def _warn_of_size(request: "Request", model: str, native: tuple[int, int]) -> None:
     """Warn before the work if the size is far from the model's own."""
-    if request.image is not None:
-        width, height = request.image.size
+    if request.sized_by is not None:
+        width, height = request.sized_by.size
     else:
         width, height = native
     width, height = request.width or width, request.height or height

@@ -25,6 +25,7 @@ class Loading:
     models_dir: options.ModelsDir = None
     vae: options.Vae = None
     refiner: options.Refiner = None
+    controlnet: options.Controlnet = None
     wildcards: options.Wildcards = None
     styles_file: options.StylesFile = None
 
@@ -38,6 +39,7 @@ class Loading:
             "models_dir": self.models_dir,
             "vae": self.vae,
             "refiner": self.refiner,
+            "controlnet": self.controlnet,
             "wildcards_dir": self.wildcards,
             "styles_file": self.styles_file,
         }

@@ -48,6 +48,14 @@ Refiner = Annotated[
         show_default=False,
     ),
 ]
+Controlnet = Annotated[
+    str | None,
+    Option(
+        "--controlnet",
+        help="A ControlNet, through which --control-image guides the model, given as --vae is.",
+        show_default=False,
+    ),
+]
 PreviewVae = Annotated[
     str | None,
     Option(
@@ -60,8 +68,8 @@ ModelsDir = Annotated[
     str | None,
     Option(
         "--models-dir",
-        help="A folder of models, LoRAs, embeddings and autoencoders, which are found by name "
-        "[SAFELIGHT_MODELS].",
+        help="A folder of models, LoRAs, embeddings, autoencoders and ControlNets, which are found "
+        "by name [SAFELIGHT_MODELS].",
         show_default=False,
     ),
 ]
@@ -216,15 +224,11 @@ def command_of(
 
 
 def request_of(settings: dict[str, Any]) -> "Request":
-    """Return the request of the given options; image and mask are names of files."""
-    from safelight.picture import open_mask, open_picture
+    """Return the request of the given options; pictures are names of files."""
+    from safelight.picture import open_pictures
     from safelight.request import Request
 
-    given = dict(settings)
-    if "image" in given:
-        given["image"] = open_picture(given["image"], "image")
-    if "mask" in given:
-        given["mask"] = open_mask(given["mask"])
+    given = {**settings, **open_pictures(settings)}
     if given.get("seed") == -1:  # as web UIs have it
         del given["seed"]
     return Request(**given)

@@ -45,7 +45,8 @@ def samplers(as_json: Json = False) -> None:
 def models(
     models_dir: options.ModelsDir = None,
     everything: Annotated[
-        bool, Option("--all", help="LoRAs, embeddings and autoencoders of the folder, too.")
+        bool,
+        Option("--all", help="LoRAs, embeddings, autoencoders and ControlNets of the folder, too."),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -125,6 +126,9 @@ def verify(
     refiner: Annotated[
         str | None, Option(help="Where the refiner is, if any.", show_default=False)
     ] = None,
+    controlnet: Annotated[
+        str | None, Option(help="Where the ControlNet is, if any.", show_default=False)
+    ] = None,
     lora: Annotated[
         list[str] | None, Option(help="The file of a LoRA, if any.", show_default=False)
     ] = None,
@@ -136,6 +140,9 @@ def verify(
     ] = None,
     mask: Annotated[
         str | None, Option(help="The mask it was made with, if any.", show_default=False)
+    ] = None,
+    control_image: Annotated[
+        str | None, Option(help="The picture that guided it, if any.", show_default=False)
     ] = None,
     models_dir: options.ModelsDir = None,
     device: Annotated[
@@ -154,7 +161,7 @@ def verify(
     import safelight
     from safelight import machine
     from safelight.adapters.recorded import recorded_files
-    from safelight.picture import largest_difference, open_mask, open_picture
+    from safelight.picture import largest_difference, open_picture, open_pictures
     from safelight.recipe import enlarge, read_recipe
     from safelight.weights.library import open_library
 
@@ -168,18 +175,16 @@ def verify(
             f"{png[-100:]!r} is a grid of several pictures: verify takes one picture"
         )
     picture = open_picture(png)
-    request = safelight.Request.from_dict(
-        recipe["settings"],
-        image=None if image is None else open_picture(image, "image"),
-        mask=None if mask is None else open_mask(mask),
-    )
-    used = {key: recipe.get(key) for key in ("model", "vae", "refiner")}
+    given = {"image": image, "mask": mask, "control_image": control_image}
+    request = safelight.Request.from_dict(recipe["settings"], **open_pictures(given))
+    used = {key: recipe.get(key) for key in ("model", "vae", "refiner", "controlnet")}
     with StepBar(count=1) as on_step:
         try:
             loaded = load(
                 model or _recorded("model", used["model"], models_dir) or "",
                 vae=vae or _recorded("vae", used["vae"], models_dir),
                 refiner=refiner or _recorded("refiner", used["refiner"], models_dir),
+                controlnet=controlnet or _recorded("controlnet", used["controlnet"], models_dir),
                 models_dir=models_dir,
                 prediction_type=recipe.get("prediction_type"),
                 device=device or recipe.get("device", "auto"),
@@ -191,13 +196,14 @@ def verify(
             )
         except SafelightError as error:
             raise SafelightError(
-                f"{error}; --model, --vae, --refiner, --device and --dtype take the place of the "
-                "recipe's"
+                f"{error}; --model, --vae, --refiner, --controlnet, --device and --dtype take the "
+                "place of the recipe's"
             ) from None
         _check_used("model", used["model"], loaded.sha256)
         _check_used("vae", used["vae"], (loaded.other_vae or {}).get("sha256"))
         second = None if loaded.refiner is None else loaded.refiner.sha256
         _check_used("refiner", used["refiner"], second)
+        _check_used("controlnet", used["controlnet"], (loaded.control or {}).get("sha256"))
         library = open_library(models_dir)
         loaded.lora_files = recorded_files(recipe, "lora", library, lora or ())
         loaded.embedding_files = recorded_files(recipe, "embedding", library, embedding or ())
@@ -221,7 +227,7 @@ def verify(
 
 
 def _recorded(kind: str, used: dict[str, str] | None, models_dir: str | None) -> str | None:
-    """Return a recipe's model, vae or refiner: its path in the models folder, or else its name.
+    """Return a recipe's model, vae, refiner or controlnet: its path in the models folder, or name.
 
     The recipe may be a stranger's, so no file outside the models folder is opened for it. A folder
     in the working directory counts only if it has exactly this name.
@@ -235,7 +241,7 @@ def _recorded(kind: str, used: dict[str, str] | None, models_dir: str | None) ->
     if used is None:
         return None
     library, name, sha256 = open_library(models_dir), used["name"], used["sha256"]
-    looked = "vae" if kind == "vae" else "model"
+    looked = kind if kind in ("vae", "controlnet") else "model"
     if looked == "model" and name in BUILT_IN:
         return name
     here = on_disk(name)

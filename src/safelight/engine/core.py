@@ -149,7 +149,7 @@ class Engine:
                         arrived=arrived,
                     )
                     # Slow preparations wait for their turn: LoRAs, and input pictures in a server.
-                    waits = self._decoder is not None and request.image is not None
+                    waits = self._decoder is not None and bool(request.pictures)
                     if selection is None and not waits:
                         _ = ticket.job
                     tickets.append(ticket)

@@ -7,7 +7,7 @@ whether there is an input picture or a mask.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from safelight.engine.control import Control, guides
 from safelight.engine.denoiser import clip_or_threshold, estimate
 from safelight.engine.refining import Second
 from safelight.engine.shortcuts import Kept, Plan, gather, scatter
@@ -60,6 +61,7 @@ class Job:
     refiner that takes over, if any. clean: the clean estimate of the last row taken, None before
     the first. steps: the number of steps, as some samplers have several rows per step; None: one
     row per step. size: width and height of the picture in pixels; None: all that the latents cover.
+    control: the picture that guides it, if one does; a refiner is not guided.
     """
 
     table: Table
@@ -77,6 +79,7 @@ class Job:
     second: Second | None = None
     kept: Kept = field(default_factory=Kept)
     size: tuple[int, int] | None = None
+    control: Control | None = None
 
     @property
     def asked(self) -> Conditioning:
@@ -85,7 +88,12 @@ class Job:
 
     def asked_at(self, cursor: int) -> Conditioning:
         """Return the conditioning of a row."""
-        return self.kept.asked(self._stage_at(cursor), cursor, len(self.table.rows))
+        rows = len(self.table.rows)
+        found = self.kept.asked(self._stage_at(cursor), cursor, rows)
+        control = self.control if self._second_at(cursor) is None else None
+        if control is None or not guides(control.request, cursor, rows):
+            return found
+        return replace(found, control=control)
 
     @property
     def words(self) -> Tensor | None:

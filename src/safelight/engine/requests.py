@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 from safelight.adapters.asked import asked_of
 from safelight.adapters.embeddings import record
 from safelight.defaults import LEVELS, is_distilled
+from safelight.engine.control import guides, read_control
 from safelight.engine.job import Job, prepare
 from safelight.engine.refining import Second, table_of
 from safelight.engine.shortcuts import Kept, Shortcuts, remark, shortened
 from safelight.families.base import Conditioning
+from safelight.families.control import check_control
 from safelight.families.encoding import takes_guidance
 from safelight.machine import describe_machine
 from safelight.picture import to_tensor
@@ -34,6 +36,7 @@ def resolve_request(model: Model, request: Request) -> Request:
     """
     family = model.family
     family.check_request(model, request)
+    check_control(model.name, request, model.controlnet is not None)
     request = shortened(request, model).with_defaults(model.defaults)
     # A recipe with None would draw the picture again with the model's own values.
     whole = {"guidance_start": 0.0, "guidance_end": 1.0}
@@ -46,7 +49,8 @@ def resolve_request(model: Model, request: Request) -> Request:
         filled["steps"] = SAMPLERS[request.sampler].steps
     request = request.fitted()
     if not family.fixed_size:
-        width, height = model.native_size if request.image is None else request.image.size
+        given = request.sized_by
+        width, height = model.native_size if given is None else given.size
         filled |= {"width": request.width or width, "height": request.height or height}
     filled["strength"] = request.strength_taken
     return request.replace(**filled)
@@ -74,6 +78,7 @@ def new_result(model: Model, asked: Request, resolved: Request, exact: bool = Tr
             if model.refiner is None
             else {"name": model.refiner.name, "sha256": model.refiner.sha256}
         ),
+        controlnet=None if resolved.control_image is None else model.control,
     )
     if resolved.dynamic_prompts or resolved.styles:
         texts = list(_styled(model, resolved))
@@ -136,11 +141,17 @@ def _warnings(model: Model, asked: Request, resolved: Request) -> list[str]:
     found += filled.unused_settings()
     if unavailable := remark(asked, resolved):
         found.append(unavailable)
-    read_by_family = model.family.reads(model.refiner and model.refiner.family)
+    read_by_family = model.family.reads(
+        model.refiner and model.refiner.family, model.controlnet is not None
+    )
     for name, setting in settings_of(type(asked)).items():
         read = not setting.about.some_models or name in read_by_family
         if not read and getattr(asked, name) != setting.default:
             found.append(f"{name} does nothing with {model.name}: leave it out")
+    if resolved.control_image is not None:
+        rows = len(table_of(model, resolved)[0].rows)
+        if not any(guides(resolved, row, rows) for row in range(rows)):
+            found.append("control_image guides no step: see control_scale, _start and _end")
     found += _without_effect(model, asked, resolved)
     if resolved.mask is not None and asked.mask is not None and asked.mask.getbbox() is not None:
         cell = model.family.factor(model)
@@ -227,6 +238,7 @@ def create_job(
     )
     job.steps = request.steps_taken
     job.kept = Kept(Shortcuts.of(request))
+    job.control = read_control(model, request)
     if model.refiner is not None and of_refiner is not None and mine < len(table.rows):
         job.second = Second(model.refiner, mine, of_refiner)
     return job

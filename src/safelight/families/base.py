@@ -14,12 +14,14 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from safelight.families.control import CONTROL
 from safelight.sampling import Level, SchedulerConfig, Table, table
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from safelight.engine.control import Control
     from safelight.model import Model
     from safelight.nets.config import NetConfig
     from safelight.nets.reuse import Reuse
@@ -39,7 +41,7 @@ class Conditioning:
     pooled: states of whole texts, [n, width]. sizes: numbers about the picture, [n, numbers].
     guidance: the scale, for two or more evaluations or a network that was distilled with it.
     extra: channels that the network reads beside the state, [1, channels, h, w].
-    controls: objects that add to the network's states.
+    control: what guides the network by a picture, None if nothing does.
     weights: of each evaluation after the negative one, multiplied by guidance. None: 1 for each.
     later: conditionings that take over, each with the step, counted from 0, at which it does. They
       have as many evaluations, and states of the same shapes.
@@ -50,7 +52,7 @@ class Conditioning:
     sizes: Tensor | None = None
     guidance: float = 1.0
     extra: Tensor | None = None
-    controls: tuple[Any, ...] = ()
+    control: Control | None = None
     weights: tuple[float, ...] | None = None
     later: tuple[tuple[int, Conditioning], ...] = ()
 
@@ -74,7 +76,7 @@ class Conditioning:
         """Equal for two pictures of one size that can share a call of the network."""
         tensors = (self.tokens, self.pooled, self.sizes, self.extra)
         shapes = tuple(None if t is None else tuple(t.shape[1:]) for t in tensors)
-        return (*shapes, *map(id, self.controls))
+        return (*shapes, id(self.control))
 
     @property
     def is_finite(self) -> bool:
@@ -97,7 +99,7 @@ class Conditioning:
             last(self.sizes),
             self.guidance,
             self.extra,
-            self.controls,
+            self.control,
         )
 
 
@@ -202,12 +204,13 @@ class Family:
 
     __hash__ = object.__hash__
 
-    def reads(self, refiner: Family | None = None) -> frozenset[str]:
+    def reads(self, refiner: Family | None = None, control: bool = False) -> frozenset[str]:
         """Return which of the settings that only some models read this family reads.
 
-        refiner: the family of the model that takes its last steps.
+        refiner: the family of the model that takes its last steps. control: whether the model has a
+        ControlNet.
         """
-        found = {*self.conditioned_on}
+        found = {*self.conditioned_on, *(CONTROL if control else ())}
         if refiner is not None:
             found |= {*refiner.conditioned_on, "refiner_start"}
         if self.shortcuts:

@@ -270,7 +270,13 @@ class LatentFamily(Family):
         context = _joined([c.tokens for c in conditionings], rows_in.dtype)
         pooled = _joined([c.pooled for c in conditionings], rows_in.dtype)
         sizes = _joined([c.sizes for c in conditionings], torch.float32)
-        return net(rows_in, at, context, embedded, pooled, sizes, reuse).float()
+        added = None
+        if (control := conditionings[0].control) is not None:  # the same for all of them
+            most = reuse.skips if reuse is not None and reuse.taken else None
+            seen = rows_in[:, : net.config.out_channels]  # without a mask and the picture around it
+            hint, scale = control.hint, control.scale
+            added = control.network(seen, at, context, hint, scale, pooled, sizes, most)
+        return net(rows_in, at, context, embedded, pooled, sizes, reuse, added).float()
 
     def example(self, model: Model) -> Conditioning:
         import torch

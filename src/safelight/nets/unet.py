@@ -144,8 +144,8 @@ class MidBlock2D(nn.Module):
         return self.resnets[1](self.attentions[0](x, context, reuse), temb)
 
 
-class UNet2DConditionModel(nn.Module):
-    """The UNet that reads text."""
+class Down(nn.Module):
+    """The first half of the UNet, which a ControlNet copies: everything before the up blocks."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -160,27 +160,18 @@ class UNet2DConditionModel(nn.Module):
             )
         self.down_blocks = nn.ModuleList(DownBlock2D(config, i) for i in range(len(widths)))
         self.mid_block = None if config.mid_block_type is None else MidBlock2D(config)
-        self.up_blocks = nn.ModuleList(UpBlock2D(config, i) for i in range(len(widths)))
-        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
-        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-    def forward(
+    def begin(
         self,
         x: Tensor,
         timestep: Tensor,
-        context: Tensor,
         guidance: Tensor | None = None,
         pooled: Tensor | None = None,
         sizes: Tensor | None = None,
-        reuse: Reuse | None = None,
-    ) -> Tensor:
-        """Return noise, velocity or clean latents, as trained: [k·batch, out_channels, h, w].
+    ) -> tuple[Tensor, Tensor]:
+        """Return the first feature map, and the embedding of the timestep and the sizes.
 
-        x: [batch, in_channels, h, w]. timestep: [batch], may be fractional and differ by row.
-        context: text states [k·batch, tokens, cross_attention_dim], k in turn for each row of x.
-        guidance: embedded guidance scale [batch, time_cond_proj_dim], for networks distilled with
-        it. pooled: text states [k·batch, width] and sizes: [k·batch, numbers], for networks with an
-        `addition_embed_type`. reuse: what is reused from an earlier call of the same rows.
+        See `UNet2DConditionModel.forward`.
         """
         cfg = self.config
         sines = timestep_embedding(
@@ -194,32 +185,23 @@ class UNet2DConditionModel(nn.Module):
             # Each row of the context has its own pooled text and sizes: the rows differ from here.
             temb = rows(temb, len(pooled)) + self.add_embedding(self._added(pooled, sizes))
             x = rows(x, len(pooled))
-        if reuse is not None and reuse.taken:
-            x = self._shallow(x, temb, context, reuse)
-        else:
-            skips = [x]
-            for down in self.down_blocks:
-                skips += down(skips[-1], temb, context, reuse)
-            x = skips[-1]
-            if self.mid_block is not None:
-                x = self.mid_block(x, temb, context, reuse)
-            for up in self.up_blocks:
-                x = up(x, skips, temb, context, reuse)
-        return self.conv_out(self.conv_norm_out.silu(x, self.conv_out))
+        return x, temb
 
-    def _shallow(self, x: Tensor, temb: Tensor, context: Tensor, reuse: Reuse) -> Tensor:
-        """Return the state after the last up block, reusing the deep part of an earlier call."""
-        assert reuse.deep is not None
-        skips = [x]
+    def skips(
+        self,
+        x: Tensor,
+        temb: Tensor,
+        context: Tensor,
+        reuse: Reuse | None = None,
+        most: int | None = None,
+    ) -> list[Tensor]:
+        """Return the states for the skip connections. most: how many of them; None: all."""
+        found = [x]
         for down in self.down_blocks:
-            if len(skips) < reuse.skips:
-                skips += down(skips[-1], temb, context, reuse, reuse.skips - len(skips))
-        x = reuse.deep
-        layers, first = self.config.layers_per_block + 1, self.config.skips - reuse.skips
-        for i, up in enumerate(self.up_blocks):
-            if first < layers * (i + 1):
-                x = up(x, skips, temb, context, reuse, max(0, first - layers * i))
-        return x
+            left = None if most is None else most - len(found)
+            if left is None or left > 0:
+                found += down(found[-1], temb, context, reuse, left)
+        return found
 
     def _added(self, pooled: Tensor, sizes: Tensor) -> Tensor:
         """Return pooled text states followed by the sines of each size number.
@@ -232,6 +214,65 @@ class UNet2DConditionModel(nn.Module):
             sizes.flatten(), cfg.addition_time_embed_dim, cfg.flip_sin_to_cos, cfg.freq_shift
         )
         return torch.cat([pooled, sines.view(len(sizes), -1).to(pooled.dtype)], dim=1)
+
+
+class UNet2DConditionModel(Down):
+    """The UNet that reads text."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config)
+        widths = config.block_out_channels
+        self.up_blocks = nn.ModuleList(UpBlock2D(config, i) for i in range(len(widths)))
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        guidance: Tensor | None = None,
+        pooled: Tensor | None = None,
+        sizes: Tensor | None = None,
+        reuse: Reuse | None = None,
+        control: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Return noise, velocity or clean latents, as trained: [k·batch, out_channels, h, w].
+
+        x: [batch, in_channels, h, w]. timestep: [batch], may be fractional and differ by row.
+        context: text states [k·batch, tokens, cross_attention_dim], k in turn for each row of x.
+        guidance: embedded guidance scale [batch, time_cond_proj_dim], for networks distilled with
+        it. pooled: text states [k·batch, width] and sizes: [k·batch, numbers], for networks with an
+        `addition_embed_type`. reuse: what is reused from an earlier call of the same rows.
+        control: what is added to each skip connection that is computed, and to the middle block's
+        state; see `ControlNetModel`.
+        """
+        x, temb = self.begin(x, timestep, guidance, pooled, sizes)
+        taken = reuse is not None and reuse.taken
+        most = reuse.skips if reuse is not None and taken else None
+        skips = self.skips(x, temb, context, reuse, most)
+        layers, first = self.config.layers_per_block + 1, 0
+        if reuse is not None and taken:
+            assert reuse.deep is not None
+            x, first = reuse.deep, self.config.skips - reuse.skips
+        else:
+            x = skips[-1]
+            if self.mid_block is not None:
+                x = self.mid_block(x, temb, context, reuse)
+        if control is not None:
+            if not taken:
+                x = _plus(x, control[-1])
+            skips = [_plus(*both) for both in zip(skips, control, strict=False)]
+        for i, up in enumerate(self.up_blocks):
+            if first < layers * (i + 1):
+                x = up(x, skips, temb, context, reuse, max(0, first - layers * i))
+        return self.conv_out(self.conv_norm_out.silu(x, self.conv_out))
+
+
+def _plus(x: Tensor, added: Tensor) -> Tensor:
+    """Return the sum of two maps, of which one may have a row for several of the other."""
+    n = max(len(x), len(added))
+    return rows(x, n) + rows(added, n)
 
 
 def resnet(cfg: UNetConfig, in_ch: int, out_ch: int, temb: int) -> ResnetBlock2D:

@@ -158,6 +158,8 @@ def _named(value: Any, names: list[str]) -> Any:
         return [_named(entry, names) for entry in value]
     if isinstance(value, dict) and list(value) == [""] and isinstance(value[""], int):
         return names[value[""]] if 0 <= value[""] < len(names) else None
+    if isinstance(value, dict):
+        return {name: _named(entry, names) for name, entry in value.items()}
     return value
 
 

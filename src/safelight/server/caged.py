@@ -109,12 +109,16 @@ def _decoded(data: bytes, name: str) -> Image.Image:
             ) from None
 
 
+NESTED = ("controlnet", "args", "image", "input_image")
+"""The names of nested objects and of their pictures that are read."""
+
+
 def body(sent: Sent) -> tuple[Any, ...]:
     """Return the JSON object of a request's body, and the bytes of its pictures.
 
     In the object, {"": number} stands for each base64 string of LARGE characters or more: the
     number of its picture, from 0. Inside nested objects, as a web UI's extensions send them, such a
-    string becomes null: nobody reads pictures there.
+    string becomes null, but for the picture of a ControlNet: nobody reads others there.
     """
     try:
         found = json.loads(sent.take())
@@ -148,7 +152,10 @@ def _without(pictures: list[bytes] | None, value: Any) -> Any:
     if isinstance(value, list):
         return [_without(pictures, entry) for entry in value]
     if isinstance(value, dict):
-        return {name: _without(None, entry) for name, entry in value.items()}
+        return {
+            name: _without(pictures if name.casefold() in NESTED else None, entry)
+            for name, entry in value.items()
+        }
     return value
 
 

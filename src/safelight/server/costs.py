@@ -32,9 +32,9 @@ def steps_of(request: Request, *, known: bool) -> int:
 def pixel_steps(request: Request, steps: int, native: tuple[int, int]) -> int:
     """Return width × height × steps × pictures. native: the model's own width and height.
 
-    A picture to start from counts at its own size, the size to draw once the request is `fitted`.
+    A picture that is given counts at its own size, the size to draw once the request is `fitted`.
     """
-    width, height = native if request.image is None else request.image.size
+    width, height = native if request.sized_by is None else request.sized_by.size
     width, height = request.width or width, request.height or height
     return width * height * steps * request.count
 

@@ -229,13 +229,13 @@ class Hub:
             raise SafelightError("Idempotency-Key must have 1 to 255 characters")
         await asyncio.to_thread(self.names.check, request, name)
         request = await asyncio.to_thread(request.fitted)  # only what is drawn from is kept
-        sized = request.image is not None or (request.width and request.height)
+        sized = request.sized_by is not None or (request.width and request.height)
         if plan is None and not sized and "pixel_steps" in self.keys.limits(owner):
             await self.facts(name)  # without them it would count as 512 × 512 pixels
         native = self.catalogue.size(name) if plan is None else plan.native_size
         job_id = new_id()
         # Large pictures take a while to write, and must not hold up jobs without pictures.
-        submitting = self._in_database if request.image is None else self._threads.with_inputs
+        submitting = self._threads.with_inputs if request.pictures else self._in_database
         job, new = await submitting(
             partial(
                 accept,

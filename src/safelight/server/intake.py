@@ -10,6 +10,7 @@ from typing import Any
 
 from safelight.defaults import BY_MODEL
 from safelight.errors import StorageError
+from safelight.families.control import CONTROL
 from safelight.request import Request
 from safelight.server.files import Files
 from safelight.server.jobs import Job
@@ -44,20 +45,21 @@ def accept(
     # Defaults are left out: another start of the server may have others.
     own = {name: v for name, v in settings.items() if name.removesuffix("_sha256") in asked}
     whole = settings | beside
+    if request.control_image is None:  # the version of the other digest had no such settings
+        whole = {name: value for name, value in whole.items() if name not in CONTROL}
     if "seed" not in asked:
         del whole["seed"]  # each submission of one body draws another seed
     how |= {"digest": _digest(own | beside), "earlier": _digest(whole)}
     kept = False
     try:
-        for name, image in (("image", request.image), ("mask", request.mask)):
-            if image is not None:
-                files.keep_input(job_id, name, image)
+        for name, picture in request.pictures.items():
+            files.keep_input(job_id, name, picture)
         job, kept = store.submit(job_id, settings, key=key, webhook=webhook, **how)
     except StorageError:
         kept = _may_be_there(store, job_id)
         raise
     finally:
-        if not kept and request.image is not None:
+        if not kept and request.pictures:
             with contextlib.suppress(StorageError):  # else the next start puts them into quarantine
                 files.remove_inputs(job_id)
     return job, kept

@@ -20,7 +20,7 @@ from safelight.server.pulse import Pulse
 from safelight.server.served import Served
 from safelight.server.settings import WorkerSettings
 from safelight.weights.estimate import Estimate, estimate
-from safelight.weights.find import find, find_vae
+from safelight.weights.find import find, find_controlnet, find_vae
 from safelight.weights.load import load_model, pick_device
 
 if TYPE_CHECKING:
@@ -270,18 +270,21 @@ class LoadedModels:
         return load_model(source, dtype=dtype or settings.dtype, **settings.loading_others)
 
     def _download(self) -> None:
-        """Download the default model, its autoencoder and its refiner if they are on the hub."""
+        """Download the default model and the networks beside it if they are on the hub."""
         settings = self._settings
         find(settings.model, models_dir=settings.models_dir)
         if settings.vae is not None:
             find_vae(settings.vae, models_dir=settings.models_dir)
         if settings.refiner is not None:
             find(settings.refiner, models_dir=settings.models_dir)
+        if settings.controlnet is not None:
+            find_controlnet(settings.controlnet, models_dir=settings.models_dir)
 
     def _needs(self, name: str) -> Estimate:
         """Return what a model needs. Raises SafelightError, also if it alone exceeds the bound."""
         settings, source = self._settings, self.served.source(name)
-        own = {} if source is not None else {"vae": settings.vae, "refiner": settings.refiner}
+        names = ("vae", "refiner", "controlnet") if source is None else ()
+        own = {name: getattr(settings, name) for name in names}
         found = estimate(
             settings.model if source is None else source,
             device=settings.device,

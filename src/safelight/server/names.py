@@ -19,6 +19,7 @@ from safelight.adapters.reader import PromptReader
 from safelight.defaults import defaults_of
 from safelight.errors import SafelightError
 from safelight.families import Family, family_of_folder
+from safelight.families.control import check_control
 from safelight.prompt.styles import Style, apply_styles, read_styles
 from safelight.request import Request
 from safelight.server.served import Served
@@ -26,7 +27,7 @@ from safelight.server.settings import WorkerSettings
 from safelight.weights.check import printable, read_header
 from safelight.weights.find import Source, find
 from safelight.weights.folder import Folder
-from safelight.weights.library import Entry, Library, open_library
+from safelight.weights.library import ENDINGS, Entry, Library, open_library
 from safelight.weights.plan import Plan, read_plan
 
 MAX_READERS = 8
@@ -125,6 +126,7 @@ class Names:
         except (SafelightError, OSError):
             return  # it may be back by then; the worker tells if not
         reader.plan.family.check_request(reader.plan, asked)
+        check_control(reader.plan.name, asked, self.controlnet(model) is not None)
         for entry in loras:
             _check_width(entry, reader.plan)
         reader.check(request)
@@ -165,6 +167,15 @@ class Names:
             return None
         found = find(settings.refiner, models_dir=settings.models_dir, download=False)
         return read_plan(found).family
+
+    def controlnet(self, model: str | None = None) -> str | None:
+        """Return the name of a model's ControlNet; only the server's own model may have one."""
+        given = self._settings.controlnet
+        if given is None or self._source(model) is not None:
+            return None
+        name = PurePath(given).name
+        ending = next((ending for ending in ENDINGS if name.endswith(ending)), "")
+        return name.removesuffix(ending)
 
     def _own(self) -> Source:
         """Return the source of the server's own model."""

@@ -146,7 +146,16 @@ class OnRay(Elsewhere):
 
 def on_nodes(settings: WorkerSettings) -> WorkerSettings:
     """Return the settings of a worker on any node: absolute paths, as the nodes have them too."""
-    names = ("model", "models_dir", "vae", "refiner", "preview_vae", "wildcards_dir", "styles_file")
+    names = (
+        "model",
+        "models_dir",
+        "vae",
+        "refiner",
+        "controlnet",
+        "preview_vae",
+        "wildcards_dir",
+        "styles_file",
+    )
     given = {name: getattr(settings, name) for name in names}
     paths = {name: _absolute(value) for name, value in given.items() if value is not None}
     allowed = settings.allowed and tuple(_absolute(value) for value in settings.allowed)

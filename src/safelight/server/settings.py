@@ -24,6 +24,7 @@ class WorkerSettings:
     models_dir: str | None = None
     vae: str | None = None
     refiner: str | None = None
+    controlnet: str | None = None
     preview_vae: str | None = None
     wildcards_dir: str | None = None
     styles_file: str | None = None
@@ -45,7 +46,7 @@ class WorkerSettings:
     @property
     def loading(self) -> dict[str, Any]:
         """The keywords of `load_model` besides the model's name and precision."""
-        names = ("vae", "refiner", "preview_vae")
+        names = ("vae", "refiner", "controlnet", "preview_vae")
         return {**self.loading_others, **{name: getattr(self, name) for name in names}}
 
     @property

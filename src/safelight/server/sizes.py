@@ -22,11 +22,11 @@ def fit_to_model(
     """Return a request that a model can draw, and the size to enlarge its pictures to.
 
     The size is None, and the request unchanged, if the model draws the requested size; see
-    `drawable_size`. Without a requested size, a picture to start from asks for its own. native: the
+    `drawable_size`. Without a requested size, a picture that is given asks for its own. native: the
     width and height that the model draws best.
     """
-    own = native if request.image is None else request.image.size
-    if request.image is not None and (request.width is None) != (request.height is None):
+    own = native if request.sized_by is None else request.sized_by.size
+    if request.sized_by is not None and (request.width is None) != (request.height is None):
         return request, None  # the engine keeps the picture's proportions
     size = request.width or own[0], request.height or own[1]
     drawn = drawable_size(size, native)

@@ -15,8 +15,8 @@ from safelight.engine.capacity import out_of_memory
 from safelight.engine.preview import decodes_previews
 from safelight.errors import SafelightError, StorageError
 from safelight.request import Request
+from safelight.request_fields import PICTURES
 from safelight.server.claims import Claim, LostError
-from safelight.server.files import INPUTS
 from safelight.server.held import FEWEST, JOBS, Held, bound, full
 from safelight.server.holder import Holder
 from safelight.server.loaded import LoadedModels
@@ -241,8 +241,8 @@ class Worker(Holder):
         assert loaded is not None
         self._beginning = True
         try:
-            image, mask = self._stored(lambda: self._inputs(claim))
-            request = Request.from_dict(claim.settings, image=image, mask=mask, fitted=True)
+            pictures = self._stored(lambda: self._inputs(claim))
+            request = Request.from_dict(claim.settings, fitted=True, **pictures)
             with self._spans.measured("encode", claim.id):
                 result = loaded.engine.add(request, claim.id, claim.done, claim.owner)
         except StorageError as error:
@@ -263,7 +263,6 @@ class Worker(Holder):
             self._beginning = False
         mine = [ticket for ticket in loaded.engine.tickets if ticket.tag == claim.id]
         each = mine[0].steps if mine else 0
-        given = [picture for picture in (image, mask) if picture is not None]
         self._held[claim.id] = Held(
             claim,
             request,
@@ -273,24 +272,22 @@ class Worker(Holder):
             steps_total=each * request.count,
             steps_done=each * len(claim.done),
             warnings=list(result.warnings),
-            input_bytes=sum(3 * picture.width * picture.height for picture in given),
+            input_bytes=sum(3 * picture.width * picture.height for picture in pictures.values()),
         )
         self._tell("progress", self._held[claim.id])
         if not mine:
             self._end(claim, result.warnings, None)
         return True
 
-    def _inputs(self, claim: Claim) -> list[Any]:
-        """Return a job's picture and mask, None for each it lacks.
+    def _inputs(self, claim: Claim) -> dict[str, Any]:
+        """Return a job's pictures, by their settings.
 
         Pictures of it that another worker wrote without a row are removed first.
         """
         if claim.left:
             self._files.remove_pictures(claim.left)
-        return [
-            self._files.input(claim.id, name) if f"{name}_sha256" in claim.settings else None
-            for name in INPUTS
-        ]
+        names = (name for name in PICTURES if f"{name}_sha256" in claim.settings)
+        return {name: self._files.input(claim.id, name) for name in names}
 
     # --- drawing ---------------------------------------------------------------------------------
 

@@ -9,8 +9,9 @@ import gradio as gr
 
 from safelight.defaults import OPTIONAL
 from safelight.errors import SafelightError
+from safelight.families.control import CONTROL
 from safelight.request import MAX_PROMPT, Request
-from safelight.request_fields import draw_seed
+from safelight.request_fields import PICTURES, draw_seed
 from safelight.sampling import SAMPLERS
 from safelight.sampling.schedule import SCHEDULES, SPACINGS
 from safelight.settings import Setting, settings_of
@@ -46,12 +47,15 @@ _WORDS = (
 """The settings that say what a prompt means; `words.js` adds choosers to their fields."""
 
 
+_DIGESTS = tuple(f"{name}_sha256" for name in PICTURES)
+
+
 def further_settings(request_type: type[Request]) -> list[Setting]:
     """Return the settings whose fields the form derives from their description."""
     return [
         setting
         for name, setting in settings_of(request_type).items()
-        if name not in (*_PLACED, "unconditional") and setting.kind is not None
+        if name not in (*_PLACED, *CONTROL, "unconditional") and setting.kind is not None
     ]
 
 
@@ -339,7 +343,7 @@ def shown(settings: dict[str, Any], suits: Suits) -> tuple[list[Any], list[str]]
     told: list[str] = []
     others: list[str] = []
     for name, value in settings.items():
-        if name in ("image_sha256", "mask_sha256") or value is None:
+        if name in _DIGESTS or value is None:
             continue
         if name not in settings_of(Request):
             others.append(str(name)[:40])
@@ -349,7 +353,10 @@ def shown(settings: dict[str, Any], suits: Suits) -> tuple[list[Any], list[str]]
             known[name] = value
         except SafelightError as error:
             told.append(str(error))
-    for name in ("unconditional", "count"):  # the server's model decides; a recipe is one picture's
+    if settings.get("control_image_sha256") is not None:
+        told.append("control_image has no field here: draw with it on the command line or the API")
+    # The server's model decides the first; a recipe is one picture's.
+    for name in ("unconditional", "count", *CONTROL):
         known.pop(name, None)
     asked = Request(**known)
     for name, setting in settings_of(Request).items():

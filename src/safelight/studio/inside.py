@@ -10,6 +10,7 @@ import gradio as gr
 
 from safelight.errors import SafelightError
 from safelight.request import MAX_PROMPT, Request
+from safelight.request_fields import PICTURES
 from safelight.server.hub import Hub
 from safelight.server.store import new_id
 from safelight.server.wording import public
@@ -27,8 +28,6 @@ MAX_WAITING = 8
 
 STEPS = 20
 """Steps of a picture that is looked into, if the model does not say."""
-
-PICTURES = ("image", "mask")
 
 
 def steps_of(suits: Suits) -> int:

@@ -14,13 +14,13 @@ from PIL import Image
 
 from safelight.errors import SafelightError
 from safelight.picture import open_picture
-from safelight.request_fields import draw_seed
+from safelight.request_fields import PICTURES, draw_seed
 from safelight.server.decoding import Decoders
 from safelight.server.hub import Hub
 from safelight.studio import easel
 from safelight.studio import form as forms
 from safelight.studio.compare import compare
-from safelight.studio.inside import PICTURES, Inside, steps_of
+from safelight.studio.inside import Inside, steps_of
 from safelight.studio.parts import HEAD, STYLE, asker, chooser, gallery, now, problem
 from safelight.studio.suits import EXAMPLE, Suits, suits_of
 from safelight.studio.train import Train
@@ -117,7 +117,7 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
         async def recall(now: str, event: gr.EventData, by: gr.Request) -> list[Any]:
             """Fill the form with all settings of a picture, its model and what it started from."""
             job, picture = await _picture(hub, event, by)
-            start = [await asyncio.to_thread(hub.files.input, job.id, n) for n in PICTURES]
+            start = [await asyncio.to_thread(hub.files.input, job.id, n) for n in ("image", "mask")]
             try:
                 name = await hub.find_model(job.model)
                 return await settle(picture.recipe["settings"], name, *start)

@@ -114,6 +114,7 @@ def model_options(settings: WorkerSettings, source: Source | None = None) -> lis
             "models_dir": settings.models_dir,
             "vae": settings.vae if own else None,
             "refiner": settings.refiner if own else None,
+            "controlnet": settings.controlnet if own else None,
         }
     )
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from safelight.errors import SafelightError
@@ -21,7 +19,7 @@ from safelight.weights.find import Source
 from safelight.weights.folder import Folder
 from safelight.weights.headers import header_of
 from safelight.weights.names import Weight, from_folder, renamed, some, vae_names
-from safelight.weights.plan import Plan
+from safelight.weights.plan import Addition, Plan
 
 PARTS = {VAE_PART.network: VAE_PART, **VAE_PART.others}
 
@@ -29,21 +27,6 @@ _PREFIXES = ("first_stage_model.", "vae.")
 # Tensors that only training needs, and constants that some writers add.
 _UNUSED = re.compile(r"(loss|model_ema)\..*|.*\bnum_batches_tracked")
 _TAESD = re.compile(r"(\d+)\.(.+)")
-
-
-@dataclass(frozen=True, slots=True)
-class VaePlan:
-    """An autoencoder, before any weight is read.
-
-    raw: its config as it was written. files: names inside it to paths.
-    """
-
-    source: Source
-    part: Part
-    raw: Mapping[str, Any]
-    config: Any
-    weights: dict[str, Weight]
-    files: dict[str, Path]
 
 
 def with_autoencoders(plan: Plan, sources: Mapping[str, Source]) -> Plan:
@@ -60,25 +43,17 @@ def with_autoencoders(plan: Plan, sources: Mapping[str, Source]) -> Plan:
         raise SafelightError(f"{plan.source.name} draws pixels: it takes no autoencoder")
     found = {use: _read(source, plan, own) for use, source in sources.items()}
     told = [line for each in found.values() for line in _warnings(each, plan)]
-    return replace(
-        plan,
-        configs={**plan.configs, **{use: each.config for use, each in found.items()}},
-        weights={**plan.weights, **{use: each.weights for use, each in found.items()}},
-        parts={**plan.parts, **{use: each.part for use, each in found.items()}},
-        raw={**plan.raw, **{use: each.raw for use, each in found.items()}},
-        autoencoders=found,
-        warnings=[*plan.warnings, *told],
-    )
+    return plan.with_additions(found, told)
 
 
-def _read(source: Source, model: Plan, own: Any) -> VaePlan:
+def _read(source: Source, model: Plan, own: Any) -> Addition:
     """Read an autoencoder. A single file has no config: it is read with that of the model's own."""
     plan = _folder_plan(source) if source.path.is_dir() else _file_plan(source, model)
     _check_fit(plan, model, own)
     return plan
 
 
-def _folder_plan(source: Source) -> VaePlan:
+def _folder_plan(source: Source) -> Addition:
     path = source.path
     if (path / "model_index.json").is_file():
         path = path / "vae"
@@ -90,10 +65,10 @@ def _folder_plan(source: Source) -> VaePlan:
         raise refusal(source.name, f"{told} is no autoencoder; known are {', '.join(PARTS)}")
     weights = from_folder(part, folder.part_headers("vae", part.stem))
     config = _config(source, part, folder.index)
-    return VaePlan(source, part, folder.index, config, weights, folder.files)
+    return Addition(source, part, folder.index, config, weights, folder.files)
 
 
-def _file_plan(source: Source, model: Plan) -> VaePlan:
+def _file_plan(source: Source, model: Plan) -> Addition:
     header = header_of(source.path)
     if any(_TAESD.match(key) for key in header.tensors):
         return _taesd_plan(source, header)
@@ -109,7 +84,7 @@ def _file_plan(source: Source, model: Plan) -> VaePlan:
         raw: Mapping[str, Any] = {"latent_channels": _channels(header, inner)}
         weights = _placed(header, TINY_PART, inner)
         config = _config(source, TINY_PART, raw)
-        return VaePlan(source, TINY_PART, raw, config, weights, {source.path.name: header.path})
+        return Addition(source, TINY_PART, raw, config, weights, {source.path.name: header.path})
     raw = model.raw["vae"] if model.parts["vae"] is VAE_PART else VAE_CONFIG
     config = _config(source, VAE_PART, raw)
     if any(key.startswith(("decoder.up.", "decoder.mid.")) for key in inner):
@@ -124,10 +99,10 @@ def _file_plan(source: Source, model: Plan) -> VaePlan:
             raise refusal(source.name, f"{len(unknown)} keys that we do not know: {some(unknown)}")
         inner = {str(name): inner[key] for key, name in renames.items()}
     weights = _placed(header, VAE_PART, inner)
-    return VaePlan(source, VAE_PART, raw, config, weights, {source.path.name: header.path})
+    return Addition(source, VAE_PART, raw, config, weights, {source.path.name: header.path})
 
 
-def _taesd_plan(source: Source, header: Header) -> VaePlan:
+def _taesd_plan(source: Source, header: Header) -> Addition:
     """Plan TAESD's own files: the encoder and the decoder, one beside the other."""
     path = source.path
     encoder = path.with_name(path.name.replace("decoder", "encoder"))
@@ -144,7 +119,7 @@ def _taesd_plan(source: Source, header: Header) -> VaePlan:
         files[encoder.name] = header.path
         weights |= _numbered(header, "encoder", first=0)
     raw = {"latent_channels": channels, "has_encoder": encoder.is_file()}
-    return VaePlan(source, TINY_PART, raw, _config(source, TINY_PART, raw), weights, files)
+    return Addition(source, TINY_PART, raw, _config(source, TINY_PART, raw), weights, files)
 
 
 def _numbered(header: Header, half: str, first: int) -> dict[str, Weight]:
@@ -190,7 +165,7 @@ def _config(source: Source, part: Part, told: Mapping[str, Any]) -> Any:
         raise refusal(source.name, f"config.json: {e}") from None
 
 
-def _check_fit(plan: VaePlan, model: Plan, own: Any) -> None:
+def _check_fit(plan: Addition, model: Plan, own: Any) -> None:
     """Refuse an autoencoder whose latents are not those of the model."""
     name, config = plan.source.name, plan.config
     if config.depth > len(plan.weights):
@@ -213,7 +188,7 @@ def _check_fit(plan: VaePlan, model: Plan, own: Any) -> None:
         raise refusal(name, str(e)) from None
 
 
-def _warnings(plan: VaePlan, model: Plan) -> list[str]:
+def _warnings(plan: Addition, model: Plan) -> list[str]:
     """Return warnings about an autoencoder in place of a model's own."""
     theirs, ours = plan.config.scaling_factor, model.configs["vae"].scaling_factor
     if {plan.part.network, model.parts["vae"].network} != {VAE_PART.network}:

@@ -84,7 +84,7 @@ def convert(
     for part in plan.weights:
         frame(plan, part)
     originals = _originals(plan) if single else {}
-    for files in (plan.files, *(each.files for each in plan.autoencoders.values())):
+    for files in (plan.files, *(each.files for each in plan.additions.values())):
         digest_files(files)  # finds a damaged download
     stored = None if dtype is None else PRECISIONS[dtype]
     with _open(plan) as read:
@@ -229,8 +229,8 @@ def _beside(plan: Plan) -> dict[str, Path]:
     """
     notice = None if plan.folder is None else plan.folder.file("NOTICE")
     found = {} if notice is None else {"NOTICE": notice}
-    if "vae" not in plan.autoencoders and (previews := find_previews(plan.source)) is not None:
-        own = with_autoencoders(plan, {PREVIEWS: previews}).autoencoders[PREVIEWS]
+    if "vae" not in plan.additions and (previews := find_previews(plan.source)) is not None:
+        own = with_autoencoders(plan, {PREVIEWS: previews}).additions[PREVIEWS]
         found |= {f"{PREVIEWS}/{name}": path for name, path in own.files.items()}
     return found
 

@@ -9,7 +9,8 @@ from safelight.families import Family
 from safelight.fast import helps
 from safelight.weights.autoencoders import with_autoencoders
 from safelight.weights.budget import budget
-from safelight.weights.find import Source, find, find_vae
+from safelight.weights.controlnets import with_controlnet
+from safelight.weights.find import Source, find, find_controlnet, find_vae
 from safelight.weights.load import pick_device, pick_dtype
 from safelight.weights.plan import read_plan
 
@@ -38,6 +39,7 @@ def estimate(
     models_dir: str | Path | None = None,
     vae: str | Path | None = None,
     refiner: str | Path | None = None,
+    controlnet: str | Path | None = None,
 ) -> Estimate:
     """Return what loading a model with these settings (see `load_model`) would take.
 
@@ -48,6 +50,9 @@ def estimate(
     vaes = {} if vae is None else {"vae": find_vae(vae, download=False, models_dir=models_dir)}
     source = find(name, download=False, models_dir=models_dir)
     plan = with_autoencoders(read_plan(source, without=vaes), vaes)
+    if controlnet is not None:
+        extra = find_controlnet(controlnet, download=False, models_dir=models_dir)
+        plan = with_controlnet(plan, extra)
     dtypes = {
         part: plan.family.dtype_of(part, plan.configs[part], precision) for part in plan.weights
     }

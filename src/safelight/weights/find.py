@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safelight.errors import SafelightError
 from safelight.weights.check import printable
-from safelight.weights.hub import MODEL, VAE, Layout, from_hub
+from safelight.weights.hub import CONTROLNET, MODEL, VAE, Layout, from_hub
 from safelight.weights.library import ENDINGS, VARIABLE, Library, open_library
 
 BUILT_IN = ("embedded", "embedded-fast", "embedded-unconditional")
@@ -66,6 +66,13 @@ def find_vae(
     return _find(str(name), "vae", open_library(models_dir), download, VAE)
 
 
+def find_controlnet(
+    name: str | Path, *, download: bool = True, models_dir: str | Path | None = None
+) -> Source:
+    """Find a ControlNet: a path, a name in the models folder, or a hub id. See `find`."""
+    return _find(str(name), "controlnet", open_library(models_dir), download, CONTROLNET)
+
+
 def find_previews(source: Source) -> Source | None:
     """Return the tiny autoencoder for previews that lies in a model's folder, if one does."""
     path = source.path / PREVIEWS
@@ -96,14 +103,15 @@ def _find(name: str, kind: str, library: Library | None, download: bool, layout:
 
 
 def _has_config(folder: Path) -> bool:
-    """Return whether a folder is that of a model, or of an autoencoder."""
+    """Return whether a folder is that of a model, or of one network."""
     return any((folder / name).is_file() for name in ("model_index.json", "config.json"))
 
 
 def is_cached(hub_id: re.Match[str], kind: str) -> bool:
-    """Return whether a model or an autoencoder is in the hub's cache. hub_id: a match of HUB_ID."""
+    """Return whether a model or one network is in the hub's cache. hub_id: a match of HUB_ID."""
+    layout = {"vae": VAE, "controlnet": CONTROLNET}.get(kind, MODEL)
     try:
-        from_hub(*hub_id.groups(), download=False, layout=VAE if kind == "vae" else MODEL)
+        from_hub(*hub_id.groups(), download=False, layout=layout)
     except SafelightError:
         return False
     return True

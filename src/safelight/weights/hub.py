@@ -42,9 +42,9 @@ def files_of(index: Mapping[str, Any], names: Collection[str], where: str) -> li
     return sorted(files)
 
 
-def vae_files(index: Mapping[str, Any], names: Collection[str], where: str) -> list[str]:
-    """Return which of a repository's files an autoencoder is read from."""
-    return ["config.json", choose_weights("vae", names, where)]
+def _network_files(part: str) -> Callable[[Mapping[str, Any], Collection[str], str], list[str]]:
+    """Return what tells which of a repository's files one network is read from."""
+    return lambda index, names, where: ["config.json", choose_weights(part, names, where)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,8 @@ class Layout:
 
 
 MODEL = Layout("model_index.json", files_of)
-VAE = Layout("config.json", vae_files)
+VAE = Layout("config.json", _network_files("vae"))
+CONTROLNET = Layout("config.json", _network_files("controlnet"))
 
 
 def from_hub(
@@ -93,7 +94,7 @@ def from_hub(
 
 
 def download(repo: str, revision: str | None, tell: Callable[[str], None]) -> Path:
-    """Download a model or an autoencoder into the hub's cache, and check it; return its folder.
+    """Download a model or one network into the hub's cache, and check it; return its folder.
 
     What is there already stays, and a download that was cut short goes on. tell: called with a line
     about the sizes before it begins.

@@ -15,6 +15,10 @@ _ADAPTER = re.compile(
     r"|\.(lora_(A|B|up|down|mid)|hada_|lokr_|alpha$|dora_scale|diff(_b)?$)"
 )
 _VAE = re.compile(r"(vae\.|first_stage_model\.)?((en|de)coder\.|(post_)?quant_conv\.)")
+_CONTROLNET = (
+    *("control_model.", "input_hint_block.", "controlnet_cond_embedding."),
+    "lora_controlnet",  # a Control-LoRA, which loading refuses by its name
+)
 _EMBEDDING = ("emb_params", "clip_l", "clip_g", "string_to_param")
 
 
@@ -24,12 +28,14 @@ class _Shaped(Protocol):
 
 
 def kind_of(tensors: Mapping[str, _Shaped]) -> str | None:
-    """Return "model", "lora", "embedding" or "vae", None if it looks like none of them.
+    """Return "model", "lora", "embedding", "vae" or "controlnet", None if it looks like nothing.
 
     tensors: by their names in the file. Each loader looks closer; this is for a list.
     """
     if not tensors:
         return None
+    if any(name.startswith(_CONTROLNET) for name in tensors):
+        return "controlnet"
     if any(_ADAPTER.search(name) for name in tensors):
         return "lora"
     if all(_VAE.match(name) for name in tensors):

@@ -1,4 +1,4 @@
-"""The user's models folder: models, LoRAs, embeddings and autoencoders, found by name.
+"""The user's models folder: models, LoRAs, embeddings, autoencoders and ControlNets, by name.
 
 It may be laid out as A1111 or ComfyUI have it, or as one flat folder. A name is looked up in a
 list of what is there. It is never made into a path, so that no name leads out of the folder.
@@ -27,6 +27,7 @@ SUBFOLDERS = {
     "lora": ("lora", "loras", "lycoris"),
     "embedding": ("embeddings",),
     "vae": ("vae", "vae-approx", "vae_approx"),
+    "controlnet": ("controlnet",),
 }
 """The kinds of file, and the folders that A1111 and ComfyUI keep each in.
 
@@ -42,7 +43,7 @@ IN_FOLDER = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 
 MAX_DEPTH = 8
 MAX_FILES = 100_000
-_FACTS = "facts-2"
+_FACTS = "facts-3"
 """The name of what `facts_of` remembers. Raise the number when `kind_of` changes its answers."""
 
 
@@ -50,8 +51,8 @@ _FACTS = "facts-2"
 class Entry:
     """A file, or a folder in diffusers' layout, of the library.
 
-    kind: "model", "lora", "embedding" or "vae". name: its path below the folder of its kind,
-    without the ending, as in "anime/eyes".
+    kind: "model", "lora", "embedding", "vae" or "controlnet". name: its path below the folder of
+    its kind, without the ending, as in "anime/eyes".
     """
 
     kind: str
@@ -235,7 +236,9 @@ def _walk(home: Path, kind: str, links: list[Path]) -> Iterator[Entry]:
         folder, depth = waiting.pop()
         for path in _members(folder):
             whole = (kind == "model" and is_model_folder(path)) or (
-                kind == "vae" and not path.is_symlink() and (path / "config.json").is_file()
+                kind in ("vae", "controlnet")
+                and not path.is_symlink()
+                and (path / "config.json").is_file()
             )
             if kind == "lora" and folder != home and path.name in IN_FOLDER and path.is_file():
                 yield Entry(kind, folder.relative_to(home).as_posix(), path)

@@ -20,8 +20,9 @@ from safelight.prompt.tokenizer import Tokenizer
 from safelight.weights.autoencoders import with_autoencoders
 from safelight.weights.budget import TOLD_FROM, check_memory
 from safelight.weights.check import ITEM_SIZES, Header, printable, refusal
+from safelight.weights.controlnets import with_controlnet
 from safelight.weights.digest import FileDigest, HashedFile, digest_files, model_digest
-from safelight.weights.find import Source, find, find_previews, find_vae
+from safelight.weights.find import Source, find, find_controlnet, find_previews, find_vae
 from safelight.weights.finite import FiniteCheck
 from safelight.weights.library import open_library
 from safelight.weights.names import Weight, some
@@ -49,6 +50,7 @@ def load_model(
     vae: str | Path | None = None,
     preview_vae: str | Path | None = None,
     refiner: str | Path | None = None,
+    controlnet: str | Path | None = None,
     takes_paths: bool = True,
     on_plan: Callable[[str], object] | None = None,
 ) -> Model:
@@ -72,6 +74,8 @@ def load_model(
     preview_vae: the same, a tiny one, for previews alone, in place of the one that lies in the
       model's folder as preview_vae/.
     refiner: a model that takes over for the last steps, as SDXL's refiner does.
+    controlnet: a network through which a request's `control_image` guides the model: a folder, a
+      file, a name in the models folder or a hub id.
     takes_paths: whether requests may name a LoRA or an embedding by its path. A server takes names
       alone.
     on_plan: called with a line about the memory that a large model takes, before it is loaded.
@@ -94,6 +98,9 @@ def load_model(
     if preview_vae is None and (own := find_previews(source)) is not None:
         vaes["preview_vae"] = own
     plan = with_autoencoders(read_plan(source, prediction_type, without=vaes), vaes)
+    if controlnet is not None:
+        found = find_controlnet(controlnet, download=download, models_dir=models_dir)
+        plan = with_controlnet(plan, found)
     # Headers and configs are checked first, because hashing or reading a large file takes long.
     nets = {part: frame(plan, part) for part in plan.weights}
     fast = helps(where, precision) and not plain
@@ -147,13 +154,19 @@ def load_model(
         prediction_type=prediction_type,
         refiner=second,
         takes_paths=takes_paths,
-        other_vae=(
-            {"name": vaes["vae"].name, "sha256": model_digest(digests["vae"])}
-            if "vae" in digests
-            else None
-        ),
+        other_vae=_record(plan, "vae", digests),
+        control=_record(plan, "controlnet", digests),
         stored=Stored(plan.weights, files),
     )
+
+
+def _record(
+    plan: Plan, use: str, digests: Mapping[str, dict[str, FileDigest]]
+) -> dict[str, str] | None:
+    """Return name and digest of a network that is not the model's own; None if there is none."""
+    if use not in plan.additions:
+        return None
+    return {"name": plan.additions[use].source.name, "sha256": model_digest(digests[use])}
 
 
 def _check_refiner(plan: Plan, refiner: Model) -> None:
@@ -247,7 +260,8 @@ def frame(plan: Plan, part: str) -> Any:
     _, network_class = plan.parts[part].load_classes()
     with torch.device("meta"), _Unfilled():
         network = network_class(plan.configs[part])
-    _check_fit(plan.source.name, part, network, plan.weights[part])
+    source = plan.additions[part].source if part in plan.additions else plan.source
+    _check_fit(source.name, part, network, plan.weights[part])
     return network
 
 
@@ -260,12 +274,12 @@ def _filled(
 ) -> tuple[dict[str, dict[str, FileDigest]], dict[Path, HashedFile]]:
     """Give the networks their weights; return the digests of the files, and the files by path.
 
-    The digests are of the model's own files under "", and of each other autoencoder's under its
-    use. No weight of a damaged download is used, because all files are hashed first.
+    The digests are of the model's own files under "", and of each other network's under its use. No
+    weight of a damaged download is used, because all files are hashed first.
     """
     checks = _finite_checks(plan, dtypes)
     looks = {path: check.check_piece for path, check in checks.items()}
-    sources = {"": plan, **plan.autoencoders}
+    sources = {"": plan, **plan.additions}
     digests = {use: digest_files(source.files, looks) for use, source in sources.items()}
     by_path = {digest.path: digest for each in digests.values() for digest in each.values()}
     files = {path: HashedFile(digest) for path, digest in by_path.items()}

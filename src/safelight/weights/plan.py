@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safelight.errors import SafelightError
 from safelight.families import Family, Part, family_of_file, family_of_folder
@@ -18,10 +18,22 @@ from safelight.weights.folder import Folder
 from safelight.weights.headers import header_of
 from safelight.weights.names import Weight, from_folder
 
-if TYPE_CHECKING:
-    from safelight.weights.autoencoders import VaePlan
-
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass(frozen=True, slots=True)
+class Addition:
+    """A network that is not the checkpoint's own, before any weight is read.
+
+    raw: its config as it was written. files: names inside it to paths.
+    """
+
+    source: Source
+    part: Part
+    raw: Mapping[str, Any]
+    config: Any
+    weights: dict[str, Weight]
+    files: dict[str, Path]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +42,8 @@ class Plan:
 
     family: the variant. configs and weights: of each network. files: what it is made of, names
     inside the model to paths. folder: None for a single file. parts: what each network is built
-    from. raw: the configs as they were written, the scheduler's too. autoencoders: the plans of
-    those that replace the model's own, or stand beside it.
+    from. raw: the configs as they were written, the scheduler's too. additions: the networks that
+    are not the checkpoint's own, such as another autoencoder or a ControlNet, by their use.
     """
 
     source: Source
@@ -47,12 +59,24 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
     parts: Mapping[str, Part] = field(default_factory=dict)
     raw: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    autoencoders: Mapping[str, VaePlan] = field(default_factory=dict)
+    additions: Mapping[str, Addition] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """The model's name."""
         return self.source.name
+
+    def with_additions(self, found: Mapping[str, Addition], warnings: list[str]) -> Plan:
+        """Return the plan with other networks, by their use. warnings: about them."""
+        return replace(
+            self,
+            configs={**self.configs, **{use: each.config for use, each in found.items()}},
+            weights={**self.weights, **{use: each.weights for use, each in found.items()}},
+            parts={**self.parts, **{use: each.part for use, each in found.items()}},
+            raw={**self.raw, **{use: each.raw for use, each in found.items()}},
+            additions={**self.additions, **found},
+            warnings=[*self.warnings, *warnings],
+        )
 
 
 def read_plan(

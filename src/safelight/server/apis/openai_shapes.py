@@ -11,8 +11,10 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from safelight.errors import SafelightError
+from safelight.families.control import CONTROL
 from safelight.picture import encode
 from safelight.request import Request
+from safelight.request_fields import PICTURES
 from safelight.server.bodies import MAX_BODY
 from safelight.server.jobs import retry_after, status_of
 from safelight.server.wording import clipped, public
@@ -79,7 +81,7 @@ _THEIRS = {"width": "size", "height": "size", "count": "n"}
 
 def own_settings(request_type: type[Request]) -> dict[str, Setting]:
     """Return the settings of a Request that a body may have as further fields."""
-    left_out = {"prompt", "image", "mask", "unconditional", *_THEIRS}
+    left_out = {"prompt", *PICTURES, *CONTROL, "unconditional", *_THEIRS}
     return {n: s for n, s in settings_of(request_type).items() if n not in left_out}
 
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, TypeAdapter
 
 from safelight.errors import SafelightError
 from safelight.request import Request
+from safelight.request_fields import PICTURES
 from safelight.sampling import SAMPLERS
 from safelight.sampling.schedule import SCHEDULES
 from safelight.server.bodies import check_json, decode_base64, decoded, read_json, turn
@@ -105,16 +106,15 @@ async def submit(
     webhook = settings.pop("webhook", None)
     if webhook is not None:
         webhook = check_url(webhook, private=hub_of(request).webhooks.private)
-    names = [name for name in ("image", "mask") if name in settings]
+    names = [name for name in PICTURES if name in settings]
     async with turn(request) if names else nullcontext():
         data = {name: [decode_base64(settings.pop(name), name)] for name in names}
         asked = await asyncio.to_thread(lambda: Request(**settings))
-        kinds = {"mask": "mask", "image": "picture"}  # the smaller one first: it is held for longer
+        kinds = {"mask": "mask"}
         asked = asked.with_pictures(
             **{
-                name: await decoded(request, kind, data[name], name)
-                for name, kind in kinds.items()
-                if name in data
+                name: await decoded(request, kinds.get(name, "picture"), data[name], name)
+                for name in reversed(names)  # the mask before the image, as it is smaller
             }
         )
         return await hub_of(request).submit(

@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 
 from safelight.defaults import defaults_of, level_of
 from safelight.errors import SafelightError
+from safelight.families.control import CONTROL
 from safelight.recipe import parse_recipe_text
 from safelight.request import Request
 from safelight.sampling import SAMPLERS
@@ -28,6 +29,7 @@ from safelight.server.apis.sdapi_bodies import (
     TextToImage,
     plain_number,
 )
+from safelight.server.apis.sdapi_control import without_pictures
 from safelight.server.apis.sdapi_names import (
     OVERRIDES,
     SPACINGS,
@@ -198,7 +200,8 @@ def _own(body: TextToImage | ImageToImage, settings: Mapping[str, Any]) -> dict[
     """Return settings that this API has no field for, under Safelight's names."""
     extra = body.model_extra or {}
     known = settings_of(Request).items()
-    own = {name for name, one in known if one.kind and not one.about.a1111} - {*settings}
+    own = {name for name, one in known if one.kind and not one.about.a1111}
+    own -= {*settings, *CONTROL}
     return {name: extra[name] for name in extra if name in own}
 
 
@@ -209,7 +212,8 @@ def _ignored(body: TextToImage | ImageToImage) -> list[str]:
     scripts = [
         name
         for name, script in body.alwayson_scripts.items()
-        if (cast("dict[str, Any]", script).get("args") if isinstance(script, dict) else script)
+        if not (name.casefold() == "controlnet" and isinstance(script, dict))
+        and (cast("dict[str, Any]", script).get("args") if isinstance(script, dict) else script)
     ]
     found = [
         (body.subseed_strength > 0, "subseed_strength: a picture is drawn from its seed alone"),
@@ -229,6 +233,10 @@ def _ignored(body: TextToImage | ImageToImage) -> list[str]:
             "override_settings: sd_vae is chosen when the server is started, with --vae",
         ),
         (overrides, f"override_settings: these do nothing here: {_listed(overrides)}"),
+        (
+            CONTROL[0] in (body.model_extra or {}),
+            "control_image: here it is the image of a unit of alwayson_scripts.controlnet",
+        ),
         (scripts, f"alwayson_scripts: these are not here: {_listed(scripts)}"),
     ]
     if isinstance(body, TextToImage):
@@ -327,6 +335,7 @@ def _echo(body: TextToImage | ImageToImage) -> dict[str, Any]:
     if hidden is None and isinstance(body, ImageToImage):
         body = body.model_copy(update={"init_images": [_again(one) for one in body.init_images]})
         body = body.model_copy(update={"mask": body.mask and _again(body.mask)})
+    body = body.model_copy(update={"alwayson_scripts": without_pictures(body.alwayson_scripts)})
     try:
         return json.loads(body.model_dump_json(exclude=hidden)) | dict.fromkeys(hidden or ())
     except ValueError:

@@ -1,0 +1,54 @@
+"""The picture that guides a model through its ControlNet (arXiv:2302.05543)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from safelight.picture import to_tensor
+
+if TYPE_CHECKING:
+    from safelight.model import Model
+    from safelight.nets.controlnet import ControlNetModel
+    from safelight.request import Request
+
+
+@dataclass(frozen=True, eq=False)
+class Control:
+    """What guides the steps of one picture.
+
+    hint: what the network reads of the picture, [1, channels, h, w]. request: says how much it
+    guides, and when.
+    """
+
+    network: ControlNetModel
+    hint: Tensor
+    request: Request
+
+    @property
+    def scale(self) -> float:
+        """Factor of what the network adds."""
+        return self.request.control_scale
+
+
+def guides(request: Request, row: int, rows: int) -> bool:
+    """Return whether the control image guides a row: as in diffusers, if all of it is in bounds."""
+    begins, ends = row / rows, (row + 1) / rows
+    within = request.control_start <= begins and ends <= request.control_end
+    return within and request.control_scale != 0
+
+
+def read_control(model: Model, request: Request) -> Control | None:
+    """Return what guides the pictures of a resolved request; None without a control_image."""
+    if request.control_image is None:
+        return None
+    network = model.controlnet
+    # As in `prepare`, edge pixels are repeated where the latents cover more than the picture.
+    factor, size = model.family.factor(model), request.control_image.size
+    width, height = (-(-side // factor) * factor for side in size)
+    pixels = to_tensor(request.control_image).to(model.device).add(1).div(2)
+    pixels = F.pad(pixels, (0, width - size[0], 0, height - size[1]), mode="replicate")
+    return Control(network, network.read(pixels.to(model.dtype)), request.without_pictures())

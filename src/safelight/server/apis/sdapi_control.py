@@ -1,0 +1,146 @@
+"""The web UI's ControlNet extension: what a body asks of it, and the routes that clients look at.
+
+The server has one ControlNet or none, and no preprocessors: pictures are edges, depth or poses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
+from PIL import Image, ImageOps
+
+from safelight.errors import SafelightError
+from safelight.request import Request
+from safelight.server.apis.sdapi_bodies import DrawBody
+from safelight.server.apis.sdapi_errors import Route
+from safelight.server.callers import hub_of
+
+router = APIRouter(prefix="/controlnet", route_class=Route, tags=["AUTOMATIC1111"])
+
+_FIELDS = {
+    "weight": "control_scale",
+    "guidance_start": "control_start",
+    "guidance_end": "control_end",
+}
+_RESIZE = {
+    **dict.fromkeys((0, "Just Resize", "Scale to Fit (Inner Fit)"), Image.Image.resize),
+    **dict.fromkeys((1, "Crop and Resize"), ImageOps.fit),
+    **dict.fromkeys((2, "Resize and Fill"), ImageOps.pad),
+}
+_PICTURES = ("image", "input_image")
+_BALANCED = (None, 0, "Balanced")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A unit of the extension: its picture in base64, and our names of its settings."""
+
+    picture: str
+    settings: dict[str, Any]
+    resize_mode: Any = 1
+
+    def guided(self, request: Request, picture: Image.Image, native: tuple[int, int]) -> Request:
+        """Return the request with the unit's picture. native: the model's width and height."""
+        first = native if request.image is None else request.image.size
+        size = request.width or first[0], request.height or first[1]
+        if picture.size != size:
+            resize: Any = _RESIZE.get(self.resize_mode, ImageOps.fit)
+            picture = resize(picture, size, Image.Resampling.LANCZOS)
+        sides = (
+            {} if request.image is not None else dict(zip(("width", "height"), size, strict=True))
+        )
+        pictures = request.pictures
+        request = request.replace(**self.settings, **sides)
+        return request.with_pictures(**{**pictures, "control_image": picture})
+
+
+def unit_of(body: DrawBody, there: str | None) -> tuple[Unit | None, list[str]]:
+    """Return the unit that a body asks for, and warnings. there: the name of our ControlNet.
+
+    Raises SafelightError for a preprocessor or a ControlNet that is not here.
+    """
+    given = [unit for unit in _units(body.alwayson_scripts) if _enabled(unit)]
+    units = [unit for unit in given if _picture(unit)]
+    if given and there is None:
+        return None, ["alwayson_scripts: ControlNet needs a server with --controlnet"]
+    if not units or there is None:
+        return None, ["alwayson_scripts: ControlNet has a unit without a picture"] if given else []
+    unit, warnings = units[0], list[str]()
+    if len(units) > 1:
+        warnings.append(f"controlnet: the first of {len(units)} units guides, the others do not")
+    if unit.get("control_mode") not in _BALANCED:
+        warnings.append("controlnet: control_mode is Balanced here")
+    module = str(unit.get("module") or "none")
+    if module.casefold() != "none":
+        raise SafelightError(
+            f"controlnet: there is no preprocessor {module!r:.40} here: send its result, such as "
+            'the edges themselves, with the module "none"'
+        )
+    asked = str(unit.get("model") or there).partition(" [")[0]
+    if asked.casefold() not in ("none", "auto", there.casefold()):
+        raise SafelightError(f"controlnet: there is no model {asked!r:.60}, only {there!r:.60}")
+    settings = {ours: unit[name] for name, ours in _FIELDS.items() if unit.get(name) is not None}
+    return Unit(_picture(unit), settings, unit.get("resize_mode", 1)), warnings
+
+
+def without_pictures(scripts: dict[str, Any]) -> dict[str, Any]:
+    """Return `alwayson_scripts` for the answer: pictures of units are null."""
+    units = [
+        {**unit, **{name: None for name in _PICTURES if name in unit}}
+        if isinstance(unit, dict)
+        else unit
+        for unit in _units(scripts)
+    ]
+    name = next((one for one in scripts if one.casefold() == "controlnet"), "")
+    return {**scripts, name: {**scripts[name], "args": units}} if units else scripts
+
+
+def _units(scripts: dict[str, Any]) -> list[Any]:
+    """Return the units in `alwayson_scripts`, enabled or not; they may be anything."""
+    for name, script in scripts.items():
+        if name.casefold() == "controlnet" and isinstance(script, dict):
+            found = cast("dict[str, Any]", script).get("args")
+            return cast("list[Any]", found) if isinstance(found, list) else []
+    return []
+
+
+def _enabled(unit: Any) -> bool:
+    return not isinstance(unit, dict) or bool(cast("dict[str, Any]", unit).get("enabled", True))
+
+
+def _picture(unit: Any) -> str:
+    """Return a unit's picture in base64; empty if it has none."""
+    if not isinstance(unit, dict):
+        return ""
+    given = next((one for name in _PICTURES if (one := cast("dict[str, Any]", unit).get(name))), "")
+    if isinstance(given, dict):
+        given = cast("dict[str, Any]", given).get("image") or ""
+    return given if isinstance(given, str) else ""
+
+
+@router.get("/version")
+async def version() -> dict[str, int]:
+    """Return the version of the extension's API."""
+    return {"version": 3}
+
+
+@router.get("/model_list")
+async def model_list(http: HttpRequest) -> dict[str, list[str]]:
+    """List the server's ControlNet."""
+    name = hub_of(http).names.controlnet()
+    return {"model_list": [] if name is None else [name]}
+
+
+@router.get("/module_list")
+async def module_list() -> dict[str, Any]:
+    """List the preprocessors: there are none."""
+    return {"module_list": ["none"], "module_detail": {}}
+
+
+@router.get("/settings")
+async def settings() -> dict[str, int]:
+    """Return how many units a request may have."""
+    return {"control_net_unit_count": 1}

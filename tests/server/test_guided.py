@@ -1,0 +1,170 @@
+"""Jobs with a control_image, on a server whose model has a ControlNet."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from inside import Inside
+from PIL import Image
+from serving import wait_for
+
+from safelight import cli
+from safelight.recipe import read_recipe
+from tests.guiding import as_base64, controlnet, edges
+
+QUICK = {"prompt": "a cat", "steps": 3, "sampler": "euler", "seed": 5}
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return controlnet(tmp_path_factory.mktemp("guided") / "edges")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, net: Path) -> Iterator[Inside]:
+    folder = tmp_path_factory.mktemp("guided-server")
+    with Inside(folder, controlnet=str(net), exact=True, dtype="float32") as running:
+        yield running
+
+
+def drawn(server: Inside, **settings: Any) -> bytes:
+    """Return the PNG of a job that succeeds."""
+    job_id = server.submit(**{**QUICK, **settings})
+
+    def job() -> Any:
+        return server.ask("GET", f"/api/jobs/{job_id}").json()
+
+    wait_for(lambda: job()["status"] not in ("queued", "running"))
+    assert job()["status"] == "succeeded", job()
+    picture = server.hub.picture_bytes(job()["pictures"][0]["id"])
+    assert picture is not None
+    return picture
+
+
+def test_a_job_is_guided(server: Inside, net: Path, tmp_path: Path) -> None:
+    """The picture has the control image's size, and its recipe names what draws it again."""
+    given = edges((256, 128))
+    guided = drawn(server, control_image=as_base64(given), control_scale=0.5)
+    plain = drawn(server, width=256, height=128)
+    recipe = read_recipe(guided)
+    assert recipe["size"] == [256, 128]
+    assert recipe["controlnet"]["name"] == "edges"
+    assert recipe["settings"]["control_scale"] == 0.5
+    assert "controlnet" not in read_recipe(plain)
+    assert guided != plain
+    (tmp_path / "guided.png").write_bytes(guided)
+    given.save(tmp_path / "edges.png")
+    arguments = ["--control-image", str(tmp_path / "edges.png"), "--controlnet", str(net)]
+    assert cli.run(["verify", str(tmp_path / "guided.png"), *arguments]) == 0
+
+
+def test_nothing_of_it_is_left(server: Inside) -> None:
+    job_id = server.submit(**QUICK, control_image=as_base64(edges()), image=as_base64(edges()))
+    wait_for(lambda: server.ask("GET", f"/api/jobs/{job_id}").json()["status"] == "succeeded")
+    inputs = server.data / "inputs"
+    assert {one.name for one in inputs.glob(f"{job_id}*")} == {
+        f"{job_id}-image.png",
+        f"{job_id}-control_image.png",
+    }
+    assert server.ask("DELETE", f"/api/jobs/{job_id}").status in (200, 204)
+    assert not [*inputs.glob(f"{job_id}*")]
+
+
+def test_a_model_without_a_controlnet_refuses_at_once(server: Inside) -> None:
+    asked = {**QUICK, "control_image": as_base64(edges()), "model": "embedded-fast"}
+    answer = server.ask("POST", "/api/jobs", asked)
+    assert answer.status == 422
+    assert answer.json()["field"] == "control_image"
+    assert b"needs a ControlNet" in answer.body
+    small = {**QUICK, "control_image": as_base64(edges((8, 8)))}
+    answer = server.ask("POST", "/api/jobs", small)
+    assert answer.status == 422
+    assert answer.json()["field"] == "control_image"
+    answer = server.ask("POST", "/api/jobs", {**QUICK, "control_image": "AAAA"})
+    assert answer.status == 422
+    assert answer.json()["field"] == "control_image"
+
+
+def test_the_command_line(net: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edges((64, 64)).save(tmp_path / "edges.png")
+    out = tmp_path / "out.png"
+    guided = ["--control-image", str(tmp_path / "edges.png"), "--controlnet", str(net)]
+    draw = ["generate", "a cat", "--steps", "1", "--sampler", "euler", "--out", str(out)]
+    assert cli.run([*draw, *guided]) == 0
+    assert read_recipe(out)["size"] == [64, 64]
+    assert "ControlNet 0" in out.read_bytes().decode("latin-1")
+    capsys.readouterr()
+    assert cli.run([*draw[:-1], str(tmp_path / "2.png"), *guided[:2]]) == cli.BAD_INPUT
+    assert "control_image needs a ControlNet" in capsys.readouterr().err
+    assert cli.run([*draw[:-1], str(tmp_path / "3.png"), *guided[2:]]) == 0
+    assert "--controlnet does nothing without --control-image" in capsys.readouterr().err
+
+
+def test_apis_that_have_no_field_for_it_say_so(server: Inside) -> None:
+    body = {"prompt": "a cat", "steps": 1, "control_image": as_base64(edges())}
+    answer = server.ask("POST", "/sdapi/v1/txt2img", body)
+    assert answer.status == 200
+    assert b"control_image: here it is the image of a unit" in answer.body
+    answer = server.ask("POST", "/v1/images/generations", body)
+    assert answer.status == 400
+    assert b"there is no setting 'control_image'" in answer.body
+    assert "control_image" not in answer.json()["error"]["message"].partition("known:")[2]
+
+
+def unit(**fields: Any) -> dict[str, Any]:
+    """Return a body of AUTOMATIC1111's API with one unit of ControlNet."""
+    made = {"image": as_base64(edges((256, 256))), "module": "none", "weight": 0.5, **fields}
+    body = {**QUICK, "width": 128, "height": 128, "sampler_name": "Euler", "cfg_scale": 1}
+    return {**body, "alwayson_scripts": {"ControlNet": {"args": [made]}}}
+
+
+def test_a_unit_of_automatic1111s_extension(server: Inside) -> None:
+    """Its picture, weight and bounds guide; the size is the body's."""
+    asked = unit(model="Edges [0123abcd]", guidance_end=0.7)
+    answer = server.ask("POST", "/sdapi/v1/txt2img", asked)
+    assert answer.status == 200, answer.body
+    found = answer.json()
+    assert not [one for one in json.loads(found["info"])["warnings"] if "control" in one]
+    recipe = read_recipe(base64.b64decode(found["images"][0]))
+    assert recipe["size"] == [128, 128]
+    assert recipe["controlnet"]["name"] == "edges"
+    assert [recipe["settings"][f"control_{n}"] for n in ("scale", "start", "end")] == [0.5, 0, 0.7]
+    changed = {**unit(), "init_images": [as_base64(edges((128, 128)))], "denoising_strength": 0.7}
+    answer = server.ask("POST", "/sdapi/v1/img2img", changed)
+    recipe = read_recipe(base64.b64decode(answer.json()["images"][0]))
+    assert {"image_sha256", "control_image_sha256"} <= recipe["settings"].keys()
+
+
+def test_a_unit_that_asks_for_what_is_not_here(server: Inside) -> None:
+    for fields, told in (
+        ({"module": "canny"}, b"there is no preprocessor 'canny' here"),
+        ({"model": "depth"}, b"there is no model 'depth', only 'edges'"),
+        ({"weight": "much"}, b"control_scale"),
+        ({"image": "AAAA"}, b"controlnet"),
+    ):
+        answer = server.ask("POST", "/sdapi/v1/txt2img", unit(**fields))
+        assert answer.status == 422, fields
+        assert told in answer.body, answer.body
+    answer = server.ask("POST", "/sdapi/v1/txt2img", unit(enabled=False))
+    assert "controlnet" not in read_recipe(base64.b64decode(answer.json()["images"][0]))
+    asked = {**unit(), "override_settings": {"sd_model_checkpoint": "embedded-fast"}}
+    answer = server.ask("POST", "/sdapi/v1/txt2img", asked)
+    assert b"ControlNet needs a server with --controlnet" in answer.body
+    assert server.ask("GET", "/controlnet/model_list").json() == {"model_list": ["edges"]}
+    assert server.ask("GET", "/controlnet/module_list").json()["module_list"] == ["none"]
+
+
+def test_a_large_picture_of_a_unit(server: Inside) -> None:
+    """A decoder's process reads a body of megabytes, and leaves out pictures that nobody reads."""
+    noise = Image.effect_noise((1600, 1600), 90)
+    answer = server.ask("POST", "/sdapi/v1/txt2img", unit(image={"image": as_base64(noise)}))
+    assert answer.status == 200, answer.body[:300]
+    recipe = read_recipe(base64.b64decode(answer.json()["images"][0]))
+    assert recipe["settings"]["control_image_sha256"]
+    (shown,) = answer.json()["parameters"]["alwayson_scripts"]["ControlNet"]["args"]
+    assert shown["image"] is None
