@@ -133,6 +133,25 @@ def test_ctrl_c_loses_no_step(tmp_path: Path) -> None:
     assert torch.equal(train_line(tmp_path / "a"), train_line(tmp_path / "b"))
 
 
+def test_a_second_ctrl_c_waits_for_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(value: Any, file: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        written(value, file)
+
+    def loss_of(run: torch.nn.Module, draw: Draw) -> torch.Tensor:
+        if draw.step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return run(draw)
+
+    written = torch.save
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        fit(Line(), loss_of, PLAN, tmp_path, log=lambda _: None)
+    assert torch.load(tmp_path / "checkpoint.pt")["step"] == 3
+
+
 def test_processes_take_the_steps_of_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -374,7 +393,7 @@ def test_a_model_with_a_tiny_autoencoder_is_written(
     assert torch.allclose(model.vae.decode(z), vae.decode(z), atol=0.05)  # float16 in the file
 
 
-def test_a_model_is_replaced_as_a_whole(tmp_path: Path) -> None:
+def test_a_model_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "model"
     with replacing(folder) as new:
         (new / "a").write_text("first")
@@ -389,6 +408,18 @@ def test_a_model_is_replaced_as_a_whole(tmp_path: Path) -> None:
             stopped(by)
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
         assert (folder / "a").read_text() == "first"
+
+    def refused(path: Path, to: Path) -> None:
+        if path.name == "model.part":  # as Windows does while another program looks into it
+            raise PermissionError
+        path.rename(to)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", refused)
+        with pytest.raises(PermissionError), replacing(folder) as new:
+            (new / "a").write_text("second")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (folder / "a").read_text() == "first"
     folder.rename(tmp_path / "disk")
     folder.symlink_to("disk")
     for text in ("once", "again"):  # a link stays one

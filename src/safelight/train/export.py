@@ -58,6 +58,8 @@ def replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+        if old.exists() and not folder.exists():  # the second rename failed
+            old.replace(folder)
 
 
 def export_text_to_image(

@@ -237,9 +237,10 @@ def fit(
                     if sheet is not None:
                         board.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
     except KeyboardInterrupt:
-        save(step)
-        if chief:
-            log(f"stopped after step {step}: the same command goes on from there")
+        with ctrl_c_waits():  # in the studio the server's end is a second one
+            save(step)
+            if chief:
+                log(f"stopped after step {step}: the same command goes on from there")
         raise
     finally:
         if board is not None:
