@@ -7,6 +7,7 @@ import shutil
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -288,6 +289,40 @@ def test_a_server_ends_once_another_has_its_database(
     store = Store(f"sqlite:///{tmp_path / 'data' / 'jobs.sqlite3'}")
     assert store.holds(own.id, own.token)  # it may be the other server's
     store.close()
+
+
+def test_a_pause_or_an_absent_database_ends_no_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It ends if another session has the lock for a while, without a break."""
+    monkeypatch.setattr(fleet, "LOOK", 0.05)
+    monkeypatch.setattr(fleet, "GIVE_UP", 0.02)  # less than a pause
+    seen: list[str | None] = []
+    answers = iter([True, False, StorageError("away"), False, True, False, False])
+
+    def held() -> bool:
+        found = next(answers)
+        if isinstance(found, StorageError):
+            raise found
+        return found
+
+    def roster() -> list[Any]:
+        seen.append(one.trouble)
+        return []
+
+    store: Any = SimpleNamespace(shared=False, held=held, fleet=roster)
+    lost = threading.Event()
+    how: Any = {"on_message": print, "on_change": lambda: None, "on_lost": lost.set}
+    one = fleet.Fleet(store, "", **how)
+
+    async def look() -> None:
+        one.start()
+        await one._keep_looking()
+
+    asyncio.run(look())
+    taken = str(one.refusal)
+    assert seen == [None, None, taken, None, taken, None, taken]
+    assert lost.is_set()
 
 
 def test_news_long_and_short_arrive_in_order(postgres: str) -> None:

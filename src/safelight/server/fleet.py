@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +21,8 @@ LOOK = 2.0
 """Seconds between two looks at the roster."""
 
 GIVE_UP = 30.0
-"""Seconds without the lock on the database after which the server ends. For about 12 s our own lost
-connection may have it.
+"""Seconds after which a server ends while another session has the lock on its database. For about
+12 s that may be our own lost connection.
 """
 
 
@@ -78,17 +79,25 @@ class Fleet:
                 self._loop.call_soon_threadsafe(self._on_message, kind, rest)
 
     async def _keep_looking(self) -> None:
-        held = time.monotonic()
-        while time.monotonic() - held < GIVE_UP:
+        lost = math.inf
+        while True:
             await self._look()
-            with contextlib.suppress(StorageError):  # the database is away for all servers
-                self.trouble = None if await asyncio.to_thread(self._store.held) else TAKEN
-            if self.trouble is None:
-                held = time.monotonic()
+            self.trouble = await self._foreign()
+            now = time.monotonic()
+            lost = math.inf if self.trouble is None else min(lost, now)
+            if now - lost >= GIVE_UP:
+                break
             await asyncio.sleep(LOOK)
         self.refusal = StorageError(TAKEN)
         log.error("the server ends: %s", self.refusal)
         self._on_lost()
+
+    async def _foreign(self) -> str | None:
+        """Return a line if another session has the lock on the database, else None."""
+        try:
+            return None if await asyncio.to_thread(self._store.held) else TAKEN
+        except StorageError:  # the database is away for all servers
+            return None
 
     async def _look(self) -> None:
         try:
