@@ -321,6 +321,30 @@ def test_a_disk_too_full_to_mark_is_freed_all_the_same(
     assert kept.freed.jobs == 1
 
 
+def test_what_a_full_disk_takes_of_the_deletion_makes_room(
+    lite: Years, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = {lite.draw(91 * DAY) for _ in range(3)}
+    kept = lite.keep("90d")
+    kept.look()
+    lite.pass_grace()
+    real, begun = Database._write, []
+
+    @contextmanager
+    def write(store: Database, **how: Any) -> Iterator[Any]:
+        with real(store, **how) as db:
+            yield db
+            begun.append(db.scalar(text("SELECT count(*) FROM jobs WHERE expires = 0")))
+            if begun[-1] > 1:
+                raise StorageError("the database of jobs does not take it: disk is full")
+
+    monkeypatch.setattr(Database, "_write", write)
+    with pytest.raises(StorageError, match="disk is full"):
+        kept.look()
+    assert len(lite.jobs() & old) == 2
+    assert kept.freed.jobs == 1
+
+
 class Killed(BaseException):
     """Stands for the end of the process at one of its writes."""
 

@@ -83,16 +83,18 @@ class Retention:
         self._files.make_sure()
         now = timestamp()
         horizon = self._horizon(now)
-        if spared := self._store.spare(horizon):
-            log.info("%d jobs are within --keep again, and stay", spared)
-        self._store.expire(now)
-        freed = self._clear()
-        self.freed += freed
-        if freed.jobs:
-            log.info(
-                "deleted %d jobs beyond --keep: %d pictures, %.1f MB",
-                *(freed.jobs, freed.pictures, freed.size / 1e6),
-            )
+        try:
+            if spared := self._store.spare(horizon):
+                log.info("%d jobs are within --keep again, and stay", spared)
+            self._store.expire(now)
+        finally:  # a full disk may have taken only some of it, and deleting these makes room
+            freed = self._clear()
+            self.freed += freed
+            if freed.jobs:
+                log.info(
+                    "deleted %d jobs beyond --keep: %d pictures, %.1f MB",
+                    *(freed.jobs, freed.pictures, freed.size / 1e6),
+                )
         # Last, since a full disk may have room for it only now.
         if marked := self._store.mark(horizon, now + GRACE):
             log.info(
