@@ -121,6 +121,11 @@ def test_the_states_of_a_schedule_are_bounded(model, monkeypatch):
     monkeypatch.setattr(encoding, "MAX_HELD", 2 * 16 * 9)
     with pytest.raises(SafelightError, match="take fewer schedules"):
         job_of(model, turns, steps=20)
+    # As long as the longest of them, before they are made.
+    with monkeypatch.context() as patch:
+        patch.setattr("safelight.prompt.states.last_repeated", None)
+        with pytest.raises(SafelightError, match="fewer schedules or parts"):
+            job_of(model, f"{'a AND ' * 10}{'a BREAK ' * 3} a", steps=20)
     engine = Engine(model)
     monkeypatch.setattr(core, "MAX_CACHED", 2 * one)
     for prompt in ("apple", "ale", "a", "apple ale " * 20):

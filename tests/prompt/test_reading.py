@@ -209,6 +209,13 @@ def test_a_blend_that_is_divided_by_0_is_refused():
     read('("a").blend(0)', "compel", steps=10)  # alone it is not divided
 
 
+def test_too_many_parts_are_refused():
+    assert len(read(" AND ".join("a" * 64), "a1111", steps=10).parts) == 64
+    with pytest.raises(SafelightError, match="65 parts between AND; at most 64"):
+        read(" AND ".join("a" * 65), "a1111", steps=10)
+    read(" AND ".join("a" * 65), "a1111", steps=10, negative=True)  # it is text there
+
+
 def test_a_list_of_too_many_texts_is_refused():
     for operator in ("and", "blend"):
         listed = ",".join("a" * 512)

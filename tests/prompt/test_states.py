@@ -175,6 +175,19 @@ def test_a_repeated_context_is_bounded():
     assert same_length([torch.ones(1, n * 77, 1) for n in (7, 8)])[0].shape[1] == 56 * 77
     with pytest.raises(SafelightError, match="2,387 and 2,464 tokens"):
         same_length([torch.ones(1, n * 77, 1) for n in (31, 32)])
+    with pytest.raises(SafelightError, match="negative_prompt has 5,005 tokens with its marks"):
+        same_length([torch.ones(1, n * 77, 1) for n in (1, 65)])
+
+
+def test_equal_parts_count_again():
+    """The states of each part are in memory, also if its text was read before."""
+    tokenizer = clip_tokenizer("<|endoftext|>", 77)
+    reader = States(tokenizer, lambda ids, _: torch.ones(1, 77, 2), "a1111")
+    turns = f"[{'|'.join('abcdefgh')}] {'BREAK a ' * 31}"
+    first, second, third = read(" AND ".join([turns] * 3), "a1111", steps=8).parts
+    assert [len(reader.of_part(part)) for part in (first, second)] == [8, 8]
+    with pytest.raises(SafelightError, match="more than 512 chunks"):
+        reader.of_part(third)
 
 
 def test_the_parts_of_and_repeat_their_last_token():

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from safelight.weights.plan import Plan
 
 MAX_HELD = 1 << 17
-"""The most text states of a schedule, over all of its stages and evaluations: 0.4 GB with Stable
+"""The most text states of a prompt, over all of its stages and evaluations: 0.4 GB with Stable
 Diffusion 1 in float32."""
 
 
@@ -242,7 +242,7 @@ def _scheduled(
     """
     import torch
 
-    from safelight.prompt.states import last_repeated, same_length, spans
+    from safelight.prompt.states import common_length, last_repeated, same_length, spans
 
     made: dict[tuple[int, ...], Conditioning] = {}
     held = 0
@@ -252,17 +252,18 @@ def _scheduled(
         key = tuple(id(read.tokens) for read in now)
         if key not in made:
             rows = [read.tokens for read in now]
+            lengths = [row.shape[1] for row in rows]
+            held += len(rows) * common_length([lengths[0], max(lengths[1:], default=lengths[0])])
+            if held > MAX_HELD:
+                raise SafelightError(
+                    "prompt has too many and too long texts over its steps, or between AND: "
+                    "take fewer schedules or parts, or a shorter text",
+                    field="prompt",
+                )
             negative, positives = rows[:1], last_repeated(rows[1:]) if len(rows) > 1 else []
             pooled = [read.pooled for read in now if read.pooled is not None]
             # In the network's precision from here on: layers keep what they compute of one tensor.
             tokens = torch.cat(same_length([*negative, *positives])).to(dtype)
-            held += tokens.shape[0] * tokens.shape[1]
-            if made and held > MAX_HELD:
-                raise SafelightError(
-                    "prompt changes to too many and too long texts over its steps: "
-                    "take fewer schedules, or a shorter text",
-                    field="prompt",
-                )
             made[key] = replace(
                 base,
                 tokens=tokens,

@@ -8,6 +8,9 @@ from safelight.prompt.reading import Emphasis, Part, Piece, Reading, Stage, Synt
 LARGEST = 1e6
 """The largest weight. States that are multiplied by a few of these stay finite in float32."""
 
+MAX_PARTS = 64
+"""Prompts that AND composes. Each is a row of every call of the network."""
+
 MAX_LISTED = 512
 """Texts in one of compel's lists. All of their states are in memory at once."""
 
@@ -25,8 +28,8 @@ def read(
     steps: how many are taken; A1111's schedules are shares of them. emphasis: A1111's mode; with
     "none" brackets are text. negative: whether it is a negative prompt, which is not split at AND.
 
-    Raises SafelightError for a weight beyond LARGEST, for a blend whose weights sum to 0, and for a
-    list of more than MAX_LISTED texts.
+    Raises SafelightError for a weight beyond LARGEST, for a blend whose weights sum to 0, and for
+    more than MAX_PARTS parts or a list of more than MAX_LISTED texts.
     """
     networks: tuple[tuple[str, ...], ...] = ()
     if syntax in ("comfy", "compel"):
@@ -47,6 +50,10 @@ def read(
 
 
 def _check(reading: Reading) -> None:
+    if len(reading.parts) > MAX_PARTS:
+        raise SafelightError(
+            f"prompt has {len(reading.parts):,} parts between AND; at most {MAX_PARTS} can be used"
+        )
     for part in reading.parts:
         weights = [part.weight]
         for stage in part.stages:

@@ -36,7 +36,7 @@ class States:
     """The states of texts, for one text encoder.
 
     Each distinct chunk is encoded once, alone, so that no neighbour changes a last bit. Raises
-    SafelightError for a prompt of more than MAX_ENCODED chunks.
+    SafelightError for prompts of more than MAX_ENCODED chunks, over all parts.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class States:
         self.syntax: Syntax = syntax
         self._encode = encode
         self._known: dict[tuple[tuple[int, ...], frozenset[int]], Tensor] = {}
+        self._held = 0  # chunks of all parts that were read
 
     def of_part(self, part: Part) -> list[Tensor]:
         """Return the states of each stage, [1, tokens, width], all of one length.
@@ -88,7 +89,8 @@ class States:
         times = Counter(texts)
         rows = {text: chunks_of(self.tokenizer, text, "a1111") for text in times}
         longest = max(map(len, rows.values()))
-        if longest * len(rows) > MAX_ENCODED:
+        self._held += longest * len(rows)
+        if self._held > MAX_ENCODED:
             raise too_many_chunks()
         empty = self._empty_chunk()
         found: dict[tuple[Section, ...], list[Tensor]] = {text: [] for text in times}
@@ -187,18 +189,33 @@ def same_length(states: Sequence[Tensor]) -> list[Tensor]:
     Each is [1, tokens, width]. Attention to repeated tokens gives the same as to one of each: the
     softmax shares the same weight among the copies. It is how ComfyUI pairs a long prompt with a
     short negative one, and equal to running them one after the other, as A1111 does.
-    Raises SafelightError if they become longer than MAX_LENGTH.
+    Raises SafelightError as `common_length` does.
     """
-    lengths = sorted({s.shape[1] for s in states})
-    length = math.lcm(*lengths)
+    length = common_length(s.shape[1] for s in states)
+    return [s if s.shape[1] == length else s.repeat(1, length // s.shape[1], 1) for s in states]
+
+
+def common_length(lengths: Iterable[int]) -> int:
+    """Return the length in tokens to which states of these lengths are repeated.
+
+    Raises SafelightError if it is more than MAX_LENGTH.
+    """
+    different = sorted(set(lengths))
+    length = math.lcm(*different)
+    if different[-1] > MAX_LENGTH:
+        raise SafelightError(
+            f"prompt or negative_prompt has {different[-1]:,} tokens with its marks; "
+            f"at most {MAX_LENGTH:,} can be used",
+            field="prompt",
+        )
     if length > MAX_LENGTH:
-        told = " and ".join(f"{one:,}" for one in lengths)
+        told = " and ".join(f"{one:,}" for one in different)
         raise SafelightError(
             f"prompt and negative_prompt have {told} tokens with their marks, in one length "
             f"{length:,}; at most {MAX_LENGTH:,} can be used: make them equally long, or shorter",
             field="prompt",
         )
-    return [s if s.shape[1] == length else s.repeat(1, length // s.shape[1], 1) for s in states]
+    return length
 
 
 def last_repeated(states: Sequence[Tensor]) -> list[Tensor]:
