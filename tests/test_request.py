@@ -309,6 +309,11 @@ class TestJson:
         assert again.to_dict() == request.to_dict()
         assert again.fitted().image is fitted.image
         assert fitted.fitted().image is fitted.image
+        for one in ("image", "mask"):  # the digest of the other, which stays, is its original's
+            other = {"image": "mask", "mask": "image"}[one]
+            replaced = fitted.replace(**{one: getattr(fitted, other)}).to_dict()
+            assert replaced[f"{other}_sha256"] == request.to_dict()[f"{other}_sha256"]
+            assert replaced[f"{one}_sha256"] != request.to_dict()[f"{one}_sha256"]
 
     def test_one_of_picture_and_mask_is_replaced(self):
         request = Request(image=Image.new("RGB", (64, 64)), mask=Image.new("L", (64, 64)))

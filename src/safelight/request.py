@@ -242,7 +242,9 @@ class Request(RequestFields, metaclass=_Listed):
             both = {name: kept.pop(name) for name in ("image", "mask") if name in kept}
             changes = {**changes, **both}
         made = type(self)(**{**asked, **changes})
-        return made._with_pictures(kept, self._digests) if kept else made
+        made = made._with_pictures(kept, {}) if kept else made
+        made._digests = {n: digest for n, digest in self._digests.items() if pictures.get(n)}
+        return made
 
     def without(self, *names: str) -> Self:
         """Return the same request as if these settings had been left out."""
