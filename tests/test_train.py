@@ -312,24 +312,24 @@ UNET = UNetConfig(
     norm_num_groups=4,
 )
 VAE = VAEConfig(block_out_channels=(8, 8, 8, 8), norm_num_groups=4)
+TEXT = CLIPTextConfig(
+    vocab_size=540,
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    max_position_embeddings=8,
+)
 
 
 def test_text_to_image_learns_and_its_folder_draws(tmp_path: Path) -> None:
     tokenizer = train_vocabulary(["a cat", "a dog"] * 10, 540, tmp_path / "model" / "tokenizer", 8)
-    text = CLIPTextConfig(
-        vocab_size=540,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-    )
     # A cat is all +1, a dog all −1.
     ids = torch.tensor([tokenizer.encode(t).ids for t in ("a cat", "a dog")], dtype=torch.int16)
     latents = torch.stack([torch.ones(4, 8, 8), -torch.ones(4, 8, 8)]).half()
     plan = Plan(steps=150, batch=8, learning_rate=5e-3, warmup=20, ema=0.95)
     torch.manual_seed(0)
-    encoder = CLIPTextModel(text)
+    encoder = CLIPTextModel(TEXT)
     words = Plan(steps=60, batch=8, learning_rate=1e-2, warmup=5, ema=0.9)
     teach_words(encoder, latents, ids, tokenizer.eos, words, tmp_path / "words")
     with torch.no_grad():
@@ -372,17 +372,9 @@ def test_a_model_with_a_tiny_autoencoder_is_written(
     """Its texts are UTF-8, also on Windows, where that is not the default."""
     monkeypatch.setattr(io, "text_encoding", lambda encoding, *_: encoding or "cp1252")
     tokenizer = train_vocabulary(["a cat"], 540, tmp_path / "tokenizer", 8)
-    text = CLIPTextConfig(
-        vocab_size=540,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-    )
     widths = dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), (8,) * 4)
     vae = AutoencoderTiny(TinyConfig(**widths))
-    parts = CLIPTextModel(text), UNet2DConditionModel(UNET)
+    parts = CLIPTextModel(TEXT), UNet2DConditionModel(UNET)
     export_text_to_image(tmp_path, vae, *parts, networks.SCHEDULER, {"words": ["a", "cat", "кот"]})
     model = load_model(str(tmp_path), dtype="float32")
     assert model.words == {"a", "cat", "кот"}

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from safelight.picture import to_tensor
+from safelight.engine.inputs import covering
 
 if TYPE_CHECKING:
     from safelight.model import Model
@@ -46,9 +45,5 @@ def read_control(model: Model, request: Request) -> Control | None:
     if request.control_image is None:
         return None
     network = model.controlnet
-    # As in `prepare`, edge pixels are repeated where the latents cover more than the picture.
-    factor, size = model.family.factor(model), request.control_image.size
-    width, height = (-(-side // factor) * factor for side in size)
-    pixels = to_tensor(request.control_image).to(model.device).add(1).div(2)
-    pixels = F.pad(pixels, (0, width - size[0], 0, height - size[1]), mode="replicate")
+    pixels = covering(model, request.control_image).add(1).div(2)
     return Control(network, network.read(pixels.to(model.dtype)), request.without_pictures())

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from safelight.engine.control import Control, guides
 from safelight.engine.denoiser import clip_or_threshold, estimate
+from safelight.engine.inputs import covering
 from safelight.engine.refining import Second
 from safelight.engine.shortcuts import Kept, Plan, gather, scatter
 from safelight.errors import SafelightError
 from safelight.families.base import Conditioning
 from safelight.fast import int8, memory
-from safelight.picture import from_tensor, lay_back, to_tensor
+from safelight.picture import from_tensor, lay_back
 from safelight.sampling import Level, Row, Table
 
 if TYPE_CHECKING:
@@ -175,9 +176,7 @@ def prepare(
     reads_mask = family.reads_mask(model)
     # Full strength with a mask starts from noise alone; without one, from the noised picture.
     from_noise = mask is not None and strength == 1.0
-    width, height = (cells * family.factor(model) for cells in (shape[3], shape[2]))
-    beyond = (0, width - size[0], 0, height - size[1])
-    pixels = F.pad(to_tensor(image).to(model.device), beyond, mode="replicate")
+    pixels = covering(model, image)
     latents = None
     if not (reads_mask and from_noise):
         latents = family.encode_picture(model, pixels, draw_to_encode())
@@ -189,8 +188,7 @@ def prepare(
     if mask is None:
         return Job(table, conditioning, generator, state, size=size)
 
-    painted = to_tensor(mask).add(1).div(2).round().to(model.device)
-    painted = F.pad(painted, beyond, mode="replicate")
+    painted = covering(model, mask).add(1).div(2).round()
     small = F.interpolate(painted, size=shape[2:])  # nearest, as the networks were trained
     masked_noise = draw_to_encode()  # diffusers draws it for both kinds of network
     known = None

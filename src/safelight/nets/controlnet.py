@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from safelight.nets.layers import Pointwise, rows
-from safelight.nets.unet import Down
+from safelight.nets.unet import UNetEncoder
 from safelight.nets.unet_config import UNetConfig
 
 
@@ -79,7 +79,7 @@ class ConditioningEmbedding(nn.Module):
         return self.conv_out(x)
 
 
-class ControlNetModel(Down):
+class ControlNetModel(UNetEncoder):
     """The network of a ControlNet."""
 
     config: ControlNetConfig

@@ -144,7 +144,7 @@ class MidBlock2D(nn.Module):
         return self.resnets[1](self.attentions[0](x, context, reuse), temb)
 
 
-class Down(nn.Module):
+class UNetEncoder(nn.Module):
     """The first half of the UNet, which a ControlNet copies: everything before the up blocks."""
 
     def __init__(self, config: UNetConfig) -> None:
@@ -216,7 +216,7 @@ class Down(nn.Module):
         return torch.cat([pooled, sines.view(len(sizes), -1).to(pooled.dtype)], dim=1)
 
 
-class UNet2DConditionModel(Down):
+class UNet2DConditionModel(UNetEncoder):
     """The UNet that reads text."""
 
     def __init__(self, config: UNetConfig) -> None:

@@ -19,7 +19,7 @@ from safelight.weights.find import Source
 from safelight.weights.folder import Folder
 from safelight.weights.headers import header_of
 from safelight.weights.names import Weight, from_folder, renamed, some, vae_names
-from safelight.weights.plan import Addition, Plan
+from safelight.weights.plan import Addition, Plan, read_config
 
 PARTS = {VAE_PART.network: VAE_PART, **VAE_PART.others}
 
@@ -64,7 +64,7 @@ def _folder_plan(source: Source) -> Addition:
         told = f"{folder.index.get('_class_name')!r:.40}"
         raise refusal(source.name, f"{told} is no autoencoder; known are {', '.join(PARTS)}")
     weights = from_folder(part, folder.part_headers("vae", part.stem))
-    config = _config(source, part, folder.index)
+    config = read_config(source, part, folder.index)
     return Addition(source, part, folder.index, config, weights, folder.files)
 
 
@@ -83,10 +83,10 @@ def _file_plan(source: Source, model: Plan) -> Addition:
     if any(key.startswith("decoder.layers.") for key in inner):
         raw: Mapping[str, Any] = {"latent_channels": _channels(header, inner)}
         weights = _placed(header, TINY_PART, inner)
-        config = _config(source, TINY_PART, raw)
+        config = read_config(source, TINY_PART, raw)
         return Addition(source, TINY_PART, raw, config, weights, {source.path.name: header.path})
     raw = model.raw["vae"] if model.parts["vae"] is VAE_PART else VAE_CONFIG
-    config = _config(source, VAE_PART, raw)
+    config = read_config(source, VAE_PART, raw)
     if any(key.startswith(("decoder.up.", "decoder.mid.")) for key in inner):
         shapes = {
             "block_out_channels": config.block_out_channels,
@@ -119,7 +119,7 @@ def _taesd_plan(source: Source, header: Header) -> Addition:
         files[encoder.name] = header.path
         weights |= _numbered(header, "encoder", first=0)
     raw = {"latent_channels": channels, "has_encoder": encoder.is_file()}
-    return Addition(source, TINY_PART, raw, _config(source, TINY_PART, raw), weights, files)
+    return Addition(source, TINY_PART, raw, read_config(source, TINY_PART, raw), weights, files)
 
 
 def _numbered(header: Header, half: str, first: int) -> dict[str, Weight]:
@@ -155,14 +155,6 @@ def _placed(header: Header, part: Part, inner: Mapping[str, str]) -> dict[str, W
         ours = part.rename(name) or name
         found[ours] = Weight(header, key, part.reshape(ours, header.tensors[key].shape))
     return found
-
-
-def _config(source: Source, part: Part, told: Mapping[str, Any]) -> Any:
-    config_class, _ = part.load_classes()
-    try:
-        return config_class.from_dict(told)
-    except SafelightError as e:
-        raise refusal(source.name, f"config.json: {e}") from None
 
 
 def _check_fit(plan: Addition, model: Plan, own: Any) -> None:

@@ -17,7 +17,7 @@ from safelight.weights.find import Source
 from safelight.weights.folder import Folder
 from safelight.weights.headers import header_of
 from safelight.weights.names import Weight, from_folder, renamed, some, unet_names
-from safelight.weights.plan import Addition, Plan
+from safelight.weights.plan import Addition, Plan, read_config
 
 PART = Part("safelight.nets.controlnet", "ControlNetModel", "ControlNetConfig")
 
@@ -58,7 +58,7 @@ def _folder_plan(source: Source) -> Addition:
     if kind != PART.network:
         raise refusal(source.name, f"{kind!r:.40} is no ControlNet; {PART.network} is")
     weights = from_folder(PART, folder.part_headers("controlnet", PART.stem))
-    config = _config(source, folder.index)
+    config = read_config(source, PART, folder.index)
     return Addition(source, PART, folder.index, config, weights, folder.files)
 
 
@@ -88,7 +88,7 @@ def _file_plan(source: Source, model: Plan) -> Addition:
     weights = {name: Weight(header, key, header.tensors[key].shape) for name, key in inner.items()}
     raw = _raw_config(weights, model)
     files = {source.path.name: header.path}
-    return Addition(source, PART, raw, _config(source, raw), weights, files)
+    return Addition(source, PART, raw, read_config(source, PART, raw, where=""), weights, files)
 
 
 def _own_names(header: Header, inner: Mapping[str, str]) -> dict[str, str]:
@@ -141,15 +141,6 @@ def _depth(weights: Mapping[str, Weight], begins: str) -> int:
     """Return the number of blocks in a transformer."""
     block = re.compile(re.escape(begins) + r"transformer_blocks\.(\d{1,3})\.")
     return max((int(one[1]) + 1 for name in weights if (one := block.match(name))), default=0)
-
-
-def _config(source: Source, told: Mapping[str, Any]) -> Any:
-    config_class, _ = PART.load_classes()
-    try:
-        return config_class.from_dict(told)
-    except SafelightError as e:
-        where = "config.json: " if source.path.is_dir() else ""
-        raise refusal(source.name, f"{where}{e}") from None
 
 
 def _check_fit(found: Addition, model: Plan) -> None:

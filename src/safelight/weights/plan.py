@@ -196,6 +196,20 @@ def _check_weights(source: Source, weights: Mapping[str, Mapping[str, Weight]]) 
             raise refusal(header.name, f"mostly not weights of the model: {largest:.60}")
 
 
+def read_config(
+    source: Source, part: Part, raw: Mapping[str, Any], where: str = "config.json: "
+) -> Any:
+    """Return a network's checked config. raw: as it was written. where: how errors begin.
+
+    Raises SafelightError with the source's name.
+    """
+    config_class, _ = part.load_classes()
+    try:
+        return config_class.from_dict(raw)
+    except SafelightError as e:
+        raise refusal(source.name, f"{where}{e}") from None
+
+
 def _configs(
     source: Source,
     family: Family,
@@ -206,11 +220,7 @@ def _configs(
     """Return the checked config of each network."""
     configs: dict[str, Any] = {}
     for name, part in parts.items():
-        config_class, _ = part.load_classes()
-        try:
-            config = config_class.from_dict(raw[name])
-        except SafelightError as e:
-            raise refusal(source.name, f"{name}/config.json: {e}") from None
+        config = read_config(source, part, raw[name], f"{name}/config.json: ")
         # Each layer has tensors: a config that asks for more is not that of its file.
         if weights[name] and config.depth > len(weights[name]):
             raise refusal(source.name, f"{name}/config.json has more layers than its file tensors")

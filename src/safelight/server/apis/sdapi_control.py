@@ -49,12 +49,8 @@ class Unit:
         if picture.size != size:
             resize: Any = _RESIZE.get(self.resize_mode, ImageOps.fit)
             picture = resize(picture, size, Image.Resampling.LANCZOS)
-        sides = (
-            {} if request.image is not None else dict(zip(("width", "height"), size, strict=True))
-        )
-        pictures = request.pictures
-        request = request.replace(**self.settings, **sides)
-        return request.with_pictures(**{**pictures, "control_image": picture})
+        sides = {"width": size[0], "height": size[1]} if request.image is None else {}
+        return request.replace(**self.settings, **sides).with_pictures(control_image=picture)
 
 
 def unit_of(body: DrawBody, there: str | None) -> tuple[Unit | None, list[str]]:

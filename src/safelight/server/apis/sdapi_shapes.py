@@ -234,7 +234,7 @@ def _ignored(body: TextToImage | ImageToImage) -> list[str]:
         ),
         (overrides, f"override_settings: these do nothing here: {_listed(overrides)}"),
         (
-            CONTROL[0] in (body.model_extra or {}),
+            "control_image" in (body.model_extra or {}),
             "control_image: here it is the image of a unit of alwayson_scripts.controlnet",
         ),
         (scripts, f"alwayson_scripts: these are not here: {_listed(scripts)}"),
