@@ -12,19 +12,26 @@ from safelight.errors import SafelightError
 Depths = tuple[int | tuple[int, ...], ...]
 """A number for each level of a network, or one for each layer of a level."""
 
+Layers = tuple[int, ...]
+"""The numbers of some of a network's layers, from 0; there may be none."""
+
 BOUNDS: dict[str, tuple[float, float]] = {
     "addition_time_embed_dim": (2, 2**14),
     "attention_head_dim": (1, 2**14),
+    "axes_dims_rope": (2, 2**10),
     "block_out_channels": (1, 2**14),
+    "caption_projection_dim": (1, 2**14),
     "cross_attention_dim": (1, 2**14),
     "decoder_block_out_channels": (1, 2**14),
     "downsample_padding": (0, 1),
+    "dual_attention_layers": (0, 2**7 - 1),
     "encoder_block_out_channels": (1, 2**14),
     "eos_token_id": (0, 2**20),
     "freq_shift": (0, 1),
     "hidden_size": (1, 2**14),
     "in_channels": (1, 2**8),
     "intermediate_size": (1, 2**16),
+    "joint_attention_dim": (1, 2**16),
     "latent_channels": (1, 2**8),
     "latents_mean": (-1e3, 1e3),
     "latents_std": (1e-3, 1e3),
@@ -37,7 +44,12 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "num_decoder_blocks": (0, 2**6),
     "num_encoder_blocks": (0, 2**6),
     "num_hidden_layers": (1, 2**7),
+    "num_layers": (1, 2**7),
+    "num_single_layers": (0, 2**7),
     "out_channels": (1, 2**8),
+    "patch_size": (1, 2**4),
+    "pooled_projection_dim": (1, 2**14),
+    "pos_embed_max_size": (1, 2**11),
     "projection_class_embeddings_input_dim": (1, 2**16),
     "projection_dim": (1, 2**14),
     "reverse_transformer_layers_per_block": (1, 32),
@@ -57,10 +69,16 @@ _OTHERS = (0, 2**24)
 """The same for numbers that are not in BOUNDS."""
 
 MAX_LEVELS = 12
-"""The most values in a list: one for each level of a network. Each level halves the sides."""
+"""The most values in a list that is not of layers: one for each level of a network.
+
+Each level halves the sides.
+"""
 
 MAX_LAYERS = 128
-"""The most layers of a network. Building one takes milliseconds, even without weights."""
+"""The most layers of a network, and values in a list of layers.
+
+Building a layer takes milliseconds, even without weights.
+"""
 
 
 class NetConfig:
@@ -135,9 +153,9 @@ def _tuples(value: Any) -> Any:
 
 
 def _check(label: str, name: str, value: Any, kind: str) -> None:
-    """Check a value against its annotation: int, float, bool, str, tuples of them, Depths, or None.
+    """Check a value against its annotation.
 
-    Numbers are checked against `BOUNDS` too.
+    It is int, float, bool, str, a tuple of them, Depths, Layers, or one of these or None. Numbers are checked against `BOUNDS` too.
     """
     if value is None and kind.endswith(" | None"):
         return
@@ -150,14 +168,18 @@ def _check(label: str, name: str, value: Any, kind: str) -> None:
                 raise SafelightError(f"{label}: {name} has {len(one)} values of one level")
         options.append("tuple[int, ...]")
         members = tuple(n for one in members for n in (one if isinstance(one, tuple) else (one,)))
+    most = MAX_LEVELS
+    if kind == "Layers":
+        options, most = ["tuple[int, ...]"], MAX_LAYERS
     for option in options:
         inner = option.removeprefix("tuple[").removesuffix(", ...]")
-        if single == (inner == option) and members and all(_is(v, inner) for v in members):
+        filled = len(members) > 0 or kind == "Layers"
+        if single == (inner == option) and filled and all(_is(v, inner) for v in members):
             break
     else:
         raise SafelightError(f"{label}: {name}={shown(value)} should be {' or '.join(options)}")
-    if not single and len(value) > MAX_LEVELS:
-        raise SafelightError(f"{label}: {name} has {len(value)} values; at most {MAX_LEVELS}")
+    if not single and len(value) > most:
+        raise SafelightError(f"{label}: {name} has {len(value)} values; at most {most}")
     if inner not in ("int", "float"):
         return
     low, high = BOUNDS.get(name, _OTHERS)
