@@ -24,10 +24,9 @@ from safelight.engine.requests import (
     new_result,
     resolve_request,
 )
-from safelight.families.base import clean_estimate
 from safelight.model import Lock, Model
 from safelight.request import Request
-from safelight.sampling import Level
+from safelight.sampling import Level, clean_estimate
 
 FEW = {"steps": 3, "sampler": "euler"}
 

@@ -116,7 +116,8 @@ class Toy(Family):
         times = [1 - i / request.steps for i in range(request.steps + 1)]
         grid = Grid(tuple(Level(1 - t, t) for t in times), tuple(times[:-1]), 1.0)
         skip = request.steps - round(request.steps * (request.strength or 1.0))
-        return Table(tuple(find(request.sampler).function(grid, skip)), grid.noise_scale)
+        sampler = find(request.sampler)
+        return Table(tuple(sampler.function(sampler.formula)(grid, skip)), grid.noise_scale)
 
     def call(
         self,

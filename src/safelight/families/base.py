@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.families.control import CONTROL
-from safelight.sampling import Level, SchedulerConfig, Table, table
+from safelight.sampling import Level, SchedulerConfig, Table, clean_estimate, table
 
 if TYPE_CHECKING:
     import torch
@@ -101,20 +101,6 @@ class Conditioning:
             self.extra,
             self.control,
         )
-
-
-def clean_estimate(state: Tensor, level: Level, output: Tensor, prediction_type: str) -> Tensor:
-    """Return the clean picture D that follows from the network's output, in the state's shape.
-
-    prediction_type: what it was trained to predict (arXiv:2202.00512): "sample" is the picture
-    itself, "epsilon" the noise, "v_prediction" the velocity alpha'·noise − sigma'·clean, where
-    alpha' and sigma' are those of the network's view, state / norm.
-    """
-    if prediction_type == "sample":
-        return output
-    if prediction_type == "epsilon":
-        return (state - level.sigma * output) / level.alpha
-    return state * level.alpha / level.norm**2 - output * (level.sigma / level.norm)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@
 A table depends on the model's noise schedule and on the settings, never on tensors.
 """
 
+from safelight.sampling.prediction import clean_estimate
 from safelight.sampling.rows import Grid, Level, Mix, Row, Table
 from safelight.sampling.samplers import SAMPLERS, Sampler, check, find, table
 from safelight.sampling.schedule import SCHEDULES, SPACINGS, SchedulerConfig
@@ -23,6 +24,7 @@ __all__ = [
     "SchedulerConfig",
     "Table",
     "check",
+    "clean_estimate",
     "find",
     "table",
 ]

@@ -12,12 +12,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safelight.errors import SafelightError
 from safelight.sampling.diffusers import PLAIN, TWINS, Formula, Twin, sigma_grid
 from safelight.sampling.rows import Table
 from safelight.sampling.schedule import SCHEDULES, SPACINGS, SchedulerConfig
+
+if TYPE_CHECKING:
+    from safelight.sampling.flow import Course
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +32,7 @@ class Sampler:
     if it has none. noisy: adds fresh noise at each step; samplers with `eta` do so when it is above
     0. evaluations: network calls per step (with 2, the last step takes one). more: rows beyond one
     per step, where there is more than one step. eta: whether the setting eta has an effect.
+    flow: the formula for models of flow matching, None if it does not draw with them.
     """
 
     name: str
@@ -41,6 +45,7 @@ class Sampler:
     more: int = 0
     eta: bool = False
     options: Mapping[str, Any] | None = None
+    flow: str | None = None
 
     @property
     def twin(self) -> Twin | None:
@@ -66,24 +71,43 @@ class Sampler:
         """The spacings that it takes in place of the model's own."""
         return SPACINGS if "timestep_spacing" in self.defaults else ()
 
-    @property
-    def function(self) -> Formula:
-        """The formula with its options; it takes a Grid or a Walk and returns rows.
+    def function(self, formula: str) -> Formula:
+        """Return a formula with this sampler's options; it takes a Grid or a Walk, returns rows.
 
         It is imported here, not with this module: it needs NumPy, which takes 0.1 s to import and
         which a server or a help text does not need.
         """
-        module, name = self.formula.split(".")
-        formula: Formula = getattr(import_module(f"safelight.sampling.{module}"), name)
-        return partial(formula, **(self.options or {}))
+        module, name = formula.split(".")
+        found: Formula = getattr(import_module(f"safelight.sampling.{module}"), name)
+        return partial(found, **(self.options or {}))
 
     def build(self, config: SchedulerConfig, steps: int, skip: int, eta: float) -> Table:
         """Return the table; config has this sampler's defaults filled in."""
+        formula = self.function(self.formula)
         if self.twin is not None:
-            return self.twin.build(self.function, config, steps, skip, eta)
+            return self.twin.build(formula, config, steps, skip, eta)
         grid = sigma_grid(config, steps)
-        rows = self.function(grid, skip, **({"eta": eta} if self.eta else {}))
+        rows = formula(grid, skip, **({"eta": eta} if self.eta else {}))
         return Table(tuple(rows), grid.noise_scale)
+
+    def build_flow(
+        self, config: SchedulerConfig, steps: int, skip: int, course: Course | None
+    ) -> Table:
+        """Return the table for a model of flow matching.
+
+        Raises SafelightError if this sampler does not draw with such models.
+        """
+        if self.flow is None:
+            able = ", ".join(s.name for s in SAMPLERS.values() if s.flow)
+            raise SafelightError(
+                f"{self.name} is no sampler for flow matching, which this model was trained by; "
+                f"those are {able}",
+                field="sampler",
+            )
+        from safelight.sampling.flow import Course, flow_grid
+
+        grid = flow_grid(config, steps, course or Course())
+        return Table(tuple(self.function(self.flow)(grid, skip)), grid.noise_scale)
 
 
 _ENTRIES = (
@@ -123,6 +147,7 @@ _ENTRIES = (
         formula="euler.euler",
         steps=25,
         a1111="Euler",
+        flow="euler.euler",
     ),
     Sampler(
         name="euler_a",
@@ -131,6 +156,7 @@ _ENTRIES = (
         steps=25,
         a1111="Euler a",
         noisy=True,
+        flow="flow.euler_a",
     ),
     Sampler(
         name="heun",
@@ -139,6 +165,7 @@ _ENTRIES = (
         steps=20,
         a1111="Heun",
         evaluations=2,
+        flow="euler.heun",
     ),
     Sampler(
         name="dpm2",
@@ -163,6 +190,7 @@ _ENTRIES = (
         formula="exponential.dpmpp_2m",
         steps=20,
         a1111="DPM++ 2M",
+        flow="exponential.dpmpp_2m",
     ),
     Sampler(
         name="dpmpp_2m_sde",
@@ -172,12 +200,14 @@ _ENTRIES = (
         steps=25,
         a1111="DPM++ 2M SDE",
         noisy=True,
+        flow="exponential.dpmpp_2m",
     ),
     Sampler(
         name="dpmpp_2s",
         summary="DPM-Solver++ 2S: second order on every second evaluation",
         formula="exponential.dpmpp_2s",
         steps=20,
+        flow="exponential.dpmpp_2s",
     ),
     Sampler(
         name="unipc",
@@ -185,6 +215,7 @@ _ENTRIES = (
         formula="exponential.unipc",
         steps=20,
         a1111="UniPC",
+        flow="exponential.unipc",
     ),
     Sampler(
         name="deis",
@@ -199,6 +230,7 @@ _ENTRIES = (
         steps=4,
         a1111="LCM",
         noisy=True,
+        flow="flow.lcm",
     ),
     Sampler(
         name="tcd",
@@ -230,6 +262,7 @@ def table(
     eta: float = 0.0,
     strength: float = 1.0,
     skip: int | None = None,
+    course: Course | None = None,
 ) -> Table:
     """Return the Table of a sampler for a model's noise schedule.
 
@@ -237,7 +270,8 @@ def table(
     takes, or None for the model's own. eta: fresh noise from 0 to 1, for samplers that have it.
     strength: above 0, at most 1; below 1, the first (1 − strength) of the steps are left out, and
     sampling starts from a picture noised to rows[0].level. skip: the number of first steps to
-    leave out, instead of strength.
+    leave out, instead of strength. course: how a model of flow matching walks through its times;
+    such a model has no spacings.
 
     Raises SafelightError for settings that the sampler or the model cannot take.
     """
@@ -247,7 +281,7 @@ def table(
         config = config.override(**{f"use_{name}_sigmas": name == schedule for name in SCHEDULES})
     if spacing is not None:
         config = config.override(timestep_spacing=spacing)
-    settings = config.resolved(chosen.defaults)
+    settings = config if config.is_flow else config.resolved(chosen.defaults)
     trained = settings.num_train_timesteps
     if steps > trained:
         raise SafelightError(
@@ -262,7 +296,10 @@ def table(
     )
     try:
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            made = chosen.build(settings, steps, skip, eta)
+            if config.is_flow:
+                made = chosen.build_flow(settings, steps, skip, course)
+            else:
+                made = chosen.build(settings, steps, skip, eta)
     except (ZeroDivisionError, np.linalg.LinAlgError) as error:
         # Two levels of the grid are the same: it has more steps than levels.
         raise fault from error

@@ -14,14 +14,17 @@ from safelight.errors import SafelightError
 
 SCHEDULES = ("karras", "exponential", "beta")
 SPACINGS = ("leading", "linspace", "trailing")
+FLOW = "flow_prediction"
+"""The prediction_type of flow matching: the network predicts noise − clean (arXiv:2210.02747)."""
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "prediction_type": ("epsilon", "v_prediction", "sample"),
+    "prediction_type": ("epsilon", "v_prediction", "sample", FLOW),
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
     "timestep_spacing": SPACINGS,
     "variance_type": ("fixed_small", "fixed_small_log", "fixed_large"),
     "final_sigmas_type": ("zero", "sigma_min"),
     "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),
+    "time_shift_type": ("exponential", "linear"),
 }
 _RANGES: dict[str, tuple[float, float]] = {
     "num_train_timesteps": (1, 100_000),
@@ -37,12 +40,19 @@ _RANGES: dict[str, tuple[float, float]] = {
     "lambda_min_clipped": (-math.inf, 0.0),
     "original_inference_steps": (1, 100_000),
     "timestep_scaling": (1e-6, 1e6),
+    "shift": (1e-3, 1e3),
+    "base_shift": (-20.0, 20.0),
+    "max_shift": (-20.0, 20.0),
+    "base_image_seq_len": (1, 10_000_000),
+    "max_image_seq_len": (1, 10_000_000),
 }
 # Settings that change what a sampler does, each with the one value that is supported.
 _ONLY: dict[str, Any] = {
     "use_flow_sigmas": False,
     "use_lu_lambdas": False,
-    "use_dynamic_shifting": False,
+    "invert_sigmas": False,
+    "shift_terminal": None,
+    "stochastic_sampling": False,
     "interpolation_type": "linear",
     "timestep_type": "discrete",
     "predict_x0": True,
@@ -88,6 +98,13 @@ class SchedulerConfig:
     lambda_min_clipped: float = -math.inf
     original_inference_steps: int = 50
     timestep_scaling: float = 10.0
+    shift: float = 1.0
+    use_dynamic_shifting: bool = False
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+    time_shift_type: str = "exponential"
     given: frozenset[str] = frozenset()
 
     @classmethod
@@ -104,6 +121,8 @@ class SchedulerConfig:
                 raise SafelightError(
                     f"scheduler setting {key} is {values[key]!r:.40}; only {only!r} is supported"
                 )
+        if str(values.get("_class_name")).startswith("FlowMatch"):
+            values = {**values, "prediction_type": FLOW}  # these classes predict nothing else
         known = {f.name for f in fields(cls)} - {"given"}
         given = {k: _checked(k, v) for k, v in values.items() if k in known and v is not None}
         config = cls(**given, given=frozenset(given))
@@ -113,6 +132,9 @@ class SchedulerConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the content of a `scheduler_config.json` with these settings."""
         given = {key: getattr(self, key) for key in sorted(self.given)}
+        if self.is_flow:
+            del given["prediction_type"]
+            return {"_class_name": "FlowMatchEulerDiscreteScheduler", **given}
         return {"_class_name": "PNDMScheduler", "skip_prk_steps": True, **given}
 
     def override(self, **values: Any) -> SchedulerConfig:
@@ -130,6 +152,11 @@ class SchedulerConfig:
         """
         values = {k: getattr(self, k) if k in self.given else v for k, v in defaults.items()}
         return SchedulerConfig(**values, given=frozenset(values))
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether the model was trained by flow matching, on (1 − t)·clean + t·noise."""
+        return self.prediction_type == FLOW
 
     @property
     def schedule(self) -> str | None:
@@ -174,6 +201,10 @@ def _check_together(config: SchedulerConfig) -> None:
         raise SafelightError(
             f"trained_betas should be {config.num_train_timesteps} numbers between 0 and 1"
         )
+    if config.use_dynamic_shifting and not config.is_flow:
+        raise SafelightError("use_dynamic_shifting is for models of flow matching alone")
+    if config.base_image_seq_len >= config.max_image_seq_len:
+        raise SafelightError("base_image_seq_len should be below max_image_seq_len")
     if sum(getattr(config, f"use_{name}_sigmas") for name in SCHEDULES) > 1:
         raise SafelightError(
             "of use_karras_sigmas, use_exponential_sigmas and use_beta_sigmas one can be true"
