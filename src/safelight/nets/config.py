@@ -67,6 +67,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "rope_theta": (2, 1e9),
     "sample_size": (1, 2**11),
     "scaling_factor": (1e-3, 1e3),
+    "shift_factor": (-1e3, 1e3),
     "t_scale": (1, 1e5),
     "time_cond_proj_dim": (4, 2**14),
     "transformer_layers_per_block": (1, 32),
@@ -168,7 +169,8 @@ def _tuples(value: Any) -> Any:
 def _check(label: str, name: str, value: Any, kind: str) -> None:
     """Check a value against its annotation.
 
-    It is int, float, bool, str, a tuple of them, Depths, Layers, or one of these or None. Numbers are checked against `BOUNDS` too.
+    It is int, float, bool, str, a tuple of them, Depths, Layers, or one of these or None. Numbers
+    are checked against `BOUNDS` too.
     """
     if value is None and kind.endswith(" | None"):
         return
