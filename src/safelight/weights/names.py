@@ -314,6 +314,16 @@ def text_folder_name(key: str) -> str | None:
     return None if name == "text_model.embeddings.position_ids" else name
 
 
+def qwen_folder_name(key: str) -> str | None:
+    """Return our name of a Qwen3 text encoder's key; None for the head, which we do not build."""
+    return None if key == "lm_head.weight" else key.removeprefix("model.")
+
+
+def t5_folder_name(key: str) -> str | None:
+    """Return our name of a T5 encoder's key; some writers store its embeddings twice."""
+    return None if key == "encoder.embed_tokens.weight" else key
+
+
 def vae_folder_name(key: str) -> str:
     """Return our name of a VAE's key; older writers have other names in its attention."""
     head, _, leaf = key.rpartition(".")
