@@ -13,7 +13,6 @@ from safelight.engine.refining import Second, table_of
 from safelight.engine.shortcuts import Kept, Shortcuts, remark, shortened
 from safelight.families.base import Conditioning
 from safelight.families.control import check_control
-from safelight.families.encoding import takes_guidance
 from safelight.machine import describe_machine
 from safelight.picture import to_tensor
 from safelight.prompt.dynamic import draw
@@ -185,7 +184,8 @@ def _ignores_guidance(model: Model, resolved: Request) -> bool:
     That is so where guidance is an input of the network, and of the refiner's if one draws.
     """
     refiner = None if resolved.refiner_start == 1 else model.refiner
-    return takes_guidance(model) and (refiner is None or takes_guidance(refiner))
+    models = [model] if refiner is None else [model, refiner]
+    return all(one.family.takes_guidance(one) for one in models)
 
 
 def _without_effect(model: Model, asked: Request, resolved: Request) -> list[str]:

@@ -148,6 +148,7 @@ class Family:
     APIs. title: of the family, in messages. uses_prompt: whether a prompt has an effect.
     pipelines: classes in model_index.json. parts: its networks by the names of their folders.
     tokenizers: names of their folders, with the classes that model_index.json may name.
+    optional: parts and tokenizers that a model may lack.
     text_parts: the names of tokenizer and text encoder, for each text encoder that reads a prompt.
     flat: a folder may have the files of the one network in its root. network: the part that
     denoises. fixed_size: it draws its native size alone. conditioned_on: the settings of a
@@ -165,6 +166,7 @@ class Family:
     pipelines: ClassVar[tuple[str, ...]]
     parts: ClassVar[Mapping[str, Part]]
     tokenizers: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    optional: ClassVar[tuple[str, ...]] = ()
     text_parts: ClassVar[tuple[tuple[str, str], ...]] = ()
     flat: ClassVar[bool] = False
     network: ClassVar[str] = "unet"
@@ -208,6 +210,10 @@ class Family:
     def owns(self, index: Mapping[str, Any]) -> bool:
         """Return whether a model_index.json belongs to this family."""
         return index.get("_class_name") in self.pipelines
+
+    def lacks(self, index: Mapping[str, Any], part: str) -> bool:
+        """Return whether a folder lacks an optional part or tokenizer, by its model_index.json."""
+        return part in self.optional and index.get(part) in (None, [None, None])
 
     def variant(
         self, configs: Mapping[str, Any], index: Mapping[str, Any], scheduler: Mapping[str, Any]
@@ -283,6 +289,13 @@ class Family:
     def warnings(self, model: Model, request: Request) -> list[str]:
         """Return warnings about a resolved request, one line each."""
         return []
+
+    def takes_guidance(self, model: Model) -> bool:
+        """Return whether the network was distilled to take the guidance scale as an input.
+
+        Such a network draws with guidance in one evaluation, without a negative prompt.
+        """
+        return False
 
     def encode(self, model: Model, request: Request) -> Conditioning:
         """Return the conditioning of a resolved request."""

@@ -288,7 +288,7 @@ def _readings(model: Model, request: Request) -> dict[str, Reading]:
         )
     [*parts] = found["prompt"].parts
     composed = len(parts) > 1 or parts[0].weight != 1
-    if composed and takes_guidance(model):
+    if composed and model.family.takes_guidance(model):
         raise SafelightError(
             f"prompt cannot be composed with AND or weighted as a whole: {model.name} has no "
             "negative prompt to compose against",
@@ -304,17 +304,9 @@ def _texts(model: Model, request: Request, *, composed: bool = False) -> dict[st
     composed: whether the prompt has parts, which are composed with the negative prompt.
     """
     texts = {"prompt": request.prompt}
-    if composed or (request.guidance_scale > 1 and not takes_guidance(model)):
+    if composed or (request.guidance_scale > 1 and not model.family.takes_guidance(model)):
         texts = {"negative_prompt": request.negative_prompt, **texts}
     return texts
-
-
-def takes_guidance(model: Model) -> bool:
-    """Return whether the network was distilled to take the guidance scale as an input.
-
-    Such a network draws with guidance in one evaluation, without a negative prompt.
-    """
-    return getattr(model.network.config, "time_cond_proj_dim", None) is not None
 
 
 def _beginning(text: str) -> str:

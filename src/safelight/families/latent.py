@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.errors import SafelightError
 from safelight.families import encoding
-from safelight.families.base import NO_PART, Conditioning, Family, Part
+from safelight.families.autoencoded import AutoencodedFamily
+from safelight.families.base import NO_PART, Conditioning, Part
 from safelight.weights import names
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ BETAS: dict[str, Any] = {
 }
 
 
-class LatentFamily(Family):
+class LatentFamily(AutoencodedFamily):
     """The base of the families of Stable Diffusion.
 
     text_parts: the names of tokenizer and text encoder, for each text encoder that reads a prompt.
@@ -231,6 +232,9 @@ class LatentFamily(Family):
     def warnings(self, model: Model, request: Request) -> list[str]:
         return encoding.warnings(self, model, request)
 
+    def takes_guidance(self, model: Model) -> bool:
+        return model.network.config.time_cond_proj_dim is not None
+
     def encode(self, model: Model, request: Request) -> Conditioning:
         return encoding.encode(self, model, request)
 
@@ -298,21 +302,8 @@ class LatentFamily(Family):
 
     # --- pictures and latents ----------------------------------------------------------------
 
-    def factor(self, model: Model) -> int:
-        return model.vae.config.factor
-
     def reads_mask(self, model: Model) -> bool:
         return model.network.config.in_channels > model.network.config.out_channels
-
-    def encode_picture(self, model: Model, pixels: Tensor, noise: Tensor) -> Tensor:
-        config = model.vae.config
-        mean, std = model.vae.encode(pixels.to(self.dtype_of("vae", config, model.dtype)))
-        return config.scale(mean.float() + std.float() * noise)
-
-    def decode_latents(self, model: Model, latents: Tensor) -> Tensor:
-        config = model.vae.config
-        latents = config.unscale(latents)
-        return model.vae.decode(latents.to(self.dtype_of("vae", config, model.dtype))).float()
 
 
 def told_by_marks(

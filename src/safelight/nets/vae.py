@@ -30,6 +30,7 @@ class VAEConfig(NetConfig):
     latent_channels: int = 4
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215
+    shift_factor: float | None = None
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None
     mid_block_add_attention: bool = True
@@ -39,7 +40,6 @@ class VAEConfig(NetConfig):
 
     _inert: ClassVar = {
         "act_fn": ("silu", "swish"),
-        "shift_factor": (None,),
     }
 
     @property
@@ -58,15 +58,17 @@ class VAEConfig(NetConfig):
         return latents * std / self.scaling_factor + mean
 
     def _statistics(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """Return mean and standard deviation of each channel, 0 and 1 if the config has none."""
+        """Return mean and standard deviation of each channel, by default the shift and 1."""
         if self.latents_mean is None or self.latents_std is None:
-            return 0.0, 1.0
+            return self.shift_factor or 0.0, 1.0
         mean, std = (like.new_tensor(v) for v in (self.latents_mean, self.latents_std))
         return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
 
     def _validate(self) -> None:
         if (self.latents_mean is None) != (self.latents_std is None):
             self._refuse("latents_mean and latents_std come together")
+        if self.latents_mean is not None and self.shift_factor:
+            self._refuse("latents_mean and shift_factor exclude each other")
         for values in (self.latents_mean, self.latents_std):
             if values is not None and len(values) != self.latent_channels:
                 self._refuse("latents_mean and latents_std need a value for each channel")

@@ -24,6 +24,8 @@ def files_of(index: Mapping[str, Any], names: Collection[str], where: str) -> li
     nested = {n.partition("/")[0] for n in names if "/" in n}
     files = {n for n in ("model_index.json", "safelight.json") if n in names}
     for part in (*family.parts, *family.tokenizers, "scheduler"):
+        if family.lacks(index, part):
+            continue
         folder = f"{part}/" if part in nested or not family.flat else ""
         here = [n for n in names if n.startswith(folder) and "/" not in n.removeprefix(folder)]
         files |= {n for n in here if n.endswith(".json") and ".index." not in n}

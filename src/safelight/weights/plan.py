@@ -110,6 +110,7 @@ def _folder_plan(source: Source, prediction_type: str | None) -> Plan:
     parts = {
         name: part.others.get(_class_of(folder.index.get(name)), part)
         for name, part in family.parts.items()
+        if not family.lacks(folder.index, name)
     }
     raw = {part: folder.part_json(part, "config.json") for part in parts}
     weights = {

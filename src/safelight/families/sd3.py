@@ -1,0 +1,212 @@
+"""Stable Diffusion 3 and 3.5 (arXiv:2403.03206): a transformer that reads three text encoders.
+
+Two CLIP encoders are read before their last layer and side by side; T5's states follow them along
+the tokens. A model may lack T5: its states are zeros then, and long prompts and writing suffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from safelight.errors import SafelightError
+from safelight.families.base import NO_PART, Conditioning, Part
+from safelight.families.flow import FlowFamily, side_by_side, texts_of
+from safelight.families.latent import TEXT_PART, TOKENIZERS, VAE_PART
+from safelight.weights.names import t5_folder_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from safelight.model import Model
+    from safelight.request import Request
+    from safelight.weights.folder import Folder
+
+T5_PART = Part(
+    "safelight.nets.t5", "T5EncoderModel", "T5Config", stem="model", rename=t5_folder_name
+)
+T5_TOKENIZERS = ("T5TokenizerFast", "T5Tokenizer")
+LONGEST = 256
+"""The most tokens of T5, as in diffusers' pipeline."""
+
+_CLIP = Part(
+    TEXT_PART.module,
+    "CLIPTextModelWithProjection",
+    TEXT_PART.config,
+    stem=TEXT_PART.stem,
+    rename=TEXT_PART.rename,
+)
+_DEFAULTS = MappingProxyType({"sampler": "euler", "steps": 28, "guidance_scale": 7.0})
+"""The defaults of diffusers' StableDiffusion3Pipeline."""
+
+_DEFAULTS_35 = MappingProxyType({"sampler": "euler", "steps": 40, "guidance_scale": 4.5})
+"""Those that the published folders of 3.5 name."""
+
+
+@dataclass(frozen=True, eq=False)
+class StableDiffusion3(FlowFamily):
+    """One variant.
+
+    layers: of the transformer. dual: whether its first layers attend twice. normed: whether it
+    norms queries and keys.
+    """
+
+    name: str
+    layers: int = 0
+    dual: bool = False
+    normed: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=lambda: _DEFAULTS)
+
+    title: ClassVar[str] = "Stable Diffusion 3"
+    pipelines: ClassVar[tuple[str, ...]] = (
+        "StableDiffusion3Pipeline",
+        "StableDiffusion3Img2ImgPipeline",
+        "StableDiffusion3InpaintPipeline",
+    )
+    parts: ClassVar[Mapping[str, Part]] = {
+        "transformer": Part("safelight.nets.sd3", "SD3Transformer2DModel", "SD3Config"),
+        "vae": VAE_PART,
+        "text_encoder": _CLIP,
+        "text_encoder_2": _CLIP,
+        "text_encoder_3": T5_PART,
+    }
+    tokenizers: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "tokenizer": TOKENIZERS,
+        "tokenizer_2": TOKENIZERS,
+        "tokenizer_3": T5_TOKENIZERS,
+    }
+    optional: ClassVar[tuple[str, ...]] = ("text_encoder_3", "tokenizer_3")
+    trained: ClassVar[bool] = True
+
+    # --- files -------------------------------------------------------------------------------
+
+    def variant(
+        self, configs: Mapping[str, Any], index: Mapping[str, Any], scheduler: Mapping[str, Any]
+    ) -> StableDiffusion3:
+        super().variant(configs, index, scheduler)
+        net = configs["transformer"]
+        shapes = net.num_layers, bool(net.dual_attention_layers), net.qk_norm is not None
+        named = (v for v in VARIANTS if (v.layers, v.dual, v.normed) == shapes)
+        return next(named, self)
+
+    def check_configs(self, configs: Mapping[str, Any]) -> None:
+        net, vae = configs["transformer"], configs["vae"]
+        clips = [configs[name] for name in ("text_encoder", "text_encoder_2")]
+        if sum(clip.hidden_size for clip in clips) > net.joint_attention_dim:
+            raise SafelightError("its text encoders give more numbers than its transformer reads")
+        if sum(clip.projection_dim for clip in clips) != net.pooled_projection_dim:
+            raise SafelightError(
+                "the pooled states of its text encoders have "
+                f"{sum(clip.projection_dim for clip in clips)} numbers, and its transformer reads "
+                f"{net.pooled_projection_dim}"
+            )
+        t5 = configs.get("text_encoder_3")
+        if t5 is not None and t5.d_model != net.joint_attention_dim:
+            raise SafelightError(
+                f"its T5 gives {t5.d_model} numbers for a word, and its transformer reads "
+                f"{net.joint_attention_dim}"
+            )
+        if not net.in_channels == net.out_channels == vae.latent_channels:
+            raise SafelightError(
+                f"its vae decodes {vae.latent_channels} channels, and its transformer reads "
+                f"{net.in_channels}"
+            )
+
+    def native_size(self, configs: Mapping[str, Any]) -> tuple[int, int]:
+        side = configs["transformer"].sample_size * configs["vae"].factor
+        return side, side
+
+    def index(self, configs: Mapping[str, Any]) -> dict[str, Any]:
+        lacking = () if "text_encoder_3" in configs else self.optional
+        absent = ("image_encoder", "feature_extractor", *lacking)
+        return {**super().index(configs), **dict.fromkeys(absent, NO_PART)}
+
+    def load_tokenizers(self, folder: Folder | None, configs: Mapping[str, Any]) -> dict[str, Any]:
+        from safelight.prompt.text_tokenizer import folder_text_tokenizer
+        from safelight.prompt.tokenizer import clip_tokenizer, folder_tokenizer
+
+        found: dict[str, Any] = {}
+        for name, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
+            config = configs[encoder]
+            length = config.max_position_embeddings
+            if folder is None:
+                pad = "!" if name == "tokenizer_2" else "<|endoftext|>"
+                found[name] = clip_tokenizer(pad, length)
+            else:
+                found[name] = folder_tokenizer(folder, config.vocab_size, length, name)
+        if folder is not None and "text_encoder_3" in configs:
+            vocabulary = configs["text_encoder_3"].vocab_size
+            found["tokenizer_3"] = folder_text_tokenizer(folder, vocabulary, "tokenizer_3")
+        return found
+
+    # --- drawing -----------------------------------------------------------------------------
+
+    def left_out(self, model: Model, text: str) -> str | None:
+        tokenizer = model.parts.get("tokenizer_3")
+        if tokenizer is not None:
+            return tokenizer.encode(text, LONGEST, pad=True).cut
+        return model.parts["tokenizer"].encode(text).cut
+
+    def encode(self, model: Model, request: Request) -> Conditioning:
+        import torch
+
+        read = [self._states(model, text) for text in texts_of(model, request).values()]
+        return Conditioning(
+            torch.cat([tokens for tokens, _ in read]).to(model.dtype),
+            torch.cat([pooled for _, pooled in read]),
+            guidance=request.guidance_scale,
+        )
+
+    def _states(self, model: Model, text: str) -> tuple[Tensor, Tensor]:
+        """Return the states of a text, [1, tokens, width], and its pooled state, [1, width]."""
+        import torch
+
+        width = model.network.config.joint_attention_dim
+        states, pooled = [], []
+        for tokenizer, encoder in (
+            ("tokenizer", "text_encoder"),
+            ("tokenizer_2", "text_encoder_2"),
+        ):
+            ids = torch.tensor([model.parts[tokenizer].encode(text).ids], device=model.device)
+            of_tokens, of_text = model.parts[encoder](ids, 1)
+            states.append(of_tokens)
+            pooled.append(of_text)
+        clip = side_by_side(states, width)
+        t5 = model.parts.get("text_encoder_3")
+        if t5 is None:
+            long = torch.zeros(1, LONGEST, width, device=model.device, dtype=clip.dtype)
+        else:
+            ids = model.parts["tokenizer_3"].encode(text, LONGEST, pad=True).ids
+            long = t5(torch.tensor([ids], device=model.device)).to(clip.dtype)
+        return torch.cat([clip, long], dim=1), torch.cat(pooled, dim=-1)
+
+    def velocity(
+        self,
+        model: Model,
+        x: Tensor,
+        timestep: Tensor,
+        tokens: Tensor,
+        pooled: Tensor | None,
+        guidance: Tensor,
+    ) -> Tensor:
+        return model.network(x, timestep, tokens, pooled)
+
+    def example(self, model: Model) -> Conditioning:
+        import torch
+
+        config = model.network.config
+        like = {"device": model.device, "dtype": model.dtype}
+        length = model.parts["text_encoder"].config.max_position_embeddings + LONGEST
+        tokens = torch.ones(1, length, config.joint_attention_dim, **like)
+        return Conditioning(tokens, torch.ones(1, config.pooled_projection_dim, **like))
+
+
+VARIANTS = (
+    StableDiffusion3("sd3", 24),
+    StableDiffusion3("sd3.5-medium", 24, dual=True, normed=True, defaults=_DEFAULTS_35),
+    StableDiffusion3("sd3.5-large", 38, normed=True, defaults=_DEFAULTS_35),
+)
+SD3 = StableDiffusion3("sd3-custom")
+"""The family of folders whose transformer has the shapes of no published variant."""

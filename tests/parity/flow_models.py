@@ -1,0 +1,136 @@
+"""Tiny random models of flow matching, as folders that diffusers' pipelines write."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from safelight.prompt.tokenizer import clip_tokenizer
+from tests.parity.sdxl_models import TEXT, VAE
+
+VAE_16 = {
+    **VAE,
+    "latent_channels": 16,
+    "scaling_factor": 1.5305,
+    "shift_factor": 0.0609,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+SD3_SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+}
+CLIP = {**TEXT, "projection_dim": 12}
+CLIP_2 = {**TEXT, "hidden_size": 24, "hidden_act": "gelu", "projection_dim": 20}
+T5 = {
+    "vocab_size": 120,
+    "d_model": 48,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+    "feed_forward_proj": "gated-gelu",
+    "is_encoder_decoder": False,
+}
+SD3 = {
+    "sample_size": 8,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 3,
+    "attention_head_dim": 16,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 48,
+    "caption_projection_dim": 64,
+    "pooled_projection_dim": 32,
+    "pos_embed_max_size": 12,
+}
+
+
+def randomised(network: Any, std: float = 0.1) -> Any:
+    """Return the network with weights that tell its inputs apart, none of them zero."""
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            torch.nn.init.normal_(parameter, std=std)
+            if "norm" in name and name.endswith("weight"):
+                parameter.add_(1)
+    return network.eval()
+
+
+def t5_tokenizer(folder: Path) -> None:
+    """Write a small tokenizer of T5's kind: its pieces are letters and some syllables."""
+    pieces = ["▁", *"abcdefghijklmnopqrstuvwxyz", "▁a", "▁red", "app", "le", "▁on", "▁ta", "ble"]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0)]
+    vocabulary += [(piece, -8.0 + len(piece)) for piece in pieces]
+    backend = Tokenizer(models.Unigram(vocabulary, unk_id=2))
+    backend.normalizer = normalizers.NFKC()
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    whole = transformers.T5TokenizerFast(
+        tokenizer_object=backend, extra_ids=0, model_max_length=512
+    )
+    whole.save_pretrained(folder)
+
+
+def text_encoder(kind: str, config: dict[str, Any], folder: Path, seed: int) -> None:
+    torch.manual_seed(seed)
+    made = getattr(transformers, kind)(transformers.CLIPTextConfig(**config))
+    randomised(made, 0.2).save_pretrained(folder)
+
+
+def make_sd3(
+    folder: Path,
+    *,
+    t5: bool = True,
+    scheduler: dict[str, Any] = SD3_SCHEDULER,
+    **transformer: Any,
+) -> Path:
+    """Write a model folder of Stable Diffusion 3. transformer: settings that differ from SD3."""
+    torch.manual_seed(1)
+    net = diffusers.SD3Transformer2DModel(**{**SD3, **transformer})
+    randomised(net, 0.06).save_pretrained(folder / "transformer")
+    torch.manual_seed(2)
+    diffusers.AutoencoderKL(**VAE_16).save_pretrained(folder / "vae")
+    text_encoder("CLIPTextModelWithProjection", CLIP, folder / "text_encoder", 3)
+    text_encoder("CLIPTextModelWithProjection", CLIP_2, folder / "text_encoder_2", 4)
+    clip_tokenizer("<|endoftext|>", 77).save(folder / "tokenizer")
+    clip_tokenizer("!", 77).save(folder / "tokenizer_2")
+    if t5:
+        torch.manual_seed(5)
+        long = randomised(transformers.T5EncoderModel(transformers.T5Config(**T5)), 0.2)
+        long.save_pretrained(folder / "text_encoder_3")
+        t5_tokenizer(folder / "tokenizer_3")
+    write_index(
+        folder,
+        scheduler,
+        _class_name="StableDiffusion3Pipeline",
+        text_encoder=["transformers", "CLIPTextModelWithProjection"],
+        tokenizer=["transformers", "CLIPTokenizer"],
+        text_encoder_2=["transformers", "CLIPTextModelWithProjection"],
+        tokenizer_2=["transformers", "CLIPTokenizer"],
+        text_encoder_3=["transformers", "T5EncoderModel"] if t5 else [None, None],
+        tokenizer_3=["transformers", "T5TokenizerFast"] if t5 else [None, None],
+        transformer=["diffusers", "SD3Transformer2DModel"],
+        feature_extractor=[None, None],
+        image_encoder=[None, None],
+    )
+    return folder
+
+
+def write_index(folder: Path, scheduler: dict[str, Any], **parts: Any) -> None:
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    index = {
+        "_diffusers_version": diffusers.__version__,
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "vae": ["diffusers", "AutoencoderKL"],
+        **parts,
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
