@@ -187,6 +187,8 @@ def _joined(original: Original, parts: Parts) -> Out:
 
     def read() -> Tensor:
         tensor = outs[0].read() if rows is None else torch.cat([out.read() for out in outs])
+        if original.swapped:
+            tensor = torch.cat(tensor.chunk(2)[::-1])
         return (tensor.t() if original.transposed else tensor).reshape(shape)
 
     return Out(outs[0].dtype, shape, read)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from safelight.weights.check import Header, refusal
@@ -50,14 +50,14 @@ _CLIP_LAYER = {
 class Weight:
     """A weight of one of our networks: tensor `key` of a file, read as `shape`.
 
-    third: OpenCLIP keeps the projections to q, k and v in one tensor; 0, 1 or 2 is the third of
-      its rows to take. transposed: it is stored with rows and columns exchanged.
+    rows: which rows of the tensor it is, as (start, end), one after the other; empty for all of
+      them in their order. transposed: it is stored with rows and columns exchanged.
     """
 
     header: Header
     key: str
     shape: tuple[int, ...]
-    third: int | None = None
+    rows: tuple[tuple[int, int], ...] = ()
     transposed: bool = False
 
     @property
@@ -86,14 +86,18 @@ class Section:
     """The keys of a single file under one prefix.
 
     part: the network that they belong to. names: its modules, from the original names to ours;
-    None: keys are named as in a folder. thirds: q, k and v of attention are one tensor.
+    None: keys are named as in a folder. thirds: q, k and v of OpenCLIP's attention are one tensor.
     transposed: our names of the matrices that are stored with rows and columns exchanged.
+    stacked: for an original module that has the rows of several of ours, those in their order, each
+    with its share of the rows. swapped: our modules whose two halves of rows are exchanged.
     """
 
     part: str
     names: Mapping[str, str] | None = None
     thirds: bool = False
     transposed: Set[str] = frozenset()
+    stacked: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    swapped: Set[str] = frozenset()
 
 
 def from_single_file(
@@ -104,7 +108,8 @@ def from_single_file(
 ) -> dict[str, dict[str, Weight]]:
     """Return the weights of each part, by our names; none for a part that is not in the file.
 
-    sections: by their prefixes. unused: whether a key is known and not read.
+    sections: by their prefixes; the first that fits a key counts, and "" fits all. unused: whether
+    a key is known and not read.
 
     Raises SafelightError that names keys which belong to nothing.
     """
@@ -113,16 +118,16 @@ def from_single_file(
     for key, info in header.tensors.items():
         if unused(key):
             continue
-        prefix = next((prefix for prefix in sections if key.startswith(prefix)), "")
-        if not prefix:
+        prefix = next((prefix for prefix in sections if key.startswith(prefix)), None)
+        if prefix is None:
             unknown.append(key)
             continue
         section, inner = sections[prefix], key.removeprefix(prefix)
         part = parts[section.part]
         if section.names is None:
             name = part.rename(inner)
-        elif section.thirds and (thirds := _thirds(header, key, inner, section.names)):
-            found[section.part] |= thirds
+        elif pieces := _pieces(header, key, inner, section):
+            found[section.part] |= pieces
             continue
         else:
             name = renamed(inner, section.names)
@@ -130,6 +135,10 @@ def from_single_file(
             unknown.append(key)
         elif name in section.transposed:
             found[section.part][name] = Weight(header, key, info.shape[::-1], transposed=True)
+        elif _module(name) in section.swapped and info.shape:
+            half = info.shape[0] // 2
+            rows = ((half, info.shape[0]), (0, half))
+            found[section.part][name] = Weight(header, key, info.shape, rows)
         else:
             found[section.part][name] = Weight(header, key, part.reshape(name, info.shape))
     if unknown:
@@ -143,13 +152,14 @@ class Original:
 
     part: the network. names: our weights that it is made of: one, or those whose rows it stacks.
     conv: the axes of size 1 that the original has at its end. transposed: rows and columns are
-    exchanged.
+    exchanged. swapped: the two halves of the rows are.
     """
 
     part: str
     names: tuple[str, ...]
     conv: int = 0
     transposed: bool = False
+    swapped: bool = False
 
 
 def original_names(
@@ -168,7 +178,14 @@ def original_names(
             found |= {f"{prefix}{name}": Original(part, (name,)) for name in shapes}
             continue
         back = {ours: theirs for theirs, ours in section.names.items()}
+        stacks = {ours: theirs for theirs, all_of in section.stacked.items() for ours in all_of}
         for name, shape in shapes.items():
+            module = _module(name)
+            if module in stacks:
+                theirs, leaf = stacks[module], name.removeprefix(module)
+                names = tuple(ours + leaf for ours in section.stacked[theirs])
+                found[prefix + theirs + leaf] = Original(part, names)
+                continue
             third = re.fullmatch(r"(.*)\.self_attn\.([qkv])_proj\.(weight|bias)", name)
             if section.thirds and third:
                 if third[2] == "q":
@@ -181,25 +198,37 @@ def original_names(
                 raise KeyError(name)
             # There the VAE's attention has 1×1 convolutions.
             conv = 2 if part == "vae" and ".attentions." in name and len(shape) == 2 else 0
-            turned = name in section.transposed
-            found[prefix + theirs] = Original(part, (name,), conv, turned)
+            turned, swapped = name in section.transposed, module in section.swapped
+            found[prefix + theirs] = Original(part, (name,), conv, turned, swapped)
     return found
 
 
-def _thirds(header: Header, key: str, inner: str, names: Mapping[str, str]) -> dict[str, Weight]:
-    """Return the three projections that OpenCLIP keeps in one tensor; empty if `key` is none.
+def _pieces(header: Header, key: str, inner: str, section: Section) -> dict[str, Weight]:
+    """Return the weights whose rows are stacked in tensor `key`; empty if it holds one weight.
 
-    inner: the key without the text encoder's prefix. names: see `open_clip_names`.
+    inner: the key without the section's prefix.
     """
+    shape, leaf = header.tensors[key].shape, inner.rpartition(".")[2]
+    shares = section.stacked.get(_module(inner), {})
     joint = re.fullmatch(r"(.*)\.attn\.in_proj_(weight|bias)", inner)
-    shape = header.tensors[key].shape
-    if joint is None or joint[1] not in names or not shape or shape[0] % 3:
+    if section.thirds and joint and section.names and joint[1] in section.names:
+        ours, leaf = section.names[joint[1]], joint[2]
+        shares = {f"{ours}.self_attn.{letter}_proj": 1 for letter in "qkv"}
+    total = sum(shares.values())
+    if not total or not shape or shape[0] % total:
         return {}
-    third = (shape[0] // 3, *shape[1:])
-    return {
-        f"{names[joint[1]]}.self_attn.{letter}_proj.{joint[2]}": Weight(header, key, third, i)
-        for i, letter in enumerate("qkv")
-    }
+    found, start = {}, 0
+    for module, share in shares.items():
+        end = start + shape[0] // total * share
+        piece = (end - start, *shape[1:])
+        found[f"{module}.{leaf}"] = Weight(header, key, piece, ((start, end),))
+        start = end
+    return found
+
+
+def _module(name: str) -> str:
+    """Return the module that a weight belongs to."""
+    return name.rpartition(".")[0]
 
 
 def some(names: Iterable[str]) -> str:
@@ -225,15 +254,15 @@ def unet_names(config: Mapping[str, Any]) -> dict[str, str]:
     }
     middle = config.get("mid_block_type", "UNetMidBlock2DCrossAttn")
     if middle is not None:
-        names |= _under("middle_block.0", "mid_block.resnets.0", _RESNET)
+        names |= under("middle_block.0", "mid_block.resnets.0", _RESNET)
     if middle == "UNetMidBlock2DCrossAttn":
         names["middle_block.1"] = "mid_block.attentions.0"
-        names |= _under("middle_block.2", "mid_block.resnets.1", _RESNET)
+        names |= under("middle_block.2", "mid_block.resnets.1", _RESNET)
     levels, layers = len(config["block_out_channels"]), config["layers_per_block"]
     n = 1
     for i, kind in enumerate(config["down_block_types"]):
         for j in range(layers):
-            names |= _under(f"input_blocks.{n}.0", f"down_blocks.{i}.resnets.{j}", _RESNET)
+            names |= under(f"input_blocks.{n}.0", f"down_blocks.{i}.resnets.{j}", _RESNET)
             if kind.startswith("CrossAttn"):
                 names[f"input_blocks.{n}.1"] = f"down_blocks.{i}.attentions.{j}"
             n += 1
@@ -244,7 +273,7 @@ def unet_names(config: Mapping[str, Any]) -> dict[str, str]:
     for i, kind in enumerate(config["up_block_types"]):
         attends = kind.startswith("CrossAttn")
         for j in range(layers + 1):
-            names |= _under(f"output_blocks.{n}.0", f"up_blocks.{i}.resnets.{j}", _RESNET)
+            names |= under(f"output_blocks.{n}.0", f"up_blocks.{i}.resnets.{j}", _RESNET)
             if attends:
                 names[f"output_blocks.{n}.1"] = f"up_blocks.{i}.attentions.{j}"
             n += 1
@@ -266,15 +295,15 @@ def vae_names(config: Mapping[str, Any]) -> dict[str, str]:
         names |= {f"{half}.{n}": f"{half}.{n}" for n in ("conv_in", "conv_out")}
         names[f"{half}.norm_out"] = f"{half}.conv_norm_out"
         middle = f"{half}.mid_block"
-        names |= _under(f"{half}.mid.block_1", f"{middle}.resnets.0", _VAE_RESNET)
-        names |= _under(f"{half}.mid.block_2", f"{middle}.resnets.1", _VAE_RESNET)
-        names |= _under(f"{half}.mid.attn_1", f"{middle}.attentions.0", _VAE_ATTENTION)
+        names |= under(f"{half}.mid.block_1", f"{middle}.resnets.0", _VAE_RESNET)
+        names |= under(f"{half}.mid.block_2", f"{middle}.resnets.1", _VAE_RESNET)
+        names |= under(f"{half}.mid.attn_1", f"{middle}.attentions.0", _VAE_ATTENTION)
     for i in range(levels):
         down, up = f"encoder.down_blocks.{i}", f"decoder.up_blocks.{levels - 1 - i}"
         for j in range(layers):
-            names |= _under(f"encoder.down.{i}.block.{j}", f"{down}.resnets.{j}", _VAE_RESNET)
+            names |= under(f"encoder.down.{i}.block.{j}", f"{down}.resnets.{j}", _VAE_RESNET)
         for j in range(layers + 1):
-            names |= _under(f"decoder.up.{i}.block.{j}", f"{up}.resnets.{j}", _VAE_RESNET)
+            names |= under(f"decoder.up.{i}.block.{j}", f"{up}.resnets.{j}", _VAE_RESNET)
         names[f"encoder.down.{i}.downsample.conv"] = f"{down}.downsamplers.0.conv"
         names[f"decoder.up.{i}.upsample.conv"] = f"{up}.upsamplers.0.conv"
     return names
@@ -289,11 +318,12 @@ def open_clip_names(layers: int) -> dict[str, str]:
     }
     for i in range(layers):
         theirs, ours = f"transformer.resblocks.{i}", f"text_model.encoder.layers.{i}"
-        names |= {theirs: ours} | _under(theirs, ours, _CLIP_LAYER)
+        names |= {theirs: ours} | under(theirs, ours, _CLIP_LAYER)
     return names
 
 
-def _under(theirs: str, ours: str, names: Mapping[str, str]) -> dict[str, str]:
+def under(theirs: str, ours: str, names: Mapping[str, str]) -> dict[str, str]:
+    """Return names of modules inside a module, with the original name and ours before them."""
     return {f"{theirs}.{a}": f"{ours}.{b}" for a, b in names.items()}
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from safelight.weights.digest import HashedFile
@@ -54,8 +55,10 @@ class Stored:
 def stored_tensor(read: Callable[[str], Tensor], weight: Weight) -> Tensor:
     """Return a weight in its shape, as it is stored. read: see `open_tensors`."""
     tensor = read(weight.key)
-    if weight.third is not None:
-        tensor = tensor.chunk(3)[weight.third]
+    if weight.rows:
+        pieces = [tensor[start:end] for start, end in weight.rows]
+        # One piece stays in the mapped file.
+        tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     if weight.transposed:
         tensor = tensor.t().contiguous()
     return tensor.reshape(weight.shape)

@@ -1,0 +1,141 @@
+"""Where each weight of Stable Diffusion 3's and FLUX.1's transformers lies in a single file.
+
+A single file has the names of the original code of Stability AI or of Black Forest Labs. There the
+projections to q, k and v are one module, and the last norm has shift before scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from safelight.weights.names import Section, under
+
+_NORM_OUT = "norm_out.linear"
+_ENDS = {"final_layer.linear": "proj_out", "final_layer.adaLN_modulation.1": _NORM_OUT}
+# Our modules that are one in the file, with their shares of its rows.
+_QKV = dict.fromkeys(("attn.to_q", "attn.to_k", "attn.to_v"), 1)
+_ADDED_QKV = dict.fromkeys(("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), 1)
+
+_SD3_BLOCK = {
+    "x_block.adaLN_modulation.1": "norm1.linear",
+    "x_block.attn.proj": "attn.to_out.0",
+    "x_block.attn.ln_q": "attn.norm_q",
+    "x_block.attn.ln_k": "attn.norm_k",
+    "x_block.attn2.proj": "attn2.to_out.0",
+    "x_block.attn2.ln_q": "attn2.norm_q",
+    "x_block.attn2.ln_k": "attn2.norm_k",
+    "x_block.mlp.fc1": "ff.net.0.proj",
+    "x_block.mlp.fc2": "ff.net.2",
+    "context_block.adaLN_modulation.1": "norm1_context.linear",
+    "context_block.attn.proj": "attn.to_add_out",
+    "context_block.attn.ln_q": "attn.norm_added_q",
+    "context_block.attn.ln_k": "attn.norm_added_k",
+    "context_block.mlp.fc1": "ff_context.net.0.proj",
+    "context_block.mlp.fc2": "ff_context.net.2",
+}
+_SD3_STACKED = {
+    "x_block.attn.qkv": _QKV,
+    "x_block.attn2.qkv": dict.fromkeys(("attn2.to_q", "attn2.to_k", "attn2.to_v"), 1),
+    "context_block.attn.qkv": _ADDED_QKV,
+}
+_DOUBLE_BLOCK = {
+    "img_mod.lin": "norm1.linear",
+    "img_attn.proj": "attn.to_out.0",
+    "img_attn.norm.query_norm.scale": "attn.norm_q.weight",
+    "img_attn.norm.key_norm.scale": "attn.norm_k.weight",
+    "img_mlp.0": "ff.net.0.proj",
+    "img_mlp.2": "ff.net.2",
+    "txt_mod.lin": "norm1_context.linear",
+    "txt_attn.proj": "attn.to_add_out",
+    "txt_attn.norm.query_norm.scale": "attn.norm_added_q.weight",
+    "txt_attn.norm.key_norm.scale": "attn.norm_added_k.weight",
+    "txt_mlp.0": "ff_context.net.0.proj",
+    "txt_mlp.2": "ff_context.net.2",
+}
+_DOUBLE_STACKED = {"img_attn.qkv": _QKV, "txt_attn.qkv": _ADDED_QKV}
+_SINGLE_BLOCK = {
+    "modulation.lin": "norm.linear",
+    "linear2": "proj_out",
+    "norm.query_norm.scale": "attn.norm_q.weight",
+    "norm.key_norm.scale": "attn.norm_k.weight",
+}
+# The feed-forward is four times as wide as the tokens.
+_SINGLE_STACKED = {"linear1": {**_QKV, "proj_mlp": 4}}
+
+
+def sd3_section(part: str, config: Mapping[str, Any]) -> Section:
+    """Return the keys of Stable Diffusion 3's transformer; see `sd3_names`.
+
+    part: the name that the family gives the network.
+    """
+    last = f"transformer_blocks.{config['num_layers'] - 1}.norm1_context.linear"
+    stacked: dict[str, dict[str, int]] = {}
+    for i in range(config["num_layers"]):
+        stacked |= _stacks(f"joint_blocks.{i}", f"transformer_blocks.{i}", _SD3_STACKED)
+    # The text's norm in the last block is of the same kind as the last norm.
+    return Section(part, sd3_names(config), stacked=stacked, swapped={_NORM_OUT, last})
+
+
+def sd3_names(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the modules of Stable Diffusion 3's transformer, from the original names to ours.
+
+    config: of the transformer. Modules that have the rows of several of ours are not here, but in
+    `sd3_section`.
+    """
+    names = _ENDS | {
+        "pos_embed": "pos_embed.pos_embed",
+        "x_embedder.proj": "pos_embed.proj",
+        "context_embedder": "context_embedder",
+        "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+        "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+        "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+        "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+    }
+    for i in range(config["num_layers"]):
+        names |= under(f"joint_blocks.{i}", f"transformer_blocks.{i}", _SD3_BLOCK)
+    return names
+
+
+def flux_section(part: str, config: Mapping[str, Any]) -> Section:
+    """Return the keys of FLUX.1's transformer; see `flux_names`.
+
+    part: the name that the family gives the network.
+    """
+    stacked: dict[str, dict[str, int]] = {}
+    for i in range(config["num_layers"]):
+        stacked |= _stacks(f"double_blocks.{i}", f"transformer_blocks.{i}", _DOUBLE_STACKED)
+    for i in range(config["num_single_layers"]):
+        stacked |= _stacks(f"single_blocks.{i}", f"single_transformer_blocks.{i}", _SINGLE_STACKED)
+    return Section(part, flux_names(config), stacked=stacked, swapped={_NORM_OUT})
+
+
+def flux_names(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the modules of FLUX.1's transformer, from the original names to ours.
+
+    config: of the transformer. Modules that have the rows of several of ours are not here, but in
+    `flux_section`.
+    """
+    names = _ENDS | {"img_in": "x_embedder", "txt_in": "context_embedder"}
+    for theirs, ours in (
+        ("time_in", "timestep_embedder"),
+        ("vector_in", "text_embedder"),
+        ("guidance_in", "guidance_embedder"),
+    ):
+        names[f"{theirs}.in_layer"] = f"time_text_embed.{ours}.linear_1"
+        names[f"{theirs}.out_layer"] = f"time_text_embed.{ours}.linear_2"
+    for i in range(config["num_layers"]):
+        names |= under(f"double_blocks.{i}", f"transformer_blocks.{i}", _DOUBLE_BLOCK)
+    for i in range(config["num_single_layers"]):
+        names |= under(f"single_blocks.{i}", f"single_transformer_blocks.{i}", _SINGLE_BLOCK)
+    return names
+
+
+def _stacks(
+    theirs: str, ours: str, stacked: Mapping[str, Mapping[str, int]]
+) -> dict[str, dict[str, int]]:
+    """Return the same table with the original name of a block, and ours, before the names."""
+    return {
+        f"{theirs}.{module}": {f"{ours}.{one}": share for one, share in shares.items()}
+        for module, shares in stacked.items()
+    }
