@@ -85,6 +85,12 @@ def text_encoder(kind: str, config: dict[str, Any], folder: Path, seed: int) -> 
     randomised(made, 0.2).save_pretrained(folder)
 
 
+def t5_encoder(folder: Path) -> None:
+    torch.manual_seed(5)
+    made = transformers.T5EncoderModel(transformers.T5Config(**T5))
+    randomised(made, 0.2).save_pretrained(folder)
+
+
 def make_sd3(
     folder: Path,
     *,
@@ -103,9 +109,7 @@ def make_sd3(
     clip_tokenizer("<|endoftext|>", 77).save(folder / "tokenizer")
     clip_tokenizer("!", 77).save(folder / "tokenizer_2")
     if t5:
-        torch.manual_seed(5)
-        long = randomised(transformers.T5EncoderModel(transformers.T5Config(**T5)), 0.2)
-        long.save_pretrained(folder / "text_encoder_3")
+        t5_encoder(folder / "text_encoder_3")
         t5_tokenizer(folder / "tokenizer_3")
     write_index(
         folder,
@@ -120,6 +124,45 @@ def make_sd3(
         transformer=["diffusers", "SD3Transformer2DModel"],
         feature_extractor=[None, None],
         image_encoder=[None, None],
+    )
+    return folder
+
+
+FLUX = {
+    "in_channels": 64,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 48,
+    "pooled_projection_dim": 16,
+    "axes_dims_rope": (4, 6, 6),
+}
+SCHNELL = {**SD3_SCHEDULER, "shift": 1.0, "use_dynamic_shifting": False}
+DEV = {**SCHNELL, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
+FLUX_VAE = {**VAE_16, "scaling_factor": 0.3611, "shift_factor": 0.1159}
+
+
+def make_flux(folder: Path, *, guided: bool) -> Path:
+    """Write a model folder of FLUX.1. guided: it is like dev, else like schnell."""
+    torch.manual_seed(1)
+    net = diffusers.FluxTransformer2DModel(**FLUX, guidance_embeds=guided)
+    randomised(net, 0.06).save_pretrained(folder / "transformer")
+    torch.manual_seed(2)
+    diffusers.AutoencoderKL(**FLUX_VAE).save_pretrained(folder / "vae")
+    text_encoder("CLIPTextModel", TEXT, folder / "text_encoder", 3)
+    clip_tokenizer("<|endoftext|>", 77).save(folder / "tokenizer")
+    t5_encoder(folder / "text_encoder_2")
+    t5_tokenizer(folder / "tokenizer_2")
+    write_index(
+        folder,
+        DEV if guided else SCHNELL,
+        _class_name="FluxPipeline",
+        text_encoder=["transformers", "CLIPTextModel"],
+        tokenizer=["transformers", "CLIPTokenizer"],
+        text_encoder_2=["transformers", "T5EncoderModel"],
+        tokenizer_2=["transformers", "T5TokenizerFast"],
+        transformer=["diffusers", "FluxTransformer2DModel"],
     )
     return folder
 

@@ -197,6 +197,8 @@ def _without_effect(model: Model, asked: Request, resolved: Request) -> list[str
         if asked.clip_skip is not None:
             found.append(f"clip_skip does nothing with {model.name}: leave it out")
         return found
+    if model.scheduler.is_flow and asked.spacing is not None:
+        found.append(f"spacing does nothing with {model.name}: leave it out")
     if asked.cache_branch and resolved.cache_every in (None, 1):
         found.append("cache_branch does nothing without cache_every: try cache_every 2")
     if _ignores_guidance(model, resolved) and asked.negative_prompt:

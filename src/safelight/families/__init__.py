@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from safelight.families.base import Conditioning, Family, Part, SingleFile
+from safelight.families.flux import FLUX
 from safelight.families.pixels import Pixels
 from safelight.families.sd import SD
 from safelight.families.sd3 import SD3
@@ -25,7 +26,7 @@ __all__ = [
     "family_of_folder",
 ]
 
-FAMILIES: list[Family] = [SD, SDXL, REFINER, SD3, Pixels()]
+FAMILIES: list[Family] = [SD, SDXL, REFINER, SD3, FLUX, Pixels()]
 """One instance of each family. A new family is added here, or by the code that defines it."""
 
 # Parts of pipelines that drawing does not use.

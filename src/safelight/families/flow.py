@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.errors import SafelightError
 from safelight.families.autoencoded import AutoencodedFamily
-from safelight.families.base import Conditioning
+from safelight.families.base import Conditioning, Part
 from safelight.prompt.dialects import read
 from safelight.prompt.networks import is_lora
 from safelight.sampling import SchedulerConfig, Table, table
 from safelight.sampling.flow import Course
+from safelight.weights.names import t5_folder_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
     from safelight.prompt.reading import Reading
     from safelight.request import Request
     from safelight.weights.plan import Plan
+
+T5_PART = Part(
+    "safelight.nets.t5", "T5EncoderModel", "T5Config", stem="model", rename=t5_folder_name
+)
+T5_TOKENIZERS = ("T5TokenizerFast", "T5Tokenizer")
 
 
 class FlowFamily(AutoencodedFamily):
@@ -165,13 +171,15 @@ def texts_of(model: Model, request: Request) -> dict[str, str]:
     return {name: _words(reading) for name, reading in _readings(model, request).items()}
 
 
-def side_by_side(states: list[Tensor], width: int) -> Tensor:
-    """Return the states of several encoders for the same tokens, with zeros up to a width."""
-    import torch
-    import torch.nn.functional as F
+def t5_states(model: Model, text: str, tokenizer: str, encoder: str, length: int) -> Tensor:
+    """Return the states of T5 for a text that is cut or padded, [1, length, width].
 
-    joined = torch.cat(states, dim=-1)
-    return F.pad(joined, (0, width - joined.shape[-1]))
+    tokenizer, encoder: the names of the parts.
+    """
+    import torch
+
+    ids = model.parts[tokenizer].encode(text, length, pad=True).ids
+    return model.parts[encoder](torch.tensor([ids], device=model.device))
 
 
 def _readings(model: Model, request: Request) -> dict[str, Reading]:

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.errors import SafelightError
 from safelight.families.base import NO_PART, Conditioning, Part
-from safelight.families.flow import FlowFamily, side_by_side, texts_of
-from safelight.families.latent import TEXT_PART, TOKENIZERS, VAE_PART
-from safelight.weights.names import t5_folder_name
+from safelight.families.flow import T5_PART, T5_TOKENIZERS, FlowFamily, t5_states, texts_of
+from safelight.families.latent import END, TEXT_PART, TOKENIZERS, VAE_PART
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,10 +23,6 @@ if TYPE_CHECKING:
     from safelight.request import Request
     from safelight.weights.folder import Folder
 
-T5_PART = Part(
-    "safelight.nets.t5", "T5EncoderModel", "T5Config", stem="model", rename=t5_folder_name
-)
-T5_TOKENIZERS = ("T5TokenizerFast", "T5Tokenizer")
 LONGEST = 256
 """The most tokens of T5, as in diffusers' pipeline."""
 
@@ -132,7 +127,7 @@ class StableDiffusion3(FlowFamily):
             config = configs[encoder]
             length = config.max_position_embeddings
             if folder is None:
-                pad = "!" if name == "tokenizer_2" else "<|endoftext|>"
+                pad = "!" if name == "tokenizer_2" else END
                 found[name] = clip_tokenizer(pad, length)
             else:
                 found[name] = folder_tokenizer(folder, config.vocab_size, length, name)
@@ -162,6 +157,7 @@ class StableDiffusion3(FlowFamily):
     def _states(self, model: Model, text: str) -> tuple[Tensor, Tensor]:
         """Return the states of a text, [1, tokens, width], and its pooled state, [1, width]."""
         import torch
+        import torch.nn.functional as F
 
         width = model.network.config.joint_attention_dim
         states, pooled = [], []
@@ -173,13 +169,12 @@ class StableDiffusion3(FlowFamily):
             of_tokens, of_text = model.parts[encoder](ids, 1)
             states.append(of_tokens)
             pooled.append(of_text)
-        clip = side_by_side(states, width)
-        t5 = model.parts.get("text_encoder_3")
-        if t5 is None:
-            long = torch.zeros(1, LONGEST, width, device=model.device, dtype=clip.dtype)
+        clip = torch.cat(states, dim=-1)
+        clip = F.pad(clip, (0, width - clip.shape[-1]))
+        if "text_encoder_3" in model.parts:
+            long = t5_states(model, text, "tokenizer_3", "text_encoder_3", LONGEST).to(clip.dtype)
         else:
-            ids = model.parts["tokenizer_3"].encode(text, LONGEST, pad=True).ids
-            long = t5(torch.tensor([ids], device=model.device)).to(clip.dtype)
+            long = torch.zeros(1, LONGEST, width, device=model.device, dtype=clip.dtype)
         return torch.cat([clip, long], dim=1), torch.cat(pooled, dim=-1)
 
     def velocity(

@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from safelight.fast import kernels, memory, onednn, winograd
-from safelight.fast.layers import leave_mapped, swap
 from safelight.fast.store import Shelf
+from safelight.fast.swap import leave_mapped, swap
 
 __all__ = ["accelerate", "helps", "missing_kernels", "native_bfloat16", "remark", "variant"]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from safelight.fast import int8, kernels, memory, onednn, split, strips, tiles, vectors, winograd
 from safelight.fast.store import ARENA, Shelf, Store
-from safelight.nets import layers
+from safelight.nets import layers, tokens
 from safelight.nets.layers import as_map, as_tokens, attend
 from safelight.progress import get_on
 
@@ -301,12 +301,22 @@ class FastHeads(layers.Attention):
         return _matrix(self.to_q, weight, bias)
 
     def product(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        dtype = q.dtype if vectors.available(q.dtype) else onednn.computes(q.dtype)
-        qkv = [t.to(dtype) for t in (q, k, v)]
-        for ours in (split, vectors):
-            if ours.available(dtype):
-                return ours.attend(*qkv).to(q.dtype)
-        return attend(*qkv).to(q.dtype).transpose(1, 2).flatten(2)
+        return _attend(q, k, v)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return the product of attention with the heads side by side, [batch, length, heads·d]."""
+    dtype = q.dtype if vectors.available(q.dtype) else onednn.computes(q.dtype)
+    qkv = [t.to(dtype) for t in (q, k, v)]
+    for ours in (split, vectors):
+        if ours.available(dtype):
+            return ours.attend(*qkv).to(q.dtype)
+    return attend(*qkv).to(q.dtype).transpose(1, 2).flatten(2)
+
+
+class FastProduct(tokens.Product):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _attend(q, k, v)
 
 
 class FastAttention(FastHeads, layers.Attention):
@@ -317,20 +327,20 @@ class FastSpatialAttention(FastHeads, layers.SpatialAttention):
     pass
 
 
-class MappedLinear(nn.Linear):
+class MappedLinear(layers.Linear):
     """For a network that runs once per prompt: packing would take longer, and more memory."""
 
     precision: torch.dtype
     mapped = True
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         dtype = onednn.computes(self.precision)
         bias = None if self.bias is None else self.bias.to(dtype)
         weight = self.weight.to(self.precision).to(dtype)
         out = F.linear(x.to(dtype), weight, bias).to(self.precision)
         if self.mapped:
             memory.page_out(self.weight)
-        return out
+        return out if plus is None else plus + out
 
 
 class MappedEmbedding(nn.Embedding):
@@ -338,62 +348,3 @@ class MappedEmbedding(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(ids).to(self.precision)
-
-
-_MAPPED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: MappedLinear,
-    nn.Embedding: MappedEmbedding,
-}
-_FAST: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: FastLinear,
-    layers.Linear: FastLinear,
-    nn.Conv2d: FastConv2d,
-    layers.Conv2d: FastConv2d,
-    layers.Pointwise: FastPointwise,
-    nn.GroupNorm: FastGroupNorm,
-    layers.GroupNorm: FastGroupNorm,
-    nn.LayerNorm: FastLayerNorm,
-    layers.LayerNorm: FastLayerNorm,
-    layers.GEGLU: FastGEGLU,
-    layers.FeedForward: FastFeedForward,
-    layers.EnlargingConv2d: FastEnlargingConv2d,
-    layers.Attention: FastAttention,
-    layers.SpatialAttention: FastSpatialAttention,
-}
-_WAITING = (
-    FastLinear | FastConv2d | FastPointwise | FastEnlargingConv2d | MappedLinear | MappedEmbedding
-)
-"""Layers whose weights stay as loaded until they are used."""
-
-
-def swap(net: nn.Module, precision: torch.dtype, shelf: Shelf | None = None) -> None:
-    """Give the layers of `net`, in place, their fast classes.
-
-    Weights that will be packed keep the precision they were loaded in until then; all other
-    parameters are converted.
-    """
-    for module in net.modules():
-        kind = _FAST.get(type(module), type(module))
-        if kind is FastConv2d and module.kernel_size == (1, 1):
-            kind = FastPointwise
-        module.__class__ = kind
-        if isinstance(module, FastLinear | FastConv2d | FastEnlargingConv2d):
-            module.shelf = shelf
-        _convert(module, precision)
-
-
-def leave_mapped(net: nn.Module, precision: torch.dtype) -> None:
-    """Leave the matrices of `net` in the mapped file; each use converts them."""
-    for module in net.modules():
-        module.__class__ = _MAPPED.get(type(module), type(module))
-        _convert(module, precision)
-
-
-def _convert(module: Any, precision: torch.dtype) -> None:
-    """Convert a layer's parameters, except a weight of `_WAITING`."""
-    waits = isinstance(module, _WAITING)
-    if waits:
-        module.precision = precision
-    for name, parameter in module.named_parameters(recurse=False):
-        if not (waits and name == "weight"):
-            setattr(module, name, nn.Parameter(parameter.to(precision), requires_grad=False))

@@ -169,6 +169,17 @@ class _TextEncoder(nn.Module):
         embeddings.learned = vectors
         return _twin(self, text_model=_twin(self.text_model, embeddings=embeddings))
 
+    def ends(self, ids: Tensor) -> Tensor:
+        """Return the position of each text's end token, [batch].
+
+        Configs from before 2023 give its id as 2, but it is the largest id of the vocabulary. Ids
+        beyond that are those of textual inversions.
+        """
+        cfg = self.config
+        if cfg.eos_token_id == 2:
+            return ids.where(ids < cfg.vocab_size, 0).argmax(-1)
+        return (ids == cfg.eos_token_id).int().argmax(-1)
+
 
 class CLIPTextModel(_TextEncoder):
     """CLIP's text encoder alone."""
@@ -205,18 +216,7 @@ class CLIPTextModelWithProjection(_TextEncoder):
         and the norm, projected. ids, visible: as in `CLIPTextModel`.
         """
         states, last = self.text_model.both(ids, skip, _seen(ids, visible))
-        return states, self.text_projection(last[torch.arange(len(ids)), self._ends(ids)])
-
-    def _ends(self, ids: Tensor) -> Tensor:
-        """Return the position of each text's end token, [batch].
-
-        Configs from before 2023 give its id as 2, but it is the largest id of the vocabulary. Ids
-        beyond that are those of textual inversions.
-        """
-        cfg = self.config
-        if cfg.eos_token_id == 2:
-            return ids.where(ids < cfg.vocab_size, 0).argmax(-1)
-        return (ids == cfg.eos_token_id).int().argmax(-1)
+        return states, self.text_projection(last[torch.arange(len(ids)), self.ends(ids)])
 
 
 def _seen(ids: Tensor, visible: Tensor | None) -> Tensor | None:
