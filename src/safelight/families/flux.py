@@ -1,0 +1,163 @@
+"""FLUX.1 schnell and dev: a transformer that reads T5's states and CLIP's pooled state.
+
+dev was distilled to take the guidance scale as an input, schnell to draw in few steps without one.
+Neither reads a negative prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from safelight.errors import SafelightError
+from safelight.families.base import NO_PART, Conditioning, Part
+from safelight.families.flow import T5_PART, T5_TOKENIZERS, FlowFamily, t5_states, texts_of
+from safelight.families.latent import END, TEXT_PART, TOKENIZERS, VAE_PART
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from safelight.model import Model
+    from safelight.request import Request
+    from safelight.weights.folder import Folder
+
+_SIDE = 1024
+"""Width and height of the training pictures; no config of a folder holds it."""
+
+_DEV = MappingProxyType({"sampler": "euler", "steps": 28, "guidance_scale": 3.5})
+_SCHNELL = MappingProxyType({"sampler": "euler", "steps": 4, "guidance_scale": 1.0})
+"""The defaults of diffusers' FluxPipeline, and of the published folder of schnell."""
+
+
+@dataclass(frozen=True, eq=False)
+class Flux(FlowFamily):
+    """One variant.
+
+    layers, singles: blocks of two streams and of one. guided: whether it reads a guidance scale.
+    longest: the most tokens of T5.
+    """
+
+    name: str
+    layers: int = 0
+    singles: int = 0
+    guided: bool = False
+    longest: int = 512
+    defaults: Mapping[str, Any] = field(default_factory=lambda: _DEV)
+
+    title: ClassVar[str] = "FLUX.1"
+    pipelines: ClassVar[tuple[str, ...]] = (
+        "FluxPipeline",
+        "FluxImg2ImgPipeline",
+        "FluxInpaintPipeline",
+    )
+    parts: ClassVar[Mapping[str, Part]] = {
+        "transformer": Part("safelight.nets.flux", "FluxTransformer2DModel", "FluxConfig"),
+        "vae": VAE_PART,
+        "text_encoder": TEXT_PART,
+        "text_encoder_2": T5_PART,
+    }
+    tokenizers: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "tokenizer": TOKENIZERS,
+        "tokenizer_2": T5_TOKENIZERS,
+    }
+
+    # --- files -------------------------------------------------------------------------------
+
+    def variant(
+        self, configs: Mapping[str, Any], index: Mapping[str, Any], scheduler: Mapping[str, Any]
+    ) -> Flux:
+        super().variant(configs, index, scheduler)
+        net = configs["transformer"]
+        shapes = net.num_layers, net.num_single_layers, net.guidance_embeds
+        for one in VARIANTS:
+            if (one.layers, one.singles, one.guided) == shapes:
+                return one
+        return CUSTOM if net.guidance_embeds else CUSTOM_SCHNELL
+
+    def check_configs(self, configs: Mapping[str, Any]) -> None:
+        net, vae = configs["transformer"], configs["vae"]
+        for what, gives, reads in (
+            ("T5", configs["text_encoder_2"].d_model, net.joint_attention_dim),
+            ("CLIP", configs["text_encoder"].hidden_size, net.pooled_projection_dim),
+            ("vae", self.patch**2 * vae.latent_channels, net.in_channels),
+        ):
+            if gives != reads:
+                raise SafelightError(
+                    f"its {what} gives {gives} numbers, and its transformer reads {reads}"
+                )
+
+    def native_size(self, configs: Mapping[str, Any]) -> tuple[int, int]:
+        return _SIDE, _SIDE
+
+    def index(self, configs: Mapping[str, Any]) -> dict[str, Any]:
+        absent = dict.fromkeys(("image_encoder", "feature_extractor"), NO_PART)
+        return {**super().index(configs), **absent}
+
+    def load_tokenizers(self, folder: Folder | None, configs: Mapping[str, Any]) -> dict[str, Any]:
+        from safelight.prompt.text_tokenizer import folder_text_tokenizer
+        from safelight.prompt.tokenizer import clip_tokenizer, folder_tokenizer
+
+        clip, t5 = configs["text_encoder"], configs["text_encoder_2"]
+        length = clip.max_position_embeddings
+        if folder is None:
+            return {"tokenizer": clip_tokenizer(END, length)}
+        return {
+            "tokenizer": folder_tokenizer(folder, clip.vocab_size, length, "tokenizer"),
+            "tokenizer_2": folder_text_tokenizer(folder, t5.vocab_size, "tokenizer_2"),
+        }
+
+    # --- drawing -----------------------------------------------------------------------------
+
+    def takes_guidance(self, model: Model) -> bool:
+        return True
+
+    def warnings(self, model: Model, request: Request) -> list[str]:
+        found = super().warnings(model, request)
+        if not self.guided and request.guidance_scale != 1:
+            found.append(f"guidance_scale does nothing with {model.name}: leave it out")
+        return found
+
+    def left_out(self, model: Model, text: str) -> str | None:
+        return model.parts["tokenizer_2"].encode(text, self.longest, pad=True).cut
+
+    def encode(self, model: Model, request: Request) -> Conditioning:
+        import torch
+
+        [text] = texts_of(model, request).values()
+        clip = model.parts["text_encoder"]
+        ids = torch.tensor([model.parts["tokenizer"].encode(text).ids], device=model.device)
+        pooled = clip(ids)[torch.arange(1), clip.ends(ids)]
+        tokens = t5_states(model, text, "tokenizer_2", "text_encoder_2", self.longest)
+        return Conditioning(tokens.to(model.dtype), pooled, guidance=request.guidance_scale)
+
+    def velocity(
+        self,
+        model: Model,
+        x: Tensor,
+        timestep: Tensor,
+        tokens: Tensor,
+        pooled: Tensor | None,
+        guidance: Tensor,
+    ) -> Tensor:
+        return model.network(x, timestep, tokens, pooled, guidance if self.guided else None)
+
+    def example(self, model: Model) -> Conditioning:
+        import torch
+
+        config = model.network.config
+        like = {"device": model.device, "dtype": model.dtype}
+        tokens = torch.ones(1, self.longest, config.joint_attention_dim, **like)
+        return Conditioning(tokens, torch.ones(1, config.pooled_projection_dim, **like))
+
+
+CUSTOM = Flux("flux-custom", guided=True)
+CUSTOM_SCHNELL = Flux("flux-custom", longest=256, defaults=_SCHNELL)
+"""The variants of folders whose transformer has the shapes of no published one."""
+
+VARIANTS = (
+    Flux("flux-dev", 19, 38, guided=True),
+    Flux("flux-schnell", 19, 38, longest=256, defaults=_SCHNELL),
+)
+FLUX = CUSTOM
