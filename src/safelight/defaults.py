@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from safelight.errors import SafelightError
+from safelight.families.base import SHORTCUTS
 from safelight.request import Request
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ def level_of(fast: int, family: Family, notes: Mapping[str, Any]) -> dict[str, A
     if not family.shortcuts:
         return {}
     fixed = defaults_of(family, notes) if family.distilled or is_distilled(notes) else {}
-    return {k: v for k, v in LEVELS.get(fast, {}).items() if k not in fixed}
+    left_out = {*fixed, *SHORTCUTS} - set(family.shortcuts)
+    return {k: v for k, v in LEVELS.get(fast, {}).items() if k not in left_out}
 
 
 def with_level(request: Request, family: Family, notes: Mapping[str, Any]) -> Request:

@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from safelight.prompt.tokenizer import clip_tokenizer
 from tests.parity.sdxl_models import TEXT, VAE
@@ -163,6 +163,74 @@ def make_flux(folder: Path, *, guided: bool) -> Path:
         text_encoder_2=["transformers", "T5EncoderModel"],
         tokenizer_2=["transformers", "T5TokenizerFast"],
         transformer=["diffusers", "FluxTransformer2DModel"],
+    )
+    return folder
+
+
+ZIMAGE = {
+    "in_channels": 16,
+    "dim": 48,
+    "n_layers": 2,
+    "n_refiner_layers": 1,
+    "n_heads": 3,
+    "n_kv_heads": 3,
+    "cap_feat_dim": 32,
+    "axes_dims": [4, 6, 6],
+    "axes_lens": [1024, 64, 64],
+}
+QWEN = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 1024,
+}
+CHAT = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + "
+    "message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""What Qwen3's chat template makes of one message with enable_thinking."""
+
+
+def qwen_tokenizer(folder: Path) -> None:
+    """Write a small tokenizer of Qwen's kind: bytes, and the marks of a chat."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    whole = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        chat_template=CHAT,
+    )
+    whole.save_pretrained(folder)
+
+
+def make_zimage(folder: Path, *, shift: float) -> Path:
+    """Write a model folder of Z-Image; with shift 3 it is Turbo."""
+    torch.manual_seed(1)
+    net = diffusers.ZImageTransformer2DModel(**ZIMAGE)
+    randomised(net, 0.1).save_pretrained(folder / "transformer")
+    torch.manual_seed(2)
+    diffusers.AutoencoderKL(**FLUX_VAE).save_pretrained(folder / "vae")
+    torch.manual_seed(3)
+    reads = randomised(transformers.Qwen3Model(transformers.Qwen3Config(**QWEN)), 0.2)
+    reads.save_pretrained(folder / "text_encoder")
+    qwen_tokenizer(folder / "tokenizer")
+    write_index(
+        folder,
+        {**SD3_SCHEDULER, "shift": shift, "use_dynamic_shifting": False},
+        _class_name="ZImagePipeline",
+        text_encoder=["transformers", "Qwen3Model"],
+        tokenizer=["transformers", "Qwen2Tokenizer"],
+        transformer=["diffusers", "ZImageTransformer2DModel"],
     )
     return folder
 

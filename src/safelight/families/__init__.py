@@ -11,6 +11,7 @@ from safelight.families.pixels import Pixels
 from safelight.families.sd import SD
 from safelight.families.sd3 import SD3
 from safelight.families.sdxl import REFINER, SDXL
+from safelight.families.zimage import BASE as Z_IMAGE
 from safelight.weights.check import refusal
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ __all__ = [
     "family_of_folder",
 ]
 
-FAMILIES: list[Family] = [SD, SDXL, REFINER, SD3, FLUX, Pixels()]
+FAMILIES: list[Family] = [SD, SDXL, REFINER, SD3, FLUX, Z_IMAGE, Pixels()]
 """One instance of each family. A new family is added here, or by the code that defines it."""
 
 # Parts of pipelines that drawing does not use.

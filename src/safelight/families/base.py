@@ -42,6 +42,7 @@ class Conditioning:
     guidance: the scale, for two or more evaluations or a network that was distilled with it.
     extra: channels that the network reads beside the state, [1, channels, h, w].
     control: what guides the network by a picture, None if nothing does.
+    lengths: how many of each text's states the network reads, [n]; None: all.
     weights: of each evaluation after the negative one, multiplied by guidance. None: 1 for each.
     later: conditionings that take over, each with the step, counted from 0, at which it does. They
       have as many evaluations, and states of the same shapes.
@@ -53,6 +54,7 @@ class Conditioning:
     guidance: float = 1.0
     extra: Tensor | None = None
     control: Control | None = None
+    lengths: tuple[int, ...] | None = None
     weights: tuple[float, ...] | None = None
     later: tuple[tuple[int, Conditioning], ...] = ()
 
@@ -100,6 +102,7 @@ class Conditioning:
             self.guidance,
             self.extra,
             self.control,
+            None if self.lengths is None else self.lengths[-1:],
         )
 
 
@@ -154,8 +157,8 @@ class Family:
     denoises. fixed_size: it draws its native size alone. conditioned_on: the settings of a
     request that `encode` reads. defaults: settings that it draws best with. distilled:
     whether it was taught to draw with these, in few steps. trainable: whether `train` supports it.
-    refinable: whether another model of the family can take its last steps. shortcuts: whether its
-    network supports the fast mode.
+    refinable: whether another model of the family can take its last steps. shortcuts: those of the
+    fast mode's settings that work with its network.
     latent_rgb: colours of latents for previews, see `families.colours`; None if they are unknown.
     """
 
@@ -176,7 +179,7 @@ class Family:
     distilled: bool = False
     trainable: ClassVar[bool] = True
     refinable: ClassVar[bool] = False
-    shortcuts: ClassVar[bool] = False
+    shortcuts: ClassVar[tuple[str, ...]] = ()
     latent_rgb: tuple[tuple[float, ...], ...] | None = None
 
     def __str__(self) -> str:
@@ -202,7 +205,7 @@ class Family:
         if refiner is not None:
             found |= {*refiner.conditioned_on, "refiner_start"}
         if self.shortcuts:
-            found |= {"fast", *SHORTCUTS}
+            found |= {"fast", *self.shortcuts}
         return frozenset(found)
 
     # --- files -------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ on it, and a warning says so. (ComfyUI weights the states of T5, which then say 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.errors import SafelightError
@@ -33,6 +34,23 @@ T5_PART = Part(
 T5_TOKENIZERS = ("T5TokenizerFast", "T5Tokenizer")
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The inputs of a call of the network, a row for each evaluation.
+
+    x: states, [n, channels, h, w]. timestep: float32 [n], from 0 to 1000. tokens: text states,
+    [n, length, width]. pooled: [n, width]. guidance: the scales, float32 [n]. lengths: how many of
+    each row's text states count; empty: all.
+    """
+
+    x: Tensor
+    timestep: Tensor
+    tokens: Tensor
+    pooled: Tensor | None
+    guidance: Tensor
+    lengths: list[int]
+
+
 class FlowFamily(AutoencodedFamily):
     """A family of flow matching.
 
@@ -41,6 +59,7 @@ class FlowFamily(AutoencodedFamily):
 
     network: ClassVar[str] = "transformer"
     trainable: ClassVar[bool] = False
+    shortcuts: ClassVar[tuple[str, ...]] = ("guidance_start", "guidance_end", "linears")
     patch: ClassVar[int] = 2
     trained: ClassVar[bool] = False
     conditioned_on: ClassVar[tuple[str, ...]] = (
@@ -133,29 +152,18 @@ class FlowFamily(AutoencodedFamily):
         scales = [asked.guidance for _, _, asked, n in together for _ in range(n)]
         tokens = [asked.tokens for asked in conditionings if asked.tokens is not None]
         pooled = [asked.pooled for asked in conditionings if asked.pooled is not None]
-        return self.velocity(
-            model,
+        rows = Rows(
             x.to(model.dtype),
             torch.tensor(times, device=x.device),
             torch.cat(tokens).to(model.dtype),
             torch.cat(pooled).to(model.dtype) if pooled else None,
             torch.tensor(scales, device=x.device),
-        ).float()
+            [length for asked in conditionings for length in asked.lengths or ()],
+        )
+        return self.velocity(model, rows).float()
 
-    def velocity(
-        self,
-        model: Model,
-        x: Tensor,
-        timestep: Tensor,
-        tokens: Tensor,
-        pooled: Tensor | None,
-        guidance: Tensor,
-    ) -> Tensor:
-        """Return what the network predicts, noise − clean, in the shape of x.
-
-        x: [n, channels, h, w]. timestep: float32 [n], from 0 to 1000. tokens: [n, length, width].
-        pooled: [n, width]. guidance: float32 [n], for a network that reads it.
-        """
+    def velocity(self, model: Model, rows: Rows) -> Tensor:
+        """Return what the network predicts, noise − clean, in the shape of rows.x."""
         raise NotImplementedError
 
     # --- pictures and latents ----------------------------------------------------------------

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.errors import SafelightError
 from safelight.families.base import NO_PART, Conditioning, Part
-from safelight.families.flow import T5_PART, T5_TOKENIZERS, FlowFamily, t5_states, texts_of
+from safelight.families.flow import (
+    T5_PART,
+    T5_TOKENIZERS,
+    FlowFamily,
+    Rows,
+    t5_states,
+    texts_of,
+)
 from safelight.families.latent import END, TEXT_PART, TOKENIZERS, VAE_PART
 
 if TYPE_CHECKING:
@@ -45,6 +52,7 @@ class Flux(FlowFamily):
     guided: bool = False
     longest: int = 512
     defaults: Mapping[str, Any] = field(default_factory=lambda: _DEV)
+    distilled: bool = False
 
     title: ClassVar[str] = "FLUX.1"
     pipelines: ClassVar[tuple[str, ...]] = (
@@ -132,16 +140,9 @@ class Flux(FlowFamily):
         tokens = t5_states(model, text, "tokenizer_2", "text_encoder_2", self.longest)
         return Conditioning(tokens.to(model.dtype), pooled, guidance=request.guidance_scale)
 
-    def velocity(
-        self,
-        model: Model,
-        x: Tensor,
-        timestep: Tensor,
-        tokens: Tensor,
-        pooled: Tensor | None,
-        guidance: Tensor,
-    ) -> Tensor:
-        return model.network(x, timestep, tokens, pooled, guidance if self.guided else None)
+    def velocity(self, model: Model, rows: Rows) -> Tensor:
+        scale = rows.guidance if self.guided else None
+        return model.network(rows.x, rows.timestep, rows.tokens, rows.pooled, scale)
 
     def example(self, model: Model) -> Conditioning:
         import torch
@@ -153,11 +154,11 @@ class Flux(FlowFamily):
 
 
 CUSTOM = Flux("flux-custom", guided=True)
-CUSTOM_SCHNELL = Flux("flux-custom", longest=256, defaults=_SCHNELL)
+CUSTOM_SCHNELL = Flux("flux-custom", longest=256, defaults=_SCHNELL, distilled=True)
 """The variants of folders whose transformer has the shapes of no published one."""
 
 VARIANTS = (
     Flux("flux-dev", 19, 38, guided=True),
-    Flux("flux-schnell", 19, 38, longest=256, defaults=_SCHNELL),
+    Flux("flux-schnell", 19, 38, longest=256, defaults=_SCHNELL, distilled=True),
 )
 FLUX = CUSTOM

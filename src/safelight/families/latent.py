@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from safelight.errors import SafelightError
 from safelight.families import encoding
 from safelight.families.autoencoded import AutoencodedFamily
-from safelight.families.base import NO_PART, Conditioning, Part
+from safelight.families.base import NO_PART, SHORTCUTS, Conditioning, Part
 from safelight.weights import names
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class LatentFamily(AutoencodedFamily):
     Their states are concatenated; the last encoder may give a pooled state as well.
     """
 
-    shortcuts: ClassVar[bool] = True
+    shortcuts: ClassVar[tuple[str, ...]] = SHORTCUTS
     text_parts: ClassVar[tuple[tuple[str, str], ...]] = (("tokenizer", "text_encoder"),)
     conditioned_on: ClassVar[tuple[str, ...]] = (
         "prompt",

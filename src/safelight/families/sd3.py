@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.errors import SafelightError
 from safelight.families.base import NO_PART, Conditioning, Part
-from safelight.families.flow import T5_PART, T5_TOKENIZERS, FlowFamily, t5_states, texts_of
+from safelight.families.flow import (
+    T5_PART,
+    T5_TOKENIZERS,
+    FlowFamily,
+    Rows,
+    t5_states,
+    texts_of,
+)
 from safelight.families.latent import END, TEXT_PART, TOKENIZERS, VAE_PART
 
 if TYPE_CHECKING:
@@ -177,16 +184,8 @@ class StableDiffusion3(FlowFamily):
             long = torch.zeros(1, LONGEST, width, device=model.device, dtype=clip.dtype)
         return torch.cat([clip, long], dim=1), torch.cat(pooled, dim=-1)
 
-    def velocity(
-        self,
-        model: Model,
-        x: Tensor,
-        timestep: Tensor,
-        tokens: Tensor,
-        pooled: Tensor | None,
-        guidance: Tensor,
-    ) -> Tensor:
-        return model.network(x, timestep, tokens, pooled)
+    def velocity(self, model: Model, rows: Rows) -> Tensor:
+        return model.network(rows.x, rows.timestep, rows.tokens, rows.pooled)
 
     def example(self, model: Model) -> Conditioning:
         import torch

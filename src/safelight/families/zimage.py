@@ -1,0 +1,151 @@
+"""Z-Image and Z-Image-Turbo: one transformer over text and picture (arXiv:2511.22699).
+
+The text encoder is a chat model, Qwen3. It reads the prompt as a user's message and answers
+nothing: its states before the last layer are what the transformer reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from safelight.errors import SafelightError
+from safelight.families.base import Conditioning, Part
+from safelight.families.flow import FlowFamily, Rows, texts_of
+from safelight.families.latent import VAE_PART
+from safelight.weights.names import qwen_folder_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from safelight.model import Model
+    from safelight.request import Request
+    from safelight.weights.folder import Folder
+
+LONGEST = 512
+"""The most tokens of a prompt, those of the chat around it included."""
+
+_SIDE = 1024
+"""Width and height of the training pictures; no config of a folder holds it."""
+
+_BEFORE, _AFTER = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+"""What Qwen3's chat template puts around a user's message, for an answer that may think first."""
+
+_TURBO = MappingProxyType({"sampler": "euler", "steps": 8, "guidance_scale": 1.0})
+_BASE = MappingProxyType({"sampler": "euler", "steps": 50, "guidance_scale": 6.0})
+"""The settings of the published folders. diffusers' guidance scale of this pipeline is less by 1."""
+
+_TURBO_SHIFT = 3.0
+"""Turbo and the base have equal shapes. Their schedulers differ: 3 and 6."""
+
+
+@dataclass(frozen=True, eq=False)
+class ZImage(FlowFamily):
+    """One variant."""
+
+    name: str
+    defaults: Mapping[str, Any] = field(default_factory=lambda: _BASE)
+    distilled: bool = False
+
+    title: ClassVar[str] = "Z-Image"
+    pipelines: ClassVar[tuple[str, ...]] = (
+        "ZImagePipeline",
+        "ZImageImg2ImgPipeline",
+        "ZImageInpaintPipeline",
+    )
+    parts: ClassVar[Mapping[str, Part]] = {
+        "transformer": Part("safelight.nets.zimage", "ZImageTransformer2DModel", "ZImageConfig"),
+        "vae": VAE_PART,
+        "text_encoder": Part(
+            "safelight.nets.qwen3",
+            "Qwen3Model",
+            "Qwen3Config",
+            classes=("Qwen3Model", "Qwen3ForCausalLM"),
+            stem="model",
+            rename=qwen_folder_name,
+        ),
+    }
+    tokenizers: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "tokenizer": ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+    }
+
+    # --- files -------------------------------------------------------------------------------
+
+    def variant(
+        self, configs: Mapping[str, Any], index: Mapping[str, Any], scheduler: Mapping[str, Any]
+    ) -> ZImage:
+        super().variant(configs, index, scheduler)
+        return TURBO if scheduler.get("shift") == _TURBO_SHIFT else BASE
+
+    def check_configs(self, configs: Mapping[str, Any]) -> None:
+        net = configs["transformer"]
+        for what, gives, reads in (
+            ("text encoder", configs["text_encoder"].hidden_size, net.cap_feat_dim),
+            ("vae", configs["vae"].latent_channels, net.in_channels),
+        ):
+            if gives != reads:
+                raise SafelightError(
+                    f"its {what} gives {gives} numbers, and its transformer reads {reads}"
+                )
+
+    def native_size(self, configs: Mapping[str, Any]) -> tuple[int, int]:
+        return _SIDE, _SIDE
+
+    def load_tokenizers(self, folder: Folder | None, configs: Mapping[str, Any]) -> dict[str, Any]:
+        from safelight.prompt.text_tokenizer import folder_text_tokenizer
+
+        if folder is None:
+            return {}
+        vocabulary = configs["text_encoder"].vocab_size
+        return {"tokenizer": folder_text_tokenizer(folder, vocabulary, "tokenizer")}
+
+    # --- drawing -----------------------------------------------------------------------------
+
+    def left_out(self, model: Model, text: str) -> str | None:
+        cut = model.parts["tokenizer"].encode(_chat(text), LONGEST, pad=False).cut
+        return None if cut is None else cut.removesuffix(_AFTER.strip())
+
+    def encode(self, model: Model, request: Request) -> Conditioning:
+        import torch
+        from torch.nn.utils.rnn import pad_sequence
+
+        found: list[Tensor] = []
+        for text in texts_of(model, request).values():
+            ids = model.parts["tokenizer"].encode(_chat(text), LONGEST, pad=False).ids
+            [states] = model.parts["text_encoder"](torch.tensor([ids], device=model.device), [-2])
+            found.append(states[0])
+        return Conditioning(
+            pad_sequence(found, batch_first=True).to(model.dtype),
+            guidance=request.guidance_scale,
+            lengths=tuple(map(len, found)),
+        )
+
+    def velocity(self, model: Model, rows: Rows) -> Tensor:
+        import torch
+
+        # The network was trained with the time of the picture, from 0 to 1, and predicts
+        # clean − noise.
+        times = (1000 - rows.timestep) / 1000
+        out = torch.empty_like(rows.x)
+        for length in set(rows.lengths):  # a call takes texts of one length
+            here = [i for i, other in enumerate(rows.lengths) if other == length]
+            text = rows.tokens[here, :length]
+            out[here] = -model.network(rows.x[here], times[here], text)
+        return out
+
+    def example(self, model: Model) -> Conditioning:
+        import torch
+
+        like = {"device": model.device, "dtype": model.dtype}
+        tokens = torch.ones(1, 64, model.network.config.cap_feat_dim, **like)
+        return Conditioning(tokens, lengths=(64,))
+
+
+def _chat(prompt: str) -> str:
+    return f"{_BEFORE}{prompt}{_AFTER}"
+
+
+BASE = ZImage("z-image")
+TURBO = ZImage("z-image-turbo", _TURBO, distilled=True)
