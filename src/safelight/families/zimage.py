@@ -35,7 +35,7 @@ _BEFORE, _AFTER = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 
 _TURBO = MappingProxyType({"sampler": "euler", "steps": 8, "guidance_scale": 1.0})
 _BASE = MappingProxyType({"sampler": "euler", "steps": 50, "guidance_scale": 6.0})
-"""The settings of the published folders. diffusers' guidance scale of this pipeline is less by 1."""
+"""The settings of the published folders. The guidance scale of diffusers' pipeline is 1 less."""
 
 _TURBO_SHIFT = 3.0
 """Turbo and the base have equal shapes. Their schedulers differ: 3 and 6."""
