@@ -179,6 +179,7 @@ def test_files_that_add_no_token_are_no_part_of_the_model(more, tmp_path):
         ("tokenizer.json", {"added_tokens": [5]}, "token id None"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"x": {}}}, "token id 'x'"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"2": {}}}, "the added token 2 is None"),
+        ("added_tokens.json", {"\ud800": 2}, "the added token 2 is"),  # half of a pair
         ("vocab.json", {"a": 0}, "not in the tokenizer's vocabulary"),
         ("vocab.json", {"a": -1, BOS: 0, EOS: 1, "!": 2}, "token id -1"),
         ("vocab.json", {"a": 600, BOS: 0, EOS: 1, "!": 2}, "token id 600"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -187,7 +187,7 @@ class Encoder(nn.Module):
 
     def __init__(self, cfg: T5Config) -> None:
         super().__init__()
-        self.block = nn.ModuleList(Block(cfg, biased=i == 0) for i in range(cfg.num_layers))
+        self.block: Any = nn.ModuleList(Block(cfg, biased=i == 0) for i in range(cfg.num_layers))
         self.final_layer_norm = RMSNorm(cfg.d_model, cfg.layer_norm_epsilon)
 
     def forward(self, x: Tensor) -> Tensor:

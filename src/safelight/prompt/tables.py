@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from tokenizers import AddedToken
 
@@ -21,7 +21,7 @@ def mark(marks: Mapping[str, Any], name: str, default: str, part: str) -> str:
     """Return the token that begins, ends or fills a prompt. marks: of the tokenizer's config."""
     found = marks.get(name, default)
     found = found.get("content") if isinstance(found, dict) else found
-    if not isinstance(found, str) or not found:
+    if not is_text(found):
         raise refusal(f"{part}/tokenizer_config.json", f"{name} is {found!r:.40}")
     return found
 
@@ -68,6 +68,16 @@ def pairs(merges: Iterable[Any], name: str) -> list[tuple[str, str]]:
     return found
 
 
+def is_text(value: Any) -> TypeGuard[str]:
+    """Return whether a value of a JSON file is a text that is not empty, and valid Unicode."""
+    if not isinstance(value, str):
+        return False
+    try:
+        return bool(value.encode())
+    except UnicodeEncodeError:  # half of a character pair, which JSON can hold
+        return False
+
+
 def check_id(number: Any, vocab_size: int, label: str) -> None:
     """Raise SafelightError for a token's id that the text encoder does not know."""
     if type(number) is not int or not 0 <= number < vocab_size:
@@ -86,7 +96,7 @@ def added_tokens(
         check_id(number, vocab_size, folder.label)
         told = told if isinstance(told, dict) else {"content": told}
         text = told.get("content")
-        if not isinstance(text, str) or not text:
+        if not is_text(text):
             raise refusal(folder.label, f"the added token {number} is {text!r:.40}; it is a text")
         flags = {flag: told.get(flag) is True for flag in _FLAGS}
         normalized = told.get("normalized", not flags["special"]) is True

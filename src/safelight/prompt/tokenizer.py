@@ -160,7 +160,7 @@ class Tokenizer:
 
     def _read(self, text: str) -> str:
         """Return a text without unknown words. Raises SafelightError if it is not valid Unicode."""
-        _check_unicode(text)
+        check_unicode(text)
         return text if self.known is None else known_alone(text, self.known)
 
     def encode(self, text: str) -> Encoded:
@@ -286,7 +286,7 @@ class Tokenizer:
             (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
 
-def _check_unicode(text: str) -> None:
+def check_unicode(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
