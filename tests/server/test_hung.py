@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
+import socket
 import sqlite3
 import threading
 import time
@@ -12,11 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from multiprocessing import Pipe
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx2 as httpx
 import pytest
 import torch
+import uvicorn
 from inside import SOAK, Inside, figure, size
 from postgresql import Postgres
 from serving import Serving, wait_for
@@ -27,7 +31,11 @@ from safelight.errors import StorageError
 from safelight.server import claims, holder, supervisor, threads
 from safelight.server import pulse as pulses
 from safelight.server.database import open_engine
+from safelight.server.process import Child
 from safelight.server.pulse import Pulse
+from safelight.server.run import Server
+from safelight.server.settings import WorkerSettings
+from safelight.server.station import Station
 from safelight.server.store import Store, new_id
 
 pytestmark = pytest.mark.xdist_group("hung")
@@ -570,6 +578,62 @@ def test_a_database_that_does_not_answer_is_no_wait_for_ever(
         answer = server.ask("GET", f"/api/jobs/{new_id()}")
         go.set()
         assert (answer.status, answer.json()["code"]) == (507, "storage")
+
+
+@pytest.mark.parametrize("refusal", [None, StorageError("taken")])
+def test_a_server_ends_in_time_though_a_thread_waits_for_ever(
+    ends: tuple[threading.Event, list[int]], refusal: StorageError | None
+) -> None:
+    go, codes = ends
+
+    async def app(_: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await asyncio.to_thread(go.wait, 30)
+        await send({"type": "lifespan.shutdown.complete"})
+
+    hub = cast(Any, SimpleNamespace(refusal=refusal))
+    server = Server(uvicorn.Config(app, log_config=None), hub)
+    server.should_exit = True
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        asyncio.run(server.serve(sockets=[listening]))
+    assert codes == [0 if refusal is None else 1]
+
+
+def test_a_worker_ends_in_time_though_a_thread_waits_for_ever(
+    ends: tuple[threading.Event, list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, codes = ends
+    monkeypatch.setattr("safelight.server.station.belongs", lambda *_: go.wait(30) and False)
+    settings = WorkerSettings("embedded", f"sqlite:///{tmp_path / 'jobs'}", str(tmp_path))
+    child = Child(cast(Any, SimpleNamespace(kill=lambda: None)), Pipe()[0])
+    before = signal.getsignal(signal.SIGTERM)
+
+    async def work() -> None:
+        asyncio.get_running_loop().call_later(0.05, signal.raise_signal, signal.SIGTERM)
+        await Station(settings, child).run()
+
+    try:
+        asyncio.run(work())
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert codes == [0]
+
+
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, list[int]]:
+    """An event that the end of the process would set, and the exit codes so far."""
+    gone, codes = threading.Event(), list[int]()
+
+    def leave(code: int) -> None:
+        codes.append(code)
+        gone.set()
+
+    monkeypatch.setattr(threads, "ENDING", 0.2)
+    monkeypatch.setattr(threads, "os", SimpleNamespace(_exit=leave))
+    monkeypatch.setattr(threads, "multiprocessing", SimpleNamespace(active_children=list))
+    return gone, codes
 
 
 def test_errors_of_the_database_are_one_line_without_values(database: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -343,6 +344,22 @@ def test_what_a_full_disk_takes_of_the_deletion_makes_room(
         kept.look()
     assert len(lite.jobs() & old) == 2
     assert kept.freed.jobs == 1
+
+
+def test_the_server_does_not_wait_for_a_long_look(
+    lite: Years, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Listing a large bucket takes minutes."""
+    begun, go = threading.Event(), threading.Event()
+    monkeypatch.setattr(module, "PATIENCE", 0.1)
+    retention = Retention(lite.files, lite.store, Keep())
+    monkeypatch.setattr(retention, "look", lambda: begun.set() or go.wait(30))
+    retention.start()
+    assert begun.wait(10)
+    began = time.monotonic()
+    retention.stop()
+    go.set()
+    assert time.monotonic() - began < 10
 
 
 class Killed(BaseException):

@@ -34,6 +34,10 @@ SLOW_PAUSE = 3600.0
 """The same for a limit of size with a storage elsewhere: each thousand names take a request."""
 
 
+PATIENCE = 5.0
+"""The most seconds that the end of the server waits for a look, such as one at a large bucket."""
+
+
 @dataclass
 class Freed:
     """What was deleted."""
@@ -70,10 +74,10 @@ class Retention:
         self._thread.start()
 
     def stop(self) -> None:
-        """End after the current batch."""
+        """End after the current batch, or with the process if that takes longer than PATIENCE."""
         self._stopped.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(PATIENCE)
 
     def look(self) -> None:
         """Delete what was marked long enough ago, and mark what is beyond the limits.

@@ -32,6 +32,7 @@ from safelight.server.process import Child
 from safelight.server.retention import Retention
 from safelight.server.scaling import WorkerPlan
 from safelight.server.settings import WorkerSettings
+from safelight.server.threads import end_in_time
 
 log = logging.getLogger("safelight.server")
 
@@ -46,6 +47,10 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         for listening in sockets or ():
             listening.listen(BACKLOG)  # asyncio has set its own backlog, ACCEPTED
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        end_in_time(0 if self._hub.refusal is None else 1)
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self._hub.drain()

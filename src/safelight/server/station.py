@@ -27,6 +27,7 @@ from safelight.server.served import Served
 from safelight.server.settings import WorkerSettings
 from safelight.server.store import Store
 from safelight.server.supervisor import Supervisor
+from safelight.server.threads import end_in_time
 from safelight.server.wire import TO_SERVER, TO_WORKERS, Wire
 
 log = logging.getLogger("safelight.server")
@@ -84,7 +85,7 @@ class Station:
         self._loop = asyncio.get_running_loop()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                _on_signal(self._loop, number, self._stop.set)
+                _on_signal(self._loop, number, self._on_told)
         try:
             if not await self._joined():
                 self.supervisor.child.process.kill()
@@ -189,6 +190,10 @@ class Station:
     def _on_open(self) -> None:
         self._wire.send("ready")  # the server tells again which previews are requested
         self.supervisor.send("wake")
+
+    def _on_told(self) -> None:
+        end_in_time()
+        self._stop.set()
 
     def _put_back(self, worker: str, killed: bool) -> None:
         stopping = self.supervisor.stopping

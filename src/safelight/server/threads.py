@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -12,8 +16,13 @@ from sqlalchemy.exc import SQLAlchemyError
 from safelight.errors import StorageError
 from safelight.server.database import reason
 
+log = logging.getLogger("safelight.server")
+
 UNANSWERED = 20.0
 """Seconds after which a caller is told that the database does not answer."""
+
+ENDING = 25.0
+"""Seconds that a process has to end when told to; service managers are told to allow 30."""
 
 T = TypeVar("T")
 
@@ -45,6 +54,23 @@ class Threads:
     def close(self) -> None:
         self._inputs.shutdown()
         self._database.shutdown()
+
+
+def end_in_time(code: int = 0) -> None:
+    """End this process, with its children, in ENDING seconds if it still runs then.
+
+    Python waits for its threads, and one that waits for a frozen database cannot be interrupted.
+    """
+    timer = threading.Timer(ENDING, _end, (code,))
+    timer.daemon = True
+    timer.start()
+
+
+def _end(code: int) -> None:
+    log.warning("the database or the storage does not answer: ending without it")
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(code)
 
 
 async def _called(threads: Executor, call: Callable[..., T], *given: Any) -> T:
