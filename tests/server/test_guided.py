@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from serving import wait_for
 
 from safelight import cli
 from safelight.recipe import read_recipe
+from safelight.server.jobs import Job, ModelInfo, Status
 from tests.guiding import as_base64, controlnet, edges
 
 QUICK = {"prompt": "a cat", "steps": 3, "sampler": "euler", "seed": 5}
@@ -88,6 +90,24 @@ def test_a_model_without_a_controlnet_refuses_at_once(server: Inside) -> None:
     answer = server.ask("POST", "/api/jobs", {**QUICK, "control_image": "AAAA"})
     assert answer.status == 422
     assert answer.json()["field"] == "control_image"
+
+
+def test_a_model_that_only_workers_have_is_drawn_without_it(
+    server: Inside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalogue = server.hub.catalogue
+    info = ModelInfo(name="far", width=64, height=64, ready=True)
+    monkeypatch.setattr(catalogue, "_elsewhere", ["far"])
+    monkeypatch.setattr(catalogue, "_others", {"far": info})
+    monkeypatch.setattr(server.hub, "wait", ended)  # no worker here has it
+    asked = {**QUICK, "override_settings": {"sd_model_checkpoint": "far"}}
+    assert server.ask("POST", "/sdapi/v1/txt2img", asked).status == 200
+    assert server.hub.names.refiner("far") is None
+
+
+async def ended(job_id: str) -> Job:
+    now = datetime.now(UTC)
+    return Job(id=job_id, status=Status.CANCELLED, created_at=now, settings={})
 
 
 def test_the_command_line(net: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

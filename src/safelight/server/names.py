@@ -163,7 +163,7 @@ class Names:
     def refiner(self, model: str | None = None) -> Family | None:
         """Return the family of the refiner, which takes a model's last steps; None without one."""
         settings = self._settings
-        if settings.refiner is None or self._source(model) is not None:
+        if settings.refiner is None or model not in (None, self._served.default):
             return None
         found = find(settings.refiner, models_dir=settings.models_dir, download=False)
         return read_plan(found).family
@@ -171,7 +171,7 @@ class Names:
     def controlnet(self, model: str | None = None) -> str | None:
         """Return the name of a model's ControlNet; only the server's own model may have one."""
         given = self._settings.controlnet
-        if given is None or self._source(model) is not None:
+        if given is None or model not in (None, self._served.default):
             return None
         name = PurePath(given).name
         ending = next((ending for ending in ENDINGS if name.endswith(ending)), "")
