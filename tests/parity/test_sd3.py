@@ -5,6 +5,12 @@ from pathlib import Path
 import diffusers
 import pytest
 
+from safelight.engine.requests import new_result, resolve_request
+from safelight.errors import SafelightError
+from safelight.explain import texts
+from safelight.explain.page import page
+from safelight.explain.watch import watch
+from safelight.request import Request
 from tests.parity.flow_models import SD3_SCHEDULER, VAE_16, make_sd3
 from tests.parity.test_pictures import (
     NEGATIVE,
@@ -94,3 +100,39 @@ def test_inpainting(
     decode = pipe.vae.decode
     monkeypatch.setattr(pipe.vae, "decode", lambda z, **more: decode(z + SHIFT, **more))
     compare(worst, ours(models["sd3"]), pipe, given, **asked, mask=left_half(), steps=8, seed=11)
+
+
+def test_the_story_of_a_picture(models: dict[str, Path]) -> None:
+    """It has no maps of attention, and says that the network is a transformer."""
+    story = watch(ours(models["sd3"]), Request(**ASKED, **SIZE, steps=2, seed=1))
+    assert story.moments[0].timestep == 1000
+    assert story.words == []
+    assert story.moments[0].guidance is not None
+    assert [one.timestep for one in story.forward][-1] == 1000
+    assert story.forward[-1].sigma == 1
+    shown = page(story)
+    assert texts.PARTS["transformer"].title in shown
+    assert texts.PARTS["unet"].title not in shown
+
+
+def test_a_side_beyond_the_table_of_places(models: dict[str, Path]) -> None:
+    with pytest.raises(SafelightError, match="width is at most 192 with sd3, not 200"):
+        ours(models["sd3"]).generate("a cat", width=200, height=64)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "syntax", "told"),
+    [
+        ("a (red:1.3) apple", "a1111", "prompt has weights or changes"),
+        ("an apple [on:in:0.5] a cup", "a1111", "prompt has weights or changes"),
+        ("an apple " * 200, "plain", "prompt was cut; left out: "),
+    ],
+)
+def test_what_is_not_read_is_a_warning(
+    models: dict[str, Path], prompt: str, syntax: str, told: str
+) -> None:
+    model = ours(models["sd3"])
+    request = Request(prompt=prompt, prompt_syntax=syntax, clip_skip=2)
+    found = new_result(model, request, resolve_request(model, request)).warnings
+    assert any(said.startswith(told) for said in found), found
+    assert "clip_skip does nothing with sd3: leave it out" in found

@@ -191,11 +191,11 @@ def _ignores_guidance(model: Model, resolved: Request) -> bool:
 def _without_effect(model: Model, asked: Request, resolved: Request) -> list[str]:
     """Return warnings about settings that do nothing, given the request's other settings."""
     found: list[str] = []
+    if asked.clip_skip is not None and "clip_skip" not in model.family.conditioned_on:
+        found.append(f"clip_skip does nothing with {model.name}: leave it out")
     if not model.uses_prompt:
         if asked.guidance_scale not in (1, 7.5) and not asked.unconditional:
             found.append(f"guidance_scale does nothing with {model.name}: leave it out")
-        if asked.clip_skip is not None:
-            found.append(f"clip_skip does nothing with {model.name}: leave it out")
         return found
     if model.scheduler.is_flow and asked.spacing is not None:
         found.append(f"spacing does nothing with {model.name}: leave it out")

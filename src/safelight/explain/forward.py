@@ -10,6 +10,7 @@ from torch import Tensor
 
 from safelight.engine.job import cut, decode
 from safelight.model import Model
+from safelight.sampling import Level, SchedulerConfig
 from safelight.sampling.levels import alphas_cumprod, sigmas_of
 
 SHARES = (0.05, 0.15, 0.3, 0.45, 0.65, 1.0)
@@ -36,13 +37,10 @@ def forward(
 
     latents: the finished picture's, float32 [1, channels, h, w] (pixels for a model without
     autoencoder). seed: of the noise. size: of the finished picture; None: all that the latents
-    cover. Each picture is the network's input at that level,
-    x = √ᾱ·z + √(1 − ᾱ)·ε (arXiv:2006.11239, equation 4), decoded.
+    cover. Each picture is the network's input at that level, decoded.
     """
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-    bars = alphas_cumprod(model.scheduler)
-    sigmas = sigmas_of(bars)
 
     def shown(state: Tensor) -> Image.Image:
         return cut(model, decode(model, state), state, size)
@@ -50,8 +48,16 @@ def forward(
     with torch.inference_mode():
         made = [Noised(0.0, None, shown(latents))]
         for share in SHARES:
-            t = round(share * (len(bars) - 1))
-            bar = float(bars[t])
-            noisy = bar**0.5 * latents + (1 - bar) ** 0.5 * noise
-            made.append(Noised(float(sigmas[t]), t, shown(noisy)))
+            level, timestep = _trained(model.scheduler, share)
+            noisy = level.view(level.mix(latents, noise))
+            made.append(Noised(level.sigma, timestep, shown(noisy)))
     return made
+
+
+def _trained(config: SchedulerConfig, share: float) -> tuple[Level, int]:
+    """Return the level at a share of the trained timesteps, and its timestep."""
+    t = round(share * (config.num_train_timesteps - 1))
+    if config.is_flow:
+        time = (t + 1) / config.num_train_timesteps
+        return Level(1 - time, time), t + 1
+    return Level.exploding(float(sigmas_of(alphas_cumprod(config))[t])), t

@@ -52,7 +52,7 @@ def page(story: Story) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     views = _views(story)
     shown = {name: VIEWS[name] for name in VIEWS if name in views}
-    parts = ["autoencoder", "unet"] if story.colours is not None else ["unet"]
+    parts = [*(["autoencoder"] if story.colours is not None else []), story.network]
     return Template(_part("page.html")).substitute(
         script_hash=f"sha256-{digest}",
         title=escape(f"{prompt[:80] or 'Without a prompt'}: step by step"),

@@ -32,6 +32,15 @@ PARTS: dict[str, Text] = {
         "that noise, an estimate of the finished picture is left. Early estimates are averages of "
         "many possible pictures, so they are blurred.",
     ),
+    "transformer": Text(
+        "The transformer",
+        "The transformer is the network that does the work. The latents are cut into small "
+        "squares, and each is a token like those of the prompt. In each layer all tokens look at "
+        "each other, so words and places meet everywhere in the network. It was trained by flow "
+        "matching: its output is the direction from the picture to the noise, and a step follows "
+        "it a little back. Early estimates are averages of many possible pictures, so they are "
+        "blurred.",
+    ),
     "text_encoder": Text(
         "The text encoder",
         "The prompt is split into tokens, which are words or pieces of words. The text encoder "

@@ -70,13 +70,15 @@ class Moment:
 class Story:
     """The steps of one picture.
 
-    result: the picture, as `Model.generate` returns it. sigmas: the noise level before each step
-    and after the last. shape: of the latents, channels, height, width. shown: the shares of their
-    width and height that the picture has, 1 unless they reach beyond it. colours: float32
-    [channels + 1, 3], see `fit_colours`; None without autoencoder. forward: the picture at growing
-    noise levels.
+    network: the name of the part that denoises. result: the picture, as `Model.generate` returns
+    it. sigmas: the noise level before each step and after the last. shape: of the latents,
+    channels, height, width. shown: the shares of their width and height that the picture has, 1
+    unless they reach beyond it. words: of the prompt, if attention to them is recorded. colours:
+    float32 [channels + 1, 3], see `fit_colours`; None without autoencoder. forward: the picture at
+    growing noise levels.
     """
 
+    network: str
     result: Result
     sigmas: list[float]
     shape: tuple[int, int, int]
@@ -144,6 +146,7 @@ def watch(model: Model, request: Request, on_step: Callable[[Step], object] | No
         channels, height, width = latents.shape[1:]
         reach, picture = model.family.factor(model), ticket.image
         return Story(
+            network=model.family.network,
             result=result,
             sigmas=[*(row.level.sigma for row in rows), rows[-1].lands.sigma],
             shape=(channels, height, width),
@@ -156,8 +159,11 @@ def watch(model: Model, request: Request, on_step: Callable[[Step], object] | No
 
 
 def _words(model: Model, request: Request, result: Result) -> list[Word]:
-    """Return the words of the prompt; if it has parts or stages, the last part's first stage."""
-    if model.tokenizer is None:
+    """Return the words of the prompt; if it has parts or stages, the last part's first stage.
+
+    They are empty if the network's attention to words is not recorded.
+    """
+    if model.tokenizer is None or not _attends(model):
         return []
     [seed] = result.seeds
     one = with_drawn(request, result, seed)
@@ -167,6 +173,11 @@ def _words(model: Model, request: Request, result: Result) -> list[Word]:
     )
     text = reading.parts[-1].stages[0].blends[0].texts[0]
     return words_of_chunks(tokenizer, chunks_of(tokenizer, text, one.prompt_syntax))
+
+
+def _attends(model: Model) -> bool:
+    """Return whether the network's attention to each word can be recorded."""
+    return isinstance(model.unet, UNet2DConditionModel)
 
 
 def _evenly(count: int) -> set[int]:
@@ -180,9 +191,10 @@ def _look(
     """Call the network again on the state before the step, with the prompt alone."""
     row, asked = job.table.rows[cursor], job.asked_at(cursor)
     noisy = row.level.view(state)
-    if asked.tokens is None or not isinstance(model.unet, UNet2DConditionModel):
+    guided = asked.evaluations > 1
+    if asked.tokens is None or not (guided or _attends(model)):
         return _Seen(cursor + 1, row, noisy, clean, None, None)
-    with recorded(telling_layers(model.unet)) as weights:
+    with recorded(telling_layers(model.unet) if _attends(model) else []) as weights:
         [unclipped] = estimate(model, [state], [row], [asked.positive()])
     unguided = clip_or_threshold(unclipped, job.table.clip, job.table.threshold)
     height, width = state.shape[-2:]
@@ -191,8 +203,8 @@ def _look(
         row=row,
         noisy=noisy,
         clean=clean,
-        unguided=unguided if asked.evaluations > 1 else None,
-        attention=word_maps(weights, words, (height, width)),
+        unguided=unguided if guided else None,
+        attention=word_maps(weights, words, (height, width)) if weights else None,
     )
 
 

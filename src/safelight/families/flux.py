@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.errors import SafelightError
+from safelight.families import colours
 from safelight.families.base import NO_PART, Conditioning, Part
 from safelight.families.flow import (
     T5_PART,
@@ -21,7 +22,15 @@ from safelight.families.flow import (
     t5_states,
     texts_of,
 )
+from safelight.families.flow_files import (
+    FLUX_DEV,
+    FLUX_LAYOUT,
+    FLUX_SCHNELL,
+    Layout,
+    Published,
+)
 from safelight.families.latent import END, TEXT_PART, TOKENIZERS, VAE_PART
+from safelight.weights.names_joint import flux_section
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +38,7 @@ if TYPE_CHECKING:
     from safelight.model import Model
     from safelight.request import Request
     from safelight.weights.folder import Folder
+    from safelight.weights.names import Section
 
 _SIDE = 1024
 """Width and height of the training pictures; no config of a folder holds it."""
@@ -53,6 +63,8 @@ class Flux(FlowFamily):
     longest: int = 512
     defaults: Mapping[str, Any] = field(default_factory=lambda: _DEV)
     distilled: bool = False
+    latent_rgb: tuple[tuple[float, ...], ...] | None = None
+    published: Published | None = None
 
     title: ClassVar[str] = "FLUX.1"
     pipelines: ClassVar[tuple[str, ...]] = (
@@ -70,6 +82,7 @@ class Flux(FlowFamily):
         "tokenizer": TOKENIZERS,
         "tokenizer_2": T5_TOKENIZERS,
     }
+    layout: ClassVar[Layout] = FLUX_LAYOUT
 
     # --- files -------------------------------------------------------------------------------
 
@@ -83,6 +96,9 @@ class Flux(FlowFamily):
             if (one.layers, one.singles, one.guided) == shapes:
                 return one
         return CUSTOM if net.guidance_embeds else CUSTOM_SCHNELL
+
+    def published_variants(self) -> tuple[FlowFamily, ...]:
+        return VARIANTS
 
     def check_configs(self, configs: Mapping[str, Any]) -> None:
         net, vae = configs["transformer"], configs["vae"]
@@ -102,6 +118,11 @@ class Flux(FlowFamily):
     def index(self, configs: Mapping[str, Any]) -> dict[str, Any]:
         absent = dict.fromkeys(("image_encoder", "feature_extractor"), NO_PART)
         return {**super().index(configs), **absent}
+
+    def original(self, part: str, config: Mapping[str, Any]) -> Section:
+        if part == self.network:
+            return flux_section(part, config)
+        return super().original(part, config)
 
     def load_tokenizers(self, folder: Folder | None, configs: Mapping[str, Any]) -> dict[str, Any]:
         from safelight.prompt.text_tokenizer import folder_text_tokenizer
@@ -158,7 +179,15 @@ CUSTOM_SCHNELL = Flux("flux-custom", longest=256, defaults=_SCHNELL, distilled=T
 """The variants of folders whose transformer has the shapes of no published one."""
 
 VARIANTS = (
-    Flux("flux-dev", 19, 38, guided=True),
-    Flux("flux-schnell", 19, 38, longest=256, defaults=_SCHNELL, distilled=True),
+    Flux("flux-dev", 19, 38, guided=True, latent_rgb=colours.FLUX, published=FLUX_DEV),
+    Flux(
+        "flux-schnell",
+        *(19, 38),
+        longest=256,
+        defaults=_SCHNELL,
+        distilled=True,
+        latent_rgb=colours.FLUX,
+        published=FLUX_SCHNELL,
+    ),
 )
 FLUX = CUSTOM

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.errors import SafelightError
+from safelight.families import colours
 from safelight.families.base import NO_PART, Conditioning, Part
 from safelight.families.flow import (
     T5_PART,
@@ -21,7 +22,16 @@ from safelight.families.flow import (
     t5_states,
     texts_of,
 )
+from safelight.families.flow_files import (
+    SD3_LAYOUT,
+    SD3_MEDIUM,
+    SD35_LARGE,
+    SD35_MEDIUM,
+    Layout,
+    Published,
+)
 from safelight.families.latent import END, TEXT_PART, TOKENIZERS, VAE_PART
+from safelight.weights.names_joint import sd3_section
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +39,8 @@ if TYPE_CHECKING:
     from safelight.model import Model
     from safelight.request import Request
     from safelight.weights.folder import Folder
+    from safelight.weights.names import Section
+    from safelight.weights.plan import Plan
 
 LONGEST = 256
 """The most tokens of T5, as in diffusers' pipeline."""
@@ -60,6 +72,8 @@ class StableDiffusion3(FlowFamily):
     dual: bool = False
     normed: bool = False
     defaults: Mapping[str, Any] = field(default_factory=lambda: _DEFAULTS)
+    latent_rgb: tuple[tuple[float, ...], ...] | None = colours.SD3
+    published: Published | None = None
 
     title: ClassVar[str] = "Stable Diffusion 3"
     pipelines: ClassVar[tuple[str, ...]] = (
@@ -81,6 +95,7 @@ class StableDiffusion3(FlowFamily):
     }
     optional: ClassVar[tuple[str, ...]] = ("text_encoder_3", "tokenizer_3")
     trained: ClassVar[bool] = True
+    layout: ClassVar[Layout] = SD3_LAYOUT
 
     # --- files -------------------------------------------------------------------------------
 
@@ -92,6 +107,9 @@ class StableDiffusion3(FlowFamily):
         shapes = net.num_layers, bool(net.dual_attention_layers), net.qk_norm is not None
         named = (v for v in VARIANTS if (v.layers, v.dual, v.normed) == shapes)
         return next(named, self)
+
+    def published_variants(self) -> tuple[FlowFamily, ...]:
+        return VARIANTS
 
     def check_configs(self, configs: Mapping[str, Any]) -> None:
         net, vae = configs["transformer"], configs["vae"]
@@ -125,6 +143,11 @@ class StableDiffusion3(FlowFamily):
         absent = ("image_encoder", "feature_extractor", *lacking)
         return {**super().index(configs), **dict.fromkeys(absent, NO_PART)}
 
+    def original(self, part: str, config: Mapping[str, Any]) -> Section:
+        if part == self.network:
+            return sd3_section(part, config)
+        return super().original(part, config)
+
     def load_tokenizers(self, folder: Folder | None, configs: Mapping[str, Any]) -> dict[str, Any]:
         from safelight.prompt.text_tokenizer import folder_text_tokenizer
         from safelight.prompt.tokenizer import clip_tokenizer, folder_tokenizer
@@ -144,6 +167,19 @@ class StableDiffusion3(FlowFamily):
         return found
 
     # --- drawing -----------------------------------------------------------------------------
+
+    def check_request(self, model: Model | Plan, request: Request) -> None:
+        super().check_request(model, request)
+        net, vae = model.configs["transformer"], model.configs["vae"]
+        most = net.pos_embed_max_size * net.patch_size * vae.factor
+        for name in ("width", "height"):
+            side = getattr(request, name)
+            if side is not None and side > most:
+                raise SafelightError(
+                    f"{name} is at most {most} with {model.name}, not {side}: its network knows "
+                    "no places beyond",
+                    field=name,
+                )
 
     def left_out(self, model: Model, text: str) -> str | None:
         tokenizer = model.parts.get("tokenizer_3")
@@ -198,9 +234,18 @@ class StableDiffusion3(FlowFamily):
 
 
 VARIANTS = (
-    StableDiffusion3("sd3", 24),
-    StableDiffusion3("sd3.5-medium", 24, dual=True, normed=True, defaults=_DEFAULTS_35),
-    StableDiffusion3("sd3.5-large", 38, normed=True, defaults=_DEFAULTS_35),
+    StableDiffusion3("sd3", 24, published=SD3_MEDIUM),
+    StableDiffusion3(
+        "sd3.5-medium",
+        24,
+        dual=True,
+        normed=True,
+        defaults=_DEFAULTS_35,
+        published=SD35_MEDIUM,
+    ),
+    StableDiffusion3(
+        "sd3.5-large", 38, normed=True, defaults=_DEFAULTS_35, published=SD35_LARGE
+    ),
 )
-SD3 = StableDiffusion3("sd3-custom")
+SD3 = StableDiffusion3("sd3-custom", latent_rgb=None)
 """The family of folders whose transformer has the shapes of no published variant."""

@@ -7,15 +7,18 @@ nothing: its states before the last layer are what the transformer reads.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.errors import SafelightError
+from safelight.families import colours
 from safelight.families.base import Conditioning, Part
 from safelight.families.flow import FlowFamily, Rows, texts_of
+from safelight.families.flow_files import Z_IMAGE, ZIMAGE_LAYOUT, Layout, Published
 from safelight.families.latent import VAE_PART
-from safelight.weights.names import qwen_folder_name
+from safelight.weights.names import Section, qwen_folder_name
+from safelight.weights.names_zimage import zimage_names, zimage_stacked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +37,7 @@ _BEFORE, _AFTER = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 """What Qwen3's chat template puts around a user's message, for an answer that may think first."""
 
 _TURBO = MappingProxyType({"sampler": "euler", "steps": 8, "guidance_scale": 1.0})
-_BASE = MappingProxyType({"sampler": "euler", "steps": 50, "guidance_scale": 6.0})
+_BASE = MappingProxyType({"sampler": "euler", "steps": 50, "guidance_scale": 5.0})
 """The settings of the published folders. The guidance scale of diffusers' pipeline is 1 less."""
 
 _TURBO_SHIFT = 3.0
@@ -48,6 +51,8 @@ class ZImage(FlowFamily):
     name: str
     defaults: Mapping[str, Any] = field(default_factory=lambda: _BASE)
     distilled: bool = False
+    latent_rgb: tuple[tuple[float, ...], ...] | None = colours.FLUX
+    published: Published | None = Z_IMAGE
 
     title: ClassVar[str] = "Z-Image"
     pipelines: ClassVar[tuple[str, ...]] = (
@@ -70,6 +75,8 @@ class ZImage(FlowFamily):
     tokenizers: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "tokenizer": ("Qwen2Tokenizer", "Qwen2TokenizerFast")
     }
+    layout: ClassVar[Layout] = ZIMAGE_LAYOUT
+    told_by_scheduler: ClassVar[bool] = True
 
     # --- files -------------------------------------------------------------------------------
 
@@ -77,7 +84,13 @@ class ZImage(FlowFamily):
         self, configs: Mapping[str, Any], index: Mapping[str, Any], scheduler: Mapping[str, Any]
     ) -> ZImage:
         super().variant(configs, index, scheduler)
-        return TURBO if scheduler.get("shift") == _TURBO_SHIFT else BASE
+        found = TURBO if scheduler.get("shift") == _TURBO_SHIFT else BASE
+        # The colours are those of FLUX.1's autoencoder, which the published models have.
+        known = configs["vae"].latent_channels == len(colours.FLUX) - 1
+        return found if known else replace(found, latent_rgb=None)
+
+    def published_variants(self) -> tuple[FlowFamily, ...]:
+        return (BASE,)
 
     def check_configs(self, configs: Mapping[str, Any]) -> None:
         net = configs["transformer"]
@@ -92,6 +105,11 @@ class ZImage(FlowFamily):
 
     def native_size(self, configs: Mapping[str, Any]) -> tuple[int, int]:
         return _SIDE, _SIDE
+
+    def original(self, part: str, config: Mapping[str, Any]) -> Section:
+        if part == self.network:
+            return Section(part, zimage_names(config), stacked=zimage_stacked(config))
+        return super().original(part, config)
 
     def load_tokenizers(self, folder: Folder | None, configs: Mapping[str, Any]) -> dict[str, Any]:
         from safelight.prompt.text_tokenizer import folder_text_tokenizer
