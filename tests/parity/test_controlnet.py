@@ -3,6 +3,9 @@
 Folders and single files, all tasks, part of the steps, SDXL, and the fast mode's reuse.
 """
 
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,11 @@ from safelight.engine.requests import create_job, resolve_request
 from safelight.model import Model
 from safelight.request import Request
 from safelight.weights import load_model
+from safelight.weights.controlnets import with_controlnet
+from safelight.weights.find import find, find_controlnet
 from safelight.weights.names import unet_names
+from safelight.weights.plan import Plan, read_plan
+from tests.parity.flow_models import make_sd3
 from tests.parity.sdxl_models import UNET, make_folder
 
 LATENTS, PIXELS = 1e-4, 2
@@ -42,6 +49,18 @@ def controlnet(folder: Path, model: Path, **config: Any) -> Path:
         for layer in (*net.controlnet_down_blocks, net.controlnet_mid_block):
             torch.nn.init.normal_(layer.weight, std=0.2)
         torch.nn.init.normal_(net.controlnet_cond_embedding.conv_out.weight, std=0.5)
+    net.save_pretrained(folder)
+    return folder
+
+
+def controlnet_of(folder: Path, like: Path, shape: dict[str, Any]) -> Path:
+    """Write a random ControlNet with the config of another one, except for its shape."""
+    torch.manual_seed(6)
+    config = {**diffusers.ControlNetModel.load_config(like), **shape}
+    net: Any = diffusers.ControlNetModel.from_config(config)
+    with torch.no_grad():
+        for weight in net.parameters():
+            torch.nn.init.normal_(weight, std=0.05)
     net.save_pretrained(folder)
     return folder
 
@@ -176,18 +195,41 @@ def test_inpainting(
     )
 
 
-def test_sdxl(worst: dict[str, float], nets: dict[str, Path]) -> None:
-    model = load_model(nets["xl-model"], device="cpu", dtype="float32", controlnet=nets["xl"])
+SMALL = {
+    "transformer_layers_per_block": [0, 0],
+    "down_block_types": ["DownBlock2D"] * 2,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+}
+MIDDLE = {"transformer_layers_per_block": [0, 2]}
+"""As the published ControlNets "small" and "mid" for SDXL: transformers of no blocks remain."""
+
+NOWHERE = {**SMALL, "mid_block_type": "UNetMidBlock2D"}
+
+
+@pytest.mark.parametrize(
+    "shape", [{}, SMALL, MIDDLE, NOWHERE], ids=["whole", "small", "mid", "nowhere"]
+)
+def test_sdxl(
+    worst: dict[str, float], nets: dict[str, Path], tmp_path: Path, shape: dict[str, Any]
+) -> None:
+    """The single file has no config, and draws the same picture as the folder."""
+    net = nets["xl"] if not shape else controlnet_of(tmp_path / "net", nets["xl"], shape)
+    model = load_model(nets["xl-model"], device="cpu", dtype="float32", controlnet=net)
     compare(
         worst,
         model,
         "StableDiffusionXLControlNetPipeline",
         nets["xl-model"],
-        nets["xl"],
+        net,
         {"image": picture(), "controlnet_conditioning_scale": 0.8},
         control_image=picture(),
         control_scale=0.8,
     )
+    file = tmp_path / "net.safetensors"
+    save_file(load_file(net / "diffusion_pytorch_model.safetensors"), file)
+    single = load_model(nets["xl-model"], device="cpu", dtype="float32", controlnet=file)
+    expected = drawn(model, control_image=picture())
+    assert np.array_equal(drawn(single, control_image=picture()), expected)
 
 
 # --- without diffusers' pipelines -----------------------------------------------------------------
@@ -232,30 +274,6 @@ def test_a_file_in_the_original_layout(
     expected = drawn(whole, control_image=picture())
     assert np.array_equal(drawn(single, control_image=picture()), expected)
     assert not np.array_equal(drawn(single), expected)
-
-
-def test_a_file_in_diffusers_names_that_attends_nowhere(
-    nets: dict[str, Path], tmp_path: Path
-) -> None:
-    """Small ControlNets for SDXL attend in fewer places than its UNet; a file has no config."""
-    config = dict(diffusers.ControlNetModel.load_config(nets["xl"]))
-    config |= {"down_block_types": ["DownBlock2D"] * 2, "mid_block_type": "UNetMidBlock2D"}
-    small: Any = diffusers.ControlNetModel.from_config(config)
-    with torch.no_grad():
-        for weight in small.parameters():
-            torch.nn.init.normal_(weight, std=0.05)
-    small.save_pretrained(tmp_path / "folder")
-    file = tmp_path / "small.safetensors"
-    save_file(load_file(tmp_path / "folder/diffusion_pytorch_model.safetensors"), file)
-    xl = nets["xl-model"]
-    found = [
-        drawn(
-            load_model(xl, device="cpu", dtype="float32", controlnet=path), control_image=picture()
-        )
-        for path in (tmp_path / "folder", file)
-    ]
-    assert np.array_equal(*found)
-    assert not np.array_equal(found[0], drawn(load_model(xl, device="cpu", dtype="float32")))
 
 
 def test_the_fast_modes_reuse(folders: dict[str, Path], nets: dict[str, Path]) -> None:
@@ -317,4 +335,45 @@ def test_files_that_are_no_controlnet_for_the_model(
         assert told in refused(path)
     assert "does not fit" in refused(nets["xl"])
     assert "is no ControlNet" in refused(folders["sd1"] / "unet")
+    assert "a model without a ControlNet" in refused(folders["sd1"])
     assert "takes no ControlNet" in refused(nets["sd1"], "pixels")
+    folders = {**folders, "sd3": make_sd3(tmp_path / "sd3", t5=False)}
+    assert "which takes no ControlNet yet" in refused(nets["sd1"], "sd3")
+
+
+@pytest.mark.parametrize(("base", "net"), [("sd1", "sd1"), ("xl-model", "xl")])
+def test_a_pipeline_with_a_controlnet(
+    folders: dict[str, Path], nets: dict[str, Path], tmp_path: Path, base: str, net: str
+) -> None:
+    """Its folder is a model, and holds the ControlNet that is given beside it."""
+    plain = {**nets, **folders}[base]
+    whole = shutil.copytree(plain, tmp_path / "whole")
+    shutil.copytree(nets[net], whole / "controlnet")
+    index = json.loads((plain / "model_index.json").read_text())
+    kind = index["_class_name"].replace("Pipeline", "ControlNetPipeline")
+
+    def plan(network: str) -> Plan:
+        entry = {"_class_name": kind, "controlnet": ["diffusers", network]}
+        (whole / "model_index.json").write_text(json.dumps({**index, **entry}))
+        return read_plan(find(whole))
+
+    model = plan("ControlNetModel")
+    assert "controlnet" not in model.weights
+    found = with_controlnet(model, find_controlnet(whole)).weights["controlnet"]
+    assert (
+        found.keys()
+        == with_controlnet(model, find_controlnet(nets[net])).weights["controlnet"].keys()
+    )
+    with pytest.raises(SafelightError, match="several ControlNets; one can guide"):
+        with_controlnet(plan("MultiControlNetModel"), find_controlnet(whole))
+
+
+def test_a_single_file_for_a_model_whose_config_leaves_out_defaults(
+    folders: dict[str, Path], nets: dict[str, Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "net.safetensors"
+    save_file(original_names(nets["sd1"]), file)
+    plan = read_plan(find(folders["sd1"]))
+    short = replace(plan, raw={**plan.raw, "unet": {}})
+    found = [with_controlnet(one, find_controlnet(file)) for one in (plan, short)]
+    assert found[0].configs["controlnet"] == found[1].configs["controlnet"]

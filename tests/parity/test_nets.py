@@ -138,7 +138,7 @@ def test_unet_with_pooled_text_and_sizes(extra: dict[str, Any]) -> None:
             },
             "not 2 layers",
         ),
-        ({"transformer_layers_per_block": [1, 1, 1, 99]}, "from 1 to 32"),
+        ({"transformer_layers_per_block": [1, 1, 1, 99]}, "from 0 to 32"),
         ({"transformer_layers_per_block": [32] * 4}, "layers"),
         ({"transformer_layers_per_block": [1, 1, "x", 1]}, "should be"),
         ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "mid_block_type"),

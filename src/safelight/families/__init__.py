@@ -30,8 +30,8 @@ __all__ = [
 FAMILIES: list[Family] = [SD, SDXL, REFINER, SD3, FLUX, Z_IMAGE, Pixels()]
 """One instance of each family. A new family is added here, or by the code that defines it."""
 
-# Parts of pipelines that drawing does not use.
-_IGNORED = {"safety_checker", "feature_extractor", "image_encoder"}
+# Parts of pipelines that are not read with the model. A ControlNet is given beside it.
+_IGNORED = {"safety_checker", "feature_extractor", "image_encoder", "controlnet"}
 _FOREIGN = (
     ("conditioner.embedders.", "a part of Stable Diffusion XL; the whole model is needed"),
     ("model.diffusion_model.double_blocks.", "FLUX, which is not supported"),

@@ -100,6 +100,9 @@ class StableDiffusion(LatentFamily):
         "StableDiffusionInpaintPipeline",
         "LatentConsistencyModelPipeline",
         "LatentConsistencyModelImg2ImgPipeline",
+        "StableDiffusionControlNetPipeline",
+        "StableDiffusionControlNetImg2ImgPipeline",
+        "StableDiffusionControlNetInpaintPipeline",
     )
     parts: ClassVar[Mapping[str, Part]] = {
         "unet": UNET_PART,

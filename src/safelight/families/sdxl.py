@@ -135,6 +135,9 @@ class StableDiffusionXL(LatentFamily):
         "StableDiffusionXLPipeline",
         "StableDiffusionXLImg2ImgPipeline",
         "StableDiffusionXLInpaintPipeline",
+        "StableDiffusionXLControlNetPipeline",
+        "StableDiffusionXLControlNetImg2ImgPipeline",
+        "StableDiffusionXLControlNetInpaintPipeline",
     )
     parts: ClassVar[Mapping[str, Part]] = {
         "unet": UNET_PART,

@@ -77,7 +77,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "shift_factor": (-1e3, 1e3),
     "t_scale": (1, 1e5),
     "time_cond_proj_dim": (4, 2**14),
-    "transformer_layers_per_block": (1, 32),
+    "transformer_layers_per_block": (0, 32),
     "vocab_size": (3, 2**20),
 }
 """The smallest and the largest value of each number in a config, or of each number in a list.

@@ -1,13 +1,15 @@
 """Plan a ControlNet for a model, from headers and configs alone.
 
-It may be diffusers' folder of a ControlNetModel, or a single file with the original code's names or
-diffusers'. A single file has no config: it follows from the model's UNet and from the file's keys.
+It may be diffusers' folder of a ControlNetModel, or of a pipeline with one, or a single file with
+the original code's names or diffusers'. A single file has no config: it follows from the model's
+UNet and from the file's keys.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from safelight.errors import SafelightError
@@ -44,6 +46,12 @@ def with_controlnet(plan: Plan, source: Source) -> Plan:
         raise SafelightError(
             f"{plan.name} draws pixels: it takes no ControlNet", field="control_image"
         )
+    if "unet" not in plan.configs:
+        raise SafelightError(
+            f"{plan.name} is of {plan.family.title}, which takes no ControlNet yet; Stable "
+            "Diffusion 1.x, 2.x and XL do",
+            field="control_image",
+        )
     found = _folder_plan(source) if source.path.is_dir() else _file_plan(source, plan)
     if found.config.depth > len(found.weights):
         raise refusal(source.name, "its config has more layers than its file tensors")
@@ -52,7 +60,15 @@ def with_controlnet(plan: Plan, source: Source) -> Plan:
 
 
 def _folder_plan(source: Source) -> Addition:
-    folder = Folder(source.path, source.name, index="config.json")
+    path = source.path
+    if (path / "model_index.json").is_file():
+        named = Folder(path, source.name).index.get("controlnet")
+        if named in (None, [None, None]):
+            raise refusal(source.name, f"a model without a ControlNet; a {PART.network} is needed")
+        if not isinstance(named, list) or named[-1] != PART.network:
+            raise refusal(source.name, "several ControlNets; one can guide: give the folder of one")
+        path = path / "controlnet"
+    folder = Folder(path, source.name, index="config.json")
     folder.flat = True
     kind = folder.index.get("_class_name")
     if kind != PART.network:
@@ -73,7 +89,7 @@ def _file_plan(source: Source, model: Plan) -> Addition:
     mine = [key for key in header.tensors if key.startswith(_PREFIX)] or header.tensors
     inner = {key.removeprefix(_PREFIX): key for key in mine}
     if any(key.startswith("input_hint_block.") for key in inner):
-        names = {**unet_names(model.raw["unet"]), **_own_names(header, inner)}
+        names = {**unet_names(asdict(model.configs["unet"])), **_own_names(header, inner)}
         renames = {key: renamed(key, names) for key in inner}
         unknown = [key for key, name in renames.items() if name is None]
         if unknown:
@@ -109,7 +125,7 @@ def _own_names(header: Header, inner: Mapping[str, str]) -> dict[str, str]:
 
 def _raw_config(weights: Mapping[str, Weight], model: Plan) -> dict[str, Any]:
     """Return the config of a single file, in diffusers' keys."""
-    unet = model.raw["unet"]
+    unet = asdict(model.configs["unet"])
     left_out = ("sample_size", "out_channels", "up_block_types", "time_cond_proj_dim")
     levels = range(len(unet["block_out_channels"]))
     depths = [_depth(weights, f"down_blocks.{i}.attentions.0.") for i in levels]
@@ -124,10 +140,14 @@ def _raw_config(weights: Mapping[str, Weight], model: Plan) -> dict[str, Any]:
         "in_channels": _channels(shapes, "conv_in.weight", 1),
         "conditioning_channels": _channels(shapes, f"{_HINT}conv_in.weight", 1),
         "conditioning_embedding_out_channels": hint,
-        "down_block_types": ["CrossAttnDownBlock2D" if n else "DownBlock2D" for n in depths],
-        "mid_block_type": "UNetMidBlock2DCrossAttn" if middle else "UNetMidBlock2D",
+        "down_block_types": [
+            "DownBlock2D" if n is None else "CrossAttnDownBlock2D" for n in depths
+        ],
+        "mid_block_type": "UNetMidBlock2D" if middle is None else "UNetMidBlock2DCrossAttn",
         # Of levels without attention the number does not matter; the middle has that of the last.
-        "transformer_layers_per_block": [n or 1 for n in depths[:-1]] + [depths[-1] or middle or 1],
+        "transformer_layers_per_block": [
+            n or 0 for n in (*depths[:-1], middle if depths[-1] is None else depths[-1])
+        ],
         "reverse_transformer_layers_per_block": None,
     }
 
@@ -137,8 +157,10 @@ def _channels(shapes: Mapping[str, tuple[int, ...]], name: str, axis: int) -> in
     return shapes[name][axis] if name in shapes else 0
 
 
-def _depth(weights: Mapping[str, Weight], begins: str) -> int:
-    """Return the number of blocks in a transformer."""
+def _depth(weights: Mapping[str, Weight], begins: str) -> int | None:
+    """Return the number of blocks in a transformer, which may be 0; None if there is none."""
+    if not any(name.startswith(begins) for name in weights):
+        return None
     block = re.compile(re.escape(begins) + r"transformer_blocks\.(\d{1,3})\.")
     return max((int(one[1]) + 1 for name in weights if (one := block.match(name))), default=0)
 
