@@ -71,6 +71,44 @@ def test_a_server_that_starts_again_leaves_the_fleet_its_jobs(
     store.close()
 
 
+def test_a_fleet_keeps_its_jobs_while_the_database_is_away_with_the_server(
+    shared: tuple[Files, Store, str],
+) -> None:
+    files, store, url = shared
+    member = new_id()
+    store.beat(member, "there", MODEL, 1)
+    kept = claimed(store, member)
+    _run(store, "UPDATE workers SET seen = seen - 3600")
+    _run(store, "UPDATE jobs SET lease = lease - 3600")
+    store = again(files, store, url)
+    assert store.claim(new_id(), alone=True) is None
+    assert store.holds(kept.id, kept.token)
+    store.close()
+
+
+def test_a_worker_of_another_version_takes_no_jobs(
+    shared: tuple[Files, Store, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It finishes those that it has."""
+    files, store, url = shared
+    member = new_id()
+    mine = claimed(store, member)
+    store.submit(new_id(), {"prompt": "a cat", "count": 1}, client="api", cost=1, bound=100)
+    monkeypatch.setattr(roster, "VERSION", "9.9")
+    server = Store(url)
+    server.set_version()
+    monkeypatch.undo()
+    for known in (None, [mine.token]):
+        with pytest.raises(StorageError, match=r"the server has Safelight 9\.9, and this worker"):
+            store.claim(member, known=known)
+    with pytest.raises(StorageError, match="install the server's version here"):
+        store.beat(member, "there", MODEL, 1)
+    store.finish(mine.id, mine.token, warnings=[])
+    recover(files, store)
+    assert store.claim(member) is not None
+    server.close()
+
+
 def test_the_roster_forgets_who_is_gone(
     shared: tuple[Files, Store, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,9 +122,9 @@ def test_the_roster_forgets_who_is_gone(
     job = claimed(store, member)
     monkeypatch.setattr(roster, "GONE", -1.0)
     assert store.fleet() == []
+    store.forget_gone()
     store = again(files, store, url)
     assert not store.holds(job.id, job.token)
-    store.forget_gone()
     monkeypatch.undo()
     assert store.fleet() == []
     store.beat(member, "there", MODEL, None)

@@ -104,14 +104,15 @@ class Claims(Roster):
         memory; jobs of other models wait `patience` seconds longer, so that models are not
         exchanged at each job. models: the models that it can load; None for all. A suspect job is
         claimed only by a worker that is `alone` with it, so that it takes down no other job; when
-        its turn comes, other jobs wait. A job that was begun too often fails.
+        its turn comes, other jobs wait. A job that was begun too often fails. Raises StorageError
+        if the server has another version.
         """
         now = self._now()
         preference = Preference(ageing, loaded, ageing * patience, models)
-        if known is None:
-            with self._read() as db:  # blocks nobody, unlike a transaction that writes
-                if not _waits(db, now, preference, excluding=held, below=cheaper_than):
-                    return None
+        with self._read() as db:  # blocks nobody, unlike a transaction that writes
+            self._make_sure_of_version(db)
+            if known is None and not _waits(db, now, preference, held, cheaper_than):
+                return None
         with self._write() as db:
             now = self._now()  # the transaction may have waited for others
             if known is not None:
@@ -175,8 +176,9 @@ class Claims(Roster):
         """Let the jobs of a worker that ended wait again; without a name, all jobs but the fleet's.
 
         told_to: the worker was told to end, so this was no attempt. killed: it was killed from
-        outside. ended: the whole server ended. Kills and ends have counters of their own. Returns
-        the ids of pictures that the worker may have written without a row.
+        outside. ended: the whole server ended; leases of the fleet begin anew. Kills and ends have
+        counters of their own. Returns the ids of pictures that the worker may have written without
+        a row.
         """
         mine = jobs.c.status == Status.RUNNING
         claimed = jobs.c.token.is_not(None)
@@ -197,6 +199,9 @@ class Claims(Roster):
                 )
             )
             db.execute(jobs.update().where(claimed).values(token=None))
+            if ended:  # the fleet may have renewed no lease: the database was away, too
+                fleet = (jobs.c.status == Status.RUNNING) & self._of_fleet()
+                db.execute(jobs.update().where(fleet).values(lease=now + LEASE))
             for why, which in _worn_out(jobs.c):
                 _fail(db, which & (jobs.c.status == Status.QUEUED), now, why)
         return left

@@ -31,6 +31,7 @@ def recover(files: Files, store: Store) -> None:
     if files.mark() != mark:
         files.set_mark(mark)  # before the database: this write may fail
     store.set_folder(mark)
+    store.set_version()
     store.release(ended=True)
     clear(files, store)  # jobs that were being deleted
     # A picture without a row may be a commit that was cut off, or newer than a restored backup.

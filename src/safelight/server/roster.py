@@ -6,17 +6,22 @@ import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from sqlalchemy import ColumnElement, func, select
+from sqlalchemy import ColumnElement, Connection, func, select
 
+from safelight import __version__
+from safelight.errors import StorageError
 from safelight.server.database import Database
 from safelight.server.jobs import ModelInfo, Status, WorkerInfo
-from safelight.server.tables import jobs, workers
+from safelight.server.tables import facts, jobs, workers
 
 BEAT = 10.0
 """Seconds between two reports of a worker that it is well."""
 
 GONE = 60.0
 """Seconds without a report after which a worker counts as gone."""
+
+VERSION = __version__.rpartition(".")[0]
+"""This program's version without its last number, which brings no new settings or names."""
 
 COUNTED = 1000
 """The most late jobs that are counted. Workers for more are not started at once."""
@@ -36,11 +41,13 @@ class Roster(Database):
         """Report that a worker is well; the first report puts it on the roster.
 
         place: its machine and process, for a person. memory: MiB of the device that it draws on.
-        models: names of all models that it draws with, besides `model`.
+        models: names of all models that it draws with, besides `model`. Raises StorageError if the
+        server has another version.
         """
         now, names = self._now(), [*dict.fromkeys((model.name, *models))]
         told = {"seen": now, "model": json.dumps({**model.model_dump(), "models": names})}
         with self._write(alone=False) as db:  # only this worker writes this row
+            self._make_sure_of_version(db)
             if db.execute(workers.update().where(workers.c.id == worker).values(**told)).rowcount:
                 return
             told |= {"joined": now, "place": place[:255], "memory": memory}
@@ -88,7 +95,28 @@ class Roster(Database):
             rows = db.execute(select(name, func.count()).where(taken).group_by(name))
             return count, {row[0]: row[1] for row in rows}
 
+    def set_version(self) -> None:
+        """Store this server's version: workers of another one take no jobs."""
+        with self._write() as db:
+            db.execute(facts.delete().where(facts.c.name == "version"))
+            db.execute(facts.insert().values(name="version", value=VERSION))
+
+    def _make_sure_of_version(self, db: Connection) -> None:
+        """Raise StorageError if the server of this database has another version than this worker.
+
+        A worker would fail jobs for good whose settings it does not know.
+        """
+        found = db.scalar(select(facts.c.value).where(facts.c.name == "version"))
+        if found not in (VERSION, None):
+            raise StorageError(
+                f"the server has Safelight {found}, and this worker {VERSION}: install the "
+                "server's version here, and start the worker again"
+            )
+
     def _of_fleet(self) -> ColumnElement[bool]:
-        """Return the SQL condition for jobs of workers on the roster that are well."""
+        """Return the SQL condition for jobs of workers on the roster.
+
+        Nobody can report while the database is away, so the time of the last report does not count.
+        """
         mine = workers.c.id == func.substr(jobs.c.token, 1, 32)
-        return select(workers.c.id).where(mine, workers.c.seen > self._now() - GONE).exists()
+        return select(workers.c.id).where(mine).exists()
