@@ -16,6 +16,9 @@ from serving import wait_for
 
 from safelight import cli
 from safelight.recipe import read_recipe
+from safelight.request import Request
+from safelight.server.apis.sdapi_bodies import ImageToImage, TextToImage
+from safelight.server.apis.sdapi_control import unit_of
 from safelight.server.jobs import Job, ModelInfo, Status
 from tests.guiding import as_base64, controlnet, edges
 
@@ -107,7 +110,8 @@ def test_a_model_that_only_workers_have_is_drawn_without_it(
 
 async def ended(job_id: str) -> Job:
     now = datetime.now(UTC)
-    return Job(id=job_id, status=Status.CANCELLED, created_at=now, settings={})
+    more: dict[str, Any] = {"status": Status.CANCELLED, "created_at": now, "settings": {}}
+    return Job(id=job_id, **more)
 
 
 def test_the_command_line(net: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,17 +158,23 @@ def test_a_unit_of_automatic1111s_extension(server: Inside) -> None:
     assert recipe["size"] == [128, 128]
     assert recipe["controlnet"]["name"] == "edges"
     assert [recipe["settings"][f"control_{n}"] for n in ("scale", "start", "end")] == [0.5, 0, 0.7]
-    changed = {**unit(), "init_images": [as_base64(edges((128, 128)))], "denoising_strength": 0.7}
-    answer = server.ask("POST", "/sdapi/v1/img2img", changed)
-    recipe = read_recipe(base64.b64decode(answer.json()["images"][0]))
-    assert {"image_sha256", "control_image_sha256"} <= recipe["settings"].keys()
+    start = {"init_images": [as_base64(edges((128, 128)))], "denoising_strength": 0.7}
+    for changed in (unit(), unit(image="")):
+        answer = server.ask("POST", "/sdapi/v1/img2img", {**changed, **start})
+        settings = read_recipe(base64.b64decode(answer.json()["images"][0]))["settings"]
+        assert {"image_sha256", "control_image_sha256"} <= settings.keys()
+    assert settings["image_sha256"] == settings["control_image_sha256"]
 
 
 def test_a_unit_that_asks_for_what_is_not_here(server: Inside) -> None:
     for fields, told in (
         ({"module": "canny"}, b"there is no preprocessor 'canny' here"),
         ({"model": "depth"}, b"there is no model 'depth', only 'edges'"),
-        ({"weight": "much"}, b"control_scale"),
+        ({"weight": "much"}, b"controlnet: weight must be a number from 0 to 10, not 'much'"),
+        ({"guidance_start": 0.9, "guidance_end": 0.1}, b"guidance_end must be at least guidance_s"),
+        ({"resize_mode": []}, b"controlnet: resize_mode must be 0 or"),
+        ({"resize_mode": "Envelope"}, b"not 'Envelope'"),
+        ({"image": as_base64(Image.new("L", (4000, 8))), "resize_mode": 2}, b"is too narrow"),
         ({"image": "AAAA"}, b"controlnet"),
     ):
         answer = server.ask("POST", "/sdapi/v1/txt2img", unit(**fields))
@@ -177,6 +187,46 @@ def test_a_unit_that_asks_for_what_is_not_here(server: Inside) -> None:
     assert b"ControlNet needs a server with --controlnet" in answer.body
     assert server.ask("GET", "/controlnet/model_list").json() == {"model_list": ["edges"]}
     assert server.ask("GET", "/controlnet/module_list").json()["module_list"] == ["none"]
+
+
+MODES = {
+    (0, 0, 128, 128): (None, 1, "1", "Crop and Resize", "Scale to Fit (Inner Fit)"),
+    (32, 0, 96, 128): (0, 3, "Just Resize"),
+    (32, 32, 96, 96): (2, "Resize and Fill", "Outer Fit (Shrink to Fit)"),
+}
+"""The extension's modes, by where the white middle of a wide picture is then."""
+
+
+@pytest.mark.parametrize(("where", "modes"), MODES.items())
+def test_the_extension_s_modes(where: tuple[int, ...], modes: tuple[object, ...]) -> None:
+    wide = Image.new("RGB", (256, 128))
+    wide.paste("white", (64, 0, 192, 128))
+    for mode in modes:
+        found, _ = unit_of(TextToImage(**unit(resize_mode=mode, weight="0.8")), "edges")
+        assert found is not None
+        request = found.guided(Request(width=128, height=128), wide, (64, 64))
+        assert request.control_image is not None
+        assert request.control_scale == 0.8
+        white = request.control_image.convert("1", dither=Image.Dither.NONE)
+        assert white.getbbox() == where, mode
+
+
+def test_a_unit_beside_a_picture_to_start_from() -> None:
+    """It has the drawn size if one side is asked for, and may leave its picture out."""
+    start = edges((128, 256))
+    for given in (edges((64, 64)), None):
+        sent = "" if given is None else as_base64(given)
+        body = ImageToImage(**unit(image=sent), init_images=[as_base64(start)])
+        found, warnings = unit_of(body, "edges")
+        assert found is not None
+        assert not warnings
+        request = found.guided(Request(image=start, width=64), given, (64, 64))
+        assert request.control_image is not None
+        assert request.control_image.size == (64, 128)
+    assert request.control_image.tobytes() == start.resize((64, 128), 1).tobytes()
+    found, warnings = unit_of(TextToImage(**unit(image="")), "edges")
+    assert found is None
+    assert warnings == ["alwayson_scripts: ControlNet has a unit without a picture"]
 
 
 def test_a_large_picture_of_a_unit(server: Inside) -> None:

@@ -118,8 +118,10 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
         meant = await hub.find_model(name)
         asked = await asyncio.to_thread(fitted, asked, meant, native)
         if unit is not None:
-            data = [decode_base64(unit.picture, "controlnet")]
-            picture = await decoded(http, "picture", data, "controlnet", "controlnet's picture")
+            picture = None
+            if unit.picture:
+                data = [decode_base64(unit.picture, "controlnet")]
+                picture = await decoded(http, "picture", data, "controlnet", "controlnet's picture")
             guided = await asyncio.to_thread(unit.guided, asked.request, picture, native)
             asked = replace(asked, request=guided)
         owner = caller_of(http.scope).owner
