@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock, Timeout
 
 from safelight import SafelightError
 from safelight.nets.clip import CLIPTextConfig, CLIPTextModel
@@ -31,7 +32,7 @@ from safelight.train.denoiser import (
     train_unconditional,
 )
 from safelight.train.export import export_text_to_image, export_unconditional, replacing
-from safelight.train.loop import Draw, fit
+from safelight.train.loop import Draw, check_plan, fit
 from safelight.train.plan import Plan
 from safelight.train.tokens import train_vocabulary
 from safelight.weights import load_model
@@ -197,6 +198,19 @@ def test_a_folder_whose_name_is_not_utf_8_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SafelightError, match="must have a name in UTF-8"):
         train_line(tmp_path / os.fsdecode(b"\xff"))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_another_training_is_refused(tmp_path: Path) -> None:
+    check_plan(tmp_path / "mine", PLAN)
+    check_plan(tmp_path / "mine", PLAN)
+    with pytest.raises(Timeout):
+        FileLock(tmp_path / "mine" / ".lock").acquire(blocking=False)
+    (tmp_path / "other").mkdir()
+    with (
+        FileLock(tmp_path / "other" / ".lock"),
+        pytest.raises(SafelightError, match=r"another training writes to .*other: wait"),
+    ):
+        check_plan(tmp_path / "other", PLAN)
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:

@@ -209,7 +209,8 @@ def _others(root: Path) -> Iterator[str]:
     """Yield the names of the studio's files."""
     for folder in KEPT:
         for path in sorted((root / folder).rglob("*")):
-            if path.is_file() and not path.is_symlink():
+            # A training keeps its .lock closed to others on Windows.
+            if path.is_file() and not path.is_symlink() and path.name != ".lock":
                 name = path.relative_to(root).as_posix()
                 if "\n" in name:  # SHA256SUMS has one line per file
                     raise SafelightError(f"{name!r} has a line break in its name: rename it")

@@ -33,7 +33,8 @@ from safelight.train.devices import accelerator, autocast, memory_told
 from safelight.train.export import export_text_to_image, replacing, writing
 from safelight.train.finetune import bring_along, own_memory, tell
 from safelight.train.folder import digest
-from safelight.train.loop import Draw, check_plan, fit, progress, save_whole
+from safelight.train.loop import Draw, check_plan, fit, progress
+from safelight.train.out import save_whole
 from safelight.train.plan import Plan
 from safelight.train.sheet import draw_sheet, under
 from safelight.train.tokens import token_ids

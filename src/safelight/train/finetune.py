@@ -23,7 +23,8 @@ from safelight.train.denoiser import TextToImage, train_text_to_image
 from safelight.train.devices import Net, accelerator, memory_told
 from safelight.train.export import export_text_to_image, replacing, writing
 from safelight.train.folder import Pixels, captioned, check_apart, digest, read
-from safelight.train.loop import check_plan, progress, save_whole
+from safelight.train.loop import check_plan, progress
+from safelight.train.out import save_whole
 from safelight.train.plan import Plan
 from safelight.train.sheet import draw_sheet, under
 from safelight.train.tokens import token_ids

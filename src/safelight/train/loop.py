@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,6 +29,7 @@ from safelight.picture import reason
 from safelight.train.devices import accelerator, check_compiler, compiled, memory_told
 from safelight.train.graphs import Steps
 from safelight.train.losses import Losses
+from safelight.train.out import hold, make_folder, save_whole
 from safelight.train.plan import PACE, Plan
 
 LOOKS = 20
@@ -304,40 +304,15 @@ def _copy(values: Iterable[Tensor], into: Iterable[Tensor]) -> None:
         target.copy_(value)
 
 
-def save_whole(path: Path, value: Any, what: str, kept: str) -> None:
-    """Write a file by a rename. Raises SafelightError if it fails, which says what is kept."""
-    beside = path.with_suffix(".part")
-    try:
-        with beside.open("wb") as file:
-            torch.save(value, file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
-        beside.unlink(missing_ok=True)
-        raise SafelightError(
-            f"{what} could not be written to {path.parent} ({reason(error)}); {kept}: make room "
-            "and start the same command again"
-        ) from None
-
-
-def make_folder(folder: Path) -> None:
-    """Make the folder of a run. Raises SafelightError if it cannot be one."""
-    try:
-        str(folder).encode()  # TensorBoard writes to no other
-        folder.mkdir(parents=True, exist_ok=True)
-    except UnicodeEncodeError:
-        raise SafelightError(f"out {folder} must have a name in UTF-8") from None
-    except OSError as error:
-        raise SafelightError(f"out {folder} cannot be a folder: {error.strerror}") from None
-
-
 def check_plan(folder: Path, plan: Plan, *, native: bool = False) -> None:
     """Make the folder of a run. Raises SafelightError if it holds another plan's checkpoint.
 
-    Also raises SafelightError if the folder cannot be made, or if a package that training needs is
-    missing, or with `native` the compiler. `fit` checks all of this as well, but only after
-    pictures were drawn and files were written into the model beside the checkpoint.
+    The first process keeps other trainings out of the folder until it ends.
+
+    Also raises SafelightError if the folder cannot be made or another training writes to it, or if
+    a package that training needs is missing, or with `native` the compiler. `fit` checks all but
+    the other training as well, but only after pictures were drawn and files were written into the
+    model beside the checkpoint.
     """
     accelerator()
     if native:
@@ -346,6 +321,8 @@ def check_plan(folder: Path, plan: Plan, *, native: bool = False) -> None:
     if (folder / "checkpoint.pt").exists():
         # Mapped: the tensors are never read.
         _load(folder / "checkpoint.pt", plan, mmap=True)
+    if accelerator().is_main_process:
+        hold(folder)
 
 
 def _load(path: Path, plan: Plan, *, mmap: bool = False) -> tuple[dict[str, Any], int]:
