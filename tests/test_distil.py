@@ -16,9 +16,10 @@ import torch
 import safelight
 from safelight.defaults import model_defaults
 from safelight.errors import SafelightError
+from safelight.families.sd import StableDiffusion
 from safelight.sampling import Level, SchedulerConfig
 from safelight.sampling.levels import alphas_cumprod, sigmas_of
-from safelight.train import distil
+from safelight.train import distil, finetune
 from safelight.train.distil import Trajectories, read_prompts, training_pair, trajectories
 from safelight.train.plan import Plan
 
@@ -223,3 +224,23 @@ def test_what_cannot_be_a_teacher(tmp_path: Path) -> None:
     path.write_text("a cat")
     with pytest.raises(SafelightError, match="draws from noise alone"):
         distil.distil(path, tmp_path / "out", PLAN, model="embedded-unconditional")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("trainable", False, "which cannot be trained further yet"),
+        ("reads_mask", lambda *_: True, "reads a mask beside the picture"),
+        ("takes_guidance", lambda *_: True, "takes the guidance scale as an input"),
+    ],
+)
+def test_what_cannot_be_trained_further(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any, told: str
+) -> None:
+    monkeypatch.setattr(StableDiffusion, name, value)
+    (tmp_path / "prompts.txt").write_text("a cat")
+    with pytest.raises(SafelightError, match=told):
+        distil.distil(tmp_path / "prompts.txt", tmp_path / "out", PLAN)
+    with pytest.raises(SafelightError, match=told):
+        finetune.finetune(tmp_path, tmp_path / "out", PLAN)
+    assert not (tmp_path / "out").exists()

@@ -31,7 +31,7 @@ from safelight.sampling import SCHEDULES, Level, SchedulerConfig, Table, table
 from safelight.train.denoiser import wanted
 from safelight.train.devices import accelerator, autocast, memory_told
 from safelight.train.export import export_text_to_image, replacing, writing
-from safelight.train.finetune import bring_along, own_memory, tell
+from safelight.train.finetune import bring_along, check_trainable, own_memory, tell
 from safelight.train.folder import digest
 from safelight.train.loop import Draw, check_plan, fit, progress
 from safelight.train.out import save_whole
@@ -98,13 +98,7 @@ def distil(
     teacher = load_model(model)
     if not teacher.uses_prompt:
         raise SafelightError(f"{teacher.name} draws from noise alone: there is no guidance to save")
-    if not teacher.family.trainable:
-        raise SafelightError(
-            f"{teacher.name} is of {teacher.family.title}, which cannot be trained further yet; "
-            "Stable Diffusion 1.x and 2.x can"
-        )
-    if teacher.family.reads_mask(teacher):
-        raise SafelightError(f"{teacher.name} reads a mask beside the picture: take another")
+    check_trainable(teacher)
     told = f"{drawing_steps} steps, guidance {guidance_scale}"
     plan = replace(plan, recipe=digest(np.zeros(0, np.uint8), [teacher.sha256, told, *captions]))
     check_plan(out, plan, native=native)

@@ -119,6 +119,11 @@ def _check(base: Model) -> None:
         raise SafelightError(
             f"{base.name} draws from noise alone: `safelight train unconditional` makes such a one"
         )
+    check_trainable(base)
+
+
+def check_trainable(base: Model) -> None:
+    """Raise SafelightError if a model that reads a prompt cannot be trained further."""
     if not base.family.trainable:
         raise SafelightError(
             f"{base.name} is of {base.family.title}, which cannot be trained further yet; "
@@ -128,6 +133,12 @@ def _check(base: Model) -> None:
         raise SafelightError(
             f"{base.name} reads a mask beside the picture: such models cannot be trained further "
             "yet; take the one it was made from"
+        )
+    if base.family.takes_guidance(base):
+        # The input would stay as it is, while the rest of the network learns without it.
+        raise SafelightError(
+            f"{base.name} takes the guidance scale as an input: such models cannot be trained "
+            "further yet; take the one it was made from"
         )
 
 
