@@ -200,7 +200,7 @@ def test_what_is_used_is_counted_until_the_window_ends(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [1000.0]
-    monkeypatch.setattr(store, "_now", lambda: now[0])
+    monkeypatch.setattr(store, "now", lambda: now[0])
     store.add_key("anna")
     store.allow("anna", [("pictures", parse("pictures", "3/hour"))])
     how: dict[str, Any] = {"owner": "key:anna"}

@@ -174,6 +174,20 @@ def test_by_age_in_two_steps(years: Years, caplog: pytest.LogCaptureFixture) -> 
     assert "deleted 3 jobs beyond --keep: 6 pictures, 0.0 MB" in caplog.text
 
 
+def test_by_age_on_the_database_s_clock(lite: Years, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server's machine may be a hundred days ahead of it."""
+    lite.draw()
+    now = lite.store.now()
+    monkeypatch.setattr(time, "time", lambda: now + 100 * DAY)
+    monkeypatch.setattr(lite.store, "now", lambda: now + 60)
+    retention = lite.keep("90d")
+    retention.look()
+    assert retention.marked == 0
+    monkeypatch.setattr(lite.store, "now", lambda: now + 91 * DAY)
+    retention.look()
+    assert retention.marked == 1
+
+
 def test_by_number(years: Years) -> None:
     made = [years.draw(age) for age in (50, 40, 30, 20, 10)]
     waiting = years.draw(status="queued")

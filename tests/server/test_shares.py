@@ -59,7 +59,7 @@ def test_an_owner_s_short_jobs_come_first_and_old_ones_do_not_starve(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [1000.0]
-    monkeypatch.setattr(store, "_now", lambda: now[0])
+    monkeypatch.setattr(store, "now", lambda: now[0])
     old = submit(store, owner="a", cost=100)
     for _ in range(9):
         submit(store, owner="a", cost=10)

@@ -210,7 +210,7 @@ def test_short_ones_first_until_they_have_waited(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [1000.0]
-    monkeypatch.setattr(store, "_now", lambda: now[0])
+    monkeypatch.setattr(store, "now", lambda: now[0])
     long = submit(store, cost=100)
     now[0] += 10
     short = submit(store, cost=10)

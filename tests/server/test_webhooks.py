@@ -26,7 +26,7 @@ from safelight import SafelightError
 from safelight.server import webhooks
 from safelight.server.outbox import Notice
 from safelight.server.store import Store
-from safelight.server.webhooks import BlockedError, Webhooks, check_url, is_public, resolve
+from safelight.server.webhooks import WAITS, BlockedError, Webhooks, check_url, is_public, resolve
 
 URL = "https://example.com/done"
 
@@ -74,9 +74,9 @@ def store(tmp_path: Path) -> Iterator[Store]:
     opened.close()
 
 
-def ended(store: Store, **how: Any) -> str:
+def ended(store: Store, url: str = URL, **how: Any) -> str:
     """Return a job with a webhook that has ended."""
-    job = submit(store, webhook=URL, **how)
+    job = submit(store, webhook=url, **how)
     mine = claim(store, alone=True)
     store.finish(mine.id, mine.token, warnings=[])
     return job.id
@@ -326,6 +326,18 @@ def test_an_answer_after_a_retry_does_not_count_for_the_second_end(
     assert store.ended(300) == 1
     second = next_notice(store, 300)
     assert (second.tries, second.job.status) == (1, "succeeded")
+
+
+def test_tries_go_by_the_database_s_clock(
+    store: Store, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's machine may have another time."""
+    receiver.statuses = [500]
+    ended(store, url=receiver.url)
+    monkeypatch.setattr(store, "now", lambda: 1000.0)
+    _run(store, lambda: bool(receiver.got))
+    assert store.next_notice(1000 + 0.9 * WAITS[0] - 1, (), 2000) is None
+    assert store.next_notice(1000 + 1.1 * WAITS[0] + 1, (), 2000) is not None
 
 
 @pytest.mark.parametrize("turns", range(4))

@@ -107,14 +107,14 @@ class Claims(Roster):
         its turn comes, other jobs wait. A job that was begun too often fails. Raises StorageError
         if the server has another version.
         """
-        now = self._now()
+        now = self.now()
         preference = Preference(ageing, loaded, ageing * patience, models)
         with self._read() as db:  # blocks nobody, unlike a transaction that writes
             self._make_sure_of_version(db)
             if known is None and not _waits(db, now, preference, held, cheaper_than):
                 return None
         with self._write() as db:
-            now = self._now()  # the transaction may have waited for others
+            now = self.now()  # the transaction may have waited for others
             if known is not None:
                 strays = jobs.c.token.startswith(worker + ":") & jobs.c.token.not_in(known)
                 _put_back(db, strays)
@@ -158,7 +158,7 @@ class Claims(Roster):
     def renew(self, worker: str) -> None:
         """Extend the leases of this worker's jobs."""
         with self._write() as db:
-            self._renew(db, worker, self._now())
+            self._renew(db, worker, self.now())
 
     def holds(self, job_id: str, token: str) -> bool:
         """Return whether a job still has this token."""
@@ -184,7 +184,7 @@ class Claims(Roster):
         claimed = jobs.c.token.is_not(None)
         its = ~self._of_fleet() if worker is None else jobs.c.token.startswith(worker + ":")
         mine, claimed = mine & its, claimed & its
-        now = self._now()
+        now = self.now()
         with self._write() as db:
             left = uncommitted(db, db.execute(select(jobs).where(claimed)).mappings())
             db.execute(
@@ -230,7 +230,7 @@ class Claims(Roster):
                         seed=str(picture.seed),
                         width=picture.width,
                         height=picture.height,
-                        created=self._now(),
+                        created=self.now(),
                         recipe=json.dumps(picture.recipe),
                     )
                 )
@@ -252,7 +252,7 @@ class Claims(Roster):
                 .where(jobs.c.id == job_id)
                 .values(
                     status=Status.SUCCEEDED if error is None else Status.FAILED,
-                    finished=self._now(),
+                    finished=self.now(),
                     warnings=json.dumps(warnings),
                     error=error,
                     token=None,

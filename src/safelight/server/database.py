@@ -62,7 +62,7 @@ class Database:
     def close(self) -> None:
         self.engine.dispose()
 
-    def _now(self) -> float:
+    def now(self) -> float:
         """Return the time by the database's clock, which all machines of a fleet share."""
         if not (self._lite or self._knows_clock()):
             with self._read():

@@ -18,7 +18,6 @@ from safelight.server.expiry import BATCH
 from safelight.server.files import Files
 from safelight.server.keep import Keep
 from safelight.server.store import Store
-from safelight.server.tables import timestamp
 
 log = logging.getLogger("safelight.server")
 
@@ -85,7 +84,7 @@ class Retention:
         Raises StorageError.
         """
         self._files.make_sure()
-        now = timestamp()
+        now = self._store.now()
         horizon = self._horizon(now)
         try:
             if spared := self._store.spare(horizon):

@@ -44,7 +44,7 @@ class Roster(Database):
         models: names of all models that it draws with, besides `model`. Raises StorageError if the
         server has another version.
         """
-        now, names = self._now(), [*dict.fromkeys((model.name, *models))]
+        now, names = self.now(), [*dict.fromkeys((model.name, *models))]
         told = {"seen": now, "model": json.dumps({**model.model_dump(), "models": names})}
         with self._write(alone=False) as db:  # only this worker writes this row
             self._make_sure_of_version(db)
@@ -61,11 +61,11 @@ class Roster(Database):
     def forget_gone(self) -> None:
         """Take workers that are gone off the roster. Their jobs become free as leases run out."""
         with self._write() as db:
-            db.execute(workers.delete().where(workers.c.seen < self._now() - GONE))
+            db.execute(workers.delete().where(workers.c.seen < self.now() - GONE))
 
     def fleet(self) -> list[WorkerInfo]:
         """Return the workers that are well, in the order in which they joined."""
-        query = select(workers).where(workers.c.seen > self._now() - GONE)
+        query = select(workers).where(workers.c.seen > self.now() - GONE)
         with self._read() as db:
             rows = db.execute(query.order_by(workers.c.joined)).mappings().all()
         return [
@@ -86,7 +86,7 @@ class Roster(Database):
         patience: seconds of waiting after which a job is late. At most COUNTED late jobs are
         counted.
         """
-        now, name = self._now(), func.substr(jobs.c.token, 1, 32)
+        now, name = self.now(), func.substr(jobs.c.token, 1, 32)
         late = (jobs.c.status == Status.QUEUED) & (jobs.c.created < now - patience)
         some = select(jobs.c.id).where(late).limit(COUNTED).subquery()
         taken = (jobs.c.status == Status.RUNNING) & (jobs.c.lease >= now)

@@ -105,7 +105,7 @@ class Store(Expiry, People, Outbox):
                     id=job_id,
                     status=Status.QUEUED,
                     client=client,
-                    created=self._now(),
+                    created=self.now(),
                     request=json.dumps(settings),
                     prompt=str(settings.get("prompt", "")),
                     pictures=count,
@@ -127,7 +127,7 @@ class Store(Expiry, People, Outbox):
         """Count what a job asks for. Raises SpentError if the owner's key has less left."""
         asked = {"pictures": float(count), "pixel_steps": pixel_steps}
         if (name := key_of(owner)) is not None:
-            spend(db, name, asked, self._now())
+            spend(db, name, asked, self.now())
         shares.count(db, owner, asked)
 
     def cancel(self, job_id: str, owner: str | None = None) -> Job | None:
@@ -136,7 +136,7 @@ class Store(Expiry, People, Outbox):
             db.execute(
                 jobs.update()
                 .where(jobs.c.id == job_id, _of(owner), jobs.c.status.in_(UNFINISHED))
-                .values(status=Status.CANCELLED, finished=self._now())
+                .values(status=Status.CANCELLED, finished=self.now())
             )
             return self._one(db, job_id, owner)
 
@@ -169,7 +169,7 @@ class Store(Expiry, People, Outbox):
                     finished=None,
                     expires=None,
                     token=None,
-                    created=self._now(),
+                    created=self.now(),
                 )
             )
             return self._one(db, job_id, owner)

@@ -172,15 +172,15 @@ class Webhooks:
         while True:
             self._wake.clear()
             try:
-                now = time.monotonic()
-                if now >= look:
-                    while await asyncio.to_thread(self._outbox.ended, time.time(), None):
+                now = await asyncio.to_thread(self._outbox.now)
+                if time.monotonic() >= look:
+                    while await asyncio.to_thread(self._outbox.ended, now, None):
                         pass
-                    look = now + LOOK
+                    look = time.monotonic() + LOOK
                 elif self._ended:
                     ids, self._ended = list(self._ended)[:100], set(list(self._ended)[100:])
-                    await asyncio.to_thread(self._outbox.ended, time.time(), ids)
-                await self._begin()
+                    await asyncio.to_thread(self._outbox.ended, now, ids)
+                await self._begin(now)
             except StorageError:  # tried again
                 look = 0.0
             except Exception:  # this task must go on: no other one sends
@@ -191,12 +191,11 @@ class Webhooks:
                 async with asyncio.timeout(wait or 0.01):
                     await self._wake.wait()
 
-    async def _begin(self) -> None:
+    async def _begin(self, now: float) -> None:
         """Begin to send the webhooks that are due, up to the most under way at once."""
         while len(self._sending) < MOST:
             counts = Counter(self._sending.values())
             busy = [owner for owner, count in counts.items() if count >= EACH]
-            now = time.time()
             until = now + 3 * PATIENCE
             notice = await asyncio.to_thread(self._outbox.next_notice, now, busy, until)
             if notice is None:
@@ -211,20 +210,22 @@ class Webhooks:
 
     async def _send(self, notice: Notice) -> None:
         status = await self._status(notice)
-        now, over = time.time(), notice.tries > len(WAITS)
+        over = notice.tries > len(WAITS)
         taken = status.isdigit() and 200 <= int(status) < 300
         self.sent["taken" if taken else "refused"] += 1
-        due = None
+        wait = None
         if not (taken or over or status in ("410", "blocked")):
-            due = now + WAITS[notice.tries - 1] * random.uniform(0.9, 1.1)
+            wait = WAITS[notice.tries - 1] * random.uniform(0.9, 1.1)
         if not taken:
             log.warning(
                 "a webhook was not taken (%s)%s",
                 status,
-                "" if due else ": it is given up",
+                "" if wait else ": it is given up",
                 extra={"job": notice.job.id},
             )
         with contextlib.suppress(StorageError):  # it is sent once more
+            now = await asyncio.to_thread(self._outbox.now)
+            due = None if wait is None else now + wait
             await asyncio.to_thread(self._outbox.noticed, notice, now, due)
 
     async def _status(self, notice: Notice) -> str:
