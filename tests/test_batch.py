@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from safelight.engine.capacity import FEWEST, MOST, TRIES, Capacity
 from safelight.engine.job import advance, prepare
 from safelight.engine.turns import Turns
 from safelight.model import Model
+from tests.guiding import controlnet, edges
 
 
 @pytest.fixture(scope="module")
@@ -476,6 +478,19 @@ def test_rows_are_learned_from_the_load_that_ran(
     engine.add(Request(prompt="a cat", steps=4, sampler="euler", **where))
     drain(engine)
     assert noted == shared == [1, 2, 2, 1]
+
+
+def test_rows_are_not_learned_from_calls_with_a_controlnet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of its calls takes longer, and holds one picture."""
+    engine = Engine(safelight.load(controlnet=controlnet(tmp_path / "net")), exact=False)
+    noted: list[float] = []
+    monkeypatch.setattr(engine.capacity, "note", lambda load, seconds: noted.append(load))
+    asked = Request(prompt="a cat", steps=4, sampler="ddim", guidance_start=0.0)
+    engine.add(asked.replace(control_image=edges(), control_end=0.5, width=128, height=128))
+    drain(engine)
+    assert len(noted) == 2
 
 
 def test_rows_that_were_given_stay() -> None:

@@ -49,7 +49,7 @@ class Capacity:
         self._before = math.inf
 
     def note(self, load: float, seconds: float) -> None:
-        """Learn from a call of `load` rows in which the whole network was computed."""
+        """Learn from a call of `load` rows: of the whole network, and without a ControlNet."""
         if self._learned or not self.rows / 2 < load <= self.rows:
             return
         self._costs.append(seconds / load)

@@ -272,7 +272,8 @@ class Engine:
         return [], []
 
     def _advance(self, tickets: list[Ticket]) -> tuple[list[Ticket], list[Ticket]]:
-        began, full = time.monotonic(), tickets[0].job.plan(tickets[0].model).full
+        began, first = time.monotonic(), tickets[0].job  # of a call, all are alike
+        counts = first.plan(tickets[0].model).full and first.asked.control is None
         load = sum(ticket.load for ticket in tickets)  # the next step's may be another
         try:
             with torch.inference_mode():
@@ -293,7 +294,7 @@ class Engine:
             return self._advance(tickets[: len(tickets) // 2])
         seconds = time.monotonic() - began
         self._seconds_a_row += 0.1 * (seconds / load - self._seconds_a_row)
-        if full:
+        if counts:
             self.capacity.note(load, seconds)
         return tickets, []
 
