@@ -278,6 +278,7 @@ def test_a_page_of_an_allowed_origin_may_ask() -> None:
         for given, expected in (({}, 401), (BEARER, 200)):
             code, headers, _ = ask(SHARED, {**asked, **given}, method=method)
             assert (code, headers["access-control-allow-origin"]) == (expected, PAGE)
+            assert headers["access-control-expose-headers"] == "*"
             assert "access-control-allow-credentials" not in headers
             assert "access-control-allow-headers" not in headers
     _, headers, _ = ask(SHARED, {**OURS, **BEARER})

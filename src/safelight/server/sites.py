@@ -60,7 +60,8 @@ def check_site(scope: Any, headers: Headers, hosts: frozenset[str], origins: fro
 def shared(origin: str, headers: Headers) -> list[tuple[bytes, bytes]]:
     """Return the headers by which a browser gives an answer to a page of this origin, unless "".
 
-    headers: of the request. The page may send any header, but no cookie of the browser's.
+    headers: of the request. The page may send and read any header, but send no cookie of the
+    browser's.
     """
     found = {"vary": "Origin"}  # also without an origin: browsers keep answers for other pages
     if origin:
@@ -69,6 +70,8 @@ def shared(origin: str, headers: Headers) -> list[tuple[bytes, bytes]]:
             asked = single(headers, "access-control-request-headers")
             found["access-control-allow-methods"] = METHODS
             found["access-control-allow-headers"] = asked
+        else:
+            found["access-control-expose-headers"] = "*"  # such as Link and Retry-After
     return [(name.encode(), value.encode("latin-1")) for name, value in found.items()]
 
 
