@@ -17,6 +17,7 @@ from safelight.server.metrics import MAX_MODELS, REST, Metrics
 from safelight.server.pulse import Pulse
 from safelight.server.settings import WorkerSettings
 from safelight.weights.find import MODELS
+from tests.guiding import controlnet
 
 pytestmark = pytest.mark.xdist_group("models")  # they share a server
 
@@ -166,15 +167,22 @@ def test_openai_s_clients_name_one(server: Serving) -> None:
     assert newest["model"] == "embedded-fast"
 
 
-def test_a_picture_is_drawn_again_only_by_the_same_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["the model", "its ControlNet"])
+def test_a_picture_is_drawn_again_only_by_the_same_files(tmp_path: Path, what: str) -> None:
     """In float32, after NaN: its files are found by name, and may be another model's by now."""
-    folder = shutil.copytree(MODELS / "embedded-unconditional", tmp_path / "mine")
-    models = LoadedModels(WorkerSettings(str(folder), "", "", dtype="bfloat16"), Pulse(), print)
+    net = None
+    if what == "the model":
+        folder = shutil.copytree(MODELS / "embedded-unconditional", tmp_path / "mine")
+        changed = folder / "scheduler" / "scheduler_config.json"
+    else:
+        folder, net = MODELS / "embedded", controlnet(tmp_path / "edges")
+        changed = net / "config.json"
+    how: dict[str, Any] = {"dtype": "bfloat16", "controlnet": net and str(net)}
+    models = LoadedModels(WorkerSettings(str(folder), "", "", **how), Pulse(), print)
     models.load_first()
     held = models.get(models.default)
     assert held is not None
-    config = folder / "scheduler" / "scheduler_config.json"
-    config.write_text(config.read_text() + "\n")
+    changed.write_text(changed.read_text() + "\n")
     with pytest.raises(SafelightError, match="were replaced after it was loaded") as caught:
         models.precise(held)
     assert caught.value.code == "weights_changed"

@@ -316,7 +316,8 @@ class LoadedModels:
 
 def _digests(model: Model) -> tuple[Any, ...]:
     """Return what says which files a model was loaded from."""
-    return model.sha256, model.other_vae, model.refiner and model.refiner.sha256
+    refiner = model.refiner and model.refiner.sha256
+    return model.sha256, model.other_vae, refiner, model.control
 
 
 def _info_of(name: str, model: Model) -> ModelInfo:
