@@ -208,6 +208,19 @@ class TestGenerate:
         assert done.err.startswith("warning: plain was trained on 64x64: ")
         assert "times as long; leave out --width and --height" in done.err
 
+    def test_the_size_of_a_picture_is_told_as_such(self, run, model):
+        Image.new("RGB", (256, 256)).save("photo.png")
+        done = run("generate", "a", "--image", "photo.png")
+        assert "256x256 will hardly show" in done.err
+        assert "; give other --width and --height" in done.err
+
+    def test_what_no_model_could_draw_is_refused_before_one_is_loaded(self, run, model):
+        Image.new("L", (4000, 64)).save("wide.png")
+        refused(run("generate", "a", "--image", "wide.png"), "image is 4000x64", "ask for width")
+        Image.new("L", (64, 64)).save("edges.png")
+        refused(run("generate", "a", "--control-image", "edges.png"), "give one with --controlnet")
+        assert model.loaded == []
+
     @pytest.mark.parametrize("size", [["-W", "128"], ["-W", "128", "-H", "128"], []])
     def test_a_size_near_it_is_not(self, run, model, size):
         assert run("generate", "a", *size).err == ""

@@ -54,6 +54,11 @@ def generate(
 
     settings = loading.with_words(settings)
     request = options.request_of(settings)
+    fitted = request.fitted()  # before the model is loaded, which takes long
+    if loading.controlnet is None and request.control_image is not None:
+        raise SafelightError(
+            "--control-image needs a ControlNet: give one with --controlnet", field="control_image"
+        )
     if loading.controlnet is not None and request.control_image is None:
         warn("--controlnet does nothing without --control-image")
     seeds = range(request.seed, request.seed + request.count)
@@ -64,7 +69,7 @@ def generate(
 
     with StepBar(request.count) as on_step:
         loaded = loading.load(options.model_for(request, model))
-        _warn_of_size(request, loaded.name, loaded.native_size)
+        _warn_of_size(fitted, loaded.name, loaded.native_size)
         run = loaded.stream(request)
         try:
             for step in run:
@@ -86,7 +91,10 @@ def generate(
 
 
 def _warn_of_size(request: "Request", model: str, native: tuple[int, int]) -> None:
-    """Warn before the work if the size is far from the model's own."""
+    """Warn before the work if the size is far from the model's own.
+
+    request: with its pictures at the size to draw.
+    """
     if request.sized_by is not None:
         width, height = request.sized_by.size
     else:
@@ -95,9 +103,10 @@ def _warn_of_size(request: "Request", model: str, native: tuple[int, int]) -> No
     times = width * height / (native[0] * native[1])
     if times > FAR or times < 1 / FAR:
         cost = f" and takes over {times:.0f} times as long" if times > 1 else ""
+        do = "leave out" if request.sized_by is None else "give other"
         warn(
             f"{model} was trained on {native[0]}x{native[1]}: {width}x{height} will hardly show "
-            f"what was asked for{cost}; leave out --width and --height, or enlarge the result"
+            f"what was asked for{cost}; {do} --width and --height, or enlarge the result"
         )
 
 
