@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from safelight.sampling.levels import CURVES, Floats
+from safelight.sampling.levels import CURVES
 from safelight.sampling.rows import D, Grid, Level, Row, make_row, noise, steps_of
 from safelight.sampling.schedule import SchedulerConfig
+
+Times = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +54,7 @@ def flow_grid(config: SchedulerConfig, steps: int, course: Course) -> Grid:
     return Grid(levels, tuple(given.tolist()), levels[0].sigma)
 
 
-def shifted(config: SchedulerConfig, times: Floats, tokens: int) -> Floats:
+def shifted(config: SchedulerConfig, times: Times, tokens: int) -> Times:
     """Return times moved towards noise. tokens: of the picture, for dynamic shifting."""
     if not config.use_dynamic_shifting:
         return _by_ratio(config.shift, times)
@@ -62,7 +66,7 @@ def shifted(config: SchedulerConfig, times: Floats, tokens: int) -> Floats:
     return ratio / (ratio + (1 / times - 1))
 
 
-def _by_ratio(ratio: float, times: Floats) -> Floats:
+def _by_ratio(ratio: float, times: Times) -> Times:
     return ratio * times / (1 + (ratio - 1) * times)
 
 
