@@ -40,7 +40,7 @@ test: $(VENV)/.ready-dev
 
 # The numerical tests at every level below this processor's that it can stand for: without AMX, without AVX512,
 # without AVX and compiled kernels, and with the portable kernels in every picture. NUMERICAL names
-# fewer of them.
+# fewer of them. AMX is emulated where there is AVX512-BF16 without it.
 NUMERICAL ?= tests/test_fast.py tests/test_engine.py tests/test_batch.py tests/test_shipped.py \
 	tests/parity/test_nets.py tests/parity/test_pictures.py
 levels: $(VENV)/.ready-dev
@@ -50,6 +50,9 @@ levels: $(VENV)/.ready-dev
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 SAFELIGHT_KERNELS=off \
 		$(BIN)/pytest $(NUMERICAL)
 	SAFELIGHT_KERNELS=portable $(BIN)/pytest $(filter-out tests/test_fast.py,$(NUMERICAL))
+	! grep -q avx512_bf16 /proc/cpuinfo || grep -q amx_bf16 /proc/cpuinfo || \
+		$(BIN)/pytest --emulate-amx tests/test_fast.py tests/test_int8.py tests/test_kernels.py \
+			tests/parity/test_pictures.py
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .

@@ -46,6 +46,19 @@ def pytest_xdist_auto_num_workers() -> int:
     return (os.cpu_count() or 1) + 1
 
 
+def pytest_addoption(parser) -> None:
+    parser.addoption("--emulate-amx", action="store_true", help="have every test use AMX, emulated")
+
+
+def pytest_sessionstart(session) -> None:
+    if session.config.getoption("emulate_amx"):
+        from tests import emulated_amx  # imports PyTorch
+
+        if why := emulated_amx.lacks():
+            raise pytest.UsageError(f"AMX cannot be emulated: {why}")
+        emulated_amx.emulate(pytest.MonkeyPatch())
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items) -> None:
     """Leave out the tests of the long run, and order and group the others.

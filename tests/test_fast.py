@@ -86,7 +86,7 @@ def by_vectors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 def _use(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Use a library's kernels, or skip the test."""
-    needs(variant)
+    needs(variant, monkeypatch)
     monkeypatch.setenv("SAFELIGHT_KERNELS", {"amx": "auto"}.get(variant, variant))
 
 

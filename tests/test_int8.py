@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -47,14 +48,14 @@ def inference() -> Iterator[None]:
 def by_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Use the kernel in each variant."""
     name = str(request.param)
-    needs(name)
+    needs(name, monkeypatch)
     monkeypatch.setattr(kernels, "allowed", lambda: (name,))
 
 
 @pytest.fixture
-def takes_int8() -> None:
+def takes_int8(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip without AVX512, which brings oneDNN's bfloat16 and a kernel that counts as fast."""
-    needs("avx512")
+    needs("avx512", monkeypatch)
     assert int8.available(torch.device("cpu"), torch.bfloat16)
 
 
@@ -95,6 +96,20 @@ def test_a_product_is_that_of_rounded_numbers(rows: int, inner: int, columns: in
         true = true if p is None else true + p.double()
         # The result is rounded once, to 2⁻⁸ of it at most.
         assert distance(Matrix(weight, b)(x, p), true) < 2**-8
+
+
+@pytest.mark.soak
+@pytest.mark.usefixtures("by_kernel")
+@pytest.mark.parametrize("seed", range(40))
+def test_any_shape(seed: int) -> None:
+    random = Random(seed)
+    torch.manual_seed(seed)
+    torch.set_num_threads(random.choice([1, 2, 3]))
+    rows, inner, columns = (random.randint(1, random.choice([3, 33, 90])) for _ in range(3))
+    x = torch.randn(1, rows * random.choice([1, 13]), 16 * inner).bfloat16()
+    weight = torch.randn(16 * columns, 16 * inner).bfloat16()
+    true = rounded(x) @ rounded(weight).T
+    assert distance(Matrix(weight, None)(x), true) < 2**-8, (x.shape, weight.shape)
 
 
 @pytest.mark.usefixtures("by_kernel")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ def inference() -> Iterator[None]:
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Library:
     """Use each library, and check that it is in use."""
     name = str(request.param)
-    needs(name)
+    needs(name, monkeypatch)
     monkeypatch.setattr(kernels, "allowed", lambda: (name,))
     monkeypatch.setattr(memory, "total", lambda: 16 << 30)
     found = kernels._first((name,), next(iter(kernels._ARGUMENTS[name])))
@@ -288,6 +289,38 @@ def test_maps(library: Library, shape: tuple[int, int, int]) -> None:
         true = F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)
         most = 2.5e-3 if dtype == torch.bfloat16 else 5e-6
         assert distance(winograd.Convolution(conv.weight, conv)(x), true) < most
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(40))
+def test_any_shape(library: Library, seed: int) -> None:
+    random = Random(seed)
+    torch.manual_seed(seed)
+
+    def some(most: int, each: int = 1) -> int:
+        """Return a multiple of `each`; small ones are as likely as those up to `most` of them."""
+        return each * random.randint(1, random.choice([1, 3, 33, most]))
+
+    torch.set_num_threads(random.choice([1, 2, 3]))
+    for name, dtype, most in kernels_of_attention(library):
+        queries, keys, size = some(300), some(1100), some(200)
+        q, k, v = (torch.randn(2, n, 3, size).transpose(1, 2) for n in (queries, keys, keys))
+        given = [t.to(dtype) for t in (q, k, v)]
+        found = vectors.attend_by(library, name, dtype, *given)
+        assert distance(found, attention(*given)) < most, (name, queries, keys, size)
+    if "conv" not in kernels._ARGUMENTS[library.variant]:
+        return
+    conv = nn.Conv2d(some(9, 32), some(7, 32), 3, padding=1).bfloat16()
+    x = torch.randn(some(2), conv.in_channels, some(40), some(40)).bfloat16()
+    weight, bias = conv.weight.double(), conv.bias.double()
+    for kind, scale in ((tiles.Convolution, 1), (tiles.Doubling, 2)):
+        wide = F.interpolate(x.double(), scale_factor=scale)
+        true = F.conv2d(wide, weight, bias, padding=1)
+        assert distance(kind(conv.weight, conv)(x), true) < 5e-3, (kind, x.shape, weight.shape)
+    weight = torch.randn(some(9, 32), some(45, 32))
+    x = torch.randn(1, some(1100), weight.shape[1])
+    found = split.Matrix(weight, None)(x)
+    assert distance(found, x.double() @ weight.double().T) < 2**-17, (x.shape, weight.shape)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 257])

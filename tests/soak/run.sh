@@ -34,7 +34,7 @@ promises() {
 
 # What the suite takes a part of: every combination of samplers, schedules, families and sizes.
 tables() {
-    SAFELIGHT_SOAK=$FIGURES "$BIN/pytest" -m soak tests/parity tests/test_fast.py &&
+    SAFELIGHT_SOAK=$FIGURES "$BIN/pytest" -m soak tests/parity tests/test_fast.py tests/test_kernels.py tests/test_int8.py &&
         SAFELIGHT_SOAK=$FIGURES "$BIN/pytest" tests/parity/test_sampler_tables.py
 }
 
