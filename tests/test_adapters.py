@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import safelight
 from safelight.adapters import select
 from safelight.adapters.asked import AskedLora, asked_of
-from safelight.adapters.names import table
+from safelight.adapters.names import layers_of, table
 from safelight.compare import Axis, grid
 from safelight.engine import Engine
 from safelight.errors import SafelightError
@@ -200,11 +200,11 @@ class TestAnotherModel:
             assert float((weight - twice.unet.state_dict()[name]).abs().max()) <= 1e-6
 
     def test_no_spelling_of_two_layers_is_the_same(self, model: Any) -> None:
-        shapes = model.stored.shapes
-        modules = {p: {n.rpartition(".")[0] for n in shapes[p]} for p in ("unet", "text_encoder")}
+        layers = layers_of(model.stored.shapes)
+        modules = {part: layers[part] for part in ("unet", "text_encoder")}
         alone = [table(model, {part: modules[part]}) for part in modules]
         for part, found in zip(modules, alone, strict=True):
-            assert {target.module for target in found.values()} == modules[part]
+            assert {one for target in found.values() for one in target.layers} == modules[part]
             assert {target.part for target in found.values()} == {part}
         assert not alone[0].keys() & alone[1].keys()
 
@@ -329,7 +329,7 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("keys", "metadata", "told"),
         [
-            ({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": (4, 8)}, {}, "for Flux"),
+            ({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": (4, 8)}, {}, "FLUX.1"),
             ({"lora_te2_text_model_x.lora_down.weight": (4, 8)}, {}, "it is for SDXL"),
             (
                 {

@@ -57,8 +57,9 @@ class Model:
     name, path: as it was asked for, and where it was found.
     sha256: the digest of a single file, or of the names and digests of all files of a folder.
     family: what it is and how it draws; its name is "sd1", "sd1-inpainting", "sd2",
-      "sd2-inpainting", "sdxl", "sdxl-inpainting", "sdxl-refiner", "ssd-1b", "vega" or "pixels";
-      "custom", "sdxl-custom" and "sdxl-refiner-custom" are of other shapes.
+      "sd2-inpainting", "sdxl", "sdxl-inpainting", "sdxl-refiner", "ssd-1b", "vega", "sd3",
+      "sd3.5-medium", "sd3.5-large", "flux-dev", "flux-schnell", "z-image", "z-image-turbo" or
+      "pixels"; "custom" and names that end in "-custom" are of other shapes.
     parts: its networks and tokenizers by the names of their folders.
     words: those it was trained on, None if it does not say.
     notes: what else stands in the folder's safelight.json.
@@ -67,6 +68,8 @@ class Model:
     wildcards_dir: the folder that `__name__` in a prompt is drawn from, None if there is none.
     styles: named words that a request may put around its prompts.
     library: the models folder that LoRAs and embeddings are found in, None if there is none.
+    other_parts: name and sha256 of the folder that a single file took parts from, None if none was
+      needed.
     other_vae: name and sha256 of the autoencoder that took the place of its own, None if none did.
     prediction_type: what its network predicts, if that was given and not taken from its files.
     refiner: the model that takes the last steps, None if none does.
@@ -95,6 +98,7 @@ class Model:
     wildcards_dir: Path | None = None
     styles: Mapping[str, Style] = field(default_factory=dict)
     library: Library | None = None
+    other_parts: dict[str, str] | None = None
     other_vae: dict[str, str] | None = None
     prediction_type: str | None = None
     refiner: Model | None = None

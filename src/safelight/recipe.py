@@ -18,6 +18,9 @@ from safelight.settings import settings_of
 
 MAX_RECIPE = 256 * 1024
 
+USED = ("model", "parts", "vae", "refiner", "controlnet")
+"""The keys of a recipe that name files, each by name and SHA-256."""
+
 
 def png_texts(recipe: dict[str, Any]) -> dict[str, str]:
     """Return the PNG texts, by keyword, of a recipe (`Result.recipe`)."""
@@ -178,7 +181,7 @@ def _parse_ours(text: str, name: str) -> dict[str, Any]:
         recipe = json.loads(text)
         if not isinstance(recipe["settings"], dict) or not isinstance(recipe["model"], dict):
             raise TypeError
-        used = [recipe[key] for key in ("model", "vae", "refiner", "controlnet") if key in recipe]
+        used = [recipe[key] for key in USED if key in recipe]
         names = [part[key] for part in used for key in ("name", "sha256")]
         for value in (recipe["safelight"], *names):
             if not isinstance(value, str):

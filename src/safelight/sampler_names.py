@@ -1,5 +1,6 @@
-"""The names that other programs have for the samplers."""
+"""The names that other programs have for samplers and schedules."""
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -7,6 +8,9 @@ from safelight.errors import SafelightError
 from safelight.sampling import SAMPLERS
 from safelight.sampling.schedule import SCHEDULES
 from safelight.settings import shown
+
+SPACINGS: Mapping[str, str] = {"sgm_uniform": "trailing", "simple": "trailing", "ddim": "leading"}
+"""AUTOMATIC1111's schedulers that are a spacing of the model's own schedule here, by its names."""
 
 _COMFYUI = {
     "euler_ancestral": "euler_a",

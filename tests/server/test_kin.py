@@ -40,6 +40,7 @@ from safelight.server.station import _on_signal
 from safelight.server.store import MAX_LISTED
 from safelight.server.turns import Turns
 from safelight.studio import easel, mount
+from safelight.studio.suits import Suits
 from safelight.weights.library import Library
 
 SECRET = "the prompt of a person"
@@ -303,12 +304,13 @@ def test_events_bring_no_recipes_but_of_their_picture(server: Inside) -> None:
     assert _brief(Event(kind="end", job=job)).job is job
 
 
-def test_the_editor_has_few_layers() -> None:
+def test_an_editor_has_few_layers() -> None:
     """Each layer is decoded, and one uploaded file may be named thousands of times."""
     layers = [SimpleNamespace(path="x")] * (easel.MAX_LAYERS + 1)
     picture = SimpleNamespace(background=SimpleNamespace(path="x"), layers=layers)
-    with pytest.raises(SafelightError, match="layers"):
-        asyncio.run(easel.read_easel([picture, 1], None, ""))  # pyright: ignore[reportArgumentType]
+    for values, named in (([picture, 1, None, 1], "the pic"), ([None, 1, picture, 1], "the con")):
+        with pytest.raises(SafelightError, match=f"{named}.* layers"):
+            asyncio.run(easel.read_easels(values, cast(Any, None), "", Suits()))
 
 
 def test_cells_of_a_grid_share_their_picture() -> None:

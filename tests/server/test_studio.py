@@ -33,20 +33,21 @@ from safetensors.numpy import save_file
 from serving import Serving, wait_for
 
 import safelight
-from safelight.errors import SafelightError
+from safelight.errors import AwayError, SafelightError
 from safelight.families import family_of_folder
 from safelight.recipe import read_recipe, recipe_text
 from safelight.request import Request
 from safelight.server.decoding import Decoders
 from safelight.server.settings import WorkerSettings
-from safelight.studio import form
+from safelight.studio import entries, form
 from safelight.studio.inside import Inside as Looking
-from safelight.studio.page import blocks
+from safelight.studio.page import _stored, blocks
 from safelight.studio.recipes import recipe_settings
 from safelight.studio.run import Command, _interrupt_at_the_end_of_input
-from safelight.studio.suits import Suits, suits_of
+from safelight.studio.suits import EXAMPLE, Suits, suits_of
 from safelight.studio.train import Train
 from safelight.weights.find import MODELS
+from tests.guiding import controlnet, edges
 
 pytestmark = [
     pytest.mark.xdist_group("studio"),  # they share a server and a browser
@@ -87,7 +88,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
         pytest.skip("Chromium is not installed")
     models = models_folder(tmp_path_factory.mktemp("models"))
     words = ("--models-dir", str(models), "--styles-file", str(models / "styles.csv"))
-    with Serving(tmp_path_factory.mktemp("studio"), "--dtype", "float32", *words) as running:
+    guided = ("--controlnet", str(controlnet(models / "edges")))
+    folder = tmp_path_factory.mktemp("studio")
+    with Serving(folder, "--dtype", "float32", *words, *guided) as running:
         running.ready()
         wait_for(lambda: running.client.get("/studio/").status_code == 200)
         yield running
@@ -247,16 +250,18 @@ def values(**fields: Any) -> dict[str, Any]:
         "seed": "5",
         "width": 0,
         "height": 0,
-        "schedule": form.OWN,
-        "spacing": form.OWN,
+        "schedule": entries.OWN,
+        "spacing": entries.OWN,
         "eta": 0,
         "strength": 0.7,
         **{
-            one.name: form.OWN if one.choices and one.default is None else one.default
-            for one in form.further_settings(Request)
+            one.name: entries.OWN if one.choices and one.default is None else one.default
+            for one in entries.further_settings(Request)
         },
         "picture": None,
         "enlarged": 1,
+        "control": None,
+        "control_enlarged": 1,
     }
     assert fields.keys() <= usual.keys()
     return usual | fields
@@ -289,9 +294,9 @@ def tab(page: Page, name: str) -> None:
     page.get_by_role("tab", name=name).click()
 
 
-def on_easel(page: Page, colour: tuple[int, int, int]) -> Any:
-    """Wait until the middle of the editor has this colour; return where the middle is."""
-    canvas = page.locator("#easel canvas").first
+def on_easel(page: Page, colour: tuple[int, int, int], name: str = "easel") -> Any:
+    """Wait until the middle of an editor has this colour; return where the middle is."""
+    canvas = page.locator(f"#{name} canvas").first
     expect(canvas).to_be_visible()
 
     def shown() -> bool:
@@ -437,6 +442,8 @@ def test_the_form_shows_what_suits_the_model(server: Serving, fresh: Page) -> No
     page.get_by_role("button", name="Size and schedule").click()
     expect(page.get_by_label("Cache every")).to_be_visible()
     expect(page.get_by_label("Original width")).to_have_count(0)  # which SDXL reads
+    guide = page.get_by_role("button", name="Guide by")
+    expect(guide).to_have_count(1)
     model.select_option("embedded-unconditional")
     expect(page.get_by_label("Prompt", exact=True)).to_have_attribute(
         "placeholder", "this model takes no prompt: leave it empty"
@@ -451,6 +458,9 @@ def test_the_form_shows_what_suits_the_model(server: Serving, fresh: Page) -> No
     draw(page, "a boat")
     assert newest(server)["model"] == "embedded-fast"
     expect(page.locator(".model .facts")).to_contain_text("256×256, float32")
+    page.locator(".now .grid button").first.click()
+    expect(guide).to_have_count(0)  # neither the section nor the picture's button
+    page.keyboard.press("Escape")
     model.select_option("embedded")
     expect(steps).not_to_have_value("4")
     expect(start).to_have_value("0.25")
@@ -471,7 +481,7 @@ def test_of_two_models_chosen_at_once_the_last_counts(fresh: Page) -> None:
     for name in ("embedded-unconditional", "embedded-fast"):
         model.select_option(name)
     expect(fresh.get_by_label("number input for Steps")).to_have_value("4")
-    expect(fresh.locator("#prompt textarea")).to_have_attribute("placeholder", form.EXAMPLE)
+    expect(fresh.locator("#prompt textarea")).to_have_attribute("placeholder", EXAMPLE)
     expect(model).to_have_value("embedded-fast")
 
 
@@ -535,7 +545,7 @@ def test_a_slider_leaves_the_weight_of_the_text_encoder(fresh: Page) -> None:
 
 def test_each_line_is_one_name() -> None:
     given = values(styles="Photo, film\n toy \n", picture=None)
-    assert form.request(*given.values(), suits=Suits()).styles == ("Photo, film", "toy")
+    assert entries.request(*given.values(), suits=Suits()).styles == ("Photo, film", "toy")
 
 
 def test_fields_that_are_only_looked_at_change_no_setting(server: Serving, fresh: Page) -> None:
@@ -566,19 +576,39 @@ def test_what_a_family_does_not_read_is_neither_shown_nor_sent() -> None:
     given = values(original_width=900, picture=None)
     for family, sent in ((sdxl, 900), (sd, None)):
         suits = Suits(reads=family.reads())
-        assert form.request(*given.values(), suits=suits).original_width == sent
-        _, told = form.shown({"original_width": 900}, suits)
+        assert entries.request(*given.values(), suits=suits).original_width == sent
+        _, told = entries.shown({"original_width": 900}, suits)
         assert told == ([] if sent else ["original_width does nothing with this model"])
+
+
+def test_a_control_image_alone_sets_the_size_and_needs_no_words() -> None:
+    sd = family_of_folder({"_class_name": "StableDiffusionPipeline"}, "a model")
+    image, scale = edges((200, 100)), {"control_scale": 0.5, "control_end": 0.25}
+    given = values(prompt="", control=((image, None), []), **scale)
+    has, lacks = (Suits(size=(256, 256), reads=sd.reads(control=there)) for there in (True, False))
+    asked = entries.request(*given.values(), suits=has)
+    assert (asked.control_image, asked.width, asked.height) == (image, 360, 184)
+    assert (asked.prompt, asked.control_scale, asked.control_end) == ("", 0.5, 0.25)
+    asked = entries.request(*given.values(), suits=lacks)
+    assert (asked.control_image, asked.width, asked.prompt) == (None, None, EXAMPLE)
+    assert asked.control_scale == 1
+    without = entries.request(*values(**scale).values(), suits=has)
+    assert without.control_scale == 1  # the field does nothing without a picture
+    recipe = {**scale, "control_start": 0.5, "control_image_sha256": "0" * 64}
+    _, told = entries.shown(recipe, has)
+    assert told == ["control_end must be at least control_start, 0.5, not 0.25"]
+    _, told = entries.shown(recipe | {"control_start": 0}, lacks)
+    assert told == ["the control image needs a ControlNet, which this model does not have"]
 
 
 def test_an_empty_prompt_draws_the_example(server: Serving, page: Page) -> None:
     prompt = page.get_by_label("Prompt", exact=True)
-    expect(prompt).to_have_attribute("placeholder", form.EXAMPLE)
+    expect(prompt).to_have_attribute("placeholder", EXAMPLE)
     page.get_by_label("number input for Steps").fill("3")
     page.get_by_role("button", name="Draw").click()
-    expect(page.locator("#make-status")).to_contain_text(f"draws the example: “{form.EXAMPLE}”")
-    expect(page.locator(".now .status")).to_have_text(f"“{form.EXAMPLE}” is done.")
-    assert newest(server)["settings"]["prompt"] == form.EXAMPLE
+    expect(page.locator("#make-status")).to_contain_text(f"draws the example: “{EXAMPLE}”")
+    expect(page.locator(".now .status")).to_have_text(f"“{EXAMPLE}” is done.")
+    assert newest(server)["settings"]["prompt"] == EXAMPLE
     prompt.fill("a cat")
     page.keyboard.press("Control+Enter")
     expect(page.locator(".now .status")).to_have_text("“a cat” is done.")
@@ -640,6 +670,40 @@ def test_a_picture_is_changed_and_then_a_part_of_it(server: Serving, fresh: Page
         then = Image.composite(black, before.resize((256, 256), Image.Resampling.LANCZOS), painted)
         assert 0.005 < mask.convert("L").histogram()[255] / (mask.width * mask.height) < 0.5
         assert safelight.picture.largest_difference(now, then) == 0  # except for what was painted
+
+
+def test_a_picture_guides(server: Serving, fresh: Page, tmp_path: Path) -> None:
+    page = fresh
+    Image.new("RGB", (96, 64), "teal").save(tmp_path / "teal.png")
+    page.get_by_role("button", name="Guide by a picture (edges)").click()
+    buttons = page.locator("#control").get_by_role("button")
+    expect(buttons).to_have_count(4)  # nothing is painted: Clear canvas, Image, Upload and Paste
+    found = Axe().run(page, context="#guide").response["violations"]
+    assert [v["id"] for v in found if v["impact"] in ("serious", "critical")] == []
+    page.locator("#control input[type=file]").first.set_input_files(tmp_path / "teal.png")
+    on_easel(page, (0, 128, 128), "control")
+    page.get_by_label("number input for Control scale").fill("0.5")
+    draw(page, "a boat", Steps=2)
+    drawn = newest(server)["settings"]
+    assert (drawn["control_scale"], drawn["width"], drawn["height"]) == (0.5, 312, 208)
+    with Image.open(server.data / "inputs" / f"{newest(server)['id']}-control_image.png") as image:
+        assert (image.size, image.getpixel((9, 9))) == ((312, 208), (0, 128, 128))
+    page.locator("#control").get_by_label("Clear canvas").click()
+    choose(page, "Guide by this one")
+    page.get_by_label("number input for Control end").fill("0.2")
+    page.get_by_label("number input for Control start").fill("0.6")
+    expect(page.locator("#control .empty")).to_have_count(0)
+    page.get_by_role("button", name="Draw").click()
+    expect(page.locator("#make-problem")).to_contain_text("control_end must be at least")
+
+
+def test_a_control_image_that_is_none_is_told(server: Serving) -> None:
+    uploaded = server.client.post(
+        "/studio/gradio_api/upload", files={"files": ("a.png", b"no picture")}
+    ).json()
+    file = {"path": uploaded[0], "meta": {"_type": "gradio.FileData"}}
+    given = {"background": file, "layers": [], "composite": None}
+    assert submitted(server, control=given).startswith("the control image")
 
 
 def test_found_by_words_and_all_settings_brought_back(server: Serving, fresh: Page) -> None:
@@ -1032,10 +1096,10 @@ def test_half_a_character_is_refused_before_gradio_repeats_it(server: Serving) -
 def test_a_recipe_of_anything_at_all() -> None:
     """Files come from strangers: usable settings are taken, and the rest is reported."""
     anything = {"prompt": "a cat", "seed": {}, "steps": -1, "sampler": [], "z": 1}
-    values, told = form.shown(anything, Suits())
+    values, told = entries.shown(anything, Suits())
     assert values[0] == "a cat"
     assert [sentence.split()[0] for sentence in told] == ["seed", "steps", "sampler", "there"]
-    values, told = form.shown(
+    values, told = entries.shown(
         Request(sampler="ddim", eta=0.5, spacing="trailing").to_dict(), Suits()
     )
     assert {0.5, "trailing"} <= set(values)
@@ -1044,9 +1108,9 @@ def test_a_recipe_of_anything_at_all() -> None:
 
 def test_a_sampler_that_is_not_had_is_told(tmp_path: Path) -> None:
     written = PngImagePlugin.PngInfo()
-    written.add_text("parameters", "a cat\nSteps: 9, Sampler: Magic, Schedule type: Simple")
+    written.add_text("parameters", "a cat\nSteps: 9, Sampler: Magic, Schedule type: KL Optimal")
     Image.new("RGB", (64, 64)).save(tmp_path / "theirs.png", pnginfo=written)
-    _, told = form.shown(recipe_settings(tmp_path / "theirs.png"), Suits())
+    _, told = entries.shown(recipe_settings(tmp_path / "theirs.png"), Suits())
     assert told[0].startswith("there is no sampler 'Magic'")
     assert told[1].startswith("schedule must be")
 
@@ -1067,9 +1131,35 @@ def test_a_web_ui_s_text_is_read_wherever_it_stands(kind: str) -> None:
     found = recipe_settings(file.getvalue())
     wanted = {"prompt_syntax": "a1111", "emphasis": "no-norm", "eta": 0.3, "height": 96, "steps": 9}
     assert found.items() >= wanted.items()
-    values, told = form.shown(found, Suits())
+    values, told = entries.shown(found, Suits())
     assert 0.35 not in values  # it is the strength of a second pass
     assert told == ["there is no setting Denoising strength, Hires upscale, Hires steps"]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "scheduler", "read"),
+    [
+        ("Euler", "Simple", (None, "trailing")),
+        ("DPM++ 2M", "SGM Uniform", (None, "trailing")),
+        ("Euler", "DDIM", (None, "leading")),
+        ("Euler", "Karras", ("karras", None)),
+        ("LCM", "Simple", ("simple", None)),  # LCM has one spacing: the form tells it
+    ],
+)
+def test_a_web_ui_s_schedules_that_are_spacings(
+    sampler: str, scheduler: str, read: tuple[str | None, str | None]
+) -> None:
+    text = f"a cat\nSteps: 9, Sampler: {sampler}, Schedule type: {scheduler}"
+    found = recipe_settings(png_with(parameters=text))
+    assert (found["schedule"], found.get("spacing")) == read
+
+
+def test_a_web_ui_s_controlnet_is_read() -> None:
+    unit = "Module: canny, Model: x [0123abcd], Weight: 0.6, Resize Mode: Crop and Resize, "
+    unit += "Guidance Start: 0.1, Guidance End: oops, Control Mode: Balanced"
+    found = recipe_settings(png_with(parameters=f'a cat\nSteps: 9, ControlNet 0: "{unit}"'))
+    wanted = {"control_scale": 0.6, "control_start": 0.1, "control_image_sha256": ""}
+    assert {n: v for n, v in found.items() if "control" in n.lower()} == wanted
 
 
 def png_with(**texts: str) -> bytes:
@@ -1169,23 +1259,26 @@ def test_a_jpeg_without_settings_is_told() -> None:
 
 
 def test_a_changed_picture_is_made_again(server: Serving, fresh: Page) -> None:
-    """Picture, mask, strength and rarely used settings are all brought back."""
+    """Pictures, mask, strength and rarely used settings are all brought back."""
     page = fresh
     square, mask = Image.new("RGB", (64, 64), "navy"), Image.new("L", (64, 64))
+    control = Image.new("RGB", (64, 64), "teal")
     for image, colour, box in ((square, "gold", (7, 9, 40, 33)), (mask, 255, (10, 0, 51, 37))):
         image.paste(colour, box)
     given = {}
-    for name, image in (("image", square), ("mask", mask)):
+    for name, image in (("image", square), ("mask", mask), ("control_image", control)):
         image.save(buffer := io.BytesIO(), "PNG")
         given[name] = base64.b64encode(buffer.getvalue()).decode()
     how = {"steps": 4, "seed": 3, "sampler": "ddim", "eta": 0.4, "spacing": "trailing"}
-    first = server.finished(server.submit(prompt="a moon", strength=0.6, **how, **given))
+    how |= {"strength": 0.6, "control_scale": 0.8, "control_end": 0.5}
+    first = server.finished(server.submit(prompt="a moon", **how, **given))
     page.get_by_role("button", name="Change a picture").click()
     tab(page, "Find")
     page.get_by_label("Search").fill("moon")
     choose(page, "All its settings", ".find")
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("a moon")
     on_easel(page, (255, 90, 54))  # the mask's
+    on_easel(page, (0, 128, 128), "control")
     page.get_by_role("button", name="Draw").click()
     wait_for(lambda: newest(server)["id"] != first["id"])
     again = server.finished(newest(server)["id"])
@@ -1297,6 +1390,24 @@ def in_a_thread(task: Any) -> Any:
     """Return the result of a coroutine, run in a thread: the browser's loop runs in this one."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, task).result()
+
+
+def test_a_storage_that_is_away_is_told_and_no_client_takes_all_threads() -> None:
+    by: Any = SimpleNamespace(request=None)
+    held: list[int] = []
+
+    def away(decoders: Decoders) -> None:
+        held.append(decoders.handling._running.total())
+        raise AwayError("the storage does not answer")
+
+    async def read() -> None:
+        decoders = Decoders(2)
+        with pytest.raises(gradio.Error, match="the storage does not answer"):
+            await _stored(decoders, by, away, decoders)
+        decoders.close()
+
+    in_a_thread(read())
+    assert held == [1]
 
 
 def test_inside_draws_from_the_server_s_wildcards(
@@ -1443,8 +1554,8 @@ def test_a_model_without_words(tmp_path: Path) -> None:
     with Inside(tmp_path, model="embedded-unconditional") as server:
         suits = server.within(suits_of(server.hub, None))
         with pytest.raises(safelight.SafelightError, match="takes no prompt: leave both prompts"):
-            form.request(*values().values(), suits=suits)
-        asked = form.request(*values(prompt="").values(), suits=suits)
+            entries.request(*values().values(), suits=suits)
+        asked = entries.request(*values(prompt="").values(), suits=suits)
         job = server.within(server.hub.submit(asked, client="studio"))
         assert server.finished(job.id)["status"] == "succeeded"
 

@@ -100,6 +100,8 @@ class EmbeddingFile:
         widths: of the vectors that each encoder reads. Raises SafelightError unless some fit each.
         """
         found: dict[str, Vectors] = {}
+        if not widths:
+            raise _refusal(self.name, "this model reads no embeddings")
         # Only SDXL's refiner reads one half of an embedding for two; elsewhere half would be lost.
         whole = len(self.vectors) <= len(widths) or any(name.endswith("_2") for name in widths)
         for encoder, width in widths.items():

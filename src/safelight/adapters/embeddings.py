@@ -189,7 +189,7 @@ class Embeddings:
         if not model.family.text_parts:
             if request.embeddings:
                 raise SafelightError(
-                    f"embeddings are words, and {model.name} reads none: leave them out",
+                    f"{model.name} reads no embeddings: leave them out",
                     field="embeddings",
                 )
             return ()

@@ -23,7 +23,7 @@ from safelight.adapters.algorithms import (
     check_dora,
 )
 from safelight.adapters.embedding import BUNDLE
-from safelight.adapters.keys import endings, family_of, refused_kind, slot_of
+from safelight.adapters.keys import differ, endings, family_of, refused_kind, slot_of
 from safelight.adapters.names import Target
 from safelight.errors import SafelightError
 from safelight.weights.check import Header, printable, read_json
@@ -61,18 +61,20 @@ class AdapterFile:
 
 @dataclass(frozen=True)
 class Change:
-    """What a file does to one weight.
+    """What a file does to one weight, or to several that are one in it.
 
-    parameter: the weight's name in its part. keys: of the tensors, by slot. alpha: PEFT's, if no
-    tensor holds it. rooted: alpha is divided by the root of the rank (arXiv:2312.03732).
+    parameters: the weights' names in their part, in the order of their rows in the file. keys: of
+    the tensors, by slot. alpha: PEFT's, if no tensor holds it. rooted: alpha is divided by the root
+    of the rank (arXiv:2312.03732). swapped: the file has the second half of the rows first.
     """
 
     part: str
-    parameter: str
+    parameters: tuple[str, ...]
     algorithm: type[Algorithm]
     keys: Mapping[str, str]
     alpha: float | None = None
     rooted: bool = False
+    swapped: bool = False
 
 
 @dataclass
@@ -123,16 +125,23 @@ def config_of(path: Path) -> Path | None:
     return told if path.name in IN_FOLDER and told.is_file() else None
 
 
-def match(file: AdapterFile, table: Mapping[str, Target], shapes: Shapes, family: str) -> Match:
+def match(
+    file: AdapterFile,
+    table: Mapping[str, Target],
+    shapes: Shapes,
+    family: str,
+    takes_embeddings: bool = True,
+) -> Match:
     """Return what a file does to a model.
 
     table: see `names.table`. shapes: of the model's weights. family: what the model is, for
-    errors. Raises SafelightError for a tensor that does not fit its layer, for a pair that lacks
-    one half, and for a kind that is not supported.
+    errors. takes_embeddings: whether it reads embeddings inside the file; otherwise they belong to
+    nothing. Raises SafelightError for a tensor that does not fit its layer, for a pair that lacks
+    one half, for two changes of one weight, and for a kind that is not supported.
     """
     found, groups = Match(), dict[Target, dict[str, str]]()
     for key in file.header.tensors:
-        if key.startswith(BUNDLE):
+        if key.startswith(BUNDLE) and takes_embeddings:
             continue  # an embedding inside the file
         taken = next(((table[s], e) for s, e in endings(key) if s in table), None)
         if taken is None:
@@ -152,6 +161,11 @@ def match(file: AdapterFile, table: Mapping[str, Target], shapes: Shapes, family
         except UnfitError as error:
             key = slots.get(error.slot, error.slot)
             raise refusal(file.name, f"{key!r:.70} {error.why}{_hint(file, family)}") from None
+    changed: dict[tuple[str, str], Change] = {}
+    for change in found.changes:
+        for name in change.parameters:
+            if (other := changed.setdefault((change.part, name), change)) is not change:
+                raise _two_ways(file, next(iter(other.keys.values())), *change.keys.values())
     return found
 
 
@@ -173,11 +187,15 @@ def told_unmatched(file: AdapterFile, keys: list[str]) -> str:
     return f"{len(keys)} of {len(file.header.tensors)} keys {verb} to nothing in the model: {some}"
 
 
+def _two_ways(file: AdapterFile, one: str, other: str, *_: str) -> SafelightError:
+    return refusal(file.name, f"{one:.60} and {other:.60} change one layer in two ways")
+
+
 def _hint(file: AdapterFile, family: str) -> str:
     """Return what kind of model the file was made for, if this model is another."""
     shapes = {key: info.shape for key, info in file.header.tensors.items()}
     made_for = family_of(shapes, file.header.metadata)
-    if made_for is None or made_for == family:
+    if made_for is None or not differ(made_for, family):
         return ""
     return f"; it is for {made_for}, and this model is {family}"
 
@@ -190,22 +208,22 @@ def _add(
     found: Match,
 ) -> None:
     """Add the changes of one layer to a match."""
-    weight, bias = f"{target.module}.weight", f"{target.module}.bias"
+    weights, biases = (tuple(f"{one}.{of}" for one in target.layers) for of in ("weight", "bias"))
     if "bias" in slots:
         key = slots.pop("bias")
-        if bias not in shapes:
+        if not shapes.keys() >= set(biases):
             found.unmatched.append(key)
         else:
             _check_float(file, key)
-            _check(Full, {"diff": file.shape(key)}, shapes[bias])
-            found.changes.append(Change(target.part, bias, Full, {"diff": key}))
+            _check(Full, {"diff": file.shape(key)}, _joint(shapes, biases))
+            keys = {"diff": key}
+            found.changes.append(Change(target.part, biases, Full, keys, swapped=target.swapped))
     owners = {_OWNERS[slot] for slot in slots if slot not in _SHARED}
     if not owners:
         found.unmatched += slots.values()  # an alpha without factors
         return
     if len(owners) > 1:
-        keys = " and ".join(f"{key:.60}" for key in list(slots.values())[:2])
-        raise refusal(file.name, f"{keys} change one layer in two ways")
+        raise _two_ways(file, *slots.values())
     [algorithm] = owners
     missing = [slot for slot in algorithm.needs if slot not in slots]
     key = next(iter(slots.values()))
@@ -226,11 +244,18 @@ def _add(
         raise UnfitError("dora_scale", f"cannot follow {algorithm.title}")
     if "magnitude" in slots:
         held["dora_scale"] = (math.prod(held["dora_scale"]),)
-    _check(algorithm, held, shapes[weight])
+    _check(algorithm, held, _joint(shapes, weights))
     if algorithm is not OFT and algorithm.rank(held) is None:
         keys.pop("alpha", None)  # it scales nothing: trainers write any number, also inf
     alpha, rooted = _alpha(file, target)
-    found.changes.append(Change(target.part, weight, algorithm, keys, alpha, rooted))
+    found.changes.append(
+        Change(target.part, weights, algorithm, keys, alpha, rooted, target.swapped)
+    )
+
+
+def _joint(shapes: Mapping[str, tuple[int, ...]], names: tuple[str, ...]) -> tuple[int, ...]:
+    """Return the shape of weights whose rows lie one after the other."""
+    return (sum(shapes[name][0] for name in names), *shapes[names[0]][1:])
 
 
 def _check(
@@ -293,8 +318,8 @@ def _alpha(file: AdapterFile, target: Target) -> tuple[float | None, bool]:
     if settings is None:
         return None, False
     alpha: Any = settings.get("lora_alpha", settings.get("alpha"))
-    patterns, names = settings["alpha_pattern"], target.module.split(".")
-    ends = [f"^{target.module}", *(".".join(names[i:]) for i in range(len(names)))]
+    patterns, names = settings["alpha_pattern"], target.name.split(".")
+    ends = [f"^{target.name}", *(".".join(names[i:]) for i in range(len(names)))]
     if told := [patterns[end] for end in ends if end in patterns]:
         _, alpha = min(told, key=lambda one: one[0])  # the first counts, as in PEFT
     if alpha is None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from safelight.families import Family
 
 WRITTEN = {
     # kohya and LyCORIS
@@ -95,16 +99,20 @@ def refused_kind(ending: str) -> str:
     return REFUSED[ending]
 
 
-# Parts of keys that show that a file is for another kind of model, which the error names.
-_FOREIGN = (
-    (("double_blocks", "single_blocks", "single_transformer_blocks"), "Flux"),
-    (("joint_blocks",), "Stable Diffusion 3"),
-    (("layers_0_attention", "layers.0.attention"), "Z-Image or Lumina"),
-    (("lora_prior_unet", "lora_te3_"), "another family"),
-    (("transformer.", "lora_transformer_"), "a diffusion transformer"),
+_FLUX, _SD3, _ZIMAGE = "FLUX.1", "Stable Diffusion 3", "Z-Image"
+_TRANSFORMER = "a diffusion transformer"
+
+# Parts of keys that show what kind of model a file is for. The first that is in any key counts.
+_MARKS = (
+    (("to_qkv_mlp_proj", "double_stream_modulation"), "FLUX.2"),
+    (("double_blocks", "single_blocks", "single_transformer_blocks"), _FLUX),
+    (("joint_blocks",), _SD3),
+    (("noise_refiner", "layers_0_attention", "layers.0.attention"), _ZIMAGE),
+    (("transformer_blocks.0.attn.", "transformer_blocks_0_attn_"), _TRANSFORMER),
+    (("lora_te3_",), _TRANSFORMER),
+    (("lora_prior_unet",), "another family"),
     (("lora_controlnet", "control_"), "a Control-LoRA"),
 )
-
 
 _WIDTHS = {
     768: "Stable Diffusion 1",
@@ -119,6 +127,22 @@ def family_of_width(width: int | None) -> str | None:
     return _WIDTHS.get(width or 0)
 
 
+def called(family: Family, config: Any) -> str:
+    """Return what a model's kind is called in errors. config: of the network that denoises."""
+    if not hasattr(config, "cross_attention_dim"):
+        return family.title
+    return family_of_width(config.cross_attention_dim) or family.name
+
+
+def differ(made_for: str, family: str) -> bool:
+    """Return whether a file's kind of model, by `family_of`, is not that of a model.
+
+    family: see `called`.
+    """
+    known = made_for == _TRANSFORMER and family in (_FLUX, _SD3)
+    return made_for != family and not known
+
+
 def text_width(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     """Return the width of the text states that an adapter is for, None if no key tells."""
     for key, shape in shapes.items():
@@ -128,22 +152,28 @@ def text_width(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     return None
 
 
+def family_of_keys(keys: Collection[str]) -> str | None:
+    """Return what kind of model an adapter was made for, None if no name of a layer tells."""
+    named = ((mark, family) for marks, family in _MARKS for mark in marks)
+    return next((family for mark, family in named if any(mark in key for key in keys)), None)
+
+
 def family_of(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> str | None:
     """Return what kind of model an adapter was made for, None if its file does not tell."""
     stated = metadata.get("ss_base_model_version", "") or metadata.get("modelspec.architecture", "")
     stated = stated.lower()
     for word, family in (
-        *(("sdxl", "SDXL"), ("stable-diffusion-xl", "SDXL"), ("flux", "Flux")),
-        *(("sd3", "Stable Diffusion 3"), ("stable-diffusion-3", "Stable Diffusion 3")),
+        *(("sdxl", "SDXL"), ("stable-diffusion-xl", "SDXL")),
+        *(("flux2", "FLUX.2"), ("flux-2", "FLUX.2"), ("flux.2", "FLUX.2"), ("flux", _FLUX)),
+        *(("sd3", _SD3), ("stable-diffusion-3", _SD3)),
+        *(("zimage", _ZIMAGE), ("z-image", _ZIMAGE), ("z_image", _ZIMAGE)),
         *(("sd_v1", "Stable Diffusion 1"), ("stable-diffusion-v1", "Stable Diffusion 1")),
         *(("sd_v2", "Stable Diffusion 2"), ("stable-diffusion-v2", "Stable Diffusion 2")),
     ):
         if stated.startswith(word):
             return family
-    for key in shapes:
-        for marks, family in _FOREIGN:
-            if any(mark in key for mark in marks):
-                return family
+    if (marked := family_of_keys(shapes)) is not None:
+        return marked
     width = text_width(shapes)
     if width is not None:
         return family_of_width(width)

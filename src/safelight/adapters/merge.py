@@ -43,6 +43,10 @@ class Chosen:
         return self.asked.weight if part == network else self.asked.text_weight
 
 
+Step = tuple[Chosen, Change]
+"""A change, and the LoRA that it belongs to."""
+
+
 def merged(model: Model, chosen: Sequence[Chosen]) -> Model:
     """Return a model with LoRAs merged, in their order. `model` stays as it is.
 
@@ -50,20 +54,25 @@ def merged(model: Model, chosen: Sequence[Chosen]) -> Model:
     """
     parts = dict(model.parts)
     for part in {change.part for one in chosen for change in one.changes}:
-        wanted: dict[str, list[tuple[Chosen, Change]]] = {}
-        for one in chosen:
-            if one.strength(part, model.family.network):
-                for change in one.changes:
-                    if change.part == part:
-                        wanted.setdefault(change.parameter, []).append((one, change))
-        if not wanted:
+        steps = [
+            (one, change)
+            for one in chosen
+            if one.strength(part, model.family.network)
+            for change in one.changes
+            if change.part == part
+        ]
+        if not steps:
             continue
+        groups = _together(steps)
+        changed, held = dict[str, Tensor](), dict[str, Tensor]()
         with ExitStack() as stack:
             opened = {id(one): _Opened(one.file, stack) for one in chosen}
-            changed = {
-                name: _changed(model, part, weight, wanted[name], opened)
-                for name, weight in _originals(model, part, wanted)
-            }
+            for name, weight in _originals(model, part, groups):
+                group = groups[name]
+                held[name] = weight.to(model.device, torch.float32, copy=True).contiguous()
+                if group.names <= held.keys():
+                    values = {one: held.pop(one) for one in group.names}
+                    changed |= _changed(model, values, group.steps, opened)
         for one in chosen:
             one.file.hashed.check()
         parts[part] = with_weights(
@@ -87,33 +96,76 @@ def _originals(model: Model, part: str, names: Iterable[str]) -> Iterator[tuple[
         yield name, there[name]
 
 
+@dataclass
+class _Group:
+    """Weights that a file has as one, and what is done to them, in its order.
+
+    A weight that no file has together with others is a group of its own.
+    """
+
+    names: set[str]
+    steps: list[Step]
+
+
+def _together(steps: Sequence[Step]) -> dict[str, _Group]:
+    """Return the group of each weight that is changed."""
+    groups: dict[str, _Group] = {}
+    for _, change in steps:
+        joined = _Group(set(change.parameters), [])
+        for name in change.parameters:
+            joined.names |= groups[name].names if name in groups else set()
+        groups |= dict.fromkeys(joined.names, joined)
+    for one, change in steps:
+        groups[change.parameters[0]].steps.append((one, change))
+    return groups
+
+
 def _changed(
     model: Model,
-    part: str,
-    weight: Tensor,
-    steps: Sequence[tuple[Chosen, Change]],
+    values: dict[str, Tensor],
+    steps: Sequence[Step],
     opened: Mapping[int, _Opened],
-) -> Tensor:
-    """Return the new value of one weight, in the model's precision."""
+) -> dict[str, Tensor]:
+    """Return the new values of a group's weights, in the model's precision.
+
+    values: the weights in float32, which may be overwritten.
+    """
     get_on()
-    value = weight.to(model.device, torch.float32, copy=True).contiguous()
     for one, change in steps:
         found = opened[id(one)].read(change, model.device)
-        strength = one.strength(part, model.family.network)
+        strength = one.strength(change.part, model.family.network)
+        value = _joined(values, change)
         try:
             value = change.algorithm.apply(found, value, _scale(change, found), strength)
         except UnfitError as error:
-            key = change.keys.get(error.slot, change.parameter)
+            key = change.keys.get(error.slot, change.parameters[0])
             raise refusal(one.file.name, f"{key!r:.70} {error.why}") from None
-    value = value.to(model.dtype)
-    if not all(bool(end.isfinite()) for end in torch.aminmax(value)):
-        names = " and ".join(dict.fromkeys(one.file.name for one, _ in steps))
-        raise refusal(
-            names,
-            f"{part} {steps[0][1].parameter} becomes NaN or Inf in {model.precision}: "
-            "take a weight nearer to 0",
-        )
-    return value
+        values |= _parted(value, change, values)
+    converted = {name: value.to(model.dtype) for name, value in values.items()}
+    for name, value in converted.items():
+        if not all(bool(end.isfinite()) for end in torch.aminmax(value)):
+            files = " and ".join(dict.fromkeys(one.file.name for one, _ in steps))
+            raise refusal(
+                files,
+                f"{steps[0][1].part} {name} becomes NaN or Inf in {model.precision}: "
+                "take a weight nearer to 0",
+            )
+    return converted
+
+
+def _joined(values: Mapping[str, Tensor], change: Change) -> Tensor:
+    """Return the weights of a change as its file has them: as one, and in its order of rows."""
+    found = [values[name] for name in change.parameters]
+    value = found[0] if len(found) == 1 else torch.cat(found)
+    return value.roll(len(value) // 2, 0) if change.swapped else value
+
+
+def _parted(value: Tensor, change: Change, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a change by their names; the inverse of `_joined`."""
+    if change.swapped:
+        value = value.roll(len(value) // 2, 0)
+    parts = value.split([len(values[name]) for name in change.parameters])
+    return dict(zip(change.parameters, parts, strict=True))
 
 
 def _scale(change: Change, found: dict[str, Tensor]) -> float:

@@ -97,4 +97,4 @@ class PromptReader:
 
     @cached_property
     def _tokenizers(self) -> dict[str, Any]:
-        return self.plan.family.load_tokenizers(self.plan.folder, self.plan.configs)
+        return self.plan.family.load_tokenizers(self.plan.tokenizer_folder, self.plan.configs)

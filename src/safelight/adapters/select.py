@@ -25,9 +25,9 @@ from safelight.adapters.file import (
     told_unmatched,
     unmatched_error,
 )
-from safelight.adapters.keys import family_of_width
+from safelight.adapters.keys import called
 from safelight.adapters.merge import Chosen, merged
-from safelight.adapters.names import Target, table
+from safelight.adapters.names import Target, layers_of, table
 from safelight.errors import SafelightError
 from safelight.fast import memory
 from safelight.weights.cache import stamp_of
@@ -165,8 +165,7 @@ class Adapters:
 
     @property
     def _family(self) -> str:
-        width = getattr(self._model.network.config, "cross_attention_dim", None)
-        return family_of_width(width) or self._model.family.name
+        return called(self._model.family, self._model.network.config)
 
     def _locate(self, asked: AskedLora) -> tuple[Path, str]:
         """Return the path of a LoRA, and a name for it that tells nothing about this machine."""
@@ -209,13 +208,11 @@ class Adapters:
         if key not in self._files:
             if self._table is None:
                 self._shapes = _shapes_of(self._model)
-                modules = {
-                    part: {name.rpartition(".")[0] for name in names}
-                    for part, names in self._shapes.items()
-                }
-                self._table = table(self._model, modules)
+                self._table = table(self._model, layers_of(self._shapes))
             file = open_adapter(path)
-            self._files[key] = file, match(file, self._table, self._shapes, self._family)
+            reads = bool(self._model.family.text_parts)
+            found = match(file, self._table, self._shapes, self._family, reads)
+            self._files[key] = file, found
             while len(self._files) > MAX_FILES:
                 self._files.popitem(last=False)
         self._files.move_to_end(key)
@@ -224,10 +221,11 @@ class Adapters:
     def _size(self, chosen: Sequence[Chosen]) -> int:
         network = self._model.family.network
         changed = {
-            (change.part, change.parameter)
+            (change.part, name)
             for one in chosen
             for change in one.changes
             if one.strength(change.part, network)
+            for name in change.parameters
         }
         numbers = sum(math.prod(self._shapes[part][name]) for part, name in changed)
         return numbers * self._model.dtype.itemsize

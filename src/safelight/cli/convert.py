@@ -18,6 +18,7 @@ def convert(
         str | None,
         Option(help="float32, bfloat16 or float16 [as it is stored].", show_default=False),
     ] = None,
+    parts: options.Parts = None,
     vae: options.Vae = None,
     prediction_type: Annotated[
         str | None,
@@ -40,6 +41,7 @@ def convert(
         model,
         out,
         dtype=dtype,
+        parts=parts,
         vae=vae,
         prediction_type=prediction_type,
         models_dir=models_dir,

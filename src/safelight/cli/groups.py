@@ -23,6 +23,7 @@ class Loading:
     dtype: options.Dtype = "auto"
     low_memory: options.LowMemory = False
     models_dir: options.ModelsDir = None
+    parts: options.Parts = None
     vae: options.Vae = None
     refiner: options.Refiner = None
     controlnet: options.Controlnet = None
@@ -37,6 +38,7 @@ class Loading:
             "dtype": self.dtype,
             "low_memory": self.low_memory,
             "models_dir": self.models_dir,
+            "parts": self.parts,
             "vae": self.vae,
             "refiner": self.refiner,
             "controlnet": self.controlnet,

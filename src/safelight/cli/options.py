@@ -32,6 +32,14 @@ Dtype = Annotated[str, Option(help="Precision: auto, float32, bfloat16 or float1
 LowMemory = Annotated[
     bool, Option("--low-memory", help="On the CPU: large weights in a file, not in memory.")
 ]
+Parts = Annotated[
+    str | None,
+    Option(
+        "--parts",
+        help="A model's folder or hub id from which a checkpoint file takes what it lacks.",
+        show_default=False,
+    ),
+]
 Vae = Annotated[
     str | None,
     Option(

@@ -56,7 +56,7 @@ def tokens(
         seed=seed,
         embeddings=embedding or (),
     )
-    plan = read_plan(find(model or "embedded", models_dir=models_dir))
+    plan = read_plan(find(model or "embedded", models_dir=models_dir), without=("vae",))
     text = prompt
     if dynamic_prompts or wildcards is not None:
         [text] = draw([prompt], seed, None if wildcards is None else expanded(wildcards))

@@ -120,6 +120,10 @@ def verify(
     model: Annotated[
         str | None, Option(help="Where the model is [its name in the recipe].", show_default=False)
     ] = None,
+    parts: Annotated[
+        str | None,
+        Option(help="The folder that the model took parts from, if any.", show_default=False),
+    ] = None,
     vae: Annotated[
         str | None, Option(help="Where the other autoencoder is, if any.", show_default=False)
     ] = None,
@@ -162,7 +166,7 @@ def verify(
     from safelight import machine
     from safelight.adapters.recorded import recorded_files
     from safelight.picture import largest_difference, open_picture, open_pictures
-    from safelight.recipe import enlarge, read_recipe
+    from safelight.recipe import USED, enlarge, read_recipe
     from safelight.weights.library import open_library
 
     recipe = read_recipe(png)
@@ -177,11 +181,12 @@ def verify(
     picture = open_picture(png)
     given = {"image": image, "mask": mask, "control_image": control_image}
     request = safelight.Request.from_dict(recipe["settings"], **open_pictures(given))
-    used = {key: recipe.get(key) for key in ("model", "vae", "refiner", "controlnet")}
+    used = {key: recipe.get(key) for key in USED}
     with StepBar(count=1) as on_step:
         try:
             loaded = load(
                 model or _recorded("model", used["model"], models_dir) or "",
+                parts=parts or _recorded("parts", used["parts"], models_dir),
                 vae=vae or _recorded("vae", used["vae"], models_dir),
                 refiner=refiner or _recorded("refiner", used["refiner"], models_dir),
                 controlnet=controlnet or _recorded("controlnet", used["controlnet"], models_dir),
@@ -196,10 +201,11 @@ def verify(
             )
         except SafelightError as error:
             raise SafelightError(
-                f"{error}; --model, --vae, --refiner, --controlnet, --device and --dtype take the "
-                "place of the recipe's"
+                f"{error}; --model, --parts, --vae, --refiner, --controlnet, --device and --dtype "
+                "take the place of the recipe's"
             ) from None
         _check_used("model", used["model"], loaded.sha256)
+        _check_used("parts", used["parts"], (loaded.other_parts or {}).get("sha256"))
         _check_used("vae", used["vae"], (loaded.other_vae or {}).get("sha256"))
         second = None if loaded.refiner is None else loaded.refiner.sha256
         _check_used("refiner", used["refiner"], second)
@@ -227,7 +233,9 @@ def verify(
 
 
 def _recorded(kind: str, used: dict[str, str] | None, models_dir: str | None) -> str | None:
-    """Return a recipe's model, vae, refiner or controlnet: its path in the models folder, or name.
+    """Return the path in the models folder of a recipe's model or the like, or its name.
+
+    kind: a key of the recipe, of `safelight.recipe.USED`.
 
     The recipe may be a stranger's, so no file outside the models folder is opened for it. A folder
     in the working directory counts only if it has exactly this name.
@@ -255,7 +263,7 @@ def _recorded(kind: str, used: dict[str, str] | None, models_dir: str | None) ->
         right = (e for e in named if e.path.is_file() and digest_file(e.path).sha256 == sha256)
         found = next(right, None)
         # A model of the hub is a folder, too, and by_hash reads all files once.
-        if found is None and folder is None and not (hub_id and is_cached(hub_id, looked)):
+        if found is None and folder is None and not (hub_id and is_cached(hub_id, kind)):
             found = library.by_hash(sha256, looked)
         if found is None and not own:  # the check of its hash says what is wrong
             found = folder or next(iter(named), None)

@@ -70,6 +70,7 @@ def new_result(model: Model, asked: Request, resolved: Request, exact: bool = Tr
         device=str(model.device),
         dtype=model.precision,
         drawn={"exact": exact, **describe_machine(model.device)},
+        parts=model.other_parts,
         vae=model.other_vae,
         prediction_type=model.prediction_type,
         refiner=(

@@ -34,13 +34,12 @@ FAMILIES: list[Family] = [SD, SDXL, REFINER, SD3, FLUX, Z_IMAGE, Pixels()]
 _IGNORED = {"safety_checker", "feature_extractor", "image_encoder", "controlnet"}
 _FOREIGN = (
     ("conditioner.embedders.", "a part of Stable Diffusion XL; the whole model is needed"),
-    ("model.diffusion_model.double_blocks.", "FLUX, which is not supported"),
-    ("double_blocks.", "FLUX, which is not supported"),
-    ("model.diffusion_model.joint_blocks.", "Stable Diffusion 3, which is not supported"),
-    ("joint_blocks.", "Stable Diffusion 3, which is not supported"),
+    ("text_encoders.", "one or more text encoders; the whole model is needed"),
     ("control_model.", "a ControlNet, not a whole model"),
     ("lora_", "a LoRA, not a whole model"),
     ("down_blocks.", "one part of a model folder; give the folder's path"),
+    ("transformer_blocks.", "one part of a model folder; give the folder's path"),
+    ("all_x_embedder.", "one part of a model folder; give the folder's path"),
     ("encoder.", "one part of a model; the whole model is needed"),
     ("text_model.", "one part of a model folder; give the folder's path"),
 )
@@ -86,4 +85,5 @@ def family_of_file(header: Header) -> Family:
     for prefix, what in _FOREIGN:
         if any(key.startswith(prefix) for key in header.tensors):
             raise refusal(header.name, f"this is {what}")
-    raise refusal(header.name, f"not a checkpoint of {SD.title}, or {SDXL.title}")
+    known = ", ".join(family.title for family in (SD, SDXL, SD3, FLUX))
+    raise refusal(header.name, f"not a checkpoint of {known} or {Z_IMAGE.title}")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.families.control import CONTROL
 from safelight.sampling import Level, SchedulerConfig, Table, clean_estimate, table
+from safelight.weights.names import Section
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from safelight.request import Request
     from safelight.weights.check import Header
     from safelight.weights.folder import Folder
-    from safelight.weights.names import Section, Weight
+    from safelight.weights.names import Weight
     from safelight.weights.plan import Plan
 
 
@@ -95,15 +96,10 @@ class Conditioning:
         def last(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[-1:]
 
-        return Conditioning(
-            last(self.tokens),
-            last(self.pooled),
-            last(self.sizes),
-            self.guidance,
-            self.extra,
-            self.control,
-            None if self.lengths is None else self.lengths[-1:],
-        )
+        tokens, pooled, sizes = map(last, (self.tokens, self.pooled, self.sizes))
+        lengths = None if self.lengths is None else self.lengths[-1:]
+        scale, extra, control = self.guidance, self.extra, self.control
+        return Conditioning(tokens, pooled, sizes, scale, extra, control, lengths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +154,8 @@ class Family:
     request that `encode` reads. defaults: settings that it draws best with. distilled:
     whether it was taught to draw with these, in few steps. trainable: whether `train` supports it.
     refinable: whether another model of the family can take its last steps. shortcuts: those of the
-    fast mode's settings that work with its network.
+    fast mode's settings that work with its network. told_by_scheduler: its variants have equal
+    shapes and differ in the scheduler, which a single file does not hold.
     latent_rgb: colours of latents for previews, see `families.colours`; None if they are unknown.
     """
 
@@ -179,6 +176,7 @@ class Family:
     distilled: bool = False
     trainable: ClassVar[bool] = True
     refinable: ClassVar[bool] = False
+    told_by_scheduler: ClassVar[bool] = False
     shortcuts: ClassVar[tuple[str, ...]] = ()
     latent_rgb: tuple[tuple[float, ...], ...] | None = None
 
@@ -241,12 +239,12 @@ class Family:
         """
         raise NotImplementedError
 
-    def original_names(self, part: str, config: Mapping[str, Any]) -> Mapping[str, str]:
-        """Return our names of a network's modules, by their names in the original code.
+    def original(self, part: str, config: Mapping[str, Any]) -> Section:
+        """Return where the original code has a network's modules; without `names`, as we do.
 
-        config: the network's own. Empty if the names are the same.
+        config: the network's own.
         """
-        return {}
+        return Section(part)
 
     def load_tokenizers(self, folder: Folder | None, configs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the tokenizers by name. folder: None for a single file."""

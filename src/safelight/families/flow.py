@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.errors import SafelightError
 from safelight.families.autoencoded import AutoencodedFamily
-from safelight.families.base import Conditioning, Part
+from safelight.families.base import Conditioning, Part, SingleFile
+from safelight.families.flow_files import Layout, Published, is_unused, unknown_variant
 from safelight.prompt.dialects import read
 from safelight.prompt.networks import is_lora
 from safelight.sampling import SchedulerConfig, Table, table
 from safelight.sampling.flow import Course
-from safelight.weights.names import t5_folder_name
+from safelight.weights.check import Header
+from safelight.weights.names import Section, from_single_file, t5_folder_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +56,9 @@ class Rows:
 class FlowFamily(AutoencodedFamily):
     """A family of flow matching.
 
-    patch: side, in latents, of what is one token. trained: see `sampling.flow.Course`.
+    patch: side, in latents, of what is one token. trained: see `sampling.flow.Course`. layout: of
+    its single files. published: what a single file of this variant does not hold; None if the
+    variant is no published one.
     """
 
     network: ClassVar[str] = "transformer"
@@ -62,6 +66,8 @@ class FlowFamily(AutoencodedFamily):
     shortcuts: ClassVar[tuple[str, ...]] = ("guidance_start", "guidance_end", "linears")
     patch: ClassVar[int] = 2
     trained: ClassVar[bool] = False
+    layout: ClassVar[Layout]
+    published: Published | None = None
     conditioned_on: ClassVar[tuple[str, ...]] = (
         "prompt",
         "negative_prompt",
@@ -82,6 +88,36 @@ class FlowFamily(AutoencodedFamily):
             )
         return self
 
+    def published_variants(self) -> tuple[FlowFamily, ...]:
+        """Return the variants that single files may be of."""
+        raise NotImplementedError
+
+    def identify(self, header: Header) -> FlowFamily | None:
+        prefix = self.layout.prefix(header)
+        if prefix is None:
+            return None
+        told = self.layout.told(header, prefix)
+        for variant in self.published_variants():
+            if self.layout.wanted(variant.configs["transformer"]) == told:
+                return variant
+        raise unknown_variant(header, told, self)
+
+    @property
+    def configs(self) -> Mapping[str, Mapping[str, Any]]:
+        """The config of each network of a single file; empty for a variant that has none."""
+        return {} if self.published is None else self.published.configs
+
+    def sections(self) -> dict[str, Section]:
+        if not self.configs:
+            return {}
+        transformer = self.original(self.network, self.configs[self.network])
+        return self.layout.sections(transformer, self.configs["vae"])
+
+    def single_file(self, header: Header) -> SingleFile:
+        assert self.published is not None
+        weights = from_single_file(header, self.parts, self.sections(), is_unused)
+        return SingleFile(self.configs, weights, self.published.scheduler, self.published.native)
+
     # --- drawing -----------------------------------------------------------------------------
 
     def check_request(self, model: Model | Plan, request: Request) -> None:
@@ -97,8 +133,11 @@ class FlowFamily(AutoencodedFamily):
         for name, reading in _readings(model, request).items():
             found += [f"{name} has {said}" for said in reading.warnings]
             for network in reading.networks:
+                told = f"{name}: <{':'.join(network):.60}> was left out"
                 if not is_lora(network):
-                    found.append(f"{name}: <{':'.join(network):.60}> was left out")
+                    found.append(told)
+                elif name == "negative_prompt":
+                    found.append(f"{told}: LoRAs count in the prompt alone")
             if _is_marked(reading):
                 found.append(
                     f"{name} has weights or changes, which {model.name} does not read: the words "

@@ -99,6 +99,17 @@ CLIP_CONFIG: dict[str, Any] = {
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }
+CLIP_L_CONFIG = {**CLIP_CONFIG, "projection_dim": 768, "eos_token_id": 2}
+# OpenCLIP ViT-bigG/14.
+CLIP_G_CONFIG = {
+    **CLIP_L_CONFIG,
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "hidden_act": "gelu",
+    "projection_dim": 1280,
+}
 BETAS: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_schedule": "scaled_linear",
@@ -195,8 +206,8 @@ class LatentFamily(AutoencodedFamily):
         side = (configs["unet"].sample_size or 64) * configs["vae"].factor
         return side, side
 
-    def original_names(self, part: str, config: Mapping[str, Any]) -> Mapping[str, str]:
-        return names.unet_names(config) if part == "unet" else {}
+    def original(self, part: str, config: Mapping[str, Any]) -> names.Section:
+        return names.Section(part, names.unet_names(config) if part == "unet" else None)
 
     def load_tokenizers(self, folder: Folder | None, configs: Mapping[str, Any]) -> dict[str, Any]:
         from safelight.prompt.tokenizer import clip_tokenizer, folder_tokenizer

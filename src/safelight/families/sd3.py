@@ -243,9 +243,7 @@ VARIANTS = (
         defaults=_DEFAULTS_35,
         published=SD35_MEDIUM,
     ),
-    StableDiffusion3(
-        "sd3.5-large", 38, normed=True, defaults=_DEFAULTS_35, published=SD35_LARGE
-    ),
+    StableDiffusion3("sd3.5-large", 38, normed=True, defaults=_DEFAULTS_35, published=SD35_LARGE),
 )
 SD3 = StableDiffusion3("sd3-custom", latent_rgb=None)
 """The family of folders whose transformer has the shapes of no published variant."""

@@ -17,7 +17,8 @@ from safelight.families import colours
 from safelight.families.base import Family, Part, SingleFile
 from safelight.families.latent import (
     BETAS,
-    CLIP_CONFIG,
+    CLIP_G_CONFIG,
+    CLIP_L_CONFIG,
     END,
     IGNORED,
     TEXT_PART,
@@ -82,17 +83,6 @@ _REFINER = {
     "projection_class_embeddings_input_dim": 2560,
 }
 _VAE = {**VAE_CONFIG, "scaling_factor": 0.13025, "force_upcast": True}
-_TEXT = {**CLIP_CONFIG, "projection_dim": 768, "eos_token_id": 2}
-# OpenCLIP ViT-bigG/14.
-_TEXT_2 = {
-    **_TEXT,
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "hidden_act": "gelu",
-    "projection_dim": 1280,
-}
 _SCHEDULER = {
     "_class_name": "EulerDiscreteScheduler",
     **BETAS,
@@ -125,8 +115,8 @@ class StableDiffusionXL(LatentFamily):
     native: int = 1024
     zeros: bool = True
     vae: Mapping[str, Any] = field(default_factory=lambda: _VAE)
-    text_encoder: Mapping[str, Any] = field(default_factory=lambda: _TEXT)
-    text_encoder_2: Mapping[str, Any] = field(default_factory=lambda: _TEXT_2)
+    text_encoder: Mapping[str, Any] = field(default_factory=lambda: CLIP_L_CONFIG)
+    text_encoder_2: Mapping[str, Any] = field(default_factory=lambda: CLIP_G_CONFIG)
     defaults: Mapping[str, Any] = field(default_factory=lambda: _DEFAULTS)
     latent_rgb: tuple[tuple[float, ...], ...] | None = colours.SDXL
 

@@ -20,7 +20,7 @@ from safelight.server.pulse import Pulse
 from safelight.server.served import Served
 from safelight.server.settings import WorkerSettings
 from safelight.weights.estimate import Estimate, estimate
-from safelight.weights.find import find, find_controlnet, find_vae
+from safelight.weights.find import find, find_controlnet, find_parts, find_vae
 from safelight.weights.load import load_model, pick_device
 
 if TYPE_CHECKING:
@@ -273,6 +273,8 @@ class LoadedModels:
         """Download the default model and the networks beside it if they are on the hub."""
         settings = self._settings
         find(settings.model, models_dir=settings.models_dir)
+        if settings.parts is not None:
+            find_parts(settings.parts, models_dir=settings.models_dir)
         if settings.vae is not None:
             find_vae(settings.vae, models_dir=settings.models_dir)
         if settings.refiner is not None:
@@ -283,7 +285,7 @@ class LoadedModels:
     def _needs(self, name: str) -> Estimate:
         """Return what a model needs. Raises SafelightError, also if it alone exceeds the bound."""
         settings, source = self._settings, self.served.source(name)
-        names = ("vae", "refiner", "controlnet") if source is None else ()
+        names = ("parts", "vae", "refiner", "controlnet") if source is None else ()
         own = {name: getattr(settings, name) for name in names}
         found = estimate(
             settings.model if source is None else source,
@@ -317,7 +319,7 @@ class LoadedModels:
 def _digests(model: Model) -> tuple[Any, ...]:
     """Return what says which files a model was loaded from."""
     refiner = model.refiner and model.refiner.sha256
-    return model.sha256, model.other_vae, refiner, model.control
+    return model.sha256, model.other_parts, model.other_vae, refiner, model.control
 
 
 def _info_of(name: str, model: Model) -> ModelInfo:

@@ -14,7 +14,13 @@ from typing import Any
 from safelight.adapters.asked import asked_of
 from safelight.adapters.embedding import EmbeddingFile, look_at
 from safelight.adapters.embeddings import EmbeddingFinder
-from safelight.adapters.keys import family_of_width, text_width
+from safelight.adapters.keys import (
+    called,
+    differ,
+    family_of_keys,
+    family_of_width,
+    text_width,
+)
 from safelight.adapters.reader import PromptReader
 from safelight.defaults import defaults_of
 from safelight.errors import SafelightError
@@ -25,7 +31,7 @@ from safelight.request import Request
 from safelight.server.served import Served
 from safelight.server.settings import WorkerSettings
 from safelight.weights.check import printable, read_header
-from safelight.weights.find import Source, find
+from safelight.weights.find import Source, find, find_parts
 from safelight.weights.folder import Folder
 from safelight.weights.library import ENDINGS, Entry, Library, open_library
 from safelight.weights.plan import Plan, read_plan
@@ -128,7 +134,7 @@ class Names:
         reader.plan.family.check_request(reader.plan, asked)
         check_control(reader.plan.name, asked, self.controlnet(model) is not None)
         for entry in loras:
-            _check_width(entry, reader.plan)
+            _check_made_for(entry, reader.plan)
         reader.check(request)
 
     def describe(
@@ -182,6 +188,13 @@ class Names:
         settings = self._settings
         return find(settings.model, models_dir=settings.models_dir, download=False)
 
+    def _parts(self) -> Source | None:
+        """Return the folder that the server's own model takes parts from; None without one."""
+        settings = self._settings
+        if settings.parts is None:
+            return None
+        return find_parts(settings.parts, models_dir=settings.models_dir, download=False)
+
     def _source(self, model: str | None) -> Source | None:
         """Return a model's source; None for the server's own."""
         return None if model in (None, self._served.default) else self._served.source(model)
@@ -193,8 +206,10 @@ class Names:
         written = (index if index.is_file() else source.path).stat().st_mtime
         before = self._readers.pop(source.path, None)
         if before is None or before[0] != written:
-            without = ("vae",) if given is None and settings.vae is not None else ()
-            plan = read_plan(source, without=without)
+            own = given is None
+            without = ("vae",) if own and settings.vae is not None else ()
+            parts = self._parts() if own else None
+            plan = read_plan(source, without=without, parts=parts)
             before = written, PromptReader(plan, EmbeddingFinder(self.library))
         self._readers[source.path] = before
         for oldest in [*self._readers][:-MAX_READERS]:
@@ -202,8 +217,8 @@ class Names:
         return before[1]
 
 
-def _check_width(entry: Entry, plan: Plan) -> None:
-    """Raise SafelightError for a LoRA whose network reads text states of another width.
+def _check_made_for(entry: Entry, plan: Plan) -> None:
+    """Raise SafelightError for a LoRA of another kind of model, as its keys tell.
 
     The worker reads the whole file, and reports whatever else does not fit.
     """
@@ -211,13 +226,16 @@ def _check_width(entry: Entry, plan: Plan) -> None:
         header = read_header(entry.path)
     except SafelightError:
         return
-    width = text_width({key: one.shape for key, one in header.tensors.items()})
-    mine = getattr(plan.configs.get(plan.family.network), "cross_attention_dim", None)
-    if width is None or not isinstance(mine, int) or width == mine:
-        return
-    made_for = family_of_width(width) or f"text states of {width} numbers"
-    name = family_of_width(mine) or plan.family.name
-    raise SafelightError(
-        f"lora {printable(entry.name, 60)}: it is for {made_for}, and this model is {name}",
-        field="loras",
-    )
+    shapes = {key: one.shape for key, one in header.tensors.items()}
+    config = plan.configs[plan.family.network]
+    name, made_for = called(plan.family, config), family_of_keys(shapes)
+    mine, width = getattr(config, "cross_attention_dim", None), text_width(shapes)
+    if made_for is None and width not in (None, mine):
+        made_for = family_of_width(width)
+        if made_for is None and isinstance(mine, int):
+            made_for = f"text states of {width} numbers"
+    if made_for is not None and differ(made_for, name):
+        raise SafelightError(
+            f"lora {printable(entry.name, 60)}: it is for {made_for}, and this model is {name}",
+            field="loras",
+        )

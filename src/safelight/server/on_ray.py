@@ -149,6 +149,7 @@ def on_nodes(settings: WorkerSettings) -> WorkerSettings:
     names = (
         "model",
         "models_dir",
+        "parts",
         "vae",
         "refiner",
         "controlnet",

@@ -22,6 +22,7 @@ class WorkerSettings:
     url: str
     root: str
     models_dir: str | None = None
+    parts: str | None = None
     vae: str | None = None
     refiner: str | None = None
     controlnet: str | None = None
@@ -46,7 +47,7 @@ class WorkerSettings:
     @property
     def loading(self) -> dict[str, Any]:
         """The keywords of `load_model` besides the model's name and precision."""
-        names = ("vae", "refiner", "controlnet", "preview_vae")
+        names = ("parts", "vae", "refiner", "controlnet", "preview_vae")
         return {**self.loading_others, **{name: getattr(self, name) for name in names}}
 
     @property

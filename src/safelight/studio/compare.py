@@ -16,8 +16,8 @@ from safelight.server.decoding import Decoders
 from safelight.server.hub import Hub
 from safelight.server.jobs import Job, Status
 from safelight.server.store import new_id
-from safelight.studio import easel
-from safelight.studio import form as forms
+from safelight.studio import easel, entries
+from safelight.studio.form import Form
 from safelight.studio.parts import asker, kept, problem, progress, status
 from safelight.studio.paths import folder_of
 from safelight.studio.suits import suits_of
@@ -25,7 +25,7 @@ from safelight.studio.suits import suits_of
 NOTHING = "nothing"
 
 
-def compare(hub: Hub, form: forms.Form, model: Any, decoders: Decoders) -> None:
+def compare(hub: Hub, form: Form, model: Any, decoders: Decoders) -> None:
     """Build the tab. form: the settings that all cells share. model: the chooser."""
     gr.HTML(
         "<p>Every cell starts from the same noise and uses the prompt and settings of Make. "
@@ -55,8 +55,8 @@ def compare(hub: Hub, form: forms.Form, model: Any, decoders: Decoders) -> None:
                 axes.append(Axis.parse(f"{y}={down}"))
             suits = await suits_of(hub, model)
             async with easel.turn(values, decoders, asker(by).name):
-                given = await easel.read_easel(values, decoders, asker(by).name)
-                asked = await asyncio.to_thread(forms.request, *given, suits=suits)
+                given = await easel.read_easels(values, decoders, asker(by).name, suits)
+                asked = await asyncio.to_thread(entries.request, *given, suits=suits)
                 base = asked.replace(count=1)
                 prompt = base.prompt
                 cells = [request for row in requests(base, *axes) for request in row]
@@ -82,7 +82,9 @@ def compare(hub: Hub, form: forms.Form, model: Any, decoders: Decoders) -> None:
             _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
         try:
             made = [wait.result() for wait in waits]
-            grid, warnings = await asyncio.to_thread(_sheet, hub, made, axes, folder_of(asker(by)))
+            async with decoders.handling.turn(asker(by).name):
+                folder = folder_of(asker(by))
+                grid, warnings = await asyncio.to_thread(_sheet, hub, made, axes, folder)
         except SafelightError as error:
             yield str(error), "", "", gr.skip(), []
             return

@@ -1,4 +1,4 @@
-"""The editor's picture: read from an upload, and shown again, enlarged where it is small."""
+"""The editors' pictures: read from an upload, and shown again, enlarged where they are small."""
 
 from __future__ import annotations
 
@@ -8,61 +8,109 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import numpy as np
 from PIL import Image
 
 from safelight.errors import SafelightError
 from safelight.server.bodies import MAX_BODY
 from safelight.server.decoding import Decoders
+from safelight.studio.suits import Suits
 
 MAX_LAYERS = 4
-"""Layers of the editor's picture: each is held decoded. Ours has one."""
+"""Layers of an editor's picture: each is held decoded. Ours has one."""
 
 EASEL = 512
-"""Pixels. The editor enlarges smaller pictures, so that a brush can hit something."""
+"""Pixels. An editor enlarges smaller pictures, so that a brush can hit something."""
 
 _WHOLE = Image.Resampling.NEAREST
+
+
+def editor(name: str, label: str) -> gr.ImageEditor:
+    """Return the editor of a picture. name: its id on the page.
+
+    Without a brush or an eraser Gradio's editor shows no buttons at all, so studio.css hides them
+    where nothing is painted.
+    """
+    return gr.ImageEditor(
+        label=label,
+        type="pil",
+        image_mode="RGBA",
+        format="png",
+        sources=("upload", "clipboard"),
+        transforms=(),
+        layers=False,
+        brush=gr.Brush(default_size=40, colors=["#ff5a36"], color_mode="fixed"),
+        eraser=gr.Eraser(default_size=40),  # Gradio's default is a fiftieth of the picture
+        height=460,
+        elem_id=name,
+        elem_classes="easel",
+    )
 
 
 def turn(
     values: Sequence[Any], decoders: Decoders, client: str
 ) -> AbstractAsyncContextManager[None]:
-    """Return the client's turn to hold the editor's decoded pictures; none without a picture."""
-    picture = values[-2]
-    empty = picture is None or picture.background is None
+    """Return the client's turn to hold the editors' decoded pictures; none without a picture."""
+    empty = not any(map(_filled, (values[-4], values[-2])))
     return nullcontext() if empty else decoders.handling.turn(client)
 
 
-async def read_easel(values: Sequence[Any], decoders: Decoders, client: str) -> list[Any]:
-    """Return the values of all fields with the editor's pictures decoded.
+def _filled(picture: Any) -> bool:
+    """Return whether an editor's value has a picture."""
+    return picture is not None and picture.background is not None
 
-    The editor's value is replaced by its background (RGB and alpha channel) and a list of its
-    layers' alpha channels, or by None without a background. client: who asks. Raises
-    SafelightError.
+
+async def read_easels(
+    values: Sequence[Any], decoders: Decoders, client: str, suits: Suits
+) -> list[Any]:
+    """Return the values of all fields with the editors' pictures decoded.
+
+    An editor's value is replaced by its background (RGB and alpha channel) and a list of its
+    layers' alpha channels, or by None without a background. suits: of the model that is to draw;
+    without a ControlNet, the control image is not read. client: who asks. Raises SafelightError.
     """
-    *others, picture, enlarged = values
-    if picture is None or picture.background is None:
-        return [*others, None, enlarged]
+    *others, picture, enlarged, control, control_enlarged = values
+    picture = await _read(picture, decoders, client, "the picture")
+    guiding = control if suits.guided else None
+    guiding = await _read(guiding, decoders, client, "the control image")
+    return [*others, picture, enlarged, guiding, control_enlarged]
+
+
+async def _read(picture: Any, decoders: Decoders, client: str, name: str) -> Any:
+    """Return an editor's value for `painted`. name: of the picture, in errors."""
+    if not _filled(picture):
+        return None
     if len(picture.layers or ()) > MAX_LAYERS:
-        raise SafelightError(f"the editor's picture must have at most {MAX_LAYERS} layers")
+        raise SafelightError(f"{name} must have at most {MAX_LAYERS} layers in the editor")
     layers = [
-        await read_file(decoders, "alpha", layer.path, client) for layer in picture.layers or ()
+        await read_file(decoders, "alpha", layer.path, client, name)
+        for layer in picture.layers or ()
     ]
-    background = await read_file(decoders, "with_alpha", picture.background.path, client)
-    return [*others, (background, layers), enlarged]
+    path = picture.background.path
+    return await read_file(decoders, "with_alpha", path, client, name), layers
 
 
-async def read_file(decoders: Decoders, function: str, path: str | Path, client: str) -> Any:
-    """Return the result of a function of `caged`, or of "module:name", for an uploaded file."""
+async def read_file(
+    decoders: Decoders, function: str, path: str | Path, client: str, name: str = "the picture"
+) -> Any:
+    """Return the result of a function of `caged`, or of "module:name", for an uploaded file.
+
+    name: of the picture, in errors.
+    """
     if Path(path).stat().st_size > MAX_BODY:
-        raise SafelightError(f"the picture must have at most {MAX_BODY >> 20} MiB")
+        raise SafelightError(f"{name} must have at most {MAX_BODY >> 20} MiB")
     data = [await asyncio.to_thread(Path(path).read_bytes)]
-    name = function if ":" in function else f"safelight.server.caged:{function}"
-    return await decoders.call(name, data, client=client, name="the picture")
+    called = function if ":" in function else f"safelight.server.caged:{function}"
+    try:
+        return await decoders.call(called, data, client=client, name=name)
+    except SafelightError as error:
+        text = str(error)
+        raise SafelightError(f"{name}: {text}" if text.startswith("it ") else text) from None
 
 
 def painted(picture: Any, enlarged: int) -> tuple[Image.Image | None, Image.Image | None]:
-    """Return the editor's picture, and the mask if anything is painted. A picture that `on_easel`
+    """Return an editor's picture, and the mask if anything is painted. A picture that `on_easel`
     enlarged is reduced again, so that every pixel equals the original.
     """
     if picture is None:
@@ -86,7 +134,7 @@ def painted(picture: Any, enlarged: int) -> tuple[Image.Image | None, Image.Imag
 def on_easel(
     image: Image.Image | None, mask: Image.Image | None = None
 ) -> tuple[dict[str, Any] | None, int]:
-    """Return the editor's value for a picture and its mask, and the factor of enlargement."""
+    """Return an editor's value for a picture and its mask, and the factor of enlargement."""
     if image is None:
         return None, 1
     times = max(1, EASEL // max(image.size))

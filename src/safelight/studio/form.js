@@ -1,6 +1,6 @@
-// The form: pictures for the editor, the prompt, and keys. Loaded after studio.js.
+// The form: pictures for the editors, the prompt, and keys. Loaded after studio.js.
 {
-  // --- a picture for the editor -----------------------------------------------------------------
+  // --- a picture for an editor ------------------------------------------------------------------
 
   const MAX_SIDE = 2048;  // the most that can be drawn; a phone's photo would take a minute
 
@@ -26,7 +26,7 @@
   };
 
   const hand = async (input, file) => {
-    const easel = input.closest("#easel");
+    const easel = input.closest(".easel");
     const tell = textContent => easel.before(
       safelight.make("p", {className: "problem unread", role: "alert", textContent}));
     easel.parentElement.querySelector(".unread")?.remove();
@@ -48,14 +48,14 @@
 
   addEventListener("change", event => {
     const input = event.target;
-    if (!input.matches?.("#easel input[type=file]") || !input.files.length) return;
+    if (!input.matches?.(".easel input[type=file]") || !input.files.length) return;
     if (input.dataset.fits) { delete input.dataset.fits; return; }
     event.stopImmediatePropagation();
     hand(input, input.files[0]);
   }, true);
 
   addEventListener("drop", event => {
-    const input = event.target.closest?.("#easel")?.querySelector("input[type=file]");
+    const input = event.target.closest?.(".easel")?.querySelector("input[type=file]");
     const file = event.dataTransfer?.files[0];
     if (!input || !file) return;
     event.preventDefault();

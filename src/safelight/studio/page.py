@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from safelight.picture import open_picture
 from safelight.request_fields import PICTURES, draw_seed
 from safelight.server.decoding import Decoders
 from safelight.server.hub import Hub
-from safelight.studio import easel
-from safelight.studio import form as forms
+from safelight.studio import easel, entries
 from safelight.studio.compare import compare
+from safelight.studio.form import Form
 from safelight.studio.inside import Inside, steps_of
 from safelight.studio.parts import HEAD, STYLE, asker, chooser, gallery, now, problem
 from safelight.studio.suits import EXAMPLE, Suits, suits_of
@@ -75,34 +75,41 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
             with gr.Tab("Train", id="train") as training:
                 train = Train(hub)
 
-        settled = [tabs, model, form.problem, form.keep, form.change, form.words, inside.steps]
-        settled += form.fields
+        settled = [tabs, model, form.problem, form.keep, form.change, form.guide, form.words]
+        settled += [inside.steps, *form.fields]
 
         async def settle(
             settings: dict[str, Any],
             name: str,
             image: Image.Image | None = None,
             mask: Image.Image | None = None,
+            control: Image.Image | None = None,
         ) -> list[Any]:
             """Return updates that fill the form with a recipe, and say what cannot be used.
 
             name: the model that is to draw.
             """
             suits = await suits_of(hub, name)
-            values, told = forms.shown(settings, suits)
+            values, told = entries.shown(settings, suits)
+            guided = suits.guided and settings.get("control_image_sha256") is not None
+            if control is None and guided:
+                told.insert(0, "the control image is not stored: add it below")
             # Of a picture to start from, AUTOMATIC1111's text has the strength alone.
             started = any(settings.get(n) is not None for n in ("image_sha256", "strength"))
             if image is None and started:
                 told.insert(0, "the picture to start from is not stored: add it below")
+            guide: dict[str, Any] = form.guiding(suits) | ({"open": True} if guided else {})
+            easels = *easel.on_easel(image, mask), *easel.on_easel(control)
             return [
                 gr.Tabs(selected="make"),
                 name,
                 f"Not used from this recipe: {'; '.join(told)}" if told else "",
                 True,
                 gr.Accordion(open=True) if started else gr.skip(),
-                gr.Accordion(open=True) if forms.says_more(settings) else gr.skip(),
+                gr.update(**guide),
+                gr.Accordion(open=True) if entries.says_more(settings) else gr.skip(),
                 steps_of(suits),
-                *form.filled([*values, *easel.on_easel(image, mask)], suits),
+                *form.filled([*values, *easels], suits),
             ]
 
         async def choose(name: Any, fast: Any) -> list[Any]:
@@ -117,7 +124,7 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
         async def recall(now: str, event: gr.EventData, by: gr.Request) -> list[Any]:
             """Fill the form with all settings of a picture, its model and what it started from."""
             job, picture = await _picture(hub, event, by)
-            start = [await asyncio.to_thread(hub.files.input, job.id, n) for n in ("image", "mask")]
+            start = [await _stored(decoders, by, hub.files.input, job.id, n) for n in PICTURES]
             try:
                 name = await hub.find_model(job.model)
                 return await settle(picture.recipe["settings"], name, *start)
@@ -128,10 +135,7 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
 
         async def use(event: gr.EventData, by: gr.Request) -> list[Any]:
             """Start from a picture, with its prompt and size."""
-            _, picture = await _picture(hub, event, by)
-            data = await asyncio.to_thread(hub.picture_bytes, picture.id)
-            if data is None:
-                raise gr.Error(DELETED, print_exception=False)
+            picture, image = await opened(event, by)
             return [
                 gr.Tabs(selected="make"),
                 gr.Accordion(open=True),
@@ -139,8 +143,26 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
                 picture.recipe.get("template", picture.recipe["settings"]).get("prompt", ""),
                 picture.width,
                 picture.height,
-                *easel.on_easel(await asyncio.to_thread(open_picture, data)),
+                *easel.on_easel(image),
             ]
+
+        async def guide(event: gr.EventData, by: gr.Request) -> list[Any]:
+            """Make a picture the control image."""
+            _, image = await opened(event, by)
+            return [gr.Tabs(selected="make"), gr.Accordion(open=True), *easel.on_easel(image)]
+
+        async def opened(event: gr.EventData, by: gr.Request) -> tuple[Any, Image.Image]:
+            """Return the picture that an event names, and what it shows."""
+            _, picture = await _picture(hub, event, by)
+
+            def read() -> Image.Image | None:
+                data = hub.picture_bytes(picture.id)
+                return None if data is None else open_picture(data)
+
+            image = await _stored(decoders, by, read)
+            if image is None:
+                raise gr.Error(DELETED, print_exception=False)
+            return picture, image
 
         async def look(event: gr.EventData, by: gr.Request) -> AsyncIterator[list[Any]]:
             job, picture = await _picture(hub, event, by)
@@ -150,9 +172,8 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
             with tempfile.TemporaryDirectory() as folder:
                 for name in PICTURES:
                     if settings.pop(f"{name}_sha256", None) is not None:
-                        settings[name] = await asyncio.to_thread(
-                            hub.files.input_path, job.id, name, Path(folder)
-                        )
+                        where = hub.files.input_path, job.id, name, Path(folder)
+                        settings[name] = await _stored(decoders, by, *where)
                 async for update in inside.show(prompt, settings, job.model, by):
                     yield [gr.Tabs(selected="inside"), *update]
 
@@ -169,8 +190,9 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
         quiet: dict[str, Any] = {"show_progress": "hidden"}
         for shown in (drawn, found):
             shown.recall(recall, model, settled, **quiet)
-            used = [tabs, form.change, form.prompt, form.width, form.height, *form.fields[-2:]]
+            used = [tabs, form.change, form.prompt, form.width, form.height, *form.easel]
             shown.use(use, None, used, **quiet)
+            shown.guide(guide, None, [tabs, form.guide, *form.control_easel], **quiet)
             shown.inside(look, None, [tabs, *inside.outputs], concurrency_limit=None, **quiet)
         suited = [form.problem, inside.steps, *form.best, *form.adapted]
         # If several models are chosen in a row, the last one counts.
@@ -184,11 +206,11 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
     return page
 
 
-def _make(hub: Hub, model: Any, suits: Suits, decoders: Decoders) -> tuple[forms.Form, Any]:
+def _make(hub: Hub, model: Any, suits: Suits, decoders: Decoders) -> tuple[Form, Any]:
     """Build the form and the live view. model: the chooser. suits: of the one chosen first."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
-            form = forms.Form(suits)
+            form = Form(suits)
         with gr.Column(scale=5, min_width=320):
             drawn = now()
 
@@ -208,13 +230,13 @@ def _make(hub: Hub, model: Any, suits: Suits, decoders: Decoders) -> tuple[forms
         try:
             suits = await suits_of(hub, model)
             async with easel.turn(given, decoders, asker(by).name):
-                given = await easel.read_easel(given, decoders, asker(by).name)
-                request = await asyncio.to_thread(forms.request, *given, suits=suits)
+                given = await easel.read_easels(given, decoders, asker(by).name, suits)
+                request = await asyncio.to_thread(entries.request, *given, suits=suits)
                 owner = asker(by).owner
                 job = await hub.submit(request, client="studio", owner=owner, model=model)
         except SafelightError as error:
             return gr.skip(), gr.skip(), gr.skip(), str(error), ""
-        example = request.prompt == EXAMPLE and forms.empty(given[0])
+        example = request.prompt == EXAMPLE and entries.empty(given[0])
         told = f"The prompt is empty, so this draws the example: “{EXAMPLE}”."
         return job.id, str(request.seed), str(request.seed), "", told if example else ""
 
@@ -259,6 +281,18 @@ def _find() -> tuple[Any, Any, Any]:
             )
             told = problem("find")
     return found, dropped, told
+
+
+async def _stored(decoders: Decoders, by: gr.Request, read: Callable[..., Any], *given: Any) -> Any:
+    """Return what a function reads from the storage, which may be silent for long.
+
+    Clients have turns at it, so that none takes all threads. The page shows what is wrong.
+    """
+    try:
+        async with decoders.handling.turn(asker(by).name):
+            return await asyncio.to_thread(read, *given)
+    except SafelightError as error:
+        raise gr.Error(str(error), print_exception=False) from None
 
 
 async def _picture(hub: Hub, event: gr.EventData, by: gr.Request) -> tuple[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,16 @@ from typing import Any
 from safelight.errors import SafelightError
 from safelight.picture import opened
 from safelight.recipe import parse_recipe_text, read_recipe
-from safelight.sampler_names import sampler_and_schedule
+from safelight.sampler_names import SPACINGS, sampler_and_schedule
+from safelight.sampling import SAMPLERS
 from safelight.server.caged import exif_comment
 from safelight.server.decoder import Sent
 
 _PLAIN = ("", "normal", "automatic", "uniform")
 """Other programs' names of a model's own schedule."""
+
+_SPACINGS = {**SPACINGS, "ddim_uniform": "leading"}
+"""The names of its spacings, ComfyUI's included."""
 
 _SETTINGS = {
     "Sampler": "sampler",
@@ -28,9 +33,19 @@ _SETTINGS = {
 }
 """Our settings, by AUTOMATIC1111's names of them."""
 
+_UNIT = "ControlNet 0"
+"""The name of what the web UI's ControlNet extension writes of its first unit."""
+
+_CONTROL = {
+    "weight": "control_scale",
+    "guidance start": "control_start",
+    "guidance end": "control_end",
+}
+"""Our settings, by the extension's names of them."""
+
 _APART = (
     *("Model", "Model hash", "VAE", "VAE hash", "Hashes", "Lora hashes", "TI hashes"),
-    *("Version", "Prompt syntax", "Emphasis", "Size"),
+    *("Version", "Prompt syntax", "Emphasis", "Size", _UNIT),
 )
 """Names that are not settings, or are read elsewhere."""
 
@@ -75,8 +90,21 @@ def recipe_settings(source: str | Path | bytes) -> dict[str, Any]:
         found["emphasis"] = pairs["Emphasis"].lower().replace(" ", "-")
     if ours and found["prompt_syntax"] != "a1111":
         found |= _networks(found, pairs)
+    if _UNIT in pairs:
+        found |= _guided(pairs[_UNIT])
     others = {name: v for name, v in pairs.items() if name not in (*names, *_APART)}
     return others | found
+
+
+def _guided(unit: str) -> dict[str, Any]:
+    """Return the settings of a unit. Its picture is not stored: "" stands for the digest."""
+    found: dict[str, Any] = {"control_image_sha256": ""}
+    for pair in unit.split(", "):
+        name, _, value = pair.partition(": ")
+        if ours := _CONTROL.get(name.lower()):
+            with suppress(ValueError):
+                found[ours] = float(value)
+    return found
 
 
 def _networks(settings: dict[str, Any], pairs: dict[str, str]) -> dict[str, Any]:
@@ -162,7 +190,10 @@ def _settings(prompt: str, negative_prompt: str, given: dict[str, Any]) -> dict[
     known = sampler_and_schedule(str(given["sampler"]))
     # An unknown sampler stays, so that the form can report it.
     found["sampler"], joined = known or (given["sampler"] or None, "")
-    schedule = str(given["schedule"]).lower() or joined
+    schedule = "_".join(str(given["schedule"]).lower().split()) or joined
+    spacing = _SPACINGS.get(schedule or "")
+    if known and spacing in SAMPLERS[known[0]].spacings:
+        found["spacing"], schedule = spacing, None
     found["schedule"] = None if schedule in _PLAIN else schedule
     numbers = {"steps": int, "guidance_scale": float, "seed": int, "clip_skip": int}
     numbers |= {"eta": float, "strength": float, "width": int, "height": int}

@@ -112,6 +112,7 @@ def model_options(settings: WorkerSettings, source: Source | None = None) -> lis
             "dtype": settings.dtype,
             "low_memory": settings.low_memory,
             "models_dir": settings.models_dir,
+            "parts": settings.parts if own else None,
             "vae": settings.vae if own else None,
             "refiner": settings.refiner if own else None,
             "controlnet": settings.controlnet if own else None,

@@ -58,6 +58,7 @@ const safelight = (() => {
       if (["width", "height", "count"].includes(name)) continue;
       if (name === "prompt" && value === words(job)) continue;  // it is the title
       if (name === "eta" && !value) continue;
+      if (name.startsWith("control_") && !settings.control_image_sha256) continue;
       recipe.append(make("dt", {textContent: name.replaceAll("_", " ")}),
                     make("dd", {textContent: String(value)}));
     }
@@ -92,7 +93,10 @@ const safelight = (() => {
       make("div", {},
         make("h2", {textContent: words(job)}),
         make("div", {className: "actions"},
-          act("Use this one", "use"), act("All its settings", "recall"), act("Look inside", "inside"),
+          act("Use this one", "use"),
+          // The section is on the page if the chosen model has a ControlNet.
+          ...document.getElementById("guide") ? [act("Guide by this one", "guide")] : [],
+          act("All its settings", "recall"), act("Look inside", "inside"),
           make("a", {href: `/api/pictures/${picture.id}`, download: `${picture.id}.png`,
                      textContent: "Download"}),
           remove, close),

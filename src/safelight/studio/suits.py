@@ -12,7 +12,7 @@ from safelight.errors import SafelightError
 from safelight.request import Request
 from safelight.server.hub import Hub
 from safelight.server.names import Names
-from safelight.settings import Setting
+from safelight.settings import Setting, settings_of
 from safelight.weights.plan import Plan
 
 NATIVE = "0: the model's own"
@@ -37,7 +37,7 @@ class Suits:
 
     defaults: its best settings (`defaults_of`). size: its own width and height. fixed_size: whether
     it draws no other size. reads: of the settings that only some models read, those that it reads;
-    None for all. plan: from its headers.
+    None for all. controlnet: the name of its ControlNet, if it has one. plan: from its headers.
     """
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -45,6 +45,7 @@ class Suits:
     size: tuple[int, int] | None = None
     fixed_size: bool = False
     reads: frozenset[str] | None = None
+    controlnet: str | None = None
     plan: Plan | None = None
 
     @classmethod
@@ -53,10 +54,11 @@ class Suits:
         try:
             plan = names.plan(model)
             family, size, refiner = plan.family, plan.native_size, names.refiner(model)
+            control = names.controlnet(model)
         except (OSError, SafelightError):  # the model is on another machine
             return cls(defaults)
-        reads = family.reads(refiner)
-        return cls(defaults, family.uses_prompt, size, family.fixed_size, reads, plan)
+        reads = family.reads(refiner, control is not None)
+        return cls(defaults, family.uses_prompt, size, family.fixed_size, reads, control, plan)
 
     def first(self, request_type: type[Request] = Request, fast: int = 0) -> Request:
         """Return the request of the form's first values, at a level of `fast`."""
@@ -70,6 +72,11 @@ class Suits:
         if self.fixed_size and setting.name in ("width", "height"):
             return False
         return self.reads is None or not setting.about.some_models or setting.name in self.reads
+
+    @property
+    def guided(self) -> bool:
+        """Whether the model has a ControlNet, or may have one as it is not known here."""
+        return self.has(settings_of(Request)["control_image"])
 
     def side(self, place: int) -> str:
         """Return the hint below the field of width (0) or height (1)."""

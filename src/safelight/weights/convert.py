@@ -24,7 +24,7 @@ from safelight.sampling import SchedulerConfig
 from safelight.weights.autoencoders import with_autoencoders
 from safelight.weights.check import refusal
 from safelight.weights.digest import digest_files
-from safelight.weights.find import PREVIEWS, Source, find, find_previews, find_vae
+from safelight.weights.find import PREVIEWS, Source, find, find_parts, find_previews, find_vae
 from safelight.weights.library import ENDINGS
 from safelight.weights.load import frame
 from safelight.weights.names import Original, Weight, original_names
@@ -43,6 +43,7 @@ _TOKENIZER = (
     "special_tokens_map.json",
 )
 _BOOKKEEPING = ("sample_size", "projection_dim", "eos_token_id")
+_MODEL_TYPES = {"T5EncoderModel": "t5", "Qwen3Model": "qwen3"}
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
 Parts = dict[str, dict[str, Out]]
@@ -54,6 +55,7 @@ def convert(
     out: str | Path,
     *,
     dtype: str | None = None,
+    parts: str | Path | None = None,
     vae: str | Path | None = None,
     prediction_type: str | None = None,
     overwrite: bool = False,
@@ -62,7 +64,7 @@ def convert(
 ) -> list[str]:
     """Write a model as one file if `out` ends in ".safetensors", else as a folder.
 
-    name, vae, prediction_type, models_dir, download: as for `load_model`.
+    name, parts, vae, prediction_type, models_dir, download: as for `load_model`.
     dtype: "float32", "float16" or "bfloat16"; without it each weight stays as it is stored, to
       the bit.
 
@@ -78,26 +80,28 @@ def convert(
     source, vaes = find(name, download=download, models_dir=models_dir), dict[str, Source]()
     if vae is not None:
         vaes["vae"] = find_vae(vae, download=download, models_dir=models_dir)
-    plan = with_autoencoders(read_plan(source, prediction_type, without=vaes), vaes)
+    rest = None if parts is None else find_parts(parts, download=download, models_dir=models_dir)
+    plan = read_plan(source, prediction_type, without=vaes, parts=rest)
+    plan = with_autoencoders(plan, vaes)
     beside = _beside(plan)
     _check_place(path, plan, beside)
     for part in plan.weights:
         frame(plan, part)
     originals = _originals(plan) if single else {}
-    for files in (plan.files, *(each.files for each in plan.additions.values())):
+    for files in plan.all_files.values():
         digest_files(files)  # finds a damaged download
     stored = None if dtype is None else PRECISIONS[dtype]
     with _open(plan) as read:
-        parts = {
+        tensors = {
             part: {ours: _out(part, weight, read, stored) for ours, weight in weights.items()}
             for part, weights in plan.weights.items()
         }
-        need = sum(out.bytes for outs in parts.values() for out in outs.values())
+        need = sum(out.bytes for outs in tensors.values() for out in outs.values())
         with written(path, need + 2**22, overwrite=overwrite, folder=not single) as new:
             if single:
-                _write_file(new, plan, parts, originals)
+                _write_file(new, plan, tensors, originals)
             else:
-                _write_folder(new, plan, parts, beside)
+                _write_folder(new, plan, tensors, beside)
             told = _check_written(new, plan, "one file" if single else "a folder")
             if single and beside:
                 lost = sorted({name.partition("/")[0] for name in beside})
@@ -108,8 +112,10 @@ def convert(
 def _check_place(path: Path, plan: Plan, beside: Mapping[str, Path]) -> None:
     """Refuse to write over or into what is read."""
     here = path.resolve()
-    read = [file.resolve() for file in (*plan.files.values(), *beside.values())]
-    inside = plan.folder is not None and plan.folder.root in (here, *here.parents)
+    tables = (beside, *plan.all_files.values())
+    read = [file.resolve() for files in tables for file in files.values()]
+    folders = [plan.folder, None if plan.lender is None else plan.lender.folder]
+    inside = any(one is not None and one.root in (here, *here.parents) for one in folders)
     if inside or any(here in (file, *file.parents) for file in read):
         raise SafelightError(f"{str(path)[-100:]!r} is or holds what is read: give another --out")
 
@@ -167,6 +173,7 @@ def _originals(plan: Plan) -> dict[str, Original]:
 
 
 def _write_file(path: Path, plan: Plan, parts: Parts, originals: Mapping[str, Original]) -> None:
+    _check_identities(plan, parts)
     tensors = {key: _joined(original, parts) for key, original in originals.items()}
     for mark in plan.family.file_marks(plan.scheduler):
         tensors[mark] = Out("F32", (0,), lambda: torch.zeros(0))
@@ -176,6 +183,18 @@ def _write_file(path: Path, plan: Plan, parts: Parts, originals: Mapping[str, Or
     if predicts is not None:
         metadata["modelspec.prediction_type"] = predicts
     write_tensors(path, tensors, metadata)
+
+
+def _check_identities(plan: Plan, parts: Parts) -> None:
+    """Refuse a model with a matrix that one file leaves out, unless that changes nothing."""
+    for section in plan.family.sections().values():
+        for name in section.identity if section.part in parts else ():
+            matrix = parts[section.part][name].read().float()
+            if not torch.equal(matrix, torch.eye(len(matrix))):
+                raise SafelightError(
+                    f"{plan.source.name} cannot be one file, which holds no {name} of its "
+                    f"{section.part}: write a folder"
+                )
 
 
 def _joined(original: Original, parts: Parts) -> Out:
@@ -201,18 +220,22 @@ def _write_folder(folder: Path, plan: Plan, parts: Parts, beside: Mapping[str, P
     for name, outs in parts.items():
         part = plan.parts[name]
         config = {**_identity(part), **plan.raw[name]}
-        if name == plan.family.network and plan.folder is None:
+        sized = hasattr(plan.configs[name], "sample_size")
+        if name == plan.family.network and plan.folder is None and sized:
             config["sample_size"] = plan.native_size[0] // plan.configs["vae"].factor
         _write_json(folder / name / "config.json", config)
         write_tensors(folder / name / f"{part.stem}.safetensors", outs)
-    scheduler = {**plan.raw["scheduler"], "prediction_type": plan.scheduler.prediction_type}
+    scheduler = dict(plan.raw["scheduler"])
+    if not plan.scheduler.is_flow:
+        scheduler["prediction_type"] = plan.scheduler.prediction_type
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     _write_tokenizers(folder, plan)
     index = dict(plan.folder.index if plan.folder else plan.family.index(plan.configs))
     for name, part in plan.parts.items():
         index[name] = [_library(part), part.network]
     for name, classes in plan.family.tokenizers.items():
-        index[name] = ["transformers", classes[0]]
+        if (folder / name).is_dir():
+            index[name] = ["transformers", classes[0]]
     index["scheduler"] = ["diffusers", scheduler.get("_class_name", "DDIMScheduler")]
     index |= {name: NO_PART for name in _UNUSED if name in index}
     _write_json(folder / "model_index.json", index)
@@ -245,17 +268,19 @@ def _identity(part: Part) -> dict[str, Any]:
     """Return what a network's config.json has besides its settings."""
     if _library(part) == "diffusers":
         return {"_class_name": part.network}
-    return {"architectures": [part.network], "model_type": "clip_text_model"}
+    kind = _MODEL_TYPES.get(part.network, "clip_text_model")
+    return {"architectures": [part.network], "model_type": kind}
 
 
 def _write_tokenizers(folder: Path, plan: Plan) -> None:
-    if plan.folder is None:
+    home = plan.tokenizer_folder
+    if home is None:
         for name, tokenizer in plan.family.load_tokenizers(None, plan.configs).items():
             tokenizer.save(folder / name)
         return
     for name in plan.family.tokenizers:
         for file in _TOKENIZER:
-            source = plan.folder.file(f"{name}/{file}")
+            source = home.file(f"{name}/{file}")
             if source is not None:
                 (folder / name).mkdir(exist_ok=True)
                 shutil.copyfile(source, folder / name / file)
@@ -274,7 +299,7 @@ def _check_written(path: Path, plan: Plan, layout: str) -> list[str]:
 
     layout: what to call it in errors.
     """
-    again = read_plan(Source(plan.source.name, path))
+    again = read_plan(Source(plan.source.name, path), partial=True)
     configs = plan.configs.items()
     for what, before, after in (
         ("family", plan.family.name, again.family.name),

@@ -10,7 +10,7 @@ from safelight.fast import helps
 from safelight.weights.autoencoders import with_autoencoders
 from safelight.weights.budget import budget
 from safelight.weights.controlnets import with_controlnet
-from safelight.weights.find import Source, find, find_controlnet, find_vae
+from safelight.weights.find import Source, find, find_controlnet, find_parts, find_vae
 from safelight.weights.load import pick_device, pick_dtype
 from safelight.weights.plan import read_plan
 
@@ -37,6 +37,7 @@ def estimate(
     dtype: str = "auto",
     low_memory: bool = False,
     models_dir: str | Path | None = None,
+    parts: str | Path | None = None,
     vae: str | Path | None = None,
     refiner: str | Path | None = None,
     controlnet: str | Path | None = None,
@@ -49,7 +50,8 @@ def estimate(
     precision = pick_dtype(dtype, where)
     vaes = {} if vae is None else {"vae": find_vae(vae, download=False, models_dir=models_dir)}
     source = find(name, download=False, models_dir=models_dir)
-    plan = with_autoencoders(read_plan(source, without=vaes), vaes)
+    rest = None if parts is None else find_parts(parts, download=False, models_dir=models_dir)
+    plan = with_autoencoders(read_plan(source, without=vaes, parts=rest), vaes)
     if controlnet is not None:
         extra = find_controlnet(controlnet, download=False, models_dir=models_dir)
         plan = with_controlnet(plan, extra)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safelight.errors import SafelightError
 from safelight.weights.check import printable
-from safelight.weights.hub import CONTROLNET, MODEL, VAE, Layout, from_hub
+from safelight.weights.hub import CONTROLNET, MODEL, PARTS, VAE, Layout, from_hub
 from safelight.weights.library import ENDINGS, VARIABLE, Library, open_library
 
 BUILT_IN = ("embedded", "embedded-fast", "embedded-unconditional")
@@ -66,6 +66,13 @@ def find_vae(
     return _find(str(name), "vae", open_library(models_dir), download, VAE)
 
 
+def find_parts(
+    name: str | Path, *, download: bool = True, models_dir: str | Path | None = None
+) -> Source:
+    """Find the folder of a model whose denoiser is not needed. See `find`."""
+    return _find(str(name), "model", open_library(models_dir), download, PARTS)
+
+
 def find_controlnet(
     name: str | Path, *, download: bool = True, models_dir: str | Path | None = None
 ) -> Source:
@@ -108,8 +115,11 @@ def _has_config(folder: Path) -> bool:
 
 
 def is_cached(hub_id: re.Match[str], kind: str) -> bool:
-    """Return whether a model or one network is in the hub's cache. hub_id: a match of HUB_ID."""
-    layout = {"vae": VAE, "controlnet": CONTROLNET}.get(kind, MODEL)
+    """Return whether a model, one network or a model's other parts are in the hub's cache.
+
+    hub_id: a match of HUB_ID.
+    """
+    layout = {"vae": VAE, "controlnet": CONTROLNET, "parts": PARTS}.get(kind, MODEL)
     try:
         from_hub(*hub_id.groups(), download=False, layout=layout)
     except SafelightError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,12 @@ from safelight.weights.digest import digest_file
 from safelight.weights.folder import INDEX_LIMIT, choose_weights, shards_of
 
 
-def files_of(index: Mapping[str, Any], names: Collection[str], where: str) -> list[str]:
+def files_of(
+    index: Mapping[str, Any], names: Collection[str], where: str, *, denoiser: bool = True
+) -> list[str]:
     """Return which of a repository's files a model is read from.
+
+    denoiser: False leaves out the network that denoises, which a single file holds.
 
     Raises SafelightError that names what is missing.
     """
@@ -24,7 +29,7 @@ def files_of(index: Mapping[str, Any], names: Collection[str], where: str) -> li
     nested = {n.partition("/")[0] for n in names if "/" in n}
     files = {n for n in ("model_index.json", "safelight.json") if n in names}
     for part in (*family.parts, *family.tokenizers, "scheduler"):
-        if family.lacks(index, part):
+        if family.lacks(index, part) or (part == family.network and not denoiser):
             continue
         folder = f"{part}/" if part in nested or not family.flat else ""
         here = [n for n in names if n.startswith(folder) and "/" not in n.removeprefix(folder)]
@@ -62,6 +67,7 @@ class Layout:
 
 
 MODEL = Layout("model_index.json", files_of)
+PARTS = Layout("model_index.json", partial(files_of, denoiser=False))
 VAE = Layout("config.json", _network_files("vae"))
 CONTROLNET = Layout("config.json", _network_files("controlnet"))
 

@@ -11,7 +11,7 @@ PNG_TEXT = "sd-ti-embedding"
 """The text of a PNG that A1111 keeps an embedding in."""
 
 _ADAPTER = re.compile(
-    r"(^|\.)(lora_|lycoris_)|_lora\.(up|down)\."
+    r"(^|\.)(lora_|lycoris_)|_lora\d?\.(up|down)\."
     r"|\.(lora_(A|B|up|down|mid)|hada_|lokr_|alpha$|dora_scale|diff(_b)?$)"
 )
 _VAE = re.compile(r"(vae\.|first_stage_model\.)?((en|de)coder\.|(post_)?quant_conv\.)")

@@ -22,11 +22,18 @@ from safelight.weights.budget import TOLD_FROM, check_memory
 from safelight.weights.check import ITEM_SIZES, Header, printable, refusal
 from safelight.weights.controlnets import with_controlnet
 from safelight.weights.digest import FileDigest, HashedFile, digest_files, model_digest
-from safelight.weights.find import Source, find, find_controlnet, find_previews, find_vae
+from safelight.weights.find import (
+    Source,
+    find,
+    find_controlnet,
+    find_parts,
+    find_previews,
+    find_vae,
+)
 from safelight.weights.finite import FiniteCheck
 from safelight.weights.library import open_library
 from safelight.weights.names import Weight, some
-from safelight.weights.plan import Plan, read_plan
+from safelight.weights.plan import Plan, listed, read_plan
 from safelight.weights.stored import SMALL, Stored, stored_tensor
 from safelight.weights.tensors import is_finite, open_tensors
 
@@ -47,6 +54,7 @@ def load_model(
     wildcards_dir: str | Path | None = None,
     styles_file: str | Path | None = None,
     models_dir: str | Path | None = None,
+    parts: str | Path | None = None,
     vae: str | Path | None = None,
     preview_vae: str | Path | None = None,
     refiner: str | Path | None = None,
@@ -69,6 +77,8 @@ def load_model(
     styles_file: a styles.csv, as web UIs keep it: words that `styles` puts around prompts.
     models_dir: the folder in which models, LoRAs, embeddings and autoencoders are found by name
       (see `safelight.weights.library`), in place of that of SAFELIGHT_MODELS.
+    parts: the folder of a model, or its hub id, from which a single file takes what it lacks: text
+      encoders, tokenizers, the autoencoder.
     vae: an autoencoder in place of the model's own: a folder, a file, a name in the models
       folder or a hub id.
     preview_vae: the same, a tiny one, for previews alone, in place of the one that lies in the
@@ -97,7 +107,8 @@ def load_model(
     }
     if preview_vae is None and (own := find_previews(source)) is not None:
         vaes["preview_vae"] = own
-    plan = with_autoencoders(read_plan(source, prediction_type, without=vaes), vaes)
+    rest = None if parts is None else find_parts(parts, download=download, models_dir=models_dir)
+    plan = with_autoencoders(read_plan(source, prediction_type, without=vaes, parts=rest), vaes)
     if controlnet is not None:
         found = find_controlnet(controlnet, download=download, models_dir=models_dir)
         plan = with_controlnet(plan, found)
@@ -111,7 +122,7 @@ def load_model(
             on_plan(str(needs))
     tokenizers = {
         name: one.with_words(plan.words) if isinstance(one, Tokenizer) else one
-        for name, one in plan.family.load_tokenizers(plan.folder, plan.configs).items()
+        for name, one in plan.family.load_tokenizers(plan.tokenizer_folder, plan.configs).items()
     }
     digests, files = _filled(plan, nets, dtypes, where, mapped=fast)
     for part, net in nets.items() if fast else ():
@@ -154,6 +165,7 @@ def load_model(
         prediction_type=prediction_type,
         refiner=second,
         takes_paths=takes_paths,
+        other_parts=_record(plan, "parts", digests),
         other_vae=_record(plan, "vae", digests),
         control=_record(plan, "controlnet", digests),
         stored=Stored(plan.weights, files),
@@ -163,10 +175,10 @@ def load_model(
 def _record(
     plan: Plan, use: str, digests: Mapping[str, dict[str, FileDigest]]
 ) -> dict[str, str] | None:
-    """Return name and digest of a network that is not the model's own; None if there is none."""
-    if use not in plan.additions:
+    """Return name and digest of what is not the model's own; None if there is none."""
+    if use not in digests:
         return None
-    return {"name": plan.additions[use].source.name, "sha256": model_digest(digests[use])}
+    return {"name": plan.source_of(use).name, "sha256": model_digest(digests[use])}
 
 
 def _check_refiner(plan: Plan, refiner: Model) -> None:
@@ -187,9 +199,12 @@ def inspect(name: str | Path, *, models_dir: str | Path | None = None) -> dict[s
     network), parameters and dtypes of all, size_on_disk (bytes), prediction_type, native_size
     (width, height), and warnings. Raises SafelightError as `load_model` does for a malformed one.
     """
-    plan = read_plan(find(name, models_dir=models_dir), without=("vae",))
+    plan = read_plan(find(name, models_dir=models_dir), partial=True)
     components = {part: _summary(weights) for part, weights in plan.weights.items() if weights}
-    bare = [] if all(plan.weights.values()) else ["it has no autoencoder: give one with --vae"]
+    bare: list[str] = []
+    if plan.lacking:
+        way = "--vae" if plan.lacking == ("vae",) else "--parts"
+        bare.append(f"it has no {listed(plan.lacking)}: give one with {way}")
     return {
         "name": plan.source.name,
         "path": str(plan.source.path),
@@ -260,8 +275,7 @@ def frame(plan: Plan, part: str) -> Any:
     _, network_class = plan.parts[part].load_classes()
     with torch.device("meta"), _Unfilled():
         network = network_class(plan.configs[part])
-    source = plan.additions[part].source if part in plan.additions else plan.source
-    _check_fit(source.name, part, network, plan.weights[part])
+    _check_fit(plan.source_of(part).name, part, network, plan.weights[part])
     return network
 
 
@@ -274,13 +288,12 @@ def _filled(
 ) -> tuple[dict[str, dict[str, FileDigest]], dict[Path, HashedFile]]:
     """Give the networks their weights; return the digests of the files, and the files by path.
 
-    The digests are of the model's own files under "", and of each other network's under its use. No
+    The digests are those of `Plan.all_files`. No
     weight of a damaged download is used, because all files are hashed first.
     """
     checks = _finite_checks(plan, dtypes)
     looks = {path: check.check_piece for path, check in checks.items()}
-    sources = {"": plan, **plan.additions}
-    digests = {use: digest_files(source.files, looks) for use, source in sources.items()}
+    digests = {use: digest_files(found, looks) for use, found in plan.all_files.items()}
     by_path = {digest.path: digest for each in digests.values() for digest in each.values()}
     files = {path: HashedFile(digest) for path, digest in by_path.items()}
     for path, check in checks.items():

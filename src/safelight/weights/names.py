@@ -51,7 +51,8 @@ class Weight:
     """A weight of one of our networks: tensor `key` of a file, read as `shape`.
 
     rows: which rows of the tensor it is, as (start, end), one after the other; empty for all of
-      them in their order. transposed: it is stored with rows and columns exchanged.
+      them in their order. transposed: it is stored with rows and columns exchanged. identity: it is
+      the identity matrix, in the precision of the tensor.
     """
 
     header: Header
@@ -59,6 +60,7 @@ class Weight:
     shape: tuple[int, ...]
     rows: tuple[tuple[int, int], ...] = ()
     transposed: bool = False
+    identity: bool = False
 
     @property
     def dtype(self) -> str:
@@ -90,6 +92,8 @@ class Section:
     transposed: our names of the matrices that are stored with rows and columns exchanged.
     stacked: for an original module that has the rows of several of ours, those in their order, each
     with its share of the rows. swapped: our modules whose two halves of rows are exchanged.
+    identity: our names of identity matrices, which the file leaves out, each with a weight that has
+    as many rows.
     """
 
     part: str
@@ -98,6 +102,7 @@ class Section:
     transposed: Set[str] = frozenset()
     stacked: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     swapped: Set[str] = frozenset()
+    identity: Mapping[str, str] = field(default_factory=dict)
 
 
 def from_single_file(
@@ -115,34 +120,30 @@ def from_single_file(
     """
     found: dict[str, dict[str, Weight]] = {part: {} for part in parts}
     unknown: list[str] = []
-    for key, info in header.tensors.items():
+    for key in header.tensors:
         if unused(key):
             continue
         prefix = next((prefix for prefix in sections if key.startswith(prefix)), None)
         if prefix is None:
             unknown.append(key)
             continue
-        section, inner = sections[prefix], key.removeprefix(prefix)
-        part = parts[section.part]
-        if section.names is None:
-            name = part.rename(inner)
-        elif pieces := _pieces(header, key, inner, section):
-            found[section.part] |= pieces
-            continue
-        else:
-            name = renamed(inner, section.names)
-        if name is None:
+        section = sections[prefix]
+        weights = _weights(header, key, key.removeprefix(prefix), section, parts[section.part])
+        if not weights:
             unknown.append(key)
-        elif name in section.transposed:
-            found[section.part][name] = Weight(header, key, info.shape[::-1], transposed=True)
-        elif _module(name) in section.swapped and info.shape:
-            half = info.shape[0] // 2
-            rows = ((half, info.shape[0]), (0, half))
-            found[section.part][name] = Weight(header, key, info.shape, rows)
-        else:
-            found[section.part][name] = Weight(header, key, part.reshape(name, info.shape))
+        there = found[section.part]
+        for name in weights.keys() & there.keys():
+            both = f"{key!r:.50} and {there[name].key!r:.50}"
+            raise refusal(header.name, f"{both} are the same weight")
+        there |= weights
     if unknown:
         raise refusal(header.name, f"{len(unknown)} keys that we do not know: {some(unknown)}")
+    for section in sections.values():
+        there = found[section.part]
+        for name, like in section.identity.items():
+            if like in there:
+                key, rows = there[like].key, there[like].shape[0]
+                there[name] = Weight(header, key, (rows, rows), identity=True)
     return found
 
 
@@ -175,7 +176,8 @@ def original_names(
     for part, shapes in weights.items():
         prefix, section = next((p, s) for p, s in sections.items() if s.part == part)
         if section.names is None:
-            found |= {f"{prefix}{name}": Original(part, (name,)) for name in shapes}
+            kept = (name for name in shapes if name not in section.identity)
+            found |= {f"{prefix}{name}": Original(part, (name,)) for name in kept}
             continue
         back = {ours: theirs for theirs, ours in section.names.items()}
         stacks = {ours: theirs for theirs, all_of in section.stacked.items() for ours in all_of}
@@ -201,6 +203,30 @@ def original_names(
             turned, swapped = name in section.transposed, module in section.swapped
             found[prefix + theirs] = Original(part, (name,), conv, turned, swapped)
     return found
+
+
+def _weights(
+    header: Header, key: str, inner: str, section: Section, part: Part
+) -> dict[str, Weight]:
+    """Return the weights that are in tensor `key`, by our names; none if it belongs to nothing.
+
+    inner: the key without the section's prefix.
+    """
+    shape = header.tensors[key].shape
+    if section.names is None:
+        name = part.rename(inner)
+    elif pieces := _pieces(header, key, inner, section):
+        return pieces
+    else:
+        name = renamed(inner, section.names)
+    if name is None:
+        return {}
+    if name in section.transposed:
+        return {name: Weight(header, key, shape[::-1], transposed=True)}
+    if _module(name) in section.swapped and shape:
+        half = shape[0] // 2
+        return {name: Weight(header, key, shape, ((half, shape[0]), (0, half)))}
+    return {name: Weight(header, key, part.reshape(name, shape))}
 
 
 def _pieces(header: Header, key: str, inner: str, section: Section) -> dict[str, Weight]:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from safelight.errors import SafelightError
-from safelight.families import Family, Part, family_of_file, family_of_folder
+from safelight.families import Family, Part, SingleFile, family_of_file, family_of_folder
 from safelight.sampling import SchedulerConfig
 from safelight.sizes import MAX_SIDE
 from safelight.weights.check import Header, printable, refusal
 from safelight.weights.find import Source
 from safelight.weights.folder import Folder
 from safelight.weights.headers import header_of
-from safelight.weights.names import Weight, from_folder
+from safelight.weights.lender import Lender, Networks, networks_of, read_lender
+from safelight.weights.names import Weight
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
@@ -43,7 +44,9 @@ class Plan:
     family: the variant. configs and weights: of each network. files: what it is made of, names
     inside the model to paths. folder: None for a single file. parts: what each network is built
     from. raw: the configs as they were written, the scheduler's too. additions: the networks that
-    are not the checkpoint's own, such as another autoencoder or a ControlNet, by their use.
+    are not the checkpoint's own, such as another autoencoder or a ControlNet, by their use. lender:
+    the folder that a single file takes what it lacks from, None if it takes nothing. lacking: the
+    networks and tokenizers that a file lacks nonetheless.
     """
 
     source: Source
@@ -60,11 +63,35 @@ class Plan:
     parts: Mapping[str, Part] = field(default_factory=dict)
     raw: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     additions: Mapping[str, Addition] = field(default_factory=dict)
+    lender: Lender | None = None
+    lacking: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """The model's name."""
         return self.source.name
+
+    @property
+    def tokenizer_folder(self) -> Folder | None:
+        """The folder with the model's tokenizers, None if they are those that we ship."""
+        if self.lender is not None and self.lender.lends_tokenizers:
+            return self.lender.folder
+        return self.folder
+
+    @property
+    def all_files(self) -> dict[str, Mapping[str, Path]]:
+        """All files that it is made of, by their use: "" for the model's own, "parts" for those of
+        the lender, and of each addition."""
+        lent = {} if self.lender is None else {"parts": self.lender.folder.files}
+        return {"": self.files, **lent, **{use: one.files for use, one in self.additions.items()}}
+
+    def source_of(self, use: str) -> Source:
+        """Return where a network comes from, or the files of a use in `all_files`."""
+        if use in self.additions:
+            return self.additions[use].source
+        if self.lender is not None and (use == "parts" or use in self.lender.networks.parts):
+            return self.lender.source
+        return self.source
 
     def with_additions(self, found: Mapping[str, Addition], warnings: list[str]) -> Plan:
         """Return the plan with other networks, by their use. warnings: about them."""
@@ -80,12 +107,19 @@ class Plan:
 
 
 def read_plan(
-    source: Source, prediction_type: str | None = None, *, without: Collection[str] = ()
+    source: Source,
+    prediction_type: str | None = None,
+    *,
+    without: Collection[str] = (),
+    parts: Source | None = None,
+    partial: bool = False,
 ) -> Plan:
     """Read a checkpoint's headers and configs.
 
     prediction_type: what the UNet predicts, in place of what the checkpoint says.
     without: parts that a single file need not have, because others take their place.
+    parts: the folder of a model of its family, from which a single file takes what it lacks.
+    partial: a single file may lack parts, as for showing what it holds; see `Plan.lacking`.
 
     Raises SafelightError if it is malformed, or of a kind that is not supported.
     """
@@ -94,31 +128,24 @@ def read_plan(
             f"prediction_type={prediction_type!r:.40}; expected one of {', '.join(PREDICTIONS)}"
         )
     if source.path.is_dir():
-        return _folder_plan(source, prediction_type)
-    return _file_plan(source, prediction_type, without)
-
-
-def _class_of(entry: Any) -> str:
-    """Return the class that model_index.json names for a part, as [library, class]; or nothing."""
-    return str(entry[-1]) if isinstance(entry, list) and entry else ""
+        plan = _folder_plan(source, prediction_type)
+    else:
+        plan = _file_plan(source, prediction_type, without, parts, partial)
+    if parts is not None and plan.lender is None:
+        said = f"{printable(plan.name, 60)} lacks nothing: parts of {printable(parts.name, 60)} "
+        plan.warnings.append(f"{said}are not used")
+    return plan
 
 
 def _folder_plan(source: Source, prediction_type: str | None) -> Plan:
     folder = Folder(source.path, source.name)
     family = family_of_folder(folder.index, source.name)
     folder.flat = family.flat
-    parts = {
-        name: part.others.get(_class_of(folder.index.get(name)), part)
-        for name, part in family.parts.items()
-        if not family.lacks(folder.index, name)
-    }
-    raw = {part: folder.part_json(part, "config.json") for part in parts}
-    weights = {
-        name: from_folder(part, folder.part_headers(name, part.stem))
-        for name, part in parts.items()
-    }
+    there = [name for name in family.parts if not family.lacks(folder.index, name)]
+    networks = networks_of(folder, family, there)
+    parts, raw, weights = networks.parts, networks.raw, networks.weights
     _check_weights(source, weights)
-    configs = _configs(source, family, parts, raw, weights)
+    configs = _configs(source, family, networks)
     settings = folder.part_json("scheduler", "scheduler_config.json")
     family = family.variant(configs, folder.index, settings)
     notes = folder.json("safelight.json") or {}
@@ -144,17 +171,41 @@ def _folder_plan(source: Source, prediction_type: str | None) -> Plan:
     )
 
 
-def _file_plan(source: Source, prediction_type: str | None, without: Collection[str]) -> Plan:
+def _file_plan(
+    source: Source,
+    prediction_type: str | None,
+    without: Collection[str],
+    parts: Source | None,
+    partial: bool,
+) -> Plan:
     header = header_of(source.path)
     family = family_of_file(header)
     file = family.single_file(header)
-    for part, found in file.weights.items():
-        if not found and part not in without:
-            known = [f"{p}*" for p, section in family.sections().items() if section.part == part]
-            needed = "give one with --vae" if part == "vae" else "a full one is needed"
-            raise refusal(header.name, f"no {part} ({' or '.join(known)}) in the file; {needed}")
     _check_weights(source, file.weights)
     warnings: list[str] = []
+    networks, lacking = _own_networks(family, file, without)
+    lender = None
+    if lacking and parts is not None:
+        lender = read_lender(parts, family, header.name, lacking)
+        _check_weights(lender.source, lender.networks.weights)
+        for mine, theirs in zip(_tables(networks), _tables(lender.networks), strict=True):
+            mine |= theirs
+        lacking = [name for name in lacking if name not in lender.names]
+    if lacking and not partial:
+        needed = [name for name in lacking if name not in family.optional]
+        if needed:
+            raise refusal(header.name, _missing(family, needed, lender))
+        left_out = [name for name in family.optional if name in networks.parts]
+        for table in _tables(networks):
+            for name in left_out:
+                del table[name]
+        warnings.append(
+            f"drawn without {listed(left_out)}, because {printable(header.name, 60)} has no "
+            f"{listed(lacking)}; a folder of {family.title} with it can be given with --parts"
+        )
+    settings = file.scheduler
+    if lender is not None and lender.scheduler is not None and family.told_by_scheduler:
+        settings = lender.scheduler
     prediction_type = prediction_type or file.prediction or _stated_prediction(header)
     if prediction_type is None and file.v_native:
         warnings.append(
@@ -162,22 +213,67 @@ def _file_plan(source: Source, prediction_type: str | None, without: Collection[
             "pictures are noise, write one that says it with safelight convert --prediction-type "
             'v_prediction, or in Python load it with prediction_type="v_prediction"'
         )
-    scheduler = _scheduler(source, file.scheduler, prediction_type)
+    scheduler = _scheduler(source, settings, prediction_type)
     side = file.native
     if file.v_native and scheduler.prediction_type == "v_prediction":
         side = file.v_native
+    configs = _configs(source, family, networks, lender)
+    if family.told_by_scheduler:
+        family = family.variant(configs, {}, settings)
     return Plan(
         source=source,
         family=family,
-        configs=_configs(source, family, family.parts, file.configs, file.weights),
-        weights=file.weights,
+        configs=configs,
+        weights=networks.weights,
         scheduler=scheduler,
         native_size=_stated_size(header) or (side, side),
         files={source.path.name: header.path},  # where a link led when it was read
         warnings=warnings,
-        parts=family.parts,
-        raw={**file.configs, "scheduler": file.scheduler},
+        parts=networks.parts,
+        raw={**networks.raw, "scheduler": settings},
+        lender=lender,
+        lacking=tuple(lacking),
     )
+
+
+def _own_networks(
+    family: Family, file: SingleFile, without: Collection[str]
+) -> tuple[Networks, list[str]]:
+    """Return the networks of a single file, and the names of what it lacks.
+
+    A network that it lacks has a config and no weights. CLIP's vocabulary ships with us, so that no
+    file lacks CLIP's tokenizers.
+    """
+    weights = dict(file.weights)
+    lacking = [name for name, found in weights.items() if not found and name not in without]
+    lacking += [
+        name for name, classes in family.tokenizers.items() if "CLIPTokenizer" not in classes
+    ]
+    return Networks(dict(family.parts), dict(file.configs), weights), lacking
+
+
+def _tables(networks: Networks) -> tuple[dict[str, Any], ...]:
+    return networks.parts, networks.raw, networks.weights
+
+
+def _missing(family: Family, names: list[str], lender: Lender | None) -> str:
+    """Return what to say of a file that lacks parts."""
+    if lender is not None:
+        return f"no {listed(names)} in the file, nor in {printable(lender.source.name, 40)}"
+    known = ""
+    if len(names) == 1:
+        mine = [f"{p}*" for p, section in family.sections().items() if section.part == names[0]]
+        known = f" ({' or '.join(mine)})" if mine else ""
+    way = f"give a folder of {family.title} with --parts"
+    if names == ["vae"]:
+        way = "give one with --vae"
+    return f"no {listed(names)}{known} in the file; {way}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names with commas and "and" between them."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _check_weights(source: Source, weights: Mapping[str, Mapping[str, Weight]]) -> None:
@@ -212,19 +308,18 @@ def read_config(
 
 
 def _configs(
-    source: Source,
-    family: Family,
-    parts: Mapping[str, Part],
-    raw: Mapping[str, Mapping[str, Any]],
-    weights: Mapping[str, Mapping[str, Weight]],
+    source: Source, family: Family, networks: Networks, lender: Lender | None = None
 ) -> dict[str, Any]:
     """Return the checked config of each network."""
     configs: dict[str, Any] = {}
-    for name, part in parts.items():
-        config = read_config(source, part, raw[name], f"{name}/config.json: ")
+    for name, part in networks.parts.items():
+        lent = lender is not None and name in lender.networks.parts
+        origin = lender.source if lender is not None and lent else source
+        config = read_config(origin, part, networks.raw[name], f"{name}/config.json: ")
         # Each layer has tensors: a config that asks for more is not that of its file.
-        if weights[name] and config.depth > len(weights[name]):
-            raise refusal(source.name, f"{name}/config.json has more layers than its file tensors")
+        weights = networks.weights[name]
+        if weights and config.depth > len(weights):
+            raise refusal(origin.name, f"{name}/config.json has more layers than its file tensors")
         configs[name] = config
     try:
         family.check_configs(configs)

@@ -55,6 +55,8 @@ class Stored:
 def stored_tensor(read: Callable[[str], Tensor], weight: Weight) -> Tensor:
     """Return a weight in its shape, as it is stored. read: see `open_tensors`."""
     tensor = read(weight.key)
+    if weight.identity:
+        return torch.eye(weight.shape[0], dtype=torch.float32).to(tensor.dtype)
     if weight.rows:
         pieces = [tensor[start:end] for start, end in weight.rows]
         # One piece stays in the mapped file.

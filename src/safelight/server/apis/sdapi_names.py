@@ -8,14 +8,11 @@ from typing import Any
 from fastapi import HTTPException
 
 from safelight.request import Request
-from safelight.sampler_names import sampler_and_schedule
+from safelight.sampler_names import SPACINGS, sampler_and_schedule
 from safelight.sampling import SAMPLERS
 from safelight.sampling.schedule import SCHEDULES
 from safelight.server.jobs import ModelInfo
 from safelight.settings import settings_of
-
-SPACINGS: Mapping[str, str] = {"sgm_uniform": "trailing", "simple": "trailing", "ddim": "leading"}
-"""A1111's schedulers that are a spacing of the model's own schedule here, by A1111's name."""
 
 SCHEDULERS = ("automatic", "uniform", "normal", *SCHEDULES, *SPACINGS)
 """A1111's names of its schedulers that are here. "uniform" and "normal" are the model's own

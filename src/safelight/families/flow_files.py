@@ -1,0 +1,318 @@
+"""Single files of Stable Diffusion 3, FLUX.1 and Z-Image: their layout, and what they do not hold.
+
+The transformer has the names of the original code, below `model.diffusion_model.` or bare. A file
+may hold text encoders and an autoencoder as well, and never a config or T5's or Qwen's tokenizer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from safelight.families.latent import CLIP_G_CONFIG, CLIP_L_CONFIG, IGNORED, VAE, VAE_CONFIG
+from safelight.weights.check import Header, refusal
+from safelight.weights.names import Section, vae_names
+from safelight.weights.names_zimage import zimage_unused
+
+if TYPE_CHECKING:
+    from safelight.families.base import Family
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""The shapes of a transformer's tensors, by their names without the prefix."""
+
+_TRANSFORMER = ("model.diffusion_model.", "")
+_TEXTS = "text_encoders."
+_UNPROJECTED = {"text_projection.weight": "text_model.final_layer_norm.weight"}
+"""CLIP-L of SD 3 gives its pooled state as it is, where folders have a projection."""
+
+# What writers add and no family reads. CLIP-L's projection is not applied by the original code of
+# SD 3, nor by that of FLUX.1, even where a file has it.
+_UNUSED = re.compile(
+    r"text_encoders\.\w+\.(logit_scale|text_projection)"
+    r"|text_encoders\.clip_l\.transformer\.text_projection\.weight"
+    r"|text_encoders\.clip_[lg]\.transformer\.(text_model\.)?embeddings\.position_ids"
+    r"|text_encoders\.t5xxl\.transformer\.encoder\.embed_tokens\.weight"
+    r"|text_encoders\.qwen3_4b\.transformer\.lm_head\.weight"
+)
+_SCALED = re.compile(
+    r"(.*\.)?(scaled_fp8|scale_weight|scale_input|weight_scale(_2)?|input_scale|comfy_quant)"
+)
+"""Tensors beside float8 weights that have to be multiplied by them, as ComfyUI writes them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """The published folder of a variant, for its single files.
+
+    configs: of its networks, in diffusers' keys. scheduler: its config. native: side of the
+    training pictures in pixels.
+    """
+
+    configs: Mapping[str, Mapping[str, Any]]
+    scheduler: Mapping[str, Any]
+    native: int = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the single files of a family are laid out.
+
+    key: a tensor of the transformer that other families' files do not have. wanted, found: what
+    tells variants apart, by a transformer's config and by its tensors. vae: the prefixes of the
+    autoencoder; the first is written. texts: the sections of the text encoders by their prefixes.
+    """
+
+    key: str
+    wanted: Callable[[Mapping[str, Any]], tuple[Any, ...]]
+    found: Callable[[Shapes], tuple[Any, ...]]
+    vae: tuple[str, ...]
+    texts: Mapping[str, Section] = field(default_factory=dict)
+
+    def prefix(self, header: Header) -> str | None:
+        """Return what stands before the transformer's names, None if the file has none."""
+        return next((p for p in _TRANSFORMER if p + self.key in header.tensors), None)
+
+    def sections(self, transformer: Section, vae: Mapping[str, Any]) -> dict[str, Section]:
+        """Return the sections of a file by their prefixes. vae: the autoencoder's config."""
+        whole, bare = _TRANSFORMER
+        own = dict.fromkeys(self.vae, Section("vae", vae_names(vae)))
+        return {whole: transformer, **own, **self.texts, bare: transformer}
+
+    def told(self, header: Header, prefix: str) -> tuple[Any, ...]:
+        """Return what tells variants apart. prefix: of the transformer.
+
+        Raises SafelightError for weights that are stored with scales.
+        """
+        if any(_SCALED.fullmatch(key) for key in header.tensors):
+            raise refusal(
+                header.name,
+                "weights with scales beside them (scaled float8) are not supported; give the file "
+                "in bfloat16, float16 or plain float8",
+            )
+        return self.found(
+            {
+                key.removeprefix(prefix): info.shape
+                for key, info in header.tensors.items()
+                if key.startswith(prefix)
+            }
+        )
+
+
+def is_unused(key: str) -> bool:
+    """Return whether a key of a single file is known, and read by no network of ours."""
+    inner = key.removeprefix(_TRANSFORMER[0])
+    known = IGNORED.fullmatch(key) or _UNUSED.fullmatch(key)
+    return known is not None or zimage_unused(inner)
+
+
+def unknown_variant(header: Header, told: tuple[Any, ...], family: Family) -> Exception:
+    """Return the error for a file whose transformer has other shapes than the published ones."""
+    return refusal(
+        header.name,
+        f"a transformer of {family.title}'s kind with other shapes than the published ones, "
+        f"{told}; give its diffusers folder",
+    )
+
+
+def _count(shapes: Shapes, block: str) -> int:
+    """Return how many blocks have this name before their number."""
+    return len({key.split(".")[1] for key in shapes if key.startswith(f"{block}.")})
+
+
+def _axis(shapes: Shapes, key: str, axis: int) -> int:
+    """Return the length of a tensor along an axis, 0 if it has no such axis."""
+    shape = shapes.get(key, ())
+    return shape[axis] if axis < len(shape) else 0
+
+
+# --- Stable Diffusion 3 --------------------------------------------------------------------------
+
+
+def _sd3_wanted(config: Mapping[str, Any]) -> tuple[Any, ...]:
+    layers, side = config["num_layers"], config["pos_embed_max_size"]
+    dual = len(config.get("dual_attention_layers", ()))
+    return layers, config["caption_projection_dim"], side**2, dual, "qk_norm" in config
+
+
+def _sd3_found(shapes: Shapes) -> tuple[Any, ...]:
+    width, positions = _axis(shapes, "x_embedder.proj.weight", 0), _axis(shapes, "pos_embed", 1)
+    dual = sum(key.endswith(".x_block.attn2.qkv.weight") for key in shapes)
+    normed = "joint_blocks.0.x_block.attn.ln_q.weight" in shapes
+    return _count(shapes, "joint_blocks"), width, positions, dual, normed
+
+
+SD3_LAYOUT = Layout(
+    key="joint_blocks.0.context_block.adaLN_modulation.1.bias",
+    wanted=_sd3_wanted,
+    found=_sd3_found,
+    vae=(VAE, "vae."),
+    texts={
+        f"{_TEXTS}clip_l.transformer.": Section("text_encoder", identity=_UNPROJECTED),
+        f"{_TEXTS}clip_g.transformer.": Section("text_encoder_2"),
+        f"{_TEXTS}t5xxl.transformer.": Section("text_encoder_3"),
+    },
+)
+
+_VAE_16 = {
+    **VAE_CONFIG,
+    "latent_channels": 16,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+_SD3_VAE = {**_VAE_16, "scaling_factor": 1.5305, "shift_factor": 0.0609}
+_FLUX_VAE = {**_VAE_16, "scaling_factor": 0.3611, "shift_factor": 0.1159}
+# The encoder of T5 v1.1 XXL (arXiv:1910.10683).
+_T5_XXL = {
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
+_FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
+
+
+def _sd3(**transformer: Any) -> Published:
+    config = {
+        "sample_size": 128,
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": 24,
+        "attention_head_dim": 64,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "caption_projection_dim": 1536,
+        "pooled_projection_dim": 2048,
+        "pos_embed_max_size": 192,
+    }
+    configs = {
+        "transformer": {**config, **transformer},
+        "vae": _SD3_VAE,
+        "text_encoder": CLIP_L_CONFIG,
+        "text_encoder_2": CLIP_G_CONFIG,
+        "text_encoder_3": _T5_XXL,
+    }
+    return Published(configs, {**_FLOW, "shift": 3.0})
+
+
+SD3_MEDIUM = _sd3()
+SD35_MEDIUM = _sd3(
+    pos_embed_max_size=384, qk_norm="rms_norm", dual_attention_layers=list(range(13))
+)
+SD35_LARGE = _sd3(
+    num_layers=38, num_attention_heads=38, caption_projection_dim=2432, qk_norm="rms_norm"
+)
+
+# --- FLUX.1 --------------------------------------------------------------------------------------
+
+
+def _flux_wanted(config: Mapping[str, Any]) -> tuple[Any, ...]:
+    layers, singles = config["num_layers"], config["num_single_layers"]
+    guided = bool(config["guidance_embeds"])
+    return layers, singles, config["in_channels"], config["joint_attention_dim"], guided
+
+
+def _flux_found(shapes: Shapes) -> tuple[Any, ...]:
+    layers, singles = _count(shapes, "double_blocks"), _count(shapes, "single_blocks")
+    reads, text = _axis(shapes, "img_in.weight", 1), _axis(shapes, "txt_in.weight", 1)
+    return layers, singles, reads, text, "guidance_in.in_layer.weight" in shapes
+
+
+FLUX_LAYOUT = Layout(
+    key="double_blocks.0.img_attn.norm.key_norm.scale",
+    wanted=_flux_wanted,
+    found=_flux_found,
+    vae=("vae.", VAE),
+    texts={
+        f"{_TEXTS}clip_l.transformer.": Section("text_encoder"),
+        f"{_TEXTS}t5xxl.transformer.": Section("text_encoder_2"),
+    },
+)
+
+
+def _flux(guided: bool, **scheduler: Any) -> Published:
+    configs = {
+        "transformer": {
+            "in_channels": 64,
+            "num_layers": 19,
+            "num_single_layers": 38,
+            "attention_head_dim": 128,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 4096,
+            "pooled_projection_dim": 768,
+            "guidance_embeds": guided,
+            "axes_dims_rope": [16, 56, 56],
+        },
+        "vae": _FLUX_VAE,
+        "text_encoder": CLIP_L_CONFIG,
+        "text_encoder_2": _T5_XXL,
+    }
+    return Published(configs, {**_FLOW, **scheduler})
+
+
+FLUX_DEV = _flux(
+    guided=True,
+    shift=3.0,
+    use_dynamic_shifting=True,
+    base_shift=0.5,
+    max_shift=1.15,
+    base_image_seq_len=256,
+    max_image_seq_len=4096,
+)
+FLUX_SCHNELL = _flux(guided=False, shift=1.0, use_dynamic_shifting=False)
+
+# --- Z-Image -------------------------------------------------------------------------------------
+
+
+def _zimage_wanted(config: Mapping[str, Any]) -> tuple[Any, ...]:
+    layers, refiners = config["n_layers"], config["n_refiner_layers"]
+    return layers, refiners, config["dim"], config["cap_feat_dim"]
+
+
+def _zimage_found(shapes: Shapes) -> tuple[Any, ...]:
+    layers, refiners = _count(shapes, "layers"), _count(shapes, "noise_refiner")
+    width, text = _axis(shapes, "x_embedder.weight", 0), _axis(shapes, "cap_embedder.1.weight", 1)
+    return layers, refiners, width, text
+
+
+ZIMAGE_LAYOUT = Layout(
+    key="layers.0.adaLN_modulation.0.weight",
+    wanted=_zimage_wanted,
+    found=_zimage_found,
+    vae=("vae.", VAE),
+    texts={f"{_TEXTS}qwen3_4b.transformer.": Section("text_encoder")},
+)
+Z_IMAGE = Published(
+    {
+        "transformer": {
+            "all_patch_size": [2],
+            "in_channels": 16,
+            "dim": 3840,
+            "n_layers": 30,
+            "n_refiner_layers": 2,
+            "n_heads": 30,
+            "n_kv_heads": 30,
+            "cap_feat_dim": 2560,
+            "rope_theta": 256.0,
+            "axes_dims": [32, 48, 48],
+        },
+        "vae": _FLUX_VAE,
+        # Qwen3-4B (arXiv:2505.09388).
+        "text_encoder": {
+            "vocab_size": 151936,
+            "hidden_size": 2560,
+            "intermediate_size": 9728,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "rope_theta": 1000000.0,
+        },
+    },
+    {**_FLOW, "shift": 6.0},
+)

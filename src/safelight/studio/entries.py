@@ -1,0 +1,184 @@
+"""What stands in the form's fields: as a Request, and of a recipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from safelight.errors import SafelightError
+from safelight.families.control import CONTROL
+from safelight.request import Request
+from safelight.request_fields import PICTURES
+from safelight.sampling import SAMPLERS
+from safelight.settings import Setting, settings_of
+from safelight.sizes import allowed_size
+from safelight.studio.easel import painted
+from safelight.studio.suits import EXAMPLE, SIZE, Suits
+
+OWN = "the model's own"
+
+_PLACED = (
+    *("prompt", "negative_prompt", "sampler", "steps", "guidance_scale", "count", "seed"),
+    *("width", "height", "schedule", "spacing", "eta", "strength"),
+)
+"""The settings that have a place of their own on the form, in the order of its fields."""
+
+
+WORDS = (
+    *("prompt_syntax", "emphasis", "clip_skip", "loras", "lora_unmatched", "embeddings", "styles"),
+    "dynamic_prompts",
+)
+"""The settings that say what a prompt means; `words.js` adds choosers to their fields."""
+
+
+_DIGESTS = tuple(f"{name}_sha256" for name in PICTURES)
+
+
+def further_settings(request_type: type[Request]) -> list[Setting]:
+    """Return the settings whose fields the form derives from their description."""
+    return [
+        setting
+        for name, setting in settings_of(request_type).items()
+        if name not in (*_PLACED, "unconditional") and setting.kind is not None
+    ]
+
+
+def request(
+    prompt: str,
+    negative_prompt: str,
+    sampler: str,
+    steps: int | None,
+    guidance_scale: float,
+    count: int,
+    seed: str,
+    width: int | None,
+    height: int | None,
+    schedule: str,
+    spacing: str,
+    eta: float,
+    strength: float,
+    *rest: Any,
+    suits: Suits,
+) -> Request:
+    """Return the Request of the form's values. Settings that the model does not read are left out.
+
+    rest: the values of `Form.further`, the editor's picture (as `read_easel` returns it), how often
+    it is enlarged, and both of the control image. suits: of the model that is to draw.
+
+    Without width and height, the picture to start from or, without one, the control image is
+    resized to about the model's own area. An empty prompt without such a picture becomes EXAMPLE.
+    Raises SafelightError for invalid values.
+    """
+    if not (isinstance(seed, str) and seed.strip().isdecimal() and len(seed) < 100):
+        raise SafelightError(f"seed must be a whole number, not {str(seed)[:20]!r}: see “New seed”")
+    settings: dict[str, Any] = {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "sampler": sampler,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "count": count,
+        "seed": int(seed),
+        "width": None if suits.fixed_size else width or None,
+        "height": None if suits.fixed_size else height or None,
+        "schedule": None if schedule == OWN else schedule,
+        "spacing": None if spacing == OWN else spacing,
+        "eta": eta,
+    }
+    *more, picture, enlarged, control, control_enlarged = rest
+    image, mask = painted(picture, enlarged)
+    guide = painted(control, control_enlarged)[0] if suits.guided else None
+    for setting, value in zip(further_settings(Request), more, strict=True):
+        if not suits.has(setting) or (guide is None and setting.name in CONTROL):
+            continue
+        if isinstance(value, str) and setting.kind is tuple:
+            value = tuple(filter(None, map(str.strip, value.splitlines())))
+        elif isinstance(value, str) and setting.kind in (int, float):
+            value = setting.parse(value.strip())
+        if not (setting.optional and value in (None, "", OWN)):
+            settings[setting.name] = value
+    sized = guide if image is None else image
+    if not suits.uses_prompt:
+        if prompt or negative_prompt or image is not None:
+            raise SafelightError(
+                "this model takes no prompt: leave both prompts and the picture empty"
+            )
+        settings["unconditional"] = True
+    elif empty(prompt) and sized is None:
+        settings["prompt"] = EXAMPLE
+    if image is not None:
+        settings["strength"] = strength
+    if sized is not None and not (width or height):
+        native = suits.size or SIZE
+        scale = ((native[0] * native[1]) / (sized.width * sized.height)) ** 0.5
+        near = allowed_size((round(sized.width * scale), round(sized.height * scale)))
+        settings |= {"width": near[0], "height": near[1]}
+    return Request(**settings).with_pictures(image, mask, guide)
+
+
+def steps_of(request: Request) -> int:
+    """Return the steps that a request takes."""
+    return request.steps or SAMPLERS[request.sampler].steps
+
+
+def empty(prompt: Any) -> bool:
+    """Whether a prompt is text without a letter."""
+    return isinstance(prompt, str) and not prompt.strip()
+
+
+def says_more(settings: dict[str, Any]) -> bool:
+    """Return whether a recipe changes settings of `Form.words`.
+
+    Those fields count the tokens, and a section that was never open has no fields on the page.
+    """
+    known = settings_of(Request)
+    return any(settings.get(n) and settings[n] != known[n].default for n in WORDS)
+
+
+def shown(settings: dict[str, Any], suits: Suits) -> tuple[list[Any], list[str]]:
+    """Return values of a Form's fields for a recipe, and a sentence for each unusable setting.
+
+    Pictures are left out (see `on_easel`). settings may hold anything: files come
+    from strangers. suits: of the model that is to draw.
+    """
+    known: dict[str, Any] = {}
+    told: list[str] = []
+    others: list[str] = []
+    for name, value in settings.items():
+        # The server's model decides the first two; a recipe is one picture's.
+        if name in (*_DIGESTS, "unconditional", "count") or value is None:
+            continue
+        if name not in settings_of(Request):
+            others.append(str(name)[:40])
+            continue
+        try:
+            Request(**known, **{name: value})
+            known[name] = value
+        except SafelightError as error:
+            told.append(str(error))
+    if settings.get("control_image_sha256") is not None and not suits.guided:
+        told.append("the control image needs a ControlNet, which this model does not have")
+        known = {name: value for name, value in known.items() if name not in CONTROL}
+    asked = Request(**known)
+    for name, setting in settings_of(Request).items():
+        if getattr(asked, name) != setting.default and not suits.has(setting):
+            told.append(f"{name} does nothing with this model")
+    if others:
+        more = ", …" if len(others) > 8 else ""
+        told.append(f"there is no setting {', '.join(others[:8])}{more}")
+    values = [
+        asked.prompt,
+        asked.negative_prompt,
+        asked.sampler,
+        steps_of(asked),
+        asked.guidance_scale,
+        1,
+        str(asked.seed),
+        asked.width or 0,
+        asked.height or 0,
+        asked.schedule or OWN,
+        asked.spacing or OWN,
+        asked.eta,
+        asked.strength or 0.7,
+        *(s.text(getattr(asked, s.name)) for s in further_settings(Request)),
+    ]
+    return values, told
