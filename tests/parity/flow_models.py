@@ -25,7 +25,7 @@ SD3_SCHEDULER = {
     "num_train_timesteps": 1000,
     "shift": 3.0,
 }
-CLIP = {**TEXT, "projection_dim": 12}
+CLIP = {**TEXT, "projection_dim": 16}
 CLIP_2 = {**TEXT, "hidden_size": 24, "hidden_act": "gelu", "projection_dim": 20}
 T5 = {
     "vocab_size": 120,
@@ -47,7 +47,7 @@ SD3 = {
     "num_attention_heads": 4,
     "joint_attention_dim": 48,
     "caption_projection_dim": 64,
-    "pooled_projection_dim": 32,
+    "pooled_projection_dim": 36,
     "pos_embed_max_size": 12,
 }
 
@@ -82,7 +82,11 @@ def t5_tokenizer(folder: Path) -> None:
 def text_encoder(kind: str, config: dict[str, Any], folder: Path, seed: int) -> None:
     torch.manual_seed(seed)
     made = getattr(transformers, kind)(transformers.CLIPTextConfig(**config))
-    randomised(made, 0.2).save_pretrained(folder)
+    randomised(made, 0.2)
+    if config["projection_dim"] == config["hidden_size"] and hasattr(made, "text_projection"):
+        # As in the published folders of Stable Diffusion 3; its single files hold none.
+        torch.nn.init.eye_(made.text_projection.weight)
+    made.save_pretrained(folder)
 
 
 def t5_encoder(folder: Path) -> None:
