@@ -112,7 +112,7 @@ def test_a_file_without_one_needs_one(tmp_path, monkeypatch):
     assert drawn(tmp_path / "bare.safetensors", **given) == drawn(tmp_path / "whole.safetensors")
     told = inspect(tmp_path / "bare.safetensors")
     assert set(told["components"]) == {"unet", "text_encoder"}
-    assert "no autoencoder" in told["warnings"][-1]
+    assert "no vae" in told["warnings"][-1]
 
 
 def test_a_folder_and_a_models_folder_give_the_same(folder, other, tmp_path):

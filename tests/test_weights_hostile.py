@@ -234,7 +234,7 @@ NUMBERS = [
 def test_a_number_beyond_its_bounds_is_one_line(folder, part, key, no_hashing):
     path = folder / part / "config.json"
     content = json.loads(path.read_text())
-    for number in HUGE:
+    for number in HUGE[:-1] if key == "shift_factor" else HUGE:  # that may be −1
         for value in (number, f"[{number}, {number}]"):
             write(path, json.dumps({**content, key: "HERE"}).replace('"HERE"', value))
             refused(lambda: load_model(folder, device="cpu"))
