@@ -38,6 +38,7 @@ class PlainModel:
         self.name, self.native_size = "plain", (64, 64)
         self.device = SimpleNamespace(type="meta")
         self.loaded, self.other_vae, self.refiner, self.control = [], None, None, None
+        self.other_parts = None
         self.requests = []
         self.warnings = []
         self.before_step = lambda: None

@@ -124,7 +124,7 @@ def test_the_command_line(net: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "ControlNet 0" in out.read_bytes().decode("latin-1")
     capsys.readouterr()
     assert cli.run([*draw[:-1], str(tmp_path / "2.png"), *guided[:2]]) == cli.BAD_INPUT
-    assert "control_image needs a ControlNet" in capsys.readouterr().err
+    assert "control-image needs a ControlNet" in capsys.readouterr().err
     assert cli.run([*draw[:-1], str(tmp_path / "3.png"), *guided[2:]]) == 0
     assert "--controlnet does nothing without --control-image" in capsys.readouterr().err
 

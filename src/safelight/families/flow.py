@@ -17,7 +17,6 @@ from safelight.families.flow_files import Layout, Published, is_unused, unknown_
 from safelight.prompt.dialects import read
 from safelight.prompt.networks import is_lora
 from safelight.sampling import SchedulerConfig, Table, table
-from safelight.sampling.flow import Course
 from safelight.weights.check import Header
 from safelight.weights.names import Section, from_single_file, t5_folder_name
 
@@ -154,6 +153,9 @@ class FlowFamily(AutoencodedFamily):
         return None
 
     def table(self, model: Model, request: Request, skip: int | None = None) -> Table:
+        # Imported here, as it needs NumPy, which a server or a help text does not.
+        from safelight.sampling.flow import Course
+
         assert request.steps is not None
         steps, strength = request.steps, request.strength
         if skip is None and strength is not None:
