@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from safelight import cli
 from safelight.families import sd
 from safelight.nets.clip import CLIPTextModel
 from safelight.nets.unet import UNet2DConditionModel
@@ -464,6 +465,14 @@ def test_a_single_file_without_a_part_is_refused(tiny_family, tmp_path):
     refused(lambda: load_model(str(file)), "no vae (first_stage_model.*)")
     save_file({k: v for k, v in tensors.items() if not k.startswith("cond_stage")}, file)
     refused(lambda: load_model(str(file)), "no text_encoder (cond_stage_model.", "give a folder of")
+
+
+def test_tokens_are_shown_for_a_single_file_without_an_autoencoder(tiny_family, tmp_path, capsys):
+    file = single_file(tmp_path / "model.safetensors", FAMILY)
+    tensors = load_file(file)
+    save_file({k: v for k, v in tensors.items() if not k.startswith("first_stage")}, file)
+    assert cli.run(["tokens", "a", "--model", str(file)]) == 0
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
