@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from safelight.families.base import Conditioning, Family, Part, SingleFile
+from safelight.families.base import Conditioning, Family, Part
 from safelight.families.flux import FLUX
 from safelight.families.pixels import Pixels
 from safelight.families.sd import SD
 from safelight.families.sd3 import SD3
 from safelight.families.sdxl import REFINER, SDXL
+from safelight.families.single import SingleFile
 from safelight.families.zimage import BASE as Z_IMAGE
 from safelight.weights.check import refusal
 

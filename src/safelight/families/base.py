@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from safelight.engine.control import Control
+    from safelight.families.single import SingleFile
     from safelight.model import Model
     from safelight.nets.config import NetConfig
     from safelight.nets.reuse import Reuse
     from safelight.request import Request
     from safelight.weights.check import Header
     from safelight.weights.folder import Folder
-    from safelight.weights.names import Weight
     from safelight.weights.plan import Plan
 
 
@@ -380,21 +380,3 @@ class Family:
     def decode_latents(self, model: Model, latents: Tensor) -> Tensor:
         """Return the pixels of clean latents, float32 [1, 3, H, W] from −1 to 1."""
         return latents
-
-
-@dataclass(frozen=True, slots=True)
-class SingleFile:
-    """The contents of a single file, and the facts that it does not hold.
-
-    configs: of each network, in diffusers' keys. weights: of each network, by our names.
-    scheduler: its config. native: side in pixels of the training pictures. v_native: the same for
-    v-prediction; None if files of this kind always say what they predict. prediction: what the
-    network predicts, if a key of the file says so.
-    """
-
-    configs: Mapping[str, Mapping[str, Any]]
-    weights: dict[str, dict[str, Weight]]
-    scheduler: Mapping[str, Any]
-    native: int
-    v_native: int | None = None
-    prediction: str | None = None

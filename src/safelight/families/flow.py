@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.errors import SafelightError
 from safelight.families.autoencoded import AutoencodedFamily
-from safelight.families.base import Conditioning, Part, SingleFile
+from safelight.families.base import Conditioning, Part
 from safelight.families.flow_files import Layout, Published, is_unused, unknown_variant
+from safelight.families.single import SingleFile
 from safelight.prompt.dialects import read
 from safelight.prompt.networks import is_lora
 from safelight.sampling import SchedulerConfig, Table, table

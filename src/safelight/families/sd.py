@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.families import colours
-from safelight.families.base import NO_PART, Family, Part, SingleFile
+from safelight.families.base import NO_PART, Family, Part
 from safelight.families.latent import (
     BETAS,
     CLIP_CONFIG,
@@ -29,6 +29,7 @@ from safelight.families.latent import (
     LatentFamily,
     told_by_marks,
 )
+from safelight.families.single import SingleFile
 from safelight.sampling import SchedulerConfig
 from safelight.weights import names
 from safelight.weights.check import Header, refusal

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.families import colours
-from safelight.families.base import Family, Part, SingleFile
+from safelight.families.base import Family, Part
 from safelight.families.latent import (
     BETAS,
     CLIP_G_CONFIG,
@@ -33,6 +33,7 @@ from safelight.families.latent import (
     added_numbers,
     told_by_marks,
 )
+from safelight.families.single import SingleFile
 from safelight.weights import names
 from safelight.weights.check import Header, refusal
 

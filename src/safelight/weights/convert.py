@@ -167,8 +167,8 @@ def _originals(plan: Plan) -> dict[str, Original]:
     except (KeyError, StopIteration):
         pass  # other shapes, or a family that has no such layout
     raise SafelightError(
-        f"{plan.source.name} ({plan.family}) cannot be one file, which holds no configs: only the "
-        "published networks of Stable Diffusion can; write a folder"
+        f"{plan.source.name} ({plan.family}) cannot be one file, which holds no configs: only "
+        "published networks can; write a folder"
     )
 
 
@@ -301,8 +301,10 @@ def _check_written(path: Path, plan: Plan, layout: str) -> list[str]:
     """
     again = read_plan(Source(plan.source.name, path), partial=True)
     configs = plan.configs.items()
+    # Of some families only the scheduler tells variants apart; what is lost of it is told below.
+    kind = "title" if plan.family.told_by_scheduler else "name"
     for what, before, after in (
-        ("family", plan.family.name, again.family.name),
+        ("family", getattr(plan.family, kind), getattr(again.family, kind)),
         ("prediction type", plan.scheduler.prediction_type, again.scheduler.prediction_type),
         ("size", plan.native_size, again.native_size),
         *((f"{part} config", _told(c), _told(again.configs[part])) for part, c in configs),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from safelight.prompt.styles import read_styles
 from safelight.prompt.tokenizer import Tokenizer
 from safelight.weights.autoencoders import with_autoencoders
 from safelight.weights.budget import TOLD_FROM, check_memory
-from safelight.weights.check import ITEM_SIZES, Header, printable, refusal
+from safelight.weights.check import Header, printable, refusal
 from safelight.weights.controlnets import with_controlnet
 from safelight.weights.digest import FileDigest, HashedFile, digest_files, model_digest
 from safelight.weights.find import (
@@ -33,7 +32,7 @@ from safelight.weights.find import (
 from safelight.weights.finite import FiniteCheck
 from safelight.weights.library import open_library
 from safelight.weights.names import Weight, some
-from safelight.weights.plan import Plan, listed, read_plan
+from safelight.weights.plan import Plan, read_plan
 from safelight.weights.stored import SMALL, Stored, stored_tensor
 from safelight.weights.tensors import is_finite, open_tensors
 
@@ -190,43 +189,6 @@ def _check_refiner(plan: Plan, refiner: Model) -> None:
         f"{printable(plan.source.name, 60)} of {plan.family.title}: both must be of SDXL",
         field="refiner",
     )
-
-
-def inspect(name: str | Path, *, models_dir: str | Path | None = None) -> dict[str, Any]:
-    """Return what a checkpoint is, without reading its weights.
-
-    Returns name, path, kind, family, components (parameters, stored dtypes and bytes of each
-    network), parameters and dtypes of all, size_on_disk (bytes), prediction_type, native_size
-    (width, height), and warnings. Raises SafelightError as `load_model` does for a malformed one.
-    """
-    plan = read_plan(find(name, models_dir=models_dir), partial=True)
-    components = {part: _summary(weights) for part, weights in plan.weights.items() if weights}
-    bare: list[str] = []
-    if plan.lacking:
-        way = "--vae" if plan.lacking == ("vae",) else "--parts"
-        bare.append(f"it has no {listed(plan.lacking)}: give one with {way}")
-    return {
-        "name": plan.source.name,
-        "path": str(plan.source.path),
-        "kind": plan.family.kind,
-        "family": plan.family.name,
-        "components": components,
-        "parameters": sum(c["parameters"] for c in components.values()),
-        "dtypes": sorted({d for c in components.values() for d in c["dtypes"]}),
-        "size_on_disk": sum(path.stat().st_size for path in plan.files.values()),
-        "prediction_type": plan.scheduler.prediction_type,
-        "native_size": plan.native_size,
-        "warnings": [*plan.warnings, *bare],
-    }
-
-
-def _summary(weights: Mapping[str, Weight]) -> dict[str, Any]:
-    sizes = [(math.prod(w.shape), w.dtype) for w in weights.values()]
-    return {
-        "parameters": sum(n for n, _ in sizes),
-        "dtypes": sorted({d for _, d in sizes}),
-        "bytes": sum(n * ITEM_SIZES[d] for n, d in sizes),
-    }
 
 
 def pick_device(name: str | torch.device) -> torch.device:

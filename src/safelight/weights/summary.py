@@ -1,0 +1,50 @@
+"""Tell what a checkpoint holds, from its headers and configs alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safelight.weights.check import ITEM_SIZES
+from safelight.weights.find import find
+from safelight.weights.names import Weight
+from safelight.weights.plan import listed, read_plan
+
+
+def inspect(name: str | Path, *, models_dir: str | Path | None = None) -> dict[str, Any]:
+    """Return what a checkpoint is, without reading its weights.
+
+    Returns name, path, kind, family, components (parameters, stored dtypes and bytes of each
+    network), parameters and dtypes of all, size_on_disk (bytes), prediction_type, native_size
+    (width, height), and warnings. Raises SafelightError as `load_model` does for a malformed one.
+    """
+    plan = read_plan(find(name, models_dir=models_dir), partial=True)
+    components = {part: _summary(weights) for part, weights in plan.weights.items() if weights}
+    bare: list[str] = []
+    if plan.lacking:
+        way = "--vae" if plan.lacking == ("vae",) else "--parts"
+        bare.append(f"it has no {listed(plan.lacking)}: give one with {way}")
+    return {
+        "name": plan.source.name,
+        "path": str(plan.source.path),
+        "kind": plan.family.kind,
+        "family": plan.family.name,
+        "components": components,
+        "parameters": sum(c["parameters"] for c in components.values()),
+        "dtypes": sorted({d for c in components.values() for d in c["dtypes"]}),
+        "size_on_disk": sum(path.stat().st_size for path in plan.files.values()),
+        "prediction_type": plan.scheduler.prediction_type,
+        "native_size": plan.native_size,
+        "warnings": [*plan.warnings, *bare],
+    }
+
+
+def _summary(weights: Mapping[str, Weight]) -> dict[str, Any]:
+    sizes = [(math.prod(w.shape), w.dtype) for w in weights.values()]
+    return {
+        "parameters": sum(n for n, _ in sizes),
+        "dtypes": sorted({d for _, d in sizes}),
+        "bytes": sum(n * ITEM_SIZES[d] for n, d in sizes),
+    }

@@ -1,0 +1,325 @@
+"""What single files of models of flow matching may hold, lack and be refused for."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from safelight import cli
+from safelight.families import family_of_file, flux, sd3, zimage
+from safelight.families.flow_files import Published
+from safelight.recipe import read_recipe
+from safelight.server.names import Names
+from safelight.server.settings import WorkerSettings
+from safelight.weights import inspect, load_model
+from safelight.weights.check import read_header
+from safelight.weights.convert import convert
+from safelight.weights.estimate import estimate
+from safelight.weights.load import _check_fit
+from safelight.weights.names import original_names
+from tests.parity.flow_models import (
+    DEV,
+    SD3_SCHEDULER,
+    make_flux,
+    make_sd3,
+    make_zimage,
+)
+from tests.parity.test_flow_files import ASKED, configs
+from tests.weights_tiny import refused, sparse_file
+
+WHOLE = "model.diffusion_model."
+ORIGINAL = {
+    sd3.__name__: sd3.VARIANTS,
+    flux.__name__: flux.VARIANTS,
+    zimage.__name__: zimage.BASE,
+}
+DUAL = {"dual_attention_layers": [0, 1], "qk_norm": "rms_norm"}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("single")
+    return {
+        "sd3": make_sd3(root / "sd3", **DUAL),
+        "flux": make_flux(root / "flux", guided=True),
+        "zimage": make_zimage(root / "zimage", shift=6.0),
+        "turbo": make_zimage(root / "turbo", shift=3.0),
+    }
+
+
+@pytest.fixture(autouse=True)
+def tiny(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give variants the shapes of the tiny models."""
+    published = Published(configs(folders["sd3"]), SD3_SCHEDULER, 64)
+    small = replace(sd3.VARIANTS[1], layers=3, published=published)
+    monkeypatch.setattr(sd3, "VARIANTS", (small,))
+    published = Published(configs(folders["flux"]), DEV)
+    small = replace(flux.VARIANTS[0], layers=2, singles=2, published=published)
+    monkeypatch.setattr(flux, "VARIANTS", (small,))
+    published = Published(configs(folders["zimage"]), {**SD3_SCHEDULER, "shift": 6.0})
+    for name in ("BASE", "TURBO"):
+        monkeypatch.setattr(zimage, name, replace(getattr(zimage, name), published=published))
+
+
+@pytest.fixture(scope="module")
+def whole(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Files of whole models, by the names of their folders."""
+    return {"root": tmp_path_factory.mktemp("whole")}
+
+
+def file_of(name: str, folders: dict[str, Path], whole: dict[str, Path]) -> Path:
+    if name not in whole:
+        whole[name] = whole["root"] / f"{name}.safetensors"
+        convert(str(folders[name]), whole[name])
+    return whole[name]
+
+
+def changed(
+    file: Path, path: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+) -> Path:
+    save_file({k: v.contiguous() for k, v in change(load_file(file)).items()}, path)
+    return path
+
+
+def bare(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the transformer alone, as its authors name it."""
+    return {k.removeprefix(WHOLE): v for k, v in state.items() if k.startswith(WHOLE)}
+
+
+def drawn(model: Path, **given: Any) -> bytes:
+    """Return the bytes of a picture, with all weights at equal alignments.
+
+    Where a file has them, products of the same numbers may differ in their last bits.
+    """
+    loaded = load_model(str(model), device="cpu", dtype="float32", plain=True, **given)
+    for name in loaded.configs:
+        network = loaded.parts[name]
+        state = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+        network.load_state_dict(state, assign=True)
+    return loaded.generate("a red apple", **ASKED).images[0].tobytes()
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "zimage", "turbo"])
+def test_whole_and_bare_files_draw_what_folders_draw(
+    folders: dict[str, Path], whole: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    file = file_of(name, folders, whole)
+    wanted = drawn(folders[name])
+    assert drawn(file, parts=folders[name]) == wanted
+    alone = changed(file, tmp_path / "alone.safetensors", bare)
+    assert drawn(alone, parts=folders[name]) == wanted
+
+
+def test_what_writers_add_is_not_read(
+    folders: dict[str, Path], whole: dict[str, Path], tmp_path: Path
+) -> None:
+    def more(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        texts = "text_encoders."
+        shared = state[f"{texts}t5xxl.transformer.shared.weight"]
+        return {
+            **state,
+            f"{texts}clip_l.logit_scale": torch.ones(()),
+            f"{texts}t5xxl.logit_scale": torch.ones(()),
+            f"{texts}t5xxl.transformer.encoder.embed_tokens.weight": shared.clone(),
+            f"{texts}clip_l.transformer.text_projection.weight": torch.randn(16, 16),
+        }
+
+    file = changed(file_of("flux", folders, whole), tmp_path / "more.safetensors", more)
+    assert drawn(file, parts=folders["flux"]) == drawn(folders["flux"])
+
+
+def test_weights_in_float8(
+    folders: dict[str, Path], whole: dict[str, Path], tmp_path: Path
+) -> None:
+    def small(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {
+            k: v.to(torch.float8_e4m3fn) if k.startswith("text_encoders.") else v
+            for k, v in state.items()
+        }
+
+    file = changed(file_of("sd3", folders, whole), tmp_path / "fp8.safetensors", small)
+    loaded = load_model(str(file), device="cpu", dtype="float32", parts=folders["sd3"])
+    assert loaded.generate("a red apple", **ASKED).images
+
+
+def test_the_scheduler_of_the_folder_tells_turbo(
+    folders: dict[str, Path], whole: dict[str, Path]
+) -> None:
+    file = file_of("zimage", folders, whole)
+    for name, family in (("zimage", "z-image"), ("turbo", "z-image-turbo")):
+        model = load_model(str(file), device="cpu", parts=folders[name])
+        assert model.family.name == family
+        assert model.scheduler.shift == {"zimage": 6.0, "turbo": 3.0}[name]
+
+
+def test_one_file_does_not_say_that_it_is_turbo(folders: dict[str, Path], tmp_path: Path) -> None:
+    told = convert(str(folders["turbo"]), tmp_path / "one.safetensors")
+    assert any("scheduler's shift" in line for line in told)
+    assert inspect(tmp_path / "one.safetensors")["family"] == "z-image"
+
+
+def test_the_recipe_names_the_folder(
+    folders: dict[str, Path], whole: dict[str, Path], tmp_path: Path
+) -> None:
+    file = file_of("flux", folders, whole)
+    model = load_model(str(file), device="cpu", parts=folders["flux"])
+    assert model.other_parts is not None
+    assert model.other_parts["name"] == "flux"
+    [path] = model.generate("a red apple", **ASKED).save(tmp_path)
+    assert read_recipe(path)["parts"] == model.other_parts
+
+
+def test_a_folder_needs_no_parts(folders: dict[str, Path]) -> None:
+    model = load_model(str(folders["flux"]), device="cpu", parts=folders["flux"])
+    assert any("lacks nothing" in said for said in model.warnings)
+    assert model.other_parts is None
+
+
+def test_a_file_and_parts_become_a_folder(
+    folders: dict[str, Path], whole: dict[str, Path], tmp_path: Path
+) -> None:
+    for name in ("flux", "zimage", "sd3"):
+        file = changed(file_of(name, folders, whole), tmp_path / f"{name}.safetensors", bare)
+        assert convert(str(file), tmp_path / name, parts=folders[name]) == []
+        assert drawn(tmp_path / name) == drawn(folders[name])
+        pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / name)
+        theirs = diffusers.DiffusionPipeline.from_pretrained(folders[name])
+        assert type(pipe) is type(theirs)
+        for part, network in theirs.components.items():
+            for key, tensor in getattr(network, "state_dict", dict)().items():
+                assert torch.equal(pipe.components[part].state_dict()[key], tensor), (part, key)
+
+
+def test_inspect_says_what_is_missing(
+    folders: dict[str, Path], whole: dict[str, Path], tmp_path: Path
+) -> None:
+    file = changed(file_of("flux", folders, whole), tmp_path / "alone.safetensors", bare)
+    told = inspect(file)
+    assert told["family"] == "flux-dev"
+    assert list(told["components"]) == ["transformer"]
+    assert "no vae, text_encoder, text_encoder_2 and tokenizer_2" in told["warnings"][-1]
+
+
+PUBLISHED = (*sd3.VARIANTS, *flux.VARIANTS, zimage.BASE)
+
+
+@pytest.mark.parametrize("family", PUBLISHED, ids=str)
+@pytest.mark.parametrize("alone", [False, True], ids=["whole", "bare"])
+def test_published_shapes_tell_the_variant(
+    family: Any, alone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sparse file has the full size; only its header is read."""
+    for module, name in ((sd3, "VARIANTS"), (flux, "VARIANTS"), (zimage, "BASE")):
+        monkeypatch.setattr(module, name, ORIGINAL[module.__name__])
+    nets, shapes = {}, {}
+    for name, part in family.parts.items():
+        config, network = part.load_classes()
+        with torch.device("meta"):
+            nets[name] = network(config.from_dict(family.configs[name]))
+        shapes[name] = {key: tuple(t.shape) for key, t in nets[name].state_dict().items()}
+    file: dict[str, tuple[int, ...]] = {}
+    for key, original in original_names(family.sections(), shapes).items():
+        first = shapes[original.part][original.names[0]]
+        rows = sum(shapes[original.part][name][0] for name in original.names)
+        file[key] = (rows, *first[1:], *(1,) * original.conv) if first else first
+    if alone:
+        file = {k.removeprefix(WHOLE): v for k, v in file.items() if k.startswith(WHOLE)}
+    header = read_header(sparse_file(tmp_path / "full.safetensors", file))
+    found = family_of_file(header)
+    assert found.name == family.name
+    read = found.single_file(header)
+    for part, weights in read.weights.items():
+        if weights or not alone:
+            _check_fit(family.name, part, nets[part], weights)
+
+
+def without(*prefixes: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    return lambda state: {k: v for k, v in state.items() if not k.startswith(prefixes)}
+
+
+def with_key(key: str, *shape: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda state: {**state, key: torch.ones(shape)}
+
+
+def twice(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {**state, "txt_in.weight": state[f"{WHOLE}txt_in.weight"].clone()}
+
+
+HOSTILE = {
+    "no encoder": ("sd3", without("text_encoders.clip_g."), None, ["text_encoder_2", "--parts"]),
+    "no vae": ("sd3", without("first_stage_model."), None, ["no vae", "--vae"]),
+    "no tokenizer": ("flux", without(), None, ["no tokenizer_2", "--parts"]),
+    "other family's parts": ("flux", without(), "sd3", ["Stable Diffusion 3", "FLUX.1"]),
+    "two families": ("flux", with_key(f"{WHOLE}joint_blocks.0.x.weight", 2), "flux", ["joint"]),
+    "same weight twice": ("flux", twice, "flux", ["the same weight"]),
+    "scaled": ("flux", with_key(f"{WHOLE}img_in.scale_weight", 1), "flux", ["scaled float8"]),
+    "wrong shape": ("flux", with_key(f"{WHOLE}txt_in.bias", 3), "flux", ["context_embedder.bias"]),
+    "other width": ("flux", with_key(f"{WHOLE}img_in.weight", 64, 384), "flux", ["384"]),
+    "no dimension": ("sd3", with_key(f"{WHOLE}pos_embed"), "sd3", ["other shapes"]),
+    "a layer more": ("sd3", with_key(f"{WHOLE}joint_blocks.9.y.bias", 1), "sd3", ["other shapes"]),
+    "a bare number": ("zimage", with_key(f"{WHOLE}norm_final.weight", 3), None, ["no tokenizer"]),
+    "half a norm": ("flux", with_key(f"{WHOLE}final_layer.adaLN_modulation.1.bias", 3), "flux", []),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_files(
+    folders: dict[str, Path], whole: dict[str, Path], tmp_path: Path, case: str
+) -> None:
+    name, change, parts, words = HOSTILE[case]
+    file = changed(file_of(name, folders, whole), tmp_path / "bad.safetensors", change)
+    given = {} if parts is None else {"parts": folders[parts]}
+    refused(lambda: load_model(str(file), device="cpu", **given), *words)
+
+
+def test_parts_are_a_folder(folders: dict[str, Path], whole: dict[str, Path]) -> None:
+    file = file_of("flux", folders, whole)
+    refused(lambda: load_model(str(file), device="cpu", parts=file), "folder")
+
+
+def test_a_projection_that_changes_something_is_not_left_out(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    for path in sorted(folders["sd3"].rglob("*")):
+        target = folder / path.relative_to(folders["sd3"])
+        if path.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    weights = folder / "text_encoder" / "model.safetensors"
+    state = load_file(weights)
+    state["text_projection.weight"] = state["text_projection.weight"] * 2
+    save_file(state, weights, {"format": "pt"})
+    refused(lambda: convert(str(folder), tmp_path / "one.safetensors"), "text_projection")
+
+
+def test_the_command_line_draws_and_verifies(
+    folders: dict[str, Path],
+    whole: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file, png = str(file_of("flux", folders, whole)), str(tmp_path / "a.png")
+    parts = ["--parts", str(folders["flux"])]
+    size = ["--width", "64", "--height", "64", "--steps", "2", "--device", "cpu"]
+    assert cli.run(["generate", "a red apple", "--model", file, *parts, *size, "--out", png]) == 0
+    assert cli.run(["verify", png, "--model", file, *parts]) == 0
+    capsys.readouterr()
+    assert cli.run(["verify", png, "--model", file, "--parts", str(folders["sd3"])]) == 2
+    assert "--parts" in capsys.readouterr().err
+
+
+def test_a_server_reads_the_plan_with_its_parts(
+    folders: dict[str, Path], whole: dict[str, Path]
+) -> None:
+    file = str(file_of("flux", folders, whole))
+    settings = WorkerSettings(file, "sqlite://", "/", parts=str(folders["flux"]))
+    assert Names(settings).plan().tokenizer_folder is not None
+    with_parts = estimate(file, device="cpu", parts=folders["flux"])
+    assert with_parts.weights == estimate(folders["flux"], device="cpu").weights
+    refused(lambda: estimate(file, device="cpu"), "--parts")
