@@ -546,7 +546,7 @@ class TestTools:
         asked = []
         found = {"family": "sd1", "components": {"unet": {"bytes": 7}}, "native_size": (64, 64)}
         monkeypatch.setattr(
-            "safelight.weights.load.inspect", lambda f, models_dir: asked.append(f) or found
+            "safelight.weights.summary.inspect", lambda f, models_dir: asked.append(f) or found
         )
         lines = run("inspect", "some/model").out.splitlines()
         assert lines == ["family: sd1", "components.unet.bytes: 7", "native_size: 64, 64"]
