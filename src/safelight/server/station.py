@@ -104,7 +104,7 @@ class Station:
         finally:
             if self._began:
                 await self.supervisor.stop()
-                await asyncio.to_thread(self._wire.close)
+            await asyncio.to_thread(self._wire.close)
             self._store.close()
 
     def end(self, *, drain: bool) -> None:
