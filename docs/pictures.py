@@ -1,9 +1,10 @@
 """Draw the pictures of the README and the docs with the bundled models, in a minute of one core.
 
-    python docs/pictures.py [--model DIR] [--unconditional DIR] [--digits DIR] [--out docs/pictures]
+    python docs/pictures.py [--model DIR] [--unconditional DIR] [--digits DIR] [--taught DIR]
+                            [--out docs/pictures]
 
---digits takes a model of `safelight train unconditional digits` and draws the pictures of
-docs/train-your-own.md, too.
+--digits takes a model of `safelight train unconditional digits`, and --taught one that was
+fine-tuned on the pictures of docs/lighthouses.py. Both draw pictures of docs/train-your-own.md.
 
 The pictures of docs/tasks.md are those of its commands: change prompt, sampler or seed in both.
 """
@@ -39,6 +40,14 @@ SAMPLERS = ("euler", "euler_a", "heun", "dpmpp_2m", "unipc", "lms", "pndm", "ddi
 STEPS = (5, 10, 20)
 NOISE_AT = (0, 100, 200, 350, 500, 700, 999)  # timesteps
 TAKEN_AT = (1, 10, 20, 30, 40, 45, 50)  # steps of fifty
+TAUGHT = (
+    "a lighthouse",
+    "a blue lighthouse on a yellow background",
+    "a purple lighthouse",
+    "a lighthouse in the snow",
+    "a lighthouse at night under the stars",
+    "a cat",
+)
 BORDER = 6 / 64  # share of the cat's picture that the mask keeps on each side
 
 
@@ -49,6 +58,7 @@ def main() -> None:
     parser.add_argument("--unconditional", default="embedded-unconditional")
     parser.add_argument("--out", type=Path, default=here / "pictures")
     parser.add_argument("--digits", type=Path, help="a model of the digits")
+    parser.add_argument("--taught", type=Path, help="a model that was taught lighthouses")
     given = parser.parse_args()
 
     model = safelight.load(given.model, device="cpu")
@@ -68,6 +78,15 @@ def main() -> None:
         numbers = safelight.load(str(given.digits), device="cpu")
         noise_added(numbers).save(given.out / "noise-added.png", optimize=True)
         noise_taken(numbers).save(given.out / "noise-taken.png", optimize=True)
+    if given.taught is not None:
+        taught = safelight.load(str(given.taught), device="cpu")
+        fine_tune(model, taught).save(given.out / "fine-tune.png", optimize=True)
+
+
+def fine_tune(before: safelight.Model, after: safelight.Model) -> Image.Image:
+    """Return six prompts drawn by two models, one row each."""
+    pictures = [draw(model, prompt, seed=1) for model in (before, after) for prompt in TAUGHT]
+    return sheet(pictures, columns=len(TAUGHT), side=128)
 
 
 def noise_added(model: safelight.Model) -> Image.Image:

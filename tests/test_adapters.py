@@ -352,8 +352,9 @@ class TestFiles:
         path = tmp_path / "a.safetensors"
         save_file({key: torch.ones(shape) for key, shape in keys.items()}, path, metadata)
         told = told.replace("sd1", model.family.name)
-        assert told in refused(model, path)
+        assert told in (line := refused(model, path))
         assert told in refused(model, path, unmatched="warn")  # nothing of it would be used
+        assert "lora_unmatched" not in line
 
     def test_text_states_of_another_width(self, model: Any, tmp_path: Path) -> None:
         path = tmp_path / "a.safetensors"
@@ -407,6 +408,33 @@ class TestFiles:
         )
         [chosen] = model.adapters.choose([AskedLora(str(path))]).chosen
         assert [change.alpha for change in chosen.changes] == [alpha]
+
+    @pytest.mark.parametrize("part", ["", "unet."])
+    def test_peft_s_settings_with_and_without_a_part(
+        self, part: str, model: Any, tmp_path: Path
+    ) -> None:
+        """A network that is saved on its own writes no part before its settings."""
+        path = tmp_path / "a.safetensors"
+        halves = {"A": torch.ones(2, 32), "B": torch.ones(32, 2)}
+        told = {"lora_alpha": 8, "r": 2, "use_rslora": True, "alpha_pattern": {"to_q": 4}}
+        save_file(
+            {f"{PLAIN}.lora_{half}.weight": each for half, each in halves.items()},
+            path,
+            {"lora_adapter_metadata": json.dumps({part + key: told[key] for key in told})},
+        )
+        [chosen] = model.adapters.choose([AskedLora(str(path))]).chosen
+        assert [(change.alpha, change.rooted) for change in chosen.changes] == [(4.0, True)]
+
+    @pytest.mark.parametrize("rank", [0, -1, 1.5, True, "2"])
+    def test_a_rank_of_peft_s_that_is_none(self, rank: Any, model: Any, tmp_path: Path) -> None:
+        path = tmp_path / "mine"
+        path.mkdir()
+        base = f"base_model.model.{PLAIN}"
+        tensors = {f"{base}.lokr_w1": torch.eye(4), f"{base}.lokr_w2": torch.eye(8)}
+        save_file(tensors, path / "adapter_model.safetensors")
+        config = {"peft_type": "LOKR", "alpha": 8, "r": rank}
+        (path / "adapter_config.json").write_text(json.dumps(config))
+        assert "a number from 1 is needed" in refused(model, path)
 
     def test_peft_s_alpha_lies_beside_the_weights(
         self, model: Any, folder: Path, tmp_path: Path

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -222,7 +223,16 @@ class TestGenerate:
         refused(run("generate", "a", "--control-image", "edges.png"), "give one with --controlnet")
         assert model.loaded == []
 
-    @pytest.mark.parametrize("size", [["-W", "128"], ["-W", "128", "-H", "128"], []])
+    @pytest.mark.parametrize(
+        ("side", "size", "told"),
+        [(256, 512, True), (256, 384, True), (256, 264, False), (512, 768, False)],
+    )
+    def test_a_small_model_s_bound_is_near_its_own_size(self, run, model, side, size, told):
+        model.native_size = (side, side)
+        err = run("generate", "a", "-W", f"{size}", "-H", f"{size}").err
+        assert (f"{size}x{size} will hardly show what was asked for" in err) == told
+
+    @pytest.mark.parametrize("size", [["-W", "128"], ["-W", "72", "-H", "64"], []])
     def test_a_size_near_it_is_not(self, run, model, size):
         assert run("generate", "a", *size).err == ""
 
@@ -253,7 +263,8 @@ class TestGenerate:
     def test_a_file_that_exists_is_kept_unless_asked(self, run, model, tmp_path):
         path = tmp_path / "a.png"
         path.write_text("mine")
-        assert refused(run("generate", "a", "--out", "a.png"), "'a.png' exists")
+        told = "'a.png' exists: give another name, or --overwrite (in Python overwrite=True)"
+        assert refused(run("generate", "a", "--out", "a.png"), told)
         assert path.read_text() == "mine"
         assert model.loaded == []
         assert run("generate", "a", "--out", "a.png", "--overwrite").code == 0
@@ -656,9 +667,33 @@ class TestHelp:
 
     def test_names_the_defaults_of_a_request(self, run):
         text = " ".join(run("generate", "--help").out.split())
-        assert f"[{Request().guidance_scale}]" in text
-        assert f"[{Request().sampler}]" in text
+        assert f"[the model's own, else {Request().guidance_scale}]" in text
+        assert f"[the model's own, else {Request().sampler}]" in text
         assert f"[{Request().count}]" in text
+
+    def test_options_that_few_need_stand_last(self, run):
+        text = run("generate", "--help").out
+        headings = re.findall(r"^(\w.*):$", text, re.MULTILINE)
+        first = ["Arguments", "Options", "Settings", "Model and folders"]
+        assert headings == [*first, "ControlNet", "SDXL", "Fast mode"]
+        parts = dict(zip(headings, re.split(r"^\w.*:$", text, flags=re.MULTILINE)[1:], strict=True))
+        assert all(name in parts["Options"] for name in ("--model", "--out", "--help"))
+        assert "--steps" in parts["Settings"]
+        assert "--device" in parts["Model and folders"]
+        assert "--crop-left" in parts["SDXL"]
+        assert "--cache-every" in parts["Fast mode"]
+
+    def test_what_a_command_does_fits_its_line(self, run):
+        assert "...\n" not in run("--help").out.partition("Commands:")[2]
+
+    def test_tokens_says_no_option_that_it_lacks(self, run):
+        assert "--unconditional" not in run("tokens", "--help").out
+
+    @pytest.mark.parametrize(("end", "kind"), [("jpg", "JPEG"), ("webp", "WEBP")])
+    def test_inspect_and_verify_say_the_same_of_a_picture_without_a_recipe(self, run, end, kind):
+        Image.new("RGB", (64, 64)).save(f"a.{end}")
+        for command in ("inspect", "verify"):
+            refused(run(command, f"a.{end}"), f"must be a PNG to carry a recipe, not {kind}")
 
     def test_every_setting_is_an_option(self, run):
         text = run("generate", "--help").out

@@ -10,6 +10,7 @@ import pytest
 import typer
 from pydantic import Field
 
+import safelight
 from recipes.embedded.cutouts import LOCK, notice
 from safelight.cli import app
 from safelight.request import Request
@@ -110,6 +111,31 @@ def test_every_option_of_batch_is_documented():
     assert found <= real
 
 
+def test_every_option_of_train_is_documented_with_its_default():
+    text = read(DOCS / "train-your-own.md").partition("\n## Options\n")[2]
+    kinds = ("fine-tune", "text-to-image", "unconditional", "distil")
+    head = next(line for line in text.splitlines() if line.startswith("| option"))
+    assert [cell.strip(" `") for cell in head.strip("|").split("|")][2:] == list(kinds)
+    found = rows(text.partition("\n## ")[0])
+    for column, kind in enumerate(kinds, start=2):
+        real = {
+            parameter.opts[0]: parameter
+            for parameter in COMMANDS["train"].commands[kind].params
+            if parameter.opts[0].startswith("--") and parameter.name != "help"
+        }
+        assert {option for option, row in found.items() if row[column]} == set(real), kind
+        for option, parameter in real.items():
+            said = found[option][column].strip("`").replace(",", "")
+            if isinstance(parameter.default, bool) or parameter.default is None:
+                continue
+            if parameter.required:
+                assert said == "required"
+            elif isinstance(parameter.default, str):
+                assert said == parameter.default
+            else:
+                assert float(said) == parameter.default, (kind, option)
+
+
 def test_every_command_is_documented():
     assert set(rows(_PAGE)) == set(COMMANDS)
 
@@ -141,6 +167,34 @@ def test_written_commands_parse(arguments: list[str]):
         return
     context = command.make_context(name, arguments)
     assert context.params.get("sampler") in {None, *SAMPLERS}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_examples_of_a_page_write_different_files(document: Path):
+    """They are copied in order, and an existing file is an error."""
+    text = "\n".join(re.findall(r"^ {4}.*", read(document), flags=re.MULTILINE))
+    text = re.sub(r"safelight (?:batch|convert|backup) .*", "", text)  # alternatives of one another
+    written = re.findall(r"(?:--out |\.save\(\")([^\s\"{]*[^\s\"{/])(?:\s|\"|$)", text)
+    assert len(written) == len(set(written)), sorted(written)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_extras_are_installed_from_the_clone(document: Path):
+    """Safelight is on no package index, so an install line names the folder."""
+    assert not re.findall(r"pip install ['\"]?safelight", read(document))
+
+
+def test_measured_has_the_sizes_of_the_bundled_models():
+    row = next(line for line in read(DOCS / "measured.md").splitlines() if "on disk" in line)
+    models = Path(safelight.__file__).parent / "models"
+    names = re.findall(r"`(embedded[a-z-]*)`", row)
+    sizes = [
+        sum(path.stat().st_size for path in (models / name).rglob("*") if path.is_file())
+        for name in names
+    ]
+    assert len(names) == 3
+    first, second, third = (f"{size / 2**20:.2f}" for size in sizes)
+    assert f"| {first}, {second} and {third} MiB |" in row
 
 
 def test_every_page_is_in_the_index():

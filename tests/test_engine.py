@@ -346,8 +346,7 @@ def test_what_a_network_with_guidance_as_an_input_does_not_read_is_a_warning(
 def test_a_refiner_reads_what_a_network_with_guidance_as_an_input_does_not(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    network = SimpleNamespace(config=model.unet.config)
-    refiner = SimpleNamespace(family=model.family, network=network)
+    refiner = SimpleNamespace(family=model.family, configs={"unet": model.unet.config})
     monkeypatch.setattr(model.unet, "config", replace(model.unet.config, time_cond_proj_dim=32))
     monkeypatch.setattr(model, "refiner", refiner)
     request = Request(prompt="a cat", negative_prompt="a dog", guidance_end=0.5, **FEW)

@@ -17,8 +17,10 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Kind
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -34,8 +36,11 @@ from safelight.request import Request
 from safelight.weights import load_model
 from safelight.weights.check import ITEM_SIZES, read_header
 from safelight.weights.folder import Folder
+from safelight.weights.gguf import BLOCKS, ORIGINAL_SHAPE
 from safelight.weights.headers import header_of
 from safelight.weights.tensors import open_tensors
+from test_weights_gguf import described, entry, framed, listed
+from test_weights_gguf import text as gguf_text
 from test_weights_pickles import archived, pickled, tensor
 from weights_tiny import NETS, PIXELS, SCHEDULER, pixel_folder, raw_file, text_folder
 
@@ -315,6 +320,88 @@ def test_safetensors_headers(tmp_path, capfd):
             }
 
     fuzz("safetensors headers", 150, strategy, try_it, capfd)
+
+
+LONG = st.sampled_from((0, 1, 2, 8, 32, 64, 256, 2**20, 2**32 - 1, 2**62, 2**63, 2**64 - 1))
+INTS = LONG.map(lambda number: struct.pack("<Q", number)[:4])
+STRINGS = st.one_of(TEXTS, st.sampled_from(["general.alignment", f"{ORIGINAL_SHAPE}t0"])).map(
+    lambda text: text.encode(errors="surrogatepass")
+)
+LISTS = st.builds(listed, st.integers(0, 13), LONG, st.binary(max_size=40))
+ENTRIES = st.one_of(
+    st.builds(entry, STRINGS, st.sampled_from([0, 4, 5, 6, 7, 10, 12]), st.binary(max_size=9)),
+    st.builds(entry, STRINGS, st.just(4), INTS),
+    st.builds(entry, STRINGS, st.just(8), STRINGS.map(gguf_text)),
+    st.builds(entry, STRINGS, st.just(9), LISTS),
+)
+DIMS = st.lists(st.one_of(st.sampled_from([0, 1, 2, 32, 256]), LONG), max_size=5)
+DESCRIBED = st.builds(described, st.sampled_from(["t0", "b"]), DIMS, st.integers(0, 42), LONG)
+
+
+def placed(tensors, entries=()):
+    """Return a file whose tensors follow each other. tensors: their types and dimensions."""
+    told, end = [], 0
+    for place, (kind, dims) in enumerate(tensors):
+        numbers, size = gguf.GGML_QUANT_SIZES[kind]
+        end += -end % 32
+        told.append(described(f"t{place}", dims, kind, end))
+        end += math.prod(dims) // numbers * size
+    return framed(told, entries, b"\0" * end)
+
+
+PLACED = st.builds(
+    placed,
+    st.lists(
+        st.tuples(
+            st.sampled_from([Kind.F32, Kind.F16, Kind.BF16, Kind.I8, *(Kind[k] for k in BLOCKS)]),
+            st.lists(st.integers(1, 3), max_size=3).map(lambda dims: [256, *dims]),
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    st.one_of(st.just([]), st.lists(ENTRIES, max_size=2)),
+)
+
+
+def overlaid(good, pieces):
+    """Return bytes with pieces in place of others."""
+    for at, piece in pieces:
+        good = good[:at] + piece + good[at + len(piece) :]
+    return good
+
+
+def test_gguf_headers(tmp_path, capfd):
+    path = tmp_path / "x.gguf"
+    pieces = st.one_of(INTS, LISTS, ENTRIES, DESCRIBED)
+    several = st.lists(st.tuples(st.integers(8, 160), pieces), min_size=1, max_size=2)
+    words = entry("words", 9, listed(8, 2, gguf_text("a") + gguf_text("")))
+    shape = entry(f"{ORIGINAL_SHAPE}t0", 9, listed(5, 3, struct.pack("<3i", 16, 2, 16)))
+    good = placed([(Kind.Q4_K, (256, 2)), (Kind.F32, (3, 2))], [words, shape])
+    strategy = st.one_of(
+        PLACED,
+        st.tuples(st.one_of(PLACED, st.just(good)), SPOTS).map(lambda e: mutated(*e)),
+        st.tuples(st.just(good), several).map(lambda e: overlaid(*e)),
+        st.tuples(PLACED, several).map(lambda e: spliced(*e)),
+        st.builds(
+            framed, st.lists(DESCRIBED, min_size=1, max_size=2), st.lists(ENTRIES, max_size=2)
+        ),
+    )
+
+    def try_it(content):
+        path.write_bytes(content)
+        header = header_of(path)
+        assert header.format == "gguf"
+        theirs = gguf.GGUFReader(path).tensors  # what we take, the library takes for the same
+        assert {t.name: (t.tensor_type.name, t.data_offset, t.n_bytes) for t in theirs} == {
+            key: (t.dtype, header.start + t.start, t.end - t.start)
+            for key, t in header.tensors.items()
+        }
+        with open_tensors(header) as read:
+            for key, info in header.tensors.items():
+                assert tuple(read(key).to(torch.float32).shape) == info.shape
+
+    try_it(good)
+    fuzz("gguf headers", 200, strategy, try_it, capfd, longest=200)
 
 
 # --- LoRAs ----------------------------------------------------------------------------------------

@@ -112,7 +112,8 @@ class TestLimits:
 
     def test_a_fraction_is_no_whole_number(self):
         assert refusal(steps=20.0) == (
-            "steps must be a whole number from 1 to 1000 (left out: the sampler's), not 20.0"
+            "steps must be a whole number from 1 to 1000 "
+            "(left out: the model's own, else the sampler's), not 20.0"
         )
 
     def test_numpys_numbers_are_numbers(self):

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from safelight.cli import generate, options
 from safelight.compare import Axis
+from safelight.defaults import BY_MODEL
 from safelight.keywords import GenerateSettings, RequestSettings
 from safelight.request import Request
 from safelight.sampler_names import sampler_and_schedule
@@ -132,6 +133,15 @@ class TestTheSettings:
             str(properties).replace("'", " ").split()
         )
 
+    def test_a_schema_has_no_default_that_depends_on_the_model(self) -> None:
+        properties: Any = json_schema(Request)["properties"]
+        for name in BY_MODEL:
+            assert "default" not in properties[name], name
+        for name in ("guidance_scale", "sampler"):
+            default = settings_of(Request)[name].default
+            assert f"(left out: the model's own, else {default})" in properties[name]["description"]
+        assert properties["count"]["default"] == 1
+
     def test_every_name_of_a_sampler_is_known(self) -> None:
         for name, sampler in SAMPLERS.items():
             assert sampler_and_schedule(name) == (name, None)
@@ -159,7 +169,15 @@ class TestTheSettings:
     ("size", "native", "drawn"),
     [
         ((64, 64), (64, 64), (64, 64)),
-        ((128, 128), (64, 64), (128, 128)),
+        ((64, 72), (64, 64), (64, 72)),
+        ((128, 128), (64, 64), (64, 64)),
+        ((256, 256), (256, 256), (256, 256)),
+        ((264, 248), (256, 256), (264, 248)),
+        ((384, 384), (256, 256), (256, 256)),
+        ((512, 512), (256, 256), (256, 256)),
+        ((512, 768), (256, 256), (208, 312)),
+        ((1024, 1024), (256, 256), (256, 256)),
+        ((768, 512), (512, 512), (768, 512)),
         ((512, 512), (64, 64), (64, 64)),
         ((1024, 512), (64, 64), (128, 64)),
         ((2048, 64), (64, 64), (2048, 64)),

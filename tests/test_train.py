@@ -100,7 +100,7 @@ def test_training_finds_the_line(tmp_path: Path) -> None:
 
 def test_another_plan_does_not_resume(tmp_path: Path) -> None:
     train_line(tmp_path)
-    with pytest.raises(SafelightError, match="another plan"):
+    with pytest.raises(SafelightError, match="made by other settings"):
         train_line(tmp_path, Plan(steps=13, batch=4, learning_rate=1e-2, warmup=2))
 
 
@@ -112,7 +112,7 @@ def test_a_plan_with_a_cooldown_may_change_its_length(tmp_path: Path) -> None:
     train_line(tmp_path / "b", short)
     assert torch.equal(train_line(tmp_path / "a", short), train_line(tmp_path / "b", short))
     # The learning rate has fallen already: it could not go on as a longer run would have.
-    with pytest.raises(SafelightError, match="another plan"):
+    with pytest.raises(SafelightError, match="made by other settings"):
         train_line(tmp_path / "a", long)
 
 

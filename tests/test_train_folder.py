@@ -248,7 +248,7 @@ def test_what_is_refused_changes_nothing_beside_the_checkpoint(
         lambda: text_to_image(pictures, out, plan),
     ]
     for call in calls:
-        with pytest.raises(SafelightError, match="made by another plan"):
+        with pytest.raises(SafelightError, match="made by other settings"):
             call()
     assert not list((out / "model").iterdir())
 
@@ -544,7 +544,7 @@ def test_from_nothing_to_a_model_that_draws(
     vocabulary = (made / "tokenizer" / "vocab.json").read_bytes()
     square(pictures / "more.png", "green")
     (pictures / "more.txt").write_text("quite another caption")
-    with pytest.raises(SafelightError, match="made by another plan"):
+    with pytest.raises(SafelightError, match="made by other settings"):
         text_to_image(pictures, tmp_path / "out", plan, autoencoder_steps=8)
     assert (made / "tokenizer" / "vocab.json").read_bytes() == vocabulary
 

@@ -9,17 +9,19 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
+from safetensors.torch import load_file, save_file
 
 from safelight import cli
 from safelight.families import family_of_folder
 from safelight.weights import find as module
-from safelight.weights import load_model
+from safelight.weights import inspect, load_model
 from safelight.weights.cache import cache_folder
 from safelight.weights.digest import digest_file, digest_files, model_digest
 from safelight.weights.find import find
 from safelight.weights.folder import Folder, choose_weights
 from safelight.weights.hub import MODEL, _complete, files_of
-from weights_tiny import change, pixel_folder, raw_file, refused, text_folder, write
+from test_weights_load import single_file
+from weights_tiny import FAMILY, change, pixel_folder, raw_file, refused, text_folder, write
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -65,6 +67,8 @@ def test_paths_are_found(tmp_path, monkeypatch):
     assert (found.name, found.path) == ("my model", folder)
     file = raw_file(tmp_path / "a.b.safetensors", {})
     assert find(str(file)).name == "a.b"
+    (tmp_path / "link.safetensors").symlink_to(file)  # as the hub's cache has them
+    assert find(tmp_path / "link.safetensors").name == "link"
     monkeypatch.setenv("HOME", str(tmp_path))
     assert find("~/my model").path == folder
 
@@ -270,6 +274,20 @@ def test_a_folder_without_an_index_is_refused(tmp_path):
     refused(lambda: Folder(tmp_path, "x"), "no model_index.json")
 
 
+@pytest.mark.parametrize(
+    "missing",
+    ["scheduler/scheduler_config.json", "unet/config.json", "tokenizer/vocab.json",
+     "tokenizer/merges.txt"],
+)  # fmt: skip
+def test_a_snapshot_without_what_loading_reads_is_not_complete(missing, tmp_path):
+    folder = text_folder(tmp_path / "model")
+    assert _complete(folder, "org/tiny", MODEL)
+    (folder / missing).unlink()
+    assert not _complete(folder, "org/tiny", MODEL)
+    write(folder / "tokenizer/tokenizer.json", "{}")
+    assert _complete(folder, "org/tiny", MODEL) == missing.startswith("tokenizer/")
+
+
 def test_a_download_that_was_cut_between_shards_is_not_complete(tmp_path):
     folder = text_folder(tmp_path / "model")
     whole = folder / "unet/diffusion_pytorch_model.safetensors"
@@ -282,33 +300,39 @@ def test_a_download_that_was_cut_between_shards_is_not_complete(tmp_path):
     assert _complete(folder, "org/tiny", MODEL)
 
 
-def test_the_plain_weights_come_before_the_fp16_variant():
+def test_the_plain_weights_come_before_the_variants():
     stem = "unet/diffusion_pytorch_model"
     names = [
         f"{stem}.safetensors",
         f"{stem}.safetensors.index.json",
         f"{stem}.fp16.safetensors",
         f"{stem}.safetensors.index.fp16.json",
+        f"{stem}.bf16.safetensors",
+        f"{stem}.safetensors.index.bf16.json",
     ]
     while names:
         assert choose_weights("unet", names[::-1], "x") == names[0]
         del names[0]
     assert choose_weights("unet", [f"{stem}.fp16.bin", f"{stem}.bin"], "x") == f"{stem}.bin"
+    assert choose_weights("unet", [f"{stem}.bf16.bin"], "x") == f"{stem}.bf16.bin"
     assert choose_weights("text", ["text/pytorch_model.bin"], "x", "model").endswith(".bin")
     refused(lambda: choose_weights("unet", [], "x"), f"{stem}.safetensors is missing")
 
 
-def test_shards_of_the_chosen_variant_are_downloaded():
+@pytest.mark.parametrize("variant", ["fp16", "bf16"])
+@pytest.mark.parametrize("ending", [".{}-0000{}-of-00002", "-0000{1}-of-00002.{0}"])
+def test_shards_of_the_chosen_variant_are_downloaded(variant, ending):
     def shards(ending):
-        return [f"unet/diffusion_pytorch_model{ending.format(i)}" for i in (1, 2)]
+        names = [f"diffusion_pytorch_model{ending.format(variant, i)}" for i in (1, 2)]
+        return [f"unet/{name}.safetensors" for name in names]
 
     index = {"_class_name": "DDPMPipeline"}
+    always = ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"]
     plain = ["unet/diffusion_pytorch_model.safetensors.index.json"]
-    plain += shards("-0000{}-of-00002.safetensors")
-    half = ["unet/diffusion_pytorch_model.safetensors.index.fp16.json"]
-    half += shards(".fp16-0000{}-of-00002.safetensors")
-    assert files_of(index, plain + half, "x") == sorted(plain)
-    assert files_of(index, half, "x") == sorted(half)
+    plain += shards("-0000{1}-of-00002")
+    half = [f"unet/diffusion_pytorch_model.safetensors.index.{variant}.json", *shards(ending)]
+    assert files_of(index, always + plain + half, "x") == sorted(always + plain)
+    assert files_of(index, always + half, "x") == sorted(always + half)
 
 
 def test_a_small_model_may_lie_in_the_root(tmp_path):
@@ -430,3 +454,73 @@ def test_a_repository_of_another_kind_is_not_downloaded(hub, monkeypatch, capfd)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *a, **k: info)
     assert cli.run(["download", "org/tiny"]) == 2
     assert "no model_index.json" in capfd.readouterr().err
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    """A single file of the tiny family without its autoencoder."""
+    monkeypatch.setattr("safelight.families.sd.VARIANTS", (FAMILY,))
+    path = single_file(tmp_path / "no vae.safetensors", FAMILY)
+    save_file({k: v for k, v in load_file(path).items() if "first_stage" not in k}, path)
+    return path
+
+
+LENT = ["model_index.json", "vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
+
+
+@pytest.mark.parametrize("command", ["generate", "download"])
+def test_of_parts_only_what_a_file_lacks_is_downloaded(
+    command, hub, file, tmp_path, monkeypatch, capfd
+):
+    folder = text_folder(tmp_path / "model")
+    names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+    info = SimpleNamespace(
+        sha=COMMIT, siblings=[SimpleNamespace(rfilename=n, size=1) for n in names]
+    )
+    asked = []
+
+    def fetch(repo, revision, allow_patterns):
+        asked.extend(allow_patterns)
+        for name in allow_patterns:
+            write(tmp_path / "part" / name, "")
+            (tmp_path / "part" / name).write_bytes((folder / name).read_bytes())
+        return str(cached(hub, tmp_path / "part"))
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *a, **k: info)
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda *a, **k: str(folder / "model_index.json")
+    )
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    if command == "download":
+        assert cli.run(["download", "org/tiny", "--parts-for", str(file)]) == 0
+        assert capfd.readouterr().out.strip().endswith(COMMIT)
+    else:
+        model = load_model(file, parts="org/tiny", device="cpu")
+        assert model.other_parts["name"] == "org/tiny"
+    assert asked == LENT
+    asked.clear()
+    assert load_model(file, parts="org/tiny", device="cpu").other_parts
+    assert asked == []  # the snapshot has all that is read
+
+
+def test_the_command_for_parts_that_are_absent_fetches_no_more(hub, file, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(file.parent)
+    command = "safelight download org/tiny --parts-for 'no vae.safetensors'"
+    refused(lambda: load_model(file.name, parts="org/tiny", device="cpu"), command)
+
+
+def test_parts_of_a_whole_file_are_not_looked_for(hub, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("safelight.families.sd.VARIANTS", (FAMILY,))
+    whole = single_file(tmp_path / "whole.safetensors", FAMILY)
+    told = load_model(whole, parts="org/tiny", device="cpu").warnings
+    assert "the folder of parts is not used: whole lacks nothing" in told
+    assert cli.run(["download", "org/tiny", "--parts-for", str(whole)]) == 2
+    assert "lacks nothing" in capfd.readouterr().err
+
+
+def test_inspecting_downloads_nothing(hub, monkeypatch):
+    asked = []
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *a, **k: asked.append(a))
+    refused(lambda: inspect("org/tiny"), "not in the hub cache", "safelight download org/tiny")
+    assert asked == []

@@ -32,6 +32,8 @@ A1111 = {
     "embedding": "embeddings",
 }
 COMFY = {"model": "checkpoints", "lora": "loras", "vae": "vae", "embedding": "embeddings"}
+ALONE = {**COMFY, "model": "diffusion_models"}
+"""Where ComfyUI looks for files of the network that denoises alone; in older versions, `unet`."""
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +54,10 @@ def file(path: Path, tensors=LORA, metadata=None) -> Path:
     return path
 
 
-@pytest.mark.parametrize("folders", [A1111, COMFY, {k: f"models/{v}" for k, v in COMFY.items()}])
+@pytest.mark.parametrize(
+    "folders",
+    [A1111, COMFY, {k: f"models/{v}" for k, v in COMFY.items()}, ALONE, {**ALONE, "model": "unet"}],
+)
 def test_the_folders_of_other_programs_are_known(root, folders):
     for folder in folders.values():
         file(root / folder / "sub/one.safetensors")

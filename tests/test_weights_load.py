@@ -241,8 +241,9 @@ def test_shards_load(folder):
     refused(lambda: load_model(str(folder), device="cpu"), weight_map[names[0]], "is missing")
 
 
-def test_the_fp16_variant_is_used_if_it_is_alone(folder):
-    unet_file(folder).rename(folder / "unet/diffusion_pytorch_model.fp16.safetensors")
+@pytest.mark.parametrize("variant", ["fp16", "bf16"])
+def test_a_variant_is_used_if_it_is_alone(folder, variant):
+    unet_file(folder).rename(folder / f"unet/diffusion_pytorch_model.{variant}.safetensors")
     assert load_model(str(folder), device="cpu").unet
 
 
@@ -412,7 +413,9 @@ def test_a_single_file_loads(tiny_family, tmp_path):
         ({"modelspec.predict_key": "epsilon"}, "epsilon", 16),
         ({"modelspec.architecture": "stable-diffusion-v2-768-v"}, "v_prediction", 24),
         ({"modelspec.architecture": "stable-diffusion-v2-512"}, "epsilon", 16),
-        ({"modelspec.prediction_type": "v", "modelspec.resolution": "40x40"}, "v_prediction", 40),
+        ({"modelspec.prediction_type": "v", "modelspec.resolution": "72x72"}, "v_prediction", 72),
+        ({"modelspec.prediction_type": "v", "modelspec.resolution": "56x56"}, "v_prediction", 24),
+        ({"modelspec.prediction_type": "v", "modelspec.resolution": "9992x64"}, "v_prediction", 24),
     ],
 )
 def test_a_single_file_may_say_what_it_predicts(metadata, prediction, size, tiny_family, tmp_path):
@@ -484,6 +487,11 @@ def test_tokens_are_shown_for_a_single_file_without_an_autoencoder(tiny_family, 
         (["down_blocks.0.x"], "give the folder's path"),
         (["text_model.x"], "give the folder's path"),
         (["encoder.conv_in.weight"], "one part of a model"),
+        (["transformer_blocks.0.x"], "as transformer/diffusion_pytorch_model.safetensors"),
+        (["text_encoders.x", "text_encoders.y"], "one or more text encoders"),
+        (["text_encoders.x", "y"], "not a checkpoint"),
+        (["unet.x.weight", "unet.x.weight.absmax"], "4-bit weights of bitsandbytes"),
+        (["x.weight.quant_state.bitsandbytes__nf4"], "4-bit weights of bitsandbytes"),
         (["x"], "not a checkpoint"),
         ([], "not a checkpoint"),
     ],

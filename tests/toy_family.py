@@ -7,7 +7,7 @@ state for each word of a prompt, and its network reads a pooled state and the pi
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,9 @@ class Toy(Family):
     def native_size(self, configs: Mapping[str, Any]) -> tuple[int, int]:
         return (configs["transformer"].sample_size,) * 2
 
-    def load_tokenizers(self, folder: Folder | None, configs: Mapping[str, Any]) -> dict[str, Any]:
+    def load_tokenizers(
+        self, folder: Folder | None, configs: Mapping[str, Any], names: Set[str] | None = None
+    ) -> dict[str, Any]:
         assert folder is not None
         letters = (folder.json("words/letters.json") or {})["letters"]
         return {"words": lambda text: [[letters.index(c) for c in word] for word in text.split()]}

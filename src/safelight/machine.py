@@ -35,6 +35,13 @@ _WORDS = {
 }
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Return whether a GPU computes in bfloat16 itself."""
+    if device.type == "cuda":
+        return bool(torch.version.hip) or torch.cuda.get_device_capability(device)[0] >= 8
+    return device.type == "mps" and torch.backends.mps.is_macos_or_newer(14, 0)
+
+
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Return what decides the last bits of a picture that is drawn on this device now.
 

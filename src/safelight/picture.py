@@ -387,7 +387,9 @@ def _temporary(path: Path) -> Path:
 
 
 def _exists(path: Path) -> SafelightError:
-    return SafelightError(f"{_short(path)} exists: give another name, or overwrite")
+    return SafelightError(
+        f"{_short(path)} exists: give another name, or --overwrite (in Python overwrite=True)"
+    )
 
 
 def _unwritable(path: Path, error: Exception) -> SafelightError:

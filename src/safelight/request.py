@@ -170,13 +170,14 @@ class Request(RequestFields, metaclass=_Listed):
             )
         return self
 
-    def unused_settings(self) -> list[str]:
-        """Return warnings about settings that were given and change nothing."""
+    def unused_settings(self, guidance: float = 7.5) -> list[str]:
+        """Return warnings about settings that do nothing. guidance: the model's best scale."""
         from safelight.sampling import SAMPLERS
 
         found: list[str] = []
         if self.negative_prompt and self.guidance_scale <= 1 and not self._is_composed():
-            found.append("negative_prompt does nothing at guidance_scale 1 or less: try 7.5")
+            hint = f"try {guidance:g}" if guidance > 1 else "leave it out"
+            found.append(f"negative_prompt does nothing at guidance_scale 1 or less: {hint}")
         if self.strength is not None and self.image is None:
             found.append("strength does nothing without a picture: give image, or leave it out")
         if self.unconditional and self.guidance_scale not in (1, 7.5):
@@ -186,9 +187,8 @@ class Request(RequestFields, metaclass=_Listed):
         if self.eta and not SAMPLERS[self.sampler].eta:
             takes = ", ".join(name for name, sampler in SAMPLERS.items() if sampler.eta)
             found.append(f"eta does nothing with {self.sampler}; it is for {takes}")
-        for name in ("control_scale", "control_start", "control_end"):
-            given = getattr(self, name) != type(self).model_fields[name].default
-            if given and self.control_image is None:
+        for name in () if self.control_image else ("control_scale", "control_start", "control_end"):
+            if getattr(self, name) != type(self).model_fields[name].default:
                 found.append(f"{name} does nothing without control_image: give one as well")
         if self.mask is not None and self.mask.getbbox() is None:
             found.append("mask has no white: nothing of the picture is repainted")

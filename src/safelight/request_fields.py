@@ -52,7 +52,8 @@ _DRAWN = "that of the picture"
 Level = Annotated[Whole, Field(ge=0, le=3)]
 CacheEvery = Annotated[Whole, Field(ge=1, le=100)]
 CacheBranch = Annotated[Whole, Field(ge=0, le=100)]
-_LEVELS = "that of fast"
+_LEVELS = "set by fast"
+_SDXL, _FAST, _CONTROL = "SDXL", "Fast mode", "ControlNet"
 
 
 class RequestFields(BaseModel):
@@ -70,7 +71,7 @@ class RequestFields(BaseModel):
         Field("plain", description="how brackets and weights in both prompts are read")
     )
     emphasis: Emphasis = Field(
-        "original", description="what weights do to the text's states, in prompt_syntax a1111"
+        "original", description="how a1111 weights, such as (red:1.3), are applied"
     )
     clip_skip: Annotated[
         ClipSkip | None,
@@ -108,7 +109,7 @@ class RequestFields(BaseModel):
     steps: Annotated[
         Steps | None,
         About(
-            default="the sampler's",
+            default="the model's own, else the sampler's",
             aliases=("--num-inference-steps", "--num-steps"),
             infotext="Steps",
             slider=(1, 150, 1),
@@ -117,6 +118,7 @@ class RequestFields(BaseModel):
     guidance_scale: Annotated[
         Guidance,
         About(
+            default="the model's own, else 7.5",
             aliases=("--cfg-scale", "--cfg", "--scale", "--guidance"),
             a1111="cfg_scale",
             infotext="CFG scale",
@@ -146,6 +148,7 @@ class RequestFields(BaseModel):
     sampler: Annotated[
         str,
         About(
+            default="the model's own, else pndm",
             accepts="a name of `safelight samplers`, or a web UI's or diffusers' name for it",
             aliases=("--sampler-name", "--sampling-method", "--scheduler"),
             a1111="sampler_name",
@@ -186,13 +189,17 @@ class RequestFields(BaseModel):
             aliases=("--mask-image",),
         ),
     ] = Field(
-        None, exclude=True, repr=False, description="where to repaint `image`: white, black to keep"
+        None,
+        exclude=True,
+        repr=False,
+        description="mask of `image`; white is repainted, black is kept",
     )
     control_image: Annotated[
         Image | None,
         About(
             accepts="a PIL picture (safelight.picture.open_picture reads one from a file)",
             some_models=True,
+            group=_CONTROL,
         ),
     ] = Field(
         None,
@@ -202,78 +209,116 @@ class RequestFields(BaseModel):
     )
     control_scale: Annotated[
         ControlScale,
-        About(aliases=("--controlnet-conditioning-scale",), slider=(0, 2, 0.05), some_models=True),
+        About(
+            aliases=("--controlnet-conditioning-scale",),
+            slider=(0, 2, 0.05),
+            some_models=True,
+            group=_CONTROL,
+        ),
     ] = Field(1.0, description="how much `control_image` guides; 0 is not at all")
     control_start: Annotated[
-        Share, About(aliases=("--control-guidance-start",), slider=(0, 1, 0.05), some_models=True)
+        Share,
+        About(
+            aliases=("--control-guidance-start",),
+            slider=(0, 1, 0.05),
+            some_models=True,
+            group=_CONTROL,
+        ),
     ] = Field(0.0, description="share of the steps after which `control_image` begins to guide")
     control_end: Annotated[
-        Share, About(aliases=("--control-guidance-end",), slider=(0, 1, 0.05), some_models=True)
-    ] = Field(1.0, description="share of the steps after which `control_image` ends to guide")
+        Share,
+        About(
+            aliases=("--control-guidance-end",),
+            slider=(0, 1, 0.05),
+            some_models=True,
+            group=_CONTROL,
+        ),
+    ] = Field(1.0, description="share of the steps after which `control_image` stops guiding")
     empty_negative: Annotated[
         EmptyNegative | None,
-        About(default="model; zeros in a1111, encoded in comfy", some_models=True),
-    ] = Field(
-        None,
-        description="an empty negative prompt: zeros, a text, or as the model's config says",
+        About(default="model; zeros in a1111, encoded in comfy", some_models=True, group=_SDXL),
+    ] = Field(None, description="how SDXL reads an empty negative prompt")
+    original_width: Annotated[
+        ToldSide | None, About(default=_DRAWN, some_models=True, group=_SDXL)
+    ] = Field(None, description="original width, in pixels, that SDXL is told")
+    original_height: Annotated[
+        ToldSide | None, About(default=_DRAWN, some_models=True, group=_SDXL)
+    ] = Field(None, description="original height, in pixels, that SDXL is told")
+    target_width: Annotated[
+        ToldSide | None, About(default=_DRAWN, some_models=True, group=_SDXL)
+    ] = Field(None, description="target width, in pixels, that SDXL is told")
+    target_height: Annotated[
+        ToldSide | None, About(default=_DRAWN, some_models=True, group=_SDXL)
+    ] = Field(None, description="target height, in pixels, that SDXL is told")
+    crop_left: Annotated[ToldPlace, About(some_models=True, group=_SDXL)] = Field(
+        0, description="pixels cut off at the left, as SDXL is told"
     )
-    original_width: Annotated[ToldSide | None, About(default=_DRAWN, some_models=True)] = Field(
-        None, description="width in pixels, as the model is told, before any scaling"
-    )
-    original_height: Annotated[ToldSide | None, About(default=_DRAWN, some_models=True)] = Field(
-        None, description="height in pixels, as the model is told, before any scaling"
-    )
-    target_width: Annotated[ToldSide | None, About(default=_DRAWN, some_models=True)] = Field(
-        None, description="width in pixels that the model is told to aim at"
-    )
-    target_height: Annotated[ToldSide | None, About(default=_DRAWN, some_models=True)] = Field(
-        None, description="height in pixels that the model is told to aim at"
-    )
-    crop_left: Annotated[ToldPlace, About(some_models=True)] = Field(
-        0, description="pixels cut off at the left, as the model is told"
-    )
-    crop_top: Annotated[ToldPlace, About(some_models=True)] = Field(
-        0, description="pixels cut off at the top, as the model is told"
+    crop_top: Annotated[ToldPlace, About(some_models=True, group=_SDXL)] = Field(
+        0, description="pixels cut off at the top, as SDXL is told"
     )
     refiner_start: Annotated[
-        Share, About(aliases=("--refiner-switch-at",), slider=(0, 1, 0.05), some_models=True)
+        Share,
+        About(
+            aliases=("--refiner-switch-at",),
+            slider=(0, 1, 0.05),
+            some_models=True,
+            group=_SDXL,
+        ),
     ] = Field(0.8, description="share of the steps after which a refiner takes over; 1 is never")
-    aesthetic_score: Annotated[Score, About(slider=(0, 10, 0.5), some_models=True)] = Field(
-        6.0, description="aesthetic score that SDXL's refiner is told for the picture"
+    aesthetic_score: Annotated[Score, About(slider=(0, 10, 0.5), some_models=True, group=_SDXL)] = (
+        Field(6.0, description="aesthetic score that SDXL's refiner is told for the picture")
     )
-    negative_aesthetic_score: Annotated[Score, About(slider=(0, 10, 0.5), some_models=True)] = (
-        Field(2.5, description="aesthetic score for what to keep out of the picture")
-    )
-    fast: Annotated[Level, About(slider=(0, 3, 1), some_models=True)] = Field(
+    negative_aesthetic_score: Annotated[
+        Score, About(slider=(0, 10, 0.5), some_models=True, group=_SDXL)
+    ] = Field(2.5, description="aesthetic score for what to keep out of the picture")
+    fast: Annotated[Level, About(slider=(0, 3, 1), some_models=True, group=_FAST)] = Field(
         0, description="how far the picture may change for more speed; 0 changes nothing"
     )
     cache_every: Annotated[
-        CacheEvery | None, About(default=_LEVELS, slider=(1, 10, 1), some_models=True)
+        CacheEvery | None,
+        About(default=f"{_LEVELS}, else 1", slider=(1, 10, 1), some_models=True, group=_FAST),
     ] = Field(
         None,
-        description="the whole network is computed in one of so many steps; the others reuse its "
+        description="compute the whole network only in every N-th step; the others reuse its "
         "deep part (DeepCache)",
     )
     cache_branch: Annotated[
-        CacheBranch | None, About(default=_LEVELS, slider=(0, 11, 1), some_models=True)
+        CacheBranch | None,
+        About(default="0", slider=(0, 11, 1), some_models=True, group=_FAST),
     ] = Field(
         None,
-        description="layers beyond the outermost one that steps with a reused deep part compute",
+        description="with cache_every, how many more layers the other steps compute",
     )
     guidance_start: Annotated[
-        Share | None, About(default=_LEVELS, slider=(0, 1, 0.05), some_models=True)
+        Share | None,
+        About(
+            default=f"{_LEVELS}, else the model's own, else 0",
+            slider=(0, 1, 0.05),
+            some_models=True,
+            group=_FAST,
+        ),
     ] = Field(None, description="share of the steps after which guidance begins")
     guidance_end: Annotated[
-        Share | None, About(default=_LEVELS, slider=(0, 1, 0.05), some_models=True)
+        Share | None,
+        About(
+            default="the model's own, else 1",
+            slider=(0, 1, 0.05),
+            some_models=True,
+            group=_FAST,
+        ),
     ] = Field(None, description="share of the steps after which guidance ends")
     text_end: Annotated[
-        Share | None, About(default=_LEVELS, slider=(0, 1, 0.05), some_models=True)
+        Share | None,
+        About(default="1", slider=(0, 1, 0.05), some_models=True, group=_FAST),
     ] = Field(
         None,
         description="share of the steps after which attention to the text is not computed again "
         "(T-GATE)",
     )
-    linears: Annotated[Linears | None, About(default=_LEVELS, some_models=True)] = Field(
+    linears: Annotated[
+        Linears | None,
+        About(default=f"{_LEVELS}, else plain", some_models=True, group=_FAST),
+    ] = Field(
         None,
         description="how linear layers and 1×1 convolutions multiply: in the model's precision, or "
         "in integers of 8 bits",

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
     from safelight.request import Request
 
-TEXT = "text of at most 16 KiB without NUL characters or lone surrogates"
+TEXT = "text of at most 16 KiB"
+CHARACTERS = " without NUL characters or lone surrogates"
 MAX_TEXTS = 32
 """The most texts in one list."""
 
@@ -77,6 +78,7 @@ class About:
     slider: lowest value, highest value and step of the page's slider.
     choices: returns the accepted values, where another module keeps them.
     some_models: whether there are models that do not read it (`Family.conditioned_on`).
+    group: the heading that it has in the command line's help; empty for that of most settings.
     """
 
     default: str = ""
@@ -89,6 +91,7 @@ class About:
     slider: tuple[float, float, float] | None = None
     choices: Callable[[], tuple[str, ...]] | None = None
     some_models: bool = False
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ class Setting:
         """`accepts`, and what leaving it out means where that is not a plain value."""
         if self.optional and self.about.default:
             return f"{self.accepts} (left out: {self.about.default})"
-        return self.accepts
+        return f"{self.accepts}{CHARACTERS}" if self.accepts == TEXT else self.accepts
 
     @property
     def option(self) -> str:
@@ -191,7 +194,8 @@ class Setting:
     def schema(self) -> dict[str, Any]:
         """Return the setting's JSON Schema.
 
-        A picture is a string of base64; null leaves the setting out.
+        A picture is a string of base64; null leaves the setting out. A default that depends on the
+        model is in the description alone, so that no client sends another model's.
         """
         kinds = {str: "string", int: "integer", float: "number", bool: "boolean", None: "string"}
         kinds |= {tuple: "array"}
@@ -209,7 +213,8 @@ class Setting:
         plain = {"anyOf": [plain, {"type": "null"}]}
         accepts = self.accepts if self.kind else "a PNG, JPEG or WebP picture in base64"
         plain["description"] = f"{self.description}: {accepts} (left out: {self.left_out})"
-        if self.default is not None and self.kind is not None and not callable(self.default):
+        own = self.kind is not None and not self.about.default
+        if own and self.default is not None and not callable(self.default):
             plain["default"] = list(self.default) if self.kind is tuple else self.default
         return plain
 

@@ -4,6 +4,11 @@ from safelight.errors import SafelightError
 
 MIN_SIDE, MAX_SIDE, SIDE_STEP = 64, 2048, 8
 
+_ROBUST = 512 * 512
+"""Models of fewer native pixels are small networks that saw one size only. `embedded`, of 256x256,
+ruins its pictures at 288x288. Stable Diffusion, of 512x512, draws up to _MOST_TIMES as many."""
+_MOST_TIMES = 4
+
 
 def allowed_side(pixels: float) -> int:
     """Return the nearest side that a picture may have."""
@@ -19,13 +24,16 @@ def allowed_size(size: tuple[int, int]) -> tuple[int, int]:
 def drawable_size(size: tuple[int, int], native: tuple[int, int]) -> tuple[int, int]:
     """Return the size to draw at so that a picture can be enlarged to `size`.
 
-    A model draws poorly, and slowly, far above the size that it was trained on. Up to four times
-    the native number of pixels (twice each side) the size is kept; above, it is the native number
+    A model draws poorly, and slowly, above the size that it was trained on. A model of 512x512
+    pixels or more keeps a size of up to four times its native number of pixels (twice each side),
+    a smaller model one of up to its native number. Above, the size to draw at is the native number
     of pixels in the proportions of `size`.
     """
-    scale = (native[0] * native[1] / (size[0] * size[1])) ** 0.5
-    if scale >= 0.5:
+    pixels = native[0] * native[1]
+    times = size[0] * size[1] / pixels
+    if times <= (_MOST_TIMES if pixels >= _ROBUST else 1):
         return size
+    scale = times**-0.5
     return allowed_size((max(1, round(size[0] * scale)), max(1, round(size[1] * scale))))
 
 

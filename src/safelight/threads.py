@@ -5,7 +5,7 @@ OpenMP's threads spin while they wait. If other processes need the processor too
 threads keep off it the thread that they wait for: a picture beside two others took five times as
 long as alone. Threads that sleep at once take a seventh longer for a small picture on a quiet
 machine. Threads that spin for some microseconds and then sleep do well in both cases:
-docs/performance.md has the figures.
+docs/performance.md and docs/decisions/0100 have the figures.
 """
 
 import os

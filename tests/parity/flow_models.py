@@ -12,6 +12,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from safelight.prompt.tokenizer import clip_tokenizer
 from tests.parity.sdxl_models import TEXT, VAE
 
+ASKED = {"steps": 2, "width": 64, "height": 64, "seed": 3}
+"""A small picture in few steps."""
+
 VAE_16 = {
     **VAE,
     "latent_channels": 16,
@@ -237,6 +240,17 @@ def make_zimage(folder: Path, *, shift: float) -> Path:
         transformer=["diffusers", "ZImageTransformer2DModel"],
     )
     return folder
+
+
+def configs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the configs of a folder's networks, as `Published` has them."""
+    found = {
+        path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/config.json")
+    }
+    return {
+        part: {key: value for key, value in config.items() if value is not None}
+        for part, config in found.items()
+    }
 
 
 def write_index(folder: Path, scheduler: dict[str, Any], **parts: Any) -> None:

@@ -207,7 +207,13 @@ NOWHERE = {**SMALL, "mid_block_type": "UNetMidBlock2D"}
 
 
 @pytest.mark.parametrize(
-    "shape", [{}, SMALL, MIDDLE, NOWHERE], ids=["whole", "small", "mid", "nowhere"]
+    "shape",
+    [
+        pytest.param({}, id="whole"),
+        pytest.param(MIDDLE, id="mid"),
+        pytest.param(SMALL, id="small", marks=pytest.mark.soak),
+        pytest.param(NOWHERE, id="nowhere", marks=pytest.mark.soak),
+    ],
 )
 def test_sdxl(
     worst: dict[str, float], nets: dict[str, Path], tmp_path: Path, shape: dict[str, Any]

@@ -69,8 +69,8 @@ def drawn(path: Path, **how) -> bytes:
     [
         "sd1",
         "sd2",
-        "sdxl-v",
         "sdxl-refiner",
+        pytest.param("sdxl-v", marks=pytest.mark.soak),
         pytest.param("sdxl", marks=pytest.mark.soak),
         pytest.param("sdxl-inpainting", marks=pytest.mark.soak),
     ],
@@ -94,6 +94,16 @@ def test_a_file_becomes_a_folder_and_the_same_file_again(files, tmp_path, kind):
     assert_equal(single, ours)
     if kind in ("sd2", "sdxl-v"):
         assert len({drawn(path) for path in (files[kind], folder, again)}) == 1
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_a_unet_alone_takes_the_rest_of_a_folder(files, tmp_path, kind):
+    convert(files[kind], tmp_path / "folder")
+    alone = tmp_path / "unet.safetensors"
+    unet = {k: v for k, v in load_file(files[kind]).items() if k.startswith(sd.UNET)}
+    save_file({key.removeprefix(sd.UNET): tensor for key, tensor in unet.items()}, alone)
+    refused(lambda: load_model(alone, device="cpu"), "no vae", "text_encoder", "--parts")
+    assert drawn(alone, parts=tmp_path / "folder") == drawn(tmp_path / "folder")
 
 
 PUBLISHED = (*sd.VARIANTS, *sdxl.VARIANTS)
@@ -231,6 +241,9 @@ def test_what_one_file_does_not_hold_is_told(files, tmp_path, capsys):
     out, told = capsys.readouterr()
     assert out.strip().endswith("x.safetensors")
     assert "does not hold the scheduler's timestep_spacing" in told
+    # Of a size that pictures may have, which the file says.
+    unet = folder / "unet/config.json"
+    write(unet, {**json.loads(unet.read_text()), "sample_size": 32})
     v = tmp_path / "v.safetensors"
     convert(folder, v, prediction_type="v_prediction")
     assert load_model(v).scheduler.prediction_type == "v_prediction"

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import safelight
+from safelight.adapters.asked import AskedLora
 from safelight.adapters.names import layers_of, table
 from safelight.errors import SafelightError
 from safelight.request import Request
@@ -31,7 +32,7 @@ from tests.parity.flow_models import FLUX, make_flux, make_sd3, make_zimage
 from tests.parity.test_pictures import PROMPT, Worst, check, draw
 
 diffusers = pytest.importorskip("diffusers")
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 
 from diffusers.loaders import (  # noqa: E402
     lora_conversion_utils,
@@ -130,6 +131,48 @@ def test_diffusers(
     pipe.fuse_lora(lora_scale=0.75)
     pipe.unload_lora_weights()
     same(model.adapted([f"{path}:0.75"]).network, pipe.transformer.state_dict(), model.network)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"use_rslora": True}, {"alpha_pattern": {"attn.to_q": 3}}],
+    ids=["alpha", "root of the rank", "alpha of a layer"],
+)
+def test_a_file_of_a_network_on_its_own(
+    how: dict[str, Any], models: dict[str, Any], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Its settings have no part before their names."""
+    net = diffusers.FluxTransformer2DModel.from_pretrained(folders["flux"] / "transformer")
+    torch.manual_seed(7)
+    layers = ["to_q", "proj_mlp"]
+    net.add_adapter(
+        peft.LoraConfig(r=2, lora_alpha=16, target_modules=layers, init_lora_weights=False, **how)
+    )
+    net.save_lora_adapter(tmp_path)
+    net.fuse_lora()
+    net.unload_lora()
+    same(models["flux"].adapted([str(tmp_path)]).network, net.state_dict(), models["flux"].network)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"r": 2}, {"r": 64}, {"r": 64, "rank_pattern": {"attn.to_q": 32}}],
+    ids=["low factors", "whole factors", "rank of a layer"],
+)
+def test_lokr_of_peft(
+    how: dict[str, Any], models: dict[str, Any], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """PEFT scales by alpha / r even if no factor has r as a side."""
+    net = diffusers.FluxTransformer2DModel.from_pretrained(folders["flux"] / "transformer")
+    torch.manual_seed(8)
+    layers = ["to_q", "proj_mlp"]
+    config = peft.LoKrConfig(alpha=16, target_modules=layers, init_weights=False, **how)
+    made = peft.get_peft_model(net, config)
+    made.save_pretrained(tmp_path)
+    wanted = made.merge_and_unload().state_dict()
+    ours = models["flux"].adapted([str(tmp_path)]).network.state_dict()
+    for key, tensor in wanted.items():
+        assert torch.allclose(ours[key], tensor, rtol=1e-5, atol=WITHIN), key
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -378,6 +421,79 @@ def test_files_of_z_image(models: dict[str, Any], folders: dict[str, Path], tmp_
     same(models["zimage"].adapted([str(path)]).network, wanted, models["zimage"].network)
 
 
+OLD = ".lora.down.weight", ".lora.up.weight"
+
+
+def test_anime_z_s_files_of_z_image(
+    models: dict[str, Any], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Such a file has queries, keys and values twice, and the layer after attention, too."""
+    model, tensors = models["zimage"], originals(models["zimage"])
+    file: Pair = {}
+    torch.manual_seed(9)
+    for block in ("layers.0", "noise_refiner.0"):
+        side = tensors[f"{block}.attention.qkv.weight"].shape[1]
+        sides = {"qkv": 3 * side, "out": side} | dict.fromkeys(
+            ("to.q", "to.k", "to.v", "to_out.0"), side
+        )
+        for layer, out in sides.items():
+            key = f"diffusion_model.{block}.attention.{layer}"
+            file[f"{key}{OLD[0]}"] = torch.randn(4, side) * 0.2
+            file[f"{key}{OLD[1]}"] = torch.randn(out, 4) * 0.2
+    alone = "diffusion_model.layers.1.attention.out"  # nothing else says the same
+    file |= {f"{alone}{OLD[0]}": torch.randn(4, side), f"{alone}{OLD[1]}": torch.randn(side, 4)}
+    save_file(file, path := tmp_path / "a.safetensors")
+    assert kind_of(file) == "lora"
+    wanted = fused(pipeline(folders["zimage"], "zimage"), path)
+    same(model.adapted([str(path)]).network, wanted, model.network)
+    [warning] = model.adapters.choose([AskedLora(str(path))]).warnings
+    assert "8 of 26 keys repeat others in another naming, and are left out: diffusion" in warning
+
+
+@pytest.mark.parametrize("kept", ["transformer.", "lora_transformer_"])
+def test_files_of_flux_in_two_namings(
+    kept: str, models: dict[str, Any], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Those of the original code, in kohya's naming, are left out."""
+    model, file, flat = models["flux"], Pair(), kept.endswith("_")
+    for layer, (down, up) in pairs(model.network, ("to_q", "to_out.0")).items():
+        key = kept + (layer.replace(".", "_") if flat else layer)
+        file |= {f"{key}{KOHYA[0]}": down, f"{key}{KOHYA[1]}": up}
+        file |= {f"{key}.alpha": torch.tensor(2.0)} if flat else {}
+    file |= pair("lora_unet_double_blocks_0_img_attn_qkv", 3 * WIDTH, WIDTH)
+    file |= pair("lora_unet_double_blocks_1_img_mlp_0", 4 * WIDTH, WIDTH)
+    save_file(file, path := tmp_path / "a.safetensors")
+    wanted = fused(pipeline(folders["flux"], "flux"), path)
+    same(model.adapted([str(path)]).network, wanted, model.network)
+    [warning] = model.adapters.choose([AskedLora(str(path))]).warnings
+    assert "keys repeat others in another naming, and are left out: lora_unet_d" in warning
+
+
+@pytest.mark.parametrize(
+    ("name", "idle", "layer"),
+    [
+        ("zimage", {"diffusion_model.norm_final.diff": torch.ones(48)}, "layers.0.attention.to_q"),
+        (
+            "flux",
+            {"text_encoders.clip_l.transformer.text_projection.lora_up.weight": torch.ones(4, 2)},
+            "transformer_blocks.0.attn.to_q",
+        ),
+    ],
+)
+def test_keys_that_do_nothing(
+    name: str, idle: Pair, layer: str, models: dict[str, Any], tmp_path: Path
+) -> None:
+    save_file(idle, path := tmp_path / "idle.safetensors")
+    with pytest.raises(SafelightError, match="its keys do nothing in any program"):
+        models[name].adapted([str(path)])
+    two = pairs(models[name].network)[layer]
+    tensors = written(path, {f"transformer.{layer}": two}, PEFT)
+    save_file(tensors | idle, path)
+    [chosen] = (found := models[name].adapters.choose([AskedLora(str(path))])).chosen
+    assert [change.parameters for change in chosen.changes] == [(f"{layer}.weight",)]
+    assert not found.warnings
+
+
 # --- text encoders --------------------------------------------------------------------------------
 
 TEXTS = {
@@ -395,7 +511,19 @@ TEXTS = {
         "lora_te3_": "text_encoder_2",
         "text_encoder_2.": "text_encoder_2",
     },
-    "zimage": {"lora_te_": "text_encoder", "text_encoders.qwen3_4b.transformer.": "text_encoder"},
+    "zimage": dict.fromkeys(
+        (
+            "lora_te_",
+            "lora_te_model_",
+            "lora_te1_model_",
+            "text_encoder.",
+            "text_encoder.model.",
+            "text_encoder.base_model.model.model.",
+            "text_encoders.qwen3_4b.transformer.",
+            "text_encoders.qwen3_4b.transformer.model.",  # as ComfyUI calls it
+        ),
+        "text_encoder",
+    ),
 }
 
 
@@ -502,6 +630,16 @@ def pair(key: str, out: int, inner: int) -> Pair:
             pair("diffusion_model.layers.0.attention.qkv", 144, 48)
             | pair("diffusion_model.layers.0.attention.to_q", 48, 48),
             "change one layer in two ways",
+        ),
+        (
+            "flux",
+            {
+                "double_blocks.0.img_attn.norm.query_norm.scale": torch.ones(16),
+                "double_blocks.0.img_attn.proj.lora_A.weight": torch.ones(2, 64),
+                "double_blocks.0.img_attn.proj.lora_B.weight": torch.ones(64, 2),
+                "double_blocks.0.img_attn.proj.lora_B.bias": torch.ones(64),
+            },
+            "a Control-LoRA is not supported",
         ),
         ("flux", pair("transformer.x_embedder", 64, 128), "has the shape (2, 128); (2, 64)"),
         ("sd3", {"transformer.pos_embed.diff": torch.ones(3)}, "belongs to nothing"),

@@ -1,5 +1,6 @@
 """What single files of models of flow matching may hold, lack and be refused for."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,13 +24,14 @@ from safelight.weights.estimate import estimate
 from safelight.weights.load import _check_fit
 from safelight.weights.names import original_names
 from tests.parity.flow_models import (
+    ASKED,
     DEV,
     SD3_SCHEDULER,
+    configs,
     make_flux,
     make_sd3,
     make_zimage,
 )
-from tests.parity.test_flow_files import ASKED, configs
 from tests.weights_tiny import refused, sparse_file
 
 WHOLE = "model.diffusion_model."
@@ -46,6 +48,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("single")
     return {
         "sd3": make_sd3(root / "sd3", **DUAL),
+        "bare": make_sd3(root / "bare", t5=False, **DUAL),
         "flux": make_flux(root / "flux", guided=True),
         "zimage": make_zimage(root / "zimage", shift=6.0),
         "turbo": make_zimage(root / "turbo", shift=3.0),
@@ -115,6 +118,40 @@ def test_whole_and_bare_files_draw_what_folders_draw(
     assert drawn(alone, parts=folders[name]) == wanted
 
 
+def test_stable_diffusion_3_without_t5_needs_no_parts(
+    folders: dict[str, Path], whole: dict[str, Path]
+) -> None:
+    file = file_of("bare", folders, whole)
+    assert drawn(file) == drawn(folders["bare"])
+    told = load_model(file, device="cpu", dtype="float32", parts=folders["bare"])
+    assert any("without text_encoder_3" in said for said in told.warnings)
+    assert any("parts is not used: it has no text_encoder_3" in said for said in told.warnings)
+    assert told.other_parts is None
+
+
+def test_the_scales_of_flux_s_norms_have_two_names(
+    folders: dict[str, Path], whole: dict[str, Path], tmp_path: Path
+) -> None:
+    """Newer versions of ComfyUI write `weight`."""
+
+    def newer(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {key.replace("_norm.scale", "_norm.weight"): v for key, v in state.items()}
+
+    file = changed(file_of("flux", folders, whole), tmp_path / "newer.safetensors", newer)
+    assert load_file(file).keys() != load_file(whole["flux"]).keys()
+    assert drawn(file, parts=folders["flux"]) == drawn(folders["flux"])
+
+
+@pytest.mark.parametrize("prefix", ["", WHOLE])
+def test_z_image_with_the_names_of_its_folder(
+    folders: dict[str, Path], tmp_path: Path, prefix: str
+) -> None:
+    theirs = load_file(folders["zimage"] / "transformer/diffusion_pytorch_model.safetensors")
+    file = tmp_path / "named.safetensors"
+    save_file({prefix + key: tensor for key, tensor in theirs.items()}, file)
+    assert drawn(file, parts=folders["zimage"]) == drawn(folders["zimage"])
+
+
 def test_what_writers_add_is_not_read(
     folders: dict[str, Path], whole: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -172,6 +209,46 @@ def test_the_recipe_names_the_folder(
     assert model.other_parts["name"] == "flux"
     [path] = model.generate("a red apple", **ASKED).save(tmp_path)
     assert read_recipe(path)["parts"] == model.other_parts
+
+
+def minimal(folder: Path, out: Path, *kept: str) -> Path:
+    """Return a model's folder with few of its parts."""
+    for name in kept:
+        shutil.copytree(folder / name, out / name)
+    shutil.copyfile(folder / "model_index.json", out / "model_index.json")
+    return out
+
+
+def test_a_folder_of_parts_needs_only_what_the_file_lacks(
+    folders: dict[str, Path], whole: dict[str, Path], tmp_path: Path
+) -> None:
+    file = file_of("flux", folders, whole)
+    parts = minimal(folders["flux"], tmp_path / "parts", "tokenizer_2")
+    assert drawn(file, parts=parts) == drawn(folders["flux"])
+    convert(str(file), tmp_path / "out", parts=parts)
+    assert (tmp_path / "out/tokenizer/vocab.json").is_file()
+
+
+def test_a_folder_that_tells_turbo_needs_its_scheduler(
+    folders: dict[str, Path], whole: dict[str, Path], tmp_path: Path
+) -> None:
+    file = file_of("zimage", folders, whole)
+    parts = minimal(folders["turbo"], tmp_path / "parts", "tokenizer")
+    given = {"device": "cpu", "dtype": "float32", "parts": parts}
+    refused(lambda: load_model(file, **given), "scheduler_config.json is missing")
+    shutil.copytree(folders["turbo"] / "scheduler", parts / "scheduler")
+    assert load_model(file, **given).family.name == "z-image-turbo"
+
+
+def test_a_prediction_type_is_not_for_models_of_flow_matching(
+    folders: dict[str, Path], whole: dict[str, Path], tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {"device": "cpu", "prediction_type": "v_prediction"}
+    refused(lambda: load_model(folders["flux"], **given), "prediction_type", "flow matching")
+    stated = tmp_path / "stated.safetensors"
+    save_file(load_file(file_of("flux", folders, whole)), stated, {"modelspec.predict_key": "v"})
+    model = load_model(stated, device="cpu", parts=folders["flux"])
+    assert model.scheduler.prediction_type == "flow_prediction"
 
 
 def test_a_folder_needs_no_parts(folders: dict[str, Path]) -> None:
@@ -257,7 +334,7 @@ HOSTILE = {
     "other family's parts": ("flux", without(), "sd3", ["Stable Diffusion 3", "FLUX.1"]),
     "two families": ("flux", with_key(f"{WHOLE}joint_blocks.0.x.weight", 2), "flux", ["joint"]),
     "same weight twice": ("flux", twice, "flux", ["the same weight"]),
-    "scaled": ("flux", with_key(f"{WHOLE}img_in.scale_weight", 1), "flux", ["scaled float8"]),
+    "scaled": ("flux", with_key(f"{WHOLE}img_in.scale_weight", 1), "flux", ["float8"]),
     "wrong shape": ("flux", with_key(f"{WHOLE}txt_in.bias", 3), "flux", ["context_embedder.bias"]),
     "other width": ("flux", with_key(f"{WHOLE}img_in.weight", 64, 384), "flux", ["384"]),
     "no dimension": ("sd3", with_key(f"{WHOLE}pos_embed"), "sd3", ["other shapes"]),
@@ -319,7 +396,8 @@ def test_a_server_reads_the_plan_with_its_parts(
 ) -> None:
     file = str(file_of("flux", folders, whole))
     settings = WorkerSettings(file, "sqlite://", "/", parts=str(folders["flux"]))
-    assert Names(settings).plan().tokenizer_folder is not None
+    assert Names(settings).plan().tokenizer_folder("tokenizer_2") is not None
+    assert Names(settings).plan().tokenizer_folder("tokenizer") is None  # CLIP's ships with us
     with_parts = estimate(file, device="cpu", parts=folders["flux"])
     assert with_parts.weights == estimate(folders["flux"], device="cpu").weights
     refused(lambda: estimate(file, device="cpu"), "--parts")

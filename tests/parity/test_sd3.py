@@ -123,8 +123,8 @@ def test_a_side_beyond_the_table_of_places(models: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("prompt", "syntax", "told"),
     [
-        ("a (red:1.3) apple", "a1111", "prompt has weights or changes"),
-        ("an apple [on:in:0.5] a cup", "a1111", "prompt has weights or changes"),
+        ("a (red:1.3) apple", "a1111", "prompt has weights, parts or changes"),
+        ("an apple [on:in:0.5] a cup", "a1111", "prompt has weights, parts or changes"),
         ("an apple " * 200, "plain", "prompt was cut; left out: "),
     ],
 )

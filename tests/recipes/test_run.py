@@ -103,7 +103,7 @@ def test_the_trained_decoder_is_the_one_in_the_folder(data: Path, made: Path) ->
     before = hashes(made)
     run(data, made, "decoder", "embedded")
     assert hashes(made) == before
-    with pytest.raises(SafelightError, match="made by another plan"):
+    with pytest.raises(SafelightError, match="made by other settings"):
         Recipe(data, made, 2.0, DRY).embedded()
 
 

@@ -323,9 +323,9 @@ def test_a_strength_is_checked_against_steps_that_are_known(said: dict[str, Any]
     """The worker that draws may know more: a number of steps, or a sampler with one step more."""
     picture = Image.new("RGB", (8, 8))
     request = Request(prompt="a cat", strength=0.01, image=picture, **said)
-    steps_of(request, known=False)
+    steps_of(request, None)
     with pytest.raises(SafelightError, match=r"strength 0.01 leaves none of"):
-        steps_of(request.replace(sampler="ddim", steps=20), known=False)
+        steps_of(request.replace(sampler="ddim", steps=20), None)
 
 
 def test_null_is_left_out(tmp_path: Path) -> None:

@@ -112,6 +112,7 @@ PLAIN, HOLE = file(plain()), file(with_hole((0, 0, 16, 64)))
 
 class TestGenerate:
     def test_pictures(self, client, service):
+        service.info = ModelInfo(name="acme/photo", width=512, height=512, ready=True)
         before = int(time.time())
         answer = client.images.generate(prompt="a red apple", n=2, size="128x72")
         asked = service.requests[0]
@@ -170,6 +171,12 @@ class TestGenerate:
         assert answer.size == "1024x1024"
         note = "tiny draws 64x64: drawn at 64x64 and enlarged to 1024x1024"
         assert answer.warnings == [note]
+
+    def test_four_times_the_pixels_of_a_small_model_is_enlarged(self, client, service):
+        service.info = ModelInfo(name="embedded", width=256, height=256, ready=True)
+        answer = client.images.generate(prompt="a", size="512x512")
+        assert (service.requests[0].width, service.requests[0].height) == (256, 256)
+        assert pixels(answer.data[0].b64_json).size == (512, 512)
 
     def test_the_address_of_one_says_its_size(self, client, service, base):
         service.info = SMALL

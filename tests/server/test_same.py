@@ -35,7 +35,7 @@ def settings() -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("exact", [True, pytest.param(False, marks=pytest.mark.soak)])
 def test_the_same_picture_in_any_company(tmp_path: Path, exact: bool) -> None:
     """Pictures are equal to the byte with --exact; without it, in float32, within 1 of 255."""
     model = safelight.load(device="cpu", dtype="float32")

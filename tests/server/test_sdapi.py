@@ -186,7 +186,8 @@ class TestTextToImage:
     @pytest.mark.parametrize(
         ("asked", "drawn"),
         [
-            ((128, 128), (128, 128)),
+            ((64, 64), (64, 64)),
+            ((128, 128), (64, 64)),
             ((136, 128), (72, 64)),
             ((512, 512), (64, 64)),
             ((1024, 1024), (64, 64)),
@@ -208,6 +209,12 @@ class TestTextToImage:
             assert "enlarged to" in result.info["warnings"][0]
             assert recipe["enlarged"] == list(asked)
             assert f"Hires resize: {asked[0]}x{asked[1]}" in result.info["infotexts"][0]
+
+    def test_a_size_of_four_times_a_small_model_s_pixels_is_enlarged(self, api, service):
+        """So is what clients ask of the bundled model by default: 512x512 of one of 256x256."""
+        service.info = service.info.model_copy(update={"width": 256, "height": 256})
+        assert api.txt2img(prompt="a red apple").image.size == (512, 512)
+        assert (service.requests[0].width, service.requests[0].height) == (256, 256)
 
     def test_an_empty_body_means_that_api_s_defaults_at_the_model_s_size(self, call, service):
         answer = call("txt2img", {})
@@ -630,6 +637,7 @@ class TestImageToImage:
     def test_the_size_is_the_picture_s_unless_it_is_asked_for(
         self, call, service, size, body, expected
     ):
+        service.info = service.info.model_copy(update={"width": 512, "height": 512})
         body = {"init_images": [encoded(Image.new("RGB", size))], **body}
         answer = call("img2img", body)
         request = service.requests[0]
@@ -674,7 +682,8 @@ class TestImageToImage:
         result = api.img2img(images=[start], mask_image=mask, seed=9, width=64, height=64)
         assert result.image.getpixel((0, 0)) == (255, 0, 0)
 
-    def test_a_mask_of_another_size_is_fitted(self, api):
+    def test_a_mask_of_another_size_is_fitted(self, api, service):
+        service.info = service.info.model_copy(update={"width": 128, "height": 128})
         start = Image.new("RGB", (128, 128), "red")
         result = api.img2img(images=[start], mask_image=two_halves(), width=128, height=128)
         assert result.image.getpixel((60, 120)) == (255, 0, 0)

@@ -17,8 +17,15 @@ WISHES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(
+    ("exact", "dtype"),
+    [
+        (True, "bfloat16"),
+        (False, "float32"),
+        pytest.param(True, "float32", marks=pytest.mark.soak),
+        pytest.param(False, "bfloat16", marks=pytest.mark.soak),
+    ],
+)
 def test_pictures_of_a_server(
     tmp_path: Path, exact: bool, dtype: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

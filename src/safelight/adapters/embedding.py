@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from safelight.errors import SafelightError
 from safelight.picture import opened
 from safelight.weights.check import Header, printable, refusal
-from safelight.weights.headers import header_of
+from safelight.weights.headers import plain_header_of
 from safelight.weights.kinds import PNG_TEXT
 
 if TYPE_CHECKING:
@@ -136,8 +136,8 @@ class EmbeddingFile:
             found = torch.tensor(self.numbers, dtype=torch.float32)
         else:
             with _about_embeddings(), open_tensors(self.header) as tensor:
-                rows = [tensor(key).float().reshape(-1, vectors.width) for key in vectors.keys]
-                found = torch.cat(rows)
+                rows = [tensor(key).to(torch.float32) for key in vectors.keys]
+                found = torch.cat([each.reshape(-1, vectors.width) for each in rows])
         if not bool(found.isfinite().all()):
             raise _refusal(self.path.name, "its vectors hold NaN or Inf")
         return found
@@ -162,7 +162,7 @@ def look_at(path: Path, name: str | None = None) -> EmbeddingFile:
         return _look_at_picture(path, name)
     name = name or path.stem
     with _about_embeddings():
-        header = header_of(path)
+        header = plain_header_of(path, "an embedding")
     for key, told in header.tensors.items():
         if told.dtype not in _FLOATS:
             raise _refusal(path.name, f"{printable(key, 40)} is {told.dtype}; vectors are floats")

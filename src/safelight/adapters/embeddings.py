@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 from safelight.adapters.asked import asked_of
 from safelight.adapters.embedding import EmbeddingFile, bundled, look_at
@@ -174,8 +175,19 @@ class Embeddings:
     """The textual inversions of one model. The last few sets are kept, as models that know them."""
 
     def __init__(self, model: Model) -> None:
-        self._model = model
+        # A weak reference: the model has this object, and its memory is freed with the last
+        # reference to it.
+        self._of = ref(model)
         self._kept: OrderedDict[Any, Model] = OrderedDict()
+
+    def __reduce__(self) -> tuple[type[Embeddings], tuple[Model]]:
+        return Embeddings, (self._model,)
+
+    @property
+    def _model(self) -> Model:
+        model = self._of()
+        assert model is not None, "the model is gone"
+        return model
 
     def choose(
         self, request: Request, warnings: list[str] | None = None

@@ -18,6 +18,7 @@ from safelight.adapters.algorithms import (
     OFT,
     Algorithm,
     Full,
+    LoKr,
     SetWeight,
     UnfitError,
     check_dora,
@@ -25,10 +26,11 @@ from safelight.adapters.algorithms import (
 from safelight.adapters.embedding import BUNDLE
 from safelight.adapters.keys import differ, endings, family_of, refused_kind, slot_of
 from safelight.adapters.names import Target
+from safelight.adapters.passed import is_control, is_idle, repeated
 from safelight.errors import SafelightError
 from safelight.weights.check import Header, printable, read_json
 from safelight.weights.digest import HashedFile, digest_file
-from safelight.weights.headers import header_of
+from safelight.weights.headers import plain_header_of
 from safelight.weights.library import IN_FOLDER
 
 FLOATS = ("F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2")
@@ -65,7 +67,8 @@ class Change:
 
     parameters: the weights' names in their part, in the order of their rows in the file. keys: of
     the tensors, by slot. alpha: PEFT's, if no tensor holds it. rooted: alpha is divided by the root
-    of the rank (arXiv:2312.03732). swapped: the file has the second half of the rows first.
+    of the rank (arXiv:2312.03732). swapped: the file has the second half of the rows first. rank:
+    PEFT's, if no tensor has it as a side.
     """
 
     part: str
@@ -75,14 +78,21 @@ class Change:
     alpha: float | None = None
     rooted: bool = False
     swapped: bool = False
+    rank: int | None = None
 
 
 @dataclass
 class Match:
-    """A file's changes to a model, and the keys that belong to nothing in it."""
+    """A file's changes to a model, and the keys that change nothing.
+
+    unmatched: keys that belong to nothing in the model. repeated: those that say the same as others
+    in another naming. idle: those that are known to do nothing in any program.
+    """
 
     changes: list[Change] = field(default_factory=list)
     unmatched: list[str] = field(default_factory=list)
+    repeated: list[str] = field(default_factory=list)
+    idle: list[str] = field(default_factory=list)
 
 
 def open_adapter(path: Path) -> AdapterFile:
@@ -95,7 +105,7 @@ def open_adapter(path: Path) -> AdapterFile:
         path = file_in(path)
         if (told := config_of(path)) is not None:
             config = read_json(told, name=f"{name}/{told.name}")
-        header = header_of(path, name)
+        header = plain_header_of(path, "a LoRA", name)
         digest = digest_file(path)
         hashed = HashedFile(digest)
     except SafelightError as error:
@@ -140,12 +150,18 @@ def match(
     one half, for two changes of one weight, and for a kind that is not supported.
     """
     found, groups = Match(), dict[Target, dict[str, str]]()
+    if is_control(file.header.tensors):
+        raise refusal(file.name, "a Control-LoRA is not supported")
+    again = repeated(file.header.tensors, family)
     for key in file.header.tensors:
         if key.startswith(BUNDLE) and takes_embeddings:
             continue  # an embedding inside the file
+        if key in again:
+            found.repeated.append(key)
+            continue
         taken = next(((table[s], e) for s, e in endings(key) if s in table), None)
         if taken is None:
-            found.unmatched.append(key)
+            (found.idle if is_idle(key, family) else found.unmatched).append(key)
             continue
         target, ending = taken
         slot = slot_of(ending)
@@ -174,17 +190,28 @@ def refusal(name: str, why: str) -> SafelightError:
     return SafelightError(f"lora {printable(name, 60)}: {printable(why, 300)}", field="loras")
 
 
-def unmatched_error(file: AdapterFile, keys: list[str], family: str) -> SafelightError:
+def unmatched_error(file: AdapterFile, found: Match, family: str) -> SafelightError:
     """Return the error for keys that belong to nothing in the model."""
-    why = f"{told_unmatched(file, keys)}{_hint(file, family)}"
-    return refusal(file.name, f"{why}; lora_unmatched warn draws without them")
+    why = f"{told_unmatched(file, found)}{_hint(file, family)}"
+    if found.changes:
+        why += "; lora_unmatched warn draws without them"
+    return refusal(file.name, why)
 
 
-def told_unmatched(file: AdapterFile, keys: list[str]) -> str:
+def told_unmatched(file: AdapterFile, found: Match) -> str:
     """Return how many keys belong to nothing, and the first of them."""
+    verb = "belongs" if len(found.unmatched) == 1 else "belong"
+    return _told(file, found.unmatched, f"{verb} to nothing in the model")
+
+
+def told_repeated(file: AdapterFile, found: Match) -> str:
+    """Return how many keys repeat others, and the first of them."""
+    return _told(file, found.repeated, "repeat others in another naming, and are left out")
+
+
+def _told(file: AdapterFile, keys: list[str], what: str) -> str:
     some = ", ".join(f"{key:.60}" for key in keys[:2]) + (" …" if len(keys) > 2 else "")
-    verb = "belongs" if len(keys) == 1 else "belong"
-    return f"{len(keys)} of {len(file.header.tensors)} keys {verb} to nothing in the model: {some}"
+    return f"{len(keys)} of {len(file.header.tensors)} keys {what}: {some}"
 
 
 def _two_ways(file: AdapterFile, one: str, other: str, *_: str) -> SafelightError:
@@ -245,11 +272,14 @@ def _add(
     if "magnitude" in slots:
         held["dora_scale"] = (math.prod(held["dora_scale"]),)
     _check(algorithm, held, _joint(shapes, weights))
+    alpha, rooted = _alpha(file, target)
+    rank = None
     if algorithm is not OFT and algorithm.rank(held) is None:
         keys.pop("alpha", None)  # it scales nothing: trainers write any number, also inf
-    alpha, rooted = _alpha(file, target)
+        if algorithm is LoKr and alpha is not None:
+            rank = _rank(file, target)  # but PEFT's does
     found.changes.append(
-        Change(target.part, weights, algorithm, keys, alpha, rooted, target.swapped)
+        Change(target.part, weights, algorithm, keys, alpha, rooted, target.swapped, rank)
     )
 
 
@@ -290,40 +320,63 @@ def _settings(name: str, header: Header, config: Mapping[str, Any]) -> dict[str,
     if not isinstance(told, dict):
         raise refusal(name, f"its {METADATA} is not a JSON object")
     for key, value in told.items():
-        part, _, setting = key.partition(".")
+        # A pipeline writes a part before each setting, a network on its own writes none.
+        part, _, setting = key.rpartition(".")
         found.setdefault(part, {})[setting] = value
     for settings in found.values():
-        settings["alpha_pattern"] = _patterns(name, settings.get("alpha_pattern"))
+        settings["alpha_pattern"] = _patterns(name, settings, "alpha_pattern")
+        if settings.get("peft_type") == "LOKR":  # elsewhere the tensors have the ranks
+            settings["rank_pattern"] = _patterns(name, settings, "rank_pattern")
+        else:
+            settings["rank_pattern"] = {}
     return dict(found)
 
 
-def _patterns(name: str, patterns: Any) -> dict[str, tuple[int, Any]]:
-    """Return PEFT's alphas of single layers, each with its place, by the end of a layer's name.
+def _patterns(name: str, settings: Mapping[str, Any], which: str) -> dict[str, tuple[int, Any]]:
+    """Return PEFT's numbers of single layers, each with its place, by the end of a layer's name.
 
-    A key that begins with ^ is a whole name.
+    A key that begins with ^ is a whole name. which: "alpha_pattern" or "rank_pattern".
     """
     found: dict[str, tuple[int, Any]] = {}
+    patterns = settings.get(which)
     for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
         # PEFT reads these as regular expressions; a stranger's may run for ever.
         plain = pattern.replace("\\.", ".")
         if not re.fullmatch(r"\^?[\w.]*", plain):
-            raise refusal(name, f"its alpha_pattern {pattern!r:.40} is not a layer's name")
+            raise refusal(name, f"its {which} {pattern!r:.40} is not a layer's name")
         found.setdefault(plain, (len(found), value))
     return found
 
 
 def _alpha(file: AdapterFile, target: Target) -> tuple[float | None, bool]:
     """Return the alpha of a layer by PEFT's config, and whether the root of the rank divides it."""
-    settings = file.settings.get(target.part) or file.settings.get("")
-    if settings is None:
-        return None, False
+    settings = _settings_of(file, target)
     alpha: Any = settings.get("lora_alpha", settings.get("alpha"))
-    patterns, names = settings["alpha_pattern"], target.name.split(".")
-    ends = [f"^{target.name}", *(".".join(names[i:]) for i in range(len(names)))]
-    if told := [patterns[end] for end in ends if end in patterns]:
-        _, alpha = min(told, key=lambda one: one[0])  # the first counts, as in PEFT
+    alpha = _of_layer(settings, "alpha_pattern", target, alpha)
     if alpha is None:
         return None, False
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise refusal(file.name, f"its config has the alpha {alpha!r:.20}; a number is needed")
     return float(alpha), settings.get("use_rslora") is True
+
+
+def _rank(file: AdapterFile, target: Target) -> int | None:
+    """Return the rank of a layer by PEFT's config; None if it has none."""
+    settings = _settings_of(file, target)
+    rank = _of_layer(settings, "rank_pattern", target, settings.get("r"))
+    if rank is None or (isinstance(rank, int) and not isinstance(rank, bool) and rank > 0):
+        return rank
+    raise refusal(file.name, f"its config has the rank {rank!r:.20}; a number from 1 is needed")
+
+
+def _settings_of(file: AdapterFile, target: Target) -> Mapping[str, Any]:
+    return file.settings.get(target.part) or file.settings.get("") or {}
+
+
+def _of_layer(settings: Mapping[str, Any], which: str, target: Target, common: Any) -> Any:
+    """Return a layer's own number by PEFT's patterns, else the common one."""
+    patterns, names = settings.get(which, {}), target.name.split(".")
+    ends = [f"^{target.name}", *(".".join(names[i:]) for i in range(len(names)))]
+    if told := [patterns[end] for end in ends if end in patterns]:
+        return min(told, key=lambda one: one[0])[1]  # the first counts, as in PEFT
+    return common

@@ -99,15 +99,17 @@ def refused_kind(ending: str) -> str:
     return REFUSED[ending]
 
 
-_FLUX, _SD3, _ZIMAGE = "FLUX.1", "Stable Diffusion 3", "Z-Image"
+FLUX, SD3, ZIMAGE = "FLUX.1", "Stable Diffusion 3", "Z-Image"
+"""What families are called in errors; see `called`."""
+
 _TRANSFORMER = "a diffusion transformer"
 
 # Parts of keys that show what kind of model a file is for. The first that is in any key counts.
 _MARKS = (
     (("to_qkv_mlp_proj", "double_stream_modulation"), "FLUX.2"),
-    (("double_blocks", "single_blocks", "single_transformer_blocks"), _FLUX),
-    (("joint_blocks",), _SD3),
-    (("noise_refiner", "layers_0_attention", "layers.0.attention"), _ZIMAGE),
+    (("double_blocks", "single_blocks", "single_transformer_blocks"), FLUX),
+    (("joint_blocks",), SD3),
+    (("noise_refiner", "layers_0_attention", "layers.0.attention"), ZIMAGE),
     (("transformer_blocks.0.attn.", "transformer_blocks_0_attn_"), _TRANSFORMER),
     (("lora_te3_",), _TRANSFORMER),
     (("lora_prior_unet",), "another family"),
@@ -139,7 +141,7 @@ def differ(made_for: str, family: str) -> bool:
 
     family: see `called`.
     """
-    known = made_for == _TRANSFORMER and family in (_FLUX, _SD3)
+    known = made_for == _TRANSFORMER and family in (FLUX, SD3)
     return made_for != family and not known
 
 
@@ -164,9 +166,9 @@ def family_of(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
     stated = stated.lower()
     for word, family in (
         *(("sdxl", "SDXL"), ("stable-diffusion-xl", "SDXL")),
-        *(("flux2", "FLUX.2"), ("flux-2", "FLUX.2"), ("flux.2", "FLUX.2"), ("flux", _FLUX)),
-        *(("sd3", _SD3), ("stable-diffusion-3", _SD3)),
-        *(("zimage", _ZIMAGE), ("z-image", _ZIMAGE), ("z_image", _ZIMAGE)),
+        *(("flux2", "FLUX.2"), ("flux-2", "FLUX.2"), ("flux.2", "FLUX.2"), ("flux", FLUX)),
+        *(("sd3", SD3), ("stable-diffusion-3", SD3)),
+        *(("zimage", ZIMAGE), ("z-image", ZIMAGE), ("z_image", ZIMAGE)),
         *(("sd_v1", "Stable Diffusion 1"), ("stable-diffusion-v1", "Stable Diffusion 1")),
         *(("sd_v2", "Stable Diffusion 2"), ("stable-diffusion-v2", "Stable Diffusion 2")),
     ):

@@ -64,26 +64,32 @@ def merged(model: Model, chosen: Sequence[Chosen]) -> Model:
         if not steps:
             continue
         groups = _together(steps)
-        changed, held = dict[str, Tensor](), dict[str, Tensor]()
         with ExitStack() as stack:
             opened = {id(one): _Opened(one.file, stack) for one in chosen}
-            for name, weight in _originals(model, part, groups):
-                group = groups[name]
-                held[name] = weight.to(model.device, torch.float32, copy=True).contiguous()
-                if group.names <= held.keys():
-                    values = {one: held.pop(one) for one in group.names}
-                    changed |= _changed(model, values, group.steps, opened)
+            parts[part] = with_weights(
+                parts[part],
+                _made(model, part, groups, opened),
+                lambda names, part=part: (
+                    (name, weight.to(model.device, model.dtype))
+                    for name, weight in _originals(model, part, names)
+                ),
+            )
         for one in chosen:
             one.file.hashed.check()
-        parts[part] = with_weights(
-            parts[part],
-            changed,
-            lambda names, part=part: {
-                name: weight.to(model.device, model.dtype)
-                for name, weight in _originals(model, part, names)
-            },
-        )
     return replace(model, parts=parts)
+
+
+def _made(
+    model: Model, part: str, groups: Mapping[str, _Group], opened: Mapping[int, _Opened]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the new weights of a part, each group's as soon as its originals are read."""
+    held: dict[str, Tensor] = {}
+    for name, weight in _originals(model, part, groups):
+        group = groups[name]
+        held[name] = weight.to(model.device, torch.float32, copy=True).contiguous()
+        if group.names <= held.keys():
+            values = {one: held.pop(one) for one in group.names}
+            yield from _changed(model, values, group.steps, opened).items()
 
 
 def _originals(model: Model, part: str, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -180,6 +186,7 @@ def _scale(change: Change, found: dict[str, Tensor]) -> float:
     if change.algorithm is OFT:
         return alpha or 0.0
     rank = change.algorithm.rank({slot: tuple(t.shape) for slot, t in found.items()})
+    rank = change.rank if rank is None else rank
     if not alpha or rank is None:  # kohya's scripts write 0 for an alpha equal to the rank
         return 1.0
     return alpha / rank**0.5 if change.rooted else alpha / rank
@@ -200,7 +207,7 @@ class _Opened:
         """Return the tensors of a change by slot, in float32."""
         found: dict[str, Tensor] = {}
         for slot, key in change.keys.items():
-            tensor = self._read(key).to(device, torch.float32)
+            tensor = self._read(key).to(torch.float32).to(device)
             if not bool(tensor.isfinite().all()):
                 raise refusal(self._file.name, f"{key!r:.70} holds NaN or Inf")
             if slot == "dora_scale" and "magnitude" in key:

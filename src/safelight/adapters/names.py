@@ -7,6 +7,7 @@ is never parsed: all spellings of all layers of the model are made, and looked u
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -82,9 +83,14 @@ _FLAT = {
 _KINDS = {"T5EncoderModel": "T5", "Qwen3Model": "Qwen3"}
 """Text encoders that are not CLIP's, whose names in files depend on their kind."""
 
+_ROOTS = {"Qwen3": "model."}
+"""What files may write before a path, as the whole language model around the network has it."""
+
 _PROCESSORS = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out.0": "to_out"}
 _TEXT_PROCESSORS = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 _TEXT_ROOT = "text_model."
+_SPLIT = re.compile(r"(\.attention\.to)_([qkv])$")
+"""Layers of Z-Image that some trainers write with a dot in place of the underscore."""
 
 _XLABS = {
     ".img_attn.qkv": ".processor.qkv_lora1",
@@ -132,9 +138,12 @@ def _prefixes(
     own, known = (part,), model.family.parts.get(part)
     if known is not None and (kind := _KINDS.get(known.network)) is not None:
         number = part.removeprefix("text_encoder").removeprefix("_")
-        dotted = f"{part}.", f"{part}.base_model.model."
-        flat = (f"lora_te{number}_", f"lycoris_te{number}_")
-        return (*dotted, *_DOTTED[kind]), (*flat, *_FLAT[kind])
+        dotted = (f"{part}.", f"{part}.base_model.model.", *_DOTTED[kind])
+        flat = (f"lora_te{number}_", f"lycoris_te{number}_", *_FLAT[kind])
+        if (root := _ROOTS.get(kind)) is not None:
+            dotted += tuple(prefix + root for prefix in dotted)
+            flat += tuple(prefix + root.replace(".", "_") for prefix in flat)
+        return dotted, flat
     if part == "text_encoder_2" and "text_encoder" not in modules:
         # If the model has only its second text encoder, files may call it "text_encoder".
         own = (part, "text_encoder")
@@ -174,6 +183,8 @@ def _originals(name: str, target: Target) -> Iterator[tuple[str, Target]]:
 def _paths(module: str) -> Iterator[str]:
     """Yield the spellings of a layer's path in the naming of diffusers."""
     yield module
+    if (spelled := _SPLIT.sub(r"\1.\2", module)) != module:
+        yield spelled
     if module.startswith(_TEXT_ROOT):
         yield module.removeprefix(_TEXT_ROOT)  # newer transformers leave it out
     # Older diffusers: what is added to attention is part of its processor.

@@ -11,13 +11,14 @@ from safelight.adapters.embedding import EmbeddingFile, bundled
 from safelight.adapters.embeddings import EmbeddingFinder, naming
 from safelight.adapters.learned import words_of
 from safelight.errors import SafelightError
+from safelight.families.flow import MARKED, FlowFamily, is_marked, read_whole
 from safelight.prompt.chunks import chunks_by_text
 from safelight.prompt.dialects import read
 from safelight.prompt.reading import Reading
-from safelight.prompt.show import describe
+from safelight.prompt.show import describe, describe_whole
 from safelight.prompt.tokenizer import Tokenizer
 from safelight.request import Request
-from safelight.weights.headers import header_of
+from safelight.weights.headers import plain_header_of
 from safelight.weights.plan import Plan
 
 STEPS = 50
@@ -33,14 +34,21 @@ class PromptReader:
     def describe(self, request: Request, *, negative: bool = False) -> dict[str, Any]:
         """Return how the prompt of a request is read, as `safelight.prompt.show.describe` does.
 
-        negative: whether it is the negative prompt. If the model has two text encoders, the first
-        one's reading is returned. Raises SafelightError for a model that reads no prompt, and for
-        an embedding that is not there.
+        negative: whether it is the negative prompt. If the model has several text encoders, the
+        reading of the first is returned, or of the one that reads the most. Raises SafelightError
+        for a model that reads no prompt, and for an embedding that is not there.
         """
-        if not self.plan.family.text_parts:
+        if not self.plan.family.uses_prompt:
             raise SafelightError(
                 f"{self.plan.source.name} reads no prompt: name a model that does", field="prompt"
             )
+        if isinstance(self.plan.family, FlowFamily):
+            text, reading = self._read_whole(request, negative=negative)
+            reader = self.plan.family.reader(self._tokenizers)
+            found = describe_whole(reading, text, reader, request.prompt_syntax)
+            if is_marked(reading):
+                found["warnings"].append(f"it has {MARKED.format(self.plan.source.name)}")
+            return found
         reading, tokenizer, said = self._read(request, negative=negative)
         found = describe(reading, tokenizer, request.prompt_syntax, self.plan.words)
         found["warnings"] += said
@@ -48,11 +56,24 @@ class PromptReader:
 
     def check(self, request: Request) -> None:
         """Raise SafelightError for a prompt that cannot be read, such as one that is too long."""
-        if self.plan.family.text_parts:
+        if isinstance(self.plan.family, FlowFamily):
+            for negative in (False, True):
+                self._read_whole(request, negative=negative)
+        elif self.plan.family.text_parts:
             for negative in (False, True):
                 reading, tokenizer, _ = self._read(request, negative=negative)
                 known = tokenizer.with_words(self.plan.words)
                 chunks_by_text(known, reading, request.prompt_syntax)
+
+    def _read_whole(self, request: Request, *, negative: bool) -> tuple[str, Reading]:
+        """Return the words that a model of flow matching reads of a prompt, and the reading."""
+        return read_whole(
+            request.negative_prompt if negative else request.prompt,
+            request.prompt_syntax,
+            request.emphasis,
+            steps=request.steps or STEPS,
+            negative=negative,
+        )
 
     def _read(self, request: Request, *, negative: bool) -> tuple[Reading, Tokenizer, list[str]]:
         """Return a prompt's reading, the tokenizer that knows its embeddings, and warnings."""
@@ -85,7 +106,8 @@ class PromptReader:
             entries = library.matches(lora.name, "lora")
             if len(entries) == 1 and (lora.weight or lora.text_weight):
                 path = entries[0].path
-                inside = bundled(header_of(path), naming(request, tokenizer), warnings)
+                header = plain_header_of(path, "a LoRA")
+                inside = bundled(header, naming(request, tokenizer), warnings)
                 found |= {(path, one.name): one for one in inside}
         return list(found.values())
 
@@ -97,4 +119,4 @@ class PromptReader:
 
     @cached_property
     def _tokenizers(self) -> dict[str, Any]:
-        return self.plan.family.load_tokenizers(self.plan.tokenizer_folder, self.plan.configs)
+        return self.plan.load_tokenizers()

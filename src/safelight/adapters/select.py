@@ -22,6 +22,7 @@ from safelight.adapters.file import (
     match,
     open_adapter,
     refusal,
+    told_repeated,
     told_unmatched,
     unmatched_error,
 )
@@ -30,6 +31,7 @@ from safelight.adapters.merge import Chosen, merged
 from safelight.adapters.names import Target, layers_of, table
 from safelight.errors import SafelightError
 from safelight.fast import memory
+from safelight.fast.replace import keeps_in_file
 from safelight.weights.cache import stamp_of
 from safelight.weights.check import printable
 from safelight.weights.digest import tensors_digest
@@ -53,8 +55,8 @@ class Selection:
     """The LoRAs of one picture.
 
     asked: all of them. chosen: those that change something. key: equal for those that make the
-    same model. size: bytes of the weights that change. records: all, as a recipe has them.
-    warnings: about keys that were left out.
+    same model. size: bytes of new weights that are kept in memory, not in a file. records: all, as
+    a recipe has them. warnings: about keys that were left out.
     """
 
     asked: tuple[AskedLora, ...] = ()
@@ -96,14 +98,16 @@ class Adapters:
             file, found = self._matched(path)
             if not file.header.tensors:
                 raise refusal(file.name, "it holds nothing; a LoRA has tensors")
-            if not found.changes and not found.unmatched:
-                raise refusal(file.name, "it holds embeddings alone; a LoRA changes weights")
+            if found.unmatched and (unmatched == "error" or not found.changes):
+                raise unmatched_error(file, found, self._family)
+            if found.idle and not found.changes:
+                raise refusal(file.name, "its keys do nothing in any program")
             if not found.changes:
-                raise unmatched_error(file, found.unmatched, self._family)
+                raise refusal(file.name, "it holds embeddings alone; a LoRA changes weights")
             if found.unmatched:
-                if unmatched == "error":
-                    raise unmatched_error(file, found.unmatched, self._family)
-                warnings.append(f"lora {file.name}: {told_unmatched(file, found.unmatched)}")
+                warnings.append(f"lora {file.name}: {told_unmatched(file, found)}")
+            if found.repeated:
+                warnings.append(f"lora {file.name}: {told_repeated(file, found)}")
             mine = Chosen(replace(one, name=name), file, found.changes)
             names.append(mine.asked)
             records.append(_record(mine))
@@ -121,13 +125,15 @@ class Adapters:
     def adapted(self, selection: Selection) -> Model:
         """Return the model with a selection merged; the base model itself if it changes nothing.
 
-        Raises SafelightError for a file that cannot be read, and numbers that are not finite.
+        Raises SafelightError for a file that cannot be read, numbers that are not finite, and too
+        little memory.
         """
         if not selection.key:
             return self._model
         model = self._alive.get(selection.key)
         if model is None:
             self._make_room(selection.size)
+            self._check_memory(selection)
             model = replace(
                 merged(self._model, selection.chosen),
                 base=self._model,
@@ -153,6 +159,28 @@ class Adapters:
         more = [size] if size else []
         while self._kept and not self.fits([*(s for _, s in self._kept.values()), *more]):
             self._kept.popitem(last=False)
+
+    def _check_memory(self, selection: Selection) -> None:
+        """Raise SafelightError if the new weights do not fit into free memory.
+
+        Models that were used longest ago are forgotten first.
+        """
+        if self._model.device.type != "cpu":
+            return
+        while self._kept and selection.size > (memory.free() or math.inf):
+            self._kept.popitem(last=False)
+            memory.give_back()
+        free = memory.free()
+        if free and selection.size > free:
+            loras = ", ".join(printable(one.asked.name, 40) for one in selection.chosen[:2])
+            more = " …" if len(selection.chosen) > 2 else ""
+            low = self._size(selection.chosen, low_memory=True) < selection.size
+            way = "low_memory keeps them in a file" if low else "close other programs"
+            raise SafelightError(
+                f"lora {loras}{more}: {selection.size / 1e9:.1f} GB of changed weights do not fit "
+                f"beside the model, and {free / 1e9:.1f} GB are free: {way}",
+                field="loras",
+            )
 
     @property
     def _budget(self) -> float:
@@ -218,7 +246,11 @@ class Adapters:
         self._files.move_to_end(key)
         return self._files[key]
 
-    def _size(self, chosen: Sequence[Chosen]) -> int:
+    def _size(self, chosen: Sequence[Chosen], low_memory: bool = False) -> int:
+        """Return the bytes of the changed weights that are kept in memory.
+
+        low_memory: as if the model were loaded with it.
+        """
         network = self._model.family.network
         changed = {
             (change.part, name)
@@ -227,7 +259,11 @@ class Adapters:
             if one.strength(change.part, network)
             for name in change.parameters
         }
-        numbers = sum(math.prod(self._shapes[part][name]) for part, name in changed)
+        numbers = 0
+        for part, name in changed:
+            size = math.prod(self._shapes[part][name])
+            if not keeps_in_file(self._model.parts[part], name, size, low_memory):
+                numbers += size
         return numbers * self._model.dtype.itemsize
 
 
@@ -244,7 +280,7 @@ def _shapes_of(model: Model) -> Shapes:
 def _key(chosen: Chosen) -> tuple[Any, ...]:
     """Return a key that is equal for equal changes. PEFT's alphas are in a file of their own."""
     asked, file = chosen.asked, chosen.file
-    alphas = tuple((change.alpha, change.rooted) for change in chosen.changes)
+    alphas = tuple((change.alpha, change.rooted, change.rank) for change in chosen.changes)
     return file.sha256, asked.weight, asked.text_weight, alphas
 
 
@@ -253,7 +289,8 @@ def _record(chosen: Chosen) -> dict[str, Any]:
     asked, file = chosen.asked, chosen.file
     called = file.header.metadata.get("sshs_model_hash", "").lower()
     if len(called) != 64:
-        called = file.sha256 if file.header.pickled else tensors_digest(file.header.path)
+        is_plain = file.header.format == "safetensors"
+        called = tensors_digest(file.header.path) if is_plain else file.sha256
     return {
         "name": asked.name,
         "weight": asked.weight,

@@ -64,7 +64,10 @@ def restore(
         Option(help="An empty storage, as `serve --storage` has it.", show_default=False),
     ] = None,
 ) -> None:
-    """Copy a backup to an empty data folder; each file is compared with its SHA-256."""
+    """Copy a backup to an empty data folder.
+
+    Each file is compared with its SHA-256.
+    """
     make_sure_of_server()
     private.keep()
     root = data_folder(data_dir)

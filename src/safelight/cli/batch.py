@@ -116,9 +116,10 @@ def batch(
         ),
     ] = None,
 ) -> None:
-    """Draw a file of requests, a row for each, and go on where a run was killed.
+    """Draw a file of requests, a row for each.
 
-    Options of settings hold for rows that do not name them. Prints the path of the index.
+    The same command goes on where a run was killed. Options of settings hold for rows that do not
+    name them. Prints the path of the index.
     """
     from safelight.batch.check import Rules
     from safelight.batch.run import How, Job

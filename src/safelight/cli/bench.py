@@ -26,7 +26,10 @@ def bench(
     ] = "embedded",
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure this machine: Stable Diffusion 1.5 with random weights, beside what is installed."""
+    """Measure this machine.
+
+    It draws with Stable Diffusion 1.5 of random weights, beside what else is installed.
+    """
     from safelight import bench
 
     names, parts = only or bench.contenders(), part or bench.parts_here()

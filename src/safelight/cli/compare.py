@@ -33,9 +33,9 @@ def compare(
     out: Annotated[str, Option("--out", "-o", help="The .png file to write.")] = "grid.png",
     overwrite: options.Overwrite = False,
 ) -> None:
-    """Make a labelled grid of pictures over one or two settings, from the same noise.
+    """Make a labelled grid of pictures over one or two settings.
 
-    Prints the path of the grid; its recipe is inside the file.
+    All are drawn from the same noise. Prints the path of the grid; its recipe is inside the file.
     """
     from safelight.compare import Axis, grid, requests
     from safelight.paths import expanded

@@ -30,9 +30,10 @@ def convert(
     models_dir: options.ModelsDir = None,
     overwrite: options.Overwrite = False,
 ) -> None:
-    """Write a model as a folder that diffusers loads, or as one file with the original names.
+    """Write a model as a folder or as one file.
 
-    Weights stay equal to the bit unless --dtype asks for another precision. Prints the path.
+    diffusers loads the folder; the file has the original names. Weights stay equal to the bit
+    unless --dtype asks for another precision. Prints the path.
     """
     from safelight.paths import expanded
     from safelight.weights import convert as writer

@@ -11,7 +11,10 @@ from safelight.cli.output import printable, say
 def doctor(
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what this machine has and what Safelight uses of it; safe to put into a bug report."""
+    """Show what this machine has and what Safelight uses of it.
+
+    The output is safe to put into a bug report.
+    """
     from safelight.doctor import examine, report
 
     found = examine()

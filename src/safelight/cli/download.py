@@ -1,15 +1,28 @@
 """`safelight download`: fetch a model before it is needed."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-from typer import Argument
+from typer import Argument, Option
 
+from safelight.cli import options
 from safelight.cli.output import note, say
 from safelight.errors import SafelightError
+
+if TYPE_CHECKING:
+    from safelight.weights.hub import Layout
 
 
 def download(
     name: Annotated[str, Argument(metavar="ORG/NAME", help="A hub id; @ adds a revision.")],
+    parts_for: Annotated[
+        str | None,
+        Option(
+            metavar="FILE",
+            help="Only what this single-file model lacks, as for --parts.",
+            show_default=False,
+        ),
+    ] = None,
+    models_dir: options.ModelsDir = None,
 ) -> None:
     """Download a model or an autoencoder from the hub.
 
@@ -22,4 +35,17 @@ def download(
     found = HUB_ID.fullmatch(name)
     if found is None:
         raise SafelightError(f'{name[:100]!r} is no hub id: expected "org/name"')
-    say(hub.download(found[1], found[2], note))
+    layout = None if parts_for is None else _layout(parts_for, models_dir)
+    say(hub.download(found[1], found[2], note, layout))
+
+
+def _layout(file: str, models_dir: str | None) -> "Layout":
+    """Return what is read of a repository that lends a single file what it lacks."""
+    from safelight.weights import hub
+    from safelight.weights.find import find
+    from safelight.weights.plan import read_plan
+
+    plan = read_plan(find(file, download=False, models_dir=models_dir), partial=True)
+    if not plan.lacking:
+        raise SafelightError(f"{file[-100:]!r} lacks nothing: it needs no --parts")
+    return hub.parts_for(plan.source.path, plan.lacking)

@@ -19,9 +19,10 @@ def explain(
     out: Annotated[str, Option("--out", "-o", help="The .html file to write.")] = "explain.html",
     overwrite: options.Overwrite = False,
 ) -> None:
-    """Make one picture and a page that shows how it came to be, step by step.
+    """Make a page that shows how one picture came to be.
 
-    Prints the path of the page: one file that a browser opens without fetching anything.
+    It shows the picture step by step. Prints the path of the page: one file that a browser opens
+    without fetching anything.
     """
     options.check_prompt(settings, 'explain "a cat above a pizza"')
     settings = loading.with_words(settings)

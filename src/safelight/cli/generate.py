@@ -10,6 +10,7 @@ from safelight.cli.groups import Loading, spread
 from safelight.cli.output import StepBar, say, warn
 from safelight.errors import SafelightError
 from safelight.interrupt import ctrl_c_waits
+from safelight.sizes import drawable_size
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from safelight.request import Request
     from safelight.result import Result
 
-FAR = 4
-"""A size is far from a model's own when it has this many times as many pixels, or as few."""
+SMALL, LITTLE_MORE = 1 / 4, 1.25
+"""Sizes of a smaller share of a model's own pixels are warned of; those of few more are not."""
 
 
 @spread
@@ -101,8 +102,9 @@ def _warn_of_size(request: "Request", model: str, native: tuple[int, int]) -> No
         width, height = native
     width, height = request.width or width, request.height or height
     times = width * height / (native[0] * native[1])
-    if times > FAR or times < 1 / FAR:
-        cost = f" and takes over {times:.0f} times as long" if times > 1 else ""
+    too_large = times > LITTLE_MORE and drawable_size((width, height), native) != (width, height)
+    if too_large or times < SMALL:
+        cost = f" and takes over {int(times)} times as long" if times >= 2 else ""
         do = "leave out" if request.sized_by is None else "give other"
         warn(
             f"{model} was trained on {native[0]}x{native[1]}: {width}x{height} will hardly show "

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from safelight.server.people import Key, People
 
 app = typer.Typer(
-    help="Give out keys to a server, take them back, and bound what each may ask for.",
+    help="Add, limit and remove the keys of a server's users.",
     invoke_without_command=True,
     callback=help_alone,
     rich_markup_mode=None,
@@ -36,7 +36,8 @@ class Where:
     """Where the keys are kept."""
 
     data_dir: Annotated[
-        Path | None, Option(help="As `serve --data-dir` [the user's].", show_default=False)
+        Path | None,
+        Option(help="As `serve --data-dir` [the user's data folder].", show_default=False),
     ] = None
     database: Annotated[str | None, Option(help="As `serve --database`.", show_default=False)] = (
         None

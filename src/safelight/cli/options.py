@@ -11,6 +11,7 @@ import typer
 from typer import Argument, Option
 from typer.core import TyperCommand
 
+from safelight.cli.sections import LOADING, SETTINGS, SectionedCommand
 from safelight.errors import SafelightError
 
 if TYPE_CHECKING:
@@ -27,10 +28,19 @@ Model = Annotated[
         show_default=False,
     ),
 ]
-Device = Annotated[str, Option(help="Where to compute: auto, cpu, mps or cuda.")]
-Dtype = Annotated[str, Option(help="Precision: auto, float32, bfloat16 or float16.")]
+Device = Annotated[
+    str, Option(help="Where to compute: auto, cpu, mps or cuda.", rich_help_panel=LOADING)
+]
+Dtype = Annotated[
+    str, Option(help="Precision: auto, float32, bfloat16 or float16.", rich_help_panel=LOADING)
+]
 LowMemory = Annotated[
-    bool, Option("--low-memory", help="On the CPU: large weights in a file, not in memory.")
+    bool,
+    Option(
+        "--low-memory",
+        help="On the CPU: large weights in a file, not in memory.",
+        rich_help_panel=LOADING,
+    ),
 ]
 Parts = Annotated[
     str | None,
@@ -38,6 +48,7 @@ Parts = Annotated[
         "--parts",
         help="A model's folder or hub id from which a checkpoint file takes what it lacks.",
         show_default=False,
+        rich_help_panel=LOADING,
     ),
 ]
 Vae = Annotated[
@@ -46,6 +57,7 @@ Vae = Annotated[
         "--vae",
         help="Another autoencoder: a folder, a file, a name in the models folder or a hub id.",
         show_default=False,
+        rich_help_panel=LOADING,
     ),
 ]
 Refiner = Annotated[
@@ -54,6 +66,7 @@ Refiner = Annotated[
         "--refiner",
         help="A model that takes the last steps, as SDXL's refiner does, given as --model is.",
         show_default=False,
+        rich_help_panel=LOADING,
     ),
 ]
 Controlnet = Annotated[
@@ -62,6 +75,7 @@ Controlnet = Annotated[
         "--controlnet",
         help="A ControlNet, through which --control-image guides the model, given as --vae is.",
         show_default=False,
+        rich_help_panel=LOADING,
     ),
 ]
 PreviewVae = Annotated[
@@ -79,6 +93,7 @@ ModelsDir = Annotated[
         help="A folder of models, LoRAs, embeddings, autoencoders and ControlNets, which are found "
         "by name [SAFELIGHT_MODELS].",
         show_default=False,
+        rich_help_panel=LOADING,
     ),
 ]
 AllowModels = Annotated[
@@ -106,18 +121,25 @@ Wildcards = Annotated[
         help="A folder of text files: `__name__` in a prompt is a line of name.txt, drawn with the "
         "seed, and `{a|b}` is one of both.",
         show_default=False,
+        rich_help_panel=LOADING,
     ),
 ]
 StylesFile = Annotated[
     str | None,
     Option(
-        "--styles-file", help="A styles.csv, as web UIs keep it, for --style.", show_default=False
+        "--styles-file",
+        help="A styles.csv, as web UIs keep it, for --style.",
+        show_default=False,
+        rich_help_panel=LOADING,
     ),
 ]
 DataDir = Annotated[
     Path | None, Option(help="Jobs and pictures [the user's data folder].", show_default=False)
 ]
-Exact = Annotated[bool, Option("--exact", help="One picture at a time: equal to the byte.")]
+Exact = Annotated[
+    bool,
+    Option("--exact", help="Draw each picture alone, so that a seed always gives the same bytes."),
+]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace files that exist.")]
 
 
@@ -197,6 +219,10 @@ class RequestCommand(TyperCommand):
         }
         return super().parse_args(ctx, _renamed(args, names))
 
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments and options, each below its heading."""
+        self._built.format_options(ctx, formatter)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         return ctx.invoke(self._built.callback, **ctx.params)
@@ -225,7 +251,7 @@ def command_of(
     call.__annotations__ = {p.name: p.annotation for p in parameters}
     call.__doc__ = function.__doc__
     app = typer.Typer(rich_markup_mode=None, add_completion=False)
-    app.command(function.__name__)(call)
+    app.command(function.__name__, cls=SectionedCommand)(call)
     command = typer.main.get_command(app)
     assert isinstance(command, TyperCommand)
     return command
@@ -279,14 +305,15 @@ def _parameter(setting: "Setting") -> inspect.Parameter:
             "prompt", keyword, default=None, annotation=Annotated[str | None, argument]
         )
     names = (setting.option, setting.about.short) if setting.about.short else (setting.option,)
+    group = setting.about.group or SETTINGS
     what = setting.description[:1].upper() + setting.description[1:]
     if setting.kind is bool:
-        option = Option(*names, help=f"{what}.", show_default=False)
+        option = Option(*names, help=f"{what}.", show_default=False, rich_help_panel=group)
         return inspect.Parameter(
             setting.name, keyword, default=None, annotation=Annotated[bool | None, option]
         )
     if setting.kind is None:
-        said = f"{what}: a PNG, JPEG or WebP file."
+        said = f"{what} (a PNG, JPEG or WebP file)."
     else:
         left_out = f" [{setting.left_out}]" if setting.left_out not in ("empty", "none") else ""
         accepts = "" if setting.kind is str and not setting.choices else f": {setting.accepts}"
@@ -294,7 +321,7 @@ def _parameter(setting: "Setting") -> inspect.Parameter:
     if setting.kind is tuple:
         each = f": {setting.about.accepts}" if setting.about.accepts else ""
         said = f"{what}{each}; may be given more than once."
-    option = Option(*names, help=said, show_default=False)
+    option = Option(*names, help=said, show_default=False, rich_help_panel=group)
     kind = list[str] if setting.kind is tuple else setting.kind or str
     return inspect.Parameter(
         setting.name, keyword, default=None, annotation=Annotated[kind | None, option]

@@ -68,7 +68,7 @@ def serve(
         Option(help="Address or network whose X-Forwarded-… is believed.", show_default=False),
     ] = None,
     short_addresses: Annotated[
-        bool, Option("--short-addresses", help="Clients' addresses in the log by network alone.")
+        bool, Option("--short-addresses", help="Log only the network part of clients' addresses.")
     ] = False,
     webhooks_to_private: Annotated[
         bool,
@@ -93,11 +93,19 @@ def serve(
     ] = None,
     cpus_per_worker: Annotated[
         float | None,
-        Option(min=0.1, help="With --ray [what MAX of them can have].", show_default=False),
+        Option(
+            min=0.1,
+            help="CPUs of each worker on Ray [all CPUs divided by MAX].",
+            show_default=False,
+        ),
     ] = None,
     gpus_per_worker: Annotated[
         float | None,
-        Option(min=0, help="With --ray, as 0.5 [1 where there are some].", show_default=False),
+        Option(
+            min=0,
+            help="GPUs of each worker on Ray, as 0.5 [1 where there are some].",
+            show_default=False,
+        ),
     ] = None,
     idle_timeout: Annotated[
         float | None,
@@ -113,7 +121,10 @@ def serve(
     ] = None,
     exact: options.Exact = False,
 ) -> None:
-    """Serve pictures over HTTP: an API of our own, OpenAI's and AUTOMATIC1111's."""
+    """Serve pictures over HTTP.
+
+    The server has an API of its own, OpenAI's and AUTOMATIC1111's.
+    """
     if queue < 1:
         raise SafelightError(f"--queue {queue}: expected 1 or more")
     least, most = bounds(workers)

@@ -33,11 +33,17 @@ def studio(
     serving: Serving,
     token: Annotated[
         str | None,
-        Option(help="`auto` asks for a token, which the opened link has.", show_default=False),
+        Option(
+            help="auto: protect the page by a token; the opened link contains it.",
+            show_default=False,
+        ),
     ] = None,
     browser: Annotated[bool, Option(help="Open it in the browser.")] = True,
 ) -> None:
-    """Open the page: make pictures and watch them develop, find, compare, look inside."""
+    """Open the page in the browser.
+
+    It makes pictures and shows how they develop, finds and compares them, and looks inside.
+    """
     if find_spec("gradio") is None:
         raise SafelightError("the studio needs more: pip install 'safelight[studio]'")
     if token not in (None, AUTO):

@@ -11,14 +11,22 @@ from safelight.cli.output import say
 
 def tokens(
     prompt: Annotated[str, Argument(help="The prompt.")],
-    model: options.Model = None,
+    model: Annotated[
+        str | None,
+        Option(
+            "--model",
+            "-m",
+            help="A model's name, a diffusers folder, a checkpoint file or a hub id [embedded].",
+            show_default=False,
+        ),
+    ] = None,
     prompt_syntax: Annotated[
         str, Option("--prompt-syntax", "--syntax", help="plain, a1111, comfy or compel.")
     ] = "plain",
     emphasis: Annotated[
         str, Option(help="In a1111: original, no-norm, ignore or none.")
     ] = "original",
-    steps: Annotated[int, Option(help="Steps that schedules are shares of.")] = 20,
+    steps: Annotated[int, Option(help="Number of steps, for schedules such as [a:b:0.5].")] = 20,
     negative: Annotated[
         bool, Option("--negative", help="Read it as a negative prompt, without AND.")
     ] = False,
@@ -34,9 +42,10 @@ def tokens(
     models_dir: options.ModelsDir = None,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show how a prompt is read: chunks, tokens, weights, schedule, and what is unknown.
+    """Show how a prompt is read.
 
-    Only the model's tokenizer is loaded. A bar joins the tokens of one word.
+    Prints chunks, tokens, weights and schedule, and what is unknown. Only the model's tokenizer is
+    loaded. A bar joins the tokens of one word.
     """
     from safelight.adapters.embeddings import EmbeddingFinder
     from safelight.adapters.reader import PromptReader

@@ -12,7 +12,7 @@ from safelight.cli.loading import load
 from safelight.cli.output import StepBar, note, pairs, printable, say, table
 from safelight.errors import SafelightError
 
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_SIGNATURE, JPEG_SIGNATURE = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 
 Json = Annotated[bool, Option("--json", help="Print JSON.")]
 
@@ -50,9 +50,10 @@ def models(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """List the models on this machine: shipped, in the hub cache, in the models folder.
+    """List the models on this machine.
 
-    Family, size and precision come from the headers of the files.
+    They are those that ship, in the hub cache, and in the models folder. Family, size and
+    precision come from the headers of the files.
     """
     from safelight.weights.catalog import catalog
     from safelight.weights.library import open_library
@@ -96,7 +97,7 @@ def inspect(
 
 
 def _recipe_or_checkpoint(file: str, models_dir: str | None) -> dict[str, Any]:
-    if _is_png(file):
+    if _is_picture(file):
         from safelight.recipe import read_recipe
 
         return read_recipe(file)
@@ -105,12 +106,15 @@ def _recipe_or_checkpoint(file: str, models_dir: str | None) -> dict[str, Any]:
     return weights.inspect(file, models_dir=models_dir)
 
 
-def _is_png(file: str) -> bool:
+def _is_picture(file: str) -> bool:
+    """Return whether a file is a picture that Safelight writes; only a PNG carries a recipe."""
     try:
         if not Path(file).is_file():
             return False
         with Path(file).open("rb") as opened:
-            return opened.read(len(PNG_SIGNATURE)) == PNG_SIGNATURE
+            head = opened.read(12)
+        webp = head.startswith(b"RIFF") and head.endswith(b"WEBP")
+        return webp or head.startswith((PNG_SIGNATURE, JPEG_SIGNATURE))
     except (OSError, ValueError):
         return False  # not a file's name: a model's, or weights.inspect gives the error
 

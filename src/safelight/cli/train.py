@@ -28,9 +28,9 @@ Out = Annotated[
 Native = Annotated[
     bool, Option("--native", help="Compile the networks first; needs a C++ compiler.")
 ]
-Batch = Annotated[int, Option(help="Pictures a step.")]
+Batch = Annotated[int, Option(help="Pictures per training step.")]
 Rate = Annotated[float, Option(help="The learning rate at its highest.")]
-Seed = Annotated[int, Option(help="Of first weights, order and noise.")]
+Seed = Annotated[int, Option(help="Seed for first weights, order and noise.")]
 
 
 @app.command()
@@ -44,7 +44,7 @@ def fine_tune(
     batch: Batch = 8,
     learning_rate: Rate = 2e-4,
     size: Annotated[
-        int | None, Option(help="Pictures are cut to squares of it [the model's].")
+        int | None, Option(help="Side of the training squares, in pixels [the model's].")
     ] = None,
     min_snr: Annotated[
         float | None, Option(help="Gamma of min-SNR weighting, 5 as a rule [equal weights].")
@@ -67,7 +67,7 @@ def text_to_image(
         Path, Argument(help="Pictures, each with its caption in a .txt, or metadata.jsonl.")
     ],
     out: Out,
-    size: Annotated[int, Option(help="Pictures are cut to squares of it.")] = 64,
+    size: Annotated[int, Option(help="Side of the training squares, in pixels.")] = 64,
     steps: Annotated[int, Option(help="Training steps of the UNet.")] = 10_000,
     autoencoder_steps: Annotated[int, Option(help="Training steps of the autoencoder.")] = 3500,
     batch: Batch = 16,
@@ -90,7 +90,7 @@ def text_to_image(
 def unconditional(
     source: Annotated[str, Argument(help='A folder of pictures, or "digits".')],
     out: Out,
-    size: Annotated[int, Option(help="Pictures are cut to squares of it.")] = 32,
+    size: Annotated[int, Option(help="Side of the training squares, in pixels.")] = 32,
     steps: Annotated[int, Option(help="Training steps.")] = 3000,
     batch: Batch = 32,
     learning_rate: Rate = 1e-3,
@@ -112,9 +112,7 @@ def distil(
     out: Out,
     model: Annotated[str, Option(help="As `generate --model`: the teacher.")] = "embedded",
     drawing_steps: Annotated[int, Option(help="Steps that the student draws in.")] = 4,
-    guidance_scale: Annotated[
-        float, Option(help="The teacher's; the student draws without.")
-    ] = 4.0,
+    guidance_scale: Annotated[float, Option(help="Guidance scale of the teacher.")] = 4.0,
     steps: Annotated[int, Option(help="Training steps.")] = 2000,
     batch: Batch = 32,
     learning_rate: Rate = 2e-4,

@@ -139,7 +139,8 @@ class Engine:
                     one = with_drawn(resolved, result, seed)
                     selection = select_loras(model, one, result, seed, self._own)
                     size = self._size(_latents(model, one))
-                    rows = 1 + (one.guidance_scale > 1)
+                    guided = one.guidance_scale > 1 and not model.family.takes_guidance(model)
+                    rows = 1 + guided
                     if selection is None:
                         rows = self._conditioning(model, one).evaluations
                     ticket = Ticket(
@@ -358,15 +359,17 @@ class Engine:
         model: with its LoRAs. before: where `model` is a refiner, the model whose steps it
         continues; both read the same embeddings.
         """
-        family, chosen = model.family, (before or model).embeddings.choose(request)
-        key = (
-            before is None,  # a refiner of the same family has text encoders of its own
-            selection and selection.key,
-            key_of(chosen),
-            family.conditioning_key(request),
-        )
+        chosen = (before or model).embeddings.choose(request)
+        # A refiner of the same family has text encoders of its own.
+        own = before is None, selection and selection.key, key_of(chosen)
+        cached = partial(self._cached, own)
+        return model.family.conditioning(model.embeddings.model(chosen), request, cached)
+
+    def _cached(self, own: Any, key: Any, make: Callable[[], Conditioning]) -> Conditioning:
+        """Return what `make` returns, or returned before. own: what the key leaves out."""
+        key = own, key
         if key not in self._prompts:
-            made = family.encode(model.embeddings.model(chosen), request)
+            made = make()
             if not made.is_finite:
                 return made  # not cached: the next try may be finite
             self._prompts[key] = made

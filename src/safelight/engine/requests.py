@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from safelight.adapters.asked import asked_of
 from safelight.adapters.embeddings import record
-from safelight.defaults import LEVELS, is_distilled
+from safelight.defaults import LEVELS, is_distilled, level_of
 from safelight.engine.control import guides, read_control
 from safelight.engine.job import Job, prepare
 from safelight.engine.refining import Second, table_of
@@ -138,9 +139,11 @@ def _warnings(model: Model, asked: Request, resolved: Request) -> list[str]:
     filled = asked.with_defaults(model.defaults)
     if _ignores_guidance(model, resolved):  # a larger scale would not help: see `_without_effect`
         filled = filled.replace(negative_prompt="")
-    found += filled.unused_settings()
+    found += filled.unused_settings(model.defaults.get("guidance_scale", 7.5))
     if unavailable := remark(asked, resolved):
         found.append(unavailable)
+    if asked.fast and model.family.shortcuts and not _level_helps(model, asked, resolved):
+        found.append(f"fast {asked.fast} changes nothing with {model.name} here: leave it out")
     read_by_family = model.family.reads(
         model.refiner and model.refiner.family, model.controlnet is not None
     )
@@ -163,20 +166,50 @@ def _warnings(model: Model, asked: Request, resolved: Request) -> list[str]:
     width, height = resolved.width, resolved.height
     if asked.width is None and asked.height is None and resolved.was_resized:
         found.append(f"image was resized to {width}x{height}: sides are multiples of {SIDE_STEP}")
-    if None not in (width, height) and (width, height) != model.native_size:
+    if not _draws_size(model, width, height):
         trained = "{}x{}".format(*model.native_size)
         found.append(
             f"{model.name} was trained on {trained}; "
             f"at {width}x{height} it may repeat itself or fall apart"
         )
-    if is_distilled(model.notes):
-        wanted = model.defaults
-        if any(getattr(resolved, name) != value for name, value in wanted.items()):
-            told = ", ".join(f"{name} {value}" for name, value in wanted.items())
-            found.append(
-                f"{model.name} was taught to draw with {told}; with other settings it draws worse"
-            )
+    if _is_untaught(model, resolved):
+        told = ", ".join(f"{name} {value}" for name, value in model.defaults.items())
+        found.append(
+            f"{model.name} was taught to draw with {told}; with other settings it draws worse"
+        )
     return found
+
+
+def _draws_size(model: Model, width: int | None, height: int | None) -> bool:
+    """Return whether a model draws a size as well as its own."""
+    if width is None or height is None or (width, height) == model.native_size:
+        return True
+    if model.family.areas is None:
+        return False
+    least, most = model.family.areas
+    return least <= width * height / math.prod(model.native_size) <= most
+
+
+def _is_untaught(model: Model, resolved: Request) -> bool:
+    """Return whether a model was distilled for other settings."""
+    wanted = model.defaults
+    if is_distilled(model.notes):
+        return any(getattr(resolved, name) != value for name, value in wanted.items())
+    if not model.family.distilled:
+        return False
+    # Published models that were distilled take other samplers, and some more steps, well.
+    unguided = wanted["guidance_scale"] <= 1 and not model.family.takes_guidance(model)
+    guided = unguided and resolved.guidance_scale > 1
+    return guided or (resolved.steps or 0) > 2 * wanted["steps"]
+
+
+def _level_helps(model: Model, asked: Request, resolved: Request) -> bool:
+    """Return whether a level of `fast` changes anything."""
+    usual = {"cache_every": 1, "guidance_start": 0.0, "linears": "plain", **model.defaults}
+    level = level_of(asked.fast, model.family, model.notes)
+    if resolved.guidance_scale <= 1 or _ignores_guidance(model, resolved):
+        level.pop("guidance_start", None)
+    return any(getattr(resolved, name) == value != usual.get(name) for name, value in level.items())
 
 
 def _ignores_guidance(model: Model, resolved: Request) -> bool:
@@ -239,7 +272,7 @@ def create_job(
         mask=request.mask,
         strength=1.0 if request.strength is None else request.strength,
     )
-    job.steps = request.steps_taken
+    job.steps = model.family.steps_taken(request)
     job.kept = Kept(Shortcuts.of(request))
     job.control = read_control(model, request)
     if model.refiner is not None and of_refiner is not None and mine < len(table.rows):

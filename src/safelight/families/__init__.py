@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -33,16 +34,22 @@ FAMILIES: list[Family] = [SD, SDXL, REFINER, SD3, FLUX, Z_IMAGE, Pixels()]
 
 # Parts of pipelines that are not read with the model. A ControlNet is given beside it.
 _IGNORED = {"safety_checker", "feature_extractor", "image_encoder", "controlnet"}
+_PART = "one part of a model folder; give the folder's path"
+_TRANSFORMER = (
+    "a transformer in diffusers' layout; give a model's folder that has it as "
+    "transformer/diffusion_pytorch_model.safetensors"
+)
+_BITSANDBYTES = re.compile(r".*\.(nested_)?(absmax|quant_map)|.*\.bitsandbytes__\w+")
+"""Tensors that bitsandbytes stores beside weights in 4 bits."""
+
 _FOREIGN = (
     ("conditioner.embedders.", "a part of Stable Diffusion XL; the whole model is needed"),
-    ("text_encoders.", "one or more text encoders; the whole model is needed"),
     ("control_model.", "a ControlNet, not a whole model"),
     ("lora_", "a LoRA, not a whole model"),
-    ("down_blocks.", "one part of a model folder; give the folder's path"),
-    ("transformer_blocks.", "one part of a model folder; give the folder's path"),
-    ("all_x_embedder.", "one part of a model folder; give the folder's path"),
+    ("down_blocks.", _PART),
+    ("transformer_blocks.", _TRANSFORMER),
     ("encoder.", "one part of a model; the whole model is needed"),
-    ("text_model.", "one part of a model folder; give the folder's path"),
+    ("text_model.", _PART),
 )
 
 
@@ -79,10 +86,14 @@ def family_of_file(header: Header) -> Family:
 
     Raises SafelightError if it is of none, and says what the file is if its keys tell.
     """
+    if any(_BITSANDBYTES.fullmatch(key) for key in header.tensors):
+        raise refusal(header.name, "4-bit weights of bitsandbytes are not supported")
     for family in FAMILIES:
         variant = family.identify(header)
         if variant is not None:
             return variant
+    if header.tensors and all(key.startswith("text_encoders.") for key in header.tensors):
+        raise refusal(header.name, "this is one or more text encoders; the whole model is needed")
     for prefix, what in _FOREIGN:
         if any(key.startswith(prefix) for key in header.tensors):
             raise refusal(header.name, f"this is {what}")

@@ -7,13 +7,13 @@ about its files.
 from __future__ import annotations
 
 import warnings
-from bisect import bisect_right
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, field
 from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from safelight.families.conditioning import Cached, Conditioning
 from safelight.families.control import CONTROL
 from safelight.sampling import Level, SchedulerConfig, Table, clean_estimate, table
 from safelight.weights.names import Section
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from safelight.engine.control import Control
     from safelight.families.single import SingleFile
     from safelight.model import Model
     from safelight.nets.config import NetConfig
@@ -31,75 +30,6 @@ if TYPE_CHECKING:
     from safelight.weights.check import Header
     from safelight.weights.folder import Folder
     from safelight.weights.plan import Plan
-
-
-@dataclass(frozen=True, eq=False)
-class Conditioning:
-    """The text and the other inputs that guide the network for one picture.
-
-    tokens: text states [n, tokens, width], one row for each evaluation of the network: with
-      guidance two, those of the negative prompt first. None: the network reads no text.
-    pooled: states of whole texts, [n, width]. sizes: numbers about the picture, [n, numbers].
-    guidance: the scale, for two or more evaluations or a network that was distilled with it.
-    extra: channels that the network reads beside the state, [1, channels, h, w].
-    control: what guides the network by a picture, None if nothing does.
-    lengths: how many of each text's states the network reads, [n]; None: all.
-    weights: of each evaluation after the negative one, multiplied by guidance. None: 1 for each.
-    later: conditionings that take over, each with the step, counted from 0, at which it does. They
-      have as many evaluations, and states of the same shapes.
-    """
-
-    tokens: Tensor | None = None
-    pooled: Tensor | None = None
-    sizes: Tensor | None = None
-    guidance: float = 1.0
-    extra: Tensor | None = None
-    control: Control | None = None
-    lengths: tuple[int, ...] | None = None
-    weights: tuple[float, ...] | None = None
-    later: tuple[tuple[int, Conditioning], ...] = ()
-
-    def at(self, step: int) -> Conditioning:
-        """Return the conditioning of a step, counted from 0."""
-        place = bisect_right(self.later, step, key=lambda one: one[0])
-        return self.later[place - 1][1] if place else self
-
-    def with_extra(self, extra: Tensor) -> Conditioning:
-        """Return the same at each step, with extra channels."""
-        later = tuple((step, replace(one, extra=extra)) for step, one in self.later)
-        return replace(self, extra=extra, later=later)
-
-    @property
-    def evaluations(self) -> int:
-        """Evaluations of the network per step."""
-        return 1 if self.tokens is None else len(self.tokens)
-
-    @property
-    def call_key(self) -> tuple[Any, ...]:
-        """Equal for two pictures of one size that can share a call of the network."""
-        tensors = (self.tokens, self.pooled, self.sizes, self.extra)
-        shapes = tuple(None if t is None else tuple(t.shape[1:]) for t in tensors)
-        return (*shapes, id(self.control))
-
-    @property
-    def is_finite(self) -> bool:
-        tensors = (self.tokens, self.pooled)
-        mine = all(t is None or bool(t.isfinite().all()) for t in tensors)
-        return mine and all(one.is_finite for _, one in self.later)
-
-    def positive(self) -> Conditioning:
-        """Return the prompt's own part, without the negative prompt and guidance.
-
-        For a composed prompt, that is its last part.
-        """
-
-        def last(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[-1:]
-
-        tokens, pooled, sizes = map(last, (self.tokens, self.pooled, self.sizes))
-        lengths = None if self.lengths is None else self.lengths[-1:]
-        scale, extra, control = self.guidance, self.extra, self.control
-        return Conditioning(tokens, pooled, sizes, scale, extra, control, lengths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +85,9 @@ class Family:
     whether it was taught to draw with these, in few steps. trainable: whether `train` supports it.
     refinable: whether another model of the family can take its last steps. shortcuts: those of the
     fast mode's settings that work with its network. told_by_scheduler: its variants have equal
-    shapes and differ in the scheduler, which a single file does not hold.
+    shapes and differ in the scheduler, which a single file does not hold. half: the precision that
+    `dtype` auto takes on a GPU that has it. areas: of the pictures that it draws well in any
+    shape, the least and the most, in those of its native size; None: it draws that size best.
     latent_rgb: colours of latents for previews, see `families.colours`; None if they are unknown.
     """
 
@@ -177,6 +109,8 @@ class Family:
     trainable: ClassVar[bool] = True
     refinable: ClassVar[bool] = False
     told_by_scheduler: ClassVar[bool] = False
+    half: ClassVar[str] = "float16"
+    areas: ClassVar[tuple[float, float] | None] = None
     shortcuts: ClassVar[tuple[str, ...]] = ()
     latent_rgb: tuple[tuple[float, ...], ...] | None = None
 
@@ -246,8 +180,11 @@ class Family:
         """
         return Section(part)
 
-    def load_tokenizers(self, folder: Folder | None, configs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the tokenizers by name. folder: None for a single file."""
+    def load_tokenizers(
+        self, folder: Folder | None, configs: Mapping[str, Any], names: Set[str] | None = None
+    ) -> dict[str, Any]:
+        """Return the tokenizers by name. folder: None for a single file. names: those that are
+        read from it, where a file takes parts from it."""
         return {}
 
     def identify(self, header: Header) -> Family | None:
@@ -291,7 +228,11 @@ class Family:
         """Return warnings about a resolved request, one line each."""
         return []
 
-    def takes_guidance(self, model: Model) -> bool:
+    def steps_taken(self, request: Request) -> int:
+        """Return the steps of a resolved request, without those that strength leaves out."""
+        return request.steps_taken
+
+    def takes_guidance(self, model: Model | Plan) -> bool:
         """Return whether the network was distilled to take the guidance scale as an input.
 
         Such a network draws with guidance in one evaluation, without a negative prompt.
@@ -301,6 +242,10 @@ class Family:
     def encode(self, model: Model, request: Request) -> Conditioning:
         """Return the conditioning of a resolved request."""
         return Conditioning()
+
+    def conditioning(self, model: Model, request: Request, cached: Cached) -> Conditioning:
+        """Return the conditioning of a resolved request, or what the cache has of it."""
+        return cached(self.conditioning_key(request), lambda: self.encode(model, request))
 
     def conditioning_key(self, request: Request) -> tuple[Any, ...]:
         """Return what `encode` reads of a request: equal keys have the same conditioning."""

@@ -1,23 +1,25 @@
 """The base of the families of flow matching: transformers over the latents of an autoencoder.
 
-Such a network reads whole prompts. Weights, schedules and AND of the prompt syntaxes have no effect
-on it, and a warning says so. (ComfyUI weights the states of T5, which then say little else.)
+Such a network reads whole prompts. Weights, schedules, BREAK and AND of the prompt syntaxes have no
+effect on it, and a warning says so. (ComfyUI weights the states of T5, which then say little else.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.errors import SafelightError
 from safelight.families.autoencoded import AutoencodedFamily
-from safelight.families.base import Conditioning, Part
+from safelight.families.base import Cached, Conditioning, Part
 from safelight.families.flow_files import Layout, Published, is_unused, unknown_variant
 from safelight.families.single import SingleFile
 from safelight.prompt.dialects import read
 from safelight.prompt.networks import is_lora
-from safelight.sampling import SchedulerConfig, Table, table
+from safelight.prompt.whole import Reader
+from safelight.sampling import SAMPLERS, SchedulerConfig, Table, table
 from safelight.weights.check import Header
 from safelight.weights.names import Section, from_single_file, t5_folder_name
 
@@ -26,13 +28,20 @@ if TYPE_CHECKING:
 
     from safelight.model import Model
     from safelight.nets.reuse import Reuse
-    from safelight.prompt.reading import Reading
+    from safelight.prompt.reading import Emphasis, Piece, Reading, Stage, Syntax
+    from safelight.prompt.tokenizer import Tokenizer
     from safelight.request import Request
     from safelight.weights.plan import Plan
 
 T5_PART = Part(
     "safelight.nets.t5", "T5EncoderModel", "T5Config", stem="model", rename=t5_folder_name
 )
+MARKED = (
+    "weights, parts or changes, which {} does not read: only its words count, those of the first "
+    "step and before AND"
+)
+"""What a warning says about a prompt that `is_marked`."""
+
 T5_TOKENIZERS = ("T5TokenizerFast", "T5Tokenizer")
 
 
@@ -63,6 +72,8 @@ class FlowFamily(AutoencodedFamily):
 
     network: ClassVar[str] = "transformer"
     trainable: ClassVar[bool] = False
+    areas: ClassVar[tuple[float, float] | None] = (0.2, 2.5)
+    half: ClassVar[str] = "bfloat16"  # they were trained in it, and overflow float16
     shortcuts: ClassVar[tuple[str, ...]] = ("guidance_start", "guidance_end", "linears")
     patch: ClassVar[int] = 2
     trained: ClassVar[bool] = False
@@ -127,10 +138,17 @@ class FlowFamily(AutoencodedFamily):
                 "embedded-unconditional",
                 field="unconditional",
             )
+        if "sampler" in request.model_fields_set and SAMPLERS[request.sampler].flow is None:
+            able = ", ".join(name for name, sampler in SAMPLERS.items() if sampler.flow)
+            raise SafelightError(
+                f"{request.sampler} is no sampler for flow matching, by which {model.name} was "
+                f"trained; those are {able}",
+                field="sampler",
+            )
 
     def warnings(self, model: Model, request: Request) -> list[str]:
         found: list[str] = []
-        for name, reading in _readings(model, request).items():
+        for name, (_, reading) in _readings(model, request).items():
             found += [f"{name} has {said}" for said in reading.warnings]
             for network in reading.networks:
                 told = f"{name}: <{':'.join(network):.60}> was left out"
@@ -138,30 +156,60 @@ class FlowFamily(AutoencodedFamily):
                     found.append(told)
                 elif name == "negative_prompt":
                     found.append(f"{told}: LoRAs count in the prompt alone")
-            if _is_marked(reading):
-                found.append(
-                    f"{name} has weights or changes, which {model.name} does not read: the words "
-                    "of its beginning count"
-                )
+            if is_marked(reading):
+                found.append(f"{name} has {MARKED.format(model.name)}")
         for name, text in texts_of(model, request).items():
             if (cut := self.left_out(model, text)) is not None:
                 shown = repr(cut) if len(cut) <= 100 else f"{cut[:100]!r}…"
                 found.append(f"{name} was cut; left out: {shown}")
         return found
 
+    def reader(self, tokenizers: Mapping[str, Any]) -> Reader | Tokenizer:
+        """Return what reads most of a text; CLIP's tokenizer, if that is all there is."""
+        raise NotImplementedError
+
     def left_out(self, model: Model, text: str) -> str | None:
         """Return the end of a text that is longer than the model reads, None if it is not."""
-        return None
+        reader = self.reader(model.parts)
+        return reader.cut(text) if isinstance(reader, Reader) else reader.encode(text).cut
+
+    def steps_taken(self, request: Request) -> int:
+        # As diffusers' pipelines of these models count, which differs from those of SD.
+        assert request.steps is not None
+        steps, strength = request.steps, request.strength or 1
+        return max(steps - int(max(steps - min(steps * strength, steps), 0)), 1)
+
+    def encode(self, model: Model, request: Request) -> Conditioning:
+        return self.conditioning(model, request, lambda key, make: make())
+
+    def encode_text(self, model: Model, text: str) -> Conditioning:
+        """Return the conditioning of one text, of one evaluation."""
+        raise NotImplementedError
+
+    def conditioning(self, model: Model, request: Request, cached: Cached) -> Conditioning:
+        """Return the conditioning of a resolved request.
+
+        The cache has each text by itself, since long text encoders take their time, and both
+        together. The scale is in neither.
+        """
+        texts = [*texts_of(model, request).values()]
+
+        def together() -> Conditioning:
+            make = partial(self.encode_text, model)
+            return _joined([cached((text,), partial(make, text)) for text in texts])
+
+        return replace(cached(tuple(texts), together), guidance=request.guidance_scale)
+
+    def conditioning_key(self, request: Request) -> tuple[Any, ...]:
+        return (*super().conditioning_key(request), self.steps_taken(request))
 
     def table(self, model: Model, request: Request, skip: int | None = None) -> Table:
         # Imported here, as it needs NumPy, which a server or a help text does not.
         from safelight.sampling.flow import Course
 
         assert request.steps is not None
-        steps, strength = request.steps, request.strength
-        if skip is None and strength is not None:
-            # As diffusers' pipelines of these models count, which differs from those of SD.
-            skip = int(max(steps - min(steps * strength, steps), 0))
+        steps = request.steps
+        skip = steps - self.steps_taken(request) if skip is None else skip
         width, height = model.native_size
         *_, rows, columns = self.latent_shape(
             model, (request.width or width, request.height or height)
@@ -218,7 +266,7 @@ class FlowFamily(AutoencodedFamily):
 
 def texts_of(model: Model, request: Request) -> dict[str, str]:
     """Return the texts to encode; the negative prompt, if it is evaluated, is the first."""
-    return {name: _words(reading) for name, reading in _readings(model, request).items()}
+    return {name: text for name, (text, _) in _readings(model, request).items()}
 
 
 def t5_states(model: Model, text: str, tokenizer: str, encoder: str, length: int) -> Tensor:
@@ -232,16 +280,42 @@ def t5_states(model: Model, text: str, tokenizer: str, encoder: str, length: int
     return model.parts[encoder](torch.tensor([ids], device=model.device))
 
 
-def _readings(model: Model, request: Request) -> dict[str, Reading]:
+def read_whole(
+    text: str, syntax: Syntax, emphasis: Emphasis, *, steps: int, negative: bool
+) -> tuple[str, Reading]:
+    """Return the words that are read of a prompt, and its reading; see `dialects.read`.
+
+    Raises SafelightError for a prompt that cannot be read.
+    """
+    reading = read(text, syntax, steps=steps, emphasis=emphasis, negative=negative)
+    if len(reading.parts) == 1 and reading.parts[0].weight != 1:
+        # AND alone has use for a weight of the whole: "a clock at 7:30" means the time.
+        reading = read(text, syntax, steps=steps, emphasis=emphasis, negative=True)
+    return _words(reading), reading
+
+
+def is_marked(reading: Reading) -> bool:
+    """Return whether a prompt has more than one text, weights, or changes from step to step."""
+    stages = [stage for part in reading.parts for stage in part.stages]
+    blends = stages[0].blends
+    several = max(len(stages), len(blends), *(len(one) for one in _texts(stages[0])))
+    several = max(several, *(len(blend.texts) for blend in blends))
+    weights = {piece.weight for piece in stages[0].pieces} | {blend.weight for blend in blends}
+    return several > 1 or weights != {1}
+
+
+def _readings(model: Model, request: Request) -> dict[str, tuple[str, Reading]]:
+    """Return the words and the reading of each text to encode, in the order of `texts_of`."""
     names = ["prompt"]
     if request.guidance_scale > 1 and not model.family.takes_guidance(model):
         names.insert(0, "negative_prompt")
+    steps = model.family.steps_taken(request)
     return {
-        name: read(
+        name: read_whole(
             getattr(request, name),
             request.prompt_syntax,
-            steps=request.steps_taken,
-            emphasis=request.emphasis,
+            request.emphasis,
+            steps=steps,
             negative=name == "negative_prompt",
         )
         for name in names
@@ -250,10 +324,28 @@ def _readings(model: Model, request: Request) -> dict[str, Reading]:
 
 def _words(reading: Reading) -> str:
     """Return the words of a prompt at its first step, without weights."""
-    return "".join(piece.text for piece in reading.parts[0].stages[0].pieces)
+    texts = _texts(reading.parts[0].stages[0])
+    return " ".join(
+        "".join(piece.text for piece in section) for sections in texts for section in sections
+    )
 
 
-def _is_marked(reading: Reading) -> bool:
-    """Return whether a prompt has weights, changes from step to step, or has several parts."""
-    stages = [stage for part in reading.parts for stage in part.stages]
-    return len(stages) > 1 or any(piece.weight != 1 for piece in stages[0].pieces)
+def _texts(stage: Stage) -> list[tuple[tuple[Piece, ...], ...]]:
+    return [text for blend in stage.blends for text in blend.texts]
+
+
+def _joined(read: list[Conditioning]) -> Conditioning:
+    """Return the conditioning of several texts, a row for each; shorter ones end in zeros."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    if len(read) == 1:
+        return read[0]
+    tokens = [one.tokens[0] for one in read if one.tokens is not None]
+    pooled = [one.pooled for one in read if one.pooled is not None]
+    lengths = [length for one in read for length in one.lengths or ()]
+    return Conditioning(
+        pad_sequence(tokens, batch_first=True),
+        torch.cat(pooled) if pooled else None,
+        lengths=tuple(lengths) or None,
+    )

@@ -36,10 +36,6 @@ _UNUSED = re.compile(
     r"|text_encoders\.t5xxl\.transformer\.encoder\.embed_tokens\.weight"
     r"|text_encoders\.qwen3_4b\.transformer\.lm_head\.weight"
 )
-_SCALED = re.compile(
-    r"(.*\.)?(scaled_fp8|scale_weight|scale_input|weight_scale(_2)?|input_scale|comfy_quant)"
-)
-"""Tensors beside float8 weights that have to be multiplied by them, as ComfyUI writes them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +55,13 @@ class Published:
 class Layout:
     """How the single files of a family are laid out.
 
-    key: a tensor of the transformer that other families' files do not have. wanted, found: what
-    tells variants apart, by a transformer's config and by its tensors. vae: the prefixes of the
-    autoencoder; the first is written. texts: the sections of the text encoders by their prefixes.
+    keys: names of a tensor of the transformer that other families' files do not have, one for each
+    writer. wanted, found: what tells variants apart, by a transformer's config and by its tensors.
+    vae: the prefixes of the autoencoder; the first is written. texts: the sections of the text
+    encoders by their prefixes.
     """
 
-    key: str
+    keys: tuple[str, ...]
     wanted: Callable[[Mapping[str, Any]], tuple[Any, ...]]
     found: Callable[[Shapes], tuple[Any, ...]]
     vae: tuple[str, ...]
@@ -72,7 +69,8 @@ class Layout:
 
     def prefix(self, header: Header) -> str | None:
         """Return what stands before the transformer's names, None if the file has none."""
-        return next((p for p in _TRANSFORMER if p + self.key in header.tensors), None)
+        there = header.tensors
+        return next((p for p in _TRANSFORMER if any(p + key in there for key in self.keys)), None)
 
     def sections(self, transformer: Section, vae: Mapping[str, Any]) -> dict[str, Section]:
         """Return the sections of a file by their prefixes. vae: the autoencoder's config."""
@@ -81,16 +79,7 @@ class Layout:
         return {whole: transformer, **own, **self.texts, bare: transformer}
 
     def told(self, header: Header, prefix: str) -> tuple[Any, ...]:
-        """Return what tells variants apart. prefix: of the transformer.
-
-        Raises SafelightError for weights that are stored with scales.
-        """
-        if any(_SCALED.fullmatch(key) for key in header.tensors):
-            raise refusal(
-                header.name,
-                "weights with scales beside them (scaled float8) are not supported; give the file "
-                "in bfloat16, float16 or plain float8",
-            )
+        """Return what tells variants apart. prefix: of the transformer."""
         return self.found(
             {
                 key.removeprefix(prefix): info.shape
@@ -144,7 +133,7 @@ def _sd3_found(shapes: Shapes) -> tuple[Any, ...]:
 
 
 SD3_LAYOUT = Layout(
-    key="joint_blocks.0.context_block.adaLN_modulation.1.bias",
+    keys=("joint_blocks.0.context_block.adaLN_modulation.1.bias",),
     wanted=_sd3_wanted,
     found=_sd3_found,
     vae=(VAE, "vae."),
@@ -224,7 +213,7 @@ def _flux_found(shapes: Shapes) -> tuple[Any, ...]:
 
 
 FLUX_LAYOUT = Layout(
-    key="double_blocks.0.img_attn.norm.key_norm.scale",
+    keys=tuple(f"double_blocks.0.img_attn.norm.key_norm.{leaf}" for leaf in ("scale", "weight")),
     wanted=_flux_wanted,
     found=_flux_found,
     vae=("vae.", VAE),
@@ -276,12 +265,15 @@ def _zimage_wanted(config: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _zimage_found(shapes: Shapes) -> tuple[Any, ...]:
     layers, refiners = _count(shapes, "layers"), _count(shapes, "noise_refiner")
-    width, text = _axis(shapes, "x_embedder.weight", 0), _axis(shapes, "cap_embedder.1.weight", 1)
+    embedder = "x_embedder.weight"
+    if embedder not in shapes:  # diffusers' name, with the patch's sides
+        embedder = "all_x_embedder.2-1.weight"
+    width, text = _axis(shapes, embedder, 0), _axis(shapes, "cap_embedder.1.weight", 1)
     return layers, refiners, width, text
 
 
 ZIMAGE_LAYOUT = Layout(
-    key="layers.0.adaLN_modulation.0.weight",
+    keys=("layers.0.adaLN_modulation.0.weight",),
     wanted=_zimage_wanted,
     found=_zimage_found,
     vae=("vae.", VAE),

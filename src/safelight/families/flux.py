@@ -6,7 +6,7 @@ Neither reads a negative prompt.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,9 +18,9 @@ from safelight.families.flow import (
     T5_PART,
     T5_TOKENIZERS,
     FlowFamily,
+    Reader,
     Rows,
     t5_states,
-    texts_of,
 )
 from safelight.families.flow_files import (
     FLUX_DEV,
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from safelight.request import Request
     from safelight.weights.folder import Folder
     from safelight.weights.names import Section
+    from safelight.weights.plan import Plan
 
 _SIDE = 1024
 """Width and height of the training pictures; no config of a folder holds it."""
@@ -124,7 +125,9 @@ class Flux(FlowFamily):
             return flux_section(part, config)
         return super().original(part, config)
 
-    def load_tokenizers(self, folder: Folder | None, configs: Mapping[str, Any]) -> dict[str, Any]:
+    def load_tokenizers(
+        self, folder: Folder | None, configs: Mapping[str, Any], names: Set[str] | None = None
+    ) -> dict[str, Any]:
         from safelight.prompt.text_tokenizer import folder_text_tokenizer
         from safelight.prompt.tokenizer import clip_tokenizer, folder_tokenizer
 
@@ -132,14 +135,16 @@ class Flux(FlowFamily):
         length = clip.max_position_embeddings
         if folder is None:
             return {"tokenizer": clip_tokenizer(END, length)}
-        return {
-            "tokenizer": folder_tokenizer(folder, clip.vocab_size, length, "tokenizer"),
-            "tokenizer_2": folder_text_tokenizer(folder, t5.vocab_size, "tokenizer_2"),
-        }
+        if names is None or "tokenizer" in names:
+            first = folder_tokenizer(folder, clip.vocab_size, length, "tokenizer")
+        else:
+            first = clip_tokenizer(END, length)
+        second = folder_text_tokenizer(folder, t5.vocab_size, "tokenizer_2")
+        return {"tokenizer": first, "tokenizer_2": second}
 
     # --- drawing -----------------------------------------------------------------------------
 
-    def takes_guidance(self, model: Model) -> bool:
+    def takes_guidance(self, model: Model | Plan) -> bool:
         return True
 
     def warnings(self, model: Model, request: Request) -> list[str]:
@@ -148,18 +153,17 @@ class Flux(FlowFamily):
             found.append(f"guidance_scale does nothing with {model.name}: leave it out")
         return found
 
-    def left_out(self, model: Model, text: str) -> str | None:
-        return model.parts["tokenizer_2"].encode(text, self.longest, pad=True).cut
+    def reader(self, tokenizers: Mapping[str, Any]) -> Reader:
+        return Reader(tokenizers["tokenizer_2"], self.longest)
 
-    def encode(self, model: Model, request: Request) -> Conditioning:
+    def encode_text(self, model: Model, text: str) -> Conditioning:
         import torch
 
-        [text] = texts_of(model, request).values()
         clip = model.parts["text_encoder"]
         ids = torch.tensor([model.parts["tokenizer"].encode(text).ids], device=model.device)
         pooled = clip(ids)[torch.arange(1), clip.ends(ids)]
         tokens = t5_states(model, text, "tokenizer_2", "text_encoder_2", self.longest)
-        return Conditioning(tokens.to(model.dtype), pooled, guidance=request.guidance_scale)
+        return Conditioning(tokens.to(model.dtype), pooled)
 
     def velocity(self, model: Model, rows: Rows) -> Tensor:
         scale = rows.guidance if self.guided else None

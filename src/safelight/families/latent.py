@@ -6,7 +6,7 @@ arXiv:2112.10752. Their own files are `sd` and `sdxl`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.errors import SafelightError
@@ -209,14 +209,16 @@ class LatentFamily(AutoencodedFamily):
     def original(self, part: str, config: Mapping[str, Any]) -> names.Section:
         return names.Section(part, names.unet_names(config) if part == "unet" else None)
 
-    def load_tokenizers(self, folder: Folder | None, configs: Mapping[str, Any]) -> dict[str, Any]:
+    def load_tokenizers(
+        self, folder: Folder | None, configs: Mapping[str, Any], names: Set[str] | None = None
+    ) -> dict[str, Any]:
         from safelight.prompt.tokenizer import clip_tokenizer, folder_tokenizer
 
         found: dict[str, Any] = {}
         for name, encoder in self.text_parts:
             config = configs[encoder]
             length = config.max_position_embeddings
-            if folder is None:
+            if folder is None or (names is not None and name not in names):
                 found[name] = clip_tokenizer(self.pad_token(name), length)
             else:
                 found[name] = folder_tokenizer(folder, config.vocab_size, length, name)
@@ -243,8 +245,8 @@ class LatentFamily(AutoencodedFamily):
     def warnings(self, model: Model, request: Request) -> list[str]:
         return encoding.warnings(self, model, request)
 
-    def takes_guidance(self, model: Model) -> bool:
-        return model.network.config.time_cond_proj_dim is not None
+    def takes_guidance(self, model: Model | Plan) -> bool:
+        return model.configs[self.network].time_cond_proj_dim is not None
 
     def encode(self, model: Model, request: Request) -> Conditioning:
         return encoding.encode(self, model, request)
@@ -315,6 +317,26 @@ class LatentFamily(AutoencodedFamily):
 
     def reads_mask(self, model: Model) -> bool:
         return model.network.config.in_channels > model.network.config.out_channels
+
+
+def unet_prefix(header: Header) -> str | None:
+    """Return what stands before the names of a single file's UNet; None if it has none.
+
+    Files of a UNet alone, as ComfyUI has them, have nothing before the names.
+    """
+    if f"{UNET}input_blocks.0.0.weight" in header.tensors:
+        return UNET
+    # A ControlNet's file has the first of these, and not the last.
+    alone = {"input_blocks.0.0.weight", "out.2.weight"} <= header.tensors.keys()
+    return "" if alone else None
+
+
+def sections_of(header: Header, sections: dict[str, names.Section]) -> dict[str, names.Section]:
+    """Return the sections of a single file, whose UNet may have no prefix.
+
+    sections: of its family's files, by their prefixes.
+    """
+    return {**sections, "": sections[UNET]} if unet_prefix(header) == "" else sections
 
 
 def told_by_marks(

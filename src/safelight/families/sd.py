@@ -27,7 +27,9 @@ from safelight.families.latent import (
     VAE_CONFIG,
     VAE_PART,
     LatentFamily,
+    sections_of,
     told_by_marks,
+    unet_prefix,
 )
 from safelight.families.single import SingleFile
 from safelight.sampling import SchedulerConfig
@@ -142,8 +144,9 @@ class StableDiffusion(LatentFamily):
         return self.pad
 
     def identify(self, header: Header) -> Family | None:
-        first = header.tensors.get(UNET + "input_blocks.0.0.weight")
-        key = header.tensors.get(UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
+        before = unet_prefix(header) or ""
+        first = header.tensors.get(before + "input_blocks.0.0.weight")
+        key = header.tensors.get(before + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
         if not (first and key and len(first.shape) == 4 and len(key.shape) == 2):
             return None
         found = _variant(first.shape[0], key.shape[1], first.shape[1])
@@ -180,7 +183,7 @@ class StableDiffusion(LatentFamily):
         weights = names.from_single_file(
             header,
             self.parts,
-            self.sections(),
+            sections_of(header, self.sections()),
             lambda key: key.startswith(unused) or IGNORED.fullmatch(key) is not None,
         )
         scheduler, prediction = told_by_marks(header, self.scheduler_config)

@@ -6,7 +6,7 @@ the tokens. A model may lack T5: its states are zeros then, and long prompts and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,9 +18,9 @@ from safelight.families.flow import (
     T5_PART,
     T5_TOKENIZERS,
     FlowFamily,
+    Reader,
     Rows,
     t5_states,
-    texts_of,
 )
 from safelight.families.flow_files import (
     SD3_LAYOUT,
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from safelight.model import Model
+    from safelight.prompt.tokenizer import Tokenizer
     from safelight.request import Request
     from safelight.weights.folder import Folder
     from safelight.weights.names import Section
@@ -148,7 +149,9 @@ class StableDiffusion3(FlowFamily):
             return sd3_section(part, config)
         return super().original(part, config)
 
-    def load_tokenizers(self, folder: Folder | None, configs: Mapping[str, Any]) -> dict[str, Any]:
+    def load_tokenizers(
+        self, folder: Folder | None, configs: Mapping[str, Any], names: Set[str] | None = None
+    ) -> dict[str, Any]:
         from safelight.prompt.text_tokenizer import folder_text_tokenizer
         from safelight.prompt.tokenizer import clip_tokenizer, folder_tokenizer
 
@@ -156,7 +159,7 @@ class StableDiffusion3(FlowFamily):
         for name, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
             config = configs[encoder]
             length = config.max_position_embeddings
-            if folder is None:
+            if folder is None or (names is not None and name not in names):
                 pad = "!" if name == "tokenizer_2" else END
                 found[name] = clip_tokenizer(pad, length)
             else:
@@ -181,24 +184,12 @@ class StableDiffusion3(FlowFamily):
                     field=name,
                 )
 
-    def left_out(self, model: Model, text: str) -> str | None:
-        tokenizer = model.parts.get("tokenizer_3")
-        if tokenizer is not None:
-            return tokenizer.encode(text, LONGEST, pad=True).cut
-        return model.parts["tokenizer"].encode(text).cut
+    def reader(self, tokenizers: Mapping[str, Any]) -> Reader | Tokenizer:
+        if "tokenizer_3" in tokenizers:
+            return Reader(tokenizers["tokenizer_3"], LONGEST)
+        return tokenizers["tokenizer"]
 
-    def encode(self, model: Model, request: Request) -> Conditioning:
-        import torch
-
-        read = [self._states(model, text) for text in texts_of(model, request).values()]
-        return Conditioning(
-            torch.cat([tokens for tokens, _ in read]).to(model.dtype),
-            torch.cat([pooled for _, pooled in read]),
-            guidance=request.guidance_scale,
-        )
-
-    def _states(self, model: Model, text: str) -> tuple[Tensor, Tensor]:
-        """Return the states of a text, [1, tokens, width], and its pooled state, [1, width]."""
+    def encode_text(self, model: Model, text: str) -> Conditioning:
         import torch
         import torch.nn.functional as F
 
@@ -218,7 +209,8 @@ class StableDiffusion3(FlowFamily):
             long = t5_states(model, text, "tokenizer_3", "text_encoder_3", LONGEST).to(clip.dtype)
         else:
             long = torch.zeros(1, LONGEST, width, device=model.device, dtype=clip.dtype)
-        return torch.cat([clip, long], dim=1), torch.cat(pooled, dim=-1)
+        tokens = torch.cat([clip, long], dim=1).to(model.dtype)
+        return Conditioning(tokens, torch.cat(pooled, dim=-1))
 
     def velocity(self, model: Model, rows: Rows) -> Tensor:
         return model.network(rows.x, rows.timestep, rows.tokens, rows.pooled)

@@ -31,7 +31,9 @@ from safelight.families.latent import (
     VAE_PART,
     LatentFamily,
     added_numbers,
+    sections_of,
     told_by_marks,
+    unet_prefix,
 )
 from safelight.families.single import SingleFile
 from safelight.weights import names
@@ -212,11 +214,12 @@ class StableDiffusionXL(LatentFamily):
         return "!" if tokenizer == "tokenizer_2" else END
 
     def identify(self, header: Header) -> Family | None:
-        if UNET + "label_emb.0.0.weight" not in header.tensors:
+        before = unet_prefix(header)
+        if before is None or f"{before}label_emb.0.0.weight" not in header.tensors:
             return None
         if "edm_mean" in header.tensors or "edm_vpred.sigma_max" in header.tensors:
             raise refusal(header.name, _EDM)
-        found = _marks_of(header)
+        found = _marks_of(header, before)
         for variant in VARIANTS:
             if variant.marks == found:
                 return variant
@@ -263,7 +266,7 @@ class StableDiffusionXL(LatentFamily):
         weights = names.from_single_file(
             header,
             self.parts,
-            self.sections(),
+            sections_of(header, self.sections()),
             lambda key: IGNORED.fullmatch(key) is not None,
         )
         scheduler, prediction = told_by_marks(header, _SCHEDULER)
@@ -363,18 +366,18 @@ REFINER = Refiner("sdxl-refiner-custom")
 """The families of folders whose UNet has the shapes of no variant."""
 
 
-def _marks_of(header: Header) -> tuple[Any, ...]:
+def _marks_of(header: Header, before: str) -> tuple[Any, ...]:
     """Return the shapes of a UNet that tell variants apart.
 
     Its first width, its input channels, the width of its input of pooled text and sizes, and the
-    depths of the transformers in its down blocks.
+    depths of the transformers in its down blocks. before: what stands before its names.
     """
-    shapes = {key: info.shape for key, info in header.tensors.items() if key.startswith(UNET)}
-    first = shapes.get(f"{UNET}input_blocks.0.0.weight", (0, 0))
-    label = shapes[f"{UNET}label_emb.0.0.weight"]
+    shapes = {key: info.shape for key, info in header.tensors.items() if key.startswith(before)}
+    first = shapes.get(f"{before}input_blocks.0.0.weight", (0, 0))
+    label = shapes[f"{before}label_emb.0.0.weight"]
     depths = []
     for n in range(12):
-        prefix = f"{UNET}input_blocks.{n}.1.transformer_blocks."
+        prefix = f"{before}input_blocks.{n}.1.transformer_blocks."
         depth = len({k.removeprefix(prefix).split(".")[0] for k in shapes if k.startswith(prefix)})
         depths += [depth] if depth else []
     return (*first[:2], label[-1] if label else 0, tuple(depths))

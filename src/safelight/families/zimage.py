@@ -6,7 +6,7 @@ nothing: its states before the last layer are what the transformer reads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from safelight.errors import SafelightError
 from safelight.families import colours
 from safelight.families.base import Conditioning, Part
-from safelight.families.flow import FlowFamily, Rows, texts_of
+from safelight.families.flow import FlowFamily, Reader, Rows
 from safelight.families.flow_files import Z_IMAGE, ZIMAGE_LAYOUT, Layout, Published
 from safelight.families.latent import VAE_PART
 from safelight.weights.names import Section, qwen_folder_name
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from safelight.model import Model
-    from safelight.request import Request
     from safelight.weights.folder import Folder
 
 LONGEST = 512
@@ -111,7 +110,9 @@ class ZImage(FlowFamily):
             return Section(part, zimage_names(config), stacked=zimage_stacked(config))
         return super().original(part, config)
 
-    def load_tokenizers(self, folder: Folder | None, configs: Mapping[str, Any]) -> dict[str, Any]:
+    def load_tokenizers(
+        self, folder: Folder | None, configs: Mapping[str, Any], names: Set[str] | None = None
+    ) -> dict[str, Any]:
         from safelight.prompt.text_tokenizer import folder_text_tokenizer
 
         if folder is None:
@@ -121,24 +122,16 @@ class ZImage(FlowFamily):
 
     # --- drawing -----------------------------------------------------------------------------
 
-    def left_out(self, model: Model, text: str) -> str | None:
-        cut = model.parts["tokenizer"].encode(_chat(text), LONGEST, pad=False).cut
-        return None if cut is None else cut.removesuffix(_AFTER.strip())
+    def reader(self, tokenizers: Mapping[str, Any]) -> Reader:
+        return Reader(tokenizers["tokenizer"], LONGEST, _BEFORE, _AFTER)
 
-    def encode(self, model: Model, request: Request) -> Conditioning:
+    def encode_text(self, model: Model, text: str) -> Conditioning:
         import torch
-        from torch.nn.utils.rnn import pad_sequence
 
-        found: list[Tensor] = []
-        for text in texts_of(model, request).values():
-            ids = model.parts["tokenizer"].encode(_chat(text), LONGEST, pad=False).ids
-            [states] = model.parts["text_encoder"](torch.tensor([ids], device=model.device), [-2])
-            found.append(states[0])
-        return Conditioning(
-            pad_sequence(found, batch_first=True).to(model.dtype),
-            guidance=request.guidance_scale,
-            lengths=tuple(map(len, found)),
-        )
+        chat = f"{_BEFORE}{text}{_AFTER}"
+        ids = model.parts["tokenizer"].encode(chat, LONGEST, pad=False).ids
+        [states] = model.parts["text_encoder"](torch.tensor([ids], device=model.device), [-2])
+        return Conditioning(states.to(model.dtype), lengths=(len(ids),))
 
     def velocity(self, model: Model, rows: Rows) -> Tensor:
         import torch
@@ -159,10 +152,6 @@ class ZImage(FlowFamily):
         like = {"device": model.device, "dtype": model.dtype}
         tokens = torch.ones(1, 64, model.network.config.cap_feat_dim, **like)
         return Conditioning(tokens, lengths=(64,))
-
-
-def _chat(prompt: str) -> str:
-    return f"{_BEFORE}{prompt}{_AFTER}"
 
 
 BASE = ZImage("z-image")

@@ -10,8 +10,10 @@
 Products are oneDNN's (`onednn`), or our own if the CPU has AMX and the kernels were built (`tiles`,
 and `split` for float32). Attention, norms and gates (`vectors`) and Winograd's 3×3 convolutions
 (`winograd`) are our own: in bfloat16 with AVX512-BF16, in float32 with AVX2. Where oneDNN does not
-multiply bfloat16, weights are kept in bfloat16 and multiplied in float32. docs/performance.md says
+multiply bfloat16, weights are kept in bfloat16 and multiplied in float32. docs/decisions/0100 says
 what each of these gains.
+
+Weights in few bits (`quantised`) are packed like others, or stay as codes to save memory.
 """
 
 from __future__ import annotations
@@ -23,14 +25,29 @@ from torch import nn
 
 from safelight.fast import kernels, memory, onednn, winograd
 from safelight.fast.store import Shelf
-from safelight.fast.swap import leave_mapped, swap
+from safelight.fast.swap import keep_codes, leave_mapped, swap, takes_codes
 
-__all__ = ["accelerate", "helps", "missing_kernels", "native_bfloat16", "remark", "variant"]
+__all__ = [
+    "accelerate",
+    "helps",
+    "keep_codes",
+    "missing_kernels",
+    "native_bfloat16",
+    "remark",
+    "runs_once",
+    "takes_codes",
+    "variant",
+]
 
 
 def helps(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether `accelerate` makes a network faster on this device in this precision."""
     return device.type == "cpu" and dtype != torch.float16 and onednn.available()
+
+
+def runs_once(net: nn.Module) -> bool:
+    """Return whether a network runs once per prompt, so that its weights are not packed."""
+    return getattr(net, "runs_once", False)
 
 
 def accelerate(net: nn.Module, dtype: torch.dtype, low_memory: bool = False) -> None:
@@ -42,7 +59,7 @@ def accelerate(net: nn.Module, dtype: torch.dtype, low_memory: bool = False) -> 
     the byte.
     """
     memory.keep_freed()
-    if getattr(net, "runs_once", False):
+    if runs_once(net):
         leave_mapped(net, dtype)
     else:
         swap(net, dtype, Shelf() if low_memory else None)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from safelight.fast import int8, kernels, memory, onednn, split, strips, tiles, vectors, winograd
+from safelight.fast.quantised import Quantised
 from safelight.fast.store import ARENA, Shelf, Store
 from safelight.nets import layers, tokens
 from safelight.nets.layers import as_map, as_tokens, attend
@@ -82,17 +83,29 @@ def _make_room(x: Tensor) -> None:
         memory.give_back()
 
 
+def _decoding(layer: Any, pack: Callable[[Tensor, Tensor | None], Any]) -> onednn.Held:
+    """Return an object that decodes a layer's codes at each use, and multiplies by the weight.
+
+    Its results are those of the packed weight, to the byte.
+    """
+    codes: Quantised = layer.weight
+    precision, bias = layer.precision, layer.bias
+    return onednn.Held(lambda: codes.to(precision), precision, lambda weight: pack(weight, bias))
+
+
 class FastLinear(layers.Linear):
     """A linear layer. shelf: where its weight is kept if it is large; None: in memory."""
 
-    weight: Any  # None once it is packed
+    weight: Any  # None once it is packed, a Quantised if it stays as codes
     precision: torch.dtype
     shelf: Shelf | None = None
     _product: Any = None
 
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         if self._product is None:
-            if x.dim() > 2:
+            if isinstance(self.weight, Quantised):
+                self._product = _decoding(self, split.matrix if x.dim() > 2 else onednn.Matrix)
+            elif x.dim() > 2:
                 self._product = _matrix(self, _weight(self), self.bias)
             else:  # no tokens: a timestep embedding has one row per picture
                 store, weight = _store(self, self.weight.numel()), _weight(self)
@@ -339,7 +352,8 @@ class MappedLinear(layers.Linear):
         weight = self.weight.to(self.precision).to(dtype)
         out = F.linear(x.to(dtype), weight, bias).to(self.precision)
         if self.mapped:
-            memory.page_out(self.weight)
+            loaded: Any = self.weight
+            memory.page_out(loaded.codes if isinstance(loaded, Quantised) else loaded)
         return out if plus is None else plus + out
 
 

@@ -108,10 +108,7 @@ class Shelf:
             while left:
                 left = left[self._file.write(left) :]
         except OSError as e:
-            raise SafelightError(
-                f"low_memory could not write weights to {_disk()}: {e.strerror}; "
-                "name another folder in TMPDIR"
-            ) from None
+            raise _unwritten("low_memory", e) from None
         self._end = place + size  # only now: the next weight overwrites one that was cut off
 
         def fetch() -> Tensor:
@@ -126,6 +123,33 @@ class Shelf:
             return weights.view(dtype).view(shape)
 
         return fetch
+
+
+def in_file(weights: Tensor) -> Tensor:
+    """Return weights in a mapped temporary file of their own, which ends with the tensor.
+
+    The operating system caches as much of the file as there is memory for. Raises SafelightError if
+    it cannot be written.
+    """
+    if os.name == "nt":  # a file that is mapped could not be deleted there
+        return weights
+    left = _bytes(weights.contiguous())
+    try:
+        with tempfile.NamedTemporaryFile(prefix="safelight-", dir=_disk(), buffering=0) as file:
+            while left:
+                left = left[file.write(left) :]
+            size, dtype = weights.numel(), weights.dtype
+            mapped = torch.from_file(file.name, shared=False, size=size, dtype=dtype)
+    except OSError as e:
+        raise _unwritten("a LoRA", e) from None
+    return mapped.view(weights.shape)
+
+
+def _unwritten(what: str, error: OSError) -> SafelightError:
+    return SafelightError(
+        f"{what} could not write weights to {_disk()}: {error.strerror}; "
+        "name another folder in TMPDIR"
+    )
 
 
 def _bytes(numbers: Tensor) -> memoryview:

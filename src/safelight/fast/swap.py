@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from safelight.fast.layers import (
     MappedEmbedding,
     MappedLinear,
 )
+from safelight.fast.quantised import Quantised
 from safelight.fast.store import Shelf
 from safelight.nets import layers, tokens
 
@@ -51,6 +53,31 @@ _WAITING = (
     FastLinear | FastConv2d | FastPointwise | FastEnlargingConv2d | MappedLinear | MappedEmbedding
 )
 """Layers whose weights stay as loaded until they are used."""
+
+
+def keep_codes(net: nn.Module, codes: Mapping[str, Quantised]) -> None:
+    """Give layers of `net`, in place, weights by name that stay as codes; see `takes_codes`."""
+    for name, weight in codes.items():
+        layer = net.get_submodule(name.removesuffix(".weight"))
+        layer._parameters["weight"] = None
+        layer.__dict__["weight"] = weight  # a parameter could only be a tensor
+
+
+def takes_codes(net: nn.Module) -> set[str]:
+    """Return the names of the weights of `net` that its fast layers can decode at each use.
+
+    Linear layers can, but not those that another layer packs together.
+    """
+    names = {name: module for name, module in net.named_modules() if type(module) in _MAPPED}
+    joined: set[int] = set()
+    if not getattr(net, "runs_once", False):
+        whole = (m for m in net.modules() if isinstance(m, layers.Attention | layers.GEGLU))
+        joined = {id(inner) for module in whole for inner in module.modules()}
+    return {
+        f"{name}.weight"
+        for name, module in names.items()
+        if isinstance(module, nn.Linear) and id(module) not in joined
+    }
 
 
 def swap(net: nn.Module, precision: torch.dtype, shelf: Shelf | None = None) -> None:

@@ -162,8 +162,8 @@ class Qwen3Model(nn.Module):
         """
         count = len(self.layers)
         wanted = [range(count + 1)[n] for n in layers]
-        cfg, positions = self.config, torch.arange(ids.shape[1], device=ids.device)
-        angles = rotary_angles(positions[:, None], (cfg.head_dim,), cfg.rope_theta)
+        cfg, positions = self.config, torch.arange(ids.shape[1], device="cpu")
+        angles = rotary_angles(positions[:, None], (cfg.head_dim,), cfg.rope_theta).to(ids.device)
         states = [self.embed_tokens(ids)]
         for layer in self.layers[: max(wanted)]:
             states.append(layer(states[-1], angles))

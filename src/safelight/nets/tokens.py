@@ -47,13 +47,14 @@ def rotary_angles(positions: Tensor, axes: Sequence[int], theta: float) -> Tenso
     """Return the angles of rotary embeddings (arXiv:2104.09864), float32 [length, sum(axes)/2].
 
     positions: [length, number of axes]. axes: how many numbers of a head each axis turns; a pair
-    is turned by position·theta^(−2i/axis), computed in float64.
+    is turned by position·theta^(−2i/axis). That is computed in float64, on the CPU because Apple's
+    GPU has none; the angles are on the device of the positions.
     """
     angles = []
-    for column, width in zip(positions.double().unbind(-1), axes, strict=True):
-        exponent = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
+    for column, width in zip(positions.cpu().double().unbind(-1), axes, strict=True):
+        exponent = torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width
         angles.append(column[:, None] * theta**-exponent)
-    return torch.cat(angles, dim=-1).float()
+    return torch.cat(angles, dim=-1).float().to(positions.device)
 
 
 def rotate_pairs(x: Tensor, angles: Tensor) -> Tensor:

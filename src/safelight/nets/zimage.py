@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from safelight.nets.config import NetConfig
+from safelight.nets.joint import bounded
 from safelight.nets.layers import timestep_embedding
 from safelight.nets.tokens import Product, RMSNorm, rotary_angles, rotate_pairs, split_heads
 
@@ -32,6 +33,9 @@ HEAD_EPS = 1e-5
 
 FINAL_EPS = 1e-6
 """The same for the variance in the last norm."""
+
+MAX_KEPT = 4
+"""The sizes of picture and text whose angles are kept. A step of one picture has two texts."""
 
 
 @dataclass(frozen=True)
@@ -137,11 +141,15 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(dim, inner, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(bounded(F.silu(bounded(self.w1(x))) * bounded(self.w3(x))))
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each between two norms and with a shortcut."""
+    """Attention and feed-forward, each between two norms and with a shortcut.
+
+    Both overflow float16, which the network was not trained in. The norm after them takes the
+    largest number there is, and no infinity.
+    """
 
     def __init__(self, cfg: ZImageConfig) -> None:
         super().__init__()
@@ -153,8 +161,9 @@ class Block(nn.Module):
         self.ffn_norm2 = RMSNorm(cfg.dim, cfg.norm_eps)
 
     def forward(self, x: Tensor, angles: Tensor) -> Tensor:
-        x = x + self.attention_norm2(self.attention(self.attention_norm1(x), angles))
-        return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
+        told = bounded(self.attention(self.attention_norm1(x), angles))
+        x = x + self.attention_norm2(told)
+        return x + self.ffn_norm2(bounded(self.feed_forward(self.ffn_norm1(x))))
 
 
 class ModulatedBlock(Block):
@@ -171,9 +180,9 @@ class ModulatedBlock(Block):
         numbers = self.adaLN_modulation[0](time)[:, None].chunk(4, dim=-1)
         attention_scale, attention_gate, ff_scale, ff_gate = numbers
         told = self.attention(self.attention_norm1(x) * (1 + attention_scale), angles)
-        x = x + attention_gate.tanh() * self.attention_norm2(told)
+        x = x + attention_gate.tanh() * self.attention_norm2(bounded(told))
         told = self.feed_forward(self.ffn_norm1(x) * (1 + ff_scale))
-        return x + ff_gate.tanh() * self.ffn_norm2(told)
+        return x + ff_gate.tanh() * self.ffn_norm2(bounded(told))
 
 
 class FinalLayer(nn.Module):
@@ -213,6 +222,7 @@ class ZImageTransformer2DModel(nn.Module):
         self.x_pad_token = nn.Parameter(torch.zeros(1, config.dim))
         self.cap_pad_token = nn.Parameter(torch.zeros(1, config.dim))
         self.layers = nn.ModuleList(ModulatedBlock(config) for _ in range(config.n_layers))
+        self._kept: dict[tuple[Any, ...], Tensor] = {}
 
     def forward(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
         """Return the network's raw output, [batch, in_channels, h, w].
@@ -250,15 +260,22 @@ class ZImageTransformer2DModel(nn.Module):
 
         A text's tokens are at 1, 2, ... on the first axis, also those that fill it up. The picture
         is behind them on that axis, and its rows and columns are the other axes. The tokens that
-        fill up the picture are at the origin.
+        fill up the picture are at the origin. Those of the last calls are kept, because all steps
+        of a picture have the same.
         """
-        positions = torch.zeros(length + texts, 3, device=device)
-        places = positions[: size[0] * size[1]].view(*size, 3)
-        places[..., 0] = texts + 1
-        places[..., 1] = torch.arange(size[0], device=device)[:, None]
-        places[..., 2] = torch.arange(size[1], device=device)
-        positions[length:, 0] = torch.arange(1, texts + 1, device=device)
-        return rotary_angles(positions, self.config.axes_dims, self.config.rope_theta)
+        key = (size, texts, device)
+        if key not in self._kept:
+            positions = torch.zeros(length + texts, 3, device="cpu")
+            places = positions[: size[0] * size[1]].view(*size, 3)
+            places[..., 0] = texts + 1
+            places[..., 1] = torch.arange(size[0], device="cpu")[:, None]
+            places[..., 2] = torch.arange(size[1], device="cpu")
+            positions[length:, 0] = torch.arange(1, texts + 1, device="cpu")
+            angles = rotary_angles(positions, self.config.axes_dims, self.config.rope_theta)
+            while len(self._kept) >= MAX_KEPT:
+                self._kept.pop(next(iter(self._kept)))
+            self._kept[key] = angles.to(device)
+        return self._kept[key]
 
 
 def _patches(x: Tensor, side: int) -> Tensor:

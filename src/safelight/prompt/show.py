@@ -6,9 +6,10 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 from safelight.errors import SafelightError
-from safelight.prompt.chunks import Chunk, chunks_by_text
-from safelight.prompt.reading import Part, Reading, Section, Stage, Syntax
+from safelight.prompt.chunks import Chunk, chunks_by_text, chunks_of
+from safelight.prompt.reading import Part, Piece, Reading, Section, Stage, Syntax
 from safelight.prompt.tokenizer import Tokenizer
+from safelight.prompt.whole import Reader
 from safelight.words import unknown_words
 
 MAX_SHOWN = 4096
@@ -52,6 +53,32 @@ def describe(
     if syntax == "plain" and (cut := tokenizer.encode(text).cut) is not None:
         found["warnings"].append(f"cut at {tokenizer.max_length} tokens; left out: {cut[:100]!r}")
     return found
+
+
+def describe_whole(
+    reading: Reading, text: str, reader: Reader | Tokenizer, syntax: Syntax
+) -> dict[str, Any]:
+    """Return the same of a model that reads a text whole, in one piece and without weights.
+
+    text: the words that it reads. reader: what reads them.
+    """
+    if isinstance(reader, Reader):
+        chunk, cut, most = reader.chunk(text), reader.cut(text), reader.most
+    else:
+        [first, *_] = chunks_of(reader, ((Piece(text),),), "plain")
+        chunk, cut, most = _chunk(first, reader), reader.encode(text).cut, reader.max_length
+    texts = [{"weight": 1.0, "chunks": [chunk]}]
+    stage = {"until": reading.parts[0].stages[-1].until, "texts": texts}
+    warnings = list(reading.warnings)
+    if cut is not None:
+        warnings.append(f"cut at {most} tokens; left out: {cut[:100]!r}")
+    return {
+        "syntax": syntax,
+        "parts": [{"weight": 1.0, "stages": [stage]}],
+        "networks": [":".join(network) for network in reading.networks],
+        "unknown": [],
+        "warnings": warnings,
+    }
 
 
 def _that_hold(part: Part) -> list[Stage]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from tokenizers import Tokenizer as Backend
 
@@ -29,6 +29,15 @@ class Text(Encoded):
     """A prompt as the text encoder reads it. used: how many of the ids are not padding."""
 
     used: int
+
+
+class Piece(NamedTuple):
+    """A token of a text, and from where to where it stands there."""
+
+    id: int
+    name: str
+    start: int
+    end: int
 
 
 class TextTokenizer:
@@ -61,15 +70,7 @@ class TextTokenizer:
         Raises SafelightError if the text is not valid Unicode, if max_length leaves no room for a
         token, or if padding is asked of a tokenizer without a padding token.
         """
-        check_unicode(text)
-        room = max_length - len(self.prefix) - len(self.suffix)
-        if room < 1:
-            raise SafelightError(f"a text length of {max_length} leaves no room for a word")
-        found = _run(
-            lambda: self._backend.encode(text, add_special_tokens=False),
-            self.label,
-            "this text fails",
-        )
+        room, found = self.room(max_length), self._encoded(text)
         ids = [*self.prefix, *found.ids[:room], *self.suffix]
         used = len(ids)
         if pad:
@@ -79,6 +80,27 @@ class TextTokenizer:
         count = len(found.ids)
         cut = text[found.offsets[room][0] :].strip() if count > room else None
         return Text(ids, cut, count, used)
+
+    def room(self, max_length: int) -> int:
+        """Return the most tokens of a text itself. Raises SafelightError if there is no room."""
+        room = max_length - len(self.prefix) - len(self.suffix)
+        if room < 1:
+            raise SafelightError(f"a text length of {max_length} leaves no room for a word")
+        return room
+
+    def pieces(self, text: str) -> list[Piece]:
+        """Return all tokens of a text, without those before and after it."""
+        found = self._encoded(text)
+        places = zip(found.ids, found.tokens, found.offsets, strict=True)
+        return [Piece(number, name, start, end) for number, name, (start, end) in places]
+
+    def _encoded(self, text: str) -> Any:
+        check_unicode(text)
+        return _run(
+            lambda: self._backend.encode(text, add_special_tokens=False),
+            self.label,
+            "this text fails",
+        )
 
 
 def folder_text_tokenizer(folder: Folder, vocab_size: int, part: str) -> TextTokenizer:

@@ -5,21 +5,25 @@ from __future__ import annotations
 from safelight.errors import SafelightError
 from safelight.request import Request
 from safelight.sampling import SAMPLERS, check
+from safelight.weights.plan import Plan
 
 MAX_STEPS = 4000
 """The most steps of one request, all pictures together."""
 
 
-def steps_of(request: Request, *, known: bool) -> int:
+def steps_of(request: Request, plan: Plan | None) -> int:
     """Return the steps of each picture. Raises SafelightError if they cannot be taken.
 
-    known: whether the request has its model's defaults. If not, the worker that draws it checks
-    what depends on a sampler or a number of steps that the request leaves out.
+    plan: the model's; the request has its defaults. None if the model is on another machine: the
+    worker that draws it checks what depends on the model, or on settings that are left out.
     """
     sampler, said = SAMPLERS[request.sampler], request.model_fields_set
     steps = request.steps or sampler.steps
-    if known or "sampler" in said:
-        strength = request.strength_taken if known or "steps" in said else None
+    if plan is not None or "sampler" in said:
+        # Models of flow matching take a step at any strength.
+        flow = sampler.flow is not None if plan is None else plan.scheduler.is_flow
+        known = not flow and (plan is not None or "steps" in said)
+        strength = request.strength_taken if known else None
         check(sampler, steps, request.schedule, request.spacing, strength=strength or 1.0)
     if steps * request.count > MAX_STEPS:
         raise SafelightError(
@@ -39,7 +43,13 @@ def pixel_steps(request: Request, steps: int, native: tuple[int, int]) -> int:
     return width * height * steps * request.count
 
 
-def cost(request: Request, steps: int, native: tuple[int, int]) -> int:
-    """Return a job's cost: rows of the network, counted in pictures of the model's own size."""
-    rows = pixel_steps(request, steps, native) * (2 if request.guidance_scale > 1 else 1)
+def cost(request: Request, steps: int, native: tuple[int, int], plan: Plan | None = None) -> int:
+    """Return a job's cost: rows of the network, counted in pictures of the model's own size.
+
+    plan: the model's, None if it is not known.
+    """
+    once = plan is not None and plan.family.takes_guidance(plan)
+    rows = pixel_steps(request, steps, native) * (
+        2 if request.guidance_scale > 1 and not once else 1
+    )
     return max(1, round(rows / (native[0] * native[1])))

@@ -224,7 +224,7 @@ class Hub:
         if plan is not None:
             request = with_level(request, plan.family, plan.notes)
         request = request.with_defaults(self._defaults(plan))
-        steps = steps_of(request, known=plan is not None)
+        steps = steps_of(request, plan)
         if idempotency_key is not None and not 1 <= len(idempotency_key) <= 255:
             raise SafelightError("Idempotency-Key must have 1 to 255 characters")
         await asyncio.to_thread(self.names.check, request, name)
@@ -242,7 +242,7 @@ class Hub:
                 *(self.files, self.store, job_id, request, asked),
                 known=plan is not None,
                 client=client,
-                cost=cost(request, steps, native),
+                cost=cost(request, steps, native, plan),
                 bound=self._bound,
                 key=idempotency_key,
                 named=model and name,

@@ -20,8 +20,9 @@ from safelight.server.pulse import Pulse
 from safelight.server.served import Served
 from safelight.server.settings import WorkerSettings
 from safelight.weights.estimate import Estimate, estimate
-from safelight.weights.find import find, find_controlnet, find_parts, find_vae
+from safelight.weights.find import find, find_controlnet, find_vae, parts_finder
 from safelight.weights.load import load_model, pick_device
+from safelight.weights.plan import read_plan
 
 if TYPE_CHECKING:
     from safelight.model import Model
@@ -272,9 +273,11 @@ class LoadedModels:
     def _download(self) -> None:
         """Download the default model and the networks beside it if they are on the hub."""
         settings = self._settings
-        find(settings.model, models_dir=settings.models_dir)
-        if settings.parts is not None:
-            find_parts(settings.parts, models_dir=settings.models_dir)
+        source = find(settings.model, models_dir=settings.models_dir)
+        parts = parts_finder(settings.parts, models_dir=settings.models_dir)
+        if parts is not None:  # what is lacking is known by the plan, which downloads it
+            without = () if settings.vae is None else ("vae",)
+            read_plan(source, without=without, parts=parts)
         if settings.vae is not None:
             find_vae(settings.vae, models_dir=settings.models_dir)
         if settings.refiner is not None:

@@ -31,7 +31,7 @@ from safelight.request import Request
 from safelight.server.served import Served
 from safelight.server.settings import WorkerSettings
 from safelight.weights.check import printable, read_header
-from safelight.weights.find import Source, find, find_parts
+from safelight.weights.find import FindParts, Source, find, parts_finder
 from safelight.weights.folder import Folder
 from safelight.weights.library import ENDINGS, Entry, Library, open_library
 from safelight.weights.plan import Plan, read_plan
@@ -188,12 +188,10 @@ class Names:
         settings = self._settings
         return find(settings.model, models_dir=settings.models_dir, download=False)
 
-    def _parts(self) -> Source | None:
-        """Return the folder that the server's own model takes parts from; None without one."""
+    def _parts(self) -> FindParts | None:
+        """Return what finds the folder that the server's own model takes parts from, if any."""
         settings = self._settings
-        if settings.parts is None:
-            return None
-        return find_parts(settings.parts, models_dir=settings.models_dir, download=False)
+        return parts_finder(settings.parts, models_dir=settings.models_dir, download=False)
 
     def _source(self, model: str | None) -> Source | None:
         """Return a model's source; None for the server's own."""

@@ -55,7 +55,7 @@ def request(
     schedule: str,
     spacing: str,
     eta: float,
-    strength: float,
+    strength: str,
     *rest: Any,
     suits: Suits,
 ) -> Request:
@@ -90,12 +90,7 @@ def request(
     for setting, value in zip(further_settings(Request), more, strict=True):
         if not suits.has(setting) or (guide is None and setting.name in CONTROL):
             continue
-        if isinstance(value, str) and setting.kind is tuple:
-            value = tuple(filter(None, map(str.strip, value.splitlines())))
-        elif isinstance(value, str) and setting.kind in (int, float):
-            value = setting.parse(value.strip())
-        if not (setting.optional and value in (None, "", OWN)):
-            settings[setting.name] = value
+        settings |= _entered(setting, value)
     sized = guide if image is None else image
     if not suits.uses_prompt:
         if prompt or negative_prompt or image is not None:
@@ -106,13 +101,22 @@ def request(
     elif empty(prompt) and sized is None:
         settings["prompt"] = EXAMPLE
     if image is not None:
-        settings["strength"] = strength
+        settings |= _entered(settings_of(Request)["strength"], strength)
     if sized is not None and not (width or height):
         native = suits.size or SIZE
         scale = ((native[0] * native[1]) / (sized.width * sized.height)) ** 0.5
         near = allowed_size((round(sized.width * scale), round(sized.height * scale)))
         settings |= {"width": near[0], "height": near[1]}
     return Request(**settings).with_pictures(image, mask, guide)
+
+
+def _entered(setting: Setting, value: Any) -> dict[str, Any]:
+    """Return a setting's value by its name; nothing if its field leaves it out."""
+    if isinstance(value, str) and setting.kind is tuple:
+        value = tuple(filter(None, map(str.strip, value.splitlines())))
+    elif isinstance(value, str) and setting.kind in (int, float):
+        value = setting.parse(value.strip())
+    return {} if setting.optional and value in (None, "", OWN) else {setting.name: value}
 
 
 def steps_of(request: Request) -> int:
@@ -178,7 +182,7 @@ def shown(settings: dict[str, Any], suits: Suits) -> tuple[list[Any], list[str]]
         asked.schedule or OWN,
         asked.spacing or OWN,
         asked.eta,
-        asked.strength or 0.7,
+        asked.strength,
         *(s.text(getattr(asked, s.name)) for s in further_settings(Request)),
     ]
     return values, told

@@ -13,7 +13,7 @@ from safelight.request import MAX_PROMPT, Request
 from safelight.request_fields import draw_seed
 from safelight.sampling import SAMPLERS
 from safelight.sampling.schedule import SCHEDULES, SPACINGS
-from safelight.settings import Setting
+from safelight.settings import Setting, settings_of
 from safelight.studio.easel import editor
 from safelight.studio.entries import OWN, WORDS, further_settings, steps_of
 from safelight.studio.parts import plain, problem, status
@@ -126,9 +126,7 @@ class Form:
                 "part.</p>"
             )
             self.picture = editor("easel", "Picture and mask")
-            self.strength = gr.Slider(
-                0.05, 1, 0.7, step=0.05, label="Strength", info="1 keeps nothing of the picture"
-            )
+            self.strength = field_of(settings_of(request_type)["strength"], None, suits)
         with gr.Accordion(open=False, elem_id="guide", **self.guiding(suits)) as self.guide:
             gr.HTML(
                 "<p>Drop edges, a depth map or a pose, whichever the ControlNet reads. It holds "

@@ -336,7 +336,7 @@ def _load(path: Path, plan: Plan, *, mmap: bool = False) -> tuple[dict[str, Any]
         ) from None
     if not plan.agrees(made_by, step):
         raise SafelightError(
-            f"{path} was made by another plan ({_difference(made_by, plan)}): give another "
+            f"{path} was made by other settings ({_difference(made_by, plan)}): give another "
             "folder, or the same settings to go on"
         )
     return state, step

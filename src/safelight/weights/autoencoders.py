@@ -17,7 +17,7 @@ from safelight.families.latent import TINY_PART, VAE_CONFIG, VAE_PART
 from safelight.weights.check import Header, refusal
 from safelight.weights.find import Source
 from safelight.weights.folder import Folder
-from safelight.weights.headers import header_of
+from safelight.weights.headers import plain_header_of
 from safelight.weights.names import Weight, from_folder, renamed, some, vae_names
 from safelight.weights.plan import Addition, Plan, read_config
 
@@ -27,6 +27,7 @@ _PREFIXES = ("first_stage_model.", "vae.")
 # Tensors that only training needs, and constants that some writers add.
 _UNUSED = re.compile(r"(loss|model_ema)\..*|.*\bnum_batches_tracked")
 _TAESD = re.compile(r"(\d+)\.(.+)")
+_USER = "an autoencoder"
 
 
 def with_autoencoders(plan: Plan, sources: Mapping[str, Source]) -> Plan:
@@ -69,7 +70,7 @@ def _folder_plan(source: Source) -> Addition:
 
 
 def _file_plan(source: Source, model: Plan) -> Addition:
-    header = header_of(source.path)
+    header = plain_header_of(source.path, _USER)
     if any(_TAESD.match(key) for key in header.tensors):
         return _taesd_plan(source, header)
     prefix = next((p for p in _PREFIXES if any(k.startswith(p) for k in header.tensors)), "")
@@ -110,12 +111,12 @@ def _taesd_plan(source: Source, header: Header) -> Addition:
     if encoder == decoder or not decoder.is_file():
         raise refusal(source.name, "one half of a tiny autoencoder; name it taesd_decoder, and the "
                       "other taesd_encoder")  # fmt: skip
-    header = header if decoder == path else header_of(decoder)
+    header = header if decoder == path else plain_header_of(decoder, _USER)
     files = {decoder.name: header.path}
     weights = _numbered(header, "decoder", first=1)
     channels = weights["decoder.layers.0.weight"].shape[1]
     if encoder.is_file():
-        header = header_of(encoder)
+        header = plain_header_of(encoder, _USER)
         files[encoder.name] = header.path
         weights |= _numbered(header, "encoder", first=0)
     raw = {"latent_channels": channels, "has_encoder": encoder.is_file()}

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from safelight.errors import SafelightError
-from safelight.fast import memory
+from safelight.fast import memory, takes_codes
 from safelight.fast.layers import LARGE
 from safelight.weights.check import refusal
 from safelight.weights.plan import Plan
+from safelight.weights.stored import has_codes, stored_bytes
 
 PROGRAM = 450 << 20
 """Bytes of Python, PyTorch and a tokenizer."""
@@ -32,13 +34,14 @@ class Budget:
     """Memory in bytes. weights: those that stay in memory. work: the program and drawing a picture.
 
     free, total: this machine's memory that is free now, and all of it; 0 if the system does not
-    tell.
+    tell. codes: whether weights that are stored in few bits stay so.
     """
 
     weights: int
     work: int
     free: int
     total: int
+    codes: bool = False
 
     @property
     def needed(self) -> int:
@@ -46,28 +49,54 @@ class Budget:
 
     def __str__(self) -> str:
         of = f", of {_gb(self.free)} that are free" if self.free else ""
+        how = ", decoded at each step" if self.codes else ""
         return (
-            f"memory: {_gb(self.weights)} of weights and {_gb(self.work)} at work, "
+            f"memory: {_gb(self.weights)} of weights{how} and {_gb(self.work)} at work, "
             f"{_gb(self.needed)} in all{of}"
         )
 
 
 def budget(
-    plan: Plan, dtypes: Mapping[str, torch.dtype], *, fast: bool, low_memory: bool
+    plan: Plan,
+    dtypes: Mapping[str, torch.dtype],
+    *,
+    fast: bool,
+    low_memory: bool,
+    codes: Mapping[str, Set[str]] | None = None,
 ) -> Budget:
     """Return what a model takes while it draws a picture of its own size.
 
     dtypes: of its networks. fast: whether they get the fast layers, which leave text encoders in
-    files, and with low_memory all large weights.
+    files, and with low_memory all large weights. codes: names of weights that can stay as codes, by
+    network. They do with low_memory, and where the model would not fit into free memory otherwise.
     """
+    found = _budget(plan, dtypes, fast, low_memory, {})
+    if codes and any(codes.values()) and (low_memory or found.needed > (found.free or math.inf)):
+        return replace(_budget(plan, dtypes, fast, low_memory, codes), codes=True)
+    return found
+
+
+def _budget(
+    plan: Plan,
+    dtypes: Mapping[str, torch.dtype],
+    fast: bool,
+    low_memory: bool,
+    codes: Mapping[str, Set[str]],
+) -> Budget:
     weights = 0
     for part, those in plan.weights.items():
         _, network = plan.parts[part].load_classes()
         if fast and getattr(network, "runs_once", False):
             continue
-        held = [math.prod(weight.shape) for weight in those.values()]
+        as_codes = codes.get(part, set())
+        weights += sum(stored_bytes(those[name]) for name in as_codes)
+        sizes = {name: math.prod(weight.shape) for name, weight in those.items()}
+        away = set(as_codes)
         if fast and low_memory:
-            held = [numbers for numbers in held if numbers < LARGE] + [max(held)]
+            away |= {name for name, numbers in sizes.items() if numbers >= LARGE}
+        held = [numbers for name, numbers in sizes.items() if name not in away]
+        # One of those that are fetched or decoded for their use.
+        held.append(max((sizes[name] for name in away), default=0))
         weights += sum(held) * dtypes[part].itemsize
     width, height = plan.native_size
     channels = getattr(plan.configs.get("vae"), "block_out_channels", (0, 0))[:2][-1]
@@ -76,16 +105,35 @@ def budget(
     return Budget(weights, work, memory.free(), memory.total())
 
 
-def check_memory(plan: Plan, dtypes: Mapping[str, torch.dtype], *, fast: bool, low: bool) -> Budget:
+def coded(plan: Plan, nets: Mapping[str, nn.Module]) -> dict[str, set[str]]:
+    """Return the names of the weights that can stay as codes, by network."""
+    return {
+        part: {name for name in takes_codes(net) if has_codes(plan.weights[part][name])}
+        for part, net in nets.items()
+    }
+
+
+def check_memory(
+    plan: Plan,
+    dtypes: Mapping[str, torch.dtype],
+    *,
+    fast: bool,
+    low: bool,
+    codes: Mapping[str, Set[str]] | None = None,
+) -> Budget:
     """Return the budget. Raises SafelightError if the memory is too small, with what would help."""
-    found = budget(plan, dtypes, fast=fast, low_memory=low)
+    found = budget(plan, dtypes, fast=fast, low_memory=low, codes=codes)
     if not found.total or found.needed <= found.total:
         return found
     half = dict.fromkeys(dtypes, torch.bfloat16)
+
+    def other(dtypes: Mapping[str, torch.dtype], fast: bool, low_memory: bool) -> Budget:
+        return budget(plan, dtypes, fast=fast, low_memory=low_memory, codes=codes)
+
     ways = {
-        "low_memory": budget(plan, dtypes, fast=fast, low_memory=True),
-        "dtype bfloat16": budget(plan, half, fast=True, low_memory=low),
-        "low_memory and dtype bfloat16": budget(plan, half, fast=True, low_memory=True),
+        "low_memory": other(dtypes, fast, True),
+        "dtype bfloat16": other(half, True, low),
+        "low_memory and dtype bfloat16": other(half, True, True),
     }
     fits = [way for way, one in ways.items() if one.needed <= found.total]
     raise _too_large(plan, found, fits)

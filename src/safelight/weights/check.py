@@ -15,7 +15,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from safelight.errors import SafelightError
 
@@ -42,7 +42,7 @@ Other long texts are skipped. These say how weights are used, so longer ones are
 _MAGIC = (
     (b"PK\x03\x04", "a zip archive, as torch.save writes it; convert it to safetensors"),
     (b"\x80", "a pickle as PyTorch before 1.6 wrote it; convert it to safetensors"),
-    (b"GGUF", "a GGUF file, which is not supported; a .safetensors file is needed"),
+    (b"GGUF", "a GGUF file; a .safetensors file is needed"),
     (b"version https://git-lfs", "a Git LFS pointer in place of the weights (run: git lfs pull)"),
     (b"<", "a web page in place of the weights"),
 )
@@ -63,14 +63,16 @@ class Header:
     """A checked header.
 
     name: what to call the file in errors. tensors: in the order of their bytes. metadata: without
-    texts over 1 KB, such as a thumbnail. pickled: torch.save wrote the file, see `pickles`.
+    texts over 1 KB, such as a thumbnail. format: of the file; "torch" if torch.save wrote it, see
+    `pickles`. start: where the data section begins in the file, in bytes.
     """
 
     path: Path
     name: str
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
-    pickled: bool = False
+    format: Literal["safetensors", "torch", "gguf"] = "safetensors"
+    start: int = 0
 
 
 def refusal(name: str, why: str, *, code: str = "invalid") -> SafelightError:
@@ -112,7 +114,7 @@ def read_header(path: Path, name: str | None = None) -> Header:
     tensors, metadata = _Scanner(name, text).header()
     tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)))
     _check_layout(name, tensors, size - 8 - len(text))
-    return Header(path, name, tensors, metadata)
+    return Header(path, name, tensors, metadata, start=8 + len(text))
 
 
 def _header_length(name: str, head: bytes, size: int) -> int:

@@ -17,7 +17,7 @@ from safelight.families.base import Part
 from safelight.weights.check import Header, refusal
 from safelight.weights.find import Source
 from safelight.weights.folder import Folder
-from safelight.weights.headers import header_of
+from safelight.weights.headers import plain_header_of
 from safelight.weights.names import Weight, from_folder, renamed, some, unet_names
 from safelight.weights.plan import Addition, Plan, read_config
 
@@ -79,7 +79,7 @@ def _folder_plan(source: Source) -> Addition:
 
 
 def _file_plan(source: Source, model: Plan) -> Addition:
-    header = header_of(source.path)
+    header = plain_header_of(source.path, "a ControlNet")
     for begins, told in _FOREIGN:
         if any(key.removeprefix(_PREFIX).startswith(begins) for key in header.tensors):
             raise refusal(source.name, f"this is {told}")

@@ -19,17 +19,18 @@ from torch import Tensor
 from safelight.errors import SafelightError
 from safelight.families import Part
 from safelight.families.base import NO_PART
+from safelight.fast.quantised import GGML
 from safelight.paths import expanded
 from safelight.sampling import SchedulerConfig
 from safelight.weights.autoencoders import with_autoencoders
 from safelight.weights.check import refusal
 from safelight.weights.digest import digest_files
-from safelight.weights.find import PREVIEWS, Source, find, find_parts, find_previews, find_vae
+from safelight.weights.find import PREVIEWS, Source, find, find_previews, find_vae, parts_finder
 from safelight.weights.library import ENDINGS
 from safelight.weights.load import frame
 from safelight.weights.names import Original, Weight, original_names
 from safelight.weights.plan import Plan, read_plan
-from safelight.weights.stored import SMALL, stored_tensor
+from safelight.weights.stored import SMALL, Read, stored_tensor
 from safelight.weights.tensors import DTYPES, is_finite, open_tensors
 from safelight.weights.write import Out, write_tensors, written
 
@@ -66,7 +67,7 @@ def convert(
 
     name, parts, vae, prediction_type, models_dir, download: as for `load_model`.
     dtype: "float32", "float16" or "bfloat16"; without it each weight stays as it is stored, to
-      the bit.
+      the bit. Weights of GGUF and of scaled float8 become float16.
 
     Returns one line for each thing that the new layout does not hold. Raises SafelightError if the
     model cannot be loaded, if `out` exists and overwrite is false, or if one file cannot hold it.
@@ -80,7 +81,7 @@ def convert(
     source, vaes = find(name, download=download, models_dir=models_dir), dict[str, Source]()
     if vae is not None:
         vaes["vae"] = find_vae(vae, download=download, models_dir=models_dir)
-    rest = None if parts is None else find_parts(parts, download=download, models_dir=models_dir)
+    rest = parts_finder(parts, download=download, models_dir=models_dir)
     plan = read_plan(source, prediction_type, without=vaes, parts=rest)
     plan = with_autoencoders(plan, vaes)
     beside = _beside(plan)
@@ -127,7 +128,7 @@ def _check_place(path: Path, plan: Plan, beside: Mapping[str, Path]) -> None:
 def _open(plan: Plan) -> Iterator[Callable[[Weight], Tensor]]:
     """Yield a function that reads a weight; files are opened when they are first read."""
     with ExitStack() as stack:
-        opened: dict[int, Callable[[str], Tensor]] = {}
+        opened: dict[int, Read] = {}
 
         def read(weight: Weight) -> Tensor:
             if id(weight.header) not in opened:
@@ -139,7 +140,8 @@ def _open(plan: Plan) -> Iterator[Callable[[Weight], Tensor]]:
 
 def _out(part: str, weight: Weight, read: Callable[[Weight], Tensor], dtype: str | None) -> Out:
     """Return the tensor to write for a weight; it is checked when it is written."""
-    stored = weight.dtype if dtype is None else dtype
+    decoded = weight.dtype in GGML or weight.scale is not None
+    stored = dtype or ("F16" if decoded else weight.dtype)
 
     def checked() -> Tensor:
         tensor = read(weight)
@@ -148,7 +150,7 @@ def _out(part: str, weight: Weight, read: Callable[[Weight], Tensor], dtype: str
             raise refusal(
                 weight.header.name, f"{part} {weight.key} holds NaN or Inf as {stored.lower()}"
             )
-        return tensor if weight.dtype == stored else wide.to(DTYPES[stored])
+        return tensor if tensor.dtype == DTYPES[stored] else wide.to(DTYPES[stored])
 
     return Out(stored, weight.shape, checked)
 
@@ -273,12 +275,13 @@ def _identity(part: Part) -> dict[str, Any]:
 
 
 def _write_tokenizers(folder: Path, plan: Plan) -> None:
-    home = plan.tokenizer_folder
-    if home is None:
-        for name, tokenizer in plan.family.load_tokenizers(None, plan.configs).items():
-            tokenizer.save(folder / name)
-        return
+    shipped = plan.family.load_tokenizers(None, plan.configs)
     for name in plan.family.tokenizers:
+        home = plan.tokenizer_folder(name)
+        if home is None:
+            if name in shipped:
+                shipped[name].save(folder / name)
+            continue
         for file in _TOKENIZER:
             source = home.file(f"{name}/{file}")
             if source is not None:

@@ -8,10 +8,10 @@ from pathlib import Path
 from safelight.families import Family
 from safelight.fast import helps
 from safelight.weights.autoencoders import with_autoencoders
-from safelight.weights.budget import budget
+from safelight.weights.budget import budget, coded
 from safelight.weights.controlnets import with_controlnet
-from safelight.weights.find import Source, find, find_controlnet, find_parts, find_vae
-from safelight.weights.load import pick_device, pick_dtype
+from safelight.weights.find import Source, find, find_controlnet, find_vae, parts_finder
+from safelight.weights.load import frame, pick_device, pick_dtype
 from safelight.weights.plan import read_plan
 
 
@@ -47,18 +47,20 @@ def estimate(
     Raises SafelightError as `load_model` does for one that is missing or malformed.
     """
     where = pick_device(device)
-    precision = pick_dtype(dtype, where)
     vaes = {} if vae is None else {"vae": find_vae(vae, download=False, models_dir=models_dir)}
     source = find(name, download=False, models_dir=models_dir)
-    rest = None if parts is None else find_parts(parts, download=False, models_dir=models_dir)
+    rest = parts_finder(parts, download=False, models_dir=models_dir)
     plan = with_autoencoders(read_plan(source, without=vaes, parts=rest), vaes)
     if controlnet is not None:
         extra = find_controlnet(controlnet, download=False, models_dir=models_dir)
         plan = with_controlnet(plan, extra)
+    precision = pick_dtype(dtype, where, plan.family.half)
     dtypes = {
         part: plan.family.dtype_of(part, plan.configs[part], precision) for part in plan.weights
     }
-    found = budget(plan, dtypes, fast=helps(where, precision), low_memory=low_memory)
+    fast = helps(where, precision)
+    codes = coded(plan, {part: frame(plan, part) for part in plan.weights}) if fast else {}
+    found = budget(plan, dtypes, fast=fast, low_memory=low_memory, codes=codes)
     weights = found.weights
     if refiner is not None:
         weights += estimate(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from safelight.errors import SafelightError
 from safelight.weights.check import printable
-from safelight.weights.hub import CONTROLNET, MODEL, PARTS, VAE, Layout, from_hub
+from safelight.weights.hub import CONTROLNET, MODEL, VAE, Layout, from_hub, parts_for
 from safelight.weights.library import ENDINGS, VARIABLE, Library, open_library
 
 BUILT_IN = ("embedded", "embedded-fast", "embedded-unconditional")
@@ -32,6 +33,10 @@ class Source:
     def __post_init__(self) -> None:
         # A name that is not UTF-8 comes as lone surrogates, which no recipe and no log can hold.
         object.__setattr__(self, "name", self.name.encode(errors="replace").decode())
+
+
+FindParts = Callable[[Source, Collection[str]], Source]
+"""Returns the folder that lends a single file, the first argument, the parts that it lacks."""
 
 
 def find(
@@ -66,11 +71,23 @@ def find_vae(
     return _find(str(name), "vae", open_library(models_dir), download, VAE)
 
 
-def find_parts(
-    name: str | Path, *, download: bool = True, models_dir: str | Path | None = None
-) -> Source:
-    """Find the folder of a model whose denoiser is not needed. See `find`."""
-    return _find(str(name), "model", open_library(models_dir), download, PARTS)
+def parts_finder(
+    name: str | Path | None, *, download: bool = True, models_dir: str | Path | None = None
+) -> FindParts | None:
+    """Return what finds the folder of a model that lends a single file what it lacks. See `find`.
+
+    It is looked for when it is known what is lacking, because nothing else is downloaded.
+
+    name: None for no folder, and None is returned.
+    """
+    if name is None:
+        return None
+
+    def found(file: Source, lacking: Collection[str]) -> Source:
+        layout = parts_for(file.path, lacking)
+        return _find(str(name), "model", open_library(models_dir), download, layout)
+
+    return found
 
 
 def find_controlnet(
@@ -115,11 +132,11 @@ def _has_config(folder: Path) -> bool:
 
 
 def is_cached(hub_id: re.Match[str], kind: str) -> bool:
-    """Return whether a model, one network or a model's other parts are in the hub's cache.
+    """Return whether a model, a part of one or one network is in the hub's cache.
 
     hub_id: a match of HUB_ID.
     """
-    layout = {"vae": VAE, "controlnet": CONTROLNET, "parts": PARTS}.get(kind, MODEL)
+    layout = {"vae": VAE, "controlnet": CONTROLNET}.get(kind, MODEL)
     try:
         from_hub(*hub_id.groups(), download=False, layout=layout)
     except SafelightError:
@@ -132,7 +149,8 @@ def on_disk(name: str) -> Source | None:
     try:
         path = Path(name).expanduser()
         if name and path.exists():
-            return Source(path.resolve().stem if path.is_file() else path.resolve().name, path)
+            # A file of the hub's cache is a link to a blob, whose name is a digest.
+            return Source(path.stem if path.is_file() else path.resolve().name, path)
     except (OSError, RuntimeError, ValueError):
         pass  # too long, a NUL in it, no home: not a path
     return None

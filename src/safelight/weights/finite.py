@@ -34,19 +34,15 @@ class FiniteCheck:
         text = "\n".join(f"{key} {dtype}" for key, dtype in sorted(wanted.items()))
         self._what = f"finite-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         self._good: dict[str, bool] = {}
-        base = 0
-        if not header.pickled:
-            with header.path.open("rb") as file:
-                base = 8 + int.from_bytes(file.read(8), "little")
         # Where each begins and ends in the file. A number that is not aligned may be split between
         # two pieces: such tensors are checked later, one by one.
         self._places = [
-            (base + info.start, base + info.end, key)
+            (header.start + info.start, header.start + info.end, key)
             for key, info in header.tensors.items()
             if key in wanted
             and info.dtype in _BITS
-            and not header.pickled
-            and not (base + info.start) % ITEM_SIZES[info.dtype]
+            and header.format != "torch"
+            and not (header.start + info.start) % ITEM_SIZES[info.dtype]
         ]
         self._limits = {
             key: (_BITS[stored], _largest(DTYPES[stored], wanted[key]))

@@ -8,11 +8,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safelight.weights.check import Header, read_json, refusal
-from safelight.weights.headers import header_of
+from safelight.weights.headers import plain_header_of
 
 MAX_SHARDS = 256
 INDEX_LIMIT = 1 << 22
 """Most bytes of the index of a part in shards."""
+
+VARIANTS = ("fp16", "bf16")
+"""The variants of diffusers' weight files that are read, the first that is there before others."""
 
 DIFFUSION = "diffusion_pytorch_model"
 """What diffusers calls the weight files of its networks."""
@@ -95,7 +98,7 @@ class Folder:
         path = self.file(name)
         if path is None:
             raise refusal(self.label, f"{name} is missing")
-        return header_of(path, name)
+        return plain_header_of(path, "a folder", name)
 
     def names(self, part: str) -> list[str]:
         """Return the names of the files of a part, as seen from the root."""
@@ -109,19 +112,21 @@ class Folder:
 def choose_weights(part: str, names: Collection[str], where: str, stem: str = DIFFUSION) -> str:
     """Return which of `names` holds a part's weights.
 
-    That is the plain file, or its index if it is in shards; a file of the fp16 variant only if
-    there is no plain one, and one of torch.save only if there is no other. Raises SafelightError
-    if there is none.
+    That is the plain file, or its index if it is in shards; a file of a variant only if there is no
+    plain one, and one of torch.save only if there is no other. Raises SafelightError if there is
+    none.
     """
     pickled = "pytorch_model" if stem == "model" else stem  # as transformers called it
+    halves: list[str] = []
+    for variant in VARIANTS:
+        halves += [f"{stem}.{variant}.safetensors", f"{stem}.safetensors.index.{variant}.json"]
     for folder in (f"{part}/", ""):
         for name in (
             f"{stem}.safetensors",
             f"{stem}.safetensors.index.json",
-            f"{stem}.fp16.safetensors",
-            f"{stem}.safetensors.index.fp16.json",
+            *halves,
             f"{pickled}.bin",
-            f"{pickled}.fp16.bin",
+            *(f"{pickled}.{variant}.bin" for variant in VARIANTS),
         ):
             if f"{folder}{name}" in names:
                 return f"{folder}{name}"

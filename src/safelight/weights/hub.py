@@ -3,50 +3,100 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safelight.errors import SafelightError
 from safelight.families import family_of_folder
-from safelight.weights.check import printable, read_json
+from safelight.weights.check import printable, read_json, refusal
 from safelight.weights.digest import digest_file
 from safelight.weights.folder import INDEX_LIMIT, choose_weights, shards_of
 
+if TYPE_CHECKING:
+    from safelight.families import Family
+
 
 def files_of(
-    index: Mapping[str, Any], names: Collection[str], where: str, *, denoiser: bool = True
+    index: Mapping[str, Any],
+    names: Collection[str],
+    where: str,
+    *,
+    lacking: Collection[str] | None = None,
 ) -> list[str]:
     """Return which of a repository's files a model is read from.
 
-    denoiser: False leaves out the network that denoises, which a single file holds.
+    lacking: the networks and tokenizers that a single file lacks; only what it takes from a folder
+    is listed then. None: all.
 
     Raises SafelightError that names what is missing.
     """
     family = family_of_folder(index, where)
     nested = {n.partition("/")[0] for n in names if "/" in n}
-    files = {n for n in ("model_index.json", "safelight.json") if n in names}
-    for part in (*family.parts, *family.tokenizers, "scheduler"):
-        if family.lacks(index, part) or (part == family.network and not denoiser):
+    if lacking is None:
+        files = {n for n in ("model_index.json", "safelight.json") if n in names}
+        wanted = [*family.parts, *family.tokenizers, "scheduler"]
+    else:
+        files = {"model_index.json"}
+        wanted = lent(family, index, lacking)
+        if family.told_by_scheduler:
+            wanted.append("scheduler")
+    for part in wanted:
+        if family.lacks(index, part):
             continue
         folder = f"{part}/" if part in nested or not family.flat else ""
         here = [n for n in names if n.startswith(folder) and "/" not in n.removeprefix(folder)]
         files |= {n for n in here if n.endswith(".json") and ".index." not in n}
         if part in family.tokenizers:
             files |= {n for n in here if n == f"{folder}merges.txt"}
+        forms = _needed(family, part)
+        if not any(all(f"{folder}{n}" in here for n in form) for form in forms):
+            raise refusal(where, f"{folder}{forms[0][0]} is missing")
         if part in family.parts:
             stem = family.parts[part].stem
             weights = choose_weights(part, here, where, stem)
             files.add(weights)
-            if weights.endswith(".json"):
-                fp16 = ".fp16" if weights.endswith(".fp16.json") else ""
-                shard = re.compile(
-                    re.escape(f"{folder}{stem}{fp16}") + r"-\d+-of-\d+(\.fp16)?\.safetensors"
-                )
-                files |= {n for n in here if shard.fullmatch(n)}
+            if ".index." in weights:
+                files |= {n for n in here if _shards_of_index(weights).fullmatch(n)}
     return sorted(files)
+
+
+def lent(family: Family, index: Mapping[str, Any], lacking: Collection[str]) -> list[str]:
+    """Return the networks and tokenizers that a single file takes from a model's folder.
+
+    index: the folder's model_index.json. lacking: what the file lacks. A text encoder comes with
+    its tokenizer, though CLIP's vocabulary ships with us: the folder may have another.
+    """
+    beside = {name for name in lacking if name in family.parts}
+    beside = {name.replace("text_encoder", "tokenizer") for name in beside}
+    wanted = {*lacking, *(beside & family.tokenizers.keys())}
+    names = (*family.parts, *family.tokenizers)
+    return [name for name in names if name in wanted and not family.lacks(index, name)]
+
+
+def _shards_of_index(index: str) -> re.Pattern[str]:
+    """Return what the shards are called that an index lists, by its name.
+
+    "x.safetensors.index.fp16.json" lists "x.fp16-00001-of-00002.safetensors" where diffusers wrote
+    it, and "x-00001-of-00002.fp16.safetensors" where transformers did.
+    """
+    stem, _, end = index.partition(".safetensors.index")
+    variant, number = re.escape(end.removesuffix(".json")), r"-\d+-of-\d+"
+    names = f"({variant}{number}|{number}{variant})"
+    return re.compile(re.escape(stem) + names + r"\.safetensors")
+
+
+def _needed(family: Family, part: str) -> list[tuple[str, ...]]:
+    """Return the files besides weights without which a part cannot be read: any of the sets."""
+    if part == "scheduler":
+        return [("scheduler_config.json",)]
+    if part in family.parts:
+        return [("config.json",)]
+    clip = "CLIPTokenizer" in family.tokenizers[part]
+    return [("tokenizer.json",), *([("vocab.json", "merges.txt")] if clip else [])]
 
 
 def _network_files(part: str) -> Callable[[Mapping[str, Any], Collection[str], str], list[str]]:
@@ -59,17 +109,24 @@ class Layout:
     """What a repository has to hold.
 
     index: the file that says what it is. files: returns the files to read; it is given the index's
-    content, the names of all files, and what to call the repository in errors.
+    content, the names of all files, and what to call the repository in errors. options: of the
+    command that downloads them.
     """
 
     index: str
     files: Callable[[Mapping[str, Any], Collection[str], str], list[str]]
+    options: str = ""
 
 
 MODEL = Layout("model_index.json", files_of)
-PARTS = Layout("model_index.json", partial(files_of, denoiser=False))
 VAE = Layout("config.json", _network_files("vae"))
 CONTROLNET = Layout("config.json", _network_files("controlnet"))
+
+
+def parts_for(file: Path, lacking: Collection[str]) -> Layout:
+    """Return the layout of a repository that lends a single file what it lacks."""
+    files = partial(files_of, lacking=lacking)
+    return Layout(MODEL.index, files, f" --parts-for {shlex.quote(str(file))}")
 
 
 def from_hub(
@@ -85,7 +142,7 @@ def from_hub(
     from huggingface_hub import constants
     from huggingface_hub.errors import HFValidationError
 
-    get = f"safelight download {repo}{f'@{revision}' if revision else ''}"
+    get = _command(repo, revision, layout)
     try:
         index = hub.try_to_load_from_cache(repo, layout.index, revision=revision)
     except HFValidationError as e:
@@ -101,20 +158,28 @@ def from_hub(
     return _fetch(repo, revision, (layout,), get)
 
 
-def download(repo: str, revision: str | None, tell: Callable[[str], None]) -> Path:
+def download(
+    repo: str, revision: str | None, tell: Callable[[str], None], layout: Layout | None = None
+) -> Path:
     """Download a model or one network into the hub's cache, and check it; return its folder.
 
     What is there already stays, and a download that was cut short goes on. tell: called with a line
-    about the sizes before it begins.
+    about the sizes before it begins. layout: what is read of the repository; by default it may be a
+    whole model or an autoencoder.
 
     Raises SafelightError if it cannot be downloaded, or if a file is not what the hub says it is.
     """
-    get = f"safelight download {repo}{f'@{revision}' if revision else ''}"
-    folder = _fetch(repo, revision, (MODEL, VAE), get, tell)
+    layouts = (MODEL, VAE) if layout is None else (layout,)
+    folder = _fetch(repo, revision, layouts, _command(repo, revision, layouts[0]), tell)
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             digest_file(path)
     return folder
+
+
+def _command(repo: str, revision: str | None, layout: Layout) -> str:
+    """Return the command that downloads what is read of a repository."""
+    return f"safelight download {repo}{f'@{revision}' if revision else ''}{layout.options}"
 
 
 def _fetch(

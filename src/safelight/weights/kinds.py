@@ -11,8 +11,8 @@ PNG_TEXT = "sd-ti-embedding"
 """The text of a PNG that A1111 keeps an embedding in."""
 
 _ADAPTER = re.compile(
-    r"(^|\.)(lora_|lycoris_)|_lora\d?\.(up|down)\."
-    r"|\.(lora_(A|B|up|down|mid)|hada_|lokr_|alpha$|dora_scale|diff(_b)?$)"
+    r"(^|\.)(lora_|lycoris_)|[._]lora\d?\.(up|down)\."
+    r"|\.(lora_(A|B|up|down|mid|linear_layer)|hada_|lokr_|alpha$|dora_scale|diff(_b)?$)"
 )
 _VAE = re.compile(r"(vae\.|first_stage_model\.)?((en|de)coder\.|(post_)?quant_conv\.)")
 _CONTROLNET = (

@@ -10,6 +10,7 @@ from safelight.families import Family, Part, family_of_folder
 from safelight.weights.check import refusal
 from safelight.weights.find import Source
 from safelight.weights.folder import Folder
+from safelight.weights.hub import lent
 from safelight.weights.names import Weight, from_folder
 
 
@@ -30,7 +31,7 @@ class Lender:
     """A folder that lends a single file what it lacks.
 
     names: of the networks and tokenizers that it lends. networks: those networks. scheduler: the
-    config of its scheduler, None if it has none.
+    config of its scheduler, None if that tells nothing about the file.
     """
 
     source: Source
@@ -39,17 +40,16 @@ class Lender:
     networks: Networks
     scheduler: Mapping[str, Any] | None
 
-    @property
-    def lends_tokenizers(self) -> bool:
-        return bool(self.names - self.networks.parts.keys())
 
-
-def read_lender(source: Source, family: Family, file: str, wanted: Collection[str]) -> Lender:
+def read_lender(
+    source: Source, family: Family, file: str, lacking: Collection[str]
+) -> Lender | None:
     """Read the headers and configs of what a single file takes from a folder.
 
-    family, file: of the file. wanted: the networks and tokenizers that it lacks.
+    family, file: of the file. lacking: the networks and tokenizers that it lacks.
 
-    Raises SafelightError if the folder is malformed, or of another family.
+    Returns None if the folder has nothing of it. Raises SafelightError if the folder is malformed,
+    or of another family.
     """
     if not source.path.is_dir():
         raise refusal(source.name, "parts come from a model's folder in diffusers' layout")
@@ -57,10 +57,14 @@ def read_lender(source: Source, family: Family, file: str, wanted: Collection[st
     theirs = family_of_folder(folder.index, source.name)
     if theirs.title != family.title:
         raise refusal(source.name, f"a folder of {theirs.title}; {file:.40} is of {family.title}")
-    lent = [name for name in wanted if not family.lacks(folder.index, name)]
-    networks = networks_of(folder, family, [name for name in family.parts if name in lent])
-    scheduler = folder.json("scheduler/scheduler_config.json")
-    return Lender(source, folder, frozenset(lent), networks, scheduler)
+    names = lent(family, folder.index, lacking)
+    if not names:
+        return None
+    networks = networks_of(folder, family, [name for name in family.parts if name in names])
+    scheduler = None
+    if family.told_by_scheduler:
+        scheduler = folder.part_json("scheduler", "scheduler_config.json")
+    return Lender(source, folder, frozenset(names), networks, scheduler)
 
 
 def networks_of(folder: Folder, family: Family, names: Iterable[str]) -> Networks:

@@ -23,7 +23,7 @@ VARIABLE = "SAFELIGHT_MODELS"
 """The environment variable that names the folder."""
 
 SUBFOLDERS = {
-    "model": ("stable-diffusion", "checkpoints", "diffusers"),
+    "model": ("stable-diffusion", "checkpoints", "diffusers", "diffusion_models", "unet"),
     "lora": ("lora", "loras", "lycoris"),
     "embedding": ("embeddings",),
     "vae": ("vae", "vae-approx", "vae_approx"),
@@ -34,7 +34,10 @@ SUBFOLDERS = {
 They lie in the folder itself or in its `models`, and are compared without regard to case.
 """
 
-ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+GGUF = ".gguf"
+"""The ending of models in few bits. Nothing else is read from such files."""
+
+ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", GGUF)
 PICTURE = ".png"
 """The ending of a picture, which may hold an embedding."""
 
@@ -43,7 +46,7 @@ IN_FOLDER = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 
 MAX_DEPTH = 8
 MAX_FILES = 100_000
-_FACTS = "facts-3"
+_FACTS = "facts-4"
 """The name of what `facts_of` remembers. Raise the number when `kind_of` changes its answers."""
 
 
@@ -213,7 +216,8 @@ def facts_of(path: Path) -> dict[str, str]:
             else:
                 header = header_of(real)
                 alias = header.metadata.get("ss_output_name")
-                told = {"kind": kind_of(header.tensors), "alias": alias}
+                kind = "model" if header.format == "gguf" else kind_of(header.tensors)
+                told = {"kind": kind, "alias": alias}
             facts = {key: value for key, value in told.items() if value is not None}
             keep(_FACTS, real, stamp, facts)
     except (OSError, SafelightError):
@@ -242,7 +246,7 @@ def _walk(home: Path, kind: str, links: list[Path]) -> Iterator[Entry]:
             )
             if kind == "lora" and folder != home and path.name in IN_FOLDER and path.is_file():
                 yield Entry(kind, folder.relative_to(home).as_posix(), path)
-            elif whole or _is_file(path) or (kind == "embedding" and _is_picture(path)):
+            elif whole or _is_file(path, kind) or (kind == "embedding" and _is_picture(path)):
                 yield Entry(kind, (path.relative_to(home).parent / _stem(path)).as_posix(), path)
             elif path.is_dir() and path.is_symlink():
                 links.append(path)
@@ -250,9 +254,13 @@ def _walk(home: Path, kind: str, links: list[Path]) -> Iterator[Entry]:
                 waiting.append((path, depth + 1))
 
 
-def _is_file(path: Path) -> bool:
-    """Return whether it is a weight file, or a link to one: people link their large files."""
-    return path.suffix.lower() in ENDINGS and path.is_file()
+def _is_file(path: Path, kind: str = "model") -> bool:
+    """Return whether it is a weight file, or a link to one: people link their large files.
+
+    kind: what the folder is for.
+    """
+    ending = path.suffix.lower()
+    return ending in ENDINGS and (kind == "model" or ending != GGUF) and path.is_file()
 
 
 def _is_picture(path: Path) -> bool:
@@ -281,7 +289,7 @@ def _lora_hashes(entry: Entry) -> tuple[str, ...]:
     if entry.kind != "lora":
         return ()
     header = header_of(entry.path)
-    if header.pickled:
+    if header.format != "safetensors":
         return ()
     return header.metadata.get("sshs_model_hash", "").lower(), tensors_digest(entry.path)
 

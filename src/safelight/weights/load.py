@@ -11,13 +11,23 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from safelight.errors import SafelightError
-from safelight.fast import accelerate, helps, memory, native_bfloat16, remark
+from safelight.fast import (
+    accelerate,
+    helps,
+    keep_codes,
+    memory,
+    native_bfloat16,
+    remark,
+    runs_once,
+)
+from safelight.fast.quantised import Quantised, of_floats
+from safelight.machine import has_bfloat16
 from safelight.model import Model
 from safelight.paths import expanded
 from safelight.prompt.styles import read_styles
 from safelight.prompt.tokenizer import Tokenizer
 from safelight.weights.autoencoders import with_autoencoders
-from safelight.weights.budget import TOLD_FROM, check_memory
+from safelight.weights.budget import TOLD_FROM, check_memory, coded
 from safelight.weights.check import Header, printable, refusal
 from safelight.weights.controlnets import with_controlnet
 from safelight.weights.digest import FileDigest, HashedFile, digest_files, model_digest
@@ -25,18 +35,18 @@ from safelight.weights.find import (
     Source,
     find,
     find_controlnet,
-    find_parts,
     find_previews,
     find_vae,
+    parts_finder,
 )
 from safelight.weights.finite import FiniteCheck
 from safelight.weights.library import open_library
 from safelight.weights.names import Weight, some
 from safelight.weights.plan import Plan, read_plan
-from safelight.weights.stored import SMALL, Stored, stored_tensor
+from safelight.weights.stored import CODED, SMALL, Stored, stored_weight
 from safelight.weights.tensors import is_finite, open_tensors
 
-_FLOATS = ("F16", "BF16", "F32", "F64", *SMALL)
+_FLOATS = ("F16", "BF16", "F32", "F64", *CODED)
 _STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _COMPUTE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -64,9 +74,10 @@ def load_model(
     """Load a model by name (see `find`); without one, the model that ships.
 
     device: "auto" (CUDA, else MPS, else the CPU) or the name of one.
-    dtype: "float32", "float16", "bfloat16", or "auto": float16 on a GPU; on the CPU bfloat16 if
-      it multiplies that natively, else float32. Weights that are stored in it stay in the mapped
-      file until they are first used; others are converted one by one.
+    dtype: "float32", "float16", "bfloat16", or "auto": float16 on a GPU, or bfloat16 if it has that
+      and the model is one of flow matching; on the CPU bfloat16 if it multiplies that natively,
+      else float32. Weights that are stored in it stay in the mapped file until they are first
+      used; others are converted one by one.
     prediction_type: "epsilon", "v_prediction" or "sample", in place of what the checkpoint says.
     low_memory: on the CPU, keep large weights in a file between their uses: the same pictures, a
       little slower.
@@ -96,7 +107,7 @@ def load_model(
         raise SafelightError(f"there is no folder of wildcards {str(wildcards_dir)[-100:]!r}")
     styles = {} if styles_file is None else read_styles(styles_file)
     where = pick_device(device)
-    precision = pick_dtype(dtype, where)
+    pick_dtype(dtype, where)  # refused before a download
     source = find(name, download=download, models_dir=models_dir)
     given = {"vae": vae, "preview_vae": preview_vae}
     vaes = {
@@ -106,24 +117,28 @@ def load_model(
     }
     if preview_vae is None and (own := find_previews(source)) is not None:
         vaes["preview_vae"] = own
-    rest = None if parts is None else find_parts(parts, download=download, models_dir=models_dir)
+    rest = parts_finder(parts, download=download, models_dir=models_dir)
     plan = with_autoencoders(read_plan(source, prediction_type, without=vaes, parts=rest), vaes)
     if controlnet is not None:
         found = find_controlnet(controlnet, download=download, models_dir=models_dir)
         plan = with_controlnet(plan, found)
+    precision = pick_dtype(dtype, where, plan.family.half)
     # Headers and configs are checked first, because hashing or reading a large file takes long.
     nets = {part: frame(plan, part) for part in plan.weights}
     fast = helps(where, precision) and not plain
     dtypes = {part: plan.family.dtype_of(part, plan.configs[part], precision) for part in nets}
+    codes = coded(plan, nets) if fast else {}
     if where.type == "cpu":
-        needs = check_memory(plan, dtypes, fast=fast, low=low_memory)
+        needs = check_memory(plan, dtypes, fast=fast, low=low_memory, codes=codes)
         if on_plan is not None and needs.needed > TOLD_FROM:
             on_plan(str(needs))
+        if not needs.codes:
+            codes = {part: names for part, names in codes.items() if runs_once(nets[part])}
     tokenizers = {
         name: one.with_words(plan.words) if isinstance(one, Tokenizer) else one
-        for name, one in plan.family.load_tokenizers(plan.tokenizer_folder, plan.configs).items()
+        for name, one in plan.load_tokenizers().items()
     }
-    digests, files = _filled(plan, nets, dtypes, where, mapped=fast)
+    digests, files = _filled(plan, nets, dtypes, where, mapped=fast, codes=codes)
     for part, net in nets.items() if fast else ():
         accelerate(net, dtypes[part], low_memory)
     warnings = list(plan.warnings)
@@ -205,11 +220,14 @@ def pick_device(name: str | torch.device) -> torch.device:
     return torch.device(name)
 
 
-def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype of this name. Raises SafelightError if no network computes in it."""
+def pick_dtype(name: str | torch.dtype, device: torch.device, half: str = "float16") -> torch.dtype:
+    """Return the dtype of this name. Raises SafelightError if no network computes in it.
+
+    half: what "auto" is on a GPU that has it; see `Family.half`.
+    """
     if name == "auto":
         if device.type != "cpu":
-            return torch.float16
+            return _COMPUTE[half] if half == "float16" or has_bfloat16(device) else torch.float16
         return torch.bfloat16 if native_bfloat16() else torch.float32
     found = _COMPUTE.get(str(name).removeprefix("torch."))
     if found is None:
@@ -247,11 +265,12 @@ def _filled(
     dtypes: Mapping[str, torch.dtype],
     device: torch.device,
     mapped: bool,
+    codes: Mapping[str, Set[str]],
 ) -> tuple[dict[str, dict[str, FileDigest]], dict[Path, HashedFile]]:
     """Give the networks their weights; return the digests of the files, and the files by path.
 
-    The digests are those of `Plan.all_files`. No
-    weight of a damaged download is used, because all files are hashed first.
+    The digests are those of `Plan.all_files`. No weight of a damaged download is used, because all
+    files are hashed first. codes: names of the weights that stay as codes, by network.
     """
     checks = _finite_checks(plan, dtypes)
     looks = {path: check.check_piece for path, check in checks.items()}
@@ -261,7 +280,8 @@ def _filled(
     for path, check in checks.items():
         check.finish(path, by_path[path].stamp)
     for part, net in nets.items():
-        _fill(net, plan.weights[part], files, checks, device, dtypes[part], mapped)
+        names = codes.get(part, set())
+        _fill(net, plan.weights[part], files, checks, device, dtypes[part], mapped, names)
     for path, check in checks.items():
         check.keep(path, by_path[path].stamp)
     return digests, files
@@ -286,21 +306,25 @@ def _fill(
     device: torch.device,
     dtype: torch.dtype,
     mapped: bool,
+    codes: Set[str],
 ) -> None:
     """Give a network its weights.
 
     files, checks: by path. mapped: weights stay in the file, in their stored precision, until they
-    are used; before and after each use the file is checked to hold what was hashed.
+    are used; before and after each use the file is checked to hold what was hashed. codes: names
+    of those that are decoded at each use; others are decoded now.
     """
-    state: dict[str, Tensor] = {}
+    state: dict[str, Tensor | Quantised] = {}
     own: list[HashedFile] = []
     for header in {id(w.header): w.header for w in weights.values()}.values():
         here = {name: w for name, w in weights.items() if w.header is header}
         file, finite = files[header.path], checks[header.path].finite_keys
-        state |= _read(header, here, file.openable, device, dtype, keep=mapped, finite=finite)
+        state |= _read(header, here, file.openable, device, dtype, mapped, codes, finite)
         file.check()
         own.append(file)
-    network.load_state_dict(state, strict=True, assign=True)
+    keep_codes(network, {name: one for name, one in state.items() if isinstance(one, Quantised)})
+    tensors = {name: one for name, one in state.items() if isinstance(one, Tensor)}
+    network.load_state_dict(tensors, strict=True, assign=True)
     network.eval().requires_grad_(False)
     # Weights that were converted are not in the file any more.
     if not mapped and all(w.dtype != _STORED[dtype] for w in weights.values()):
@@ -336,19 +360,29 @@ def _read(
     device: torch.device,
     dtype: torch.dtype,
     keep: bool,
+    codes: Set[str] = frozenset(),
     finite: Set[str] = frozenset(),
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor | Quantised]:
     """Return weights by our names.
 
     path: where the file is opened. keep: leave them in the mapped file, in their stored precision.
-    finite: keys whose numbers are known to be finite.
+    codes: names of those that are not decoded. finite: keys whose numbers are known to be finite.
     """
-    state: dict[str, Tensor] = {}
+    state: dict[str, Tensor | Quantised] = {}
     with open_tensors(header, path) as read:
         for name, weight in weights.items():
-            tensor = stored_tensor(read, weight)
-            if weight.dtype in SMALL:
-                tensor = tensor.to(dtype)  # torch does not compute in 8 bits
+            tensor = stored_weight(read, weight)
+            if isinstance(tensor, Tensor) and weight.dtype in SMALL:
+                tensor = of_floats(tensor)  # torch does not compute in 8 bits
+            if isinstance(tensor, Quantised):
+                if weight.key not in finite and not is_finite(tensor, dtype):
+                    raise refusal(header.name, f"{weight.key} holds NaN or Inf as {dtype}")
+                if name in codes:
+                    memory.page_out(tensor.codes)
+                    state[name] = tensor
+                else:
+                    state[name] = tensor.to(dtype).to(device)
+                continue
             if tensor.data_ptr() % tensor.element_size():
                 tensor = tensor.clone()  # a file need not align it, but our kernels need it aligned
             if not keep:

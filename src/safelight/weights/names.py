@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from safelight.weights.check import Header, refusal
+from safelight.weights.scales import read_scales
 
 if TYPE_CHECKING:
     from safelight.families.base import Part
@@ -52,7 +53,8 @@ class Weight:
 
     rows: which rows of the tensor it is, as (start, end), one after the other; empty for all of
       them in their order. transposed: it is stored with rows and columns exchanged. identity: it is
-      the identity matrix, in the precision of the tensor.
+      the identity matrix, in the precision of the tensor. scale: the tensor that it is multiplied
+      by, one number or one for each row.
     """
 
     header: Header
@@ -61,6 +63,7 @@ class Weight:
     rows: tuple[tuple[int, int], ...] = ()
     transposed: bool = False
     identity: bool = False
+    scale: str | None = None
 
     @property
     def dtype(self) -> str:
@@ -120,8 +123,9 @@ def from_single_file(
     """
     found: dict[str, dict[str, Weight]] = {part: {} for part in parts}
     unknown: list[str] = []
+    scales = read_scales(header)
     for key in header.tensors:
-        if unused(key):
+        if unused(key) or key in scales.beside:
             continue
         prefix = next((prefix for prefix in sections if key.startswith(prefix)), None)
         if prefix is None:
@@ -131,6 +135,8 @@ def from_single_file(
         weights = _weights(header, key, key.removeprefix(prefix), section, parts[section.part])
         if not weights:
             unknown.append(key)
+        if (scale := scales.by_weight.get(key)) is not None:
+            weights = {name: replace(one, scale=scale) for name, one in weights.items()}
         there = found[section.part]
         for name in weights.keys() & there.keys():
             both = f"{key!r:.50} and {there[name].key!r:.50}"
@@ -141,7 +147,7 @@ def from_single_file(
     for section in sections.values():
         there = found[section.part]
         for name, like in section.identity.items():
-            if like in there:
+            if like in there and there[like].shape:
                 key, rows = there[like].key, there[like].shape[0]
                 there[name] = Weight(header, key, (rows, rows), identity=True)
     return found

@@ -39,17 +39,21 @@ _SD3_STACKED = {
     "x_block.attn2.qkv": dict.fromkeys(("attn2.to_q", "attn2.to_k", "attn2.to_v"), 1),
     "context_block.attn.qkv": _ADDED_QKV,
 }
+# Newer versions of ComfyUI call the scales of these norms `weight`.
+_DOUBLE_NORMS = {
+    "img_attn.norm.query_norm": "attn.norm_q",
+    "img_attn.norm.key_norm": "attn.norm_k",
+    "txt_attn.norm.query_norm": "attn.norm_added_q",
+    "txt_attn.norm.key_norm": "attn.norm_added_k",
+}
+_SINGLE_NORMS = {"norm.query_norm": "attn.norm_q", "norm.key_norm": "attn.norm_k"}
 _DOUBLE_BLOCK = {
     "img_mod.lin": "norm1.linear",
     "img_attn.proj": "attn.to_out.0",
-    "img_attn.norm.query_norm.scale": "attn.norm_q.weight",
-    "img_attn.norm.key_norm.scale": "attn.norm_k.weight",
     "img_mlp.0": "ff.net.0.proj",
     "img_mlp.2": "ff.net.2",
     "txt_mod.lin": "norm1_context.linear",
     "txt_attn.proj": "attn.to_add_out",
-    "txt_attn.norm.query_norm.scale": "attn.norm_added_q.weight",
-    "txt_attn.norm.key_norm.scale": "attn.norm_added_k.weight",
     "txt_mlp.0": "ff_context.net.0.proj",
     "txt_mlp.2": "ff_context.net.2",
 }
@@ -57,8 +61,6 @@ _DOUBLE_STACKED = {"img_attn.qkv": _QKV, "txt_attn.qkv": _ADDED_QKV}
 _SINGLE_BLOCK = {
     "modulation.lin": "norm.linear",
     "linear2": "proj_out",
-    "norm.query_norm.scale": "attn.norm_q.weight",
-    "norm.key_norm.scale": "attn.norm_k.weight",
 }
 # The feed-forward is four times as wide as the tokens.
 _SINGLE_STACKED = {"linear1": {**_QKV, "proj_mlp": 4}}
@@ -125,10 +127,26 @@ def flux_names(config: Mapping[str, Any]) -> dict[str, str]:
         names[f"{theirs}.in_layer"] = f"time_text_embed.{ours}.linear_1"
         names[f"{theirs}.out_layer"] = f"time_text_embed.{ours}.linear_2"
     for i in range(config["num_layers"]):
-        names |= under(f"double_blocks.{i}", f"transformer_blocks.{i}", _DOUBLE_BLOCK)
+        names |= under(
+            f"double_blocks.{i}", f"transformer_blocks.{i}", _DOUBLE_BLOCK | _scales(_DOUBLE_NORMS)
+        )
     for i in range(config["num_single_layers"]):
-        names |= under(f"single_blocks.{i}", f"single_transformer_blocks.{i}", _SINGLE_BLOCK)
+        names |= under(
+            f"single_blocks.{i}",
+            f"single_transformer_blocks.{i}",
+            _SINGLE_BLOCK | _scales(_SINGLE_NORMS),
+        )
     return names
+
+
+def _scales(norms: Mapping[str, str]) -> dict[str, str]:
+    """Return the scales of norms by both of their names."""
+    # Of two names for one weight, the last is written: that of the authors.
+    return {
+        f"{theirs}.{leaf}": f"{ours}.weight"
+        for leaf in ("weight", "scale")
+        for theirs, ours in norms.items()
+    }
 
 
 def _stacks(

@@ -1,7 +1,7 @@
 """Where each weight of Z-Image's transformer lies in a single file.
 
 Single files have the names that ComfyUI reads, with or without `model.diffusion_model.` before
-them. There q, k and v of attention are one tensor.
+them. There q, k and v of attention are one tensor. Some have the names of diffusers' folder.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ def zimage_names(config: Mapping[str, Any]) -> dict[str, str]:
     config: of the transformer's folder. The tensors that `zimage_stacked` lists are not here.
     """
     patch = f"{config['all_patch_size'][0]}-1"
-    names = {name: name for name in _SAME}
-    names["x_embedder"] = f"all_x_embedder.{patch}"
-    names["final_layer"] = f"all_final_layer.{patch}"
+    ends = {"x_embedder": f"all_x_embedder.{patch}", "final_layer": f"all_final_layer.{patch}"}
+    # Of two names for one module, the last is written: that of ComfyUI.
+    names = {name: name for name in (*_SAME, *ends.values())} | ends
     for block in _blocks(config):
         names[block] = block
         for theirs, ours in _ATTENTION.items():

@@ -118,7 +118,7 @@ def read_pickled_header(path: Path, name: str) -> Header:
     if not tensors:
         raise refusal(name, "no tensors in it")
     tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)))
-    return Header(path, name, tensors, metadata, pickled=True)
+    return Header(path, name, tensors, metadata, "torch")
 
 
 def leaves(root: Any) -> Iterator[tuple[str, Any]]:

@@ -10,10 +10,11 @@ from typing import Any
 
 from safelight.errors import SafelightError
 from safelight.families import Family, Part, SingleFile, family_of_file, family_of_folder
+from safelight.families.flow import FlowFamily
 from safelight.sampling import SchedulerConfig
-from safelight.sizes import MAX_SIDE
+from safelight.sizes import MAX_SIDE, MIN_SIDE, SIDE_STEP
 from safelight.weights.check import Header, printable, refusal
-from safelight.weights.find import Source
+from safelight.weights.find import FindParts, Source
 from safelight.weights.folder import Folder
 from safelight.weights.headers import header_of
 from safelight.weights.lender import Lender, Networks, networks_of, read_lender
@@ -71,12 +72,18 @@ class Plan:
         """The model's name."""
         return self.source.name
 
-    @property
-    def tokenizer_folder(self) -> Folder | None:
-        """The folder with the model's tokenizers, None if they are those that we ship."""
-        if self.lender is not None and self.lender.lends_tokenizers:
+    def tokenizer_folder(self, name: str) -> Folder | None:
+        """Return the folder with a tokenizer, None if it is one that we ship."""
+        if self.lender is not None and name in self.lender.names:
             return self.lender.folder
         return self.folder
+
+    def load_tokenizers(self) -> dict[str, Any]:
+        """Return the model's tokenizers by name."""
+        if self.lender is None:
+            return self.family.load_tokenizers(self.folder, self.configs)
+        lent = self.lender.names
+        return self.family.load_tokenizers(self.lender.folder, self.configs, lent)
 
     @property
     def all_files(self) -> dict[str, Mapping[str, Path]]:
@@ -111,14 +118,15 @@ def read_plan(
     prediction_type: str | None = None,
     *,
     without: Collection[str] = (),
-    parts: Source | None = None,
+    parts: FindParts | None = None,
     partial: bool = False,
 ) -> Plan:
     """Read a checkpoint's headers and configs.
 
     prediction_type: what the UNet predicts, in place of what the checkpoint says.
     without: parts that a single file need not have, because others take their place.
-    parts: the folder of a model of its family, from which a single file takes what it lacks.
+    parts: finds the folder of a model of its family, from which a single file takes what it lacks;
+      called if it lacks something.
     partial: a single file may lack parts, as for showing what it holds; see `Plan.lacking`.
 
     Raises SafelightError if it is malformed, or of a kind that is not supported.
@@ -131,9 +139,16 @@ def read_plan(
         plan = _folder_plan(source, prediction_type)
     else:
         plan = _file_plan(source, prediction_type, without, parts, partial)
+    if prediction_type is not None and isinstance(plan.family, FlowFamily):
+        raise SafelightError(
+            f"prediction_type={prediction_type!r} does nothing with {printable(plan.name, 60)}, "
+            "a model of flow matching: leave it out"
+        )
     if parts is not None and plan.lender is None:
-        said = f"{printable(plan.name, 60)} lacks nothing: parts of {printable(parts.name, 60)} "
-        plan.warnings.append(f"{said}are not used")
+        why = f"{printable(plan.name, 60)} lacks nothing"
+        if plan.lacking:
+            why = f"it has no {listed(plan.lacking)} either"
+        plan.warnings.append(f"the folder of parts is not used: {why}")
     return plan
 
 
@@ -175,7 +190,7 @@ def _file_plan(
     source: Source,
     prediction_type: str | None,
     without: Collection[str],
-    parts: Source | None,
+    parts: FindParts | None,
     partial: bool,
 ) -> Plan:
     header = header_of(source.path)
@@ -186,7 +201,8 @@ def _file_plan(
     networks, lacking = _own_networks(family, file, without)
     lender = None
     if lacking and parts is not None:
-        lender = read_lender(parts, family, header.name, lacking)
+        lender = read_lender(parts(source, lacking), family, header.name, lacking)
+    if lender is not None:
         _check_weights(lender.source, lender.networks.weights)
         for mine, theirs in zip(_tables(networks), _tables(lender.networks), strict=True):
             mine |= theirs
@@ -204,9 +220,10 @@ def _file_plan(
             f"{listed(lacking)}; a folder of {family.title} with it can be given with --parts"
         )
     settings = file.scheduler
-    if lender is not None and lender.scheduler is not None and family.told_by_scheduler:
+    if lender is not None and lender.scheduler is not None:
         settings = lender.scheduler
-    prediction_type = prediction_type or file.prediction or _stated_prediction(header)
+    if not isinstance(family, FlowFamily):  # those predict one thing, whatever a file says
+        prediction_type = prediction_type or file.prediction or _stated_prediction(header)
     if prediction_type is None and file.v_native:
         warnings.append(
             f"{printable(header.name, 60)} does not say what it predicts: epsilon is assumed; if "
@@ -357,9 +374,11 @@ def _stated_size(header: Header) -> tuple[int, int] | None:
     """Return the width and height that a file's metadata says it was trained on."""
     stated = header.metadata.get("modelspec.resolution", "")
     match = re.fullmatch(r"([1-9]\d{1,3})x([1-9]\d{1,3})", stated)
-    if match and not int(match[1]) % 8 and not int(match[2]) % 8:
-        return int(match[1]), int(match[2])
-    return None
+    if match is None:
+        return None
+    width, height = int(match[1]), int(match[2])
+    allowed = all(MIN_SIDE <= n <= MAX_SIDE and n % SIDE_STEP == 0 for n in (width, height))
+    return (width, height) if allowed else None
 
 
 def _words(words: Any) -> frozenset[str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from safelight.fast.quantised import GGML, Quantised, joined, of_floats
 from safelight.weights.digest import HashedFile
 from safelight.weights.names import Weight
 from safelight.weights.tensors import open_tensors
 
 SMALL = ("F8_E4M3", "F8_E5M2")
 """Types that torch keeps and does not compute in."""
+
+CODED = (*SMALL, *GGML)
+"""Types of which a network keeps codes, and decodes them when it computes; see `Quantised`."""
+
+Read = Callable[[str], Tensor | Quantised]
+"""What `open_tensors` yields."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +41,7 @@ class Stored:
         }
 
     def read(self, part: str, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield weights of a network as they are stored, in the order of their files.
+        """Yield weights of a network, see `stored_tensor`, in the order of their files.
 
         Raises SafelightError if a file no longer holds what was loaded.
         """
@@ -52,15 +60,48 @@ class Stored:
             file.check()
 
 
-def stored_tensor(read: Callable[[str], Tensor], weight: Weight) -> Tensor:
+def stored_bytes(weight: Weight) -> int:
+    """Return how many bytes a weight takes in its file, which may hold several in one tensor."""
+    info = weight.header.tensors[weight.key]
+    return (info.end - info.start) * math.prod(weight.shape) // math.prod(info.shape)
+
+
+def has_codes(weight: Weight) -> bool:
+    """Return whether `stored_weight` can return a weight as codes."""
+    if weight.dtype not in GGML:
+        return weight.dtype in SMALL
+    shape = weight.header.tensors[weight.key].shape
+    return math.prod(shape[1:]) % GGML[weight.dtype].numbers == 0
+
+
+def stored_tensor(read: Read, weight: Weight) -> Tensor:
+    """Return a weight in its shape, as it is stored; decoded to float32 if no dtype holds it."""
+    found = stored_weight(read, weight)
+    return found.to(torch.float32) if isinstance(found, Quantised) else found
+
+
+def stored_weight(read: Read, weight: Weight) -> Tensor | Quantised:
     """Return a weight in its shape, as it is stored. read: see `open_tensors`."""
-    tensor = read(weight.key)
+    found = read(weight.key)
     if weight.identity:
-        return torch.eye(weight.shape[0], dtype=torch.float32).to(tensor.dtype)
+        dtype = found.dtype if isinstance(found, Tensor) else torch.float32
+        return torch.eye(weight.shape[0], dtype=torch.float32).to(dtype)
+    if weight.scale is not None:
+        scale = read(weight.scale)
+        assert isinstance(found, Tensor)
+        assert isinstance(scale, Tensor)
+        found = of_floats(found, scale)
+    if isinstance(found, Quantised):
+        if weight.transposed or len(found.shape) < 2 or weight.shape[1:] != found.shape[1:]:
+            found = found.to(torch.float32)  # its rows are not those of the codes
+        elif weight.rows:
+            return joined([found[start:end] for start, end in weight.rows])
+        else:
+            return found
     if weight.rows:
-        pieces = [tensor[start:end] for start, end in weight.rows]
+        pieces = [found[start:end] for start, end in weight.rows]
         # One piece stays in the mapped file.
-        tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        found = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     if weight.transposed:
-        tensor = tensor.t().contiguous()
-    return tensor.reshape(weight.shape)
+        found = found.t().contiguous()
+    return found.reshape(weight.shape)

@@ -7,20 +7,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safelight.weights.check import ITEM_SIZES
 from safelight.weights.find import find
 from safelight.weights.names import Weight
 from safelight.weights.plan import listed, read_plan
+from safelight.weights.stored import stored_bytes
 
 
 def inspect(name: str | Path, *, models_dir: str | Path | None = None) -> dict[str, Any]:
-    """Return what a checkpoint is, without reading its weights.
+    """Return what a checkpoint is, without reading its weights. Nothing is downloaded.
 
     Returns name, path, kind, family, components (parameters, stored dtypes and bytes of each
     network), parameters and dtypes of all, size_on_disk (bytes), prediction_type, native_size
     (width, height), and warnings. Raises SafelightError as `load_model` does for a malformed one.
     """
-    plan = read_plan(find(name, models_dir=models_dir), partial=True)
+    source = find(name, download=False, models_dir=models_dir)
+    plan = read_plan(source, partial=True)
     components = {part: _summary(weights) for part, weights in plan.weights.items() if weights}
     bare: list[str] = []
     if plan.lacking:
@@ -42,9 +43,8 @@ def inspect(name: str | Path, *, models_dir: str | Path | None = None) -> dict[s
 
 
 def _summary(weights: Mapping[str, Weight]) -> dict[str, Any]:
-    sizes = [(math.prod(w.shape), w.dtype) for w in weights.values()]
     return {
-        "parameters": sum(n for n, _ in sizes),
-        "dtypes": sorted({d for _, d in sizes}),
-        "bytes": sum(n * ITEM_SIZES[d] for n, d in sizes),
+        "parameters": sum(math.prod(w.shape) for w in weights.values()),
+        "dtypes": sorted({w.dtype for w in weights.values()}),
+        "bytes": sum(stored_bytes(w) for w in weights.values()),
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from safelight.errors import SafelightError
+from safelight.fast.quantised import GGML, Quantised, of_ggml
 from safelight.weights.check import Header, refusal
+from safelight.weights.gguf import read_gguf_header
 from safelight.weights.pickles import INERT, leaves
 
 DTYPES = {
@@ -31,16 +36,21 @@ DTYPES = {
 
 
 @contextmanager
-def open_tensors(header: Header, path: str | None = None) -> Iterator[Callable[[str], Tensor]]:
+def open_tensors(
+    header: Header, path: str | None = None
+) -> Iterator[Callable[[str], Tensor | Quantised]]:
     """Yield a function that returns a tensor by its key. The bytes stay in the mapped file.
 
-    path: where the file is opened, if not where its header was read.
+    path: where the file is opened, if not where its header was read. Only a GGUF file has
+    `Quantised` tensors. Those whose rows do not begin with a block are returned in float32.
 
     Raises SafelightError if the file cannot be read.
     """
     path = str(header.path) if path is None else path
     try:
-        if header.pickled:
+        if header.format == "gguf":
+            yield _of_gguf(header, path)
+        elif header.format == "torch":
             yield _unpickled(header, path).__getitem__
         else:
             with safe_open(path, framework="pt") as file:
@@ -49,8 +59,10 @@ def open_tensors(header: Header, path: str | None = None) -> Iterator[Callable[[
         raise refusal(header.name, f"cannot be read: {e}") from None
 
 
-def is_finite(tensor: Tensor, dtype: torch.dtype) -> bool:
+def is_finite(tensor: Tensor | Quantised, dtype: torch.dtype) -> bool:
     """Return whether all values are finite in `dtype`: a large float32 is not, as float16."""
+    if isinstance(tensor, Quantised):
+        return all(is_finite(piece, dtype) for piece in tensor.pieces())
     # The smallest and the largest are NaN if any value is, and conversion keeps their order.
     return all(bool(end.to(dtype).isfinite()) for end in torch.aminmax(tensor))
 
@@ -72,10 +84,44 @@ def _unpickled(header: Header, path: str) -> dict[str, Tensor]:
         why = str(e).strip().splitlines() or [type(e).__name__]
         raise refusal(header.name, f"cannot be read: {why[-1]}") from None
     if found.keys() != header.tensors.keys():
-        raise refusal(header.name, "it changed while it was read; load it again")
+        raise _changed(header)
     for key, tensor in found.items():
         told = header.tensors[key]
         if tensor.dtype != DTYPES.get(told.dtype) or tuple(tensor.shape) != told.shape:
-            raise refusal(header.name, "it changed while it was read; load it again")
+            raise _changed(header)
         found[key] = tensor.detach().contiguous()
     return found
+
+
+def _of_gguf(header: Header, path: str) -> Callable[[str], Tensor | Quantised]:
+    """Return a function that returns the tensors of a GGUF file by their keys."""
+    now = read_gguf_header(Path(path), header.name)
+    if (now.start, now.tensors) != (header.start, header.tensors):
+        raise _changed(header)
+    end = header.start + max(info.end for info in now.tensors.values())
+    try:
+        with Path(path).open("rb") as file:
+            # Copied on writing, because PyTorch warns about memory that cannot be written.
+            content = mmap.mmap(file.fileno(), end, access=mmap.ACCESS_COPY)
+    except ValueError:  # the file is shorter
+        raise _changed(header) from None
+
+    def read(key: str) -> Tensor | Quantised:
+        info = header.tensors[key]
+        count, at = math.prod(info.shape), header.start + info.start
+        if (blocks := GGML.get(info.dtype)) is None:
+            dtype = DTYPES[info.dtype]
+            if not count:  # frombuffer takes no empty ones
+                return torch.empty(info.shape, dtype=dtype)
+            return torch.frombuffer(content, dtype=dtype, count=count, offset=at).view(info.shape)
+        codes = torch.frombuffer(content, dtype=torch.uint8, count=info.end - info.start, offset=at)
+        if len(info.shape) > 1 and math.prod(info.shape[1:]) % blocks.numbers:
+            flat = of_ggml(codes, info.dtype, (count // blocks.numbers, blocks.numbers))
+            return flat.to(torch.float32).view(info.shape)
+        return of_ggml(codes, info.dtype, info.shape)
+
+    return read
+
+
+def _changed(header: Header) -> SafelightError:
+    return refusal(header.name, "it changed while it was read; load it again")

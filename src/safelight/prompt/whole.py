@@ -1,0 +1,54 @@
+"""How a text that is read whole, in one piece and without weights, becomes tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from safelight.prompt.text_tokenizer import TextTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """A tokenizer, and how much of a text the model reads with it.
+
+    most: the ids of a text, with all that is around it. before, after: what is put around a text.
+    """
+
+    tokenizer: TextTokenizer
+    most: int
+    before: str = ""
+    after: str = ""
+
+    def cut(self, text: str) -> str | None:
+        """Return the end of a text that is longer than the model reads, None if it is not."""
+        pieces = self.tokenizer.pieces(f"{self.before}{text}{self.after}")
+        room = self.tokenizer.room(self.most)
+        if len(pieces) <= room:
+            return None
+        return text[max(pieces[room].start - len(self.before), 0) :].strip() or None
+
+    def chunk(self, text: str) -> dict[str, Any]:
+        """Return the tokens that the model reads of a text, as `show.describe` has a chunk."""
+        whole, begin = f"{self.before}{text}{self.after}", len(self.before)
+        end, room = begin + len(text), self.tokenizer.room(self.most)
+        pieces = self.tokenizer.pieces(whole)
+        own, read = (
+            [piece for piece in some if piece.start < end and piece.end > begin]
+            for some in (pieces, pieces[:room])
+        )
+        # If a text is too long, what would be after it makes room as well.
+        return {
+            "count": len(read),
+            "room": max(room - (len(pieces) - len(own)), len(read)),
+            "tokens": [
+                {
+                    "id": piece.id,
+                    "token": (whole[piece.start : piece.end].strip() or piece.name)
+                    + ("</w>" if piece.end >= end or whole[piece.end].isspace() else ""),
+                    "weight": 1.0,
+                }
+                for piece in read
+            ],
+        }
