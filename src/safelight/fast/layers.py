@@ -90,7 +90,12 @@ def _decoding(layer: Any, pack: Callable[[Tensor, Tensor | None], Any]) -> onedn
     """
     codes: Quantised = layer.weight
     precision, bias = layer.precision, layer.bias
-    return onednn.Held(lambda: codes.to(precision), precision, lambda weight: pack(weight, bias))
+
+    def fetch() -> Tensor:
+        memory.map_large(False)  # the operating system would provide new pages for each weight
+        return codes.to(precision)
+
+    return onednn.Held(fetch, precision, lambda weight: pack(weight, bias))
 
 
 class FastLinear(layers.Linear):

@@ -9,8 +9,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-PIECE = 1 << 18
-"""Numbers decoded at a time, so that intermediate values stay in the cache."""
+PIECE = 1 << 20
+"""Numbers decoded at a time: few enough for the cache, and enough to share among threads."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
