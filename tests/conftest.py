@@ -4,6 +4,7 @@ Its summary says which tests were skipped, and why.
 """
 
 import collections
+import gc
 import os
 import signal
 import sys
@@ -39,6 +40,16 @@ REMEDIES = {
     "could not import": "make test",
 }
 """By a word in the reason of a skip: the command that installs what is missing."""
+
+
+# The tests themselves are a million objects, which each collection would look through.
+gc.disable()
+
+
+def pytest_collection_finish(session) -> None:
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_xdist_auto_num_workers() -> int:

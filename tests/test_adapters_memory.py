@@ -89,6 +89,25 @@ class TestFiles:
         with pytest.raises(SafelightError, match=r"No space left on device; name another folder"):
             model.adapted([str(ink)])
 
+    def test_sets_are_forgotten_for_room_on_the_disk(
+        self, folder: Path, ink: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(layers, "LARGE", SMALL)
+        model = load(folder, dtype="float32", low_memory=True)
+        first = model.adapted([str(ink)])
+        real, failed = tempfile.NamedTemporaryFile, []
+
+        def full_while_kept(**how: Any) -> Any:
+            if not failed:
+                failed.append(True)
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(**how)
+
+        monkeypatch.setattr(tempfile, "NamedTemporaryFile", full_while_kept)
+        assert first.base is model
+        assert equal(answers(model.adapted([f"{ink}:0.5"])), answers(model.adapted([f"{ink}:0.5"])))
+        assert len(model.adapters._kept) == 1
+
 
 class TestLargeWeights:
     def test_low_memory_puts_them_into_files(

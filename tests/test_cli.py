@@ -37,6 +37,7 @@ class PlainModel:
     def __init__(self):
         self.sha256 = DIGEST
         self.name, self.native_size = "plain", (64, 64)
+        self.family = SimpleNamespace(areas=None)
         self.device = SimpleNamespace(type="meta")
         self.loaded, self.other_vae, self.refiner, self.control = [], None, None, None
         self.other_parts = None
@@ -231,6 +232,11 @@ class TestGenerate:
         model.native_size = (side, side)
         err = run("generate", "a", "-W", f"{size}", "-H", f"{size}").err
         assert (f"{size}x{size} will hardly show what was asked for" in err) == told
+
+    def test_a_model_of_many_sizes_tells_itself_what_it_draws_badly(self, run, model):
+        model.family.areas, model.native_size = (0.2, 2.5), (1024, 1024)
+        model.warnings = ["its own"]
+        assert run("generate", "a", "-W", "464", "-H", "464").err == "warning: its own\n"
 
     @pytest.mark.parametrize("size", [["-W", "128"], ["-W", "72", "-H", "64"], []])
     def test_a_size_near_it_is_not(self, run, model, size):
@@ -491,6 +497,7 @@ class TestInterrupted:
             "class Device: type = 'meta'\n"
             "class Slow:\n"
             "    name, native_size, device = 'slow', (64, 64), Device\n"
+            "    class family: areas = None\n"
             "    def stream(self, request):\n"
             "        print('started', flush=True); time.sleep(60)\n"
             "safelight.load = lambda *a, **k: Slow()\n"
@@ -690,7 +697,10 @@ class TestHelp:
         assert "--unconditional" not in run("tokens", "--help").out
 
     @pytest.mark.parametrize(("end", "kind"), [("jpg", "JPEG"), ("webp", "WEBP")])
-    def test_inspect_and_verify_say_the_same_of_a_picture_without_a_recipe(self, run, end, kind):
+    def test_inspect_and_verify_say_the_same_of_a_picture_without_a_recipe(
+        self, run, end, kind, tmp_path, monkeypatch
+    ):
+        monkeypatch.chdir(tmp_path)
         Image.new("RGB", (64, 64)).save(f"a.{end}")
         for command in ("inspect", "verify"):
             refused(run(command, f"a.{end}"), f"must be a PNG to carry a recipe, not {kind}")

@@ -822,13 +822,13 @@ def test_memory_of_threads_that_ended_is_given_back() -> None:
         thread.start()
         thread.join()
 
-    for _ in range(24):  # until the allocator has its arenas
+    for _ in range(12):  # until the allocator has its arenas
         once()
     before = own()
-    for _ in range(24):
+    for _ in range(12):
         once()
     # Each takes ten megabytes. In a process of thousands of tests, some memory is allocated again.
-    assert own() - before < 120 << 20
+    assert own() - before < 60 << 20
 
 
 @pytest.mark.usefixtures("by_tiles")

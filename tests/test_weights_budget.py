@@ -12,7 +12,7 @@ from safelight.families.sdxl import VARIANTS
 from safelight.fast import memory
 from safelight.weights.budget import budget, check_memory
 from safelight.weights.find import find
-from safelight.weights.load import _Unfilled
+from safelight.weights.frames import _Unfilled
 from safelight.weights.names import original_names
 from safelight.weights.plan import Plan, read_plan
 

@@ -346,6 +346,36 @@ def test_a_small_model_may_lie_in_the_root(tmp_path):
     assert found.part_headers("unet")[0].tensors
 
 
+def test_a_download_has_what_a_small_model_reads_from_its_root():
+    index = {"_class_name": "DDPMPipeline"}
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    for names in (
+        ["config.json", "scheduler_config.json", "diffusion_pytorch_model.safetensors"],
+        ["config.json", "scheduler_config.json", weights],
+        ["config.json", "scheduler/scheduler_config.json", weights],
+        ["unet/config.json", "scheduler_config.json", weights],
+        ["unet/config.json", "scheduler_config.json", "diffusion_pytorch_model.safetensors"],
+    ):
+        assert {*names} <= {*files_of(index, ["model_index.json", *names], "x")}
+    refused(lambda: files_of(index, ["scheduler_config.json", weights], "x"), "unet/config.json is")
+
+
+@pytest.mark.parametrize(
+    ("lost", "told"),
+    [
+        (["tokenizer/merges.txt"], "tokenizer/merges.txt is missing"),
+        (["tokenizer/vocab.json"], "tokenizer/vocab.json is missing"),
+        (["tokenizer/merges.txt", "tokenizer/vocab.json"], "tokenizer/tokenizer.json is missing"),
+    ],
+)
+def test_the_file_that_a_tokenizer_lacks_is_named(lost, told, tmp_path):
+    folder = text_folder(tmp_path / "model")
+    names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    index = json.loads((folder / "model_index.json").read_text())
+    assert files_of(index, names, "x")
+    refused(lambda: files_of(index, names - {*lost}, "x"), told)
+
+
 @pytest.mark.parametrize("target", ["/etc/hostname", "../outside.json", "../model-evil/c.json"])
 def test_a_link_out_of_the_folder_is_refused(target, tmp_path):
     folder = text_folder(tmp_path / "model")

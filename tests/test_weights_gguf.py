@@ -481,9 +481,9 @@ BAD = {
         framed(entries=[entry(SHAPE, 9, listed(5, 2**60))]),
         "8 are the most",
     ),
-    "original shape of int64": (
-        framed(entries=[entry(SHAPE, 9, listed(11, 1, b"\2" + b"\0" * 7))]),
-        "no list of int32",
+    "original shape of uint32": (
+        framed(entries=[entry(SHAPE, 9, listed(4, 1, b"\2" + b"\0" * 3))]),
+        "no list of int32 or int64",
     ),
     "original shape in no list": (
         framed(entries=[entry(SHAPE, 5, b"\2\0\0\0")]),

@@ -17,7 +17,7 @@ from safelight.nets.unet import UNet2DConditionModel, UNetConfig
 from safelight.nets.unet2d import UNet2DConfig
 from safelight.nets.vae import VAEConfig
 from safelight.recipe import read_recipe
-from safelight.weights import digest, load, load_model
+from safelight.weights import digest, frames, load, load_model
 from safelight.weights.headers import header_of
 from weights_tiny import (
     NETS,
@@ -203,7 +203,7 @@ def test_the_deepest_network_that_is_allowed_has_few_modules():
     }
     config = UNetConfig.from_dict(config)
     assert MAX_LAYERS - 20 < config.depth <= MAX_LAYERS
-    with torch.device("meta"), load._Unfilled():
+    with torch.device("meta"), frames._Unfilled():
         network = UNet2DConditionModel(config)
     assert sum(1 for _ in network.modules()) < 5000
 

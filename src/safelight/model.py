@@ -75,6 +75,8 @@ class Model:
     refiner: the model that takes the last steps, None if none does.
     control: name and sha256 of its ControlNet, None if it has none.
     stored: its weights where they are stored; None if it was not loaded from files.
+    weights_held: how many bytes of weights stay in memory on a CPU, as it was loaded; None if
+      that is not known.
     takes_paths: whether a LoRA or an embedding may be named by its path; not for requests of
       strangers.
     lora_files, embedding_files: files by the names of LoRAs and embeddings that stand for them.
@@ -104,6 +106,7 @@ class Model:
     refiner: Model | None = None
     control: dict[str, str] | None = None
     stored: Stored | None = None
+    weights_held: int | None = None
     takes_paths: bool = True
     lora_files: dict[str, Path] = field(default_factory=dict)
     embedding_files: dict[str, Path] = field(default_factory=dict)

@@ -27,7 +27,8 @@ def drawable_size(size: tuple[int, int], native: tuple[int, int]) -> tuple[int, 
     A model draws poorly, and slowly, above the size that it was trained on. A model of 512x512
     pixels or more keeps a size of up to four times its native number of pixels (twice each side),
     a smaller model one of up to its native number. Above, the size to draw at is the native number
-    of pixels in the proportions of `size`.
+    of pixels in the proportions of `size`. No side is below MIN_SIDE, so that 512x256 becomes
+    128x64 for a model of 64x64.
     """
     pixels = native[0] * native[1]
     times = size[0] * size[1] / pixels

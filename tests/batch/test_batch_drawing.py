@@ -177,6 +177,24 @@ def test_an_estimate_grows_with_the_work(model, monkeypatch: pytest.MonkeyPatch)
     assert (found.rows, found.seconds) == (4, pytest.approx(6 * 11 / 10))
 
 
+def test_rows_that_the_model_refuses_are_estimated_as_failing(
+    model, monkeypatch: pytest.MonkeyPatch
+):
+    def check(family, model, request) -> None:
+        if request.sampler == "ddim":
+            raise SafelightError("ddim is no sampler for it", field="sampler")
+
+    monkeypatch.setattr("safelight.batch.estimate.Drawer", lambda name, how, tell: drawer(model))
+    monkeypatch.setattr(type(model.family), "check_request", check)
+    values = [{"id": str(i), "sampler": one} for i, one in enumerate(["euler", "ddim", "euler"])]
+    with WorkList() as work:
+        columns = [Columns(i, one) for i, one in enumerate(values, 1)]
+        assert not list(work.fill(columns, Rules(defaults={"prompt": "a cat", "steps": 1})))
+        found = estimate(work, "embedded", EXACT, print)
+    assert (found.rows, found.failing) == (2, 1)
+    assert found.seconds > 0
+
+
 def test_the_command(run, tmp_path: Path):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
     (tmp_path / "rows.csv").write_text(

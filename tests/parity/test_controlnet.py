@@ -280,6 +280,8 @@ def test_a_file_in_the_original_layout(
     expected = drawn(whole, control_image=picture())
     assert np.array_equal(drawn(single, control_image=picture()), expected)
     assert not np.array_equal(drawn(single), expected)
+    with pytest.raises(SafelightError, match="this is a ControlNet, not a whole model"):
+        load_model(path, device="cpu")
 
 
 def test_the_fast_modes_reuse(folders: dict[str, Path], nets: dict[str, Path]) -> None:

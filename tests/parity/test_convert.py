@@ -14,8 +14,8 @@ from safelight.families import family_of_file, sd, sdxl
 from safelight.weights import load_model
 from safelight.weights.check import Header, TensorInfo
 from safelight.weights.convert import convert
+from safelight.weights.frames import _Unfilled
 from safelight.weights.headers import header_of
-from safelight.weights.load import _Unfilled
 from safelight.weights.names import original_names
 from test_weights_autoencoders import tiny_vae
 from test_weights_load import single_file as sd_file

@@ -21,7 +21,7 @@ from safelight.weights import inspect, load_model
 from safelight.weights.check import read_header
 from safelight.weights.convert import convert
 from safelight.weights.estimate import estimate
-from safelight.weights.load import _check_fit
+from safelight.weights.frames import _check_fit
 from safelight.weights.names import original_names
 from tests.parity.flow_models import (
     ASKED,

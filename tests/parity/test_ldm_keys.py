@@ -18,7 +18,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from safelight.families import family_of_file
 from safelight.families.sd import CLIP, OPEN_CLIP, SD, UNET, VAE, VARIANTS
 from safelight.weights.check import read_header
-from safelight.weights.load import _check_fit, _read
+from safelight.weights.frames import _check_fit
+from safelight.weights.load import _read
 from safelight.weights.names import (
     from_folder,
     open_clip_names,

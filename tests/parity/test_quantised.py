@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from safelight.families import flux, sd3
 from safelight.families.flow_files import Published
-from safelight.fast import memory
+from safelight.fast import int8, memory
 from safelight.fast.quantised import GGML, Quantised
 from safelight.model import Model
 from safelight.weights import load_model
@@ -58,7 +59,9 @@ def is_matrix(key: str, tensor: Tensor) -> bool:
     return tensor.dim() == 2 and key.startswith((WHOLE, TEXTS)) and "embed" not in key
 
 
-def draw(path: Path, folder: Path, dtype: str = "float32", **given: Any) -> tuple[Model, bytes]:
+def draw(
+    path: Path, folder: Path | None, dtype: str = "float32", **given: Any
+) -> tuple[Model, bytes]:
     model = load_model(str(path), device="cpu", dtype=dtype, parts=folder, **given)
     return model, model.generate("a red apple", **ASKED).images[0].tobytes()
 
@@ -192,14 +195,19 @@ def test_codes_stay_where_memory_is_short(
     assert picture == wanted
 
 
-def test_the_estimate_counts_codes(state: State, folder: Path, tmp_path: Path) -> None:
+def test_the_estimate_counts_codes(
+    state: State, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = float8_file(state, tmp_path / "a.safetensors", plain)
     given = {"device": "cpu", "dtype": "float32", "parts": folder}
     whole, kept = (estimate(file, low_memory=low, **given) for low in (False, True))
     matrices = [t for k, t in state.items() if k.startswith(WHOLE) and is_matrix(k, t)]
-    # One byte in place of four, and room to decode the largest matrix, of a modulation.
-    saved = sum(3 * tensor.numel() for tensor in matrices)
+    # None in place of four bytes, and room to decode the largest matrix, of a modulation.
+    saved = sum(4 * tensor.numel() for tensor in matrices)
     assert whole.weights - kept.weights == saved - 4 * (6 * 64 * 64)
+    monkeypatch.setattr(memory, "free", lambda: 1 << 20)
+    short = estimate(file, **given)
+    assert short.weights - kept.weights == saved // 4  # they are better kept in memory
 
 
 def test_a_lora_changes_codes_as_it_changes_numbers(
@@ -265,6 +273,91 @@ def test_diffusers_draws_the_same_from_gguf(
     model = load_model(file, device="cpu", dtype="float32", parts=folder, low_memory=True)
     picture = model.generate("a red apple", **ASKED, guidance_scale=7.0).images[0]
     assert np.abs((wanted * 255).round() - np.asarray(picture, dtype=float)).max() <= 2
+
+
+def test_axes_of_one_may_be_lost_or_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ggml's writer drops leading ones, and stable-diffusion.cpp's adds some at the end."""
+    folder = make_sd3(tmp_path / "sd3")
+    published = Published(configs(folder), SD3_SCHEDULER, 64)
+    monkeypatch.setattr(sd3, "VARIANTS", (replace(sd3.VARIANTS[0], layers=3, published=published),))
+    convert(str(folder), tmp_path / "whole.safetensors")
+    state = load_file(tmp_path / "whole.safetensors")
+    places, last = f"{WHOLE}pos_embed", f"{WHOLE}final_layer.linear.weight"
+    other = {**state, places: state[places][0], last: state[last][..., None, None]}
+    file = gguf_file(other, tmp_path / "sd3.gguf")
+    numbers = load_file(file.with_suffix(".decoded.safetensors"))
+    numbers |= {places: numbers[places][None], last: numbers[last][..., 0, 0]}
+    save_file({k: v.contiguous() for k, v in numbers.items()}, tmp_path / "numbers.safetensors")
+    _, wanted = draw(tmp_path / "numbers.safetensors", folder)
+    for low_memory in (False, True):
+        assert draw(file, folder, low_memory=low_memory)[1] == wanted
+
+
+def test_codes_lie_in_the_mapped_file(state: State, folder: Path, tmp_path: Path) -> None:
+    """Rows of a stacked matrix are not copied out of it."""
+    file = gguf_file(state, tmp_path / "flux.gguf")
+    model, _ = draw(file, folder, low_memory=True)
+    network = model.parts["transformer"]
+    codes = [vars(m)["weight"].codes for m in network.modules() if "weight" in vars(m)]
+    spans = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if str(file) in line:
+            start, end = line.split()[0].split("-")
+            spans.append((int(start, 16), int(end, 16)))
+    mapped = [any(a <= one.data_ptr() < b for a, b in spans) for one in codes]
+    assert len(codes) > 20
+    assert sum(not one for one in mapped) <= 1  # the last norm's halves are exchanged
+
+
+def test_int8_is_the_same_whether_codes_stay(folder: Path, state: State, tmp_path: Path) -> None:
+    file = float8_file(state, tmp_path / "a.safetensors", plain)
+    pictures = []
+    for low_memory in (False, True):
+        model = load_model(
+            str(file), device="cpu", dtype="bfloat16", parts=folder, low_memory=low_memory
+        )
+        if not int8.available(model.device, model.dtype):
+            refused(lambda: model.generate("a red apple", **ASKED, linears="int8"), "int8")  # noqa: B023
+            return
+        pictures.append(model.generate("a red apple", **ASKED, linears="int8").images[0].tobytes())
+        assert pictures[-1] != model.generate("a red apple", **ASKED).images[0].tobytes()
+    assert pictures[0] == pictures[1]
+
+
+def test_a_server_counts_what_was_loaded(state: State, folder: Path, tmp_path: Path) -> None:
+    file = float8_file(state, tmp_path / "a.safetensors", plain)
+    held = {
+        low: load_model(
+            str(file), device="cpu", dtype="float32", parts=folder, low_memory=low
+        ).weights_held
+        for low in (False, True)
+    }
+    found = estimate(file, device="cpu", dtype="float32", parts=folder)
+    assert held[False] == found.weights
+    assert held[True] < held[False]
+
+
+def test_a_model_can_be_copied(state: State, folder: Path, tmp_path: Path) -> None:
+    file = gguf_file(state, tmp_path / "flux.gguf")
+    given = {"device": "cpu", "dtype": "float32", "parts": folder, "low_memory": True}
+    copied = copy.deepcopy(load_model(str(file), **given))
+    _, wanted = draw(file, folder)
+    assert copied.generate("a red apple", **ASKED).images[0].tobytes() == wanted
+
+
+def test_parts_of_several_types_become_one(state: State, folder: Path, tmp_path: Path) -> None:
+    """q is stored as float8, k and v are not; one file has the three as one matrix."""
+    convert(str(folder), tmp_path / "model")
+    weights = tmp_path / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    name = "transformer_blocks.0.attn.to_q.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, weights)
+    convert(str(tmp_path / "model"), tmp_path / "one.safetensors")
+    _, found = draw(tmp_path / "one.safetensors", folder)
+    tensors[name] = tensors[name].float()
+    save_file(tensors, weights)
+    assert found == draw(tmp_path / "model", None)[1]
 
 
 # --- hostile files -------------------------------------------------------------------------------

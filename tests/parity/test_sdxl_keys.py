@@ -15,7 +15,7 @@ from safelight.families.sdxl import VARIANTS
 from safelight.nets.unet import UNet2DConditionModel as Ours
 from safelight.nets.unet import UNetConfig
 from safelight.weights.check import read_header
-from safelight.weights.load import _check_fit
+from safelight.weights.frames import _check_fit
 from tests.parity.sdxl_models import original_names
 from tests.parity.test_ldm_keys import ours, shapes, theirs
 from tests.weights_tiny import sparse_file

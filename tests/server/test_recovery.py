@@ -226,8 +226,11 @@ def test_the_first_picture_without_its_row_is_no_reason_to_refuse(tmp_path: Path
     store.close()
 
 
-def test_one_database_has_one_folder(tmp_path: Path, database: str) -> None:
+def test_one_database_has_one_folder(
+    tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another folder, an empty one, and a copy beside a running server are refused in one line."""
+    monkeypatch.setattr("safelight.server.store.PATIENCE", 0)
     files, store = start(tmp_path / "one", database)
     for name in ("two", "three"):
         with pytest.raises(StorageError) as refused:

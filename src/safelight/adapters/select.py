@@ -29,7 +29,7 @@ from safelight.adapters.file import (
 from safelight.adapters.keys import called
 from safelight.adapters.merge import Chosen, merged
 from safelight.adapters.names import Target, layers_of, table
-from safelight.errors import SafelightError
+from safelight.errors import SafelightError, StorageError
 from safelight.fast import memory
 from safelight.fast.replace import keeps_in_file
 from safelight.weights.cache import stamp_of
@@ -134,16 +134,25 @@ class Adapters:
         if model is None:
             self._make_room(selection.size)
             self._check_memory(selection)
-            model = replace(
-                merged(self._model, selection.chosen),
-                base=self._model,
-                selection=selection,
-            )
+            model = replace(self._merged(selection), base=self._model, selection=selection)
             self._alive[selection.key] = model
         self._kept[selection.key] = model, selection.size
         self._kept.move_to_end(selection.key)
         self._make_room(0)
         return model
+
+    def _merged(self, selection: Selection) -> Model:
+        """Return the model with a selection merged.
+
+        Models that were used longest ago are forgotten if there is no room on the disk.
+        """
+        while True:
+            try:
+                return merged(self._model, selection.chosen)
+            except StorageError:
+                if not self._kept:
+                    raise
+                self._kept.popitem(last=False)
 
     @property
     def size(self) -> int:

@@ -25,11 +25,16 @@ SHAPE = ("width", "height", "steps", "sampler", "guidance_scale", "strength", "c
 
 @dataclass(frozen=True)
 class Estimate:
-    """An estimate for one model. rows: to be drawn. seconds: for all of them, in one process."""
+    """An estimate for one model.
+
+    rows: to be drawn. seconds: for all of them, in one process. failing: rows that the model
+    refuses, such as for their sampler; they are not in `rows`.
+    """
 
     model: str
     rows: int
     seconds: float
+    failing: int = 0
 
 
 def estimate(work: WorkList, model: str, how: How, tell: Callable[[str], object]) -> Estimate:
@@ -48,9 +53,15 @@ def estimate(work: WorkList, model: str, how: How, tell: Callable[[str], object]
     if not drawn:
         raise SafelightError(f"{model}: {(outcomes[0].error or ('', ''))[1]}")
     each = [_cost(drawer.model, row.settings) for row in sample if row.id in drawn]
-    shapes = work.shapes(model, SHAPE)
-    cost = sum(number * _cost(drawer.model, shape) for shape, number in shapes)
-    return Estimate(model, sum(n for _, n in shapes), cost * seconds / sum(each))
+    cost, rows, failing = 0.0, 0, 0
+    for shape, number in work.shapes(model, SHAPE):
+        try:
+            cost += number * _cost(drawer.model, shape)
+        except SafelightError:
+            failing += number
+        else:
+            rows += number
+    return Estimate(model, rows, cost * seconds / sum(each), failing)
 
 
 def memory() -> str:
@@ -72,9 +83,9 @@ def _cost(model: Model, settings: Mapping[str, Any]) -> float:
     """Return pixels times steps times calls of the network, for all pictures of a row."""
     known = {name: settings[name] for name in SHAPE if settings.get(name) is not None}
     # With a picture to start from, only the share of the steps given by `strength` is taken.
-    strength = known.pop("strength", 1.0)
-    request = resolve_request(model, Request(**known))
+    strength = known.pop("strength", None)
+    request = resolve_request(model, Request(**known)).model_copy(update={"strength": strength})
     width, height = model.native_size
     pixels = (request.width or width) * (request.height or height)
-    steps = max(1, int((request.steps or 1) * strength))
-    return pixels * steps * (1 + (request.guidance_scale > 1)) * request.count
+    once = request.guidance_scale <= 1 or model.family.takes_guidance(model)
+    return pixels * model.family.steps_taken(request) * (1 if once else 2) * request.count

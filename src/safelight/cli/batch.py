@@ -238,7 +238,8 @@ def _dry_run(job: "Job", workers: int) -> None:
         seconds = 0.0
         for name, _ in work.models():
             found = estimate(work, name, job.how, note)
-            say(f"{name}: {found.rows} rows, about {found.seconds / found.rows:.2f} s each")
+            more = f"; {found.failing} more will fail" if found.failing else ""
+            say(f"{name}: {found.rows} rows, about {found.seconds / found.rows:.2f} s each{more}")
             seconds += found.seconds
     say(f"memory: {memory()}")
     said = f" with {workers} workers" if workers > 1 else ""

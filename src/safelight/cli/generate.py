@@ -70,7 +70,8 @@ def generate(
 
     with StepBar(request.count) as on_step:
         loaded = loading.load(options.model_for(request, model))
-        _warn_of_size(fitted, loaded.name, loaded.native_size)
+        if loaded.family.areas is None:  # others draw more sizes well; their result tells
+            _warn_of_size(fitted, loaded.name, loaded.native_size)
         run = loaded.stream(request)
         try:
             for step in run:

@@ -39,12 +39,16 @@ _TRANSFORMER = (
     "a transformer in diffusers' layout; give a model's folder that has it as "
     "transformer/diffusion_pytorch_model.safetensors"
 )
+_CONTROL = "a ControlNet, not a whole model"
 _BITSANDBYTES = re.compile(r".*\.(nested_)?(absmax|quant_map)|.*\.bitsandbytes__\w+")
 """Tensors that bitsandbytes stores beside weights in 4 bits."""
 
 _FOREIGN = (
     ("conditioner.embedders.", "a part of Stable Diffusion XL; the whole model is needed"),
-    ("control_model.", "a ControlNet, not a whole model"),
+    ("control_model.", _CONTROL),
+    ("zero_convs.", _CONTROL),  # in the original names, alone in its file
+    ("input_hint_block.", _CONTROL),
+    ("controlnet_", _CONTROL),  # in diffusers' names
     ("lora_", "a LoRA, not a whole model"),
     ("down_blocks.", _PART),
     ("transformer_blocks.", _TRANSFORMER),

@@ -140,6 +140,9 @@ class Family:
             found |= {"fast", *self.shortcuts}
         return frozenset(found)
 
+    def __deepcopy__(self, memo: Any) -> Family:
+        return self  # it holds no state
+
     # --- files -------------------------------------------------------------------------------
 
     def owns(self, index: Mapping[str, Any]) -> bool:

@@ -200,9 +200,6 @@ class FlowFamily(AutoencodedFamily):
 
         return replace(cached(tuple(texts), together), guidance=request.guidance_scale)
 
-    def conditioning_key(self, request: Request) -> tuple[Any, ...]:
-        return (*super().conditioning_key(request), self.steps_taken(request))
-
     def table(self, model: Model, request: Request, skip: int | None = None) -> Table:
         # Imported here, as it needs NumPy, which a server or a help text does not.
         from safelight.sampling.flow import Course
@@ -291,7 +288,7 @@ def read_whole(
     if len(reading.parts) == 1 and reading.parts[0].weight != 1:
         # AND alone has use for a weight of the whole: "a clock at 7:30" means the time.
         reading = read(text, syntax, steps=steps, emphasis=emphasis, negative=True)
-    return _words(reading), reading
+    return _words(reading, " " if syntax == "compel" else ""), reading
 
 
 def is_marked(reading: Reading) -> bool:
@@ -322,11 +319,14 @@ def _readings(model: Model, request: Request) -> dict[str, tuple[str, Reading]]:
     }
 
 
-def _words(reading: Reading) -> str:
-    """Return the words of a prompt at its first step, without weights."""
+def _words(reading: Reading, between: str) -> str:
+    """Return the words of a prompt at its first step, without weights.
+
+    between: stands between the pieces. compel's have no blanks at their ends, others keep theirs.
+    """
     texts = _texts(reading.parts[0].stages[0])
     return " ".join(
-        "".join(piece.text for piece in section) for sections in texts for section in sections
+        between.join(piece.text for piece in section) for sections in texts for section in sections
     )
 
 

@@ -126,7 +126,9 @@ def _sd3_wanted(config: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _sd3_found(shapes: Shapes) -> tuple[Any, ...]:
-    width, positions = _axis(shapes, "x_embedder.proj.weight", 0), _axis(shapes, "pos_embed", 1)
+    # GGUF files may lack the first axis of the positions, which has length 1.
+    width, places = _axis(shapes, "x_embedder.proj.weight", 0), shapes.get("pos_embed", ())
+    positions = places[-2] if len(places) > 1 else 0
     dual = sum(key.endswith(".x_block.attn2.qkv.weight") for key in shapes)
     normed = "joint_blocks.0.x_block.attn.ln_q.weight" in shapes
     return _count(shapes, "joint_blocks"), width, positions, dual, normed

@@ -144,7 +144,9 @@ class StableDiffusion(LatentFamily):
         return self.pad
 
     def identify(self, header: Header) -> Family | None:
-        before = unet_prefix(header) or ""
+        before = unet_prefix(header)
+        if before is None:
+            return None
         first = header.tensors.get(before + "input_blocks.0.0.weight")
         key = header.tensors.get(before + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
         if not (first and key and len(first.shape) == 4 and len(key.shape) == 2):

@@ -7,7 +7,7 @@ relative error is 1 %; that of bfloat16 is 0.2 %.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from safelight.fast import kernels, onednn
-from safelight.fast.store import ARENA, Store
+from safelight.fast.store import ARENA, PASSING, Store
 from safelight.fast.tiles import in_tiles, linear_by
 
 _asked: ContextVar[bool] = ContextVar("int8", default=False)
@@ -45,12 +45,13 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
 
 def fits(weight: Tensor) -> bool:
     """Return whether the kernel supports a weight [out, in]."""
-    columns, inner = weight.shape
-    return (
-        available(weight.device, weight.dtype)
-        and not (columns % 16 or inner % 16)
-        and inner <= 1 << 16
-    )
+    return fits_shape(weight.shape, weight.dtype, weight.device)
+
+
+def fits_shape(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether the kernel supports a weight of this shape, [out, in]."""
+    columns, inner = shape
+    return available(device, dtype) and not (columns % 16 or inner % 16) and inner <= 1 << 16
 
 
 class Either:
@@ -71,6 +72,18 @@ class Either:
         if self._rounded is None:
             self._rounded = Matrix(self._plain.weight(), self._bias, self._store)
         return self._rounded(x, plus)
+
+
+class Each:
+    """Like `Either`, for a weight that is fetched at each use, and rounded within `asked` then."""
+
+    def __init__(self, plain: onednn.Held, bias: Tensor | None) -> None:
+        self._plain, self._bias = plain, bias
+
+    def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        if not _asked.get():
+            return self._plain(x, plus)
+        return Matrix(self._plain.weight(), self._bias, PASSING)(x, plus)
 
 
 class Matrix:

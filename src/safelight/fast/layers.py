@@ -83,10 +83,10 @@ def _make_room(x: Tensor) -> None:
         memory.give_back()
 
 
-def _decoding(layer: Any, pack: Callable[[Tensor, Tensor | None], Any]) -> onednn.Held:
+def _decoding(layer: Any, tokens: bool) -> onednn.Held | int8.Each:
     """Return an object that decodes a layer's codes at each use, and multiplies by the weight.
 
-    Its results are those of the packed weight, to the byte.
+    Its results are those of the packed weight, to the byte. tokens: it multiplies tokens.
     """
     codes: Quantised = layer.weight
     precision, bias = layer.precision, layer.bias
@@ -95,7 +95,10 @@ def _decoding(layer: Any, pack: Callable[[Tensor, Tensor | None], Any]) -> onedn
         memory.map_large(False)  # the operating system would provide new pages for each weight
         return codes.to(precision)
 
-    return onednn.Held(fetch, precision, lambda weight: pack(weight, bias))
+    pack = split.matrix if tokens else onednn.Matrix
+    plain = onednn.Held(fetch, precision, lambda weight: pack(weight, bias))
+    either = tokens and int8.fits_shape(codes.shape, precision, codes.codes.device)
+    return int8.Each(plain, bias) if either else plain
 
 
 class FastLinear(layers.Linear):
@@ -109,7 +112,7 @@ class FastLinear(layers.Linear):
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         if self._product is None:
             if isinstance(self.weight, Quantised):
-                self._product = _decoding(self, split.matrix if x.dim() > 2 else onednn.Matrix)
+                self._product = _decoding(self, tokens=x.dim() > 2)
             elif x.dim() > 2:
                 self._product = _matrix(self, _weight(self), self.bias)
             else:  # no tokens: a timestep embedding has one row per picture

@@ -37,7 +37,7 @@ def total() -> int:
     try:
         most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows has no sysconf
-        return 0
+        return _of_windows()[0]
     try:
         return min(most, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     except (OSError, ValueError):  # none, or "max"
@@ -50,7 +50,7 @@ def free() -> int:
         lines = Path("/proc/meminfo").read_text().splitlines()
         most = next(int(ln.split()[1]) * 1024 for ln in lines if ln.startswith("MemAvailable"))
     except (OSError, StopIteration, ValueError):
-        return 0
+        return _of_windows()[1]
     try:
         group = Path("/sys/fs/cgroup")
         used = int((group / "memory.current").read_text())
@@ -59,6 +59,27 @@ def free() -> int:
         return min(most, int((group / "memory.max").read_text()) - used)
     except (OSError, ValueError, KeyError):  # none, or "max"
         return most
+
+
+class _Status(ctypes.Structure):
+    """MEMORYSTATUSEX of <sysinfoapi.h>."""
+
+    _fields_ = (
+        ("length", ctypes.c_uint32),
+        ("load", ctypes.c_uint32),
+        ("total", ctypes.c_uint64),
+        ("free", ctypes.c_uint64),
+        ("others", ctypes.c_uint64 * 5),
+    )
+
+
+def _of_windows() -> tuple[int, int]:
+    """Return the bytes of memory that Windows has and that are free; zeros elsewhere."""
+    windll = getattr(ctypes, "windll", None)
+    status = _Status(length=ctypes.sizeof(_Status))
+    if windll is None or not windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
+        return 0, 0
+    return status.total, status.free
 
 
 @cache

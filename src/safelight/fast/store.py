@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from safelight.errors import SafelightError
+from safelight.errors import StorageError
 
 _PAGE = 2 << 20
 
@@ -74,11 +74,24 @@ class Arena:
 ARENA = Arena()
 
 
+class Passing:
+    """Keeps nothing: for weights that are packed for one use."""
+
+    def room(self, count: int) -> Tensor:
+        return torch.empty(count, dtype=torch.bfloat16)
+
+    def keep(self, weights: Tensor) -> Callable[[], Tensor]:
+        return lambda: weights
+
+
+PASSING = Passing()
+
+
 class Shelf:
     """Keeps weights in a temporary file, which ends with the process.
 
     What is fetched overwrites what was fetched before. The operating system caches as much of the
-    file as there is memory for. `keep` raises SafelightError if the file cannot be written.
+    file as there is memory for. `keep` raises StorageError if the file cannot be written.
     A deep copy is a new one: the layers that are packed already use the old one.
     """
 
@@ -128,7 +141,7 @@ class Shelf:
 def in_file(weights: Tensor) -> Tensor:
     """Return weights in a mapped temporary file of their own, which ends with the tensor.
 
-    The operating system caches as much of the file as there is memory for. Raises SafelightError if
+    The operating system caches as much of the file as there is memory for. Raises StorageError if
     it cannot be written.
     """
     if os.name == "nt":  # a file that is mapped could not be deleted there
@@ -145,8 +158,8 @@ def in_file(weights: Tensor) -> Tensor:
     return mapped.view(weights.shape)
 
 
-def _unwritten(what: str, error: OSError) -> SafelightError:
-    return SafelightError(
+def _unwritten(what: str, error: OSError) -> StorageError:
+    return StorageError(
         f"{what} could not write weights to {_disk()}: {error.strerror}; "
         "name another folder in TMPDIR"
     )

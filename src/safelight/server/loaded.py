@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from safelight.engine import Engine
@@ -260,7 +260,7 @@ class LoadedModels:
             background=True,
             working=self._pulse.working,
         )
-        self._loaded[name] = Loaded(name, model, engine, needs)
+        self._loaded[name] = Loaded(name, model, engine, _as_loaded(needs, model))
         self._seconds = seconds
         return _info_of(name, model)
 
@@ -323,6 +323,13 @@ def _digests(model: Model) -> tuple[Any, ...]:
     """Return what says which files a model was loaded from."""
     refiner = model.refiner and model.refiner.sha256
     return model.sha256, model.other_parts, model.other_vae, refiner, model.control
+
+
+def _as_loaded(needs: Estimate, model: Model) -> Estimate:
+    """Return what a model needs as it was loaded; weights in few bits may have been decoded."""
+    held = [one.weights_held for one in (model, model.refiner) if one is not None]
+    known = [weights for weights in held if weights is not None]
+    return replace(needs, weights=sum(known)) if len(known) == len(held) else needs
 
 
 def _info_of(name: str, model: Model) -> ModelInfo:

@@ -166,6 +166,9 @@ def shown(settings: dict[str, Any], suits: Suits) -> tuple[list[Any], list[str]]
     for name, setting in settings_of(Request).items():
         if getattr(asked, name) != setting.default and not suits.has(setting):
             told.append(f"{name} does nothing with this model")
+    if asked.sampler not in suits.samplers:
+        told.append(f"the sampler {asked.sampler} is not for this model")
+        asked = asked.model_copy(update={"sampler": suits.first().sampler})
     if others:
         more = ", …" if len(others) > 8 else ""
         told.append(f"there is no setting {', '.join(others[:8])}{more}")

@@ -23,10 +23,14 @@ _NAMES = {"ddpm": "DDPM", "dpmpp_2s": "DPM++ 2S", "deis": "DEIS", "tcd": "TCD"}
 """Usual names of the samplers that web UIs do not have."""
 
 
-def sampler_choices() -> list[tuple[str, str]]:
-    """Return label and name of each sampler, such as ("DPM++ 2M (dpmpp_2m)", "dpmpp_2m")."""
+def sampler_choices(suits: Suits) -> list[tuple[str, str]]:
+    """Return label and name of each sampler that a model takes.
+
+    An example is ("DPM++ 2M (dpmpp_2m)", "dpmpp_2m").
+    """
     return [
-        (f"{one.a1111 or _NAMES.get(name, name)} ({name})", name) for name, one in SAMPLERS.items()
+        (f"{SAMPLERS[name].a1111 or _NAMES.get(name, name)} ({name})", name)
+        for name in suits.samplers
     ]
 
 
@@ -82,7 +86,7 @@ class Form:
         self.problem, self.status = problem("make"), status("make")
         with gr.Row():
             self.sampler = gr.Dropdown(
-                sampler_choices(), value=first.sampler, label="Sampler", min_width=220
+                sampler_choices(suits), value=first.sampler, label="Sampler", min_width=220
             )
             self.steps = gr.Slider(1, 150, steps_of(first), step=1, label="Steps")
         with gr.Row():
@@ -136,7 +140,7 @@ class Form:
             made |= self._made(settings, [n for n in CONTROL if n in settings], first, suits)
         self.further = [made[name] for name in settings]
         self.adapted = [
-            *(self.guide, self.prompt, self.width, self.height),
+            *(self.sampler, self.guide, self.prompt, self.width, self.height),
             *(made[setting.name] for setting in self._partly),
         ]
         """The parts that differ between models; see `looks`."""
@@ -147,13 +151,14 @@ class Form:
     def looks(self, suits: Suits, fast: int = 0) -> list[dict[str, Any]]:
         """Return how each part of `adapted` looks for a model, as keywords of gr.update.
 
-        Width and height get 0, the model's own size. Where guidance begins and ends gets the
-        model's values at a level of `fast`.
+        Width and height get 0, the model's own size. The sampler, and where guidance begins and
+        ends, get the model's values at a level of `fast`.
         """
         first = suits.first(fast=fast)
         shown = {"value": 0, "visible": not suits.fixed_size}
         own = {name: {"value": getattr(first, name)} for name in OPTIONAL}
         return [
+            {"choices": sampler_choices(suits), "value": first.sampler},
             self.guiding(suits),
             {"placeholder": suits.placeholder},
             *({"info": suits.side(place), **shown} for place in (0, 1)),
@@ -175,14 +180,14 @@ class Form:
 
     @property
     def best(self) -> list[Any]:
-        """The fields that a model has its own best values for; see `best_of`."""
-        return [self.sampler, self.steps, self.guidance_scale]
+        """Further fields that a model has its own best values for; see `best_of`."""
+        return [self.steps, self.guidance_scale]
 
     @staticmethod
     def best_of(suits: Suits, fast: int) -> list[Any]:
         """Return the values of `best` for a model at a level of `fast`."""
         first = suits.first(fast=fast)
-        return [first.sampler, steps_of(first), first.guidance_scale]
+        return [steps_of(first), first.guidance_scale]
 
     @staticmethod
     def level_of(suits: Suits, fast: Any) -> list[Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from safelight.defaults import with_level
 from safelight.errors import SafelightError
 from safelight.request import Request
+from safelight.sampling import SAMPLERS
 from safelight.server.hub import Hub
 from safelight.server.names import Names
 from safelight.settings import Setting, settings_of
@@ -72,6 +73,12 @@ class Suits:
         if self.fixed_size and setting.name in ("width", "height"):
             return False
         return self.reads is None or not setting.about.some_models or setting.name in self.reads
+
+    @property
+    def samplers(self) -> list[str]:
+        """The names of the samplers that the model takes; all if it is not known here."""
+        flow = self.plan is not None and self.plan.scheduler.is_flow
+        return [name for name, one in SAMPLERS.items() if not flow or one.flow is not None]
 
     @property
     def guided(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -68,11 +68,14 @@ def budget(
 
     dtypes: of its networks. fast: whether they get the fast layers, which leave text encoders in
     files, and with low_memory all large weights. codes: names of weights that can stay as codes, by
-    network. They do with low_memory, and where the model would not fit into free memory otherwise.
+    network. They do with low_memory, and where the model would not fit into free memory otherwise;
+    fast layers only can.
     """
-    found = _budget(plan, dtypes, fast, low_memory, {})
-    if codes and any(codes.values()) and (low_memory or found.needed > (found.free or math.inf)):
-        return replace(_budget(plan, dtypes, fast, low_memory, codes), codes=True)
+    codes = codes if codes and fast else {}
+    found = _budget(plan, dtypes, fast, low_memory, codes, kept=False)
+    free = found.free or found.total or math.inf
+    if low_memory or found.needed > free:
+        return _budget(plan, dtypes, fast, low_memory, codes, kept=True)
     return found
 
 
@@ -82,17 +85,27 @@ def _budget(
     fast: bool,
     low_memory: bool,
     codes: Mapping[str, Set[str]],
+    *,
+    kept: bool,
 ) -> Budget:
-    weights = 0
+    """Return the budget. kept: whether codes stay; those of text encoders always do."""
+    weights, any_kept = 0, False
     for part, those in plan.weights.items():
         _, network = plan.parts[part].load_classes()
-        if fast and getattr(network, "runs_once", False):
-            continue
-        as_codes = codes.get(part, set())
-        weights += sum(stored_bytes(those[name]) for name in as_codes)
         sizes = {name: math.prod(weight.shape) for name, weight in those.items()}
-        away = set(as_codes)
-        if fast and low_memory:
+        if fast and getattr(network, "runs_once", False):
+            # Mapped, but for what is decoded now, such as the embeddings of tokens.
+            away = {name for name, one in those.items() if not has_codes(one)}
+            away |= codes.get(part, set())
+            weights += (
+                sum(sizes[name] for name in sizes if name not in away) * dtypes[part].itemsize
+            )
+            continue
+        away = set(codes.get(part, ())) if kept else set()
+        any_kept |= bool(away)
+        if not low_memory:
+            weights += sum(stored_bytes(those[name]) for name in away)
+        elif fast:
             away |= {name for name, numbers in sizes.items() if numbers >= LARGE}
         held = [numbers for name, numbers in sizes.items() if name not in away]
         # One of those that are fetched or decoded for their use.
@@ -102,7 +115,7 @@ def _budget(
     channels = getattr(plan.configs.get("vae"), "block_out_channels", (0, 0))[:2][-1]
     itemsize = dtypes["vae"].itemsize if "vae" in dtypes else 4
     work = PROGRAM + MAPS * width * height * channels * itemsize
-    return Budget(weights, work, memory.free(), memory.total())
+    return Budget(weights, work, memory.free(), memory.total(), codes=any_kept)
 
 
 def coded(plan: Plan, nets: Mapping[str, nn.Module]) -> dict[str, set[str]]:

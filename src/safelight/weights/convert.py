@@ -26,8 +26,8 @@ from safelight.weights.autoencoders import with_autoencoders
 from safelight.weights.check import refusal
 from safelight.weights.digest import digest_files
 from safelight.weights.find import PREVIEWS, Source, find, find_previews, find_vae, parts_finder
+from safelight.weights.frames import frame
 from safelight.weights.library import ENDINGS
-from safelight.weights.load import frame
 from safelight.weights.names import Original, Weight, original_names
 from safelight.weights.plan import Plan, read_plan
 from safelight.weights.stored import SMALL, Read, stored_tensor
@@ -206,13 +206,20 @@ def _joined(original: Original, parts: Parts) -> Out:
     shape = outs[0].shape if rows is None else (rows, *outs[0].shape[1:])
     shape = (*(shape[::-1] if original.transposed else shape), *(1,) * original.conv)
 
+    # Those that are stored in several types become what holds them all.
+    dtype = outs[0].dtype if len({out.dtype for out in outs}) == 1 else "F32"
+
     def read() -> Tensor:
-        tensor = outs[0].read() if rows is None else torch.cat([out.read() for out in outs])
+        pieces = [out.read() for out in outs]
+        if rows is None:
+            tensor = pieces[0]
+        else:
+            tensor = torch.cat([piece.to(DTYPES[dtype]) for piece in pieces])
         if original.swapped:
             tensor = torch.cat(tensor.chunk(2)[::-1])
         return (tensor.t() if original.transposed else tensor).reshape(shape)
 
-    return Out(outs[0].dtype, shape, read)
+    return Out(dtype, shape, read)
 
 
 # --- a folder ------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from safelight.weights.autoencoders import with_autoencoders
 from safelight.weights.budget import budget, coded
 from safelight.weights.controlnets import with_controlnet
 from safelight.weights.find import Source, find, find_controlnet, find_vae, parts_finder
-from safelight.weights.load import frame, pick_device, pick_dtype
+from safelight.weights.frames import frame
+from safelight.weights.load import pick_device, pick_dtype
 from safelight.weights.plan import read_plan
 
 
@@ -59,7 +60,7 @@ def estimate(
         part: plan.family.dtype_of(part, plan.configs[part], precision) for part in plan.weights
     }
     fast = helps(where, precision)
-    codes = coded(plan, {part: frame(plan, part) for part in plan.weights}) if fast else {}
+    codes = coded(plan, {part: frame(plan, part) for part in plan.weights})
     found = budget(plan, dtypes, fast=fast, low_memory=low_memory, codes=codes)
     weights = found.weights
     if refiner is not None:

@@ -68,7 +68,7 @@ _TYPES = dict(
 """The types of tensors, by their numbers in a file."""
 _SUPPORTED = "F16, BF16, F32, Q4_0 to Q8_0, Q2_K to Q6_K, IQ4_NL, IQ4_XS"
 
-_UINT32, _INT32, _TEXT, _LIST = 4, 5, 8, 9
+_UINT32, _INT32, _TEXT, _LIST, _INT64 = 4, 5, 8, 9, 11
 _NUMBERS = {
     **dict(enumerate("BbHh")),
     _UINT32: "I",
@@ -168,11 +168,12 @@ class _Reader:
     def shape(self, key: str, kind: int) -> tuple[int, ...]:
         """Return the shape of a tensor before it was flattened."""
         inner, count = (self.number("I"), self.number("Q")) if kind == _LIST else (0, 0)
-        if inner != _INT32:
-            self.fail(f"{key!r:.80} is no list of int32")
+        letter = {_INT32: "i", _INT64: "q"}.get(inner)  # ComfyUI-GGUF's, stable-diffusion.cpp's
+        if letter is None:
+            self.fail(f"{key!r:.80} is no list of int32 or int64")
         if count > MAX_DIMS:
             self.fail(f"{key!r:.80} has {count} numbers, {MAX_DIMS} are the most")
-        return struct.unpack(f"<{count}i", self.take(4 * count))
+        return struct.unpack(f"<{count}{letter}", self.take(struct.calcsize(letter) * count))
 
     def read_value(self, key: str) -> None:
         length = self.number("Q")

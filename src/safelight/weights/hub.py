@@ -35,7 +35,6 @@ def files_of(
     Raises SafelightError that names what is missing.
     """
     family = family_of_folder(index, where)
-    nested = {n.partition("/")[0] for n in names if "/" in n}
     if lacking is None:
         files = {n for n in ("model_index.json", "safelight.json") if n in names}
         wanted = [*family.parts, *family.tokenizers, "scheduler"]
@@ -47,21 +46,42 @@ def files_of(
     for part in wanted:
         if family.lacks(index, part):
             continue
-        folder = f"{part}/" if part in nested or not family.flat else ""
-        here = [n for n in names if n.startswith(folder) and "/" not in n.removeprefix(folder)]
+        folder = _place(family, part, names, where)
+        here = [n for n in names if _lies_in(folder, n)]
         files |= {n for n in here if n.endswith(".json") and ".index." not in n}
         if part in family.tokenizers:
             files |= {n for n in here if n == f"{folder}merges.txt"}
-        forms = _needed(family, part)
-        if not any(all(f"{folder}{n}" in here for n in form) for form in forms):
-            raise refusal(where, f"{folder}{forms[0][0]} is missing")
         if part in family.parts:
             stem = family.parts[part].stem
+            if family.flat:  # the weights may lie elsewhere than the config, as when read
+                here = [n for n in names if _lies_in(f"{part}/", n) or _lies_in("", n)]
             weights = choose_weights(part, here, where, stem)
             files.add(weights)
             if ".index." in weights:
                 files |= {n for n in here if _shards_of_index(weights).fullmatch(n)}
     return sorted(files)
+
+
+def _place(family: Family, part: str, names: Collection[str], where: str) -> str:
+    """Return the folder of a part's configs, such as "unet/"; "" for the root.
+
+    Raises SafelightError that names a missing file.
+    """
+    forms = _needed(family, part)
+    for folder in [f"{part}/", ""] if family.flat else [f"{part}/"]:
+        if any(all(f"{folder}{n}" in names for n in form) for form in forms):
+            return folder
+    nested = any(n.startswith(f"{part}/") for n in names)
+    folder = f"{part}/" if nested or not family.flat else ""
+    # Of a form that is there in part, the file that is not there is named.
+    form = next((f for f in forms if any(f"{folder}{n}" in names for n in f)), forms[0])
+    missing = next(n for n in form if f"{folder}{n}" not in names)
+    raise refusal(where, f"{folder}{missing} is missing")
+
+
+def _lies_in(folder: str, name: str) -> bool:
+    """Return whether a file lies in a folder itself; "": in the root."""
+    return name.startswith(folder) and "/" not in name.removeprefix(folder)
 
 
 def lent(family: Family, index: Mapping[str, Any], lacking: Collection[str]) -> list[str]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from safelight.errors import SafelightError
 from safelight.fast import (
@@ -20,7 +18,7 @@ from safelight.fast import (
     remark,
     runs_once,
 )
-from safelight.fast.quantised import Quantised, of_floats
+from safelight.fast.quantised import GGML, Quantised, of_floats
 from safelight.machine import has_bfloat16
 from safelight.model import Model
 from safelight.paths import expanded
@@ -40,13 +38,13 @@ from safelight.weights.find import (
     parts_finder,
 )
 from safelight.weights.finite import FiniteCheck
+from safelight.weights.frames import frame
 from safelight.weights.library import open_library
-from safelight.weights.names import Weight, some
+from safelight.weights.names import Weight
 from safelight.weights.plan import Plan, read_plan
-from safelight.weights.stored import CODED, SMALL, Stored, stored_weight
+from safelight.weights.stored import SMALL, Stored, stored_weight
 from safelight.weights.tensors import is_finite, open_tensors
 
-_FLOATS = ("F16", "BF16", "F32", "F64", *CODED)
 _STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _COMPUTE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -127,13 +125,14 @@ def load_model(
     nets = {part: frame(plan, part) for part in plan.weights}
     fast = helps(where, precision) and not plain
     dtypes = {part: plan.family.dtype_of(part, plan.configs[part], precision) for part in nets}
-    codes = coded(plan, nets) if fast else {}
+    codes = coded(plan, nets) if where.type == "cpu" else {}
+    needs = None
     if where.type == "cpu":
         needs = check_memory(plan, dtypes, fast=fast, low=low_memory, codes=codes)
         if on_plan is not None and needs.needed > TOLD_FROM:
             on_plan(str(needs))
-        if not needs.codes:
-            codes = {part: names for part, names in codes.items() if runs_once(nets[part])}
+        kept = nets if needs.codes else [part for part, net in nets.items() if runs_once(net)]
+        codes = {part: codes[part] for part in kept} if fast else {}
     tokenizers = {
         name: one.with_words(plan.words) if isinstance(one, Tokenizer) else one
         for name, one in plan.load_tokenizers().items()
@@ -183,6 +182,7 @@ def load_model(
         other_vae=_record(plan, "vae", digests),
         control=_record(plan, "controlnet", digests),
         stored=Stored(plan.weights, files),
+        weights_held=None if needs is None else needs.weights,
     )
 
 
@@ -233,30 +233,6 @@ def pick_dtype(name: str | torch.dtype, device: torch.device, half: str = "float
     if found is None:
         raise SafelightError(f"dtype {str(name)!r:.40}; expected auto, {', '.join(_COMPUTE)}")
     return found
-
-
-class _Unfilled(TorchFunctionMode):
-    """A context in which networks are built without drawing random weights.
-
-    The file's weights take their place. To draw normal numbers on the meta device, torch imports
-    its compiler, which takes longer than the rest of a small picture.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else (kwargs or {})["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
-def frame(plan: Plan, part: str) -> Any:
-    """Return a network without weights, after a check that the file's weights fit it."""
-    _, network_class = plan.parts[part].load_classes()
-    with torch.device("meta"), _Unfilled():
-        network = network_class(plan.configs[part])
-    _check_fit(plan.source_of(part).name, part, network, plan.weights[part])
-    return network
 
 
 def _filled(
@@ -336,23 +312,6 @@ def _fill(
             module.register_forward_hook(file.check)
 
 
-def _check_fit(model: str, part: str, network: nn.Module, weights: Mapping[str, Weight]) -> None:
-    """Raise SafelightError unless names, shapes and types of the weights fit the network."""
-    wanted = {name: tuple(t.shape) for name, t in network.state_dict().items()}
-    for what, names in (
-        ("are missing", wanted.keys() - weights.keys()),
-        ("belong to nothing", weights.keys() - wanted.keys()),
-    ):
-        if names:
-            raise refusal(model, f"{len(names)} weights of {part} {what}: {some(names)}")
-    for name, weight in weights.items():
-        if weight.shape != wanted[name]:
-            shapes = f"{weight.shape} in the file, {wanted[name]} by the config"
-            raise refusal(model, f"{part} {name}: {shapes}")
-        if weight.dtype not in _FLOATS:
-            raise refusal(model, f"{part} {name}: stored as {weight.dtype}; floats are needed")
-
-
 def _read(
     header: Header,
     weights: Mapping[str, Weight],
@@ -374,10 +333,10 @@ def _read(
             tensor = stored_weight(read, weight)
             if isinstance(tensor, Tensor) and weight.dtype in SMALL:
                 tensor = of_floats(tensor)  # torch does not compute in 8 bits
-            if isinstance(tensor, Quantised):
+            if isinstance(tensor, Quantised) or weight.dtype in GGML:
                 if weight.key not in finite and not is_finite(tensor, dtype):
                     raise refusal(header.name, f"{weight.key} holds NaN or Inf as {dtype}")
-                if name in codes:
+                if isinstance(tensor, Quantised) and name in codes:
                     memory.page_out(tensor.codes)
                     state[name] = tensor
                 else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -92,12 +92,11 @@ def stored_weight(read: Read, weight: Weight) -> Tensor | Quantised:
         assert isinstance(scale, Tensor)
         found = of_floats(found, scale)
     if isinstance(found, Quantised):
-        if weight.transposed or len(found.shape) < 2 or weight.shape[1:] != found.shape[1:]:
-            found = found.to(torch.float32)  # its rows are not those of the codes
-        elif weight.rows:
+        if weight.rows and not weight.transposed and weight.shape[1:] == found.shape[1:]:
             return joined([found[start:end] for start, end in weight.rows])
-        else:
-            return found
+        if not weight.rows and not weight.transposed and weight.shape[:1] == found.shape[:1]:
+            return replace(found, shape=torch.Size(weight.shape))
+        found = found.to(torch.float32)  # its rows are not those of the codes
     if weight.rows:
         pieces = [found[start:end] for start, end in weight.rows]
         # One piece stays in the mapped file.
