@@ -18,14 +18,15 @@ from torch import Tensor
 
 from safelight.families import flux, sd3
 from safelight.families.flow_files import Published
-from safelight.fast import int8, memory
+from safelight.fast import int8, layers, memory
 from safelight.fast.quantised import GGML, Quantised
+from safelight.fast.store import in_file
 from safelight.model import Model
-from safelight.weights import load_model
+from safelight.weights import load, load_model
 from safelight.weights.convert import convert
 from safelight.weights.estimate import estimate
 from tests.parity.flow_models import ASKED, SCHNELL, SD3_SCHEDULER, configs, make_flux, make_sd3
-from tests.weights_tiny import refused
+from tests.weights_tiny import refused, text_folder
 
 WHOLE = "model.diffusion_model."
 TEXTS = "text_encoders."
@@ -127,15 +128,19 @@ def float8_file(
     return path
 
 
-def gguf_file(state: State, path: Path) -> Path:
-    """Write a transformer as people quantise it, and beside it a file of its numbers."""
+def gguf_file(state: State, path: Path, few: str = "") -> Path:
+    """Write a transformer as people quantise it, and beside it a file of its numbers.
+
+    few: a vector that is quantised too.
+    """
     writer = gguf.GGUFWriter(path, "flux")
     numbers = {key: tensor for key, tensor in state.items() if key.startswith(WHOLE)}
     for i, (key, tensor) in enumerate(numbers.items()):
         kind, array = gguf.GGMLQuantizationType.F32, tensor.numpy()
-        if is_matrix(key, tensor):
+        if key == few or is_matrix(key, tensor):
             names = ("Q8_0", "Q5_1", "Q4_0", "BF16") if i % 3 else ("Q5_0", "Q4_1", "Q8_0", "F16")
-            name = "BF16" if tensor.shape[1] % 32 else names[i % 4]
+            name = "BF16" if tensor.shape[-1] % 32 else names[i % 4]
+            name = "Q8_0" if key == few else name
             kind = gguf.GGMLQuantizationType[name]
             array = gguf.quants.quantize(array, kind)
             numbers[key] = torch.from_numpy(np.array(gguf.quants.dequantize(array, kind)))
@@ -291,6 +296,45 @@ def test_axes_of_one_may_be_lost_or_added(tmp_path: Path, monkeypatch: pytest.Mo
     _, wanted = draw(tmp_path / "numbers.safetensors", folder)
     for low_memory in (False, True):
         assert draw(file, folder, low_memory=low_memory)[1] == wanted
+
+
+def test_a_stacked_bias_in_few_bits(state: State, folder: Path, tmp_path: Path) -> None:
+    """Its numbers are one row of codes, of which no rows can be taken."""
+    key = f"{WHOLE}double_blocks.0.img_attn.qkv.bias"
+    file = gguf_file(state, tmp_path / "flux.gguf", few=key)
+    numbers = load_file(file.with_suffix(".decoded.safetensors"))
+    assert not torch.equal(numbers[key], state[key])
+    _, wanted = draw(file.with_suffix(".decoded.safetensors"), folder)
+    for low_memory in (False, True):
+        assert draw(file, folder, low_memory=low_memory)[1] == wanted
+
+
+def test_large_decoded_weights_go_to_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of a UNet that another layer packs are decoded; with low_memory they are mapped."""
+    model = text_folder(tmp_path / "model")
+    [weights] = (model / "unet").glob("*.safetensors")
+    tensors = load_file(weights)
+    save_file({key: t.to(torch.float8_e4m3fn) for key, t in tensors.items()}, weights)
+    monkeypatch.setattr(layers, "LARGE", 1000)
+    filed: list[int] = []
+
+    def noted(tensor: Tensor, what: str) -> Tensor:
+        filed.append(tensor.numel())
+        return in_file(tensor, what)
+
+    monkeypatch.setattr(load, "in_file", noted)
+    pictures = [
+        load_model(model, device="cpu", dtype="float32", low_memory=low)
+        .generate("a", steps=2, sampler="euler", seed=1, width=64, height=64)
+        .images[0]
+        .tobytes()
+        for low in (False, True)
+    ]
+    assert pictures[0] == pictures[1]
+    assert len(filed) > 10
+    assert min(filed) >= 1000
 
 
 def test_codes_lie_in_the_mapped_file(state: State, folder: Path, tmp_path: Path) -> None:

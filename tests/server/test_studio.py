@@ -1520,7 +1520,10 @@ def test_a_prompt_is_not_in_the_list_of_processes() -> None:
     async def run() -> tuple[bytes, str]:
         command = await Command.start("explain", "--model=none", "--", "a secret")
         try:
-            listed = Path(f"/proc/{command._process.pid}/cmdline").read_bytes()
+            path, listed = Path(f"/proc/{command._process.pid}/cmdline"), b""
+            while not listed:  # until the new process has become the command
+                await asyncio.sleep(0.01)
+                listed = path.read_bytes()
             await command.ended()
         finally:
             command.kill()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -153,6 +154,7 @@ class Adapters:
                 if not self._kept:
                     raise
                 self._kept.popitem(last=False)
+                gc.collect()  # layers and what they packed refer to each other
 
     @property
     def size(self) -> int:
@@ -178,6 +180,7 @@ class Adapters:
             return
         while self._kept and selection.size > (memory.free() or math.inf):
             self._kept.popitem(last=False)
+            gc.collect()
             memory.give_back()
         free = memory.free()
         if free and selection.size > free:

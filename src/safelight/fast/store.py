@@ -138,11 +138,11 @@ class Shelf:
         return fetch
 
 
-def in_file(weights: Tensor) -> Tensor:
+def in_file(weights: Tensor, what: str = "a LoRA") -> Tensor:
     """Return weights in a mapped temporary file of their own, which ends with the tensor.
 
-    The operating system caches as much of the file as there is memory for. Raises StorageError if
-    it cannot be written.
+    The operating system caches as much of the file as there is memory for. what: what they are
+    for, in the error. Raises StorageError if the file cannot be written.
     """
     if os.name == "nt":  # a file that is mapped could not be deleted there
         return weights
@@ -154,7 +154,7 @@ def in_file(weights: Tensor) -> Tensor:
             size, dtype = weights.numel(), weights.dtype
             mapped = torch.from_file(file.name, shared=False, size=size, dtype=dtype)
     except OSError as e:
-        raise _unwritten("a LoRA", e) from None
+        raise _unwritten(what, e) from None
     return mapped.view(weights.shape)
 
 

@@ -62,7 +62,8 @@ class Loaded:
         """Bytes of its weights, with those of its LoRAs and of a second copy in float32, if any."""
         own = self.needs.weights + self.model.adapters.size
         if self.precise is not None:
-            own += self.needs.weights * 4 // self.model.dtype.itemsize
+            copy = replace(self.needs, weights=self.needs.weights * 4 // self.model.dtype.itemsize)
+            own += _as_loaded(copy, self.precise).weights
         return own
 
 

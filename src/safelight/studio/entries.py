@@ -167,7 +167,8 @@ def shown(settings: dict[str, Any], suits: Suits) -> tuple[list[Any], list[str]]
         if getattr(asked, name) != setting.default and not suits.has(setting):
             told.append(f"{name} does nothing with this model")
     if asked.sampler not in suits.samplers:
-        told.append(f"the sampler {asked.sampler} is not for this model")
+        if "sampler" in known:
+            told.append(f"the sampler {asked.sampler} is not for this model")
         asked = asked.model_copy(update={"sampler": suits.first().sampler})
     if others:
         more = ", …" if len(others) > 8 else ""

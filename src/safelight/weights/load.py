@@ -13,12 +13,14 @@ from safelight.fast import (
     accelerate,
     helps,
     keep_codes,
+    layers,
     memory,
     native_bfloat16,
     remark,
     runs_once,
 )
 from safelight.fast.quantised import GGML, Quantised, of_floats
+from safelight.fast.store import in_file
 from safelight.machine import has_bfloat16
 from safelight.model import Model
 from safelight.paths import expanded
@@ -137,7 +139,7 @@ def load_model(
         name: one.with_words(plan.words) if isinstance(one, Tokenizer) else one
         for name, one in plan.load_tokenizers().items()
     }
-    digests, files = _filled(plan, nets, dtypes, where, mapped=fast, codes=codes)
+    digests, files = _filled(plan, nets, dtypes, where, mapped=fast, codes=codes, filed=low_memory)
     for part, net in nets.items() if fast else ():
         accelerate(net, dtypes[part], low_memory)
     warnings = list(plan.warnings)
@@ -242,11 +244,13 @@ def _filled(
     device: torch.device,
     mapped: bool,
     codes: Mapping[str, Set[str]],
+    filed: bool,
 ) -> tuple[dict[str, dict[str, FileDigest]], dict[Path, HashedFile]]:
     """Give the networks their weights; return the digests of the files, and the files by path.
 
     The digests are those of `Plan.all_files`. No weight of a damaged download is used, because all
     files are hashed first. codes: names of the weights that stay as codes, by network.
+    filed: large ones that are decoded go to a file, as others that are mapped are in theirs.
     """
     checks = _finite_checks(plan, dtypes)
     looks = {path: check.check_piece for path, check in checks.items()}
@@ -257,7 +261,7 @@ def _filled(
         check.finish(path, by_path[path].stamp)
     for part, net in nets.items():
         names = codes.get(part, set())
-        _fill(net, plan.weights[part], files, checks, device, dtypes[part], mapped, names)
+        _fill(net, plan.weights[part], files, checks, device, dtypes[part], mapped, names, filed)
     for path, check in checks.items():
         check.keep(path, by_path[path].stamp)
     return digests, files
@@ -283,19 +287,20 @@ def _fill(
     dtype: torch.dtype,
     mapped: bool,
     codes: Set[str],
+    filed: bool,
 ) -> None:
     """Give a network its weights.
 
     files, checks: by path. mapped: weights stay in the file, in their stored precision, until they
     are used; before and after each use the file is checked to hold what was hashed. codes: names
-    of those that are decoded at each use; others are decoded now.
+    of those that are decoded at each use; others are decoded now. filed: see `_filled`.
     """
     state: dict[str, Tensor | Quantised] = {}
     own: list[HashedFile] = []
     for header in {id(w.header): w.header for w in weights.values()}.values():
         here = {name: w for name, w in weights.items() if w.header is header}
         file, finite = files[header.path], checks[header.path].finite_keys
-        state |= _read(header, here, file.openable, device, dtype, mapped, codes, finite)
+        state |= _read(header, here, file.openable, device, dtype, mapped, codes, finite, filed)
         file.check()
         own.append(file)
     keep_codes(network, {name: one for name, one in state.items() if isinstance(one, Quantised)})
@@ -321,11 +326,13 @@ def _read(
     keep: bool,
     codes: Set[str] = frozenset(),
     finite: Set[str] = frozenset(),
+    filed: bool = False,
 ) -> dict[str, Tensor | Quantised]:
     """Return weights by our names.
 
     path: where the file is opened. keep: leave them in the mapped file, in their stored precision.
     codes: names of those that are not decoded. finite: keys whose numbers are known to be finite.
+    filed: see `_filled`.
     """
     state: dict[str, Tensor | Quantised] = {}
     with open_tensors(header, path) as read:
@@ -340,7 +347,9 @@ def _read(
                     memory.page_out(tensor.codes)
                     state[name] = tensor
                 else:
-                    state[name] = tensor.to(dtype).to(device)
+                    decoded = tensor.to(dtype).to(device)
+                    large = keep and filed and decoded.numel() >= layers.LARGE
+                    state[name] = in_file(decoded, header.name) if large else decoded
                 continue
             if tensor.data_ptr() % tensor.element_size():
                 tensor = tensor.clone()  # a file need not align it, but our kernels need it aligned

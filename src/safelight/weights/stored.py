@@ -92,9 +92,10 @@ def stored_weight(read: Read, weight: Weight) -> Tensor | Quantised:
         assert isinstance(scale, Tensor)
         found = of_floats(found, scale)
     if isinstance(found, Quantised):
-        if weight.rows and not weight.transposed and weight.shape[1:] == found.shape[1:]:
+        whole = len(found.shape) > 1 and not weight.transposed
+        if whole and weight.rows and weight.shape[1:] == found.shape[1:]:
             return joined([found[start:end] for start, end in weight.rows])
-        if not weight.rows and not weight.transposed and weight.shape[:1] == found.shape[:1]:
+        if whole and not weight.rows and weight.shape[:1] == found.shape[:1]:
             return replace(found, shape=torch.Size(weight.shape))
         found = found.to(torch.float32)  # its rows are not those of the codes
     if weight.rows:
