@@ -46,9 +46,9 @@ def filed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of the weights that go to a file."""
     shapes: list[tuple[int, ...]] = []
 
-    def noted(weight: torch.Tensor) -> torch.Tensor:
+    def noted(weight: torch.Tensor, what: str) -> torch.Tensor:
         shapes.append(tuple(weight.shape))
-        return in_file(weight)
+        return in_file(weight, what)
 
     monkeypatch.setattr(replace, "in_file", noted)
     return shapes
@@ -65,7 +65,7 @@ class TestFiles:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_weights_are_the_same(self, dtype: torch.dtype) -> None:
         weight = torch.randn(30, 7, 3).to(dtype)
-        kept = in_file(weight.transpose(0, 1))
+        kept = in_file(weight.transpose(0, 1), "a test")
         assert kept.dtype == dtype
         assert torch.equal(kept, weight.transpose(0, 1))
 
@@ -74,7 +74,7 @@ class TestFiles:
     ) -> None:
         monkeypatch.setenv("TMPDIR", str(tmp_path))
         monkeypatch.setattr(tempfile, "tempdir", None)
-        kept = in_file(torch.ones(100))
+        kept = in_file(torch.ones(100), "a test")
         assert not list(tmp_path.iterdir())
         assert float(kept.sum()) == 100
 

@@ -15,7 +15,7 @@ from safetensors.torch import save, save_file
 
 from safelight.errors import SafelightError
 from safelight.weights.check import MAX_TENSORS, printable, read_header, read_json
-from weights_tiny import raw_file
+from weights_tiny import raw_file, refused
 
 
 def tensor(shape=(2,), offsets=(0, 8), dtype="F32"):
@@ -149,13 +149,7 @@ def test_a_malformed_file_is_refused_in_one_line(case, tmp_path):
     content, word = BAD[case]
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
-    with pytest.raises(SafelightError) as error:
-        read_header(path)
-    line = str(error.value)
-    assert word in line
-    assert line.startswith("x.safetensors: ")
-    assert len(line) <= 200
-    assert line.isprintable()
+    assert refused(lambda: read_header(path), word).startswith("x.safetensors: ")
 
 
 def test_there_are_enough_cases():

@@ -25,7 +25,7 @@ from torch import nn
 
 from safelight.fast import kernels, memory, onednn, winograd
 from safelight.fast.store import Shelf
-from safelight.fast.swap import keep_codes, leave_mapped, swap, takes_codes
+from safelight.fast.swap import keep_codes, leave_mapped, runs_once, swap, takes_codes
 
 __all__ = [
     "accelerate",
@@ -43,11 +43,6 @@ __all__ = [
 def helps(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether `accelerate` makes a network faster on this device in this precision."""
     return device.type == "cpu" and dtype != torch.float16 and onednn.available()
-
-
-def runs_once(net: nn.Module) -> bool:
-    """Return whether a network runs once per prompt, so that its weights are not packed."""
-    return getattr(net, "runs_once", False)
 
 
 def accelerate(net: nn.Module, dtype: torch.dtype, low_memory: bool = False) -> None:

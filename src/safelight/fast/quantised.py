@@ -84,6 +84,7 @@ def of_floats(codes: Tensor, scale: Tensor | None = None) -> Quantised:
 
 
 def _decode_floats(rows: Tensor) -> Tensor:
+    """Return the numbers of rows of floats, float32, [rows, numbers]."""
     if rows.dtype.itemsize > 1:
         return rows.float().reshape(len(rows), -1)
     # A table is four times as fast as PyTorch's conversion.

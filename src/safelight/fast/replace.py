@@ -61,7 +61,7 @@ def with_weights(net: nn.Module, changed: Named, read: Read) -> nn.Module:
         for name, value in named:
             if keeps_in_file(net, name, value.numel()):
                 filed.add(name)
-                value = in_file(value)
+                value = in_file(value, "a LoRA")
             found[name] = value
         return found
 

@@ -138,7 +138,7 @@ class Shelf:
         return fetch
 
 
-def in_file(weights: Tensor, what: str = "a LoRA") -> Tensor:
+def in_file(weights: Tensor, what: str) -> Tensor:
     """Return weights in a mapped temporary file of their own, which ends with the tensor.
 
     The operating system caches as much of the file as there is memory for. what: what they are
@@ -159,6 +159,7 @@ def in_file(weights: Tensor, what: str = "a LoRA") -> Tensor:
 
 
 def _unwritten(what: str, error: OSError) -> StorageError:
+    """Return the error for weights that could not be written. what: what they are for."""
     return StorageError(
         f"{what} could not write weights to {_disk()}: {error.strerror}; "
         "name another folder in TMPDIR"

@@ -55,6 +55,14 @@ _WAITING = (
 """Layers whose weights stay as loaded until they are used."""
 
 
+def runs_once(net: nn.Module | type[nn.Module]) -> bool:
+    """Return whether a network runs once per prompt, so that its weights are not packed.
+
+    net: the network, or its class.
+    """
+    return getattr(net, "runs_once", False)
+
+
 def keep_codes(net: nn.Module, codes: Mapping[str, Quantised]) -> None:
     """Give layers of `net`, in place, weights by name that stay as codes; see `takes_codes`."""
     for name, weight in codes.items():
@@ -70,7 +78,7 @@ def takes_codes(net: nn.Module) -> set[str]:
     """
     names = {name: module for name, module in net.named_modules() if type(module) in _MAPPED}
     joined: set[int] = set()
-    if not getattr(net, "runs_once", False):
+    if not runs_once(net):
         whole = (m for m in net.modules() if isinstance(m, layers.Attention | layers.GEGLU))
         joined = {id(inner) for module in whole for inner in module.modules()}
     return {

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from safelight.errors import SafelightError
-from safelight.fast import memory, takes_codes
+from safelight.fast import memory, runs_once, takes_codes
 from safelight.fast.layers import LARGE
 from safelight.weights.check import refusal
 from safelight.weights.plan import Plan
@@ -93,7 +93,7 @@ def _budget(
     for part, those in plan.weights.items():
         _, network = plan.parts[part].load_classes()
         sizes = {name: math.prod(weight.shape) for name, weight in those.items()}
-        if fast and getattr(network, "runs_once", False):
+        if fast and runs_once(network):
             # Mapped, but for what is decoded now, such as the embeddings of tokens.
             away = {name for name, one in those.items() if not has_codes(one)}
             away |= codes.get(part, set())

@@ -349,7 +349,7 @@ def _read(
                 else:
                     decoded = tensor.to(dtype).to(device)
                     large = keep and filed and decoded.numel() >= layers.LARGE
-                    state[name] = in_file(decoded, header.name) if large else decoded
+                    state[name] = in_file(decoded, "low_memory") if large else decoded
                 continue
             if tensor.data_ptr() % tensor.element_size():
                 tensor = tensor.clone()  # a file need not align it, but our kernels need it aligned
