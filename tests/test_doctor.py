@@ -72,17 +72,6 @@ def test_free_memory_is_what_this_container_may_take(
     assert f"Memory      8.0 GB{told}" in doctor.report(found)
 
 
-def test_cached_files_are_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {
-        "/proc/meminfo": "MemTotal: 6000000 kB\nMemAvailable: 5000000 kB\n",
-        "/sys/fs/cgroup/memory.current": "7900000",
-        "/sys/fs/cgroup/memory.stat": "anon 1\ninactive_file 5000000\nactive_file 2000000\n",
-        "/sys/fs/cgroup/memory.max": "8000000",
-    }
-    monkeypatch.setattr(Path, "read_text", lambda path: files[path.as_posix()])
-    assert memory.free() == 7_100_000
-
-
 @pytest.mark.skipif(os.name == "nt", reason="homes of POSIX")
 def test_without_a_home_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A container whose user is only a number has none."""

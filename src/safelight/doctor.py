@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from safelight import __version__, fast, threads
+from safelight import __version__, fast, processors, threads
 from safelight.fast import kernels, memory, onednn
 
 _OTHERS = ("numpy", "safetensors", "diffusers", "fastapi", "gradio", "openvino")
@@ -55,6 +55,7 @@ def report(found: dict[str, Any]) -> list[str]:
         f"Processor   {processor['name']}, {processor['cores']} cores",
         f"            instructions: {', '.join(processor['instructions']) or 'none that count'}",
         f"Threads     {waits['count']}, which {waits['waiting']}",
+        *([f"            {waits['why']}"] if waits["why"] else []),
         f"Precision   {precision['auto']}: {precision['why']}",
         f"Kernels     SAFELIGHT_KERNELS={found['kernels']['setting']}",
     ]
@@ -91,7 +92,7 @@ def _processor() -> dict[str, Any]:
     has = torch.cpu.get_capabilities()
     return {
         "name": str(has.get("cpu_name") or platform.processor() or "unknown"),
-        "cores": threads.cores(),
+        "cores": processors.cores(),
         "instructions": [name for name in _INSTRUCTIONS if has.get(name)],
         "torch_uses": torch.backends.cpu.get_cpu_capability(),
     }
@@ -105,7 +106,9 @@ def _threads() -> dict[str, Any]:
         waiting = "sleep while they wait"
     else:
         waiting = "wait as " + ", ".join(f"{k}={v}" for k, v in chosen.items()) + " says"
-    return {"count": torch.get_num_threads(), "waiting": waiting, "settings": chosen}
+    count, choice = torch.get_num_threads(), processors.choose()
+    why = choice.why if choice is not None and choice.threads == count else ""
+    return {"count": count, "why": why, "waiting": waiting, "settings": chosen}
 
 
 def _precision() -> dict[str, str]:
@@ -193,11 +196,9 @@ def _advice(found: dict[str, Any]) -> list[str]:
         advice.append("unset SAFELIGHT_KERNELS: the portable kernels are for tests, and slow")
     if states["oneDNN"] != "active":
         advice.append("a build of PyTorch with oneDNN (torch.backends.mkldnn)")
-    if found["threads"]["count"] < found["processor"]["cores"]:
-        advice.append(
-            f"OMP_NUM_THREADS={found['processor']['cores']}: only {found['threads']['count']} of "
-            f"{found['processor']['cores']} cores are used"
-        )
+    count, best = found["threads"]["count"], processors.best()
+    if best is not None and count != best:
+        advice.append(f"OMP_NUM_THREADS={best}: PyTorch has {count} threads")
     for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA"):
         if name in os.environ:
             advice.append(f"unset {name}, which keeps PyTorch from this processor's instructions")

@@ -1,5 +1,5 @@
-"""Settings for PyTorch before it is loaded: how its threads wait, and how many compiled primitives
-oneDNN keeps. This module imports nothing heavy.
+"""Settings for PyTorch before it is loaded: how many threads it has and how they wait, and how
+many compiled primitives oneDNN keeps. This module imports nothing heavy.
 
 OpenMP's threads spin while they wait. If other processes need the processor too, the spinning
 threads keep off it the thread that they wait for: a picture beside two others took five times as
@@ -9,6 +9,11 @@ docs/performance.md and docs/decisions/0100 have the figures.
 """
 
 import os
+
+from safelight import processors
+
+COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+"""Variables by which a user chooses how many threads there are. If one is set, none is changed."""
 
 SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Variables by which a user chooses how threads wait. If one is set, nothing is changed."""
@@ -25,11 +30,14 @@ most of them again at each call, which took 20 ms."""
 
 
 def before_torch() -> None:
-    """Set how threads wait and how many primitives are kept, unless the user has set it.
+    """Set how many threads there are, how they wait and how many primitives are kept.
 
-    Has an effect only before PyTorch is loaded.
+    What the user has set stays. Has an effect only before PyTorch is loaded.
     """
     wait_asleep()
+    chosen = processors.choose()
+    if chosen is not None and not any(name in os.environ for name in COUNTS):
+        os.environ["OMP_NUM_THREADS"] = str(chosen.threads)
     os.environ.setdefault(*PRIMITIVES)
 
 
@@ -40,10 +48,3 @@ def wait_asleep() -> None:
     """
     if not any(name in os.environ for name in SETTINGS):
         os.environ.update(BRIEFLY)
-
-
-def cores() -> int:
-    """Return how many processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

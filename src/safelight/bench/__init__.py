@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from safelight import threads
+from safelight import processors
 from safelight.bench import networks, one_step, processes, shortcuts
 from safelight.bench.networks import Run
 from safelight.errors import SafelightError
@@ -132,7 +132,7 @@ def _by_threads(names: list[str], repeat: int, log: Callable[[str], None]) -> di
     known = [name for name in names if name.startswith("safelight")] or ["safelight float32"]
     ours = "safelight bfloat16" if "safelight bfloat16" in known else known[0]
     run = networks.steps([ours], log)[ours]
-    cores, before = threads.cores(), torch.get_num_threads()
+    cores, before = processors.cores(), torch.get_num_threads()
 
     def with_threads(count: int) -> Run:
         def step() -> None:

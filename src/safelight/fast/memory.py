@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from safelight import containers
+
 # The names of <malloc.h>.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
 _MAPPED = 65536  # the C library's own value of the last
@@ -38,10 +40,8 @@ def total() -> int:
         most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows has no sysconf
         return _of_windows()[0]
-    try:
-        return min(most, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # none, or "max"
-        return most
+    limit = containers.memory_limit()
+    return most if limit is None else min(most, limit)
 
 
 def free() -> int:
@@ -51,14 +51,8 @@ def free() -> int:
         most = next(int(ln.split()[1]) * 1024 for ln in lines if ln.startswith("MemAvailable"))
     except (OSError, StopIteration, ValueError):
         return _of_windows()[1]
-    try:
-        group = Path("/sys/fs/cgroup")
-        used = int((group / "memory.current").read_text())
-        counts = dict(ln.split() for ln in (group / "memory.stat").read_text().splitlines())
-        used -= int(counts["active_file"]) + int(counts["inactive_file"])  # cached: can be freed
-        return min(most, int((group / "memory.max").read_text()) - used)
-    except (OSError, ValueError, KeyError):  # none, or "max"
-        return most
+    left = containers.free_memory()
+    return most if left is None else min(most, left)
 
 
 class _Status(ctypes.Structure):

@@ -13,6 +13,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from safelight.containers import out_of_memory_kills
 from safelight.errors import SafelightError, first_line
 from safelight.server.process import Child, spawn
 from safelight.server.settings import WorkerSettings
@@ -168,7 +169,7 @@ class Supervisor:
             self.restarts += 1
 
     def _serve_worker(self) -> None:
-        child, short = self.child, _out_of_memory_kills()
+        child, short = self.child, out_of_memory_kills()
         self._ready = self._stopped = False
         self._refused = None
         self.silent = 0.0
@@ -222,7 +223,7 @@ class Supervisor:
         if self.silent >= SILENCE or code is None or code >= 0:
             return False
         outside = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-        return -code in outside and _out_of_memory_kills() == short
+        return -code in outside and out_of_memory_kills() == short
 
     def _listen(self, pipe: Any) -> None:
         """Pass on the worker's messages until it ends."""
@@ -275,18 +276,3 @@ def _is_stopped(pid: int | None) -> bool:
     except OSError:
         return False
     return status.rpartition(")")[2].split()[0] in "Tt"
-
-
-def _out_of_memory_kills() -> int:
-    """Return how many processes Linux has ended because memory ran out; 0 if unknown.
-
-    Where Linux counts them by control group, only those of our group.
-    """
-    try:
-        group = Path("/proc/self/cgroup").read_text().rpartition("0::")[2].split("\n")[0]
-        own = Path("/sys/fs/cgroup", group.strip("/"), "memory.events")
-        counted = own if own.is_file() else Path("/proc/vmstat")
-        lines = counted.read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from safelight.processors import cores
+
 
 def usual_count() -> int:
     """Return the usual number of places on this machine."""
-    return max(2, min(4, os.cpu_count() or 2))
+    return max(2, min(4, cores()))
 
 
 class Turns:
