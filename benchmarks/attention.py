@@ -20,9 +20,10 @@ from itertools import chain
 from torch import Tensor
 
 import safelight
-from safelight.explain.attention import recorded, telling_layers, word_maps, words_of
+from safelight.explain.attention import recorded, telling_layers, word_maps
 from safelight.nets.layers import BasicTransformerBlock
 from safelight.nets.unet import UNet2DConditionModel
+from safelight.prompt.places import words_of
 
 # Other things than those that served to choose the layers that are shown.
 THINGS = (

@@ -1,15 +1,15 @@
-"""Record the cross-attention of a UNet: where in the picture each word was used.
+"""Record a network's attention to the text: where in the picture each word was used.
 
-In cross-attention every position of the picture weighs the tokens of the text by a softmax
+In attention every position of the picture weighs the tokens of the text by a softmax
 (arXiv:1706.03762). A token's weights over all positions are a map of where it was used
-(arXiv:2208.01626, arXiv:2210.04885).
+(arXiv:2208.01626, arXiv:2210.04885). In a UNet's cross-attention a position weighs the text alone,
+in a transformer the positions of the picture as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,51 +18,7 @@ from torch import Tensor, nn
 
 from safelight.nets.layers import Attention
 from safelight.nets.unet import UNet2DConditionModel
-from safelight.prompt.chunks import Chunk, chunks_of
-from safelight.prompt.reading import Piece
-from safelight.prompt.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Word:
-    """One word of a prompt, in lower case. tokens: its places among the prompt's ids."""
-
-    text: str
-    tokens: slice
-
-
-def words_of(tokenizer: Tokenizer, prompt: str) -> list[Word]:
-    """Return the words of a prompt in the syntax "plain", up to where it is cut."""
-    return words_of_chunks(tokenizer, chunks_of(tokenizer, ((Piece(prompt),),), "plain"))
-
-
-def words_of_chunks(tokenizer: Tokenizer, chunks: Sequence[Chunk]) -> list[Word]:
-    """Return the words of chunks that follow each other.
-
-    A textual inversion is one word, its name. A token that was added to the tokenizer is one word,
-    its text.
-    """
-    learned = {number: one for one in tokenizer.learned for number in one.ids}
-    alone = {*learned, *tokenizer.added}
-    marks = {tokenizer.bos, tokenizer.eos, tokenizer.pad}
-    words: list[Word] = []
-    for number, chunk in enumerate(chunks):
-        start, first = 1, number * tokenizer.max_length
-        for place in range(1, chunk.count + 1):
-            here, after = chunk.ids[place], chunk.ids[place + 1]
-            one = learned.get(here)
-            if one is not None:
-                text, ends = one.name, learned.get(after) is not one or after != here + 1
-            elif here in tokenizer.added:
-                text, ends = tokenizer.added[here], True
-            else:
-                text = tokenizer.text(chunk.ids[start : place + 1]).strip()
-                ends = after in alone or place == chunk.count
-                ends = ends or here in marks or tokenizer.name(here).endswith("</w>")
-            if ends:
-                words.append(Word(text, slice(first + start, first + place + 1)))
-                start = place + 1
-    return words
+from safelight.prompt.reading import Word
 
 
 def telling_layers(unet: UNet2DConditionModel) -> list[Attention]:
@@ -109,14 +65,44 @@ def recorded(layers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
+@contextmanager
+def recorded_jointly(
+    products: Iterable[nn.Module], picture: int, places: Callable[[int, int], tuple[slice, slice]]
+) -> Iterator[list[Tensor]]:
+    """Record the attention of a picture to its text in these products of a transformer.
+
+    Yields a list that fills with float32 [1, 1, positions, tokens], the mean over a product's
+    heads. What a position sums up to over the tokens is less than 1, as the rest is on the picture.
+    picture: its number of tokens. places: see `FlowFamily.places`. One picture is drawn within the
+    block; the products' results do not change.
+    """
+    found: list[Tensor] = []
+
+    def look(product: Any, inputs: tuple[Tensor, ...]) -> None:
+        q, k, _ = inputs
+        at, text = places(picture, k.shape[2])
+        total = torch.zeros(picture, len(range(*text.indices(k.shape[2]))), device=q.device)
+        for queries, keys in zip(q[0, :, at].float(), k[0].float(), strict=True):
+            scores = queries @ keys.T * q.shape[-1] ** -0.5  # of one head: all may not fit
+            total += torch.softmax(scores, dim=-1)[:, text]
+        found.append(total[None, None] / q.shape[1])
+
+    handles = [product.register_forward_pre_hook(look) for product in products]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def word_maps(
     weights: Sequence[Tensor], words: Sequence[Word], latents: tuple[int, int]
 ) -> Tensor | None:
     """Return where each word was used, from 0 to 1: float32 [words, h, w]; None without weights.
 
-    weights: as `recorded` has them, of one picture. latents: its height and width in latents. A map
-    is the mean over heads and layers of the sum over a word's tokens; h and w are the finest
-    layer's.
+    weights: as `recorded` or `recorded_jointly` has them, of one picture. latents: its height and
+    width in latents. A map is the mean over heads and layers of the sum over a word's tokens; h and
+    w are the finest layer's.
     """
     if not weights or not words:
         return None

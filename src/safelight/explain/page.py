@@ -16,7 +16,7 @@ from torch import Tensor
 
 from safelight import __version__
 from safelight.explain.forward import SHARES
-from safelight.explain.texts import ATTENTION, PARTS, SETTINGS, VIEWS, Text
+from safelight.explain.texts import ATTENTION, PARTS, SETTINGS, TEXT_ENCODER, VIEWS, Text
 from safelight.explain.watch import Moment, Story
 from safelight.picture import from_tensor
 from safelight.sampling import SAMPLERS, Level
@@ -241,8 +241,8 @@ def _attention(story: Story) -> str:
     )
     return (
         "<section><h2>Attention to each word</h2>"
-        f"{_block(PARTS['text_encoder'])}"
-        f'<p class="note">{escape(ATTENTION)} <b data-text="rest"></b> here.</p>'
+        f"{_block(TEXT_ENCODER[story.network])}"
+        f'<p class="note">{escape(ATTENTION[story.network])} <b data-text="rest"></b> here.</p>'
         f'<div class="words">{words}</div></section>'
     )
 

@@ -41,13 +41,6 @@ PARTS: dict[str, Text] = {
         "it a little back. Early estimates are averages of many possible pictures, so they are "
         "blurred.",
     ),
-    "text_encoder": Text(
-        "The text encoder",
-        "The prompt is split into tokens, which are words or pieces of words. The text encoder "
-        "turns each token into a list of numbers that also depends on the tokens before it. At "
-        "every step, each place of the picture computes how much to use each token. This is "
-        "cross-attention. A word is mostly used where its thing is drawn.",
-    ),
     "sampler": Text(
         "The sampler",
         "The network only estimates; the sampler computes the next state. From the noisy state "
@@ -119,10 +112,34 @@ VIEWS: dict[str, Text] = {
 }
 """The pictures of each step."""
 
-ATTENTION = (
+TEXT_ENCODER = {
+    "unet": Text(
+        "The text encoder",
+        "The prompt is split into tokens, which are words or pieces of words. The text encoder "
+        "turns each token into a list of numbers that also depends on the tokens before it. At "
+        "every step, each place of the picture computes how much to use each token. This is "
+        "cross-attention. A word is mostly used where its thing is drawn.",
+    ),
+    "transformer": Text(
+        "The text encoder",
+        "The prompt is split into tokens, which are words or pieces of words. The text encoder "
+        "turns each token into a list of numbers that also depends on the other tokens. At every "
+        "step, each place of the picture computes how much to use each token, and each other "
+        "place. A word is mostly used where its thing is drawn.",
+    ),
+}
+"""What reads the prompt, by the name of the network that uses it."""
+
+_MAPS = (
     "The maps lie over the clean estimate of the step. A place is light where the network used the "
     "word most. Each map has its own scale. The percentage is the word's share of all attention. "
-    "Small shares are normal, and a word such as “a” may have a larger share than a noun, because "
-    "most attention goes to the marks at the start and the end of the prompt:"
 )
-"""How to read the maps of attention. The share of the marks follows."""
+ATTENTION = {
+    "unet": _MAPS
+    + "Small shares are normal, and a word such as “a” may have a larger share than a noun, "
+    "because most attention goes to the marks at the start and the end of the prompt:",
+    "transformer": _MAPS
+    + "Small shares are normal, because places of the picture attend mostly to each other. The map "
+    "is the mean over all layers. Attention to other places and to the marks around the prompt is",
+}
+"""How to read the maps of attention, by the network. The share of the rest follows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,18 +16,20 @@ from safelight.engine.job import cut, decode, final_latents
 from safelight.engine.requests import with_drawn
 from safelight.errors import SafelightError
 from safelight.explain.attention import (
-    Word,
     recorded,
+    recorded_jointly,
     telling_layers,
     word_maps,
-    words_of_chunks,
 )
 from safelight.explain.forward import Noised, forward
+from safelight.families.flow import FlowFamily, texts_of
 from safelight.model import Model
 from safelight.nets.unet import UNet2DConditionModel
 from safelight.picture import from_tensor, to_tensor
 from safelight.prompt.chunks import chunks_of
 from safelight.prompt.dialects import read
+from safelight.prompt.places import words_of_chunks
+from safelight.prompt.reading import Word
 from safelight.request import Request
 from safelight.result import Result
 from safelight.sampling import Row
@@ -163,21 +166,28 @@ def _words(model: Model, request: Request, result: Result) -> list[Word]:
 
     They are empty if the network's attention to words is not recorded.
     """
-    if model.tokenizer is None or not _attends(model):
-        return []
     [seed] = result.seeds
-    one = with_drawn(request, result, seed)
+    one, steps = with_drawn(request, result, seed), result.settings["steps"]
+    if isinstance(model.family, FlowFamily):
+        whole = one.model_copy(update={"steps": steps, "guidance_scale": 1.0})
+        return model.family.words(model, texts_of(model, whole)["prompt"])
+    if model.tokenizer is None or not isinstance(model.unet, UNet2DConditionModel):
+        return []
     tokenizer = model.embeddings.model(model.embeddings.choose(one)).tokenizer
-    reading = read(
-        one.prompt, one.prompt_syntax, steps=result.settings["steps"], emphasis=one.emphasis
-    )
+    reading = read(one.prompt, one.prompt_syntax, steps=steps, emphasis=one.emphasis)
     text = reading.parts[-1].stages[0].blends[0].texts[0]
     return words_of_chunks(tokenizer, chunks_of(tokenizer, text, one.prompt_syntax))
 
 
-def _attends(model: Model) -> bool:
-    """Return whether the network's attention to each word can be recorded."""
-    return isinstance(model.unet, UNet2DConditionModel)
+def _recorded(model: Model, state: Tensor) -> AbstractContextManager[list[Tensor]] | None:
+    """Return what records the network's attention to the text, None if that is not known."""
+    if isinstance(model.family, FlowFamily):
+        family = model.family
+        picture = state.shape[-2] * state.shape[-1] // family.patch**2
+        return recorded_jointly(family.products(model), picture, family.places)
+    if isinstance(model.unet, UNet2DConditionModel):
+        return recorded(telling_layers(model.unet))
+    return None
 
 
 def _evenly(count: int) -> set[int]:
@@ -191,10 +201,10 @@ def _look(
     """Call the network again on the state before the step, with the prompt alone."""
     row, asked = job.table.rows[cursor], job.asked_at(cursor)
     noisy = row.level.view(state)
-    guided = asked.evaluations > 1
-    if asked.tokens is None or not (guided or _attends(model)):
+    guided, recording = asked.evaluations > 1, _recorded(model, state)
+    if asked.tokens is None or not (guided or recording):
         return _Seen(cursor + 1, row, noisy, clean, None, None)
-    with recorded(telling_layers(model.unet) if _attends(model) else []) as weights:
+    with recording or nullcontext([]) as weights:
         [unclipped] = estimate(model, [state], [row], [asked.positive()])
     unguided = clip_or_threshold(unclipped, job.table.clip, job.table.threshold)
     height, width = state.shape[-2:]

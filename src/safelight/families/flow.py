@@ -24,11 +24,11 @@ from safelight.weights.check import Header
 from safelight.weights.names import Section, from_single_file, t5_folder_name
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from safelight.model import Model
     from safelight.nets.reuse import Reuse
-    from safelight.prompt.reading import Emphasis, Piece, Reading, Stage, Syntax
+    from safelight.prompt.reading import Emphasis, Piece, Reading, Stage, Syntax, Word
     from safelight.prompt.tokenizer import Tokenizer
     from safelight.request import Request
     from safelight.weights.plan import Plan
@@ -167,6 +167,24 @@ class FlowFamily(AutoencodedFamily):
     def reader(self, tokenizers: Mapping[str, Any]) -> Reader | Tokenizer:
         """Return what reads most of a text; CLIP's tokenizer, if that is all there is."""
         raise NotImplementedError
+
+    def words(self, model: Model, text: str) -> list[Word]:
+        """Return the words of a text that the network's attention is recorded for."""
+        reader = self.reader(model.parts)
+        return reader.words(text) if isinstance(reader, Reader) else []
+
+    def products(self, model: Model) -> list[nn.Module]:
+        """Return the products of attention in which picture and text read each other."""
+        net: Any = model.network
+        blocks = [*net.transformer_blocks, *getattr(net, "single_transformer_blocks", ())]
+        return [block.attn.product for block in blocks]
+
+    def places(self, picture: int, tokens: int) -> tuple[slice, slice]:
+        """Return where the tokens of picture and text stand among those of `products`.
+
+        picture: how many the picture has. tokens: how many both have.
+        """
+        return slice(tokens - picture, tokens), slice(0, tokens - picture)
 
     def left_out(self, model: Model, text: str) -> str | None:
         """Return the end of a text that is longer than the model reads, None if it is not."""

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from safelight.model import Model
+    from safelight.prompt.reading import Word
     from safelight.prompt.tokenizer import Tokenizer
     from safelight.request import Request
     from safelight.weights.folder import Folder
@@ -188,6 +189,21 @@ class StableDiffusion3(FlowFamily):
         if "tokenizer_3" in tokenizers:
             return Reader(tokenizers["tokenizer_3"], LONGEST)
         return tokenizers["tokenizer"]
+
+    def words(self, model: Model, text: str) -> list[Word]:
+        from safelight.prompt.places import words_of
+        from safelight.prompt.reading import Word
+
+        first = words_of(model.parts["tokenizer"], text)
+        if "tokenizer_3" not in model.parts:
+            return first
+        second, length = super().words(model, text), model.parts["tokenizer"].max_length
+        moved = [Word(one.text, [length + n for n in one.tokens]) for one in second]
+        # CLIP and T5 read the same words, unless a text is too long for CLIP or has odd marks.
+        if [one.text for one in first] != [one.text.lower() for one in second]:
+            return moved
+        both = zip(first, moved, strict=True)
+        return [Word(b.text, a.tokens + b.tokens) for a, b in both]
 
     def encode_text(self, model: Model, text: str) -> Conditioning:
         import torch

@@ -21,7 +21,7 @@ from safelight.weights.names import Section, qwen_folder_name
 from safelight.weights.names_zimage import zimage_names, zimage_stacked
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from safelight.model import Model
     from safelight.weights.folder import Folder
@@ -132,6 +132,16 @@ class ZImage(FlowFamily):
         ids = model.parts["tokenizer"].encode(chat, LONGEST, pad=False).ids
         [states] = model.parts["text_encoder"](torch.tensor([ids], device=model.device), [-2])
         return Conditioning(states.to(model.dtype), lengths=(len(ids),))
+
+    def products(self, model: Model) -> list[nn.Module]:
+        net: Any = model.network
+        return [block.attention.product for block in net.layers]
+
+    def places(self, picture: int, tokens: int) -> tuple[slice, slice]:
+        from safelight.nets.zimage import MULTIPLE
+
+        filled = -(-picture // MULTIPLE) * MULTIPLE
+        return slice(0, picture), slice(filled, tokens)
 
     def velocity(self, model: Model, rows: Rows) -> Tensor:
         import torch

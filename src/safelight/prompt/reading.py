@@ -107,3 +107,11 @@ def unbalanced(found: dict[str, int], text: str) -> tuple[str, ...]:
     """
     listed = " and ".join(f"{count} '{mark}'" for mark, count in found.items() if count)
     return (f"{listed} without a partner: read as {text}",) if listed else ()
+
+
+@dataclass(frozen=True)
+class Word:
+    """One word of a prompt. tokens: the places of its tokens among the text encoder's states."""
+
+    text: str
+    tokens: list[int]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from safelight.prompt.reading import Word
+
 if TYPE_CHECKING:
     from safelight.prompt.text_tokenizer import TextTokenizer
 
@@ -28,6 +30,25 @@ class Reader:
         if len(pieces) <= room:
             return None
         return text[max(pieces[room].start - len(self.before), 0) :].strip() or None
+
+    def words(self, text: str) -> list[Word]:
+        """Return the words of a text that the model reads."""
+        whole, begin = f"{self.before}{text}{self.after}", len(self.before)
+        end, first = begin + len(text), len(self.tokenizer.prefix)
+        found: list[Word] = []
+        places: list[int] = []
+        starts = begin
+        read = self.tokenizer.pieces(whole)[: self.tokenizer.room(self.most)]
+        for place, piece in enumerate(read, first):
+            if piece.end <= begin or piece.start >= end:
+                continue
+            places.append(place)
+            ends = min(piece.end, end)
+            if ends == end or whole[ends].isspace():
+                if word := whole[starts:ends].strip():
+                    found.append(Word(word, places))
+                places, starts = [], ends
+        return found
 
     def chunk(self, text: str) -> dict[str, Any]:
         """Return the tokens that the model reads of a text, as `show.describe` has a chunk."""
