@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.parity.flow_models import make_klein
 from tests.parity.test_pictures import (
+    NEGATIVE,
     PROMPT,
     Worst,
     check,
@@ -56,3 +59,60 @@ def test_klein(worst: Worst, models: dict[str, Path], steps: int) -> None:
     asked = {"prompt": PROMPT, **SIZE, "guidance_scale": 3.0}
     given = {**asked, "num_inference_steps": steps}
     compare(worst, models["klein"], TEXT, given, **asked, steps=steps, seed=11)
+
+
+@pytest.mark.parametrize("name", ["base", "fixed"])
+@pytest.mark.parametrize("negative", ["", NEGATIVE])
+def test_guidance(worst: Worst, models: dict[str, Path], name: str, negative: str) -> None:
+    """With the shift of the pipeline, and with that of a scheduler that has its own."""
+    pipe = theirs(models[name], TEXT)
+    asked = {"prompt": PROMPT, **SIZE, "guidance_scale": 3.0}
+    told = pipe.encode_prompt(negative)[0] if negative else None
+    given = {**asked, "num_inference_steps": 5, "negative_prompt_embeds": told}
+    said = {**asked, "negative_prompt": negative, "steps": 5, "seed": 11}
+    compare(worst, models[name], TEXT, given, **said)
+
+
+def test_a_base_model_without_guidance(worst: Worst, models: dict[str, Path]) -> None:
+    asked = {"prompt": PROMPT, **SIZE, "guidance_scale": 1.0}
+    given = {**asked, "num_inference_steps": 3}
+    compare(worst, models["base"], TEXT, given, **asked, steps=3, seed=2)
+
+
+def test_a_prompt_that_is_cut(worst: Worst, models: dict[str, Path]) -> None:
+    """What is put behind the prompt is cut off with its end; nothing is left to fill up."""
+    asked = {"prompt": "a red apple on a table, " * 30, **SIZE, "guidance_scale": 1.0}
+    given = {**asked, "num_inference_steps": 2}
+    compare(worst, models["klein"], TEXT, given, **asked, steps=2, seed=2)
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the picture as a condition away from diffusers' pipeline for inpainting.
+
+    The pipeline always shows the picture to the transformer, too. Without it, it does what
+    pipelines of other families do; with a white mask, that is image to image.
+    """
+
+    def none(pipe: Any, images: Any, batch: int, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        channels = pipe.transformer.config.in_channels
+        return torch.zeros(batch, 0, channels), torch.zeros(batch, 0, 4)
+
+    monkeypatch.setattr(diffusers.Flux2KleinInpaintPipeline, "prepare_image_latents", none)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("strength", [0.3, 0.65, 1.0])
+def test_image_to_image(worst: Worst, models: dict[str, Path], strength: float) -> None:
+    asked = {"prompt": PROMPT, "guidance_scale": 2.5, "image": picture(), "strength": strength}
+    white = Image.new("L", (64, 64), 255)
+    given = {**asked, "mask_image": white, "num_inference_steps": 10}
+    compare(worst, models["base"], INPAINT, given, **asked, steps=10, seed=11)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+def test_inpainting(worst: Worst, models: dict[str, Path], strength: float) -> None:
+    asked = {"prompt": PROMPT, "guidance_scale": 1.0, "image": picture(), "strength": strength}
+    given = {**asked, "mask_image": left_half(), "num_inference_steps": 8}
+    compare(worst, models["klein"], INPAINT, given, **asked, mask=left_half(), steps=8, seed=11)
