@@ -227,7 +227,7 @@ KLEIN = {
     "num_layers": 2,
     "num_single_layers": 3,
     "attention_head_dim": 16,
-    "num_attention_heads": 3,
+    "num_attention_heads": 4,
     "joint_attention_dim": 96,
     "axes_dims_rope": (4, 4, 4, 4),
     "guidance_embeds": False,

@@ -62,7 +62,7 @@ _DISTILLED = MappingProxyType({"sampler": "euler", "steps": 4, "guidance_scale":
 _BASE = MappingProxyType({"sampler": "euler", "steps": 50, "guidance_scale": 4.0})
 """The settings of the published folders; the second are the defaults of diffusers' pipeline."""
 
-VAE2_PART = Part(
+FLUX2_VAE_PART = Part(
     "safelight.nets.vae_flux2",
     "AutoencoderKLFlux2",
     "Flux2VAEConfig",
@@ -89,7 +89,7 @@ class Flux2(FlowFamily):
     pipelines: ClassVar[tuple[str, ...]] = ("Flux2KleinPipeline", "Flux2KleinInpaintPipeline")
     parts: ClassVar[Mapping[str, Part]] = {
         "transformer": Part("safelight.nets.flux2", "Flux2Transformer2DModel", "Flux2Config"),
-        "vae": VAE2_PART,
+        "vae": FLUX2_VAE_PART,
         "text_encoder": QWEN3_PART,
     }
     tokenizers: ClassVar[Mapping[str, tuple[str, ...]]] = {"tokenizer": QWEN_TOKENIZERS}
