@@ -419,6 +419,35 @@ def test_xlabs_files_of_flux(
     same(models["flux"].adapted([str(path)]).network, wanted, models["flux"].network)
 
 
+@pytest.mark.parametrize("how", ["dotted", "flat", "cut"])
+def test_files_of_flux_2(
+    how: str, models: dict[str, Any], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """The naming of ai-toolkit, that of kohya's scripts, and a cut name that diffusers knows."""
+    model, path = models["klein"], tmp_path / "a.safetensors"
+    layers = matrices(originals(model))
+    if how == "cut":
+        named = {
+            key.replace("transformer_blocks.", "diffusion_model.sformer_blocks."): two
+            for key, two in pairs(model.network).items()
+            if key.startswith("transformer_blocks.")
+        }
+        written(path, named, PEFT)
+    elif how == "dotted":
+        # diffusers does not exchange the halves of this layer's change, as it does its weight's.
+        spelled = {one: f"diffusion_model.{one}" for one in layers if "adaLN" not in one}
+        block_file(path, model, spelled, PEFT, alpha=False)
+    else:
+        spelled = {
+            one: f"lora_unet_{one.replace('.', '_')}"
+            for one in layers
+            if one.startswith(("double_blocks", "single_blocks"))
+        }
+        block_file(path, model, spelled, KOHYA, alpha=True)
+    wanted = fused(pipeline(folders["klein"], "klein"), path)
+    same(model.adapted([str(path)]).network, wanted, model.network)
+
+
 def test_files_of_z_image(models: dict[str, Any], folders: dict[str, Path], tmp_path: Path) -> None:
     """Layers of the blocks in the naming of kohya's scripts."""
     layers = [one for one in matrices(originals(models["zimage"])) if "attention" in one]

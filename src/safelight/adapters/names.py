@@ -188,6 +188,8 @@ def _originals(name: str, target: Target) -> Iterator[tuple[str, Target]]:
 def _paths(module: str) -> Iterator[str]:
     """Yield the spellings of a layer's path in the naming of diffusers."""
     yield module
+    if module.startswith("transformer_blocks."):
+        yield module.removeprefix("tran")  # some exporters of FLUX.2 cut too much off
     if (spelled := _SPLIT.sub(r"\1.\2", module)) != module:
         yield spelled
     if module.startswith(_TEXT_ROOT):
