@@ -180,7 +180,8 @@ def _originals(name: str, target: Target) -> Iterator[tuple[str, Target]]:
         if name.endswith(end):
             yield name.removesuffix(end) + processor, target
     if name.endswith(".linear1") and len(target.layers) > 3:
-        # In FLUX.1 it has queries, keys, values and the feed-forward's rows; XLabs changes the first three.
+        # In FLUX.1 it has queries, keys, values and the feed-forward's rows; XLabs changes three.
+        # In FLUX.2 it is one layer of ours.
         path = f"{name.removesuffix('linear1')}processor.qkv_lora"
         yield path, Target(target.part, path, target.layers[:3])
 

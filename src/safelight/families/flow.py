@@ -81,8 +81,8 @@ class FlowFamily(AutoencodedFamily):
     """A family of flow matching.
 
     patch: side, in latents, of what is one token. trained, empirical: see `sampling.flow.Course`.
-    layout: of its single files. published: what a single file of this variant does not hold; None if the
-    variant is no published one.
+    layout: of its single files. published: what a single file of this variant does not hold; None
+    if the variant is no published one.
     """
 
     network: ClassVar[str] = "transformer"

@@ -278,7 +278,7 @@ def _flux2_found(shapes: Shapes) -> tuple[Any, ...]:
 
 
 def flux2_is_dev(header: Header, prefix: str) -> bool:
-    """Return whether a file of FLUX.2 is dev, which reads a guidance scale. prefix: see `Layout`."""
+    """Return whether a file of FLUX.2 is dev: it reads a guidance scale. prefix: see `Layout`."""
     return f"{prefix}{_DEV}" in header.tensors
 
 

@@ -156,9 +156,7 @@ class Qwen3Model(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self, ids: Tensor, layers: Sequence[int], used: int | None = None
-    ) -> list[Tensor]:
+    def forward(self, ids: Tensor, layers: Sequence[int], used: int | None = None) -> list[Tensor]:
         """Return the states that `layers` names, each [batch, length, hidden_size].
 
         ids: int64 [batch, length]. layers: 0 for the embeddings, n for the states after n layers;

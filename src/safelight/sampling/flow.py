@@ -57,9 +57,7 @@ def flow_grid(config: SchedulerConfig, steps: int, course: Course) -> Grid:
     return Grid(levels, tuple(given.tolist()), levels[0].sigma)
 
 
-def shifted(
-    config: SchedulerConfig, times: Times, tokens: int, mu: float | None = None
-) -> Times:
+def shifted(config: SchedulerConfig, times: Times, tokens: int, mu: float | None = None) -> Times:
     """Return times moved towards noise.
 
     tokens: of the picture, for dynamic shifting. mu: the shift, if it does not follow from the
