@@ -1,5 +1,7 @@
 """FLUX.2's weights in few bits, and its autoencoder on its own."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,14 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from safelight import cli
 from safelight.engine import preview
 from safelight.families import flux2
 from safelight.families.flow_files import Published
+from safelight.recipe import read_recipe
 from safelight.weights import load_model
 from safelight.weights.convert import convert
+from safelight.weights.estimate import estimate
+from safelight.weights.hub import files_of
 from safelight.weights.kinds import kind_of
 from tests.parity.flow_models import ASKED, DEV, VAE_16, configs, make_klein
-from tests.parity.test_quantised import as_codes, float8_file, gguf_file, per_row
+from tests.parity.test_quantised import WHOLE, as_codes, float8_file, gguf_file, per_row
 from tests.weights_tiny import refused
 
 State = dict[str, torch.Tensor]
@@ -125,3 +131,73 @@ def test_previews_are_decoded_smaller(folder: Path) -> None:
     assert model.family.latent_rgb is None
     latents = torch.randn(1, model.vae.config.channels, 48, 32)
     assert preview.preview(model, latents).size == (11 * 16, 16 * 16)
+
+
+# --- folders -------------------------------------------------------------------------------------
+
+
+def test_the_estimate_counts_all_parts(folder: Path, whole: State, tmp_path: Path) -> None:
+    alone = {key.removeprefix(WHOLE): t for key, t in whole.items() if key.startswith(WHOLE)}
+    save_file(alone, file := tmp_path / "alone.safetensors")
+    found = estimate(file, device="cpu", dtype="float32", parts=folder, low_memory=True)
+    own = estimate(folder, device="cpu", dtype="float32", low_memory=True)
+    assert (found.weights, found.work) == (own.weights, own.work)
+    assert found.family.name == own.family.name == "flux2-klein-4b"
+    assert found.native_size == (1024, 1024)
+
+
+def test_what_a_file_takes_from_the_hub(folder: Path, whole: State) -> None:
+    """The index says what is distilled; the scheduler is that of all of them."""
+    names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    index = json.loads((folder / "model_index.json").read_text())
+    taken = files_of(index, names, "klein", lacking=["vae", "text_encoder", "tokenizer"])
+    assert {name.partition("/")[0] for name in taken} == {
+        "model_index.json",
+        "vae",
+        "text_encoder",
+        "tokenizer",
+    }
+
+
+@pytest.mark.parametrize(
+    ("part", "changed", "said"),
+    [
+        ("transformer", {"joint_attention_dim": 64}, "text encoder gives 96 numbers"),
+        ("transformer", {"in_channels": 32}, "vae gives 64 numbers"),
+        ("transformer", {"out_channels": 32}, "transformer gives 32 numbers"),
+        ("transformer", {"guidance_embeds": True}, "guidance_embeds=True is not supported"),
+        ("text_encoder", {"num_hidden_layers": 26, "layer_types": None}, "26 layers; FLUX.2 reads"),
+        ("vae", {"patch_size": [1, 1]}, "patch_size"),
+    ],
+)
+def test_parts_that_do_not_fit(
+    folder: Path, tmp_path: Path, part: str, changed: dict[str, Any], said: str
+) -> None:
+    other = shutil.copytree(folder, tmp_path / "other")
+    config = json.loads((other / part / "config.json").read_text())
+    (other / part / "config.json").write_text(json.dumps({**config, **changed}))
+    refused(lambda: load_model(other, device="cpu"), said)
+
+
+def test_the_command_line(folder: Path, whole: State, tmp_path: Path, capsys: Any) -> None:
+    alone = {key: tensor for key, tensor in whole.items() if key.startswith(WHOLE)}
+    save_file(alone, file := tmp_path / "alone.safetensors")
+    png, parts = str(tmp_path / "a.png"), ["--parts", str(folder)]
+    size = ["--width", "64", "--height", "64", "--device", "cpu"]
+    asked = ["generate", "a red apple", "--model", str(file), *parts, *size, "--out", png]
+    assert cli.run(asked) == 0
+    assert cli.run(["verify", png, "--model", str(file), *parts]) == 0
+    assert read_recipe(Path(png))["settings"]["steps"] == 4
+    capsys.readouterr()
+    assert cli.run(["inspect", str(file)]) == 0
+    told = capsys.readouterr().out
+    assert "flux2-klein-base-4b" in told
+    assert "no vae, text_encoder and tokenizer" in told
+    # FLUX.2 dev: a folder by its pipeline, a file by what reads the guidance scale.
+    save_file({**alone, f"{WHOLE}guidance_in.in_layer.weight": torch.ones(2, 2)}, file)
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/model_index.json").write_text('{"_class_name": "Flux2Pipeline"}')
+    for model in (file, tmp_path / "dev"):
+        assert cli.run(["generate", "a red apple", "--model", str(model)]) == 2
+        [line] = capsys.readouterr().err.strip().splitlines()
+        assert "this is FLUX.2 dev" in line
