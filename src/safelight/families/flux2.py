@@ -128,12 +128,9 @@ class Flux2(FlowFamily):
 
     def sections(self) -> dict[str, Section]:
         found = super().sections()
-        if self.published is not None:
-            mine = self.published.configs["text_encoder"]["hidden_size"]
-            for width, prefix in FLUX2_TEXTS.items():
-                if width != mine and mine in FLUX2_TEXTS:
-                    del found[prefix]
-        return found
+        mine = FLUX2_TEXTS.get(self.configs.get("text_encoder", {}).get("hidden_size", 0))
+        others = set() if mine is None else {*FLUX2_TEXTS.values()} - {mine}
+        return {prefix: section for prefix, section in found.items() if prefix not in others}
 
     def check_configs(self, configs: Mapping[str, Any]) -> None:
         net, text, vae = (configs[name] for name in ("transformer", "text_encoder", "vae"))
