@@ -121,6 +121,11 @@ def test_autoencoders_of_other_families_are_refused(folder: Path, tmp_path: Path
     state = load_file(tmp_path / "flux/diffusion_pytorch_model.safetensors")
     save_file(state, tmp_path / "flux.safetensors")
     refused(lambda: load_model(folder, vae=tmp_path / "flux.safetensors", **given), "channels")
+    five = {"block_out_channels": [8] * 5, "norm_num_groups": 4}
+    five |= {"down_block_types": ["DownEncoderBlock2D"] * 5}
+    five |= {"up_block_types": ["UpDecoderBlock2D"] * 5}
+    diffusers.AutoencoderKL(**VAE_16 | five).save_pretrained(tmp_path / "five")
+    refused(lambda: load_model(folder, vae=tmp_path / "five", **given), "vae gives 16 numbers")
     mine = folder / "vae"
     refused(lambda: load_model("embedded", vae=mine, **given), "an autoencoder of 16 channels")
 

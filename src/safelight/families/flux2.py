@@ -136,7 +136,8 @@ class Flux2(FlowFamily):
         net, text, vae = (configs[name] for name in ("transformer", "text_encoder", "vae"))
         for what, gives, reads in (
             ("text encoder", len(LAYERS) * text.hidden_size, net.joint_attention_dim),
-            ("vae", vae.channels, net.in_channels),
+            # Another autoencoder, as --vae may name it, makes no patches.
+            ("vae", getattr(vae, "channels", vae.latent_channels), net.in_channels),
             ("transformer", net.out_channels or net.in_channels, net.in_channels),
         ):
             if gives != reads:
