@@ -58,8 +58,9 @@ class Model:
     sha256: the digest of a single file, or of the names and digests of all files of a folder.
     family: what it is and how it draws; its name is "sd1", "sd1-inpainting", "sd2",
       "sd2-inpainting", "sdxl", "sdxl-inpainting", "sdxl-refiner", "ssd-1b", "vega", "sd3",
-      "sd3.5-medium", "sd3.5-large", "flux-dev", "flux-schnell", "z-image", "z-image-turbo" or
-      "pixels"; "custom" and names that end in "-custom" are of other shapes.
+      "sd3.5-medium", "sd3.5-large", "flux-dev", "flux-schnell", "flux2-klein-4b", "flux2-klein-9b",
+      "flux2-klein-base-4b", "flux2-klein-base-9b", "z-image", "z-image-turbo" or "pixels"; "custom"
+      and names that end in "-custom" are of other shapes.
     parts: its networks and tokenizers by the names of their folders.
     words: those it was trained on, None if it does not say.
     notes: what else stands in the folder's safelight.json.

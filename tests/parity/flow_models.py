@@ -198,9 +198,11 @@ QWEN = {
 CHAT = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + "
     "message['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
 )
-"""What Qwen3's chat template makes of one message with enable_thinking."""
+"""What Qwen3's chat template makes of one message, with or without enable_thinking."""
 
 
 def qwen_tokenizer(folder: Path) -> None:
@@ -218,6 +220,50 @@ def qwen_tokenizer(folder: Path) -> None:
         chat_template=CHAT,
     )
     whole.save_pretrained(folder)
+
+
+KLEIN = {
+    "in_channels": 64,
+    "num_layers": 2,
+    "num_single_layers": 3,
+    "attention_head_dim": 16,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 96,
+    "axes_dims_rope": (4, 4, 4, 4),
+    "guidance_embeds": False,
+}
+KLEIN_VAE = {
+    **{key: value for key, value in VAE.items() if key not in ("scaling_factor", "force_upcast")},
+    "latent_channels": 16,
+}
+KLEIN_QWEN = {**QWEN, "num_hidden_layers": 28}
+
+
+def make_klein(folder: Path, *, distilled: bool, shift: bool = True, **vae: Any) -> Path:
+    """Write a model folder of FLUX.2 klein. vae: settings that differ from KLEIN_VAE."""
+    torch.manual_seed(1)
+    net = diffusers.Flux2Transformer2DModel(**KLEIN)
+    randomised(net, 0.1).save_pretrained(folder / "transformer")
+    torch.manual_seed(2)
+    made = diffusers.AutoencoderKLFlux2(**{**KLEIN_VAE, **vae})
+    torch.nn.init.normal_(made.bn.running_mean, std=0.3)
+    torch.nn.init.uniform_(made.bn.running_var, 0.5, 2.0)
+    made.save_pretrained(folder / "vae")
+    torch.manual_seed(3)
+    reads = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**KLEIN_QWEN))
+    randomised(reads, 0.2).save_pretrained(folder / "text_encoder")
+    qwen_tokenizer(folder / "tokenizer")
+    write_index(
+        folder,
+        {**DEV, "shift": 3.0, "use_dynamic_shifting": shift},
+        _class_name="Flux2KleinPipeline",
+        is_distilled=distilled,
+        text_encoder=["transformers", "Qwen3ForCausalLM"],
+        tokenizer=["transformers", "Qwen2TokenizerFast"],
+        transformer=["diffusers", "Flux2Transformer2DModel"],
+        vae=["diffusers", "AutoencoderKLFlux2"],
+    )
+    return folder
 
 
 def make_zimage(folder: Path, *, shift: float) -> Path:

@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.pipelines.flux2.pipeline_flux2_klein import Flux2KleinPipeline
 from torch import Tensor
 
 import safelight
@@ -21,13 +22,13 @@ from safelight.families.flow import FlowFamily, Rows
 from safelight.model import Model
 from safelight.prompt.reading import Word
 from safelight.request import Request
-from tests.parity.flow_models import make_flux, make_sd3, make_zimage
+from tests.parity.flow_models import make_flux, make_klein, make_sd3, make_zimage
 
 PROMPT = "a red apple on a table"
 WORDS = ["a", "red", "apple", "on", "a", "table"]
-NAMES = ("sd3", "sd3-alone", "sd3.5", "flux", "z-image")
-HEIGHT, WIDTH = 6, 10
-"""The sides of the latents: 15 tokens, which Z-Image fills up to 32."""
+NAMES = ("sd3", "sd3-alone", "sd3.5", "flux", "z-image", "klein")
+HEIGHT, WIDTH = SIDES = 6, 10
+"""The sides of the latents: 15 tokens, which Z-Image fills up to 32; in FLUX.2, 60 tokens."""
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ),
         "flux": make_flux(root / "flux", guided=True),
         "z-image": make_zimage(root / "z-image", shift=6.0),
+        "klein": make_klein(root / "klein", distilled=False),
     }
 
 
@@ -74,7 +76,7 @@ def theirs(
     """Return the softmax of the calls in which picture and text read each other, the places of the
     picture's tokens, and those of the text's.
     """
-    picture, length = HEIGHT * WIDTH // 4, rows.tokens.shape[1]
+    picture, length = HEIGHT * WIDTH // (1 if name == "klein" else 4), rows.tokens.shape[1]
     first = slice(length, length + picture), slice(0, length)
     with torch.no_grad(), products(monkeypatch) as found:
         if name == "z-image":
@@ -97,6 +99,16 @@ def theirs(
                 guidance=rows.guidance,
             )
             return found, *first
+        if name == "klein":
+            net = diffusers.Flux2Transformer2DModel.from_pretrained(folder / "transformer")
+            net(
+                rows.x.flatten(2).transpose(1, 2),
+                rows.tokens,
+                rows.timestep / 1000,
+                Flux2KleinPipeline._prepare_latent_ids(rows.x),
+                Flux2KleinPipeline._prepare_text_ids(rows.tokens),
+            )
+            return found, *first
         net = diffusers.SD3Transformer2DModel.from_pretrained(folder / "transformer")
         net(rows.x, rows.tokens, rows.pooled, rows.timestep)
     joint = [one for one in found if one.shape[-1] == picture + length]
@@ -114,14 +126,14 @@ def test_weights_are_those_inside_diffusers(
         read = family.encode_text(model, PROMPT)
         torch.manual_seed(1)
         rows = Rows(
-            torch.randn(1, 16, HEIGHT, WIDTH),
+            torch.randn(1, model.network.config.in_channels if name == "klein" else 16, *SIDES),
             torch.tensor([600.0]),
             read.tokens,
             read.pooled,
             torch.tensor([3.0]),
             list(read.lengths or ()),
         )
-        picture = HEIGHT * WIDTH // 4
+        picture = HEIGHT * WIDTH // family.patch**2
         with recorded_jointly(family.products(model), picture, family.places) as ours:
             family.velocity(model, rows)
     found, at, text = theirs(name, folders[name], rows, monkeypatch)
@@ -171,7 +183,8 @@ def test_a_story_has_maps(name: str, folders: dict[str, Path], plain: bool) -> N
     assert [word.text for word in story.words] == WORDS
     for moment in story.moments:
         assert moment.attention is not None
-        assert moment.attention.shape == (6, story.shape[1] // 2, story.shape[2] // 2)
+        sides = (side // model.family.patch for side in story.shape[1:])
+        assert moment.attention.shape == (6, *sides)
         assert (moment.attention > 0).all()
         assert (moment.attention.sum(0) < 1).all()
     [picture] = model.generate(asked).images

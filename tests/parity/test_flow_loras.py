@@ -1,4 +1,4 @@
-"""LoRA and its kin for SD 3, FLUX.1 and Z-Image: weights and pictures equal those of diffusers.
+"""LoRA and its kin for SD 3, FLUX and Z-Image: weights and pictures equal those of diffusers.
 
 The original code has queries, keys and values as one layer, and the halves of the last norm in the
 other order. What a file in that naming does is computed there, and converted by the functions with
@@ -28,7 +28,7 @@ from safelight.server.names import Names
 from safelight.server.settings import WorkerSettings
 from safelight.weights.kinds import kind_of
 from safelight.weights.names import original_names
-from tests.parity.flow_models import FLUX, make_flux, make_sd3, make_zimage
+from tests.parity.flow_models import FLUX, make_flux, make_klein, make_sd3, make_zimage
 from tests.parity.test_pictures import PROMPT, Worst, check, draw
 
 diffusers = pytest.importorskip("diffusers")
@@ -41,13 +41,17 @@ from diffusers.loaders import (  # noqa: E402
 )
 
 WITHIN = 1e-6
-NAMES = ("sd3", "flux", "zimage")
+NAMES = ("sd3", "flux", "klein", "zimage")
 PIPELINES = {
     "sd3": "StableDiffusion3Pipeline",
     "flux": "FluxPipeline",
+    "klein": "Flux2KleinPipeline",
     "zimage": "ZImagePipeline",
 }
-LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "proj_mlp", "norm_out.linear", "w2")
+LAYERS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "proj_mlp", "norm_out.linear", "w2"),
+    *("to_qkv_mlp_proj", "linear_in"),
+)
 WIDTH = FLUX["attention_head_dim"] * FLUX["num_attention_heads"]
 Pair = dict[str, Tensor]
 
@@ -58,6 +62,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "sd3": make_sd3(root / "sd3", dual_attention_layers=[0, 1], qk_norm="rms_norm"),
         "flux": make_flux(root / "flux", guided=True),
+        "klein": make_klein(root / "klein", distilled=True),
         "zimage": make_zimage(root / "zimage", shift=3.0),
     }
 
@@ -228,6 +233,8 @@ def converted(name: str, tensors: Pair) -> Pair:
         return single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers(dict(tensors))
     if name == "zimage":
         return single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers(dict(tensors))
+    if name == "klein":
+        return single_file_utils.convert_flux2_transformer_checkpoint_to_diffusers(dict(tensors))
     function = single_file_utils.convert_flux_transformer_checkpoint_to_diffusers
     return narrow(function, single_file_utils)(dict(tensors))
 
@@ -412,6 +419,35 @@ def test_xlabs_files_of_flux(
     same(models["flux"].adapted([str(path)]).network, wanted, models["flux"].network)
 
 
+@pytest.mark.parametrize("how", ["dotted", "flat", "cut"])
+def test_files_of_flux_2(
+    how: str, models: dict[str, Any], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """The naming of ai-toolkit, that of kohya's scripts, and a cut name that diffusers knows."""
+    model, path = models["klein"], tmp_path / "a.safetensors"
+    layers = matrices(originals(model))
+    if how == "cut":
+        named = {
+            key.replace("transformer_blocks.", "diffusion_model.sformer_blocks."): two
+            for key, two in pairs(model.network).items()
+            if key.startswith("transformer_blocks.")
+        }
+        written(path, named, PEFT)
+    elif how == "dotted":
+        # diffusers does not exchange the halves of this layer's change, as it does its weight's.
+        spelled = {one: f"diffusion_model.{one}" for one in layers if "adaLN" not in one}
+        block_file(path, model, spelled, PEFT, alpha=False)
+    else:
+        spelled = {
+            one: f"lora_unet_{one.replace('.', '_')}"
+            for one in layers
+            if one.startswith(("double_blocks", "single_blocks"))
+        }
+        block_file(path, model, spelled, KOHYA, alpha=True)
+    wanted = fused(pipeline(folders["klein"], "klein"), path)
+    same(model.adapted([str(path)]).network, wanted, model.network)
+
+
 def test_files_of_z_image(models: dict[str, Any], folders: dict[str, Path], tmp_path: Path) -> None:
     """Layers of the blocks in the naming of kohya's scripts."""
     layers = [one for one in matrices(originals(models["zimage"])) if "attention" in one]
@@ -511,6 +547,10 @@ TEXTS = {
         "lora_te3_": "text_encoder_2",
         "text_encoder_2.": "text_encoder_2",
     },
+    "klein": dict.fromkeys(
+        ("text_encoder.", "text_encoders.qwen3_4b.transformer.", "text_encoders.qwen3_8b."),
+        "text_encoder",
+    ),
     "zimage": dict.fromkeys(
         (
             "lora_te_",
@@ -550,9 +590,11 @@ def test_text_encoders(name: str, models: dict[str, Any], tmp_path: Path) -> Non
 
 
 def unpacked(latents: Tensor, shape: tuple[int, ...]) -> np.ndarray:
-    """Return a pipeline's latents as maps: those of FLUX.1 are tokens, four numbers a place."""
-    if latents.dim() == 3:
-        _, channels, h, w = shape
+    """Return a pipeline's latents as maps: those of FLUX are tokens, in FLUX.1 of four places."""
+    _, channels, h, w = shape
+    if latents.shape[1:] == (h * w, channels):
+        latents = latents.transpose(1, 2)
+    elif latents.dim() == 3:
         latents = latents.reshape(h // 2, w // 2, channels, 2, 2).permute(2, 0, 3, 1, 4)
     return latents.reshape(shape).numpy()
 
@@ -621,7 +663,12 @@ def pair(key: str, out: int, inner: int) -> Pair:
         ("flux", pair("diffusion_model.single_blocks.0.linear1", 192, 64), "(448, 2) would fit"),
         ("flux", pair("lora_unet_double_blocks_7_img_attn_qkv", 192, 64), "belong to nothing"),
         ("flux", pair("lora_unet_joint_blocks_0_x_block_attn_qkv", 192, 64), "for Stable Diff"),
-        ("sd3", pair("lora_unet_single_blocks_0_linear1", 448, 64), "it is for FLUX.1, and this"),
+        ("sd3", pair("lora_unet_single_blocks_0_linear1", 448, 64), "it is for FLUX.1 or FLUX.2"),
+        ("sd3", pair("lora_unet_single_blocks_0_modulation_lin", 9, 9), "it is for FLUX.1, and th"),
+        ("sd3", pair("single_transformer_blocks.0.attn.to_qkv_mlp_proj", 9, 9), "for FLUX.2, and"),
+        ("klein", pair("lora_unet_double_blocks_7_img_attn_qkv", 192, 64), "belong to nothing"),
+        ("klein", pair("lora_unet_double_blocks_0_img_mod_lin", 384, 64), "it is for FLUX.1, and"),
+        ("klein", pair("single_blocks.0.processor.qkv_lora", 192, 64), "belong to nothing"),
         ("sd3", pair("transformer.transformer_blocks.9.attn.to_q", 64, 64), "to nothing"),
         ("zimage", pair("unet.down_blocks.0.attn2.to_k", 8, 768), "for Stable Diffusion 1, and"),
         ("zimage", pair("transformer.transformer_blocks.0.attn.to_q", 8, 8), "for a diffusion tr"),

@@ -20,6 +20,7 @@ from safelight.errors import SafelightError
 from safelight.families.flow import texts_of
 from safelight.model import Model
 from safelight.nets import zimage
+from safelight.nets.flux2 import Flux2Config, Flux2Transformer2DModel
 from safelight.nets.qwen3 import Qwen3Config, Qwen3Model
 from safelight.nets.zimage import MAX_KEPT, ZImageConfig, ZImageTransformer2DModel
 from safelight.request import Request
@@ -30,12 +31,25 @@ from safelight.weights import load
 from safelight.weights.find import find
 from safelight.weights.load import pick_dtype
 from safelight.weights.plan import Plan, read_plan
-from tests.parity.flow_models import QWEN, ZIMAGE, make_flux, make_sd3, make_zimage
+from tests.parity.flow_models import (
+    KLEIN,
+    QWEN,
+    ZIMAGE,
+    make_flux,
+    make_klein,
+    make_sd3,
+    make_zimage,
+)
 from tests.parity.test_pictures import ours
 
 SIZE: Any = {"width": 64, "height": 64}
 ABLE = "euler, euler_a, heun, dpmpp_2m, dpmpp_2m_sde, dpmpp_2s, unipc, lcm"
-LONG = {"dev": "text_encoder_2", "sd3": "text_encoder_3", "base": "text_encoder"}
+LONG = {
+    "dev": "text_encoder_2",
+    "sd3": "text_encoder_3",
+    "base": "text_encoder",
+    "klein-base": "text_encoder",
+}
 """The text encoder that takes long, by the model."""
 
 
@@ -47,6 +61,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "bare": make_sd3(root / "bare", t5=False),
         "dev": make_flux(root / "dev", guided=True),
         "schnell": make_flux(root / "schnell", guided=False),
+        "klein": make_klein(root / "klein", distilled=True),
+        "klein-base": make_klein(root / "klein-base", distilled=False),
         "turbo": make_zimage(root / "turbo", shift=3.0),
         "base": make_zimage(root / "base", shift=6.0),
     }
@@ -98,7 +114,10 @@ def test_words_stay_apart(
 
 @pytest.mark.parametrize(
     ("name", "room", "most"),
-    [("sd3", 255, 256), ("bare", 75, 77), ("dev", 511, 512), ("turbo", 493, 512)],
+    [
+        *[("sd3", 255, 256), ("bare", 75, 77), ("dev", 511, 512)],
+        *[("turbo", 493, 512), ("klein", 474, 512)],
+    ],
 )
 def test_tokens_are_those_of_the_long_encoder(
     folders: dict[str, Path],
@@ -235,6 +254,8 @@ def test_guidance_as_an_input_costs_nothing(folders: dict[str, Path]) -> None:
     request = Request(prompt="x", guidance_scale=3.5)
     native = (1024, 1024)
     assert cost(request, 28, native, plan_of(folders["dev"])) == 28
+    assert cost(request, 28, native, plan_of(folders["klein"])) == 28
+    assert cost(request, 28, native, plan_of(folders["klein-base"])) == 2 * 28
     assert cost(request, 28, native, plan_of(folders["base"])) == 2 * 28
     assert cost(request, 28, native, read_plan(find("embedded"))) == 2 * 28
 
@@ -269,6 +290,12 @@ def test_any_shape_of_a_usual_area_is_drawn_well(
         ("dev", {"fast": 1}, "fast 1 changes nothing with dev here: leave it out"),
         ("schnell", {"fast": 3}, "fast 3 changes nothing with schnell here: leave it out"),
         ("turbo", {"fast": 2}, "fast 2 changes nothing with turbo here: leave it out"),
+        ("klein", {"negative_prompt": "y"}, "negative_prompt does nothing .*: leave it out"),
+        ("klein", {"guidance_scale": 3}, "guidance_scale does nothing with klein: leave it out"),
+        ("klein", {"steps": 50}, "klein was taught to draw with .*4"),
+        ("klein", {"fast": 2}, "fast 2 changes nothing with klein here: leave it out"),
+        ("klein-base", {"negative_prompt": "y", "guidance_scale": 1}, "negative_prompt .*: try 4"),
+        ("klein-base", {"fast": 3}, None),
         ("turbo", {"steps": 9}, None),
         ("dev", {"fast": 2}, None),
         ("base", {"fast": 3}, None),
@@ -302,10 +329,13 @@ def test_no_network_needs_float64_on_the_device() -> None:
         network = ZImageTransformer2DModel(ZImageConfig.from_dict(ZIMAGE))
         encoder = Qwen3Model(Qwen3Config.from_dict(QWEN))
         x, times, text = torch.zeros(1, 16, 8, 8), torch.zeros(1), torch.zeros(1, 4, 32)
+        klein = Flux2Transformer2DModel(Flux2Config.from_dict(json.loads(json.dumps(KLEIN))))
+        latents, states = torch.zeros(1, 64, 4, 4), torch.zeros(1, 4, 96)
         ids = torch.zeros(1, 4, dtype=torch.int64)
     with NoFloat64():
         assert network(x, times, text).shape == x.shape
-        assert encoder(ids, [-2])[0].shape == (1, 4, 32)
+        assert klein(latents, times, states).shape == latents.shape
+        assert encoder(ids, [-2], 3)[0].shape == (1, 4, 32)
 
 
 @torch.inference_mode()

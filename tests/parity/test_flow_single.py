@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from safelight import cli
-from safelight.families import family_of_file, flux, sd3, zimage
+from safelight.families import family_of_file, flux, flux2, sd3, zimage
 from safelight.families.flow_files import Published
 from safelight.recipe import read_recipe
 from safelight.server.names import Names
@@ -29,6 +29,7 @@ from tests.parity.flow_models import (
     SD3_SCHEDULER,
     configs,
     make_flux,
+    make_klein,
     make_sd3,
     make_zimage,
 )
@@ -38,6 +39,7 @@ WHOLE = "model.diffusion_model."
 ORIGINAL = {
     sd3.__name__: sd3.VARIANTS,
     flux.__name__: flux.VARIANTS,
+    flux2.__name__: flux2.VARIANTS,
     zimage.__name__: zimage.BASE,
 }
 DUAL = {"dual_attention_layers": [0, 1], "qk_norm": "rms_norm"}
@@ -50,6 +52,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "sd3": make_sd3(root / "sd3", **DUAL),
         "bare": make_sd3(root / "bare", t5=False, **DUAL),
         "flux": make_flux(root / "flux", guided=True),
+        "klein": make_klein(root / "klein", distilled=True),
+        "klein-base": make_klein(root / "klein-base", distilled=False),
         "zimage": make_zimage(root / "zimage", shift=6.0),
         "turbo": make_zimage(root / "turbo", shift=3.0),
     }
@@ -64,6 +68,11 @@ def tiny(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     published = Published(configs(folders["flux"]), DEV)
     small = replace(flux.VARIANTS[0], layers=2, singles=2, published=published)
     monkeypatch.setattr(flux, "VARIANTS", (small,))
+    published = Published(configs(folders["klein"]), {**DEV, "shift": 3.0})
+    small_ones = tuple(
+        replace(flux2.VARIANTS[i], layers=2, singles=3, published=published) for i in (0, 2)
+    )
+    monkeypatch.setattr(flux2, "VARIANTS", small_ones)
     published = Published(configs(folders["zimage"]), {**SD3_SCHEDULER, "shift": 6.0})
     for name in ("BASE", "TURBO"):
         monkeypatch.setattr(zimage, name, replace(getattr(zimage, name), published=published))
@@ -107,7 +116,7 @@ def drawn(model: Path, **given: Any) -> bytes:
     return loaded.generate("a red apple", **ASKED).images[0].tobytes()
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "zimage", "turbo"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "klein", "klein-base", "zimage", "turbo"])
 def test_whole_and_bare_files_draw_what_folders_draw(
     folders: dict[str, Path], whole: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
@@ -129,17 +138,37 @@ def test_stable_diffusion_3_without_t5_needs_no_parts(
     assert told.other_parts is None
 
 
+@pytest.mark.parametrize("name", ["flux", "klein"])
 def test_the_scales_of_flux_s_norms_have_two_names(
-    folders: dict[str, Path], whole: dict[str, Path], tmp_path: Path
+    folders: dict[str, Path], whole: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
     """Newer versions of ComfyUI write `weight`."""
 
     def newer(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {key.replace("_norm.scale", "_norm.weight"): v for key, v in state.items()}
 
-    file = changed(file_of("flux", folders, whole), tmp_path / "newer.safetensors", newer)
-    assert load_file(file).keys() != load_file(whole["flux"]).keys()
-    assert drawn(file, parts=folders["flux"]) == drawn(folders["flux"])
+    file = changed(file_of(name, folders, whole), tmp_path / "newer.safetensors", newer)
+    assert load_file(file).keys() != load_file(whole[name]).keys()
+    assert drawn(file, parts=folders[name]) == drawn(folders[name])
+
+
+def test_flux_2_s_autoencoder_has_two_layouts(
+    folders: dict[str, Path], whole: dict[str, Path], tmp_path: Path
+) -> None:
+    """The authors' convolutions around the latents are in encoder and decoder, with a count."""
+    file = file_of("klein", folders, whole)
+    assert {"vae.encoder.quant_conv.weight", "vae.bn.running_var"} <= load_file(file).keys()
+
+    def other(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for half in ("encoder.quant_conv", "decoder.post_quant_conv"):
+            for leaf in ("weight", "bias"):
+                key = f"vae.{half}.{leaf}"
+                state[f"vae.{half.partition('.')[2]}.{leaf}"] = state.pop(key)
+        return {**state, "vae.bn.num_batches_tracked": torch.tensor(7)}
+
+    changed(file, tmp_path / "other.safetensors", other)
+    given = {"parts": folders["klein"]}
+    assert drawn(tmp_path / "other.safetensors", **given) == drawn(folders["klein"])
 
 
 @pytest.mark.parametrize("prefix", ["", WHOLE])
@@ -192,6 +221,29 @@ def test_the_scheduler_of_the_folder_tells_turbo(
         model = load_model(str(file), device="cpu", parts=folders[name])
         assert model.family.name == family
         assert model.scheduler.shift == {"zimage": 6.0, "turbo": 3.0}[name]
+
+
+def test_the_folder_tells_what_is_distilled(
+    folders: dict[str, Path], whole: dict[str, Path], tmp_path: Path
+) -> None:
+    file = file_of("klein", folders, whole)
+    for name, family in (("klein", "flux2-klein-4b"), ("klein-base", "flux2-klein-base-4b")):
+        model = load_model(str(file), device="cpu", parts=folders[name])
+        assert model.family.name == family
+        assert model.family.distilled == (name == "klein")
+        convert(str(file), tmp_path / name, parts=folders[name])
+        assert load_model(tmp_path / name, device="cpu").family.name == family
+    [told] = [
+        line
+        for line in convert(str(folders["klein"]), tmp_path / "one.safetensors")
+        if "say" in line
+    ]
+    assert told == "one file does not say that it is flux2-klein-4b: a folder for --parts says it"
+    assert inspect(tmp_path / "one.safetensors")["family"] == "flux2-klein-base-4b"
+    index = folders["klein"] / "model_index.json"
+    wrong = shutil.copytree(folders["klein"], tmp_path / "wrong") / "model_index.json"
+    wrong.write_text(index.read_text().replace('"is_distilled": true', '"is_distilled": "no"'))
+    refused(lambda: load_model(tmp_path / "wrong", device="cpu"), "is_distilled", "true or false")
 
 
 def test_one_file_does_not_say_that_it_is_turbo(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -257,10 +309,16 @@ def test_a_folder_needs_no_parts(folders: dict[str, Path]) -> None:
     assert model.other_parts is None
 
 
+def state_of(network: Any) -> dict[str, torch.Tensor]:
+    """Return a network's weights; those of a language model without its head."""
+    state = getattr(network, "state_dict", dict)()
+    return {k.removeprefix("model."): v for k, v in state.items() if k != "lm_head.weight"}
+
+
 def test_a_file_and_parts_become_a_folder(
     folders: dict[str, Path], whole: dict[str, Path], tmp_path: Path
 ) -> None:
-    for name in ("flux", "zimage", "sd3"):
+    for name in ("flux", "klein", "zimage", "sd3"):
         file = changed(file_of(name, folders, whole), tmp_path / f"{name}.safetensors", bare)
         assert convert(str(file), tmp_path / name, parts=folders[name]) == []
         assert drawn(tmp_path / name) == drawn(folders[name])
@@ -268,8 +326,9 @@ def test_a_file_and_parts_become_a_folder(
         theirs = diffusers.DiffusionPipeline.from_pretrained(folders[name])
         assert type(pipe) is type(theirs)
         for part, network in theirs.components.items():
-            for key, tensor in getattr(network, "state_dict", dict)().items():
-                assert torch.equal(pipe.components[part].state_dict()[key], tensor), (part, key)
+            mine = state_of(pipe.components[part])
+            for key, tensor in state_of(network).items():
+                assert torch.equal(mine[key], tensor), (part, key)
 
 
 def test_inspect_says_what_is_missing(
@@ -282,7 +341,7 @@ def test_inspect_says_what_is_missing(
     assert "no vae, text_encoder, text_encoder_2 and tokenizer_2" in told["warnings"][-1]
 
 
-PUBLISHED = (*sd3.VARIANTS, *flux.VARIANTS, zimage.BASE)
+PUBLISHED = (*sd3.VARIANTS, *flux.VARIANTS, *flux2.VARIANTS[2:], zimage.BASE)
 
 
 @pytest.mark.parametrize("family", PUBLISHED, ids=str)
@@ -291,7 +350,8 @@ def test_published_shapes_tell_the_variant(
     family: Any, alone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A sparse file has the full size; only its header is read."""
-    for module, name in ((sd3, "VARIANTS"), (flux, "VARIANTS"), (zimage, "BASE")):
+    tables = ((sd3, "VARIANTS"), (flux, "VARIANTS"), (flux2, "VARIANTS"), (zimage, "BASE"))
+    for module, name in tables:
         monkeypatch.setattr(module, name, ORIGINAL[module.__name__])
     nets, shapes = {}, {}
     for name, part in family.parts.items():
@@ -339,6 +399,15 @@ HOSTILE = {
     "other width": ("flux", with_key(f"{WHOLE}img_in.weight", 64, 384), "flux", ["384"]),
     "no dimension": ("sd3", with_key(f"{WHOLE}pos_embed"), "sd3", ["other shapes"]),
     "a layer more": ("sd3", with_key(f"{WHOLE}joint_blocks.9.y.bias", 1), "sd3", ["other shapes"]),
+    "flux 2 dev": (
+        "klein",
+        with_key(f"{WHOLE}guidance_in.in_layer.weight", 3, 3),
+        "klein",
+        ["FLUX.2 dev", "Mistral", "klein"],
+    ),
+    "a block more": ("klein", with_key("single_blocks.9.linear1.weight", 3, 3), "klein", ["know"]),
+    "flux 1's parts": ("klein", without(), "flux", ["FLUX.1", "FLUX.2"]),
+    "no statistics": ("klein", without("vae.bn."), "klein", ["2 weights of vae", "missing"]),
     "a bare number": ("zimage", with_key(f"{WHOLE}norm_final.weight", 3), None, ["no tokenizer"]),
     "half a norm": ("flux", with_key(f"{WHOLE}final_layer.adaLN_modulation.1.bias", 3), "flux", []),
 }

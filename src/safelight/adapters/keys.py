@@ -99,15 +99,17 @@ def refused_kind(ending: str) -> str:
     return REFUSED[ending]
 
 
-FLUX, SD3, ZIMAGE = "FLUX.1", "Stable Diffusion 3", "Z-Image"
+FLUX, FLUX2, SD3, ZIMAGE = "FLUX.1", "FLUX.2", "Stable Diffusion 3", "Z-Image"
 """What families are called in errors; see `called`."""
 
 _TRANSFORMER = "a diffusion transformer"
+_BLACK_FOREST = "FLUX.1 or FLUX.2"
 
 # Parts of keys that show what kind of model a file is for. The first that is in any key counts.
 _MARKS = (
-    (("to_qkv_mlp_proj", "double_stream_modulation"), "FLUX.2"),
-    (("double_blocks", "single_blocks", "single_transformer_blocks"), FLUX),
+    (("to_qkv_mlp_proj", "stream_modulation"), FLUX2),
+    (("mod.lin", "mod_lin", "modulation.lin", "modulation_lin", "proj_mlp"), FLUX),
+    (("double_blocks", "single_blocks", "single_transformer_blocks"), _BLACK_FOREST),
     (("joint_blocks",), SD3),
     (("noise_refiner", "layers_0_attention", "layers.0.attention"), ZIMAGE),
     (("transformer_blocks.0.attn.", "transformer_blocks_0_attn_"), _TRANSFORMER),
@@ -141,8 +143,8 @@ def differ(made_for: str, family: str) -> bool:
 
     family: see `called`.
     """
-    known = made_for == _TRANSFORMER and family in (FLUX, SD3)
-    return made_for != family and not known
+    alike = {_TRANSFORMER: (FLUX, FLUX2, SD3), _BLACK_FOREST: (FLUX, FLUX2)}
+    return made_for != family and family not in alike.get(made_for, ())
 
 
 def text_width(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
@@ -166,7 +168,7 @@ def family_of(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
     stated = stated.lower()
     for word, family in (
         *(("sdxl", "SDXL"), ("stable-diffusion-xl", "SDXL")),
-        *(("flux2", "FLUX.2"), ("flux-2", "FLUX.2"), ("flux.2", "FLUX.2"), ("flux", FLUX)),
+        *(("flux2", FLUX2), ("flux-2", FLUX2), ("flux.2", FLUX2), ("flux", FLUX)),
         *(("sd3", SD3), ("stable-diffusion-3", SD3)),
         *(("zimage", ZIMAGE), ("z-image", ZIMAGE), ("z_image", ZIMAGE)),
         *(("sd_v1", "Stable Diffusion 1"), ("stable-diffusion-v1", "Stable Diffusion 1")),

@@ -67,7 +67,12 @@ _DOTTED = {
         "text_encoder_2.base_model.model.",
     ),
     "T5": ("text_encoders.t5xxl.", "text_encoders.t5xxl.transformer."),
-    "Qwen3": ("text_encoders.qwen3_4b.", "text_encoders.qwen3_4b.transformer."),
+    "Qwen3": (
+        "text_encoders.qwen3_4b.",
+        "text_encoders.qwen3_4b.transformer.",
+        "text_encoders.qwen3_8b.",
+        "text_encoders.qwen3_8b.transformer.",
+    ),
 }
 _FLAT = {
     # kohya and OneTrainer; LyCORIS and SimpleTuner
@@ -174,8 +179,9 @@ def _originals(name: str, target: Target) -> Iterator[tuple[str, Target]]:
     for end, processor in _XLABS.items():
         if name.endswith(end):
             yield name.removesuffix(end) + processor, target
-    if name.endswith(".linear1"):
-        # It has queries, keys, values and the feed-forward's rows; XLabs changes the first three.
+    if name.endswith(".linear1") and len(target.layers) > 3:
+        # In FLUX.1 it has queries, keys, values and the feed-forward's rows; XLabs changes three.
+        # In FLUX.2 it is one layer of ours.
         path = f"{name.removesuffix('linear1')}processor.qkv_lora"
         yield path, Target(target.part, path, target.layers[:3])
 
@@ -183,6 +189,8 @@ def _originals(name: str, target: Target) -> Iterator[tuple[str, Target]]:
 def _paths(module: str) -> Iterator[str]:
     """Yield the spellings of a layer's path in the naming of diffusers."""
     yield module
+    if module.startswith("transformer_blocks."):
+        yield module.removeprefix("tran")  # some exporters of FLUX.2 cut too much off
     if (spelled := _SPLIT.sub(r"\1.\2", module)) != module:
         yield spelled
     if module.startswith(_TEXT_ROOT):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from safelight.families.base import Conditioning, Family, Part
 from safelight.families.flux import FLUX
+from safelight.families.flux2 import DEV, FLUX2
 from safelight.families.pixels import Pixels
 from safelight.families.sd import SD
 from safelight.families.sd3 import SD3
@@ -29,8 +30,11 @@ __all__ = [
     "family_of_folder",
 ]
 
-FAMILIES: list[Family] = [SD, SDXL, REFINER, SD3, FLUX, Z_IMAGE, Pixels()]
-"""One instance of each family. A new family is added here, or by the code that defines it."""
+FAMILIES: list[Family] = [SD, SDXL, REFINER, SD3, FLUX2, FLUX, Z_IMAGE, Pixels()]
+"""One instance of each family. A new family is added here, or by the code that defines it.
+
+FLUX.2 comes before FLUX.1, whose marks its single files have, too.
+"""
 
 # Parts of pipelines that are not read with the model. A ControlNet is given beside it.
 _IGNORED = {"safety_checker", "feature_extractor", "image_encoder", "controlnet"}
@@ -64,6 +68,8 @@ def family_of_folder(index: Mapping[str, Any], where: str) -> Family:
     data: no name in it is ever imported.
     """
     pipeline = index.get("_class_name")
+    if pipeline == "Flux2Pipeline":
+        raise refusal(where, DEV)
     family = next((f for f in FAMILIES if f.owns(index)), None)
     if not isinstance(pipeline, str) or family is None:
         known = ", ".join(dict.fromkeys(f.pipelines[0] for f in FAMILIES))
@@ -101,5 +107,5 @@ def family_of_file(header: Header) -> Family:
     for prefix, what in _FOREIGN:
         if any(key.startswith(prefix) for key in header.tensors):
             raise refusal(header.name, f"this is {what}")
-    known = ", ".join(family.title for family in (SD, SDXL, SD3, FLUX))
+    known = ", ".join(family.title for family in (SD, SDXL, SD3, FLUX, FLUX2))
     raise refusal(header.name, f"not a checkpoint of {known} or {Z_IMAGE.title}")

@@ -21,7 +21,12 @@ from safelight.prompt.networks import is_lora
 from safelight.prompt.whole import Reader
 from safelight.sampling import SAMPLERS, SchedulerConfig, Table, table
 from safelight.weights.check import Header
-from safelight.weights.names import Section, from_single_file, t5_folder_name
+from safelight.weights.names import (
+    Section,
+    from_single_file,
+    qwen_folder_name,
+    t5_folder_name,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -44,6 +49,16 @@ MARKED = (
 
 T5_TOKENIZERS = ("T5TokenizerFast", "T5Tokenizer")
 
+QWEN3_PART = Part(
+    "safelight.nets.qwen3",
+    "Qwen3Model",
+    "Qwen3Config",
+    classes=("Qwen3Model", "Qwen3ForCausalLM"),
+    stem="model",
+    rename=qwen_folder_name,
+)
+QWEN_TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
@@ -65,9 +80,9 @@ class Rows:
 class FlowFamily(AutoencodedFamily):
     """A family of flow matching.
 
-    patch: side, in latents, of what is one token. trained: see `sampling.flow.Course`. layout: of
-    its single files. published: what a single file of this variant does not hold; None if the
-    variant is no published one.
+    patch: side, in latents, of what is one token. trained, empirical: see `sampling.flow.Course`.
+    layout: of its single files. published: what a single file of this variant does not hold; None
+    if the variant is no published one.
     """
 
     network: ClassVar[str] = "transformer"
@@ -77,6 +92,7 @@ class FlowFamily(AutoencodedFamily):
     shortcuts: ClassVar[tuple[str, ...]] = ("guidance_start", "guidance_end", "linears")
     patch: ClassVar[int] = 2
     trained: ClassVar[bool] = False
+    empirical: ClassVar[bool] = False
     layout: ClassVar[Layout]
     published: Published | None = None
     conditioned_on: ClassVar[tuple[str, ...]] = (
@@ -237,7 +253,9 @@ class FlowFamily(AutoencodedFamily):
             spacing=request.spacing,
             eta=request.eta,
             skip=skip,
-            course=Course((rows // self.patch) * (columns // self.patch), self.trained),
+            course=Course(
+                (rows // self.patch) * (columns // self.patch), self.trained, self.empirical
+            ),
         )
 
     def call(

@@ -1,4 +1,4 @@
-"""Single files of Stable Diffusion 3, FLUX.1 and Z-Image: their layout, and what they do not hold.
+"""Single files of Stable Diffusion 3, FLUX and Z-Image: their layout, and what they do not hold.
 
 The transformer has the names of the original code, below `model.diffusion_model.` or bare. A file
 may hold text encoders and an autoencoder as well, and never a config or T5's or Qwen's tokenizer.
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from safelight.families.latent import CLIP_G_CONFIG, CLIP_L_CONFIG, IGNORED, VAE, VAE_CONFIG
 from safelight.weights.check import Header, refusal
 from safelight.weights.names import Section, vae_names
+from safelight.weights.names_flux2_vae import flux2_vae_names
 from safelight.weights.names_zimage import zimage_unused
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ _UNUSED = re.compile(
     r"|text_encoders\.clip_l\.transformer\.text_projection\.weight"
     r"|text_encoders\.clip_[lg]\.transformer\.(text_model\.)?embeddings\.position_ids"
     r"|text_encoders\.t5xxl\.transformer\.encoder\.embed_tokens\.weight"
-    r"|text_encoders\.qwen3_4b\.transformer\.lm_head\.weight"
+    r"|text_encoders\.qwen3_[48]b\.transformer\.lm_head\.weight"
+    r"|(vae|first_stage_model)\.bn\.num_batches_tracked"
 )
 
 
@@ -58,7 +60,8 @@ class Layout:
     keys: names of a tensor of the transformer that other families' files do not have, one for each
     writer. wanted, found: what tells variants apart, by a transformer's config and by its tensors.
     vae: the prefixes of the autoencoder; the first is written. texts: the sections of the text
-    encoders by their prefixes.
+    encoders by their prefixes. vae_modules: the autoencoder's modules, from the original names to
+    ours, by its config.
     """
 
     keys: tuple[str, ...]
@@ -66,6 +69,7 @@ class Layout:
     found: Callable[[Shapes], tuple[Any, ...]]
     vae: tuple[str, ...]
     texts: Mapping[str, Section] = field(default_factory=dict)
+    vae_modules: Callable[[Mapping[str, Any]], dict[str, str]] = vae_names
 
     def prefix(self, header: Header) -> str | None:
         """Return what stands before the transformer's names, None if the file has none."""
@@ -75,7 +79,7 @@ class Layout:
     def sections(self, transformer: Section, vae: Mapping[str, Any]) -> dict[str, Section]:
         """Return the sections of a file by their prefixes. vae: the autoencoder's config."""
         whole, bare = _TRANSFORMER
-        own = dict.fromkeys(self.vae, Section("vae", vae_names(vae)))
+        own = dict.fromkeys(self.vae, Section("vae", self.vae_modules(vae)))
         return {whole: transformer, **own, **self.texts, bare: transformer}
 
     def told(self, header: Header, prefix: str) -> tuple[Any, ...]:
@@ -257,6 +261,85 @@ FLUX_DEV = _flux(
 )
 FLUX_SCHNELL = _flux(guided=False, shift=1.0, use_dynamic_shifting=False)
 
+# --- FLUX.2 --------------------------------------------------------------------------------------
+
+_DEV = "guidance_in.in_layer.weight"
+
+
+def _flux2_wanted(config: Mapping[str, Any]) -> tuple[Any, ...]:
+    layers, singles = config["num_layers"], config["num_single_layers"]
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    return layers, singles, width, config["joint_attention_dim"]
+
+
+def _flux2_found(shapes: Shapes) -> tuple[Any, ...]:
+    layers, singles = _count(shapes, "double_blocks"), _count(shapes, "single_blocks")
+    return layers, singles, _axis(shapes, "img_in.weight", 0), _axis(shapes, "txt_in.weight", 1)
+
+
+def flux2_is_dev(header: Header, prefix: str) -> bool:
+    """Return whether a file of FLUX.2 is dev: it reads a guidance scale. prefix: see `Layout`."""
+    return f"{prefix}{_DEV}" in header.tensors
+
+
+FLUX2_TEXTS = {2560: f"{_TEXTS}qwen3_4b.transformer.", 4096: f"{_TEXTS}qwen3_8b.transformer."}
+"""The prefix of the text encoder by the width of its states."""
+
+FLUX2_LAYOUT = Layout(
+    keys=("single_stream_modulation.lin.weight",),
+    wanted=_flux2_wanted,
+    found=_flux2_found,
+    vae=("vae.", VAE),
+    texts=dict.fromkeys(FLUX2_TEXTS.values(), Section("text_encoder")),
+    vae_modules=flux2_vae_names,
+)
+
+
+def _qwen3(hidden: int, inner: int) -> dict[str, Any]:
+    """Return the config of Qwen3-4B or 8B (arXiv:2505.09388)."""
+    return {
+        "vocab_size": 151936,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rope_theta": 1000000.0,
+    }
+
+
+_FLUX2_VAE = {
+    **{key: value for key, value in VAE_CONFIG.items() if key != "scaling_factor"},
+    "latent_channels": 32,
+    "batch_norm_eps": 1e-4,
+    "patch_size": [2, 2],
+}
+
+
+def _klein(layers: int, singles: int, heads: int, text: Mapping[str, Any]) -> Published:
+    configs = {
+        "transformer": {
+            "in_channels": 128,
+            "num_layers": layers,
+            "num_single_layers": singles,
+            "attention_head_dim": 128,
+            "num_attention_heads": heads,
+            "joint_attention_dim": 3 * text["hidden_size"],
+            "guidance_embeds": False,
+            "axes_dims_rope": [32, 32, 32, 32],
+            "rope_theta": 2000,
+        },
+        "vae": _FLUX2_VAE,
+        "text_encoder": text,
+    }
+    return Published(configs, {**_FLOW, "shift": 3.0, "use_dynamic_shifting": True})
+
+
+_QWEN3_4B = _qwen3(2560, 9728)
+KLEIN_4B = _klein(5, 20, 24, _QWEN3_4B)
+KLEIN_9B = _klein(8, 24, 32, _qwen3(4096, 12288))
+
 # --- Z-Image -------------------------------------------------------------------------------------
 
 
@@ -296,17 +379,7 @@ Z_IMAGE = Published(
             "axes_dims": [32, 48, 48],
         },
         "vae": _FLUX_VAE,
-        # Qwen3-4B (arXiv:2505.09388).
-        "text_encoder": {
-            "vocab_size": 151936,
-            "hidden_size": 2560,
-            "intermediate_size": 9728,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "rope_theta": 1000000.0,
-        },
+        "text_encoder": _QWEN3_4B,
     },
     {**_FLOW, "shift": 6.0},
 )

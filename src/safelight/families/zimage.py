@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from safelight.errors import SafelightError
 from safelight.families import colours
 from safelight.families.base import Conditioning, Part
-from safelight.families.flow import FlowFamily, Reader, Rows
+from safelight.families.flow import QWEN3_PART, QWEN_TOKENIZERS, FlowFamily, Reader, Rows
 from safelight.families.flow_files import Z_IMAGE, ZIMAGE_LAYOUT, Layout, Published
 from safelight.families.latent import VAE_PART
-from safelight.weights.names import Section, qwen_folder_name
+from safelight.weights.names import Section
 from safelight.weights.names_zimage import zimage_names, zimage_stacked
 
 if TYPE_CHECKING:
@@ -62,18 +62,9 @@ class ZImage(FlowFamily):
     parts: ClassVar[Mapping[str, Part]] = {
         "transformer": Part("safelight.nets.zimage", "ZImageTransformer2DModel", "ZImageConfig"),
         "vae": VAE_PART,
-        "text_encoder": Part(
-            "safelight.nets.qwen3",
-            "Qwen3Model",
-            "Qwen3Config",
-            classes=("Qwen3Model", "Qwen3ForCausalLM"),
-            stem="model",
-            rename=qwen_folder_name,
-        ),
+        "text_encoder": QWEN3_PART,
     }
-    tokenizers: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "tokenizer": ("Qwen2Tokenizer", "Qwen2TokenizerFast")
-    }
+    tokenizers: ClassVar[Mapping[str, tuple[str, ...]]] = {"tokenizer": QWEN_TOKENIZERS}
     layout: ClassVar[Layout] = ZIMAGE_LAYOUT
     told_by_scheduler: ClassVar[bool] = True
 

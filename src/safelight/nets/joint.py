@@ -1,4 +1,4 @@
-"""The blocks that Stable Diffusion 3 and FLUX.1 share: joint attention of picture and text.
+"""What Stable Diffusion 3, FLUX.1 and FLUX.2 share: joint attention of picture and text.
 
 Picture and text have weights of their own, and attend to both together (arXiv:2403.03206, section
 4). Tokens are [batch, length, width]. `temb` is the embedding of the timestep and the pooled text,
@@ -51,10 +51,10 @@ class Modulation(nn.Module):
     This is adaLN-Zero (arXiv:2212.09748, section 3.2).
     """
 
-    def __init__(self, dim: int, count: int) -> None:
+    def __init__(self, dim: int, count: int, *, bias: bool = True) -> None:
         super().__init__()
         self.count = count
-        self.linear = Linear(dim, count * dim)
+        self.linear = Linear(dim, count * dim, bias=bias)
 
     def forward(self, temb: Tensor) -> tuple[Tensor, ...]:
         """Return `count` tensors [batch, 1, dim]: shift, scale and gate of each step of a block."""
@@ -64,9 +64,9 @@ class Modulation(nn.Module):
 class FinalNorm(nn.Module):
     """The norm before the last linear layer, shifted and scaled by `temb`."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, *, bias: bool = True) -> None:
         super().__init__()
-        self.linear = Linear(dim, 2 * dim)
+        self.linear = Linear(dim, 2 * dim, bias=bias)
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         # Here the scale comes first.
@@ -133,15 +133,18 @@ class FeedForward(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head self-attention.
 
-    norm: queries and keys are normed in each head. out: a linear layer follows.
+    norm: queries and keys are normed in each head. out: a linear layer follows. bias: the linear
+    layers have one.
     """
 
-    def __init__(self, dim: int, heads: int, *, norm: bool, out: bool = True) -> None:
+    def __init__(
+        self, dim: int, heads: int, *, norm: bool, out: bool = True, bias: bool = True
+    ) -> None:
         super().__init__()
         self.heads = heads
-        self.to_q, self.to_k, self.to_v = (Linear(dim, dim) for _ in range(3))
+        self.to_q, self.to_k, self.to_v = (Linear(dim, dim, bias=bias) for _ in range(3))
         self.norm_q, self.norm_k = (_head_norm(dim // heads, norm) for _ in range(2))
-        self.to_out = nn.ModuleList([Linear(dim, dim)]) if out else None
+        self.to_out = nn.ModuleList([Linear(dim, dim, bias=bias)]) if out else None
         self.product = Product()
 
     def forward(self, x: Tensor, angles: Tensor | None = None) -> Tensor:
@@ -161,11 +164,14 @@ class JointAttention(SelfAttention):
     last: what the text attends to is not used, so the text has no linear layer after it.
     """
 
-    def __init__(self, dim: int, heads: int, *, norm: bool, last: bool = False) -> None:
-        super().__init__(dim, heads, norm=norm)
-        self.add_q_proj, self.add_k_proj, self.add_v_proj = (Linear(dim, dim) for _ in range(3))
+    def __init__(
+        self, dim: int, heads: int, *, norm: bool, last: bool = False, bias: bool = True
+    ) -> None:
+        super().__init__(dim, heads, norm=norm, bias=bias)
+        added = (Linear(dim, dim, bias=bias) for _ in range(3))
+        self.add_q_proj, self.add_k_proj, self.add_v_proj = added
         self.norm_added_q, self.norm_added_k = (_head_norm(dim // heads, norm) for _ in range(2))
-        self.to_add_out = None if last else Linear(dim, dim)
+        self.to_add_out = None if last else Linear(dim, dim, bias=bias)
 
     def forward(  # type: ignore[override]
         self, x: Tensor, context: Tensor, angles: Tensor | None = None

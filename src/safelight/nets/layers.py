@@ -138,12 +138,14 @@ class LayerNorm(nn.LayerNorm):
 class TimestepEmbedding(nn.Module):
     """Two linear layers from a timestep's sines to the embedding that the resnets add."""
 
-    def __init__(self, in_dim: int, dim: int, cond_dim: int | None = None) -> None:
+    def __init__(
+        self, in_dim: int, dim: int, cond_dim: int | None = None, *, bias: bool = True
+    ) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(in_dim, dim)
+        self.linear_1 = nn.Linear(in_dim, dim, bias=bias)
         # Guidance-distilled networks (LCM) read the guidance scale here.
         self.cond_proj = None if cond_dim is None else nn.Linear(cond_dim, in_dim, bias=False)
-        self.linear_2 = nn.Linear(dim, dim)
+        self.linear_2 = nn.Linear(dim, dim, bias=bias)
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         if self.cond_proj is not None and cond is not None:

@@ -99,13 +99,18 @@ class SelfAttention(nn.Module):
         self.q_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
         self.k_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
 
-    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
-        """Return [batch, length, hidden]. angles: those of the positions, [length, head_dim/2]."""
+    def forward(self, x: Tensor, angles: Tensor, used: int) -> Tensor:
+        """Return [batch, length, hidden]. angles: those of the positions, [length, head_dim/2].
+
+        used: see `Qwen3Model`.
+        """
         q = rotate_halves(self.q_norm(split_heads(self.q_proj(x), self.heads)), angles)
         k = rotate_halves(self.k_norm(split_heads(self.k_proj(x), self.key_heads)), angles)
         v = split_heads(self.v_proj(x), self.key_heads)
+        # Padding is behind the text: without its keys, a causal mask lets it see the whole text.
         # tokens.Product has neither a causal mask nor shared keys; an encoder that runs once for a
         # prompt is not made faster.
+        k, v = k[:, :, :used], v[:, :, :used]
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
@@ -133,8 +138,8 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
 
-    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), angles)
+    def forward(self, x: Tensor, angles: Tensor, used: int) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), angles, used)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -151,12 +156,13 @@ class Qwen3Model(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, ids: Tensor, layers: Sequence[int]) -> list[Tensor]:
+    def forward(self, ids: Tensor, layers: Sequence[int], used: int | None = None) -> list[Tensor]:
         """Return the states that `layers` names, each [batch, length, hidden_size].
 
-        ids: int64 [batch, length], without padding. layers: 0 for the embeddings, n for the states
-        after n layers; those after the last layer are normed. Negative numbers count from the end:
-        -2 is the states before the last layer. Layers that no number needs do not run.
+        ids: int64 [batch, length]. layers: 0 for the embeddings, n for the states after n layers;
+        those after the last layer are normed. Negative numbers count from the end: -2 is the states
+        before the last layer. Layers that no number needs do not run. used: how many of the ids are
+        text; the others fill it up at its end, and nothing attends to them. None: all are text.
 
         Raises IndexError for a number that the network has no states for.
         """
@@ -166,7 +172,7 @@ class Qwen3Model(nn.Module):
         angles = rotary_angles(positions[:, None], (cfg.head_dim,), cfg.rope_theta).to(ids.device)
         states = [self.embed_tokens(ids)]
         for layer in self.layers[: max(wanted)]:
-            states.append(layer(states[-1], angles))
+            states.append(layer(states[-1], angles, ids.shape[1] if used is None else used))
         if max(wanted) == count:
             states[-1] = self.norm(states[-1])
         return [states[n] for n in wanted]

@@ -28,10 +28,12 @@ class Course:
     tokens: of the picture that is drawn, for shifts that grow with it. trained: steps are even
     between the first and the last trained time, which are shifted ones, as StableDiffusion3Pipeline
     of diffusers takes them; else from 1 to 1/steps, as FluxPipeline and ZImagePipeline do.
+    empirical: the shift depends on the number of steps too, see `empirical_mu`.
     """
 
     tokens: int = 4096
     trained: bool = False
+    empirical: bool = False
 
 
 def flow_grid(config: SchedulerConfig, steps: int, course: Course) -> Grid:
@@ -45,7 +47,8 @@ def flow_grid(config: SchedulerConfig, steps: int, course: Course) -> Grid:
         times = np.linspace(float(ends[0]) * total, float(ends[1]) * total, steps) / total
     else:
         times = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
-    times = shifted(config, times, course.tokens)
+    mu = empirical_mu(course.tokens, steps) if course.empirical else None
+    times = shifted(config, times, course.tokens, mu)
     if config.schedule is not None:
         times = CURVES[config.schedule](float(times[0]), float(times[-1]), steps)
     times = times.astype(np.float32)
@@ -54,16 +57,35 @@ def flow_grid(config: SchedulerConfig, steps: int, course: Course) -> Grid:
     return Grid(levels, tuple(given.tolist()), levels[0].sigma)
 
 
-def shifted(config: SchedulerConfig, times: Times, tokens: int) -> Times:
-    """Return times moved towards noise. tokens: of the picture, for dynamic shifting."""
+def shifted(config: SchedulerConfig, times: Times, tokens: int, mu: float | None = None) -> Times:
+    """Return times moved towards noise.
+
+    tokens: of the picture, for dynamic shifting. mu: the shift, if it does not follow from the
+    config's numbers.
+    """
     if not config.use_dynamic_shifting:
         return _by_ratio(config.shift, times)
-    slope = (config.max_shift - config.base_shift) / (
-        config.max_image_seq_len - config.base_image_seq_len
-    )
-    mu = tokens * slope + (config.base_shift - slope * config.base_image_seq_len)
+    if mu is None:
+        slope = (config.max_shift - config.base_shift) / (
+            config.max_image_seq_len - config.base_image_seq_len
+        )
+        mu = tokens * slope + (config.base_shift - slope * config.base_image_seq_len)
     ratio = math.exp(mu) if config.time_shift_type == "exponential" else mu
     return ratio / (ratio + (1 / times - 1))
+
+
+def empirical_mu(tokens: int, steps: int) -> float:
+    """Return the shift of FLUX.2 for a picture of so many tokens in so many steps.
+
+    It is a line over the tokens for 10 steps and one for 200, and a line between both over the
+    steps; beyond 4300 tokens that for 200 steps. The numbers are those of `compute_empirical_mu`
+    in diffusers' pipelines of FLUX.2.
+    """
+    many = 0.00016927 * tokens + 0.45666666
+    if tokens > 4300:
+        return many
+    few = 8.73809524e-05 * tokens + 1.89833333
+    return many + (many - few) / 190 * (steps - 200)
 
 
 def _by_ratio(ratio: float, times: Times) -> Times:

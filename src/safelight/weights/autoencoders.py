@@ -1,8 +1,8 @@
 """Plan another autoencoder for a model, from headers and configs alone.
 
-It may be diffusers' folder of an AutoencoderKL or AutoencoderTiny, a whole model's folder, a single
-file with the original code's names or diffusers', with or without a prefix, or the two files of
-TAESD.
+It may be diffusers' folder of an AutoencoderKL, AutoencoderKLFlux2 or AutoencoderTiny, a whole
+model's folder, a single file with the original code's names or diffusers', with or without a
+prefix, or the two files of TAESD.
 """
 
 from __future__ import annotations
@@ -13,15 +13,24 @@ from typing import Any
 
 from safelight.errors import SafelightError
 from safelight.families.base import Part
+from safelight.families.flow_files import KLEIN_4B
+from safelight.families.flux2 import FLUX2_VAE_PART
 from safelight.families.latent import TINY_PART, VAE_CONFIG, VAE_PART
 from safelight.weights.check import Header, refusal
 from safelight.weights.find import Source
 from safelight.weights.folder import Folder
 from safelight.weights.headers import plain_header_of
 from safelight.weights.names import Weight, from_folder, renamed, some, vae_names
+from safelight.weights.names_flux2_vae import STATISTICS, flux2_vae_names
 from safelight.weights.plan import Addition, Plan, read_config
 
-PARTS = {VAE_PART.network: VAE_PART, **VAE_PART.others}
+PARTS = {part.network: part for part in (VAE_PART, FLUX2_VAE_PART)} | dict(VAE_PART.others)
+
+_TABLES = {
+    VAE_PART.network: (VAE_CONFIG, vae_names),
+    FLUX2_VAE_PART.network: (KLEIN_4B.configs["vae"], flux2_vae_names),
+}
+"""The published config, and the original code's names, of each kind with a layout of its own."""
 
 _PREFIXES = ("first_stage_model.", "vae.")
 # Tensors that only training needs, and constants that some writers add.
@@ -86,21 +95,24 @@ def _file_plan(source: Source, model: Plan) -> Addition:
         weights = _placed(header, TINY_PART, inner)
         config = read_config(source, TINY_PART, raw)
         return Addition(source, TINY_PART, raw, config, weights, {source.path.name: header.path})
-    raw = model.raw["vae"] if model.parts["vae"] is VAE_PART else VAE_CONFIG
-    config = read_config(source, VAE_PART, raw)
+    part = FLUX2_VAE_PART if STATISTICS in inner else VAE_PART
+    raw, names_of = _TABLES[part.network]
+    if model.parts["vae"] is part:
+        raw = model.raw["vae"]
+    config = read_config(source, part, raw)
     if any(key.startswith(("decoder.up.", "decoder.mid.")) for key in inner):
         shapes = {
             "block_out_channels": config.block_out_channels,
             "layers_per_block": config.layers_per_block,
         }
-        names = vae_names(shapes)
+        names = names_of(shapes)
         renames = {key: renamed(key, names) for key in inner}
         unknown = [key for key, name in renames.items() if name is None]
         if unknown:
             raise refusal(source.name, f"{len(unknown)} keys that we do not know: {some(unknown)}")
         inner = {str(name): inner[key] for key, name in renames.items()}
-    weights = _placed(header, VAE_PART, inner)
-    return Addition(source, VAE_PART, raw, config, weights, {source.path.name: header.path})
+    weights = _placed(header, part, inner)
+    return Addition(source, part, raw, config, weights, {source.path.name: header.path})
 
 
 def _taesd_plan(source: Source, header: Header) -> Addition:

@@ -311,8 +311,9 @@ def _check_written(path: Path, plan: Plan, layout: str) -> list[str]:
     """
     again = read_plan(Source(plan.source.name, path), partial=True)
     configs = plan.configs.items()
-    # Of some families only the scheduler tells variants apart; what is lost of it is told below.
-    kind = "title" if plan.family.told_by_scheduler else "name"
+    # Of some families only a folder tells variants apart; what is lost of it is told below.
+    elsewhere = plan.family.told_by_scheduler or plan.family.told_by_index
+    kind = "title" if elsewhere else "name"
     for what, before, after in (
         ("family", getattr(plan.family, kind), getattr(again.family, kind)),
         ("prediction type", plan.scheduler.prediction_type, again.scheduler.prediction_type),
@@ -335,7 +336,10 @@ def _check_written(path: Path, plan: Plan, layout: str) -> list[str]:
         for key in sorted(plan.scheduler.given & again.scheduler.given)
         if getattr(plan.scheduler, key) != getattr(again.scheduler, key)
     ]
-    return [f"{layout} does not hold the scheduler's {', '.join(lost)}"] if lost else []
+    told = [f"{layout} does not hold the scheduler's {', '.join(lost)}"] if lost else []
+    if plan.family.told_by_index and again.family is not plan.family:
+        told.append(f"{layout} does not say that it is {plan.family}: a folder for --parts says it")
+    return told
 
 
 def _told(config: Any) -> dict[str, Any]:

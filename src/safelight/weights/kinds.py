@@ -14,7 +14,7 @@ _ADAPTER = re.compile(
     r"(^|\.)(lora_|lycoris_)|[._]lora\d?\.(up|down)\."
     r"|\.(lora_(A|B|up|down|mid|linear_layer)|hada_|lokr_|alpha$|dora_scale|diff(_b)?$)"
 )
-_VAE = re.compile(r"(vae\.|first_stage_model\.)?((en|de)coder\.|(post_)?quant_conv\.)")
+_VAE = re.compile(r"(vae\.|first_stage_model\.)?((en|de)coder\.|(post_)?quant_conv\.|bn\.)")
 _CONTROLNET = (
     *("control_model.", "input_hint_block.", "controlnet_cond_embedding."),
     "lora_controlnet",  # a Control-LoRA, which loading refuses by its name

@@ -1,4 +1,4 @@
-"""Where each weight of Stable Diffusion 3's and FLUX.1's transformers lies in a single file.
+"""Where each weight of the transformers of Stable Diffusion 3 and FLUX lies in a single file.
 
 A single file has the names of the original code of Stability AI or of Black Forest Labs. There the
 projections to q, k and v are one module, and the last norm has shift before scale.
@@ -64,6 +64,21 @@ _SINGLE_BLOCK = {
 }
 # The feed-forward is four times as wide as the tokens.
 _SINGLE_STACKED = {"linear1": {**_QKV, "proj_mlp": 4}}
+
+_FLUX2_DOUBLE = {
+    "img_attn.proj": "attn.to_out.0",
+    "img_mlp.0": "ff.linear_in",
+    "img_mlp.2": "ff.linear_out",
+    "txt_attn.proj": "attn.to_add_out",
+    "txt_mlp.0": "ff_context.linear_in",
+    "txt_mlp.2": "ff_context.linear_out",
+}
+_FLUX2_SINGLE = {"linear1": "attn.to_qkv_mlp_proj", "linear2": "attn.to_out"}
+_FLUX2_MODULATIONS = (
+    "double_stream_modulation_img",
+    "double_stream_modulation_txt",
+    "single_stream_modulation",
+)
 
 
 def sd3_section(part: str, config: Mapping[str, Any]) -> Section:
@@ -136,6 +151,39 @@ def flux_names(config: Mapping[str, Any]) -> dict[str, str]:
             f"single_transformer_blocks.{i}",
             _SINGLE_BLOCK | _scales(_SINGLE_NORMS),
         )
+    return names
+
+
+def flux2_section(part: str, config: Mapping[str, Any]) -> Section:
+    """Return the keys of FLUX.2's transformer; see `flux2_names`.
+
+    part: the name that the family gives the network.
+    """
+    stacked: dict[str, dict[str, int]] = {}
+    for i in range(config["num_layers"]):
+        stacked |= _stacks(f"double_blocks.{i}", f"transformer_blocks.{i}", _DOUBLE_STACKED)
+    return Section(part, flux2_names(config), stacked=stacked, swapped={_NORM_OUT})
+
+
+def flux2_names(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the modules of FLUX.2's transformer, from the original names to ours.
+
+    config: of the transformer. Modules that have the rows of several of ours are not here, but in
+    `flux2_section`.
+    """
+    time = "time_guidance_embed.timestep_embedder"
+    names = _ENDS | {
+        "img_in": "x_embedder",
+        "txt_in": "context_embedder",
+        "time_in.in_layer": f"{time}.linear_1",
+        "time_in.out_layer": f"{time}.linear_2",
+    }
+    names |= {f"{name}.lin": f"{name}.linear" for name in _FLUX2_MODULATIONS}
+    double, single = _FLUX2_DOUBLE | _scales(_DOUBLE_NORMS), _FLUX2_SINGLE | _scales(_SINGLE_NORMS)
+    for i in range(config["num_layers"]):
+        names |= under(f"double_blocks.{i}", f"transformer_blocks.{i}", double)
+    for i in range(config["num_single_layers"]):
+        names |= under(f"single_blocks.{i}", f"single_transformer_blocks.{i}", single)
     return names
 
 

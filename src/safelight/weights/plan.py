@@ -235,8 +235,9 @@ def _file_plan(
     if file.v_native and scheduler.prediction_type == "v_prediction":
         side = file.v_native
     configs = _configs(source, family, networks, lender)
-    if family.told_by_scheduler:
-        family = family.variant(configs, {}, settings)
+    if family.told_by_scheduler or family.told_by_index:
+        index = {} if lender is None else lender.folder.index
+        family = family.variant(configs, index, settings)
     return Plan(
         source=source,
         family=family,
