@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from safelight.errors import SafelightError
+from safelight.hires import final_size
 from safelight.request import Request
 from safelight.sampling import SAMPLERS, check
 from safelight.weights.plan import Plan
@@ -25,22 +28,38 @@ def steps_of(request: Request, plan: Plan | None) -> int:
         known = not flow and (plan is not None or "steps" in said)
         strength = request.strength_taken if known else None
         check(sampler, steps, request.schedule, request.spacing, strength=strength or 1.0)
-    if steps * request.count > MAX_STEPS:
+        if request.hires_scale > 1:
+            strength = request.hires_strength if known else 1.0
+            second = request.hires_steps or steps
+            check(sampler, second, request.schedule, request.spacing, strength=strength)
+    whole = steps + _second_steps(request, steps)
+    if whole * request.count > MAX_STEPS:
         raise SafelightError(
-            f"steps × count must be at most {MAX_STEPS}, not {steps * request.count}",
+            f"steps × count must be at most {MAX_STEPS}, not {whole * request.count}",
             field="steps",
         )
     return steps
+
+
+def _second_steps(request: Request, steps: int) -> int:
+    """Return the steps that the second pass of a picture takes, 0 without one."""
+    if request.hires_scale == 1:
+        return 0
+    return max(1, int((request.hires_steps or steps) * request.hires_strength))
 
 
 def pixel_steps(request: Request, steps: int, native: tuple[int, int]) -> int:
     """Return width × height × steps × pictures. native: the model's own width and height.
 
     A picture that is given counts at its own size, the size to draw once the request is `fitted`.
+    A second pass counts at its size, with the steps that it takes.
     """
     width, height = native if request.sized_by is None else request.sized_by.size
     width, height = request.width or width, request.height or height
-    return width * height * steps * request.count
+    taken = width * height * steps
+    if second := _second_steps(request, steps):
+        taken += math.prod(final_size(request, native)) * second
+    return taken * request.count
 
 
 def cost(request: Request, steps: int, native: tuple[int, int], plan: Plan | None = None) -> int:

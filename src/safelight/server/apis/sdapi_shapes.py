@@ -78,7 +78,7 @@ def understand(
 def fitted(asked: Asked, model: str, native: tuple[int, int]) -> Asked:
     """Return the request at a size that a model can draw. native: the size it draws best."""
     request, size = fit_to_model(asked.request, native)
-    warnings = asked.warnings + enlarging_note(request, size, model, native)
+    warnings = asked.warnings + enlarging_note(asked.request, request, size, model, native)
     return replace(asked, request=request, size=size, warnings=warnings)
 
 
