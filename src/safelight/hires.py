@@ -93,7 +93,7 @@ def final_size(request: Request, native: tuple[int, int]) -> tuple[int, int]:
 def _enlarged(request: Request, sides: tuple[int, ...] | list[int]) -> list[int]:
     """Return sides of the second pass, for those of the first."""
     scale = request.hires_scale
-    if max(sides, default=0) * scale > MAX_SIDE:
+    if round(max(sides, default=0) * scale) > MAX_SIDE:
         shown, made = "x".join(map(str, sides)), "x".join(f"{side * scale:g}" for side in sides)
         raise _refused(
             f"{scale:g} makes {made} of {shown}; sides must be at most {MAX_SIDE}: "
@@ -136,9 +136,8 @@ def steps_to_take(steps: int, strength: float) -> int:
     AUTOMATIC1111 counts the steps that the second pass takes.
     """
     found = math.ceil(steps / strength)
-    while found > 1 and int((found - 1) * strength) >= steps:  # steps / strength is rounded
-        found -= 1
-    return found
+    near = (found - 1, found)  # the quotient is rounded
+    return next((n for n in near if int(n * strength) >= steps), found + 1)
 
 
 def infotext(settings: Mapping[str, Any]) -> dict[str, Any]:
