@@ -239,13 +239,16 @@ class RequestFields(BaseModel):
     hires_scale: Annotated[
         HiresScale,
         About(
-            default="1, no second pass",
             aliases=("--hr-scale", "--hires-upscale"),
             a1111="hr_scale",
             slider=(1, 4, 0.05),
             group=_HIRES,
         ),
-    ] = Field(1.0, description="enlarge the picture so many times, and draw it again from that")
+    ] = Field(
+        1.0,
+        description="enlarge the picture so many times, and draw it again from that; 1 is no second "
+        "pass",
+    )
     hires_strength: Annotated[
         Strength,
         About(a1111="denoising_strength", slider=(0.05, 1, 0.05), group=_HIRES),
