@@ -7,7 +7,8 @@ drawn once more from the enlarged picture, as image to image. `engine.core` draw
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from safelight.errors import SafelightError
@@ -59,6 +60,17 @@ def check_model(model: Model | Plan, request: Request) -> None:
             "encoder's file beside it, or leave hires_scale out"
         )
     final_size(request, model.native_size)
+
+
+@contextmanager
+def about_second_pass() -> Iterator[None]:
+    """Have errors within say that they are about the second pass, and name its settings."""
+    try:
+        yield
+    except SafelightError as error:
+        ours = {"strength": "hires_strength", "steps": "hires_steps"}
+        field = ours.get(error.field or "", error.field)
+        raise SafelightError(f"second pass: {error}", code=error.code, field=field) from None
 
 
 def unused_hires(request: Request) -> list[str]:

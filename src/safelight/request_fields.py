@@ -245,9 +245,7 @@ class RequestFields(BaseModel):
             group=_HIRES,
         ),
     ] = Field(
-        1.0,
-        description="enlarge the picture so many times, and draw it again from that; 1 is no second "
-        "pass",
+        1.0, description="enlarge the picture so many times and draw it again; 1 is no second pass"
     )
     hires_strength: Annotated[
         Strength,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from safelight.engine.refining import table_of
 from safelight.engine.requests import latents_of
 from safelight.engine.ticket import Later
-from safelight.hires import second_pass
+from safelight.hires import about_second_pass, second_pass
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,13 +27,15 @@ def later_of(
     """Return the second pass of a resolved request of one picture; None if it has none.
 
     size: returns the size of latents, as `Ticket` has it, from their shape. make: returns the job
-    of a pass's request, and the model that draws it.
+    of a pass's request, and the model that draws it. Raises SafelightError if the second pass
+    cannot be drawn, before the first.
     """
     if request.hires_scale == 1:
         return None
     native = model.native_size
     planned = second_pass(request, native)
-    table, _ = table_of(model, planned)
+    with about_second_pass():
+        table, _ = table_of(model, planned)
 
     def begin(picture: Image) -> tuple[Model, Job]:
         return make(second_pass(request, native, picture))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from safelight.errors import SafelightError
-from safelight.hires import final_size
+from safelight.hires import about_second_pass, final_size
 from safelight.request import Request
 from safelight.sampling import SAMPLERS, check
 from safelight.weights.plan import Plan
@@ -31,7 +31,8 @@ def steps_of(request: Request, plan: Plan | None) -> int:
         if request.hires_scale > 1:
             strength = request.hires_strength if known else 1.0
             second = request.hires_steps or steps
-            check(sampler, second, request.schedule, request.spacing, strength=strength)
+            with about_second_pass():
+                check(sampler, second, request.schedule, request.spacing, strength=strength)
     whole = steps + _second_steps(request, steps)
     if whole * request.count > MAX_STEPS:
         raise SafelightError(
