@@ -152,15 +152,25 @@ def steps_to_take(steps: int, strength: float) -> int:
     return next((n for n in near if int(n * strength) >= steps), found + 1)
 
 
+def second_steps(settings: Mapping[str, Any], steps: int) -> int:
+    """Return how many steps the second pass of some settings takes, 0 without one.
+
+    steps: those of the first pass.
+    """
+    if settings.get("hires_scale", 1) == 1:
+        return 0
+    steps = settings.get("hires_steps") or steps
+    return max(1, min(int(steps * settings["hires_strength"]), steps))
+
+
 def infotext(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return AUTOMATIC1111's pairs for a recipe's settings; empty without a second pass."""
-    scale = settings.get("hires_scale", 1)
-    if scale == 1:
+    taken = second_steps(settings, settings.get("steps") or 1)
+    if not taken:
         return {}
-    steps, strength = settings["hires_steps"] or settings["steps"], settings["hires_strength"]
     return {
-        "Denoising strength": strength,
-        "Hires upscale": scale,
-        "Hires steps": max(1, min(int(steps * strength), steps)),
+        "Denoising strength": settings["hires_strength"],
+        "Hires upscale": settings["hires_scale"],
+        "Hires steps": taken,
         "Hires upscaler": UPSCALER,
     }

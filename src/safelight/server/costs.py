@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from safelight.errors import SafelightError
-from safelight.hires import about_second_pass, final_size
+from safelight.hires import HIRES, about_second_pass, final_size, second_steps
 from safelight.request import Request
 from safelight.sampling import SAMPLERS, check
 from safelight.weights.plan import Plan
@@ -33,7 +34,7 @@ def steps_of(request: Request, plan: Plan | None) -> int:
             second = request.hires_steps or steps
             with about_second_pass():
                 check(sampler, second, request.schedule, request.spacing, strength=strength)
-    whole = steps + _second_steps(request, steps)
+    whole = steps + second_steps(_hires(request), steps)
     if whole * request.count > MAX_STEPS:
         raise SafelightError(
             f"steps × count must be at most {MAX_STEPS}, not {whole * request.count}",
@@ -42,11 +43,8 @@ def steps_of(request: Request, plan: Plan | None) -> int:
     return steps
 
 
-def _second_steps(request: Request, steps: int) -> int:
-    """Return the steps that the second pass of a picture takes, 0 without one."""
-    if request.hires_scale == 1:
-        return 0
-    return max(1, int((request.hires_steps or steps) * request.hires_strength))
+def _hires(request: Request) -> dict[str, Any]:
+    return {name: getattr(request, name) for name in HIRES}
 
 
 def pixel_steps(request: Request, steps: int, native: tuple[int, int]) -> int:
@@ -58,7 +56,7 @@ def pixel_steps(request: Request, steps: int, native: tuple[int, int]) -> int:
     width, height = native if request.sized_by is None else request.sized_by.size
     width, height = request.width or width, request.height or height
     taken = width * height * steps
-    if second := _second_steps(request, steps):
+    if second := second_steps(_hires(request), steps):
         taken += math.prod(final_size(request, native)) * second
     return taken * request.count
 
