@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safelight.hires import UPSCALER, final_size, steps_to_take
 from safelight.request import Request
 from safelight.sampler_names import sampler_and_schedule
 from safelight.server.apis.sdapi_bodies import TextToImage
 from safelight.server.apis.sdapi_names import find_scheduler
+
+if TYPE_CHECKING:
+    from safelight.weights.plan import Plan
 
 SAME = (None, "", "Use same sampler", "Use same scheduler", "Use same checkpoint")
 """The web UI's words for what the first pass has."""
@@ -17,20 +20,20 @@ SAME = (None, "", "Use same sampler", "Use same scheduler", "Use same checkpoint
 def second_pass(
     body: TextToImage,
     size: tuple[int | None, int | None],
-    native: tuple[int, int] | None,
+    plan: Plan | None,
     sampler: str | None,
     steps: int | None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the settings of a body's second pass, and warnings; nothing without enable_hr.
 
-    size: width and height of the first pass; None for the model's own, which is `native`. sampler,
-    steps: of the first pass. native, sampler and steps are None if only another machine knows the
-    model's own.
+    size: width and height of the first pass, None for the model's own. sampler, steps: of the first
+    pass. plan, sampler and steps are None if only another machine knows the model's.
     """
     if not body.enable_hr:
         return {}, []
     warnings = _ignored(body, sampler)
-    width, height = size[0] or (native and native[0]), size[1] or (native and native[1])
+    native = (None, None) if plan is None else plan.native_size
+    width, height = size[0] or native[0], size[1] or native[1]
     scale, more = _scale(body, (width, height) if width and height else None)
     warnings += more
     if scale == 1:

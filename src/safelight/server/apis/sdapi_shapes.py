@@ -130,10 +130,9 @@ def _settings(
     if isinstance(body, ImageToImage):
         settings["strength"] = body.denoising_strength
     else:
-        native = None if plan is None else plan.native_size
         # A level of `fast` has its own number of steps.
         steps = level.get("steps") if "steps" in left_out else settings["steps"]
-        more, told = second_pass(body, (settings["width"], settings["height"]), native, name, steps)
+        more, told = second_pass(body, (settings["width"], settings["height"]), plan, name, steps)
         settings |= more
         warnings += told
     if (share := body.refiner_switch_at) is not None:
