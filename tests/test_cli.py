@@ -682,11 +682,12 @@ class TestHelp:
         text = run("generate", "--help").out
         headings = re.findall(r"^(\w.*):$", text, re.MULTILINE)
         first = ["Arguments", "Options", "Settings", "Model and folders"]
-        assert headings == [*first, "ControlNet", "SDXL", "Fast mode"]
+        assert headings == [*first, "ControlNet", "Second pass", "SDXL", "Fast mode"]
         parts = dict(zip(headings, re.split(r"^\w.*:$", text, flags=re.MULTILINE)[1:], strict=True))
         assert all(name in parts["Options"] for name in ("--model", "--out", "--help"))
         assert "--steps" in parts["Settings"]
         assert "--device" in parts["Model and folders"]
+        assert "--hires-scale" in parts["Second pass"]
         assert "--crop-left" in parts["SDXL"]
         assert "--cache-every" in parts["Fast mode"]
 

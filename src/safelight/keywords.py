@@ -51,6 +51,9 @@ class GenerateSettings(TypedDict, total=False):
     control_scale: float
     control_start: float
     control_end: float
+    hires_scale: float
+    hires_strength: float
+    hires_steps: int | None
     empty_negative: EmptyNegative | None
     original_width: int | None
     original_height: int | None

@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from safelight.errors import SafelightError
+from safelight.hires import infotext
 from safelight.picture import name_of, opened, reason
 from safelight.request import Request
 from safelight.settings import settings_of
@@ -52,7 +53,7 @@ def recipe_text(recipe: dict[str, Any]) -> str:
         "Schedule type": (settings["schedule"] or "").capitalize(),
         "CFG scale": settings["guidance_scale"],
         "Seed": settings["seed"],
-        "Size": "{}x{}".format(*recipe["size"]),
+        "Size": "{}x{}".format(*_first_size(recipe)),
         "Model hash": model["sha256"][:10],
         "Model": model["name"],
     }
@@ -78,7 +79,8 @@ def recipe_text(recipe: dict[str, Any]) -> str:
     if settings.get("prompt_syntax") == "a1111" and settings.get("emphasis") != "original":
         pairs["Emphasis"] = settings["emphasis"].replace("-", " ").capitalize()
     pairs |= {name: value for name, value in told.items() if name not in pairs}
-    if "enlarged" in recipe:
+    pairs |= infotext(settings)
+    if "enlarged" in recipe and "Hires upscale" not in pairs:
         pairs["Hires resize"] = "{}x{}".format(*recipe["enlarged"])
         pairs["Hires upscaler"] = "Lanczos"
     pairs["Version"] = f"Safelight {recipe['safelight']}"
@@ -94,6 +96,14 @@ def recipe_text(recipe: dict[str, Any]) -> str:
         )
     )
     return "\n".join(lines)
+
+
+def _first_size(recipe: dict[str, Any]) -> tuple[int, int]:
+    """Return the size that the web UI gives: of the first pass, where there is a second."""
+    settings, (width, height) = recipe["settings"], recipe["size"]
+    if settings.get("hires_scale", 1) == 1:
+        return width, height
+    return settings["width"] or width, settings["height"] or height
 
 
 def _tag(lora: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from pydantic import (
 
 from safelight.adapters.asked import MAX_NAME, AskedLora
 from safelight.errors import SafelightError
+from safelight.hires import check_hires, unused_hires
 from safelight.keywords import Pictures, RequestSettings
 from safelight.pixels import as_mask, as_rgb, picture_sha256, resized
 from safelight.request_fields import MAX_SEED, PICTURES, RequestFields, draw_seed
@@ -150,18 +151,14 @@ class Request(RequestFields, metaclass=_Listed):
                     ),
                     field="mask",
                 )
-        if (self.guidance_start or 0) > (1 if self.guidance_end is None else self.guidance_end):
-            raise SafelightError(
-                f"guidance_end must be at least guidance_start, {self.guidance_start}, "
-                f"not {self.guidance_end}",
-                field="guidance_end",
-            )
-        if self.control_start > self.control_end:
-            raise SafelightError(
-                f"control_end must be at least control_start, {self.control_start}, "
-                f"not {self.control_end}",
-                field="control_end",
-            )
+        for what in ("guidance", "control"):
+            start, end = getattr(self, f"{what}_start"), getattr(self, f"{what}_end")
+            if (start or 0) > (1 if end is None else end):
+                raise SafelightError(
+                    f"{what}_end must be at least {what}_start, {start}, not {end}",
+                    field=f"{what}_end",
+                )
+        check_hires(self)
         if self.seed + self.count - 1 > MAX_SEED:
             raise SafelightError(
                 f"seed must leave room for {self.count} pictures: "
@@ -192,7 +189,7 @@ class Request(RequestFields, metaclass=_Listed):
                 found.append(f"{name} does nothing without control_image: give one as well")
         if self.mask is not None and self.mask.getbbox() is None:
             found.append("mask has no white: nothing of the picture is repainted")
-        return found
+        return found + unused_hires(self)
 
     def _is_composed(self) -> bool:
         """Return whether the prompt has AND or an overall weight, which use the negative prompt."""
@@ -279,6 +276,8 @@ class Request(RequestFields, metaclass=_Listed):
             return self
         name = "control_image" if self.image is None else "image"
         size = size_of(self.sized_by.size, self.width, self.height, name=name)
+        if self.hires_scale != 1:  # each pass has its own size: see `hires.first_pass`
+            return self.model_copy(update=dict(zip(("width", "height"), size, strict=True)))
         how = {"mask": Resampling.NEAREST}
         pictures = {
             name: resized(picture, size, how.get(name, Resampling.LANCZOS))

@@ -54,6 +54,8 @@ CacheEvery = Annotated[Whole, Field(ge=1, le=100)]
 CacheBranch = Annotated[Whole, Field(ge=0, le=100)]
 _LEVELS = "set by fast"
 _SDXL, _FAST, _CONTROL = "SDXL", "Fast mode", "ControlNet"
+HiresScale = Annotated[Number, Field(ge=1, le=4)]
+_HIRES = "Second pass"
 
 
 class RequestFields(BaseModel):
@@ -234,6 +236,30 @@ class RequestFields(BaseModel):
             group=_CONTROL,
         ),
     ] = Field(1.0, description="share of the steps after which `control_image` stops guiding")
+    hires_scale: Annotated[
+        HiresScale,
+        About(
+            aliases=("--hr-scale", "--hires-upscale"),
+            a1111="hr_scale",
+            slider=(1, 4, 0.05),
+            group=_HIRES,
+        ),
+    ] = Field(
+        1.0, description="enlarge the picture so many times and draw it again; 1 is no second pass"
+    )
+    hires_strength: Annotated[
+        Strength,
+        About(a1111="denoising_strength", slider=(0.05, 1, 0.05), group=_HIRES),
+    ] = Field(0.5, description="how much of the enlarged picture to change; 1 keeps nothing")
+    hires_steps: Annotated[
+        Steps | None,
+        About(
+            default="as steps",
+            aliases=("--hr-steps",),
+            a1111="hr_second_pass_steps",
+            group=_HIRES,
+        ),
+    ] = Field(None, description="steps of the second pass, before `hires_strength` leaves some out")
     empty_negative: Annotated[
         EmptyNegative | None,
         About(default="model; zeros in a1111, encoded in comfy", some_models=True, group=_SDXL),

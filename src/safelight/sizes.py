@@ -21,6 +21,11 @@ def allowed_size(size: tuple[int, int]) -> tuple[int, int]:
     return allowed_side(size[0] * scale), allowed_side(size[1] * scale)
 
 
+def is_small(native: tuple[int, int]) -> bool:
+    """Return whether a model is a small network, which draws its own size alone well."""
+    return native[0] * native[1] < _ROBUST
+
+
 def drawable_size(size: tuple[int, int], native: tuple[int, int]) -> tuple[int, int]:
     """Return the size to draw at so that a picture can be enlarged to `size`.
 
@@ -32,7 +37,7 @@ def drawable_size(size: tuple[int, int], native: tuple[int, int]) -> tuple[int, 
     """
     pixels = native[0] * native[1]
     times = size[0] * size[1] / pixels
-    if times <= (_MOST_TIMES if pixels >= _ROBUST else 1):
+    if times <= (1 if is_small(native) else _MOST_TIMES):
         return size
     scale = times**-0.5
     return allowed_size((max(1, round(size[0] * scale)), max(1, round(size[1] * scale))))

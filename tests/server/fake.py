@@ -264,7 +264,8 @@ class FakeService:
 
     async def plan(self, model: str | None = None) -> Any:
         assert model in (None, self.info.name)
-        return SimpleNamespace(family=SD, notes={"draw_with": self.best})
+        size = self.info.width or 64, self.info.height or 64
+        return SimpleNamespace(family=SD, notes={"draw_with": self.best}, native_size=size)
 
     async def native_size(self, model: str | None = None) -> tuple[int, int]:
         assert model in (None, self.info.name)

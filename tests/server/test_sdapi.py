@@ -374,7 +374,7 @@ class TestTextToImage:
     @pytest.mark.parametrize(
         ("body", "word"),
         [
-            ({"enable_hr": True}, "enable_hr"),
+            ({"enable_hr": True}, "drawn in one pass"),
             ({"subseed_strength": 0.1}, "subseed_strength"),
             ({"seed_resize_from_w": 512}, "seed_resize_from"),
             ({"restore_faces": True}, "restore_faces"),
@@ -1051,10 +1051,12 @@ class TestLists:
         if name:  # AUTOMATIC1111's clients send an empty name for none
             assert refused(call("txt2img", body), 404) == line
 
+    def test_pictures_are_enlarged_with_lanczos_alone(self, api):
+        assert [one["name"] for one in api.get_upscalers()] == ["None", "Lanczos"]
+
     def test_what_is_not_here_is_an_empty_list(self, api):
         for get in (
             api.get_sd_vae,
-            api.get_upscalers,
             api.get_latent_upscale_modes,
             api.get_loras,
             api.get_hypernetworks,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -15,11 +16,15 @@ from safelight.batch.run import How
 from safelight.batch.worklist import WorkList
 from safelight.engine.requests import resolve_request
 from safelight.errors import SafelightError
+from safelight.hires import HIRES, final_size, second_pass
 from safelight.model import Model
 from safelight.request import Request
 
 SAMPLES = 3
-SHAPE = ("width", "height", "steps", "sampler", "guidance_scale", "strength", "count")
+SHAPE = (
+    *("width", "height", "steps", "sampler", "guidance_scale", "strength", "count"),
+    *HIRES,
+)
 """Settings that the time of a row depends on."""
 
 
@@ -85,7 +90,10 @@ def _cost(model: Model, settings: Mapping[str, Any]) -> float:
     # With a picture to start from, only the share of the steps given by `strength` is taken.
     strength = known.pop("strength", None)
     request = resolve_request(model, Request(**known)).model_copy(update={"strength": strength})
-    width, height = model.native_size
-    pixels = (request.width or width) * (request.height or height)
+    native, taken = model.native_size, model.family.steps_taken
+    pixels = (request.width or native[0]) * (request.height or native[1])
     once = request.guidance_scale <= 1 or model.family.takes_guidance(model)
-    return pixels * model.family.steps_taken(request) * (1 if once else 2) * request.count
+    work = pixels * taken(request)
+    if request.hires_scale > 1:
+        work += math.prod(final_size(request, native)) * taken(second_pass(request, native))
+    return work * (1 if once else 2) * request.count

@@ -64,6 +64,7 @@ def generate(
         warn("--controlnet does nothing without --control-image")
     seeds = range(request.seed, request.seed + request.count)
     need = (request.width or 512) * (request.height or 512) * 4 * request.count
+    need = int(need * request.hires_scale**2)
     paths = output_paths(out, seeds, overwrite=overwrite)
     for path in paths:
         check_writable(path, overwrite=overwrite, need=need)

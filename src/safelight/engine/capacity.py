@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from safelight.errors import SafelightError
+
 if TYPE_CHECKING:
     from safelight.model import Model
 
@@ -24,6 +26,11 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "t allocate memory" in str(error)
     )
+
+
+def too_large() -> SafelightError:
+    """Return the error for a picture that does not fit in memory."""
+    return SafelightError("out of memory: ask for a smaller picture", code="out_of_memory")
 
 
 def free_memory(device: torch.device) -> None:

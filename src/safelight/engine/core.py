@@ -19,11 +19,13 @@ import torch
 from PIL import Image
 
 from safelight.adapters.embeddings import key_of
-from safelight.engine.capacity import Capacity, free_memory, out_of_memory, probe
+from safelight.engine.capacity import Capacity, free_memory, out_of_memory, probe, too_large
 from safelight.engine.job import Job, NotFiniteError, advance, finish
+from safelight.engine.passes import later_of
 from safelight.engine.refining import table_of
 from safelight.engine.requests import (
     create_job,
+    latents_of,
     new_result,
     resolve_request,
     select_loras,
@@ -33,6 +35,7 @@ from safelight.engine.ticket import Ticket, admitted
 from safelight.engine.turns import Turns
 from safelight.errors import SafelightError
 from safelight.families.base import Conditioning
+from safelight.hires import first_pass
 from safelight.request import Request
 from safelight.result import Result
 
@@ -48,11 +51,6 @@ MAX_PROMPTS = 64
 
 MAX_CACHED = 1 << 28
 """The most bytes of conditioning that are cached, unless one prompt takes more."""
-
-
-def too_large() -> SafelightError:
-    """Return the error for a picture that does not fit in memory."""
-    return SafelightError("out of memory: ask for a smaller picture", code="out_of_memory")
 
 
 class Engine:
@@ -136,16 +134,18 @@ class Engine:
                 for i, seed in enumerate(result.seeds):
                     if i in done:
                         continue
-                    one = with_drawn(resolved, result, seed)
+                    one = first_pass(asked := with_drawn(resolved, result, seed))
                     selection = select_loras(model, one, result, seed, self._own)
-                    size = self._size(_latents(model, one))
+                    size = self._size(latents_of(model, one))
                     guided = one.guidance_scale > 1 and not model.family.takes_guidance(model)
                     rows = 1 + guided
                     if selection is None:
                         rows = self._conditioning(model, one).evaluations
+                    make = partial(self._make, seed=seed, selection=selection)
                     ticket = Ticket(
                         *(table, rows, size, i, seed, model.precision, tag, share),
-                        prepare=partial(self._make, one, seed, selection),
+                        prepare=partial(make, one),
+                        later=later_of(model, asked, self._size, make),
                         selection=selection,
                         arrived=arrived,
                     )
@@ -207,6 +207,7 @@ class Engine:
         """
         stepped: list[Ticket] = []
         finished: list[Ticket] = []
+        self._go_on()
         self._begin_decoding()
         if self._decoder is None and self._decoding:
             pass  # decoding was the step
@@ -305,6 +306,18 @@ class Engine:
             self.tickets.remove(ticket)
         return tickets
 
+    def _go_on(self) -> None:
+        """Let the pictures whose first pass is decoded take the steps of their second."""
+        for future in self._done(first=True):
+            ticket = self._decoding.pop(future)
+            ticket.go_on(future.result())
+            self.tickets.append(ticket)
+
+    def _done(self, *, first: bool) -> list[Future[Image.Image]]:
+        """Return what is decoded: the pictures of first passes that go on, or the others."""
+        done = [(future, ticket) for future, ticket in self._decoding.items() if future.done()]
+        return [f for f, t in done if (t.later is not None and f.exception() is None) is first]
+
     def _begin_decoding(self) -> None:
         """Start decoding the smallest picture in the thread, or decode it here if there is none.
 
@@ -333,7 +346,7 @@ class Engine:
             return finish(self.model, job)
 
     def _decoded(self) -> Iterator[Ticket]:
-        for future in [future for future in self._decoding if future.done()]:
+        for future in self._done(first=False):
             ticket = self._decoding.pop(future)
             error = future.exception()
             if error is None:
@@ -385,10 +398,3 @@ def _bytes(conditioning: Conditioning) -> int:
     """Return the bytes of a conditioning's text states; its stages may share them."""
     stages = (conditioning, *(later for _, later in conditioning.later))
     return sum({id(t): t.nbytes for one in stages if (t := one.tokens) is not None}.values())
-
-
-def _latents(model: Model, request: Request) -> tuple[int, ...]:
-    """Return the shape of the latents of a resolved request."""
-    width, height = request.width, request.height
-    size = model.native_size if width is None or height is None else (width, height)
-    return model.family.latent_shape(model, size)

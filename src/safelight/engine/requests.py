@@ -14,6 +14,7 @@ from safelight.engine.refining import Second, table_of
 from safelight.engine.shortcuts import Kept, Shortcuts, remark, shortened
 from safelight.families.base import Conditioning
 from safelight.families.control import check_control
+from safelight.hires import check_model, final_size
 from safelight.machine import describe_machine
 from safelight.picture import to_tensor
 from safelight.prompt.dynamic import draw
@@ -22,7 +23,7 @@ from safelight.request import Request
 from safelight.result import Result
 from safelight.sampling import SAMPLERS
 from safelight.settings import settings_of
-from safelight.sizes import SIDE_STEP
+from safelight.sizes import SIDE_STEP, drawable_size, is_small
 
 if TYPE_CHECKING:
     from safelight.adapters.select import Selection
@@ -37,6 +38,7 @@ def resolve_request(model: Model, request: Request) -> Request:
     family = model.family
     family.check_request(model, request)
     check_control(model.name, request, model.controlnet is not None)
+    check_model(model, request)
     request = shortened(request, model).with_defaults(model.defaults)
     # A recipe with None would draw the picture again with the model's own values.
     whole = {"guidance_start": 0.0, "guidance_end": 1.0}
@@ -172,6 +174,15 @@ def _warnings(model: Model, asked: Request, resolved: Request) -> list[str]:
             f"{model.name} was trained on {trained}; "
             f"at {width}x{height} it may repeat itself or fall apart"
         )
+    if resolved.hires_scale > 1 and width is not None and height is not None:
+        whole = final_size(resolved, model.native_size)
+        # Others draw a second pass well at any size: the first has settled what is where.
+        if drawable_size(whole, model.native_size) != whole and is_small(model.native_size):
+            size, own = "{}x{}".format(*whole), "{}x{}".format(*model.native_size)
+            found.append(
+                f"{model.name} was trained on {own} alone: its second pass, at {size}, may spoil "
+                "the picture; enlarge the result instead"
+            )
     if _is_untaught(model, resolved):
         told = ", ".join(f"{name} {value}" for name, value in model.defaults.items())
         found.append(
@@ -246,6 +257,13 @@ def _without_effect(model: Model, asked: Request, resolved: Request) -> list[str
         elif resolved.guidance_scale <= 1 and not unasked:
             found.append(f"{name} does nothing at guidance_scale 1 or less: leave it out")
     return found
+
+
+def latents_of(model: Model, request: Request) -> tuple[int, ...]:
+    """Return the shape of the latents of a resolved request."""
+    width, height = request.width, request.height
+    size = model.native_size if width is None or height is None else (width, height)
+    return model.family.latent_shape(model, size)
 
 
 def create_job(

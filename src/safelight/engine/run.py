@@ -91,9 +91,9 @@ class Run:
                 self.made.warnings[:] = dict.fromkeys((*self.made.warnings, *result.warnings))
             timings["text"] += time.perf_counter() - began
             while engine.busy:
-                began = time.perf_counter()
+                began, part = time.perf_counter(), "text" if engine.tickets else "decode"
                 stepped, finished = engine.step()
-                part = "denoise" if stepped else "decode" if finished else "text"
+                part = "denoise" if stepped else part
                 timings[part] += time.perf_counter() - began
                 for ticket in finished:
                     if ticket.image is None:
@@ -104,5 +104,5 @@ class Run:
                 for ticket in stepped:
                     job = ticket.job
                     assert job.clean is not None
-                    yield Step(i, job.cursor, ticket.steps, job.clean, self._model, job.size)
+                    yield Step(i, ticket.taken, ticket.steps, job.clean, self._model, job.size)
         timings["total"] = sum(timings.values())

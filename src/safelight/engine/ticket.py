@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -17,6 +18,19 @@ if TYPE_CHECKING:
     from safelight.model import Model
 
 
+@dataclass(frozen=True)
+class Later:
+    """The second pass of a picture whose first is being drawn; see `safelight.hires`.
+
+    table, size: of its job, as in `Ticket`. begin: makes that job, and the model that draws it, of
+    the first pass's picture.
+    """
+
+    table: Table
+    size: float
+    begin: Callable[[Image.Image], tuple[Model, Job]]
+
+
 @dataclass(eq=False)
 class Ticket:
     """One picture that is being drawn or waits for it.
@@ -25,8 +39,8 @@ class Ticket:
     index: which picture of its request. tag: the client's key. share: the owner, see `Turns`.
     dtype: the precision that it is drawn in. evaluations: rows in a call of the network at each
     step, an estimate until it is prepared. prepare: makes the job, and the model that draws it,
-    when its turn comes. selection: its LoRAs, or None. arrived: `time.monotonic` in seconds. image
-    or error: set when it is finished.
+    when its turn comes. later: the second pass, if one is still to come. selection: its LoRAs, or
+    None. arrived: `time.monotonic` in seconds. image or error: set when it is finished.
     """
 
     table: Table
@@ -38,11 +52,21 @@ class Ticket:
     tag: Any = None
     share: Any = None
     prepare: Callable[[], tuple[Model, Job]] | None = None
+    later: Later | None = None
     selection: Selection | None = None
     arrived: float = field(default_factory=time.monotonic)
     image: Image.Image | None = None
     error: Exception | None = None
     _made: tuple[Model, Job] | None = None
+    _before: int = 0
+
+    def go_on(self, picture: Image.Image) -> None:
+        """Begin the second pass from the picture of the first; its job is made at its turn."""
+        assert self.later is not None
+        later, self.later = self.later, None
+        self._before += len(self.table.rows)
+        self.table, self.size = later.table, later.size
+        self.prepare, self._made = partial(later.begin, picture), None
 
     @property
     def job(self) -> Job:
@@ -68,8 +92,14 @@ class Ticket:
 
     @property
     def steps(self) -> int:
-        """Rows of its table, including those already taken."""
-        return len(self.table.rows)
+        """Rows of the tables of all its passes, including those already taken."""
+        rest = 0 if self.later is None else len(self.later.table.rows)
+        return self._before + len(self.table.rows) + rest
+
+    @property
+    def taken(self) -> int:
+        """How many of its `steps` are taken."""
+        return self._before + (self.job.cursor if self.prepared else 0)
 
     @property
     def rows(self) -> int:
@@ -85,7 +115,10 @@ class Ticket:
     def work_left(self) -> float:
         """Cost of its remaining steps, in rows of the model's own size."""
         taken = self.job.cursor if self.prepared else -1  # preparing counts as a step
-        return (self.steps - taken) * self.load
+        left = (len(self.table.rows) - taken) * self.load
+        if self.later is not None:
+            left += (len(self.later.table.rows) + 1) * self.evaluations * self.later.size
+        return left
 
     @property
     def call_key(self) -> tuple[Any, ...]:

@@ -111,7 +111,7 @@ def _uri(picture: Image.Image, largest: int = LARGEST) -> str:
 def _mask(attention: Tensor, shown: tuple[float, float]) -> str:
     """Return a map, float32 [h, w], as a picture that is opaque where the map is strongest.
 
-    shown: see `Story`; the rest is cut off.
+    shown: see `Moment`; the rest is cut off.
     """
     low, high = attention.min(), attention.max()
     strength = from_tensor(((attention - low) / (high - low + 1e-9))[None] * 2 - 1)
@@ -152,7 +152,7 @@ def _moment(story: Story, moment: Moment) -> dict[str, Any]:
         "noise": _percent(_noise(moment.sigma)),
         "x": x,
         "y": y,
-        "masks": [_mask(one, story.shown) for one in maps],
+        "masks": [_mask(one, moment.shown) for one in maps],
         "shares": [_percent(share) for share in shares],
         "rest": _percent(1 - sum(shares)),
     }

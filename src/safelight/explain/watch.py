@@ -43,12 +43,13 @@ the first and the last."""
 class Moment:
     """One step.
 
-    step: from 1 to steps. sigma, timestep: noise level of the state, and the time given to the
-    network. noisy: the state as the network sees it, decoded. latents: the same as one pixel for
-    each latent, coloured by `Story.colours`; None for a model of pixels. clean: the clean
-    estimate. unguided: the clean estimate with the prompt alone; in a step without guidance it is
-    `clean`, and in a picture without guidance None.
-    attention: float32 [words, h, w], see `explain.attention.word_maps`; None without words.
+    step: from 1 to steps, those of both passes if there are two. sigma, timestep: noise level of
+    the state, and the time given to the network. noisy: the state as the network sees it, decoded.
+    latents: the same as one pixel for each latent, coloured by `Story.colours`; None for a model of
+    pixels. clean: the clean estimate. unguided: the clean estimate with the prompt alone; in a step
+    without guidance it is `clean`, and in a picture without guidance None.
+    attention: float32 [words, h, w], see `explain.attention.word_maps`; None without words. shown:
+    the shares of the latents' width and height that the picture has, 1 unless they reach beyond it.
     """
 
     step: int
@@ -60,6 +61,7 @@ class Moment:
     clean: Image.Image
     unguided: Image.Image | None
     attention: Tensor | None
+    shown: tuple[float, float]
 
     @property
     def guidance(self) -> Image.Image | None:
@@ -74,18 +76,16 @@ class Story:
     """The steps of one picture.
 
     network: the name of the part that denoises. result: the picture, as `Model.generate` returns
-    it. sigmas: the noise level before each step and after the last. shape: of the latents,
-    channels, height, width. shown: the shares of their width and height that the picture has, 1
-    unless they reach beyond it. words: of the prompt, if attention to them is recorded. colours:
-    float32 [channels + 1, 3], see `fit_colours`; None without autoencoder. forward: the picture at
-    growing noise levels.
+    it. sigmas: the noise level before each step and after the last. shape: of the finished
+    picture's latents, channels, height, width. words: of the prompt, if attention to them is
+    recorded. colours: float32 [channels + 1, 3], see `fit_colours`; None without autoencoder.
+    forward: the picture at growing noise levels.
     """
 
     network: str
     result: Result
     sigmas: list[float]
     shape: tuple[int, int, int]
-    shown: tuple[float, float]
     words: list[Word]
     moments: list[Moment]
     colours: Tensor | None
@@ -95,10 +95,18 @@ class Story:
     def picture(self) -> Image.Image:
         return self.result.images[0]
 
+    @property
+    def shown(self) -> tuple[float, float]:
+        """The shares of the latents' width and height that the finished picture has."""
+        return self.moments[-1].shown
+
 
 @dataclass(frozen=True)
 class _Seen:
-    """A step as tensors: the state as the network sees it, and the clean estimates."""
+    """A step as tensors: the state as the network sees it, and the clean estimates.
+
+    size: width and height of the picture; None: all that the latents cover.
+    """
 
     step: int
     row: Row
@@ -106,6 +114,7 @@ class _Seen:
     clean: Tensor
     unguided: Tensor | None
     attention: Tensor | None
+    size: tuple[int, int] | None
 
 
 def watch(model: Model, request: Request, on_step: Callable[[Step], object] | None = None) -> Story:
@@ -124,36 +133,36 @@ def watch(model: Model, request: Request, on_step: Callable[[Step], object] | No
     with engine.model.lock:
         job, model = ticket.job, ticket.model
         words = _words(model, request, result)
-    rows = job.table.rows
+    rows = [*job.table.rows, *(ticket.later.table.rows if ticket.later is not None else ())]
     wanted = _evenly(len(rows))
     seen: list[_Seen] = []
     while engine.busy:
-        cursor, state = job.cursor, job.state
+        if ticket.prepared:  # between two passes it is not
+            job = ticket.job
+        taken, cursor, state = ticket.taken, job.cursor, job.state
         stepped, _ = engine.step()
         if ticket.error is not None:
             raise ticket.error
         if not stepped:
             continue
         assert job.clean is not None
-        if cursor in wanted:
+        if taken in wanted:
             with engine.model.lock, torch.inference_mode():
                 who = job.model_at(cursor, model)
-                seen.append(_look(who, job, cursor, state, job.clean, words))
+                seen.append(_look(who, job, taken, cursor, state, job.clean, words))
         if on_step is not None:
-            on_step(Step(0, job.cursor, len(rows), job.clean, model, job.size))
+            on_step(Step(0, taken + 1, len(rows), job.clean, model, job.size))
     assert ticket.image is not None
     result.images.append(ticket.image)
     with engine.model.lock, torch.inference_mode():
         latents = final_latents(job)
-        moments, colours = _pictures(model, seen, len(rows), job.size)
+        moments, colours = _pictures(model, seen, len(rows))
         channels, height, width = latents.shape[1:]
-        reach, picture = model.family.factor(model), ticket.image
         return Story(
             network=model.family.network,
             result=result,
             sigmas=[*(row.level.sigma for row in rows), rows[-1].lands.sigma],
             shape=(channels, height, width),
-            shown=(picture.width / (width * reach), picture.height / (height * reach)),
             words=words,
             moments=moments,
             colours=colours,
@@ -196,32 +205,34 @@ def _evenly(count: int) -> set[int]:
 
 
 def _look(
-    model: Model, job: Job, cursor: int, state: Tensor, clean: Tensor, words: list[Word]
+    model: Model, job: Job, taken: int, cursor: int, state: Tensor, clean: Tensor, words: list[Word]
 ) -> _Seen:
-    """Call the network again on the state before the step, with the prompt alone."""
+    """Call the network again on the state before the step, with the prompt alone.
+
+    taken: the steps before it, those of an earlier pass included.
+    """
     row, asked = job.table.rows[cursor], job.asked_at(cursor)
     noisy = row.level.view(state)
     guided, recording = asked.evaluations > 1, _recorded(model, state)
     if asked.tokens is None or not (guided or recording):
-        return _Seen(cursor + 1, row, noisy, clean, None, None)
+        return _Seen(taken + 1, row, noisy, clean, None, None, job.size)
     with recording or nullcontext([]) as weights:
         [unclipped] = estimate(model, [state], [row], [asked.positive()])
     unguided = clip_or_threshold(unclipped, job.table.clip, job.table.threshold)
     height, width = state.shape[-2:]
     return _Seen(
-        step=cursor + 1,
+        step=taken + 1,
         row=row,
         noisy=noisy,
         clean=clean,
         unguided=unguided if guided else None,
         attention=word_maps(weights, words, (height, width)) if weights else None,
+        size=job.size,
     )
 
 
-def _pictures(
-    model: Model, seen: list[_Seen], steps: int, size: tuple[int, int] | None
-) -> tuple[list[Moment], Tensor | None]:
-    """Return the moments, and the colours of their latents. size: of the finished picture."""
+def _pictures(model: Model, seen: list[_Seen], steps: int) -> tuple[list[Moment], Tensor | None]:
+    """Return the moments, and the colours of their latents."""
     noisy = [decode(model, one.noisy) for one in seen]
     clean = [decode(model, one.clean) for one in seen]
     colours = None
@@ -229,13 +240,13 @@ def _pictures(
         latents = [tensor for one in seen for tensor in (one.noisy, one.clean)]
         shown = [picture for both in zip(noisy, clean, strict=True) for picture in both]
         colours = fit_colours(latents, shown)
-    noisy = [cut(model, noisy[i], one.noisy, size) for i, one in enumerate(seen)]
-    clean = [cut(model, clean[i], one.clean, size) for i, one in enumerate(seen)]
-    guided = any(one.unguided is not None for one in seen)
+    noisy = [cut(model, noisy[i], one.noisy, one.size) for i, one in enumerate(seen)]
+    clean = [cut(model, clean[i], one.clean, one.size) for i, one in enumerate(seen)]
+    guided, reach = any(one.unguided is not None for one in seen), model.family.factor(model)
     unguided = [
         (clean[i] if guided else None)
         if one.unguided is None
-        else cut(model, decode(model, one.unguided), one.unguided, size)
+        else cut(model, decode(model, one.unguided), one.unguided, one.size)
         for i, one in enumerate(seen)
     ]
     moments = [
@@ -249,6 +260,10 @@ def _pictures(
             clean=clean[i],
             unguided=unguided[i],
             attention=one.attention,
+            shown=(
+                clean[i].width / (one.clean.shape[3] * reach),
+                clean[i].height / (one.clean.shape[2] * reach),
+            ),
         )
         for i, one in enumerate(seen)
     ]

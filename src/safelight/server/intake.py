@@ -11,6 +11,7 @@ from typing import Any
 from safelight.defaults import BY_MODEL
 from safelight.errors import StorageError
 from safelight.families.control import CONTROL
+from safelight.hires import HIRES
 from safelight.request import Request
 from safelight.server.files import Files
 from safelight.server.jobs import Job
@@ -45,8 +46,10 @@ def accept(
     # Defaults are left out: another start of the server may have others.
     own = {name: v for name, v in settings.items() if name.removesuffix("_sha256") in asked}
     whole = settings | beside
-    if request.control_image is None:  # the version of the other digest had no such settings
-        whole = {name: value for name, value in whole.items() if name not in CONTROL}
+    # The version of the other digest had no such settings.
+    newer = CONTROL if request.control_image is None else ()
+    newer = (*newer, *(HIRES if request.hires_scale == 1 else ()))
+    whole = {name: value for name, value in whole.items() if name not in newer}
     if "seed" not in asked:
         del whole["seed"]  # each submission of one body draws another seed
     how |= {"digest": _digest(own | beside), "earlier": _digest(whole)}

@@ -26,6 +26,7 @@ from safelight.defaults import defaults_of
 from safelight.errors import SafelightError
 from safelight.families import Family, family_of_folder
 from safelight.families.control import check_control
+from safelight.hires import check_model
 from safelight.prompt.styles import Style, apply_styles, read_styles
 from safelight.request import Request
 from safelight.server.served import Served
@@ -133,6 +134,7 @@ class Names:
             return  # it may be back by then; the worker tells if not
         reader.plan.family.check_request(reader.plan, asked)
         check_control(reader.plan.name, asked, self.controlnet(model) is not None)
+        check_model(reader.plan, asked)
         for entry in loras:
             _check_made_for(entry, reader.plan)
         reader.check(request)

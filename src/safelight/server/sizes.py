@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from safelight.hires import HIRES, final_size
 from safelight.picture import encode
 from safelight.recipe import enlarge, png_texts, read_recipe
 from safelight.request import Request
-from safelight.sizes import drawable_size, size_of
+from safelight.sizes import drawable_size, is_small, size_of
 
 if TYPE_CHECKING:
     from safelight.server.hub import Hub
@@ -23,12 +24,17 @@ def fit_to_model(
 
     The size is None, and the request unchanged, if the model draws the requested size; see
     `drawable_size`. Without a requested size, a picture that is given asks for its own. native: the
-    width and height that the model draws best.
+    width and height that the model draws best. A small model gets no second pass at a size that it
+    cannot draw: its pictures are enlarged alone.
     """
     own = native if request.sized_by is None else request.sized_by.size
     if request.sized_by is not None and (request.width is None) != (request.height is None):
         return request, None  # the engine keeps the picture's proportions
     size = request.width or own[0], request.height or own[1]
+    if request.hires_scale > 1 and is_small(native):
+        whole = final_size(request, native)
+        if drawable_size(whole, native) != whole:
+            request, size = request.without(*HIRES), whole
     drawn = drawable_size(size, native)
     if drawn == size:
         return request, None
@@ -36,13 +42,21 @@ def fit_to_model(
 
 
 def enlarging_note(
-    request: Request, size: tuple[int, int] | None, model: str, native: tuple[int, int]
+    asked: Request,
+    request: Request,
+    size: tuple[int, int] | None,
+    model: str,
+    native: tuple[int, int],
 ) -> list[str]:
-    """Return the warning about a picture that is drawn smaller than requested, or no warning."""
+    """Return the warning about a picture that is drawn smaller than requested, or no warning.
+
+    asked: what `fit_to_model` was given. request, size: what it returned.
+    """
     if size is None:
         return []
+    once = "" if request.hires_scale == asked.hires_scale else "in one pass "
     return [
-        f"{model} draws {native[0]}x{native[1]}: drawn at "
+        f"{model} draws {native[0]}x{native[1]}: drawn {once}at "
         f"{request.width}x{request.height} and enlarged to {size[0]}x{size[1]}"
     ]
 

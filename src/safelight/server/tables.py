@@ -22,6 +22,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.engine import RowMapping
 
+from safelight.hires import second_steps
 from safelight.sampling import SAMPLERS
 from safelight.server.jobs import Job, Picture, Progress, Status
 from safelight.server.wording import public
@@ -191,6 +192,7 @@ def _progress(settings: dict[str, Any], count: int, done: int) -> Progress:
     """Return the progress of a job that is over, in steps of all its pictures."""
     sampler = SAMPLERS.get(settings.get("sampler", ""))
     steps = settings.get("steps") or (sampler.steps if sampler else 1)
+    steps += second_steps(settings, steps)
     return Progress(step=steps * done, steps=steps * count)
 
 

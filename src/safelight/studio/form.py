@@ -9,6 +9,7 @@ import gradio as gr
 
 from safelight.defaults import OPTIONAL
 from safelight.families.control import CONTROL
+from safelight.hires import HIRES
 from safelight.request import MAX_PROMPT, Request
 from safelight.request_fields import draw_seed
 from safelight.sampling import SAMPLERS
@@ -118,12 +119,15 @@ class Form:
             self.eta = gr.Slider(
                 0, 1, 0, step=0.05, label="Eta", info="fresh noise in each step of DDIM and TCD"
             )
-            rest = [name for name in settings if name not in (*made, *CONTROL)]
+            rest = [name for name in settings if name not in (*made, *CONTROL, *HIRES)]
             made |= self._made(settings, rest, first, suits)
         self.fast = made["fast"]
         self.levelled = [self.sampler, self.steps, made["guidance_start"]]
         """The fields that a level of `fast` sets; see `level_of`. They show what is drawn."""
-        self._partly = [s for s in settings.values() if s.about.some_models]
+        self._partly = [s for s in settings.values() if s.about.some_models or s.name in HIRES]
+        sized: dict[str, Any] = {"open": False, "visible": not suits.fixed_size}
+        with gr.Accordion("Second pass at a larger size", **sized) as self.again:
+            made |= self._made(settings, [n for n in HIRES if n in settings], first, suits)
         with gr.Accordion("Change a picture", open=False) as self.change:
             gr.HTML(
                 "<p>Drop a picture to start from. Paint over a part of it to redraw only that "
@@ -140,7 +144,7 @@ class Form:
             made |= self._made(settings, [n for n in CONTROL if n in settings], first, suits)
         self.further = [made[name] for name in settings]
         self.adapted = [
-            *(self.sampler, self.guide, self.prompt, self.width, self.height),
+            *(self.sampler, self.guide, self.again, self.prompt, self.width, self.height),
             *(made[setting.name] for setting in self._partly),
         ]
         """The parts that differ between models; see `looks`."""
@@ -160,6 +164,7 @@ class Form:
         return [
             {"choices": sampler_choices(suits), "value": first.sampler},
             self.guiding(suits),
+            {"visible": not suits.fixed_size},
             {"placeholder": suits.placeholder},
             *({"info": suits.side(place), **shown} for place in (0, 1)),
             *({"visible": suits.has(s), **own.get(s.name, {})} for s in self._partly),

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from safelight.errors import SafelightError
+from safelight.hires import UPSCALER, steps_to_take
 from safelight.picture import opened
 from safelight.recipe import parse_recipe_text, read_recipe
 from safelight.sampler_names import SPACINGS, sampler_and_schedule
 from safelight.sampling import SAMPLERS
 from safelight.server.caged import exif_comment
 from safelight.server.decoder import Sent
+from safelight.sizes import SIDE_STEP
 
 _PLAIN = ("", "normal", "automatic", "uniform")
 """Other programs' names of a model's own schedule."""
@@ -50,6 +52,13 @@ _APART = (
 """Names that are not settings, or are read elsewhere."""
 
 
+_HIRES = ("Denoising strength", "Hires upscale", "Hires resize", "Hires steps")
+"""What AUTOMATIC1111 writes of a second pass, besides its upscaler."""
+
+UNTOLD = 0.75
+"""The web UI's strength of a second pass."""
+
+
 def settings_in(sent: Sent, name: str) -> dict[str, Any]:
     """Return `recipe_settings` of a file's bytes, for a decoder's process. name: not used."""
     return recipe_settings(sent.take())
@@ -76,9 +85,10 @@ def recipe_settings(source: str | Path | bytes) -> dict[str, Any]:
     pairs = recipe["parameters"]
     ours = pairs.get("Version", "").startswith("Safelight ")
     names = dict(_SETTINGS)
-    if not ours and pairs.keys() & {"Hires upscale", "Hires resize"}:
-        # It is the strength of a second pass, which Safelight does not have.
-        del names["Denoising strength"]
+    # Safelight writes "Hires resize" of pictures that are enlarged alone.
+    twice = {"Hires upscale"} if ours else {"Hires upscale", "Hires resize"}
+    if again := bool(pairs.keys() & twice):
+        del names["Denoising strength"]  # that of the second pass
     given = {"sampler": "", "schedule": ""} | {
         name: pairs[pair] for pair, name in names.items() if pair in pairs
     }
@@ -92,8 +102,45 @@ def recipe_settings(source: str | Path | bytes) -> dict[str, Any]:
         found |= _networks(found, pairs)
     if _UNIT in pairs:
         found |= _guided(pairs[_UNIT])
-    others = {name: v for name, v in pairs.items() if name not in (*names, *_APART)}
+    read = (*names, *_APART)
+    if again:
+        found |= (second := _second_pass(pairs, found))
+        read = (*read, *(_HIRES if second else ()))
+    others = {name: v for name, v in pairs.items() if name not in read}
+    if others.get("Hires upscaler") == UPSCALER and again:
+        del others["Hires upscaler"]
     return others | found
+
+
+def _second_pass(pairs: dict[str, str], first: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of the second pass; empty if the pairs do not say its size.
+
+    first: the settings of the first pass. The web UI names how many steps the second pass takes,
+    where they are not as many as those of the first.
+    """
+    strength, steps = pairs.get("Denoising strength"), pairs.get("Hires steps", first.get("steps"))
+    with suppress(ArithmeticError, KeyError, ValueError):
+        scale = _times(pairs, first["width"], first["height"])
+        found = {"hires_scale": scale, "hires_strength": float(strength or UNTOLD)}
+        if steps is not None:
+            found["hires_steps"] = steps_to_take(int(steps), found["hires_strength"])
+        return found
+    return {}
+
+
+def _times(pairs: dict[str, str], width: int, height: int) -> float:
+    """Return how many times the second pass is larger than the first, of a width and height.
+
+    Raises ValueError for a size of other proportions, which the web UI cut off.
+    """
+    if "Hires upscale" in pairs:
+        return float(pairs["Hires upscale"])
+    to = pairs["Hires resize"].partition("x")
+    wide, high = int(to[0]), int(to[2])
+    scale = max(wide / width, high / height)
+    if max(abs(scale * width - wide), abs(scale * height - high)) > SIDE_STEP:
+        raise ValueError(pairs["Hires resize"])
+    return scale
 
 
 def _guided(unit: str) -> dict[str, Any]:

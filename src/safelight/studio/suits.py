@@ -9,6 +9,7 @@ from typing import Any
 
 from safelight.defaults import with_level
 from safelight.errors import SafelightError
+from safelight.hires import HIRES
 from safelight.request import Request
 from safelight.sampling import SAMPLERS
 from safelight.server.hub import Hub
@@ -70,7 +71,7 @@ class Suits:
 
     def has(self, setting: Setting) -> bool:
         """Return whether the model reads a setting."""
-        if self.fixed_size and setting.name in ("width", "height"):
+        if self.fixed_size and setting.name in ("width", "height", *HIRES):
             return False
         return self.reads is None or not setting.about.some_models or setting.name in self.reads
 

@@ -139,8 +139,9 @@ async def _submitted(
     size, notes = None, list[str]()
     if request.width is not None:
         native = await hub.native_size(model)
-        request, size = await asyncio.to_thread(fit_to_model, request, native)
-        notes = enlarging_note(request, size, await hub.find_model(model), native)
+        asked = request
+        request, size = await asyncio.to_thread(fit_to_model, asked, native)
+        notes = enlarging_note(asked, request, size, await hub.find_model(model), native)
     owner = caller_of(http.scope).owner
     job = await hub.submit(request, client="openai", owner=owner, model=model)
     return _Call(http, hub, body, job, size, notes)

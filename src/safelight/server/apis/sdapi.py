@@ -18,6 +18,7 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.exceptions import HTTPException
 
+from safelight.hires import infotext
 from safelight.recipe import recipe_text
 from safelight.server.apis.sdapi_bodies import Asked, ImageToImage, PngInfo, Sent, TextToImage
 from safelight.server.apis.sdapi_control import unit_of
@@ -169,6 +170,10 @@ def _told(
     )
     extra = {"Schedule type": (drawn.get("schedule") or "").capitalize(), "Eta": drawn.get("eta")}
     extra["Spacing"] = drawn.get("spacing")
+    again = infotext(drawn)
+    strength = again.pop("Denoising strength", drawn.get("strength"))
+    if again and asked.size is None:  # as in the web UI, the size of the first pass
+        width, height = drawn.get("width") or width, drawn.get("height") or height
     # Styles and dynamic prompts give each picture a prompt of its own.
     prompts, negatives = (
         [picture.recipe["settings"][name] for picture in pictures]
@@ -192,8 +197,8 @@ def _told(
         "batch_size": body.batch_size,
         "sd_model_name": model.name,
         "sd_model_hash": model_hash(model),
-        "denoising_strength": drawn.get("strength"),
-        "extra_generation_params": {name: value for name, value in extra.items() if value},
+        "denoising_strength": strength,
+        "extra_generation_params": {name: v for name, v in (extra | again).items() if v},
         "index_of_first_image": 0,
         "infotexts": [recipe_text({**picture.recipe, **enlarged}) for picture in pictures],
         "styles": body.styles,

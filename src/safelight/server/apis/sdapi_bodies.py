@@ -88,7 +88,18 @@ class DrawBody(BaseModel):
 
 class TextToImage(DrawBody):
     enable_hr: bool = False
-    denoising_strength: Number | None = None
+    denoising_strength: Number = 0.75
+    hr_scale: Number = 2.0
+    hr_upscaler: str | None = None
+    hr_second_pass_steps: Annotated[Whole, Field(ge=0)] = 0
+    hr_resize_x: Annotated[Whole, Field(ge=0)] = 0
+    hr_resize_y: Annotated[Whole, Field(ge=0)] = 0
+    hr_checkpoint_name: str | None = None
+    hr_sampler_name: str | None = None
+    hr_scheduler: str | None = None
+    hr_prompt: str = ""
+    hr_negative_prompt: str = ""
+    hr_cfg: Number | None = None  # of the web UI's descendants
 
 
 class ImageToImage(DrawBody):

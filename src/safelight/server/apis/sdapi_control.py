@@ -14,6 +14,7 @@ from fastapi import Request as HttpRequest
 from PIL import Image, ImageOps
 
 from safelight.errors import SafelightError
+from safelight.hires import final_size
 from safelight.request import Request
 from safelight.server.apis.sdapi_bodies import DrawBody, ImageToImage, plain_number
 from safelight.server.apis.sdapi_errors import Route
@@ -64,6 +65,8 @@ class Unit:
         if start is None:
             size = request.width or native[0], request.height or native[1]
             sides = {"width": size[0], "height": size[1]}
+            # The second pass is guided by the picture at its size.
+            size = final_size(request.replace(**sides), native)
         else:
             size = size_of(start.size, request.width, request.height)
         picture = picture or start

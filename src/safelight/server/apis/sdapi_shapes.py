@@ -30,6 +30,7 @@ from safelight.server.apis.sdapi_bodies import (
     plain_number,
 )
 from safelight.server.apis.sdapi_control import without_pictures
+from safelight.server.apis.sdapi_hires import second_pass
 from safelight.server.apis.sdapi_names import (
     OVERRIDES,
     SPACINGS,
@@ -78,7 +79,7 @@ def understand(
 def fitted(asked: Asked, model: str, native: tuple[int, int]) -> Asked:
     """Return the request at a size that a model can draw. native: the size it draws best."""
     request, size = fit_to_model(asked.request, native)
-    warnings = asked.warnings + enlarging_note(request, size, model, native)
+    warnings = asked.warnings + enlarging_note(asked.request, request, size, model, native)
     return replace(asked, request=request, size=size, warnings=warnings)
 
 
@@ -128,6 +129,12 @@ def _settings(
         settings[ours] = value if ours in named else (defaults or {}).get(ours, value)
     if isinstance(body, ImageToImage):
         settings["strength"] = body.denoising_strength
+    else:
+        # A level of `fast` has its own number of steps.
+        steps = level.get("steps") if "steps" in left_out else settings["steps"]
+        more, told = second_pass(body, (settings["width"], settings["height"]), plan, name, steps)
+        settings |= more
+        warnings += told
     if (share := body.refiner_switch_at) is not None:
         settings["refiner_start"] = share
     for name, ours in OVERRIDES.items():
@@ -239,9 +246,7 @@ def _ignored(body: TextToImage | ImageToImage) -> list[str]:
         ),
         (scripts, f"alwayson_scripts: these are not here: {_listed(scripts)}"),
     ]
-    if isinstance(body, TextToImage):
-        found.append((body.enable_hr, "enable_hr: drawn in one pass at width and height"))
-    elif body.initial_noise_multiplier != 1:
+    if isinstance(body, ImageToImage) and body.initial_noise_multiplier != 1:
         found.append((True, "initial_noise_multiplier: noise has its usual strength, as with 1"))
     return [text for asked, text in found if asked]
 

@@ -1,0 +1,43 @@
+"""The second pass of a picture, which begins when the first is decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from safelight.engine.refining import table_of
+from safelight.engine.requests import latents_of
+from safelight.engine.ticket import Later
+from safelight.hires import about_second_pass, second_pass
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from safelight.engine.job import Job
+    from safelight.model import Model
+    from safelight.request import Request
+
+
+def later_of(
+    model: Model,
+    request: Request,
+    size: Callable[[tuple[int, ...]], float],
+    make: Callable[[Request], tuple[Model, Job]],
+) -> Later | None:
+    """Return the second pass of a resolved request of one picture; None if it has none.
+
+    size: returns the size of latents, as `Ticket` has it, from their shape. make: returns the job
+    of a pass's request, and the model that draws it. Raises SafelightError if the second pass
+    cannot be drawn, before the first.
+    """
+    if request.hires_scale == 1:
+        return None
+    native = model.native_size
+    planned = second_pass(request, native)
+    with about_second_pass():
+        table, _ = table_of(model, planned)
+
+    def begin(picture: Image) -> tuple[Model, Job]:
+        return make(second_pass(request, native, picture))
+
+    return Later(table, size(latents_of(model, planned)), begin)
