@@ -18,7 +18,7 @@ from safelight.settings import settings_of
 
 MAX_RECIPE = 256 * 1024
 
-USED = ("model", "parts", "vae", "refiner", "controlnet")
+USED = ("model", "parts", "vae", "refiner", "controlnet", "ip_adapter", "image_encoder")
 """The keys of a recipe that name files, each by name and SHA-256."""
 
 

@@ -44,7 +44,7 @@ LISTEN = 0.2
 """Seconds that `Engine.step` waits for a picture to be decoded before it returns."""
 
 MAX_PROMPTS = 64
-"""The most prompts whose conditioning is cached."""
+"""The most prompts, in words or pictures, whose conditioning is cached."""
 
 MAX_CACHED = 1 << 28
 """The most bytes of conditioning that are cached, unless one prompt takes more."""
@@ -182,7 +182,8 @@ class Engine:
             second = None
             if model.refiner is not None:
                 second = self._conditioning(model.refiner, request, before=model)
-            return model, create_job(model, request, conditioning, seed, second)
+            cached = partial(self._cached, None)  # LoRAs and embeddings do not change it
+            return model, create_job(model, request, conditioning, seed, second, cached)
 
     def _size(self, shape: tuple[int, ...]) -> float:
         own = self.model.family.latent_shape(self.model, self.model.native_size)
@@ -382,9 +383,10 @@ class Engine:
 
 
 def _bytes(conditioning: Conditioning) -> int:
-    """Return the bytes of a conditioning's text states; its stages may share them."""
+    """Return the bytes of a conditioning's states; its stages may share them."""
     stages = (conditioning, *(later for _, later in conditioning.later))
-    return sum({id(t): t.nbytes for one in stages if (t := one.tokens) is not None}.values())
+    states = [t for one in stages for t in (one.tokens, one.image) if t is not None]
+    return sum({id(t): t.nbytes for t in states}.values())
 
 
 def _latents(model: Model, request: Request) -> tuple[int, ...]:
