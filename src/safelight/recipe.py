@@ -18,6 +18,9 @@ from safelight.settings import settings_of
 
 MAX_RECIPE = 256 * 1024
 
+IP_ADAPTER_MODULE = "ip-adapter-auto"
+"""What the web UI's ControlNet extension calls the reading of a picture for an IP-Adapter."""
+
 USED = ("model", "parts", "vae", "refiner", "controlnet", "ip_adapter", "image_encoder")
 """The keys of a recipe that name files, each by name and SHA-256."""
 
@@ -62,14 +65,10 @@ def recipe_text(recipe: dict[str, Any]) -> str:
             "Refiner switch at": settings["refiner_start"],
         }
     if control := recipe.get("controlnet"):
-        guided = (
-            "Module: none",
-            f"Model: {control['name']} [{control['sha256'][:8]}]",
-            f"Weight: {settings['control_scale']:g}",
-            f"Guidance Start: {settings['control_start']:g}",
-            f"Guidance End: {settings['control_end']:g}",
-        )
-        pairs["ControlNet 0"] = ", ".join(guided)
+        pairs["ControlNet 0"] = _unit(control, "none", "control", settings)
+    if adapter := recipe.get("ip_adapter"):  # the same extension draws with both
+        place = "ControlNet 1" if control else "ControlNet 0"
+        pairs[place] = _unit(adapter, IP_ADAPTER_MODULE, "ip_adapter", settings)
     if vae := recipe.get("vae"):
         pairs |= {"VAE hash": vae["sha256"][:10], "VAE": vae["name"]}
     if embeddings := recipe.get("embeddings"):
@@ -94,6 +93,18 @@ def recipe_text(recipe: dict[str, Any]) -> str:
         )
     )
     return "\n".join(lines)
+
+
+def _unit(used: dict[str, str], module: str, name: str, settings: dict[str, Any]) -> str:
+    """Return what the web UI's ControlNet extension writes of a unit. name: of its settings."""
+    told = (
+        f"Module: {module}",
+        f"Model: {used['name']} [{used['sha256'][:8]}]",
+        f"Weight: {settings[f'{name}_scale']:g}",
+        f"Guidance Start: {settings[f'{name}_start']:g}",
+        f"Guidance End: {settings[f'{name}_end']:g}",
+    )
+    return ", ".join(told)
 
 
 def _tag(lora: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from safelight.defaults import BY_MODEL
 from safelight.errors import StorageError
-from safelight.families.control import CONTROL
+from safelight.families.control import CONTROL, IP_ADAPTER
 from safelight.request import Request
 from safelight.server.files import Files
 from safelight.server.jobs import Job
@@ -45,8 +45,9 @@ def accept(
     # Defaults are left out: another start of the server may have others.
     own = {name: v for name, v in settings.items() if name.removesuffix("_sha256") in asked}
     whole = settings | beside
-    if request.control_image is None:  # the version of the other digest had no such settings
-        whole = {name: value for name, value in whole.items() if name not in CONTROL}
+    for picture, names in ((CONTROL[0], CONTROL), (IP_ADAPTER[0], IP_ADAPTER)):
+        if picture not in request.pictures:  # the version of the other digest had no such settings
+            whole = {name: value for name, value in whole.items() if name not in names}
     if "seed" not in asked:
         del whole["seed"]  # each submission of one body draws another seed
     how |= {"digest": _digest(own | beside), "earlier": _digest(whole)}

@@ -75,7 +75,7 @@ def candidates(adapter: Path, model: Plan, library: Library | None) -> Iterable[
     for folder in dict.fromkeys(folders):
         path = folder / "image_encoder"
         if (path / "config.json").is_file():
-            yield Source(f"{folder.name}/{path.name}", path)
+            yield Source(path.name, path)
     for entry in () if library is None else library.entries("image_encoder"):
         yield Source(entry.name, entry.path)
 
