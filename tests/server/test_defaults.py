@@ -352,7 +352,9 @@ def test_a_key_stays_one_job_when_the_server_has_other_defaults(tmp_path: Path) 
     sent = "POST", "/api/jobs", body
     with Inside(tmp_path / "data", draws=False) as server:
         first = server.ask(*sent, idempotency_key="k").json()
-        earlier = {k: v for k, v in first["settings"].items() if k not in {*CONTROL, *IP_ADAPTER, "seed"}}
+        earlier = {
+            k: v for k, v in first["settings"].items() if k not in {*CONTROL, *IP_ADAPTER, "seed"}
+        }
         digest = hashlib.sha256(json.dumps(earlier, sort_keys=True).encode()).hexdigest()
     (tmp_path / "words").mkdir()
     (tmp_path / "words" / "a.txt").write_text("red\n")
