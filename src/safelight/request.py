@@ -256,7 +256,7 @@ class Request(RequestFields, metaclass=_Listed):
         return made
 
     def with_pictures(
-        self, image: Image | None = None, mask: Image | None = None, **others: Image | None
+        self, image: Image | None = None, mask: Image | None = None, **others: Any
     ) -> Self:
         """Return the same request with pictures, RGB, and a mask, L of 0 and 255; not copied."""
         given = {"image": image, "mask": mask, **others}

@@ -34,7 +34,7 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, adapter: Path, net: Path) -> Iterator[Inside]:
     folder = tmp_path_factory.mktemp("prompted-server")
-    beside = {"ip_adapter": str(adapter), "controlnet": str(net)}
+    beside: dict[str, Any] = {"ip_adapter": str(adapter), "controlnet": str(net)}
     with Inside(folder, exact=True, dtype="float32", **beside) as running:
         yield running
 
@@ -97,7 +97,7 @@ def test_pictures_share_calls_where_they_have_such_prompts(
     server: Inside, tmp_path: Path, adapter: Path
 ) -> None:
     """Other pictures, other scales and none are drawn beside each other as each alone."""
-    how = {"ip_adapter": str(adapter), "dtype": "float32"}
+    how: dict[str, Any] = {"ip_adapter": str(adapter), "dtype": "float32"}
     asked = [
         {"ip_adapter_image": as_base64(edges())},
         {"ip_adapter_image": as_base64(edges((64, 200))), "ip_adapter_scale": 0.4},
@@ -105,10 +105,12 @@ def test_pictures_share_calls_where_they_have_such_prompts(
     ]
     with Inside(tmp_path / "data", **how) as together:
         ids = [together.submit(**{**QUICK, **one}) for one in asked]
-        for job_id in ids:
-            wait_for(lambda: together.ask("GET", f"/api/jobs/{job_id}").json()["pictures"])
-        pictures = [together.ask("GET", f"/api/jobs/{one}").json()["pictures"][0] for one in ids]
-        found = [together.hub.picture_bytes(one["id"]) for one in pictures]
+
+        def pictures() -> list[Any]:
+            return [together.ask("GET", f"/api/jobs/{one}").json()["pictures"] for one in ids]
+
+        wait_for(lambda: all(pictures()))
+        found = [together.hub.picture_bytes(one[0]["id"]) for one in pictures()]
     assert len({*found}) == 3
     for one, png in zip(asked, found, strict=True):
         assert png is not None

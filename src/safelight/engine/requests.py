@@ -65,6 +65,7 @@ def new_result(model: Model, asked: Request, resolved: Request, exact: bool = Tr
     exact: each call of the network holds one picture.
     """
     seeds = [resolved.seed + i for i in range(resolved.count)]
+    prompted = {} if resolved.ip_adapter_image is None else model.image_prompts
     result = Result(
         images=[],
         seeds=seeds,
@@ -83,7 +84,8 @@ def new_result(model: Model, asked: Request, resolved: Request, exact: bool = Tr
             else {"name": model.refiner.name, "sha256": model.refiner.sha256}
         ),
         controlnet=None if resolved.control_image is None else model.control,
-        **({} if resolved.ip_adapter_image is None else model.image_prompts),
+        ip_adapter=prompted.get("ip_adapter"),
+        image_encoder=prompted.get("image_encoder"),
     )
     if resolved.dynamic_prompts or resolved.styles:
         texts = list(_styled(model, resolved))

@@ -84,18 +84,14 @@ def widths(source: Source) -> tuple[int, int]:
     """Return how many numbers an encoder's states and its embedding have; zeros if it is none."""
     try:
         if source.path.is_dir():
-            config = _raw_of(read_json(source.path / "config.json"))
-            found = config.get("hidden_size"), config.get("projection_dim")
-        else:
-            header = plain_header_of(source.path, _USER)
-            shapes = {key: info.shape for key, info in header.tensors.items()}
-            found = next(
-                (shapes[key][::order] for key, order in _PROJECTIONS.items() if key in shapes), ()
-            )
-        states, embedding = found
-    except (OSError, SafelightError, ValueError):
+            config = read_config(source, PART, _raw_of(read_json(source.path / "config.json")))
+            return config.hidden_size, config.projection_dim
+        header = plain_header_of(source.path, _USER)
+        there = ((key, order) for key, order in _PROJECTIONS.items() if key in header.tensors)
+        shape = next((header.tensors[key].shape[::order] for key, order in there), ())
+        return (shape[0], shape[1]) if len(shape) == 2 else (0, 0)
+    except (OSError, SafelightError):
         return 0, 0
-    return (states, embedding) if type(states) is type(embedding) is int else (0, 0)
 
 
 _PROJECTIONS = {"visual_projection.weight": -1, "visual.proj": 1, "proj": 1}
