@@ -40,7 +40,7 @@ class PlainModel:
         self.family = SimpleNamespace(areas=None)
         self.device = SimpleNamespace(type="meta")
         self.loaded, self.other_vae, self.refiner, self.control = [], None, None, None
-        self.other_parts = None
+        self.other_parts, self.image_prompts = None, {}
         self.requests = []
         self.warnings = []
         self.before_step = lambda: None
@@ -682,7 +682,7 @@ class TestHelp:
         text = run("generate", "--help").out
         headings = re.findall(r"^(\w.*):$", text, re.MULTILINE)
         first = ["Arguments", "Options", "Settings", "Model and folders"]
-        assert headings == [*first, "ControlNet", "Second pass", "SDXL", "Fast mode"]
+        assert headings == [*first, "ControlNet", "IP-Adapter", "Second pass", "SDXL", "Fast mode"]
         parts = dict(zip(headings, re.split(r"^\w.*:$", text, flags=re.MULTILINE)[1:], strict=True))
         assert all(name in parts["Options"] for name in ("--model", "--out", "--help"))
         assert "--steps" in parts["Settings"]

@@ -98,9 +98,9 @@ def test_a_schedule_goes_on_after_text_end(cuts: dict[str, Any]) -> None:
     )
     assert one != changes
     kept = shortcuts.Kept(shortcuts.Shortcuts(text_end=0.25))
-    kept.model, kept.told, kept.words = 1, 2, torch.zeros(1)
+    kept.model, kept.told, kept.words = 1, 2, (torch.zeros(1), None)
     assert kept.plan(4, 8, 1, 2, kept.words).told
-    assert not kept.plan(4, 8, 1, 2, torch.zeros(1)).told
+    assert not kept.plan(4, 8, 1, 2, (torch.zeros(1), None)).told
 
 
 @pytest.mark.parametrize("prompt", ["a red apple AND a blue car", "a red apple :2"])

@@ -20,6 +20,7 @@ class Pictures(TypedDict, total=False):
     image: Image | None
     mask: Image | None
     control_image: Image | None
+    ip_adapter_image: Image | None
 
 
 class GenerateSettings(TypedDict, total=False):
@@ -54,6 +55,10 @@ class GenerateSettings(TypedDict, total=False):
     hires_scale: float
     hires_strength: float
     hires_steps: int | None
+    ip_adapter_image: Image | None
+    ip_adapter_scale: float
+    ip_adapter_start: float
+    ip_adapter_end: float
     empty_negative: EmptyNegative | None
     original_width: int | None
     original_height: int | None

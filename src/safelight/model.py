@@ -75,6 +75,8 @@ class Model:
     prediction_type: what its network predicts, if that was given and not taken from its files.
     refiner: the model that takes the last steps, None if none does.
     control: name and sha256 of its ControlNet, None if it has none.
+    image_prompts: name and sha256 of its "ip_adapter" and of that one's "image_encoder", by these
+      names; empty if it has none.
     stored: its weights where they are stored; None if it was not loaded from files.
     weights_held: how many bytes of weights stay in memory on a CPU, as it was loaded; None if
       that is not known.
@@ -106,6 +108,7 @@ class Model:
     prediction_type: str | None = None
     refiner: Model | None = None
     control: dict[str, str] | None = None
+    image_prompts: dict[str, dict[str, str]] = field(default_factory=dict)
     stored: Stored | None = None
     weights_held: int | None = None
     takes_paths: bool = True
@@ -165,6 +168,16 @@ class Model:
     def controlnet(self) -> Any:
         """The network through which a request's control_image guides it, None if there is none."""
         return self.parts.get("controlnet")
+
+    @property
+    def ip_adapter(self) -> Any:
+        """The network through which a picture is a prompt of it, None if there is none."""
+        return self.parts.get("ip_adapter")
+
+    @property
+    def image_encoder(self) -> Any:
+        """The network that its IP-Adapter reads pictures with, None if there is none."""
+        return self.parts.get("image_encoder")
 
     @property
     def preview_vae(self) -> Any:

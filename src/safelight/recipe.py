@@ -19,7 +19,10 @@ from safelight.settings import settings_of
 
 MAX_RECIPE = 256 * 1024
 
-USED = ("model", "parts", "vae", "refiner", "controlnet")
+IP_ADAPTER_MODULE = "ip-adapter-auto"
+"""What the web UI's ControlNet extension calls the reading of a picture for an IP-Adapter."""
+
+USED = ("model", "parts", "vae", "refiner", "controlnet", "ip_adapter", "image_encoder")
 """The keys of a recipe that name files, each by name and SHA-256."""
 
 
@@ -63,14 +66,10 @@ def recipe_text(recipe: dict[str, Any]) -> str:
             "Refiner switch at": settings["refiner_start"],
         }
     if control := recipe.get("controlnet"):
-        guided = (
-            "Module: none",
-            f"Model: {control['name']} [{control['sha256'][:8]}]",
-            f"Weight: {settings['control_scale']:g}",
-            f"Guidance Start: {settings['control_start']:g}",
-            f"Guidance End: {settings['control_end']:g}",
-        )
-        pairs["ControlNet 0"] = ", ".join(guided)
+        pairs["ControlNet 0"] = _unit(control, "none", "control", settings)
+    if adapter := recipe.get("ip_adapter"):  # the same extension draws with both
+        place = "ControlNet 1" if control else "ControlNet 0"
+        pairs[place] = _unit(adapter, IP_ADAPTER_MODULE, "ip_adapter", settings)
     if vae := recipe.get("vae"):
         pairs |= {"VAE hash": vae["sha256"][:10], "VAE": vae["name"]}
     if embeddings := recipe.get("embeddings"):
@@ -104,6 +103,18 @@ def _first_size(recipe: dict[str, Any]) -> tuple[int, int]:
     if settings.get("hires_scale", 1) == 1:
         return width, height
     return settings["width"] or width, settings["height"] or height
+
+
+def _unit(used: dict[str, str], module: str, name: str, settings: dict[str, Any]) -> str:
+    """Return what the web UI's ControlNet extension writes of a unit. name: of its settings."""
+    told = (
+        f"Module: {module}",
+        f"Model: {used['name']} [{used['sha256'][:8]}]",
+        f"Weight: {settings[f'{name}_scale']:g}",
+        f"Guidance Start: {settings[f'{name}_start']:g}",
+        f"Guidance End: {settings[f'{name}_end']:g}",
+    )
+    return ", ".join(told)
 
 
 def _tag(lora: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from safelight.errors import SafelightError
 from safelight.hires import check_hires, unused_hires
 from safelight.keywords import Pictures, RequestSettings
 from safelight.pixels import as_mask, as_rgb, picture_sha256, resized
-from safelight.request_fields import MAX_SEED, PICTURES, RequestFields, draw_seed
+from safelight.request_fields import MAX_SEED, OF_PICTURES, PICTURES, RequestFields, draw_seed
 from safelight.settings import document, settings_of, shown, unknown_setting
 from safelight.sizes import size_of
 
@@ -151,7 +151,7 @@ class Request(RequestFields, metaclass=_Listed):
                     ),
                     field="mask",
                 )
-        for what in ("guidance", "control"):
+        for what in ("guidance", "control", "ip_adapter"):
             start, end = getattr(self, f"{what}_start"), getattr(self, f"{what}_end")
             if (start or 0) > (1 if end is None else end):
                 raise SafelightError(
@@ -184,9 +184,10 @@ class Request(RequestFields, metaclass=_Listed):
         if self.eta and not SAMPLERS[self.sampler].eta:
             takes = ", ".join(name for name, sampler in SAMPLERS.items() if sampler.eta)
             found.append(f"eta does nothing with {self.sampler}; it is for {takes}")
-        for name in () if self.control_image else ("control_scale", "control_start", "control_end"):
-            if getattr(self, name) != type(self).model_fields[name].default:
-                found.append(f"{name} does nothing without control_image: give one as well")
+        for name, picture in OF_PICTURES.items():
+            unset = getattr(self, name) == type(self).model_fields[name].default
+            if getattr(self, picture) is None and not unset:
+                found.append(f"{name} does nothing without {picture}: give one as well")
         if self.mask is not None and self.mask.getbbox() is None:
             found.append("mask has no white: nothing of the picture is repainted")
         return found + unused_hires(self)
@@ -251,13 +252,10 @@ class Request(RequestFields, metaclass=_Listed):
         return made
 
     def with_pictures(
-        self,
-        image: Image | None = None,
-        mask: Image | None = None,
-        control_image: Image | None = None,
+        self, image: Image | None = None, mask: Image | None = None, **others: Any
     ) -> Self:
         """Return the same request with pictures, RGB, and a mask, L of 0 and 255; not copied."""
-        given = {"image": image, "mask": mask, "control_image": control_image}
+        given = {"image": image, "mask": mask, **others}
         return self._with_pictures({n: one for n, one in given.items() if one is not None}, {})
 
     def _with_pictures(self, pictures: Mapping[str, Image], digests: Mapping[str, str]) -> Self:
@@ -282,7 +280,7 @@ class Request(RequestFields, metaclass=_Listed):
         pictures = {
             name: resized(picture, size, how.get(name, Resampling.LANCZOS))
             for name, picture in self.pictures.items()
-            if picture.size != size
+            if picture.size != size and name != "ip_adapter_image"  # read at a size of its own
         }
         if not pictures:
             return self

@@ -17,8 +17,15 @@ from safelight.settings import About, Number, Texts, Whole
 from safelight.sizes import MAX_SIDE, MIN_SIDE, SIDE_STEP
 
 MAX_SEED = 2**63 - 1
-PICTURES = ("image", "mask", "control_image")
+PICTURES = ("image", "mask", "control_image", "ip_adapter_image")
 """The settings that are pictures. Recipes and databases have their digests in their place."""
+
+OF_PICTURES = {
+    f"{name}_{setting}": f"{name}_image"
+    for name in ("control", "ip_adapter")
+    for setting in ("scale", "start", "end")
+}
+"""The settings that say how much a picture counts and when, and that picture's."""
 
 
 def draw_seed() -> int:
@@ -40,6 +47,7 @@ Seed = Annotated[Whole, Field(ge=0, le=MAX_SEED)]
 Count = Annotated[Whole, Field(ge=1, le=64)]
 Strength = Annotated[Number, Field(gt=0, le=1)]
 ControlScale = Annotated[Number, Field(ge=0, le=10)]
+IpAdapterScale = Annotated[Number, Field(ge=0, le=10)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 _OWN = "the model's own"
 _OWN_SIZE = "the model's own, or the picture's"
@@ -53,7 +61,7 @@ Level = Annotated[Whole, Field(ge=0, le=3)]
 CacheEvery = Annotated[Whole, Field(ge=1, le=100)]
 CacheBranch = Annotated[Whole, Field(ge=0, le=100)]
 _LEVELS = "set by fast"
-_SDXL, _FAST, _CONTROL = "SDXL", "Fast mode", "ControlNet"
+_SDXL, _FAST, _CONTROL, _IP_ADAPTER = "SDXL", "Fast mode", "ControlNet", "IP-Adapter"
 HiresScale = Annotated[Number, Field(ge=1, le=4)]
 _HIRES = "Second pass"
 
@@ -260,6 +268,31 @@ class RequestFields(BaseModel):
             group=_HIRES,
         ),
     ] = Field(None, description="steps of the second pass, before `hires_strength` leaves some out")
+    ip_adapter_image: Annotated[
+        Image | None,
+        About(
+            accepts="a PIL picture (safelight.picture.open_picture reads one from a file)",
+            some_models=True,
+            group=_IP_ADAPTER,
+        ),
+    ] = Field(
+        None,
+        exclude=True,
+        repr=False,
+        description="picture that is a prompt, read through the model's IP-Adapter",
+    )
+    ip_adapter_scale: Annotated[
+        IpAdapterScale,
+        About(slider=(0, 2, 0.05), some_models=True, group=_IP_ADAPTER),
+    ] = Field(1.0, description="how much `ip_adapter_image` counts; 0 is not at all")
+    ip_adapter_start: Annotated[
+        Share,
+        About(slider=(0, 1, 0.05), some_models=True, group=_IP_ADAPTER),
+    ] = Field(0.0, description="share of the steps after which `ip_adapter_image` begins to count")
+    ip_adapter_end: Annotated[
+        Share,
+        About(slider=(0, 1, 0.05), some_models=True, group=_IP_ADAPTER),
+    ] = Field(1.0, description="share of the steps after which `ip_adapter_image` stops counting")
     empty_negative: Annotated[
         EmptyNegative | None,
         About(default="model; zeros in a1111, encoded in comfy", some_models=True, group=_SDXL),

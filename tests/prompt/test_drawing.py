@@ -127,10 +127,10 @@ def test_the_states_of_a_schedule_are_bounded(model, monkeypatch):
         with pytest.raises(SafelightError, match="fewer schedules or parts"):
             job_of(model, f"{'a AND ' * 10}{'a BREAK ' * 3} a", steps=20)
     engine = Engine(model)
-    monkeypatch.setattr(core, "MAX_CACHED", 2 * one)
+    monkeypatch.setattr(prompts, "MAX_CACHED", 2 * one)
     for prompt in ("apple", "ale", "a", "apple ale " * 20):
         engine.add(safelight.Request(prompt=prompt, prompt_syntax="a1111"))
-    kept = [core._bytes(conditioning) for conditioning in engine._prompts.values()]
+    kept = [prompts._bytes(conditioning) for conditioning in engine._prompts.found.values()]
     assert len(kept) == 1  # larger than the bound alone
     engine.add(safelight.Request(prompt="a", prompt_syntax="a1111"))
     engine.add(safelight.Request(prompt="ale", prompt_syntax="a1111"))

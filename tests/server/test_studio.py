@@ -48,7 +48,7 @@ from safelight.studio.run import Command, _interrupt_at_the_end_of_input
 from safelight.studio.suits import EXAMPLE, Suits, suits_of
 from safelight.studio.train import Train
 from safelight.weights.find import MODELS
-from tests.guiding import controlnet, edges
+from tests.guiding import controlnet, edges, ip_adapter
 
 pytestmark = [
     pytest.mark.xdist_group("studio"),  # they share a server and a browser
@@ -90,6 +90,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     models = models_folder(tmp_path_factory.mktemp("models"))
     words = ("--models-dir", str(models), "--styles-file", str(models / "styles.csv"))
     guided = ("--controlnet", str(controlnet(models / "edges")))
+    guided += ("--ip-adapter", str(ip_adapter(models / "ip-adapter" / "looks.safetensors")))
     folder = tmp_path_factory.mktemp("studio")
     with Serving(folder, "--dtype", "float32", *words, *guided) as running:
         running.ready()
@@ -263,6 +264,8 @@ def values(**fields: Any) -> dict[str, Any]:
         "enlarged": 1,
         "control": None,
         "control_enlarged": 1,
+        "told": None,
+        "told_enlarged": 1,
     }
     assert fields.keys() <= usual.keys()
     return usual | fields
@@ -743,6 +746,32 @@ def test_a_picture_guides(server: Serving, fresh: Page, tmp_path: Path) -> None:
     expect(page.locator("#make-problem")).to_contain_text("control_end must be at least")
 
 
+def test_a_picture_is_a_prompt(server: Serving, fresh: Page, tmp_path: Path) -> None:
+    page = fresh
+    Image.new("RGB", (96, 64), "teal").save(tmp_path / "teal.png")
+    page.get_by_role("button", name="Prompt with a picture (looks)").click()
+    expect(page.locator("#image-prompt").get_by_role("button")).to_have_count(4)
+    found = Axe().run(page, context="#prompting").response["violations"]
+    assert [v["id"] for v in found if v["impact"] in ("serious", "critical")] == []
+    page.locator("#image-prompt input[type=file]").first.set_input_files(tmp_path / "teal.png")
+    on_easel(page, (0, 128, 128), "image-prompt")
+    page.get_by_label("number input for Ip adapter scale").fill("0.5")
+    draw(page, "a boat", Steps=2)
+    drawn = newest(server)
+    assert drawn["settings"]["ip_adapter_scale"] == 0.5
+    assert drawn["settings"]["width"] is None  # not the picture's
+    inputs = server.data / "inputs"
+    with Image.open(inputs / f"{drawn['id']}-ip_adapter_image.png") as image:
+        assert (image.size, image.getpixel((9, 9))) == ((96, 64), (0, 128, 128))
+    page.locator("#image-prompt").get_by_label("Clear canvas").click()
+    choose(page, "Prompt with this one")
+    expect(page.locator("#image-prompt .empty")).to_have_count(0)
+    page.get_by_label("number input for Ip adapter end").fill("0.2")
+    page.get_by_label("number input for Ip adapter start").fill("0.6")
+    page.get_by_role("button", name="Draw").click()
+    expect(page.locator("#make-problem")).to_contain_text("ip_adapter_end must be at least")
+
+
 def test_a_control_image_that_is_none_is_told(server: Serving) -> None:
     uploaded = server.client.post(
         "/studio/gradio_api/upload", files={"files": ("a.png", b"no picture")}
@@ -1207,6 +1236,10 @@ def test_a_web_ui_s_controlnet_is_read() -> None:
     found = recipe_settings(png_with(parameters=f'a cat\nSteps: 9, ControlNet 0: "{unit}"'))
     wanted = {"control_scale": 0.6, "control_start": 0.1, "control_image_sha256": ""}
     assert {n: v for n, v in found.items() if "control" in n.lower()} == wanted
+    unit = unit.replace("canny", "ip-adapter-auto")
+    found = recipe_settings(png_with(parameters=f'a cat\nSteps: 9, ControlNet 1: "{unit}"'))
+    wanted = {name.replace("control", "ip_adapter"): value for name, value in wanted.items()}
+    assert {n: v for n, v in found.items() if "adapter" in n.lower()} == wanted
 
 
 def png_with(**texts: str) -> bytes:
@@ -1309,11 +1342,12 @@ def test_a_changed_picture_is_made_again(server: Serving, fresh: Page) -> None:
     """Pictures, mask, strength and rarely used settings are all brought back."""
     page = fresh
     square, mask = Image.new("RGB", (64, 64), "navy"), Image.new("L", (64, 64))
-    control = Image.new("RGB", (64, 64), "teal")
+    control, told = (Image.new("RGB", (64, 64), colour) for colour in ("teal", "olive"))
     for image, colour, box in ((square, "gold", (7, 9, 40, 33)), (mask, 255, (10, 0, 51, 37))):
         image.paste(colour, box)
     given = {}
-    for name, image in (("image", square), ("mask", mask), ("control_image", control)):
+    pictures = {"image": square, "mask": mask, "control_image": control}
+    for name, image in {**pictures, "ip_adapter_image": told}.items():
         image.save(buffer := io.BytesIO(), "PNG")
         given[name] = base64.b64encode(buffer.getvalue()).decode()
     how = {"steps": 4, "seed": 3, "sampler": "ddim", "eta": 0.4, "spacing": "trailing"}
@@ -1326,6 +1360,7 @@ def test_a_changed_picture_is_made_again(server: Serving, fresh: Page) -> None:
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("a moon")
     on_easel(page, (255, 90, 54))  # the mask's
     on_easel(page, (0, 128, 128), "control")
+    on_easel(page, (128, 128, 0), "image-prompt")
     page.get_by_role("button", name="Draw").click()
     wait_for(lambda: newest(server)["id"] != first["id"])
     again = server.finished(newest(server)["id"])

@@ -152,6 +152,8 @@ def match(
     found, groups = Match(), dict[Target, dict[str, str]]()
     if is_control(file.header.tensors):
         raise refusal(file.name, "a Control-LoRA is not supported")
+    if any(key.startswith(("image_proj.", "ip_adapter.")) for key in file.header.tensors):
+        raise refusal(file.name, "an IP-Adapter, which is no LoRA: give it with --ip-adapter")
     again = repeated(file.header.tensors, family)
     for key in file.header.tensors:
         if key.startswith(BUNDLE) and takes_embeddings:

@@ -56,12 +56,7 @@ def generate(
     settings = loading.with_words(settings)
     request = options.request_of(settings)
     fitted = request.fitted()  # before the model is loaded, which takes long
-    if loading.controlnet is None and request.control_image is not None:
-        raise SafelightError(
-            "--control-image needs a ControlNet: give one with --controlnet", field="control_image"
-        )
-    if loading.controlnet is not None and request.control_image is None:
-        warn("--controlnet does nothing without --control-image")
+    _check_networks(loading, request)
     seeds = range(request.seed, request.seed + request.count)
     need = (request.width or 512) * (request.height or 512) * 4 * request.count
     need = int(need * request.hires_scale**2)
@@ -91,6 +86,19 @@ def generate(
                 _print(run.made, as_json=as_json)
             raise
     _report(run.result, as_json=as_json, show=show)
+
+
+def _check_networks(loading: Loading, request: "Request") -> None:
+    """Raise SafelightError for a picture without the network that reads it; warn of the reverse."""
+    for picture, option, given, kind in (
+        ("control_image", "--controlnet", loading.controlnet, "a ControlNet"),
+        ("ip_adapter_image", "--ip-adapter", loading.ip_adapter, "an IP-Adapter"),
+    ):
+        shown = f"--{picture.replace('_', '-')}"
+        if given is None and getattr(request, picture) is not None:
+            raise SafelightError(f"{shown} needs {kind}: give one with {option}", field=picture)
+        if given is not None and getattr(request, picture) is None:
+            warn(f"{option} does nothing without {shown}")
 
 
 def _warn_of_size(request: "Request", model: str, native: tuple[int, int]) -> None:

@@ -27,6 +27,8 @@ class Loading:
     vae: options.Vae = None
     refiner: options.Refiner = None
     controlnet: options.Controlnet = None
+    ip_adapter: options.IpAdapter = None
+    image_encoder: options.ImageEncoder = None
     wildcards: options.Wildcards = None
     styles_file: options.StylesFile = None
 
@@ -42,6 +44,8 @@ class Loading:
             "vae": self.vae,
             "refiner": self.refiner,
             "controlnet": self.controlnet,
+            "ip_adapter": self.ip_adapter,
+            "image_encoder": self.image_encoder,
             "wildcards_dir": self.wildcards,
             "styles_file": self.styles_file,
         }

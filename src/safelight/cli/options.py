@@ -78,6 +78,26 @@ Controlnet = Annotated[
         rich_help_panel=LOADING,
     ),
 ]
+IpAdapter = Annotated[
+    str | None,
+    Option(
+        "--ip-adapter",
+        help="An IP-Adapter, through which --ip-adapter-image is a prompt: a file, a name in the "
+        "models folder, or a file of a hub repository (org/name/folder/file).",
+        show_default=False,
+        rich_help_panel=LOADING,
+    ),
+]
+ImageEncoder = Annotated[
+    str | None,
+    Option(
+        "--image-encoder",
+        help="What the IP-Adapter reads pictures with, given as --vae is; by default it is looked "
+        "for beside the adapter.",
+        show_default=False,
+        rich_help_panel=LOADING,
+    ),
+]
 PreviewVae = Annotated[
     str | None,
     Option(
@@ -90,8 +110,8 @@ ModelsDir = Annotated[
     str | None,
     Option(
         "--models-dir",
-        help="A folder of models, LoRAs, embeddings, autoencoders and ControlNets, which are found "
-        "by name [SAFELIGHT_MODELS].",
+        help="A folder of models, LoRAs, embeddings, ControlNets and the like, which are found by "
+        "name [SAFELIGHT_MODELS].",
         show_default=False,
         rich_help_panel=LOADING,
     ),

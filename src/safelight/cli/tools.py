@@ -46,7 +46,7 @@ def models(
     models_dir: options.ModelsDir = None,
     everything: Annotated[
         bool,
-        Option("--all", help="LoRAs, embeddings, autoencoders and ControlNets of the folder, too."),
+        Option("--all", help="LoRAs, embeddings, ControlNets and the like of the folder, too."),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -137,6 +137,12 @@ def verify(
     controlnet: Annotated[
         str | None, Option(help="Where the ControlNet is, if any.", show_default=False)
     ] = None,
+    ip_adapter: Annotated[
+        str | None, Option(help="Where the IP-Adapter is, if any.", show_default=False)
+    ] = None,
+    image_encoder: Annotated[
+        str | None, Option(help="Where its image encoder is, if any.", show_default=False)
+    ] = None,
     lora: Annotated[
         list[str] | None, Option(help="The file of a LoRA, if any.", show_default=False)
     ] = None,
@@ -151,6 +157,9 @@ def verify(
     ] = None,
     control_image: Annotated[
         str | None, Option(help="The picture that guided it, if any.", show_default=False)
+    ] = None,
+    ip_adapter_image: Annotated[
+        str | None, Option(help="The picture that was a prompt, if any.", show_default=False)
     ] = None,
     models_dir: options.ModelsDir = None,
     device: Annotated[
@@ -184,6 +193,7 @@ def verify(
         )
     picture = open_picture(png)
     given = {"image": image, "mask": mask, "control_image": control_image}
+    given["ip_adapter_image"] = ip_adapter_image
     request = safelight.Request.from_dict(recipe["settings"], **open_pictures(given))
     used = {key: recipe.get(key) for key in USED}
     with StepBar(count=1) as on_step:
@@ -194,6 +204,8 @@ def verify(
                 vae=vae or _recorded("vae", used["vae"], models_dir),
                 refiner=refiner or _recorded("refiner", used["refiner"], models_dir),
                 controlnet=controlnet or _recorded("controlnet", used["controlnet"], models_dir),
+                ip_adapter=ip_adapter or _recorded("ip_adapter", used["ip_adapter"], models_dir),
+                image_encoder=image_encoder,  # else the one that the adapter finds
                 models_dir=models_dir,
                 prediction_type=recipe.get("prediction_type"),
                 device=device or recipe.get("device", "auto"),
@@ -205,8 +217,8 @@ def verify(
             )
         except SafelightError as error:
             raise SafelightError(
-                f"{error}; --model, --parts, --vae, --refiner, --controlnet, --device and --dtype "
-                "take the place of the recipe's"
+                f"{error}; --model, --parts, --vae, --refiner, --controlnet, --ip-adapter, "
+                "--device and --dtype take the place of the recipe's"
             ) from None
         _check_used("model", used["model"], loaded.sha256)
         _check_used("parts", used["parts"], (loaded.other_parts or {}).get("sha256"))
@@ -214,6 +226,8 @@ def verify(
         second = None if loaded.refiner is None else loaded.refiner.sha256
         _check_used("refiner", used["refiner"], second)
         _check_used("controlnet", used["controlnet"], (loaded.control or {}).get("sha256"))
+        for kind in ("ip_adapter", "image_encoder"):
+            _check_used(kind, used[kind], loaded.image_prompts.get(kind, {}).get("sha256"))
         library = open_library(models_dir)
         loaded.lora_files = recorded_files(recipe, "lora", library, lora or ())
         loaded.embedding_files = recorded_files(recipe, "embedding", library, embedding or ())
@@ -253,7 +267,7 @@ def _recorded(kind: str, used: dict[str, str] | None, models_dir: str | None) ->
     if used is None:
         return None
     library, name, sha256 = open_library(models_dir), used["name"], used["sha256"]
-    looked = kind if kind in ("vae", "controlnet") else "model"
+    looked = kind if kind in ("vae", "controlnet", "ip_adapter") else "model"
     if looked == "model" and name in BUILT_IN:
         return name
     here = on_disk(name)
@@ -290,5 +304,5 @@ def _check_used(kind: str, used: dict[str, str] | None, sha256: str | None) -> N
     )
     raise SafelightError(
         f"{kind} must be {told}, not {'its own' if sha256 is None else f'{sha256[:10]}…'}: "
-        f"give the one that made the picture with --{kind}"
+        f"give the one that made the picture with --{kind.replace('_', '-')}"
     )

@@ -35,9 +35,13 @@ class Control:
 
 def guides(request: Request, row: int, rows: int) -> bool:
     """Return whether the control image guides a row: as in diffusers, if all of it is in bounds."""
-    begins, ends = row / rows, (row + 1) / rows
-    within = request.control_start <= begins and ends <= request.control_end
+    within = in_bounds(request.control_start, request.control_end, row, rows)
     return within and request.control_scale != 0
+
+
+def in_bounds(start: float, end: float, row: int, rows: int) -> bool:
+    """Return whether all of a row lies between two shares of the rows."""
+    return start <= row / rows and (row + 1) / rows <= end
 
 
 def read_control(model: Model, request: Request) -> Control | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
@@ -22,6 +21,7 @@ from safelight.adapters.embeddings import key_of
 from safelight.engine.capacity import Capacity, free_memory, out_of_memory, probe, too_large
 from safelight.engine.job import Job, NotFiniteError, advance, finish
 from safelight.engine.passes import later_of
+from safelight.engine.prompts import Prompts
 from safelight.engine.refining import table_of
 from safelight.engine.requests import (
     create_job,
@@ -45,12 +45,6 @@ if TYPE_CHECKING:
 
 LISTEN = 0.2
 """Seconds that `Engine.step` waits for a picture to be decoded before it returns."""
-
-MAX_PROMPTS = 64
-"""The most prompts whose conditioning is cached."""
-
-MAX_CACHED = 1 << 28
-"""The most bytes of conditioning that are cached, unless one prompt takes more."""
 
 
 class Engine:
@@ -87,7 +81,7 @@ class Engine:
         self.capacity = rows
         self.tickets: list[Ticket] = []
         self._seconds_a_row = 0.01  # measured as it goes
-        self._prompts: OrderedDict[Any, Conditioning] = OrderedDict()
+        self._prompts = Prompts()
         self._decoder = ThreadPoolExecutor(1, "decode") if background else None
         self._undecoded: list[Ticket] = []
         self._turns = Turns()
@@ -182,7 +176,8 @@ class Engine:
             second = None
             if model.refiner is not None:
                 second = self._conditioning(model.refiner, request, before=model)
-            return model, create_job(model, request, conditioning, seed, second)
+            cached = partial(self._prompts.get, None)  # LoRAs and embeddings do not change it
+            return model, create_job(model, request, conditioning, seed, second, cached)
 
     def _size(self, shape: tuple[int, ...]) -> float:
         own = self.model.family.latent_shape(self.model, self.model.native_size)
@@ -375,26 +370,5 @@ class Engine:
         chosen = (before or model).embeddings.choose(request)
         # A refiner of the same family has text encoders of its own.
         own = before is None, selection and selection.key, key_of(chosen)
-        cached = partial(self._cached, own)
+        cached = partial(self._prompts.get, own)
         return model.family.conditioning(model.embeddings.model(chosen), request, cached)
-
-    def _cached(self, own: Any, key: Any, make: Callable[[], Conditioning]) -> Conditioning:
-        """Return what `make` returns, or returned before. own: what the key leaves out."""
-        key = own, key
-        if key not in self._prompts:
-            made = make()
-            if not made.is_finite:
-                return made  # not cached: the next try may be finite
-            self._prompts[key] = made
-            while len(self._prompts) > MAX_PROMPTS or (
-                len(self._prompts) > 1 and sum(map(_bytes, self._prompts.values())) > MAX_CACHED
-            ):
-                self._prompts.popitem(last=False)
-        self._prompts.move_to_end(key)
-        return self._prompts[key]
-
-
-def _bytes(conditioning: Conditioning) -> int:
-    """Return the bytes of a conditioning's text states; its stages may share them."""
-    stages = (conditioning, *(later for _, later in conditioning.later))
-    return sum({id(t): t.nbytes for one in stages if (t := one.tokens) is not None}.values())

@@ -18,8 +18,9 @@ from torch import Tensor
 from safelight.engine.control import Control, guides
 from safelight.engine.denoiser import clip_or_threshold, estimate
 from safelight.engine.inputs import covering
+from safelight.engine.ip_adapter import Prompted, prompts
 from safelight.engine.refining import Second
-from safelight.engine.shortcuts import Kept, Plan, gather, scatter
+from safelight.engine.shortcuts import Kept, Plan, Words, gather, scatter
 from safelight.errors import SafelightError
 from safelight.families.base import Conditioning
 from safelight.fast import int8, memory
@@ -62,7 +63,8 @@ class Job:
     refiner that takes over, if any. clean: the clean estimate of the last row taken, None before
     the first. steps: the number of steps, as some samplers have several rows per step; None: one
     row per step. size: width and height of the picture in pixels; None: all that the latents cover.
-    control: the picture that guides it, if one does; a refiner is not guided.
+    control, prompted: the picture that guides it, and the picture that is a prompt, if there are
+    such; a refiner reads neither.
     """
 
     table: Table
@@ -81,6 +83,7 @@ class Job:
     kept: Kept = field(default_factory=Kept)
     size: tuple[int, int] | None = None
     control: Control | None = None
+    prompted: Prompted | None = None
 
     @property
     def asked(self) -> Conditioning:
@@ -91,15 +94,23 @@ class Job:
         """Return the conditioning of a row."""
         rows = len(self.table.rows)
         found = self.kept.asked(self._stage_at(cursor), cursor, rows)
+        if (prompted := self._prompted_at(cursor)) is not None:
+            found = replace(found, image=prompted.rows(found.evaluations))
         control = self.control if self._second_at(cursor) is None else None
         if control is None or not guides(control.request, cursor, rows):
             return found
         return replace(found, control=control)
 
+    def _prompted_at(self, cursor: int) -> Prompted | None:
+        """Return the picture that is a prompt of a row."""
+        found = self.prompted if self._second_at(cursor) is None else None
+        counts = found is not None and prompts(found.request, cursor, len(self.table.rows))
+        return found if counts else None
+
     @property
-    def words(self) -> Tensor | None:
-        """The text states of the next row, as if it were guided."""
-        return self._stage_at(self.cursor).tokens
+    def words(self) -> Words:
+        """The prompts of the next row, as if it were guided."""
+        return self._stage_at(self.cursor).tokens, self._prompted_at(self.cursor)
 
     def _stage_at(self, cursor: int) -> Conditioning:
         """Return the conditioning of a row, as if it were guided."""

@@ -9,11 +9,12 @@ from safelight.adapters.asked import asked_of
 from safelight.adapters.embeddings import record
 from safelight.defaults import LEVELS, is_distilled, level_of
 from safelight.engine.control import guides, read_control
+from safelight.engine.ip_adapter import prompts, read_prompted
 from safelight.engine.job import Job, prepare
 from safelight.engine.refining import Second, table_of
 from safelight.engine.shortcuts import Kept, Shortcuts, remark, shortened
 from safelight.families.base import Conditioning
-from safelight.families.control import check_control
+from safelight.families.control import check_control, check_ip_adapter
 from safelight.hires import check_model, final_size
 from safelight.machine import describe_machine
 from safelight.picture import to_tensor
@@ -27,6 +28,7 @@ from safelight.sizes import SIDE_STEP, drawable_size, is_small
 
 if TYPE_CHECKING:
     from safelight.adapters.select import Selection
+    from safelight.families.conditioning import Cached
     from safelight.model import Model
 
 
@@ -39,6 +41,7 @@ def resolve_request(model: Model, request: Request) -> Request:
     family.check_request(model, request)
     check_control(model.name, request, model.controlnet is not None)
     check_model(model, request)
+    check_ip_adapter(model.name, request, model.ip_adapter is not None)
     request = shortened(request, model).with_defaults(model.defaults)
     # A recipe with None would draw the picture again with the model's own values.
     whole = {"guidance_start": 0.0, "guidance_end": 1.0}
@@ -64,6 +67,7 @@ def new_result(model: Model, asked: Request, resolved: Request, exact: bool = Tr
     exact: each call of the network holds one picture.
     """
     seeds = [resolved.seed + i for i in range(resolved.count)]
+    prompted = {} if resolved.ip_adapter_image is None else model.image_prompts
     result = Result(
         images=[],
         seeds=seeds,
@@ -82,6 +86,8 @@ def new_result(model: Model, asked: Request, resolved: Request, exact: bool = Tr
             else {"name": model.refiner.name, "sha256": model.refiner.sha256}
         ),
         controlnet=None if resolved.control_image is None else model.control,
+        ip_adapter=prompted.get("ip_adapter"),
+        image_encoder=prompted.get("image_encoder"),
     )
     if resolved.dynamic_prompts or resolved.styles:
         texts = list(_styled(model, resolved))
@@ -147,16 +153,23 @@ def _warnings(model: Model, asked: Request, resolved: Request) -> list[str]:
     if asked.fast and model.family.shortcuts and not _level_helps(model, asked, resolved):
         found.append(f"fast {asked.fast} changes nothing with {model.name} here: leave it out")
     read_by_family = model.family.reads(
-        model.refiner and model.refiner.family, model.controlnet is not None
+        model.refiner and model.refiner.family,
+        model.controlnet is not None,
+        model.ip_adapter is not None,
     )
     for name, setting in settings_of(type(asked)).items():
         read = not setting.about.some_models or name in read_by_family
         if not read and getattr(asked, name) != setting.default:
             found.append(f"{name} does nothing with {model.name}: leave it out")
-    if resolved.control_image is not None:
-        rows = len(table_of(model, resolved)[0].rows)
-        if not any(guides(resolved, row, rows) for row in range(rows)):
-            found.append("control_image guides no step: see control_scale, _start and _end")
+    pictured = (
+        (resolved.control_image, guides, "control_image guides no step: see control"),
+        (resolved.ip_adapter_image, prompts, "ip_adapter_image counts at no step: see ip_adapter"),
+    )
+    for picture, counts, told in pictured:
+        if picture is not None:
+            rows = len(table_of(model, resolved)[0].rows)
+            if not any(counts(resolved, row, rows) for row in range(rows)):
+                found.append(f"{told}_scale, _start and _end")
     found += _without_effect(model, asked, resolved)
     if resolved.mask is not None and asked.mask is not None and asked.mask.getbbox() is not None:
         cell = model.family.factor(model)
@@ -272,10 +285,12 @@ def create_job(
     conditioning: Conditioning,
     seed: int,
     of_refiner: Conditioning | None = None,
+    cached: Cached | None = None,
 ) -> Job:
     """Return the job of one picture of a resolved request.
 
-    of_refiner: the conditioning of the model's refiner, if it has one.
+    of_refiner: the conditioning of the model's refiner, if it has one. cached: keeps what is read
+    of a picture that is a prompt.
     """
     table, mine = table_of(model, request)
     width, height = request.width, request.height
@@ -293,6 +308,7 @@ def create_job(
     job.steps = model.family.steps_taken(request)
     job.kept = Kept(Shortcuts.of(request))
     job.control = read_control(model, request)
+    job.prompted = read_prompted(model, request, conditioning.evaluations, cached)
     if model.refiner is not None and of_refiner is not None and mine < len(table.rows):
         job.second = Second(model.refiner, mine, of_refiner)
     return job

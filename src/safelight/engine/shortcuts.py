@@ -72,13 +72,22 @@ class Shortcuts:
         return self.guidance_start <= share < self.guidance_end
 
 
+Words = tuple[object, object]
+"""The prompts of a row: its text states, and what it reads of a picture. Each may be None."""
+
+
+def _same(words: Words, others: Words) -> bool:
+    """Return whether prompts are the same objects, from which layers computed the same."""
+    return all(one is other for one, other in zip(words, others, strict=True))
+
+
 @dataclass
 class Kept:
     """What a picture's earlier rows left for later ones.
 
     shortcuts: which parts may be skipped, and when. deep, texts: as in `nets.reuse.Reuse`, for
     this picture alone. model, evaluations: the id of the model that left them, and its evaluations
-    at that row. told: the number of evaluations in `texts`. words: the text states behind `texts`.
+    at that row. told: the number of evaluations in `texts`. words: the prompts behind `texts`.
     """
 
     shortcuts: Shortcuts = field(default_factory=Shortcuts)
@@ -87,7 +96,7 @@ class Kept:
     model: int | None = None
     evaluations: int = 0
     told: int = 0
-    words: Tensor | None = None
+    words: Words = (None, None)
     _alone: dict[int, Conditioning] = field(default_factory=dict)
 
     def asked(self, conditioning: Conditioning, row: int, rows: int) -> Conditioning:
@@ -102,10 +111,10 @@ class Kept:
             self._alone[key] = conditioning.positive()
         return self._alone[key]
 
-    def plan(self, row: int, rows: int, model: int, evaluations: int, words: Tensor | None) -> Plan:
+    def plan(self, row: int, rows: int, model: int, evaluations: int, words: Words) -> Plan:
         """Return what a row reuses and keeps.
 
-        model: the id of the model that takes it. words: its text states, as if it were guided.
+        model: the id of the model that takes it. words: its prompts, as if it were guided.
         """
         cuts = self.shortcuts
         begun = self.model == model and row > 0
@@ -117,7 +126,7 @@ class Kept:
             told=(
                 begun
                 and 0 < evaluations <= self.told
-                and self.words is words  # a schedule's next stage is computed
+                and _same(self.words, words)  # a schedule's next stage is computed
                 and row / rows >= cuts.text_end
             ),
             int8=cuts.linears == "int8",
@@ -171,7 +180,7 @@ def scatter(
     kept: list[Kept],
     model: int,
     evaluations: list[int],
-    words: list[Tensor | None],
+    words: list[Words],
 ) -> None:
     """Store what a call has kept with each of its pictures. model, words: as in `Kept.plan`."""
     if reuse is None:
@@ -185,7 +194,7 @@ def scatter(
         if reuse.deep is not None and not reuse.taken:
             one.deep = reuse.deep[here]
         if reuse.texts is not None:
-            if count != one.told or said is not one.words:
+            if count != one.told or not _same(said, one.words):
                 one.texts, one.told, one.words = {}, count, said
             # Blocks that this row skipped keep their earlier outputs.
             one.texts |= {block: told[here] for block, told in reuse.texts.items()}

@@ -36,7 +36,8 @@ FAMILIES: list[Family] = [SD, SDXL, REFINER, SD3, FLUX2, FLUX, Z_IMAGE, Pixels()
 FLUX.2 comes before FLUX.1, whose marks its single files have, too.
 """
 
-# Parts of pipelines that are not read with the model. A ControlNet is given beside it.
+# Parts of pipelines that are not read with the model. A ControlNet is given beside it, and so is an
+# IP-Adapter, which finds the model's image_encoder.
 _IGNORED = {"safety_checker", "feature_extractor", "image_encoder", "controlnet"}
 _PART = "one part of a model folder; give the folder's path"
 _TRANSFORMER = (
@@ -44,6 +45,7 @@ _TRANSFORMER = (
     "transformer/diffusion_pytorch_model.safetensors"
 )
 _CONTROL = "a ControlNet, not a whole model"
+_IP_ADAPTER = "an IP-Adapter, not a whole model: give it with --ip-adapter beside one"
 _BITSANDBYTES = re.compile(r".*\.(nested_)?(absmax|quant_map)|.*\.bitsandbytes__\w+")
 """Tensors that bitsandbytes stores beside weights in 4 bits."""
 
@@ -54,6 +56,9 @@ _FOREIGN = (
     ("input_hint_block.", _CONTROL),
     ("controlnet_", _CONTROL),  # in diffusers' names
     ("lora_", "a LoRA, not a whole model"),
+    ("image_proj.", _IP_ADAPTER),
+    ("ip_adapter.", _IP_ADAPTER),
+    ("vision_model.", "an image encoder of an IP-Adapter, not a whole model: see --image-encoder"),
     ("down_blocks.", _PART),
     ("transformer_blocks.", _TRANSFORMER),
     ("encoder.", "one part of a model; the whole model is needed"),

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.families.conditioning import Cached, Conditioning
-from safelight.families.control import CONTROL
+from safelight.families.control import CONTROL, IP_ADAPTER
 from safelight.sampling import Level, SchedulerConfig, Table, clean_estimate, table
 from safelight.weights.names import Section
 
@@ -129,13 +129,16 @@ class Family:
 
     __hash__ = object.__hash__
 
-    def reads(self, refiner: Family | None = None, control: bool = False) -> frozenset[str]:
+    def reads(
+        self, refiner: Family | None = None, control: bool = False, ip_adapter: bool = False
+    ) -> frozenset[str]:
         """Return which of the settings that only some models read this family reads.
 
-        refiner: the family of the model that takes its last steps. control: whether the model has a
-        ControlNet.
+        refiner: the family of the model that takes its last steps. control, ip_adapter: whether the
+        model has a ControlNet, and an IP-Adapter.
         """
         found = {*self.conditioned_on, *(CONTROL if control else ())}
+        found |= {*(IP_ADAPTER if ip_adapter else ())}
         if refiner is not None:
             found |= {*refiner.conditioned_on, "refiner_start"}
         if self.shortcuts:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from safelight.engine.control import Control
+    from safelight.nets.image_prompt import ImagePrompt
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +24,7 @@ class Conditioning:
     guidance: the scale, for two or more evaluations or a network that was distilled with it.
     extra: channels that the network reads beside the state, [1, channels, h, w].
     control: what guides the network by a picture, None if nothing does.
+    image: what it reads of a picture that is a prompt, a row for each evaluation; None: of none.
     lengths: how many of each text's states the network reads, [n]; None: all.
     weights: of each evaluation after the negative one, multiplied by guidance. None: 1 for each.
     later: conditionings that take over, each with the step, counted from 0, at which it does. They
@@ -38,6 +40,7 @@ class Conditioning:
     lengths: tuple[int, ...] | None = None
     weights: tuple[float, ...] | None = None
     later: tuple[tuple[int, Conditioning], ...] = ()
+    image: ImagePrompt | None = None
 
     def at(self, step: int) -> Conditioning:
         """Return the conditioning of a step, counted from 0."""
@@ -59,12 +62,13 @@ class Conditioning:
         """Equal for two pictures of one size that can share a call of the network."""
         tensors = (self.tokens, self.pooled, self.sizes, self.extra)
         shapes = tuple(None if t is None else tuple(t.shape[1:]) for t in tensors)
-        return (*shapes, id(self.control))
+        return (*shapes, id(self.control), self.image is None)
 
     @property
     def is_finite(self) -> bool:
         tensors = (self.tokens, self.pooled)
         mine = all(t is None or bool(t.isfinite().all()) for t in tensors)
+        mine = mine and (self.image is None or self.image.is_finite)
         return mine and all(one.is_finite for _, one in self.later)
 
     def positive(self) -> Conditioning:
@@ -79,7 +83,8 @@ class Conditioning:
         tokens, pooled, sizes = map(last, (self.tokens, self.pooled, self.sizes))
         lengths = None if self.lengths is None else self.lengths[-1:]
         scale, extra, control = self.guidance, self.extra, self.control
-        return Conditioning(tokens, pooled, sizes, scale, extra, control, lengths)
+        image = None if self.image is None else self.image.last()
+        return Conditioning(tokens, pooled, sizes, scale, extra, control, lengths, image=image)
 
 
 Cached = Callable[[Hashable, Callable[[], Conditioning]], Conditioning]

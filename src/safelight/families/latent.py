@@ -266,6 +266,7 @@ class LatentFamily(AutoencodedFamily):
     ) -> Tensor:
         import torch
 
+        from safelight.nets.image_prompt import joined
         from safelight.nets.unet import guidance_embedding
 
         net, x, times, scales = model.network, [], [], []
@@ -290,10 +291,12 @@ class LatentFamily(AutoencodedFamily):
         added = None
         if (control := conditionings[0].control) is not None:  # the same for all of them
             most = reuse.skips if reuse is not None and reuse.taken else None
-            seen = rows_in[:, : net.config.out_channels]  # without a mask and the picture around it
+            alone = rows_in[:, : net.config.out_channels]  # without a mask and the picture around
             hint, scale = control.hint, control.scale
-            added = control.network(seen, at, context, hint, scale, pooled, sizes, most)
-        return net(rows_in, at, context, embedded, pooled, sizes, reuse, added).float()
+            added = control.network(alone, at, context, hint, scale, pooled, sizes, most)
+        seen = [c.image for c in conditionings if c.image is not None]
+        image = joined(seen) if seen else None
+        return net(rows_in, at, context, embedded, pooled, sizes, reuse, added, image).float()
 
     def example(self, model: Model) -> Conditioning:
         import torch

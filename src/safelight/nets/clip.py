@@ -15,27 +15,39 @@ from safelight.nets.layers import ACTIVATIONS
 
 
 @dataclass(frozen=True)
-class CLIPTextConfig(NetConfig):
-    """The keys of text_encoder/config.json that we build from, with transformers' defaults."""
+class CLIPConfig(NetConfig):
+    """The keys that CLIP's text encoder and its image encoder share.
 
-    vocab_size: int = 49408
+    causal: whether a position attends to itself and those before it alone.
+    """
+
     hidden_size: int = 512
     intermediate_size: int = 2048
     num_hidden_layers: int = 12
     num_attention_heads: int = 8
-    max_position_embeddings: int = 77
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
     projection_dim: int = 512
-    eos_token_id: int = 49407
 
-    _inert: ClassVar = {"model_type": ("clip_text_model",)}
+    causal: ClassVar[bool]
 
     def _validate(self) -> None:
         if self.hidden_act not in ACTIVATIONS:
             self._refuse(f"hidden_act={self.hidden_act!r:.60}; expected one of {list(ACTIVATIONS)}")
         if self.hidden_size % self.num_attention_heads:
             self._refuse(f"{self.hidden_size} channels do not divide into heads")
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig(CLIPConfig):
+    """The keys of text_encoder/config.json that we build from, with transformers' defaults."""
+
+    vocab_size: int = 49408
+    max_position_embeddings: int = 77
+    eos_token_id: int = 49407
+
+    causal: ClassVar = True
+    _inert: ClassVar = {"model_type": ("clip_text_model",)}
 
 
 class Embeddings(nn.Module):
@@ -64,11 +76,14 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention of x, [batch, length, dim]; causal unless `seen` is given."""
+    """Multi-head self-attention of x, [batch, length, dim].
 
-    def __init__(self, dim: int, heads: int) -> None:
+    causal: a position attends to itself and those before it, unless `seen` is given.
+    """
+
+    def __init__(self, dim: int, heads: int, *, causal: bool) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.q_proj = nn.Linear(dim, dim)
         self.k_proj = nn.Linear(dim, dim)
         self.v_proj = nn.Linear(dim, dim)
@@ -79,15 +94,15 @@ class SelfAttention(nn.Module):
             t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for t in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         )
-        # Causal, as CLIP was trained: a token sees those before it.
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None)
+        causal = self.causal and seen is None
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
     """Two linear layers with an activation between them."""
 
-    def __init__(self, cfg: CLIPTextConfig) -> None:
+    def __init__(self, cfg: CLIPConfig) -> None:
         super().__init__()
         self.act = ACTIVATIONS[cfg.hidden_act]
         self.fc1 = nn.Linear(cfg.hidden_size, cfg.intermediate_size)
@@ -100,9 +115,10 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """Self-attention and an MLP, each with a norm and a shortcut."""
 
-    def __init__(self, cfg: CLIPTextConfig) -> None:
+    def __init__(self, cfg: CLIPConfig) -> None:
         super().__init__()
-        self.self_attn = SelfAttention(cfg.hidden_size, cfg.num_attention_heads)
+        heads = cfg.num_attention_heads
+        self.self_attn = SelfAttention(cfg.hidden_size, heads, causal=cfg.causal)
         self.layer_norm1 = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
         self.mlp = MLP(cfg)
         self.layer_norm2 = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
@@ -113,9 +129,9 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The layers of the text encoder; the last `skip` are left out."""
+    """The layers of an encoder; the last `skip` are left out."""
 
-    def __init__(self, cfg: CLIPTextConfig) -> None:
+    def __init__(self, cfg: CLIPConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.num_hidden_layers))
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from safelight.nets.image_prompt import ImagePrompt, Seen
 from safelight.nets.reuse import Reuse
 
 
@@ -252,10 +253,20 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([Linear(dim, dim)])
 
     def forward(
-        self, x: Tensor, context: Tensor | None = None, plus: Tensor | None = None
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        plus: Tensor | None = None,
+        seen: Seen | None = None,
     ) -> Tensor:
-        """Return [batch, length, dim]. plus: of the shape of x, added to the result."""
-        return self.to_out[0](self.product(*self.project(x, context)), plus)
+        """Return [batch, length, dim]. plus: of the shape of x, added to the result. seen:
+        pictures that x attends to beside the context (arXiv:2308.06721)."""
+        q, k, v = self.project(x, context)
+        out = self.product(q, k, v)
+        if seen is not None:
+            pair = map(self.split_heads, (seen.keys, seen.values))
+            out = out + seen.scale * self.product(q, *pair)
+        return self.to_out[0](out, plus)
 
     def project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries of x, keys and values of the context, each [batch, heads, length, d]."""
@@ -282,7 +293,7 @@ class SpatialAttention(Attention):
         super().__init__(channels, heads, qkv_bias=True)
         self.group_norm = nn.GroupNorm(groups, channels, eps=eps)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, x: Tensor, context: Tensor | None = None, plus: Tensor | None = None
     ) -> Tensor:
         tokens = as_tokens(self.group_norm(x))
@@ -317,6 +328,8 @@ class FeedForward(nn.Module):
 class BasicTransformerBlock(nn.Module):
     """Self-attention, cross-attention and feed-forward, each with a norm and a shortcut."""
 
+    place = 0  # of its cross-attention, see `UNetConfig.cross_attentions`
+
     def __init__(self, dim: int, heads: int, context: int, *, only_cross: bool = False) -> None:
         super().__init__()
         self.norm1 = LayerNorm(dim)
@@ -327,15 +340,22 @@ class BasicTransformerBlock(nn.Module):
         self.ff = FeedForward(dim)
         self.only_cross = only_cross
 
-    def forward(self, x: Tensor, context: Tensor, reuse: Reuse | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        reuse: Reuse | None = None,
+        image: ImagePrompt | None = None,
+    ) -> Tensor:
         if self.only_cross:
             x = rows(x, len(context))
         own = self.attn1(self.norm1(x), context if self.only_cross else None)
         x, normed = (rows(t, len(context)) for t in self.norm2.add(own, x))
+        seen = None if image is None else image.at(self.place)
         if reuse is None:
-            told = self.attn2(normed, context)
+            told = self.attn2(normed, context, seen=seen)
         else:
-            told = reuse.text(self, lambda: self.attn2(normed, context))
+            told = reuse.text(self, lambda: self.attn2(normed, context, seen=seen))
         x, normed = self.norm3.add(told, x)
         return self.ff(normed, x)
 
@@ -368,9 +388,15 @@ class Transformer2DModel(nn.Module):
         )
         self.proj_out = make(channels, channels)
 
-    def forward(self, x: Tensor, context: Tensor, reuse: Reuse | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        reuse: Reuse | None = None,
+        image: ImagePrompt | None = None,
+    ) -> Tensor:
         h = self.proj_in.tokens(as_tokens(self.norm(x)))
         for block in self.transformer_blocks:
-            h = block(h, context, reuse)
+            h = block(h, context, reuse, image)
         x = rows(x, len(h))
         return as_map(self.proj_out.tokens(h, as_tokens(x)), x)

@@ -13,7 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from safelight.nets.image_prompt import ImagePrompt
 from safelight.nets.layers import (
+    BasicTransformerBlock,
     Downsample2D,
     GroupNorm,
     ResnetBlock2D,
@@ -56,13 +58,14 @@ class DownBlock2D(nn.Module):
         context: Tensor,
         reuse: Reuse | None = None,
         most: int | None = None,
+        image: ImagePrompt | None = None,
     ) -> list[Tensor]:
         """Return the states for the skip connections. most: how many of them; None: all."""
         skips = []
         for j, block in enumerate(self.resnets[:most]):
             x = block(x, temb)
             if self.attentions is not None:
-                x = self.attentions[j](x, context, reuse)
+                x = self.attentions[j](x, context, reuse, image)
             skips.append(x)
         if self.downsamplers is not None and len(skips) != most:
             skips.append(self.downsamplers[0](x))
@@ -105,6 +108,7 @@ class UpBlock2D(nn.Module):
         context: Tensor,
         reuse: Reuse | None = None,
         first: int = 0,
+        image: ImagePrompt | None = None,
     ) -> Tensor:
         """Return the state after the block. It removes the skips that it reads from `skips`.
 
@@ -115,7 +119,7 @@ class UpBlock2D(nn.Module):
                 reuse.meet(x, len(skips))
             x = self.resnets[j](torch.cat([x, rows(skips.pop(), len(x))], dim=1), temb)
             if self.attentions is not None:
-                x = self.attentions[j](x, context, reuse)
+                x = self.attentions[j](x, context, reuse, image)
         if self.upsamplers is not None:
             height, width = skips[-1].shape[-2:]
             x = self.upsamplers[0](x, (height, width))
@@ -136,12 +140,17 @@ class MidBlock2D(nn.Module):
             self.attentions = nn.ModuleList([transformer(cfg, ch, cfg.heads[-1], depth, mid=True)])
 
     def forward(
-        self, x: Tensor, temb: Tensor, context: Tensor, reuse: Reuse | None = None
+        self,
+        x: Tensor,
+        temb: Tensor,
+        context: Tensor,
+        reuse: Reuse | None = None,
+        image: ImagePrompt | None = None,
     ) -> Tensor:
         x = self.resnets[0](x, temb)
         if self.attentions is None:
             return x
-        return self.resnets[1](self.attentions[0](x, context, reuse), temb)
+        return self.resnets[1](self.attentions[0](x, context, reuse, image), temb)
 
 
 class UNetEncoder(nn.Module):
@@ -194,13 +203,14 @@ class UNetEncoder(nn.Module):
         context: Tensor,
         reuse: Reuse | None = None,
         most: int | None = None,
+        image: ImagePrompt | None = None,
     ) -> list[Tensor]:
         """Return the states for the skip connections. most: how many of them; None: all."""
         found = [x]
         for down in self.down_blocks:
             left = None if most is None else most - len(found)
             if left is None or left > 0:
-                found += down(found[-1], temb, context, reuse, left)
+                found += down(found[-1], temb, context, reuse, left, image)
         return found
 
     def _added(self, pooled: Tensor, sizes: Tensor) -> Tensor:
@@ -223,6 +233,11 @@ class UNet2DConditionModel(UNetEncoder):
         super().__init__(config)
         widths = config.block_out_channels
         self.up_blocks = nn.ModuleList(UpBlock2D(config, i) for i in range(len(widths)))
+        parts = (self.down_blocks, self.up_blocks, self.mid_block)
+        modules = (module for part in parts if part is not None for module in part.modules())
+        blocks = (module for module in modules if isinstance(module, BasicTransformerBlock))
+        for place, block in enumerate(blocks):
+            block.place = place
         self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
@@ -236,6 +251,7 @@ class UNet2DConditionModel(UNetEncoder):
         sizes: Tensor | None = None,
         reuse: Reuse | None = None,
         control: list[Tensor] | None = None,
+        image: ImagePrompt | None = None,
     ) -> Tensor:
         """Return noise, velocity or clean latents, as trained: [k·batch, out_channels, h, w].
 
@@ -245,12 +261,12 @@ class UNet2DConditionModel(UNetEncoder):
         it. pooled: text states [k·batch, width] and sizes: [k·batch, numbers], for networks with an
         `addition_embed_type`. reuse: what is reused from an earlier call of the same rows.
         control: what is added to each skip connection that is computed, and to the middle block's
-        state; see `ControlNetModel`.
+        state; see `ControlNetModel`. image: what it reads of pictures, one row for each of context.
         """
         x, temb = self.begin(x, timestep, guidance, pooled, sizes)
         taken = reuse is not None and reuse.taken
         most = reuse.skips if reuse is not None and taken else None
-        skips = self.skips(x, temb, context, reuse, most)
+        skips = self.skips(x, temb, context, reuse, most, image)
         layers, first = self.config.layers_per_block + 1, 0
         if reuse is not None and taken:
             assert reuse.deep is not None
@@ -258,14 +274,14 @@ class UNet2DConditionModel(UNetEncoder):
         else:
             x = skips[-1]
             if self.mid_block is not None:
-                x = self.mid_block(x, temb, context, reuse)
+                x = self.mid_block(x, temb, context, reuse, image)
         if control is not None:
             if not taken:
                 x = _plus(x, control[-1])
             skips = [_plus(*both) for both in zip(skips, control, strict=False)]
         for i, up in enumerate(self.up_blocks):
             if first < layers * (i + 1):
-                x = up(x, skips, temb, context, reuse, max(0, first - layers * i))
+                x = up(x, skips, temb, context, reuse, max(0, first - layers * i), image)
         return self.conv_out(self.conv_norm_out.silu(x, self.conv_out))
 
 

@@ -101,6 +101,21 @@ class UNetConfig(NetConfig):
         down = self.transformer_layers_per_block
         return _spread(down if isinstance(down, int) else down[::-1], levels, layers)
 
+    @property
+    def cross_attentions(self) -> tuple[int, ...]:
+        """The channels of each cross-attention: in the down blocks, the up blocks, the middle.
+
+        IP-Adapters number them in this order.
+        """
+        widths, found = self.block_out_channels, list[int]()
+        down = zip(self.down_block_types, widths, self.down_depths, strict=True)
+        up = zip(self.up_block_types, widths[::-1], self.up_depths, strict=True)
+        for kind, width, depths in (*down, *up):
+            found += [width] * (sum(depths) if kind.startswith("CrossAttn") else 0)
+        if self.mid_block_type == "UNetMidBlock2DCrossAttn":
+            found += [widths[-1]] * self.down_depths[-1][0]
+        return tuple(found)
+
     def _validate(self) -> None:
         n = len(self.block_out_channels)
         if not len(self.down_block_types) == len(self.up_block_types) == len(self.heads) == n:

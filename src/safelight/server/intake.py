@@ -10,7 +10,7 @@ from typing import Any
 
 from safelight.defaults import BY_MODEL
 from safelight.errors import StorageError
-from safelight.families.control import CONTROL
+from safelight.families.control import CONTROL, IP_ADAPTER
 from safelight.hires import HIRES
 from safelight.request import Request
 from safelight.server.files import Files
@@ -47,8 +47,9 @@ def accept(
     own = {name: v for name, v in settings.items() if name.removesuffix("_sha256") in asked}
     whole = settings | beside
     # The version of the other digest had no such settings.
-    newer = CONTROL if request.control_image is None else ()
-    newer = (*newer, *(HIRES if request.hires_scale == 1 else ()))
+    newer = [*CONTROL] if request.control_image is None else []
+    newer += IP_ADAPTER if request.ip_adapter_image is None else ()
+    newer += HIRES if request.hires_scale == 1 else ()
     whole = {name: value for name, value in whole.items() if name not in newer}
     if "seed" not in asked:
         del whole["seed"]  # each submission of one body draws another seed

@@ -18,9 +18,9 @@ from safelight.machine import device_memory
 from safelight.server.jobs import ModelInfo
 from safelight.server.pulse import Pulse
 from safelight.server.served import Served
-from safelight.server.settings import WorkerSettings
+from safelight.server.settings import BESIDE, WorkerSettings
 from safelight.weights.estimate import Estimate, estimate
-from safelight.weights.find import find, find_controlnet, find_vae, parts_finder
+from safelight.weights.find import find, find_controlnet, find_image_encoder, find_vae, parts_finder
 from safelight.weights.load import load_model, pick_device
 from safelight.weights.plan import read_plan
 
@@ -285,12 +285,14 @@ class LoadedModels:
             find(settings.refiner, models_dir=settings.models_dir)
         if settings.controlnet is not None:
             find_controlnet(settings.controlnet, models_dir=settings.models_dir)
+        if settings.image_encoder is not None:
+            find_image_encoder(settings.image_encoder, models_dir=settings.models_dir)
 
     def _needs(self, name: str) -> Estimate:
         """Return what a model needs. Raises SafelightError, also if it alone exceeds the bound."""
         settings, source = self._settings, self.served.source(name)
-        names = ("parts", "vae", "refiner", "controlnet") if source is None else ()
-        own = {name: getattr(settings, name) for name in names}
+        names = BESIDE if source is None else ()
+        own = {name: getattr(settings, name) for name in names if name != "preview_vae"}
         found = estimate(
             settings.model if source is None else source,
             device=settings.device,
@@ -323,7 +325,8 @@ class LoadedModels:
 def _digests(model: Model) -> tuple[Any, ...]:
     """Return what says which files a model was loaded from."""
     refiner = model.refiner and model.refiner.sha256
-    return model.sha256, model.other_parts, model.other_vae, refiner, model.control
+    others = model.other_parts, model.other_vae, refiner, model.control, model.image_prompts
+    return model.sha256, *others
 
 
 def _as_loaded(needs: Estimate, model: Model) -> Estimate:

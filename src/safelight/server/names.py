@@ -25,7 +25,7 @@ from safelight.adapters.reader import PromptReader
 from safelight.defaults import defaults_of
 from safelight.errors import SafelightError
 from safelight.families import Family, family_of_folder
-from safelight.families.control import check_control
+from safelight.families.control import check_control, check_ip_adapter
 from safelight.hires import check_model
 from safelight.prompt.styles import Style, apply_styles, read_styles
 from safelight.request import Request
@@ -135,6 +135,7 @@ class Names:
         reader.plan.family.check_request(reader.plan, asked)
         check_control(reader.plan.name, asked, self.controlnet(model) is not None)
         check_model(reader.plan, asked)
+        check_ip_adapter(reader.plan.name, asked, self.ip_adapter(model) is not None)
         for entry in loras:
             _check_made_for(entry, reader.plan)
         reader.check(request)
@@ -178,7 +179,14 @@ class Names:
 
     def controlnet(self, model: str | None = None) -> str | None:
         """Return the name of a model's ControlNet; only the server's own model may have one."""
-        given = self._settings.controlnet
+        return self._beside(model, self._settings.controlnet)
+
+    def ip_adapter(self, model: str | None = None) -> str | None:
+        """Return the name of a model's IP-Adapter; only the server's own model may have one."""
+        return self._beside(model, self._settings.ip_adapter)
+
+    def _beside(self, model: str | None, given: str | None) -> str | None:
+        """Return the name of what was given with the server's own model; None for others."""
         if given is None or model not in (None, self._served.default):
             return None
         name = PurePath(given).name

@@ -18,7 +18,7 @@ from typing import Any
 from safelight.errors import SafelightError
 from safelight.server.fleet import Elsewhere, Fleet
 from safelight.server.scaling import WorkerPlan
-from safelight.server.settings import WorkerSettings
+from safelight.server.settings import BESIDE, WorkerSettings
 from safelight.server.supervisor import ending
 from safelight.weights.find import BUILT_IN
 
@@ -146,17 +146,7 @@ class OnRay(Elsewhere):
 
 def on_nodes(settings: WorkerSettings) -> WorkerSettings:
     """Return the settings of a worker on any node: absolute paths, as the nodes have them too."""
-    names = (
-        "model",
-        "models_dir",
-        "parts",
-        "vae",
-        "refiner",
-        "controlnet",
-        "preview_vae",
-        "wildcards_dir",
-        "styles_file",
-    )
+    names = ("model", "models_dir", *BESIDE, "wildcards_dir", "styles_file")
     given = {name: getattr(settings, name) for name in names}
     paths = {name: _absolute(value) for name, value in given.items() if value is not None}
     allowed = settings.allowed and tuple(_absolute(value) for value in settings.allowed)

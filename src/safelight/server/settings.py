@@ -5,6 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+BESIDE = (
+    *("parts", "vae", "refiner", "controlnet", "ip_adapter", "image_encoder"),
+    "preview_vae",
+)
+"""The settings that name what is loaded with the server's own model alone."""
+
 
 @dataclass(frozen=True)
 class WorkerSettings:
@@ -26,6 +32,8 @@ class WorkerSettings:
     vae: str | None = None
     refiner: str | None = None
     controlnet: str | None = None
+    ip_adapter: str | None = None
+    image_encoder: str | None = None
     preview_vae: str | None = None
     wildcards_dir: str | None = None
     styles_file: str | None = None
@@ -47,8 +55,7 @@ class WorkerSettings:
     @property
     def loading(self) -> dict[str, Any]:
         """The keywords of `load_model` besides the model's name and precision."""
-        names = ("parts", "vae", "refiner", "controlnet", "preview_vae")
-        return {**self.loading_others, **{name: getattr(self, name) for name in names}}
+        return {**self.loading_others, **{name: getattr(self, name) for name in BESIDE}}
 
     @property
     def loading_others(self) -> dict[str, Any]:

@@ -17,6 +17,9 @@ from safelight.server.bodies import MAX_BODY
 from safelight.server.decoding import Decoders
 from safelight.studio.suits import Suits
 
+EDITORS = 3
+"""The editors of the form: of the picture to start from, the control image and the prompt."""
+
 MAX_LAYERS = 4
 """Layers of an editor's picture: each is held decoded. Ours has one."""
 
@@ -52,7 +55,7 @@ def turn(
     values: Sequence[Any], decoders: Decoders, client: str
 ) -> AbstractAsyncContextManager[None]:
     """Return the client's turn to hold the editors' decoded pictures; none without a picture."""
-    empty = not any(map(_filled, (values[-4], values[-2])))
+    empty = not any(map(_filled, values[-2 * EDITORS :: 2]))
     return nullcontext() if empty else decoders.handling.turn(client)
 
 
@@ -68,13 +71,17 @@ async def read_easels(
 
     An editor's value is replaced by its background (RGB and alpha channel) and a list of its
     layers' alpha channels, or by None without a background. suits: of the model that is to draw;
-    without a ControlNet, the control image is not read. client: who asks. Raises SafelightError.
+    without a ControlNet, the control image is not read, nor the prompt's without an IP-Adapter.
+    client: who asks. Raises SafelightError.
     """
-    *others, picture, enlarged, control, control_enlarged = values
-    picture = await _read(picture, decoders, client, "the picture")
-    guiding = control if suits.guided else None
-    guiding = await _read(guiding, decoders, client, "the control image")
-    return [*others, picture, enlarged, guiding, control_enlarged]
+    found = [*values]
+    for place, name, read in (
+        (-6, "the picture", True),
+        (-4, "the control image", suits.guided),
+        (-2, "the picture of the prompt", suits.prompted),
+    ):
+        found[place] = await _read(found[place] if read else None, decoders, client, name)
+    return found
 
 
 async def _read(picture: Any, decoders: Decoders, client: str, name: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from safelight.errors import SafelightError
-from safelight.families.control import CONTROL
+from safelight.families.control import CONTROL, IP_ADAPTER
 from safelight.request import Request
 from safelight.request_fields import PICTURES
 from safelight.sampling import SAMPLERS
@@ -62,7 +62,8 @@ def request(
     """Return the Request of the form's values. Settings that the model does not read are left out.
 
     rest: the values of `Form.further`, the editor's picture (as `read_easel` returns it), how often
-    it is enlarged, and both of the control image. suits: of the model that is to draw.
+    it is enlarged, and both of the control image and of the prompt's picture. suits: of the model
+    that is to draw.
 
     Without width and height, the picture to start from or, without one, the control image is
     resized to about the model's own area. An empty prompt without such a picture becomes EXAMPLE.
@@ -84,11 +85,13 @@ def request(
         "spacing": None if spacing == OWN else spacing,
         "eta": eta,
     }
-    *more, picture, enlarged, control, control_enlarged = rest
+    *more, picture, enlarged, control, control_enlarged, told, told_enlarged = rest
     image, mask = painted(picture, enlarged)
     guide = painted(control, control_enlarged)[0] if suits.guided else None
+    prompting = painted(told, told_enlarged)[0] if suits.prompted else None
+    idle = {*(CONTROL if guide is None else ()), *(IP_ADAPTER if prompting is None else ())}
     for setting, value in zip(further_settings(Request), more, strict=True):
-        if not suits.has(setting) or (guide is None and setting.name in CONTROL):
+        if not suits.has(setting) or setting.name in idle:
             continue
         settings |= _entered(setting, value)
     sized = guide if image is None else image
@@ -98,7 +101,7 @@ def request(
                 "this model takes no prompt: leave both prompts and the picture empty"
             )
         settings["unconditional"] = True
-    elif empty(prompt) and sized is None:
+    elif empty(prompt) and sized is None and prompting is None:
         settings["prompt"] = EXAMPLE
     if image is not None:
         settings |= _entered(settings_of(Request)["strength"], strength)
@@ -107,7 +110,8 @@ def request(
         scale = ((native[0] * native[1]) / (sized.width * sized.height)) ** 0.5
         near = allowed_size((round(sized.width * scale), round(sized.height * scale)))
         settings |= {"width": near[0], "height": near[1]}
-    return Request(**settings).with_pictures(image, mask, guide)
+    others = {"control_image": guide, "ip_adapter_image": prompting}
+    return Request(**settings).with_pictures(image, mask, **others)
 
 
 def _entered(setting: Setting, value: Any) -> dict[str, Any]:
@@ -162,6 +166,9 @@ def shown(settings: dict[str, Any], suits: Suits) -> tuple[list[Any], list[str]]
     if settings.get("control_image_sha256") is not None and not suits.guided:
         told.append("the control image needs a ControlNet, which this model does not have")
         known = {name: value for name, value in known.items() if name not in CONTROL}
+    if settings.get("ip_adapter_image_sha256") is not None and not suits.prompted:
+        told.append("the prompt's picture needs an IP-Adapter, which this model does not have")
+        known = {name: value for name, value in known.items() if name not in IP_ADAPTER}
     asked = Request(**known)
     for name, setting in settings_of(Request).items():
         if getattr(asked, name) != setting.default and not suits.has(setting):

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from safelight.defaults import OPTIONAL
-from safelight.families.control import CONTROL
+from safelight.families.control import CONTROL, IP_ADAPTER
 from safelight.hires import HIRES
 from safelight.request import MAX_PROMPT, Request
 from safelight.request_fields import draw_seed
@@ -119,7 +119,8 @@ class Form:
             self.eta = gr.Slider(
                 0, 1, 0, step=0.05, label="Eta", info="fresh noise in each step of DDIM and TCD"
             )
-            rest = [name for name in settings if name not in (*made, *CONTROL, *HIRES)]
+            apart = (*made, *CONTROL, *IP_ADAPTER, *HIRES)
+            rest = [name for name in settings if name not in apart]
             made |= self._made(settings, rest, first, suits)
         self.fast = made["fast"]
         self.levelled = [self.sampler, self.steps, made["guidance_start"]]
@@ -142,13 +143,21 @@ class Form:
             )
             self.control = editor("control", "Control image")
             made |= self._made(settings, [n for n in CONTROL if n in settings], first, suits)
+        with gr.Accordion(open=False, elem_id="prompting", **self.prompting(suits)) as self.image:
+            gr.HTML(
+                "<p>Drop a picture that is a prompt beside the words: its things and its style. "
+                "The middle square of it is read.</p>"
+            )
+            self.told = editor("image-prompt", "Picture of the prompt")
+            made |= self._made(settings, [n for n in IP_ADAPTER if n in settings], first, suits)
         self.further = [made[name] for name in settings]
         self.adapted = [
-            *(self.sampler, self.guide, self.again, self.prompt, self.width, self.height),
+            *(self.sampler, self.guide, self.again, self.image),
+            *(self.prompt, self.width, self.height),
             *(made[setting.name] for setting in self._partly),
         ]
         """The parts that differ between models; see `looks`."""
-        self.enlarged, self.control_enlarged = gr.State(1), gr.State(1)
+        self.enlarged, self.control_enlarged, self.told_enlarged = (gr.State(1) for _ in range(3))
         plain(*(one for one in self.fields if not isinstance(one, gr.State)))
         self.die.click(lambda: str(draw_seed()), outputs=self.seed, show_progress="hidden")
 
@@ -165,6 +174,7 @@ class Form:
             {"choices": sampler_choices(suits), "value": first.sampler},
             self.guiding(suits),
             {"visible": not suits.fixed_size},
+            self.prompting(suits),
             {"placeholder": suits.placeholder},
             *({"info": suits.side(place), **shown} for place in (0, 1)),
             *({"visible": suits.has(s), **own.get(s.name, {})} for s in self._partly),
@@ -175,6 +185,12 @@ class Form:
         """Return how the section of the control image looks for a model."""
         named = f" ({suits.controlnet})" if suits.controlnet else ""
         return {"label": f"Guide by a picture{named}", "visible": suits.guided}
+
+    @staticmethod
+    def prompting(suits: Suits) -> dict[str, Any]:
+        """Return how the section of the prompt's picture looks for a model."""
+        named = f" ({suits.ip_adapter})" if suits.ip_adapter else ""
+        return {"label": f"Prompt with a picture{named}", "visible": suits.prompted}
 
     @staticmethod
     def _made(
@@ -228,6 +244,7 @@ class Form:
             *self.further,
             *self.easel,
             *self.control_easel,
+            *self.told_easel,
         ]
 
     @property
@@ -239,3 +256,8 @@ class Form:
     def control_easel(self) -> list[Any]:
         """The editor of the control image, and how often it enlarges it."""
         return [self.control, self.control_enlarged]
+
+    @property
+    def told_easel(self) -> list[Any]:
+        """The editor of the prompt's picture, and how often it enlarges it."""
+        return [self.told, self.told_enlarged]

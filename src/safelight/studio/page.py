@@ -75,8 +75,8 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
             with gr.Tab("Train", id="train") as training:
                 train = Train(hub)
 
-        settled = [tabs, model, form.problem, form.keep, form.change, form.guide, form.words]
-        settled += [inside.steps, *form.fields]
+        settled = [tabs, model, form.problem, form.keep, form.change, form.guide, form.image]
+        settled += [form.words, inside.steps, *form.fields]
 
         async def settle(
             settings: dict[str, Any],
@@ -84,6 +84,7 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
             image: Image.Image | None = None,
             mask: Image.Image | None = None,
             control: Image.Image | None = None,
+            prompting: Image.Image | None = None,
         ) -> list[Any]:
             """Return updates that fill the form with a recipe, and say what cannot be used.
 
@@ -94,12 +95,17 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
             guided = suits.guided and settings.get("control_image_sha256") is not None
             if control is None and guided:
                 told.insert(0, "the control image is not stored: add it below")
+            prompted = suits.prompted and settings.get("ip_adapter_image_sha256") is not None
+            if prompting is None and prompted:
+                told.insert(0, "the picture of the prompt is not stored: add it below")
             # Of a picture to start from, AUTOMATIC1111's text has the strength alone.
             started = any(settings.get(n) is not None for n in ("image_sha256", "strength"))
             if image is None and started:
                 told.insert(0, "the picture to start from is not stored: add it below")
             guide: dict[str, Any] = form.guiding(suits) | ({"open": True} if guided else {})
+            shown: dict[str, Any] = form.prompting(suits) | ({"open": True} if prompted else {})
             easels = *easel.on_easel(image, mask), *easel.on_easel(control)
+            easels = *easels, *easel.on_easel(prompting)
             return [
                 gr.Tabs(selected="make"),
                 name,
@@ -107,6 +113,7 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
                 True,
                 gr.Accordion(open=True) if started else gr.skip(),
                 gr.update(**guide),
+                gr.update(**shown),
                 gr.Accordion(open=True) if entries.says_more(settings) else gr.skip(),
                 steps_of(suits),
                 *form.filled([*values, *easels], suits),
@@ -146,8 +153,8 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
                 *easel.on_easel(image),
             ]
 
-        async def guide(event: gr.EventData, by: gr.Request) -> list[Any]:
-            """Make a picture the control image."""
+        async def read_alone(event: gr.EventData, by: gr.Request) -> list[Any]:
+            """Make a picture the control image, or the prompt's."""
             _, image = await opened(event, by)
             return [gr.Tabs(selected="make"), gr.Accordion(open=True), *easel.on_easel(image)]
 
@@ -192,7 +199,8 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
             shown.recall(recall, model, settled, **quiet)
             used = [tabs, form.change, form.prompt, form.width, form.height, *form.easel]
             shown.use(use, None, used, **quiet)
-            shown.guide(guide, None, [tabs, form.guide, *form.control_easel], **quiet)
+            shown.guide(read_alone, None, [tabs, form.guide, *form.control_easel], **quiet)
+            shown.prompt(read_alone, None, [tabs, form.image, *form.told_easel], **quiet)
             shown.inside(look, None, [tabs, *inside.outputs], concurrency_limit=None, **quiet)
         suited = [form.problem, inside.steps, *form.best, *form.adapted]
         # If several models are chosen in a row, the last one counts.

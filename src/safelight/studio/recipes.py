@@ -35,19 +35,15 @@ _SETTINGS = {
 }
 """Our settings, by AUTOMATIC1111's names of them."""
 
-_UNIT = "ControlNet 0"
-"""The name of what the web UI's ControlNet extension writes of its first unit."""
+_UNITS = ("ControlNet 0", "ControlNet 1")
+"""The names of what the web UI's ControlNet extension writes of its first units."""
 
-_CONTROL = {
-    "weight": "control_scale",
-    "guidance start": "control_start",
-    "guidance end": "control_end",
-}
-"""Our settings, by the extension's names of them."""
+_OF_UNIT = {"weight": "scale", "guidance start": "start", "guidance end": "end"}
+"""The ends of our settings' names, by the extension's names."""
 
 _APART = (
     *("Model", "Model hash", "VAE", "VAE hash", "Hashes", "Lora hashes", "TI hashes"),
-    *("Version", "Prompt syntax", "Emphasis", "Size", _UNIT),
+    *("Version", "Prompt syntax", "Emphasis", "Size", *_UNITS),
 )
 """Names that are not settings, or are read elsewhere."""
 
@@ -100,8 +96,8 @@ def recipe_settings(source: str | Path | bytes) -> dict[str, Any]:
         found["emphasis"] = pairs["Emphasis"].lower().replace(" ", "-")
     if ours and found["prompt_syntax"] != "a1111":
         found |= _networks(found, pairs)
-    if _UNIT in pairs:
-        found |= _guided(pairs[_UNIT])
+    for unit in _UNITS:
+        found |= _guided(pairs[unit]) if unit in pairs else {}
     read = (*names, *_APART)
     if again:
         found |= (second := _second_pass(pairs, found))
@@ -145,12 +141,15 @@ def _times(pairs: dict[str, str], width: int, height: int) -> float:
 
 def _guided(unit: str) -> dict[str, Any]:
     """Return the settings of a unit. Its picture is not stored: "" stands for the digest."""
-    found: dict[str, Any] = {"control_image_sha256": ""}
-    for pair in unit.split(", "):
-        name, _, value = pair.partition(": ")
-        if ours := _CONTROL.get(name.lower()):
-            with suppress(ValueError):
-                found[ours] = float(value)
+    pairs = {
+        name.lower(): value for name, _, value in (p.partition(": ") for p in unit.split(", "))
+    }
+    prompts = pairs.get("module", "").lower().startswith("ip-adapter")
+    kind = "ip_adapter" if prompts else "control"
+    found: dict[str, Any] = {f"{kind}_image_sha256": ""}
+    for name, end in _OF_UNIT.items():
+        with suppress(KeyError, ValueError):
+            found[f"{kind}_{end}"] = float(pairs[name])
     return found
 
 

@@ -116,6 +116,8 @@ def model_options(settings: WorkerSettings, source: Source | None = None) -> lis
             "vae": settings.vae if own else None,
             "refiner": settings.refiner if own else None,
             "controlnet": settings.controlnet if own else None,
+            "ip_adapter": settings.ip_adapter if own else None,
+            "image_encoder": settings.image_encoder if own else None,
         }
     )
 

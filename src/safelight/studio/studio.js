@@ -59,6 +59,7 @@ const safelight = (() => {
       if (name === "prompt" && value === words(job)) continue;  // it is the title
       if (name === "eta" && !value) continue;
       if (name.startsWith("control_") && !settings.control_image_sha256) continue;
+      if (name.startsWith("ip_adapter_") && !settings.ip_adapter_image_sha256) continue;
       recipe.append(make("dt", {textContent: name.replaceAll("_", " ")}),
                     make("dd", {textContent: String(value)}));
     }
@@ -94,8 +95,9 @@ const safelight = (() => {
         make("h2", {textContent: words(job)}),
         make("div", {className: "actions"},
           act("Use this one", "use"),
-          // The section is on the page if the chosen model has a ControlNet.
+          // The sections are on the page if the chosen model has a ControlNet, or an IP-Adapter.
           ...document.getElementById("guide") ? [act("Guide by this one", "guide")] : [],
+          ...document.getElementById("prompting") ? [act("Prompt with this one", "prompt")] : [],
           act("All its settings", "recall"), act("Look inside", "inside"),
           make("a", {href: `/api/pictures/${picture.id}`, download: `${picture.id}.png`,
                      textContent: "Download"}),

@@ -39,7 +39,8 @@ class Suits:
 
     defaults: its best settings (`defaults_of`). size: its own width and height. fixed_size: whether
     it draws no other size. reads: of the settings that only some models read, those that it reads;
-    None for all. controlnet: the name of its ControlNet, if it has one. plan: from its headers.
+    None for all. controlnet, ip_adapter: the names of its ControlNet and its IP-Adapter, if it has
+    them. plan: from its headers.
     """
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -49,6 +50,7 @@ class Suits:
     reads: frozenset[str] | None = None
     controlnet: str | None = None
     plan: Plan | None = None
+    ip_adapter: str | None = None
 
     @classmethod
     def of(cls, names: Names, model: str | None, defaults: Mapping[str, Any]) -> Suits:
@@ -56,11 +58,12 @@ class Suits:
         try:
             plan = names.plan(model)
             family, size, refiner = plan.family, plan.native_size, names.refiner(model)
-            control = names.controlnet(model)
+            control, adapter = names.controlnet(model), names.ip_adapter(model)
         except (OSError, SafelightError):  # the model is on another machine
             return cls(defaults)
-        reads = family.reads(refiner, control is not None)
-        return cls(defaults, family.uses_prompt, size, family.fixed_size, reads, control, plan)
+        reads = family.reads(refiner, control is not None, adapter is not None)
+        fixed = family.fixed_size
+        return cls(defaults, family.uses_prompt, size, fixed, reads, control, plan, adapter)
 
     def first(self, request_type: type[Request] = Request, fast: int = 0) -> Request:
         """Return the request of the form's first values, at a level of `fast`."""
@@ -85,6 +88,11 @@ class Suits:
     def guided(self) -> bool:
         """Whether the model has a ControlNet, or may have one as it is not known here."""
         return self.has(settings_of(Request)["control_image"])
+
+    @property
+    def prompted(self) -> bool:
+        """Whether the model has an IP-Adapter, or may have one as it is not known here."""
+        return self.has(settings_of(Request)["ip_adapter_image"])
 
     def side(self, place: int) -> str:
         """Return the hint below the field of width (0) or height (1)."""

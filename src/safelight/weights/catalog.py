@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safelight.adapters.keys import family_of_width
 from safelight.errors import SafelightError
 from safelight.families import family_of_file
 from safelight.weights.cache import Stamp, keep, recall, stamp_of
@@ -117,4 +118,6 @@ def _facts(kind: str, name: str, path: Path) -> dict[str, Any]:
 def _made_for(header: Header) -> str | None:
     """Return what a file says it was trained for."""
     told = header.metadata
-    return told.get("ss_base_model_version") or told.get("modelspec.architecture")
+    stated = told.get("ss_base_model_version") or told.get("modelspec.architecture")
+    reads = (i.shape for key, i in header.tensors.items() if key.endswith(".to_k_ip.weight"))
+    return stated or family_of_width(next((shape[-1] for shape in reads if shape), None))

@@ -32,7 +32,8 @@ _FOREIGN = (
     ("control_add_embedding", "a ControlNet of many tasks (union), which is not supported"),
     ("adapter.", "a T2I-Adapter, which is not supported"),
     ("body.", "a T2I-Adapter, which is not supported"),
-    ("ip_adapter.", "an IP-Adapter, which is not supported"),
+    ("ip_adapter.", "an IP-Adapter: give it with --ip-adapter"),
+    ("image_proj.", "an IP-Adapter: give it with --ip-adapter"),
 )
 """The beginnings of keys in files of other kinds, and what those are."""
 

@@ -12,6 +12,7 @@ from safelight.weights.budget import budget, coded
 from safelight.weights.controlnets import with_controlnet
 from safelight.weights.find import Source, find, find_controlnet, find_vae, parts_finder
 from safelight.weights.frames import frame
+from safelight.weights.ip_adapters import with_image_prompts
 from safelight.weights.load import pick_device, pick_dtype
 from safelight.weights.plan import read_plan
 
@@ -42,6 +43,8 @@ def estimate(
     vae: str | Path | None = None,
     refiner: str | Path | None = None,
     controlnet: str | Path | None = None,
+    ip_adapter: str | Path | None = None,
+    image_encoder: str | Path | None = None,
 ) -> Estimate:
     """Return what loading a model with these settings (see `load_model`) would take.
 
@@ -55,6 +58,7 @@ def estimate(
     if controlnet is not None:
         extra = find_controlnet(controlnet, download=False, models_dir=models_dir)
         plan = with_controlnet(plan, extra)
+    plan = with_image_prompts(plan, ip_adapter, image_encoder, models_dir, download=False)
     precision = pick_dtype(dtype, where, plan.family.half)
     dtypes = {
         part: plan.family.dtype_of(part, plan.configs[part], precision) for part in plan.weights

@@ -9,7 +9,16 @@ from pathlib import Path
 
 from safelight.errors import SafelightError
 from safelight.weights.check import printable
-from safelight.weights.hub import CONTROLNET, MODEL, VAE, Layout, from_hub, parts_for
+from safelight.weights.hub import (
+    CONTROLNET,
+    IMAGE_ENCODER,
+    MODEL,
+    VAE,
+    Layout,
+    file_in_cache,
+    from_hub,
+    parts_for,
+)
 from safelight.weights.library import ENDINGS, VARIABLE, Library, open_library
 
 BUILT_IN = ("embedded", "embedded-fast", "embedded-unconditional")
@@ -18,6 +27,8 @@ PREVIEWS = "preview_vae"
 """The subfolder with a model's own tiny autoencoder for previews; diffusers ignores it."""
 HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w.-]*))?")
 """A hub id: "org/name", or "org/name@revision" with a branch, a tag or a commit."""
+IN_REPOSITORY = re.compile(rf"{HUB_ID.pattern}/(\w[\w./-]*\.(?:safetensors|bin))")
+"""A file of a repository: a hub id, and the file's place in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +108,35 @@ def find_controlnet(
     return _find(str(name), "controlnet", open_library(models_dir), download, CONTROLNET)
 
 
+def find_ip_adapter(name: str | Path, *, models_dir: str | Path | None = None) -> Source:
+    """Find the file of an IP-Adapter: a path, a name in the models folder, or one in a repository.
+
+    name: of the last kind are "org/name/folder/file.safetensors" and "org/name@revision/file.bin".
+      They are taken from the hub's cache alone, as a repository holds many adapters.
+
+    Raises SafelightError, one line that says what is missing and how to get it.
+    """
+    name, library = str(name), open_library(models_dir)
+    here = on_disk(name) is not None or (library and library.matches(name, "ip_adapter"))
+    if not here and (inside := IN_REPOSITORY.fullmatch(name)) and ".." not in name:
+        path = file_in_cache(*inside.groups())
+        return Source(path.stem, path)
+    if not here and HUB_ID.fullmatch(name):
+        raise SafelightError(
+            f"{printable(name, 60)} may be a repository of many IP-Adapters: give the place of a "
+            "file in it, as in h94/IP-Adapter/models/ip-adapter_sd15.safetensors",
+            code="no_model",
+        )
+    return _find(name, "ip_adapter", library, False, MODEL)
+
+
+def find_image_encoder(
+    name: str | Path, *, download: bool = True, models_dir: str | Path | None = None
+) -> Source:
+    """Find an image encoder: a path, a name in the models folder, or a hub id. See `find`."""
+    return _find(str(name), "image_encoder", open_library(models_dir), download, IMAGE_ENCODER)
+
+
 def find_previews(source: Source) -> Source | None:
     """Return the tiny autoencoder for previews that lies in a model's folder, if one does."""
     path = source.path / PREVIEWS
@@ -116,10 +156,11 @@ def _find(name: str, kind: str, library: Library | None, download: bool, layout:
     hub_id = HUB_ID.fullmatch(name)
     # "models/sd15.safetensors" is a file that is not there, not a repository.
     if hub_id is None or name.endswith(ENDINGS) or ".." in name:
+        named = kind.replace("_", " ")
         built_in = f"not built in ({', '.join(BUILT_IN)}), " if kind == "model" else ""
         folder = f"{VARIABLE} not set" if library is None else "not in the models folder"
         raise SafelightError(
-            f"no {kind} {printable(repr(name), 40)}: {built_in}no file or folder here, "
+            f"no {named} {printable(repr(name), 40)}: {built_in}no file or folder here, "
             f'{folder}, no hub id ("org/name")',
             code="no_model",
         )
@@ -136,7 +177,8 @@ def is_cached(hub_id: re.Match[str], kind: str) -> bool:
 
     hub_id: a match of HUB_ID.
     """
-    layout = {"vae": VAE, "controlnet": CONTROLNET}.get(kind, MODEL)
+    networks = {"vae": VAE, "controlnet": CONTROLNET, "image_encoder": IMAGE_ENCODER}
+    layout = networks.get(kind, MODEL)
     try:
         from_hub(*hub_id.groups(), download=False, layout=layout)
     except SafelightError:

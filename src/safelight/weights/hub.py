@@ -14,7 +14,7 @@ from safelight.errors import SafelightError
 from safelight.families import family_of_folder
 from safelight.weights.check import printable, read_json, refusal
 from safelight.weights.digest import digest_file
-from safelight.weights.folder import INDEX_LIMIT, choose_weights, shards_of
+from safelight.weights.folder import DIFFUSION, INDEX_LIMIT, choose_weights, shards_of
 
 if TYPE_CHECKING:
     from safelight.families import Family
@@ -119,9 +119,11 @@ def _needed(family: Family, part: str) -> list[tuple[str, ...]]:
     return [("tokenizer.json",), *([("vocab.json", "merges.txt")] if clip else [])]
 
 
-def _network_files(part: str) -> Callable[[Mapping[str, Any], Collection[str], str], list[str]]:
+def _network_files(
+    part: str, stem: str = DIFFUSION
+) -> Callable[[Mapping[str, Any], Collection[str], str], list[str]]:
     """Return what tells which of a repository's files one network is read from."""
-    return lambda index, names, where: ["config.json", choose_weights(part, names, where)]
+    return lambda index, names, where: ["config.json", choose_weights(part, names, where, stem)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +143,7 @@ class Layout:
 MODEL = Layout("model_index.json", files_of)
 VAE = Layout("config.json", _network_files("vae"))
 CONTROLNET = Layout("config.json", _network_files("controlnet"))
+IMAGE_ENCODER = Layout("config.json", _network_files("image_encoder", "model"))
 
 
 def parts_for(file: Path, lacking: Collection[str]) -> Layout:
@@ -176,6 +179,25 @@ def from_hub(
     if constants.HF_HUB_OFFLINE:
         raise _missing(repo, "is not in the hub cache and HF_HUB_OFFLINE is set", get)
     return _fetch(repo, revision, (layout,), get)
+
+
+def file_in_cache(repo: str, revision: str | None, file: str) -> Path:
+    """Return the path of one file of a repository in the hub's cache, in its snapshot.
+
+    Raises SafelightError that says how to get it if it is not there.
+    """
+    import huggingface_hub as hub
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = hub.try_to_load_from_cache(repo, file, revision=revision)
+    except HFValidationError as e:
+        raise SafelightError(printable(f"{repo} is not a hub id: {e}", 200)) from None
+    if isinstance(found, str):
+        return Path(found)
+    which = f" --revision {revision}" if revision else ""
+    get = f"hf download {repo} {shlex.quote(file)}{which}"
+    raise _missing(repo, f"has no {file} in the hub cache", get)
 
 
 def download(

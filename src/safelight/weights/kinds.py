@@ -19,6 +19,8 @@ _CONTROLNET = (
     *("control_model.", "input_hint_block.", "controlnet_cond_embedding."),
     "lora_controlnet",  # a Control-LoRA, which loading refuses by its name
 )
+_IP_ADAPTER = ("image_proj.", "ip_adapter.")
+_IMAGE_ENCODER = ("vision_model.embeddings.", "visual.ln_pre.")
 _EMBEDDING = ("emb_params", "clip_l", "clip_g", "string_to_param")
 
 
@@ -28,7 +30,7 @@ class _Shaped(Protocol):
 
 
 def kind_of(tensors: Mapping[str, _Shaped]) -> str | None:
-    """Return "model", "lora", "embedding", "vae" or "controlnet", None if it looks like nothing.
+    """Return the kind of a file, one of `library.SUBFOLDERS`; None if it looks like nothing.
 
     tensors: by their names in the file. Each loader looks closer; this is for a list.
     """
@@ -36,6 +38,10 @@ def kind_of(tensors: Mapping[str, _Shaped]) -> str | None:
         return None
     if any(name.startswith(_CONTROLNET) for name in tensors):
         return "controlnet"
+    if any(name.startswith(_IP_ADAPTER) for name in tensors):
+        return "ip_adapter"
+    if any(name.startswith(_IMAGE_ENCODER) for name in tensors):
+        return "image_encoder"
     if any(_ADAPTER.search(name) for name in tensors):
         return "lora"
     if all(_VAE.match(name) for name in tensors):

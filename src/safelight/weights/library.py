@@ -1,4 +1,4 @@
-"""The user's models folder: models, LoRAs, embeddings, autoencoders and ControlNets, by name.
+"""The user's models folder: models, LoRAs, embeddings and other networks, by name.
 
 It may be laid out as A1111 or ComfyUI have it, or as one flat folder. A name is looked up in a
 list of what is there. It is never made into a path, so that no name leads out of the folder.
@@ -28,10 +28,13 @@ SUBFOLDERS = {
     "embedding": ("embeddings",),
     "vae": ("vae", "vae-approx", "vae_approx"),
     "controlnet": ("controlnet",),
+    "ip_adapter": ("ipadapter", "ip-adapter", "ip_adapter"),
+    "image_encoder": ("clip_vision",),
 }
 """The kinds of file, and the folders that A1111 and ComfyUI keep each in.
 
-They lie in the folder itself or in its `models`, and are compared without regard to case.
+They lie in the folder itself or in its `models`, and are compared without regard to case. A1111
+keeps IP-Adapters among the ControlNets.
 """
 
 GGUF = ".gguf"
@@ -46,7 +49,7 @@ IN_FOLDER = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 
 MAX_DEPTH = 8
 MAX_FILES = 100_000
-_FACTS = "facts-4"
+_FACTS = "facts-5"
 """The name of what `facts_of` remembers. Raise the number when `kind_of` changes its answers."""
 
 
@@ -54,8 +57,8 @@ _FACTS = "facts-4"
 class Entry:
     """A file, or a folder in diffusers' layout, of the library.
 
-    kind: "model", "lora", "embedding", "vae" or "controlnet". name: its path below the folder of
-    its kind, without the ending, as in "anime/eyes".
+    kind: one of SUBFOLDERS. name: its path below the folder of its kind, without the ending, as in
+    "anime/eyes".
     """
 
     kind: str
@@ -101,19 +104,19 @@ class Library:
         found = self.matches(name, kind)
         if len(found) == 1:
             return found[0]
-        shown = printable(repr(name), 60)
+        shown, named = printable(repr(name), 60), kind.replace("_", " ")
         field = {"lora": "loras", "embedding": "embeddings"}.get(kind)
         if found:
             both = " and ".join(printable(self._inside(entry), 60) for entry in found[:2])
             raise SafelightError(
-                f"{kind} {shown} could be {both}: give more of its path, or its ending",
+                f"{named} {shown} could be {both}: give more of its path, or its ending",
                 code="no_model",
                 field=field,
             )
-        why = f"no {kind} {shown} in the models folder"
+        why = f"no {named} {shown} in the models folder"
         links = [p for p in self._scan()[1] if p.name.casefold() == Path(name).name.casefold()]
         if links:
-            why = f"{kind} {shown} is a link to a folder, which is not followed; link its files"
+            why = f"{named} {shown} is a link to a folder, which is not followed; link its files"
         elif there := [printable(e.name, 40) for e in self.entries(kind)[:4]]:
             why += f"; there are {', '.join(there[:3])}{' …' if len(there) > 3 else ''}"
         raise SafelightError(why, code="no_model", field=field)
@@ -240,14 +243,16 @@ def _walk(home: Path, kind: str, links: list[Path]) -> Iterator[Entry]:
         folder, depth = waiting.pop()
         for path in _members(folder):
             whole = (kind == "model" and is_model_folder(path)) or (
-                kind in ("vae", "controlnet")
+                kind in ("vae", "controlnet", "image_encoder")
                 and not path.is_symlink()
                 and (path / "config.json").is_file()
             )
             if kind == "lora" and folder != home and path.name in IN_FOLDER and path.is_file():
                 yield Entry(kind, folder.relative_to(home).as_posix(), path)
             elif whole or _is_file(path, kind) or (kind == "embedding" and _is_picture(path)):
-                yield Entry(kind, (path.relative_to(home).parent / _stem(path)).as_posix(), path)
+                told = facts_of(path).get("kind") if kind == "controlnet" and not whole else None
+                name = (path.relative_to(home).parent / _stem(path)).as_posix()
+                yield Entry(told if told == "ip_adapter" else kind, name, path)
             elif path.is_dir() and path.is_symlink():
                 links.append(path)
             elif path.is_dir() and depth < MAX_DEPTH:

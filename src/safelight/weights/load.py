@@ -41,6 +41,7 @@ from safelight.weights.find import (
 )
 from safelight.weights.finite import FiniteCheck
 from safelight.weights.frames import frame
+from safelight.weights.ip_adapters import with_image_prompts
 from safelight.weights.library import open_library
 from safelight.weights.names import Weight
 from safelight.weights.plan import Plan, read_plan
@@ -68,6 +69,8 @@ def load_model(
     preview_vae: str | Path | None = None,
     refiner: str | Path | None = None,
     controlnet: str | Path | None = None,
+    ip_adapter: str | Path | None = None,
+    image_encoder: str | Path | None = None,
     takes_paths: bool = True,
     on_plan: Callable[[str], object] | None = None,
 ) -> Model:
@@ -96,6 +99,10 @@ def load_model(
     refiner: a model that takes over for the last steps, as SDXL's refiner does.
     controlnet: a network through which a request's `control_image` guides the model: a folder, a
       file, a name in the models folder or a hub id.
+    ip_adapter: a network through which a request's `ip_adapter_image` is a prompt: a file, a name
+      in the models folder, or the place of a file in a repository, "org/name/models/file".
+    image_encoder: the network that it reads pictures with: a folder, a file, a name in the models
+      folder or a hub id. None: looked for beside it.
     takes_paths: whether requests may name a LoRA or an embedding by its path. A server takes names
       alone.
     on_plan: called with a line about the memory that a large model takes, before it is loaded.
@@ -122,6 +129,7 @@ def load_model(
     if controlnet is not None:
         found = find_controlnet(controlnet, download=download, models_dir=models_dir)
         plan = with_controlnet(plan, found)
+    plan = with_image_prompts(plan, ip_adapter, image_encoder, models_dir, download=download)
     precision = pick_dtype(dtype, where, plan.family.half)
     # Headers and configs are checked first, because hashing or reading a large file takes long.
     nets = {part: frame(plan, part) for part in plan.weights}
@@ -183,6 +191,11 @@ def load_model(
         other_parts=_record(plan, "parts", digests),
         other_vae=_record(plan, "vae", digests),
         control=_record(plan, "controlnet", digests),
+        image_prompts={
+            use: found
+            for use in ("ip_adapter", "image_encoder")
+            if (found := _record(plan, use, digests)) is not None
+        },
         stored=Stored(plan.weights, files),
         weights_held=None if needs is None else needs.weights,
     )

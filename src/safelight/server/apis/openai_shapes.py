@@ -11,7 +11,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from safelight.errors import SafelightError
-from safelight.families.control import CONTROL
+from safelight.families.control import CONTROL, IP_ADAPTER
 from safelight.picture import encode
 from safelight.request import Request
 from safelight.request_fields import PICTURES
@@ -81,7 +81,7 @@ _THEIRS = {"width": "size", "height": "size", "count": "n"}
 
 def own_settings(request_type: type[Request]) -> dict[str, Setting]:
     """Return the settings of a Request that a body may have as further fields."""
-    left_out = {"prompt", *PICTURES, *CONTROL, "unconditional", *_THEIRS}
+    left_out = {"prompt", *PICTURES, *CONTROL, *IP_ADAPTER, "unconditional", *_THEIRS}
     return {n: s for n, s in settings_of(request_type).items() if n not in left_out}
 
 

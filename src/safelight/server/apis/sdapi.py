@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from safelight.hires import infotext
 from safelight.recipe import recipe_text
 from safelight.server.apis.sdapi_bodies import Asked, ImageToImage, PngInfo, Sent, TextToImage
-from safelight.server.apis.sdapi_control import unit_of
+from safelight.server.apis.sdapi_control import units_of
 from safelight.server.apis.sdapi_errors import Route
 from safelight.server.apis.sdapi_models import model_of
 from safelight.server.apis.sdapi_names import model_hash, sampler_label
@@ -106,11 +106,14 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
     name, warnings = await model_of(http, body)
     plan = await hub.plan(name)
     asked = await asyncio.to_thread(understand, body, plan)
-    unit, more = unit_of(body, await asyncio.to_thread(hub.names.controlnet, name))
+    there = [
+        await asyncio.to_thread(of, name) for of in (hub.names.controlnet, hub.names.ip_adapter)
+    ]
+    units, more = units_of(body, *there)
     warnings += more
     if isinstance(body, ImageToImage):
         first_picture(body)
-    async with turn(http) if unit or isinstance(body, ImageToImage) else nullcontext():
+    async with turn(http) if units or isinstance(body, ImageToImage) else nullcontext():
         if isinstance(body, ImageToImage):
             sent = await _sent(http, body)
             asked = await asyncio.to_thread(understand, body, plan, sent)
@@ -118,7 +121,7 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
         native = await hub.native_size(name)
         meant = await hub.find_model(name)
         asked = await asyncio.to_thread(fitted, asked, meant, native)
-        if unit is not None:
+        for unit in units:
             picture = None
             if unit.picture:
                 data = [decode_base64(unit.picture, "controlnet")]

@@ -1,10 +1,12 @@
 """The web UI's ControlNet extension: what a body asks of it, and the routes that clients look at.
 
-The server has one ControlNet or none, and no preprocessors: pictures are edges, depth or poses.
+The server has one ControlNet or none, and no preprocessors: pictures are edges, depth or poses. The
+extension draws with IP-Adapters, too, of which the server has one or none.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -15,6 +17,7 @@ from PIL import Image, ImageOps
 
 from safelight.errors import SafelightError
 from safelight.hires import final_size
+from safelight.recipe import IP_ADAPTER_MODULE
 from safelight.request import Request
 from safelight.server.apis.sdapi_bodies import DrawBody, ImageToImage, plain_number
 from safelight.server.apis.sdapi_errors import Route
@@ -24,11 +27,12 @@ from safelight.sizes import size_of
 
 router = APIRouter(prefix="/controlnet", route_class=Route, tags=["AUTOMATIC1111"])
 
-_FIELDS = {
-    "weight": "control_scale",
-    "guidance_start": "control_start",
-    "guidance_end": "control_end",
-}
+_FIELDS = {"weight": "scale", "guidance_start": "start", "guidance_end": "end"}
+"""The ends of our settings' names, by the extension's names."""
+
+_IP_ADAPTER = re.compile(r"ip[-_]?adapter")
+"""What is in the name of a module or a model if a unit is for an IP-Adapter."""
+
 _CROP = ("Crop and Resize", "Scale to Fit (Inner Fit)", "Inner Fit (Scale to Fit)")
 _FILL = ("Resize and Fill", "Envelope (Outer Fit)", "Outer Fit (Shrink to Fit)")
 _RESIZE: dict[object, Callable[..., Image.Image]] = {
@@ -47,12 +51,12 @@ class Unit:
     """A unit of the extension.
 
     picture: in base64; empty if the picture to start from guides. settings: by our names. resize:
-    brings the picture to a size.
+    brings the picture to a size; None if it is a prompt, for an IP-Adapter.
     """
 
     picture: str
     settings: dict[str, Any]
-    resize: Callable[..., Image.Image]
+    resize: Callable[..., Image.Image] | None
 
     def guided(
         self, request: Request, picture: Image.Image | None, native: tuple[int, int]
@@ -61,6 +65,9 @@ class Unit:
 
         picture: None if the one to start from guides. Raises SafelightError for one too narrow.
         """
+        if self.resize is None:
+            given = picture or request.image
+            return request.replace(**self.settings).with_pictures(ip_adapter_image=given)
         start, sides = request.image, dict[str, int]()
         if start is None:
             size = request.width or native[0], request.height or native[1]
@@ -82,13 +89,55 @@ class Unit:
         return request.replace(**self.settings, **sides).with_pictures(control_image=picture)
 
 
+def units_of(
+    body: DrawBody, controlnet: str | None, ip_adapter: str | None
+) -> tuple[list[Unit], list[str]]:
+    """Return the units that a body asks for, at most one of each kind, and warnings.
+
+    controlnet, ip_adapter: the names of ours. Raises SafelightError as `unit_of` does.
+    """
+    guiding, warnings = unit_of(body, controlnet)
+    prompting, more = ip_adapter_unit_of(body, ip_adapter)
+    return [one for one in (guiding, prompting) if one is not None], warnings + more
+
+
+def ip_adapter_unit_of(body: DrawBody, there: str | None) -> tuple[Unit | None, list[str]]:
+    """Return the unit of a body that is for an IP-Adapter, and warnings. there: the name of ours.
+
+    In img2img the picture to start from is the prompt if the unit has none. Raises SafelightError
+    for an adapter that is not here, or a value that is none of the extension's.
+    """
+    units = [unit for unit in _units(body.alwayson_scripts) if _enabled(unit) and _prompts(unit)]
+    if not units:
+        return None, []
+    if there is None:
+        return None, ["alwayson_scripts: a unit of an IP-Adapter needs a server with --ip-adapter"]
+    unit, warnings = units[0], list[str]()
+    if not _picture(unit) and not isinstance(body, ImageToImage):
+        return None, ["alwayson_scripts: the unit of an IP-Adapter has no picture"]
+    if len(units) > 1:
+        warnings.append(f"controlnet: the first of {len(units)} IP-Adapter units counts alone")
+    asked = str(unit.get("model") or there).partition(" [")[0]
+    if asked.casefold() not in ("none", "auto", there.casefold()):
+        raise SafelightError(f"controlnet: there is no model {asked!r:.60}, only {there!r:.60}")
+    return Unit(_picture(unit), _settings(unit, "ip_adapter"), None), warnings
+
+
+def _prompts(unit: Any) -> bool:
+    """Return whether a unit is for an IP-Adapter, by its module or its model."""
+    if not isinstance(unit, dict):
+        return False
+    told = (str(cast("dict[str, Any]", unit).get(name)) for name in ("module", "model"))
+    return any(_IP_ADAPTER.search(text.casefold()) for text in told)
+
+
 def unit_of(body: DrawBody, there: str | None) -> tuple[Unit | None, list[str]]:
-    """Return the unit that a body asks for, and warnings. there: the name of our ControlNet.
+    """Return the unit of a body that is for a ControlNet, and warnings. there: the name of ours.
 
     In img2img the picture to start from guides if the unit has none. Raises SafelightError for a
     preprocessor or a ControlNet that is not here, or a value that is none of the extension's.
     """
-    given = [unit for unit in _units(body.alwayson_scripts) if _enabled(unit)]
+    given = [u for u in _units(body.alwayson_scripts) if _enabled(u) and not _prompts(u)]
     starts = isinstance(body, ImageToImage)
     units = [unit for unit in given if _picture(unit) or (starts and isinstance(unit, dict))]
     if given and there is None:
@@ -110,12 +159,17 @@ def unit_of(body: DrawBody, there: str | None) -> tuple[Unit | None, list[str]]:
     if asked.casefold() not in ("none", "auto", there.casefold()):
         raise SafelightError(f"controlnet: there is no model {asked!r:.60}, only {there!r:.60}")
     picture, resize = _picture(unit), _resize(unit.get("resize_mode"))
-    return Unit(picture, _settings(unit), resize if picture else Image.Image.resize), warnings
+    return Unit(
+        picture, _settings(unit, "control"), resize if picture else Image.Image.resize
+    ), warnings
 
 
-def _settings(unit: dict[str, Any]) -> dict[str, Any]:
-    """Return a unit's settings by our names. Raises SafelightError, with the unit's names."""
-    given = {ours: unit.get(name) for name, ours in _FIELDS.items()}
+def _settings(unit: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Return a unit's settings by our names. Raises SafelightError, with the unit's names.
+
+    kind: how our names begin.
+    """
+    given = {f"{kind}_{end}": unit.get(name) for name, end in _FIELDS.items()}
     found: dict[str, Any] = {
         ours: plain_number(value) for ours, value in given.items() if value is not None
     }
@@ -123,8 +177,8 @@ def _settings(unit: dict[str, Any]) -> dict[str, Any]:
         Request(**found)
     except SafelightError as error:
         told = str(error)
-        for name, ours in _FIELDS.items():
-            told = told.replace(ours, name)
+        for name, end in _FIELDS.items():
+            told = told.replace(f"{kind}_{end}", name)
         raise SafelightError(f"controlnet: {told}") from None
     return found
 
@@ -184,18 +238,21 @@ async def version() -> dict[str, int]:
 
 @router.get("/model_list")
 async def model_list(http: HttpRequest) -> dict[str, list[str]]:
-    """List the server's ControlNet."""
-    name = hub_of(http).names.controlnet()
-    return {"model_list": [] if name is None else [name]}
+    """List the server's ControlNet and its IP-Adapter."""
+    names = hub_of(http).names
+    return {"model_list": [n for n in (names.controlnet(), names.ip_adapter()) if n is not None]}
 
 
 @router.get("/module_list")
-async def module_list() -> dict[str, Any]:
-    """List the preprocessors: there are none."""
-    return {"module_list": ["none"], "module_detail": {}}
+async def module_list(http: HttpRequest) -> dict[str, Any]:
+    """List the preprocessors: there are none, but for an IP-Adapter's image encoder."""
+    reads = hub_of(http).names.ip_adapter() is not None
+    return {"module_list": ["none", *([IP_ADAPTER_MODULE] if reads else [])], "module_detail": {}}
 
 
 @router.get("/settings")
-async def settings() -> dict[str, int]:
+async def settings(http: HttpRequest) -> dict[str, int]:
     """Return how many units a request may have."""
-    return {"control_net_unit_count": 1}
+    names = hub_of(http).names
+    there = [one for one in (names.controlnet(), names.ip_adapter()) if one is not None]
+    return {"control_net_unit_count": max(1, len(there))}

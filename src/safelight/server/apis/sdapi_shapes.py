@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from safelight.defaults import defaults_of, level_of
 from safelight.errors import SafelightError
-from safelight.families.control import CONTROL
+from safelight.families.control import CONTROL, IP_ADAPTER
 from safelight.recipe import parse_recipe_text
 from safelight.request import Request
 from safelight.sampling import SAMPLERS
@@ -208,7 +208,7 @@ def _own(body: TextToImage | ImageToImage, settings: Mapping[str, Any]) -> dict[
     extra = body.model_extra or {}
     known = settings_of(Request).items()
     own = {name for name, one in known if one.kind and not one.about.a1111}
-    own -= {*settings, *CONTROL}
+    own -= {*settings, *CONTROL, *IP_ADAPTER}
     return {name: extra[name] for name in extra if name in own}
 
 
@@ -240,9 +240,12 @@ def _ignored(body: TextToImage | ImageToImage) -> list[str]:
             "override_settings: sd_vae is chosen when the server is started, with --vae",
         ),
         (overrides, f"override_settings: these do nothing here: {_listed(overrides)}"),
-        (
-            "control_image" in (body.model_extra or {}),
-            "control_image: here it is the image of a unit of alwayson_scripts.controlnet",
+        *(
+            (
+                name in (body.model_extra or {}),
+                f"{name}: here it is the image of a unit of alwayson_scripts.controlnet",
+            )
+            for name in (CONTROL[0], IP_ADAPTER[0])
         ),
         (scripts, f"alwayson_scripts: these are not here: {_listed(scripts)}"),
     ]

@@ -1,0 +1,127 @@
+"""The picture that is a prompt of a model, read through its IP-Adapter (arXiv:2308.06721)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from safelight.engine.control import in_bounds
+from safelight.families.base import Conditioning
+from safelight.nets.image_prompt import ImagePrompt, joined
+from safelight.picture import to_tensor
+from safelight.pixels import picture_sha256
+
+if TYPE_CHECKING:
+    from safelight.families.conditioning import Cached
+    from safelight.model import Model
+    from safelight.request import Request
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+"""Of the three colours, from 0 to 1, in the pictures that CLIP was trained on."""
+
+_WIDEST = 16
+"""The most short sides that are resized of a picture's long side; only one of them is seen."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prompted:
+    """What the steps of one picture read of another, which is their prompt.
+
+    positive: what is read beside the prompt, one row. negative: beside the negative prompt; None if
+    the picture has none. request: says how much it counts, and when.
+    """
+
+    positive: ImagePrompt
+    negative: ImagePrompt | None
+    request: Request
+    _rows: dict[int, ImagePrompt] = field(default_factory=dict)
+
+    def rows(self, evaluations: int) -> ImagePrompt:
+        """Return what so many evaluations read, of which the first of several is the negative one.
+
+        Equal calls return the same object.
+        """
+        if evaluations not in self._rows:
+            rows = [self.positive] * max(1, evaluations - 1)
+            if evaluations > 1 and self.negative is not None:
+                rows = [self.negative, *rows]
+            found = joined(rows).scaled(self.request.ip_adapter_scale)
+            self._rows[evaluations] = found
+        return self._rows[evaluations]
+
+
+def prompts(request: Request, row: int, rows: int) -> bool:
+    """Return whether ip_adapter_image counts at a row: if all of it is in bounds."""
+    within = in_bounds(request.ip_adapter_start, request.ip_adapter_end, row, rows)
+    return within and request.ip_adapter_scale != 0
+
+
+def read_prompted(
+    model: Model, request: Request, evaluations: int, cached: Cached | None = None
+) -> Prompted | None:
+    """Return what is read of a resolved request's ip_adapter_image; None without one.
+
+    evaluations: of the network at a step with guidance. cached: where it is kept for other requests
+    with the same picture.
+    """
+    image = request.ip_adapter_image
+    if image is None:
+        return None
+    size = model.image_encoder.config.image_size
+
+    def kept(picture: Image.Image | None) -> ImagePrompt:
+        key = "ip_adapter_image", None if picture is None else picture_sha256(picture)
+
+        def make() -> Conditioning:
+            pixels = None if picture is None else seen_pixels(picture, size)
+            return Conditioning(image=_read(model, pixels))
+
+        found = (make() if cached is None else cached(key, make)).image
+        assert found is not None
+        return found
+
+    negative = kept(None) if evaluations > 1 else None
+    return Prompted(kept(image), negative, request.without_pictures())
+
+
+def _read(model: Model, pixels: Tensor | None) -> ImagePrompt:
+    """Return what the adapter says of a picture, or of none, as diffusers does it.
+
+    pixels: see `seen_pixels`. None: a base adapter reads zeros in place of an embedding; others
+    read the encoder's states of a picture of zeros.
+    """
+    encoder, adapter = model.image_encoder, model.ip_adapter
+    size = encoder.config.image_size
+    like = {"device": model.device, "dtype": model.dtype}
+    base = adapter.config.kind == "base"
+    if pixels is None and base:
+        return adapter(torch.zeros(1, encoder.config.projection_dim, **like))
+    pixels = torch.zeros(1, 3, size, size) if pixels is None else pixels
+    return adapter((encoder if base else encoder.states)(pixels.to(**like)))
+
+
+def seen_pixels(image: Image.Image, size: int) -> Tensor:
+    """Return a picture as CLIP's image encoder sees it, float32 [1, 3, size, size].
+
+    The short side is resized to `size`, the middle is cut out, and the colours are brought to mean
+    0 and deviation 1, as transformers' CLIPImageProcessor does.
+    """
+    short = min(image.size)
+    most = _WIDEST * short
+    if max(image.size) > most:  # an endless strip would take endless memory
+        image = _middle(image, min(image.width, most), min(image.height, most))
+    width, height = (int(size * side / short) for side in image.size)
+    image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    pixels = to_tensor(_middle(image, size, size)).add(1).div(2)
+    mean, deviation = (torch.tensor(t).view(1, 3, 1, 1) for t in (MEAN, DEVIATION))
+    return (pixels - mean) / deviation
+
+
+def _middle(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
