@@ -182,7 +182,7 @@ class Engine:
             second = None
             if model.refiner is not None:
                 second = self._conditioning(model.refiner, request, before=model)
-            return model, create_job(model, request, conditioning, seed, second)
+            return model, create_job(model, request.fitted(), conditioning, seed, second)
 
     def _size(self, shape: tuple[int, ...]) -> float:
         own = self.model.family.latent_shape(self.model, self.model.native_size)
