@@ -15,6 +15,10 @@ from safetensors.torch import save_file
 import safelight
 from safelight import SafelightError, cli
 from safelight.batch import estimate
+from safelight.batch.check import Rules
+from safelight.batch.drawing import Drawer
+from safelight.batch.rows import Columns
+from safelight.batch.run import How
 from safelight.compare import Axis, grid
 from safelight.engine import Engine
 from safelight.explain.page import page
@@ -39,6 +43,8 @@ FIRST: dict[str, Any] = {"width": 64, "height": 72, "steps": 4, "seed": 5}
 SECOND: dict[str, Any] = {"hires_scale": 1.5, "hires_strength": 0.6, "hires_steps": 5}
 STRENGTH = "Denoising strength"
 HALF = f"{STRENGTH}: 0.5"
+CAT: dict[str, Any] = {"prompt": "a cat", "sampler": "euler", **FIRST}
+BATCH = [{"id": "once", **CAT}, {"id": "twice", **CAT, "hires_scale": 2}]
 SIZE = (96, 112)  # 108 is no multiple of 8: the nearest, of two, is even
 
 
@@ -154,6 +160,24 @@ def test_a_control_image_guides_both_passes(tmp_path: Path, given: tuple[int, in
     own = {name: value for name, value in first.items() if name not in ("width", "height")}
     drawn = model.generate("a cat", **own, hires_scale=1.25)
     assert drawn.images[0].size == {64: (80, 88), 300: (384, 248)}[given[0]]
+
+
+def test_with_little_memory(tiny: Path) -> None:
+    how: dict[str, Any] = {"device": "cpu", "dtype": "bfloat16"}
+    first, few = {**FIRST, "sampler": "euler"}, safelight.load(tiny, low_memory=True, **how)
+    made = few.generate("apple", **first, **SECOND)
+    assert equal(made.images, composed(few, "apple", first, SIZE, strength=0.6, steps=5))
+    much = safelight.load(tiny, **how)
+    assert equal(made.images, much.generate("apple", **first, **SECOND).images)
+
+
+def test_rows_of_a_batch(model: Model) -> None:
+    rows = [Rules(defaults={}).row(i, Columns(i, one)) for i, one in enumerate(BATCH, 1)]
+    drawer = Drawer("embedded", How({}, exact=True), load=lambda name, **loading: model)
+    for row, outcome in zip(rows, drawer.draw(rows), strict=True):
+        assert outcome.error is None
+        with Image.open(io.BytesIO(outcome.pictures[0])) as image:
+            assert equal([image], model.generate(row.request()).images)
 
 
 # --- the engine ----------------------------------------------------------------------------------

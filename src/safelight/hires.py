@@ -115,12 +115,12 @@ def _enlarged(request: Request, sides: tuple[int, ...] | list[int]) -> list[int]
 
 
 def first_pass(request: Request) -> Request:
-    """Return the request of the first pass: the same without a second one."""
-    return request if request.hires_scale == 1 else request.without(*HIRES).fitted()
+    """Return the request of the first pass, the same without a second one. It is to be `fitted`."""
+    return request if request.hires_scale == 1 else request.without(*HIRES)
 
 
 def second_pass(request: Request, native: tuple[int, int], picture: Image | None = None) -> Request:
-    """Return the request of the second pass of a resolved request with hires_scale.
+    """Return the request of the second pass of a resolved request. It is to be `fitted`.
 
     picture: of the first pass. None: only what does not depend on pictures is needed. native: the
     model's own width and height.
@@ -136,7 +136,7 @@ def second_pass(request: Request, native: tuple[int, int], picture: Image | None
         request = request.without_pictures()
     else:
         changed["image"] = resized(picture, (width, height))
-    return request.without(*HIRES).model_copy(update=changed).fitted()
+    return request.without(*HIRES).model_copy(update=changed)
 
 
 # --- AUTOMATIC1111's terms -----------------------------------------------------------------------

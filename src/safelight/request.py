@@ -274,7 +274,7 @@ class Request(RequestFields, metaclass=_Listed):
             return self
         name = "control_image" if self.image is None else "image"
         size = size_of(self.sized_by.size, self.width, self.height, name=name)
-        if self.hires_scale != 1:  # each pass has its own size: see `hires.first_pass`
+        if self.hires_scale != 1:  # the engine fits them to each pass
             return self.model_copy(update=dict(zip(("width", "height"), size, strict=True)))
         how = {"mask": Resampling.NEAREST}
         pictures = {

@@ -7,7 +7,7 @@ import torch
 from PIL import ImageChops
 
 import safelight
-from safelight.engine import Engine, core
+from safelight.engine import Engine, prompts
 from safelight.errors import SafelightError
 from safelight.families import encoding
 from safelight.recipe import recipe_text
@@ -115,7 +115,7 @@ def test_the_states_of_a_schedule_are_bounded(model, monkeypatch):
     """In all of its stages together, and in the cache."""
     turns = f"[{'|'.join('abcdefghij')}]"
     one, all_of_it = (
-        core._bytes(job_of(model, prompt, steps=20).conditioning) for prompt in ("a", turns)
+        prompts._bytes(job_of(model, prompt, steps=20).conditioning) for prompt in ("a", turns)
     )
     assert all_of_it == 10 * one
     monkeypatch.setattr(encoding, "MAX_HELD", 2 * 16 * 9)
@@ -134,7 +134,7 @@ def test_the_states_of_a_schedule_are_bounded(model, monkeypatch):
     assert len(kept) == 1  # larger than the bound alone
     engine.add(safelight.Request(prompt="a", prompt_syntax="a1111"))
     engine.add(safelight.Request(prompt="ale", prompt_syntax="a1111"))
-    assert len(engine._prompts) == 2
+    assert len(engine._prompts.found) == 2
 
 
 def test_batches_hold_prompts_of_different_lengths(model):

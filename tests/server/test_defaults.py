@@ -27,6 +27,7 @@ from safelight.engine.requests import resolve_request
 from safelight.errors import SafelightError
 from safelight.families import SD
 from safelight.families.control import CONTROL, IP_ADAPTER
+from safelight.hires import HIRES
 from safelight.picture import open_picture
 from safelight.recipe import read_recipe
 from safelight.request import Request
@@ -352,9 +353,8 @@ def test_a_key_stays_one_job_when_the_server_has_other_defaults(tmp_path: Path) 
     sent = "POST", "/api/jobs", body
     with Inside(tmp_path / "data", draws=False) as server:
         first = server.ask(*sent, idempotency_key="k").json()
-        earlier = {
-            k: v for k, v in first["settings"].items() if k not in {*CONTROL, *IP_ADAPTER, "seed"}
-        }
+        newer = {*CONTROL, *IP_ADAPTER, *HIRES, "seed"}
+        earlier = {k: v for k, v in first["settings"].items() if k not in newer}
         digest = hashlib.sha256(json.dumps(earlier, sort_keys=True).encode()).hexdigest()
     (tmp_path / "words").mkdir()
     (tmp_path / "words" / "a.txt").write_text("red\n")

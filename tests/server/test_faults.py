@@ -89,9 +89,8 @@ def test_what_is_no_number_is_never_a_picture(
     cases = CASES[part :: size(67, 4)]
     for i, ((place, call), value, sampler) in enumerate(cases):
         with monkeypatch.context() as patch:
-            loaded(
-                server
-            ).engine._prompts.found.clear()  # else prompts seen before are not encoded again
+            # Else prompts seen before are not encoded again.
+            loaded(server).engine._prompts.found.clear()
             calls = poison(patch, model_of(server), place, call, VALUES[value])
             job = server.finished(
                 server.submit(

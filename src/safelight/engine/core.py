@@ -177,7 +177,8 @@ class Engine:
             if model.refiner is not None:
                 second = self._conditioning(model.refiner, request, before=model)
             cached = partial(self._prompts.get, None)  # LoRAs and embeddings do not change it
-            return model, create_job(model, request, conditioning, seed, second, cached)
+            drawn = request.fitted()
+            return model, create_job(model, drawn, conditioning, seed, second, cached)
 
     def _size(self, shape: tuple[int, ...]) -> float:
         own = self.model.family.latent_shape(self.model, self.model.native_size)

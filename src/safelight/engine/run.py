@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 class Step:
     """One step of one picture, just taken.
 
-    image_index: which picture of the request. step: from 1 to steps. clean: the network's
-    estimate of the clean latents, float32 [1, channels, h, w]. size: width and height of the
-    picture; None: all that the latents cover.
+    image_index: which picture of the request. step: from 1 to steps, of all passes. clean: the
+    network's estimate of the clean latents, float32 [1, channels, h, w]. size: width and height of
+    the picture, in this pass; None: all that the latents cover.
     """
 
     image_index: int
